@@ -1,0 +1,101 @@
+"""Checks of lesson 01: the work of a convolution, the time bound, the decode bound, the cost of a million requests.
+
+Each compares with an independent computation (an operator counter, or the definition turned round) on awkward inputs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from labkit import roofline
+from labkit.checks import Failures
+
+# batch, c_in, c_out, height, width, kernel, groups, bytes a value
+CONVOLUTIONS = (
+    (1, 1, 1, 1, 1, 1, 1, 4),
+    (2, 3, 8, 7, 5, 3, 1, 4),
+    (1, 8, 12, 9, 9, 3, 4, 2),
+    (3, 16, 16, 6, 10, 5, 16, 2),
+    (4, 32, 64, 14, 14, 1, 1, 4),
+)
+DTYPES = {2: torch.float16, 4: torch.float32}
+
+
+def convolution(fn: Callable, failures: Failures) -> None:
+    """conv_work(batch, c_in, c_out, h, w, kernel, groups, s) -> (FLOPs, bytes)."""
+    for batch, c_in, c_out, h, w, kernel, groups, s in CONVOLUTIONS:
+        layer = nn.Conv2d(
+            c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False, device="meta", dtype=DTYPES[s]
+        )
+        want = roofline.count(layer, torch.empty(batch, c_in, h, w, device="meta", dtype=DTYPES[s]))
+        with failures.given(batch=batch, c_in=c_in, c_out=c_out, h=h, w=w, kernel=kernel, groups=groups, s=s):
+            flops, moved = _pair(fn(batch, c_in, c_out, h, w, kernel, groups, s), failures)
+            failures.close(
+                flops, want.flops, "the FLOPs differ from an operator counter's; look at 2, at groups, at kernel"
+            )
+            failures.close(
+                moved, want.bytes, "the bytes differ; count input, weight and output once each, s bytes a value"
+            )
+
+
+def bound(fn: Callable, failures: Failures) -> None:
+    """time_bound(flops, moved, peak, bandwidth) -> (seconds, "memory" | "compute")."""
+    for flops, moved, peak, bandwidth in ((1e9, 1e6, 1e12, 1e11), (1e9, 1e9, 1e12, 1e11), (0.0, 5e8, 2e12, 1e9)):
+        with failures.given(flops=flops, moved=moved, peak=peak, bandwidth=bandwidth):
+            seconds, limiter = _pair(fn(flops, moved, peak, bandwidth), failures)
+            failures.close(flops and seconds * peak / flops, flops and max(1.0, moved * peak / (bandwidth * flops)),
+                           "at this time the arithmetic would not fit, or would leave time over on both sides")  # fmt: skip
+            failures.close(seconds * bandwidth / moved, max(1.0, flops * bandwidth / (peak * moved)),
+                           "at this time the bytes would not fit, or would leave time over on both sides")  # fmt: skip
+            intensity_side = "memory" if flops / moved < peak / bandwidth else "compute"
+            failures.expect(limiter == intensity_side, "the name of the limiter: compare the intensity with the ridge")
+    with failures.given(flops=8e12, moved=4e9, peak=2e12, bandwidth=1e9):  # exactly at the ridge
+        seconds, limiter = _pair(fn(8e12, 4e9, 2e12, 1e9), failures)
+        failures.expect(limiter == "compute", 'at the ridge itself the exercise asks for "compute"')
+        failures.close(seconds, 4.0, "at the ridge both resources take the same time, and they work side by side")
+
+
+def decode(fn: Callable, failures: Failures) -> None:
+    """decode_limit(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth) -> tokens/s."""
+    machine = {"peak": 1e15, "bandwidth": 2e12}
+    for weight_bytes, kv_bytes, parameters, batch in (
+        (14e9, 0.0, 7e9, 1), (14e9, 1e9, 7e9, 1), (7e9, 5e8, 7e9, 32), (14e9, 0.0, 7e9, 4096),
+    ):  # fmt: skip
+        with failures.given(weight_bytes=weight_bytes, kv_bytes=kv_bytes, parameters=parameters, batch=batch):
+            speed = fn(weight_bytes, kv_bytes, parameters, batch, **machine)
+            works = roofline.decode_bound(
+                weight_bytes=weight_bytes, kv_bytes=kv_bytes, batch=batch, flops_per_token=2 * parameters, **machine
+            )
+            failures.close(speed, works, "the tokens a second; each step reads the weights once and every cache once")
+    with failures.given(batch="1 against 8, no cache"):
+        one, eight = (fn(14e9, 0.0, 7e9, batch, **machine) for batch in (1, 8))
+        failures.close(
+            eight, 8 * one, "without a cache and below the ridge, eight sequences share one reading of the weights"
+        )
+    with failures.given(batch="very large, no cache"):
+        failures.close(
+            fn(1.0, 0.0, 7e9, 10**6, **machine), 1e15 / 14e9, "far right of the ridge the arithmetic sets the limit"
+        )
+
+
+def million(fn: Callable, failures: Failures) -> None:
+    """million_requests(tokens, tokens_per_second, dollars_per_hour, watts) -> (dollars, kWh)."""
+    for tokens, speed, price, watts in ((3600.0, 1e6, 1.0, 1000.0), (500.0, 2500.0, 4.0, 700.0), (1.0, 3.0, 0.5, 15.0)):
+        with failures.given(tokens=tokens, tokens_per_second=speed, dollars_per_hour=price, watts=watts):
+            dollars, energy = _pair(fn(tokens, speed, price, watts), failures)
+            failures.close(
+                dollars * 3600 * speed, 1e6 * tokens * price, "the dollars; a million requests, an hour has 3600 s"
+            )
+            failures.close(energy * 3.6e6 * speed, 1e6 * tokens * watts, "the energy in kWh; watts are joules a second")
+
+
+def _pair(answer: object, failures: Failures) -> tuple:
+    if failures.expect(
+        isinstance(answer, tuple | list) and len(answer) == 2, "return two values, in the order of the card"
+    ):
+        return tuple(answer)
+    raise TypeError("there are not two values to look at")
+
+
+CHECKS = {"01.1": convolution, "01.2": bound, "01.3": decode, "01.4": million}

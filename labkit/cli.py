@@ -1,0 +1,201 @@
+"""The command line: a thin layer over runs, report, course and store that turns a LabError into one sentence.
+
+Nothing that imports torch is loaded before the command that needs it, so that `labkit --help` answers at once.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from labkit import paths
+from labkit.errors import DataError, InputError, LabError
+from labkit.parameters import PRESETS
+
+if TYPE_CHECKING:
+    from labkit.runs import Run, Step
+
+RUNS = paths.ROOT / "runs"
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """A LabError ends the command with its sentence and code 2; any other exception is a bug, traceback and all."""
+        try:
+            return super().invoke(ctx)
+        except LabError as error:
+            sentence = click.ClickException(str(error))
+            sentence.exit_code = 2
+            raise sentence from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Inference optimisation, measured: run the lessons, take them, and see what was measured."""
+
+
+@main.command()
+def doctor() -> None:
+    """Check this machine and the installation, and say what to do. Exit code 1 if something is missing."""
+    from labkit.doctor import findings
+
+    good = True
+    for finding in findings():
+        good &= finding.good
+        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:8}  {finding.text}")
+    sys.exit(not good)
+
+
+@main.command()
+@click.argument("lesson", default="all", metavar="[NN|all]")
+@click.option("--preset", type=click.Choice(PRESETS), help="Default: class for one lesson, smoke for all.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...  Default: what the lesson says (auto).")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RUNS, help="Where results go: runs/.")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter of the lesson.")
+@click.option("--record", is_flag=True, help="Keep as reference: data/recorded/, and the lesson's own outputs.")
+def run(
+    lesson: str, preset: str | None, device: str | None, out: Path, given: tuple[tuple[str, str], ...], record: bool
+) -> None:
+    """Run a lesson, or all of them, and write the report."""
+    from labkit import lessons, report, runs
+
+    chosen = lessons.all_lessons() if lesson == "all" else [lessons.find(lesson)]
+    if not chosen:
+        raise InputError(
+            f"There is no lesson to run in {paths.NOTEBOOKS}; take the course's notebooks from its repository."
+        )
+    asked = {"PRESET": preset or os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class")}
+    asked |= {"DEVICE": device} if device else {}
+    asked |= dict(given)
+    for notebook in chosen:
+        bound = runs.bind(notebook.read_bytes(), asked)
+        if record:
+            runs.require_reference(bound)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        done = [_run_one(notebook, asked, out, record) for notebook in chosen]
+    except KeyboardInterrupt:
+        click.echo("\nlabkit: interrupted; the lesson under way left nothing behind, finished ones are kept.", err=True)
+        sys.exit(130)
+    if len(done) > 1:
+        click.echo("\n".join(["", *map(_summary, done)]))
+    click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+    sys.exit(any(one.error for one in done))
+
+
+def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) -> "Run":
+    from labkit import runs
+
+    result = runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
+    if sys.stderr.isatty():
+        click.echo("\r\033[K", nl=False, err=True)
+    click.echo(_summary(result))
+    if result.error:
+        click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
+    elif record:
+        for path in runs.keep_as_reference(result, notebook):
+            click.echo(f"recorded  {path}")
+    return result
+
+
+def _summary(result: "Run") -> str:
+    state = "failed" if result.error else "done"
+    return (
+        f"{state:6}  {result.lesson:36}{result.seconds:6.0f} s  {result.peak_memory / 1e9:5.1f} GB  {result.notebook}"
+    )
+
+
+def _progress(lesson: str) -> Callable[["Step"], None]:
+    """On a terminal one line that is rewritten at each cell, elsewhere a line for each section."""
+    began, seen = time.monotonic(), [""]
+
+    def show(step: "Step") -> None:
+        line = f"{lesson[:2]}  cell {step.cell:2}/{step.cells}  {time.monotonic() - began:4.0f} s  {step.section}"
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
+        elif step.section != seen[0]:
+            click.echo(line, err=True)
+        seen[0] = step.section
+
+    return show
+
+
+@main.command()
+@click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
+def report(folders: tuple[Path, ...]) -> None:
+    """Make one HTML page of the results in DIR..., written into the first of them.
+
+    By default these are runs/, and workspace/runs/ with what your own copies left there.
+    """
+    from labkit import course
+    from labkit import report as page
+
+    own = course.WORKSPACE / "runs"
+    found = list(folders) or [folder for folder in (RUNS, own) if folder.is_dir()] or [RUNS]
+    click.echo(page.write(found, found[0] / "report.html").resolve().as_uri())
+
+
+@main.command()
+@click.argument("lesson", metavar="NN")
+@click.option("--browser/--no-browser", default=True, help="Open a browser, or only print the address.")
+def start(lesson: str, browser: bool) -> None:
+    """Take a lesson: open your own copy, without the answers, in JupyterLab."""
+    from labkit import course
+
+    own = course.prepare(lesson)
+    click.echo(f"your copy: {own}")
+    sys.exit(course.open_in_jupyterlab(own, browser=browser))
+
+
+@main.group()
+def data() -> None:
+    """The data sets and models that the lessons use."""
+
+
+@data.command("list")
+def list_() -> None:
+    """What there is, how large, and whether it is here."""
+    from labkit import store
+
+    for row in store.listing():
+        click.echo(
+            f"{row['state']:8} {row['kind']:10} {int(row['bytes']) / 1e6:8.1f} MB  {row['name']:40} {row['licence']}"
+        )
+
+
+@data.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def fetch(names: tuple[str, ...]) -> None:
+    """Bring models into the user's cache (default: all that the lessons need)."""
+    from labkit import store
+
+    for name in names or store.models():
+        click.echo(f"ready  {name}  {store.fetch(name)}")
+
+
+@data.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def verify(names: tuple[str, ...]) -> None:
+    """Hash every file again (default: everything). Exit code 2 if one is missing or damaged."""
+    from labkit import store
+
+    wrong = 0
+    for name in names or store.entries():
+        try:
+            store.verify(name)
+            click.echo(f"ready  {name}")
+        except DataError as error:
+            wrong += 1
+            click.echo(f"FAIL   {error}", err=True)
+    sys.exit(2 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

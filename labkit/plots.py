@@ -1,0 +1,288 @@
+"""What a lesson shows: figures in one style with alt text and their data, tables, numbers with units.
+
+A figure is a PNG with its description in the output's metadata, followed by the description in words and the data as a
+folded table, because JupyterLab drops the `alt` of an image output. Deliberately no wrapper around matplotlib's plots.
+"""
+
+import base64
+import io
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from labkit.errors import InputError
+
+# Okabe and Ito (2008): colours told apart with the common forms of colour blindness; black is left to axes and text.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+SHORTEST_ALT = 30  # characters: below that it names the figure, it does not describe it
+BADGE = (
+    '<b style="background:#8a4b00;color:#fff;border-radius:3px;padding:1px 5px;font-size:85%;letter-spacing:.04em">'
+    "SIMULATED</b>"
+)
+_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+_SCALED = {"s", "B", "B/s", "FLOP", "FLOP/s", "FLOPs", "J", "W"}
+_UNITS = {prefix + base: (scale, base) for base in _SCALED for scale, prefix in (*_PREFIXES, (1e-9, "n"))}
+BARE = {"ratio", "fraction"}  # units that go without saying
+_WHOLE = {"B", "FLOP", "FLOPs"}  # counted, never a fraction of one
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def style() -> None:
+    """Set matplotlib to the course's style, for this process."""
+    import matplotlib
+    from cycler import cycler
+
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (6.8, 4.0),
+            "figure.dpi": 80,
+            "savefig.dpi": 80,
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.prop_cycle": cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#d9d9d9",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "legend.fontsize": 9,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5,
+        }
+    )
+
+
+def show(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
+    """Show a matplotlib figure, its description and its data, and close it.
+
+    `alt` tells who cannot see the figure what it shows, in at least 30 characters; `table` is the data, one dict a row.
+    InputError, and nothing shown, where either is missing or an axis has no label.
+    """
+    _check_alt(alt)
+    rows = checked_rows(table)
+    _check_labels(fig)
+    import matplotlib.pyplot as plt
+
+    png = io.BytesIO()
+    fig.savefig(png, format="png", metadata={"Software": None})
+    plt.close(fig)
+    png = _fewer_colours(png)
+    heading = caption or _title(fig) or "Figure"
+    picture = base64.b64encode(png.getvalue()).decode()
+    shown = f"{'SIMULATED: ' if simulated else ''}{heading}\n{alt}"
+    if in_notebook():  # a script has no screen for the picture: words and data only
+        emit(shown, data={"image/png": picture}, metadata={"image/png": {"alt": alt}})
+    badge = f"{BADGE} " if simulated else ""
+    words = f'<p style="margin:2px 0">{badge}{escape(caption)}</p>' if caption or simulated else ""
+    folded = f"{words}<details><summary>Description and data</summary><p>{escape(alt)}</p>{html_table(rows)}</details>"
+    emit(shown if in_notebook() else f"{shown}\n{text_table(rows)}", folded)
+
+
+def table(rows: Rows, *, caption: str = "", units: Mapping[str, str] | None = None, simulated: bool = False) -> None:
+    """Show rows (one dict a row) as a table; `units` maps a column to its unit. InputError for bad rows or columns."""
+    rows = checked_rows(rows)
+    unknown = [column for column in units or {} if column not in _columns(rows)]
+    if unknown:
+        raise InputError(f"units names {unknown[0]!r}, which is no column; the columns are {_listed(_columns(rows))}.")
+    text = text_table(rows, units)
+    title = " ".join(part for part in ("SIMULATED" if simulated else "", caption) if part)
+    emit(f"{title}\n{text}" if title else text, html_table(rows, units, caption=caption, simulated=simulated))
+
+
+def quantity(value: Any, unit: str = "") -> str:
+    """A value as a reader wants it: 0.00123 s -> '1.23 ms', 16e9 B -> '16 GB', 3 x -> '3.00x', 12345 -> '12,345'."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    unit = "" if unit in BARE else unit
+    if not math.isfinite(value):
+        return f"{value} {unit}".strip()
+    if unit in _SCALED:
+        smallest = 1.0 if unit in _WHOLE else 0.0
+        scale, prefix = next(
+            (pair for pair in _PREFIXES if abs(value) >= pair[0] >= smallest), (1.0, "") if smallest else (1e-9, "n")
+        )
+        if value == 0:
+            scale, prefix = 1.0, ""
+        return f"{_digits(value / scale)} {prefix}{unit}"
+    if unit in ("x", "×"):
+        return f"{value:.2f}x" if abs(value) < 100 else f"{value:,.0f}x"
+    if unit == "%":
+        return f"{_digits(value)} %"
+    return f"{_digits(value)} {unit}".strip()
+
+
+def interval(ci95: Sequence[float] | None, unit: str = "") -> str:
+    """A 95 % interval as '1.10 ms to 1.30 ms', or '' where there is none."""
+    return "" if ci95 is None else f"{quantity(ci95[0], unit)} to {quantity(ci95[1], unit)}"
+
+
+def factor(unit: str, wanted: str) -> float | None:
+    """What a value in `unit` is multiplied by to be in `wanted` (s -> ms: 1000); None where they do not compare."""
+    unit, wanted = (one.replace("×", "x").replace("us", "µs") for one in (unit, wanted))
+    if unit == wanted or not unit or not wanted:
+        return 1.0
+    (scale, base), (other, same) = (_UNITS.get(one, (1.0, one)) for one in (unit, wanted))
+    return scale / other if base == same else None
+
+
+def facts(title: str, values: Mapping[str, str]) -> None:
+    """Show a small card: a title, and a line for each name and value."""
+    width = max(map(len, values))
+    text = "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in values.items())])
+    lines = "".join(
+        f'<tr><th scope="row" align="left" style="text-align:left;padding:1px 12px 1px 0;font-weight:normal">'
+        f'<i>{escape(name)}</i></th><td align="left" style="text-align:left;padding:1px 0">{escape(value)}</td></tr>'
+        for name, value in values.items()
+    )
+    card = "border-left:4px solid #0072B2;padding:2px 0 2px 12px;margin:4px 0"
+    emit(text, f'<div style="{card}"><b>{escape(title)}</b><table style="margin:2px 0">{lines}</table></div>')
+
+
+def html_table(
+    rows: Rows, units: Mapping[str, str] | None = None, *, caption: str = "", simulated: bool = False
+) -> str:
+    """Rows as plain HTML: legible where styles are stripped (GitHub), in light and in dark."""
+    columns = _columns(rows)
+    right = {c for c in columns if all(_is_number(row.get(c)) or row.get(c) is None for row in rows)}
+
+    def cell(tag: str, column: str, content: str) -> str:
+        align = ' align="right"' if column in right else ' style="text-align:left"'
+        return f"<{tag}{align}>{content}</{tag}>"
+
+    head = "".join(cell("th", c, escape(_heading(c, units))) for c in columns)
+    body = "".join(
+        "<tr>" + "".join(cell("td", c, escape(quantity(row.get(c)))) for c in columns) + "</tr>" for row in rows
+    )
+    label = f"{BADGE} " * simulated + escape(caption)
+    title = f'<caption style="caption-side:top;text-align:left;font-weight:bold;padding:4px 10px">{label}</caption>'
+    return (
+        f'<table style="border-collapse:collapse;margin:4px 0">{title if label else ""}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def text_table(rows: Rows, units: Mapping[str, str] | None = None) -> str:
+    """Rows as aligned text, for terminals and text/plain."""
+    columns = _columns(rows)
+    lines = [[_heading(c, units) for c in columns], *([quantity(row.get(c)) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _fewer_colours(png: io.BytesIO) -> io.BytesIO:
+    """The same picture with a palette, a third of the bytes: line drawings have few colours."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    Image.open(png).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small
+
+
+def emit(
+    text: str,
+    html: str | None = None,
+    *,
+    data: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Show in a notebook as HTML (and whatever MIME types `data` adds), anywhere else as printed text."""
+    if not in_notebook():
+        print(text)
+        return
+    from IPython.display import display
+
+    bundle = {**(data or {}), **({"text/html": html} if html else {}), "text/plain": text}
+    display(bundle, metadata=metadata, raw=True)
+
+
+def in_notebook() -> bool:
+    """Whether outputs go to a Jupyter kernel (an IPython terminal shows text)."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def checked_rows(rows: Any) -> list[dict[str, Any]]:
+    """`rows` as a list of dicts; InputError where it is empty or anything else."""
+    listed = list(rows) if isinstance(rows, list | tuple) else []
+    if not listed or not all(isinstance(row, Mapping) and row for row in listed):
+        raise InputError("The table has to be a non-empty list of dicts, one a row, like [{'batch': 1, 'ms': 2.5}].")
+    return [dict(row) for row in listed]
+
+
+def _check_alt(alt: Any) -> None:
+    if not isinstance(alt, str) or len(alt.strip()) < SHORTEST_ALT:
+        raise InputError(
+            f"The figure has no alt text of {SHORTEST_ALT} characters or more; say in alt= what it shows: the axes, "
+            "the shape of the curve, the point that matters."
+        )
+
+
+def _check_labels(fig: Any) -> None:
+    if not fig.axes:
+        raise InputError("The figure has no axes; draw something on it before showing it.")
+    for number, ax in enumerate(fig.axes, start=1):
+        missing = [name for name in ("x", "y") if not _is_labelled(fig, ax, name)]
+        if ax.get_label() == "<colorbar>" and len(missing) < 2:
+            continue  # a colour bar measures along one side only
+        if missing:
+            title = ax.get_title(loc="left") or ax.get_title()
+            where = f"axes {number}" + (f" ({title})" if title else "")
+            raise InputError(
+                f"The {missing[0]} axis of {where} has no label; call ax.set_{missing[0]}label(...) with the quantity "
+                "and its unit."
+            )
+
+
+def _is_labelled(fig: Any, ax: Any, name: str) -> bool:
+    """Labelled itself or by the figure, or nothing to label: hidden, or without tick labels (shared, an image)."""
+    axis = getattr(ax, f"{name}axis")
+    if axis.get_label_text().strip() or not (ax.get_visible() and ax.axison and axis.get_visible()):
+        return True
+    shown = {"x": ("labelbottom", "labeltop"), "y": ("labelleft", "labelright")}[name]
+    without_ticks = not any(axis.get_tick_params().get(side) for side in shown) or len(axis.get_ticklocs()) == 0
+    return without_ticks or bool(getattr(fig, f"get_sup{name}label")().strip())
+
+
+def _title(fig: Any) -> str:
+    return fig.get_suptitle() or fig.axes[0].get_title(loc="left") or fig.axes[0].get_title()
+
+
+def _columns(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _heading(column: str, units: Mapping[str, str] | None) -> str:
+    unit = (units or {}).get(column)
+    return f"{column} ({unit})" if unit else str(column)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _digits(value: float) -> str:
+    """Whole numbers in full, others to three significant digits, powers of ten only beyond reading."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    if not 1e-4 <= abs(value) < 1e15:
+        return f"{value:.2e}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names))

@@ -1,0 +1,303 @@
+"""Pruning single weights: masks that hold through training, and a sparsity that is what the forward pass sees.
+
+Magnitude pruning of Han et al. 2015 with any criterion of `criteria`. A pruned model keeps its parameters and their
+names: a pruned weight is a stored zero, and hooks keep it one. Nothing gets smaller or faster here; see `sparse`.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from labkit.errors import InputError
+from labkit.pruning.criteria import Weight, prunable, prunable_attributes, saliency
+from labkit.pruning.selection import count_to_prune, fraction, lowest_k
+
+SCOPES = ("global", "layer", "row")
+
+
+def prune(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    criterion: str = "magnitude",
+    scope: str = "global",
+    batches: Iterable | None = None,
+    loss_fn=None,
+    exclude: str | Iterable[str] = (),
+    seed: int = 0,
+) -> nn.Module:
+    """A copy of `model` in which the fraction `sparsity` of the prunable weights (`criteria.prunable`) is held at zero.
+
+    sparsity: of all those weights together, not of those that remain; 1 and 1.0 both mean all. Reached to within half
+        a weight in every group that `scope` ranks by itself: "global" (one group), "layer", or "row" (an output unit).
+    criterion, batches, loss_fn, seed: see `criteria.saliency`.
+    exclude: names of modules or weights to leave alone; they then count neither as asked nor as reached.
+
+    Weights that are zero already go first, so pruning again keeps the earlier mask. Frozen weights are pruned too and
+    stay frozen; a shared weight is pruned once. The masks outlast optimizer steps, deepcopy and `load_state_dict`;
+    `state_dict` has the names and sizes of the dense model's and holds zeros. A model that was loaded from one gets
+    its masks back with prune(model, sparsity(model)). Masks cost every call two passes over the weights: for timing or
+    export take `make_permanent` of it.
+    """
+    asked = fraction(sparsity)
+    if scope not in SCOPES:
+        raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
+    _refuse_foreign(model)
+    weights = targets(model, exclude)
+    _refuse_growing_back(weights, asked, scope)
+    scores = _scores(model, weights, criterion, batches, loss_fn, seed)
+    return with_masks(model, {name: ~lowest for name, lowest in _lowest(weights, scores, asked, scope).items()})
+
+
+def sparsity(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> float:
+    """The fraction of the prunable weights that is zero in the forward pass, however it became so.
+
+    Masks count, those of torch.nn.utils.prune too, and so do stored zeros and parametrizations; a shared weight counts
+    once. An optimizer may have moved a pruned weight since the last forward pass: it is zero in the next one, and here.
+    """
+    zeros = total = 0
+    for weight in _seen(model, exclude):
+        total += weight.numel()
+        zeros += weight.numel() - int(weight.count_nonzero())
+    return zeros / total
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks that `model` holds, {name of the weight: bool tensor, True where kept}; other weights are absent."""
+    held = ((name, _mask(weight.module, weight.attribute)) for name, weight in prunable(model).items())
+    return {name: mask.clone() for name, mask in held if mask is not None}
+
+
+def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` that holds `masks` ({name of a prunable weight: bool tensor of its shape, True where kept})."""
+    weights = targets(model)
+    for name, mask in masks.items():
+        if name not in weights:
+            raise InputError(
+                f"{name!r} is not a prunable weight of this model: use names like {next(iter(weights))!r}."
+            )
+        if mask.dtype != torch.bool or mask.shape != weights[name].parameter.shape:
+            raise InputError(
+                f"The mask of {name!r} is {mask.dtype} {list(mask.shape)}, but it must be torch.bool of the weight's "
+                f"shape {list(weights[name].parameter.shape)}."
+            )
+    masked = copy.deepcopy(model)
+    owners = _owners(masked)
+    found = prunable(masked)
+    for name, mask in masks.items():
+        parameter = found[name].parameter
+        mask = mask.to(parameter.device, copy=True)
+        for module, attribute in owners[id(parameter)]:
+            module.register_buffer(_mask_name(attribute), mask, persistent=False)
+            _register(module.register_forward_pre_hook, module._forward_pre_hooks, _hold_own)
+            _register(module.register_state_dict_pre_hook, module._state_dict_pre_hooks, _hold_own)
+            _register(module.register_load_state_dict_post_hook, module._load_state_dict_post_hooks, _hold_own)
+    # Some models read a layer's weight without calling the layer (nn.MultiheadAttention does with out_proj).
+    _register(masked.register_forward_pre_hook, masked._forward_pre_hooks, _hold_all)
+    _hold_all(masked)
+    return masked
+
+
+def make_permanent(model: nn.Module) -> nn.Module:
+    """A copy of `model` without masks and hooks, its pruned weights plain zeros: to time, export or convert."""
+    _refuse_foreign(model)
+    plain = copy.deepcopy(model)
+    _hold_all(plain)
+    for module in plain.modules():
+        for attribute, _ in list(_own_masks(module)):
+            delattr(module, _mask_name(attribute))
+        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_hold_own, _hold_all)]:
+                del hooks[key]
+    return plain
+
+
+def targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
+    """`criteria.prunable` without the modules and weights named in `exclude`; an InputError if none is left."""
+    found = _included(model, _parts(model, exclude))
+    if not sum(weight.parameter.numel() for weight in found.values()):
+        raise InputError(
+            "The model has no weights to prune: it needs a Linear, Conv1d to Conv3d, transformers Conv1D or "
+            "MultiheadAttention that exclude does not name."
+        )
+    return found
+
+
+def _parts(model: nn.Module, exclude: str | Iterable[str]) -> list[str]:
+    parts = [exclude] if isinstance(exclude, str) else list(exclude)
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for part in parts:
+        if part not in known or not part:
+            raise InputError(
+                f"exclude names {part!r}, but the model has no such module or weight: see named_modules()."
+            )
+    return parts
+
+
+def _included(model: nn.Module, parts: list[str]) -> dict[str, Weight]:
+    """A shared weight is left out if any of its names is."""
+    named = model.named_parameters(remove_duplicate=False)
+    excluded = {id(parameter) for name, parameter in named if any(_inside(name, part) for part in parts)}
+    return {name: weight for name, weight in prunable(model).items() if id(weight.parameter) not in excluded}
+
+
+def _inside(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def _refuse_growing_back(weights: dict[str, Weight], asked: float, scope: str) -> None:
+    """Pruned weights do not come back, so asking for less than there is would silently do nothing."""
+    held = {name: weight.as_rows(~_kept(weight)) for name, weight in weights.items()}  # [out, in]
+    if scope == "row":
+        already = {name: (int(rows.sum(1).max()), rows.shape[1]) for name, rows in held.items()}
+    elif scope == "layer":
+        already = {name: (int(rows.sum()), rows.numel()) for name, rows in held.items()}
+    else:  # in a model without masks the stored zeros count: it may be a pruned one that was loaded
+        loaded = asked > 0 and not any(rows.any() for rows in held.values())
+        gone = sum(int((_zero(w) if loaded else ~_kept(w)).sum()) for w in weights.values())
+        already = {"the model": (gone, sum(rows.numel() for rows in held.values()))}
+    for label, (gone, n) in already.items():
+        if gone > count_to_prune(n, asked):
+            raise InputError(
+                f"{label} is already {gone / n:.2%} pruned{' in a row' if scope == 'row' else ''}, more than the "
+                f"{asked:.2%} asked for, and pruned weights do not come back: ask for more, or take the dense model."
+            )
+
+
+def _scores(model, weights: dict[str, Weight], criterion, batches, loss_fn, seed) -> dict[str, Tensor]:
+    """The saliency of `weights`, with weights that are gone already below every other one."""
+    found = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
+    if unseen := [name for name in weights if name not in found]:
+        raise InputError(
+            f"Criterion {criterion!r} has no score for {', '.join(unseen[:5])}, which the batches did not reach as a "
+            "layer's weight: name them in exclude, or use a criterion without data."
+        )
+    scores = {}
+    for name, weight in weights.items():
+        if found[name].isnan().any():
+            raise InputError(
+                f"Criterion {criterion!r} is NaN for {name!r}: look for NaN in the weights, the batches or the loss."
+            )
+        scores[name] = found[name].masked_fill(_zero(weight), -1.0).masked_fill(~_kept(weight), -2.0)
+    return scores
+
+
+def _lowest(weights: dict[str, Weight], scores: dict[str, Tensor], asked: float, scope: str) -> dict[str, Tensor]:
+    """True at the lowest scores of every group that `scope` ranks by itself."""
+    rows = {name: weights[name].as_rows(score) for name, score in scores.items()}  # [out, in]
+    if scope == "row":
+        lowest = {name: lowest_k(row, count_to_prune(row.shape[1], asked), dim=1) for name, row in rows.items()}
+    else:
+        lowest = {}
+        device = next(iter(rows.values())).device
+        for names in [list(rows)] if scope == "global" else [[name] for name in rows]:
+            flat = torch.cat([rows[name].flatten().to(device) for name in names])
+            parts = lowest_k(flat, count_to_prune(len(flat), asked)).split([rows[name].numel() for name in names])
+            lowest |= {name: part.view(rows[name].shape) for name, part in zip(names, parts, strict=True)}
+    return {name: weights[name].from_rows(low) for name, low in lowest.items()}
+
+
+def _kept(weight: Weight) -> Tensor:
+    mask = _mask(weight.module, weight.attribute)
+    return torch.ones_like(weight.parameter, dtype=torch.bool) if mask is None else mask
+
+
+def _zero(weight: Weight) -> Tensor:
+    """True where the forward pass sees a zero."""
+    return (weight.parameter.detach() == 0) | ~_kept(weight)
+
+
+# --- holding ----------------------------------------------------------------------------------------------------------
+
+
+def _mask_name(attribute: str) -> str:
+    return f"{attribute}_mask"
+
+
+def _mask(module: nn.Module, attribute: str) -> Tensor | None:
+    return module._buffers.get(_mask_name(attribute))
+
+
+def _own_masks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if _hold_own in module._forward_pre_hooks.values():
+        for attribute in module._parameters:
+            if (mask := _mask(module, attribute)) is not None:
+                yield attribute, mask
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place at which a parameter is registered, by its id: more than one where it is shared."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, attribute))
+    return owners
+
+
+def _register(register, registered: Mapping, hook) -> None:
+    if hook not in registered.values():
+        register(hook)
+
+
+def _hold_own(module: nn.Module, *_) -> None:
+    """Zeroes the module's pruned weights, and sees to it that their gradients are zero too.
+
+    With zero gradients, weight decay and a new optimizer's momentum leave a zero alone; an older momentum moves it, and
+    the next forward pass or state_dict puts it back. `.data`, so that two forward passes can share one backward pass.
+    """
+    for attribute, mask in _own_masks(module):
+        parameter = module._parameters[attribute]
+        parameter.data.masked_fill_(~mask, 0.0)
+        hooks = (parameter._backward_hooks or {}).values()  # deepcopy does not copy these, so it is looked at each time
+        if parameter.requires_grad and not any(getattr(hook, "func", None) is _mask_gradient for hook in hooks):
+            parameter.register_hook(partial(_mask_gradient, module, attribute))
+
+
+def _hold_all(model: nn.Module, *_) -> None:
+    for module in model.modules():
+        _hold_own(module)
+
+
+def _mask_gradient(module: nn.Module, attribute: str, gradient: Tensor) -> Tensor:
+    mask = _mask(module, attribute)
+    return gradient if mask is None else gradient.masked_fill(~mask, 0.0)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _seen(model: nn.Module, exclude: str | Iterable[str]) -> list[Tensor]:
+    """Every prunable weight once, as the forward pass sees it."""
+    parts = _parts(model, exclude)
+    foreign = [value for name, _, value in _foreign(model) if not any(_inside(name, part) for part in parts)]
+    own = targets(model, parts) if not foreign else _included(model, parts)
+    return foreign + [weight.parameter.detach().masked_fill(~_kept(weight), 0.0) for weight in own.values()]
+
+
+def _foreign(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Prunable weights that something else computes: (name, what does, value in the forward pass)."""
+    for path, module in model.named_modules():
+        for attribute in prunable_attributes(module):
+            name = f"{path}.{attribute}" if path else attribute
+            if f"{attribute}_orig" in module._parameters and _mask_name(attribute) in module._buffers:
+                value = module._parameters[f"{attribute}_orig"] * module._buffers[_mask_name(attribute)]
+                yield name, "masks of torch.nn.utils.prune", value.detach()
+            elif parametrize.is_parametrized(module, attribute) or isinstance(vars(module).get(attribute), Tensor):
+                yield name, "a parametrization", getattr(module, attribute).detach()
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    for name, what, _ in _foreign(model):
+        raise InputError(
+            f"{name} has {what}, which labkit's masks cannot be combined with: make it permanent first "
+            "(torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations)."
+        )

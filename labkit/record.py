@@ -1,0 +1,204 @@
+"""The record of a run: what was asked, on which machine, what came out. One JSON file, also embedded in the notebook.
+
+The MIME output survives papermill, nbconvert and nbval, so that an executed notebook carries its own results. It keeps
+samples and intervals, never a path or a host name; how results are drawn is left to report.py.
+"""
+
+import json
+import math
+import numbers
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any
+
+from labkit import paths, plots
+from labkit.errors import DataError, InputError
+
+SCHEMA = "labkit.record/1"
+MIME = "application/vnd.labkit.record+json"
+
+
+@dataclass(frozen=True, repr=False)
+class RunRecord:
+    """One finished run of a lesson. All fields hold plain JSON values.
+
+    measurements  {kind, name, value, unit, ci95, simulated, ...}: "measurement" (s) and "comparison" (x, with verdict)
+                  carry what labkit.bench wrote, samples included, as `detail`; "value" is a number or a text; "table"
+                  has `rows` in place of a value
+    predictions   {name, question, unit, predicted, measured}     measured in the prediction's unit, or None
+    claims        {id, value, ci95, verdict}      checks  {id, passed, failures}
+    budget        {seconds, memory, within}       what the preset allows (None: no limit), and whether it was kept
+    seconds counts the time in which cells ran; peak_memory and peak_device_memory are bytes.
+    """
+
+    lesson: str
+    title: str
+    preset: str
+    device: str
+    parameters: dict[str, Any]
+    machine: dict[str, Any]
+    measurements: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
+    claims: list[dict[str, Any]]
+    checks: list[dict[str, Any]]
+    seconds: float
+    peak_memory: int
+    peak_device_memory: int | None
+    budget: dict[str, Any]
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    labkit: str = field(default_factory=lambda: _version())
+    git: dict[str, Any] | None = field(default_factory=lambda: _git())
+    schema: str = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON values: numpy and torch scalars made plain, NaN and infinities as "nan", "inf", "-inf"."""
+        return plain({**asdict(self), "parameters": _without_folders(self.parameters)})
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "The record") -> "RunRecord":
+        """Read what to_dict gave; DataError, naming `source`, where the version or a field is wrong."""
+        found = values.get("schema") if isinstance(values, dict) else None
+        if found != SCHEMA:
+            raise DataError(f"{source} is of version {found!r}, this labkit reads {SCHEMA!r}; run the lesson again.")
+        known = {f.name: _KINDS[f.name] for f in fields(cls)}
+        for name, kind in known.items():
+            if not isinstance(values.get(name), kind) or (name not in values):
+                raise DataError(f"{source} is damaged: `{name}` is missing or malformed; run the lesson again.")
+        for entry in values["measurements"]:
+            if not isinstance(entry, dict) or not {"kind", "name"} <= set(entry):
+                raise DataError(f"{source} is damaged: a measurement has no kind or name; run the lesson again.")
+        return cls(**{name: values[name] for name in known})
+
+    def named(self, name: str) -> dict[str, Any] | None:
+        """The measurement called `name`, None where there is none."""
+        return next((entry for entry in self.measurements if entry["name"] == name), None)
+
+    def __repr__(self) -> str:
+        what = f"{len(self.measurements)} measurements, {len(self.claims)} claims, {len(self.checks)} checks"
+        return f"RunRecord(lesson {self.lesson}, {self.preset}, {self.machine.get('label', self.device)}: {what})"
+
+
+def write(record: RunRecord, path: Path) -> None:
+    """Write the record as JSON, whole or not at all, with its folder; InputError where the folder cannot be written."""
+    text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise InputError(
+            f"The record cannot be written to {path} ({error.strerror}); choose another results_dir."
+        ) from error
+
+
+def read(path: Path) -> RunRecord:
+    """Read a record file; DataError where it is missing, damaged or of another version."""
+    return RunRecord.from_dict(_json(path), f"The record {path}")
+
+
+def embed(record: RunRecord, text: str, html: str | None = None) -> None:
+    """Put the record into the cell's output, shown as `html` or `text`; outside a notebook print the text."""
+    plots.emit(text, html, data={MIME: record.to_dict()})
+
+
+def from_notebook(path: Path) -> RunRecord:
+    """The record that an executed notebook carries, the last one of several; DataError where there is none."""
+    notebook = _json(path)
+    cells = notebook.get("cells", []) if isinstance(notebook, dict) else []
+    found = [out["data"][MIME] for cell in cells for out in cell.get("outputs", []) if MIME in out.get("data", {})]
+    if not found:
+        raise DataError(f"{path} carries no run record; run the notebook to its last cell, lab.finish().")
+    return RunRecord.from_dict(found[-1], f"The record in {path}")
+
+
+def recorded(lesson: str, folder: Path | None = None) -> list[RunRecord]:
+    """The reference runs of a lesson, one a machine, in the order of the machines' folder names."""
+    return [read(path) for path in sorted((folder or paths.RECORDED).glob(f"*/{lesson}.json"))]
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types; InputError for what JSON cannot hold. NaN and infinities become texts.
+
+    Series of floats (samples) keep six significant digits, far below what any clock resolves, which halves a record.
+    """
+    if value is None or isinstance(value, bool | str):
+        return _anonymous(value) if isinstance(value, str) else value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        if len(value) > 4 and all(isinstance(one, float) and math.isfinite(one) for one in value):
+            return [float(f"{one:.6g}") for one in value]
+        return [plain(one) for one in value]
+    if hasattr(value, "tolist"):  # numpy's and torch's scalars and arrays
+        return plain(value.tolist())
+    raise InputError(
+        f"A record holds numbers, texts, lists and dicts, not a {type(value).__name__}; record what you measured of it."
+    )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"There is no {path}; run the lesson to its last cell, lab.finish(), to make it.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}); run the lesson again.") from None
+
+
+def _anonymous(text: str) -> str:
+    """Text without the folders of who ran it, which stand in messages of errors."""
+    for folder, name in ((str(paths.ROOT), "<course>"), (str(Path.home()), "~")):
+        if len(folder) > 1:
+            text = text.replace(folder, name)
+    return text
+
+
+def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter that is an absolute path keeps its last part."""
+    absolute = {
+        name: PurePath(value).name
+        for name, value in parameters.items()
+        if isinstance(value, str) and (PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute())
+    }
+    return {**parameters, **absolute}
+
+
+def _version() -> str:
+    try:
+        return version("labkit")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the course and whether files differ from it; None without git or outside a clone."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, timeout=10, check=True)
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("lesson", "title", "preset", "device", "created", "labkit", "schema"), str),
+    **dict.fromkeys(("parameters", "machine", "budget"), dict),
+    **dict.fromkeys(("measurements", "predictions", "claims", "checks"), list),
+    "seconds": int | float,
+    "peak_memory": int,
+    "peak_device_memory": int | None,
+    "git": dict | None,
+}

@@ -1,0 +1,356 @@
+"""One HTML page out of run records: this machine beside the recorded ones, the guide's claims, how good guesses were.
+
+The page (report.html is its frame) carries all that it shows, needs no script and no network, and prints. It only reads
+records: what they mean was decided when they were made.
+"""
+
+import html
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from string import Template
+from typing import Any
+from urllib.parse import quote
+
+from labkit import claims, paths, plots
+from labkit.errors import DataError, InputError
+from labkit.lessons import write as write_text
+from labkit.record import RunRecord, read
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result folder: its record (None where the lesson did not finish), run.json and executed notebook, if any."""
+
+    folder: Path
+    record: RunRecord | None
+    run: dict[str, Any]
+    notebook: Path | None
+
+    @property
+    def lesson(self) -> str:
+        return self.record.lesson if self.record else self.run["lesson"][:2]
+
+    @property
+    def created(self) -> str:
+        return self.record.created if self.record else self.run["created"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A record as one column of a table; `here` tells the user's runs from the recorded ones."""
+
+    record: RunRecord
+    here: bool
+
+    @property
+    def heading(self) -> str:
+        whose = "your run" if self.here else "recorded"
+        label = self.record.machine.get("label", self.record.device).split(", ")
+        return f"{_text(', '.join(label[:2]))}<br><small>{whose}, {_text(self.record.preset)}</small>"
+
+
+def write(folders: Sequence[Path], destination: Path) -> Path:
+    """Write the page of all results below `folders`, atomically, and return its path.
+
+    InputError where a folder is missing or none of them holds a result; a damaged result is listed on the page instead.
+    """
+    results, problems = collect(folders)
+    recorded, unreadable = _recorded()
+    try:
+        write_text(destination, page(results, recorded, [*problems, *unreadable], destination.parent))
+    except OSError as error:
+        raise InputError(
+            f"The report cannot be written to {destination} ({error.strerror}); mend that first."
+        ) from None
+    return destination
+
+
+def collect(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
+    """The results below `folders`, oldest first, and a sentence for each that cannot be read."""
+    results, problems = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"There is no folder {folder}; run a lesson first (./lab run 01), or name another folder.")
+        for home in sorted({file.parent for name in ("run.json", "record.json") for file in folder.rglob(name)}):
+            if any(part.startswith(".") for part in home.relative_to(folder).parts):
+                continue  # a run under way
+            try:
+                results.append(_result(home))
+            except DataError as error:
+                problems.append(str(error))
+    if not results and not problems:
+        raise InputError(f"There are no results in {', '.join(map(str, folders))}; run a lesson first: ./lab run 01.")
+    return sorted(results, key=lambda one: one.created), problems
+
+
+def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Sequence[str], base: Path) -> str:
+    """The whole page; links are relative to the folder `base`."""
+    newest = {result.lesson: result for result in results}
+    columns = [*(Column(one, True) for one in _newest_records(results)), *(Column(one, False) for one in recorded)]
+    lessons = sorted({column.record.lesson for column in columns})
+    body = [
+        _problems(problems),
+        _section("Machines", _machines(columns)),
+        _section("Runs", _runs([newest[lesson] for lesson in sorted(newest)], base)),
+        _section("What the guide claims", _claims(columns)),
+        _section("Predictions against measurements", _predictions(columns)),
+        *(_lesson([column for column in columns if column.record.lesson == lesson]) for lesson in lessons),
+    ]
+    frame = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return frame.substitute(body="\n".join(body), when=f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC", badge=plots.BADGE)
+
+
+# reading ------------------------------------------------------------------------------------------
+
+
+def _result(home: Path) -> Result:
+    record_file, run_file = home / "record.json", home / "run.json"
+    record = read(record_file) if record_file.exists() else None
+    try:
+        run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.exists() else {}
+        if not record and not {"lesson", "created", "status"} <= set(run):
+            raise ValueError
+    except (OSError, ValueError):
+        raise DataError(f"{run_file} cannot be read; remove its folder and run the lesson again.") from None
+    return Result(home, record, run, next(home.glob("[0-9][0-9]_*.ipynb"), None))
+
+
+def _recorded() -> tuple[list[RunRecord], list[str]]:
+    records, problems = [], []
+    for path in sorted(paths.RECORDED.glob("*/*.json")):
+        try:
+            records.append(read(path))
+        except DataError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def _newest_records(results: Iterable[Result]) -> list[RunRecord]:
+    """The newest record of each lesson on each machine at each preset."""
+    found = {}
+    for result in results:  # oldest first
+        if record := result.record:
+            found[record.lesson, record.machine.get("slug"), record.preset] = record
+    return list(found.values())
+
+
+# sections -----------------------------------------------------------------------------------------
+
+
+def _problems(problems: Sequence[str]) -> str:
+    items = "".join(f"<li>{_text(problem)}</li>" for problem in problems)
+    return _section("Could not be read", f"<ul>{items}</ul>") if items else ""
+
+
+def _machines(columns: Sequence[Column]) -> str:
+    seen = {(column.record.machine.get("slug"), column.here): column for column in columns}
+    rows = []
+    for column in seen.values():
+        machine = column.record.machine
+        gpu = machine.get("gpu") or {}
+        rows.append(
+            [
+                "your runs" if column.here else "recorded",
+                f"<b>{_text(machine.get('label', ''))}</b>",
+                _text(gpu.get("name") or "none"),
+                _text(machine.get("threads", "")),
+                _quantity(machine.get("memory"), "B"),
+                _text(machine.get("os", "")),
+                _text(f"Python {machine.get('python', '?')}, torch {machine.get('torch', '?')}"),
+            ]
+        )
+    return _table(["", "machine", "GPU", "threads", "memory", "system", "software"], rows)
+
+
+def _runs(results: Sequence[Result], base: Path) -> str:
+    rows = []
+    for result in results:
+        record, run = result.record, result.run
+        failed = run.get("status") == "failed"
+        error = run.get("error") or {}
+        where = f" (cell {error['cell']}, {error['section']})" if error.get("cell") else ""
+        state = f"{error.get('name')}: {error.get('message')}{where}" if failed else "finished"
+        passed = sum(check["passed"] for check in record.checks) if record else 0
+        rows.append(
+            [
+                _text(result.lesson),
+                _text(record.title if record else run["lesson"]),
+                _text(record.preset if record else run.get("parameters", {}).get("PRESET", "")),
+                _badge("failed" if failed else "finished", state),
+                _budget(record.seconds if record else run.get("seconds"), record, "seconds", "s"),
+                _budget(record.peak_memory if record else run.get("peak_memory"), record, "memory", "B"),
+                f"{passed} of {len(record.checks)}" if record and record.checks else "–",
+                _text(result.created[:16].replace("T", " ")),
+                _link(result.notebook, base),
+            ]
+        )
+    return _table(["lesson", "title", "preset", "state", "time", "memory", "checks", "when (UTC)", "notebook"], rows)
+
+
+def _budget(used: float | None, record: RunRecord | None, name: str, unit: str) -> str:
+    """What was used, and what of the preset's budget that is."""
+    limit = record.budget.get(name) if record else None
+    if not limit or used is None:
+        return _quantity(used, unit)
+    text = f"{_quantity(used, unit)} of {_quantity(limit, unit)}"
+    return text if used <= limit else f"{text} {_badge('failed', 'over budget')}"
+
+
+def _claims(columns: Sequence[Column]) -> str:
+    """Each claim, and what the newest record of each machine says about it."""
+    machines: dict[tuple[Any, bool], Column] = {}
+    verdicts: dict[tuple[str, Any, bool], dict] = {}
+    for column in columns:
+        key = (column.record.machine.get("slug"), column.here)
+        machines[key] = column
+        verdicts |= {(claim["id"], *key): claim for claim in column.record.claims}
+    rows = []
+    for claim in claims.load().values():
+        found = [verdicts.get((claim.id, *key)) for key in machines]
+        missing = "needs a document" if claim.needs == "document" else "not yet measured"
+        rows.append(
+            [
+                _text(claim.id),
+                f"{_text(claim.text)}<br><small>{_text(claim.quantity)}; {_text(claim.source)}</small>",
+                _text(claims.expected(claim)),
+                *(_verdict(one, claim.unit) if one else _badge("missing", missing) for one in found or [None]),
+            ]
+        )
+    headings = [column.heading for column in machines.values()] or ["measured"]
+    return _table(["", "claim", "would be confirmed by", *headings], rows, wide=True)
+
+
+def _verdict(claim: dict[str, Any], unit: str) -> str:
+    value = "" if claim["value"] is None else f"<br>{_valued(claim['value'], unit, claim.get('ci95'))}"
+    return f"{_badge(claim['verdict'], claim['verdict'])}{value}"
+
+
+def _predictions(columns: Sequence[Column]) -> str:
+    rows = [
+        [
+            _text(column.record.lesson),
+            f"{_text(one['question'] or one['name'])}",
+            _quantity(one["predicted"], one["unit"]),
+            _quantity(one["measured"], one["unit"]),
+            _text(_off_by(one["predicted"], one["measured"])),
+            column.heading,
+        ]
+        for column in columns
+        if column.here
+        for one in column.record.predictions
+    ]
+    if not rows:
+        return "<p>No prediction was made yet.</p>"
+    return _table(["lesson", "question", "predicted", "measured", "off by", "machine"], rows)
+
+
+def _off_by(predicted: Any, measured: Any) -> str:
+    """How far a guess was off, as a factor: "2.00x too high"."""
+    if not all(isinstance(one, int | float) and one > 0 for one in (predicted, measured)):
+        return "–"
+    factor = max(predicted / measured, measured / predicted)
+    if factor < 1.005:
+        return "right"
+    return f"{plots.quantity(factor, 'x')} too {'high' if predicted > measured else 'low'}"
+
+
+def _lesson(columns: Sequence[Column]) -> str:
+    record = columns[0].record
+    checks = [
+        [_text(check["id"]), _badge("finished", "passed") if check["passed"] else _failures(check), column.heading]
+        for column in columns
+        if column.here
+        for check in column.record.checks
+    ]
+    parts = [_measurements(columns)]
+    if checks:
+        parts += ["<h3>Exercises</h3>", _table(["exercise", "result", "machine"], checks)]
+    return _section(f"{record.lesson} {record.title}", "".join(parts))
+
+
+def _failures(check: dict[str, Any]) -> str:
+    listed = "".join(f"<li>{_text(failure)}</li>" for failure in check.get("failures") or [])
+    return f"{_badge('failed', 'not yet')}<ul>{listed}</ul>"
+
+
+def _measurements(columns: Sequence[Column]) -> str:
+    """One row a name with a value from each record, then the recorded tables, folded."""
+    names = dict.fromkeys(entry["name"] for column in columns for entry in column.record.measurements)
+    rows, folded = [], []
+    for name in names:
+        entries = [(column, column.record.named(name)) for column in columns]
+        if any(entry and entry["kind"] == "table" for _, entry in entries):
+            folded += [_folded(column, entry) for column, entry in entries if entry]
+        else:
+            simulated = any(entry and entry.get("simulated") for _, entry in entries)
+            label = f"{_text(name)} {plots.BADGE}" if simulated else _text(name)
+            rows.append([label, *(_entry(entry) if entry else "–" for _, entry in entries)])
+    table = _table(["measured", *(column.heading for column in columns)], rows) if rows else ""
+    return table + "".join(folded)
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    verdict = f" {_badge(entry['verdict'], entry['verdict'])}" if entry.get("verdict") else ""
+    return _valued(entry.get("value"), entry.get("unit", ""), entry.get("ci95")) + verdict
+
+
+def _folded(column: Column, entry: dict[str, Any]) -> str:
+    simulated = f" {plots.BADGE}" if entry.get("simulated") else ""
+    summary = f"{_text(entry['name'])}{simulated} <small>{column.heading.replace('<br>', ', ')}</small>"
+    table = plots.html_table(entry["rows"]) if entry.get("rows") else ""
+    return f'<details><summary>{summary}</summary><div class="scroll">{table}</div></details>'
+
+
+# pieces -------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _quantity(value: Any, unit: str) -> str:
+    return _text(plots.quantity(value, unit))
+
+
+def _valued(value: Any, unit: str, ci95: Any) -> str:
+    interval = f" <small>({_text(plots.interval(ci95, unit))})</small>" if ci95 else ""
+    return _quantity(value, unit) + interval
+
+
+def _badge(kind: str, text: str) -> str:
+    """Told apart by its words, not by colour alone."""
+    return f'<span class="badge {_TONES.get(kind, "plain")}">{_text(text)}</span>'
+
+
+def _link(notebook: Path | None, base: Path) -> str:
+    if notebook is None:
+        return "–"
+    return f'<a href="{quote(Path(os.path.relpath(notebook, base)).as_posix())}">{_text(notebook.name)}</a>'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{body}</section>"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wide: bool = False) -> str:
+    """Headings and cells are HTML already."""
+
+    def cells(row: Sequence[str]) -> Iterator[str]:
+        yield f'<th scope="row">{row[0]}</th>'
+        yield from (f"<td>{cell}</td>" for cell in row[1:])
+
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    body = "".join(f"<tr>{''.join(cells(row))}</tr>" for row in rows)
+    table = f"<table{' class=wide' * wide}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+_TONES = {
+    **dict.fromkeys(("confirmed", "finished", "faster"), "good"),
+    **dict.fromkeys(("contradicted", "failed", "slower"), "bad"),
+    **dict.fromkeys(("inconclusive", "equivalent"), "even"),
+}

@@ -1,0 +1,399 @@
+"""A lesson's session: start() settles seeds, threads, device, preset; the Lab collects what is predicted and measured.
+
+Predict first, measure then, compare both with what was claimed; finish() writes it all down as one record. It measures
+nothing itself (labkit.bench does), judges no exercise (labkit.checks does) and installs or downloads nothing.
+"""
+
+import math
+import numbers
+import os
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from labkit import checks, claims, machine, plots, record
+from labkit.bench import Comparison, Measurement, compare, measure
+from labkit.errors import InputError
+from labkit.process import Stopwatch, peak_memory, threads
+from labkit.record import RunRecord
+from labkit.summary import summary
+
+LESSONS = {
+    "01": "The inference challenge",
+    "02": "Unstructured pruning",
+    "03": "Structured pruning of CNNs",
+    "04": "Structured pruning of transformers",
+    "05": "N:M sparsity",
+    "06": "Quantization foundations",
+    "07": "Post-training quantization",
+    "08": "Quantization-aware training",
+    "09": "LLM quantization",
+    "10": "Knowledge distillation",
+    "11": "Efficient attention and KV cache",
+    "12": "Hardware deployment",
+    "13": "Case studies",
+}
+
+
+class Budget(NamedTuple):
+    """What a lesson may take at a preset: seconds of running cells, bytes of memory (None: no limit)."""
+
+    seconds: float
+    memory: float | None
+
+
+BUDGETS = {"smoke": Budget(90, 4e9), "class": Budget(600, None), "full": Budget(900, None)}
+SETTLED_BY = {  # what a claim needs -> the kind of device that can settle it, and what to say elsewhere
+    "gpu": ({"cuda"}, "it needs a GPU"),
+    "cpu": ({"cpu"}, "it is about a CPU"),
+    "document": (set(), "only a document could settle it"),
+}
+
+
+def start(
+    lesson: str,
+    *,
+    preset: str = "class",
+    device: str = "auto",
+    seed: int = 0,
+    results_dir: str | os.PathLike = "runs",
+    parameters: Mapping[str, Any] | None = None,
+) -> "Lab":
+    """Begin lesson "01".."13": seed Python, numpy and torch, set the threads and the plot style, show the machine card.
+
+    preset: "smoke", "class" or "full"; LABKIT_PRESET, where set, wins. device: "cpu", "cuda", "cuda:N", or "auto",
+    which is LABKIT_DEVICE where set, else CUDA where torch has it. The record goes to results_dir/<lesson>/record.json.
+    parameters: the lesson's own knobs, for the record. InputError for anything else, before anything is changed.
+    """
+    if lesson not in LESSONS:
+        raise InputError(f'There is no lesson {lesson!r}; give one of "01" to "13", as text with two digits.')
+    preset = _preset(preset)
+    chosen = _device(device)
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
+    folder = _results_folder(results_dir)
+    knobs = record.plain({"SEED": seed, **(parameters or {})})
+
+    random.seed(int(seed))
+    np.random.seed(int(seed))
+    torch.manual_seed(int(seed))
+    torch.set_num_threads(threads())
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen.index or 0)
+        torch.cuda.reset_peak_memory_stats()
+    plots.style()
+    lab = Lab(lesson, preset, chosen, int(seed), folder / lesson / "record.json", knobs)
+    lab._show_card()
+    return lab
+
+
+class Lab:
+    """One session of a lesson. What is measured under a name stands beside what was predicted under that name.
+
+    Running a cell again replaces what it had recorded, and finish() may be called again: it writes the record anew.
+    """
+
+    def __init__(
+        self, lesson: str, preset: str, device: torch.device, seed: int, path: Path, parameters: dict[str, Any]
+    ) -> None:
+        self.lesson, self.preset, self.device, self.seed = lesson, preset, device, seed
+        self.title = LESSONS[lesson]
+        self.budget = BUDGETS[preset]
+        self.machine = machine.fingerprint(device)
+        self._path, self._parameters = path, parameters
+        self._stopwatch = Stopwatch()
+        self._measurements: dict[str, dict[str, Any]] = {}
+        self._predictions: dict[str, dict[str, Any]] = {}
+        self._claims: dict[str, dict[str, Any]] = {}
+        self._checks: dict[str, dict[str, Any]] = {}
+
+    def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
+        """The value for this session's preset. A preset changes sizes, never what is done."""
+        return {"smoke": smoke, "class": class_, "full": full}[self.preset]
+
+    # before and after measuring ---------------------------------------------------------------------------------
+
+    def predict(self, name: str, value: float, unit: str = "", question: str = "") -> None:
+        """Commit to a number before `name` is measured; afterwards the first prediction stands."""
+        _check_name(name)
+        number = _number(value)
+        if number is None or not math.isfinite(number):
+            raise InputError(f"The prediction {name!r} is {value!r}; give one number, your best guess will do.")
+        if name in self._measurements:
+            first = self._predictions.get(name)
+            kept = (
+                f"your prediction of {plots.quantity(first['predicted'], first['unit'])} stands"
+                if first
+                else "too late"
+            )
+            plots.emit(f"{name} has been measured already: {kept}. Restart the kernel to predict afresh.")
+            return
+        self._predictions[name] = {
+            "name": name, "question": question, "unit": unit, "predicted": number, "measured": None
+        }  # fmt: skip
+        plots.emit(f"predicted  {name}: {plots.quantity(number, unit)}")
+
+    def measure(self, name: str, fn: Callable[[], Any], **options: Any) -> Measurement:
+        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; keep it."""
+        _check_name(name)
+        result = measure(fn, name=name, **{"device": self.device, **options})
+        self._keep(name, "measurement", result.median_s, "s", result.ci95_s, detail=result.to_dict())
+        plots.emit(str(result))
+        return result
+
+    def compare(
+        self, name: str, baseline: Callable[[], Any], candidate: Callable[[], Any], **options: Any
+    ) -> Comparison:
+        """Time both with labkit.bench.compare, on this session's device unless `device` says otherwise; keep it."""
+        _check_name(name)
+        result = compare(baseline, candidate, **{"device": self.device, **options})
+        self._keep(
+            name, "comparison", result.speedup, "x", result.ci95, verdict=result.verdict, detail=result.to_dict()
+        )
+        plots.emit(str(result))
+        return result
+
+    def record(
+        self,
+        name: str,
+        value: Any,
+        unit: str = "",
+        *,
+        ci95: Sequence[float] | None = None,
+        simulated: bool = False,
+    ) -> None:
+        """Keep a number, a text or rows (a list of dicts) under `name`. simulated: computed, not measured."""
+        _check_name(name)
+        badge = "SIMULATED  " if simulated else ""
+        if isinstance(value, list | tuple):
+            rows = record.plain(plots.checked_rows(value))
+            self._measurements[name] = {
+                "kind": "table", "name": name, "rows": rows, "unit": unit, "simulated": simulated
+            }  # fmt: skip
+            plots.emit(f"{badge}recorded  {name}: {len(rows)} rows")
+            return
+        number = value if isinstance(value, str | bool) else _number(value)
+        if number is None:
+            raise InputError(
+                f"{name!r} is a {type(value).__name__}; record a number, a text or a list of dicts (one a row)."
+            )
+        self._keep(name, "value", number, unit, ci95, simulated=simulated)
+        between = f"  [95 %: {plots.interval(ci95, unit)}]" if ci95 is not None else ""
+        plots.emit(f"{badge}recorded  {name}: {plots.quantity(number, unit)}{between}")
+
+    def claim(self, id: str, value: float | None = None, ci95: Sequence[float] | None = None) -> str:
+        """Hold a claim of the guide against our value (None: it cannot be had here); shows and returns the verdict.
+
+        A claim about a GPU is not settled by a CPU's number, nor the other way round.
+        """
+        known = claims.load()
+        if id not in known:
+            near = [one for one in known if one.partition(".")[0] == str(id).partition(".")[0]] or list(known)
+            raise InputError(f"There is no claim {id!r} in claims.toml; there are {', '.join(near) or 'none yet'}.")
+        claim = known[id]
+        kinds, reason = SETTLED_BY.get(claim.needs, ({"cpu", "cuda"}, ""))
+        number = _number(value) if value is not None else None
+        verdict = claims.verdict(claim, number if value is None or number is not None else value, ci95)
+        if self.device.type not in kinds:
+            verdict = "not measurable here"
+        self._claims[id] = {"id": id, "value": number, "ci95": ci95 and list(ci95), "verdict": verdict}
+        here = f"here {plots.quantity(number, claim.unit)}" if number is not None else reason or "not measured"
+        if number is not None and verdict == "not measurable here":
+            here = f"{here}, but {reason}"
+        facts = f"expected {claims.expected(claim)}; {here}"
+        plots.emit(
+            f"claim {id}: {claim.text}\n  {claim.quantity}: {facts}: {verdict.upper()}",
+            f"<p><b>Claim {id}.</b> {escape(claim.text)}<br>{escape(f'{claim.quantity}: {facts}')}: "
+            f"<b>{verdict}</b></p>",
+        )
+        return _Shown(verdict)
+
+    def check(self, id: str, fn: Callable, **context: Any) -> None:
+        """Check an exercise's answer and say all that is wrong: AssertionError then, NotImplementedError for a stub."""
+        __tracebackhide__ = True  # IPython and pytest then show the learner's own lines
+        try:
+            result = checks.check(id, fn, **context)
+        except NotImplementedError:
+            self._checks[id] = {"id": id, "passed": False, "failures": ["not done yet"]}
+            plots.emit(f"exercise {id}: not done yet. Replace the `raise NotImplementedError` line with your answer.")
+            raise NotImplementedError(f"exercise {id} is not done yet") from None  # a traceback would show the check
+        self._checks[id] = {"id": id, "passed": result.passed, "failures": list(result.failures)}
+        if result.passed:
+            plots.emit(f"exercise {id}: passed, {result.tried} requirements met.")
+            return
+        count = f"{len(result.failures)} thing{'s' * (len(result.failures) > 1)} to look at"
+        listed = "".join(f"<li>{escape(one)}</li>" for one in result.failures)
+        plots.emit(
+            "\n  - ".join([f"exercise {id}: {count}", *result.failures]),
+            f"<b>Exercise {escape(id)}: {count}</b><ul>{listed}</ul>",
+        )
+        raise AssertionError(f"exercise {id}: {count}, listed above")
+
+    # showing ----------------------------------------------------------------------------------------------------
+
+    show = staticmethod(plots.show)
+    table = staticmethod(plots.table)
+
+    def recorded(self, name: str) -> list[dict[str, Any]]:
+        """What reference runs of this lesson hold under `name`: one dict a machine, with machine, device and preset."""
+        return [
+            {"machine": run.machine.get("label", "unnamed"), "device": run.device, "preset": run.preset, **entry}
+            for run in record.recorded(self.lesson)
+            if (entry := run.named(name))
+        ]
+
+    def beside(self, name: str) -> None:
+        """Show this machine's number beside the recorded ones; a kind of device that nobody recorded is said so."""
+        own = self._measurements.get(name)
+        if own is None or own["kind"] == "table":
+            there = ", ".join(key for key, entry in self._measurements.items() if entry["kind"] != "table")
+            raise InputError(f"There is no number called {name!r} to show; measured so far: {there or 'nothing'}.")
+        here = {
+            "machine": f"this machine: {self.machine.label}",
+            "device": self.device.type,
+            "preset": self.preset,
+            **own,
+        }
+        found = [here, *self.recorded(name)]
+        rows = [_beside_row(entry) for entry in found]
+        for kind, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
+            if all(torch.device(entry["device"]).type != kind for entry in found):
+                rows.append({"machine": words, "preset": "–", "value": "not recorded yet", "95 % interval": ""})
+        plots.table(rows, caption=name, simulated=own["simulated"])
+
+    def finish(self) -> RunRecord:
+        """Write the record to results_dir/<lesson>/record.json, embed it in the notebook, show what came of it all."""
+        seconds, peak = self._stopwatch.seconds, peak_memory()
+        on_gpu = self.device.type == "cuda"
+        within = seconds <= self.budget.seconds and (self.budget.memory is None or peak <= self.budget.memory)
+        done = RunRecord(
+            lesson=self.lesson,
+            title=self.title,
+            preset=self.preset,
+            device=str(self.device),
+            parameters=self._parameters,
+            machine=record.plain(self.machine.to_dict()),
+            measurements=list(self._measurements.values()),
+            predictions=list(self._predictions.values()),
+            claims=list(self._claims.values()),
+            checks=list(self._checks.values()),
+            seconds=round(seconds, 3),
+            peak_memory=peak,
+            peak_device_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
+            budget={**self.budget._asdict(), "within": within},
+        )
+        record.write(done, self._path)
+        record.embed(done, *summary(done))
+        return done
+
+    # inside -----------------------------------------------------------------------------------------------------
+
+    def _keep(
+        self,
+        name: str,
+        kind: str,
+        value: Any,
+        unit: str,
+        ci95: Sequence[float] | None,
+        *,
+        simulated: bool = False,
+        **more: Any,
+    ) -> None:
+        """Note a value and set it beside its prediction, in the prediction's unit; if those differ, keep nothing."""
+        if ci95 is not None and len(ci95) != 2:
+            raise InputError(f"The interval of {name!r} is {ci95!r}; give (low, high).")
+        entry = {"kind": kind, "name": name, "value": value, "unit": unit, "ci95": ci95, "simulated": simulated, **more}
+        plain = record.plain(entry)
+        if (guess := self._predictions.get(name)) and _number(value) is not None:
+            factor = plots.factor(unit, guess["unit"])
+            if factor is None:
+                raise InputError(
+                    f"{name!r} was predicted in {guess['unit']} and measured in {unit}; use one unit for both."
+                )
+            guess["measured"] = record.plain(value * factor)
+        self._measurements[name] = plain
+
+    def _show_card(self) -> None:
+        here, memory = self.machine, self.budget.memory
+        budget = f"{self.budget.seconds} s" + (f", {plots.quantity(memory, 'B')}" if memory else "")
+        facts = {
+            "device": f"{self.device}: {here.label}",
+            "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
+            "software": f"Python {here.python}, torch {here.torch}",
+            "preset": f"{self.preset}, within {budget}; seed {self.seed}",
+        }
+        plots.facts(f"Lesson {self.lesson}: {self.title}", facts)
+
+
+class _Shown(str):
+    """A text that has been displayed: at the end of a cell IPython does not echo it."""
+
+    def _ipython_display_(self) -> None:
+        pass
+
+
+def _beside_row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "machine": entry["machine"],
+        "preset": entry["preset"],
+        "value": plots.quantity(entry["value"], entry["unit"]),
+        "95 % interval": plots.interval(entry["ci95"], entry["unit"]),
+    }
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"The name is {name!r}; give what is measured as a short text, like 'decode speed'.")
+
+
+def _number(value: Any) -> float | int | None:
+    """A number of Python, numpy or torch as a plain one; None for anything else."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _preset(asked: str) -> str:
+    override = os.environ.get("LABKIT_PRESET")
+    chosen = override or asked
+    if chosen not in BUDGETS:
+        where = "LABKIT_PRESET" if override else "preset"
+        raise InputError(f"{where} is {chosen!r}; choose one of {', '.join(BUDGETS)}.")
+    return chosen
+
+
+def _device(asked: str) -> torch.device:
+    override = os.environ.get("LABKIT_DEVICE") if asked == "auto" else None
+    chosen = override or asked
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(chosen, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
+        where = "LABKIT_DEVICE" if override else "device"
+        raise InputError(f"{where} is {chosen!r}; choose auto, cpu, cuda or cuda:N.")
+    device = torch.device(chosen)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = f"torch sees {count} of them" if count else "torch sees no CUDA device here"
+        raise InputError(f"The device {chosen} is not there ({there}); choose auto or cpu, or mend the driver.")
+    return device
+
+
+def _results_folder(results_dir: str | os.PathLike) -> Path:
+    try:
+        folder = Path(results_dir)
+    except TypeError:
+        raise InputError(f"results_dir is {results_dir!r}; give the path of a folder as text.") from None
+    nearest = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(
+            f"Results cannot be written to {folder}; give a results_dir that is a folder you may write to."
+        )
+    return folder

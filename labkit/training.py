@@ -1,0 +1,244 @@
+"""The one training loop of the course: one-cycle learning rate, bf16 where the processor has it, seeded batches.
+
+The schedule is Smith & Topin's one-cycle policy (2018, arXiv:1708.07120) as torch has it. It trains in place the model
+that it is given, on that model's device; it has no checkpoints, callbacks or loggers: runs here take minutes.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from labkit.errors import InputError
+
+Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Tensors cut into batches: a tuple (inputs, labels) or a dict of what a transformers model takes, all of length N.
+
+    Each pass over it is one epoch. With a `seed` each epoch has its own order, and a new object starts again at the
+    first. `collate` is applied to each batch. The last batch may be smaller.
+    """
+
+    data: Batch
+    batch_size: int
+    seed: int | None = None
+    collate: Callable[[Batch], Batch] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InputError(f"batch_size must be a whole number from 1 up; it is {self.batch_size!r}.")
+        if len({len(tensor) for tensor in self._tensors()}) != 1:
+            raise InputError(f"all tensors need one length; they have {[len(tensor) for tensor in self._tensors()]}.")
+        generator = torch.Generator().manual_seed(self.seed) if self.seed is not None else None
+        object.__setattr__(self, "_generator", generator)
+
+    def _tensors(self) -> list[Tensor]:
+        return list(self.data.values() if isinstance(self.data, dict) else self.data)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._tensors()[0]) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = len(self._tensors()[0])
+        order = torch.arange(size) if self._generator is None else torch.randperm(size, generator=self._generator)
+        for chosen in order.split(self.batch_size):
+            batch = _each(self.data, lambda tensor, chosen=chosen: tensor[chosen])
+            yield self.collate(batch) if self.collate else batch
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training run was: the loss of each step, its seconds, and its arithmetic, "bf16" or "fp32"."""
+
+    losses: list[float]
+    seconds: float
+    precision: str
+
+
+def task_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of (inputs, labels), or the loss that a transformers model computes for a dict with labels."""
+    if isinstance(batch, dict):
+        return model(**batch).loss
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels)
+
+
+def train_(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    epochs: int = 1,
+    max_lr: float,
+    optimizer: str = "sgd",
+    weight_decay: float = 5e-4,
+    warmup: float = 0.3,
+    steps: int | None = None,
+    loss_fn: Callable[[nn.Module, Batch], Tensor] = task_loss,
+    precision: str = "auto",
+    label: str = "",
+) -> History:
+    """Train `model` in place on its own device for `epochs` passes over `batches`, or fewer if `steps` ends first.
+
+    optimizer: "sgd" (Nesterov, momentum from .95 to .85 and back as the rate rises and falls) or "adamw". warmup:
+    share of the steps in which the rate rises to `max_lr`. precision: "bf16" (autocast), "fp32", or "auto" for bf16
+    where the device computes in it. label: shown on a progress bar, which appears only with a label. `model` is left
+    in the mode, train or eval, that it came in. Random layers (dropout) draw from torch's global generator: seed it
+    for a run that repeats. Raises InputError before any work.
+    """
+    total = _total_steps(batches, epochs, steps)
+    _check_recipe(max_lr, optimizer, warmup, precision)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError(
+            "the model has no parameter that requires a gradient; set requires_grad_() on what shall learn."
+        )
+    device = parameters[0].device
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    if optimizer == "sgd":
+        descent = torch.optim.SGD(parameters, max_lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    else:
+        descent = torch.optim.AdamW(parameters, max_lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        descent, max_lr, total_steps=total, pct_start=warmup, cycle_momentum=optimizer == "sgd"
+    )
+    losses, start = [], time.perf_counter()
+    with _training(model), tqdm(total=total, desc=label, disable=not label, mininterval=2) as bar:
+        for batch in _endless(batches, total):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = loss_fn(model, place(batch, device))
+            descent.zero_grad(set_to_none=True)
+            loss.backward()
+            descent.step()
+            schedule.step()
+            losses.append(loss.detach())
+            bar.update()
+    return History(torch.stack(losses).float().tolist(), time.perf_counter() - start, "bf16" if bf16 else "fp32")
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Share of right answers, 0..1, in eval mode and the model's own precision; a dict's labels are under "labels"."""
+    device = next(model.parameters()).device
+    right = seen = 0
+    with _mode(model, train=False):
+        for batch in batches:
+            batch = place(batch, device)
+            if isinstance(batch, dict):
+                labels = batch["labels"]
+                scores = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits  # [B, C]
+            else:
+                scores, labels = model(batch[0]), batch[1]  # [B, C], [B]
+            right += int((scores.argmax(-1) == labels).sum())
+            seen += len(labels)
+    if not seen:
+        raise InputError("there is no batch to measure accuracy on; pass at least one.")
+    return right / seen
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
+    """exp of the mean loss per predicted token over `tokens` [N], in separate windows: each starts without context.
+
+    Every window predicts all its tokens but the first. Tokens that do not fill the last window are left out.
+    """
+    if window < 2 or tokens.ndim != 1 or len(tokens) < window:
+        raise InputError(
+            f"tokens must be 1-D with at least one window of {window} (2 or more); shape {tuple(tokens.shape)}."
+        )
+    device = next(model.parameters()).device
+    total = 0.0
+    windows = tokens[: len(tokens) // window * window].view(-1, window).to(device)  # [W, window]
+    with _mode(model, train=False):
+        for ids in windows:
+            logits = model(input_ids=ids[None]).logits[0, :-1].float()  # [window-1, vocabulary]
+            total += F.cross_entropy(logits, ids[1:]).item()
+    return math.exp(total / len(windows))
+
+
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether the device multiplies bf16 in hardware: AVX512-BF16 or AMX on a CPU, compute capability 8.0 on CUDA."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.device(device).type != "cpu":
+        return False
+    # torch has no public name for this that is as old as 2.9
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+
+
+def place(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; images [B, C, H, W] in channels-last order, which convolutions want."""
+
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device, non_blocking=True)
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+    return _each(batch, move)
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    if isinstance(batch, dict):
+        return {name: change(tensor) for name, tensor in batch.items()}
+    return tuple(change(tensor) for tensor in batch)
+
+
+def _total_steps(batches: Iterable[Batch], epochs: int, steps: int | None) -> int:
+    if not hasattr(batches, "__len__") or len(batches) == 0:
+        raise InputError("batches must have a length and at least one batch; a list or labkit.training.Batches has.")
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if not (name == "steps" and value is None) and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} must be a whole number from 1 up; it is {value!r}.")
+    return min(epochs * len(batches), steps or math.inf)
+
+
+def _check_recipe(max_lr: float, optimizer: str, warmup: float, precision: str) -> None:
+    if not 0 < max_lr < math.inf:
+        raise InputError(f"max_lr must be a positive number; it is {max_lr!r}.")
+    if optimizer not in ("sgd", "adamw"):
+        raise InputError(f"optimizer must be 'sgd' or 'adamw'; it is {optimizer!r}.")
+    if not 0 <= warmup < 1:
+        raise InputError(f"warmup is a share of the steps from 0 to below 1; it is {warmup!r}.")
+    if precision not in ("auto", "bf16", "fp32"):
+        raise InputError(f"precision must be 'auto', 'bf16' or 'fp32'; it is {precision!r}.")
+
+
+def _endless(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+    """`total` batches, pass after pass."""
+    done = 0
+    while True:
+        for batch in batches:
+            if done == total:
+                return
+            yield batch
+            done += 1
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode, with convolution weights in channels-last order; afterwards they are contiguous."""
+    model.to(memory_format=torch.channels_last)
+    try:
+        with _mode(model, train=True):
+            yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
+    """Every module in train or eval mode for the block; afterwards each has the mode that it had."""
+    before = {module: module.training for module in model.modules()}
+    model.train(train)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode

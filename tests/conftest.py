@@ -1,0 +1,47 @@
+"""What several test files need: small lessons, an environment without a network, and GPU tests that skip themselves."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+PARAMETERS = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRATIO: float = 0.5\nRESULTS_DIR = "runs"'
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def offline() -> dict[str, str]:
+    """An environment in which a child process of Python has no network (Python's sockets, the hub's client)."""
+    blocked = str(Path(__file__).parent / "no_network")
+    path = os.pathsep.join(filter(None, [blocked, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def write_lesson() -> Callable[..., Path]:
+    """write_lesson(folder, "code", ..., name=, parameters=, ranges=): a small lesson notebook on the disk."""
+
+    def write(
+        folder: Path, *code: str, name: str = "01_small", parameters: str = PARAMETERS, ranges: dict | None = None
+    ) -> Path:
+        knobs = new_code_cell(parameters, metadata={"tags": ["parameters"], "labkit": {"ranges": ranges or {}}})
+        cells = [new_markdown_cell("# A small lesson"), knobs, new_markdown_cell("## Its work")]
+        notebook = new_notebook(cells=cells + [new_code_cell(source) for source in code])
+        path = folder / f"{name}.ipynb"
+        folder.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, path)
+        return path
+
+    return write

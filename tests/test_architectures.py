@@ -1,0 +1,168 @@
+"""Shapes of transformers: parameter counts against transformers itself, bytes and FLOPs against hand figures."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from labkit.architectures import ARCHITECTURES, Transformer, bytes_per_weight
+from labkit.devices import DEVICES
+from labkit.errors import InputError
+
+CONFIGS = {
+    "GPT-2": "GPT2LMHeadModel",
+    "BERT-base": "BertModel",
+    "Qwen2-7B": "Qwen2ForCausalLM",
+    "Mistral-7B": "MistralForCausalLM",
+    "Mixtral-8x7B": "MixtralForCausalLM",
+}
+
+
+def config(shape: Transformer, model_class: type) -> transformers.PretrainedConfig:
+    sizes = {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.ffn,
+        "tie_word_embeddings": shape.tied,
+        "max_position_embeddings": shape.positions or 4096,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.active_experts,
+    }
+    return model_class.config_class(**sizes)
+
+
+def on_meta(shape: Transformer, **changes) -> torch.nn.Module:
+    """The model that transformers builds for this shape, without memory."""
+    model_class = getattr(transformers, CONFIGS.get(shape.name, "LlamaForCausalLM"))
+    settings = config(shape, model_class)
+    for name, value in changes.items():
+        setattr(settings, name, value)
+    with torch.device("meta"):
+        return model_class(settings)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_parameters_are_those_of_the_model_in_transformers(name: str):
+    model = on_meta(ARCHITECTURES[name])
+    assert ARCHITECTURES[name].parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("GPT-2", 124_439_808),
+        ("BERT-base", 109_482_240),
+        ("SmolLM2-135M", 134_515_008),
+        ("Llama-2-7B", 6_738_415_616),
+        ("Llama-3-8B", 8_030_261_248),
+        ("Llama-3-70B", 70_553_706_496),
+        ("Mistral-7B", 7_241_732_096),
+        ("Mixtral-8x7B", 46_702_792_704),
+        ("Qwen2-7B", 7_615_616_512),
+    ],
+)
+def test_parameters_are_the_published_ones(name: str, parameters: int):
+    assert ARCHITECTURES[name].parameters == parameters
+
+
+def test_mixture_uses_two_experts_of_eight():
+    mixtral = ARCHITECTURES["Mixtral-8x7B"]
+    assert mixtral.active_parameters == pytest.approx(12.9e9, rel=0.005)  # Jiang et al. 2024: 13B active of 47B
+    assert mixtral.parameters - mixtral.active_parameters == 6 * 32 * 3 * 4096 * 14336
+    assert ARCHITECTURES["Mistral-7B"].active_parameters == ARCHITECTURES["Mistral-7B"].parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_token"),
+    [("Llama-2-7B", 524_288), ("Llama-3-70B", 327_680), ("Mistral-7B", 131_072), ("BERT-base", 0)],
+)
+def test_kv_cache_of_a_token(name: str, bytes_per_token: int):
+    assert ARCHITECTURES[name].kv_bytes_per_token(16) == bytes_per_token
+
+
+def test_kv_cache_grows_with_context_and_batch_and_shrinks_with_bits():
+    llama = ARCHITECTURES["Llama-2-7B"]
+    assert llama.kv_bytes(4096) == pytest.approx(2.147e9, rel=1e-3)
+    assert llama.kv_bytes(1024, batch=32) == 32 * 1024 * 524_288
+    assert llama.kv_bytes(1024, bits=8) == llama.kv_bytes(1024) / 2
+
+
+def test_flops_of_bert_base_on_128_tokens():
+    assert 128 * ARCHITECTURES["BERT-base"].flops_per_token(128) == pytest.approx(22.3e9, rel=0.005)
+
+
+def test_flops_are_two_a_weight_and_four_a_cached_channel():
+    llama = ARCHITECTURES["Llama-2-7B"]
+    assert llama.flops_per_token(0) == 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32000 * 4096
+    assert llama.flops_per_token(1000) - llama.flops_per_token(0) == 4 * 32 * 4096 * 1000
+
+
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "Llama-2-7B", "Qwen2-7B", "Mistral-7B"])
+def test_flops_agree_with_the_counter_of_torch(name: str):
+    shape, tokens = replace(ARCHITECTURES[name], layers=1), 16
+    model = on_meta(shape, num_hidden_layers=1, _attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
+    assert counter.get_total_flops() == pytest.approx(tokens * shape.flops_per_token(tokens), rel=1e-4)  # and RoPE's
+
+
+@pytest.mark.parametrize(("bits", "gigabytes"), [(16, 13.21), (8, 6.61)])
+def test_decode_reads_all_but_the_input_embedding(bits: int, gigabytes: float):
+    llama = ARCHITECTURES["Llama-2-7B"]
+    assert llama.read_per_step == llama.parameters - 32000 * 4096
+    assert llama.decode_bytes(0, bits=bits) == pytest.approx(gigabytes * 1e9, rel=1e-3)
+
+
+def test_tied_head_is_read_at_every_step():
+    assert ARCHITECTURES["SmolLM2-135M"].read_per_step == 134_515_008
+    gpt2 = ARCHITECTURES["GPT-2"]
+    assert gpt2.read_per_step == gpt2.parameters - 1024 * 768
+
+
+def test_four_bits_in_groups_of_128_are_more_than_four_bits():
+    assert bytes_per_weight(4, 128) == pytest.approx(0.51953, abs=1e-5)
+    llama = ARCHITECTURES["Llama-2-7B"]
+    assert llama.decode_bytes(0, bits=4, group=128) == pytest.approx(3.43e9, rel=1e-3)
+    assert llama.weight_bytes(16) == 2 * llama.parameters
+    assert llama.weight_bytes(4, group=32) > llama.weight_bytes(4, group=128) > llama.weight_bytes(4)
+
+
+def test_decode_step_reads_weights_once_and_every_cache():
+    llama = ARCHITECTURES["Llama-2-7B"]
+    assert llama.decode_bytes(1024, batch=32) == llama.decode_bytes(0) + llama.kv_bytes(1024, 32)
+
+
+def test_seven_billion_weights_on_an_h100_bound_the_tokens_per_second():
+    h100 = DEVICES["H100 SXM"]
+    llama = ARCHITECTURES["Llama-2-7B"]
+    bounds = [h100.bandwidth / llama.decode_bytes(1024, bits=bits) for bits in (16, 8)]
+    assert bounds == pytest.approx([244, 468], abs=1)
+    nominal = [h100.bandwidth / (7e9 * bytes_per_weight(bits)) for bits in (16, 8, 4)]
+    assert nominal == pytest.approx([239, 479, 957], abs=0.5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_shape_names_its_paper(name: str):
+    assert " 20" in ARCHITECTURES[name].source
+
+
+LLAMA = ARCHITECTURES["Llama-2-7B"]
+ERRORS = {
+    "no bits": (lambda: LLAMA.weight_bytes(0), "bits has to be between 1 and 64 a number, got 0"),
+    "bytes for bits": (lambda: LLAMA.kv_bytes_per_token(128), "bits has to be between 1 and 64 a number, got 128"),
+    "no group": (lambda: LLAMA.weight_bytes(4, group=0), "group has to be a whole number from 1 on, got 0"),
+    "negative context": (lambda: LLAMA.flops_per_token(-1), "context has to be a whole number from 0 on, got -1"),
+    "half a batch": (lambda: LLAMA.kv_bytes(1, batch=0.5), "batch has to be a whole number from 1 on, got 0.5"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_input_is_refused_in_one_sentence(case: str):
+    call, sentence = ERRORS[case]
+    with pytest.raises(InputError, match=sentence):
+        call()

@@ -1,0 +1,443 @@
+"""measure() and compare() on a SIMULATED clock, so that what they claim can be held against a known truth."""
+
+import gc
+import json
+import math
+import random
+import time
+
+import pytest
+import torch
+
+from labkit import bench, clocks, intervals
+from labkit.bench import Comparison, Measurement, compare, measure
+from labkit.errors import InputError
+
+RUNS = 500
+
+
+def work_a():
+    """Stands for a callable; the simulated clock knows what it costs."""
+
+
+def work_b():
+    """Another one."""
+
+
+class SimulatedClock:
+    """SIMULATED: cost[fn] seconds a call, 3 % noise, and a machine whose speed depends on the simulated time."""
+
+    def __init__(self, environment="stationary", cost=None, seed=0, going_second=1.0):
+        self.rng, self.now, self.environment = random.Random(seed), 0.0, environment
+        self.cost = cost or {}
+        self.step_at = self.rng.uniform(0.1, 0.9)
+        self.going_second, self.last = going_second, None
+
+    def __call__(self, fn, number):
+        seconds = number * self.cost.get(fn, 2e-3) * math.exp(self.rng.gauss(0, 0.03)) * self.slowness()
+        if self.environment == "preemption" and self.rng.random() < 0.4:
+            seconds += self.rng.uniform(1e-3, 6e-3)
+        self.now += seconds
+        return seconds
+
+    def slowness(self):
+        if self.environment == "linear drift":
+            return 1 + 0.5 * self.now
+        if self.environment == "step":
+            return 1.8 if self.now > self.step_at else 1.0
+        if self.environment == "bursts":
+            return 1.8 if int(self.now / 0.07) % 2 else 1.0
+        return 1.0
+
+
+def simulate(environment="stationary", cost=None, seed=0, **how):
+    clock = SimulatedClock(environment, cost, seed)
+    return compare(work_a, work_b, clock=clock, seed=seed, **{"budget_s": 1.0, **how})
+
+
+def comparison(times_a, times_b, **how):
+    sides = [
+        Measurement(name, tuple(times), 1, "wall", "hot", "cpu", 1, 0.1)
+        for name, times in (("fp32", times_a), ("int8", times_b))
+    ]
+    return Comparison(*sides, (True, False) * (len(times_a) // 2), 1, 0.01, None, False, 0.0, **how)
+
+
+def too_often(excluded: int, runs: int) -> bool:
+    """Whether an honest 95 % interval leaves out the truth this often in under 1 % of such tests: P(X >= k) < 0.01."""
+    tail = sum(math.comb(runs, i) * 0.05**i * 0.95 ** (runs - i) for i in range(excluded, runs + 1))
+    return tail < 0.01
+
+
+def excludes(interval, truth):
+    return not interval[0] <= truth <= interval[1]
+
+
+ENVIRONMENTS = ("stationary", "linear drift", "step", "bursts", "preemption")
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_identical_work_is_seldom_told_apart(environment):
+    results = [simulate(environment, seed=seed) for seed in range(RUNS)]
+    excluded = sum(excludes(result.ci95, 1.0) for result in results)
+    assert not too_often(excluded, RUNS), f"{environment}: {excluded} of {RUNS}"
+    assert sum(result.verdict in ("faster", "slower") for result in results) <= RUNS // 100
+
+
+def test_stopping_at_a_width_stays_honest():
+    results = [simulate(seed=seed, budget_s=20.0) for seed in range(RUNS // 2)]
+    excluded = sum(excludes(result.ci95, 1.0) for result in results)
+    assert not too_often(excluded, len(results)), f"{excluded} of {len(results)}"
+    assert sum(result.verdict == "equivalent" for result in results) > 0.9 * len(results)
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize("ratio", [1.05, 2.0])
+def test_known_ratio_is_covered(environment, ratio):
+    results = [simulate(environment, {work_a: 2e-3 * ratio}, seed) for seed in range(RUNS)]
+    excluded = sum(excludes(result.ci95, ratio) for result in results)
+    assert not too_often(excluded, RUNS), f"{environment}: {excluded} of {RUNS}"
+    speedups = sorted(result.speedup for result in results)
+    assert speedups[RUNS // 2] == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("environment", ["linear drift", "step"])
+def test_guard_fails_when_the_interleaving_is_taken_out(environment):
+    """The same harness, all of one side and then all of the other: the guard above must call this dishonest."""
+    excluded = 0
+    for seed in range(RUNS):
+        clock = SimulatedClock(environment, seed=seed)
+        first, second = (measure(fn, clock=clock, budget_s=0.5).samples_s for fn in (work_a, work_b))
+        n = min(len(first), len(second))
+        _, *interval = intervals.paired_ratio(first[:n], second[:n])
+        excluded += excludes(interval, 1.0)
+    assert too_often(excluded, RUNS)
+    assert excluded > RUNS // 4
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ((1.02, 1.03), "faster"),
+        ((0.95, 0.98), "slower"),
+        ((0.995, 1.005), "equivalent"),
+        ((1.002, 1.008), "equivalent"),  # a real difference, and too small to be claimed
+        ((1.005, 1.02), "inconclusive"),
+        ((0.97, 1.03), "inconclusive"),
+    ],
+)
+def test_verdict_is_what_the_whole_interval_supports(ratios, verdict):
+    result = comparison([*ratios] * 10, [1.0] * 20)
+    assert result.ci95 == pytest.approx(ratios)
+    assert result.verdict == verdict
+
+
+def test_a_difference_below_one_percent_is_not_claimed():
+    clock = SimulatedClock(cost={work_a: 2.01e-3})
+    clock.rng.gauss = lambda mean, sd: random.gauss(0, 1e-4)  # an instrument so fine that 0.5 % is certain
+    result = compare(work_a, work_b, clock=clock)
+    assert excludes(result.ci95, 1.0)
+    assert result.verdict == "equivalent"
+
+
+def test_stops_when_precise_and_not_when_significant():
+    result = simulate(cost={work_a: 4e-3}, budget_s=30.0)
+    assert intervals.half_width(result.speedup, *result.ci95) <= 0.005
+    assert len(result.baseline_first) > bench.BLOCKS * result.per_block  # a factor of two was plain after six blocks
+
+
+@pytest.mark.parametrize("cost", [1e-6, 1e-3, 0.02, 0.1, 0.35])
+@pytest.mark.parametrize("budget_s", [0.5, 2.0])
+def test_budget_is_kept(cost, budget_s):
+    clock = SimulatedClock(cost={work_a: cost, work_b: 1.3 * cost})
+    result = compare(work_a, work_b, clock=clock, budget_s=budget_s, min_effect=0.01)
+    warm_up_s, one_pair_s = 0.6 * budget_s + 2.5 * cost, 5 * 1.3 * cost
+    assert clock.now <= 1.5 * budget_s + warm_up_s + one_pair_s
+    assert len(result.baseline_first) >= 1
+
+
+def test_order_is_balanced_in_every_block():
+    result = simulate()
+    blocks = [
+        result.baseline_first[i : i + result.per_block] for i in range(0, len(result.baseline_first), result.per_block)
+    ]
+    assert {sum(block) for block in blocks} == {result.per_block // 2}
+
+
+def test_first_call_after_each_switch_is_not_timed():
+    """SIMULATED carry-over: a call that follows the other side's costs half as much again."""
+    clock, last = SimulatedClock(cost={work_a: 4e-3}), None
+
+    def carry_over(fn, number):
+        nonlocal last
+        penalty, last = (0.5 * 2e-3 if fn is not last else 0.0), fn
+        return clock(fn, number) + penalty
+
+    result = compare(work_a, work_b, clock=carry_over)
+    assert result.speedup == pytest.approx(2.0, rel=0.01)
+
+
+def test_short_calls_are_repeated_to_a_millisecond():
+    result = simulate(cost={work_a: 2e-6, work_b: 1e-6})
+    assert result.baseline.number * 2e-6 == pytest.approx(1e-3, rel=0.25)
+    assert result.candidate.number * 1e-6 == pytest.approx(1e-3, rel=0.25)
+    assert result.candidate.median_s == pytest.approx(1e-6, rel=0.02)
+
+
+def test_fresh_rebuilds_both_for_every_block():
+    built = []
+
+    def factory(ratio):
+        def make():
+            call = lambda: None  # noqa: E731
+            clock.cost[call] = 2e-3 * ratio * clock.rng.choice([0.97, 1.03])  # SIMULATED luck with memory
+            built.append(call)
+            return call
+
+        return make
+
+    clock = SimulatedClock()
+    result = compare(factory(1.5), factory(1.0), clock=clock, fresh=True)
+    assert len(built) == 2 * len(result.baseline_first) // result.per_block
+    assert result.speedup == pytest.approx(1.5, rel=0.03)
+    assert not excludes(result.ci95, 1.5)
+
+
+def test_a_claim_above_the_ceiling_is_refused():
+    result = simulate(cost={work_a: 4e-3}, ceiling=1.47)
+    assert result.verdict == "inconclusive"
+    assert "above the ceiling of 1.47x: refused" in str(result)
+    assert simulate(cost={work_a: 4e-3}, ceiling=2.5).verdict == "faster"
+
+
+def test_an_estimate_just_above_the_ceiling_says_so():
+    result = simulate(cost={work_a: 4e-3}, ceiling=1.999, seed=4)
+    above = result.speedup > 1.999
+    assert above == any("ceiling" in warning for warning in result.warnings)
+
+
+def test_too_few_pairs_give_no_interval_and_no_claim():
+    result = simulate(cost={work_a: 0.6, work_b: 0.3})
+    assert result.ci95 == (0.0, math.inf)
+    assert result.verdict == "inconclusive"
+    assert "no interval" in str(result) and "raise budget_s" in str(result)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_drift_is_warned_of():
+    assert any("drifted" in warning for warning in simulate("linear drift").warnings)
+
+
+def test_a_steady_clock_gives_no_warning():
+    assert simulate(budget_s=2.0).warnings == ()
+
+
+def test_order_effect_is_warned_of_and_cancelled():
+    """SIMULATED: of two timed samples the first costs a tenth more (calls of 0.1 ms: a single call is a re-warm)."""
+    clock, timed = SimulatedClock(cost={work_a: 1e-4, work_b: 1e-4}), 0
+
+    def first_pays(fn, number):
+        nonlocal timed
+        timed += number > 1
+        return clock(fn, number) * (1.1 if number > 1 and timed % 2 else 1.0)
+
+    result = compare(work_a, work_b, clock=first_pays, budget_s=1.0)
+    assert any("order effect" in warning for warning in result.warnings)
+    assert not excludes(result.ci95, 1.0)
+    assert result.speedup == pytest.approx(1.0, abs=0.02)
+
+
+def test_two_clumps_are_warned_of():
+    clock = SimulatedClock()
+    result = measure(work_a, clock=lambda fn, number: clock(fn, number) * clock.rng.choice([1, 1.6]))
+    assert any("two clumps" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("result", [simulate(), measure(work_a, clock=SimulatedClock()), simulate(ceiling=0.5)])
+def test_json_round_trip_keeps_every_sample(result):
+    again = type(result).from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again == result
+    assert str(again) == str(result)
+
+
+def test_statistics_come_from_the_pairs_not_from_the_file():
+    record = simulate(cost={work_a: 4e-3}).to_dict()
+    record["result"]["speedup"] = 99.0
+    assert Comparison.from_dict(record).speedup == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("record", [None, {}, {"schema": "labkit.bench/1", "kind": "comparison"}])
+def test_foreign_record_is_refused(record):
+    with pytest.raises(InputError, match="no comparison as written by to_dict"):
+        Comparison.from_dict(record)
+    with pytest.raises(InputError, match="no measurement as written by to_dict"):
+        Measurement.from_dict(record)
+
+
+def test_comparison_prints_on_one_line():
+    line = str(comparison([0.0410, 0.0416] * 10, [0.0239, 0.0241] * 10, warnings=("speed drifted",)))
+    assert line == (
+        "fp32 41.3 ms -> int8 24.0 ms: 1.72x [95% CI 1.72, 1.73; 20 blocks of 1 pair, wall time, hot, cpu, 1 thread]"
+        " faster - warning: speed drifted"
+    )
+
+
+def test_digits_stop_where_the_interval_does():
+    wide = str(comparison([0.038, 0.046] * 10, [0.024, 0.023] * 10))
+    assert wide.startswith("fp32 42 ms")
+    assert "1.8x [95% CI 1.6, 2.0;" in wide
+
+
+def test_measurement_prints_on_one_line():
+    line = str(Measurement("fp32", (0.0412, 0.0416) * 10, 3, "wall", "hot", "cpu", 2, 0.1))
+    assert line == "fp32 41.4 ms [95% CI 41.2, 41.6; 20 samples of 3 calls, wall time, hot, cpu, 2 threads]"
+
+
+def test_percentiles_interpolate():
+    side = Measurement("x", (1.0, 2.0, 3.0, 4.0, 5.0), 1, "wall", "hot", "cpu", 1, 0.1)
+    assert (side.percentile(0), side.percentile(50), side.percentile(100)) == (1.0, 3.0, 5.0)
+    with pytest.raises(InputError, match="percentile takes a number from 0 to 100"):
+        side.percentile(101)
+
+
+BAD_CALLS = {
+    "baseline must be a function": {"baseline": torch.zeros(1)},
+    "candidate must be a function": {"candidate": None},
+    "budget_s must be a number of seconds above 0": {"budget_s": 0},
+    "budget_s must be a number of seconds above 0, got nan": {"budget_s": math.nan},
+    "budget_s must be a number of seconds above 0, got '1'": {"budget_s": "1"},
+    "cache must be one of hot, cold": {"cache": "warm"},
+    "need a CUDA device, got cpu": {"cache": "cold", "device": "cpu"},
+    "graph=True need a CUDA device": {"graph": True, "device": "cpu"},
+    "device must be cpu, mps, cuda or cuda:N": {"device": "gpu"},
+    "names must be two different names": {"names": ("same", "same")},
+    "names must be two different names, for baseline": {"names": "ab"},
+    "A name must be a word or two on one line": {"names": ("a\nb", "c")},
+    "check must be a function": {"check": True},
+    "min_effect must be from 0.01": {"min_effect": 0.001},
+    "ceiling must be the largest possible speed-up": {"ceiling": 0},
+    "clock must be a function": {"clock": 3},
+}
+
+
+@pytest.mark.parametrize(("sentence", "bad"), BAD_CALLS.items(), ids=BAD_CALLS)
+def test_bad_input_is_refused_before_any_work(sentence, bad):
+    def untouched():
+        raise AssertionError("called before the arguments were checked")
+
+    with pytest.raises(InputError, match=sentence):
+        compare(**{"baseline": untouched, "candidate": untouched, **bad})
+
+
+@pytest.mark.parametrize("bad", [{"fn": 3}, {"budget_s": -1}, {"cache": ""}, {"device": "gpu"}, {"name": ""}])
+def test_measure_refuses_bad_input(bad):
+    with pytest.raises(InputError):
+        measure(**{"fn": work_a, **bad})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("how", [{"device": "cuda"}, {"cache": "cold"}, {"graph": True}, {"device": "cuda:7"}])
+def test_a_missing_device_is_named(how):
+    with pytest.raises(InputError, match=r"cuda.* is not available here: use cpu"):
+        measure(work_a, **how)
+
+
+def test_unequal_outputs_are_not_timed():
+    with pytest.raises(InputError, match="small and large do not compute the same"):
+        compare(lambda: 1, lambda: 2, check=lambda a, b: a == b, names=("small", "large"))
+
+
+def test_check_runs_before_and_after():
+    seen = []
+    compare(lambda: 1, lambda: 2, check=lambda *outputs: seen.append(outputs), clock=SimulatedClock())
+    assert seen == [(1, 2), (1, 2)]
+
+
+def test_the_callables_own_error_passes_through_and_the_collector_comes_back():
+    def broken():
+        raise ZeroDivisionError("mine")
+
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        compare(lambda: 1, broken)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_an_impossible_clock_is_refused(seconds):
+    with pytest.raises(InputError, match="must return seconds above 0"):
+        measure(work_a, clock=lambda fn, number: seconds)
+
+
+def test_real_clock_runs_in_inference_mode_without_collector():
+    states = set()
+
+    def spy():
+        states.add((torch.is_inference_mode_enabled(), gc.isenabled()))
+        return torch.ones(2)
+
+    result = measure(spy, budget_s=0.05)
+    assert states == {(True, False)}
+    assert (result.device, result.clock, result.other_clock) == (
+        "cpu",
+        result.clock,
+        {"wall": "cpu", "cpu": "wall"}[result.clock],
+    )
+    assert len(result.other_s) == len(result.samples_s)
+
+
+def test_first_call_is_kept_apart():
+    pending = [0.05]
+
+    def compiles_first():
+        time.sleep(pending.pop() if pending else 0.001)
+
+    result = measure(compiles_first, budget_s=0.1)
+    assert result.first_call_s > 0.05 > result.percentile(90)
+
+
+def test_a_call_that_sleeps_is_not_judged_by_cpu_time():
+    result = measure(lambda: time.sleep(0.002), budget_s=0.4)
+    assert result.clock == "wall"
+    assert result.median_s > 0.002
+
+
+@pytest.mark.parametrize(
+    ("output", "device"),
+    [(torch.ones(1), "cpu"), ({"a": [1, torch.ones(1, device="meta")]}, "meta"), ((), None), (None, None), (3, None)],
+)
+def test_device_of_an_output(output, device):
+    found = clocks.device_of(output)
+    assert (found.type if found else None) == device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("how", [{}, {"cache": "cold"}, {"graph": True}])
+def test_cuda_finds_twice_the_work(how):
+    x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def chain(length):
+        def run():
+            y = x
+            for _ in range(length):
+                y = y @ x
+            return y
+
+        return run
+
+    result = compare(chain(16), chain(8), **how)
+    assert result.baseline.device.startswith("cuda")
+    assert result.speedup == pytest.approx(2.0, rel=0.04)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_work_on_another_stream_is_flagged():
+    x, side = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+
+    def hidden():
+        with torch.cuda.stream(side):
+            return x @ x
+
+    assert any("another stream" in warning for warning in measure(hidden).warnings)

@@ -1,0 +1,139 @@
+"""The frame of the checks: collects all failures, names the input, hides the answer, tells a stub from an error."""
+
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from labkit import checks
+from labkit.checks import Failures
+from labkit.errors import InputError
+
+
+def area(fn: Callable, failures: Failures, *, sides: tuple = ((2, 3), (4, 5), (7, 1))) -> None:
+    for width, height in sides:
+        with failures.given(width=width, height=height):
+            got = fn(width, height)
+            failures.close(got, width * height, "the area is off")
+            failures.expect(got > 0, "an area is positive")
+
+
+@pytest.fixture(autouse=True)
+def lesson(monkeypatch) -> Iterator[None]:
+    module = types.ModuleType("labkit.checks.lesson98")
+    module.CHECKS = {"98.1": area, "98.2": lambda fn, failures: None}
+    module.__spec__ = types.SimpleNamespace(name=module.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    yield
+
+
+def close(got: object, want: object, **tolerance: float) -> tuple[str, ...]:
+    failures = Failures()
+    failures.close(got, want, "wrong", **tolerance)
+    return failures.messages
+
+
+def test_a_right_answer_passes():
+    assert checks.check("98.1", lambda w, h: w * h) == checks.Result("98.1", True, (), 6)
+
+
+def test_every_thing_that_is_wrong_is_said_once_with_its_first_input():
+    result = checks.check("98.1", lambda w, h: -w * h)
+    assert not result.passed
+    assert result.failures == (
+        "With width=2, height=3: the area is off (your result: -6); the same with 2 other inputs",
+        "With width=2, height=3: an area is positive; the same with 2 other inputs",
+    )
+
+
+def test_an_exception_names_the_input_that_caused_it():
+    result = checks.check("98.1", lambda w, h: w * h if h > 1 else [][0])
+    assert result.failures == ("With width=7, height=1: it raised IndexError: list index out of range",)
+
+
+def test_context_reaches_the_check():
+    assert checks.check("98.1", lambda w, h: w * h, sides=((1, 1),)).tried == 2
+
+
+def test_a_stub_passes_through():
+    def stub(width, height):
+        raise NotImplementedError
+
+    with pytest.raises(NotImplementedError):
+        checks.check("98.1", stub)
+
+
+def test_a_check_that_examines_nothing_is_a_bug():
+    with pytest.raises(RuntimeError, match=r"98\.2 examined nothing"):
+        checks.check("98.2", print)
+
+
+def test_an_unknown_check_names_those_there_are():
+    with pytest.raises(InputError, match=r"no check '98\.7'; the checks are 98\.1, 98\.2"):
+        checks.check("98.7", print)
+    with pytest.raises(InputError, match=r"no check '77\.1'"):
+        checks.check("77.1", print)
+
+
+def test_a_result_in_place_of_the_function_is_refused():
+    with pytest.raises(InputError, match=r"takes your function itself, not 6; leave out the brackets"):
+        checks.check("98.1", 6)
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (6, 6.0),
+        (10**20, 1e20),
+        (np.float32(0.5), 0.5),
+        (torch.tensor([1.0, 2.0]), [1.0, 2.0]),
+        ([1, 2], torch.tensor([1.0, 2.0])),
+        (torch.tensor(3, requires_grad=False), 3),
+        (torch.ones(2, requires_grad=True), torch.ones(2)),
+        (float("inf"), float("inf")),
+    ],
+)
+def test_close_accepts_numbers_arrays_and_tensors(got, want):
+    assert close(got, want) == ()
+
+
+@pytest.mark.parametrize(
+    ("got", "said"),
+    [
+        (None, "does it end in `return`"),
+        ("12", "returned a str, not a number"),
+        (True, "returned a bool, not a number"),
+        ({"a": 1}, "returned a dict, not a number"),
+        (float("nan"), "NaN or an infinity"),
+        (torch.ones(2), r"has shape \(2,\), which is not the shape asked for"),
+    ],
+)
+def test_close_says_what_came_out(got, said):
+    (message,) = close(got, 12.0)
+    assert re.search(said, message)
+
+
+def test_close_never_prints_the_answer():
+    assert "8191" not in close(17.0, 8191.0)[0]
+    assert "8191" not in close(torch.ones(3), torch.full((3,), 8191.0))[0]
+
+
+def test_close_keeps_to_its_tolerance():
+    assert close(1.009, 1.0, rtol=1e-2) == ()
+    assert close(1.011, 1.0, rtol=1e-2) != ()
+    assert close(0.009, 0.0, atol=1e-2) == ()
+    assert close(1e-9, 0.0) != ()
+
+
+def test_expect_outside_given_names_no_input():
+    failures = Failures()
+    assert failures.expect(True, "fine") and not failures.expect([], "empty")
+    assert failures.messages == ("empty",)
+
+
+def test_every_check_of_the_course_is_known_by_its_lesson():
+    assert all(check_id[:2].isdigit() and check_id[2] == "." for check_id in checks.known())

@@ -1,0 +1,454 @@
+"""FLOPs and bytes counted from operators equal those counted by hand, for every operator that the course uses.
+
+Hand counts: a multiply-add is 2 FLOPs; least bytes are what is read of what was there, once, and what remains, once.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune
+
+from labkit.errors import InputError
+from labkit.roofline import Work, count
+
+B, L, D, H = 2, 6, 16, 4  # batch, length, width, heads
+X = torch.randn(B, L, D)
+
+
+def sdpa(kv_heads: int = H, **kwargs):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=kv_heads != H, **kwargs)
+
+    return attend, [torch.randn(B, heads, L, D) for heads in (H, kv_heads, kv_heads)]
+
+
+def sdpa_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhlt,bhtd->bhld", torch.einsum("bhld,bhtd->bhlt", q, k).softmax(-1), v)
+
+
+def image(channels: int, *sides: int) -> Tensor:
+    return torch.randn(B, channels, *sides)
+
+
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-8, 8, shape, dtype=torch.int8)
+
+
+ATTENTION = 4 * B * H * L * L * D
+MHA = 2 * B * L * 4 * D * D + 4 * B * L * L * D  # four projections; D is split over the heads
+# name -> callable, inputs, FLOPs by hand
+PRODUCTS = {
+    "linear": (nn.Linear(D, 5), [X], 2 * B * L * D * 5),
+    "linear without bias": (nn.Linear(D, 5, bias=False), [X], 2 * B * L * D * 5),
+    "linear of a vector": (nn.Linear(D, 5), [torch.randn(D)], 2 * D * 5),
+    "matmul": (torch.matmul, [X, torch.randn(D, 3)], 2 * B * L * D * 3),
+    "matmul broadcast": (torch.matmul, [torch.randn(3, 1, 4, 5), torch.randn(2, 5, 6)], 2 * 3 * 2 * 4 * 5 * 6),
+    "bmm": (torch.bmm, [X, X.mT.contiguous()], 2 * B * L * D * L),
+    "baddbmm": (torch.baddbmm, [torch.randn(B, L, L), X, X.mT.contiguous()], 2 * B * L * D * L),
+    "addbmm": (torch.addbmm, [torch.randn(L, L), X, X.mT.contiguous()], 2 * B * L * D * L),
+    "einsum": (lambda a, b: torch.einsum("bld,de->ble", a, b), [X, torch.randn(D, 7)], 2 * B * L * D * 7),
+    "mv": (torch.mv, [torch.randn(4, 5), torch.randn(5)], 2 * 4 * 5),
+    "addmv": (torch.addmv, [torch.randn(4), torch.randn(4, 5), torch.randn(5)], 2 * 4 * 5),
+    "dot": (torch.dot, [torch.randn(9), torch.randn(9)], 2 * 9),
+    # 2 x outputs x (channels in a group x kernel)
+    "conv1d": (nn.Conv1d(4, 6, 3), [image(4, 9)], 2 * B * 6 * 7 * 4 * 3),
+    "conv2d": (nn.Conv2d(4, 6, 3, padding=1, stride=2), [image(4, 9, 9)], 2 * B * 6 * 5 * 5 * 4 * 9),
+    "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2), [image(4, 9, 9)], 2 * B * 6 * 7 * 7 * 2 * 9),
+    "conv2d depthwise": (nn.Conv2d(4, 4, 3, groups=4), [image(4, 9, 9)], 2 * B * 4 * 7 * 7 * 9),
+    "conv2d dilated": (nn.Conv2d(4, 6, 3, dilation=2), [image(4, 9, 9)], 2 * B * 6 * 5 * 5 * 4 * 9),
+    "conv3d": (nn.Conv3d(2, 3, 2), [image(2, 4, 4, 4)], 2 * B * 3 * 27 * 2 * 8),
+    # each input meets the whole kernel
+    "conv2d transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2), [image(4, 5, 5)], 2 * B * 4 * 25 * 6 * 9),
+    "conv2d transposed grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2), [image(4, 5, 5)], 2 * B * 4 * 25 * 3 * 9),
+    "attention": (*sdpa(), ATTENTION),
+    "attention causal": (*sdpa(is_causal=True), ATTENTION),
+    "attention masked": (*sdpa(attn_mask=torch.ones(L, L).tril().bool()), ATTENTION),
+    "attention of grouped queries": (*sdpa(2), ATTENTION),
+    "attention by math": (sdpa_math, sdpa()[1], ATTENTION),
+    "attention by einsum": (by_einsum, sdpa()[1], ATTENTION),
+    "attention decoding": (sdpa()[0], [torch.randn(B, H, 1, D), *sdpa()[1][1:]], ATTENTION // L),
+    "multi-head attention": (nn.MultiheadAttention(D, H, batch_first=True), [X, X, X], MHA),
+    "encoder layer": (nn.TransformerEncoderLayer(D, H, 24, batch_first=True), [X], MHA + 4 * B * L * D * 24),
+    "int_mm": (torch._int_mm, [int8(32, 16), int8(16, 8)], 2 * 32 * 16 * 8),
+    "lstm": (nn.LSTM(D, 5), [X], 2 * B * L * 4 * 5 * (D + 5)),
+    "lstm of two layers, both ways": (
+        nn.LSTM(D, 5, num_layers=2, bidirectional=True, batch_first=True),
+        [X],
+        2 * B * L * 2 * 4 * 5 * ((D + 5) + (10 + 5)),
+    ),
+    "gru": (nn.GRU(D, 5), [X], 2 * B * L * 3 * 5 * (D + 5)),
+    "rnn": (nn.RNN(D, 5), [X], 2 * B * L * 5 * (D + 5)),
+    "lstm cell": (nn.LSTMCell(D, 5), [X[0]], 2 * L * 4 * 5 * (D + 5)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product_flops_equal_hand_count(name: str) -> None:
+    fn, inputs, flops = PRODUCTS[name]
+    work = count(fn, *inputs)
+    assert (work.flops, work.uncounted) == (flops, {})
+
+
+# The same table on operands of each kind: rounding, device and dtype change no FLOP.
+@pytest.mark.parametrize("name", ["linear", "conv2d grouped", "attention", "multi-head attention", "encoder layer"])
+@pytest.mark.parametrize("to", [{"dtype": torch.bfloat16}, {"device": "meta"}], ids=["bf16", "meta"])
+def test_flops_do_not_depend_on_dtype_and_device(name: str, to: dict) -> None:
+    fn, inputs, flops = PRODUCTS[name]
+    fn = copy.deepcopy(fn).to(**to) if isinstance(fn, nn.Module) else fn
+    assert count(fn, *[t.to(**to) for t in inputs]).flops == flops
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name != "int_mm"])
+def test_cuda_counts_as_the_cpu(name: str) -> None:
+    fn, inputs, flops = PRODUCTS[name]
+    fn = copy.deepcopy(fn).cuda() if isinstance(fn, nn.Module) else fn
+    if name == "attention masked":
+        fn, _ = sdpa(attn_mask=torch.ones(L, L, device="cuda").tril().bool())
+    work = count(fn, *[t.cuda() for t in inputs])
+    assert (work.flops, work.uncounted) == (flops, {})
+
+
+@pytest.mark.gpu
+def test_half_of_a_semi_structured_weight_is_counted() -> None:
+    weight = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(128, 32).half().cuda()
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    x = torch.randn(128, 128, device="cuda", dtype=torch.half)
+    assert count(F.linear, x, sparse).flops == count(F.linear, x, weight).flops // 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_int8_dynamic_quantisation_has_the_flops_of_the_dense_layer_and_a_quarter_of_its_weight() -> None:
+    dense = nn.Sequential(nn.Linear(64, 32, bias=False))
+    quantised = torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(3, 64)
+    before, after = count(dense, x), count(quantised, x)
+    assert after.flops == before.flops
+    assert before.bytes_by["weights"] == 4 * 64 * 32
+    assert after.bytes_by["weights"] in (64 * 32, 64 * 32 + 4 * 32)  # torch adds a bias of zeros on some engines
+    assert before.reduction(after) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weight_only_products_count_as_dense() -> None:
+    x = torch.randn(4, 128).bfloat16()
+    eight = count(torch._weight_int8pack_mm, x, int8(64, 128), torch.ones(64).bfloat16())
+    assert eight.flops == 2 * 4 * 128 * 64
+    assert eight.bytes == 2 * 4 * 128 + 64 * 128 + 2 * 64 + 2 * 4 * 64
+    codes = torch.randint(0, 16, (64, 128), dtype=torch.int32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    four = count(torch._weight_int4pack_mm_for_cpu, x, packed, 32, torch.ones(4, 64, 2).bfloat16())
+    assert four.flops == eight.flops
+    assert four.bytes == 2 * 4 * 128 + 64 * 128 // 2 + 2 * 2 * 64 * 4 + 2 * 4 * 64
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["csr", "csc", "coo", "bsr"])
+def test_sparse_products_count_what_is_stored(layout: str) -> None:
+    dense = torch.randn(8, 12) * (torch.arange(12) % 3 == 0)
+    if layout == "bsr":
+        sparse, stored = dense.to_sparse_bsr((4, 4)), 8 * 12  # no block of 4 x 4 is empty
+    else:
+        sparse, stored = getattr(dense, f"to_sparse{'' if layout == 'coo' else '_' + layout}")(), 8 * 4
+    assert count(lambda x: F.linear(x, sparse), torch.randn(5, 12)).flops == 2 * stored * 5
+    assert count(lambda x: torch.sparse.mm(sparse, x), torch.randn(12, 7)).flops == 2 * stored * 7
+    assert count(lambda x: sparse @ x, torch.randn(12)).flops == 2 * stored
+
+
+def test_csr_bytes_are_values_and_indices() -> None:
+    dense = torch.randn(8, 12) * (torch.arange(12) % 3 == 0)
+    sparse = dense.to_sparse_csr()
+    work = count(torch.matmul, sparse, torch.randn(12, 7))
+    indices = sparse.col_indices().element_size()
+    assert work.bytes_by["inputs"] == 32 * 4 + 32 * indices + 9 * indices + 4 * 12 * 7
+
+
+# Elementwise FLOPs and bytes by hand; N elements of 4 bytes.
+N = X.numel()
+OTHERS = {
+    "add": (torch.add, [X, X.clone()], N, 12 * N),
+    "gelu": (nn.GELU(), [X], N, 8 * N),
+    "scale in bf16": (lambda x: x * 2, [X.bfloat16()], N, 4 * N),
+    "copy": (torch.clone, [X], 0, 8 * N),
+    "compare": (torch.gt, [X, X.clone()], 0, 9 * N),
+    "a tensor with itself": (torch.mul, [X, X], N, 8 * N),
+    "broadcast": (torch.add, [X, torch.randn(D)], N, 8 * N + 4 * D),
+    "sum": (torch.sum, [X], N, 4 * N + 4),
+    "mean of rows": (lambda x: x.mean(-1), [X], N, 4 * N + 4 * N // D),
+    "softmax": (nn.Softmax(-1), [X], 5 * N, 8 * N),
+    "layer norm": (nn.LayerNorm(D), [X], 7 * N, 8 * N + 8 * D),
+    "layer norm without weights": (nn.LayerNorm(D, elementwise_affine=False), [X], 5 * N, 8 * N),
+    "batch norm": (nn.BatchNorm1d(L), [X], 4 * N, 8 * N + 16 * L),
+    "group norm": (nn.GroupNorm(2, L), [X], 7 * N, 8 * N + 8 * L),
+    "embedding": (nn.Embedding(50, D), [torch.arange(7)], 0, 8 * 7 + 8 * 7 * D),
+    "embedding, every row and more": (nn.Embedding(3, D), [torch.zeros(9).long()], 0, 8 * 9 + 4 * 3 * D + 4 * 9 * D),
+    "embedding bag": (nn.EmbeddingBag(50, D), [torch.arange(6).view(2, 3)], 6 * D, 8 * 6 + 4 * 6 * D + 4 * 2 * D),
+    "max pool": (nn.MaxPool2d(2), [image(3, 4, 4)], B * 3 * 16, 4 * B * 3 * (16 + 4)),
+    "average pool": (nn.AvgPool2d(3, stride=1), [image(3, 4, 4)], B * 3 * 4 * 9, 4 * B * 3 * (16 + 4)),
+    "global pool": (nn.AdaptiveAvgPool2d(1), [image(3, 4, 4)], B * 3 * 16, 4 * B * 3 * (16 + 1)),
+    "transpose": (lambda x: x.mT, [X], 0, 0),
+    "half of the columns": (lambda x: x[..., : D // 2] + 1, [X], N // 2, 4 * N),
+    "relu in place": (torch.relu_, [X.clone()], N, 8 * N),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_elementwise_flops_and_bytes_equal_hand_count(name: str) -> None:
+    fn, inputs, flops, nbytes = OTHERS[name]
+    work = count(fn, *inputs)
+    assert (work.flops, work.elementwise_flops, work.bytes, work.uncounted) == (0, flops, nbytes, {})
+
+
+@pytest.mark.parametrize("name", ["add", "gelu", "broadcast", "softmax", "layer norm", "batch norm", "embedding"])
+def test_a_single_operator_moves_what_the_call_moves(name: str) -> None:
+    fn, inputs, _, nbytes = OTHERS[name]
+    assert count(fn, *inputs).unfused_bytes == nbytes
+
+
+def test_lstm_layer_does_the_gate_arithmetic_of_its_cell() -> None:
+    cell, layer = nn.LSTMCell(D, 5, bias=False), nn.LSTM(D, 5, bias=False)
+    each = count(cell, X[:, 0]).elementwise_flops
+    assert count(layer, X.transpose(0, 1)).elementwise_flops == L * each
+
+
+def test_bytes_of_a_linear_layer_are_input_weight_bias_and_output() -> None:
+    work = count(nn.Linear(D, 5), X)
+    assert work.bytes_by == {"inputs": 4 * N, "weights": 4 * (5 * D + 5), "outputs": 4 * B * L * 5}
+    assert work.bytes == sum(work.bytes_by.values()) == work.unfused_bytes
+    assert work.intensity == work.flops / work.bytes
+
+
+def test_bytes_follow_the_dtype() -> None:
+    full, half = (count(nn.Linear(D, 5).to(dtype), X.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    assert full.bytes == 2 * half.bytes
+
+
+def test_what_is_made_and_used_within_the_call_costs_no_least_bytes() -> None:
+    work = count(nn.Sequential(nn.Linear(D, 64), nn.ReLU(), nn.Linear(64, 5)), X)
+    assert work.bytes == 4 * (N + 64 * D + 64 + 5 * 64 + 5 + B * L * 5)
+    hidden = 4 * B * L * 64
+    assert work.unfused_bytes == work.bytes + 4 * hidden  # written, read and written by the relu, read
+
+
+def test_a_weight_used_twice_is_read_once() -> None:
+    layer = nn.Linear(D, D, bias=False)
+    work = count(lambda x: layer(layer(x)), X)
+    assert work.bytes == 4 * (2 * N + D * D)
+    assert work.flops == 2 * 2 * B * L * D * D
+
+
+def test_fused_attention_moves_q_k_v_and_o_only() -> None:
+    attend, qkv = sdpa(2)
+    work = count(attend, *qkv)
+    assert work.bytes == work.unfused_bytes == 4 * B * L * D * (2 * H + 2 * 2)
+    assert work.intensity == pytest.approx(2 * L * H / (4 * (H + 2)))
+
+
+def test_slices_of_a_buffer_count_by_what_they_cover() -> None:
+    qkv = torch.randn(L, 3 * D)
+    assert count(lambda t: sum(part.sum() for part in t.chunk(3, dim=-1)), qkv).bytes_by["inputs"] == 4 * qkv.numel()
+    assert count(lambda t: t[2:4].sum(), qkv).bytes_by["inputs"] == 4 * 2 * 3 * D
+    assert count(lambda t: t.sum() + t[0].sum() + t.mT.sum(), qkv).bytes_by["inputs"] == 4 * qkv.numel()
+
+
+def test_by_module_adds_up_and_is_named_as_in_the_model() -> None:
+    model = nn.Sequential(nn.Linear(D, 8), nn.Sequential(nn.Linear(8, 4)))
+    first, second = 2 * B * L * D * 8, 2 * B * L * 8 * 4
+    assert count(model, X).by_module == {"": first + second, "0": first, "1": second, "1.0": second}
+
+
+def test_masked_weights_count_as_dense() -> None:
+    layer = nn.Linear(D, 8)
+    dense = count(layer, X)
+    prune.random_unstructured(layer, "weight", 0.5)
+    masked = count(layer, X)
+    assert masked.flops == dense.flops
+    assert dense.reduction(masked) == 0
+
+
+def test_narrower_layer_reduces_flops_by_its_share() -> None:
+    assert count(nn.Linear(D, 8), X).reduction(count(nn.Linear(D, 6), X)) == 0.25
+
+
+def test_unknown_operators_are_listed_and_no_reduction_is_stated() -> None:
+    layer = nn.Linear(D, D)
+    plain, unknown = count(layer, X), count(lambda x: torch.fft.fft(layer(x)).real, X)
+    assert unknown.uncounted == {"aten._fft_r2c": 1} and plain.uncounted == {}
+    with pytest.raises(InputError, match=r"uncounted operators differ \(none against aten._fft_r2c x1\)"):
+        plain.reduction(unknown)
+    assert "uncounted: aten._fft_r2c x1" in str(unknown)
+
+
+def test_reduction_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="a call without FLOPs"):
+        Work(0, 8).reduction(Work(0, 4))
+
+
+def test_resnet18_has_the_published_count() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        model = torchvision.models.resnet18()
+    assert count(model, torch.randn(1, 3, 224, 224, device="meta")).flops == 3_628_146_688
+
+
+def bert(implementation: str) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    with torch.device("meta"):
+        return BertModel(BertConfig(attn_implementation=implementation))
+
+
+def test_bert_base_counts_the_same_however_it_attends() -> None:
+    length, d, layers = 128, 768, 12
+    each = 2 * length * (4 * d * d + 2 * d * 4 * d) + 4 * length * length * d
+    for implementation in ("sdpa", "eager"):
+        work = count(bert(implementation), input_ids=torch.zeros(1, length, dtype=torch.long, device="meta"))
+        assert work.flops == layers * each + 2 * d * d  # and the pooler
+        assert work.flops == pytest.approx(22.3e9, rel=0.005)
+        assert work.uncounted == {}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=40, tie_word_embeddings=True)
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+def test_decoding_reads_every_weight_and_the_cache_once_and_writes_one_token(llama) -> None:
+    past, token_kv = 10, 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, bytes
+    ids = torch.randint(40, (1, past))
+    with torch.no_grad():
+        cache = llama(input_ids=ids, use_cache=True).past_key_values
+    before = [layer.keys.clone() for layer in cache.layers]
+    work = count(llama, input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    assert work.bytes_by["state"] == (past + 1) * token_kv
+    frequencies = 4 * 4  # of the rotary embedding
+    assert work.bytes_by["weights"] == 4 * sum(p.numel() for p in llama.parameters()) + frequencies
+    assert work.bytes_by["outputs"] == 4 * 40
+    linears = sum(p.numel() for p in llama.parameters() if p.dim() == 2)  # the tied embedding as the head
+    assert work.flops == 2 * linears + 2 * 4 * 4 * (past + 1) * 8
+    assert cache.get_seq_length() == past
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+
+
+def test_prefill_writes_the_cache(llama) -> None:
+    ids = torch.randint(40, (1, 10))
+    with_cache = count(llama, input_ids=ids, use_cache=True)
+    without = count(llama, input_ids=ids, use_cache=False)
+    assert with_cache.flops == without.flops
+    assert with_cache.bytes - without.bytes == with_cache.bytes_by["state"] == 10 * 2 * 2 * 2 * 8 * 4
+
+
+def test_cache_written_in_place_is_counted_and_put_back() -> None:
+    cache = torch.zeros(8, D)
+
+    def step(x: Tensor, at: int) -> Tensor:
+        cache[at] = x
+        return x @ cache[: at + 1].T
+
+    work = count(step, torch.randn(D), 3)
+    assert work.bytes_by["captured"] == 4 * (4 * D + D)  # four rows read, one written
+    assert not cache.any()
+
+
+def test_model_inputs_and_random_state_stay_as_they_were() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    model[1].eval()
+    before, x, state = copy.deepcopy(model.state_dict()), image(3, 8, 8), torch.random.get_rng_state()
+    flags = [module.training for module in model.modules()]
+    count(model, x)
+    count(lambda: torch.randn(3))
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.backends.mha.get_fastpath_enabled()
+    given = x.clone()
+    count(torch.relu_, x)
+    assert torch.equal(x, given)
+
+
+def test_everything_is_put_back_when_the_call_fails() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4)).train()
+    x = torch.randn(2, 5)
+    given = x.clone()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        count(model, x)
+    assert model.training and model[1].training and torch.equal(x, given) and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_evaluation_is_what_is_counted() -> None:
+    names = {op.name for op in count(nn.Sequential(nn.Dropout(0.5), nn.Linear(D, 5)).train(), X).by_op}
+    assert names == {"aten.addmm"}
+
+
+def test_padded_batch_in_an_encoder_counts_as_dense() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, H, 24, batch_first=True), 2)
+    padding = torch.ones(B, L).tril().bool()
+    assert count(encoder, X, src_key_padding_mask=padding).flops == count(encoder, X).flops
+
+
+def test_compiled_function_counts_as_eager() -> None:
+    layer = nn.Linear(D, 5)
+    assert count(torch.compile(layer), X) == count(layer, X)
+    assert count(torch.compile(lambda x: layer(x).relu()), X).flops == count(layer, X).flops
+
+
+def test_flex_attention_counts_as_attention() -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    assert count(flex.flex_attention, *sdpa()[1]).flops == ATTENTION
+
+
+def test_inference_mode_hides_nothing() -> None:
+    with torch.inference_mode():
+        layer = nn.Linear(D, 5)
+        assert count(layer, X.clone()).flops == 2 * B * L * D * 5
+    assert count(torch.inference_mode()(sdpa()[0]), *sdpa()[1]).flops == ATTENTION
+
+
+def test_outputs_in_any_container_are_found() -> None:
+    bare = count(lambda x: x + 1, X).bytes
+    assert count(lambda x: {"y": [x + 1]}, X).bytes == bare
+    assert count(lambda x: (x + 1, None), X).bytes == bare
+
+
+def test_an_experts_layer_reads_the_experts_that_are_used() -> None:
+    if not hasattr(torch, "_grouped_mm"):
+        pytest.skip("this torch has no grouped product")
+    experts, x = torch.randn(8, D, 16).bfloat16(), torch.randn(2, D).bfloat16()
+    ends = torch.tensor([1, 1, 1, 2, 2, 2, 2, 2], dtype=torch.int32)
+    work = count(torch._grouped_mm, x, experts, ends)
+    assert work.flops == 2 * 2 * D * 16
+    assert work.bytes_by["inputs"] == 2 * (2 * D) + 2 * (2 * D * 16) + 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: count(3), "needs a module or a function, not a int"),
+        (lambda: count(nn.LazyLinear(3), X), "lazy layers: run the model once"),
+        (lambda: count(torch.sin, torch.nested.nested_tensor([X[0], X[1, :2]])), "nested tensors: pad"),
+        (lambda: count(lambda x: x.to_mkldnn().to_dense(), X), "layout torch._mkldnn can't be looked into"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_bad_input_gets_one_sentence(call, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        call()
+
+
+def test_a_work_prints_on_one_line() -> None:
+    assert str(Work(flops=2 * 10**9, bytes=10**8)) == "2 GFLOP, 100 MB, 20 FLOP/byte"
+    assert math.isclose(Work(0, 12, elementwise_flops=1).intensity, 1 / 12)

@@ -1,0 +1,124 @@
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from labkit import course
+from labkit.errors import InputError
+
+STUB = '''def double(x: float) -> float:
+    """Twice x."""
+    if x:
+        ### BEGIN SOLUTION
+        y = 2 * x
+        return y
+        ### END SOLUTION
+    return 0.0'''
+
+
+def notebook() -> nbformat.NotebookNode:
+    printed = new_output("stream", text="4\n")
+    return new_notebook(
+        cells=[
+            new_markdown_cell("# Lesson"),
+            new_code_cell(STUB, metadata={"tags": ["exercise"]}, execution_count=1),
+            new_code_cell("print(double(2))", metadata={"tags": ["check"]}, execution_count=2, outputs=[printed]),
+            new_code_cell("print(2 * 2)", metadata={"tags": ["solution"]}),
+        ]
+    )
+
+
+def test_the_answer_becomes_a_raise_at_its_own_indentation():
+    lines = course.without_solution(STUB).splitlines()
+    assert lines[3].startswith("        raise NotImplementedError(")
+    assert [*lines[:3], *lines[4:]] == [*STUB.splitlines()[:3], STUB.splitlines()[-1]]
+
+
+def test_two_blocks_and_a_cell_without_any():
+    two = f"{course.BEGIN}\na = 1\n{course.END}\nb = 2\n{course.BEGIN}\nc = 3\n{course.END}"
+    assert re.sub(r"\(.*\)", "", course.without_solution(two)).splitlines() == [
+        "raise NotImplementedError",
+        "b = 2",
+        "raise NotImplementedError",
+    ]
+    assert course.without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [course.BEGIN, course.END, f"{course.BEGIN}\n{course.BEGIN}\n{course.END}", f"{course.END}\n{course.BEGIN}"],
+)
+def test_an_unpaired_marker_is_refused(source: str):
+    with pytest.raises(InputError, match="stands alone in an exercise; each `### BEGIN SOLUTION` needs one"):
+        course.without_solution(source)
+
+
+def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
+    source = notebook()
+    copy = course.student_copy(source)
+    assert "SOLUTION" not in nbformat.writes(copy) and "2 * x" not in nbformat.writes(copy)
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in copy.cells if cell.cell_type == "code")
+    assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
+    assert source.cells[1].source == STUB and source.cells[2].outputs
+    nbformat.validate(copy)
+
+
+def test_the_worked_solution_is_folded_and_kept():
+    folded = course.student_copy(notebook()).cells[3]
+    assert folded.metadata.jupyter.source_hidden and folded.source == "print(2 * 2)"
+
+
+def test_the_copy_runs_with_not_implemented_as_its_only_error():
+    executed = NotebookClient(course.student_copy(notebook()), allow_errors=True, timeout=60).execute()
+    errors = [o.ename for cell in executed.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert errors == ["NotImplementedError"]
+
+
+@pytest.fixture
+def lesson(tmp_path: Path) -> Path:
+    path = tmp_path / "notebooks" / "01_small.ipynb"
+    path.parent.mkdir()
+    nbformat.write(notebook(), path)
+    return path
+
+
+def test_a_copy_that_exists_is_reopened_as_it_is(tmp_path: Path, lesson: Path):
+    own = course.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+    assert own == tmp_path / "workspace" / "01_small.ipynb"
+    own.write_text("a learner's work")
+    assert course.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent) == own
+    assert own.read_text() == "a learner's work"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, lesson: Path):
+    (tmp_path / "workspace").write_text("")
+    with pytest.raises(InputError, match=r"The copy cannot be written to .*; mend that, then again"):
+        course.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+
+
+def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dict[str, str]):
+    script = "import sys, pathlib, labkit.course as c; c.open_in_jupyterlab(pathlib.Path(sys.argv[1]), browser=False)"
+    environment = {**offline, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", script, lesson], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    try:
+        until = time.monotonic() + 60
+        while not (found := re.search(r"http://localhost:\S+", (tmp_path / "log").read_text())):
+            assert time.monotonic() < until and server.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        assert "/lab/tree/01_small.ipynb?token=" in found[0]
+        assert "JupyterLab" in urllib.request.urlopen(found[0], timeout=20).read().decode()
+        assert "Error" not in (tmp_path / "log").read_text()
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()

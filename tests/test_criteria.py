@@ -1,0 +1,483 @@
+"""Scores of weights against float64 references written out from the papers, and the selection of the lowest k."""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from labkit.errors import InputError
+from labkit.pruning import criteria, selection
+from labkit.pruning.criteria import CRITERIA, obs_prune, saliency
+
+NEED_DATA = [name for name in CRITERIA if name not in ("magnitude", "random")]
+NEED_LOSS = ["taylor", "taylor_abs", "obd"]
+
+
+class Net(nn.Module):
+    """A grouped, dilated, strided convolution and two Linear layers, dropout and batch norm among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
+        self.norm, self.drop = nn.BatchNorm2d(6), nn.Dropout(0.5)
+        self.hidden, self.out = nn.Linear(6 * 3 * 3, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.drop(self.norm(self.conv(x)).relu()).flatten(1)
+        return self.out(self.hidden(x).tanh())
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(5, 4, 8, 8, generator=generator), torch.randint(3, (5,), generator=generator)) for _ in range(3)
+    ]
+
+
+def reference_gradients(net, batches):
+    """One float64 gradient a batch and weight, by backward()."""
+    net = net.double().eval()
+    found = {name: [] for name in ("conv.weight", "hidden.weight", "out.weight")}
+    for x, y in batches:
+        net.zero_grad()
+        F.cross_entropy(net(x.double()), y).backward()
+        for name in found:
+            found[name].append(net.get_parameter(name).grad.clone())
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+def reference_inputs(net, batches):
+    """The input vectors of each layer in float64, [groups, N, in]; F.unfold is the oracle for the convolution."""
+    net = net.double().eval()
+    x = torch.cat([x for x, _ in batches]).double()
+    columns = F.unfold(x, 3, dilation=2, padding=1, stride=2).transpose(1, 2).reshape(-1, 2, 2 * 9).transpose(0, 1)
+    hidden = net.norm(net.conv(x)).relu().flatten(1)
+    return {
+        "conv.weight": columns,
+        "hidden.weight": hidden[None],
+        "out.weight": net.hidden(hidden).tanh()[None],
+    }
+
+
+def per_row(weight, statistic):
+    """[groups, in] for each of the weight's rows, in the weight's shape."""
+    group = torch.arange(len(weight)) * len(statistic) // len(weight)
+    return statistic[group].reshape(weight.shape)
+
+
+def close(scores, reference):
+    assert scores.keys() == reference.keys()
+    for name, score in scores.items():
+        torch.testing.assert_close(score.double(), reference[name].double(), rtol=2e-4, atol=1e-9, msg=name)
+
+
+def weights(net):
+    return {name: net.get_parameter(name).detach().double() for name in ("conv.weight", "hidden.weight", "out.weight")}
+
+
+# --- each criterion ---------------------------------------------------------------------------------------------------
+
+
+def test_magnitude_is_the_absolute_weight(net):
+    close(saliency(net, "magnitude"), {name: w.abs() for name, w in weights(net).items()})
+
+
+def test_taylor_is_the_mean_squared_first_order_term(net, batches):
+    scores, w = saliency(net, "taylor", batches), weights(net)
+    close(scores, {name: (g * w[name]).square().mean(0) for name, g in reference_gradients(net, batches).items()})
+
+
+def test_taylor_abs_is_the_first_order_term_of_the_mean_loss(net, batches):
+    scores, w = saliency(net, "taylor_abs", batches), weights(net)
+    close(scores, {name: (g.mean(0) * w[name]).abs() for name, g in reference_gradients(net, batches).items()})
+
+
+def test_obd_is_half_the_squared_weight_times_the_fisher_diagonal(net, batches):
+    scores, w = saliency(net, "obd", batches), weights(net)
+    close(scores, {name: w[name] ** 2 * (g**2).mean(0) / 2 for name, g in reference_gradients(net, batches).items()})
+
+
+def test_taylor_is_twice_obd(net, batches):
+    obd = saliency(net, "obd", batches)
+    close(saliency(net, "taylor", batches), {name: 2 * score for name, score in obd.items()})
+
+
+def test_wanda_is_weight_times_input_norm(net, batches):
+    scores, w = saliency(net, "wanda", batches), weights(net)
+    inputs = reference_inputs(net, batches)
+    close(scores, {name: w[name].abs() * per_row(w[name], x.norm(dim=1)) for name, x in inputs.items()})
+
+
+def test_activation_is_the_mean_absolute_input(net, batches):
+    scores, w = saliency(net, "activation", batches), weights(net)
+    close(scores, {name: per_row(w[name], x.abs().mean(1)) for name, x in reference_inputs(net, batches).items()})
+
+
+def test_obs_divides_by_the_inverse_hessian(net, batches):
+    scores, w = saliency(net, "obs", batches), weights(net)
+    reference = {}
+    for name, x in reference_inputs(net, batches).items():
+        diagonals = []
+        for rows in x:
+            hessian = 2 * rows.t() @ rows
+            damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+            diagonals.append(torch.linalg.inv(damped).diagonal())
+        reference[name] = w[name] ** 2 / (2 * per_row(w[name], torch.stack(diagonals)))
+    close(scores, reference)
+
+
+def test_random_depends_on_the_seed_alone(net):
+    first, again, other = (saliency(net, "random", seed=seed)["out.weight"] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.min() >= 0 and first.max() < 1
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_wanda_covers_convolutions_of_other_dimensions(dims, padding_mode):
+    torch.manual_seed(0)
+    layer = (nn.Conv1d if dims == 1 else nn.Conv3d)(4, 6, 3, padding="same", groups=2, padding_mode=padding_mode)
+    x = torch.randn(2, 4, *[5] * dims)
+    squares = layer.weight.new_zeros(layer.weight.shape).requires_grad_()  # sum of x^2 under each weight, by autograd
+    output = layer._conv_forward(x.square(), squares, None)
+    norms = torch.autograd.grad(output.sum(), squares)[0].sqrt()
+    torch.testing.assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms)
+
+
+def test_wanda_covers_the_transposed_linear_of_transformers():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    layer, x = Conv1D(5, 4), torch.randn(3, 2, 4)  # weight [in 4, out 5]
+    norms = x.reshape(-1, 4).norm(dim=0)
+    torch.testing.assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms[:, None])
+
+
+def test_taylor_finds_the_weights_that_matter():
+    """Only the first input carries signal; magnitude prefers the other one, which every loss-aware criterion drops."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[0.5, 5.0]])
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    for name in NEED_DATA:
+        score = saliency(layer, name, [x], loss_fn=lambda out, batch: out.square().mean())["weight"]
+        assert score[0, 0] > score[0, 1], name
+    assert saliency(layer, "magnitude")["weight"].argmax() == 1
+
+
+# --- obs_prune --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layer():
+    """A layer with strongly correlated inputs: where one weight can stand in for another."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    x = torch.randn(200, 4, generator=generator, dtype=torch.float64) @ mix[:4]
+    x += 0.3 * torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    return torch.randn(6, 12, generator=generator, dtype=torch.float64), x
+
+
+def output_error(weight, pruned, x):
+    return float((x @ (weight - pruned).t()).square().sum())
+
+
+def best_without(weight, x, removed, ridge):
+    """Least squares over the weights that stay, one row: the exact optimum of sum (x (w - v))^2 + ridge/2 |w - v|^2."""
+    stay = [j for j in range(len(weight)) if j not in removed]
+    hessian = 2 * x.t() @ x + ridge * torch.eye(len(weight), dtype=x.dtype)
+    best = torch.zeros_like(weight)
+    best[stay] = torch.linalg.solve(hessian[stay][:, stay], (hessian @ weight)[stay])
+    return best, float((weight - best) @ hessian @ (weight - best)) / 2
+
+
+def test_obs_removes_the_one_weight_that_brute_force_removes(layer):
+    weight, x = layer
+    ridge = 0.01 * float((2 * x.t() @ x).diagonal().mean())
+    pruned = obs_prune(weight, x, 1 / 12)
+    for row, result in zip(weight, pruned, strict=True):
+        best, _ = min((best_without(row, x, [q], ridge) for q in range(12)), key=lambda pair: pair[1])
+        torch.testing.assert_close(result, best)
+
+
+def test_obs_saliency_is_the_error_that_brute_force_finds(layer):
+    weight, x = layer
+    ridge = 0.01 * float((2 * x.t() @ x).diagonal().mean())
+    module = nn.Linear(12, 6, bias=False).double()
+    module.weight.data = weight
+    found = torch.tensor([[best_without(row, x, [q], ridge)[1] for q in range(12)] for row in weight])
+    torch.testing.assert_close(saliency(module, "obs", [x])["weight"], found.double(), rtol=1e-5, atol=0)
+
+
+def test_obs_weights_are_least_squares_on_what_they_keep(layer):
+    weight, x = layer
+    ridge = 0.01 * float((2 * x.t() @ x).diagonal().mean())
+    for row, result in zip(weight, obs_prune(weight, x, 0.5), strict=True):
+        removed = (result == 0).nonzero().flatten().tolist()
+        assert len(removed) == 6
+        torch.testing.assert_close(result, best_without(row, x, removed, ridge)[0])
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+def test_obs_with_update_beats_magnitude_and_wanda(layer, sparsity):
+    weight, x = layer
+    k = selection.count_to_prune(12, sparsity)
+    by_magnitude = weight.masked_fill(selection.lowest_k(weight.abs(), k, dim=1), 0)
+    by_wanda = weight.masked_fill(selection.lowest_k(weight.abs() * x.norm(dim=0), k, dim=1), 0)
+    obs = output_error(weight, obs_prune(weight, x, sparsity), x)
+    assert obs < 0.5 * min(output_error(weight, by_magnitude, x), output_error(weight, by_wanda, x))
+
+
+def test_obs_without_correlation_removes_what_magnitude_removes():
+    """With orthogonal inputs of one size there is nothing to update: the test above could fail, and here it would."""
+    x = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64)).Q
+    weight = torch.randn(3, 8, dtype=torch.float64)
+    expected = weight.masked_fill(selection.lowest_k(weight.abs(), 4, dim=1), 0)
+    torch.testing.assert_close(obs_prune(weight, x, 0.5), expected)
+
+
+def test_obs_keeps_dtype_and_arguments_and_survives_dead_inputs():
+    weight, x = torch.randn(3, 8, dtype=torch.bfloat16), torch.zeros(5, 8)
+    before = weight.clone()
+    pruned = obs_prune(weight, x, 0.5)
+    assert pruned.dtype == torch.bfloat16 and torch.equal(weight, before) and (pruned == 0).sum(1).tolist() == [4] * 3
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (0, 8), (2, 5, 8)])
+def test_obs_refuses_inputs_of_another_shape(shape):
+    with pytest.raises(InputError, match=r"they must be \[out, in\] and \[N, in\]"):
+        obs_prune(torch.randn(3, 8), torch.randn(*shape), 0.5)
+
+
+# --- batches, and a model left as it was ------------------------------------------------------------------------------
+
+
+def state(net):
+    return (
+        {name: value.clone() for name, value in net.state_dict().items()},
+        [module.training for module in net.modules()],
+        [parameter.requires_grad for parameter in net.parameters()],
+        [None if parameter.grad is None else parameter.grad.clone() for parameter in net.parameters()],
+        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in net.modules()],
+        torch.get_rng_state(),
+    )
+
+
+def same(before, after):
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+def prepared(net, batches):
+    """In train mode with gradients, one layer frozen, one module in eval: all of it must be found again."""
+    F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
+    net.norm.eval()
+    net.hidden.weight.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_model_is_left_as_it_was(net, batches, criterion):
+    before = state(prepared(net, batches))
+    scores = saliency(net, criterion, torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True))
+    assert set(scores) == {"conv.weight", "hidden.weight", "out.weight"}  # the frozen one has its score
+    same(before, state(net))
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+def test_the_model_is_left_as_it_was_by_an_error(net, batches, criterion):
+    before = state(prepared(net, batches))
+
+    def broken():
+        yield batches[0]
+        torch.rand(1)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError):
+        saliency(net, criterion, broken())
+    same(before, state(net))
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+def test_batches_are_let_go_one_by_one(net, criterion):
+    alive = []
+
+    def stream():
+        for _ in range(4):
+            assert sum(reference() is not None for reference in alive) <= 1
+            x = torch.randn(2, 4, 8, 8)
+            alive.append(weakref.ref(x))
+            yield x, torch.tensor([0, 1])
+            del x
+
+    saliency(net, criterion, stream())
+
+
+@pytest.mark.parametrize("criterion", NEED_LOSS)
+def test_dicts_with_labels_use_the_loss_of_the_model(criterion):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    bert = BertForSequenceClassification(config)
+    batch = {"input_ids": torch.randint(50, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
+    by_labels = saliency(bert, criterion, [batch])
+    by_loss_fn = saliency(bert, criterion, [batch], loss_fn=lambda out, y: F.cross_entropy(out.logits, y))
+    assert "bert.encoder.layer.0.attention.self.query.weight" in by_labels
+    close(by_labels, by_loss_fn)
+    with pytest.raises(InputError, match="the batches have no labels"):
+        saliency(bert, criterion, [{"input_ids": batch["input_ids"]}])
+
+
+def test_a_tuple_is_arguments_and_then_the_target():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, a, b):
+            return self.fc(a + b)
+
+    a, b, y = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    norms = (a + b).norm(dim=0)
+    model = Two()
+    for batch in ((a, b), (a, b, y), {"a": a, "b": b}, {"a": a, "b": b, "labels": y}):
+        torch.testing.assert_close(
+            saliency(model, "wanda", [batch])["fc.weight"], model.fc.weight.abs().detach() * norms
+        )
+    assert saliency(model, "obd", [(a, b, y)])["fc.weight"].sum() > 0
+
+
+def test_a_weight_that_no_batch_reaches_has_no_score(net, batches):
+    net.spare = nn.Linear(3, 3)
+    for criterion in NEED_DATA:
+        assert "spare.weight" not in saliency(net, criterion, batches)
+
+
+def test_a_shared_weight_has_one_score():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[0].weight
+    assert list(saliency(model, "taylor", [(torch.randn(3, 4), torch.tensor([0, 1, 2]))])) == ["0.weight"]
+
+
+def test_scores_of_bfloat16_weights_are_float32():
+    model = nn.Linear(4, 3).bfloat16()
+    batch = (torch.randn(3, 4).bfloat16(), torch.tensor([0, 1, 2]))
+    for criterion in CRITERIA:
+        assert saliency(model, criterion, [batch])["weight"].dtype == torch.float32
+
+
+def test_an_unknown_criterion_is_refused_with_the_list(net):
+    with pytest.raises(InputError, match=r"no criterion 'L1': choose one of magnitude, taylor.*random"):
+        saliency(net, "L1")
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+def test_a_criterion_that_looks_at_data_wants_batches(net, criterion):
+    with pytest.raises(InputError, match="looks at data: give batches"):
+        saliency(net, criterion)
+    with pytest.raises(InputError, match="must be an iterable of batches: put it in a list"):
+        saliency(net, criterion, torch.randn(2, 4, 8, 8))
+    with pytest.raises(InputError, match="batches is empty"):
+        saliency(net, criterion, [])
+
+
+def test_a_loss_must_be_one_number(net, batches):
+    with pytest.raises(InputError, match="must return one number"):
+        saliency(net, "taylor", batches, loss_fn=lambda out, y: out)
+
+
+def test_without_labels_loss_fn_gets_the_batch(net, batches):
+    seen = []
+    saliency(net, "obd", [batches[0][0]], loss_fn=lambda out, target: seen.append(target) or out.sum())
+    assert seen[0] is batches[0][0]
+
+
+# --- the lowest k -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def scores_and_k(draw):
+    values = draw(st.lists(st.integers(-3, 3) | st.floats(-5, 5, width=16), min_size=1, max_size=40))
+    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    return torch.tensor(values, dtype=dtype), draw(st.integers(0, len(values)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(scores_and_k())
+def test_lowest_k_is_the_head_of_a_stable_sort(case):
+    scores, k = case
+    order = sorted(range(len(scores)), key=lambda i: (float(scores[i]), i))
+    expected = torch.zeros(len(scores), dtype=torch.bool)
+    expected[order[:k]] = True
+    assert torch.equal(selection.lowest_k(scores, k), expected)
+    assert torch.equal(selection.lowest_k(scores[None], k, dim=1), expected[None])
+
+
+@settings(deadline=None, max_examples=50)
+@given(scores_and_k(), st.integers(1, 4))
+def test_lowest_k_along_a_dimension_ranks_each_slice(case, copies):
+    scores, k = case
+    block = torch.stack([scores.roll(i) for i in range(copies)])
+    expected = torch.stack([selection.lowest_k(row, k) for row in block])
+    assert torch.equal(selection.lowest_k(block, k, dim=1), expected)
+    assert torch.equal(selection.lowest_k(block.t(), k, dim=0), expected.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_lowest_k_ranks_whole_numbers(dtype):
+    assert selection.lowest_k(torch.tensor([1, 0, 1, 0], dtype=dtype), 3).tolist() == [True, True, False, True]
+
+
+def test_lowest_k_keeps_shape_and_reads_transposed_scores_in_their_own_order():
+    scores = torch.tensor([[3.0, 1.0], [1.0, 2.0]]).t()  # [[3, 1], [1, 2]]
+    assert selection.lowest_k(scores, 1).tolist() == [[False, True], [False, False]]
+    assert selection.lowest_k(torch.tensor(2.0), 1).tolist() is True
+    assert selection.lowest_k(torch.tensor([torch.inf, -torch.inf]), 1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("k", [-1, 4, 1.0, True])
+def test_lowest_k_refuses_a_k_outside(k):
+    with pytest.raises(InputError, match="whole number from 0 to 3"):
+        selection.lowest_k(torch.ones(3), k)
+
+
+def test_lowest_k_refuses_nan():
+    with pytest.raises(InputError, match="NaN, which has no rank"):
+        selection.lowest_k(torch.tensor([1.0, torch.nan]), 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "sparsity", "k"),
+    [(10, 0.9, 9), (100, 0.99, 99), (20, 0.8, 16), (7, 0, 0), (7, 1, 7), (7, 1.0, 7), (0, 0.5, 0)],
+)
+def test_the_count_is_not_truncated(n, sparsity, k):
+    assert selection.count_to_prune(n, sparsity) == k
+
+
+@given(st.integers(0, 10**9), st.floats(0, 1))
+def test_the_count_is_within_half_of_the_fraction(n, sparsity):
+    k = selection.count_to_prune(n, sparsity)
+    assert 0 <= k <= n and abs(k - n * sparsity) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), True, "0.5", None])
+def test_a_fraction_outside_is_refused(sparsity):
+    with pytest.raises(InputError, match="must be a number from 0 to 1"):
+        selection.count_to_prune(10, sparsity)
+
+
+def test_every_criterion_says_where_it_is_from():
+    for name, function in CRITERIA.items():
+        assert name == "random" or "19" in function.__doc__ or "20" in function.__doc__, name
+    assert "obs_prune" in criteria.obs.__doc__

@@ -1,0 +1,131 @@
+"""The data sets are what they are said to be: sizes, balance, splits that share nothing, figures recomputed."""
+
+import gzip
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+
+from labkit import datasets, store
+from labkit.errors import InputError
+
+
+def words(text: str) -> str:
+    """A text up to case, spaces and punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def test_fashion_mnist_normalisation_is_the_training_images_own() -> None:
+    raw = gzip.decompress(store.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
+    pixels = torch.frombuffer(bytearray(raw), dtype=torch.uint8).double() / 255
+    assert pixels.mean().item() == pytest.approx(datasets.FASHION_MEAN, abs=5e-5)
+    assert pixels.std().item() == pytest.approx(datasets.FASHION_STD, abs=5e-5)
+
+
+@pytest.mark.parametrize(("split", "size"), [("train", 55_000), ("validation", 5_000), ("test", 10_000)])
+def test_fashion_mnist_splits_are_balanced_and_of_the_stated_size(split: str, size: int) -> None:
+    data = datasets.fashion_mnist(split)
+    assert data.images.shape == (size, 1, 28, 28)
+    assert data.images.dtype == torch.float32
+    assert data.labels.bincount().tolist() == [size // 10] * 10
+
+
+def test_fashion_mnist_training_and_validation_are_the_whole_file() -> None:
+    raw = gzip.decompress(store.path("fashion-mnist/train-labels-idx1-ubyte.gz").read_bytes())[8:]
+    train, validation = datasets.fashion_mnist("train"), datasets.fashion_mnist("validation")
+    both = torch.cat([train.images, validation.images]).sum(dtype=torch.float64)
+    pixels = gzip.decompress(store.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
+    whole = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).sum(dtype=torch.float64) / 255
+    expected = (whole - datasets.FASHION_MEAN * len(pixels)) / datasets.FASHION_STD
+    assert len(train) + len(validation) == len(raw)
+    assert both.item() == pytest.approx(expected.item(), rel=1e-4, abs=100)
+
+
+@pytest.mark.parametrize("n", [1, 10, 73, 1000])
+def test_fashion_mnist_subset_is_balanced_and_repeats(n: int) -> None:
+    first, again = datasets.fashion_mnist("test", n), datasets.fashion_mnist("test", n)
+    counts = first.labels.bincount(minlength=10)
+    assert len(first) == n
+    assert counts.max() - counts.min() <= 1
+    assert torch.equal(first.images, again.images)
+
+
+def test_fashion_mnist_subset_changes_with_the_seed() -> None:
+    one, two = datasets.fashion_mnist("test", 100, seed=0), datasets.fashion_mnist("test", 100, seed=1)
+    assert not torch.equal(one.images, two.images)
+
+
+def test_fashion_mnist_first_test_image_is_an_ankle_boot() -> None:
+    data = datasets.fashion_mnist("test")
+    assert datasets.FASHION_CLASSES[data.labels[0]] == "Ankle boot"
+
+
+def test_reviews_are_labelled_by_the_sign_of_their_rating() -> None:
+    text = gzip.decompress(store.path("reviews/movieReviewSnippets_GroundTruth.txt.gz").read_bytes()).decode()
+    ratings = {line.split("\t")[2]: float(line.split("\t")[1]) for line in text.splitlines()}
+    for split in ("train", "validation", "test"):
+        data = datasets.reviews(split)
+        assert [int(ratings[text] > 0) for text in data.texts] == data.labels.tolist()
+        assert all(ratings[text] != 0 for text in data.texts)
+
+
+def test_no_review_is_in_two_splits_or_twice_in_one() -> None:
+    texts = [words(text) for split in ("train", "validation", "test") for text in datasets.reviews(split).texts]
+    assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize(("split", "size"), [("train", 7_682), ("validation", 800), ("test", 2_000)])
+def test_review_splits_are_balanced_and_of_the_stated_size(split: str, size: int) -> None:
+    assert datasets.reviews(split).labels.bincount().tolist() == [size // 2, size // 2]
+
+
+def test_review_splits_do_not_follow_the_files_order() -> None:
+    text = gzip.decompress(store.path("reviews/movieReviewSnippets_GroundTruth.txt.gz").read_bytes()).decode()
+    place = {line.split("\t")[2]: number for number, line in enumerate(text.splitlines())}
+    positive = [place[text] for text in datasets.reviews("train").texts[1::2]]
+    rising = sum(a < b for a, b in pairwise(positive)) / (len(positive) - 1)
+    assert 0.45 < rising < 0.55
+
+
+def test_review_subset_is_balanced() -> None:
+    data = datasets.reviews("test", 101)
+    assert len(data.texts) == len(data.labels) == 101
+    assert abs(int(data.labels.sum()) * 2 - 101) == 1
+
+
+def test_handbook_parts_share_no_paragraph() -> None:
+    calibration, test = (set(datasets.handbook(part).split("\n\n")) for part in ("calibration", "test"))
+    assert not calibration & test
+    assert min(len(calibration), len(test)) > 1000
+
+
+def test_handbook_is_prose_without_markup() -> None:
+    for part in ("calibration", "test"):
+        text = datasets.handbook(part)
+        assert not re.search(r"</?(div|span|p|a|code)\b", text)
+        assert "  " not in text
+
+
+def test_photos_are_rgb() -> None:
+    photos = datasets.photos()
+    assert sorted(photos) == ["chelsea", "china", "coffee", "flower"]
+    assert all(photo.mode == "RGB" and min(photo.size) >= 256 for photo in photos.values())
+
+
+@pytest.mark.parametrize("load", [datasets.fashion_mnist, datasets.reviews])
+def test_unknown_split_is_refused(load) -> None:
+    with pytest.raises(InputError, match=r"split must be one of 'train', 'validation', 'test'; it is 'val'\."):
+        load("val")
+
+
+@pytest.mark.parametrize("n", [0, -1, 10**9, 1.5, True])
+@pytest.mark.parametrize("load", [datasets.fashion_mnist, datasets.reviews])
+def test_subset_size_outside_the_split_is_refused(load, n: object) -> None:
+    with pytest.raises(InputError, match=r"n must be a whole number from 1 to \d+ for this split, or None for all"):
+        load("test", n)
+
+
+def test_unknown_part_is_refused() -> None:
+    with pytest.raises(InputError, match=r"part must be one of 'calibration', 'test'; it is 'train'\."):
+        datasets.handbook("train")

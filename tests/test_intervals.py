@@ -1,0 +1,202 @@
+"""The statistics behind every claim, on SIMULATED clocks: the interval is honest, and the guard that says so can fail.
+
+One oracle for coverage: over 1000 comparisons of identical work a 95 % interval may miss the truth in 2.5 to 7.5 %.
+"""
+
+import math
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from labkit import intervals
+
+RUNS, PAIRS, PER_BLOCK = 1000, 120, 6
+
+
+def slots(environment: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """SIMULATED seconds of n consecutive calls of the same work: 3 % noise, 2 % spikes, and what the machine does."""
+    seconds = 1e-3 * np.exp(rng.normal(0, 0.03, n)) * (1 + 0.5 * (rng.random(n) < 0.02))
+    t = np.arange(n) / n
+    if environment == "linear drift":
+        return seconds * (1 + 0.5 * t)
+    if environment == "step":
+        return seconds * np.where(t < rng.random(), 1, 1.8)
+    if environment == "bursts":
+        return seconds * np.where(np.cumsum(rng.random(n) < 0.05) % 2, 1.8, 1)
+    if environment == "preemption":
+        return seconds + (rng.random(n) < 0.4) * rng.uniform(0.5e-3, 3e-3, n)
+    return seconds
+
+
+ENVIRONMENTS = ("stationary", "linear drift", "step", "bursts", "preemption")
+
+
+def interleaved(seconds, rng, ratio, order_cost=0.0, order=None):
+    """Baseline and candidate seconds when the slots are dealt out in pairs; whoever goes first pays order_cost."""
+    order = order or intervals.balanced_order(random.Random(int(rng.integers(2**31))), PER_BLOCK)
+    first = np.array([next(order) for _ in range(len(seconds) // 2)])
+    pairs = seconds.reshape(-1, 2) * np.array([1 + order_cost, 1])
+    a = np.where(first, pairs[:, 0], pairs[:, 1])
+    b = np.where(first, pairs[:, 1], pairs[:, 0])
+    return a * ratio, b
+
+
+def sequential(seconds, rng, ratio):
+    """All of the baseline, then all of the candidate, as a harness without interleaving does it."""
+    half = len(seconds) // 2
+    return seconds[:half] * ratio, seconds[half:]
+
+
+def misses(design, environment, ratio=1.0, per_block=PER_BLOCK, **how):
+    """How often the interval leaves out the true ratio, and the median error of the estimate."""
+    rng = np.random.default_rng(7)
+    results = []
+    for _ in range(RUNS):
+        a, b = design(slots(environment, rng, 2 * PAIRS), rng, ratio, **how)
+        results.append(intervals.paired_ratio(a.tolist(), b.tolist(), per_block))
+    estimates, lo, hi = np.array(results).T
+    return float(np.mean((lo > ratio) | (hi < ratio))), float(np.median(estimates) / ratio - 1)
+
+
+def honest(miss_rate: float) -> bool:
+    return 0.025 <= miss_rate <= 0.075
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.05, 2.0])
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_interval_covers_the_true_ratio(environment, ratio):
+    missed, bias = misses(interleaved, environment, ratio)
+    assert honest(missed), f"{environment}: the interval misses {ratio} in {missed:.1%}"
+    assert abs(bias) < 0.005
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_single_pairs_are_honest_too(environment):
+    missed, _ = misses(interleaved, environment, per_block=1)
+    assert honest(missed)
+
+
+@pytest.mark.parametrize("environment", ["linear drift", "step", "bursts"])
+def test_guard_fails_a_sequential_design(environment):
+    missed, _ = misses(sequential, environment, per_block=1)
+    assert not honest(missed)
+    assert missed > 0.25
+
+
+def test_guard_fails_a_fixed_order_where_going_first_costs():
+    always_first = {"order_cost": 0.05, "order": iter(lambda: True, None)}
+    missed, bias = misses(interleaved, "stationary", **always_first)
+    assert not honest(missed)
+    assert missed > 0.99
+    assert bias > 0.03
+
+
+def test_balanced_order_cancels_an_order_effect():
+    missed, bias = misses(interleaved, "stationary", order_cost=0.05)
+    assert missed <= 0.075
+    assert abs(bias) < 0.005
+
+
+def at_most(k: int, n: int) -> Fraction:
+    """P(Binomial(n, 1/2) <= k), exactly."""
+    return Fraction(sum(math.comb(n, i) for i in range(k + 1)), 2**n)
+
+
+@pytest.mark.parametrize("n", [6, 7, 20, 30, 40, 60, 100, 999, 2000])
+def test_rank_inverts_the_binomial(n):
+    k = intervals.rank(n)
+    assert at_most(k - 1, n) <= Fraction(25, 1000) < at_most(k, n)
+
+
+@pytest.mark.parametrize(("n", "k"), [(20, 6), (30, 10), (40, 14), (60, 22), (100, 40)])
+def test_rank_matches_the_tables(n, k):
+    assert intervals.rank(n) == k
+
+
+@pytest.mark.parametrize("n", range(6))
+def test_no_interval_below_six(n):
+    assert intervals.rank(n) == 0
+
+
+def test_median_ci_by_hand():
+    # n = 8: P(Bin <= 0) = 1/256, P(Bin <= 1) = 9/256 > 0.025, so k = 1: least and greatest value
+    assert intervals.median_ci([5, 3, 8, 1, 7, 2, 6, 4]) == (4.5, 1, 8)
+    assert intervals.median_ci([1.0, 3.0]) == (2.0, -math.inf, math.inf)
+
+
+def test_paired_ratio_without_interval_is_zero_to_infinity():
+    assert intervals.paired_ratio([2.0] * 5, [1.0] * 5) == (2.0, 0.0, math.inf)
+
+
+def test_block_minima_by_hand():
+    assert intervals.block_minima([3, 1, 2, 9, 8, 7], 3) == [1, 7]
+    assert intervals.block_minima([3, 1], 1) == [3, 1]
+
+
+def test_blocks_of_pairs_narrow_the_interval_under_preemption():
+    rng = np.random.default_rng(0)
+    widths = {1: [], PER_BLOCK: []}
+    for _ in range(50):
+        a, b = interleaved(slots("preemption", rng, 2 * PAIRS), rng, 1.0)
+        for per_block, so_far in widths.items():
+            so_far.append(intervals.half_width(*intervals.paired_ratio(a.tolist(), b.tolist(), per_block)))
+    assert np.median(widths[PER_BLOCK]) < 0.7 * np.median(widths[1])
+
+
+@pytest.mark.parametrize("group", [2, 4, 6])
+def test_every_group_is_balanced_and_orders_differ(group):
+    order = intervals.balanced_order(random.Random(0), group)
+    groups = [tuple(next(order) for _ in range(group)) for _ in range(200)]
+    assert all(sum(one) == group // 2 for one in groups)
+    assert len(set(groups)) == math.comb(group, group // 2)
+
+
+def test_half_width_is_relative():
+    assert intervals.half_width(2.0, 1.9, 2.1) == pytest.approx(0.05)
+    assert intervals.half_width(2.0, 0.0, math.inf) == math.inf
+
+
+@pytest.mark.parametrize("environment", ["linear drift", "step"])
+def test_drift_is_detected(environment):
+    rng = np.random.default_rng(3)
+    levels = slots(environment, rng, 40)
+    if environment == "step":
+        levels = slots("stationary", rng, 40) * np.repeat([1, 1.8], 20)
+    assert intervals.drift(levels.tolist()) > 0.15
+
+
+def test_order_effect_is_measured():
+    rng = np.random.default_rng(3)
+    order = intervals.balanced_order(random.Random(1), PER_BLOCK)
+    first = [next(order) for _ in range(PAIRS)]
+    a, b = interleaved(slots("stationary", rng, 2 * PAIRS), rng, 1.5, order_cost=0.05, order=iter(first))
+    effect = intervals.order_effect(np.log(a / b).tolist(), first)
+    assert effect == pytest.approx(math.log(1.05), abs=0.01)
+
+
+def test_two_clumps_are_seen():
+    rng = np.random.default_rng(3)
+    assert intervals.bimodal(np.concatenate([rng.normal(1, 0.01, 30), rng.normal(1.5, 0.01, 12)]).tolist())
+
+
+@pytest.mark.parametrize("draw", ["normal", "exponential", "uniform", "lognormal"])
+@pytest.mark.parametrize("n", [20, 100])
+def test_detectors_seldom_cry_wolf(draw, n):
+    rng, runs = np.random.default_rng(5), 300
+    false = {"drift": 0, "order": 0, "bimodal": 0}
+    for _ in range(runs):
+        noise = getattr(rng, draw)(size=n)
+        values = (1 + 0.05 * noise).tolist()
+        order = intervals.balanced_order(random.Random(int(rng.integers(2**31))), 4)
+        false["drift"] += intervals.drift(values) is not None
+        false["order"] += intervals.order_effect(np.log(values).tolist(), [next(order) for _ in values]) is not None
+        false["bimodal"] += intervals.bimodal(values)
+    assert max(false.values()) <= 0.05 * runs, false
+
+
+def test_few_values_trigger_no_detector():
+    assert intervals.drift([1.0, 9.0]) is None
+    assert intervals.order_effect([0.1], [True]) is None
+    assert not intervals.bimodal([1.0, 2.0])

@@ -1,0 +1,226 @@
+"""What a lesson shows: no figure without words and data, tables and numbers that read well with and without styles."""
+
+import base64
+import html.parser
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+from labkit import plots
+from labkit.errors import InputError
+
+ALT = "Latency against batch from 1 to 4: it rises with the square root."
+ROWS = [{"batch": 1, "latency": 1.0}, {"batch": 4, "latency": 2.0}]
+
+
+@pytest.fixture(autouse=True)
+def style() -> Iterator[None]:
+    with matplotlib.rc_context():
+        plots.style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def figure():
+    fig, ax = plt.subplots()
+    ax.plot([1, 4], [1, 2])
+    ax.set(xlabel="batch", ylabel="latency (ms)")
+    return fig
+
+
+@pytest.fixture
+def notebook(monkeypatch) -> list[tuple[dict, dict]]:
+    """The outputs (data, metadata) that a notebook would get."""
+    outputs: list[tuple[dict, dict]] = []
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel="some kernel"))
+    monkeypatch.setattr(
+        "IPython.display.display", lambda data, metadata=None, raw=False: outputs.append((data, metadata))
+    )
+    return outputs
+
+
+def cells(text: str) -> list[str]:
+    """The words of each th and td."""
+    found: list[str] = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag in ("td", "th"):
+                found.append("")
+
+        def handle_data(self, data):
+            if found:
+                found[-1] += data
+
+    Reader().feed(text)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.00123, "s", "1.23 ms"),
+        (12.5e-6, "s", "12.5 µs"),
+        (3e-9, "s", "3 ns"),
+        (0.0, "s", "0 s"),
+        (-0.002, "s", "-2 ms"),
+        (16e9, "B", "16 GB"),
+        (0.5, "B", "0.500 B"),
+        (989.4e12, "FLOP/s", "989 TFLOP/s"),
+        (3, "x", "3.00x"),
+        (250.4, "x", "250x"),
+        (12345, "", "12,345"),
+        (0.04217, "", "0.0422"),
+        (1.5e-7, "", "1.50e-07"),
+        (0.4, "fraction", "0.400"),
+        (93.21, "%", "93.2 %"),
+        (957, "tokens/s", "957 tokens/s"),
+        (None, "s", "–"),
+        ("inf", "s", "inf"),
+        (float("inf"), "s", "inf s"),
+        (True, "", "True"),
+    ],
+)
+def test_quantity_reads_as_a_person_writes_it(value, unit, text):
+    assert plots.quantity(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("unit", "wanted", "factor"),
+    [
+        ("s", "ms", 1000),
+        ("ms", "us", 1000),
+        ("B", "GB", 1e-9),
+        ("GFLOP/s", "TFLOP/s", 1e-3),
+        ("x", "×", 1),
+        ("tokens/s", "tokens/s", 1),
+        ("", "ms", 1),
+        ("s", "B", None),
+        ("tokens/s", "s", None),
+    ],
+)
+def test_factor_converts_between_units_of_one_kind(unit, wanted, factor):
+    assert plots.factor(unit, wanted) == (factor if factor is None else pytest.approx(factor))
+
+
+@pytest.mark.parametrize("alt", ["", "A plot", None, " " * 60])
+def test_a_figure_without_alt_text_is_refused(figure, alt):
+    with pytest.raises(InputError, match="no alt text of 30 characters or more"):
+        plots.show(figure, alt=alt, table=ROWS)
+    assert plt.fignum_exists(figure.number)
+
+
+@pytest.mark.parametrize("table", [[], None, [1, 2], "batch", [{}], {"batch": 1}])
+def test_a_figure_without_its_data_is_refused(figure, table):
+    with pytest.raises(InputError, match="non-empty list of dicts"):
+        plots.show(figure, alt=ALT, table=table)
+
+
+def test_an_axis_without_a_label_is_named():
+    fig, (left, right) = plt.subplots(1, 2)
+    left.set(xlabel="batch", ylabel="latency (ms)")
+    right.set(xlabel="batch")
+    right.set_title("prefill")
+    with pytest.raises(InputError, match=r"The y axis of axes 2 \(prefill\) has no label; call ax.set_ylabel"):
+        plots.show(fig, alt=ALT, table=ROWS)
+
+
+def test_an_empty_figure_is_refused():
+    with pytest.raises(InputError, match="has no axes"):
+        plots.show(plt.figure(), alt=ALT, table=ROWS)
+
+
+def test_axes_that_have_nothing_to_label_pass(capsys):
+    fig, axes = plt.subplots(2, 2, sharex=True, sharey=True)
+    for ax in axes[1]:
+        ax.set_xlabel("batch")
+    fig.supylabel("latency (ms)")
+    plots.show(fig, alt=ALT, table=ROWS)
+
+    fig, (picture, plot) = plt.subplots(1, 2)
+    image = picture.imshow([[1, 2], [3, 4]])
+    picture.axis("off")
+    fig.colorbar(image, ax=picture, label="weight")
+    plot.set(xlabel="batch", ylabel="latency (ms)")
+    plot.twinx().set_ylabel("throughput (requests/s)")
+    plots.show(fig, alt=ALT, table=ROWS)
+    assert capsys.readouterr().out.count(ALT) == 2
+
+
+def test_a_figure_carries_its_description_and_data(figure, notebook):
+    plots.show(figure, alt=ALT, table=ROWS, caption="Latency <ms>", simulated=True)
+    (picture, metadata), (folded, _) = notebook
+    assert metadata == {"image/png": {"alt": ALT}}
+    assert base64.b64decode(picture["image/png"]).startswith(b"\x89PNG")
+    assert ALT in picture["text/plain"] and "SIMULATED" in picture["text/plain"]
+    assert all(part in folded["text/html"] for part in ("<details>", ALT, "Latency &lt;ms&gt;", "SIMULATED"))
+    assert cells(folded["text/html"]) == ["batch", "latency", "1", "1", "4", "2"]
+
+
+def test_a_figure_is_closed_and_small(figure, notebook):
+    plots.show(figure, alt=ALT, table=ROWS)
+    assert not plt.fignum_exists(figure.number)
+    assert len(notebook[0][0]["image/png"]) < 60_000
+
+
+def test_the_same_figure_gives_the_same_bytes(notebook):
+    for _ in range(2):
+        fig, ax = plt.subplots()
+        ax.plot([1, 2])
+        ax.set(xlabel="batch", ylabel="latency (ms)")
+        plots.show(fig, alt=ALT, table=ROWS)
+    assert notebook[0][0]["image/png"] == notebook[2][0]["image/png"]
+
+
+def test_outside_a_notebook_a_figure_is_words_and_data(figure, capsys):
+    plots.show(figure, alt=ALT, table=ROWS, caption="Latency")
+    assert capsys.readouterr().out == f"Latency\n{ALT}\nbatch  latency\n1      1\n4      2\n"
+
+
+def test_a_table_puts_units_in_the_heading_and_numbers_right(notebook):
+    rows = [{"name": "a<b", "time": 1.5}, {"name": "c", "time": None, "bytes": 12345}]
+    plots.table(rows, caption="Sizes", units={"time": "ms"}, simulated=True)
+    text = notebook[0][0]["text/html"]
+    assert cells(text) == ["name", "time (ms)", "bytes", "a<b", "1.50", "–", "c", "–", "12,345"]
+    assert '<td align="right"' in text and "SIMULATED" in text and "<caption" in text
+    assert notebook[0][0]["text/plain"].startswith("SIMULATED Sizes\nname  time (ms)  bytes")
+
+
+def test_units_of_a_column_that_is_not_there_are_refused():
+    with pytest.raises(InputError, match=r"units names 'ms', which is no column; the columns are batch, latency"):
+        plots.table(ROWS, units={"ms": "ms"})
+
+
+def test_colours_differ_from_each_other_in_lightness_or_hue():
+    assert len(set(plots.COLOURS)) == len(plots.COLOURS) == 7
+    assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(plots.COLOURS)
+
+
+def test_a_notebook_shows_the_picture_with_its_alt_text_once(tmp_path: Path):
+    """Executed by a real kernel: one PNG with alt metadata, one folded table, no second copy at the cell's end."""
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    code = f"""
+import matplotlib.pyplot as plt
+from labkit import plots
+plots.style()
+fig, ax = plt.subplots()
+ax.plot([1, 4], [1, 2])
+ax.set(xlabel="batch", ylabel="latency (ms)")
+plots.show(fig, alt={ALT!r}, table={ROWS!r})"""
+    path = tmp_path / "figure.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell(code)]), path)
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    outputs = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["outputs"]
+    assert [sorted(one["data"]) for one in outputs] == [["image/png", "text/plain"], ["text/html", "text/plain"]]
+    assert outputs[0]["metadata"]["image/png"]["alt"] == ALT

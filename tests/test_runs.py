@@ -1,0 +1,272 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from labkit import lessons, runs
+from labkit.errors import InputError
+
+SMOKE = {"PRESET": "smoke"}
+FINISH = """
+import json, pathlib
+record = {"lesson": "01", "machine": {"slug": "test-cpu-2c"}, "ratio": RATIO}
+home = pathlib.Path(RESULTS_DIR) / "01"
+home.mkdir()
+_ = (home / "record.json").write_text(json.dumps(record))
+"""
+WHO = """
+import os, sys
+ballast = bytearray(300_000_000)
+print(sys.executable, os.environ["LABKIT_PRESET"], os.getcwd() == os.path.realpath("."), RATIO, PRESET)
+RATIO
+"""
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., Path]) -> tuple[runs.Run, list, Path]:
+    """One good run at a changed parameter, with what it reported; a broken kernelspec called python3 is in the way."""
+    home = tmp_path_factory.mktemp("good")
+    kernel = home / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text('{"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}')
+    notebook = write_lesson(home / "notebooks", WHO, FINISH)
+    steps: list[runs.Step] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(home / "jupyter"))
+        result = runs.run(notebook, {**SMOKE, "RATIO": "0.25"}, out=home / "runs", on_step=steps.append)
+    return result, steps, notebook
+
+
+def outputs(notebook: Path) -> str:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_lesson_gets_this_interpreter_its_parameters_and_its_own_folder(good):
+    assert outputs(good[0].notebook) == f"{sys.executable} smoke True 0.25 smoke\n"
+
+
+def test_the_result_folder_is_complete_and_alone(good):
+    result, _, _ = good
+    assert left_in(result.folder) == ["01_small.ipynb", "record.json", "run.json"]
+    assert left_in(result.folder.parent) == [result.folder.name]
+    assert json.loads(result.record.read_text())["ratio"] == 0.25
+
+
+def test_run_json_says_what_ran(good):
+    summary = json.loads((good[0].folder / "run.json").read_text())
+    assert (summary["status"], summary["error"]) == ("done", None)
+    assert summary["parameters"] == {"PRESET": "smoke", "RATIO": 0.25, "RESULTS_DIR": "."}
+    assert 0 < summary["seconds"] < 60
+
+
+def test_peak_memory_holds_what_the_lesson_took(good):
+    assert 300_000_000 < good[0].peak_memory < 1_500_000_000
+
+
+def test_each_cell_is_reported_with_its_place_and_section(good):
+    assert good[1] == [
+        runs.Step(1, 5, "A small lesson"),
+        runs.Step(2, 5, "A small lesson"),
+        runs.Step(3, 5, "Its work"),
+        runs.Step(4, 5, "Its work"),
+        runs.Step(5, 5, "Its work"),
+    ]
+
+
+def test_running_leaves_the_lesson_as_it_was(good):
+    assert all(not cell.get("outputs") for cell in nbformat.read(good[2], as_version=4).cells)
+
+
+def test_no_machine_path_stands_in_the_executed_notebook(good):
+    assert str(good[0].folder.parent) not in good[0].notebook.read_text().replace(sys.executable, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"RATI0": 1}, "no parameter RATI0; did you mean RATIO"),
+        ({"RATIO": "half"}, "RATIO cannot be 'half'"),
+        ({"RATIO": 2}, "give a number from 0 to 1"),
+        ({"PRESET": "large"}, "choose one of smoke, class, full"),
+    ],
+)
+def test_bad_parameters_are_refused_before_anything_is_written(tmp_path: Path, write_lesson, given, sentence):
+    notebook = write_lesson(tmp_path / "notebooks", "1", ranges={"RATIO": [0, 1]})
+    with pytest.raises(InputError, match=sentence):
+        runs.run(notebook, given, out=tmp_path / "runs")
+    assert left_in(tmp_path) == ["notebooks"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, write_lesson):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"Results cannot be written to .*; choose another --out"):
+        runs.run(write_lesson(tmp_path, "1"), SMOKE, out=tmp_path / "file")
+
+
+def test_the_same_run_has_the_same_name_and_another_has_another():
+    def name(*arguments: object) -> str:
+        return runs._identity(*arguments)
+
+    assert name(b"lesson", {"A": 1}) == name(b"lesson", {"A": 1})
+    assert len({name(b"lesson", {"A": 1}), name(b"lesson", {"A": 2}), name(b"changed", {"A": 1})}) == 3
+
+
+def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
+    source = write_lesson(tmp_path, "1").read_bytes()
+    assert runs.bind(source, {"RATIO": "0.5"}) == runs.bind(source, {}) == {"PRESET": "class", "RESULTS_DIR": "."}
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError", "division by zero"),
+        ("import os; os._exit(1)", "DeadKernel", "the kernel was killed, most often because memory ran out"),
+        ("import time; time.sleep(100)", "CellTimeout", "the cell ran for more than 1 s"),
+    ],
+)
+def test_a_failure_is_told_with_its_cell(tmp_path: Path, write_lesson, monkeypatch, code: str, name: str, message: str):
+    monkeypatch.setitem(runs.CELL_SECONDS, "smoke", 1)
+    began = time.monotonic()
+    result = runs.run(write_lesson(tmp_path, "1", code), SMOKE, out=tmp_path / "runs")
+    assert result.error == runs.Failure(name, message, 5, "Its work")
+    assert time.monotonic() - began < 40  # at once, not after a time limit of minutes
+    assert json.loads((result.folder / "run.json").read_text())["status"] == "failed"
+    assert result.folder.name.endswith("-failed")
+
+
+def test_a_failed_run_does_not_replace_a_good_one_and_a_good_one_clears_it(tmp_path: Path, write_lesson):
+    flag = tmp_path / "fail"
+    notebook = write_lesson(tmp_path, f"import os; assert not os.path.exists({str(flag)!r}), 'as told'")
+    good = runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    flag.touch()
+    failed = runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    assert failed.error and left_in(good.folder.parent) == [good.folder.name, failed.folder.name]
+    flag.unlink()
+    runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    assert left_in(good.folder.parent) == [good.folder.name]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_process_and_no_half_result(tmp_path: Path, write_lesson, end: signal.Signals):
+    pids = tmp_path / "pids"
+    notebook = write_lesson(
+        tmp_path,
+        f"import os, subprocess, pathlib\nchild = subprocess.Popen(['sleep', '1000'])\n"
+        f"_ = pathlib.Path({str(pids)!r}).write_text(f'{{os.getpid()}} {{child.pid}}\\n')\nchild.wait()",
+    )
+    script = (
+        f"from pathlib import Path; from labkit import runs; runs.run(Path({str(notebook)!r}), {{}}, out=Path('r'))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    _wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"), 60)
+    kernel, sleeper = map(int, pids.read_text().split())
+    started = [kernel, sleeper, psutil.Process(kernel).ppid()]
+    parent.send_signal(end)
+    parent.wait(20)
+    if end == signal.SIGINT:
+        assert left_in(tmp_path / "r" / "01_small") == []
+    else:
+        started.remove(sleeper)  # its parent, the kernel, had no chance to end it
+        os.kill(sleeper, signal.SIGKILL)
+    _wait_until(lambda: not any(_runs(pid) for pid in started), 20)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"still waiting after {seconds} s"
+        time.sleep(0.1)
+
+
+# reference results
+
+
+def test_a_tidied_notebook_has_no_trace_of_papermill(good):
+    kept = lessons.tidied(nbformat.read(good[0].notebook, as_version=4))
+    source = nbformat.read(good[2], as_version=4)
+    assert [cell.id for cell in kept.cells] == [cell.id for cell in source.cells]
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in source.cells]
+    assert [cell.execution_count for cell in kept.cells if cell.cell_type == "code"] == [1, 2, 3]
+    assert [output.execution_count for output in kept.cells[3].outputs if "execution_count" in output] == [2]
+    assert "papermill" not in nbformat.writes(kept) and "iopub" not in nbformat.writes(kept)
+    nbformat.validate(kept)
+
+
+def test_tidying_twice_changes_nothing(good):
+    once = lessons.tidied(nbformat.read(good[0].notebook, as_version=4))
+    assert nbformat.writes(lessons.tidied(once)) == nbformat.writes(once)
+
+
+def finished(
+    folder: Path, write_lesson: Callable[..., Path], bound: dict, error: runs.Failure | None = None
+) -> runs.Run:
+    """A result folder as a run leaves it."""
+    write_lesson(folder, "1")
+    (folder / "record.json").write_text('{"lesson": "01", "machine": {"slug": "test-cpu-2c"}}')
+    return runs.Run("01_small", folder, {"RESULTS_DIR": ".", **bound}, 1.0, 1, error)
+
+
+def test_a_reference_at_the_lesson_s_own_values_is_kept_with_its_outputs(tmp_path: Path, write_lesson):
+    result = finished(tmp_path / "result", write_lesson, {"PRESET": "class"})
+    kept = runs.keep_as_reference(result, tmp_path / "01_small.ipynb", tmp_path / "recorded")
+    assert kept == [tmp_path / "recorded" / "test-cpu-2c" / "01.json", tmp_path / "01_small.ipynb"]
+    assert kept[0].read_text() == result.record.read_text()
+    assert nbformat.read(kept[1], as_version=4).cells[0].source == "# A small lesson"
+
+
+@pytest.mark.parametrize("bound", [{"PRESET": "full"}, {"PRESET": "class", "DEVICE": "cuda"}])
+def test_a_reference_at_other_values_leaves_the_lesson_as_it_is(tmp_path: Path, write_lesson, bound: dict):
+    result = finished(tmp_path / "result", write_lesson, bound)
+    kept = runs.keep_as_reference(result, tmp_path / "01_small.ipynb", tmp_path / "recorded")
+    assert kept == [tmp_path / "recorded" / "test-cpu-2c" / "01.json"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "error", "sentence"),
+    [
+        ({"PRESET": "smoke"}, None, "too small to be a reference"),
+        ({"PRESET": "class", "RATIO": 0.25}, None, "keeps the lesson's own values; leave out -p RATIO"),
+        ({"PRESET": "class"}, runs.Failure("ValueError", "x", 1, "y"), "did not finish, so there is nothing to record"),
+    ],
+)
+def test_what_is_no_reference_is_refused(tmp_path: Path, write_lesson, bound: dict, error, sentence: str):
+    result = finished(tmp_path / "result", write_lesson, bound, error)
+    with pytest.raises(InputError, match=sentence):
+        runs.keep_as_reference(result, tmp_path / "01_small.ipynb", tmp_path / "recorded")
+    assert left_in(tmp_path) == ["result"]
+
+
+# finding lessons
+
+
+@pytest.mark.parametrize("name", ["1", "01", "01_small", "01_small.ipynb"])
+def test_a_lesson_is_found_by_number_or_name(tmp_path: Path, write_lesson, name: str):
+    notebook = write_lesson(tmp_path, "1")
+    assert lessons.find(name, tmp_path) == notebook
+
+
+@pytest.mark.parametrize("name", ["7", "small", "", "../01_small"])
+def test_an_unknown_lesson_is_refused_with_those_that_exist(tmp_path: Path, write_lesson, name: str):
+    write_lesson(tmp_path, "1")
+    with pytest.raises(InputError, match=r"There is no lesson .*; give the number of one that exists: 01"):
+        lessons.find(name, tmp_path)

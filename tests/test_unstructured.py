@@ -1,0 +1,503 @@
+"""Pruning of single weights: the sparsity asked for is the one the forward pass sees, whatever happens to the model."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
+
+from labkit.errors import InputError
+from labkit.pruning.criteria import CRITERIA, prunable
+from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc1, self.fc2 = nn.Linear(8 * 16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(self.norm(self.conv(x)).relu().flatten(1)).relu())
+
+
+N = 8 * 3 * 9 + 8 * 16 * 32 + 32 * 4  # prunable weights of Net
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 3, 4, 4, generator=generator), torch.randint(4, (6,), generator=generator)
+
+
+def seen(net, x):
+    """The weights that the forward pass multiplies with, by watching torch's functions being called."""
+    found = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (F.linear, F.conv2d):
+                found.append(args[1].detach().clone())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        net(x)
+    return torch.cat([weight.flatten() for weight in found])
+
+
+def train(net, batch, optimizer, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+
+def equal_states(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- what is reached --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [0, 0.0, 0.1, 1 / 3, 0.9, 0.999, 1, 1.0])
+def test_the_forward_pass_sees_the_sparsity_asked_for(net, batch, asked):
+    pruned = prune(net, asked)
+    zeros = int((seen(pruned, batch[0]) == 0).sum())
+    assert abs(zeros - asked * N) <= 0.5
+    assert sparsity(pruned) == zeros / N
+
+
+def test_one_and_one_point_zero_are_the_same(net):
+    assert equal_states(prune(net, 1), prune(net, 1.0)) and sparsity(prune(net, 1)) == 1
+
+
+def test_global_magnitude_keeps_the_largest_of_all(net):
+    pruned = prune(net, 0.6)
+    before = torch.cat([weight.parameter.detach().flatten() for weight in prunable(net).values()])
+    after = torch.cat([weight.parameter.detach().flatten() for weight in prunable(pruned).values()])
+    assert before.abs()[after == 0].max() <= before.abs()[after != 0].min()
+    assert torch.equal(before[after != 0], after[after != 0])
+
+
+def test_layer_magnitude_equals_torch(net):
+    pruned = prune(net, 0.6, scope="layer")
+    for name, weight in prunable(net).items():
+        oracle = copy.deepcopy(weight.module)
+        torch_prune.l1_unstructured(oracle, "weight", amount=0.6)
+        assert torch.equal(pruned.get_parameter(name), oracle.weight), name
+
+
+def test_row_prunes_every_output_unit_alike(net, batch):
+    pruned = prune(net, 0.5, scope="row", criterion="wanda", batches=[batch])
+    for name, weight in prunable(pruned).items():
+        zeros = (weight.parameter.flatten(1) == 0).sum(1)
+        assert (zeros == (weight.parameter[0].numel() + 1) // 2).all(), name
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_in_every_scope(net, batch, criterion, scope):
+    before = copy.deepcopy(net)
+    pruned = prune(net, 0.75, criterion=criterion, scope=scope, batches=[batch])
+    assert sparsity(pruned) == pytest.approx(0.75, abs=0.01)
+    assert equal_states(net, before) and sparsity(net) == 0 and not net._forward_pre_hooks
+
+
+def test_excluded_weights_are_left_alone_and_not_counted(net):
+    pruned = prune(net, 0.5, exclude=["fc2", "conv.weight"])
+    assert torch.equal(pruned.fc2.weight, net.fc2.weight) and torch.equal(pruned.conv.weight, net.conv.weight)
+    assert sparsity(pruned, exclude=["fc2", "conv"]) == 0.5
+    assert sparsity(pruned) == 0.5 * net.fc1.weight.numel() / N
+    assert equal_states(pruned, prune(net, 0.5, exclude=("conv", "fc2")))
+
+
+def test_zeros_go_first_whatever_the_criterion(net):
+    net.fc1.weight.data[:4] = 0
+    pruned = prune(net, 0.5, criterion="random")
+    assert not masks(pruned)["fc1.weight"][:4].any()
+    assert sparsity(pruned) == 0.5
+
+
+def test_untrained_zero_layers_do_not_stop_layer_pruning(net):
+    net.fc2.weight.data.zero_()
+    assert (prune(net, 0.5, scope="layer").fc1.weight == 0).sum() == net.fc1.weight.numel() / 2
+
+
+# --- masks hold -------------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+    "adam_l2": lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.01),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_masks_survive_training(net, batch, optimizer):
+    pruned = prune(net, 0.8)
+    kept = masks(pruned)
+    train(pruned, batch, OPTIMIZERS[optimizer](pruned.parameters()))
+    for name, weight in prunable(pruned).items():  # in the stored weight, before any further forward pass
+        assert torch.equal(weight.parameter != 0, kept[name]), name
+        assert not weight.parameter.grad[~kept[name]].any()
+    assert not torch.equal(pruned.fc1.weight, prune(net, 0.8).fc1.weight)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_masks_survive_an_optimizer_from_before_the_pruning(net, batch, optimizer):
+    """Its momentum moves pruned weights: the worst that an optimizer can do to a mask."""
+    pruned = prune(net, 0)
+    running = OPTIMIZERS[optimizer](pruned.parameters())
+    train(pruned, batch, running)
+    harder = prune(pruned, 0.8)
+    for old, new in zip(pruned.parameters(), harder.parameters(), strict=True):
+        running.state[new] = running.state.pop(old)
+    running.param_groups[0]["params"] = list(harder.parameters())
+    train(harder, batch, running, steps=1)
+    assert (harder.fc1.weight[~masks(harder)["fc1.weight"]] != 0).any()  # so there is something to hold
+    expected = 1 - int(sum(mask.sum() for mask in masks(harder).values())) / N
+    assert sparsity(harder) == expected
+    assert sparsity(make_permanent(harder)) == expected
+    saved = harder.state_dict()
+    assert sum(int((saved[name] == 0).sum()) for name in prunable(harder)) / N == expected
+    train(harder, batch, running, steps=1)
+    assert (seen(harder, batch[0]) == 0).sum() / N == pytest.approx(expected)
+
+
+def test_the_gradient_is_that_of_the_masked_product(net, batch):
+    """Oracle: torch.func on weight * mask, with nothing of ours in it."""
+    pruned = prune(net, 0.7)
+    F.cross_entropy(pruned(batch[0]), batch[1]).backward()
+    plain, kept = make_permanent(net), masks(pruned)
+    raw = {name: value.detach().clone().requires_grad_() for name, value in net.named_parameters()}
+    masked = {name: value * kept[name] if name in kept else value for name, value in raw.items()}
+    F.cross_entropy(torch.func.functional_call(plain, masked, batch[0]), batch[1]).backward()
+    for name, parameter in pruned.named_parameters():
+        torch.testing.assert_close(parameter.grad, raw[name].grad)
+
+
+@pytest.mark.parametrize("when", ["at once", "after forward", "after backward", "after a step"])
+def test_deepcopy_works_and_its_masks_hold(net, batch, when):
+    pruned = prune(net, 0.8)
+    if when != "at once":
+        loss = F.cross_entropy(pruned(batch[0]), batch[1])
+    if when in ("after backward", "after a step"):
+        loss.backward()
+    if when == "after a step":
+        train(pruned, batch, OPTIMIZERS["sgd"](pruned.parameters()))
+    twin = copy.deepcopy(pruned)
+    before = copy.deepcopy(pruned.state_dict())
+    train(twin, batch, OPTIMIZERS["sgd"](twin.parameters()))
+    assert torch.equal(twin.fc1.weight != 0, masks(pruned)["fc1.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
+
+
+def test_pickle_works(net, batch):
+    twin = pickle.loads(pickle.dumps(prune(net, 0.8)))
+    train(twin, batch, OPTIMIZERS["sgd"](twin.parameters()))
+    assert sparsity(twin) == sparsity(prune(net, 0.8))
+
+
+def test_two_forward_passes_share_one_backward(net, batch):
+    pruned = prune(net, 0.5)
+    (pruned(batch[0]).sum() + pruned(batch[0] * 2).sum()).backward()
+    assert pruned.fc1.weight.grad is not None
+
+
+def test_a_mask_holds_in_inference_mode_and_against_writes(net, batch):
+    pruned = prune(net, 0.8)
+    pruned.fc1.weight.data.fill_(1.0)
+    pruned.fc2.load_state_dict({"weight": torch.ones(4, 32), "bias": torch.zeros(4)})
+    assert torch.equal(pruned.fc2.weight == 1, masks(pruned)["fc2.weight"])  # at once, without a forward pass
+    with torch.inference_mode():
+        assert (seen(pruned, batch[0]) == 0).sum() / N == pytest.approx(sparsity(pruned))
+
+
+def test_a_mask_holds_where_the_layer_itself_is_never_called():
+    attention = prune(nn.MultiheadAttention(8, 2, batch_first=True), 0.5)
+    assert set(masks(attention)) == {"in_proj_weight", "out_proj.weight"}
+    attention.out_proj.weight.data.fill_(1.0)
+    attention(*[torch.randn(1, 3, 8)] * 3)
+    assert torch.equal(attention.out_proj.weight != 0, masks(attention)["out_proj.weight"])
+
+
+def test_the_masks_follow_the_model_to_another_dtype(net, batch):
+    pruned = prune(net, 0.8).bfloat16()
+    assert masks(pruned)["fc1.weight"].dtype == torch.bool
+    pruned.fc1.weight.data.fill_(1.0)
+    pruned(batch[0].bfloat16())
+    assert sparsity(pruned) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masks_hold_on_a_gpu(net, batch):
+    pruned = prune(net, 0.8).cuda()
+    batch = [item.cuda() for item in batch]
+    train(pruned, batch, OPTIMIZERS["sgd"](pruned.parameters()))
+    assert torch.equal(prune(net.cuda(), 0.8).cpu().fc1.weight != 0, pruned.cpu().fc1.weight != 0)
+    assert sparsity(prune(net, 0.5, criterion="wanda", batches=[batch])) == 0.5
+
+
+# --- pruning again ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_pruning_again_keeps_the_mask_and_reaches_the_total(net, batch, scope, criterion):
+    once = prune(net, 0.5, scope=scope)
+    train(once, batch, OPTIMIZERS["sgd"](once.parameters()))
+    twice = prune(once, 0.8, scope=scope, criterion=criterion)
+    for name, mask in masks(twice).items():
+        assert not (mask & ~masks(once)[name]).any()
+    assert equal_states(make_permanent(once), once) and sparsity(once) == sparsity(prune(net, 0.5, scope=scope))
+    assert sparsity(twice) == sparsity(prune(net, 0.8, scope=scope)) == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_mask_comes_before_zeros_that_are_not_masked(net):
+    once = prune(net, 0.25, scope="layer")
+    kept = masks(once)["fc2.weight"]
+    once.fc2.weight.data[kept] = 0.0  # more zeros than the next round may mask
+    assert not (masks(prune(once, 0.5, scope="layer"))["fc2.weight"] & ~kept).any()
+
+
+def test_pruning_to_the_same_sparsity_changes_nothing(net):
+    once = prune(net, 0.5)
+    assert equal_states(once, prune(once, 0.5, criterion="random"))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_asking_for_less_than_there_is_is_refused(net, scope):
+    with pytest.raises(InputError, match=r"is already [5-9]\d\.\d\d% pruned.*more than the 20.00% asked for"):
+        prune(prune(net, 0.5, scope=scope), 0.2, scope=scope)
+
+
+def test_a_loaded_model_is_not_silently_left_as_it_was(net):
+    loaded = Net()
+    loaded.load_state_dict(prune(net, 0.5).state_dict())
+    with pytest.raises(InputError, match=r"the model is already 50\.00% pruned"):
+        prune(loaded, 0.2)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_dict_is_that_of_the_dense_model_with_zeros(net):
+    def stored(model):
+        torch.save(model.state_dict(), file := io.BytesIO())
+        return file.getbuffer().nbytes
+
+    pruned = prune(net, 0.9)
+    assert list(pruned.state_dict()) == list(net.state_dict())
+    assert stored(pruned) == stored(net)
+
+
+def test_resnet50_reports_70_percent_before_and_after_loading():
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    dense = resnet50(weights=None)
+    pruned = prune(dense, 0.7)
+    torch.save(pruned.state_dict(), file := io.BytesIO())
+    loaded = resnet50(weights=None)
+    loaded.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for model in (pruned, loaded, make_permanent(pruned)):
+        assert f"{sparsity(model):.2%}" == "70.00%"
+        assert abs(sparsity(model) * 25_502_912 - 0.7 * 25_502_912) <= 0.5 + 1e-3
+    assert f"{sparsity(dense):.2%}" == "0.00%"
+
+
+def test_a_loaded_model_gets_its_masks_back(net, batch):
+    pruned = prune(net, 0.9)
+    loaded = Net()
+    loaded.load_state_dict(pruned.state_dict())
+    again = prune(loaded, sparsity(loaded))
+    assert all(torch.equal(mask, masks(pruned)[name]) for name, mask in masks(again).items())
+
+
+def test_permanent_is_the_same_function_without_a_trace(net, batch):
+    pruned = prune(net, 0.9).eval()
+    plain = make_permanent(pruned)
+    assert torch.equal(plain(batch[0]), pruned(batch[0]))
+    assert [name for name, _ in plain.named_buffers()] == [name for name, _ in net.named_buffers()]
+    hooks = ("_forward_pre_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    assert not any(getattr(module, kind) for module in plain.modules() for kind in hooks)
+    assert masks(plain) == {} and masks(pruned) and sparsity(plain) == sparsity(pruned)
+    train(plain, batch, OPTIMIZERS["sgd"](plain.parameters()))
+    assert sparsity(plain) < 0.5  # nothing holds it any more
+
+
+def test_permanent_exports(net, batch):
+    plain = make_permanent(prune(net, 0.9).eval())
+    exported = torch.export.export(plain, (batch[0],)).module()
+    torch.testing.assert_close(exported(batch[0]), plain(batch[0]))
+
+
+@pytest.mark.parametrize("finish", [make_permanent, lambda model: model], ids=["permanent", "masked"])
+def test_torch_compile_sees_the_same_function(net, batch, finish):
+    model = finish(prune(net, 0.9).eval())
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch[0]), model(batch[0]))
+
+
+# --- what counts as a weight ------------------------------------------------------------------------------------------
+
+
+def test_frozen_weights_are_pruned_and_stay_frozen(net):
+    net.fc1.weight.requires_grad_(False)
+    pruned = prune(net, 0.5)
+    assert equal_states(pruned, prune(Net_like(net), 0.5)) and not pruned.fc1.weight.requires_grad
+    assert (pruned.fc1.weight == 0).any()
+
+
+def Net_like(net):
+    """The same weights, none of them frozen."""
+    other = Net()
+    other.load_state_dict(net.state_dict())
+    return other
+
+
+def test_masks_hold_when_a_frozen_weight_is_thawed(net, batch):
+    net.fc1.weight.requires_grad_(False)
+    pruned = prune(net, 0.8)
+    pruned.fc1.weight.requires_grad_(True)
+    train(pruned, batch, OPTIMIZERS["sgd"](pruned.parameters()))
+    assert torch.equal(pruned.fc1.weight != 0, masks(pruned)["fc1.weight"])
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.inner = nn.Linear(8, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.inner(self.embed(ids)))
+
+
+def test_a_shared_weight_is_pruned_and_counted_once():
+    torch.manual_seed(0)
+    pruned = prune(Tied(), 0.5)
+    assert pruned.head.weight is pruned.embed.weight
+    assert list(masks(pruned)) == ["head.weight", "inner.weight"]
+    assert sparsity(pruned) == 0.5
+    optimizer = OPTIMIZERS["adamw"](pruned.parameters())
+    for _ in range(2):
+        pruned(torch.arange(20)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(pruned.embed.weight != 0, masks(pruned)["head.weight"])
+    pruned.embed.weight.data.fill_(1.0)
+    assert (pruned.embed(torch.arange(20)) == 0).any()  # the embedding alone holds the mask too
+
+
+@pytest.mark.parametrize("name", ["embed", "head", "head.weight"])
+def test_a_shared_weight_is_excluded_by_any_of_its_names(name):
+    assert list(masks(prune(Tied(), 0.5, exclude=name))) == ["inner.weight"]
+
+
+def test_transformers_conv1d_is_pruned():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    batch = {"input_ids": torch.arange(8)[None]}
+    for criterion in ("magnitude", "wanda", "obs"):
+        for scope in ("global", "row"):
+            pruned = prune(model, 0.5, criterion=criterion, scope=scope, batches=[batch])
+            assert sparsity(pruned) == 0.5
+    rows = pruned.transformer.h[0].mlp.c_fc.weight == 0  # [in 16, out 64]
+    assert (rows.sum(0) == 8).all()
+
+
+def test_sparsity_reads_masks_of_torch(net):
+    for module in (net.conv, net.fc1, net.fc2):
+        torch_prune.l1_unstructured(module, "weight", amount=0.75)
+    assert sparsity(net) == 0.75
+    assert sparsity(net, exclude=["fc1"]) == 0.75
+    with pytest.raises(InputError, match=r"conv.weight has masks of torch.nn.utils.prune.*make it permanent first"):
+        prune(net, 0.9)
+
+
+def test_sparsity_reads_parametrizations(net):
+    parametrizations.weight_norm(net.fc1)
+    net.fc1.parametrizations.weight.original0.data[:16] = 0
+    assert sparsity(net) == 0.5 * net.fc1.weight.numel() / N
+    with pytest.raises(InputError, match=r"fc1\.weight has a parametrization"):
+        prune(net, 0.5)
+
+
+def test_with_masks_holds_any_mask(net):
+    mask = torch.rand(4, 32) > 0.5
+    assert torch.equal(with_masks(net, {"fc2.weight": mask}).fc2.weight, net.fc2.weight * mask)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [-0.1, 1.5, 90, float("nan"), True, "0.5", None])
+def test_a_sparsity_outside_is_refused(net, asked):
+    with pytest.raises(InputError, match=r"sparsity is .*, but it must be a number from 0 to 1"):
+        prune(net, asked)
+
+
+def test_a_model_without_weights_is_refused():
+    for model in (nn.ReLU(), nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4))):
+        for call in (lambda model: prune(model, 0.5), sparsity):
+            with pytest.raises(InputError, match="no weights to prune"):
+                call(model)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"criterion": "L1"}, "There is no criterion 'L1': choose one of magnitude"),
+        ({"scope": "local"}, "There is no scope 'local': choose one of global, layer, row"),
+        ({"exclude": ["fc9"]}, "exclude names 'fc9', but the model has no such module"),
+        ({"exclude": ["conv", "fc1", "fc2"]}, "no weights to prune"),
+        ({"criterion": "wanda"}, "looks at data: give batches"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_the_model_left(net, wrong, sentence):
+    before = copy.deepcopy(net)
+    with pytest.raises(InputError, match=sentence):
+        prune(net, 0.5, **wrong)
+    assert equal_states(net, before)
+
+
+def test_weights_without_a_score_are_named(net, batch):
+    net.spare = nn.Linear(3, 3)
+    with pytest.raises(InputError, match=r"'wanda' has no score for spare.weight"):
+        prune(net, 0.5, criterion="wanda", batches=[batch])
+    assert sparsity(prune(net, 0.5, criterion="wanda", batches=[batch], exclude="spare"), exclude="spare") == 0.5
+
+
+def test_nan_weights_are_named(net):
+    net.fc2.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"'magnitude' is NaN for 'fc2.weight'"):
+        prune(net, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"fc9.weight": torch.ones(4, 32) > 0}, "'fc9.weight' is not a prunable weight"),
+        ({"fc2.weight": torch.ones(4, 32)}, "must be torch.bool of the weight's shape"),
+        ({"fc2.weight": torch.ones(32, 4) > 0}, r"must be torch.bool of the weight's shape \[4, 32\]"),
+    ],
+)
+def test_wrong_masks_are_refused(net, wrong, sentence):
+    with pytest.raises(InputError, match=sentence):
+        with_masks(net, wrong)
