@@ -47,12 +47,12 @@ def measure(
 ) -> Measurement:
     """Time `fn()`, a callable without arguments, in inference mode with the garbage collector off.
 
-    Ends when the median's interval is within 1 % (looked at every 50 samples, a quarter of a second at least) or after `budget_s` seconds; warm-up may
-    take half as much again. device: where the work runs; None asks the tensors that fn returns, and means the CPU where
-    there are none. cache: "hot", or on CUDA "cold": twice the L2 is overwritten before each call. graph: replay fn as a
-    CUDA graph, free of launch costs. clock(fn, number) -> seconds stands in for the real clocks, for simulations. For
-    code that needs gradients, open `torch.inference_mode(False)` inside fn. Raises InputError for arguments that cannot
-    be used; what fn raises passes through.
+    Ends when the median's interval is within 1 % (looked at every 50 samples, after a quarter of a second at least) or
+    after `budget_s` seconds; warm-up may take half as much again. device: where the work runs; None asks the tensors
+    that fn returns, and means the CPU where there are none. cache: "hot", or on CUDA "cold": twice the L2 is written
+    over before each call. graph: replay fn as a CUDA graph, free of launch costs. clock(fn, number) -> seconds stands in
+    for the real clocks, for simulations. For code that needs gradients, open `torch.inference_mode(False)` inside fn.
+    Raises InputError for arguments that cannot be used; what fn raises passes through.
     """
     _check_arguments({"fn": fn}, clock, budget_s, cache)
     name = _check_name(getattr(fn, "__name__", type(fn).__name__) if name is None else name)
@@ -248,7 +248,7 @@ def _machine_warnings(
     """What disturbed the run from outside the callables, and work that the clock did not see."""
     warnings = []
     if (foreign := _foreign_cores(run, moments) or 0.0) > FOREIGN_CORES:
-        remedy = "times are CPU time" if by_cpu else "wall time may be off"
+        remedy = "times are CPU time" if by_cpu else "the times may be off"
         warnings.append(f"other programs kept {foreign:.1f} cores busy: {remedy}")
     if (slowed := environment.throttling(moments)) is not None:
         warnings.append(slowed)

@@ -91,7 +91,7 @@ def run(
 
 
 def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) -> "Run":
-    from labkit import runs
+    from labkit import readme, runs
 
     result = runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
     if sys.stderr.isatty():
@@ -100,7 +100,7 @@ def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) 
     if result.error:
         click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
     elif record:
-        for path in runs.keep_as_reference(result, notebook):
+        for path in (*runs.keep_as_reference(result, notebook), readme.update()):
             click.echo(f"recorded  {path}")
     return result
 

@@ -56,7 +56,7 @@ def first_call(fn: Call) -> tuple[Any, float]:
     with torch.inference_mode():
         start = time.perf_counter()
         output = fn()
-        _synchronize()
+        _synchronize(device_of(output))
         return output, time.perf_counter() - start
 
 
@@ -98,9 +98,9 @@ def repeats(clock: Clock, call: Call, seconds: float) -> int:
     return number
 
 
-def _synchronize() -> None:
+def _synchronize(device: torch.device | None = None) -> None:
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device if device is not None and device.type == "cuda" else None)
     if torch.backends.mps.is_available():
         torch.mps.synchronize()
 

@@ -1,7 +1,7 @@
 """The catalogue of accelerators: what vendors print, dense and sparse kept apart, each figure with its source.
 
 Idea and names: the roofline model (Williams, Waterman and Patterson 2009); a peak is checked as units x FMA per clock
-x 2 x clock. It does not measure, does not guess: an unknown figure is absent and an unknown device is None.
+x 2 x clock. It does not measure or guess: an unknown figure is absent, an unknown device None. Read in November 2026.
 """
 
 import re

@@ -32,7 +32,7 @@ PRODUCTS = {
     "int8": ((7, 5), True),
     "fp8": ((8, 9), False),
 }
-SIDES = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 8192)}
+SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}
 ROUNDS = 3  # of every call at least, however short the budget
 
 _LEFT_OUT = "{} has no ceiling: even a small product takes too long here"
@@ -127,7 +127,7 @@ def bandwidth_sweep(
     """Bandwidth in B/s against working set in bytes, smallest first: each cache level shows as a plateau.
 
     On a CPU the working set is one array, cut among the threads, that each reads over and over: a single call of torch
-    loops over it until 64 MiB are read, so that neither Python nor the start of threads counts (a call to torch alone
+    loops over it until 256 MiB are read, so that neither Python nor the start of threads counts (a call to torch alone
     takes a microsecond, as long as reading 200 KiB from a first-level cache). With T threads the private caches count
     T times. On CUDA it is an array read and another written, in CUDA graphs of many calls; a gap of a microsecond or
     two between kernels remains, so that sets under some 16 MiB show launches rather than the cache.
@@ -226,7 +226,7 @@ def _streams(machine: Machine, target: torch.device) -> tuple[Calls, dict[Key, i
 
 def _read_over_and_over(buffer: torch.Tensor, size: int, threads: int) -> tuple[Callable[[], object], int]:
     """Sum an array of `size` bytes, again and again in one call; thread i keeps to the i-th part of it."""
-    part, times = size // 4 // threads, max(1, 64 * MiB // size)
+    part, times = size // 4 // threads, max(1, 256 * MiB // size)
     again = buffer[: threads * part].view(threads, 1, part).expand(threads, times, part)  # [threads, times, part]
     return lambda: again.sum((1, 2)), 4 * again.numel()
 

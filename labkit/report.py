@@ -173,14 +173,14 @@ def _runs(results: Sequence[Result], base: Path) -> str:
         failed = run.get("status") == "failed"
         error = run.get("error") or {}
         where = f" (cell {error['cell']}, {error['section']})" if error.get("cell") else ""
-        state = f"{error.get('name')}: {error.get('message')}{where}" if failed else "finished"
+        reason = f"<br><small>{_text(error.get('name'))}: {_text(error.get('message'))}{_text(where)}</small>"
         passed = sum(check["passed"] for check in record.checks) if record else 0
         rows.append(
             [
                 _text(result.lesson),
                 _text(record.title if record else run["lesson"]),
                 _text(record.preset if record else run.get("parameters", {}).get("PRESET", "")),
-                _badge("failed" if failed else "finished", state),
+                _badge("failed", "failed") + reason if failed else _badge("finished", "finished"),
                 _budget(record.seconds if record else run.get("seconds"), record, "seconds", "s"),
                 _budget(record.peak_memory if record else run.get("peak_memory"), record, "memory", "B"),
                 f"{passed} of {len(record.checks)}" if record and record.checks else "–",
@@ -317,8 +317,11 @@ def _quantity(value: Any, unit: str) -> str:
 
 
 def _valued(value: Any, unit: str, ci95: Any) -> str:
-    interval = f" <small>({_text(plots.interval(ci95, unit))})</small>" if ci95 else ""
-    return _quantity(value, unit) + interval
+    if not ci95:
+        return _quantity(value, unit)
+    bounded = all(isinstance(end, int | float) for end in ci95)  # a record writes infinity as a text
+    words = plots.interval(ci95, unit) if bounded else "too few samples for an interval"
+    return f"{_quantity(value, unit)} <small>({_text(words)})</small>"
 
 
 def _badge(kind: str, text: str) -> str:

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from labkit import bench, clocks, intervals
+from labkit import bench, clocks, environment, intervals
 from labkit.bench import Comparison, Measurement, compare, measure
+from labkit.environment import Snapshot
 from labkit.errors import InputError
 
 RUNS = 500
@@ -409,6 +410,20 @@ def test_a_call_that_sleeps_is_not_judged_by_cpu_time():
 def test_device_of_an_output(output, device):
     found = clocks.device_of(output)
     assert (found.type if found else None) == device
+
+
+def test_foreign_load_is_busy_time_less_our_own():
+    before, after = Snapshot(wall_s=10, own_s=1, busy_s=50), Snapshot(wall_s=12, own_s=2.5, busy_s=54.5)
+    assert environment.foreign_cores(before, after) == pytest.approx((4.5 - 1.5) / 2)
+    assert environment.foreign_cores(before, Snapshot(10.1, 1.1, 50.2)) is None
+
+
+def test_throttling_is_named():
+    cool, hot = Snapshot(0, 0, 0, 1980), Snapshot(1, 0, 0, 1500, ("power cap",))
+    assert environment.throttling([cool, hot]) == "the GPU was throttled (power cap; SM clock 1500-1980 MHz)"
+    assert environment.throttling([cool, Snapshot(1, 0, 0, 1700)]) == "the GPU's clock moved (SM clock 1700-1980 MHz)"
+    assert environment.throttling([cool, cool]) is None
+    assert environment.throttling([Snapshot(0, 0, 0)]) is None
 
 
 @pytest.mark.gpu

@@ -132,11 +132,13 @@ def test_sequential_design_for_comparison(disturb):
 
 
 def test_twice_the_work_is_found(disturb):
-    disturb(4.0)
-    result = compare(lambda: chain(16), lambda: chain(8), fresh=True, budget_s=3.0)
-    print(f"{disturb.name}: {result}")
-    assert result.speedup == pytest.approx(2.0, rel=0.02)
-    assert result.verdict == "faster"
+    results = []
+    for seed in range(3):
+        disturb(2.6)
+        results.append(compare(lambda: chain(16), lambda: chain(8), fresh=True, budget_s=2.0, seed=seed))
+        print(f"{disturb.name}: {results[-1]}")
+    assert sorted(result.speedup for result in results)[1] == pytest.approx(2.0, rel=0.02)
+    assert {result.verdict for result in results} == {"faster"}
 
 
 def test_interval_is_narrow_within_two_seconds():

@@ -82,6 +82,12 @@ def test_page_holds_what_was_measured(runs: Path):
         assert expected in words
 
 
+def test_an_interval_without_an_end_is_said_in_words(runs: Path):
+    few = {"kind": "measurement", "name": "slow", "value": 0.5, "unit": "s", "ci95": [0.0, float("inf")]}
+    record.write(replace(RECORD, measurements=[few]), runs / "01_small" / "smoke-00000000" / "record.json")
+    assert "500 ms (too few samples for an interval)" in page(runs).words
+
+
 def test_a_simulated_value_is_badged(runs: Path):
     assert "p99 SIMULATED" in page(runs).words
 

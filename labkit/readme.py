@@ -1,0 +1,88 @@
+"""The README's generated part: lessons with measured run times, one result with its interval, the set-up times.
+
+Everything comes from the notebooks' headers and from data/recorded/, so that no number in the README is typed.
+`labkit run --record` rewrites it; a test compares.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from labkit import lessons, paths
+from labkit.errors import DataError
+from labkit.plots import quantity
+from labkit.record import RunRecord, recorded
+
+BEGIN, END = "<!-- lessons: written by `labkit run --record` -->", "<!-- /lessons -->"
+RESULT = ("01", "separable over dense")  # the lesson and the name of the comparison shown on the first screen
+NOTHING = "not recorded yet"
+
+
+def update(path: Path | None = None) -> Path:
+    """Rewrite what stands between the two markers of the README; DataError where a marker is missing."""
+    path = path or paths.ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise DataError(f"{path.name} has lost its markers; put {BEGIN} and {END} on lines of their own.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    lessons.write(path, f"{before}{BEGIN}\n{generated()}\n{END}{after}")
+    return path
+
+
+def generated() -> str:
+    """The lessons' table, one recorded result and the set-up times, as Markdown."""
+    rows = ["| lesson | question | minutes | measured run time | needs |", "|---|---|---|---|---|"]
+    rows += [_row(path) for path in lessons.all_lessons()]
+    return "\n".join([*rows, "", _result(), "", *_newcomers()])
+
+
+def _row(path: Path) -> str:
+    text = nbformat.read(path, as_version=4).cells[0].source
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
+    question = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)[1]
+    facts = dict(re.findall(r"^\| (Minutes|Needs) \| (.+) \|$", text, re.MULTILINE))
+    times = [f"{one.seconds:.0f} s at `{one.preset}` on {_machine(one)}" for one in recorded(path.stem[:2])]
+    link = f"[{title}](notebooks/{path.name})"
+    return f"| {link} | {question} | {facts['Minutes']} | {'; '.join(times) or NOTHING} | {facts['Needs']} |"
+
+
+def _result() -> str:
+    lesson, name = RESULT
+    found = [(one, entry) for one in recorded(lesson) if (entry := one.named(name))]
+    if not found:
+        return f"One result, {name}: {NOTHING}."
+    shown = [
+        f"**{quantity(entry['value'], 'x')}** (95 % interval {entry['ci95'][0]:.2f} to {entry['ci95'][1]:.2f}) on "
+        f"{_machine(one)}"
+        for one, entry in found
+    ]
+    flops = found[0][0].named("FLOPs saved by separable")
+    return (
+        f"One result of lesson {lesson}: a depthwise-separable block does the work of a 3x3 convolution with "
+        f"{quantity(flops['value'], 'x')} fewer FLOPs, and is faster by {'; '.join(shown)}."
+    )
+
+
+def _newcomers() -> list[str]:
+    """What a first visit took, from an empty folder, home and cache, by `.ci/newcomer`."""
+    lines = []
+    for path in sorted(paths.RECORDED.glob("*/newcomer.json")):
+        one: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        lines.append(
+            f"From an empty folder, home and cache on {one['machine']}: `./lab run` had everything installed and "
+            f"fetched after {_minutes(one['ready_s'])}, the first lesson done after {_minutes(one['first_lesson_s'])} "
+            f"and the report after {_minutes(one['run_s'])}; `./lab test`"
+            f"{' without a network' if one['test_offline'] else ''} took {_minutes(one['test_s'])}."
+        )
+    return lines or [f"Time of a first visit: {NOTHING}."]
+
+
+def _machine(one: RunRecord) -> str:
+    return ", ".join(one.machine["label"].split(", ")[:2])
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
