@@ -50,9 +50,9 @@ def measure(
     Ends when the median's interval is within 1 % (looked at every 50 samples, after a quarter of a second at least) or
     after `budget_s` seconds; warm-up may take half as much again. device: where the work runs; None asks the tensors
     that fn returns, and means the CPU where there are none. cache: "hot", or on CUDA "cold": twice the L2 is written
-    over before each call. graph: replay fn as a CUDA graph, free of launch costs. clock(fn, number) -> seconds stands in
-    for the real clocks, for simulations. For code that needs gradients, open `torch.inference_mode(False)` inside fn.
-    Raises InputError for arguments that cannot be used; what fn raises passes through.
+    over before each call. graph: replay fn as a CUDA graph, free of launch costs. clock(fn, number) -> seconds stands
+    in for the real clocks, for simulations. For code that needs gradients, open `torch.inference_mode(False)` inside
+    fn. Raises InputError for arguments that cannot be used; what fn raises passes through.
     """
     _check_arguments({"fn": fn}, clock, budget_s, cache)
     name = _check_name(getattr(fn, "__name__", type(fn).__name__) if name is None else name)
@@ -96,8 +96,8 @@ def compare(
 ) -> Comparison:
     """Time two callables without arguments in pairs, side by side in balanced random order, and judge their ratio.
 
-    Ends when the interval is within half of min_effect (looked at from 20 blocks on), never because of what
-    it shows, or when the budget is spent. On one thread and with other programs at work the claim rests on CPU time.
+    Ends when the interval is within half of min_effect (looked at from 20 blocks on), whatever it shows, or when the
+    budget is spent. On one thread and with other programs at work the claim rests on CPU time.
     device, budget_s, cache, graph, clock: as in measure(). check(baseline_output, candidate_output): runs before and
     after the timing, off the clock; if it returns False there is no comparison. fresh: both arguments are factories,
     called anew for every block of pairs, which averages over where the data happens to lie in memory (for kernels).
@@ -220,7 +220,9 @@ def _measurement(
 ) -> Measurement:
     """One side's result, with the warnings that its own samples give rise to."""
     seconds, others = tuple(sample[by_cpu] for sample in samples), tuple(sample[not by_cpu] for sample in samples)
-    warnings = list(shared)
+    warnings, other = list(shared), run.name if by_cpu else run.other
+    if other == "cpu" and torch.get_num_threads() > 1:  # counts the threads that wait for each other: no evidence
+        other, others = "", ()
     if len(seconds) < BLOCKS:
         warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are wanted: raise budget_s")
     if (change := intervals.drift(seconds)) is not None:
@@ -236,8 +238,8 @@ def _measurement(
         device=str(run.device),
         threads=torch.get_num_threads(),
         first_call_s=first_s,
-        other_clock=run.name if by_cpu else run.other,
-        other_s=others if run.other else (),
+        other_clock=other,
+        other_s=others if other else (),
         warnings=tuple(warnings),
     )
 

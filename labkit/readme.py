@@ -17,7 +17,7 @@ from labkit.plots import quantity
 from labkit.record import RunRecord, recorded
 
 BEGIN, END = "<!-- lessons: written by `labkit run --record` -->", "<!-- /lessons -->"
-RESULT = ("01", "separable over dense")  # the lesson and the name of the comparison shown on the first screen
+RESULT = ("01", "depthwise over dense")  # the lesson and the name of the comparison shown on the first screen
 NOTHING = "not recorded yet"
 
 
@@ -59,10 +59,10 @@ def _result() -> str:
         f"{_machine(one)}"
         for one, entry in found
     ]
-    flops = found[0][0].named("FLOPs saved by separable")
+    flops = found[0][0].named("FLOPs saved by depthwise")
     return (
-        f"One result of lesson {lesson}: a depthwise-separable block does the work of a 3x3 convolution with "
-        f"{quantity(flops['value'], 'x')} fewer FLOPs, and is faster by {'; '.join(shown)}."
+        f"One result of lesson {lesson}: a depthwise 3x3 convolution has {quantity(flops['value'], 'x')} fewer "
+        f"FLOPs than the dense one, and is faster by {'; '.join(shown)}."
     )
 
 

@@ -116,7 +116,7 @@ def test_ceilings_leave_the_process_as_it_was():
     torch.set_float32_matmul_precision("high")
     try:
         before = (torch.get_rng_state(), torch.get_num_threads())
-        ceilings("cpu", dtypes=["fp32"], budget_s=0.05)
+        ceilings("cpu", dtypes=["fp32"], budget_s=0.5)
         assert torch.equal(torch.get_rng_state(), before[0])
         assert torch.get_num_threads() == before[1]
         assert torch.get_float32_matmul_precision() == "high"
@@ -166,13 +166,18 @@ def test_sweep_gives_a_bandwidth_for_every_size():
 
 @pytest.mark.timing
 def test_sweep_finds_the_first_cache_faster_than_the_memory():
+    before = environment.snapshot(CPU)
     swept = dict(bandwidth_sweep("cpu", sizes=[2**15, 2**28], budget_s=2.0))
+    if (environment.foreign_cores(before, environment.snapshot(CPU)) or 0.0) > 0.15:
+        pytest.skip("other programs kept the cores busy, and threads waited for each other: nothing to be seen")
     assert swept[2**15] > 1.5 * swept[2**28]
 
 
 @pytest.mark.timing
 def test_no_plain_call_beats_the_roofs():
     found = ceilings("cpu", dtypes=["fp32"], budget_s=2.0)
+    if found.warnings:
+        pytest.skip(f"no roof to test against: {found.warnings[0]}")
     a, b = torch.randn(512, 512), torch.randn(512, 512)
     source, out = torch.ones(2**25), torch.empty(2**25)
     product = timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=20)
