@@ -187,7 +187,8 @@ def _fewer_colours(png: io.BytesIO) -> io.BytesIO:
     from PIL import Image
 
     small = io.BytesIO()
-    Image.open(png).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    picture = Image.open(png).convert("RGB")
+    picture.quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small
 
 
