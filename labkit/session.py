@@ -180,9 +180,8 @@ class Lab:
             return
         number = value if isinstance(value, str | bool) else _number(value)
         if number is None:
-            raise InputError(
-                f"{name!r} is a {type(value).__name__}; record a number, a text or a list of dicts (one a row)."
-            )
+            given = type(value).__name__
+            raise InputError(f"{name!r} is a {given}; record a number, a text or a list of dicts (one a row).")
         self._keep(name, "value", number, unit, ci95, simulated=simulated)
         between = f"  [95 %: {plots.interval(ci95, unit)}]" if ci95 is not None else ""
         plots.emit(f"{badge}recorded  {name}: {plots.quantity(number, unit)}{between}")
@@ -254,12 +253,8 @@ class Lab:
         if own is None or own["kind"] == "table":
             there = ", ".join(key for key, entry in self._measurements.items() if entry["kind"] != "table")
             raise InputError(f"There is no number called {name!r} to show; measured so far: {there or 'nothing'}.")
-        here = {
-            "machine": f"this machine: {self.machine.label}",
-            "device": self.device.type,
-            "preset": self.preset,
-            **own,
-        }
+        mine = f"this machine: {self.machine.label}"
+        here = {"machine": mine, "device": self.device.type, "preset": self.preset, **own}
         found = [here, *self.recorded(name)]
         rows = [_beside_row(entry) for entry in found]
         for kind, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
@@ -327,6 +322,7 @@ class Lab:
             "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
             "software": f"Python {here.python}, torch {here.torch}",
             "preset": f"{self.preset}, within {budget}; seed {self.seed}",
+            "recorded": "; ".join(map(_recorded_run, record.recorded(self.lesson))) or "not recorded yet",
         }
         plots.facts(f"Lesson {self.lesson}: {self.title}", facts)
 
@@ -336,6 +332,10 @@ class _Shown(str):
 
     def _ipython_display_(self) -> None:
         pass
+
+
+def _recorded_run(run: RunRecord) -> str:
+    return f"{run.seconds:.0f} s at {run.preset} on {run.machine.get('label', 'unnamed')}, {run.created[:10]}"
 
 
 def _beside_row(entry: Mapping[str, Any]) -> dict[str, Any]:

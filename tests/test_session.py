@@ -418,3 +418,17 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
     assert carried.seconds < 2.5
     shown = book.cells[-1].outputs[0].data
     assert "Lesson 01 finished" in shown["text/html"] and "Lesson 01 finished" in shown["text/plain"]
+
+
+def test_card_names_the_recorded_runs_or_says_that_there_is_none(lab, capsys, monkeypatch):
+    from labkit import record
+
+    kept = lab.finish()
+    capsys.readouterr()
+    monkeypatch.setattr(record, "recorded", lambda lesson: [kept])
+    lab._show_card()
+    shown = capsys.readouterr().out
+    assert f"at {kept.preset} on {kept.machine['label']}, {kept.created[:10]}" in shown
+    monkeypatch.setattr(record, "recorded", lambda lesson: [])
+    lab._show_card()
+    assert "not recorded yet" in capsys.readouterr().out
