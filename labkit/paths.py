@@ -1,6 +1,6 @@
 """Where things are: the course's folders beside the package, and the user's cache for what is fetched once.
 
-labkit is installed editable by `./lab`, so the folders are found from this file; a copy without them is refused in words.
+labkit is installed editable by `./lab`, so the folders are found from this file.
 """
 
 import os
@@ -13,7 +13,7 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def cache_dir() -> Path:
-    """The folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit. Not created here."""
+    """The folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit; not made here."""
     if chosen := os.environ.get("LABKIT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labkit"

@@ -45,9 +45,9 @@ def bound(fn: Callable, failures: Failures) -> None:
         with failures.given(flops=flops, moved=moved, peak=peak, bandwidth=bandwidth):
             seconds, limiter = _pair(fn(flops, moved, peak, bandwidth), failures)
             failures.close(flops and seconds * peak / flops, flops and max(1.0, moved * peak / (bandwidth * flops)),
-                           "at this time the arithmetic would not fit, or would leave time over on both sides")  # fmt: skip
+                           "at this time the arithmetic would not fit, or leave time over on both sides")  # fmt: skip
             failures.close(seconds * bandwidth / moved, max(1.0, flops * bandwidth / (peak * moved)),
-                           "at this time the bytes would not fit, or would leave time over on both sides")  # fmt: skip
+                           "at this time the bytes would not fit, or leave time over on both sides")  # fmt: skip
             intensity_side = "memory" if flops / moved < peak / bandwidth else "compute"
             failures.expect(limiter == intensity_side, "the name of the limiter: compare the intensity with the ridge")
     with failures.given(flops=8e12, moved=4e9, peak=2e12, bandwidth=1e9):  # exactly at the ridge
