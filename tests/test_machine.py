@@ -175,15 +175,19 @@ def test_sweep_finds_the_first_cache_faster_than_the_memory():
 
 @pytest.mark.timing
 def test_no_plain_call_beats_the_roofs():
-    found = ceilings("cpu", dtypes=["fp32"], budget_s=2.0)
-    if found.warnings:
-        pytest.skip(f"no roof to test against: {found.warnings[0]}")
+    """In turns: memory shared with other machines of a host may become twice as fast from one second to the next."""
     a, b = torch.randn(512, 512), torch.randn(512, 512)
     source, out = torch.ones(2**25), torch.empty(2**25)
-    product = timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=20)
-    copy = timeit.repeat(lambda: out.copy_(source), number=1, repeat=20)
-    assert 2 * 512**3 / min(product) < 1.3 * found.flops["fp32"]
-    assert 2 * source.nbytes / min(copy) < 1.3 * found.bandwidth
+    products, copies, found = [], [], []
+    for _ in range(6):
+        found.append(ceilings("cpu", dtypes=["fp32"], budget_s=0.5))
+        products += timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=5)
+        copies += timeit.repeat(lambda: out.copy_(source), number=1, repeat=5)
+    busy = [warning for one in found for warning in one.warnings if "other programs" in warning]
+    if busy:
+        pytest.skip(f"no roof to test against: {busy[0]}")
+    assert 2 * 512**3 / min(products) < 1.3 * max(one.flops["fp32"] for one in found)
+    assert 2 * source.nbytes / min(copies) < 1.3 * max(one.bandwidth for one in found)
 
 
 def test_neighbours_and_spread_are_warned_of():
