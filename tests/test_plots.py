@@ -249,14 +249,12 @@ def test_lines_without_intervals_draws_no_bars():
     assert not ax.containers[0].has_yerr
 
 
-def test_curves_has_a_panel_a_title_one_legend_and_the_reference(notebook):
+def test_curves_has_a_panel_a_title_one_legend_and_the_reference():
     rows = [{"x": i, "y": float(i * k), "kind": str(k)} for k in (1, 2) for i in (1, 2)]
     fig = plots.curves({"before": rows, "after": rows}, "x", "y", by="kind", reference=1.5, ylabel="height (m)")
     first, second = fig.axes
-    assert [ax.get_title() for ax in fig.axes] == ["before", "after"]
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["before", "after"]
     assert (first.get_xlabel(), first.get_ylabel()) == ("x", "height (m)")
     assert first.get_legend() is None
     assert [text.get_text() for text in second.get_legend().get_texts()] == ["1", "2"]
     assert any(list(line.get_ydata()) == [1.5, 1.5] for line in first.get_lines())
-    plots.show(fig, alt="two panels with two rising lines each", table=rows)
-    assert notebook

@@ -177,8 +177,8 @@ def taylor(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor]:
     """E[(g w)^2], g the gradient of one batch's mean loss, E over batches.
 
     The first-order Taylor term of the loss change, squared before averaging, since near a minimum E[g] is almost 0
-    while E[g^2] is not. Molchanov et al. 2019, Importance Estimation for Neural Network Pruning, section 3.1, where it
-    is averaged over minibatches as here. It ranks as `obd` does, of which it is the double.
+    while E[g^2] is not. Molchanov et al. 2019, Importance Estimation for Neural Network Pruning. It ranks as `obd`
+    does, of which it is the double.
     """
     squares = _mean_gradient(model, check_batches(batches, "taylor"), loss_fn, seed, power=2)
     w = _magnitudes(model)
@@ -237,7 +237,7 @@ def wanda(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor]:
 def activation(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor]:
     """E|x_j|, the mean activity of the unit that the weight reads, whatever the weight: quiet units lose all readers.
 
-    The activation criterion of Molchanov et al. 2017, section 2.2 (APoZ, Hu et al. 2016, counts zeros instead), read at
+    The activation criterion of Molchanov et al. 2017 (APoZ, Hu et al. 2016, counts zeros instead), read at
     the input of a layer, which is the previous one's output after its nonlinearity.
     """
     sums = _input_sums(
