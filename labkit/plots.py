@@ -93,13 +93,18 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
     Where rows have the columns low and high they become error bars. baseline: the value of `by` that the others have to
     beat; its line is black and dashed. style: passed to matplotlib.
     """
-    for name in dict.fromkeys(row[by] for row in rows):
+    import matplotlib as mpl
+
+    colours = len(mpl.rcParams["axes.prop_cycle"])
+    for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
         mine = [row for row in rows if row[by] == name]
         at, values = [row[x] for row in mine], [row[y] for row in mine]
         bars = None
         if all("low" in row and "high" in row for row in mine):
             bars = [[row[y] - row["low"] for row in mine], [row["high"] - row[y] for row in mine]]
-        own = {"color": "black", "linestyle": "--"} if name == baseline else {}
+        own = {"linestyle": ("-", "-.", ":")[number // colours % 3]}  # colours come round again
+        if name == baseline:
+            own = {"color": "black", "linestyle": "--"}
         ax.errorbar(
             at, values, yerr=bars, label=str(name), **{"marker": "o", "markersize": 3, "capsize": 2, **own, **style}
         )
