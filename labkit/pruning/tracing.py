@@ -1,0 +1,334 @@
+"""One forward pass on the meta device, every ATen operator going through its rule: what the labels are tied by.
+
+Nothing is computed and no weight is copied: parameters and buffers are lifted to the meta device for the call, so that
+a large model costs as much as a small one with as many operators. The module's attributes are the original's.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from labkit.counting import evaluating
+from labkit.errors import InputError
+from labkit.pruning.blocks import Block, Blocks, block_at, fix
+from labkit.pruning.labels import Labels
+from labkit.pruning.rules import RULES
+
+# Their result depends on values, which a pass on the meta device does not have.
+DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+
+
+@dataclass
+class Call:
+    """One operator on its way through its rule."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    module: str
+    number: int  # of the calls of this operator
+
+    def because(self, what: str) -> str:
+        return f"{what} ({self.name}{f' in {self.module}' if self.module else ''})"
+
+
+class Entry(NamedTuple):
+    """Dimension `dim` of a parameter or buffer: its indices have the labels base, base + 1, ..."""
+
+    name: str
+    dim: int
+    size: int
+    base: int
+
+
+class Sized(NamedTuple):
+    """A size that the forward pass of `module` wrote down as a number: [labels' axis `axis`] was `size` long."""
+
+    module: str
+    size: int
+    labels: np.ndarray
+    axis: int
+
+
+class Restricted(NamedTuple):
+    """The n-th call of an operator works over labels: a reference without them must leave them out there.
+
+    kind: "norm" (statistics of the kept only), "statistic" (the dimension is gone afterwards), "mask" (terms of a sum).
+    """
+
+    name: str
+    module: str
+    number: int
+    argument: int
+    dim: int
+    labels: np.ndarray
+    kind: str
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of one product, `terms` in each sum; the kept share of each of `factors`, labels, scales them."""
+
+    name: str
+    module: str
+    macs: int
+    terms: int
+    factors: tuple[np.ndarray, ...]
+
+
+@dataclass
+class Record:
+    """All that one model's trace found."""
+
+    labels: Labels = field(default_factory=Labels)
+    entries: list[Entry] = field(default_factory=list)
+    contracted: list[np.ndarray] = field(default_factory=list)  # labels of parameters, where a product sums over them
+    scales: list[np.ndarray] = field(default_factory=list)  # labels of batch norms' scales
+    sizes: list[Sized] = field(default_factory=list)
+    restricted: list[Restricted] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    operators: Counter = field(default_factory=Counter)
+    unused: list[str] = field(default_factory=list)
+    lowers_precision: bool = False
+    trained: bool = False  # a second pass, in training mode, met parameters that the first did not
+
+
+class Tracer(TorchDispatchMode):
+    """Sends every operator through its rule. What a tensor carries is kept at the tensor, as `_blocks`."""
+
+    def __init__(self, record: Record, lifted: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.record, self.labels = record, record.labels
+        self._names = names  # of modules, by id
+        self._stack: list[str] = [""]
+        self._calls: Counter = Counter()
+        self._unlabelled = {id(t): name for name, t in lifted.items()}
+        self._alive = list(lifted.values())
+
+    # --- what the rules use -------------------------------------------------------------------------------------------
+
+    def blocks(self, x: Tensor) -> Blocks:
+        if id(x) in self._unlabelled:
+            self._label(x, self._unlabelled.pop(id(x)))
+        return getattr(x, "_blocks", ())
+
+    def note(self, x: Tensor, blocks: Blocks) -> None:
+        x._blocks = blocks
+
+    def fix(self, blocks: Blocks, dims, reason: str) -> Blocks:
+        return fix(self.labels, blocks, dims, reason)
+
+    def fixed(self, n: int, reason: str) -> np.ndarray:
+        labels = self.labels.fresh(n)
+        self.labels.pin(labels, reason)
+        return labels
+
+    def contracts(self, c: Call, *sides: tuple[Tensor, int, np.ndarray]) -> None:
+        """A product sums over these labels: where one side is a weight, it is what reads the channel."""
+        weights = [labels for x, _, labels in sides if getattr(x, "_is_weight", False)]
+        if weights:
+            self.record.contracted.extend(weights)
+        else:
+            x, dim, labels = sides[0]
+            position = next(i for i, arg in enumerate(c.args) if arg is x)
+            self.record.restricted.append(Restricted(c.name, c.module, c.number, position, dim, labels, "mask"))
+
+    def restricts(self, c: Call, dim: int, labels: np.ndarray) -> None:
+        kind = "norm" if c.name == "native_layer_norm" else "statistic"
+        self.record.restricted.append(Restricted(c.name, c.module, c.number, 0, dim, labels, kind))
+
+    def scaled(self, labels: np.ndarray) -> None:
+        self.record.scales.append(labels)
+
+    def sized(self, c: Call, out: Tensor, blocks: Blocks) -> None:
+        for block in blocks:
+            for axis, dim in enumerate(block.dims):
+                self.record.sizes.append(Sized(c.module, out.shape[dim], block.labels, axis))
+
+    def counts(self, c: Call, macs: int, dims: list[tuple[Tensor, int]]) -> None:
+        factors = []
+        for x, dim in dims:
+            block = block_at(self.blocks(x), dim)
+            if block is not None:
+                axis = block.dims.index(dim)
+                factors.append(np.moveaxis(block.labels, axis, 0).reshape(x.shape[dim], -1)[:, 0])
+        self.macs(c, macs, factors)
+
+    def macs(self, c: Call, macs: int, factors: list[np.ndarray]) -> None:
+        self.record.costs.append(Cost(c.name, c.module, macs, macs // max(c.out.numel(), 1), tuple(factors)))
+
+    # --- dispatch -----------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = func._schema.name.removeprefix("aten::")
+        name = name.rstrip("_") if not name.startswith("__") else name
+        abstract = any(leaf.device.type == "meta" for leaf in leaves)
+        if abstract and not all(leaf.device.type == "meta" for leaf in leaves):
+            args, kwargs = tree_map_only(Tensor, self._to_meta, (args, kwargs))
+        if abstract and name in DATA_DEPENDENT:
+            raise InputError(
+                f"The forward pass depends on the values of its tensors ({name} in {self._where()}), so that what hangs "
+                "together may change from input to input: prune a part of the model that does not."
+            )
+        out = func(*args, **kwargs)
+        number = self._calls[name]
+        self._calls[name] += 1
+        if not abstract or out is None:
+            return out
+        call = Call(name, args, kwargs, out, self._stack[-1], number)
+        self.record.operators[name] += 1
+        self._precision(name, kwargs, leaves)
+        rule = RULES.get(name)
+        if rule is None:
+            self._unknown(call)
+            return out
+        result = rule(self, call)
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        several = result if isinstance(result, list) else [result] * len(outs)
+        for x, blocks in zip(outs, several, strict=True):
+            if isinstance(x, Tensor):
+                self.note(x, tuple(b for b in blocks if b.dims[-1] < x.dim() and _fits(b, x)))
+        if name in ("t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"):
+            out._is_weight = getattr(args[0], "_is_weight", False)
+        return out
+
+    def _to_meta(self, x: Tensor) -> Tensor:
+        return x if x.device.type == "meta" else torch.empty_like(x, device="meta")
+
+    def _precision(self, name: str, kwargs: dict, leaves: list[Tensor]) -> None:
+        dtype = kwargs.get("dtype")
+        if name == "_to_copy" and dtype is not None and dtype.is_floating_point and leaves[0].is_floating_point():
+            self.record.lowers_precision = True
+
+    def _unknown(self, call: Call) -> None:
+        for x in tree_leaves((call.args, call.kwargs)):
+            if isinstance(x, Tensor):
+                reason = f"labkit has no rule for the operator {call.name}" + (
+                    f", used in {call.module}" if call.module else ""
+                )
+                self.fix(self.blocks(x), range(x.dim()), reason)
+                self.note(x, ())
+
+    def _label(self, x: Tensor, name: str) -> None:
+        blocks = []
+        for dim, size in enumerate(x.shape):
+            if size > 1:
+                labels = self.labels.fresh(size)
+                self.record.entries.append(Entry(name, dim, size, int(labels[0])))
+                blocks.append(Block((dim,), labels))
+        x._blocks, x._is_weight = tuple(blocks), True
+
+    # --- where --------------------------------------------------------------------------------------------------------
+
+    def _where(self) -> str:
+        return self._stack[-1] or "the model"
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Keeps the name of the module whose forward is running."""
+
+        def enter(module, _):
+            self._stack.append(self._names.get(id(module), self._stack[-1]))
+
+        def leave(*_):
+            self._stack.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def unmet(self) -> list[str]:
+        return list(self._unlabelled.values())
+
+
+def _fits(block: Block, x: Tensor) -> bool:
+    return all(x.shape[d] == n for d, n in zip(block.dims, block.labels.shape, strict=True))
+
+
+def lift(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer on the meta device by its first name; what shares memory is one tensor."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    lifted: dict[str, Tensor] = {}
+    seen: dict[Any, Tensor] = {}
+    for name, x in named:
+        if nn.parameter.is_lazy(x):
+            raise InputError("The model has lazy layers without a shape: run it once on its inputs first.")
+        same = id(x) if x.device.type == "meta" else (x.data_ptr() or id(x), x.shape, x.stride(), x.dtype)
+        if same not in seen:
+            seen[same] = torch.empty_like(x, device="meta").requires_grad_(False)
+        lifted[name] = seen[same]
+    return lifted
+
+
+def to_meta(value: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta").requires_grad_(False), value)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No gradients, no fused attention modules (their steps are to be seen), and random numbers as before afterwards."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+    """Traces one call in eval mode; parameters that it did not meet get a second one in training mode."""
+    found = Record()
+    names = {id(module): name for name, module in model.named_modules()}
+    lifted = lift(model)
+    first = dict.fromkeys(map(id, lifted.values()))
+    lifted_once = {}
+    for name, x in lifted.items():
+        if id(x) in first:
+            lifted_once[name] = x
+            del first[id(x)]
+    tracer = Tracer(found, lifted_once, names)
+    with evaluating(model):
+        _pass(model, lifted, args, kwargs, tracer)
+    found.unused = [name for name in tracer.unmet() if name in dict(model.named_parameters())]
+    return found
+
+
+def _pass(model: nn.Module, lifted: dict[str, Tensor], args: tuple, kwargs: Mapping[str, Any], tracer: Tracer) -> None:
+    args, kwargs = to_meta((args, dict(kwargs)))
+    with undisturbed(), tracer.following(), tracer:
+        out = torch.func.functional_call(model, lifted, args, kwargs, tie_weights=False)
+    for x in outputs(out):
+        tracer.fix(getattr(x, "_blocks", ()), range(x.dim()), "is the model's output")
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """The tensors of a model's output: nested containers, and objects that are mappings or hold them as attributes."""
+    if isinstance(value, Tensor):
+        return [value]
+    leaves, _ = tree_flatten(value)
+    found = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += outputs(dict(leaf))
+        elif hasattr(leaf, "__dict__") and leaf is not value:
+            found += outputs(vars(leaf))
+        elif hasattr(leaf, "__dict__"):
+            found += [x for x in vars(leaf).values() if isinstance(x, Tensor)]
+    return found
