@@ -98,6 +98,7 @@ class Record:
     costs: list[Cost] = field(default_factory=list)
     operators: Counter = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)  # of the outputs
     lowers_precision: bool = False
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
 
@@ -113,6 +114,7 @@ class Tracer(TorchDispatchMode):
         self._calls: Counter = Counter()
         self._unlabelled = {id(t): name for name, t in lifted.items()}
         self._alive = list(lifted.values())
+        self.only_couples = False  # in a second pass: nothing is counted twice
 
     # --- what the rules use -------------------------------------------------------------------------------------------
 
@@ -137,12 +139,14 @@ class Tracer(TorchDispatchMode):
         weights = [labels for x, _, labels in sides if getattr(x, "_is_weight", False)]
         if weights:
             self.record.contracted.extend(weights)
-        else:
+        elif not self.only_couples:
             x, dim, labels = sides[0]
             position = next(i for i, arg in enumerate(c.args) if arg is x)
             self.record.restricted.append(Restricted(c.name, c.module, c.number, position, dim, labels, "mask"))
 
     def restricts(self, c: Call, dim: int, labels: np.ndarray) -> None:
+        if self.only_couples:
+            return
         kind = "norm" if c.name == "native_layer_norm" else "statistic"
         self.record.restricted.append(Restricted(c.name, c.module, c.number, 0, dim, labels, kind))
 
@@ -150,6 +154,7 @@ class Tracer(TorchDispatchMode):
         self.record.scales.append(labels)
 
     def sized(self, c: Call, out: Tensor, blocks: Blocks) -> None:
+        """An operator whose sizes may be numbers that the forward pass wrote down."""
         for block in blocks:
             for axis, dim in enumerate(block.dims):
                 self.record.sizes.append(Sized(c.module, out.shape[dim], block.labels, axis))
@@ -164,7 +169,9 @@ class Tracer(TorchDispatchMode):
         self.macs(c, macs, factors)
 
     def macs(self, c: Call, macs: int, factors: list[np.ndarray]) -> None:
-        self.record.costs.append(Cost(c.name, c.module, macs, macs // max(c.out.numel(), 1), tuple(factors)))
+        if not self.only_couples:
+            terms = macs // max(c.out.numel(), 1)
+            self.record.costs.append(Cost(c.name, c.module, macs, terms, tuple(factors)))
 
     # --- dispatch -----------------------------------------------------------------------------------------------------
 
@@ -178,8 +185,8 @@ class Tracer(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self._to_meta, (args, kwargs))
         if abstract and name in DATA_DEPENDENT:
             raise InputError(
-                f"The forward pass depends on the values of its tensors ({name} in {self._where()}), so that what hangs "
-                "together may change from input to input: prune a part of the model that does not."
+                f"The forward pass depends on the values of its tensors ({name} in {self._where()}), so that what "
+                "hangs together may change from input to input: prune a part of the model that does not."
             )
         out = func(*args, **kwargs)
         number = self._calls[name]
@@ -280,7 +287,7 @@ def to_meta(value: Any) -> Any:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No gradients, no fused attention modules (their steps are to be seen), and random numbers as before afterwards."""
+    """No gradients, no fused attention modules (their steps are to be seen), random numbers as before afterwards."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
@@ -291,29 +298,40 @@ def undisturbed() -> Iterator[None]:
 
 
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
-    """Traces one call in eval mode; parameters that it did not meet get a second one in training mode."""
+    """Traces one call in eval mode. Parameters that it did not meet (an auxiliary head) get a second, in training mode."""
     found = Record()
     names = {id(module): name for name, module in model.named_modules()}
     lifted = lift(model)
-    first = dict.fromkeys(map(id, lifted.values()))
-    lifted_once = {}
-    for name, x in lifted.items():
-        if id(x) in first:
-            lifted_once[name] = x
-            del first[id(x)]
-    tracer = Tracer(found, lifted_once, names)
+    tracer = Tracer(found, {name: lifted[name] for name in _first_names(lifted)}, names)
+    args, kwargs = to_meta((args, dict(kwargs)))
     with evaluating(model):
-        _pass(model, lifted, args, kwargs, tracer)
-    found.unused = [name for name in tracer.unmet() if name in dict(model.named_parameters())]
+        found.shapes = [list(x.shape) for x in _pass(model, lifted, args, kwargs, tracer)]
+    trainable = {name for name, _ in model.named_parameters()}
+    if trainable & set(tracer.unmet()):
+        tracer.only_couples = True
+        with evaluating(model), contextlib.suppress(Exception):
+            for module in model.modules():
+                module.training = True
+            _pass(model, lifted, args, kwargs, tracer)
+            found.trained = True
+    found.unused = [name for name in tracer.unmet() if name in trainable]
     return found
 
 
-def _pass(model: nn.Module, lifted: dict[str, Tensor], args: tuple, kwargs: Mapping[str, Any], tracer: Tracer) -> None:
-    args, kwargs = to_meta((args, dict(kwargs)))
+def _first_names(lifted: Mapping[str, Tensor]) -> list[str]:
+    return list({id(x): name for name, x in reversed(lifted.items())}.values())[::-1]
+
+
+def _pass(
+    model: nn.Module, lifted: dict[str, Tensor], args: tuple, kwargs: Mapping[str, Any], tracer: Tracer
+) -> list[Tensor]:
+    """Runs the model; its outputs, which are fixed."""
     with undisturbed(), tracer.following(), tracer:
         out = torch.func.functional_call(model, lifted, args, kwargs, tie_weights=False)
-    for x in outputs(out):
+    found = outputs(out)
+    for x in found:
         tracer.fix(getattr(x, "_blocks", ()), range(x.dim()), "is the model's output")
+    return found
 
 
 def outputs(value: Any) -> list[Tensor]:
