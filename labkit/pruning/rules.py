@@ -1,8 +1,8 @@
 """One rule an operator: how labels pass through it. An operator without a rule makes all that flows into it unprunable.
 
 Every rule gets the tracer `t` and the call `c` and returns the blocks of the result. c.args are the operator's
-positional arguments as its ATen schema has them; t.blocks(x) are the labels that x carries (see `blocks`). The table
-RULES at the end is the whole list.
+positional arguments as its ATen schema has them; t.blocks(x) are the labels that x carries (see `blocks`). None says
+that the rule does not cover the case. The table RULES at the end is the whole list.
 """
 
 import math
@@ -198,7 +198,7 @@ def embedding(t, c) -> Blocks:
     """Rows [V, D] picked by indices [...]: [..., D]"""
     weight, indices = c.args[:2]
     blocks = t.fix(t.blocks(weight), (0,), "")
-    t.fix(t.blocks(indices), range(indices.dim()), c.because("holds indices"))
+    t.fix(t.blocks(indices), range(indices.dim()), "")
     return moved(blocks, [None, indices.dim()])
 
 
@@ -338,6 +338,13 @@ def view(t, c) -> Blocks:
     blocks = reshaped(t.labels, t.blocks(c.args[0]), c.args[0].shape, c.out.shape)
     t.sized(c, c.out, blocks)
     return blocks
+
+
+def as_strided(t, c) -> Blocks | None:
+    """Only where it changes nothing but strides of dimensions of size 1 (pooling does so for channels-last inputs)."""
+    x, out = c.args[0], c.out
+    layouts = ([(n, s) for n, s in zip(y.shape, y.stride(), strict=True) if n > 1] for y in (x, out))
+    return t.blocks(x) if x.shape == out.shape and next(layouts) == next(layouts) else None
 
 
 def permute(t, c) -> Blocks:
@@ -506,7 +513,7 @@ def index(t, c) -> Blocks:
     reason = c.because("is indexed by a tensor")
     blocks = t.fix(t.blocks(x), indexed, reason)
     for i in (i for i in indices if i is not None):
-        t.fix(t.blocks(i), range(i.dim()), reason)
+        t.fix(t.blocks(i), range(i.dim()), "")
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     grown = c.out.dim() - (x.dim() - len(indexed))
     where, position = [], 0 if adjacent else grown
@@ -623,6 +630,7 @@ _TABLE: list[tuple[Callable, str]] = [
     ),
     (pad, "constant_pad_nd"),
     (view, "view _unsafe_view reshape _reshape_alias"),
+    (as_strided, "as_strided"),
     (permute, "permute"),
     (transpose, "transpose t"),
     (unsqueeze, "unsqueeze"),

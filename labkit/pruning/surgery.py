@@ -73,7 +73,7 @@ def _sliced(x: Tensor, kept: Mapping[int, Tensor], meta: bool) -> Tensor:
 # --- attributes -------------------------------------------------------------------------------------------------------
 
 
-def attributes(model: nn.Module, kept: Kept, sizes: Mapping[str, Mapping[int, set[int]]]) -> dict[str, dict[str, Any]]:
+def attributes(model: nn.Module, kept: Kept, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[str, Any]]:
     """{module: {attribute: new value}} that agree with the kept entries.
 
     Layers of torch.nn follow from the shapes of their parameters. Of any other module an integer that equals a size
@@ -128,14 +128,10 @@ def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]
     return {}
 
 
-def _numbers(module: nn.Module, sizes: Mapping[int, set[int]]) -> dict[str, int]:
+def _numbers(module: nn.Module, sizes: Mapping[int, int]) -> dict[str, int]:
     if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
         return {}
-    found = {}
-    for name, value in vars(module).items():
-        if type(value) is int and len(sizes.get(value, ())) == 1:
-            (found[name],) = sizes[value]
-    return found
+    return {name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes}
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -52,11 +52,11 @@ class Entry(NamedTuple):
 
 
 class Sized(NamedTuple):
-    """A size that the forward pass of `module` wrote down as a number: [labels' axis `axis`] was `size` long."""
+    """A size that the forward pass of `module` may have written down as a number; labels is None where it stays."""
 
     module: str
     size: int
-    labels: np.ndarray
+    labels: np.ndarray | None
     axis: int
 
 
@@ -97,6 +97,7 @@ class Record:
     restricted: list[Restricted] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     operators: Counter = field(default_factory=Counter)
+    constants: frozenset[str] = frozenset()  # names of the buffers
     unused: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)  # of the outputs
     lowers_precision: bool = False
@@ -155,9 +156,10 @@ class Tracer(TorchDispatchMode):
 
     def sized(self, c: Call, out: Tensor, blocks: Blocks) -> None:
         """An operator whose sizes may be numbers that the forward pass wrote down."""
-        for block in blocks:
-            for axis, dim in enumerate(block.dims):
-                self.record.sizes.append(Sized(c.module, out.shape[dim], block.labels, axis))
+        for dim, size in enumerate(out.shape):
+            block = block_at(blocks, dim)
+            labels, axis = (None, 0) if block is None else (block.labels, block.dims.index(dim))
+            self.record.sizes.append(Sized(c.module, size, labels, axis))
 
     def counts(self, c: Call, macs: int, dims: list[tuple[Tensor, int]]) -> None:
         factors = []
@@ -197,10 +199,10 @@ class Tracer(TorchDispatchMode):
         self.record.operators[name] += 1
         self._precision(name, kwargs, leaves)
         rule = RULES.get(name)
-        if rule is None:
+        result = None if rule is None else rule(self, call)
+        if result is None:
             self._unknown(call)
             return out
-        result = rule(self, call)
         outs = out if isinstance(out, (list, tuple)) else [out]
         several = result if isinstance(result, list) else [result] * len(outs)
         for x, blocks in zip(outs, several, strict=True):
@@ -299,7 +301,7 @@ def undisturbed() -> Iterator[None]:
 
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
     """Traces one call in eval mode. Parameters that it did not meet (an auxiliary head) get a second, in training mode."""
-    found = Record()
+    found = Record(constants=frozenset(name for name, _ in model.named_buffers()))
     names = {id(module): name for name, module in model.named_modules()}
     lifted = lift(model)
     tracer = Tracer(found, {name: lifted[name] for name in _first_names(lifted)}, names)
