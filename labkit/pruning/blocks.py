@@ -57,22 +57,24 @@ def fix(labels: Labels, blocks: Blocks, dims: Iterable[int], reason: str) -> Blo
 def combine(labels: Labels, sides: Sequence[Side], reason: str) -> Blocks:
     """The blocks of an elementwise result: labels at the same place are tied, a fixed dimension fixes the others."""
     blocks = [side.blocks for side in sides]
-    conflict = _conflict(blocks, sides)
-    while conflict is not None:
+    while conflict := _conflict(labels, blocks, sides):
         side, dim = conflict
         blocks[side] = fix(labels, blocks[side], (dim,), reason)
-        conflict = _conflict(blocks, sides)
     result: dict[tuple[int, ...], Block] = {}
     for block in (block for side in blocks for block in side):
-        if block.dims in result:
-            labels.tie(result[block.dims].labels, block.labels)
-        else:
+        other = result.setdefault(block.dims, block)
+        labels.tie(other.labels, block.labels)
+        if labels.constant(other.labels):
             result[block.dims] = block
     return tuple(result.values())
 
 
-def _conflict(blocks: Sequence[Blocks], sides: Sequence[Side]) -> tuple[int, int] | None:
-    """(side, dimension) that has to be fixed before the blocks of all sides fit on each other."""
+def _conflict(labels: Labels, blocks: Sequence[Blocks], sides: Sequence[Side]) -> tuple[int, int] | None:
+    """(side, dimension) that has to be fixed before the blocks of all sides fit on each other.
+
+    Of a block of several dimensions and one of fewer, what both have stays. A constant's block decides nothing: heads
+    stay prunable though a table of rotary positions is multiplied to the positions inside them.
+    """
     for i, own in enumerate(blocks):
         for block in own:
             for j, other in enumerate(sides):
@@ -85,6 +87,10 @@ def _conflict(blocks: Sequence[Blocks], sides: Sequence[Side]) -> tuple[int, int
                     if match is None:
                         return i, dim
                     if differing := set(block.dims) ^ set(match.dims):
+                        if len(block.dims) > 1 and labels.constant(match.labels) > labels.constant(block.labels):
+                            return i, dim
+                        if len(match.dims) > 1 and labels.constant(block.labels) > labels.constant(match.labels):
+                            return j, dim
                         last = max(differing)
                         return (i, last) if last in block.dims else (j, last)
     return None

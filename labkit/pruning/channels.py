@@ -173,7 +173,16 @@ def plan(
     ignored = _parts(model, ignore)
     coupling = Coupling.of(model, args, kwargs)
     chooser = _Chooser(
-        model, coupling, scope, min_channels, round_to, _ignored(model, coupling, ignored), criterion, batches, loss_fn, seed
+        model,
+        coupling,
+        scope,
+        min_channels,
+        round_to,
+        _ignored(model, coupling, ignored),
+        criterion,
+        batches,
+        loss_fn,
+        seed,
     )
     if isinstance(ratio, Mapping):
         return chooser.plan(chooser.by_name(ratio))
@@ -249,7 +258,17 @@ class _Chooser:
     """Scores once, then says for any ratio which units go."""
 
     def __init__(
-        self, model, coupling: Coupling, scope, min_channels, round_to, ignored: set[int], criterion, batches, loss_fn, seed
+        self,
+        model,
+        coupling: Coupling,
+        scope,
+        min_channels,
+        round_to,
+        ignored: set[int],
+        criterion,
+        batches,
+        loss_fn,
+        seed,
     ) -> None:
         self._model, self._coupling, self._scope = model, coupling, scope
         found = importance.scores(model, coupling, criterion, batches, loss_fn=loss_fn, seed=seed)
@@ -340,7 +359,9 @@ class _Chooser:
         return [int(part.sum()) for part in lowest.split([len(f) for f in free])]
 
 
-def _cluster(groups: Sequence[Group], members: list[int], found: importance.Scores, least: int, round_to: int) -> _Cluster:
+def _cluster(
+    groups: Sequence[Group], members: list[int], found: importance.Scores, least: int, round_to: int
+) -> _Cluster:
     steps = math.gcd(*(groups[i].units for i in members))
     order, parts, floor, grain = [], [], 1, 1
     for i in members:

@@ -183,7 +183,7 @@ class Coupling:
         free = {name for group in self.groups for name in ((m.name, m.dim) for m in group.members)}
         found = []
         for entry in self.record.entries:
-            if (entry.name, entry.dim) in free:
+            if (entry.name, entry.dim) in free or entry.name in self.record.constants:
                 continue
             classes = np.unique(self.classes[entry.base : entry.base + entry.size]).tolist()
             reasons = {self.reasons[c] for c in classes if self.reasons.get(c)}
@@ -207,7 +207,8 @@ class Coupling:
         for entry in self.record.entries:
             stays = ~gone[entry.base : entry.base + entry.size]
             if not stays.all():
-                kept.setdefault(entry.name, {})[entry.dim] = torch.from_numpy(stays.nonzero()[0])
+                for name in self.record.names(entry.name):
+                    kept.setdefault(name, {})[entry.dim] = torch.from_numpy(stays.nonzero()[0])
         return kept
 
     def sizes(self, gone: np.ndarray) -> dict[str, dict[int, int]]:

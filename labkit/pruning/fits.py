@@ -8,7 +8,8 @@ from torch import nn
 
 from labkit.counting import evaluating
 from labkit.pruning import surgery
-from labkit.pruning.tracing import outputs, to_meta, undisturbed
+from labkit.pruning.abstract import Abstract, to_meta, undisturbed
+from labkit.pruning.tracing import outputs
 
 if TYPE_CHECKING:
     from labkit.pruning.coupling import Coupling
@@ -21,7 +22,7 @@ def error(model: nn.Module, coupling: "Coupling", gone: np.ndarray, args: tuple,
     cut = surgery.cut(model, kept, attributes, meta=True)
     args, kwargs = to_meta((args, dict(kwargs)))
     try:
-        with undisturbed(), evaluating(cut):
+        with undisturbed(), evaluating(cut), Abstract():
             shapes = [list(x.shape) for x in outputs(cut(*args, **kwargs))]
             if coupling.record.trained:
                 for module in cut.modules():

@@ -32,13 +32,19 @@ class Labels:
 
     def __init__(self) -> None:
         self.count = 0
+        self._constant = bytearray()
         self._edges: list[tuple[np.ndarray, np.ndarray]] = []
         self._pins: list[tuple[np.ndarray, str]] = []
         self._constraints: list[tuple[str, Sequence[np.ndarray], str]] = []
 
-    def fresh(self, n: int) -> np.ndarray:
+    def fresh(self, n: int, constant: bool = False) -> np.ndarray:
+        """n new labels. constant: of a buffer, which follows the channels of others and has none of its own."""
         self.count += n
+        self._constant += bytes([constant]) * n
         return np.arange(self.count - n, self.count)
+
+    def constant(self, labels: np.ndarray) -> bool:
+        return bool(self._constant[labels.flat[0]])
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """a[i] and b[i] go together; the two broadcast."""
@@ -95,17 +101,11 @@ def _make_product(classes: np.ndarray, fixed: np.ndarray) -> tuple[np.ndarray, n
     if fixed[classes].all():
         return None
     for axis in range(classes.ndim):
-        first = (
-            classes.reshape(-1) if classes.ndim == 1 else np.moveaxis(classes, axis, 0).reshape(len_(classes, axis), -1)
-        )
-        if classes.ndim == 1 or (first == first[:, :1]).all():
+        slices = np.moveaxis(classes, axis, 0).reshape(classes.shape[axis], -1)
+        if (slices == slices[:, :1]).all():
             return None
     rows = classes.reshape(-1, classes.shape[-1])
     return np.broadcast_to(rows[:1], rows.shape).ravel(), rows.ravel()
-
-
-def len_(array: np.ndarray, axis: int) -> int:
-    return array.shape[axis]
 
 
 def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray] | None, np.ndarray]:

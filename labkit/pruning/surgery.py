@@ -47,7 +47,7 @@ def cut(model: nn.Module, kept: Kept, attributes: Attributes, *, meta: bool = Fa
 
 def _sliced(x: Tensor, kept: Mapping[int, Tensor], meta: bool) -> Tensor:
     """x.index_select along each dimension of `kept`, a Parameter where x is one; always memory of its own."""
-    if meta:
+    if meta and (x.is_floating_point() or x.is_complex()):
         shape = [len(kept[d]) if d in kept else n for d, n in enumerate(x.shape)]
         data = torch.empty(shape, dtype=x.dtype, device="meta")
     elif not kept:

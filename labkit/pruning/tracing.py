@@ -14,17 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from labkit.counting import evaluating
-from labkit.errors import InputError
+from labkit.pruning.abstract import Abstract, lift, to_meta, undisturbed
 from labkit.pruning.blocks import Block, Blocks, block_at, fix
 from labkit.pruning.labels import Labels
 from labkit.pruning.rules import RULES
 
-# Their result depends on values, which a pass on the meta device does not have.
-DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+VIEWS = {"t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"}  # still the weight
 
 
 @dataclass
@@ -97,14 +95,22 @@ class Record:
     restricted: list[Restricted] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     operators: Counter = field(default_factory=Counter)
+    aliases: dict[str, list[str]] = field(default_factory=dict)  # parameters that are the memory of another one
     constants: frozenset[str] = frozenset()  # names of the buffers
     unused: list[str] = field(default_factory=list)
     shapes: list[list[int]] = field(default_factory=list)  # of the outputs
-    lowers_precision: bool = False
+    names_dtype: bool = False
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
 
+    def names(self, first: str) -> list[str]:
+        """All parameters with the memory of `first`, by which the entries go."""
+        return [first, *self.aliases.get(first, ())]
 
-class Tracer(TorchDispatchMode):
+    def first(self, name: str) -> str:
+        return next((first for first, names in self.aliases.items() if name in names), name)
+
+
+class Tracer(Abstract):
     """Sends every operator through its rule. What a tensor carries is kept at the tensor, as `_blocks`."""
 
     def __init__(self, record: Record, lifted: Mapping[str, Tensor], names: Mapping[int, str]) -> None:
@@ -113,7 +119,7 @@ class Tracer(TorchDispatchMode):
         self._names = names  # of modules, by id
         self._stack: list[str] = [""]
         self._calls: Counter = Counter()
-        self._unlabelled = {id(t): name for name, t in lifted.items()}
+        self._unlabelled = {id(t): name for name, t in lifted.items() if t.device.type == "meta"}
         self._alive = list(lifted.values())
         self.only_couples = False  # in a second pass: nothing is counted twice
 
@@ -177,19 +183,7 @@ class Tracer(TorchDispatchMode):
 
     # --- dispatch -----------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        name = func._schema.name.removeprefix("aten::")
-        name = name.rstrip("_") if not name.startswith("__") else name
-        abstract = any(leaf.device.type == "meta" for leaf in leaves)
-        if abstract and not all(leaf.device.type == "meta" for leaf in leaves):
-            args, kwargs = tree_map_only(Tensor, self._to_meta, (args, kwargs))
-        if abstract and name in DATA_DEPENDENT:
-            raise InputError(
-                f"The forward pass depends on the values of its tensors ({name} in {self._where()}), so that what "
-                "hangs together may change from input to input: prune a part of the model that does not."
-            )
+    def run(self, name: str, func: Any, args: tuple, kwargs: dict, abstract: bool) -> Any:
         out = func(*args, **kwargs)
         number = self._calls[name]
         self._calls[name] += 1
@@ -197,7 +191,7 @@ class Tracer(TorchDispatchMode):
             return out
         call = Call(name, args, kwargs, out, self._stack[-1], number)
         self.record.operators[name] += 1
-        self._precision(name, kwargs, leaves)
+        self._precision(call)
         rule = RULES.get(name)
         result = None if rule is None else rule(self, call)
         if result is None:
@@ -208,17 +202,14 @@ class Tracer(TorchDispatchMode):
         for x, blocks in zip(outs, several, strict=True):
             if isinstance(x, Tensor):
                 self.note(x, tuple(b for b in blocks if b.dims[-1] < x.dim() and _fits(b, x)))
-        if name in ("t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"):
+        if name in VIEWS:
             out._is_weight = getattr(args[0], "_is_weight", False)
         return out
 
-    def _to_meta(self, x: Tensor) -> Tensor:
-        return x if x.device.type == "meta" else torch.empty_like(x, device="meta")
-
-    def _precision(self, name: str, kwargs: dict, leaves: list[Tensor]) -> None:
-        dtype = kwargs.get("dtype")
-        if name == "_to_copy" and dtype is not None and dtype.is_floating_point and leaves[0].is_floating_point():
-            self.record.lowers_precision = True
+    def _precision(self, call: Call) -> None:
+        dtype = call.kwargs.get("dtype")
+        if call.name == "_to_copy" and dtype is not None and dtype.is_floating_point:
+            self.record.names_dtype |= call.args[0].is_floating_point()
 
     def _unknown(self, call: Call) -> None:
         for x in tree_leaves((call.args, call.kwargs)):
@@ -233,14 +224,14 @@ class Tracer(TorchDispatchMode):
         blocks = []
         for dim, size in enumerate(x.shape):
             if size > 1:
-                labels = self.labels.fresh(size)
+                labels = self.labels.fresh(size, constant=name in self.record.constants)
                 self.record.entries.append(Entry(name, dim, size, int(labels[0])))
                 blocks.append(Block((dim,), labels))
         x._blocks, x._is_weight = tuple(blocks), True
 
     # --- where --------------------------------------------------------------------------------------------------------
 
-    def _where(self) -> str:
+    def where(self) -> str:
         return self._stack[-1] or "the model"
 
     @contextlib.contextmanager
@@ -268,43 +259,16 @@ def _fits(block: Block, x: Tensor) -> bool:
     return all(x.shape[d] == n for d, n in zip(block.dims, block.labels.shape, strict=True))
 
 
-def lift(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer on the meta device by its first name; what shares memory is one tensor."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    lifted: dict[str, Tensor] = {}
-    seen: dict[Any, Tensor] = {}
-    for name, x in named:
-        if nn.parameter.is_lazy(x):
-            raise InputError("The model has lazy layers without a shape: run it once on its inputs first.")
-        same = id(x) if x.device.type == "meta" else (x.data_ptr() or id(x), x.shape, x.stride(), x.dtype)
-        if same not in seen:
-            seen[same] = torch.empty_like(x, device="meta").requires_grad_(False)
-        lifted[name] = seen[same]
-    return lifted
-
-
-def to_meta(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta").requires_grad_(False), value)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """No gradients, no fused attention modules (their steps are to be seen), random numbers as before afterwards."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
-    """Traces one call in eval mode. Parameters that it did not meet (an auxiliary head) get a second, in training mode."""
+    """Traces a call in eval mode. Parameters that it did not meet (an auxiliary head) get a second, in training mode."""
     found = Record(constants=frozenset(name for name, _ in model.named_buffers()))
     names = {id(module): name for name, module in model.named_modules()}
     lifted = lift(model)
-    tracer = Tracer(found, {name: lifted[name] for name in _first_names(lifted)}, names)
+    first = {id(x): name for name, x in reversed(lifted.items())}
+    tracer = Tracer(found, {name: lifted[name] for name in reversed(first.values())}, names)
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        if (other := first[id(lifted[name])]) != name:
+            found.aliases.setdefault(other, []).append(name)
     args, kwargs = to_meta((args, dict(kwargs)))
     with evaluating(model):
         found.shapes = [list(x.shape) for x in _pass(model, lifted, args, kwargs, tracer)]
@@ -318,10 +282,6 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
             found.trained = True
     found.unused = [name for name in tracer.unmet() if name in trainable]
     return found
-
-
-def _first_names(lifted: Mapping[str, Tensor]) -> list[str]:
-    return list({id(x): name for name, x in reversed(lifted.items())}.values())[::-1]
 
 
 def _pass(
