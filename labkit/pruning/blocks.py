@@ -54,6 +54,15 @@ def fix(labels: Labels, blocks: Blocks, dims: Iterable[int], reason: str) -> Blo
     return tuple(kept)
 
 
+def alone(labels: Labels, blocks: Blocks, dim: int, reason: str) -> tuple[np.ndarray | None, Blocks]:
+    """(labels of dimension `dim` by itself, all blocks): other dimensions of its block are fixed."""
+    block = block_at(blocks, dim)
+    if block is None:
+        return None, blocks
+    blocks = fix(labels, blocks, set(block.dims) - {dim}, reason)
+    return block_at(blocks, dim).labels, blocks
+
+
 def combine(labels: Labels, sides: Sequence[Side], reason: str) -> Blocks:
     """The blocks of an elementwise result: labels at the same place are tied, a fixed dimension fixes the others."""
     blocks = [side.blocks for side in sides]
@@ -106,6 +115,24 @@ def moved(blocks: Blocks, where: Sequence[int | None]) -> Blocks:
         order = np.argsort(dims)
         if len(dims):
             result.append(Block(tuple(dims[i] for i in order), array.transpose(order)))
+    return tuple(result)
+
+
+def without(blocks: Blocks, dims: Iterable[int], before: int, after: int) -> Blocks:
+    """Blocks of a tensor of `before` dimensions after `dims`, which carry none, are dropped, if they are (`after`)."""
+    if before == after:
+        return blocks
+    kept = [d for d in range(before) if d not in set(dims)]
+    return moved(blocks, [kept.index(d) if d in kept else None for d in range(before)])
+
+
+def drop_single(blocks: Blocks, shape: Sequence[int]) -> Blocks:
+    """Dimensions of size 1 carry no labels."""
+    result = []
+    for block in blocks:
+        single = tuple(i for i, d in enumerate(block.dims) if shape[d] == 1)
+        if dims := tuple(d for d in block.dims if shape[d] > 1):
+            result.append(Block(dims, block.labels.squeeze(single)))
     return tuple(result)
 
 

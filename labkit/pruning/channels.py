@@ -101,8 +101,8 @@ def prune(
     """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
 
     args, kwargs: the example input that the model is traced and checked with. For the other arguments see `plan`.
-    Raises InputError where nothing can be pruned, and if the pruned model is not equal to the dense one whose weights do
-    not read the removed channels: a model that fails is never returned. `model` stays as it was.
+    Raises InputError where nothing can be pruned, and if the pruned model is not equal to the dense one whose weights
+    do not read the removed channels: a model that fails is never returned. `model` stays as it was.
     """
     options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
     chosen = plan(model, args, kwargs, ratio=ratio, batches=batches, loss_fn=loss_fn, seed=seed, **options)

@@ -1,4 +1,4 @@
-"""Does a forward pass run with other sizes? Tried on the meta device, where nothing is computed and no weight is copied."""
+"""Does a forward pass run with other sizes? Tried on the meta device: nothing is computed, no weight is copied."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def error(model: nn.Module, coupling: "Coupling", gone: np.ndarray, args: tuple, kwargs: Mapping[str, Any]) -> str:
-    """What goes wrong when `model` runs without the labels in `gone`; nothing if it gives outputs of the same shapes."""
+    """What goes wrong when `model` runs without the labels in `gone`; "" if it gives outputs of the same shapes."""
     kept = coupling.kept(gone)
     attributes = surgery.attributes(model, kept, coupling.sizes(gone))
     cut = surgery.cut(model, kept, attributes, meta=True)

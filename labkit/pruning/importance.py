@@ -29,7 +29,7 @@ def scores(
     """The score of every unit, higher is more important, float32 or wider on the CPU.
 
     criterion: "l1", "l2": norm of all weights that make the unit (Li et al. 2017, Pruning Filters for Efficient
-    ConvNets, for one filter). "bn_scale": mean |gamma| of the batch norms it passes (Liu et al. 2017, Network Slimming).
+    ConvNets, for one filter). "bn_scale": mean |gamma| of its batch norms (Liu et al. 2017, Network Slimming).
     "taylor": E[(dL/dz)^2] over batches, z = 1 a gate on what reads the unit: the first-order change of the loss on
     removing it, squared (Molchanov et al. 2019). "fpgm": sum of distances to the group's other units (He et al. 2019,
     Filter Pruning via Geometric Median). "random": uniform, the baseline. "activation", "wanda", "obd", "taylor_abs":

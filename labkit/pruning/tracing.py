@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from labkit.counting import evaluating
 from labkit.pruning.abstract import Abstract, lift, to_meta, undisturbed
-from labkit.pruning.blocks import Block, Blocks, block_at, fix
+from labkit.pruning.blocks import Block, Blocks, alone, block_at, fix
 from labkit.pruning.labels import Labels
 from labkit.pruning.rules import RULES
 
@@ -90,7 +90,6 @@ class Record:
     labels: Labels = field(default_factory=Labels)
     entries: list[Entry] = field(default_factory=list)
     contracted: list[np.ndarray] = field(default_factory=list)  # labels of parameters, where a product sums over them
-    scales: list[np.ndarray] = field(default_factory=list)  # labels of batch norms' scales
     sizes: list[Sized] = field(default_factory=list)
     restricted: list[Restricted] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
@@ -136,6 +135,9 @@ class Tracer(Abstract):
     def fix(self, blocks: Blocks, dims, reason: str) -> Blocks:
         return fix(self.labels, blocks, dims, reason)
 
+    def alone(self, x: Tensor, dim: int, reason: str) -> tuple[np.ndarray | None, Blocks]:
+        return alone(self.labels, self.blocks(x), dim, reason)
+
     def fixed(self, n: int, reason: str) -> np.ndarray:
         labels = self.labels.fresh(n)
         self.labels.pin(labels, reason)
@@ -156,9 +158,6 @@ class Tracer(Abstract):
             return
         kind = "norm" if c.name == "native_layer_norm" else "statistic"
         self.record.restricted.append(Restricted(c.name, c.module, c.number, 0, dim, labels, kind))
-
-    def scaled(self, labels: np.ndarray) -> None:
-        self.record.scales.append(labels)
 
     def sized(self, c: Call, out: Tensor, blocks: Blocks) -> None:
         """An operator whose sizes may be numbers that the forward pass wrote down."""
@@ -260,7 +259,7 @@ def _fits(block: Block, x: Tensor) -> bool:
 
 
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
-    """Traces a call in eval mode. Parameters that it did not meet (an auxiliary head) get a second, in training mode."""
+    """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet."""
     found = Record(constants=frozenset(name for name, _ in model.named_buffers()))
     names = {id(module): name for name, module in model.named_modules()}
     lifted = lift(model)
