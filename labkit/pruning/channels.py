@@ -160,37 +160,18 @@ def plan(
     given = {"ratio": ratio, "macs": macs, "latency": latency}
     if sum(value is not None for value in given.values()) != 1:
         raise InputError("Give exactly one of ratio, macs and latency: the one that the plan is to reach.")
-    if scope not in SCOPES:
-        raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
-    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
-    if isinstance(ratio, Mapping):
-        ratio = {name: fraction(value, f"ratio of {name!r}") for name, value in ratio.items()}
+    (what, wanted), *_ = [(name, value) for name, value in given.items() if value is not None]
+    if isinstance(wanted, Mapping):
+        wanted = {name: fraction(value, f"the ratio of {name!r}") for name, value in wanted.items()}
     else:
-        (what, wanted), *_ = [(name, value) for name, value in given.items() if value is not None]
         wanted = fraction(wanted, what)
-    ignored = _parts(model, ignore)
-    coupling = Coupling.of(model, args, kwargs)
-    chooser = _Chooser(
-        model,
-        coupling,
-        scope,
-        min_channels,
-        round_to,
-        _ignored(model, coupling, ignored),
-        criterion,
-        batches,
-        loss_fn,
-        seed,
-    )
-    if isinstance(ratio, Mapping):
-        return chooser.plan(chooser.by_name(ratio))
-    if ratio is not None:
-        return chooser.plan(wanted)
-    if macs is not None:
-        return chooser.plan(_bisect(lambda r: 1 - chooser.macs(r) / coupling.macs(), wanted))
-    return chooser.plan(_bisect(lambda r: 1 - _latency(model, chooser.plan(r), args, kwargs), 1 - wanted, rounds=6))
+    options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
+    planner = Planner(model, args, kwargs, batches=batches, loss_fn=loss_fn, seed=seed, **options)
+    if what == "macs":
+        wanted = _bisect(lambda r: 1 - planner.macs(r) / planner.coupling.macs(), wanted)
+    elif what == "latency":
+        wanted = _bisect(lambda r: 1 - _latency(model, planner.plan(r), args, kwargs), 1 - wanted, rounds=6)
+    return planner.plan(wanted)
 
 
 def _parts(model: nn.Module, names: str | Iterable[str]) -> list[str]:
@@ -254,43 +235,61 @@ class _Cluster:
     grain: int  # steps that keep round_to
 
 
-class _Chooser:
-    """Scores once, then says for any ratio which units go."""
+class Planner:
+    """Traces and scores once, then makes the plan for any ratio. The arguments are those of `plan`."""
 
     def __init__(
         self,
-        model,
-        coupling: Coupling,
-        scope,
-        min_channels,
-        round_to,
-        ignored: set[int],
-        criterion,
-        batches,
-        loss_fn,
-        seed,
+        model: nn.Module,
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        criterion: str = "l1",
+        scope: str = "global",
+        min_channels: int = 1,
+        round_to: int = 1,
+        ignore: str | Iterable[str] = (),
+        batches: Iterable | None = None,
+        loss_fn: Callable | None = None,
+        seed: int = 0,
     ) -> None:
-        self._model, self._coupling, self._scope = model, coupling, scope
+        if scope not in SCOPES:
+            raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
+        for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
+        importance.check(criterion, batches)
+        parts = _parts(model, ignore)
+        self._model, self._scope = model, scope
+        self.coupling = coupling = Coupling.of(model, args, kwargs)
         found = importance.scores(model, coupling, criterion, batches, loss_fn=loss_fn, seed=seed)
-        self._reasons = dict.fromkeys(ignored, "ignored")
+        self._reasons = dict.fromkeys(_ignored(model, coupling, parts), "ignored")
         for i in range(len(coupling.groups)):
             if i not in found:
                 self._reasons.setdefault(i, f"{criterion} has no score for it")
-        linked: dict[Any, list[int]] = {}
-        for i, group in enumerate(coupling.groups):
-            linked.setdefault(("link", group.link) if group.link is not None else i, []).append(i)
         self.clusters: list[_Cluster] = []
-        for members in linked.values():
-            stuck = [i for i in members if i in self._reasons]
-            if stuck:
+        for members in coupling.clusters():
+            if stuck := [i for i in members if i in self._reasons]:
                 self._reasons |= {i: self._reasons[stuck[0]] for i in members}
             else:
                 self.clusters.append(_cluster(coupling.groups, members, found, min_channels, round_to))
+        if not self.clusters:
+            why = "; ".join(sorted(set(self._reasons.values())))
+            raise InputError(f"No group is left to prune ({why}): take another criterion, or ignore less.")
 
-    def by_name(self, ratios: Mapping[str, float]) -> dict[int, float]:
+    def names(self) -> list[str]:
+        """The groups that can be pruned; of linked ones the first."""
+        return [self.coupling.groups[cluster.groups[0]].name for cluster in self.clusters]
+
+    @property
+    def channels(self) -> int:
+        """How many a ratio is a fraction of."""
+        return sum(cluster.channels * cluster.steps for cluster in self.clusters)
+
+    def _by_cluster(self, ratios: Mapping[str, float]) -> dict[int, float]:
         """{cluster: ratio} of {group or parameter: ratio}"""
         found: dict[int, float] = {}
-        groups = self._coupling.groups
+        groups = self.coupling.groups
         for name, value in ratios.items():
             own = [i for i, g in enumerate(groups) if g.name == name] or [
                 i for i, g in enumerate(groups) if any(m.name == name and m.role == "makes" for m in g.members)
@@ -307,10 +306,10 @@ class _Chooser:
         return found
 
     def macs(self, ratio: float) -> int:
-        return self._coupling.macs(self._coupling.gone(self._removed(ratio)))
+        return self.coupling.macs(self.coupling.gone(self._removed(ratio)))
 
-    def plan(self, ratio: float | Mapping[int, float]) -> Plan:
-        coupling, model = self._coupling, self._model
+    def plan(self, ratio: float | Mapping[str, float]) -> Plan:
+        coupling, model = self.coupling, self._model
         removed = self._removed(ratio)
         gone = coupling.gone(removed)
         kept = coupling.kept(gone)
@@ -331,7 +330,7 @@ class _Chooser:
             gone=gone,
         )
 
-    def _removed(self, ratio: float | Mapping[int, float]) -> dict[int, Tensor]:
+    def _removed(self, ratio: float | Mapping[str, float]) -> dict[int, Tensor]:
         """{group: [units], true where a unit goes}"""
         steps = self._steps(ratio)
         removed = {}
@@ -343,20 +342,24 @@ class _Chooser:
                 removed[i] = units
         return removed
 
-    def _steps(self, ratio: float | Mapping[int, float]) -> list[int]:
+    def _steps(self, ratio: float | Mapping[str, float]) -> list[int]:
         """How many steps of each cluster go."""
         if isinstance(ratio, Mapping):
-            return [count_to_prune(c.steps, ratio.get(n, 0.0)) for n, c in enumerate(self.clusters)]
+            ratios = self._by_cluster(ratio)
+            return [count_to_prune(c.steps, ratios.get(n, 0.0)) for n, c in enumerate(self.clusters)]
         if self._scope == "layer":
             return [count_to_prune(c.steps, ratio) for c in self.clusters]
         free = [c.scores[: max(c.steps - c.floor, 0)] for c in self.clusters]
-        scores = torch.cat(free) if free else torch.zeros(0)
-        weights = torch.cat([torch.full((len(f),), c.channels) for f, c in zip(free, self.clusters, strict=True)])
-        total = sum(c.channels * c.steps for c in self.clusters)
-        sums = weights[scores.argsort(stable=True)].cumsum(0)
-        k = int((sums <= count_to_prune(total, ratio)).sum())
-        lowest = lowest_k(scores, k)
-        return [int(part.sum()) for part in lowest.split([len(f) for f in free])]
+        lengths = [len(part) for part in free]
+        scores = torch.cat(free)
+        weights = torch.cat([torch.full((n,), c.channels) for n, c in zip(lengths, self.clusters, strict=True)])
+        # Of equal scores those go first that are lowest in their group: ties are spread over the groups.
+        spread = torch.cat([(torch.arange(n) + 0.5) / max(n, 1) for n in lengths]).argsort(stable=True)
+        sums = weights[spread][scores[spread].argsort(stable=True)].cumsum(0)
+        k = int((sums <= count_to_prune(self.channels, ratio)).sum())
+        lowest = torch.zeros_like(scores, dtype=torch.bool)
+        lowest[spread] = lowest_k(scores[spread], k)
+        return [int(part.sum()) for part in lowest.split(lengths)]
 
 
 def _cluster(

@@ -42,8 +42,9 @@ class Member:
 class Group:
     """Units that are removed from the same parameters, each unit as a whole.
 
-    name: of the first parameter that makes the channels. units: how many. width: channels in a unit, the most common
-    number. link: groups with the same link that is not None have to keep the same fraction of their units.
+    name: of the first parameter that makes the channels, with #2 and so on where another group has that name.
+    units: how many. width: channels in a unit, on average. link: groups with the same link that is not None have to
+    keep the same fraction of their units.
     """
 
     name: str
@@ -259,6 +260,7 @@ def _groups(
     for labels in record.contracted:
         reads[labels] = True
     groups, roots = [], []
+    named: dict[str, int] = {}
     for s, found in members.items():
         _, first = found[0]
         inside = free[first] & (signature[first] == np.uint64(s))
@@ -276,6 +278,8 @@ def _groups(
         if not makers:
             continue
         name = next((n for n in makers if n.endswith("weight")), makers[0])
+        named[name] = named.get(name, 0) + 1
+        name = name if named[name] == 1 else f"{name}#{named[name]}"
         groups.append(Group(name, len(units), tuple(made)))
         roots.append(units)
     return tuple(groups), tuple(roots)

@@ -35,8 +35,7 @@ def scores(
     Filter Pruning via Geometric Median). "random": uniform, the baseline. "activation", "wanda", "obd", "taylor_abs":
     as in `criteria`, over the weights that read the unit. A group that a criterion has nothing to say about is absent.
     """
-    if criterion not in CRITERIA:
-        raise InputError(f"There is no criterion {criterion!r}: choose one of {', '.join(CRITERIA)}.")
+    check(criterion, batches)
     found = CRITERIA[criterion](model, coupling, batches, loss_fn, seed)
     for i, values in found.items():
         if values.isnan().any():
@@ -45,6 +44,14 @@ def scores(
                 "batches or the loss."
             )
     return found
+
+
+def check(criterion: str, batches: Iterable | None) -> None:
+    """InputError unless the criterion exists and has the batches that it needs."""
+    if criterion not in CRITERIA:
+        raise InputError(f"There is no criterion {criterion!r}: choose one of {', '.join(CRITERIA)}.")
+    if criterion not in WITHOUT_DATA:
+        check_batches(batches, criterion)
 
 
 def per_unit(values: Tensor, member: Member, units: int) -> Tensor:
@@ -178,3 +185,4 @@ CRITERIA: Mapping[str, Callable[..., Scores]] = {
     "obd": _reading("obd"),
     "taylor_abs": _reading("taylor_abs"),
 }
+WITHOUT_DATA = ("l1", "l2", "bn_scale", "fpgm", "random")

@@ -171,8 +171,8 @@ _TABLE: list[tuple[Callable, str]] = [
         elementwise,
         """add sub rsub mul div pow remainder fmod floor_divide maximum minimum fmax fmin where clamp clamp_min
         clamp_max relu relu6 sigmoid tanh gelu silu mish elu celu selu leaky_relu hardswish hardsigmoid hardtanh
-        softplus log_sigmoid_forward threshold hardshrink softshrink _prelu_kernel prelu exp expm1 exp2 log log1p log2 log10
-        sqrt rsqrt reciprocal square neg abs sign erf erfc sin cos tan atan atan2 floor ceil round trunc frac
+        softplus log_sigmoid_forward threshold hardshrink softshrink _prelu_kernel prelu exp expm1 exp2 log log1p log2
+        log10 sqrt rsqrt reciprocal square neg abs sign erf erfc sin cos tan atan atan2 floor ceil round trunc frac
         isnan isinf isfinite eq ne lt le gt ge logical_and logical_or logical_not logical_xor
         bitwise_and bitwise_or bitwise_not bitwise_xor masked_fill lerp addcmul addcdiv copy nan_to_num
         native_dropout dropout rrelu_with_noise complex""",
