@@ -43,6 +43,16 @@ def constant(t: "Tracer", c: "Call") -> Blocks:
     return ()
 
 
+def new(t: "Tracer", c: "Call") -> Blocks:
+    """Filled evenly, in a size that repeats sizes of the operand: taken to follow it (whether it does, `fits` tries)."""
+    x = c.args[0]
+    if x.dim() != c.out.dim():
+        return ()
+    blocks = tuple(b for b in t.blocks(x) if all(x.shape[d] == c.out.shape[d] for d in b.dims))
+    t.sized(c, c.out, blocks)
+    return blocks
+
+
 # --- normalisation ----------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +196,9 @@ _TABLE: list[tuple[Callable, str]] = [
     (
         constant,
         """arange zeros ones full empty rand randn randint randperm scalar_tensor eye linspace empty_strided
-        new_zeros new_ones new_full new_empty new_empty_strided tril_indices triu_indices""",
+        tril_indices triu_indices""",
     ),
+    (new, "new_zeros new_ones new_full new_empty new_empty_strided"),
     (products.mm, "mm"),
     (products.addmm, "addmm"),
     (products.bmm, "bmm"),
