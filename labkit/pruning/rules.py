@@ -44,7 +44,7 @@ def constant(t: "Tracer", c: "Call") -> Blocks:
 
 
 def new(t: "Tracer", c: "Call") -> Blocks:
-    """Filled evenly, in a size that repeats sizes of the operand: taken to follow it (whether it does, `fits` tries)."""
+    """Filled evenly, with sizes of the operand: taken to follow it (`fits` tries whether it does)."""
     x = c.args[0]
     if x.dim() != c.out.dim():
         return ()

@@ -83,6 +83,15 @@ class Cost(NamedTuple):
     factors: tuple[np.ndarray, ...]
 
 
+class Result(NamedTuple):
+    """What one operator gave: the shape, and the labels that its dimensions carry."""
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    blocks: Blocks
+
+
 @dataclass
 class Record:
     """All that one model's trace found."""
@@ -97,7 +106,7 @@ class Record:
     aliases: dict[str, list[str]] = field(default_factory=dict)  # parameters that are the memory of another one
     constants: frozenset[str] = frozenset()  # names of the buffers
     unused: list[str] = field(default_factory=list)
-    shapes: list[list[int]] = field(default_factory=list)  # of the outputs
+    results: list[Result] = field(default_factory=list)  # in order
     names_dtype: bool = False
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
 
@@ -193,14 +202,16 @@ class Tracer(Abstract):
         self._precision(call)
         rule = RULES.get(name)
         result = None if rule is None else rule(self, call)
+        outs = out if isinstance(out, (list, tuple)) else [out]
         if result is None:
             self._unknown(call)
-            return out
-        outs = out if isinstance(out, (list, tuple)) else [out]
+            result = ()
         several = result if isinstance(result, list) else [result] * len(outs)
-        for x, blocks in zip(outs, several, strict=True):
+        for i, (x, blocks) in enumerate(zip(outs, several, strict=True)):
             if isinstance(x, Tensor):
                 self.note(x, tuple(b for b in blocks if b.dims[-1] < x.dim() and _fits(b, x)))
+                if i == 0 and not self.only_couples:
+                    self.record.results.append(Result(name, self._stack[-1], tuple(x.shape), x._blocks))
         if name in VIEWS:
             out._is_weight = getattr(args[0], "_is_weight", False)
         return out
@@ -270,7 +281,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
             found.aliases.setdefault(other, []).append(name)
     args, kwargs = to_meta((args, dict(kwargs)))
     with evaluating(model):
-        found.shapes = [list(x.shape) for x in _pass(model, lifted, args, kwargs, tracer)]
+        _pass(model, lifted, args, kwargs, tracer)
     trainable = {name for name, _ in model.named_parameters()}
     if trainable & set(tracer.unmet()):
         tracer.only_couples = True
@@ -283,16 +294,11 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
     return found
 
 
-def _pass(
-    model: nn.Module, lifted: dict[str, Tensor], args: tuple, kwargs: Mapping[str, Any], tracer: Tracer
-) -> list[Tensor]:
-    """Runs the model; its outputs, which are fixed."""
+def _pass(model: nn.Module, lifted: dict[str, Tensor], args: tuple, kwargs: Mapping[str, Any], tracer: Tracer) -> None:
     with undisturbed(), tracer.following(), tracer:
         out = torch.func.functional_call(model, lifted, args, kwargs, tie_weights=False)
-    found = outputs(out)
-    for x in found:
+    for x in outputs(out):
         tracer.fix(getattr(x, "_blocks", ()), range(x.dim()), "is the model's output")
-    return found
 
 
 def outputs(value: Any) -> list[Tensor]:
