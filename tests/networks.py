@@ -184,6 +184,31 @@ class Bare(nn.Module):
         return self.out(torch.relu((x * self.gamma) @ self.matrix))
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+class Statics(nn.Module):
+    """Writes its sizes down: heads and width."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.heads = 16, 4
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        x = self.a(x)
+        y = self.b(x).view(n, length, self.heads, self.width // self.heads).transpose(1, 2)
+        y = (y @ y.transpose(-2, -1)).softmax(-1) @ y
+        return self.c(y.transpose(1, 2).reshape(n, length, self.width) + x)
+
+
 IMAGE, ROWS, SEQUENCE = (2, 3, 8, 8), (2, 6), (2, 3, 6)
 NETWORKS = {
     Plain: IMAGE,

@@ -13,9 +13,11 @@ from networks import (
     Attention,
     Bare,
     Depthwise,
+    Normed,
     Plain,
     Residual,
     Shuffle,
+    Statics,
     Tied,
     UpDown,
     difference,
@@ -86,15 +88,6 @@ def test_a_model_whose_output_is_zero_is_checked_with_noise():
     assert report.equal and report.noisy and report.scale > 0 and "noise" in str(report)
 
 
-class Normed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.b(self.norm(self.a(x)))
-
-
 def test_a_norm_over_pruned_channels_is_said_and_taken_over_the_kept():
     torch.manual_seed(0)
     model, x = Normed(), torch.randn(4, 6)
@@ -159,22 +152,6 @@ def test_attributes_say_what_the_parameters_are():
     small = prune(model, x, ratio=0.5, scope="layer").model
     assert (small.norm.num_groups, small.norm.num_channels, small.act.num_parameters) == (2, 4, 4)
     assert small.up.weight.shape[:2] == (small.up.in_channels, small.up.out_channels)
-
-
-class Statics(nn.Module):
-    """Writes its sizes down: heads and width."""
-
-    def __init__(self):
-        super().__init__()
-        self.width, self.heads = 16, 4
-        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 5)
-
-    def forward(self, x):
-        n, length, _ = x.shape
-        x = self.a(x)
-        y = self.b(x).view(n, length, self.heads, self.width // self.heads).transpose(1, 2)
-        y = (y @ y.transpose(-2, -1)).softmax(-1) @ y
-        return self.c(y.transpose(1, 2).reshape(n, length, self.width) + x)
 
 
 def test_numbers_that_a_module_writes_down_follow_the_cut():
