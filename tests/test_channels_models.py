@@ -23,7 +23,7 @@ MODELS = {
     "mnasnet1_0": (32, 0.35),
     "densenet121": (32, 0.30),
     "googlenet": (64, 0.34),
-    "inception_v3": (80, 0.30),
+    "inception_v3": (299, 0.30),
     "squeezenet1_0": (32, 0.37),
     "shufflenet_v2_x1_0": (32, 0.42),
     "regnet_x_400mf": (32, 0.32),

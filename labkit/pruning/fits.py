@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from labkit.counting import evaluating
 from labkit.pruning import surgery
 from labkit.pruning.abstract import Abstract, to_meta, undisturbed
-from labkit.pruning.tracing import Result
+from labkit.pruning.tracing import Result, training
 
 if TYPE_CHECKING:
     from labkit.pruning.coupling import Coupling
@@ -21,46 +21,11 @@ if TYPE_CHECKING:
 
 # What comes in the same order whatever the sizes are. Products and moves do not: torch folds and copies by size and
 # stride. But what they get wrong shows here, such as a softmax over as many rows as there were heads.
-COMPARED = set(
-    [
-        "convolution",
-        "native_batch_norm",
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "native_layer_norm",
-        "native_group_norm",
-        "_softmax",
-        "_log_softmax",
-        "_safe_softmax",
-        "relu",
-        "relu6",
-        "sigmoid",
-        "tanh",
-        "gelu",
-        "silu",
-        "mish",
-        "elu",
-        "leaky_relu",
-        "hardswish",
-        "hardsigmoid",
-        "hardtanh",
-        "softplus",
-        "_prelu_kernel",
-        "pow",
-        "rsqrt",
-        "embedding",
-        "cat",
-        "mean",
-        "max_pool2d_with_indices",
-        "avg_pool2d",
-        "_adaptive_avg_pool2d",
-        "upsample_bilinear2d",
-        "upsample_nearest2d",
-        "roll",
-        "constant_pad_nd",
-        "linalg_vector_norm",
-    ]
-)
+_NAMES = """convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_layer_norm
+native_group_norm _softmax _log_softmax _safe_softmax relu relu6 sigmoid tanh gelu silu mish elu leaky_relu hardswish
+hardsigmoid hardtanh softplus _prelu_kernel pow rsqrt embedding cat mean max_pool2d_with_indices avg_pool2d
+_adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d roll constant_pad_nd linalg_vector_norm"""
+COMPARED = frozenset(_NAMES.split())
 
 
 class _Differs(Exception):
@@ -78,9 +43,7 @@ def error(model: nn.Module, coupling: "Coupling", gone: np.ndarray, args: tuple,
         with undisturbed(), evaluating(cut), following:
             cut(*args, **kwargs)
         if coupling.record.trained:
-            with undisturbed(), evaluating(cut), Abstract():
-                for module in cut.modules():
-                    module.training = True
+            with undisturbed(), training(cut), Abstract():
                 cut(*args, **kwargs)
     except Exception as failure:  # a forward pass can fail in any way
         return str(failure).splitlines()[0] if str(failure) else type(failure).__name__

@@ -7,14 +7,14 @@ a large model costs as much as a small one with as many operators. The module's 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from labkit.counting import evaluating
 from labkit.pruning.abstract import Abstract, lift, to_meta, undisturbed
@@ -285,13 +285,26 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
     trainable = {name for name, _ in model.named_parameters()}
     if trainable & set(tracer.unmet()):
         tracer.only_couples = True
-        with evaluating(model), contextlib.suppress(Exception):
-            for module in model.modules():
-                module.training = True
-            _pass(model, lifted, args, kwargs, tracer)
+        entries = len(found.entries)
+        try:
+            with training(model):
+                _pass(model, lifted, args, kwargs, tracer)
             found.trained = True
-    found.unused = [name for name in tracer.unmet() if name in trainable]
+        except Exception as failure:  # a forward pass can fail in any way; what it met is left whole
+            for entry in found.entries[entries:]:
+                labels = np.arange(entry.base, entry.base + entry.size)
+                found.labels.pin(labels, f"is only met in training, which fails on the example input ({failure})")
+    found.unused += [name for name in tracer.unmet() if name in trainable]
     return found
+
+
+@contextlib.contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode, but for batch norms, which refuse single values; afterwards every module as it was."""
+    with evaluating(model):
+        for module in model.modules():
+            module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        yield
 
 
 def _pass(model: nn.Module, lifted: dict[str, Tensor], args: tuple, kwargs: Mapping[str, Any], tracer: Tracer) -> None:
@@ -302,18 +315,15 @@ def _pass(model: nn.Module, lifted: dict[str, Tensor], args: tuple, kwargs: Mapp
 
 
 def outputs(value: Any) -> list[Tensor]:
-    """The tensors of a model's output: nested containers, and objects that are mappings or hold them as attributes."""
+    """The tensors of a model's output, in containers and dataclasses; what another object holds (a cache) is state."""
     if isinstance(value, Tensor):
         return [value]
-    leaves, _ = tree_flatten(value)
-    found = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += outputs(dict(leaf))
-        elif hasattr(leaf, "__dict__") and leaf is not value:
-            found += outputs(vars(leaf))
-        elif hasattr(leaf, "__dict__"):
-            found += [x for x in vars(leaf).values() if isinstance(x, Tensor)]
-    return found
+    if isinstance(value, Mapping):
+        held = value.values()
+    elif isinstance(value, (list, tuple)):
+        held = value
+    elif is_dataclass(value):
+        held = vars(value).values()
+    else:
+        return []
+    return [x for item in held for x in outputs(item)]
