@@ -87,7 +87,7 @@ class Step(nn.Module):
                 return torch.cat([self.two(x), self.act(self.one(x))], 1)
             case "shuffle":
                 return x.view(n, self.groups, -1, h, w).transpose(1, 2).reshape(n, c, h, w)
-            case "chunk" if c % 2 == 0:
+            case "chunk" if hasattr(self, "conv"):
                 left, right = x.chunk(2, 1)
                 return torch.cat([self.conv(right), left], 1)
             case "split" if hasattr(self, "conv"):

@@ -121,7 +121,7 @@ def apply(
         raise InputError("This plan was read from a file and has no trace to check with: use check=False, or `load`.")
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
-    except RuntimeError as error:
+    except Exception as error:  # a forward pass can fail in any way
         raise InputError(
             f"The pruned model does not run ({error}): name the module in ignore, or report this model."
         ) from error

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 # What comes in the same order whatever the sizes are. Products and moves do not: torch folds and copies by size and
 # stride. But what they get wrong shows here, such as a softmax over as many rows as there were heads.
-_NAMES = """convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_layer_norm
-native_group_norm _softmax _log_softmax _safe_softmax relu relu6 sigmoid tanh gelu silu mish elu leaky_relu hardswish
-hardsigmoid hardtanh softplus _prelu_kernel pow rsqrt embedding cat mean max_pool2d_with_indices avg_pool2d
-_adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d roll constant_pad_nd linalg_vector_norm"""
+_NAMES = """convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+native_layer_norm native_group_norm _softmax _log_softmax _safe_softmax relu relu6 sigmoid tanh gelu silu mish elu
+leaky_relu hardswish hardsigmoid hardtanh softplus _prelu_kernel pow rsqrt embedding cat mean max_pool2d_with_indices
+avg_pool2d _adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d roll constant_pad_nd linalg_vector_norm"""
 COMPARED = frozenset(_NAMES.split())
 
 
