@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from labkit.counting import evaluating
 from labkit.pruning import surgery
-from labkit.pruning.abstract import Abstract, to_meta, undisturbed
+from labkit.pruning.abstract import Abstract, evaluate, to_meta, undisturbed
 from labkit.pruning.tracing import Result, training
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Following(Abstract):
         self._gone, self._next = gone, 0
 
     def run(self, name: str, func: Any, args: tuple, kwargs: dict, abstract: bool) -> Any:
-        out = func(*args, **kwargs)
+        out = evaluate(name, func, args, kwargs)
         first = out[0] if isinstance(out, (list, tuple)) and out else out
         if abstract and name in COMPARED and isinstance(first, Tensor):
             if self._next == len(self._results) or self._results[self._next].name != name:

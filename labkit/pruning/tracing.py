@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 
 from labkit.counting import evaluating
-from labkit.pruning.abstract import Abstract, lift, to_meta, undisturbed
+from labkit.pruning.abstract import Abstract, evaluate, lift, to_meta, undisturbed
 from labkit.pruning.blocks import Block, Blocks, alone, block_at, fix
 from labkit.pruning.labels import Labels
 from labkit.pruning.rules import RULES
@@ -192,7 +192,7 @@ class Tracer(Abstract):
     # --- dispatch -----------------------------------------------------------------------------------------------------
 
     def run(self, name: str, func: Any, args: tuple, kwargs: dict, abstract: bool) -> Any:
-        out = func(*args, **kwargs)
+        out = evaluate(name, func, args, kwargs)
         number = self._calls[name]
         self._calls[name] += 1
         if not abstract or out is None:
