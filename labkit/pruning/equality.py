@@ -105,7 +105,7 @@ def _compare(
             return Report(float("inf"), scale, 0.0, str(dtype))
         a, b = a.to(torch.float64), b.to(torch.float64)
         if a.numel():
-            difference = (a - b).abs().nan_to_num(torch.inf) * ~(a == b)
+            difference = torch.where(a == b, 0.0, (a - b).abs().nan_to_num(torch.inf))  # equal infinities too
             error = max(error, float(difference.max()))
             scale = max(scale, float(a.abs().nan_to_num(0).max()))
     terms = sum(cost.terms for cost in record.costs)
