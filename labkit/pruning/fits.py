@@ -36,15 +36,15 @@ def error(model: nn.Module, coupling: "Coupling", gone: np.ndarray, args: tuple,
     """What goes wrong when `model` runs without the labels in `gone`; "" if every operator gives what it should."""
     kept = coupling.kept(gone)
     attributes = surgery.attributes(model, kept, coupling.sizes(gone))
-    cut = surgery.cut(model, kept, attributes, meta=True)
     args, kwargs = to_meta((args, dict(kwargs)))
     following = _Following(coupling.record.results, gone)
     try:
-        with undisturbed(), evaluating(cut), following:
-            cut(*args, **kwargs)
-        if coupling.record.trained:
-            with undisturbed(), training(cut), Abstract():
+        with surgery.as_if_cut(model, kept, attributes) as cut, undisturbed():
+            with evaluating(model), following:
                 cut(*args, **kwargs)
+            if coupling.record.trained:
+                with training(model), Abstract():
+                    cut(*args, **kwargs)
     except Exception as failure:  # a forward pass can fail in any way
         return str(failure).splitlines()[0] if str(failure) else type(failure).__name__
     return following.unmet()

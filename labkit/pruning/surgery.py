@@ -4,9 +4,10 @@ Which entries are kept, and what attributes become, is a plan's business (`chann
 read. Hooks, training flags, requires_grad, dtype, device and memory format stay as they are; gradients are not copied.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ Attributes = Mapping[str, Mapping[str, Any]]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def cut(model: nn.Module, kept: Kept, attributes: Attributes, *, meta: bool = False) -> nn.Module:
-    """A copy of `model` with only the kept entries. meta: on the meta device, without values, to try shapes."""
+def cut(model: nn.Module, kept: Kept, attributes: Attributes) -> nn.Module:
+    """A copy of `model` with only the kept entries, and `attributes` set."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     memory: dict[int, Any] = {}
     unknown = set(kept) - {name for name, _ in named}
@@ -30,7 +31,7 @@ def cut(model: nn.Module, kept: Kept, attributes: Attributes, *, meta: bool = Fa
     chosen: dict[int, Mapping[int, Tensor]] = {id(x): kept[name] for name, x in named if name in kept}
     for _, x in named:
         if id(x) not in memory:
-            memory[id(x)] = _sliced(x, chosen.get(id(x), {}), meta)
+            memory[id(x)] = _sliced(x, chosen.get(id(x), {}))
     try:
         new = copy.deepcopy(model, memory)
     except Exception as error:
@@ -38,19 +39,41 @@ def cut(model: nn.Module, kept: Kept, attributes: Attributes, *, meta: bool = Fa
             f"The model cannot be copied ({error}): remove what its modules keep besides parameters, such as tensors "
             "with a gradient that a hook has stored."
         ) from error
-    for name, values in attributes.items():
-        module = new.get_submodule(name)
-        for attribute, value in values.items():
-            setattr(module, attribute, value)
+    _set(new, attributes)
     return new
 
 
-def _sliced(x: Tensor, kept: Mapping[int, Tensor], meta: bool) -> Tensor:
+def _set(model: nn.Module, attributes: Attributes) -> None:
+    for name, values in attributes.items():
+        module = model.get_submodule(name)
+        for attribute, value in values.items():
+            setattr(module, attribute, value)
+
+
+@contextlib.contextmanager
+def as_if_cut(model: nn.Module, kept: Kept, attributes: Attributes) -> Iterator[Callable]:
+    """A function that runs `model` as it would be after the cut, on the meta device; afterwards all is as it was."""
+    tensors = {}
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        own = kept.get(name, {})
+        if x.is_floating_point() or x.is_complex():
+            shape = [len(own[d]) if d in own else n for d, n in enumerate(x.shape)]
+            tensors[name] = torch.empty(shape, dtype=x.dtype, device="meta")
+        else:
+            tensors[name] = _sliced(x, own).cpu()
+    before = {
+        name: {key: getattr(model.get_submodule(name), key) for key in values} for name, values in attributes.items()
+    }
+    try:
+        _set(model, attributes)
+        yield lambda *args, **kwargs: torch.func.functional_call(model, tensors, args, kwargs)
+    finally:
+        _set(model, before)
+
+
+def _sliced(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """x.index_select along each dimension of `kept`, a Parameter where x is one; always memory of its own."""
-    if meta and (x.is_floating_point() or x.is_complex()):
-        shape = [len(kept[d]) if d in kept else n for d, n in enumerate(x.shape)]
-        data = torch.empty(shape, dtype=x.dtype, device="meta")
-    elif not kept:
+    if not kept:
         data = x.detach().clone()
     else:
         data = x.detach()
