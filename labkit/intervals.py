@@ -1,7 +1,8 @@
 """What a set of timings supports: exact order-statistic intervals, the paired ratio, and detectors of bad conditions.
 
 The interval inverts the sign test (Conover, Practical Nonparametric Statistics, section 3.2); pairing follows duet
-benchmarking (Bulej et al. 2020). Pure functions of numbers: no clock is read, and nothing here decides a verdict.
+benchmarking (Bulej et al. 2020). Beside them the two of accuracies: Wilson's for a share of images, Student's over
+seeds. Pure functions of numbers: no clock is read, and nothing here decides a verdict.
 """
 
 import functools
@@ -10,10 +11,14 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 
+from labkit.errors import InputError
+
 LEAST = 6  # below six values no 95 % interval of a median exists: 2 / 2**5 is more than 0.05
 DRIFT = 0.03  # a speed that moved by less is no reason to warn: pairs cancel it anyway
 ORDER_EFFECT = 0.01  # the smallest difference that is ever claimed
 MODES_APART = 0.05
+Z95 = 1.959964  # the 0.975 quantile of the normal distribution
+T95 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)  # of t with 1 to 9
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,6 +75,32 @@ def balanced_order(rng: random.Random, group: int) -> Iterator[bool]:
         orders = [True, False] * (group // 2)
         rng.shuffle(orders)
         yield from orders
+
+
+def wilson(right: int, n: int) -> tuple[float, float, float]:
+    """Share of `right` among `n` images and its 95 % interval, which stays within 0..1 (Wilson 1927).
+
+    It speaks of other images from the same source, not of another training run: for that see `mean_ci`.
+    """
+    if not 0 <= right <= n or n < 1:
+        raise InputError(f"{right!r} right of {n!r} is no share: give whole numbers with 0 <= right <= n and n >= 1.")
+    share, z2 = right / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_ci(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of one to ten values, one a seed, and its 95 % interval by Student's t: mean -+ t s / sqrt(n).
+
+    It supposes values that spread about normally. One value has no interval: it is then (-inf, inf).
+    """
+    n = len(values)
+    if not 1 <= n <= len(T95) + 1:
+        raise InputError(f"mean_ci takes 1 to {len(T95) + 1} values, one a seed, got {n}.")
+    mean = statistics.fmean(values)
+    half = T95[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+    return mean, mean - half, mean + half
 
 
 def half_width(estimate: float, lo: float, hi: float) -> float:

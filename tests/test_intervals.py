@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from labkit import intervals
+from labkit.errors import InputError
 
 RUNS, PAIRS, PER_BLOCK = 1000, 120, 6
 
@@ -200,3 +201,52 @@ def test_few_values_trigger_no_detector():
     assert intervals.drift([1.0, 9.0]) is None
     assert intervals.order_effect([0.1], [True]) is None
     assert not intervals.bimodal([1.0, 2.0])
+
+
+# intervals of accuracies ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [20, 200])
+@pytest.mark.parametrize("share", [0.5, 0.93])
+def test_wilson_covers_the_share(n, share):
+    """Exact: the binomial probability of all outcomes whose interval holds the share, within what Wilson's can miss."""
+    held = [right for right in range(n + 1) if intervals.wilson(right, n)[1] <= share <= intervals.wilson(right, n)[2]]
+    covered = sum(math.comb(n, right) * share**right * (1 - share) ** (n - right) for right in held)
+    assert 0.93 <= covered <= 0.98
+
+
+def test_wilson_solves_its_own_equation():
+    """Each bound p is where the observed share lies z standard errors of p away."""
+    share, *bounds = intervals.wilson(930, 1000)
+    for p in bounds:
+        assert abs(share - p) / math.sqrt(p * (1 - p) / 1000) == pytest.approx(intervals.Z95)
+
+
+@pytest.mark.parametrize(("right", "bounds"), [(0, (0.0, 0.28)), (10, (0.72, 1.0))])
+def test_wilson_stays_within_0_and_1(right, bounds):
+    assert intervals.wilson(right, 10)[1:] == pytest.approx(bounds, abs=0.005)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_mean_ci_covers_the_mean(n):
+    rng = np.random.default_rng(n)
+    found = [intervals.mean_ci(list(rng.normal(0.9, 0.01, n))) for _ in range(4000)]
+    assert 0.94 <= np.mean([lo <= 0.9 <= hi for _, lo, hi in found]) <= 0.96
+
+
+def test_one_value_has_no_interval():
+    assert intervals.mean_ci([0.9]) == (0.9, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: intervals.wilson(11, 10), "11 right of 10"),
+        (lambda: intervals.wilson(0, 0), "0 right of 0"),
+        (lambda: intervals.mean_ci([]), "got 0"),
+        (lambda: intervals.mean_ci([0.9] * 11), "got 11"),
+    ],
+)
+def test_what_has_no_interval_is_refused(call, said):
+    with pytest.raises(InputError, match=said):
+        call()
