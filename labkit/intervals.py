@@ -9,7 +9,8 @@ import functools
 import math
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from labkit.errors import InputError
 
@@ -101,6 +102,15 @@ def mean_ci(values: Sequence[float]) -> tuple[float, float, float]:
     mean = statistics.fmean(values)
     half = T95[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return mean, mean - half, mean + half
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]], value: str, by: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each combination of the columns `by`, in order of appearance: the mean of `value`, low and high."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in by), []).append(row[value])
+    means = {key: mean_ci(values) for key, values in groups.items()}
+    return [dict(zip(by, key, strict=True)) | {value: m, "low": lo, "high": hi} for key, (m, lo, hi) in means.items()]
 
 
 def half_width(estimate: float, lo: float, hi: float) -> float:

@@ -87,6 +87,24 @@ def show(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool 
     emit(shown if in_notebook() else f"{shown}\n{text_table(rows)}", folded)
 
 
+def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None = None, **style: Any) -> None:
+    """Draw column `y` against `x` into a matplotlib axis, one line for each value of `by`, with its legend's label.
+
+    Where rows have the columns low and high they become error bars. baseline: the value of `by` that the others have to
+    beat; its line is black and dashed. style: passed to matplotlib.
+    """
+    for name in dict.fromkeys(row[by] for row in rows):
+        mine = [row for row in rows if row[by] == name]
+        at, values = [row[x] for row in mine], [row[y] for row in mine]
+        bars = None
+        if all("low" in row and "high" in row for row in mine):
+            bars = [[row[y] - row["low"] for row in mine], [row["high"] - row[y] for row in mine]]
+        own = {"color": "black", "linestyle": "--"} if name == baseline else {}
+        ax.errorbar(
+            at, values, yerr=bars, label=str(name), **{"marker": "o", "markersize": 3, "capsize": 2, **own, **style}
+        )
+
+
 def table(rows: Rows, *, caption: str = "", units: Mapping[str, str] | None = None, simulated: bool = False) -> None:
     """Show rows (one dict a row) as a table; `units` maps a column to its unit. InputError for bad rows or columns."""
     rows = checked_rows(rows)

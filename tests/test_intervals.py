@@ -250,3 +250,15 @@ def test_one_value_has_no_interval():
 def test_what_has_no_interval_is_refused(call, said):
     with pytest.raises(InputError, match=said):
         call()
+
+
+def test_over_seeds_has_one_row_for_each_combination_in_order():
+    rows = [{"name": n, "share": s, "seed": k, "y": k + s} for n in ("b", "a") for s in (1, 2) for k in range(3)]
+    found = intervals.over_seeds(rows, "y", by=("name", "share"))
+    assert [(row["name"], row["share"], row["y"]) for row in found] == [
+        ("b", 1, 2),
+        ("b", 2, 3),
+        ("a", 1, 2),
+        ("a", 2, 3),
+    ]
+    assert (found[0]["low"], found[0]["high"]) == intervals.mean_ci([1, 2, 3])[1:]

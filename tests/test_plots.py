@@ -224,3 +224,26 @@ plots.show(fig, alt={ALT!r}, table={ROWS!r})"""
     outputs = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["outputs"]
     assert [sorted(one["data"]) for one in outputs] == [["image/png", "text/plain"], ["text/html", "text/plain"]]
     assert outputs[0]["metadata"]["image/png"]["alt"] == ALT
+
+
+def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
+    rows = [
+        {"sparsity": x, "accuracy": y, "low": y - 1, "high": y + 2, "criterion": name}
+        for name in ("magnitude", "random")
+        for x, y in ((0.5, 90.0), (0.9, 70.0))
+    ]
+    fig, ax = plt.subplots()
+    plots.lines(ax, rows, "sparsity", "accuracy", by="criterion", baseline="random")
+    first, second = ax.containers
+    assert [first.get_label(), second.get_label()] == ["magnitude", "random"]
+    assert first[0].get_xydata().tolist() == [[0.5, 90.0], [0.9, 70.0]]
+    bars = first[2][0].get_segments()
+    assert [segment[:, 1].tolist() for segment in bars] == [[89.0, 92.0], [69.0, 72.0]]
+    assert second[0].get_linestyle() == "--"
+    assert first[0].get_linestyle() == "-"
+
+
+def test_lines_without_intervals_draws_no_bars():
+    fig, ax = plt.subplots()
+    plots.lines(ax, [{"x": 1, "y": 2, "kind": "a"}, {"x": 2, "y": 3, "kind": "a"}], "x", "y", by="kind")
+    assert not ax.containers[0].has_yerr

@@ -1,0 +1,124 @@
+"""Checks of lesson 02: an exact magnitude mask, one step of Optimal Brain Surgeon, the bytes of sparse formats.
+
+Each holds the answer against what has to be true of it, or against an independent computation: a count, a constrained
+least-squares problem solved anew for every weight, arrays that are really packed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from labkit.checks import Failures
+from labkit.pruning.selection import count_to_prune
+from labkit.pruning.sparse import FORMATS
+
+
+def keep_mask(fn: Callable, failures: Failures) -> None:
+    """keep_mask(weight, sparsity) -> bool tensor, True where kept."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(6, 10, generator=generator)
+    for case, weight in {
+        "random": random,
+        "many ties": (random * 2).round(),
+        "all equal": torch.full((3, 5), -0.5),
+        "a transposed view": random.t(),
+        "bfloat16": random.bfloat16(),
+        "a convolution": torch.randn(4, 3, 3, 3, generator=generator),
+    }.items():
+        for sparsity in (0.0, 0.29, 0.5, 0.9, 1.0, 1):
+            with failures.given(weight=case, sparsity=sparsity):
+                _keep_mask(fn, failures, weight, sparsity)
+
+
+def _keep_mask(fn: Callable, failures: Failures, weight: Tensor, sparsity: float) -> None:
+    given = weight.clone()
+    mask = fn(given, sparsity)
+    failures.expect(torch.equal(given, weight), "your function changed the weight; it should only return a mask")
+    usable = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape
+    if not failures.expect(usable, "return a bool tensor of the weight's shape"):
+        return
+    gone = int((~mask).sum())
+    failures.expect(
+        gone == count_to_prune(weight.numel(), sparsity),
+        "the number of removed weights is not the nearest whole number to the fraction asked for: look at ties, at "
+        "rounding, at 0 and at 1",
+        detail=f"{gone} of {weight.numel()} removed",
+    )
+    if 0 < gone < weight.numel():
+        failures.expect(
+            bool(weight[~mask].abs().max() <= weight[mask].abs().min()),
+            "a removed weight is larger in magnitude than one that is kept",
+        )
+
+
+def remove_one(fn: Callable, failures: Failures) -> None:
+    """remove_one(w, hessian) -> (index, new_w)."""
+    generator = torch.Generator().manual_seed(1)
+    for n, correlation in ((2, 0.9), (3, 0.0), (5, 0.5), (8, 0.95), (12, 0.9), (16, 0.0)):
+        x = torch.randn(50, n, dtype=torch.float64, generator=generator)
+        x = x + 3 * correlation * x.roll(1, dims=1)  # neighbouring inputs resemble each other
+        x = x * torch.linspace(0.2, 3, n, dtype=torch.float64)  # and some are larger than others
+        hessian = 2 * x.t() @ x / len(x)
+        w = torch.randn(n, dtype=torch.float64, generator=generator)
+        with failures.given(weights=n, inputs="correlated" if correlation else "independent"):
+            _remove_one(fn, failures, w, hessian)
+
+
+def _remove_one(fn: Callable, failures: Failures, w: Tensor, hessian: Tensor) -> None:
+    given = w.clone(), hessian.clone()
+    answer = fn(*given)
+    failures.expect(
+        torch.equal(given[0], w) and torch.equal(given[1], hessian),
+        "your function changed w or the Hessian; copy first",
+    )
+    if not failures.expect(isinstance(answer, tuple | list) and len(answer) == 2, "return the index and the new row"):
+        return
+    q, new = int(answer[0]), torch.as_tensor(answer[1], dtype=torch.float64)
+    if not failures.expect(new.shape == w.shape and 0 <= q < len(w), "the row keeps its length, the index lies in it"):
+        return
+    failures.close(new[q], 0.0, "the removed weight is not zero", atol=1e-9)
+    costs = torch.stack([_least_increase(w, hessian, i) for i in range(len(w))])
+    failures.close(
+        costs[q], costs.min(), "another weight would have cost less, if the others adapt: compare w^2 / [H^-1]_qq"
+    )
+    change = new - w
+    failures.close(
+        change @ hessian @ change / 2,
+        costs[q],
+        "the loss rises by more than it has to for the weight that you remove: look at the update of the others",
+    )
+
+
+def _least_increase(w: Tensor, hessian: Tensor, q: int) -> Tensor:
+    """The least of d^T H d / 2 over all changes d with d_q = -w_q, by solving for the others."""
+    others = [i for i in range(len(w)) if i != q]
+    change = torch.zeros_like(w)
+    change[q] = -w[q]
+    change[others] = -torch.linalg.solve(hessian[others][:, others], hessian[others, q] * change[q])
+    return change @ hessian @ change / 2
+
+
+def stored(fn: Callable, failures: Failures) -> None:
+    """stored(rows, columns, nonzeros, value_bytes) -> {"dense", "bitmask", "csr", "coo": bytes}."""
+    for rows, columns, nonzeros, value_bytes in (
+        (4, 4, 5, 4), (3, 7, 21, 2), (5, 5, 0, 4), (1, 1, 1, 2), (33, 65, 400, 4), (128, 64, 819, 2),
+    ):  # fmt: skip
+        weight = torch.zeros(rows * columns, dtype={2: torch.float16, 4: torch.float32}[value_bytes])
+        weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(rows))[:nonzeros]] = 1.0
+        with failures.given(rows=rows, columns=columns, nonzeros=nonzeros, value_bytes=value_bytes):
+            answer = fn(rows, columns, nonzeros, value_bytes)
+            names = ("dense", "bitmask", "csr", "coo")
+            if not failures.expect(isinstance(answer, dict) and set(answer) == set(names), f"return a dict of {names}"):
+                continue
+            for name in names:
+                parts = FORMATS[name].pack(weight.view(rows, columns)).values()
+                failures.close(
+                    answer[name],
+                    sum(part.numel() * part.element_size() for part in parts),
+                    f"the bytes of {name} differ from those of arrays that were really packed: go through its arrays "
+                    "in the table",
+                )
+
+
+CHECKS = {"02.1": keep_mask, "02.2": remove_one, "02.3": stored}
