@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit import bench, machine
-from labkit.pruning import sparse, unstructured
+from labkit.pruning import sparse, speed, unstructured
 
 
 def pruned_mlp(width: int, layers: int, sparsity: float) -> nn.Sequential:
@@ -60,11 +60,6 @@ def deepsparse_engine(model: nn.Sequential, batch: int, width: int) -> Callable[
     return run
 
 
-def close(expected: Tensor, found: Tensor) -> bool:
-    """Equal up to the rounding of sums in another order, layer after layer."""
-    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024)
@@ -88,7 +83,7 @@ def main() -> None:
                 if candidate is None:
                     continue
                 found = bench.compare(
-                    partial(model, x), partial(candidate, x), names=("dense torch", name), check=close,
+                    partial(model, x), partial(candidate, x), names=("dense torch", name), check=speed.close,
                     budget_s=options.budget,
                 )  # fmt: skip
                 row = {"batch": batch, "sparsity": sparsity, "engine": name, "speed-up": round(found.speedup, 3)}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit import bench, models
-from labkit.pruning import sparse, unstructured
+from labkit.pruning import sparse, speed, unstructured
 
 TOKENS = 64
 
@@ -90,12 +90,6 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                     yield Case(label, ("torch.sparse CSR", format), partial(csr, x), partial(fast, x))
 
 
-def close(expected: Tensor, found: Tensor) -> bool:
-    """Equal up to rounding: of sums of 4096 terms in random order, through a few layers, in the outputs' own type."""
-    eps = torch.finfo(expected.dtype).eps
-    return bool((found - expected).abs().max() <= 4096**0.5 * 8 * eps * expected.abs().max())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="linear")
@@ -117,7 +111,7 @@ def main() -> None:
             case.baseline,
             case.candidate,
             names=case.names,
-            check=close,
+            check=speed.close,
             budget_s=options.budget,
             cache="cold" if options.device == "cuda" else "hot",
         )

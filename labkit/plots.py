@@ -105,6 +105,37 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
         )
 
 
+def curves(
+    panels: Mapping[str, Rows],
+    x: str,
+    y: str,
+    *,
+    by: str,
+    baseline: str | None = None,
+    reference: float | None = None,
+    height: float = 3.4,
+    **axes: Any,
+) -> Any:
+    """A figure with one panel for each title in `panels`, each drawn by `lines`, and one legend; for `show`.
+
+    reference: where a dotted line across every panel stands, such as the limit or the unchanged model. axes: for
+    matplotlib's Axes.set, such as ylabel, yscale, ylim; the axes are named after the columns unless it says otherwise.
+    """
+    import matplotlib.pyplot as plt
+
+    fig, every = plt.subplots(
+        1, len(panels), figsize=(min(10.0, 2.2 + 3.1 * len(panels)), height), sharey=True, squeeze=False
+    )
+    for ax, (title, rows) in zip(every[0], panels.items(), strict=True):
+        lines(ax, rows, x, y, by=by, baseline=baseline, linewidth=1.2)
+        if reference is not None:
+            ax.axhline(reference, linestyle=":", linewidth=1, color="grey")
+        ax.set(**{"xlabel": x, "ylabel": y, "title": title, **axes})
+    if len(every[0][-1].get_legend_handles_labels()[1]) > 1:
+        every[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title=by, title_fontsize=7)
+    return fig
+
+
 def table(rows: Rows, *, caption: str = "", units: Mapping[str, str] | None = None, simulated: bool = False) -> None:
     """Show rows (one dict a row) as a table; `units` maps a column to its unit. InputError for bad rows or columns."""
     rows = checked_rows(rows)

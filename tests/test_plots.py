@@ -232,7 +232,7 @@ def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
         for name in ("magnitude", "random")
         for x, y in ((0.5, 90.0), (0.9, 70.0))
     ]
-    fig, ax = plt.subplots()
+    ax = plt.subplots()[1]
     plots.lines(ax, rows, "sparsity", "accuracy", by="criterion", baseline="random")
     first, second = ax.containers
     assert [first.get_label(), second.get_label()] == ["magnitude", "random"]
@@ -244,6 +244,19 @@ def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
 
 
 def test_lines_without_intervals_draws_no_bars():
-    fig, ax = plt.subplots()
+    ax = plt.subplots()[1]
     plots.lines(ax, [{"x": 1, "y": 2, "kind": "a"}, {"x": 2, "y": 3, "kind": "a"}], "x", "y", by="kind")
     assert not ax.containers[0].has_yerr
+
+
+def test_curves_has_a_panel_a_title_one_legend_and_the_reference(notebook):
+    rows = [{"x": i, "y": float(i * k), "kind": str(k)} for k in (1, 2) for i in (1, 2)]
+    fig = plots.curves({"before": rows, "after": rows}, "x", "y", by="kind", reference=1.5, ylabel="height (m)")
+    first, second = fig.axes
+    assert [ax.get_title() for ax in fig.axes] == ["before", "after"]
+    assert (first.get_xlabel(), first.get_ylabel()) == ("x", "height (m)")
+    assert first.get_legend() is None
+    assert [text.get_text() for text in second.get_legend().get_texts()] == ["1", "2"]
+    assert any(list(line.get_ydata()) == [1.5, 1.5] for line in first.get_lines())
+    plots.show(fig, alt="two panels with two rising lines each", table=rows)
+    assert notebook
