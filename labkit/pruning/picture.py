@@ -13,8 +13,8 @@ from labkit.errors import InputError
 from labkit.plots import COLOURS
 from labkit.pruning.coupling import Group
 
-STEP, HEIGHT = 1.35, 0.36
-BOX, SIGN = 32, 10  # points that an arrow stays away from the middle of a box, and of the plus sign
+STEP, HEIGHT = 1.3, 0.36
+BOX, SIGN = 38, 10  # points that an arrow stays away from the middle of a box, and of the plus sign
 
 
 def residual(
@@ -39,7 +39,7 @@ def residual(
 
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(1.45 * (length + 2.4), 2.3))
+    fig, ax = plt.subplots(figsize=(1.6 * (length + 2.4), 2.3))
     ends = [path[-1] for path in (branch, shortcut) if path]
     edges = [(source, path[0]) for path in (branch, shortcut) if path]
     edges += [pair for path in (branch, shortcut) for pair in pairwise(path)]
