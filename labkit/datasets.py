@@ -127,6 +127,25 @@ def photos() -> dict[str, Image.Image]:
     return {name: Image.open(store.path(f"photos/{file}")).convert("RGB") for name, file in PHOTOS.items()}
 
 
+def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) -> list[Image.Image]:
+    """n random squares of each named photo, photo after photo, with sides from half to all of its shorter side.
+
+    Crops of one photo are alike: they show how a network treats that photo, not how it does on photos in general.
+    Raises InputError for an unknown name or an `n` below 1.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise InputError(f"n must be a whole number of crops from 1 up; it is {n!r}.")
+    known, generator, crops = photos(), torch.Generator().manual_seed(seed), []
+    for name in names:
+        _one_of("a photo's name", name, PHOTOS)
+        photo = known[name]
+        for share, across, down in torch.rand(n, 3, generator=generator).tolist():
+            side = round(min(photo.size) * (1 + share) / 2)
+            left, top = round(across * (photo.width - side)), round(down * (photo.height - side))
+            crops.append(photo.crop((left, top, left + side, top + side)))
+    return crops
+
+
 def _idx(name: str) -> np.ndarray:
     """An idx file of unsigned bytes (LeCun's MNIST page): 0, 0, type 8, rank, rank big-endian sizes, the bytes."""
     raw = bytearray(gzip.decompress(store.path(name).read_bytes()))  # a bytearray: torch wants a writable buffer

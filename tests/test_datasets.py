@@ -129,3 +129,20 @@ def test_subset_size_outside_the_split_is_refused(load, n: object) -> None:
 def test_unknown_part_is_refused() -> None:
     with pytest.raises(InputError, match=r"part must be one of 'calibration', 'test'; it is 'train'\."):
         datasets.handbook("train")
+
+
+def test_photo_crops_are_squares_of_their_photo_and_repeat_with_the_seed():
+    crops = datasets.photo_crops(3, ("coffee", "china"), seed=5)
+    assert len(crops) == 6
+    for crop, name in zip(crops, ["coffee"] * 3 + ["china"] * 3, strict=True):
+        shorter = min(datasets.photos()[name].size)
+        assert crop.width == crop.height and shorter / 2 - 1 <= crop.width <= shorter
+    again = datasets.photo_crops(3, ("coffee", "china"), seed=5)
+    assert all(one.tobytes() == other.tobytes() for one, other in zip(crops, again, strict=True))
+    assert crops[0].tobytes() != datasets.photo_crops(1, ("coffee",), seed=6)[0].tobytes()
+
+
+@pytest.mark.parametrize(("args", "said"), [((0,), "n must be"), ((2, ("tiger",)), "a photo's name must be one of")])
+def test_photo_crops_refuses(args, said):
+    with pytest.raises(InputError, match=said):
+        datasets.photo_crops(*args)

@@ -107,11 +107,7 @@ def iterative(
         before each fine_tune, which makes this the search for a lottery ticket. None keeps the trained weights.
     folder: where each round's end is kept, so that the same call goes on after an interruption, to the same result.
     """
-    schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
-    if not schedule or any(later < earlier for earlier, later in itertools.pairwise(schedule)):
-        raise InputError(
-            f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
-        )
+    schedule = checked_schedule(schedule)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     identity = {
         "schedule": list(schedule),
@@ -119,8 +115,8 @@ def iterative(
         "scope": scope,
         "exclude": exclude,
         "seed": seed,
-        "model": _digest(model.state_dict()),
-        "rewind_to": None if rewind_to is None else _digest(rewind_to),
+        "model": digest(model.state_dict()),
+        "rewind_to": None if rewind_to is None else digest(rewind_to),
     }
     path = None if folder is None else Path(folder) / "rounds.pt"
     current, history = (model, ()) if path is None else _resume(model, path, identity)
@@ -147,7 +143,18 @@ def iterative(
     return Iterated(current, history)
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
+def checked_schedule(schedule: Sequence[float]) -> tuple[float, ...]:
+    """The schedule as a tuple of fractions that do not fall; anything else is an InputError."""
+    schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
+    if not schedule or any(later < earlier for earlier, later in itertools.pairwise(schedule)):
+        raise InputError(
+            f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
+        )
+    return schedule
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and values: equal for equal states."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         if isinstance(value, Tensor):

@@ -1,0 +1,222 @@
+"""Checks of lesson 03: cutting channels out of a chain, one ranking over all layers, ratios from sensitivity curves.
+
+Each tests what has to hold (the masked model's outputs, exact counts, invariance to a layer's scale) on awkward inputs.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.checks import Failures
+
+# how the first convolution is built, how the second, the norm's settings, what stays of 6 channels
+CHAINS = (
+    ({}, {}, {}, [0, 2, 3, 5]),
+    ({"bias": False, "stride": 2}, {"bias": False}, {"eps": 0.1}, [4, 1]),
+    ({"dilation": 2, "padding": 2}, {"padding_mode": "circular", "padding": 1}, {"momentum": 0.01}, [5]),
+    ({"groups": 1, "padding_mode": "reflect", "padding": 1}, {"dilation": 2}, {"affine": False}, [0, 1, 2, 3, 4, 5]),
+)
+
+
+def surgery(fn: Callable, failures: Failures) -> None:
+    """cut(conv, norm, reader, keep) -> the three modules with only the channels `keep` between them."""
+    for first, second, settings, keep in CHAINS:
+        before = _chain(first, second, settings)
+        given = copy.deepcopy(before)
+        index = torch.tensor(keep)
+        with failures.given(conv=str(first), norm=str(settings), reader=str(second), keep=keep):
+            after = fn(*given, index)
+            if not failures.expect(
+                isinstance(after, tuple | list) and len(after) == 3, "return three modules: conv, norm, reader"
+            ):
+                continue
+            _is_smaller(after, before, len(keep), failures)
+            _computes_the_same(after, before, index, failures)
+            _settings_stay(after, before, failures)
+            failures.expect(
+                all(_same_state(one, other) for one, other in zip(given, before, strict=True)),
+                "the modules that were given have changed; copy them before you cut",
+            )
+
+
+def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]:
+    """float64 modules in eval mode with a norm that has seen data: channel by channel other statistics."""
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    conv, norm, reader = nn.Conv2d(3, 6, 3, **first), nn.BatchNorm2d(6, **settings), nn.Conv2d(6, 4, 3, **second)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -1, 1)
+    torch.random.set_rng_state(torch_state)
+    conv.weight.requires_grad_(False)
+    return tuple(module.double().eval() for module in (conv, norm, reader))
+
+
+def _run(conv: nn.Module, norm: nn.Module, reader: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return reader(F.relu(norm(conv(x))))
+
+
+def _computes_the_same(after, before, keep: Tensor, failures: Failures) -> None:
+    conv, norm, reader = copy.deepcopy(before)
+    removed = torch.ones(6, dtype=torch.bool)
+    removed[keep] = False
+    reader.weight.data[:, removed] = 0  # the reference: the reader does not look at what was removed
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    failures.close(
+        _run(*after, x),
+        _run(conv, norm, reader, x),
+        "the outputs are not those of the dense chain whose reader ignores the removed channels; look at rows and "
+        "columns, at every tensor of the norm, at biases and at the settings of the convolutions",
+        atol=1e-9,
+    )
+
+
+def _is_smaller(after, before, kept: int, failures: Failures) -> None:
+    conv, norm, reader = after
+    sizes = (conv.out_channels, norm.num_features, reader.in_channels)
+    failures.expect(sizes == (kept,) * 3, "out_channels, num_features and in_channels have to say the new width")
+    most = sum(p.numel() for module in before for p in module.parameters())
+    numel = sum(p.numel() for module in after for p in module.parameters())
+    per_channel = (most - before[2].out_channels * (before[2].bias is not None)) // 6
+    failures.expect(
+        numel == most - per_channel * (6 - kept),
+        "the parameters that are left are too many or too few; a channel is a row, an entry of each vector, a column",
+    )
+
+
+def _settings_stay(after, before, failures: Failures) -> None:
+    for one, other in zip(after, before, strict=True):
+        failures.expect(one.training == other.training, "a module has changed between train and eval mode")
+        wanted = [p.requires_grad for p in other.parameters()]
+        failures.expect([p.requires_grad for p in one.parameters()] == wanted, "requires_grad has not been kept")
+    failures.expect(
+        after[1].eps == before[1].eps and after[1].momentum == before[1].momentum,
+        "the norm's eps or momentum went back to its default",
+    )
+
+
+def _same_state(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ------------------------------------------------------------------------------------------------------ one ranking
+
+
+def ranking(fn: Callable, failures: Failures) -> None:
+    """choose(scores, ratio, least) -> {layer: bool tensor, True where the channel stays}."""
+    generator = torch.Generator().manual_seed(5)
+    layers = {name: torch.rand(n, generator=generator) + 0.1 for name, n in (("a", 7), ("b", 16), ("c", 40))}
+    layers["c"] = layers["c"] * 50  # a wide layer with large scores, as raw L1 sums have
+    for ratio, least in ((0.0, 1), (0.3, 1), (0.5, 4), (0.62, 2), (0.9, 6), (1.0, 2)):
+        with failures.given(scores="3 layers of 7, 16 and 40", ratio=ratio, least=least):
+            _is_a_right_choice(fn, layers, ratio, least, failures)
+    with failures.given(scores="all equal", ratio=0.4, least=1):
+        _is_a_right_choice(fn, {"a": torch.ones(5), "b": torch.ones(10)}, 0.4, 1, failures)
+    with failures.given(scores="one channel, and 9", ratio=0.6, least=1):
+        _is_a_right_choice(fn, {"a": torch.tensor([2.0]), "b": torch.arange(1.0, 10.0)}, 0.6, 1, failures)
+    with failures.given(scores="fewer channels than least", ratio=0.5, least=4):
+        _is_a_right_choice(fn, {"a": torch.tensor([3.0, 1.0]), "b": torch.arange(1.0, 9.0)}, 0.5, 4, failures)
+    with failures.given(scores="one layer multiplied by 1024"):
+        scaled = {**layers, "a": layers["a"] * 1024}
+        same = _equal(fn(_copied(layers), 0.5, 1), fn(scaled, 0.5, 1))
+        failures.expect(same, "another scale of one layer's scores changes the choice; divide by the layer's mean")
+
+
+def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, least: int, failures: Failures) -> None:
+    given = _copied(scores)
+    kept = fn(given, ratio, least)
+    failures.expect(_equal(given, scores), "the scores that were given have changed; compute new tensors")
+    shaped = isinstance(kept, dict) and kept.keys() == scores.keys()
+    shaped = shaped and all(
+        isinstance(k, Tensor) and k.dtype == torch.bool and k.shape == scores[name].shape for name, k in kept.items()
+    )
+    if not failures.expect(shaped, "return a dict with a bool tensor for each layer, shaped like its scores"):
+        return
+    total = sum(len(s) for s in scores.values())
+    possible = sum(max(len(s) - least, 0) for s in scores.values())
+    removed = sum(int((~k).sum()) for k in kept.values())
+    failures.expect(
+        removed == min(round(ratio * total), possible),
+        "the number of removed channels is not the one asked for (or all that may go); look at ties, at rounding, and "
+        "at what happens after a layer has reached its least",
+        detail=f"removed {removed} of {total}",
+    )
+    failures.expect(
+        all(int(k.sum()) >= min(least, len(k)) for k in kept.values()), "a layer has fewer channels left than `least`"
+    )
+    parts = {name: s / s.mean() for name, s in scores.items()}
+    gone = [float(parts[name][~k].max()) for name, k in kept.items() if not k.all()]
+    free = [float(parts[name][k].min()) for name, k in kept.items() if int(k.sum()) > least]  # could have lost more
+    failures.expect(
+        not gone or not free or max(gone) <= min(free) + 1e-6,
+        "a channel stays while one with a higher score, relative to its layer's mean, goes",
+    )
+
+
+def _copied(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: s.clone() for name, s in scores.items()}
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------- ratios from sensitivity curves
+
+# accuracies in sixty-fourths, so that differences are exact
+CURVES = {
+    "flat": {0.25: 60 / 64, 0.5: 60 / 64, 0.75: 59 / 64},
+    "steep": {0.25: 50 / 64, 0.5: 30 / 64, 0.75: 8 / 64},
+    "better when smaller": {0.25: 62 / 64, 0.5: 61 / 64, 0.75: 40 / 64},
+    "dips, then recovers": {0.25: 59 / 64, 0.5: 40 / 64, 0.75: 60 / 64},
+    "not in order": {0.75: 20 / 64, 0.25: 60 / 64, 0.5: 58 / 64},
+    "bad from the start": {0.25: 55 / 64, 0.5: 55 / 64, 0.75: 54 / 64},
+}
+
+
+def allocation(fn: Callable, failures: Failures) -> None:
+    """allocate(baseline, curves, tolerance) -> {group: ratio}."""
+    baseline = 60 / 64
+    found = {}
+    for tolerance in (0.0, 1 / 64, 2 / 64, 5 / 64, 1.0):
+        with failures.given(baseline=baseline, tolerance=tolerance):
+            ratios = fn(baseline, {name: dict(curve) for name, curve in CURVES.items()}, tolerance)
+            if not failures.expect(
+                isinstance(ratios, dict) and ratios.keys() == CURVES.keys(), "return a ratio for every group"
+            ):
+                continue
+            found[tolerance] = ratios
+            for name, ratio in ratios.items():
+                with failures.given(curve=name, baseline=baseline, tolerance=tolerance):
+                    _fits(ratio, CURVES[name], baseline, tolerance, failures)
+    for little, much in zip(list(found)[:-1], list(found)[1:], strict=True):
+        with failures.given(tolerance=f"{little:.3f} and {much:.3f}"):
+            failures.expect(
+                all(found[little][name] <= found[much][name] for name in CURVES),
+                "a larger tolerance gives a smaller ratio",
+            )
+
+
+def _fits(ratio: float, curve: dict[float, float], baseline: float, tolerance: float, failures: Failures) -> None:
+    if not failures.expect(ratio == 0 or ratio in curve, "the ratio is neither 0 nor one that was tried"):
+        return
+    below = [tried for tried in curve if tried <= ratio]
+    failures.expect(
+        all(baseline - curve[tried] <= tolerance for tried in below),
+        "at this ratio, or at a smaller one, more than the tolerance is lost against the unpruned baseline",
+    )
+    above = sorted(tried for tried in curve if tried > ratio)
+    failures.expect(
+        not above or baseline - curve[above[0]] > tolerance,
+        "the next larger ratio loses no more than the tolerance (at most, so equal is allowed) and could be taken",
+    )
+
+
+CHECKS = {"03.1": surgery, "03.2": ranking, "03.3": allocation}

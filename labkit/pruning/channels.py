@@ -1,0 +1,387 @@
+"""Structured pruning in three steps that can be looked at: plan which units go, cut them, and prove the cut.
+
+`prune` does all three; `plan` only the first, and `apply` the other two. A plan is made before anything is cut: a table
+of groups, and the parameters, multiply-adds and bytes that are left.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from labkit.errors import InputError
+from labkit.pruning import equality, importance, surgery
+from labkit.pruning.coupling import Coupling, Group, arguments
+from labkit.pruning.equality import Report
+from labkit.pruning.selection import count_to_prune, fraction, lowest_k
+
+SCOPES = ("global", "layer")
+
+
+@dataclass(frozen=True)
+class Units:
+    """What happens to one group: how many units it has, how many of them go, and how many channels a unit is."""
+
+    name: str
+    units: int
+    removed: int
+    width: int
+    reason: str = ""  # why none goes, where the plan and not the choice decided it
+
+    @property
+    def left(self) -> int:
+        return self.units - self.removed
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which entries of which parameters stay. Pairs are (before, after); macs are multiply-adds of the example call.
+
+    kept: {parameter or buffer: {dimension: kept indices}}, only where something goes; names are the first ones of
+    `named_parameters` and `named_buffers`. attributes: {module: {attribute: new value}}.
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+    attributes: Mapping[str, Mapping[str, Any]]
+    units: tuple[Units, ...]
+    unprunable: tuple[tuple[str, str], ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    bytes: tuple[int, int]
+    coupling: Coupling | None = field(default=None, repr=False)
+    gone: np.ndarray | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        wide = max([len(row.name) for row in self.units] + [5])
+        lines = [f"{'group':{wide}}  channels  removed     left"]
+        for row in self.units:
+            n, gone = row.units * row.width, row.removed * row.width
+            unit = f"  in units of {row.width}" if row.width > 1 else ""
+            lines.append(f"{row.name:{wide}}  {n:8}  {gone:7}  {n - gone:7}{unit}{'  ' * bool(row.reason)}{row.reason}")
+        for label, (before, after) in (
+            ("parameters", self.parameters),
+            ("multiply-adds", self.macs),
+            ("bytes", self.bytes),
+        ):
+            share = f" (-{1 - after / before:.1%})" if before else ""
+            lines.append(f"{label}: {before:,} -> {after:,}{share}")
+        if self.unprunable:
+            lines.append(f"stays: {len(self.unprunable)} dimensions, see .unprunable")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned model, the plan that it was cut by, and what the equality check found (None where it was left out)."""
+
+    model: nn.Module
+    plan: Plan
+    report: Report | None
+
+
+def prune(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ratio: float | Mapping[str, float],
+    criterion: str = "l1",
+    scope: str = "global",
+    min_channels: int = 1,
+    round_to: int = 1,
+    ignore: str | Iterable[str] = (),
+    batches: Iterable | None = None,
+    loss_fn: Callable | None = None,
+    seed: int = 0,
+) -> Pruned:
+    """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
+
+    args, kwargs: the example input that the model is traced and checked with. For the other arguments see `plan`.
+    Raises InputError where nothing can be pruned, and if the pruned model is not equal to the dense one whose weights
+    do not read the removed channels: a model that fails is never returned. `model` stays as it was.
+    """
+    options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
+    chosen = plan(model, args, kwargs, ratio=ratio, batches=batches, loss_fn=loss_fn, seed=seed, **options)
+    return apply(model, chosen, args, kwargs)
+
+
+def apply(
+    model: nn.Module, plan: Plan, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, check: bool = True
+) -> Pruned:
+    """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out."""
+    args, kwargs = arguments(args, kwargs)
+    cut = surgery.cut(model, plan.kept, plan.attributes)
+    if not check:
+        return Pruned(cut, plan, None)
+    if plan.coupling is None:
+        raise InputError("This plan was read from a file and has no trace to check with: use check=False, or `load`.")
+    try:
+        report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
+    except Exception as error:  # a forward pass can fail in any way
+        raise InputError(
+            f"The pruned model does not run ({error}): name the module in ignore, or report this model."
+        ) from error
+    if not report.equal:
+        raise InputError(f"The pruned model is {report} Name the modules that you suspect in ignore.")
+    return Pruned(cut, plan, report)
+
+
+def plan(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ratio: float | Mapping[str, float] | None = None,
+    macs: float | None = None,
+    latency: float | None = None,
+    criterion: str = "l1",
+    scope: str = "global",
+    min_channels: int = 1,
+    round_to: int = 1,
+    ignore: str | Iterable[str] = (),
+    batches: Iterable | None = None,
+    loss_fn: Callable | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Which channels would go; nothing is cut. Exactly one of ratio, macs and latency says how many.
+
+    ratio: the fraction of all prunable channels, or {group or parameter: fraction} for some groups, the others whole.
+    macs: the fraction of multiply-adds to remove. latency: the wanted fraction of the dense model's time, measured.
+    criterion, batches, loss_fn, seed: see `importance.scores`.
+    scope: "global" ranks all units together, each score divided by the mean of its group, so that a layer is not wiped
+        out for the size of its weights; "layer" removes the same fraction of each group.
+    min_channels: as many stay in every group at least. round_to: what stays is a multiple of it, the nearest one, where
+        a group's units allow it. ignore: modules or parameters whose channels stay.
+    """
+    given = {"ratio": ratio, "macs": macs, "latency": latency}
+    if sum(value is not None for value in given.values()) != 1:
+        raise InputError("Give exactly one of ratio, macs and latency: the one that the plan is to reach.")
+    (what, wanted), *_ = [(name, value) for name, value in given.items() if value is not None]
+    if isinstance(wanted, Mapping):
+        wanted = {name: fraction(value, f"the ratio of {name!r}") for name, value in wanted.items()}
+    else:
+        wanted = fraction(wanted, what)
+    options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
+    planner = Planner(model, args, kwargs, batches=batches, loss_fn=loss_fn, seed=seed, **options)
+    if what == "macs":
+        wanted = _bisect(lambda r: 1 - planner.macs(r) / planner.coupling.macs(), wanted)
+    elif what == "latency":
+        wanted = _bisect(lambda r: 1 - _latency(model, planner.plan(r), args, kwargs), 1 - wanted, rounds=6)
+    return planner.plan(wanted)
+
+
+def _parts(model: nn.Module, names: str | Iterable[str]) -> list[str]:
+    parts = [names] if isinstance(names, str) else list(names)
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for part in parts:
+        if part not in known or not part:
+            raise InputError(f"ignore names {part!r}, but the model has no such module or parameter.")
+    return parts
+
+
+def _ignored(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
+    """Groups whose channels are made, by any parameter, inside one of the named modules."""
+    shared = {}
+    for name, x in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(x), []).append(name)
+    names = {own[0]: own for own in shared.values()}
+    found = set()
+    for i, group in enumerate(coupling.groups):
+        made = [n for m in group.members if m.role == "makes" for n in names.get(m.name, ())]
+        if any(name == part or name.startswith(f"{part}.") for name in made for part in parts):
+            found.add(i)
+    return found
+
+
+def _bisect(removed: Callable[[float], float], wanted: float, rounds: int = 20) -> float:
+    """The ratio at which `removed`, a rising function of it, comes closest to `wanted`."""
+    low, high, best = 0.0, 1.0, (math.inf, 0.0)
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        reached = removed(middle)
+        best = min(best, (abs(reached - wanted), middle))
+        low, high = (middle, high) if reached < wanted else (low, middle)
+    return best[1]
+
+
+def _latency(model: nn.Module, plan: Plan, args: Any, kwargs: Mapping[str, Any] | None) -> float:
+    """Time of the cut model over time of the dense one, both measured now, side by side."""
+    from labkit import bench
+
+    args, kwargs = arguments(args, kwargs)
+    cut = surgery.cut(model, plan.kept, plan.attributes).eval()
+    dense = surgery.cut(model, {}, {}).eval()
+    return 1 / bench.compare(lambda: dense(*args, **kwargs), lambda: cut(*args, **kwargs), budget_s=1.0).speedup
+
+
+@dataclass(eq=False)
+class _Cluster:
+    """Groups that keep the same fraction of their units, one by itself as a rule, in `steps` that go one by one.
+
+    scores: [steps], rising. order: per group its units, least important first.
+    """
+
+    groups: list[int]
+    steps: int
+    scores: Tensor
+    order: list[Tensor]
+    channels: int  # in a step, of all groups
+    floor: int  # steps that stay
+    grain: int  # steps that keep round_to
+
+
+class Planner:
+    """Traces and scores once, then makes the plan for any ratio. The arguments are those of `plan`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        criterion: str = "l1",
+        scope: str = "global",
+        min_channels: int = 1,
+        round_to: int = 1,
+        ignore: str | Iterable[str] = (),
+        batches: Iterable | None = None,
+        loss_fn: Callable | None = None,
+        seed: int = 0,
+    ) -> None:
+        if scope not in SCOPES:
+            raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
+        for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
+        importance.check(criterion, batches)
+        parts = _parts(model, ignore)
+        self._model, self._scope = model, scope
+        self.coupling = coupling = Coupling.of(model, args, kwargs)
+        found = importance.scores(model, coupling, criterion, batches, loss_fn=loss_fn, seed=seed)
+        self._reasons = dict.fromkeys(_ignored(model, coupling, parts), "ignored")
+        for i in range(len(coupling.groups)):
+            if i not in found:
+                self._reasons.setdefault(i, f"{criterion} has no score for it")
+        self.clusters: list[_Cluster] = []
+        for members in coupling.clusters():
+            if stuck := [i for i in members if i in self._reasons]:
+                self._reasons |= {i: self._reasons[stuck[0]] for i in members}
+            else:
+                self.clusters.append(_cluster(coupling.groups, members, found, min_channels, round_to))
+        if not self.clusters:
+            why = "; ".join(sorted(set(self._reasons.values())))
+            raise InputError(f"No group is left to prune ({why}): take another criterion, or ignore less.")
+
+    def names(self) -> list[str]:
+        """The groups that can be pruned; of linked ones the first."""
+        return [self.coupling.groups[cluster.groups[0]].name for cluster in self.clusters]
+
+    @property
+    def channels(self) -> int:
+        """How many a ratio is a fraction of."""
+        return sum(cluster.channels * cluster.steps for cluster in self.clusters)
+
+    def _by_cluster(self, ratios: Mapping[str, float]) -> dict[int, float]:
+        """{cluster: ratio} of {group or parameter: ratio}"""
+        found: dict[int, float] = {}
+        groups = self.coupling.groups
+        for name, value in ratios.items():
+            own = [i for i, g in enumerate(groups) if g.name == name] or [
+                i for i, g in enumerate(groups) if any(m.name == name and m.role == "makes" for m in g.members)
+            ]
+            clusters = [n for n, cluster in enumerate(self.clusters) if set(own) & set(cluster.groups)]
+            if not clusters:
+                raise InputError(
+                    f"ratio names {name!r}, which is no prunable group: use names such as "
+                    f"{', '.join(repr(g.name) for g in groups[:3])}."
+                )
+            for n in clusters:
+                if found.setdefault(n, value) != value:
+                    raise InputError(f"{name!r} hangs together with another group that has another ratio: give one.")
+        return found
+
+    def macs(self, ratio: float) -> int:
+        return self.coupling.macs(self.coupling.gone(self._removed(ratio)))
+
+    def plan(self, ratio: float | Mapping[str, float]) -> Plan:
+        coupling, model = self.coupling, self._model
+        removed = self._removed(ratio)
+        gone = coupling.gone(removed)
+        kept = coupling.kept(gone)
+        (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(model, kept)
+        units = tuple(
+            Units(g.name, g.units, int(removed[i].sum()) if i in removed else 0, g.width, self._reasons.get(i, ""))
+            for i, g in enumerate(coupling.groups)
+        )
+        return Plan(
+            kept=kept,
+            attributes=surgery.attributes(model, kept, coupling.sizes(gone)),
+            units=units,
+            unprunable=tuple(coupling.unprunable),
+            parameters=(n, n_left),
+            macs=(coupling.macs(), coupling.macs(gone)),
+            bytes=(size, size_left),
+            coupling=coupling,
+            gone=gone,
+        )
+
+    def _removed(self, ratio: float | Mapping[str, float]) -> dict[int, Tensor]:
+        """{group: [units], true where a unit goes}"""
+        steps = self._steps(ratio)
+        removed = {}
+        for cluster, n in zip(self.clusters, steps, strict=True):
+            n = _rounded(cluster, n)
+            for i, order in zip(cluster.groups, cluster.order, strict=True):
+                units = torch.zeros(len(order), dtype=torch.bool)
+                units[order[: n * len(order) // cluster.steps]] = True
+                removed[i] = units
+        return removed
+
+    def _steps(self, ratio: float | Mapping[str, float]) -> list[int]:
+        """How many steps of each cluster go."""
+        if isinstance(ratio, Mapping):
+            ratios = self._by_cluster(ratio)
+            return [count_to_prune(c.steps, ratios.get(n, 0.0)) for n, c in enumerate(self.clusters)]
+        if self._scope == "layer":
+            return [count_to_prune(c.steps, ratio) for c in self.clusters]
+        free = [c.scores[: max(c.steps - c.floor, 0)] for c in self.clusters]
+        lengths = [len(part) for part in free]
+        scores = torch.cat(free)
+        weights = torch.cat([torch.full((n,), c.channels) for n, c in zip(lengths, self.clusters, strict=True)])
+        # Of equal scores those go first that are lowest in their group: ties are spread over the groups.
+        spread = torch.cat([(torch.arange(n) + 0.5) / max(n, 1) for n in lengths]).argsort(stable=True)
+        sums = weights[spread][scores[spread].argsort(stable=True)].cumsum(0)
+        k = int((sums <= count_to_prune(self.channels, ratio)).sum())
+        lowest = torch.zeros_like(scores, dtype=torch.bool)
+        lowest[spread] = lowest_k(scores[spread], k)
+        return [int(part.sum()) for part in lowest.split(lengths)]
+
+
+def _cluster(
+    groups: Sequence[Group], members: list[int], found: importance.Scores, least: int, round_to: int
+) -> _Cluster:
+    steps = math.gcd(*(groups[i].units for i in members))
+    order, parts, floor, grain = [], [], 1, 1
+    for i in members:
+        values = found[i] / mean if (mean := found[i].mean()) > 0 else found[i]
+        own = values.argsort(stable=True)
+        order.append(own)
+        parts.append(values[own].view(steps, -1).mean(1))
+        channels = groups[i].units * groups[i].width // steps  # of this group in a step
+        floor = max(floor, math.ceil(least / channels))
+        grain = math.lcm(grain, round_to // math.gcd(round_to, channels))
+    channels = sum(groups[i].units * groups[i].width for i in members) // steps
+    return _Cluster(members, steps, torch.stack(parts).mean(0), order, channels, min(floor, steps), grain)
+
+
+def _rounded(cluster: _Cluster, n: int) -> int:
+    """Steps that go, after min_channels and round_to, which change how many stay."""
+    left = cluster.steps - n
+    if n and cluster.grain > 1:
+        left = max(math.floor(left / cluster.grain + 0.5), 1) * cluster.grain
+    return cluster.steps - min(max(left, cluster.floor), cluster.steps)

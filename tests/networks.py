@@ -1,0 +1,228 @@
+"""Small networks with one difficulty each, and the oracle of structured pruning: a dense model with blind readers."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Running statistics, scales and shifts that differ from channel to channel, so that a mistaken slice shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            for name, x in [*module._parameters.items(), *module._buffers.items()]:
+                if x is None or not x.is_floating_point() or x.numel() < 2:
+                    continue
+                if name == "running_var" or (name == "weight" and x.dim() == 1):
+                    x.copy_(torch.rand(x.shape, generator=generator) + 0.5)
+                elif x.dim() == 1 or (x == x.flatten()[0]).all():
+                    x.copy_(torch.randn(x.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def blind(model: nn.Module, kept) -> nn.Module:
+    """A dense copy in which no weight column reads a removed channel, by the layers' types: no help from the tracer."""
+    masked = copy.deepcopy(model)
+    modules = dict(masked.named_modules())
+    for name, dims in kept.items():
+        owner, _, attribute = name.rpartition(".")
+        module = modules[owner]
+        reads = None
+        if attribute == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS)) and module.weight.dim() > 1:
+            reads = 1 if getattr(module, "groups", 1) == 1 else None
+        elif attribute == "weight" and isinstance(module, TRANSPOSED) and module.groups == 1:
+            reads = 0
+        if reads in dims:
+            parameter = module._parameters[attribute]
+            gone = torch.ones(parameter.shape[reads], dtype=torch.bool)
+            gone[dims[reads]] = False
+            with torch.no_grad():
+                parameter.index_fill_(reads, gone.nonzero().squeeze(1), 0)
+    return masked
+
+
+def difference(pruned, model: nn.Module, x: Tensor) -> float:
+    """Largest difference to the oracle relative to the largest output, in float64."""
+    with torch.no_grad():
+        expected = blind(model, pruned.plan.kept).double()(x.double())
+        found = copy.deepcopy(pruned.model).double()(x.double())
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 12, 3, padding=2, dilation=2, padding_mode="circular"), nn.BatchNorm2d(12)
+        self.fc1, self.fc2 = nn.Linear(12 * 16, 20), nn.Linear(20, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return self.fc2(torch.tanh(self.fc1(torch.flatten(x, 1))))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 3, padding=1), nn.Conv2d(10, 8, 1)
+        self.bn, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(x + self.bn(self.conv2(F.relu(self.conv1(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Dense(nn.Module):
+    """Concatenation, and branches that read parts of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(10, 4, 1)
+        self.bn, self.fc = nn.BatchNorm2d(14), nn.Linear(14, 5)
+
+    def forward(self, x):
+        a = self.a(x)
+        ab = torch.cat([a, F.relu(self.b(a))], 1)
+        x = self.bn(torch.cat([ab, self.c(ab)], 1))
+        return self.fc(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1))
+
+
+class Depthwise(nn.Module):
+    """A depthwise and a grouped convolution, and squeeze-and-excite."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand, self.depthwise = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.squeeze, self.excite = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.grouped, self.fc = nn.Conv2d(12, 18, 3, groups=6), nn.Linear(18, 5)
+
+    def forward(self, x):
+        x = F.silu(self.depthwise(F.relu(self.expand(x))))
+        scale = self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1))))
+        x = x * torch.sigmoid(scale)
+        return self.fc(F.relu(self.grouped(x)).mean((2, 3)))
+
+
+class Shuffle(nn.Module):
+    """A channel shuffle and a chunk, as in ShuffleNet V2."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.cat([self.a(x), self.b(x)], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        left, right = x.chunk(2, 1)
+        x = torch.cat([left, F.relu(self.c(right))], 1)
+        return self.fc(x.mean((2, 3)))
+
+
+class UpDown(nn.Module):
+    """Transposed and three-dimensional relatives, group norm, PReLU, padding and resampling."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm, self.act = nn.Conv2d(3, 8, 2, stride=2), nn.GroupNorm(4, 8), nn.PReLU(8)
+        self.up, self.out = nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        y = F.pad(self.act(self.norm(self.down(x))), (1, 1, 0, 0))[..., 1:-1]
+        y = F.interpolate(self.up(y), scale_factor=2, mode="bilinear")
+        return self.out(F.avg_pool2d(y, 2))
+
+
+class Attention(nn.Module):
+    """Self-attention by hand: heads are the units, whatever is written inside them."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.embed, self.qkv, self.proj = nn.Linear(6, width), nn.Linear(width, 48), nn.Linear(16, width)
+        self.head_size, self.out = 4, nn.Linear(width, 5)
+
+    def forward(self, x):  # [N, L, 6]
+        x = self.embed(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (y.view(*y.shape[:2], -1, self.head_size).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(x + self.proj(y))
+
+
+class Tied(nn.Module):
+    """One layer used twice, and a weight that two modules share."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.twice, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(8, 12)
+        self.b.weight = self.a.weight
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.twice(F.relu(self.twice(self.stem(x)))))
+        return self.out(F.relu(self.a(x)) * self.b(x))
+
+
+class Bare(nn.Module):
+    """Parameters that belong to no layer: a token, positions, a scale, a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.token = nn.Linear(6, 8), nn.Parameter(torch.randn(1, 1, 8))
+        self.positions, self.gamma = nn.Parameter(torch.randn(1, 4, 8)), nn.Parameter(torch.randn(8))
+        self.matrix, self.out = nn.Parameter(torch.randn(8, 10)), nn.Linear(10, 5)
+
+    def forward(self, x):  # [N, 3, 6]
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.positions
+        return self.out(torch.relu((x * self.gamma) @ self.matrix))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)))
+
+
+class Statics(nn.Module):
+    """Writes its sizes down: heads and width."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.heads = 16, 4
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        x = self.a(x)
+        y = self.b(x).view(n, length, self.heads, self.width // self.heads).transpose(1, 2)
+        y = (y @ y.transpose(-2, -1)).softmax(-1) @ y
+        return self.c(y.transpose(1, 2).reshape(n, length, self.width) + x)
+
+
+IMAGE, ROWS, SEQUENCE = (2, 3, 8, 8), (2, 6), (2, 3, 6)
+NETWORKS = {
+    Plain: IMAGE,
+    Residual: IMAGE,
+    Dense: IMAGE,
+    Depthwise: IMAGE,
+    Shuffle: IMAGE,
+    UpDown: IMAGE,
+    Attention: SEQUENCE,
+    Tied: ROWS,
+    Bare: SEQUENCE,
+}
+
+
+def example(kind: type) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return randomise_(kind()), torch.randn(NETWORKS[kind])

@@ -1,0 +1,353 @@
+"""Plans: what each criterion measures, how many channels go, what a plan says, iterative rounds and the scan."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, example, randomise_
+from torch import nn
+
+from labkit import roofline
+from labkit.errors import InputError
+from labkit.pruning import importance, rounds, sensitivity, slimming
+from labkit.pruning.channels import Planner, apply, plan, prune
+from labkit.pruning.coupling import Coupling
+from labkit.pruning.schedules import cubic, linear
+
+
+def left(chosen):
+    return {row.name: row.left for row in chosen.units}
+
+
+@pytest.fixture
+def plain():
+    model, x = example(Plain)
+    return model, x, [(x, torch.tensor([1, 2]))]
+
+
+# --- importance -------------------------------------------------------------------------------------------------------
+
+
+def scores(model, x, criterion, batches=None, **options):
+    coupling = Coupling.of(model, x)
+    found = importance.scores(model, coupling, criterion, batches, **options)
+    return {coupling.groups[i].name: values for i, values in found.items()}
+
+
+def test_l1_and_l2_are_the_norms_of_what_makes_the_unit(plain):
+    model, x, _ = plain
+    w = model.conv1.weight.detach()
+    torch.testing.assert_close(scores(model, x, "l1")["conv1.weight"], w.abs().sum((1, 2, 3)))
+    torch.testing.assert_close(scores(model, x, "l2")["conv1.weight"], w.square().sum((1, 2, 3)).sqrt())
+    model, x = example(Residual)
+    both = sum(layer.weight.detach().abs().sum((1, 2, 3)) for layer in (model.stem, model.conv2))
+    torch.testing.assert_close(scores(model, x, "l1")["stem.weight"], both)
+
+
+def test_bn_scale_is_gamma_and_leaves_groups_without_norm_whole(plain):
+    model, x, _ = plain
+    found = scores(model, x, "bn_scale")
+    torch.testing.assert_close(found["conv1.weight"], model.bn1.weight.detach().abs())
+    assert set(found) == {"conv1.weight", "conv2.weight"}
+    chosen = plan(model, x, ratio=0.5, criterion="bn_scale")
+    assert left(chosen)["fc1.weight"] == 20
+    assert [row.reason for row in chosen.units if row.name == "fc1.weight"] == ["bn_scale has no score for it"]
+
+
+def test_taylor_is_the_squared_slope_of_a_gate_on_the_unit(plain):
+    """Gates written into the network by hand, and autograd's derivative by them."""
+    model, x, _ = plain
+    model.requires_grad_(False)
+    y = torch.tensor([1, 2])
+    gate = torch.ones(8, requires_grad=True)
+    hidden = F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2) * gate[:, None, None]
+    hidden = F.relu(model.bn2(model.conv2(hidden)))
+    F.cross_entropy(model.fc2(torch.tanh(model.fc1(hidden.flatten(1)))), y).backward()
+    found = scores(model, x, "taylor", [(x, y)])["conv1.weight"]
+    torch.testing.assert_close(found, gate.grad.square(), rtol=1e-4, atol=1e-12)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_fpgm_ranks_the_filter_nearest_to_all_others_lowest(plain):
+    model, x, _ = plain
+    with torch.no_grad():
+        model.conv1.weight[5] = model.conv1.weight.mean(0)
+    found = scores(model, x, "fpgm")["conv1.weight"]
+    rows = model.conv1.weight.detach().flatten(1)
+    torch.testing.assert_close(found, (rows[:, None] - rows[None]).norm(dim=2).sum(1), rtol=1e-3, atol=1e-3)
+    assert int(found.argmin()) == 5
+
+
+def test_activation_is_the_mean_of_what_the_readers_get(plain):
+    model, x, batches = plain
+    found = scores(model, x, "activation", batches)["fc1.weight"]
+    with torch.no_grad():
+        hidden = F.relu(model.bn2(model.conv2(F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2))))
+        torch.testing.assert_close(found, torch.tanh(model.fc1(hidden.flatten(1))).abs().mean(0))
+
+
+@pytest.mark.parametrize("criterion", importance.CRITERIA)
+def test_every_criterion_prunes_and_leaves_the_model_alone(plain, criterion):
+    model, x, batches = plain
+    before = copy.deepcopy(model.state_dict())
+    chosen = plan(model, x, ratio=0.5, criterion=criterion, batches=batches)
+    assert chosen.parameters[1] < chosen.parameters[0]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_random_depends_on_the_seed_alone(plain):
+    model, x, _ = plain
+    kept = [plan(model, x, ratio=0.5, criterion="random", seed=s).kept["conv1.weight"][0].tolist() for s in (1, 1, 2)]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_wrong_criteria_and_batches_are_named_before_work_starts(plain):
+    model, x, _ = plain
+    with pytest.raises(InputError, match="no criterion 'L2'"):
+        prune(model, x, ratio=0.5, criterion="L2")
+    with pytest.raises(InputError, match="'taylor' looks at data"):
+        prune(model, x, ratio=0.5, criterion="taylor")
+
+
+# --- how many go ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, 1e-4, 0.1, 0.5, 0.9, 1, 1.0])
+def test_exactly_the_asked_fraction_goes(plain, ratio):
+    model, x, _ = plain
+    chosen = plan(model, x, ratio=ratio)  # 8 + 12 + 20 channels
+    removed = sum(row.removed for row in chosen.units)
+    assert removed == min(int(40 * ratio + 0.5), 40 - 3)  # one stays in each group
+    layer = plan(model, x, ratio=ratio, scope="layer")
+    assert [row.removed for row in layer.units] == [min(int(n * ratio + 0.5), n - 1) for n in (8, 12, 20)]
+
+
+def test_nothing_removed_is_the_same_model(plain):
+    model, x, _ = plain
+    same = prune(model, x, ratio=0.0)
+    with torch.no_grad():
+        assert torch.equal(same.model(x), model(x)) and same.plan.kept == {}
+
+
+def test_ties_go_evenly_over_the_groups(plain):
+    model, x, _ = plain
+    for norm in (model.bn1, model.bn2):
+        nn.init.ones_(norm.weight)
+    assert left(plan(model, x, ratio=0.5, criterion="bn_scale")) == {
+        "conv1.weight": 4,
+        "conv2.weight": 6,
+        "fc1.weight": 20,
+    }
+
+
+def test_a_global_ranking_does_not_depend_on_the_size_of_a_layers_weights(plain):
+    model, x, _ = plain
+    before = left(plan(model, x, ratio=0.5))
+    with torch.no_grad():
+        model.conv1.weight.mul_(0.001)
+    assert left(plan(model, x, ratio=0.5)) == before
+
+
+def test_the_least_important_go(plain):
+    model, x, _ = plain
+    kept = plan(model, x, ratio=0.25, scope="layer").kept["conv1.weight"][0]
+    norms = model.conv1.weight.detach().abs().sum((1, 2, 3))
+    assert sorted(kept.tolist()) == sorted(norms.topk(6).indices.tolist())
+
+
+def test_min_channels_and_round_to(plain):
+    model, x, _ = plain
+    assert min(left(plan(model, x, ratio=0.9, min_channels=5)).values()) == 5
+    assert left(plan(model, x, ratio=0.6, scope="layer", round_to=4)) == {
+        "conv1.weight": 4,
+        "conv2.weight": 4,
+        "fc1.weight": 8,
+    }
+    model, x = example(Attention)  # heads of 12 channels of qkv
+    assert left(plan(model, x, ratio=0.5, scope="layer", round_to=16))["qkv.weight"] == 4
+
+
+def test_a_ratio_for_each_group(plain):
+    model, x, _ = plain
+    assert left(plan(model, x, ratio={"conv1.weight": 0.5, "fc1.bias": 0.25})) == {
+        "conv1.weight": 4,
+        "conv2.weight": 12,
+        "fc1.weight": 15,
+    }
+
+
+def test_ignored_modules_keep_their_channels(plain):
+    model, x, _ = plain
+    chosen = plan(model, x, ratio=0.5, ignore="conv1")
+    assert left(chosen)["conv1.weight"] == 8 and "ignored" in str(chosen)
+    model, x = example(Residual)
+    assert left(plan(model, x, ratio=0.5, ignore=["conv2"]))["stem.weight"] == 8  # it makes the same channels
+
+
+def test_linked_groups_keep_the_same_fraction():
+    torch.manual_seed(0)
+    chosen = plan(Statics(), torch.randn(3, 7, 6), ratio=0.5)
+    assert {row.name: (row.left, row.units) for row in chosen.units} == {"a.weight": (2, 4)}
+    layer = nn.TransformerEncoderLayer(24, 6, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(5, 24), layer, nn.Linear(24, 3)).eval()
+    for seed in range(3):
+        chosen = plan(model, torch.randn(3, 4, 5), ratio=0.4, criterion="random", seed=seed)
+        fractions = {row.name: row.left / row.units for row in chosen.units}
+        assert fractions["0.weight"] == fractions["1.self_attn.in_proj_weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"ratio": 1.2}, "from 0 to 1"),
+        ({"ratio": True}, "from 0 to 1"),
+        ({"ratio": {"conv1.weight": -1}}, "ratio of 'conv1.weight'"),
+        ({"ratio": {"conv9.weight": 0.5}}, "no prunable group"),
+        ({}, "exactly one"),
+        ({"ratio": 0.5, "macs": 0.5}, "exactly one"),
+        ({"ratio": 0.5, "scope": "local"}, "no scope 'local'"),
+        ({"ratio": 0.5, "round_to": 0}, "round_to is 0"),
+        ({"ratio": 0.5, "min_channels": 1.5}, "min_channels is 1.5"),
+        ({"ratio": 0.5, "ignore": ["conv9"]}, "ignore names 'conv9'"),
+        ({"ratio": 0.5, "ignore": ["conv1", "conv2", "fc1"]}, "No group is left"),
+    ],
+)
+def test_a_wrong_argument_is_named(plain, options, what):
+    model, x, _ = plain
+    with pytest.raises(InputError, match=what):
+        plan(model, x, **options)
+
+
+# --- what a plan says -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Plain, Residual, Depthwise, Attention, Normed])
+def test_a_plan_predicts_parameters_macs_and_bytes(kind):
+    if kind is Normed:
+        torch.manual_seed(0)
+        model, x = Normed(), torch.randn(4, 6)
+    else:
+        model, x = example(kind)
+    chosen = plan(model, x, ratio=0.5)
+    small = apply(model, chosen, x).model
+    for side, net in enumerate((model, small)):
+        assert chosen.parameters[side] == sum(p.numel() for p in net.parameters())
+        assert chosen.bytes[side] == sum(t.nbytes for t in [*net.parameters(), *net.buffers()])
+        assert 2 * chosen.macs[side] == roofline.count(net, x).flops
+
+
+def test_a_plan_is_a_table(plain):
+    model, x, _ = plain
+    text = str(plan(model, x, ratio=0.5, scope="layer"))
+    assert "conv2.weight        12        6        6" in text and "multiply-adds: " in text
+
+
+def test_macs_and_latency_targets(plain, monkeypatch):
+    model, x, _ = plain
+    before, after = plan(model, x, macs=0.5).macs
+    assert 1 - after / before == pytest.approx(0.5, abs=0.05)
+
+    class Compared:
+        def __init__(self, a, b, **_):
+            self.speedup = roofline.count(a).flops / roofline.count(b).flops  # a machine whose time is the FLOPs
+
+    monkeypatch.setattr("labkit.bench.compare", Compared)
+    before, after = plan(model, x, latency=0.6).macs
+    assert after / before == pytest.approx(0.6, abs=0.1)
+
+
+# --- slimming, rounds, sensitivity ------------------------------------------------------------------------------------
+
+
+def test_slimming_adds_the_l1_norm_of_all_scales(plain):
+    model, _, _ = plain
+    total = slimming.penalty(model)
+    assert float(total) == pytest.approx(float(sum(n.weight.abs().sum() for n in (model.bn1, model.bn2))))
+    total.backward()
+    assert torch.equal(model.bn1.weight.grad, model.bn1.weight.sign())
+    with pytest.raises(InputError, match="no BatchNorm"):
+        slimming.penalty(nn.Linear(2, 2))
+
+
+def test_rounds_follow_the_schedule_and_go_on_after_an_interruption(plain, tmp_path):
+    model, x, _ = plain
+    seen = []
+
+    def fine_tune(net, number):
+        seen.append(number)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.01 * torch.randn(p.shape))
+        return float(number)
+
+    options = dict(schedule=cubic(0.5, 3), fine_tune=fine_tune, folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.iterative(model, x, **options)
+    resumed = rounds.iterative(model, x, **options)
+    assert seen == [0, 1, 1, 2]
+    straight = rounds.iterative(model, x, cubic(0.5, 3), fine_tune)
+    assert straight.history == resumed.history
+    for entry in resumed.history:
+        assert entry.reached == pytest.approx(entry.asked, abs=0.5 / 40)
+    a, b = straight.pruned.model.state_dict(), resumed.pruned.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(InputError, match="another schedule"):
+        rounds.iterative(model, x, linear(0.5, 3), fine_tune, folder=tmp_path)
+
+
+def test_the_plan_of_all_rounds_cuts_the_dense_model_to_the_same_shapes(plain):
+    model, x, _ = plain
+    done = rounds.iterative(model, x, linear(0.6, 3), lambda *_: None).pruned
+    at_once = apply(model, done.plan, x, check=False).model
+    with torch.no_grad():
+        assert torch.equal(at_once(x), done.model(x))  # nothing was trained
+    assert sum(row.removed for row in done.plan.units) == 24
+    assert done.plan.parameters[1] == sum(p.numel() for p in done.model.parameters())
+    assert done.plan.bytes[1] == sum(t.nbytes for t in [*done.model.parameters(), *done.model.buffers()])
+
+
+def test_the_scan_really_removes_channels_and_resumes(plain, tmp_path):
+    model, x, _ = plain
+    calls = []
+
+    def evaluate(net):
+        calls.append(net)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        with torch.no_grad():
+            return float(net(x).square().mean())
+
+    options = dict(ratios=(0.5, 0.25), folder=tmp_path, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity.scan(model, x, evaluate, **options)
+    found = sensitivity.scan(model, x, evaluate, **options)
+    assert len(calls) == 1 + 3 * 2 + 1  # baseline, three groups at two ratios, one interrupted
+    assert found.baseline == float(model(x).square().mean())
+    assert [(row.group, row.ratio, row.removed) for row in found.rows[:2]] == [
+        ("conv1.weight", 0.25, 2),
+        ("conv1.weight", 0.5, 4),
+    ]
+    assert calls[1].conv1.out_channels == 6 and calls[1].conv2.out_channels == 12
+    assert found.drop("fc1.weight", 0.5) == found.baseline - found.rows[-1].metric
+    with pytest.raises(InputError, match="another model"):
+        sensitivity.scan(randomise_(copy.deepcopy(model), 5), x, evaluate, **options)
+
+
+def test_an_allocation_takes_the_largest_ratio_within_the_tolerance():
+    rows = [
+        sensitivity.Row(group, ratio, 1, 4, metric)
+        for group, metrics in {"a": (0.9, 0.85, 0.5), "b": (0.2, 0.9, 0.9)}.items()
+        for ratio, metric in zip((0.25, 0.5, 0.75), metrics, strict=True)
+    ]
+    assert sensitivity.Sensitivity(0.9, tuple(rows)).allocation(0.1) == {"a": 0.5, "b": 0.0}
+
+
+def test_a_planner_scores_once(plain, monkeypatch):
+    model, x, _ = plain
+    planner = Planner(model, x)
+    monkeypatch.setattr(importance, "scores", None)
+    assert planner.plan(0.25).parameters[1] > planner.plan(0.75).parameters[1]

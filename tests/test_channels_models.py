@@ -1,0 +1,105 @@
+"""Whole architectures, half of the channels, one call and no recipe: torchvision's and small ones of transformers."""
+
+import pytest
+import torch
+import torchvision
+from networks import randomise_
+from torch import nn
+
+from labkit.pruning.channels import prune
+
+# Side of the image, and what is left of the parameters at most.
+MODELS = {
+    "resnet18": (32, 0.28),
+    "resnet50": (32, 0.28),
+    "resnext50_32x4d": (32, 0.30),
+    "wide_resnet50_2": (32, 0.28),
+    "vgg16_bn": (32, 0.28),
+    "alexnet": (64, 0.28),
+    "mobilenet_v2": (32, 0.36),
+    "mobilenet_v3_large": (32, 0.33),
+    "efficientnet_b0": (32, 0.34),
+    "efficientnet_v2_s": (32, 0.28),
+    "mnasnet1_0": (32, 0.35),
+    "densenet121": (32, 0.30),
+    "googlenet": (64, 0.34),
+    "inception_v3": (299, 0.30),
+    "squeezenet1_0": (32, 0.37),
+    "shufflenet_v2_x1_0": (32, 0.42),
+    "regnet_x_400mf": (32, 0.32),
+    "regnet_y_400mf": (32, 0.30),
+    "convnext_tiny": (32, 0.28),
+    "vit_b_16": (32, 0.28),
+    "swin_t": (64, 0.28),
+    "swin_v2_t": (64, 0.28),
+    "maxvit_t": (224, 0.28),
+}
+
+
+def build(name: str, side: int) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"image_size": side} if name == "vit_b_16" else {}
+    model = torchvision.models.get_model(name, weights=None, **size)
+    return randomise_(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:The default weight init")
+def test_half_of_the_channels_of_a_torchvision_model(name):
+    side, most = MODELS[name]
+    model, x = build(name, side), torch.randn(1, 3, side, side)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    before, after = pruned.plan.parameters
+    assert pruned.report.equal and pruned.report.scale > 0
+    assert pruned.report.error < 1e-5 * pruned.report.scale, "a tenth of the tolerance in float32, and rounding only"
+    assert after / before < most
+    assert sum(p.numel() for p in pruned.model.parameters()) == after
+
+
+@pytest.mark.filterwarnings("ignore:The default weight init")
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_train_on(name):
+    side = 299 if name == "inception_v3" else 64
+    model = build(name, side)
+    small = prune(model, torch.randn(1, 3, side, side), ratio=0.5).model.train()
+    main, *aux = small(torch.randn(2, 3, side, side))
+    assert main.shape == (2, 1000) and all(x.shape == (2, 1000) for x in aux if x is not None) and aux
+
+
+def test_segmentation_and_its_dictionary():
+    torch.manual_seed(0)
+    model = randomise_(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=4))
+    x = torch.randn(1, 3, 32, 32)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    assert pruned.report.equal and pruned.plan.parameters[1] < 0.3 * pruned.plan.parameters[0]
+    assert pruned.model(x)["out"].shape == (1, 4, 32, 32)
+
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=60)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["Bert", "Llama", "GPT2"])
+def test_a_transformer_with_its_heads_neurons_and_width(family, attention):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if family == "GPT2":
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=16)
+        model = transformers.GPT2LMHeadModel(config)
+    elif family == "Llama":  # two query heads share a key-value head
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+    else:
+        model = transformers.BertModel(transformers.BertConfig(**SIZES))
+    model.eval().set_attn_implementation(attention)
+    tokens = torch.randint(0, 60, (2, 9))
+    mask = torch.ones_like(tokens)
+    mask[0, -3:] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    pruned = prune(model, (), inputs, ratio=0.5, scope="layer")
+    assert pruned.report.equal and pruned.report.scale > 0
+    units = {row.name: (row.units, row.left) for row in pruned.plan.units}
+    heads = {"Bert": "encoder.layer.0.attention.self.query.weight", "Llama": "model.layers.0.self_attn.q_proj.weight"}
+    assert units[heads.get(family, "transformer.h.0.attn.c_attn.weight")] == ((2, 1) if family == "Llama" else (4, 2))
+    width = {"Llama": 16, "GPT2": 16, "Bert": 32}[family]  # BERT's output is its width, which is fixed
+    assert pruned.model(**inputs)[0].shape[:2] == (2, 9)
+    assert pruned.model.get_input_embeddings().weight.shape[1] == width

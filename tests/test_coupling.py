@@ -1,0 +1,256 @@
+"""Which channels hang together: what is found in small networks, and what is said where nothing can be."""
+
+import copy
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, Attention, Bare, Dense, Depthwise, Plain, Residual, Shuffle, Tied, example
+from torch import nn
+
+from labkit.errors import InputError
+from labkit.pruning.coupling import Coupling, trace
+from labkit.pruning.labels import Labels, components
+from labkit.pruning.rules import RULES
+
+
+def by_name(model, x):
+    return {group.name: group for group in trace(model, x)}
+
+
+def dimensions(group):
+    return {(member.name, member.dim): member.role for member in group.members}
+
+
+class Around(nn.Module):
+    """`fn` on a width of 8, beside another width that can shrink."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+        self.first, self.last, self.spare1, self.spare2 = (nn.Linear(*n) for n in ((6, 8), (8, 5), (6, 4), (4, 5)))
+
+    def forward(self, x):
+        return self.last(self.fn(self.first(x))) + self.spare2(self.spare1(x))
+
+
+def reasons(fn):
+    """What is said about the width that `fn` is put on."""
+    return dict(Coupling.of(Around(fn), torch.randn(2, 6)).unprunable).get("first.weight dimension 0", "")
+
+
+# --- what hangs together ----------------------------------------------------------------------------------------------
+
+
+def test_a_plain_network_takes_bias_norm_statistics_and_reader():
+    groups = by_name(*example(Plain))
+    assert dimensions(groups["conv1.weight"]) == {
+        ("conv1.weight", 0): "makes",
+        ("conv1.bias", 0): "makes",
+        ("bn1.weight", 0): "makes",
+        ("bn1.bias", 0): "makes",
+        ("bn1.running_mean", 0): "makes",
+        ("bn1.running_var", 0): "makes",
+        ("conv2.weight", 1): "reads",
+    }
+    assert [groups[name].units for name in ("conv1.weight", "conv2.weight", "fc1.weight")] == [8, 12, 20]
+
+
+def test_a_flattened_channel_owns_its_positions():
+    (member,) = [m for m in by_name(*example(Plain))["conv2.weight"].members if m.name == "fc1.weight"]
+    assert member.role == "reads"
+    assert member.indices(3).tolist() == list(range(3 * 16, 4 * 16))
+
+
+def test_a_residual_sum_ties_both_summands():
+    groups = by_name(*example(Residual))
+    assert {("stem.weight", 0), ("conv2.weight", 0), ("conv1.weight", 1), ("fc.weight", 1)} <= set(
+        dimensions(groups["stem.weight"])
+    )
+    assert set(groups) == {"stem.weight", "conv1.weight"}
+
+
+def test_concatenated_parts_stay_apart_in_their_readers():
+    groups = by_name(*example(Dense))
+    assert {name: g.units for name, g in groups.items()} == {"a.weight": 6, "b.weight": 4, "c.weight": 4}
+    (reader,) = [m for m in groups["b.weight"].members if m.name == "fc.weight"]
+    assert reader.units.tolist() == [-1] * 6 + [0, 1, 2, 3] + [-1] * 4
+
+
+def test_whole_groups_of_a_grouped_convolution():
+    group = by_name(*example(Depthwise))["expand.weight"]
+    members = {m.name: m for m in group.members if m.dim == 0}
+    assert group.units == 6
+    assert members["depthwise.weight"].indices(1).tolist() == [2, 3]  # 12 channels in 6 groups of 2
+    assert members["grouped.weight"].indices(1).tolist() == [3, 4, 5]  # 18 outputs in 6 groups of 3
+
+
+def test_a_shuffle_and_a_chunk_keep_both_halves_even():
+    model, x = example(Shuffle)
+    coupling = Coupling.of(model, x)
+    group = next(g for g in coupling.groups if g.name == "a.weight")
+    for unit in range(group.units):
+        counts = [len(m.indices(unit)) for m in group.members if m.name in ("a.weight", "b.weight")]
+        assert counts[0] == counts[1]
+
+
+def test_a_tied_weight_is_there_once_and_a_layer_used_twice_ties_its_two_sides():
+    groups = by_name(*example(Tied))
+    assert {("twice.weight", 0), ("twice.weight", 1)} <= set(dimensions(groups["stem.weight"]))
+    names = [m.name for m in groups["a.weight"].members]
+    assert "a.weight" in names and "b.weight" not in names and "b.bias" in names
+
+
+def test_bare_parameters_belong_to_the_width_they_meet():
+    groups = by_name(*example(Bare))
+    assert {("token", 2), ("positions", 2), ("gamma", 0), ("matrix", 0)} <= set(dimensions(groups["embed.weight"]))
+    assert dimensions(groups["matrix"]) == {("matrix", 1): "makes", ("out.weight", 1): "reads"}
+
+
+def test_heads_are_the_units_of_attention():
+    model = nn.MultiheadAttention(16, 4, batch_first=True, vdim=12, kdim=12)
+    x, memory = torch.randn(3, 5, 16), torch.randn(3, 7, 12)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention, self.out = nn.Linear(6, 16), model, nn.Linear(16, 5)
+
+        def forward(self, x, memory):
+            return self.out(self.attention(self.embed(x), memory, memory, need_weights=False)[0])
+
+    groups = trace(Wrapped(), (torch.randn(3, 5, 6), memory))
+    heads = next(g for g in groups if ("attention.out_proj.weight", 1) in dimensions(g))
+    assert heads.units == 4 and x.shape[-1] == 16
+    (out,) = [m for m in heads.members if m.name == "attention.out_proj.weight"]
+    assert out.indices(2).tolist() == [8, 9, 10, 11]
+
+
+def test_a_head_that_is_only_run_in_training_is_coupled_too():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.main, self.aux = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return (self.main(x), self.aux(x)) if self.training else self.main(x)
+
+    assert ("aux.weight", 1) in dimensions(by_name(Auxiliary(), torch.randn(2, 6))["stem.weight"])
+
+
+# --- what is not, and why ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fn", "what"),
+    [
+        (lambda x: x.softmax(-1), "softmax"),
+        (lambda x: torch.fft.fft(x, dim=1).real, "no rule for the operator _fft"),
+        (lambda x: x + torch.ones(8), "fixed size"),
+        (lambda x: x.cumsum(1), "mixed"),
+        (lambda x: F.pad(x[:, :6], (1, 1)), "fixed position"),
+        (lambda x: F.pad(x, (1, 1))[:, 1:-1], "padded with constants"),
+        (lambda x: x[:, torch.randperm(8)], "indexed by a tensor"),
+        (lambda x: x.roll(1, 1), "rolled"),
+    ],
+)
+def test_what_cannot_shrink_is_listed_with_its_reason(fn, what):
+    assert what in reasons(fn)
+
+
+def test_a_number_in_the_forward_pass_makes_its_size_stay():
+    assert "the forward pass needs this size" in reasons(lambda x: x.view(2, 8) if x.dim() == 2 else x)
+
+
+def test_nothing_to_prune_says_why():
+    with pytest.raises(InputError, match=r"Nothing in this model can be pruned .*the model's output"):
+        trace(nn.Linear(4, 3), torch.randn(2, 4))
+    with pytest.raises(InputError, match="no parameters"):
+        trace(nn.ReLU(), torch.randn(2, 4))
+
+
+def test_a_pass_that_looks_at_activations_is_refused():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x if x.sum() > 0 else -x)
+
+    with pytest.raises(InputError, match="depends on the values of its activations"):
+        trace(Branch(), torch.randn(2, 6))
+
+
+def test_lazy_layers_are_refused():
+    with pytest.raises(InputError, match="lazy"):
+        trace(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2)), torch.randn(2, 6))
+
+
+def test_an_unused_parameter_is_listed():
+    model, x = example(Residual)
+    model.spare = nn.Linear(3, 3)
+    assert ("spare.weight", "is not used by the forward pass") in Coupling.of(model, x).unprunable
+
+
+# --- the model stays as it was ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_tracing_leaves_the_model_alone(kind):
+    model, x = example(kind)
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    before, kept_grad = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    trace(model, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == kept_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [Plain, Depthwise, Shuffle, Attention])
+def test_every_operator_that_an_export_sees_has_a_rule(kind):
+    """torch.export finds the operators by another way."""
+    model, x = example(kind)
+    graph = torch.export.export(model, (x,), strict=False).run_decompositions().graph
+    targets = {node.target for node in graph.nodes if node.op == "call_function"} - {operator.getitem}
+    names = {target._schema.name.removeprefix("aten::") for target in targets}
+    assert names and names - {"slice_scatter"} <= set(RULES)  # export's form of a copy_ into a slice
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_components_are_those_of_a_slow_search():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(60, (2, 45), generator=generator).numpy()
+    slow = list(range(60))
+    for _ in range(60):
+        for i, j in zip(a, b, strict=True):
+            slow[i] = slow[j] = min(slow[i], slow[j])
+    assert components(60, a, b).tolist() == slow
+
+
+def test_uneven_pieces_are_joined_until_even():
+    labels = Labels()
+    x = labels.fresh(8)
+    labels.keep_even([x[:4], x[4:]], "cut")
+    classes, pinned = labels.resolve()
+    assert not pinned and all(classes[i] == classes[i + 4] for i in range(4))
+
+
+def test_pieces_that_cannot_be_even_are_pinned():
+    labels = Labels()
+    x = labels.fresh(4)
+    labels.pin(x[:1], "fixed")
+    labels.keep_even([x[:2], x[2:]], "cut")
+    classes, pinned = labels.resolve()
+    free = [i for i in range(4) if classes[i] not in pinned]  # one of each half may go, and only together
+    assert len(free) == 2 and classes[free[0]] == classes[free[1]] and free[0] == 1
+    assert "cut" in pinned.values()

@@ -1,0 +1,272 @@
+"""Cutting and its proof: pruned networks equal the dense ones with blind readers, and stay what they were otherwise."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from networks import (
+    NETWORKS,
+    Attention,
+    Bare,
+    Depthwise,
+    Normed,
+    Plain,
+    Residual,
+    Shuffle,
+    Statics,
+    Tied,
+    UpDown,
+    difference,
+    example,
+    randomise_,
+)
+from random_networks import Network, programs
+from torch import nn
+
+from labkit.errors import DataError, InputError
+from labkit.pruning import checkpoints
+from labkit.pruning.channels import apply, plan, prune
+
+EXACT = 1e-12  # relative, in float64: rounding of sums of at most 192 terms through few layers is a thousandth of it
+
+
+# --- equality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind is not Bare])
+def test_a_pruned_network_equals_the_dense_one_with_blind_readers(kind, ratio, scope):
+    model, x = example(kind)
+    pruned = prune(model, x, ratio=ratio, scope=scope)
+    assert difference(pruned, model, x) < EXACT
+    assert pruned.report.equal and pruned.report.error < EXACT
+    assert sum(p.numel() for p in pruned.model.parameters()) == pruned.plan.parameters[1] < pruned.plan.parameters[0]
+
+
+def test_bare_parameters_are_cut_with_their_width():
+    model, x = example(Bare)
+    pruned = prune(model, x, ratio=0.5)
+    kept = pruned.plan.kept["token"][2]
+    assert torch.equal(pruned.model.token, model.token[..., kept])
+    assert torch.equal(pruned.model.matrix, model.matrix[kept][:, pruned.plan.kept["matrix"][1]])
+    assert pruned.report.equal
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(programs(), st.floats(0, 0.95), st.sampled_from(["l1", "random"]), st.integers(0, 5))
+def test_random_networks_stay_equal_after_random_plans(program, ratio, criterion, seed):
+    model = randomise_(Network(program), seed)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    pruned = prune(model, x, ratio=ratio, criterion=criterion, seed=seed)
+    if not pruned.report.restricted:
+        assert difference(pruned, model, x) < 1e-9
+    assert pruned.report.equal
+
+
+@pytest.mark.parametrize("name", ["bn1.running_mean", "bn1.weight", "conv1.weight", "conv2.weight"])
+def test_a_wrong_cut_is_refused(name):
+    """Every kept index is moved by one in one parameter: shapes fit, and the function is another."""
+    model, x = example(Plain)
+    chosen = plan(model, x, ratio=0.4, scope="layer")
+    dim, indices = next(iter(chosen.kept[name].items()))
+    size = model.state_dict()[name].shape[dim]
+    wrong = {**chosen.kept, name: {**chosen.kept[name], dim: (indices + 1) % size}}
+    with pytest.raises(InputError, match="NOT equal"):
+        apply(model, dataclasses.replace(chosen, kept=wrong), x)
+
+
+def test_a_model_whose_output_is_zero_is_checked_with_noise():
+    model, x = example(Plain)
+    nn.init.zeros_(model.fc2.weight)
+    nn.init.zeros_(model.fc2.bias)
+    report = prune(model, x, ratio=0.5).report
+    assert report.equal and report.noisy and report.scale > 0 and "noise" in str(report)
+
+
+def test_a_norm_over_pruned_channels_is_said_and_taken_over_the_kept():
+    torch.manual_seed(0)
+    model, x = Normed(), torch.randn(4, 6)
+    pruned = prune(model, x, ratio=0.5)
+    assert pruned.report.restricted == ("native_layer_norm in norm",) and "cannot be equal" in str(pruned.report)
+    assert pruned.model.norm.normalized_shape == (4,)
+    kept = pruned.plan.kept["a.weight"][0]
+    with torch.no_grad():
+        hidden = nn.functional.layer_norm(model.a(x)[:, kept], (4,), model.norm.weight[kept], model.norm.bias[kept])
+        torch.testing.assert_close(pruned.model(x), hidden @ model.b.weight[:, kept].T + model.b.bias)
+
+
+def test_half_precision_is_kept_and_checked_in_a_wider_type():
+    model, x = example(Residual)
+    pruned = prune(model.bfloat16(), x.bfloat16(), ratio=0.5)
+    assert {p.dtype for p in pruned.model.parameters()} == {torch.bfloat16}
+    assert pruned.report.equal and pruned.report.dtype == "float64"
+
+
+# --- what stays as it was ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_argument_is_untouched_and_shares_no_memory(kind):
+    model, x = example(kind)
+    before = copy.deepcopy(model.state_dict())
+    pruned = prune(model, x, ratio=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        for value in [*pruned.model.parameters(), *pruned.model.buffers()]:
+            value.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_training_flags_frozen_parameters_hooks_and_names_stay():
+    model, x = example(Plain)
+    model.train()
+    model.bn1.eval()
+    model.conv1.weight.requires_grad_(False)
+    calls = []
+    model.conv2.register_forward_hook(lambda *_: calls.append(1))
+    pruned = prune(model, x, ratio=0.5)
+    assert [m.training for m in pruned.model.modules()] == [m.training for m in model.modules()]
+    assert not pruned.model.conv1.weight.requires_grad and pruned.model.conv2.weight.requires_grad
+    assert pruned.model.conv1.weight.shape[0] < model.conv1.weight.shape[0], "frozen parameters are pruned too"
+    calls.clear()
+    pruned.model(x)
+    assert calls == [1]
+    assert list(pruned.model.state_dict()) == list(model.state_dict())
+
+
+def test_attributes_say_what_the_parameters_are():
+    model, x = example(Depthwise)
+    small = prune(model, x, ratio=0.5, scope="layer").model
+    for layer in small.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.weight.shape[:2] == (layer.out_channels, layer.in_channels // layer.groups)
+        if isinstance(layer, nn.Linear):
+            assert layer.weight.shape == (layer.out_features, layer.in_features)
+    assert (small.depthwise.groups, small.grouped.groups) == (6, 3)
+    model, x = example(UpDown)
+    small = prune(model, x, ratio=0.5, scope="layer").model
+    assert (small.norm.num_groups, small.norm.num_channels, small.act.num_parameters) == (2, 4, 4)
+    assert small.up.weight.shape[:2] == (small.up.in_channels, small.up.out_channels)
+
+
+def test_numbers_that_a_module_writes_down_follow_the_cut():
+    torch.manual_seed(0)
+    pruned = prune(Statics(), torch.randn(3, 7, 6), ratio=0.5)
+    assert (pruned.model.width, pruned.model.heads) == (8, 2)
+    assert pruned.plan.attributes[""] == {"width": 8, "heads": 2}
+
+
+def test_multihead_attention_keeps_heads_and_width_in_step():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 6, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(5, 24), layer, nn.Linear(24, 3)).eval()
+    x = torch.randn(3, 4, 5)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    attention = pruned.model[1].self_attn
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (12, 3, 4)
+    assert pruned.model(x).shape == (3, 4, 3) and pruned.report.equal
+    pruned.model.train()(x).sum().backward()
+
+
+def test_shared_weights_stay_shared():
+    model, x = example(Tied)
+    small = prune(model, x, ratio=0.5).model
+    assert small.a.weight is small.b.weight
+
+
+def test_a_pruned_model_trains_exports_and_is_pruned_again():
+    model, x = example(Shuffle)
+    once = prune(model, x, ratio=0.3)
+    once.model(x).sum().backward()
+    assert all(p.grad is not None for p in once.model.parameters())
+    again = prune(once.model, x, ratio=0.5)
+    assert again.plan.parameters[1] < once.plan.parameters[1]
+    exported = torch.export.export(again.model, (x,))
+    torch.testing.assert_close(exported.module()(x), again.model(x))
+
+
+def test_a_pruned_model_goes_to_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model, x = example(Depthwise)
+    small = prune(model, x, ratio=0.5).model
+    torch.onnx.export(small, (x,), tmp_path / "small.onnx", dynamo=False)
+    onnx.checker.check_model(onnx.load(tmp_path / "small.onnx"))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    model, x = example(Residual)
+    model.kept_by_a_hook = model(x)  # has a graph, which deepcopy refuses
+    with pytest.raises(InputError, match="cannot be copied"):
+        prune(model, x, ratio=0.5)
+
+
+def test_a_plan_of_another_model_is_refused():
+    model, x = example(Residual)
+    chosen = plan(model, x, ratio=0.5)
+    other, y = example(Attention)
+    with pytest.raises(InputError, match="another model"):
+        apply(other, chosen, y)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Plain, Depthwise, Tied, Attention])
+def test_a_saved_model_comes_back_from_a_fresh_dense_one(kind, tmp_path):
+    model, x = example(kind)
+    pruned = prune(model, x, ratio=0.5)
+    checkpoints.save(pruned, tmp_path)
+    torch.manual_seed(99)
+    loaded = checkpoints.load(kind().eval(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x), pruned.model(x))
+    assert str(loaded.plan) == str(pruned.plan)
+    assert all(
+        torch.equal(loaded.plan.kept[name][dim], indices)
+        for name, dims in pruned.plan.kept.items()
+        for dim, indices in dims.items()
+    )
+    assert all(
+        getattr(a, "normalized_shape", 0) == getattr(b, "normalized_shape", 0)
+        for a, b in zip(loaded.model.modules(), pruned.model.modules(), strict=True)
+    )
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    model, x = example(Plain)
+    checkpoints.save(prune(model, x, ratio=0.5), tmp_path)
+    with pytest.raises(InputError, match="another"):
+        checkpoints.load(Residual(), tmp_path)
+    content = json.loads((tmp_path / "plan.json").read_text())
+    weights = (tmp_path / "weights.safetensors").read_bytes()
+    (tmp_path / "weights.safetensors").write_bytes(weights[:-4] + b"\0\0\0\1")
+    with pytest.raises(DataError, match="damaged"):
+        checkpoints.load(Plain(), tmp_path)
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(DataError, match="no pruned model"):
+        checkpoints.load(Plain(), tmp_path)
+    assert content["version"] == 1
+
+
+def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch):
+    model, x = example(Plain)
+    first = prune(model, x, ratio=0.5)
+    checkpoints.save(first, tmp_path)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(prune(model, x, ratio=0.2), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "weights.safetensors"]
+    with torch.no_grad():
+        assert torch.equal(checkpoints.load(Plain().eval(), tmp_path).model(x), first.model(x))
