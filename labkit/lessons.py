@@ -12,6 +12,7 @@ import nbformat
 
 from labkit import paths
 from labkit.errors import InputError
+from labkit.record import MIME
 
 
 def all_lessons(folder: Path | None = None) -> list[Path]:
@@ -39,7 +40,10 @@ def sections(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
 
 
 def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A copy fit for keeping: no injected cell, counts 1..n, and no metadata that changes from run to run; ids stay."""
+    """A copy fit for keeping: no injected cell, counts 1..n, and no metadata that changes from run to run; ids stay.
+
+    The record that the last cell carries loses the samples of its timings: they stand in the record's own file.
+    """
     kept = nbformat.from_dict(notebook)
     kept.cells = [cell for cell in kept.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for volatile in ("papermill", "widgets"):
@@ -57,6 +61,8 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
+            for measurement in output.get("data", {}).get(MIME, {}).get("measurements", []):
+                measurement.pop("detail", None)
     return kept
 
 

@@ -141,6 +141,15 @@ def curves(
     return fig
 
 
+def wide(rows: Rows, x: str, y: str, *, by: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows for a table that a reader can take in: one for each combination of `by`, a column for each value of `x`."""
+    table: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        line = table.setdefault(tuple(row[column] for column in by), {column: row[column] for column in by})
+        line[f"{x} {row[x]}"] = row[y]
+    return list(table.values())
+
+
 def table(rows: Rows, *, caption: str = "", units: Mapping[str, str] | None = None, simulated: bool = False) -> None:
     """Show rows (one dict a row) as a table; `units` maps a column to its unit. InputError for bad rows or columns."""
     rows = checked_rows(rows)

@@ -258,3 +258,11 @@ def test_curves_has_a_panel_a_title_one_legend_and_the_reference():
     assert first.get_legend() is None
     assert [text.get_text() for text in second.get_legend().get_texts()] == ["1", "2"]
     assert any(list(line.get_ydata()) == [1.5, 1.5] for line in first.get_lines())
+
+
+def test_wide_has_a_row_for_each_combination_and_a_column_for_each_x():
+    rows = [{"sparsity": s, "kernel": k, "batch": 1, "speed-up": s * len(k)} for k in ("csr", "kernel") for s in (1, 2)]
+    assert plots.wide(rows, "sparsity", "speed-up", by=("kernel", "batch")) == [
+        {"kernel": "csr", "batch": 1, "sparsity 1": 3, "sparsity 2": 6},
+        {"kernel": "kernel", "batch": 1, "sparsity 1": 6, "sparsity 2": 12},
+    ]

@@ -10,9 +10,11 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from labkit import lessons, runs
 from labkit.errors import InputError
+from labkit.record import MIME
 
 SMOKE = {"PRESET": "smoke"}
 FINISH = """
@@ -210,6 +212,15 @@ def test_a_tidied_notebook_has_no_trace_of_papermill(good):
     assert [output.execution_count for output in kept.cells[3].outputs if "execution_count" in output] == [2]
     assert "papermill" not in nbformat.writes(kept) and "iopub" not in nbformat.writes(kept)
     nbformat.validate(kept)
+
+
+def test_a_tidied_notebook_leaves_the_samples_to_the_record_s_own_file():
+    timing = {"kind": "comparison", "name": "a", "value": 2.0, "detail": {"samples_s": [0.1] * 50}}
+    output = new_output("display_data", data={MIME: {"measurements": [timing], "lesson": "01"}})
+    notebook = new_notebook(cells=[new_code_cell("lab.finish()", outputs=[output], execution_count=1)])
+    kept = lessons.tidied(notebook).cells[0].outputs[0].data[MIME]
+    assert kept == {"measurements": [{"kind": "comparison", "name": "a", "value": 2.0}], "lesson": "01"}
+    assert notebook.cells[0].outputs[0].data[MIME]["measurements"] == [timing]
 
 
 def test_tidying_twice_changes_nothing(good):
