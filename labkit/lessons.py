@@ -42,7 +42,7 @@ def sections(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
 def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """A copy fit for keeping: no injected cell, counts 1..n, and no metadata that changes from run to run; ids stay.
 
-    The record that the last cell carries loses the samples of its timings: they stand in the record's own file.
+    The record that the last cell carries loses samples and the rows of tables: they stand in the record's own file.
     """
     kept = nbformat.from_dict(notebook)
     kept.cells = [cell for cell in kept.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
@@ -62,7 +62,8 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if "execution_count" in output:
                 output.execution_count = count
             for measurement in output.get("data", {}).get(MIME, {}).get("measurements", []):
-                measurement.pop("detail", None)
+                for long in ("detail", "rows"):
+                    measurement.pop(long, None)
     return kept
 
 

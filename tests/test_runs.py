@@ -214,13 +214,15 @@ def test_a_tidied_notebook_has_no_trace_of_papermill(good):
     nbformat.validate(kept)
 
 
-def test_a_tidied_notebook_leaves_the_samples_to_the_record_s_own_file():
+def test_a_tidied_notebook_leaves_samples_and_rows_to_the_record_s_own_file():
     timing = {"kind": "comparison", "name": "a", "value": 2.0, "detail": {"samples_s": [0.1] * 50}}
-    output = new_output("display_data", data={MIME: {"measurements": [timing], "lesson": "01"}})
+    table = {"kind": "table", "name": "b", "rows": [{"x": 1}] * 50}
+    output = new_output("display_data", data={MIME: {"measurements": [timing, table], "lesson": "01"}})
     notebook = new_notebook(cells=[new_code_cell("lab.finish()", outputs=[output], execution_count=1)])
     kept = lessons.tidied(notebook).cells[0].outputs[0].data[MIME]
-    assert kept == {"measurements": [{"kind": "comparison", "name": "a", "value": 2.0}], "lesson": "01"}
-    assert notebook.cells[0].outputs[0].data[MIME]["measurements"] == [timing]
+    short = [{"kind": "comparison", "name": "a", "value": 2.0}, {"kind": "table", "name": "b"}]
+    assert kept == {"measurements": short, "lesson": "01"}
+    assert notebook.cells[0].outputs[0].data[MIME]["measurements"] == [timing, table]
 
 
 def test_tidying_twice_changes_nothing(good):
