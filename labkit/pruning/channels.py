@@ -17,7 +17,7 @@ from labkit.errors import InputError
 from labkit.pruning import equality, importance, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
 from labkit.pruning.equality import Report
-from labkit.pruning.selection import count_to_prune, fraction, lowest_k
+from labkit.pruning.selection import count_to_prune, fraction, inside, lowest_k, named_parts
 
 SCOPES = ("global", "layer")
 
@@ -174,16 +174,6 @@ def plan(
     return planner.plan(wanted)
 
 
-def _parts(model: nn.Module, names: str | Iterable[str]) -> list[str]:
-    parts = [names] if isinstance(names, str) else list(names)
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for part in parts:
-        if part not in known or not part:
-            raise InputError(f"ignore names {part!r}, but the model has no such module or parameter.")
-    return parts
-
-
 def _ignored(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
     """Groups whose channels are made, by any parameter, inside one of the named modules."""
     shared = {}
@@ -193,7 +183,7 @@ def _ignored(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[
     found = set()
     for i, group in enumerate(coupling.groups):
         made = [n for m in group.members if m.role == "makes" for n in names.get(m.name, ())]
-        if any(name == part or name.startswith(f"{part}.") for name in made for part in parts):
+        if any(inside(name, part) for name in made for part in parts):
             found.add(i)
     return found
 
@@ -259,7 +249,7 @@ class Planner:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
         importance.check(criterion, batches)
-        parts = _parts(model, ignore)
+        parts = named_parts(model, ignore, "ignore")
         self._model, self._scope = model, scope
         self.coupling = coupling = Coupling.of(model, args, kwargs)
         found = importance.scores(model, coupling, criterion, batches, loss_fn=loss_fn, seed=seed)

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from labkit.errors import InputError
 from labkit.pruning import channels, checkpoints, surgery
 from labkit.pruning.channels import Plan, Pruned
-from labkit.pruning.schedules import Round, checked_schedule, digest
+from labkit.pruning.schedules import Round, checked_schedule, digest, tuned_
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +64,10 @@ def iterative(
         ratio = min(max(schedule[number] * total - gone, 0.0) / planner.channels, 1.0)
         step = channels.apply(dense, planner.plan(ratio), args, kwargs)
         plan = step.plan if current is None else _after(model, current.plan, step.plan)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
-            metric = fine_tune(step.model, number)
+        metric = tuned_(step.model, fine_tune, number, seed)
         current = Pruned(step.model, plan, step.report)
         reached = sum(row.removed * row.width for row in plan.units) / total
-        history = (*history, Round(schedule[number], reached, None if metric is None else float(metric)))
+        history = (*history, Round(schedule[number], reached, metric))
         if folder is not None:
             _save(current, history, total, Path(folder), identity)
     return Iterated(current, history)

@@ -133,10 +133,7 @@ def iterative(
         )
         if rewind_to is not None:
             current = rewind(current, rewind_to)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
-            metric = fine_tune(current, number)
-        metric = None if metric is None else float(metric)
+        metric = tuned_(current, fine_tune, number, seed)
         history = (*history, Round(schedule[number], sparsity(current, exclude=exclude), metric))
         if path is not None:
             _save(current, history, path, identity)
@@ -151,6 +148,16 @@ def checked_schedule(schedule: Sequence[float]) -> tuple[float, ...]:
             f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
         )
     return schedule
+
+
+def tuned_(
+    model: nn.Module, fine_tune: Callable[[nn.Module, int], float | None], number: int, seed: int
+) -> float | None:
+    """What fine_tune(model, number) returns; torch's generators are seeded for it, and as before afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
+        metric = fine_tune(model, number)
+    return None if metric is None else float(metric)
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

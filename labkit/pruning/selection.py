@@ -1,14 +1,16 @@
 """Which entries go: exactly the k lowest scores, ties broken by position, and k from a fraction without truncation.
 
 Thresholds are what goes wrong in hand-written pruning (`<` or `<=`, ties, `int(10 * 0.9)`), so everything in
-`labkit.pruning` that ranks uses these two. Nothing here knows what a score means.
+`labkit.pruning` that ranks uses these two; everything that leaves named parts of a model alone uses `named_parts` and
+`inside`. Nothing here knows what a score means.
 """
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from labkit.errors import InputError
 
@@ -52,3 +54,21 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
     ties = (flat == threshold).nonzero().squeeze(1)
     lowest.view(-1)[ties[: k - int(lowest.sum())]] = True
     return lowest
+
+
+def named_parts(model: nn.Module, names: str | Iterable[str], argument: str) -> list[str]:
+    """`names` as a list; an InputError that speaks of `argument` if one is no module or parameter of `model`."""
+    parts = [names] if isinstance(names, str) else list(names)
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for part in parts:
+        if part not in known or not part:
+            raise InputError(
+                f"{argument} names {part!r}, but the model has no such module or weight: see named_modules()."
+            )
+    return parts
+
+
+def inside(name: str, part: str) -> bool:
+    """Whether the parameter `name` is `part` or lies in the module `part`."""
+    return name == part or name.startswith(f"{part}.")

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from labkit.errors import InputError
 from labkit.pruning.criteria import Weight, prunable, prunable_attributes, saliency
-from labkit.pruning.selection import count_to_prune, fraction, lowest_k
+from labkit.pruning.selection import count_to_prune, fraction, inside, lowest_k, named_parts
 
 SCOPES = ("global", "layer", "row")
 
@@ -118,7 +118,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
 
 def targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
     """`criteria.prunable` without the modules and weights named in `exclude`; an InputError if none is left."""
-    found = _included(model, _parts(model, exclude))
+    found = _included(model, named_parts(model, exclude, "exclude"))
     if not sum(weight.parameter.numel() for weight in found.values()):
         raise InputError(
             "The model has no weights to prune: it needs a Linear, Conv1d to Conv3d, transformers Conv1D or "
@@ -127,27 +127,11 @@ def targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, We
     return found
 
 
-def _parts(model: nn.Module, exclude: str | Iterable[str]) -> list[str]:
-    parts = [exclude] if isinstance(exclude, str) else list(exclude)
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for part in parts:
-        if part not in known or not part:
-            raise InputError(
-                f"exclude names {part!r}, but the model has no such module or weight: see named_modules()."
-            )
-    return parts
-
-
 def _included(model: nn.Module, parts: list[str]) -> dict[str, Weight]:
     """A shared weight is left out if any of its names is."""
     named = model.named_parameters(remove_duplicate=False)
-    excluded = {id(parameter) for name, parameter in named if any(_inside(name, part) for part in parts)}
+    excluded = {id(parameter) for name, parameter in named if any(inside(name, part) for part in parts)}
     return {name: weight for name, weight in prunable(model).items() if id(weight.parameter) not in excluded}
-
-
-def _inside(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -277,8 +261,8 @@ def _mask_gradient(module: nn.Module, attribute: str, gradient: Tensor) -> Tenso
 
 def _seen(model: nn.Module, exclude: str | Iterable[str]) -> list[Tensor]:
     """Every prunable weight once, as the forward pass sees it."""
-    parts = _parts(model, exclude)
-    foreign = [value for name, _, value in _foreign(model) if not any(_inside(name, part) for part in parts)]
+    parts = named_parts(model, exclude, "exclude")
+    foreign = [value for name, _, value in _foreign(model) if not any(inside(name, part) for part in parts)]
     own = targets(model, parts) if not foreign else _included(model, parts)
     return foreign + [weight.parameter.detach().masked_fill(~_kept(weight), 0.0) for weight in own.values()]
 

@@ -93,14 +93,7 @@ def _attributes_left(conv, norm, reader, keep):
 
 
 def _choose_one_by_one(scores, ratio, least):
-    ranked = sorted((float(s[i] / s.mean()), name, i) for name, s in scores.items() for i in range(len(s)))
-    kept = {name: torch.ones(len(s), dtype=torch.bool) for name, s in scores.items()}
-    to_go = round(ratio * len(ranked))
-    for _, name, i in ranked:
-        if to_go and kept[name].sum() > least:
-            kept[name][i] = False
-            to_go -= 1
-    return kept
+    return _raw({name: s / s.mean() for name, s in scores.items()}, ratio, least)
 
 
 def _choose_protected(scores, ratio, least):
