@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def offline() -> dict[str, str]:
     """An environment in which a child process of Python has no network (Python's sockets, the hub's client)."""
     blocked = str(Path(__file__).parent / "no_network")

@@ -285,27 +285,42 @@ def test_runs_at_smoke_without_a_network_within_its_budget(lesson: Path, tmp_pat
     assert all(check["passed"] for check in record["checks"])
 
 
-@pytest.mark.lesson
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-def test_stable_cells_print_what_is_stored(lesson: Path, tmp_path: Path, offline: dict[str, str]):
-    shutil.copy(lesson, tmp_path)  # nbval works in the notebook's folder
+@pytest.fixture(scope="module", params=LESSONS, ids=lambda path: path.stem)
+def both_ways(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, offline: dict[str, str]
+) -> tuple[subprocess.CompletedProcess, NotebookNode]:
+    """What nbval says of a lesson, and the learner's copy after a run; side by side, on a thread each."""
+    lesson = request.param
+    folder, place = tmp_path_factory.mktemp("nbval"), tmp_path_factory.mktemp("copy")
+    shutil.copy(lesson, folder)  # nbval works in the notebook's folder
+    env = {**offline, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1"}
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "-p", "no:cacheprovider", "-q"]
-    command = [sys.executable, "-m", "pytest", *options, f"--rootdir={tmp_path}", lesson.name]
-    ran = subprocess.run(
-        command, cwd=tmp_path, env={**offline, "LABKIT_PRESET": "smoke"}, capture_output=True, text=True
+    command = [sys.executable, "-m", "pytest", *options, f"--rootdir={folder}", lesson.name]
+    copy = course.student_copy(read(lesson))
+    client = NotebookClient(
+        copy, allow_errors=True, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(place)}}
     )
-    assert ran.returncode == 0, ran.stdout[-5000:]
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as nbval:
+        try:
+            client.execute(env=env)
+            said, _ = nbval.communicate()
+        finally:
+            nbval.kill()
+    return subprocess.CompletedProcess(command, nbval.returncode, said), copy
 
 
 @pytest.mark.lesson
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-def test_the_learner_s_copy_stops_only_at_the_exercises(lesson: Path, tmp_path: Path, offline: dict[str, str]):
-    copy = course.student_copy(read(lesson))
+def test_stable_cells_print_what_is_stored(both_ways: tuple[subprocess.CompletedProcess, NotebookNode]):
+    nbval, _ = both_ways
+    assert nbval.returncode == 0, nbval.stdout[-5000:]
+
+
+@pytest.mark.lesson
+def test_the_learner_s_copy_stops_only_at_the_exercises(both_ways: tuple[subprocess.CompletedProcess, NotebookNode]):
+    _, copy = both_ways
     assert "SOLUTION" not in nbformat.writes(copy)
-    client = NotebookClient(
-        copy, allow_errors=True, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute(env={**offline, "LABKIT_PRESET": "smoke"})
     errors = {output.ename for _, output in outputs(copy) if output.output_type == "error"}
     assert errors == {"NotImplementedError"}
 
