@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import (
@@ -120,6 +121,46 @@ def test_the_argument_is_untouched_and_shares_no_memory(kind):
         for value in [*pruned.model.parameters(), *pruned.model.buffers()]:
             value.zero_()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_pass_that_writes_to_its_input_and_buffers_leaves_both_as_they_were():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("scale", torch.ones(6))
+
+        def forward(self, x):
+            self.calls += 1
+            x *= self.scale.mul_(2)
+            return self.b(F.relu(self.a(x), inplace=True).add_(1))
+
+    torch.manual_seed(0)
+    model, x = Writes().double(), torch.randn(2, 6, dtype=torch.float64)
+    before = x.clone()
+    pruned = prune(model, x, ratio=0.5)
+    assert pruned.report.equal and torch.equal(x, before)
+    for net in (model, pruned.model):
+        assert int(net.calls) == 0 and (net.scale == 1).all()
+
+
+@pytest.mark.parametrize("kind", [Plain, Attention])
+def test_inside_inference_mode_the_new_model_is_an_ordinary_one(kind):
+    """Parameters and input from within too: torch allows no gradient through them."""
+    with torch.inference_mode():
+        model, x = example(kind)
+        pruned = prune(model, x, ratio=0.5, batches=[x], criterion="activation")
+        chosen = plan(model, x, ratio=0.5)
+        again = apply(model, chosen, x)
+    assert pruned.report.equal and again.report.equal
+    x = x.clone()
+    for net in (pruned.model.train(), again.model.train()):
+        net(x).square().sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+    weight = torch.ones(model.fc2.weight.shape if kind is Plain else model.out.weight.shape, requires_grad=True)
+    (indices,) = (dims[1] for name, dims in chosen.kept.items() if name in ("fc2.weight", "out.weight"))
+    weight[:, indices].sum().backward()  # the indices are ordinary tensors as well
 
 
 def test_training_flags_frozen_parameters_hooks_and_names_stay():

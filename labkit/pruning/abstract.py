@@ -5,19 +5,20 @@ their values. What a pass decides by the values of activations cannot be followe
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from labkit.errors import InputError
+from labkit.pruning import shortcuts
 
 # Their result depends on values, which a tensor on the meta device does not have.
 DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
-ACTIVATIONS = {"relu", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"}
 
 
 def to_meta(value: Any) -> Any:
@@ -37,6 +38,7 @@ def _on_meta(x: Tensor) -> Tensor:
     return x if x.device.type == "meta" else torch.empty_like(x, device="meta")
 
 
+@functools.cache
 def name_of(func: Any) -> str:
     """An ATen operator's name without namespace and overload, and the one of an in-place form as of the other."""
     name = func._schema.name.removeprefix("aten::")
@@ -55,7 +57,7 @@ class Abstract(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = list(_tensors(args, kwargs))
         abstract = any(leaf.device.type == "meta" for leaf in leaves)
         name = name_of(func)
         if name in DATA_DEPENDENT:
@@ -77,16 +79,18 @@ class Abstract(TorchDispatchMode):
 
 
 def evaluate(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-    """func(*args, **kwargs), but some by hand that torch takes to pieces on the meta device: half of a trace's time."""
-    if name == "native_batch_norm" and not args[5] and args[0].device.type == "meta":
-        x, *vectors = args[:5]
-        for vector in vectors:
-            if vector is not None and vector.shape != x.shape[1:2]:
-                raise RuntimeError(f"batch norm of {x.shape[1]} channels has vectors of {vector.shape[0]}")
-        return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-    if name in ACTIVATIONS and args[0].device.type == "meta":
-        return args[0] if func._schema.name.endswith("_") else torch.empty_like(args[0])
-    return func(*args, **kwargs)
+    """func(*args, **kwargs), by hand where there is a shortcut."""
+    result = shortcuts.result(name, args, kwargs, in_place=func._schema.name.endswith("_"))
+    return func(*args, **kwargs) if result is None else result
+
+
+def _tensors(args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """Operands of an ATen operator, which nests them in lists at most."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (x for x in value if isinstance(x, Tensor))
 
 
 def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:

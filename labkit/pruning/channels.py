@@ -228,6 +228,7 @@ class _Cluster:
 class Planner:
     """Traces and scores once, then makes the plan for any ratio. The arguments are those of `plan`."""
 
+    @torch.inference_mode(False)  # scores may need gradients
     def __init__(
         self,
         model: nn.Module,
@@ -298,6 +299,7 @@ class Planner:
     def macs(self, ratio: float) -> int:
         return self.coupling.macs(self.coupling.gone(self._removed(ratio)))
 
+    @torch.inference_mode(False)
     def plan(self, ratio: float | Mapping[str, float]) -> Plan:
         coupling, model = self.coupling, self._model
         removed = self._removed(ratio)

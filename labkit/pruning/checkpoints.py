@@ -44,6 +44,7 @@ def save(pruned: Pruned, folder: str | Path) -> None:
     _write(folder / PLAN, lambda path: Path(path).write_text(json.dumps(content), encoding="utf-8"))
 
 
+@torch.inference_mode(False)
 def load(model: nn.Module, folder: str | Path) -> Pruned:
     """The pruned model that `folder` holds, cut from `model`: the same architecture, dense, with any weights.
 
