@@ -231,14 +231,6 @@ def test_a_pruned_model_trains_exports_and_is_pruned_again():
     torch.testing.assert_close(exported.module()(x), again.model(x))
 
 
-def test_a_pruned_model_goes_to_onnx(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    model, x = example(Depthwise)
-    small = prune(model, x, ratio=0.5).model
-    torch.onnx.export(small, (x,), tmp_path / "small.onnx", dynamo=False)
-    onnx.checker.check_model(onnx.load(tmp_path / "small.onnx"))
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
