@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.counting import evaluating
 from labkit.errors import InputError
 from labkit.pruning import equality, importance, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
@@ -205,8 +206,9 @@ def _latency(model: nn.Module, plan: Plan, args: Any, kwargs: Mapping[str, Any] 
 
     args, kwargs = arguments(args, kwargs)
     cut = surgery.cut(model, plan.kept, plan.attributes).eval()
-    dense = surgery.cut(model, {}, {}).eval()
-    return 1 / bench.compare(lambda: dense(*args, **kwargs), lambda: cut(*args, **kwargs), budget_s=1.0).speedup
+    with torch.inference_mode(), evaluating(model):
+        both = bench.compare(lambda: model(*args, **kwargs), lambda: cut(*args, **kwargs), budget_s=1.0)
+    return 1 / both.speedup
 
 
 @dataclass(eq=False)
