@@ -28,7 +28,7 @@ from networks import (
 from random_networks import Network, programs
 from torch import nn
 
-from labkit.errors import DataError, InputError
+from labkit.errors import DataError, EqualityError, InputError
 from labkit.pruning import checkpoints
 from labkit.pruning.channels import apply, plan, prune
 
@@ -77,8 +77,32 @@ def test_a_wrong_cut_is_refused(name):
     dim, indices = next(iter(chosen.kept[name].items()))
     size = model.state_dict()[name].shape[dim]
     wrong = {**chosen.kept, name: {**chosen.kept[name], dim: (indices + 1) % size}}
-    with pytest.raises(InputError, match="NOT equal"):
+    with pytest.raises(EqualityError, match=r"NOT equal.*not returned"):
         apply(model, dataclasses.replace(chosen, kept=wrong), x)
+
+
+def test_a_cut_that_does_not_run_is_refused():
+    model, x = example(Plain)
+    chosen = plan(model, x, ratio=0.4, scope="layer")
+    kept = {name: dims for name, dims in chosen.kept.items() if name != "bn1.weight"}
+    with pytest.raises(EqualityError, match=r"does not run.*ignore"):
+        apply(model, dataclasses.replace(chosen, kept=kept), x)
+
+
+def test_a_pass_that_draws_random_numbers_is_compared_on_the_same_ones():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x * torch.rand_like(x))))
+
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(4, 6)
+    state = torch.get_rng_state()
+    assert prune(model, x, ratio=0.5).report.equal
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_whose_output_is_zero_is_checked_with_noise():

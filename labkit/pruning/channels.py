@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from labkit.counting import evaluating
-from labkit.errors import InputError
+from labkit.errors import EqualityError, InputError
 from labkit.pruning import equality, importance, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
 from labkit.pruning.equality import Report
 from labkit.pruning.selection import count_to_prune, fraction, inside, lowest_k, named_parts
 
 SCOPES = ("global", "layer")
+_MEND = "name the modules that you suspect in ignore, or look at it with apply(..., check=False)."
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def prune(
     """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
 
     args, kwargs: the example input that the model is traced and checked with. For the other arguments see `plan`.
-    Raises InputError where nothing can be pruned, and if the pruned model is not equal to the dense one whose weights
-    do not read the removed channels: a model that fails is never returned. `model` stays as it was.
+    Raises InputError where nothing can be pruned, and EqualityError if the pruned model is not equal to the dense one
+    whose weights do not read the removed channels: a model that fails is never returned. `model` stays as it was.
     """
     options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
     chosen = plan(model, args, kwargs, ratio=ratio, batches=batches, loss_fn=loss_fn, seed=seed, **options)
@@ -113,7 +114,11 @@ def prune(
 def apply(
     model: nn.Module, plan: Plan, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, check: bool = True
 ) -> Pruned:
-    """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out."""
+    """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out.
+
+    Raises EqualityError where the proof fails: the plan was changed by hand, the forward pass gives something else each
+    time, or a rule of `rules` is wrong for this model.
+    """
     args, kwargs = arguments(args, kwargs)
     cut = surgery.cut(model, plan.kept, plan.attributes)
     if not check:
@@ -123,11 +128,9 @@ def apply(
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
     except Exception as error:  # a forward pass can fail in any way
-        raise InputError(
-            f"The pruned model does not run ({error}): name the module in ignore, or report this model."
-        ) from error
+        raise EqualityError(f"The pruned model does not run ({error}), so it is not returned: {_MEND}") from error
     if not report.equal:
-        raise InputError(f"The pruned model is {report} Name the modules that you suspect in ignore.")
+        raise EqualityError(f"The pruned model is {report} It is not returned: {_MEND}")
     return Pruned(cut, plan, report)
 
 
