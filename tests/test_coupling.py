@@ -36,6 +36,14 @@ class Around(nn.Module):
         return self.last(self.fn(self.first(x))) + self.spare2(self.spare1(x))
 
 
+HALF, MASK = (slice(None), slice(4)), torch.tensor([True] * 3 + [False] * 5)
+
+
+def _written(x, part, value):
+    x[part] = value
+    return x
+
+
 def reasons(fn):
     """What is said about the width that `fn` is put on."""
     return dict(Coupling.of(Around(fn), torch.randn(2, 6)).unprunable).get("first.weight dimension 0", "")
@@ -154,19 +162,13 @@ def test_a_head_that_is_only_run_in_training_is_coupled_too():
         (lambda x: F.pad(x[:, :6], (1, 1)), "fixed position"),
         (lambda x: F.pad(x, (1, 1))[:, 1:-1], "padded with constants"),
         (lambda x: x[:, torch.randperm(8)], "indexed by a tensor"),
+        (lambda x: x[:, MASK].repeat(1, 3)[:, :8], "indexed by a tensor"),
+        (lambda x: _written(x, x > 0, 0.0), "index_put"),
         (lambda x: x.roll(1, 1), "rolled"),
     ],
 )
 def test_what_cannot_shrink_is_listed_with_its_reason(fn, what):
     assert what in reasons(fn)
-
-
-def _written(x, part, value):
-    x[part] = value
-    return x
-
-
-HALF, MASK = (slice(None), slice(4)), torch.tensor([True] * 3 + [False] * 5)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,24 @@ def test_a_pass_that_looks_at_activations_is_refused():
 
     with pytest.raises(InputError, match="depends on the values of its activations"):
         trace(Branch(), torch.randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x + x[x > 0].sum(),
+        lambda x: x + x.masked_select(x > 0).sum(),
+        lambda x: x.repeat_interleave((x > 0).long()[:, 0], dim=0).mean(0) + x,
+    ],
+)
+def test_a_pass_that_picks_activations_by_their_values_is_refused(fn):
+    with pytest.raises(InputError, match="depends on the values of its activations"):
+        trace(Around(fn), torch.randn(2, 6))
+
+
+def test_an_operator_that_needs_data_is_refused_by_name():
+    with pytest.raises(InputError, match=r"The operator .* cannot run without data"):
+        trace(Around(lambda x: x + (x > 0).long().flatten().bincount(minlength=8)), torch.randn(2, 6))
 
 
 def test_lazy_layers_are_refused():

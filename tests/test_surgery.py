@@ -21,6 +21,7 @@ from networks import (
     Statics,
     Tied,
     UpDown,
+    chain,
     difference,
     example,
     randomise_,
@@ -47,6 +48,17 @@ def test_a_pruned_network_equals_the_dense_one_with_blind_readers(kind, ratio, s
     assert difference(pruned, model, x) < EXACT
     assert pruned.report.equal and pruned.report.error < EXACT
     assert sum(p.numel() for p in pruned.model.parameters()) == pruned.plan.parameters[1] < pruned.plan.parameters[0]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_over_any_number_of_positions(dims):
+    torch.manual_seed(0)
+    model, x = randomise_(chain(dims)), torch.randn(2, 3, *[8] * dims)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    assert pruned.report.equal and difference(pruned, model, x) < EXACT
+    assert [row.left / row.units for row in pruned.plan.units] == [
+        0.5
+    ] * 3  # 2 groups of convolutions, 6 and 10 channels
 
 
 def test_bare_parameters_are_cut_with_their_width():

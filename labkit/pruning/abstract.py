@@ -6,7 +6,7 @@ their values. What a pass decides by the values of activations cannot be followe
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from labkit.errors import InputError
 from labkit.pruning import shortcuts
 
 # Their result depends on values, which a tensor on the meta device does not have.
-DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
+DATA_DEPENDENT |= {"_unique2", "unique_dim", "unique_consecutive"}
+MASKS = (torch.bool, torch.uint8)  # as an index
 
 
 def to_meta(value: Any) -> Any:
@@ -60,19 +62,31 @@ class Abstract(TorchDispatchMode):
         leaves = list(_tensors(args, kwargs))
         abstract = any(leaf.device.type == "meta" for leaf in leaves)
         name = name_of(func)
-        if name in DATA_DEPENDENT:
+        masks = [x for x in args[1] if x is not None and x.dtype in MASKS] if name in ("index", "index_put") else []
+        known = all(mask.device.type != "meta" for mask in masks)
+        if name in DATA_DEPENDENT or (name == "index" and not known):
             if abstract:
                 raise InputError(
                     f"The forward pass depends on the values of its activations ({name} in {self.where()}), so that "
                     "what hangs together may change from input to input: prune a part of the model that does not."
                 )
             self.looked_at.add(self.where())
+        if masks and known and abstract:
+            args = (args[0], _numbered(args[1]), *args[2:])
+            leaves = list(_tensors(args, kwargs))
         if abstract:
             if not all(leaf.device.type == "meta" for leaf in leaves):
                 args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
         elif torch.device(kwargs.get("device") or "cpu").type == "meta" and _exact(name, args, kwargs, leaves):
             kwargs["device"] = torch.device("cpu")
-        return self.run(name, func, args, kwargs, abstract)
+        try:
+            return self.run(name, func, args, kwargs, abstract)
+        except NotImplementedError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            raise InputError(
+                f"The operator {name} in {self.where()} cannot run without data ({reason}): prune a part of the model "
+                "that does without it."
+            ) from error
 
     def run(self, name: str, func: Any, args: tuple, kwargs: dict, abstract: bool) -> Any:
         return evaluate(name, func, args, kwargs)
@@ -91,6 +105,14 @@ def _tensors(args: tuple, kwargs: dict) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from (x for x in value if isinstance(x, Tensor))
+
+
+def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The indices of an `index` with masks, whose values are known, as the numbers of the entries that they pick."""
+    found: list[Tensor | None] = []
+    for x in indices:
+        found += x.nonzero(as_tuple=True) if x is not None and x.dtype in MASKS else [x]
+    return found
 
 
 def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:
