@@ -30,8 +30,9 @@ from random_networks import Network, programs
 from torch import nn
 
 from labkit.errors import DataError, EqualityError, InputError
-from labkit.pruning import checkpoints
+from labkit.pruning import checkpoints, sensitivity
 from labkit.pruning.channels import apply, plan, prune
+from labkit.pruning.coupling import trace
 
 EXACT = 1e-12  # relative, in float64: rounding of sums of at most 192 terms through few layers is a thousandth of it
 
@@ -189,6 +190,9 @@ def test_inside_inference_mode_the_new_model_is_an_ordinary_one(kind):
         pruned = prune(model, x, ratio=0.5, batches=[x], criterion="activation")
         chosen = plan(model, x, ratio=0.5)
         again = apply(model, chosen, x)
+        assert trace(model, x)
+        scanned = sensitivity.scan(model, x, lambda net: float(net(x).mean()), [0.5], criterion="l2", progress=False)
+    assert len(scanned.rows) == len(chosen.units)
     assert pruned.report.equal and again.report.equal
     x = x.clone()
     for net in (pruned.model.train(), again.model.train()):
