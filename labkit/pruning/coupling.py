@@ -91,6 +91,7 @@ class Coupling:
     numbers: bool = False  # attributes follow a size that shrinks even where the module has another one that does not
 
     @classmethod
+    @torch.inference_mode(False)  # what is made here outlives the caller's mode
     def of(cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> "Coupling":
         args, kwargs = arguments(args, kwargs)
         record = tracing.record(model, args, kwargs)
