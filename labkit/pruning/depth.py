@@ -133,7 +133,7 @@ def prune_layers(
 
 
 def _chosen(layers: Iterable[int], n: int) -> set[int]:
-    chosen = {layers} if isinstance(layers, int) else set(layers)
+    chosen = set(layers)
     for layer in chosen:
         anatomy.check_index(layer, n, "layer")
     if not chosen or len(chosen) == n:
