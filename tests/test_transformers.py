@@ -144,6 +144,18 @@ def test_input_model_stays_as_it_was(name):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_around_it_changes_nothing(kind):
+    expected = output(pruned_by(kind, "llama").model, "llama")
+    model, batches = family("llama"), [inputs("llama")]
+    with torch.inference_mode():
+        pruned = KINDS[kind](model, "llama")
+        scores = transformers.head_importance(model, batches)
+    assert pruned.report.equal and torch.equal(output(pruned.model, "llama"), expected)
+    assert not any(x.is_inference() for x in pruned.model.parameters())
+    assert torch.equal(scores, transformers.head_importance(model, batches))
+
+
 # --- config and disk --------------------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,7 @@ def _loss_without(model: nn.Module, layers, batches: Iterable, n: int, loss_fn: 
     return sums / max(terms, 1)
 
 
+@torch.inference_mode(False)
 def prune_layers(
     model: nn.Module, layers: Iterable[int], *, kwargs: Mapping[str, Any] | None = None, check: bool = True
 ) -> Pruned:

@@ -52,6 +52,7 @@ def scaling(
             handle.remove()
 
 
+@torch.inference_mode(False)
 def learn_gates(
     model: nn.Module,
     batches: Iterable,

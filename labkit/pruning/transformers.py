@@ -23,6 +23,7 @@ from labkit.pruning.pretrained import load, save
 __all__ = ["head_importance", "load", "lowest_heads", "prune_ffn", "prune_heads", "prune_width", "save"]
 
 
+@torch.inference_mode(False)
 def prune_heads(
     model: nn.Module,
     heads: Mapping[int, Iterable[int]],
@@ -147,6 +148,7 @@ def _head_numbers(module: nn.Module, size: int, heads: int, kv_heads: int) -> di
     return {name: value for name, value in numbers.items() if name in vars(module)}
 
 
+@torch.inference_mode(False)
 def prune_ffn(
     model: nn.Module,
     ratio: float | Mapping[int, float],
@@ -204,6 +206,7 @@ def _width_name(model: nn.Module) -> str | None:
     return next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
 
 
+@torch.inference_mode(False)
 def prune_width(
     model: nn.Module,
     ratio: float,
