@@ -5,6 +5,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,10 @@ def pruned_by(kind: str, name: str) -> Pruned:
 
 def able(name: str, kind: str) -> bool:
     return not (kind == "depth" and name in WITHOUT_DEPTH) and not (kind == "width" and name in WITHOUT_WIDTH)
+
+
+def pairs(names: Iterable[str], kinds: Iterable[str]) -> list[tuple[str, str]]:
+    return [(name, kind) for name in names for kind in kinds if able(name, kind)]
 
 
 def masked(model: nn.Module, kept) -> nn.Module:
@@ -106,11 +111,8 @@ def test_pruned_width_is_proved_and_the_same_in_every_layer(name):
     assert module.weight.shape[1 - anatomy.out_dim(module)] == 24
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*DECODERS, "t5"])
+@pytest.mark.parametrize(("name", "kind"), pairs([*DECODERS, "t5"], KINDS))
 def test_generation_with_a_cache_equals_that_without(name, kind):
-    if not able(name, kind):
-        pytest.skip("not for this family")
     pruned = pruned_by(kind, name).model
     prompt = {"input_ids": inputs(name)["input_ids"][:1], "attention_mask": torch.ones(1, 9, dtype=torch.int64)}
     options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -159,11 +161,8 @@ def test_inference_mode_around_it_changes_nothing(kind):
 # --- config and disk --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ffn", "depth"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "kind"), pairs(EVERY, ["ffn", "depth"]))
 def test_config_says_it_where_all_layers_agree(name, kind, tmp_path):
-    if not able(name, kind):
-        pytest.skip("not for this family")
     pruned = pruned_by(kind, name).model
     with models.quietly():
         pruned.save_pretrained(tmp_path)
@@ -227,13 +226,11 @@ def test_saved_models_give_the_same_logits_in_a_new_process(tmp_path):
     from safetensors.torch import save_file
 
     folders = []
-    for name in EVERY:
-        for kind in KINDS:
-            if able(name, kind):
-                pruned = pruned_by(kind, name)
-                folders.append(str(tmp_path / f"{name}-{kind}"))
-                transformers.save(pruned, folders[-1])
-                save_file({**inputs(name), "wanted": output(pruned.model, name)}, f"{folders[-1]}/given.safetensors")
+    for name, kind in pairs(EVERY, KINDS):
+        pruned = pruned_by(kind, name)
+        folders.append(str(tmp_path / f"{name}-{kind}"))
+        transformers.save(pruned, folders[-1])
+        save_file({**inputs(name), "wanted": output(pruned.model, name)}, f"{folders[-1]}/given.safetensors")
     command = [sys.executable, "-c", CHILD, json.dumps(folders)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
