@@ -124,7 +124,10 @@ def _through(
         for number, block in enumerate(tqdm(blocks, desc=progress, disable=not progress)):
             inner = {id(module) for module in block.modules()}
             own = {name: weight for name, weight in weights.items() if id(weight.module) in inner}
-            kept |= _stage(own, method, partial(_advance, block, number, runs))
+            if own:
+                kept |= _stage(own, method, partial(_advance, block, number, runs))
+            if len(kept) == len(weights):
+                break
             for run, hidden in zip(runs, _advance(block, number, runs), strict=True):
                 run.hidden = hidden
     return kept
