@@ -1,0 +1,49 @@
+"""The task loss as a sum over its terms, so that a score over many batches does not depend on how they are cut.
+
+A model returns the mean over a batch's terms: its examples, or for a language model the tokens that it predicts. What
+is averaged over batches has to be weighted by their number. Padding is no term.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from labkit.pruning.calibration import batch_loss, split
+
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether position t of the output is scored against token t + 1: a decoder with a language model head."""
+    able = getattr(model, "can_generate", lambda: False)()
+    return able and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def labelled(model: nn.Module, batch: Any) -> Any:
+    """The batch with labels that leave padding out; a language model's own tokens are its labels where it has none."""
+    if not isinstance(batch, Mapping):
+        return batch
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if labels is None and predicts_next(model) and "input_ids" in batch:
+        labels = batch["input_ids"]
+    if labels is None:
+        return batch
+    if mask is not None and labels.shape == mask.shape and not getattr(model.config, "is_encoder_decoder", False):
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    return {**batch, "labels": labels}
+
+
+def summed(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tuple[Tensor, int]:
+    """(sum of the loss over the batch's terms, how many they are).
+
+    Terms: predicted tokens where the labels are token ids, else examples. A `loss_fn(output, target)` of the caller is
+    taken to be a mean over the examples.
+    """
+    batch = labelled(model, batch)
+    args, kwargs, labels = split(model, batch)
+    terms = len(args[0] if args else next(iter(kwargs.values())))  # examples
+    if loss_fn is None and isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        predicted = labels[:, 1:] if predicts_next(model) else labels
+        terms = int((predicted != IGNORED).sum())
+    return batch_loss(model, batch, loss_fn) * terms, terms
