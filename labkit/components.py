@@ -1,7 +1,7 @@
 """What a transformer is made of: parameters and FLOPs by component, counted on the model itself, not derived.
 
-Which module is what comes from labkit.pruning.anatomy, FLOPs from labkit.counting. A model on the `meta` device will do,
-so nothing of Llama-3-8B has to be stored. No claim about time is made here.
+Which module is what comes from labkit.pruning.anatomy, FLOPs from labkit.counting. A model on the `meta` device will
+do, so nothing of Llama-3-8B has to be stored. No claim about time is made here.
 """
 
 from collections import Counter

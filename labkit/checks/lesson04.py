@@ -69,8 +69,9 @@ def _attend(layers: list[nn.Linear], x: Tensor, head_dim: int) -> Tensor:
 
 def _computes_the_same(after, before, head_dim: int, keep: list[int], failures: Failures) -> None:
     masked = copy.deepcopy(before)
-    columns = masked[3].weight.data.unflatten(1, (masked[1].out_features // head_dim, -1))  # [width, KV heads, the rest]
-    for head in range(columns.shape[1]):
+    kv_heads = masked[1].out_features // head_dim
+    columns = masked[3].weight.data.unflatten(1, (kv_heads, -1))  # [width, KV heads, the rest]
+    for head in range(kv_heads):
         if head not in keep:
             columns[:, head] = 0  # the reference: the output projection does not look at what was removed
     width = before[0].in_features
@@ -155,9 +156,7 @@ def speedup_bound(fn: Callable, failures: Failures) -> None:
     blocks = ((768, 3072, 128), (768, 3072, 512), (384, 1536, 1), (4096, 14336, 8192), (64, 100, 37))
     for width, ffn, tokens in blocks:
         for heads, neurons in ((1.0, 1.0), (0.5, 1.0), (7 / 12, 1.0), (1.0, 0.7), (0.25, 0.5), (0.0, 1.0), (1.0, 0.0)):
-            with failures.given(
-                width=width, ffn=ffn, tokens=tokens, heads=f"{heads:.3f}", neurons=f"{neurons:.3f}"
-            ):
+            with failures.given(width=width, ffn=ffn, tokens=tokens, heads=f"{heads:.3f}", neurons=f"{neurons:.3f}"):
                 left = _flops(width, ffn, tokens, heads, neurons)
                 failures.close(
                     fn(width, ffn, tokens, heads, neurons),

@@ -188,9 +188,8 @@ WRONG = {
         ),
         "heads squared": lambda d, f, n, h, k: _bound_by_sum(d, f, n, h * h, k),
         "the output projection stays": lambda d, f, n, h, k: (
-            _bound_by_sum(d, f, n, 0, 1) / _bound_by_sum(d, f, n, 0, 1)
-            * (8 * d * d + 4 * n * d + 4 * d * f) / ((6 * d * d + 4 * n * d) * h + 2 * d * d + 4 * d * f * k)
-        ),  # fmt: skip
+            (8 * d * d + 4 * n * d + 4 * d * f) / ((6 * d * d + 4 * n * d) * h + 2 * d * d + 4 * d * f * k)
+        ),
         "two bounds multiplied": lambda d, f, n, h, k: _bound_by_sum(d, f, n, h, 1) * _bound_by_sum(d, f, n, 1, k),
         "four times the width, whatever ffn is": lambda d, f, n, h, k: _bound_by_sum(d, 4 * d, n, h, k),
         "upside down": lambda d, f, n, h, k: 1 / _bound_by_sum(d, f, n, h, k),
