@@ -1,7 +1,7 @@
 """Where the heads, the neurons and the layers of a transformer are: one table of spellings, one row a way to write it.
 
 A row is found by the names of the projections, not by the model's class, so that a model which spells its parts like
-Llama is read like Llama. What is not spelled in the tables is not guessed: it is an error that names what was looked for.
+Llama is read like Llama. What is not spelled in the tables is not guessed: it is an error that says what there is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -109,8 +109,7 @@ def attentions(model: nn.Module) -> tuple[Attention, ...]:
         return found
     spelled = "; ".join("/".join(dict.fromkeys(row)) for row in ATTENTIONS)
     raise InputError(
-        f"{type(model).__name__} has no attention heads that labkit knows: it looks for modules with projections spelled "
-        f"{spelled}."
+        f"{type(model).__name__} has no attention heads that labkit knows: it looks for projections spelled {spelled}."
     )
 
 
@@ -134,13 +133,22 @@ def stack(model: nn.Module) -> str:
     raise InputError(f"{type(model).__name__} has {what}: layers can be removed from a model with exactly one.")
 
 
+def check_index(index: object, n: int, what: str) -> None:
+    """InputError unless `index` is a whole number from 0 to n - 1."""
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n:
+        raise InputError(f"There is no {what} {index!r}: they are counted from 0 to {n - 1}.")
+
+
 def out_dim(module: nn.Module) -> int:
     """The dimension of `module.weight` that runs over its outputs: 0 in nn.Linear, 1 in transformers' Conv1D."""
     return 1 if {"nf", "nx"} <= vars(module).keys() else 0
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
-    """A small input for `model`, made from its config: two sequences of 8 tokens, or one image."""
+    """A small input for `model`, made from its config: three sequences of 7 tokens, or one image.
+
+    Sizes that no head or width has, so that a trace does not take one for the other.
+    """
     config = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
@@ -154,7 +162,7 @@ def example(model: nn.Module) -> dict[str, Tensor]:
         raise InputError(
             f"labkit can make no input for {type(model).__name__} from its config: give kwargs, what it is called with."
         )
-    ids = torch.randint(vocabulary, (2, 8), generator=generator).to(device)
+    ids = torch.randint(vocabulary, (3, 7), generator=generator).to(device)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):
         found["decoder_input_ids"] = ids.flip(0)

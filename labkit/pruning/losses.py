@@ -4,9 +4,11 @@ A model returns the mean over a batch's terms: its examples, or for a language m
 is averaged over batches has to be weighted by their number. Padding is no term.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from labkit.pruning.calibration import batch_loss, split
@@ -47,3 +49,27 @@ def summed(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tup
         predicted = labels[:, 1:] if predicts_next(model) else labels
         terms = int((predicted != IGNORED).sum())
     return batch_loss(model, batch, loss_fn) * terms, terms
+
+
+def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """What `forward` gets for this batch by name, without labels: `model(**inputs(model, batch))`."""
+    args, kwargs, _ = split(model, batch)
+    bound = inspect.signature(model.forward).bind_partial(*args).arguments
+    return {name: value for name, value in {**bound, **kwargs}.items() if name != "labels"}
+
+
+def valid(model: nn.Module, given: Mapping[str, Any], part: str, x: Tensor) -> Tensor:
+    """Which of the tokens of `x` [B, T, width] or [B * T, width] are no padding: [B, T] bool.
+
+    given: `inputs` of the batch. part: the module that x belongs to, which in an encoder-decoder says whose mask it is.
+    """
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    prefix = "decoder_" if two and "decoder" in part.split(".") else ""
+    mask, ids = given.get(f"{prefix}attention_mask"), given.get(f"{prefix}input_ids")
+    tokens = x.numel() // x.shape[-1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == tokens:
+        return mask.to(x.device) != 0
+    if x.dim() > 2:
+        return torch.ones(x.shape[0], tokens // x.shape[0], dtype=torch.bool, device=x.device)
+    shape = ids.shape if isinstance(ids, Tensor) and ids.numel() == tokens else (tokens, 1)
+    return torch.ones(shape, dtype=torch.bool, device=x.device)
