@@ -124,3 +124,12 @@ def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
     if name == "t5":
         found["decoder_input_ids"] = torch.randint(3, VOCABULARY, (3, 5), generator=generator)
     return found
+
+
+def heads_to_remove(name: str) -> dict[int, list[int]]:
+    """A choice that leaves layers of different sizes: single heads, a whole KV group, one head of each group, both."""
+    if name in GROUPED:
+        return {0: [0, 1], 1: [1, 2], 2: [0, 1, 3]}
+    if name == "t5":  # encoder self, encoder self, then decoder self, cross, self, cross
+        return {0: [1], 1: [1], 3: [0, 2], 5: [0, 2]}
+    return {0: [1], 2: [0, 3]}

@@ -38,20 +38,16 @@ def cut(
     attributes: surgery.Attributes,
     units: tuple[Units, ...],
     *,
-    reads: frozenset[str],
     kwargs: Mapping[str, Any] | None,
     check: bool,
     config: Mapping[str, Any],
 ) -> Pruned:
-    """A copy of `model` cut to `kept`, proved on `kwargs` (by default `anatomy.example`), with `config` where it fits.
-
-    reads: the parameters that read what goes; their removed columns are what the reference does without.
-    """
+    """A copy of `model` cut to `kept`, proved on `kwargs` (by default `anatomy.example`), with `config` where it fits."""
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
     linear = surgery.attributes(model, kept, {})
     attributes = {name: {**linear.get(name, {}), **attributes.get(name, {})} for name in {**linear, **attributes}}
     record = tracing.record(model, (), kwargs)
-    gone = _gone(record, kept, reads)
+    gone = _gone(record, kept)
     new = surgery.cut(model, kept, attributes)
     report = equality.check(model, new, record, gone, (), kwargs) if check else None
     if report is not None and not report.equal:
@@ -78,11 +74,11 @@ def macs(record: tracing.Record) -> int:
     return sum(cost.macs for cost in record.costs)
 
 
-def _gone(record: tracing.Record, kept: surgery.Kept, reads: frozenset[str]) -> np.ndarray:
-    """Which labels go: the columns that read what is removed. What was there to be read then does not matter."""
+def _gone(record: tracing.Record, kept: surgery.Kept) -> np.ndarray:
+    """Which labels go."""
     gone = np.zeros(record.labels.count, dtype=bool)
     for entry in record.entries:
-        if entry.name in reads and entry.dim in kept.get(entry.name, {}):
+        if entry.dim in kept.get(entry.name, {}):
             stays = np.zeros(entry.size, dtype=bool)
             stays[kept[entry.name][entry.dim].numpy()] = True
             gone[entry.base : entry.base + entry.size] = ~stays
@@ -93,15 +89,20 @@ def _gone(record: tracing.Record, kept: surgery.Kept, reads: frozenset[str]) -> 
 
 
 def state_config(model: nn.Module, new: Mapping[str, Any]) -> bool:
-    """Puts `new` in the config of `model` if the architecture that it then describes has the model's shapes."""
+    """Puts `new` in the config of `model` if the architecture that it then describes is the model's.
+
+    That is, it has its shapes, and the same factors where a config makes them from a size (Gemma scales embeddings by
+    the root of the width, which a narrower model would do otherwise).
+    """
     if not new or not hasattr(model, "config"):
         return False
     candidate = copy.deepcopy(model.config)
     try:
         _set(candidate, new)
-        fits = shapes(architecture(type(model), candidate)) == shapes(model)
+        fresh = architecture(type(model), candidate)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError):
         return False  # the architecture cannot be built so
+    fits = shapes(fresh) == shapes(model) and not differing(fresh, model, (float,))
     if fits:
         for config in configs(model):
             _set(config, new)
@@ -123,6 +124,21 @@ def architecture(kind: type[nn.Module], config: Any, device: str = "meta") -> nn
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """{parameter: shape}"""
     return {name: tuple(x.shape) for name, x in model.named_parameters()}
+
+
+def differing(fresh: nn.Module, model: nn.Module, types: tuple[type, ...]) -> dict[str, dict[str, Any]]:
+    """{module: {attribute: value}} of the values of these types that modules have written down and fresh ones have not.
+
+    Only where a fresh one has another value of the same type.
+    """
+    modules = dict(fresh.named_modules())
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            before = getattr(modules[path], name, None)
+            if type(value) in types and type(before) is type(value) and before != value and not name.startswith("_"):
+                found.setdefault(path, {})[name] = value
+    return found
 
 
 def _set(config: Any, new: Mapping[str, Any]) -> None:

@@ -84,28 +84,15 @@ def _difference(fresh: nn.Module, model: nn.Module) -> Plan:
         wide = own[name].shape
         if found := {dim: torch.arange(n) for dim, n in enumerate(x.shape) if n != wide[dim]}:
             kept[name] = found
-    modules = dict(fresh.named_modules())
-    attributes = {name: _numbers(modules[name], module) for name, module in model.named_modules()}
     return Plan(
         kept=kept,
-        attributes={name: values for name, values in attributes.items() if values},
+        attributes=cuts.differing(fresh, model, (int, float, tuple)),
         units=(),
         unprunable=(),
         parameters=(surgery.parameters(fresh)[0], surgery.parameters(model)[0]),
         macs=(0, 0),
         bytes=(surgery.parameters(fresh)[1], surgery.parameters(model)[1]),
     )
-
-
-def _numbers(fresh: nn.Module, module: nn.Module) -> dict[str, Any]:
-    """Plain numbers that a module has written down and that a fresh one has otherwise."""
-    found = {}
-    for name, value in vars(module).items():
-        before = getattr(fresh, name, None)
-        plain = not name.startswith("_") and type(value) in (int, float, tuple) and type(before) is type(value)
-        if plain and before != value:
-            found[name] = value
-    return found
 
 
 @contextlib.contextmanager

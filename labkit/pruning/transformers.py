@@ -43,7 +43,7 @@ def prune_heads(
     parts = anatomy.attentions(model)
     chosen = _chosen(parts, heads)
     _together(model, parts, chosen)
-    kept, attributes, units, reads = {}, {}, [], set()
+    kept, attributes, units = {}, {}, []
     left = [(part.heads, part.kv_heads) for part in parts]
     for layer, part in enumerate(parts):
         gone = chosen.get(layer, frozenset())
@@ -54,11 +54,10 @@ def prune_heads(
         left[layer] = len(queries), len(keys)
         kept |= _head_rows(model, part, queries, keys)
         attributes[part.name] = _head_numbers(model.get_submodule(part.name), part.size, *left[layer])
-        reads.add(f"{part.output}.weight")
     config = {}
     if len(set(left)) == 1:
         config = {"num_attention_heads": left[0][0], "num_key_value_heads": left[0][1], "head_dim": parts[0].size}
-    return cut(model, kept, attributes, tuple(units), reads=frozenset(reads), kwargs=kwargs, check=check, config=config)
+    return cut(model, kept, attributes, tuple(units), kwargs=kwargs, check=check, config=config)
 
 
 def _chosen(parts: tuple[Attention, ...], heads: Mapping[int, Iterable[int]]) -> dict[int, frozenset[int]]:
@@ -188,8 +187,7 @@ def prune_ffn(
             kept |= _neuron_rows(model, part, (~gone).nonzero().squeeze(1))
     widths = {row.left for row in units}
     config = {name: widths.pop()} if len(widths) == 1 and (name := _width_name(model)) else {}
-    reads = frozenset(f"{part.down}.weight" for part in parts)
-    found = cut(model, kept, {}, tuple(units), reads=reads, kwargs=kwargs, check=check, config=config)
+    found = cut(model, kept, {}, tuple(units), kwargs=kwargs, check=check, config=config)
     if means is not None:
         neurons.fold_(found.model, model, parts, removed, means)
     return found
