@@ -64,7 +64,11 @@ def distilling(
         return _mixed(distillation_loss(output.logits, wanted, temperature=temperature, mask=mask), output.loss)
 
     def _mixed(soft: Tensor, hard: Tensor | None) -> Tensor:
-        return soft if alpha == 1 or hard is None else alpha * soft + (1 - alpha) * hard
+        if alpha == 1:
+            return soft
+        if hard is None:
+            raise InputError("The task loss needs labels, and the batch has none: give labels, or alpha=1 without it.")
+        return alpha * soft + (1 - alpha) * hard
 
     return loss_fn
 

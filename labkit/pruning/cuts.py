@@ -42,7 +42,7 @@ def cut(
     check: bool,
     config: Mapping[str, Any],
 ) -> Pruned:
-    """A copy of `model` cut to `kept`, proved on `kwargs` (by default `anatomy.example`), with `config` where it fits."""
+    """A copy of `model` cut to `kept` and proved on `kwargs` (None: `anatomy.example`), with `config` where it fits."""
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
     linear = surgery.attributes(model, kept, {})
     attributes = {name: {**linear.get(name, {}), **attributes.get(name, {})} for name in {**linear, **attributes}}

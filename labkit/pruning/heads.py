@@ -128,7 +128,7 @@ def lowest_heads(
             raise InputError(f"Layer {layer} has {len(own)} heads, which is no multiple of group, {group}.")
         table = torch.arange(len(own)).view(-1, group)  # [groups, group]
         if even:
-            order = own[table].argsort(1, stable=True)  # of each group its lowest first
+            order = own[table].argsort(dim=1, stable=True)  # of each group its lowest first
             table = table.gather(1, order).T  # [group, groups]
         scores = own[table].mean(1)
         ranked = scores.argsort(stable=True).tolist()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.pruning.calibration import batch_loss, split
@@ -40,15 +41,27 @@ def summed(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tup
     """(sum of the loss over the batch's terms, how many they are).
 
     Terms: predicted tokens where the labels are token ids, else examples. A `loss_fn(output, target)` of the caller is
-    taken to be a mean over the examples.
+    taken to be a mean over the examples. A decoder's loss is computed here, in float32 or wider: models themselves go
+    down to float32.
     """
     batch = labelled(model, batch)
-    args, kwargs, labels = split(model, batch)
-    terms = len(args[0] if args else next(iter(kwargs.values())))  # examples
+    given = inputs(model, batch)
+    _, _, labels = split(model, batch)
+    if loss_fn is None and predicts_next(model) and isinstance(labels, Tensor):
+        return _next_token(model(**given).logits, labels)
+    terms = len(next(iter(given.values())))  # examples
     if loss_fn is None and isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-        predicted = labels[:, 1:] if predicts_next(model) else labels
-        terms = int((predicted != IGNORED).sum())
+        terms = int((labels != IGNORED).sum())
     return batch_loss(model, batch, loss_fn) * terms, terms
+
+
+def _next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Cross-entropy of logits [B, T, vocabulary] at t for the label at t + 1, and how many there are."""
+    targets = labels[:, 1:].flatten()
+    scores = logits[:, :-1].flatten(0, 1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    loss = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
+    return loss, int((targets != IGNORED).sum())
 
 
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
