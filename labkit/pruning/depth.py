@@ -6,7 +6,7 @@ angular distance of consecutive layers). A removed layer passes its input on; no
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from labkit.pruning import anatomy, cuts, losses, surgery, tracing
 from labkit.pruning.calibration import calibrating, check_batches, not_empty
 from labkit.pruning.channels import Plan, Pruned, Units
 from labkit.pruning.equality import Report
+from labkit.pruning.layers import hidden, layers_of, remembering, resuming, skipping
 
 METHODS = ("cosine", "angular", "l2", "loss")
 
@@ -42,24 +43,18 @@ def layer_importance(
     "angular": E[arccos(cos(x, y))] / pi, in [0, 1] (Gromov et al. 2024).
     "l2": E[|y - x| / |x|]: relative, since the residual stream grows from layer to layer.
     "loss": the increase of the mean loss per term without the block, the ground truth; negative where the model is
-        better without it. One forward pass a block and batch. Loss as in `heads.head_importance`.
+        better without it. A forward pass from the block on for each batch. Loss as in `heads.head_importance`.
     Padding is left out, `batches` is read once, none is kept. label: shown on a progress bar over batches.
     """
     if method not in METHODS:
         raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
-    layers = _layers(model)
+    layers = layers_of(model)
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(layers):
         raise InputError(f"n is {n!r}, but it must be a whole number from 1 to {len(layers)}, the number of layers.")
     batches = tqdm(check_batches(batches, method), desc=label, disable=not label, mininterval=2)
     if method == "loss":
         return _loss_without(model, layers, batches, n, loss_fn)
     return _distances(model, layers, batches, n, DISTANCES[method])
-
-
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(qualified name, layer), in order."""
-    name = anatomy.stack(model)
-    return [(f"{name}.{key}", layer) for key, layer in model.get_submodule(name)._modules.items()]
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -80,7 +75,7 @@ def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Ca
     states: list[Tensor] = []  # of one batch: what each layer reads, and what the last one gives, [B, T, width]
 
     def reads(module, args, kwargs):
-        states.append(_hidden(args, kwargs))
+        states.append(hidden(args, kwargs))
 
     def gives(module, args, output):
         states.append(output if isinstance(output, Tensor) else output[0])
@@ -102,37 +97,19 @@ def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Ca
 
 @torch.no_grad()
 def _loss_without(model: nn.Module, layers, batches: Iterable, n: int, loss_fn: Callable | None) -> Tensor:
+    stack = [layer for _, layer in layers]
     sums = torch.zeros(len(layers) - n + 1, dtype=torch.float64)
     terms = 0
     with calibrating(model):
         for batch in not_empty(batches):
-            dense, count = losses.summed(model, batch, loss_fn)
+            with remembering(stack) as outputs:
+                dense, count = losses.summed(model, batch, loss_fn)
             for first in range(len(sums)):
-                with skipping([layer for _, layer in layers[first : first + n]]):
+                with resuming(stack, outputs[:first]), skipping(stack[first : first + n]):
                     loss, _ = losses.summed(model, batch, loss_fn)
                 sums[first] += float(loss.double() - dense.double())
             terms += count
     return sums / max(terms, 1)
-
-
-@contextlib.contextmanager
-def skipping(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, these layers pass their input on."""
-
-    def after(module, args, kwargs, output):
-        hidden = _hidden(args, kwargs)
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
-    handles = [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def prune_layers(
@@ -145,7 +122,7 @@ def prune_layers(
     with no index kept. report: equality with the dense model whose removed layers pass their input on.
     Raises InputError for a bad index, no layer left, or a model with no or several lists of layers (T5).
     """
-    found = _layers(model)
+    found = layers_of(model)
     chosen = _chosen(layers, len(found))
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
     new = surgery.cut(model, {}, {}).train(model.training)
@@ -221,7 +198,7 @@ def _plan(model: nn.Module, new: nn.Module, removed, attributes, kwargs: Mapping
         for path, _ in layer.named_parameters()
     }
     (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(new)
-    layers = len(_layers(model))
+    layers = len(layers_of(model))
     return Plan(
         kept=kept,
         attributes=attributes,

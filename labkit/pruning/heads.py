@@ -14,6 +14,7 @@ from tqdm import tqdm
 from labkit.errors import InputError
 from labkit.pruning import anatomy, attention_maps, gates, losses
 from labkit.pruning.calibration import calibrating, check_batches, not_empty
+from labkit.pruning.layers import layers_of, remembering, resuming
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
 
@@ -44,7 +45,7 @@ def head_importance(
     "gate": gates learned on the frozen model with a penalty on open ones (`gates.learn_gates` with its defaults; `seed`
         is for their noise), in [0, 1].
     "ablation": the increase of the mean loss per term when the head alone is switched off, exact; negative where the
-        model is better without it. One forward pass a head and batch.
+        model is better without it. A forward pass from its layer on for each head and batch.
 
     Task loss: labels in the batches, or `loss_fn(output, target)`, a mean over the examples; a decoder without labels
     predicts its own tokens. Padding (attention_mask 0) counts nowhere. label: shown on a progress bar over batches.
@@ -91,20 +92,29 @@ def _taylor(model: nn.Module, batches: Iterable, loss_fn: Callable | None) -> Te
 @torch.no_grad()
 def _ablation(model: nn.Module, batches: Iterable, loss_fn: Callable | None) -> Tensor:
     parts = anatomy.attentions(model)
+    stack = layers_of(model) if len(anatomy.anatomy(model).stacks) == 1 else []
     sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
     terms = 0
     with calibrating(model):
         for batch in not_empty(batches):
-            dense, n = losses.summed(model, batch, loss_fn)
-            for i, part in enumerate(parts):
-                for head in range(part.heads):
-                    without = torch.ones(part.heads, 1, device=dense.device)
-                    without[head] = 0
-                    with gates.scaling(model, [part], lambda _, contexts, w=without: w.to(contexts)):
-                        loss, _ = losses.summed(model, batch, loss_fn)
-                    sums[i][head] += float(loss.double() - dense.double())
+            with remembering([layer for _, layer in stack]) as outputs:
+                dense, n = losses.summed(model, batch, loss_fn)
+            for total, part in zip(sums, parts, strict=True):
+                first = next((i for i, (name, _) in enumerate(stack) if part.name.startswith(f"{name}.")), 0)
+                with resuming([layer for _, layer in stack], outputs[:first]):
+                    for head in range(part.heads):
+                        with gates.scaling(model, [part], lambda _, contexts, head=head: _all_but(head, contexts)):
+                            loss, _ = losses.summed(model, batch, loss_fn)
+                        total[head] += float(loss.double() - dense.double())
             terms += n
     return gates.rows([total / max(terms, 1) for total in sums])
+
+
+def _all_but(head: int, contexts: Tensor) -> Tensor:
+    """1 for every head but 0 for this one: [heads, 1]"""
+    ones = contexts.new_ones(contexts.shape[-2], 1)
+    ones[head] = 0
+    return ones
 
 
 def lowest_heads(

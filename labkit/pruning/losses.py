@@ -24,17 +24,17 @@ def predicts_next(model: nn.Module) -> bool:
 
 
 def labelled(model: nn.Module, batch: Any) -> Any:
-    """The batch with labels that leave padding out; a language model's own tokens are its labels where it has none."""
-    if not isinstance(batch, Mapping):
-        return batch
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if labels is None and predicts_next(model) and "input_ids" in batch:
-        labels = batch["input_ids"]
+    """The batch with labels that leave padding out; a decoder's own tokens are its labels where it has none."""
+    named = inputs(model, batch)
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None and predicts_next(model) and "input_ids" in named:
+        labels = named["input_ids"]
     if labels is None:
         return batch
+    mask = named.get("attention_mask")
     if mask is not None and labels.shape == mask.shape and not getattr(model.config, "is_encoder_decoder", False):
         labels = labels.masked_fill(mask == 0, IGNORED)
-    return {**batch, "labels": labels}
+    return {**named, "labels": labels}
 
 
 def summed(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tuple[Tensor, int]:
