@@ -42,7 +42,7 @@ def _nm_mask(fn: Callable, failures: Failures, weight: Tensor, n: int, m: int) -
     wrong = [sum(row) for row in kept if sum(row) != n]
     failures.expect(
         not wrong,
-        "a group of m neighbours in dimension 1 does not keep exactly n: look at ties, at the dimension, at what n counts",
+        "a group of m neighbours in dimension 1 does not keep exactly n: look at ties, the dimension, what n counts",
         detail=f"{len(wrong)} of {len(kept)} groups, the first keeps {wrong[0]}" if wrong else "",
     )
     pairs = [list(zip(group, row, strict=True)) for group, row in zip(groups, kept, strict=True)]
@@ -104,7 +104,7 @@ def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
                 again[row, 4 * group + place] += value
     failures.expect(
         ascending,
-        "the two places of a group have to be different and in ascending order, also where it holds fewer than two values",
+        "the two places of a group have to differ and ascend, also where the group holds fewer than two values",
     )
     failures.expect(
         torch.equal(again, weight),
@@ -117,9 +117,7 @@ def stored_share(fn: Callable, failures: Failures) -> None:
     for n, m in ((2, 4), (1, 4), (4, 8), (1, 2), (3, 6), (8, 16), (4, 4), (5, 12), (1, 1)):
         for bits in (32, 16, 8, 4):
             with failures.given(n=n, m=m, bits=bits):
-                digits = max(
-                    (len(f"{place:b}") for place in range(1, m)), default=0
-                )  # of the highest place, 0 to m - 1
+                digits = max((len(f"{place:b}") for place in range(1, m)), default=0)  # of the highest place
                 values, places = "v" * bits * n, "".join(f"{place:0{digits}b}" * bool(digits) for place in range(n))
                 failures.close(
                     fn(n, m, bits),

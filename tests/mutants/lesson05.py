@@ -79,7 +79,7 @@ def _compress_slowly(weight):
 
 
 def _compress_only_nonzeros(weight):
-    groups, places = _places(weight)
+    places = _places(weight)[1]
     return weight[weight != 0].view(len(weight), -1), _pack(places)
 
 
@@ -106,8 +106,8 @@ def _compress_a_byte_a_group(weight):
     return groups.gather(-1, places).flatten(1), (places[..., 0] | places[..., 1] << 2).byte()
 
 
-def _wanda(weight, inputs, n, m, norm=lambda x: x.norm(dim=0), size=torch.abs):
-    return _mask(size(weight) * norm(inputs.flatten(0, -2)), n, m)
+def _wanda(weight, inputs, n, m, norm=lambda x: x.norm(dim=0), **how):
+    return _mask(weight * norm(inputs.flatten(0, -2)), n, m, **how)
 
 
 def _wanda_by_energy(weight, inputs, n, m):
@@ -169,7 +169,7 @@ WRONG = {
         "squares without the root": lambda *a: _wanda(*a, norm=lambda x: x.square().sum(0)),
         "largest input": lambda *a: _wanda(*a, norm=lambda x: x.abs().amax(0)),
         "only the first sequence": lambda w, x, n, m: _wanda(w, x[:1] if x.dim() == 3 else x, n, m),
-        "signed weights": lambda *a: _wanda(*a, size=lambda w: w),
+        "signed weights": lambda *a: _wanda(*a, score=lambda s: s),
         "ranked over the row": _wanda_by_row,
         "removed where kept": lambda *a: ~_wanda(*a),
     },
