@@ -57,7 +57,8 @@ def compress(weight: Tensor, n: int = 2, m: int = 4) -> Packed:
     groups = rows.reshape(-1, m)  # [groups, m]
     # The nonzeros first, then zeros, each in order: a stable sort by "is zero". Then those n in the group's order.
     places = (groups == 0).byte().argsort(dim=1, stable=True)[:, :n].sort(dim=1).values  # [groups, n]
-    return Packed(groups.gather(1, places), _to_bits(places, index_bits(m)), tuple(weight.shape), n, m)
+    values = _movable(groups).gather(1, places).view(weight.dtype)
+    return Packed(values, _to_bits(places, index_bits(m)), tuple(weight.shape), n, m)
 
 
 def decompress(packed: Packed) -> Tensor:
@@ -66,11 +67,17 @@ def decompress(packed: Packed) -> Tensor:
     places = _from_bits(packed.metadata, index_bits(m), values.numel()).view(values.shape)  # [groups, n]
     if (places >= m).any():
         raise InputError(f"The metadata names a place that a group of {m} does not have: it belongs to another weight.")
-    groups = values.new_zeros(len(values), m).scatter_(1, places, values)
+    movable = _movable(values)
+    groups = movable.new_zeros(len(values), m).scatter_(1, places, movable).view(values.dtype)
     if len(packed.shape) == 1:
         return groups.view(packed.shape)
     first, width, *kernel = packed.shape
     return groups.view(first, *kernel, width).movedim(-1, 1).contiguous()
+
+
+def _movable(x: Tensor) -> Tensor:
+    """torch moves no float8 about, but it does move their bytes."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
 def _to_bits(places: Tensor, bits: int) -> Tensor:

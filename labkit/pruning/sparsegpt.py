@@ -4,9 +4,18 @@ Frantar & Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pr
 weight and the Hessian of its inputs here; `layerwise` collects Hessians and goes through a model.
 """
 
+import math
+import warnings
+
+import torch
 from torch import Tensor
 
+from labkit.errors import InputError
+from labkit.pruning.nm_pattern import check_pattern, mask
+from labkit.pruning.selection import count_to_prune, fraction, lowest_k
+
 Pattern = float | tuple[int, int]
+TRIES = 6  # of a damping ten times the one before
 
 
 def sparsegpt(
@@ -25,4 +34,75 @@ def sparsegpt(
         W_:,j: -= e U_j,j:     within the block at once, for the columns after it once a block (the lazy update)
     An input that is always zero is removed and takes no part. Time O(in^3 + out in^2), memory O(in^2) in float64.
     """
-    raise NotImplementedError
+    n_of_m = pattern if isinstance(pattern, tuple) else None
+    _check(weight, hessian, pattern, damp, block)
+    alive = hessian.diagonal() > 0  # [in]
+    w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).masked_fill(~alive, 0.0)
+    w = w.t().contiguous()  # [in, out]: a column of the weight is one piece of memory
+    u = _factor(hessian, alive, damp).to(w.dtype)  # [in, in]
+    diagonal = u.diagonal()[:, None]  # [in, 1]
+    kept = torch.empty_like(w, dtype=torch.bool)
+    if n_of_m is not None:
+        block = -(-block // n_of_m[1]) * n_of_m[1]
+    for start in range(0, len(w), block):
+        end = min(start + block, len(w))
+        if n_of_m is None:
+            scores = (w[start:end] / diagonal[start:end]).square()
+            kept[start:end] = ~lowest_k(scores, count_to_prune(scores.numel(), pattern))
+        errors = torch.empty_like(w[start:end])  # [columns, out]
+        for j in range(start, end):
+            if n_of_m is not None and j % n_of_m[1] == 0:
+                group = slice(j, j + n_of_m[1])
+                kept[group] = mask((w[group] / diagonal[group]).t(), *n_of_m).t()
+            e = w[j].masked_fill(kept[j], 0.0) / diagonal[j]  # [out]
+            w[j + 1 : end].addr_(u[j, j + 1 : end], e, alpha=-1)
+            errors[j - start] = e
+        w[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+    return w.masked_fill_(~kept, 0.0).t().to(weight.dtype).contiguous(), kept.t().contiguous()
+
+
+def _factor(hessian: Tensor, alive: Tensor, damp: float) -> Tensor:
+    """U [in, in], upper, with (H + damping)^-1 = U^T U, in float64; the damping grows until it can be had."""
+    h = hessian.double()
+    mean = h.diagonal()[alive].mean() if alive.any() else h.new_ones(())
+    h = h + torch.diag(mean * ~alive)
+    for tenfold in range(TRIES):
+        damping = damp * 10**tenfold
+        lower, failed = torch.linalg.cholesky_ex(h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device))
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper
+        warnings.warn(
+            f"The Hessian is not positive definite in float64 with a damping of {damping:g}, so {10 * damping:g} is "
+            "tried: give more calibration data, or a larger damp.",
+            stacklevel=3,
+        )
+    raise InputError(
+        f"The Hessian has no Cholesky factor even with a damping of {damping:g}: it is not X^T X of inputs."
+    )
+
+
+def _check(weight: Tensor, hessian: Tensor, pattern: Pattern, damp: float, block: int) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point() or hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise InputError(
+            f"weight is {list(weight.shape)} and hessian {list(hessian.shape)}, but they must be [out, in] and "
+            "[in, in]: X^T X of the layer's inputs X [N, in]."
+        )
+    if not hessian.isfinite().all() or not weight.isfinite().all():
+        raise InputError("The weight or the Hessian holds NaN or infinity: look for the batch that it comes from.")
+    check_pattern_or_fraction(pattern)
+    if isinstance(pattern, tuple) and weight.shape[1] % pattern[1]:
+        raise InputError(f"The width {weight.shape[1]} is no multiple of m = {pattern[1]}: pad it with zero columns.")
+    if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 < damp < math.inf:
+        raise InputError(f"damp is {damp!r}, but it must be a positive number, a fraction of the mean diagonal.")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise InputError(f"block is {block!r}, but it must be a whole number of columns from 1 up.")
+
+
+def check_pattern_or_fraction(pattern: Pattern) -> None:
+    """Raises InputError unless `pattern` is a fraction to remove or a pair (n, m)."""
+    if isinstance(pattern, tuple) and len(pattern) == 2:
+        check_pattern(*pattern)
+    else:
+        fraction(pattern, "pattern")

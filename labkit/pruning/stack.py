@@ -1,0 +1,114 @@
+"""A model as a stack of blocks: which modules they are, what each is called with, and one block's run at a time.
+
+For language models and other transformers, whose blocks pass one tensor of hidden states on. What a block gets besides
+(masks, positions) is recorded from one run of the model and taken as it was. Knows nothing of pruning.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from labkit.pruning.calibration import split
+
+
+@dataclass
+class Run:
+    """One batch on its way: the hidden states that the next block gets, and each block's other arguments."""
+
+    hidden: Tensor
+    calls: list[Callable[[Tensor], tuple[tuple, dict]]]  # hidden states -> arguments of the block
+
+
+class _Last(Exception):
+    """The last block has run: the head of the model need not."""
+
+
+def blocks(model: nn.Module, share: Callable[[nn.Module], int]) -> list[nn.Module]:
+    """The modules of the nn.ModuleList that holds more than half of `share`, all of one class; empty if there is none.
+
+    share(module): a size, such as the number of weights in it.
+    """
+    for module in model.modules():
+        same = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1
+        if same and len({id(block) for block in module}) == len(module) and 2 * share(module) > share(model):
+            return list(module)
+    return []
+
+
+def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence) -> list[Run] | None:
+    """A Run before the first block for each batch; None if the blocks do not pass one tensor on, each to the next."""
+    runs = []
+    with _without_cache(model):
+        for batch in batches:
+            run = _record(model, blocks, batch)
+            if run is None:
+                return None
+            runs.append(run)
+    return runs
+
+
+def forward(block: nn.Module, number: int, run: Run) -> Tensor:
+    """The hidden states after `block`, which is the blocks' `number`-th."""
+    args, kwargs = run.calls[number](run.hidden)
+    return _first(block(*args, **kwargs))
+
+
+def _record(model: nn.Module, blocks: Sequence[nn.Module], batch: object) -> Run | None:
+    calls, seen = [], []  # seen: the first block's hidden states and each block's output, of which the last one is kept
+    place = {id(block): number for number, block in enumerate(blocks)}
+
+    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        slot, hidden = next(
+            ((k, v) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)), (0, None)
+        )
+        if place[id(block)] != len(calls) or (calls and hidden is not seen[1]) or hidden is None:
+            raise _Last
+        seen[:] = [seen[0] if seen else hidden]
+        calls.append(_arguments(args, kwargs, slot))
+
+    def after(block: nn.Module, args: tuple, output: object) -> None:
+        seen[1:] = [_first(output)]
+        if len(calls) == len(blocks):
+            raise _Last
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(after).remove)
+        args, kwargs, _ = split(model, batch)
+        with suppress(_Last):
+            model(*args, **kwargs)
+    return Run(seen[0], calls) if len(calls) == len(blocks) else None
+
+
+def _arguments(args: tuple, kwargs: Mapping, slot: int | str) -> Callable[[Tensor], tuple[tuple, dict]]:
+    """What rebuilds a call with other hidden states; it does not keep the ones that were recorded."""
+    args = tuple(None if k == slot else v for k, v in enumerate(args))
+    kwargs = {k: None if k == slot else v for k, v in kwargs.items()}
+
+    def rebuilt(hidden: Tensor) -> tuple[tuple, dict]:
+        if isinstance(slot, int):
+            return (*args[:slot], hidden, *args[slot + 1 :]), dict(kwargs)
+        return args, {**kwargs, slot: hidden}
+
+    return rebuilt
+
+
+def _first(output: object) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """transformers would hand every block a KV cache, which a second run of the block would find full."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "use_cache"):
+        yield
+        return
+    before, config.use_cache = config.use_cache, False
+    try:
+        yield
+    finally:
+        config.use_cache = before
