@@ -20,7 +20,7 @@ from labkit.pruning.calibration import calibrating, check_batches, not_empty, sp
 from labkit.pruning.criteria import Weight, hessian, prunable, spread, sum_over_rows, watched
 from labkit.pruning.nm_pattern import mask
 from labkit.pruning.selection import count_to_prune, lowest_k, named_parts
-from labkit.pruning.sparsegpt import Pattern, check_pattern_or_fraction, sparsegpt
+from labkit.pruning.sparsegpt import Pattern, check_settings, sparsegpt
 from labkit.pruning.unstructured import hold_, masks, refuse_foreign, targets
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -51,7 +51,7 @@ def prune(
     stack of blocks is one block: every layer's inputs are then those in the dense model, all Hessians in memory.
     InputError, before any work, for a bad argument or a width that m does not divide.
     """
-    check_pattern_or_fraction(pattern)
+    check_settings(pattern, damp, block)
     if method not in METHODS:
         raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
     if method != "magnitude":

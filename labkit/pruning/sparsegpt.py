@@ -35,7 +35,8 @@ def sparsegpt(
     An input that is always zero is removed and takes no part. Time O(in^3 + out in^2), memory O(in^2) in float64.
     """
     n_of_m = pattern if isinstance(pattern, tuple) else None
-    _check(weight, hessian, pattern, damp, block)
+    check_settings(pattern, damp, block)
+    _check(weight, hessian, pattern)
     alive = hessian.diagonal() > 0  # [in]
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).masked_fill(~alive, 0.0)
     w = w.t().contiguous()  # [in, out]: a column of the weight is one piece of memory
@@ -83,7 +84,7 @@ def _factor(hessian: Tensor, alive: Tensor, damp: float) -> Tensor:
     )
 
 
-def _check(weight: Tensor, hessian: Tensor, pattern: Pattern, damp: float, block: int) -> None:
+def _check(weight: Tensor, hessian: Tensor, pattern: Pattern) -> None:
     if weight.dim() != 2 or not weight.is_floating_point() or hessian.shape != (weight.shape[1], weight.shape[1]):
         raise InputError(
             f"weight is {list(weight.shape)} and hessian {list(hessian.shape)}, but they must be [out, in] and "
@@ -91,18 +92,17 @@ def _check(weight: Tensor, hessian: Tensor, pattern: Pattern, damp: float, block
         )
     if not hessian.isfinite().all() or not weight.isfinite().all():
         raise InputError("The weight or the Hessian holds NaN or infinity: look for the batch that it comes from.")
-    check_pattern_or_fraction(pattern)
     if isinstance(pattern, tuple) and weight.shape[1] % pattern[1]:
         raise InputError(f"The width {weight.shape[1]} is no multiple of m = {pattern[1]}: pad it with zero columns.")
-    if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 < damp < math.inf:
-        raise InputError(f"damp is {damp!r}, but it must be a positive number, a fraction of the mean diagonal.")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise InputError(f"block is {block!r}, but it must be a whole number of columns from 1 up.")
 
 
-def check_pattern_or_fraction(pattern: Pattern) -> None:
-    """Raises InputError unless `pattern` is a fraction to remove or a pair (n, m)."""
+def check_settings(pattern: Pattern, damp: float, block: int) -> None:
+    """Raises InputError unless `pattern` is a fraction to remove or a pair (n, m), and the others are positive."""
     if isinstance(pattern, tuple) and len(pattern) == 2:
         check_pattern(*pattern)
     else:
         fraction(pattern, "pattern")
+    if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 < damp < math.inf:
+        raise InputError(f"damp is {damp!r}, but it must be a positive number, a fraction of the mean diagonal.")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise InputError(f"block is {block!r}, but it must be a whole number of columns from 1 up.")
