@@ -263,7 +263,9 @@ def test_a_layer_that_the_batches_do_not_reach_is_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
     model[0].forward = lambda x: (x, x, x)
     model[1].forward = lambda qkv: qkv[0]
-    with pytest.raises(InputError, match=r"did not reach 1.in_proj_weight, 1.out_proj.weight as a layer's weight: name"):
+    with pytest.raises(
+        InputError, match=r"did not reach 1.in_proj_weight, 1.out_proj.weight as a layer's weight: name"
+    ):
         nm.prune(model, method="wanda", batches=[torch.ones(2, 8)])
 
 

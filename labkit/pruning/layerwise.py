@@ -57,7 +57,7 @@ def prune(
     if method != "magnitude":
         check_batches(batches, method)
     refuse_foreign(model)
-    _check_widths(weights_of(model, exclude), pattern, pad)
+    check_widths(weights_of(model, exclude), pattern, pad)
     pruned = copy.deepcopy(model)
     weights = weights_of(pruned, exclude)
     earlier = masks(pruned)  # what is gone does not come back
@@ -88,7 +88,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return stack.blocks(model, lambda part: sum(weight.parameter.numel() for weight in prunable(part).values()))
 
 
-def _check_widths(weights: dict[str, Weight], pattern: Pattern, pad: bool) -> None:
+def check_widths(weights: dict[str, Weight], pattern: Pattern, pad: bool) -> None:
+    """Raises InputError if m does not divide the input dimension of each weight, unless pad allows it."""
     if not isinstance(pattern, tuple) or pad:
         return
     m = pattern[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from labkit.errors import InputError
 
 LARGEST_M = 16
-CHUNK = 2**19  # weights looked at in one go on a CPU: what six comparisons of them leave fits the second level cache
+CHUNK = 2**19  # weights looked at in one go on a CPU: fewer, and calls cost more than cache misses save
 
 
 def mask(weight: Tensor, n: int = 2, m: int = 4, *, pad: bool = False) -> Tensor:
@@ -95,7 +95,9 @@ def _groups(weight: Tensor, m: int, pad: bool) -> Tensor:
             "to allow a shorter last group, or leave this weight dense."
         )
     rows = weight.detach().reshape(1, -1) if weight.dim() == 1 else weight.detach().movedim(1, -1)
-    return F.pad(rows, (0, -width % m)).unflatten(-1, (-1, m))
+    if width % m:
+        rows = F.pad(rows, (0, -width % m))
+    return rows.unflatten(-1, (-1, m))
 
 
 def _ungroup(groups: Tensor, weight: Tensor) -> Tensor:
@@ -106,10 +108,9 @@ def _ungroup(groups: Tensor, weight: Tensor) -> Tensor:
 
 def _choose(groups: Tensor, n: int, chosen: Tensor) -> None:
     """Writes into `chosen` [..., m] which n of each group [..., m] are largest."""
-    keys = _keys(groups)
-    members = keys.unbind(-1)
+    members = _keys(groups).unbind(-1)
     m = len(members)
-    beaten = [torch.full_like(x, m - 1 - i, dtype=torch.uint8) for i, x in enumerate(members)]  # by how many
+    beaten = [torch.full_like(x, m - 1 - i, dtype=torch.uint8) for i, x in enumerate(members)]  # by all that come after
     for i in range(m):
         for j in range(i + 1, m):
             first = (members[i] >= members[j]).view(torch.uint8)  # an equal pair: the lower index wins
@@ -123,10 +124,11 @@ BITS = {1: (torch.uint8, 0x7F), 2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FF
 
 
 def _keys(x: Tensor) -> Tensor:
-    """Integers that rank as |x| does. A float's bits without the sign do, in every format, and compare faster."""
+    """Integers that rank as |x| does. A float's bits without the sign do, in every format, and NaN's are above all."""
     if not x.is_floating_point():
-        return x.to(torch.int16 if x.element_size() == 1 else torch.int64).abs()
-    if x.isnan().any():
-        raise InputError("The weight holds NaN, which has no rank: look for the step that it comes from.")
+        return x.long().abs()
     integer, all_but_sign = BITS[x.element_size()]
-    return x.view(integer) & all_but_sign
+    keys = x.view(integer) & all_but_sign
+    if keys.numel() and keys.amax().view(x.dtype).isnan():
+        raise InputError("The weight holds NaN, which has no rank: look for the step that it comes from.")
+    return keys

@@ -92,12 +92,12 @@ def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 def hold_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """`with_masks` without the copy and the checks, for a model that was copied already."""
-    owners = _owners(model)
+    places = owners(model)
     found = prunable(model)
     for name, mask in masks.items():
         parameter = found[name].parameter
         mask = mask.to(parameter.device, copy=True)
-        for module, attribute in owners[id(parameter)]:
+        for module, attribute in places[id(parameter)]:
             module.register_buffer(_mask_name(attribute), mask, persistent=False)
             _register(module.register_forward_pre_hook, module._forward_pre_hooks, _hold_own)
             _register(module.register_state_dict_pre_hook, module._state_dict_pre_hooks, _hold_own)
@@ -222,7 +222,7 @@ def _own_masks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield attribute, mask
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every place at which a parameter is registered, by its id: more than one where it is shared."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
