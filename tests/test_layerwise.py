@@ -1,6 +1,7 @@
 """Pruning through a model: each layer sees what the layers pruned before it give, and the pattern outlasts training."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -181,6 +182,20 @@ def test_padding_and_other_arguments_reach_every_block(tokens):
             else (model.base_model.norm if hasattr(model.base_model, "norm") else model.base_model.ln_f)(run.hidden)
         )
         assert torch.equal(last, states[-1])
+
+
+def test_the_hessians_of_one_block_are_in_memory_at_a_time(tokens):
+    """Only the Hessian of down_proj is 48 x 48; no weight is."""
+    model, alive = llama(), []
+
+    def count(*_):
+        alive.append(sum(1 for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-2:] == (48, 48)))
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(count)
+    nm.prune(model, method="sparsegpt", batches=tokens)
+    # On the way through a block: its own sum, and the term that the last Linear added to it.
+    assert len(alive) > 3 * len(tokens) and max(alive) <= 2
 
 
 class Parallel(nn.Module):

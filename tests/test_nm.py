@@ -1,5 +1,7 @@
 """The N:M pattern against a loop over groups: exactly n of every m, whatever shape, stride, type and ties."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,6 +170,37 @@ def test_kept_energy_of_gaussian_weights():
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     for (n, m), expected in {(2, 4): 0.867, (4, 8): 0.896, (1, 4): 0.617}.items():
         assert nm.kept_energy(weight, nm.mask(weight, n, m)) == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_is_refused_in_every_format(dtype):
+    weight = torch.tensor([1.0, torch.nan, 0.0, -2.0]).to(dtype)
+    with pytest.raises(InputError, match="holds NaN"):
+        nm.mask(weight)
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (4, 8)])
+def test_a_mask_takes_a_third_of_topk_at_most(n, m):
+    """On one thread and in CPU time; benchmarks/nm_mask.py has the intervals."""
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+
+    def by_topk():
+        groups = weight.abs().view(-1, m)
+        kept = torch.zeros_like(groups, dtype=torch.bool)
+        return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view_as(weight)
+
+    threads, seconds = torch.get_num_threads(), {"topk": [], "mask": []}
+    torch.set_num_threads(1)
+    try:
+        for _ in range(7):
+            for name, run in (("topk", by_topk), ("mask", lambda: nm.mask(weight, n, m))):
+                start = time.process_time()
+                run()
+                seconds[name].append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(seconds["topk"]) > 3 * min(seconds["mask"])
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

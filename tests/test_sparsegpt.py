@@ -32,7 +32,7 @@ def oracle(w, hessian, pattern, damp=0.01, block=128):
     """
     w, h = w.double().clone(), hessian.double().clone()
     alive = h.diagonal() > 0
-    mean = h.diagonal()[alive].mean()
+    mean = h.diagonal()[alive].mean() if alive.any() else 1.0
     w[:, ~alive] = 0
     h[~alive, ~alive] = mean
     h += damp * mean * torch.eye(len(h), dtype=h.dtype)

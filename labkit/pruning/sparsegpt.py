@@ -32,6 +32,7 @@ def sparsegpt(
     With U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for the columns j in order:
         kept_j by w^2 / U_jj^2, chosen where a block (of n:m: a group) begins    e = w_j / U_jj where pruned, else 0
         W_:,j: -= e U_j,j:     within the block at once, for the columns after it once a block (the lazy update)
+    where e_j U_j,j: is w_j (U_j,j: / U_jj), as the code has it.
     An input that is always zero is removed and takes no part. Time O(in^3 + out in^2), memory O(in^2) in float64.
     """
     n_of_m = pattern if isinstance(pattern, tuple) else None
@@ -42,38 +43,40 @@ def sparsegpt(
     w = w.t().contiguous()  # [in, out]: a column of the weight is one piece of memory
     u = _factor(hessian, alive, damp).to(w.dtype)  # [in, in]
     diagonal = u.diagonal()[:, None]  # [in, 1]
+    per_weight = u / diagonal  # [in, in]: what removing a weight of 1 takes from those after it
     kept = torch.empty_like(w, dtype=torch.bool)
     if n_of_m is not None:
         block = -(-block // n_of_m[1]) * n_of_m[1]
     for start in range(0, len(w), block):
         end = min(start + block, len(w))
+        own, chosen = w[start:end], kept[start:end]  # [columns, out]
+        scale, effect = diagonal[start:end], per_weight[start:end, start:end]
         if n_of_m is None:
-            scores = (w[start:end] / diagonal[start:end]).square()
-            kept[start:end] = ~lowest_k(scores, count_to_prune(scores.numel(), pattern))
-        errors = torch.empty_like(w[start:end])  # [columns, out]
-        for j in range(start, end):
+            chosen.copy_(~lowest_k((own / scale).square(), count_to_prune(own.numel(), pattern)))
+        for j in range(end - start):
             if n_of_m is not None and j % n_of_m[1] == 0:
                 group = slice(j, j + n_of_m[1])
-                kept[group] = mask((w[group] / diagonal[group]).t(), *n_of_m).t()
-            e = w[j].masked_fill(kept[j], 0.0) / diagonal[j]  # [out]
-            w[j + 1 : end].addr_(u[j, j + 1 : end], e, alpha=-1)
-            errors[j - start] = e
-        w[end:].addmm_(u[start:end, end:].t(), errors, alpha=-1)
+                chosen[group] = mask((own[group] / scale[group]).t(), *n_of_m).t()
+            removed = own[j].masked_fill(chosen[j], 0.0)  # [out]
+            own[j + 1 :].addr_(effect[j, j + 1 :], removed, alpha=-1)
+        w[end:].addmm_(per_weight[start:end, end:].t(), own.masked_fill(chosen, 0.0), alpha=-1)
     return w.masked_fill_(~kept, 0.0).t().to(weight.dtype).contiguous(), kept.t().contiguous()
 
 
 def _factor(hessian: Tensor, alive: Tensor, damp: float) -> Tensor:
-    """U [in, in], upper, with (H + damping)^-1 = U^T U, in float64; the damping grows until it can be had."""
+    """U [in, in], upper, with (H + damping)^-1 = U^T U, in float64; the damping grows until it can be had.
+
+    U is the inverse of the upper R with H + damping = R R^T, which is the Cholesky factor of the flipped matrix.
+    """
     h = hessian.double()
     mean = h.diagonal()[alive].mean() if alive.any() else h.new_ones(())
     h = h + torch.diag(mean * ~alive)
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     for tenfold in range(TRIES):
         damping = damp * 10**tenfold
-        lower, failed = torch.linalg.cholesky_ex(h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device))
+        lower, failed = torch.linalg.cholesky_ex((h + damping * mean * eye).flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return upper
+            return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
         warnings.warn(
             f"The Hessian is not positive definite in float64 with a damping of {damping:g}, so {10 * damping:g} is "
             "tried: give more calibration data, or a larger damp.",
