@@ -26,7 +26,8 @@ def selection(weight: Tensor, inputs: Tensor) -> tuple[Figure, list[dict[str, An
     for i, (w, stays) in enumerate(zip(weight.tolist(), kept.tolist(), strict=True)):
         _box(ax, i, WEIGHTS, f"{w:g}", COLOURS[i // 4] if stays else None)
     rows, selected = [], set()
-    for k, (value, place) in enumerate(zip(packed.values.flatten().tolist(), places, strict=True)):
+    for k, value in enumerate(packed.values.flatten().tolist()):
+        place = places[k]
         group, x = k // 2, k // 2 * 4 + k % 2 + 1  # a group's two values stand in the middle of its four columns
         read = 4 * group + place
         selected.add(read)
