@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from labkit.errors import InputError
 from labkit.pruning import layerwise, nm, stack, unstructured
 from labkit.pruning.calibration import segments
+from labkit.pruning.criteria import prunable
 from labkit.pruning.nm_pattern import mask
 from labkit.pruning.selection import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import sparsegpt
@@ -216,6 +217,15 @@ def test_branches_are_not_taken_for_a_stack(method):
     pruned = nm.prune(model, method=method, batches=iter([x[:10], x[10:]]))
     for dense, branch in zip(model.branches, pruned.branches, strict=True):
         torch.testing.assert_close(branch.weight.detach(), one_layer(dense.weight.detach(), x, (2, 4), method))
+
+
+def test_which_weights_are_pruned():
+    """The blocks of a language model even where its head is larger; of an encoder-decoder, all."""
+    wide = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 900}, intermediate_size=48, num_key_value_heads=2))
+    assert wide.lm_head.weight.numel() > sum(w.parameter.numel() for w in layerwise.weights_of(wide).values())
+    assert len(layerwise.weights_of(wide, exclude=iter(["model.layers.0"]))) == 14
+    both = nn.Transformer(16, 2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=16)
+    assert layerwise.weights_of(both).keys() == prunable(both).keys()
 
 
 @pytest.mark.parametrize("method", layerwise.METHODS)

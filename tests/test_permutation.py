@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import randomise_
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from labkit import models
 from labkit.errors import InputError
@@ -96,6 +97,20 @@ def test_resnet20_keeps_more_and_computes_the_same():
     assert energy(permuted)[0] > 1.005 * energy(model)[0]
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert len(coupling.trace(permuted, (x[:1],))) == len(coupling.trace(model, (x[:1],)))
+
+
+def test_a_language_model_keeps_more_in_what_reads_its_hidden_states():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=50)).eval()
+    tokens = torch.randint(50, (2, 12))
+    permuted = permutation.permute(model, tokens[:1])
+    torch.testing.assert_close(permuted(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-6)
+    before, after = (
+        sum(nm.kept_energy(w.detach(), nm.mask(w)) for name, w in each.named_parameters() if "proj" in name)
+        for each in (model, permuted)
+    )
+    assert after > 1.005 * before
 
 
 @pytest.mark.parametrize(

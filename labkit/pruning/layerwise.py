@@ -57,6 +57,7 @@ def prune(
     if method != "magnitude":
         check_batches(batches, method)
     refuse_foreign(model)
+    exclude = named_parts(model, exclude, "exclude")
     check_widths(weights_of(model, exclude), pattern, pad)
     pruned = copy.deepcopy(model)
     weights = weights_of(pruned, exclude)
@@ -75,12 +76,11 @@ def prune(
 def weights_of(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
     """The weights that `prune` prunes: those of the blocks of a stack of blocks, else all; less those in exclude.
 
-    A stack of blocks is an nn.ModuleList of modules of one class that holds more than half of the prunable weights.
-    Embeddings and the head of a language model are outside it and stay dense, as in the papers.
+    A stack of blocks is the one nn.ModuleList of modules of one class that holds more than a quarter of the prunable
+    weights. Embeddings and the head of a language model are outside it and stay dense, as in the papers.
     """
-    parts = named_parts(model, exclude, "exclude")
     inner = {id(module) for block in _blocks(model) for module in block.modules()}
-    found = targets(model, parts)
+    found = targets(model, exclude)
     return {name: weight for name, weight in found.items() if not inner or id(weight.module) in inner}
 
 

@@ -16,6 +16,7 @@ from labkit.errors import InputError
 from labkit.pruning import unstructured
 from labkit.pruning.layerwise import check_widths, weights_of
 from labkit.pruning.nm_pattern import check_pattern, mask
+from labkit.pruning.selection import named_parts
 
 
 def prepare(
@@ -39,6 +40,7 @@ def prepare(
     unstructured.refuse_foreign(model)
     if unstructured.masks(model):
         raise InputError("The model holds masks already, and pruned weights do not move: make_permanent it first.")
+    exclude = named_parts(model, exclude, "exclude")
     check_widths(weights_of(model, exclude), (n, m), pad)
     trainable = copy.deepcopy(model)
     owners = unstructured.owners(trainable)

@@ -26,15 +26,19 @@ class _Last(Exception):
 
 
 def blocks(model: nn.Module, share: Callable[[nn.Module], int]) -> list[nn.Module]:
-    """The modules of the nn.ModuleList that holds more than half of `share`, all of one class; empty if there is none.
+    """The modules of the one nn.ModuleList, all of one class, that holds more than a quarter of `share`; else empty.
 
-    share(module): a size, such as the number of weights in it.
+    share(module): a size, such as the number of weights in it. Empty for encoder-decoders, which have two such lists.
     """
+    found, inner = [], set()
     for module in model.modules():
-        same = isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1
-        if same and len({id(block) for block in module}) == len(module) and 2 * share(module) > share(model):
-            return list(module)
-    return []
+        if id(module) in inner or not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        alike = len({type(block) for block in module}) == 1 and len({id(block) for block in module}) == len(module)
+        if alike and 4 * share(module) > share(model):
+            found.append(list(module))
+            inner |= {id(part) for part in module.modules()}
+    return found[0] if len(found) == 1 else []
 
 
 def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence) -> list[Run] | None:
