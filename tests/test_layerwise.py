@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from labkit.errors import InputError
 from labkit.pruning import layerwise, nm, stack, unstructured
-from labkit.pruning.calibration import segments
+from labkit.pruning.calibration import segments, split
 from labkit.pruning.criteria import prunable
 from labkit.pruning.nm_pattern import mask
 from labkit.pruning.selection import count_to_prune, lowest_k
@@ -162,27 +162,24 @@ def test_blocks_in_exclude_stay_and_change_nothing_before_them(method, tokens):
 
 
 def test_padding_and_other_arguments_reach_every_block(tokens):
-    """A run of recorded blocks is the model's own, attention masks and positions included."""
-    attention = torch.ones_like(tokens[0])
-    attention[:, 15:] = 0
-    for model, batch in (
-        (bert(), {"input_ids": tokens[0], "attention_mask": attention}),
-        (llama(), {"input_ids": tokens[0], "attention_mask": attention, "labels": tokens[0]}),
-        (gpt2(), tokens[0]),
-    ):
+    """A run of recorded blocks is the model's own, attention masks and positions included, for every batch."""
+    padded = []
+    for batch, length in zip(tokens, (15, 9, 24, 20), strict=True):
+        attention = torch.ones_like(batch)
+        attention[:, length:] = 0
+        padded.append({"input_ids": batch, "attention_mask": attention, "labels": batch})
+    for model, batches, norm in ((bert(), padded, "none"), (llama(), padded, "norm"), (gpt2(), tokens, "ln_f")):
         blocks = layerwise._blocks(model)
+        before = [set(vars(block)) for block in blocks]
         with torch.no_grad():
-            [run] = stack.record(model, blocks, [batch])
-            for number, block in enumerate(blocks):
-                run.hidden = stack.forward(block, number, run)
-            args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
-            states = model(*args, **kwargs, output_hidden_states=True).hidden_states
-        last = (
-            run.hidden
-            if model.__class__ is BertModel
-            else (model.base_model.norm if hasattr(model.base_model, "norm") else model.base_model.ln_f)(run.hidden)
-        )
-        assert torch.equal(last, states[-1])
+            runs = stack.record(model, blocks, batches)
+            for run, batch in zip(runs, batches, strict=True):
+                for number, block in enumerate(blocks):
+                    run.hidden = stack.forward(block, number, run)
+                args, kwargs, _ = split(model, batch)
+                states = model(*args, **kwargs, output_hidden_states=True).hidden_states
+                assert torch.equal(getattr(model.base_model, norm, nn.Identity())(run.hidden), states[-1])
+        assert before == [set(vars(block)) for block in blocks]
 
 
 def test_the_hessians_of_one_block_are_in_memory_at_a_time(tokens):
@@ -224,7 +221,7 @@ def test_which_weights_are_pruned():
     wide = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 900}, intermediate_size=48, num_key_value_heads=2))
     assert wide.lm_head.weight.numel() > sum(w.parameter.numel() for w in layerwise.weights_of(wide).values())
     assert len(layerwise.weights_of(wide, exclude=iter(["model.layers.0"]))) == 14
-    both = nn.Transformer(16, 2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=16)
+    both = nn.Transformer(16, 2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=16, batch_first=True)
     assert layerwise.weights_of(both).keys() == prunable(both).keys()
 
 

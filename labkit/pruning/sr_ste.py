@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from labkit.errors import InputError
 from labkit.pruning import unstructured
+from labkit.pruning.criteria import prunable
 from labkit.pruning.layerwise import check_widths, weights_of
 from labkit.pruning.nm_pattern import check_pattern, mask
 from labkit.pruning.selection import named_parts
@@ -61,7 +62,7 @@ def finish(model: nn.Module) -> nn.Module:
         made = type(module)  # by torch for the module that was copied, and removing would change it for both
         module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-    unstructured.hold_(fixed, {name: kept[name] for name in weights_of(fixed) if name in kept})
+    unstructured.hold_(fixed, {name: kept[name] for name in prunable(fixed) if name in kept})
     return fixed
 
 

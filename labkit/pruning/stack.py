@@ -5,7 +5,7 @@ For language models and other transformers, whose blocks pass one tensor of hidd
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -42,11 +42,16 @@ def blocks(model: nn.Module, share: Callable[[nn.Module], int]) -> list[nn.Modul
 
 
 def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence) -> list[Run] | None:
-    """A Run before the first block for each batch; None if the blocks do not pass one tensor on, each to the next."""
-    runs = []
+    """A Run before the first block for each batch; None if the blocks do not pass one tensor on, each to the next.
+
+    That is seen on the first batch. Of the others only the arguments besides the hidden states are needed, so there the
+    blocks do not compute.
+    """
+    runs, output = [], None
     with _without_cache(model):
         for batch in batches:
-            run = _record(model, blocks, batch)
+            with _passing_on(blocks, output) if runs else nullcontext():
+                run, output = _record(model, blocks, batch)
             if run is None:
                 return None
             runs.append(run)
@@ -59,21 +64,20 @@ def forward(block: nn.Module, number: int, run: Run) -> Tensor:
     return _first(block(*args, **kwargs))
 
 
-def _record(model: nn.Module, blocks: Sequence[nn.Module], batch: object) -> Run | None:
-    calls, seen = [], []  # seen: the first block's hidden states and each block's output, of which the last one is kept
+def _record(model: nn.Module, blocks: Sequence[nn.Module], batch: object) -> tuple[Run | None, object]:
+    """The run of one batch, and the last block's output."""
+    calls, first, last = [], [], [None]  # first: the hidden states before the blocks; last: the last output
     place = {id(block): number for number, block in enumerate(blocks)}
 
     def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        slot, hidden = next(
-            ((k, v) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)), (0, None)
-        )
-        if place[id(block)] != len(calls) or (calls and hidden is not seen[1]) or hidden is None:
+        slot, hidden = _hidden(args, kwargs)
+        if place[id(block)] != len(calls) or hidden is None or (calls and hidden is not _first(last[0])):
             raise _Last
-        seen[:] = [seen[0] if seen else hidden]
+        first[:] = first or [hidden]
         calls.append(_arguments(args, kwargs, slot))
 
     def after(block: nn.Module, args: tuple, output: object) -> None:
-        seen[1:] = [_first(output)]
+        last[0] = output
         if len(calls) == len(blocks):
             raise _Last
 
@@ -84,7 +88,33 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], batch: object) -> Run
         args, kwargs, _ = split(model, batch)
         with suppress(_Last):
             model(*args, **kwargs)
-    return Run(seen[0], calls) if len(calls) == len(blocks) else None
+    return (Run(first[0], calls) if len(calls) == len(blocks) else None), last[0]
+
+
+@contextmanager
+def _passing_on(blocks: Sequence[nn.Module], output: object) -> Iterator[None]:
+    """Inside, a block returns the hidden states that it gets, in the form of `output`."""
+
+    def forward(*args: object, **kwargs: object) -> object:
+        hidden = _hidden(args, kwargs)[1]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del block.forward
+            if own is not None:
+                block.forward = own
+
+
+def _hidden(args: tuple, kwargs: Mapping) -> tuple[int | str, Tensor | None]:
+    """The first tensor among a block's arguments, and where it stands."""
+    found = ((slot, value) for slot, value in (*enumerate(args), *kwargs.items()) if isinstance(value, Tensor))
+    return next(found, (0, None))
 
 
 def _arguments(args: tuple, kwargs: Mapping, slot: int | str) -> Callable[[Tensor], tuple[tuple, dict]]:
