@@ -13,28 +13,9 @@ import nbformat
 
 from labkit import lessons, paths
 from labkit.errors import InputError
+from labkit.exercises import without_solution
 
-BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 WORKSPACE = paths.ROOT / "workspace"
-_STUB = 'raise NotImplementedError("Your answer goes here; then run the check below.")'
-
-
-def without_solution(source: str) -> str:
-    """The cell with each block between the markers replaced by a raise at the block's own indentation."""
-    lines, inside = [], False
-    for line in source.splitlines():
-        mark = line.strip()
-        if mark in (BEGIN, END):
-            if inside == (mark == BEGIN):
-                raise InputError(f"`{mark}` stands alone in an exercise; each `{BEGIN}` needs one `{END}` after it.")
-            inside = mark == BEGIN
-            if inside:
-                lines.append(line[: len(line) - len(line.lstrip())] + _STUB)
-        elif not inside:
-            lines.append(line)
-    if inside:
-        raise InputError(f"`{BEGIN}` stands alone in an exercise; each `{BEGIN}` needs one `{END}` after it.")
-    return "\n".join(lines)
 
 
 def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
