@@ -14,7 +14,7 @@ import nbformat
 from labkit import lessons
 from labkit.errors import InputError
 
-BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+MARKERS = BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 _STUB = 'raise NotImplementedError("Your answer goes here; then run the check below.")'
 _CARD = re.compile(r"^\*Difficulty (\d) of 5 · (\d+) minutes(?: · (.+))?\*$", re.MULTILINE)
 _TITLE = re.compile(r"^### Exercise (\d+) · (.+)$", re.MULTILINE)
@@ -22,7 +22,7 @@ _TITLE = re.compile(r"^### Exercise (\d+) · (.+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise. `function` is what the check takes, `source` the cell with its worked answer, `advice` when to skip."""
+    """One exercise. advice: when to skip it. function: what the check takes. source: the cell with its answer."""
 
     id: str
     title: str
@@ -76,7 +76,7 @@ def without_solution(source: str) -> str:
     lines, inside = [], False
     for line in source.splitlines():
         mark = line.strip()
-        if mark in (BEGIN, END):
+        if mark in MARKERS:
             if inside == (mark == BEGIN):
                 raise InputError(f"`{mark}` stands alone in an exercise; each `{BEGIN}` needs one `{END}` after it.")
             inside = mark == BEGIN

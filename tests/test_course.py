@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from labkit import course
 from labkit.errors import InputError
+from labkit.exercises import BEGIN, END, without_solution
 
 STUB = '''def double(x: float) -> float:
     """Twice x."""
@@ -31,34 +32,38 @@ def notebook() -> nbformat.NotebookNode:
             new_markdown_cell("# Lesson"),
             new_code_cell(STUB, metadata={"tags": ["exercise"]}, execution_count=1),
             new_code_cell("print(double(2))", metadata={"tags": ["check"]}, execution_count=2, outputs=[printed]),
-            new_code_cell("print(2 * 2)", metadata={"tags": ["solution"]}),
         ]
     )
 
 
 def test_the_answer_becomes_a_raise_at_its_own_indentation():
-    lines = course.without_solution(STUB).splitlines()
+    lines = without_solution(STUB).splitlines()
     assert lines[3].startswith("        raise NotImplementedError(")
     assert [*lines[:3], *lines[4:]] == [*STUB.splitlines()[:3], STUB.splitlines()[-1]]
 
 
 def test_two_blocks_and_a_cell_without_any():
-    two = f"{course.BEGIN}\na = 1\n{course.END}\nb = 2\n{course.BEGIN}\nc = 3\n{course.END}"
-    assert re.sub(r"\(.*\)", "", course.without_solution(two)).splitlines() == [
+    two = f"{BEGIN}\na = 1\n{END}\nb = 2\n{BEGIN}\nc = 3\n{END}"
+    assert re.sub(r"\(.*\)", "", without_solution(two)).splitlines() == [
         "raise NotImplementedError",
         "b = 2",
         "raise NotImplementedError",
     ]
-    assert course.without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
+    assert without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
 
 
 @pytest.mark.parametrize(
     "source",
-    [course.BEGIN, course.END, f"{course.BEGIN}\n{course.BEGIN}\n{course.END}", f"{course.END}\n{course.BEGIN}"],
+    [
+        BEGIN,
+        END,
+        f"{BEGIN}\n{BEGIN}\n{END}",
+        f"{END}\n{BEGIN}",
+    ],
 )
 def test_an_unpaired_marker_is_refused(source: str):
     with pytest.raises(InputError, match="stands alone in an exercise; each `### BEGIN SOLUTION` needs one"):
-        course.without_solution(source)
+        without_solution(source)
 
 
 def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
@@ -69,11 +74,6 @@ def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
     assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
     assert source.cells[1].source == STUB and source.cells[2].outputs
     nbformat.validate(copy)
-
-
-def test_the_worked_solution_is_folded_and_kept():
-    folded = course.student_copy(notebook()).cells[3]
-    assert folded.metadata.jupyter.source_hidden and folded.source == "print(2 * 2)"
 
 
 def test_the_copy_runs_with_not_implemented_as_its_only_error():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import paths, record, report
+from labkit import paths, record, report, summary
 from labkit.errors import InputError
 from labkit.record import RunRecord
 
@@ -102,14 +102,14 @@ def test_a_prediction_is_put_beside_its_measurement(runs: Path):
     [
         (10, 30, "3.00x too low"),
         (30, 10, "3.00x too high"),
-        (7, 7, "right"),
+        (7, 7, "right within 5 %"),
         (7, None, "–"),
         (0, 3, "–"),
         ("a", 1, "–"),
     ],
 )
 def test_off_by(predicted: object, measured: object, words: str):
-    assert report._off_by(predicted, measured) == words
+    assert summary.off_by(predicted, measured) == words
 
 
 def test_claims_have_their_verdict_or_say_that_it_is_missing(runs: Path):

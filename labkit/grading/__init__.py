@@ -4,8 +4,6 @@ Each answer is judged in processes of its own (judge.py), so that one that hangs
 anything. Copying is not looked for: the worked answers are public. Text answers are left to people.
 """
 
-import csv
-import io
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,6 @@ from labkit.grading import submissions
 from labkit.grading.submissions import Lesson
 
 SECONDS = 30.0  # for one answer; the worked ones need far less
-COLUMNS = ("student", "lesson", "exercise", "title", "points", "of", "result", "reason")
 GOOD = "passed"
 
 
@@ -75,23 +72,11 @@ def grade(
     context.set_forkserver_preload(["labkit.grading.judge", *(f"labkit.checks.lesson{one}" for one in wanted)])
     rows, measures = [], ()
     with _one_thread(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for job, (row, how) in zip(jobs, pool.map(lambda job: _judged(job, seconds, context), jobs), strict=True):
+        for row, how in pool.map(lambda job: _judged(job, seconds, context), jobs):
             rows.append(row)
             measures = measures or how
             on_row(row, len(jobs))
     return Book(tuple(rows), tuple(remarks), measures)
-
-
-def table(book: Book) -> str:
-    """The rows as CSV. A text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in book.rows:
-        one = row.exercise
-        cells = (row.student, row.lesson, one.id, one.title, row.points, one.points, row.result, row.reason)
-        writer.writerow([f"'{cell}" if str(cell)[:1] in "=+-@\t" and isinstance(cell, str) and cell else cell for cell in cells])
-    return text.getvalue()
 
 
 def _collect(folder: Path, known: Sequence[Lesson]) -> tuple[list[_Job], list[str]]:
@@ -100,7 +85,9 @@ def _collect(folder: Path, known: Sequence[Lesson]) -> tuple[list[_Job], list[st
         raise InputError(f"There is no folder {folder}; give one that holds a folder for each student.")
     students = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
     if not students:
-        raise InputError(f"{folder} holds no folders; put each student's notebooks into one: {folder}/ann/01_....ipynb.")
+        raise InputError(
+            f"{folder} holds no folders; put each student's notebooks into one: {folder}/ann/01_....ipynb."
+        )
     handed = {student: dict(_notebooks(student, known)) for student in students}
     remarks = [f"{student.name}: {text}" for student in students for text in handed[student].get("", [])]
     seen = {name for found in handed.values() for name in found if name}

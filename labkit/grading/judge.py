@@ -150,9 +150,7 @@ class Answer:
             self._channel.settimeout(max(self._until - time.monotonic(), 0.01))
             return exchange()
         except TimeoutError:
-            raise Stopped(
-                f"stopped after {self._seconds:g} s: an endless loop, or far slower than needed"
-            ) from None
+            raise Stopped(f"stopped after {self._seconds:g} s: an endless loop, or far slower than needed") from None
         except (OSError, EOFError) as error:
             raise Stopped(self._death(error)) from None
 
