@@ -6,7 +6,8 @@ Only sources are read: outputs are ignored, and nothing is run here.
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+import symtable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +45,9 @@ class Answer:
 
 def read(path: Path) -> NotebookNode:
     """A notebook as it was handed in; InputError where it is none, or far too large."""
+    if not path.is_file() or path.stat().st_size > LARGEST:
+        raise InputError(f"{path.name} is no file of at most {LARGEST >> 20} MB")
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST:
-            raise InputError(f"{path.name} is no file of at most {LARGEST >> 20} MB")
         return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, nbformat.ValidationError):
         raise InputError(f"{path.name} cannot be read as a notebook") from None
@@ -112,14 +113,14 @@ def needs(exercise: Exercise, answer: str, notebook: NotebookNode, lesson: Lesso
     for cell in added:
         if not graded & defined(cell.source):
             available += _definitions(plain(cell.source))
-    wanted, taken = _names([_parsed(answer)]), set()
+    wanted, taken = _names(plain(answer)), set()
     grew = True
     while grew:
         grew = False
         for place, statement in enumerate(available):
             if place not in taken and _bound(statement) & wanted:
                 taken.add(place)
-                wanted |= _names([statement])
+                wanted |= _names(ast.unparse(statement))
                 grew = True
     return [ast.unparse(available[place]) for place in sorted(taken)]
 
@@ -168,5 +169,15 @@ def _bound(statement: ast.stmt) -> set[str]:
     return set()
 
 
-def _names(nodes: Iterable[ast.AST]) -> set[str]:
-    return {node.id for top in nodes for node in ast.walk(top) if isinstance(node, ast.Name)}
+def _names(source: str) -> set[str]:
+    """The names that the source takes from around it or from its own top level."""
+    try:
+        waiting = [symtable.symtable(source, "cell", "exec")]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    found = set()
+    for scope in waiting:
+        waiting += scope.get_children()
+        top = scope.get_type() == "module"
+        found |= {one.get_name() for one in scope.get_symbols() if one.is_referenced() and (top or one.is_global())}
+    return found
