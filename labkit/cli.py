@@ -100,7 +100,7 @@ def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) 
     if result.error:
         click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
     elif record:
-        for path in (*runs.keep_as_reference(result, notebook), readme.update()):
+        for path in (*runs.keep_as_reference(result, notebook), *readme.update()):
             click.echo(f"recorded  {path}")
     return result
 
