@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 61
@@ -124,6 +125,17 @@ def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
     if name == "t5":
         found["decoder_input_ids"] = torch.randint(3, VOCABULARY, (3, 5), generator=generator)
     return found
+
+
+def batches(name: str, cut: int = 2, pad: int = 0) -> list[dict[str, Tensor]]:
+    """The same six examples in batches of `cut`, with `pad` more columns of padding; labels where it is BERT's."""
+    generator = torch.Generator().manual_seed(1)
+    ids = F.pad(torch.randint(3, 61, (6, 8), generator=generator), (0, pad))
+    mask = (torch.arange(8 + pad) < torch.tensor([8, 5, 7, 3, 8, 6])[:, None]).long()
+    data = {"input_ids": ids * mask, "attention_mask": mask}
+    if name == "bert":
+        data["labels"] = torch.tensor([0, 1, 1, 0, 1, 0])
+    return [{key: x[i : i + cut] for key, x in data.items()} for i in range(0, 6, cut)]
 
 
 def heads_to_remove(name: str) -> dict[int, list[int]]:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from families import DECODERS, family, inputs
-from test_heads import batches
+from families import DECODERS, batches, family, inputs
 from torch import Tensor, nn
 
 from labkit.errors import InputError

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from families import family, inputs
-from test_heads import batches
+from families import batches, family, inputs
 from torch import nn
 
 from labkit import distillation

@@ -5,6 +5,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ def able(name: str, kind: str) -> bool:
     return not (kind == "depth" and name in WITHOUT_DEPTH) and not (kind == "width" and name in WITHOUT_WIDTH)
 
 
+def pairs(names: Iterable[str], kinds: Iterable[str]) -> list[tuple[str, str]]:
+    return [(name, kind) for name in names for kind in kinds if able(name, kind)]
+
+
 def masked(model: nn.Module, kept) -> nn.Module:
     """The dense model with zeros where an output or down projection reads what was removed: no help from the tracer."""
     new = copy.deepcopy(model)
@@ -69,8 +74,10 @@ def terms(model: nn.Module) -> int:
     return sum(min(x.shape) for x in model.parameters() if x.dim() == 2)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["heads", "ffn", "ffn_global"])
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [("heads", "sdpa"), ("ffn", "sdpa"), ("ffn_global", "sdpa"), ("heads", "eager"), ("ffn", "eager")],
+)
 @pytest.mark.parametrize("name", EVERY)
 def test_pruned_equals_masked_in_fp32(name, kind, attention):
     model = family(name)
@@ -104,11 +111,8 @@ def test_pruned_width_is_proved_and_the_same_in_every_layer(name):
     assert module.weight.shape[1 - anatomy.out_dim(module)] == 24
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*DECODERS, "t5"])
+@pytest.mark.parametrize(("name", "kind"), pairs([*DECODERS, "t5"], KINDS))
 def test_generation_with_a_cache_equals_that_without(name, kind):
-    if not able(name, kind):
-        pytest.skip("not for this family")
     pruned = pruned_by(kind, name).model
     prompt = {"input_ids": inputs(name)["input_ids"][:1], "attention_mask": torch.ones(1, 9, dtype=torch.int64)}
     options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -125,7 +129,7 @@ def test_cache_shrinks_with_its_kv_heads():
     assert [layer.keys.shape[1] for layer in cache.layers] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "t5"])
 def test_input_model_stays_as_it_was(name):
     model = family(name)
     model.train()
@@ -142,14 +146,23 @@ def test_input_model_stays_as_it_was(name):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_around_it_changes_nothing(kind):
+    expected = output(pruned_by(kind, "llama").model, "llama")
+    model, batches = family("llama"), [inputs("llama")]
+    with torch.inference_mode():
+        pruned = KINDS[kind](model, "llama")
+        scores = transformers.head_importance(model, batches)
+    assert pruned.report.equal and torch.equal(output(pruned.model, "llama"), expected)
+    assert not any(x.is_inference() for x in pruned.model.parameters())
+    assert torch.equal(scores, transformers.head_importance(model, batches))
+
+
 # --- config and disk --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ffn", "depth"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "kind"), pairs(EVERY, ["ffn", "depth"]))
 def test_config_says_it_where_all_layers_agree(name, kind, tmp_path):
-    if not able(name, kind):
-        pytest.skip("not for this family")
     pruned = pruned_by(kind, name).model
     with models.quietly():
         pruned.save_pretrained(tmp_path)
@@ -213,13 +226,11 @@ def test_saved_models_give_the_same_logits_in_a_new_process(tmp_path):
     from safetensors.torch import save_file
 
     folders = []
-    for name in EVERY:
-        for kind in KINDS:
-            if able(name, kind):
-                pruned = pruned_by(kind, name)
-                folders.append(str(tmp_path / f"{name}-{kind}"))
-                transformers.save(pruned, folders[-1])
-                save_file({**inputs(name), "wanted": output(pruned.model, name)}, f"{folders[-1]}/given.safetensors")
+    for name, kind in pairs(EVERY, KINDS):
+        pruned = pruned_by(kind, name)
+        folders.append(str(tmp_path / f"{name}-{kind}"))
+        transformers.save(pruned, folders[-1])
+        save_file({**inputs(name), "wanted": output(pruned.model, name)}, f"{folders[-1]}/given.safetensors")
     command = [sys.executable, "-c", CHILD, json.dumps(folders)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
@@ -316,6 +327,24 @@ def test_exports_to_onnx(name, tmp_path):
     assert_equal(output(pruned, name), torch.from_numpy(found), terms(pruned))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_on_a_gpu_as_on_a_cpu(name):
+    model, batch = family(name), {key: x.cuda() for key, x in inputs(name).items()}
+    if name == "bert":
+        batch["labels"] = torch.tensor([0, 1, 1]).cuda()
+    on_cpu = transformers.head_importance(model, [{key: x.cpu() for key, x in batch.items()}])
+    on_gpu = transformers.head_importance(model.cuda(), [batch])
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-6)
+    for method in ("entropy", "gate", "ablation"):
+        assert transformers.head_importance(model, [batch], method).device.type == "cpu"
+    assert transformers.prune_heads(model, heads_to_remove(name)).report.equal
+    assert transformers.prune_ffn(model, 0.3, criterion="wanda", batches=[batch]).report.equal
+    assert depth.layer_importance(model, [batch]).shape == (3,)
+    pruned = depth.prune_layers(model, [1])
+    assert pruned.report.equal and next(pruned.model.parameters()).is_cuda
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +357,7 @@ def test_exports_to_onnx(name, tmp_path):
         ({0: [-1]}, "head -1"),
         ({0: [True]}, "head True"),
         ({0: [0, 1, 2, 3]}, "all of its 4 heads"),
+        ({0: [0, 1, 2, 3, 3]}, "all of its 4 heads"),
         ({}, "names no head"),
         ({0: []}, "names no head"),
         ([0, 1], "must be {layer"),
@@ -336,6 +366,13 @@ def test_exports_to_onnx(name, tmp_path):
 def test_bad_heads_are_told(heads, message):
     with pytest.raises(InputError, match=message):
         transformers.prune_heads(family("bert"), heads)
+
+
+def test_numpy_indices_and_repeated_ones_are_taken():
+    import numpy as np
+
+    pruned = transformers.prune_heads(family("bert"), {np.int64(0): np.array([1, 1, 2])})
+    assert anatomy.attentions(pruned.model)[0].heads == 2
 
 
 def test_uneven_query_heads_are_told_what_is_possible():

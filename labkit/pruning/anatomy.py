@@ -6,6 +6,7 @@ Llama is read like Llama. What is not spelled in the tables is not guessed: it i
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Spelling(NamedTuple):
 
 ATTENTIONS = (
     Spelling("self.query", "self.key", "self.value", "output.dense"),  # BERT, RoBERTa, ELECTRA
-    Spelling("attention.query", "attention.key", "attention.value", "output.dense"),  # ViT before transformers 5.20
+    Spelling("attention.query", "attention.key", "attention.value", "output.dense"),  # ViT of earlier releases
     Spelling("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
     Spelling("c_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2: query, key and value side by side
     Spelling("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, CLIP, Whisper
@@ -135,7 +136,7 @@ def stack(model: nn.Module) -> str:
 
 def check_index(index: object, n: int, what: str) -> None:
     """InputError unless `index` is a whole number from 0 to n - 1."""
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n:
+    if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= index < n:
         raise InputError(f"There is no {what} {index!r}: they are counted from 0 to {n - 1}.")
 
 

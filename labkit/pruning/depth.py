@@ -112,6 +112,7 @@ def _loss_without(model: nn.Module, layers, batches: Iterable, n: int, loss_fn: 
     return sums / max(terms, 1)
 
 
+@torch.inference_mode(False)
 def prune_layers(
     model: nn.Module, layers: Iterable[int], *, kwargs: Mapping[str, Any] | None = None, check: bool = True
 ) -> Pruned:
@@ -133,7 +134,7 @@ def prune_layers(
 
 
 def _chosen(layers: Iterable[int], n: int) -> set[int]:
-    chosen = {layers} if isinstance(layers, int) else set(layers)
+    chosen = set(layers)
     for layer in chosen:
         anatomy.check_index(layer, n, "layer")
     if not chosen or len(chosen) == n:

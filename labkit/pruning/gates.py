@@ -52,6 +52,7 @@ def scaling(
             handle.remove()
 
 
+@torch.inference_mode(False)
 def learn_gates(
     model: nn.Module,
     batches: Iterable,
@@ -77,7 +78,7 @@ def learn_gates(
     parts = anatomy.attentions(model)
     check_batches(batches, "gate")
     device = next(model.parameters()).device
-    start = 2.0 if penalty == "hard_concrete" else 1.0  # open: the chance of an exact 0 is then about one in twenty
+    start = 2.0 if penalty == "hard_concrete" else 1.0  # open: the chance of an exact 0 is then 3 %
     own = [torch.full((part.heads,), start, device=device, requires_grad=True) for part in parts]
     descent = torch.optim.Adam(own, lr)
     with calibrating(model, seed), _frozen(model), torch.enable_grad():

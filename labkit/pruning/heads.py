@@ -19,6 +19,7 @@ from labkit.pruning.layers import layers_of, remembering, resuming
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
 
 
+@torch.inference_mode(False)
 def head_importance(
     model: nn.Module,
     batches: Iterable,

@@ -44,7 +44,7 @@ def summed(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tup
     taken to be a mean over the examples. A decoder's loss is computed here, in float32 or wider: models themselves go
     down to float32.
     """
-    batch = labelled(model, batch)
+    batch = labelled(model, batch) if loss_fn is None else batch
     given = inputs(model, batch)
     _, _, labels = split(model, batch)
     if loss_fn is None and predicts_next(model) and isinstance(labels, Tensor):

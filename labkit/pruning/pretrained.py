@@ -66,9 +66,8 @@ def load(folder: str | Path) -> Pruned:
 def _known(model: nn.Module) -> Any:
     import transformers
 
-    if isinstance(model, transformers.PreTrainedModel) and getattr(transformers, type(model).__name__, None) is type(
-        model
-    ):
+    kind = type(model)
+    if isinstance(model, transformers.PreTrainedModel) and getattr(transformers, kind.__name__, None) is kind:
         return model
     raise InputError(
         f"{type(model).__name__} is no model of transformers, whose config could rebuild it: use checkpoints.save, and "

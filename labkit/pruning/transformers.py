@@ -23,6 +23,7 @@ from labkit.pruning.pretrained import load, save
 __all__ = ["head_importance", "load", "lowest_heads", "prune_ffn", "prune_heads", "prune_width", "save"]
 
 
+@torch.inference_mode(False)
 def prune_heads(
     model: nn.Module,
     heads: Mapping[int, Iterable[int]],
@@ -35,7 +36,7 @@ def prune_heads(
     With grouped-query attention, layer by layer: whole KV groups (all query heads h with the same h // group), which
     takes their keys, values and cache along; or the same number of query heads from every group that stays; or both.
     Anything else is an InputError that says what is possible. In T5, whose layers share position biases a head, the
-    same heads go from every attention of a stack. At least one head stays in a layer.
+    same heads go from all self-attentions of a stack, or from all cross-attentions. At least one head stays in a layer.
     kwargs: the input that the cut is proved with; by default a small one made from the config. check: False leaves the
     proof out (`report` is None). `model` stays as it was. The new config has the new number of heads where all layers
     have the same and the architecture can be built so (Llama; not BERT, whose head size is width / heads).
@@ -67,16 +68,16 @@ def _chosen(parts: tuple[Attention, ...], heads: Mapping[int, Iterable[int]]) ->
     found = {}
     for layer, own in heads.items():
         anatomy.check_index(layer, len(parts), "layer")
-        own = [own] if isinstance(own, int) else list(own)
+        own = frozenset(own)
         for head in own:
             anatomy.check_index(head, parts[layer].heads, f"layer {layer}'s head")
-        if len(own) == parts[layer].heads and len(set(own)) == len(own):
+        if len(own) == parts[layer].heads:
             raise InputError(
                 f"Layer {layer} would lose all of its {len(own)} heads: leave at least one, or remove the layer with "
                 "depth.prune_layers."
             )
         if own:
-            found[layer] = frozenset(own)
+            found[layer] = own
     if not found:
         raise InputError("heads names no head: give {layer: [head, ...]}, for example of lowest_heads.")
     return found
@@ -147,6 +148,7 @@ def _head_numbers(module: nn.Module, size: int, heads: int, kv_heads: int) -> di
     return {name: value for name, value in numbers.items() if name in vars(module)}
 
 
+@torch.inference_mode(False)
 def prune_ffn(
     model: nn.Module,
     ratio: float | Mapping[int, float],
@@ -204,6 +206,7 @@ def _width_name(model: nn.Module) -> str | None:
     return next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
 
 
+@torch.inference_mode(False)
 def prune_width(
     model: nn.Module,
     ratio: float,
