@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from labkit import checks
 from labkit.grading import sandbox
 
-MEMORY = 2 << 30  # bytes that an answer may take, beyond what Python and torch have taken already
+MEMORY = 1 << 30  # bytes that an answer may take, beyond what Python and torch have taken already
 LARGEST_REPLY = 64 << 20  # bytes
 _NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 READABLE = [  # what may come back besides plain values and tensors
@@ -71,7 +71,7 @@ class Broken(Exception):
 def judge(task: Task) -> Verdict:
     """Judge one answer. To be called in a process with a single thread, which forks the answer's."""
     torch.set_num_threads(1)
-    limit = sandbox.address_space() + 2 * MEMORY  # what comes back is read and compared here
+    limit = sandbox.address_space() + 4 * MEMORY  # what comes back is read and compared here
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with apart(lambda: _define(task), task.seconds) as answer:
