@@ -69,7 +69,9 @@ def grade(
     jobs, remarks = _collect(folder, [Lesson.read(path) for path in lessons.all_lessons(notebooks)])
     context = multiprocessing.get_context("forkserver")
     wanted = sorted({job.exercise.id.partition(".")[0] for job in jobs})
-    context.set_forkserver_preload(["labkit.grading.judge", *(f"labkit.checks.lesson{one}" for one in wanted)])
+    # once for all judges; torch fetches _dynamo at the first operator on the meta device, which takes seconds
+    preload = ["torch._dynamo", "labkit.grading.judge", *(f"labkit.checks.lesson{one}" for one in wanted)]
+    context.set_forkserver_preload(preload)
     rows, measures = [], ()
     with _one_thread(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for row, how in pool.map(lambda job: _judged(job, seconds, context), jobs):
