@@ -129,7 +129,7 @@ class Answer:
         kind, *said = self._reply(modules)
         if kind == "raised":
             name, text = map(str, said)
-            raise NotImplementedError if name == "NotImplementedError" else type(name, (Exception,), {})(text)
+            raise NotImplementedError(text) if name == "NotImplementedError" else type(name, (Exception,), {})(text)
         result, changed_args, changed_kwargs = said
         _mirror(list(args), list(changed_args))
         _mirror(kwargs, changed_kwargs)
@@ -158,7 +158,9 @@ class Answer:
         if error.args and isinstance(error, EOFError):
             return str(error)
         until = time.monotonic() + 2
-        while time.monotonic() < until:  # it stays a zombie, so that its number is not given to another
+        while (
+            hasattr(os, "waitid") and time.monotonic() < until
+        ):  # it stays a zombie, so that its number is not given to another
             if ended := os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 by_signal = ended.si_code != os.CLD_EXITED
                 how = signal.Signals(ended.si_status).name if by_signal else f"code {ended.si_status}"

@@ -74,14 +74,13 @@ def _become_nobody(own: Path) -> str:
 
     One is left until Landlock stands, and bounded by it: to read Python and its packages where only root may.
     """
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 or sys.platform != "linux":
         return ""
     nobody = (1 << 30) + os.getpid()
     os.chown(own, nobody, nobody)
     os.setgroups([])
     os.setresgid(nobody, nobody, nobody)
-    if sys.platform == "linux":
-        _call("prctl", _PR_SET_KEEPCAPS, 1)
+    _call("prctl", _PR_SET_KEEPCAPS, 1)
     os.setresuid(nobody, nobody, nobody)
     _have_powers(_CAP_DAC_READ_SEARCH)
     return "as a user who owns nothing"
