@@ -289,6 +289,17 @@ def test_a_pipe_or_a_folder_is_no_notebook(tmp_path: Path):
         submissions.read(tmp_path / "a.ipynb")
 
 
+def test_a_notebook_made_to_choke_its_reader_is_graded_or_refused(tmp_path: Path, lesson):
+    deep = "x = " + "+".join(["1"] * 20_000)
+    chain = "\n".join(f"def f{k}(): return f{k + 1}()" for k in range(5_000))
+    notebook = with_first_line(DECODE, "f0()")
+    notebook.cells += [new_code_cell(deep), new_code_cell(chain), new_code_cell("(" * 5_000)]
+    assert needed(lesson, notebook, "01.3").count("def ") == 5_000
+    write(tmp_path, "ann", new_notebook(cells=[new_code_cell("a = 1\n" * 200_000)]))
+    with pytest.raises(InputError, match="1,200,000 characters of source, more than anybody writes"):
+        submissions.read(tmp_path / "ann" / f"{LESSON}.ipynb")
+
+
 def test_a_notebook_of_something_else_belongs_to_no_lesson(lesson):
     assert submissions.lesson_of(new_notebook(cells=[new_code_cell("a = 1")]), "mine", [lesson]) is None
 

@@ -128,8 +128,8 @@ def _notebooks(student: Path, known: Sequence[Lesson]) -> tuple[dict[str, Notebo
         lesson = submissions.lesson_of(notebook, path.stem, known)
         if lesson is None:
             remarks.append(f"{path.name} belongs to no lesson")
-        elif path.stem == lesson.name or lesson.name not in found:
-            if lesson.name in found:
+        elif path.stem == lesson.name or not isinstance(found.get(lesson.name), NotebookNode):
+            if isinstance(found.get(lesson.name), NotebookNode):
                 remarks.append(f"of several notebooks for {lesson.name} the one of that name was graded")
             found[lesson.name] = notebook
         else:
