@@ -6,6 +6,7 @@ anything. Copying is not looked for: the worked answers are public. Text answers
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -179,6 +180,7 @@ def _judged(job: _Job, seconds: float, context: multiprocessing.context.BaseCont
 def _judge(task: "Task", sender: Connection) -> None:
     from labkit.grading.judge import judge
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the grader, which then ends its judges
     sender.send(judge(task))
 
 
