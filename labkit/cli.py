@@ -153,6 +153,7 @@ def start(lesson: str, browser: bool, fresh: bool) -> None:
     kept = course.put_aside(lesson) if fresh else None
     own = course.prepare(lesson)
     click.echo(f"your copy: {own}")
+    click.echo(f"stuck? An exercise's worked answer: ./lab solution {own.name[:2]}.1")
     if kept:
         click.echo(f"the copy that you had: {kept}")
     if course.has_changed(own):

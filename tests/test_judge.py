@@ -99,9 +99,15 @@ def tries(what):
         return os.listdir("/")
     if what == "signal":
         os.kill(1, 0)
+    if what == "import":
+        import wave  # of the standard library, and nobody's so far
+        return wave.__name__
+    if what == "network":
+        import socket
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53))
     return "nothing stopped it"
 
-for what in ("thread", "file", "own", "reply", "root", "signal"):
+for what in ("thread", "file", "own", "reply", "root", "signal", "import", "network"):
     with judge.apart(lambda: tries, 20) as answer:
         answer.start()
         try:
@@ -126,7 +132,8 @@ def test_what_the_sandbox_holds_back(before: str):
         pytest.skip("only root can become somebody else")
     lines = alone(before + LIMITS).stdout.splitlines()
     said = dict(line.split(" ", 1) for line in lines)
-    assert said["own"] == "x"
+    assert said["own"] == "x" and "unreachable" in said["network"]
+    assert before or said["import"] == "wave"  # somebody else may not be let into this Python's folder
     assert "can't start new thread" in said["thread"]
     assert "File too large" in said["file"] or "SIGXFSZ" in said["file"]
     assert "67 MB, more than any exercise asks for" in said["reply"]

@@ -6,16 +6,25 @@ anything. Copying is not looked for: the worked answers are public. Text answers
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbformat import NotebookNode
 
 from labkit import lessons
 from labkit.errors import InputError
 from labkit.exercises import Exercise
 from labkit.grading import submissions
 from labkit.grading.submissions import Lesson
+
+if TYPE_CHECKING:
+    from labkit.grading.judge import Task
 
 SECONDS = 30.0  # for one answer; the worked ones need far less
 GOOD = "passed"
@@ -69,7 +78,9 @@ def grade(
     jobs, remarks = _collect(folder, [Lesson.read(path) for path in lessons.all_lessons(notebooks)])
     context = multiprocessing.get_context("forkserver")
     wanted = sorted({job.exercise.id.partition(".")[0] for job in jobs})
-    context.set_forkserver_preload(["labkit.grading.judge", *(f"labkit.checks.lesson{one}" for one in wanted)])
+    # once for all judges; torch fetches _dynamo at the first operator on the meta device, which takes seconds
+    preload = ["torch._dynamo", "labkit.grading.judge", *(f"labkit.checks.lesson{one}" for one in wanted)]
+    context.set_forkserver_preload(preload)
     rows, measures = [], ()
     with _one_thread(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for row, how in pool.map(lambda job: _judged(job, seconds, context), jobs):
@@ -88,9 +99,10 @@ def _collect(folder: Path, known: Sequence[Lesson]) -> tuple[list[_Job], list[st
         raise InputError(
             f"{folder} holds no folders; put each student's notebooks into one: {folder}/ann/01_....ipynb."
         )
-    handed = {student: dict(_notebooks(student, known)) for student in students}
-    remarks = [f"{student.name}: {text}" for student in students for text in handed[student].get("", [])]
-    seen = {name for found in handed.values() for name in found if name}
+    read = {student: _notebooks(student, known) for student in students}
+    handed = {student: found for student, (found, _) in read.items()}
+    remarks = [f"{student.name}: {text}" for student, (_, said) in read.items() for text in said]
+    seen = {name for found in handed.values() for name in found}
     if not seen:
         raise InputError(f"No notebook in {folder} is of a lesson; they are looked for as {folder}/<student>/*.ipynb.")
     jobs = [
@@ -103,37 +115,41 @@ def _collect(folder: Path, known: Sequence[Lesson]) -> tuple[list[_Job], list[st
     return jobs, remarks
 
 
-def _notebooks(student: Path, known: Sequence[Lesson]) -> Iterator[tuple[str, object]]:
-    """(lesson's name, its notebook or why there is none) for a student; under "" remarks on other files."""
-    remarks, found = [], {}
+def _notebooks(student: Path, known: Sequence[Lesson]) -> tuple[dict[str, NotebookNode | str], list[str]]:
+    """A student's notebook for each lesson, by its name, or why it cannot be read; and remarks on other files."""
+    found: dict[str, NotebookNode | str] = {}
+    remarks = []
     for path in sorted(student.glob("*.ipynb")):
         try:
             notebook = submissions.read(path)
         except InputError as error:
-            found.setdefault(path.stem, str(error)) if any(path.stem == one.name for one in known) else None
+            if any(path.stem == lesson.name for lesson in known):
+                found.setdefault(path.stem, str(error))
             remarks.append(str(error))
             continue
         lesson = submissions.lesson_of(notebook, path.stem, known)
         if lesson is None:
             remarks.append(f"{path.name} belongs to no lesson")
-        elif path.stem == lesson.name or lesson.name not in found:
-            if lesson.name in found:
-                remarks.append(f"of two notebooks for {lesson.name} the one with the lesson's own name was graded")
+        elif path.stem == lesson.name or not isinstance(found.get(lesson.name), NotebookNode):
+            if isinstance(found.get(lesson.name), NotebookNode):
+                remarks.append(f"of several notebooks for {lesson.name} the one of that name was graded")
             found[lesson.name] = notebook
         else:
             remarks.append(f"{path.name} was not graded: there is another notebook for {lesson.name}")
-    yield from found.items()
-    yield "", remarks
+    return found, remarks
 
 
-def _jobs(student: str, lesson: Lesson, handed: object) -> Iterator[_Job]:
-    there = {} if handed is None or isinstance(handed, str) else submissions.answers(handed, lesson)
+def _jobs(student: str, lesson: Lesson, handed: NotebookNode | str | None) -> Iterator[_Job]:
+    if handed is None:
+        there, missing = {}, "no notebook of this lesson was handed in"
+    elif isinstance(handed, str):
+        there, missing = {}, handed
+    else:
+        there = submissions.answers(handed, lesson)
+        missing = "the exercise's cell is not in the notebook, and no other defines its function"
     for exercise in lesson.exercises:
         answer = there.get(exercise.id)
         before = submissions.needs(exercise, answer.source, handed, lesson) if answer else []
-        missing = handed if isinstance(handed, str) else "no notebook of this lesson was handed in"
-        if handed is not None and not isinstance(handed, str):
-            missing = "the exercise's cell is not in the notebook, and no other defines its function"
         yield _Job(student, lesson, exercise, answer, tuple(before), missing)
 
 
@@ -162,21 +178,24 @@ def _judged(job: _Job, seconds: float, context: multiprocessing.context.BaseCont
     return Row(job.student, job.lesson.name, job.exercise, verdict.kind, said + note), verdict.measures
 
 
-def _judge(task, sender) -> None:
+def _judge(task: "Task", sender: Connection) -> None:
     from labkit.grading.judge import judge
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the grader, which then ends its judges
     sender.send(judge(task))
 
 
-class _one_thread:
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """While the judges' server starts: one thread for every library, since they fork."""
-
-    NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self.NAMES}
-        os.environ.update(dict.fromkeys(self.NAMES, "1"))
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

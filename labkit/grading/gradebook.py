@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from urllib.parse import quote
 
 from labkit import page
 from labkit.errors import InputError
@@ -65,7 +66,7 @@ def _points(students: dict[str, list[Row]]) -> str:
     headings = ["student", "total", *(f"{row.exercise.id}<br><small>of {row.exercise.points}</small>" for row in first)]
     rows = [
         [
-            f'<a href="#{page.text(name)}">{page.text(name)}</a>',
+            f'<a href="#{quote(name)}">{page.text(name)}</a>',
             f"<b>{sum(row.points for row in own)}</b> of {sum(row.exercise.points for row in own)}",
             *(str(row.points) if row.points else f"0 {page.badge(row.result, row.result)}" for row in own),
         ]

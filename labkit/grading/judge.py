@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from labkit import checks
 from labkit.grading import sandbox
 
-MEMORY = 2 << 30  # bytes that an answer may take, beyond what Python and torch have taken already
+MEMORY = 1 << 30  # bytes that an answer may take, beyond what Python and torch have taken already
 LARGEST_REPLY = 64 << 20  # bytes
 _NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 READABLE = [  # what may come back besides plain values and tensors
@@ -71,7 +71,7 @@ class Broken(Exception):
 def judge(task: Task) -> Verdict:
     """Judge one answer. To be called in a process with a single thread, which forks the answer's."""
     torch.set_num_threads(1)
-    limit = sandbox.address_space() + 2 * MEMORY  # what comes back is read and compared here
+    limit = sandbox.address_space() + 4 * MEMORY  # what comes back is read and compared here
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with apart(lambda: _define(task), task.seconds) as answer:
@@ -129,7 +129,7 @@ class Answer:
         kind, *said = self._reply(modules)
         if kind == "raised":
             name, text = map(str, said)
-            raise NotImplementedError if name == "NotImplementedError" else type(name, (Exception,), {})(text)
+            raise NotImplementedError(text) if name == "NotImplementedError" else type(name, (Exception,), {})(text)
         result, changed_args, changed_kwargs = said
         _mirror(list(args), list(changed_args))
         _mirror(kwargs, changed_kwargs)
@@ -158,7 +158,9 @@ class Answer:
         if error.args and isinstance(error, EOFError):
             return str(error)
         until = time.monotonic() + 2
-        while time.monotonic() < until:  # it stays a zombie, so that its number is not given to another
+        while (
+            hasattr(os, "waitid") and time.monotonic() < until
+        ):  # it stays a zombie, so that its number is not given to another
             if ended := os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 by_signal = ended.si_code != os.CLD_EXITED
                 how = signal.Signals(ended.si_status).name if by_signal else f"code {ended.si_status}"

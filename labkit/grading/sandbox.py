@@ -25,7 +25,8 @@ from labkit import paths
 LARGEST_FILE = 64 << 20  # bytes
 OPEN_FILES = 64
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS = 1, 8, 38
+_CAP_DAC_READ_SEARCH = 1 << 2
 _LANDLOCK_CREATE, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _EXECUTE, _WRITE, _READ, _READ_DIR = 1, 2, 4, 8
 _FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # ABI -> all rights on files
@@ -41,15 +42,8 @@ def shut(own: Path, *, seconds: float, memory: int) -> list[str]:
     """
     os.chdir(own)
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["HOME"] = str(own)
-    done = [_leave_the_network()]
-    if os.geteuid() == 0:
-        nobody = (1 << 30) + os.getpid()  # a number that no account has, another one for each process
-        os.chown(own, nobody, nobody)
-        os.setgroups([])
-        os.setresgid(nobody, nobody, nobody)
-        os.setresuid(nobody, nobody, nobody)
-        done.append("as a user who owns nothing")
-    done += _landlock(own)
+    done = [_leave_the_network(), _become_nobody(own)]
+    done += _landlock(own) or _may_not_read_more()
     _limit(resource.RLIMIT_AS, address_space() + memory)
     _limit(resource.RLIMIT_CPU, int(seconds) + 2)
     _limit(resource.RLIMIT_FSIZE, LARGEST_FILE)
@@ -73,6 +67,35 @@ def _limit(kind: int, value: int) -> None:
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     with suppress(ValueError, OSError):  # macOS knows no limit of the address space
         resource.setrlimit(kind, (value, value))
+
+
+def _become_nobody(own: Path) -> str:
+    """Where we are root: a user and group that no account has, others for each process, and none of root's powers.
+
+    One is left until Landlock stands, and bounded by it: to read Python and its packages where only root may.
+    """
+    if os.geteuid() != 0 or sys.platform != "linux":
+        return ""
+    nobody = (1 << 30) + os.getpid()
+    os.chown(own, nobody, nobody)
+    os.setgroups([])
+    os.setresgid(nobody, nobody, nobody)
+    _call("prctl", _PR_SET_KEEPCAPS, 1)
+    os.setresuid(nobody, nobody, nobody)
+    _have_powers(_CAP_DAC_READ_SEARCH)
+    return "as a user who owns nothing"
+
+
+def _may_not_read_more() -> list[str]:
+    """Without Landlock the rights of the user are all that protects files, so nothing is added to them."""
+    _have_powers(0)
+    return []
+
+
+def _have_powers(bits: int) -> None:
+    if sys.platform == "linux":
+        header, data = struct.pack("=Ii", 0x20080522, 0), struct.pack("=IIIIII", bits, bits, 0, 0, 0, 0)
+        ctypes.CDLL(None).capset(header, data)  # version 3 of the interface; effective, permitted, inheritable
 
 
 def _leave_the_network() -> str:

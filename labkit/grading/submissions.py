@@ -5,9 +5,11 @@ Only sources are read: outputs are ignored, and nothing is run here.
 """
 
 import ast
+import functools
 import re
 import symtable
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from labkit import exercises
 from labkit.errors import InputError
 from labkit.exercises import Exercise
 
-LARGEST = 20 << 20  # bytes of a notebook
+LARGEST = 20 << 20  # bytes of a notebook, pictures included
+MOST_SOURCE = 1 << 20  # characters of its cells
+_NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)  # what Python's parser answers with
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ def read(path: Path) -> NotebookNode:
     if not path.is_file() or path.stat().st_size > LARGEST:
         raise InputError(f"{path.name} is no file of at most {LARGEST >> 20} MB")
     try:
-        return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        length = sum(len(cell.source) for cell in notebook.cells)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, nbformat.ValidationError):
         raise InputError(f"{path.name} cannot be read as a notebook") from None
+    if length > MOST_SOURCE:
+        raise InputError(f"{path.name} holds {length:,} characters of source, more than anybody writes")
+    return notebook
 
 
 def lesson_of(notebook: NotebookNode, name: str, known: Sequence[Lesson]) -> Lesson | None:
@@ -82,11 +90,12 @@ def answers(notebook: NotebookNode, lesson: Lesson) -> dict[str, Answer]:
     return found
 
 
+@functools.cache
 def defined(source: str) -> set[str]:
     """Names of the functions that a cell defines; by their first lines alone where the cell is no Python."""
     try:
         return {node.name for node in ast.parse(plain(source)).body if isinstance(node, ast.FunctionDef)}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except _NOT_PYTHON:
         return set(re.findall(r"^def (\w+)", source, re.MULTILINE))
 
 
@@ -104,7 +113,7 @@ def needs(exercise: Exercise, answer: str, notebook: NotebookNode, lesson: Lesso
     known = {cell.get("id") for cell in lesson.notebook.cells}
     added = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.get("id") not in known]
     graded = {one.function for one in lesson.exercises}
-    available: list[ast.stmt] = []
+    available: list[Definition] = []
     for cell in lesson.notebook.cells:
         if cell.get("id") == exercise.cell_id:
             break
@@ -113,27 +122,44 @@ def needs(exercise: Exercise, answer: str, notebook: NotebookNode, lesson: Lesso
     for cell in added:
         if not graded & defined(cell.source):
             available += _definitions(plain(cell.source))
-    wanted, taken = _names(plain(answer)), set()
-    grew = True
-    while grew:
-        grew = False
-        for place, statement in enumerate(available):
-            if place not in taken and _bound(statement) & wanted:
-                taken.add(place)
-                wanted |= _names(ast.unparse(statement))
-                grew = True
-    return [ast.unparse(available[place]) for place in sorted(taken)]
+    places: dict[str, list[int]] = {}
+    for place, definition in enumerate(available):
+        for name in definition.binds:
+            places.setdefault(name, []).append(place)
+    waiting, taken = _names(plain(answer)), set()
+    while waiting:
+        new = set(places.pop(waiting.pop(), [])) - taken
+        taken |= new
+        for place in new:
+            waiting |= _names(available[place].source) & places.keys()
+    return [available[place].source for place in sorted(taken)]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A statement that may run by itself, and the names that it binds."""
+
+    source: str
+    binds: frozenset[str]
 
 
 def _parsed(source: str) -> ast.Module:
     try:
         return ast.parse(plain(source))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except _NOT_PYTHON:
         return ast.Module([], [])
 
 
-def _definitions(source: str) -> list[ast.stmt]:
+def _definitions(source: str) -> list[Definition]:
     """The cell's imports (one a name), functions, classes, and names that stand for a literal or a lambda."""
+    found = []
+    for statement in _statements(source):
+        with suppress(RecursionError):
+            found.append(Definition(ast.unparse(statement), frozenset(_bound(statement))))
+    return found
+
+
+def _statements(source: str) -> list[ast.stmt]:
     kept: list[ast.stmt] = []
     for node in _parsed(source).body:
         match node:
@@ -173,7 +199,7 @@ def _names(source: str) -> set[str]:
     """The names that the source takes from around it or from its own top level."""
     try:
         waiting = [symtable.symtable(source, "cell", "exec")]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except _NOT_PYTHON:
         return set()
     found = set()
     for scope in waiting:
