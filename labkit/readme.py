@@ -39,13 +39,17 @@ def generated() -> str:
     return "\n".join([*rows, "", _result(), "", *_newcomers()])
 
 
+def title(path: Path) -> str:
+    """A lesson's title, as its first cell has it."""
+    return re.search(r"^# (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE)[1]
+
+
 def _row(path: Path) -> str:
     text = nbformat.read(path, as_version=4).cells[0].source
-    title = re.search(r"^# (.+)$", text, re.MULTILINE)[1]
     question = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)[1]
     facts = dict(re.findall(r"^\| (Minutes|Needs) \| (.+) \|$", text, re.MULTILINE))
     times = [f"{one.seconds:.0f} s at `{one.preset}` on {_machine(one)}" for one in recorded(path.stem[:2])]
-    link = f"[{title}](notebooks/{path.name})"
+    link = f"[{title(path)}](notebooks/{path.name})"
     return f"| {link} | {question} | {facts['Minutes']} | {'; '.join(times) or NOTHING} | {facts['Needs']} |"
 
 
