@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,8 +84,8 @@ def _sphinx(source: Path, html: Path, doctrees: Path) -> None:
 def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
     """Fill the new folder `source` with all that Sphinx reads."""
     shutil.copytree(SOURCES, source)
-    font = resources.files("ziamath") / "fonts" / FONT
-    (source / "static" / FONT).write_bytes(font.read_bytes())
+    font = Path(find_spec("ziamath").origin).parent / "fonts" / FONT  # the package itself, which draws, is not used
+    shutil.copy(font, source / "static")
     for path in lessons.all_lessons():
         notebook = readable(nbformat.read(path, as_version=4))
         lessons.write(source / "notebooks" / path.name, nbformat.writes(notebook))
@@ -123,7 +122,10 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
         yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
         marks = (course.BEGIN, course.END)
         cell.source = "\n".join(line for line in cell.source.splitlines() if line.strip() not in marks)
-        cell.metadata.mystnb = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
+        cell.metadata.mystnb = {
+            "code_prompt_show": "Show a worked answer",
+            "code_prompt_hide": "Hide the worked answer",
+        }
     tags = cell.metadata.get("tags", [])
     hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
     if stub != cell.source or hidden or any(tag in FOLDED for tag in tags):
@@ -197,10 +199,11 @@ def _html(tables: str) -> str:
 
 def _labelled(table: re.Match[str]) -> str:
     """On a phone a row becomes a card, and the cells lose sight of the table's head."""
-    headings = [re.sub(r"<[^>]+>", " ", one) for one in re.findall(r'<th scope="col">(.*?)</th>', table[0])]
+    found = re.findall(r'<th scope="col">(.*?)</th>', table[0])
+    headings = [re.sub(r"<[^>]+>", "", one.replace("<br>", ", ")) for one in found]
 
     def label(row: re.Match[str]) -> str:
         names = iter(headings[1:])
-        return re.sub("<td>", lambda _: f'<td data-label="{next(names).strip()}">', row[0])
+        return re.sub("<td>", lambda _: f'<td data-label="{next(names)}">', row[0])
 
     return re.sub(r"<tr>.*?</tr>", label, table[0], flags=re.DOTALL)

@@ -32,6 +32,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "navbar_persistent": [],  # the search button stands in the sidebar
     "home_page_in_toc": False,
+    "footer_content_items": "copyright.html",
 }
 
 
