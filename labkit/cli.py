@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from labkit.runs import Run, Step
 
 RUNS = paths.ROOT / "runs"
+SITE = paths.ROOT / "build" / "site"
 
 
 class _Group(click.Group):
@@ -140,6 +141,27 @@ def report(folders: tuple[Path, ...]) -> None:
     own = course.WORKSPACE / "runs"
     found = list(folders) or [folder for folder in (RUNS, own) if folder.is_dir()] or [RUNS]
     click.echo(page.write(found, found[0] / "report.html").resolve().as_uri())
+
+
+@main.command()
+@click.option("--serve/--no-serve", default=True, help="Show it on this machine until Ctrl-C, or only build it.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=SITE, help="Default: build/site.")
+def site(serve: bool, port: int, out: Path) -> None:
+    """Build the lessons, the claims and the measured machines as a web site, and serve it on this machine."""
+    from labkit import course
+    from labkit import site as pages
+
+    server = pages.serve(out, port) if serve else None  # a port that is taken is said before the work
+    first = pages.build(out, [RUNS, course.WORKSPACE / "runs"])
+    if not server:
+        click.echo(first.resolve().as_uri())
+        return
+    click.echo(f"http://localhost:{server.server_port}/   (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
 
 
 @main.command()

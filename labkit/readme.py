@@ -56,10 +56,10 @@ def timetable() -> str:
     ]
     for path in lessons.all_lessons():
         notebook = nbformat.read(path, as_version=4)
-        title, facts, times = _header(path, notebook)
+        name, facts, times = _header(path, notebook)
         tasks = exercises.read(notebook)
         minutes, points = (sum(getattr(task, name) for task in tasks) for name in ("minutes", "points"))
-        link, count = f"[{title}](../{path.name})", f"{minutes} ({len(tasks)} exercises)"
+        link, count = f"[{name}](../{path.name})", f"{minutes} ({len(tasks)} exercises)"
         rows.append(f"| {link} | {facts['Minutes']} | {count} | {points} | {times} | {facts['Needs']} |")
     return "\n".join(rows)
 
@@ -69,16 +69,21 @@ def _header(path: Path, notebook: nbformat.NotebookNode) -> tuple[str, dict[str,
     text = notebook.cells[0].source
     times = [f"{one.seconds:.0f} s at `{one.preset}` on {_machine(one)}" for one in recorded(path.stem[:2])]
     facts = dict(re.findall(r"^\| (Minutes|Needs) \| (.+) \|$", text, re.MULTILINE))
-    return re.search(r"^# (.+)$", text, re.MULTILINE)[1], facts, "; ".join(times) or NOTHING
+    return title(path), facts, "; ".join(times) or NOTHING
 
 
 def _row(path: Path) -> str:
     notebook = nbformat.read(path, as_version=4)
-    title, facts, times = _header(path, notebook)
+    name, facts, times = _header(path, notebook)
     text = notebook.cells[0].source
     question = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)[1]
-    link = f"[{title}](notebooks/{path.name})"
+    link = f"[{name}](notebooks/{path.name})"
     return f"| {link} | {question} | {facts['Minutes']} | {times} | {facts['Needs']} |"
+
+
+def title(path: Path) -> str:
+    """A lesson's title, as its first cell has it."""
+    return re.search(r"^# (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE)[1]
 
 
 def _result() -> str:

@@ -63,7 +63,7 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
     InputError where a folder is missing or none of them holds a result; a damaged result is listed on the page instead.
     """
     results, problems = collect(folders)
-    recorded, unreadable = _recorded()
+    recorded, unreadable = recorded_runs()
     try:
         write_text(destination, page(results, recorded, [*problems, *unreadable], destination.parent))
     except OSError as error:
@@ -94,13 +94,13 @@ def collect(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
 def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Sequence[str], base: Path) -> str:
     """The whole page; links are relative to the folder `base`."""
     newest = {result.lesson: result for result in results}
-    columns = [*(Column(one, True) for one in _newest_records(results)), *(Column(one, False) for one in recorded)]
+    columns = side_by_side(results, recorded)
     lessons = sorted({column.record.lesson for column in columns})
     body = [
         _problems(problems),
-        _section("Machines", _machines(columns)),
+        _section("Machines", machines_table(columns)),
         _section("Runs", _runs([newest[lesson] for lesson in sorted(newest)], base)),
-        _section("What the guide claims", _claims(columns)),
+        _section("What the guide claims", claims_table(claims.load().values(), columns)),
         _section("Predictions against measurements", _predictions(columns)),
         *(_lesson([column for column in columns if column.record.lesson == lesson]) for lesson in lessons),
     ]
@@ -126,9 +126,10 @@ def _result(home: Path) -> Result:
     return Result(home, record, run, next(home.glob("[0-9][0-9]_*.ipynb"), None))
 
 
-def _recorded() -> tuple[list[RunRecord], list[str]]:
+def recorded_runs() -> tuple[list[RunRecord], list[str]]:
+    """The reference runs of all lessons and machines, and a sentence for each that cannot be read."""
     records, problems = [], []
-    for path in sorted(paths.RECORDED.glob("*/*.json")):
+    for path in sorted(paths.RECORDED.glob("*/[0-9][0-9].json")):
         try:
             records.append(read(path))
         except DataError as error:
@@ -136,13 +137,13 @@ def _recorded() -> tuple[list[RunRecord], list[str]]:
     return records, problems
 
 
-def _newest_records(results: Iterable[Result]) -> list[RunRecord]:
-    """The newest record of each lesson on each machine at each preset."""
+def side_by_side(results: Iterable[Result], recorded: Iterable[RunRecord]) -> list[Column]:
+    """The newest of the user's records of each lesson on each machine at each preset, then the recorded ones."""
     found = {}
     for result in results:  # oldest first
         if record := result.record:
             found[record.lesson, record.machine.get("slug"), record.preset] = record
-    return list(found.values())
+    return [*(Column(one, True) for one in found.values()), *(Column(one, False) for one in recorded)]
 
 
 # sections -----------------------------------------------------------------------------------------
@@ -153,7 +154,8 @@ def _problems(problems: Sequence[str]) -> str:
     return _section("Could not be read", f"<ul>{items}</ul>") if items else ""
 
 
-def _machines(columns: Sequence[Column]) -> str:
+def machines_table(columns: Sequence[Column]) -> str:
+    """The machines that the columns were measured on, as HTML."""
     seen = {(column.record.machine.get("slug"), column.here): column for column in columns}
     rows = []
     for column in seen.values():
@@ -207,8 +209,8 @@ def _budget(used: float | None, record: RunRecord | None, name: str, unit: str) 
     return text if used <= limit else f"{text} {_badge('failed', 'over budget')}"
 
 
-def _claims(columns: Sequence[Column]) -> str:
-    """Each claim, and what the newest record of each machine says about it."""
+def claims_table(chosen: Iterable[claims.Claim], columns: Sequence[Column]) -> str:
+    """Each claim, and what the newest record of each machine says about it, as HTML."""
     machines: dict[tuple[Any, bool], Column] = {}
     verdicts: dict[tuple[str, Any, bool], dict] = {}
     for column in columns:
@@ -216,12 +218,12 @@ def _claims(columns: Sequence[Column]) -> str:
         machines[key] = column
         verdicts |= {(claim["id"], *key): claim for claim in column.record.claims}
     rows = []
-    for claim in claims.load().values():
+    for claim in chosen:
         found = [verdicts.get((claim.id, *key)) for key in machines]
         missing = "needs a document" if claim.needs == "document" else "not yet measured"
         rows.append(
             [
-                _text(claim.id),
+                f'<span id="claim-{_text(claim.id)}">{_text(claim.id)}</span>',
                 f"{_text(claim.text)}<br><small>{_text(claim.quantity)}; {_text(claim.source)}</small>",
                 _text(claims.expected(claim)),
                 *(_verdict(one, claim.unit) if one else _badge("missing", missing) for one in found or [None]),
@@ -265,7 +267,7 @@ def _lesson(columns: Sequence[Column]) -> str:
         if column.here
         for check in column.record.checks
     ]
-    parts = [_measurements(columns)]
+    parts = [measurements_table(columns)]
     if checks:
         parts += ["<h3>Exercises</h3>", _table(["exercise", "result", "machine"], checks)]
     return _section(f"{record.lesson} {record.title}", "".join(parts))
@@ -276,8 +278,8 @@ def _failures(check: dict[str, Any]) -> str:
     return f"{_badge('failed', 'not yet')}<ul>{listed}</ul>"
 
 
-def _measurements(columns: Sequence[Column]) -> str:
-    """One row a name with a value from each record, then the recorded tables, folded."""
+def measurements_table(columns: Sequence[Column]) -> str:
+    """One row a name with a value from each record, then the recorded tables, folded, as HTML."""
     names = dict.fromkeys(entry["name"] for column in columns for entry in column.record.measurements)
     rows, folded = [], []
     for name in names:

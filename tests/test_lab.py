@@ -19,7 +19,7 @@ esac
 printf '%s\\n' "$*" >>"{log}"
 case "$*" in
     "-m venv"*) mkdir -p "{course}/.venv/bin" && cp "$0" "{course}/.venv/bin/python" ;;
-    "-m pip install --editable"*) exit {pip} ;;
+    "-m pip install --editable"* | "-m pip install --quiet --editable"*) exit {pip} ;;
     "-m labkit.cli data fetch"*) exit {fetch} ;;
 esac
 """
@@ -117,6 +117,21 @@ def test_failed_fetch_is_tried_again(course):
     course.calls()
     course.lab("run")
     assert course.calls() == ["-m labkit.cli data fetch", "-m labkit.cli run"]
+
+
+def test_site_installs_what_it_needs_once(course):
+    course.lab("setup")
+    course.calls()
+    course.behave(pip=1)
+    failed = course.lab("site")
+    assert failed.returncode == 2 and "what the site needs could not be had" in failed.stderr
+    course.behave()
+    course.calls()
+    course.lab("site", "--no-serve")
+    course.lab("site")
+    installed, *others = course.calls()
+    assert installed.startswith("-m pip install --quiet --editable ") and installed.endswith("my course[site]")
+    assert others == ["-m labkit.cli site --no-serve", "-m labkit.cli site"]
 
 
 def test_missing_python_is_said_with_what_to_install(course, tmp_path):
