@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import EqualityError
 from labkit.models import quietly
 from labkit.pruning import anatomy, equality, surgery, tracing
 from labkit.pruning.channels import Plan, Pruned, Units
@@ -51,7 +51,9 @@ def cut(
     new = surgery.cut(model, kept, attributes)
     report = equality.check(model, new, record, gone, (), kwargs) if check else None
     if report is not None and not report.equal:
-        raise InputError(f"The pruned model is {report} Report this model: its parts are not what they seem.")
+        raise EqualityError(
+            f"The pruned model is {report} It is not returned. Report this model: its parts are not what they seem."
+        )
     state_config(new, config)
     return Pruned(new, _plan(model, new, kept, attributes, units, record, kwargs), report)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from labkit.counting import evaluating
-from labkit.errors import InputError
+from labkit.errors import EqualityError, InputError
 from labkit.pruning import anatomy, cuts, losses, surgery, tracing
 from labkit.pruning.calibration import calibrating, check_batches, not_empty
 from labkit.pruning.channels import Plan, Pruned, Units
@@ -188,7 +188,9 @@ def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwarg
     scale = max(float(a.abs().max()) for a in expected)
     report = Skipped(error, scale, 0.0, str(expected[0].dtype).removeprefix("torch."))
     if not report.equal:
-        raise InputError(f"The pruned model is {report} Report this model: its layers are not what they seem.")
+        raise EqualityError(
+            f"The pruned model is {report} It is not returned. Report this model: its layers are not what they seem."
+        )
     return report
 
 
