@@ -82,5 +82,5 @@ def calibration(predictions: Sequence[Mapping[str, Any]]) -> str:
     high, low = (sum(one > 1.05 for one in side) for side in (ratios, [1 / ratio for ratio in ratios]))
     return (
         f"Of {len(ratios)} predictions half were off by a factor of {plots.quantity(statistics.median(factors), '')} "
-        f"or less, {sum(factor <= 2 for factor in factors)} by no more than 2; {high} were too high, {low} too low."
+        f"or less, {sum(factor <= 2 for factor in factors)} by no more than 2; too high: {high}, too low: {low}."
     )

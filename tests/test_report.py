@@ -119,9 +119,9 @@ def test_off_by(predicted: object, measured: object, words: str):
         ([(10, 20), (1, None), (0, 3)], ""),
         (
             [(10, 20), (10, 10)],
-            "Of 2 predictions half were off by a factor of 1.50 or less, 2 by no more than 2; 0 were",
+            "Of 2 predictions half were off by a factor of 1.50 or less, 2 by no more than 2; too high: 0, too",
         ),
-        ([(9, 3), (1, 5), (2, 2), (8, 2)], "factor of 3.50 or less, 1 by no more than 2; 2 were too high, 1 too low."),
+        ([(9, 3), (1, 5), (2, 2), (8, 2)], "factor of 3.50 or less, 1 by no more than 2; too high: 2, too low: 1."),
     ],
 )
 def test_calibration(pairs: list, words: str):

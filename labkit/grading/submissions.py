@@ -8,6 +8,7 @@ import ast
 import functools
 import re
 import symtable
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def read(path: Path) -> NotebookNode:
     if not path.is_file() or path.stat().st_size > LARGEST:
         raise InputError(f"{path.name} is no file of at most {LARGEST >> 20} MB")
     try:
-        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        with warnings.catch_warnings(action="ignore"):  # of lost ids, which are found again
+            notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
         length = sum(len(cell.source) for cell in notebook.cells)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, nbformat.ValidationError):
         raise InputError(f"{path.name} cannot be read as a notebook") from None
