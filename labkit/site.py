@@ -25,6 +25,7 @@ from labkit.record import MIME
 SOURCES = paths.ROOT / "site"
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"
 FONT = "STIXTwoMath-Regular.ttf"  # without a font for formulas, which Linux often lacks, brackets stay small
+UNSTRETCHED = ' stretchy="false"'
 FOLDED = ("setup",)  # besides what carries hide-input: imports and the start of a lesson
 
 
@@ -151,8 +152,9 @@ def mathml(latex: str, display: str = "inline") -> str:
     from latex2mathml.converter import convert
 
     known = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
-    bars = r"<mo(?=[^>]*>(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers would space them as infix operators
-    return re.sub(bars, '<mo lspace="0" rspace="0"', convert(known, display=display))
+    bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
+    close = ' lspace="0" rspace="0"'
+    return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(known, display=display))
 
 
 # generated pages ----------------------------------------------------------------------------------
