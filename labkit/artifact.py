@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from labkit.counting import evaluating
 from labkit.errors import InputError
 from labkit.footprint import components
+from labkit.pruning import nm_packed
+from labkit.pruning.nm_pattern import is_nm
 
 Parts = dict[str, Tensor]
 
@@ -116,27 +118,16 @@ def _from_bitmask(parts: Parts) -> Tensor:
 
 
 def _to_nm(w: Tensor) -> Parts | None:
-    """2:4: of each group of four, two values and their places, two bits each; a byte holds the places of two groups."""
-    if w.shape[1] % 4:
+    """2:4 along the input channels, in the layout of `nm_packed`; None for another weight."""
+    if not is_nm(w, 2, 4):
         return None
-    groups = w.movedim(1, -1).reshape(-1, 4)  # [groups, 4], along the input channels as the hardware multiplies them
-    kept = groups != 0
-    if (kept.sum(1) > 2).any():
-        return None
-    # The kept ones first, then places of zeros, each in order: a stable sort by "is zero".
-    places = (~kept).byte().argsort(dim=1, stable=True)[:, :2].sort(dim=1).values
-    nibbles = (places[:, 0] | places[:, 1] << 2).byte()
-    nibbles = torch.cat([nibbles, nibbles.new_zeros(len(nibbles) % 2)]).view(-1, 2)
-    return {"values": groups.gather(1, places), "places": nibbles[:, 0] | nibbles[:, 1] << 4, "shape": _shape(w)}
+    packed = nm_packed.compress(w, 2, 4)
+    return {"values": packed.values, "places": packed.metadata, "shape": _shape(w)}
 
 
 def _from_nm(parts: Parts) -> Tensor:
-    values, packed = parts["values"], parts["places"]
-    nibbles = torch.stack([packed & 15, packed >> 4], 1).view(-1)[: len(values)].long()
-    places = torch.stack([nibbles & 3, nibbles >> 2], 1)
-    groups = values.new_zeros(len(values), 4).scatter_(1, places, values)
-    first, channels, *rest = parts["shape"].tolist()
-    return groups.view(first, *rest, channels).movedim(-1, 1).contiguous()
+    shape = tuple(parts["shape"].tolist())
+    return nm_packed.decompress(nm_packed.Packed(parts["values"], parts["places"], shape, 2, 4))
 
 
 FORMATS: dict[str, Format] = {

@@ -101,7 +101,7 @@ def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) 
     if result.error:
         click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
     elif record:
-        for path in (*runs.keep_as_reference(result, notebook), readme.update()):
+        for path in (*runs.keep_as_reference(result, notebook), *readme.update()):
             click.echo(f"recorded  {path}")
     return result
 
@@ -167,13 +167,66 @@ def site(serve: bool, port: int, out: Path) -> None:
 @main.command()
 @click.argument("lesson", metavar="NN")
 @click.option("--browser/--no-browser", default=True, help="Open a browser, or only print the address.")
-def start(lesson: str, browser: bool) -> None:
+@click.option("--fresh", is_flag=True, help="Begin again with a new copy; the old one is kept under today's date.")
+def start(lesson: str, browser: bool, fresh: bool) -> None:
     """Take a lesson: open your own copy, without the answers, in JupyterLab."""
     from labkit import course
 
+    kept = course.put_aside(lesson) if fresh else None
     own = course.prepare(lesson)
     click.echo(f"your copy: {own}")
+    click.echo(f"stuck? An exercise's worked answer: ./lab solution {own.name[:2]}.1")
+    if kept:
+        click.echo(f"the copy that you had: {kept}")
+    if course.has_changed(own):
+        number = own.name[:2]
+        click.echo(
+            f"lesson {number} has changed since this copy was made; your work stays as it is. To get the new lesson, "
+            f"with this copy kept beside it: ./lab start {number} --fresh"
+        )
     sys.exit(course.open_in_jupyterlab(own, browser=browser))
+
+
+@main.command()
+@click.argument("exercise", metavar="NN.K")
+def solution(exercise: str) -> None:
+    """Show the worked answer to an exercise, such as 03.1."""
+    from labkit import exercises
+
+    found = exercises.find(exercise)
+    click.echo("\n".join(line for line in found.source.splitlines() if line.strip() not in exercises.MARKERS))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def release(folder: Path) -> None:
+    """Make the folder that a class gets: all lessons without answers, an index, and labkit."""
+    from labkit import course
+
+    copies = course.release(folder)
+    click.echo(f"{len(copies)} lessons without answers, labkit and its data: {folder.resolve()}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True, help="Limit for one answer.")
+def grade(folder: Path, seconds: float) -> None:
+    """Grade DIR/<student>/<lesson>.ipynb into DIR/grades.csv and DIR/grades.html."""
+    from tqdm import tqdm
+
+    from labkit import grading
+    from labkit.grading import gradebook
+
+    with tqdm(unit="answer", disable=None) as bar:
+
+        def show(row: grading.Row, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"{row.student} {row.exercise.id}", refresh=False)
+            bar.update()
+
+        book = grading.grade(folder, seconds=seconds, on_row=show)
+    for path in gradebook.write(book, folder):
+        click.echo(path.resolve().as_uri() if path.suffix == ".html" else path)
 
 
 @main.group()

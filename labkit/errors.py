@@ -12,5 +12,9 @@ class InputError(LabError, ValueError):
     """An argument, parameter or model that cannot be used as given."""
 
 
+class EqualityError(LabError, ArithmeticError):
+    """A changed model that does not compute what it has to: it is not returned. Mended by changing less of it."""
+
+
 class DataError(LabError, RuntimeError):
     """A data set, model or record that is missing, damaged or out of reach."""

@@ -91,6 +91,20 @@ def wilson(right: int, n: int) -> tuple[float, float, float]:
     return share, max(0.0, middle - half), min(1.0, middle + half)
 
 
+def paired_difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of one[i] - other[i] and its 95 % interval by the normal law: two models' answers to the same examples.
+
+    It speaks of other examples from the same source. For few values, such as one a seed, use `mean_ci`.
+    """
+    if len(one) != len(other) or len(one) < 30:
+        raise InputError(
+            f"paired_difference takes two equally long lists of 30 values or more, got {len(one)} and {len(other)}."
+        )
+    gaps = [float(a) - float(b) for a, b in zip(one, other, strict=True)]
+    mean, half = statistics.fmean(gaps), Z95 * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return mean, mean - half, mean + half
+
+
 def mean_ci(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean of one to ten values, one a seed, and its 95 % interval by Student's t: mean -+ t s / sqrt(n).
 

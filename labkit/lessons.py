@@ -3,7 +3,6 @@
 Executing them is runs.py's work, the learner's copies are course.py's.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import nbformat
 
 from labkit import paths
+from labkit.atomic import replacing
 from labkit.errors import InputError
 from labkit.record import MIME
 
@@ -69,10 +69,5 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def write(path: Path, text: str) -> None:
     """Write a text file atomically, with its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

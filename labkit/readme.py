@@ -1,7 +1,7 @@
-"""The README's generated part: lessons with measured run times, one result with its interval, the set-up times.
+"""Generated parts of the README and of the syllabi: lessons with measured run times, one result, the set-up times.
 
-Everything comes from the notebooks' headers and from data/recorded/, so that no number in the README is typed.
-`labkit run --record` rewrites it; a test compares.
+Everything comes from the notebooks' headers and from data/recorded/, so that no number in them is typed.
+`labkit run --record` rewrites both; a test compares.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import nbformat
 
-from labkit import lessons, paths
+from labkit import exercises, lessons, paths
 from labkit.errors import DataError
 from labkit.plots import quantity
 from labkit.record import RunRecord, recorded
@@ -21,14 +21,23 @@ RESULT = ("01", "depthwise over dense")  # the lesson and the name of the compar
 NOTHING = "not recorded yet"
 
 
-def update(path: Path | None = None) -> Path:
-    """Rewrite what stands between the two markers of the README; DataError where a marker is missing."""
-    path = path or paths.ROOT / "README.md"
+def pages() -> dict[Path, str]:
+    """The pages with a generated part, and that part."""
+    return {paths.ROOT / "README.md": generated(), paths.NOTEBOOKS / "syllabi" / "README.md": timetable()}
+
+
+def update() -> list[Path]:
+    """Rewrite the generated part of each page; DataError where a page has lost its markers."""
+    return [write(path, part) for path, part in pages().items()]
+
+
+def write(path: Path, part: str) -> Path:
+    """Rewrite what stands between the two markers of a page; DataError where a marker is missing."""
     text = path.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise DataError(f"{path.name} has lost its markers; put {BEGIN} and {END} on lines of their own.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    lessons.write(path, f"{before}{BEGIN}\n{generated()}\n{END}{after}")
+    lessons.write(path, f"{before}{BEGIN}\n{part}\n{END}{after}")
     return path
 
 
@@ -39,18 +48,42 @@ def generated() -> str:
     return "\n".join([*rows, "", _result(), "", *_newcomers()])
 
 
-def title(path: Path) -> str:
-    """A lesson's title, as its first cell has it."""
-    return re.search(r"^# (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE)[1]
+def timetable() -> str:
+    """What a teacher plans with: a learner's minutes, the exercises' share of them, and how long the machine runs."""
+    rows = [
+        "| lesson | minutes | of them exercises | points | measured run time | prepare |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in lessons.all_lessons():
+        notebook = nbformat.read(path, as_version=4)
+        name, facts, times = _header(path, notebook)
+        tasks = exercises.read(notebook)
+        minutes, points = (sum(getattr(task, name) for task in tasks) for name in ("minutes", "points"))
+        link, count = f"[{name}](../{path.name})", f"{minutes} ({len(tasks)} exercises)"
+        rows.append(f"| {link} | {facts['Minutes']} | {count} | {points} | {times} | {facts['Needs']} |")
+    return "\n".join(rows)
+
+
+def _header(path: Path, notebook: nbformat.NotebookNode) -> tuple[str, dict[str, str], str]:
+    """Title, facts of the header's table, and recorded run times of a lesson."""
+    text = notebook.cells[0].source
+    times = [f"{one.seconds:.0f} s at `{one.preset}` on {_machine(one)}" for one in recorded(path.stem[:2])]
+    facts = dict(re.findall(r"^\| (Minutes|Needs) \| (.+) \|$", text, re.MULTILINE))
+    return title(path), facts, "; ".join(times) or NOTHING
 
 
 def _row(path: Path) -> str:
-    text = nbformat.read(path, as_version=4).cells[0].source
+    notebook = nbformat.read(path, as_version=4)
+    name, facts, times = _header(path, notebook)
+    text = notebook.cells[0].source
     question = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)[1]
-    facts = dict(re.findall(r"^\| (Minutes|Needs) \| (.+) \|$", text, re.MULTILINE))
-    times = [f"{one.seconds:.0f} s at `{one.preset}` on {_machine(one)}" for one in recorded(path.stem[:2])]
-    link = f"[{title(path)}](notebooks/{path.name})"
-    return f"| {link} | {question} | {facts['Minutes']} | {'; '.join(times) or NOTHING} | {facts['Needs']} |"
+    link = f"[{name}](notebooks/{path.name})"
+    return f"| {link} | {question} | {facts['Minutes']} | {times} | {facts['Needs']} |"
+
+
+def title(path: Path) -> str:
+    """A lesson's title, as its first cell has it."""
+    return re.search(r"^# (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE)[1]
 
 
 def _result() -> str:

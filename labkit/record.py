@@ -7,7 +7,6 @@ samples and intervals, never a path or a host name; how results are drawn is lef
 import json
 import math
 import numbers
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +16,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from labkit import paths, plots
+from labkit.atomic import replacing
 from labkit.errors import DataError, InputError
 
 SCHEMA = "labkit.record/1"
@@ -86,13 +86,10 @@ class RunRecord:
 def write(record: RunRecord, path: Path) -> None:
     """Write the record as JSON, whole or not at all, with its folder; InputError where the folder cannot be written."""
     text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True) if path.parent.is_dir() else None
         raise InputError(
             f"The record cannot be written to {path} ({error.strerror}); choose another results_dir."
         ) from error

@@ -1,24 +1,28 @@
 """One HTML page out of run records: this machine beside the recorded ones, the guide's claims, how good guesses were.
 
-The page (report.html is its frame) carries all that it shows, needs no script and no network, and prints. It only reads
+The page carries all that it shows, needs no script and no network, and prints (page.py is its frame). It only reads
 records: what they mean was decided when they were made.
 """
 
-import html
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from string import Template
 from typing import Any
 from urllib.parse import quote
 
 from labkit import claims, paths, plots
 from labkit.errors import DataError, InputError
 from labkit.lessons import write as write_text
+from labkit.page import badge as _badge
+from labkit.page import section as _section
+from labkit.page import table as _table
+from labkit.page import text as _text
+from labkit.page import whole
 from labkit.record import RunRecord, read
+from labkit.summary import calibration, off_by
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,11 @@ def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Seq
         _section("Predictions against measurements", _predictions(columns)),
         *(_lesson([column for column in columns if column.record.lesson == lesson]) for lesson in lessons),
     ]
-    frame = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    return frame.substitute(body="\n".join(body), when=f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC", badge=plots.BADGE)
+    intro = (
+        f"Made {datetime.now(UTC):%d %B %Y, %H:%M} UTC from run records. A range in brackets is a 95 % interval. "
+        f"{plots.BADGE} marks what a model computed and no clock saw."
+    )
+    return whole("Inference optimisation, measured", intro, "\n".join(body))
 
 
 # reading ------------------------------------------------------------------------------------------
@@ -238,7 +245,7 @@ def _predictions(columns: Sequence[Column]) -> str:
             f"{_text(one['question'] or one['name'])}",
             _quantity(one["predicted"], one["unit"]),
             _quantity(one["measured"], one["unit"]),
-            _text(_off_by(one["predicted"], one["measured"])),
+            _text(off_by(one["predicted"], one["measured"])),
             column.heading,
         ]
         for column in columns
@@ -247,17 +254,9 @@ def _predictions(columns: Sequence[Column]) -> str:
     ]
     if not rows:
         return "<p>No prediction was made yet.</p>"
-    return _table(["lesson", "question", "predicted", "measured", "off by", "machine"], rows)
-
-
-def _off_by(predicted: Any, measured: Any) -> str:
-    """How far a guess was off, as a factor: "2.00x too high"."""
-    if not all(isinstance(one, int | float) and one > 0 for one in (predicted, measured)):
-        return "–"
-    factor = max(predicted / measured, measured / predicted)
-    if factor < 1.005:
-        return "right"
-    return f"{plots.quantity(factor, 'x')} too {'high' if predicted > measured else 'low'}"
+    said = calibration([one for column in columns if column.here for one in column.record.predictions])
+    overall = f"<p>{_text(said)}</p>" if said else ""
+    return overall + _table(["lesson", "question", "predicted", "measured", "off by", "machine"], rows)
 
 
 def _lesson(columns: Sequence[Column]) -> str:
@@ -310,10 +309,6 @@ def _folded(column: Column, entry: dict[str, Any]) -> str:
 # pieces -------------------------------------------------------------------------------------------
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
 def _quantity(value: Any, unit: str) -> str:
     return _text(plots.quantity(value, unit))
 
@@ -326,36 +321,7 @@ def _valued(value: Any, unit: str, ci95: Any) -> str:
     return f"{_quantity(value, unit)} <small>({_text(words)})</small>"
 
 
-def _badge(kind: str, text: str) -> str:
-    """Told apart by its words, not by colour alone."""
-    return f'<span class="badge {_TONES.get(kind, "plain")}">{_text(text)}</span>'
-
-
 def _link(notebook: Path | None, base: Path) -> str:
     if notebook is None:
         return "–"
     return f'<a href="{quote(Path(os.path.relpath(notebook, base)).as_posix())}">{_text(notebook.name)}</a>'
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{body}</section>"
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wide: bool = False) -> str:
-    """Headings and cells are HTML already."""
-
-    def cells(row: Sequence[str]) -> Iterator[str]:
-        yield f'<th scope="row">{row[0]}</th>'
-        yield from (f"<td>{cell}</td>" for cell in row[1:])
-
-    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
-    body = "".join(f"<tr>{''.join(cells(row))}</tr>" for row in rows)
-    table = f"<table{' class=wide' * wide}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
-
-
-_TONES = {
-    **dict.fromkeys(("confirmed", "finished", "faster"), "good"),
-    **dict.fromkeys(("contradicted", "failed", "slower"), "bad"),
-    **dict.fromkeys(("inconclusive", "equivalent"), "even"),
-}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labkit import carriers
+from labkit.atomic import replacing
 from labkit.carriers import Carrier, File, sha256
 from labkit.errors import DataError, InputError
 from labkit.paths import DATA, cache_dir
@@ -226,11 +227,8 @@ def _stamps() -> dict[str, list]:
 
 def _write_stamps(stamps: dict[str, list]) -> None:
     """Remembering only saves time: where the cache cannot be written, hashes are computed again each time."""
-    with contextlib.suppress(OSError):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        temporary = cache_dir() / f"verified.json.{os.getpid()}"
-        temporary.write_text(json.dumps(stamps), encoding="utf-8")
-        os.replace(temporary, cache_dir() / "verified.json")
+    with contextlib.suppress(OSError), replacing(cache_dir() / "verified.json") as partial:
+        partial.write_text(json.dumps(stamps), encoding="utf-8")
 
 
 def _partial(name: str) -> Path:

@@ -125,10 +125,13 @@ def train_(
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Share of right answers, 0..1, in eval mode and the model's own precision; a dict's labels are under "labels"."""
+def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """Whether each answer is right, bool [N] on the CPU, in eval mode and the model's own precision.
+
+    A dict's labels are under "labels". Two models' answers to the same batches compare pair by pair.
+    """
     device = next(model.parameters()).device
-    right = seen = 0
+    found = []
     with _mode(model, train=False):
         for batch in batches:
             batch = place(batch, device)
@@ -137,11 +140,15 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
                 scores = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits  # [B, C]
             else:
                 scores, labels = model(batch[0]), batch[1]  # [B, C], [B]
-            right += int((scores.argmax(-1) == labels).sum())
-            seen += len(labels)
-    if not seen:
+            found.append((scores.argmax(-1) == labels).cpu())
+    if not found:
         raise InputError("there is no batch to measure accuracy on; pass at least one.")
-    return right / seen
+    return torch.cat(found)
+
+
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Share of right answers, 0..1: the mean of `correct`."""
+    return float(correct(model, batches).double().mean())
 
 
 @torch.inference_mode()

@@ -11,6 +11,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 PARAMETERS = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRATIO: float = 0.5\nRESULTS_DIR = "runs"'
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fix", action="store_true", help="rewrite lessons that are not in canonical form")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:

@@ -140,6 +140,18 @@ class UpDown(nn.Module):
         return self.out(F.avg_pool2d(y, 2))
 
 
+def chain(dims: int) -> nn.Module:
+    """Convolutions of every kind over `dims` positions: plain, grouped, depthwise, and all transposed."""
+    conv, transposed = CONVOLUTIONS[dims - 1], TRANSPOSED[dims - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+    pools = ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d))
+    return nn.Sequential(
+        *(conv(3, 8, 3, padding=1), norm(8), nn.ReLU(), pools[0][dims - 1](2), conv(8, 12, 3, padding=1, groups=4)),
+        *(transposed(12, 8, 2, stride=2, groups=2), nn.SiLU(), transposed(8, 8, 3, groups=8), transposed(8, 6, 3)),
+        *(nn.ReLU(), pools[1][dims - 1](4), conv(6, 10, 1), nn.ReLU(), conv(10, 4, 1)),
+    )
+
+
 class Attention(nn.Module):
     """Self-attention by hand: heads are the units, whatever is written inside them."""
 

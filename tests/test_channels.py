@@ -1,6 +1,7 @@
 """Plans: what each criterion measures, how many channels go, what a plan says, iterative rounds and the scan."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, example, randomise_
 from torch import nn
 
-from labkit import roofline
+from labkit import bench, roofline
 from labkit.errors import InputError
 from labkit.pruning import importance, rounds, sensitivity, slimming
 from labkit.pruning.channels import Planner, apply, plan, prune
@@ -256,6 +257,21 @@ def test_macs_and_latency_targets(plain, monkeypatch):
     monkeypatch.setattr("labkit.bench.compare", Compared)
     before, after = plan(model, x, latency=0.6).macs
     assert after / before == pytest.approx(0.6, abs=0.1)
+
+
+@pytest.mark.timing
+def test_a_latency_target_is_reached_by_the_real_clock():
+    """Three products of 1536 x 1536 for 128 rows take milliseconds, and their time falls smoothly with the width."""
+    torch.manual_seed(0)
+    widths = (256, 1536, 1536, 1536, 10)
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+    model, x = nn.Sequential(*layers[:-1]).eval(), torch.randn(128, 256)
+    chosen = plan(model, x, latency=0.5)
+    small = apply(model, chosen, x).model
+    with torch.inference_mode():
+        both = bench.compare(lambda: model(x), lambda: small(x), budget_s=3.0)
+    assert 1 / both.speedup == pytest.approx(0.5, abs=0.1)
+    assert 0.3 < chosen.macs[1] / chosen.macs[0] < 0.6, "products this large take time by their size"
 
 
 # --- slimming, rounds, sensitivity ------------------------------------------------------------------------------------

@@ -75,6 +75,15 @@ def test_segmentation_and_its_dictionary():
     assert pruned.model(x)["out"].shape == (1, 4, 32, 32)
 
 
+def test_a_detection_backbone_with_its_feature_pyramid():
+    torch.manual_seed(0)
+    build_backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone
+    model, x = randomise_(build_backbone(backbone_name="resnet18", weights=None)), torch.randn(1, 3, 64, 64)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    assert pruned.report.equal and pruned.plan.parameters[1] < 0.3 * pruned.plan.parameters[0]
+    assert [y.shape[1] for y in pruned.model(x).values()] == [256] * 5
+
+
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=60)
 
 

@@ -67,6 +67,14 @@ def test_a_stub_passes_through():
         checks.check("98.1", stub)
 
 
+def test_torch_s_not_implemented_is_no_stub():
+    def unsupported(width, height):
+        raise NotImplementedError("\"eye\" not implemented for 'Float8'")
+
+    (said,) = checks.check("98.1", unsupported).failures
+    assert "it raised NotImplementedError: \"eye\" not implemented for 'Float8'" in said
+
+
 def test_a_check_that_examines_nothing_is_a_bug():
     with pytest.raises(RuntimeError, match=r"98\.2 examined nothing"):
         checks.check("98.2", print)

@@ -46,7 +46,9 @@ def test_help_does_not_wait_for_torch():
 def test_the_module_is_the_command():
     asked = [sys.executable, "-m", "labkit.cli", "--help"]
     said = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
-    assert all(command in said for command in ("doctor", "run", "report", "start", "data"))
+    assert all(
+        command in said for command in ("doctor", "run", "report", "start", "solution", "release", "grade", "data")
+    )
 
 
 def test_all_lessons_run_although_one_fails(course: Path, write_lesson: Callable[..., Path]):
@@ -99,6 +101,46 @@ def test_a_mistake_gets_one_sentence_and_code_2(course: Path, write_lesson, argu
     write_lesson(course / "notebooks", "1")
     result = labkit(*arguments)
     assert (result.exit_code, result.stderr, result.stdout) == (2, f"Error: {sentence}\n", "")
+
+
+def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from labkit import course
+
+    opened = []
+    monkeypatch.setattr(course, "open_in_jupyterlab", lambda own, browser: opened.append((own.name, browser)) or 0)
+    monkeypatch.setattr(course, "WORKSPACE", tmp_path)
+    for function in (course.prepare, course.put_aside):
+        monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
+    first = labkit("start", "3", "--no-browser")
+    assert first.exit_code == 0 and first.output.startswith(f"your copy: {tmp_path / '03_structured'}")
+    own = tmp_path / "03_structured_pruning_cnns.ipynb"
+    work = own.read_text().replace("raise NotImplementedError", "pass  # raise NotImplementedError")
+    own.write_text(re.sub(r'"source": "\w{16}"', '"source": "0123456789abcdef"', work))  # an older lesson's copy
+    again = labkit("start", "03")
+    assert "lesson 03 has changed since this copy was made; your work stays as it is" in again.output
+    assert "./lab start 03 --fresh" in again.output and "pass  # raise" in own.read_text()
+    fresh = labkit("start", "03", "--fresh")
+    kept = Path(re.search(r"the copy that you had: (.+)", fresh.output)[1])
+    assert "pass  # raise" in kept.read_text() and "pass  # raise" not in own.read_text()
+    assert "has changed" not in fresh.output and opened == [(own.name, False), (own.name, True), (own.name, True)]
+
+
+def test_a_worked_answer_is_shown_to_who_asks():
+    result = labkit("solution", "3.1")
+    assert result.exit_code == 0 and result.output.startswith("def cut(") and "SOLUTION" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("3", "Error: '3' is no exercise; give lesson and number, like 03.1."),
+        ("03.9", "Error: There is no exercise 03.9; lesson 03 has 03.1, 03.2, 03.3."),
+        ("99.1", "Error: There is no lesson 99"),
+    ],
+)
+def test_an_exercise_that_is_not_there(asked: str, sentence: str):
+    result = labkit("solution", asked)
+    assert result.exit_code == 2 and result.stderr.startswith(sentence)
 
 
 def test_a_course_without_lessons_says_so(course: Path):

@@ -6,10 +6,11 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Attention, Bare, Dense, Depthwise, Plain, Residual, Shuffle, Tied, example
+from networks import NETWORKS, Attention, Bare, Dense, Depthwise, Plain, Residual, Shuffle, Tied, difference, example
 from torch import nn
 
 from labkit.errors import InputError
+from labkit.pruning.channels import prune
 from labkit.pruning.coupling import Coupling, trace
 from labkit.pruning.labels import Labels, components
 from labkit.pruning.rules import RULES
@@ -33,6 +34,14 @@ class Around(nn.Module):
 
     def forward(self, x):
         return self.last(self.fn(self.first(x))) + self.spare2(self.spare1(x))
+
+
+HALF, MASK = (slice(None), slice(4)), torch.tensor([True] * 3 + [False] * 5)
+
+
+def _written(x, part, value):
+    x[part] = value
+    return x
 
 
 def reasons(fn):
@@ -153,11 +162,47 @@ def test_a_head_that_is_only_run_in_training_is_coupled_too():
         (lambda x: F.pad(x[:, :6], (1, 1)), "fixed position"),
         (lambda x: F.pad(x, (1, 1))[:, 1:-1], "padded with constants"),
         (lambda x: x[:, torch.randperm(8)], "indexed by a tensor"),
+        (lambda x: x[:, MASK].repeat(1, 3)[:, :8], "indexed by a tensor"),
+        (lambda x: _written(x, x > 0, 0.0), "index_put"),
         (lambda x: x.roll(1, 1), "rolled"),
     ],
 )
 def test_what_cannot_shrink_is_listed_with_its_reason(fn, what):
     assert what in reasons(fn)
+
+
+@pytest.mark.parametrize(
+    ("fn", "what"),
+    [
+        (lambda x: _written(x, HALF, torch.ones(4)), "fixed size"),
+        (lambda x: _written(x, (slice(None), 3), 0.0), "indexed at a fixed position"),
+        (lambda x: _written(x, (slice(None), MASK), 0.0), "index_put"),
+        (lambda x: torch.ones(2, 8).copy_(x), "fixed size"),
+        (lambda x: torch.ones(2, 8).mul_(x), "fixed size"),
+        (lambda x: torch.add(x, 1, out=torch.empty(2, 8)), "fixed size"),
+        (lambda x: x.index_copy_(1, torch.tensor([0, 7]), x[:, :2]), "index_copy"),
+        (lambda x: x.fill_diagonal_(0), "no rule for the operator as_strided"),
+        (lambda x: _written(x, HALF, x[:, 4:] * 2), "the forward pass needs this size"),  # 4 is a number
+    ],
+)
+def test_what_is_written_in_place_at_fixed_positions_stays(fn, what):
+    assert what in reasons(fn)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.relu_().mul_(2).add_(x),
+        lambda x: torch.cat([half := x.chunk(2, 1)[0].mul_(2), half + x.chunk(2, 1)[1].copy_(half)], 1),
+        lambda x: torch.zeros_like(x).copy_(x),
+        lambda x: torch.empty_like(x).normal_().zero_() + x,
+    ],
+)
+def test_what_is_written_in_place_channel_by_channel_can_go(fn):
+    model, x = Around(fn).eval(), torch.randn(2, 6)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    assert pruned.model.first.out_features == 4 and pruned.report.equal
+    assert difference(pruned, model, x) < 1e-12
 
 
 def test_a_number_in_the_forward_pass_makes_its_size_stay():
@@ -183,6 +228,24 @@ def test_a_pass_that_looks_at_activations_is_refused():
 
     with pytest.raises(InputError, match="depends on the values of its activations"):
         trace(Branch(), torch.randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x + x[x > 0].sum(),
+        lambda x: x + x.masked_select(x > 0).sum(),
+        lambda x: x.repeat_interleave((x > 0).long()[:, 0], dim=0).mean(0) + x,
+    ],
+)
+def test_a_pass_that_picks_activations_by_their_values_is_refused(fn):
+    with pytest.raises(InputError, match="depends on the values of its activations"):
+        trace(Around(fn), torch.randn(2, 6))
+
+
+def test_an_operator_that_needs_data_is_refused_by_name():
+    with pytest.raises(InputError, match=r"The operator .* cannot run without data"):
+        trace(Around(lambda x: x + (x > 0).long().flatten().bincount(minlength=8)), torch.randn(2, 6))
 
 
 def test_lazy_layers_are_refused():

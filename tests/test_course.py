@@ -11,8 +11,9 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from labkit import course
+from labkit import course, exercises, lessons, paths
 from labkit.errors import InputError
+from labkit.exercises import BEGIN, END, without_solution
 
 STUB = '''def double(x: float) -> float:
     """Twice x."""
@@ -31,34 +32,38 @@ def notebook() -> nbformat.NotebookNode:
             new_markdown_cell("# Lesson"),
             new_code_cell(STUB, metadata={"tags": ["exercise"]}, execution_count=1),
             new_code_cell("print(double(2))", metadata={"tags": ["check"]}, execution_count=2, outputs=[printed]),
-            new_code_cell("print(2 * 2)", metadata={"tags": ["solution"]}),
         ]
     )
 
 
 def test_the_answer_becomes_a_raise_at_its_own_indentation():
-    lines = course.without_solution(STUB).splitlines()
+    lines = without_solution(STUB).splitlines()
     assert lines[3].startswith("        raise NotImplementedError(")
     assert [*lines[:3], *lines[4:]] == [*STUB.splitlines()[:3], STUB.splitlines()[-1]]
 
 
 def test_two_blocks_and_a_cell_without_any():
-    two = f"{course.BEGIN}\na = 1\n{course.END}\nb = 2\n{course.BEGIN}\nc = 3\n{course.END}"
-    assert re.sub(r"\(.*\)", "", course.without_solution(two)).splitlines() == [
+    two = f"{BEGIN}\na = 1\n{END}\nb = 2\n{BEGIN}\nc = 3\n{END}"
+    assert re.sub(r"\(.*\)", "", without_solution(two)).splitlines() == [
         "raise NotImplementedError",
         "b = 2",
         "raise NotImplementedError",
     ]
-    assert course.without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
+    assert without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
 
 
 @pytest.mark.parametrize(
     "source",
-    [course.BEGIN, course.END, f"{course.BEGIN}\n{course.BEGIN}\n{course.END}", f"{course.END}\n{course.BEGIN}"],
+    [
+        BEGIN,
+        END,
+        f"{BEGIN}\n{BEGIN}\n{END}",
+        f"{END}\n{BEGIN}",
+    ],
 )
 def test_an_unpaired_marker_is_refused(source: str):
     with pytest.raises(InputError, match="stands alone in an exercise; each `### BEGIN SOLUTION` needs one"):
-        course.without_solution(source)
+        without_solution(source)
 
 
 def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
@@ -69,11 +74,6 @@ def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
     assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
     assert source.cells[1].source == STUB and source.cells[2].outputs
     nbformat.validate(copy)
-
-
-def test_the_worked_solution_is_folded_and_kept():
-    folded = course.student_copy(notebook()).cells[3]
-    assert folded.metadata.jupyter.source_hidden and folded.source == "print(2 * 2)"
 
 
 def test_the_copy_runs_with_not_implemented_as_its_only_error():
@@ -98,6 +98,40 @@ def test_a_copy_that_exists_is_reopened_as_it_is(tmp_path: Path, lesson: Path):
     assert own.read_text() == "a learner's work"
 
 
+def test_a_lesson_that_changed_is_noticed_and_the_copy_left_as_it_is(tmp_path: Path, lesson: Path):
+    places = {"folder": tmp_path / "workspace", "notebooks": lesson.parent}
+    own = course.prepare("1", **places)
+    assert not course.has_changed(own, notebooks=lesson.parent)
+    run_again = nbformat.read(lesson, as_version=4)
+    run_again.cells[2].outputs = [new_output("stream", text="5\n")]
+    nbformat.write(run_again, lesson)
+    assert not course.has_changed(own, notebooks=lesson.parent)
+    work = nbformat.read(own, as_version=4)
+    work.cells[1].source = "def double(x): return 2 * x"
+    nbformat.write(work, own)
+    assert not course.has_changed(own, notebooks=lesson.parent)
+
+    changed = nbformat.read(lesson, as_version=4)
+    changed.cells[0].source = "# Lesson, better told"
+    nbformat.write(changed, lesson)
+    before = own.read_bytes()
+    assert course.prepare("1", **places) == own
+    assert course.has_changed(own, notebooks=lesson.parent) and own.read_bytes() == before
+
+    kept = course.put_aside("1", **places)
+    assert re.fullmatch(r"01_small\.\d{4}-\d\d-\d\d\.ipynb", kept.name) and kept.read_bytes() == before
+    course.prepare("1", **places)
+    assert not course.has_changed(own, notebooks=lesson.parent)
+    assert course.put_aside("1", **places).name == kept.stem + ".2.ipynb" and kept.read_bytes() == before
+    assert course.put_aside("1", **places) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"metadata": {"labkit": {}}}', '{"metadata": []}'])
+def test_a_copy_that_has_lost_its_metadata_is_not_reported(tmp_path: Path, lesson: Path, text: str):
+    (tmp_path / "01_small.ipynb").write_text(text)
+    assert not course.has_changed(tmp_path / "01_small.ipynb", notebooks=lesson.parent)
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, lesson: Path):
     (tmp_path / "workspace").write_text("")
     with pytest.raises(InputError, match=r"The copy cannot be written to .*; mend that, then again"):
@@ -117,8 +151,64 @@ def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dic
             assert time.monotonic() < until and server.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.2)
         assert "/lab/tree/01_small.ipynb?token=" in found[0]
-        assert "JupyterLab" in urllib.request.urlopen(found[0], timeout=20).read().decode()
+        page = urllib.request.urlopen(found[0], timeout=20).read().decode()
+        assert "JupyterLab" in page
+        assert re.search(r'"disabledExtensions": \[[^\]]*"@jupyterlab/apputils-extension:announcements"', page)
         assert "Error" not in (tmp_path / "log").read_text()
     finally:
         os.killpg(server.pid, 9)
         server.wait()
+
+
+# a class -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("school") / "class"
+    course.release(folder)
+    return folder
+
+
+def test_a_release_holds_every_lesson_without_its_answers(released: Path):
+    assert {path.name for path in released.glob("*.ipynb")} == {path.name for path in lessons.all_lessons()}
+    assert [path for path in released.parent.iterdir()] == [released]
+    for path in released.rglob("*.ipynb"):
+        copy = nbformat.read(path, as_version=4)
+        nbformat.validate(copy)
+        source = nbformat.read(paths.NOTEBOOKS / path.name, as_version=4)
+        assert "SOLUTION" not in path.read_text()
+        assert not any(cell.get("outputs") for cell in copy.cells)
+        for task in exercises.read(source):
+            (cell,) = [cell for cell in copy.cells if cell.id == task.cell_id]
+            solution = task.source.partition(BEGIN)[2].partition(END)[0].strip()
+            assert cell.source == task.stub and solution not in path.read_text()
+        assert path.name in (released / "README.md").read_text()
+
+
+def test_a_released_notebook_uses_the_labkit_beside_it(released: Path):
+    code = "import labkit, labkit.claims as c, labkit.store as s; print(labkit.__file__, len(c.load()), s.listing())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = subprocess.run([sys.executable, "-c", code], cwd=released, env=environment, capture_output=True, text=True)
+    assert said.stdout.startswith(str(released / "labkit" / "__init__.py")), said.stderr
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden"])
+def test_a_folder_that_holds_something_is_not_released_into(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("work")
+    with pytest.raises(InputError, match=r"is not empty, and handed-in work is never overwritten; give a new folder"):
+        course.release(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "work"
+
+
+def test_a_file_is_not_released_into(tmp_path: Path):
+    (tmp_path / "class").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        course.release(tmp_path / "class")
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, lesson: Path):
+    (tmp_path / "class").mkdir()
+    with pytest.raises(InputError, match="has no card"):
+        course.release(tmp_path / "class", notebooks=lesson.parent)
+    assert list((tmp_path / "class").iterdir()) == [] and not list(tmp_path.glob(".class*"))

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from labkit import roofline
-from labkit.decoding import decode_step
+from labkit.decoding import cache_bytes, decode_step
 from labkit.errors import InputError
 
 
@@ -34,6 +34,11 @@ def test_step_can_be_counted(decoder):
     kv_heads = getattr(decoder.config, "num_key_value_heads", None) or decoder.config.n_head
     grows = 2 * 2 * kv_heads * 8 * 4
     assert grows <= long.bytes - short.bytes <= 2 * grows  # read, and with a copying cache written anew
+
+
+def test_cache_is_as_large_as_the_shapes_say(decoder):
+    kv_heads = getattr(decoder.config, "num_key_value_heads", None) or decoder.config.n_head
+    assert cache_bytes(decoder, torch.ones(3, 7, dtype=torch.long)) == 3 * 7 * 2 * 2 * kv_heads * 8 * 4
 
 
 @pytest.mark.parametrize(

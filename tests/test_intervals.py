@@ -227,6 +227,19 @@ def test_wilson_stays_within_0_and_1(right, bounds):
     assert intervals.wilson(right, 10)[1:] == pytest.approx(bounds, abs=0.005)
 
 
+def test_paired_difference_covers_the_truth_where_pairs_agree_mostly():
+    """Two models right on 80 and 75 % of the examples, with most answers in common: a narrow interval that holds."""
+    rng, inside, widths = np.random.default_rng(0), 0, []
+    for _ in range(500):
+        u = rng.uniform(size=400)
+        mean, low, high = intervals.paired_difference((u < 0.80).tolist(), (u < 0.75).tolist())
+        inside += low <= 0.05 <= high
+        widths.append(high - low)
+        assert low <= mean <= high
+    assert inside >= 450  # the normal law is rough at 20 differing pairs; far below 95 % it would be wrong
+    assert np.mean(widths) < 0.05  # unpaired it would be 0.11
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 10])
 def test_mean_ci_covers_the_mean(n):
     rng = np.random.default_rng(n)

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from labkit import course, lessons, parameters
+from labkit import course, lessons, parameters, paths
 
 LESSONS = lessons.all_lessons()
 REQUIRED_TAGS = ("header", "parameters", "setup", "predict", "stable", "exercise", "check", "measure", "finish")
@@ -31,6 +31,8 @@ TYPED = re.compile(
     r"|speed-?ups?\s+of\s+(?:about\s+)?\d"
 )
 CITED = re.compile(r"\[[^\[\]]*\b(?:19|20)\d\d[a-z]?\]")
+PAPER = re.compile(r"([A-Z][\w'’-]+)(?:,? (?:and )?[A-Z][\w'’-]+)* (?:et al\.|and [A-Z][\w'’-]+),? \(?((?:19|20)\d\d)")
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
 
 
 def read(lesson: Path) -> NotebookNode:
@@ -67,7 +69,7 @@ def is_valid(notebook: NotebookNode) -> Iterator[str]:
 def is_tidy(notebook: NotebookNode) -> Iterator[str]:
     """Kernelspec python3, no metadata of one machine or one run."""
     if nbformat.writes(lessons.tidied(notebook)) != nbformat.writes(notebook):
-        yield "holds metadata that changes from run to run; make it with `./lab run NN --record`"
+        yield "holds metadata that changes from run to run; mend it with `./lab test tests/test_notebooks.py --fix`"
 
 
 def opens_with_its_title(notebook: NotebookNode) -> Iterator[str]:
@@ -142,6 +144,29 @@ def types_no_measured_number(notebook: NotebookNode) -> Iterator[str]:
         )
 
 
+def has_working_local_links(notebook: NotebookNode) -> Iterator[str]:
+    """A file beside the notebook, or a heading of it; addresses of the world need a network to be tried."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    headings = {title.strip().replace(" ", "-") for text in texts for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    for target in itertools.chain.from_iterable(map(LINK.findall, texts)):
+        if re.match(r"https?:|mailto:|data:|attachment:", target):
+            continue
+        path, _, heading = target.partition("#")
+        if path and not (paths.NOTEBOOKS / path).exists():
+            yield f"there is no {path}, which is linked"
+        if heading and not path and heading not in headings:
+            yield f"there is no heading #{heading}, which is linked"
+
+
+def lists_the_papers_it_cites(notebook: NotebookNode) -> Iterator[str]:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    body, _, references = text.partition("## References")
+    entries = re.split(r"\n[*-] | · ", references)
+    for name, year in sorted(set(PAPER.findall(body))):
+        if not any(re.search(rf"\b{re.escape(name)}\b", entry) and year in entry for entry in entries):
+            yield f"{name} {year} is cited and not among the references"
+
+
 RULES = [
     is_valid,
     is_tidy,
@@ -154,6 +179,8 @@ RULES = [
     names_no_folder_of_a_machine,
     describes_its_pictures,
     types_no_measured_number,
+    has_working_local_links,
+    lists_the_papers_it_cites,
 ]
 
 
@@ -161,6 +188,15 @@ RULES = [
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 def test_lesson(lesson: Path, rule: Callable):
     assert list(rule(read(lesson))) == []
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_lesson_is_in_canonical_form(lesson: Path, pytestconfig: pytest.Config):
+    """Byte for byte as nbformat writes it, tidied; with --fix the file is rewritten."""
+    wanted = nbformat.writes(lessons.tidied(read(lesson))) + "\n"
+    if pytestconfig.getoption("--fix") and lesson.read_text(encoding="utf-8") != wanted:
+        lessons.write(lesson, wanted)
+    assert lesson.read_text(encoding="utf-8") == wanted, "run ./lab test tests/test_notebooks.py --fix"
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
@@ -244,6 +280,10 @@ def _unset(notebook: NotebookNode, tag: str) -> None:
         (lambda n: code(n)[-1].outputs[0].metadata.clear(), "describes_its_pictures"),
         (_say("![](figure.png)"), "describes_its_pictures"),
         (_say('<img src="a.png">'), "describes_its_pictures"),
+        (_say("See [lesson 99](99_nothing.ipynb)."), "has_working_local_links"),
+        (_say("See [above](#nowhere)."), "has_working_local_links"),
+        (_say("As Nobody et al. 2019 show."), "lists_the_papers_it_cites"),
+        (_say("(Some and Body 2020)\n\n## References\n\n* Some, Body 2021, *Other*"), "lists_the_papers_it_cites"),
         (_say("It took 3.5 ms."), "types_no_measured_number"),
         (_say("It streams 3.35 TB/s here."), "types_no_measured_number"),
         (_say("About `40 tokens/s`."), "types_no_measured_number"),
@@ -263,8 +303,10 @@ def test_what_breaks_a_rule_is_found(change: Callable, rule: str):
         "An H100 streams 3.35 TB/s [NVIDIA H100 datasheet 2023].",
         "Section 3 has 4 exercises, 35 to 60 cells and 7 B parameters.",
         "$2 \\cdot 4096^2$ FLOPs; 16 GB; 12 % sparsity; 3 steps; a batch of 8.",
-        "![A line that rises](figure.png)",
+        "![A line that rises](data:image/png;base64,aaaa)",
         "See https://example.org/home/page and data/tmp/x.",
+        "See [the claims](claims.toml) and [the top](#Title).",
+        "Han et al. 2015; Some and Body (2020).\n\n## References\n\nHan, Pool 2015, *A* · A. Some, B. Body (2020): *B*",
     ],
 )
 def test_what_is_allowed_is_let_through(text: str):

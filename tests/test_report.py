@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import paths, record, report
+from labkit import paths, record, report, summary
 from labkit.errors import InputError
 from labkit.record import RunRecord
 
@@ -102,14 +102,38 @@ def test_a_prediction_is_put_beside_its_measurement(runs: Path):
     [
         (10, 30, "3.00x too low"),
         (30, 10, "3.00x too high"),
-        (7, 7, "right"),
+        (7, 7, "right within 5 %"),
         (7, None, "–"),
         (0, 3, "–"),
         ("a", 1, "–"),
     ],
 )
 def test_off_by(predicted: object, measured: object, words: str):
-    assert report._off_by(predicted, measured) == words
+    assert summary.off_by(predicted, measured) == words
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([], ""),
+        ([(10, 20), (1, None), (0, 3)], ""),
+        (
+            [(10, 20), (10, 10)],
+            "Of 2 predictions half were off by a factor of 1.50 or less, 2 by no more than 2; 0 were",
+        ),
+        ([(9, 3), (1, 5), (2, 2), (8, 2)], "factor of 3.50 or less, 1 by no more than 2; 2 were too high, 1 too low."),
+    ],
+)
+def test_calibration(pairs: list, words: str):
+    predictions = [{"predicted": guess, "measured": found} for guess, found in pairs]
+    said = summary.calibration(predictions)
+    assert words in said and bool(said) == bool(words)
+
+
+def test_calibration_is_over_all_lessons(runs: Path):
+    other = replace(RECORD, lesson="02", predictions=[{**RECORD.predictions[0], "predicted": 40.0}])
+    record.write(other, runs / "02_other" / "record.json")
+    assert "Of 2 predictions half were off by a factor of 3 or less, 1 by no more than 2" in page(runs).words
 
 
 def test_claims_have_their_verdict_or_say_that_it_is_missing(runs: Path):

@@ -105,6 +105,7 @@ def test_accuracy_counts_right_answers() -> None:
     model.weight.data = torch.eye(2)
     inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     assert training.accuracy(model, [(inputs, torch.tensor([0, 1, 1]))]) == pytest.approx(2 / 3)
+    assert training.correct(model, [(inputs, torch.tensor([0, 1, 1]))]).tolist().count(True) == 2
 
 
 class Uniform(nn.Module):

@@ -5,19 +5,22 @@ their values. What a pass decides by the values of activations cannot be followe
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from labkit.errors import InputError
+from labkit.pruning import shortcuts
 
 # Their result depends on values, which a tensor on the meta device does not have.
-DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
-ACTIVATIONS = {"relu", "hardtanh", "hardswish", "hardsigmoid", "silu", "gelu", "sigmoid", "tanh", "leaky_relu"}
+DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
+DATA_DEPENDENT |= {"_unique2", "unique_dim", "unique_consecutive"}
+MASKS = (torch.bool, torch.uint8)  # as an index
 
 
 def to_meta(value: Any) -> Any:
@@ -37,6 +40,7 @@ def _on_meta(x: Tensor) -> Tensor:
     return x if x.device.type == "meta" else torch.empty_like(x, device="meta")
 
 
+@functools.cache
 def name_of(func: Any) -> str:
     """An ATen operator's name without namespace and overload, and the one of an in-place form as of the other."""
     name = func._schema.name.removeprefix("aten::")
@@ -55,38 +59,60 @@ class Abstract(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = list(_tensors(args, kwargs))
         abstract = any(leaf.device.type == "meta" for leaf in leaves)
         name = name_of(func)
-        if name in DATA_DEPENDENT:
+        masks = [x for x in args[1] if x is not None and x.dtype in MASKS] if name in ("index", "index_put") else []
+        known = all(mask.device.type != "meta" for mask in masks)
+        if name in DATA_DEPENDENT or (name == "index" and not known):
             if abstract:
                 raise InputError(
                     f"The forward pass depends on the values of its activations ({name} in {self.where()}), so that "
                     "what hangs together may change from input to input: prune a part of the model that does not."
                 )
             self.looked_at.add(self.where())
+        if masks and known and abstract:
+            args = (args[0], _numbered(args[1]), *args[2:])
+            leaves = list(_tensors(args, kwargs))
         if abstract:
             if not all(leaf.device.type == "meta" for leaf in leaves):
                 args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
         elif torch.device(kwargs.get("device") or "cpu").type == "meta" and _exact(name, args, kwargs, leaves):
             kwargs["device"] = torch.device("cpu")
-        return self.run(name, func, args, kwargs, abstract)
+        try:
+            return self.run(name, func, args, kwargs, abstract)
+        except NotImplementedError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            raise InputError(
+                f"The operator {name} in {self.where()} cannot run without data ({reason}): prune a part of the model "
+                "that does without it."
+            ) from error
 
     def run(self, name: str, func: Any, args: tuple, kwargs: dict, abstract: bool) -> Any:
         return evaluate(name, func, args, kwargs)
 
 
 def evaluate(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-    """func(*args, **kwargs), but some by hand that torch takes to pieces on the meta device: half of a trace's time."""
-    if name == "native_batch_norm" and not args[5] and args[0].device.type == "meta":
-        x, *vectors = args[:5]
-        for vector in vectors:
-            if vector is not None and vector.shape != x.shape[1:2]:
-                raise RuntimeError(f"batch norm of {x.shape[1]} channels has vectors of {vector.shape[0]}")
-        return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-    if name in ACTIVATIONS and args[0].device.type == "meta":
-        return args[0] if func._schema.name.endswith("_") else torch.empty_like(args[0])
-    return func(*args, **kwargs)
+    """func(*args, **kwargs), by hand where there is a shortcut."""
+    result = shortcuts.result(name, args, kwargs, in_place=func._schema.name.endswith("_"))
+    return func(*args, **kwargs) if result is None else result
+
+
+def _tensors(args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """Operands of an ATen operator, which nests them in lists at most."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (x for x in value if isinstance(x, Tensor))
+
+
+def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The indices of an `index` with masks, whose values are known, as the numbers of the entries that they pick."""
+    found: list[Tensor | None] = []
+    for x in indices:
+        found += x.nonzero(as_tuple=True) if x is not None and x.dtype in MASKS else [x]
+    return found
 
 
 def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:

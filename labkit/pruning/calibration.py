@@ -95,3 +95,18 @@ def not_empty(batches: Iterable) -> Iterator:
         raise InputError(
             "batches is empty: give at least one batch, and a list or DataLoader if it is to be read twice."
         )
+
+
+def segments(tokens: Tensor, n: int, length: int, *, seed: int = 0) -> list[Tensor]:
+    """n batches [1, length]: pieces of `tokens` [N] from random places, as SparseGPT and Wanda calibrate.
+
+    A larger n starts with the pieces of a smaller one. Raises InputError where the text is shorter than a piece.
+    """
+    if tokens.dim() != 1 or len(tokens) < length or min(n, length) < 1:
+        raise InputError(
+            f"{n} pieces of {length} tokens cannot be cut from tokens of shape {list(tokens.shape)}: give a 1-D tensor "
+            "of at least that many, and n and length from 1 up."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - length + 1, (n,), generator=generator).tolist()
+    return [tokens[start : start + length][None] for start in starts]

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.counting import evaluating
+from labkit.errors import EqualityError, InputError
 from labkit.pruning import equality, importance, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
 from labkit.pruning.equality import Report
 from labkit.pruning.selection import count_to_prune, fraction, inside, lowest_k, named_parts
 
 SCOPES = ("global", "layer")
+_MEND = "name the modules that you suspect in ignore, or look at it with apply(..., check=False)."
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def prune(
     """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
 
     args, kwargs: the example input that the model is traced and checked with. For the other arguments see `plan`.
-    Raises InputError where nothing can be pruned, and if the pruned model is not equal to the dense one whose weights
-    do not read the removed channels: a model that fails is never returned. `model` stays as it was.
+    Raises InputError where nothing can be pruned, and EqualityError if the pruned model is not equal to the dense one
+    whose weights do not read the removed channels: a model that fails is never returned. `model` stays as it was.
     """
     options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
     chosen = plan(model, args, kwargs, ratio=ratio, batches=batches, loss_fn=loss_fn, seed=seed, **options)
@@ -112,7 +114,11 @@ def prune(
 def apply(
     model: nn.Module, plan: Plan, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, check: bool = True
 ) -> Pruned:
-    """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out."""
+    """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out.
+
+    Raises EqualityError where the proof fails: the plan was changed by hand, the forward pass gives something else each
+    time, or a rule of `rules` is wrong for this model.
+    """
     args, kwargs = arguments(args, kwargs)
     cut = surgery.cut(model, plan.kept, plan.attributes)
     if not check:
@@ -122,11 +128,9 @@ def apply(
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
     except Exception as error:  # a forward pass can fail in any way
-        raise InputError(
-            f"The pruned model does not run ({error}): name the module in ignore, or report this model."
-        ) from error
+        raise EqualityError(f"The pruned model does not run ({error}), so it is not returned: {_MEND}") from error
     if not report.equal:
-        raise InputError(f"The pruned model is {report} Name the modules that you suspect in ignore.")
+        raise EqualityError(f"The pruned model is {report} It is not returned: {_MEND}")
     return Pruned(cut, plan, report)
 
 
@@ -205,8 +209,9 @@ def _latency(model: nn.Module, plan: Plan, args: Any, kwargs: Mapping[str, Any] 
 
     args, kwargs = arguments(args, kwargs)
     cut = surgery.cut(model, plan.kept, plan.attributes).eval()
-    dense = surgery.cut(model, {}, {}).eval()
-    return 1 / bench.compare(lambda: dense(*args, **kwargs), lambda: cut(*args, **kwargs), budget_s=1.0).speedup
+    with torch.inference_mode(), evaluating(model):
+        both = bench.compare(lambda: model(*args, **kwargs), lambda: cut(*args, **kwargs), budget_s=1.0)
+    return 1 / both.speedup
 
 
 @dataclass(eq=False)
@@ -228,6 +233,7 @@ class _Cluster:
 class Planner:
     """Traces and scores once, then makes the plan for any ratio. The arguments are those of `plan`."""
 
+    @torch.inference_mode(False)  # scores may need gradients
     def __init__(
         self,
         model: nn.Module,
@@ -298,6 +304,7 @@ class Planner:
     def macs(self, ratio: float) -> int:
         return self.coupling.macs(self.coupling.gone(self._removed(ratio)))
 
+    @torch.inference_mode(False)
     def plan(self, ratio: float | Mapping[str, float]) -> Plan:
         coupling, model = self.coupling, self._model
         removed = self._removed(ratio)

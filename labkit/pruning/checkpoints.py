@@ -6,9 +6,6 @@ can, and turns a freshly made dense model into the pruned one.
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from labkit.atomic import replacing
 from labkit.errors import DataError, InputError
 from labkit.pruning import surgery
 from labkit.pruning.channels import Plan, Pruned, Units
@@ -26,8 +24,8 @@ WEIGHTS, PLAN = "weights.safetensors", "plan.json"
 def save(pruned: Pruned, folder: str | Path) -> None:
     """Writes `weights.safetensors` and `plan.json` into `folder`, which is made; older ones are replaced at the end."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, lambda path: save_file(_state(pruned.model), path))
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(_state(pruned.model), partial)
     plan = pruned.plan
     content = {
         "version": 1,
@@ -41,9 +39,11 @@ def save(pruned: Pruned, folder: str | Path) -> None:
         "bytes": plan.bytes,
         "report": None if pruned.report is None else str(pruned.report),
     }
-    _write(folder / PLAN, lambda path: Path(path).write_text(json.dumps(content), encoding="utf-8"))
+    with replacing(folder / PLAN) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
+@torch.inference_mode(False)
 def load(model: nn.Module, folder: str | Path) -> Pruned:
     """The pruned model that `folder` holds, cut from `model`: the same architecture, dense, with any weights.
 
@@ -112,15 +112,3 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 def _differ(own: dict[str, Tensor], state: dict[str, Tensor], name: str) -> bool:
     return own[name].shape != state[name].shape or own[name].dtype != state[name].dtype
-
-
-def _write(path: Path, write: Callable[[str], Any]) -> None:
-    """Through a temporary file beside `path`, so that a half-written one never has its name."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

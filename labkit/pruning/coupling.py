@@ -91,6 +91,7 @@ class Coupling:
     numbers: bool = False  # attributes follow a size that shrinks even where the module has another one that does not
 
     @classmethod
+    @torch.inference_mode(False)  # what is made here outlives the caller's mode
     def of(cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> "Coupling":
         args, kwargs = arguments(args, kwargs)
         record = tracing.record(model, args, kwargs)
@@ -104,7 +105,8 @@ class Coupling:
         """Self, if the model's forward pass runs without one unit of each group; else with what it takes to run.
 
         A forward pass may write down that the width of its input is heads x head size (nn.MultiheadAttention, Swin).
-        Groups that meet in such a module with the same size are then linked. What still fails does not shrink.
+        Groups that meet in such a module with the same size are then linked. What still fails does not shrink; links
+        are only kept where that leaves more groups.
         """
 
         def error(coupling: Coupling, clusters: list[list[int]]) -> str:
@@ -124,7 +126,8 @@ class Coupling:
         for candidate in (self, replace(self, numbers=True), linked, replace(linked, numbers=True)):
             if not error(candidate, candidate.clusters()):
                 return candidate
-        best = linked._without(failing(linked, linked.clusters()))
+        left = [candidate._without(failing(candidate, candidate.clusters())) for candidate in (linked, self)]
+        best = max(left, key=lambda candidate: len(candidate.groups))
         if not best.groups or error(best, best.clusters()):
             raise InputError(best.nothing())
         return best

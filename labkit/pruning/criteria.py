@@ -5,8 +5,8 @@ removed here (see `unstructured`, `nm`), except by `obs_prune`, whose removal an
 """
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from labkit.errors import InputError
 from labkit.pruning.calibration import batch_loss, calibrating, check_batches, not_empty, split
 from labkit.pruning.selection import count_to_prune
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # --- the weights ------------------------------------------------------------------------------------------------------
 
@@ -42,7 +44,7 @@ class Weight:
 
 def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
     """Which of a module's own parameters are prunable weights: the matrices and kernels of products, nothing else."""
-    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or _is_transposed(module):
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _is_transposed(module):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
         return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -107,7 +109,7 @@ def _mean_gradient(model, batches, loss_fn, seed, power: int) -> dict[str, Tenso
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     """What a row of the layer's weight is multiplied with, as a view: [..., in]; convolutions [N, *out, C, *kernel]."""
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if not isinstance(layer, CONVOLUTIONS):
         return x
     d = len(layer.kernel_size)
     x = x if x.dim() == d + 2 else x.unsqueeze(0)
@@ -118,43 +120,61 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     return x.movedim(1, 1 + d)
 
 
-def _input_sums(
-    model, batches, seed, statistic: Callable[[nn.Module, Tensor], Tensor]
-) -> dict[str, tuple[Tensor, int]]:
-    """Per weight: `statistic` of its layer's inputs summed over all batches, and how many input vectors that were."""
+@contextmanager
+def watched(
+    weights: Iterable[Weight], statistic: Callable[[nn.Module, Tensor], Tensor]
+) -> Iterator[dict[str, tuple[Tensor, int]]]:
+    """Inside, each call of the weights' layers adds to {name: (`statistic` of the inputs summed, input vectors)}.
+
+    Linear layers that are called with one tensor after another (queries, keys, values) share its statistic.
+    """
     sums: dict[str, tuple[Tensor, int]] = {}
+    last: list = []  # the tensor that a Linear was called with, its version, its statistic
+
+    def term(layer: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(layer, CONVOLUTIONS) or x.is_inference():
+            return statistic(layer, x.to(_wide(x.dtype)))
+        if not (last and last[0] is x and last[1] == x._version):
+            last[:] = x, x._version, statistic(layer, x.to(_wide(x.dtype)))
+        return last[2]
 
     def watch(weight: Weight):
         def hook(layer, args, kwargs):
-            x = next(iter((*args, *kwargs.values()))).detach()
-            x = x.to(_wide(x.dtype))
+            x = next(iter((*args, *kwargs.values())))
             width = weight.as_rows(weight.parameter).shape[1] * getattr(layer, "groups", 1)
-            term, n = statistic(layer, x), _patches(layer, x).numel() // width
+            with torch.no_grad():
+                new, n = term(layer, x), _patches(layer, x).numel() // width
             total, count = sums.get(weight.name, (0, 0))
-            sums[weight.name] = (total + term, count + n)
+            sums[weight.name] = (total + new, count + n)
 
         return weight.module.register_forward_pre_hook(hook, with_kwargs=True)
 
     with ExitStack() as stack:
-        stack.enter_context(calibrating(model, seed))
-        stack.enter_context(torch.no_grad())
-        for weight in prunable(model).values():
+        for weight in weights:
             if not isinstance(weight.module, nn.MultiheadAttention):  # its three inputs are not the layer's one
                 stack.callback(watch(weight).remove)
+        yield sums
+
+
+def _input_sums(
+    model, batches, seed, statistic: Callable[[nn.Module, Tensor], Tensor]
+) -> dict[str, tuple[Tensor, int]]:
+    """Per weight: `statistic` of its layer's inputs summed over all batches, and how many input vectors that were."""
+    with calibrating(model, seed), torch.no_grad(), watched(prunable(model).values(), statistic) as sums:
         for batch in not_empty(batches):
             args, kwargs, _ = split(model, batch)
             model(*args, **kwargs)
     return sums
 
 
-def _sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
+def sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """[groups, in / groups * kernel]: the sum of a layer's input vectors."""
     patches = _patches(layer, x)
     kept = 1 + len(getattr(layer, "kernel_size", ()))
     return patches.sum(tuple(range(patches.dim() - kept))).reshape(getattr(layer, "groups", 1), -1)
 
 
-def _spread(weight: Weight, statistic: Tensor) -> Tensor:
+def spread(weight: Weight, statistic: Tensor) -> Tensor:
     """A statistic of the inputs, [groups, in / groups * kernel], repeated for every output unit of its group."""
     out = weight.as_rows(weight.parameter).shape[0]
     return weight.from_rows(statistic.repeat_interleave(out // len(statistic), 0))
@@ -214,12 +234,12 @@ def obs(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor]:
     Hassibi & Stork 1993, Optimal Brain Surgeon, eq. 5, per layer as in Optimal Brain Compression (Frantar & Alistarh
     2022). The scores do not move the other weights: `obs_prune` does. Memory in * in numbers a layer.
     """
-    sums = _input_sums(model, check_batches(batches, "obs"), seed, _hessian)
+    sums = _input_sums(model, check_batches(batches, "obs"), seed, hessian)
     weights, w = prunable(model), _magnitudes(model)
     scores = {}
-    for name, (hessian, _) in sums.items():
-        diagonal = _inverse(hessian).diagonal(dim1=-2, dim2=-1)  # [groups, in]
-        scores[name] = w[name].square() / (2 * _spread(weights[name], diagonal.to(w[name])))
+    for name, (h, _) in sums.items():
+        diagonal = _inverse(h).diagonal(dim1=-2, dim2=-1)  # [groups, in]
+        scores[name] = w[name].square() / (2 * spread(weights[name], diagonal.to(w[name])))
     return scores
 
 
@@ -229,9 +249,9 @@ def wanda(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor]:
     Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, eq. 1. The paper compares within
     an output row: scope="row". For a convolution j is an input channel and a kernel position.
     """
-    sums = _input_sums(model, check_batches(batches, "wanda"), seed, lambda layer, x: _sum_over_rows(layer, x.square()))
+    sums = _input_sums(model, check_batches(batches, "wanda"), seed, lambda layer, x: sum_over_rows(layer, x.square()))
     weights, w = prunable(model), _magnitudes(model)
-    return {name: w[name] * _spread(weights[name], total.sqrt()) for name, (total, _) in sums.items()}
+    return {name: w[name] * spread(weights[name], total.sqrt()) for name, (total, _) in sums.items()}
 
 
 def activation(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor]:
@@ -241,10 +261,10 @@ def activation(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor
     the input of a layer, which is the previous one's output after its nonlinearity.
     """
     sums = _input_sums(
-        model, check_batches(batches, "activation"), seed, lambda layer, x: _sum_over_rows(layer, x.abs())
+        model, check_batches(batches, "activation"), seed, lambda layer, x: sum_over_rows(layer, x.abs())
     )
     weights = prunable(model)
-    return {name: _spread(weights[name], total / count) for name, (total, count) in sums.items()}
+    return {name: spread(weights[name], total / count) for name, (total, count) in sums.items()}
 
 
 def random(model, batches=None, *, loss_fn=None, seed=0) -> dict[str, Tensor]:
@@ -281,7 +301,7 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
 # --- Optimal Brain Surgeon for one layer ------------------------------------------------------------------------------
 
 
-def _hessian(layer: nn.Module, x: Tensor) -> Tensor:
+def hessian(layer: nn.Module, x: Tensor) -> Tensor:
     """2 X^T X of a layer's inputs: [groups, in, in]."""
     groups = getattr(layer, "groups", 1)
     patches = _patches(layer, x)

@@ -63,6 +63,7 @@ class Report:
         return text
 
 
+@torch.inference_mode(False)  # in that mode composite operators arrive whole, and no statistic is seen
 def check(
     model: nn.Module, pruned: nn.Module, record: Record, gone: np.ndarray, args: tuple, kwargs: Mapping
 ) -> Report:
@@ -90,15 +91,21 @@ def check(
 def _compare(
     model, pruned, record: Record, gone: np.ndarray, args, kwargs, dtype: torch.dtype, *, noise: float
 ) -> Report:
-    args, kwargs = _as(dtype, (args, dict(kwargs)))
-    dense, small = _all(model, dtype), _all(pruned, dtype)
+    shapes = {name: x.shape for name, x in model.named_parameters()}
+    dense = _tensors(model, dtype)
     if noise:
-        _add_noise_(dense, small, record, gone, noise)
+        _add_noise_(dense, shapes, record, np.zeros_like(gone), noise)
     _blind_(dense, record, gone)
     with undisturbed(), evaluating(model), sdpa_kernel(SDPBackend.MATH), _Restricting(record.restricted, gone):
-        expected = torch.func.functional_call(model, dense, args, kwargs)
-    with torch.no_grad(), evaluating(pruned):
-        found = torch.func.functional_call(pruned, small, args, kwargs)
+        torch.default_generator.manual_seed(0)  # a pass that draws numbers draws the same
+        expected = torch.func.functional_call(model, dense, *_copied(dtype, (args, dict(kwargs))))
+    del dense  # before the next copy in a wide type is made
+    small = _tensors(pruned, dtype)
+    if noise:
+        _add_noise_(small, shapes, record, gone, noise)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(pruned):
+        torch.default_generator.manual_seed(0)
+        found = torch.func.functional_call(pruned, small, *_copied(dtype, (args, dict(kwargs))))
     error = scale = 0.0
     for a, b in zip(outputs(expected), outputs(found), strict=True):
         if a.shape != b.shape:
@@ -114,30 +121,37 @@ def _compare(
     return Report(error, scale, tolerance, str(dtype).removeprefix("torch."), tuple(names), noise > 0)
 
 
-def _as(dtype: torch.dtype, value: Any) -> Any:
-    return tree_map_only(Tensor, lambda x: x.detach().to(dtype) if x.is_floating_point() else x.detach(), value)
+def _tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters and buffers in the wide type. A forward pass may write to its buffers, but not to the model's."""
+    parameters = {name: x.detach() for name, x in model.named_parameters()}
+    parameters = {name: x.to(dtype) if x.is_floating_point() else x for name, x in parameters.items()}
+    return parameters | _copied(dtype, dict(model.named_buffers()))
 
 
-def _all(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    return _as(dtype, {**dict(model.named_parameters()), **dict(model.named_buffers())})
+def _copied(dtype: torch.dtype, value: Any) -> Any:
+    def copied(x: Tensor) -> Tensor:
+        return x.detach().to(dtype if x.is_floating_point() else x.dtype, copy=True)
+
+    return tree_map_only(Tensor, copied, value)
 
 
-def _add_noise_(dense: dict, small: dict, record: Record, gone: np.ndarray, noise: float) -> None:
-    """The same noise on every parameter of both; buffers (a variance) are left alone."""
+def _add_noise_(
+    tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size], record: Record, gone: np.ndarray, noise: float
+) -> None:
+    """The same noise on every parameter, of those `shapes` before the cut; buffers (a variance) are left alone."""
     kept: dict[str, dict[int, Tensor]] = {}
     for entry in record.entries:
         stays = ~gone[entry.base : entry.base + entry.size]
         for name in record.names(entry.name):
             kept.setdefault(name, {})[entry.dim] = torch.from_numpy(stays.nonzero()[0])
     generator = torch.Generator()
-    for name in small:
-        if name not in record.constants and dense[name].is_floating_point():
+    for name, shape in shapes.items():
+        if tensors[name].is_floating_point():
             generator.manual_seed(zlib.crc32(record.first(name).encode()))  # what shares memory has the same noise
-            x = torch.randn(dense[name].shape, generator=generator, dtype=dense[name].dtype).mul_(noise)
-            dense[name] = dense[name] + x.to(dense[name].device)
+            x = torch.randn(shape, generator=generator, dtype=tensors[name].dtype).mul_(noise)
             for dim, indices in kept.get(name, {}).items():
                 x = x.index_select(dim, indices)
-            small[name] = small[name] + x.to(small[name].device)
+            tensors[name] = tensors[name] + x.to(tensors[name].device)
 
 
 def _blind_(tensors: dict[str, Tensor], record: Record, gone: np.ndarray) -> None:

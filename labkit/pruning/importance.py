@@ -66,9 +66,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _weights(model: nn.Module, group: Group, role: str) -> list[tuple[Member, nn.Parameter]]:
+def _weights(parameters: Mapping[str, Tensor], group: Group, role: str) -> list[tuple[Member, Tensor]]:
     """The group's matrices and kernels in that role; vectors (biases, scales) only where there is nothing else."""
-    parameters = dict(model.named_parameters())
     own = [(m, parameters[m.name]) for m in group.members if m.name in parameters]
     matrices = [(m, p) for m, p in own if p.dim() > 1 and p.is_floating_point()]
     return [(m, p) for m, p in matrices if m.role == role] or matrices or own
@@ -77,10 +76,10 @@ def _weights(model: nn.Module, group: Group, role: str) -> list[tuple[Member, nn
 def _norm(power: int) -> Callable[..., Scores]:
     def criterion(model, coupling, batches, loss_fn, seed) -> Scores:
         sums: dict[tuple[str, int], Tensor] = {}  # a reader's sum over the other dimensions serves all of its groups
-        found = {}
+        parameters, found = dict(model.named_parameters()), {}
         for i, group in enumerate(coupling.groups):
             total = torch.zeros(group.units)
-            for member, p in _weights(model, group, "makes"):
+            for member, p in _weights(parameters, group, "makes"):
                 key = (member.name, member.dim)
                 if key not in sums:
                     others = [d for d in range(p.dim()) if d != member.dim]
@@ -108,7 +107,8 @@ def _bn_scale(model, coupling, batches, loss_fn, seed) -> Scores:
 
 
 def _taylor(model, coupling, batches, loss_fn, seed) -> Scores:
-    readers = {i: _weights(model, group, "reads") for i, group in enumerate(coupling.groups)}
+    parameters = dict(model.named_parameters())
+    readers = {i: _weights(parameters, group, "reads") for i, group in enumerate(coupling.groups)}
     weights = {m.name: p for own in readers.values() for m, p in own}
     frozen = [p for p in weights.values() if not p.requires_grad]
     found = {i: torch.zeros(group.units) for i, group in enumerate(coupling.groups)}
@@ -136,10 +136,10 @@ def _taylor(model, coupling, batches, loss_fn, seed) -> Scores:
 
 
 def _fpgm(model, coupling, batches, loss_fn, seed) -> Scores:
-    found = {}
+    parameters, found = dict(model.named_parameters()), {}
     for i, group in enumerate(coupling.groups):
         squares = torch.zeros(group.units, group.units)
-        for member, p in _weights(model, group, "makes"):
+        for member, p in _weights(parameters, group, "makes"):
             rows = _wide(p).movedim(member.dim, 0).flatten(1).cpu() if p.dim() > 1 else _wide(p)[:, None].cpu()
             inside = member.units >= 0
             order = member.units[inside].argsort(stable=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from labkit.atomic import replacing
 from labkit.errors import InputError
 from labkit.pruning import channels, checkpoints, surgery
 from labkit.pruning.channels import Plan, Pruned
@@ -107,9 +108,8 @@ def _save(current: Pruned, history: tuple[Round, ...], total: int, folder: Path,
     """The round's model in a folder of its own, then the list of rounds, which names the rounds that are whole."""
     checkpoints.save(current, folder / f"round{len(history)}")
     content = {"identity": identity, "total": total, "rounds": [asdict(entry) for entry in history]}
-    temporary = folder / "rounds.json.part"
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(folder / "rounds.json")
+    with replacing(folder / "rounds.json") as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _resume(

@@ -6,8 +6,6 @@ training loop is the caller's. A schedule names the sparsity of the whole model,
 
 import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from labkit.atomic import replacing
 from labkit.errors import DataError, InputError
 from labkit.pruning.selection import fraction
 from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
@@ -171,17 +170,10 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _save(model: nn.Module, history: tuple[Round, ...], path: Path, identity: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rounds = [asdict(entry) for entry in history]
     state = {"identity": identity, "rounds": rounds, "model": model.state_dict(), "masks": masks(model)}
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            torch.save(state, file)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def _resume(model: nn.Module, path: Path, identity: dict) -> tuple[nn.Module, tuple[Round, ...]]:

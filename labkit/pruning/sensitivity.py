@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from labkit.atomic import replacing
 from labkit.errors import InputError
 from labkit.pruning import channels
 from labkit.pruning.schedules import digest
@@ -98,20 +99,13 @@ def scan(
         if key not in values:
             pruned = channels.apply(model, plan, args, kwargs, check=False)
             values[key] = float(evaluate(pruned.model))
-            _save(path, identity, values)
+            if path is not None:
+                with replacing(path) as partial:
+                    partial.write_text(json.dumps({"identity": identity, "values": values}), encoding="utf-8")
         if name:
             row = next(row for row in plan.units if row.name == name)
             rows.append(Row(name, ratio, row.removed, row.units, values[key]))
     return Sensitivity(values["@0.0"], tuple(rows))
-
-
-def _save(path: Path | None, identity: dict, values: dict[str, float]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps({"identity": identity, "values": values}), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _resume(path: Path | None, identity: dict) -> dict[str, float]:

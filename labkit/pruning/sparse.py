@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from labkit.errors import InputError
-from labkit.pruning import kernels
+from labkit.pruning import kernels, semi_structured
 
 Parts = dict[str, Tensor]
 HALVES = (torch.float16, torch.bfloat16)
@@ -154,7 +154,7 @@ def _kernel_multiply(x: Tensor, parts: Parts, out_features: int, bias: Tensor | 
 
 
 def _two_four_pack(weight: Tensor) -> Parts:
-    return {"weight": torch.sparse.to_sparse_semi_structured(weight)}
+    return {"weight": semi_structured.convert(weight)}
 
 
 def _two_four_unpack(parts: Parts, out_features: int, in_features: int) -> Tensor:
@@ -243,13 +243,9 @@ def _choose(weight: Tensor, format: str, batch_size: int) -> str:
         return min(allowed, key=found.__getitem__)
     if format == "bsr":
         return min((f"bsr{block}" for block in BSR_BLOCKS), key=lambda name: stored_bytes(weight, name))
-    if format == "2:4" and not (_is_two_four(weight) and weight.shape[0] % 32 == weight.shape[1] % 64 == 0):
+    if format == "2:4" and semi_structured.refusal(weight):
         return "dense"
     return format if weight.dtype in FORMATS[format].dtypes else "dense"
-
-
-def _is_two_four(weight: Tensor) -> bool:
-    return weight.shape[1] % 4 == 0 and int((weight.reshape(-1, 4) != 0).sum(1).max()) <= 2
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ read. Hooks, training flags, requires_grad, dtype, device and memory format stay
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ Kept = Mapping[str, Mapping[int, Tensor]]
 Attributes = Mapping[str, Mapping[str, Any]]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PIECE = 2**20  # bytes
 
 
+@torch.inference_mode(False)  # the new model is to be trained, wherever it was cut
 def cut(model: nn.Module, kept: Kept, attributes: Attributes) -> nn.Module:
     """A copy of `model` with only the kept entries, and `attributes` set."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -32,6 +35,8 @@ def cut(model: nn.Module, kept: Kept, attributes: Attributes) -> nn.Module:
     for _, x in named:
         if id(x) not in memory:
             memory[id(x)] = _sliced(x, chosen.get(id(x), {}))
+    for module in model.modules():  # each has a dozen dictionaries for hooks, which deepcopy would take to pieces
+        memory |= {id(x): type(x)() for x in vars(module).values() if type(x) in (dict, OrderedDict, set) and not x}
     try:
         new = copy.deepcopy(model, memory)
     except Exception as error:
@@ -72,25 +77,38 @@ def as_if_cut(model: nn.Module, kept: Kept, attributes: Attributes) -> Iterator[
 
 
 def _sliced(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """x.index_select along each dimension of `kept`, a Parameter where x is one; always memory of its own."""
-    if not kept:
-        data = x.detach().clone()
-    else:
-        data = x.detach()
-        for dim, indices in sorted(kept.items()):
-            if len(indices) and int(indices.max()) >= data.shape[dim]:
-                raise InputError(
-                    f"The plan keeps index {int(indices.max())} of dimension {dim} of a parameter of shape "
-                    f"{list(x.shape)}: it is a plan of another model."
-                )
-            data = data.index_select(dim, indices.to(data.device))
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            data = data.contiguous(memory_format=torch.channels_last)
+    """The kept entries of x, a Parameter where x is one; always memory of its own."""
+    for dim, indices in kept.items():
+        if dim >= x.dim() or (len(indices) and int(indices.max()) >= x.shape[dim]):
+            raise InputError(
+                f"The plan keeps index {int(indices.max())} of dimension {dim} of a parameter of shape "
+                f"{list(x.shape)}: it is a plan of another model."
+            )
+    data = _chosen(x.detach(), sorted((dim, indices.to(x.device)) for dim, indices in kept.items()))
+    if kept and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        data = data.contiguous(memory_format=torch.channels_last)
     if not isinstance(x, nn.Parameter):
         return data
     parameter = nn.Parameter(data, requires_grad=x.requires_grad)
     parameter.__dict__.update(x.__dict__)
     return parameter
+
+
+def _chosen(x: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """x.index_select along each dimension, by pieces that stay in a cache: what only one dimension chose is large."""
+    if not kept:
+        return x.clone()
+    (dim, rows), *rest = kept
+    if not rest or dim > 0:
+        for dim, indices in kept:
+            x = x.index_select(dim, indices)
+        return x
+    shape = [len(dict(kept).get(d, range(n))) for d, n in enumerate(x.shape)]
+    chosen, start = x.new_empty(shape), 0
+    for piece in rows.split(max(PIECE * len(x) // max(x.nbytes, 1), 1)):
+        chosen[start : start + len(piece)] = _chosen(x.index_select(0, piece), rest)
+        start += len(piece)
+    return chosen
 
 
 # --- attributes -------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def prune(
     asked = fraction(sparsity)
     if scope not in SCOPES:
         raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
-    _refuse_foreign(model)
+    refuse_foreign(model)
     weights = targets(model, exclude)
     _refuse_growing_back(weights, asked, scope)
     scores = _scores(model, weights, criterion, batches, loss_fn, seed)
@@ -86,25 +86,30 @@ def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
                 f"shape {list(weights[name].parameter.shape)}."
             )
     masked = copy.deepcopy(model)
-    owners = _owners(masked)
-    found = prunable(masked)
+    hold_(masked, masks)
+    return masked
+
+
+def hold_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """`with_masks` without the copy and the checks, for a model that was copied already."""
+    places = owners(model)
+    found = prunable(model)
     for name, mask in masks.items():
         parameter = found[name].parameter
         mask = mask.to(parameter.device, copy=True)
-        for module, attribute in owners[id(parameter)]:
+        for module, attribute in places[id(parameter)]:
             module.register_buffer(_mask_name(attribute), mask, persistent=False)
             _register(module.register_forward_pre_hook, module._forward_pre_hooks, _hold_own)
             _register(module.register_state_dict_pre_hook, module._state_dict_pre_hooks, _hold_own)
             _register(module.register_load_state_dict_post_hook, module._load_state_dict_post_hooks, _hold_own)
     # Some models read a layer's weight without calling the layer (nn.MultiheadAttention does with out_proj).
-    _register(masked.register_forward_pre_hook, masked._forward_pre_hooks, _hold_all)
-    _hold_all(masked)
-    return masked
+    _register(model.register_forward_pre_hook, model._forward_pre_hooks, _hold_all)
+    _hold_all(model)
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
     """A copy of `model` without masks and hooks, its pruned weights plain zeros: to time, export or convert."""
-    _refuse_foreign(model)
+    refuse_foreign(model)
     plain = copy.deepcopy(model)
     _hold_all(plain)
     for module in plain.modules():
@@ -217,7 +222,7 @@ def _own_masks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield attribute, mask
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every place at which a parameter is registered, by its id: more than one where it is shared."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -279,7 +284,7 @@ def _foreign(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
                 yield name, "a parametrization", getattr(module, attribute).detach()
 
 
-def _refuse_foreign(model: nn.Module) -> None:
+def refuse_foreign(model: nn.Module) -> None:
     for name, what, _ in _foreign(model):
         raise InputError(
             f"{name} has {what}, which labkit's masks cannot be combined with: make it permanent first "

@@ -1,0 +1,162 @@
+"""Checks of lesson 05: an exact N:M mask, values with two-bit places, the bytes of a pattern, Wanda's choice in groups.
+
+Each holds the answer against what has to be true of it, or against an independent computation: counts in every group,
+a weight put together again bit by bit, places that are really written out, outputs that are computed without a weight.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from labkit.checks import Failures
+
+
+def nm_mask(fn: Callable, failures: Failures) -> None:
+    """nm_mask(weight, n, m) -> bool tensor, True where kept; groups of m along dimension 1."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(12, 24, generator=generator)
+    for case, weight in {
+        "random": random,
+        "many ties": (2 * random).round(),
+        "all equal": torch.full((3, 24), -0.5),
+        "a transposed view": torch.randn(24, 6, generator=generator).t(),
+        "bfloat16": random.bfloat16(),
+        "a convolution": torch.randn(4, 24, 3, 3, generator=generator),
+        "one of its transposed views": torch.randn(3, 3, 24, 4, generator=generator).permute(3, 2, 0, 1),
+    }.items():
+        for n, m in ((2, 4), (1, 4), (4, 8), (3, 6), (4, 4)):
+            with failures.given(weight=case, n=n, m=m):
+                _nm_mask(fn, failures, weight, n, m)
+
+
+def _nm_mask(fn: Callable, failures: Failures, weight: Tensor, n: int, m: int) -> None:
+    given = weight.clone()
+    mask = fn(given, n, m)
+    failures.expect(torch.equal(given, weight), "your function changed the weight; it should only return a mask")
+    usable = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape
+    if not failures.expect(usable, "return a bool tensor of the weight's shape"):
+        return
+    groups = weight.abs().float().movedim(1, -1).reshape(-1, m).tolist()  # each one m neighbours in dimension 1
+    kept = mask.movedim(1, -1).reshape(-1, m).tolist()
+    wrong = [sum(row) for row in kept if sum(row) != n]
+    failures.expect(
+        not wrong,
+        "a group of m neighbours in dimension 1 does not keep exactly n: look at ties, the dimension, what n counts",
+        detail=f"{len(wrong)} of {len(kept)} groups, the first keeps {wrong[0]}" if wrong else "",
+    )
+    pairs = [list(zip(group, row, strict=True)) for group, row in zip(groups, kept, strict=True)]
+    failures.expect(
+        all(least >= most for least, most in map(_edge, pairs)),
+        "a removed weight is larger in magnitude than one of its group that is kept",
+    )
+    failures.expect(
+        not any(not a[1] and b[1] and a[0] == b[0] for group in pairs for i, a in enumerate(group) for b in group[i:]),
+        "of weights that are equal in magnitude the first ones of the group have to stay",
+    )
+
+
+def _edge(group: list[tuple[float, bool]]) -> tuple[float, float]:
+    """The least that is kept and the most that is removed."""
+    return min((w for w, k in group if k), default=0.0), max((w for w, k in group if not k), default=0.0)
+
+
+def compress(fn: Callable, failures: Failures) -> None:
+    """compress(weight) -> (values [out, in / 2], places uint8 [out, in / 8]) of a 2:4 weight."""
+    generator = torch.Generator().manual_seed(1)
+    for case, rows, columns, dtype in (
+        ("two kept in every group", 5, 16, torch.float32),
+        ("two kept in every group", 3, 8, torch.float16),
+        ("some groups with one or none", 6, 32, torch.float32),
+        ("some groups with one or none", 4, 24, torch.bfloat16),
+        ("all zero", 2, 8, torch.float32),
+    ):
+        order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
+        weight = torch.randn(rows, columns // 4, 4, generator=generator).masked_fill(order < 2, 0.0)
+        fewer = {"two kept in every group": 0.0, "some groups with one or none": 0.3, "all zero": 1.0}[case]
+        weight[torch.rand(weight.shape, generator=generator) < fewer] = 0.0
+        with failures.given(weight=case, shape=(rows, columns), dtype=str(dtype)):
+            _compress(fn, failures, weight.flatten(1).to(dtype))
+
+
+def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
+    rows, columns = weight.shape
+    given = weight.clone()
+    answer = fn(given)
+    failures.expect(torch.equal(given, weight), "your function changed the weight")
+    if not failures.expect(isinstance(answer, tuple | list) and len(answer) == 2, "return the values and the places"):
+        return
+    values, places = answer
+    usable = all(isinstance(part, Tensor) for part in answer)
+    usable = usable and values.shape == (rows, columns // 2) and values.dtype == weight.dtype
+    if not failures.expect(usable, "values has to be a tensor [out, in / 2] of the weight's own type"):
+        return
+    usable = places.shape == (rows, columns // 8) and places.dtype == torch.uint8
+    if not failures.expect(usable, "places has to be a uint8 tensor [out, in / 8]: two groups share a byte"):
+        return
+    again, ascending = torch.zeros_like(weight), True
+    for row in range(rows):
+        for group in range(columns // 4):
+            nibble = places[row, group // 2].item() >> 4 * (group % 2) & 15
+            first, second = nibble & 3, nibble >> 2
+            ascending &= first < second
+            for place, value in ((first, values[row, 2 * group]), (second, values[row, 2 * group + 1])):
+                again[row, 4 * group + place] += value
+    failures.expect(
+        ascending,
+        "the two places of a group have to differ and ascend, also where the group holds fewer than two values",
+    )
+    failures.expect(
+        torch.equal(again, weight),
+        "read back by the layout in the text (lowest bits first), your values and places give another weight",
+    )
+
+
+def stored_share(fn: Callable, failures: Failures) -> None:
+    """stored_share(n, m, bits) -> bytes of an N:M weight over those of the dense one, places included."""
+    for n, m in ((2, 4), (1, 4), (4, 8), (1, 2), (3, 6), (8, 16), (4, 4), (5, 12), (1, 1)):
+        for bits in (32, 16, 8, 4):
+            with failures.given(n=n, m=m, bits=bits):
+                digits = max((len(f"{place:b}") for place in range(1, m)), default=0)  # of the highest place
+                values, places = "v" * bits * n, "".join(f"{place:0{digits}b}" * bool(digits) for place in range(n))
+                failures.close(
+                    fn(n, m, bits),
+                    len(values + places) / (bits * m),
+                    "your share differs from that of a group that was written out bit by bit: n values, and for each "
+                    "its place among m",
+                )
+
+
+def wanda_mask(fn: Callable, failures: Failures) -> None:
+    """wanda_mask(weight, inputs, n, m) -> bool tensor [out, in], True where kept."""
+    generator = torch.Generator().manual_seed(2)
+    for case, shape in {"[tokens, in]": (50, 24), "[batch, tokens, in]": (6, 9, 24), "one token": (1, 24)}.items():
+        inputs = torch.randn(shape, generator=generator) ** 3  # long tails: mean and root mean square rank differently
+        inputs = inputs * torch.logspace(-1, 1, 24)[torch.randperm(24, generator=generator)]  # some features are loud
+        weight = torch.randn(7, 24, generator=generator)
+        for n, m in ((2, 4), (1, 4), (4, 8), (2, 6)):
+            with failures.given(inputs=case, n=n, m=m):
+                _wanda_mask(fn, failures, weight, inputs, n, m)
+
+
+def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor, n: int, m: int) -> None:
+    mask = fn(weight.clone(), inputs.clone(), n, m)
+    usable = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape
+    if not failures.expect(usable, "return a bool tensor [out, in], True where a weight is kept"):
+        return
+    kept = mask.view(len(weight), -1, m)
+    if not failures.expect(bool((kept.sum(-1) == n).all()), "a group of m does not keep exactly n"):
+        return
+    columns = inputs.flatten(0, -2).t()  # [in, tokens]
+    change = torch.stack([(w * x).norm() for row in weight for w, x in zip(row, columns, strict=True)])
+    change = change.view(kept.shape)  # how far the outputs move when this weight alone goes, over all tokens
+    least = change.masked_fill(~kept, torch.inf).amin(-1)
+    most = change.masked_fill(kept, 0.0).amax(-1)
+    failures.expect(
+        bool((least >= most * (1 - 1e-5)).all()),
+        "a weight was removed whose absence moves the output further than that of one that stayed in its group: the "
+        "score is |w| times the root of the sum of the squares of its input, over all tokens",
+    )
+
+
+CHECKS = {"05.1": nm_mask, "05.2": compress, "05.3": stored_share, "05.4": wanda_mask}

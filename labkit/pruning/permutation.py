@@ -1,0 +1,138 @@
+"""Channels in an order that loses less to n:m: groups of m neighbours are a choice, and the network does not mind.
+
+Pool & Yu 2021, Channel Permutations for N:M Sparsity: swap input channels between groups as long as the kept energy
+grows. A reader's input channels are its producers' output channels, so whole coupled groups are reordered.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labkit.errors import InputError
+from labkit.pruning import coupling, equality, surgery, unstructured
+from labkit.pruning.criteria import prunable
+from labkit.pruning.nm_pattern import check_pattern
+
+
+def search(scores: Tensor, n: int = 2, m: int = 4, *, rounds: int = 100) -> Tensor:
+    """The order [in] of the columns of `scores` [rows, in] (such as w^2) that greedy swaps end in.
+
+    The scores that n:m keeps of scores[:, order] are at least those that it keeps of the given order. A round swaps the
+    two columns of each pair of groups that gain most, no group twice; it ends where no swap gains, or after `rounds`.
+    scores: not negative, no NaN, in a multiple of m columns. Deterministic. Memory 4 (in^2 + 2 rows in) bytes.
+    """
+    check_pattern(n, m)
+    if scores.dim() != 2 or scores.shape[1] % m or not (scores >= 0).all():
+        raise InputError(
+            f"scores are {list(scores.shape)}, but they must be [rows, in] with in a multiple of m = {m}, none of them "
+            "negative or NaN: give the squares of a weight."
+        )
+    columns = scores.detach().t().to(torch.float64 if scores.dtype == torch.float64 else torch.float32).contiguous()
+    width = len(columns)
+    order = torch.arange(width, device=scores.device)
+    if n == m or width == m:
+        return order
+    kept = torch.stack([_kept_with(columns, slot, n, m) for slot in range(width)])  # [slot, column put into it]
+    for _ in range(rounds):
+        swaps = _best_swaps(kept, m)
+        if not swaps:
+            break
+        new = torch.arange(width, device=scores.device)
+        for one, other in swaps:
+            new[one], new[other] = other, one
+        order, columns, kept = order[new], columns[new], kept[:, new]
+        for first in sorted({slot // m * m for swap in swaps for slot in swap}):
+            for slot in range(first, first + m):
+                kept[slot] = _kept_with(columns, slot, n, m)
+    return order
+
+
+def _kept_with(columns: Tensor, slot: int, n: int, m: int) -> Tensor:
+    """[in]: what n:m keeps of the group of `slot`, summed over rows, if each of the columns [in, rows] stood in it.
+
+    Of the m - 1 others n - 1 stay anyway, and the n-th largest or the newcomer, whichever is larger.
+    """
+    first = slot // m * m
+    rest = torch.cat([columns[first:slot], columns[slot + 1 : first + m]])  # [m - 1, rows]
+    top = rest.topk(n, dim=0).values  # [n, rows]
+    return top[:-1].sum() + torch.maximum(columns, top[-1]).sum(1)
+
+
+def _best_swaps(kept: Tensor, m: int) -> list[tuple[int, int]]:
+    """Pairs of slots whose columns gain most by changing places, no two pairs in the same group."""
+    width, now = len(kept), kept.diagonal()  # the group of each slot as it is
+    gain = (kept + kept.t() - now[:, None] - now).view(width // m, m, width // m, m)
+    best = gain.amax((1, 3)).triu(1)  # [groups, groups]
+    swaps, taken = [], set()
+    least = 8 * torch.finfo(kept.dtype).eps * float(now.max())  # a smaller gain may be rounding
+    for place in best.flatten().argsort(descending=True, stable=True).tolist():
+        one, other = divmod(place, width // m)
+        if best[one, other] <= least:
+            break
+        if one not in taken and other not in taken:
+            taken |= {one, other}
+            a, b = divmod(int(gain[one, :, other].flatten().argmax()), m)
+            swaps.append((one * m + a, other * m + b))
+    return swaps
+
+
+def permute(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    n: int = 2,
+    m: int = 4,
+    rounds: int = 100,
+) -> nn.Module:
+    """A copy of `model` that computes the same function with its channels in an order that n:m keeps more of.
+
+    args, kwargs: an example input, as for `coupling.trace`, which finds what has to be reordered together. Prune the
+    result with `nm.prune`. What cannot be reordered (inputs, outputs, attention heads) stays where it is.
+    """
+    check_pattern(n, m)
+    if unstructured.masks(model):
+        raise InputError("The model is pruned already: permute the dense model and prune that.")
+    args, kwargs = coupling.arguments(args, kwargs)
+    coupled = coupling.Coupling.of(model, args, kwargs)
+    places: dict[str, dict[int, Tensor]] = {}
+    for group in coupled.groups:
+        scores = _scores(model, group, m)
+        slots = [_slots(member, group.units) for member in group.members]
+        if scores is None or any(each is None for each in slots):
+            continue
+        order = search(scores, n, m, rounds=rounds).cpu()
+        for member, own in zip(group.members, slots, strict=True):
+            new = places.setdefault(member.name, {}).setdefault(member.dim, torch.arange(len(member.units)))
+            new[own] = own[order]  # other groups may have other parts of the dimension
+    permuted = surgery.cut(model, places, {})
+    report = equality.check(model, permuted, coupled.record, coupled.gone({}), args, kwargs)
+    # Norms of language models sum in float32 whatever the type of the check, and in another order now.
+    tolerance = report.tolerance * torch.finfo(torch.float32).eps / torch.finfo(getattr(torch, report.dtype)).eps
+    if report.error > tolerance:
+        raise InputError(
+            f"The model's outputs depend on the order of its channels (they differ by {report.error:.2g}, tolerance "
+            f"{tolerance:.2g}), so it cannot be permuted: prune it as it is."
+        )
+    return permuted
+
+
+def _slots(member: coupling.Member, units: int) -> Tensor | None:
+    """[units, indices of a unit], None if units differ in that."""
+    found = [member.indices(unit) for unit in range(units)]
+    return torch.stack(found) if len({len(each) for each in found}) == 1 else None
+
+
+def _scores(model: nn.Module, group: coupling.Group, m: int) -> Tensor | None:
+    """w^2 of the weights that read the group's units one by one [rows, units]; None if no n:m group lies among them."""
+    weights = prunable(model)
+    found = []
+    for member in group.members:
+        run = (member.units >= 0).nonzero().squeeze(1)
+        alone = torch.equal(member.units[run], torch.arange(group.units)) and len(run) == int(run[-1] - run[0]) + 1
+        if member.role == "reads" and member.name in weights and alone and not run[0] % m and not len(run) % m:
+            weight = weights[member.name].parameter.detach().movedim(member.dim, -1).flatten(0, -2)  # [rows, in]
+            found.append(weight[:, run[0] : run[-1] + 1].square())
+    return torch.cat(found) if found else None

@@ -1,0 +1,109 @@
+"""N:M masks that move during training: SR-STE, a straight-through gradient that also pulls pruned weights to zero.
+
+Zhou et al. 2021, Learning N:M Fine-grained Structured Sparse Neural Networks from Scratch. For masks that stay as they
+are, train what `nm.prune` returns.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from labkit.errors import InputError
+from labkit.pruning import unstructured
+from labkit.pruning.criteria import prunable
+from labkit.pruning.layerwise import check_widths, weights_of
+from labkit.pruning.nm_pattern import check_pattern, mask
+from labkit.pruning.selection import named_parts
+
+
+def prepare(
+    model: nn.Module,
+    n: int = 2,
+    m: int = 4,
+    *,
+    decay: float = 2e-4,
+    exclude: str | Iterable[str] = (),
+    pad: bool = False,
+) -> nn.Module:
+    """A copy of `model` to train: every forward pass uses n of every m weights, by magnitude at that moment.
+
+    The parameters stay dense and all get the gradient of the pruned weights (straight through), plus decay * w where w
+    is pruned (the sparse-refined term; 0 gives plain STE). Which weights: as in `nm.prune`.
+    `finish` makes the trained model plain. `unstructured.sparsity` and `artifact.size` see what the forward pass sees.
+    """
+    check_pattern(n, m)
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < math.inf:
+        raise InputError(f"decay is {decay!r}, but it must be a number from 0 up, such as the paper's 2e-4.")
+    unstructured.refuse_foreign(model)
+    if unstructured.masks(model):
+        raise InputError("The model holds masks already, and pruned weights do not move: make_permanent it first.")
+    exclude = named_parts(model, exclude, "exclude")
+    check_widths(weights_of(model, exclude), (n, m), pad)
+    trainable = copy.deepcopy(model)
+    owners = unstructured.owners(trainable)
+    for weight in weights_of(trainable, exclude).values():
+        for module, attribute in owners[id(weight.parameter)]:
+            parametrize.register_parametrization(module, attribute, _Moving(n, m, decay, pad, weight.transposed))
+    return trainable
+
+
+def finish(model: nn.Module) -> nn.Module:
+    """A copy of a `prepare`d model whose weights are exactly n:m, held by fixed masks as in what `nm.prune` returns."""
+    if not any(True for _ in _moving(model)):
+        raise InputError("The model has no weights with moving masks: give one that sr_ste.prepare returned.")
+    fixed = copy.deepcopy(model)
+    kept = {}
+    for name, module, attribute, moving in list(_moving(fixed)):
+        kept[name] = moving.kept(module.parametrizations[attribute].original)
+        made = type(module)  # by torch for the module that was copied, and removing would change it for both
+        module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+    unstructured.hold_(fixed, {name: kept[name] for name in prunable(fixed) if name in kept})
+    return fixed
+
+
+class _Moving(nn.Module):
+    """The parametrization of one weight: dense parameter in, n of every m out."""
+
+    def __init__(self, n: int, m: int, decay: float, pad: bool, transposed: bool) -> None:
+        super().__init__()
+        self.n, self.m, self.decay, self.pad, self.transposed = n, m, decay, pad, transposed
+
+    def kept(self, weight: Tensor) -> Tensor:
+        matrix = weight.t() if self.transposed else weight
+        kept = mask(matrix, self.n, self.m, pad=self.pad)
+        return kept.t().contiguous() if self.transposed else kept
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _SparseRefined.apply(weight, self.kept(weight), self.decay)
+
+    def extra_repr(self) -> str:
+        return f"{self.n}:{self.m}, decay={self.decay:g}"
+
+
+class _SparseRefined(torch.autograd.Function):
+    """w where kept, else 0; its gradient passes straight through, plus decay * w where w was pruned."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, kept: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, kept)
+        ctx.decay = decay
+        return weight.masked_fill(~kept, 0.0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, kept = ctx.saved_tensors
+        return gradient + ctx.decay * weight.masked_fill(kept, 0.0), None, None
+
+
+def _moving(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Moving]]:
+    """(name of the weight, its module and attribute, its parametrization), each place of a shared one."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if parametrize.is_parametrized(module):
+            for attribute, steps in module.parametrizations.items():
+                if isinstance(steps[0], _Moving):
+                    yield f"{path}.{attribute}" if path else attribute, module, attribute, steps[0]

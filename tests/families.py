@@ -1,0 +1,147 @@
+"""A small random model of every family that `labkit.pruning.transformers` serves, by config, and an input for each."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY = 61
+BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "pad_token_id": 0,
+}
+LLAMA = {**BERT, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _build(model: str, config: str, **options) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        from labkit.models import quietly
+
+        with quietly():
+            return getattr(transformers, model)(getattr(transformers, config)(**options))
+
+    return build
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "bert": _build("BertForSequenceClassification", "BertConfig", **BERT),
+    "roberta": _build("RobertaForSequenceClassification", "RobertaConfig", **BERT),
+    "distilbert": _build(
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        vocab_size=VOCABULARY,
+        dim=32,
+        n_layers=3,
+        n_heads=4,
+        hidden_dim=24,
+    ),
+    "minilm": _build("BertModel", "BertConfig", **{**BERT, "num_attention_heads": 8}),
+    "gpt2": _build(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_inner=24,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "opt": _build(
+        "OPTForCausalLM",
+        "OPTConfig",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        ffn_dim=24,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "llama": _build("LlamaForCausalLM", "LlamaConfig", **LLAMA),
+    "qwen2": _build("Qwen2ForCausalLM", "Qwen2Config", **LLAMA),
+    "qwen3": _build("Qwen3ForCausalLM", "Qwen3Config", **LLAMA, head_dim=8),
+    "mistral": _build("MistralForCausalLM", "MistralConfig", **LLAMA),
+    "gemma": _build("GemmaForCausalLM", "GemmaConfig", **{**LLAMA, "num_key_value_heads": 1}, head_dim=8),
+    "vit": _build(
+        "ViTForImageClassification",
+        "ViTConfig",
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+    ),
+    "t5": _build(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+    ),
+}
+DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
+GROUPED = ("llama", "qwen2", "qwen3", "mistral")  # two KV heads with two query heads each
+
+
+def family(name: str) -> nn.Module:
+    """The model with random weights, scales and biases, the same at every call, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FAMILIES[name]().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # a mistaken slice shows, and attention looks at some tokens only
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+
+def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
+    """Three sequences, two of them padded at the right, or two images."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    ids = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:], mask[2, 4:] = 0, 0
+    found = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    if name == "t5":
+        found["decoder_input_ids"] = torch.randint(3, VOCABULARY, (3, 5), generator=generator)
+    return found
+
+
+def batches(name: str, cut: int = 2, pad: int = 0) -> list[dict[str, Tensor]]:
+    """The same six examples in batches of `cut`, with `pad` more columns of padding; labels where it is BERT's."""
+    generator = torch.Generator().manual_seed(1)
+    ids = F.pad(torch.randint(3, 61, (6, 8), generator=generator), (0, pad))
+    mask = (torch.arange(8 + pad) < torch.tensor([8, 5, 7, 3, 8, 6])[:, None]).long()
+    data = {"input_ids": ids * mask, "attention_mask": mask}
+    if name == "bert":
+        data["labels"] = torch.tensor([0, 1, 1, 0, 1, 0])
+    return [{key: x[i : i + cut] for key, x in data.items()} for i in range(0, 6, cut)]
+
+
+def heads_to_remove(name: str) -> dict[int, list[int]]:
+    """A choice that leaves layers of different sizes: single heads, a whole KV group, one head of each group, both."""
+    if name in GROUPED:
+        return {0: [0, 1], 1: [1, 2], 2: [0, 1, 3]}
+    if name == "t5":  # encoder self, encoder self, then decoder self, cross, self, cross
+        return {0: [1], 1: [1], 3: [0, 2], 5: [0, 2]}
+    return {0: [1], 2: [0, 3]}

@@ -1,0 +1,161 @@
+"""Layer importance against a loop over tokens, and models that lost layers: the same logits, a cache that fits."""
+
+import pytest
+import torch
+from families import DECODERS, batches, family, inputs
+from torch import Tensor, nn
+
+from labkit.errors import InputError
+from labkit.pruning import anatomy, depth, losses, transformers
+
+DISTANCES = ("cosine", "angular", "l2")
+
+
+def by_tokens(model: nn.Module, data: list[dict[str, Tensor]], n: int, distance) -> Tensor:
+    """Mean distance of every block's input and output, token by token, from the model's own hidden states."""
+    values: list[list[float]] = []
+    for batch in data:
+        with torch.no_grad():
+            given = {key: x for key, x in batch.items() if key != "labels"}
+            states = model.base_model(**given, output_hidden_states=True).hidden_states
+        for i, mask in enumerate(batch["attention_mask"]):
+            for t in range(int(mask.sum())):
+                vectors = [x[i, t] for x in states]
+                values.append([distance(x, y) for x, y in zip(vectors, vectors[n:], strict=False)])
+    return torch.tensor(values, dtype=torch.float64).mean(0)
+
+
+def angle(x: Tensor, y: Tensor) -> float:
+    return float(torch.acos(torch.dot(x, y) / x.norm() / y.norm()) / torch.pi)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_distances_are_means_over_valid_tokens(n):
+    model = family("bert").double()  # whose last hidden state is the last layer's output
+    data = batches("bert")
+    found = {method: depth.layer_importance(model, data, method, n=n) for method in DISTANCES}
+    assert all(x.shape == (4 - n,) and x.dtype == torch.float64 for x in found.values())
+    cosine = by_tokens(model, data, n, lambda x, y: 1 - float(torch.dot(x, y) / x.norm() / y.norm()))
+    torch.testing.assert_close(found["cosine"], cosine)
+    torch.testing.assert_close(found["angular"], by_tokens(model, data, n, angle))
+    torch.testing.assert_close(found["l2"], by_tokens(model, data, n, lambda x, y: float((y - x).norm() / x.norm())))
+
+
+@pytest.mark.parametrize("method", depth.METHODS)
+@pytest.mark.parametrize("name", ["bert", "llama", "opt"])
+def test_importance_depends_neither_on_padding_nor_on_how_batches_are_cut(name, method):
+    model = family(name).double()
+    whole = depth.layer_importance(model, batches(name, 6), method)
+    for other in (batches(name, 1), batches(name, 4), batches(name, 3, pad=4), iter(batches(name, 2))):
+        torch.testing.assert_close(depth.layer_importance(model, other, method), whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", depth.METHODS)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_every_method_and_a_model_that_stays_as_it_was(name, method):
+    model = family(name).train()
+    data = [{**inputs("vit"), "labels": torch.tensor([0, 1])}] if name == "vit" else batches(name)
+    found = depth.layer_importance(model, data, method)
+    assert found.shape == (3,) and found.isfinite().all()
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("method", depth.METHODS)
+def test_a_layer_that_writes_nothing_matters_nothing(method):
+    model = family("llama")
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    found = depth.layer_importance(model, batches("llama"), method)
+    assert abs(float(found[1])) < 1e-7 and float(found[[0, 2]].abs().min()) > 1e-3
+    if method != "angular":  # arccos loses half of the digits at 1
+        assert abs(float(found[1])) < 1e-12
+
+
+def test_relative_distance_does_not_grow_with_the_residual_stream():
+    model = family("gpt2").double()
+    before = depth.layer_importance(model, batches("gpt2"), "l2")
+    with torch.no_grad():  # everything that is written to the stream ten times as large: the norms read the same
+        model.transformer.wte.weight.mul_(10)
+        model.transformer.wpe.weight.mul_(10)
+        for block in model.transformer.h:
+            for module in (block.attn.c_proj, block.mlp.c_proj):
+                module.weight.mul_(10)
+                module.bias.mul_(10)
+    torch.testing.assert_close(depth.layer_importance(model, batches("gpt2"), "l2"), before, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_loss_is_that_of_the_model_without_the_block(n):
+    model, data = family("gpt2").double(), batches("gpt2")
+    found = depth.layer_importance(model, data, "loss", n=n)
+    for first in range(4 - n):
+        pruned = depth.prune_layers(model, range(first, first + n)).model
+        with torch.no_grad():
+            sums = [[losses.summed(m, batch) for batch in data] for m in (model, pruned)]
+        before, after = (float(sum(loss for loss, _ in own)) / sum(n for _, n in own) for own in sums)
+        assert float(found[first]) == pytest.approx(after - before, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_layers_are_numbered_anew_and_the_cache_has_one_entry_a_layer(name):
+    pruned = depth.prune_layers(family(name), [0, 1])
+    model = pruned.model
+    assert model.config.num_hidden_layers == 1
+    numbers = {m.layer_idx for m in model.modules() if "layer_idx" in vars(m)}
+    assert numbers == {0}
+    with torch.no_grad():
+        cache = model(**inputs(name), use_cache=True).past_key_values
+    assert len(cache.layers) == 1
+
+
+def test_plan_tells_what_is_gone():
+    model = family("llama")
+    plan = depth.prune_layers(model, [2, 0]).plan
+    dense = dict(model.named_parameters())
+    gone = {name for name in dense if name.startswith(("model.layers.0.", "model.layers.2."))}
+    assert plan.kept.keys() == gone and all(len(dims[0]) == 0 for dims in plan.kept.values())
+    assert plan.attributes == {"model.layers.1.self_attn": {"layer_idx": 0}}
+    assert plan.parameters[0] - plan.parameters[1] == sum(dense[name].numel() for name in gone)
+    assert plan.units[0].removed == 2 and plan.units[0].units == 3 and 0 < plan.macs[1] < plan.macs[0]
+
+
+def test_heads_and_layers_in_a_row():
+    model = transformers.prune_heads(family("llama"), {0: [0, 1], 2: [1, 3]}).model
+    pruned = depth.prune_layers(model, [1])
+    assert pruned.report.equal
+    assert [part.heads for part in anatomy.attentions(pruned.model)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([3], "no layer 3"),
+        ([-1], "no layer -1"),
+        ([True], "no layer True"),
+        ([1.0], "no layer 1.0"),
+        ([], "name at least one"),
+        ([0, 1, 2], "leave at least one"),
+    ],
+)
+def test_bad_layers_are_told(layers, message):
+    model = family("llama")
+    config = model.config.to_dict()
+    with pytest.raises(InputError, match=message):
+        depth.prune_layers(model, layers)
+    assert len(model.model.layers) == 3 and model.config.to_dict() == config
+
+
+def test_bad_requests_are_told():
+    model = family("bert")
+    with pytest.raises(InputError, match="no method 'mse'"):
+        depth.layer_importance(model, batches("bert"), "mse")
+    for n in (0, 4, True):
+        with pytest.raises(InputError, match=f"n is {n}"):
+            depth.layer_importance(model, batches("bert"), n=n)
+    with pytest.raises(InputError, match="batches is empty"):
+        depth.layer_importance(model, [])
+    with pytest.raises(InputError, match="no list of transformer layers"):
+        depth.layer_importance(nn.Linear(2, 2), [torch.ones(1, 2)])

@@ -1,0 +1,61 @@
+"""Pruned networks leave torch: through torch.export and back from a file, and to ONNX, run there by ONNX Runtime."""
+
+import copy
+
+import pytest
+import torch
+from test_channels_models import build
+from torch import Tensor, nn
+
+from labkit.pruning.channels import Pruned, prune
+
+SIDE = 32
+NAMES = ("resnet18", "mobilenet_v2", "vit_b_16")
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pruned(request) -> Pruned:
+    return prune(build(request.param, SIDE), torch.randn(1, 3, SIDE, SIDE), ratio=0.5, scope="layer")
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+def assert_equal(found: Tensor, pruned: Pruned, images: Tensor) -> None:
+    """Against float64, within what float32 allows: 8 eps sqrt(K) of the largest output, as in `equality.Report`.
+
+    K: the terms summed in all products of the dense model, so of the pruned one at least.
+    """
+    with torch.no_grad():
+        expected = copy.deepcopy(pruned.model).double()(images.double())
+    terms = sum(cost.terms for cost in pruned.plan.coupling.record.costs)
+    tolerance = 8 * torch.finfo(torch.float32).eps * terms**0.5 * float(expected.abs().max())
+    assert found.shape == expected.shape and float((found - expected).abs().max()) <= tolerance
+
+
+def exported(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (images,), dynamic_shapes=ANY_BATCH)
+
+
+def test_a_pruned_network_is_exported_and_read_back(pruned, images, tmp_path):
+    torch.export.save(exported(pruned.model, images[:2]), tmp_path / "small.pt2")
+    loaded = torch.export.load(tmp_path / "small.pt2")
+    with torch.no_grad():
+        assert_equal(loaded.module()(images), pruned, images)
+    shapes = {name: x.shape for name, x in loaded.state_dict.items()}
+    assert shapes == {name: x.shape for name, x in pruned.model.state_dict().items()}
+
+
+def test_a_pruned_network_runs_in_onnx_runtime(pruned, images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")  # what torch's exporter writes ONNX with
+    path = tmp_path / "small.onnx"
+    torch.onnx.export(pruned.model, (images[:2],), path, dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert_equal(torch.from_numpy(found), pruned, images)
+    written = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert written < 1.1 * pruned.plan.bytes[1] + 2**20, "the pruned weights, and a graph"

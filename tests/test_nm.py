@@ -1,0 +1,252 @@
+"""The N:M pattern against a loop over groups: exactly n of every m, whatever shape, stride, type and ties."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkit import artifact
+from labkit.errors import InputError
+from labkit.pruning import nm
+from labkit.pruning.nm_packed import index_bits
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
+
+
+def by_loop(weight, n, m):
+    """The mask, group by group: sorted by magnitude, of equal ones the lower index first."""
+    kept = torch.zeros(weight.shape, dtype=torch.bool)
+    rows = weight.double()[None] if weight.dim() == 1 else weight.double().movedim(1, -1)
+    out = kept[None] if weight.dim() == 1 else kept.movedim(1, -1)
+    for row, chosen in zip(rows.flatten(0, -2).tolist(), positions(out), strict=True):
+        for start in range(0, len(row), m):
+            group = range(start, min(start + m, len(row)))
+            for i in sorted(group, key=lambda i: (-abs(row[i]), i))[:n]:
+                out[(*chosen, i)] = True
+    return kept
+
+
+def positions(rows):
+    return list(torch.cartesian_prod(*map(torch.arange, rows.shape[:-1])).view(-1, rows.dim() - 1).unbind(0))
+
+
+@st.composite
+def patterns(draw):
+    m = draw(st.integers(1, 16))
+    return draw(st.integers(1, m)), m
+
+
+def strided(weight, how):
+    """The same values with other strides."""
+    if how == "transposed":
+        return weight.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "sliced":
+        return torch.stack([weight, weight], -1).flatten(-2)[..., ::2]
+    if how == "channels first in memory" and weight.dim() > 1:
+        return weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    return weight
+
+
+STRIDES = ["contiguous", "transposed", "sliced", "channels first in memory"]
+
+
+@st.composite
+def weights(draw, m, whole=True):
+    """Few different values, so that most groups have ties; -0.0 and negative ones among them."""
+    width = draw(st.integers(0, 3)) * m if whole else draw(st.integers(1, 2 * m + 1))
+    shape = draw(st.sampled_from([(), (3,), (2, 2), (2, 3, 1), (1, 1, 2, 2)]))  # what stands around the input dimension
+    shape = (width,) if not shape else (shape[0], width, *shape[1:])
+    dtype = draw(st.sampled_from(DTYPES))
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0, 0.5])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    chosen = values[torch.randint(draw(st.integers(1, 8)), shape, generator=generator)]
+    return strided((chosen.abs() if dtype == torch.uint8 else chosen).to(dtype), draw(st.sampled_from(STRIDES)))
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_mask_is_the_loop(data):
+    n, m = data.draw(patterns())
+    whole = data.draw(st.booleans())
+    weight = data.draw(weights(m, whole))
+    before = weight.clone()
+    kept = nm.mask(weight, n, m, pad=not whole)
+    assert kept.shape == weight.shape and kept.is_contiguous() and kept.dtype == torch.bool
+    assert torch.equal(kept, by_loop(weight, n, m))
+    assert torch.equal(weight.double(), before.double())
+
+
+@given(patterns(), st.integers(0, 2**16))
+@settings(max_examples=50, deadline=None)
+def test_exactly_n_in_every_group_and_the_largest(pattern, seed):
+    n, m = pattern
+    weight = torch.randn(4, 5 * m, generator=torch.Generator().manual_seed(seed))
+    groups, kept = weight.view(-1, m), nm.mask(weight, n, m).view(-1, m)
+    assert (kept.sum(1) == n).all()
+    if n < m:
+        smallest_kept = groups.abs().masked_fill(~kept, torch.inf).amin(1)
+        assert (smallest_kept >= groups.abs().masked_fill(kept, 0).amax(1)).all()
+
+
+def test_the_first_of_equal_magnitudes_stays():
+    assert nm.mask(torch.tensor([1.0, -1.0, 1.0, 1.0])).tolist() == [True, True, False, False]
+    assert nm.mask(torch.tensor([[0.0, 3.0, -2.0, 2.0]])).tolist() == [[False, True, True, False]]
+
+
+def test_ties_of_bfloat16_keep_exactly_two():
+    """A threshold would keep three in the groups whose second and third largest are equal."""
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    second, third = weight.view(-1, 4).abs().float().sort(1, descending=True).values[:, 1:3].unbind(1)
+    assert (second == third).any()
+    assert (nm.mask(weight).view(-1, 4).sum(1) == 2).all()
+
+
+def test_extreme_values_rank_by_magnitude():
+    info = torch.finfo(torch.float32)
+    weight = torch.tensor([info.tiny, -torch.inf, info.max, info.smallest_normal / 4])
+    assert nm.mask(weight).tolist() == [False, True, True, False]
+    assert nm.mask(torch.tensor([-128, 127, 1, 2], dtype=torch.int8), 1, 4).tolist() == [True, False, False, False]
+
+
+def test_the_chunks_of_a_large_weight_make_one_mask():
+    weight = torch.randn(1030, 1024, generator=torch.Generator().manual_seed(0))
+    groups = weight.view(-1, 4).abs()
+    expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
+    assert torch.equal(nm.mask(weight), expected.view_as(weight))  # no ties between the second and the third here
+
+
+def test_convolutions_are_grouped_along_their_input_channels():
+    weight = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    kept = nm.mask(weight)
+    assert (kept.unflatten(1, (2, 4)).sum(2) == 2).all()
+    assert nm.is_nm(weight * kept)
+    assert not nm.is_nm(weight * nm.mask(weight.flatten(1)).view_as(weight))  # grouped along the kernel
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: nm.mask(torch.ones(2, 6)),
+            r"input dimension of a weight \[2, 6\] is 6, no multiple of m = 4: give pad",
+        ),
+        (lambda: nm.mask(torch.ones(2, 8), 0, 4), "pattern 0:4 is none"),
+        (lambda: nm.mask(torch.ones(2, 8), 5, 4), "pattern 5:4 is none"),
+        (lambda: nm.mask(torch.ones(2, 34), 2, 17), "pattern 2:17 is none"),
+        (lambda: nm.mask(torch.ones(2, 8), 2.0, 4), "pattern 2.0:4 is none"),
+        (lambda: nm.mask(torch.ones(2, 4), True, 4), "pattern True:4 is none"),
+        (lambda: nm.mask(torch.tensor([1.0, torch.nan, 0, 0])), "NaN"),
+        (lambda: nm.mask(torch.tensor(1.0)), "0 dimensions"),
+        (lambda: nm.mask(torch.ones(4, dtype=torch.complex64)), "complex64 has no N:M pattern"),
+        (lambda: nm.kept_energy(torch.ones(4), torch.ones(4)), "kept is torch.float32"),
+        (lambda: nm.compress(torch.ones(2, 8)), "is not 2:4 along its input dimension"),
+    ],
+)
+def test_errors_say_what_is_allowed(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_is_nm_counts_what_is_not_zero():
+    assert nm.is_nm(torch.tensor([[0.0, 1, 0, -0.0, 5, 6, 0, 0]]))
+    assert not nm.is_nm(torch.tensor([[0.0, 1, 2, 3, 5, 6, 0, 0]]))
+    assert not nm.is_nm(torch.tensor([[0.0, torch.nan, 1, 1]]))
+    assert not nm.is_nm(torch.zeros(2, 6)) and nm.is_nm(torch.zeros(2, 6), pad=True)
+    assert not nm.is_nm(torch.tensor([[0.0, 0, 0, 0, 1, 1]]), 1, 4, pad=True)
+
+
+def test_density_and_kept_energy():
+    weight = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
+    assert nm.density(weight) == 0.5 and nm.density(nm.mask(torch.randn(4, 8), 1, 4)) == 0.25
+    assert nm.kept_energy(weight, nm.mask(weight, 1, 4)) == 16 / 25
+    assert nm.kept_energy(torch.zeros(4), torch.zeros(4, dtype=torch.bool)) == 1.0
+
+
+def test_kept_energy_of_gaussian_weights():
+    """E of the two largest of four squared normals is .8672 of all four (order statistics); of 4:8 .8962, 1:4 .617."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    for (n, m), expected in {(2, 4): 0.867, (4, 8): 0.896, (1, 4): 0.617}.items():
+        assert nm.kept_energy(weight, nm.mask(weight, n, m)) == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_is_refused_in_every_format(dtype):
+    weight = torch.tensor([1.0, torch.nan, 0.0, -2.0]).to(dtype)
+    with pytest.raises(InputError, match="holds NaN"):
+        nm.mask(weight)
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (4, 8)])
+def test_a_mask_takes_a_third_of_topk_at_most(n, m):
+    """On one thread and in CPU time; benchmarks/nm_mask.py has the intervals."""
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+
+    def by_topk():
+        groups = weight.abs().view(-1, m)
+        kept = torch.zeros_like(groups, dtype=torch.bool)
+        return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view_as(weight)
+
+    threads, seconds = torch.get_num_threads(), {"topk": [], "mask": []}
+    torch.set_num_threads(1)
+    try:
+        for _ in range(7):
+            for name, run in (("topk", by_topk), ("mask", lambda: nm.mask(weight, n, m))):
+                start = time.process_time()
+                run()
+                seconds[name].append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(seconds["topk"]) > 3 * min(seconds["mask"])
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_decompress_is_the_inverse_of_compress(data):
+    n, m = data.draw(patterns())
+    weight = data.draw(weights(m))
+    pruned = torch.where(nm.mask(weight, n, m), weight.double(), 0.0).to(weight.dtype)
+    packed = nm.compress(pruned, n, m)
+    bits = weight.numel() // m * n * index_bits(m)
+    assert packed.nbytes == weight.numel() // m * n * weight.element_size() + -(-bits // 8)
+    restored = nm.decompress(packed)
+    assert restored.dtype == weight.dtype and restored.shape == weight.shape
+    assert torch.equal(restored.double(), pruned.double())
+
+
+@pytest.mark.parametrize("dtype, share", [(torch.float16, 0.5625), (torch.int8, 0.625), (torch.float32, 0.53125)])
+def test_bytes_of_two_of_four(dtype, share):
+    weight = torch.randint(-9, 10, (16, 64)).to(dtype)
+    pruned = weight * nm.mask(weight)
+    assert nm.compress(pruned).nbytes / weight.nbytes == share
+
+
+def test_the_layout_of_two_of_four_by_hand():
+    packed = nm.compress(torch.tensor([[0.0, 5, 0, 6, 7, 0, 0, 0]]))
+    assert packed.values.tolist() == [[5, 6], [7, 0]]
+    assert packed.metadata.tolist() == [0b01_00_11_01]  # places 1, 3 in the low nibble; 0 and the first zero, 1, above
+
+
+def test_the_artifact_stores_these_bytes():
+    weight = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight *= nm.mask(weight)
+    assert artifact.size({"w": weight}, "nm") == artifact.size(
+        {
+            "w:nm:values": torch.empty(72, 2),
+            "w:nm:places": torch.empty(36, dtype=torch.uint8),
+            "w:nm:shape": torch.empty(4, dtype=torch.int32),
+        }
+    )
+    assert torch.equal(artifact.unpack(artifact.pack({"w": weight}, "nm"))["w"], weight)
+
+
+def test_metadata_that_names_no_place_is_refused():
+    packed = nm.compress(torch.tensor([[1.0, 0, 0]]), 1, 3)
+    with pytest.raises(InputError, match="place that a group of 3 does not have"):
+        nm.decompress(nm.Packed(packed.values, torch.tensor([3], dtype=torch.uint8), packed.shape, 1, 3))
