@@ -5,6 +5,7 @@ Sphinx as they lie in the repository, so that links between lessons hold, and ad
 """
 
 import functools
+import html
 import http.server
 import os
 import re
@@ -24,6 +25,7 @@ from labkit.record import MIME
 SOURCES = paths.ROOT / "site"
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"
 FONT = "STIXTwoMath-Regular.ttf"  # without a font for formulas, which Linux often lacks, brackets stay small
+UNSTRETCHED = ' stretchy="false"'
 FOLDED = ("setup",)  # besides what carries hide-input: imports and the start of a lesson
 
 
@@ -68,10 +70,10 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def _sphinx(source: Path, html: Path, doctrees: Path) -> None:
+def _sphinx(source: Path, pages: Path, doctrees: Path) -> None:
     options = ["--builder", "html", "--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", doctrees]
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", *options, source, html], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "sphinx", *options, source, pages], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if done.returncode:
         said = done.stdout.decode(errors="replace").replace(f"{source}{os.sep}", "").strip()
@@ -95,14 +97,14 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
 
     columns, problems = _columns(folders)
     lessons.write(source / "claims.md", "\n\n".join(_claims_page(columns)))
-    lessons.write(source / "machines.md", "\n\n".join([*_machines_page(columns), *problems]))
+    lessons.write(source / "machines.md", "\n\n".join([*_machines_page(columns), *map(_unreadable, problems)]))
     home = (source / "index.md").read_text(encoding="utf-8")
     home = home.replace("<!-- lessons -->", readme.generated()).replace("<!-- contents -->", _contents(bool(syllabi)))
     lessons.write(source / "index.md", home)
 
 
 def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A copy for reading: figures carry their alt text, answers and set-up are folded, formulas stand in folded text."""
+    """A copy for reading: figures carry their alt text, answers and set-up are folded, formulas in folded text set."""
     copy = lessons.tidied(notebook)
     copy.cells = [shown for cell in copy.cells for shown in _readable_cell(cell)]
     return copy
@@ -113,31 +115,46 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
         cell.source = re.sub(r"<details>.*?</details>", _with_formulas, cell.source, flags=re.DOTALL)
         yield cell
         return
-    for output in cell.outputs:
-        output.get("data", {}).pop(MIME, None)
-        if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
-            cell.metadata.mystnb = {"image": {"alt": alt}}
+    tags = cell.metadata.get("tags", [])
+    folded = cell.metadata.get("jupyter", {}).get("source_hidden") or any(tag in FOLDED for tag in tags)
     stub = course.without_solution(cell.source)
     if stub != cell.source:
         yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
-        marks = (course.BEGIN, course.END)
-        cell.source = "\n".join(line for line in cell.source.splitlines() if line.strip() not in marks)
-        cell.metadata.mystnb = {
-            "code_prompt_show": "Show a worked answer",
-            "code_prompt_hide": "Hide the worked answer",
-        }
-    tags = cell.metadata.get("tags", [])
-    hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
-    if stub != cell.source or hidden or any(tag in FOLDED for tag in tags):
+        cell.source = re.sub(r"^ *### (BEGIN|END) SOLUTION\n?", "", cell.source, flags=re.MULTILINE)
+        prompts = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
+        cell.metadata.mystnb, folded = prompts, True
+    if folded:
         cell.metadata.tags = [*tags, "hide-input"]
+    yield from _with_alt(cell)
+
+
+def _with_alt(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
+    """myst-nb takes one alt text a cell: what follows a first figure goes on in cells without a source."""
+    outputs, cell.outputs = cell.outputs, []
+    for output in outputs:
+        output.get("data", {}).pop(MIME, None)
+        if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+            if "image" in cell.metadata.get("mystnb", {}):
+                yield cell
+                cell = nbformat.v4.new_code_cell(metadata={"tags": ["remove-input"]})
+            cell.metadata.mystnb = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
+        cell.outputs.append(output)
     yield cell
 
 
 def _with_formulas(folded: re.Match[str]) -> str:
     """HTML in Markdown is passed on as it is, so its formulas are typeset here."""
+    return re.sub(r"\$([^$]+)\$", lambda formula: mathml(formula[1]), folded[0])
+
+
+def mathml(latex: str, display: str = "inline") -> str:
+    """A formula as MathML; display: "inline" or "block". site/conf.py calls it too."""
     from latex2mathml.converter import convert
 
-    return re.sub(r"\$([^$]+)\$", lambda formula: convert(formula[1]), folded[0])
+    known = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
+    bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
+    close = ' lspace="0" rspace="0"'
+    return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(known, display=display))
 
 
 # generated pages ----------------------------------------------------------------------------------
@@ -155,9 +172,9 @@ def _columns(folders: Sequence[Path]) -> tuple[list[report.Column], list[str]]:
 
 def _claims_page(columns: Sequence[report.Column]) -> Iterator[str]:
     yield (
-        "# What the guide claims\n\nEach claim stands with the range of values that would confirm it, written down before "
-        "anything was measured. *Contradicted* means that the value found, with its interval, lies outside. A range in "
-        "brackets is a 95 % interval."
+        "# What the guide claims\n\nEach claim stands with the range of values that would confirm it, written down "
+        "before anything was measured. *Contradicted* means that the value found, with its interval, lies outside. "
+        "A range in brackets is a 95 % interval."
     )
     known = claims.load().values()
     titles = {int(path.stem[:2]): readme.title(path) for path in lessons.all_lessons()}
@@ -174,13 +191,17 @@ def _machines_page(columns: Sequence[report.Column]) -> Iterator[str]:
         yield "Your runs stand first. A range in brackets is a 95 % interval."
     else:
         yield (
-            "There is no run of yours yet. `./lab run 01` measures lesson 01 on your machine; build the site again, and "
-            "your numbers stand beside these. A range in brackets is a 95 % interval."
+            "There is no run of yours yet. `./lab run 01` measures lesson 01 on your machine; build the site again, "
+            "and your numbers stand beside these. A range in brackets is a 95 % interval."
         )
     yield f"## Machines\n\n{_html(report.machines_table(columns))}"
     for lesson in sorted({column.record.lesson for column in columns}):
         here = [column for column in columns if column.record.lesson == lesson]
         yield f"## {here[0].record.lesson} · {here[0].record.title}\n\n{_html(report.measurements_table(here))}"
+
+
+def _unreadable(problem: str) -> str:
+    return _html(f"<p>{html.escape(problem)}</p>")
 
 
 def _contents(syllabi: bool) -> str:

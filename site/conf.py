@@ -1,10 +1,11 @@
-"""Sphinx's settings for the course's site. `./lab site` copies this folder, adds the lessons and generated pages, builds.
+"""Sphinx's settings for the course's site. `./lab site` copies this folder, adds lessons and generated pages, builds.
 
 Formulas become MathML while the site is built, so that a page needs neither a script nor a network to show them.
 """
 
 from docutils import nodes
-from latex2mathml.converter import convert
+
+from labkit.site import mathml
 
 project = "Inference optimisation, measured"
 copyright = "the authors, Apache licence 2.0"
@@ -41,10 +42,10 @@ def setup(app):
 
 
 def _inline(self, node):
-    self.body.append(convert(node.astext()))
+    self.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _block(self, node):
-    self.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    self.body.append(f'<div class="formula">{mathml(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
