@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 
-from labkit import claims, course, lessons, paths, readme, report
+from labkit import claims, exercises, lessons, paths, readme, report
 from labkit.errors import DataError, InputError
 from labkit.record import MIME
 
@@ -91,15 +91,16 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
     for path in lessons.all_lessons():
         notebook = readable(nbformat.read(path, as_version=4))
         lessons.write(source / "notebooks" / path.name, nbformat.writes(notebook))
-    syllabi = sorted((paths.NOTEBOOKS / "syllabi").glob("*.md"))
-    for path in syllabi:
-        lessons.write(source / "notebooks" / "syllabi" / path.name, path.read_text(encoding="utf-8"))
+    syllabi = sorted(paths.NOTEBOOKS.glob("syllabi/**/*.md"), key=lambda path: (len(path.parts), path.name))
+    names = [path.relative_to(paths.NOTEBOOKS).as_posix() for path in syllabi]
+    for path, name in zip(syllabi, names, strict=True):
+        lessons.write(source / "notebooks" / name, path.read_text(encoding="utf-8"))
 
     columns, problems = _columns(folders)
     lessons.write(source / "claims.md", "\n\n".join(_claims_page(columns)))
     lessons.write(source / "machines.md", "\n\n".join([*_machines_page(columns), *map(_unreadable, problems)]))
     home = (source / "index.md").read_text(encoding="utf-8")
-    home = home.replace("<!-- lessons -->", readme.generated()).replace("<!-- contents -->", _contents(bool(syllabi)))
+    home = home.replace("<!-- lessons -->", readme.generated()).replace("<!-- contents -->", _contents(names))
     lessons.write(source / "index.md", home)
 
 
@@ -117,10 +118,10 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
         return
     tags = cell.metadata.get("tags", [])
     folded = cell.metadata.get("jupyter", {}).get("source_hidden") or any(tag in FOLDED for tag in tags)
-    stub = course.without_solution(cell.source)
+    stub = exercises.without_solution(cell.source)
     if stub != cell.source:
         yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
-        cell.source = re.sub(r"^ *### (BEGIN|END) SOLUTION\n?", "", cell.source, flags=re.MULTILINE)
+        cell.source = "\n".join(line for line in cell.source.splitlines() if line.strip() not in exercises.MARKERS)
         prompts = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
         cell.metadata.mystnb, folded = prompts, True
     if folded:
@@ -204,10 +205,10 @@ def _unreadable(problem: str) -> str:
     return _html(f"<p>{html.escape(problem)}</p>")
 
 
-def _contents(syllabi: bool) -> str:
+def _contents(syllabi: Sequence[str]) -> str:
     parts = {"Lessons": "notebooks/*", "Results": "claims\nmachines"}
     if syllabi:
-        parts["Courses"] = "notebooks/syllabi/*"
+        parts["For a class"] = "\n".join(f"notebooks/{name.removesuffix('.md')}" for name in syllabi)
     tree = "```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```"
     return "\n\n".join(tree.format(*part) for part in parts.items())
 

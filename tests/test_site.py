@@ -104,7 +104,8 @@ def faults(pages: dict[str, Page], name: str) -> dict[str, list]:
 @needs_sphinx
 def test_every_lesson_and_generated_page_is_there(pages: dict[str, Page]):
     wanted = {f"notebooks/{path.stem}.html" for path in lessons.all_lessons()}
-    wanted |= {f"notebooks/syllabi/{path.stem}.html" for path in (paths.NOTEBOOKS / "syllabi").glob("*.md")}
+    syllabi = paths.NOTEBOOKS.glob("syllabi/**/*.md")
+    wanted |= {path.relative_to(paths.ROOT).with_suffix(".html").as_posix() for path in syllabi}
     assert wanted | {"index.html", "claims.html", "machines.html", "search.html"} <= set(pages)
 
 
@@ -265,8 +266,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson) -> Path
     )
     lesson.write_text(text)
     shutil.copy(paths.NOTEBOOKS / "claims.toml", folder)
-    (folder / "syllabi").mkdir()
-    (folder / "syllabi" / "half_day.md").write_text("# Half a day\n\n[The lesson](../01_small.ipynb).\n")
+    (folder / "syllabi" / "notes").mkdir(parents=True)
+    (folder / "syllabi" / "notes" / "01.md").write_text("# Notes on lesson 01\n")
+    half_day = "# Half a day\n\n[The lesson](../01_small.ipynb), [notes](notes/01.md).\n"
+    (folder / "syllabi" / "half_day.md").write_text(half_day)
     monkeypatch.setattr(paths, "NOTEBOOKS", folder)
     return folder
 
@@ -276,6 +279,7 @@ def test_syllabi_become_pages(small: Path, tmp_path: Path):
     first = site.build(tmp_path / "out" / "html")
     page = (first.parent / "notebooks" / "syllabi" / "half_day.html").read_text(encoding="utf-8")
     assert 'href="../01_small.html"' in page
+    assert 'href="notes/01.html"' in page
     assert "syllabi/half_day.html" in first.read_text(encoding="utf-8")
     assert "There is no run of yours yet" in str(Text(first.with_name("machines.html")))
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["html"]
