@@ -40,11 +40,12 @@ def shut(own: Path, *, seconds: float, memory: int) -> list[str]:
     Returns one phrase a measure, for the people who read the result. To be called before any foreign code, in a process
     with a single thread.
     """
+    taken = address_space()  # read now: Landlock hides /proc
     os.chdir(own)
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["HOME"] = str(own)
     done = [_leave_the_network(), _become_nobody(own)]
     done += _landlock(own) or _may_not_read_more()
-    _limit(resource.RLIMIT_AS, address_space() + memory)
+    _limit(resource.RLIMIT_AS, taken + memory)
     _limit(resource.RLIMIT_CPU, int(seconds) + 2)
     _limit(resource.RLIMIT_FSIZE, LARGEST_FILE)
     _limit(resource.RLIMIT_NOFILE, OPEN_FILES)
