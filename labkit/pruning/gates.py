@@ -17,6 +17,7 @@ from labkit.errors import InputError
 from labkit.pruning import anatomy, losses
 from labkit.pruning.anatomy import Attention
 from labkit.pruning.calibration import calibrating, check_batches, not_empty
+from labkit.pruning.layers import reading
 
 PENALTIES = ("hard_concrete", "l1")
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # beta, gamma and zeta of Louizos et al. 2018
@@ -36,20 +37,13 @@ def scaling(
 ) -> Iterator[None]:
     """Inside, the contexts [B, T, heads, size] of attention i are multiplied by factor(i, contexts), None for not."""
 
-    def hook(i: int) -> Callable:
-        def before(module, args):
-            contexts = args[0].unflatten(-1, (parts[i].heads, parts[i].size))  # [B, T, heads, size]
-            scale = factor(i, contexts)
-            return None if scale is None else ((contexts * scale).flatten(-2), *args[1:])
+    def scaled(i: int, x: Tensor) -> Tensor | None:
+        contexts = x.unflatten(-1, (parts[i].heads, parts[i].size))  # [B, T, heads, size]
+        scale = factor(i, contexts)
+        return None if scale is None else (contexts * scale).flatten(-2)
 
-        return before
-
-    handles = [model.get_submodule(part.output).register_forward_pre_hook(hook(i)) for i, part in enumerate(parts)]
-    try:
+    with reading(model, [part.output for part in parts], scaled):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode(False)

@@ -4,9 +4,8 @@ Wanda's measure (Sun et al. 2023) summed over what reads a neuron, first-order T
 norms. Activations are taken where `down` reads them, so biases, the activation function and a gate are accounted for.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from labkit.errors import InputError
 from labkit.pruning import anatomy, losses
 from labkit.pruning.anatomy import FeedForward
 from labkit.pruning.calibration import calibrating, check_batches, not_empty
+from labkit.pruning.layers import reading
 from labkit.pruning.selection import count_to_prune, fraction, lowest_k
 
 CRITERIA = ("magnitude", "wanda", "taylor", "random")
@@ -129,25 +129,6 @@ def _norm(model: nn.Module, part: FeedForward, reads: bool = False) -> Tensor:
     return total.sqrt()
 
 
-@contextlib.contextmanager
-def _reading(model: nn.Module, parts: Sequence[FeedForward], act: Callable[[int, Tensor], Tensor | None]) -> Iterator:
-    """Inside, act(i, a) sees the activations a [..., neurons] of network i, and may give others to go on with."""
-
-    def hook(i: int) -> Callable:
-        def before(module, args):
-            new = act(i, args[0])
-            return None if new is None else (new, *args[1:])
-
-        return before
-
-    handles = [model.get_submodule(part.down).register_forward_pre_hook(hook(i)) for i, part in enumerate(parts)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _moments(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable, power: int) -> list[Tensor]:
     """E[a^power] over the valid tokens: per network [neurons] float64."""
@@ -160,7 +141,7 @@ def _moments(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable, 
         sums[i] += a.detach().flatten(0, -2).double().pow(power).mul(valid.flatten()[:, None]).sum(0).cpu()
         counts[i] += int(valid.sum())
 
-    with calibrating(model), _reading(model, parts, act):
+    with calibrating(model), reading(model, [part.down for part in parts], act):
         for batch in not_empty(batches):
             current.clear()
             current.update(losses.inputs(model, batch))
@@ -178,7 +159,7 @@ def _taylor(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable, l
         seen[i] = a if a.requires_grad else a.detach().requires_grad_(True)
         return seen[i]
 
-    with calibrating(model), torch.enable_grad(), _reading(model, parts, act):
+    with calibrating(model), torch.enable_grad(), reading(model, [part.down for part in parts], act):
         for batch in not_empty(batches):
             loss, n = losses.summed(model, batch, loss_fn)
             gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
