@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from labkit.errors import InputError
 from labkit.lessons import sections, tidied, write
 
 SCHEMA = "labkit.run/1"
+SOURCES = (".py", ".cpp", ".cu", ".h")
 _ALWAYS = ("PRESET", "RESULTS_DIR")
 CELL_SECONDS = {"smoke": 300, "class": 1200, "full": 1800}  # for cells that hang; the budgets are lab.finish()'s
 
@@ -87,24 +89,48 @@ def bind(source: bytes, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in bound.items() if name in _ALWAYS or value != known[name].default}
 
 
+def done(notebook: Path, given: Mapping[str, Any], *, out: Path = Path("runs")) -> Run | None:
+    """The good result that `run` with these arguments left under `out`, for the code as it stands now; else None.
+
+    The machine is part of a result's name: ask where the run would take place.
+    """
+    source = notebook.read_bytes()
+    bound = bind(source, given)
+    return read(out.absolute() / notebook.stem / f"{bound['PRESET']}-{_identity(source, bound)}")
+
+
+def read(folder: Path) -> Run | None:
+    """The run that a result folder holds, failed ones included; None where run.json is missing or not ours."""
+    try:
+        kept = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        error = Failure(**kept["error"]) if kept["error"] else None
+        return Run(kept["lesson"], folder, kept["parameters"], kept["seconds"], kept["peak_memory"], error)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def run(
     notebook: Path,
     given: Mapping[str, Any],
     *,
     out: Path = Path("runs"),
+    env: Mapping[str, str] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Run:
     """Execute a lesson with the parameters `given` (see `labkit.parameters.bind`) and keep the result.
 
-    The result folder is out/<lesson>/<preset>-<hash of parameters, code and machine>/ with the executed notebook,
-    record.json (where the lesson finished) and run.json. It appears whole or not at all. A failed run is kept under
-    the same name with "-failed" and never replaces a good one. InputError before anything runs; a lesson's own error is
-    not raised but returned in `.error`. KeyboardInterrupt ends every process of the run and keeps nothing.
+    The result folder is out/<lesson>/<preset>-<hash of lesson, parameters, code and machine>/ with the executed
+    notebook, record.json (where the lesson finished) and run.json. It appears whole or not at all. A failed run is kept
+    under the same name with "-failed" and never replaces a good one. `env` is set for the lesson beside what is set
+    here, such as CUDA_VISIBLE_DEVICES; it does not count as another machine. Safe in threads; no signal is caught.
+
+    InputError before anything runs; a lesson's own error is not raised but returned in `.error`. KeyboardInterrupt ends
+    every process of the run and keeps nothing.
     """
     source = notebook.read_bytes()
     bound = bind(source, given)
     name = f"{bound['PRESET']}-{_identity(source, bound)}"
-    home = out / notebook.stem
+    home = out.absolute() / notebook.stem
     try:
         home.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
@@ -114,7 +140,7 @@ def run(
         (partial / notebook.name).write_bytes(source)
         began = time.monotonic()
         job = {"notebook": notebook.name, "parameters": bound, "cell_seconds": CELL_SECONDS[bound["PRESET"]]}
-        end = _in_child(job, partial, on_step)
+        end = _in_child(job, partial, {**os.environ, **(env or {})}, on_step)
         error = Failure(**end["error"]) if end["error"] else None
         folder = home / (f"{name}-failed" if error else name)
         result = Run(notebook.stem, folder, bound, time.monotonic() - began, end["peak_memory"], error)
@@ -132,13 +158,21 @@ def _identity(source: bytes, bound: Mapping[str, Any]) -> str:
     from labkit.machine import fingerprint  # imports torch, which `labkit --help` must not wait for
 
     digest = hashlib.sha256(source)
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    digest.update(json.dumps([dict(bound), fingerprint().slug], sort_keys=True).encode())
+    digest.update(json.dumps([dict(bound), code_version(), fingerprint().slug], sort_keys=True).encode())
     return digest.hexdigest()[:8]
 
 
-def _in_child(job: dict, folder: Path, on_step: Callable[[Step], None]) -> dict:
+def code_version() -> str:
+    """Eight hex digits of what computes: labkit's sources as they stand on the disk, and the version of torch."""
+    digest = hashlib.sha256(metadata.version("torch").encode())
+    here = Path(__file__).parent
+    for file in sorted(here.rglob("*")):
+        if file.suffix in SOURCES:
+            digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _in_child(job: dict, folder: Path, env: Mapping[str, str], on_step: Callable[[Step], None]) -> dict:
     """Run `job` in its own process and session; the events come through a pipe that no other process can write to."""
     read, write = os.pipe()
     with open(folder / "log.txt", "wb") as log, os.fdopen(read, encoding="utf-8") as events:
@@ -146,7 +180,7 @@ def _in_child(job: dict, folder: Path, on_step: Callable[[Step], None]) -> dict:
             child = subprocess.Popen(
                 [sys.executable, "-m", "labkit.runs", str(write), json.dumps(job)],
                 cwd=folder,
-                env={**os.environ, "LABKIT_PRESET": job["parameters"]["PRESET"]},
+                env={**env, "LABKIT_PRESET": job["parameters"]["PRESET"]},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

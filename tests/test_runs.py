@@ -283,3 +283,22 @@ def test_an_unknown_lesson_is_refused_with_those_that_exist(tmp_path: Path, writ
     write_lesson(tmp_path, "1")
     with pytest.raises(InputError, match=r"There is no lesson .*; give the number of one that exists: 01"):
         lessons.find(name, tmp_path)
+
+
+# finding results
+
+
+def test_a_result_is_found_again_however_its_parameters_are_written(good):
+    result, _, notebook = good
+    out = result.folder.parent.parent
+    for given in ({**SMOKE, "RATIO": 0.25}, {"RATIO": "0.25", "SEED": 0, **SMOKE}):
+        found = runs.done(notebook, given, out=out)
+        assert (found.folder, found.parameters, found.error) == (result.folder, result.parameters, None)
+        assert found.peak_memory == result.peak_memory and found.seconds == pytest.approx(result.seconds, abs=1e-3)
+    assert runs.done(notebook, {**SMOKE, "RATIO": 0.75}, out=out) is None
+
+
+def test_another_code_is_another_result(good, monkeypatch: pytest.MonkeyPatch):
+    result, _, notebook = good
+    monkeypatch.setattr(runs, "code_version", lambda: "another")
+    assert runs.done(notebook, {**SMOKE, "RATIO": 0.25}, out=result.folder.parent.parent) is None
