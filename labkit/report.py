@@ -4,7 +4,6 @@ The page carries all that it shows, needs no script and no network, and prints (
 records: what they mean was decided when they were made.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,34 +12,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from labkit import claims, paths, plots
-from labkit.errors import DataError, InputError
+from labkit import claims, plots
+from labkit.errors import InputError
 from labkit.lessons import write as write_text
 from labkit.page import badge as _badge
 from labkit.page import section as _section
 from labkit.page import table as _table
 from labkit.page import text as _text
 from labkit.page import whole
-from labkit.record import RunRecord, read
+from labkit.record import RunRecord
+from labkit.results import Result, collect, recorded_runs
 from labkit.summary import calibration, off_by
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result folder: its record (None where the lesson did not finish), run.json and executed notebook, if any."""
-
-    folder: Path
-    record: RunRecord | None
-    run: dict[str, Any]
-    notebook: Path | None
-
-    @property
-    def lesson(self) -> str:
-        return self.record.lesson if self.record else self.run["lesson"][:2]
-
-    @property
-    def created(self) -> str:
-        return self.record.created if self.record else self.run["created"]
 
 
 @dataclass(frozen=True)
@@ -73,24 +55,6 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
     return destination
 
 
-def collect(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """The results below `folders`, oldest first, and a sentence for each that cannot be read."""
-    results, problems = [], []
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"There is no folder {folder}; run a lesson first (./lab run 01), or name another folder.")
-        for home in sorted({file.parent for name in ("run.json", "record.json") for file in folder.rglob(name)}):
-            if any(part.startswith(".") for part in home.relative_to(folder).parts):
-                continue  # a run under way
-            try:
-                results.append(_result(home))
-            except DataError as error:
-                problems.append(str(error))
-    if not results and not problems:
-        raise InputError(f"There are no results in {', '.join(map(str, folders))}; run a lesson first: ./lab run 01.")
-    return sorted(results, key=lambda one: one.created), problems
-
-
 def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Sequence[str], base: Path) -> str:
     """The whole page; links are relative to the folder `base`."""
     newest = {result.lesson: result for result in results}
@@ -112,29 +76,6 @@ def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Seq
 
 
 # reading ------------------------------------------------------------------------------------------
-
-
-def _result(home: Path) -> Result:
-    record_file, run_file = home / "record.json", home / "run.json"
-    record = read(record_file) if record_file.exists() else None
-    try:
-        run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.exists() else {}
-        if not record and not {"lesson", "created", "status"} <= set(run):
-            raise ValueError
-    except (OSError, ValueError):
-        raise DataError(f"{run_file} cannot be read; remove its folder and run the lesson again.") from None
-    return Result(home, record, run, next(home.glob("[0-9][0-9]_*.ipynb"), None))
-
-
-def recorded_runs() -> tuple[list[RunRecord], list[str]]:
-    """The reference runs of all lessons and machines, and a sentence for each that cannot be read."""
-    records, problems = [], []
-    for path in sorted(paths.RECORDED.glob("*/[0-9][0-9].json")):
-        try:
-            records.append(read(path))
-        except DataError as error:
-            problems.append(str(error))
-    return records, problems
 
 
 def side_by_side(results: Iterable[Result], recorded: Iterable[RunRecord]) -> list[Column]:

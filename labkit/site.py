@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 
-from labkit import claims, exercises, lessons, paths, readme, report
+from labkit import claims, exercises, lessons, paths, readme, report, results
 from labkit.errors import DataError, InputError
 from labkit.record import MIME
 
@@ -162,13 +162,10 @@ def mathml(latex: str, display: str = "inline") -> str:
 
 
 def _columns(folders: Sequence[Path]) -> tuple[list[report.Column], list[str]]:
-    recorded, problems = report.recorded_runs()
-    results: list[report.Result] = []
-    for folder in folders:
-        if any(folder.rglob("record.json")):
-            found, unreadable = report.collect([folder])
-            results, problems = [*results, *found], [*problems, *unreadable]
-    return report.side_by_side(sorted(results, key=lambda one: one.created), recorded), problems
+    recorded, problems = results.recorded_runs()
+    own = [folder for folder in folders if any(folder.rglob("record.json"))]
+    found, unreadable = results.collect(own) if own else ([], [])
+    return report.side_by_side(found, recorded), [*problems, *unreadable]
 
 
 def _claims_page(columns: Sequence[report.Column]) -> Iterator[str]:
