@@ -3,6 +3,7 @@
 Headings and cells are given as HTML; `text` makes HTML of anything else. What a page says is report.py's and grading's.
 """
 
+import base64
 import html
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 _TONES = {
     **dict.fromkeys(("confirmed", "finished", "faster", "passed"), "good"),
     **dict.fromkeys(("contradicted", "failed", "slower", "wrong", "broken", "stopped"), "bad"),
-    **dict.fromkeys(("inconclusive", "equivalent", "not done", "missing"), "even"),
+    **dict.fromkeys(("inconclusive", "equivalent", "not done", "missing", "differs by machine"), "even"),
 }
 
 
@@ -35,14 +36,38 @@ def section(title: str, body: str) -> str:
     return f"<section><h2>{text(title)}</h2>{body}</section>"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wide: bool = False) -> str:
-    """The first cell of each row is its heading."""
+def figure(png: bytes, alt: str, caption: str, data: str, *, width: int) -> str:
+    """A picture that is `width` pixels wide where there is room, with its description and its `data` (HTML) folded."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return (
+        f'<figure><img src="{source}" alt="{text(alt)}" width="{width}"><figcaption>{text(caption)}</figcaption>'
+        f"{folded('Description and numbers', f'<p>{text(alt)}</p>{scroll(data)}')}</figure>"
+    )
+
+
+def folded(summary: str, body: str, *, unfolded: bool = False) -> str:
+    """`summary` and `body` are HTML; without a script a click unfolds it."""
+    return f"<details{' open' * unfolded}><summary>{summary}</summary>{body}</details>"
+
+
+def scroll(body: str) -> str:
+    """A box that scrolls sideways by itself, by keyboard too, so that the page does not."""
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="table">{body}</div>'
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, wide: bool = False, kinds: Sequence[str] | None = None
+) -> str:
+    """The first cell of each row is its heading. wide: on a phone a row becomes a card. kinds: a class for each row."""
+
+    rows = list(rows)
 
     def cells(row: Sequence[str]) -> Iterator[str]:
         yield f'<th scope="row">{row[0]}</th>'
         yield from (f"<td>{cell}</td>" for cell in row[1:])
 
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
-    body = "".join(f"<tr>{''.join(cells(row))}</tr>" for row in rows)
+    starts = [f'<tr class="{text(kind)}">' for kind in kinds] if kinds else ["<tr>"] * len(rows)
+    body = "".join(f"{start}{''.join(cells(row))}</tr>" for start, row in zip(starts, rows, strict=True))
     framed = f"<table{' class=wide' * wide}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{framed}</div>'
+    return scroll(framed)

@@ -13,6 +13,8 @@ from labkit import paths
 from labkit.errors import DataError, InputError
 from labkit.record import RunRecord, read
 
+WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
+
 
 @dataclass(frozen=True)
 class Result:
@@ -22,6 +24,12 @@ class Result:
     record: RunRecord | None
     run: dict[str, Any]
     notebook: Path | None
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The parameters with which the run differed from what its lesson states, where run.json says so."""
+        given = self.run.get("parameters")
+        return {name: given[name] for name in given if name not in WHERE} if isinstance(given, dict) else {}
 
     @property
     def lesson(self) -> str:

@@ -84,6 +84,25 @@ def of_record(record: RunRecord) -> Iterator[dict[str, Any]]:
             yield whose | _row(f"run: {name}", "", value, unit=unit, clock=True)
 
 
+Layout = tuple[list[dict[str, Any]], tuple[str, ...], list[str], dict[str, tuple[str, str]]]
+
+
+def layout(entry: Mapping[str, Any]) -> Layout:
+    """A recorded table's rows, the columns that tell them apart, the others, and which columns hold whose interval."""
+    listed = [row for row in entry.get("rows") or [] if isinstance(row, dict)]
+    columns = list(dict.fromkeys(column for row in listed for column in row))
+    bounds = _bounds(columns, listed)
+    columns = [column for column in columns if column not in set(itertools.chain(*bounds.values()))]
+    keys = _keys(listed, columns)
+    return listed, keys, [column for column in columns if column not in keys], bounds
+
+
+def clocked(entry: Mapping[str, Any]) -> bool:
+    """Whether a clock made or decided a single value."""
+    timed = _timed(entry["name"], entry.get("unit") or "")
+    return timed or entry["kind"] in ("measurement", "comparison")
+
+
 def named(column: str) -> tuple[str, str]:
     """Name and unit of a column: "accuracy (%)" -> ("accuracy", "%"), "accuracy" -> ("accuracy", "")."""
     match = NAMED.fullmatch(column)
@@ -108,21 +127,16 @@ def write(table: "pd.DataFrame", folder: Path) -> list[Path]:
 
 def _of_value(entry: Mapping[str, Any]) -> dict[str, Any]:
     name, unit = entry["name"], entry.get("unit") or ""
-    timed = entry["kind"] in ("measurement", "comparison") or _timed(name, unit)
-    row = _row(name, "", entry.get("value"), entry.get("ci95"), unit, bool(entry.get("simulated")), timed)
+    row = _row(name, "", entry.get("value"), entry.get("ci95"), unit, bool(entry.get("simulated")), clocked(entry))
     return row | ({"text": entry["verdict"]} if entry.get("verdict") else {})
 
 
 def _of_table(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    listed = [row for row in entry.get("rows") or [] if isinstance(row, dict)]
-    columns = list(dict.fromkeys(column for row in listed for column in row))
-    bounds = _bounds(columns, listed)
-    sides = {side for pair in bounds.values() for side in pair}
-    keys = _keys(listed, [column for column in columns if column not in sides])
-    for number, row in enumerate(listed, start=1):
-        key = "; ".join(f"{column}={_short(row[column])}" for column in keys if column in row) or f"row={number}"
-        for column in columns:
-            if column in keys or column in sides or row.get(column) is None:
+    listed, keys, results, bounds = layout(entry)
+    for place, row in enumerate(listed, start=1):
+        key = "; ".join(f"{column}={short(row[column])}" for column in keys if column in row) or f"row={place}"
+        for column in results:
+            if row.get(column) is None:
                 continue
             name, unit = named(column)
             unit = unit or entry.get("unit") or ""
@@ -141,10 +155,10 @@ def _row(
     simulated: bool = False,
     clock: bool = False,
 ) -> dict[str, Any]:
-    number = _number(value)
-    low, high = map(_number, ci95 or (None, None))
-    text = "" if number is not None or value is None else str(value)
-    return {"name": name, "key": key, "value": number, "low": low, "high": high, "unit": unit, "text": text,
+    found = number(value)
+    low, high = map(number, ci95 or (None, None))
+    text = "" if found is not None or value is None else str(value)
+    return {"name": name, "key": key, "value": found, "low": low, "high": high, "unit": unit, "text": text,
             "simulated": simulated, "clock": clock}  # fmt: skip
 
 
@@ -156,7 +170,7 @@ def _bounds(columns: Sequence[str], listed: Sequence[Mapping[str, Any]]) -> dict
     """Whose interval two columns are the ends of: "y low" and "y high" of y, "low" and "high" of the number before."""
     found = {c: (f"{c} low", f"{c} high") for c in columns if {f"{c} low", f"{c} high"} <= set(columns)}
     if {"low", "high"} <= set(columns):
-        before = [c for c in columns[: columns.index("low")] if all(_number(row.get(c)) is not None for row in listed)]
+        before = [c for c in columns[: columns.index("low")] if all(number(row.get(c)) is not None for row in listed)]
         found |= {before[-1]: ("low", "high")} if before else {}
     return found
 
@@ -170,14 +184,14 @@ def _keys(listed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[
     """
     if len(columns) < 2:
         return ()
-    values = {column: len({_short(row.get(column)) for row in listed}) for column in columns}
+    values = {column: len({short(row.get(column)) for row in listed}) for column in columns}
     steady = [column for column in columns if not _timed(*named(column))]
     for usable in (steady, list(columns)):
         options = [
             (columns[0], *more)
             for count in range(min(MOST_KEYS, len(usable)))
             for more in itertools.combinations([c for c in usable if c != columns[0]], count)
-            if len({tuple(_short(row.get(c)) for c in (columns[0], *more)) for row in listed}) == len(listed)
+            if len({tuple(short(row.get(c)) for c in (columns[0], *more)) for row in listed}) == len(listed)
         ]
         if options:
             return min(options, key=lambda one: (math.prod(values[c] for c in one), [columns.index(c) for c in one]))
@@ -187,14 +201,15 @@ def _keys(listed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[
 # cells --------------------------------------------------------------------------------------------
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A number, a truth value, or one of the texts that a record writes for what JSON lacks ("inf")."""
     if isinstance(value, int | float) or value in ("inf", "-inf", "nan"):
         return float(value)
     return None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A setting as text, the same for values that differ by rounding."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import nbformat
 
 from labkit import claims, exercises, lessons, paths, readme, report, results
+from labkit.claims_table import claims_table
+from labkit.columns import Column, side_by_side
 from labkit.errors import DataError, InputError
 from labkit.record import MIME
 
@@ -161,14 +163,14 @@ def mathml(latex: str, display: str = "inline") -> str:
 # generated pages ----------------------------------------------------------------------------------
 
 
-def _columns(folders: Sequence[Path]) -> tuple[list[report.Column], list[str]]:
+def _columns(folders: Sequence[Path]) -> tuple[list[Column], list[str]]:
     recorded, problems = results.recorded_runs()
     own = [folder for folder in folders if any(folder.rglob("record.json"))]
     found, unreadable = results.collect(own) if own else ([], [])
-    return report.side_by_side(found, recorded), [*problems, *unreadable]
+    return side_by_side(found, recorded), [*problems, *unreadable]
 
 
-def _claims_page(columns: Sequence[report.Column]) -> Iterator[str]:
+def _claims_page(columns: Sequence[Column]) -> Iterator[str]:
     yield (
         "# What the guide claims\n\nEach claim stands with the range of values that would confirm it, written down "
         "before anything was measured. *Contradicted* means that the value found, with its interval, lies outside. "
@@ -180,10 +182,10 @@ def _claims_page(columns: Sequence[report.Column]) -> Iterator[str]:
         here = [column for column in columns if int(column.record.lesson) == section]
         title = titles.get(section)
         yield f"## {title or f'Section {section}'}"
-        yield _html(report.claims_table([claim for claim in known if claim.section == section], here))
+        yield _html(claims_table([claim for claim in known if claim.section == section], here))
 
 
-def _machines_page(columns: Sequence[report.Column]) -> Iterator[str]:
+def _machines_page(columns: Sequence[Column]) -> Iterator[str]:
     yield "# Your machine beside the recorded ones"
     if any(column.here for column in columns):
         yield "Your runs stand first. A range in brackets is a 95 % interval."
@@ -211,8 +213,7 @@ def _contents(syllabi: Sequence[str]) -> str:
 
 
 def _html(tables: str) -> str:
-    """The HTML as a block of Markdown: what scrolls by itself is reached by keyboard, each cell knows its heading."""
-    tables = tables.replace('<div class="scroll">', '<div class="scroll" tabindex="0" role="group" aria-label="table">')
+    """The HTML as a block of Markdown; each cell knows its heading."""
     return "```{raw} html\n" + re.sub(r"<table class=wide>.*?</table>", _labelled, tables, flags=re.DOTALL) + "\n```"
 
 
@@ -225,4 +226,4 @@ def _labelled(table: re.Match[str]) -> str:
         names = iter(headings[1:])
         return re.sub("<td>", lambda _: f'<td data-label="{next(names)}">', row[0])
 
-    return re.sub(r"<tr>.*?</tr>", label, table[0], flags=re.DOTALL)
+    return re.sub(r"<tr\b.*?</tr>", label, table[0], flags=re.DOTALL)
