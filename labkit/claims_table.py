@@ -4,7 +4,7 @@ The verdicts were given when the lessons ran; here they are only gathered, and c
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from labkit import page
@@ -30,12 +30,11 @@ def claims_section(chosen: Sequence[Claim], columns: Sequence[Column]) -> str:
     """Counts, a choice of verdict that works without a script, and a folded table for each section, as HTML."""
     verdicts = {claim.id: verdict(claim, _found(claim, columns)) for claim in chosen}
     titles = {int(column.record.lesson): column.record.title for column in columns}
-    parts = [f"<p>{page.text(_counted(verdicts.values()))} {_by_machine(columns)}</p>", _choice(verdicts.values())]
+    said = f"<p>{page.text(_counted(verdicts.values()))} {_by_machine(columns)}</p>"
+    parts = [said, _counts(chosen, verdicts, titles), _choice(verdicts.values())]
     for section in dict.fromkeys(claim.section for claim in chosen):
         inside = [claim for claim in chosen if claim.section == section]
-        title = ": ".join(filter(None, [f"Section {section}", titles.get(section)]))
-        counted = _counted([verdicts[claim.id] for claim in inside])
-        summary = f'<b id="claims-{section}">{page.text(title)}</b> <small>{page.text(counted)}</small>'
+        summary = f'<b id="claims-{section}">{page.text(_title(section, titles))}</b>'
         parts.append(page.folded(summary, claims_table(inside, columns), unfolded=True))
     return f'<div class="claims">{"".join(parts)}</div>'
 
@@ -48,7 +47,7 @@ def claims_table(chosen: Iterable[Claim], columns: Sequence[Column]) -> str:
     for claim in chosen:
         found = _found(claim, columns)
         overall = verdict(claim, found)
-        kinds.append(overall.replace(" ", "-"))
+        kinds.append(f"claim {overall.replace(' ', '-')}")
         rows.append(
             [
                 f'<span id="claim-{page.text(claim.id)}">{page.text(claim.id)}</span>',
@@ -102,8 +101,23 @@ def _cell(claim: Claim, found: tuple[dict[str, Any], Column] | None) -> str:
         return page.badge("missing", missing)
     said, column = found
     value = "" if said["value"] is None else f"<br>{valued(said['value'], claim.unit, said.get('ci95'))}"
-    preset = "<br><small>at smoke, the smallest size</small>" if column.record.preset == "smoke" else ""
-    return f"{page.badge(said['verdict'], said['verdict'])}{value}{preset}"
+    preset = " <small>at smoke</small>" if column.record.preset == "smoke" else ""
+    return f"{page.badge(said['verdict'], said['verdict'])}{preset}{value}"
+
+
+def _counts(chosen: Sequence[Claim], verdicts: Mapping[str, str], titles: Mapping[int, str]) -> str:
+    """How many claims of each section have each verdict."""
+    there = [one for one in VERDICTS if one in verdicts.values()]
+    rows = []
+    for section in dict.fromkeys(claim.section for claim in chosen):
+        counts = Counter(verdicts[claim.id] for claim in chosen if claim.section == section)
+        link = f'<a href="#claims-{section}">{page.text(_title(section, titles))}</a>'
+        rows.append([link, str(counts.total()), *(str(counts[one]) for one in there)])
+    return page.table(["section of the guide", "claims", *there], rows)
+
+
+def _title(section: int, titles: Mapping[int, str]) -> str:
+    return ": ".join(filter(None, [f"Section {section}", titles.get(section)]))
 
 
 def _counted(verdicts: Iterable[str]) -> str:

@@ -47,7 +47,8 @@ def side_by_side(results: Iterable[Result], recorded: Iterable[RunRecord]) -> li
             column = Column(record, True, ", ".join(f"{name} {value}" for name, value in result.changed.items()))
             if not column.changed or key not in found or found[key].changed:
                 found[key] = column
-    return [*found.values(), *(Column(one, False) for one in recorded)]
+    own = sorted(found.values(), key=lambda column: column.record.lesson)
+    return [*own, *(Column(one, False) for one in recorded)]
 
 
 def quantity(value: Any, unit: str) -> str:

@@ -4,13 +4,14 @@ QUALITY and COST say which columns are which; a table without one of each gives 
 point beats in both. It is drawn through the values, whose intervals may overlap: the figure shows them.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.points import Estimate, Point, estimate, pooled
+from labkit.points import Estimate, Point, estimate, pooled, varying
 from labkit.record import RunRecord
 from labkit.rows import layout, named, number, short
 
@@ -19,9 +20,9 @@ QUALITY = {"accuracy": True, "agreement": True, "perplexity": False, "perplexity
 # Columns that say what it costs: their name, their unit, the name of the axis, and how a value gets there.
 _SAME, _REST, _INVERSE = (lambda value: value), (lambda value: 1 - value), (lambda value: 1 / value)
 COST: tuple[tuple[str, str, str, Callable[[float], float]], ...] = (
-    (r"(MACs|FLOPs|parameters|time|bytes) left", "", r"\1, share of the dense model's", _SAME),
-    (r"(MACs|FLOPs|parameters|bytes) removed", "", r"\1, share of the dense model's", _REST),
-    (r"speed-up", "x?", "time, share of the dense model's", _INVERSE),
+    (r"(MACs|FLOPs|parameters|time|bytes) left", "", r"share of the dense model's \1", _SAME),
+    (r"(MACs|FLOPs|parameters|bytes) removed", "", r"share of the dense model's \1", _REST),
+    (r"speed-up", "x?", "share of the dense model's time", _INVERSE),
     (r".+", "s|ms|µs", "latency", _SAME),
     (r".+", "B|kB|MB|GB|KiB|MiB|GiB", "size", _SAME),
     (r"MACs|FLOPs", ".*", r"\g<0>", _SAME),
@@ -49,7 +50,7 @@ class Spot:
         return uncut and self.settings.get(FORMAT, "dense") == "dense"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TradeOff:
     """One quality against one cost, out of the tables of one name. `more`: whether more of the quality is better."""
 
@@ -62,6 +63,12 @@ class TradeOff:
     more: bool
     simulated: bool
     spots: tuple[Spot, ...]
+
+    @functools.cached_property
+    def swept(self) -> list[str]:
+        """The parameters that differ between the spots' runs, texts first: colours tell texts apart best."""
+        found = varying([spot.point for spot in self.spots])
+        return sorted(found, key=lambda name: not any(isinstance(value, str) for value in found[name]))
 
     def front(self, spots: Sequence[Spot]) -> list[Spot]:
         """The spots that no other beats: none is both no dearer and no worse, and better in one. By rising cost."""

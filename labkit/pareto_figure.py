@@ -9,12 +9,12 @@ from typing import Any
 
 from labkit import page, plots
 from labkit.pareto import SHARE, Spot, TradeOff
-from labkit.points import Estimate, Point, varying
+from labkit.points import Estimate, Point
 from labkit.rows import short
 
 MARKERS = "osD^vPX"
 FAR_APART = 50.0  # values that differ by more are drawn on a logarithmic axis
-WIDTH = 416  # pixels on the page: fits a phone almost unscaled
+WIDTH = 384  # pixels on the page: three in a row on a wide screen, and a phone shows it almost unscaled
 
 
 def figure(shown: TradeOff) -> str:
@@ -32,15 +32,9 @@ def figure(shown: TradeOff) -> str:
 # what is drawn ------------------------------------------------------------------------------------
 
 
-def _swept(shown: TradeOff) -> list[str]:
-    """The names of the parameters that differ, texts first: colours tell texts apart better than numbers."""
-    found = varying([spot.point for spot in shown.spots])
-    return sorted(found, key=lambda name: not any(isinstance(value, str) for value in found[name]))
-
-
 def _look(spot: Spot, shown: TradeOff) -> tuple[str, str]:
     """What the colour and what the mark of a spot say."""
-    names = _swept(shown)
+    names = shown.swept
     if not names:
         return spot.series or shown.table, _source(spot.point, shown)
     values = [f"{name} {short(spot.point.parameters.get(name))}" for name in names]
@@ -56,7 +50,7 @@ def _source(point: Point, shown: TradeOff) -> str:
 
 
 def _whose(spot: Spot, shown: TradeOff) -> str:
-    return "all runs" if _swept(shown) else _source(spot.point, shown)
+    return "all runs" if shown.swept else _source(spot.point, shown)
 
 
 def _compared(shown: TradeOff) -> dict[str, list[Spot]]:
@@ -68,7 +62,7 @@ def _compared(shown: TradeOff) -> dict[str, list[Spot]]:
 
 
 def _row(spot: Spot, shown: TradeOff, on_front: bool) -> dict[str, Any]:
-    swept = {name: short(spot.point.parameters.get(name)) for name in _swept(shown)}
+    swept = {name: short(spot.point.parameters.get(name)) for name in shown.swept}
     row: dict[str, Any] = {"runs": _source(spot.point, shown), **swept, **spot.settings}
     for name, (value, low, high) in ((_cost_name(shown), spot.cost), (_quality_name(shown), spot.quality)):
         row[name] = value
@@ -137,31 +131,47 @@ def _draw_front(ax: Any, front: Sequence[Spot], name: str, colour: str) -> None:
 
 
 def _draw_spots(ax: Any, shown: TradeOff, looks: Mapping[Spot, tuple[str, str]]) -> None:
-    named = [list(dict.fromkeys(look[place] for look in looks.values())) for place in (0, 1)]
-    for spot, (colour, mark) in looks.items():
-        own = {
-            "color": plots.COLOURS[named[0].index(colour) % len(plots.COLOURS)],
-            "marker": MARKERS[named[1].index(mark) % len(MARKERS)],
-            "markerfacecolor": "white" if named[1].index(mark) and not _swept(shown) else None,
-        }
-        if spot.dense:
-            own |= {"color": "black", "marker": "*", "markersize": 9}
-        bars = {f"{axis}err": _bars(one) for axis, one in (("x", spot.cost), ("y", spot.quality))}
-        ax.errorbar(spot.cost[0], spot.quality[0], **bars, linestyle="", elinewidth=0.8, capsize=2, zorder=2, **own)
-    for name in named[0] if len(named[0]) > 1 else []:
-        if any(look[0] == name and not spot.dense for spot, look in looks.items()):
-            colour = plots.COLOURS[named[0].index(name) % len(plots.COLOURS)]
-            ax.plot([], [], linestyle="", marker="s", color=colour, label=name)
-    for place, name in enumerate(named[1] if len(named[1]) > 1 else []):
-        face = "white" if place and not _swept(shown) else "grey"
-        ax.plot([], [], linestyle="", marker=MARKERS[place % len(MARKERS)], color="grey", mfc=face, label=name)
-    if any(spot.dense for spot in looks):
+    colours, marks = (list(dict.fromkeys(look[place] for look in looks.values())) for place in (0, 1))
+    dense = [spot for spot in shown.spots if spot.dense]
+    for colour, mark in dict.fromkeys(looks.values()):
+        own = {"color": _cycled(plots.COLOURS, colours, colour), "marker": _cycled(MARKERS, marks, mark)}
+        own |= {"markerfacecolor": "white"} if mark != marks[0] and not shown.swept else {}
+        _draw(ax, [spot for spot, look in looks.items() if look == (colour, mark) and not spot.dense], own)
+    for spots, face in (
+        ([s for s in dense if s.point.here], "black"),
+        ([s for s in dense if not s.point.here], "white"),
+    ):
+        _draw(ax, spots, {"color": "black", "marker": "*", "markersize": 9, "markerfacecolor": face})
+
+    drawn = {colour for spot, (colour, _) in looks.items() if not spot.dense}
+    for name in colours if len(drawn) > 1 else []:
+        if name in drawn:
+            ax.plot([], [], linestyle="", marker="s", color=_cycled(plots.COLOURS, colours, name), label=name)
+    for name in marks if len(marks) > 1 else []:
+        face = "white" if name != marks[0] and not shown.swept else "grey"
+        ax.plot([], [], linestyle="", marker=_cycled(MARKERS, marks, name), color="grey", mfc=face, label=name)
+    if dense:
         ax.plot([], [], linestyle="", marker="*", markersize=9, color="black", label="dense model")
 
 
-def _bars(one: Estimate) -> list[list[float]] | None:
-    value, low, high = one
-    return [[value - low], [high - value]] if math.isfinite(low) and math.isfinite(high) else None
+def _cycled(looks: Sequence[str], names: Sequence[str], name: str) -> str:
+    return looks[names.index(name) % len(looks)]
+
+
+def _draw(ax: Any, spots: Sequence[Spot], own: Mapping[str, Any]) -> None:
+    if spots:
+        x, y = ([getattr(spot, axis)[0] for spot in spots] for axis in ("cost", "quality"))
+        bars = {
+            f"{end}err": _bars([getattr(spot, axis) for spot in spots])
+            for end, axis in (("x", "cost"), ("y", "quality"))
+        }
+        ax.errorbar(x, y, **bars, linestyle="", elinewidth=0.8, capsize=2, zorder=2, **own)
+
+
+def _bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Distances below and above, none where there is no interval."""
+    ends = [(v - low, high - v) if math.isfinite(high - low) else (0.0, 0.0) for v, low, high in estimates]
+    return [[max(0.0, end) for end in side] for side in zip(*ends, strict=True)]
 
 
 def _set_axes(ax: Any, shown: TradeOff) -> None:

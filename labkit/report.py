@@ -17,7 +17,7 @@ from labkit.columns import Column, quantity, side_by_side, valued
 from labkit.errors import InputError
 from labkit.lessons import write as write_text
 from labkit.page import badge as _badge
-from labkit.page import folded, scroll, whole
+from labkit.page import contents, folded, scroll, whole
 from labkit.page import section as _section
 from labkit.page import table as _table
 from labkit.page import text as _text
@@ -53,12 +53,12 @@ def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Seq
     """The whole page; links are relative to the folder `base`."""
     columns = side_by_side(results, recorded)
     lessons = sorted({column.record.lesson for column in columns})
-    body = [
-        _problems(problems),
-        _section("Machines", machines_table(columns)),
-        _section("Runs", _runs(_shown(results), base)),
-        _section("What the guide claims", claims_section(list(claims.load().values()), columns)),
-        _section("Predictions against measurements", _predictions(columns)),
+    sections = [
+        *_problems(problems),
+        ("Machines", machines_table(columns)),
+        ("Runs", _runs(_shown(results), base)),
+        ("What the guide claims", claims_section(list(claims.load().values()), columns)),
+        ("Predictions against measurements", _predictions(columns)),
         *map(_sweep, sweeps(points(result.record for result in results if result.record))),
         *(_lesson([column for column in columns if column.record.lesson == lesson]) for lesson in lessons),
     ]
@@ -67,15 +67,16 @@ def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Seq
         f"{plots.BADGE} marks what a model computed and no clock saw. All values of these runs as rows: "
         '<a href="rows.csv">rows.csv</a>, <a href="rows.parquet">rows.parquet</a>.'
     )
+    body = [contents(title for title, _ in sections), *(_section(*one) for one in sections)]
     return whole("Inference optimisation, measured", intro, "\n".join(body))
 
 
 # sections -----------------------------------------------------------------------------------------
 
 
-def _problems(problems: Sequence[str]) -> str:
+def _problems(problems: Sequence[str]) -> list[tuple[str, str]]:
     items = "".join(f"<li>{_text(problem)}</li>" for problem in problems)
-    return _section("Could not be read", f"<ul>{items}</ul>") if items else ""
+    return [("Could not be read", f"<ul>{items}</ul>")] if items else []
 
 
 def machines_table(columns: Sequence[Column]) -> str:
@@ -161,12 +162,12 @@ def _predictions(columns: Sequence[Column]) -> str:
     return overall + _table(["lesson", "question", "predicted", "measured", "off by", "machine"], rows)
 
 
-def _sweep(chosen: Sequence[Point]) -> str:
+def _sweep(chosen: Sequence[Point]) -> tuple[str, str]:
     record = chosen[0].records[0]
-    return _section(f"Sweep of {record.lesson} {record.title}", swept(chosen))
+    return f"Sweep of {record.lesson} {record.title}, {record.preset}", swept(chosen)
 
 
-def _lesson(columns: Sequence[Column]) -> str:
+def _lesson(columns: Sequence[Column]) -> tuple[str, str]:
     record = columns[0].record
     found = pareto.trade_offs([Point((column.record,), column.here) for column in columns])
     checks = [
@@ -179,7 +180,7 @@ def _lesson(columns: Sequence[Column]) -> str:
     parts.append(measurements_table(columns))
     if checks:
         parts += ["<h3>Exercises</h3>", _table(["exercise", "result", "machine"], checks)]
-    return _section(f"{record.lesson} {record.title}", "".join(parts))
+    return f"{record.lesson} {record.title}", "".join(parts)
 
 
 def _failures(check: dict[str, Any]) -> str:

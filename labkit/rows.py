@@ -89,7 +89,7 @@ Layout = tuple[list[dict[str, Any]], tuple[str, ...], list[str], dict[str, tuple
 
 def layout(entry: Mapping[str, Any]) -> Layout:
     """A recorded table's rows, the columns that tell them apart, the others, and which columns hold whose interval."""
-    listed = [row for row in entry.get("rows") or [] if isinstance(row, dict)]
+    listed = entry["rows"]
     columns = list(dict.fromkeys(column for row in listed for column in row))
     bounds = _bounds(columns, listed)
     columns = [column for column in columns if column not in set(itertools.chain(*bounds.values()))]
@@ -163,7 +163,7 @@ def _row(
 
 
 def _timed(name: str, unit: str) -> bool:
-    return unit in CLOCK_UNITS or unit.endswith("/s") or bool(CLOCK.search(name.lower()))
+    return unit in CLOCK_UNITS or any(one.endswith("/s") for one in (unit, name)) or bool(CLOCK.search(name.lower()))
 
 
 def _bounds(columns: Sequence[str], listed: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -176,7 +176,7 @@ def _bounds(columns: Sequence[str], listed: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _keys(listed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns that tell the rows apart: the first one, and those with the fewest values in all that it takes.
+    """The columns that tell the rows apart: the first one, a seed, and those with the fewest values that it then takes.
 
     Settings repeat and results rarely do, so that in a grid the product of the numbers of values is least for the
     settings. Columns that a clock decides come last, so that a repetition has the same keys. () where the rows cannot
@@ -184,17 +184,19 @@ def _keys(listed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[
     """
     if len(columns) < 2:
         return ()
+    fixed = tuple(dict.fromkeys([columns[0], *(column for column in columns if column == "seed")]))
     values = {column: len({short(row.get(column)) for row in listed}) for column in columns}
     steady = [column for column in columns if not _timed(*named(column))]
     for usable in (steady, list(columns)):
         options = [
-            (columns[0], *more)
+            (*fixed, *more)
             for count in range(min(MOST_KEYS, len(usable)))
-            for more in itertools.combinations([c for c in usable if c != columns[0]], count)
-            if len({tuple(short(row.get(c)) for c in (columns[0], *more)) for row in listed}) == len(listed)
+            for more in itertools.combinations([c for c in usable if c not in fixed], count)
+            if len({tuple(short(row.get(c)) for c in (*fixed, *more)) for row in listed}) == len(listed)
         ]
         if options:
-            return min(options, key=lambda one: (math.prod(values[c] for c in one), [columns.index(c) for c in one]))
+            best = min(options, key=lambda one: (math.prod(values[c] for c in one), [columns.index(c) for c in one]))
+            return tuple(sorted(best, key=columns.index))
     return ()
 
 

@@ -213,17 +213,5 @@ def _contents(syllabi: Sequence[str]) -> str:
 
 
 def _html(tables: str) -> str:
-    """The HTML as a block of Markdown; each cell knows its heading."""
-    return "```{raw} html\n" + re.sub(r"<table class=wide>.*?</table>", _labelled, tables, flags=re.DOTALL) + "\n```"
-
-
-def _labelled(table: re.Match[str]) -> str:
-    """On a phone a row becomes a card, and the cells lose sight of the table's head."""
-    found = re.findall(r'<th scope="col">(.*?)</th>', table[0])
-    headings = [re.sub(r"<[^>]+>", "", one.replace("<br>", ", ")) for one in found]
-
-    def label(row: re.Match[str]) -> str:
-        names = iter(headings[1:])
-        return re.sub("<td>", lambda _: f'<td data-label="{next(names)}">', row[0])
-
-    return re.sub(r"<tr\b.*?</tr>", label, table[0], flags=re.DOTALL)
+    """The HTML as a block of Markdown."""
+    return "```{raw} html\n" + tables + "\n```"

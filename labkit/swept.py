@@ -4,6 +4,7 @@ Only single values that the parameters change are shown; rows.csv holds the rest
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -146,7 +147,7 @@ def _line(points: Sequence[Point], names: Mapping[str, Sequence[Any]], name: str
         ax = fig.add_subplot()
         plots.lines(ax, rows, along, name, by="with")
         way = "more" if more_is_better(name, unit) else "less"
-        ax.set(xlabel=along, ylabel=f"{label}, {way} is better")
+        ax.set(xlabel=along, ylabel=textwrap.fill(f"{label}, {way} is better", 40))
         if len({row["with"] for row in rows}) > 1:
             fig.legend(loc="outside lower left", ncols=2, fontsize=8)
         png = plots.png(fig, scale=2)
