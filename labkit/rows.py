@@ -60,9 +60,9 @@ def frame(records: Iterable[RunRecord]) -> "pd.DataFrame":
     table = pd.DataFrame([row for one in listed for row in of_record(one)], columns=columns, dtype=object)
     for name in names:
         table[name] = _one_type(table[name])
-    return table.infer_objects().astype(
-        {"seed": "Int64", "value": float, "low": float, "high": float, "simulated": bool, "clock": bool}
-    )
+    kinds = dict.fromkeys((*COLUMNS, *VALUES), str) | {"seed": "Int64"}
+    kinds |= dict.fromkeys(("value", "low", "high"), float) | dict.fromkeys(("simulated", "clock"), bool)
+    return table.astype(kinds)
 
 
 def of_record(record: RunRecord) -> Iterator[dict[str, Any]]:

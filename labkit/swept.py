@@ -28,7 +28,8 @@ def swept(points: Sequence[Point]) -> str:
     parts = [f"<p>{page.text(_said(points, names))}</p>", _table(points, names, moved)]
     if rest := [name for name in values if name not in moved]:
         listed = "".join(f"<li>{page.text(name)}</li>" for name in rest)
-        summary = f"{len(rest)} further values do not differ by more than their intervals"
+        count = "1 further value does" if len(rest) == 1 else f"{len(rest)} further values do"
+        summary = f"{count} not differ by more than the intervals"
         parts.append(page.folded(summary, f"<ul>{listed}</ul>"))
     figures = [figure(one) for one in pareto.trade_offs(points) if names and _moves(one)]
     figures += [_line(points, names, name, moved[name]) for name in _drawable(points, names, moved)]

@@ -35,7 +35,7 @@ def test_combinations_have_mean_and_interval_over_seeds_and_the_best_is_marked()
     assert "6 runs at smoke on Test CPU, 2 cores: RATIO 0.3, 0.5." in said
     assert "Seeds 0, 1, 2: means with 95 % intervals over them." in said
     assert "0.3 3 91 % (88.5 % to 93.5 %) best" in said and "0.5 3 81 % (78.5 % to 83.5 %)" in said
-    assert said.count("best") - said.count("the best is") * 1 == 1
+    assert html.count(">best<") == 1
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def test_which_way_is_better_comes_from_name_and_unit(name: str, unit: str, best
 def test_values_that_do_not_differ_are_only_named():
     same = [run(value("speed", 2.0 + k / 10, "x", [1.5, 2.5], "comparison"), value("count", 3), K=k) for k in (0, 1)]
     said = words(shown(*same))
-    assert "2 further values do not differ by more than their intervals" in said and "speed" in said
+    assert "2 further values do not differ by more than the intervals" in said and "speed" in said
 
 
 def test_a_clocks_value_without_interval_is_not_said_to_differ():
     said = words(shown(*(run(value("decode speed", 10.0 + k, "tokens/s"), K=k) for k in (0, 1))))
-    assert "1 further value" in said
+    assert "1 further value does not differ" in said
 
 
 def test_a_value_that_only_some_points_have_is_shown():
     said = words(
         shown(run(value("a", 1.0), K=1), run(value("a", 2.0), value("b", 3.0), K=2), run(value("a", 2.0), K=3))
     )
-    assert "K runs a" in said and "1 further value" in said
+    assert "K runs a" in said and "1 further value does not differ" in said
 
 
 def test_texts_and_failed_values_do_not_break_the_table():
@@ -81,7 +81,7 @@ def test_texts_and_failed_values_do_not_break_the_table():
 
 def test_seeds_alone_make_a_table_without_figures():
     html = shown(*(run(value("accuracy", 90.0 + seed, "%"), seed=seed) for seed in range(3)))
-    assert "<img" not in html and "1 further value" in words(html)
+    assert "<img" not in html and "1 further value does not differ" in words(html)
 
 
 def test_a_figure_along_the_parameter_that_is_a_number():
