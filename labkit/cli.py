@@ -153,7 +153,7 @@ def _progress(lesson: str) -> Callable[["Step"], None]:
 @main.command()
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
 def report(folders: tuple[Path, ...]) -> None:
-    """Make one HTML page of the results in DIR..., written into the first of them.
+    """Make one HTML page of the results in DIR..., written into the first of them, and rows.csv and rows.parquet.
 
     By default these are runs/, and workspace/runs/ with what your own copies left there.
     """
