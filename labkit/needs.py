@@ -1,6 +1,6 @@
 """What a lesson needs, read from its notebook: entries of data/manifest.toml, a compiler, a GPU.
 
-The code names models and data sets as `models.NAME` and `datasets.NAME`; the header's row "Needs" says the rest in words.
+The code names models and data sets as `models.NAME` and `datasets.NAME`; the header's row "Needs" says the rest.
 Nothing is executed, and nothing is looked for on this machine: that is labkit.doctor.
 """
 
@@ -58,7 +58,7 @@ def every() -> list[Needs]:
 
 
 def _stem(entry: str) -> str:
-    """What the functions for an entry begin with: its folder in the singular, a checkpoint's network, a model's name."""
+    """What functions for an entry begin with: its folder in the singular, a checkpoint's network, a model's name."""
     folder, slash, file = entry.rpartition("/")
     if folder == "checkpoints":
         return file.partition("-")[0]

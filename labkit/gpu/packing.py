@@ -1,7 +1,7 @@
 """Results that have to leave a machine through a narrow door: a few zip files of limited size, checked when opened.
 
 The most important files come first; what does not fit is named and left behind. Each part is whole in itself and lists
-its files with their SHA-256. What goes the other way, towards the machine, is labkit.trips.
+its files with their SHA-256. What goes the other way, towards the machine, is labkit.gpu.trips.
 """
 
 import hashlib
@@ -85,7 +85,9 @@ def unpack(part: Path) -> dict[str, bytes]:
         if hashlib.sha256(contents).hexdigest() != listed[name]["sha256"]:
             raise DataError(f"{name} in {part.name} differs from its SHA-256; bring {part.name} again.")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"{part.name} wants to write to {name}, outside its folder; bring a part made by labkit gpu.")
+            raise DataError(
+                f"{part.name} wants to write to {name}, outside its folder; bring a part made by labkit gpu."
+            )
     return found
 
 

@@ -1,8 +1,8 @@
 """Wheels and models for a machine without a network, cut into trips that each carry no more than the way allows.
 
-A trip is a folder: parts of files, and trip.json with their SHA-256. `prepare` makes the trips where there is a network;
-`take` collects parts there, puts files together as they become whole, installs packages into a folder of their own and
-hands models to labkit.store. Models travel as their carrier wheels (data/manifest.toml), whose hashes are known.
+A trip is a folder: parts of files, and trip.json with their SHA-256. `prepare` makes trips where there is a network;
+`take` collects parts where there is none, puts files together, installs packages into a folder of their own and hands
+models to labkit.store. Models travel as their carrier wheels (data/manifest.toml), whose hashes are known.
 """
 
 import hashlib
@@ -61,12 +61,12 @@ class Taken:
 
 
 def prepare(folder: Path, has: Mapping[str, object], *, trip_bytes: int = TRIP_BYTES) -> list[Path]:
-    """Make folder/trip-1, trip-2, ... for a machine that has the packages `has` (labkit.wheels.installed).
+    """Make folder/trip-1, trip-2, ... for a machine that has the packages `has` (wheels.installed).
 
     Packages go first, then models, the small ones first, so that what needs little can run early. Downloads are kept in
     folder/wheels and used again. InputError for trips under 1 MB; DataError where a wheel cannot be had.
     """
-    from labkit import wheels
+    from labkit.gpu import wheels
 
     if trip_bytes < _LEAST_TRIP:
         raise InputError(f"A trip of {trip_bytes / 1e6:g} MB is too small to be worth one; give 1 MB or more.")
@@ -117,15 +117,15 @@ def take(folder: Path) -> Taken:
     Every part is checked before any is taken: DataError for one that is damaged or missing from its trip. What was
     taken before may come again.
     """
-    lists = [file for file in (folder / _LIST, *sorted(folder.glob(f"trip-*/{_LIST}"))) if file.is_file()]
-    if not lists:
+    found = lists(folder)
+    if not found:
         raise InputError(f"There is no trip in {folder}; give a folder that `labkit gpu prepare` made, such as trip-1.")
-    arrived = [found for file in lists for found in _parts(file)]
+    arrived = [part for file in found for part in _parts(file)]
     waiting = _waiting()
-    for source, _ in arrived:
+    for source in arrived:
         with replacing(waiting / source.name) as partial:
             shutil.copyfile(source, partial)
-    cargo = _read(lists[-1])
+    cargo = _read(found[-1])
     packages = [one for one in cargo if not one.model]
     whole = [one for one in packages if _whole(one)]
     if len(whole) == len(packages):
@@ -144,17 +144,18 @@ def take(folder: Path) -> Taken:
     return Taken(there, tuple(one.file for one in cargo if one.file not in there))
 
 
-def activate() -> bool:
-    """Let this process and those it starts import the packages that were brought, if any were; True where so."""
-    folder = packages()
-    if not folder.is_dir():
-        return False
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    wanted = [str(paths.ROOT), str(folder)]  # labkit itself is not installed there
-    os.environ["PYTHONPATH"] = os.pathsep.join([*wanted, *(one for one in before if one and one not in wanted)])
-    return True
+def lists(folder: Path) -> list[Path]:
+    """The trip.json of the trip that `folder` is, or of those that lie in it."""
+    return [file for file in (folder / _LIST, *sorted(folder.glob(f"trip-*/{_LIST}"))) if file.is_file()]
+
+
+def activate() -> None:
+    """Let this process, and those that it starts, import the packages that were brought, if any were."""
+    folder = str(packages())
+    if packages().is_dir() and folder not in sys.path:
+        sys.path.insert(0, folder)
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, before] if before else [folder])
 
 
 def packages() -> Path:
@@ -174,7 +175,7 @@ def _read(file: Path) -> list[Cargo]:
         raise DataError(f"{file} is not a list of cargo ({error}); make the trips again with this version.") from error
 
 
-def _parts(file: Path) -> Iterator[tuple[Path, Part]]:
+def _parts(file: Path) -> Iterator[Path]:
     """The parts that lie beside a trip.json, each checked."""
     cargo = _read(file)
     trip = json.loads(file.read_text(encoding="utf-8"))["trip"]
@@ -186,7 +187,7 @@ def _parts(file: Path) -> Iterator[tuple[Path, Part]]:
                     raise DataError(f"{found.name} is missing from trip {trip}; bring the folder again, whole.")
                 if carriers.sha256(found) != part.sha256:
                     raise DataError(f"{found.name} in trip {trip} is damaged; bring the folder again.")
-                yield found, part
+                yield found
 
 
 def _whole(cargo: Cargo) -> bool:
@@ -229,7 +230,9 @@ def _install(wheels: list[Path]) -> None:
     ran = subprocess.run(command, capture_output=True, text=True) if wheels else None
     if ran and ran.returncode:
         said = (ran.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise DataError(f"The packages that were brought could not be installed ({said}); prepare them for this machine.")
+        raise DataError(
+            f"The packages that were brought could not be installed ({said}); prepare them for this machine."
+        )
     fresh.mkdir(exist_ok=True)
     (fresh / stamp.name).write_text(json.dumps(names), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

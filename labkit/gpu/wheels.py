@@ -4,6 +4,8 @@ Requirements are followed from wheel to wheel by their own metadata, markers (PE
 `packaging`; extras are not followed. There is no going back: each round takes what fits all that was asked until then.
 """
 
+import contextlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -42,7 +44,7 @@ def required() -> list[Requirement]:
 
 
 def installed(freeze: str) -> dict[str, Version]:
-    """Versions by canonical name, from the text of `pip list --format=freeze`; InputError where no line is NAME==VERSION."""
+    """Versions by canonical name from the text of `pip list --format=freeze`; InputError where it lists nothing."""
     found = {}
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", freeze, re.MULTILINE):
         try:
@@ -53,6 +55,15 @@ def installed(freeze: str) -> dict[str, Version]:
         raise InputError(
             "The list of packages has no line NAME==VERSION; make it there with `python3 -m pip list --format=freeze`."
         )
+    return found
+
+
+def here() -> dict[str, Version]:
+    """Versions of what this interpreter can import, as `installed` gives them for another machine."""
+    found = {}
+    for one in importlib.metadata.distributions():
+        with contextlib.suppress(InvalidVersion, TypeError):  # a folder that pip left half removed
+            found.setdefault(canonicalize_name(one.metadata["Name"]), Version(one.version))
     return found
 
 
