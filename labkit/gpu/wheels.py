@@ -36,11 +36,16 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 
 
-def required() -> list[Requirement]:
-    """What lessons, tests and benchmarks need on that machine, from pyproject.toml."""
+def dependencies(*extras: str) -> list[Requirement]:
+    """labkit's requirements and those of its extras, as pyproject.toml has them."""
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["test"]])
-    return [one for one in asked if one.name not in NOT_RUN_THERE]
+    lines = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    return [Requirement(line) for part in lines for line in part]
+
+
+def required() -> list[Requirement]:
+    """What lessons, tests and benchmarks need on that machine."""
+    return [one for one in dependencies("test") if one.name not in NOT_RUN_THERE]
 
 
 def installed(freeze: str) -> dict[str, Version]:
