@@ -8,6 +8,7 @@ Results are packed after every step (labkit.gpu.packing), so that a machine that
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ SCHEMA = "labkit.gpu/1"
 PACKING_S = 15.0  # kept free at the end
 GRACE_S = 15.0  # for a step that is told to end, before it is killed
 BENCHMARKS = {"gemm": 600.0, "bert": 240.0, "llama": 240.0}  # workloads of benchmarks/nm_gpu.py: limit in seconds
+_MARKED = re.compile(r"^@pytest\.mark\.gpu$", re.MULTILINE)
 DONE, FAILED, CUT_OFF, LEFT = "done", "failed", "cut off", "left"
 
 
@@ -88,9 +90,8 @@ def steps(out: Path) -> list[Step]:
     from labkit.session import BUDGETS  # imports torch
 
     labkit, pytest = (sys.executable, "-m", "labkit.cli"), (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
-    with_gpu = [
-        str(file) for file in sorted((paths.ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()
-    ]
+    tests = sorted((paths.ROOT / "tests").glob("test_*.py"))
+    with_gpu = [str(file) for file in tests if _MARKED.search(file.read_text(encoding="utf-8"))]
     found = [
         Step("nvidia-smi", ("nvidia-smi",), 30, 5, report=True),
         Step("doctor", (*labkit, "doctor"), 60, 10, report=True),
