@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from labkit import runs
 from labkit.errors import DataError, InputError
@@ -72,12 +75,13 @@ def enter(on: str, *, workers: int | None, device: str, out: Path) -> AbstractCo
 class _Threads(ThreadPoolExecutor):
     """Threads that call fn(job, env=..., stop=...), each with one of the environments: no two have the same GPU."""
 
-    def __init__(self, environments: Sequence[dict[str, str]], stop: threading.Event) -> None:
+    def __init__(self, environments: Sequence[dict[str, str]]) -> None:
         super().__init__(len(environments))
-        self._stop = stop
+        self._stop = threading.Event()
         self._free: SimpleQueue[dict[str, str]] = SimpleQueue()
         for environment in environments:
             self._free.put(environment)
+        self._size = len(environments)
 
     def submit(self, fn: Callable, /, job: Any) -> Future:
         return super().submit(self._with_environment, fn, job)
@@ -88,6 +92,25 @@ class _Threads(ThreadPoolExecutor):
             return fn(job, env=environment, stop=self._stop)
         finally:
             self._free.put(environment)
+
+    def stop(self) -> None:
+        """End the runs under way, which a Ctrl-C in the main thread does not reach, and wait until they have gone."""
+        self._stop.set()
+        self.shutdown(wait=False, cancel_futures=True)
+        while self._free.qsize() < self._size:
+            _end_runs()
+            time.sleep(0.1)
+        self.shutdown(wait=True)
+
+
+def _end_runs() -> None:
+    """Kill the runs that this process started, with all that they started."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "labkit.runs" in child.cmdline():
+                child.suspend()  # so that it starts no kernel while its children are listed
+                for process in [*child.children(recursive=True), child]:
+                    process.kill()
 
 
 @contextmanager
@@ -101,18 +124,11 @@ def local(workers: int | None, device: str) -> Iterator[Place]:
     count = workers or len(gpus) or 1
     shares = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] or [{} for _ in range(count)]
     threads = _threads_each(count)
-    stop = threading.Event()
-    pool = _Threads([{**share, **threads} for share in shares], stop)
-
-    def end() -> None:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-    notes = [SHARED.format(count)] if count > 1 and not gpus else []
+    pool = _Threads([{**share, **threads} for share in shares])
     try:
-        yield Place(pool, count, notes, end)
+        yield Place(pool, count, [SHARED.format(count)] if count > 1 and not gpus else [], pool.stop)
     finally:
-        end()
+        pool.stop()
 
 
 def _visible_gpus() -> list[str]:
@@ -172,7 +188,8 @@ def _connected(address: str) -> "Client":
         from distributed import Client
     except ImportError:
         raise InputError(_not_installed("Dask")) from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks; trouble() says it in a sentence
+    for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "distributed"]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its tracebacks; what is lost gets a sentence here
     try:
         return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError):
@@ -182,21 +199,21 @@ def _connected(address: str) -> "Client":
 
 
 def _cards(client: "Client", address: str, out: Path) -> list[dict[str, Any]]:
-    """What each worker says of itself; InputError where one could not do a run as this process would."""
+    """What each worker says of itself; InputError where there is none, or one could not do a run as it is done here."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(prefix=".sweep-", dir=out) as sign:
         said = client.run(_card, sign.name, on_error="return")
-    if not said:
+    cards = {worker: card for worker, card in said.items() if not isinstance(card, OSError)}  # others were just lost
+    if not cards:
         raise InputError(f"The scheduler at {address} has no worker; start one: {START_A_WORKER.format(address)}")
-    version = runs.code_version()
-    for worker, card in said.items():
+    for worker, card in cards.items():
         if isinstance(card, Exception):
             raise InputError(f"The worker {worker} cannot use this labkit ({card}); install the same one there.")
-        if card["code"] != version:
+        if card["code"] != runs.code_version():
             raise InputError(f"The worker {worker} has another version of labkit; bring the same code to all machines.")
         if not card["sees_out"]:
             raise InputError(f"The worker {worker} does not see {out}; choose an --out that all machines share.")
-    return [{**card, "address": worker} for worker, card in said.items()]
+    return [{**card, "address": worker} for worker, card in cards.items()]
 
 
 def _card(sign: str, dask_worker: "Worker") -> dict[str, Any]:

@@ -18,12 +18,13 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,10 @@ def device_of(jobs: Sequence[Job]) -> str:
 
 
 def one(job: Job, *, env: Mapping[str, str] | None = None, stop: threading.Event | None = None) -> Outcome:
-    """The result of a point, run unless it is there; tried again where its process was lost, not where it failed."""
+    """The result of a point, run unless it is there; tried again where its process was lost, not where it failed.
+
+    `env` is set for the run beside what is set. CancelledError, with nothing kept, where `stop` was set meanwhile.
+    """
     if runs.code_version() != job.code:
         return Outcome(job, None, lost="labkit changed since the sweep began; give the same command again")
     with tempfile.TemporaryDirectory(prefix="labkit-") as folder:
@@ -152,6 +156,9 @@ def one(job: Job, *, env: Mapping[str, str] | None = None, stop: threading.Event
             return Outcome(job, there, reused=True)
         for _ in range(TRIES):
             result = runs.run(notebook, job.given, out=job.out, env=env)
+            if result.error and stop and stop.is_set():  # it did not fail, it was ended
+                shutil.rmtree(result.folder, ignore_errors=True)
+                raise CancelledError
             if result.error is None or result.error.name != "ProcessEnded":
                 break
     return Outcome(job, result)
