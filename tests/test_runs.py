@@ -118,12 +118,15 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, write_lesson)
         runs.run(write_lesson(tmp_path, "1"), SMOKE, out=tmp_path / "file")
 
 
-def test_the_same_run_has_the_same_name_and_another_has_another():
-    def name(*arguments: object) -> str:
-        return runs._identity(*arguments)
+def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, write_lesson):
+    lesson, changed = write_lesson(tmp_path / "a", "1").read_bytes(), write_lesson(tmp_path / "b", "2").read_bytes()
 
-    assert name(b"lesson", {"A": 1}) == name(b"lesson", {"A": 1})
-    assert len({name(b"lesson", {"A": 1}), name(b"lesson", {"A": 2}), name(b"changed", {"A": 1})}) == 3
+    def name(source: bytes, version: str = "v", **bound: object) -> str:
+        return runs._name(source, {"PRESET": "smoke", **bound}, version)
+
+    assert name(lesson, A=1, B=2) == name(lesson, B=2, A=1)
+    others = name(lesson, A=2), name(changed, A=1), name(lesson, "w", A=1), name(lesson)
+    assert len({name(lesson, A=1), *others}) == 5
 
 
 def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
@@ -135,15 +138,16 @@ def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
     ("code", "name", "message"),
     [
         ("1 / 0", "ZeroDivisionError", "division by zero"),
-        ("import os; os._exit(1)", "DeadKernel", "the kernel was killed, most often because memory ran out"),
-        ("import time; time.sleep(100)", "CellTimeout", "the cell ran for more than 1 s"),
+        ("import os; os._exit(1)", "DeadKernel", "the kernel was killed, most often because memory ran out; take a "),
+        ("import time; time.sleep(100)", "CellTimeout", "the cell ran for more than 1 s; take a smaller --preset"),
     ],
 )
 def test_a_failure_is_told_with_its_cell(tmp_path: Path, write_lesson, monkeypatch, code: str, name: str, message: str):
     monkeypatch.setitem(runs.CELL_SECONDS, "smoke", 1)
     began = time.monotonic()
     result = runs.run(write_lesson(tmp_path, "1", code), SMOKE, out=tmp_path / "runs")
-    assert result.error == runs.Failure(name, message, 5, "Its work")
+    assert result.error == runs.Failure(name, result.error.message, 5, "Its work")
+    assert result.error.message.startswith(message)
     assert time.monotonic() - began < 40  # at once, not after a time limit of minutes
     assert json.loads((result.folder / "run.json").read_text())["status"] == "failed"
     assert result.folder.name.endswith("-failed")
