@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -19,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from labkit import runs
 from labkit.errors import DataError, InputError
@@ -81,7 +78,6 @@ class _Threads(ThreadPoolExecutor):
         self._free: SimpleQueue[dict[str, str]] = SimpleQueue()
         for environment in environments:
             self._free.put(environment)
-        self._size = len(environments)
 
     def submit(self, fn: Callable, /, job: Any) -> Future:
         return super().submit(self._with_environment, fn, job)
@@ -94,23 +90,9 @@ class _Threads(ThreadPoolExecutor):
             self._free.put(environment)
 
     def stop(self) -> None:
-        """End the runs under way, which a Ctrl-C in the main thread does not reach, and wait until they have gone."""
+        """Drop what waits, and end the runs under way, which a Ctrl-C in the main thread does not reach."""
         self._stop.set()
-        self.shutdown(wait=False, cancel_futures=True)
-        while self._free.qsize() < self._size:
-            _end_runs()
-            time.sleep(0.1)
-        self.shutdown(wait=True)
-
-
-def _end_runs() -> None:
-    """Kill the runs that this process started, with all that they started."""
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "labkit.runs" in child.cmdline():
-                child.suspend()  # so that it starts no kernel while its children are listed
-                for process in [*child.children(recursive=True), child]:
-                    process.kill()
+        self.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -18,18 +18,16 @@ import itertools
 import json
 import math
 import re
-import shutil
 import statistics
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from tqdm import tqdm
 
 from labkit import parameters, runs
@@ -94,7 +92,7 @@ def plan(
     name, a value, or the grid as a whole cannot be used.
     """
     source = notebook.read_bytes()
-    known = parameters.read(nbformat.reads(source, as_version=4))
+    known = parameters.read(json.loads(source))
     axes = {name: _values(known, name, values) for name, values in grid.items()}
     shared = parameters.bind(known, given)
     if seeds is not None:
@@ -131,7 +129,7 @@ def _values(known: Mapping[str, parameters.Parameter], name: str, values: Iterab
 
 def device_of(jobs: Sequence[Job]) -> str:
     """What the runs ask for: "cuda" where one does, "cpu" where all do, else "auto"."""
-    known = parameters.read(nbformat.reads(jobs[0].source, as_version=4))
+    known = parameters.read(json.loads(jobs[0].source))
     stated = known["DEVICE"].default if "DEVICE" in known else "auto"
     asked = {str(job.given.get("DEVICE", stated)) for job in jobs}
     if numbered := sorted(name for name in asked if name.startswith("cuda:")):
@@ -145,7 +143,7 @@ def device_of(jobs: Sequence[Job]) -> str:
 def one(job: Job, *, env: Mapping[str, str] | None = None, stop: threading.Event | None = None) -> Outcome:
     """The result of a point, run unless it is there; tried again where its process was lost, not where it failed.
 
-    `env` is set for the run beside what is set. CancelledError, with nothing kept, where `stop` was set meanwhile.
+    `env` is set for the run beside what is set. runs.Stopped, with nothing kept, where `stop` was set meanwhile.
     """
     if runs.code_version() != job.code:
         return Outcome(job, None, lost="labkit changed since the sweep began; give the same command again")
@@ -155,10 +153,7 @@ def one(job: Job, *, env: Mapping[str, str] | None = None, stop: threading.Event
         if there := runs.done(notebook, job.given, out=job.out):
             return Outcome(job, there, reused=True)
         for _ in range(TRIES):
-            result = runs.run(notebook, job.given, out=job.out, env=env)
-            if result.error and stop and stop.is_set():  # it did not fail, it was ended
-                shutil.rmtree(result.folder, ignore_errors=True)
-                raise CancelledError
+            result = runs.run(notebook, job.given, out=job.out, env=env, stop=stop)
             if result.error is None or result.error.name != "ProcessEnded":
                 break
     return Outcome(job, result)

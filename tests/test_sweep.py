@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -82,6 +83,15 @@ def marks(home: Path, ratio: float) -> list[list[int]]:
     return [[int(word) for word in text.split()] for text in texts if " " in text]
 
 
+def parent_of_run(home: Path, ratio: float) -> int:
+    """The process that called labkit.runs.run for the first run at `ratio`."""
+    return psutil.Process(marks(home, ratio)[0][1]).ppid()
+
+
+def left(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "runs" / "01_small").iterdir())
+
+
 def alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -121,9 +131,15 @@ def test_commas_inside_brackets_part_no_values():
         (("-g", "SEED=1,2", "--seeds", "2"), "SEED is in the grid, and --seeds sets it too; give one of them."),
         (("-g", "RATIO=0.3", "-p", "SEEED", "1"), "This lesson has no parameter SEEED; did you mean SEED?"),
         (("-g", "RESULTS_DIR=a,b"), "RESULTS_DIR is set for each run; choose the place of all results with --out."),
-        (("-g", "DEVICE=cpu,cuda:1"), "DEVICE cannot be cuda:1 in a sweep, which hands out the GPUs itself; give cuda."),
+        (
+            ("-g", "DEVICE=cpu,cuda:1"),
+            "DEVICE cannot be cuda:1 in a sweep, which hands out the GPUs itself",
+        ),
         (("--seeds", "2", "--on", "ray"), "A sweep cannot run on 'ray'; give local, dask://host:port or slurm."),
-        (("--seeds", "2", "--on", "dask://"), "A sweep cannot run on 'dask://'; give local, dask://host:port or slurm."),
+        (
+            ("--seeds", "2", "--on", "dask://"),
+            "A sweep cannot run on 'dask://'; give local, dask://host:port or slurm.",
+        ),
         (("--seeds", "2", "--on", "dask://h:1", "--workers", "2"), "A Dask cluster has the workers that were started"),
         (("--seeds", "2", "--on", "dask://127.0.0.1:9"), "There is no Dask scheduler at tcp://127.0.0.1:9; start one"),
         (("--seeds", "2", "--on", "slurm"), "There is no Slurm on this machine (no sbatch); sweep from a login node"),
@@ -267,7 +283,7 @@ def test_ctrl_c_keeps_what_is_done_ends_what_runs_and_the_same_command_goes_on(h
     assert "interrupted; finished runs are kept, and the same command goes on from them" in said
     wait_until(lambda: not any(map(alive, marks(home, 0.5)[0])), 10)
     before = kept(home)
-    assert [path.name for path in (home / "runs" / "01_small").iterdir()] == list(before) and len(before) == 1
+    assert left(home) == list(before) and len(before) == 1
     (home / "hold-0.5-0").unlink()
     again = labkit(home, *options)
     assert again.exit_code == 0 and "2 points: 1 run, 1 there before, 0 failed" in again.stdout
@@ -276,12 +292,17 @@ def test_ctrl_c_keeps_what_is_done_ends_what_runs_and_the_same_command_goes_on(h
 
 def test_a_run_whose_process_is_killed_is_run_again(home: Path):
     (home / "hold-0.5-0").touch()
-    with started(home, "--seeds", 1, "--preset", "smoke") as process:
+
+    def kill() -> None:
         wait_until(lambda: marks(home, 0.5))
         os.kill(marks(home, 0.5)[0][1], signal.SIGKILL)
         (home / "hold-0.5-0").unlink()
-        said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "1 points: 1 run" in said and len(marks(home, 0.5)) == 2
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = labkit(home, "--seeds", 1, "--preset", "smoke")
+    killer.join()
+    assert result.exit_code == 0 and "1 points: 1 run" in result.stdout and len(marks(home, 0.5)) == 2
 
 
 # on a Dask cluster
@@ -328,40 +349,46 @@ def test_a_cluster_that_cannot_do_the_runs_says_so_at_once(home: Path, cluster: 
     assert kept(home) == {}
 
 
-def test_a_killed_worker_and_a_killed_client_lose_no_finished_run(home: Path, cluster: SimpleNamespace):
-    options = ("-g", "RATIO=0.1,0.2,0.3", "--preset", "smoke", "--on", cluster.address)
-    for ratio in (0.2, 0.3):
-        (home / f"hold-{ratio}-0").touch()
-    with started(home, *options) as client:
+def test_what_is_killed_of_a_cluster_loses_no_finished_run(home: Path, cluster: SimpleNamespace):
+    """First a worker and the client, then the scheduler; the same command goes on from what was done."""
+
+    def options(ratios: str) -> tuple[str, ...]:
+        return ("-g", f"RATIO={ratios}", "--preset", "smoke", "--on", cluster.address)
+
+    hold = {ratio: home / f"hold-{ratio}-0" for ratio in (0.2, 0.3, 0.4)}
+    for file in hold.values():
+        file.touch()
+    with started(home, *options("0.1,0.2,0.3")) as client:
         wait_until(lambda: kept(home) and marks(home, 0.2) and marks(home, 0.3))
-        before, lost = kept(home), psutil.Process(marks(home, 0.2)[0][1]).ppid()
-        [worker] = [one for one in cluster.workers if one.pid == lost]
+        before = kept(home)
+        [worker] = [one for one in cluster.workers if one.pid == parent_of_run(home, 0.2)]
         worker.kill()
         wait_until(lambda: not any(map(alive, marks(home, 0.2)[0])), 10)
         client.kill()
-    for ratio in (0.2, 0.3):
-        (home / f"hold-{ratio}-0").unlink()
-    again = labkit(home, *options)
+    hold[0.2].unlink()
+    hold[0.3].unlink()
+    again = labkit(home, *options("0.1,0.2,0.3"))
     assert again.exit_code == 0 and "3 points" in again.stdout and " 0 failed" in again.stdout
     assert len(kept(home)) == 3 and kept(home).items() >= before.items() and len(marks(home, 0.1)) == 1
-    spans = [json.loads(file.read_text()) for file in home.glob("runs/01_small/[!.]*/record.json")]
-    for gpu in ("0", "1"):
-        own = sorted((span["began"], span["ended"]) for span in spans if span["gpu"] == gpu)
-        assert all(ended <= began for (_, ended), (began, _) in zip(own, own[1:]))
-    assert {span["gpu"] for span in spans} <= {"0", "1"} and {span["threads"] for span in spans} == {"1"}
+    assert_one_run_a_gpu(home)
 
-
-def test_a_lost_scheduler_is_told_in_a_sentence_and_what_is_done_is_kept(home: Path, cluster: SimpleNamespace):
-    (home / "hold-0.2-0").touch()
-    with started(home, "-g", "RATIO=0.1,0.2", "--preset", "smoke", "--on", cluster.address) as client:
-        wait_until(lambda: kept(home) and marks(home, 0.2))
-        before = kept(home)
+    before = kept(home)
+    with started(home, *options("0.1,0.2,0.3,0.4")) as client:
+        wait_until(lambda: marks(home, 0.4))
         cluster.scheduler.kill()
         said = client.communicate(timeout=40)[1]
     assert client.returncode == 2 and "Traceback" not in said
     assert "is gone; start it and its workers again, then give the same command" in said
-    wait_until(lambda: not any(map(alive, marks(home, 0.2)[0])), 40)
-    assert kept(home) == before
+    wait_until(lambda: left(home) == sorted(before), 40)
+    assert kept(home) == before and not any(map(alive, marks(home, 0.4)[0]))
+
+
+def assert_one_run_a_gpu(home: Path) -> None:
+    records = [json.loads(file.read_text()) for file in home.glob("runs/01_small/[!.]*/record.json")]
+    assert {one["gpu"] for one in records} <= {"0", "1"} and {one["threads"] for one in records} == {"1"}
+    for gpu in ("0", "1"):
+        spans = sorted((one["began"], one["ended"]) for one in records if one["gpu"] == gpu)
+        assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))
 
 
 # through a queue
@@ -370,17 +397,17 @@ def test_a_lost_scheduler_is_told_in_a_sentence_and_what_is_done_is_kept(home: P
 def test_a_job_that_is_lost_is_queued_again(lesson: Path, home: Path):
     pytest.importorskip("submitit")
     (home / "hold-0.5-0").touch()
-    jobs = sweep.plan(lesson, {"SEED": [0, 3]}, SMOKE, out=home / "runs")
+    jobs = sweep.plan(lesson, {"SEED": [0]}, SMOKE, out=home / "runs")
+
+    def lose_it() -> None:
+        wait_until(lambda: marks(home, 0.5))
+        os.kill(parent_of_run(home, 0.5), signal.SIGKILL)
+        (home / "hold-0.5-0").unlink()
+
     with executors.slurm(2, "cpu", home / "runs", cluster="local") as place:
-
-        def lose_the_first() -> None:
-            wait_until(lambda: marks(home, 0.5))
-            os.kill(psutil.Process(marks(home, 0.5)[0][1]).ppid(), signal.SIGKILL)
-            (home / "hold-0.5-0").unlink()
-
-        killer = threading.Thread(target=lose_the_first)
+        killer = threading.Thread(target=lose_it)
         killer.start()
-        outcomes = sweep.run(jobs, place)
+        [outcome] = sweep.run(jobs, place)
         killer.join()
-    assert [outcome.failure for outcome in outcomes] == ["", ""] and len(kept(home)) == 2
+    assert (outcome.failure, len(kept(home)), len(marks(home, 0.5))) == ("", 1, 2)
     assert not list((home / "runs").glob(".slurm*"))
