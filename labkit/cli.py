@@ -160,7 +160,7 @@ def _progress(lesson: str) -> Callable[["Step"], None]:
 @click.option("--preset", type=click.Choice(PRESETS), help="Default: class.")
 @click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, dask://host:port or slurm.")
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at once. Default: 1, or one a GPU.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RUNS, help="Where results go: runs/.")
+@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
 def sweep(
     lesson: str,
     grid: tuple[str, ...],
@@ -171,7 +171,17 @@ def sweep(
     workers: int | None,
     out: Path,
 ) -> None:
-    """Run a lesson at every point of a grid, and write the report. Goes on where it was interrupted."""
+    """Run a lesson at every point of a grid, and write the report.
+
+    All points are checked before the first one starts. What is done already is not run again, so the same command goes
+    on after Ctrl-C, a lost worker or a lost scheduler. On a cluster OUT has to be a folder that all machines share.
+
+    Exit code: 0 all points have a result, 1 some failed, 2 something asked for cannot be had, 130 interrupted.
+
+    \b
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
+    """
     from labkit import executors, lessons, report, sweep
 
     axes = sweep.parse(grid)

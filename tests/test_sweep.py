@@ -272,6 +272,17 @@ def test_a_failed_point_does_not_end_a_sweep_and_only_it_is_run_again(home: Path
     assert {name: when for name, when in kept(home).items() if not name.endswith("failed")}.items() <= before.items()
 
 
+def test_the_same_point_run_twice_at_once_leaves_one_whole_result(lesson: Path, home: Path):
+    (home / "hold-0.5-0").touch()
+    [job] = sweep.plan(lesson, {"SEED": [0]}, SMOKE, out=home / "runs")
+    with executors.local(2, "cpu") as place:
+        both = [place.executor.submit(sweep.one, job) for _ in range(2)]
+        wait_until(lambda: len(marks(home, 0.5)) == 2)
+        (home / "hold-0.5-0").unlink()
+        assert [future.result().failure for future in both] == ["", ""]
+    assert left(home) == list(kept(home)) and len(kept(home)) == 1
+
+
 def test_ctrl_c_keeps_what_is_done_ends_what_runs_and_the_same_command_goes_on(home: Path):
     (home / "hold-0.5-0").touch()
     options = ("-g", "RATIO=0.25,0.5", "--preset", "smoke")
@@ -379,8 +390,9 @@ def test_what_is_killed_of_a_cluster_loses_no_finished_run(home: Path, cluster: 
         said = client.communicate(timeout=40)[1]
     assert client.returncode == 2 and "Traceback" not in said
     assert "is gone; start it and its workers again, then give the same command" in said
-    wait_until(lambda: left(home) == sorted(before), 40)
-    assert kept(home) == before and not any(map(alive, marks(home, 0.4)[0]))
+    hold[0.4].unlink()  # a worker that lost its scheduler finishes its run, or it ends with the worker
+    wait_until(lambda: left(home) == sorted(kept(home)), 40)
+    assert kept(home).items() >= before.items()
 
 
 def assert_one_run_a_gpu(home: Path) -> None:
