@@ -155,7 +155,7 @@ def _progress(lesson: str) -> Callable[["Step"], None]:
 @click.option(
     "-g", "grid", multiple=True, metavar="NAME=V1,V2", help="Values of a parameter; all combinations are run."
 )
-@click.option("--seeds", type=click.IntRange(min=1), help="Repeat each point for so many values of SEED.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Repeat each point for so many SEEDs, from its own on.")
 @click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter at all points.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Default: class.")
 @click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, dask://host:port or slurm.")

@@ -5,6 +5,7 @@ are at once and which GPU each one gets; what is run and what becomes of it is s
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -98,19 +99,37 @@ class _Threads(ThreadPoolExecutor):
 @contextmanager
 def local(workers: int | None, device: str) -> Iterator[Place]:
     """One run at a time on a CPU unless `workers` says more, or one a GPU through CUDA_VISIBLE_DEVICES."""
+    device = os.environ.get("LABKIT_DEVICE") or device if device == "auto" else device
     gpus = _visible_gpus() if device != "cpu" else []
     if device == "cuda" and not gpus:
         raise InputError("torch sees no GPU on this machine; leave DEVICE out, or sweep where one is: --on dask://...")
     if gpus and workers and workers > len(gpus):
         raise InputError(f"There are {len(gpus)} GPUs, and no two runs share one; give --workers at most {len(gpus)}.")
-    count = workers or len(gpus) or 1
-    shares = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] or [{} for _ in range(count)]
-    threads = _threads_each(count)
-    pool = _Threads([{**share, **threads} for share in shares])
-    try:
-        yield Place(pool, count, [SHARED.format(count)] if count > 1 and not gpus else [], pool.stop)
-    finally:
-        pool.stop()
+    with _reserved(gpus, workers or len(gpus)) as reserved:
+        if gpus and not reserved:
+            raise InputError("Another sweep has all GPUs of this machine; give the same command when it has ended.")
+        count = len(reserved) or workers or 1
+        shares = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in reserved] or [{}] * count
+        threads = _threads_each(count)
+        pool = _Threads([{**share, **threads} for share in shares])
+        try:
+            yield Place(pool, count, [SHARED.format(count)] if count > 1 and not gpus else [], pool.stop)
+        finally:
+            pool.stop()
+
+
+@contextmanager
+def _reserved(gpus: Sequence[str], most: int) -> Iterator[list[str]]:
+    """Up to `most` GPUs that no other sweep of this user has; held until the block, or the process, ends."""
+    free, folder = [], Path(tempfile.gettempdir())
+    with contextlib.ExitStack() as held:
+        for gpu in gpus:
+            if len(free) < most:
+                file = held.enter_context(open(folder / f"labkit-gpu-{gpu}-{os.getuid()}.lock", "a"))
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    free.append(gpu)
+        yield free
 
 
 def _visible_gpus() -> list[str]:
@@ -294,10 +313,12 @@ class _Queue(ThreadPoolExecutor):
 def slurm(workers: int | None, device: str, out: Path, *, cluster: str = "slurm") -> Iterator[Place]:
     """Slurm's queue through submitit, one job a run, at most `workers` in the queue (default: 100).
 
-    A job gets an hour, OMP_NUM_THREADS cores (4 where it is not set) and, unless the runs ask for a CPU, one GPU;
-    partition and account are Slurm's own SBATCH_PARTITION and SBATCH_ACCOUNT. `out` has to be on a shared disk.
+    A job gets an hour, OMP_NUM_THREADS cores (4 where it is not set), and one GPU where DEVICE is cuda; partition and
+    account are Slurm's own SBATCH_PARTITION and SBATCH_ACCOUNT. `out` has to be on a disk that the nodes share.
     Written to submitit's interface and tried with its local executor (cluster="local"); no Slurm was at hand.
     """
+    if device == "auto":
+        raise InputError("Slurm has to know what to reserve; give -p DEVICE cuda for a GPU a run, or -p DEVICE cpu.")
     try:
         from submitit import AutoExecutor
     except ImportError:
@@ -311,7 +332,7 @@ def slurm(workers: int | None, device: str, out: Path, *, cluster: str = "slurm"
         name="labkit",
         timeout_min=60,
         cpus_per_task=int(os.environ.get("OMP_NUM_THREADS") or 4),
-        gpus_per_node=int(device != "cpu"),
+        gpus_per_node=int(device == "cuda"),
     )
     queue = _Queue(jobs, workers or 100)
     try:

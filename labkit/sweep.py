@@ -7,7 +7,8 @@
     CUDA_VISIBLE_DEVICES=0 dask worker tcp://host:8786 --nthreads 1 --resources GPU=1      one for each GPU, and
     labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs  from anywhere that sees the folder
 
-    SBATCH_PARTITION=gpu labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on slurm --out /shared/runs        from a login node
+    on a login node of a cluster with Slurm, one job a run (see executors.slurm for what was tried):
+    SBATCH_PARTITION=gpu labkit sweep 03 -g RATIO=0.3,0.5 -p DEVICE cuda --on slurm --out /shared/runs
 
 Each point becomes a result folder as `labkit run` makes it; points that differ in SEED alone are repetitions. A cluster
 needs the same labkit and the folder of results on every machine; the lesson is sent. A Dask worker sets OMP_NUM_THREADS

@@ -142,7 +142,11 @@ def test_commas_inside_brackets_part_no_values():
         ),
         (("--seeds", "2", "--on", "dask://h:1", "--workers", "2"), "A Dask cluster has the workers that were started"),
         (("--seeds", "2", "--on", "dask://127.0.0.1:9"), "There is no Dask scheduler at tcp://127.0.0.1:9; start one"),
-        (("--seeds", "2", "--on", "slurm"), "There is no Slurm on this machine (no sbatch); sweep from a login node"),
+        (("--seeds", "2", "--on", "slurm"), "Slurm has to know what to reserve; give -p DEVICE cuda for a GPU a run"),
+        (
+            ("--seeds", "2", "--on", "slurm", "-p", "DEVICE", "cpu"),
+            "There is no Slurm on this machine (no sbatch); sweep from a login node",
+        ),
         (("--seeds", "2", "--workers", "9999"), "cores to run on; give --workers at most"),
     ],
 )
@@ -159,7 +163,7 @@ def test_what_is_not_installed_is_said_with_the_way_to_install_it(home: Path, mo
     for module in ("distributed", "submitit"):
         monkeypatch.setitem(sys.modules, module, None)
     for place, name in (("dask://h:1", "Dask"), ("slurm", "submitit")):
-        said = labkit(home, "--seeds", 2, "--on", place).stderr
+        said = labkit(home, "--seeds", 2, "-p", "DEVICE", "cpu", "--on", place).stderr
         assert said.startswith(f"Error: {name} is not installed here; install it with:") and "[cluster]" in said
 
 
@@ -197,6 +201,21 @@ def test_each_gpu_is_handed_to_one_run_at_a_time(monkeypatch, device: str):
         futures = [place.executor.submit(fake_run, number) for number in range(20)]
         assert [future.result() for future in futures] == list(range(20))
     assert set(seen) == {"4", "GPU-5e"} and (place.at_once, place.notes) == (2, [])
+
+
+def test_two_sweeps_of_one_machine_share_no_gpu(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(executors, "_visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(executors.tempfile, "tempdir", str(tmp_path))
+    with executors.local(1, "auto") as first, executors.local(None, "auto") as second:
+        assert (first.at_once, second.at_once) == (1, 1)
+        used = [place.executor.submit(lambda job, env, stop: env, 1).result() for place in (first, second)]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in used] == ["0", "1"]
+    with (
+        executors.local(None, "auto"),
+        pytest.raises(InputError, match="Another sweep has all GPUs"),
+        executors.local(None, "auto"),
+    ):
+        pass
 
 
 def test_more_workers_than_gpus_and_a_gpu_that_is_not_there_are_refused(monkeypatch):
