@@ -4,6 +4,7 @@ Each place is a `concurrent.futures` executor with what a sweep needs to know of
 are at once and which GPU each one gets; what is run and what becomes of it is sweep.py's. No place runs two on one GPU.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import logging
@@ -60,7 +61,7 @@ def enter(on: str, *, workers: int | None, device: str, out: Path) -> AbstractCo
         return local(workers, device)
     if on == "slurm":
         return slurm(workers, device, out)
-    if on.startswith(("dask://", "tcp://", "tls://")) and len(on.partition("://")[2]) > 0:
+    if on.startswith(("dask://", "tcp://")) and len(on.partition("://")[2]) > 0:
         if workers:
             raise InputError("A Dask cluster has the workers that were started for it; leave out --workers.")
         return dask(on.replace("dask://", "tcp://"), device, out)
@@ -187,13 +188,19 @@ def dask(address: str, device: str, out: Path) -> Iterator[Place]:
 def _connected(address: str) -> "Client":
     try:
         from distributed import Client
+        from distributed.comm import connect
     except ImportError:
         raise InputError(_not_installed("Dask")) from None
     for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "distributed"]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # its tracebacks; what is lost gets a sentence here
+
+    async def answers() -> None:
+        await (await connect(address, timeout=CONNECT_SECONDS)).close()
+
     try:
+        asyncio.run(answers())  # first, as a Client that finds nobody takes ten seconds more to say so
         return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, MemoryError):  # the last where the answer is no Dask's, and its length is nonsense
         raise InputError(
             f"There is no Dask scheduler at {address}; start one (dask scheduler) or mend the address."
         ) from None

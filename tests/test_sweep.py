@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -157,6 +158,20 @@ def test_a_mistake_gets_one_sentence_before_anything_runs(home: Path, monkeypatc
     assert (result.exit_code, result.stdout) == (2, "")
     assert sentence in result.stderr and result.stderr.count("\n") == 1
     assert not (home / "runs").exists()
+
+
+def test_what_answers_but_is_no_scheduler_is_told_like_nobody(home: Path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer() -> None:
+            with server.accept()[0] as caller:
+                caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                time.sleep(0.5)
+
+        threading.Thread(target=answer).start()
+        result = labkit(home, "--seeds", 2, "--on", f"dask://127.0.0.1:{port}")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1) and "There is no Dask scheduler at" in result.stderr
 
 
 def test_what_is_not_installed_is_said_with_the_way_to_install_it(home: Path, monkeypatch):
