@@ -58,7 +58,7 @@ def enter(on: str, *, workers: int | None, device: str, out: Path) -> AbstractCo
     device: what the runs ask for: "cpu", "cuda" or "auto". out: the results' folder, which every worker has to see.
     """
     if on == "local":
-        return local(workers, device)
+        return local(workers, device, out)
     if on == "slurm":
         return slurm(workers, device, out)
     if on.startswith(("dask://", "tcp://")) and len(on.partition("://")[2]) > 0:
@@ -98,7 +98,7 @@ class _Threads(ThreadPoolExecutor):
 
 
 @contextmanager
-def local(workers: int | None, device: str) -> Iterator[Place]:
+def local(workers: int | None, device: str, out: Path) -> Iterator[Place]:
     """One run at a time on a CPU unless `workers` says more, or one a GPU through CUDA_VISIBLE_DEVICES."""
     device = os.environ.get("LABKIT_DEVICE") or device if device == "auto" else device
     gpus = _visible_gpus() if device != "cpu" else []
@@ -112,6 +112,7 @@ def local(workers: int | None, device: str) -> Iterator[Place]:
         count = len(reserved) or workers or 1
         shares = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in reserved] or [{}] * count
         threads = _threads_each(count)
+        _require_writable(out)
         pool = _Threads([{**share, **threads} for share in shares])
         try:
             yield Place(pool, count, [SHARED.format(count)] if count > 1 and not gpus else [], pool.stop)
@@ -208,12 +209,15 @@ def _connected(address: str) -> "Client":
 
 def _cards(client: "Client", address: str, out: Path) -> list[dict[str, Any]]:
     """What each worker says of itself; InputError where there is none, or one could not do a run as it is done here."""
-    out.mkdir(parents=True, exist_ok=True)
+    nobody = f"The scheduler at {address} has no worker; start one: {START_A_WORKER.format(address)}"
+    if not client.nthreads():
+        raise InputError(nobody)
+    _require_writable(out)
     with tempfile.NamedTemporaryFile(prefix=".sweep-", dir=out) as sign:
         said = client.run(_card, sign.name, on_error="return")
     cards = {worker: card for worker, card in said.items() if not isinstance(card, OSError)}  # others were just lost
     if not cards:
-        raise InputError(f"The scheduler at {address} has no worker; start one: {START_A_WORKER.format(address)}")
+        raise InputError(nobody)
     for worker, card in cards.items():
         if isinstance(card, Exception):
             raise InputError(f"The worker {worker} cannot use this labkit ({card}); install the same one there.")
@@ -296,17 +300,16 @@ class _Queue(ThreadPoolExecutor):
     def _wait_for(self, fn: Callable, job: Any) -> Any:
         from submitit.core.utils import UncompletedJobError
 
-        for tries_left in reversed(range(TRIES)):
+        for attempt in range(1, TRIES + 1):
             queued = self._jobs.submit(fn, job)
             self._queued.add(queued)
             try:
                 return queued.result()
             except UncompletedJobError:  # its node was lost, or its time was over
-                if self._stopped or not tries_left:
+                if self._stopped or attempt == TRIES:
                     raise
             finally:
                 self._queued.discard(queued)
-        raise AssertionError("unreachable")
 
     def stop(self) -> None:
         self._stopped = True
@@ -332,7 +335,7 @@ def slurm(workers: int | None, device: str, out: Path, *, cluster: str = "slurm"
         raise InputError(_not_installed("submitit")) from None
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise InputError("There is no Slurm on this machine (no sbatch); sweep from a login node of the cluster.")
-    out.mkdir(parents=True, exist_ok=True)
+    _require_writable(out)
     logs = Path(tempfile.mkdtemp(prefix=".slurm-", dir=out))
     jobs = AutoExecutor(folder=logs, cluster=cluster)
     jobs.update_parameters(
@@ -347,6 +350,14 @@ def slurm(workers: int | None, device: str, out: Path, *, cluster: str = "slurm"
     finally:
         queue.stop()
         shutil.rmtree(logs, ignore_errors=True)
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"Results cannot be written to {out} ({error.strerror}); choose another --out.") from None
 
 
 def _not_installed(what: str) -> str:

@@ -160,6 +160,15 @@ def test_a_mistake_gets_one_sentence_before_anything_runs(home: Path, monkeypatc
     assert not (home / "runs").exists()
 
 
+@pytest.mark.parametrize("place", ["local", "slurm"])
+def test_a_place_for_results_that_cannot_be_written_is_refused_once(home: Path, monkeypatch, place: str):
+    monkeypatch.setattr(executors.shutil, "which", lambda name: name)
+    (home / "runs").write_text("a file")
+    result = labkit(home, "--seeds", 2, "-p", "DEVICE", "cpu", "--on", place)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Results cannot be written to {home / 'runs'} (File exists); choose another --out." in result.stderr
+
+
 def test_what_answers_but_is_no_scheduler_is_told_like_nobody(home: Path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -197,7 +206,7 @@ def test_the_forecast_counts_what_is_left_and_takes_the_time_of_earlier_runs(les
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_each_gpu_is_handed_to_one_run_at_a_time(monkeypatch, device: str):
+def test_each_gpu_is_handed_to_one_run_at_a_time(tmp_path: Path, monkeypatch, device: str):
     monkeypatch.setattr(executors, "_visible_gpus", lambda: ["4", "GPU-5e"])
     busy, seen, lock = set(), [], threading.Lock()
 
@@ -212,7 +221,7 @@ def test_each_gpu_is_handed_to_one_run_at_a_time(monkeypatch, device: str):
             busy.remove(gpu)
         return job
 
-    with executors.local(None, device) as place:
+    with executors.local(None, device, tmp_path) as place:
         futures = [place.executor.submit(fake_run, number) for number in range(20)]
         assert [future.result() for future in futures] == list(range(20))
     assert set(seen) == {"4", "GPU-5e"} and (place.at_once, place.notes) == (2, [])
@@ -221,34 +230,34 @@ def test_each_gpu_is_handed_to_one_run_at_a_time(monkeypatch, device: str):
 def test_two_sweeps_of_one_machine_share_no_gpu(monkeypatch, tmp_path: Path):
     monkeypatch.setattr(executors, "_visible_gpus", lambda: ["0", "1"])
     monkeypatch.setattr(executors.tempfile, "tempdir", str(tmp_path))
-    with executors.local(1, "auto") as first, executors.local(None, "auto") as second:
+    with executors.local(1, "auto", tmp_path) as first, executors.local(None, "auto", tmp_path) as second:
         assert (first.at_once, second.at_once) == (1, 1)
         used = [place.executor.submit(lambda job, env, stop: env, 1).result() for place in (first, second)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in used] == ["0", "1"]
     with (
-        executors.local(None, "auto"),
+        executors.local(None, "auto", tmp_path),
         pytest.raises(InputError, match="Another sweep has all GPUs"),
-        executors.local(None, "auto"),
+        executors.local(None, "auto", tmp_path),
     ):
         pass
 
 
-def test_more_workers_than_gpus_and_a_gpu_that_is_not_there_are_refused(monkeypatch):
+def test_more_workers_than_gpus_and_a_gpu_that_is_not_there_are_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(executors, "_visible_gpus", lambda: ["0"])
     with pytest.raises(InputError, match="There are 1 GPUs, and no two runs share one; give --workers at most 1"):
-        executors.local(2, "auto").__enter__()
+        executors.local(2, "auto", tmp_path).__enter__()
     monkeypatch.setattr(executors, "_visible_gpus", list)
     with pytest.raises(InputError, match="torch sees no GPU on this machine"):
-        executors.local(None, "cuda").__enter__()
+        executors.local(None, "cuda", tmp_path).__enter__()
 
 
-def test_runs_at_once_on_one_cpu_share_its_cores_and_are_said_to_blur_clocks(monkeypatch):
+def test_runs_at_once_on_one_cpu_share_its_cores_and_are_said_to_blur_clocks(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("labkit.process.threads", lambda: 8)
-    with executors.local(2, "cpu") as place:
+    with executors.local(2, "cpu", tmp_path) as place:
         assert place.executor.submit(lambda job, env, stop: env, 1).result() == {"OMP_NUM_THREADS": "4"}
     assert place.notes[0].startswith("2 runs at once share the cores of one machine: what a clock measured is not")
-    with executors.local(None, "cpu") as alone:
+    with executors.local(None, "cpu", tmp_path) as alone:
         assert alone.executor.submit(lambda job, env, stop: env, 1).result() == {}
     assert (alone.at_once, alone.notes) == (1, [])
 
@@ -306,10 +315,10 @@ def test_a_failed_point_does_not_end_a_sweep_and_only_it_is_run_again(home: Path
     assert {name: when for name, when in kept(home).items() if not name.endswith("failed")}.items() <= before.items()
 
 
-def test_the_same_point_run_twice_at_once_leaves_one_whole_result(lesson: Path, home: Path):
+def test_the_same_point_run_twice_at_once_leaves_one_whole_result(lesson: Path, home: Path, tmp_path: Path):
     (home / "hold-0.5-0").touch()
     [job] = sweep.plan(lesson, {"SEED": [0]}, SMOKE, out=home / "runs")
-    with executors.local(2, "cpu") as place:
+    with executors.local(2, "cpu", tmp_path) as place:
         both = [place.executor.submit(sweep.one, job) for _ in range(2)]
         wait_until(lambda: len(marks(home, 0.5)) == 2)
         (home / "hold-0.5-0").unlink()
