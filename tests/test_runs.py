@@ -1,10 +1,12 @@
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -182,12 +184,37 @@ def test_an_interrupted_run_leaves_no_process_and_no_half_result(tmp_path: Path,
     started = [kernel, sleeper, psutil.Process(kernel).ppid()]
     parent.send_signal(end)
     parent.wait(20)
-    if end == signal.SIGINT:
-        assert left_in(tmp_path / "r" / "01_small") == []
-    else:
-        started.remove(sleeper)  # its parent, the kernel, had no chance to end it
-        os.kill(sleeper, signal.SIGKILL)
     _wait_until(lambda: not any(_runs(pid) for pid in started), 20)
+    _wait_until(lambda: left_in(tmp_path / "r" / "01_small") == [], 5)
+
+
+def test_a_run_is_stopped_from_another_thread(tmp_path: Path, write_lesson):
+    stop = threading.Event()
+    notebook = write_lesson(tmp_path, "import time; time.sleep(1000)")
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(
+            runs.run, notebook, SMOKE, out=tmp_path / "r", stop=stop, on_step=lambda step: step.cell == 4 and stop.set()
+        )
+        with pytest.raises(runs.Stopped, match="nothing of it was kept"):
+            running.result(60)
+    assert left_in(tmp_path / "r" / "01_small") == []
+
+
+def test_a_run_that_takes_too_long_as_a_whole_ends_and_keeps_what_it_had(tmp_path: Path, write_lesson):
+    notebook = write_lesson(tmp_path, "print('so far')", "import time; time.sleep(1000)")
+    result = runs.run(notebook, SMOKE, out=tmp_path / "r", seconds=6)
+    assert result.error and result.error.name == "RunTimeout"
+    assert str(result.error).endswith("the run took more than 6 s")
+    assert 6 < result.seconds < 20 and nbformat.read(result.notebook, as_version=4).cells
+
+
+def test_what_is_set_for_the_lesson_is_seen_there_and_makes_no_other_result(tmp_path: Path, write_lesson):
+    notebook = write_lesson(
+        tmp_path, "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['LABKIT_PRESET'])"
+    )
+    result = runs.run(notebook, SMOKE, out=tmp_path / "r", env={"CUDA_VISIBLE_DEVICES": "3"})
+    assert outputs(result.notebook) == "3 smoke\n"
+    assert runs.done(notebook, SMOKE, out=tmp_path / "r").folder == result.folder
 
 
 def _runs(pid: int) -> bool:
@@ -300,6 +327,26 @@ def test_a_result_is_found_again_however_its_parameters_are_written(good):
         assert (found.folder, found.parameters, found.error) == (result.folder, result.parameters, None)
         assert found.peak_memory == result.peak_memory and found.seconds == pytest.approx(result.seconds, abs=1e-3)
     assert runs.done(notebook, {**SMOKE, "RATIO": 0.75}, out=out) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [("new.py", True), ("pruning/csrc/sparse_linear.cpp", True), ("page.html", False), ("__pycache__/new.pyc", False)],
+)
+def test_the_version_of_the_code_is_that_of_its_sources(tmp_path: Path, monkeypatch, file: str, counts: bool):
+    package = tmp_path / "labkit"
+    shutil.copytree(Path(runs.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    before = runs.code_version()
+    (package / file).parent.mkdir(exist_ok=True)
+    (package / file).open("a").write("changed")
+    assert (runs.code_version() != before) == counts
+
+
+def test_another_version_of_torch_is_another_code(monkeypatch: pytest.MonkeyPatch):
+    before = runs.code_version()
+    monkeypatch.setattr(runs.metadata, "version", lambda package: "0.0")
+    assert runs.code_version() != before
 
 
 def test_another_code_is_another_result(good, monkeypatch: pytest.MonkeyPatch):
