@@ -3,6 +3,7 @@
 Nothing that imports torch is loaded before the command that needs it, so that `labkit --help` answers at once.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import click
 from labkit import paths
 from labkit.atomic import full_disk_told
 from labkit.errors import DataError, InputError, LabError
+from labkit.gpu.command import gpu
 from labkit.parameters import PRESETS
 
 if TYPE_CHECKING:
@@ -50,14 +52,19 @@ def main() -> None:
 
 
 @main.command()
-def doctor() -> None:
-    """Check this machine and the installation, and say what to do. Exit code 1 if something is missing."""
-    from labkit.doctor import findings
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: good, findings (name, good, text), machine.")
+def doctor(as_json: bool) -> None:
+    """Check this machine and the installation, and say what to do. Exit code 1 if something is missing, else 0."""
+    from labkit import doctor
 
+    if as_json:
+        report = doctor.report()
+        click.echo(json.dumps(report, indent=1))
+        sys.exit(not report["good"])
     good = True
-    for finding in findings():
+    for finding in doctor.findings():
         good &= finding.good
-        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:8}  {finding.text}")
+        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:9}  {finding.text}")
     sys.exit(not good)
 
 
@@ -153,7 +160,7 @@ def _progress(lesson: str) -> Callable[["Step"], None]:
 @main.command()
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
 def report(folders: tuple[Path, ...]) -> None:
-    """Make one HTML page of the results in DIR..., written into the first of them.
+    """Make one HTML page of the results in DIR..., written into the first of them, and rows.csv and rows.parquet.
 
     By default these are runs/, and workspace/runs/ with what your own copies left there.
     """
@@ -249,6 +256,9 @@ def grade(folder: Path, seconds: float) -> None:
         book = grading.grade(folder, seconds=seconds, on_row=show)
     for path in gradebook.write(book, folder):
         click.echo(path.resolve().as_uri() if path.suffix == ".html" else path)
+
+
+main.add_command(gpu)
 
 
 @main.group()
