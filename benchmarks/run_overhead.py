@@ -33,8 +33,9 @@ def ways(folder: Path) -> dict[str, Callable[[], object]]:
     (lessons / "claims.toml").write_bytes((paths.NOTEBOOKS / "claims.toml").read_bytes())
     parameters = new_code_cell('PRESET = "smoke"\nSEED = 0\nRESULTS_DIR = "."', metadata={"tags": ["parameters"]})
     notebook = lessons / "01_trivial.ipynb"
-    nbformat.write(new_notebook(cells=[parameters, new_code_cell("SEED + 1")]), notebook)
-    alone = [sys.executable, "-m", "papermill", notebook, folder / "alone.ipynb", "-k", "python3", "-p", "SEED", "1"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[parameters, new_code_cell("SEED + 1")], metadata=kernel), notebook)
+    alone = [sys.executable, "-m", "papermill", notebook, folder / "alone.ipynb", "-p", "SEED", "1"]
     whole = [sys.executable, "-c", COMMAND, lessons, "run", "01", "--preset", "smoke", "-p", "SEED", "1"]
 
     def quietly(command: list, *more: object) -> None:

@@ -1,4 +1,5 @@
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from labkit import lessons, runs
+from labkit import lessons, paths, runs
 from labkit.errors import InputError
 from labkit.record import MIME
 
@@ -229,6 +230,15 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < until, f"still waiting after {seconds} s"
         time.sleep(0.1)
+
+
+@pytest.mark.timing
+def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
+    overhead = runpy.run_path(str(paths.ROOT / "benchmarks" / "run_overhead.py"))
+    calls = overhead["ways"](tmp_path)
+    del calls["labkit run"]
+    _, _, most = overhead["overhead"](overhead["measure"](calls, rounds=6), "runs.run")
+    assert most < 1.0
 
 
 # what of a notebook is kept
