@@ -196,7 +196,7 @@ def _data() -> tuple[bool, str]:
 
 def _kernel() -> tuple[bool, str]:
     """Start the kernel that the lessons run in and ask it for an answer."""
-    from labkit.runs import this_interpreter
+    from labkit.runner import this_interpreter
 
     manager = this_interpreter(blocking=True)(kernel_name="python3")
     manager.start_kernel(stderr=-3)  # subprocess.DEVNULL

@@ -3,7 +3,9 @@
 Headings and cells are given as HTML; `text` makes HTML of anything else. What a page says is report.py's and grading's.
 """
 
+import base64
 import html
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Template
@@ -12,7 +14,7 @@ from typing import Any
 _TONES = {
     **dict.fromkeys(("confirmed", "finished", "faster", "passed"), "good"),
     **dict.fromkeys(("contradicted", "failed", "slower", "wrong", "broken", "stopped"), "bad"),
-    **dict.fromkeys(("inconclusive", "equivalent", "not done", "missing"), "even"),
+    **dict.fromkeys(("inconclusive", "equivalent", "not done", "missing", "differs by machine"), "even"),
 }
 
 
@@ -32,17 +34,55 @@ def badge(kind: str, words: str) -> str:
 
 
 def section(title: str, body: str) -> str:
-    return f"<section><h2>{text(title)}</h2>{body}</section>"
+    return f'<section id="{_anchor(title)}"><h2>{text(title)}</h2>{body}</section>'
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wide: bool = False) -> str:
-    """The first cell of each row is its heading."""
+def contents(titles: Iterable[str]) -> str:
+    """Links to the sections of these titles."""
+    links = "".join(f'<li><a href="#{_anchor(title)}">{text(title)}</a></li>' for title in titles)
+    return f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def figure(png: bytes, alt: str, caption: str, data: str, *, width: int) -> str:
+    """A picture that is `width` pixels wide where there is room, with its description and its `data` (HTML) folded."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return (
+        f'<figure><img src="{source}" alt="{text(alt)}" width="{width}"><figcaption>{text(caption)}</figcaption>'
+        f"{folded('Description and numbers', f'<p>{text(alt)}</p>{scroll(data)}')}</figure>"
+    )
+
+
+def folded(summary: str, body: str, *, unfolded: bool = False) -> str:
+    """`summary` and `body` are HTML; without a script a click unfolds it."""
+    return f"<details{' open' * unfolded}><summary>{summary}</summary>{body}</details>"
+
+
+def scroll(body: str) -> str:
+    """A box that scrolls sideways by itself, by keyboard too, so that the page does not."""
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="table">{body}</div>'
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, wide: bool = False, kinds: Sequence[str] | None = None
+) -> str:
+    """The first cell of each row is its heading; on a phone a row becomes a card, where each cell knows its column's.
+
+    wide: the second column holds sentences. kinds: a class for each row.
+    """
+    labels = [text(html.unescape(re.sub(r"<[^>]+>", "", heading.replace("<br>", ", ")))) for heading in headings]
+
+    rows = list(rows)
 
     def cells(row: Sequence[str]) -> Iterator[str]:
         yield f'<th scope="row">{row[0]}</th>'
-        yield from (f"<td>{cell}</td>" for cell in row[1:])
+        yield from (f'<td data-label="{label}">{cell}</td>' for label, cell in zip(labels[1:], row[1:], strict=True))
 
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
-    body = "".join(f"<tr>{''.join(cells(row))}</tr>" for row in rows)
-    framed = f"<table{' class=wide' * wide}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{framed}</div>'
+    starts = [f'<tr class="{text(kind)}">' for kind in kinds] if kinds else ["<tr>"] * len(rows)
+    body = "".join(f"{start}{''.join(cells(row))}</tr>" for start, row in zip(starts, rows, strict=True))
+    framed = f'<table class="cards{" wide" * wide}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return scroll(framed)

@@ -72,12 +72,9 @@ def show(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool 
     _check_labels(fig)
     import matplotlib.pyplot as plt
 
-    png = io.BytesIO()
-    fig.savefig(png, format="png", metadata={"Software": None})
+    picture = base64.b64encode(png(fig)).decode()
     plt.close(fig)
-    png = _fewer_colours(png)
     heading = caption or _title(fig) or "Figure"
-    picture = base64.b64encode(png.getvalue()).decode()
     shown = f"{'SIMULATED: ' if simulated else ''}{heading}\n{alt}"
     if in_notebook():  # a script has no screen for the picture: words and data only
         emit(shown, data={"image/png": picture}, metadata={"image/png": {"alt": alt}})
@@ -245,14 +242,15 @@ def text_table(rows: Rows, units: Mapping[str, str] | None = None) -> str:
     )
 
 
-def _fewer_colours(png: io.BytesIO) -> io.BytesIO:
-    """The same picture with a palette, a third of the bytes: line drawings have few colours."""
+def png(fig: Any, scale: float = 1.0) -> bytes:
+    """The figure as PNG, `scale` times its size, with a palette: a third of the bytes, as drawings have few colours."""
     from PIL import Image
 
-    small = io.BytesIO()
-    picture = Image.open(png).convert("RGB")
+    full, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(full, format="png", dpi=fig.dpi * scale, metadata={"Software": None})
+    picture = Image.open(full).convert("RGB")
     picture.quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small
+    return small.getvalue()
 
 
 def emit(

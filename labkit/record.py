@@ -69,9 +69,12 @@ class RunRecord:
         for name, kind in known.items():
             if not isinstance(values.get(name), kind) or (name not in values):
                 raise DataError(f"{source} is damaged: `{name}` is missing or malformed; run the lesson again.")
-        for entry in values["measurements"]:
-            if not isinstance(entry, dict) or not {"kind", "name"} <= set(entry):
-                raise DataError(f"{source} is damaged: a measurement has no kind or name; run the lesson again.")
+        for name, needed in _ENTRIES.items():
+            if not all(isinstance(entry, dict) and needed <= set(entry) for entry in values[name]):
+                listed = " or ".join(sorted(needed))
+                raise DataError(f"{source} is damaged: one of its {name} has no {listed}; run the lesson again.")
+        if wrong := [entry["name"] for entry in values["measurements"] if not _is_sound(entry)]:
+            raise DataError(f"{source} is damaged: {wrong[0]!r} has no rows or value; run the lesson again.")
         return cls(**{name: values[name] for name in known})
 
     def named(self, name: str) -> dict[str, Any] | None:
@@ -144,6 +147,14 @@ def plain(value: Any) -> Any:
     )
 
 
+def _is_sound(entry: Mapping[str, Any]) -> bool:
+    """A table with its rows, or a value whose interval, if any, has two ends."""
+    if entry["kind"] == "table":
+        return isinstance(entry.get("rows"), list) and all(isinstance(row, dict) and row for row in entry["rows"])
+    ends = entry.get("ci95")
+    return "value" in entry and (ends is None or (isinstance(ends, list | tuple) and len(ends) == 2))
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -198,4 +209,10 @@ _KINDS: dict[str, Any] = {
     "peak_memory": int,
     "peak_device_memory": int | None,
     "git": dict | None,
+}
+_ENTRIES = {
+    "measurements": {"kind", "name"},
+    "predictions": {"name", "question", "unit", "predicted", "measured"},
+    "claims": {"id", "value", "verdict"},
+    "checks": {"id", "passed"},
 }

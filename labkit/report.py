@@ -1,157 +1,82 @@
-"""One HTML page out of run records: this machine beside the recorded ones, the guide's claims, how good guesses were.
+"""One HTML page out of run records, with their rows beside it: machines, claims, guesses, trade-offs, sweeps, results.
 
 The page carries all that it shows, needs no script and no network, and prints (page.py is its frame). It only reads
 records: what they mean was decided when they were made.
 """
 
-import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from labkit import claims, paths, plots
-from labkit.errors import DataError, InputError
+from labkit import claims, pareto, plots, rows
+from labkit.claims_table import claims_section
+from labkit.columns import Column, quantity, side_by_side, valued
+from labkit.errors import InputError
 from labkit.lessons import write as write_text
 from labkit.page import badge as _badge
+from labkit.page import contents, folded, scroll, whole
 from labkit.page import section as _section
 from labkit.page import table as _table
 from labkit.page import text as _text
-from labkit.page import whole
-from labkit.record import RunRecord, read
+from labkit.pareto_figure import figure
+from labkit.points import Point, points, sweeps
+from labkit.record import RunRecord
+from labkit.results import Result, collect, recorded_runs
 from labkit.summary import calibration, off_by
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result folder: its record (None where the lesson did not finish), run.json and executed notebook, if any."""
-
-    folder: Path
-    record: RunRecord | None
-    run: dict[str, Any]
-    notebook: Path | None
-
-    @property
-    def lesson(self) -> str:
-        return self.record.lesson if self.record else self.run["lesson"][:2]
-
-    @property
-    def created(self) -> str:
-        return self.record.created if self.record else self.run["created"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A record as one column of a table; `here` tells the user's runs from the recorded ones."""
-
-    record: RunRecord
-    here: bool
-
-    @property
-    def heading(self) -> str:
-        whose = "your run" if self.here else "recorded"
-        label = self.record.machine.get("label", self.record.device).split(", ")
-        return f"{_text(', '.join(label[:2]))}<br><small>{whose}, {_text(self.record.preset)}</small>"
+from labkit.swept import swept
 
 
 def write(folders: Sequence[Path], destination: Path) -> Path:
-    """Write the page of all results below `folders`, atomically, and return its path.
+    """Write the page of all results below `folders`, and their rows beside it, atomically; returns the page's path.
 
-    InputError where a folder is missing or none of them holds a result; a damaged result is listed on the page instead.
+    The rows (see `labkit.rows.frame`) are in rows.csv and rows.parquet. InputError where a folder is missing or none of
+    them holds a result; a damaged result is listed on the page instead.
     """
     results, problems = collect(folders)
     recorded, unreadable = recorded_runs()
+    made = page(results, recorded, [*problems, *unreadable], destination.parent)
+    table = rows.frame(result.record for result in results if result.record)
     try:
-        write_text(destination, page(results, recorded, [*problems, *unreadable], destination.parent))
+        write_text(destination, made)
     except OSError as error:
         raise InputError(
             f"The report cannot be written to {destination} ({error.strerror}); mend that first."
         ) from None
+    rows.write(table, destination.parent)
     return destination
-
-
-def collect(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """The results below `folders`, oldest first, and a sentence for each that cannot be read."""
-    results, problems = [], []
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"There is no folder {folder}; run a lesson first (./lab run 01), or name another folder.")
-        for home in sorted({file.parent for name in ("run.json", "record.json") for file in folder.rglob(name)}):
-            if any(part.startswith(".") for part in home.relative_to(folder).parts):
-                continue  # a run under way
-            try:
-                results.append(_result(home))
-            except DataError as error:
-                problems.append(str(error))
-    if not results and not problems:
-        raise InputError(f"There are no results in {', '.join(map(str, folders))}; run a lesson first: ./lab run 01.")
-    return sorted(results, key=lambda one: one.created), problems
 
 
 def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Sequence[str], base: Path) -> str:
     """The whole page; links are relative to the folder `base`."""
-    newest = {result.lesson: result for result in results}
     columns = side_by_side(results, recorded)
     lessons = sorted({column.record.lesson for column in columns})
-    body = [
-        _problems(problems),
-        _section("Machines", machines_table(columns)),
-        _section("Runs", _runs([newest[lesson] for lesson in sorted(newest)], base)),
-        _section("What the guide claims", claims_table(claims.load().values(), columns)),
-        _section("Predictions against measurements", _predictions(columns)),
+    sections = [
+        *_problems(problems),
+        ("Machines", machines_table(columns)),
+        ("Runs", _runs(_shown(results), base)),
+        ("What the guide claims", claims_section(list(claims.load().values()), columns)),
+        ("Predictions against measurements", _predictions(columns)),
+        *map(_sweep, sweeps(points(result.record for result in results if result.record))),
         *(_lesson([column for column in columns if column.record.lesson == lesson]) for lesson in lessons),
     ]
     intro = (
         f"Made {datetime.now(UTC):%d %B %Y, %H:%M} UTC from run records. A range in brackets is a 95 % interval. "
-        f"{plots.BADGE} marks what a model computed and no clock saw."
+        f"{plots.BADGE} marks what a model computed and no clock saw. All values of these runs as rows: "
+        '<a href="rows.csv">rows.csv</a>, <a href="rows.parquet">rows.parquet</a>.'
     )
+    body = [contents(title for title, _ in sections), *(_section(*one) for one in sections)]
     return whole("Inference optimisation, measured", intro, "\n".join(body))
-
-
-# reading ------------------------------------------------------------------------------------------
-
-
-def _result(home: Path) -> Result:
-    record_file, run_file = home / "record.json", home / "run.json"
-    record = read(record_file) if record_file.exists() else None
-    try:
-        run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.exists() else {}
-        if not record and not {"lesson", "created", "status"} <= set(run):
-            raise ValueError
-    except (OSError, ValueError):
-        raise DataError(f"{run_file} cannot be read; remove its folder and run the lesson again.") from None
-    return Result(home, record, run, next(home.glob("[0-9][0-9]_*.ipynb"), None))
-
-
-def recorded_runs() -> tuple[list[RunRecord], list[str]]:
-    """The reference runs of all lessons and machines, and a sentence for each that cannot be read."""
-    records, problems = [], []
-    for path in sorted(paths.RECORDED.glob("*/[0-9][0-9].json")):
-        try:
-            records.append(read(path))
-        except DataError as error:
-            problems.append(str(error))
-    return records, problems
-
-
-def side_by_side(results: Iterable[Result], recorded: Iterable[RunRecord]) -> list[Column]:
-    """The newest of the user's records of each lesson on each machine at each preset, then the recorded ones."""
-    found = {}
-    for result in results:  # oldest first
-        if record := result.record:
-            found[record.lesson, record.machine.get("slug"), record.preset] = record
-    return [*(Column(one, True) for one in found.values()), *(Column(one, False) for one in recorded)]
 
 
 # sections -----------------------------------------------------------------------------------------
 
 
-def _problems(problems: Sequence[str]) -> str:
+def _problems(problems: Sequence[str]) -> list[tuple[str, str]]:
     items = "".join(f"<li>{_text(problem)}</li>" for problem in problems)
-    return _section("Could not be read", f"<ul>{items}</ul>") if items else ""
+    return [("Could not be read", f"<ul>{items}</ul>")] if items else []
 
 
 def machines_table(columns: Sequence[Column]) -> str:
@@ -167,12 +92,19 @@ def machines_table(columns: Sequence[Column]) -> str:
                 f"<b>{_text(machine.get('label', ''))}</b>",
                 _text(gpu.get("name") or "none"),
                 _text(machine.get("threads", "")),
-                _quantity(machine.get("memory"), "B"),
+                quantity(machine.get("memory"), "B"),
                 _text(machine.get("os", "")),
                 _text(f"Python {machine.get('python', '?')}, torch {machine.get('torch', '?')}"),
             ]
         )
     return _table(["", "machine", "GPU", "threads", "memory", "system", "software"], rows)
+
+
+def _shown(results: Sequence[Result]) -> list[Result]:
+    """Of each lesson the newest result, and every one that failed."""
+    newest = {result.lesson: result for result in results}
+    failed = [one for one in results if one.run.get("status") == "failed" and newest[one.lesson] is not one]
+    return sorted([*newest.values(), *failed], key=lambda one: one.lesson)
 
 
 def _runs(results: Sequence[Result], base: Path) -> str:
@@ -204,38 +136,9 @@ def _budget(used: float | None, record: RunRecord | None, name: str, unit: str) 
     """What was used, and what of the preset's budget that is."""
     limit = record.budget.get(name) if record else None
     if not limit or used is None:
-        return _quantity(used, unit)
-    text = f"{_quantity(used, unit)} of {_quantity(limit, unit)}"
+        return quantity(used, unit)
+    text = f"{quantity(used, unit)} of {quantity(limit, unit)}"
     return text if used <= limit else f"{text} {_badge('failed', 'over budget')}"
-
-
-def claims_table(chosen: Iterable[claims.Claim], columns: Sequence[Column]) -> str:
-    """Each claim, and what the newest record of each machine says about it, as HTML."""
-    machines: dict[tuple[Any, bool], Column] = {}
-    verdicts: dict[tuple[str, Any, bool], dict] = {}
-    for column in columns:
-        key = (column.record.machine.get("slug"), column.here)
-        machines[key] = column
-        verdicts |= {(claim["id"], *key): claim for claim in column.record.claims}
-    rows = []
-    for claim in chosen:
-        found = [verdicts.get((claim.id, *key)) for key in machines]
-        missing = "needs a document" if claim.needs == "document" else "not yet measured"
-        rows.append(
-            [
-                f'<span id="claim-{_text(claim.id)}">{_text(claim.id)}</span>',
-                f"{_text(claim.text)}<br><small>{_text(claim.quantity)}; {_text(claim.source)}</small>",
-                _text(claims.expected(claim)),
-                *(_verdict(one, claim.unit) if one else _badge("missing", missing) for one in found or [None]),
-            ]
-        )
-    headings = [column.heading for column in machines.values()] or ["measured"]
-    return _table(["", "claim", "would be confirmed by", *headings], rows, wide=True)
-
-
-def _verdict(claim: dict[str, Any], unit: str) -> str:
-    value = "" if claim["value"] is None else f"<br>{_valued(claim['value'], unit, claim.get('ci95'))}"
-    return f"{_badge(claim['verdict'], claim['verdict'])}{value}"
 
 
 def _predictions(columns: Sequence[Column]) -> str:
@@ -243,8 +146,8 @@ def _predictions(columns: Sequence[Column]) -> str:
         [
             _text(column.record.lesson),
             f"{_text(one['question'] or one['name'])}",
-            _quantity(one["predicted"], one["unit"]),
-            _quantity(one["measured"], one["unit"]),
+            quantity(one["predicted"], one["unit"]),
+            quantity(one["measured"], one["unit"]),
             _text(off_by(one["predicted"], one["measured"])),
             column.heading,
         ]
@@ -259,18 +162,25 @@ def _predictions(columns: Sequence[Column]) -> str:
     return overall + _table(["lesson", "question", "predicted", "measured", "off by", "machine"], rows)
 
 
-def _lesson(columns: Sequence[Column]) -> str:
+def _sweep(chosen: Sequence[Point]) -> tuple[str, str]:
+    record = chosen[0].records[0]
+    return f"Sweep of {record.lesson} {record.title}, {record.preset}", swept(chosen)
+
+
+def _lesson(columns: Sequence[Column]) -> tuple[str, str]:
     record = columns[0].record
+    found = pareto.trade_offs([Point((column.record,), column.here) for column in columns])
     checks = [
         [_text(check["id"]), _badge("finished", "passed") if check["passed"] else _failures(check), column.heading]
         for column in columns
         if column.here
         for check in column.record.checks
     ]
-    parts = [measurements_table(columns)]
+    parts = [f'<div class="figures">{"".join(map(figure, found))}</div>'] if found else []
+    parts.append(measurements_table(columns))
     if checks:
         parts += ["<h3>Exercises</h3>", _table(["exercise", "result", "machine"], checks)]
-    return _section(f"{record.lesson} {record.title}", "".join(parts))
+    return f"{record.lesson} {record.title}", "".join(parts)
 
 
 def _failures(check: dict[str, Any]) -> str:
@@ -281,44 +191,32 @@ def _failures(check: dict[str, Any]) -> str:
 def measurements_table(columns: Sequence[Column]) -> str:
     """One row a name with a value from each record, then the recorded tables, folded, as HTML."""
     names = dict.fromkeys(entry["name"] for column in columns for entry in column.record.measurements)
-    rows, folded = [], []
+    rows, tables = [], []
     for name in names:
         entries = [(column, column.record.named(name)) for column in columns]
         if any(entry and entry["kind"] == "table" for _, entry in entries):
-            folded += [_folded(column, entry) for column, entry in entries if entry]
+            tables += [_folded(column, entry) for column, entry in entries if entry]
         else:
             simulated = any(entry and entry.get("simulated") for _, entry in entries)
             label = f"{_text(name)} {plots.BADGE}" if simulated else _text(name)
             rows.append([label, *(_entry(entry) if entry else "–" for _, entry in entries)])
     table = _table(["measured", *(column.heading for column in columns)], rows) if rows else ""
-    return table + "".join(folded)
+    return table + "".join(tables)
 
 
 def _entry(entry: dict[str, Any]) -> str:
     verdict = f" {_badge(entry['verdict'], entry['verdict'])}" if entry.get("verdict") else ""
-    return _valued(entry.get("value"), entry.get("unit", ""), entry.get("ci95")) + verdict
+    return valued(entry.get("value"), entry.get("unit", ""), entry.get("ci95")) + verdict
 
 
 def _folded(column: Column, entry: dict[str, Any]) -> str:
     simulated = f" {plots.BADGE}" if entry.get("simulated") else ""
     summary = f"{_text(entry['name'])}{simulated} <small>{column.heading.replace('<br>', ', ')}</small>"
     table = plots.html_table(entry["rows"]) if entry.get("rows") else ""
-    return f'<details><summary>{summary}</summary><div class="scroll">{table}</div></details>'
+    return folded(summary, scroll(table))
 
 
 # pieces -------------------------------------------------------------------------------------------
-
-
-def _quantity(value: Any, unit: str) -> str:
-    return _text(plots.quantity(value, unit))
-
-
-def _valued(value: Any, unit: str, ci95: Any) -> str:
-    if not ci95:
-        return _quantity(value, unit)
-    bounded = all(isinstance(end, int | float) for end in ci95)  # a record writes infinity as a text
-    words = plots.interval(ci95, unit) if bounded else "too few samples for an interval"
-    return f"{_quantity(value, unit)} <small>({_text(words)})</small>"
 
 
 def _link(notebook: Path | None, base: Path) -> str:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import nbformat
 
-from labkit import claims, exercises, lessons, paths, readme, report
+from labkit import claims, exercises, lessons, paths, readme, report, results
+from labkit.claims_table import claims_table
+from labkit.columns import Column, side_by_side
 from labkit.errors import DataError, InputError
 from labkit.record import MIME
 
@@ -161,17 +163,14 @@ def mathml(latex: str, display: str = "inline") -> str:
 # generated pages ----------------------------------------------------------------------------------
 
 
-def _columns(folders: Sequence[Path]) -> tuple[list[report.Column], list[str]]:
-    recorded, problems = report.recorded_runs()
-    results: list[report.Result] = []
-    for folder in folders:
-        if any(folder.rglob("record.json")):
-            found, unreadable = report.collect([folder])
-            results, problems = [*results, *found], [*problems, *unreadable]
-    return report.side_by_side(sorted(results, key=lambda one: one.created), recorded), problems
+def _columns(folders: Sequence[Path]) -> tuple[list[Column], list[str]]:
+    recorded, problems = results.recorded_runs()
+    own = [folder for folder in folders if any(folder.rglob("record.json"))]
+    found, unreadable = results.collect(own) if own else ([], [])
+    return side_by_side(found, recorded), [*problems, *unreadable]
 
 
-def _claims_page(columns: Sequence[report.Column]) -> Iterator[str]:
+def _claims_page(columns: Sequence[Column]) -> Iterator[str]:
     yield (
         "# What the guide claims\n\nEach claim stands with the range of values that would confirm it, written down "
         "before anything was measured. *Contradicted* means that the value found, with its interval, lies outside. "
@@ -183,10 +182,10 @@ def _claims_page(columns: Sequence[report.Column]) -> Iterator[str]:
         here = [column for column in columns if int(column.record.lesson) == section]
         title = titles.get(section)
         yield f"## {title or f'Section {section}'}"
-        yield _html(report.claims_table([claim for claim in known if claim.section == section], here))
+        yield _html(claims_table([claim for claim in known if claim.section == section], here))
 
 
-def _machines_page(columns: Sequence[report.Column]) -> Iterator[str]:
+def _machines_page(columns: Sequence[Column]) -> Iterator[str]:
     yield "# Your machine beside the recorded ones"
     if any(column.here for column in columns):
         yield "Your runs stand first. A range in brackets is a 95 % interval."
@@ -214,18 +213,5 @@ def _contents(syllabi: Sequence[str]) -> str:
 
 
 def _html(tables: str) -> str:
-    """The HTML as a block of Markdown: what scrolls by itself is reached by keyboard, each cell knows its heading."""
-    tables = tables.replace('<div class="scroll">', '<div class="scroll" tabindex="0" role="group" aria-label="table">')
-    return "```{raw} html\n" + re.sub(r"<table class=wide>.*?</table>", _labelled, tables, flags=re.DOTALL) + "\n```"
-
-
-def _labelled(table: re.Match[str]) -> str:
-    """On a phone a row becomes a card, and the cells lose sight of the table's head."""
-    found = re.findall(r'<th scope="col">(.*?)</th>', table[0])
-    headings = [re.sub(r"<[^>]+>", "", one.replace("<br>", ", ")) for one in found]
-
-    def label(row: re.Match[str]) -> str:
-        names = iter(headings[1:])
-        return re.sub("<td>", lambda _: f'<td data-label="{next(names)}">', row[0])
-
-    return re.sub(r"<tr>.*?</tr>", label, table[0], flags=re.DOTALL)
+    """The HTML as a block of Markdown."""
+    return "```{raw} html\n" + tables + "\n```"

@@ -49,3 +49,17 @@ def write_lesson() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory):
+    """One tab of a headless browser (tests/browser.py); the test is skipped where there is none."""
+    pytest.importorskip("websocket")
+    import browser
+
+    program = browser.find()
+    if program is None:
+        pytest.skip(f"needs a browser: one of {', '.join(browser.NAMES)}")
+    opened = browser.Browser(tmp_path_factory.mktemp("profile"), program)
+    yield opened
+    opened.close()

@@ -122,7 +122,14 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         ({"lesson": 1}, "`lesson` is missing or malformed"),
         ({"seconds": None}, "`seconds` is missing or malformed"),
         ({"measurements": {}}, "`measurements` is missing or malformed"),
-        ({"measurements": [{"name": "x"}]}, "a measurement has no kind or name"),
+        ({"measurements": [{"name": "x"}]}, "one of its measurements has no kind or name"),
+        ({"measurements": [3]}, "one of its measurements has no kind or name"),
+        ({"measurements": [{"kind": "table", "name": "x"}]}, "'x' has no rows or value"),
+        ({"measurements": [{"kind": "table", "name": "x", "rows": [3]}]}, "'x' has no rows or value"),
+        ({"measurements": [{"kind": "value", "name": "x"}]}, "'x' has no rows or value"),
+        ({"measurements": [{"kind": "value", "name": "x", "value": 1, "ci95": [1]}]}, "'x' has no rows or value"),
+        ({"claims": [{"id": "1.1"}]}, "one of its claims has no id or value or verdict"),
+        ({"checks": ["01.1"]}, "one of its checks has no id or passed"),
     ],
 )
 def test_a_damaged_record_is_named_with_its_fault(tmp_path, change, message):

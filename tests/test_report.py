@@ -1,11 +1,14 @@
 import html.parser
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from labkit import paths, record, report, summary
+from labkit import paths, record, report, rows, summary
 from labkit.errors import InputError
 from labkit.record import RunRecord
 
@@ -49,7 +52,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "br", "link", "img"):
+        if tag not in ("meta", "br", "link", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -149,13 +152,15 @@ def test_a_failed_exercise_names_its_failures(runs: Path):
 def test_the_page_needs_nothing_from_outside(runs: Path):
     read = page(runs)
     assert "script" not in read.tags
-    assert [link for link in read.links if ":" in link or link.startswith("/")] == []
+    outside = [link for link in read.links if ":" in link or link.startswith("/")]
+    assert all(link.startswith("data:image/png;base64,") for link in outside)
     assert "url(" not in (runs / "report.html").read_text() and "@import" not in (runs / "report.html").read_text()
 
 
 def test_links_to_the_notebook_resolve(runs: Path):
     links = page(runs).links
-    assert links and all((runs / link).exists() for link in links)
+    files = [link for link in links if not link.startswith(("data:", "#"))]
+    assert len(files) >= 3 and all((runs / link).exists() for link in files)
 
 
 def test_what_records_say_is_escaped(runs: Path):
@@ -196,6 +201,87 @@ def test_a_damaged_record_is_listed_and_the_others_shown(runs: Path):
 def test_a_run_under_way_is_left_out(runs: Path):
     record.write(replace(RECORD, title="Half"), runs / "01_small" / ".smoke-2-x" / "01" / "record.json")
     assert "Half" not in page(runs).words
+
+
+def test_the_rows_are_written_beside_the_page(runs: Path):
+    page(runs)
+    csv, parquet = pd.read_csv(runs / "rows.csv"), pd.read_parquet(runs / "rows.parquet")
+    assert list(csv.name) == list(parquet.name) and {"sparse", "p99", "sweep: ms"} <= set(csv.name)
+    pd.testing.assert_frame_equal(parquet, rows.rows([runs]))
+
+
+def test_contents_lead_to_every_section(runs: Path):
+    text = report.write([runs], runs / "report.html").read_text()
+    titles = re.findall(r"<section id=\"([^\"]+)\"><h2>", text)
+    assert titles == re.findall(r'<li><a href="#([^"]+)">', text) and len(titles) == len(set(titles)) >= 5
+
+
+def test_the_run_with_the_lessons_own_parameters_stands_beside_the_recorded(runs: Path):
+    changed = replace(
+        RECORD, measurements=[{**RECORD.measurements[0], "value": 7.0, "ci95": None}], created="2026-01-01"
+    )
+    folder = runs / "01_small" / "smoke-22222222"
+    record.write(replace(changed, parameters={"RATIO": 0.7}), folder / "record.json")
+    own = {
+        "lesson": "01_small",
+        "created": "2026-01-01",
+        "status": "done",
+        "parameters": {"PRESET": "smoke", "RATIO": 0.7},
+    }
+    (folder / "run.json").write_text(json.dumps(own))
+    words = page(runs).words
+    assert "your run, smoke" in words and "your run, smoke, RATIO 0.7" not in words
+    shutil.rmtree(runs / "01_small" / "smoke-00000000")
+    assert "your run, smoke, RATIO 0.7" in page(runs).words
+
+
+def test_several_seeds_make_a_section(runs: Path):
+    for seed in (1, 2):
+        again = replace(RECORD, parameters={"SEED": seed}, created=f"2026-01-0{seed}T00:00:00+00:00")
+        record.write(again, runs / "01_small" / f"smoke-{seed}" / "record.json")
+    assert "Sweep of 01 A small lesson, smoke" in page(runs).words
+
+
+def test_every_failed_run_of_a_sweep_is_listed(runs: Path):
+    for ratio in (0.3, 0.5):
+        error = {"name": "ValueError", "message": f"no such ratio {ratio}", "cell": 4, "section": "Work"}
+        failed = {
+            "lesson": "01_small",
+            "status": "failed",
+            "created": f"2026-01-01T00:00:0{int(10 * ratio)}",
+            "error": error,
+        }
+        folder = runs / "01_small" / f"smoke-{ratio}-failed"
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(failed))
+    words = page(runs).words
+    assert "no such ratio 0.3" in words and "no such ratio 0.5" in words
+
+
+@pytest.mark.parametrize(
+    "damage", [{"claims": [3]}, {"predictions": [{}]}, {"measurements": [{"kind": "table", "name": "x"}]}]
+)
+def test_a_record_with_a_damaged_part_is_listed(runs: Path, damage: dict):
+    folder = runs / "02_bad"
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps({**RECORD.to_dict(), **damage}))
+    words = page(runs).words
+    assert "02_bad/record.json is damaged" in words and "1.50x" in words
+
+
+def test_a_folder_of_failures_alone_makes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(paths, "RECORDED", tmp_path / "recorded")
+    (tmp_path / "runs").mkdir()
+    failed = {"lesson": "02_other", "status": "failed", "created": "2026-01-01T00:00:00+00:00"}
+    (tmp_path / "runs" / "run.json").write_text(json.dumps(failed))
+    assert "02_other" in page(tmp_path / "runs").words
+    assert pd.read_parquet(tmp_path / "runs" / "rows.parquet").empty
+
+
+def test_an_older_page_stays_when_the_rows_cannot_be_written(runs: Path):
+    (runs / "rows.csv").mkdir()
+    with pytest.raises(InputError, match=r"The rows cannot be written to .*rows\.csv"):
+        report.write([runs], runs / "report.html")
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path):

@@ -69,19 +69,6 @@ def address(built: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory):
-    pytest.importorskip("websocket")
-    import browser
-
-    program = browser.find()
-    if program is None:
-        pytest.skip(f"needs a browser: one of {', '.join(browser.NAMES)}")
-    opened = browser.Browser(tmp_path_factory.mktemp("profile"), program)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
 def pages(built: Path, address: str, chromium) -> dict[str, Page]:
     """Every page, as the browser of a phone found it."""
     chromium.resize(*PHONE)

@@ -1,0 +1,116 @@
+import re
+from dataclasses import replace
+
+import pytest
+from test_report import RECORD
+
+from labkit import swept
+from labkit.points import points, sweeps
+from labkit.record import RunRecord
+
+
+def value(name: str, number: float | str | bool, unit: str = "", ci95: list | None = None, kind: str = "value") -> dict:
+    return {"kind": kind, "name": name, "value": number, "unit": unit, "ci95": ci95, "simulated": False}
+
+
+def run(*entries: dict, seed: int = 0, **parameters: object) -> RunRecord:
+    return replace(RECORD, measurements=list(entries), parameters={"SEED": seed, **parameters})
+
+
+def shown(*records: RunRecord) -> str:
+    (sweep,) = sweeps(points(records))
+    return swept.swept(sweep)
+
+
+def words(html: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def test_combinations_have_mean_and_interval_over_seeds_and_the_best_is_marked():
+    accuracy = {0.3: (90.0, 91.0, 92.0), 0.5: (80.0, 81.0, 82.0)}
+    html = shown(
+        *(run(value("accuracy", a, "%"), seed=s, RATIO=r) for r, some in accuracy.items() for s, a in enumerate(some))
+    )
+    said = words(html)
+    assert "6 runs at smoke on Test CPU, 2 cores: RATIO 0.3, 0.5." in said
+    assert "Seeds 0, 1, 2: means with 95 % intervals over them." in said
+    assert "0.3 3 91 % (88.5 % to 93.5 %) best" in said and "0.5 3 81 % (78.5 % to 83.5 %)" in said
+    assert html.count(">best<") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "best"),
+    [
+        ("accuracy", "%", "2"),
+        ("accuracy lost", "points", "1"),
+        ("decode", "s", "1"),
+        ("pruned", "x", "2"),
+        ("throughput", "tokens/s", "2"),
+        ("perplexity", "", "1"),
+        ("rows at the turn", "rows", None),
+    ],
+)
+def test_which_way_is_better_comes_from_name_and_unit(name: str, unit: str, best: str | None):
+    html = shown(*(run(value(name, float(k), unit, [k - 0.1, k + 0.1]), K=k) for k in (1, 2)))
+    row = re.search(r'<tr><th scope="row">(\d)</th>(?:(?!</tr>).)*>best<', html)
+    assert (row and row[1]) == best
+
+
+def test_values_that_do_not_differ_are_only_named():
+    same = [run(value("speed", 2.0 + k / 10, "x", [1.5, 2.5], "comparison"), value("count", 3), K=k) for k in (0, 1)]
+    said = words(shown(*same))
+    assert "2 further values do not differ by more than the intervals" in said and "speed" in said
+
+
+def test_a_clocks_value_without_interval_is_not_said_to_differ():
+    said = words(shown(*(run(value("decode speed", 10.0 + k, "tokens/s"), K=k) for k in (0, 1))))
+    assert "1 further value does not differ" in said
+
+
+def test_a_value_that_only_some_points_have_is_shown():
+    said = words(
+        shown(run(value("a", 1.0), K=1), run(value("a", 2.0), value("b", 3.0), K=2), run(value("a", 2.0), K=3))
+    )
+    assert "K runs a" in said and "1 further value does not differ" in said
+
+
+def test_texts_and_failed_values_do_not_break_the_table():
+    said = words(shown(*(run(value("method", "auto"), value("a", "nan"), value("good", k == 1), K=k) for k in (0, 1))))
+    assert "method" not in said and "good" in said
+
+
+def test_seeds_alone_make_a_table_without_figures():
+    html = shown(*(run(value("accuracy", 90.0 + seed, "%"), seed=seed) for seed in range(3)))
+    assert "<img" not in html and "1 further value does not differ" in words(html)
+
+
+def test_a_figure_along_the_parameter_that_is_a_number():
+    runs = [
+        run(value("accuracy", 90 + 10 * (how == "taylor") - ratio, "%"), seed=0, CRITERION=how, RATIO=ratio)
+        for how in ("l1", "taylor")
+        for ratio in (0.3, 0.5)
+    ]
+    html = shown(*runs)
+    assert (
+        "accuracy (%) against RATIO for 4 points of the sweep; the best is 99.7 % at RATIO 0.3, CRITERION taylor."
+        in html
+    )
+    assert html.count("<img") == html.count("<figure>") == html.count("Description and numbers") == 1
+
+
+def test_a_trade_off_that_the_parameters_change_is_drawn_and_one_that_they_do_not_is_not():
+    def table(name: str, accuracy: float) -> dict:
+        return {
+            "kind": "table",
+            "name": name,
+            "unit": "",
+            "rows": [{"cut": "a", "MACs left": 0.5, "accuracy": accuracy}],
+        }
+
+    html = shown(*(run(table("moved", 0.9 - k / 10), table("still", 0.9), K=k) for k in (0, 1)))
+    assert "“moved”" in html and "“still”" not in html
+
+
+def test_hostile_parameters_and_names_are_escaped():
+    hostile = "<script>alert(1)</script>"
+    assert "<script" not in shown(*(run(value(hostile, float(k)), HOW=f"{hostile}{k}") for k in (0, 1)))
