@@ -1,20 +1,24 @@
 """Perplexity of SmolLM2 pruned to n:m and to 50 % by magnitude, Wanda and SparseGPT, by the amount of calibration text.
 
-    python benchmarks/nm_perplexity.py                                  the whole table; hours on two cores
+    python benchmarks/nm_perplexity.py --json rows.json                 the whole table; hours on two cores
     python benchmarks/nm_perplexity.py --methods sparsegpt --patterns 2:4 --calibration 16 --windows 8
 
 Weights are dequantised Q4_1. Calibration and test text are different chapters of the Debian Administrator's Handbook.
-Seconds and peak memory are those of this machine and of one run; the rows of a table share the process.
+Seconds and peak memory are those of this machine and of one run; the rows of a table share the process. Rows that the
+file of --json holds already are not computed again.
 """
 
 import argparse
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from labkit import datasets, models, process, training
+from labkit.atomic import replacing
 from labkit.pruning import layerwise
 from labkit.pruning.calibration import segments
 
@@ -51,32 +55,33 @@ def main() -> None:
     )
     print(f"{'method':10} {'pattern':8} {'segments':>8} {'seed':>4} {'perplexity':>10} {'seconds':>8} {'peak GB':>8}")
     print(f"{'dense':10} {'':8} {'':8} {'':4} {dense:10.2f}", flush=True)
-    rows = [{"method": "dense", "perplexity": dense}]
-    for wanted in options.patterns:
-        for method in options.methods:
-            draws = [(n, seed) for n in options.calibration for seed in options.seeds]
-            for n, seed in [(0, 0)] if method == "magnitude" else draws:
-                batches = segments(calibration, n, options.length, seed=seed) if n else None
-                start = time.perf_counter()
-                pruned = layerwise.prune(model, wanted, method=method, batches=batches, progress=f"{method} {wanted}")
-                seconds, peak = time.perf_counter() - start, process.peak_memory() / 1e9
-                found = training.perplexity(pruned, test, window=options.length)
-                del pruned
-                name = f"{wanted[0]}:{wanted[1]}" if isinstance(wanted, tuple) else f"{wanted:.0%}"
-                print(f"{method:10} {name:8} {n:8} {seed:4} {found:10.2f} {seconds:8.1f} {peak:8.2f}", flush=True)
-                rows.append(
-                    {
-                        "method": method,
-                        "pattern": name,
-                        "segments": n,
-                        "seed": seed,
-                        "perplexity": found,
-                        "seconds": seconds,
-                        "peak_gb": peak,
-                    }
-                )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    settings = {"length": options.length, "windows": len(test) // options.length}
+    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = [row for row in rows if settings.items() <= row.items()]
+    done = {(row["method"], row["pattern"], row["segments"], row["seed"]) for row in rows}
+    for wanted, method, n, seed in draws(options):
+        name = f"{wanted[0]}:{wanted[1]}" if isinstance(wanted, tuple) else f"{wanted:.0%}"
+        key = {"method": method, "pattern": name, "segments": n, "seed": seed}
+        if tuple(key.values()) in done:
+            continue
+        batches = segments(calibration, n, options.length, seed=seed) if n else None
+        start = time.perf_counter()
+        pruned = layerwise.prune(model, wanted, method=method, batches=batches, progress=f"{method} {name}")
+        seconds, peak = time.perf_counter() - start, process.peak_memory() / 1e9
+        found = training.perplexity(pruned, test, window=options.length)
+        del pruned
+        print(f"{method:10} {name:8} {n:8} {seed:4} {found:10.2f} {seconds:8.1f} {peak:8.2f}", flush=True)
+        rows.append({**key, **settings, "dense": dense, "perplexity": found, "seconds": seconds, "peak_gb": peak})
+        if options.json:
+            with replacing(options.json) as partial:
+                partial.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def draws(options: argparse.Namespace) -> Iterator[tuple[float | tuple[int, int], str, int, int]]:
+    """(pattern, method, segments, seed) of every row; magnitude has no calibration."""
+    for wanted, method in itertools.product(options.patterns, options.methods):
+        drawn = itertools.product(options.calibration, options.seeds) if method != "magnitude" else [(0, 0)]
+        yield from ((wanted, method, n, seed) for n, seed in drawn)
 
 
 if __name__ == "__main__":

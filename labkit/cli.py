@@ -3,6 +3,7 @@
 Nothing that imports torch is loaded before the command that needs it, so that `labkit --help` answers at once.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labkit import paths
+from labkit.atomic import full_disk_told
 from labkit.errors import DataError, InputError, LabError
+from labkit.gpu.command import gpu
 from labkit.parameters import PRESETS
 
 if TYPE_CHECKING:
@@ -27,9 +30,16 @@ SITE = paths.ROOT / "build" / "site"
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """A LabError ends the command with its sentence and code 2; any other exception is a bug, traceback and all."""
+        """A LabError, or a full disk, ends the command with a sentence and code 2, Ctrl-C with code 130.
+
+        Any other exception is a bug, traceback and all.
+        """
         try:
-            return super().invoke(ctx)
+            with full_disk_told():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nlabkit: interrupted.", err=True)
+            sys.exit(130)
         except LabError as error:
             sentence = click.ClickException(str(error))
             sentence.exit_code = 2
@@ -42,52 +52,71 @@ def main() -> None:
 
 
 @main.command()
-def doctor() -> None:
-    """Check this machine and the installation, and say what to do. Exit code 1 if something is missing."""
-    from labkit.doctor import findings
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: good, findings (name, good, text), machine.")
+def doctor(as_json: bool) -> None:
+    """Check this machine and the installation, and say what to do. Exit code 1 if something is missing, else 0."""
+    from labkit import doctor
 
+    if as_json:
+        report = doctor.report()
+        click.echo(json.dumps(report, indent=1))
+        sys.exit(not report["good"])
     good = True
-    for finding in findings():
+    for finding in doctor.findings():
         good &= finding.good
-        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:8}  {finding.text}")
+        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:9}  {finding.text}")
     sys.exit(not good)
 
 
 @main.command()
 @click.argument("lesson", default="all", metavar="[NN|all]")
-@click.option("--preset", type=click.Choice(PRESETS), help="Default: class for one lesson, smoke for all.")
+@click.option("--preset", type=click.Choice(PRESETS), help="Sizes. Default: class for one lesson, smoke for all.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...  Default: what the lesson says (auto).")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RUNS, help="Where results go: runs/.")
-@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter of the lesson.")
+@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
 @click.option("--record", is_flag=True, help="Keep as reference: data/recorded/, and the lesson's own outputs.")
 def run(
     lesson: str, preset: str | None, device: str | None, out: Path, given: tuple[tuple[str, str], ...], record: bool
 ) -> None:
-    """Run a lesson, or all of them, and write the report."""
-    from labkit import lessons, report, runs
+    """Run a lesson, or all of them, and write the report.
 
-    chosen = lessons.all_lessons() if lesson == "all" else [lessons.find(lesson)]
-    if not chosen:
-        raise InputError(
-            f"There is no lesson to run in {paths.NOTEBOOKS}; take the course's notebooks from its repository."
-        )
-    asked = {"PRESET": preset or os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class")}
-    asked |= {"DEVICE": device} if device else {}
-    asked |= dict(given)
-    for notebook in chosen:
-        bound = runs.bind(notebook.read_bytes(), asked)
-        if record:
-            runs.require_reference(bound)
+    NN is a lesson's number. Its parameters are the names in the cell tagged `parameters`; names, types and ranges are
+    checked before anything runs. Each result is a folder OUT/<lesson>/<preset>-<id>/ with the executed notebook,
+    record.json and run.json; a failed run is kept beside it with "-failed". Asked for again, a lesson runs again.
+
+    Exit code: 0 all ran, 1 a lesson failed, 2 something asked for cannot be had, 130 interrupted. After Ctrl-C no
+    process and no half result is left, and earlier results are whole.
+
+    \b
+    labkit run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
+    labkit run all --device cuda --out /data/runs
+    """
+    from labkit import lessons, runs
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    done: list[Run] = []
     try:
-        done = [_run_one(notebook, asked, out, record) for notebook in chosen]
+        chosen = lessons.all_lessons() if lesson == "all" else [lessons.find(lesson)]
+        if not chosen:
+            raise InputError(
+                f"There is no lesson to run in {paths.NOTEBOOKS}; take the course's notebooks from its repository."
+            )
+        asked = {"PRESET": preset or os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class")}
+        asked |= {"DEVICE": device} if device else {}
+        asked |= dict(given)
+        for notebook in chosen:
+            runs.check(notebook, asked, reference=record)
+        for notebook in chosen:
+            done.append(_run_one(notebook, asked, out, record))
+        if len(done) > 1:
+            click.echo("\n".join(["", *map(_summary, done)]))
+        from labkit import report
+
+        click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
     except KeyboardInterrupt:
-        click.echo("\nlabkit: interrupted; the lesson under way left nothing behind, finished ones are kept.", err=True)
+        kept = f"kept: {', '.join(one.lesson for one in done)}" if done else "earlier results are as they were"
+        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {kept}.", err=True)
         sys.exit(130)
-    if len(done) > 1:
-        click.echo("\n".join(["", *map(_summary, done)]))
-    click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
     sys.exit(any(one.error for one in done))
 
 
@@ -126,6 +155,61 @@ def _progress(lesson: str) -> Callable[["Step"], None]:
         seen[0] = step.section
 
     return show
+
+
+@main.command()
+@click.argument("lesson", metavar="NN")
+@click.option(
+    "-g", "grid", multiple=True, metavar="NAME=V1,V2", help="Values of a parameter; all combinations are run."
+)
+@click.option("--seeds", type=click.IntRange(min=1), help="Repeat each point for so many SEEDs, from its own on.")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter at all points.")
+@click.option("--preset", type=click.Choice(PRESETS), help="Default: class.")
+@click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, dask://host:port or slurm.")
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at once. Default: 1, or one a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
+def sweep(
+    lesson: str,
+    grid: tuple[str, ...],
+    seeds: int | None,
+    given: tuple[tuple[str, str], ...],
+    preset: str | None,
+    on: str,
+    workers: int | None,
+    out: Path,
+) -> None:
+    """Run a lesson at every point of a grid, and write the report.
+
+    All points are checked before the first one starts. What is done already is not run again, so the same command goes
+    on after Ctrl-C, a lost worker or a lost scheduler. On a cluster OUT has to be a folder that all machines share.
+
+    Exit code: 0 all points have a result, 1 some failed, 2 something asked for cannot be had, 130 interrupted.
+
+    \b
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
+    """
+    from labkit import executors, lessons, report, sweep
+
+    axes = sweep.parse(grid)
+    chosen = preset or (None if "PRESET" in axes else os.environ.get("LABKIT_PRESET", "class"))
+    asked = ({"PRESET": chosen} if chosen else {}) | dict(given)
+    jobs = sweep.plan(lessons.find(lesson), axes, asked, seeds=seeds, out=out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ended: list[sweep.Outcome] = []
+    try:
+        with executors.enter(on, workers=workers, device=sweep.device_of(jobs), out=out.absolute()) as place:
+            click.echo(sweep.forecast(jobs, place.ask(sweep.already, jobs), place.at_once))
+            for note in place.notes:
+                click.echo(f"note    {note}")
+            with sweep.Progress(jobs) as progress:
+                ended = sweep.run(jobs, place, on_end=progress.end, on_wait=progress.wait)
+    except KeyboardInterrupt:
+        click.echo("\nlabkit: interrupted; finished runs are kept, and the same command goes on from them.", err=True)
+        sys.exit(130)
+    click.echo(sweep.summary(ended))
+    click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+    sys.exit(any(outcome.failure for outcome in ended))
 
 
 @main.command()
@@ -227,6 +311,9 @@ def grade(folder: Path, seconds: float) -> None:
         book = grading.grade(folder, seconds=seconds, on_row=show)
     for path in gradebook.write(book, folder):
         click.echo(path.resolve().as_uri() if path.suffix == ".html" else path)
+
+
+main.add_command(gpu)
 
 
 @main.group()

@@ -148,6 +148,26 @@ def torch_device(device: str | torch.device | None = None) -> torch.device:
     return target
 
 
+def asked_device(asked: str) -> torch.device:
+    """A lesson's DEVICE as torch names it. "auto" is LABKIT_DEVICE where set, else CUDA where torch has it.
+
+    Raises InputError for anything but auto, cpu, cuda and cuda:N, and for a GPU that is not there.
+    """
+    override = os.environ.get("LABKIT_DEVICE") if asked == "auto" else None
+    chosen = override or asked
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(chosen, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
+        where = "LABKIT_DEVICE" if override else "device"
+        raise InputError(f"{where} is {chosen!r}; choose auto, cpu, cuda or cuda:N.")
+    device = torch.device(chosen)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = f"torch sees {count} of them" if count else "torch sees no CUDA device here"
+        raise InputError(f"The device {chosen} is not there ({there}); choose auto or cpu, or mend the driver.")
+    return device
+
+
 def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()

@@ -6,13 +6,14 @@ Executing them is runs.py's work, the learner's copies are course.py's.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-import nbformat
+from typing import TYPE_CHECKING
 
 from labkit import paths
 from labkit.atomic import replacing
 from labkit.errors import InputError
-from labkit.record import MIME
+
+if TYPE_CHECKING:
+    import nbformat  # takes a second to import, and finding a lesson needs none of it
 
 
 def all_lessons(folder: Path | None = None) -> list[Path]:
@@ -30,7 +31,7 @@ def find(name: str, folder: Path | None = None) -> Path:
     raise InputError(f"There is no lesson {name}; give the number of one that exists: {there}.")
 
 
-def sections(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
+def sections(notebook: "nbformat.NotebookNode") -> Iterator[tuple[str, str]]:
     """(cell id, nearest heading at or above the cell) for each cell."""
     title = "before the first heading"
     for cell in notebook.cells:
@@ -39,11 +40,15 @@ def sections(notebook: nbformat.NotebookNode) -> Iterator[tuple[str, str]]:
         yield cell.get("id", ""), title
 
 
-def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def tidied(notebook: "nbformat.NotebookNode") -> "nbformat.NotebookNode":
     """A copy fit for keeping: no injected cell, counts 1..n, and no metadata that changes from run to run; ids stay.
 
     The record that the last cell carries loses samples and the rows of tables: they stand in the record's own file.
     """
+    import nbformat
+
+    from labkit.record import MIME
+
     kept = nbformat.from_dict(notebook)
     kept.cells = [cell for cell in kept.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for volatile in ("papermill", "widgets"):

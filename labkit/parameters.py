@@ -10,14 +10,12 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from labkit.errors import InputError
 
-if TYPE_CHECKING:
-    from nbformat import NotebookNode  # importing it takes a second, and only its type is wanted
-
 PRESETS = ("smoke", "class", "full")
+_EVERYWHERE = {"PRESET": PRESETS, "SEED": (0, 2**32 - 1)}  # what every lesson's session takes
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,23 @@ class Parameter:
     allowed: tuple = ()
 
 
-def cell_of(notebook: "NotebookNode") -> "NotebookNode":
-    """The one cell tagged `parameters`; InputError where there is none or more than one."""
-    found = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+def cell_of(notebook: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one cell tagged `parameters` of a notebook (nbformat's, or its plain JSON); InputError for none or more."""
+    found = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(found) != 1:
         raise InputError(f"The notebook has {len(found)} cells tagged `parameters`; tag exactly one code cell so.")
     return found[0]
 
 
-def read(notebook: "NotebookNode") -> dict[str, Parameter]:
+def read(notebook: Mapping[str, Any]) -> dict[str, Parameter]:
     """The lesson's parameters by name, in the order of the cell; InputError where a line is not NAME = literal."""
     cell = cell_of(notebook)
-    ranges = cell.metadata.get("labkit", {}).get("ranges", {})
-    defaults = dict(_assignment(statement) for statement in _statements(cell.source))
+    ranges = cell["metadata"].get("labkit", {}).get("ranges", {})
+    source = "".join(cell["source"])  # in a file a list of lines
+    defaults = dict(_assignment(statement) for statement in _statements(source))
     for name in ranges:
         _known(name, defaults)
-    allowed = {"PRESET": PRESETS, **ranges}
+    allowed = {**_EVERYWHERE, **ranges}
     return {name: Parameter(name, value, tuple(allowed.get(name, ()))) for name, value in defaults.items()}
 
 

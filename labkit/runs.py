@@ -1,9 +1,10 @@
-"""A lesson as a program: papermill in a child process, with checked parameters, a time limit, an atomic result folder.
+"""A lesson as a program: papermill in a child process, with checked parameters, time limits, an atomic result folder.
 
-What papermill leaves out stands here: a run is judged by the exception that ended it (its metadata calls a dead kernel
-"completed"), nothing survives Ctrl-C, and the kernel is this interpreter. Many runs at once are left to others.
+Nothing is left behind by what ends a run: a full disk, a killed process, Ctrl-C. What happens inside the child is
+runner.py's, many runs at once are sweep.py's.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -15,22 +16,28 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import nbformat
-import psutil
-
-from labkit import parameters, paths
-from labkit.errors import InputError
-from labkit.lessons import sections, tidied, write
+from labkit import descendants, parameters, paths, runner
+from labkit.atomic import full_disk_told
+from labkit.errors import DataError, InputError, LabError
 
 SCHEMA = "labkit.run/1"
+SOURCES = (".py", ".cpp", ".cu", ".h")
+LOG = "log.txt"
 _ALWAYS = ("PRESET", "RESULTS_DIR")
 CELL_SECONDS = {"smoke": 300, "class": 1200, "full": 1800}  # for cells that hang; the budgets are lab.finish()'s
+START_SECONDS = 60  # for a kernel to start, which is tried twice
+
+
+class Stopped(LabError):
+    """A run that was ended from another thread."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,65 @@ class Run:
         return self.folder / "record.json"
 
 
-# one run, seen from outside -----------------------------------------------------------------------
+# one run -------------------------------------------------------------------------------------------
 
 
 def bind(source: bytes, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the notebook `source` will get for `given`: the preset, where results go, and what differs from its cell."""
-    known = parameters.read(nbformat.reads(source, as_version=4))
-    stated = known["PRESET"].default if "PRESET" in known else None
-    bound = parameters.bind(known, {"PRESET": stated, **given, "RESULTS_DIR": "."})
+    known = _parameters(source)
+    bound = parameters.bind(known, {"PRESET": _stated(known, "PRESET"), **given, "RESULTS_DIR": "."})
     return {name: value for name, value in bound.items() if name in _ALWAYS or value != known[name].default}
+
+
+def check(notebook: Path, given: Mapping[str, Any], *, reference: bool = False) -> None:
+    """Raises what `run` raises before anything runs; with `reference`, also where the run could not stand as one."""
+    bound = bind(source := _lesson(notebook), given)
+    if reference:
+        require_reference(bound)
+    _require_device(source, bound)
+
+
+def _require_device(source: bytes, bound: Mapping[str, Any]) -> None:
+    """InputError where the device that a run with these parameters asks for is not on this machine."""
+    asked = _device(source, bound)
+    if asked != "cpu" and (asked != "auto" or os.environ.get("LABKIT_DEVICE")):  # those two need no torch to be known
+        from labkit.fingerprint import asked_device
+
+        asked_device(asked)
+
+
+def _lesson(notebook: Path) -> bytes:
+    """The notebook's bytes; DataError where it is missing, damaged, or no notebook."""
+    try:
+        source = notebook.read_bytes()
+        if json.loads(source)["nbformat"] >= 4:
+            return source
+        reason = "it is older than nbformat 4"
+    except OSError as error:
+        reason = error.strerror
+    except (ValueError, KeyError, TypeError):
+        reason = "it is damaged, or no notebook"
+    raise DataError(f"The lesson {notebook} cannot be read ({reason}); take it anew from the course's repository.")
+
+
+def done(notebook: Path, given: Mapping[str, Any], *, out: Path = Path("runs")) -> Run | None:
+    """The good result that `run` with these arguments left under `out`, for the code as it stands now; else None.
+
+    The machine is part of a result's name: ask where the run would take place.
+    """
+    source = _lesson(notebook)
+    bound = bind(source, given)
+    return read(out.absolute() / notebook.stem / _name(source, bound, code_version()))
+
+
+def read(folder: Path) -> Run | None:
+    """The run that a result folder holds, failed ones included; None where run.json is missing or not ours."""
+    try:
+        kept = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        error = Failure(**kept["error"]) if kept["error"] else None
+        return Run(kept["lesson"], folder, kept["parameters"], kept["seconds"], kept["peak_memory"], error)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def run(
@@ -92,61 +149,149 @@ def run(
     given: Mapping[str, Any],
     *,
     out: Path = Path("runs"),
+    env: Mapping[str, str] | None = None,
+    seconds: float | None = None,
+    stop: threading.Event | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> Run:
     """Execute a lesson with the parameters `given` (see `labkit.parameters.bind`) and keep the result.
 
-    The result folder is out/<lesson>/<preset>-<hash of parameters, code and machine>/ with the executed notebook,
-    record.json (where the lesson finished) and run.json. It appears whole or not at all. A failed run is kept under
-    the same name with "-failed" and never replaces a good one. InputError before anything runs; a lesson's own error is
-    not raised but returned in `.error`. KeyboardInterrupt ends every process of the run and keeps nothing.
+    The result folder is out/<lesson>/<preset>-<hash of lesson, parameters, code and machine>/ with the executed
+    notebook, record.json (where the lesson finished) and run.json. It appears whole or not at all. A failed run is kept
+    under the same name with "-failed" and never replaces a good one.
+
+    env       is set for the lesson beside what is set here, such as CUDA_VISIBLE_DEVICES; it does not count as another
+              machine, and the device asked for is looked for without it
+    seconds   limit for the whole run, beside the limit of each cell (CELL_SECONDS)
+    stop      an event that ends the run from another thread, which raises Stopped
+
+    InputError for a parameter and DataError for the lesson before anything runs; DataError as well where the disk takes
+    no more. A lesson's own error is not raised but returned in `.error`. After any exception, KeyboardInterrupt and
+    Stopped included, no process is left, nothing of the run is kept, and older results are whole. Safe in threads.
     """
-    source = notebook.read_bytes()
+    source = _lesson(notebook)
     bound = bind(source, given)
-    name = f"{bound['PRESET']}-{_identity(source, bound)}"
-    home = out / notebook.stem
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=home))
-    except OSError as error:
-        raise InputError(f"Results cannot be written to {home} ({error.strerror}); choose another --out.") from None
-    try:
+    _require_device(source, bound)
+    version = code_version()
+    home = out.absolute() / notebook.stem
+    with full_disk_told(home), _partial(home, bound["PRESET"]) as partial, ThreadPoolExecutor(1) as beside:
+        name = beside.submit(_name, source, bound, version)  # imports torch, while the kernel starts
         (partial / notebook.name).write_bytes(source)
         began = time.monotonic()
-        job = {"notebook": notebook.name, "parameters": bound, "cell_seconds": CELL_SECONDS[bound["PRESET"]]}
-        end = _in_child(job, partial, on_step)
-        error = Failure(**end["error"]) if end["error"] else None
-        folder = home / (f"{name}-failed" if error else name)
-        result = Run(notebook.stem, folder, bound, time.monotonic() - began, end["peak_memory"], error)
+        limits = {"cell_seconds": CELL_SECONDS[bound["PRESET"]], "start_seconds": START_SECONDS}
+        job = {"notebook": notebook.name, "parameters": bound, **limits}
+        error, peak = _in_child(job, partial, {**os.environ, **(env or {})}, _Limit(began, seconds, stop), on_step)
+        folder = home / (f"{name.result()}-failed" if error else name.result())
+        result = Run(notebook.stem, folder, bound, time.monotonic() - began, peak, error)
         _complete(partial, result)
         _swap(partial, folder)
         if error is None:
-            shutil.rmtree(home / f"{name}-failed", ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(home / f"{name.result()}-failed", ignore_errors=True)
     return result
 
 
-def _identity(source: bytes, bound: Mapping[str, Any]) -> str:
-    """Eight hex digits of what a result depends on: the lesson, labkit as it stands, the parameters, the machine."""
-    from labkit.machine import fingerprint  # imports torch, which `labkit --help` must not wait for
-
-    digest = hashlib.sha256(source)
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    digest.update(json.dumps([dict(bound), fingerprint().slug], sort_keys=True).encode())
+def code_version() -> str:
+    """Eight hex digits of what computes: labkit's sources as they stand on the disk, and the version of torch."""
+    digest = hashlib.sha256(metadata.version("torch").encode())
+    here = Path(__file__).parent
+    for file in sorted(here.rglob("*")):
+        if file.suffix in SOURCES:
+            digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
     return digest.hexdigest()[:8]
 
 
-def _in_child(job: dict, folder: Path, on_step: Callable[[Step], None]) -> dict:
-    """Run `job` in its own process and session; the events come through a pipe that no other process can write to."""
+@functools.lru_cache(maxsize=8)
+def _parameters(source: bytes) -> dict[str, parameters.Parameter]:
+    return parameters.read(json.loads(source))  # nbformat, whose import takes a second, adds nothing here
+
+
+def _stated(known: Mapping[str, parameters.Parameter], name: str) -> Any:
+    return known[name].default if name in known else None
+
+
+def _device(source: bytes, bound: Mapping[str, Any]) -> str:
+    return str(bound.get("DEVICE") or _stated(_parameters(source), "DEVICE") or "auto")
+
+
+def _name(source: bytes, bound: Mapping[str, Any], version: str) -> str:
+    """<preset>-<eight hex digits of what a result depends on: the lesson, the parameters, labkit, the machine>."""
+    from labkit.fingerprint import asked_device, fingerprint
+
+    machine = fingerprint(asked_device(_device(source, bound))).slug
+    facts = json.dumps([dict(bound), version, machine], sort_keys=True)
+    return f"{bound['PRESET']}-{hashlib.sha256(source + facts.encode()).hexdigest()[:8]}"
+
+
+# its process --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """When a run has to end before its lesson does: after `seconds` from `began`, or when `stop` is set."""
+
+    began: float
+    seconds: float | None
+    stop: threading.Event | None
+
+    @property
+    def over(self) -> bool:
+        return self.seconds is not None and time.monotonic() - self.began > self.seconds
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None and self.stop.is_set()
+
+    def reached(self) -> bool:
+        return self.over or self.stopped
+
+
+def _in_child(
+    job: dict, folder: Path, env: Mapping[str, str], limit: _Limit, on_step: Callable[[Step], None]
+) -> tuple[Failure | None, int]:
+    """Run `job` in its own process and session: what ended it, and its peak bytes. No process of it is left."""
+    token, last, end = folder.name, Step(0, 0, ""), None
+    try:
+        with (
+            _started(job, folder, env, token) as (child, events),
+            descendants.watched(child.pid, token, until=limit.reached) as peak,
+        ):
+            for event in map(json.loads, events):
+                if "end" in event:
+                    end = event["end"]
+                else:
+                    last = Step(**event)
+                    on_step(last)
+            code = child.wait()
+    finally:
+        descendants.end(token)
+    if end is None and limit.stopped:
+        raise Stopped("The run was stopped; nothing of it was kept.")
+    if end is None:
+        runner.keep_output(folder / job["notebook"])
+        lost = ("RunTimeout", f"the run took more than {limit.seconds:g} s") if limit.over else _lost(code)
+        return Failure(*lost, last.cell or None, last.section), peak[0]
+    if end["unwritable"]:
+        number, file = end["unwritable"]
+        raise OSError(number, os.strerror(number), file)
+    most = max(peak[0], end["largest_process"])
+    if end["error"] and end["error"]["name"] == "DeadKernel":
+        from labkit.fingerprint import memory_bytes
+
+        end["error"]["message"] += f" (the run had reached {most / 1e9:.1f} GB of {memory_bytes() / 1e9:.1f} GB)"
+    return end["error"] and Failure(**end["error"]), most
+
+
+@contextmanager
+def _started(job: dict, folder: Path, env: Mapping[str, str], token: str) -> Iterator[tuple[subprocess.Popen, TextIO]]:
+    """The child and its events, which come through a pipe that no other process can write to."""
+    told = {**job, "parent": os.getpid(), "token": token}
     read, write = os.pipe()
-    with open(folder / "log.txt", "wb") as log, os.fdopen(read, encoding="utf-8") as events:
+    with open(folder / LOG, "wb") as log, os.fdopen(read, encoding="utf-8") as events:
         try:
             child = subprocess.Popen(
-                [sys.executable, "-m", "labkit.runs", str(write), json.dumps(job)],
+                [sys.executable, "-m", "labkit.runner", str(write), json.dumps(told)],
                 cwd=folder,
-                env={**os.environ, "LABKIT_PRESET": job["parameters"]["PRESET"]},
+                env={**env, "LABKIT_PRESET": job["parameters"]["PRESET"], descendants.TOKEN: token},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -155,61 +300,34 @@ def _in_child(job: dict, folder: Path, on_step: Callable[[Step], None]) -> dict:
             )
         finally:
             os.close(write)
-        end = None
         try:
-            with _peak_memory(child.pid) as peak:
-                for event in map(json.loads, events):
-                    if "end" in event:
-                        end = event["end"]
-                    else:
-                        on_step(Step(**event))
-                child.wait()
+            yield child, events
         except BaseException:
-            _kill_tree(child)
+            child.kill()
+            child.wait()
             raise
-    if end is None:
-        message = f"the run's process ended with code {child.returncode} before it could report"
-        return {"error": asdict(Failure("ProcessEnded", message, None, "")), "peak_memory": peak[0]}
-    return {"error": end["error"], "peak_memory": max(peak[0], end["largest_process"])}
+
+
+def _lost(code: int) -> tuple[str, str]:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return "ProcessEnded", f"the run's process {how} before it could report; run it again, and see {LOG} if it recurs"
+
+
+# its folder ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _peak_memory(pid: int) -> Iterator[list[int]]:
-    """Yields [bytes]: the largest sum of resident memory over the process tree, seen once a second (timings go on)."""
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(1.0):
-            with suppress(psutil.NoSuchProcess):
-                root = psutil.Process(pid)
-                peak[0] = max(peak[0], sum(_resident(one) for one in [root, *root.children(recursive=True)]))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+def _partial(home: Path, preset: str) -> Iterator[Path]:
+    """A folder in `home` for a result that is being made; what is left of it goes at the end."""
     try:
-        yield peak
+        home.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{preset}-", dir=home))
+    except OSError as error:
+        raise InputError(f"Results cannot be written to {home} ({error.strerror}); choose another --out.") from None
+    try:
+        yield partial
     finally:
-        stop.set()
-        thread.join()
-
-
-def _resident(process: psutil.Process) -> int:
-    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        return process.memory_info().rss
-    return 0
-
-
-def _kill_tree(child: subprocess.Popen) -> None:
-    """End the child and all below it. Stopped first, so that it starts no kernel while its children are listed."""
-    with suppress(psutil.NoSuchProcess):
-        root = psutil.Process(child.pid)
-        root.suspend()
-        tree = [*root.children(recursive=True), root]
-        for process in tree:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(tree[:-1], timeout=5)
-    child.wait()
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _complete(partial: Path, result: Run) -> None:
@@ -218,8 +336,8 @@ def _complete(partial: Path, result: Run) -> None:
         os.replace(record, partial / "record.json")
         with suppress(OSError):
             record.parent.rmdir()
-    if not (partial / "log.txt").stat().st_size:
-        (partial / "log.txt").unlink()
+    if not (partial / LOG).stat().st_size:
+        (partial / LOG).unlink()
     summary = {
         "schema": SCHEMA,
         "lesson": result.lesson,
@@ -236,11 +354,22 @@ def _complete(partial: Path, result: Run) -> None:
 def _swap(partial: Path, folder: Path) -> None:
     """Put the finished folder in its place; an older result of the same name goes only when the new one stands."""
     partial.chmod(0o755)  # mkdtemp's folders are private
-    older = partial.with_name(partial.name + "-older")
-    if folder.exists():
-        folder.rename(older)
-    partial.rename(folder)
-    shutil.rmtree(older, ignore_errors=True)
+    older = partial.with_name(f"{partial.name}-older")
+    try:
+        while True:  # another process may put the same result there between the two renames
+            with suppress(FileNotFoundError):
+                folder.rename(older)
+            try:
+                partial.rename(folder)
+                return
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(older, ignore_errors=True)
+    finally:
+        if older.exists() and not folder.exists():
+            older.rename(folder)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 # reference results --------------------------------------------------------------------------------
@@ -263,6 +392,10 @@ def keep_as_reference(result: Run, notebook: Path, recorded: Path | None = None)
     if result.error or not result.record.exists():
         raise InputError(f"{result.lesson} did not finish, so there is nothing to record; mend it and run it again.")
     require_reference(result.parameters)
+    import nbformat
+
+    from labkit.lessons import tidied, write
+
     executed = nbformat.read(result.notebook, as_version=4)
     record = json.loads(result.record.read_text(encoding="utf-8"))
     written = [(recorded or paths.RECORDED) / record["machine"]["slug"] / f"{record['lesson']}.json"]
@@ -272,94 +405,3 @@ def keep_as_reference(result: Run, notebook: Path, recorded: Path | None = None)
         write(notebook, nbformat.writes(tidied(executed)) + "\n")
         written.append(notebook)
     return written
-
-
-# one run, seen from inside the child --------------------------------------------------------------
-
-
-def _child(pipe: int, job: dict) -> None:
-    """Execute the notebook that lies in the working folder, telling each step and at last how it ended."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    source = nbformat.read(job["notebook"], as_version=4)
-    place = {
-        id_: Step(number, len(source.cells), title) for number, (id_, title) in enumerate(sections(source), start=1)
-    }
-    last: list[Step] = []
-
-    with os.fdopen(pipe, "w", encoding="utf-8", buffering=1) as events:
-
-        def on_cell_start(cell: nbformat.NotebookNode, cell_index: int) -> None:
-            if step := place.get(cell.get("id")):  # the cell that papermill injects has no place in the source
-                last[:] = [step]
-                print(json.dumps(asdict(step)), file=events)
-
-        error = _execute(job, on_cell_start)
-        if error and not last:  # a kernel that cannot start has most often met a port in use: once more
-            error = _execute(job, on_cell_start)
-        here = last[0] if last else Step(0, 0, "")
-        failure = error and asdict(Failure(*error, here.cell or None, here.section))
-        print(json.dumps({"end": {"error": failure, "largest_process": _largest_process()}}), file=events)
-
-
-def _execute(job: dict, on_cell_start: Callable) -> tuple[str, str] | None:
-    """Name and message of what ended the run, None if it ran through."""
-    import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from traitlets.config import Config
-
-    try:
-        papermill.execute_notebook(
-            job["notebook"],
-            job["notebook"],
-            job["parameters"],
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            execution_timeout=job["cell_seconds"],
-            kernel_manager_class=this_interpreter(),
-            on_cell_start=on_cell_start,
-            # ipykernel 7 warns of each kernel that talks over plain TCP
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-        )
-    except papermill.exceptions.PapermillExecutionError as error:
-        return error.ename, error.evalue.strip() or "no message"
-    except DeadKernelError:
-        return "DeadKernel", "the kernel was killed, most often because memory ran out"
-    except CellTimeoutError:
-        return "CellTimeout", f"the cell ran for more than {job['cell_seconds']} s"
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return None
-
-
-def this_interpreter(*, blocking: bool = False) -> type:
-    """A class of kernel managers whose `python3` is sys.executable, whatever kernelspecs are installed or missing."""
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager, KernelManager
-    from traitlets import default
-
-    class ThisInterpreter(KernelManager if blocking else AsyncKernelManager):
-        @default("kernel_spec_manager")
-        def _only_the_native_kernel(self) -> KernelSpecManager:
-            return KernelSpecManager(kernel_dirs=[])
-
-    return ThisInterpreter
-
-
-def _largest_process() -> int:
-    """Peak resident bytes of the largest process that ended below this one, which is the kernel."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone; the kernel, which watches this one, follows."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    _child(int(sys.argv[1]), json.loads(sys.argv[2]))

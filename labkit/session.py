@@ -8,7 +8,6 @@ import math
 import numbers
 import os
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from labkit import checks, claims, machine, plots, record
 from labkit.bench import Comparison, Measurement, compare, measure
 from labkit.errors import InputError
+from labkit.fingerprint import asked_device
 from labkit.process import Stopwatch, peak_memory, threads
 from labkit.record import RunRecord
 from labkit.summary import summary
@@ -74,7 +74,7 @@ def start(
     if lesson not in LESSONS:
         raise InputError(f'There is no lesson {lesson!r}; give one of "01" to "13", as text with two digits.')
     preset = _preset(preset)
-    chosen = _device(device)
+    chosen = asked_device(device)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
     folder = _results_folder(results_dir)
@@ -368,22 +368,6 @@ def _preset(asked: str) -> str:
         where = "LABKIT_PRESET" if override else "preset"
         raise InputError(f"{where} is {chosen!r}; choose one of {', '.join(BUDGETS)}.")
     return chosen
-
-
-def _device(asked: str) -> torch.device:
-    override = os.environ.get("LABKIT_DEVICE") if asked == "auto" else None
-    chosen = override or asked
-    if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(chosen, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
-        where = "LABKIT_DEVICE" if override else "device"
-        raise InputError(f"{where} is {chosen!r}; choose auto, cpu, cuda or cuda:N.")
-    device = torch.device(chosen)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        there = f"torch sees {count} of them" if count else "torch sees no CUDA device here"
-        raise InputError(f"The device {chosen} is not there ({there}); choose auto or cpu, or mend the driver.")
-    return device
 
 
 def _results_folder(results_dir: str | os.PathLike) -> Path:

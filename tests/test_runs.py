@@ -1,10 +1,12 @@
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -118,12 +120,15 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, write_lesson)
         runs.run(write_lesson(tmp_path, "1"), SMOKE, out=tmp_path / "file")
 
 
-def test_the_same_run_has_the_same_name_and_another_has_another():
-    def name(*arguments: object) -> str:
-        return runs._identity(*arguments)
+def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, write_lesson):
+    lesson, changed = write_lesson(tmp_path / "a", "1").read_bytes(), write_lesson(tmp_path / "b", "2").read_bytes()
 
-    assert name(b"lesson", {"A": 1}) == name(b"lesson", {"A": 1})
-    assert len({name(b"lesson", {"A": 1}), name(b"lesson", {"A": 2}), name(b"changed", {"A": 1})}) == 3
+    def name(source: bytes, version: str = "v", **bound: object) -> str:
+        return runs._name(source, {"PRESET": "smoke", **bound}, version)
+
+    assert name(lesson, A=1, B=2) == name(lesson, B=2, A=1)
+    others = name(lesson, A=2), name(changed, A=1), name(lesson, "w", A=1), name(lesson)
+    assert len({name(lesson, A=1), *others}) == 5
 
 
 def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
@@ -135,15 +140,16 @@ def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
     ("code", "name", "message"),
     [
         ("1 / 0", "ZeroDivisionError", "division by zero"),
-        ("import os; os._exit(1)", "DeadKernel", "the kernel was killed, most often because memory ran out"),
-        ("import time; time.sleep(100)", "CellTimeout", "the cell ran for more than 1 s"),
+        ("import os; os._exit(1)", "DeadKernel", "the kernel was killed, most often because memory ran out; take a "),
+        ("import time; time.sleep(100)", "CellTimeout", "the cell ran for more than 1 s; take a smaller --preset"),
     ],
 )
 def test_a_failure_is_told_with_its_cell(tmp_path: Path, write_lesson, monkeypatch, code: str, name: str, message: str):
     monkeypatch.setitem(runs.CELL_SECONDS, "smoke", 1)
     began = time.monotonic()
     result = runs.run(write_lesson(tmp_path, "1", code), SMOKE, out=tmp_path / "runs")
-    assert result.error == runs.Failure(name, message, 5, "Its work")
+    assert result.error == runs.Failure(name, result.error.message, 5, "Its work")
+    assert result.error.message.startswith(message)
     assert time.monotonic() - began < 40  # at once, not after a time limit of minutes
     assert json.loads((result.folder / "run.json").read_text())["status"] == "failed"
     assert result.folder.name.endswith("-failed")
@@ -178,12 +184,37 @@ def test_an_interrupted_run_leaves_no_process_and_no_half_result(tmp_path: Path,
     started = [kernel, sleeper, psutil.Process(kernel).ppid()]
     parent.send_signal(end)
     parent.wait(20)
-    if end == signal.SIGINT:
-        assert left_in(tmp_path / "r" / "01_small") == []
-    else:
-        started.remove(sleeper)  # its parent, the kernel, had no chance to end it
-        os.kill(sleeper, signal.SIGKILL)
     _wait_until(lambda: not any(_runs(pid) for pid in started), 20)
+    _wait_until(lambda: left_in(tmp_path / "r" / "01_small") == [], 5)
+
+
+def test_a_run_is_stopped_from_another_thread(tmp_path: Path, write_lesson):
+    stop = threading.Event()
+    notebook = write_lesson(tmp_path, "import time; time.sleep(1000)")
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(
+            runs.run, notebook, SMOKE, out=tmp_path / "r", stop=stop, on_step=lambda step: step.cell == 4 and stop.set()
+        )
+        with pytest.raises(runs.Stopped, match="nothing of it was kept"):
+            running.result(60)
+    assert left_in(tmp_path / "r" / "01_small") == []
+
+
+def test_a_run_that_takes_too_long_as_a_whole_ends_and_keeps_what_it_had(tmp_path: Path, write_lesson):
+    notebook = write_lesson(tmp_path, "print('so far')", "import time; time.sleep(1000)")
+    result = runs.run(notebook, SMOKE, out=tmp_path / "r", seconds=6)
+    assert result.error and result.error.name == "RunTimeout"
+    assert str(result.error).endswith("the run took more than 6 s")
+    assert 6 < result.seconds < 20 and nbformat.read(result.notebook, as_version=4).cells
+
+
+def test_what_is_set_for_the_lesson_is_seen_there_and_makes_no_other_result(tmp_path: Path, write_lesson):
+    notebook = write_lesson(
+        tmp_path, "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['LABKIT_PRESET'])"
+    )
+    result = runs.run(notebook, SMOKE, out=tmp_path / "r", env={"CUDA_VISIBLE_DEVICES": "3"})
+    assert outputs(result.notebook) == "3 smoke\n"
+    assert runs.done(notebook, SMOKE, out=tmp_path / "r").folder == result.folder
 
 
 def _runs(pid: int) -> bool:
@@ -283,3 +314,42 @@ def test_an_unknown_lesson_is_refused_with_those_that_exist(tmp_path: Path, writ
     write_lesson(tmp_path, "1")
     with pytest.raises(InputError, match=r"There is no lesson .*; give the number of one that exists: 01"):
         lessons.find(name, tmp_path)
+
+
+# finding results
+
+
+def test_a_result_is_found_again_however_its_parameters_are_written(good):
+    result, _, notebook = good
+    out = result.folder.parent.parent
+    for given in ({**SMOKE, "RATIO": 0.25}, {"RATIO": "0.25", "SEED": 0, **SMOKE}):
+        found = runs.done(notebook, given, out=out)
+        assert (found.folder, found.parameters, found.error) == (result.folder, result.parameters, None)
+        assert found.peak_memory == result.peak_memory and found.seconds == pytest.approx(result.seconds, abs=1e-3)
+    assert runs.done(notebook, {**SMOKE, "RATIO": 0.75}, out=out) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [("new.py", True), ("pruning/csrc/sparse_linear.cpp", True), ("page.html", False), ("__pycache__/new.pyc", False)],
+)
+def test_the_version_of_the_code_is_that_of_its_sources(tmp_path: Path, monkeypatch, file: str, counts: bool):
+    package = tmp_path / "labkit"
+    shutil.copytree(Path(runs.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    before = runs.code_version()
+    (package / file).parent.mkdir(exist_ok=True)
+    (package / file).open("a").write("changed")
+    assert (runs.code_version() != before) == counts
+
+
+def test_another_version_of_torch_is_another_code(monkeypatch: pytest.MonkeyPatch):
+    before = runs.code_version()
+    monkeypatch.setattr(runs.metadata, "version", lambda package: "0.0")
+    assert runs.code_version() != before
+
+
+def test_another_code_is_another_result(good, monkeypatch: pytest.MonkeyPatch):
+    result, _, notebook = good
+    monkeypatch.setattr(runs, "code_version", lambda: "another")
+    assert runs.done(notebook, {**SMOKE, "RATIO": 0.25}, out=result.folder.parent.parent) is None

@@ -60,17 +60,18 @@ def isas() -> tuple[str, ...]:
 
 def _compiled() -> Path:
     """The shared library for this source, compiler and machine; compiled unless the cache has it."""
-    compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = "\0".join([SOURCE.read_text(), version, *compiler, *FLAGS, platform.system(), platform.machine()])
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    key = "\0".join([SOURCE.read_text(), version, *command, *FLAGS, platform.system(), platform.machine()])
     target = paths.cache_dir() / "kernels" / f"sparse_linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, target)
+        _compile(command, target)
     return target
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """The C++ compiler's command: CXX, or the first one on the PATH; FileNotFoundError where there is none."""
     if named := os.environ.get("CXX"):
         return shlex.split(named)
     for name in ("g++", "clang++", "c++"):
