@@ -202,6 +202,22 @@ def test_the_forecast_counts_what_is_left_and_takes_the_time_of_earlier_runs(les
     assert sweep.forecast(jobs, 4, 2) == "01_small: 4 points (4 RATIO), 4 of them done"
 
 
+def test_what_a_machine_left_when_it_went_down_is_cleared_and_a_run_under_way_is_not(tmp_path: Path):
+    for name, age in (
+        (".smoke-old", 700),
+        (".smoke-new", 500),
+        (".full-slow", 700),
+        (".slurm-log", 700),
+        ("smoke-1", 700),
+    ):
+        (tmp_path / name).mkdir()
+        for path in (tmp_path / name / "01_small.ipynb", tmp_path / name):
+            path.touch()
+            os.utime(path, (time.time() - age, time.time() - age))
+    sweep._clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".full-slow", ".slurm-log", ".smoke-new", "smoke-1"]
+
+
 # devices
 
 
@@ -356,7 +372,7 @@ def test_a_run_whose_process_is_killed_is_run_again(home: Path):
     killer.start()
     result = labkit(home, "--seeds", 1, "--preset", "smoke")
     killer.join()
-    assert result.exit_code == 0 and "1 points: 1 run" in result.stdout and len(marks(home, 0.5)) == 2
+    assert result.exit_code == 0 and "1 point: 1 run" in result.stdout and len(marks(home, 0.5)) == 2
 
 
 # on a Dask cluster
