@@ -244,12 +244,8 @@ def _seconds(jobs: Sequence[Job]) -> tuple[float, str]:
     from labkit.session import BUDGETS
 
     home, presets = jobs[0].out / jobs[0].lesson, {runs.bind(job.source, job.given)["PRESET"] for job in jobs}
-    took = [
-        kept["seconds"]
-        for preset in presets
-        for file in home.glob(f"{preset}-*/run.json")
-        if (kept := json.loads(file.read_text(encoding="utf-8")))["status"] == "done"
-    ]
+    earlier = [runs.read(folder) for preset in presets for folder in home.glob(f"{preset}-*")]
+    took = [kept.seconds for kept in earlier if kept and not kept.error]
     return (statistics.median(took), "about") if took else (max(BUDGETS[one].seconds for one in presets), "at most")
 
 

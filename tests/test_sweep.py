@@ -194,10 +194,12 @@ def test_what_is_not_installed_is_said_with_the_way_to_install_it(home: Path, mo
 def test_the_forecast_counts_what_is_left_and_takes_the_time_of_earlier_runs(lesson: Path, tmp_path: Path):
     jobs = sweep.plan(lesson, {"RATIO": [0.1, 0.2, 0.3, 0.4]}, SMOKE, out=tmp_path)
     assert sweep.forecast(jobs, 0, 2) == "01_small: 4 points (4 RATIO); 4 to run, 2 at once: at most 3 min"
-    for seconds, status in ((5, "done"), (7, "done"), (600, "failed")):
+    failure = {"name": "ValueError", "message": "no", "cell": 4, "section": "Its work"}
+    for seconds, error in ((5, None), (7, None), (600, failure)):
         folder = tmp_path / "01_small" / f"smoke-{seconds}"
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"seconds": seconds, "status": status}))
+        facts = {"lesson": "01_small", "parameters": {}, "peak_memory": 1, "seconds": seconds, "error": error}
+        (folder / "run.json").write_text(json.dumps(facts))
     assert sweep.forecast(jobs, 1, 2) == "01_small: 4 points (4 RATIO), 1 of them done; 3 to run, 2 at once: about 12 s"
     assert sweep.forecast(jobs, 4, 2) == "01_small: 4 points (4 RATIO), 4 of them done"
 
