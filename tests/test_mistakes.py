@@ -125,7 +125,15 @@ REFUSED = {
     "seed below 0": (("-p", "SEED", "-1"), "SEED cannot be -1; give a number from 0 to 4294967295."),
     "out of range": (("-p", "RATIO", "2"), "RATIO cannot be 2.0; give a number from 0 to 1."),
     "no such choice": (("-p", "CRITERION", "l3"), "CRITERION cannot be 'l3'; choose one of l1, taylor."),
-    "no such preset": (("-p", "PRESET", "huge"), "PRESET cannot be 'huge'; choose one of smoke, class, full."),
+    "given twice": (
+        ("-p", "RATIO", "0.3", "-p", "RATIO", "0.5"),
+        "RATIO is given twice, as 0.3 and as 0.5; give it once.",
+    ),
+    "given in two ways": (("-p", "PRESET", "full"), "PRESET is given twice, as smoke and as full; give it once."),
+    "a folder of its own": (
+        ("-p", "RESULTS_DIR", "x"),
+        "RESULTS_DIR is set for each run; choose the folder of all results with --out.",
+    ),
     "no such device": (("--device", "gpu"), "device is 'gpu'; choose auto, cpu, cuda or cuda:N."),
     "no such GPU": (
         ("--device", "cuda:99"),
