@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +101,8 @@ def run(
             raise InputError(
                 f"There is no lesson to run in {paths.NOTEBOOKS}; take the course's notebooks from its repository."
             )
-        asked = {"PRESET": preset or os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class")}
-        asked |= {"DEVICE": device} if device else {}
-        asked |= dict(given)
+        asked = _once([("PRESET", preset), ("DEVICE", device), *given])
+        asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
         for notebook in chosen:
             bound = runs.check(notebook, asked)
             if record:
@@ -120,6 +119,17 @@ def run(
         click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {kept}.", err=True)
         sys.exit(130)
     sys.exit(any(one.error for one in done))
+
+
+def _once(given: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """The parameters by name, without those that are None; InputError where one is given twice."""
+    asked: dict[str, str] = {}
+    for name, value in given:
+        if name in asked:
+            raise InputError(f"{name} is given twice, as {asked[name]} and as {value}; give it once.")
+        if value is not None:
+            asked[name] = value
+    return asked
 
 
 def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) -> "Run":

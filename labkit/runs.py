@@ -89,6 +89,8 @@ class Run:
 def bind(source: bytes, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the notebook `source` will get for `given`: the preset, where results go, and what differs from its cell."""
     known = _parameters(source)
+    if given.get("RESULTS_DIR", ".") != ".":
+        raise InputError("RESULTS_DIR is set for each run; choose the folder of all results with --out.")
     bound = parameters.bind(known, {"PRESET": _stated(known, "PRESET"), **given, "RESULTS_DIR": "."})
     return {name: value for name, value in bound.items() if name in ALWAYS or value != known[name].default}
 
@@ -260,7 +262,7 @@ def _in_child(
                 else:
                     last = Step(**event)
                     on_step(last)
-            code = child.wait()
+            code = _wait(child)
     finally:
         descendants.end(token)
     if end is None and limit.stopped:
@@ -305,6 +307,15 @@ def _started(job: dict, folder: Path, env: Mapping[str, str], token: str) -> Ite
             child.kill()
             child.wait()
             raise
+
+
+def _wait(child: subprocess.Popen) -> int:
+    """Its exit code. It has said all that it will say, so one that hangs in ending itself is ended."""
+    try:
+        return child.wait(descendants.END_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
 
 
 def _lost(code: int) -> tuple[str, str]:

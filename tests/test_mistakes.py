@@ -75,6 +75,13 @@ class Course:
         wait_until(lambda: not self.processes(), 20)
 
 
+def mishap(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """What the lesson's cell does from now on."""
+    if "/dev/full" in code and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setenv("MISHAP", code)
+
+
 def digest(*places: Path) -> str:
     """Of every name and byte in these files and folders."""
     state = hashlib.sha256()
@@ -125,7 +132,15 @@ REFUSED = {
     "seed below 0": (("-p", "SEED", "-1"), "SEED cannot be -1; give a number from 0 to 4294967295."),
     "out of range": (("-p", "RATIO", "2"), "RATIO cannot be 2.0; give a number from 0 to 1."),
     "no such choice": (("-p", "CRITERION", "l3"), "CRITERION cannot be 'l3'; choose one of l1, taylor."),
-    "no such preset": (("-p", "PRESET", "huge"), "PRESET cannot be 'huge'; choose one of smoke, class, full."),
+    "given twice": (
+        ("-p", "RATIO", "0.3", "-p", "RATIO", "0.5"),
+        "RATIO is given twice, as 0.3 and as 0.5; give it once.",
+    ),
+    "given in two ways": (("-p", "PRESET", "full"), "PRESET is given twice, as smoke and as full; give it once."),
+    "a folder of its own": (
+        ("-p", "RESULTS_DIR", "x"),
+        "RESULTS_DIR is set for each run; choose the folder of all results with --out.",
+    ),
     "no such device": (("--device", "gpu"), "device is 'gpu'; choose auto, cpu, cuda or cuda:N."),
     "no such GPU": (
         ("--device", "cuda:99"),
@@ -254,7 +269,7 @@ FULL = {
 
 @pytest.mark.parametrize("what", FULL)
 def test_a_result_that_cannot_be_written_keeps_the_earlier_one(course: Course, monkeypatch, what: str):
-    monkeypatch.setenv("MISHAP", FULL[what])
+    mishap(monkeypatch, FULL[what])
     before = digest(course.good, course.notebook)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # as a quota would, the system refuses larger files
@@ -327,7 +342,7 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(
     if "model" in what:
         sentence = sentence.format(**names)
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MISHAP", code)
+    mishap(monkeypatch, code)
     before = digest(course.good, course.notebook)
     exit_code, said = course.run()
     assert exit_code == 1 and f"labkit: 01_small stopped: {sentence}" in said, said
@@ -342,7 +357,7 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(
 
 @pytest.mark.gpu
 def test_a_gpu_that_is_really_full_is_told(course: Course, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MISHAP", "import torch; torch.empty(2**46, dtype=torch.uint8, device='cuda')")
+    mishap(monkeypatch, "import torch; torch.empty(2**46, dtype=torch.uint8, device='cuda')")
     before = digest(course.good, course.notebook)
     exit_code, said = course.run()
     assert exit_code == 1 and "OutOfMemoryError in cell 4" in said and "or end what else uses the GPU" in said
@@ -387,7 +402,7 @@ INTERRUPTED = {
 
 @pytest.mark.parametrize("moment", INTERRUPTED)
 def test_ctrl_c_leaves_nothing_behind(course: Course, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moment: str):
-    monkeypatch.setenv("MISHAP", INTERRUPTED[moment])
+    mishap(monkeypatch, INTERRUPTED[moment])
     flag = tmp_path / "flag"
     if moment == "while the kernel starts":
         _hang_at_start(monkeypatch, tmp_path)
