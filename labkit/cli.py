@@ -204,8 +204,9 @@ def sweep(
     from labkit import executors, lessons, report, sweep
 
     axes = sweep.parse(grid)
-    chosen = preset or (None if "PRESET" in axes else os.environ.get("LABKIT_PRESET", "class"))
-    asked = ({"PRESET": chosen} if chosen else {}) | dict(given)
+    asked = _once([("PRESET", preset), *given])
+    if "PRESET" not in axes:
+        asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or "class")
     jobs = sweep.plan(lessons.find(lesson), axes, asked, seeds=seeds, out=out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ended: list[sweep.Outcome] = []
@@ -220,7 +221,8 @@ def sweep(
         click.echo("\nlabkit: interrupted; finished runs are kept, and the same command goes on from them.", err=True)
         sys.exit(130)
     click.echo(sweep.summary(ended))
-    click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+    if any(outcome.run for outcome in ended):
+        click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
     sys.exit(any(outcome.failure for outcome in ended))
 
 

@@ -107,8 +107,6 @@ def plan(
     if not axes:
         raise InputError("There is nothing to sweep over; give -g NAME=VALUE,VALUE or --seeds N.")
     for name in axes:
-        if name == "RESULTS_DIR":
-            raise InputError("RESULTS_DIR is set for each run; choose the place of all results with --out.")
         if name in given and (name != "SEED" or seeds is None):
             raise InputError(f"{name} is in the grid and given for all points too; give it once.")
     code, jobs = runs.code_version(), []

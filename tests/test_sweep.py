@@ -128,10 +128,11 @@ def test_commas_inside_brackets_part_no_values():
         (("-g", "RATIO=0.3,half"), "RATIO cannot be 'half'; give a finite number, like its default 0.5."),
         (("-g", "RATIO=0.3,1.5"), "RATIO cannot be 1.5; give a number from 0 to 1."),
         (("-g", "RATIO=0.3", "-p", "RATIO", "0.5"), "RATIO is in the grid and given for all points too; give it once."),
+        (("--seeds", "2", "--preset", "smoke", "-p", "PRESET", "full"), "PRESET is given twice, as smoke and as full"),
         (("-g", "PRESET=smoke,full", "--preset", "class"), "PRESET is in the grid and given for all points too"),
         (("-g", "SEED=1,2", "--seeds", "2"), "SEED is in the grid, and --seeds sets it too; give one of them."),
         (("-g", "RATIO=0.3", "-p", "SEEED", "1"), "This lesson has no parameter SEEED; did you mean SEED?"),
-        (("-g", "RESULTS_DIR=a,b"), "RESULTS_DIR is set for each run; choose the place of all results with --out."),
+        (("-g", "RESULTS_DIR=a,b"), "RESULTS_DIR is set for each run; choose the folder of all results with --out."),
         (
             ("-g", "DEVICE=cpu,cuda:1"),
             "DEVICE cannot be cuda:1 in a sweep, which hands out the GPUs itself",
