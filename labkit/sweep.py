@@ -239,12 +239,13 @@ def forecast(jobs: Sequence[Job], done: int, at_once: int | None) -> str:
 
 def _seconds(jobs: Sequence[Job]) -> tuple[float, str]:
     """Seconds of a run, and what they are: about what earlier ones took, or at most what the preset allows."""
-    from labkit.session import BUDGETS
-
     home, presets = jobs[0].out / jobs[0].lesson, {runs.bind(job.source, job.given)["PRESET"] for job in jobs}
     earlier = [runs.read(folder) for preset in presets for folder in home.glob(f"{preset}-*")]
-    took = [kept.seconds for kept in earlier if kept and not kept.error]
-    return (statistics.median(took), "about") if took else (max(BUDGETS[one].seconds for one in presets), "at most")
+    if took := [kept.seconds for kept in earlier if kept and not kept.error]:
+        return statistics.median(took), "about"
+    from labkit.session import BUDGETS  # imports torch
+
+    return max(BUDGETS[preset].seconds for preset in presets), "at most"
 
 
 def _duration(seconds: float) -> str:
