@@ -4,9 +4,9 @@
     python benchmarks/nm_published.py --method wanda --pattern 0.5 --seeds 3
 
 The published side is written here from the papers, in float64 and the slow way: the model runs again from its first
-layer for each block, with hooks on its layers. The perplexities of both sides are compared seed by seed; the ratio has a Student
-interval over seeds. The time is that of one weight after the other, pruned by the scripts' course in float32 and by
-labkit from the same Hessian, in alternating order; the ratio has an exact interval of the median over weights.
+layer for each block, with hooks on its layers. The perplexities of both sides are compared seed by seed; their ratio
+has a Student interval over seeds. Time is that of one weight after the other, pruned by the scripts' course in float32
+and by labkit from the same Hessian, in alternating order; its ratio has an exact interval of the median over weights.
 """
 
 import argparse

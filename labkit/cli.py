@@ -189,6 +189,61 @@ def _progress(lesson: str) -> Callable[["Step"], None]:
 
 
 @main.command()
+@click.argument("lesson", metavar="NN")
+@click.option(
+    "-g", "grid", multiple=True, metavar="NAME=V1,V2", help="Values of a parameter; all combinations are run."
+)
+@click.option("--seeds", type=click.IntRange(min=1), help="Repeat each point for so many SEEDs, from its own on.")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter at all points.")
+@click.option("--preset", type=click.Choice(PRESETS), help="Default: class.")
+@click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, dask://host:port or slurm.")
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at once. Default: 1, or one a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
+def sweep(
+    lesson: str,
+    grid: tuple[str, ...],
+    seeds: int | None,
+    given: tuple[tuple[str, str], ...],
+    preset: str | None,
+    on: str,
+    workers: int | None,
+    out: Path,
+) -> None:
+    """Run a lesson at every point of a grid, and write the report.
+
+    All points are checked before the first one starts. What is done already is not run again, so the same command goes
+    on after Ctrl-C, a lost worker or a lost scheduler. On a cluster OUT has to be a folder that all machines share.
+
+    Exit code: 0 all points have a result, 1 some failed, 2 something asked for cannot be had, 130 interrupted.
+
+    \b
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
+    """
+    from labkit import executors, lessons, report, sweep
+
+    axes = sweep.parse(grid)
+    chosen = preset or (None if "PRESET" in axes else os.environ.get("LABKIT_PRESET", "class"))
+    asked = ({"PRESET": chosen} if chosen else {}) | dict(given)
+    jobs = sweep.plan(lessons.find(lesson), axes, asked, seeds=seeds, out=out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ended: list[sweep.Outcome] = []
+    try:
+        with executors.enter(on, workers=workers, device=sweep.device_of(jobs), out=out.absolute()) as place:
+            click.echo(sweep.forecast(jobs, place.ask(sweep.already, jobs), place.at_once))
+            for note in place.notes:
+                click.echo(f"note    {note}")
+            with sweep.Progress(jobs) as progress:
+                ended = sweep.run(jobs, place, on_end=progress.end, on_wait=progress.wait)
+    except KeyboardInterrupt:
+        click.echo("\nlabkit: interrupted; finished runs are kept, and the same command goes on from them.", err=True)
+        sys.exit(130)
+    click.echo(sweep.summary(ended))
+    click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+    sys.exit(any(outcome.failure for outcome in ended))
+
+
+@main.command()
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
 def report(folders: tuple[Path, ...]) -> None:
     """Make one HTML page of the results in DIR..., written into the first of them, and rows.csv and rows.parquet.
