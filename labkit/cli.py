@@ -9,7 +9,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,32 +94,50 @@ def run(
     """
     from labkit import lessons, references, runs
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     done: list[Run] = []
     try:
-        chosen = lessons.all_lessons() if lesson == "all" else [lessons.find(lesson)]
-        if not chosen:
-            raise InputError(
-                f"There is no lesson to run in {paths.NOTEBOOKS}; take the course's notebooks from its repository."
-            )
-        asked = _once([("PRESET", preset), ("DEVICE", device), *given])
-        asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
-        for notebook in chosen:
-            bound = runs.check(notebook, asked)
-            if record:
-                references.require(bound)
-        for notebook in chosen:
-            done.append(_run_one(notebook, asked, out, record))
-        if len(done) > 1:
-            click.echo("\n".join(["", *map(_summary, done)]))
-        from labkit import report
+        with _interrupted_once():
+            chosen = lessons.all_lessons() if lesson == "all" else [lessons.find(lesson)]
+            if not chosen:
+                raise InputError(
+                    f"There is no lesson to run in {paths.NOTEBOOKS}; take the course's notebooks from its repository."
+                )
+            asked = _once([("PRESET", preset), ("DEVICE", device), *given])
+            asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
+            for notebook in chosen:
+                bound = runs.check(notebook, asked)
+                if record:
+                    references.require(bound)
+            for notebook in chosen:
+                done.append(_run_one(notebook, asked, out, record))
+            if len(done) > 1:
+                click.echo("\n".join(["", *map(_summary, done)]))
+            from labkit import report
 
-        click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+            click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
     except KeyboardInterrupt:
         kept = f"kept: {', '.join(one.lesson for one in done)}" if done else "earlier results are as they were"
         click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {kept}.", err=True)
         sys.exit(130)
     sys.exit(any(one.error for one in done))
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM raises KeyboardInterrupt; more of them do not disturb what tidies up and ends."""
+
+    def first(number: int, frame: object) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, first) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            if signal.getsignal(one) is first:
+                signal.signal(one, handler)
 
 
 def _once(given: Iterable[tuple[str, str | None]]) -> dict[str, str]:

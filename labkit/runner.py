@@ -172,3 +172,6 @@ def _leave_nothing(token: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is said and written; taking papermill's modules down again would cost most of a second
