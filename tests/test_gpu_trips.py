@@ -161,7 +161,10 @@ def test_a_wheel_that_cannot_be_had_is_named(index: Path, tmp_path: Path):
 
 
 def test_the_course_s_own_requirements_are_met_here():
+    names = {one.name for one in wheels.required()}
     assert wheels.missing(wheels.here(), wheels.required()) == []
+    assert {"torch", "papermill", "nbval", "pytest"} <= names
+    assert not names & {"labkit", "jupyterlab"}  # labkit is not installed there: it runs from the repository
 
 
 # trips ---------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def prepare(folder: Path, has: Path, trip: float) -> None:
         raise InputError(f"{has} cannot be read ({error.strerror}); give that machine's list of packages.") from None
     for made in trips.prepare(folder, there, trip_bytes=int(trip * 1e6)):
         size = sum(file.stat().st_size for file in made.iterdir()) / 1e6
-        click.echo(f"{made}  {size:.1f} MB: there, `python3 -m labkit.cli gpu --bring {made.name}`")
+        click.echo(f"{made}  {size:.1f} MB: there, ./lab gpu take {made.name}, and with the last one ./lab gpu --bring")
 
 
 @gpu.command()

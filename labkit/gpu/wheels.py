@@ -24,7 +24,7 @@ from labkit import paths
 from labkit.errors import DataError, InputError
 
 PYTHON = "3.12"  # of the machine that the wheels are for, which is Linux on x86-64
-NOT_RUN_THERE = {"jupyterlab", "ruff"}  # the learner's editor and the linter
+NOT_RUN_THERE = {"jupyterlab", "ruff", "labkit"}  # the editor, the linter; labkit[cluster], for sweeps over machines
 ENVIRONMENT = {
     "python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "implementation_name": "cpython",
     "implementation_version": f"{PYTHON}.0", "platform_python_implementation": "CPython", "os_name": "posix",
