@@ -152,7 +152,7 @@ def _once(given: Iterable[tuple[str, str | None]]) -> dict[str, str]:
 
 
 def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) -> "Run":
-    from labkit import readme, references, runs
+    from labkit import runs
 
     result = runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
     if sys.stderr.isatty():
@@ -161,6 +161,8 @@ def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) 
     if result.error:
         click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
     elif record:
+        from labkit import readme, references
+
         for path in (*references.keep(result, notebook), *readme.update()):
             click.echo(f"recorded  {path}")
     return result

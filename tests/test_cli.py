@@ -43,6 +43,18 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+def test_a_run_begins_before_what_only_its_end_needs_is_imported(course: Path, write_lesson):
+    write_lesson(course / "notebooks", "1")
+    code = (
+        "import sys, pathlib, labkit.cli as c; from labkit import runs;"
+        "c.paths.NOTEBOOKS = pathlib.Path(sys.argv.pop(1));"
+        "runs.run = lambda *_, **__: sys.exit(bool({'torch', 'nbformat', 'pandas', 'matplotlib'} & set(sys.modules)));"
+        "c.main()"
+    )
+    asked = [sys.executable, "-c", code, course / "notebooks", "run", "1"]
+    assert subprocess.run(asked, timeout=60).returncode == 0
+
+
 def test_the_module_is_the_command():
     asked = [sys.executable, "-m", "labkit.cli", "--help"]
     said = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
