@@ -9,6 +9,7 @@ file of --json holds already are not computed again.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import time
@@ -70,6 +71,7 @@ def main() -> None:
         seconds, peak = time.perf_counter() - start, process.peak_memory() / 1e9
         found = training.perplexity(pruned, test, window=options.length)
         del pruned
+        gc.collect()  # its masks hold it in a cycle, and the next row brings a copy of its own
         print(f"{method:10} {name:8} {n:8} {seed:4} {found:10.2f} {seconds:8.1f} {peak:8.2f}", flush=True)
         rows.append({**key, **settings, "dense": dense, "perplexity": found, "seconds": seconds, "peak_gb": peak})
         if options.json:
