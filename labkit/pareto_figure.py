@@ -42,11 +42,13 @@ def _look(spot: Spot, shown: TradeOff) -> tuple[str, str]:
 
 
 def _source(point: Point, shown: TradeOff) -> str:
-    """Whose runs a point holds, at what preset, and on which machine where there are several."""
+    """Whose runs a point holds, at what preset, and on which machine or with what parameters where these differ."""
     record = point.records[0]
     machine = record.machine.get("label", record.device).split(", ")[:2]
     slugs = {spot.point.records[0].machine.get("slug") for spot in shown.spots}
-    return ", ".join(["yours" if point.here else "recorded", record.preset, *(machine if len(slugs) > 1 else [])])
+    other = [f"{name} {short(point.parameters.get(name))}" for name in shown.differing]
+    whose = "yours" if point.here else "recorded"
+    return ", ".join([whose, record.preset, *(machine if len(slugs) > 1 else []), *(other if not shown.swept else [])])
 
 
 def _whose(spot: Spot, shown: TradeOff) -> str:
