@@ -91,7 +91,7 @@ def run(
     labkit run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
     labkit run all --device cuda --out /data/runs
     """
-    from labkit import lessons, runs
+    from labkit import lessons, references, runs
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     done: list[Run] = []
@@ -105,7 +105,9 @@ def run(
         asked |= {"DEVICE": device} if device else {}
         asked |= dict(given)
         for notebook in chosen:
-            runs.check(notebook, asked, reference=record)
+            bound = runs.check(notebook, asked)
+            if record:
+                references.require(bound)
         for notebook in chosen:
             done.append(_run_one(notebook, asked, out, record))
         if len(done) > 1:
@@ -121,7 +123,7 @@ def run(
 
 
 def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) -> "Run":
-    from labkit import readme, runs
+    from labkit import readme, references, runs
 
     result = runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
     if sys.stderr.isatty():
@@ -130,7 +132,7 @@ def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) 
     if result.error:
         click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
     elif record:
-        for path in (*runs.keep_as_reference(result, notebook), *readme.update()):
+        for path in (*references.keep(result, notebook), *readme.update()):
             click.echo(f"recorded  {path}")
     return result
 

@@ -279,7 +279,9 @@ def _dask_trouble(client: "Client", address: str) -> str:
             f"The Dask scheduler at {address} is gone; start it and its workers again, then give the same command: it "
             "goes on with what is not done."
         )
-    return "" if client.nthreads() else f"{address} has no worker any more; the sweep waits for one"
+    with contextlib.suppress(OSError):  # lost this very moment, which the next call says
+        return "" if client.nthreads() else f"{address} has no worker any more; the sweep waits for one"
+    return ""
 
 
 # Slurm --------------------------------------------------------------------------------------------

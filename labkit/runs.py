@@ -24,14 +24,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from labkit import descendants, parameters, paths, runner
+from labkit import descendants, parameters, runner
 from labkit.atomic import full_disk_told
 from labkit.errors import DataError, InputError, LabError
 
 SCHEMA = "labkit.run/1"
 SOURCES = (".py", ".cpp", ".cu", ".h")
 LOG = "log.txt"
-_ALWAYS = ("PRESET", "RESULTS_DIR")
+ALWAYS = ("PRESET", "RESULTS_DIR")  # what every result states, whether it differs from the cell or not
 CELL_SECONDS = {"smoke": 300, "class": 1200, "full": 1800}  # for cells that hang; the budgets are lab.finish()'s
 START_SECONDS = 60  # for a kernel to start, which is tried twice
 
@@ -90,15 +90,14 @@ def bind(source: bytes, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the notebook `source` will get for `given`: the preset, where results go, and what differs from its cell."""
     known = _parameters(source)
     bound = parameters.bind(known, {"PRESET": _stated(known, "PRESET"), **given, "RESULTS_DIR": "."})
-    return {name: value for name, value in bound.items() if name in _ALWAYS or value != known[name].default}
+    return {name: value for name, value in bound.items() if name in ALWAYS or value != known[name].default}
 
 
-def check(notebook: Path, given: Mapping[str, Any], *, reference: bool = False) -> None:
-    """Raises what `run` raises before anything runs; with `reference`, also where the run could not stand as one."""
+def check(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run` would give the lesson; raises what it raises before anything runs."""
     bound = bind(source := _lesson(notebook), given)
-    if reference:
-        require_reference(bound)
     _require_device(source, bound)
+    return bound
 
 
 def _require_device(source: bytes, bound: Mapping[str, Any]) -> None:
@@ -370,38 +369,3 @@ def _swap(partial: Path, folder: Path) -> None:
         if older.exists() and not folder.exists():
             older.rename(folder)
         shutil.rmtree(older, ignore_errors=True)
-
-
-# reference results --------------------------------------------------------------------------------
-
-
-def require_reference(bound: Mapping[str, Any]) -> None:
-    """InputError where a run with these parameters could not stand as a reference."""
-    if bound["PRESET"] == "smoke":
-        raise InputError("A smoke run is too small to be a reference; record one at --preset class or full.")
-    if other := sorted(set(bound) - {*_ALWAYS, "DEVICE"}):
-        raise InputError(f"A reference run keeps the lesson's own values; leave out -p {other[0]}.")
-
-
-def keep_as_reference(result: Run, notebook: Path, recorded: Path | None = None) -> list[Path]:
-    """Store a good run as reference: its record beside the others, and its outputs in the lesson itself.
-
-    The lesson is rewritten only where the run used the parameters that the lesson's cell states, so that what a reader
-    sees is what the cell gives. Returns the files written; InputError where the run is no reference.
-    """
-    if result.error or not result.record.exists():
-        raise InputError(f"{result.lesson} did not finish, so there is nothing to record; mend it and run it again.")
-    require_reference(result.parameters)
-    import nbformat
-
-    from labkit.lessons import tidied, write
-
-    executed = nbformat.read(result.notebook, as_version=4)
-    record = json.loads(result.record.read_text(encoding="utf-8"))
-    written = [(recorded or paths.RECORDED) / record["machine"]["slug"] / f"{record['lesson']}.json"]
-    write(written[0], result.record.read_text(encoding="utf-8"))
-    stated = parameters.read(executed)["PRESET"].default
-    if set(result.parameters) == set(_ALWAYS) and result.parameters["PRESET"] == stated:
-        write(notebook, nbformat.writes(tidied(executed)) + "\n")
-        written.append(notebook)
-    return written

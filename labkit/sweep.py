@@ -15,14 +15,17 @@ needs the same labkit and the folder of results on every machine; the lesson is 
 to 1 unless it is started with another value. Where runs take place is executors.py's; how results look, report.py's.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -183,6 +186,7 @@ def run(
     KeyboardInterrupt and DataError (the place is gone) stop the rest; what is done stays, and is not done again.
     """
     outcomes = []
+    _clear(jobs[0].out / jobs[0].lesson)
     try:
         waiting = {place.executor.submit(one, job): job for job in jobs}
         while waiting:
@@ -197,6 +201,16 @@ def run(
         place.stop()
         raise
     return outcomes
+
+
+def _clear(home: Path) -> None:
+    """Remove what is left of runs that were killed with their whole machine: a run that lives writes at every cell."""
+    for preset, longest in runs.CELL_SECONDS.items():
+        for folder in home.glob(f".{preset}-*"):
+            with contextlib.suppress(FileNotFoundError):  # a run that ended just now
+                newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+                if time.time() - newest > 2 * longest:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _outcome(job: Job, future: Future) -> Outcome:
@@ -217,7 +231,7 @@ def forecast(jobs: Sequence[Job], done: int, at_once: int | None) -> str:
     """How many runs there are and how long they take, from earlier runs of the lesson in the same folder, if any."""
     left = len(jobs) - done
     axes = " x ".join(f"{len({str(job.point[name]) for job in jobs})} {name}" for name in jobs[0].point)
-    said = f"{jobs[0].lesson}: {len(jobs)} points ({axes})" + (f", {done} of them done" if done else "")
+    said = f"{jobs[0].lesson}: {_points(jobs)} ({axes})" + (f", {done} of them done" if done else "")
     if not left:
         return said
     rounds = math.ceil(left / (at_once or left))
@@ -230,12 +244,8 @@ def _seconds(jobs: Sequence[Job]) -> tuple[float, str]:
     from labkit.session import BUDGETS
 
     home, presets = jobs[0].out / jobs[0].lesson, {runs.bind(job.source, job.given)["PRESET"] for job in jobs}
-    took = [
-        kept["seconds"]
-        for preset in presets
-        for file in home.glob(f"{preset}-*/run.json")
-        if (kept := json.loads(file.read_text(encoding="utf-8")))["status"] == "done"
-    ]
+    earlier = [runs.read(folder) for preset in presets for folder in home.glob(f"{preset}-*")]
+    took = [kept.seconds for kept in earlier if kept and not kept.error]
     return (statistics.median(took), "about") if took else (max(BUDGETS[one].seconds for one in presets), "at most")
 
 
@@ -283,11 +293,15 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     failed = [outcome for outcome in outcomes if outcome.failure]
     reused = sum(outcome.reused for outcome in outcomes)
     run = len(outcomes) - len(failed) - reused
-    lines = [f"{len(outcomes)} points: {run} run, {reused} there before, {len(failed)} failed"]
+    lines = [f"{_points(outcomes)}: {run} run, {reused} there before, {len(failed)} failed"]
     for outcome in failed:
         where = f"\n        see {outcome.run.notebook}" if outcome.run else ""
         lines.append(f"failed  {words(outcome.job.point)}: {outcome.failure}{where}")
     return "\n".join(lines)
+
+
+def _points(things: Sequence[Any]) -> str:
+    return f"{len(things)} point{'s' * (len(things) != 1)}"
 
 
 def words(point: Mapping[str, Any]) -> str:

@@ -126,10 +126,9 @@ DRIVER = """
 import sys
 from pathlib import Path
 from labkit import paths
-from labkit.gpu import packing, steps
+from labkit.gpu import steps
 out = Path(sys.argv[1])
 paths.RECORDED = out / "recorded"
-steps.pack = lambda out: packing.pack(steps.results(out, "none"), out)  # the machine's name would take torch
 first = steps.Step("first", (sys.executable, "-c", f"open({str(out / 'first')!r}, 'a').write('x')"), 60, 1)
 second = steps.Step("second", (sys.executable, "-c", sys.argv[2]), 60, 1)
 state = steps.State.load(out / "state.json", "k")
@@ -267,17 +266,37 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, as_if_on_a_gpu, mon
     assert result.exit_code == 2 and "These packages are missing here: papermill>=2.6; run ./lab setup" in result.stderr
 
 
+def write_run(out: Path, name: str, machine: str, time_s: float) -> str:
+    """A finished run of lesson 01 as `labkit run` leaves it, and its record's text."""
+    text = json.dumps({"lesson": "01", "machine": {"slug": machine}, "seconds": time_s})
+    folder = out / "runs" / "01_small" / name
+    folder.mkdir(parents=True)
+    for file, contents in {"record.json": text, "run.json": "{}", "01_small.ipynb": "{}"}.items():
+        (folder / file).write_text(contents)
+        os.utime(folder / file, (time_s, time_s))
+    return text
+
+
+def test_records_come_first_and_only_the_newest_whole_one(tmp_path: Path):
+    write_run(tmp_path, "full-aaaaaaaa", "some-gpu", 1000)
+    newest = write_run(tmp_path, "full-bbbbbbbb", "some-gpu", 3000)
+    write_run(tmp_path, "full-cccccccc-failed", "some-gpu", 4000)
+    write_run(tmp_path, "smoke-dddddddd", "some-gpu", 5000)
+    (tmp_path / "state.json").write_text("{}")
+    found = list(steps.results(tmp_path))
+    assert [name for name, _ in found][:2] == ["recorded/some-gpu/01.json", "gpu/state.json"]
+    assert found[0][1].read_text() == newest
+    assert "gpu/runs/01_small/full-cccccccc-failed/01_small.ipynb" in dict(found)
+
+
 def test_results_come_home_and_a_fresh_machine_goes_on_from_them(tmp_path: Path, as_if_on_a_gpu, monkeypatch):
     there, home, fresh = tmp_path / "there", tmp_path / "home", tmp_path / "fresh"
-    record = paths.RECORDED / "some-machine" / "01.json"
-    record.parent.mkdir(parents=True)
-    record.write_text("{}")
-    monkeypatch.setattr(steps, "results", lambda out, slug, real=steps.results: real(out, "some-machine"))
+    record = write_run(there, "full-aaaaaaaa", "some-gpu", 1000)
     as_if_on_a_gpu(counting("only", tmp_path / "ran"))
     assert command("--out", there).exit_code == 0
-    record.unlink()
     monkeypatch.setattr("labkit.readme.update", lambda: [])
     assert command("take", there, "--out", home).exit_code == 0
-    assert record.read_text() == "{}" and (home / "state.json").read_text() == (there / "state.json").read_text()
+    assert (paths.RECORDED / "some-gpu" / "01.json").read_text() == record
+    assert (home / "state.json").read_text() == (there / "state.json").read_text()
     assert command("--bring", there, "--out", fresh).exit_code == 0
     assert (tmp_path / "ran").read_text() == "x"

@@ -272,6 +272,7 @@ def test_a_result_that_cannot_be_written_keeps_the_earlier_one(course: Course, m
 
 # a lesson that ends in the middle: told at once, kept beside the good result as "-failed" ---------------------------
 
+_TELL = "open(os.environ['FLAG'], 'w').close()"  # that the lesson has come so far
 _HUGE = "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.11 GiB.')"
 ENDED = {
     "a mistake in a cell": ("1 / 0", "ZeroDivisionError in cell 4 (Its work): division by zero"),
@@ -286,12 +287,12 @@ ENDED = {
         "what else uses memory",
     ),
     "kernel killed": (
-        "import signal; os.kill(os.getpid(), signal.SIGKILL)",
+        f"{_TELL}; import signal; os.kill(os.getpid(), signal.SIGKILL)",
         "DeadKernel in cell 4 (Its work): the kernel was killed, most often because memory ran out; take a smaller "
         r"--preset or smaller parameters (-p), or end what else uses memory (the run had reached ",
     ),
     "process of the run killed": (
-        "import signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(100)",
+        f"{_TELL}; import signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(100)",
         "ProcessEnded in cell 4 (Its work): the run's process was killed by SIGKILL before it could report; run it "
         "again, and see log.txt if it recurs",
     ),
@@ -328,12 +329,14 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MISHAP", code)
     before = digest(course.good, course.notebook)
-    began = time.monotonic()
     exit_code, said = course.run()
     assert exit_code == 1 and f"labkit: 01_small stopped: {sentence}" in said, said
-    assert "Traceback" not in said and time.monotonic() - began < 60
+    assert "Traceback" not in said
     failed = runs.read(course.good.with_name(f"{course.good.name}-failed"))
-    assert failed.error and failed.notebook.exists() and str(failed.error).startswith(sentence[:20])
+    assert str(failed.error).startswith(sentence) and failed.notebook.exists()
+    if "killed" in what:  # noticed at once: neither a cell's limit nor a heartbeat of half a minute is waited for
+        ended = (failed.folder / "run.json").stat().st_mtime
+        assert ended - (tmp_path / "flag").stat().st_mtime < 10
     course.assert_nothing_lost(before)
 
 
@@ -373,7 +376,6 @@ def _hang_at_start(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 # Ctrl-C ------------------------------------------------------------------------------------------------------------
 
-_TELL = "open(os.environ['FLAG'], 'w').close()"
 INTERRUPTED = {
     "before the kernel starts": "",
     "while the kernel starts": "",
@@ -401,7 +403,7 @@ def test_ctrl_c_leaves_nothing_behind(course: Course, monkeypatch: pytest.Monkey
         if moment == "while the result is put in its place":
             wait_until(lambda: len(course.processes()) == 1)  # kernel and runner have ended, and the pipe is in the way
         if moment == "while the notebook is saved":
-            wait_until(lambda: _kernel_is_idle(course))
+            time.sleep(1.0)  # the cell has told; what comes next is the saving, and the pipe is in the way
         command.send_signal(signal.SIGINT)
         _, said = command.communicate(timeout=30)
     assert command.returncode == 130 and "Traceback" not in said, said
@@ -419,12 +421,6 @@ def _is_read(pipe: Path) -> bool:
         assert error.errno == errno.ENXIO
         return False
     return True
-
-
-def _kernel_is_idle(course: Course) -> bool:
-    """Whether papermill, and not the kernel, is what the run waits for: its process stands still in a system call."""
-    time.sleep(1.0)  # the cell has told; the next thing that happens is the notebook's saving
-    return len(course.processes()) >= 2
 
 
 @pytest.mark.parametrize("call", [1, 2])

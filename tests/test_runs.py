@@ -1,4 +1,5 @@
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from labkit import lessons, runs
+from labkit import lessons, paths, runs
 from labkit.errors import InputError
 from labkit.record import MIME
 
@@ -231,7 +232,16 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.1)
 
 
-# reference results
+@pytest.mark.timing
+def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
+    overhead = runpy.run_path(str(paths.ROOT / "benchmarks" / "run_overhead.py"))
+    calls = overhead["ways"](tmp_path)
+    del calls["labkit run"]
+    _, _, most = overhead["overhead"](overhead["measure"](calls, rounds=6), "runs.run")
+    assert most < 1.0
+
+
+# what of a notebook is kept
 
 
 def test_a_tidied_notebook_has_no_trace_of_papermill(good):
@@ -259,45 +269,6 @@ def test_a_tidied_notebook_leaves_samples_and_rows_to_the_record_s_own_file():
 def test_tidying_twice_changes_nothing(good):
     once = lessons.tidied(nbformat.read(good[0].notebook, as_version=4))
     assert nbformat.writes(lessons.tidied(once)) == nbformat.writes(once)
-
-
-def finished(
-    folder: Path, write_lesson: Callable[..., Path], bound: dict, error: runs.Failure | None = None
-) -> runs.Run:
-    """A result folder as a run leaves it."""
-    write_lesson(folder, "1")
-    (folder / "record.json").write_text('{"lesson": "01", "machine": {"slug": "test-cpu-2c"}}')
-    return runs.Run("01_small", folder, {"RESULTS_DIR": ".", **bound}, 1.0, 1, error)
-
-
-def test_a_reference_at_the_lesson_s_own_values_is_kept_with_its_outputs(tmp_path: Path, write_lesson):
-    result = finished(tmp_path / "result", write_lesson, {"PRESET": "class"})
-    kept = runs.keep_as_reference(result, tmp_path / "01_small.ipynb", tmp_path / "recorded")
-    assert kept == [tmp_path / "recorded" / "test-cpu-2c" / "01.json", tmp_path / "01_small.ipynb"]
-    assert kept[0].read_text() == result.record.read_text()
-    assert nbformat.read(kept[1], as_version=4).cells[0].source == "# A small lesson"
-
-
-@pytest.mark.parametrize("bound", [{"PRESET": "full"}, {"PRESET": "class", "DEVICE": "cuda"}])
-def test_a_reference_at_other_values_leaves_the_lesson_as_it_is(tmp_path: Path, write_lesson, bound: dict):
-    result = finished(tmp_path / "result", write_lesson, bound)
-    kept = runs.keep_as_reference(result, tmp_path / "01_small.ipynb", tmp_path / "recorded")
-    assert kept == [tmp_path / "recorded" / "test-cpu-2c" / "01.json"]
-
-
-@pytest.mark.parametrize(
-    ("bound", "error", "sentence"),
-    [
-        ({"PRESET": "smoke"}, None, "too small to be a reference"),
-        ({"PRESET": "class", "RATIO": 0.25}, None, "keeps the lesson's own values; leave out -p RATIO"),
-        ({"PRESET": "class"}, runs.Failure("ValueError", "x", 1, "y"), "did not finish, so there is nothing to record"),
-    ],
-)
-def test_what_is_no_reference_is_refused(tmp_path: Path, write_lesson, bound: dict, error, sentence: str):
-    result = finished(tmp_path / "result", write_lesson, bound, error)
-    with pytest.raises(InputError, match=sentence):
-        runs.keep_as_reference(result, tmp_path / "01_small.ipynb", tmp_path / "recorded")
-    assert left_in(tmp_path) == ["result"]
 
 
 # finding lessons

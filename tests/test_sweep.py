@@ -194,12 +194,30 @@ def test_what_is_not_installed_is_said_with_the_way_to_install_it(home: Path, mo
 def test_the_forecast_counts_what_is_left_and_takes_the_time_of_earlier_runs(lesson: Path, tmp_path: Path):
     jobs = sweep.plan(lesson, {"RATIO": [0.1, 0.2, 0.3, 0.4]}, SMOKE, out=tmp_path)
     assert sweep.forecast(jobs, 0, 2) == "01_small: 4 points (4 RATIO); 4 to run, 2 at once: at most 3 min"
-    for seconds, status in ((5, "done"), (7, "done"), (600, "failed")):
+    failure = {"name": "ValueError", "message": "no", "cell": 4, "section": "Its work"}
+    for seconds, error in ((5, None), (7, None), (600, failure)):
         folder = tmp_path / "01_small" / f"smoke-{seconds}"
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"seconds": seconds, "status": status}))
+        facts = {"lesson": "01_small", "parameters": {}, "peak_memory": 1, "seconds": seconds, "error": error}
+        (folder / "run.json").write_text(json.dumps(facts))
     assert sweep.forecast(jobs, 1, 2) == "01_small: 4 points (4 RATIO), 1 of them done; 3 to run, 2 at once: about 12 s"
     assert sweep.forecast(jobs, 4, 2) == "01_small: 4 points (4 RATIO), 4 of them done"
+
+
+def test_what_a_machine_left_when_it_went_down_is_cleared_and_a_run_under_way_is_not(tmp_path: Path):
+    for name, age in (
+        (".smoke-old", 700),
+        (".smoke-new", 500),
+        (".full-slow", 700),
+        (".slurm-log", 700),
+        ("smoke-1", 700),
+    ):
+        (tmp_path / name).mkdir()
+        for path in (tmp_path / name / "01_small.ipynb", tmp_path / name):
+            path.touch()
+            os.utime(path, (time.time() - age, time.time() - age))
+    sweep._clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".full-slow", ".slurm-log", ".smoke-new", "smoke-1"]
 
 
 # devices
@@ -356,7 +374,7 @@ def test_a_run_whose_process_is_killed_is_run_again(home: Path):
     killer.start()
     result = labkit(home, "--seeds", 1, "--preset", "smoke")
     killer.join()
-    assert result.exit_code == 0 and "1 points: 1 run" in result.stdout and len(marks(home, 0.5)) == 2
+    assert result.exit_code == 0 and "1 point: 1 run" in result.stdout and len(marks(home, 0.5)) == 2
 
 
 # on a Dask cluster

@@ -264,9 +264,7 @@ def _last(log: Path) -> str:
 
 def pack(out: Path) -> packing.Packed:
     """The results so far as results-1.zip, ... in `out`."""
-    from labkit.fingerprint import fingerprint
-
-    return packing.pack(results(out, fingerprint().slug), out)
+    return packing.pack(results(out), out)
 
 
 def packed(out: Path) -> Iterator[str]:
@@ -277,9 +275,18 @@ def packed(out: Path) -> Iterator[str]:
     yield from (f"left out  {reason}" for reason in made.left_out)
 
 
-def results(out: Path, slug: str) -> Iterator[tuple[str, Path]]:
-    """What has to come back, the most important first: records, state and test results, notebooks, logs."""
-    yield from ((f"recorded/{slug}/{file.name}", file) for file in sorted((paths.RECORDED / slug).glob("*.json")))
+def results(out: Path) -> Iterator[tuple[str, Path]]:
+    """What has to come back, the most important first: records, state and test results, notebooks, logs.
+
+    A record is the newest of its lesson in `out` (data/recorded/ may be laid anew between calls), under the name that
+    it has in data/recorded/.
+    """
+    records: dict[str, Path] = {}
+    for file in sorted(out.glob("runs/*/full-*/record.json"), key=lambda file: file.stat().st_mtime):
+        if not file.parent.name.endswith("-failed"):
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            records[f"recorded/{kept['machine']['slug']}/{kept['lesson']}.json"] = file
+    yield from sorted(records.items())
     top = [*out.glob("state.json"), *sorted(out.glob("*.xml")), *sorted(out.glob("2-4-*.json"))]
     runs = [*sorted(out.glob("runs/*/*/run.json")), *sorted(out.glob("runs/*/*/*.ipynb"))]
     logs = [*sorted(out.glob("runs/*/*/log.txt")), *sorted(out.glob("logs/*.log"))]
