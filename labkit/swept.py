@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from labkit import page, pareto, plots
-from labkit.pareto_figure import WIDTH, figure
+from labkit.pareto_figure import LEGEND, WIDTH, figure
 from labkit.points import Estimate, Point, estimate, pooled, varying
 from labkit.rows import of_record, short
 
@@ -188,7 +188,8 @@ def _line(points: Sequence[Point], names: Mapping[str, Sequence[Any]], name: str
         way = "more" if more_is_better(name, unit) else "less"
         ax.set(xlabel=along, ylabel=textwrap.fill(f"{label}, {way} is better", 40))
         if len({row["with"] for row in rows}) > 1:
-            fig.legend(loc="outside lower left", ncols=2, fontsize=8)
+            longest = max(len(row["with"]) for row in rows)
+            fig.legend(loc="outside lower left", ncols=2 if longest <= LEGEND else 1, fontsize=8)
         png = plots.png(fig, scale=2)
     best = max(rows, key=lambda row: row[name] if way == "more" else -row[name])
     at = ", ".join(filter(None, [f"{along} {short(best[along])}", best["with"] if best["with"] != "all" else ""]))
