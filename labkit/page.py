@@ -78,7 +78,7 @@ def table(
     rows = list(rows)
 
     def cells(row: Sequence[str]) -> Iterator[str]:
-        yield f'<th scope="row">{row[0]}</th>'
+        yield f'<th scope="row" data-label="{labels[0]}">{row[0]}</th>'
         yield from (f'<td data-label="{label}">{cell}</td>' for label, cell in zip(labels[1:], row[1:], strict=True))
 
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)

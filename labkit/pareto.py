@@ -65,9 +65,19 @@ class TradeOff:
     spots: tuple[Spot, ...]
 
     @functools.cached_property
+    def differing(self) -> dict[str, list[Any]]:
+        """The parameters that differ between the spots' runs, with their values."""
+        return varying(list(dict.fromkeys(spot.point for spot in self.spots)))
+
+    @functools.cached_property
     def swept(self) -> list[str]:
-        """The parameters that differ between the spots' runs, texts first: colours tell texts apart best."""
-        found = varying([spot.point for spot in self.spots])
+        """The parameters that differ within a sweep, texts first: colours tell texts apart best.
+
+        Runs of other machines, presets or people make no sweep, whatever their parameters.
+        """
+        if len({(spot.point.where, spot.point.here) for spot in self.spots}) > 1:
+            return []
+        found = self.differing
         return sorted(found, key=lambda name: not any(isinstance(value, str) for value in found[name]))
 
     def front(self, spots: Sequence[Spot]) -> list[Spot]:

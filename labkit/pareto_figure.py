@@ -14,6 +14,7 @@ from labkit.rows import short
 
 MARKERS = "osD^vPX"
 FAR_APART = 50.0  # values that differ by more are drawn on a logarithmic axis
+LEGEND = 24  # characters of a name, where two columns of names fit
 WIDTH = 384  # pixels on the page: three in a row on a wide screen, and a phone shows it almost unscaled
 
 
@@ -42,11 +43,13 @@ def _look(spot: Spot, shown: TradeOff) -> tuple[str, str]:
 
 
 def _source(point: Point, shown: TradeOff) -> str:
-    """Whose runs a point holds, at what preset, and on which machine where there are several."""
+    """Whose runs a point holds, at what preset, and on which machine or with what parameters where these differ."""
     record = point.records[0]
     machine = record.machine.get("label", record.device).split(", ")[:2]
     slugs = {spot.point.records[0].machine.get("slug") for spot in shown.spots}
-    return ", ".join(["yours" if point.here else "recorded", record.preset, *(machine if len(slugs) > 1 else [])])
+    other = [f"{name} {short(point.parameters.get(name))}" for name in shown.differing]
+    whose = "yours" if point.here else "recorded"
+    return ", ".join([whose, record.preset, *(machine if len(slugs) > 1 else []), *(other if not shown.swept else [])])
 
 
 def _whose(spot: Spot, shown: TradeOff) -> str:
@@ -105,7 +108,8 @@ def _drawn(shown: TradeOff, looks: Mapping[Spot, tuple[str, str]], fronts: Mappi
     with matplotlib.rc_context():
         plots.style()
         names = {name for look in looks.values() for name in look} | {*fronts, "dense model"}
-        fig = Figure(figsize=(WIDTH / 80, 3.5 + 0.1 * len(names)))
+        columns = 2 if max(map(len, names)) <= LEGEND else 1
+        fig = Figure(figsize=(WIDTH / 80, 3.5 + 0.2 * len(names) / columns))
         ax = fig.add_subplot()
         for place, (name, front) in enumerate(fronts.items()):
             _draw_front(ax, front, name if len(fronts) > 1 else "", "black" if place == 0 else "grey")
@@ -113,7 +117,7 @@ def _drawn(shown: TradeOff, looks: Mapping[Spot, tuple[str, str]], fronts: Mappi
         if _reaches_dense(shown):
             ax.axvline(1, color="black", linestyle=":", linewidth=1, label="dense model's cost")
         _set_axes(ax, shown)
-        fig.legend(*_unique(ax), loc="outside lower left", ncols=2, fontsize=8, handlelength=1.4, columnspacing=1)
+        fig.legend(*_unique(ax), loc="outside lower left", ncols=columns, fontsize=8, handlelength=1.4, columnspacing=1)
         return plots.png(fig, scale=2)
 
 

@@ -1,37 +1,48 @@
 """What a sweep found, for the report: a row for each combination of parameters, the best marked, and figures.
 
-Only single values that the parameters change are shown; rows.csv holds the rest. Means and intervals are over seeds.
+Means and intervals are over seeds. Ratios that were measured within a run are compared between runs, times are not:
+the machine changes from run to run. What the parameters do not change is folded away.
 """
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from labkit import page, pareto, plots
-from labkit.pareto_figure import WIDTH, figure
+from labkit.pareto_figure import LEGEND, WIDTH, figure
 from labkit.points import Estimate, Point, estimate, pooled, varying
-from labkit.rows import clocked, number, short
+from labkit.rows import of_record, short
 
-MOST_FIGURES = 4
+MOST_COLUMNS, MOST_FIGURES = 8, 4
 # Words and units that say which way a value is better; a loss of accuracy is a loss.
 _LESS = ("lost", "below", "error", "perplexity", "latency", "price", "left", "size")
 _MORE = ("accuracy", "agreement", "speed", "over", "gain", "kept")
 _UNITS = {**dict.fromkeys(("s", "ms", "µs", "B", "kB", "MB", "GB", "J"), False), "x": True}
 
 
+class Found(NamedTuple):
+    """A value at one point of the sweep."""
+
+    estimate: Estimate
+    unit: str
+    clock: bool
+
+
+Values = dict[Point, Found]
+
+
 def swept(points: Sequence[Point]) -> str:
     """The section of one sweep as HTML: what was varied, the table of combinations, trade-offs, values by parameter."""
     names = varying(points)
     values = _values(points)
-    moved = {name: of for name, of in values.items() if _differ(of)}
-    parts = [f"<p>{page.text(_said(points, names))}</p>", _table(points, names, moved)]
-    if rest := [name for name in values if name not in moved]:
-        listed = "".join(f"<li>{page.text(name)}</li>" for name in rest)
-        count = "1 further value does" if len(rest) == 1 else f"{len(rest)} further values do"
-        summary = f"{count} not differ by more than the intervals"
-        parts.append(page.folded(summary, f"<ul>{listed}</ul>"))
-    figures = [figure(one) for one in pareto.trade_offs(points) if names and _moves(one)]
+    moved = dict(list(_moved(values))[:MOST_COLUMNS])
+    rest = {name: of for name, of in values.items() if name not in moved}
+    parts = [f"<p>{page.text(_said(points, names))}</p>", *([_table(points, names, moved)] if names else [])]
+    if rest:
+        count = f"{len(rest)} {'further ' * bool(moved)}value{'s' * (len(rest) > 1)}"
+        parts.append(page.folded(count, _across(points, names, rest)))
+    figures = [figure(one) for one in pareto.trade_offs(points) if names and _is_swept(one)]
     figures += [_line(points, names, name, moved[name]) for name in _drawable(points, names, moved)]
     return "".join(parts) + (f'<div class="figures">{"".join(figures)}</div>' if figures else "")
 
@@ -42,35 +53,54 @@ def _said(points: Sequence[Point], names: Mapping[str, Sequence[Any]]) -> str:
     seeds = sorted({record.parameters.get("SEED", 0) for point in points for record in point.records})
     machine = points[0].records[0].machine.get("label", "")
     repeated = f" Seeds {', '.join(map(str, seeds))}: means with 95 % intervals over them." if len(seeds) > 1 else ""
-    return f"{runs} runs at {points[0].records[0].preset} on {machine}{': ' * bool(grid)}{grid}.{repeated}"
+    shown = (
+        " Shown are the values that the parameters change, but no times: the machine changes between runs, and only "
+        "ratios that were measured within a run can be compared."
+    )
+    return (
+        f"{runs} runs at {points[0].records[0].preset} on {machine}{': ' * bool(grid)}{grid}.{repeated}"
+        f"{shown if names else ''}"
+    )
 
 
-# single values ------------------------------------------------------------------------------------
-
-Values = dict[Point, tuple[Estimate, str, bool]]  # what each point has, its unit, whether a clock made it
+# values -------------------------------------------------------------------------------------------
 
 
 def _values(points: Sequence[Point]) -> dict[str, Values]:
-    found: dict[str, Values] = {}
+    """Every number of the records by its name, single values first, then those of tables with their row."""
+    single: dict[str, Values] = {}
+    tables: dict[str, Values] = {}
     for point in points:
-        entries: dict[str, list[Mapping[str, Any]]] = {}
+        rows: dict[str, list[dict[str, Any]]] = {}
         for record in point.records:
-            for entry in record.measurements:
-                if entry["kind"] != "table" and number(entry.get("value")) is not None:
-                    entries.setdefault(entry["name"], []).append(entry)
-        for name, some in entries.items():
-            one = pooled([estimate(number(entry["value"]), entry.get("ci95")) for entry in some])
-            found.setdefault(name, {})[point] = (one, some[0].get("unit") or "", clocked(some[0]))
-    return found
+            for row in of_record(record):
+                if row["value"] is not None and math.isfinite(row["value"]) and not row["name"].startswith("run: "):
+                    rows.setdefault(f"{row['name']}, {row['key']}" if row["key"] else row["name"], []).append(row)
+        for name, some in rows.items():
+            one = pooled([estimate(row["value"], (row["low"], row["high"])) for row in some])
+            found = Found(one, some[0]["unit"], some[0]["clock"])
+            (tables if some[0]["key"] else single).setdefault(name, {})[point] = found
+    return single | tables
 
 
-def _differ(of: Values) -> bool:
-    """Whether two points differ beyond their intervals; without these, whether they differ and no clock made them."""
-    estimates = [one for one, _, _ in of.values()]
-    if any(math.isinf(low) or math.isinf(high) for _, low, high in estimates):
-        timed = any(clock for _, _, clock in of.values())
-        return not timed and not all(math.isclose(one[0], estimates[0][0], rel_tol=1e-9) for one in estimates)
-    return max(low for _, low, _ in estimates) > min(high for _, _, high in estimates)
+def _moved(values: Mapping[str, Values]) -> Iterator[tuple[str, Values]]:
+    """The values that the parameters change, the first of those that are the same everywhere."""
+    known: set[tuple] = set()
+    for name, of in values.items():
+        same = tuple((point, found.estimate) for point, found in of.items())
+        if same not in known and _moves(name, of):
+            known.add(same)
+            yield name, of
+
+
+def _moves(name: str, of: Values) -> bool:
+    """Whether the parameters change a value: at all, where no clock made it; a ratio, by more than its intervals."""
+    estimates = [found.estimate for found in of.values()]
+    first = next(iter(of.values()))
+    if not first.clock:
+        return any(not math.isclose(one[0], estimates[0][0], rel_tol=1e-9) for one in estimates)
+    ratio = first.unit in ("x", "×") or "speed-up" in name
+    return ratio and max(low for _, low, _ in estimates) > min(high for _, _, high in estimates)
 
 
 def more_is_better(name: str, unit: str) -> bool | None:
@@ -84,38 +114,46 @@ def more_is_better(name: str, unit: str) -> bool | None:
 
 
 def _best(name: str, of: Values) -> Point | None:
-    more = more_is_better(name, next(iter(of.values()))[1])
+    more = more_is_better(name, next(iter(of.values())).unit)
     if more is None or len(of) < 2:
         return None
-    return (max if more else min)(of, key=lambda point: of[point][0][0])
+    return (max if more else min)(of, key=lambda point: of[point].estimate[0])
 
 
 def _table(points: Sequence[Point], names: Mapping[str, Any], moved: Mapping[str, Values]) -> str:
     best = {name: _best(name, of) for name, of in moved.items()}
     rows = [
         [
-            *(page.text(short(point.parameters.get(name))) for name in names or ["–"]),
+            *(page.text(short(point.parameters.get(name))) for name in names),
             str(len(point.records)),
             *(_cell(of.get(point), best[name] is point) for name, of in moved.items()),
         ]
         for point in points
     ]
-    return page.table([*map(page.text, names or ["parameters"]), "runs", *map(page.text, moved)], rows)
+    return page.table([*map(page.text, names), "runs", *map(page.text, moved)], rows)
 
 
-def _cell(found: tuple[Estimate, str, bool] | None, best: bool) -> str:
+def _across(points: Sequence[Point], names: Mapping[str, Any], rest: Mapping[str, Values]) -> str:
+    """The other values, a row each, as they are many."""
+    heads = [", ".join(f"{name} {short(point.parameters.get(name))}" for name in names) or "mean" for point in points]
+    rows = [[page.text(name), *(_cell(of.get(point), False) for point in points)] for name, of in rest.items()]
+    return page.table(["value", *map(page.text, heads)], rows)
+
+
+def _cell(found: Found | None, best: bool) -> str:
     if found is None:
         return "–"
-    (value, low, high), unit, _ = found
-    shown = page.text(plots.quantity(value, unit))
-    words = f" <small>({page.text(plots.interval((low, high), unit))})</small>" if math.isfinite(high - low) else ""
-    return f"{shown}{words}" + (f" {page.badge('finished', 'best')}" if best else "")
+    value, low, high = found.estimate
+    shown = page.text(plots.quantity(value, found.unit))
+    words = plots.interval((low, high), found.unit) if math.isfinite(high - low) else ""
+    interval = f" <small>({page.text(words)})</small>" if words and low != high else ""
+    return f"{shown}{interval}" + (f" {page.badge('finished', 'best')}" if best else "")
 
 
 # figures ------------------------------------------------------------------------------------------
 
 
-def _moves(shown: pareto.TradeOff) -> bool:
+def _is_swept(shown: pareto.TradeOff) -> bool:
     """Whether the parameters change the quality anywhere; a table that they leave alone needs no figure here."""
     found: dict[tuple, set[float]] = {}
     for spot in shown.spots:
@@ -134,10 +172,10 @@ def _line(points: Sequence[Point], names: Mapping[str, Sequence[Any]], name: str
     from matplotlib.figure import Figure
 
     along = next((one for one, values in names.items() if not isinstance(values[0], str)), next(iter(names)))
-    unit = of[points[0]][1]
+    unit = of[points[0]].unit
     rows = []
     for point in points:
-        (value, low, high), _, _ = of[point]
+        value, low, high = of[point].estimate
         others = ", ".join(f"{one} {short(point.parameters.get(one))}" for one in names if one != along)
         ends = {"low": low, "high": high} if math.isfinite(high - low) else {}
         rows.append({along: point.parameters.get(along), "with": others or "all", name: value, **ends})
@@ -150,7 +188,8 @@ def _line(points: Sequence[Point], names: Mapping[str, Sequence[Any]], name: str
         way = "more" if more_is_better(name, unit) else "less"
         ax.set(xlabel=along, ylabel=textwrap.fill(f"{label}, {way} is better", 40))
         if len({row["with"] for row in rows}) > 1:
-            fig.legend(loc="outside lower left", ncols=2, fontsize=8)
+            longest = max(len(row["with"]) for row in rows)
+            fig.legend(loc="outside lower left", ncols=2 if longest <= LEGEND else 1, fontsize=8)
         png = plots.png(fig, scale=2)
     best = max(rows, key=lambda row: row[name] if way == "more" else -row[name])
     at = ", ".join(filter(None, [f"{along} {short(best[along])}", best["with"] if best["with"] != "all" else ""]))

@@ -169,6 +169,14 @@ def test_machines_and_presets_have_fronts_of_their_own():
     assert table.count(">yes<") == 2
 
 
+def test_a_run_with_other_parameters_than_the_recorded_one_shares_no_front_with_it():
+    recorded = replace(run(CUT | {"accuracy (%)": 99.0}, RATIO=0.5), preset="class")
+    (found,) = pareto.trade_offs([*points([run(CUT, RATIO=0.7)]), *points([recorded], here=False)])
+    alt, _ = parts(pareto_figure.figure(found))
+    assert found.swept == [] and "yours, smoke, RATIO 0.7: the Pareto front joins 1" in alt
+    assert "recorded, class, RATIO 0.5: the Pareto front joins 1" in alt
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e12])
 def test_any_number_can_be_drawn(value: float):
     rows = [{"cut": str(n), "file (MB)": one, "perplexity": one} for n, one in enumerate((value, 5.0, 7.0))]
