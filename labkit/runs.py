@@ -97,7 +97,7 @@ def bind(source: bytes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """What `run` would give the lesson; raises what it raises before anything runs."""
-    bound = bind(source := _lesson(notebook), given)
+    bound = bind(source := read_source(notebook), given)
     _require_device(source, bound)
     return bound
 
@@ -111,7 +111,7 @@ def _require_device(source: bytes, bound: Mapping[str, Any]) -> None:
         asked_device(asked)
 
 
-def _lesson(notebook: Path) -> bytes:
+def read_source(notebook: Path) -> bytes:
     """The notebook's bytes; DataError where it is missing, damaged, or no notebook."""
     try:
         source = notebook.read_bytes()
@@ -130,7 +130,7 @@ def done(notebook: Path, given: Mapping[str, Any], *, out: Path = Path("runs")) 
 
     The machine is part of a result's name: ask where the run would take place.
     """
-    source = _lesson(notebook)
+    source = read_source(notebook)
     bound = bind(source, given)
     return read(out.absolute() / notebook.stem / _name(source, bound, code_version()))
 
@@ -170,7 +170,7 @@ def run(
     no more. A lesson's own error is not raised but returned in `.error`. After any exception, KeyboardInterrupt and
     Stopped included, no process is left, nothing of the run is kept, and older results are whole. Safe in threads.
     """
-    source = _lesson(notebook)
+    source = read_source(notebook)
     bound = bind(source, given)
     _require_device(source, bound)
     version = code_version()

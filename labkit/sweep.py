@@ -95,7 +95,7 @@ def plan(
     The whole grid comes at the first seed, then at the next. InputError, before anything is written or run, where a
     name, a value, or the grid as a whole cannot be used.
     """
-    source = notebook.read_bytes()
+    source = runs.read_source(notebook)
     known = parameters.read(json.loads(source))
     axes = {name: _values(known, name, values) for name, values in grid.items()}
     shared = parameters.bind(known, given)

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from labkit import executors, paths, runs, sweep
 from labkit.cli import main
-from labkit.errors import InputError
+from labkit.errors import DataError, InputError
 
 SMOKE = {"PRESET": "smoke"}
 RANGES = {"RATIO": [0, 1]}
@@ -110,6 +110,12 @@ def test_a_grid_is_all_combinations_and_the_whole_of_it_comes_at_the_first_seed(
     points = [(7, 0.25, "auto"), (7, 0.25, "cpu"), (7, 0.75, "auto"), (7, 0.75, "cpu")]
     assert [tuple(job.point.values()) for job in jobs] == points + [(8, *rest) for _, *rest in points]
     assert jobs[1].given == {"PRESET": "smoke", "SEED": 7, "RATIO": 0.25, "DEVICE": "cpu"}
+
+
+def test_a_damaged_lesson_is_told_in_one_sentence(lesson: Path, tmp_path: Path):
+    lesson.write_text("{")
+    with pytest.raises(DataError, match=r"cannot be read \(it is damaged, or no notebook\)"):
+        sweep.plan(lesson, {"RATIO": [0.3]}, {}, out=tmp_path)
 
 
 def test_commas_inside_brackets_part_no_values():
