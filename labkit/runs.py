@@ -34,6 +34,9 @@ LOG = "log.txt"
 ALWAYS = ("PRESET", "RESULTS_DIR")  # what every result states, whether it differs from the cell or not
 CELL_SECONDS = {"smoke": 300, "class": 1200, "full": 1800}  # for cells that hang; the budgets are lab.finish()'s
 START_SECONDS = 60  # for a kernel to start, which is tried twice
+# Not handed on to a lesson: Dask sets it for its workers, and glibc then gives memory back to the system after every
+# tensor, which makes whatever a lesson times slower than it is elsewhere.
+DROPPED = ("MALLOC_TRIM_THRESHOLD_",)
 
 
 class Stopped(LabError):
@@ -181,7 +184,8 @@ def run(
         began = time.monotonic()
         limits = {"cell_seconds": CELL_SECONDS[bound["PRESET"]], "start_seconds": START_SECONDS}
         job = {"notebook": notebook.name, "parameters": bound, **limits}
-        error, peak = _in_child(job, partial, {**os.environ, **(env or {})}, _Limit(began, seconds, stop), on_step)
+        inherited = {name: value for name, value in os.environ.items() if name not in DROPPED}
+        error, peak = _in_child(job, partial, inherited | dict(env or {}), _Limit(began, seconds, stop), on_step)
         folder = home / (f"{name.result()}-failed" if error else name.result())
         result = Run(notebook.stem, folder, bound, time.monotonic() - began, peak, error)
         _complete(partial, result)
