@@ -5,6 +5,7 @@ point beats in both. It is drawn through the values, whose intervals may overlap
 """
 
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,8 +114,21 @@ def _of_table(name: str, chosen: Sequence[Point]) -> Iterable[TradeOff]:
             spots.setdefault(axes, []).extend(found)
     for (cost, cost_unit, quality, unit), found in spots.items():
         yield TradeOff(
-            chosen[0].lesson, name, cost, cost_unit, quality, unit, QUALITY[quality], simulated, tuple(found)
+            chosen[0].lesson, name, cost, cost_unit, quality, unit, QUALITY[quality], simulated, _distinct(found)
         )
+
+
+def _distinct(spots: Sequence[Spot]) -> tuple[Spot, ...]:
+    """The spots without the repetitions over a parameter of the runs that changes nothing in this table."""
+    for name in varying(list(dict.fromkeys(spot.point for spot in spots))):
+        alike: dict[str, list[Spot]] = {}
+        for spot in spots:
+            others = {key: value for key, value in spot.point.parameters.items() if key != name}
+            which = json.dumps([spot.point.where, spot.point.here, others, spot.settings], sort_keys=True)
+            alike.setdefault(which, []).append(spot)
+        if all(len({(spot.cost, spot.quality) for spot in some}) == 1 for some in alike.values()):
+            spots = [some[0] for some in alike.values()]
+    return tuple(spots)
 
 
 def _table(record: RunRecord, name: str) -> Mapping[str, Any] | None:

@@ -34,12 +34,14 @@ def figure(shown: TradeOff) -> str:
 
 
 def _look(spot: Spot, shown: TradeOff) -> tuple[str, str]:
-    """What the colour and what the mark of a spot say."""
-    names = shown.swept
+    """What the colour and what the mark of a spot say; colours tell texts apart best, such as what rows are called."""
+    names, series = shown.swept, spot.series or shown.table
     if not names:
-        return spot.series or shown.table, _source(spot.point, shown)
+        return series, _source(spot.point, shown)
     values = [f"{name} {short(spot.point.parameters.get(name))}" for name in names]
-    return values[0], ", ".join(values[1:]) or spot.series or shown.table
+    if not isinstance(spot.point.parameters.get(names[0]), str) and len({one.series for one in shown.spots}) > 1:
+        return series, ", ".join(values)
+    return values[0], ", ".join(values[1:]) or series
 
 
 def _source(point: Point, shown: TradeOff) -> str:

@@ -155,10 +155,26 @@ def test_a_figure_has_alt_text_and_its_numbers():
 
 
 def test_a_sweep_is_told_apart_by_its_parameters():
-    swept = of(*(run(CUT, RATIO=ratio, CRITERION=how) for ratio in (0.3, 0.5) for how in ("l1", "taylor")))
-    assert swept[0].swept == ["CRITERION", "RATIO"]
-    _, table = parts(pareto_figure.figure(swept[0]))
-    assert ">CRITERION<" in table and ">taylor<" in table and table.count("<tr>") == 5
+    (swept,) = of(*(run(CUT | one, **given) for given, one in grid({"l1": 80.0, "taylor": 90.0})))
+    assert swept.swept == ["CRITERION", "RATIO"]
+    _, table = parts(pareto_figure.figure(swept))
+    assert ">CRITERION<" in table and ">taylor<" in table and table.count("<tr>") == 1 + 6
+
+
+def grid(accuracy: dict[str, float]) -> list[tuple[dict, dict]]:
+    """Parameters and results of six runs; what is left of the MACs is the ratio."""
+    points = [(ratio, how) for ratio in (0.3, 0.5, 0.7) for how in accuracy]
+    return [({"RATIO": r, "CRITERION": how}, {"MACs left": r, "accuracy (%)": accuracy[how] + r}) for r, how in points]
+
+
+def test_a_parameter_that_changes_nothing_in_a_table_does_not_repeat_its_points():
+    rows = [CUT, CUT | {"cut": "whole"}]
+    (swept,) = of(*(run(*[row | one for row in rows], **given) for given, one in grid({"l1": 80.0, "taylor": 80.0})))
+    assert swept.swept == ["RATIO"] and len(swept.spots) == 2 * 3
+    looks = {pareto_figure._look(spot, swept) for spot in swept.spots}
+    assert looks == {(cut, f"RATIO {ratio}") for cut in ("half", "whole") for ratio in (0.3, 0.5, 0.7)}
+    _, table = parts(pareto_figure.figure(swept))
+    assert ">RATIO<" in table and ">CRITERION<" not in table
 
 
 def test_machines_and_presets_have_fronts_of_their_own():
