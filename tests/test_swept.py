@@ -65,12 +65,13 @@ def test_what_the_parameters_do_not_change_is_folded():
     assert "1 further value " in words(html) and "accuracy 90 % 90 %" in words(html)
 
 
-def test_a_ratio_moves_when_its_intervals_part():
+def test_a_ratio_moves_when_its_intervals_part_and_runs_alone_do_not_differ_as_much():
     apart = [run(value("pruned", 2.0 + k, "x", [1.9 + k, 2.1 + k], "comparison"), K=k) for k in (0, 1)]
     overlapping = [run(value("pruned", 2.0 + k / 10, "x", [1.5, 2.5], "comparison"), K=k) for k in (0, 1)]
     unknown = [run(value("pruned", 2.0 + k, "x", [0.0, "inf"], "comparison"), K=k) for k in (0, 1)]
+    close = [run(value("pruned", 2.0 + k, "x", [1.99 + k, 2.01 + k], "comparison"), K=k) for k in (0, 0.15)]
     assert "pruned" in moved(shown(*apart))
-    assert "pruned" not in moved(shown(*overlapping)) + moved(shown(*unknown))
+    assert "pruned" not in moved(shown(*overlapping)) + moved(shown(*unknown)) + moved(shown(*close))
 
 
 def test_times_of_different_runs_are_not_compared():
