@@ -51,7 +51,8 @@ def below(pid: int) -> list[psutil.Process]:
 # the budget ----------------------------------------------------------------------------------------
 
 
-def test_a_failing_step_stops_no_other_one(tmp_path: Path):
+def test_a_failing_step_stops_no_other_one(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     found = run([step("bad", "print('so it goes'); 1 / 0"), step("good", "print('fine')")], tmp_path)
     assert {name: one.state for name, one in found.items()} == {"bad": FAILED, "good": DONE}
     assert found["bad"].note == "ZeroDivisionError: division by zero"
