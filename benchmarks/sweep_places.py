@@ -45,15 +45,15 @@ def through_kills(sweep: list[str], out: Path, runs: int, cluster: LocalCluster)
     """Kill a worker, then the client of `sweep`; the results that were there when the client died."""
     with Client(cluster.scheduler_address, set_as_default=False) as client, subprocess.Popen(sweep) as process:
         worker_killed = False
-        while process.poll() is None and len(finished(out)) < 2 * runs // 3:
-            if not worker_killed and len(finished(out)) >= runs // 3:
+        while process.poll() is None and (done := len(finished(out))) < 2 * runs // 3:
+            if not worker_killed and done >= runs // 3:
                 os.kill(min(client.run(os.getpid).values()), signal.SIGKILL)
                 worker_killed = True
-                print(f"killed a worker after {len(finished(out))} runs")
+                print(f"killed a worker after {done} runs")
             time.sleep(1)
         assert process.poll() is None and worker_killed, "the sweep ended before it could be killed"
         process.kill()
-        print(f"killed the client after {len(finished(out))} runs")
+        print(f"killed the client after {done} runs")
         return finished(out)
 
 

@@ -205,10 +205,17 @@ def _run_one(step: Step, out: Path, seconds: float, say: Callable[[str], None]) 
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with open(log, "wb") as sink:
-        plain = {"cwd": paths.ROOT, "stdin": subprocess.DEVNULL, "start_new_session": True}
         in_order = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else what was printed comes after the error that ended it
         try:
-            child = subprocess.Popen(step.command, stdout=sink, stderr=sink, env=in_order, **plain)
+            child = subprocess.Popen(
+                step.command,
+                cwd=paths.ROOT,
+                env=in_order,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
         except OSError as error:
             return Outcome(step.name, DONE if step.report else FAILED, 0.0, f"{step.command[0]}: {error.strerror}")
         try:
