@@ -68,10 +68,12 @@ def test_no_measured_product_beats_the_measured_roofs() -> None:
     from labkit.machine import ceilings
 
     layer, x = nn.Linear(1024, 1024, bias=False), torch.randn(512, 1024)
-    roofs = ceilings("cpu")
+    found, seconds = [], []
     with torch.inference_mode():
-        fastest = min(measure(lambda: layer(x), device="cpu").samples_s)
-    assert bound(count(layer, x), roofs).share(fastest) < 1.05
+        for _ in range(2):  # in turns: the speed of a machine shared with others wanders
+            found.append(bound(count(layer, x), ceilings("cpu")))
+            seconds += measure(lambda: layer(x), device="cpu").samples_s
+    assert min(one.share(min(seconds)) for one in found) < 1.05
 
 
 @pytest.mark.parametrize(("weights", "tokens"), [(14e9, 239.3), (7e9, 478.6), (3.5e9, 957.1)])

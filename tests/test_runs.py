@@ -239,7 +239,7 @@ def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
     overhead = runpy.run_path(str(paths.ROOT / "benchmarks" / "run_overhead.py"))
     calls = overhead["ways"](tmp_path)
     del calls["labkit run"]
-    _, _, most = overhead["overhead"](overhead["measure"](calls, rounds=6), "runs.run")
+    _, _, most = overhead["overhead"](overhead["measure"](calls, rounds=9), "runs.run")  # one round may be disturbed
     assert most < 1.0
 
 
