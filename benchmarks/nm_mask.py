@@ -1,4 +1,4 @@
-"""N:M masks: labkit's comparisons beside topk, torch.ao's WeightNormSparsifier, a copy, and a loop over groups.
+"""N:M masks: labkit's beside topk, torch.ao's WeightNormSparsifier, a copy, a loop, and its own without a compiler.
 
     python benchmarks/nm_mask.py                       4096 x 4096 float32, one thread; the loop on 256 x 256
     python benchmarks/nm_mask.py --dtype bfloat16 --threads 2
@@ -9,16 +9,18 @@ Each row is one interleaved comparison by labkit.bench. Every rival is shown to 
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from labkit import bench
-from labkit.pruning import nm
+from labkit.pruning import nm, nm_pattern
 
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
 
@@ -50,6 +52,12 @@ def by_loop(weight: Tensor, n: int, m: int) -> Tensor:
     return kept.view_as(weight)
 
 
+def not_compiled(weight: Tensor, n: int, m: int) -> Tensor:
+    """labkit's slices in chunks, as where there is no compiler."""
+    with mock.patch.object(nm_pattern, "COMPILED", math.inf):
+        return nm.mask(weight, n, m)
+
+
 def by_torch_ao(weight: Tensor, n: int, m: int) -> Callable[[], Tensor]:
     """A step of the sparsifier, which computes its masks; prepared before, off the clock."""
     from torch.ao.pruning import WeightNormSparsifier
@@ -73,6 +81,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for n, m in PATTERNS:
         ties = not torch.equal(by_topk(weight, n, m), nm.mask(weight, n, m))  # as there are in 16 bits
         yield Case("topk", weight, n, m, partial(by_topk, weight, n, m), None if ties else torch.equal)
+        if options.device == "cpu":
+            yield Case("labkit, not compiled", weight, n, m, partial(not_compiled, weight, n, m))
     copied = torch.empty_like(weight)
     yield Case("a copy into memory that is there", weight, 2, 4, partial(copied.copy_, weight), None)
     yield Case("a copy into new memory", weight, 2, 4, weight.clone, None)

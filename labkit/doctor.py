@@ -133,16 +133,16 @@ def _driver() -> tuple[str | None, str | None]:
 
 
 def _compiler() -> tuple[bool, str]:
-    """What labkit's own sparse kernel is built with."""
+    """What labkit's own C++ is built with."""
     found = _found_compiler()
     return True, found or "none (the sparse CPU kernel is left out; install g++ or clang++, or name one in CXX)"
 
 
 def _found_compiler() -> str:
-    from labkit.pruning import kernels
+    from labkit.pruning import compiling
 
     with contextlib.suppress(OSError):
-        return " ".join(kernels.compiler())
+        return " ".join(compiling.compiler())
     return ""
 
 

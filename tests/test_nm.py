@@ -1,5 +1,6 @@
 """The N:M pattern against a loop over groups: exactly n of every m, whatever shape, stride, type and ties."""
 
+import itertools
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from labkit import artifact
 from labkit.errors import InputError
-from labkit.pruning import nm
+from labkit.pruning import compiling, nm, nm_kernel, nm_pattern
 from labkit.pruning.nm_packed import index_bits
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -111,11 +112,51 @@ def test_extreme_values_rank_by_magnitude():
     assert nm.mask(torch.tensor([-128, 127, 1, 2], dtype=torch.int8), 1, 4).tolist() == [True, False, False, False]
 
 
-def test_the_chunks_of_a_large_weight_make_one_mask():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_chunks_of_a_large_weight_make_one_mask(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(nm_pattern, "COMPILED", float("inf"))
     weight = torch.randn(1030, 1024, generator=torch.Generator().manual_seed(0))
     groups = weight.view(-1, 4).abs()
     expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
     assert torch.equal(nm.mask(weight), expected.view_as(weight))  # no ties between the second and the third here
+
+
+@pytest.mark.parametrize("isa", compiling.ISAS)
+@pytest.mark.parametrize("dtype", nm_kernel.DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_code_chooses_as_the_comparisons_do(isa, dtype, threads):
+    """Ties, both infinities, -0.0; counts that end within a vector and within a thread's share."""
+    if isa not in nm_kernel.isas():
+        pytest.skip(f"no {isa} here")
+    generator, before, seen = torch.Generator().manual_seed(0), torch.get_num_threads(), set()
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, 1e-7]).to(dtype)
+    torch.set_num_threads(threads)
+    try:
+        for m, count in itertools.product((2, 4, 8, 16, 3), (0, 1, 7, 4097, 70_001)):
+            groups = values[torch.randint(len(values), (count, m), generator=generator)]
+            if not nm_kernel.takes(groups, isa):
+                continue
+            seen.add(m)
+            for n in {1, m // 2, m - 1, m}:
+                chosen = torch.empty(groups.shape, dtype=torch.bool)
+                nm_kernel.choose(groups, n, chosen, isa)
+                assert torch.equal(chosen, nm.mask(groups.double(), n, m))
+    finally:
+        torch.set_num_threads(before)
+    assert {2, 4} <= seen <= {2, 4, 8, 16}
+
+
+@pytest.mark.parametrize("dtype", nm_kernel.DTYPES)
+def test_compiled_code_refuses_nan_and_leaves_other_memory_and_types_alone(dtype):
+    weight = torch.ones(1024, 1028, dtype=dtype)
+    assert nm.mask(weight).sum() == weight.numel() // 2
+    weight[-1, -1] = -torch.nan
+    with pytest.raises(InputError, match="holds NaN"):
+        nm.mask(weight)
+    groups = weight.view(-1, 4)
+    others = (groups.double(), groups.t().contiguous().t(), groups.to(torch.int16), groups.to("meta"))
+    assert not any(nm_kernel.takes(other) for other in others)
 
 
 def test_convolutions_are_grouped_along_their_input_channels():

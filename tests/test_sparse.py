@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 
 from labkit import bench
 from labkit.errors import InputError
-from labkit.pruning import kernels, sparse, unstructured
+from labkit.pruning import compiling, kernels, nm, nm_kernel, sparse, unstructured
 from labkit.pruning.sparse import FORMATS, RUNNABLE, SparseLinear, convert, costs, stored_bytes
 
 ON_CPU = [name for name in RUNNABLE if "cpu" in FORMATS[name].devices]
@@ -408,13 +408,17 @@ def test_a_damaged_kernel_layout_does_not_load(part, value):
 def compiler(monkeypatch, tmp_path):
     """compiler("name ..."): as if CXX were that and nothing compiled yet."""
 
+    def forget():
+        for cached in (compiling.load, kernels.load, nm_kernel.load):
+            cached.cache_clear()
+
     def choose(command):
         monkeypatch.setenv("CXX", command)
         monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
-        kernels.load.cache_clear()
+        forget()
 
     yield choose
-    kernels.load.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler", "false", "g++ -include no_such_header.h"])
@@ -431,6 +435,15 @@ def test_without_a_compiler_it_is_slower_said_once_and_right(compiler, command, 
     assert_same_model(converted, model, x)
     assert_product(packed(x[:, :20]), x[:, :20], packed.weight, packed.bias)
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_without_a_compiler_a_mask_is_slower_said_once_and_right(compiler):
+    weight = torch.randn(1024, 1024)
+    kept = nm.mask(weight)
+    compiler("no-such-compiler")
+    with pytest.warns(UserWarning, match="nm_mask.cpp could not be compiled") as said:
+        assert torch.equal(nm.mask(weight), kept) and torch.equal(nm.mask(weight), kept)
+    assert len(said) == 1
 
 
 @needs_kernel

@@ -1,54 +1,34 @@
-"""The sparse CPU kernel: how its layout is packed from a weight, and how its C++ is compiled, loaded and called.
+"""The sparse CPU kernel: how its layout is packed from a weight, and how its C++ is called.
 
-The layout is SELL-C-sigma (Kreutzer et al. 2014) in blocks of inputs; csrc/sparse_linear.cpp says how and why. Compiled
-once, on first use, into the user's cache; without a compiler load() is None and says so once. Not for CUDA or training.
+The layout is SELL-C-sigma (Kreutzer et al. 2014) in blocks of inputs; csrc/sparse_linear.cpp says how and why. Without
+a compiler load() is None (see compiling). Not for CUDA or training.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from labkit import paths
 from labkit.errors import InputError
+from labkit.pruning import compiling
+from labkit.pruning.compiling import ISAS
 
-SOURCE = Path(__file__).parent / "csrc" / "sparse_linear.cpp"
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas")
-THREADS = (("-fopenmp",), ())  # the second where the compiler has no OpenMP: one thread
-ISAS = ("generic", "avx2", "avx512")
 LANES = 16  # rows of a chunk, as in the C++
 VALUES = (torch.float32, torch.bfloat16)
 
 
-# --- compile and load -------------------------------------------------------------------------------------------------
+# --- load -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it cannot be compiled: then a warning says why, once."""
-    try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(
-            f"The sparse CPU kernel could not be compiled ({reason}), so slower code is used: install g++ or clang++, "
-            "or name one in the environment variable CXX.",
-            stacklevel=3,
-        )
-        return None
-    pointer, index = ctypes.c_void_p, ctypes.c_int64
-    library.sparse_linear.argtypes = [ctypes.c_int] * 3 + [index] * 4 + [pointer, index] + [pointer] * 7
-    library.sparse_linear.restype = None
+    """The compiled kernel, or None where there is none (compiling.load says why)."""
+    library = compiling.load("sparse_linear")
+    if library:
+        pointer, index = ctypes.c_void_p, ctypes.c_int64
+        library.sparse_linear.argtypes = [ctypes.c_int] * 3 + [index] * 4 + [pointer, index] + [pointer] * 7
+        library.sparse_linear.restype = None
     return library
 
 
@@ -56,42 +36,6 @@ def isas() -> tuple[str, ...]:
     """The instruction sets that this machine's kernel can use, the best one last; empty without a kernel."""
     library = load()
     return ISAS[: library.sparse_linear_best_isa() + 1] if library else ()
-
-
-def _compiled() -> Path:
-    """The shared library for this source, compiler and machine; compiled unless the cache has it."""
-    command = compiler()
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = "\0".join([SOURCE.read_text(), version, *command, *FLAGS, platform.system(), platform.machine()])
-    target = paths.cache_dir() / "kernels" / f"sparse_linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(command, target)
-    return target
-
-
-def compiler() -> list[str]:
-    """The C++ compiler's command: CXX, or the first one on the PATH; FileNotFoundError where there is none."""
-    if named := os.environ.get("CXX"):
-        return shlex.split(named)
-    for name in ("g++", "clang++", "c++"):
-        if found := shutil.which(name):
-            return [found]
-    raise FileNotFoundError("there is no g++, clang++ or c++ on the PATH")
-
-
-def _compile(compiler: list[str], target: Path) -> None:
-    """Compiles beside `target` and moves into place: a second process that does the same at once harms nothing."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        for threads in THREADS:
-            command = [*compiler, *FLAGS, *threads, "-o", str(built), str(SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode == 0:
-                os.replace(built, target)
-                return
-    error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-    raise subprocess.SubprocessError(f"{compiler[0]} failed: {error}")
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.errors import InputError
+from labkit.pruning import nm_kernel
 
 LARGEST_M = 16
+COMPILED = 2**20  # weights from which on a kernel is looked for: fewer take a millisecond, compiling it a second
 CHUNK = 2**19  # weights looked at in one go on a CPU: fewer, and calls cost more than cache misses save
 
 
@@ -25,11 +27,15 @@ def mask(weight: Tensor, n: int = 2, m: int = 4, *, pad: bool = False) -> Tensor
     device; 0 < n <= m <= 16.
 
     Every weight is compared with the m - 1 others of its group and stays if fewer than n beat it: m (m - 1) / 2
-    comparisons of whole slices, no sort, on slices that fit a cache.
+    comparisons of whole slices, no sort, on slices that fit a cache. On a CPU the same is compiled for large float32,
+    float16 and bfloat16 weights where m is a power of two (nm_kernel).
     """
     check_pattern(n, m)
     groups = _groups(weight, m, pad)  # [out, *kernel, in / m, m]
     kept = torch.empty(groups.shape, dtype=torch.bool, device=weight.device)
+    if groups.numel() >= COMPILED and nm_kernel.takes(groups):
+        nm_kernel.choose(groups, n, kept)
+        return _ungroup(kept, weight)
     rows = len(groups) if weight.is_cuda else max(1, CHUNK * len(groups) // max(1, groups.numel()))
     for part, chosen in zip(groups.split(rows), kept.split(rows), strict=True):
         _choose(part, n, chosen)
@@ -130,5 +136,5 @@ def _keys(x: Tensor) -> Tensor:
     integer, all_but_sign = BITS[x.element_size()]
     keys = x.view(integer) & all_but_sign
     if keys.numel() and keys.amax().view(x.dtype).isnan():
-        raise InputError("The weight holds NaN, which has no rank: look for the step that it comes from.")
+        raise InputError(nm_kernel.NAN)
     return keys
