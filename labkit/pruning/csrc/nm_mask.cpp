@@ -1,5 +1,5 @@
-// Which n of every m neighbours are largest, for the m of a power of two and weights of two or four bytes: nm_pattern.py
-// says what a mask is, nm_kernel.py calls this and checks everything.
+// Which n of every m neighbours are largest, for m = 2, 4, 8 and 16 and weights of two or four bytes: nm_pattern.py says
+// what a mask is, nm_kernel.py calls this and checks everything.
 //
 // A vector holds whole groups. Turning each group by 1 to m - 1 places within it brings every weight face to face with
 // every other of its group, all groups at once: m - 1 shuffles and comparisons a vector, no sort, no branch, no index.
