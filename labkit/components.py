@@ -41,7 +41,10 @@ def flops(model: nn.Module, **inputs: Any) -> dict[str, int]:
 
 
 def _parts(model: nn.Module) -> dict[str, str]:
-    """{module that holds weights of its own: component}. A linear layer outside of all layers is an output head."""
+    """{module with weights of its own: component}. A linear layer outside of all layers is an output head.
+
+    Also the rotary embedding, whose angles are a product of matrices in some versions of transformers.
+    """
     known = anatomy(model)
     parts = {name: PROJECTIONS for one in known.attentions for name in (one.query, one.key, one.value, one.output)}
     parts |= {name: FEED_FORWARD for one in known.feed_forwards for name in (one.gate, one.up, one.down) if name}
@@ -49,4 +52,6 @@ def _parts(model: nn.Module) -> dict[str, str]:
         if name not in parts and next(module.parameters(recurse=False), None) is not None:
             embeds = isinstance(module, nn.Embedding) or "embeddings" in name
             parts[name] = EMBEDDINGS if embeds else HEAD if isinstance(module, nn.Linear) else REST
+        elif name.endswith("rotary_emb"):
+            parts[name] = EMBEDDINGS
     return parts

@@ -1,6 +1,7 @@
 """Pruned networks leave torch: through torch.export and back from a file, and to ONNX, run there by ONNX Runtime."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,11 +50,20 @@ def test_a_pruned_network_is_exported_and_read_back(pruned, images, tmp_path):
     assert shapes == {name: x.shape for name, x in pruned.model.state_dict().items()}
 
 
-def test_a_pruned_network_runs_in_onnx_runtime(pruned, images, tmp_path):
+def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
+    torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False)
+
+
+def test_a_pruned_network_runs_in_onnx_runtime(request, pruned, images, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")  # what torch's exporter writes ONNX with
     path = tmp_path / "small.onnx"
-    torch.onnx.export(pruned.model, (images[:2],), path, dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False)
+    try:
+        write_onnx(pruned.model, images[:2], path)
+    except torch.onnx.OnnxExporterError:  # torch 2.9 and ViT: only if it cannot write the dense network either
+        with pytest.raises(torch.onnx.OnnxExporterError):
+            write_onnx(build(request.node.callspec.params["pruned"], SIDE), images[:2], path)
+        pytest.skip(f"torch {torch.__version__} cannot write the dense network as ONNX with a free batch size")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     assert_equal(torch.from_numpy(found), pruned, images)

@@ -81,6 +81,15 @@ def test_maps_are_probabilities_of_the_right_keys_with_sdpa_too(name):
         assert torch.equal(a, b)
 
 
+def test_what_is_no_probability_is_refused():
+    model = family("bert")
+    layer = model.bert.encoder.layer[1].attention.self
+    layer.register_forward_hook(lambda module, args, output: (output[0], output[1] - 0.5))  # as biases would be
+    with pytest.raises(InputError, match=r"layer\.1\.attention\S* gives no attention probabilities"):
+        heads.head_importance(model, [inputs("bert")], "entropy")
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_probabilities_are_those_that_the_output_is_made_of():
     model = family("bert")
     layer = model.bert.encoder.layer[0].attention

@@ -56,9 +56,12 @@ def observing(model: nn.Module, parts: Sequence[Attention], see: Callable[[int, 
     def hook(i: int) -> Callable:
         def after(module, args, output):
             maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
-            if not maps:
-                raise InputError(f"{parts[i].name} gives no attention probabilities, not even computed eagerly.")
-            see(i, maps[-1])  # T5 has its position biases before them
+            if not maps or not _are_probabilities(maps[-1]):  # T5 has its position biases before them
+                raise InputError(
+                    f"{parts[i].name} gives no attention probabilities, not even computed eagerly; "
+                    "methods that need none: taylor, gate, ablation."
+                )
+            see(i, maps[-1])
 
         return after
 
@@ -73,6 +76,11 @@ def observing(model: nn.Module, parts: Sequence[Attention], see: Callable[[int, 
             config._attn_implementation = implementation
         for handle in handles:
             handle.remove()
+
+
+def _are_probabilities(a: Tensor) -> bool:
+    """Whether no entry is negative and no row [.., keys] sums to more than 1 (less with sinks), to bf16."""
+    return bool((a >= 0).all() and (a.float().sum(-1) < 1.02).all())
 
 
 @torch.no_grad()
