@@ -64,6 +64,11 @@ def _attention(a: Arguments, out: Tensor) -> int:
     return 2 * _scores(a) * (a["query"].shape[-1] + a["value"].shape[-1])
 
 
+def _flex_attention(a: Arguments, out: Tensor) -> int:
+    """As `_attention`; its operator has no schema, so its arguments go by their place; torch 2.11 has no formula."""
+    return _attention({"query": a["0"], "key": a["1"], "value": a["2"]}, out)
+
+
 def _steps(a: Arguments) -> int:
     return a["input"].numel() // a["input"].shape[-1]  # of all sequences
 
@@ -105,6 +110,7 @@ FLOPS: dict[str, Formula] = {
     "aten.addmv": _matmul("mat", "vec"),
     **dict.fromkeys(_aten("dot vdot"), lambda a, out: 2 * a["self"].numel()),
     **dict.fromkeys(_ATTENTION, _attention),
+    "flex_attention": _flex_attention,
     **dict.fromkeys(_RNN, _recurrent),
     **dict.fromkeys(_aten("_weight_int8pack_mm _dyn_quant_matmul_4bit"), _packed_linear),
     **{f"aten._weight_int4pack_mm{suffix}": _packed_linear for suffix in ("", "_for_cpu", "_with_scales_and_zeros")},

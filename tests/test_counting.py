@@ -339,7 +339,8 @@ def test_decoding_reads_every_weight_and_the_cache_once_and_writes_one_token(lla
     assert work.bytes_by["weights"] == 4 * sum(p.numel() for p in llama.parameters()) + frequencies
     assert work.bytes_by["outputs"] == 4 * 40
     linears = sum(p.numel() for p in llama.parameters() if p.dim() == 2)  # the tied embedding as the head
-    assert work.flops == 2 * linears + 2 * 4 * 4 * (past + 1) * 8
+    rotary = work.by_module.get("model.rotary_emb", 0)  # its angles are a product in some versions of transformers
+    assert work.flops - rotary == 2 * linears + 2 * 4 * 4 * (past + 1) * 8 and rotary in (0, 2 * frequencies // 4)
     assert cache.get_seq_length() == past
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 
