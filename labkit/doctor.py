@@ -134,8 +134,8 @@ def _driver() -> tuple[str | None, str | None]:
 
 def _compiler() -> tuple[bool, str]:
     """What labkit's own C++ is built with."""
-    found = _found_compiler()
-    return True, found or "none (the sparse CPU kernel is left out; install g++ or clang++, or name one in CXX)"
+    without = "the sparse CPU kernel is left out and large N:M masks are slower"
+    return True, _found_compiler() or f"none ({without}; install g++ or clang++, or name one in CXX)"
 
 
 def _found_compiler() -> str:

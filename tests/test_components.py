@@ -49,6 +49,22 @@ def test_flops_are_those_of_the_matrices():
     assert found[components.HEAD] == 2 * tokens * width * 100
 
 
+def test_angles_of_the_rotary_embedding_are_no_attention_product():
+    model, inputs = llama(), {"input_ids": torch.arange(10)[None]}
+    before = components.flops(model, **inputs)
+    rotary, forward = model.model.rotary_emb, model.model.rotary_emb.forward
+
+    def with_a_product(*args, **kwargs):
+        torch.ones(4, 3) @ torch.ones(3, 10)
+        return forward(*args, **kwargs)
+
+    rotary.forward = with_a_product
+    after = components.flops(model, **inputs)
+    assert {part: after[part] - before[part] for part in after if after[part] != before[part]} == {
+        components.EMBEDDINGS: 2 * 4 * 3 * 10
+    }
+
+
 def test_bert_base_is_the_catalogue_s():
     from transformers import BertConfig, BertModel
 

@@ -29,11 +29,16 @@ def isas() -> tuple[str, ...]:
     return ISAS[: library.nm_mask_best_isa() + 1] if library else ()
 
 
+def _number(isa: str | None) -> int:
+    """The instruction set's number in the C++; None is the best one."""
+    return ISAS.index(isa or isas()[-1])
+
+
 def takes(groups: Tensor, isa: str | None = None) -> bool:
     """Whether there is compiled code for groups [..., m] as they lie in memory."""
-    if groups.device.type != "cpu" or groups.dtype not in DTYPES or not groups.is_contiguous() or not isas():
+    if groups.device.type != "cpu" or groups.dtype not in DTYPES or not groups.is_contiguous() or not load():
         return False
-    return bool(load().nm_mask_takes(ISAS.index(isa or isas()[-1]), groups.element_size(), groups.shape[-1]))
+    return bool(load().nm_mask_takes(_number(isa), groups.element_size(), groups.shape[-1]))
 
 
 def choose(groups: Tensor, n: int, chosen: Tensor, isa: str | None = None) -> None:
@@ -43,7 +48,7 @@ def choose(groups: Tensor, n: int, chosen: Tensor, isa: str | None = None) -> No
     """
     library, most = load(), torch.tensor(torch.inf, dtype=groups.dtype)
     largest = library.nm_mask(
-        ISAS.index(isa or isas()[-1]),
+        _number(isa),
         torch.get_num_threads(),
         groups.element_size(),
         n,
