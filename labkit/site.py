@@ -155,6 +155,7 @@ def mathml(latex: str, display: str = "inline") -> str:
     from latex2mathml.converter import convert
 
     known = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
+    known = re.sub(r"(\\[dt]?binom) *(\d) *(\d)", r"\1{\2}{\3}", known)  # and reads 84 as one number after \binom
     bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
     close = ' lspace="0" rspace="0"'
     return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(known, display=display))

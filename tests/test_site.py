@@ -238,6 +238,12 @@ def test_bars_of_a_formula_are_known_and_close(latex: str):
     assert made.count('<mo lspace="0" rspace="0"') == 2
 
 
+@needs_sphinx
+@pytest.mark.parametrize("plain", [r"\binom84 = 70", r"\binom 8 4 = 70"])
+def test_a_digit_is_an_argument_by_itself_as_in_tex(plain: str):
+    assert site.mathml(plain) == site.mathml(r"\binom{8}{4} = 70")
+
+
 # building -----------------------------------------------------------------------------------------
 
 
