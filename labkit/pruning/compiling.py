@@ -40,8 +40,10 @@ def load(name: str) -> ctypes.CDLL | None:
 
 def compiler() -> list[str]:
     """The C++ compiler's command: CXX, or the first one on the PATH; FileNotFoundError where there is none."""
-    if named := os.environ.get("CXX"):
-        return shlex.split(named)
+    if named := shlex.split(os.environ.get("CXX", "")):
+        if not shutil.which(named[0]):
+            raise FileNotFoundError(f"CXX names {named[0]}, which is no program here")
+        return named
     for name in ("g++", "clang++", "c++"):
         if found := shutil.which(name):
             return [found]
