@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from labkit import datasets, intervals, models, process, training
-from labkit.atomic import replacing
+from labkit.files import replacing
 from labkit.pruning import layerwise
 from labkit.pruning.calibration import segments
 

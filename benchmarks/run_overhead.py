@@ -21,16 +21,17 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 from tqdm import tqdm
 
-from labkit import intervals, paths, runs
+from course import runs
+from labkit import files, intervals
 
-COMMAND = "import sys, pathlib, labkit.cli as c; c.paths.NOTEBOOKS = pathlib.Path(sys.argv.pop(1)); c.main()"
+COMMAND = "import sys, pathlib, course.cli as c; c.files.NOTEBOOKS = pathlib.Path(sys.argv.pop(1)); c.main()"
 
 
 def ways(folder: Path) -> dict[str, Callable[[], object]]:
     """Three calls that execute one notebook with one parameter, and leave what they made in `folder`."""
     lessons = folder / "notebooks"
     lessons.mkdir()
-    (lessons / "claims.toml").write_bytes((paths.NOTEBOOKS / "claims.toml").read_bytes())
+    (lessons / "claims.toml").write_bytes((files.NOTEBOOKS / "claims.toml").read_bytes())
     parameters = new_code_cell('PRESET = "smoke"\nSEED = 0\nRESULTS_DIR = "."', metadata={"tags": ["parameters"]})
     notebook = lessons / "01_trivial.ipynb"
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}

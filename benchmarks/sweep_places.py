@@ -21,10 +21,10 @@ from pathlib import Path
 import pandas as pd
 from distributed import Client, LocalCluster
 
-from labkit import rows
+from course import rows
 
 LESSON = "03"
-LABKIT = "from labkit.cli import main; main()"
+LABKIT = "from course.cli import main; main()"
 WORKERS = 2
 SIDES = (" here", " there")
 

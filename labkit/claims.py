@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from labkit import paths, plots
+from labkit import files, plots
 from labkit.errors import DataError, InputError
 
 Verdict = Literal["confirmed", "contradicted", "inconclusive", "not measurable here"]
@@ -39,7 +39,7 @@ class Claim:
 
 def load(path: Path | None = None) -> dict[str, Claim]:
     """All claims by id, in the file's order; DataError naming the entry that is malformed or there twice."""
-    path = path or paths.NOTEBOOKS / "claims.toml"
+    path = path or files.NOTEBOOKS / "claims.toml"
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("claim", [])
     except FileNotFoundError:

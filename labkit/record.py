@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
-from labkit import paths, plots
-from labkit.atomic import replacing
+from labkit import files, plots
 from labkit.errors import DataError, InputError
+from labkit.files import replacing
 
 SCHEMA = "labkit.record/1"
 MIME = "application/vnd.labkit.record+json"
@@ -120,7 +120,7 @@ def from_notebook(path: Path) -> RunRecord:
 
 def recorded(lesson: str, folder: Path | None = None) -> list[RunRecord]:
     """The reference runs of a lesson, one a machine, in the order of the machines' folder names."""
-    return [read(path) for path in sorted((folder or paths.RECORDED).glob(f"*/{lesson}.json"))]
+    return [read(path) for path in sorted((folder or files.RECORDED).glob(f"*/{lesson}.json"))]
 
 
 def plain(value: Any) -> Any:
@@ -166,7 +166,7 @@ def _json(path: Path) -> Any:
 
 def _anonymous(text: str) -> str:
     """Text without the folders of who ran it, which stand in messages of errors."""
-    for folder, name in ((str(paths.ROOT), "<course>"), (str(Path.home()), "~")):
+    for folder, name in ((str(files.ROOT), "<course>"), (str(Path.home()), "~")):
         if len(folder) > 1:
             text = text.replace(folder, name)
     return text
@@ -193,7 +193,7 @@ def _git() -> dict[str, Any] | None:
     """Commit of the course and whether files differ from it; None without git or outside a clone."""
     try:
         commit, status = (
-            subprocess.run(["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, timeout=10, check=True)
+            subprocess.run(["git", *arguments], cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=True)
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labkit import carriers
-from labkit.atomic import replacing
 from labkit.carriers import Carrier, File, sha256
 from labkit.errors import DataError, InputError
-from labkit.paths import DATA, cache_dir
+from labkit.files import DATA, cache_dir, replacing
 
 _MB = 1e6
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from labkit.atomic import replacing
 from labkit.errors import DataError, InputError
+from labkit.files import replacing
 from labkit.pruning import surgery
 from labkit.pruning.channels import Plan, Pruned, Units
 

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from labkit import paths
+from labkit import files
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas")
@@ -55,7 +55,7 @@ def _compiled(source: Path) -> Path:
     command = compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     key = "\0".join([source.read_text(), version, *command, *FLAGS, platform.system(), platform.machine()])
-    target = paths.cache_dir() / "kernels" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    target = files.cache_dir() / "kernels" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         _compile(command, source, target)

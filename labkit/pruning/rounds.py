@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from labkit.atomic import replacing
 from labkit.errors import InputError
+from labkit.files import replacing
 from labkit.pruning import channels, checkpoints, surgery
 from labkit.pruning.channels import Plan, Pruned
 from labkit.pruning.schedules import Round, checked_schedule, digest, tuned_

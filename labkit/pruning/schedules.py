@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labkit.atomic import replacing
 from labkit.errors import DataError, InputError
+from labkit.files import replacing
 from labkit.pruning.selection import fraction
 from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
 

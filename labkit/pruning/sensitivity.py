@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from labkit.atomic import replacing
 from labkit.errors import InputError
+from labkit.files import replacing
 from labkit.pruning import channels
 from labkit.pruning.schedules import digest
 from labkit.pruning.selection import fraction

@@ -1,0 +1,394 @@
+"""The command line: a thin layer over runs, report, course and store that turns a LabError into one sentence.
+
+Nothing that imports torch is loaded before the command that needs it, so that `labkit --help` answers at once.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from course.parameters import PRESETS
+from labkit import files
+from labkit.errors import DataError, InputError, LabError
+from labkit.files import full_disk_told
+
+if TYPE_CHECKING:
+    from course.runs import Run, Step
+
+RUNS = files.ROOT / "runs"
+SITE = files.ROOT / "build" / "site"
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """A LabError, or a full disk, ends the command with a sentence and code 2, Ctrl-C with code 130.
+
+        Any other exception is a bug, traceback and all.
+        """
+        try:
+            with full_disk_told():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nlabkit: interrupted.", err=True)
+            sys.exit(130)
+        except LabError as error:
+            sentence = click.ClickException(str(error))
+            sentence.exit_code = 2
+            raise sentence from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Inference optimisation, measured: run the lessons, take them, and see what was measured."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: good, findings (name, good, text), machine.")
+def doctor(as_json: bool) -> None:
+    """Check this machine and the installation, and say what to do. Exit code 1 if something is missing, else 0."""
+    from course import doctor
+
+    if as_json:
+        report = doctor.report()
+        click.echo(json.dumps(report, indent=1))
+        sys.exit(not report["good"])
+    good = True
+    for finding in doctor.findings():
+        good &= finding.good
+        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:9}  {finding.text}")
+    sys.exit(not good)
+
+
+@main.command()
+@click.argument("lesson", default="all", metavar="[NN|all]")
+@click.option("--preset", type=click.Choice(PRESETS), help="Sizes. Default: class for one lesson, smoke for all.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...  Default: what the lesson says (auto).")
+@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
+@click.option("--record", is_flag=True, help="Keep as reference: data/recorded/, and the lesson's own outputs.")
+def run(
+    lesson: str, preset: str | None, device: str | None, out: Path, given: tuple[tuple[str, str], ...], record: bool
+) -> None:
+    """Run a lesson, or all of them, and write the report.
+
+    NN is a lesson's number. Its parameters are the names in the cell tagged `parameters`; names, types and ranges are
+    checked before anything runs. Each result is a folder OUT/<lesson>/<preset>-<id>/ with the executed notebook,
+    record.json and run.json; a failed run is kept beside it with "-failed". Asked for again, a lesson runs again.
+
+    Exit code: 0 all ran, 1 a lesson failed, 2 something asked for cannot be had, 130 interrupted. After Ctrl-C no
+    process and no half result is left, and earlier results are whole.
+
+    \b
+    labkit run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
+    labkit run all --device cuda --out /data/runs
+    """
+    from course import lessons, references, runs
+
+    done: list[Run] = []
+    try:
+        with _interrupted_once():
+            chosen = lessons.all_lessons() if lesson == "all" else [lessons.find(lesson)]
+            if not chosen:
+                raise InputError(
+                    f"There is no lesson to run in {files.NOTEBOOKS}; take the course's notebooks from its repository."
+                )
+            asked = _once([("PRESET", preset), ("DEVICE", device), *given])
+            asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
+            for notebook in chosen:
+                bound = runs.check(notebook, asked)
+                if record:
+                    references.require(bound)
+            for notebook in chosen:
+                done.append(_run_one(notebook, asked, out, record))
+            if len(done) > 1:
+                click.echo("\n".join(["", *map(_summary, done)]))
+            from course import report
+
+            click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+    except KeyboardInterrupt:
+        kept = f"kept: {', '.join(one.lesson for one in done)}" if done else "earlier results are as they were"
+        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {kept}.", err=True)
+        sys.exit(130)
+    sys.exit(any(one.error for one in done))
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM raises KeyboardInterrupt; more of them do not disturb what tidies up and ends."""
+
+    def first(number: int, frame: object) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, first) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            if signal.getsignal(one) is first:
+                signal.signal(one, handler)
+
+
+def _once(given: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """The parameters by name, without those that are None; InputError where one is given twice."""
+    asked: dict[str, str] = {}
+    for name, value in given:
+        if name in asked:
+            raise InputError(f"{name} is given twice, as {asked[name]} and as {value}; give it once.")
+        if value is not None:
+            asked[name] = value
+    return asked
+
+
+def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) -> "Run":
+    from course import runs
+
+    result = runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
+    if sys.stderr.isatty():
+        click.echo("\r\033[K", nl=False, err=True)
+    click.echo(_summary(result))
+    if result.error:
+        click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
+    elif record:
+        from course import readme, references
+
+        for path in (*references.keep(result, notebook), *readme.update()):
+            click.echo(f"recorded  {path}")
+    return result
+
+
+def _summary(result: "Run") -> str:
+    state = "failed" if result.error else "done"
+    return (
+        f"{state:6}  {result.lesson:36}{result.seconds:6.0f} s  {result.peak_memory / 1e9:5.1f} GB  {result.notebook}"
+    )
+
+
+def _progress(lesson: str) -> Callable[["Step"], None]:
+    """On a terminal one line that is rewritten at each cell, elsewhere a line for each section."""
+    began, seen = time.monotonic(), [""]
+
+    def show(step: "Step") -> None:
+        line = f"{lesson[:2]}  cell {step.cell:2}/{step.cells}  {time.monotonic() - began:4.0f} s  {step.section}"
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
+        elif step.section != seen[0]:
+            click.echo(line, err=True)
+        seen[0] = step.section
+
+    return show
+
+
+@main.command()
+@click.argument("lesson", metavar="NN")
+@click.option(
+    "-g", "grid", multiple=True, metavar="NAME=V1,V2", help="Values of a parameter; all combinations are run."
+)
+@click.option("--seeds", type=click.IntRange(min=1), help="Repeat each point for so many SEEDs, from its own on.")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter at all points.")
+@click.option("--preset", type=click.Choice(PRESETS), help="Default: class.")
+@click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, dask://host:port or slurm.")
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at once. Default: 1, or one a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
+def sweep(
+    lesson: str,
+    grid: tuple[str, ...],
+    seeds: int | None,
+    given: tuple[tuple[str, str], ...],
+    preset: str | None,
+    on: str,
+    workers: int | None,
+    out: Path,
+) -> None:
+    """Run a lesson at every point of a grid, and write the report.
+
+    All points are checked before the first one starts. What is done already is not run again, so the same command goes
+    on after Ctrl-C, a lost worker or a lost scheduler. On a cluster OUT has to be a folder that all machines share.
+
+    Exit code: 0 all points have a result, 1 some failed, 2 something asked for cannot be had, 130 interrupted.
+
+    \b
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
+    labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
+    """
+    from course import executors, lessons, report, sweep
+
+    axes = sweep.parse(grid)
+    asked = _once([("PRESET", preset), *given])
+    if "PRESET" not in axes:
+        asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or "class")
+    jobs = sweep.plan(lessons.find(lesson), axes, asked, seeds=seeds, out=out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ended: list[sweep.Outcome] = []
+    try:
+        with executors.enter(on, workers=workers, device=sweep.device_of(jobs), out=out.absolute()) as place:
+            click.echo(sweep.forecast(jobs, place.ask(sweep.already, jobs), place.at_once))
+            for note in place.notes:
+                click.echo(f"note    {note}")
+            with sweep.Progress(jobs) as progress:
+                ended = sweep.run(jobs, place, on_end=progress.end, on_wait=progress.wait)
+    except KeyboardInterrupt:
+        click.echo("\nlabkit: interrupted; finished runs are kept, and the same command goes on from them.", err=True)
+        sys.exit(130)
+    click.echo(sweep.summary(ended))
+    if any(outcome.run for outcome in ended):
+        click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+    sys.exit(any(outcome.failure for outcome in ended))
+
+
+@main.command()
+@click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
+def report(folders: tuple[Path, ...]) -> None:
+    """Make one HTML page of the results in DIR..., written into the first of them, and rows.csv and rows.parquet.
+
+    By default these are runs/, and workspace/runs/ with what your own copies left there.
+    """
+    from course import copies
+    from course import report as page
+
+    own = copies.WORKSPACE / "runs"
+    found = list(folders) or [folder for folder in (RUNS, own) if folder.is_dir()] or [RUNS]
+    click.echo(page.write(found, found[0] / "report.html").resolve().as_uri())
+
+
+@main.command()
+@click.option("--serve/--no-serve", default=True, help="Show it on this machine until Ctrl-C, or only build it.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=SITE, help="Default: build/site.")
+def site(serve: bool, port: int, out: Path) -> None:
+    """Build the lessons, the claims and the measured machines as a web site, and serve it on this machine."""
+    from course import copies
+    from course import site as pages
+
+    server = pages.serve(out, port) if serve else None  # a port that is taken is said before the work
+    first = pages.build(out, [RUNS, copies.WORKSPACE / "runs"])
+    if not server:
+        click.echo(first.resolve().as_uri())
+        return
+    click.echo(f"http://localhost:{server.server_port}/   (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+@main.command()
+@click.argument("lesson", metavar="NN")
+@click.option("--browser/--no-browser", default=True, help="Open a browser, or only print the address.")
+@click.option("--fresh", is_flag=True, help="Begin again with a new copy; the old one is kept under today's date.")
+def start(lesson: str, browser: bool, fresh: bool) -> None:
+    """Take a lesson: open your own copy, without the answers, in JupyterLab."""
+    from course import copies
+
+    kept = copies.put_aside(lesson) if fresh else None
+    own = copies.prepare(lesson)
+    click.echo(f"your copy: {own}")
+    click.echo(f"stuck? An exercise's worked answer: ./lab solution {own.name[:2]}.1")
+    if kept:
+        click.echo(f"the copy that you had: {kept}")
+    if copies.has_changed(own):
+        number = own.name[:2]
+        click.echo(
+            f"lesson {number} has changed since this copy was made; your work stays as it is. To get the new lesson, "
+            f"with this copy kept beside it: ./lab start {number} --fresh"
+        )
+    sys.exit(copies.open_in_jupyterlab(own, browser=browser))
+
+
+@main.command()
+@click.argument("exercise", metavar="NN.K")
+def solution(exercise: str) -> None:
+    """Show the worked answer to an exercise, such as 03.1."""
+    from course import exercises
+
+    found = exercises.find(exercise)
+    click.echo("\n".join(line for line in found.source.splitlines() if line.strip() not in exercises.MARKERS))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def release(folder: Path) -> None:
+    """Make the folder that a class gets: all lessons without answers, an index, and labkit."""
+    from course import copies
+
+    copies = copies.release(folder)
+    click.echo(f"{len(copies)} lessons without answers, labkit and its data: {folder.resolve()}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True, help="Limit for one answer.")
+def grade(folder: Path, seconds: float) -> None:
+    """Grade DIR/<student>/<lesson>.ipynb into DIR/grades.csv and DIR/grades.html."""
+    from tqdm import tqdm
+
+    from course import grading
+    from course.grading import gradebook
+
+    with tqdm(unit="answer", disable=None) as bar:
+
+        def show(row: grading.Row, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(f"{row.student} {row.exercise.id}", refresh=False)
+            bar.update()
+
+        book = grading.grade(folder, seconds=seconds, on_row=show)
+    for path in gradebook.write(book, folder):
+        click.echo(path.resolve().as_uri() if path.suffix == ".html" else path)
+
+
+@main.group()
+def data() -> None:
+    """The data sets and models that the lessons use."""
+
+
+@data.command("list")
+def list_() -> None:
+    """What there is, how large, and whether it is here."""
+    from labkit import store
+
+    for row in store.listing():
+        click.echo(
+            f"{row['state']:8} {row['kind']:10} {int(row['bytes']) / 1e6:8.1f} MB  {row['name']:40} {row['licence']}"
+        )
+
+
+@data.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def fetch(names: tuple[str, ...]) -> None:
+    """Bring models into the user's cache (default: all that the lessons need)."""
+    from labkit import store
+
+    for name in names or store.models():
+        click.echo(f"ready  {name}  {store.fetch(name)}")
+
+
+@data.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def verify(names: tuple[str, ...]) -> None:
+    """Hash every file again (default: everything). Exit code 2 if one is missing or damaged."""
+    from labkit import store
+
+    wrong = 0
+    for name in names or store.entries():
+        try:
+            store.verify(name)
+            click.echo(f"ready  {name}")
+        except DataError as error:
+            wrong += 1
+            click.echo(f"FAIL   {error}", err=True)
+    sys.exit(2 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

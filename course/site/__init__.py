@@ -1,0 +1,220 @@
+"""The lessons, the guide's claims and the measured machines as a web site that needs no network, built by Sphinx.
+
+The sources are this folder's files and the notebooks with their stored outputs; nothing is executed. This module lays
+them out for Sphinx as they lie in the repository, so that links between lessons hold, and adds the pages made from
+records.
+"""
+
+import functools
+import html
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+
+from course import exercises, lessons, readme, report, results
+from course.claims_table import claims_table
+from course.columns import Column, side_by_side
+from labkit import claims, files
+from labkit.errors import DataError, InputError
+from labkit.record import MIME
+
+SOURCES = Path(__file__).parent
+NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"
+FONT = "STIXTwoMath-Regular.ttf"  # without a font for formulas, which Linux often lacks, brackets stay small
+UNSTRETCHED = ' stretchy="false"'
+FOLDED = ("setup",)  # besides what carries hide-input: imports and the start of a lesson
+
+
+def build(out: Path, folders: Sequence[Path] = ()) -> Path:
+    """Build the site into `out`, whole or not at all, and return its first page. A warning of Sphinx is an error.
+
+    folders: where the user's own runs are; those that are not there are passed over. InputError where Sphinx is not
+    installed or `out` cannot be written, DataError with Sphinx's words where a page is at fault.
+    """
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise InputError(
+            f"The site needs {', '.join(missing)}; `./lab site` installs it, elsewhere: pip install -e '.[site]'."
+        )
+    if out.exists() and not (out / "index.html").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} holds something else than a site, and would be replaced; give another folder.")
+    work = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        work.mkdir(parents=True)
+        lay_out(work / "source", folders)
+        _sphinx(work / "source", work / "html", work / "doctrees")
+        if out.exists():
+            out.rename(work / "before")
+        (work / "html").rename(out)
+    except OSError as error:
+        raise InputError(f"The site cannot be written to {out} ({error.strerror}); mend that first.") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out / "index.html"
+
+
+def serve(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
+    """A server of `folder` on this machine only; port 0 takes any that is free. InputError where the port is taken."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    try:
+        return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise InputError(f"Port {port} cannot be had ({error.strerror}); give another, or 0: --port 0.") from None
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _sphinx(source: Path, pages: Path, doctrees: Path) -> None:
+    options = ["--builder", "html", "--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", doctrees]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, source, pages], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        said = done.stdout.decode(errors="replace").replace(f"{source}{os.sep}", "").strip()
+        raise DataError(f"The site was not built; mend what Sphinx says, then again:\n{said}")
+
+
+# sources ------------------------------------------------------------------------------------------
+
+
+def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
+    """Fill the new folder `source` with all that Sphinx reads."""
+    shutil.copytree(SOURCES, source, ignore=shutil.ignore_patterns("__*__*"))
+    font = Path(find_spec("ziamath").origin).parent / "fonts" / FONT  # the package itself, which draws, is not used
+    shutil.copy(font, source / "static")
+    for path in lessons.all_lessons():
+        notebook = readable(nbformat.read(path, as_version=4))
+        lessons.write(source / "notebooks" / path.name, nbformat.writes(notebook))
+    syllabi = sorted(files.NOTEBOOKS.glob("syllabi/**/*.md"), key=lambda path: (len(path.parts), path.name))
+    names = [path.relative_to(files.NOTEBOOKS).as_posix() for path in syllabi]
+    for path, name in zip(syllabi, names, strict=True):
+        lessons.write(source / "notebooks" / name, path.read_text(encoding="utf-8"))
+
+    columns, problems = _columns(folders)
+    lessons.write(source / "claims.md", "\n\n".join(_claims_page(columns)))
+    lessons.write(source / "machines.md", "\n\n".join([*_machines_page(columns), *map(_unreadable, problems)]))
+    home = (source / "index.md").read_text(encoding="utf-8")
+    home = home.replace("<!-- lessons -->", readme.generated()).replace("<!-- contents -->", _contents(names))
+    lessons.write(source / "index.md", home)
+
+
+def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy for reading: figures carry their alt text, answers and set-up are folded, formulas in folded text set."""
+    copy = lessons.tidied(notebook)
+    copy.cells = [shown for cell in copy.cells for shown in _readable_cell(cell)]
+    return copy
+
+
+def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
+    if cell.cell_type != "code":
+        cell.source = re.sub(r"<details>.*?</details>", _with_formulas, cell.source, flags=re.DOTALL)
+        yield cell
+        return
+    tags = cell.metadata.get("tags", [])
+    folded = cell.metadata.get("jupyter", {}).get("source_hidden") or any(tag in FOLDED for tag in tags)
+    stub = exercises.without_solution(cell.source)
+    if stub != cell.source:
+        yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
+        cell.source = "\n".join(line for line in cell.source.splitlines() if line.strip() not in exercises.MARKERS)
+        prompts = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
+        cell.metadata.mystnb, folded = prompts, True
+    if folded:
+        cell.metadata.tags = [*tags, "hide-input"]
+    yield from _with_alt(cell)
+
+
+def _with_alt(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
+    """myst-nb takes one alt text a cell: what follows a first figure goes on in cells without a source."""
+    outputs, cell.outputs = cell.outputs, []
+    for output in outputs:
+        output.get("data", {}).pop(MIME, None)
+        if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+            if "image" in cell.metadata.get("mystnb", {}):
+                yield cell
+                cell = nbformat.v4.new_code_cell(metadata={"tags": ["remove-input"]})
+            cell.metadata.mystnb = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
+        cell.outputs.append(output)
+    yield cell
+
+
+def _with_formulas(folded: re.Match[str]) -> str:
+    """HTML in Markdown is passed on as it is, so its formulas are typeset here."""
+    return re.sub(r"\$([^$]+)\$", lambda formula: mathml(formula[1]), folded[0])
+
+
+def mathml(latex: str, display: str = "inline") -> str:
+    """A formula as MathML; display: "inline" or "block". conf.py calls it too."""
+    from latex2mathml.converter import convert
+
+    known = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
+    known = re.sub(r"(\\[dt]?binom) *(\d) *(\d)", r"\1{\2}{\3}", known)  # and reads 84 as one number after \binom
+    bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
+    close = ' lspace="0" rspace="0"'
+    return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(known, display=display))
+
+
+# generated pages ----------------------------------------------------------------------------------
+
+
+def _columns(folders: Sequence[Path]) -> tuple[list[Column], list[str]]:
+    recorded, problems = results.recorded_runs()
+    own = [folder for folder in folders if any(folder.rglob("record.json"))]
+    found, unreadable = results.collect(own) if own else ([], [])
+    return side_by_side(found, recorded), [*problems, *unreadable]
+
+
+def _claims_page(columns: Sequence[Column]) -> Iterator[str]:
+    yield (
+        "# What the guide claims\n\nEach claim stands with the range of values that would confirm it, written down "
+        "before anything was measured. *Contradicted* means that the value found, with its interval, lies outside. "
+        "A range in brackets is a 95 % interval."
+    )
+    known = claims.load().values()
+    titles = {int(path.stem[:2]): readme.title(path) for path in lessons.all_lessons()}
+    for section in dict.fromkeys(claim.section for claim in known):
+        here = [column for column in columns if int(column.record.lesson) == section]
+        title = titles.get(section)
+        yield f"## {title or f'Section {section}'}"
+        yield _html(claims_table([claim for claim in known if claim.section == section], here))
+
+
+def _machines_page(columns: Sequence[Column]) -> Iterator[str]:
+    yield "# Your machine beside the recorded ones"
+    if any(column.here for column in columns):
+        yield "Your runs stand first. A range in brackets is a 95 % interval."
+    else:
+        yield (
+            "There is no run of yours yet. `./lab run 01` measures lesson 01 on your machine; build the site again, "
+            "and your numbers stand beside these. A range in brackets is a 95 % interval."
+        )
+    yield f"## Machines\n\n{_html(report.machines_table(columns))}"
+    for lesson in sorted({column.record.lesson for column in columns}):
+        here = [column for column in columns if column.record.lesson == lesson]
+        yield f"## {here[0].record.lesson} · {here[0].record.title}\n\n{_html(report.measurements_table(here))}"
+
+
+def _unreadable(problem: str) -> str:
+    return _html(f"<p>{html.escape(problem)}</p>")
+
+
+def _contents(syllabi: Sequence[str]) -> str:
+    parts = {"Lessons": "notebooks/*", "Results": "claims\nmachines"}
+    if syllabi:
+        parts["For a class"] = "\n".join(f"notebooks/{name.removesuffix('.md')}" for name in syllabi)
+    tree = "```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```"
+    return "\n\n".join(tree.format(*part) for part in parts.items())
+
+
+def _html(tables: str) -> str:
+    """The HTML as a block of Markdown."""
+    return "```{raw} html\n" + tables + "\n```"

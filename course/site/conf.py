@@ -1,0 +1,51 @@
+"""Sphinx's settings for the course's site. `./lab site` copies this folder, adds lessons and generated pages, builds.
+
+Formulas become MathML while the site is built, so that a page needs neither a script nor a network to show them.
+"""
+
+from docutils import nodes
+
+from course.site import mathml
+
+project = "Inference optimisation, measured"
+copyright = "the authors, Apache licence 2.0"
+language = "en_GB"
+extensions = ["myst_nb"]
+
+nb_execution_mode = "off"  # what is shown was recorded by `labkit run --record`
+nb_merge_streams = True
+nb_ipywidgets_js = {}
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_favicon = "favicon.svg"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_copy_source = False
+html_show_sphinx = False
+html_context = {"default_mode": "auto"}  # without it the theme complains on the first visit
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,  # ./lab start makes a copy without the answers
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the search button stands in the sidebar
+    "home_page_in_toc": False,
+    "footer_content_items": "copyright.html",
+}
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+
+
+def _inline(self, node):
+    self.body.append(mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block(self, node):
+    self.body.append(f'<div class="formula">{mathml(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode

@@ -1,0 +1,59 @@
+"""The course's folders, the user's cache, and files that are there whole or not at all.
+
+labkit is installed editable by `./lab`, so the folders are found from this file. A file is written under another name
+in the same folder, and renamed at the end.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from labkit.errors import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+RECORDED = DATA / "recorded"
+NOTEBOOKS = ROOT / "notebooks"
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no space, no quota, too large, read-only
+
+
+def cache_dir() -> Path:
+    """The folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit; not made here."""
+    if chosen := os.environ.get("LABKIT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labkit"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the path to write to, which becomes `path`; its folder is made. After an error `path` is what it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk_told(place: Path | None = None) -> Iterator[None]:
+    """A disk that takes no more, found while `place` was written, becomes a DataError; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = error.filename or place or "A file"
+        raise DataError(
+            f"{where} could not be written ({os.strerror(error.errno)}) and was left as it was; "
+            "free some space there, or choose another folder."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, with its folder."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

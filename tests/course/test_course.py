@@ -1,0 +1,215 @@
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from course import copies, exercises, lessons
+from course.exercises import BEGIN, END, without_solution
+from labkit import files
+from labkit.errors import InputError
+
+STUB = '''def double(x: float) -> float:
+    """Twice x."""
+    if x:
+        ### BEGIN SOLUTION
+        y = 2 * x
+        return y
+        ### END SOLUTION
+    return 0.0'''
+
+
+def notebook() -> nbformat.NotebookNode:
+    printed = new_output("stream", text="4\n")
+    return new_notebook(
+        cells=[
+            new_markdown_cell("# Lesson"),
+            new_code_cell(STUB, metadata={"tags": ["exercise"]}, execution_count=1),
+            new_code_cell("print(double(2))", metadata={"tags": ["check"]}, execution_count=2, outputs=[printed]),
+        ]
+    )
+
+
+def test_the_answer_becomes_a_raise_at_its_own_indentation():
+    lines = without_solution(STUB).splitlines()
+    assert lines[3].startswith("        raise NotImplementedError(")
+    assert [*lines[:3], *lines[4:]] == [*STUB.splitlines()[:3], STUB.splitlines()[-1]]
+
+
+def test_two_blocks_and_a_cell_without_any():
+    two = f"{BEGIN}\na = 1\n{END}\nb = 2\n{BEGIN}\nc = 3\n{END}"
+    assert re.sub(r"\(.*\)", "", without_solution(two)).splitlines() == [
+        "raise NotImplementedError",
+        "b = 2",
+        "raise NotImplementedError",
+    ]
+    assert without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        BEGIN,
+        END,
+        f"{BEGIN}\n{BEGIN}\n{END}",
+        f"{END}\n{BEGIN}",
+    ],
+)
+def test_an_unpaired_marker_is_refused(source: str):
+    with pytest.raises(InputError, match="stands alone in an exercise; each `### BEGIN SOLUTION` needs one"):
+        without_solution(source)
+
+
+def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
+    source = notebook()
+    copy = copies.student_copy(source)
+    assert "SOLUTION" not in nbformat.writes(copy) and "2 * x" not in nbformat.writes(copy)
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in copy.cells if cell.cell_type == "code")
+    assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
+    assert source.cells[1].source == STUB and source.cells[2].outputs
+    nbformat.validate(copy)
+
+
+def test_the_copy_runs_with_not_implemented_as_its_only_error():
+    executed = NotebookClient(copies.student_copy(notebook()), allow_errors=True, timeout=60).execute()
+    errors = [o.ename for cell in executed.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert errors == ["NotImplementedError"]
+
+
+@pytest.fixture
+def lesson(tmp_path: Path) -> Path:
+    path = tmp_path / "notebooks" / "01_small.ipynb"
+    path.parent.mkdir()
+    nbformat.write(notebook(), path)
+    return path
+
+
+def test_a_copy_that_exists_is_reopened_as_it_is(tmp_path: Path, lesson: Path):
+    own = copies.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+    assert own == tmp_path / "workspace" / "01_small.ipynb"
+    own.write_text("a learner's work")
+    assert copies.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent) == own
+    assert own.read_text() == "a learner's work"
+
+
+def test_a_lesson_that_changed_is_noticed_and_the_copy_left_as_it_is(tmp_path: Path, lesson: Path):
+    places = {"folder": tmp_path / "workspace", "notebooks": lesson.parent}
+    own = copies.prepare("1", **places)
+    assert not copies.has_changed(own, notebooks=lesson.parent)
+    run_again = nbformat.read(lesson, as_version=4)
+    run_again.cells[2].outputs = [new_output("stream", text="5\n")]
+    nbformat.write(run_again, lesson)
+    assert not copies.has_changed(own, notebooks=lesson.parent)
+    work = nbformat.read(own, as_version=4)
+    work.cells[1].source = "def double(x): return 2 * x"
+    nbformat.write(work, own)
+    assert not copies.has_changed(own, notebooks=lesson.parent)
+
+    changed = nbformat.read(lesson, as_version=4)
+    changed.cells[0].source = "# Lesson, better told"
+    nbformat.write(changed, lesson)
+    before = own.read_bytes()
+    assert copies.prepare("1", **places) == own
+    assert copies.has_changed(own, notebooks=lesson.parent) and own.read_bytes() == before
+
+    kept = copies.put_aside("1", **places)
+    assert re.fullmatch(r"01_small\.\d{4}-\d\d-\d\d\.ipynb", kept.name) and kept.read_bytes() == before
+    copies.prepare("1", **places)
+    assert not copies.has_changed(own, notebooks=lesson.parent)
+    assert copies.put_aside("1", **places).name == kept.stem + ".2.ipynb" and kept.read_bytes() == before
+    assert copies.put_aside("1", **places) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"metadata": {"labkit": {}}}', '{"metadata": []}'])
+def test_a_copy_that_has_lost_its_metadata_is_not_reported(tmp_path: Path, lesson: Path, text: str):
+    (tmp_path / "01_small.ipynb").write_text(text)
+    assert not copies.has_changed(tmp_path / "01_small.ipynb", notebooks=lesson.parent)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, lesson: Path):
+    (tmp_path / "workspace").write_text("")
+    with pytest.raises(InputError, match=r"The copy cannot be written to .*; mend that, then again"):
+        copies.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+
+
+def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dict[str, str]):
+    script = "import sys, pathlib, course.copies as c; c.open_in_jupyterlab(pathlib.Path(sys.argv[1]), browser=False)"
+    environment = {**offline, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", script, lesson], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    try:
+        until = time.monotonic() + 60
+        while not (found := re.search(r"http://localhost:\S+", (tmp_path / "log").read_text())):
+            assert time.monotonic() < until and server.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        assert "/lab/tree/01_small.ipynb?token=" in found[0]
+        page = urllib.request.urlopen(found[0], timeout=20).read().decode()
+        assert "JupyterLab" in page
+        assert re.search(r'"disabledExtensions": \[[^\]]*"@jupyterlab/apputils-extension:announcements"', page)
+        assert "Error" not in (tmp_path / "log").read_text()
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()
+
+
+# a class -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("school") / "class"
+    copies.release(folder)
+    return folder
+
+
+def test_a_release_holds_every_lesson_without_its_answers(released: Path):
+    assert {path.name for path in released.glob("*.ipynb")} == {path.name for path in lessons.all_lessons()}
+    assert [path for path in released.parent.iterdir()] == [released]
+    for path in released.rglob("*.ipynb"):
+        copy = nbformat.read(path, as_version=4)
+        nbformat.validate(copy)
+        source = nbformat.read(files.NOTEBOOKS / path.name, as_version=4)
+        assert "SOLUTION" not in path.read_text()
+        assert not any(cell.get("outputs") for cell in copy.cells)
+        for task in exercises.read(source):
+            (cell,) = [cell for cell in copy.cells if cell.id == task.cell_id]
+            solution = task.source.partition(BEGIN)[2].partition(END)[0].strip()
+            assert cell.source == task.stub and solution not in path.read_text()
+        assert path.name in (released / "README.md").read_text()
+
+
+def test_a_released_notebook_uses_the_labkit_beside_it(released: Path):
+    code = "import labkit, labkit.claims as c, labkit.store as s; print(labkit.__file__, len(c.load()), s.listing())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = subprocess.run([sys.executable, "-c", code], cwd=released, env=environment, capture_output=True, text=True)
+    assert said.stdout.startswith(str(released / "labkit" / "__init__.py")), said.stderr
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden"])
+def test_a_folder_that_holds_something_is_not_released_into(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("work")
+    with pytest.raises(InputError, match=r"is not empty, and handed-in work is never overwritten; give a new folder"):
+        copies.release(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "work"
+
+
+def test_a_file_is_not_released_into(tmp_path: Path):
+    (tmp_path / "class").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        copies.release(tmp_path / "class")
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, lesson: Path):
+    (tmp_path / "class").mkdir()
+    with pytest.raises(InputError, match="has no card"):
+        copies.release(tmp_path / "class", notebooks=lesson.parent)
+    assert list((tmp_path / "class").iterdir()) == [] and not list(tmp_path.glob(".class*"))

@@ -1,0 +1,61 @@
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from labkit import files
+
+CONDA_NAMES = {"torch": "pytorch"}
+ANOTHER_MACHINE = re.compile(r"(?<![\w.+/-])/(?:work|root|farm|home/\w+|Users/\w+|tmp/bash_jobs)/")
+REGISTRY = re.compile(
+    r"\b(?:(?:test\.)?pypi\.org|pythonhosted\.org|deb\.debian\.org|npmjs\.(?:org|com)|anaconda\.org)\b"
+)
+
+
+def test_environment_yml_mirrors_pyproject():
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {"pip", "python" + project["requires-python"]}
+    for line in project["dependencies"]:
+        name, bounds = re.fullmatch(r"([\w.-]+)(.*)", line).groups()
+        wanted.add(CONDA_NAMES.get(name, name) + bounds)
+    listed = yaml.safe_load((files.ROOT / "environment.yml").read_text())["dependencies"]
+    assert {line for line in listed if isinstance(line, str)} == wanted
+    assert [line["pip"] for line in listed if isinstance(line, dict)] == [["-e ."]]
+
+
+def committed_texts() -> Iterator[tuple[Path, str]]:
+    """What is or will be committed, less the data sets, which speak of paths and hosts of their own."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listed, cwd=files.ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs a git clone")
+    for name in names:
+        file = files.ROOT / name
+        is_data = name.startswith("data/") and file.suffix not in (".toml", ".py", ".json", ".md")
+        if is_data or not file.is_file() or file.name == Path(__file__).name:
+            continue
+        try:
+            yield file.relative_to(files.ROOT), file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # no text
+
+
+@pytest.mark.parametrize("pattern", [ANOTHER_MACHINE, REGISTRY], ids=["paths", "registries"])
+def test_no_committed_text_names_a_machine_s_folder_or_a_registry(pattern: re.Pattern):
+    found = [f"{file}: {hit[0]}" for file, text in committed_texts() for hit in pattern.finditer(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize("text", ["see /root/x", '"/work/main/a.py"', "(/home/ann/lab)", "/Users/ann/lab"])
+def test_a_machine_s_folder_is_recognised(text: str):
+    assert ANOTHER_MACHINE.search(text)
+
+
+@pytest.mark.parametrize("text", ["/workspace/a", "https://host.org/home/ann/x", "ab/root/c", "/tmp/x", "./work/a"])
+def test_what_is_no_machine_s_folder_is_let_through(text: str):
+    assert not ANOTHER_MACHINE.search(text)

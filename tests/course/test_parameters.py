@@ -1,0 +1,132 @@
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from course import parameters
+from labkit.errors import InputError
+
+
+def notebook(source: str, ranges: dict | None = None) -> nbformat.NotebookNode:
+    metadata = {"tags": ["parameters"], "labkit": {"ranges": ranges or {}}}
+    return new_notebook(cells=[new_code_cell(source, metadata=metadata)])
+
+
+def bind(source: str, name: str, value: object, ranges: dict | None = None) -> object:
+    return parameters.bind(parameters.read(notebook(source, ranges)), {name: value})[name]
+
+
+def test_reads_what_a_line_wise_reader_misses():
+    source = "# a comment\nA = 3; B = 'x # y'\nC: float = (\n  0.5\n)\nD = [1, 2]"
+    assert {name: p.default for name, p in parameters.read(notebook(source)).items()} == {
+        "A": 3,
+        "B": "x # y",
+        "C": 0.5,
+        "D": [1, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    "source", ["A = len('x')", "import os", "A = B = 1", "A, B = 1, 2", "A += 1", "A: int", "f(1)"]
+)
+def test_refuses_what_is_no_literal(source: str):
+    with pytest.raises(InputError, match="write each of its lines as NAME = literal"):
+        parameters.read(notebook(source))
+
+
+def test_refuses_a_cell_that_is_no_python():
+    with pytest.raises(InputError, match="not Python"):
+        parameters.read(notebook("A = ="))
+
+
+@pytest.mark.parametrize("cells", [0, 2])
+def test_refuses_no_or_two_parameter_cells(cells: int):
+    with pytest.raises(InputError, match=f"has {cells} cells tagged `parameters`"):
+        parameters.read(
+            new_notebook(cells=[new_code_cell("A = 1", metadata={"tags": ["parameters"]}) for _ in range(cells)])
+        )
+
+
+def test_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match="no parameter ratios; did you mean RATIO"):
+        bind("RATIO = 0.5\nSEED = 0", "ratios", 1)
+
+
+def test_unknown_name_with_nothing_near_lists_all():
+    with pytest.raises(InputError, match="it has RATIO, SEED"):
+        bind("RATIO = 0.5\nSEED = 0", "XYZZY", 1)
+
+
+@pytest.mark.parametrize(
+    ("default", "given", "bound"),
+    [
+        ("1", "2", 2),
+        ("1", " -3 ", -3),
+        ("0.5", "1e-3", 1e-3),
+        ("0.5", 1, 1.0),
+        ("True", "false", False),
+        ("True", "True", True),
+        ("'a'", "007", "007"),
+        ("[1]", "[2, 3]", [2, 3]),
+        ("[0.5]", "[1, 2]", [1.0, 2.0]),
+        ("(1,)", (4, 5), [4, 5]),
+        ("None", "3", 3),
+        ("None", "resnet", "resnet"),
+    ],
+)
+def test_a_value_takes_its_default_s_type(default: str, given: object, bound: object):
+    result = bind(f"A = {default}", "A", given)
+    assert (result, type(result)) == (bound, type(bound))
+
+
+@pytest.mark.parametrize(
+    ("default", "given"),
+    [
+        ("1", "2.5"),
+        ("1", 2.0),
+        ("1", True),
+        ("1", "many"),
+        ("0.5", "nan"),
+        ("0.5", "inf"),
+        ("0.5", True),
+        ("True", "yes"),
+        ("True", 1),
+        ("'a'", 3),
+        ("[1]", "1"),
+        ("[1]", "[0.5]"),
+        ("[1]", "[1"),
+        ("None", object()),
+    ],
+)
+def test_a_value_of_another_type_is_refused(default: str, given: object):
+    with pytest.raises(InputError, match=r"^A cannot be .*; give .*, like its default .*\.$"):
+        bind(f"A = {default}", "A", given)
+
+
+@pytest.mark.parametrize("given", ["0.05", "0.95", -1])
+def test_out_of_range_is_refused(given: object):
+    with pytest.raises(InputError, match=r"give a number from 0\.1 to 0\.9"):
+        bind("A = 0.5", "A", given, {"A": [0.1, 0.9]})
+
+
+def test_bounds_belong_to_the_range():
+    assert bind("A = 0.5", "A", 0.9, {"A": [0.1, 0.9]}) == 0.9
+
+
+def test_each_element_of_a_list_is_in_range():
+    with pytest.raises(InputError, match="A cannot be 9"):
+        bind("A = [1]", "A", "[1, 9]", {"A": [1, 8]})
+
+
+def test_a_choice_not_offered_is_refused():
+    with pytest.raises(InputError, match="choose one of l1, taylor"):
+        bind("A = 'l1'", "A", "l2", {"A": ["l1", "taylor"]})
+
+
+def test_presets_are_known_without_a_range():
+    with pytest.raises(InputError, match="choose one of smoke, class, full"):
+        bind("PRESET = 'class'", "PRESET", "large")
+
+
+def test_a_range_for_an_unknown_name_is_refused():
+    with pytest.raises(InputError, match="no parameter B"):
+        parameters.read(notebook("A = 1", {"B": [0, 1]}))

@@ -1,0 +1,62 @@
+"""README and syllabi show what the notebooks and the records say, and nothing else; their links lead somewhere."""
+
+import re
+
+import pytest
+
+from course import lessons, readme
+from labkit import files
+from labkit.errors import DataError
+
+TEXT = (files.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", readme.pages(), ids=lambda path: str(path.relative_to(files.ROOT)))
+def test_a_page_shows_what_is_recorded(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.pages()[page].strip()
+
+
+def test_everything_outside_the_markers_is_kept(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    readme.write(page, "new")
+    assert page.read_text() == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+
+
+def test_lost_markers_are_said(tmp_path):
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(DataError, match="put <!-- lessons"):
+        readme.write(tmp_path / "README.md", "new")
+
+
+def test_first_screen_names_the_two_commands_and_what_is_not_needed():
+    screen = "\n".join(TEXT.splitlines()[:45])
+    for words in ("./lab run", "./lab test", "No GPU and no network needed", "| lesson | question | minutes |"):
+        assert words in screen
+
+
+TEXTS = [
+    *(files.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")),
+    *sorted((files.NOTEBOOKS / "syllabi").rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: str(path.relative_to(files.ROOT)))
+def test_local_links_lead_somewhere(text):
+    targets = re.findall(r"\]\(\s*<?([^)\s>#]+)", text.read_text(encoding="utf-8"))
+    local = [target for target in targets if not re.match(r"https?:|mailto:", target)]
+    assert [target for target in local if not (text.parent / target).exists()] == []
+
+
+def test_every_lesson_has_its_instructor_notes():
+    notes = {path.stem for path in (files.NOTEBOOKS / "syllabi" / "notes").glob("*.md")}
+    assert {path.stem[:2] for path in lessons.all_lessons()} <= notes
+
+
+@pytest.mark.parametrize("text", sorted((files.NOTEBOOKS / "syllabi").rglob("*.md")), ids=lambda path: path.name)
+def test_no_syllabus_types_a_measured_number(text):
+    written = text.read_text(encoding="utf-8")
+    outside = written.split(readme.BEGIN)[0] + written.split(readme.END)[-1]
+    assert not re.findall(r"\d[\d.,]*\s*(?:ms|µs|s|GB/s|GFLOP/s|tokens/s)\b", outside)
+    assert not re.findall(r"\d[\d.,]*\s*(?:x|times|%|per cent) (?:faster|slower|speed|smaller)", outside)

@@ -1,0 +1,329 @@
+import json
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from course import lessons, runs
+from labkit import files
+from labkit.errors import InputError
+from labkit.record import MIME
+
+SMOKE = {"PRESET": "smoke"}
+FINISH = """
+import json, pathlib
+record = {"lesson": "01", "machine": {"slug": "test-cpu-2c"}, "ratio": RATIO}
+home = pathlib.Path(RESULTS_DIR) / "01"
+home.mkdir()
+_ = (home / "record.json").write_text(json.dumps(record))
+"""
+WHO = """
+import os, sys
+ballast = bytearray(300_000_000)
+print(sys.executable, os.environ["LABKIT_PRESET"], os.getcwd() == os.path.realpath("."), RATIO, PRESET)
+RATIO
+"""
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., Path]) -> tuple[runs.Run, list, Path]:
+    """One good run at a changed parameter, with what it reported; a broken kernelspec called python3 is in the way."""
+    home = tmp_path_factory.mktemp("good")
+    kernel = home / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text('{"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}')
+    notebook = write_lesson(home / "notebooks", WHO, FINISH)
+    steps: list[runs.Step] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(home / "jupyter"))
+        result = runs.run(notebook, {**SMOKE, "RATIO": "0.25"}, out=home / "runs", on_step=steps.append)
+    return result, steps, notebook
+
+
+def outputs(notebook: Path) -> str:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_lesson_gets_this_interpreter_its_parameters_and_its_own_folder(good):
+    assert outputs(good[0].notebook) == f"{sys.executable} smoke True 0.25 smoke\n"
+
+
+def test_the_result_folder_is_complete_and_alone(good):
+    result, _, _ = good
+    assert left_in(result.folder) == ["01_small.ipynb", "record.json", "run.json"]
+    assert left_in(result.folder.parent) == [result.folder.name]
+    assert json.loads(result.record.read_text())["ratio"] == 0.25
+
+
+def test_run_json_says_what_ran(good):
+    summary = json.loads((good[0].folder / "run.json").read_text())
+    assert (summary["status"], summary["error"]) == ("done", None)
+    assert summary["parameters"] == {"PRESET": "smoke", "RATIO": 0.25, "RESULTS_DIR": "."}
+    assert 0 < summary["seconds"] < 60
+
+
+def test_peak_memory_holds_what_the_lesson_took(good):
+    assert 300_000_000 < good[0].peak_memory < 1_500_000_000
+
+
+def test_each_cell_is_reported_with_its_place_and_section(good):
+    assert good[1] == [
+        runs.Step(1, 5, "A small lesson"),
+        runs.Step(2, 5, "A small lesson"),
+        runs.Step(3, 5, "Its work"),
+        runs.Step(4, 5, "Its work"),
+        runs.Step(5, 5, "Its work"),
+    ]
+
+
+def test_running_leaves_the_lesson_as_it_was(good):
+    assert all(not cell.get("outputs") for cell in nbformat.read(good[2], as_version=4).cells)
+
+
+def test_no_machine_path_stands_in_the_executed_notebook(good):
+    assert str(good[0].folder.parent) not in good[0].notebook.read_text().replace(sys.executable, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"RATI0": 1}, "no parameter RATI0; did you mean RATIO"),
+        ({"RATIO": "half"}, "RATIO cannot be 'half'"),
+        ({"RATIO": 2}, "give a number from 0 to 1"),
+        ({"PRESET": "large"}, "choose one of smoke, class, full"),
+    ],
+)
+def test_bad_parameters_are_refused_before_anything_is_written(tmp_path: Path, write_lesson, given, sentence):
+    notebook = write_lesson(tmp_path / "notebooks", "1", ranges={"RATIO": [0, 1]})
+    with pytest.raises(InputError, match=sentence):
+        runs.run(notebook, given, out=tmp_path / "runs")
+    assert left_in(tmp_path) == ["notebooks"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, write_lesson):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"Results cannot be written to .*; choose another --out"):
+        runs.run(write_lesson(tmp_path, "1"), SMOKE, out=tmp_path / "file")
+
+
+def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, write_lesson):
+    lesson, changed = write_lesson(tmp_path / "a", "1").read_bytes(), write_lesson(tmp_path / "b", "2").read_bytes()
+
+    def name(source: bytes, version: str = "v", **bound: object) -> str:
+        return runs._name(source, {"PRESET": "smoke", **bound}, version)
+
+    assert name(lesson, A=1, B=2) == name(lesson, B=2, A=1)
+    others = name(lesson, A=2), name(changed, A=1), name(lesson, "w", A=1), name(lesson)
+    assert len({name(lesson, A=1), *others}) == 5
+
+
+def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
+    source = write_lesson(tmp_path, "1").read_bytes()
+    assert runs.bind(source, {"RATIO": "0.5"}) == runs.bind(source, {}) == {"PRESET": "class", "RESULTS_DIR": "."}
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError", "division by zero"),
+        ("import os; os._exit(1)", "DeadKernel", "the kernel was killed, most often because memory ran out; take a "),
+        ("import time; time.sleep(100)", "CellTimeout", "the cell ran for more than 1 s; take a smaller --preset"),
+    ],
+)
+def test_a_failure_is_told_with_its_cell(tmp_path: Path, write_lesson, monkeypatch, code: str, name: str, message: str):
+    monkeypatch.setitem(runs.CELL_SECONDS, "smoke", 1)
+    began = time.monotonic()
+    result = runs.run(write_lesson(tmp_path, "1", code), SMOKE, out=tmp_path / "runs")
+    assert result.error == runs.Failure(name, result.error.message, 5, "Its work")
+    assert result.error.message.startswith(message)
+    assert time.monotonic() - began < 40  # at once, not after a time limit of minutes
+    assert json.loads((result.folder / "run.json").read_text())["status"] == "failed"
+    assert result.folder.name.endswith("-failed")
+
+
+def test_a_failed_run_does_not_replace_a_good_one_and_a_good_one_clears_it(tmp_path: Path, write_lesson):
+    flag = tmp_path / "fail"
+    notebook = write_lesson(tmp_path, f"import os; assert not os.path.exists({str(flag)!r}), 'as told'")
+    good = runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    flag.touch()
+    failed = runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    assert failed.error and left_in(good.folder.parent) == [good.folder.name, failed.folder.name]
+    flag.unlink()
+    runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    assert left_in(good.folder.parent) == [good.folder.name]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_process_and_no_half_result(tmp_path: Path, write_lesson, end: signal.Signals):
+    pids = tmp_path / "pids"
+    notebook = write_lesson(
+        tmp_path,
+        f"import os, subprocess, pathlib\nchild = subprocess.Popen(['sleep', '1000'])\n"
+        f"_ = pathlib.Path({str(pids)!r}).write_text(f'{{os.getpid()}} {{child.pid}}\\n')\nchild.wait()",
+    )
+    script = (
+        f"from pathlib import Path; from labkit import runs; runs.run(Path({str(notebook)!r}), {{}}, out=Path('r'))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    _wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"), 60)
+    kernel, sleeper = map(int, pids.read_text().split())
+    started = [kernel, sleeper, psutil.Process(kernel).ppid()]
+    parent.send_signal(end)
+    parent.wait(20)
+    _wait_until(lambda: not any(_runs(pid) for pid in started), 20)
+    _wait_until(lambda: left_in(tmp_path / "r" / "01_small") == [], 5)
+
+
+def test_a_run_is_stopped_from_another_thread(tmp_path: Path, write_lesson):
+    stop = threading.Event()
+    notebook = write_lesson(tmp_path, "import time; time.sleep(1000)")
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(
+            runs.run, notebook, SMOKE, out=tmp_path / "r", stop=stop, on_step=lambda step: step.cell == 4 and stop.set()
+        )
+        with pytest.raises(runs.Stopped, match="nothing of it was kept"):
+            running.result(60)
+    assert left_in(tmp_path / "r" / "01_small") == []
+
+
+def test_a_run_that_takes_too_long_as_a_whole_ends_and_keeps_what_it_had(tmp_path: Path, write_lesson):
+    notebook = write_lesson(tmp_path, "print('so far')", "import time; time.sleep(1000)")
+    result = runs.run(notebook, SMOKE, out=tmp_path / "r", seconds=6)
+    assert result.error and result.error.name == "RunTimeout"
+    assert str(result.error).endswith("the run took more than 6 s")
+    assert 6 < result.seconds < 20 and nbformat.read(result.notebook, as_version=4).cells
+
+
+def test_what_is_set_for_the_lesson_is_seen_there_and_makes_no_other_result(tmp_path: Path, write_lesson, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")  # as Dask does
+    asked = ("CUDA_VISIBLE_DEVICES", "LABKIT_PRESET", "MALLOC_TRIM_THRESHOLD_")
+    notebook = write_lesson(
+        tmp_path, f"import os; print(*[os.environ[name] for name in {asked} if name in os.environ])"
+    )
+    result = runs.run(notebook, SMOKE, out=tmp_path / "r", env={"CUDA_VISIBLE_DEVICES": "3"})
+    assert outputs(result.notebook) == "3 smoke\n"
+    assert runs.done(notebook, SMOKE, out=tmp_path / "r").folder == result.folder
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"still waiting after {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.timing
+def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
+    overhead = runpy.run_path(str(files.ROOT / "benchmarks" / "run_overhead.py"))
+    calls = overhead["ways"](tmp_path)
+    del calls["labkit run"]
+    _, _, most = overhead["overhead"](overhead["measure"](calls, rounds=9), "runs.run")  # one round may be disturbed
+    assert most < 1.0
+
+
+# what of a notebook is kept
+
+
+def test_a_tidied_notebook_has_no_trace_of_papermill(good):
+    kept = lessons.tidied(nbformat.read(good[0].notebook, as_version=4))
+    source = nbformat.read(good[2], as_version=4)
+    assert [cell.id for cell in kept.cells] == [cell.id for cell in source.cells]
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in source.cells]
+    assert [cell.execution_count for cell in kept.cells if cell.cell_type == "code"] == [1, 2, 3]
+    assert [output.execution_count for output in kept.cells[3].outputs if "execution_count" in output] == [2]
+    assert "papermill" not in nbformat.writes(kept) and "iopub" not in nbformat.writes(kept)
+    nbformat.validate(kept)
+
+
+def test_a_tidied_notebook_leaves_samples_and_rows_to_the_record_s_own_file():
+    timing = {"kind": "comparison", "name": "a", "value": 2.0, "detail": {"samples_s": [0.1] * 50}}
+    table = {"kind": "table", "name": "b", "rows": [{"x": 1}] * 50}
+    output = new_output("display_data", data={MIME: {"measurements": [timing, table], "lesson": "01"}})
+    notebook = new_notebook(cells=[new_code_cell("lab.finish()", outputs=[output], execution_count=1)])
+    kept = lessons.tidied(notebook).cells[0].outputs[0].data[MIME]
+    short = [{"kind": "comparison", "name": "a", "value": 2.0}, {"kind": "table", "name": "b"}]
+    assert kept == {"measurements": short, "lesson": "01"}
+    assert notebook.cells[0].outputs[0].data[MIME]["measurements"] == [timing, table]
+
+
+def test_tidying_twice_changes_nothing(good):
+    once = lessons.tidied(nbformat.read(good[0].notebook, as_version=4))
+    assert nbformat.writes(lessons.tidied(once)) == nbformat.writes(once)
+
+
+# finding lessons
+
+
+@pytest.mark.parametrize("name", ["1", "01", "01_small", "01_small.ipynb"])
+def test_a_lesson_is_found_by_number_or_name(tmp_path: Path, write_lesson, name: str):
+    notebook = write_lesson(tmp_path, "1")
+    assert lessons.find(name, tmp_path) == notebook
+
+
+@pytest.mark.parametrize("name", ["7", "small", "", "../01_small"])
+def test_an_unknown_lesson_is_refused_with_those_that_exist(tmp_path: Path, write_lesson, name: str):
+    write_lesson(tmp_path, "1")
+    with pytest.raises(InputError, match=r"There is no lesson .*; give the number of one that exists: 01"):
+        lessons.find(name, tmp_path)
+
+
+# finding results
+
+
+def test_a_result_is_found_again_however_its_parameters_are_written(good):
+    result, _, notebook = good
+    out = result.folder.parent.parent
+    for given in ({**SMOKE, "RATIO": 0.25}, {"RATIO": "0.25", "SEED": 0, **SMOKE}):
+        found = runs.done(notebook, given, out=out)
+        assert (found.folder, found.parameters, found.error) == (result.folder, result.parameters, None)
+        assert found.peak_memory == result.peak_memory and found.seconds == pytest.approx(result.seconds, abs=1e-3)
+    assert runs.done(notebook, {**SMOKE, "RATIO": 0.75}, out=out) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [("new.py", True), ("pruning/csrc/sparse_linear.cpp", True), ("page.html", False), ("__pycache__/new.pyc", False)],
+)
+def test_the_version_of_the_code_is_that_of_its_sources(tmp_path: Path, monkeypatch, file: str, counts: bool):
+    package = tmp_path / "labkit"
+    shutil.copytree(Path(runs.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    before = runs.code_version()
+    (package / file).parent.mkdir(exist_ok=True)
+    (package / file).open("a").write("changed")
+    assert (runs.code_version() != before) == counts
+
+
+def test_another_version_of_torch_is_another_code(monkeypatch: pytest.MonkeyPatch):
+    before = runs.code_version()
+    monkeypatch.setattr(runs.metadata, "version", lambda package: "0.0")
+    assert runs.code_version() != before
+
+
+def test_another_code_is_another_result(good, monkeypatch: pytest.MonkeyPatch):
+    result, _, notebook = good
+    monkeypatch.setattr(runs, "code_version", lambda: "another")
+    assert runs.done(notebook, {**SMOKE, "RATIO": 0.25}, out=result.folder.parent.parent) is None

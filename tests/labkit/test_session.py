@@ -1,0 +1,434 @@
+"""A session from start to finish: what is settled, predicted, measured, claimed, checked, and what the record holds."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+import labkit
+from labkit import files, record, session
+from labkit.errors import InputError
+from labkit.session import Lab
+
+CLAIMS = """
+[[claim]]
+id = "1.1"
+section = 1
+text = "It is twice as fast."
+quantity = "speed-up"
+unit = "x"
+expected = [1.8, 2.2]
+needs = "any"
+source = "guide section 1"
+
+[[claim]]
+id = "1.2"
+section = 1
+text = "A GPU is ten times as fast."
+quantity = "speed-up"
+unit = "x"
+expected = [9, 11]
+needs = "gpu"
+source = "guide section 1"
+"""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    """No reference runs, two claims, no overrides, and the process's settings put back."""
+    for variable in ("LABKIT_PRESET", "LABKIT_DEVICE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
+    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path)
+    (tmp_path / "claims.toml").write_text(CLAIMS, encoding="utf-8")
+    threads = torch.get_num_threads()
+    with matplotlib.rc_context():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def lab(tmp_path) -> Lab:
+    return labkit.start("01", preset="smoke", device="cpu", results_dir=tmp_path / "runs")
+
+
+def done(lab: Lab) -> dict:
+    lab.finish()
+    return json.loads((lab._path).read_text(encoding="utf-8"))
+
+
+# start ------------------------------------------------------------------------------------------------------------
+
+
+def test_import_is_quick_and_brings_no_heavy_package():
+    code = (
+        "import sys, labkit; print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_modules_are_attributes_of_the_package():
+    assert labkit.bench.measure and labkit.roofline.count and labkit.machine.DEVICES
+    with pytest.raises(AttributeError, match="labkit has no 'speed'; it has start, "):
+        _ = labkit.speed
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
+    drawn = []
+    for _ in range(2):
+        labkit.start("01", device="cpu", seed=7, results_dir=tmp_path)
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("preset", "value"), [("smoke", 1), ("class", 2), ("full", 3)])
+def test_a_preset_chooses_a_size(tmp_path, preset, value):
+    lab = labkit.start("01", preset=preset, device="cpu", results_dir=tmp_path)
+    assert lab.by_preset(smoke=1, class_=2, full=3) == value
+    assert lab.by_preset(1, 2, 3) == value
+
+
+def test_the_environment_overrides_the_preset_and_auto_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABKIT_PRESET", "smoke")
+    monkeypatch.setenv("LABKIT_DEVICE", "cpu")
+    lab = labkit.start("01", preset="full", results_dir=tmp_path)
+    assert (lab.preset, lab.device) == ("smoke", torch.device("cpu"))
+    monkeypatch.setenv("LABKIT_DEVICE", "tpu")
+    assert labkit.start("01", device="cpu", results_dir=tmp_path).device.type == "cpu"
+    with pytest.raises(InputError, match="LABKIT_DEVICE is 'tpu'; choose auto, cpu"):
+        labkit.start("01", results_dir=tmp_path)
+    monkeypatch.setenv("LABKIT_PRESET", "tiny")
+    with pytest.raises(InputError, match="LABKIT_PRESET is 'tiny'; choose one of smoke, class, full"):
+        labkit.start("01", device="cpu", results_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lesson": "14"}, 'There is no lesson \'14\'; give one of "01" to "13"'),
+        ({"lesson": 1}, "There is no lesson 1;"),
+        ({"preset": "tiny"}, "preset is 'tiny'; choose one of smoke, class, full"),
+        ({"device": "tpu"}, "device is 'tpu'; choose auto, cpu, cuda or cuda:N"),
+        ({"device": 0}, "device is 0; choose auto"),
+        ({"seed": -1}, "seed is -1; give a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; give a whole number"),
+        ({"results_dir": None}, "results_dir is None; give the path of a folder"),
+        ({"parameters": {"MODEL": torch.nn.ReLU()}}, "not a ReLU"),
+    ],
+)
+def test_a_bad_argument_is_refused_before_anything_changes(tmp_path, arguments, message):
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match=message):
+        labkit.start(**{"lesson": "01", "device": "cpu", "results_dir": tmp_path, **arguments})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_results_that_could_not_be_written_are_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="give a results_dir that is a folder you may write to"):
+        labkit.start("01", device="cpu", results_dir=tmp_path / "file" / "runs")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_cuda_where_there_is_none_is_one_sentence(tmp_path):
+    with pytest.raises(
+        InputError, match=r"The device cuda is not there \(torch sees no CUDA device here\); choose auto"
+    ):
+        labkit.start("01", device="cuda", results_dir=tmp_path)
+
+
+@pytest.mark.gpu
+def test_a_session_on_a_gpu_records_its_memory(tmp_path):
+    lab = labkit.start("01", preset="smoke", device="cuda", results_dir=tmp_path)
+    kept = torch.zeros(2**20, device=lab.device)
+    result = lab.measure("add", lambda: kept + 1, budget_s=0.2)
+    assert result.device.startswith("cuda")
+    assert done(lab)["peak_device_memory"] >= 2 * kept.nbytes
+    with pytest.raises(InputError, match="is not there"):
+        labkit.start("01", device="cuda:99", results_dir=tmp_path)
+
+
+def test_the_card_names_machine_preset_and_budget(lab, capsys):
+    lab._show_card()
+    out = capsys.readouterr().out
+    assert out.startswith("Lesson 01: The inference challenge")
+    assert all(part in out for part in (lab.machine.label, "smoke, within 90 s, 4 GB; seed 0", torch.__version__))
+
+
+# predict, measure, record -------------------------------------------------------------------------------------------
+
+
+def test_a_measurement_meets_its_prediction_in_the_predicted_unit(lab):
+    lab.predict("step", 3, "ms", question="How long is a step?")
+    lab.record("step", 0.0015, "s", ci95=(0.001, 0.002))
+    (prediction,) = done(lab)["predictions"]
+    assert prediction == {
+        "name": "step",
+        "question": "How long is a step?",
+        "unit": "ms",
+        "predicted": 3,
+        "measured": pytest.approx(1.5),
+    }
+
+
+def test_units_that_do_not_compare_are_refused_and_nothing_is_kept(lab):
+    lab.predict("step", 3, "ms")
+    with pytest.raises(InputError, match="'step' was predicted in ms and measured in tokens/s; use one unit for both"):
+        lab.record("step", 3, "tokens/s")
+    assert done(lab)["measurements"] == []
+
+
+def test_the_first_prediction_stands_once_measured(lab, capsys):
+    lab.predict("step", 3, "ms")
+    lab.predict("step", 4, "ms")
+    lab.record("step", 5, "ms")
+    lab.predict("step", 5, "ms")
+    assert "your prediction of 4 ms stands" in capsys.readouterr().out
+    lab.record("late", 1)
+    lab.predict("late", 1)
+    assert "late has been measured already: too late" in capsys.readouterr().out
+    assert [one["predicted"] for one in done(lab)["predictions"]] == [4]
+
+
+@pytest.mark.parametrize("value", ["3", None, True, float("nan"), float("inf"), [1]])
+def test_a_prediction_that_is_no_number_is_refused(lab, value):
+    with pytest.raises(InputError, match="give one number, your best guess will do"):
+        lab.predict("step", value)
+
+
+def test_measure_and_compare_keep_samples_intervals_and_verdict(lab, capsys):
+    from labkit.bench import Comparison, Measurement
+
+    lab.predict("ratio", 1, "x")
+    one = lab.measure("short", lambda: sum(range(500)), budget_s=0.1)
+    two = lab.compare("ratio", lambda: sum(range(500)), lambda: sum(range(5000)), budget_s=0.2)
+    assert str(one) in capsys.readouterr().out
+    kept = done(lab)
+    first, second = kept["measurements"]
+    assert (first["kind"], first["value"], first["unit"]) == ("measurement", one.median_s, "s")
+    assert Measurement.from_dict(first["detail"]).samples_s == pytest.approx(one.samples_s, rel=5e-6)
+    assert (second["kind"], second["unit"], second["verdict"]) == ("comparison", "x", two.verdict)
+    again = Comparison.from_dict(second["detail"])
+    assert (again.verdict, again.ci95) == (two.verdict, pytest.approx(two.ci95, rel=2e-5))
+    assert kept["predictions"][0]["measured"] == two.speedup
+
+
+def test_running_a_cell_again_replaces_what_it_recorded(lab):
+    for value in (1, 2):
+        lab.record("step", value, "ms")
+        lab.record("other", value)
+    assert [(one["name"], one["value"]) for one in done(lab)["measurements"]] == [("step", 2), ("other", 2)]
+
+
+def test_record_takes_numbers_texts_and_rows(lab, capsys):
+    lab.record("loss", torch.tensor(0.25))
+    lab.record("limiter", "memory")
+    lab.record("size", np.int64(10), "B", simulated=True)
+    lab.record("sweep", [{"batch": 1, "ms": np.float32(0.5)}], simulated=True)
+    assert capsys.readouterr().out.count("SIMULATED") == 2
+    loss, limiter, size, sweep = done(lab)["measurements"]
+    assert (loss["value"], limiter["value"], size["value"]) == (0.25, "memory", 10)
+    assert [one["simulated"] for one in (loss, limiter, size, sweep)] == [False, False, True, True]
+    assert (sweep["kind"], sweep["rows"]) == ("table", [{"batch": 1, "ms": 0.5}])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x", None), "'x' is a NoneType; record a number, a text or a list of dicts"),
+        (("x", torch.ones(2)), "'x' is a Tensor; record a number"),
+        (("x", []), "non-empty list of dicts"),
+        (("", 1), "The name is ''; give what is measured as a short text"),
+        ((3, 1), "The name is 3; give what is measured"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(lab, arguments, message):
+    with pytest.raises(InputError, match=message):
+        lab.record(*arguments)
+
+
+def test_an_interval_has_two_ends(lab):
+    with pytest.raises(InputError, match=r"The interval of 'x' is \(1,\); give \(low, high\)"):
+        lab.record("x", 1, ci95=(1,))
+
+
+# other machines -----------------------------------------------------------------------------------------------------
+
+
+def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
+    lab.record("step", 0.002, "s")
+    lab.beside("step")
+    alone = capsys.readouterr().out
+    assert "2 ms" in alone and "a GPU" in alone and "not recorded yet" in alone
+
+    other = labkit.start("01", preset="class", device="cpu", results_dir=lab._path.parent)
+    other.record("step", 0.001, "s", ci95=(0.0009, 0.0011))
+    values = {**other.finish().to_dict(), "device": "cuda", "machine": {"label": "Some GPU", "slug": "some-gpu"}}
+    record.write(record.RunRecord.from_dict(values), files.RECORDED / "some-gpu" / "01.json")
+    capsys.readouterr()
+
+    (found,) = lab.recorded("step")
+    assert (found["machine"], found["device"], found["preset"], found["value"]) == ("Some GPU", "cuda", "class", 0.001)
+    assert lab.recorded("another") == []
+    lab.beside("step")
+    both = capsys.readouterr().out
+    assert "Some GPU" in both and "900 µs to 1.10 ms" in both and "not recorded yet" not in both
+
+
+def test_beside_needs_a_number_measured_here(lab):
+    lab.record("sweep", [{"batch": 1}])
+    lab.record("step", 1)
+    with pytest.raises(InputError, match="There is no number called 'sweep' to show; measured so far: step"):
+        lab.beside("sweep")
+
+
+# claims and checks --------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_gets_its_verdict_and_says_why(lab, capsys):
+    assert lab.claim("1.1", 2.0, ci95=(1.9, 2.1)) == "confirmed"
+    assert lab.claim("1.1", np.float64(3.0)) == "contradicted"
+    assert lab.claim("1.2") == "not measurable here"
+    out = capsys.readouterr().out
+    assert "expected 1.8 to 2.2 x; here 2.00x: CONFIRMED" in out
+    assert "it needs a GPU: NOT MEASURABLE HERE" in out
+    assert [(one["id"], one["verdict"]) for one in done(lab)["claims"]] == [
+        ("1.1", "contradicted"),
+        ("1.2", "not measurable here"),
+    ]
+
+
+def test_a_claim_about_a_gpu_is_not_settled_on_a_cpu(lab, capsys):
+    assert lab.claim("1.2", 10.0) == "not measurable here"
+    assert "here 10.00x, but it needs a GPU" in capsys.readouterr().out
+
+
+def test_an_unknown_claim_names_those_of_its_section(lab):
+    with pytest.raises(InputError, match=r"There is no claim '1\.9' in claims\.toml; there are 1\.1, 1\.2"):
+        lab.claim("1.9", 1)
+    with pytest.raises(InputError, match=r"Claim 1\.1 takes a number, or None"):
+        lab.claim("1.1", "fast")
+
+
+def test_a_stub_is_told_from_a_wrong_answer(lab, capsys):
+    def stub(*_):
+        raise NotImplementedError
+
+    with pytest.raises(NotImplementedError, match=r"exercise 01\.1 is not done yet") as raised:
+        lab.check("01.1", stub)
+    assert all("lesson01" not in str(entry.path) for entry in raised.traceback)  # which holds the answer
+    assert "exercise 01.1: not done yet" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match=r"exercise 01\.1: \d+ things? to look at, listed above"):
+        lab.check("01.1", lambda *_: 0.0)
+    assert "  - With batch=" in capsys.readouterr().out
+    (check,) = done(lab)["checks"]
+    assert not check["passed"] and check["failures"]
+
+
+def test_an_answer_that_passes_is_said_so(lab, capsys):
+    from mutants import lesson01
+
+    lab.check("01.1", lesson01.RIGHT["01.1"][0])
+    assert "exercise 01.1: passed" in capsys.readouterr().out
+    assert done(lab)["checks"] == [{"id": "01.1", "passed": True, "failures": []}]
+
+
+# finish -------------------------------------------------------------------------------------------------------------
+
+
+def test_finish_writes_the_record_and_shows_what_came_of_it(lab, capsys):
+    lab.predict("step", 3, "ms")
+    lab.predict("never", 1)
+    lab.record("step", 1.5, "ms")
+    lab.claim("1.1", 2.0)
+    result = lab.finish()
+    out = capsys.readouterr().out
+    assert record.read(lab._path) == result
+    assert lab._path.parts[-3:] == ("runs", "01", "record.json")
+    assert "2.00x too high" in out and "not measured" in out and "confirmed" in out
+    assert "within the budget of preset smoke" in out
+    assert str(lab._path.parent) not in out
+
+
+def test_the_record_holds_machine_parameters_and_cost(tmp_path):
+    lab = labkit.start("01", preset="smoke", device="cpu", seed=3, results_dir=tmp_path, parameters={"BATCHES": (1, 8)})
+    kept = done(lab)
+    assert kept["parameters"] == {"SEED": 3, "BATCHES": [1, 8]}
+    assert kept["machine"]["slug"] == lab.machine.slug and kept["machine"]["threads"] == torch.get_num_threads()
+    assert kept["peak_memory"] > 50e6 and kept["peak_device_memory"] is None
+    assert kept["budget"] == {"seconds": 90, "memory": 4e9, "within": True}
+    assert (kept["schema"], kept["lesson"], kept["device"]) == ("labkit.record/1", "01", "cpu")
+
+
+def test_a_run_over_its_budget_says_so(lab, capsys, monkeypatch):
+    monkeypatch.setattr(lab, "budget", session.Budget(0.0, 4e9))
+    assert lab.finish().budget["within"] is False
+    assert "OVER the budget of preset smoke" in capsys.readouterr().out
+    monkeypatch.setattr(lab, "budget", session.Budget(90, 1e6))
+    assert lab.finish().budget["within"] is False
+
+
+def test_finish_may_be_called_again_and_keeps_what_came_since(lab):
+    lab.record("step", 1)
+    lab.finish()
+    lab.record("after", 2)
+    assert [one["name"] for one in done(lab)["measurements"]] == ["step", "after"]
+
+
+def test_peak_memory_is_this_process_s_own():
+    from labkit.process import peak_memory
+
+    kept = np.ones(2**26, dtype=np.uint8)
+    code = "from labkit.process import peak_memory; print(peak_memory())"
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak_memory() >= kept.nbytes
+    assert 50e6 < child < 2e9
+
+
+# in a notebook ------------------------------------------------------------------------------------------------------
+
+
+def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(tmp_path: Path):
+    import nbformat
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    def read_before(cell: dict, cell_index: int) -> None:
+        time.sleep(3.0 * (cell_index == 2))
+
+    cells = [
+        f"import labkit\nlab = labkit.start('01', preset='smoke', device='cpu', results_dir={str(tmp_path)!r})",
+        "lab.record('step', 1.0, 'ms')",
+        "lab.finish()",
+    ]
+    book = new_notebook(cells=[new_code_cell(source) for source in cells])
+    book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    NotebookClient(book, timeout=120, on_cell_start=read_before).execute()
+    nbformat.write(book, tmp_path / "lesson.ipynb")
+    carried = record.from_notebook(tmp_path / "lesson.ipynb")
+    assert carried == record.read(tmp_path / "01" / "record.json")
+    assert carried.named("step")["value"] == 1.0
+    assert carried.seconds < 2.5
+    shown = book.cells[-1].outputs[0].data
+    assert "Lesson 01 finished" in shown["text/html"] and "Lesson 01 finished" in shown["text/plain"]
+
+
+def test_card_names_the_recorded_runs_or_says_that_there_is_none(lab, capsys, monkeypatch):
+    from labkit import record
+
+    kept = lab.finish()
+    capsys.readouterr()
+    monkeypatch.setattr(record, "recorded", lambda lesson: [kept])
+    lab._show_card()
+    shown = capsys.readouterr().out
+    assert f"at {kept.preset} on {kept.machine['label']}, {kept.created[:10]}" in shown
+    monkeypatch.setattr(record, "recorded", lambda lesson: [])
+    lab._show_card()
+    assert "not recorded yet" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""Exercise checks accept right answers however they are written, and reject each plausible wrong one in words."""
+
+import importlib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from course import exercises, lessons
+from course.grading import submissions
+from course.grading.submissions import Lesson
+from labkit import checks
+
+LESSONS = sorted({check_id.partition(".")[0] for check_id in checks.known()})
+BANKS = {lesson: importlib.import_module(f"mutants.lesson{lesson}") for lesson in LESSONS}
+RIGHT = [(check_id, answer) for bank in BANKS.values() for check_id, some in bank.RIGHT.items() for answer in some]
+WRONG = [
+    (check_id, name, answer)
+    for bank in BANKS.values()
+    for check_id, some in bank.WRONG.items()
+    for name, answer in some.items()
+]
+
+
+@pytest.mark.parametrize(("check_id", "answer"), RIGHT)
+def test_right_answer_is_accepted(check_id, answer):
+    result = checks.check(check_id, answer)
+    assert result.passed, result.failures
+
+
+@pytest.mark.parametrize(("check_id", "name", "answer"), WRONG, ids=[f"{i}-{name}" for i, name, _ in WRONG])
+def test_wrong_answer_is_rejected_with_a_sentence(check_id, name, answer):
+    result = checks.check(check_id, answer)
+    assert not result.passed
+    assert all(len(sentence.split()) >= 5 for sentence in result.failures)
+
+
+@pytest.mark.parametrize("check_id", checks.known())
+def test_every_exercise_has_its_bank(check_id):
+    bank = BANKS[check_id.partition(".")[0]]
+    assert len(bank.RIGHT[check_id]) >= 2
+    assert 4 <= len(bank.WRONG[check_id]) <= 8
+
+
+@pytest.mark.parametrize("lesson", lessons.all_lessons(), ids=lambda path: path.stem)
+def test_every_exercise_has_its_card_and_its_check(lesson: Path):
+    """exercises.read refuses an exercise without card or check; here is what it cannot know."""
+    tasks = exercises.read(nbformat.read(lesson, as_version=4))
+    assert [task.id for task in tasks] == [f"{lesson.stem[:2]}.{k}" for k in range(1, len(tasks) + 1)]
+    assert {task.id for task in tasks} == {one for one in checks.known() if one.startswith(lesson.stem[:2])}
+    for task in tasks:
+        assert 1 <= task.difficulty <= 5 and 5 <= task.minutes <= 30
+        assert task.hints >= 1, f"{task.id} has no hint"
+        assert '"""' in task.stub, f"{task.id}: the stub's docstring is the contract"
+        assert "NotImplementedError" in task.stub and task.stub != task.source
+
+
+@pytest.mark.parametrize("lesson", lessons.all_lessons(), ids=lambda path: path.stem)
+def test_the_answer_in_the_lesson_is_accepted(lesson: Path):
+    notebook = nbformat.read(lesson, as_version=4)
+    known = Lesson.read(lesson)
+    for task in exercises.read(notebook):
+        space: dict = {}
+        for statement in submissions.needs(task, task.source, notebook, known):
+            exec(statement, space)
+        exec(task.source, space)
+        result = checks.check(task.id, space[task.function])
+        assert result.passed, result.failures
+
+
+@pytest.mark.parametrize("check_id", checks.known())
+def test_stub_is_told_apart_from_wrong(check_id):
+    def stub(*args, **kwargs):
+        raise NotImplementedError
+
+    with pytest.raises(NotImplementedError):
+        checks.check(check_id, stub)

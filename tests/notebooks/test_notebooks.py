@@ -1,0 +1,390 @@
+"""What every lesson has to keep to, and that it runs: by papermill, by nbval, as a learner's copy without answers."""
+
+import itertools
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from course import copies, lessons, parameters
+from labkit import files
+
+LESSONS = lessons.all_lessons()
+REQUIRED_TAGS = ("header", "parameters", "setup", "predict", "stable", "exercise", "check", "measure", "finish")
+REQUIRED_PARAMETERS = ("PRESET", "DEVICE", "SEED", "RESULTS_DIR")
+FOLDER = re.compile(r"(?<![\w.+/-])/(?:work|tmp|root|home|Users|usr|var|opt|mnt|private)/\w|\b[A-Z]:\\\\?Users")
+UNIT = (
+    r"(?:[mµun]s|[kMGTP]?(?:B|FLOP|OP|FLOPS|OPS)/s|[GT]?FLOPS|TOPS|(?:tokens?|images?|samples?|requests?|steps?)/s|W|J)"
+)
+TYPED = re.compile(
+    rf"\d[\d.,]*\s*(?:[{chr(0x2013)}-]\s*\d[\d.,]*\s*)?(?:{UNIT}(?![\w/])"
+    r"|(?:x|×|times|%|percent|per cent)\s+(?:faster|slower|quicker|speed|smaller|larger|higher|lower|less|more))"
+    r"|speed-?ups?\s+of\s+(?:about\s+)?\d"
+)
+CITED = re.compile(r"\[[^\[\]]*\b(?:19|20)\d\d[a-z]?\]")
+PAPER = re.compile(r"([A-Z][\w'’-]+)(?:,? (?:and )?[A-Z][\w'’-]+)* (?:et al\.|and [A-Z][\w'’-]+),? \(?((?:19|20)\d\d)")
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
+
+
+def read(lesson: Path) -> NotebookNode:
+    """As it is: nbformat.read would give new ids to cells that share one."""
+    return nbformat.v4.reads(lesson.read_text(encoding="utf-8"))
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook: NotebookNode) -> Iterator[tuple[NotebookNode, NotebookNode]]:
+    return ((cell, output) for cell in code(notebook) for output in cell.outputs)
+
+
+# rules: each yields a sentence for everything in the notebook that breaks it ------------------------
+
+
+def is_valid(notebook: NotebookNode) -> Iterator[str]:
+    ids = [cell.get("id") for cell in notebook.cells]
+    if None in ids or len(set(ids)) < len(ids):
+        yield "a cell id is missing or there twice"
+        return  # validate() would repair that
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        yield error.message
+
+
+def is_tidy(notebook: NotebookNode) -> Iterator[str]:
+    """Kernelspec python3, no metadata of one machine or one run."""
+    if nbformat.writes(lessons.tidied(notebook)) != nbformat.writes(notebook):
+        yield "holds metadata that changes from run to run; mend it with `./lab test tests/test_notebooks.py --fix`"
+
+
+def opens_with_its_title(notebook: NotebookNode) -> Iterator[str]:
+    if notebook.cells[0].cell_type != "markdown" or not notebook.cells[0].source.startswith("# "):
+        yield "the first cell is not a title (# ...)"
+
+
+def has_its_parameters(notebook: NotebookNode) -> Iterator[str]:
+    known = parameters.read(notebook)
+    yield from (f"the parameters cell has no {name}" for name in REQUIRED_PARAMETERS if name not in known)
+
+
+def has_its_tags(notebook: NotebookNode) -> Iterator[str]:
+    there = list(itertools.chain.from_iterable(map(tags, notebook.cells)))
+    yield from (f"no cell is tagged {tag}" for tag in REQUIRED_TAGS if tag not in there)
+    for cell in notebook.cells:
+        if "stable" in tags(cell) and "nbval-check-output" not in tags(cell):
+            yield f"{cell.id} is stable, so nbval has to check it: tag it nbval-check-output"
+    if not 2 <= there.count("exercise") <= 4:
+        yield f"{there.count('exercise')} exercises; a lesson has two to four"
+
+
+def has_its_length(notebook: NotebookNode) -> Iterator[str]:
+    if not 35 <= len(notebook.cells) <= 60:
+        yield f"{len(notebook.cells)} cells; a lesson has 35 to 60"
+    lines = [len(cell.source.splitlines()) for cell in code(notebook)]
+    if statistics.median(lines) > 10:
+        yield f"the median code cell has {statistics.median(lines)} lines; at most 10"
+    yield from (f"{cell.id} has {n} lines; at most 30" for cell, n in zip(code(notebook), lines, strict=True) if n > 30)
+
+
+def was_run_from_top_to_bottom(notebook: NotebookNode) -> Iterator[str]:
+    counts = [cell.execution_count for cell in code(notebook)]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"the execution counts are {counts}; run it with `./lab run NN --record`"
+
+
+def shows_no_error(notebook: NotebookNode) -> Iterator[str]:
+    for cell, output in outputs(notebook):
+        if output.output_type == "error" and "raises-exception" not in tags(cell):
+            yield f"{cell.id} shows {output.ename}"
+
+
+def names_no_folder_of_a_machine(notebook: NotebookNode) -> Iterator[str]:
+    for cell in notebook.cells:
+        shown = [cell.source, *(_text_of(output) for output in cell.get("outputs", []))]
+        yield from (f"{cell.id}: {hit[0]}..." for text in shown if (hit := FOLDER.search(text)))
+
+
+def _text_of(output: NotebookNode) -> str:
+    data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+    return json.dumps({**output, "data": data})
+
+
+def describes_its_pictures(notebook: NotebookNode) -> Iterator[str]:
+    for cell, output in outputs(notebook):
+        for kind in output.get("data", {}):
+            if kind.startswith("image/") and not output.metadata.get(kind, {}).get("alt", "").strip():
+                yield f"{cell.id}: an {kind} without alt text; show it with lab.show(fig, alt=...)"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=.?\w)", cell.source):
+            yield f"{cell.id}: a picture without alt text"
+
+
+def types_no_measured_number(notebook: NotebookNode) -> Iterator[str]:
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown" or "cited" in tags(cell) or CITED.search(cell.source):
+            continue
+        yield from (
+            f"{cell.id}: {hit[0]!r} is typed; render it, or cite it [Author 2024]"
+            for hit in TYPED.finditer(cell.source)
+        )
+
+
+def has_working_local_links(notebook: NotebookNode) -> Iterator[str]:
+    """A file beside the notebook, or a heading of it; addresses of the world need a network to be tried."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    headings = {title.strip().replace(" ", "-") for text in texts for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    for target in itertools.chain.from_iterable(map(LINK.findall, texts)):
+        if re.match(r"https?:|mailto:|data:|attachment:", target):
+            continue
+        path, _, heading = target.partition("#")
+        if path and not (files.NOTEBOOKS / path).exists():
+            yield f"there is no {path}, which is linked"
+        if heading and not path and heading not in headings:
+            yield f"there is no heading #{heading}, which is linked"
+
+
+def lists_the_papers_it_cites(notebook: NotebookNode) -> Iterator[str]:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    body, _, references = text.partition("## References")
+    entries = re.split(r"\n[*-] | · ", references)
+    for name, year in sorted(set(PAPER.findall(body))):
+        if not any(re.search(rf"\b{re.escape(name)}\b", entry) and year in entry for entry in entries):
+            yield f"{name} {year} is cited and not among the references"
+
+
+RULES = [
+    is_valid,
+    is_tidy,
+    opens_with_its_title,
+    has_its_parameters,
+    has_its_tags,
+    has_its_length,
+    was_run_from_top_to_bottom,
+    shows_no_error,
+    names_no_folder_of_a_machine,
+    describes_its_pictures,
+    types_no_measured_number,
+    has_working_local_links,
+    lists_the_papers_it_cites,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_lesson(lesson: Path, rule: Callable):
+    assert list(rule(read(lesson))) == []
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_lesson_is_in_canonical_form(lesson: Path, pytestconfig: pytest.Config):
+    """Byte for byte as nbformat writes it, tidied; with --fix the file is rewritten."""
+    wanted = nbformat.writes(lessons.tidied(read(lesson))) + "\n"
+    if pytestconfig.getoption("--fix") and lesson.read_text(encoding="utf-8") != wanted:
+        lessons.write(lesson, wanted)
+    assert lesson.read_text(encoding="utf-8") == wanted, "run ./lab test tests/test_notebooks.py --fix"
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_lesson_is_small(lesson: Path):
+    assert lesson.stat().st_size <= 300_000
+
+
+# the rules themselves ------------------------------------------------------------------------------
+
+
+def proper_lesson() -> NotebookNode:
+    """The least notebook that keeps every rule."""
+    literals = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRESULTS_DIR = "runs"'
+    picture = new_output("display_data", data={"image/png": "aaaa"}, metadata={"image/png": {"alt": "a line"}})
+    cells = [new_markdown_cell("# Title", metadata={"tags": ["header"]})]
+    cells.append(new_code_cell(literals, metadata={"tags": ["parameters"]}))
+    for tag in ("setup", "predict", "exercise", "check", "exercise", "check", "measure", "finish"):
+        cells.append(new_code_cell("1", metadata={"tags": [tag]}))
+    cells.append(new_code_cell("1", metadata={"tags": ["stable", "nbval-check-output"]}, outputs=[picture]))
+    cells += [new_markdown_cell("A sentence.") for _ in range(25)]
+    notebook = new_notebook(cells=cells)
+    for count, cell in enumerate(code(notebook), start=1):
+        cell.execution_count = count
+    return lessons.tidied(notebook)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_proper_lesson_keeps_every_rule(rule: Callable):
+    assert list(rule(proper_lesson())) == []
+
+
+def breaks(change: Callable[[NotebookNode], object]) -> set[str]:
+    """Names of the rules that the changed lesson breaks."""
+    notebook = proper_lesson()
+    change(notebook)
+    return {rule.__name__ for rule in RULES if list(rule(notebook))}
+
+
+def _say(text: str) -> Callable[[NotebookNode], None]:
+    return lambda notebook: setattr(notebook.cells[-1], "source", text)
+
+
+def _print(text: str) -> Callable[[NotebookNode], None]:
+    return lambda notebook: code(notebook)[-1].outputs.append(new_output("stream", text=text))
+
+
+def _add(cell: NotebookNode) -> Callable[[NotebookNode], None]:
+    return lambda notebook: notebook.cells.append(cell)
+
+
+def _unset(notebook: NotebookNode, tag: str) -> None:
+    for cell in notebook.cells:
+        if tag in tags(cell):
+            cell.metadata.tags = [other for other in tags(cell) if other != tag]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda n: n.cells[-1].update(id=n.cells[-2].id), "is_valid"),
+        (lambda n: n.cells[-1].update(cell_type="poem"), "is_valid"),
+        (lambda n: n.metadata.kernelspec.update(name="my-env"), "is_tidy"),
+        (lambda n: n.cells[1].metadata.update(execution={"iopub.status.idle": "2025-01-01"}), "is_tidy"),
+        (lambda n: n.cells.insert(0, n.cells.pop(2)), "opens_with_its_title"),
+        (lambda n: n.cells[1].update(source="PRESET = 'class'"), "has_its_parameters"),
+        *((lambda n, tag=tag: _unset(n, tag), "has_its_tags") for tag in REQUIRED_TAGS if tag != "parameters"),
+        (lambda n: _unset(n, "nbval-check-output"), "has_its_tags"),
+        (lambda n: n.cells.__delitem__(slice(-4, None)), "has_its_length"),
+        (lambda n: n.cells.extend(new_markdown_cell("More.") for _ in range(30)), "has_its_length"),
+        (lambda n: n.cells[3].update(source="1\n" * 31), "has_its_length"),
+        (lambda n: [cell.update(source="1\n" * 11) for cell in code(n)[1:]], "has_its_length"),
+        (lambda n: n.cells[3].update(execution_count=None), "was_run_from_top_to_bottom"),
+        (_add(new_code_cell("1", execution_count=1)), "was_run_from_top_to_bottom"),
+        (
+            lambda n: n.cells[3].outputs.append(new_output("error", ename="E", evalue="", traceback=[])),
+            "shows_no_error",
+        ),
+        (_print("/usr/lib/x.py:3: Warning"), "names_no_folder_of_a_machine"),
+        (_print("C:\\Users\\ann"), "names_no_folder_of_a_machine"),
+        (_say("It lies in /tmp/results."), "names_no_folder_of_a_machine"),
+        (lambda n: code(n)[-1].outputs[0].metadata.clear(), "describes_its_pictures"),
+        (_say("![](figure.png)"), "describes_its_pictures"),
+        (_say('<img src="a.png">'), "describes_its_pictures"),
+        (_say("See [lesson 99](99_nothing.ipynb)."), "has_working_local_links"),
+        (_say("See [above](#nowhere)."), "has_working_local_links"),
+        (_say("As Nobody et al. 2019 show."), "lists_the_papers_it_cites"),
+        (_say("(Some and Body 2020)\n\n## References\n\n* Some, Body 2021, *Other*"), "lists_the_papers_it_cites"),
+        (_say("It took 3.5 ms."), "types_no_measured_number"),
+        (_say("It streams 3.35 TB/s here."), "types_no_measured_number"),
+        (_say("About `40 tokens/s`."), "types_no_measured_number"),
+        (_say("It is 1.7x faster."), "types_no_measured_number"),
+        (_say("That is 2–3 times slower."), "types_no_measured_number"),
+        (_say("A speed-up of about 4."), "types_no_measured_number"),
+        (_say("It runs 30 % faster."), "types_no_measured_number"),
+    ],
+)
+def test_what_breaks_a_rule_is_found(change: Callable, rule: str):
+    assert rule in breaks(change)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "An H100 streams 3.35 TB/s [NVIDIA H100 datasheet 2023].",
+        "Section 3 has 4 exercises, 35 to 60 cells and 7 B parameters.",
+        "$2 \\cdot 4096^2$ FLOPs; 16 GB; 12 % sparsity; 3 steps; a batch of 8.",
+        "![A line that rises](data:image/png;base64,aaaa)",
+        "See https://example.org/home/page and data/tmp/x.",
+        "See [the claims](claims.toml) and [the top](#Title).",
+        "Han et al. 2015; Some and Body (2020).\n\n## References\n\nHan, Pool 2015, *A* · A. Some, B. Body (2020): *B*",
+    ],
+)
+def test_what_is_allowed_is_let_through(text: str):
+    assert breaks(_say(text)) == set()
+
+
+# the lessons run -----------------------------------------------------------------------------------
+
+
+@pytest.mark.lesson
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_runs_at_smoke_without_a_network_within_its_budget(lesson: Path, tmp_path: Path, offline: dict[str, str]):
+    command = [sys.executable, "-m", "course.cli", "run", lesson.stem, "--preset", "smoke", "--out", tmp_path]
+    ran = subprocess.run(command, env=offline, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(next(tmp_path.glob("*/*/record.json")).read_text())
+    assert record["budget"]["within"], (record["seconds"], record["peak_memory"], record["budget"])
+    assert all(check["passed"] for check in record["checks"])
+
+
+@pytest.fixture(scope="module", params=LESSONS, ids=lambda path: path.stem)
+def both_ways(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, offline: dict[str, str]
+) -> tuple[subprocess.CompletedProcess, NotebookNode]:
+    """What nbval says of a lesson, and the learner's copy after a run; side by side, on a thread each."""
+    lesson = request.param
+    folder, place = tmp_path_factory.mktemp("nbval"), tmp_path_factory.mktemp("copy")
+    shutil.copy(lesson, folder)  # nbval works in the notebook's folder
+    env = {**offline, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1"}
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "-p", "no:cacheprovider", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, f"--rootdir={folder}", lesson.name]
+    copy = copies.student_copy(read(lesson))
+    client = NotebookClient(
+        copy, allow_errors=True, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(place)}}
+    )
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as nbval:
+        try:
+            client.execute(env=env)
+            said, _ = nbval.communicate()
+        finally:
+            nbval.kill()
+    return subprocess.CompletedProcess(command, nbval.returncode, said), copy
+
+
+@pytest.mark.lesson
+def test_stable_cells_print_what_is_stored(both_ways: tuple[subprocess.CompletedProcess, NotebookNode]):
+    nbval, _ = both_ways
+    assert nbval.returncode == 0, nbval.stdout[-5000:]
+
+
+@pytest.mark.lesson
+def test_the_learner_s_copy_stops_only_at_the_exercises(both_ways: tuple[subprocess.CompletedProcess, NotebookNode]):
+    _, copy = both_ways
+    assert "SOLUTION" not in nbformat.writes(copy)
+    errors = {output.ename for _, output in outputs(copy) if output.output_type == "error"}
+    assert errors == {"NotImplementedError"}
+
+
+# the blocked network -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)",
+        "import socket; socket.getaddrinfo('example.org', 80)",
+        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))",
+        "import urllib.request; urllib.request.urlopen('http://example.org', timeout=5)",
+    ],
+)
+def test_the_network_is_blocked(code: str, offline: dict[str, str]):
+    said = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, timeout=60).stderr
+    assert "the network is blocked" in said
+
+
+def test_loopback_is_open(offline: dict[str, str]):
+    code = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname())"
+    assert subprocess.run([sys.executable, "-c", code], env=offline, timeout=60).returncode == 0
