@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.counting import evaluating
 from labkit.errors import EqualityError, InputError
 from labkit.pruning import equality, importance, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
@@ -141,7 +140,7 @@ def plan(
     *,
     ratio: float | Mapping[str, float] | None = None,
     macs: float | None = None,
-    latency: float | None = None,
+    units: Mapping[str, Sequence[int]] | None = None,
     criterion: str = "l1",
     scope: str = "global",
     min_channels: int = 1,
@@ -151,19 +150,23 @@ def plan(
     loss_fn: Callable | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Which channels would go; nothing is cut. Exactly one of ratio, macs and latency says how many.
+    """Which channels would go; nothing is cut. Exactly one of ratio, macs and units says which.
 
     ratio: the fraction of all prunable channels, or {group or parameter: fraction} for some groups, the others whole.
-    macs: the fraction of multiply-adds to remove. latency: the wanted fraction of the dense model's time, measured.
+    macs: the fraction of multiply-adds to remove.
+    units: {group or parameter: numbers of the units that go}, no others, whatever they are worth; what a unit is (a
+        channel, a head, a neuron) says `coupling.trace`. The arguments below play no part then.
     criterion, batches, loss_fn, seed: see `importance.scores`.
     scope: "global" ranks all units together, each score divided by the mean of its group, so that a layer is not wiped
         out for the size of its weights; "layer" removes the same fraction of each group.
     min_channels: as many stay in every group at least. round_to: what stays is a multiple of it, the nearest one, where
         a group's units allow it. ignore: modules or parameters whose channels stay.
     """
-    given = {"ratio": ratio, "macs": macs, "latency": latency}
+    given = {"ratio": ratio, "macs": macs, "units": units}
     if sum(value is not None for value in given.values()) != 1:
-        raise InputError("Give exactly one of ratio, macs and latency: the one that the plan is to reach.")
+        raise InputError("Give exactly one of ratio, macs and units: the one that the plan is to follow.")
+    if units is not None:
+        return plan_units(model, Coupling.of(model, args, kwargs), units)
     (what, wanted), *_ = [(name, value) for name, value in given.items() if value is not None]
     if isinstance(wanted, Mapping):
         wanted = {name: fraction(value, f"the ratio of {name!r}") for name, value in wanted.items()}
@@ -173,9 +176,70 @@ def plan(
     planner = Planner(model, args, kwargs, batches=batches, loss_fn=loss_fn, seed=seed, **options)
     if what == "macs":
         wanted = _bisect(lambda r: 1 - planner.macs(r) / planner.coupling.macs(), wanted)
-    elif what == "latency":
-        wanted = _bisect(lambda r: 1 - _latency(model, planner.plan(r), args, kwargs), 1 - wanted, rounds=6)
     return planner.plan(wanted)
+
+
+@torch.inference_mode(False)
+def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequence[int]]) -> Plan:
+    """The plan that removes exactly these units of `coupling`, the trace of `model`: see `units` in `plan`.
+
+    Raises InputError for a group or a unit that does not exist, for all units of a group, and for linked groups that
+    do not lose the same fraction.
+    """
+    groups, removed = coupling.groups, {}
+    for name, numbers in units.items():
+        for i in _named(groups, name, "units"):
+            n = groups[i].units
+            chosen = torch.zeros(n, dtype=torch.bool)
+            for unit in numbers:
+                if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < n:
+                    raise InputError(f"units has {unit!r} for {name!r}, whose units are numbered 0 to {n - 1}.")
+                chosen[unit] = True
+            if chosen.all():
+                raise InputError(f"units has all {n} units of {name!r}, but one has to stay.")
+            if not torch.equal(removed.setdefault(i, chosen), chosen):
+                raise InputError(f"units names {groups[i].name!r} twice, with other units: name it once.")
+    for cluster in coupling.clusters():
+        shares = {float(removed[i].float().mean()) if i in removed else 0.0 for i in cluster}
+        if len(shares) > 1:
+            names = ", ".join(repr(groups[i].name) for i in cluster)
+            raise InputError(f"The groups {names} have to lose the same fraction of their units: name units of each.")
+    return _plan(model, coupling, removed)
+
+
+def _plan(
+    model: nn.Module, coupling: Coupling, removed: Mapping[int, Tensor], reasons: Mapping[int, str] | None = None
+) -> Plan:
+    """The plan without the units of group i where removed[i] ([units], bool) is true; reasons: why groups stay."""
+    gone = coupling.gone(removed)
+    kept = coupling.kept(gone)
+    (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(model, kept)
+    rows = tuple(
+        Units(g.name, g.units, int(removed[i].sum()) if i in removed else 0, g.width, (reasons or {}).get(i, ""))
+        for i, g in enumerate(coupling.groups)
+    )
+    return Plan(
+        kept=kept,
+        attributes=surgery.attributes(model, kept, coupling.sizes(gone)),
+        units=rows,
+        unprunable=tuple(coupling.unprunable),
+        parameters=(n, n_left),
+        macs=(coupling.macs(), coupling.macs(gone)),
+        bytes=(size, size_left),
+        coupling=coupling,
+        gone=gone,
+    )
+
+
+def _named(groups: Sequence[Group], name: str, argument: str) -> list[int]:
+    """Numbers of the groups with this name, or else of those whose channels the parameter `name` makes."""
+    numbers = [i for i, g in enumerate(groups) if g.name == name] or [
+        i for i, g in enumerate(groups) if any(m.name == name and m.role == "makes" for m in g.members)
+    ]
+    if not numbers:
+        names = ", ".join(repr(g.name) for g in groups[:3])
+        raise InputError(f"{argument} names {name!r}, which is no prunable group: use names such as {names}.")
+    return numbers
 
 
 def _ignored(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
@@ -201,17 +265,6 @@ def _bisect(removed: Callable[[float], float], wanted: float, rounds: int = 20) 
         best = min(best, (abs(reached - wanted), middle))
         low, high = (middle, high) if reached < wanted else (low, middle)
     return best[1]
-
-
-def _latency(model: nn.Module, plan: Plan, args: Any, kwargs: Mapping[str, Any] | None) -> float:
-    """Time of the cut model over time of the dense one, both measured now, side by side."""
-    from labkit import bench
-
-    args, kwargs = arguments(args, kwargs)
-    cut = surgery.cut(model, plan.kept, plan.attributes).eval()
-    with torch.inference_mode(), evaluating(model):
-        both = bench.compare(lambda: model(*args, **kwargs), lambda: cut(*args, **kwargs), budget_s=1.0)
-    return 1 / both.speedup
 
 
 @dataclass(eq=False)
@@ -287,15 +340,10 @@ class Planner:
         found: dict[int, float] = {}
         groups = self.coupling.groups
         for name, value in ratios.items():
-            own = [i for i, g in enumerate(groups) if g.name == name] or [
-                i for i, g in enumerate(groups) if any(m.name == name and m.role == "makes" for m in g.members)
-            ]
-            clusters = [n for n, cluster in enumerate(self.clusters) if set(own) & set(cluster.groups)]
+            own = set(_named(groups, name, "ratio"))
+            clusters = [n for n, cluster in enumerate(self.clusters) if own & set(cluster.groups)]
             if not clusters:
-                raise InputError(
-                    f"ratio names {name!r}, which is no prunable group: use names such as "
-                    f"{', '.join(repr(g.name) for g in groups[:3])}."
-                )
+                raise InputError(f"ratio names {name!r}, which is left whole ({self._reasons[min(own)]}).")
             for n in clusters:
                 if found.setdefault(n, value) != value:
                     raise InputError(f"{name!r} hangs together with another group that has another ratio: give one.")
@@ -306,26 +354,7 @@ class Planner:
 
     @torch.inference_mode(False)
     def plan(self, ratio: float | Mapping[str, float]) -> Plan:
-        coupling, model = self.coupling, self._model
-        removed = self._removed(ratio)
-        gone = coupling.gone(removed)
-        kept = coupling.kept(gone)
-        (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(model, kept)
-        units = tuple(
-            Units(g.name, g.units, int(removed[i].sum()) if i in removed else 0, g.width, self._reasons.get(i, ""))
-            for i, g in enumerate(coupling.groups)
-        )
-        return Plan(
-            kept=kept,
-            attributes=surgery.attributes(model, kept, coupling.sizes(gone)),
-            units=units,
-            unprunable=tuple(coupling.unprunable),
-            parameters=(n, n_left),
-            macs=(coupling.macs(), coupling.macs(gone)),
-            bytes=(size, size_left),
-            coupling=coupling,
-            gone=gone,
-        )
+        return _plan(self._model, self.coupling, self._removed(ratio), self._reasons)
 
     def _removed(self, ratio: float | Mapping[str, float]) -> dict[int, Tensor]:
         """{group: [units], true where a unit goes}"""
