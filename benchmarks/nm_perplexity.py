@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from labkit import datasets, intervals, models, process, training
+from labkit.batches import segments
 from labkit.files import replacing
 from labkit.pruning import layerwise
-from labkit.pruning.calibration import segments
 
 
 def pattern(text: str) -> float | tuple[int, int]:

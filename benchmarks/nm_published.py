@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from labkit import datasets, intervals, models, training
+from labkit.batches import segments
 from labkit.pruning import layerwise, nm_pattern
-from labkit.pruning.calibration import segments
 from labkit.pruning.sparsegpt import Pattern, sparsegpt
 
 

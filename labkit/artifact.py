@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from labkit.counting import evaluating
+from labkit.batches import evaluating
 from labkit.errors import InputError
 from labkit.footprint import components
 from labkit.pruning import nm_packed

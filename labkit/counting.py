@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from labkit import operators
+from labkit.batches import evaluating
 from labkit.errors import InputError
 from labkit.footprint import Touch, covered, dense, nbytes, touches
 
@@ -137,21 +138,8 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode; afterwards each as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-@contextlib.contextmanager
 def _undisturbed(model: nn.Module | None) -> Iterator[None]:
-    """Evaluation, without gradients, fused modules and compilation; training flags and random state come back."""
+    """Evaluation, without gradients, fused modules and compilation."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     flex = sys.modules.get("torch.nn.attention.flex_attention")
     eager = (
@@ -161,11 +149,8 @@ def _undisturbed(model: nn.Module | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it costs a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.no_grad())
-        if model is not None:
-            stack.enter_context(evaluating(model))
+        stack.enter_context(evaluating(nn.Module() if model is None else model))
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             if was_eager is not None:

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.counting import evaluating
+from labkit.batches import evaluating, labelled
 from labkit.errors import InputError
-from labkit.pruning.losses import labelled
 from labkit.training import Batch, History, task_loss, train_
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from labkit.batches import evaluating
 from labkit.errors import InputError
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
@@ -132,7 +133,7 @@ def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """
     device = next(model.parameters()).device
     found = []
-    with _mode(model, train=False):
+    with evaluating(model):
         for batch in batches:
             batch = place(batch, device)
             if isinstance(batch, dict):
@@ -164,7 +165,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
     device = next(model.parameters()).device
     total = 0.0
     windows = tokens[: len(tokens) // window * window].view(-1, window).to(device)  # [W, window]
-    with _mode(model, train=False):
+    with evaluating(model):
         for ids in windows:
             logits = model(input_ids=ids[None]).logits[0, :-1].float()  # [window-1, vocabulary]
             total += F.cross_entropy(logits, ids[1:]).item()
@@ -231,21 +232,11 @@ def _endless(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
 @contextlib.contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """Training mode, with convolution weights in channels-last order; afterwards they are contiguous."""
-    model.to(memory_format=torch.channels_last)
-    try:
-        with _mode(model, train=True):
-            yield
-    finally:
-        model.to(memory_format=torch.contiguous_format)
-
-
-@contextlib.contextmanager
-def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
-    """Every module in train or eval mode for the block; afterwards each has the mode that it had."""
-    before = {module: module.training for module in model.modules()}
-    model.train(train)
+    modes = [(module, module.training) for module in model.modules()]
+    model.to(memory_format=torch.channels_last).train()
     try:
         yield
     finally:
-        for module, mode in before.items():
+        for module, mode in modes:
             module.training = mode
+        model.to(memory_format=torch.contiguous_format)

@@ -129,9 +129,9 @@ def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No gradients, no fused attention modules (their steps are to be seen), random numbers as before afterwards."""
+    """No gradients, and no fused attention modules: their steps are to be seen."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from labkit.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
 from labkit.errors import InputError
-from labkit.pruning import anatomy, losses
+from labkit.pruning import anatomy
 from labkit.pruning.anatomy import Attention
-from labkit.pruning.calibration import calibrating, check_batches, not_empty
 from labkit.pruning.cuts import configs
 from labkit.pruning.gates import rows
 
@@ -25,8 +25,8 @@ from labkit.pruning.gates import rows
 def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
     """Probabilities of every attention for one batch: layers x [B, heads, queries, keys]; rows sum to 1."""
     found: dict[int, Tensor] = {}
-    with calibrating(model), observing(model, anatomy.attentions(model), found.__setitem__):
-        model(**losses.inputs(model, batch))
+    with evaluating(model, seed=0), observing(model, anatomy.attentions(model), found.__setitem__):
+        model(**inputs(model, batch))
     return [found[i] for i in sorted(found)]
 
 
@@ -94,14 +94,14 @@ def _mean(model: nn.Module, batches: Iterable, measure: Callable[[Tensor, Tensor
     def see(i: int, a: Tensor) -> None:
         a = a.double()  # [B, heads, queries, keys]
         n = (a > 0).sum(-1).double()  # masked keys have a probability of exactly 0
-        queries = losses.valid(model, given, parts[i].name, a[:, 0, :, :1])  # [B, queries]
+        queries = valid_tokens(model, given, parts[i].name, a[:, 0, :, :1])  # [B, queries]
         chosen = queries[:, None] & (n > 1)
         sums[i] += torch.where(chosen, measure(a, n), 0.0).sum((0, 2)).cpu()
         counts[i] += chosen.sum((0, 2)).cpu()
 
-    with calibrating(model), observing(model, parts, see):
+    with evaluating(model, seed=0), observing(model, parts, see):
         for batch in tqdm(not_empty(check_batches(batches, "attention")), desc=label, disable=not label, mininterval=2):
             given.clear()
-            given.update(losses.inputs(model, batch))
+            given.update(inputs(model, batch))
             model(**given)
     return rows([total / count for total, count in zip(sums, counts, strict=True)])

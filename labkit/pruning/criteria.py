@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.batches import batch_loss, check_batches, evaluating, not_empty, split
 from labkit.errors import InputError
-from labkit.pruning.calibration import batch_loss, calibrating, check_batches, not_empty, split
 from labkit.pruning.selection import count_to_prune
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,7 +89,7 @@ def _mean_gradient(model, batches, loss_fn, seed, power: int) -> dict[str, Tenso
     frozen = [parameter for parameter in weights.values() if not parameter.requires_grad]
     sums: dict[str, Tensor] = {}
     count = 0
-    with calibrating(model, seed), torch.enable_grad():
+    with evaluating(model, seed), torch.enable_grad():
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -160,7 +160,7 @@ def _input_sums(
     model, batches, seed, statistic: Callable[[nn.Module, Tensor], Tensor]
 ) -> dict[str, tuple[Tensor, int]]:
     """Per weight: `statistic` of its layer's inputs summed over all batches, and how many input vectors that were."""
-    with calibrating(model, seed), torch.no_grad(), watched(prunable(model).values(), statistic) as sums:
+    with evaluating(model, seed), torch.no_grad(), watched(prunable(model).values(), statistic) as sums:
         for batch in not_empty(batches):
             args, kwargs, _ = split(model, batch)
             model(*args, **kwargs)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from labkit.counting import evaluating
+from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
 from labkit.errors import EqualityError, InputError
-from labkit.pruning import anatomy, cuts, losses, surgery, tracing
-from labkit.pruning.calibration import calibrating, check_batches, not_empty
+from labkit.pruning import anatomy, cuts, surgery, tracing
 from labkit.pruning.channels import Plan, Pruned, Units
 from labkit.pruning.equality import Report
 from labkit.pruning.layers import hidden, layers_of, remembering, resuming, skipping
@@ -80,15 +79,15 @@ def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Ca
     def gives(module, args, output):
         states.append(output if isinstance(output, Tensor) else output[0])
 
-    with calibrating(model), contextlib.ExitStack() as hooks:
+    with evaluating(model, seed=0), contextlib.ExitStack() as hooks:
         for _, layer in layers:
             hooks.callback(layer.register_forward_pre_hook(reads, with_kwargs=True).remove)
         hooks.callback(layers[-1][1].register_forward_hook(gives).remove)
         for batch in not_empty(batches):
             states.clear()
-            given = losses.inputs(model, batch)
+            given = inputs(model, batch)
             model(**given)
-            valid = losses.valid(model, given, layers[0][0], states[0])  # [B, T]
+            valid = valid_tokens(model, given, layers[0][0], states[0])  # [B, T]
             vectors = [x.flatten(0, -2)[valid.flatten()].double() for x in states]  # [valid tokens, width]
             sums += torch.stack([distance(x, y).sum().cpu() for x, y in zip(vectors, vectors[n:], strict=False)])
             tokens += int(valid.sum())
@@ -100,13 +99,13 @@ def _loss_without(model: nn.Module, layers, batches: Iterable, n: int, loss_fn: 
     stack = [layer for _, layer in layers]
     sums = torch.zeros(len(layers) - n + 1, dtype=torch.float64)
     terms = 0
-    with calibrating(model):
+    with evaluating(model, seed=0):
         for batch in not_empty(batches):
             with remembering(stack) as outputs:
-                dense, count = losses.summed(model, batch, loss_fn)
+                dense, count = summed_loss(model, batch, loss_fn)
             for first in range(len(sums)):
                 with resuming(stack, outputs[:first]), skipping(stack[first : first + n]):
-                    loss, _ = losses.summed(model, batch, loss_fn)
+                    loss, _ = summed_loss(model, batch, loss_fn)
                 sums[first] += float(loss.double() - dense.double())
             terms += count
     return sums / max(terms, 1)

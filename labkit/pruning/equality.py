@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from labkit.counting import evaluating
+from labkit.batches import evaluating
 from labkit.pruning.abstract import name_of, undisturbed
 from labkit.pruning.tracing import Record, Restricted, outputs
 
@@ -96,15 +96,13 @@ def _compare(
     if noise:
         _add_noise_(dense, shapes, record, np.zeros_like(gone), noise)
     _blind_(dense, record, gone)
-    with undisturbed(), evaluating(model), sdpa_kernel(SDPBackend.MATH), _Restricting(record.restricted, gone):
-        torch.default_generator.manual_seed(0)  # a pass that draws numbers draws the same
+    with undisturbed(), evaluating(model, seed=0), sdpa_kernel(SDPBackend.MATH), _Restricting(record.restricted, gone):
         expected = torch.func.functional_call(model, dense, *_copied(dtype, (args, dict(kwargs))))
     del dense  # before the next copy in a wide type is made
     small = _tensors(pruned, dtype)
     if noise:
         _add_noise_(small, shapes, record, gone, noise)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(pruned):
-        torch.default_generator.manual_seed(0)
+    with torch.no_grad(), evaluating(pruned, seed=0):  # a pass that draws numbers draws the same
         found = torch.func.functional_call(pruned, small, *_copied(dtype, (args, dict(kwargs))))
     error = scale = 0.0
     for a, b in zip(outputs(expected), outputs(found), strict=True):

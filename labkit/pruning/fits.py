@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from labkit.counting import evaluating
+from labkit.batches import evaluating
 from labkit.pruning import surgery
 from labkit.pruning.abstract import Abstract, evaluate, to_meta, undisturbed
 from labkit.pruning.tracing import Result, training

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from labkit.batches import check_batches, evaluating, not_empty, summed_loss
 from labkit.errors import InputError
-from labkit.pruning import anatomy, losses
+from labkit.pruning import anatomy
 from labkit.pruning.anatomy import Attention
-from labkit.pruning.calibration import calibrating, check_batches, not_empty
 from labkit.pruning.layers import reading
 
 PENALTIES = ("hard_concrete", "l1")
@@ -75,12 +75,12 @@ def learn_gates(
     start = 2.0 if penalty == "hard_concrete" else 1.0  # open: the chance of an exact 0 is then 3 %
     own = [torch.full((part.heads,), start, device=device, requires_grad=True) for part in parts]
     descent = torch.optim.Adam(own, lr)
-    with calibrating(model, seed), _frozen(model), torch.enable_grad():
+    with evaluating(model, seed), _frozen(model), torch.enable_grad():
         for _ in range(epochs):
             for batch in tqdm(not_empty(batches), desc=label, disable=not label, mininterval=2):
                 gates = [_sampled(a) for a in own] if penalty == "hard_concrete" else own
                 with scaling(model, parts, lambda i, contexts, gates=gates: gates[i].to(contexts)[:, None]):
-                    loss, terms = losses.summed(model, batch, loss_fn)
+                    loss, terms = summed_loss(model, batch, loss_fn)
                 cost = _open(own) if penalty == "hard_concrete" else sum(z.abs().sum() for z in own)
                 descent.zero_grad()
                 (loss / max(terms, 1) + strength * cost).backward()

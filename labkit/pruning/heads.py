@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
 from labkit.errors import InputError
-from labkit.pruning import anatomy, attention_maps, gates, losses
-from labkit.pruning.calibration import calibrating, check_batches, not_empty
+from labkit.pruning import anatomy, attention_maps, gates
 from labkit.pruning.layers import layers_of, remembering, resuming
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
@@ -70,7 +70,7 @@ def _taylor(model: nn.Module, batches: Iterable, loss_fn: Callable | None) -> Te
     parts = anatomy.attentions(model)
     sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
     terms = 0
-    with calibrating(model), torch.enable_grad():
+    with evaluating(model, seed=0), torch.enable_grad():
         for batch in not_empty(batches):
             ones: dict[int, Tensor] = {}
 
@@ -79,12 +79,12 @@ def _taylor(model: nn.Module, batches: Iterable, loss_fn: Callable | None) -> Te
                 return ones[i]
 
             with gates.scaling(model, parts, gate):
-                loss, n = losses.summed(model, batch, loss_fn)
+                loss, n = summed_loss(model, batch, loss_fn)
             slopes = torch.autograd.grad(loss, list(ones.values()))
-            given = losses.inputs(model, batch)
+            given = inputs(model, batch)
             for i, slope in zip(ones, slopes, strict=True):
                 slope = slope.squeeze(-1).double()  # [B, T, heads]
-                valid = losses.valid(model, given, parts[i].name, slope)  # [B, T]
+                valid = valid_tokens(model, given, parts[i].name, slope)  # [B, T]
                 sums[i] += (slope * valid[..., None]).sum(1).abs().sum(0).cpu()
             terms += n
     return gates.rows([total / max(terms, 1) for total in sums])
@@ -96,16 +96,16 @@ def _ablation(model: nn.Module, batches: Iterable, loss_fn: Callable | None) -> 
     stack = layers_of(model) if len(anatomy.anatomy(model).stacks) == 1 else []
     sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
     terms = 0
-    with calibrating(model):
+    with evaluating(model, seed=0):
         for batch in not_empty(batches):
             with remembering([layer for _, layer in stack]) as outputs:
-                dense, n = losses.summed(model, batch, loss_fn)
+                dense, n = summed_loss(model, batch, loss_fn)
             for total, part in zip(sums, parts, strict=True):
                 first = next((i for i, (name, _) in enumerate(stack) if part.name.startswith(f"{name}.")), 0)
                 with resuming([layer for _, layer in stack], outputs[:first]):
                     for head in range(part.heads):
                         with gates.scaling(model, [part], lambda _, contexts, head=head: _all_but(head, contexts)):
-                            loss, _ = losses.summed(model, batch, loss_fn)
+                            loss, _ = summed_loss(model, batch, loss_fn)
                         total[head] += float(loss.double() - dense.double())
             terms += n
     return gates.rows([total / max(terms, 1) for total in sums])

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from labkit.batches import batch_loss, check_batches, evaluating, not_empty
 from labkit.errors import InputError
 from labkit.pruning import criteria
-from labkit.pruning.calibration import batch_loss, calibrating, check_batches, not_empty
 from labkit.pruning.coupling import Coupling, Group, Member
 
 Scores = dict[int, Tensor]  # by the number of the group: [units]
@@ -113,7 +113,7 @@ def _taylor(model, coupling, batches, loss_fn, seed) -> Scores:
     frozen = [p for p in weights.values() if not p.requires_grad]
     found = {i: torch.zeros(group.units) for i, group in enumerate(coupling.groups)}
     count = 0
-    with calibrating(model, seed), torch.enable_grad():
+    with evaluating(model, seed), torch.enable_grad():
         try:
             for p in frozen:
                 p.requires_grad_(True)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from labkit.batches import check_batches, evaluating, not_empty, split
 from labkit.errors import InputError
 from labkit.pruning import stack
-from labkit.pruning.calibration import calibrating, check_batches, not_empty, split
 from labkit.pruning.criteria import Weight, hessian, prunable, spread, sum_over_rows, watched
 from labkit.pruning.nm_pattern import mask
 from labkit.pruning.selection import count_to_prune, lowest_k, named_parts
@@ -117,7 +117,7 @@ def _through(
     """What is kept of each weight, after all of them were pruned in place, block after block."""
     batches = list(not_empty(batches))
     blocks = _blocks(model)
-    with calibrating(model), torch.no_grad():
+    with evaluating(model, seed=0), torch.no_grad():
         runs = stack.record(model, blocks, batches) if blocks else None
         if runs is None:
             return _stage(weights, method, lambda: _whole(model, batches))

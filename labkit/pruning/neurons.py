@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
 from labkit.errors import InputError
-from labkit.pruning import anatomy, losses
+from labkit.pruning import anatomy
 from labkit.pruning.anatomy import FeedForward
-from labkit.pruning.calibration import calibrating, check_batches, not_empty
 from labkit.pruning.layers import reading
 from labkit.pruning.selection import count_to_prune, fraction, lowest_k
 
@@ -137,14 +137,14 @@ def _moments(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable, 
     current: dict[str, Tensor] = {}
 
     def act(i: int, a: Tensor) -> None:
-        valid = losses.valid(model, current, parts[i].down, a)
+        valid = valid_tokens(model, current, parts[i].down, a)
         sums[i] += a.detach().flatten(0, -2).double().pow(power).mul(valid.flatten()[:, None]).sum(0).cpu()
         counts[i] += int(valid.sum())
 
-    with calibrating(model), reading(model, [part.down for part in parts], act):
+    with evaluating(model, seed=0), reading(model, [part.down for part in parts], act):
         for batch in not_empty(batches):
             current.clear()
-            current.update(losses.inputs(model, batch))
+            current.update(inputs(model, batch))
             model(**current)
     return [total / max(n, 1) for total, n in zip(sums, counts, strict=True)]
 
@@ -159,14 +159,14 @@ def _taylor(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable, l
         seen[i] = a if a.requires_grad else a.detach().requires_grad_(True)
         return seen[i]
 
-    with calibrating(model), torch.enable_grad(), reading(model, [part.down for part in parts], act):
+    with evaluating(model, seed=0), torch.enable_grad(), reading(model, [part.down for part in parts], act):
         for batch in not_empty(batches):
-            loss, n = losses.summed(model, batch, loss_fn)
+            loss, n = summed_loss(model, batch, loss_fn)
             gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
-            given = losses.inputs(model, batch)
+            given = inputs(model, batch)
             for (i, a), g in zip(seen.items(), gradients, strict=True):
                 if g is not None:
-                    valid = losses.valid(model, given, parts[i].down, a)  # [B, T]
+                    valid = valid_tokens(model, given, parts[i].down, a)  # [B, T]
                     slopes = (a.detach() * g).double().view(*valid.shape, -1) * valid[..., None]  # [B, T, neurons]
                     sums[i] += slopes.sum(1).abs().sum(0).cpu()
             seen.clear()

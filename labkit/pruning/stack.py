@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from labkit.pruning.calibration import split
+from labkit.batches import split
 
 
 @dataclass

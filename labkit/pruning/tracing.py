@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from labkit.counting import evaluating
+from labkit.batches import evaluating
 from labkit.pruning.abstract import Abstract, evaluate, lift, to_meta, undisturbed
 from labkit.pruning.blocks import Block, Blocks, alone, block_at, fix
 from labkit.pruning.labels import Labels

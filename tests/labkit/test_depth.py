@@ -5,8 +5,9 @@ import torch
 from families import DECODERS, batches, family, inputs
 from torch import Tensor, nn
 
+from labkit.batches import summed_loss
 from labkit.errors import InputError
-from labkit.pruning import anatomy, depth, losses, transformers
+from labkit.pruning import anatomy, depth, transformers
 
 DISTANCES = ("cosine", "angular", "l2")
 
@@ -94,7 +95,7 @@ def test_loss_is_that_of_the_model_without_the_block(n):
     for first in range(4 - n):
         pruned = depth.prune_layers(model, range(first, first + n)).model
         with torch.no_grad():
-            sums = [[losses.summed(m, batch) for batch in data] for m in (model, pruned)]
+            sums = [[summed_loss(m, batch) for batch in data] for m in (model, pruned)]
         before, after = (float(sum(loss for loss, _ in own)) / sum(n for _, n in own) for own in sums)
         assert float(found[first]) == pytest.approx(after - before, rel=1e-9)
 

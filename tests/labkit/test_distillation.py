@@ -6,8 +6,9 @@ from families import batches, family, inputs
 from torch import nn
 
 from labkit import distillation
+from labkit.batches import summed_loss
 from labkit.errors import InputError
-from labkit.pruning import depth, losses
+from labkit.pruning import depth
 
 
 def test_loss_is_t_squared_times_the_divergence_of_the_softened():
@@ -45,7 +46,7 @@ def test_masked_predictions_do_not_count():
 
 def mean_loss(model: nn.Module, data) -> float:
     with torch.no_grad():
-        sums = [losses.summed(model.eval(), batch) for batch in data]
+        sums = [summed_loss(model.eval(), batch) for batch in data]
     return float(sum(loss for loss, _ in sums)) / sum(n for _, n in sums)
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from labkit.batches import summed_loss
 from labkit.errors import InputError
-from labkit.pruning import anatomy, attention_maps, gates, heads, losses, neurons, transformers
+from labkit.pruning import anatomy, attention_maps, gates, heads, neurons, transformers
 
 CLASSIFIER, DECODER = "bert", "llama"
 
@@ -37,7 +38,7 @@ def test_taylor_is_the_slope_of_the_loss_of_each_example(name):
     model, step = doubled(name), 1e-5
     total, terms = torch.zeros(3, 4, dtype=torch.float64), 0
     for batch in batches(name, 1):
-        terms += losses.summed(model, batch)[1]
+        terms += summed_loss(model, batch)[1]
         for layer in range(3):
             for head in range(4):
                 ends = []
@@ -45,7 +46,7 @@ def test_taylor_is_the_slope_of_the_loss_of_each_example(name):
                     z = torch.ones(3, 4, dtype=torch.float64)
                     z[layer, head] += sign * step
                     with torch.no_grad(), gates.gated(model, z):
-                        ends.append(losses.summed(model, batch)[0])
+                        ends.append(summed_loss(model, batch)[0])
                 total[layer, head] += ((ends[0] - ends[1]) / (2 * step)).abs()
     torch.testing.assert_close(heads.head_importance(model, batches(name)), total / terms, rtol=1e-6, atol=1e-9)
 
@@ -58,7 +59,7 @@ def test_ablation_is_the_loss_of_the_model_that_is_really_pruned(name):
     for layer, head in ((0, 1), (2, 3)):
         pruned = transformers.prune_heads(model, {layer: [head]}).model
         with torch.no_grad():
-            sums = [[losses.summed(m, batch) for batch in data] for m in (model, pruned)]
+            sums = [[summed_loss(m, batch) for batch in data] for m in (model, pruned)]
         before, after = (float(sum(loss for loss, _ in own)) / sum(n for _, n in own) for own in sums)
         assert float(found[layer, head]) == pytest.approx(after - before, rel=1e-6, abs=1e-12)
 

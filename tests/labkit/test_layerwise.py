@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from labkit.batches import segments, split
 from labkit.errors import InputError
 from labkit.pruning import layerwise, nm, stack, unstructured
-from labkit.pruning.calibration import segments, split
 from labkit.pruning.criteria import prunable
 from labkit.pruning.nm_pattern import mask
 from labkit.pruning.selection import count_to_prune, lowest_k
@@ -289,13 +289,3 @@ def test_a_layer_that_the_batches_do_not_reach_is_named():
         InputError, match=r"did not reach 1.in_proj_weight, 1.out_proj.weight as a layer's weight: name"
     ):
         nm.prune(model, method="wanda", batches=[torch.ones(2, 8)])
-
-
-def test_segments_are_pieces_of_the_text():
-    tokens = torch.arange(100)
-    pieces = segments(tokens, 5, 20, seed=3)
-    assert all(piece.shape == (1, 20) and (piece.diff() == 1).all() for piece in pieces)
-    assert all(torch.equal(a, b) for a, b in zip(pieces, segments(tokens, 9, 20, seed=3), strict=False))
-    assert segments(tokens, 1, 100)[0][0, 0] == 0
-    with pytest.raises(InputError, match="1 pieces of 101 tokens cannot be cut"):
-        segments(tokens, 1, 101)

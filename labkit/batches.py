@@ -1,0 +1,199 @@
+"""Batches: what one holds, its loss, which of its tokens are no padding, and a model that is afterwards as it was.
+
+A DataLoader of (inputs, labels), a list of tensors and a tokenizer's dicts mean the same to everything that looks at
+data. Moves nothing between devices, and trains nothing (see `training`).
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.errors import InputError
+
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+@contextmanager
+def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Inside, every submodule is in eval mode; afterwards modes and torch's random state are as before, errors or not.
+
+    seed: for torch's generators inside; None leaves them where they are.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+# --- what a batch holds -----------------------------------------------------------------------------------------------
+
+
+def split(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]:
+    """(args, kwargs, target) of one batch; target is None where the batch has no label.
+
+    A tensor is the one argument. A dict holds keyword arguments, `labels` among them. A tuple holds the arguments and,
+    when it is longer than what `forward` needs and `forward` takes no `labels`, the target as its last item.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(batch, Mapping):
+        takes_labels = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        kwargs = {name: value for name, value in batch.items() if takes_labels or name != "labels"}
+        return (), kwargs, batch.get("labels")
+    if not isinstance(batch, (tuple, list)):
+        return (batch,), {}, None
+    positional = (p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    needed = sum(p.default is p.empty for p in positional)
+    if "labels" in parameters or len(batch) <= max(needed, 1):
+        return tuple(batch), {}, None
+    return tuple(batch[:-1]), {}, batch[-1]
+
+
+def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """What `forward` gets for this batch by name, without labels: `model(**inputs(model, batch))`."""
+    args, kwargs, _ = split(model, batch)
+    bound = inspect.signature(model.forward).bind_partial(*args).arguments
+    return {name: value for name, value in {**bound, **kwargs}.items() if name != "labels"}
+
+
+def labelled(model: nn.Module, batch: Any) -> Any:
+    """The batch with labels that leave padding out; a decoder's own tokens are its labels where it has none."""
+    named = inputs(model, batch)
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None and _predicts_next(model) and "input_ids" in named:
+        labels = named["input_ids"]
+    if labels is None:
+        return batch
+    mask = named.get("attention_mask")
+    if mask is not None and labels.shape == mask.shape and not getattr(model.config, "is_encoder_decoder", False):
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    return {**named, "labels": labels}
+
+
+def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tensor) -> Tensor:
+    """Which of the tokens of `x` are no padding: [B, T] bool.
+
+    named: `inputs` of the batch.
+    part: the module that x belongs to; in an encoder-decoder it says whose mask counts.
+    x: [B, T, width] or [B * T, width].
+    """
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    prefix = "decoder_" if two and "decoder" in part.split(".") else ""
+    mask, ids = named.get(f"{prefix}attention_mask"), named.get(f"{prefix}input_ids")
+    tokens = x.numel() // x.shape[-1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == tokens:
+        return mask.to(x.device) != 0
+    if x.dim() > 2:
+        return torch.ones(x.shape[0], tokens // x.shape[0], dtype=torch.bool, device=x.device)
+    shape = ids.shape if isinstance(ids, Tensor) and ids.numel() == tokens else (tokens, 1)
+    return torch.ones(shape, dtype=torch.bool, device=x.device)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
+    """The scalar loss of one batch: loss_fn(output, target), else the model's own `.loss`, else cross-entropy.
+
+    Where the batch has no label, `loss_fn` gets the batch itself as the target.
+    """
+    args, kwargs, target = split(model, batch)
+    output = model(*args, **kwargs)
+    if loss_fn is not None:
+        loss = loss_fn(output, batch if target is None else target)
+    elif isinstance(getattr(output, "loss", None), Tensor):
+        loss = output.loss
+    elif target is not None:
+        loss = F.cross_entropy(getattr(output, "logits", output), target)
+    else:
+        raise InputError(
+            "This criterion needs a loss, but the batches have no labels: give (inputs, labels), "
+            "dicts with 'labels', or loss_fn(output, batch)."
+        )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise InputError("loss_fn must return one number for a batch: reduce it, for example with .mean().")
+    return loss
+
+
+def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tuple[Tensor, int]:
+    """(sum of the loss over the batch's terms, how many they are): what adds up whatever the batches are.
+
+    Terms: predicted tokens where the labels are token ids, else examples; padding is no term. A `loss_fn(output,
+    target)` of the caller is taken to be a mean over the examples. A decoder's loss is computed here, in float32 or
+    wider: models themselves go down to float32.
+    """
+    batch = labelled(model, batch) if loss_fn is None else batch
+    named = inputs(model, batch)
+    _, _, labels = split(model, batch)
+    if loss_fn is None and _predicts_next(model) and isinstance(labels, Tensor):
+        logits, targets = model(**named).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # [B * (T - 1), ...]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return loss, int((targets != IGNORED).sum())
+    terms = len(next(iter(named.values())))  # examples
+    if loss_fn is None and isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        terms = int((labels != IGNORED).sum())
+    return batch_loss(model, batch, loss_fn) * terms, terms
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether position t of the output is scored against token t + 1: a decoder with a language model head."""
+    able = getattr(model, "can_generate", lambda: False)()
+    return able and not getattr(model.config, "is_encoder_decoder", False)
+
+
+# --- many batches -----------------------------------------------------------------------------------------------------
+
+
+def check_batches(batches: Iterable | None, criterion: str) -> Iterable:
+    """`batches` if it can be an iterable of batches, else an InputError."""
+    if batches is None:
+        raise InputError(
+            f"Criterion {criterion!r} looks at data: give batches, an iterable of what the model is called with."
+        )
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise InputError(
+            f"batches is one {type(batches).__name__}, but it must be an iterable of batches: put it in a list."
+        )
+    return batches
+
+
+def not_empty(batches: Iterable) -> Iterator:
+    """The batches one by one, none kept; an InputError if there is none."""
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise InputError(
+            "batches is empty: give at least one batch, and a list or DataLoader if it is to be read twice."
+        )
+
+
+def segments(tokens: Tensor, n: int, length: int, *, seed: int = 0) -> list[Tensor]:
+    """n batches [1, length]: pieces of `tokens` [N] from random places, as SparseGPT and Wanda calibrate.
+
+    A larger n starts with the pieces of a smaller one. Raises InputError where the text is shorter than a piece.
+    """
+    if tokens.dim() != 1 or len(tokens) < length or min(n, length) < 1:
+        raise InputError(
+            f"{n} pieces of {length} tokens cannot be cut from tokens of shape {list(tokens.shape)}: give a 1-D tensor "
+            "of at least that many, and n and length from 1 up."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - length + 1, (n,), generator=generator).tolist()
+    return [tokens[start : start + length][None] for start in starts]
