@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import datasets, intervals, models, process, training
+from labkit import datasets, intervals, models, records, training
 from labkit.batches import segments
 from labkit.files import replacing
 from labkit.pruning import layerwise
@@ -68,7 +68,7 @@ def main() -> None:
         batches = segments(calibration, n, options.length, seed=seed) if n else None
         start = time.perf_counter()
         pruned = layerwise.prune(model, wanted, method=method, batches=batches, progress=f"{method} {name}")
-        seconds, peak = time.perf_counter() - start, process.peak_memory() / 1e9
+        seconds, peak = time.perf_counter() - start, records.peak_memory() / 1e9
         found = training.perplexity(pruned, test, window=options.length)
         del pruned
         gc.collect()  # its masks hold it in a cycle, and the next row brings a copy of its own

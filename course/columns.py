@@ -6,8 +6,8 @@ from typing import Any
 
 from course.page import text
 from course.results import Result
-from labkit import plots
-from labkit.record import RunRecord
+from labkit import show
+from labkit.records import RunRecord
 
 PRESETS = ("smoke", "class", "full")  # from the smallest
 
@@ -52,7 +52,7 @@ def side_by_side(results: Iterable[Result], recorded: Iterable[RunRecord]) -> li
 
 
 def quantity(value: Any, unit: str) -> str:
-    return text(plots.quantity(value, unit))
+    return text(show.quantity(value, unit))
 
 
 def valued(value: Any, unit: str, ci95: Any) -> str:
@@ -60,5 +60,5 @@ def valued(value: Any, unit: str, ci95: Any) -> str:
     if not ci95:
         return quantity(value, unit)
     bounded = all(isinstance(end, int | float) for end in ci95)  # a record writes infinity as a text
-    words = plots.interval(ci95, unit) if bounded else "too few samples for an interval"
+    words = show.interval(ci95, unit) if bounded else "too few samples for an interval"
     return f"{quantity(value, unit)} <small>({text(words)})</small>"

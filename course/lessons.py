@@ -47,7 +47,7 @@ def tidied(notebook: "nbformat.NotebookNode") -> "nbformat.NotebookNode":
     """
     import nbformat
 
-    from labkit.record import MIME
+    from labkit.records import MIME
 
     kept = nbformat.from_dict(notebook)
     kept.cells = [cell for cell in kept.cells if "injected-parameters" not in cell.metadata.get("tags", [])]

@@ -14,7 +14,7 @@ from typing import Any
 
 from course.points import Estimate, Point, estimate, pooled, varying
 from course.rows import layout, named, number, short
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 # Columns that say how good a model is, and whether more is better.
 QUALITY = {"accuracy": True, "agreement": True, "perplexity": False, "perplexity / dense": False}

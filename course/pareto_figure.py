@@ -11,7 +11,7 @@ from course import page
 from course.pareto import SHARE, Spot, TradeOff
 from course.points import Estimate, Point
 from course.rows import short
-from labkit import plots
+from labkit import show
 
 MARKERS = "osD^vPX"
 FAR_APART = 50.0  # values that differ by more are drawn on a logarithmic axis
@@ -28,7 +28,7 @@ def figure(shown: TradeOff) -> str:
     seeds = max(spot.runs for spot in shown.spots)
     caption = f"{'SIMULATED: ' if shown.simulated else ''}{shown.table}: {shown.quality} against {_cost_name(shown)}."
     caption += f" Means over {seeds} seeds, bars: 95 % intervals over seeds." if seeds > 1 else ""
-    return page.figure(_drawn(shown, looks, fronts), alt, caption, plots.html_table(rows), width=WIDTH)
+    return page.figure(_drawn(shown, looks, fronts), alt, caption, show.html_table(rows), width=WIDTH)
 
 
 # what is drawn ------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def _row(spot: Spot, shown: TradeOff, on_front: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"runs": _source(spot.point, shown), **swept, **spot.settings}
     for name, (value, low, high) in ((_cost_name(shown), spot.cost), (_quality_name(shown), spot.quality)):
         row[name] = value
-        row[f"{name} 95 %"] = plots.interval((low, high)) if math.isfinite(low) and math.isfinite(high) else "–"
+        row[f"{name} 95 %"] = show.interval((low, high)) if math.isfinite(low) and math.isfinite(high) else "–"
     return {**row, "repetitions": spot.runs, "on the front": "yes" if on_front else "no"}
 
 
@@ -89,14 +89,14 @@ def _alt(shown: TradeOff, fronts: Mapping[str, Sequence[Spot]]) -> str:
     for name, front in fronts.items():
         ends = [front[0], front[-1]] if len(front) > 1 else front
         reached = " to ".join(
-            f"{plots.quantity(spot.quality[0], shown.quality_unit)} at {plots.quantity(spot.cost[0], shown.cost_unit)}"
+            f"{show.quantity(spot.quality[0], shown.quality_unit)} at {show.quantity(spot.cost[0], shown.cost_unit)}"
             for spot in ends
         )
         words.append(f"{name}: the Pareto front joins {len(front)} of them: {reached}.")
     for spot in dict((_whose(spot, shown), spot) for spot in shown.spots if spot.dense).values():
-        had = plots.quantity(spot.quality[0], shown.quality_unit)
+        had = show.quantity(spot.quality[0], shown.quality_unit)
         words.append(
-            f"The dense model, {_whose(spot, shown)}: {had} at {plots.quantity(spot.cost[0], shown.cost_unit)}."
+            f"The dense model, {_whose(spot, shown)}: {had} at {show.quantity(spot.cost[0], shown.cost_unit)}."
         )
     return " ".join(words)
 
@@ -109,7 +109,7 @@ def _drawn(shown: TradeOff, looks: Mapping[Spot, tuple[str, str]], fronts: Mappi
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        plots.style()
+        show.style()
         names = {name for look in looks.values() for name in look} | {*fronts, "dense model"}
         columns = 2 if max(map(len, names)) <= LEGEND else 1
         fig = Figure(figsize=(WIDTH / 80, 3.5 + 0.2 * len(names) / columns))
@@ -121,7 +121,7 @@ def _drawn(shown: TradeOff, looks: Mapping[Spot, tuple[str, str]], fronts: Mappi
             ax.axvline(1, color="black", linestyle=":", linewidth=1, label="dense model's cost")
         _set_axes(ax, shown)
         fig.legend(*_unique(ax), loc="outside lower left", ncols=columns, fontsize=8, handlelength=1.4, columnspacing=1)
-        return plots.png(fig, scale=2)
+        return show.png(fig, scale=2)
 
 
 def _reaches_dense(shown: TradeOff) -> bool:
@@ -141,7 +141,7 @@ def _draw_spots(ax: Any, shown: TradeOff, looks: Mapping[Spot, tuple[str, str]])
     colours, marks = (list(dict.fromkeys(look[place] for look in looks.values())) for place in (0, 1))
     dense = [spot for spot in shown.spots if spot.dense]
     for colour, mark in dict.fromkeys(looks.values()):
-        own = {"color": _cycled(plots.COLOURS, colours, colour), "marker": _cycled(MARKERS, marks, mark)}
+        own = {"color": _cycled(show.COLOURS, colours, colour), "marker": _cycled(MARKERS, marks, mark)}
         own |= {"markerfacecolor": "white"} if mark != marks[0] and not shown.swept else {}
         _draw(ax, [spot for spot, look in looks.items() if look == (colour, mark) and not spot.dense], own)
     for spots, face in (
@@ -153,7 +153,7 @@ def _draw_spots(ax: Any, shown: TradeOff, looks: Mapping[Spot, tuple[str, str]])
     drawn = {colour for spot, (colour, _) in looks.items() if not spot.dense}
     for name in colours if len(drawn) > 1 else []:
         if name in drawn:
-            ax.plot([], [], linestyle="", marker="s", color=_cycled(plots.COLOURS, colours, name), label=name)
+            ax.plot([], [], linestyle="", marker="s", color=_cycled(show.COLOURS, colours, name), label=name)
     for name in marks if len(marks) > 1 else []:
         face = "white" if name != marks[0] and not shown.swept else "grey"
         ax.plot([], [], linestyle="", marker=_cycled(MARKERS, marks, name), color="grey", mfc=face, label=name)

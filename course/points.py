@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labkit.intervals import mean_ci
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 Estimate = tuple[float, float, float]  # value, low, high; the ends are infinite where there is no interval
 

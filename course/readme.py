@@ -14,8 +14,8 @@ import nbformat
 from course import exercises, lessons
 from labkit import files
 from labkit.errors import DataError
-from labkit.plots import quantity
-from labkit.record import RunRecord, recorded
+from labkit.records import RunRecord, recorded
+from labkit.show import quantity
 
 BEGIN, END = "<!-- lessons: written by `labkit run --record` -->", "<!-- /lessons -->"
 RESULT = ("01", "depthwise over dense")  # the lesson and the name of the comparison shown on the first screen

@@ -24,10 +24,9 @@ from course.pareto_figure import figure
 from course.points import Point, points, sweeps
 from course.results import Result, collect, recorded_runs
 from course.swept import swept
-from labkit import claims, plots
+from labkit import claims, show
 from labkit.errors import InputError
-from labkit.record import RunRecord
-from labkit.summary import calibration, off_by
+from labkit.records import RunRecord, calibration, off_by
 
 
 def write(folders: Sequence[Path], destination: Path) -> Path:
@@ -65,7 +64,7 @@ def page(results: Sequence[Result], recorded: Sequence[RunRecord], problems: Seq
     ]
     intro = (
         f"Made {datetime.now(UTC):%d %B %Y, %H:%M} UTC from run records. A range in brackets is a 95 % interval. "
-        f"{plots.BADGE} marks what a model computed and no clock saw. All values of these runs as rows: "
+        f"{show.BADGE} marks what a model computed and no clock saw. All values of these runs as rows: "
         '<a href="rows.csv">rows.csv</a>, <a href="rows.parquet">rows.parquet</a>.'
     )
     body = [contents(title for title, _ in sections), *(_section(*one) for one in sections)]
@@ -199,7 +198,7 @@ def measurements_table(columns: Sequence[Column]) -> str:
             tables += [_folded(column, entry) for column, entry in entries if entry]
         else:
             simulated = any(entry and entry.get("simulated") for _, entry in entries)
-            label = f"{_text(name)} {plots.BADGE}" if simulated else _text(name)
+            label = f"{_text(name)} {show.BADGE}" if simulated else _text(name)
             rows.append([label, *(_entry(entry) if entry else "–" for _, entry in entries)])
     table = _table(["measured", *(column.heading for column in columns)], rows) if rows else ""
     return table + "".join(tables)
@@ -211,9 +210,9 @@ def _entry(entry: dict[str, Any]) -> str:
 
 
 def _folded(column: Column, entry: dict[str, Any]) -> str:
-    simulated = f" {plots.BADGE}" if entry.get("simulated") else ""
+    simulated = f" {show.BADGE}" if entry.get("simulated") else ""
     summary = f"{_text(entry['name'])}{simulated} <small>{column.heading.replace('<br>', ', ')}</small>"
-    table = plots.html_table(entry["rows"]) if entry.get("rows") else ""
+    table = show.html_table(entry["rows"]) if entry.get("rows") else ""
     return folded(summary, scroll(table))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from labkit import files
 from labkit.errors import DataError, InputError
-from labkit.record import RunRecord, read
+from labkit.records import RunRecord, read
 
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from course.results import collect
 from labkit.errors import InputError
 from labkit.files import replacing
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 if TYPE_CHECKING:
     import pandas as pd

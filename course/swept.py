@@ -13,7 +13,7 @@ from course import page, pareto
 from course.pareto_figure import LEGEND, WIDTH, figure
 from course.points import Estimate, Point, estimate, pooled, varying
 from course.rows import of_record, short
-from labkit import plots
+from labkit import show
 
 MOST_COLUMNS, MOST_FIGURES = 8, 4
 # What a ratio has to differ by for a parameter to have moved it: the interval of a run holds nothing of what changes
@@ -151,8 +151,8 @@ def _cell(found: Found | None, best: bool) -> str:
     if found is None:
         return "–"
     value, low, high = found.estimate
-    shown = page.text(plots.quantity(value, found.unit))
-    words = plots.interval((low, high), found.unit) if math.isfinite(high - low) else ""
+    shown = page.text(show.quantity(value, found.unit))
+    words = show.interval((low, high), found.unit) if math.isfinite(high - low) else ""
     interval = f" <small>({page.text(words)})</small>" if words and low != high else ""
     return f"{shown}{interval}" + (f" {page.badge('finished', 'best')}" if best else "")
 
@@ -186,20 +186,20 @@ def _line(points: Sequence[Point], names: Mapping[str, Sequence[Any]], name: str
         others = ", ".join(f"{one} {short(point.parameters.get(one))}" for one in names if one != along)
         ends = {"low": low, "high": high} if math.isfinite(high - low) else {}
         rows.append({along: point.parameters.get(along), "with": others or "all", name: value, **ends})
-    label = f"{name} ({unit})" if unit and unit not in plots.BARE else name
+    label = f"{name} ({unit})" if unit and unit not in show.BARE else name
     with matplotlib.rc_context():
-        plots.style()
+        show.style()
         fig = Figure(figsize=(WIDTH / 80, 3.6))
         ax = fig.add_subplot()
-        plots.lines(ax, rows, along, name, by="with")
+        show.lines(ax, rows, along, name, by="with")
         way = "more" if more_is_better(name, unit) else "less"
         ax.set(xlabel=along, ylabel=textwrap.fill(f"{label}, {way} is better", 40))
         if len({row["with"] for row in rows}) > 1:
             longest = max(len(row["with"]) for row in rows)
             fig.legend(loc="outside lower left", ncols=2 if longest <= LEGEND else 1, fontsize=8)
-        png = plots.png(fig, scale=2)
+        png = show.png(fig, scale=2)
     best = max(rows, key=lambda row: row[name] if way == "more" else -row[name])
     at = ", ".join(filter(None, [f"{along} {short(best[along])}", best["with"] if best["with"] != "all" else ""]))
-    reached = f"the best is {plots.quantity(best[name], unit)} at {at}"
+    reached = f"the best is {show.quantity(best[name], unit)} at {at}"
     alt = f"{label} against {along} for {len(rows)} points of the sweep; {reached}."
-    return page.figure(png, alt, f"{name} against {along}.", plots.html_table(rows), width=WIDTH)
+    return page.figure(png, alt, f"{name} against {along}.", show.html_table(rows), width=WIDTH)

@@ -9,7 +9,7 @@ from typing import Any
 
 _MODULES = (
     "artifact", "attention", "bench", "checks", "claims", "datasets", "deploy", "distillation", "machine", "models",
-    "plots", "pruning", "quantization", "record", "roofline", "runs", "session", "training",
+    "pruning", "quantization", "records", "roofline", "session", "show", "training",
 )  # fmt: skip
 
 __all__ = ["start"]

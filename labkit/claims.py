@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from labkit import files, plots
+from labkit import files, show
 from labkit.errors import DataError, InputError
 
 Verdict = Literal["confirmed", "contradicted", "inconclusive", "not measurable here"]
@@ -81,7 +81,7 @@ def expected(claim: Claim) -> str:
         words = f"at least {low}"
     else:
         words = f"at most {high}" if low == "-inf" else f"{low} to {high}"
-    return words if claim.unit in plots.BARE else f"{words} {claim.unit}".strip()
+    return words if claim.unit in show.BARE else f"{words} {claim.unit}".strip()
 
 
 def _at_least(value: float, bound: float) -> bool:

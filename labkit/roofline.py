@@ -19,7 +19,7 @@ from matplotlib.transforms import Bbox
 
 from labkit.counting import Op, Work, count
 from labkit.errors import InputError
-from labkit.plots import COLOURS, quantity
+from labkit.show import COLOURS, quantity
 
 __all__ = ["Bound", "Op", "Point", "Work", "bound", "count", "decode_bound", "describe", "plot"]
 

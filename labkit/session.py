@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from labkit import checks, claims, machine, plots, record
+from labkit import checks, claims, machine, records, show
 from labkit.bench import Comparison, Measurement, compare, measure
 from labkit.errors import InputError
 from labkit.fingerprint import asked_device
-from labkit.process import Stopwatch, peak_memory, threads
-from labkit.record import RunRecord
-from labkit.summary import summary
+from labkit.records import RunRecord, Stopwatch, peak_memory, summary, threads
 
 LESSONS = {
     "01": "The inference challenge",
@@ -78,7 +76,7 @@ def start(
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
     folder = _results_folder(results_dir)
-    knobs = record.plain({"SEED": seed, **(parameters or {})})
+    knobs = records.plain({"SEED": seed, **(parameters or {})})
 
     random.seed(int(seed))
     np.random.seed(int(seed))
@@ -87,7 +85,7 @@ def start(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen.index or 0)
         torch.cuda.reset_peak_memory_stats()
-    plots.style()
+    show.style()
     lab = Lab(lesson, preset, chosen, int(seed), folder / lesson / "record.json", knobs)
     lab._show_card()
     return lab
@@ -128,23 +126,21 @@ class Lab:
         if name in self._measurements:
             first = self._predictions.get(name)
             kept = (
-                f"your prediction of {plots.quantity(first['predicted'], first['unit'])} stands"
-                if first
-                else "too late"
+                f"your prediction of {show.quantity(first['predicted'], first['unit'])} stands" if first else "too late"
             )
-            plots.emit(f"{name} has been measured already: {kept}. Restart the kernel to predict afresh.")
+            show.emit(f"{name} has been measured already: {kept}. Restart the kernel to predict afresh.")
             return
         self._predictions[name] = {
             "name": name, "question": question, "unit": unit, "predicted": number, "measured": None
         }  # fmt: skip
-        plots.emit(f"predicted  {name}: {plots.quantity(number, unit)}")
+        show.emit(f"predicted  {name}: {show.quantity(number, unit)}")
 
     def measure(self, name: str, fn: Callable[[], Any], **options: Any) -> Measurement:
         """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; keep it."""
         _check_name(name)
         result = measure(fn, name=name, **{"device": self.device, **options})
         self._keep(name, "measurement", result.median_s, "s", result.ci95_s, detail=result.to_dict())
-        plots.emit(str(result))
+        show.emit(str(result))
         return result
 
     def compare(
@@ -156,7 +152,7 @@ class Lab:
         self._keep(
             name, "comparison", result.speedup, "x", result.ci95, verdict=result.verdict, detail=result.to_dict()
         )
-        plots.emit(str(result))
+        show.emit(str(result))
         return result
 
     def record(
@@ -172,19 +168,19 @@ class Lab:
         _check_name(name)
         badge = "SIMULATED  " if simulated else ""
         if isinstance(value, list | tuple):
-            rows = record.plain(plots.checked_rows(value))
+            rows = records.plain(show.checked_rows(value))
             self._measurements[name] = {
                 "kind": "table", "name": name, "rows": rows, "unit": unit, "simulated": simulated
             }  # fmt: skip
-            plots.emit(f"{badge}recorded  {name}: {len(rows)} rows")
+            show.emit(f"{badge}recorded  {name}: {len(rows)} rows")
             return
         number = value if isinstance(value, str | bool) else _number(value)
         if number is None:
             given = type(value).__name__
             raise InputError(f"{name!r} is a {given}; record a number, a text or a list of dicts (one a row).")
         self._keep(name, "value", number, unit, ci95, simulated=simulated)
-        between = f"  [95 %: {plots.interval(ci95, unit)}]" if ci95 is not None else ""
-        plots.emit(f"{badge}recorded  {name}: {plots.quantity(number, unit)}{between}")
+        between = f"  [95 %: {show.interval(ci95, unit)}]" if ci95 is not None else ""
+        show.emit(f"{badge}recorded  {name}: {show.quantity(number, unit)}{between}")
 
     def claim(self, id: str, value: float | None = None, ci95: Sequence[float] | None = None) -> str:
         """Hold a claim of the guide against our value (None: it cannot be had here); shows and returns the verdict.
@@ -202,11 +198,11 @@ class Lab:
         if self.device.type not in kinds:
             verdict = "not measurable here"
         self._claims[id] = {"id": id, "value": number, "ci95": ci95 and list(ci95), "verdict": verdict}
-        here = f"here {plots.quantity(number, claim.unit)}" if number is not None else reason or "not measured"
+        here = f"here {show.quantity(number, claim.unit)}" if number is not None else reason or "not measured"
         if number is not None and verdict == "not measurable here":
             here = f"{here}, but {reason}"
         facts = f"expected {claims.expected(claim)}; {here}"
-        plots.emit(
+        show.emit(
             f"claim {id}: {claim.text}\n  {claim.quantity}: {facts}: {verdict.upper()}",
             f"<p><b>Claim {id}.</b> {escape(claim.text)}<br>{escape(f'{claim.quantity}: {facts}')}: "
             f"<b>{verdict}</b></p>",
@@ -220,15 +216,15 @@ class Lab:
             result = checks.check(id, fn, **context)
         except NotImplementedError:
             self._checks[id] = {"id": id, "passed": False, "failures": ["not done yet"]}
-            plots.emit(f"exercise {id}: not done yet. Replace the `raise NotImplementedError` line with your answer.")
+            show.emit(f"exercise {id}: not done yet. Replace the `raise NotImplementedError` line with your answer.")
             raise NotImplementedError(f"exercise {id} is not done yet") from None  # a traceback would show the check
         self._checks[id] = {"id": id, "passed": result.passed, "failures": list(result.failures)}
         if result.passed:
-            plots.emit(f"exercise {id}: passed, {result.tried} requirements met.")
+            show.emit(f"exercise {id}: passed, {result.tried} requirements met.")
             return
         count = f"{len(result.failures)} thing{'s' * (len(result.failures) > 1)} to look at"
         listed = "".join(f"<li>{escape(one)}</li>" for one in result.failures)
-        plots.emit(
+        show.emit(
             "\n  - ".join([f"exercise {id}: {count}", *result.failures]),
             f"<b>Exercise {escape(id)}: {count}</b><ul>{listed}</ul>",
         )
@@ -236,14 +232,14 @@ class Lab:
 
     # showing ----------------------------------------------------------------------------------------------------
 
-    show = staticmethod(plots.show)
-    table = staticmethod(plots.table)
+    table = staticmethod(show.table)
+    show = staticmethod(show.figure)
 
     def recorded(self, name: str) -> list[dict[str, Any]]:
         """What reference runs of this lesson hold under `name`: one dict a machine, with machine, device and preset."""
         return [
             {"machine": run.machine.get("label", "unnamed"), "device": run.device, "preset": run.preset, **entry}
-            for run in record.recorded(self.lesson)
+            for run in records.recorded(self.lesson)
             if (entry := run.named(name))
         ]
 
@@ -260,7 +256,7 @@ class Lab:
         for kind, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
             if all(torch.device(entry["device"]).type != kind for entry in found):
                 rows.append({"machine": words, "preset": "–", "value": "not recorded yet", "95 % interval": ""})
-        plots.table(rows, caption=name, simulated=own["simulated"])
+        show.table(rows, caption=name, simulated=own["simulated"])
 
     def finish(self) -> RunRecord:
         """Write the record to results_dir/<lesson>/record.json, embed it in the notebook, show what came of it all."""
@@ -273,7 +269,7 @@ class Lab:
             preset=self.preset,
             device=str(self.device),
             parameters=self._parameters,
-            machine=record.plain(self.machine.to_dict()),
+            machine=records.plain(self.machine.to_dict()),
             measurements=list(self._measurements.values()),
             predictions=list(self._predictions.values()),
             claims=list(self._claims.values()),
@@ -283,8 +279,8 @@ class Lab:
             peak_device_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
             budget={**self.budget._asdict(), "within": within},
         )
-        record.write(done, self._path)
-        record.embed(done, *summary(done))
+        records.write(done, self._path)
+        records.embed(done, *summary(done))
         return done
 
     # inside -----------------------------------------------------------------------------------------------------
@@ -304,27 +300,27 @@ class Lab:
         if ci95 is not None and len(ci95) != 2:
             raise InputError(f"The interval of {name!r} is {ci95!r}; give (low, high).")
         entry = {"kind": kind, "name": name, "value": value, "unit": unit, "ci95": ci95, "simulated": simulated, **more}
-        plain = record.plain(entry)
+        plain = records.plain(entry)
         if (guess := self._predictions.get(name)) and _number(value) is not None:
-            factor = plots.factor(unit, guess["unit"])
+            factor = show.factor(unit, guess["unit"])
             if factor is None:
                 raise InputError(
                     f"{name!r} was predicted in {guess['unit']} and measured in {unit}; use one unit for both."
                 )
-            guess["measured"] = record.plain(value * factor)
+            guess["measured"] = records.plain(value * factor)
         self._measurements[name] = plain
 
     def _show_card(self) -> None:
         here, memory = self.machine, self.budget.memory
-        budget = f"{self.budget.seconds} s" + (f", {plots.quantity(memory, 'B')}" if memory else "")
+        budget = f"{self.budget.seconds} s" + (f", {show.quantity(memory, 'B')}" if memory else "")
         facts = {
             "device": f"{self.device}: {here.label}",
             "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
             "software": f"Python {here.python}, torch {here.torch}",
             "preset": f"{self.preset}, within {budget}; seed {self.seed}",
-            "recorded": "; ".join(map(_recorded_run, record.recorded(self.lesson))) or "not recorded yet",
+            "recorded": "; ".join(map(_recorded_run, records.recorded(self.lesson))) or "not recorded yet",
         }
-        plots.facts(f"Lesson {self.lesson}: {self.title}", facts)
+        show.facts(f"Lesson {self.lesson}: {self.title}", facts)
 
 
 class _Shown(str):
@@ -342,8 +338,8 @@ def _beside_row(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "machine": entry["machine"],
         "preset": entry["preset"],
-        "value": plots.quantity(entry["value"], entry["unit"]),
-        "95 % interval": plots.interval(entry["ci95"], entry["unit"]),
+        "value": show.quantity(entry["value"], entry["unit"]),
+        "95 % interval": show.interval(entry["ci95"], entry["unit"]),
     }
 
 

@@ -24,7 +24,7 @@ from course.claims_table import claims_table
 from course.columns import Column, side_by_side
 from labkit import claims, files
 from labkit.errors import DataError, InputError
-from labkit.record import MIME
+from labkit.records import MIME
 
 SOURCES = Path(__file__).parent
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"

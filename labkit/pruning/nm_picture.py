@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from labkit.plots import COLOURS
 from labkit.pruning.nm_packed import compress
 from labkit.pruning.nm_pattern import mask
+from labkit.show import COLOURS
 
 WEIGHTS, VALUES, PLACES, INPUTS = 4.5, 2.9, 2.15, 0.5  # heights of the four rows of boxes
 

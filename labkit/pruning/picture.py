@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from labkit.errors import InputError
-from labkit.plots import COLOURS
 from labkit.pruning.coupling import Group
+from labkit.show import COLOURS
 
 STEP, HEIGHT = 1.3, 0.36
 BOX, SIGN = 38, 10  # points that an arrow stays away from the middle of a box, and of the plus sign

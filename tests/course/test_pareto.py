@@ -11,7 +11,7 @@ from course import pareto, pareto_figure, results
 from course.pareto import Spot, TradeOff
 from course.points import Point, points
 from labkit import intervals
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 INF = math.inf
 POINT = Point((RECORD,))

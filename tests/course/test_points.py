@@ -6,7 +6,7 @@ from test_report import RECORD
 
 from course import points
 from labkit import intervals
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 
 def run(seed: int = 0, preset: str = "smoke", **parameters: object) -> RunRecord:

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from course import report, rows
-from labkit import files, record, summary
+from labkit import files, records
 from labkit.errors import InputError
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 MACHINE = {"slug": "test-cpu-2c", "label": "Test CPU, 2 cores", "memory": 8 * 2**30, "threads": 2}
 RECORD = RunRecord(
@@ -69,7 +69,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with one finished run, and no recorded machines."""
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
     folder = tmp_path / "runs" / "01_small" / "smoke-00000000"
-    record.write(RECORD, folder / "record.json")
+    records.write(RECORD, folder / "record.json")
     (folder / "01_small.ipynb").write_text("{}")
     return tmp_path / "runs"
 
@@ -88,7 +88,7 @@ def test_page_holds_what_was_measured(runs: Path):
 
 def test_an_interval_without_an_end_is_said_in_words(runs: Path):
     few = {"kind": "measurement", "name": "slow", "value": 0.5, "unit": "s", "ci95": [0.0, float("inf")]}
-    record.write(replace(RECORD, measurements=[few]), runs / "01_small" / "smoke-00000000" / "record.json")
+    records.write(replace(RECORD, measurements=[few]), runs / "01_small" / "smoke-00000000" / "record.json")
     assert "500 ms (too few samples for an interval)" in page(runs).words
 
 
@@ -113,7 +113,7 @@ def test_a_prediction_is_put_beside_its_measurement(runs: Path):
     ],
 )
 def test_off_by(predicted: object, measured: object, words: str):
-    assert summary.off_by(predicted, measured) == words
+    assert records.off_by(predicted, measured) == words
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_off_by(predicted: object, measured: object, words: str):
 )
 def test_calibration(pairs: list, words: str):
     predictions = [{"predicted": guess, "measured": found} for guess, found in pairs]
-    said = summary.calibration(predictions)
+    said = records.calibration(predictions)
     assert words in said and bool(said) == bool(words)
 
 
 def test_calibration_is_over_all_lessons(runs: Path):
     other = replace(RECORD, lesson="02", predictions=[{**RECORD.predictions[0], "predicted": 40.0}])
-    record.write(other, runs / "02_other" / "record.json")
+    records.write(other, runs / "02_other" / "record.json")
     assert "Of 2 predictions half were off by a factor of 3 or less, 1 by no more than 2" in page(runs).words
 
 
@@ -166,20 +166,20 @@ def test_links_to_the_notebook_resolve(runs: Path):
 
 def test_what_records_say_is_escaped(runs: Path):
     hostile = replace(RECORD, title="<script>alert(1)</script>", created="2026-01-01T00:00:00+00:00")
-    record.write(hostile, runs / "01_small" / "smoke-11111111" / "record.json")
+    records.write(hostile, runs / "01_small" / "smoke-11111111" / "record.json")
     assert "script" not in page(runs).tags
 
 
 def test_the_newest_run_of_a_lesson_counts(runs: Path):
     newer = replace(RECORD, title="Run again", created="2026-01-01T00:00:00+00:00")
-    record.write(newer, runs / "01_small" / "smoke-11111111" / "record.json")
+    records.write(newer, runs / "01_small" / "smoke-11111111" / "record.json")
     words = page(runs).words
     assert "Run again" in words and "A small lesson" not in words
 
 
 def test_a_recorded_machine_stands_beside_this_one(runs: Path):
     other = {**MACHINE, "slug": "other", "label": "Other GPU"}
-    record.write(replace(RECORD, machine=other, preset="full"), files.RECORDED / "other" / "01.json")
+    records.write(replace(RECORD, machine=other, preset="full"), files.RECORDED / "other" / "01.json")
     words = page(runs).words
     assert "Other GPUrecorded, full" in words and "Test CPU, 2 coresyour run, smoke" in words
 
@@ -200,7 +200,7 @@ def test_a_damaged_record_is_listed_and_the_others_shown(runs: Path):
 
 
 def test_a_run_under_way_is_left_out(runs: Path):
-    record.write(replace(RECORD, title="Half"), runs / "01_small" / ".smoke-2-x" / "01" / "record.json")
+    records.write(replace(RECORD, title="Half"), runs / "01_small" / ".smoke-2-x" / "01" / "record.json")
     assert "Half" not in page(runs).words
 
 
@@ -222,7 +222,7 @@ def test_the_run_with_the_lessons_own_parameters_stands_beside_the_recorded(runs
         RECORD, measurements=[{**RECORD.measurements[0], "value": 7.0, "ci95": None}], created="2026-01-01"
     )
     folder = runs / "01_small" / "smoke-22222222"
-    record.write(replace(changed, parameters={"RATIO": 0.7}), folder / "record.json")
+    records.write(replace(changed, parameters={"RATIO": 0.7}), folder / "record.json")
     own = {
         "lesson": "01_small",
         "created": "2026-01-01",
@@ -239,7 +239,7 @@ def test_the_run_with_the_lessons_own_parameters_stands_beside_the_recorded(runs
 def test_several_seeds_make_a_section(runs: Path):
     for seed in (1, 2):
         again = replace(RECORD, parameters={"SEED": seed}, created=f"2026-01-0{seed}T00:00:00+00:00")
-        record.write(again, runs / "01_small" / f"smoke-{seed}" / "record.json")
+        records.write(again, runs / "01_small" / f"smoke-{seed}" / "record.json")
     assert "Sweep of 01 A small lesson, smoke" in page(runs).words
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from course import report
 from course.claims_table import VERDICTS
-from labkit import files, record
+from labkit import files, records
 
 WIDTHS = (390, 1400)
 LOOK = """({
@@ -36,7 +36,7 @@ LOOK = """({
 def sweep(folder: Path) -> None:
     """Test data: the record of lesson 03 as if it had been run with other ratios, criteria and seeds."""
     noise = random.Random(0)
-    original = record.read(next(files.RECORDED.glob("*/03.json")))
+    original = records.read(next(files.RECORDED.glob("*/03.json")))
     for ratio in (0.3, 0.5, 0.7):
         for number, criterion in enumerate(("l1", "fpgm")):
             for seed in range(2):
@@ -51,7 +51,7 @@ def sweep(folder: Path) -> None:
                 ]
                 knobs = {"RATIO": ratio, "CRITERION": criterion, "SEED": seed}
                 one = replace(original, preset="smoke", measurements=values, parameters=knobs)
-                record.write(one, folder / f"smoke-{ratio}-{criterion}-{seed}" / "record.json")
+                records.write(one, folder / f"smoke-{ratio}-{criterion}-{seed}" / "record.json")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     sweep(folder / "03_swept")
     for path in files.RECORDED.glob("*/[0-9][0-9].json"):
-        record.write(record.read(path), folder / path.stem / "record.json")
+        records.write(records.read(path), folder / path.stem / "record.json")
     (folder / "damaged").mkdir()
     (folder / "damaged" / "record.json").write_text("{")
     return report.write([folder], folder / "report.html")

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from course import results, rows
-from labkit import record
+from labkit import records
 from labkit.errors import InputError
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 RECORD = RunRecord(
     lesson="03",
@@ -182,8 +182,8 @@ def test_files_that_cannot_be_written_are_refused(tmp_path: Path):
 
 
 def test_folders_are_searched_once_and_damaged_records_left_out(tmp_path: Path):
-    record.write(RECORD, tmp_path / "03_a" / "smoke-1" / "record.json")
-    record.write(RECORD, tmp_path / "03_a" / ".smoke-2" / "record.json")
+    records.write(RECORD, tmp_path / "03_a" / "smoke-1" / "record.json")
+    records.write(RECORD, tmp_path / "03_a" / ".smoke-2" / "record.json")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "record.json").write_text("{")
     frame = rows.rows([tmp_path, tmp_path / "03_a"])

@@ -18,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from course import lessons, runs
 from labkit import files
 from labkit.errors import InputError
-from labkit.record import MIME
+from labkit.records import MIME
 
 SMOKE = {"PRESET": "smoke"}
 FINISH = """

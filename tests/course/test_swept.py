@@ -6,7 +6,7 @@ from test_report import RECORD
 
 from course import swept
 from course.points import points, sweeps
-from labkit.record import RunRecord
+from labkit.records import RunRecord
 
 
 def value(name: str, number: float | str | bool, unit: str = "", ci95: list | None = None, kind: str = "value") -> dict:

@@ -4,7 +4,7 @@ import matplotlib
 import pytest
 import torch
 
-from labkit import models, plots
+from labkit import models, show
 from labkit.errors import InputError
 from labkit.pruning import coupling, picture
 
@@ -28,7 +28,7 @@ def test_summands_and_reader_share_a_group(groups):
     assert at["stage2.1.conv1"]["columns in group"] == at["stage2.0.bn2"]["rows in group"]
     assert at["stage2.0.conv1"]["columns in group"] == at["stage1.2.bn2"]["rows in group"]
     assert at["stage2.0.conv1"]["rows in group"] != at["stage2.0.conv2"]["rows in group"]
-    plots.show(fig, alt="the block, drawn with its couplings", table=rows)
+    show.figure(fig, alt="the block, drawn with its couplings", table=rows)
 
 
 def test_an_identity_shortcut_is_one_arrow(groups):

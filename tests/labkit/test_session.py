@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import labkit
-from labkit import files, record, session
+from labkit import files, records, session
 from labkit.errors import InputError
 from labkit.session import Lab
 
@@ -271,7 +271,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     other = labkit.start("01", preset="class", device="cpu", results_dir=lab._path.parent)
     other.record("step", 0.001, "s", ci95=(0.0009, 0.0011))
     values = {**other.finish().to_dict(), "device": "cuda", "machine": {"label": "Some GPU", "slug": "some-gpu"}}
-    record.write(record.RunRecord.from_dict(values), files.RECORDED / "some-gpu" / "01.json")
+    records.write(records.RunRecord.from_dict(values), files.RECORDED / "some-gpu" / "01.json")
     capsys.readouterr()
 
     (found,) = lab.recorded("step")
@@ -350,7 +350,7 @@ def test_finish_writes_the_record_and_shows_what_came_of_it(lab, capsys):
     lab.claim("1.1", 2.0)
     result = lab.finish()
     out = capsys.readouterr().out
-    assert record.read(lab._path) == result
+    assert records.read(lab._path) == result
     assert lab._path.parts[-3:] == ("runs", "01", "record.json")
     assert "2.00x too high" in out and "not measured" in out and "confirmed" in out
     assert "within the budget of preset smoke" in out
@@ -383,10 +383,10 @@ def test_finish_may_be_called_again_and_keeps_what_came_since(lab):
 
 
 def test_peak_memory_is_this_process_s_own():
-    from labkit.process import peak_memory
+    from labkit.records import peak_memory
 
     kept = np.ones(2**26, dtype=np.uint8)
-    code = "from labkit.process import peak_memory; print(peak_memory())"
+    code = "from labkit.records import peak_memory; print(peak_memory())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert peak_memory() >= kept.nbytes
     assert 50e6 < child < 2e9
@@ -412,8 +412,8 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     NotebookClient(book, timeout=120, on_cell_start=read_before).execute()
     nbformat.write(book, tmp_path / "lesson.ipynb")
-    carried = record.from_notebook(tmp_path / "lesson.ipynb")
-    assert carried == record.read(tmp_path / "01" / "record.json")
+    carried = records.from_notebook(tmp_path / "lesson.ipynb")
+    assert carried == records.read(tmp_path / "01" / "record.json")
     assert carried.named("step")["value"] == 1.0
     assert carried.seconds < 2.5
     shown = book.cells[-1].outputs[0].data
@@ -421,14 +421,14 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
 
 
 def test_card_names_the_recorded_runs_or_says_that_there_is_none(lab, capsys, monkeypatch):
-    from labkit import record
+    from labkit import records
 
     kept = lab.finish()
     capsys.readouterr()
-    monkeypatch.setattr(record, "recorded", lambda lesson: [kept])
+    monkeypatch.setattr(records, "recorded", lambda lesson: [kept])
     lab._show_card()
     shown = capsys.readouterr().out
     assert f"at {kept.preset} on {kept.machine['label']}, {kept.created[:10]}" in shown
-    monkeypatch.setattr(record, "recorded", lambda lesson: [])
+    monkeypatch.setattr(records, "recorded", lambda lesson: [])
     lab._show_card()
     assert "not recorded yet" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from labkit import plots
+from labkit import show
 from labkit.errors import InputError
 
 ALT = "Latency against batch from 1 to 4: it rises with the square root."
@@ -23,7 +23,7 @@ ROWS = [{"batch": 1, "latency": 1.0}, {"batch": 4, "latency": 2.0}]
 @pytest.fixture(autouse=True)
 def style() -> Iterator[None]:
     with matplotlib.rc_context():
-        plots.style()
+        show.style()
         yield
     plt.close("all")
 
@@ -90,7 +90,7 @@ def cells(text: str) -> list[str]:
     ],
 )
 def test_quantity_reads_as_a_person_writes_it(value, unit, text):
-    assert plots.quantity(value, unit) == text
+    assert show.quantity(value, unit) == text
 
 
 @pytest.mark.parametrize(
@@ -108,20 +108,20 @@ def test_quantity_reads_as_a_person_writes_it(value, unit, text):
     ],
 )
 def test_factor_converts_between_units_of_one_kind(unit, wanted, factor):
-    assert plots.factor(unit, wanted) == (factor if factor is None else pytest.approx(factor))
+    assert show.factor(unit, wanted) == (factor if factor is None else pytest.approx(factor))
 
 
 @pytest.mark.parametrize("alt", ["", "A plot", None, " " * 60])
 def test_a_figure_without_alt_text_is_refused(figure, alt):
     with pytest.raises(InputError, match="no alt text of 30 characters or more"):
-        plots.show(figure, alt=alt, table=ROWS)
+        show.figure(figure, alt=alt, table=ROWS)
     assert plt.fignum_exists(figure.number)
 
 
 @pytest.mark.parametrize("table", [[], None, [1, 2], "batch", [{}], {"batch": 1}])
 def test_a_figure_without_its_data_is_refused(figure, table):
     with pytest.raises(InputError, match="non-empty list of dicts"):
-        plots.show(figure, alt=ALT, table=table)
+        show.figure(figure, alt=ALT, table=table)
 
 
 def test_an_axis_without_a_label_is_named():
@@ -130,12 +130,12 @@ def test_an_axis_without_a_label_is_named():
     right.set(xlabel="batch")
     right.set_title("prefill")
     with pytest.raises(InputError, match=r"The y axis of axes 2 \(prefill\) has no label; call ax.set_ylabel"):
-        plots.show(fig, alt=ALT, table=ROWS)
+        show.figure(fig, alt=ALT, table=ROWS)
 
 
 def test_an_empty_figure_is_refused():
     with pytest.raises(InputError, match="has no axes"):
-        plots.show(plt.figure(), alt=ALT, table=ROWS)
+        show.figure(plt.figure(), alt=ALT, table=ROWS)
 
 
 def test_axes_that_have_nothing_to_label_pass(capsys):
@@ -143,7 +143,7 @@ def test_axes_that_have_nothing_to_label_pass(capsys):
     for ax in axes[1]:
         ax.set_xlabel("batch")
     fig.supylabel("latency (ms)")
-    plots.show(fig, alt=ALT, table=ROWS)
+    show.figure(fig, alt=ALT, table=ROWS)
 
     fig, (picture, plot) = plt.subplots(1, 2)
     image = picture.imshow([[1, 2], [3, 4]])
@@ -151,12 +151,12 @@ def test_axes_that_have_nothing_to_label_pass(capsys):
     fig.colorbar(image, ax=picture, label="weight")
     plot.set(xlabel="batch", ylabel="latency (ms)")
     plot.twinx().set_ylabel("throughput (requests/s)")
-    plots.show(fig, alt=ALT, table=ROWS)
+    show.figure(fig, alt=ALT, table=ROWS)
     assert capsys.readouterr().out.count(ALT) == 2
 
 
 def test_a_figure_carries_its_description_and_data(figure, notebook):
-    plots.show(figure, alt=ALT, table=ROWS, caption="Latency <ms>", simulated=True)
+    show.figure(figure, alt=ALT, table=ROWS, caption="Latency <ms>", simulated=True)
     (picture, metadata), (folded, _) = notebook
     assert metadata == {"image/png": {"alt": ALT}}
     assert base64.b64decode(picture["image/png"]).startswith(b"\x89PNG")
@@ -166,7 +166,7 @@ def test_a_figure_carries_its_description_and_data(figure, notebook):
 
 
 def test_a_figure_is_closed_and_small(figure, notebook):
-    plots.show(figure, alt=ALT, table=ROWS)
+    show.figure(figure, alt=ALT, table=ROWS)
     assert not plt.fignum_exists(figure.number)
     assert len(notebook[0][0]["image/png"]) < 60_000
 
@@ -176,18 +176,18 @@ def test_the_same_figure_gives_the_same_bytes(notebook):
         fig, ax = plt.subplots()
         ax.plot([1, 2])
         ax.set(xlabel="batch", ylabel="latency (ms)")
-        plots.show(fig, alt=ALT, table=ROWS)
+        show.figure(fig, alt=ALT, table=ROWS)
     assert notebook[0][0]["image/png"] == notebook[2][0]["image/png"]
 
 
 def test_outside_a_notebook_a_figure_is_words_and_data(figure, capsys):
-    plots.show(figure, alt=ALT, table=ROWS, caption="Latency")
+    show.figure(figure, alt=ALT, table=ROWS, caption="Latency")
     assert capsys.readouterr().out == f"Latency\n{ALT}\nbatch  latency\n1      1\n4      2\n"
 
 
 def test_a_table_puts_units_in_the_heading_and_numbers_right(notebook):
     rows = [{"name": "a<b", "time": 1.5}, {"name": "c", "time": None, "bytes": 12345}]
-    plots.table(rows, caption="Sizes", units={"time": "ms"}, simulated=True)
+    show.table(rows, caption="Sizes", units={"time": "ms"}, simulated=True)
     text = notebook[0][0]["text/html"]
     assert cells(text) == ["name", "time (ms)", "bytes", "a<b", "1.50", "–", "c", "–", "12,345"]
     assert '<td align="right"' in text and "SIMULATED" in text and "<caption" in text
@@ -196,12 +196,12 @@ def test_a_table_puts_units_in_the_heading_and_numbers_right(notebook):
 
 def test_units_of_a_column_that_is_not_there_are_refused():
     with pytest.raises(InputError, match=r"units names 'ms', which is no column; the columns are batch, latency"):
-        plots.table(ROWS, units={"ms": "ms"})
+        show.table(ROWS, units={"ms": "ms"})
 
 
 def test_colours_differ_from_each_other_in_lightness_or_hue():
-    assert len(set(plots.COLOURS)) == len(plots.COLOURS) == 7
-    assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(plots.COLOURS)
+    assert len(set(show.COLOURS)) == len(show.COLOURS) == 7
+    assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(show.COLOURS)
 
 
 def test_a_notebook_shows_the_picture_with_its_alt_text_once(tmp_path: Path):
@@ -211,12 +211,12 @@ def test_a_notebook_shows_the_picture_with_its_alt_text_once(tmp_path: Path):
 
     code = f"""
 import matplotlib.pyplot as plt
-from labkit import plots
-plots.style()
+from labkit import show
+show.style()
 fig, ax = plt.subplots()
 ax.plot([1, 4], [1, 2])
 ax.set(xlabel="batch", ylabel="latency (ms)")
-plots.show(fig, alt={ALT!r}, table={ROWS!r})"""
+show.figure(fig, alt={ALT!r}, table={ROWS!r})"""
     path = tmp_path / "figure.ipynb"
     nbformat.write(new_notebook(cells=[new_code_cell(code)]), path)
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(path)]
@@ -233,7 +233,7 @@ def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
         for x, y in ((0.5, 90.0), (0.9, 70.0))
     ]
     ax = plt.subplots()[1]
-    plots.lines(ax, rows, "sparsity", "accuracy", by="criterion", baseline="random")
+    show.lines(ax, rows, "sparsity", "accuracy", by="criterion", baseline="random")
     first, second = ax.containers
     assert [first.get_label(), second.get_label()] == ["magnitude", "random"]
     assert first[0].get_xydata().tolist() == [[0.5, 90.0], [0.9, 70.0]]
@@ -245,13 +245,13 @@ def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
 
 def test_lines_without_intervals_draws_no_bars():
     ax = plt.subplots()[1]
-    plots.lines(ax, [{"x": 1, "y": 2, "kind": "a"}, {"x": 2, "y": 3, "kind": "a"}], "x", "y", by="kind")
+    show.lines(ax, [{"x": 1, "y": 2, "kind": "a"}, {"x": 2, "y": 3, "kind": "a"}], "x", "y", by="kind")
     assert not ax.containers[0].has_yerr
 
 
 def test_curves_has_a_panel_a_title_one_legend_and_the_reference():
     rows = [{"x": i, "y": float(i * k), "kind": str(k)} for k in (1, 2) for i in (1, 2)]
-    fig = plots.curves({"before": rows, "after": rows}, "x", "y", by="kind", reference=1.5, ylabel="height (m)")
+    fig = show.curves({"before": rows, "after": rows}, "x", "y", by="kind", reference=1.5, ylabel="height (m)")
     first, second = fig.axes
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["before", "after"]
     assert (first.get_xlabel(), first.get_ylabel()) == ("x", "height (m)")
@@ -262,7 +262,7 @@ def test_curves_has_a_panel_a_title_one_legend_and_the_reference():
 
 def test_wide_has_a_row_for_each_combination_and_a_column_for_each_x():
     rows = [{"sparsity": s, "kernel": k, "batch": 1, "speed-up": s * len(k)} for k in ("csr", "kernel") for s in (1, 2)]
-    assert plots.wide(rows, "sparsity", "speed-up", by=("kernel", "batch")) == [
+    assert show.wide(rows, "sparsity", "speed-up", by=("kernel", "batch")) == [
         {"kernel": "csr", "batch": 1, "sparsity 1": 3, "sparsity 2": 6},
         {"kernel": "kernel", "batch": 1, "sparsity 1": 6, "sparsity 2": 12},
     ]

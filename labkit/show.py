@@ -61,7 +61,7 @@ def style() -> None:
     )
 
 
-def show(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
+def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
     """Show a matplotlib figure, its description and its data, and close it.
 
     `alt` tells who cannot see the figure what it shows, in at least 30 characters; `table` is the data, one dict a row.

@@ -7,15 +7,23 @@ samples and intervals, never a path or a host name; how results are drawn is lef
 import json
 import math
 import numbers
+import os
+import re
+import statistics
 import subprocess
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
-from labkit import files, plots
+import torch
+
+from labkit import claims, files, machine, show
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
 
@@ -105,7 +113,7 @@ def read(path: Path) -> RunRecord:
 
 def embed(record: RunRecord, text: str, html: str | None = None) -> None:
     """Put the record into the cell's output, shown as `html` or `text`; outside a notebook print the text."""
-    plots.emit(text, html, data={MIME: record.to_dict()})
+    show.emit(text, html, data={MIME: record.to_dict()})
 
 
 def from_notebook(path: Path) -> RunRecord:
@@ -216,3 +224,127 @@ _ENTRIES = {
     "claims": {"id", "value", "verdict"},
     "checks": {"id", "passed"},
 }
+
+
+# a finished run in a few lines
+
+NO_FACTOR = "–"
+
+
+def summary(done: RunRecord) -> tuple[str, str]:
+    """The record as text and as HTML."""
+    budget, known = done.budget, claims.load() if done.claims else {}
+    tables = {
+        "Predicted and measured": [
+            {
+                "quantity": p["name"],
+                "predicted": show.quantity(p["predicted"], p["unit"]),
+                "measured": show.quantity(p["measured"], p["unit"]) if p["measured"] is not None else "not measured",
+                "prediction was": off_by(p["predicted"], p["measured"]),
+            }
+            for p in done.predictions
+        ],
+        "The guide's claims": [
+            {
+                "claim": f"{c['id']}  {known[c['id']].text}",
+                "expected": claims.expected(known[c["id"]]),
+                "here": show.quantity(c["value"], known[c["id"]].unit),
+                "verdict": c["verdict"],
+            }
+            for c in done.claims
+        ],
+        "Exercises": [
+            {"exercise": c["id"], "result": "passed" if c["passed"] else "; ".join(c["failures"])} for c in done.checks
+        ],
+    }
+    limit = f" of {show.quantity(budget['memory'], 'B')}" if budget["memory"] else ""
+    cost = (
+        f"{done.seconds:.0f} s of {budget['seconds']:.0f} s, peak memory {show.quantity(done.peak_memory, 'B')}"
+        f"{limit}: "
+        f"{'within' if budget['within'] else 'OVER'} the budget of preset {done.preset}."
+    )
+    kept = f"{len(done.measurements)} results are in {done.lesson}/record.json in the results folder."
+    shown = {title: rows for title, rows in tables.items() if rows}
+    title = f"Lesson {done.lesson} finished"
+    kept = " ".join(filter(None, [calibration(done.predictions), kept]))
+    text = "\n\n".join(
+        [f"{title}: {cost}", *(f"{name}\n{show.text_table(rows)}" for name, rows in shown.items()), kept]
+    )
+    html = f"<p><b>{title}.</b> {escape(cost)}</p>" + "".join(
+        show.html_table(rows, caption=name) for name, rows in shown.items()
+    )
+    return text, f"{html}<p>{escape(kept)}</p>"
+
+
+def off_by(predicted: Any, measured: Any) -> str:
+    """How far a prediction was off, as a factor: "1.80x too high"; "–" where no factor can be given."""
+    if not all(isinstance(one, int | float) for one in (predicted, measured)) or predicted * measured <= 0:
+        return NO_FACTOR
+    ratio = predicted / measured
+    if abs(ratio - 1) < 0.05:
+        return "right within 5 %"
+    return f"{show.quantity(ratio, 'x')} too high" if ratio > 1 else f"{show.quantity(1 / ratio, 'x')} too low"
+
+
+def calibration(predictions: Sequence[Mapping[str, Any]]) -> str:
+    """How good several guesses were together, in a sentence; "" where fewer than two were measured.
+
+    Guesses are off by factors, so the middle one is the median of max(predicted / measured, measured / predicted).
+    """
+    pairs = [(one["predicted"], one["measured"]) for one in predictions]
+    ratios = [guess / found for guess, found in pairs if off_by(guess, found) != NO_FACTOR]
+    if len(ratios) < 2:
+        return ""
+    factors = [max(ratio, 1 / ratio) for ratio in ratios]
+    high, low = (sum(one > 1.05 for one in side) for side in (ratios, [1 / ratio for ratio in ratios]))
+    return (
+        f"Of {len(ratios)} predictions half were off by a factor of {show.quantity(statistics.median(factors), '')} "
+        f"or less, {sum(factor <= 2 for factor in factors)} by no more than 2; too high: {high}, too low: {low}."
+    )
+
+
+# what a run takes
+
+
+class Stopwatch:
+    """Seconds that the session ran: in a notebook the time in cells, since reading and thinking are no cost of it."""
+
+    def __init__(self) -> None:
+        self._before, self._since = 0.0, time.perf_counter()
+        if show.in_notebook():
+            events = sys.modules["IPython"].get_ipython().events
+            events.register("pre_run_cell", self._resume)
+            events.register("post_run_cell", self._pause)
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def _resume(self, *_: Any) -> None:
+        self._since = time.perf_counter()
+
+    def _pause(self, *_: Any) -> None:
+        self._before, self._since = self.seconds, None
+
+
+def threads() -> int:
+    """Physical cores that this process may use, a container's quota included; OMP_NUM_THREADS, where set, is kept."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    cores = machine.fingerprint("cpu").cores
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or no limit ("max")
+        return cores
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process. Linux's ru_maxrss would count in what the parent held when it started us."""
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

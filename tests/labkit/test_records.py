@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from labkit import files, record
+from labkit import files, records
 from labkit.errors import DataError, InputError
-from labkit.record import MIME, RunRecord
+from labkit.records import MIME, RunRecord
 
 RECORD = RunRecord(
     lesson="01",
@@ -41,8 +41,8 @@ def notebook(folder: Path, *outputs: dict) -> Path:
 
 
 def test_a_record_is_read_back_equal(tmp_path):
-    record.write(RECORD, tmp_path / "new" / "record.json")
-    assert record.read(tmp_path / "new" / "record.json") == RECORD
+    records.write(RECORD, tmp_path / "new" / "record.json")
+    assert records.read(tmp_path / "new" / "record.json") == RECORD
 
 
 def test_a_record_says_when_and_with_what_it_was_made():
@@ -54,17 +54,17 @@ def test_a_record_says_when_and_with_what_it_was_made():
 def test_git_is_none_outside_a_clone(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert record._git() is None
+    assert records._git() is None
 
 
 def test_numbers_of_numpy_and_torch_become_plain():
     value = {"a": np.float32(0.5), "b": torch.tensor(3), "c": np.array([1, 2]), "d": (True, None), 1: np.int64(7)}
-    assert record.plain(value) == {"a": 0.5, "b": 3, "c": [1, 2], "d": [True, None], "1": 7}
+    assert records.plain(value) == {"a": 0.5, "b": 3, "c": [1, 2], "d": [True, None], "1": 7}
 
 
 def test_what_is_not_finite_is_kept_as_text_and_the_file_stays_strict_json(tmp_path):
     values = [{"kind": "value", "name": "loss", "value": math.nan, "ci95": [-math.inf, math.inf]}]
-    record.write(replace(RECORD, measurements=values), tmp_path / "record.json")
+    records.write(replace(RECORD, measurements=values), tmp_path / "record.json")
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -75,7 +75,7 @@ def test_what_is_not_finite_is_kept_as_text_and_the_file_stays_strict_json(tmp_p
 
 def test_what_json_cannot_hold_is_refused_before_writing(tmp_path):
     with pytest.raises(InputError, match="not a Linear; record what you measured of it"):
-        record.write(replace(RECORD, parameters={"layer": torch.nn.Linear(1, 1)}), tmp_path / "record.json")
+        records.write(replace(RECORD, parameters={"layer": torch.nn.Linear(1, 1)}), tmp_path / "record.json")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,7 +88,7 @@ def test_no_folder_of_the_user_gets_into_the_file(tmp_path, monkeypatch):
         parameters={"MODEL": "/srv/models/small.bin", "HUB": "org/name", "WINDOWS": r"C:\Users\jane\m.bin"},
         checks=[{"id": "01.1", "passed": False, "failures": failures}],
     )
-    record.write(changed, tmp_path / "record.json")
+    records.write(changed, tmp_path / "record.json")
     kept = json.loads((tmp_path / "record.json").read_text())
     assert kept["parameters"]["MODEL"] == "small.bin"
     assert kept["parameters"]["HUB"] == "org/name"
@@ -97,22 +97,22 @@ def test_no_folder_of_the_user_gets_into_the_file(tmp_path, monkeypatch):
 
 def test_an_older_record_stays_whole_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    record.write(RECORD, path)
+    records.write(RECORD, path)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(InputError, match=r"cannot be written to .* \(No space left on device\)"):
-        record.write(replace(RECORD, seconds=9.0), path)
+        records.write(replace(RECORD, seconds=9.0), path)
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
-    assert record.read(path) == RECORD
+    assert records.read(path) == RECORD
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(InputError, match="choose another results_dir"):
-        record.write(RECORD, tmp_path / "runs" / "record.json")
+        records.write(RECORD, tmp_path / "runs" / "record.json")
 
 
 @pytest.mark.parametrize(
@@ -136,46 +136,46 @@ def test_a_damaged_record_is_named_with_its_fault(tmp_path, change, message):
     path = tmp_path / "record.json"
     path.write_text(json.dumps({**RECORD.to_dict(), **change}))
     with pytest.raises(DataError, match=rf"record\.json (is damaged: )?{message}"):
-        record.read(path)
+        records.read(path)
 
 
 def test_a_record_without_a_field_is_refused(tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps({name: value for name, value in RECORD.to_dict().items() if name != "git"}))
     with pytest.raises(DataError, match="`git` is missing"):
-        record.read(path)
+        records.read(path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00", '"labkit.record/1"'])
 def test_a_file_that_is_no_record_is_refused(tmp_path, text):
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(DataError, match="run the lesson again"):
-        record.read(tmp_path / "record.json")
+        records.read(tmp_path / "record.json")
 
 
 def test_a_missing_file_says_how_to_make_it(tmp_path):
     with pytest.raises(DataError, match=r"There is no .*record\.json; run the lesson to its last cell"):
-        record.read(tmp_path / "record.json")
+        records.read(tmp_path / "record.json")
 
 
 def test_the_last_record_of_a_notebook_is_read(tmp_path):
     older = replace(RECORD, seconds=1.0).to_dict()
     path = notebook(tmp_path, {"text/plain": "1"}, {MIME: older}, {MIME: RECORD.to_dict(), "text/plain": "done"})
-    assert record.from_notebook(path) == RECORD
+    assert records.from_notebook(path) == RECORD
 
 
 def test_a_notebook_without_a_record_is_refused(tmp_path):
     with pytest.raises(DataError, match="carries no run record; run the notebook to its last cell"):
-        record.from_notebook(notebook(tmp_path, {"text/plain": "1"}))
+        records.from_notebook(notebook(tmp_path, {"text/plain": "1"}))
 
 
 def test_recorded_reads_one_record_a_machine_in_order(tmp_path):
     for slug in ("nvidia-h100", "amd-epyc-2c"):
-        record.write(replace(RECORD, machine={"slug": slug}), tmp_path / slug / "01.json")
-    record.write(replace(RECORD, lesson="02"), tmp_path / "amd-epyc-2c" / "02.json")
-    found = record.recorded("01", tmp_path)
+        records.write(replace(RECORD, machine={"slug": slug}), tmp_path / slug / "01.json")
+    records.write(replace(RECORD, lesson="02"), tmp_path / "amd-epyc-2c" / "02.json")
+    found = records.recorded("01", tmp_path)
     assert [one.machine["slug"] for one in found] == ["amd-epyc-2c", "nvidia-h100"]
-    assert record.recorded("03", tmp_path) == []
+    assert records.recorded("03", tmp_path) == []
 
 
 def test_a_record_prints_on_one_line():
