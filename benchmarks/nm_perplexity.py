@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from labkit import datasets, intervals, models, records, training
+from labkit import datasets, models, records, stats, training
 from labkit.batches import segments
 from labkit.files import replacing
 from labkit.pruning import layerwise
@@ -79,7 +79,7 @@ def main() -> None:
             with replacing(options.json) as partial:
                 partial.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"\n{'method':10} {'pattern':8} {'segments':>8} {'perplexity over dense, mean over seeds':>40}")
-    for row in intervals.over_seeds(rows, "over_dense", by=("method", "pattern", "segments")):
+    for row in stats.over_seeds(rows, "over_dense", by=("method", "pattern", "segments")):
         spread = f"[{row['low']:.3f}, {row['high']:.3f}]" if row["segments"] else "(no seeds)"
         print(f"{row['method']:10} {row['pattern']:8} {row['segments']:8} {row['over_dense']:12.3f} {spread:>27}")
 

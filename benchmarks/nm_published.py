@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from labkit import datasets, intervals, models, training
+from labkit import datasets, models, stats, training
 from labkit.batches import segments
 from labkit.pruning import layerwise, nm_pattern
 from labkit.pruning.sparsegpt import Pattern, sparsegpt
@@ -166,9 +166,9 @@ def main() -> None:
         rows.append({"seed": seed, "published": both[0], "labkit": both[1]})
         times += taken
         print(f"seed {seed}: perplexity published {both[0]:.3f}, labkit {both[1]:.3f}", flush=True)
-    ratio, low, high = (math.exp(x) for x in intervals.mean_ci([math.log(r["labkit"] / r["published"]) for r in rows]))
+    ratio, low, high = (math.exp(x) for x in stats.mean_ci([math.log(r["labkit"] / r["published"]) for r in rows]))
     print(f"perplexity, labkit over published: {ratio:.4f} [{low:.4f}, {high:.4f}] over {len(rows)} seeds")
-    speed, low_speed, high_speed = intervals.paired_ratio(*zip(*times, strict=True))
+    speed, low_speed, high_speed = stats.paired_ratio(*zip(*times, strict=True))
     print(f"labkit is {speed:.2f}x faster on a weight [{low_speed:.2f}, {high_speed:.2f}] over {len(times)} weights")
     if options.json:
         options.json.write_text(json.dumps({"perplexity": rows, "seconds": times}, indent=1))

@@ -22,7 +22,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from tqdm import tqdm
 
 from course import runs
-from labkit import files, intervals
+from labkit import files, stats
 
 COMMAND = "import sys, pathlib, course.cli as c; c.files.NOTEBOOKS = pathlib.Path(sys.argv.pop(1)); c.main()"
 
@@ -67,7 +67,7 @@ def measure(calls: Mapping[str, Callable[[], object]], rounds: int, seed: int = 
 
 def overhead(seconds: Mapping[str, list[float]], name: str) -> tuple[float, float, float]:
     """Median of `name` less papermill over the rounds, in s, and its 95 % interval."""
-    return intervals.median_ci([a - b for a, b in zip(seconds[name], seconds["papermill"], strict=True)])
+    return stats.median_ci([a - b for a, b in zip(seconds[name], seconds["papermill"], strict=True)])
 
 
 def main() -> None:
@@ -77,11 +77,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = measure(ways(Path(folder)), rounds)
     for name, values in seconds.items():
-        middle, low, high = intervals.median_ci(values)
+        middle, low, high = stats.median_ci(values)
         line = f"{name:12} {middle:6.2f} s [{low:.2f}, {high:.2f}]"
         if name != "papermill":
             more, least, most = overhead(seconds, name)
-            ratio = intervals.paired_ratio(values, seconds["papermill"])
+            ratio = stats.paired_ratio(values, seconds["papermill"])
             line += f"   {more:+.2f} s [{least:+.2f}, {most:+.2f}]   {ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]"
         print(line)
 

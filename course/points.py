@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.intervals import mean_ci
 from labkit.records import RunRecord
+from labkit.stats import mean_ci
 
 Estimate = tuple[float, float, float]  # value, low, high; the ends are infinite where there is no interval
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from labkit import clocks, environment, intervals
+from labkit import clocks, environment, stats
 from labkit.clocks import Call, Clock, Sample
 from labkit.errors import InputError
 from labkit.measurement import Comparison, Measurement
@@ -72,7 +72,7 @@ def measure(
                 continue
             moments.append(environment.snapshot(run.device))
             by_cpu = _cpu_time_is_better(run, moments, [samples])
-            if spent or intervals.half_width(*intervals.median_ci([s[by_cpu] for s in samples])) <= PRECISION:
+            if spent or stats.half_width(*stats.median_ci([s[by_cpu] for s in samples])) <= PRECISION:
                 break
     shared = _machine_warnings(run, moments, by_cpu, [samples])
     return _measurement(name, run, samples, number, first_s, by_cpu, shared)
@@ -151,7 +151,7 @@ def _blocks(
     seed: int,
 ) -> Iterator[tuple[list[bool], Sides]]:
     """Time blocks of pairs for as long as they are asked for: who went first in each pair, and both sides' samples."""
-    orders = intervals.balanced_order(random.Random(seed), per_block if per_block > 1 else intervals.LEAST)
+    orders = stats.balanced_order(random.Random(seed), per_block if per_block > 1 else stats.LEAST)
     for block in itertools.count():
         order = list(itertools.islice(orders, per_block))
         if rebuild is not None and block > 0:
@@ -192,8 +192,8 @@ def _until_precise(
         look_at = LOOK_AGAIN * count
         moments.append(environment.snapshot(run.device))
         by_cpu = _cpu_time_is_better(run, moments, samples)
-        ratio = intervals.paired_ratio(*([sample[by_cpu] for sample in side] for side in samples), per_block)
-        if spent or intervals.half_width(*ratio) <= width:
+        ratio = stats.paired_ratio(*([sample[by_cpu] for sample in side] for side in samples), per_block)
+        if spent or stats.half_width(*ratio) <= width:
             return samples, firsts, moments, by_cpu
     raise AssertionError("blocks never end")
 
@@ -225,10 +225,8 @@ def _measurement(
         other, others = "", ()
     if len(seconds) < BLOCKS:
         warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are wanted: raise budget_s")
-    if (change := intervals.drift(seconds)) is not None:
+    if (change := stats.drift(seconds)) is not None:
         warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
-    elif intervals.bimodal(seconds):
-        warnings.append("times fall in two clumps: the median may jump between them")
     return Measurement(
         name=name,
         samples_s=seconds,
@@ -262,20 +260,15 @@ def _machine_warnings(
 
 
 def _pair_warnings(result: Comparison) -> tuple[str, ...]:
-    """What the pairs themselves show: too few, drift, an order effect, two clumps of ratios, more than can be."""
-    a, b = (intervals.block_minima(side.samples_s, result.per_block) for side in (result.baseline, result.candidate))
-    ratios = [x / y for x, y in zip(result.baseline.samples_s, result.candidate.samples_s, strict=True)]
+    """What the pairs themselves show: too few, drift, more than can be."""
+    a, b = (stats.block_minima(side.samples_s, result.per_block) for side in (result.baseline, result.candidate))
     warnings = []
     if len(a) < BLOCKS:
         warnings.append(f"only {len(a)} blocks of pairs, and {BLOCKS} are wanted: raise budget_s")
-    if (change := intervals.drift([math.sqrt(x * y) for x, y in zip(a, b, strict=True)])) is not None:
+    if (change := stats.drift([math.sqrt(x * y) for x, y in zip(a, b, strict=True)])) is not None:
         warnings.append(
             f"speed drifted: {change:+.0%} time from the first half of the run to the second, alike for both"
         )
-    if (effect := intervals.order_effect([math.log(ratio) for ratio in ratios], result.baseline_first)) is not None:
-        warnings.append(f"order effect: going first costs {effect:+.1%}, balanced out over the pairs")
-    if intervals.bimodal([x / y for x, y in zip(a, b, strict=True)]):
-        warnings.append("the ratios fall in two clumps: the median may jump between them")
     if result.ceiling is not None and result.speedup > result.ceiling:
         fate = "refused, check the benchmark" if result.ci95[0] > result.ceiling else "the interval reaches below it"
         warnings.append(f"{result.speedup:.2f}x is above the ceiling of {result.ceiling:.2f}x: {fate}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from labkit import intervals
+from labkit import stats
 from labkit.errors import InputError
 
 Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
@@ -38,7 +38,7 @@ class Measurement:
     @property
     def median_s(self) -> float:
         """Median seconds per call."""
-        return intervals.median_ci(self.samples_s)[0]
+        return stats.median_ci(self.samples_s)[0]
 
     @property
     def ci95_s(self) -> tuple[float, float]:
@@ -46,7 +46,7 @@ class Measurement:
 
         Another process may settle elsewhere: to compare two callables use compare(), never two of these intervals.
         """
-        _, lo, hi = intervals.median_ci(self.samples_s)
+        _, lo, hi = stats.median_ci(self.samples_s)
         return max(0.0, lo), hi
 
     def percentile(self, q: float) -> float:
@@ -133,7 +133,7 @@ class Comparison:
         return f"{' -> '.join(times)}: {ratio} {self.verdict}{_warned(self.warnings)}"
 
     def _ratio(self) -> tuple[float, float, float]:
-        return intervals.paired_ratio(self.baseline.samples_s, self.candidate.samples_s, self.per_block)
+        return stats.paired_ratio(self.baseline.samples_s, self.candidate.samples_s, self.per_block)
 
 
 def _plain(result: Measurement | Comparison) -> dict[str, Any]:

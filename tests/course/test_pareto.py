@@ -10,7 +10,7 @@ from test_report import RECORD
 from course import pareto, pareto_figure, results
 from course.pareto import Spot, TradeOff
 from course.points import Point, points
-from labkit import intervals
+from labkit import stats
 from labkit.records import RunRecord
 
 INF = math.inf
@@ -119,7 +119,7 @@ def test_seeds_are_pooled():
     accuracies = [90.0, 80.0, 85.0]
     (found,) = of(*(run(CUT | {"accuracy (%)": value}, seed=seed) for seed, value in enumerate(accuracies)))
     (one,) = found.spots
-    assert one.quality == intervals.mean_ci(accuracies) and one.runs == 3
+    assert one.quality == stats.mean_ci(accuracies) and one.runs == 3
     assert one.cost == (0.5, 0.5, 0.5)
 
 

@@ -5,7 +5,7 @@ import pytest
 from test_report import RECORD
 
 from course import points
-from labkit import intervals
+from labkit import stats
 from labkit.records import RunRecord
 
 
@@ -56,7 +56,7 @@ def test_a_parameter_may_be_missing_or_of_mixed_type():
 def test_one_run_keeps_its_interval_and_several_have_students():
     one = (0.9, 0.88, 0.92)
     assert points.pooled([one]) == one
-    assert points.pooled([one, (0.8, 0.7, 0.9), (0.7, 0.6, 0.8)]) == intervals.mean_ci([0.9, 0.8, 0.7])
+    assert points.pooled([one, (0.8, 0.7, 0.9), (0.7, 0.6, 0.8)]) == stats.mean_ci([0.9, 0.8, 0.7])
 
 
 @pytest.mark.parametrize("ends", [None, [None, None], ["-inf", "inf"]])

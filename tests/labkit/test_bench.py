@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from labkit import bench, clocks, environment, intervals
+from labkit import bench, clocks, environment, stats
 from labkit.bench import Comparison, Measurement, compare, measure
 from labkit.environment import Snapshot
 from labkit.errors import InputError
@@ -110,7 +110,7 @@ def test_guard_fails_when_the_interleaving_is_taken_out(environment):
         clock = SimulatedClock(environment, seed=seed)
         first, second = (measure(fn, clock=clock, budget_s=0.5).samples_s for fn in (work_a, work_b))
         n = min(len(first), len(second))
-        _, *interval = intervals.paired_ratio(first[:n], second[:n])
+        _, *interval = stats.paired_ratio(first[:n], second[:n])
         excluded += excludes(interval, 1.0)
     assert too_often(excluded, RUNS)
     assert excluded > RUNS // 4
@@ -143,7 +143,7 @@ def test_a_difference_below_one_percent_is_not_claimed():
 
 def test_stops_when_precise_and_not_when_significant():
     result = simulate(cost={work_a: 4e-3}, budget_s=30.0)
-    assert intervals.half_width(result.speedup, *result.ci95) <= 0.005
+    assert stats.half_width(result.speedup, *result.ci95) <= 0.005
     assert len(result.baseline_first) > bench.BLOCKS * result.per_block  # a factor of two was plain after six blocks
 
 
@@ -231,27 +231,6 @@ def test_drift_is_warned_of():
 
 def test_a_steady_clock_gives_no_warning():
     assert simulate(budget_s=2.0).warnings == ()
-
-
-def test_order_effect_is_warned_of_and_cancelled():
-    """SIMULATED: of two timed samples the first costs a tenth more (calls of 0.1 ms: a single call is a re-warm)."""
-    clock, timed = SimulatedClock(cost={work_a: 1e-4, work_b: 1e-4}), 0
-
-    def first_pays(fn, number):
-        nonlocal timed
-        timed += number > 1
-        return clock(fn, number) * (1.1 if number > 1 and timed % 2 else 1.0)
-
-    result = compare(work_a, work_b, clock=first_pays, budget_s=1.0)
-    assert any("order effect" in warning for warning in result.warnings)
-    assert not excludes(result.ci95, 1.0)
-    assert result.speedup == pytest.approx(1.0, abs=0.02)
-
-
-def test_two_clumps_are_warned_of():
-    clock = SimulatedClock()
-    result = measure(work_a, clock=lambda fn, number: clock(fn, number) * clock.rng.choice([1, 1.6]))
-    assert any("two clumps" in warning for warning in result.warnings)
 
 
 @pytest.mark.parametrize("result", [simulate(), measure(work_a, clock=SimulatedClock()), simulate(ceiling=0.5)])

@@ -17,7 +17,7 @@ import time
 import pytest
 import torch
 
-from labkit import environment, intervals
+from labkit import environment, stats
 from labkit.bench import compare, measure
 
 pytestmark = pytest.mark.timing
@@ -91,7 +91,7 @@ def most_allowed(runs: int) -> int:
 
 
 def excludes_one(first, second, per_block=1) -> bool:
-    _, lo, hi = intervals.paired_ratio(first, second, per_block)
+    _, lo, hi = stats.paired_ratio(first, second, per_block)
     return not lo <= 1.0 <= hi
 
 
@@ -108,7 +108,7 @@ def test_identical_work_is_not_told_apart(disturb):
         results.append(compare(run, run, budget_s=BUDGET_S, seed=seed))
     excluded = sum(not result.ci95[0] <= 1.0 <= result.ci95[1] for result in results)
     by_wall = sum(excludes_one(wall(result.baseline), wall(result.candidate), result.per_block) for result in results)
-    widths = sorted(intervals.half_width(result.speedup, *result.ci95) for result in results)
+    widths = sorted(stats.half_width(result.speedup, *result.ci95) for result in results)
     ratios = sorted(result.speedup for result in results)
     by_cpu = sum(result.baseline.clock == "cpu" for result in results)
     loads = sorted(result.foreign_cores or 0.0 for result in results)
@@ -155,7 +155,7 @@ def test_twice_the_work_is_found(disturb):
 
 def test_interval_is_narrow_within_two_seconds():
     result = compare(chain(4), chain(4), budget_s=2.0)
-    width = intervals.half_width(result.speedup, *result.ci95)
+    width = stats.half_width(result.speedup, *result.ci95)
     print(f"half-width {width:.2%}, foreign load {result.foreign_cores or 0.0:.2f} cores: {result}")
     assert width <= 0.02
 

@@ -1,7 +1,4 @@
-"""The statistics behind every claim, on SIMULATED clocks: the interval is honest, and the guard that says so can fail.
-
-One oracle for coverage: over 1000 comparisons of identical work a 95 % interval may miss the truth in 2.5 to 7.5 %.
-"""
+"""The statistics behind every claim, on SIMULATED clocks: the interval is honest, and its guard can fail."""
 
 import math
 import random
@@ -10,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from labkit import intervals
+from labkit import stats
 from labkit.errors import InputError
 
 RUNS, PAIRS, PER_BLOCK = 1000, 120, 6
@@ -36,7 +33,7 @@ ENVIRONMENTS = ("stationary", "linear drift", "step", "bursts", "preemption")
 
 def interleaved(seconds, rng, ratio, order_cost=0.0, order=None):
     """Baseline and candidate seconds when the slots are dealt out in pairs; whoever goes first pays order_cost."""
-    order = order or intervals.balanced_order(random.Random(int(rng.integers(2**31))), PER_BLOCK)
+    order = order or stats.balanced_order(random.Random(int(rng.integers(2**31))), PER_BLOCK)
     first = np.array([next(order) for _ in range(len(seconds) // 2)])
     pairs = seconds.reshape(-1, 2) * np.array([1 + order_cost, 1])
     a = np.where(first, pairs[:, 0], pairs[:, 1])
@@ -56,7 +53,7 @@ def misses(design, environment, ratio=1.0, per_block=PER_BLOCK, **how):
     results = []
     for _ in range(RUNS):
         a, b = design(slots(environment, rng, 2 * PAIRS), rng, ratio, **how)
-        results.append(intervals.paired_ratio(a.tolist(), b.tolist(), per_block))
+        results.append(stats.paired_ratio(a.tolist(), b.tolist(), per_block))
     estimates, lo, hi = np.array(results).T
     return float(np.mean((lo > ratio) | (hi < ratio))), float(np.median(estimates) / ratio - 1)
 
@@ -65,7 +62,7 @@ def honest(miss_rate: float) -> bool:
     return 0.025 <= miss_rate <= 0.075
 
 
-@pytest.mark.parametrize("ratio", [1.0, 1.05, 2.0])
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_interval_covers_the_true_ratio(environment, ratio):
     missed, bias = misses(interleaved, environment, ratio)
@@ -73,7 +70,7 @@ def test_interval_covers_the_true_ratio(environment, ratio):
     assert abs(bias) < 0.005
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize("environment", ["stationary", "step"])
 def test_single_pairs_are_honest_too(environment):
     missed, _ = misses(interleaved, environment, per_block=1)
     assert honest(missed)
@@ -107,33 +104,28 @@ def at_most(k: int, n: int) -> Fraction:
 
 @pytest.mark.parametrize("n", [6, 7, 20, 30, 40, 60, 100, 999, 2000])
 def test_rank_inverts_the_binomial(n):
-    k = intervals.rank(n)
+    k = stats.rank(n)
     assert at_most(k - 1, n) <= Fraction(25, 1000) < at_most(k, n)
-
-
-@pytest.mark.parametrize(("n", "k"), [(20, 6), (30, 10), (40, 14), (60, 22), (100, 40)])
-def test_rank_matches_the_tables(n, k):
-    assert intervals.rank(n) == k
 
 
 @pytest.mark.parametrize("n", range(6))
 def test_no_interval_below_six(n):
-    assert intervals.rank(n) == 0
+    assert stats.rank(n) == 0
 
 
 def test_median_ci_by_hand():
     # n = 8: P(Bin <= 0) = 1/256, P(Bin <= 1) = 9/256 > 0.025, so k = 1: least and greatest value
-    assert intervals.median_ci([5, 3, 8, 1, 7, 2, 6, 4]) == (4.5, 1, 8)
-    assert intervals.median_ci([1.0, 3.0]) == (2.0, -math.inf, math.inf)
+    assert stats.median_ci([5, 3, 8, 1, 7, 2, 6, 4]) == (4.5, 1, 8)
+    assert stats.median_ci([1.0, 3.0]) == (2.0, -math.inf, math.inf)
 
 
 def test_paired_ratio_without_interval_is_zero_to_infinity():
-    assert intervals.paired_ratio([2.0] * 5, [1.0] * 5) == (2.0, 0.0, math.inf)
+    assert stats.paired_ratio([2.0] * 5, [1.0] * 5) == (2.0, 0.0, math.inf)
 
 
 def test_block_minima_by_hand():
-    assert intervals.block_minima([3, 1, 2, 9, 8, 7], 3) == [1, 7]
-    assert intervals.block_minima([3, 1], 1) == [3, 1]
+    assert stats.block_minima([3, 1, 2, 9, 8, 7], 3) == [1, 7]
+    assert stats.block_minima([3, 1], 1) == [3, 1]
 
 
 def test_blocks_of_pairs_narrow_the_interval_under_preemption():
@@ -142,65 +134,44 @@ def test_blocks_of_pairs_narrow_the_interval_under_preemption():
     for _ in range(50):
         a, b = interleaved(slots("preemption", rng, 2 * PAIRS), rng, 1.0)
         for per_block, so_far in widths.items():
-            so_far.append(intervals.half_width(*intervals.paired_ratio(a.tolist(), b.tolist(), per_block)))
+            so_far.append(stats.half_width(*stats.paired_ratio(a.tolist(), b.tolist(), per_block)))
     assert np.median(widths[PER_BLOCK]) < 0.7 * np.median(widths[1])
 
 
 @pytest.mark.parametrize("group", [2, 4, 6])
 def test_every_group_is_balanced_and_orders_differ(group):
-    order = intervals.balanced_order(random.Random(0), group)
+    order = stats.balanced_order(random.Random(0), group)
     groups = [tuple(next(order) for _ in range(group)) for _ in range(200)]
-    assert all(sum(one) == group // 2 for one in groups)
+    assert all(sum(pairs) == group // 2 for pairs in groups)
     assert len(set(groups)) == math.comb(group, group // 2)
 
 
 def test_half_width_is_relative():
-    assert intervals.half_width(2.0, 1.9, 2.1) == pytest.approx(0.05)
-    assert intervals.half_width(2.0, 0.0, math.inf) == math.inf
+    assert stats.half_width(2.0, 1.9, 2.1) == pytest.approx(0.05)
+    assert stats.half_width(2.0, 0.0, math.inf) == math.inf
 
 
-@pytest.mark.parametrize("environment", ["linear drift", "step"])
-def test_drift_is_detected(environment):
-    rng = np.random.default_rng(3)
-    levels = slots(environment, rng, 40)
-    if environment == "step":
-        levels = slots("stationary", rng, 40) * np.repeat([1, 1.8], 20)
-    assert intervals.drift(levels.tolist()) > 0.15
+@pytest.mark.parametrize(
+    ("levels", "change"),
+    [
+        ([1.0] * 20 + [1.8] * 20, 0.8),
+        ([1.0] * 20 + [0.9] * 20, -0.1),
+        ([1.0] * 20 + [1.029] * 20, None),  # real, and too small to warn of
+        ([1.0] * 20 + [1.031] * 20, 0.031),
+        ([0.9, 1.1] * 10 + [1.0, 1.2] * 10, None),  # the intervals of the halves overlap
+        ([1.0, 9.0], None),  # too few to say
+        ([1.0], None),
+    ],
+)
+def test_drift_is_a_real_change_of_three_per_cent(levels, change):
+    assert stats.drift(levels) == (change if change is None else pytest.approx(change))
 
 
-def test_order_effect_is_measured():
-    rng = np.random.default_rng(3)
-    order = intervals.balanced_order(random.Random(1), PER_BLOCK)
-    first = [next(order) for _ in range(PAIRS)]
-    a, b = interleaved(slots("stationary", rng, 2 * PAIRS), rng, 1.5, order_cost=0.05, order=iter(first))
-    effect = intervals.order_effect(np.log(a / b).tolist(), first)
-    assert effect == pytest.approx(math.log(1.05), abs=0.01)
-
-
-def test_two_clumps_are_seen():
-    rng = np.random.default_rng(3)
-    assert intervals.bimodal(np.concatenate([rng.normal(1, 0.01, 30), rng.normal(1.5, 0.01, 12)]).tolist())
-
-
-@pytest.mark.parametrize("draw", ["normal", "exponential", "uniform", "lognormal"])
-@pytest.mark.parametrize("n", [20, 100])
-def test_detectors_seldom_cry_wolf(draw, n):
+@pytest.mark.parametrize("draw", ["normal", "exponential", "uniform"])
+def test_drift_is_seldom_seen_in_noise(draw):
     rng, runs = np.random.default_rng(5), 300
-    false = {"drift": 0, "order": 0, "bimodal": 0}
-    for _ in range(runs):
-        noise = getattr(rng, draw)(size=n)
-        values = (1 + 0.05 * noise).tolist()
-        order = intervals.balanced_order(random.Random(int(rng.integers(2**31))), 4)
-        false["drift"] += intervals.drift(values) is not None
-        false["order"] += intervals.order_effect(np.log(values).tolist(), [next(order) for _ in values]) is not None
-        false["bimodal"] += intervals.bimodal(values)
-    assert max(false.values()) <= 0.05 * runs, false
-
-
-def test_few_values_trigger_no_detector():
-    assert intervals.drift([1.0, 9.0]) is None
-    assert intervals.order_effect([0.1], [True]) is None
-    assert not intervals.bimodal([1.0, 2.0])
+    alarms = sum(stats.drift((1 + 0.05 * getattr(rng, draw)(size=40)).tolist()) is not None for _ in range(runs))
+    assert alarms <= 0.05 * runs
 
 
 # intervals of accuracies ---------------------------------------------------------------------------
@@ -210,21 +181,22 @@ def test_few_values_trigger_no_detector():
 @pytest.mark.parametrize("share", [0.5, 0.93])
 def test_wilson_covers_the_share(n, share):
     """Exact: the binomial probability of all outcomes whose interval holds the share, within what Wilson's can miss."""
-    held = [right for right in range(n + 1) if intervals.wilson(right, n)[1] <= share <= intervals.wilson(right, n)[2]]
+    held = [right for right in range(n + 1) if stats.wilson(right, n)[1] <= share <= stats.wilson(right, n)[2]]
     covered = sum(math.comb(n, right) * share**right * (1 - share) ** (n - right) for right in held)
     assert 0.93 <= covered <= 0.98
 
 
 def test_wilson_solves_its_own_equation():
     """Each bound p is where the observed share lies z standard errors of p away."""
-    share, *bounds = intervals.wilson(930, 1000)
+    share, *bounds = stats.wilson(930, 1000)
     for p in bounds:
-        assert abs(share - p) / math.sqrt(p * (1 - p) / 1000) == pytest.approx(intervals.Z95)
+        assert abs(share - p) / math.sqrt(p * (1 - p) / 1000) == pytest.approx(1.959964)
 
 
 @pytest.mark.parametrize(("right", "bounds"), [(0, (0.0, 0.28)), (10, (0.72, 1.0))])
 def test_wilson_stays_within_0_and_1(right, bounds):
-    assert intervals.wilson(right, 10)[1:] == pytest.approx(bounds, abs=0.005)
+    low, high = stats.wilson(right, 10)[1:]
+    assert (low, high) == pytest.approx(bounds, abs=0.005) and 0 <= low <= high <= 1
 
 
 def test_paired_difference_covers_the_truth_where_pairs_agree_mostly():
@@ -232,7 +204,7 @@ def test_paired_difference_covers_the_truth_where_pairs_agree_mostly():
     rng, inside, widths = np.random.default_rng(0), 0, []
     for _ in range(500):
         u = rng.uniform(size=400)
-        mean, low, high = intervals.paired_difference((u < 0.80).tolist(), (u < 0.75).tolist())
+        mean, low, high = stats.paired_difference((u < 0.80).tolist(), (u < 0.75).tolist())
         inside += low <= 0.05 <= high
         widths.append(high - low)
         assert low <= mean <= high
@@ -240,44 +212,71 @@ def test_paired_difference_covers_the_truth_where_pairs_agree_mostly():
     assert np.mean(widths) < 0.05  # unpaired it would be 0.11
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 10, 11, 30])
-def test_mean_ci_covers_the_mean(n):
-    rng = np.random.default_rng(n)
-    found = [intervals.mean_ci(list(rng.normal(0.9, 0.01, n))) for _ in range(4000)]
-    assert 0.94 <= np.mean([lo <= 0.9 <= hi for _, lo, hi in found]) <= 0.96
-
-
-@pytest.mark.parametrize(("n", "quantile"), [(10, 2.262157), (11, 2.228139), (21, 2.085963), (31, 2.042272)])
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.706205), (10, 2.262157), (11, 2.228139), (31, 2.042272)])
 def test_mean_ci_is_students(n: int, quantile: float):
+    """The quantiles are those of the printed tables of t."""
     values = list(range(n))
-    mean, _, high = intervals.mean_ci(values)
-    assert (high - mean) / (np.std(values, ddof=1) / np.sqrt(n)) == pytest.approx(quantile, abs=2e-4)
+    mean, low, high = stats.mean_ci(values)
+    assert (high - mean) / (np.std(values, ddof=1) / np.sqrt(n)) == pytest.approx(quantile, abs=1e-6)
+    assert high - mean == pytest.approx(mean - low)
 
 
-def test_one_value_has_no_interval():
-    assert intervals.mean_ci([0.9]) == (0.9, -math.inf, math.inf)
+def test_one_value_has_no_interval_and_equal_ones_have_none_to_speak_of():
+    assert stats.mean_ci([0.9]) == (0.9, -math.inf, math.inf)
+    assert stats.mean_ci([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "sentence"),
     [
-        (lambda: intervals.wilson(11, 10), "11 right of 10"),
-        (lambda: intervals.wilson(0, 0), "0 right of 0"),
-        (lambda: intervals.mean_ci([]), "got 0"),
+        (lambda: stats.wilson(11, 10), "11 right of 10"),
+        (lambda: stats.wilson(0, 0), "0 right of 0"),
+        (lambda: stats.mean_ci([]), "got 0"),
+        (lambda: stats.paired_difference([1] * 29, [1] * 29), "30 values or more, got 29 and 29"),
+        (lambda: stats.paired_difference([1] * 30, [1] * 31), "equally long"),
+        (lambda: stats.spearman([1, 2, 3, 4], [1, 2, 3]), "of one length"),
+        (lambda: stats.spearman([1, 2, 3], [1, 2, 3]), "four or more"),
+        (lambda: stats.spearman([1] * 5, range(5)), "the same everywhere"),
+        (lambda: stats.spearman(range(5), [1] * 5), "the same everywhere"),
     ],
 )
-def test_what_has_no_interval_is_refused(call, said):
-    with pytest.raises(InputError, match=said):
+def test_what_has_no_interval_is_refused(call, sentence):
+    with pytest.raises(InputError, match=sentence):
         call()
 
 
 def test_over_seeds_has_one_row_for_each_combination_in_order():
     rows = [{"name": n, "share": s, "seed": k, "y": k + s} for n in ("b", "a") for s in (1, 2) for k in range(3)]
-    found = intervals.over_seeds(rows, "y", by=("name", "share"))
-    assert [(row["name"], row["share"], row["y"]) for row in found] == [
-        ("b", 1, 2),
-        ("b", 2, 3),
-        ("a", 1, 2),
-        ("a", 2, 3),
-    ]
-    assert (found[0]["low"], found[0]["high"]) == intervals.mean_ci([1, 2, 3])[1:]
+    means = stats.over_seeds(rows, "y", by=("name", "share"))
+    cells = [("b", 1, 2), ("b", 2, 3), ("a", 1, 2), ("a", 2, 3)]
+    assert [(row["name"], row["share"], row["y"]) for row in means] == cells
+    assert (means[0]["low"], means[0]["high"]) == stats.mean_ci([1, 2, 3])[1:]
+
+
+# rank correlation ----------------------------------------------------------------------------------
+
+
+def test_only_the_order_counts():
+    a = np.array([0.3, 5.0, -2.0, 1.0, 9.0])
+    assert stats.spearman(a, np.exp(a))[0] == pytest.approx(1.0)
+    assert stats.spearman(a, -(a**3))[0] == pytest.approx(-1.0)
+
+
+def test_value_is_that_of_the_textbook_formula_without_ties():
+    generator = np.random.default_rng(3)
+    a, b = generator.permutation(20), generator.permutation(20)
+    assert stats.spearman(a, b)[0] == pytest.approx(1 - 6 * ((a - b) ** 2).sum() / (20 * (20**2 - 1)))
+
+
+def test_ties_share_their_mean_rank():
+    assert stats.spearman([1, 2, 2, 3], [1, 2.5, 2.5, 4])[0] == pytest.approx(1.0)
+
+
+def test_the_rank_interval_holds_the_truth_about_as_often_as_it_says():
+    generator, rho, inside = np.random.default_rng(0), 0.6, 0
+    truth = 6 / np.pi * np.arcsin(rho / 2)  # Spearman's of a normal pair with Pearson's rho
+    for _ in range(100):
+        a, noise = generator.normal(size=(2, 72))
+        _, low, high = stats.spearman(a, rho * a + np.sqrt(1 - rho**2) * noise)
+        inside += low <= truth <= high
+    assert inside >= 86  # of 100 at 95 %: fewer has a probability below 1 in 1000
