@@ -140,9 +140,16 @@ def reshaped(labels: Labels, blocks: Blocks, old: Sequence[int], new: Sequence[i
     """Blocks of a tensor of shape `old` viewed in shape `new`; the order of the elements stays."""
     groups = _groups(old, new)
     group_of = {dim: n for n, (dims, _) in enumerate(groups) for dim in dims}
+
+    def merged(block: Block) -> set[int]:
+        return {group_of[dim] for dim in block.dims}
+
     result = []
     for block in blocks:
-        touched = sorted({group_of[dim] for dim in block.dims})
+        touched = sorted(merged(block))
+        if labels.constant(block.labels) and any(b is not block and merged(b) & set(touched) for b in blocks):
+            labels.pin(block.labels, "")  # repeated so often for each of another block's entries
+            continue
         if all(len(groups[n][0]) == len(groups[n][1]) == 1 for n in touched):
             result.append(Block(tuple(groups[n][1][0] for n in touched), block.labels))
             continue

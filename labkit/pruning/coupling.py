@@ -126,7 +126,8 @@ class Coupling:
         for candidate in (self, replace(self, numbers=True), linked, replace(linked, numbers=True)):
             if not error(candidate, candidate.clusters()):
                 return candidate
-        left = [candidate._without(failing(candidate, candidate.clusters())) for candidate in (linked, self)]
+        last = (linked, self, replace(self, numbers=True))
+        left = [candidate._without(failing(candidate, candidate.clusters())) for candidate in last]
         best = max(left, key=lambda candidate: len(candidate.groups))
         if not best.groups or error(best, best.clusters()):
             raise InputError(best.nothing())

@@ -50,9 +50,12 @@ def squeeze(t: "Tracer", c: "Call") -> Blocks:
 
 
 def expand(t: "Tracer", c: "Call") -> Blocks:
-    """Repeated dimensions have a fixed size; the others keep their labels."""
-    shift = c.out.dim() - c.args[0].dim()
-    blocks = moved(t.blocks(c.args[0]), range(shift, c.out.dim()))
+    """Repeated dimensions follow what they meet; the others keep their labels."""
+    x = c.args[0]
+    shift = c.out.dim() - x.dim()
+    blocks = moved(t.blocks(x), range(shift, c.out.dim()))
+    repeated = [d for d in range(c.out.dim()) if d < shift or x.shape[d - shift] != c.out.shape[d]]
+    blocks = (*blocks, *t.free(c.out, repeated))
     t.sized(c, c.out, blocks)
     return blocks
 

@@ -6,7 +6,7 @@ a large model costs as much as a small one with as many operators. The module's 
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, NamedTuple
 
@@ -152,6 +152,10 @@ class Tracer(Abstract):
         self.labels.pin(labels, reason)
         return labels
 
+    def free(self, x: Tensor, dims: Iterable[int]) -> Blocks:
+        """Labels of dimensions that no parameter has, and whose sizes follow what they meet."""
+        return tuple(Block((d,), self.labels.fresh(x.shape[d], constant=True)) for d in dims if x.shape[d] > 1)
+
     def contracts(self, c: Call, *sides: tuple[Tensor, int, np.ndarray]) -> None:
         """A product sums over these labels: where one side is a weight, it is what reads the channel."""
         weights = [labels for x, _, labels in sides if getattr(x, "_is_weight", False)]
@@ -196,6 +200,9 @@ class Tracer(Abstract):
         number = self._calls[name]
         self._calls[name] += 1
         if not abstract or out is None:
+            if isinstance(out, Tensor) and out.device.type == "meta":  # a pass makes zeros, of sizes written down
+                self.note(out, self.free(out, range(out.dim())))
+                self.sized(Call(name, args, kwargs, out, self._stack[-1], number), out, out._blocks)
             return out
         call = Call(name, args, kwargs, out, self._stack[-1], number)
         self.record.operators[name] += 1

@@ -36,6 +36,21 @@ class Around(nn.Module):
         return self.last(self.fn(self.first(x))) + self.spare2(self.spare1(x))
 
 
+class Shared(nn.Module):
+    """Heads that all read the one key and value; their scores are added to zeros [heads, 1, 1] (T5, multi-query)."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = 4
+        self.q, self.kv, self.out = nn.Linear(6, 12), nn.Linear(6, 3), nn.Linear(12, 2)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (-1, 3)).transpose(1, 2)  # [B, heads, T, 3]
+        kv = self.kv(x)[:, None].expand(-1, self.groups, -1, -1)
+        scores = q @ kv.mT + torch.zeros(self.groups, 1, 1, device=x.device)
+        return self.out((scores.softmax(-1) @ kv).transpose(1, 2).flatten(2))
+
+
 HALF, MASK = (slice(None), slice(4)), torch.tensor([True] * 3 + [False] * 5)
 
 
@@ -317,3 +332,15 @@ def test_pieces_that_cannot_be_even_are_pinned():
     free = [i for i in range(4) if classes[i] not in pinned]  # one of each half may go, and only together
     assert len(free) == 2 and classes[free[0]] == classes[free[1]] and free[0] == 1
     assert "cut" in pinned.values()
+
+
+def test_what_is_repeated_or_made_in_the_pass_follows_what_it_meets():
+    groups = by_name(Shared(), torch.randn(2, 5, 6))
+    assert groups["q.weight"].units == 4 and groups["q.weight"].width == 3
+    assert dimensions(groups["q.weight"]) == {
+        ("q.weight", 0): "makes",
+        ("q.bias", 0): "makes",
+        ("out.weight", 1): "reads",
+    }
+    pruned = prune(Shared(), torch.randn(2, 5, 6), ratio={"q.weight": 0.5})
+    assert pruned.report.equal and pruned.model.groups == 2
