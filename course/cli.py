@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,6 +53,46 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--cpu", is_flag=True, expose_value=False, help="Install the CPU build of torch, which is much smaller.")
+def setup() -> None:
+    """Install the course and fetch its models, as the other commands do on first use."""
+    click.echo("ready: ./lab run, ./lab test, ./lab start 01")  # ./lab has done the work
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--quick", is_flag=True, help="Only the tests that take a moment: about a minute together.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[PYTEST ARGUMENTS]...")
+def test(quick: bool, arguments: tuple[str, ...]) -> None:
+    """Run the tests: two at a time those that read no clock, then, alone, those that do and whole lessons.
+
+    Arguments are passed on to one plain call of pytest: ./lab test tests/labkit/test_bench.py -x
+    """
+    together = ["-n", "2", "--dist", "worksteal", "-m"]
+    if arguments:
+        calls = [[*arguments]]
+    elif quick:
+        calls = [[*together, "not slow and not lesson and not timing"]]
+    else:
+        calls = [[*together, "not lesson and not timing"], ["-m", "lesson or timing"]]
+    codes = []
+    for call in calls:
+        one_thread = {"OMP_NUM_THREADS": "1"} if "-n" in call else {}
+        command = [sys.executable, "-m", "pytest", *call]
+        codes.append(subprocess.call(command, cwd=files.ROOT, env={**os.environ, **one_thread}))
+    sys.exit(max(codes))
+
+
+@main.command()
+def gpu() -> None:
+    """Run everything that needs a GPU: the tests, every lesson at `full`, recorded, and the benchmarks.
+
+    Given again it goes on: what is done is not done again while the code is the same. Where no .venv is set up and the
+    machine's own Python has torch, that Python is used as it is. Results: runs/gpu/ and data/recorded/.
+    """
+    sys.exit(subprocess.call([files.ROOT / ".ci" / "gpu", sys.executable]))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: good, findings (name, good, text), machine.")
 def doctor(as_json: bool) -> None:
     """Check this machine and the installation, and say what to do. Exit code 1 if something is missing, else 0."""
@@ -75,8 +116,15 @@ def doctor(as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
 @click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
 @click.option("--record", is_flag=True, help="Keep as reference: data/recorded/, and the lesson's own outputs.")
+@click.option("--resume", is_flag=True, help="Leave out what has a good result of the same code and parameters in OUT.")
 def run(
-    lesson: str, preset: str | None, device: str | None, out: Path, given: tuple[tuple[str, str], ...], record: bool
+    lesson: str,
+    preset: str | None,
+    device: str | None,
+    out: Path,
+    given: tuple[tuple[str, str], ...],
+    record: bool,
+    resume: bool,
 ) -> None:
     """Run a lesson, or all of them, and write the report.
 
@@ -88,8 +136,8 @@ def run(
     process and no half result is left, and earlier results are whole.
 
     \b
-    labkit run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
-    labkit run all --device cuda --out /data/runs
+    ./lab run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
+    ./lab run all --device cuda --out /data/runs
     """
     from course import lessons, references, runs
 
@@ -108,7 +156,7 @@ def run(
                 if record:
                     references.require(bound)
             for notebook in chosen:
-                done.append(_run_one(notebook, asked, out, record))
+                done.append(_run_one(notebook, asked, out, record, resume))
             if len(done) > 1:
                 click.echo("\n".join(["", *map(_summary, done)]))
             from course import report
@@ -150,10 +198,11 @@ def _once(given: Iterable[tuple[str, str | None]]) -> dict[str, str]:
     return asked
 
 
-def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool) -> "Run":
+def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool, resume: bool) -> "Run":
     from course import runs
 
-    result = runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
+    result = runs.done(notebook, asked, out=out) if resume else None
+    result = result or runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
     if sys.stderr.isatty():
         click.echo("\r\033[K", nl=False, err=True)
     click.echo(_summary(result))
@@ -218,8 +267,8 @@ def sweep(
     Exit code: 0 all points have a result, 1 some failed, 2 something asked for cannot be had, 130 interrupted.
 
     \b
-    labkit sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
-    labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
+    ./lab sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
+    ./lab sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
     """
     from course import executors, lessons, report, sweep
 
@@ -391,4 +440,4 @@ def verify(names: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="./lab")

@@ -72,8 +72,8 @@ def _packages() -> tuple[bool, str]:
 
 def missing() -> list[Requirement]:
     """The course's requirements that this Python does not meet."""
-    wanted = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    needs = [Requirement(line) for line in wanted]
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["course"]]
     return [
         need
         for need in needs

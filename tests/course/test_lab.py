@@ -3,10 +3,13 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
+from course.cli import main
 from labkit import files
 
 STAND_IN = """#!/bin/sh
@@ -14,14 +17,17 @@ case "$*" in
     "-c import sys;"*) exit {supported} ;;
     "-c import venv"*) exit {venv} ;;
     "-c import torch"*) exit {torch} ;;
+    "-c import sys, torch"*) exit {cuda} ;;
+    -) echo "papermill "; exit 0 ;;
     --version) echo "Python 3.12.1"; exit 0 ;;
     "-m pip --version") exit 0 ;;
 esac
 printf '%s\\n' "$*" >>"{log}"
 case "$*" in
     "-m venv"*) mkdir -p "{course}/.venv/bin" && cp "$0" "{course}/.venv/bin/python" ;;
-    "-m pip install --editable"* | "-m pip install --quiet --editable"*) exit {pip} ;;
+    "-m pip install --editable"*) echo "the end of pip's log"; exit {pip} ;;
     "-m course.cli data fetch"*) exit {fetch} ;;
+    "-m course.cli run all"*) exit {lessons} ;;
 esac
 """
 
@@ -31,8 +37,10 @@ class Course:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "my course"
-        (self.folder / "data").mkdir(parents=True)
-        shutil.copy(files.ROOT / "lab", self.folder / "lab")
+        for part in ("data", "course", ".ci"):
+            (self.folder / part).mkdir(parents=True)
+        for file in ("lab", "course/help.txt", ".ci/gpu"):
+            shutil.copy(files.ROOT / file, self.folder / file)
         (self.folder / "pyproject.toml").write_text("one")
         (self.folder / "data" / "manifest.toml").write_text("one")
         self.elsewhere = folder / "elsewhere"
@@ -40,18 +48,19 @@ class Course:
         self.log, self.python = folder / "calls", folder / "python"
         self.behave()
 
-    def behave(self, supported: int = 0, venv: int = 0, pip: int = 0, fetch: int = 0, torch: int = 1) -> None:
-        codes = {"supported": supported, "venv": venv, "pip": pip, "fetch": fetch, "torch": torch}
-        script = STAND_IN.format(log=self.log, course=self.folder, **codes)
+    def behave(self, **codes: int) -> None:
+        """The stand-in's exit codes: it can do everything, but has no torch and sees no GPU, unless said otherwise."""
+        usual = {"supported": 0, "venv": 0, "pip": 0, "fetch": 0, "lessons": 0, "torch": 1, "cuda": 1}
+        script = STAND_IN.format(log=self.log, course=self.folder, **{**usual, **codes})
         for place in (self.python, self.folder / ".venv" / "bin" / "python"):
             if place == self.python or place.exists():
                 place.write_text(script)
                 place.chmod(0o755)
 
-    def lab(self, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess:
+    def lab(self, *arguments: str, path: str | None = None, script: Path | None = None) -> subprocess.CompletedProcess:
         environment = {**os.environ, "LABKIT_PYTHON": str(self.python)} | ({"PATH": path} if path else {})
         return subprocess.run(
-            ["/bin/sh", str(self.folder / "lab"), *arguments],
+            ["/bin/sh", str(script or self.folder / "lab"), *arguments],
             cwd=self.elsewhere, env=environment, capture_output=True, text=True,
         )  # fmt: skip
 
@@ -75,6 +84,9 @@ def test_first_call_sets_up_and_passes_its_words_on(course):
         "-m course.cli data fetch",
         "-m course.cli run 01 -p GPU H200 SXM",
     ]
+    assert done.stderr.splitlines()[1:] == [
+        "lab: installing the course and what it needs; this takes some minutes, once"
+    ]
 
 
 def test_second_call_installs_and_fetches_nothing(course):
@@ -85,40 +97,31 @@ def test_second_call_installs_and_fetches_nothing(course):
     assert course.calls() == ["-m course.cli doctor", "-m course.cli run"]
 
 
-def test_changed_pyproject_installs_again_without_a_new_environment(course):
+@pytest.mark.parametrize(
+    ("changed", "does"),
+    [
+        ("pyproject.toml", "-m pip install --editable {root}[course,test]"),  # without a new environment
+        ("data/manifest.toml", "-m course.cli data fetch"),
+    ],
+)
+def test_what_has_changed_is_done_again(course, changed: str, does: str):
     course.lab("setup")
     course.calls()
-    (course.folder / "pyproject.toml").write_text("two")
-    course.lab("doctor")
-    assert [call[:25] for call in course.calls()] == ["-m pip install --editable", "-m course.cli doctor"]
-
-
-def test_changed_manifest_fetches_again(course):
-    course.lab("setup")
-    course.calls()
-    (course.folder / "data" / "manifest.toml").write_text("two")
+    (course.folder / changed).write_text("two")
     course.lab("run")
-    assert course.calls() == ["-m course.cli data fetch", "-m course.cli run"]
+    assert course.calls() == [does.format(root=course.folder), "-m course.cli run"]
 
 
-def test_interrupted_install_goes_on_at_the_next_call(course):
-    course.behave(pip=1)
-    failed = course.lab("doctor")
+@pytest.mark.parametrize("step", ["pip", "fetch"])
+def test_what_was_interrupted_goes_on_at_the_next_call(course, step: str):
+    course.behave(**{step: 2})
+    failed = course.lab("run")
     assert failed.returncode == 2
-    assert "run the same command again: it goes on" in failed.stderr
+    assert step != "pip" or ("the end of pip's log\n" in failed.stderr and "it goes on" in failed.stderr)
     course.behave()
     course.calls()
-    assert course.lab("doctor").returncode == 0
-    assert [call[:25] for call in course.calls()] == ["-m pip install --editable", "-m course.cli doctor"]
-
-
-def test_failed_fetch_is_tried_again(course):
-    course.behave(fetch=2)
-    assert course.lab("run").returncode == 2
-    course.behave()
-    course.calls()
-    course.lab("run")
-    assert course.calls() == ["-m course.cli data fetch", "-m course.cli run"]
+    assert course.lab("run").returncode == 0
+    assert [call[:24] for call in course.calls()][-2:] == ["-m course.cli data fetch", "-m course.cli run"]
 
 
 def test_site_installs_what_it_needs_once(course):
@@ -126,21 +129,21 @@ def test_site_installs_what_it_needs_once(course):
     course.calls()
     course.behave(pip=1)
     failed = course.lab("site")
-    assert failed.returncode == 2 and "what the site needs could not be had" in failed.stderr
+    assert failed.returncode == 2 and "what the site needs cannot be installed" in failed.stderr
     course.behave()
     course.calls()
     course.lab("site", "--no-serve")
     course.lab("site")
-    installed, *others = course.calls()
-    assert installed.startswith("-m pip install --quiet --editable ") and installed.endswith("my course[site]")
-    assert others == ["-m course.cli site --no-serve", "-m course.cli site"]
+    assert course.calls() == [
+        f"-m pip install --editable {course.folder}[site]", "-m course.cli site --no-serve", "-m course.cli site",
+    ]  # fmt: skip
 
 
 def test_missing_python_is_said_with_what_to_install(course, tmp_path):
     course.behave(supported=1)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("dirname", "cksum", "cat"):
+    for tool in ("dirname", "cksum", "cat", "grep"):
         (tools / tool).symlink_to(shutil.which(tool))
     failed = course.lab("run", path=str(tools))
     assert failed.returncode == 2
@@ -155,15 +158,118 @@ def test_missing_venv_module_is_said_with_what_to_install(course):
     assert "apt install python3-venv" in failed.stderr
 
 
-def test_no_word_gives_the_usage(course):
-    failed = course.lab()
-    assert failed.returncode == 2
-    assert "./lab run [NN] | test | start NN" in failed.stderr
+def test_cpu_build_is_put_in_before_the_course(course):
+    assert course.lab("setup", "--cpu").returncode == 0
+    calls = [call[:22] for call in course.calls()]
+    assert calls[1:4] == ["-m pip install --quiet", "-m uv pip install --py", "-m pip install --edita"]
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_symbolic_link_to_it_is_followed(course, relative: bool):
+    course.lab("setup")
+    course.calls()
+    link = course.elsewhere / "lab"
+    link.symlink_to(Path("../my course/lab") if relative else course.folder / "lab")
+    assert course.lab("doctor", script=link).returncode == 0
+    assert course.calls() == ["-m course.cli doctor"]
+
+
+def test_a_checkout_that_is_set_up_needs_no_writing(course):
+    course.lab("setup")
+    state = {path: path.stat().st_mtime_ns for path in course.folder.rglob("*")}
+    (course.folder / ".venv.lock").unlink(missing_ok=True)
+    assert course.lab("solution", "01.1").returncode == 0
+    assert not (course.folder / ".venv.lock").exists()
+    assert all(path.stat().st_mtime_ns == when for path, when in state.items() if path.is_file() and path.exists())
+
+
+# help ---------------------------------------------------------------------------------------------------------------
+
+
+def help_text() -> str:
+    """What course/help.txt has to hold: a section for each command, with those of its own commands."""
+
+    def page(command: click.Command, above: click.Context | None, name: str) -> tuple[click.Context, str]:
+        context = click.Context(command, parent=above, info_name=name, terminal_width=100, max_content_width=100)
+        return context, command.get_help(context)
+
+    top, text = page(main, None, "./lab")
+    sections = {"lab": [text]}
+    for name, command in main.commands.items():
+        context, text = page(command, top, name)
+        sections[name] = [text, *(page(sub, context, at)[1] for at, sub in getattr(command, "commands", {}).items())]
+    return "\n".join(f"== {name}\n" + "\n\n".join(parts) for name, parts in sections.items()) + "\n"
+
+
+def test_the_help_that_needs_nothing_installed_is_that_of_the_commands(pytestconfig: pytest.Config):
+    file = files.ROOT / "course" / "help.txt"
+    if pytestconfig.getoption("--fix"):
+        file.write_text(help_text(), encoding="utf-8")
+    assert file.read_text(encoding="utf-8").split() == help_text().split(), (
+        "give: ./lab test tests/course/test_lab.py --fix"
+    )
+
+
+def test_all_commands_have_help_at_once(course):
+    for name, command in main.commands.items():
+        done = course.lab(name, "--help")
+        assert done.returncode == 0 and done.stdout.startswith(f"Usage: ./lab {name} ")
+        assert all(option in done.stdout for parameter in command.params for option in parameter.opts if "-" in option)
+    fixed = "run test start solution sweep report release grade site doctor data gpu setup"
+    assert all(f"\n  {name} " in course.lab("--help").stdout for name in fixed.split())
+    assert course.calls() == [] and not (course.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("runn",), ("ru.",)])
+def test_without_a_command_that_there_is_the_commands_are_listed(course, words):
+    failed = course.lab(*words)
+    assert failed.returncode == 2 and "\n  run " in failed.stderr and failed.stdout == ""
     assert course.calls() == []
 
 
-@pytest.mark.parametrize("words", [("--cpu", "setup"), ("setup", "--cpu"), ("--cpu",)])
-def test_cpu_build_is_put_in_before_the_course(course, words):
-    assert course.lab(*words).returncode == 0
-    calls = [call[:22] for call in course.calls()]
-    assert calls[1:4] == ["-m pip install --quiet", "-m uv pip install --py", "-m pip install --edita"]
+# ./lab gpu ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(course, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess]:
+    """./lab gpu on a machine whose own Python has torch and, after `behave(cuda=0)`, a CUDA device."""
+    for part in ("labkit", "tests", "benchmarks", "notebooks"):
+        (course.folder / part).mkdir()
+    (course.folder / "labkit" / "a.py").write_text("one")
+    (tmp_path / "tools").mkdir()
+    smi = tmp_path / "tools" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho a GPU\n")
+    smi.chmod(0o755)
+    return lambda: course.lab("gpu", path=f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+STEPS = ["-m pytest -m gpu", "-m course.cli run all", "-m pytest -m lesson", *["benchmarks/nm_gpu.py"] * 3]
+
+
+def test_gpu_uses_the_machine_s_own_python_and_goes_on_where_it_stopped(course, gpu):
+    course.behave(torch=0, cuda=0, lessons=1)
+    failed = gpu()
+    calls = course.calls()
+    assert failed.returncode == 1 and "a GPU" in failed.stdout and "failed  lessons" in failed.stdout
+    assert "missing here: papermill (what needs them fails; to install them: " in failed.stdout
+    assert len(calls) == len(STEPS) and all(map(str.startswith, calls, STEPS)), calls
+    assert "--preset full --device cuda --record --resume" in calls[1]
+    assert not (course.folder / ".venv").exists()
+    course.behave(torch=0, cuda=0)
+    assert gpu().returncode == 0 and [call[:21] for call in course.calls()] == [STEPS[1]]
+    assert gpu().returncode == 0 and course.calls() == []
+    (course.folder / "labkit" / "a.py").write_text("two")
+    assert gpu().returncode == 0 and len(course.calls()) == len(STEPS)
+
+
+def test_gpu_runs_nothing_where_torch_sees_no_device(course, gpu):
+    course.behave(torch=0)
+    failed = gpu()
+    assert failed.returncode == 2 and "torch sees no CUDA device here, and nothing was run" in failed.stderr
+    assert course.calls() == []
+
+
+def test_gpu_sets_up_where_no_python_has_torch(course, gpu):
+    course.behave()
+    gpu()
+    assert [call.split("/")[0] for call in course.calls()][-1] == "-m course.cli gpu"

@@ -1,5 +1,7 @@
+import ast
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +21,53 @@ REGISTRY = re.compile(
 def test_environment_yml_mirrors_pyproject():
     project = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["project"]
     wanted = {"pip", "python" + project["requires-python"]}
-    for line in project["dependencies"]:
+    for line in project["dependencies"] + project["optional-dependencies"]["course"]:
         name, bounds = re.fullmatch(r"([\w.-]+)(.*)", line).groups()
         wanted.add(CONDA_NAMES.get(name, name) + bounds)
     listed = yaml.safe_load((files.ROOT / "environment.yml").read_text())["dependencies"]
     assert {line for line in listed if isinstance(line, str)} == wanted
     assert [line["pip"] for line in listed if isinstance(line, dict)] == [["-e ."]]
+
+
+IMPORTED_AS = {"pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course"}
+BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "cycler"}  # by nbclient, papermill, sphinx, matplotlib
+OPTIONAL = {"pynvml", "latex2mathml", "nbval"}  # where they are not installed, a sentence or nothing
+
+
+def packages(*extras: str) -> set[str]:
+    """The names under which labkit's needs, and those of its extras, are imported."""
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    names = {re.match(r"[\w-]+", line)[0] for line in lines}
+    return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+
+
+def imports(package: str, *, at_once: bool) -> set[str]:
+    """What the modules of `package` import beside the standard library: when they are imported, or at all."""
+    names = set()
+    for file in (files.ROOT / package).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in tree.body if at_once else ast.walk(tree):
+            match node:
+                case ast.Import():
+                    names |= {alias.name for alias in node.names}
+                case ast.ImportFrom(level=0):
+                    names.add(node.module)
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {package}
+
+
+def test_labkit_installs_alone():
+    assert imports("labkit", at_once=True) <= packages() | {"pandas"}
+    assert imports("labkit", at_once=False) <= packages("course") | BROUGHT_BY_ANOTHER | OPTIONAL
+
+
+def test_what_the_course_imports_is_its_extra_s():
+    everything = packages("course", "cluster") | BROUGHT_BY_ANOTHER | OPTIONAL | {"labkit", "submitit"}
+    assert imports("course", at_once=False) <= everything
+
+
+def test_the_base_holds_nothing_that_labkit_does_not_import():
+    assert packages() - imports("labkit", at_once=False) <= {"scipy", "pydantic"}
 
 
 def committed_texts() -> Iterator[tuple[Path, str]]:
