@@ -57,7 +57,7 @@ def imports(package: str, *, at_once: bool) -> set[str]:
 
 
 def test_labkit_installs_alone():
-    assert imports("labkit", at_once=True) <= packages() | {"pandas"}
+    assert imports("labkit", at_once=True) <= packages()
     assert imports("labkit", at_once=False) <= packages("course") | BROUGHT_BY_ANOTHER | OPTIONAL
 
 
@@ -67,7 +67,7 @@ def test_what_the_course_imports_is_its_extra_s():
 
 
 def test_the_base_holds_nothing_that_labkit_does_not_import():
-    assert packages() - imports("labkit", at_once=False) <= {"scipy", "pydantic"}
+    assert packages() - imports("labkit", at_once=False) <= {"pydantic"}
 
 
 def committed_texts() -> Iterator[tuple[Path, str]]:
