@@ -139,12 +139,12 @@ def run(
     ./lab run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
     ./lab run all --device cuda --out /data/runs
     """
-    from course import lessons, references, runs
+    from course import notebooks, references, runs
 
     done: list[Run] = []
     try:
         with _interrupted_once():
-            chosen = lessons.all_lessons() if lesson == "all" else [lessons.find(lesson)]
+            chosen = notebooks.all_lessons() if lesson == "all" else [notebooks.find(lesson)]
             if not chosen:
                 raise InputError(
                     f"There is no lesson to run in {files.NOTEBOOKS}; take the course's notebooks from its repository."
@@ -270,13 +270,13 @@ def sweep(
     ./lab sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
     ./lab sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
     """
-    from course import executors, lessons, report, sweep
+    from course import executors, notebooks, report, sweep
 
     axes = sweep.parse(grid)
     asked = _once([("PRESET", preset), *given])
     if "PRESET" not in axes:
         asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or "class")
-    jobs = sweep.plan(lessons.find(lesson), axes, asked, seeds=seeds, out=out)
+    jobs = sweep.plan(notebooks.find(lesson), axes, asked, seeds=seeds, out=out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ended: list[sweep.Outcome] = []
     try:
@@ -302,10 +302,10 @@ def report(folders: tuple[Path, ...]) -> None:
 
     By default these are runs/, and workspace/runs/ with what your own copies left there.
     """
-    from course import copies
+    from course import notebooks
     from course import report as page
 
-    own = copies.WORKSPACE / "runs"
+    own = notebooks.WORKSPACE / "runs"
     found = list(folders) or [folder for folder in (RUNS, own) if folder.is_dir()] or [RUNS]
     click.echo(page.write(found, found[0] / "report.html").resolve().as_uri())
 
@@ -316,11 +316,11 @@ def report(folders: tuple[Path, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=SITE, help="Default: build/site.")
 def site(serve: bool, port: int, out: Path) -> None:
     """Build the lessons, the claims and the measured machines as a web site, and serve it on this machine."""
-    from course import copies
+    from course import notebooks
     from course import site as pages
 
     server = pages.serve(out, port) if serve else None  # a port that is taken is said before the work
-    first = pages.build(out, [RUNS, copies.WORKSPACE / "runs"])
+    first = pages.build(out, [RUNS, notebooks.WORKSPACE / "runs"])
     if not server:
         click.echo(first.resolve().as_uri())
         return
@@ -337,40 +337,39 @@ def site(serve: bool, port: int, out: Path) -> None:
 @click.option("--fresh", is_flag=True, help="Begin again with a new copy; the old one is kept under today's date.")
 def start(lesson: str, browser: bool, fresh: bool) -> None:
     """Take a lesson: open your own copy, without the answers, in JupyterLab."""
-    from course import copies
+    from course import notebooks
 
-    kept = copies.put_aside(lesson) if fresh else None
-    own = copies.prepare(lesson)
+    kept = notebooks.put_aside(lesson) if fresh else None
+    own = notebooks.prepare(lesson)
     click.echo(f"your copy: {own}")
     click.echo(f"stuck? An exercise's worked answer: ./lab solution {own.name[:2]}.1")
     if kept:
         click.echo(f"the copy that you had: {kept}")
-    if copies.has_changed(own):
+    if notebooks.has_changed(own):
         number = own.name[:2]
         click.echo(
             f"lesson {number} has changed since this copy was made; your work stays as it is. To get the new lesson, "
             f"with this copy kept beside it: ./lab start {number} --fresh"
         )
-    sys.exit(copies.open_in_jupyterlab(own, browser=browser))
+    sys.exit(notebooks.open_in_jupyterlab(own, browser=browser))
 
 
 @main.command()
 @click.argument("exercise", metavar="NN.K")
 def solution(exercise: str) -> None:
     """Show the worked answer to an exercise, such as 03.1."""
-    from course import exercises
+    from course import notebooks
 
-    found = exercises.find(exercise)
-    click.echo("\n".join(line for line in found.source.splitlines() if line.strip() not in exercises.MARKERS))
+    click.echo(notebooks.exercise(exercise).solution)
 
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 def release(folder: Path) -> None:
     """Make the folder that a class gets: all lessons without answers, an index, and labkit."""
-    from course import copies
+    from course import notebooks
 
-    copies = copies.release(folder)
+    copies = notebooks.release(folder)
     click.echo(f"{len(copies)} lessons without answers, labkit and its data: {folder.resolve()}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import nbformat
 
-from course import exercises, lessons
+from course import notebooks
 from labkit import files
 from labkit.errors import DataError
 from labkit.records import RunRecord, recorded
@@ -38,14 +38,14 @@ def write(path: Path, part: str) -> Path:
     if BEGIN not in text or END not in text:
         raise DataError(f"{path.name} has lost its markers; put {BEGIN} and {END} on lines of their own.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    lessons.write(path, f"{before}{BEGIN}\n{part}\n{END}{after}")
+    files.write_text(path, f"{before}{BEGIN}\n{part}\n{END}{after}")
     return path
 
 
 def generated() -> str:
     """The lessons' table, one recorded result and the set-up times, as Markdown."""
     rows = ["| lesson | question | minutes | measured run time | needs |", "|---|---|---|---|---|"]
-    rows += [_row(path) for path in lessons.all_lessons()]
+    rows += [_row(path) for path in notebooks.all_lessons()]
     return "\n".join([*rows, "", _result(), "", *_newcomers()])
 
 
@@ -55,10 +55,10 @@ def timetable() -> str:
         "| lesson | minutes | of them exercises | points | measured run time | prepare |",
         "|---|---|---|---|---|---|",
     ]
-    for path in lessons.all_lessons():
-        notebook = nbformat.read(path, as_version=4)
+    for path in notebooks.all_lessons():
+        notebook = notebooks.read(path)
         name, facts, times = _header(path, notebook)
-        tasks = exercises.read(notebook)
+        tasks = notebooks.exercises(notebook)
         minutes, points = (sum(getattr(task, name) for task in tasks) for name in ("minutes", "points"))
         link, count = f"[{name}](../{path.name})", f"{minutes} ({len(tasks)} exercises)"
         rows.append(f"| {link} | {facts['Minutes']} | {count} | {points} | {times} | {facts['Needs']} |")
@@ -70,21 +70,16 @@ def _header(path: Path, notebook: nbformat.NotebookNode) -> tuple[str, dict[str,
     text = notebook.cells[0].source
     times = [f"{one.seconds:.0f} s at `{one.preset}` on {_machine(one)}" for one in recorded(path.stem[:2])]
     facts = dict(re.findall(r"^\| (Minutes|Needs) \| (.+) \|$", text, re.MULTILINE))
-    return title(path), facts, "; ".join(times) or NOTHING
+    return notebooks.title(notebook), facts, "; ".join(times) or NOTHING
 
 
 def _row(path: Path) -> str:
-    notebook = nbformat.read(path, as_version=4)
+    notebook = notebooks.read(path)
     name, facts, times = _header(path, notebook)
     text = notebook.cells[0].source
     question = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)[1]
     link = f"[{name}](notebooks/{path.name})"
     return f"| {link} | {question} | {facts['Minutes']} | {times} | {facts['Needs']} |"
-
-
-def title(path: Path) -> str:
-    """A lesson's title, as its first cell has it."""
-    return re.search(r"^# (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE)[1]
 
 
 def _result() -> str:

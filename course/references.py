@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from course import parameters
-from course.lessons import tidied, write
+from course.notebooks import tidied
 from course.runs import ALWAYS, Run
 from labkit import files
 from labkit.errors import InputError
@@ -34,9 +34,9 @@ def keep(result: Run, notebook: Path, recorded: Path | None = None) -> list[Path
     executed = nbformat.read(result.notebook, as_version=4)
     record = json.loads(result.record.read_text(encoding="utf-8"))
     written = [(recorded or files.RECORDED) / record["machine"]["slug"] / f"{record['lesson']}.json"]
-    write(written[0], result.record.read_text(encoding="utf-8"))
+    files.write_text(written[0], result.record.read_text(encoding="utf-8"))
     stated = parameters.read(executed)["PRESET"].default
     if set(result.parameters) == set(ALWAYS) and result.parameters["PRESET"] == stated:
-        write(notebook, nbformat.writes(tidied(executed)) + "\n")
+        files.write_text(notebook, nbformat.writes(tidied(executed)) + "\n")
         written.append(notebook)
     return written

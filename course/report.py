@@ -14,7 +14,6 @@ from urllib.parse import quote
 from course import pareto, rows
 from course.claims_table import claims_section
 from course.columns import Column, quantity, side_by_side, valued
-from course.lessons import write as write_text
 from course.page import badge as _badge
 from course.page import contents, folded, scroll, whole
 from course.page import section as _section
@@ -26,6 +25,7 @@ from course.results import Result, collect, recorded_runs
 from course.swept import swept
 from labkit import claims, show
 from labkit.errors import InputError
+from labkit.files import write_text
 from labkit.records import RunRecord, calibration, off_by
 
 

@@ -80,7 +80,7 @@ def _execute(job: Mapping[str, Any], on_cell: Callable[[Cell], None]) -> tuple[s
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
-    from course.lessons import sections
+    from course.notebooks import sections
 
     try:
         source = nbformat.read(job["notebook"], as_version=4)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from nbformat import NotebookNode
 
-from course import lessons
-from course.exercises import Exercise
+from course import notebooks as lessons
 from course.grading import submissions
 from course.grading.submissions import Lesson
+from course.notebooks import Exercise
 from labkit.errors import InputError
 
 if TYPE_CHECKING:

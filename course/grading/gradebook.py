@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from course import page
 from course.grading import Book, Row
-from course.lessons import write as write_text
 from labkit.errors import InputError
+from labkit.files import write_text
 
 COLUMNS = ("student", "lesson", "exercise", "title", "points", "of", "result", "reason")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from course import exercises
-from course.exercises import Exercise
+from course import notebooks
+from course.notebooks import Exercise
 from labkit.errors import InputError
 
 LARGEST = 20 << 20  # bytes of a notebook, pictures included
@@ -37,7 +37,7 @@ class Lesson:
     @classmethod
     def read(cls, path: Path) -> "Lesson":
         notebook = nbformat.read(path, as_version=4)
-        return cls(path.stem, notebook, tuple(exercises.read(notebook)))
+        return cls(path.stem, notebook, tuple(notebooks.exercises(notebook)))
 
 
 @dataclass(frozen=True)

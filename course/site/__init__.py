@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 
-from course import exercises, lessons, readme, report, results
+from course import notebooks, readme, report, results
 from course.claims_table import claims_table
 from course.columns import Column, side_by_side
 from labkit import claims, files
@@ -92,25 +92,25 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
     shutil.copytree(SOURCES, source, ignore=shutil.ignore_patterns("__*__*"))
     font = Path(find_spec("ziamath").origin).parent / "fonts" / FONT  # the package itself, which draws, is not used
     shutil.copy(font, source / "static")
-    for path in lessons.all_lessons():
-        notebook = readable(nbformat.read(path, as_version=4))
-        lessons.write(source / "notebooks" / path.name, nbformat.writes(notebook))
+    for path in notebooks.all_lessons():
+        notebook = readable(notebooks.read(path))
+        files.write_text(source / "notebooks" / path.name, nbformat.writes(notebook))
     syllabi = sorted(files.NOTEBOOKS.glob("syllabi/**/*.md"), key=lambda path: (len(path.parts), path.name))
     names = [path.relative_to(files.NOTEBOOKS).as_posix() for path in syllabi]
     for path, name in zip(syllabi, names, strict=True):
-        lessons.write(source / "notebooks" / name, path.read_text(encoding="utf-8"))
+        files.write_text(source / "notebooks" / name, path.read_text(encoding="utf-8"))
 
     columns, problems = _columns(folders)
-    lessons.write(source / "claims.md", "\n\n".join(_claims_page(columns)))
-    lessons.write(source / "machines.md", "\n\n".join([*_machines_page(columns), *map(_unreadable, problems)]))
+    files.write_text(source / "claims.md", "\n\n".join(_claims_page(columns)))
+    files.write_text(source / "machines.md", "\n\n".join([*_machines_page(columns), *map(_unreadable, problems)]))
     home = (source / "index.md").read_text(encoding="utf-8")
     home = home.replace("<!-- lessons -->", readme.generated()).replace("<!-- contents -->", _contents(names))
-    lessons.write(source / "index.md", home)
+    files.write_text(source / "index.md", home)
 
 
 def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """A copy for reading: figures carry their alt text, answers and set-up are folded, formulas in folded text set."""
-    copy = lessons.tidied(notebook)
+    copy = notebooks.tidied(notebook)
     copy.cells = [shown for cell in copy.cells for shown in _readable_cell(cell)]
     return copy
 
@@ -122,10 +122,10 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
         return
     tags = cell.metadata.get("tags", [])
     folded = cell.metadata.get("jupyter", {}).get("source_hidden") or any(tag in FOLDED for tag in tags)
-    stub = exercises.without_solution(cell.source)
+    stub = notebooks.without_solution(cell.source)
     if stub != cell.source:
         yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
-        cell.source = "\n".join(line for line in cell.source.splitlines() if line.strip() not in exercises.MARKERS)
+        cell.source = notebooks.without_markers(cell.source)
         prompts = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
         cell.metadata.mystnb, folded = prompts, True
     if folded:
@@ -180,7 +180,7 @@ def _claims_page(columns: Sequence[Column]) -> Iterator[str]:
         "A range in brackets is a 95 % interval."
     )
     known = claims.load().values()
-    titles = {int(path.stem[:2]): readme.title(path) for path in lessons.all_lessons()}
+    titles = {int(path.stem[:2]): notebooks.title(notebooks.read(path)) for path in notebooks.all_lessons()}
     for section in dict.fromkeys(claim.section for claim in known):
         here = [column for column in columns if int(column.record.lesson) == section]
         title = titles.get(section)

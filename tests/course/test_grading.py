@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
-from course import copies, exercises, grading
+from course import grading, notebooks
 from course.cli import main
 from course.grading import gradebook, submissions
 from labkit import files
@@ -33,11 +33,11 @@ CONV, BOUND, DECODE, MILLION = "conv_work", "time_bound", "decode_limit", "milli
 def solved() -> NotebookNode:
     """The learner's copy of lesson 01 with every answer right."""
     source = nbformat.read(files.NOTEBOOKS / f"{LESSON}.ipynb", as_version=4)
-    copy = copies.student_copy(source, LESSON)
+    copy = notebooks.student_copy(source, LESSON)
     answers = {cell.id: cell.source for cell in source.cells}
     for cell in copy.cells:
-        if "exercise" in exercises.tags(cell):
-            kept = [line for line in answers[cell.id].splitlines() if line.strip() not in exercises.MARKERS]
+        if "exercise" in notebooks.tags(cell):
+            kept = [line for line in answers[cell.id].splitlines() if line.strip() not in notebooks.MARKERS]
             cell.source = "\n".join(kept)
     return copy
 
@@ -46,7 +46,7 @@ def with_first_line(function: str, *lines: str, before: str = "") -> NotebookNod
     """As solved(), with `lines` at the beginning of one function's body and `before` above it."""
     copy = solved()
     for cell in copy.cells:
-        if f"def {function}(" in cell.source and "exercise" in exercises.tags(cell):
+        if f"def {function}(" in cell.source and "exercise" in notebooks.tags(cell):
             docstring = next(line for line in cell.source.splitlines() if line.strip().startswith('"""'))
             indented = "\n".join("    " + line for line in "\n".join(lines).splitlines())
             cell.source = before + cell.source.replace(docstring, f"{docstring}\n{indented}")
@@ -117,7 +117,7 @@ def graded(tmp_path_factory: pytest.TempPathFactory, listener) -> tuple[Path, di
     connect = f'import socket; socket.create_connection(("127.0.0.1", {listener[0]}), timeout=2)'
     write(folder, "right", solved())
     write(folder, "partly right", with_first_line(CONV, "return 1, 2"))
-    write(folder, "untouched", copies.student_copy(nbformat.read(files.NOTEBOOKS / f"{LESSON}.ipynb", as_version=4)))
+    write(folder, "untouched", notebooks.student_copy(nbformat.read(files.NOTEBOOKS / f"{LESSON}.ipynb", as_version=4)))
     renamed = solved()
     renamed.metadata.pop("labkit")
     write(folder, "renamed", renamed, "homework (2) final")
@@ -250,7 +250,7 @@ def needed(lesson: submissions.Lesson, notebook: NotebookNode, exercise_id: str)
 
 
 def test_the_answer_counts_wherever_it_was_written(lesson):
-    copy = copies.student_copy(lesson.notebook, LESSON)
+    copy = notebooks.student_copy(lesson.notebook, LESSON)
     copy.cells += [new_code_cell("def time_bound(*a): return 1"), new_code_cell("def time_bound(*a): return 2")]
     answer = submissions.answers(copy, lesson)["01.2"]
     assert answer.source.endswith("return 2") and answer.note
@@ -258,7 +258,7 @@ def test_the_answer_counts_wherever_it_was_written(lesson):
 
 def test_an_answer_that_is_no_python_is_still_the_answer(lesson):
     broken = "def time_bound(a, b):\n    return ("
-    copy = copies.student_copy(lesson.notebook, LESSON)
+    copy = notebooks.student_copy(lesson.notebook, LESSON)
     copy.cells.append(new_code_cell(broken))
     assert submissions.answers(copy, lesson)["01.2"].source == broken
 

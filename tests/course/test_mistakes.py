@@ -22,7 +22,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from course import lessons, runs
+from course import notebooks, runs
 from course.cli import main
 from labkit import files, store
 from labkit.architectures import ARCHITECTURES
@@ -469,12 +469,12 @@ def test_ctrl_c_between_the_two_renames_keeps_one_whole_result(course: Course, m
 
 
 def test_the_names_that_lesson_01_takes_are_the_catalogue_s():
-    known = runs._parameters(lessons.find("01").read_bytes())
+    known = runs._parameters(notebooks.find("01").read_bytes())
     assert set(known["ARCHITECTURE"].allowed) == {name for name, row in ARCHITECTURES.items() if row.decoder}
     assert set(known["GPU"].allowed) == {name for name, device in DEVICES.items() if "fp16" in device.flops}
 
 
-@pytest.mark.parametrize("lesson", lessons.all_lessons(), ids=lambda path: path.stem[:2])
+@pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem[:2])
 def test_every_parameter_of_a_lesson_is_bounded_and_its_default_within(lesson: Path):
     known = runs._parameters(lesson.read_bytes())
     unbounded = {name for name, one in known.items() if not one.allowed} - {"DEVICE", "RESULTS_DIR"}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from course import lessons, readme
+from course import notebooks, readme
 from labkit import files
 from labkit.errors import DataError
 
@@ -51,7 +51,7 @@ def test_local_links_lead_somewhere(text):
 
 def test_every_lesson_has_its_instructor_notes():
     notes = {path.stem for path in (files.NOTEBOOKS / "syllabi" / "notes").glob("*.md")}
-    assert {path.stem[:2] for path in lessons.all_lessons()} <= notes
+    assert {path.stem[:2] for path in notebooks.all_lessons()} <= notes
 
 
 @pytest.mark.parametrize("text", sorted((files.NOTEBOOKS / "syllabi").rglob("*.md")), ids=lambda path: path.name)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from course import lessons, runs
+from course import notebooks, runs
 from labkit import files
 from labkit.errors import InputError
 from labkit.records import MIME
@@ -248,7 +248,7 @@ def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
 
 
 def test_a_tidied_notebook_has_no_trace_of_papermill(good):
-    kept = lessons.tidied(nbformat.read(good[0].notebook, as_version=4))
+    kept = notebooks.tidied(nbformat.read(good[0].notebook, as_version=4))
     source = nbformat.read(good[2], as_version=4)
     assert [cell.id for cell in kept.cells] == [cell.id for cell in source.cells]
     assert [cell.source for cell in kept.cells] == [cell.source for cell in source.cells]
@@ -263,31 +263,15 @@ def test_a_tidied_notebook_leaves_samples_and_rows_to_the_record_s_own_file():
     table = {"kind": "table", "name": "b", "rows": [{"x": 1}] * 50}
     output = new_output("display_data", data={MIME: {"measurements": [timing, table], "lesson": "01"}})
     notebook = new_notebook(cells=[new_code_cell("lab.finish()", outputs=[output], execution_count=1)])
-    kept = lessons.tidied(notebook).cells[0].outputs[0].data[MIME]
+    kept = notebooks.tidied(notebook).cells[0].outputs[0].data[MIME]
     short = [{"kind": "comparison", "name": "a", "value": 2.0}, {"kind": "table", "name": "b"}]
     assert kept == {"measurements": short, "lesson": "01"}
     assert notebook.cells[0].outputs[0].data[MIME]["measurements"] == [timing, table]
 
 
 def test_tidying_twice_changes_nothing(good):
-    once = lessons.tidied(nbformat.read(good[0].notebook, as_version=4))
-    assert nbformat.writes(lessons.tidied(once)) == nbformat.writes(once)
-
-
-# finding lessons
-
-
-@pytest.mark.parametrize("name", ["1", "01", "01_small", "01_small.ipynb"])
-def test_a_lesson_is_found_by_number_or_name(tmp_path: Path, write_lesson, name: str):
-    notebook = write_lesson(tmp_path, "1")
-    assert lessons.find(name, tmp_path) == notebook
-
-
-@pytest.mark.parametrize("name", ["7", "small", "", "../01_small"])
-def test_an_unknown_lesson_is_refused_with_those_that_exist(tmp_path: Path, write_lesson, name: str):
-    write_lesson(tmp_path, "1")
-    with pytest.raises(InputError, match=r"There is no lesson .*; give the number of one that exists: 01"):
-        lessons.find(name, tmp_path)
+    once = notebooks.tidied(nbformat.read(good[0].notebook, as_version=4))
+    assert nbformat.writes(notebooks.tidied(once)) == nbformat.writes(once)
 
 
 # finding results

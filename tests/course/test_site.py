@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from course import lessons, site
+from course import notebooks, site
 from labkit import claims, files
 from labkit.errors import DataError, InputError
 
@@ -91,7 +91,7 @@ def faults(pages: dict[str, Page], name: str) -> dict[str, list]:
 
 @needs_sphinx
 def test_every_lesson_and_generated_page_is_there(pages: dict[str, Page]):
-    wanted = {f"notebooks/{path.stem}.html" for path in lessons.all_lessons()}
+    wanted = {f"notebooks/{path.stem}.html" for path in notebooks.all_lessons()}
     syllabi = files.NOTEBOOKS.glob("syllabi/**/*.md")
     wanted |= {path.relative_to(files.ROOT).with_suffix(".html").as_posix() for path in syllabi}
     assert wanted | {"index.html", "claims.html", "machines.html", "search.html"} <= set(pages)
@@ -132,7 +132,7 @@ def test_every_image_loads_and_has_its_description(pages: dict[str, Page]):
 
 @needs_sphinx
 def test_formulas_are_set(pages: dict[str, Page]):
-    for path in lessons.all_lessons():
+    for path in notebooks.all_lessons():
         if any("$" in cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"):
             page = pages[f"notebooks/{path.stem}.html"]
             assert page.seen["formulas"] > 0, path.stem
@@ -187,7 +187,7 @@ class Text(HTMLParser):
 
 @needs_sphinx
 def test_figures_carry_the_alt_text_of_the_notebook(built: Path):
-    for path in lessons.all_lessons():
+    for path in notebooks.all_lessons():
         outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
         wanted = [one.metadata["image/png"]["alt"] for one in outputs if "image/png" in one.get("data", {})]
         page = (built / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
@@ -198,7 +198,7 @@ def test_figures_carry_the_alt_text_of_the_notebook(built: Path):
 
 @needs_sphinx
 def test_answers_are_folded_behind_the_stub(built: Path):
-    page = (built / "notebooks" / f"{lessons.find('03').stem}.html").read_text(encoding="utf-8")
+    page = (built / "notebooks" / f"{notebooks.find('03').stem}.html").read_text(encoding="utf-8")
     unfolded = re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL)
     assert "copy.deepcopy((conv" not in re.sub(r"<[^>]+>", "", unfolded)
     assert "copy.deepcopy((conv" in re.sub(r"<[^>]+>", "", page)

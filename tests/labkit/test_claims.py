@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course import lessons
+from course import notebooks
 from labkit import claims
 from labkit.errors import DataError, InputError
 
@@ -151,7 +151,7 @@ def called(source: str) -> set[str]:
 
 def used() -> dict[str, str]:
     """Each id that a lesson claims, and the lesson's name."""
-    cells = [(path.stem, cell) for path in lessons.all_lessons() for cell in nbformat.read(path, as_version=4).cells]
+    cells = [(path.stem, cell) for path in notebooks.all_lessons() for cell in nbformat.read(path, as_version=4).cells]
     return {id: stem for stem, cell in cells if cell.cell_type == "code" for id in called(cell.source)}
 
 

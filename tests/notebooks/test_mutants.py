@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course import exercises, lessons
+from course import notebooks
 from course.grading import submissions
 from course.grading.submissions import Lesson
 from labkit import checks
@@ -42,24 +42,24 @@ def test_every_exercise_has_its_bank(check_id):
     assert 4 <= len(bank.WRONG[check_id]) <= 8
 
 
-@pytest.mark.parametrize("lesson", lessons.all_lessons(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem)
 def test_every_exercise_has_its_card_and_its_check(lesson: Path):
-    """exercises.read refuses an exercise without card or check; here is what it cannot know."""
-    tasks = exercises.read(nbformat.read(lesson, as_version=4))
+    """notebooks.exercises refuses an exercise without card or check; here is what it cannot know."""
+    tasks = notebooks.exercises(nbformat.read(lesson, as_version=4))
     assert [task.id for task in tasks] == [f"{lesson.stem[:2]}.{k}" for k in range(1, len(tasks) + 1)]
     assert {task.id for task in tasks} == {one for one in checks.known() if one.startswith(lesson.stem[:2])}
     for task in tasks:
-        assert 1 <= task.difficulty <= 5 and 5 <= task.minutes <= 30
+        assert 1 <= task.points <= 5 and 5 <= task.minutes <= 30
         assert task.hints >= 1, f"{task.id} has no hint"
         assert '"""' in task.stub, f"{task.id}: the stub's docstring is the contract"
         assert "NotImplementedError" in task.stub and task.stub != task.source
 
 
-@pytest.mark.parametrize("lesson", lessons.all_lessons(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem)
 def test_the_answer_in_the_lesson_is_accepted(lesson: Path):
     notebook = nbformat.read(lesson, as_version=4)
     known = Lesson.read(lesson)
-    for task in exercises.read(notebook):
+    for task in notebooks.exercises(notebook):
         space: dict = {}
         for statement in submissions.needs(task, task.source, notebook, known):
             exec(statement, space)

@@ -16,10 +16,10 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import copies, lessons, parameters
+from course import notebooks, parameters
 from labkit import files
 
-LESSONS = lessons.all_lessons()
+LESSONS = notebooks.all_lessons()
 REQUIRED_TAGS = ("header", "parameters", "setup", "predict", "stable", "exercise", "check", "measure", "finish")
 REQUIRED_PARAMETERS = ("PRESET", "DEVICE", "SEED", "RESULTS_DIR")
 FOLDER = re.compile(r"(?<![\w.+/-])/(?:work|tmp|root|home|Users|usr|var|opt|mnt|private)/\w|\b[A-Z]:\\\\?Users")
@@ -69,7 +69,7 @@ def is_valid(notebook: NotebookNode) -> Iterator[str]:
 
 def is_tidy(notebook: NotebookNode) -> Iterator[str]:
     """Kernelspec python3, no metadata of one machine or one run."""
-    if nbformat.writes(lessons.tidied(notebook)) != nbformat.writes(notebook):
+    if nbformat.writes(notebooks.tidied(notebook)) != nbformat.writes(notebook):
         yield "holds metadata that changes from run to run; mend it with `./lab test tests/test_notebooks.py --fix`"
 
 
@@ -194,9 +194,9 @@ def test_lesson(lesson: Path, rule: Callable):
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
 def test_lesson_is_in_canonical_form(lesson: Path, pytestconfig: pytest.Config):
     """Byte for byte as nbformat writes it, tidied; with --fix the file is rewritten."""
-    wanted = nbformat.writes(lessons.tidied(read(lesson))) + "\n"
+    wanted = nbformat.writes(notebooks.tidied(read(lesson))) + "\n"
     if pytestconfig.getoption("--fix") and lesson.read_text(encoding="utf-8") != wanted:
-        lessons.write(lesson, wanted)
+        files.write_text(lesson, wanted)
     assert lesson.read_text(encoding="utf-8") == wanted, "run ./lab test tests/test_notebooks.py --fix"
 
 
@@ -221,7 +221,7 @@ def proper_lesson() -> NotebookNode:
     notebook = new_notebook(cells=cells)
     for count, cell in enumerate(code(notebook), start=1):
         cell.execution_count = count
-    return lessons.tidied(notebook)
+    return notebooks.tidied(notebook)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -339,7 +339,7 @@ def both_ways(
     env = {**offline, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1"}
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *options, f"--rootdir={folder}", lesson.name]
-    copy = copies.student_copy(read(lesson))
+    copy = notebooks.student_copy(read(lesson))
     client = NotebookClient(
         copy, allow_errors=True, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(place)}}
     )

@@ -1,20 +1,22 @@
+"""Lessons are found, read and copied without their answers; work that exists is never overwritten."""
+
 import os
 import re
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import copies, exercises, lessons
-from course.exercises import BEGIN, END, without_solution
+from course import notebooks
+from course.notebooks import BEGIN, END, without_solution
 from labkit import files
-from labkit.errors import InputError
+from labkit.errors import DataError, InputError
 
 STUB = '''def double(x: float) -> float:
     """Twice x."""
@@ -26,7 +28,7 @@ STUB = '''def double(x: float) -> float:
     return 0.0'''
 
 
-def notebook() -> nbformat.NotebookNode:
+def small() -> nbformat.NotebookNode:
     printed = new_output("stream", text="4\n")
     return new_notebook(
         cells=[
@@ -53,23 +55,15 @@ def test_two_blocks_and_a_cell_without_any():
     assert without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        BEGIN,
-        END,
-        f"{BEGIN}\n{BEGIN}\n{END}",
-        f"{END}\n{BEGIN}",
-    ],
-)
+@pytest.mark.parametrize("source", [BEGIN, END, f"{BEGIN}\n{BEGIN}\n{END}", f"{END}\n{BEGIN}"])
 def test_an_unpaired_marker_is_refused(source: str):
     with pytest.raises(InputError, match="stands alone in an exercise; each `### BEGIN SOLUTION` needs one"):
         without_solution(source)
 
 
 def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
-    source = notebook()
-    copy = copies.student_copy(source)
+    source = small()
+    copy = notebooks.student_copy(source)
     assert "SOLUTION" not in nbformat.writes(copy) and "2 * x" not in nbformat.writes(copy)
     assert all(cell.outputs == [] and cell.execution_count is None for cell in copy.cells if cell.cell_type == "code")
     assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
@@ -77,70 +71,113 @@ def test_the_copy_has_no_answers_and_no_outputs_and_the_lesson_keeps_its_own():
     nbformat.validate(copy)
 
 
-def test_the_copy_runs_with_not_implemented_as_its_only_error():
-    executed = NotebookClient(copies.student_copy(notebook()), allow_errors=True, timeout=60).execute()
-    errors = [o.ename for cell in executed.cells for o in cell.get("outputs", []) if o.output_type == "error"]
-    assert errors == ["NotImplementedError"]
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda cells: cells.pop(0), "exercise-1 has no card above it"),
+        (lambda cells: cells[0].update(source="### Exercise 1 · Twice"), "exercise-1 has no card above it"),
+        (lambda cells: cells.pop(2), "exercise-1 has no check below it"),
+        (lambda cells: cells[2].update(source="print(double(2))"), "exercise-1 has no check below it"),
+    ],
+)
+def test_an_exercise_without_card_or_check_is_refused(change: Callable, sentence: str):
+    card = new_markdown_cell("### Exercise 1 · Twice\n\n*Difficulty 2 of 5 · 10 minutes · skip it in a hurry*")
+    answer = new_code_cell(STUB, metadata={"tags": ["exercise"]}, id="exercise-1")
+    check = new_code_cell('lab.check("01.1", double)', metadata={"tags": ["check"]})
+    source = new_notebook(cells=[card, answer, check])
+    (task,) = notebooks.exercises(source)
+    assert (task.id, task.title, task.points, task.minutes, task.function) == ("01.1", "Twice", 2, 10, "double")
+    change(source.cells)
+    with pytest.raises(InputError, match=sentence):
+        notebooks.exercises(source)
 
 
 @pytest.fixture
 def lesson(tmp_path: Path) -> Path:
     path = tmp_path / "notebooks" / "01_small.ipynb"
     path.parent.mkdir()
-    nbformat.write(notebook(), path)
+    nbformat.write(small(), path)
     return path
 
 
+@pytest.mark.parametrize("name", ["1", "01", "01_small", "01_small.ipynb"])
+def test_a_lesson_is_found_by_number_or_name(lesson: Path, name: str):
+    assert notebooks.find(name, lesson.parent) == lesson
+
+
+@pytest.mark.parametrize("name", ["7", "small", "", "../01_small", "²"])
+def test_an_unknown_lesson_is_refused_with_those_that_exist(lesson: Path, name: str):
+    with pytest.raises(InputError, match=r"There is no lesson .*; give the number of one that exists: 01"):
+        notebooks.find(name, lesson.parent)
+
+
+@pytest.mark.parametrize("name", ["3", "²", "²1", "03.9", "03.²", "99.1", "²01.1"])
+def test_an_unknown_exercise_is_refused(name: str):
+    with pytest.raises(InputError, match=r"is no exercise; give lesson and number|There is no (exercise|lesson)"):
+        notebooks.exercise(name)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": [', '{"nbformat": 4, "cells": 3}', "\0"])
+def test_a_damaged_lesson_hinders_no_other(tmp_path: Path, lesson: Path, text: str):
+    lesson.with_name("02_damaged.ipynb").write_text(text)
+    places = {"folder": tmp_path / "workspace", "notebooks": lesson.parent}
+    assert not notebooks.has_changed(notebooks.prepare("1", **places), notebooks=lesson.parent)
+    with pytest.raises(DataError, match=r"02_damaged\.ipynb is not a notebook that can be read; get it from"):
+        notebooks.prepare("2", **places)
+
+
 def test_a_copy_that_exists_is_reopened_as_it_is(tmp_path: Path, lesson: Path):
-    own = copies.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+    own = notebooks.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
     assert own == tmp_path / "workspace" / "01_small.ipynb"
     own.write_text("a learner's work")
-    assert copies.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent) == own
+    assert notebooks.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent) == own
     assert own.read_text() == "a learner's work"
 
 
 def test_a_lesson_that_changed_is_noticed_and_the_copy_left_as_it_is(tmp_path: Path, lesson: Path):
     places = {"folder": tmp_path / "workspace", "notebooks": lesson.parent}
-    own = copies.prepare("1", **places)
-    assert not copies.has_changed(own, notebooks=lesson.parent)
+    own = notebooks.prepare("1", **places)
+    assert not notebooks.has_changed(own, notebooks=lesson.parent)
     run_again = nbformat.read(lesson, as_version=4)
     run_again.cells[2].outputs = [new_output("stream", text="5\n")]
     nbformat.write(run_again, lesson)
-    assert not copies.has_changed(own, notebooks=lesson.parent)
+    assert not notebooks.has_changed(own, notebooks=lesson.parent)
     work = nbformat.read(own, as_version=4)
     work.cells[1].source = "def double(x): return 2 * x"
     nbformat.write(work, own)
-    assert not copies.has_changed(own, notebooks=lesson.parent)
+    assert not notebooks.has_changed(own, notebooks=lesson.parent)
 
     changed = nbformat.read(lesson, as_version=4)
     changed.cells[0].source = "# Lesson, better told"
     nbformat.write(changed, lesson)
     before = own.read_bytes()
-    assert copies.prepare("1", **places) == own
-    assert copies.has_changed(own, notebooks=lesson.parent) and own.read_bytes() == before
+    assert notebooks.prepare("1", **places) == own
+    assert notebooks.has_changed(own, notebooks=lesson.parent) and own.read_bytes() == before
 
-    kept = copies.put_aside("1", **places)
+    kept = notebooks.put_aside("1", **places)
     assert re.fullmatch(r"01_small\.\d{4}-\d\d-\d\d\.ipynb", kept.name) and kept.read_bytes() == before
-    copies.prepare("1", **places)
-    assert not copies.has_changed(own, notebooks=lesson.parent)
-    assert copies.put_aside("1", **places).name == kept.stem + ".2.ipynb" and kept.read_bytes() == before
-    assert copies.put_aside("1", **places) is None
+    notebooks.prepare("1", **places)
+    assert not notebooks.has_changed(own, notebooks=lesson.parent)
+    assert notebooks.put_aside("1", **places).name == kept.stem + ".2.ipynb" and kept.read_bytes() == before
+    assert notebooks.put_aside("1", **places) is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"metadata": {"labkit": {}}}', '{"metadata": []}'])
 def test_a_copy_that_has_lost_its_metadata_is_not_reported(tmp_path: Path, lesson: Path, text: str):
     (tmp_path / "01_small.ipynb").write_text(text)
-    assert not copies.has_changed(tmp_path / "01_small.ipynb", notebooks=lesson.parent)
+    assert not notebooks.has_changed(tmp_path / "01_small.ipynb", notebooks=lesson.parent)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, lesson: Path):
     (tmp_path / "workspace").write_text("")
-    with pytest.raises(InputError, match=r"The copy cannot be written to .*; mend that, then again"):
-        copies.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+    with pytest.raises(InputError, match=r"The copy cannot be written to .*; fix that, then try again"):
+        notebooks.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
 
 
 def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dict[str, str]):
-    script = "import sys, pathlib, course.copies as c; c.open_in_jupyterlab(pathlib.Path(sys.argv[1]), browser=False)"
+    script = (
+        "import sys, pathlib, course.notebooks as c; c.open_in_jupyterlab(pathlib.Path(sys.argv[1]), browser=False)"
+    )
     environment = {**offline, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(
@@ -167,12 +204,12 @@ def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dic
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("school") / "class"
-    copies.release(folder)
+    notebooks.release(folder)
     return folder
 
 
 def test_a_release_holds_every_lesson_without_its_answers(released: Path):
-    assert {path.name for path in released.glob("*.ipynb")} == {path.name for path in lessons.all_lessons()}
+    assert {path.name for path in released.glob("*.ipynb")} == {path.name for path in notebooks.all_lessons()}
     assert [path for path in released.parent.iterdir()] == [released]
     for path in released.rglob("*.ipynb"):
         copy = nbformat.read(path, as_version=4)
@@ -180,7 +217,7 @@ def test_a_release_holds_every_lesson_without_its_answers(released: Path):
         source = nbformat.read(files.NOTEBOOKS / path.name, as_version=4)
         assert "SOLUTION" not in path.read_text()
         assert not any(cell.get("outputs") for cell in copy.cells)
-        for task in exercises.read(source):
+        for task in notebooks.exercises(source):
             (cell,) = [cell for cell in copy.cells if cell.id == task.cell_id]
             solution = task.source.partition(BEGIN)[2].partition(END)[0].strip()
             assert cell.source == task.stub and solution not in path.read_text()
@@ -197,19 +234,35 @@ def test_a_released_notebook_uses_the_labkit_beside_it(released: Path):
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden"])
 def test_a_folder_that_holds_something_is_not_released_into(tmp_path: Path, name: str):
     (tmp_path / name).write_text("work")
-    with pytest.raises(InputError, match=r"is not empty, and handed-in work is never overwritten; give a new folder"):
-        copies.release(tmp_path)
+    for folder in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=r"is not empty, and handed-in work is never overwritten; give a new"):
+            notebooks.release(folder)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "work"
 
 
-def test_a_file_is_not_released_into(tmp_path: Path):
-    (tmp_path / "class").write_text("")
-    with pytest.raises(InputError, match="is not empty"):
-        copies.release(tmp_path / "class")
+@pytest.mark.parametrize("part", notebooks.RELEASED)
+def test_a_release_does_not_copy_into_itself(part: str):
+    with pytest.raises(InputError, match="lies inside what is released"):
+        notebooks.release(files.ROOT / part / "deep" / "class")
+    assert not (files.ROOT / part / "deep").exists()
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path, lesson: Path):
+def test_a_release_of_a_damaged_lesson_leaves_nothing_behind(tmp_path: Path, lesson: Path):
     (tmp_path / "class").mkdir()
     with pytest.raises(InputError, match="has no card"):
-        copies.release(tmp_path / "class", notebooks=lesson.parent)
-    assert list((tmp_path / "class").iterdir()) == [] and not list(tmp_path.glob(".class*"))
+        notebooks.release(tmp_path / "class", notebooks=lesson.parent)
+    assert list((tmp_path / "class").iterdir()) == [] and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("most", [1_000, 200_000], ids=["in the first lesson", "in the data"])
+def test_a_release_onto_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path, most: int):
+    code = f"""
+import pathlib, resource, signal, sys
+from course import notebooks
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))
+notebooks.release(pathlib.Path(sys.argv[1]))"""
+    command = [sys.executable, "-c", code, tmp_path / "new" / "class"]
+    error = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True).stderr.splitlines()[-1]
+    assert re.search(r"InputError: The release cannot be written to .*File too large.*; free some", error), error
+    assert list(tmp_path.iterdir()) == []
