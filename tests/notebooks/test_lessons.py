@@ -70,7 +70,7 @@ def is_valid(notebook: NotebookNode) -> Iterator[str]:
 def is_tidy(notebook: NotebookNode) -> Iterator[str]:
     """Kernelspec python3, no metadata of one machine or one run."""
     if nbformat.writes(notebooks.tidied(notebook)) != nbformat.writes(notebook):
-        yield "holds metadata that changes from run to run; mend it with `./lab test tests/test_notebooks.py --fix`"
+        yield "holds metadata that changes from run to run; mend it with `./lab test tests/notebooks/test_lessons.py --fix`"
 
 
 def opens_with_its_title(notebook: NotebookNode) -> Iterator[str]:
@@ -197,7 +197,7 @@ def test_lesson_is_in_canonical_form(lesson: Path, pytestconfig: pytest.Config):
     wanted = nbformat.writes(notebooks.tidied(read(lesson))) + "\n"
     if pytestconfig.getoption("--fix") and lesson.read_text(encoding="utf-8") != wanted:
         files.write_text(lesson, wanted)
-    assert lesson.read_text(encoding="utf-8") == wanted, "run ./lab test tests/test_notebooks.py --fix"
+    assert lesson.read_text(encoding="utf-8") == wanted, "run ./lab test tests/notebooks/test_lessons.py --fix"
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
