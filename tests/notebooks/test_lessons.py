@@ -70,7 +70,7 @@ def is_valid(notebook: NotebookNode) -> Iterator[str]:
 def is_tidy(notebook: NotebookNode) -> Iterator[str]:
     """Kernelspec python3, no metadata of one machine or one run."""
     if nbformat.writes(notebooks.tidied(notebook)) != nbformat.writes(notebook):
-        yield "holds metadata that changes from run to run; `./lab test tests/notebooks/test_lessons.py --fix` rewrites it"
+        yield "holds metadata that changes from run to run; run `./lab test tests/notebooks/test_lessons.py --fix`"
 
 
 def opens_with_its_title(notebook: NotebookNode) -> Iterator[str]:
