@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit import bench, machine
-from labkit.pruning import sparse, speed, unstructured
+from labkit.pruning import sparse, unstructured
 
 
 def pruned_mlp(width: int, layers: int, sparsity: float) -> nn.Sequential:
@@ -83,7 +83,7 @@ def main() -> None:
                 if candidate is None:
                     continue
                 found = bench.compare(
-                    partial(model, x), partial(candidate, x), names=("dense torch", name), check=speed.close,
+                    partial(model, x), partial(candidate, x), names=("dense torch", name), check=sparse.close,
                     budget_s=options.budget,
                 )  # fmt: skip
                 row = {"batch": batch, "sparsity": sparsity, "engine": name, "speed-up": round(found.speedup, 3)}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import bench, models
-from labkit.pruning import nm, semi_structured, sparse, speed, unstructured
+from labkit.pruning import nm, semi_structured, sparse, unstructured
 
 BERT_TOKENS = 128
 
@@ -49,7 +49,7 @@ def gemm(options: argparse.Namespace) -> Iterator[Case]:
                 label = f"gemm {name} {out}x{width} batch {batch}"
                 if dtype is not torch.int8:
                     x = torch.randn(batch, width, device="cuda", dtype=dtype)
-                    yield Case(label, partial(F.linear, x, weight), partial(F.linear, x, packed), speed.close)
+                    yield Case(label, partial(F.linear, x, weight), partial(F.linear, x, packed), sparse.close)
                 elif batch > 16:  # torch._int_mm takes no fewer rows
                     x = torch.randint(-128, 128, (batch, width), device="cuda", dtype=dtype)
                     if semi_structured.backend_in_use() == "cutlass":
@@ -62,7 +62,7 @@ def gemm(options: argparse.Namespace) -> Iterator[Case]:
 def whole(label: str, model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Case:
     """A model at 2:4, dense against converted: activations, norms and attention cost the same in both."""
     dense = unstructured.make_permanent(nm.prune(model.cuda())).requires_grad_(False)
-    return Case(label, partial(call, dense), partial(call, sparse.convert(dense, format="2:4")), speed.close)
+    return Case(label, partial(call, dense), partial(call, sparse.convert(dense, format="2:4")), sparse.close)
 
 
 def bert(options: argparse.Namespace) -> Iterator[Case]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from labkit import datasets, models, stats, training
 from labkit.batches import segments
-from labkit.pruning import layerwise, nm_pattern
+from labkit.pruning import layerwise, nm
 from labkit.pruning.sparsegpt import Pattern, sparsegpt
 
 
@@ -72,7 +72,7 @@ def labkit_wanda(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
     """The mask step of `layerwise` for Wanda on one weight, for the clock."""
     scores = weight.abs() * hessian.diagonal().to(weight.dtype).sqrt()
     if isinstance(pattern, tuple):
-        return weight * nm_pattern.mask(scores, *pattern)
+        return weight * nm.mask(scores, *pattern)
     return weight * ~layerwise.lowest_k(scores, layerwise.count_to_prune(scores.shape[1], pattern), dim=1)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit import bench, models
-from labkit.pruning import sparse, speed, unstructured
+from labkit.pruning import sparse, unstructured
 
 TOKENS = 64
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=4096)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 128])
-    parser.add_argument("--formats", nargs="+", choices=("auto", "bsr", *sparse.RUNNABLE), default=["kernel"])
+    parser.add_argument("--formats", nargs="+", choices=("auto", "bsr", *sparse.KERNELS), default=["kernel"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
@@ -111,7 +111,7 @@ def main() -> None:
             case.baseline,
             case.candidate,
             names=case.names,
-            check=speed.close,
+            check=sparse.close,
             budget_s=options.budget,
             cache="cold" if options.device == "cuda" else "hot",
         )

@@ -151,10 +151,10 @@ def _compiler() -> tuple[bool, str]:
 
 
 def _found_compiler() -> str:
-    from labkit.pruning import compiling
+    from labkit.pruning import native
 
     with contextlib.suppress(OSError):
-        return " ".join(compiling.compiler())
+        return " ".join(native.compiler())
     return ""
 
 

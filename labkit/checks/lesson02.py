@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from labkit import storage
 from labkit.checks import Failures
 from labkit.pruning.selection import count_to_prune
-from labkit.pruning.sparse import FORMATS
 
 
 def keep_mask(fn: Callable, failures: Failures) -> None:
@@ -112,10 +112,9 @@ def stored(fn: Callable, failures: Failures) -> None:
             if not failures.expect(isinstance(answer, dict) and set(answer) == set(names), f"return a dict of {names}"):
                 continue
             for name in names:
-                parts = FORMATS[name].pack(weight.view(rows, columns)).values()
                 failures.close(
                     answer[name],
-                    sum(part.numel() * part.element_size() for part in parts),
+                    storage.nbytes(weight.view(rows, columns), name),
                     f"the bytes of {name} differ from those of arrays that were really packed: go through its arrays "
                     "in the table",
                 )

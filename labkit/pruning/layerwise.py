@@ -18,7 +18,7 @@ from labkit.batches import check_batches, evaluating, not_empty, split
 from labkit.errors import InputError
 from labkit.pruning import stack
 from labkit.pruning.criteria import Weight, hessian, prunable, spread, sum_over_rows, watched
-from labkit.pruning.nm_pattern import mask
+from labkit.pruning.nm import mask
 from labkit.pruning.selection import count_to_prune, lowest_k, named_parts
 from labkit.pruning.sparsegpt import Pattern, check_settings, sparsegpt
 from labkit.pruning.unstructured import hold_, masks, refuse_foreign, targets
@@ -44,7 +44,7 @@ def prune(
     method: "magnitude": |w|, a fraction of each layer. "wanda": |w| ||x_j||, a fraction of each row. "sparsegpt": see
         `sparsegpt.sparsegpt`, a fraction of each `block` columns, and the kept weights move.
     batches: for the last two; read once, kept in memory as what the first block is called with.
-    exclude: names of modules or weights that stay dense. pad: see `nm_pattern.mask`. damp, block: of SparseGPT.
+    exclude: names of modules or weights that stay dense. pad: see `nm.mask`. damp, block: of SparseGPT.
     progress: a label for a progress bar over the blocks; none without.
 
     Memory beyond the copy: the calibration batches' hidden states, and the Hessians of one block. A model that is no

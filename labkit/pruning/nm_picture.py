@@ -1,6 +1,6 @@
 """How hardware multiplies a 2:4 row, drawn: the values that are stored, their two-bit places, the inputs these select.
 
-For lesson 05. It draws what `nm_packed.compress` returns, so that the picture cannot differ from the format.
+For lesson 05. It draws what `nm.compress` returns, so that the picture cannot differ from the format.
 """
 
 from typing import Any
@@ -8,8 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from labkit.pruning.nm_packed import compress
-from labkit.pruning.nm_pattern import mask
+from labkit.pruning.nm import compress, mask
 from labkit.show import COLOURS
 
 WEIGHTS, VALUES, PLACES, INPUTS = 4.5, 2.9, 2.15, 0.5  # heights of the four rows of boxes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from labkit.errors import InputError
-from labkit.pruning.nm_pattern import check_pattern
+from labkit.pruning.nm import check_pattern
 from labkit.pruning.selection import count_to_prune, fraction, lowest_k
 
 Pattern = float | tuple[int, int]
@@ -79,7 +79,7 @@ def _pass_on_(w: Tensor, kept: Tensor, effect: Tensor, start: int, end: int) -> 
 
 
 def _largest(scores: Tensor, n: int) -> Tensor:
-    """True at the n largest magnitudes of each column of [m, out], lower rows first: `nm_pattern.mask` of few weights.
+    """True at the n largest magnitudes of each column of [m, out], lower rows first: `nm.mask` of few weights.
 
     That one is made for whole weights, and its calls alone would take half of the time here.
     """

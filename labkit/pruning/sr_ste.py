@@ -16,7 +16,7 @@ from labkit.errors import InputError
 from labkit.pruning import unstructured
 from labkit.pruning.criteria import prunable
 from labkit.pruning.layerwise import check_widths, weights_of
-from labkit.pruning.nm_pattern import check_pattern, mask
+from labkit.pruning.nm import check_pattern, mask
 from labkit.pruning.selection import named_parts
 
 

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from labkit import bench
+from labkit import bench, storage
 from labkit.errors import InputError
-from labkit.pruning import compiling, kernels, nm, nm_kernel, sparse, unstructured
-from labkit.pruning.sparse import FORMATS, RUNNABLE, SparseLinear, convert, costs, stored_bytes
+from labkit.pruning import native, nm, sparse, unstructured
+from labkit.pruning.sparse import KERNELS, SparseLinear, convert, costs
+from labkit.storage import FORMATS
+from labkit.storage import nbytes as stored_bytes
 
-ON_CPU = [name for name in RUNNABLE if "cpu" in FORMATS[name].devices]
+ON_CPU = [name for name in KERNELS if "cpu" in KERNELS[name].devices]
 EXACT = [name for name in ON_CPU if name != "kernel-bf16"]
-needs_kernel = pytest.mark.skipif(not kernels.isas(), reason="needs a C++ compiler")
+needs_kernel = pytest.mark.skipif(not native.isas("sparse_linear"), reason="needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -66,45 +68,45 @@ shapes = st.integers(1, 300)
 densities = st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0])
 
 
-@pytest.mark.parametrize("isa", kernels.ISAS)
+@pytest.mark.parametrize("isa", native.ISAS)
 @settings(deadline=None, max_examples=40)
 @given(rows=shapes, columns=shapes, batch=st.integers(0, 140), density=densities, seed=st.integers(0, 9))
 def test_kernel_equals_dense(isa, rows, columns, batch, density, seed):
-    if isa not in kernels.isas():
+    if isa not in native.isas("sparse_linear"):
         pytest.skip(f"this machine has no {isa}")
     weight = pruned(rows, columns, density, seed=seed)
-    layout = kernels.pack(weight)
+    layout = native.pack(weight)
     x, bias = torch.randn(batch, columns), torch.randn(rows)
-    assert_product(kernels.multiply(x, layout, rows, bias, isa), x, weight, bias)
-    assert_product(kernels.multiply(x, layout, rows, None, isa), x, weight)
+    assert_product(native.multiply(x, layout, rows, bias, isa), x, weight, bias)
+    assert_product(native.multiply(x, layout, rows, None, isa), x, weight)
 
 
 @needs_kernel
-@pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("isa", native.isas("sparse_linear"))
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 9, 16, 17, 33, 48, 49, 64, 65, 127, 128, 129, 512, 513])
 def test_kernel_equals_dense_at_every_tile_width(isa, batch):
     weight, x = pruned(530, 333, 0.2), torch.randn(batch, 333)
-    assert_product(kernels.multiply(x, kernels.pack(weight), 530, isa=isa), x, weight)
+    assert_product(native.multiply(x, native.pack(weight), 530, isa=isa), x, weight)
 
 
 @needs_kernel
-@pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("isa", native.isas("sparse_linear"))
 @pytest.mark.parametrize("batch", [1, 3, 16, 40, 64])
 def test_kernel_with_bfloat16_weights_equals_dense_with_rounded_weights(isa, batch):
     weight, x = pruned(130, 250, 0.3, torch.bfloat16), torch.randn(batch, 250)
-    assert_product(kernels.multiply(x, kernels.pack(weight), 130, isa=isa), x, weight)
+    assert_product(native.multiply(x, native.pack(weight), 130, isa=isa), x, weight)
 
 
 @needs_kernel
 @pytest.mark.parametrize("batch", [1, 40, 200])
 def test_two_threads_give_the_bits_of_one(batch):
-    layout, x = kernels.pack(pruned(700, 400, 0.2)), torch.randn(batch, 400)
+    layout, x = native.pack(pruned(700, 400, 0.2)), torch.randn(batch, 400)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = kernels.multiply(x, layout, 700)
+        one = native.multiply(x, layout, 700)
         torch.set_num_threads(2)
-        assert torch.equal(kernels.multiply(x, layout, 700), one)
+        assert torch.equal(native.multiply(x, layout, 700), one)
     finally:
         torch.set_num_threads(before)
 
@@ -114,8 +116,8 @@ def test_kernel_takes_rows_of_very_different_lengths():
     weight = torch.zeros(200, 600)
     weight[7], weight[100, :300], weight[150, 599] = 1.5, -2.0, 3.0
     x = torch.randn(70, 600)
-    assert_product(kernels.multiply(x, kernels.pack(weight), 200), x, weight)
-    assert_product(kernels.multiply(x[:1], kernels.pack(weight), 200), x[:1], weight)
+    assert_product(native.multiply(x, native.pack(weight), 200), x, weight)
+    assert_product(native.multiply(x[:1], native.pack(weight), 200), x[:1], weight)
 
 
 @pytest.mark.parametrize("format", EXACT)
@@ -155,14 +157,12 @@ def test_inputs_that_are_not_contiguous(format):
     assert_product(SparseLinear(weight, None, format)(x), x, weight)
 
 
-@pytest.mark.parametrize(
-    "format", [name for name in FORMATS if "cpu" in FORMATS[name].devices and name != "kernel-bf16"]
-)
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("nm", "kernel-bf16")])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 9), (70, 130), (33, 257)])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_unpacking_gives_the_weight_back(format, shape, density):
     weight = pruned(*shape, density)
-    assert torch.equal(FORMATS[format].unpack(FORMATS[format].pack(weight), *shape), weight)
+    assert torch.equal(FORMATS[format].unpack(FORMATS[format].pack(weight), shape), weight)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_stored_bytes_follow_their_formulas(dtype):
         "bsr8": blocks * (64 * size + 4) + 4 * (rows // 8 + 1),
     }
     for format, data in expected.items():
-        assert 0 < stored_bytes(weight, format) - data < 320, format  # safetensors' header
+        assert stored_bytes(weight, format) == data, format
 
 
 def test_the_kernel_stores_about_five_bytes_a_weight():
@@ -194,20 +194,6 @@ def test_the_kernel_stores_about_five_bytes_a_weight():
 
 def test_convolutions_are_stored_as_matrices():
     assert stored_bytes(pruned(64, 27, 0.5).view(64, 3, 3, 3), "csr") == stored_bytes(pruned(64, 27, 0.5), "csr")
-
-
-@pytest.mark.parametrize(
-    ("weight", "format", "says"),
-    [
-        (torch.zeros(4, 4), "zip", "no format 'zip'"),
-        (torch.zeros(4, 4), "2:4", "no format '2:4' for storing"),
-        (torch.zeros(4), "csr", "1-dimensional"),
-        (torch.zeros(4, 4, dtype=torch.int8), "csr", "torch.int8"),
-    ],
-)
-def test_what_cannot_be_stored_is_refused(weight, format, says):
-    with pytest.raises(InputError, match=says):
-        stored_bytes(weight, format)
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------
@@ -330,7 +316,7 @@ def test_auto_follows_its_costs():
 
     assert chosen(1.0, 64) == "dense"
     assert chosen(0.1, 1, shape=(32, 32)) == "dense"
-    fast = "kernel" if kernels.isas() else "csr"
+    fast = "kernel" if native.isas("sparse_linear") else "csr"
     assert chosen(0.05, 1) == chosen(0.05, 64) == fast
     nonzeros = int(pruned(1024, 1024, 0.1).count_nonzero())
     found = costs(1024, 1024, nonzeros, 64)
@@ -389,7 +375,7 @@ def test_damaged_parts_are_refused(format):
     parts = FORMATS[format].pack(pruned(40, 50, 0.3))
     damaged = {name: part[:-1].clone() for name, part in parts.items()}
     with pytest.raises(InputError):
-        FORMATS[format].check(damaged, 40, 50)
+        storage.check(damaged, format, (40, 50))
 
 
 @pytest.mark.parametrize(("part", "value"), [("columns", 255), ("order", 999), ("lengths", 200), ("starts", 7)])
@@ -409,7 +395,7 @@ def compiler(monkeypatch, tmp_path):
     """compiler("name ..."): as if CXX were that and nothing compiled yet."""
 
     def forget():
-        for cached in (compiling.load, kernels.load, nm_kernel.load):
+        for cached in (native.load,):
             cached.cache_clear()
 
     def choose(command):
@@ -448,7 +434,7 @@ def test_without_a_compiler_a_mask_is_slower_said_once_and_right(compiler):
 
 @needs_kernel
 def test_two_processes_may_compile_at_once(tmp_path):
-    code = "from labkit.pruning import kernels; assert kernels.isas()"
+    code = "from labkit.pruning import native; assert native.isas('sparse_linear')"
     environment = {"LABKIT_CACHE": str(tmp_path), "PATH": __import__("os").environ["PATH"]}
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]

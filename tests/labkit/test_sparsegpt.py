@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit.errors import InputError
-from labkit.pruning.nm_pattern import is_nm, mask
+from labkit.pruning.nm import is_nm, mask
 from labkit.pruning.selection import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import sparsegpt
 
