@@ -11,7 +11,7 @@ from torch import Tensor
 
 from labkit import storage
 from labkit.checks import Failures
-from labkit.pruning.selection import count_to_prune
+from labkit.pruning.select import count_to_prune
 
 
 def keep_mask(fn: Callable, failures: Failures) -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import EqualityError, InputError
-from labkit.pruning import equality, importance, surgery
+from labkit.pruning import equality, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
 from labkit.pruning.equality import Report
-from labkit.pruning.selection import count_to_prune, fraction, inside, lowest_k, named_parts
+from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores
+from labkit.pruning.select import count_to_prune, fraction, inside, lowest_k, named_parts
 
 SCOPES = ("global", "layer")
 _MEND = "name the modules that you suspect in ignore, or look at it with apply(..., check=False)."
@@ -156,7 +157,7 @@ def plan(
     macs: the fraction of multiply-adds to remove.
     units: {group or parameter: numbers of the units that go}, no others, whatever they are worth; what a unit is (a
         channel, a head, a neuron) says `coupling.trace`. The arguments below play no part then.
-    criterion, batches, loss_fn, seed: see `importance.scores`.
+    criterion, batches, loss_fn, seed: see `scores.unit_scores`.
     scope: "global" ranks all units together, each score divided by the mean of its group, so that a layer is not wiped
         out for the size of its weights; "layer" removes the same fraction of each group.
     min_channels: as many stay in every group at least. round_to: what stays is a multiple of it, the nearest one, where
@@ -307,11 +308,11 @@ class Planner:
         for name, value in (("min_channels", min_channels), ("round_to", round_to)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
-        importance.check(criterion, batches)
+        check_criterion(criterion, batches, UNIT_CRITERIA)
         parts = named_parts(model, ignore, "ignore")
         self._model, self._scope = model, scope
         self.coupling = coupling = Coupling.of(model, args, kwargs)
-        found = importance.scores(model, coupling, criterion, batches, loss_fn=loss_fn, seed=seed)
+        found = unit_scores(model, coupling.groups, criterion, batches, loss_fn=loss_fn, seed=seed)
         self._reasons = dict.fromkeys(_ignored(model, coupling, parts), "ignored")
         for i in range(len(coupling.groups)):
             if i not in found:
@@ -389,7 +390,7 @@ class Planner:
 
 
 def _cluster(
-    groups: Sequence[Group], members: list[int], found: importance.Scores, least: int, round_to: int
+    groups: Sequence[Group], members: list[int], found: Mapping[int, Tensor], least: int, round_to: int
 ) -> _Cluster:
     steps = math.gcd(*(groups[i].units for i in members))
     order, parts, floor, grain = [], [], 1, 1

@@ -17,7 +17,7 @@ from labkit.batches import check_batches, evaluating, not_empty, summed_loss
 from labkit.errors import InputError
 from labkit.pruning import anatomy
 from labkit.pruning.anatomy import Attention
-from labkit.pruning.layers import reading
+from labkit.pruning.scores import reading
 
 PENALTIES = ("hard_concrete", "l1")
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # beta, gamma and zeta of Louizos et al. 2018

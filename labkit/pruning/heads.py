@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
+from labkit.batches import check_batches, evaluating, not_empty, summed_loss
 from labkit.errors import InputError
 from labkit.pruning import anatomy, attention_maps, gates
 from labkit.pruning.layers import layers_of, remembering, resuming
+from labkit.pruning.scores import input_taylor
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
 
@@ -62,32 +63,11 @@ def head_importance(
         return attention_maps.confidence(model, batches, label=label)
     if method == "gate":
         return gates.learn_gates(model, batches, loss_fn=loss_fn, seed=seed, label=label)
-    measure = _taylor if method == "taylor" else _ablation
-    return measure(model, tqdm(batches, desc=label, disable=not label, mininterval=2), loss_fn)
-
-
-def _taylor(model: nn.Module, batches: Iterable, loss_fn: Callable | None) -> Tensor:
-    parts = anatomy.attentions(model)
-    sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
-    terms = 0
-    with evaluating(model, seed=0), torch.enable_grad():
-        for batch in not_empty(batches):
-            ones: dict[int, Tensor] = {}
-
-            def gate(i: int, contexts: Tensor, ones=ones) -> Tensor:  # one for each token and head
-                ones[i] = torch.ones_like(contexts[..., :1], requires_grad=True)  # [B, T, heads, 1]
-                return ones[i]
-
-            with gates.scaling(model, parts, gate):
-                loss, n = summed_loss(model, batch, loss_fn)
-            slopes = torch.autograd.grad(loss, list(ones.values()))
-            given = inputs(model, batch)
-            for i, slope in zip(ones, slopes, strict=True):
-                slope = slope.squeeze(-1).double()  # [B, T, heads]
-                valid = valid_tokens(model, given, parts[i].name, slope)  # [B, T]
-                sums[i] += (slope * valid[..., None]).sum(1).abs().sum(0).cpu()
-            terms += n
-    return gates.rows([total / max(terms, 1) for total in sums])
+    batches = tqdm(batches, desc=label, disable=not label, mininterval=2)
+    if method == "taylor":
+        readers = {part.output: part.heads for part in anatomy.attentions(model)}
+        return gates.rows(input_taylor(model, readers, batches, loss_fn))
+    return _ablation(model, batches, loss_fn)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ halves leave-one-out measurements. Nothing is removed here; that is `depth`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,22 +61,3 @@ def resuming(layers: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[No
             del layer.forward
             if own is not None:
                 layer.forward = own
-
-
-@contextlib.contextmanager
-def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside, act(i, x) sees what the module names[i] reads, and may give another tensor to go on with."""
-
-    def hook(i: int) -> Callable:
-        def before(module, args):
-            new = act(i, args[0])
-            return None if new is None else (new, *args[1:])
-
-        return before
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(i)) for i, name in enumerate(names)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

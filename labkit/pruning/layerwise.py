@@ -17,9 +17,9 @@ from tqdm import tqdm
 from labkit.batches import check_batches, evaluating, not_empty, split
 from labkit.errors import InputError
 from labkit.pruning import stack
-from labkit.pruning.criteria import Weight, hessian, prunable, spread, sum_over_rows, watched
 from labkit.pruning.nm import mask
-from labkit.pruning.selection import count_to_prune, lowest_k, named_parts
+from labkit.pruning.scores import hessian, squares, wanda, watched
+from labkit.pruning.select import Weight, count_to_prune, lowest_k, named_parts, prunable
 from labkit.pruning.sparsegpt import Pattern, check_settings, sparsegpt
 from labkit.pruning.unstructured import hold_, masks, refuse_foreign, targets
 
@@ -66,9 +66,9 @@ def prune(
         bar = tqdm(weights.items(), desc=progress, disable=not progress)
         kept = {name: _select(weight, weight.parameter.detach().abs(), pattern, pad, None) for name, weight in bar}
     else:
-        wanda = _Method(lambda layer, x: sum_over_rows(layer, x.square()), partial(_wanda_, pattern=pattern, pad=pad))
-        obs = _Method(hessian, partial(_sparsegpt_, pattern=pattern, damp=damp, block=block))
-        kept = _through(pruned, weights, batches, wanda if method == "wanda" else obs, progress)
+        by_wanda = _Method(squares, partial(_wanda_, pattern=pattern, pad=pad))
+        by_obs = _Method(hessian, partial(_sparsegpt_, pattern=pattern, damp=damp, block=block))
+        kept = _through(pruned, weights, batches, by_wanda if method == "wanda" else by_obs, progress)
     hold_(pruned, {name: k & earlier[name] if name in earlier else k for name, k in kept.items()})
     return pruned
 
@@ -173,9 +173,9 @@ def _select(weight: Weight, scores: Tensor, pattern: Pattern, pad: bool, dim: in
     return weight.from_rows(~lowest_k(rows, count, dim=dim))
 
 
-def _wanda_(weight: Weight, squares: Tensor, pattern: Pattern, pad: bool) -> Tensor:
-    """squares [groups, in / groups * kernel]: ||x_j||^2."""
-    scores = weight.parameter.detach().abs() * spread(weight, squares.sqrt())
+def _wanda_(weight: Weight, x2: Tensor, pattern: Pattern, pad: bool) -> Tensor:
+    """x2 [groups, in / groups * kernel]: ||x_j||^2."""
+    scores = wanda(weight.parameter.detach(), weight.spread(x2))
     kept = _select(weight, scores, pattern, pad, dim=1)
     weight.parameter.masked_fill_(~kept, 0.0)
     return kept

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
+from labkit.batches import check_batches
 from labkit.errors import InputError
 from labkit.pruning import anatomy
 from labkit.pruning.anatomy import FeedForward
-from labkit.pruning.layers import reading
-from labkit.pruning.selection import count_to_prune, fraction, lowest_k
+from labkit.pruning.scores import input_moments, input_taylor
+from labkit.pruning.select import count_to_prune, fraction, lowest_k
 
 CRITERIA = ("magnitude", "wanda", "taylor", "random")
 SCOPES = ("layer", "global")
@@ -87,9 +87,10 @@ def importance(
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(part.neurons, generator=generator, dtype=torch.float64) for part in parts]
+    check_batches(batches, criterion)
     if criterion == "taylor":
-        return _taylor(model, parts, check_batches(batches, criterion), loss_fn)
-    squares = _moments(model, parts, check_batches(batches, criterion), power=2)
+        return input_taylor(model, {part.down: part.neurons for part in parts}, batches, loss_fn)
+    squares = input_moments(model, [part.down for part in parts], batches, power=2)
     norms = (_norm(model, part, reads=True) for part in parts)
     return [own.sqrt() * norm for own, norm in zip(squares, norms, strict=True)]
 
@@ -99,7 +100,7 @@ def means(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable | No
     for part in parts:
         if getattr(model.get_submodule(part.down), "bias", None) is None:
             raise InputError(f"{part.down} has no bias to fold the removed neurons into: leave fold_bias out.")
-    return _moments(model, parts, check_batches(batches, "fold_bias"), power=1)
+    return input_moments(model, [part.down for part in parts], check_batches(batches, "fold_bias"), power=1)
 
 
 def fold_(
@@ -127,48 +128,3 @@ def _norm(model: nn.Module, part: FeedForward, reads: bool = False) -> Tensor:
         if name != part.down and module.bias is not None:
             total += module.bias.detach().double().pow(2).cpu()
     return total.sqrt()
-
-
-@torch.no_grad()
-def _moments(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable, power: int) -> list[Tensor]:
-    """E[a^power] over the valid tokens: per network [neurons] float64."""
-    sums = [torch.zeros(part.neurons, dtype=torch.float64) for part in parts]
-    counts = [0] * len(parts)
-    current: dict[str, Tensor] = {}
-
-    def act(i: int, a: Tensor) -> None:
-        valid = valid_tokens(model, current, parts[i].down, a)
-        sums[i] += a.detach().flatten(0, -2).double().pow(power).mul(valid.flatten()[:, None]).sum(0).cpu()
-        counts[i] += int(valid.sum())
-
-    with evaluating(model, seed=0), reading(model, [part.down for part in parts], act):
-        for batch in not_empty(batches):
-            current.clear()
-            current.update(inputs(model, batch))
-            model(**current)
-    return [total / max(n, 1) for total, n in zip(sums, counts, strict=True)]
-
-
-def _taylor(model: nn.Module, parts: Sequence[FeedForward], batches: Iterable, loss_fn) -> list[Tensor]:
-    """(1/N) sum over examples of |sum over valid tokens of a_j dl/da_j|: per network [neurons]"""
-    sums = [torch.zeros(part.neurons, dtype=torch.float64) for part in parts]
-    seen: dict[int, Tensor] = {}
-    terms = 0
-
-    def act(i: int, a: Tensor) -> Tensor:
-        seen[i] = a if a.requires_grad else a.detach().requires_grad_(True)
-        return seen[i]
-
-    with evaluating(model, seed=0), torch.enable_grad(), reading(model, [part.down for part in parts], act):
-        for batch in not_empty(batches):
-            loss, n = summed_loss(model, batch, loss_fn)
-            gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
-            given = inputs(model, batch)
-            for (i, a), g in zip(seen.items(), gradients, strict=True):
-                if g is not None:
-                    valid = valid_tokens(model, given, parts[i].down, a)  # [B, T]
-                    slopes = (a.detach() * g).double().view(*valid.shape, -1) * valid[..., None]  # [B, T, neurons]
-                    sums[i] += slopes.sum(1).abs().sum(0).cpu()
-            seen.clear()
-            terms += n
-    return [total / max(terms, 1) for total in sums]

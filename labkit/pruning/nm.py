@@ -193,7 +193,7 @@ def prune(
         by layer; the inputs of a layer are those that the layers pruned before it give. See `layerwise.prune`, which
         does the work and takes a fraction as well.
     exclude: names of modules and weights that stay dense. The others: `layerwise.weights_of`: in a stack of blocks, as
-        language models are, those of the blocks, else all of `criteria.prunable`.
+        language models are, those of the blocks, else all of `select.prunable`.
     pad: without it a weight whose input dimension is no multiple of m is an InputError that names it; see `mask`.
 
     The masks are held as those of `unstructured.prune` are (`unstructured.masks` reads them, `make_permanent` takes

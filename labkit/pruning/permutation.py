@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError
 from labkit.pruning import coupling, equality, surgery, unstructured
-from labkit.pruning.criteria import prunable
 from labkit.pruning.nm import check_pattern
+from labkit.pruning.select import prunable
 
 
 def search(scores: Tensor, n: int = 2, m: int = 4, *, rounds: int = 100) -> Tensor:

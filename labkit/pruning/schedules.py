@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
-from labkit.pruning.selection import fraction
+from labkit.pruning.select import fraction
 from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
 
 # --- schedules: the sparsity after each of n rounds, the last one the target ------------------------------------------

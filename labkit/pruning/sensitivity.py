@@ -17,7 +17,7 @@ from labkit.errors import InputError
 from labkit.files import replacing
 from labkit.pruning import channels
 from labkit.pruning.schedules import digest
-from labkit.pruning.selection import fraction
+from labkit.pruning.select import fraction
 
 
 @dataclass(frozen=True)

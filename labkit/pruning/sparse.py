@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from labkit import bench, storage
 from labkit.errors import InputError
 from labkit.pruning import native, semi_structured
-from labkit.pruning.selection import count_to_prune, lowest_k
+from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.storage import BSR_BLOCKS, FORMATS, Format, Parts
 
 HALVES = (torch.float16, torch.bfloat16)

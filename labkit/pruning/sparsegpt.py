@@ -12,7 +12,7 @@ from torch import Tensor
 
 from labkit.errors import InputError
 from labkit.pruning.nm import check_pattern
-from labkit.pruning.selection import count_to_prune, fraction, lowest_k
+from labkit.pruning.select import count_to_prune, fraction, lowest_k
 
 Pattern = float | tuple[int, int]
 TRIES = 6  # of a damping ten times the one before

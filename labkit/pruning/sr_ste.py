@@ -14,10 +14,9 @@ from torch.nn.utils import parametrize
 
 from labkit.errors import InputError
 from labkit.pruning import unstructured
-from labkit.pruning.criteria import prunable
 from labkit.pruning.layerwise import check_widths, weights_of
 from labkit.pruning.nm import check_pattern, mask
-from labkit.pruning.selection import named_parts
+from labkit.pruning.select import named_parts, prunable
 
 
 def prepare(

@@ -1,6 +1,6 @@
 """Pruning single weights: masks that hold through training, and a sparsity that is what the forward pass sees.
 
-Magnitude pruning of Han et al. 2015 with any criterion of `criteria`. A pruned model keeps its parameters and their
+Magnitude pruning of Han et al. 2015 with any criterion of `scores`. A pruned model keeps its parameters and their
 names: a pruned weight is a stored zero, and hooks keep it one. Nothing gets smaller or faster here; see `sparse`.
 """
 
@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from labkit.errors import InputError
-from labkit.pruning.criteria import Weight, prunable, prunable_attributes, saliency
-from labkit.pruning.selection import count_to_prune, fraction, inside, lowest_k, named_parts
+from labkit.pruning.scores import saliency
+from labkit.pruning.select import (
+    Weight,
+    count_to_prune,
+    fraction,
+    inside,
+    lowest_k,
+    named_parts,
+    prunable,
+    prunable_attributes,
+)
 
 SCOPES = ("global", "layer", "row")
 
@@ -30,11 +39,11 @@ def prune(
     exclude: str | Iterable[str] = (),
     seed: int = 0,
 ) -> nn.Module:
-    """A copy of `model` in which the fraction `sparsity` of the prunable weights (`criteria.prunable`) is held at zero.
+    """A copy of `model` in which the fraction `sparsity` of the prunable weights (`select.prunable`) is held at zero.
 
     sparsity: of all those weights together, not of those that remain; 1 and 1.0 both mean all. Reached to within half
         a weight in every group that `scope` ranks by itself: "global" (one group), "layer", or "row" (an output unit).
-    criterion, batches, loss_fn, seed: see `criteria.saliency`.
+    criterion, batches, loss_fn, seed: see `scores.saliency`.
     exclude: names of modules or weights to leave alone; they then count neither as asked nor as reached.
 
     Weights that are zero already go first, so pruning again keeps the earlier mask. Frozen weights are pruned too and
@@ -122,7 +131,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
 
 
 def targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
-    """`criteria.prunable` without the modules and weights named in `exclude`; an InputError if none is left."""
+    """`select.prunable` without the modules and weights named in `exclude`; an InputError if none is left."""
     found = _included(model, named_parts(model, exclude, "exclude"))
     if not sum(weight.parameter.numel() for weight in found.values()):
         raise InputError(

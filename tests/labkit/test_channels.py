@@ -10,10 +10,11 @@ from torch import nn
 
 from labkit import roofline
 from labkit.errors import InputError
-from labkit.pruning import importance, rounds, sensitivity, slimming
+from labkit.pruning import rounds, sensitivity, slimming
 from labkit.pruning.channels import Planner, apply, plan, prune
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.schedules import cubic, linear
+from labkit.pruning.scores import UNIT_CRITERIA, unit_scores
 
 
 def left(chosen):
@@ -31,7 +32,7 @@ def plain():
 
 def scores(model, x, criterion, batches=None, **options):
     coupling = Coupling.of(model, x)
-    found = importance.scores(model, coupling, criterion, batches, **options)
+    found = unit_scores(model, coupling.groups, criterion, batches, **options)
     return {coupling.groups[i].name: values for i, values in found.items()}
 
 
@@ -87,7 +88,7 @@ def test_activation_is_the_mean_of_what_the_readers_get(plain):
         torch.testing.assert_close(found, torch.tanh(model.fc1(hidden.flatten(1))).abs().mean(0))
 
 
-@pytest.mark.parametrize("criterion", importance.CRITERIA)
+@pytest.mark.parametrize("criterion", UNIT_CRITERIA)
 def test_every_criterion_prunes_and_leaves_the_model_alone(plain, criterion):
     model, x, batches = plain
     before = copy.deepcopy(model.state_dict())
@@ -386,5 +387,5 @@ def test_an_allocation_takes_the_largest_ratio_within_the_tolerance():
 def test_a_planner_scores_once(plain, monkeypatch):
     model, x, _ = plain
     planner = Planner(model, x)
-    monkeypatch.setattr(importance, "scores", None)
+    monkeypatch.setattr("labkit.pruning.channels.unit_scores", None)
     assert planner.plan(0.25).parameters[1] > planner.plan(0.75).parameters[1]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from labkit import models
 from labkit.errors import InputError
 from labkit.pruning import coupling, nm, permutation
-from labkit.pruning.criteria import prunable
+from labkit.pruning.select import prunable
 
 
 def kept(scores, n, m):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from labkit.errors import InputError
 from labkit.pruning.nm import is_nm, mask
-from labkit.pruning.selection import count_to_prune, lowest_k
+from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import sparsegpt
 
 

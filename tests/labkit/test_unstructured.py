@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from labkit.errors import InputError
-from labkit.pruning.criteria import CRITERIA, prunable
+from labkit.pruning.scores import CRITERIA
+from labkit.pruning.select import prunable
 from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
 
 

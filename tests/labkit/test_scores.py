@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labkit.errors import InputError
-from labkit.pruning import criteria, selection
-from labkit.pruning.criteria import CRITERIA, obs_prune, saliency
+from labkit.pruning import select
+from labkit.pruning.scores import CRITERIA, obs_prune, saliency
 
 NEED_DATA = [name for name in CRITERIA if name not in ("magnitude", "random")]
 NEED_LOSS = ["taylor", "taylor_abs", "obd"]
@@ -231,9 +231,9 @@ def test_obs_weights_are_least_squares_on_what_they_keep(layer):
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 def test_obs_with_update_beats_magnitude_and_wanda(layer, sparsity):
     weight, x = layer
-    k = selection.count_to_prune(12, sparsity)
-    by_magnitude = weight.masked_fill(selection.lowest_k(weight.abs(), k, dim=1), 0)
-    by_wanda = weight.masked_fill(selection.lowest_k(weight.abs() * x.norm(dim=0), k, dim=1), 0)
+    k = select.count_to_prune(12, sparsity)
+    by_magnitude = weight.masked_fill(select.lowest_k(weight.abs(), k, dim=1), 0)
+    by_wanda = weight.masked_fill(select.lowest_k(weight.abs() * x.norm(dim=0), k, dim=1), 0)
     obs = output_error(weight, obs_prune(weight, x, sparsity), x)
     assert obs < 0.5 * min(output_error(weight, by_magnitude, x), output_error(weight, by_wanda, x))
 
@@ -242,7 +242,7 @@ def test_obs_without_correlation_removes_what_magnitude_removes():
     """With orthogonal inputs of one size there is nothing to update: the test above could fail, and here it would."""
     x = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64)).Q
     weight = torch.randn(3, 8, dtype=torch.float64)
-    expected = weight.masked_fill(selection.lowest_k(weight.abs(), 4, dim=1), 0)
+    expected = weight.masked_fill(select.lowest_k(weight.abs(), 4, dim=1), 0)
     torch.testing.assert_close(obs_prune(weight, x, 0.5), expected)
 
 
@@ -420,8 +420,8 @@ def test_lowest_k_is_the_head_of_a_stable_sort(case):
     order = sorted(range(len(scores)), key=lambda i: (float(scores[i]), i))
     expected = torch.zeros(len(scores), dtype=torch.bool)
     expected[order[:k]] = True
-    assert torch.equal(selection.lowest_k(scores, k), expected)
-    assert torch.equal(selection.lowest_k(scores[None], k, dim=1), expected[None])
+    assert torch.equal(select.lowest_k(scores, k), expected)
+    assert torch.equal(select.lowest_k(scores[None], k, dim=1), expected[None])
 
 
 @settings(deadline=None, max_examples=50)
@@ -429,32 +429,32 @@ def test_lowest_k_is_the_head_of_a_stable_sort(case):
 def test_lowest_k_along_a_dimension_ranks_each_slice(case, copies):
     scores, k = case
     block = torch.stack([scores.roll(i) for i in range(copies)])
-    expected = torch.stack([selection.lowest_k(row, k) for row in block])
-    assert torch.equal(selection.lowest_k(block, k, dim=1), expected)
-    assert torch.equal(selection.lowest_k(block.t(), k, dim=0), expected.t())
+    expected = torch.stack([select.lowest_k(row, k) for row in block])
+    assert torch.equal(select.lowest_k(block, k, dim=1), expected)
+    assert torch.equal(select.lowest_k(block.t(), k, dim=0), expected.t())
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
 def test_lowest_k_ranks_whole_numbers(dtype):
-    assert selection.lowest_k(torch.tensor([1, 0, 1, 0], dtype=dtype), 3).tolist() == [True, True, False, True]
+    assert select.lowest_k(torch.tensor([1, 0, 1, 0], dtype=dtype), 3).tolist() == [True, True, False, True]
 
 
 def test_lowest_k_keeps_shape_and_reads_transposed_scores_in_their_own_order():
     scores = torch.tensor([[3.0, 1.0], [1.0, 2.0]]).t()  # [[3, 1], [1, 2]]
-    assert selection.lowest_k(scores, 1).tolist() == [[False, True], [False, False]]
-    assert selection.lowest_k(torch.tensor(2.0), 1).tolist() is True
-    assert selection.lowest_k(torch.tensor([torch.inf, -torch.inf]), 1).tolist() == [False, True]
+    assert select.lowest_k(scores, 1).tolist() == [[False, True], [False, False]]
+    assert select.lowest_k(torch.tensor(2.0), 1).tolist() is True
+    assert select.lowest_k(torch.tensor([torch.inf, -torch.inf]), 1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("k", [-1, 4, 1.0, True])
 def test_lowest_k_refuses_a_k_outside(k):
     with pytest.raises(InputError, match="whole number from 0 to 3"):
-        selection.lowest_k(torch.ones(3), k)
+        select.lowest_k(torch.ones(3), k)
 
 
 def test_lowest_k_refuses_nan():
     with pytest.raises(InputError, match="NaN, which has no rank"):
-        selection.lowest_k(torch.tensor([1.0, torch.nan]), 1)
+        select.lowest_k(torch.tensor([1.0, torch.nan]), 1)
 
 
 @pytest.mark.parametrize(
@@ -462,22 +462,21 @@ def test_lowest_k_refuses_nan():
     [(10, 0.9, 9), (100, 0.99, 99), (20, 0.8, 16), (7, 0, 0), (7, 1, 7), (7, 1.0, 7), (0, 0.5, 0)],
 )
 def test_the_count_is_not_truncated(n, sparsity, k):
-    assert selection.count_to_prune(n, sparsity) == k
+    assert select.count_to_prune(n, sparsity) == k
 
 
 @given(st.integers(0, 10**9), st.floats(0, 1))
 def test_the_count_is_within_half_of_the_fraction(n, sparsity):
-    k = selection.count_to_prune(n, sparsity)
+    k = select.count_to_prune(n, sparsity)
     assert 0 <= k <= n and abs(k - n * sparsity) <= 0.5 + 1e-6
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), True, "0.5", None])
 def test_a_fraction_outside_is_refused(sparsity):
     with pytest.raises(InputError, match="must be a number from 0 to 1"):
-        selection.count_to_prune(10, sparsity)
+        select.count_to_prune(10, sparsity)
 
 
 def test_every_criterion_says_where_it_is_from():
-    for name, function in CRITERIA.items():
-        assert name == "random" or "19" in function.__doc__ or "20" in function.__doc__, name
-    assert "obs_prune" in criteria.obs.__doc__
+    for name, criterion in CRITERIA.items():
+        assert name == "random" or "19" in criterion.score.__doc__ or "20" in criterion.score.__doc__, name

@@ -1,18 +1,23 @@
-"""Which entries go: exactly the k lowest scores, ties broken by position, and k from a fraction without truncation.
+"""What can go and which of it does: prunable weights, named parts, and exactly the k lowest scores.
 
 Thresholds are what goes wrong in hand-written pruning (`<` or `<=`, ties, `int(10 * 0.9)`), so everything in
-`labkit.pruning` that ranks uses these two; everything that leaves named parts of a model alone uses `named_parts` and
-`inside`. Nothing here knows what a score means.
+`labkit.pruning` that ranks uses `count_to_prune` and `lowest_k`. Nothing here knows what a score means.
 """
 
 import math
+import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# --- how many, and which ----------------------------------------------------------------------------------------------
 
 
 def fraction(value: object, name: str = "sparsity") -> float:
@@ -54,6 +59,68 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
     ties = (flat == threshold).nonzero().squeeze(1)
     lowest.view(-1)[ties[: k - int(lowest.sum())]] = True
     return lowest
+
+
+# --- parts of a model -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One prunable parameter and where it lives. Its rows are output units: [out, in / groups * kernel positions]."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    transposed: bool  # transformers' Conv1D keeps [in, out]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module._parameters[self.attribute]
+
+    def as_rows(self, tensor: Tensor) -> Tensor:
+        return tensor.t() if self.transposed else tensor.flatten(1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        return rows.t() if self.transposed else rows.view(self.parameter.shape)
+
+    def spread(self, statistic: Tensor) -> Tensor:
+        """A statistic of the inputs, [groups, in / groups * kernel], repeated for every output unit of its group."""
+        out = self.as_rows(self.parameter).shape[0]
+        return self.from_rows(statistic.repeat_interleave(out // len(statistic), 0))
+
+
+def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Which of a module's own parameters are prunable weights: the matrices and kernels of products, nothing else."""
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _is_transposed(module):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):
+        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return ()
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    loaded = sys.modules.get("transformers.pytorch_utils")  # not imported for this: whoever has such a layer has it
+    return loaded is not None and isinstance(module, loaded.Conv1D)
+
+
+def prunable(model: nn.Module) -> dict[str, Weight]:
+    """The weights of Linear, Conv1d to Conv3d, transformers' Conv1D and the projections of nn.MultiheadAttention.
+
+    Keyed by the name in `state_dict()`; a weight that modules share is there once, under its first prunable name.
+    Not there: biases, norms, embeddings (unless a Linear shares them), transposed convolutions, recurrent cells, and
+    weights kept outside such modules, as in stacked mixture-of-experts layers.
+    """
+    weights: dict[str, Weight] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for attribute in prunable_attributes(module):
+            parameter = module._parameters.get(attribute)
+            if parameter is None or not parameter.is_floating_point() or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{path}.{attribute}" if path else attribute
+            weights[name] = Weight(name, module, attribute, _is_transposed(module))
+    return weights
 
 
 def named_parts(model: nn.Module, names: str | Iterable[str], argument: str) -> list[str]:
