@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=4096)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 128])
-    parser.add_argument("--formats", nargs="+", choices=("auto", "bsr", *sparse.KERNELS), default=["kernel"])
+    parser.add_argument("--formats", nargs="+", choices=("auto", *sparse.KERNELS), default=["kernel"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)

@@ -12,7 +12,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -80,34 +79,25 @@ def _compiled(source: Path) -> Path:
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     key = "\0".join([source.read_text(), version, *command, *FLAGS, platform.system(), platform.machine()])
     target = files.cache_dir() / "kernels" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(command, source, target)
-    return target
-
-
-def _compile(command: list[str], source: Path, target: Path) -> None:
-    """Compiles beside `target` and moves into place: a second process that does the same at once harms nothing."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
+    if target.exists():
+        return target
+    with files.replacing(target) as partial:  # a second process that does the same at once harms nothing
         for threads in THREADS:
-            whole = [*command, *FLAGS, *threads, "-o", str(built), str(source)]
+            whole = [*command, *FLAGS, *threads, "-o", str(partial), str(source)]
             done = subprocess.run(whole, capture_output=True, text=True, timeout=300)
             if done.returncode == 0:
-                os.replace(built, target)
-                return
-    error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-    raise subprocess.SubprocessError(f"{command[0]} failed: {error}")
+                return target
+        error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+        raise subprocess.SubprocessError(f"{command[0]} failed: {error}")
 
 
 # --- sparse_linear: the layout, SELL-C-sigma (Kreutzer et al. 2014) in blocks of inputs -------------------------------
 
 
 def _group(out_features: int) -> int:
-    """Outputs of a group, a multiple of 16.
+    """Outputs of a group, a multiple of 16: many pad less, since rows are sorted in them.
 
-    Large groups pad less, since rows are sorted in them; but a group's sums must stay in the second level cache (512
-    rows x 64 columns of float32 are 128 KiB), and a thread works on a whole group.
+    But a thread takes a whole group, and its sums must stay in the second level cache: 512 x 64 float32 are 128 KiB.
     """
     group = min(512, max(64, out_features // 8))
     return _up(-(-out_features // -(-out_features // group)))

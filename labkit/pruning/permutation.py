@@ -15,12 +15,14 @@ from labkit.pruning import coupling, equality, surgery, unstructured
 from labkit.pruning.nm import check_pattern
 from labkit.pruning.select import prunable
 
+ROUNDS = 100  # rounding could let two swaps follow each other for ever
 
-def search(scores: Tensor, n: int = 2, m: int = 4, *, rounds: int = 100) -> Tensor:
+
+def search(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """The order [in] of the columns of `scores` [rows, in] (such as w^2) that greedy swaps end in.
 
-    The scores that n:m keeps of scores[:, order] are at least those that it keeps of the given order. A round swaps the
-    two columns of each pair of groups that gain most, no group twice; it ends where no swap gains, or after `rounds`.
+    The scores that n:m keeps of scores[:, order] are at least those that it keeps of `scores`. A round swaps the two
+    columns of each pair of groups that gain most, no group twice; it ends where no swap gains, or after 100 rounds.
     scores: not negative, no NaN, in a multiple of m columns. Deterministic. Memory 4 (in^2 + 2 rows in) bytes.
     """
     check_pattern(n, m)
@@ -34,22 +36,22 @@ def search(scores: Tensor, n: int = 2, m: int = 4, *, rounds: int = 100) -> Tens
     order = torch.arange(width, device=scores.device)
     if n == m or width == m:
         return order
-    kept = torch.stack([_kept_with(columns, slot, n, m) for slot in range(width)])  # [slot, column put into it]
-    for _ in range(rounds):
-        swaps = _best_swaps(kept, m)
+    energy = torch.stack([_energy_with(columns, slot, n, m) for slot in range(width)])  # [slot, column put into it]
+    for _ in range(ROUNDS):
+        swaps = _best_swaps(energy, m)
         if not swaps:
             break
         new = torch.arange(width, device=scores.device)
-        for one, other in swaps:
-            new[one], new[other] = other, one
-        order, columns, kept = order[new], columns[new], kept[:, new]
-        for first in sorted({slot // m * m for swap in swaps for slot in swap}):
-            for slot in range(first, first + m):
-                kept[slot] = _kept_with(columns, slot, n, m)
+        for a, b in swaps:
+            new[a], new[b] = b, a
+        order, columns, energy = order[new], columns[new], energy[:, new]
+        for group in {slot // m for swap in swaps for slot in swap}:
+            for slot in range(group * m, (group + 1) * m):
+                energy[slot] = _energy_with(columns, slot, n, m)
     return order
 
 
-def _kept_with(columns: Tensor, slot: int, n: int, m: int) -> Tensor:
+def _energy_with(columns: Tensor, slot: int, n: int, m: int) -> Tensor:
     """[in]: what n:m keeps of the group of `slot`, summed over rows, if each of the columns [in, rows] stood in it.
 
     Of the m - 1 others n - 1 stay anyway, and the n-th largest or the newcomer, whichever is larger.
@@ -60,21 +62,21 @@ def _kept_with(columns: Tensor, slot: int, n: int, m: int) -> Tensor:
     return top[:-1].sum() + torch.maximum(columns, top[-1]).sum(1)
 
 
-def _best_swaps(kept: Tensor, m: int) -> list[tuple[int, int]]:
+def _best_swaps(energy: Tensor, m: int) -> list[tuple[int, int]]:
     """Pairs of slots whose columns gain most by changing places, no two pairs in the same group."""
-    width, now = len(kept), kept.diagonal()  # the group of each slot as it is
-    gain = (kept + kept.t() - now[:, None] - now).view(width // m, m, width // m, m)
+    width, now = len(energy), energy.diagonal()  # the group of each slot as it is
+    gain = (energy + energy.t() - now[:, None] - now).view(width // m, m, width // m, m)
     best = gain.amax((1, 3)).triu(1)  # [groups, groups]
     swaps, taken = [], set()
-    least = 8 * torch.finfo(kept.dtype).eps * float(now.max())  # a smaller gain may be rounding
-    for place in best.flatten().argsort(descending=True, stable=True).tolist():
-        one, other = divmod(place, width // m)
-        if best[one, other] <= least:
+    least = 8 * torch.finfo(energy.dtype).eps * float(now.max())  # a smaller gain may be rounding
+    for pair in best.flatten().argsort(descending=True, stable=True).tolist():
+        groups = divmod(pair, width // m)
+        if best[groups] <= least:
             break
-        if one not in taken and other not in taken:
-            taken |= {one, other}
-            a, b = divmod(int(gain[one, :, other].flatten().argmax()), m)
-            swaps.append((one * m + a, other * m + b))
+        if not taken & {*groups}:
+            taken |= {*groups}
+            slots = divmod(int(gain[groups[0], :, groups[1]].flatten().argmax()), m)
+            swaps.append((groups[0] * m + slots[0], groups[1] * m + slots[1]))
     return swaps
 
 
@@ -85,7 +87,6 @@ def permute(
     *,
     n: int = 2,
     m: int = 4,
-    rounds: int = 100,
 ) -> nn.Module:
     """A copy of `model` that computes the same function with its channels in an order that n:m keeps more of.
 
@@ -97,17 +98,17 @@ def permute(
         raise InputError("The model is pruned already: permute the dense model and prune that.")
     args, kwargs = coupling.arguments(args, kwargs)
     coupled = coupling.Coupling.of(model, args, kwargs)
-    places: dict[str, dict[int, Tensor]] = {}
+    orders: dict[str, dict[int, Tensor]] = {}  # of each parameter's dimensions
     for group in coupled.groups:
         scores = _scores(model, group, m)
-        slots = [_slots(member, group.units) for member in group.members]
-        if scores is None or any(each is None for each in slots):
+        slots = [[member.indices(unit) for unit in range(group.units)] for member in group.members]
+        if scores is None or any(len({len(unit) for unit in units}) > 1 for units in slots):
             continue
-        order = search(scores, n, m, rounds=rounds).cpu()
-        for member, own in zip(group.members, slots, strict=True):
-            new = places.setdefault(member.name, {}).setdefault(member.dim, torch.arange(len(member.units)))
-            new[own] = own[order]  # other groups may have other parts of the dimension
-    permuted = surgery.cut(model, places, {})
+        order = search(scores, n, m).cpu()
+        for member, units in zip(group.members, map(torch.stack, slots), strict=True):
+            new = orders.setdefault(member.name, {}).setdefault(member.dim, torch.arange(len(member.units)))
+            new[units] = units[order]  # other groups may have other parts of the dimension
+    permuted = surgery.cut(model, orders, {})
     report = equality.check(model, permuted, coupled.record, coupled.gone({}), args, kwargs)
     # Norms of language models sum in float32 whatever the type of the check, and in another order now.
     tolerance = report.tolerance * torch.finfo(torch.float32).eps / torch.finfo(getattr(torch, report.dtype)).eps
@@ -119,20 +120,14 @@ def permute(
     return permuted
 
 
-def _slots(member: coupling.Member, units: int) -> Tensor | None:
-    """[units, indices of a unit], None if units differ in that."""
-    found = [member.indices(unit) for unit in range(units)]
-    return torch.stack(found) if len({len(each) for each in found}) == 1 else None
-
-
 def _scores(model: nn.Module, group: coupling.Group, m: int) -> Tensor | None:
     """w^2 of the weights that read the group's units one by one [rows, units]; None if no n:m group lies among them."""
     weights = prunable(model)
-    found = []
+    squares = []
     for member in group.members:
         run = (member.units >= 0).nonzero().squeeze(1)
         alone = torch.equal(member.units[run], torch.arange(group.units)) and len(run) == int(run[-1] - run[0]) + 1
         if member.role == "reads" and member.name in weights and alone and not run[0] % m and not len(run) % m:
             weight = weights[member.name].parameter.detach().movedim(member.dim, -1).flatten(0, -2)  # [rows, in]
-            found.append(weight[:, run[0] : run[-1] + 1].square())
-    return torch.cat(found) if found else None
+            squares.append(weight[:, run[0] : run[-1] + 1].square())
+    return torch.cat(squares) if squares else None

@@ -19,7 +19,7 @@ BACKENDS = {
 }
 
 
-class Row(NamedTuple):
+class Candidate(NamedTuple):
     """A Linear of a model: its weight's name and shape, and why no 2:4 kernel takes it ("" where one does)."""
 
     name: str
@@ -78,16 +78,16 @@ def available() -> str:
     return ""
 
 
-def plan(model: nn.Module, *, dtype: torch.dtype = torch.float16, backend: str | None = None) -> list[Row]:
+def plan(model: nn.Module, *, dtype: torch.dtype = torch.float16, backend: str | None = None) -> list[Candidate]:
     """What would run on 2:4 kernels: a row for every nn.Linear; needs no GPU."""
-    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return [
-        Row(
+        Candidate(
             f"{name}.weight".lstrip("."),
             tuple(linear.weight.shape),
             refusal(linear.weight, dtype=dtype, backend=backend),
         )
-        for name, linear in linears
+        for name, linear in model.named_modules()
+        if isinstance(linear, nn.Linear)
     ]
 
 

@@ -137,14 +137,12 @@ def costs(out_features: int, in_features: int, nonzeros: int, batch_size: int) -
 
 
 def _choose(weight: Tensor, format: str, batch_size: int) -> str:
-    """The format for this layer: "auto" by cost, "bsr" by bytes, and dense for one that `format` cannot hold."""
+    """The format for this layer: "auto" by cost, and dense for one that `format` cannot hold."""
     if format == "auto":
         if weight.device.type != "cpu":
             return "dense"
         units = costs(*weight.shape, int(weight.count_nonzero()), batch_size)
         return min((name for name in units if weight.dtype in KERNELS[name].dtypes), key=units.__getitem__)
-    if format == "bsr":
-        return min((f"bsr{block}" for block in BSR_BLOCKS), key=lambda name: storage.nbytes(weight, name))
     if format == "2:4" and semi_structured.refusal(weight):
         return "dense"
     return format if weight.dtype in KERNELS[format].dtypes else "dense"
@@ -213,16 +211,15 @@ def convert(model: nn.Module, *, format: str = "auto", batch_size: int = 1) -> n
 
     format: "auto" takes the cheapest by `costs` for calls with `batch_size` rows (batch times tokens in a transformer),
         dense where dense wins; on CUDA it stays dense, since no kernel there is known to win before some 98 % zeros.
-        "bsr" takes the block size that stores in the fewest bytes; else one of KERNELS. A layer that the format
-        cannot hold (2:4 asks for a 2:4 weight, the kernel not for float64) is dense.
-        "kernel-bf16" rounds the weights to bfloat16; every other format computes with the same weights.
+        Else one of KERNELS; a layer that the format cannot hold (2:4 asks for a 2:4 weight, the kernel not for
+        float64) is dense. "kernel-bf16" rounds the weights to bfloat16; the others compute with the same weights.
 
     transformers' Conv1D, the linear layer of GPT-2, is converted too. A weight is what the forward pass sees: masks and
     parametrizations are applied. Shared layers stay shared. What is no linear layer is copied and frozen; the out_proj
     of nn.MultiheadAttention stays, for its weight is read from outside.
     """
-    if format not in ("auto", "bsr", *KERNELS):
-        raise InputError(f"There is no format {format!r} that runs: choose one of auto, bsr, {', '.join(KERNELS)}.")
+    if format not in ("auto", *KERNELS):
+        raise InputError(f"There is no format {format!r} that runs: choose one of auto, {', '.join(KERNELS)}.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}: give the number of rows that a call has, 1 or more.")
     if not isinstance(model, nn.Module):
@@ -268,7 +265,7 @@ def _made_by_hooks(model: nn.Module) -> list[Tensor]:
 # --- what a format gains in time --------------------------------------------------------------------------------------
 
 
-def random_weight(out_features: int, in_features: int, sparsity: float, *, block: int = 1, seed: int = 0) -> Tensor:
+def random_weight(out_features: int, in_features: int, sparsity: float, *, block: int = 1) -> Tensor:
     """A float32 weight [out, in] with exactly the asked share of its block x block tiles zero, chosen at random.
 
     What a product costs depends on where the zeros are, not on the values. block = 1 is unstructured.
@@ -277,7 +274,7 @@ def random_weight(out_features: int, in_features: int, sparsity: float, *, block
         raise InputError(
             f"{out_features} x {in_features} does not divide into blocks of {block}: give a block that divides both."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tiles = torch.rand(out_features // block, in_features // block, generator=generator)
     gone = lowest_k(tiles, count_to_prune(tiles.numel(), sparsity))
     weight = torch.randn(out_features, in_features, generator=generator)

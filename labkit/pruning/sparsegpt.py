@@ -97,12 +97,12 @@ def _factor(hessian: Tensor, alive: Tensor, damp: float) -> Tensor:
     U is the inverse of the upper R with H + damping = R R^T, which is the Cholesky factor of the flipped matrix.
     """
     h, dead = hessian.double().flip(0, 1), ~alive.flip(0)
-    own = h.diagonal().clone()
-    mean = own[~dead].mean() if alive.any() else own.new_ones(())
-    own[dead] = mean
+    diagonal = h.diagonal().clone()
+    mean = diagonal[~dead].mean() if alive.any() else diagonal.new_ones(())
+    diagonal[dead] = mean
     for tenfold in range(TRIES):
         damping = damp * 10**tenfold
-        h.diagonal().copy_(own + damping * mean)
+        h.diagonal().copy_(diagonal + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(h)
         if not failed:
             return _inverse(lower.flip(0, 1))

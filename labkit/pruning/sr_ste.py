@@ -55,13 +55,13 @@ def finish(model: nn.Module) -> nn.Module:
     if not any(True for _ in _moving(model)):
         raise InputError("The model has no weights with moving masks: give one that sr_ste.prepare returned.")
     fixed = copy.deepcopy(model)
-    kept = {}
+    masks = {}
     for name, module, attribute, moving in list(_moving(fixed)):
-        kept[name] = moving.kept(module.parametrizations[attribute].original)
+        masks[name] = moving.mask(module.parametrizations[attribute].original)
         made = type(module)  # by torch for the module that was copied, and removing would change it for both
         module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-    unstructured.hold_(fixed, {name: kept[name] for name in prunable(fixed) if name in kept})
+    unstructured.hold_(fixed, {name: masks[name] for name in prunable(fixed) if name in masks})
     return fixed
 
 
@@ -72,16 +72,13 @@ class _Moving(nn.Module):
         super().__init__()
         self.n, self.m, self.decay, self.pad, self.transposed = n, m, decay, pad, transposed
 
-    def kept(self, weight: Tensor) -> Tensor:
-        matrix = weight.t() if self.transposed else weight
-        kept = mask(matrix, self.n, self.m, pad=self.pad)
-        return kept.t().contiguous() if self.transposed else kept
+    def mask(self, weight: Tensor) -> Tensor:
+        if self.transposed:
+            return mask(weight.t(), self.n, self.m, pad=self.pad).t().contiguous()
+        return mask(weight, self.n, self.m, pad=self.pad)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _SparseRefined.apply(weight, self.kept(weight), self.decay)
-
-    def extra_repr(self) -> str:
-        return f"{self.n}:{self.m}, decay={self.decay:g}"
+        return _SparseRefined.apply(weight, self.mask(weight), self.decay)
 
 
 class _SparseRefined(torch.autograd.Function):

@@ -199,7 +199,7 @@ def test_convolutions_are_stored_as_matrices():
 # --- convert ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["auto", "bsr", *EXACT])
+@pytest.mark.parametrize("format", ["auto", *EXACT])
 @pytest.mark.parametrize("batch", [1, 33])
 def test_converted_equals_the_model(format, batch):
     model, x = mlp(), torch.randn(batch, 40)
