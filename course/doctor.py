@@ -50,7 +50,7 @@ def findings() -> Iterator[Finding]:
 
 def report() -> dict[str, Any]:
     """All findings as plain values for scripts, with the machine's fingerprint."""
-    from labkit.fingerprint import fingerprint
+    from labkit.machine import fingerprint
 
     found = list(findings())
     rows = [asdict(finding) for finding in found]
@@ -97,7 +97,7 @@ def _torch() -> tuple[bool, str]:
 
 def _cpu() -> tuple[bool, str]:
     """The model, and which instructions for fast inference it has and has not, of those that its kind can have."""
-    from labkit.fingerprint import FEATURES, fingerprint
+    from labkit.machine import FEATURES, fingerprint
 
     machine = fingerprint("cpu")
     arm = machine.arch.lower() in ("arm64", "aarch64")

@@ -145,11 +145,11 @@ def _visible_gpus() -> list[str]:
 
 def _threads_each(count: int) -> dict[str, str]:
     """An equal share of the cores for each of `count` runs at once, unless OMP_NUM_THREADS is set already."""
-    from labkit import records
+    from labkit import machine
 
     if count == 1 or os.environ.get("OMP_NUM_THREADS"):
         return {}
-    cores = records.threads()
+    cores = machine.threads()
     if count > cores:
         raise InputError(f"This machine has {cores} cores to run on; give --workers at most {cores}.")
     return {"OMP_NUM_THREADS": str(cores // count)}

@@ -110,9 +110,9 @@ def _require_device(source: bytes, bound: Mapping[str, Any]) -> None:
     """InputError where the device that a run with these parameters asks for is not on this machine."""
     asked = _device(source, bound)
     if asked != "cpu" and (asked != "auto" or os.environ.get("LABKIT_DEVICE")):  # those two need no torch to be known
-        from labkit.fingerprint import asked_device
+        from labkit.machine import torch_device
 
-        asked_device(asked)
+        torch_device(asked)
 
 
 def read_source(notebook: Path) -> bytes:
@@ -221,9 +221,9 @@ def _device(source: bytes, bound: Mapping[str, Any]) -> str:
 
 def _name(source: bytes, bound: Mapping[str, Any], version: str) -> str:
     """<preset>-<eight hex digits of what a result depends on: the lesson, the parameters, labkit, the machine>."""
-    from labkit.fingerprint import asked_device, fingerprint
+    from labkit.machine import fingerprint, torch_device
 
-    machine = fingerprint(asked_device(_device(source, bound))).slug
+    machine = fingerprint(torch_device(_device(source, bound))).slug
     facts = json.dumps([dict(bound), version, machine], sort_keys=True)
     return f"{bound['PRESET']}-{hashlib.sha256(source + facts.encode()).hexdigest()[:8]}"
 
@@ -281,7 +281,7 @@ def _in_child(
         raise OSError(number, os.strerror(number), file)
     most = max(peak[0], end["largest_process"])
     if end["error"] and end["error"]["name"] == "DeadKernel":
-        from labkit.fingerprint import memory_bytes
+        from labkit.machine import memory_bytes
 
         end["error"]["message"] += f" (the run had reached {most / 1e9:.1f} GB of {memory_bytes() / 1e9:.1f} GB)"
     return end["error"] and Failure(**end["error"]), most

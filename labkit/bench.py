@@ -2,37 +2,128 @@
 
 Pairs interleaved in balanced random order follow duet benchmarking (Bulej et al. 2020), repeats of short calls
 torch.utils.benchmark. It never pools different processes, never drops a sample, and cannot tell a callable that replays
-its last result from one that computes: give `check` and `ceiling`.
+its last result from one that computes: give `check`. Two callables that do the same work on data of their own may
+differ by some per cent, because where data lies in memory is part of what is compared.
 """
 
 import contextlib
-import functools
+import gc
 import itertools
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
-from labkit import clocks, environment, stats
-from labkit.clocks import Call, Clock, Sample
+from labkit import clocks, machine, stats
+from labkit.clocks import Call, Clock, Sample, Snapshot
 from labkit.errors import InputError
-from labkit.measurement import Comparison, Measurement
 
 CACHES = ("hot", "cold")
 BLOCKS = 20  # fewer blocks of pairs get a warning; the width is not looked at before
 LOOK_AGAIN = 1.5  # the next look at the width comes after this many times the blocks: each look costs some honesty
 SAMPLES = 50  # samples between two looks of measure()
-PRECISION = 0.01  # half-width at which measure() has enough; compare() goes to half its min_effect
-LEAST_S = 0.25  # no run ends earlier unless its budget does: over less the load by others cannot be judged
-FOREIGN_CORES = 0.15
+PRECISION = 0.01  # half-width at which measure() has enough; compare() goes to half of CLAIMABLE
+LEAST_S = 0.25  # no run ends earlier unless its budget does: over less, the load by others cannot be judged
 CLAIMABLE = 0.01  # differences below 1 % are never claimed: memory placement alone makes as much
 
-Sides = tuple[list[Sample], list[Sample]]
+Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of one callable. `samples_s` holds seconds per call in run order, each the mean over `number` calls."""
+
+    name: str
+    samples_s: tuple[float, ...]
+    number: int
+    clock: str  # wall, cpu, cuda_event or injected
+    cache: str  # hot or cold
+    device: str
+    threads: int
+    first_call_s: float  # wall time of the very first call, before any warm-up
+    other_clock: str = ""  # the second clock read beside: cpu beside wall, wall beside the others
+    other_s: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def median_s(self) -> float:
+        """Median seconds per call."""
+        return stats.median_ci(self.samples_s)[0]
+
+    @property
+    def ci95_s(self) -> tuple[float, float]:
+        """Exact 95 % interval of the median within this run; (0, inf) below six samples.
+
+        Another process may settle elsewhere: to compare two callables use compare(), never two of these intervals.
+        """
+        _, lo, hi = stats.median_ci(self.samples_s)
+        return max(0.0, lo), hi
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict: every sample, and under "result" the statistics for readers without labkit."""
+        result = {"median_s": self.median_s, "ci95_s": _finite(self.ci95_s)}
+        return {"kind": "measurement", **_plain(self), "result": result}
+
+    def __str__(self) -> str:
+        median, interval = _seconds(self.median_s, self.ci95_s)
+        how = f"{_count(len(self.samples_s), 'sample')} of {_count(self.number, 'call')}, {_conditions(self)}"
+        return f"{self.name} {median} [{interval}; {how}]{_warned(self.warnings)}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of two callables taken in pairs: sample i of the baseline beside sample i of the candidate."""
+
+    baseline: Measurement
+    candidate: Measurement
+    baseline_first: tuple[bool, ...]  # for each pair
+    per_block: int  # the least of this many pairs in turn is one value
+    foreign_cores: float | None = None  # mean load by other programs; None where it could not be judged
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def speedup(self) -> float:
+        """Baseline time over candidate time."""
+        return self._ratio()[0]
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Exact 95 % interval of the speed-up; (0, inf) with fewer than six blocks."""
+        return self._ratio()[1:]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the whole interval supports: more than 1 % on one side, within 1 % on both, or nothing."""
+        lo, hi = self.ci95
+        least = 1 + CLAIMABLE
+        if lo > least:
+            return "faster"
+        if hi < 1 / least:
+            return "slower"
+        return "equivalent" if lo >= 1 / least and hi <= least else "inconclusive"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict: every pair, and under "result" the statistics for readers without labkit."""
+        result = {"speedup": self.speedup, "ci95": _finite(self.ci95), "verdict": self.verdict}
+        sides = {"baseline": self.baseline.to_dict(), "candidate": self.candidate.to_dict()}
+        return {"kind": "comparison", **_plain(self), **sides, "result": result}
+
+    def __str__(self) -> str:
+        lo, hi = self.ci95
+        decimals = _decimals(self.speedup, (hi - lo) / 2)
+        times = [f"{side.name} {_seconds(side.median_s, side.ci95_s)[0]}" for side in (self.baseline, self.candidate)]
+        blocks = len(self.baseline_first) // self.per_block
+        how = f"{_count(blocks, 'block')} of {_count(self.per_block, 'pair')}, {_conditions(self.baseline)}"
+        ratio = f"{_number(self.speedup, decimals)}x [{_interval(lo, hi, decimals)}; {how}]"
+        return f"{' -> '.join(times)}: {ratio} {self.verdict}{_warned(self.warnings)}"
+
+    def _ratio(self) -> stats.Estimate:
+        return stats.paired_ratio(self.baseline.samples_s, self.candidate.samples_s, self.per_block)
 
 
 def measure(
@@ -41,41 +132,40 @@ def measure(
     device: str | torch.device | None = None,
     budget_s: float = 1.0,
     name: str | None = None,
-    cache: str = "hot",
-    graph: bool = False,
     clock: Callable[[Call, int], float] | None = None,
 ) -> Measurement:
     """Time `fn()`, a callable without arguments, in inference mode with the garbage collector off.
 
     Ends when the median's interval is within 1 % (looked at every 50 samples, after a quarter of a second at least) or
-    after `budget_s` seconds; warm-up may take half as much again. device: where the work runs; None asks the tensors
-    that fn returns, and means the CPU where there are none. cache: "hot", or on CUDA "cold": twice the L2 is written
-    over before each call. graph: replay fn as a CUDA graph, free of launch costs. clock(fn, number) -> seconds stands
-    in for the real clocks, for simulations. For code that needs gradients, open `torch.inference_mode(False)` inside
-    fn. Raises InputError for arguments that cannot be used; what fn raises passes through.
+    after `budget_s` seconds; warm-up may take half as much again. For code that needs gradients, open
+    `torch.inference_mode(False)` inside fn.
+    device: where the work runs; None asks the tensors that fn returns, and means the CPU where there are none.
+    name: what the result is called; None takes the function's own name.
+    clock: clock(fn, number) -> seconds stands in for the real clocks, for simulations.
+    Raises InputError for arguments that cannot be used and for work that is not done when fn returns; what fn raises
+    passes through.
     """
-    _check_arguments({"fn": fn}, clock, budget_s, cache)
+    _check_arguments({"fn": fn}, clock, budget_s, "hot")
     name = _check_name(getattr(fn, "__name__", type(fn).__name__) if name is None else name)
-    target = _device(device, cache, graph)
-    with environment.garbage_collector_off() if clock is None else contextlib.nullcontext():
+    target = None if device is None else machine.torch_device(device)
+    with _garbage_collector_off() if clock is None else contextlib.nullcontext():
         output, first_s = clocks.first_call(fn)
-        run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), cache, graph, clock)
+        run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), "hot", clock)
         del output
-        call = run.prepare(fn)
-        number = clocks.repeats(run, call, *clocks.warm_up(run, [call], budget_s))
-        samples, moments, start = [], [environment.snapshot(run.device)], run.now()
+        number = clocks.repeats(run, fn, *clocks.warm_up(run, [fn], budget_s))
+        samples, moments, start = [], [clocks.snapshot(run.device)], run.now()
         while True:
-            samples.append(run.sample(call, number))
+            samples.append(run.sample(fn, number))
             elapsed = run.now() - start
             spent = elapsed >= budget_s
             if not spent and (len(samples) % SAMPLES or elapsed < LEAST_S):
                 continue
-            moments.append(environment.snapshot(run.device))
+            moments.append(clocks.snapshot(run.device))
             by_cpu = _cpu_time_is_better(run, moments, [samples])
             if spent or stats.half_width(*stats.median_ci([s[by_cpu] for s in samples])) <= PRECISION:
                 break
-    shared = _machine_warnings(run, moments, by_cpu, [samples])
-    return _measurement(name, run, samples, number, first_s, by_cpu, shared)
+    disturbed = _machine_warnings(run, moments, by_cpu, [samples])
+    return _measurement(name, run, samples, number, first_s, by_cpu, disturbed)
 
 
 def compare(
@@ -86,76 +176,66 @@ def compare(
     budget_s: float = 2.0,
     names: Sequence[str] = ("baseline", "candidate"),
     check: Callable[[Any, Any], Any] | None = None,
-    fresh: bool = False,
     cache: str = "hot",
-    graph: bool = False,
-    min_effect: float = CLAIMABLE,
-    ceiling: float | None = None,
     clock: Callable[[Call, int], float] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Time two callables without arguments in pairs, side by side in balanced random order, and judge their ratio.
 
-    Ends when the interval is within half of min_effect (looked at from 20 blocks on), whatever it shows, or when the
-    budget is spent. On one thread and with other programs at work the claim rests on CPU time.
-    device, budget_s, cache, graph, clock: as in measure(). check(baseline_output, candidate_output): runs before and
-    after the timing, off the clock; if it returns False there is no comparison. fresh: both arguments are factories,
-    called anew for every block of pairs, which averages over where the data happens to lie in memory (for kernels).
-    min_effect: the smallest difference worth a claim, at least 0.01. ceiling: the largest speed-up that can be, such as
-    the ratio of two roofline bounds; an interval above it is refused: verdict "inconclusive" and a warning. Raises
-    InputError for arguments that cannot be used; what the callables raise passes through.
+    Ends when the interval is within 0.5 % (looked at from 20 blocks on), whatever it shows, or when the budget is
+    spent. On one thread and with other programs at work the claim rests on CPU time.
+    device, budget_s, clock: as in measure().
+    names: what the two are called in the printed line.
+    check: check(baseline_output, candidate_output) runs before and after the timing, off the clock; if it returns False
+        there is no comparison.
+    cache: "hot", or on CUDA "cold": twice the L2 is written over before each call.
+    seed: of the order of the pairs.
+    Raises InputError for arguments that cannot be used and for work that is not done when a call returns; what the
+    callables raise passes through.
     """
+    calls = (baseline, candidate)
     _check_arguments({"baseline": baseline, "candidate": candidate}, clock, budget_s, cache)
-    _check_comparison(names, check, min_effect, ceiling)
-    target, makers = _device(device, cache, graph), (baseline, candidate)
-    with environment.garbage_collector_off() if clock is None else contextlib.nullcontext():
-        start = time.perf_counter()
-        calls = [make() for make in makers] if fresh else makers
-        build_s = time.perf_counter() - start
+    _check_comparison(names, check)
+    if cache == "cold" and device is None:
+        device = "cuda"
+    target = None if device is None else machine.torch_device(device)
+    if cache == "cold" and target.type != "cuda":
+        raise InputError(f"cache='cold' needs a CUDA device, got {target}: leave it out.")
+    with _garbage_collector_off() if clock is None else contextlib.nullcontext():
         (output, first_a), (other_output, first_b) = (clocks.first_call(call) for call in calls)
-        run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), cache, graph, clock)
+        run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), cache, clock)
         _check_outputs(check, output, other_output, names)
         del output, other_output
-        timed = [run.prepare(call) for call in calls]
-        least = clocks.warm_up(run, timed, budget_s)
-        numbers = [clocks.repeats(run, call, seconds) for call, seconds in zip(timed, least, strict=True)]
-        per_block = _per_block(run, least, numbers, build_s if fresh else 0.0, budget_s)
-        rebuild = functools.partial(_rebuild, run, makers) if fresh else None
-        blocks = _blocks(run, timed, numbers, per_block, rebuild, seed)
-        samples, firsts, moments, by_cpu = _until_precise(run, blocks, per_block, budget_s, min_effect / 2)
+        least = clocks.warm_up(run, calls, budget_s)
+        numbers = [clocks.repeats(run, call, seconds) for call, seconds in zip(calls, least, strict=True)]
+        per_block = _per_block(run, least, numbers, budget_s)
+        blocks = _blocks(run, calls, numbers, per_block, seed)
+        samples, firsts, moments, by_cpu = _until_precise(run, blocks, per_block, budget_s)
         if check is not None:  # once more: timing must not have changed what they compute
-            _check_outputs(check, clocks.first_call(calls[0])[0], clocks.first_call(calls[1])[0], names)
+            _check_outputs(check, clocks.first_call(baseline)[0], clocks.first_call(candidate)[0], names)
     sides = [
         _measurement(name, run, of_side, number, first_s, by_cpu)
         for name, of_side, number, first_s in zip(names, samples, numbers, (first_a, first_b), strict=True)
     ]
-    foreign = _foreign_cores(run, moments)
-    result = Comparison(*sides, tuple(firsts), per_block, min_effect, ceiling, fresh, foreign)
-    return replace(result, warnings=_machine_warnings(run, moments, by_cpu, samples) + _pair_warnings(result))
+    warnings = _machine_warnings(run, moments, by_cpu, samples) + _pair_warnings(*sides, per_block)
+    return Comparison(*sides, tuple(firsts), per_block, _foreign_cores(run, moments), warnings)
 
 
-def _per_block(run: Clock, least: Sequence[float], numbers: Sequence[int], build_s: float, budget_s: float) -> int:
+def _per_block(run: Clock, least: Sequence[float], numbers: Sequence[int], budget_s: float) -> int:
     """Pairs in a block: as many, six at most, as leave time for 25 blocks. One on CUDA, where noise has two sides."""
     if run.device.type == "cuda":
         return 1
     pair_s = sum(number * seconds for number, seconds in zip(numbers, least, strict=True)) + 0.75 * sum(least)
-    return next((pairs for pairs in (6, 4, 2) if 1.25 * BLOCKS * (build_s + pairs * pair_s) <= budget_s), 1)
+    return next((pairs for pairs in (6, 4, 2) if 1.25 * BLOCKS * pairs * pair_s <= budget_s), 1)
 
 
 def _blocks(
-    run: Clock,
-    calls: Sequence[Call],
-    numbers: Sequence[int],
-    per_block: int,
-    rebuild: Callable[[bool], Sequence[Call]] | None,
-    seed: int,
-) -> Iterator[tuple[list[bool], Sides]]:
+    run: Clock, calls: Sequence[Call], numbers: Sequence[int], per_block: int, seed: int
+) -> Iterator[tuple[list[bool], tuple[list[Sample], list[Sample]]]]:
     """Time blocks of pairs for as long as they are asked for: who went first in each pair, and both sides' samples."""
     orders = stats.balanced_order(random.Random(seed), per_block if per_block > 1 else stats.LEAST)
-    for block in itertools.count():
+    while True:
         order = list(itertools.islice(orders, per_block))
-        if rebuild is not None and block > 0:
-            calls = rebuild(order[0])
         sides, last = ([], []), None
         for baseline_first in order:
             for side in (0, 1) if baseline_first else (1, 0):
@@ -166,20 +246,11 @@ def _blocks(
         yield order, sides
 
 
-def _rebuild(run: Clock, makers: Sequence[Call], baseline_first: bool) -> list[Call]:
-    """New copies of both, each called once. The old ones still live meanwhile, so that the new ones lie elsewhere."""
-    turn = 1 if baseline_first else -1
-    calls = [run.prepare(make()) for make in makers[::turn]][::turn]
-    for call in calls:
-        run.block(call, 1)
-    return calls
-
-
 def _until_precise(
-    run: Clock, blocks: Iterator[tuple[list[bool], Sides]], per_block: int, budget_s: float, width: float
-) -> tuple[Sides, list[bool], list[environment.Snapshot], bool]:
-    """Take blocks until the interval's half-width is `width` or the budget is spent, whatever the interval says."""
-    samples, firsts, moments, start = ([], []), [], [environment.snapshot(run.device)], run.now()
+    run: Clock, blocks: Iterator, per_block: int, budget_s: float
+) -> tuple[tuple[list[Sample], list[Sample]], list[bool], list[Snapshot], bool]:
+    """Take blocks until the interval is narrow enough or the budget is spent, whatever the interval says."""
+    samples, firsts, moments, start = ([], []), [], [clocks.snapshot(run.device)], run.now()
     look_at = BLOCKS
     for count, (order, sides) in enumerate(blocks, 1):
         firsts += order
@@ -190,41 +261,54 @@ def _until_precise(
         if not spent and (count < look_at or elapsed < LEAST_S):
             continue
         look_at = LOOK_AGAIN * count
-        moments.append(environment.snapshot(run.device))
+        moments.append(clocks.snapshot(run.device))
         by_cpu = _cpu_time_is_better(run, moments, samples)
         ratio = stats.paired_ratio(*([sample[by_cpu] for sample in side] for side in samples), per_block)
-        if spent or stats.half_width(*ratio) <= width:
+        if spent or stats.half_width(*ratio) <= CLAIMABLE / 2:
             return samples, firsts, moments, by_cpu
     raise AssertionError("blocks never end")
 
 
-def _foreign_cores(run: Clock, moments: Sequence[environment.Snapshot]) -> float | None:
-    return None if run.name == "injected" else environment.foreign_cores(moments[0], moments[-1])
+@contextlib.contextmanager
+def _garbage_collector_off() -> Iterator[None]:
+    """Collect now, then keep the collector from running inside a timed call; its former state comes back."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
-def _cpu_time_is_better(run: Clock, moments: Sequence[environment.Snapshot], sides: Sequence[Sequence[Sample]]) -> bool:
+def _foreign_cores(run: Clock, moments: Sequence[Snapshot]) -> float | None:
+    return None if run.name == "injected" else clocks.foreign_cores(moments[0], moments[-1])
+
+
+def _cpu_time_is_better(run: Clock, moments: Sequence[Snapshot], sides: Sequence[Sequence[Sample]]) -> bool:
     """Whether the claim rests on CPU time: others compete for the cores, and the call is one thread's computing.
 
     With more threads CPU time also bills workers that spin; and a call that mostly sleeps or waits has next to none.
     """
     if run.other != "cpu" or run.device.type != "cpu" or torch.get_num_threads() != 1:
         return False
-    if (_foreign_cores(run, moments) or 0.0) <= FOREIGN_CORES:
+    if (_foreign_cores(run, moments) or 0.0) <= clocks.FOREIGN_CORES:
         return False
     shares = [statistics.median(cpu / wall for wall, cpu in samples) for samples in sides]
     return time.get_clock_info("process_time").resolution <= 1e-5 and all(0.2 <= share <= 1.1 for share in shares)
 
 
 def _measurement(
-    name: str, run: Clock, samples: Sequence[Sample], number: int, first_s: float, by_cpu: bool, shared: tuple = ()
+    name: str, run: Clock, samples: Sequence[Sample], number: int, first_s: float, by_cpu: bool, disturbed: tuple = ()
 ) -> Measurement:
     """One side's result, with the warnings that its own samples give rise to."""
     seconds, others = tuple(sample[by_cpu] for sample in samples), tuple(sample[not by_cpu] for sample in samples)
-    warnings, other = list(shared), run.name if by_cpu else run.other
+    warnings, other = list(disturbed), run.name if by_cpu else run.other
     if other == "cpu" and torch.get_num_threads() > 1:  # counts the threads that wait for each other: no evidence
-        other, others = "", ()
+        other = ""
     if len(seconds) < BLOCKS:
-        warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are wanted: raise budget_s")
+        warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are needed: raise budget_s")
     if (change := stats.drift(seconds)) is not None:
         warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
     return Measurement(
@@ -243,14 +327,14 @@ def _measurement(
 
 
 def _machine_warnings(
-    run: Clock, moments: Sequence[environment.Snapshot], by_cpu: bool, sides: Sequence[Sequence[Sample]]
+    run: Clock, moments: Sequence[Snapshot], by_cpu: bool, sides: Sequence[Sequence[Sample]]
 ) -> tuple[str, ...]:
     """What disturbed the run from outside the callables, and work that the clock did not see."""
     warnings = []
-    if (foreign := _foreign_cores(run, moments) or 0.0) > FOREIGN_CORES:
+    if (foreign := _foreign_cores(run, moments) or 0.0) > clocks.FOREIGN_CORES:
         remedy = "times are CPU time" if by_cpu else "the times may be off"
         warnings.append(f"other programs kept {foreign:.1f} cores busy: {remedy}")
-    if (slowed := environment.throttling(moments)) is not None:
+    if (slowed := clocks.throttling(moments)) is not None:
         warnings.append(slowed)
     if run.other == "wall" and any(statistics.median(event / wall for event, wall in side) < 0.5 for side in sides):
         warnings.append(
@@ -259,20 +343,25 @@ def _machine_warnings(
     return tuple(warnings)
 
 
-def _pair_warnings(result: Comparison) -> tuple[str, ...]:
-    """What the pairs themselves show: too few, drift, more than can be."""
-    a, b = (stats.block_minima(side.samples_s, result.per_block) for side in (result.baseline, result.candidate))
+def _pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int) -> tuple[str, ...]:
+    """What the pairs themselves show: too few of them, or drift."""
+    a, b = (stats.block_minima(side.samples_s, per_block) for side in (baseline, candidate))
     warnings = []
-    if len(a) < BLOCKS:
-        warnings.append(f"only {len(a)} blocks of pairs, and {BLOCKS} are wanted: raise budget_s")
+    if len(a) < stats.LEAST:
+        warnings.append(
+            f"budget_s was spent after {_count(len(a), 'block')} of pairs, and an interval takes {stats.LEAST}: "
+            "close other programs, or raise budget_s"
+        )
+    elif len(a) < BLOCKS:
+        warnings.append(f"only {len(a)} blocks of pairs, and {BLOCKS} are needed: raise budget_s")
     if (change := stats.drift([math.sqrt(x * y) for x, y in zip(a, b, strict=True)])) is not None:
         warnings.append(
             f"speed drifted: {change:+.0%} time from the first half of the run to the second, alike for both"
         )
-    if result.ceiling is not None and result.speedup > result.ceiling:
-        fate = "refused, check the benchmark" if result.ci95[0] > result.ceiling else "the interval reaches below it"
-        warnings.append(f"{result.speedup:.2f}x is above the ceiling of {result.ceiling:.2f}x: {fate}")
     return tuple(warnings)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def _check_arguments(calls: dict[str, Any], clock: Any, budget_s: float, cache: str) -> None:
@@ -284,23 +373,19 @@ def _check_arguments(calls: dict[str, Any], clock: Any, budget_s: float, cache: 
             )
     if clock is not None and not callable(clock):
         raise InputError(f"clock must be a function (fn, number) -> seconds or None, got {clock!r}.")
-    if not _is_number(budget_s) or not 0 < budget_s < math.inf:
+    if not isinstance(budget_s, (int, float)) or isinstance(budget_s, bool) or not 0 < budget_s < math.inf:
         raise InputError(f"budget_s must be a number of seconds above 0, got {budget_s!r}.")
     if cache not in CACHES:
         raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
 
 
-def _check_comparison(names: Any, check: Any, min_effect: Any, ceiling: Any) -> None:
+def _check_comparison(names: Any, check: Any) -> None:
     if not isinstance(names, (tuple, list)) or len(names) != 2 or names[0] == names[1]:
         raise InputError(f"names must be two different names, for baseline and candidate, got {names!r}.")
     for name in names:
         _check_name(name)
     if check is not None and not callable(check):
         raise InputError(f"check must be a function (baseline_output, candidate_output) or None, got {check!r}.")
-    if not _is_number(min_effect) or not CLAIMABLE <= min_effect < 1:
-        raise InputError(f"min_effect must be from {CLAIMABLE} to below 1, got {min_effect!r}: less cannot be claimed.")
-    if ceiling is not None and not (_is_number(ceiling) and 0 < ceiling < math.inf):
-        raise InputError(f"ceiling must be the largest possible speed-up, a number above 0, or None, got {ceiling!r}.")
 
 
 def _check_name(name: Any) -> str:
@@ -310,37 +395,57 @@ def _check_name(name: Any) -> str:
 
 
 def _check_outputs(check: Callable[[Any, Any], Any] | None, output: Any, other: Any, names: Sequence[str]) -> None:
-    if check is None:
-        return
-    same = check(output, other)
+    same = check(output, other) if check is not None else None
     if same is not None and not same:
         raise InputError(
             f"check says that {names[0]} and {names[1]} do not compute the same: make them equal before timing them."
         )
 
 
-def _device(device: Any, cache: str, graph: bool) -> torch.device | None:
-    """The device asked for, its index filled in; None where the callable's output will tell."""
-    cuda = torch.cuda.is_available()
-    if device is None and (cache == "cold" or graph):
-        device = "cuda"
-    if device is None:
-        return None
-    try:
-        target = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InputError(f"device must be cpu, mps, cuda or cuda:N, got {device!r}.") from None
-    if (cache == "cold" or graph) and target.type != "cuda":
-        raise InputError(f"cache='cold' and graph=True need a CUDA device, got {target}: leave them out.")
-    available = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": cuda}
-    if not available.get(target.type, False) or (cuda and (target.index or 0) >= torch.cuda.device_count()):
-        raise InputError(
-            f"{target} is not available here: use {' or '.join(d for d, here in available.items() if here)}."
-        )
-    if target.type == "cuda" and target.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return target
+# --- printing: no digit that the interval does not support ------------------------------------------------------------
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _plain(result: Measurement | Comparison) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(result).items()}
+
+
+def _finite(interval: tuple[float, float]) -> list[float] | None:
+    return list(interval) if math.isfinite(interval[1]) else None
+
+
+def _decimals(value: float, half_width: float) -> int:
+    """The decimals to print: the last digit's rounding stays within the half-width. Two to four significant digits."""
+    least = 1 - math.floor(math.log10(value))
+    if not math.isfinite(half_width):
+        return least
+    supported = math.ceil(-math.log10(2 * half_width)) if half_width > 0 else least + 2
+    return min(max(least, supported), least + 2)
+
+
+def _number(value: float, decimals: int) -> str:
+    return f"{round(value, decimals):.{max(0, decimals)}f}"
+
+
+def _seconds(value: float, interval: tuple[float, float]) -> tuple[str, str]:
+    """A time with its unit, and its interval in the same unit."""
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if value >= s), ("ns", 1e-9))
+    lo, hi = (bound / scale for bound in interval)
+    decimals = _decimals(value / scale, (hi - lo) / 2)
+    return f"{_number(value / scale, decimals)} {unit}", _interval(lo, hi, decimals)
+
+
+def _interval(lo: float, hi: float, decimals: int) -> str:
+    return f"95% CI {_number(lo, decimals)}, {_number(hi, decimals)}" if math.isfinite(hi) else "no interval"
+
+
+def _conditions(side: Measurement) -> str:
+    threads = f", {_count(side.threads, 'thread')}" if side.device == "cpu" else ""
+    return f"{side.clock} time, {side.cache}, {side.device}{threads}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _warned(warnings: Sequence[str]) -> str:
+    return f" - warning: {'; '.join(warnings)}" if warnings else ""

@@ -1,16 +1,21 @@
-"""The clocks that labkit.bench reads: wall and CPU time, CUDA events with hot or cold L2, CUDA graphs, or one given.
+"""The clocks that labkit.bench reads (wall and CPU time, CUDA events, one handed in), and the machine meanwhile.
 
-Synchronisation and the flush of twice the L2 follow torch.utils.benchmark and FlashInfer's testing utilities. A clock
-only times `number` calls in a row; which calls, how many and in what order is decided in bench.py.
+Synchronisation and the flush of twice the L2 follow torch.utils.benchmark and FlashInfer's testing utilities. The load
+by others is (busy + steal time of our cores - own CPU time) / wall time; the load average lags by a minute. It only
+reads: clocks and priorities of a shared machine are left as they are. What is called how often is decided in bench.
 """
 
+import functools
 import itertools
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
+import psutil
 import torch
 
 from labkit.errors import InputError
@@ -18,23 +23,21 @@ from labkit.errors import InputError
 Call = Callable[[], Any]
 Sample = tuple[float, float]  # seconds by the clock, seconds by the second clock
 
-SAMPLE_S = (
-    1e-3  # shorter calls are repeated until a sample lasts this long: a thousand times what reading the clocks costs
-)
+SAMPLE_S = 1e-3  # shorter calls are repeated until a sample lasts so long: a thousand times what reading a clock costs
 MOST_CALLS = 1_000_000
+FOREIGN_CORES = 0.15  # cores' worth of load by other programs from which on a run counts as disturbed
 
 
 @dataclass(frozen=True)
 class Clock:
     """block(fn, number) times `number` calls by two clocks; now() is the time that a budget is spent in."""
 
-    name: str  # wall, cuda_event, cuda_graph or injected
+    name: str  # wall, cuda_event or injected
     other: str  # the second clock: cpu beside wall, wall beside CUDA; "" for an injected clock, which has none
     device: torch.device
     cache: str
     block: Callable[[Call, int], Sample]
     now: Callable[[], float] = time.perf_counter
-    prepare: Callable[[Call], Call] = lambda call: call  # what is timed in place of the callable: its graph, or itself
 
     def sample(self, call: Call, number: int) -> Sample:
         """Seconds per call by both clocks."""
@@ -42,33 +45,53 @@ class Clock:
         return seconds / number, other / number
 
 
-def choose(device: torch.device, cache: str, graph: bool, given: Callable[[Call, int], float] | None) -> Clock:
-    """CUDA events on a CUDA device, wall and CPU time elsewhere, and before both the clock that was given."""
-    if given is not None:
-        return _injected(given, device, cache)
+def choose(device: torch.device, cache: str = "hot", injected: Callable[[Call, int], float] | None = None) -> Clock:
+    """CUDA events on a CUDA device, wall and CPU time elsewhere; an injected clock before both."""
+    if injected is not None:
+        return _injected(injected, device, cache)
     if device.type == "cuda":
-        return _cuda(device, cache, graph)
+        return _cuda(device, cache)
     return Clock("wall", "cpu", device, cache, _wall)
 
 
 def first_call(fn: Call) -> tuple[Any, float]:
-    """What fn returns and the wall seconds of this call, compilation and lazy set-up included."""
+    """What fn returns and the wall seconds of this call, compilation and lazy set-up included.
+
+    Raises InputError if what it returns is work still to be done (a generator, a coroutine, a future, a function).
+    """
     with torch.inference_mode():
         start = time.perf_counter()
         output = fn()
-        _synchronize(device_of(output))
-        return output, time.perf_counter() - start
+        synchronize(device_of(output))
+        seconds = time.perf_counter() - start
+    if (lazy := next((leaf for leaf in _leaves(output) if _is_lazy(leaf)), None)) is not None:
+        raise InputError(
+            f"the callable returns a {type(lazy).__name__}, whose work is not done when the call ends: "
+            "do it inside the callable (with list(), asyncio.run(), .result() or a call)."
+        )
+    return output, seconds
 
 
 def device_of(output: Any) -> torch.device | None:
     """Where the first tensor inside a callable's output lives; None if there is no tensor."""
-    if isinstance(output, torch.Tensor):
-        return output.device
-    if isinstance(output, dict):
+    return next((leaf.device for leaf in _leaves(output) if isinstance(leaf, torch.Tensor)), None)
+
+
+def _leaves(output: Any) -> Iterator[Any]:
+    if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, (tuple, list)):
-        return next((device for item in output if (device := device_of(item)) is not None), None)
-    return None
+        for item in output:
+            yield from _leaves(item)
+    else:
+        yield output
+
+
+def _is_lazy(leaf: Any) -> bool:
+    is_future = any(callable(getattr(leaf, name, None)) for name in ("result", "get", "wait")) and any(
+        callable(getattr(leaf, name, None)) for name in ("done", "ready")
+    )  # of concurrent.futures, multiprocessing, torch.futures, dask
+    return is_future or isinstance(leaf, (Iterator, Awaitable, AsyncIterator, FunctionType, functools.partial))
 
 
 def warm_up(clock: Clock, calls: Sequence[Call], budget_s: float) -> list[float]:
@@ -91,14 +114,15 @@ def repeats(clock: Clock, call: Call, seconds: float) -> int:
     """How many calls make a sample of SAMPLE_S, from the least seconds of a single call."""
     number = 1
     while seconds < SAMPLE_S and number < MOST_CALLS:
-        wanted = math.ceil(number * SAMPLE_S / max(seconds, 1e-9))
-        number = min(max(wanted, 2 * number), 1000 * number, MOST_CALLS)
+        needed = math.ceil(number * SAMPLE_S / max(seconds, 1e-9))
+        number = min(max(needed, 2 * number), 1000 * number, MOST_CALLS)
         # on CUDA by the wall: events may see nothing of a call that works on another stream
         seconds = max(clock.block(call, number)) if clock.other == "wall" else clock.block(call, number)[0]
     return number
 
 
-def _synchronize(device: torch.device | None = None) -> None:
+def synchronize(device: torch.device | None = None) -> None:
+    """Wait until every accelerator that is in use has finished."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize(device if device is not None and device.type == "cuda" else None)
     if torch.backends.mps.is_available():
@@ -107,20 +131,20 @@ def _synchronize(device: torch.device | None = None) -> None:
 
 def _wall(fn: Call, number: int) -> Sample:
     with torch.inference_mode():
-        _synchronize()
+        synchronize()
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in itertools.repeat(None, number):
             fn()
-        _synchronize()
+        synchronize()
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _injected(given: Callable[[Call, int], float], device: torch.device, cache: str) -> Clock:
+def _injected(clock: Callable[[Call, int], float], device: torch.device, cache: str) -> Clock:
     spent = 0.0
 
     def block(fn: Call, number: int) -> Sample:
         nonlocal spent
-        seconds = given(fn, number)
+        seconds = clock(fn, number)
         if not 0 < seconds < math.inf:
             raise InputError(f"clock(fn, number) must return seconds above 0, got {seconds!r}: check the clock.")
         spent += seconds
@@ -129,7 +153,7 @@ def _injected(given: Callable[[Call, int], float], device: torch.device, cache: 
     return Clock("injected", "", device, cache, block, now=lambda: spent)
 
 
-def _cuda(device: torch.device, cache: str, graph: bool) -> Clock:
+def _cuda(device: torch.device, cache: str) -> Clock:
     flush = None
     if cache == "cold":
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -155,18 +179,85 @@ def _cuda(device: torch.device, cache: str, graph: bool) -> Clock:
         flushing = event[-1].elapsed_time(event[2 * groups - 1]) / 1e3 - seconds
         return seconds, wall - flushing
 
-    prepare = (lambda fn: _captured(fn, device)) if graph else (lambda fn: fn)
-    return Clock("cuda_graph" if graph else "cuda_event", "wall", device, cache, block, prepare=prepare)
+    return Clock("cuda_event", "wall", device, cache, block)
 
 
-def _captured(fn: Call, device: torch.device) -> Call:
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    with torch.inference_mode(), torch.cuda.device(device):
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # lazy set-up must be over before a capture, and off the default stream
-            for _ in range(3):
-                fn()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            fn()
-    return graph.replay
+# --- what else went on ------------------------------------------------------------------------------------------------
+
+IDLE = {"idle", "iowait", "guest", "guest_nice"}  # guest time is counted in user time already
+
+# Bits of nvmlDeviceGetCurrentClocksEventReasons that slow a kernel down (NVML API reference, nvmlClocksEventReasons)
+SLOWED_BY = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "software thermal limit",
+    0x40: "hardware thermal limit",
+    0x80: "power brake",
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Clocks at one moment: wall and this process's CPU seconds, busy seconds of the cores we may use, GPU state."""
+
+    wall_s: float
+    own_s: float
+    busy_s: float
+    sm_mhz: int | None = None
+    slowed_by: tuple[str, ...] = ()
+
+
+def snapshot(device: torch.device) -> Snapshot:
+    """Read the machine's counters now; the GPU's clock and throttle reasons where pynvml is installed."""
+    cores = psutil.cpu_times(percpu=True)
+    if hasattr(os, "sched_getaffinity"):
+        ours = os.sched_getaffinity(0)
+        if max(ours) < len(cores):  # some containers number the cores anew
+            cores = [cores[index] for index in ours]
+    busy_s = sum(seconds for core in cores for state, seconds in core._asdict().items() if state not in IDLE)
+    gpu = _gpu_state(device) if device.type == "cuda" else (None, ())
+    return Snapshot(time.perf_counter(), time.process_time(), busy_s, *gpu)
+
+
+def foreign_cores(before: Snapshot, after: Snapshot) -> float | None:
+    """Cores' worth of work that others did on our cores; None over less than 0.2 s, where 10 ms ticks say nothing."""
+    wall = after.wall_s - before.wall_s
+    if wall < 0.2:
+        return None
+    return max(0.0, (after.busy_s - before.busy_s - (after.own_s - before.own_s)) / wall)
+
+
+def throttling(snapshots: Sequence[Snapshot]) -> str | None:
+    """One phrase on what slowed the GPU down or how far its clock moved over the snapshots; None if nothing did."""
+    reasons = sorted({reason for moment in snapshots for reason in moment.slowed_by})
+    speeds = [moment.sm_mhz for moment in snapshots if moment.sm_mhz]
+    moved = bool(speeds) and min(speeds) < 0.95 * max(speeds)
+    if not reasons and not moved:
+        return None
+    span = f"SM clock {min(speeds)}-{max(speeds)} MHz" if speeds else "SM clock unknown"
+    return f"the GPU was throttled ({', '.join(reasons)}; {span})" if reasons else f"the GPU's clock moved ({span})"
+
+
+@functools.cache
+def _nvml():
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml
+    except Exception:  # not installed, no driver, or no permission: then the GPU's clocks are simply not known
+        return None
+
+
+def _gpu_state(device: torch.device) -> tuple[int | None, tuple[str, ...]]:
+    nvml = _nvml()
+    if nvml is None:
+        return None, ()
+    try:
+        # by UUID, for CUDA_VISIBLE_DEVICES renumbers torch's devices and not NVML's
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
+        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+    except nvml.NVMLError:
+        return None, ()
+    return clock, tuple(name for bit, name in SLOWED_BY.items() if bits & bit)

@@ -1,27 +1,313 @@
-"""What this machine can reach: the ceilings of its roofline, measured, and its bandwidth at each level of the caches.
+"""What this machine is and what it can reach: its fingerprint, its measured ceilings, and a catalogue of accelerators.
 
-Ceilings after the roofline model (Williams, Waterman and Patterson 2009) and STREAM (McCalpin 1995): the best of many
-calls, since a ceiling is a maximum. It leaves random state, threads and precision settings as they were, and does not
-count what a model needs: that is labkit.roofline. The fingerprint and the catalogue of devices are found here too.
+The fingerprint keeps what a result depends on (after pyperf's metadata) and names no host, user or folder. Ceilings
+follow the roofline model (Williams, Waterman and Patterson 2009) and STREAM (McCalpin 1995). It leaves random state,
+threads and precision settings as they were; what a model needs is counted elsewhere (labkit.roofline).
 """
 
+import os
+import platform
+import re
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+import psutil
 import torch
 
-from labkit import clocks, environment
-from labkit.devices import DEVICES, Device, lookup
+from labkit import clocks
 from labkit.errors import InputError
-from labkit.fingerprint import Gpu, Machine, fingerprint, memory_bytes, torch_device
-
-__all__ = ["DEVICES", "PRODUCTS", "Ceilings", "Device", "Gpu", "Machine"]
-__all__ += ["bandwidth_sweep", "ceilings", "datasheet_ceilings", "fingerprint", "lookup"]
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator of devices.toml, as a whole chip, or one module where a module is what is sold.
+
+    flops: dense peak by type (fp32, tf32, bf16, fp16, fp8, int8, fp4) in FLOP/s (OP/s for int8); sparse: the 2:4 peaks.
+    bandwidth: B/s, decimal. memory: the vendor's GB as 1e9 B. l2: bytes. tdp: W. year: announced. None: not stated.
+    evidence: how the peaks are known; known_otherwise: figures that are known in another way.
+    """
+
+    name: str
+    year: int
+    flops: Mapping[str, float]
+    sparse: Mapping[str, float]
+    bandwidth: float
+    memory: float
+    l2: float | None
+    tdp: float | None
+    evidence: str
+    known_otherwise: Mapping[str, str]
+    source: str
+
+
+def _device(name: str, row: Sequence) -> Device:
+    year, memory, bandwidth, l2, tdp, *peaks, sparse, evidence, known_otherwise, source = row
+    types = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4")
+    flops = {dtype: 1e12 * peak for dtype, peak in zip(types, peaks, strict=True) if peak}
+    doubled = flops.keys() - {"fp32"} if sparse == "all" else sparse.split()
+    return Device(
+        name,
+        year,
+        flops,
+        {dtype: 2 * flops[dtype] for dtype in flops if dtype in doubled},
+        1e9 * bandwidth,
+        1e9 * memory,
+        l2 * MiB or None,
+        tdp or None,
+        evidence,
+        known_otherwise,
+        source,
+    )
+
+
+_ROWS = tomllib.loads(Path(__file__).with_name("devices.toml").read_text("utf-8"))["devices"]
+DEVICES: dict[str, Device] = {name: _device(name, row) for name, row in _ROWS.items()}
+
+# --- the fingerprint --------------------------------------------------------------------------------------------------
+
+# Instructions that decide how fast inference runs, and the names that Linux and macOS give them.
+FEATURES = {
+    "avx2": {"avx2", "avx2_0"},
+    "avx512": {"avx512f"},
+    "vnni": {"avx512_vnni", "avx_vnni"},
+    "bf16": {"avx512_bf16", "bf16", "feat_bf16"},
+    "fp16": {"avx512_fp16", "asimdhp", "feat_fp16"},
+    "amx": {"amx_tile"},
+    "neon": {"asimd", "neon", "advsimd"},
+    "i8mm": {"i8mm", "feat_i8mm"},
+    "sve": {"sve"},
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The CUDA device in use. `memory` and `l2` in bytes as the driver reports them."""
+
+    name: str
+    count: int
+    memory: int
+    l2: int
+    multiprocessors: int
+    capability: str
+    driver: str | None
+    cuda: str | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a result depends on. Sizes in bytes; `caches` as one core sees them, `last_level_cache` all that it may use.
+
+    `device` is "cpu" or "cuda": what the fingerprint was taken for, and what `slug` and `label` name.
+    `virtualised` is None where it cannot be told.
+    """
+
+    device: str
+    cpu: str
+    arch: str
+    physical_cores: int
+    logical_cores: int
+    affinity: tuple[int, ...]
+    threads: int
+    features: tuple[str, ...]
+    caches: Mapping[str, int]
+    last_level_cache: int
+    memory: int
+    virtualised: bool | None
+    gpu: Gpu | None
+    os: str
+    python: str
+    torch: str
+    transformers: str | None
+    float32_matmul_precision: str
+
+    @property
+    def cores(self) -> int:
+        """Physical cores that this process may use."""
+        return min(self.physical_cores, len(self.affinity))
+
+    @property
+    def slug(self) -> str:
+        """A folder name for results: the GPU, or the CPU model and its cores."""
+        if self.device == "cuda" and self.gpu:
+            return _slug(self.gpu.name)
+        return f"{_slug(self.cpu)}-{self.cores}c"
+
+    @property
+    def label(self) -> str:
+        """One line for tables and captions."""
+        if self.device == "cuda" and self.gpu:
+            return f"{self.gpu.name}, {self.gpu.memory / GiB:.0f} GiB, driver {self.gpu.driver}, CUDA {self.gpu.cuda}"
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        wide = [name for name in self.features if name in ("avx512", "vnni", "bf16", "amx", "i8mm")]
+        virtual = ", virtual machine" if self.virtualised else ""
+        return f"{self.cpu}, {cores}, {' '.join(wide) or self.arch}, {self.memory / GiB:.0f} GiB{virtual}"
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON, with slug and label."""
+        return {**asdict(self), "slug": self.slug, "label": self.label}
+
+
+def fingerprint(device: str | torch.device = "auto") -> Machine:
+    """The machine as this process sees it, for `device` (see `torch_device`, which also says what is refused)."""
+    target = torch_device(device)
+    cpu, flags, virtualised = _cpu()
+    affinity = tuple(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(psutil.cpu_count()))
+    caches, last_level_cache = _caches(affinity)
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set per backend, and differently
+        precision = "mixed"
+    return Machine(
+        device=target.type,
+        cpu=cpu,
+        arch=platform.machine(),
+        physical_cores=psutil.cpu_count(logical=False) or len(affinity),
+        logical_cores=psutil.cpu_count() or len(affinity),
+        affinity=affinity,
+        threads=torch.get_num_threads(),
+        features=tuple(name for name, spellings in FEATURES.items() if spellings & flags),
+        caches=caches,
+        last_level_cache=last_level_cache,
+        memory=memory_bytes(),
+        virtualised=virtualised,
+        gpu=_gpu(target) if torch.cuda.is_available() else None,
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=_version("transformers"),
+        float32_matmul_precision=precision,
+    )
+
+
+def torch_device(device: str | torch.device | None = "auto") -> torch.device:
+    """The device as torch names it. "auto" and None: LABKIT_DEVICE where set, else CUDA where torch has it.
+
+    Raises InputError for anything but auto, cpu, cuda and cuda:N, and for a GPU that is not there.
+    """
+    asked = "auto" if device is None else str(device) if isinstance(device, torch.device) else device
+    override = os.environ.get("LABKIT_DEVICE") if asked == "auto" else None
+    name = override or asked
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        where = "LABKIT_DEVICE" if override else "device"
+        raise InputError(f"{where} is {name!r}; choose auto, cpu, cuda or cuda:N.")
+    target = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if target.type == "cuda" and (target.index or 0) >= count:
+        seen = f"torch sees {count} of them" if count else "torch sees no CUDA device here"
+        raise InputError(f"The device {name} is not there ({seen}); choose auto or cpu, or fix the driver.")
+    return target
+
+
+def threads() -> int:
+    """Physical cores that this process may use, a container's quota included; OMP_NUM_THREADS, where set, wins."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    cores = fingerprint("cpu").cores
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return max(1, min(cores, int(quota) // int(period))) if quota.isdigit() else cores  # "max": no limit
+
+
+def memory_bytes() -> int:
+    """Bytes that this process may use: the machine's, or the container's limit."""
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    total = psutil.virtual_memory().total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _cpu() -> tuple[str, set[str], bool | None]:
+    """The CPU's model name, its feature flags, and whether it is a virtual one (None: cannot be told)."""
+    facts: dict[str, str] = {}
+    for line in (_read("/proc/cpuinfo") + _output("lscpu")).splitlines():  # lscpu knows the names of Arm cores
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip().lower(), value.strip())
+    if not facts:  # macOS: hw.optional.arm.FEAT_BF16: 1
+        flags = set(re.findall(r"(\w+): 1$", _output("sysctl", "hw.optional").lower(), re.MULTILINE))
+        return _output("sysctl", "-n", "machdep.cpu.brand_string").strip() or platform.machine(), flags, None
+    flags = set((facts.get("flags") or facts.get("features", "")).lower().split())
+    virtualised = "hypervisor" in flags or "hypervisor vendor" in facts
+    if not virtualised and platform.machine() != "x86_64":  # only x86 has a flag for it
+        virtualised = None
+    return facts.get("model name") or platform.machine(), flags, virtualised
+
+
+def _caches(affinity: Sequence[int]) -> tuple[dict[str, int], int]:
+    """L1d, L2, L3 in bytes as the first core sees them; and the last level in all, over the cores of `affinity`."""
+    caches: dict[str, int] = {}
+    shared: dict[str, dict[str, int]] = {}  # level -> the cores that share one -> its size
+    for core in affinity:
+        for index in sorted(Path(f"/sys/devices/system/cpu/cpu{core}/cache").glob("index*")):
+            level, kind, size = (_read(index / name).strip() for name in ("level", "type", "size"))
+            if kind != "Instruction" and re.fullmatch(r"\d+K", size):
+                name = f"L{level}d" if kind == "Data" else f"L{level}"
+                caches.setdefault(name, int(size[:-1]) * KiB)
+                shared.setdefault(level, {})[_read(index / "shared_cpu_list")] = int(size[:-1]) * KiB
+    if shared:
+        return caches, sum(shared[max(shared)].values())
+    for name, key in (("L1d", "hw.l1dcachesize"), ("L2", "hw.l2cachesize")):  # macOS
+        size = _output("sysctl", "-n", key).strip()
+        caches |= {name: int(size)} if size.isdigit() else {}
+    return caches, max(caches.values(), default=0)
+
+
+def _gpu(target: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(target if target.type == "cuda" else torch.cuda.current_device())
+    driver = re.search(r"\d{3}\.\d+(\.\d+)?", _read("/proc/driver/nvidia/version"))
+    return Gpu(
+        name=properties.name,
+        count=torch.cuda.device_count(),
+        memory=properties.total_memory,
+        l2=properties.L2_cache_size,
+        multiprocessors=properties.multi_processor_count,
+        capability=f"{properties.major}.{properties.minor}",
+        driver=driver.group() if driver else None,
+        cuda=torch.version.cuda or torch.version.hip,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _output(*command: str) -> str:
+    try:
+        english = {**os.environ, "LC_ALL": "C"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, env=english).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _slug(name: str) -> str:
+    """Lower-case words of a model name, without what every CPU is called."""
+    common = r"\((r|tm)\)|\bcpu\b|\bprocessor\b|\b\d+-core\b|\b\d+th gen\b|@.*|\bwith .*graphics\b"
+    plain = re.sub(common, " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "unknown"
+
+
+# --- measured ceilings ------------------------------------------------------------------------------------------------
 
 # What a product needs to run at the rate of its type: CUDA compute capability, and whether CPUs are tried.
 PRODUCTS = {
@@ -32,30 +318,23 @@ PRODUCTS = {
     "int8": ((7, 5), True),
     "fp8": ((8, 9), False),
 }
-SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}
+SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}  # of the square products
 ROUNDS = 3  # of every call at least, however short the budget
 
-_LEFT_OUT = "{} has no ceiling: even a small product takes too long here"
-
-Key = tuple[str, int]
-Calls = dict[Key, Callable[[], object]]
+Calls = dict[tuple[str, int], Callable[[], object]]  # by what is done and its size
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The roofs of one device: `flops` in FLOP/s (OP/s for int8) by dtype, `bandwidth` in B/s.
+    """The roofs of this machine: `flops` in FLOP/s (OP/s for int8) by type, `bandwidth` in B/s.
 
-    `how` is "measured" or "datasheet". `bandwidths` has the best of each kind of access and `sides` the side of the
-    square product that gave each peak, where measured. `Ceilings(**ceilings.to_dict())` reads one back.
+    warnings: what spoiled the measurement, one phrase each; empty where nothing did.
     """
 
     device: str
-    how: str
     flops: Mapping[str, float]
     bandwidth: float
-    bandwidths: Mapping[str, float] = field(default_factory=dict)
-    sides: Mapping[str, int] = field(default_factory=dict)
-    warnings: Sequence[str] = ()
+    warnings: tuple[str, ...] = ()
 
     def ridge(self, dtype: str) -> float:
         """The arithmetic intensity in FLOP/B where the compute roof of this type meets the bandwidth roof."""
@@ -64,66 +343,41 @@ class Ceilings:
             raise InputError(f"there is no {dtype!r} ceiling for {self.device}: choose one of {have}.")
         return self.flops[dtype] / self.bandwidth
 
-    def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        return asdict(self)
 
+def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0) -> Ceilings:
+    """Measure the roofs of this machine in about `budget_s` seconds: matrix product per type, bandwidth.
 
-def datasheet_ceilings(name: str) -> Ceilings:
-    """The dense peaks and the bandwidth of a device in the catalogue. Raises InputError for a name it does not have."""
-    device = lookup(name) if isinstance(name, str) else None
-    if device is None:
-        have = ", ".join(DEVICES)
-        raise InputError(f"{name!r} is not in the catalogue of devices: choose one of {have}, or call ceilings().")
-    return Ceilings(device.name, "datasheet", dict(device.flops), device.bandwidth)
-
-
-def ceilings(
-    device: str | torch.device | None = None, *, dtypes: Iterable[str] | None = None, budget_s: float = 6.0
-) -> Ceilings:
-    """Measure the roofs of this machine in about `budget_s` seconds: matrix product per dtype, bandwidth.
-
-    Products are square, of random normal numbers, of a few sizes; `dtypes` (default: all of PRODUCTS that run here).
-    Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over fp32 arrays of at least four times the last
-    cache, counted as STREAM does: the lines that a CPU reads only to overwrite them are left out. All take turns until
-    the budget is spent, so that a neighbour who comes and goes spoils rounds and not a roof; `warnings` names one who
-    stayed. Random state, precision settings and thread count are as before afterwards.
-
-    Raises InputError for a dtype that is unknown or does not run here, and for a device that is not there.
+    Products are square, of random normal numbers, of a few sizes, in every type of PRODUCTS that runs here. Bandwidth
+    is the best of copy (2n bytes), triad (3n) and read (n) over fp32 arrays of at least four times the last cache,
+    counted as STREAM does: the lines that a CPU reads only to overwrite them are left out. Calls alternate until the
+    budget is spent and the best counts, so passing interference spoils one round, not the maximum.
+    device: see `torch_device`. Raises InputError for a device or a budget that cannot be used.
     """
     target = torch_device(device)
-    wanted = _dtypes(dtypes, target)
-    _positive_budget(budget_s)
+    _check_budget(budget_s)
     machine = fingerprint(target)
-    before, deadline = environment.snapshot(target), time.perf_counter() + budget_s
+    before, deadline = clocks.snapshot(target), time.perf_counter() + budget_s
     with torch.inference_mode():
-        products, too_slow = _products(wanted, target, longest_s=budget_s / 40)
-        if dtypes is not None and too_slow:
-            raise InputError(f"{too_slow[0]} products do not run in useful time on {machine.label}: leave them out.")
+        products, warnings = _products(target, longest_s=budget_s / 40)
         streams, moved = _streams(machine, target)
         seconds = _in_turns(products | streams, target, deadline)
-    machine_doubts = _doubts(target, before, environment.snapshot(target))
+    warnings += _interference(target, before, clocks.snapshot(target), [seconds[key] for key in streams])
     del products, streams  # the operands, gigabytes on a GPU
     if target.type == "cuda":
         torch.cuda.empty_cache()
-
-    flops = {(name, side): 2 * side**3 / min(taken) for (name, side), taken in seconds.items() if name in PRODUCTS}
-    best = {name: max((key for key in flops if key[0] == name), key=flops.__getitem__) for name, _ in flops}
-    bandwidths = {name: moved[name, size] / min(seconds[name, size]) for name, size in moved}
+    flops: dict[str, float] = {}
+    for (name, side), times in seconds.items():
+        if name in PRODUCTS:
+            flops[name] = max(flops.get(name, 0.0), 2 * side**3 / min(times))
     return Ceilings(
         device=machine.gpu.name if target.type == "cuda" else f"{machine.cpu}, {machine.threads} threads",
-        how="measured",
-        flops={name: flops[key] for name, key in best.items()},
-        bandwidth=max(bandwidths.values()),
-        bandwidths=bandwidths,
-        sides={name: side for name, side in best.values()},
-        warnings=(*machine_doubts, *_spread([seconds[key] for key in moved]), *(_LEFT_OUT.format(n) for n in too_slow)),
+        flops=flops,
+        bandwidth=max(nbytes / min(seconds[key]) for key, nbytes in moved.items()),
+        warnings=tuple(warnings),
     )
 
 
-def bandwidth_sweep(
-    device: str | torch.device | None = None, *, sizes: Iterable[int] | None = None, budget_s: float = 2.0
-) -> list[tuple[int, float]]:
+def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float = 2.0) -> list[tuple[int, float]]:
     """Bandwidth in B/s against working set in bytes, smallest first: each cache level shows as a plateau.
 
     On a CPU the working set is one array, cut among the threads, that each reads over and over: a single call of torch
@@ -132,33 +386,28 @@ def bandwidth_sweep(
     T times. On CUDA it is an array read and another written, in CUDA graphs of many calls; a gap of a microsecond or
     two between kernels remains, so that sets under some 16 MiB show launches rather than the cache.
 
-    `sizes` in bytes, default 16 KiB to 256 MiB on a CPU, 4 MiB to 1 GiB on CUDA. Raises InputError for sizes that are
-    too small to cut (under 4 KiB a thread), more than an eighth of the memory, or none at all.
+    The sets run from 16 KiB (4 KiB a thread at least) to 256 MiB on a CPU, from 4 MiB to 1 GiB on CUDA, an eighth of
+    the memory at most. Raises InputError for a device or a budget that cannot be used.
     """
     target = torch_device(device)
-    _positive_budget(budget_s)
-    on_cpu, threads = target.type == "cpu", torch.get_num_threads()
-    smallest = threads * 4 * KiB if on_cpu else MiB
+    _check_budget(budget_s)
+    on_cpu, cores = target.type == "cpu", torch.get_num_threads()
     largest = (memory_bytes() if on_cpu else torch.cuda.get_device_properties(target).total_memory) // 8
-    if sizes is None:
-        usual = (2**power for power in (range(14, 29) if on_cpu else range(22, 31)))
-        sizes = [size for size in usual if smallest <= size <= largest]
-    sizes = sorted(set(sizes))
-    if not sizes or not all(isinstance(size, int) and smallest <= size <= largest for size in sizes):
-        raise InputError(f"sizes has to be whole numbers of bytes between {smallest} and {largest} here, got {sizes}.")
+    sizes = [2**power for power in (range(14, 29) if on_cpu else range(22, 31))]
+    sizes = [size for size in sizes if cores * 4 * KiB <= size <= largest]
     deadline = time.perf_counter() + budget_s
     with torch.inference_mode():
         buffer = torch.ones(sizes[-1] // 4, device=target)
         walk = _read_over_and_over if on_cpu else _copy_over_and_over
-        walks = {("walk", size): walk(buffer, size, threads) for size in sizes}
+        walks = {("walk", size): walk(buffer, size, cores) for size in sizes}
         seconds = _in_turns({key: call for key, (call, _) in walks.items()}, target, deadline)
     return [(size, moved / min(seconds["walk", size])) for (_, size), (_, moved) in walks.items()]
 
 
-def _in_turns(calls: Calls, target: torch.device, deadline: float) -> dict[Key, list[float]]:
+def _in_turns(calls: Calls, target: torch.device, deadline: float) -> dict[tuple[str, int], list[float]]:
     """Seconds of every call, one call each in turn until the deadline, after a first one that does not count."""
-    clock = clocks.choose(target, "hot", False, None)
-    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    clock = clocks.choose(target)
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     for call in calls.values():
         clock.block(call, 1)
     while time.perf_counter() < deadline or len(next(iter(seconds.values()))) < ROUNDS:
@@ -167,23 +416,26 @@ def _in_turns(calls: Calls, target: torch.device, deadline: float) -> dict[Key, 
     return seconds
 
 
-def _products(names: Sequence[str], target: torch.device, longest_s: float) -> tuple[Calls, list[str]]:
-    """Products of the sizes that take at most `longest_s` a call, and the dtypes that have none."""
+def _products(target: torch.device, longest_s: float) -> tuple[Calls, list[str]]:
+    """Products of the sizes that take at most `longest_s` a call, and a warning for each type that has none."""
     smallest, *larger = SIDES[target.type]
-    calls, too_slow = {}, []
-    for name in names:
+    calls: Calls = {}
+    warnings = []
+    for name, (capability, on_cpu) in PRODUCTS.items():
+        if not on_cpu if target.type == "cpu" else torch.cuda.get_device_capability(target) < capability:
+            continue
         probe = {(name, smallest): _product(name, smallest, target)}
         try:
             seconds = min(_in_turns(probe, target, deadline=0.0)[name, smallest])
         except RuntimeError:  # this build of torch has no kernel for it
             seconds = float("inf")
         if seconds > longest_s:
-            too_slow.append(name)
+            warnings.append(f"{name} has no ceiling: even a small product takes too long here")
             continue
         calls |= probe
         fitting = [side for side in larger if seconds * (side / smallest) ** 3 <= longest_s]
         calls |= {(name, side): _product(name, side, target) for side in fitting}
-    return calls, too_slow
+    return calls, warnings
 
 
 def _product(name: str, side: int, target: torch.device) -> Callable[[], object]:
@@ -210,7 +462,7 @@ def _product(name: str, side: int, target: torch.device) -> Callable[[], object]
     return lambda: torch.mm(x, weight.t(), out=out)
 
 
-def _streams(machine: Machine, target: torch.device) -> tuple[Calls, dict[Key, int]]:
+def _streams(machine: Machine, target: torch.device) -> tuple[Calls, dict[tuple[str, int], int]]:
     """Copy, triad and read over arrays that no cache holds, and the bytes that each moves."""
     on_cpu = target.type == "cpu"
     usual = max(64 * MiB, 4 * machine.last_level_cache) if on_cpu else GiB
@@ -235,28 +487,35 @@ def _copy_over_and_over(buffer: torch.Tensor, size: int, threads: int) -> tuple[
     """Scale one half of `size` bytes into the other, many times in one CUDA graph."""
     half, times = size // 8, max(1, 256 * MiB // size)
     source, out = buffer[:half], buffer[half : 2 * half]
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(buffer.device)
 
     def copies() -> None:
         for _ in range(times):
             torch.mul(source, 1.5, out=out)
 
-    return clocks.choose(buffer.device, "hot", True, None).prepare(copies), 8 * half * times
+    with torch.cuda.device(buffer.device):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # lazy set-up must be over before a capture, and off the default stream
+            copies()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            copies()
+    return graph.replay, 8 * half * times
 
 
-def _doubts(target: torch.device, before: environment.Snapshot, after: environment.Snapshot) -> list[str]:
-    """What else went on meanwhile: other programs on a CPU, throttling of a GPU."""
-    if target.type == "cuda":
-        throttled = environment.throttling((before, after))
-        return [f"{throttled}: measure again when it is cool"] if throttled else []
-    cores = environment.foreign_cores(before, after) or 0.0
-    busy = f"other programs kept {cores:.1f} cores busy: measure again when the machine is quiet"
-    return [busy] if cores > 0.15 else []
-
-
-def _spread(streams: Iterable[Sequence[float]]) -> list[str]:
-    ratio = max(statistics.median(seconds) / min(seconds) for seconds in streams)
-    shared = f"the median stream took {ratio:.1f} times as long as the best: others use this memory, measure again"
-    return [shared] if ratio > 1.3 else []
+def _interference(
+    target: torch.device, before: clocks.Snapshot, after: clocks.Snapshot, streams: Sequence[Sequence[float]]
+) -> list[str]:
+    """What else went on meanwhile: other programs on a CPU, throttling of a GPU, others who use the memory."""
+    warnings = []
+    if target.type == "cuda" and (throttled := clocks.throttling((before, after))):
+        warnings.append(f"{throttled}: measure again when it is cool")
+    if target.type == "cpu" and (cores := clocks.foreign_cores(before, after) or 0.0) > clocks.FOREIGN_CORES:
+        warnings.append(f"other programs kept {cores:.1f} cores busy: measure again when the machine is quiet")
+    spread = max(statistics.median(seconds) / min(seconds) for seconds in streams)
+    if spread > 1.3:
+        warnings.append(f"the median stream took {spread:.1f} times as long as the best: others use this memory")
+    return warnings
 
 
 @contextmanager
@@ -273,18 +532,6 @@ def _fp32_as(precision: str) -> Iterator[None]:
             backend.fp32_precision = setting
 
 
-def _dtypes(dtypes: Iterable[str] | None, target: torch.device) -> list[str]:
-    if target.type == "cpu":
-        possible = [name for name, (_, on_cpu) in PRODUCTS.items() if on_cpu]
-    else:
-        capability = torch.cuda.get_device_capability(target)
-        possible = [name for name, (needed, _) in PRODUCTS.items() if capability >= needed]
-    wanted = possible if dtypes is None else list(dtypes)
-    if not wanted or not set(wanted) <= set(possible):
-        raise InputError(f"dtypes has to be some of {', '.join(possible)} on this device, got {dtypes!r}.")
-    return wanted
-
-
-def _positive_budget(budget_s: float) -> None:
+def _check_budget(budget_s: float) -> None:
     if not (isinstance(budget_s, (int, float)) and 0 < budget_s < float("inf")):
         raise InputError(f"budget_s has to be a number of seconds above 0, got {budget_s!r}: 3 to 10 is usual.")

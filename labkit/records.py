@@ -7,7 +7,6 @@ samples and intervals, never a path or a host name; how results are drawn is lef
 import json
 import math
 import numbers
-import os
 import re
 import statistics
 import subprocess
@@ -21,9 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
-import torch
-
-from labkit import claims, files, machine, show
+from labkit import claims, files, show
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
 
@@ -325,18 +322,6 @@ class Stopwatch:
 
     def _pause(self, *_: Any) -> None:
         self._before, self._since = self.seconds, None
-
-
-def threads() -> int:
-    """Physical cores that this process may use, a container's quota included; OMP_NUM_THREADS, where set, is kept."""
-    if os.environ.get("OMP_NUM_THREADS"):
-        return torch.get_num_threads()
-    cores = machine.fingerprint("cpu").cores
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or no limit ("max")
-        return cores
 
 
 def peak_memory() -> int:

@@ -19,8 +19,7 @@ import torch
 from labkit import checks, claims, machine, records, show
 from labkit.bench import Comparison, Measurement, compare, measure
 from labkit.errors import InputError
-from labkit.fingerprint import asked_device
-from labkit.records import RunRecord, Stopwatch, peak_memory, summary, threads
+from labkit.records import RunRecord, Stopwatch, peak_memory, summary
 
 LESSONS = {
     "01": "The inference challenge",
@@ -72,7 +71,7 @@ def start(
     if lesson not in LESSONS:
         raise InputError(f'There is no lesson {lesson!r}; give one of "01" to "13", as text with two digits.')
     preset = _preset(preset)
-    chosen = asked_device(device)
+    chosen = machine.torch_device(device)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
     folder = _results_folder(results_dir)
@@ -81,7 +80,7 @@ def start(
     random.seed(int(seed))
     np.random.seed(int(seed))
     torch.manual_seed(int(seed))
-    torch.set_num_threads(threads())
+    torch.set_num_threads(machine.threads())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen.index or 0)
         torch.cuda.reset_peak_memory_stats()

@@ -104,7 +104,7 @@ def test_no_compiler_is_no_fault_and_lesson_02_says_what_it_does_then(program, m
 
 def test_instructions_of_another_kind_of_processor_are_not_missed(monkeypatch: pytest.MonkeyPatch):
     machine = SimpleNamespace(cpu="Some Arm", arch="aarch64", features=("neon", "bf16"))
-    monkeypatch.setattr("labkit.fingerprint.fingerprint", lambda device: machine)
+    monkeypatch.setattr("labkit.machine.fingerprint", lambda device: machine)
     assert found("cpu").text == "Some Arm, aarch64: bf16 neon; not fp16 i8mm sve"
     machine.arch, machine.features = "x86_64", ("avx2",)
     assert found("cpu").text == "Some Arm, x86_64: avx2; not avx512 vnni bf16 fp16 amx"

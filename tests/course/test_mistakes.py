@@ -25,9 +25,9 @@ from click.testing import CliRunner
 from course import notebooks, runs
 from course.cli import main
 from labkit import files, store
-from labkit.architectures import ARCHITECTURES
 from labkit.errors import DataError
 from labkit.machine import DEVICES
+from labkit.shapes import ARCHITECTURES
 
 RANGES = {"RATIO": [0, 1], "CRITERION": ["l1", "taylor"]}
 PARAMETERS = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRATIO = 0.5\nCRITERION = "l1"\nRESULTS_DIR = "runs"'
@@ -145,11 +145,11 @@ REFUSED = {
     "no such device": (("--device", "gpu"), "device is 'gpu'; choose auto, cpu, cuda or cuda:N."),
     "no such GPU": (
         ("--device", "cuda:99"),
-        r"The device cuda:99 is not there \(torch sees .*\); choose auto or cpu, or mend the driver.",
+        r"The device cuda:99 is not there \(torch sees .*\); choose auto or cpu, or fix the driver.",
     ),
     "no GPU": (
         ("-p", "DEVICE", "cuda"),
-        r"The device cuda is not there \(torch sees no CUDA device here\); choose auto or cpu, or mend the driver.",
+        r"The device cuda is not there \(torch sees no CUDA device here\); choose auto or cpu, or fix the driver.",
     ),
 }
 

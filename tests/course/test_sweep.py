@@ -280,7 +280,7 @@ def test_more_workers_than_gpus_and_a_gpu_that_is_not_there_are_refused(tmp_path
 
 def test_runs_at_once_on_one_cpu_share_its_cores_and_are_said_to_blur_clocks(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("labkit.records.threads", lambda: 8)
+    monkeypatch.setattr("labkit.machine.threads", lambda: 8)
     with executors.local(2, "cpu", tmp_path) as place:
         assert place.executor.submit(lambda job, env, stop: env, 1).result() == {"OMP_NUM_THREADS": "4"}
     assert place.notes[0].startswith("2 runs at once share the cores of one machine: what a clock measured is not")

@@ -1,17 +1,19 @@
 """measure() and compare() on a SIMULATED clock, so that what they claim can be held against a known truth."""
 
+import functools
 import gc
 import json
 import math
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from labkit import bench, clocks, environment, stats
+from labkit import bench, clocks, stats
 from labkit.bench import Comparison, Measurement, compare, measure
-from labkit.environment import Snapshot
+from labkit.clocks import Snapshot
 from labkit.errors import InputError
 
 RUNS = 500
@@ -61,7 +63,7 @@ def comparison(times_a, times_b, **how):
         Measurement(name, tuple(times), 1, "wall", "hot", "cpu", 1, 0.1)
         for name, times in (("fp32", times_a), ("int8", times_b))
     ]
-    return Comparison(*sides, (True, False) * (len(times_a) // 2), 1, 0.01, None, False, 0.0, **how)
+    return Comparison(*sides, (True, False) * (len(times_a) // 2), 1, 0.0, **how)
 
 
 def too_often(excluded: int, runs: int) -> bool:
@@ -151,7 +153,7 @@ def test_stops_when_precise_and_not_when_significant():
 @pytest.mark.parametrize("budget_s", [0.5, 2.0])
 def test_budget_is_kept(cost, budget_s):
     clock = SimulatedClock(cost={work_a: cost, work_b: 1.3 * cost})
-    result = compare(work_a, work_b, clock=clock, budget_s=budget_s, min_effect=0.01)
+    result = compare(work_a, work_b, clock=clock, budget_s=budget_s)
     warm_up_s, one_pair_s = 0.6 * budget_s + 2.5 * cost, 5 * 1.3 * cost
     assert clock.now <= 1.5 * budget_s + warm_up_s + one_pair_s
     assert len(result.baseline_first) >= 1
@@ -185,44 +187,30 @@ def test_short_calls_are_repeated_to_a_millisecond():
     assert result.candidate.median_s == pytest.approx(1e-6, rel=0.02)
 
 
-def test_fresh_rebuilds_both_for_every_block():
-    built = []
-
-    def factory(ratio):
-        def make():
-            call = lambda: None  # noqa: E731
-            clock.cost[call] = 2e-3 * ratio * clock.rng.choice([0.97, 1.03])  # SIMULATED luck with memory
-            built.append(call)
-            return call
-
-        return make
-
-    clock = SimulatedClock()
-    result = compare(factory(1.5), factory(1.0), clock=clock, fresh=True)
-    assert len(built) == 2 * len(result.baseline_first) // result.per_block
-    assert result.speedup == pytest.approx(1.5, rel=0.03)
-    assert not excludes(result.ci95, 1.5)
-
-
-def test_a_claim_above_the_ceiling_is_refused():
-    result = simulate(cost={work_a: 4e-3}, ceiling=1.47)
-    assert result.verdict == "inconclusive"
-    assert "above the ceiling of 1.47x: refused" in str(result)
-    assert simulate(cost={work_a: 4e-3}, ceiling=2.5).verdict == "faster"
-
-
-def test_an_estimate_just_above_the_ceiling_says_so():
-    result = simulate(cost={work_a: 4e-3}, ceiling=1.999, seed=4)
-    above = result.speedup > 1.999
-    assert above == any("ceiling" in warning for warning in result.warnings)
-
-
 def test_too_few_pairs_give_no_interval_and_no_claim():
     result = simulate(cost={work_a: 0.6, work_b: 0.3})
     assert result.ci95 == (0.0, math.inf)
     assert result.verdict == "inconclusive"
-    assert "no interval" in str(result) and "raise budget_s" in str(result)
-    json.dumps(result.to_dict(), allow_nan=False)
+    assert "no interval" in str(result)
+    assert result.warnings == (
+        "budget_s was spent after 1 block of pairs, and an interval takes 6: close other programs, or raise budget_s",
+    )
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["result"]["ci95"] is None
+
+
+def test_few_blocks_give_an_interval_and_a_warning():
+    result = simulate(cost={work_a: 0.04, work_b: 0.03})
+    assert stats.LEAST <= len(result.baseline_first) < bench.BLOCKS
+    assert math.isfinite(result.ci95[1])
+    assert f"only {len(result.baseline_first)} blocks of pairs, and 20 are needed" in result.warnings[-1]
+
+
+def test_what_is_written_holds_every_sample():
+    result = simulate(cost={work_a: 4e-3})
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert written["baseline"]["samples_s"] == list(result.baseline.samples_s)
+    assert written["baseline_first"] == list(result.baseline_first)
+    assert written["result"] == {"speedup": result.speedup, "ci95": list(result.ci95), "verdict": "faster"}
 
 
 def test_drift_is_warned_of():
@@ -231,27 +219,6 @@ def test_drift_is_warned_of():
 
 def test_a_steady_clock_gives_no_warning():
     assert simulate(budget_s=2.0).warnings == ()
-
-
-@pytest.mark.parametrize("result", [simulate(), measure(work_a, clock=SimulatedClock()), simulate(ceiling=0.5)])
-def test_json_round_trip_keeps_every_sample(result):
-    again = type(result).from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
-    assert again == result
-    assert str(again) == str(result)
-
-
-def test_statistics_come_from_the_pairs_not_from_the_file():
-    record = simulate(cost={work_a: 4e-3}).to_dict()
-    record["result"]["speedup"] = 99.0
-    assert Comparison.from_dict(record).speedup == pytest.approx(2.0, rel=0.05)
-
-
-@pytest.mark.parametrize("record", [None, {}, {"schema": "labkit.bench/1", "kind": "comparison"}])
-def test_foreign_record_is_refused(record):
-    with pytest.raises(InputError, match="no comparison as written by to_dict"):
-        Comparison.from_dict(record)
-    with pytest.raises(InputError, match="no measurement as written by to_dict"):
-        Measurement.from_dict(record)
 
 
 def test_comparison_prints_on_one_line():
@@ -273,13 +240,6 @@ def test_measurement_prints_on_one_line():
     assert line == "fp32 41.4 ms [95% CI 41.2, 41.6; 20 samples of 3 calls, wall time, hot, cpu, 2 threads]"
 
 
-def test_percentiles_interpolate():
-    side = Measurement("x", (1.0, 2.0, 3.0, 4.0, 5.0), 1, "wall", "hot", "cpu", 1, 0.1)
-    assert (side.percentile(0), side.percentile(50), side.percentile(100)) == (1.0, 3.0, 5.0)
-    with pytest.raises(InputError, match="percentile takes a number from 0 to 100"):
-        side.percentile(101)
-
-
 BAD_CALLS = {
     "baseline must be a function": {"baseline": torch.zeros(1)},
     "candidate must be a function": {"candidate": None},
@@ -287,15 +247,12 @@ BAD_CALLS = {
     "budget_s must be a number of seconds above 0, got nan": {"budget_s": math.nan},
     "budget_s must be a number of seconds above 0, got '1'": {"budget_s": "1"},
     "cache must be one of hot, cold": {"cache": "warm"},
-    "need a CUDA device, got cpu": {"cache": "cold", "device": "cpu"},
-    "graph=True need a CUDA device": {"graph": True, "device": "cpu"},
-    "device must be cpu, mps, cuda or cuda:N": {"device": "gpu"},
+    "needs a CUDA device, got cpu": {"cache": "cold", "device": "cpu"},
+    "device is 'gpu'; choose auto, cpu, cuda or cuda:N": {"device": "gpu"},
     "names must be two different names": {"names": ("same", "same")},
     "names must be two different names, for baseline": {"names": "ab"},
     "A name must be a word or two on one line": {"names": ("a\nb", "c")},
     "check must be a function": {"check": True},
-    "min_effect must be from 0.01": {"min_effect": 0.001},
-    "ceiling must be the largest possible speed-up": {"ceiling": 0},
     "clock must be a function": {"clock": 3},
 }
 
@@ -309,17 +266,47 @@ def test_bad_input_is_refused_before_any_work(sentence, bad):
         compare(**{"baseline": untouched, "candidate": untouched, **bad})
 
 
-@pytest.mark.parametrize("bad", [{"fn": 3}, {"budget_s": -1}, {"cache": ""}, {"device": "gpu"}, {"name": ""}])
+@pytest.mark.parametrize("bad", [{"fn": 3}, {"budget_s": -1}, {"budget_s": True}, {"device": "gpu"}, {"name": ""}])
 def test_measure_refuses_bad_input(bad):
     with pytest.raises(InputError):
         measure(**{"fn": work_a, **bad})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("how", [{"device": "cuda"}, {"cache": "cold"}, {"graph": True}, {"device": "cuda:7"}])
+@pytest.mark.parametrize("how", [{"device": "cuda"}, {"cache": "cold"}, {"device": "cuda:7"}])
 def test_a_missing_device_is_named(how):
-    with pytest.raises(InputError, match=r"cuda.* is not available here: use cpu"):
-        measure(work_a, **how)
+    with pytest.raises(InputError, match=r"cuda.* is not there"):
+        compare(work_a, work_b, **how)
+
+
+async def coroutine():
+    return 1
+
+
+LAZY = {
+    "generator": lambda: (x for x in range(3)),
+    "map": lambda: map(abs, range(3)),
+    "coroutine": coroutine,
+    "Future": lambda: ThreadPoolExecutor(1).submit(abs, 1),
+    "list of futures": lambda: [1, {"a": (ThreadPoolExecutor(1).submit(abs, 1),)}],
+    "torch Future": torch.futures.Future,
+    "function": lambda: work_a,
+    "partial": lambda: functools.partial(abs, 1),
+}
+
+
+@pytest.mark.parametrize("lazy", LAZY)
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_work_that_is_not_done_when_the_call_ends_is_refused(lazy):
+    with pytest.raises(InputError, match=r"returns a .*, whose work is not done when the call ends"):
+        measure(LAZY[lazy])
+    with pytest.raises(InputError, match="is not done when the call ends"):
+        compare(work_a, LAZY[lazy])
+
+
+@pytest.mark.parametrize("output", [torch.ones(2), [1, "a"], {"x": None}, torch.nn.Linear(1, 1), range(3), open])
+def test_results_are_not_taken_for_work_to_be_done(output):
+    assert measure(lambda: output, clock=SimulatedClock()).median_s > 0
 
 
 def test_unequal_outputs_are_not_timed():
@@ -382,7 +369,7 @@ def test_first_call_is_kept_apart():
         time.sleep(pending.pop() if pending else 0.001)
 
     result = measure(compiles_first, budget_s=0.1)
-    assert result.first_call_s > 0.05 > result.percentile(90)
+    assert result.first_call_s > 0.05 > max(result.samples_s)
 
 
 def test_a_call_that_sleeps_is_not_judged_by_cpu_time():
@@ -402,21 +389,21 @@ def test_device_of_an_output(output, device):
 
 def test_foreign_load_is_busy_time_less_our_own():
     before, after = Snapshot(wall_s=10, own_s=1, busy_s=50), Snapshot(wall_s=12, own_s=2.5, busy_s=54.5)
-    assert environment.foreign_cores(before, after) == pytest.approx((4.5 - 1.5) / 2)
-    assert environment.foreign_cores(before, Snapshot(10.1, 1.1, 50.2)) is None
+    assert clocks.foreign_cores(before, after) == pytest.approx((4.5 - 1.5) / 2)
+    assert clocks.foreign_cores(before, Snapshot(10.1, 1.1, 50.2)) is None
 
 
 def test_throttling_is_named():
     cool, hot = Snapshot(0, 0, 0, 1980), Snapshot(1, 0, 0, 1500, ("power cap",))
-    assert environment.throttling([cool, hot]) == "the GPU was throttled (power cap; SM clock 1500-1980 MHz)"
-    assert environment.throttling([cool, Snapshot(1, 0, 0, 1700)]) == "the GPU's clock moved (SM clock 1700-1980 MHz)"
-    assert environment.throttling([cool, cool]) is None
-    assert environment.throttling([Snapshot(0, 0, 0)]) is None
+    assert clocks.throttling([cool, hot]) == "the GPU was throttled (power cap; SM clock 1500-1980 MHz)"
+    assert clocks.throttling([cool, Snapshot(1, 0, 0, 1700)]) == "the GPU's clock moved (SM clock 1700-1980 MHz)"
+    assert clocks.throttling([cool, cool]) is None
+    assert clocks.throttling([Snapshot(0, 0, 0)]) is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("how", [{}, {"cache": "cold"}, {"graph": True}])
+@pytest.mark.parametrize("how", [{}, {"cache": "cold"}])
 def test_cuda_finds_twice_the_work(how):
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
 

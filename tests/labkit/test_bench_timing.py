@@ -17,7 +17,7 @@ import time
 import pytest
 import torch
 
-from labkit import environment, stats
+from labkit import clocks, stats
 from labkit.bench import compare, measure
 
 pytestmark = pytest.mark.timing
@@ -172,7 +172,7 @@ def test_foreign_load_is_seen_and_named():
 
 
 def test_busy_time_includes_our_own():
-    before = environment.snapshot(torch.device("cpu"))
+    before = clocks.snapshot(torch.device("cpu"))
     measure(chain(4), budget_s=0.5)
-    after = environment.snapshot(torch.device("cpu"))
+    after = clocks.snapshot(torch.device("cpu"))
     assert after.busy_s - before.busy_s >= 0.8 * (after.own_s - before.own_s) > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from labkit import components, roofline
-from labkit.architectures import ARCHITECTURES
+from labkit.shapes import ARCHITECTURES
 
 
 def bert():

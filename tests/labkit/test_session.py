@@ -204,8 +204,6 @@ def test_a_prediction_that_is_no_number_is_refused(lab, value):
 
 
 def test_measure_and_compare_keep_samples_intervals_and_verdict(lab, capsys):
-    from labkit.bench import Comparison, Measurement
-
     lab.predict("ratio", 1, "x")
     one = lab.measure("short", lambda: sum(range(500)), budget_s=0.1)
     two = lab.compare("ratio", lambda: sum(range(500)), lambda: sum(range(5000)), budget_s=0.2)
@@ -213,10 +211,10 @@ def test_measure_and_compare_keep_samples_intervals_and_verdict(lab, capsys):
     kept = done(lab)
     first, second = kept["measurements"]
     assert (first["kind"], first["value"], first["unit"]) == ("measurement", one.median_s, "s")
-    assert Measurement.from_dict(first["detail"]).samples_s == pytest.approx(one.samples_s, rel=5e-6)
+    assert first["detail"]["samples_s"] == pytest.approx(one.samples_s, rel=5e-6)
     assert (second["kind"], second["unit"], second["verdict"]) == ("comparison", "x", two.verdict)
-    again = Comparison.from_dict(second["detail"])
-    assert (again.verdict, again.ci95) == (two.verdict, pytest.approx(two.ci95, rel=2e-5))
+    assert second["detail"]["candidate"]["samples_s"] == pytest.approx(two.candidate.samples_s, rel=5e-6)
+    assert (second["value"], second["ci95"]) == (two.speedup, list(two.ci95))
     assert kept["predictions"][0]["measured"] == two.speedup
 
 
@@ -389,7 +387,7 @@ def test_peak_memory_is_this_process_s_own():
     code = "from labkit.records import peak_memory; print(peak_memory())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert peak_memory() >= kept.nbytes
-    assert 50e6 < child < 2e9
+    assert 5e6 < child < 2e9
 
 
 # in a notebook ------------------------------------------------------------------------------------------------------
