@@ -21,7 +21,7 @@ import torch
 from labkit import datasets, models, records, stats, training
 from labkit.batches import segments
 from labkit.files import replacing
-from labkit.pruning import layerwise
+from labkit.pruning import blockwise
 
 
 def pattern(text: str) -> float | tuple[int, int]:
@@ -32,7 +32,7 @@ def pattern(text: str) -> float | tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=layerwise.METHODS, default=layerwise.METHODS)
+    parser.add_argument("--methods", nargs="+", choices=blockwise.METHODS, default=blockwise.METHODS)
     parser.add_argument("--patterns", nargs="+", type=pattern, default=[0.5, (4, 8), (2, 4)])
     parser.add_argument("--calibration", nargs="+", type=int, default=[8, 32, 128], help="numbers of segments")
     parser.add_argument("--length", type=int, default=512, help="tokens of a segment and of a test window")
@@ -67,7 +67,7 @@ def main() -> None:
             continue
         batches = segments(calibration, n, options.length, seed=seed) if n else None
         start = time.perf_counter()
-        pruned = layerwise.prune(model, wanted, method=method, batches=batches, progress=f"{method} {name}")
+        pruned = blockwise.prune(model, wanted, method=method, batches=batches, progress=f"{method} {name}")
         seconds, peak = time.perf_counter() - start, records.peak_memory() / 1e9
         found = training.perplexity(pruned, test, window=options.length)
         del pruned

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from labkit import datasets, models, stats, training
 from labkit.batches import segments
-from labkit.pruning import layerwise, nm
+from labkit.pruning import blockwise, nm
 from labkit.pruning.sparsegpt import Pattern, sparsegpt
 
 
@@ -69,11 +69,11 @@ def published_wanda(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor
 
 
 def labkit_wanda(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
-    """The mask step of `layerwise` for Wanda on one weight, for the clock."""
+    """The mask step of `blockwise` for Wanda on one weight, for the clock."""
     scores = weight.abs() * hessian.diagonal().to(weight.dtype).sqrt()
     if isinstance(pattern, tuple):
         return weight * nm.mask(scores, *pattern)
-    return weight * ~layerwise.lowest_k(scores, layerwise.count_to_prune(scores.shape[1], pattern), dim=1)
+    return weight * ~blockwise.lowest_k(scores, blockwise.count_to_prune(scores.shape[1], pattern), dim=1)
 
 
 OURS = {"sparsegpt": lambda weight, hessian, pattern: sparsegpt(weight, hessian, pattern)[0], "wanda": labkit_wanda}
@@ -161,7 +161,7 @@ def main() -> None:
     for seed in range(options.seeds):
         batches = segments(calibration, options.segments, options.length, seed=seed)
         reference, taken = prune(model, chosen, batches, options.method, options.pattern)
-        pruned = layerwise.prune(model, options.pattern, method=options.method, batches=batches, exclude=spared)
+        pruned = blockwise.prune(model, options.pattern, method=options.method, batches=batches, exclude=spared)
         both = [training.perplexity(one, test, window=options.length) for one in (reference, pruned)]
         rows.append({"seed": seed, "published": both[0], "labkit": both[1]})
         times += taken

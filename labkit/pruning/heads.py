@@ -14,7 +14,7 @@ from tqdm import tqdm
 from labkit.batches import check_batches, evaluating, not_empty, summed_loss
 from labkit.errors import InputError
 from labkit.pruning import anatomy, attention_maps, gates
-from labkit.pruning.layers import layers_of, remembering, resuming
+from labkit.pruning.blockwise import layers_of, remembering, resuming
 from labkit.pruning.scores import input_taylor
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")

@@ -190,9 +190,9 @@ def prune(
 
     method: "magnitude" (no data), "wanda" (Sun et al. 2024) or "sparsegpt" (Frantar & Alistarh 2023, the kept weights
         move). The last two look at data: batches, an iterable of what the model is called with, run through it layer
-        by layer; the inputs of a layer are those that the layers pruned before it give. See `layerwise.prune`, which
+        by layer; the inputs of a layer are those that the layers pruned before it give. See `blockwise.prune`, which
         does the work and takes a fraction as well.
-    exclude: names of modules and weights that stay dense. The others: `layerwise.weights_of`: in a stack of blocks, as
+    exclude: names of modules and weights that stay dense. The others: `blockwise.weights_of`: in a stack of blocks, as
         language models are, those of the blocks, else all of `select.prunable`.
     pad: without it a weight whose input dimension is no multiple of m is an InputError that names it; see `mask`.
 
@@ -200,7 +200,7 @@ def prune(
     them off): stored zeros that stay zero through optimizer steps, deepcopy and `load_state_dict`. For masks that move
     during training see `sr_ste`.
     """
-    from labkit.pruning import layerwise  # here, since it takes its masks from above
+    from labkit.pruning import blockwise  # here, since it takes its masks from above
 
     check_pattern(n, m)
-    return layerwise.prune(model, (n, m), method=method, batches=batches, exclude=exclude, pad=pad)
+    return blockwise.prune(model, (n, m), method=method, batches=batches, exclude=exclude, pad=pad)

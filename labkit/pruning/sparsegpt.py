@@ -1,7 +1,7 @@
 """SparseGPT: prune one layer and let the kept weights make up for it, column by column, in blocks of columns.
 
 Frantar & Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (Algorithm 1). One
-weight and the Hessian of its inputs here; `layerwise` collects Hessians and goes through a model.
+weight and the Hessian of its inputs here; `blockwise` collects Hessians and goes through a model.
 """
 
 import math
@@ -141,7 +141,7 @@ def _check(weight: Tensor, hessian: Tensor, pattern: Pattern) -> None:
         raise InputError(f"The width {weight.shape[1]} is no multiple of m = {pattern[1]}: pad it with zero columns.")
 
 
-def check_settings(pattern: Pattern, damp: float, block: int) -> None:
+def check_settings(pattern: Pattern, damp: float = 0.01, block: int = 128) -> None:
     """Raises InputError unless `pattern` is a fraction to remove or a pair (n, m), and the others are positive."""
     if isinstance(pattern, tuple) and len(pattern) == 2:
         check_pattern(*pattern)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from labkit.errors import InputError
 from labkit.pruning import unstructured
-from labkit.pruning.layerwise import check_widths, weights_of
+from labkit.pruning.blockwise import check_widths, weights_of
 from labkit.pruning.nm import check_pattern, mask
 from labkit.pruning.select import named_parts, prunable
 

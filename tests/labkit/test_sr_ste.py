@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from labkit import artifact, training
 from labkit.errors import InputError
 from labkit.pruning import nm, sr_ste, unstructured
-from labkit.pruning.layerwise import weights_of
+from labkit.pruning.blockwise import weights_of
 
 
 def net():
