@@ -380,19 +380,18 @@ def grade(folder: Path, seconds: float) -> None:
     """Grade DIR/<student>/<lesson>.ipynb into DIR/grades.csv and DIR/grades.html."""
     from tqdm import tqdm
 
-    from course import grading
-    from course.grading import gradebook
+    from course import grade
 
     with tqdm(unit="answer", disable=None) as bar:
 
-        def show(row: grading.Row, total: int) -> None:
+        def show(row: grade.Grade, total: int) -> None:
             bar.total = total
             bar.set_postfix_str(f"{row.student} {row.exercise.id}", refresh=False)
             bar.update()
 
-        book = grading.grade(folder, seconds=seconds, on_row=show)
-    for path in gradebook.write(book, folder):
-        click.echo(path.resolve().as_uri() if path.suffix == ".html" else path)
+        book = grade.grade(folder, seconds=seconds, on_grade=show)
+    for path in grade.write(book, folder):
+        click.echo(path.resolve().as_uri())
 
 
 @main.group()

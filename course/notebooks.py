@@ -38,18 +38,18 @@ _CHECK = re.compile(r'lab\.check\("([\d.]+)", (\w+)\)')
 # lessons ------------------------------------------------------------------------------------------
 
 
-def all_lessons(folder: Path | None = None) -> list[Path]:
-    """The lesson notebooks in `folder` (default: the course's own), in order."""
-    return sorted((folder or files.NOTEBOOKS).glob("[0-9][0-9]_*.ipynb"))
+def all_lessons() -> list[Path]:
+    """The lesson notebooks, in order."""
+    return sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
-def find(name: str, folder: Path | None = None) -> Path:
+def find(name: str) -> Path:
     """The lesson called "3", "03" or "03_structured_pruning_cnns"; InputError names the lessons that there are."""
-    lessons = all_lessons(folder)
+    lessons = all_lessons()
     for path in lessons:
         if name in (path.stem, path.name) or (name.isdecimal() and int(name) == int(path.stem[:2])):
             return path
-    numbers = ", ".join(path.stem[:2] for path in lessons) or f"none in {folder or files.NOTEBOOKS}"
+    numbers = ", ".join(path.stem[:2] for path in lessons) or f"none in {files.NOTEBOOKS}"
     raise InputError(f"There is no lesson {name}; give the number of one that exists: {numbers}.")
 
 
@@ -204,36 +204,33 @@ def student_copy(notebook: NotebookNode, name: str = "") -> NotebookNode:
     return copy
 
 
-def prepare(name: str, *, folder: Path = WORKSPACE, notebooks: Path | None = None) -> Path:
-    """The learner's copy of lesson `name` in `folder`, made where there is none yet: one that exists is never written.
-
-    notebooks: where the lessons are (default: the course's own), here and below.
-    """
-    lesson = find(name, notebooks)
-    copy = folder / lesson.name
+def prepare(name: str) -> Path:
+    """The learner's copy of lesson `name`, made where there is none yet: one that exists is never written."""
+    lesson = find(name)
+    copy = WORKSPACE / lesson.name
     if not copy.exists():
         text = nbformat.writes(student_copy(read(lesson), lesson.stem))
         try:
             files.write_text(copy, text + "\n")
         except OSError as error:
             raise InputError(
-                f"The copy cannot be written to {folder} ({error.strerror}); fix that, then try again."
+                f"The copy cannot be written to {WORKSPACE} ({error.strerror}); fix that, then try again."
             ) from None
     return copy
 
 
-def has_changed(copy: Path, *, notebooks: Path | None = None) -> bool:
+def has_changed(copy: Path) -> bool:
     """Whether the lesson has other cells now than when the copy was made; False where the copy does not say of what."""
     try:
         made_of = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["labkit"]["source"]
     except (OSError, ValueError, KeyError, TypeError):
         return False  # damaged, or saved by an editor that drops metadata
-    return made_of != student_copy(read(find(copy.stem, notebooks))).metadata.labkit.source
+    return made_of != student_copy(read(find(copy.stem))).metadata.labkit.source
 
 
-def put_aside(name: str, *, folder: Path = WORKSPACE, notebooks: Path | None = None) -> Path | None:
+def put_aside(name: str) -> Path | None:
     """Rename the copy of lesson `name`, if there is one, to <lesson>.<today>.ipynb, so that a new one can be made."""
-    copy = folder / find(name, notebooks).name
+    copy = WORKSPACE / find(name).name
     if not copy.exists():
         return None
     stem = f"{copy.stem}.{date.today().isoformat()}"
@@ -246,16 +243,16 @@ def put_aside(name: str, *, folder: Path = WORKSPACE, notebooks: Path | None = N
     return aside
 
 
-def release(folder: Path, *, notebooks: Path | None = None) -> list[Path]:
+def release(folder: Path) -> list[Path]:
     """Fill an empty or new `folder` for a class: every lesson without answers, an index, labkit and its data.
 
     The folder stands by itself: a notebook in it imports the labkit beside it, in JupyterLab as on a hosted service.
     Returns the lessons' copies. InputError where the folder holds something, lies inside what is copied or cannot be
     written, DataError where a lesson is damaged; it appears whole or not at all.
     """
-    lessons = all_lessons(notebooks)
+    lessons = all_lessons()
     if not lessons:
-        raise InputError(f"There is no lesson to release in {notebooks or files.NOTEBOOKS}.")
+        raise InputError(f"There is no lesson to release in {files.NOTEBOOKS}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not empty, and handed-in work is never overwritten; give a new folder.")
     if any(folder.resolve().is_relative_to(files.ROOT / part) for part in RELEASED):

@@ -122,8 +122,6 @@ def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pyt
     opened = []
     monkeypatch.setattr(notebooks, "open_in_jupyterlab", lambda own, browser: opened.append((own.name, browser)) or 0)
     monkeypatch.setattr(notebooks, "WORKSPACE", tmp_path)
-    for function in (notebooks.prepare, notebooks.put_aside):
-        monkeypatch.setitem(function.__kwdefaults__, "folder", tmp_path)
     first = labkit("start", "3", "--no-browser")
     assert first.exit_code == 0 and first.output.startswith(f"your copy: {tmp_path / '03_structured'}")
     own = tmp_path / "03_structured_pruning_cnns.ipynb"

@@ -93,22 +93,25 @@ def test_an_exercise_without_card_or_check_is_refused(change: Callable, sentence
 
 
 @pytest.fixture
-def lesson(tmp_path: Path) -> Path:
+def lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one lesson of a small course, whose learner works in tmp_path/workspace."""
     path = tmp_path / "notebooks" / "01_small.ipynb"
     path.parent.mkdir()
     nbformat.write(small(), path)
+    monkeypatch.setattr(files, "NOTEBOOKS", path.parent)
+    monkeypatch.setattr(notebooks, "WORKSPACE", tmp_path / "workspace")
     return path
 
 
 @pytest.mark.parametrize("name", ["1", "01", "01_small", "01_small.ipynb"])
 def test_a_lesson_is_found_by_number_or_name(lesson: Path, name: str):
-    assert notebooks.find(name, lesson.parent) == lesson
+    assert notebooks.find(name) == lesson
 
 
 @pytest.mark.parametrize("name", ["7", "small", "", "../01_small", "²"])
 def test_an_unknown_lesson_is_refused_with_those_that_exist(lesson: Path, name: str):
     with pytest.raises(InputError, match=r"There is no lesson .*; give the number of one that exists: 01"):
-        notebooks.find(name, lesson.parent)
+        notebooks.find(name)
 
 
 @pytest.mark.parametrize("name", ["3", "²", "²1", "03.9", "03.²", "99.1", "²01.1"])
@@ -120,58 +123,56 @@ def test_an_unknown_exercise_is_refused(name: str):
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": [', '{"nbformat": 4, "cells": 3}', "\0"])
 def test_a_damaged_lesson_hinders_no_other(tmp_path: Path, lesson: Path, text: str):
     lesson.with_name("02_damaged.ipynb").write_text(text)
-    places = {"folder": tmp_path / "workspace", "notebooks": lesson.parent}
-    assert not notebooks.has_changed(notebooks.prepare("1", **places), notebooks=lesson.parent)
+    assert not notebooks.has_changed(notebooks.prepare("1"))
     with pytest.raises(DataError, match=r"02_damaged\.ipynb is not a notebook that can be read; get it from"):
-        notebooks.prepare("2", **places)
+        notebooks.prepare("2")
 
 
 def test_a_copy_that_exists_is_reopened_as_it_is(tmp_path: Path, lesson: Path):
-    own = notebooks.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+    own = notebooks.prepare("1")
     assert own == tmp_path / "workspace" / "01_small.ipynb"
     own.write_text("a learner's work")
-    assert notebooks.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent) == own
+    assert notebooks.prepare("1") == own
     assert own.read_text() == "a learner's work"
 
 
 def test_a_lesson_that_changed_is_noticed_and_the_copy_left_as_it_is(tmp_path: Path, lesson: Path):
-    places = {"folder": tmp_path / "workspace", "notebooks": lesson.parent}
-    own = notebooks.prepare("1", **places)
-    assert not notebooks.has_changed(own, notebooks=lesson.parent)
+    own = notebooks.prepare("1")
+    assert not notebooks.has_changed(own)
     run_again = nbformat.read(lesson, as_version=4)
     run_again.cells[2].outputs = [new_output("stream", text="5\n")]
     nbformat.write(run_again, lesson)
-    assert not notebooks.has_changed(own, notebooks=lesson.parent)
+    assert not notebooks.has_changed(own)
     work = nbformat.read(own, as_version=4)
     work.cells[1].source = "def double(x): return 2 * x"
     nbformat.write(work, own)
-    assert not notebooks.has_changed(own, notebooks=lesson.parent)
+    assert not notebooks.has_changed(own)
 
     changed = nbformat.read(lesson, as_version=4)
     changed.cells[0].source = "# Lesson, better told"
     nbformat.write(changed, lesson)
     before = own.read_bytes()
-    assert notebooks.prepare("1", **places) == own
-    assert notebooks.has_changed(own, notebooks=lesson.parent) and own.read_bytes() == before
+    assert notebooks.prepare("1") == own
+    assert notebooks.has_changed(own) and own.read_bytes() == before
 
-    kept = notebooks.put_aside("1", **places)
+    kept = notebooks.put_aside("1")
     assert re.fullmatch(r"01_small\.\d{4}-\d\d-\d\d\.ipynb", kept.name) and kept.read_bytes() == before
-    notebooks.prepare("1", **places)
-    assert not notebooks.has_changed(own, notebooks=lesson.parent)
-    assert notebooks.put_aside("1", **places).name == kept.stem + ".2.ipynb" and kept.read_bytes() == before
-    assert notebooks.put_aside("1", **places) is None
+    notebooks.prepare("1")
+    assert not notebooks.has_changed(own)
+    assert notebooks.put_aside("1").name == kept.stem + ".2.ipynb" and kept.read_bytes() == before
+    assert notebooks.put_aside("1") is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"metadata": {"labkit": {}}}', '{"metadata": []}'])
 def test_a_copy_that_has_lost_its_metadata_is_not_reported(tmp_path: Path, lesson: Path, text: str):
     (tmp_path / "01_small.ipynb").write_text(text)
-    assert not notebooks.has_changed(tmp_path / "01_small.ipynb", notebooks=lesson.parent)
+    assert not notebooks.has_changed(tmp_path / "01_small.ipynb")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, lesson: Path):
     (tmp_path / "workspace").write_text("")
     with pytest.raises(InputError, match=r"The copy cannot be written to .*; fix that, then try again"):
-        notebooks.prepare("1", folder=tmp_path / "workspace", notebooks=lesson.parent)
+        notebooks.prepare("1")
 
 
 def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dict[str, str]):
@@ -250,7 +251,7 @@ def test_a_release_does_not_copy_into_itself(part: str):
 def test_a_release_of_a_damaged_lesson_leaves_nothing_behind(tmp_path: Path, lesson: Path):
     (tmp_path / "class").mkdir()
     with pytest.raises(InputError, match="has no card"):
-        notebooks.release(tmp_path / "class", notebooks=lesson.parent)
+        notebooks.release(tmp_path / "class")
     assert list((tmp_path / "class").iterdir()) == [] and not list(tmp_path.glob(".*"))
 
 
