@@ -22,7 +22,7 @@ from labkit.pruning.nm import mask
 from labkit.pruning.scores import hessian, magnitude, squares, wanda, watched
 from labkit.pruning.select import Weight, count_to_prune, lowest_k, named_parts, prunable
 from labkit.pruning.sparsegpt import Pattern, check_settings, sparsegpt
-from labkit.pruning.unstructured import hold_, masks, refuse_foreign, targets
+from labkit.pruning.unstructured import checked_targets, hold_, masks, targets
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -56,8 +56,8 @@ def prune(
         raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
     if method != "magnitude":
         check_batches(batches, method)
-    refuse_foreign(model)
     exclude = named_parts(model, exclude, "exclude")
+    checked_targets(model, exclude)
     check_widths(weights_of(model, exclude), pattern, pad)
     pruned = copy.deepcopy(model)
     weights = weights_of(pruned, exclude)

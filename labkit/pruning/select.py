@@ -125,11 +125,13 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
 
 def named_parts(model: nn.Module, names: str | Iterable[str], argument: str) -> list[str]:
     """`names` as a list; an InputError that speaks of `argument` if one is no module or parameter of `model`."""
+    if not isinstance(names, Iterable):
+        raise InputError(f"{argument} is a {type(names).__name__}, but it must be names of modules or weights.")
     parts = [names] if isinstance(names, str) else list(names)
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    existing |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for part in parts:
-        if part not in known or not part:
+        if part not in existing or not part:
             raise InputError(
                 f"{argument} names {part!r}, but the model has no such module or weight: see named_modules()."
             )

@@ -4,19 +4,20 @@ The scan of Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.2.
 the same: biases and BatchNorm shifts would go on speaking. The baseline is the model as it is.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from labkit.errors import InputError
 from labkit.files import replacing
 from labkit.pruning import channels
-from labkit.pruning.schedules import digest
 from labkit.pruning.select import fraction
 
 
@@ -88,7 +89,7 @@ def scan(
     wanted = known if groups is None else list(groups)
     if unknown := [name for name in wanted if name not in known]:
         raise InputError(f"There is no prunable group {unknown[0]!r}: use names such as {', '.join(known[:3])}.")
-    identity = {"model": digest(model.state_dict()), "criterion": criterion, "seed": seed}
+    identity = {"model": _digest(model.state_dict()), "criterion": criterion, "seed": seed}
     path = None if folder is None else Path(folder) / "sensitivity.json"
     values = _resume(path, identity)
     work = [("", 0.0), *((name, ratio) for name in wanted for ratio in ratios)]
@@ -115,3 +116,12 @@ def _resume(path: Path | None, identity: dict) -> dict[str, float]:
     if saved["identity"] != identity:
         raise InputError(f"{path} is of a scan of another model, criterion or seed: give another folder.")
     return dict(saved["values"])
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and values: equal for equal states."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

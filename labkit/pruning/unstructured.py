@@ -5,6 +5,7 @@ names: a pruned weight is a stored zero, and hooks keep it one. Nothing gets sma
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
@@ -41,8 +42,9 @@ def prune(
 ) -> nn.Module:
     """A copy of `model` in which the fraction `sparsity` of the prunable weights (`select.prunable`) is held at zero.
 
-    sparsity: of all those weights together, not of those that remain; 1 and 1.0 both mean all. Reached to within half
-        a weight in every group that `scope` ranks by itself: "global" (one group), "layer", or "row" (an output unit).
+    sparsity: of all those weights together, not of those that remain; 1 and 1.0 both mean all. Reached to within half a
+        weight in every group that `scope` ranks by itself.
+    scope: "global": all weights are one group; "layer": each weight tensor; "row": each output unit.
     criterion, batches, loss_fn, seed: see `scores.saliency`.
     exclude: names of modules or weights to leave alone; they then count neither as asked nor as reached.
 
@@ -50,14 +52,23 @@ def prune(
     stay frozen; a shared weight is pruned once. The masks outlast optimizer steps, deepcopy and `load_state_dict`;
     `state_dict` has the names and sizes of the dense model's and holds zeros. A model that was loaded from one gets
     its masks back with prune(model, sparsity(model)). Masks cost every call two passes over the weights: for timing or
-    export take `make_permanent` of it.
+    export take `make_permanent` of it. An optimizer that was made before goes on training the dense model.
+
+    Raises InputError for a bad argument, and where masks hold more than is asked for. Warns where weights in stacks of
+    matrices (mixture-of-experts layers) stay dense, and where more weights are zero already than are asked for.
     """
     asked = fraction(sparsity)
     if scope not in SCOPES:
         raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
-    refuse_foreign(model)
-    weights = targets(model, exclude)
+    weights = checked_targets(model, exclude)
     _refuse_growing_back(weights, asked, scope)
+    zeros = sum(int(_zero(weight).sum()) for weight in weights.values())
+    if scope == "global" and asked and zeros > count_to_prune(_numel(weights), asked):
+        warnings.warn(
+            f"{zeros / _numel(weights):.2%} of the weights are zero already, more than the {asked:.2%} asked for: that "
+            "many of them are held there from now on, and no other weight is pruned.",
+            stacklevel=2,
+        )
     scores = _scores(model, weights, criterion, batches, loss_fn, seed)
     return with_masks(model, {name: ~lowest for name, lowest in _lowest(weights, scores, asked, scope).items()})
 
@@ -132,13 +143,44 @@ def make_permanent(model: nn.Module) -> nn.Module:
 
 def targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
     """`select.prunable` without the modules and weights named in `exclude`; an InputError if none is left."""
-    found = _included(model, named_parts(model, exclude, "exclude"))
-    if not sum(weight.parameter.numel() for weight in found.values()):
+    weights = _included(model, named_parts(model, exclude, "exclude"))
+    if not _numel(weights):
         raise InputError(
             "The model has no weights to prune: it needs a Linear, Conv1d to Conv3d, transformers Conv1D or "
             "MultiheadAttention that exclude does not name."
         )
-    return found
+    return weights
+
+
+def checked_targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
+    """`targets` for pruning: InputError for weights that something else computes, or that have no values to rank.
+
+    Warns of weights in stacks of matrices, as of mixture-of-experts layers: they stay dense.
+    """
+    refuse_foreign(model)
+    parts = named_parts(model, exclude, "exclude")
+    weights = targets(model, parts)
+    for name, p in ((name, weight.parameter) for name, weight in weights.items()):
+        if p.is_meta or p.itemsize == 1:
+            raise InputError(
+                f"{name} is {p.dtype} on {p.device}, where weights can neither be ranked nor masked: build the model "
+                "with its values, in bfloat16 or wider."
+            )
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    named = ((name, p) for name, p in model.named_parameters() if not any(inside(name, part) for part in parts))
+    stacks = {name: p.numel() for name, p in named if p.dim() == 3 and min(p.shape) > 1 and id(p) not in kernels}
+    if stacks:
+        share = sum(stacks.values()) / (sum(stacks.values()) + _numel(weights))
+        warnings.warn(
+            f"{share:.0%} of the weights are in stacks of matrices such as {next(iter(stacks))}: they stay dense and "
+            "do not count as asked or reached; name them in exclude if that is meant.",
+            stacklevel=3,
+        )
+    return weights
+
+
+def _numel(weights: Mapping[str, Weight]) -> int:
+    return sum(weight.parameter.numel() for weight in weights.values())
 
 
 def _included(model: nn.Module, parts: list[str]) -> dict[str, Weight]:
@@ -158,10 +200,8 @@ def _refuse_growing_back(weights: dict[str, Weight], asked: float, scope: str) -
         already = {name: (int(rows.sum(1).max()), rows.shape[1]) for name, rows in held.items()}
     elif scope == "layer":
         already = {name: (int(rows.sum()), rows.numel()) for name, rows in held.items()}
-    else:  # in a model without masks the stored zeros count: it may be a pruned one that was loaded
-        loaded = asked > 0 and not any(rows.any() for rows in held.values())
-        gone = sum(int((_zero(w) if loaded else ~_kept(w)).sum()) for w in weights.values())
-        already = {"the model": (gone, sum(rows.numel() for rows in held.values()))}
+    else:
+        already = {"the model": (sum(int(rows.sum()) for rows in held.values()), _numel(weights))}
     for label, (gone, n) in already.items():
         if gone > count_to_prune(n, asked):
             raise InputError(

@@ -10,10 +10,9 @@ from torch import nn
 
 from labkit import roofline
 from labkit.errors import InputError
-from labkit.pruning import rounds, sensitivity, slimming
+from labkit.pruning import sensitivity
 from labkit.pruning.channels import Planner, apply, plan, prune
 from labkit.pruning.coupling import Coupling
-from labkit.pruning.schedules import cubic, linear
 from labkit.pruning.scores import UNIT_CRITERIA, unit_scores
 
 
@@ -296,56 +295,7 @@ def test_units_of_linked_groups_go_together():
     assert apply(model, chosen, x).report.equal
 
 
-# --- slimming, rounds, sensitivity ------------------------------------------------------------------------------------
-
-
-def test_slimming_adds_the_l1_norm_of_all_scales(plain):
-    model, _, _ = plain
-    total = slimming.penalty(model)
-    assert float(total) == pytest.approx(float(sum(n.weight.abs().sum() for n in (model.bn1, model.bn2))))
-    total.backward()
-    assert torch.equal(model.bn1.weight.grad, model.bn1.weight.sign())
-    with pytest.raises(InputError, match="no BatchNorm"):
-        slimming.penalty(nn.Linear(2, 2))
-
-
-def test_rounds_follow_the_schedule_and_go_on_after_an_interruption(plain, tmp_path):
-    model, x, _ = plain
-    seen = []
-
-    def fine_tune(net, number):
-        seen.append(number)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        with torch.no_grad():
-            for p in net.parameters():
-                p.add_(0.01 * torch.randn(p.shape))
-        return float(number)
-
-    options = dict(schedule=cubic(0.5, 3), fine_tune=fine_tune, folder=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        rounds.iterative(model, x, **options)
-    resumed = rounds.iterative(model, x, **options)
-    assert seen == [0, 1, 1, 2]
-    straight = rounds.iterative(model, x, cubic(0.5, 3), fine_tune)
-    assert straight.history == resumed.history
-    for entry in resumed.history:
-        assert entry.reached == pytest.approx(entry.asked, abs=0.5 / 40)
-    a, b = straight.pruned.model.state_dict(), resumed.pruned.model.state_dict()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(InputError, match="another schedule"):
-        rounds.iterative(model, x, linear(0.5, 3), fine_tune, folder=tmp_path)
-
-
-def test_the_plan_of_all_rounds_cuts_the_dense_model_to_the_same_shapes(plain):
-    model, x, _ = plain
-    done = rounds.iterative(model, x, linear(0.6, 3), lambda *_: None).pruned
-    at_once = apply(model, done.plan, x, check=False).model
-    with torch.no_grad():
-        assert torch.equal(at_once(x), done.model(x))  # nothing was trained
-    assert sum(row.removed for row in done.plan.units) == 24
-    assert done.plan.parameters[1] == sum(p.numel() for p in done.model.parameters())
-    assert done.plan.bytes[1] == sum(t.nbytes for t in [*done.model.parameters(), *done.model.buffers()])
+# --- sensitivity ------------------------------------------------------------------------------------------------------
 
 
 def test_the_scan_really_removes_channels_and_resumes(plain, tmp_path):

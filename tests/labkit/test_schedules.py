@@ -1,4 +1,4 @@
-"""Schedules end where they say, iterative pruning follows them to the weight, tickets rewind, broken runs go on."""
+"""Schedules end where they say, iterative pruning follows them to the weight, tickets rewind."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from labkit.errors import DataError, InputError
+from labkit.errors import InputError
 from labkit.pruning.schedules import (
     SCHEDULES,
     Round,
@@ -162,69 +162,6 @@ def test_an_iterator_of_batches_is_found_out_in_the_second_round(net):
         iterative(net, linear(0.9, 2), fine_tune, criterion="taylor", batches=iter([(X, Y)]))
 
 
-# --- going on after an interruption -----------------------------------------------------------------------------------
-
-
-class PowerCut(Exception):
-    pass
-
-
-@pytest.mark.parametrize("rewound", [False, True])
-@pytest.mark.parametrize("round_of_the_cut", [0, 1, 3])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(net, tmp_path, rewound, round_of_the_cut):
-    arguments = {"rewind_to": copy.deepcopy(net.state_dict()) if rewound else None}
-    whole = iterative(net, cubic(0.9, 4), fine_tune, **arguments)
-    trained = []
-
-    def cut(model, number):
-        metric = fine_tune(model, number)
-        if number == round_of_the_cut and trained.count(number) == 0:
-            trained.append(number)
-            raise PowerCut
-        trained.append(number)
-        return metric
-
-    with pytest.raises(PowerCut):
-        iterative(net, cubic(0.9, 4), cut, folder=tmp_path / "run", **arguments)
-    result = iterative(net, cubic(0.9, 4), cut, folder=tmp_path / "run", **arguments)
-    assert equal(result.model, whole.model) and result.history == whole.history
-    assert all(torch.equal(mask, masks(whole.model)[name]) for name, mask in masks(result.model).items())
-    assert trained == sorted([0, 1, 2, 3, round_of_the_cut])  # no finished round was trained twice
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["rounds.pt"]
-
-
-def test_a_finished_run_is_not_run_again(net, tmp_path):
-    first = iterative(net, linear(0.9, 2), fine_tune, folder=tmp_path)
-    again = iterative(net, linear(0.9, 2), lambda model, number: pytest.fail("trained again"), folder=tmp_path)
-    assert equal(first.model, again.model) and first.history == again.history
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [({"criterion": "random"}, "criterion"), ({"seed": 1}, "seed"), ({"exclude": ["0"]}, "exclude")],
-)
-def test_a_folder_of_another_run_is_refused(net, tmp_path, change, named):
-    iterative(net, linear(0.9, 2), fine_tune, folder=tmp_path)
-    before = (tmp_path / "rounds.pt").read_bytes()
-    with pytest.raises(InputError, match=f"is of a run with another {named}: give the same arguments"):
-        iterative(net, linear(0.9, 2), fine_tune, folder=tmp_path, **change)
-    with pytest.raises(InputError, match="with another model"):
-        iterative(network(), linear(0.9, 2), fine_tune, folder=tmp_path)
-    with pytest.raises(InputError, match="with another schedule"):
-        iterative(net, linear(0.9, 3), fine_tune, folder=tmp_path)
-    assert (tmp_path / "rounds.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_a_damaged_folder_is_refused(net, tmp_path, content):
-    if content is None:
-        torch.save({"other": 1}, tmp_path / "rounds.pt")
-    else:
-        (tmp_path / "rounds.pt").write_bytes(content)
-    with pytest.raises(DataError, match="cannot be read as a saved run: delete it to start over"):
-        iterative(net, linear(0.9, 2), fine_tune, folder=tmp_path)
-
-
 # --- lottery tickets --------------------------------------------------------------------------------------------------
 
 
@@ -252,16 +189,17 @@ def test_rewinding_to_the_state_of_a_new_network_is_random_reinitialisation(net)
     assert torch.equal(again[0].weight, fresh[0].weight * kept) and not torch.equal(again[0].weight, ticket[0].weight)
 
 
-def test_iterative_rewinds_before_every_training(net):
+def test_rewinding_in_every_round_is_loading_the_start(net):
     start = copy.deepcopy(net.state_dict())
     fine_tune(net, 0)
     seen = []
 
-    def look(model, number):
+    def from_the_start(model, number):
+        model.load_state_dict(start)
         seen.append(torch.equal(model[0].weight, start["0.weight"] * masks(model)["0.weight"]))
         return fine_tune(model, number)
 
-    result = iterative(net, exponential(0.8, 3), look, rewind_to=start)
+    result = iterative(net, exponential(0.8, 3), from_the_start)
     assert seen == [True] * 3 and sparsity(result.model) == 0.8
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from labkit.errors import InputError
+from labkit.pruning import nm
 from labkit.pruning.scores import CRITERIA
 from labkit.pruning.select import prunable
 from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
@@ -286,11 +287,14 @@ def test_asking_for_less_than_there_is_is_refused(net, scope):
         prune(prune(net, 0.5, scope=scope), 0.2, scope=scope)
 
 
-def test_a_loaded_model_is_not_silently_left_as_it_was(net):
+def test_a_model_with_more_zeros_than_asked_is_not_silently_left_as_it_was(net):
+    """A pruned model that was loaded, or zeros by nature: no mask says which."""
     loaded = Net()
     loaded.load_state_dict(prune(net, 0.5).state_dict())
-    with pytest.raises(InputError, match=r"the model is already 50\.00% pruned"):
-        prune(loaded, 0.2)
+    with pytest.warns(UserWarning, match=r"50\.00% of the weights are zero already, more than the 20\.00% asked for"):
+        pruned = prune(loaded, 0.2)
+    assert sum(int((~mask).sum()) for mask in masks(pruned).values()) == round(0.2 * N)
+    assert equal_states(pruned, loaded)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -445,7 +449,37 @@ def test_with_masks_holds_any_mask(net):
     assert torch.equal(with_masks(net, {"fc2.weight": mask}).fc2.weight, net.fc2.weight * mask)
 
 
+class Experts(nn.Module):
+    """Two experts of a mixture in one parameter, as in transformers' mixture-of-experts layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 2), nn.Parameter(torch.randn(2, 8, 8))
+        self.position = nn.Parameter(torch.randn(1, 4, 8))  # no stack of matrices
+
+
+@pytest.mark.parametrize("call", [lambda m, **o: prune(m, 0.5, **o), lambda m, **o: nm.prune(m, **o)])
+def test_stacked_experts_stay_dense_and_this_is_said(call, recwarn):
+    with pytest.warns(UserWarning, match=r"89% of the weights are in stacks of matrices such as experts: they"):
+        pruned = call(Experts())
+    assert sparsity(pruned) == 0.5 and pruned.experts.all() and pruned.position.all()
+    recwarn.clear()
+    call(Experts(), exclude="experts")
+    call(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.ConvTranspose1d(8, 8, 3)))
+    assert not recwarn
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.to("meta"), lambda m: m.to(torch.float8_e4m3fn)], ids=["meta", "float8"]
+)
+def test_weights_that_cannot_be_ranked_are_named(change):
+    model = change(nn.Linear(8, 8))
+    for call in (lambda: prune(model, 0.5), lambda: nm.prune(model)):
+        with pytest.raises(InputError, match=r"^weight is torch.float.* where weights can neither be ranked nor"):
+            call()
 
 
 @pytest.mark.parametrize("asked", [-0.1, 1.5, 90, float("nan"), True, "0.5", None])
