@@ -35,8 +35,8 @@ def nbytes(weight: Tensor, format: str) -> int:
     return sum(part.nbytes for part in FORMATS[format].pack(weight).values())
 
 
-def check(parts: Parts, format: str, shape: Sequence[int]) -> None:
-    """Raises InputError unless `parts` are those of a weight of `shape`, whatever its values: products trust them."""
+def check(parts: Parts, format: str, shape: tuple[int, int]) -> None:
+    """Raises InputError unless `parts` are those of a matrix of `shape`, whatever its values: products trust them."""
     values = parts["values"]
     try:
         if format.startswith("kernel"):

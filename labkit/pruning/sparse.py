@@ -99,7 +99,8 @@ LAYOUTS = FORMATS | {"2:4": _ON_GPU}
 @torch.library.custom_op("labkit::sparse_linear", mutates_args=())
 def _operator(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, out_features: int, format: str) -> Tensor:
     """The product as one operator, for torch.export, torch.compile and torch.jit.trace, which cannot look into it."""
-    return KERNELS[format].multiply(x, dict(zip(LAYOUTS[format].arrays, parts, strict=True)), out_features, bias)
+    arrays = dict(zip(LAYOUTS[format].arrays, parts, strict=True))
+    return KERNELS[format].multiply(x, arrays, out_features, bias).contiguous()
 
 
 @_operator.register_fake

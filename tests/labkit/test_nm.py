@@ -1,6 +1,5 @@
 """The N:M pattern against a loop over groups: exactly n of every m, whatever shape, stride, type and ties."""
 
-import itertools
 import time
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit import artifact
 from labkit.errors import InputError
-from labkit.pruning import native, nm
+from labkit.pruning import nm
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -96,14 +94,6 @@ def test_the_first_of_equal_magnitudes_stays():
     assert nm.mask(torch.tensor([[0.0, 3.0, -2.0, 2.0]])).tolist() == [[False, True, True, False]]
 
 
-def test_ties_of_bfloat16_keep_exactly_two():
-    """A threshold would keep three in the groups whose second and third largest are equal."""
-    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    second, third = weight.view(-1, 4).abs().float().sort(1, descending=True).values[:, 1:3].unbind(1)
-    assert (second == third).any()
-    assert (nm.mask(weight).view(-1, 4).sum(1) == 2).all()
-
-
 def test_extreme_values_rank_by_magnitude():
     info = torch.finfo(torch.float32)
     weight = torch.tensor([info.tiny, -torch.inf, info.max, info.smallest_normal / 4])
@@ -119,43 +109,6 @@ def test_the_chunks_of_a_large_weight_make_one_mask(compiled, monkeypatch):
     groups = weight.view(-1, 4).abs()
     expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
     assert torch.equal(nm.mask(weight), expected.view_as(weight))  # no ties between the second and the third here
-
-
-@pytest.mark.parametrize("isa", native.ISAS)
-@pytest.mark.parametrize("dtype", native.NM_DTYPES)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_compiled_code_chooses_as_the_comparisons_do(isa, dtype, threads):
-    """Ties, both infinities, -0.0; counts that end within a vector and within a thread's share."""
-    if isa not in native.isas("nm_mask"):
-        pytest.skip(f"no {isa} here")
-    generator, before, seen = torch.Generator().manual_seed(0), torch.get_num_threads(), set()
-    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, 1e-7]).to(dtype)
-    torch.set_num_threads(threads)
-    try:
-        for m, count in itertools.product((2, 4, 8, 16, 3), (0, 1, 7, 4097, 70_001)):
-            groups = values[torch.randint(len(values), (count, m), generator=generator)]
-            if not native.nm_takes(groups, isa):
-                continue
-            seen.add(m)
-            for n in {1, m // 2, m - 1, m}:
-                chosen = torch.empty(groups.shape, dtype=torch.bool)
-                native.nm_largest(groups, n, chosen, isa)
-                assert torch.equal(chosen, nm.mask(groups.double(), n, m))
-    finally:
-        torch.set_num_threads(before)
-    assert {2, 4} <= seen <= {2, 4, 8, 16}
-
-
-@pytest.mark.parametrize("dtype", native.NM_DTYPES)
-def test_compiled_code_refuses_nan_and_leaves_other_memory_and_types_alone(dtype):
-    weight = torch.ones(1024, 1028, dtype=dtype)
-    assert nm.mask(weight).sum() == weight.numel() // 2
-    weight[-1, -1] = -torch.nan
-    with pytest.raises(InputError, match="holds NaN"):
-        nm.mask(weight)
-    groups = weight.view(-1, 4)
-    others = (groups.double(), groups.t().contiguous().t(), groups.to(torch.int16), groups.to("meta"))
-    assert not any(native.nm_takes(other) for other in others)
 
 
 def test_convolutions_are_grouped_along_their_input_channels():
@@ -265,24 +218,6 @@ def test_bytes_of_two_of_four(dtype, share):
     weight = torch.randint(-9, 10, (16, 64)).to(dtype)
     pruned = weight * nm.mask(weight)
     assert nm.compress(pruned).nbytes / weight.nbytes == share
-
-
-def test_the_layout_of_two_of_four_by_hand():
-    packed = nm.compress(torch.tensor([[0.0, 5, 0, 6, 7, 0, 0, 0]]))
-    assert packed.values.tolist() == [[5, 6], [7, 0]]
-    assert packed.metadata.tolist() == [0b01_00_11_01]  # places 1, 3 in the low nibble; 0 and the first zero, 1, above
-
-
-def test_the_artifact_stores_these_bytes():
-    weight = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(0))
-    weight *= nm.mask(weight)
-    assert artifact.size({"w": weight}, "nm") == artifact.size(
-        {
-            "w:nm:values": torch.empty(72, 2),
-            "w:nm:metadata": torch.empty(36, dtype=torch.uint8),
-            "w:nm:shape": torch.empty(4, dtype=torch.int32),
-        }
-    )
 
 
 def test_metadata_that_names_no_place_is_refused():
