@@ -150,6 +150,15 @@ def test_a_width_that_m_does_not_divide(images):
         assert (kept["2.weight"][:, :4].sum(1) == 2).all() and kept["2.weight"][:, 4:].all()
 
 
+def test_a_padded_width_is_one_with_inputs_that_are_always_zero():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(7, 5, bias=False).double(), torch.randn(30, 7, dtype=torch.float64)
+    found = nm.prune(nn.Sequential(layer), method="sparsegpt", batches=[x], pad=True)[0].weight
+    wide = F.pad(x, (0, 1))
+    rows, _ = sparsegpt(F.pad(layer.weight.detach(), (0, 1)), wide.t() @ wide)
+    torch.testing.assert_close(found.detach(), rows[:, :7], rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_blocks_in_exclude_stay_and_change_nothing_before_them(method, tokens):
     every = nm.prune(llama(), method=method, batches=tokens)

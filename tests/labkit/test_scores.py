@@ -1,19 +1,19 @@
-"""Scores of weights against float64 references written out from the papers, and the selection of the lowest k."""
+"""Scores of weights and of units against float64 references written out from the papers."""
 
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 
 from labkit.errors import InputError
 from labkit.pruning import select
-from labkit.pruning.scores import CRITERIA, obs_prune, saliency
+from labkit.pruning.coupling import Group, Member
+from labkit.pruning.scores import CRITERIA, input_taylor, obs_prune, saliency, unit_scores
 
-NEED_DATA = [name for name in CRITERIA if name not in ("magnitude", "random")]
+NEED_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]
 NEED_LOSS = ["taylor", "taylor_abs", "obd"]
 
 
@@ -79,7 +79,7 @@ def per_row(weight, statistic):
 def close(scores, reference):
     assert scores.keys() == reference.keys()
     for name, score in scores.items():
-        torch.testing.assert_close(score.double(), reference[name].double(), rtol=2e-4, atol=1e-9, msg=name)
+        assert_close(score.double(), reference[name].double(), rtol=2e-4, atol=1e-9, msg=name)
 
 
 def weights(net):
@@ -106,11 +106,6 @@ def test_taylor_abs_is_the_first_order_term_of_the_mean_loss(net, batches):
 def test_obd_is_half_the_squared_weight_times_the_fisher_diagonal(net, batches):
     scores, w = saliency(net, "obd", batches), weights(net)
     close(scores, {name: w[name] ** 2 * (g**2).mean(0) / 2 for name, g in reference_gradients(net, batches).items()})
-
-
-def test_taylor_is_twice_obd(net, batches):
-    obd = saliency(net, "obd", batches)
-    close(saliency(net, "taylor", batches), {name: 2 * score for name, score in obd.items()})
 
 
 def test_wanda_is_weight_times_input_norm(net, batches):
@@ -152,7 +147,7 @@ def test_wanda_covers_convolutions_of_other_dimensions(dims, padding_mode):
     squares = layer.weight.new_zeros(layer.weight.shape).requires_grad_()  # sum of x^2 under each weight, by autograd
     output = layer._conv_forward(x.square(), squares, None)
     norms = torch.autograd.grad(output.sum(), squares)[0].sqrt()
-    torch.testing.assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms)
+    assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms)
 
 
 def test_wanda_covers_the_transposed_linear_of_transformers():
@@ -161,7 +156,7 @@ def test_wanda_covers_the_transposed_linear_of_transformers():
     torch.manual_seed(0)
     layer, x = Conv1D(5, 4), torch.randn(3, 2, 4)  # weight [in 4, out 5]
     norms = x.reshape(-1, 4).norm(dim=0)
-    torch.testing.assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms[:, None])
+    assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms[:, None])
 
 
 def test_taylor_finds_the_weights_that_matter():
@@ -173,6 +168,65 @@ def test_taylor_finds_the_weights_that_matter():
         score = saliency(layer, name, [x], loss_fn=lambda out, batch: out.square().mean())["weight"]
         assert score[0, 0] > score[0, 1], name
     assert saliency(layer, "magnitude")["weight"].argmax() == 1
+
+
+# --- units ------------------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """Units of two channels: a vector makes them, and a layer of which they are every second column reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.read = nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.read(x * self.scale)
+
+
+UNITS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def units_of(model, criterion, batches=None, units=UNITS):
+    members = (Member("scale", 0, units, "makes"), Member("read.weight", 1, units, "reads"))
+    return unit_scores(model, [Group("scale", 3, members)], criterion, batches)[0]
+
+
+def test_a_unit_is_scored_by_all_that_belongs_to_it_and_nothing_else():
+    model, batches = Scaled(), [(torch.randn(5, 6), torch.randint(3, (5,))) for _ in range(2)]
+    scale, read = model.scale.detach(), model.read.weight.detach()
+    assert_close(units_of(model, "l1"), read.abs().sum(0).view(2, 3).sum(0))  # no matrix makes them: one reads them
+    read = saliency(model, "wanda", batches)["read.weight"]
+    assert_close(units_of(model, "wanda", batches), read.sum(0).view(2, 3).sum(0))
+    some = torch.where(torch.arange(6) < 3, UNITS, -1)  # the other channels are in no unit
+    assert_close(units_of(model, "wanda", batches, some), read.sum(0)[:3])
+    only = [Group("scale", 3, (Member("scale", 0, UNITS, "makes"),))]
+    assert_close(unit_scores(model, only, "l2")[0], scale.view(2, 3).norm(dim=0))
+    assert unit_scores(model, only, "wanda", batches) == unit_scores(model, only, "bn_scale") == {}
+
+
+def test_taylor_of_units_is_the_mean_over_batches_of_the_square():
+    model, batches = Scaled(), [(torch.randn(5, 6), torch.randint(3, (5,))) for _ in range(3)]
+    squares = []
+    for x, y in batches:
+        gate = torch.ones(3, requires_grad=True)
+        F.cross_entropy(model.read(x * model.scale * gate[UNITS]), y).backward()
+        squares.append(gate.grad.square())
+    assert_close(units_of(model, "taylor", batches), torch.stack(squares).mean(0))
+
+
+def test_taylor_of_what_a_module_reads_is_the_slope_of_each_example():
+    """Units of two channels of a hidden layer; one reader plays no part in the loss."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    model.idle = nn.Linear(6, 1).double()
+    model.forward = lambda x: (model.idle(x.new_ones(len(x), 6)), model[2](model[1](model[0](x))))[1]
+    x, y = torch.randn(7, 5, dtype=torch.float64), torch.randint(3, (7,))
+    gates = torch.ones(7, 3, dtype=torch.float64, requires_grad=True)
+    hidden = model[1](model[0](x)) * gates.repeat_interleave(2, 1)
+    F.cross_entropy(model[2](hidden), y, reduction="sum").backward()
+    scores, idle = input_taylor(model, {"2": 3, "idle": 6}, [(x[:3], y[:3]), (x[3:], y[3:])])
+    assert_close(scores, gates.grad.abs().mean(0))
+    assert not idle.any()
 
 
 # --- obs_prune --------------------------------------------------------------------------------------------------------
@@ -207,7 +261,7 @@ def test_obs_removes_the_one_weight_that_brute_force_removes(layer):
     pruned = obs_prune(weight, x, 1 / 12)
     for row, result in zip(weight, pruned, strict=True):
         best, _ = min((best_without(row, x, [q], ridge) for q in range(12)), key=lambda pair: pair[1])
-        torch.testing.assert_close(result, best)
+        assert_close(result, best)
 
 
 def test_obs_saliency_is_the_error_that_brute_force_finds(layer):
@@ -216,7 +270,7 @@ def test_obs_saliency_is_the_error_that_brute_force_finds(layer):
     module = nn.Linear(12, 6, bias=False).double()
     module.weight.data = weight
     found = torch.tensor([[best_without(row, x, [q], ridge)[1] for q in range(12)] for row in weight])
-    torch.testing.assert_close(saliency(module, "obs", [x])["weight"], found.double(), rtol=1e-5, atol=0)
+    assert_close(saliency(module, "obs", [x])["weight"], found.double(), rtol=1e-5, atol=0)
 
 
 def test_obs_weights_are_least_squares_on_what_they_keep(layer):
@@ -225,7 +279,7 @@ def test_obs_weights_are_least_squares_on_what_they_keep(layer):
     for row, result in zip(weight, obs_prune(weight, x, 0.5), strict=True):
         removed = (result == 0).nonzero().flatten().tolist()
         assert len(removed) == 6
-        torch.testing.assert_close(result, best_without(row, x, removed, ridge)[0])
+        assert_close(result, best_without(row, x, removed, ridge)[0])
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
@@ -243,7 +297,7 @@ def test_obs_without_correlation_removes_what_magnitude_removes():
     x = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64)).Q
     weight = torch.randn(3, 8, dtype=torch.float64)
     expected = weight.masked_fill(select.lowest_k(weight.abs(), 4, dim=1), 0)
-    torch.testing.assert_close(obs_prune(weight, x, 0.5), expected)
+    assert_close(obs_prune(weight, x, 0.5), expected)
 
 
 def test_obs_keeps_dtype_and_arguments_and_survives_dead_inputs():
@@ -275,7 +329,7 @@ def state(net):
 
 def same(before, after):
     for old, new in zip(before, after, strict=True):
-        torch.testing.assert_close(old, new, rtol=0, atol=0)
+        assert_close(old, new, rtol=0, atol=0)
 
 
 def prepared(net, batches):
@@ -339,25 +393,6 @@ def test_dicts_with_labels_use_the_loss_of_the_model(criterion):
         saliency(bert, criterion, [{"input_ids": batch["input_ids"]}])
 
 
-def test_a_tuple_is_arguments_and_then_the_target():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
-        def forward(self, a, b):
-            return self.fc(a + b)
-
-    a, b, y = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
-    norms = (a + b).norm(dim=0)
-    model = Two()
-    for batch in ((a, b), (a, b, y), {"a": a, "b": b}, {"a": a, "b": b, "labels": y}):
-        torch.testing.assert_close(
-            saliency(model, "wanda", [batch])["fc.weight"], model.fc.weight.abs().detach() * norms
-        )
-    assert saliency(model, "obd", [(a, b, y)])["fc.weight"].sum() > 0
-
-
 def test_a_weight_that_no_batch_reaches_has_no_score(net, batches):
     net.spare = nn.Linear(3, 3)
     for criterion in NEED_DATA:
@@ -401,80 +436,6 @@ def test_without_labels_loss_fn_gets_the_batch(net, batches):
     seen = []
     saliency(net, "obd", [batches[0][0]], loss_fn=lambda out, target: seen.append(target) or out.sum())
     assert seen[0] is batches[0][0]
-
-
-# --- the lowest k -----------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def scores_and_k(draw):
-    values = draw(st.lists(st.integers(-3, 3) | st.floats(-5, 5, width=16), min_size=1, max_size=40))
-    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
-    return torch.tensor(values, dtype=dtype), draw(st.integers(0, len(values)))
-
-
-@settings(deadline=None, max_examples=200)
-@given(scores_and_k())
-def test_lowest_k_is_the_head_of_a_stable_sort(case):
-    scores, k = case
-    order = sorted(range(len(scores)), key=lambda i: (float(scores[i]), i))
-    expected = torch.zeros(len(scores), dtype=torch.bool)
-    expected[order[:k]] = True
-    assert torch.equal(select.lowest_k(scores, k), expected)
-    assert torch.equal(select.lowest_k(scores[None], k, dim=1), expected[None])
-
-
-@settings(deadline=None, max_examples=50)
-@given(scores_and_k(), st.integers(1, 4))
-def test_lowest_k_along_a_dimension_ranks_each_slice(case, copies):
-    scores, k = case
-    block = torch.stack([scores.roll(i) for i in range(copies)])
-    expected = torch.stack([select.lowest_k(row, k) for row in block])
-    assert torch.equal(select.lowest_k(block, k, dim=1), expected)
-    assert torch.equal(select.lowest_k(block.t(), k, dim=0), expected.t())
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
-def test_lowest_k_ranks_whole_numbers(dtype):
-    assert select.lowest_k(torch.tensor([1, 0, 1, 0], dtype=dtype), 3).tolist() == [True, True, False, True]
-
-
-def test_lowest_k_keeps_shape_and_reads_transposed_scores_in_their_own_order():
-    scores = torch.tensor([[3.0, 1.0], [1.0, 2.0]]).t()  # [[3, 1], [1, 2]]
-    assert select.lowest_k(scores, 1).tolist() == [[False, True], [False, False]]
-    assert select.lowest_k(torch.tensor(2.0), 1).tolist() is True
-    assert select.lowest_k(torch.tensor([torch.inf, -torch.inf]), 1).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("k", [-1, 4, 1.0, True])
-def test_lowest_k_refuses_a_k_outside(k):
-    with pytest.raises(InputError, match="whole number from 0 to 3"):
-        select.lowest_k(torch.ones(3), k)
-
-
-def test_lowest_k_refuses_nan():
-    with pytest.raises(InputError, match="NaN, which has no rank"):
-        select.lowest_k(torch.tensor([1.0, torch.nan]), 1)
-
-
-@pytest.mark.parametrize(
-    ("n", "sparsity", "k"),
-    [(10, 0.9, 9), (100, 0.99, 99), (20, 0.8, 16), (7, 0, 0), (7, 1, 7), (7, 1.0, 7), (0, 0.5, 0)],
-)
-def test_the_count_is_not_truncated(n, sparsity, k):
-    assert select.count_to_prune(n, sparsity) == k
-
-
-@given(st.integers(0, 10**9), st.floats(0, 1))
-def test_the_count_is_within_half_of_the_fraction(n, sparsity):
-    k = select.count_to_prune(n, sparsity)
-    assert 0 <= k <= n and abs(k - n * sparsity) <= 0.5 + 1e-6
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), True, "0.5", None])
-def test_a_fraction_outside_is_refused(sparsity):
-    with pytest.raises(InputError, match="must be a number from 0 to 1"):
-        select.count_to_prune(10, sparsity)
 
 
 def test_every_criterion_says_where_it_is_from():
