@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from labkit import footprint
 from labkit.batches import evaluating
+from labkit.counting import dense_parts
 from labkit.errors import InputError
 from labkit.storage import FORMATS
 
@@ -111,7 +111,7 @@ def _dense(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.scale", torch.tensor(value.q_scale())
             yield f"{name}.zero_point", torch.tensor(value.q_zero_point(), dtype=torch.int32)
     elif isinstance(value, Tensor):  # anything else is a dtype or a version
-        held = footprint.dense([value])
+        held = dense_parts([value])
         yield from [(name, value)] if held[0] is value else ((f"{name}.{i}", part) for i, part in enumerate(held))
 
 

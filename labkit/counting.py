@@ -1,15 +1,16 @@
 """Counts what a call has to do, floating-point operations and bytes, by watching its operators go by.
 
-The idea is that of torch's FlopCounterMode; the formulas are in `labkit.operators`. It counts work, not time: which
-kernel runs, what a cache keeps and what a compiler fuses are outside it.
+FLOPs are those of torch's FlopCounterMode, with formulas for what it leaves out; bytes are the least that any execution
+moves. It counts work, not time: which kernel runs, what a cache keeps and what a compiler fuses are outside it.
 """
 
 import contextlib
 import copy
 import dataclasses
-import itertools
+import math
+import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,92 +19,50 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
-from torch.utils.module_tracker import ModuleTracker
+from torch.utils.flop_counter import FlopCounterMode
 
-from labkit import operators
 from labkit.batches import evaluating
 from labkit.errors import InputError
-from labkit.footprint import Touch, covered, dense, nbytes, touches
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operator, all its calls together; `bytes` are its operands and its results, each once a call."""
-
-    name: str
-    calls: int
-    flops: int
-    elementwise_flops: int
-    bytes: int
-
-    @property
-    def intensity(self) -> float:
-        """FLOP per byte; an operator without products is placed by its elementwise FLOPs."""
-        return (self.flops or self.elementwise_flops) / self.bytes if self.bytes else 0.0
+from labkit.pruning.anatomy import anatomy
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call has to do. A multiply-add is 2 FLOPs.
+    """What one call has to do.
 
-    flops: of products only (matrix products, convolutions, attention, recurrent layers), as the field states them.
+    flops: of products only (matrix products, convolutions, attention, recurrent layers), a multiply-add being 2.
     bytes: least traffic of the whole call: what was there before and is read, once; what remains afterwards, once.
-    elementwise_flops: of everything else, as `labkit.operators.ELEMENTWISE` has it.
-    bytes_by: `bytes` as weights, inputs, state (a KV cache), captured (tensors a function brings along) and outputs.
-    by_op: a row an operator, most FLOPs first, with the traffic of running one operator after the other.
     by_module: `flops` by module name, children included; "" is the whole model.
-    uncounted: operators that compute but have no formula, and their calls.
+    uncounted: operators that may compute products but have no formula, and their calls.
     """
 
     flops: int
     bytes: int
-    elementwise_flops: int = 0
-    bytes_by: Mapping[str, int] = field(default_factory=dict)
-    by_op: tuple[Op, ...] = ()
     by_module: Mapping[str, int] = field(default_factory=dict)
     uncounted: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def intensity(self) -> float:
-        """FLOP per byte; work without products is placed by its elementwise FLOPs."""
-        return (self.flops or self.elementwise_flops) / self.bytes if self.bytes else 0.0
-
-    @property
-    def unfused_bytes(self) -> int:
-        """Traffic when every operator reads its operands from memory and writes its results back."""
-        return sum(op.bytes for op in self.by_op)
-
-    def reduction(self, other: "Work") -> float:
-        """Share of this work's FLOPs that `other` saves, 1 - other/self; InputError where the two can't be compared."""
-        if dict(self.uncounted) != dict(other.uncounted):
-            raise InputError(
-                f"no FLOP reduction can be stated because the uncounted operators differ ({_listed(self.uncounted)} "
-                f"against {_listed(other.uncounted)}): compare times, or two calls that run the same of these."
-            )
-        if not self.flops:
-            raise InputError("no FLOP reduction can be stated of a call without FLOPs: start from one with a product.")
-        return 1 - other.flops / self.flops
+        """FLOP per byte."""
+        return self.flops / self.bytes if self.bytes else math.inf if self.flops else 0.0
 
     def __str__(self) -> str:
-        left_out = f", uncounted: {_listed(self.uncounted)}" if self.uncounted else ""
+        calls = ", ".join(f"{name} x{n}" for name, n in sorted(self.uncounted.items()))
+        left_out = f", uncounted: {calls}" if calls else ""
         return f"{self.flops / 1e9:.4g} GFLOP, {self.bytes / 1e6:.4g} MB, {self.intensity:.3g} FLOP/byte{left_out}"
-
-
-def _listed(calls: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} x{n}" for name, n in sorted(calls.items())) or "none"
 
 
 def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Work:
     """FLOPs and least bytes of `module_or_fn(*inputs, **kwargs)`, found by running it once, on any device, `meta` too.
 
-    Runs without gradients and, for a module, in eval mode; weights, buffers, inputs (a KV cache among them), training
-    flags and torch's random state are afterwards as before. Compiled code runs eagerly, and the fused fast path of
-    nn.MultiheadAttention in its steps, so that every operator is seen. Counts are dense: masks, causality and zeros in
-    a dense tensor discount nothing; a sparse tensor counts the entries it stores. Rows looked up count as often as
-    they occur, up to the size of their table. A cache that grows counts as read once and written by its growth.
+    Runs without gradients and, for a module, in eval mode; training flags, torch's random state and a KV cache among
+    the inputs are afterwards as before. Compiled code runs eagerly, and the fused fast path of nn.MultiheadAttention in
+    its steps, so that every operator is seen. Counts are dense: masks, causality and zeros in a dense tensor discount
+    nothing; a sparse tensor counts the entries it stores. Rows looked up count as often as they occur, up to the size
+    of their table. A cache that grows counts as read once and written by its growth.
+    Raises InputError for what cannot be called and for nested tensors.
     """
     if not callable(module_or_fn):
         raise InputError(
@@ -111,55 +70,39 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
         )
     fn = getattr(module_or_fn, "_orig_mod", module_or_fn)  # what torch.compile wrapped
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    model = owner if isinstance(owner, nn.Module) else None
-    weights = [] if model is None else [*model.parameters(), *model.buffers()]
-    if any(nn.parameter.is_lazy(w) for w in weights):
-        raise InputError(
-            "count would fix the shapes of this model's lazy layers: run the model once on its inputs first."
-        )
-
-    given = list(_tensors((inputs, kwargs)))
-    recorder = _Recorder()
-    recorder.claim("inputs", [t for t, is_state in given if not is_state])
-    recorder.claim("state", state := [t for t, is_state in given if is_state])
-    recorder.claim("weights", weights)
-    if state:  # the call changes a cache object: it gets a copy that shares the tensors
-        leaves = [*tree_leaves((inputs, kwargs)), *(t for t, _ in given)]
+    states = [t for t, is_state in _tensors((inputs, kwargs)) if is_state]
+    if states:  # the call changes a cache object: it gets a copy that shares the tensors
+        leaves = [*tree_leaves((inputs, kwargs)), *states]
         shared = {id(leaf): leaf for leaf in leaves if isinstance(leaf, (Tensor, nn.Module))}
         inputs, kwargs = copy.deepcopy((inputs, kwargs), shared)
-    try:
-        with _undisturbed(model), recorder.tracker, recorder:
-            result = fn(*inputs, **kwargs)
-        left = list(_tensors((result, inputs, kwargs)))
-        grown = nbytes(t for t, is_state in left if is_state) - nbytes(state)
-        return recorder.work([t for t, is_state in left if not is_state], max(0, grown), model, fn is model)
-    finally:
-        recorder.restore()
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    traffic = _Traffic({str(packet) for packet in counter.flop_registry})
+    with _undisturbed(owner if isinstance(owner, nn.Module) else None), traffic, counter:
+        result = fn(*inputs, **kwargs)
+
+    remains = list(_tensors((result, inputs, kwargs)))
+    growth = _nbytes(t for t, is_state in remains if is_state) - _nbytes(states)
+    made = [piece for piece in pieces(t for t, is_state in remains if not is_state) if piece.storage in traffic.made]
+    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+    total = flops.pop("Global", 0)
+    if fn is owner:  # "Net.layer1.0" -> "layer1.0"
+        flops = {name.partition(".")[2]: n for name, n in flops.items()}
+    nbytes = covered(traffic.reads) + covered(traffic.writes) + covered(made) + max(0, growth)
+    return Work(total, nbytes, flops, dict(traffic.uncounted))
 
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module | None) -> Iterator[None]:
-    """Evaluation, without gradients, fused modules and compilation."""
+    """Evaluation without gradients, fused modules and compilation; training flags and random state come back."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    flex = sys.modules.get("torch.nn.attention.flex_attention")
-    eager = (
-        "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"  # flex attention compiles itself, which torch refuses while we watch
-    )
-    was_eager = getattr(flex, eager, None)
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it costs a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(nn.Module() if model is None else model))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            if was_eager is not None:
-                setattr(flex, eager, True)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            if was_eager is not None:
-                setattr(flex, eager, was_eager)
+        stack.enter_context(evaluating(model if model is not None else nn.Identity()))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
 
 
 def _tensors(value: Any, is_state: bool = False, seen: set[int] | None = None) -> Iterator[tuple[Tensor, bool]]:
@@ -182,201 +125,260 @@ def _tensors(value: Any, is_state: bool = False, seen: set[int] | None = None) -
         yield from _tensors(item, is_state, seen)
 
 
+# --- FLOPs that torch's counter leaves out ----------------------------------------------------------------------------
+
+
+def _stored(t: Tensor) -> int:
+    """Entries that take part in a product: all of a dense tensor, those that a sparse one stores."""
+    return t.numel() if t.layout is torch.strided else components(t)[-1].numel()
+
+
+def _product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """[..., M, K] x [..., K, N], or x [K]: each stored entry of one meets the N (or M) numbers of the other."""
+    if b.layout is not torch.strided:
+        return 2 * _stored(b) * a.shape[-2]
+    return 2 * _stored(a) * (b.shape[-1] if b.dim() > 1 else 1)
+
+
+def _added_product(bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    return _product(a, b)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """softmax(Q K^T) V, [B, H, L, D] x [B, Hkv, T, D] x [B, Hkv, T, Dv]: a score takes D multiply-adds, its use Dv."""
+    scores = query.numel() // query.shape[-1] * key.shape[-2]
+    return 2 * scores * (query.shape[-1] + value.shape[-1])
+
+
+def _recurrent(x: Tensor, *rest: Any, **_: Any) -> int:
+    """Every weight matrix meets every time step of every sequence once."""
+    given = [t for t in tree_leaves(rest) if isinstance(t, Tensor)]
+    recurrent = [t for t in given[:4] if t.dim() == 2]
+    return 2 * (x.numel() // x.shape[-1]) * sum(w.numel() for w in recurrent)
+
+
+def _packed(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    """x [..., K] against a packed weight: the result's last dimension tells N."""
+    return 2 * x.numel() * out_val.shape[-1]
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """By operator; each takes the operator's arguments and its result as `out_val`."""
+    kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    attention = [f"_scaled_dot_product_{kind}" for kind in (*kinds, "fused_attention_overrideable")]
+    packed = ("_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
+    table = {
+        _product: ("mm", "bmm", "mv", "dot", "_int_mm"),
+        _added_product: ("addmm", "_sparse_addmm", "baddbmm", "addbmm", "addmv"),
+        _attention: attention,
+        _recurrent: ("mkldnn_rnn_layer", "_cudnn_rnn"),
+        _packed: packed,
+    }
+    for formula in table:
+        formula._get_raw = True  # tensors, not their shapes
+    aten = torch.ops.aten
+    return {getattr(aten, name): f for f, names in table.items() for name in names if hasattr(aten, name)}
+
+
+FORMULAS = _formulas()
+
+# Operators without products that torch does not tag as pointwise, whatever their backend and their dimensions.
+WITHOUT_PRODUCTS = re.compile(
+    r"(nan)?sum|mean|prod|(arg|a)?(max|min)\w*|cum\w+|trace|(var|std)(_mean)?|logsumexp|\w*(norm|softmax|loss|pool)\w*"
+    r"|glu|hardswish|_prelu_kernel|polar|complex|addr|\w*(upsample|quantize)\w*|int_repr|any|all|equal|isin"
+    r"|\w*(embedding|scatter|copy|pad)\w*|index\w*|gather|take|masked\w*|where|\w*sort|topk|kthvalue|median"
+    r"|\w*unique\w*|nonzero|searchsorted|hist\w*|bucketize|bincount|clone|cat|stack|repeat\w*|roll|flip|tri[lu]|fill"
+    r"|zero|resize|set|diag\w*|\w*shuffle|im2col|empty\w*|ones|zeros|full|arange|eye|linspace|scalar_tensor|rand\w*"
+    r"|native_dropout|_thnn_fused\w+|uniform|bernoulli|multinomial|exponential|_?to_\w+|_coalesce|_convert_weight\w+|lift_fresh"
+)
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+# The argument of which no more is read than comes out, and the one of which no more is written than goes in.
+GATHERS = dict.fromkeys(("index", "index_select", "gather", "take"), "self") | {"embedding": "weight"}
+SCATTERS = {"index_copy_": "source", "index_add_": "source", "index_put_": "values", "scatter_": "index"}
+# In place, they do not read what was there.
+OVERWRITES = frozenset(
+    ["copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "index_copy_", "index_put_", "scatter_"]
+)
+
+
+class Piece(NamedTuple):
+    """`nbytes` of the bytes `lo` to `hi` of a storage."""
+
+    storage: int
+    lo: int
+    hi: int
+    nbytes: int
+
+
+def components(t: Tensor) -> list[Tensor]:
+    """The dense tensors that a sparse tensor stores, its values last."""
+    if t.layout is torch.sparse_coo:
+        return [t._indices(), t._values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [t.crow_indices(), t.col_indices(), t.values()]
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [t.ccol_indices(), t.row_indices(), t.values()]
+    raise InputError(f"memory of a tensor with layout {t.layout} can't be looked into: use a dense or a sparse tensor.")
+
+
+def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The dense tensors that hold the data: each itself, a sparse tensor's components, a wrapper's inner tensors."""
+    held: list[Tensor] = []
+    for t in tensors:
+        if is_traceable_wrapper_subclass(t):
+            inner = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+            held += dense_parts(part for part in inner if part is not None)
+        else:
+            held += [t] if t.layout is torch.strided else components(t)
+    return held
+
+
+def pieces(tensors: Iterable[Tensor]) -> list[Piece]:
+    """The memory behind tensors: each element once, however it is permuted, reshaped or expanded."""
+    found = []
+    for t in dense_parts(tensors):
+        item, lo = t.element_size(), t.storage_offset() * t.element_size()
+        dims = [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if stride]
+        span = (1 + sum(stride * (size - 1) for stride, size in dims)) * item if t.numel() else 0
+        elements = math.prod(size for _, size in dims) * item  # windows that overlap touch no more than their span
+        found.append(Piece(t.untyped_storage()._cdata, lo, lo + span, min(elements, span)))
+    return found
+
+
+def covered(pieces: Iterable[Piece]) -> int:
+    """Distinct bytes: the sum over distinct pieces, but no more in a storage than they span together."""
+    storages: dict[int, list[Piece]] = defaultdict(list)
+    for piece in set(pieces):
+        storages[piece.storage].append(piece)
+    return sum(
+        min(sum(p.nbytes for p in same), max(p.hi for p in same) - min(p.lo for p in same))
+        for same in storages.values()
+    )
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(part.numel() * part.element_size() for part in dense_parts(tensors))
+
+
 def _leaves(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-class _Call(NamedTuple):
-    """One operator's call: its arguments by the names of its schema, and which of them it writes."""
-
-    name: str  # "aten.add_"
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    named: dict[str, Any]
-    written: frozenset[str]
-    is_view: bool
-
-    @classmethod
-    def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
-        if isinstance(func, HigherOrderOperator):  # has no schema
-            named = {str(i): a for i, a in enumerate(args)} | kwargs
-            return cls(str(func), func, args, kwargs, named, frozenset(), False)
-        schema = func._schema
-        named = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-        named |= {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
-        written = frozenset(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
-        is_view = torch.Tag.inplace_view in func.tags or any(
-            r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
-        )
-        return cls(str(func._overloadpacket), func, args, kwargs, named, written, is_view)
-
-    @property
-    def base(self) -> str:
-        """Its name in the tables: aten.add for aten.add_."""
-        return self.name[:-1] if self.name.endswith("_") and not self.name.endswith("__") else self.name
-
-    @property
-    def is_known(self) -> bool:
-        tables = (operators.FLOPS, operators.ELEMENTWISE, operators.MOVES)
-        return any(self.base in table for table in tables) or self._packet in flop_registry
-
-    @property
-    def _packet(self) -> Any:
-        return getattr(self.func, "_overloadpacket", self.func)
-
-    def flops(self, out: Tensor) -> tuple[int | None, int | None]:
-        """FLOPs of products and of the rest; None where no table knows."""
-        products: int | None = None
-        if formula := operators.FLOPS.get(self.base):
-            products = formula(self.named, out)
-        elif self._packet in flop_registry:
-            products = flop_registry[self._packet](*self.args, **self.kwargs, out_val=out)
-        operands = _leaves(self.named)
-        if formula := operators.ELEMENTWISE.get(self.base):
-            floating = out.is_floating_point() or operands[0].is_floating_point()
-            return products, formula(self.named, out) if floating else 0
-        if self.base in operators.MOVES or operators.makes_new(self.name) or not operands:
-            return products, 0
-        if torch.Tag.pointwise in getattr(self.func, "tags", ()):
-            return products, out.numel() if out.is_floating_point() else 0
-        return products, None
-
-    def traffic(self, out: Any) -> tuple[list[Touch], list[Touch]]:
-        """What it reads from its arguments, and what it writes into them."""
-        reads: list[Touch] = []
-        writes: list[Touch] = []
-        for argument, value in self.named.items():
-            pieces = _packed(value) if isinstance(value, torch.ScriptObject) else touches(_leaves(value))
-            gathered, elements = operators.GATHERS.get(self.name, (None, None))
-            if gathered == argument:
-                pieces = _some(pieces, elements(self.named, _leaves(out)[0]) * value.element_size())
-            if argument in self.written:
-                if source := operators.SCATTERS.get(self.name):
-                    pieces = _some(pieces, sum(t.numel() for t in _leaves(self.named[source])) * value.element_size())
-                writes += pieces
-                if self.name in operators.OVERWRITES or argument == "out":
-                    continue
-            if not operators.makes_new(self.name):
-                reads += pieces
-        return reads, writes
-
-
-_serial = itertools.count()
-
-
-def _some(pieces: list[Touch], limit: int) -> list[Touch]:
-    """Rows of a table, at most all of it; which ones is not known, so no two look-ups are taken for the same."""
-    return [piece._replace(key=("rows", next(_serial)), nbytes=min(piece.nbytes, limit)) for piece in pieces]
-
-
-def _packed(layer: torch.ScriptObject) -> list[Touch]:
-    """A quantised layer's weight with its scales and zero points, and its bias."""
-    if not hasattr(layer, "unpack"):
-        return []
-    weight, bias = layer.unpack()
-    extra = [] if bias is None else [bias]
-    if weight.is_quantized and weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
-        extra += [weight.q_per_channel_scales(), weight.q_per_channel_zero_points()]
-    size = weight.numel() * weight.element_size() + nbytes(extra)
-    return [Touch(id(layer), "packed", size, 0, size)]
-
-
-class _Recorder(TorchDispatchMode):
-    """Sees every operator of a call; knows which memory was there before, and puts back what the call changes in it."""
+class _Traffic(TorchDispatchMode):
+    """Sees every operator of a call and what it reads and writes of the memory that was there before."""
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, with_formula: set[str]) -> None:
         super().__init__()
-        self.tracker = ModuleTracker()
-        self.roles: dict[int, str] = {}  # by storage, of what was handed in
+        self.with_formula = with_formula
         self.made: set[int] = set()  # storages that the call allocated
         self.alive: dict[int, StorageWeakRef] = {}  # keeps a freed storage's identity from being used again
-        self.reads: set[Touch] = set()  # of memory from before the call
-        self.writes: set[Touch] = set()
-        self.saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
-        self.rows: dict[str, tuple[int, ...]] = defaultdict(lambda: (0, 0, 0, 0))
-        self.modules: dict[str, int] = defaultdict(int)
-        self.uncounted: dict[str, int] = defaultdict(int)
+        self.reads: set[Piece] = set()
+        self.writes: set[Piece] = set()
+        self.uncounted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = _leaves((args, kwargs))
+        if any(t.is_nested for t in operands):
+            raise InputError("count can't see into nested tensors: pad the sequences, or count each length by itself.")
+        before = self._storages(operands)
+        out = func(*args, **kwargs)
+        results = _leaves(out)
+        new = self._storages(results) - before
+        if isinstance(func, HigherOrderOperator):
+            named, written = {str(i): a for i, a in enumerate(args)} | kwargs, set()
+        else:
+            arguments = func._schema.arguments
+            named = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+            written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+        if not new and (not written or torch.Tag.inplace_view in func.tags):  # a view
+            return out
+        self.made |= new
+        self._note(func, named, written, results)
+        return out
 
     def _storages(self, tensors: Iterable[Tensor]) -> set[int]:
-        storages = [part.untyped_storage() for part in dense(tensors)]
+        storages = [part.untyped_storage() for part in dense_parts(tensors)]
         for storage in storages:
             self.alive.setdefault(storage._cdata, StorageWeakRef(storage))
         return {storage._cdata for storage in storages}
 
-    def claim(self, role: str, tensors: Iterable[Tensor]) -> None:
-        self.roles |= dict.fromkeys(self._storages(tensors), role)
+    def _note(self, func: Any, named: Mapping[str, Any], written: set[str], results: list[Tensor]) -> None:
+        packet = str(getattr(func, "_overloadpacket", func))
+        name = packet.removeprefix("aten.")
+        only_shape = name.endswith("_like") or name.startswith("new_")  # of their operand
+        for argument, value in named.items():
+            touched = pieces(_leaves(value))
+            if GATHERS.get(name) == argument:
+                touched = [p._replace(nbytes=min(p.nbytes, results[0].nbytes)) for p in touched]
+            if argument in written:
+                if source := SCATTERS.get(name):
+                    size = sum(t.numel() for t in _leaves(named[source])) * value.element_size()
+                    touched = [p._replace(nbytes=min(p.nbytes, size)) for p in touched]
+                self.writes |= {p for p in touched if p.storage not in self.made}
+                if name in OVERWRITES or argument == "out":
+                    continue
+            if not only_shape:
+                self.reads |= {p for p in touched if p.storage not in self.made}
+        base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+        pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
+        if not (packet in self.with_formula or pointwise or only_shape or WITHOUT_PRODUCTS.fullmatch(base)):
+            self.uncounted[packet] += 1
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(t.is_nested for t in _leaves((args, kwargs))):
-            raise InputError("count can't see into nested tensors: pad the sequences, or count each length by itself.")
-        call = _Call.of(func, args, kwargs or {})
-        if not call.is_known and not isinstance(func, HigherOrderOperator):
-            with self:  # under inference mode, operators that only call others arrive whole
-                out = func.decompose(*args, **call.kwargs)
-            if out is not NotImplemented:
-                return out
-        self._save(t for name in call.written for t in _leaves(call.named[name]))
-        out = func(*args, **call.kwargs)
-        self._note(call, out)
-        return out
 
-    def _save(self, tensors: Iterable[Tensor]) -> None:
-        """Memory from before the call is about to change: keep what it held."""
-        for part in dense(tensors):
-            (storage,) = self._storages([part])
-            if storage not in self.made and storage not in self.saved and part.device.type != "meta":
-                self.saved[storage] = (part.untyped_storage(), part.untyped_storage().clone())
+# --- components of a transformer --------------------------------------------------------------------------------------
 
-    def restore(self) -> None:
-        for storage, before in self.saved.values():
-            storage.copy_(before)
+PROJECTIONS, PRODUCTS, FEED_FORWARD = "attention projections", "attention products", "feed-forward"
+HEAD, EMBEDDINGS, REST = "output head", "embeddings", "norms"
 
-    def _note(self, call: _Call, out: Any) -> None:
-        operands, results = _leaves(call.named), _leaves(out)
-        new = self._storages(results) - self._storages(operands)
-        if call.is_view or not (new or call.written):
-            return
-        self.made |= new - self.roles.keys()
-        reads, writes = call.traffic(out)
-        kept = results[:1] if call.name in operators.BYPRODUCTS else results
-        fresh = [piece for piece in touches(kept) if piece.storage in new]
-        self.reads |= {piece for piece in reads if piece.storage not in self.made}
-        self.writes |= {piece for piece in writes if piece.storage not in self.made}
 
-        products, rest = call.flops(results[0] if results else operands[0])
-        if products is None and rest is None:
-            self.uncounted[call.name] += 1
-        amounts = (1, products or 0, rest or 0, covered(reads) + covered(writes) + covered(fresh))
-        self.rows[call.name] = tuple(a + b for a, b in zip(self.rows[call.name], amounts, strict=True))
-        for module in self.tracker.parents if products else ():
-            self.modules[module] += products or 0
+def parameters_by_component(model: nn.Module) -> dict[str, int]:
+    """Parameters of each component; a tensor that two share, as a tied output head does, counts for the first.
 
-    def work(self, outputs: list[Tensor], grown: int, model: nn.Module | None, whole: bool) -> Work:
-        """The sums; `grown` bytes of state are written besides. `whole`: the call was that of the model itself."""
-        split: dict[str, int] = defaultdict(int)
-        split["outputs"] = covered(piece for piece in touches(outputs) if piece.storage in self.made)
-        split["state"] = grown
-        for pieces in (self.reads, self.writes):
-            by_role = defaultdict(list)
-            for piece in pieces:
-                packed = "weights" if piece.key == "packed" and model is not None else "captured"
-                by_role[self.roles.get(piece.storage, packed)].append(piece)
-            for role, same in by_role.items():
-                split[role] += covered(same)
-        split = {role: n for role, n in sorted(split.items()) if n}
-        ops = [Op(name, *row) for name, row in self.rows.items()]
-        modules = {name: n for name, n in self.modules.items() if name != "Global"}
-        if whole:  # "Net.layer1.0" -> "layer1.0"
-            modules = {name.partition(".")[2]: n for name, n in modules.items()}
-        return Work(
-            flops=sum(op.flops for op in ops),
-            bytes=sum(split.values()),
-            elementwise_flops=sum(op.elementwise_flops for op in ops),
-            bytes_by=split,
-            by_op=tuple(sorted(ops, key=lambda op: (-op.flops, -op.bytes, op.name))),
-            by_module=modules,
-            uncounted=dict(self.uncounted),
-        )
+    A model on the `meta` device will do. Raises what labkit.pruning.anatomy does for a model that it cannot read.
+    """
+    totals, parts = _no_components(), _component_of(model)
+    for name, parameter in model.named_parameters():
+        totals[parts[name.rpartition(".")[0]]] += parameter.numel()
+    return dict(totals)
+
+
+def flops_by_component(model: nn.Module, **inputs: Any) -> dict[str, int]:
+    """FLOPs of one call of each component, a multiply-add as two.
+
+    Attention products (scores, and the weighted sum of values) belong to no layer with weights: they are what is left.
+    """
+    work, totals = count(model, **inputs), _no_components()
+    for name, component in _component_of(model).items():
+        if not list(model.get_submodule(name).children()):  # by_module includes what is below
+            totals[component] += work.by_module.get(name, 0)
+    totals[PRODUCTS] = work.flops - totals.total()
+    return dict(totals)
+
+
+def _no_components() -> Counter[str]:
+    return Counter(dict.fromkeys((PROJECTIONS, PRODUCTS, FEED_FORWARD, HEAD, EMBEDDINGS, REST), 0))
+
+
+def _component_of(model: nn.Module) -> dict[str, str]:
+    """{module with weights of its own: component}. A linear layer outside of all layers is an output head.
+
+    Also the rotary embedding, whose angles are a product of matrices in some versions of transformers.
+    """
+    parts: dict[str, str] = {}
+    layout = anatomy(model)
+    for a in layout.attentions:
+        parts |= dict.fromkeys((a.query, a.key, a.value, a.output), PROJECTIONS)
+    for f in layout.feed_forwards:
+        parts |= dict.fromkeys(filter(None, (f.gate, f.up, f.down)), FEED_FORWARD)
+    for name, module in model.named_modules():
+        if name not in parts and next(module.parameters(recurse=False), None) is not None:
+            embeds = isinstance(module, nn.Embedding) or "embeddings" in name
+            parts[name] = EMBEDDINGS if embeds else HEAD if isinstance(module, nn.Linear) else REST
+        elif name.endswith("rotary_emb"):
+            parts[name] = EMBEDDINGS
+    return parts

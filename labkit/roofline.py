@@ -4,33 +4,23 @@ Williams, Waterman, Patterson 2009. `count` (from `labkit.counting`) gives the w
 machine. A bound says what no kernel can beat, not what one reaches: launches, caches and instructions are not in it.
 """
 
-import itertools
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
-from matplotlib.transforms import Bbox
+from torch import Tensor, nn
 
-from labkit.counting import Op, Work, count
+from labkit.counting import Work, count
 from labkit.errors import InputError
+from labkit.machine import Ceilings, Device
 from labkit.show import COLOURS, quantity
 
-__all__ = ["Bound", "Op", "Point", "Work", "bound", "count", "decode_bound", "describe", "plot"]
-
-
-class Ceilings(Protocol):
-    """What `labkit.machine.Ceilings` has: FLOP/s by dtype, bandwidth in B/s, whose they are, measured or datasheet."""
-
-    flops: Mapping[str, float]
-    bandwidth: float
-    device: Any
-    how: str
+__all__ = ["Bound", "Work", "bound", "cache_bytes", "count", "decode_bound", "decode_step", "describe", "plot"]
 
 
 @dataclass(frozen=True)
@@ -59,27 +49,20 @@ class Bound:
         )
 
 
-def bound(work: Work | Op | Sequence[Work | Op], ceilings: Ceilings, dtype: str = "fp32") -> Bound:
+def bound(work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Bound:
     """time >= max(FLOPs / peak, bytes / bandwidth), with the peak of `dtype`.
 
-    A sequence is work done one after the other: the sum of its maxima, and `limiter` is what takes more of that sum.
-    Rows of `Work.by_op` can be given too, for running operator by operator out of memory.
+    work: from `count`. ceilings: measured ones, or a row of labkit.machine.DEVICES.
+    Raises InputError for a dtype without ceiling, and for work that neither computes nor moves anything.
     """
     peak = _peak(ceilings, dtype)
-    works = list(work) if isinstance(work, Sequence) else [work]
-    if not works or not all(isinstance(w, Work | Op) for w in works):
-        raise InputError("bound needs a Work or a sequence of them: get it from labkit.roofline.count(model, inputs).")
-    flops = [w.flops or w.elementwise_flops for w in works]
-    nbytes = [w.bytes for w in works]
-    if not sum(flops) + sum(nbytes):
+    if not isinstance(work, Work):
+        raise InputError("bound needs a Work: get it from labkit.roofline.count(model, inputs).")
+    if not work.flops + work.bytes:
         raise InputError("work without FLOPs and bytes has no bound: count a call that computes something.")
-    seconds = {"memory": 0.0, "compute": 0.0}
-    for f, b in zip(flops, nbytes, strict=True):
-        computing, moving = f / peak, b / ceilings.bandwidth
-        seconds["compute" if computing > moving else "memory"] += max(computing, moving)
-    limiter = max(seconds, key=lambda name: seconds[name])
-    intensity = sum(flops) / sum(nbytes) if sum(nbytes) else math.inf
-    return Bound(sum(seconds.values()), limiter, intensity, peak / ceilings.bandwidth)
+    computing, moving = work.flops / peak, work.bytes / ceilings.bandwidth
+    limiter = "compute" if computing > moving else "memory"
+    return Bound(max(computing, moving), limiter, work.intensity, peak / ceilings.bandwidth)
 
 
 def decode_bound(
@@ -93,8 +76,11 @@ def decode_bound(
 ) -> float:
     """Tokens a second that a decoder can't exceed: each step reads all weights once and every sequence's KV cache once.
 
-    batch / max((weight_bytes + batch * kv_bytes) / bandwidth, batch * flops_per_token / peak), `kv_bytes` those of one
-    sequence. Memory and compute are taken over the whole step; layer by layer the bound is tighter (`bound` of a list).
+    batch / max((weight_bytes + batch * kv_bytes) / bandwidth, batch * flops_per_token / peak), memory and compute taken
+    over the whole step.
+    weight_bytes: of all weights that a step reads. kv_bytes: of the cache of one sequence. bandwidth: B/s.
+    batch: sequences that are decoded together.
+    flops_per_token, peak: FLOPs and FLOP/s; left out, compute does not limit.
     """
     if not bandwidth > 0 or (peak is not None and not peak > 0):
         raise InputError(f"bandwidth and peak have to be positive (B/s, FLOP/s), got {bandwidth} and {peak}.")
@@ -109,163 +95,136 @@ def decode_bound(
     return batch / max(moving, computing)
 
 
-def _peak(ceilings: Ceilings, dtype: str) -> float:
+def _peak(ceilings: Ceilings | Device, dtype: str) -> float:
     if dtype not in ceilings.flops:
         raise InputError(
             f"no ceiling is known for dtype {dtype!r} here: choose from {', '.join(sorted(ceilings.flops))}."
         )
-    if not ceilings.bandwidth > 0 or not ceilings.flops[dtype] > 0:
-        got = f"{ceilings.flops[dtype]} FLOP/s and {ceilings.bandwidth} B/s"
-        raise InputError(f"ceilings have to be positive, got {got}: measure them with labkit.machine.ceilings().")
     return ceilings.flops[dtype]
 
 
-# -------------------------------------------------------------------------------------------------------- the picture
+# --- one token on top of a cache --------------------------------------------------------------------------------------
 
 
-class Point(NamedTuple):
-    """A measured call: its FLOP/byte, and the FLOP/s that it reached."""
+def decode_step(model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
+    """Fill a KV cache with `prompt`; the returned function writes one more token for each sequence.
 
-    label: str
-    intensity: float
-    flops_per_second: float
+    It returns the logits [batch, 1, vocabulary] and cuts the cache back to the prompt, so that every call does the same
+    work. model: a decoder of transformers. prompt: token ids, [batch, tokens].
+    Raises InputError for a prompt of another shape or a model without a cache.
+    """
+    argument, cache = _filled_cache(model, prompt)
+    last = prompt[:, -1:]
+
+    def step() -> Tensor:
+        logits = model(last, use_cache=True, **{argument: cache}).logits
+        cache.crop(-1)
+        return logits
+
+    return step
 
 
-def _points(points: Sequence[Sequence[Any]]) -> list[Point]:
+def cache_bytes(model: nn.Module, prompt: Tensor) -> int:
+    """Bytes of the KV cache that `prompt` [batch, tokens] fills, counted on its tensors. Raises as decode_step does."""
+    _, cache = _filled_cache(model, prompt)
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def _filled_cache(model: nn.Module, prompt: Tensor) -> tuple[str, Any]:
+    """The name of the model's argument for a cache (it changed within transformers 5), and a cache with the prompt."""
+    if prompt.ndim != 2 or prompt.numel() == 0 or prompt.is_floating_point():
+        raise InputError(
+            f"The prompt has shape {tuple(prompt.shape)}; give token ids as [batch, tokens], at least one."
+        )
+    accepted = inspect.signature(model.forward).parameters
+    argument = next((name for name in ("cache", "past_key_values") if name in accepted), None)
+    if argument is None:
+        raise InputError(f"{type(model).__name__} takes no KV cache; decode_step needs a decoder of transformers.")
+    with torch.inference_mode():
+        output = model(prompt, use_cache=True)
+    cache = getattr(output, "cache", None)
+    return argument, output.past_key_values if cache is None else cache
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def _checked(points: Sequence[Sequence[Any]]) -> list[tuple[str, float, float]]:
     rows = []
     for row in points:
         if len(row) != 3:
             raise InputError(f"a point is (label, FLOP/byte, FLOP/s), got {tuple(row)!r}: give all three.")
-        point = Point(str(row[0]), float(row[1]), float(row[2]))
-        if not all(math.isfinite(v) and v > 0 for v in point[1:]):
+        label, intensity, speed = str(row[0]), float(row[1]), float(row[2])
+        if not all(math.isfinite(value) and value > 0 for value in (intensity, speed)):
             raise InputError(
-                f"point {point.label!r} has no place on logarithmic axes: FLOP/byte and FLOP/s have to be above 0."
+                f"point {label!r} has no place on logarithmic axes: FLOP/byte and FLOP/s have to be above 0."
             )
-        rows.append(point)
+        rows.append((label, intensity, speed))
     return rows
 
 
-def describe(
-    points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str = "fp32", datasheet: Ceilings | None = None
-) -> str:
-    """The roofline in words, for whoever does not see it: ceilings, ridge, and each point's share of its roof."""
+def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str = "fp32") -> str:
+    """The roofline in words, for those who cannot see it: ceilings, ridge, and each point's share of its roof.
+
+    points, dtype: as in `plot`.
+    """
     peak = _peak(ceilings, dtype)
     ridge = peak / ceilings.bandwidth
     sentences = [
-        f"Roofline of {ceilings.device}, {ceilings.how}: {quantity(ceilings.bandwidth, 'B/s')}, {dtype} peak "
+        f"Roofline of {ceilings.device}, measured: {quantity(ceilings.bandwidth, 'B/s')}, {dtype} peak "
         f"{quantity(peak, 'FLOP/s')}, ridge at {ridge:.3g} FLOP/byte."
     ]
-    if datasheet is not None:
-        peaks = f"{quantity(datasheet.bandwidth, 'B/s')} and {quantity(_peak(datasheet, dtype), 'FLOP/s')}"
-        sentences.append(f"Dashed, from the datasheet: {peaks}.")
-    for point in _points(points):
-        side = "memory" if point.intensity < ridge else "compute"
-        share = point.flops_per_second / min(peak, ceilings.bandwidth * point.intensity)
+    sentences += [f"While it was measured, {warning}." for warning in ceilings.warnings]
+    for label, intensity, speed in _checked(points):
+        side = "memory" if intensity < ridge else "compute"
+        share = speed / min(peak, ceilings.bandwidth * intensity)
         verdict = "" if share <= 1 else ": above it, so its data stay in a cache, or the count or a ceiling is wrong"
         sentences.append(
-            f"{point.label}: {point.intensity:.3g} FLOP/byte, {quantity(point.flops_per_second, 'FLOP/s')}, "
+            f"{label}: {intensity:.3g} FLOP/byte, {quantity(speed, 'FLOP/s')}, "
             f"{100 * share:.3g} % of the {side} roof{verdict}."
         )
     return " ".join(sentences)
 
 
-_MARKERS = "os^DvPX"  # another each time the colours have run out
-_INK, _GREY, _SHADE = "#222222", "#666666", "#EEF3F7"
-_ROOFS = ((_INK, "-", 2.0), (_GREY, "--", 1.4))  # colour, style, width: the ceilings, and the datasheet beside them
-# Where a label can stand beside its point: alignment, and direction.
-_ACROSS = (("left", 1), ("right", -1), ("center", 0))
-_ALONG = (("center", 0), ("bottom", 1), ("top", -1))
+MARKERS = "os^DvPX*"  # one more than there are colours, so that no two of 56 points look alike
 
 
 def plot(
-    points: Sequence[Sequence[Any]],
-    ceilings: Ceilings,
-    *,
-    dtype: str = "fp32",
-    datasheet: Ceilings | None = None,
-    title: str | None = None,
+    points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str = "fp32", title: str | None = None
 ) -> Figure:
-    """Log-log roofline of `ceilings` with labelled `points` of (label, FLOP/byte, FLOP/s); `datasheet` is drawn dashed.
+    """Log-log roofline of `ceilings` with its measured points, named in the legend in order of their speed.
 
+    points: (label, FLOP/byte, FLOP/s) each. dtype: whose peak is drawn. title: None names the device.
     A figure by itself: nothing is shown, and pyplot's state is not touched. `describe` says the same in words.
     """
-    rows = _points(points)
-    roofs = [ceilings] if datasheet is None else [ceilings, datasheet]
-    peaks = [_peak(roof, dtype) for roof in roofs]
-    ridges = [peak / roof.bandwidth for peak, roof in zip(peaks, roofs, strict=True)]
-    scale, unit = (1e12, "TFLOP/s") if max(peaks) >= 1e13 else (1e9, "GFLOP/s")
-    left = min([ridge / 30 for ridge in ridges] + [p.intensity / 3 for p in rows])
-    right = max([ridge * 30 for ridge in ridges] + [p.intensity * 4 for p in rows])
-    low = min([roof.bandwidth * left for roof in roofs] + [p.flops_per_second for p in rows]) / 3
-    high = 3 * max(peaks + [p.flops_per_second for p in rows])
+    rows, peak = _checked(points), _peak(ceilings, dtype)
+    ridge = peak / ceilings.bandwidth
+    scale, unit = (1e12, "TFLOP/s") if peak >= 1e13 else (1e9, "GFLOP/s")
+    left = min([ridge / 30, *(intensity / 3 for _, intensity, _ in rows)])
+    right = max([ridge * 30, *(intensity * 3 for _, intensity, _ in rows)])
+    low = min([ceilings.bandwidth * left, *(speed / 2 for _, _, speed in rows)]) / scale
+    high = 2 * max([peak, *(speed for _, _, speed in rows)]) / scale
 
-    fig = Figure(figsize=(8, 5), dpi=110, layout="none")
+    fig = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(fig)
-    fig.subplots_adjust(left=0.1, right=0.97, top=0.91, bottom=0.12)
-    ax = fig.add_subplot(xscale="log", yscale="log", xlim=(left, right), ylim=(low / scale, high / scale))
+    ax = fig.add_subplot(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
     ax.set_xlabel("arithmetic intensity (FLOP/byte)")
     ax.set_ylabel(f"performance ({unit})")
-    ax.set_title(title or f"Roofline of {ceilings.device}, {dtype}", loc="left", fontsize=12, color=_INK)
+    ax.set_title(title or f"Roofline of {ceilings.device}, {dtype}", loc="left", fontsize=12)
     ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)
 
-    for (colour, style, width), roof, peak, ridge in zip(_ROOFS, roofs, peaks, ridges, strict=False):
-        name = f"{roof.how}: {quantity(roof.bandwidth, 'B/s')}, {dtype} {quantity(peak, 'FLOP/s')}"
-        ys = [roof.bandwidth * left / scale, peak / scale, peak / scale]
-        ax.plot([left, ridge, right], ys, style, color=colour, linewidth=width, zorder=2, label=name)
-    ax.legend(loc="upper left", frameon=False, fontsize=9)  # above the roofs, where no point can be
-    _sides(ax, ridges[0], peaks[0] / scale)
-    _mark(ax, [p._replace(flops_per_second=p.flops_per_second / scale) for p in rows])
+    name = f"measured: {quantity(ceilings.bandwidth, 'B/s')},\n{dtype} {quantity(peak, 'FLOP/s')}"
+    xs, ys = [left, ridge, right], [ceilings.bandwidth * left / scale, peak / scale, peak / scale]
+    ax.plot(xs, ys, color="#222222", linewidth=2, label=name)
+    ax.fill_between(xs, ys, low, color="#EEF3F7", zorder=0)  # what can be reached
+    ax.vlines(ridge, low, peak / scale, color="#666666", linestyle=":", linewidth=1, zorder=1)
+    foot = {"textcoords": "offset points", "fontsize": 9, "va": "bottom"}
+    ax.annotate("memory-bound", (ridge, low), (-5, 5), ha="right", **foot)
+    ax.annotate(f"compute-bound from {ridge:.3g}", (ridge, low), (5, 5), ha="left", **foot)
+    for i, (label, intensity, speed) in enumerate(sorted(rows, key=lambda row: -row[2])):
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        ax.plot(intensity, speed / scale, **look, ls="none", ms=8, mec="#222222", mew=0.6, zorder=4, label=label)
+    fig.legend(loc="outside right upper", frameon=False, fontsize=9)
     return fig
-
-
-def _say(ax: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **how: Any) -> Annotation:
-    return ax.annotate(text, at, offset, textcoords="offset points", fontsize=9, color=_INK, zorder=5, **how)
-
-
-def _sides(ax: Axes, ridge: float, peak: float) -> None:
-    """What the ridge parts, named at its foot; what can be reached is shaded."""
-    xs, ys = ax.lines[0].get_data()
-    floor = ax.get_ylim()[0]
-    ax.fill_between(xs, ys, floor, color=_SHADE, zorder=0)
-    ax.vlines(ridge, floor, peak, color=_GREY, linestyle=":", linewidth=1, zorder=1)
-    _say(ax, "memory-bound", (ridge, floor), (-5, 5), ha="right", va="bottom")
-    _say(ax, f"compute-bound, from {ridge:.3g} FLOP/byte", (ridge, floor), (5, 5), ha="left", va="bottom")
-
-
-def _mark(ax: Axes, points: Sequence[Point]) -> None:
-    """The points, and their labels where these lie least on one another, on points and on roofs."""
-    renderer = ax.figure.canvas.get_renderer()
-    corners = [ax.transData.transform(np.transpose(line.get_data())) for line in ax.lines]
-    pixels = [np.linspace(a, b, 60) for path in corners for a, b in itertools.pairwise(path)]
-    for i, point in enumerate(points):
-        turn, colour = divmod(i, len(COLOURS))
-        look = {"color": COLOURS[colour], "marker": _MARKERS[turn % len(_MARKERS)], "linestyle": "none"}
-        ax.plot(*point[1:], **look, markersize=8, markeredgecolor=_INK, markeredgewidth=0.6, zorder=4)
-        pixels.append(np.repeat(ax.transData.transform([point[1:]]), 5, axis=0))
-    avoided = np.concatenate(pixels)
-    taken = [text.get_window_extent(renderer) for text in ax.texts]
-
-    def cost(box: Bbox) -> float:
-        """In square pixels: lying on other texts, leaving the axes, and a good deal for each bit of roof or point."""
-        shared = [part for other in taken if (part := Bbox.intersection(box, other)) is not None]
-        inside = Bbox.intersection(box, ax.bbox) or Bbox.null()
-        outside = box.width * box.height - max(0.0, inside.width * inside.height)
-        hits = ((avoided > box.min) & (avoided < box.max)).all(axis=1).sum()
-        return sum(part.width * part.height for part in shared) + 5 * outside + 40 * hits
-
-    for point in sorted(points, key=lambda p: -p.flops_per_second):
-        choices = []
-        for distance, (ha, dx), (va, dy) in itertools.product((8, 20, 36), _ACROSS, _ALONG):
-            if dx or dy:
-                leader = {"arrowstyle": "-", "color": _GREY, "linewidth": 0.7} if distance > 8 else None
-                how = {"offset": (dx * distance, dy * distance), "ha": ha, "va": va}
-                trial = _say(ax, point.label, point[1:], **how)
-                trial.update_positions(renderer)
-                box = Text.get_window_extent(trial, renderer).padded(2)  # without its leader
-                choices.append((cost(box) + distance, len(choices), box, {**how, "arrowprops": leader}))
-                trial.remove()
-        _, _, box, how = min(choices)
-        _say(ax, point.label, point[1:], **how)
-        taken.append(box)
