@@ -6,83 +6,52 @@ of groups, and the parameters, multiply-adds and bytes that are left.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from labkit.errors import EqualityError, InputError
 from labkit.pruning import equality, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
-from labkit.pruning.equality import Report
+from labkit.pruning.coupling.groups import failing
 from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores
 from labkit.pruning.select import count_to_prune, fraction, inside, lowest_k, named_parts
+from labkit.pruning.surgery import Plan, Pruned, Units
 
 SCOPES = ("global", "layer")
-_MEND = "name the modules that you suspect in ignore, or look at it with apply(..., check=False)."
+_REMEDY = "name the modules that you suspect in ignore, or look at it with apply(..., check=False)."
 
 
 @dataclass(frozen=True)
-class Units:
-    """What happens to one group: how many units it has, how many of them go, and how many channels a unit is."""
+class Choice:
+    """Which units go first, and how few may stay: the options of a plan, the same in all functions that make one.
 
-    name: str
-    units: int
-    removed: int
-    width: int
-    reason: str = ""  # why none goes, where the plan and not the choice decided it
-
-    @property
-    def left(self) -> int:
-        return self.units - self.removed
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Which entries of which parameters stay. Pairs are (before, after); macs are multiply-adds of the example call.
-
-    kept: {parameter or buffer: {dimension: kept indices}}, only where something goes; names are the first ones of
-    `named_parameters` and `named_buffers`. attributes: {module: {attribute: new value}}.
+    criterion, batches, loss_fn, seed: see `scores.unit_scores`.
+    scope: "global" ranks all units together, each score divided by the mean of its group, so that a layer is not wiped
+        out for the size of its weights; "layer" removes the same fraction of each group.
+    min_channels: as many stay in every group at least. round_to: what stays is a multiple of it, the nearest one, where
+        a group's units allow it. ignore: modules or parameters, or names of them, whose channels stay.
     """
 
-    kept: Mapping[str, Mapping[int, Tensor]]
-    attributes: Mapping[str, Mapping[str, Any]]
-    units: tuple[Units, ...]
-    unprunable: tuple[tuple[str, str], ...]
-    parameters: tuple[int, int]
-    macs: tuple[int, int]
-    bytes: tuple[int, int]
-    coupling: Coupling | None = field(default=None, repr=False)
-    gone: np.ndarray | None = field(default=None, repr=False)
+    criterion: str = "l1"
+    scope: str = "global"
+    min_channels: int = 1
+    round_to: int = 1
+    ignore: Any = ()
+    batches: Iterable | None = None
+    loss_fn: Callable | None = None
+    seed: int = 0
 
-    def __str__(self) -> str:
-        wide = max([len(row.name) for row in self.units] + [5])
-        lines = [f"{'group':{wide}}  channels  removed     left"]
-        for row in self.units:
-            n, gone = row.units * row.width, row.removed * row.width
-            unit = f"  in units of {row.width}" if row.width > 1 else ""
-            lines.append(f"{row.name:{wide}}  {n:8}  {gone:7}  {n - gone:7}{unit}{'  ' * bool(row.reason)}{row.reason}")
-        for label, (before, after) in (
-            ("parameters", self.parameters),
-            ("multiply-adds", self.macs),
-            ("bytes", self.bytes),
-        ):
-            share = f" (-{1 - after / before:.1%})" if before else ""
-            lines.append(f"{label}: {before:,} -> {after:,}{share}")
-        if self.unprunable:
-            lines.append(f"stays: {len(self.unprunable)} dimensions, see .unprunable")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True, eq=False)
-class Pruned:
-    """A pruned model, the plan that it was cut by, and what the equality check found (None where it was left out)."""
-
-    model: nn.Module
-    plan: Plan
-    report: Report | None
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise InputError(f"There is no scope {self.scope!r}: choose one of {', '.join(SCOPES)}.")
+        for name in ("min_channels", "round_to"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
+        check_criterion(self.criterion, self.batches, UNIT_CRITERIA)
 
 
 def prune(
@@ -91,24 +60,24 @@ def prune(
     kwargs: Mapping[str, Any] | None = None,
     *,
     ratio: float | Mapping[str, float],
-    criterion: str = "l1",
-    scope: str = "global",
-    min_channels: int = 1,
-    round_to: int = 1,
-    ignore: str | Iterable[str] = (),
-    batches: Iterable | None = None,
-    loss_fn: Callable | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> Pruned:
     """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
 
-    args, kwargs: the example input that the model is traced and checked with. For the other arguments see `plan`.
-    Raises InputError where nothing can be pruned, and EqualityError if the pruned model is not equal to the dense one
-    whose weights do not read the removed channels: a model that fails is never returned. `model` stays as it was.
+    args, kwargs: the example input that the model is traced and checked with. ratio: see `plan`. options: of `Choice`
+    (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed). Groups without which the proof fails
+    stay whole, and the plan's rows say so. Raises InputError where nothing can be pruned, and EqualityError if the
+    pruned model is still not equal to the dense one whose weights do not read the removed channels: a model that fails
+    is never returned. `model` stays as it was.
     """
-    options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
-    chosen = plan(model, args, kwargs, ratio=ratio, batches=batches, loss_fn=loss_fn, seed=seed, **options)
-    return apply(model, chosen, args, kwargs)
+    ratio = _fractions(ratio)
+    planner = Planner(model, args, kwargs, **options)
+    try:
+        return apply(model, planner.plan(ratio), args, kwargs)
+    except EqualityError:
+        if not planner.pin_failing(ratio, args, kwargs):
+            raise
+    return apply(model, planner.plan(ratio), args, kwargs)
 
 
 def apply(
@@ -117,7 +86,7 @@ def apply(
     """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out.
 
     Raises EqualityError where the proof fails: the plan was changed by hand, the forward pass gives something else each
-    time, or a rule of `rules` is wrong for this model.
+    time, or a rule of `coupling` is wrong for this model.
     """
     args, kwargs = arguments(args, kwargs)
     cut = surgery.cut(model, plan.kept, plan.attributes)
@@ -128,9 +97,9 @@ def apply(
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
     except Exception as error:  # a forward pass can fail in any way
-        raise EqualityError(f"The pruned model does not run ({error}), so it is not returned: {_MEND}") from error
+        raise EqualityError(f"The pruned model does not run ({error}), so it is not returned: {_REMEDY}") from error
     if not report.equal:
-        raise EqualityError(f"The pruned model is {report} It is not returned: {_MEND}")
+        raise EqualityError(f"The pruned model is {report} It is not returned: {_REMEDY}")
     return Pruned(cut, plan, report)
 
 
@@ -142,42 +111,38 @@ def plan(
     ratio: float | Mapping[str, float] | None = None,
     macs: float | None = None,
     units: Mapping[str, Sequence[int]] | None = None,
-    criterion: str = "l1",
-    scope: str = "global",
-    min_channels: int = 1,
-    round_to: int = 1,
-    ignore: str | Iterable[str] = (),
-    batches: Iterable | None = None,
-    loss_fn: Callable | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> Plan:
     """Which channels would go; nothing is cut. Exactly one of ratio, macs and units says which.
 
     ratio: the fraction of all prunable channels, or {group or parameter: fraction} for some groups, the others whole.
     macs: the fraction of multiply-adds to remove.
     units: {group or parameter: numbers of the units that go}, no others, whatever they are worth; what a unit is (a
-        channel, a head, a neuron) says `coupling.trace`. The arguments below play no part then.
-    criterion, batches, loss_fn, seed: see `scores.unit_scores`.
-    scope: "global" ranks all units together, each score divided by the mean of its group, so that a layer is not wiped
-        out for the size of its weights; "layer" removes the same fraction of each group.
-    min_channels: as many stay in every group at least. round_to: what stays is a multiple of it, the nearest one, where
-        a group's units allow it. ignore: modules or parameters whose channels stay.
+        channel, a head, a neuron) says `coupling.trace`.
+    options: of `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed); not with units.
     """
-    given = {"ratio": ratio, "macs": macs, "units": units}
-    if sum(value is not None for value in given.values()) != 1:
+    targets = [value for value in (ratio, macs, units) if value is not None]
+    if len(targets) != 1:
         raise InputError("Give exactly one of ratio, macs and units: the one that the plan is to follow.")
     if units is not None:
         return plan_units(model, Coupling.of(model, args, kwargs), units)
-    (what, wanted), *_ = [(name, value) for name, value in given.items() if value is not None]
-    if isinstance(wanted, Mapping):
-        wanted = {name: fraction(value, f"the ratio of {name!r}") for name, value in wanted.items()}
-    else:
-        wanted = fraction(wanted, what)
-    options = dict(criterion=criterion, scope=scope, min_channels=min_channels, round_to=round_to, ignore=ignore)
-    planner = Planner(model, args, kwargs, batches=batches, loss_fn=loss_fn, seed=seed, **options)
-    if what == "macs":
-        wanted = _bisect(lambda r: 1 - planner.macs(r) / planner.coupling.macs(), wanted)
-    return planner.plan(wanted)
+    if macs is None:
+        return Planner(model, args, kwargs, **options).plan(_fractions(ratio))
+    target = fraction(macs, "macs")
+    planner = Planner(model, args, kwargs, **options)
+    total, low, high, best = planner.coupling.macs(), 0.0, 1.0, (math.inf, 0.0)
+    for _ in range(20):
+        middle = (low + high) / 2
+        reached = 1 - planner.macs(middle) / total
+        best = min(best, (abs(reached - target), middle))
+        low, high = (middle, high) if reached < target else (low, middle)
+    return planner.plan(best[1])
+
+
+def _fractions(ratio: float | Mapping[str, float]) -> float | dict[str, float]:
+    if isinstance(ratio, Mapping):
+        return {name: fraction(value, f"the ratio of {name!r}") for name, value in ratio.items()}
+    return fraction(ratio, "ratio")
 
 
 @torch.inference_mode(False)
@@ -191,42 +156,40 @@ def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequenc
     for name, numbers in units.items():
         for i in _named(groups, name, "units"):
             n = groups[i].units
-            chosen = torch.zeros(n, dtype=torch.bool)
+            goes = torch.zeros(n, dtype=torch.bool)
             for unit in numbers:
                 if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < n:
                     raise InputError(f"units has {unit!r} for {name!r}, whose units are numbered 0 to {n - 1}.")
-                chosen[unit] = True
-            if chosen.all():
+                goes[unit] = True
+            if goes.all():
                 raise InputError(f"units has all {n} units of {name!r}, but one has to stay.")
-            if not torch.equal(removed.setdefault(i, chosen), chosen):
+            if not torch.equal(removed.setdefault(i, goes), goes):
                 raise InputError(f"units names {groups[i].name!r} twice, with other units: name it once.")
     for cluster in coupling.clusters():
         shares = {float(removed[i].float().mean()) if i in removed else 0.0 for i in cluster}
         if len(shares) > 1:
             names = ", ".join(repr(groups[i].name) for i in cluster)
             raise InputError(f"The groups {names} have to lose the same fraction of their units: name units of each.")
-    return _plan(model, coupling, removed)
+    return _plan(model, coupling, removed, {})
 
 
-def _plan(
-    model: nn.Module, coupling: Coupling, removed: Mapping[int, Tensor], reasons: Mapping[int, str] | None = None
-) -> Plan:
+def _plan(model: nn.Module, coupling: Coupling, removed: Mapping[int, Tensor], reasons: Mapping[int, str]) -> Plan:
     """The plan without the units of group i where removed[i] ([units], bool) is true; reasons: why groups stay."""
     gone = coupling.gone(removed)
-    kept = coupling.kept(gone)
-    (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(model, kept)
+    keep = coupling.kept(gone)
+    (n, size), (n_after, size_after) = surgery.parameters(model), surgery.parameters(model, keep)
     rows = tuple(
-        Units(g.name, g.units, int(removed[i].sum()) if i in removed else 0, g.width, (reasons or {}).get(i, ""))
+        Units(g.name, g.units, int(removed[i].sum()) if i in removed else 0, g.width, reasons.get(i, ""))
         for i, g in enumerate(coupling.groups)
     )
     return Plan(
-        kept=kept,
-        attributes=surgery.attributes(model, kept, coupling.sizes(gone)),
+        kept=keep,
+        attributes=coupling.attributes(model, keep, gone),
         units=rows,
         unprunable=tuple(coupling.unprunable),
-        parameters=(n, n_left),
+        parameters=(n, n_after),
         macs=(coupling.macs(), coupling.macs(gone)),
-        bytes=(size, size_left),
+        bytes=(size, size_after),
         coupling=coupling,
         gone=gone,
     )
@@ -241,31 +204,6 @@ def _named(groups: Sequence[Group], name: str, argument: str) -> list[int]:
         names = ", ".join(repr(g.name) for g in groups[:3])
         raise InputError(f"{argument} names {name!r}, which is no prunable group: use names such as {names}.")
     return numbers
-
-
-def _ignored(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
-    """Groups whose channels are made, by any parameter, inside one of the named modules."""
-    shared = {}
-    for name, x in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(x), []).append(name)
-    names = {own[0]: own for own in shared.values()}
-    found = set()
-    for i, group in enumerate(coupling.groups):
-        made = [n for m in group.members if m.role == "makes" for n in names.get(m.name, ())]
-        if any(inside(name, part) for name in made for part in parts):
-            found.add(i)
-    return found
-
-
-def _bisect(removed: Callable[[float], float], wanted: float, rounds: int = 20) -> float:
-    """The ratio at which `removed`, a rising function of it, comes closest to `wanted`."""
-    low, high, best = 0.0, 1.0, (math.inf, 0.0)
-    for _ in range(rounds):
-        middle = (low + high) / 2
-        reached = removed(middle)
-        best = min(best, (abs(reached - wanted), middle))
-        low, high = (middle, high) if reached < wanted else (low, middle)
-    return best[1]
 
 
 @dataclass(eq=False)
@@ -289,40 +227,25 @@ class Planner:
 
     @torch.inference_mode(False)  # scores may need gradients
     def __init__(
-        self,
-        model: nn.Module,
-        args: Any = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        criterion: str = "l1",
-        scope: str = "global",
-        min_channels: int = 1,
-        round_to: int = 1,
-        ignore: str | Iterable[str] = (),
-        batches: Iterable | None = None,
-        loss_fn: Callable | None = None,
-        seed: int = 0,
+        self, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        if scope not in SCOPES:
-            raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
-        for name, value in (("min_channels", min_channels), ("round_to", round_to)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
-        check_criterion(criterion, batches, UNIT_CRITERIA)
-        parts = named_parts(model, ignore, "ignore")
-        self._model, self._scope = model, scope
+        choice = Choice(**options)
+        parts = named_parts(model, choice.ignore, "ignore")
+        self._model, self._scope = model, choice.scope
         self.coupling = coupling = Coupling.of(model, args, kwargs)
-        found = unit_scores(model, coupling.groups, criterion, batches, loss_fn=loss_fn, seed=seed)
+        scores = unit_scores(
+            model, coupling.groups, choice.criterion, choice.batches, loss_fn=choice.loss_fn, seed=choice.seed
+        )
         self._reasons = dict.fromkeys(_ignored(model, coupling, parts), "ignored")
         for i in range(len(coupling.groups)):
-            if i not in found:
-                self._reasons.setdefault(i, f"{criterion} has no score for it")
+            if i not in scores:
+                self._reasons.setdefault(i, f"{choice.criterion} has no score for it")
         self.clusters: list[_Cluster] = []
         for members in coupling.clusters():
             if stuck := [i for i in members if i in self._reasons]:
-                self._reasons |= {i: self._reasons[stuck[0]] for i in members}
+                self._reasons |= dict.fromkeys(members, self._reasons[stuck[0]])
             else:
-                self.clusters.append(_cluster(coupling.groups, members, found, min_channels, round_to))
+                self.clusters.append(_cluster(coupling.groups, members, scores, choice))
         if not self.clusters:
             why = "; ".join(sorted(set(self._reasons.values())))
             raise InputError(f"No group is left to prune ({why}): take another criterion, or ignore less.")
@@ -336,20 +259,6 @@ class Planner:
         """How many a ratio is a fraction of."""
         return sum(cluster.channels * cluster.steps for cluster in self.clusters)
 
-    def _by_cluster(self, ratios: Mapping[str, float]) -> dict[int, float]:
-        """{cluster: ratio} of {group or parameter: ratio}"""
-        found: dict[int, float] = {}
-        groups = self.coupling.groups
-        for name, value in ratios.items():
-            own = set(_named(groups, name, "ratio"))
-            clusters = [n for n, cluster in enumerate(self.clusters) if own & set(cluster.groups)]
-            if not clusters:
-                raise InputError(f"ratio names {name!r}, which is left whole ({self._reasons[min(own)]}).")
-            for n in clusters:
-                if found.setdefault(n, value) != value:
-                    raise InputError(f"{name!r} hangs together with another group that has another ratio: give one.")
-        return found
-
     def macs(self, ratio: float) -> int:
         return self.coupling.macs(self.coupling.gone(self._removed(ratio)))
 
@@ -357,16 +266,31 @@ class Planner:
     def plan(self, ratio: float | Mapping[str, float]) -> Plan:
         return _plan(self._model, self.coupling, self._removed(ratio), self._reasons)
 
+    def pin_failing(self, ratio: float | Mapping[str, float], args: Any, kwargs: Mapping[str, Any] | None) -> bool:
+        """Leaves the groups whole from now on without which the proof fails, by halving; false if all do."""
+        removed = self._removed(ratio)
+
+        def failure(clusters: list[list[int]]) -> str:
+            part = {i: removed[i] for cluster in clusters for i in cluster}
+            try:
+                apply(self._model, _plan(self._model, self.coupling, part, {}), args, kwargs)
+            except EqualityError:
+                return "the proof fails without some of it"
+            return ""
+
+        reasons = failing([c.groups for c in self.clusters if any(removed[i].any() for i in c.groups)], failure)
+        self._reasons |= reasons
+        self.clusters = [cluster for cluster in self.clusters if not set(cluster.groups) & set(reasons)]
+        return bool(self.clusters)
+
     def _removed(self, ratio: float | Mapping[str, float]) -> dict[int, Tensor]:
         """{group: [units], true where a unit goes}"""
-        steps = self._steps(ratio)
         removed = {}
-        for cluster, n in zip(self.clusters, steps, strict=True):
+        for cluster, n in zip(self.clusters, self._steps(ratio), strict=True):
             n = _rounded(cluster, n)
             for i, order in zip(cluster.groups, cluster.order, strict=True):
-                units = torch.zeros(len(order), dtype=torch.bool)
-                units[order[: n * len(order) // cluster.steps]] = True
-                removed[i] = units
+                removed[i] = torch.zeros(len(order), dtype=torch.bool)
+                removed[i][order[: n * len(order) // cluster.steps]] = True
         return removed
 
     def _steps(self, ratio: float | Mapping[str, float]) -> list[int]:
@@ -388,27 +312,50 @@ class Planner:
         lowest[spread] = lowest_k(scores[spread], k)
         return [int(part.sum()) for part in lowest.split(lengths)]
 
+    def _by_cluster(self, ratios: Mapping[str, float]) -> dict[int, float]:
+        """{cluster: ratio} of {group or parameter: ratio}"""
+        result: dict[int, float] = {}
+        for name, value in ratios.items():
+            numbers = set(_named(self.coupling.groups, name, "ratio"))
+            clusters = [n for n, cluster in enumerate(self.clusters) if numbers & set(cluster.groups)]
+            if not clusters:
+                raise InputError(f"ratio names {name!r}, which stays whole ({self._reasons[min(numbers)]}).")
+            for n in clusters:
+                if result.setdefault(n, value) != value:
+                    raise InputError(f"{name!r} hangs together with another group that has another ratio: give one.")
+        return result
 
-def _cluster(
-    groups: Sequence[Group], members: list[int], found: Mapping[int, Tensor], least: int, round_to: int
-) -> _Cluster:
+
+def _ignored(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
+    """Groups whose channels are made, by any parameter, inside one of the named modules."""
+    names: dict[int, list[str]] = {}
+    for name, x in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(x), []).append(name)
+    ignored = {same[0] for same in names.values() if any(inside(name, part) for name in same for part in parts)}
+    return {
+        i
+        for i, group in enumerate(coupling.groups)
+        if any(m.role == "makes" and m.name in ignored for m in group.members)
+    }
+
+
+def _cluster(groups: Sequence[Group], members: list[int], scores: Mapping[int, Tensor], choice: Choice) -> _Cluster:
     steps = math.gcd(*(groups[i].units for i in members))
     order, parts, floor, grain = [], [], 1, 1
     for i in members:
-        values = found[i] / mean if (mean := found[i].mean()) > 0 else found[i]
-        own = values.argsort(stable=True)
-        order.append(own)
-        parts.append(values[own].view(steps, -1).mean(1))
+        values = scores[i] / mean if (mean := scores[i].mean()) > 0 else scores[i]
+        order.append(values.argsort(stable=True))
+        parts.append(values[order[-1]].view(steps, -1).mean(1))
         channels = groups[i].units * groups[i].width // steps  # of this group in a step
-        floor = max(floor, math.ceil(least / channels))
-        grain = math.lcm(grain, round_to // math.gcd(round_to, channels))
+        floor = max(floor, math.ceil(choice.min_channels / channels))
+        grain = math.lcm(grain, choice.round_to // math.gcd(choice.round_to, channels))
     channels = sum(groups[i].units * groups[i].width for i in members) // steps
     return _Cluster(members, steps, torch.stack(parts).mean(0), order, channels, min(floor, steps), grain)
 
 
 def _rounded(cluster: _Cluster, n: int) -> int:
     """Steps that go, after min_channels and round_to, which change how many stay."""
-    left = cluster.steps - n
+    stay = cluster.steps - n
     if n and cluster.grain > 1:
-        left = max(math.floor(left / cluster.grain + 0.5), 1) * cluster.grain
-    return cluster.steps - min(max(left, cluster.floor), cluster.steps)
+        stay = max(math.floor(stay / cluster.grain + 0.5), 1) * cluster.grain
+    return cluster.steps - min(max(stay, cluster.floor), cluster.steps)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from labkit.errors import EqualityError
 from labkit.models import quietly
-from labkit.pruning import anatomy, equality, surgery, tracing
+from labkit.pruning import anatomy, equality, surgery
 from labkit.pruning.channels import Plan, Pruned, Units
+from labkit.pruning.coupling import fits, tracing
 
 
-def outputs_kept(model: nn.Module, name: str, kept: Tensor) -> surgery.Kept:
+def outputs_kept(model: nn.Module, name: str, kept: Tensor) -> fits.Keep:
     """`kept` of the outputs of the linear module `name`: rows of its matrix (columns of a Conv1D) and of its bias."""
     module = model.get_submodule(name)
     found = {f"{name}.weight": {anatomy.out_dim(module): kept}}
@@ -27,15 +28,15 @@ def outputs_kept(model: nn.Module, name: str, kept: Tensor) -> surgery.Kept:
     return found
 
 
-def inputs_kept(model: nn.Module, name: str, kept: Tensor) -> surgery.Kept:
+def inputs_kept(model: nn.Module, name: str, kept: Tensor) -> fits.Keep:
     """`kept` of what the linear module `name` reads."""
     return {f"{name}.weight": {1 - anatomy.out_dim(model.get_submodule(name)): kept}}
 
 
 def cut(
     model: nn.Module,
-    kept: surgery.Kept,
-    attributes: surgery.Attributes,
+    kept: fits.Keep,
+    attributes: fits.Attributes,
     units: tuple[Units, ...],
     *,
     kwargs: Mapping[str, Any] | None,
@@ -44,7 +45,7 @@ def cut(
 ) -> Pruned:
     """A copy of `model` cut to `kept` and proved on `kwargs` (None: `anatomy.example`), with `config` where it fits."""
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
-    linear = surgery.attributes(model, kept, {})
+    linear = fits.attributes(model, kept, {})
     attributes = {name: {**linear.get(name, {}), **attributes.get(name, {})} for name in {**linear, **attributes}}
     record = tracing.record(model, (), kwargs)
     gone = _gone(record, kept)
@@ -76,14 +77,14 @@ def macs(record: tracing.Record) -> int:
     return sum(cost.macs for cost in record.costs)
 
 
-def _gone(record: tracing.Record, kept: surgery.Kept) -> np.ndarray:
+def _gone(record: tracing.Record, kept: fits.Keep) -> np.ndarray:
     """Which labels go."""
     gone = np.zeros(record.labels.count, dtype=bool)
-    for entry in record.entries:
-        if entry.dim in kept.get(entry.name, {}):
-            stays = np.zeros(entry.size, dtype=bool)
-            stays[kept[entry.name][entry.dim].numpy()] = True
-            gone[entry.base : entry.base + entry.size] = ~stays
+    for axis in record.axes:
+        if axis.dim in kept.get(axis.name, {}):
+            stays = np.zeros(axis.size, dtype=bool)
+            stays[kept[axis.name][axis.dim].numpy()] = True
+            gone[axis.base : axis.base + axis.size] = ~stays
     return gone
 
 

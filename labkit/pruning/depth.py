@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
 from labkit.errors import EqualityError, InputError
-from labkit.pruning import anatomy, cuts, surgery, tracing
+from labkit.pruning import anatomy, cuts, surgery
 from labkit.pruning.blockwise import hidden, layers_of, remembering, resuming, skipping
 from labkit.pruning.channels import Plan, Pruned, Units
+from labkit.pruning.coupling import tracing
 from labkit.pruning.equality import Report
 
 METHODS = ("cosine", "angular", "l2", "loss")

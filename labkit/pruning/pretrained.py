@@ -2,7 +2,7 @@
 
 `load` needs no dense model and no history: it builds the architecture from the config and cuts it to the shapes and
 numbers (heads of each layer, widths) of the pruned model. Healing and several prunings in a row are fine. Files are
-written and read by `checkpoints`; nothing is unpickled.
+written and read by `surgery`; nothing is unpickled.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import nn
 
 from labkit.errors import DataError, InputError
 from labkit.models import quietly
-from labkit.pruning import checkpoints, cuts, surgery
+from labkit.pruning import cuts, surgery
 from labkit.pruning.channels import Plan, Pruned
 
 
@@ -39,7 +39,7 @@ def save(pruned: Pruned | nn.Module, folder: str | Path) -> None:
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-    checkpoints.save(Pruned(model, plan, pruned.report if isinstance(pruned, Pruned) else None), folder)
+    surgery.save(Pruned(model, plan, pruned.report if isinstance(pruned, Pruned) else None), folder)
 
 
 def load(folder: str | Path) -> Pruned:
@@ -57,7 +57,7 @@ def load(folder: str | Path) -> Pruned:
         raise DataError(f"{folder} holds no pruned transformer that can be read ({error}): save it again.") from error
     with _default_dtype(getattr(config, "dtype", None) or torch.float32):
         dense = cuts.architecture(kind, config, device="cpu")
-    found = checkpoints.load(dense, folder)
+    found = surgery.load(dense, folder)
     if found.model.can_generate() and (Path(folder) / "generation_config.json").exists():
         found.model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     return replace(found, model=found.model.eval())
@@ -70,8 +70,8 @@ def _known(model: nn.Module) -> Any:
     if isinstance(model, transformers.PreTrainedModel) and getattr(transformers, kind.__name__, None) is kind:
         return model
     raise InputError(
-        f"{type(model).__name__} is no model of transformers, whose config could rebuild it: use checkpoints.save, and "
-        "checkpoints.load with the dense model."
+        f"{type(model).__name__} is no model of transformers, whose config could rebuild it: use surgery.save, and "
+        "surgery.load with the dense model."
     )
 
 

@@ -1,91 +1,116 @@
 """Cutting: a new model with the kept entries of every parameter and buffer, and module attributes that agree.
 
-Which entries are kept, and what attributes become, is a plan's business (`channels`). The model that is cut is only
+A `Plan` says which entries are kept and what attributes become; `channels` makes one. The model that is cut is only
 read. Hooks, training flags, requires_grad, dtype, device and memory format stay as they are; gradients are not copied.
+A pruned model is saved as safetensors with its plan in JSON, and rebuilt from the dense model: where layers have lost
+different numbers of channels no configuration file can say so. Nothing is unpickled.
 """
 
-import contextlib
-import copy
+import hashlib
+import json
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import DataError, InputError
+from labkit.files import replacing
+from labkit.pruning.coupling import Coupling
+from labkit.pruning.coupling.fits import Attributes, Keep, set_attributes_, shape, tensors_of
+from labkit.pruning.coupling.tracing import duplicate_model
+from labkit.pruning.equality import Report
 
-Kept = Mapping[str, Mapping[int, Tensor]]
-Attributes = Mapping[str, Mapping[str, Any]]
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PIECE = 2**20  # bytes
+WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+
+
+@dataclass(frozen=True)
+class Units:
+    """What happens to one group: how many units it has, how many of them go, and how many channels a unit is."""
+
+    name: str
+    units: int
+    removed: int
+    width: int
+    reason: str = ""  # why none goes, where the plan and not the choice decided it
+
+    @property
+    def left(self) -> int:
+        return self.units - self.removed
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which entries of which parameters stay. Pairs are (before, after); macs are multiply-adds of the example call.
+
+    kept: {parameter or buffer: {dimension: kept indices}}, only where something goes; names are the first ones of
+    `named_parameters` and `named_buffers`. attributes: {module: {attribute: new value}}. coupling, gone: the trace, and
+    which of its labels go; None in a plan that was read from a file.
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+    attributes: Mapping[str, Mapping[str, Any]]
+    units: tuple[Units, ...]
+    unprunable: tuple[tuple[str, str], ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    bytes: tuple[int, int]
+    coupling: Coupling | None = field(default=None, repr=False)
+    gone: np.ndarray | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        wide = max([len(row.name) for row in self.units] + [5])
+        lines = [f"{'group':{wide}}  channels  removed     left"]
+        for row in self.units:
+            n, gone = row.units * row.width, row.removed * row.width
+            unit = f"  in units of {row.width}" if row.width > 1 else ""
+            lines.append(f"{row.name:{wide}}  {n:8}  {gone:7}  {n - gone:7}{unit}{'  ' * bool(row.reason)}{row.reason}")
+        totals = {"parameters": self.parameters, "multiply-adds": self.macs, "bytes": self.bytes}
+        for label, (before, after) in totals.items():
+            share = f" (-{1 - after / before:.1%})" if before else ""
+            lines.append(f"{label}: {before:,} -> {after:,}{share}")
+        if self.unprunable:
+            lines.append(f"stays: {len(self.unprunable)} dimensions, see .unprunable")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned model, the plan that it was cut by, and what the equality check said (None where it was left out)."""
+
+    model: nn.Module
+    plan: Plan
+    report: Report | None
 
 
 @torch.inference_mode(False)  # the new model is to be trained, wherever it was cut
-def cut(model: nn.Module, kept: Kept, attributes: Attributes) -> nn.Module:
-    """A copy of `model` with only the kept entries, and `attributes` set."""
+def cut(model: nn.Module, keep: Keep, attributes: Attributes) -> nn.Module:
+    """A copy of `model` with only the entries in `keep` ({parameter: {dimension: indices}}), and `attributes` set."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    memory: dict[int, Any] = {}
-    unknown = set(kept) - {name for name, _ in named}
-    if unknown:
-        raise InputError(f"The plan is of another model: this one has no {sorted(unknown)[0]!r}.")
-    chosen: dict[int, Mapping[int, Tensor]] = {id(x): kept[name] for name, x in named if name in kept}
-    for _, x in named:
-        if id(x) not in memory:
-            memory[id(x)] = _sliced(x, chosen.get(id(x), {}))
-    for module in model.modules():  # each has a dozen dictionaries for hooks, which deepcopy would take to pieces
-        memory |= {id(x): type(x)() for x in vars(module).values() if type(x) in (dict, OrderedDict, set) and not x}
-    try:
-        new = copy.deepcopy(model, memory)
-    except Exception as error:
-        raise InputError(
-            f"The model cannot be copied ({error}): remove what its modules keep besides parameters, such as tensors "
-            "with a gradient that a hook has stored."
-        ) from error
-    _set(new, attributes)
+    if unknown := set(keep) - {name for name, _ in named}:
+        raise InputError(f"The plan is of another model: this one has no {min(unknown)!r}.")
+    indices = {id(x): keep[name] for name, x in named if name in keep}
+    new = duplicate_model(model, {id(x): _sliced(x, indices.get(id(x), {})) for _, x in tensors_of(model)})
+    set_attributes_(new, attributes)
     return new
 
 
-def _set(model: nn.Module, attributes: Attributes) -> None:
-    for name, values in attributes.items():
-        module = model.get_submodule(name)
-        for attribute, value in values.items():
-            setattr(module, attribute, value)
-
-
-@contextlib.contextmanager
-def as_if_cut(model: nn.Module, kept: Kept, attributes: Attributes) -> Iterator[Callable]:
-    """A function that runs `model` as it would be after the cut, on the meta device; afterwards all is as it was."""
-    tensors = {}
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        own = kept.get(name, {})
-        if x.is_floating_point() or x.is_complex():
-            shape = [len(own[d]) if d in own else n for d, n in enumerate(x.shape)]
-            tensors[name] = torch.empty(shape, dtype=x.dtype, device="meta")
-        else:
-            tensors[name] = _sliced(x, own).cpu()
-    before = {
-        name: {key: getattr(model.get_submodule(name), key) for key in values} for name, values in attributes.items()
-    }
-    try:
-        _set(model, attributes)
-        yield lambda *args, **kwargs: torch.func.functional_call(model, tensors, args, kwargs)
-    finally:
-        _set(model, before)
-
-
-def _sliced(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     """The kept entries of x, a Parameter where x is one; always memory of its own."""
-    for dim, indices in kept.items():
+    for dim, indices in keep.items():
         if dim >= x.dim() or (len(indices) and int(indices.max()) >= x.shape[dim]):
             raise InputError(
                 f"The plan keeps index {int(indices.max())} of dimension {dim} of a parameter of shape "
                 f"{list(x.shape)}: it is a plan of another model."
             )
-    data = _chosen(x.detach(), sorted((dim, indices.to(x.device)) for dim, indices in kept.items()))
-    if kept and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    data = _selected(x.detach(), sorted((dim, indices.to(x.device)) for dim, indices in keep.items()))
+    if keep and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         data = data.contiguous(memory_format=torch.channels_last)
     if not isinstance(x, nn.Parameter):
         return data
@@ -94,96 +119,125 @@ def _sliced(x: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return parameter
 
 
-def _chosen(x: Tensor, kept: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """x.index_select along each dimension, by pieces that stay in a cache: what only one dimension chose is large."""
-    if not kept:
+def _selected(x: Tensor, keep: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """x.index_select along each dimension, by pieces that stay in a cache: x cut along one dimension only is large."""
+    if not keep:
         return x.clone()
-    (dim, rows), *rest = kept
+    (dim, rows), *rest = keep
     if not rest or dim > 0:
-        for dim, indices in kept:
+        for dim, indices in keep:
             x = x.index_select(dim, indices)
         return x
-    shape = [len(dict(kept).get(d, range(n))) for d, n in enumerate(x.shape)]
-    chosen, start = x.new_empty(shape), 0
+    result, start = x.new_empty(shape(x, dict(keep))), 0
     for piece in rows.split(max(PIECE * len(x) // max(x.nbytes, 1), 1)):
-        chosen[start : start + len(piece)] = _chosen(x.index_select(0, piece), rest)
+        result[start : start + len(piece)] = _selected(x.index_select(0, piece), rest)
         start += len(piece)
-    return chosen
+    return result
 
 
-# --- attributes -------------------------------------------------------------------------------------------------------
-
-
-def attributes(model: nn.Module, kept: Kept, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[str, Any]]:
-    """{module: {attribute: new value}} that agree with the kept entries.
-
-    Layers of torch.nn follow from the shapes of their parameters. Of any other module an integer that equals a size
-    which its forward pass wrote down as a number (a view's 768, 12 heads) becomes what that size becomes.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    shapes = _shapes(model, kept)
-    for name, module in model.named_modules():
-        new = _layer(module, shapes) | _numbers(module, sizes.get(name, {}))
-        if changed := {key: value for key, value in new.items() if getattr(module, key) != value}:
-            found[name] = changed
-    return found
-
-
-def _shapes(model: nn.Module, kept: Kept) -> dict[int, list[int]]:
-    """{id of a parameter or buffer: its shape after the cut}"""
-    shapes = {}
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        own = kept.get(name, {})
-        shapes[id(x)] = [len(own[d]) if d in own else n for d, n in enumerate(x.shape)]
-    return shapes
-
-
-def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]:
-    """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters."""
-    weight = module._parameters.get("weight")
-    shape = None if weight is None else shapes[id(weight)]
-    if isinstance(module, nn.MultiheadAttention):
-        return {}  # its numbers are written down in its forward pass
-    if shape is None:
-        return {}
-    if isinstance(module, CONVOLUTIONS):
-        groups = module.groups * shape[0] // weight.shape[0] if module.groups > 1 else 1
-        first, second = shape[0], shape[1] * groups
-        into, out = (first, second) if module.transposed else (second, first)
-        return {"in_channels": into, "out_channels": out, "groups": groups}
-    if isinstance(module, nn.Linear):
-        return {"out_features": shape[0], "in_features": shape[1]}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": shape[0]}
-    if isinstance(module, nn.GroupNorm):
-        groups = module.num_groups if module.num_groups == 1 else module.num_groups * shape[0] // weight.shape[0]
-        return {"num_channels": shape[0], "num_groups": groups}
-    if isinstance(module, nn.LayerNorm):
-        return {"normalized_shape": tuple(shape)}
-    if isinstance(module, nn.Embedding):
-        return {"embedding_dim": shape[1]}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": shape[0]}
-    if {"nf", "nx"} <= vars(module).keys():
-        return {"nx": shape[0], "nf": shape[1]}
-    return {}
-
-
-def _numbers(module: nn.Module, sizes: Mapping[int, int]) -> dict[str, int]:
-    if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
-        return {}
-    return {name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes}
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def parameters(model: nn.Module, kept: Kept | None = None) -> tuple[int, int]:
+def parameters(model: nn.Module, keep: Keep | None = None) -> tuple[int, int]:
     """(number of parameters, bytes of parameters and buffers) after the cut; what is shared counts once."""
     count = size = 0
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        own = (kept or {}).get(name, {})
-        numel = math.prod(len(own[d]) if d in own else n for d, n in enumerate(x.shape))
+    for name, x in tensors_of(model):
+        numel = math.prod(shape(x, (keep or {}).get(name, {})))
         count += numel if isinstance(x, nn.Parameter) else 0
         size += numel * x.element_size()
     return count, size
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def save(pruned: Pruned, folder: str | Path) -> None:
+    """Writes `weights.safetensors` and `plan.json` into `folder`, which is made; older ones are replaced at the end."""
+    folder, plan = Path(folder), pruned.plan
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(_state(pruned.model, plan), partial)
+    content = {
+        "version": 1,
+        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "kept": {name: {dim: x.tolist() for dim, x in dims.items()} for name, dims in plan.kept.items()},
+        "attributes": plan.attributes,
+        "units": [vars(row) for row in plan.units],
+        "unprunable": plan.unprunable,
+        "parameters": plan.parameters,
+        "macs": plan.macs,
+        "bytes": plan.bytes,
+        "report": None if pruned.report is None else str(pruned.report),
+    }
+    with replacing(folder / PLAN) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
+
+
+@torch.inference_mode(False)
+def load(model: nn.Module, folder: str | Path) -> Pruned:
+    """The pruned model that `folder` holds, cut from `model`: the same architecture, dense, with any weights.
+
+    Raises DataError where the files are missing or damaged, InputError if the plan is of another architecture.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        damaged = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() != content["sha256"]
+        state = {} if damaged else load_file(folder / WEIGHTS)
+        plan = _plan(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} holds no pruned model that can be read ({error}): save it again.") from error
+    if damaged:
+        raise DataError(f"{folder / WEIGHTS} is damaged, or not of the plan beside it: save the model again.")
+    try:
+        new = cut(model, plan.kept, _as_they_are(model, plan.attributes))
+    except (IndexError, AttributeError) as error:
+        raise InputError(f"The plan in {folder} is of another architecture ({error}).") from error
+    expected = {name: (x.shape, x.dtype) for name, x in _state(new, plan).items()}
+    saved = {name: (x.shape, x.dtype) for name, x in state.items()}
+    if wrong := [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]:
+        raise InputError(
+            f"The plan in {folder} is of another architecture: {', '.join(sorted(wrong)[:3])} do not agree with it."
+        )
+    with torch.no_grad():
+        target = _tensors(new, plan)
+        for name, value in state.items():
+            target[name].copy_(value)
+    return Pruned(new, plan, None)
+
+
+def _plan(content: dict[str, Any]) -> Plan:
+    return Plan(
+        kept={
+            n: {int(d): torch.tensor(x, dtype=torch.int64) for d, x in k.items()} for n, k in content["kept"].items()
+        },
+        attributes=content["attributes"],
+        units=tuple(Units(**row) for row in content["units"]),
+        unprunable=tuple(map(tuple, content["unprunable"])),
+        parameters=tuple(content["parameters"]),
+        macs=tuple(content["macs"]),
+        bytes=tuple(content["bytes"]),
+    )
+
+
+def _as_they_are(model: nn.Module, attributes: Attributes) -> dict[str, dict[str, Any]]:
+    """JSON knows no tuples: values in the type that the module has now."""
+    modules = {name: model.get_submodule(name) for name in attributes}
+    return {
+        name: {key: type(getattr(modules[name], key))(value) for key, value in values.items()}
+        for name, values in attributes.items()
+    }
+
+
+def _tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The state_dict, and buffers that were cut though they are not in it: a fresh model has them whole."""
+    cut_buffers = {name: x for name, x in model.named_buffers() if name in plan.kept}
+    return {**model.state_dict(keep_vars=True), **cut_buffers}
+
+
+def _state(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """What is saved: the tensors without second names of the same memory."""
+    seen: set[Any] = set()
+    state = {}
+    for name, x in _tensors(model, plan).items():
+        memory = (x.data_ptr(), x.shape, x.stride())
+        if x.numel() == 0 or memory not in seen:
+            state[name] = x.detach().cpu().contiguous()
+        seen.add(memory)
+    return state

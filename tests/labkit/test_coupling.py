@@ -12,8 +12,8 @@ from torch import nn
 from labkit.errors import InputError
 from labkit.pruning.channels import prune
 from labkit.pruning.coupling import Coupling, trace
-from labkit.pruning.labels import Labels, components
-from labkit.pruning.rules import RULES
+from labkit.pruning.coupling.labels import Labels, components
+from labkit.pruning.coupling.rules import RULES
 
 
 def by_name(model, x):

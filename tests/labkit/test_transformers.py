@@ -15,7 +15,7 @@ from torch import nn
 
 from labkit import models
 from labkit.errors import DataError, InputError
-from labkit.pruning import anatomy, checkpoints, depth, pretrained, transformers
+from labkit.pruning import anatomy, depth, pretrained, surgery, transformers
 from labkit.pruning.channels import Pruned
 
 EVERY = list(FAMILIES)
@@ -262,13 +262,13 @@ def test_damaged_or_missing_files_are_told(tmp_path):
     with pytest.raises(DataError, match="save it again"):
         transformers.load(tmp_path)
     transformers.save(transformers.prune_ffn(family("bert"), 0.5), tmp_path)
-    (tmp_path / checkpoints.WEIGHTS).write_bytes(b"0" * 100)
+    (tmp_path / surgery.WEIGHTS).write_bytes(b"0" * 100)
     with pytest.raises(DataError, match="damaged"):
         transformers.load(tmp_path)
 
 
 def test_what_is_no_model_of_transformers_is_not_saved(tmp_path):
-    with pytest.raises(InputError, match=r"checkpoints\.save"):
+    with pytest.raises(InputError, match=r"surgery\.save"):
         pretrained.save(nn.Linear(2, 2), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -1,0 +1,167 @@
+"""A model without some entries, on the meta device: what its modules' numbers become, and does it do the same then?
+
+The operators have to come in the same order and give the shapes that the traced ones have without what is removed. So
+a pass that writes its sizes down is found out even where it happens to run. Nothing is computed.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from labkit.pruning.coupling.rules import Operation, Record
+from labkit.pruning.coupling.tracing import Abstract, abstract, duplicate, first_line, skeleton, undisturbed
+
+Keep = Mapping[str, Mapping[int, Tensor]]  # {parameter or buffer: {dimension: indices that stay}}
+Attributes = Mapping[str, Mapping[str, Any]]  # {module: {attribute: new value}}
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# What comes in the same order whatever the sizes are. Products and moves do not: torch folds and copies by size and
+# stride. But what they get wrong shows here, such as a softmax over as many rows as there were heads.
+_NAMES = """convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+native_layer_norm native_group_norm _softmax _log_softmax _safe_softmax relu relu6 sigmoid tanh gelu silu mish elu
+leaky_relu hardswish hardsigmoid hardtanh softplus _prelu_kernel pow rsqrt embedding cat mean max_pool2d_with_indices
+avg_pool2d _adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d roll constant_pad_nd linalg_vector_norm"""
+COMPARED = frozenset(_NAMES.split())
+
+
+class _Differs(Exception):
+    """The pass does something else."""
+
+
+def trial(
+    model: nn.Module, record: Record, gone: np.ndarray, keep: Keep, attributes: Attributes, args: tuple, kwargs: Mapping
+) -> str:
+    """What goes wrong when `model` runs without the labels in `gone`; "" if every operator gives what it should."""
+    tensors = {id(x): _abstract(x, keep.get(name, {})) for name, x in tensors_of(model)}
+    comparing = _Comparing(record.operations, gone)
+    try:
+        for training in (False, True) if record.trained else (False,):
+            cut = skeleton(model, tensors, training=training)
+            set_attributes_(cut, attributes)
+            inputs, options = duplicate((args, dict(kwargs)), abstract)
+            with undisturbed(), Abstract() if training else comparing:
+                cut(*inputs, **options)
+    except Exception as failure:  # a forward pass can fail in any way
+        return first_line(failure)
+    return comparing.unmet()
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each once, by its first name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:
+    return [len(keep[d]) if d in keep else n for d, n in enumerate(x.shape)]
+
+
+def _abstract(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
+    if x.is_floating_point() or x.is_complex():
+        return torch.empty(shape(x, keep), dtype=x.dtype, device="meta")
+    for dim, indices in keep.items():
+        x = x.index_select(dim, indices.to(x.device))
+    return abstract(x)
+
+
+class _Comparing(Abstract):
+    """Compares what the operators give with what they gave in the trace, less what is gone."""
+
+    def __init__(self, operations: list[Operation], gone: np.ndarray) -> None:
+        super().__init__()
+        self._expected = [operation for operation in operations if operation.name in COMPARED]
+        self._gone, self._next = gone, 0
+
+    def run(self, name: str, func: Any, args: tuple, kwargs: dict, touched: bool) -> Any:
+        out = func(*args, **kwargs)
+        first = out[0] if isinstance(out, (list, tuple)) and out else out
+        if touched and name in COMPARED and isinstance(first, Tensor):
+            if self._next == len(self._expected) or self._expected[self._next].name != name:
+                raise _Differs(f"{name} comes where it did not before")
+            operation = self._expected[self._next]
+            self._next += 1
+            expected = list(operation.shape)
+            for span in operation.spans:
+                if (here := self._gone[span.labels]).any():
+                    for axis, dim in enumerate(span.dims):
+                        expected[dim] = remaining(here, axis)
+            if list(first.shape) != expected:
+                place = operation.module or "the model"
+                raise _Differs(f"{name} in {place} gives {list(first.shape)}, not {expected}")
+        return out
+
+    def unmet(self) -> str:
+        rest = self._expected[self._next :]
+        return f"{rest[0].name} does not come any more" if rest else ""
+
+
+def remaining(gone: np.ndarray, axis: int) -> int:
+    """How many slices along `axis` have something that stays."""
+    return int((~gone).any(tuple(i for i in range(gone.ndim) if i != axis)).sum())
+
+
+# --- attributes -------------------------------------------------------------------------------------------------------
+
+
+def set_attributes_(model: nn.Module, attributes: Attributes) -> None:
+    for name, values in attributes.items():
+        module = model.get_submodule(name)
+        for attribute, value in values.items():
+            setattr(module, attribute, value)
+
+
+def attributes(model: nn.Module, keep: Keep, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[str, Any]]:
+    """{module: {attribute: new value}} that agree with the entries that stay.
+
+    Layers of torch.nn follow from the shapes of their parameters. Of any other module a number, alone or in a tuple or
+    list, that equals a size which its forward pass wrote down (a view's 768, 12 heads) becomes what that size becomes.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    shapes = {id(x): shape(x, keep.get(name, {})) for name, x in tensors_of(model)}
+    for name, module in model.named_modules():
+        new = _layer(module, shapes) | _numbers(module, sizes.get(name, {}))
+        if changed := {key: value for key, value in new.items() if getattr(module, key) != value}:
+            result[name] = changed
+    return result
+
+
+def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]:
+    """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters."""
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(module, nn.MultiheadAttention):  # whose numbers its forward pass writes down
+        return {}
+    now = shapes[id(weight)]
+    if isinstance(module, CONVOLUTIONS):
+        groups = module.groups * now[0] // weight.shape[0] if module.groups > 1 else 1
+        into, out = (now[0], now[1] * groups) if module.transposed else (now[1] * groups, now[0])
+        return {"in_channels": into, "out_channels": out, "groups": groups}
+    if isinstance(module, nn.GroupNorm):
+        groups = module.num_groups if module.num_groups == 1 else module.num_groups * now[0] // weight.shape[0]
+        return {"num_channels": now[0], "num_groups": groups}
+    if isinstance(module, nn.LayerNorm):
+        return {"normalized_shape": tuple(now)}
+    if isinstance(module, nn.Linear):
+        return {"out_features": now[0], "in_features": now[1]}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"num_features": now[0]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": now[1]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": now[0]}
+    return {"nx": now[0], "nf": now[1]} if {"nf", "nx"} <= vars(module).keys() else {}
+
+
+def _numbers(module: nn.Module, sizes: Mapping[int, int]) -> dict[str, Any]:
+    if not sizes or (type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention)):
+        return {}
+    result: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if type(value) is int and value in sizes:
+            result[name] = sizes[value]
+        elif type(value) in (tuple, list, torch.Size) and all(type(n) is int for n in value):
+            result[name] = type(value)(sizes.get(n, n) for n in value)
+    return result

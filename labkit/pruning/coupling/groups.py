@@ -1,0 +1,296 @@
+"""Which channels hang together: groups of parameter entries that can only be removed as one unit, found by tracing.
+
+What a unit is follows from the operators: a channel of a residual stage, a whole group of a grouped convolution, an
+attention head with its rows and columns. What cannot shrink is listed with the reason. Nothing is ranked or removed.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from labkit.errors import InputError
+from labkit.pruning.coupling import fits, tracing
+from labkit.pruning.coupling.labels import components
+from labkit.pruning.coupling.rules import Axis, Record
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Dimension `dim` of a parameter or buffer. units: [size of dim], the unit of each index, -1 where it has none.
+
+    role: "reads" if a product sums over the dimension (the columns that read a channel), else "makes".
+    """
+
+    name: str
+    dim: int
+    units: Tensor
+    role: str
+
+    def indices(self, unit: int) -> Tensor:
+        return (self.units == unit).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that are removed from the same parameters, each unit as a whole.
+
+    name: of the first parameter that makes the channels, with #2 and so on where another group has that name.
+    units: how many. width: channels in a unit, on average. link: groups with the same link that is not None have to
+    keep the same fraction of their units.
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+    link: int | None = None
+
+    @property
+    def width(self) -> int:
+        first = self.members[0].units
+        return int((first >= 0).sum()) // self.units
+
+    def __str__(self) -> str:
+        wide = f" of {self.width}" if self.width > 1 else ""
+        return f"{self.name}: {self.units} units{wide} in {len(self.members)} dimensions"
+
+
+def trace(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> list[Group]:
+    """The groups of `model(*args, **kwargs)`: which entries of which parameters and buffers must be removed together.
+
+    args: the example input, a tuple (a single tensor is taken as the one argument). No value is looked at, nothing is
+    computed, no weight is copied, and what the forward pass writes down is written down in a copy. The batch and all
+    other sizes of the input, and the sizes of the output, are fixed. Raises InputError if the model does not run on the
+    example, if its forward pass depends on values, or if nothing in the model can be pruned.
+    """
+    return list(Coupling.of(model, args, kwargs).groups)
+
+
+def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(args, (Tensor, Mapping)) or not isinstance(args, (tuple, list)):
+        args = (args,)
+    return tuple(args), dict(kwargs or {})
+
+
+@dataclass(eq=False)
+class Coupling:
+    """What a trace finds, ready to say what a choice of units means for every parameter.
+
+    roots: per group the class of each unit. numbers: a number that a module has written down follows a size that
+    shrinks even where the module has written down an equal one that does not.
+    """
+
+    record: Record
+    classes: np.ndarray  # of every label
+    reasons: Mapping[int, str]  # of the classes that stay
+    groups: tuple[Group, ...]
+    roots: tuple[np.ndarray, ...]
+    numbers: bool = False
+
+    @classmethod
+    @torch.inference_mode(False)  # what is made here outlives the caller's mode
+    def of(cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> "Coupling":
+        args, kwargs = arguments(args, kwargs)
+        record = tracing.record(model, args, kwargs)
+        classes, reasons = record.labels.resolve()
+        coupling = cls(record, classes, reasons, *_groups(record, classes, reasons))
+        if not coupling.groups:
+            raise InputError(coupling._nothing())
+        return coupling._fitting(model, args, kwargs)
+
+    # --- what the forward pass allows ---------------------------------------------------------------------------------
+
+    def _fitting(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> "Coupling":
+        """Self, if the model's forward pass runs without one unit of each group; else with what it takes to run.
+
+        A forward pass may write down that the width of its input is heads x head size (nn.MultiheadAttention, Swin).
+        Groups that meet in such a module with the same size are then linked. What still fails does not shrink; links
+        only stay where that leaves more groups.
+        """
+
+        def failure(coupling: Coupling, clusters: list[list[int]]) -> str:
+            gone = coupling._one_step([i for cluster in clusters for i in cluster])
+            if not gone.any():
+                return ""
+            keep = coupling.kept(gone)
+            attributes = coupling.attributes(model, keep, gone)
+            return fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
+
+        linked = self._linked()
+        for candidate in (self, replace(self, numbers=True), linked, replace(linked, numbers=True)):
+            if not failure(candidate, candidate.clusters()):
+                return candidate
+        pinned = []
+        for candidate in (linked, self, replace(self, numbers=True)):
+            reasons = failing(candidate.clusters(), lambda clusters, c=candidate: failure(c, clusters))
+            pinned.append(
+                candidate.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
+            )
+        best = max(pinned, key=lambda candidate: len(candidate.groups))
+        if not best.groups or failure(best, best.clusters()):
+            raise InputError(best._nothing())
+        return best
+
+    def _linked(self) -> "Coupling":
+        """Groups that have the same size in a view of the same module are linked."""
+        group_of = np.full(len(self.classes), -1, dtype=np.int64)
+        for i, units in enumerate(self.roots):
+            group_of[units] = i
+        seen: dict[tuple[str, int], int] = {}
+        a, b = [], []
+        for module, size, labels, _ in self.record.sizes:
+            groups = np.unique(group_of[self.classes[labels]]) if labels is not None and labels.ndim == 1 else ()
+            if len(groups) == 1 and groups[0] >= 0:
+                a.append(int(groups[0]))
+                b.append(seen.setdefault((module, size), int(groups[0])))
+        links = components(len(self.groups), np.array(a, dtype=np.int64), np.array(b, dtype=np.int64)).tolist()
+        linked = (
+            replace(group, link=link if links.count(link) > 1 else None)
+            for group, link in zip(self.groups, links, strict=True)
+        )
+        return replace(self, groups=tuple(linked))
+
+    def _one_step(self, groups: list[int]) -> np.ndarray:
+        """`gone` if the last unit of each of these groups goes, of linked groups the last equal part."""
+        removed = {}
+        for cluster in self.clusters():
+            steps = math.gcd(*(self.groups[i].units for i in cluster))
+            for i in set(groups) & set(cluster) if steps > 1 else ():
+                removed[i] = torch.arange(self.groups[i].units) >= self.groups[i].units * (steps - 1) // steps
+        return self.gone(removed)
+
+    def pinned(self, reasons: Mapping[int, str]) -> "Coupling":
+        """The same without these groups, {number: why they stay}."""
+        rows = dict(self.reasons)
+        for i, reason in reasons.items():
+            rows |= dict.fromkeys(self.roots[i].tolist(), reason)
+        free = [i for i in range(len(self.groups)) if i not in reasons]
+        groups, roots = tuple(self.groups[i] for i in free), tuple(self.roots[i] for i in free)
+        return replace(self, reasons=rows, groups=groups, roots=roots)
+
+    # --- what it says -------------------------------------------------------------------------------------------------
+
+    def clusters(self) -> list[list[int]]:
+        """Numbers of the groups that keep the same fraction, each by itself where nothing links it."""
+        clusters: dict[Any, list[int]] = {}
+        for i, group in enumerate(self.groups):
+            clusters.setdefault(("alone", i) if group.link is None else group.link, []).append(i)
+        return list(clusters.values())
+
+    def _nothing(self) -> str:
+        why = "; ".join(f"{what}: {reason}" for what, reason in self.unprunable[:3])
+        return f"Nothing in this model can be pruned ({why or 'it has no parameters that its forward pass uses'})."
+
+    @cached_property
+    def unprunable(self) -> list[tuple[str, str]]:
+        """(parameter and dimension, why it stays), for those of which nothing can be removed."""
+        free = {(m.name, m.dim) for group in self.groups for m in group.members}
+        rows = []
+        for axis in self.record.axes:
+            if (axis.name, axis.dim) in free or axis.name in self.record.constants:
+                continue
+            classes = np.unique(self.classes[axis.base : axis.base + axis.size]).tolist()
+            reasons = sorted({self.reasons[c] for c in classes if self.reasons.get(c)})
+            if reasons or any(c not in self.reasons for c in classes):
+                why = "; ".join(reasons) or "all of it hangs together as one unit"
+                rows.append((f"{axis.name} dimension {axis.dim}", why))
+        return rows + [(name, "is not used by the forward pass") for name in self.record.unused]
+
+    def gone(self, removed: Mapping[int, Tensor]) -> np.ndarray:
+        """Which labels go, [labels], if of group i the units go where removed[i] ([units], bool) is true."""
+        gone = np.zeros(len(self.classes), dtype=bool)
+        for i, units in removed.items():
+            gone[self.roots[i][units.cpu().numpy()]] = True
+        return gone[self.classes]
+
+    def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
+        """{parameter or buffer: {dimension: kept indices}}, only where something goes."""
+        keep: dict[str, dict[int, Tensor]] = {}
+        for axis in self.record.axes:
+            stays = ~gone[axis.base : axis.base + axis.size]
+            if not stays.all():
+                for name in self.record.names(axis.name):
+                    keep.setdefault(name, {})[axis.dim] = torch.from_numpy(stays.nonzero()[0])
+        return keep
+
+    def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
+        """{module: {attribute: new value}} without the labels in `gone`."""
+        return fits.attributes(model, keep, self._sizes(gone))
+
+    def _sizes(self, gone: np.ndarray) -> dict[str, dict[int, int]]:
+        """{module: {size written down as a number: what it becomes}}, where that is certain."""
+        seen: dict[tuple[str, int], set[int]] = {}
+        for module, size, labels, axis in self.record.sizes:
+            shrinks = labels is not None and gone[labels].any()
+            seen.setdefault((module, size), set()).add(fits.remaining(gone[labels], axis) if shrinks else size)
+        certain: dict[str, dict[int, int]] = {}
+        for (module, size), now in seen.items():
+            changed = now - {size}
+            if len(changed) == 1 and (len(now) == 1 or self.numbers):
+                certain.setdefault(module, {})[size] = changed.pop()
+        return certain
+
+    def macs(self, gone: np.ndarray | None = None) -> int:
+        """Multiply-adds of the products of the traced call, with the labels in `gone` removed."""
+        total = 0.0
+        for cost in self.record.costs:
+            shares = [1 - gone[labels].mean() for labels in cost.factors] if gone is not None else []
+            total += cost.macs * math.prod(shares)
+        return round(total)
+
+
+def failing(clusters: list[list[int]], failure) -> dict[int, str]:
+    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, "" if nothing."""
+    why = failure(clusters)
+    if not why or len(clusters) == 1:
+        return dict.fromkeys(clusters[0], why) if why else {}
+    half = len(clusters) // 2
+    parts = failing(clusters[:half], failure) | failing(clusters[half:], failure)
+    return parts or dict.fromkeys((i for cluster in clusters for i in cluster), why)
+
+
+def _groups(
+    record: Record, classes: np.ndarray, reasons: Mapping[int, str]
+) -> tuple[tuple[Group, ...], tuple[np.ndarray, ...]]:
+    """Classes that touch the same dimensions of the same parameters are the units of one group."""
+    free = np.ones(len(classes), dtype=bool)
+    free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False  # by class
+    signature = np.zeros(len(classes), dtype=np.uint64)
+    touched = [(axis, classes[axis.base : axis.base + axis.size]) for axis in record.axes]
+    for axis, roots in touched:
+        here = np.unique(roots[free[roots]])
+        signature[here] += np.uint64(zlib.crc32(f"{axis.name} {axis.dim}".encode()) * 0x9E3779B97F4A7C15 % 2**64)
+    members: dict[int, list[tuple[Axis, np.ndarray]]] = {}
+    for axis, roots in touched:
+        for s in np.unique(signature[roots[free[roots]]]).tolist():
+            members.setdefault(s, []).append((axis, roots))
+    reads = np.zeros(len(classes), dtype=bool)
+    for labels in record.contracted:
+        reads[labels] = True
+    groups: list[Group] = []
+    units_of: list[np.ndarray] = []
+    names: dict[str, int] = {}
+    for s, axes in members.items():
+        _, first = axes[0]
+        units, where = np.unique(first[free[first] & (signature[first] == np.uint64(s))], return_index=True)
+        units = units[np.argsort(where)]  # in the order of the first parameter
+        number = np.full(len(classes), -1, dtype=np.int64)
+        number[units] = np.arange(len(units))
+        made = tuple(
+            Member(axis.name, axis.dim, torch.from_numpy(number[roots]), "reads" if reads[axis.base] else "makes")
+            for axis, roots in axes
+        )
+        makers = [m.name for m in made if m.role == "makes" and m.name not in record.constants]
+        if len(units) < 2 or not makers:
+            continue
+        name = next((name for name in makers if name.endswith("weight")), makers[0])
+        names[name] = names.get(name, 0) + 1
+        groups.append(Group(name if names[name] == 1 else f"{name}#{names[name]}", len(units), made))
+        units_of.append(units)
+    return tuple(groups), tuple(units_of)

@@ -1,0 +1,239 @@
+"""Rules of `rules`: shapes. Views, cuts and joins move labels about, and say which sizes may be written down."""
+
+import numpy as np
+from torch import Tensor
+
+from labkit.pruning.coupling.labels import Span, Spans, moved, reshaped, shown, span_at, without
+from labkit.pruning.coupling.rules import Call, aligned, rule
+
+
+def _dim(c: Call, position: int, n: int, default: int = 0) -> int:
+    """The dimension that is argument number `position`, of n."""
+    return (c.args[position] if len(c.args) > position else default) % n
+
+
+@rule("view _unsafe_view reshape _reshape_alias")
+def view(c: Call) -> Spans:
+    x = c.args[0]
+    spans = reshaped(c.record.labels, c.spans(x), x.shape, c.out.shape) if x.numel() else ()
+    c.sized(c.out, spans)
+    return spans
+
+
+@rule("as_strided")
+def as_strided(c: Call) -> Spans | None:
+    """Only where it changes nothing but strides of dimensions of size 1 (pooling does so for channels-last inputs)."""
+    x, out = c.args[0], c.out
+    layouts = ([(n, s) for n, s in zip(y.shape, y.stride(), strict=True) if n > 1] for y in (x, out))
+    return c.spans(x) if x.shape == out.shape and next(layouts) == next(layouts) else None
+
+
+@rule("permute")
+def permute(c: Call) -> Spans:
+    order = [d % len(c.args[1]) for d in c.args[1]]
+    return moved(c.spans(c.args[0]), [order.index(d) for d in range(len(order))])
+
+
+@rule("transpose t")
+def transpose(c: Call) -> Spans:
+    n = c.args[0].dim()
+    if n < 2:
+        return c.spans(c.args[0])
+    a, b = (c.args[1] % n, c.args[2] % n) if len(c.args) > 2 else (0, 1)  # aten.t has no dimensions
+    return moved(c.spans(c.args[0]), [b if d == a else a if d == b else d for d in range(n)])
+
+
+@rule("unsqueeze")
+def unsqueeze(c: Call) -> Spans:
+    dim = c.args[1] % c.out.dim()
+    return moved(c.spans(c.args[0]), [d + (d >= dim) for d in range(c.args[0].dim())])
+
+
+@rule("squeeze")
+def squeeze(c: Call) -> Spans:
+    x = c.args[0]
+    dims = range(x.dim()) if len(c.args) < 2 else [c.args[1]] if isinstance(c.args[1], int) else c.args[1]
+    gone = {d % x.dim() for d in dims if x.shape[d] == 1} if x.dim() else set()
+    return without(c.spans(x), gone, x.dim(), c.out.dim())
+
+
+@rule("expand")
+def expand(c: Call) -> Spans:
+    """Repeated dimensions follow what they meet; the others keep their labels."""
+    x, shift = c.args[0], c.out.dim() - c.args[0].dim()
+    repeated = [d for d in range(c.out.dim()) if d < shift or x.shape[d - shift] != c.out.shape[d]]
+    spans = (*aligned(x, c.out, c.spans(x)).spans, *c.record.free(c.out, repeated))
+    c.sized(c.out, spans)
+    return spans
+
+
+@rule("repeat")
+def repeat(c: Call) -> Spans:
+    """Labels repeated as the entries are."""
+    x, times = c.args[:2]
+    spans = aligned(x, c.out, c.spans(x)).spans
+    return tuple(Span(span.dims, np.tile(span.labels, [times[d] for d in span.dims])) for span in spans)
+
+
+@rule("cat")
+def cat(c: Call) -> Spans:
+    """Labels one after the other along the dimension; the other dimensions are tied, as in a sum."""
+    dim = _dim(c, 1, c.out.dim())
+    parts = [x for x in c.args[0] if x.dim() == c.out.dim() and x.numel()]
+    reason = "is joined with a part of fixed size"
+    spans = [c.spans(x) for x in parts]
+    dims = [set(span.dims) for part in spans if (span := span_at(part, dim))]
+    fixed: set[int] = set()
+    if dims and len(dims) == len(parts):  # heads in one part and positions inside them in another: what both have
+        fixed = set.union(*dims) - set.intersection(*dims)
+    elif any(len(several) > 1 for several in dims):
+        fixed = {dim}
+    spans = [c.fix(part, fixed, reason) for part in spans]
+    along = [span_at(part, dim) for part in spans]
+    rest = [tuple(span for span in part if dim not in span.dims) for part in spans]
+    sides = [aligned(x, c.out, part) for x, part in zip(parts, rest, strict=True)]
+    result = c.combine(sides)
+    if not any(along):
+        return result
+    joined = next(span.dims for span in along if span)
+    pieces = []
+    for x, span in zip(parts, along, strict=True):
+        if span is None:
+            span = Span((dim,), c.record.labels.fresh(x.shape[dim]))
+            c.fix((span,), (dim,), reason)
+        pieces.append(span.labels)
+    return (*result, Span(joined, np.concatenate(pieces, axis=joined.index(dim))))
+
+
+@rule("stack")
+def stack(c: Call) -> Spans:
+    spans = c.combine([aligned(x, c.args[0][0], c.spans(x)) for x in c.args[0]])
+    dim = _dim(c, 1, c.out.dim())
+    return moved(spans, [d + (d >= dim) for d in range(c.out.dim() - 1)])
+
+
+def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -> Spans:
+    """x.narrow(dim, start, length): of a span of several dimensions the cut one is fixed, its labels are the part's.
+
+    A dimension that has labels by itself stays prunable where the cut is one of its equal pieces, evenly over them.
+    """
+    size = x.shape[dim]
+    spans = c.spans(x)
+    span = span_at(spans, dim)
+    if span is None or (start == 0 and length == size and step == 1):
+        return spans
+    rest = tuple(other for other in spans if other is not span)
+    if len(span.dims) > 1:
+        axis = span.dims.index(dim)
+        c.tie(span.labels.take([0], axis), span.labels)
+        return (*rest, Span(span.dims, span.labels.take(range(start, start + length * step, step), axis)))
+    if not length or step > 1 or size % length or start % length:
+        return c.fix(spans, (dim,), "is cut at a fixed position")
+    c.record.labels.keep_even(list(span.labels.reshape(-1, length)), c.because("is cut into pieces of one size"))
+    return (*rest, Span((dim,), span.labels[start : start + length]))
+
+
+@rule("slice")
+def slice_(c: Call) -> Spans:
+    x, dim = c.args[0], _dim(c, 1, c.args[0].dim())
+    start, end, step = (*c.args[2:5], *[None, None, 1][len(c.args[2:5]) :])
+    start, end, step = slice(start, end, step).indices(x.shape[dim])
+    spans = _cut(c, x, dim, start, c.out.shape[dim], step)
+    c.sized(c.out, spans)
+    return shown(spans, c.out.shape)
+
+
+@rule("split split_with_sizes")
+def split(c: Call) -> list[Spans]:
+    x, dim = c.args[0], _dim(c, 2, c.args[0].dim())
+    results, start = [], 0
+    for part in c.out:
+        spans = _cut(c, x, dim, start, part.shape[dim])
+        c.sized(part, spans)
+        results.append(shown(spans, part.shape))
+        start += part.shape[dim]
+    return results
+
+
+def _entry(c: Call, x: Tensor, dim: int, index: int) -> Spans:
+    """x without dimension `dim`, of which one entry is taken: it keeps its size."""
+    spans = c.spans(x)
+    span = span_at(spans, dim)
+    if span is not None and len(span.dims) == 1:
+        spans = c.fix(spans, (dim,), "is indexed at a fixed position")
+    elif span is not None:
+        axis = span.dims.index(dim)
+        c.tie(span.labels.take([0], axis), span.labels)
+        taken = Span(span.dims, span.labels.take([index], axis))
+        spans = tuple(taken if other is span else other for other in spans)
+    return moved(spans, [None if d == dim else d - (d > dim) for d in range(x.dim())])
+
+
+@rule("select")
+def select(c: Call) -> Spans:
+    x, dim = c.args[0], _dim(c, 1, c.args[0].dim())
+    return _entry(c, x, dim, c.args[2] % x.shape[dim])
+
+
+@rule("unbind")
+def unbind(c: Call) -> list[Spans]:
+    x, dim = c.args[0], _dim(c, 1, c.args[0].dim())
+    return [_entry(c, x, dim, i) for i in range(x.shape[dim])]
+
+
+@rule("index")
+def index(c: Call) -> Spans:
+    """x[i, j, :]: the indexed dimensions keep their size; the results' dimensions stand where the first of them was."""
+    x, indices = c.args[:2]
+    indexed = [d for d, i in enumerate(indices) if i is not None]
+    for i in (i for i in indices if i is not None):
+        c.fix(c.spans(i), range(i.dim()), "")
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    grown = c.out.dim() - (x.dim() - len(indexed))
+    where, position = [], 0 if adjacent else grown
+    for d in range(x.dim()):
+        if d in indexed:
+            where.append(None)
+            position += grown if adjacent and d == indexed[0] else 0
+        else:
+            where.append(position)
+            position += 1
+    return moved(c.fix(c.spans(x), indexed, "is indexed by a tensor"), where)
+
+
+@rule("index_select")
+def index_select(c: Call) -> Spans:
+    x, dim = c.args[0], _dim(c, 1, c.args[0].dim())
+    return c.fix(c.spans(x), (dim,), "is indexed by a tensor")
+
+
+@rule("flip")
+def flip(c: Call) -> Spans:
+    """Reversed dimensions keep labels where they belong."""
+    x = c.args[0]
+    dims = {d % x.dim() for d in c.args[1]}
+    return tuple(
+        Span(span.dims, np.flip(span.labels, [i for i, d in enumerate(span.dims) if d in dims])) for span in c.spans(x)
+    )
+
+
+@rule("roll")
+def roll(c: Call) -> Spans:
+    """Rolled dimensions wrap, so they are fixed."""
+    x = c.args[0]
+    dims = c.args[2] if len(c.args) > 2 and c.args[2] else range(x.dim())
+    return c.fix(c.spans(x), {d % x.dim() for d in dims}, "is rolled")
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(c: Call) -> Spans:
+    """[.., C r r, H, W] -> [.., C, H r, W r]: the r r channels of one output channel go together."""
+    x, r = c.args[:2]
+    dim = x.dim() - 3
+    labels, spans = c.alone(c.spans(x), dim)
+    if labels is None:
+        return spans
+    rows = labels.reshape(-1, r * r)
+    c.tie(rows[:, :1], rows)
+    rest = tuple(span for span in spans if dim not in span.dims)
+    return (*rest, Span((dim,), rows[:, 0])) if len(rows) > 1 else rest

@@ -1,0 +1,386 @@
+"""One forward pass on the meta device, every ATen operator going through its rule: what the labels are tied by.
+
+The pass runs on a `skeleton` of the model, so that whatever its forward pass writes down is written down in a copy.
+Floating-point tensors are abstract: nothing is computed and no weight is copied. Integers and booleans are real:
+shapes, positions and masks are few and cheap, and many forward passes look at them. What a pass decides by the values
+of activations cannot be followed, and is an error.
+"""
+
+import contextlib
+import copy
+import functools
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from labkit.errors import InputError
+from labkit.pruning.coupling import rules_products, rules_shapes  # noqa: F401  they put their rules into RULES
+from labkit.pruning.coupling.rules import RULES, Call, Operation, Record
+
+# Their result depends on values, which a tensor on the meta device does not have.
+DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
+DATA_DEPENDENT |= {"_unique2", "unique_dim", "unique_consecutive"}
+MASKS = (torch.bool, torch.uint8)  # as an index
+VIEWS = {"t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"}  # still the weight
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+class _Duplicating(TorchFunctionMode):
+    """Tensors are copied by a function, which deepcopy would not ask, and would refuse those that have a graph."""
+
+    def __init__(self, tensor: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        x, memory = args
+        memory[id(x)] = self._tensor(x)
+        return memory[id(x)]
+
+
+def clone(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def duplicate(value: Any, tensor: Callable[[Tensor], Tensor] = clone, memory: Mapping[int, Any] | None = None) -> Any:
+    """A deep copy with tensors copied by `tensor`, but for those in memory, {id: what stands for it}."""
+    try:
+        with _Duplicating(tensor):
+            return copy.deepcopy(value, dict(memory or {}))
+    except Exception as error:
+        raise InputError(
+            f"The model cannot be copied, or its example input cannot ({first_line(error)}): remove what they hold "
+            "besides tensors, numbers and functions, such as open files or locks."
+        ) from error
+
+
+def duplicate_model(
+    model: nn.Module, tensors: Mapping[int, Tensor], tensor: Callable[[Tensor], Tensor] = clone
+) -> nn.Module:
+    """A copy of `model` with tensors[id(x)] for its parameters and buffers x; other tensors are copied by `tensor`."""
+    memory: dict[int, Any] = dict(tensors)
+    for module in model.modules():  # each has a dozen dictionaries for hooks, which deepcopy would take to pieces
+        memory |= {id(x): type(x)() for x in vars(module).values() if type(x) in (dict, OrderedDict, set) and not x}
+    return duplicate(model, tensor, memory)
+
+
+def skeleton(
+    model: nn.Module,
+    tensors: Mapping[int, Tensor],
+    tensor: Callable[[Tensor], Tensor] = clone,
+    *,
+    training: bool = False,
+) -> nn.Module:
+    """`duplicate_model` to be run in place of the model, in eval mode, or in training mode but for batch norms.
+
+    Batch norms refuse single values in training. Experts are multiplied in batches, which every device can do.
+    """
+    new = duplicate_model(model, tensors, tensor)
+    for module in new.modules():
+        module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm":
+            module.set_experts_implementation("batched_mm")
+    return new
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+# --- running without computing ----------------------------------------------------------------------------------------
+
+
+def abstract(x: Tensor) -> Tensor:
+    """x without its values where they are floating-point numbers, else a copy of it on the CPU."""
+    if x.is_floating_point() or x.is_complex():
+        return torch.empty_like(x, device="meta", requires_grad=False)
+    return x if x.device.type == "meta" else x.detach().to("cpu", copy=True)
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    return x if x.device.type == "meta" else torch.empty_like(x, device="meta")
+
+
+@functools.cache
+def name_of(func: Any) -> str:
+    """An ATen operator's name without namespace and overload, and the one of an in-place form as of the other."""
+    name = func._schema.name.removeprefix("aten::")
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+class Abstract(TorchDispatchMode):
+    """Inside, an operator with an abstract operand gives an abstract result, and one with real operands a real one."""
+
+    def where(self) -> str:
+        return "the model"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        leaves = list(_tensors(args, kwargs))
+        touched = any(leaf.device.type == "meta" for leaf in leaves)
+        name = name_of(func)
+        masks = [x for x in args[1] if x is not None and x.dtype in MASKS] if name in ("index", "index_put") else []
+        real = all(mask.device.type != "meta" for mask in masks)
+        if touched and (name in DATA_DEPENDENT or (name == "index" and not real)):
+            raise InputError(
+                f"The forward pass depends on the values of its activations ({name} in {self.where()}), so that what "
+                "hangs together may change from input to input: prune a part of the model that does not."
+            )
+        if masks and real and touched:
+            args = (args[0], _numbered(args[1]), *args[2:])
+        if touched:
+            args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+        elif torch.device(kwargs.get("device") or "cpu").type == "meta" and _exact(name, args, kwargs, leaves):
+            kwargs["device"] = torch.device("cpu")
+        try:
+            return self.run(name, func, args, kwargs, touched)
+        except NotImplementedError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            raise InputError(
+                f"The operator {name} in {self.where()} cannot run without data ({reason}): prune a part of the model "
+                "that does without it."
+            ) from error
+
+    def run(self, name: str, func: Any, args: tuple, kwargs: dict, touched: bool) -> Any:
+        return func(*args, **kwargs)
+
+
+def _tensors(args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """Operands of an ATen operator, which nests them in lists at most."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (x for x in value if isinstance(x, Tensor))
+
+
+def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The indices of an `index` with masks, whose values are real, as the numbers of the entries that they pick."""
+    numbers: list[Tensor | None] = []
+    for x in indices:
+        numbers += x.nonzero(as_tuple=True) if x is not None and x.dtype in MASKS else [x]
+    return numbers
+
+
+def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:
+    """Whether an operator that is asked to make something on the meta device makes what should have its values.
+
+    That is integers and booleans, and ones: the attention mask that a decoder makes for itself.
+    """
+    dtype = kwargs.get("dtype")
+    if name == "ones":
+        return True
+    if dtype is not None:
+        return not dtype.is_floating_point and not dtype.is_complex
+    if leaves:
+        return not leaves[0].is_floating_point()
+    if name == "arange":
+        return all(isinstance(arg, int) for arg in args)
+    return name in ("full", "scalar_tensor") and isinstance(args[-1], int)  # True and False are ints
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No gradients, no fused attention modules (their steps are to be seen), random numbers as before afterwards."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def following(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules whose forward is running, outermost first; "" is the model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stack = [""]
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(names.get(id(module), stack[-1]))
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs(value: Any) -> list[Tensor]:
+    """The tensors of a model's output, in containers and dataclasses; what another object holds (a cache) is state."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        held = value.values()
+    elif isinstance(value, (list, tuple)):
+        held = value
+    elif is_dataclass(value):
+        held = vars(value).values()
+    else:
+        return []
+    return [x for item in held for x in outputs(item)]
+
+
+# --- the trace --------------------------------------------------------------------------------------------------------
+
+
+class Tracer(Abstract):
+    """Sends every operator through its rule. What a tensor carries is an attribute of the tensor, `_spans`."""
+
+    def __init__(self, record: Record, stack: list[str]) -> None:
+        super().__init__()
+        self._record, self._stack = record, stack
+        self._calls: Counter = Counter()
+
+    def where(self) -> str:
+        return self._stack[-1] or "the model"
+
+    def run(self, name: str, func: Any, args: tuple, kwargs: dict, touched: bool) -> Any:
+        out = func(*args, **kwargs)
+        module, record = self._stack[-1], self._record
+        number = self._calls[name, module]
+        self._calls[name, module] += 1
+        if not touched or out is None:
+            if isinstance(out, Tensor) and out.device.type == "meta":  # the pass makes zeros, of sizes written down
+                out._spans = record.free(out, range(out.dim()))
+                Call(name, args, kwargs, out, module, number, record).sized(out, out._spans)
+            return out
+        if name == "_to_copy" and (dtype := kwargs.get("dtype")) is not None and dtype.is_floating_point:
+            record.names_dtype |= args[0].is_floating_point()
+        call = Call(name, args, kwargs, out, module, number, record)
+        rule = RULES.get(name)
+        result = None if rule is None else rule(call)
+        if result is None:
+            self._unknown(call)
+            result = ()
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        several = result if isinstance(result, list) else [result] * len(outs)
+        for i, (x, spans) in enumerate(zip(outs, several, strict=True)):
+            if isinstance(x, Tensor):
+                x._spans = tuple(s for s in spans if s.dims[-1] < x.dim() and _fits(s, x))
+                if i == 0 and not record.only_couples:
+                    record.operations.append(Operation(name, module, tuple(x.shape), x._spans))
+        if name in VIEWS:
+            out._is_weight = getattr(args[0], "_is_weight", False)
+        return out
+
+    def _unknown(self, call: Call) -> None:
+        place = f", used in {call.module}" if call.module else ""
+        for x in tree_leaves((call.args, call.kwargs)):
+            if isinstance(x, Tensor):
+                self._record.fix(x, range(x.dim()), f"labkit has no rule for the operator {call.name}{place}")
+
+
+def _fits(span, x: Tensor) -> bool:
+    return all(x.shape[d] == n for d, n in zip(span.dims, span.labels.shape, strict=True))
+
+
+class _Scales(TorchFunctionMode):
+    """Scaled dot products by torch's default scale, the root of the width of a head: that width stays as it is."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
+            for x in (*args[:2], kwargs.get("query"), kwargs.get("key")):
+                if x is not None:
+                    self._record.fix(x, (x.dim() - 1,), "is the width of a head, which the scale depends on")
+        return func(*args, **kwargs)
+
+
+def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+    """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(f"The model is wrapped in {type(model).__name__}: prune model.module, and wrap the result.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError("The model is scripted or traced: prune the eager module that it was made from.")
+    result = Record(constants=frozenset(name for name, _ in model.named_buffers()))
+    lifted = _lift(model, result)
+    trainable = {name for name, _ in model.named_parameters()}
+    try:
+        _pass(model, lifted, args, kwargs, result)
+    except InputError:
+        raise
+    except Exception as error:  # a forward pass can fail in any way
+        raise InputError(_failure(model, args, kwargs, error)) from error
+    if trainable & set(result.unmet.values()):
+        result.only_couples = True
+        before = len(result.axes)
+        try:
+            _pass(model, lifted, args, kwargs, result, training=True)
+            result.trained = True
+        except Exception as error:  # what it met stays whole
+            for axis in result.axes[before:]:
+                labels = np.arange(axis.base, axis.base + axis.size)
+                result.labels.pin(labels, f"is only met in training, which fails on the example input ({error})")
+    result.unused = [name for name in result.unmet.values() if name in trainable]
+    return result
+
+
+def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
+    """{id of a parameter or buffer: what stands for it in the trace}; what is the same memory is one tensor."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    if any(nn.parameter.is_lazy(x) for _, x in named):
+        raise InputError("The model has lazy layers without a shape: run it once on its inputs first.")
+    shapes = {name: x.shape for name, x in named}
+    lifted: dict[int, Tensor] = {}
+    seen: dict[Any, tuple[str, Tensor]] = {}
+    for name, x in named:
+        memory = id(x) if x.device.type == "meta" else (x.data_ptr() or id(x), x.shape, x.stride(), x.dtype)
+        if memory in seen:
+            first, lifted[id(x)] = seen[memory]
+            record.aliases.setdefault(first, []).append(name)
+            continue
+        masks = x.dtype is torch.bool and shapes.get(name.removesuffix("_mask")) == x.shape  # shrinks with its weight
+        lifted[id(x)] = _on_meta(x.detach()) if masks else abstract(x)
+        seen[memory] = (name, lifted[id(x)])
+        if lifted[id(x)].device.type == "meta":
+            record.unmet[id(lifted[id(x)])] = name
+    return lifted
+
+
+def _pass(
+    model: nn.Module, lifted: Mapping[int, Tensor], args: tuple, kwargs: Mapping, record: Record, training: bool = False
+) -> None:
+    traced = skeleton(model, lifted, training=training)
+    args, kwargs = duplicate((args, dict(kwargs)), abstract)
+    with undisturbed(), following(traced) as stack, Tracer(record, stack), _Scales(record):
+        out = traced(*args, **kwargs)
+    for x in outputs(out):
+        record.fix(x, range(x.dim()), "is the model's output")
+
+
+def _failure(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: Exception) -> str:
+    """Why a pass without data failed: the real one fails too, or it does not."""
+    try:
+        args, kwargs = duplicate((args, dict(kwargs)))
+        with undisturbed():
+            skeleton(model, {})(*args, **kwargs)
+    except Exception as real:
+        return (
+            f"The model does not run on the example input ({first_line(real)}): give args and kwargs as in "
+            "model(*args, **kwargs)."
+        )
+    return f"The forward pass cannot be followed without data ({first_line(error)}): prune a part of the model."
