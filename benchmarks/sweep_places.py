@@ -5,8 +5,8 @@
 
 Both sweeps do two runs at once, with one thread each: sums are rounded by how threads cut them. The Dask workers are
 processes of this machine. After a third of the runs one worker is killed, after two thirds the client, both by SIGKILL;
-then the same command is given again. Rows that a clock decided are counted and left out (rows.CLOCK). Exit code 1 where
-a row differs or a finished run was done again.
+then the same command is given again. Rows that a clock decided are counted and left out. Exit code 1 where a
+row differs or a finished run was done again.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 from distributed import Client, LocalCluster
 
-from course import rows
+from course import report
 
 LESSON = "03"
 LABKIT = "from course.cli import main; main()"
@@ -59,7 +59,7 @@ def through_kills(sweep: list[str], out: Path, runs: int, cluster: LocalCluster)
 
 def compare(local: Path, dask: Path) -> bool:
     """Print how many rows there are in both places and which differ; whether none does."""
-    tables = [rows.rows([folder]) for folder in (local, dask)]
+    tables = [report.rows([folder]) for folder in (local, dask)]
     steady = [table[~table["clock"]] for table in tables]
     keys = [name for name in tables[0] if name not in ("value", "low", "high", "text")]
     both = pd.merge(*steady, on=keys, how="outer", indicator=True, suffixes=SIDES, validate="one_to_one")

@@ -88,13 +88,13 @@ def _result() -> str:
     if not found:
         return f"One result, {name}: {NOTHING}."
     shown = [
-        f"**{quantity(entry['value'], 'x')}** (95 % interval {entry['ci95'][0]:.2f} to {entry['ci95'][1]:.2f}) on "
+        f"**{quantity(entry.value, 'x')}** (95 % interval {entry.ci95[0]:.2f} to {entry.ci95[1]:.2f}) on "
         f"{_machine(one)}"
         for one, entry in found
     ]
     flops = found[0][0].named("FLOPs saved by depthwise")
     return (
-        f"One result of lesson {lesson}: a depthwise 3x3 convolution has {quantity(flops['value'], 'x')} fewer "
+        f"One result of lesson {lesson}: a depthwise 3x3 convolution has {quantity(flops.value, 'x')} fewer "
         f"FLOPs than the dense one, and is faster by {'; '.join(shown)}."
     )
 

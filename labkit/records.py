@@ -1,7 +1,7 @@
-"""The record of a run: what was asked, on which machine, what came out. One JSON file, also embedded in the notebook.
+"""The record of a run: what was asked, on which machine, what came out, and what each number means.
 
-The MIME output survives papermill, nbconvert and nbval, so that an executed notebook carries its own results. It keeps
-samples and intervals, never a path or a host name; how results are drawn is left to report.py.
+One JSON file, also embedded in the notebook, so that an executed notebook carries its own results. It keeps samples,
+intervals and meanings, never a path or a host name; how runs are compared is left to course.report.
 """
 
 import json
@@ -13,90 +13,213 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labkit import claims, files, show
 from labkit.errors import DataError, InputError
-from labkit.files import replacing
 
-SCHEMA = "labkit.record/1"
+VERSION = "labkit.record/2"
 MIME = "application/vnd.labkit.record+json"
+SEED = "seed"  # rows of a table that differ only in this column are repetitions
+
+Role = Literal["setting", "quality", "cost", "result"]
 
 
-@dataclass(frozen=True, repr=False)
-class RunRecord:
-    """One finished run of a lesson. All fields hold plain JSON values.
+class Column(BaseModel):
+    """What the numbers of a table's column mean.
 
-    measurements  {kind, name, value, unit, ci95, simulated, ...}: "measurement" (s) and "comparison" (x, with verdict)
-                  carry what labkit.bench wrote, samples included, as `detail`; "value" is a number or a text; "table"
-                  has `rows` in place of a value
-    predictions   {name, question, unit, predicted, measured}     measured in the prediction's unit, or None
-    claims        {id, value, ci95, verdict}      checks  {id, passed, failures}
-    budget        {seconds, memory, within}       what the preset allows (None: no limit), and whether it was kept
-    seconds counts the time in which cells ran; peak_memory and peak_device_memory are bytes.
+    role   "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither
+    unit   of the numbers, such as "ms"; empty where they have none
+    clock  whether a clock or a memory counter made or decided them, so that a repetition differs
+    low, high  the columns that hold the ends of their 95 % interval, if any
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Role = "result"
+    unit: str = ""
+    clock: bool = False
+    low: str | None = None
+    high: str | None = None
+
+
+def quality(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
+    """A column of which more is better, such as an accuracy or a speed-up; see `Column`."""
+    return Column(role="quality", unit=unit, clock=clock, low=low, high=high)
+
+
+def cost(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
+    """A column of which less is better, such as a time, a size or an error; see `Column`."""
+    return Column(role="cost", unit=unit, clock=clock, low=low, high=high)
+
+
+def result(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
+    """A column that came out and is neither better nor worse when it is more, such as a ridge point; see `Column`."""
+    return Column(role="result", unit=unit, clock=clock, low=low, high=high)
+
+
+def setting(unit: str = "") -> Column:
+    """A column that was chosen; those of `by` are settings anyway, and need this only for a unit."""
+    return Column(role="setting", unit=unit)
+
+
+class RecordedValue(BaseModel):
+    """A number or a text. "measurement" (s) and "comparison" (x) carry what labkit.bench wrote, samples included."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["value", "measurement", "comparison"]
+    name: str
+    value: bool | int | float | str
+    unit: str = ""
+    ci95: tuple[float, float] | None = None
+    role: Role = "result"
+    clock: bool = False
+    simulated: bool = False
+    verdict: str | None = None
+    detail: dict[str, Any] | None = None
+
+
+class RecordedTable(BaseModel):
+    """Rows of one table. `by` names the columns that tell them apart; `columns` says what the others mean.
+
+    A column that `columns` does not name is a plain result without a unit.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["table"]
+    name: str
+    rows: list[Annotated[dict[str, Any], Field(min_length=1)]]
+    by: tuple[str, ...] = ()
+    columns: dict[str, Column] = {}
+    simulated: bool = False
+
+    def meaning(self, column: str) -> Column:
+        """What the numbers of `column` mean."""
+        return self.columns.get(column, Column(role="setting") if column in self.by else Column())
+
+
+class Prediction(BaseModel):
+    """A guess, and the number that came out, in the guess's unit; None where it was not measured."""
+
+    name: str
+    question: str
+    unit: str
+    predicted: int | float
+    measured: int | float | None
+
+
+class SettledClaim(BaseModel):
+    """What a run says about a claim of the guide."""
+
+    id: str
+    value: int | float | None
+    ci95: tuple[float, float] | None = None
+    verdict: claims.Verdict
+
+
+class CheckedExercise(BaseModel):
+    """Whether an answer passed its check, and what was wrong with it."""
+
+    id: str
+    passed: bool
+    failures: list[str] = []
+
+
+class RunRecord(BaseModel):
+    """One finished run of a lesson.
+
+    budget: {seconds, memory, within}, what the preset allows (None: no limit) and whether that was kept. seconds counts
+    the time in which cells ran; peak_memory and peak_device_memory are bytes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal["labkit.record/2"]
     lesson: str
     title: str
     preset: str
     device: str
     parameters: dict[str, Any]
     machine: dict[str, Any]
-    measurements: list[dict[str, Any]]
-    predictions: list[dict[str, Any]]
-    claims: list[dict[str, Any]]
-    checks: list[dict[str, Any]]
+    measurements: list[Annotated[RecordedValue | RecordedTable, Field(discriminator="kind")]]
+    predictions: list[Prediction]
+    claims: list[SettledClaim]
+    checks: list[CheckedExercise]
     seconds: float
     peak_memory: int
     peak_device_memory: int | None
     budget: dict[str, Any]
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    labkit: str = field(default_factory=lambda: _version())
-    git: dict[str, Any] | None = field(default_factory=lambda: _git())
-    schema: str = SCHEMA
+    created: str
+    labkit: str
+    git: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON values: numpy and torch scalars made plain, NaN and infinities as "nan", "inf", "-inf"."""
-        return plain({**asdict(self), "parameters": _without_folders(self.parameters)})
+        """Strict JSON values; what has its default is left out, NaN and infinities are "nan", "inf", "-inf"."""
+        return plain(self.model_dump(exclude_defaults=True) | {"parameters": _without_folders(self.parameters)})
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "The record") -> "RunRecord":
         """Read what to_dict gave; DataError, naming `source`, where the version or a field is wrong."""
-        found = values.get("schema") if isinstance(values, dict) else None
-        if found != SCHEMA:
-            raise DataError(f"{source} is of version {found!r}, this labkit reads {SCHEMA!r}; run the lesson again.")
-        known = {f.name: _KINDS[f.name] for f in fields(cls)}
-        for name, kind in known.items():
-            if not isinstance(values.get(name), kind) or (name not in values):
-                raise DataError(f"{source} is damaged: `{name}` is missing or malformed; run the lesson again.")
-        for name, needed in _ENTRIES.items():
-            if not all(isinstance(entry, dict) and needed <= set(entry) for entry in values[name]):
-                listed = " or ".join(sorted(needed))
-                raise DataError(f"{source} is damaged: one of its {name} has no {listed}; run the lesson again.")
-        if wrong := [entry["name"] for entry in values["measurements"] if not _is_sound(entry)]:
-            raise DataError(f"{source} is damaged: {wrong[0]!r} has no rows or value; run the lesson again.")
-        return cls(**{name: values[name] for name in known})
+        stated = values.get("version") if isinstance(values, dict) else None
+        if stated != VERSION:
+            raise DataError(f"{source} is of version {stated!r}, this labkit reads {VERSION!r}; run the lesson again.")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(f"{source} is damaged: `{where}`: {first['msg']}; run the lesson again.") from None
 
-    def named(self, name: str) -> dict[str, Any] | None:
+    def named(self, name: str) -> RecordedValue | RecordedTable | None:
         """The measurement called `name`, None where there is none."""
-        return next((entry for entry in self.measurements if entry["name"] == name), None)
+        return next((entry for entry in self.measurements if entry.name == name), None)
 
     def __repr__(self) -> str:
         what = f"{len(self.measurements)} measurements, {len(self.claims)} claims, {len(self.checks)} checks"
         return f"RunRecord(lesson {self.lesson}, {self.preset}, {self.machine.get('label', self.device)}: {what})"
 
 
+def table(
+    name: str,
+    rows: Any,
+    by: Sequence[str] = (),
+    columns: Mapping[str, Column] | None = None,
+    *,
+    simulated: bool = False,
+) -> RecordedTable:
+    """Rows (a list of dicts) with what their columns mean, to be recorded.
+
+    InputError for what is no list of rows, a column in `by` or `columns` that no row has, and a `by` that does not tell
+    the rows apart.
+    """
+    rows, columns = plain(show.checked_rows(rows)), dict(columns or {})
+    by = (by,) if isinstance(by, str) else tuple(by)
+    present = dict.fromkeys(column for row in rows for column in row)
+    ends = [end for column in columns.values() for end in (column.low, column.high) if end is not None]
+    if missing := [column for column in (*by, *columns, *ends) if column not in present]:
+        raise InputError(f"{name!r} has no column {missing[0]!r}; its columns are {', '.join(present)}.")
+    keys = [tuple(str(row.get(column)) for column in by) for row in rows]
+    if by and (twice := next((key for key in keys if keys.count(key) > 1), None)):
+        which = ", ".join(f"{column}={value}" for column, value in zip(by, twice, strict=True))
+        raise InputError(
+            f"by={by} does not tell the rows of {name!r} apart: {which} is there twice; name more columns."
+        )
+    return RecordedTable(kind="table", name=name, rows=rows, by=by, columns=columns, simulated=simulated)
+
+
 def write(record: RunRecord, path: Path) -> None:
     """Write the record as JSON, whole or not at all, with its folder; InputError where the folder cannot be written."""
     text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     try:
-        with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        files.write_text(path, text)
     except OSError as error:
         raise InputError(
             f"The record cannot be written to {path} ({error.strerror}); choose another results_dir."
@@ -105,27 +228,18 @@ def write(record: RunRecord, path: Path) -> None:
 
 def read(path: Path) -> RunRecord:
     """Read a record file; DataError where it is missing, damaged or of another version."""
-    return RunRecord.from_dict(_json(path), f"The record {path}")
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"There is no {path}; run the lesson to its last cell, lab.finish(), to make it.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}); run the lesson again.") from None
+    return RunRecord.from_dict(values, f"The record {path}")
 
 
-def embed(record: RunRecord, text: str, html: str | None = None) -> None:
-    """Put the record into the cell's output, shown as `html` or `text`; outside a notebook print the text."""
-    show.emit(text, html, data={MIME: record.to_dict()})
-
-
-def from_notebook(path: Path) -> RunRecord:
-    """The record that an executed notebook carries, the last one of several; DataError where there is none."""
-    notebook = _json(path)
-    cells = notebook.get("cells", []) if isinstance(notebook, dict) else []
-    found = [out["data"][MIME] for cell in cells for out in cell.get("outputs", []) if MIME in out.get("data", {})]
-    if not found:
-        raise DataError(f"{path} carries no run record; run the notebook to its last cell, lab.finish().")
-    return RunRecord.from_dict(found[-1], f"The record in {path}")
-
-
-def recorded(lesson: str, folder: Path | None = None) -> list[RunRecord]:
+def recorded(lesson: str) -> list[RunRecord]:
     """The reference runs of a lesson, one a machine, in the order of the machines' folder names."""
-    return [read(path) for path in sorted((folder or files.RECORDED).glob(f"*/{lesson}.json"))]
+    return [read(path) for path in sorted(files.RECORDED.glob(f"*/{lesson}.json"))]
 
 
 def plain(value: Any) -> Any:
@@ -140,11 +254,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        if len(value) > 4 and all(isinstance(one, float) and math.isfinite(one) for one in value):
-            return [float(f"{one:.6g}") for one in value]
-        return [plain(one) for one in value]
+        if len(value) > 4 and all(isinstance(item, float) and math.isfinite(item) for item in value):
+            return [float(f"{item:.6g}") for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy's and torch's scalars and arrays
         return plain(value.tolist())
     raise InputError(
@@ -152,21 +266,13 @@ def plain(value: Any) -> Any:
     )
 
 
-def _is_sound(entry: Mapping[str, Any]) -> bool:
-    """A table with its rows, or a value whose interval, if any, has two ends."""
-    if entry["kind"] == "table":
-        return isinstance(entry.get("rows"), list) and all(isinstance(row, dict) and row for row in entry["rows"])
-    ends = entry.get("ci95")
-    return "value" in entry and (ends is None or (isinstance(ends, list | tuple) and len(ends) == 2))
-
-
-def _json(path: Path) -> Any:
+def origin() -> dict[str, Any]:
+    """When, by which labkit and from which commit of the course a record is made."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"There is no {path}; run the lesson to its last cell, lab.finish(), to make it.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}); run the lesson again.") from None
+        labkit = version("labkit")
+    except PackageNotFoundError:
+        labkit = "unknown"
+    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "labkit": labkit, "git": _git()}
 
 
 def _anonymous(text: str) -> str:
@@ -187,13 +293,6 @@ def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {**parameters, **absolute}
 
 
-def _version() -> str:
-    try:
-        return version("labkit")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def _git() -> dict[str, Any] | None:
     """Commit of the course and whether files differ from it; None without git or outside a clone."""
     try:
@@ -206,101 +305,7 @@ def _git() -> dict[str, Any] | None:
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("lesson", "title", "preset", "device", "created", "labkit", "schema"), str),
-    **dict.fromkeys(("parameters", "machine", "budget"), dict),
-    **dict.fromkeys(("measurements", "predictions", "claims", "checks"), list),
-    "seconds": int | float,
-    "peak_memory": int,
-    "peak_device_memory": int | None,
-    "git": dict | None,
-}
-_ENTRIES = {
-    "measurements": {"kind", "name"},
-    "predictions": {"name", "question", "unit", "predicted", "measured"},
-    "claims": {"id", "value", "verdict"},
-    "checks": {"id", "passed"},
-}
-
-
-# a finished run in a few lines
-
-NO_FACTOR = "–"
-
-
-def summary(done: RunRecord) -> tuple[str, str]:
-    """The record as text and as HTML."""
-    budget, known = done.budget, claims.load() if done.claims else {}
-    tables = {
-        "Predicted and measured": [
-            {
-                "quantity": p["name"],
-                "predicted": show.quantity(p["predicted"], p["unit"]),
-                "measured": show.quantity(p["measured"], p["unit"]) if p["measured"] is not None else "not measured",
-                "prediction was": off_by(p["predicted"], p["measured"]),
-            }
-            for p in done.predictions
-        ],
-        "The guide's claims": [
-            {
-                "claim": f"{c['id']}  {known[c['id']].text}",
-                "expected": claims.expected(known[c["id"]]),
-                "here": show.quantity(c["value"], known[c["id"]].unit),
-                "verdict": c["verdict"],
-            }
-            for c in done.claims
-        ],
-        "Exercises": [
-            {"exercise": c["id"], "result": "passed" if c["passed"] else "; ".join(c["failures"])} for c in done.checks
-        ],
-    }
-    limit = f" of {show.quantity(budget['memory'], 'B')}" if budget["memory"] else ""
-    cost = (
-        f"{done.seconds:.0f} s of {budget['seconds']:.0f} s, peak memory {show.quantity(done.peak_memory, 'B')}"
-        f"{limit}: "
-        f"{'within' if budget['within'] else 'OVER'} the budget of preset {done.preset}."
-    )
-    kept = f"{len(done.measurements)} results are in {done.lesson}/record.json in the results folder."
-    shown = {title: rows for title, rows in tables.items() if rows}
-    title = f"Lesson {done.lesson} finished"
-    kept = " ".join(filter(None, [calibration(done.predictions), kept]))
-    text = "\n\n".join(
-        [f"{title}: {cost}", *(f"{name}\n{show.text_table(rows)}" for name, rows in shown.items()), kept]
-    )
-    html = f"<p><b>{title}.</b> {escape(cost)}</p>" + "".join(
-        show.html_table(rows, caption=name) for name, rows in shown.items()
-    )
-    return text, f"{html}<p>{escape(kept)}</p>"
-
-
-def off_by(predicted: Any, measured: Any) -> str:
-    """How far a prediction was off, as a factor: "1.80x too high"; "–" where no factor can be given."""
-    if not all(isinstance(one, int | float) for one in (predicted, measured)) or predicted * measured <= 0:
-        return NO_FACTOR
-    ratio = predicted / measured
-    if abs(ratio - 1) < 0.05:
-        return "right within 5 %"
-    return f"{show.quantity(ratio, 'x')} too high" if ratio > 1 else f"{show.quantity(1 / ratio, 'x')} too low"
-
-
-def calibration(predictions: Sequence[Mapping[str, Any]]) -> str:
-    """How good several guesses were together, in a sentence; "" where fewer than two were measured.
-
-    Guesses are off by factors, so the middle one is the median of max(predicted / measured, measured / predicted).
-    """
-    pairs = [(one["predicted"], one["measured"]) for one in predictions]
-    ratios = [guess / found for guess, found in pairs if off_by(guess, found) != NO_FACTOR]
-    if len(ratios) < 2:
-        return ""
-    factors = [max(ratio, 1 / ratio) for ratio in ratios]
-    high, low = (sum(one > 1.05 for one in side) for side in (ratios, [1 / ratio for ratio in ratios]))
-    return (
-        f"Of {len(ratios)} predictions half were off by a factor of {show.quantity(statistics.median(factors), '')} "
-        f"or less, {sum(factor <= 2 for factor in factors)} by no more than 2; too high: {high}, too low: {low}."
-    )
-
-
-# what a run takes
+# what a run takes -------------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -333,3 +338,77 @@ def peak_memory() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+# a finished run in a few lines ------------------------------------------------------------------------------------
+
+NO_FACTOR = "–"
+
+
+def summary(record: RunRecord) -> tuple[str, str]:
+    """What was predicted and came out, the claims' verdicts, the exercises and the cost, as text and as HTML."""
+    budget, guide = record.budget, claims.load() if record.claims else {}
+    tables = {
+        "Predicted and measured": [
+            {
+                "quantity": guess.name,
+                "predicted": show.quantity(guess.predicted, guess.unit),
+                "measured": "not measured" if guess.measured is None else show.quantity(guess.measured, guess.unit),
+                "prediction was": off_by(guess.predicted, guess.measured),
+            }
+            for guess in record.predictions
+        ],
+        "The guide's claims": [
+            {
+                "claim": f"{claim.id}  {guide[claim.id].text}",
+                "expected": claims.expected(guide[claim.id]),
+                "here": show.quantity(claim.value, guide[claim.id].unit),
+                "verdict": claim.verdict,
+            }
+            for claim in record.claims
+        ],
+        "Exercises": [
+            {"exercise": check.id, "result": "passed" if check.passed else "; ".join(check.failures)}
+            for check in record.checks
+        ],
+    }
+    tables = {title: rows for title, rows in tables.items() if rows}
+    limit = f" of {show.quantity(budget['memory'], 'B')}" if budget["memory"] else ""
+    cost = (
+        f"{record.seconds:.0f} s of {budget['seconds']:.0f} s, peak memory "
+        f"{show.quantity(record.peak_memory, 'B')}{limit}: "
+        f"{'within' if budget['within'] else 'OVER'} the budget of preset {record.preset}."
+    )
+    stored = f"{len(record.measurements)} results are in {record.lesson}/record.json in the results folder."
+    last = " ".join(filter(None, [calibration(record.predictions), stored]))
+    first = f"Lesson {record.lesson} finished"
+    text = [f"{first}: {cost}", *(f"{title}\n{show.text_table(rows)}" for title, rows in tables.items()), last]
+    html = [show.html_table(rows, caption=title) for title, rows in tables.items()]
+    return "\n\n".join(text), "".join([f"<p><b>{first}.</b> {escape(cost)}</p>", *html, f"<p>{escape(last)}</p>"])
+
+
+def off_by(predicted: Any, measured: Any) -> str:
+    """How far a prediction was off, as a factor: "1.80x too high"; "–" where no factor can be given."""
+    if measured is None or predicted * measured <= 0:
+        return NO_FACTOR
+    ratio = predicted / measured
+    if abs(ratio - 1) < 0.05:
+        return "right within 5 %"
+    return f"{show.quantity(ratio, 'x')} too high" if ratio > 1 else f"{show.quantity(1 / ratio, 'x')} too low"
+
+
+def calibration(predictions: Sequence[Prediction]) -> str:
+    """How good several guesses were together, in a sentence; "" where fewer than two were measured.
+
+    Guesses are off by factors, so the middle one is the median of max(predicted / measured, measured / predicted).
+    """
+    usable = [guess for guess in predictions if off_by(guess.predicted, guess.measured) != NO_FACTOR]
+    if len(usable) < 2:
+        return ""
+    ratios = [guess.predicted / guess.measured for guess in usable]
+    factors = [max(ratio, 1 / ratio) for ratio in ratios]
+    high, low = (sum(ratio > 1.05 for ratio in side) for side in (ratios, [1 / ratio for ratio in ratios]))
+    return (
+        f"Of {len(ratios)} predictions half were off by a factor of {show.quantity(statistics.median(factors), '')} "
+        f"or less, {sum(factor <= 2 for factor in factors)} by no more than 2; too high: {high}, too low: {low}."
+    )

@@ -1,7 +1,7 @@
 """A lesson's session: start() settles seeds, threads, device, preset; the Lab collects what is predicted and measured.
 
-Predict first, measure then, compare both with what was claimed; finish() writes it all down as one record. It measures
-nothing itself (labkit.bench does), judges no exercise (labkit.checks does) and installs or downloads nothing.
+Predict first, then measure, then compare both with what was claimed; finish() writes it all down as one record. It
+measures nothing itself (labkit.bench does), grades no exercise (labkit.checks does) and installs or downloads nothing.
 """
 
 import math
@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from labkit import checks, claims, machine, records, show
 from labkit.bench import Comparison, Measurement, compare, measure
 from labkit.errors import InputError
-from labkit.records import RunRecord, Stopwatch, peak_memory, summary
+from labkit.records import Column, RecordedTable, RecordedValue, Role, RunRecord
 
 LESSONS = {
     "01": "The inference challenge",
@@ -62,30 +62,33 @@ def start(
     results_dir: str | os.PathLike = "runs",
     parameters: Mapping[str, Any] | None = None,
 ) -> "Lab":
-    """Begin lesson "01".."13": seed Python, numpy and torch, set the threads and the plot style, show the machine card.
+    """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
-    preset: "smoke", "class" or "full"; LABKIT_PRESET, where set, wins. device: "cpu", "cuda", "cuda:N", or "auto",
-    which is LABKIT_DEVICE where set, else CUDA where torch has it. The record goes to results_dir/<lesson>/record.json.
-    parameters: the lesson's own knobs, for the record. InputError for anything else, before anything is changed.
+    lesson      "01" to "13"
+    preset      "smoke", "class" or "full"; LABKIT_PRESET, where set, wins
+    device      "cpu", "cuda", "cuda:N", or "auto": LABKIT_DEVICE where set, else CUDA where torch has it
+    results_dir the record goes to results_dir/<lesson>/record.json
+    parameters  the lesson's own parameters, for the record
+    InputError for anything else, before anything is changed.
     """
     if lesson not in LESSONS:
         raise InputError(f'There is no lesson {lesson!r}; give one of "01" to "13", as text with two digits.')
     preset = _preset(preset)
-    chosen = machine.torch_device(device)
+    torch_device = machine.torch_device(device)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
     folder = _results_folder(results_dir)
-    knobs = records.plain({"SEED": seed, **(parameters or {})})
+    parameters = records.plain({"SEED": seed, **(parameters or {})})
 
     random.seed(int(seed))
     np.random.seed(int(seed))
     torch.manual_seed(int(seed))
     torch.set_num_threads(machine.threads())
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen.index or 0)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device.index or 0)
         torch.cuda.reset_peak_memory_stats()
     show.style()
-    lab = Lab(lesson, preset, chosen, int(seed), folder / lesson / "record.json", knobs)
+    lab = Lab(lesson, preset, torch_device, int(seed), folder / lesson / "record.json", parameters)
     lab._show_card()
     return lab
 
@@ -104,11 +107,11 @@ class Lab:
         self.budget = BUDGETS[preset]
         self.machine = machine.fingerprint(device)
         self._path, self._parameters = path, parameters
-        self._stopwatch = Stopwatch()
-        self._measurements: dict[str, dict[str, Any]] = {}
-        self._predictions: dict[str, dict[str, Any]] = {}
-        self._claims: dict[str, dict[str, Any]] = {}
-        self._checks: dict[str, dict[str, Any]] = {}
+        self._stopwatch = records.Stopwatch()
+        self._measurements: dict[str, RecordedValue | RecordedTable] = {}
+        self._predictions: dict[str, records.Prediction] = {}
+        self._claims: dict[str, records.SettledClaim] = {}
+        self._checks: dict[str, records.CheckedExercise] = {}
 
     def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
         """The value for this session's preset. A preset changes sizes, never what is done."""
@@ -124,33 +127,33 @@ class Lab:
             raise InputError(f"The prediction {name!r} is {value!r}; give one number, your best guess will do.")
         if name in self._measurements:
             first = self._predictions.get(name)
-            kept = (
-                f"your prediction of {show.quantity(first['predicted'], first['unit'])} stands" if first else "too late"
-            )
-            show.emit(f"{name} has been measured already: {kept}. Restart the kernel to predict afresh.")
+            state = f"your prediction of {show.quantity(first.predicted, first.unit)} stands" if first else "too late"
+            show.emit(f"{name} has been measured already: {state}. Restart the kernel to predict afresh.")
             return
-        self._predictions[name] = {
-            "name": name, "question": question, "unit": unit, "predicted": number, "measured": None
-        }  # fmt: skip
+        self._predictions[name] = records.Prediction(
+            name=name, question=question, unit=unit, predicted=number, measured=None
+        )
         show.emit(f"predicted  {name}: {show.quantity(number, unit)}")
 
     def measure(self, name: str, fn: Callable[[], Any], **options: Any) -> Measurement:
-        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; keep it."""
+        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; record it."""
         _check_name(name)
         result = measure(fn, name=name, **{"device": self.device, **options})
-        self._keep(name, "measurement", result.median_s, "s", result.ci95_s, detail=result.to_dict())
+        meaning = {"unit": "s", "role": "cost", "clock": True}
+        outcome = {"value": result.median_s, "ci95": result.ci95_s, "detail": result.to_dict()}
+        self._keep(kind="measurement", name=name, **meaning, **outcome)
         show.emit(str(result))
         return result
 
     def compare(
         self, name: str, baseline: Callable[[], Any], candidate: Callable[[], Any], **options: Any
     ) -> Comparison:
-        """Time both with labkit.bench.compare, on this session's device unless `device` says otherwise; keep it."""
+        """Time both with labkit.bench.compare, on this session's device unless `device` says otherwise; record it."""
         _check_name(name)
         result = compare(baseline, candidate, **{"device": self.device, **options})
-        self._keep(
-            name, "comparison", result.speedup, "x", result.ci95, verdict=result.verdict, detail=result.to_dict()
-        )
+        meaning = {"unit": "x", "role": "quality", "clock": True}
+        outcome = {"value": result.speedup, "ci95": result.ci95, "verdict": result.verdict, "detail": result.to_dict()}
+        self._keep(kind="comparison", name=name, **meaning, **outcome)
         show.emit(str(result))
         return result
 
@@ -161,42 +164,54 @@ class Lab:
         unit: str = "",
         *,
         ci95: Sequence[float] | None = None,
+        role: Role = "result",
+        clock: bool = False,
+        by: Sequence[str] = (),
+        columns: Mapping[str, Column] | None = None,
         simulated: bool = False,
     ) -> None:
-        """Keep a number, a text or rows (a list of dicts) under `name`. simulated: computed, not measured."""
+        """Record a number or a text with its meaning, or rows (a list of dicts) with that of their columns.
+
+        unit, ci95 (low, high), role and clock belong to a single value and mean what they mean for a column
+        (labkit.records.Column): "quality" if more is better, "cost" if less is.
+        by          of rows: the columns that tell them apart; rows that differ only in "seed" are repetitions
+        columns     of rows: what the others mean, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}
+        simulated   computed, not measured
+        InputError for what is none of these, a column that is not there, and a `by` that does not tell rows apart.
+        """
         _check_name(name)
         badge = "SIMULATED  " if simulated else ""
         if isinstance(value, list | tuple):
-            rows = records.plain(show.checked_rows(value))
-            self._measurements[name] = {
-                "kind": "table", "name": name, "rows": rows, "unit": unit, "simulated": simulated
-            }  # fmt: skip
-            show.emit(f"{badge}recorded  {name}: {len(rows)} rows")
+            table = self._measurements[name] = records.table(name, value, by, columns, simulated=simulated)
+            show.emit(f"{badge}recorded  {name}: {len(table.rows)} rows")
             return
         number = value if isinstance(value, str | bool) else _number(value)
         if number is None:
-            given = type(value).__name__
-            raise InputError(f"{name!r} is a {given}; record a number, a text or a list of dicts (one a row).")
-        self._keep(name, "value", number, unit, ci95, simulated=simulated)
+            kind = type(value).__name__
+            raise InputError(f"{name!r} is a {kind}; record a number, a text or a list of dicts (one a row).")
+        if by or columns:
+            raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
+        meaning = {"unit": unit, "role": role, "clock": clock, "simulated": simulated}
+        self._keep(kind="value", name=name, value=number, ci95=ci95, **meaning)
         between = f"  [95 %: {show.interval(ci95, unit)}]" if ci95 is not None else ""
         show.emit(f"{badge}recorded  {name}: {show.quantity(number, unit)}{between}")
 
     def claim(self, id: str, value: float | None = None, ci95: Sequence[float] | None = None) -> str:
-        """Hold a claim of the guide against our value (None: it cannot be had here); shows and returns the verdict.
+        """Hold a claim of the guide against our value (None: not measurable here); shows and returns the verdict.
 
         A claim about a GPU is not settled by a CPU's number, nor the other way round.
         """
-        known = claims.load()
-        if id not in known:
-            near = [one for one in known if one.partition(".")[0] == str(id).partition(".")[0]] or list(known)
+        guide = claims.load()
+        if id not in guide:
+            near = [other for other in guide if other.partition(".")[0] == str(id).partition(".")[0]] or list(guide)
             raise InputError(f"There is no claim {id!r} in claims.toml; there are {', '.join(near) or 'none yet'}.")
-        claim = known[id]
+        claim = guide[id]
         kinds, reason = SETTLED_BY.get(claim.needs, ({"cpu", "cuda"}, ""))
         number = _number(value) if value is not None else None
         verdict = claims.verdict(claim, number if value is None or number is not None else value, ci95)
         if self.device.type not in kinds:
             verdict = "not measurable here"
-        self._claims[id] = {"id": id, "value": number, "ci95": ci95 and list(ci95), "verdict": verdict}
+        self._claims[id] = records.SettledClaim(id=id, value=number, ci95=ci95 and tuple(ci95), verdict=verdict)
         here = f"here {show.quantity(number, claim.unit)}" if number is not None else reason or "not measured"
         if number is not None and verdict == "not measurable here":
             here = f"{here}, but {reason}"
@@ -214,15 +229,15 @@ class Lab:
         try:
             result = checks.check(id, fn, **context)
         except NotImplementedError:
-            self._checks[id] = {"id": id, "passed": False, "failures": ["not done yet"]}
+            self._checks[id] = records.CheckedExercise(id=id, passed=False, failures=["not done yet"])
             show.emit(f"exercise {id}: not done yet. Replace the `raise NotImplementedError` line with your answer.")
             raise NotImplementedError(f"exercise {id} is not done yet") from None  # a traceback would show the check
-        self._checks[id] = {"id": id, "passed": result.passed, "failures": list(result.failures)}
+        self._checks[id] = records.CheckedExercise(id=id, passed=result.passed, failures=list(result.failures))
         if result.passed:
             show.emit(f"exercise {id}: passed, {result.tried} requirements met.")
             return
         count = f"{len(result.failures)} thing{'s' * (len(result.failures) > 1)} to look at"
-        listed = "".join(f"<li>{escape(one)}</li>" for one in result.failures)
+        listed = "".join(f"<li>{escape(failure)}</li>" for failure in result.failures)
         show.emit(
             "\n  - ".join([f"exercise {id}: {count}", *result.failures]),
             f"<b>Exercise {escape(id)}: {count}</b><ul>{listed}</ul>",
@@ -237,32 +252,42 @@ class Lab:
     def recorded(self, name: str) -> list[dict[str, Any]]:
         """What reference runs of this lesson hold under `name`: one dict a machine, with machine, device and preset."""
         return [
-            {"machine": run.machine.get("label", "unnamed"), "device": run.device, "preset": run.preset, **entry}
+            {"machine": run.machine["label"], "device": run.device, "preset": run.preset, **entry.model_dump()}
             for run in records.recorded(self.lesson)
             if (entry := run.named(name))
         ]
 
     def beside(self, name: str) -> None:
-        """Show this machine's number beside the recorded ones; a kind of device that nobody recorded is said so."""
-        own = self._measurements.get(name)
-        if own is None or own["kind"] == "table":
-            there = ", ".join(key for key, entry in self._measurements.items() if entry["kind"] != "table")
-            raise InputError(f"There is no number called {name!r} to show; measured so far: {there or 'nothing'}.")
-        mine = f"this machine: {self.machine.label}"
-        here = {"machine": mine, "device": self.device.type, "preset": self.preset, **own}
-        found = [here, *self.recorded(name)]
-        rows = [_beside_row(entry) for entry in found]
+        """Show this machine's number beside the recorded ones; device kinds without a record say "not recorded yet"."""
+        value = self._measurements.get(name)
+        if not isinstance(value, RecordedValue):
+            names = [key for key, entry in self._measurements.items() if isinstance(entry, RecordedValue)]
+            raise InputError(
+                f"There is no number called {name!r} to show; measured so far: {', '.join(names) or 'nothing'}."
+            )
+        here = {"machine": f"this machine: {self.machine.label}", "device": self.device.type, "preset": self.preset}
+        runs = [here | value.model_dump(), *self.recorded(name)]
+        rows = [
+            {
+                "machine": run["machine"],
+                "preset": run["preset"],
+                "value": show.quantity(run["value"], run["unit"]),
+                "95 % interval": show.interval(run["ci95"], run["unit"]),
+            }
+            for run in runs
+        ]
         for kind, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
-            if all(torch.device(entry["device"]).type != kind for entry in found):
+            if all(torch.device(run["device"]).type != kind for run in runs):
                 rows.append({"machine": words, "preset": "–", "value": "not recorded yet", "95 % interval": ""})
-        show.table(rows, caption=name, simulated=own["simulated"])
+        self.table(rows, caption=name, simulated=value.simulated)
 
     def finish(self) -> RunRecord:
         """Write the record to results_dir/<lesson>/record.json, embed it in the notebook, show what came of it all."""
-        seconds, peak = self._stopwatch.seconds, peak_memory()
+        seconds, peak = self._stopwatch.seconds, records.peak_memory()
         on_gpu = self.device.type == "cuda"
         within = seconds <= self.budget.seconds and (self.budget.memory is None or peak <= self.budget.memory)
-        done = RunRecord(
+        record = RunRecord(
+            version=records.VERSION,
             lesson=self.lesson,
             title=self.title,
             preset=self.preset,
@@ -277,47 +302,45 @@ class Lab:
             peak_memory=peak,
             peak_device_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
             budget={**self.budget._asdict(), "within": within},
+            **records.origin(),
         )
-        records.write(done, self._path)
-        records.embed(done, *summary(done))
-        return done
+        records.write(record, self._path)
+        text, html = records.summary(record)
+        show.emit(text, html, data={records.MIME: record.to_dict()})
+        return record
 
     # inside -----------------------------------------------------------------------------------------------------
 
-    def _keep(
-        self,
-        name: str,
-        kind: str,
-        value: Any,
-        unit: str,
-        ci95: Sequence[float] | None,
-        *,
-        simulated: bool = False,
-        **more: Any,
-    ) -> None:
+    def _keep(self, **entry: Any) -> None:
         """Note a value and set it beside its prediction, in the prediction's unit; if those differ, keep nothing."""
+        name, unit, ci95, role = (entry[field] for field in ("name", "unit", "ci95", "role"))
         if ci95 is not None and len(ci95) != 2:
             raise InputError(f"The interval of {name!r} is {ci95!r}; give (low, high).")
-        entry = {"kind": kind, "name": name, "value": value, "unit": unit, "ci95": ci95, "simulated": simulated, **more}
-        plain = records.plain(entry)
-        if (guess := self._predictions.get(name)) and _number(value) is not None:
-            factor = show.factor(unit, guess["unit"])
+        if role not in get_args(Role):
+            raise InputError(f"The role of {name!r} is {role!r}; choose one of {', '.join(get_args(Role))}.")
+        value = RecordedValue(**records.plain(entry))
+        if (guess := self._predictions.get(name)) and _number(value.value) is not None:
+            factor = show.factor(unit, guess.unit)
             if factor is None:
                 raise InputError(
-                    f"{name!r} was predicted in {guess['unit']} and measured in {unit}; use one unit for both."
+                    f"{name!r} was predicted in {guess.unit} and measured in {unit}; use one unit for both."
                 )
-            guess["measured"] = records.plain(value * factor)
-        self._measurements[name] = plain
+            guess.measured = value.value * factor
+        self._measurements[name] = value
 
     def _show_card(self) -> None:
         here, memory = self.machine, self.budget.memory
         budget = f"{self.budget.seconds} s" + (f", {show.quantity(memory, 'B')}" if memory else "")
+        runs = [
+            f"{run.seconds:.0f} s at {run.preset} on {run.machine['label']}, {run.created[:10]}"
+            for run in records.recorded(self.lesson)
+        ]
         facts = {
             "device": f"{self.device}: {here.label}",
             "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
             "software": f"Python {here.python}, torch {here.torch}",
             "preset": f"{self.preset}, within {budget}; seed {self.seed}",
-            "recorded": "; ".join(map(_recorded_run, records.recorded(self.lesson))) or "not recorded yet",
+            "recorded": "; ".join(runs) or "not recorded yet",
         }
         show.facts(f"Lesson {self.lesson}: {self.title}", facts)
 
@@ -327,19 +350,6 @@ class _Shown(str):
 
     def _ipython_display_(self) -> None:
         pass
-
-
-def _recorded_run(run: RunRecord) -> str:
-    return f"{run.seconds:.0f} s at {run.preset} on {run.machine.get('label', 'unnamed')}, {run.created[:10]}"
-
-
-def _beside_row(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "machine": entry["machine"],
-        "preset": entry["preset"],
-        "value": show.quantity(entry["value"], entry["unit"]),
-        "95 % interval": show.interval(entry["ci95"], entry["unit"]),
-    }
 
 
 def _check_name(name: Any) -> None:
@@ -358,11 +368,11 @@ def _number(value: Any) -> float | int | None:
 
 def _preset(asked: str) -> str:
     override = os.environ.get("LABKIT_PRESET")
-    chosen = override or asked
-    if chosen not in BUDGETS:
+    preset = override or asked
+    if preset not in BUDGETS:
         where = "LABKIT_PRESET" if override else "preset"
-        raise InputError(f"{where} is {chosen!r}; choose one of {', '.join(BUDGETS)}.")
-    return chosen
+        raise InputError(f"{where} is {preset!r}; choose one of {', '.join(BUDGETS)}.")
+    return preset
 
 
 def _results_folder(results_dir: str | os.PathLike) -> Path:
@@ -370,7 +380,7 @@ def _results_folder(results_dir: str | os.PathLike) -> Path:
         folder = Path(results_dir)
     except TypeError:
         raise InputError(f"results_dir is {results_dir!r}; give the path of a folder as text.") from None
-    nearest = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    nearest = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(
             f"Results cannot be written to {folder}; give a results_dir that is a folder you may write to."

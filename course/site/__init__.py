@@ -19,9 +19,8 @@ from pathlib import Path
 
 import nbformat
 
-from course import notebooks, readme, report, results
-from course.claims_table import claims_table
-from course.columns import Column, side_by_side
+from course import notebooks, readme, report
+from course.report import RunColumn
 from labkit import claims, files
 from labkit.errors import DataError, InputError
 from labkit.records import MIME
@@ -166,14 +165,14 @@ def mathml(latex: str, display: str = "inline") -> str:
 # generated pages ----------------------------------------------------------------------------------
 
 
-def _columns(folders: Sequence[Path]) -> tuple[list[Column], list[str]]:
-    recorded, problems = results.recorded_runs()
+def _columns(folders: Sequence[Path]) -> tuple[list[RunColumn], list[str]]:
+    recorded, problems = report.recorded_runs()
     own = [folder for folder in folders if any(folder.rglob("record.json"))]
-    found, unreadable = results.collect(own) if own else ([], [])
-    return side_by_side(found, recorded), [*problems, *unreadable]
+    found, unreadable = report.collect(own) if own else ([], [])
+    return report.side_by_side(found, recorded), [*problems, *unreadable]
 
 
-def _claims_page(columns: Sequence[Column]) -> Iterator[str]:
+def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
     yield (
         "# What the guide claims\n\nEach claim stands with the range of values that would confirm it, written down "
         "before anything was measured. *Contradicted* means that the value found, with its interval, lies outside. "
@@ -185,10 +184,10 @@ def _claims_page(columns: Sequence[Column]) -> Iterator[str]:
         here = [column for column in columns if int(column.record.lesson) == section]
         title = titles.get(section)
         yield f"## {title or f'Section {section}'}"
-        yield _html(claims_table([claim for claim in known if claim.section == section], here))
+        yield _html(report.claims_table([claim for claim in known if claim.section == section], here))
 
 
-def _machines_page(columns: Sequence[Column]) -> Iterator[str]:
+def _machines_page(columns: Sequence[RunColumn]) -> Iterator[str]:
     yield "# Your machine beside the recorded ones"
     if any(column.here for column in columns):
         yield "Your runs stand first. A range in brackets is a 95 % interval."

@@ -2,8 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
@@ -11,18 +10,23 @@ import torch
 
 from labkit import files, records
 from labkit.errors import DataError, InputError
-from labkit.records import MIME, RunRecord
+from labkit.records import Column, RunRecord, cost, quality, result, setting
 
+TABLE = records.table(
+    "cuts",
+    [{"cut": "a", "seed": seed, "accuracy": 90.0 + seed, "low": 88.0, "high": 92.0, "ms": 1.5} for seed in (0, 1)],
+    by=("cut", "seed"),
+    columns={"accuracy": quality("%", low="low", high="high"), "ms": cost("ms", clock=True)},
+)
 RECORD = RunRecord(
+    version=records.VERSION,
     lesson="01",
     title="The inference challenge",
     preset="smoke",
     device="cpu",
     parameters={"SEED": 0, "BATCHES": [1, 8]},
     machine={"slug": "a-cpu-2c", "label": "A CPU, 2 cores"},
-    measurements=[
-        {"kind": "value", "name": "ridge", "value": 20.5, "unit": "FLOP/B", "ci95": [19.0, 22.0], "simulated": False}
-    ],
+    measurements=[{"kind": "value", "name": "ridge", "value": 20.5, "unit": "FLOP/B", "ci95": [19.0, 22.0]}, TABLE],
     predictions=[{"name": "ridge", "question": "", "unit": "FLOP/B", "predicted": 10, "measured": 20.5}],
     claims=[{"id": "1.11", "value": 20.5, "ci95": None, "verdict": "contradicted"}],
     checks=[{"id": "01.1", "passed": True, "failures": []}],
@@ -30,14 +34,107 @@ RECORD = RunRecord(
     peak_memory=10**9,
     peak_device_memory=None,
     budget={"seconds": 90, "memory": 4e9, "within": True},
+    **records.origin(),
 )
 
 
-def notebook(folder: Path, *outputs: dict) -> Path:
-    path = folder / "lesson.ipynb"
-    cells = [{"cell_type": "markdown"}, *({"cell_type": "code", "outputs": [{"data": data}]} for data in outputs)]
-    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
-    return path
+def changed(**fields: object) -> RunRecord:
+    return RunRecord.model_validate(dict(RECORD) | fields)
+
+
+# what columns mean --------------------------------------------------------------------------------------------------
+
+
+def test_a_declared_column_keeps_its_meaning_on_the_disk(tmp_path):
+    records.write(RECORD, tmp_path / "record.json")
+    table = records.read(tmp_path / "record.json").named("cuts")
+    assert table.by == ("cut", "seed")
+    assert table.meaning("accuracy") == Column(role="quality", unit="%", low="low", high="high")
+    assert table.meaning("ms") == Column(role="cost", unit="ms", clock=True)
+
+
+@pytest.mark.parametrize(
+    ("declared", "role"), [(quality(), "quality"), (cost(), "cost"), (setting(), "setting"), (result(), "result")]
+)
+def test_each_word_is_a_role(declared, role):
+    assert declared.role == role and not declared.clock
+
+
+def test_what_is_not_declared_is_a_setting_in_by_and_a_plain_result_elsewhere():
+    table = records.table("t", [{"batch": 1, "limit": "memory"}], by="batch")
+    assert (table.meaning("batch").role, table.meaning("limit")) == ("setting", Column())
+
+
+ROWS = [{"a": 1, "b": 1, "x": 0.5}, {"a": 1, "b": 2, "x": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "by", "columns", "message"),
+    [
+        (ROWS, ("c",), {}, "'t' has no column 'c'; its columns are a, b, x."),
+        (ROWS, ("b",), {"y": cost()}, "'t' has no column 'y'"),
+        (ROWS, ("b",), {"x": cost(low="least")}, "'t' has no column 'least'"),
+        (ROWS, ("a",), {}, "by=('a',) does not tell the rows of 't' apart: a=1 is there twice; name more columns."),
+        ([], (), {}, "non-empty list of dicts"),
+        ([{"a": torch.nn.ReLU()}], (), {}, "not a ReLU"),
+    ],
+)
+def test_a_table_whose_meaning_cannot_be_is_refused(rows, by, columns, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        records.table("t", rows, by, columns)
+
+
+def test_a_column_that_only_some_rows_have_can_be_declared():
+    assert records.table("t", [{"a": 1}, {"a": 2, "x": 3.0}], by="a", columns={"x": cost()}).rows[0] == {"a": 1}
+
+
+def recorded_columns() -> list[tuple[records.RecordedTable, str]]:
+    runs = [records.read(path) for path in files.RECORDED.glob("*/[0-9][0-9].json")]
+    tables = [entry for run in runs for entry in run.measurements if isinstance(entry, records.RecordedTable)]
+    return [(table, column) for table in tables for column in dict.fromkeys(name for row in table.rows for name in row)]
+
+
+def test_every_number_in_the_recorded_tables_was_declared():
+    for table, column in recorded_columns():
+        ends = {end for meaning in table.columns.values() for end in (meaning.low, meaning.high)}
+        numbers = any(isinstance(row.get(column), int | float) for row in table.rows)
+        assert not numbers or column in {*table.by, *table.columns, *ends}, (table.name, column)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "role"),
+    [
+        ("latency and throughput", "sentences/s", "quality"),
+        ("latency and throughput", "p99 (ms)", "cost"),
+        ("MiniLM pruned", "accuracy (%)", "quality"),
+        ("MiniLM pruned", "bitmask (MB)", "cost"),
+        ("ResNet-20", "fine-tuned", "quality"),
+        ("SmolLM2, perplexity", "perplexity", "cost"),
+    ],
+)
+def test_the_recorded_tables_know_which_way_is_better(name, column, role):
+    tables = [table for table, other in recorded_columns() if (table.name, other) == (name, column)]
+    assert {table.meaning(column).role for table in tables} == {role}
+
+
+@pytest.mark.parametrize(("name", "better"), [("decode speed", "quality"), ("MiniLM at 90 %: file over dense", "cost")])
+def test_recorded_single_values_know_it_too(name, better):
+    runs = [records.read(path) for path in files.RECORDED.glob("*/[0-9][0-9].json")]
+    assert {entry.role for run in runs if (entry := run.named(name))} == {better}
+
+
+def test_arithmetic_was_not_made_by_a_clock_and_times_were():
+    clocks = {(table.name, column): table.meaning(column).clock for table, column in recorded_columns()}
+    counted = ["GFLOP", "MB", "FLOP/byte"]
+    assert not any(clocks["models on the roofline", column] for column in counted)
+    assert clocks["models on the roofline", "share of the roof"] and clocks["accuracy and time", "time left"]
+    assert not clocks["accuracy and time", "MACs left"] and not clocks["lottery tickets", "accuracy (%)"]
+    run = records.read(next(files.RECORDED.glob("*/01.json")))
+    assert not run.named("FLOPs saved by depthwise").clock
+    assert all(run.named(name).clock for name in ("decode speed", "turning batch", "MiniLM, 64 tokens"))
+
+
+# the file -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_record_is_read_back_equal(tmp_path):
@@ -47,14 +144,13 @@ def test_a_record_is_read_back_equal(tmp_path):
 
 def test_a_record_says_when_and_with_what_it_was_made():
     assert RECORD.created.endswith("+00:00")
-    assert RECORD.schema == "labkit.record/1"
     assert RECORD.labkit[0].isdigit()
 
 
 def test_git_is_none_outside_a_clone(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert records._git() is None
+    assert records.origin()["git"] is None
 
 
 def test_numbers_of_numpy_and_torch_become_plain():
@@ -62,9 +158,24 @@ def test_numbers_of_numpy_and_torch_become_plain():
     assert records.plain(value) == {"a": 0.5, "b": 3, "c": [1, 2], "d": [True, None], "1": 7}
 
 
+@pytest.mark.parametrize(
+    ("series", "stored"),
+    [
+        ([1.23456789] * 5, [1.23457] * 5),
+        ([1.23456789] * 4, [1.23456789] * 4),
+        ([1.23456789] * 4 + [1], [1.23456789] * 4 + [1]),
+        ([1.23456789] * 5 + [math.inf], [1.23456789] * 5 + ["inf"]),
+        ([1234567] * 6, [1234567] * 6),
+    ],
+)
+def test_only_series_of_five_floats_or_more_are_rounded(series, stored):
+    assert records.plain(series) == stored
+
+
 def test_what_is_not_finite_is_kept_as_text_and_the_file_stays_strict_json(tmp_path):
     values = [{"kind": "value", "name": "loss", "value": math.nan, "ci95": [-math.inf, math.inf]}]
-    records.write(replace(RECORD, measurements=values), tmp_path / "record.json")
+    records.write(changed(measurements=values), tmp_path / "record.json")
+    assert records.read(tmp_path / "record.json").named("loss").ci95 == (-math.inf, math.inf)
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -75,7 +186,7 @@ def test_what_is_not_finite_is_kept_as_text_and_the_file_stays_strict_json(tmp_p
 
 def test_what_json_cannot_hold_is_refused_before_writing(tmp_path):
     with pytest.raises(InputError, match="not a Linear; record what you measured of it"):
-        records.write(replace(RECORD, parameters={"layer": torch.nn.Linear(1, 1)}), tmp_path / "record.json")
+        records.write(changed(parameters={"layer": torch.nn.Linear(1, 1)}), tmp_path / "record.json")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,12 +194,11 @@ def test_no_folder_of_the_user_gets_into_the_file(tmp_path, monkeypatch):
     home = "/".join(["", "home", "jane"])
     monkeypatch.setenv("HOME", home)
     failures = [f"FileNotFoundError: {files.ROOT}/data/x and {home}/y"]
-    changed = replace(
-        RECORD,
+    run = changed(
         parameters={"MODEL": "/srv/models/small.bin", "HUB": "org/name", "WINDOWS": r"C:\Users\jane\m.bin"},
         checks=[{"id": "01.1", "passed": False, "failures": failures}],
     )
-    records.write(changed, tmp_path / "record.json")
+    records.write(run, tmp_path / "record.json")
     kept = json.loads((tmp_path / "record.json").read_text())
     assert kept["parameters"]["MODEL"] == "small.bin"
     assert kept["parameters"]["HUB"] == "org/name"
@@ -104,7 +214,7 @@ def test_an_older_record_stays_whole_when_writing_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(InputError, match=r"cannot be written to .* \(No space left on device\)"):
-        records.write(replace(RECORD, seconds=9.0), path)
+        records.write(changed(seconds=9.0), path)
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
     assert records.read(path) == RECORD
 
@@ -115,38 +225,47 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         records.write(RECORD, tmp_path / "runs" / "record.json")
 
 
+VALUE = {"kind": "value", "name": "x", "value": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "labkit.record/0"}, "is of version 'labkit.record/0', this labkit reads 'labkit.record/1'"),
-        ({"lesson": 1}, "`lesson` is missing or malformed"),
-        ({"seconds": None}, "`seconds` is missing or malformed"),
-        ({"measurements": {}}, "`measurements` is missing or malformed"),
-        ({"measurements": [{"name": "x"}]}, "one of its measurements has no kind or name"),
-        ({"measurements": [3]}, "one of its measurements has no kind or name"),
-        ({"measurements": [{"kind": "table", "name": "x"}]}, "'x' has no rows or value"),
-        ({"measurements": [{"kind": "table", "name": "x", "rows": [3]}]}, "'x' has no rows or value"),
-        ({"measurements": [{"kind": "value", "name": "x"}]}, "'x' has no rows or value"),
-        ({"measurements": [{"kind": "value", "name": "x", "value": 1, "ci95": [1]}]}, "'x' has no rows or value"),
-        ({"claims": [{"id": "1.1"}]}, "one of its claims has no id or value or verdict"),
-        ({"checks": ["01.1"]}, "one of its checks has no id or passed"),
+        ({"version": "labkit.record/1"}, "is of version 'labkit.record/1', this labkit reads 'labkit.record/2'; run"),
+        ({"lesson": 1}, "is damaged: `lesson`: "),
+        ({"seconds": None}, "is damaged: `seconds`: "),
+        ({"measurements": {}}, "is damaged: `measurements`: "),
+        ({"measurements": [{"name": "x"}]}, "is damaged: `measurements.0`: "),
+        ({"measurements": [3]}, "is damaged: `measurements.0`: "),
+        ({"measurements": [{"kind": "table", "name": "x"}]}, "is damaged: `measurements.0.table.rows`: "),
+        (
+            {"measurements": [{"kind": "table", "name": "x", "rows": [3]}]},
+            "is damaged: `measurements.0.table.rows.0`: ",
+        ),
+        ({"measurements": [{"kind": "value", "name": "x"}]}, "is damaged: `measurements.0.value.value`: "),
+        ({"measurements": [VALUE | {"ci95": [1]}]}, "is damaged: `measurements.0.value.ci95.1`: "),
+        ({"measurements": [VALUE | {"role": "best"}]}, "is damaged: `measurements.0.value.role`: "),
+        ({"claims": [{"id": "1.1"}]}, "is damaged: `claims.0.value`: "),
+        ({"claims": [{"id": "1.1", "value": 1, "verdict": "true"}]}, "is damaged: `claims.0.verdict`: "),
+        ({"checks": ["01.1"]}, "is damaged: `checks.0`: "),
+        ({"colour": "red"}, "is damaged: `colour`: "),
     ],
 )
 def test_a_damaged_record_is_named_with_its_fault(tmp_path, change, message):
     path = tmp_path / "record.json"
     path.write_text(json.dumps({**RECORD.to_dict(), **change}))
-    with pytest.raises(DataError, match=rf"record\.json (is damaged: )?{message}"):
+    with pytest.raises(DataError, match=re.escape(f"record.json {message}")):
         records.read(path)
 
 
 def test_a_record_without_a_field_is_refused(tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps({name: value for name, value in RECORD.to_dict().items() if name != "git"}))
-    with pytest.raises(DataError, match="`git` is missing"):
+    with pytest.raises(DataError, match="is damaged: `git`: "):
         records.read(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\x00", '"labkit.record/1"'])
+@pytest.mark.parametrize("text", ["{", "[]", "\x00", '"labkit.record/2"'])
 def test_a_file_that_is_no_record_is_refused(tmp_path, text):
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(DataError, match="run the lesson again"):
@@ -158,25 +277,53 @@ def test_a_missing_file_says_how_to_make_it(tmp_path):
         records.read(tmp_path / "record.json")
 
 
-def test_the_last_record_of_a_notebook_is_read(tmp_path):
-    older = replace(RECORD, seconds=1.0).to_dict()
-    path = notebook(tmp_path, {"text/plain": "1"}, {MIME: older}, {MIME: RECORD.to_dict(), "text/plain": "done"})
-    assert records.from_notebook(path) == RECORD
-
-
-def test_a_notebook_without_a_record_is_refused(tmp_path):
-    with pytest.raises(DataError, match="carries no run record; run the notebook to its last cell"):
-        records.from_notebook(notebook(tmp_path, {"text/plain": "1"}))
-
-
-def test_recorded_reads_one_record_a_machine_in_order(tmp_path):
+def test_recorded_reads_one_record_a_machine_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RECORDED", tmp_path)
     for slug in ("nvidia-h100", "amd-epyc-2c"):
-        records.write(replace(RECORD, machine={"slug": slug}), tmp_path / slug / "01.json")
-    records.write(replace(RECORD, lesson="02"), tmp_path / "amd-epyc-2c" / "02.json")
-    found = records.recorded("01", tmp_path)
+        records.write(changed(machine={"slug": slug}), tmp_path / slug / "01.json")
+    records.write(changed(lesson="02"), tmp_path / "amd-epyc-2c" / "02.json")
+    found = records.recorded("01")
     assert [one.machine["slug"] for one in found] == ["amd-epyc-2c", "nvidia-h100"]
-    assert records.recorded("03", tmp_path) == []
+    assert records.recorded("03") == []
 
 
 def test_a_record_prints_on_one_line():
-    assert repr(RECORD) == "RunRecord(lesson 01, smoke, A CPU, 2 cores: 1 measurements, 1 claims, 1 checks)"
+    assert repr(RECORD) == "RunRecord(lesson 01, smoke, A CPU, 2 cores: 2 measurements, 1 claims, 1 checks)"
+
+
+# predictions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "words"),
+    [
+        (10, 30, "3.00x too low"),
+        (30, 10, "3.00x too high"),
+        (7, 7, "right within 5 %"),
+        (7, None, "–"),
+        (0, 3, "–"),
+    ],
+)
+def test_off_by(predicted: object, measured: object, words: str):
+    assert records.off_by(predicted, measured) == words
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([], ""),
+        ([(10, 20), (1, None), (0, 3)], ""),
+        (
+            [(10, 20), (10, 10)],
+            "Of 2 predictions half were off by a factor of 1.50 or less, 2 by no more than 2; too high: 0, too",
+        ),
+        ([(9, 3), (1, 5), (2, 2), (8, 2)], "factor of 3.50 or less, 1 by no more than 2; too high: 2, too low: 1."),
+    ],
+)
+def test_calibration(pairs: list, words: str):
+    predictions = [
+        records.Prediction(name="", question="", unit="", predicted=guess, measured=measured)
+        for guess, measured in pairs
+    ]
+    sentence = records.calibration(predictions)
+    assert words in sentence and bool(sentence) == bool(words)

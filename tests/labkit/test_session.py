@@ -15,6 +15,7 @@ import torch
 import labkit
 from labkit import files, records, session
 from labkit.errors import InputError
+from labkit.records import cost
 from labkit.session import Lab
 
 CLAIMS = """
@@ -68,9 +69,8 @@ def done(lab: Lab) -> dict:
 
 
 def test_import_is_quick_and_brings_no_heavy_package():
-    code = (
-        "import sys, labkit; print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "matplotlib", "pydantic")
+    code = f"import sys, labkit; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -231,10 +231,46 @@ def test_record_takes_numbers_texts_and_rows(lab, capsys):
     lab.record("size", np.int64(10), "B", simulated=True)
     lab.record("sweep", [{"batch": 1, "ms": np.float32(0.5)}], simulated=True)
     assert capsys.readouterr().out.count("SIMULATED") == 2
-    loss, limiter, size, sweep = done(lab)["measurements"]
-    assert (loss["value"], limiter["value"], size["value"]) == (0.25, "memory", 10)
-    assert [one["simulated"] for one in (loss, limiter, size, sweep)] == [False, False, True, True]
-    assert (sweep["kind"], sweep["rows"]) == ("table", [{"batch": 1, "ms": 0.5}])
+    loss, limiter, size, sweep = lab.finish().measurements
+    assert (loss.value, limiter.value, size.value) == (0.25, "memory", 10)
+    assert [entry.simulated for entry in (loss, limiter, size, sweep)] == [False, False, True, True]
+    assert (sweep.kind, sweep.rows) == ("table", [{"batch": 1, "ms": 0.5}])
+
+
+def test_what_a_value_means_is_recorded_and_measured_times_know_theirs(lab):
+    lab.record("speed", 20.0, "tokens/s", role="quality", clock=True)
+    lab.record("plain", 3)
+    lab.measure("short", lambda: sum(range(500)), budget_s=0.05)
+    lab.compare("ratio", lambda: sum(range(500)), lambda: sum(range(500)), budget_s=0.05)
+    meanings = {entry.name: (entry.role, entry.clock, entry.unit) for entry in lab.finish().measurements}
+    assert meanings == {
+        "speed": ("quality", True, "tokens/s"),
+        "plain": ("result", False, ""),
+        "short": ("cost", True, "s"),
+        "ratio": ("quality", True, "x"),
+    }
+
+
+def test_what_the_columns_of_a_table_mean_is_recorded(lab):
+    rows = [{"batch": size, "seed": 0, "ms": 1.5 * size} for size in (1, 2)]
+    lab.record("sweep", rows, by=("batch", "seed"), columns={"ms": cost("ms", clock=True)})
+    table = records.read(lab.finish() and lab._path).named("sweep")
+    assert (table.by, table.meaning("ms")) == (("batch", "seed"), cost("ms", clock=True))
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning", "message"),
+    [
+        (1, {"role": "best"}, "The role of 'x' is 'best'; choose one of setting, quality, cost, result."),
+        (1, {"by": ("a",)}, "'x' is a single value, and by and columns are about rows"),
+        ([{"a": 1}, {"a": 1}], {"by": ("a",)}, "does not tell the rows of 'x' apart"),
+        ([{"a": 1}], {"columns": {"b": cost()}}, "'x' has no column 'b'"),
+    ],
+)
+def test_a_meaning_that_does_not_fit_is_refused_and_nothing_is_kept(lab, value, meaning, message):
+    with pytest.raises(InputError, match=message):
+        lab.record("x", value, **meaning)
+    assert lab.finish().measurements == []
 
 
 @pytest.mark.parametrize(
@@ -335,7 +371,7 @@ def test_an_answer_that_passes_is_said_so(lab, capsys):
 
     lab.check("01.1", lesson01.RIGHT["01.1"][0])
     assert "exercise 01.1: passed" in capsys.readouterr().out
-    assert done(lab)["checks"] == [{"id": "01.1", "passed": True, "failures": []}]
+    assert lab.finish().checks == [records.CheckedExercise(id="01.1", passed=True)]
 
 
 # finish -------------------------------------------------------------------------------------------------------------
@@ -362,7 +398,7 @@ def test_the_record_holds_machine_parameters_and_cost(tmp_path):
     assert kept["machine"]["slug"] == lab.machine.slug and kept["machine"]["threads"] == torch.get_num_threads()
     assert kept["peak_memory"] > 50e6 and kept["peak_device_memory"] is None
     assert kept["budget"] == {"seconds": 90, "memory": 4e9, "within": True}
-    assert (kept["schema"], kept["lesson"], kept["device"]) == ("labkit.record/1", "01", "cpu")
+    assert (kept["version"], kept["lesson"], kept["device"]) == ("labkit.record/2", "01", "cpu")
 
 
 def test_a_run_over_its_budget_says_so(lab, capsys, monkeypatch):
@@ -394,7 +430,6 @@ def test_peak_memory_is_this_process_s_own():
 
 
 def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(tmp_path: Path):
-    import nbformat
     from nbclient import NotebookClient
     from nbformat.v4 import new_code_cell, new_notebook
 
@@ -409,12 +444,11 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
     book = new_notebook(cells=[new_code_cell(source) for source in cells])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     NotebookClient(book, timeout=120, on_cell_start=read_before).execute()
-    nbformat.write(book, tmp_path / "lesson.ipynb")
-    carried = records.from_notebook(tmp_path / "lesson.ipynb")
-    assert carried == records.read(tmp_path / "01" / "record.json")
-    assert carried.named("step")["value"] == 1.0
-    assert carried.seconds < 2.5
     shown = book.cells[-1].outputs[0].data
+    carried = records.RunRecord.from_dict(shown[records.MIME])
+    assert carried == records.read(tmp_path / "01" / "record.json")
+    assert carried.named("step").value == 1.0
+    assert carried.seconds < 2.5
     assert "Lesson 01 finished" in shown["text/html"] and "Lesson 01 finished" in shown["text/plain"]
 
 
