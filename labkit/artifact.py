@@ -84,8 +84,8 @@ def _state(model: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         if not tensor.numel() or memory not in seen:
             tensors[name] = tensor
         seen.add(memory)
-    weights = {name for name, t in tensors.items() if name in trained and t.dim() >= 2 and t.is_floating_point()}
-    return {name: _alone(tensor) for name, tensor in tensors.items()}, weights
+    matrices = {name for name, t in tensors.items() if t.dim() >= 2 and t.numel() and t.is_floating_point()}
+    return {name: _alone(tensor) for name, tensor in tensors.items()}, matrices & trained
 
 
 def _parametrized(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

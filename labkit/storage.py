@@ -76,7 +76,7 @@ def _pack_rows(weight: Tensor, block: int = 1, index: torch.dtype = torch.int32)
     """
     rows = weight.flatten(1)  # [out, in]
     rows = F.pad(rows, (0, -rows.shape[1] % block, 0, -rows.shape[0] % block))
-    tiles = rows.unflatten(1, (-1, block)).unflatten(0, (-1, block)).transpose(1, 2)  # [out / b, in / b, b, b]
+    tiles = rows.unfold(0, block, block).unfold(1, block, block)  # [out / b, in / b, b, b]
     nonzero = (tiles != 0).flatten(2).any(2)
     crow = F.pad(nonzero.sum(1).cumsum(0), (1, 0))
     if crow[-1] > torch.iinfo(index).max:
@@ -170,8 +170,10 @@ def _movable(x: Tensor) -> Tensor:
 
 
 def _pack_kernel(weight: Tensor, dtype: torch.dtype | None = None) -> Parts | None:
-    """What csrc/sparse_linear.cpp multiplies with, which is no more precise than float32."""
-    return None if weight.dtype == torch.float64 else native.pack(weight.flatten(1).to(dtype or weight.dtype))
+    """What csrc/sparse_linear.cpp multiplies with, in float32."""
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    return native.pack(weight.flatten(1).to(dtype or weight.dtype))
 
 
 def _unpack_kernel(parts: Parts, shape: Sequence[int]) -> Tensor:

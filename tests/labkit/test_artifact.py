@@ -80,6 +80,10 @@ def test_tensors_in_one_storage_are_stored_each_once() -> None:
     assert payload({"a": torch.randn(4, 8)[:, ::2]}) == 4 * 16
 
 
+def test_empty_weights_take_no_bytes() -> None:
+    assert payload({"w": torch.zeros(3, 0), "v": torch.zeros(4, 4)}, "csr") == 4 * 5 + 8
+
+
 def test_buffers_count_and_stay_dense() -> None:
     model = nn.BatchNorm2d(6)
     model.register_buffer("table", torch.zeros(8, 8))
