@@ -40,8 +40,8 @@ def _dense(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -> T
 
 
 @functools.cache
-def _hear_of_beta() -> None:
-    """torch warns once a process that compressed sparse tensors are in beta: here, where nobody has to read it."""
+def _warn_of_beta() -> None:
+    """torch warns once a process that its compressed sparse tensors are in beta: here, where nobody has to read it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.zeros(1, 1).to_sparse_csr()
@@ -49,7 +49,7 @@ def _hear_of_beta() -> None:
 
 def _torch(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -> Tensor:
     """By torch's own product with a COO, CSR or BSR tensor."""
-    _hear_of_beta()
+    _warn_of_beta()
     dtype, in_features, values = x.dtype, x.shape[1], parts["values"]
     if x.device.type == "cpu" and dtype in HALVES:  # torch has no CSR or BSR product for them on a CPU
         values, x = values.float(), x.float()

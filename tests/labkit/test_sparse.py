@@ -247,7 +247,7 @@ def test_what_cannot_be_converted_is_refused(model, arguments, says):
 
 
 def test_no_warning_reaches_the_user():
-    sparse._hear_of_beta.cache_clear()
+    sparse._warn_of_beta.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for format in ON_CPU:
