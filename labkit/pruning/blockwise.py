@@ -64,10 +64,10 @@ def prune(
     earlier = masks(pruned)  # what is gone does not come back
     if method == "magnitude":
         scores = {name: magnitude(weight.parameter.detach()) for name, weight in weights.items()}
-        kept = {name: _highest(weight, scores[name], pattern, pad, None) for name, weight in weights.items()}
+        keep = {name: _highest(weight, scores[name], pattern, pad, None) for name, weight in weights.items()}
     else:
-        kept = _prune_by_inputs_(pruned, weights, list(not_empty(batches)), method, pattern, pad, progress)
-    hold_(pruned, {name: k & earlier[name] if name in earlier else k for name, k in kept.items()})
+        keep = _prune_by_inputs_(pruned, weights, list(not_empty(batches)), method, pattern, pad, progress)
+    hold_(pruned, {name: k & earlier[name] if name in earlier else k for name, k in keep.items()})
     return pruned
 
 
@@ -101,7 +101,7 @@ def _prune_by_inputs_(
     """What is kept of each weight, after all of them were pruned in place, block after block."""
     statistic, prune_ = (squares, _wanda_) if method == "wanda" else (hessian, _sparsegpt_)
     blocks = blocks_of(model)
-    kept: dict[str, Tensor] = {}
+    keep: dict[str, Tensor] = {}
     with evaluating(model, seed=0), torch.no_grad():
         stages = tqdm(walk(model, blocks, batches), total=len(blocks), desc=progress, disable=not progress)
         for block, run in stages:
@@ -115,10 +115,10 @@ def _prune_by_inputs_(
                         f"The batches did not reach {', '.join(unseen[:5])} as a layer's weight: name them in exclude, "
                         "or take the method magnitude."
                     )
-                kept |= {name: prune_(weight, sums.pop(name)[0], pattern, pad) for name, weight in inside.items()}
-            if len(kept) == len(weights):
+                keep |= {name: prune_(weight, sums.pop(name)[0], pattern, pad) for name, weight in inside.items()}
+            if len(keep) == len(weights):
                 break
-    return kept
+    return keep
 
 
 # --- one weight -------------------------------------------------------------------------------------------------------
@@ -140,9 +140,9 @@ def _highest(weight: Weight, scores: Tensor, pattern: Pattern, pad: bool, dim: i
 
 def _wanda_(weight: Weight, x2: Tensor, pattern: Pattern, pad: bool) -> Tensor:
     """x2 [groups, in / groups * kernel]: ||x_j||^2."""
-    kept = _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, pad, dim=1)
-    weight.parameter.masked_fill_(~kept, 0.0)
-    return kept
+    keep = _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, pad, dim=1)
+    weight.parameter.masked_fill_(~keep, 0.0)
+    return keep
 
 
 def _sparsegpt_(weight: Weight, hessians: Tensor, pattern: Pattern, pad: bool) -> Tensor:
@@ -152,9 +152,9 @@ def _sparsegpt_(weight: Weight, hessians: Tensor, pattern: Pattern, pad: bool) -
     real = order < rows.shape[1]
     padded, h = F.pad(rows, (0, 1))[:, order], F.pad(hessians, (0, 1, 0, 1))[:, order][:, :, order]
     parts = [sparsegpt(w, x, pattern) for w, x in zip(padded.chunk(len(h)), h, strict=True)]
-    new, kept = (torch.cat(each)[:, real][:, order[real].argsort()] for each in zip(*parts, strict=True))
+    new, keep = (torch.cat(each)[:, real][:, order[real].argsort()] for each in zip(*parts, strict=True))
     weight.parameter.copy_(weight.from_rows(new))
-    return weight.from_rows(kept)
+    return weight.from_rows(keep)
 
 
 def _columns(weight: Weight, pattern: Pattern) -> Tensor:

@@ -359,8 +359,8 @@ def per_unit(
     """
     sums: dict[tuple[str, int], Tensor] = {}  # a parameter's sum over the other dimensions serves all of its groups
     totals: dict[int, Tensor] = {}
-    for i, chosen in members.items():
-        for m in chosen:
+    for i, counted in members.items():
+        for m in counted:
             key = (m.name, m.dim)
             if key not in sums and (x := value(m.name)) is not None:
                 sums[key] = (x.sum([d for d in range(x.dim()) if d != m.dim]) if x.dim() > 1 else x).cpu()

@@ -94,16 +94,13 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `model` that holds `masks` ({name of a prunable weight: bool tensor of its shape, True where kept})."""
-    weights = targets(model)
+    weights = {name: weight.parameter for name, weight in targets(model).items()}
     for name, mask in masks.items():
-        if name not in weights:
+        if name not in weights or mask.dtype != torch.bool or mask.shape != weights[name].shape:
+            example = name if name in weights else next(iter(weights))
             raise InputError(
-                f"{name!r} is not a prunable weight of this model: use names like {next(iter(weights))!r}."
-            )
-        if mask.dtype != torch.bool or mask.shape != weights[name].parameter.shape:
-            raise InputError(
-                f"The mask of {name!r} is {mask.dtype} {list(mask.shape)}, but it must be torch.bool of the weight's "
-                f"shape {list(weights[name].parameter.shape)}."
+                f"masks has {mask.dtype} {list(mask.shape)} for {name!r}, but a mask is torch.bool with the shape of "
+                f"a prunable weight: {list(weights[example].shape)} for {example!r}."
             )
     masked = copy.deepcopy(model)
     hold_(masked, masks)
@@ -112,10 +109,9 @@ def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
 def hold_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """`with_masks` without the copy and the checks, for a model that was copied already."""
-    places = owners(model)
-    found = prunable(model)
+    places, weights = owners(model), prunable(model)
     for name, mask in masks.items():
-        parameter = found[name].parameter
+        parameter = weights[name].parameter
         mask = mask.to(parameter.device, copy=True)
         for module, attribute in places[id(parameter)]:
             module.register_buffer(_mask_name(attribute), mask, persistent=False)
@@ -193,64 +189,66 @@ def _included(model: nn.Module, parts: list[str]) -> dict[str, Weight]:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
+def _slices(weights: dict[str, Weight], values: Mapping[str, Tensor], scope: str) -> dict[str, Tensor]:
+    """The values [slices, n] of each weight, or of the model as one, whose every slice `scope` ranks by itself."""
+    rows = {name: weights[name].as_rows(x) for name, x in values.items()}  # [out, in]
+    if scope == "row":
+        return rows
+    flat = {name: x.reshape(1, -1) for name, x in rows.items()}
+    device = next(iter(flat.values())).device
+    return flat if scope == "layer" else {"the model": torch.cat([x.to(device) for x in flat.values()], 1)}
+
+
 def _refuse_growing_back(weights: dict[str, Weight], asked: float, scope: str) -> None:
     """Pruned weights do not come back, so asking for less than there is would silently do nothing."""
-    held = {name: weight.as_rows(~_kept(weight)) for name, weight in weights.items()}  # [out, in]
-    if scope == "row":
-        already = {name: (int(rows.sum(1).max()), rows.shape[1]) for name, rows in held.items()}
-    elif scope == "layer":
-        already = {name: (int(rows.sum()), rows.numel()) for name, rows in held.items()}
-    else:
-        already = {"the model": (sum(int(rows.sum()) for rows in held.values()), _numel(weights))}
-    for label, (gone, n) in already.items():
-        if gone > count_to_prune(n, asked):
+    for label, gone in _slices(weights, {name: ~_mask_of(weight) for name, weight in weights.items()}, scope).items():
+        most, n = int(gone.sum(1).max()), gone.shape[1]
+        if most > count_to_prune(n, asked):
             raise InputError(
-                f"{label} is already {gone / n:.2%} pruned{' in a row' if scope == 'row' else ''}, more than the "
+                f"{label} is already {most / n:.2%} pruned{' in a row' if scope == 'row' else ''}, more than the "
                 f"{asked:.2%} asked for, and pruned weights do not come back: ask for more, or take the dense model."
             )
 
 
 def _scores(model, weights: dict[str, Weight], criterion, batches, loss_fn, seed) -> dict[str, Tensor]:
     """The saliency of `weights`, with weights that are gone already below every other one."""
-    found = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
-    if unseen := [name for name in weights if name not in found]:
+    scores = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
+    if unseen := [name for name in weights if name not in scores]:
         raise InputError(
             f"Criterion {criterion!r} has no score for {', '.join(unseen[:5])}, which the batches did not reach as a "
             "layer's weight: name them in exclude, or use a criterion without data."
         )
-    scores = {}
-    for name, weight in weights.items():
-        if found[name].isnan().any():
+    for name in weights:
+        if scores[name].isnan().any():
             raise InputError(
                 f"Criterion {criterion!r} is NaN for {name!r}: look for NaN in the weights, the batches or the loss."
             )
-        scores[name] = found[name].masked_fill(_zero(weight), -1.0).masked_fill(~_kept(weight), -2.0)
-    return scores
+    return {
+        name: scores[name].masked_fill(_zero(weight), -1.0).masked_fill(~_mask_of(weight), -2.0)
+        for name, weight in weights.items()
+    }
 
 
 def _lowest(weights: dict[str, Weight], scores: dict[str, Tensor], asked: float, scope: str) -> dict[str, Tensor]:
-    """True at the lowest scores of every group that `scope` ranks by itself."""
-    rows = {name: weights[name].as_rows(score) for name, score in scores.items()}  # [out, in]
-    if scope == "row":
-        lowest = {name: lowest_k(row, count_to_prune(row.shape[1], asked), dim=1) for name, row in rows.items()}
-    else:
-        lowest = {}
-        device = next(iter(rows.values())).device
-        for names in [list(rows)] if scope == "global" else [[name] for name in rows]:
-            flat = torch.cat([rows[name].flatten().to(device) for name in names])
-            parts = lowest_k(flat, count_to_prune(len(flat), asked)).split([rows[name].numel() for name in names])
-            lowest |= {name: part.view(rows[name].shape) for name, part in zip(names, parts, strict=True)}
-    return {name: weights[name].from_rows(low) for name, low in lowest.items()}
+    """True at the lowest scores of every slice that `scope` ranks by itself."""
+    lowest = []
+    for x in _slices(weights, scores, scope).values():
+        k = count_to_prune(x.shape[1], asked)
+        lowest.append(lowest_k(x, k, dim=1) if scope == "row" else lowest_k(x, k))
+    if scope == "global":
+        lowest = lowest[0].split([x.numel() for x in scores.values()], 1)
+    pairs = zip(weights.values(), lowest, strict=True)
+    return {weight.name: weight.from_rows(low.view(weight.as_rows(weight.parameter).shape)) for weight, low in pairs}
 
 
-def _kept(weight: Weight) -> Tensor:
+def _mask_of(weight: Weight) -> Tensor:
     mask = _mask(weight.module, weight.attribute)
     return torch.ones_like(weight.parameter, dtype=torch.bool) if mask is None else mask
 
 
 def _zero(weight: Weight) -> Tensor:
     """True where the forward pass sees a zero."""
-    return (weight.parameter.detach() == 0) | ~_kept(weight)
+    return (weight.parameter.detach() == 0) | ~_mask_of(weight)
 
 
 # --- holding ----------------------------------------------------------------------------------------------------------
@@ -317,8 +315,8 @@ def _seen(model: nn.Module, exclude: str | Iterable[str]) -> list[Tensor]:
     """Every prunable weight once, as the forward pass sees it."""
     parts = named_parts(model, exclude, "exclude")
     foreign = [value for name, _, value in _foreign(model) if not any(inside(name, part) for part in parts)]
-    own = targets(model, parts) if not foreign else _included(model, parts)
-    return foreign + [weight.parameter.detach().masked_fill(~_kept(weight), 0.0) for weight in own.values()]
+    weights = _included(model, parts) if foreign else targets(model, parts)
+    return foreign + [weight.parameter.detach().masked_fill(~_mask_of(weight), 0.0) for weight in weights.values()]
 
 
 def _foreign(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
