@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, example
 from torch import nn
 
@@ -12,7 +11,7 @@ from labkit import roofline
 from labkit.errors import InputError
 from labkit.pruning import sensitivity
 from labkit.pruning.channels import Planner, apply, plan, prune
-from labkit.pruning.coupling import Coupling
+from labkit.pruning.coupling import trace
 from labkit.pruning.scores import UNIT_CRITERIA, unit_scores
 
 
@@ -29,62 +28,14 @@ def plain():
 # --- importance -------------------------------------------------------------------------------------------------------
 
 
-def scores(model, x, criterion, batches=None, **options):
-    coupling = Coupling.of(model, x)
-    found = unit_scores(model, coupling.groups, criterion, batches, **options)
-    return {coupling.groups[i].name: values for i, values in found.items()}
-
-
-def test_l1_and_l2_are_the_norms_of_what_makes_the_unit(plain):
-    model, x, _ = plain
-    w = model.conv1.weight.detach()
-    torch.testing.assert_close(scores(model, x, "l1")["conv1.weight"], w.abs().sum((1, 2, 3)))
-    torch.testing.assert_close(scores(model, x, "l2")["conv1.weight"], w.square().sum((1, 2, 3)).sqrt())
-    model, x = example(Residual)
-    both = sum(layer.weight.detach().abs().sum((1, 2, 3)) for layer in (model.stem, model.conv2))
-    torch.testing.assert_close(scores(model, x, "l1")["stem.weight"], both)
-
-
 def test_bn_scale_is_gamma_and_leaves_groups_without_norm_whole(plain):
     model, x, _ = plain
-    found = scores(model, x, "bn_scale")
-    torch.testing.assert_close(found["conv1.weight"], model.bn1.weight.detach().abs())
-    assert set(found) == {"conv1.weight", "conv2.weight"}
+    found = unit_scores(model, (groups := trace(model, x)), "bn_scale")
+    assert {groups[i].name for i in found} == {"conv1.weight", "conv2.weight"}
+    torch.testing.assert_close(found[0], model.bn1.weight.detach().abs())
     chosen = plan(model, x, ratio=0.5, criterion="bn_scale")
     assert left(chosen)["fc1.weight"] == 20
     assert [row.reason for row in chosen.units if row.name == "fc1.weight"] == ["bn_scale has no score for it"]
-
-
-def test_taylor_is_the_squared_slope_of_a_gate_on_the_unit(plain):
-    """Gates written into the network by hand, and autograd's derivative by them."""
-    model, x, _ = plain
-    model.requires_grad_(False)
-    y = torch.tensor([1, 2])
-    gate = torch.ones(8, requires_grad=True)
-    hidden = F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2) * gate[:, None, None]
-    hidden = F.relu(model.bn2(model.conv2(hidden)))
-    F.cross_entropy(model.fc2(torch.tanh(model.fc1(hidden.flatten(1)))), y).backward()
-    found = scores(model, x, "taylor", [(x, y)])["conv1.weight"]
-    torch.testing.assert_close(found, gate.grad.square(), rtol=1e-4, atol=1e-12)
-    assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_fpgm_ranks_the_filter_nearest_to_all_others_lowest(plain):
-    model, x, _ = plain
-    with torch.no_grad():
-        model.conv1.weight[5] = model.conv1.weight.mean(0)
-    found = scores(model, x, "fpgm")["conv1.weight"]
-    rows = model.conv1.weight.detach().flatten(1)
-    torch.testing.assert_close(found, (rows[:, None] - rows[None]).norm(dim=2).sum(1), rtol=1e-3, atol=1e-3)
-    assert int(found.argmin()) == 5
-
-
-def test_activation_is_the_mean_of_what_the_readers_get(plain):
-    model, x, batches = plain
-    found = scores(model, x, "activation", batches)["fc1.weight"]
-    with torch.no_grad():
-        hidden = F.relu(model.bn2(model.conv2(F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2))))
-        torch.testing.assert_close(found, torch.tanh(model.fc1(hidden.flatten(1))).abs().mean(0))
 
 
 @pytest.mark.parametrize("criterion", UNIT_CRITERIA)

@@ -5,12 +5,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Plain, Residual, example
 from torch import nn
 from torch.testing import assert_close
 
 from labkit.errors import InputError
 from labkit.pruning import select
-from labkit.pruning.coupling import Group, Member
+from labkit.pruning.coupling import Group, Member, trace
 from labkit.pruning.scores import CRITERIA, input_taylor, obs_prune, saliency, unit_scores
 
 NEED_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]
@@ -171,6 +172,59 @@ def test_taylor_finds_the_weights_that_matter():
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain():
+    model, x = example(Plain)
+    return model, x, [(x, torch.tensor([1, 2]))]
+
+
+def named_scores(model, x, criterion, batches=None):
+    groups = trace(model, x)
+    return {groups[i].name: values for i, values in unit_scores(model, groups, criterion, batches).items()}
+
+
+def test_l1_and_l2_are_the_norms_of_what_makes_the_unit(plain):
+    model, x, _ = plain
+    w = model.conv1.weight.detach()
+    assert_close(named_scores(model, x, "l1")["conv1.weight"], w.abs().sum((1, 2, 3)))
+    assert_close(named_scores(model, x, "l2")["conv1.weight"], w.square().sum((1, 2, 3)).sqrt())
+    model, x = example(Residual)
+    both = sum(layer.weight.detach().abs().sum((1, 2, 3)) for layer in (model.stem, model.conv2))
+    assert_close(named_scores(model, x, "l1")["stem.weight"], both)
+
+
+def test_taylor_is_the_squared_slope_of_a_gate_on_the_unit(plain):
+    """Gates written into the network by hand, and autograd's derivative by them."""
+    model, x, _ = plain
+    model.requires_grad_(False)
+    y = torch.tensor([1, 2])
+    gate = torch.ones(8, requires_grad=True)
+    hidden = F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2) * gate[:, None, None]
+    hidden = F.relu(model.bn2(model.conv2(hidden)))
+    F.cross_entropy(model.fc2(torch.tanh(model.fc1(hidden.flatten(1)))), y).backward()
+    found = named_scores(model, x, "taylor", [(x, y)])["conv1.weight"]
+    assert_close(found, gate.grad.square(), rtol=1e-4, atol=1e-12)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_fpgm_ranks_the_filter_nearest_to_all_others_lowest(plain):
+    model, x, _ = plain
+    with torch.no_grad():
+        model.conv1.weight[5] = model.conv1.weight.mean(0)
+    found = named_scores(model, x, "fpgm")["conv1.weight"]
+    rows = model.conv1.weight.detach().flatten(1)
+    assert_close(found, (rows[:, None] - rows[None]).norm(dim=2).sum(1), rtol=1e-3, atol=1e-3)
+    assert int(found.argmin()) == 5
+
+
+def test_activation_is_the_mean_of_what_the_readers_get(plain):
+    model, x, batches = plain
+    found = named_scores(model, x, "activation", batches)["fc1.weight"]
+    with torch.no_grad():
+        hidden = F.relu(model.bn2(model.conv2(F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2))))
+        assert_close(found, torch.tanh(model.fc1(hidden.flatten(1))).abs().mean(0))
 
 
 class Scaled(nn.Module):
