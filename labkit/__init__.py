@@ -1,6 +1,6 @@
 """Inference optimisation, measured: the tested package that the lessons import.
 
-`labkit.start(...)` begins a lesson; the modules below are attributes of the package, each imported when first used, so
+`labkit.start(...)` begins a lesson. The modules are attributes of the package, each imported when it is first used, so
 that `import labkit` costs nothing.
 """
 
@@ -8,8 +8,8 @@ import importlib
 from typing import Any
 
 _MODULES = (
-    "artifact", "attention", "bench", "checks", "claims", "datasets", "deploy", "distillation", "machine", "models",
-    "pruning", "quantization", "records", "roofline", "session", "show", "training",
+    "artifact", "bench", "checks", "claims", "datasets", "deploy", "distillation", "machine", "models", "pruning",
+    "records", "roofline", "session", "show", "stats", "training",
 )  # fmt: skip
 
 __all__ = ["start"]

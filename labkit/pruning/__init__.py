@@ -1,16 +1,19 @@
 """Removing weights, channels, heads and layers: one module an idea, each under the name that the field gives it.
 
 `from labkit.pruning import unstructured` and the like; a module is read only when it is asked for. The names of the
-functions stay in their modules, because `prune` means something else in each.
+functions stay in their modules, because `prune` means something else in each. What is not listed serves these.
 """
 
 import importlib
-import pkgutil
+from types import ModuleType
 
-__all__ = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+__all__ = [
+    "channels", "coupling", "depth", "equality", "heads", "nm", "permutation", "schedules", "scores", "select",
+    "semi_structured", "sensitivity", "sparse", "sparsegpt", "sr_ste", "surgery", "transformers", "unstructured",
+]  # fmt: skip
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> ModuleType:
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"labkit.pruning has no {name!r}; it has {', '.join(__all__)}")

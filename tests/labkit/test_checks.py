@@ -38,7 +38,7 @@ def close(got: object, want: object, **tolerance: float) -> tuple[str, ...]:
 
 
 def test_a_right_answer_passes():
-    assert checks.check("98.1", lambda w, h: w * h) == checks.Result("98.1", True, (), 6)
+    assert checks.check("98.1", lambda w, h: w * h) == checks.CheckResult("98.1", True, (), 6)
 
 
 def test_every_thing_that_is_wrong_is_said_once_with_its_first_input():
@@ -144,4 +144,4 @@ def test_expect_outside_given_names_no_input():
 
 
 def test_every_check_of_the_course_is_known_by_its_lesson():
-    assert all(check_id[:2].isdigit() and check_id[2] == "." for check_id in checks.known())
+    assert all(check_id[:2].isdigit() and check_id[2] == "." for check_id in checks.ids())

@@ -9,7 +9,7 @@ import pytest
 from course import notebooks
 from labkit import checks
 
-LESSONS = sorted({check_id.partition(".")[0] for check_id in checks.known()})
+LESSONS = sorted({check_id.partition(".")[0] for check_id in checks.ids()})
 BANKS = {lesson: importlib.import_module(f"mutants.lesson{lesson}") for lesson in LESSONS}
 RIGHT = [(check_id, answer) for bank in BANKS.values() for check_id, some in bank.RIGHT.items() for answer in some]
 WRONG = [
@@ -33,7 +33,7 @@ def test_wrong_answer_is_rejected_with_a_sentence(check_id, name, answer):
     assert all(len(sentence.split()) >= 5 for sentence in result.failures)
 
 
-@pytest.mark.parametrize("check_id", checks.known())
+@pytest.mark.parametrize("check_id", checks.ids())
 def test_every_exercise_has_its_bank(check_id):
     bank = BANKS[check_id.partition(".")[0]]
     assert len(bank.RIGHT[check_id]) >= 2
@@ -45,7 +45,7 @@ def test_every_exercise_has_its_card_and_its_check(lesson: Path):
     """notebooks.exercises refuses an exercise without card or check; here is what it cannot know."""
     tasks = notebooks.exercises(nbformat.read(lesson, as_version=4))
     assert [task.id for task in tasks] == [f"{lesson.stem[:2]}.{k}" for k in range(1, len(tasks) + 1)]
-    assert {task.id for task in tasks} == {one for one in checks.known() if one.startswith(lesson.stem[:2])}
+    assert {task.id for task in tasks} == {one for one in checks.ids() if one.startswith(lesson.stem[:2])}
     for task in tasks:
         assert 1 <= task.points <= 5 and 5 <= task.minutes <= 30
         assert task.hints >= 1, f"{task.id} has no hint"
@@ -53,7 +53,7 @@ def test_every_exercise_has_its_card_and_its_check(lesson: Path):
         assert "NotImplementedError" in task.stub and task.stub != task.source
 
 
-@pytest.mark.parametrize("check_id", checks.known())
+@pytest.mark.parametrize("check_id", checks.ids())
 def test_stub_is_told_apart_from_wrong(check_id):
     def stub(*args, **kwargs):
         raise NotImplementedError

@@ -1,0 +1,155 @@
+"""Exercise checks: each takes the learner's function, tries it on many inputs and says everything that is wrong.
+
+They test properties and independent computations rather than one stored answer, and never print the answer. A check is
+a function of (fn, failures, **context); its id is like "01.1".
+"""
+
+import importlib
+import importlib.util
+import math
+import numbers
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labkit.errors import InputError
+
+STUB_SAYS = "Your answer goes here"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Whether an answer passed, what is wrong with it, and how many requirements were looked at."""
+
+    id: str
+    passed: bool
+    failures: tuple[str, ...]
+    tried: int
+
+
+class Failures:
+    """Collects all that is wrong with an answer; a check calls `expect` and `close` inside `with given(...)`."""
+
+    def __init__(self) -> None:
+        self.tried = 0
+        self._input = ""
+        self._first: dict[str, str] = {}  # what is wrong -> how it showed first
+        self._more: dict[str, int] = {}  # what is wrong -> with how many further inputs
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """One sentence for each thing that is wrong, with the first input that showed it."""
+        return tuple(first + _and_more(self._more[wrong]) for wrong, first in self._first.items())
+
+    def expect(self, condition: Any, message: str, *, detail: str = "") -> bool:
+        """Note `message` unless the condition holds; `detail` says how it showed. Returns whether it holds."""
+        self.tried += 1
+        if condition:
+            return True
+        if message in self._first:
+            self._more[message] += 1
+            return False
+        sentence = f"{message} ({detail})" if detail else message
+        self._first[message] = f"With {self._input}: {sentence}" if self._input else sentence
+        self._more[message] = 0
+        return False
+
+    def close(self, got: Any, want: Any, message: str, *, rtol: float = 1e-6, atol: float = 0.0) -> bool:
+        """Expect numbers, arrays or tensors to agree within atol + rtol * |want|, of one shape; NaN never agrees."""
+        wrong = _difference(got, want, rtol, atol)
+        return self.expect(wrong is None, message, detail=wrong or "")
+
+    @contextmanager
+    def given(self, **inputs: Any) -> Iterator[None]:
+        """Name the inputs under test. An exception inside is a failure that names them; a stub's passes through.
+
+        torch raises NotImplementedError as well, for types that an operator does not take; its text tells them apart.
+        """
+        self._input = ", ".join(f"{name}={_short(value)}" for name, value in inputs.items())
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, NotImplementedError) and (not str(error) or str(error).startswith(STUB_SAYS)):
+                raise
+            self.expect(False, f"it raised {type(error).__name__}: {_short(' '.join(str(error).split()), 160)}")
+        finally:
+            self._input = ""
+
+
+def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
+    """Run one exercise's check on the learner's `fn`. InputError for an unknown id or something that is no function.
+
+    NotImplementedError of a stub passes through, so that a runner can tell "not done yet" from "wrong".
+    """
+    __tracebackhide__ = True  # IPython and pytest then show the learner's own lines
+    examine = _find(check_id)
+    if not callable(fn):
+        raise InputError(f"Check {check_id} takes your function itself, not {_short(fn)}; leave out the brackets.")
+    failures = Failures()
+    examine(fn, failures, **context)
+    if not failures.tried:
+        raise RuntimeError(f"The check {check_id} examined nothing, which is a bug of the check.")
+    return CheckResult(check_id, not failures.messages, failures.messages, failures.tried)
+
+
+def ids() -> list[str]:
+    """The ids of all checks, in order."""
+    lessons = sorted(path.stem for path in Path(__file__).parent.glob("lesson*.py"))
+    return [check_id for lesson in lessons for check_id in _of_lesson(lesson)]
+
+
+def _find(check_id: str) -> Callable:
+    lesson = f"lesson{str(check_id).partition('.')[0]}"
+    lesson_checks = _of_lesson(lesson) if importlib.util.find_spec(f"labkit.checks.{lesson}") else {}
+    if check_id not in lesson_checks:
+        raise InputError(
+            f"There is no check {check_id!r}; the checks are {', '.join(lesson_checks or ids()) or 'none yet'}."
+        )
+    return lesson_checks[check_id]
+
+
+def _of_lesson(lesson: str) -> dict[str, Callable]:
+    return importlib.import_module(f"labkit.checks.{lesson}").CHECKS
+
+
+def _difference(got: Any, want: Any, rtol: float, atol: float) -> str | None:
+    """None where they agree, else what came out, never what should have."""
+    import torch
+
+    if got is None:
+        return "your function returned None: does it end in `return`?"
+    try:
+        if isinstance(got, bool):
+            raise TypeError
+        got, want = (
+            torch.as_tensor(float(one) if isinstance(one, numbers.Real) else one, device="cpu") for one in (got, want)
+        )
+    except (TypeError, ValueError, RuntimeError):
+        return f"your function returned a {type(got).__name__}, not a number or tensor"
+    got, want = got.detach().double(), want.detach().double()
+    if got.shape != want.shape:
+        what = f"has shape {tuple(got.shape)}" if got.ndim else "is a single number"
+        return f"what your function returned {what}, which is not the shape asked for"
+    if bool(torch.isclose(got, want, rtol=rtol, atol=atol).all()):
+        return None
+    if not bool(got.isfinite().all()):
+        return "your result holds NaN or an infinity"
+    return f"your result: {_short(got.item())}" if not got.ndim else "your result has the right shape, not the values"
+
+
+def _and_more(count: int) -> str:
+    return f"; the same with {count} other input{'s' * (count > 1)}" if count else ""
+
+
+def _short(value: Any, most: int = 60) -> str:
+    """A value for a message: numbers readable, tensors by shape, long texts cut."""
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:,.6g}" if abs(value) < 1e6 or not value.is_integer() else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) >= 100_000 else str(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
