@@ -25,6 +25,7 @@ from tqdm import tqdm
 from labkit import datasets, models, stats, training
 from labkit.batches import segments
 from labkit.pruning import blockwise, nm
+from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import Pattern, sparsegpt
 
 
@@ -73,7 +74,7 @@ def labkit_wanda(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
     scores = weight.abs() * hessian.diagonal().to(weight.dtype).sqrt()
     if isinstance(pattern, tuple):
         return weight * nm.mask(scores, *pattern)
-    return weight * ~blockwise.lowest_k(scores, blockwise.count_to_prune(scores.shape[1], pattern), dim=1)
+    return weight * ~lowest_k(scores, count_to_prune(scores.shape[1], pattern), dim=1)
 
 
 OURS = {"sparsegpt": lambda weight, hessian, pattern: sparsegpt(weight, hessian, pattern)[0], "wanda": labkit_wanda}

@@ -350,36 +350,46 @@ def _members(group: Group, parameters: Mapping[str, Tensor], role: str) -> list[
     return [m for m in matrices if m.role == role] or matrices or members
 
 
+def _rows(x: Tensor, dim: int) -> Tensor:
+    """[size of the dimension, all others]"""
+    return x.movedim(dim, 0).reshape(x.shape[dim], -1)
+
+
 def per_unit(
-    value: Callable[[str], Tensor | None], groups: Sequence[Group], members: Mapping[int, Sequence[Member]]
+    value: Callable[[str, int], Tensor | None], groups: Sequence[Group], members: Mapping[int, Sequence[Member]]
 ) -> dict[int, Tensor]:
     """Sums over everything that belongs to each unit: {number of the group: [units]}, absent where there is nothing.
 
-    value(name): in the shape of the parameter, None where there is none. members: of each group, those that count.
+    value(parameter, dimension): summed over its other dimensions, a vector; None where there is none.
+    members: of each group, those that count.
     """
-    sums: dict[tuple[str, int], Tensor] = {}  # a parameter's sum over the other dimensions serves all of its groups
+    values: dict[tuple[str, int], Tensor | None] = {}  # one vector serves all groups of a parameter
     totals: dict[int, Tensor] = {}
     for i, counted in members.items():
         for m in counted:
-            key = (m.name, m.dim)
-            if key not in sums and (x := value(m.name)) is not None:
-                sums[key] = (x.sum([d for d in range(x.dim()) if d != m.dim]) if x.dim() > 1 else x).cpu()
-            if key in sums:
+            if (key := (m.name, m.dim)) not in values:
+                values[key] = None if (x := value(*key)) is None else x.cpu()
+            if (x := values[key]) is not None:
                 inner = m.units >= 0
-                total = torch.zeros(groups[i].units, dtype=sums[key].dtype)
-                total = total.index_add_(0, m.units[inner], sums[key][inner])
+                total = torch.zeros(groups[i].units, dtype=x.dtype).index_add_(0, m.units[inner], x[inner])
                 totals[i] = totals[i] + total if i in totals else total
     return totals
+
+
+def _sums(values: Mapping[str, Tensor]) -> Callable[[str, int], Tensor | None]:
+    return lambda name, dim: _rows(values[name], dim).sum(1) if name in values else None
 
 
 def _norm(power: int) -> Callable:
     """(sum |w|^p)^(1/p) of all weights that make the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
 
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
+        def powers(name: str, dim: int) -> Tensor:
+            return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
+
         parameters = dict(model.named_parameters())
         makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-        sums = per_unit(lambda name: wide(parameters[name]).abs() ** power, groups, makers)
-        return {i: total ** (1 / power) for i, total in sums.items()}
+        return {i: total ** (1 / power) for i, total in per_unit(powers, groups, makers).items()}
 
     return score
 
@@ -387,9 +397,10 @@ def _norm(power: int) -> Callable:
 def bn_scale(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     """Mean |gamma| of the unit's batch norms. Liu et al. 2017, Learning Efficient ConvNets through Network Slimming."""
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    scales = {name: p for name, p in model.named_parameters() if name in {f"{n}.weight".lstrip(".") for n in norms}}
+    names = {f"{name}.weight".lstrip(".") for name in norms}
+    scales = {name: wide(p).abs() for name, p in model.named_parameters() if name in names}
     members = {i: [m for m in group.members if m.name in scales] for i, group in enumerate(groups)}
-    sums = per_unit(lambda name: wide(scales[name]).abs(), groups, members)
+    sums = per_unit(_sums(scales), groups, members)
     return {i: total / len(members[i]) / groups[i].width for i, total in sums.items()}
 
 
@@ -404,7 +415,7 @@ def unit_taylor(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
 
     def term(gradients: dict[str, Tensor]) -> dict[int, Tensor]:
         slopes = {name: g * wide(weights[name]) for name, g in gradients.items()}
-        return {i: slope**2 for i, slope in per_unit(slopes.get, groups, readers).items()}
+        return {i: slope**2 for i, slope in per_unit(_sums(slopes), groups, readers).items()}
 
     return mean_over_batches(model, weights, term, batches, loss_fn, seed)
 
@@ -421,7 +432,7 @@ def fpgm(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
             inner = m.units >= 0
             order, counts = m.units[inner].argsort(stable=True), m.units[inner].bincount(minlength=group.units)
             if (counts == counts[0]).all():  # units of different sizes have no distance
-                rows = wide(parameters[m.name]).movedim(m.dim, 0)[inner][order].reshape(group.units, -1).cpu()
+                rows = _rows(wide(parameters[m.name]), m.dim)[inner][order].reshape(group.units, -1).cpu()
                 total = total + torch.cdist(rows, rows) ** 2
         scores[i] = total.sqrt().sum(1)
     return scores
@@ -439,8 +450,8 @@ def _summed(criterion: str, mean: bool = False) -> Callable:
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
         weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
         readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
-        sums = per_unit(weights.get, groups, readers)
-        counts = per_unit(lambda name: torch.ones_like(weights[name]), groups, readers) if mean else {}
+        sums = per_unit(_sums(weights), groups, readers)
+        counts = per_unit(_sums({n: torch.ones_like(w) for n, w in weights.items()}), groups, readers) if mean else {}
         return {i: total / counts.get(i, 1) for i, total in sums.items()}
 
     return score
