@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 from distributed import Client, LocalCluster
 
-from course import report
+from course import results
 
 LESSON = "03"
 LABKIT = "from course.cli import main; main()"
@@ -59,7 +59,7 @@ def through_kills(sweep: list[str], out: Path, runs: int, cluster: LocalCluster)
 
 def compare(local: Path, dask: Path) -> bool:
     """Print how many rows there are in both places and which differ; whether none does."""
-    tables = [report.rows([folder]) for folder in (local, dask)]
+    tables = [results.rows([folder]) for folder in (local, dask)]
     steady = [table[~table["clock"]] for table in tables]
     keys = [name for name in tables[0] if name not in ("value", "low", "high", "text")]
     both = pd.merge(*steady, on=keys, how="outer", indicator=True, suffixes=SIDES, validate="one_to_one")

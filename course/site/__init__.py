@@ -19,8 +19,8 @@ from pathlib import Path
 
 import nbformat
 
-from course import notebooks, readme, report
-from course.report import RunColumn
+from course import notebooks, readme, report, results
+from course.results import RunColumn, side_by_side
 from labkit import claims, files
 from labkit.errors import DataError, InputError
 from labkit.records import MIME
@@ -166,10 +166,10 @@ def mathml(latex: str, display: str = "inline") -> str:
 
 
 def _columns(folders: Sequence[Path]) -> tuple[list[RunColumn], list[str]]:
-    recorded, problems = report.recorded_runs()
+    recorded, problems = results.recorded_runs()
     own = [folder for folder in folders if any(folder.rglob("record.json"))]
-    found, unreadable = report.collect(own) if own else ([], [])
-    return report.side_by_side(found, recorded), [*problems, *unreadable]
+    found, unreadable = results.collect(own) if own else ([], [])
+    return side_by_side(found, recorded), [*problems, *unreadable]
 
 
 def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:

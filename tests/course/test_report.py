@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from course import report
-from course.report import RunColumn, TradeOff
-from labkit import files, records, stats
+from course import report, results
+from course.results import RunColumn
+from labkit import files, records
 from labkit.claims import Claim
 from labkit.errors import InputError
-from labkit.records import RunRecord, cost, quality, result
+from labkit.records import RunRecord, cost, quality
 
 MACHINE = {"slug": "test-cpu-2c", "label": "Test CPU, 2 cores", "memory": 8 * 2**30, "threads": 2}
 RECORD = RunRecord(
@@ -190,7 +188,7 @@ def test_the_rows_are_written_beside_the_page(runs: Path):
     page(runs)
     csv, parquet = pd.read_csv(runs / "rows.csv"), pd.read_parquet(runs / "rows.parquet")
     assert list(csv.name) == list(parquet.name) and {"sparse", "p99", "sweep: ms"} <= set(csv.name)
-    pd.testing.assert_frame_equal(parquet, report.rows([runs]))
+    pd.testing.assert_frame_equal(parquet, results.rows([runs]))
 
 
 def test_contents_lead_to_every_section(runs: Path):
@@ -276,276 +274,11 @@ def test_an_empty_folder_is_refused(tmp_path: Path):
     assert not (tmp_path / "report.html").exists()
 
 
-# tidy rows --------------------------------------------------------------------------------------------------------
-
-CUTS = [
-    {"cut": "a", "batch": 1, "accuracy (%)": 90.0, "low": 88.0, "high": 92.0, "p50 (ms)": 5.0, "part": "x"},
-    {"cut": "a", "batch": 8, "accuracy (%)": 80.0, "low": 78.0, "high": 82.0, "p50 (ms)": 4.0, "part": "y"},
-]
-MEANING = {"accuracy (%)": quality("%", low="low", high="high"), "p50 (ms)": cost("ms", clock=True)}
-TIDY = changed(
-    lesson="03",
-    parameters={"SEED": 4, "RATIO": 0.5, "CRITERION": "l1"},
-    measurements=[
-        {"kind": "value", "name": "lost", "value": 1.5, "unit": "points", "ci95": [1.0, 2.0], "role": "cost"},
-        {"kind": "comparison", "name": "pruned", "value": 2.0, "unit": "x", "ci95": [1.8, "inf"], "verdict": "faster",
-         "role": "quality", "clock": True},
-        records.table("cuts", CUTS, ("cut", "batch"), MEANING, simulated=True),
-    ],
-)  # fmt: skip
-
-
-def row(frame: pd.DataFrame, name: str, key: str = "") -> pd.Series:
-    rows = frame[(frame["name"] == name) & (frame["key"] == key)]
-    assert len(rows) == 1
-    return rows.iloc[0]
-
-
-def test_columns_say_whose_the_values_are():
-    frame = report.frame([TIDY])
-    assert [*frame.columns] == [
-        "lesson", "preset", "machine", "device", "seed", "p.RATIO", "p.CRITERION",
-        "name", "key", "value", "low", "high", "unit", "role", "text", "simulated", "clock",
-    ]  # fmt: skip
-    run = ["lesson", "preset", "machine", "device", "seed", "p.RATIO", "p.CRITERION"]
-    assert set(map(tuple, frame[run].values)) == {("03", "smoke", "test-cpu-2c", "cpu", 4, 0.5, "l1")}
-
-
-def test_a_single_value_is_one_row_with_its_meaning():
-    lost = row(report.frame([TIDY]), "lost")
-    assert (lost.value, lost.low, lost.high, lost.unit, lost.role) == (1.5, 1.0, 2.0, "points", "cost")
-    assert not lost.simulated and not lost.clock
-    pruned = row(report.frame([TIDY]), "pruned")
-    assert (pruned.value, pruned.high, pruned.text, pruned.clock) == (2.0, math.inf, "faster", True)
-
-
-def test_a_table_gives_a_row_for_each_value_under_its_declared_keys():
-    frame = report.frame([TIDY])
-    accuracy = row(frame, "cuts: accuracy", "cut=a; batch=8")
-    assert (accuracy.value, accuracy.low, accuracy.high, accuracy.unit) == (80.0, 78.0, 82.0, "%")
-    assert accuracy.role == "quality" and accuracy.simulated and not accuracy.clock
-    assert row(frame, "cuts: p50", "cut=a; batch=8").clock
-    assert row(frame, "cuts: part", "cut=a; batch=8").text == "y"
-    assert not set(frame["name"]) & {"cuts: low", "cuts: high", "cuts: cut", "cuts: batch"}
-
-
-def test_rows_without_keys_are_numbered():
-    frame = report.frame([changed(measurements=[records.table("t", [{"a": 1}, {"a": 1}])])])
-    assert list(frame[frame["name"] == "t: a"]["key"]) == ["row=1", "row=2"]
-
-
-def test_what_the_run_took_is_there():
-    frame = report.frame([changed(peak_device_memory=7)])
-    assert row(frame, "run: seconds").value == 12.5
-    assert row(frame, "run: peak memory").unit == "B"
-    assert row(frame, "run: peak device memory").value == 7
-    assert frame[frame["name"].str.startswith("run: ")]["clock"].all()
-
-
-def test_every_recorded_value_has_a_key_of_its_own():
-    runs, problems = report.recorded_runs()
-    frame = report.frame(runs)
-    assert not problems and not frame.duplicated(["lesson", "machine", "name", "key"]).any()
-
-
-def test_files_hold_the_same_rows_whatever_parameters_hold(runs: Path):
-    parameters = {"SEED": 5, "TOKENS": 128, "RATIO": 1, "CRITERION": ["a"], "FAST": True}
-    records.write(TIDY, runs / "03_a" / "record.json")
-    records.write(changed(TIDY, lesson="04", parameters=parameters), runs / "04_a" / "record.json")
-    report.write([runs], runs / "report.html")
-    pd.testing.assert_frame_equal(pd.read_parquet(runs / "rows.parquet"), report.rows([runs]))
-    csv = pd.read_csv(runs / "rows.csv")
-    assert list(csv["value"].dropna()) == pytest.approx(list(report.rows([runs])["value"].dropna()))
-    assert set(csv["p.CRITERION"].dropna()) == {"l1", '["a"]'} and set(csv["p.TOKENS"].dropna()) == {128}
-
-
-def test_folders_are_searched_once_and_damaged_records_left_out(runs: Path):
-    records.write(RECORD, runs / "01_small" / ".smoke-2" / "record.json")
-    (runs / "bad").mkdir()
-    (runs / "bad" / "record.json").write_text("{")
-    assert len(report.rows([runs, runs / "01_small"])) == len(report.frame([RECORD]))
-
-
-def test_no_record_gives_no_row():
-    assert report.frame([]).empty
-
-
-# trade-offs -------------------------------------------------------------------------------------------------------
+# sweeps -----------------------------------------------------------------------------------------------------------
 
 AXES = {"MACs left": cost("fraction"), "accuracy": quality("%", low="low", high="high")}
 CUT = {"cut": "half", "MACs left": 0.5, "accuracy": 90.0, "low": 88.0, "high": 92.0}
 WHOLE = {"cut": "whole", "MACs left": 1.0, "accuracy": 93.0, "low": 91.0, "high": 95.0}
-
-
-def run(*rows: dict, columns: dict = AXES, by: tuple = ("cut",), seed: int = 0, **parameters: object) -> RunRecord:
-    table = records.table("cuts", list(rows), by, columns)
-    return changed(measurements=[table], parameters={"SEED": seed, **parameters})
-
-
-def trade_offs(*runs: RunRecord, swept: tuple = ()) -> list[TradeOff]:
-    return report.trade_offs([RunColumn(record, True) for record in runs], swept)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12), st.booleans(), st.booleans())
-def test_the_front_is_what_nothing_beats(values: list[tuple[int, int]], x_more: bool, y_more: bool):
-    points = pd.DataFrame(values, columns=["x", "y"])
-    front = points.loc[report.front(points, x_more, y_more)]
-    sign = [1 if more else -1 for more in (x_more, y_more)]
-
-    def beaten(x: int, y: int) -> bool:  # by something as good in both, and not the same
-        return any(sign[0] * a >= sign[0] * x and sign[1] * b >= sign[1] * y and (a, b) != (x, y) for a, b in values)
-
-    assert sorted(map(tuple, front.values)) == sorted({pair for pair in values if not beaten(*pair)})
-
-
-def test_a_declared_quality_is_set_against_a_declared_cost():
-    (shown,) = trade_offs(run(CUT, WHOLE))
-    assert (shown.x, shown.y) == ("MACs left", "accuracy (%)")
-    assert list(shown.points["front"]) == [True, True]
-    assert tuple(shown.points.loc[0, ["x", "y", "y_low", "y_high"]]) == (0.5, 90.0, 88.0, 92.0)
-
-
-@pytest.mark.parametrize(
-    ("columns", "drawn"),
-    [
-        (AXES, [("MACs left", "accuracy")]),
-        ({"MACs left": cost(), "accuracy": result()}, []),  # no quality
-        ({"MACs left": result(), "accuracy": quality()}, []),  # no cost
-        (
-            {"MACs left": quality(), "accuracy": quality()},
-            [],
-        ),  # more of both is better: the same kind, nothing is traded
-        ({"accuracy": quality("%"), "MACs left": quality("x")}, []),  # the best in one is the best in the other
-        ({"MACs left": cost(), "accuracy": cost()}, []),
-    ],
-)
-def test_only_roles_decide_what_is_drawn(columns: dict, drawn: list):
-    assert [(t.x, t.y.removesuffix(" (%)")) for t in trade_offs(run(CUT, WHOLE, columns=columns))] == drawn
-
-
-def test_two_qualities_are_traded_where_the_best_in_one_is_not_the_best_in_the_other():
-    rows = [CUT | {"speed-up": 2.0}, WHOLE | {"speed-up": 1.0}]
-    columns = {"accuracy": quality("%"), "speed-up": quality("x", clock=True)}
-    (shown,) = trade_offs(run(*rows, columns=columns))
-    assert (shown.x, shown.y) == ("speed-up (x)", "accuracy (%)") and shown.points["front"].all()
-
-
-def test_a_setting_with_a_role_is_an_axis():
-    points = ("l1", 0.5, 2.0), ("l1", 0.9, 9.0), ("l2", 0.9, 5.0)
-    rows = [{"by": how, "removed": share, "loss": loss} for how, share, loss in points]
-    (shown,) = trade_offs(run(*rows, by=("by", "removed"), columns={"removed": quality(), "loss": cost()}))
-    assert (shown.x, shown.y) == ("removed", "loss")
-    assert list(shown.points["front"]) == [True, False, True] and list(shown.points["series"]) == ["l1", "l1", "l2"]
-
-
-def test_seeds_of_runs_and_of_rows_are_pooled_with_their_interval():
-    accuracies = [90.0, 80.0, 85.0]
-    runs = [run(CUT | {"accuracy": value}, WHOLE, seed=seed) for seed, value in enumerate(accuracies)]
-    (shown,) = report.trade_offs([RunColumn(record, True) for record in runs])
-    point = shown.points.iloc[0]
-    assert (point.y, point.y_low, point.y_high) == stats.mean_ci(accuracies) and point.repetitions == 3
-    rows = [cut | {"seed": seed, "accuracy": cut["accuracy"] + seed} for cut in (CUT, WHOLE) for seed in range(3)]
-    (shown,) = trade_offs(run(*rows, by=("cut", "seed")))
-    assert [(point.y, point.repetitions) for point in shown.points.itertuples()] == [(91.0, 3), (94.0, 3)]
-
-
-def test_a_table_over_seeds_without_a_cost_is_shown_by_its_setting():
-    rows = [{"cut": cut, "seed": seed, "accuracy": 90.0 + seed} for cut in ("a", "b") for seed in (0, 1)]
-    (shown,) = trade_offs(run(*rows, by=("cut", "seed"), columns={"accuracy": quality("%")}))
-    assert (shown.x, shown.y, shown.ranked) == ("cut", "accuracy (%)", False)
-    assert list(shown.points["x"]) == ["a", "b"] and not shown.points["front"].any()
-    assert "The best is 90.5 % at a." in report._figure(shown)["alt"]
-
-
-@pytest.mark.parametrize(
-    ("lesson", "table", "x", "y"),
-    [
-        ("01", "latency and throughput", "p99 (ms)", "sentences/s"),
-        ("02", "criteria", "sparsity", "after (%)"),
-        ("02", "MiniLM pruned", "bitmask (MB)", "accuracy (%)"),
-        ("02", "MiniLM pruned", "speed-up (x)", "accuracy (%)"),
-        ("03", "accuracy and time", "time left", "accuracy"),
-        ("03", "EfficientNet-lite0", "MACs left", "agreement"),
-        ("04", "SmolLM2, perplexity", "parameters removed", "perplexity"),
-        ("04", "accuracy against heads removed", "heads removed", "accuracy"),
-        ("05", "ResNet-20", "variant", "fine-tuned (%)"),
-        ("05", "SmolLM2 by calibration size", "tokens", "perplexity / dense"),
-    ],
-)
-def test_the_recorded_tables_have_their_figures(lesson: str, table: str, x: str, y: str):
-    runs = [RunColumn(record, False) for record in report.recorded_runs()[0] if record.lesson == lesson]
-    assert (table, x, y) in [(shown.table, shown.x, shown.y) for shown in report.trade_offs(runs)]
-
-
-def test_a_figure_has_alt_text_and_its_numbers():
-    worse = CUT | {"cut": "bad", "MACs left": 0.6, "accuracy": 50.0, "low": 45.0, "high": 55.0}
-    picture = report._figure(trade_offs(run(WHOLE, CUT, worse))[0])
-    assert picture["alt"].startswith("accuracy (%) against MACs left for 3 points of “cuts”. yours, smoke: the Pareto")
-    assert "the Pareto front joins 2 of them: 90 % at 0.500 to 93 % at 1." in picture["alt"]
-    assert picture["table"].count("<tr>") == 4 and picture["table"].count(">yes<") == 2
-    assert "88 to 92" in picture["table"] and len(picture["png"]) > 1000
-
-
-def test_machines_and_presets_have_fronts_of_their_own():
-    gpu = changed(run(CUT, WHOLE), machine={"slug": "gpu", "label": "A GPU, big"}, preset="full")
-    (shown,) = report.trade_offs([RunColumn(run(CUT, WHOLE), True), RunColumn(gpu, False)])
-    alt = report._figure(shown)["alt"]
-    assert "yours, smoke, Test CPU, 2 cores: the Pareto front joins 2" in alt and "recorded, full, A GPU, big:" in alt
-    assert shown.points["front"].sum() == 4
-
-
-def test_a_run_with_other_parameters_than_the_recorded_one_shares_no_front_with_it():
-    recorded = changed(run(CUT, WHOLE), preset="class")
-    (shown,) = report.trade_offs([RunColumn(run(CUT, WHOLE), True, "RATIO 0.7"), RunColumn(recorded, False)])
-    alt = report._figure(shown)["alt"]
-    assert "yours, smoke, RATIO 0.7: the Pareto front joins 2" in alt and "recorded, class: the Pareto" in alt
-
-
-def grid(accuracy: dict[str, float], *rows: dict) -> list[RunRecord]:
-    """Six runs; what is left of the MACs is the ratio."""
-    return [
-        run(
-            *(row | {"MACs left": ratio, "accuracy": accuracy[how] + ratio} for row in rows), RATIO=ratio, CRITERION=how
-        )
-        for ratio in (0.3, 0.5, 0.7)
-        for how in accuracy
-    ]
-
-
-def test_the_points_of_a_sweep_share_one_front():
-    (shown,) = trade_offs(*grid({"l1": 80.0, "taylor": 90.0}, CUT), swept=("RATIO", "CRITERION"))
-    assert len(shown.points) == 6 and set(shown.points[shown.points["front"]]["run"]) == {
-        "RATIO 0.3, CRITERION taylor", "RATIO 0.5, CRITERION taylor", "RATIO 0.7, CRITERION taylor"}  # fmt: skip
-
-
-def test_a_parameter_that_changes_nothing_in_a_table_does_not_repeat_its_points():
-    runs = grid({"l1": 80.0, "taylor": 80.0}, CUT, WHOLE)
-    (shown,) = trade_offs(*runs, swept=("RATIO", "CRITERION"))
-    assert list(shown.points["run"].unique()) == ["RATIO 0.3", "RATIO 0.5", "RATIO 0.7"] and len(shown.points) == 6
-    still = [run(CUT, WHOLE, RATIO=ratio) for ratio in (0.3, 0.5)]
-    assert trade_offs(*still, swept=("RATIO",)) == []
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, 1e12])
-def test_any_number_can_be_drawn(value: float):
-    rows = [{"cut": str(n), "x": number, "y": number} for n, number in enumerate((value, 5.0, 7.0))]
-    (shown,) = trade_offs(run(*rows, columns={"x": cost("MB"), "y": quality()}))
-    assert len(report._figure(shown)["png"]) > 1000
-
-
-@pytest.mark.parametrize("gap", [None, "nan", "inf", "good"])
-def test_a_row_without_a_number_is_no_point(gap: object):
-    (shown,) = trade_offs(run(CUT, WHOLE, CUT | {"cut": "gap", "accuracy": gap}))
-    assert list(shown.points["cut"]) == ["half", "whole"]
-
-
-def test_what_a_record_says_is_shown_and_not_run():
-    hostile = CUT | {"cut": "<script>alert(1)</script>"}
-    assert "<script" not in report._figure(trade_offs(run(hostile, WHOLE))[0])["table"]
-    assert len(report._figure(trade_offs(run(CUT | {"cut": r"$\\frac{"}, WHOLE))[0])["png"]) > 1000
-
-
-# sweeps -----------------------------------------------------------------------------------------------------------
 
 
 def value(name: str, number: object, unit: str = "", role: str = "result", **more: object) -> dict:
