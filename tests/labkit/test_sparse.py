@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 import warnings
 
 import pytest
@@ -64,9 +63,14 @@ def mlp(density=0.1, width=96):
 
 @pytest.mark.parametrize("format", EXACT)
 @settings(deadline=None, max_examples=15)
-@given(rows=st.integers(1, 90), columns=st.integers(1, 90), batch=st.integers(1, 70), density=st.floats(0, 1))
-def test_every_format_equals_dense(format, rows, columns, batch, density):
-    weight, bias, x = pruned(rows, columns, density), torch.randn(rows), torch.randn(batch, columns)
+@given(
+    rows=st.integers(1, 90),
+    columns=st.integers(1, 90),
+    density=st.floats(0, 1),
+    batch=st.lists(st.integers(0, 9), max_size=2) | st.just([70]),
+)
+def test_every_format_equals_dense_for_inputs_of_any_rank(format, rows, columns, density, batch):
+    weight, bias, x = pruned(rows, columns, density), torch.randn(rows), torch.randn(*batch, columns)
     assert_product(SparseLinear(weight, bias, format)(x), x, weight, bias)
 
 
@@ -84,27 +88,12 @@ def test_half_precision_layers_round_once(format, dtype):
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("format", ON_CPU)
-@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48), (0, 48)])
-def test_inputs_of_any_rank(format, shape):
-    weight, x = pruned(32, 48, 0.2), torch.randn(shape)
-    weight = weight.bfloat16().float() if format == "kernel-bf16" else weight
-    assert_product(SparseLinear(weight, None, format)(x), x, weight)
-
-
 @needs_compiler
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
 def test_a_cast_of_the_packed_weights_is_not_misread(cast):
     layer, x = SparseLinear(pruned(20, 30, 0.3), None, "kernel"), torch.randn(4, 30)
     bound = 2**-8 * F.linear(x.abs(), layer.weight.abs()) + 1e-6  # half a unit of bfloat16's last place, a weight
     assert ((cast(copy.deepcopy(layer))(x) - layer(x)).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("format", EXACT)
-def test_deepcopy_and_pickle_keep_the_layer(format):
-    layer, x = SparseLinear(pruned(20, 30, 0.3), torch.randn(20), format), torch.randn(4, 30)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), layer(x)) and repr(twin) == repr(layer)
 
 
 @pytest.mark.parametrize("format", EXACT)
@@ -150,7 +139,7 @@ def test_a_converted_model_equals_the_model_which_stays_as_it_was(format):
     assert_same_model(converted, model, x)
     assert all(isinstance(converted[i], SparseLinear) and isinstance(model[i], nn.Linear) for i in (0, 2, 3))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not converted(x).requires_grad
 
 
 def test_only_kernel_bf16_rounds_the_weights():
@@ -221,10 +210,6 @@ def test_modules_that_read_weights_from_outside_keep_working():
         torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
     assert model.activation_relu_or_gelu == 1
     torch.testing.assert_close(converted.linear1.weight, model.linear1.weight.detach())
-
-
-def test_a_converted_model_runs_without_no_grad():
-    assert convert(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))(torch.randn(2, 8)).requires_grad is False
 
 
 @needs_compiler

@@ -91,6 +91,7 @@ def test_bits_are_packed_from_the_lowest_of_the_first_byte_in_every_format():
     # Places 1, 3 in the low nibble; 0 and the first zero, 1, above; 0, the first zero, and 1 in the next byte.
     assert FORMATS["nm"].pack(weight)["metadata"].tolist() == [0b01_00_11_01, 0b01_00]
     assert FORMATS["nm"].pack(weight)["values"].tolist() == [[5, 6], [7, 0], [0, 1]]
+    assert FORMATS["nm"].pack(torch.tensor([[1.0, 1, 1, 0]])) is None
 
 
 @pytest.mark.parametrize("name", [name for name in EXACT if name != "nm"])
