@@ -77,6 +77,7 @@ def test_a_shared_tensor_is_stored_once(format: str) -> None:
 def test_tensors_in_one_storage_are_stored_each_once() -> None:
     flat = torch.randn(64)
     assert payload({"a": flat[:32].view(4, 8), "b": flat[32:].view(4, 8)}) == 4 * 64
+    assert payload({"a": flat[:40], "b": flat[20:]}) == 4 * (40 + 44)
     assert payload({"a": torch.randn(4, 8)[:, ::2]}) == 4 * 16
 
 
