@@ -221,6 +221,76 @@ class Statics(nn.Module):
         return self.c(y.transpose(1, 2).reshape(n, length, self.width) + x)
 
 
+class Around(nn.Module):
+    """`fn` on a width of 8; `parts` are modules that it is called with."""
+
+    def __init__(self, fn, **parts):
+        super().__init__()
+        self.fn, self.first, self.last = fn, nn.Linear(6, 8), nn.Linear(8, 5)
+        self.parts = nn.ModuleDict(parts)
+
+    def forward(self, x):  # [N, 6]
+        return self.last(self.fn(self.first(x), **self.parts))
+
+
+class Splits(nn.Module):
+    """Sizes written down in a list and in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.splits, self.shape = [4, 4], (-1, 2, 4)
+
+    def forward(self, x):
+        a, b = x.split(self.splits, 1)
+        return torch.cat([a, b.relu()], 1).view(self.shape).flatten(1)
+
+
+def blurred(x, k):
+    kernel = k.running_mean.view(1, 1, 1).expand(x.shape[1], 1, 1)
+    return F.conv1d(x[..., None], kernel, groups=x.shape[1]).squeeze(-1)
+
+
+def standardised(x, layer):
+    weight = F.batch_norm(layer.weight[None], None, None, training=True)[0]
+    return F.linear(x, weight, layer.bias)
+
+
+def one_head(x, q, k, v):
+    x = x[:, None].expand(-1, 3, -1)
+    return F.scaled_dot_product_attention(*(layer(x)[:, None] for layer in (q, k, v)))[:, 0, 0]
+
+
+def restrided(x, norm, layer):
+    """A norm over a dimension that is not the last in memory, then a product without a weight."""
+    y = layer(norm(x[:, None].expand(-1, 3, -1).transpose(1, 2).contiguous().transpose(1, 2)))
+    return x + (y @ y.mT).sum((1, 2))[:, None]
+
+
+def masked(x):
+    mask = torch.ones(len(x), device=x.device)  # a mask that the pass makes for itself, and looks at
+    return x if mask.all() else -x
+
+
+ODD = {  # what a pruner meets in the wild: (function on a width, its modules)
+    "an empty slice": (lambda x: torch.cat([x[..., :8] * 2, x[..., 8:]], -1), {}),
+    "a blur": (blurred, {"k": lambda: nn.BatchNorm1d(1)}),
+    "one group norm": (lambda x, norm: norm(x), {"norm": lambda: nn.GroupNorm(1, 8)}),
+    "weights standardised by batch norm": (standardised, {"layer": lambda: nn.Linear(8, 8)}),
+    "weight norm": (lambda x, n: n(x), {"n": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))}),
+    "one head": (one_head, {name: lambda: nn.Linear(8, 8) for name in "qkv"}),
+    "sizes in a list": (lambda x, s: s(x), {"s": Splits}),
+    "other strides": (restrided, {"norm": lambda: nn.LayerNorm(8), "layer": lambda: nn.Linear(8, 8)}),
+    "a mask of ones": (masked, {}),
+    "a recurrent layer": (lambda x, r: r(x[None])[0][0], {"r": lambda: nn.RNN(8, 8)}),
+}
+
+
+def odd(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    fn, parts = ODD[name]
+    return randomise_(Around(fn, **{key: make() for key, make in parts.items()}))
+
+
 IMAGE, ROWS, SEQUENCE = (2, 3, 8, 8), (2, 6), (2, 3, 6)
 NETWORKS = {
     Plain: IMAGE,

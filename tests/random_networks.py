@@ -1,4 +1,6 @@
-"""Random convolutional networks as programs of small steps, for the property test of structured pruning."""
+"""Random convolutional networks as programs of small steps, for the property tests of structured pruning."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,3 +130,68 @@ class Network(nn.Module):
             x = step(x)
         x = x.flatten(1) if self.end == "flatten" else x.mean((2, 3))
         return self.fc(F.relu(self.hidden(x)))
+
+
+HABITS = ("counts", "table", "fused", "features", "last", "twice", "root", "branches")
+
+
+class Stateful(Network):
+    """A random network whose forward pass writes things down; with "root" and "branches" it is hard to prune.
+
+    table: a cache that is made on the first call (rotary angles). fused: one that is made of weights. twice: a module
+    that is registered under two names. root: scales by the root of a width, which no cut keeps.
+    """
+
+    def __init__(self, program, habits):
+        super().__init__(program)
+        self.habits, self.calls, self.table, self.cache, self.features, self.last = set(habits), 0, None, {}, [], None
+        self.register_buffer("seen", torch.zeros(2))
+        self.inner = nn.Linear(6, 6)
+        if "twice" in habits:
+            self.again, self.chain = self.inner, nn.ModuleList([self.inner] * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "counts" in self.habits:
+            self.calls += 1
+            self.seen.add_(1)
+        if "table" in self.habits:
+            if self.table is None:
+                self.table = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device).cos()
+            x = x + self.table
+        if "fused" in self.habits and "gain" not in self.cache:
+            self.cache["gain"] = self.stem.weight.sum((0, 2, 3)).detach() * 2
+        if "fused" in self.habits:
+            x = x * self.cache["gain"][:, None, None]
+        y = F.relu(self.stem(x))
+        for step in self.steps:
+            y = step(y)
+        if "root" in self.habits:
+            y = y * y.shape[1] ** -0.5
+        if "features" in self.habits:
+            self.features.append(y)
+        if "branches" in self.habits and float(y.detach().sum()) < -1e9:
+            y = -y
+        y = F.relu(self.hidden(y.flatten(1) if self.end == "flatten" else y.mean((2, 3))))
+        if "twice" in self.habits:
+            for layer in (self.inner, self.again, *self.chain):
+                y = F.relu(layer(y)) + y
+        if "last" in self.habits:
+            self.last = y
+        return self.fc(y)
+
+
+def digest(model: nn.Module) -> dict[str, Any]:
+    """All that a model is and holds, by module name: identities, modes, attributes, and tensors with their values."""
+
+    def state(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            here = "meta" if value.device.type == "meta" else value.detach().flatten().tolist()
+            return id(value), str(value.device), value.dtype, tuple(value.shape), value.requires_grad, here
+        if isinstance(value, dict):
+            return {key: state(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [state(item) for item in value]
+        return value if isinstance(value, (int, float, str, set, type(None))) else id(value)
+
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: (id(module), type(module), state(vars(module))) for name, module in modules}

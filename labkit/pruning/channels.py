@@ -39,7 +39,7 @@ class Choice:
     scope: str = "global"
     min_channels: int = 1
     round_to: int = 1
-    ignore: Any = ()
+    ignore: str | nn.Module | Iterable[str | nn.Module] = ()
     batches: Iterable | None = None
     loss_fn: Callable | None = None
     seed: int = 0

@@ -123,11 +123,11 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
     return weights
 
 
-def named_parts(model: nn.Module, names: str | Iterable[str], argument: str) -> list[str]:
-    """`names` as a list; an InputError that speaks of `argument` if one is no module or parameter of `model`."""
-    if not isinstance(names, Iterable):
-        raise InputError(f"{argument} is a {type(names).__name__}, but it must be names of modules or weights.")
-    parts = [names] if isinstance(names, str) else list(names)
+def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Module], argument: str) -> list[str]:
+    """`parts`, one or several, as names; an InputError about `argument` if one is no module or parameter of `model`."""
+    parts = [parts] if isinstance(parts, (str, nn.Module)) else list(parts)
+    name_of = {module: name for name, module in model.named_modules()}
+    parts = [name_of.get(part, type(part).__name__) if isinstance(part, nn.Module) else part for part in parts]
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     existing |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for part in parts:

@@ -137,6 +137,16 @@ def test_ignored_modules_keep_their_channels(plain):
     assert left(plan(model, x, ratio=0.5, ignore=["conv2"]))["stem.weight"] == 8  # it makes the same channels
 
 
+def test_modules_can_be_ignored_themselves(plain):
+    model, x, _ = plain
+    assert (
+        plan(model, x, ratio=0.5, ignore=[model.conv1, "fc1"]).kept.keys()
+        == plan(model, x, ratio=0.5, ignore=["conv1", "fc1"]).kept.keys()
+    )
+    with pytest.raises(InputError, match="ignore names 'Conv2d', but the model has no such"):
+        plan(model, x, ratio=0.5, ignore=nn.Conv2d(3, 8, 3))
+
+
 def test_linked_groups_keep_the_same_fraction():
     torch.manual_seed(0)
     chosen = plan(Statics(), torch.randn(3, 7, 6), ratio=0.5)

@@ -6,7 +6,21 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS, Attention, Bare, Dense, Depthwise, Plain, Residual, Shuffle, Tied, difference, example
+from networks import (
+    NETWORKS,
+    Around,
+    Attention,
+    Bare,
+    Dense,
+    Depthwise,
+    Plain,
+    Residual,
+    Shuffle,
+    Tied,
+    difference,
+    example,
+    odd,
+)
 from torch import nn
 
 from labkit.errors import InputError
@@ -22,18 +36,6 @@ def by_name(model, x):
 
 def dimensions(group):
     return {(member.name, member.dim): member.role for member in group.members}
-
-
-class Around(nn.Module):
-    """`fn` on a width of 8, beside another width that can shrink."""
-
-    def __init__(self, fn):
-        super().__init__()
-        self.fn = fn
-        self.first, self.last, self.spare1, self.spare2 = (nn.Linear(*n) for n in ((6, 8), (8, 5), (6, 4), (4, 5)))
-
-    def forward(self, x):
-        return self.last(self.fn(self.first(x))) + self.spare2(self.spare1(x))
 
 
 class Shared(nn.Module):
@@ -59,9 +61,20 @@ def _written(x, part, value):
     return x
 
 
+class Beside(Around):
+    """`fn` on a width of 8, beside another width that can shrink."""
+
+    def __init__(self, fn):
+        super().__init__(fn)
+        self.spare1, self.spare2 = nn.Linear(6, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return super().forward(x) + self.spare2(self.spare1(x))
+
+
 def reasons(fn):
     """What is said about the width that `fn` is put on."""
-    return dict(Coupling.of(Around(fn), torch.randn(2, 6)).unprunable).get("first.weight dimension 0", "")
+    return dict(Coupling.of(Beside(fn), torch.randn(2, 6)).unprunable).get("first.weight dimension 0", "")
 
 
 # --- what hangs together ----------------------------------------------------------------------------------------------
@@ -164,7 +177,72 @@ def test_a_head_that_is_only_run_in_training_is_coupled_too():
     assert ("aux.weight", 1) in dimensions(by_name(Auxiliary(), torch.randn(2, 6))["stem.weight"])
 
 
+ROWS, COLUMNS = torch.tensor([[0, 1]]), torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x[:, None, :, None].squeeze(),
+        lambda x: x[:, None, :, None].squeeze(1).squeeze(0).squeeze(-1),
+        lambda x: x[:, None, :, None].squeeze((1, 2, 3)),
+        lambda x: x[:, None, None].expand(-1, 3, 3, -1)[:, ROWS[0], COLUMNS].mean(1),  # indexed side by side
+        lambda x: x[:, :, None].expand(-1, -1, 3)[ROWS, :, COLUMNS][0],  # and apart: indexed dimensions come first
+        lambda x: F.pixel_shuffle(x.view(2, -1, 1, 1), 2).flatten(1),
+    ],
+)
+def test_a_width_can_shrink_through_views_and_indices_of_other_dimensions(fn):
+    pruned = prune(Beside(fn).eval(), torch.randn(2, 6), ratio=0.5, scope="layer")
+    assert pruned.model.first.out_features == 4 and pruned.report.equal
+
+
+def test_heads_that_are_joined_with_a_part_without_them_keep_what_both_have():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.token, self.last = nn.Linear(6, 8), nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(12, 5)
+
+        def forward(self, x):
+            heads = self.first(x).view(len(x), 2, -1)
+            return self.last(torch.cat([heads, self.token.expand(len(x), -1, -1)], 1).flatten(1))
+
+    group = by_name(Token(), torch.randn(3, 6))["first.weight"]
+    units = {m.name: m.indices(1).tolist() for m in group.members}
+    assert units == {"first.weight": [1, 5], "first.bias": [1, 5], "token": [1], "last.weight": [1, 5, 9]}
+
+
+def test_experts_in_one_product_share_their_width():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(10, 5)
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 8, 10)), nn.Parameter(torch.randn(3, 1, 10))
+
+        def forward(self, x):
+            return self.last(torch.baddbmm(self.bias, self.first(x).expand(3, -1, -1), self.weight).relu().sum(0))
+
+    groups = by_name(Experts(), torch.randn(2, 6))
+    assert dimensions(groups["first.weight"])["weight", 1] == "reads"
+    assert dimensions(groups["weight#2"]) == {("weight", 2): "makes", ("bias", 2): "makes", ("last.weight", 1): "reads"}
+    pruned = prune(Experts(), torch.randn(2, 6), ratio=0.5, scope="layer")
+    assert pruned.report.equal and pruned.model.weight.shape == (3, 4, 5)
+
+
 # --- what is not, and why ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_one_unit_is_listed_and_kernel_positions_are_not():
+    class Upscaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            return self.c(F.pixel_shuffle(self.b(self.a(x)), 2))
+
+    why = dict(Coupling.of(Upscaled(), torch.randn(1, 3, 8, 8)).unprunable)
+    assert why["b.weight dimension 0"] == "all of it hangs together as one unit"
+    assert not any(what.endswith(("dimension 2", "dimension 3")) for what in why)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +292,7 @@ def test_what_is_written_in_place_at_fixed_positions_stays(fn, what):
     ],
 )
 def test_what_is_written_in_place_channel_by_channel_can_go(fn):
-    model, x = Around(fn).eval(), torch.randn(2, 6)
+    model, x = Beside(fn).eval(), torch.randn(2, 6)
     pruned = prune(model, x, ratio=0.5, scope="layer")
     assert pruned.model.first.out_features == 4 and pruned.report.equal
     assert difference(pruned, model, x) < 1e-12
@@ -255,12 +333,44 @@ def test_a_pass_that_looks_at_activations_is_refused():
 )
 def test_a_pass_that_picks_activations_by_their_values_is_refused(fn):
     with pytest.raises(InputError, match="depends on the values of its activations"):
-        trace(Around(fn), torch.randn(2, 6))
+        trace(Beside(fn), torch.randn(2, 6))
 
 
 def test_an_operator_that_needs_data_is_refused_by_name():
     with pytest.raises(InputError, match=r"The operator .* cannot run without data"):
-        trace(Around(lambda x: x + (x > 0).long().flatten().bincount(minlength=8)), torch.randn(2, 6))
+        trace(Beside(lambda x: x + (x > 0).long().flatten().bincount(minlength=8)), torch.randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        ((), "missing 1 required positional argument"),
+        (torch.randn(2, 5), "mat1 and mat2 shapes cannot be multiplied"),
+        ((torch.randn(2, 6), torch.ones(2)), "takes 2 positional arguments but 3 were given"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_one_sentence(args, what):
+    with pytest.raises(InputError, match=rf"does not run on the example input \(.*{what}.*\): give args"):
+        trace(Around(torch.relu), args)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "what"),
+    [
+        (nn.DataParallel, "prune model.module"),
+        (lambda model: torch.jit.trace(model, torch.randn(2, 6)), "prune the eager module"),
+        (lambda model: nn.Sequential(torch.jit.script(nn.Linear(6, 6)), model), "prune the eager module"),
+    ],
+)
+def test_a_wrapped_model_is_refused_with_what_to_prune_instead(wrap, what):
+    with pytest.raises(InputError, match=what):
+        trace(wrap(Around(torch.relu)), torch.randn(2, 6))
+
+
+def test_the_width_of_a_single_head_stays_for_its_scale():
+    why = dict(Coupling.of(odd("one head"), torch.randn(3, 6)).unprunable)
+    assert "which the scale depends on" in why["parts.q.weight dimension 0"]
+    assert "parts.v.weight dimension 0" not in why
 
 
 def test_lazy_layers_are_refused():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from labkit.pruning.coupling.rules import Operation, Record
 from labkit.pruning.coupling.tracing import Abstract, abstract, duplicate, first_line, skeleton, undisturbed
@@ -131,7 +132,10 @@ def attributes(model: nn.Module, keep: Keep, sizes: Mapping[str, Mapping[int, in
 
 def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]:
     """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters."""
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get("weight", module._parameters.get("weight_v"))  # of the older weight norm
+    if parametrize.is_parametrized(module, "weight"):
+        tensors = module.parametrizations["weight"]._parameters
+        weight = tensors.get("original", tensors.get("original1"))
     if weight is None or isinstance(module, nn.MultiheadAttention):  # whose numbers its forward pass writes down
         return {}
     now = shapes[id(weight)]

@@ -114,6 +114,16 @@ def _grouped(c: Call, into: np.ndarray | None, weight: Tensor, transposed: bool,
     return np.repeat(inputs[:, 0], weight.shape[1]) if transposed else made.labels
 
 
+@rule("_weight_norm_interface")
+def weight_norm(c: Call) -> list[Spans]:
+    """v scaled to the norms g, taken over all dimensions but one: the norm of what stays of the other dimensions."""
+    v, g = c.args[:2]
+    dim = c.args[2] if len(c.args) > 2 else 0
+    spans = c.combine([aligned(v, v, c.spans(v)), aligned(g, v, c.spans(g))])
+    c.out[0]._is_weight = True
+    return [c.restricts(spans, set(range(v.dim())) - {dim}, "norm"), ()]
+
+
 @rule("embedding")
 def embedding(c: Call) -> Spans:
     """Rows [V, D] picked by indices [...]: [..., D]"""

@@ -127,7 +127,9 @@ def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -
         axis = span.dims.index(dim)
         c.tie(span.labels.take([0], axis), span.labels)
         return (*rest, Span(span.dims, span.labels.take(range(start, start + length * step, step), axis)))
-    if not length or step > 1 or size % length or start % length:
+    if not length:
+        return rest
+    if step > 1 or size % length or start % length:
         return c.fix(spans, (dim,), "is cut at a fixed position")
     c.record.labels.keep_even(list(span.labels.reshape(-1, length)), c.because("is cut into pieces of one size"))
     return (*rest, Span((dim,), span.labels[start : start + length]))
