@@ -4,7 +4,6 @@ The course of SparseGPT (Frantar & Alistarh 2023) and Wanda (Sun et al. 2024): p
 after the blocks before it were pruned, then run the pruned block to get the next one's. `nm` prunes through this.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -22,7 +21,7 @@ from labkit.pruning.nm import mask
 from labkit.pruning.scores import hessian, magnitude, squares, wanda, watched
 from labkit.pruning.select import Weight, count_to_prune, lowest_k, named_parts, prunable
 from labkit.pruning.sparsegpt import Pattern, check_settings, sparsegpt
-from labkit.pruning.unstructured import checked_targets, hold_, masks, targets
+from labkit.pruning.unstructured import checked_targets, hold_, make_permanent, masks, targets
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -59,15 +58,17 @@ def prune(
     exclude = named_parts(model, exclude, "exclude")
     checked_targets(model, exclude)
     check_widths(weights_of(model, exclude), pattern, pad)
-    pruned = copy.deepcopy(model)
+    earlier = masks(model)  # what is gone does not come back
+    pruned = make_permanent(model)
     weights = weights_of(pruned, exclude)
-    earlier = masks(pruned)  # what is gone does not come back
     if method == "magnitude":
-        scores = {name: magnitude(weight.parameter.detach()) for name, weight in weights.items()}
-        keep = {name: _highest(weight, scores[name], pattern, pad, None) for name, weight in weights.items()}
+        keep = {
+            name: _highest(weight, magnitude(weight.parameter.detach()), pattern, pad, None) & earlier.get(name, True)
+            for name, weight in weights.items()
+        }
     else:
-        keep = _prune_by_inputs_(pruned, weights, list(not_empty(batches)), method, pattern, pad, progress)
-    hold_(pruned, {name: k & earlier[name] if name in earlier else k for name, k in keep.items()})
+        keep = _prune_by_inputs_(pruned, weights, earlier, list(not_empty(batches)), method, pattern, pad, progress)
+    hold_(pruned, earlier | keep)
     return pruned
 
 
@@ -96,26 +97,27 @@ def check_widths(weights: dict[str, Weight], pattern: Pattern, pad: bool) -> Non
 
 
 def _prune_by_inputs_(
-    model: nn.Module, weights: dict[str, Weight], batches: list, method: str, pattern: Pattern, pad: bool, progress: str
+    model: nn.Module, weights: dict[str, Weight], earlier: dict, batches: list, method: str, pattern, pad, progress
 ) -> dict[str, Tensor]:
     """What is kept of each weight, after all of them were pruned in place, block after block."""
-    statistic, prune_ = (squares, _wanda_) if method == "wanda" else (hessian, _sparsegpt_)
+    statistic, select = (squares, _wanda) if method == "wanda" else (hessian, _sparsegpt_)
     blocks = blocks_of(model)
     keep: dict[str, Tensor] = {}
     with evaluating(model, seed=0), torch.no_grad():
-        stages = tqdm(walk(model, blocks, batches), total=len(blocks), desc=progress, disable=not progress)
-        for block, run in stages:
+        for block, run in tqdm(walk(model, blocks, batches), total=len(blocks), desc=progress, disable=not progress):
             inner = {id(module) for module in block.modules()}
             inside = {name: weight for name, weight in weights.items() if id(weight.module) in inner}
             if inside:
                 with watched(inside.values(), statistic) as sums:
                     run()
-                if unseen := [name for name in inside if name not in sums]:
-                    raise InputError(
-                        f"The batches did not reach {', '.join(unseen[:5])} as a layer's weight: name them in exclude, "
-                        "or take the method magnitude."
-                    )
-                keep |= {name: prune_(weight, sums.pop(name)[0], pattern, pad) for name, weight in inside.items()}
+            if unseen := [name for name in inside if name not in sums]:
+                raise InputError(
+                    f"The batches did not reach {', '.join(unseen[:5])} as a layer's weight: name them in exclude, or "
+                    "take the method magnitude."
+                )
+            for name, weight in inside.items():
+                keep[name] = select(weight, sums.pop(name)[0], pattern, pad) & earlier.get(name, True)
+                weight.parameter.masked_fill_(~keep[name], 0.0)
             if len(keep) == len(weights):
                 break
     return keep
@@ -138,15 +140,13 @@ def _highest(weight: Weight, scores: Tensor, pattern: Pattern, pad: bool, dim: i
     return weight.from_rows(~lowest_k(rows, count, dim=dim))
 
 
-def _wanda_(weight: Weight, x2: Tensor, pattern: Pattern, pad: bool) -> Tensor:
+def _wanda(weight: Weight, x2: Tensor, pattern: Pattern, pad: bool) -> Tensor:
     """x2 [groups, in / groups * kernel]: ||x_j||^2."""
-    keep = _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, pad, dim=1)
-    weight.parameter.masked_fill_(~keep, 0.0)
-    return keep
+    return _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, pad, dim=1)
 
 
 def _sparsegpt_(weight: Weight, hessians: Tensor, pattern: Pattern, pad: bool) -> Tensor:
-    """hessians [groups, in, in], in = C_in / groups * kernel; columns of a group of m come together."""
+    """Moves the weights too. hessians [groups, in, in], in = C_in / groups * kernel; a group of m comes together."""
     rows = weight.as_rows(weight.parameter.detach())  # [out, in]
     order = _columns(weight, pattern)  # positions in a row that has one zero column more
     real = order < rows.shape[1]

@@ -255,12 +255,14 @@ def test_the_pattern_is_exact_after_training(method, optimizer, tokens):
 
 
 def test_what_was_pruned_before_does_not_come_back(tokens):
-    first = unstructured.prune(llama(), 0.7, scope="layer", exclude=["lm_head"])
+    first = unstructured.prune(llama(), 0.7, scope="layer")
     for method in blockwise.METHODS:
         again = nm.prune(first, method=method, batches=tokens)
         for name, weight in blockwise.weights_of(again).items():
             assert nm.is_nm(weight.parameter)
             assert not (weight.parameter[~unstructured.masks(first)[name]]).any(), name
+        head = unstructured.masks(again)["lm_head.weight"]  # outside the blocks, and held as before
+        assert torch.equal(head, unstructured.masks(first)["lm_head.weight"])
 
 
 def test_random_layers_are_off_and_modes_stay(tokens):
