@@ -23,7 +23,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from course.results import ResultFolder, RunColumn, collect, frame, recorded_runs, short, side_by_side, with_unit
-from course.tradeoffs import RANKED, Estimate, figure, picture, pooled, trade_offs
+from course.tradeoffs import RANKED, Estimate, figure, literal, picture, pooled, trade_offs
 from labkit import claims, files, show
 from labkit.claims import Claim
 from labkit.errors import InputError
@@ -162,8 +162,8 @@ def _line(points: Sequence[SweepPoint], grid: Mapping[str, Sequence[Any]], value
     label = with_unit(value.name, value.unit)
 
     def draw(ax: Any) -> None:
-        show.lines(ax, rows, along, value.name, by="with")
-        ax.set(xlabel=along, ylabel=textwrap.fill(f"{label}, {RANKED[value.role]}", 40))
+        show.lines(ax, [row | {"with": literal(row["with"])} for row in rows], along, value.name, by="with")
+        ax.set(xlabel=literal(along), ylabel=literal(textwrap.fill(f"{label}, {RANKED[value.role]}", 40)))
 
     best = rows[list(value.estimates).index(value.best)]
     at = ", ".join(filter(None, [f"{along} {short(best[along])}", best["with"] if best["with"] != "all" else ""]))

@@ -189,23 +189,25 @@ def figure(shown: TradeOff) -> dict[str, Any]:
         ends = [show.interval((low, high)) if math.isfinite(high - low) else "–" for low, high in ends]
         table.insert(table.columns.get_loc(name) + 1, f"{name} 95 %", ends)
     table["front"] = table["front"].map({True: "yes", False: "no"})
-    return picture(lambda ax: _draw(ax, shown), " ".join(words), caption, table.to_dict("records"))
+    height = 3.5 if shown.ranked else 4.6  # names of settings stand upright
+    return picture(lambda ax: _draw(ax, shown), " ".join(words), caption, table.to_dict("records"), height)
 
 
-def picture(draw: Callable[[Any], None], alt: str, caption: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def picture(
+    draw: Callable[[Any], None], alt: str, caption: str, rows: list[dict[str, Any]], height: float = 3.5
+) -> dict[str, Any]:
     """A figure for the template. `draw` fills an axis; the legend stands below it, for which the figure grows."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
         show.style()
-        matplotlib.rcParams["text.parse_math"] = False  # a dollar in a record is a dollar
         fig = Figure()
         ax = fig.add_subplot()
         draw(ax)
         handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         columns = 2 if max(map(len, handles), default=0) <= 24 else 1
-        fig.set_size_inches(WIDTH / 80, 3.5 + 0.2 * math.ceil(len(handles) / columns))
+        fig.set_size_inches(WIDTH / 80, height + 0.2 * math.ceil(len(handles) / columns))
         if len(handles) > 1:
             look = {"fontsize": 8, "handlelength": 1.4, "columnspacing": 1}
             fig.legend([*handles.values()], [*handles], loc="outside lower left", ncols=columns, **look)
@@ -215,14 +217,14 @@ def picture(draw: Callable[[Any], None], alt: str, caption: str, rows: list[dict
 
 def _draw(ax: Any, shown: TradeOff) -> None:
     """Colours tell series apart and marks tell runs, white for recorded ones; of one series, colours tell runs too."""
-    points = shown.points
+    points = shown.points.map(literal)
     runs, series, compared = (list(dict.fromkeys(points[column])) for column in ("run", "series", "compared"))
-    same_side = (shown.meaning["x"].role == "cost") == (shown.meaning["y"].role == "quality")
+    steps = "steps-post" if shown.meaning["x"].role == "cost" else "steps-pre"  # what is reached at this x or better
     for name, part in points[points["front"]].groupby("compared", sort=False):
         label = f"front: {name}" if len(compared) > 1 else "Pareto front"
         look = {"color": "grey" if compared.index(name) else "black", "linewidth": 1, "zorder": 1}
         line = part.sort_values("x")
-        ax.plot(line["x"], line["y"], label=label, drawstyle="steps-post" if same_side else "steps-pre", **look)
+        ax.plot(line["x"], line["y"], label=label, drawstyle=steps, **look)
     for (run, name), part in points.groupby(["run", "series"], sort=False):
         number = series.index(name) if len(series) > 1 else runs.index(run)
         colour, mark = show.COLOURS[number % len(show.COLOURS)], MARKERS[runs.index(run) % len(MARKERS)]
@@ -234,6 +236,11 @@ def _draw(ax: Any, shown: TradeOff) -> None:
         if len(runs) > 1:
             ax.plot([], [], color=colour if len(series) == 1 else "grey", label=run, **look)
     _set_axes(ax, shown)
+
+
+def literal(value: Any) -> Any:
+    """A text for a figure, in which a dollar does not begin a formula."""
+    return value.replace("$", r"\$") if isinstance(value, str) else value
 
 
 def _bars(points: pd.DataFrame, axis: str) -> Any:
@@ -256,4 +263,4 @@ def _set_axes(ax: Any, shown: TradeOff) -> None:
     ax.tick_params("x", rotation=0 if shown.ranked else 90)
     for axis, name in (("x", shown.x), ("y", shown.y)):
         words = ", ".join(filter(None, [name, RANKED.get(shown.meaning[axis].role)]))
-        getattr(ax, f"set_{axis}label")(textwrap.fill(words, 48))
+        getattr(ax, f"set_{axis}label")(literal(textwrap.fill(words, 40)))
