@@ -303,7 +303,7 @@ def _measurement(
     name: str, run: Clock, samples: Sequence[Sample], number: int, first_s: float, by_cpu: bool, disturbed: tuple = ()
 ) -> Measurement:
     """One side's result, with the warnings that its own samples give rise to."""
-    seconds, others = tuple(sample[by_cpu] for sample in samples), tuple(sample[not by_cpu] for sample in samples)
+    seconds, second = tuple(sample[by_cpu] for sample in samples), tuple(sample[not by_cpu] for sample in samples)
     warnings, other = list(disturbed), run.name if by_cpu else run.other
     if other == "cpu" and torch.get_num_threads() > 1:  # counts the threads that wait for each other: no evidence
         other = ""
@@ -321,7 +321,7 @@ def _measurement(
         threads=torch.get_num_threads(),
         first_call_s=first_s,
         other_clock=other,
-        other_s=others if other else (),
+        other_s=second if other else (),
         warnings=tuple(warnings),
     )
 

@@ -201,7 +201,7 @@ class Snapshot:
     """Clocks at one moment: wall and this process's CPU seconds, busy seconds of the cores we may use, GPU state."""
 
     wall_s: float
-    own_s: float
+    process_s: float
     busy_s: float
     sm_mhz: int | None = None
     slowed_by: tuple[str, ...] = ()
@@ -224,7 +224,7 @@ def foreign_cores(before: Snapshot, after: Snapshot) -> float | None:
     wall = after.wall_s - before.wall_s
     if wall < 0.2:
         return None
-    return max(0.0, (after.busy_s - before.busy_s - (after.own_s - before.own_s)) / wall)
+    return max(0.0, (after.busy_s - before.busy_s - (after.process_s - before.process_s)) / wall)
 
 
 def throttling(snapshots: Sequence[Snapshot]) -> str | None:

@@ -152,9 +152,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 
 def _recurrent(x: Tensor, *rest: Any, **_: Any) -> int:
     """Every weight matrix meets every time step of every sequence once."""
-    given = [t for t in tree_leaves(rest) if isinstance(t, Tensor)]
-    recurrent = [t for t in given[:4] if t.dim() == 2]
-    return 2 * (x.numel() // x.shape[-1]) * sum(w.numel() for w in recurrent)
+    weights = rest[0] if isinstance(rest[0], (list, tuple)) else rest[:2]  # cuDNN's come as a list
+    matrices = [w for w in weights if w.dim() == 2]
+    return 2 * (x.numel() // x.shape[-1]) * sum(w.numel() for w in matrices)
 
 
 def _packed(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
@@ -237,14 +237,14 @@ def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def pieces(tensors: Iterable[Tensor]) -> list[Piece]:
     """The memory behind tensors: each element once, however it is permuted, reshaped or expanded."""
-    found = []
+    touched = []
     for t in dense_parts(tensors):
         item, lo = t.element_size(), t.storage_offset() * t.element_size()
         dims = [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if stride]
         span = (1 + sum(stride * (size - 1) for stride, size in dims)) * item if t.numel() else 0
         elements = math.prod(size for _, size in dims) * item  # windows that overlap touch no more than their span
-        found.append(Piece(t.untyped_storage()._cdata, lo, lo + span, min(elements, span)))
-    return found
+        touched.append(Piece(t.untyped_storage()._cdata, lo, lo + span, min(elements, span)))
+    return touched
 
 
 def covered(pieces: Iterable[Piece]) -> int:
