@@ -3,7 +3,7 @@
     python benchmarks/run_overhead.py                  8 rounds
     python benchmarks/run_overhead.py --rounds 20
 
-"papermill" is `python -m papermill`; "runs.run" is called in a process that is there already, as for each point of a
+"papermill" is `python -m papermill`; "run.run" is called in a process that is there already, as for each point of a
 sweep; "labkit run" is the whole command in a fresh process, which also writes the report. Differences are taken in each
 round, so that what the machine does meanwhile hits both; the median has its exact 95 % interval. Wants an idle machine.
 """
@@ -21,7 +21,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 from tqdm import tqdm
 
-from course import runs
+from course import run
 from labkit import files, stats
 
 COMMAND = "import sys, pathlib, course.cli as c; c.files.NOTEBOOKS = pathlib.Path(sys.argv.pop(1)); c.main()"
@@ -43,12 +43,12 @@ def ways(folder: Path) -> dict[str, Callable[[], object]]:
         subprocess.run([*map(str, command), *map(str, more)], check=True, capture_output=True, cwd=folder)
 
     def warm() -> None:
-        result = runs.run(notebook, {"PRESET": "smoke", "SEED": 1}, out=folder / "runs")
+        result = run.run(run.prepare(notebook, {"PRESET": "smoke", "SEED": 1}, folder / "runs"))
         assert result.error is None, result.error
 
     return {
         "papermill": lambda: quietly(alone, "--no-progress-bar"),
-        "runs.run": warm,
+        "run.run": warm,
         "labkit run": lambda: quietly(whole, "--out", folder / "runs"),
     }
 

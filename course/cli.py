@@ -1,16 +1,15 @@
-"""The command line: a thin layer over runs, report, course and store that turns a LabError into one sentence.
+"""The command line: a thin layer that turns a LabError into one sentence.
 
-Nothing that imports torch is loaded before the command that needs it, so that `labkit --help` answers at once.
+What takes time to import is loaded by the command that needs it, so that --help answers at once. What ./lab prints for
+--help before anything is installed is course/help.txt.
 """
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
 
 if TYPE_CHECKING:
-    from course.runs import Run, Step
+    from course.run import Job, Run
 
 RUNS = files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"
@@ -139,34 +138,36 @@ def run(
     ./lab run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
     ./lab run all --device cuda --out /data/runs
     """
-    from course import notebooks, references, runs
+    from course import notebooks
+    from course.run import prepare
 
     done: list[Run] = []
     try:
         with _interrupted_once():
-            chosen = notebooks.all_lessons() if lesson == "all" else [notebooks.find(lesson)]
-            if not chosen:
+            asked = _once([("PRESET", preset), ("DEVICE", device), *given])
+            asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
+            paths = notebooks.all_lessons() if lesson == "all" else [notebooks.find(lesson)]
+            jobs = [prepare(path, asked, out) for path in paths]
+            if not jobs:
                 raise InputError(
                     f"There is no lesson to run in {files.NOTEBOOKS}; take the course's notebooks from its repository."
                 )
-            asked = _once([("PRESET", preset), ("DEVICE", device), *given])
-            asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
-            for notebook in chosen:
-                bound = runs.check(notebook, asked)
-                if record:
-                    references.require(bound)
-            for notebook in chosen:
-                done.append(_run_one(notebook, asked, out, record, resume))
+            if record:
+                from course import references
+
+                references.require(jobs[0].parameters)
+            for path, job in zip(paths, jobs, strict=True):
+                done.append(_run_one(path, job, record, resume))
             if len(done) > 1:
                 click.echo("\n".join(["", *map(_summary, done)]))
             from course import report
 
             click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
     except KeyboardInterrupt:
-        kept = f"kept: {', '.join(one.lesson for one in done)}" if done else "earlier results are as they were"
-        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {kept}.", err=True)
+        finished = f"kept: {', '.join(run.lesson for run in done)}" if done else "earlier results are as they were"
+        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {finished}.", err=True)
         sys.exit(130)
-    sys.exit(any(one.error for one in done))
+    sys.exit(any(run.error for run in done))
 
 
 @contextmanager
@@ -198,11 +199,11 @@ def _once(given: Iterable[tuple[str, str | None]]) -> dict[str, str]:
     return asked
 
 
-def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool, resume: bool) -> "Run":
-    from course import runs
+def _run_one(notebook: Path, job: "Job", record: bool, resume: bool) -> "Run":
+    from course import run
 
-    result = runs.done(notebook, asked, out=out) if resume else None
-    result = result or runs.run(notebook, asked, out=out, on_step=_progress(notebook.stem))
+    result = run.read(job.folder()) if resume else None
+    result = result or run.run(job, progress=True)
     if sys.stderr.isatty():
         click.echo("\r\033[K", nl=False, err=True)
     click.echo(_summary(result))
@@ -216,26 +217,9 @@ def _run_one(notebook: Path, asked: Mapping[str, Any], out: Path, record: bool, 
     return result
 
 
-def _summary(result: "Run") -> str:
-    state = "failed" if result.error else "done"
-    return (
-        f"{state:6}  {result.lesson:36}{result.seconds:6.0f} s  {result.peak_memory / 1e9:5.1f} GB  {result.notebook}"
-    )
-
-
-def _progress(lesson: str) -> Callable[["Step"], None]:
-    """On a terminal one line that is rewritten at each cell, elsewhere a line for each section."""
-    began, seen = time.monotonic(), [""]
-
-    def show(step: "Step") -> None:
-        line = f"{lesson[:2]}  cell {step.cell:2}/{step.cells}  {time.monotonic() - began:4.0f} s  {step.section}"
-        if sys.stderr.isatty():
-            click.echo(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
-        elif step.section != seen[0]:
-            click.echo(line, err=True)
-        seen[0] = step.section
-
-    return show
+def _summary(run: "Run") -> str:
+    state = "failed" if run.error else "done"
+    return f"{state:6}  {run.lesson:36}{run.seconds:6.0f} s  {run.peak_memory / 1e9:5.1f} GB  {run.notebook}"
 
 
 @main.command()
@@ -246,7 +230,7 @@ def _progress(lesson: str) -> Callable[["Step"], None]:
 @click.option("--seeds", type=click.IntRange(min=1), help="Repeat each point for so many SEEDs, from its own on.")
 @click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter at all points.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Default: class.")
-@click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, dask://host:port or slurm.")
+@click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, or dask://host:port.")
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at once. Default: 1, or one a GPU.")
 @click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
 def sweep(
@@ -262,7 +246,8 @@ def sweep(
     """Run a lesson at every point of a grid, and write the report.
 
     All points are checked before the first one starts. What is done already is not run again, so the same command goes
-    on after Ctrl-C, a lost worker or a lost scheduler. On a cluster OUT has to be a folder that all machines share.
+    on after Ctrl-C, a lost worker or a lost scheduler. On a cluster OUT has to be a folder that all machines share;
+    Slurm, Kubernetes and others through dask-jobqueue and its like: see course/sweep.py.
 
     Exit code: 0 all points have a result, 1 some failed, 2 something asked for cannot be had, 130 interrupted.
 
@@ -270,7 +255,9 @@ def sweep(
     ./lab sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5
     ./lab sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs
     """
-    from course import executors, notebooks, report, sweep
+    from tqdm import tqdm
+
+    from course import notebooks, report, sweep
 
     axes = sweep.parse(grid)
     asked = _once([("PRESET", preset), *given])
@@ -280,12 +267,17 @@ def sweep(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ended: list[sweep.Outcome] = []
     try:
-        with executors.enter(on, workers=workers, device=sweep.device_of(jobs), out=out.absolute()) as place:
-            click.echo(sweep.forecast(jobs, place.ask(sweep.already, jobs), place.at_once))
-            for note in place.notes:
-                click.echo(f"note    {note}")
-            with sweep.Progress(jobs) as progress:
-                ended = sweep.run(jobs, place, on_end=progress.end, on_wait=progress.wait)
+        with sweep.workers(on, jobs, workers) as (submit, alive, at_once):
+            click.echo(f"{jobs[0].lesson}: {len(jobs)} points, {at_once} at once")
+            if at_once > 1:
+                click.echo("note    runs that share the cores of a machine blur each other's clocks")
+            with tqdm(total=len(jobs), unit="run", desc=jobs[0].lesson[:2], disable=None) as bar:
+                for outcome in sweep.outcomes(jobs, submit, alive):
+                    ended.append(outcome)
+                    state = "failed" if outcome.failure else "before" if outcome.reused else "done"
+                    took = f"{outcome.run.seconds:5.0f} s" if outcome.run else ""
+                    tqdm.write(f"{state:6}  {len(ended):4}/{len(jobs)}  {took:7}  {outcome.job.label}")
+                    bar.update()
     except KeyboardInterrupt:
         click.echo("\nlabkit: interrupted; finished runs are kept, and the same command goes on from them.", err=True)
         sys.exit(130)

@@ -208,7 +208,7 @@ def _data() -> tuple[bool, str]:
 
 def _kernel() -> tuple[bool, str]:
     """Start the kernel that the lessons run in and ask it for an answer."""
-    from course.runner import this_interpreter
+    from course.run import this_interpreter
 
     manager = this_interpreter(blocking=True)(kernel_name="python3")
     manager.start_kernel(stderr=-3)  # subprocess.DEVNULL

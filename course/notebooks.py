@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import count
 from pathlib import Path
-
-import nbformat
-from nbformat import NotebookNode
+from typing import TYPE_CHECKING
 
 from labkit import files
 from labkit.checks import STUB_SAYS
 from labkit.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode  # takes a second to import, and finding a lesson needs none of it
 
 WORKSPACE = files.ROOT / "workspace"
 RELEASED = ("labkit", "course", "data")  # folders that a class gets beside the lessons
@@ -53,8 +54,10 @@ def find(name: str) -> Path:
     raise InputError(f"There is no lesson {name}; give the number of one that exists: {numbers}.")
 
 
-def read(path: Path) -> NotebookNode:
+def read(path: Path) -> "NotebookNode":
     """The lesson's notebook; DataError where it is damaged."""
+    import nbformat
+
     try:
         notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
         [cell.source for cell in notebook.cells]
@@ -63,16 +66,16 @@ def read(path: Path) -> NotebookNode:
     return notebook
 
 
-def title(notebook: NotebookNode) -> str:
+def title(notebook: "NotebookNode") -> str:
     """The first heading of the first cell."""
     return notebook.cells[0].source.partition("\n")[0].lstrip("# ")
 
 
-def tags(cell: NotebookNode) -> Sequence[str]:
+def tags(cell: "NotebookNode") -> Sequence[str]:
     return cell.metadata.get("tags", [])
 
 
-def sections(notebook: NotebookNode) -> Iterator[tuple[str, str]]:
+def sections(notebook: "NotebookNode") -> Iterator[tuple[str, str]]:
     """(cell id, nearest heading at or above the cell) for each cell."""
     heading = "before the first heading"
     for cell in notebook.cells:
@@ -81,11 +84,13 @@ def sections(notebook: NotebookNode) -> Iterator[tuple[str, str]]:
         yield cell.get("id", ""), heading
 
 
-def tidied(notebook: NotebookNode) -> NotebookNode:
+def tidied(notebook: "NotebookNode") -> "NotebookNode":
     """A copy fit for keeping: no injected cell, counts 1..n, and no metadata that changes from run to run; ids stay.
 
     The record that the last cell carries loses samples and the rows of tables: they stand in the record's own file.
     """
+    import nbformat
+
     from labkit.records import MIME
 
     tidy = nbformat.from_dict(notebook)
@@ -136,7 +141,7 @@ class Exercise:
         return without_markers(self.source)
 
 
-def exercises(notebook: NotebookNode) -> list[Exercise]:
+def exercises(notebook: "NotebookNode") -> list[Exercise]:
     """The exercises of a lesson, in order; InputError, naming the cell, where one lacks its card or its check."""
     places = [place for place, cell in enumerate(notebook.cells) if "exercise" in tags(cell)]
     return [_exercise(notebook.cells, place) for place in places]
@@ -167,7 +172,7 @@ def without_markers(source: str) -> str:
     return "\n".join(line for line in source.splitlines() if line.strip() not in MARKERS)
 
 
-def _exercise(cells: Sequence[NotebookNode], place: int) -> Exercise:
+def _exercise(cells: "Sequence[NotebookNode]", place: int) -> Exercise:
     cell_id = cells[place].get("id", f"cell {place + 1}")
     card = cells[place - 1].source if place and cells[place - 1].cell_type == "markdown" else ""
     heading, facts = _TITLE.search(card), _FACTS.search(card)
@@ -188,7 +193,7 @@ def _exercise(cells: Sequence[NotebookNode], place: int) -> Exercise:
 # copies without answers ---------------------------------------------------------------------------
 
 
-def student_copy(notebook: NotebookNode, name: str = "") -> NotebookNode:
+def student_copy(notebook: "NotebookNode", name: str = "") -> "NotebookNode":
     """A new notebook for the learner of lesson `name`: stubs for answers, no outputs; ids and tags stay.
 
     It carries a hash of what a learner would see differ (the cells' kinds and sources), so that a lesson that has
@@ -206,6 +211,8 @@ def student_copy(notebook: NotebookNode, name: str = "") -> NotebookNode:
 
 def prepare(name: str) -> Path:
     """The learner's copy of lesson `name`, made where there is none yet: one that exists is never written."""
+    import nbformat
+
     lesson = find(name)
     copy = WORKSPACE / lesson.name
     if not copy.exists():
@@ -272,7 +279,9 @@ def release(folder: Path) -> list[Path]:
     return [folder / path.name for path in lessons]
 
 
-def _fill(folder: Path, sources: dict[str, NotebookNode]) -> None:
+def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
+    import nbformat
+
     for name, source in sources.items():
         files.write_text(folder / name, nbformat.writes(student_copy(source, Path(name).stem)) + "\n")
     files.write_text(folder / "README.md", _index(sources))
@@ -299,7 +308,7 @@ def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> int:
     return subprocess.call(command, cwd=notebook.parent, env=environment)
 
 
-def _index(sources: dict[str, NotebookNode]) -> str:
+def _index(sources: "dict[str, NotebookNode]") -> str:
     rows = []
     for name, source in sources.items():
         tasks = exercises(source)

@@ -7,13 +7,13 @@ from typing import Any
 
 from course import parameters
 from course.notebooks import tidied
-from course.runs import ALWAYS, Run
+from course.run import ALWAYS, Run
 from labkit import files
 from labkit.errors import InputError
 
 
 def require(bound: Mapping[str, Any]) -> None:
-    """InputError where a run with these parameters (`course.runs.bind`) could not stand as a reference."""
+    """InputError where a run with these parameters (`course.run.prepare`) could not stand as a reference."""
     if bound["PRESET"] == "smoke":
         raise InputError("A smoke run is too small to be a reference; record one at --preset class or full.")
     if other := sorted(set(bound) - {*ALWAYS, "DEVICE"}):

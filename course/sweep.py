@@ -1,65 +1,49 @@
-"""A lesson at every point of a grid: checked before the first run starts, resumed where it stopped, on three scales.
+"""A lesson at every point of a grid: checked before the first run starts, resumed where it stopped, here or on Dask.
 
-    labkit sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5          one machine, one run at a time
-    labkit sweep 03 -g RATIO=0.3,0.5,0.7 --workers 2                               ... or several, or one a GPU
+    ./lab sweep 03 -g RATIO=0.3,0.5,0.7 -g CRITERION=l1,taylor --seeds 5               one machine, one run at a time
+    ./lab sweep 03 -g RATIO=0.3,0.5,0.7 --workers 2                                    ... or several, or one a GPU
 
-    dask scheduler                                                                 on one machine of a cluster, then
-    CUDA_VISIBLE_DEVICES=0 dask worker tcp://host:8786 --nthreads 1 --resources GPU=1      one for each GPU, and
-    labkit sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs  from anywhere that sees the folder
+    dask scheduler                                                                     on one machine of a cluster,
+    CUDA_VISIBLE_DEVICES=0 dask worker tcp://host:8786 --nthreads 1                    one for each GPU, and
+    ./lab sweep 03 -g RATIO=0.3,0.5,0.7 --on dask://host:8786 --out /shared/runs       from where the folder is seen
 
-    on a login node of a cluster with Slurm, one job a run (see executors.slurm for what was tried):
-    SBATCH_PARTITION=gpu labkit sweep 03 -g RATIO=0.3,0.5 -p DEVICE cuda --on slurm --out /shared/runs
+A cluster needs the same labkit and the folder of results on every machine; the lesson is sent. Slurm, PBS and others
+through dask-jobqueue, Kubernetes through dask-kubernetes, each of which starts a scheduler whose address --on takes:
 
-Each point becomes a result folder as `labkit run` makes it; points that differ in SEED alone are repetitions. A cluster
-needs the same labkit and the folder of results on every machine; the lesson is sent. A Dask worker sets OMP_NUM_THREADS
-to 1 unless it is started with another value. Where runs take place is executors.py's; how results look, report.py's.
+    from dask_jobqueue import SLURMCluster
+    cluster = SLURMCluster(queue="gpu", cores=1, processes=1, memory="32GB", job_extra_directives=["--gres=gpu:1"])
+    cluster.scale(jobs=4); print(cluster.scheduler_address); input("Enter ends it")
 """
 
-import contextlib
 import itertools
-import json
+import logging
 import math
+import os
 import re
-import shutil
-import statistics
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from tqdm import tqdm
+from course import parameters, run
+from labkit.errors import DataError, InputError, LabError
 
-from course import parameters, runs
-from course.executors import TRIES, Place
-from course.runs import Run
-from labkit.errors import InputError, LabError
-
-TICK_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One point as it travels to a worker: the lesson itself, what differs (`point`), and all that is `given`."""
-
-    lesson: str
-    source: bytes
-    point: Mapping[str, Any]
-    given: Mapping[str, Any]
-    out: Path
-    code: str
+MOST_POINTS = 10_000
+CONNECT_SECONDS = 5
+Submit = Callable[[run.Job], "Future[Outcome]"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: its run, or why there is none. `reused`: the run had been there before."""
+    """What became of a job: its run, or why there is none (`lost`). reused: the run had been there before."""
 
-    job: Job
-    run: Run | None
+    job: run.Job
+    run: run.Run | None
     reused: bool = False
     lost: str = ""
 
@@ -67,9 +51,6 @@ class Outcome:
     def failure(self) -> str:
         """Why the point has no good result; empty where it has one."""
         return self.lost or (str(self.run.error) if self.run and self.run.error else "")
-
-
-# the points ---------------------------------------------------------------------------------------
 
 
 def parse(texts: Iterable[str]) -> dict[str, list[str]]:
@@ -89,220 +70,177 @@ def parse(texts: Iterable[str]) -> dict[str, list[str]]:
 
 def plan(
     notebook: Path, grid: Mapping[str, Sequence[Any]], given: Mapping[str, Any], *, seeds: int | None = None, out: Path
-) -> list[Job]:
+) -> list[run.Job]:
     """One job a point of `grid`, each with what is `given` to all; repeated for `seeds` values of SEED from its own on.
 
     The whole grid comes at the first seed, then at the next. InputError, before anything is written or run, where a
     name, a value, or the grid as a whole cannot be used.
     """
-    source = runs.read_source(notebook)
-    known = parameters.read(json.loads(source))
-    axes = {name: _values(known, name, values) for name, values in grid.items()}
-    shared = parameters.bind(known, given)
-    if seeds is not None:
-        if "SEED" in grid:
-            raise InputError("SEED is in the grid, and --seeds sets it too; give one of them.")
-        first = shared.get("SEED", known["SEED"].default if "SEED" in known else 0)
-        axes = {"SEED": _values(known, "SEED", range(first, first + seeds)), **axes}
-    if not axes:
+    if seeds and "SEED" in grid:
+        raise InputError("SEED is in the grid, and --seeds sets it too; give one of them.")
+    if twice := sorted(set(grid) & set(given)):
+        raise InputError(f"{twice[0]} is in the grid and given for all points too; give it once.")
+    if not grid and not seeds:
         raise InputError("There is nothing to sweep over; give -g NAME=VALUE,VALUE or --seeds N.")
-    for name in axes:
-        if name in given and (name != "SEED" or seeds is None):
-            raise InputError(f"{name} is in the grid and given for all points too; give it once.")
-    code, jobs = runs.code_version(), []
+    count = math.prod(map(len, grid.values())) * (seeds or 1)
+    if count > MOST_POINTS:
+        raise InputError(
+            f"These are {count} points; a sweep takes {MOST_POINTS} at most, so give fewer values or seeds."
+        )
+    _, known = run.load(notebook)
+    shared = parameters.bind(known, given)
+    axes: dict[str, Sequence[Any]] = dict(grid)
+    if seeds:
+        first = shared.get("SEED", known["SEED"].default if "SEED" in known else 0)
+        axes = {"SEED": range(first, first + seeds), **axes}
+    jobs: dict[str, run.Job] = {}
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
-        runs.bind(source, shared | point)
-        jobs.append(Job(notebook.stem, source, point, shared | point, out.absolute(), code))
-    device_of(jobs)
-    return jobs
+        label = ", ".join(f"{name} {value}" for name, value in point.items())
+        job = run.prepare(notebook, shared | point, out, label)
+        if job.device.startswith("cuda:"):
+            raise InputError(f"DEVICE cannot be {job.device} in a sweep, which hands out the GPUs itself; give cuda.")
+        if jobs.setdefault(repr(sorted(job.parameters.items())), job) is not job:
+            raise InputError(f"The grid has the point {label} twice; each point is run once.")
+    return list(jobs.values())
 
 
-def _values(known: Mapping[str, parameters.Parameter], name: str, values: Iterable[Any]) -> list[Any]:
-    """As the lesson will get them. InputError where there are none, one cannot be used, or one comes twice."""
-    bound = [parameters.bind(known, {name: value})[name] for value in values]
-    if not bound:
-        raise InputError(f"{name} has no values; give NAME=VALUE,VALUE, such as RATIO=0.3,0.5.")
-    for index, value in enumerate(bound):
-        if value in bound[:index]:
-            raise InputError(f"{name} has the value {value!r} twice; each point of a grid is run once.")
-    return bound
-
-
-def device_of(jobs: Sequence[Job]) -> str:
-    """What the runs ask for: "cuda" where one does, "cpu" where all do, else "auto"."""
-    known = parameters.read(json.loads(jobs[0].source))
-    stated = known["DEVICE"].default if "DEVICE" in known else "auto"
-    asked = {str(job.given.get("DEVICE", stated)) for job in jobs}
-    if numbered := sorted(name for name in asked if name.startswith("cuda:")):
-        raise InputError(f"DEVICE cannot be {numbered[0]} in a sweep, which hands out the GPUs itself; give cuda.")
-    return "cuda" if "cuda" in asked else "cpu" if asked == {"cpu"} else "auto"
-
-
-# one point, where the run takes place --------------------------------------------------------------
-
-
-def one(job: Job, *, env: Mapping[str, str] | None = None, stop: threading.Event | None = None) -> Outcome:
-    """The result of a point, run unless it is there; tried again where its process was lost, not where it failed.
-
-    `env` is set for the run beside what is set. runs.Stopped, with nothing kept, where `stop` was set meanwhile.
-    """
-    if runs.code_version() != job.code:
-        return Outcome(job, None, lost="labkit changed since the sweep began; give the same command again")
-    with tempfile.TemporaryDirectory(prefix="labkit-") as folder:
-        notebook = Path(folder) / f"{job.lesson}.ipynb"
-        notebook.write_bytes(job.source)
-        if there := runs.done(notebook, job.given, out=job.out):
-            return Outcome(job, there, reused=True)
-        for _ in range(TRIES):
-            result = runs.run(notebook, job.given, out=job.out, env=env, stop=stop)
-            if result.error is None or result.error.name != "ProcessEnded":
-                break
+def one(job: run.Job, env: Mapping[str, str] | None = None, stop: threading.Event | None = None) -> Outcome:
+    """The result of a point, where it takes place: run unless it is there, and once more where its process was lost."""
+    if done := run.read(job.folder()):
+        return Outcome(job, done, reused=True)
+    result = run.run(job, env=env, stop=stop)
+    if result.error and result.error.name == "ProcessEnded":
+        result = run.run(job, env=env, stop=stop)
     return Outcome(job, result)
 
 
-def already(jobs: Sequence[Job]) -> int:
-    """How many of the points have their result, on the machine that asks."""
-    with tempfile.TemporaryDirectory(prefix="labkit-") as folder:
-        notebook = Path(folder) / f"{jobs[0].lesson}.ipynb"
-        notebook.write_bytes(jobs[0].source)
-        return sum(runs.done(notebook, job.given, out=job.out) is not None for job in jobs)
+def outcomes(jobs: Sequence[run.Job], submit: Submit, alive: Callable[[], bool]) -> Iterator[Outcome]:
+    """Every job's outcome, as they end; DataError where the scheduler is gone. What is done is not done again."""
+    waiting = {submit(job): job for job in jobs}
+    while waiting:
+        ended, _ = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+        if not alive():
+            raise DataError(
+                "The Dask scheduler is gone; start it and its workers again, then give the same command: it goes on "
+                "with what is not done."
+            )
+        for future in ended:
+            job, error = waiting.pop(future), future.exception()
+            said = str(error).partition("\n")[0] if isinstance(error, LabError) else f"{type(error).__name__}: {error}"
+            yield Outcome(job, None, lost=said) if error else future.result()
 
 
-# the whole sweep ----------------------------------------------------------------------------------
+# where ----------------------------------------------------------------------------------------------
 
 
-def run(
-    jobs: Sequence[Job],
-    place: Place,
-    *,
-    on_end: Callable[[Outcome], None] = lambda outcome: None,
-    on_wait: Callable[[str], None] = lambda sentence: None,
-) -> list[Outcome]:
-    """Every job's outcome, as they end; each also goes to `on_end`, and a reason why nothing goes on to `on_wait`.
+@contextmanager
+def workers(on: str, jobs: Sequence[run.Job], count: int | None) -> Iterator[tuple[Submit, Callable[[], bool], int]]:
+    """What takes a job, whether it is still alive, and how many runs there are at once.
 
-    KeyboardInterrupt and DataError (the place is gone) stop the rest; what is done stays, and is not done again.
+    on: "local" or "dask://host:port". count: how many runs at once (default: one on this machine's CPU, or one a GPU).
+    InputError where the place is not there, or results cannot be written. At an exception what waits is dropped, and
+    what runs here is ended.
     """
-    outcomes = []
-    _clear(jobs[0].out / jobs[0].lesson)
+    address = on.replace("dask://", "tcp://")
+    if on != "local" and not re.match(r"tcp://.", address):
+        raise InputError(f"A sweep cannot run on {on!r}; give local or dask://host:port.")
+    if on != "local" and count:
+        raise InputError("A Dask cluster has the workers that were started for it; leave out --workers.")
+    if on == "local":
+        environments = _environments(jobs, count)
     try:
-        waiting = {place.executor.submit(one, job): job for job in jobs}
-        while waiting:
-            ended, _ = wait(waiting, timeout=TICK_SECONDS, return_when=FIRST_COMPLETED)
-            trouble = place.trouble()
-            if not ended and trouble:
-                on_wait(trouble)
-            for future in ended:
-                outcomes.append(_outcome(waiting.pop(future), future))
-                on_end(outcomes[-1])
-    except BaseException:
-        place.stop()
-        raise
-    return outcomes
+        jobs[0].out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=jobs[0].out).close()
+    except OSError as error:
+        raise InputError(
+            f"Results cannot be written to {jobs[0].out} ({error.strerror}); choose another --out."
+        ) from None
+    with _on_dask(address) if on != "local" else _here(environments) as place:
+        yield place
 
 
-def _clear(home: Path) -> None:
-    """Remove what is left of runs that were killed with their whole machine: a run that lives writes at every cell."""
-    for preset, longest in runs.CELL_SECONDS.items():
-        for folder in home.glob(f".{preset}-*"):
-            with contextlib.suppress(FileNotFoundError):  # a run that ended just now
-                newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-                if time.time() - newest > 2 * longest:
-                    shutil.rmtree(folder, ignore_errors=True)
+@contextmanager
+def _here(environments: Sequence[dict[str, str]]) -> Iterator[tuple[Submit, Callable[[], bool], int]]:
+    """Threads that each run a job in one of the environments, so that no two have the same GPU."""
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for environment in environments:
+        free.put(environment)
+    stop = threading.Event()
+
+    def call(job: run.Job) -> Outcome:
+        environment = free.get()
+        try:
+            return one(job, environment, stop)
+        finally:
+            free.put(environment)
+
+    pool = ThreadPoolExecutor(len(environments))
+    try:
+        yield lambda job: pool.submit(call, job), lambda: True, len(environments)
+    finally:
+        stop.set()  # a Ctrl-C in the main thread does not reach the runs under way
+        pool.shutdown(cancel_futures=True)
 
 
-def _outcome(job: Job, future: Future) -> Outcome:
-    if future.cancelled():
-        return Outcome(job, None, lost="the run was dropped")
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, LabError):
-        return Outcome(job, None, lost=str(error))
-    return Outcome(job, None, lost=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+def _environments(jobs: Sequence[run.Job], count: int | None) -> list[dict[str, str]]:
+    """For each of the runs at once its GPU, if there are any, and its share of the cores."""
+    from labkit import machine
+
+    devices = {os.environ.get("LABKIT_DEVICE") or job.device if job.device == "auto" else job.device for job in jobs}
+    gpus = _visible_gpus() if devices != {"cpu"} else []
+    if "cuda" in devices and not gpus:
+        raise InputError("torch sees no GPU on this machine; leave DEVICE out, or sweep where one is: --on dask://...")
+    if gpus and count and count > len(gpus):
+        raise InputError(f"There are {len(gpus)} GPUs, and no two runs share one; give --workers at most {len(gpus)}.")
+    count, share = count or len(gpus) or 1, {}
+    if count > 1 and not os.environ.get("OMP_NUM_THREADS"):
+        cores = machine.threads()
+        if count > cores:
+            raise InputError(f"This machine has {cores} cores to run on; give --workers at most {cores}.")
+        share = {"OMP_NUM_THREADS": str(cores // count)}
+    return [share | ({"CUDA_VISIBLE_DEVICES": gpus[index]} if gpus else {}) for index in range(count)]
 
 
-# what is said about it -----------------------------------------------------------------------------
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES would name each."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (named or [str(index) for index in range(count)])[:count]
 
 
-def forecast(jobs: Sequence[Job], done: int, at_once: int | None) -> str:
-    """How many runs there are and how long they take, from earlier runs of the lesson in the same folder, if any."""
-    left = len(jobs) - done
-    axes = " x ".join(f"{len({str(job.point[name]) for job in jobs})} {name}" for name in jobs[0].point)
-    said = f"{jobs[0].lesson}: {_points(jobs)} ({axes})" + (f", {done} of them done" if done else "")
-    if not left:
-        return said
-    rounds = math.ceil(left / (at_once or left))
-    seconds, basis = _seconds(jobs)
-    return f"{said}; {left} to run, {at_once or 'all'} at once: {basis} {_duration(rounds * seconds)}"
+@contextmanager
+def _on_dask(address: str) -> Iterator[tuple[Submit, Callable[[], bool], int]]:
+    """The workers of a Dask scheduler, which sends a job to another one where a worker is lost."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise InputError("Dask is not installed; install it: .venv/bin/python -m pip install -e '.[cluster]'") from None
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its tracebacks; what is lost gets a sentence here
+    try:
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, MemoryError):  # the last where the answer is no Dask's, and its length is nonsense
+        raise InputError(
+            f"There is no Dask scheduler at {address}; start one (dask scheduler) or correct the address."
+        ) from None
+    try:
+        pool = client.get_executor(pure=False)
+        yield lambda job: pool.submit(one, job), lambda: client.status == "running", sum(client.nthreads().values())
+    finally:
+        with suppress(Exception):  # closing a lost scheduler fails
+            client.close(timeout=CONNECT_SECONDS)
 
 
-def _seconds(jobs: Sequence[Job]) -> tuple[float, str]:
-    """Seconds of a run, and what they are: about what earlier ones took, or at most what the preset allows."""
-    home, presets = jobs[0].out / jobs[0].lesson, {runs.bind(job.source, job.given)["PRESET"] for job in jobs}
-    earlier = [runs.read(folder) for preset in presets for folder in home.glob(f"{preset}-*")]
-    if took := [kept.seconds for kept in earlier if kept and not kept.error]:
-        return statistics.median(took), "about"
-    from labkit.session import BUDGETS  # imports torch
-
-    return max(BUDGETS[preset].seconds for preset in presets), "at most"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-class Progress:
-    """A bar with the runs done, failed and left, and the time they need by this sweep's pace; and a line for each."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._bar = tqdm(total=len(jobs), unit="run", desc=jobs[0].lesson[:2], smoothing=0, disable=None)
-        self._ended = self._failed = 0
-        self._said = ""
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def end(self, outcome: Outcome) -> None:
-        self._ended += 1
-        self._failed += bool(outcome.failure)
-        if not outcome.reused:
-            state = "failed" if outcome.failure else "done"
-            count = f"{self._ended}/{self._bar.total}"
-            took = f"{outcome.run.seconds:.0f} s" if outcome.run else ""
-            tqdm.write(f"{state:6}  {count:>9}  {took:>6}  {words(outcome.job.point)}")
-        elif not self._bar.disable:
-            self._bar.initial += 1  # it took no time, which says nothing of the others
-        self._bar.set_postfix(failed=self._failed, refresh=False)
-        self._bar.update()
-
-    def wait(self, sentence: str) -> None:
-        if sentence != self._said:
-            tqdm.write(sentence, file=sys.stderr)
-        self._said = sentence
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(ended: Sequence[Outcome]) -> str:
     """How many points have a result, and for each that has none a line with the reason."""
-    failed = [outcome for outcome in outcomes if outcome.failure]
-    reused = sum(outcome.reused for outcome in outcomes)
-    run = len(outcomes) - len(failed) - reused
-    lines = [f"{_points(outcomes)}: {run} run, {reused} there before, {len(failed)} failed"]
+    failed = [outcome for outcome in ended if outcome.failure]
+    reused = sum(outcome.reused for outcome in ended)
+    count = len(ended) - len(failed) - reused
+    lines = [f"{len(ended)} points: {count} run, {reused} there before, {len(failed)} failed"]
     for outcome in failed:
         where = f"\n        see {outcome.run.notebook}" if outcome.run else ""
-        lines.append(f"failed  {words(outcome.job.point)}: {outcome.failure}{where}")
+        lines.append(f"failed  {outcome.job.label}: {outcome.failure}{where}")
     return "\n".join(lines)
-
-
-def _points(things: Sequence[Any]) -> str:
-    return f"{len(things)} point{'s' * (len(things) != 1)}"
-
-
-def words(point: Mapping[str, Any]) -> str:
-    """A point as text: "RATIO 0.3, CRITERION l1"."""
-    return ", ".join(f"{name} {value}" for name, value in point.items())

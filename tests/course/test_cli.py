@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 import pytest
 from click.testing import CliRunner, Result
 
-from course import runs
+from course import run
 from course.cli import main
 from labkit import files, store
 
@@ -47,9 +47,9 @@ def test_help_does_not_wait_for_torch():
 def test_a_run_begins_before_what_only_its_end_needs_is_imported(course: Path, write_lesson):
     write_lesson(course / "notebooks", "1")
     code = (
-        "import sys, pathlib, course.cli as c; from labkit import runs;"
+        "import sys, pathlib, course.cli as c; from course import run;"
         "c.files.NOTEBOOKS = pathlib.Path(sys.argv.pop(1));"
-        "runs.run = lambda *_, **__: sys.exit(bool({'torch', 'nbformat', 'pandas', 'matplotlib'} & set(sys.modules)));"
+        "run.run = lambda *_, **__: sys.exit(len({'torch', 'nbformat', 'pandas', 'matplotlib'} & set(sys.modules)));"
         "c.main()"
     )
     asked = [sys.executable, "-c", code, course / "notebooks", "run", "1"]
@@ -161,7 +161,7 @@ def test_a_course_without_lessons_says_so(course: Path):
 
 def test_a_bug_keeps_its_traceback(course: Path, write_lesson, monkeypatch: pytest.MonkeyPatch):
     write_lesson(course / "notebooks", "1")
-    monkeypatch.setattr(runs, "check", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(run, "prepare", lambda *_, **__: 1 / 0)
     assert isinstance(labkit("run", "1").exception, ZeroDivisionError)
 
 

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from course import notebooks, runs
+from course import notebooks, run
 from course.cli import main
 from labkit import files, store
 from labkit.errors import DataError
@@ -100,18 +100,18 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., Path]) -> tuple[Path, runs.Run]:
+def finished(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., Path]) -> tuple[Path, run.Run]:
     home = tmp_path_factory.mktemp("finished")
     (home / "notebooks").mkdir()
     shutil.copy(files.NOTEBOOKS / "claims.toml", home / "notebooks")  # the report asks for it
     notebook = write_lesson(home / "notebooks", WORK, FINISH, parameters=PARAMETERS, ranges=RANGES)
-    result = runs.run(notebook, {"PRESET": "smoke"}, out=home / "runs")
+    result = run.run(run.prepare(notebook, {"PRESET": "smoke"}, home / "runs"))
     assert result.error is None and result.record.exists()
     return home, result
 
 
 @pytest.fixture
-def course(finished: tuple[Path, runs.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
+def course(finished: tuple[Path, run.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
     home, result = finished
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     for variable in ("LABKIT_PRESET", "LABKIT_DEVICE"):
@@ -183,11 +183,13 @@ def test_a_device_from_the_environment_is_checked_too(course: Course, monkeypatc
     assert course.run() == (2, "Error: LABKIT_DEVICE is 'tpu'; choose auto, cpu, cuda or cuda:N.\n")
 
 
+NO_NOTEBOOK = "it is damaged, or no notebook of nbformat 4"
 UNREADABLE = {
     "missing": (Path.unlink, "No such file or directory"),
-    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:200]), "it is damaged, or no notebook"),
-    "of another kind": (lambda file: file.write_text("[]"), "it is damaged, or no notebook"),
-    "of an old format": (lambda file: file.write_text('{"nbformat": 3, "worksheets": []}'), "older than nbformat 4"),
+    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:200]), NO_NOTEBOOK),
+    "of another kind": (lambda file: file.write_text("[]"), NO_NOTEBOOK),
+    "of no text": (lambda file: file.write_bytes(b"\xff" * 9), NO_NOTEBOOK),
+    "of an old format": (lambda file: file.write_text('{"nbformat": 3, "worksheets": []}'), NO_NOTEBOOK),
 }
 
 
@@ -198,7 +200,7 @@ def test_a_lesson_that_cannot_be_read_is_refused(course: Course, what: str):
     before = digest(course.out)
     sentence = rf"^The lesson \S+ cannot be read \(.*{reason}\); take it anew from the course's repository\.$"
     with pytest.raises(DataError, match=sentence):
-        runs.run(course.notebook, {"PRESET": "smoke"}, out=course.out)
+        run.prepare(course.notebook, {"PRESET": "smoke"}, course.out)
     assert digest(course.out) == before
 
 
@@ -348,7 +350,7 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(
     exit_code, said = course.run()
     assert exit_code == 1 and f"labkit: 01_small stopped: {sentence}" in said, said
     assert "Traceback" not in said
-    failed = runs.read(course.good.with_name(f"{course.good.name}-failed"))
+    failed = run.read(course.good.with_name(f"{course.good.name}-failed"))
     assert str(failed.error).startswith(sentence) and failed.notebook.exists()
     if "killed" in what:  # noticed at once: neither a cell's limit nor a heartbeat of half a minute is waited for
         ended = (failed.folder / "run.json").stat().st_mtime
@@ -375,7 +377,7 @@ if "ipykernel_launcher" in str(sys.orig_argv):
 
 def test_a_kernel_that_does_not_start_is_given_up(course: Course, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     _hang_at_start(monkeypatch, tmp_path)
-    monkeypatch.setattr(runs, "START_SECONDS", 1)
+    monkeypatch.setattr(run, "START_SECONDS", 1)
     before = digest(course.good, course.notebook)
     exit_code, said = course.run()
     sentence = "in the start: Kernel didn't respond in 1 seconds; try again when the machine has less to do"
@@ -446,20 +448,20 @@ def _is_read(pipe: Path) -> bool:
 @pytest.mark.parametrize("call", [1, 2])
 def test_ctrl_c_between_the_two_renames_keeps_one_whole_result(course: Course, monkeypatch, call: int):
     """Too short a moment to meet with a signal, so it is raised at each of the two calls."""
-    calls, rename = [], Path.rename
+    calls, replace = [], os.replace
 
-    def interrupted(self: Path, target: Path) -> Path:
+    def interrupted(source: Path, target: Path) -> None:
         calls.append(target)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return rename(self, target)
+        replace(source, target)
 
     before = digest(course.good)
     partial = course.good.parent / ".smoke-new"
     shutil.copytree(course.good, partial)
-    monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runs._swap(partial, course.good)
+        run._replace(course.good, partial)
     shutil.rmtree(partial)
     assert digest(course.good) == before
     assert [path.name for path in course.good.parent.iterdir()] == [course.good.name]
@@ -469,14 +471,14 @@ def test_ctrl_c_between_the_two_renames_keeps_one_whole_result(course: Course, m
 
 
 def test_the_names_that_lesson_01_takes_are_the_catalogue_s():
-    known = runs._parameters(notebooks.find("01").read_bytes())
+    _, known = run.load(notebooks.find("01"))
     assert set(known["ARCHITECTURE"].allowed) == {name for name, row in ARCHITECTURES.items() if row.decoder}
     assert set(known["GPU"].allowed) == {name for name, device in DEVICES.items() if "fp16" in device.flops}
 
 
 @pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem[:2])
 def test_every_parameter_of_a_lesson_is_bounded_and_its_default_within(lesson: Path):
-    known = runs._parameters(lesson.read_bytes())
+    _, known = run.load(lesson)
     unbounded = {name for name, one in known.items() if not one.allowed} - {"DEVICE", "RESULTS_DIR"}
     assert not unbounded
-    runs.bind(lesson.read_bytes(), {name: one.default for name, one in known.items() if name != "RESULTS_DIR"})
+    run.prepare(lesson, {name: one.default for name, one in known.items() if name != "RESULTS_DIR"})

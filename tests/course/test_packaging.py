@@ -30,7 +30,13 @@ def test_environment_yml_mirrors_pyproject():
 
 
 IMPORTED_AS = {"pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course"}
-BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "cycler"}  # by nbclient, papermill, sphinx, matplotlib
+BROUGHT_BY_ANOTHER = {
+    "traitlets",
+    "jupyter_client",
+    "docutils",
+    "markupsafe",
+    "cycler",
+}  # by nbclient, papermill, sphinx, jinja2, matplotlib
 OPTIONAL = {"pynvml", "latex2mathml", "nbval"}  # where they are not installed, a sentence or nothing
 
 
@@ -62,7 +68,7 @@ def test_labkit_installs_alone():
 
 
 def test_what_the_course_imports_is_its_extra_s():
-    everything = packages("course", "cluster") | BROUGHT_BY_ANOTHER | OPTIONAL | {"labkit", "submitit"}
+    everything = packages("course", "cluster") | BROUGHT_BY_ANOTHER | OPTIONAL | {"labkit"}
     assert imports("course", at_once=False) <= everything
 
 

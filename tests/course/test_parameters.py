@@ -61,6 +61,7 @@ def test_unknown_name_with_nothing_near_lists_all():
     [
         ("1", "2", 2),
         ("1", " -3 ", -3),
+        ("1", "1_000", 1000),
         ("0.5", "1e-3", 1e-3),
         ("0.5", 1, 1.0),
         ("True", "false", False),
@@ -88,6 +89,11 @@ def test_a_value_takes_its_default_s_type(default: str, given: object, bound: ob
         ("0.5", "nan"),
         ("0.5", "inf"),
         ("0.5", True),
+        ("0.5", 10**400),
+        ("0.5", "1e999"),
+        ("1", "²"),
+        ("None", "{1, 2}"),
+        ("None", float("nan")),
         ("True", "yes"),
         ("True", 1),
         ("'a'", 3),
@@ -108,8 +114,17 @@ def test_out_of_range_is_refused(given: object):
         bind("A = 0.5", "A", given, {"A": [0.1, 0.9]})
 
 
-def test_bounds_belong_to_the_range():
-    assert bind("A = 0.5", "A", 0.9, {"A": [0.1, 0.9]}) == 0.9
+@pytest.mark.parametrize("bound", [0.1, 0.9])
+def test_bounds_belong_to_the_range(bound: float):
+    assert bind("A = 0.5", "A", bound, {"A": [0.1, 0.9]}) == bound
+
+
+@pytest.mark.parametrize("choices", [[1, 2, 4], ["1", "4"]])
+def test_what_lies_between_the_choices_is_none_of_them(choices: list):
+    kind = type(choices[0])
+    assert bind(f"A = {kind(1)!r}", "A", kind(4), {"A": choices}) == kind(4)
+    with pytest.raises(InputError, match="choose one of 1, "):
+        bind(f"A = {kind(1)!r}", "A", kind(3), {"A": choices})
 
 
 def test_each_element_of_a_list_is_in_range():

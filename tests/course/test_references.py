@@ -4,17 +4,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course import references, runs
+from course import references, run
 from labkit.errors import InputError
 
 
-def finished(
-    folder: Path, write_lesson: Callable[..., Path], bound: dict, error: runs.Failure | None = None
-) -> runs.Run:
+def finished(folder: Path, write_lesson: Callable[..., Path], bound: dict, error: run.Failure | None = None) -> run.Run:
     """A result folder as a run leaves it."""
     write_lesson(folder, "1")
     (folder / "record.json").write_text('{"lesson": "01", "machine": {"slug": "test-cpu-2c"}}')
-    return runs.Run("01_small", folder, {"RESULTS_DIR": ".", **bound}, 1.0, 1, error)
+    return run.Run("01_small", folder, {"RESULTS_DIR": ".", **bound}, 1.0, 1, error)
 
 
 def test_a_reference_at_the_lesson_s_own_values_is_kept_with_its_outputs(tmp_path: Path, write_lesson):
@@ -37,7 +35,7 @@ def test_a_reference_at_other_values_leaves_the_lesson_as_it_is(tmp_path: Path, 
     [
         ({"PRESET": "smoke"}, None, "too small to be a reference"),
         ({"PRESET": "class", "RATIO": 0.25}, None, "keeps the lesson's own values; leave out -p RATIO"),
-        ({"PRESET": "class"}, runs.Failure("ValueError", "x", 1, "y"), "did not finish, so there is nothing to record"),
+        ({"PRESET": "class"}, run.Failure("ValueError", "x", 1, "y"), "did not finish, so there is nothing to record"),
     ],
 )
 def test_what_is_no_reference_is_refused(tmp_path: Path, write_lesson, bound: dict, error, sentence: str):

@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from course import notebooks, runs
+from course import notebooks, run
 from labkit import files
 from labkit.errors import InputError
 from labkit.records import MIME
@@ -36,19 +37,21 @@ RATIO
 """
 
 
+def execute(notebook: Path, given: dict, out: Path, **options: object) -> run.Run:
+    return run.run(run.prepare(notebook, given, out), **options)
+
+
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., Path]) -> tuple[runs.Run, list, Path]:
-    """One good run at a changed parameter, with what it reported; a broken kernelspec called python3 is in the way."""
+def good(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., Path]) -> tuple[run.Run, Path]:
+    """One good run at a changed parameter; a broken kernelspec called python3 is in the way."""
     home = tmp_path_factory.mktemp("good")
     kernel = home / "jupyter" / "kernels" / "python3" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     kernel.write_text('{"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}')
     notebook = write_lesson(home / "notebooks", WHO, FINISH)
-    steps: list[runs.Step] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(home / "jupyter"))
-        result = runs.run(notebook, {**SMOKE, "RATIO": "0.25"}, out=home / "runs", on_step=steps.append)
-    return result, steps, notebook
+        return execute(notebook, {**SMOKE, "RATIO": "0.25"}, home / "runs"), notebook
 
 
 def outputs(notebook: Path) -> str:
@@ -65,7 +68,7 @@ def test_the_lesson_gets_this_interpreter_its_parameters_and_its_own_folder(good
 
 
 def test_the_result_folder_is_complete_and_alone(good):
-    result, _, _ = good
+    result, _ = good
     assert left_in(result.folder) == ["01_small.ipynb", "record.json", "run.json"]
     assert left_in(result.folder.parent) == [result.folder.name]
     assert json.loads(result.record.read_text())["ratio"] == 0.25
@@ -82,18 +85,8 @@ def test_peak_memory_holds_what_the_lesson_took(good):
     assert 300_000_000 < good[0].peak_memory < 1_500_000_000
 
 
-def test_each_cell_is_reported_with_its_place_and_section(good):
-    assert good[1] == [
-        runs.Step(1, 5, "A small lesson"),
-        runs.Step(2, 5, "A small lesson"),
-        runs.Step(3, 5, "Its work"),
-        runs.Step(4, 5, "Its work"),
-        runs.Step(5, 5, "Its work"),
-    ]
-
-
 def test_running_leaves_the_lesson_as_it_was(good):
-    assert all(not cell.get("outputs") for cell in nbformat.read(good[2], as_version=4).cells)
+    assert all(not cell.get("outputs") for cell in nbformat.read(good[1], as_version=4).cells)
 
 
 def test_no_machine_path_stands_in_the_executed_notebook(good):
@@ -104,38 +97,27 @@ def test_no_machine_path_stands_in_the_executed_notebook(good):
     ("given", "sentence"),
     [
         ({"RATI0": 1}, "no parameter RATI0; did you mean RATIO"),
-        ({"RATIO": "half"}, "RATIO cannot be 'half'"),
         ({"RATIO": 2}, "give a number from 0 to 1"),
-        ({"PRESET": "large"}, "choose one of smoke, class, full"),
     ],
 )
 def test_bad_parameters_are_refused_before_anything_is_written(tmp_path: Path, write_lesson, given, sentence):
     notebook = write_lesson(tmp_path / "notebooks", "1", ranges={"RATIO": [0, 1]})
     with pytest.raises(InputError, match=sentence):
-        runs.run(notebook, given, out=tmp_path / "runs")
+        execute(notebook, given, tmp_path / "runs")
     assert left_in(tmp_path) == ["notebooks"]
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, write_lesson):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"Results cannot be written to .*; choose another --out"):
-        runs.run(write_lesson(tmp_path, "1"), SMOKE, out=tmp_path / "file")
+def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, write_lesson, monkeypatch):
+    lesson, changed = write_lesson(tmp_path / "a", "1"), write_lesson(tmp_path / "b", "2")
 
+    def name(notebook: Path, **given: object) -> str:
+        return run.prepare(notebook, {**SMOKE, **given}, tmp_path).folder().name
 
-def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, write_lesson):
-    lesson, changed = write_lesson(tmp_path / "a", "1").read_bytes(), write_lesson(tmp_path / "b", "2").read_bytes()
-
-    def name(source: bytes, version: str = "v", **bound: object) -> str:
-        return runs._name(source, {"PRESET": "smoke", **bound}, version)
-
-    assert name(lesson, A=1, B=2) == name(lesson, B=2, A=1)
-    others = name(lesson, A=2), name(changed, A=1), name(lesson, "w", A=1), name(lesson)
-    assert len({name(lesson, A=1), *others}) == 5
-
-
-def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
-    source = write_lesson(tmp_path, "1").read_bytes()
-    assert runs.bind(source, {"RATIO": "0.5"}) == runs.bind(source, {}) == {"PRESET": "class", "RESULTS_DIR": "."}
+    names = [name(lesson, SEED=1, RATIO=2), name(lesson, SEED=3), name(changed, SEED=1, RATIO=2), name(lesson)]
+    assert name(lesson, RATIO="2", SEED=1) == names[0] and len(set(names)) == 4
+    assert name(lesson, SEED=0, RATIO=0.5) == name(lesson)  # a default given by hand is the same run
+    monkeypatch.setattr(run, "code_version", lambda: "another")
+    assert name(lesson) not in names
 
 
 @pytest.mark.parametrize(
@@ -143,14 +125,12 @@ def test_a_default_given_by_hand_is_the_same_run(tmp_path: Path, write_lesson):
     [
         ("1 / 0", "ZeroDivisionError", "division by zero"),
         ("import os; os._exit(1)", "DeadKernel", "the kernel was killed, most often because memory ran out; take a "),
-        ("import time; time.sleep(100)", "CellTimeout", "the cell ran for more than 1 s; take a smaller --preset"),
     ],
 )
-def test_a_failure_is_told_with_its_cell(tmp_path: Path, write_lesson, monkeypatch, code: str, name: str, message: str):
-    monkeypatch.setitem(runs.CELL_SECONDS, "smoke", 1)
+def test_a_failure_is_told_with_its_cell(tmp_path: Path, write_lesson, code: str, name: str, message: str):
     began = time.monotonic()
-    result = runs.run(write_lesson(tmp_path, "1", code), SMOKE, out=tmp_path / "runs")
-    assert result.error == runs.Failure(name, result.error.message, 5, "Its work")
+    result = execute(write_lesson(tmp_path, "1", code), SMOKE, tmp_path / "runs")
+    assert result.error == run.Failure(name, result.error.message, 5, "Its work")
     assert result.error.message.startswith(message)
     assert time.monotonic() - began < 40  # at once, not after a time limit of minutes
     assert json.loads((result.folder / "run.json").read_text())["status"] == "failed"
@@ -160,12 +140,12 @@ def test_a_failure_is_told_with_its_cell(tmp_path: Path, write_lesson, monkeypat
 def test_a_failed_run_does_not_replace_a_good_one_and_a_good_one_clears_it(tmp_path: Path, write_lesson):
     flag = tmp_path / "fail"
     notebook = write_lesson(tmp_path, f"import os; assert not os.path.exists({str(flag)!r}), 'as told'")
-    good = runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    good = execute(notebook, SMOKE, tmp_path / "runs")
     flag.touch()
-    failed = runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    failed = execute(notebook, SMOKE, tmp_path / "runs")
     assert failed.error and left_in(good.folder.parent) == [good.folder.name, failed.folder.name]
     flag.unlink()
-    runs.run(notebook, SMOKE, out=tmp_path / "runs")
+    execute(notebook, SMOKE, tmp_path / "runs")
     assert left_in(good.folder.parent) == [good.folder.name]
 
 
@@ -178,7 +158,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_half_result(tmp_path: Path,
         f"_ = pathlib.Path({str(pids)!r}).write_text(f'{{os.getpid()}} {{child.pid}}\\n')\nchild.wait()",
     )
     script = (
-        f"from pathlib import Path; from labkit import runs; runs.run(Path({str(notebook)!r}), {{}}, out=Path('r'))"
+        f"from pathlib import Path; from course.run import *; run(prepare(Path({str(notebook)!r}), {{}}, Path('r')))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL)
     _wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"), 60)
@@ -191,23 +171,58 @@ def test_an_interrupted_run_leaves_no_process_and_no_half_result(tmp_path: Path,
 
 
 def test_a_run_is_stopped_from_another_thread(tmp_path: Path, write_lesson):
-    stop = threading.Event()
-    notebook = write_lesson(tmp_path, "import time; time.sleep(1000)")
+    stop, flag = threading.Event(), tmp_path / "flag"
+    notebook = write_lesson(tmp_path, f"open({str(flag)!r}, 'w').close(); import time; time.sleep(1000)")
     with ThreadPoolExecutor(1) as beside:
-        running = beside.submit(
-            runs.run, notebook, SMOKE, out=tmp_path / "r", stop=stop, on_step=lambda step: step.cell == 4 and stop.set()
-        )
-        with pytest.raises(runs.Stopped, match="nothing of it was kept"):
+        running = beside.submit(execute, notebook, SMOKE, tmp_path / "r", stop=stop)
+        _wait_until(flag.exists, 60)
+        stop.set()
+        with pytest.raises(run.Stopped, match="nothing of it was kept"):
             running.result(60)
     assert left_in(tmp_path / "r" / "01_small") == []
 
 
-def test_a_run_that_takes_too_long_as_a_whole_ends_and_keeps_what_it_had(tmp_path: Path, write_lesson):
-    notebook = write_lesson(tmp_path, "print('so far')", "import time; time.sleep(1000)")
-    result = runs.run(notebook, SMOKE, out=tmp_path / "r", seconds=6)
-    assert result.error and result.error.name == "RunTimeout"
-    assert str(result.error).endswith("the run took more than 6 s")
-    assert 6 < result.seconds < 20 and nbformat.read(result.notebook, as_version=4).cells
+BUSY = "import time\nwhile True: sum(range(10**6))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limits", "code", "message"),
+    [
+        ({"IDLE_SECONDS": 6, "IDLE_CPU_SECONDS": 0.5}, "import time; time.sleep(1000)", "there was no output, and the"),
+        ({"LONGEST_SECONDS": 9}, BUSY, "the run took more than 0.15 min"),
+    ],
+)
+def test_a_run_that_hangs_ends_and_keeps_what_it_had(tmp_path: Path, write_lesson, monkeypatch, limits, code, message):
+    for name, value in limits.items():
+        monkeypatch.setattr(run, name, value)
+    result = execute(write_lesson(tmp_path, "print('so far')", code), SMOKE, tmp_path / "r")
+    assert str(result.error).startswith(f"RunTimeout in cell 5 (Its work): {message}")
+    assert "look for what the cell waits for" in result.error.message and outputs(result.notebook) == "so far\n"
+    assert result.seconds < 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import time\nend = time.time() + 12\nwhile time.time() < end: sum(range(10**6))",
+        "import time\nfor _ in range(6): time.sleep(2); print('still here', flush=True)",
+    ],
+)
+def test_a_slow_run_that_works_or_prints_is_not_ended(tmp_path: Path, write_lesson, monkeypatch, code: str):
+    monkeypatch.setattr(run, "IDLE_SECONDS", 8)
+    monkeypatch.setattr(run, "IDLE_CPU_SECONDS", 2)
+    assert execute(write_lesson(tmp_path, code), SMOKE, tmp_path / "r").error is None
+
+
+def test_progress_is_a_line_a_section(tmp_path: Path, write_lesson, capfd: pytest.CaptureFixture):
+    execute(write_lesson(tmp_path, "1", "2"), SMOKE, tmp_path / "r", progress=True)
+    lines = capfd.readouterr().err.splitlines()
+    assert [re.sub(" +[0-9]+ s ", "", line) for line in lines] == [
+        "01  cell  0/5 A small lesson",
+        "01  cell  3/5 Its work",
+    ]
 
 
 def test_what_is_set_for_the_lesson_is_seen_there_and_makes_no_other_result(tmp_path: Path, write_lesson, monkeypatch):
@@ -216,9 +231,10 @@ def test_what_is_set_for_the_lesson_is_seen_there_and_makes_no_other_result(tmp_
     notebook = write_lesson(
         tmp_path, f"import os; print(*[os.environ[name] for name in {asked} if name in os.environ])"
     )
-    result = runs.run(notebook, SMOKE, out=tmp_path / "r", env={"CUDA_VISIBLE_DEVICES": "3"})
+    job = run.prepare(notebook, SMOKE, tmp_path / "r")
+    result = run.run(job, env={"CUDA_VISIBLE_DEVICES": "3"})
     assert outputs(result.notebook) == "3 smoke\n"
-    assert runs.done(notebook, SMOKE, out=tmp_path / "r").folder == result.folder
+    assert run.read(job.folder()).folder == result.folder
 
 
 def _runs(pid: int) -> bool:
@@ -240,7 +256,7 @@ def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
     overhead = runpy.run_path(str(files.ROOT / "benchmarks" / "run_overhead.py"))
     calls = overhead["ways"](tmp_path)
     del calls["labkit run"]
-    _, _, most = overhead["overhead"](overhead["measure"](calls, rounds=9), "runs.run")  # one round may be disturbed
+    _, _, most = overhead["overhead"](overhead["measure"](calls, rounds=9), "run.run")  # one round may be disturbed
     assert most < 1.0
 
 
@@ -249,7 +265,7 @@ def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
 
 def test_a_tidied_notebook_has_no_trace_of_papermill(good):
     kept = notebooks.tidied(nbformat.read(good[0].notebook, as_version=4))
-    source = nbformat.read(good[2], as_version=4)
+    source = nbformat.read(good[1], as_version=4)
     assert [cell.id for cell in kept.cells] == [cell.id for cell in source.cells]
     assert [cell.source for cell in kept.cells] == [cell.source for cell in source.cells]
     assert [cell.execution_count for cell in kept.cells if cell.cell_type == "code"] == [1, 2, 3]
@@ -277,14 +293,19 @@ def test_tidying_twice_changes_nothing(good):
 # finding results
 
 
-def test_a_result_is_found_again_however_its_parameters_are_written(good):
-    result, _, notebook = good
-    out = result.folder.parent.parent
-    for given in ({**SMOKE, "RATIO": 0.25}, {"RATIO": "0.25", "SEED": 0, **SMOKE}):
-        found = runs.done(notebook, given, out=out)
-        assert (found.folder, found.parameters, found.error) == (result.folder, result.parameters, None)
-        assert found.peak_memory == result.peak_memory and found.seconds == pytest.approx(result.seconds, abs=1e-3)
-    assert runs.done(notebook, {**SMOKE, "RATIO": 0.75}, out=out) is None
+def test_a_result_is_read_again(good):
+    result, notebook = good
+    job = run.prepare(notebook, {"RATIO": "0.25", "SEED": 0, **SMOKE}, result.folder.parent.parent)
+    again = run.read(job.folder())
+    assert (again.folder, again.parameters, again.error) == (result.folder, result.parameters, None)
+    assert again.peak_memory == result.peak_memory and again.seconds == pytest.approx(result.seconds, abs=1e-3)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"lesson": "01"}'])
+def test_what_is_no_result_is_none(tmp_path: Path, text: str | None):
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    assert run.read(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -293,21 +314,15 @@ def test_a_result_is_found_again_however_its_parameters_are_written(good):
 )
 def test_the_version_of_the_code_is_that_of_its_sources(tmp_path: Path, monkeypatch, file: str, counts: bool):
     package = tmp_path / "labkit"
-    shutil.copytree(Path(runs.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
-    before = runs.code_version()
+    shutil.copytree(files.ROOT / "labkit", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    before = run.code_version()
     (package / file).parent.mkdir(exist_ok=True)
     (package / file).open("a").write("changed")
-    assert (runs.code_version() != before) == counts
+    assert (run.code_version() != before) == counts
 
 
 def test_another_version_of_torch_is_another_code(monkeypatch: pytest.MonkeyPatch):
-    before = runs.code_version()
-    monkeypatch.setattr(runs.metadata, "version", lambda package: "0.0")
-    assert runs.code_version() != before
-
-
-def test_another_code_is_another_result(good, monkeypatch: pytest.MonkeyPatch):
-    result, _, notebook = good
-    monkeypatch.setattr(runs, "code_version", lambda: "another")
-    assert runs.done(notebook, {**SMOKE, "RATIO": 0.25}, out=result.folder.parent.parent) is None
+    before = run.code_version()
+    monkeypatch.setattr(run.metadata, "version", lambda package: "0.0")
+    assert run.code_version() != before
