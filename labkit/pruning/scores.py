@@ -17,6 +17,8 @@ from labkit.errors import InputError
 from labkit.pruning.coupling import Group, Member
 from labkit.pruning.select import CONVOLUTIONS, Weight, count_to_prune, prunable
 
+DAMP = 0.01  # of a Hessian, as a fraction of its mean diagonal
+
 
 def wide(x: Tensor) -> Tensor:
     """x without its graph, in float32 or wider."""
@@ -273,19 +275,19 @@ def check_criterion(criterion: str, batches: Iterable | None, table: Mapping) ->
 # --- Optimal Brain Surgeon for one layer ------------------------------------------------------------------------------
 
 
-def _inverse(hessian: Tensor, damp: float = 0.01) -> Tensor:
-    """(H + damp * mean(diag H) * I)^-1 in float64; an input that is always 0 only has the damping."""
+def _inverse(hessian: Tensor) -> Tensor:
+    """(H + DAMP * mean(diag H) * I)^-1 in float64; an input that is always 0 only has the damping."""
     hessian = hessian.double()
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian + torch.where(mean > 0, damp * mean, 1.0) * eye))
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian + torch.where(mean > 0, DAMP * mean, 1.0) * eye))
 
 
-def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float, *, damp: float = 0.01) -> Tensor:
+def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
     """Removes count_to_prune(in, sparsity) weights of every row, one at a time, the rest of the row adapting each time.
 
     weight: [out, in]; inputs: [N, in], what the layer y = x W^T gets. Returns a new weight, like `weight`.
-    Per row, with H = 2 X^T X + damp * mean(diag H) * I (Hassibi & Stork 1993, eq. 5; the exact greedy of Optimal Brain
+    Per row, with H = 2 X^T X + DAMP * mean(diag H) * I (Hassibi & Stork 1993, eq. 5; the exact greedy of Optimal Brain
     Compression, Frantar & Alistarh 2022, Lemma 1):
         q = argmin w_q^2 / [H^-1]_qq        w += -w_q / [H^-1]_qq * H^-1[:, q]
         H^-1 -= H^-1[:, q] H^-1[q, :] / [H^-1]_qq
@@ -298,7 +300,7 @@ def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float, *, damp: float = 
         )
     k = count_to_prune(weight.shape[1], sparsity)
     x = wide(inputs)
-    inverse = _inverse(2 * x.t() @ x, damp)
+    inverse = _inverse(2 * x.t() @ x)
     rows_at_once = max(1, 2**24 // inverse.numel())
     parts = [_obs_rows(rows, inverse, k) for rows in weight.detach().double().split(rows_at_once)]
     return torch.cat(parts).to(weight.dtype)

@@ -54,6 +54,17 @@ def test_a_model_is_afterwards_as_it_was(seed):
     assert drawn[0] == drawn[1] == (torch.rand(3) if seed is None else torch.rand(3, generator=seeded(seed))).tolist()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_random_numbers_of_the_gpu_are_seeded_and_come_back():
+    before, drawn = torch.cuda.get_rng_state(), []
+    for _ in range(2):
+        with evaluating(nn.Identity(), seed=3):
+            drawn.append(torch.rand(3, device="cuda"))
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert torch.equal(*drawn)
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

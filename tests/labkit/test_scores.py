@@ -151,6 +151,23 @@ def test_wanda_covers_convolutions_of_other_dimensions(dims, padding_mode):
     assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms)
 
 
+def test_an_input_that_changes_in_place_between_two_layers_is_two_inputs():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            x = x.clone()
+            same = self.one(x) + self.two(x)
+            return same + self.three(x.mul_(2))
+
+    model, x = Changing(), torch.randn(5, 4)
+    scores = saliency(model, "wanda", [x])
+    for layer, norms in (("one", x.norm(dim=0)), ("two", x.norm(dim=0)), ("three", 2 * x.norm(dim=0))):
+        assert_close(scores[f"{layer}.weight"], model.get_submodule(layer).weight.detach().abs() * norms)
+
+
 def test_wanda_covers_the_transposed_linear_of_transformers():
     from transformers.pytorch_utils import Conv1D
 
@@ -257,6 +274,23 @@ def test_a_unit_is_scored_by_all_that_belongs_to_it_and_nothing_else():
     only = [Group("scale", 3, (Member("scale", 0, UNITS, "makes"),))]
     assert_close(unit_scores(model, only, "l2")[0], scale.view(2, 3).norm(dim=0))
     assert unit_scores(model, only, "wanda", batches) == unit_scores(model, only, "bn_scale") == {}
+
+
+def test_bn_scale_is_the_mean_over_norms_and_channels():
+    model = nn.ModuleList([nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.LayerNorm(6)])
+    for module in model:
+        nn.init.normal_(module.weight)
+    members = tuple(Member(f"{i}.weight", 0, UNITS, "makes") for i in range(3))
+    scales = torch.stack([model[i].weight.detach().abs() for i in range(2)])  # a layer norm has none
+    assert_close(unit_scores(model, [Group("0.weight", 3, members)], "bn_scale")[0], scales.view(2, 2, 3).mean((0, 1)))
+
+
+def test_fpgm_measures_where_units_have_the_same_size():
+    model = nn.ModuleList([nn.Linear(2, 6), nn.Linear(2, 5)])
+    members = Member("0.weight", 0, UNITS, "makes"), Member("1.weight", 0, UNITS[:5], "makes")
+    rows = model[0].weight.detach().view(2, 3, 2).transpose(0, 1).flatten(1)  # [units, 4]
+    distances = (rows[:, None] - rows[None]).norm(dim=2).sum(1)
+    assert_close(unit_scores(model, [Group("0.weight", 3, members)], "fpgm")[0], distances, rtol=1e-4, atol=1e-4)
 
 
 def test_taylor_of_units_is_the_mean_over_batches_of_the_square():
