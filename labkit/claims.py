@@ -1,4 +1,4 @@
-"""What the guide claims, and what a measured value says about it: confirmed, contradicted, inconclusive, or not had.
+"""What the guide claims, and what a measured value says about it: confirmed, contradicted, inconclusive, or nothing.
 
 The claims stand in notebooks/claims.toml, each with the range of values that would confirm it, written down before
 anything is measured. A verdict weighs one value with its interval; it does not judge how the value was obtained.
@@ -45,7 +45,7 @@ def load(path: Path | None = None) -> dict[str, Claim]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; take it from the course's repository.") from None
     except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{path.name} is not TOML ({error}); mend that line.") from None
+        raise DataError(f"{path.name} is not TOML ({error}); correct that line.") from None
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(entries, start=1):
         claim = _claim(entry, f"{path.name}, entry {number} ({entry.get('id', 'without id')!r})")
@@ -58,7 +58,7 @@ def load(path: Path | None = None) -> dict[str, Claim]:
 
 
 def verdict(claim: Claim, value: float | None, ci95: Sequence[float] | None = None) -> Verdict:
-    """What `value` (None: it could not be had) with its 95 % interval says about the claim.
+    """What `value` (None: not measurable) with its 95 % interval says about the claim.
 
     The whole interval within the expected range confirms, the whole outside contradicts, an edge inside it is
     inconclusive; without an interval the value alone decides. InputError for a value that is no number.
@@ -90,7 +90,7 @@ def _at_least(value: float, bound: float) -> bool:
 
 def _interval(claim: Claim, value: Any, ci95: Any) -> tuple[float, float]:
     ends = (value, value) if ci95 is None else tuple(ci95)
-    if not all(_is_number(one) and not math.isnan(one) for one in (value, *ends)):
+    if not all(_is_number(number) and not math.isnan(number) for number in (value, *ends)):
         raise InputError(f"Claim {claim.id} takes a number, or None where it cannot be measured, not {value!r}.")
     if len(ends) != 2 or not ends[0] <= value <= ends[1]:
         raise InputError(f"The interval {ci95!r} of claim {claim.id} has to be (low, high) around the value {value!r}.")
@@ -108,16 +108,11 @@ def _claim(entry: dict[str, Any], where: str) -> Claim:
             raise DataError(f"{where}: {name} has to be a text that is not empty.")
     if entry["needs"] not in NEEDS:
         raise DataError(f"{where}: needs is {entry['needs']!r}; choose one of {', '.join(NEEDS)}.")
-    section = entry["section"]
+    section, bounds = entry["section"], entry["expected"]
     if not isinstance(section, int) or not entry["id"].startswith(f"{section}."):
         raise DataError(f"{where}: the id has to be <section>.<n>, with section = {section!r} before the dot.")
-    bounds = entry["expected"]
-    if (
-        not isinstance(bounds, list)
-        or len(bounds) != 2
-        or not all(map(_is_number, bounds))
-        or not bounds[0] <= bounds[1]
-    ):
+    pair = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds))
+    if not pair or not bounds[0] <= bounds[1]:
         raise DataError(
             f"{where}: expected is {bounds!r}; give [low, high] with low <= high, -inf or inf for no bound."
         )

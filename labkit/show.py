@@ -35,36 +35,22 @@ def style() -> None:
     import matplotlib
     from cycler import cycler
 
-    matplotlib.rcParams.update(
-        {
-            "figure.figsize": (6.8, 4.0),
-            "figure.dpi": 80,
-            "savefig.dpi": 80,
-            "figure.constrained_layout.use": True,
-            "figure.facecolor": "white",
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.prop_cycle": cycler(color=COLOURS),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#d9d9d9",
-            "grid.linewidth": 0.6,
-            "legend.frameon": False,
-            "legend.fontsize": 9,
-            "lines.linewidth": 1.8,
-            "lines.markersize": 5,
-        }
-    )
+    matplotlib.rcParams.update({
+        "figure.figsize": (6.8, 4.0), "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True,
+        "figure.facecolor": "white", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
+        "axes.titlelocation": "left", "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False,
+        "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#d9d9d9",
+        "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+    })  # fmt: skip
 
 
 def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
     """Show a matplotlib figure, its description and its data, and close it.
 
-    `alt` tells who cannot see the figure what it shows, in at least 30 characters; `table` is the data, one dict a row.
+    alt        tells who cannot see the figure what it shows, in at least 30 characters
+    table      its data, one dict a row
+    simulated  computed, not measured: it gets a badge
     InputError, and nothing shown, where either is missing or an axis has no label.
     """
     _check_alt(alt)
@@ -90,21 +76,18 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
     Where rows have the columns low and high they become error bars. baseline: the value of `by` that the others have to
     beat; its line is black and dashed. style: passed to matplotlib.
     """
-    import matplotlib as mpl
+    import matplotlib
 
-    colours = len(mpl.rcParams["axes.prop_cycle"])
+    colours = len(matplotlib.rcParams["axes.prop_cycle"])
     for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
-        mine = [row for row in rows if row[by] == name]
-        at, values = [row[x] for row in mine], [row[y] for row in mine]
-        bars = None
-        if all("low" in row and "high" in row for row in mine):
-            bars = [[row[y] - row["low"] for row in mine], [row["high"] - row[y] for row in mine]]
-        own = {"linestyle": ("-", "-.", ":")[number // colours % 3]}  # colours come round again
+        group = [row for row in rows if row[by] == name]
+        look = {"linestyle": ("-", "-.", ":")[number // colours % 3]}  # colours come round again
         if name == baseline:
-            own = {"color": "black", "linestyle": "--"}
-        ax.errorbar(
-            at, values, yerr=bars, label=str(name), **{"marker": "o", "markersize": 3, "capsize": 2, **own, **style}
-        )
+            look = {"color": "black", "linestyle": "--"}
+        if all("low" in row and "high" in row for row in group):
+            look["yerr"] = [[row[y] - row["low"] for row in group], [row["high"] - row[y] for row in group]]
+        look |= {"marker": "o", "markersize": 3, "capsize": 2, **style}
+        ax.errorbar([row[x] for row in group], [row[y] for row in group], label=str(name), **look)
 
 
 def curves(
@@ -125,16 +108,15 @@ def curves(
     """
     import matplotlib.pyplot as plt
 
-    fig, every = plt.subplots(
-        1, len(panels), figsize=(min(10.0, 2.2 + 3.1 * len(panels)), height), sharey=True, squeeze=False
-    )
-    for ax, (title, rows) in zip(every[0], panels.items(), strict=True):
+    size = min(10.0, 2.2 + 3.1 * len(panels)), height
+    fig, (axes_in_a_row,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for ax, (title, rows) in zip(axes_in_a_row, panels.items(), strict=True):
         lines(ax, rows, x, y, by=by, baseline=baseline, linewidth=1.2)
         if reference is not None:
             ax.axhline(reference, linestyle=":", linewidth=1, color="grey")
         ax.set(**{"xlabel": x, "ylabel": y, "title": title, **axes})
-    if len(every[0][-1].get_legend_handles_labels()[1]) > 1:
-        every[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title=by, title_fontsize=7)
+    if len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title=by, title_fontsize=7)
     return fig
 
 
@@ -147,15 +129,12 @@ def wide(rows: Rows, x: str, y: str, *, by: Sequence[str]) -> list[dict[str, Any
     return list(table.values())
 
 
-def table(rows: Rows, *, caption: str = "", units: Mapping[str, str] | None = None, simulated: bool = False) -> None:
-    """Show rows (one dict a row) as a table; `units` maps a column to its unit. InputError for bad rows or columns."""
+def table(rows: Rows, *, caption: str = "", simulated: bool = False) -> None:
+    """Show rows (one dict a row) as a table; InputError for anything else."""
     rows = checked_rows(rows)
-    unknown = [column for column in units or {} if column not in _columns(rows)]
-    if unknown:
-        raise InputError(f"units names {unknown[0]!r}, which is no column; the columns are {_listed(_columns(rows))}.")
-    text = text_table(rows, units)
-    title = " ".join(part for part in ("SIMULATED" if simulated else "", caption) if part)
-    emit(f"{title}\n{text}" if title else text, html_table(rows, units, caption=caption, simulated=simulated))
+    title = " ".join(filter(None, ["SIMULATED" * simulated, caption]))
+    text = "\n".join(filter(None, [title, text_table(rows)]))
+    emit(text, html_table(rows, caption=caption, simulated=simulated))
 
 
 def quantity(value: Any, unit: str = "") -> str:
@@ -187,13 +166,13 @@ def interval(ci95: Sequence[float] | None, unit: str = "") -> str:
     return "" if ci95 is None else f"{quantity(ci95[0], unit)} to {quantity(ci95[1], unit)}"
 
 
-def factor(unit: str, wanted: str) -> float | None:
-    """What a value in `unit` is multiplied by to be in `wanted` (s -> ms: 1000); None where they do not compare."""
-    unit, wanted = (one.replace("×", "x").replace("us", "µs") for one in (unit, wanted))
-    if unit == wanted or not unit or not wanted:
+def factor(unit: str, target: str) -> float | None:
+    """What a value in `unit` is multiplied by to be in `target` (s -> ms: 1000); None where they do not compare."""
+    unit, target = (name.replace("×", "x").replace("us", "µs") for name in (unit, target))
+    if unit == target or not unit or not target:
         return 1.0
-    (scale, base), (other, same) = (_UNITS.get(one, (1.0, one)) for one in (unit, wanted))
-    return scale / other if base == same else None
+    (scale, base), (target_scale, target_base) = (_UNITS.get(name, (1.0, name)) for name in (unit, target))
+    return scale / target_scale if base == target_base else None
 
 
 def facts(title: str, values: Mapping[str, str]) -> None:
@@ -209,37 +188,31 @@ def facts(title: str, values: Mapping[str, str]) -> None:
     emit(text, f'<div style="{card}"><b>{escape(title)}</b><table style="margin:2px 0">{lines}</table></div>')
 
 
-def html_table(
-    rows: Rows, units: Mapping[str, str] | None = None, *, caption: str = "", simulated: bool = False
-) -> str:
+def html_table(rows: Rows, *, caption: str = "", simulated: bool = False) -> str:
     """Rows as plain HTML: legible where styles are stripped (GitHub), in light and in dark."""
     columns = _columns(rows)
     right = {c for c in columns if all(_is_number(row.get(c)) or row.get(c) is None for row in rows)}
 
-    def cell(tag: str, column: str, content: str) -> str:
-        align = ' align="right"' if column in right else ' style="text-align:left"'
-        return f"<{tag}{align}>{content}</{tag}>"
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        aligns = (' align="right"' if column in right else ' style="text-align:left"' for column in columns)
+        return "".join(f"<{tag}{align}>{escape(text)}</{tag}>" for align, text in zip(aligns, texts, strict=True))
 
-    head = "".join(cell("th", c, escape(_heading(c, units))) for c in columns)
-    body = "".join(
-        "<tr>" + "".join(cell("td", c, escape(quantity(row.get(c)))) for c in columns) + "</tr>" for row in rows
-    )
+    body = "".join(f"<tr>{cells('td', [quantity(row.get(c)) for c in columns])}</tr>" for row in rows)
     label = f"{BADGE} " * simulated + escape(caption)
     title = f'<caption style="caption-side:top;text-align:left;font-weight:bold;padding:4px 10px">{label}</caption>'
     return (
         f'<table style="border-collapse:collapse;margin:4px 0">{title if label else ""}'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"<thead><tr>{cells('th', [str(c) for c in columns])}</tr></thead><tbody>{body}</tbody></table>"
     )
 
 
-def text_table(rows: Rows, units: Mapping[str, str] | None = None) -> str:
+def text_table(rows: Rows) -> str:
     """Rows as aligned text, for terminals and text/plain."""
     columns = _columns(rows)
-    lines = [[_heading(c, units) for c in columns], *([quantity(row.get(c)) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    lines = [[str(column) for column in columns], *([quantity(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, parts)) for parts in zip(*lines, strict=True)]
+    padded = (zip(line, widths, strict=True) for line in lines)
+    return "\n".join("  ".join(part.ljust(width) for part, width in line).rstrip() for line in padded)
 
 
 def png(fig: Any, scale: float = 1.0) -> bytes:
@@ -327,11 +300,6 @@ def _columns(rows: Rows) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def _heading(column: str, units: Mapping[str, str] | None) -> str:
-    unit = (units or {}).get(column)
-    return f"{column} ({unit})" if unit else str(column)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -344,7 +312,3 @@ def _digits(value: float) -> str:
         return f"{value:.2e}"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(str, names))

@@ -185,18 +185,13 @@ def test_outside_a_notebook_a_figure_is_words_and_data(figure, capsys):
     assert capsys.readouterr().out == f"Latency\n{ALT}\nbatch  latency\n1      1\n4      2\n"
 
 
-def test_a_table_puts_units_in_the_heading_and_numbers_right(notebook):
+def test_a_table_puts_numbers_right_and_says_what_is_missing(notebook):
     rows = [{"name": "a<b", "time": 1.5}, {"name": "c", "time": None, "bytes": 12345}]
-    show.table(rows, caption="Sizes", units={"time": "ms"}, simulated=True)
+    show.table(rows, caption="Sizes", simulated=True)
     text = notebook[0][0]["text/html"]
-    assert cells(text) == ["name", "time (ms)", "bytes", "a<b", "1.50", "–", "c", "–", "12,345"]
+    assert cells(text) == ["name", "time", "bytes", "a<b", "1.50", "–", "c", "–", "12,345"]
     assert '<td align="right"' in text and "SIMULATED" in text and "<caption" in text
-    assert notebook[0][0]["text/plain"].startswith("SIMULATED Sizes\nname  time (ms)  bytes")
-
-
-def test_units_of_a_column_that_is_not_there_are_refused():
-    with pytest.raises(InputError, match=r"units names 'ms', which is no column; the columns are batch, latency"):
-        show.table(ROWS, units={"ms": "ms"})
+    assert notebook[0][0]["text/plain"].startswith("SIMULATED Sizes\nname  time  bytes")
 
 
 def test_colours_differ_from_each_other_in_lightness_or_hue():
