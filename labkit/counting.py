@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from labkit.batches import evaluating
 from labkit.errors import InputError
-from labkit.pruning.anatomy import anatomy
+from labkit.pruning.anatomy import is_linear, stacks
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ HEAD, EMBEDDINGS, REST = "output head", "embeddings", "norms"
 def parameters_by_component(model: nn.Module) -> dict[str, int]:
     """Parameters of each component; a tensor that two share, as a tied output head does, counts for the first.
 
-    A model on the `meta` device will do. Raises what labkit.pruning.anatomy does for a model that it cannot read.
+    A model on the `meta` device will do.
     """
     totals, parts = _no_components(), _component_of(model)
     for name, parameter in model.named_parameters():
@@ -365,16 +365,18 @@ def _no_components() -> Counter[str]:
 
 
 def _component_of(model: nn.Module) -> dict[str, str]:
-    """{module with weights of its own: component}. A linear layer outside of all layers is an output head.
+    """{module with weights of its own: component}.
 
-    Also the rotary embedding, whose angles are a product of matrices in some versions of transformers.
+    A linear module in a layer belongs to the attention, where its name says so, or to the feed-forward network; one
+    outside of all layers is an output head. Also the rotary embedding, whose angles are a product of matrices in some
+    versions of transformers.
     """
     parts: dict[str, str] = {}
-    layout = anatomy(model)
-    for a in layout.attentions:
-        parts |= dict.fromkeys((a.query, a.key, a.value, a.output), PROJECTIONS)
-    for f in layout.feed_forwards:
-        parts |= dict.fromkeys(filter(None, (f.gate, f.up, f.down)), FEED_FORWARD)
+    for layers in stacks(model):
+        for name, module in model.get_submodule(layers).named_modules(prefix=layers):
+            if is_linear(module):
+                attends = "att" in name.removeprefix(layers).lower()
+                parts[name] = PROJECTIONS if attends else FEED_FORWARD
     for name, module in model.named_modules():
         if name not in parts and next(module.parameters(recurse=False), None) is not None:
             embeds = isinstance(module, nn.Embedding) or "embeddings" in name

@@ -97,9 +97,21 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         pad_token_id=0,
         eos_token_id=2,
     ),
+    "phi": _build("PhiForCausalLM", "PhiConfig", **BERT),
+    "neox": _build("GPTNeoXForCausalLM", "GPTNeoXConfig", **BERT),  # query, key and value of a head side by side
+    "falcon": _build(
+        "FalconForCausalLM",
+        "FalconConfig",
+        **BERT,
+        ffn_hidden_size=24,
+        num_kv_heads=2,
+        new_decoder_architecture=True,  # the same by KV group; attention beside the feed-forward network
+    ),
+    "olmo2": _build("Olmo2ForCausalLM", "Olmo2Config", **LLAMA),  # a norm over all query heads, one over all keys
+    "modernbert": _build("ModernBertForSequenceClassification", "ModernBertConfig", **BERT),
 }
-DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma")
-GROUPED = ("llama", "qwen2", "qwen3", "mistral")  # two KV heads with two query heads each
+DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "neox", "falcon", "olmo2")
+GROUPED = ("llama", "qwen2", "qwen3", "mistral", "olmo2")  # two KV heads with two query heads each
 
 
 def family(name: str) -> nn.Module:
@@ -142,6 +154,8 @@ def heads_to_remove(name: str) -> dict[int, list[int]]:
     """A choice that leaves layers of different sizes: single heads, a whole KV group, one head of each group, both."""
     if name in GROUPED:
         return {0: [0, 1], 1: [1, 2], 2: [0, 1, 3]}
+    if name == "falcon":
+        return {0: [0, 1], 2: [2, 3]}
     if name == "t5":  # encoder self, encoder self, then decoder self, cross, self, cross
         return {0: [1], 1: [1], 3: [0, 2], 5: [0, 2]}
     return {0: [1], 2: [0, 3]}

@@ -1,137 +1,139 @@
-"""Where the heads, the neurons and the layers of a transformer are: one table of spellings, one row a way to write it.
+"""Where the heads, the neurons and the layers of a transformer are, as a traced call shows them, whatever their names.
 
-A row is found by the names of the projections, not by the model's class, so that a model which spells its parts like
-Llama is read like Llama. What is not spelled in the tables is not guessed: it is an error that says what there is.
+An attention is where a softmax over scores [B, heads, queries, keys] is taken; the next linear module reads what its
+heads give. A feed-forward network is a group of coupled channels in a layer that one linear module reads. Nothing is
+scored or removed here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError
+from labkit.pruning.coupling import Coupling, tracing
+from labkit.pruning.coupling.labels import span_at
+from labkit.pruning.coupling.rules import Record
+
+SOFTMAX = ("_softmax", "_safe_softmax")
 
 
-class Spelling(NamedTuple):
-    """Projections of an attention, by their names inside one module; one name thrice where they are one matrix."""
-
-    query: str
-    key: str
-    value: str
-    output: str
-
-
-ATTENTIONS = (
-    Spelling("self.query", "self.key", "self.value", "output.dense"),  # BERT, RoBERTa, ELECTRA
-    Spelling("attention.query", "attention.key", "attention.value", "output.dense"),  # ViT of earlier releases
-    Spelling("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
-    Spelling("c_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2: query, key and value side by side
-    Spelling("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, CLIP, Whisper
-    Spelling("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Qwen2, Qwen3, Mistral, Gemma, ViT
-    Spelling("q", "k", "v", "o"),  # T5
-)
-FEED_FORWARDS = (  # (gate, up, down): down(act(up(x))), or down(act(gate(x)) * up(x))
-    ("", "intermediate.dense", "output.dense"),  # BERT, RoBERTa
-    ("", "lin1", "lin2"),  # DistilBERT
-    ("", "c_fc", "c_proj"),  # GPT-2
-    ("", "fc1", "fc2"),  # OPT, ViT, CLIP
-    ("gate_proj", "up_proj", "down_proj"),  # Llama, Qwen2, Qwen3, Mistral, Gemma
-    ("", "wi", "wo"),  # T5
-    ("wi_0", "wi_1", "wo"),  # T5 1.1
-    ("", "0", "3"),  # torchvision's ViT
-)
-HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")  # an attention's own name for it
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
-    """One attention: qualified names of its modules, and its sizes.
+    """One attention.
 
-    name: the module that computes it, which has the attributes. heads: of queries. kv_heads: of keys and values; each
-    serves `group` = heads / kv_heads query heads in a row. size: of a head. bias: a table of T5 with a column a head.
+    name: the module that takes the softmax. output: the linear module that reads the heads' results, side by side.
+    heads: of queries. size: columns of `output` that read one head. labels: [heads], of the trace; None where it has
+    no labels for heads, so that none can go.
     """
 
     name: str
-    query: str
-    key: str
-    value: str
     output: str
     heads: int
-    kv_heads: int
     size: int
-    bias: str = ""
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
+    labels: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward network: qualified names of its modules (gate is "" where it has none) and its neurons."""
+    """One feed-forward network.
 
-    gate: str
-    up: str
-    down: str
-    neurons: int
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """A transformer's attentions, feed-forward networks and layers, in the order of the model's modules.
-
-    stacks: qualified names of the lists of layers, one as a rule; an encoder-decoder has two.
+    group: its number in the coupling, whose units are the neurons. down: the linear module that reads them.
     """
 
-    attentions: tuple[Attention, ...]
-    feed_forwards: tuple[FeedForward, ...]
-    stacks: tuple[str, ...]
+    group: int
+    down: str
 
 
-def anatomy(model: nn.Module) -> Anatomy:
-    """The anatomy of `model`, from the spellings of its modules. A model that has none of them has empty tuples."""
+def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attention, ...]:
+    """The attentions of `model` in the order of a forward pass; one that runs several times is there once.
+
+    record: of a traced call; None traces one on `example`. InputError if there are none.
+    """
+    record = tracing.record(model, (), example(model)) if record is None else record
     modules = dict(model.named_modules())
-    attentions, feed_forwards = [], []
-    for name, module in modules.items():
-        if found := _attention(name, module):
-            attentions.append(found)
-        if found := _feed_forward(name, module):
-            feed_forwards.append(found)
-    inside = [part.output for part in attentions] + [part.down for part in feed_forwards]
-    return Anatomy(tuple(attentions), tuple(feed_forwards), tuple(_stacks(modules, inside)))
+    classes, _ = record.labels.resolve()
+    rows = {(axis.name, axis.dim): range(axis.base, axis.base + axis.size) for axis in record.axes}
+    attentions: dict[str, Attention] = {}
+    softmax = None
+    for operation in record.operations:
+        if operation.name in SOFTMAX and len(operation.shape) == 4:
+            softmax, span = operation, span_at(operation.spans, 1)
+            labels = span.labels if span is not None and span.dims == (1,) else None
+        elif softmax is None:
+            continue
+        elif is_linear(module := modules[operation.module]):
+            columns = rows.get((f"{operation.module}.weight", 1 - out_dim(module)), ())
+            if labels is None or np.isin(classes[labels], classes[columns]).all():  # it reads the heads
+                heads = softmax.shape[1]
+                attention = Attention(softmax.module, operation.module, heads, len(columns) // heads, labels)
+                attentions.setdefault(softmax.module, attention)
+                softmax = None
+        elif operation.name in ("addmm", "mm"):  # a product with weights that no linear module has
+            softmax = None
+    if not attentions:
+        raise InputError(
+            f"{type(model).__name__} has no attention heads that labkit can read: it looks for a softmax over scores "
+            "[batch, heads, queries, keys], and for the linear layer that reads what the heads give."
+        )
+    return tuple(attentions.values())
 
 
-def attentions(model: nn.Module) -> tuple[Attention, ...]:
-    """The attentions of `model`; InputError if it has none that labkit can read."""
-    if found := anatomy(model).attentions:
-        return found
-    spelled = "; ".join("/".join(dict.fromkeys(row)) for row in ATTENTIONS)
-    raise InputError(
-        f"{type(model).__name__} has no attention heads that labkit knows: it looks for projections spelled {spelled}."
-    )
+def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ...]:
+    """The feed-forward networks of `model` in the order of a forward pass; InputError if there are none."""
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name in stacks(model))
+    softmaxes = {operation.module for operation in coupling.record.operations if operation.name in SOFTMAX}
+    networks = []
+    for i, group in enumerate(coupling.groups):
+        readers = {m.name.removesuffix(".weight"): m for m in group.members if m.role == "reads"}
+        if len(readers) != 1:
+            continue
+        ((name, member),) = readers.items()
+        attends = any(name.startswith(f"{module}.") for module in softmaxes)
+        neurons = len(member.indices(0)) == 1  # and not heads
+        if name.startswith(inside) and not attends and neurons and is_linear(modules.get(name)):
+            networks.append(FeedForward(i, name))
+    if not networks:
+        raise InputError(
+            f"{type(model).__name__} has no feed-forward network that labkit can prune: it looks for neurons in a list "
+            "of layers that one linear layer reads."
+        )
+    return tuple(networks)
 
 
-def feed_forwards(model: nn.Module) -> tuple[FeedForward, ...]:
-    """The feed-forward networks of `model`; InputError if it has none that labkit can read."""
-    if found := anatomy(model).feed_forwards:
-        return found
-    spelled = "; ".join("/".join(filter(None, row)) for row in FEED_FORWARDS)
-    raise InputError(
-        f"{type(model).__name__} has no feed-forward network that labkit knows: it looks for modules with projections "
-        f"spelled {spelled}."
-    )
+def stacks(model: nn.Module) -> list[str]:
+    """The names of the lists of layers: outermost lists of modules of which each holds two linear ones or more."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or name.startswith(tuple(f"{n}." for n in names)):
+            continue
+        if len(module) and all(sum(map(is_linear, item.modules())) > 1 for item in module):
+            names.append(name)
+    return names
 
 
 def stack(model: nn.Module) -> str:
     """The name of the one list of layers of `model`; InputError if it has none, or two as an encoder-decoder."""
-    found = anatomy(model).stacks
-    if len(found) == 1:
-        return found[0]
-    what = f"{len(found)} lists of layers ({', '.join(found)})" if found else "no list of transformer layers"
+    names = stacks(model)
+    if len(names) == 1:
+        return names[0]
+    what = f"{len(names)} lists of layers ({', '.join(names)})" if names else "no list of transformer layers"
     raise InputError(f"{type(model).__name__} has {what}: layers can be removed from a model with exactly one.")
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether it is nn.Linear or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or (module is not None and {"nf", "nx"} <= vars(module).keys())
+
+
+def out_dim(module: nn.Module) -> int:
+    """The dimension of `module.weight` that runs over its outputs: 0 in nn.Linear, 1 in transformers' Conv1D."""
+    return 0 if isinstance(module, nn.Linear) else 1
 
 
 def check_index(index: object, n: int, what: str) -> None:
@@ -140,86 +142,42 @@ def check_index(index: object, n: int, what: str) -> None:
         raise InputError(f"There is no {what} {index!r}: they are counted from 0 to {n - 1}.")
 
 
-def out_dim(module: nn.Module) -> int:
-    """The dimension of `module.weight` that runs over its outputs: 0 in nn.Linear, 1 in transformers' Conv1D."""
-    return 1 if {"nf", "nx"} <= vars(module).keys() else 0
+def configs(model: nn.Module) -> Iterator[Any]:
+    """Every config object in the model, once: an encoder-decoder's two halves have copies of their own."""
+    yield from {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
-    """A small input for `model`, made from its config: three sequences of 7 tokens, or one image.
+    """A small input for `model`, made from its config: three sequences of 7 tokens, an image, or sound.
 
-    Sizes that no head or width has, so that a trace does not take one for the other.
+    Sizes that no head or width has, so that a trace does not take one for the other. InputError where the config does
+    not say what the model is called with.
     """
-    config = getattr(model, "config", None)
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    if getattr(model, "main_input_name", "") == "pixel_values":
-        side = config.image_size
-        height, width = side if isinstance(side, (tuple, list)) else (side, side)
-        image = torch.randn(1, config.num_channels, height, width, generator=generator)
-        return {"pixel_values": image.to(device, next(model.parameters()).dtype)}
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is None:
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "")
+    like, generator = next(model.parameters()), torch.Generator().manual_seed(0)
+    shapes: Mapping[str, Callable[[], tuple[int, ...]]] = {
+        "pixel_values": lambda: (1, config.num_channels, *_sides(config)),
+        "input_values": lambda: (1, 2000),  # samples: half a dozen frames
+        "input_features": lambda: (1, config.num_mel_bins, 2 * config.max_source_positions),
+    }
+    try:
+        if main in shapes:
+            inputs = {main: torch.randn(shapes[main](), generator=generator).to(like)}
+            ids = torch.randint(getattr(config, "vocab_size", 1), (1, 7), generator=generator)
+        else:
+            ids = torch.randint(config.vocab_size, (3, 7), generator=generator)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            inputs["attention_mask"][-1, 5:] = 0  # without padding some models leave the mask out
+    except AttributeError as error:  # a config without these sizes, or none
         raise InputError(
             f"labkit can make no input for {type(model).__name__} from its config: give kwargs, what it is called with."
-        )
-    ids = torch.randint(vocabulary, (3, 7), generator=generator).to(device)
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ) from error
     if getattr(config, "is_encoder_decoder", False):
-        found["decoder_input_ids"] = ids.flip(0)
-    return found
+        inputs |= {"decoder_input_ids": ids.flip(0), "decoder_attention_mask": torch.ones_like(ids)}
+    device = "cpu" if like.device.type == "meta" else like.device  # a trace looks at integers
+    return {name: x if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
 
 
-def _attention(name: str, module: nn.Module) -> Attention | None:
-    for row in ATTENTIONS:
-        parts = [_part(module, path) for path in row]
-        if any(part is None for part in parts):
-            continue
-        owner_path = row.query.rpartition(".")[0]
-        owner = module.get_submodule(owner_path)
-        size = next((getattr(owner, key) for key in HEAD_SIZES if hasattr(owner, key)), None)
-        if size is None:
-            return None
-        fused = 3 if row.query == row.value else 1
-        rows = [part.weight.shape[out_dim(part)] // fused for part in parts]
-        table = _join(name, "relative_attention_bias") if hasattr(module, "relative_attention_bias") else ""
-        names = [_join(name, path) for path in row]
-        return Attention(_join(name, owner_path), *names, rows[0] // size, rows[1] // size, size, table)
-    return None
-
-
-def _feed_forward(name: str, module: nn.Module) -> FeedForward | None:
-    for row in FEED_FORWARDS:
-        gate, up, down = (_part(module, path) if path else None for path in row)
-        if up is None or down is None or (row[0] and gate is None):
-            continue
-        neurons = up.weight.shape[out_dim(up)]
-        if down.weight.shape[1 - out_dim(down)] == neurons:
-            return FeedForward(*(_join(name, path) if path else "" for path in row), neurons)
-    return None
-
-
-def _part(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at `path` if it is there and has a matrix."""
-    for step in path.split("."):
-        module = module._modules.get(step)
-        if module is None:
-            return None
-    weight = getattr(module, "weight", None)
-    return module if isinstance(weight, Tensor) and weight.dim() == 2 else None
-
-
-def _stacks(modules: Mapping[str, nn.Module], inside: list[str]) -> Iterator[str]:
-    """Lists of modules of which every item holds an attention or a feed-forward network; only the outermost."""
-    found: list[str] = []
-    for name, module in modules.items():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(name.startswith(f"{n}.") for n in found):
-            continue
-        items = [_join(name, key) for key in module._modules]
-        if items and all(any(part.startswith(f"{item}.") for part in inside) for item in items):
-            found.append(name)
-            yield name
-
-
-def _join(*path: str) -> str:
-    return ".".join(filter(None, path))
+def _sides(config: Any) -> tuple[int, int]:
+    side = getattr(config, "image_size", None) or 64
+    return tuple(side) if isinstance(side, (tuple, list)) else (side, side)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -175,17 +176,22 @@ def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequenc
 
 def _plan(model: nn.Module, coupling: Coupling, removed: Mapping[int, Tensor], reasons: Mapping[int, str]) -> Plan:
     """The plan without the units of group i where removed[i] ([units], bool) is true; reasons: why groups stay."""
-    gone = coupling.gone(removed)
-    keep = coupling.kept(gone)
-    (n, size), (n_after, size_after) = surgery.parameters(model), surgery.parameters(model, keep)
     rows = tuple(
         Units(g.name, g.units, int(removed[i].sum()) if i in removed else 0, g.width, reasons.get(i, ""))
         for i, g in enumerate(coupling.groups)
     )
+    return plan_labels(model, coupling, coupling.gone(removed), rows)
+
+
+@torch.inference_mode(False)
+def plan_labels(model: nn.Module, coupling: Coupling, gone: np.ndarray, units: tuple[Units, ...]) -> Plan:
+    """The plan without the labels of the trace that are true in `gone` ([labels], bool); units: its table."""
+    keep = coupling.kept(gone)
+    (n, size), (n_after, size_after) = surgery.parameters(model), surgery.parameters(model, keep)
     return Plan(
         kept=keep,
         attributes=coupling.attributes(model, keep, gone),
-        units=rows,
+        units=units,
         unprunable=tuple(coupling.unprunable),
         parameters=(n, n_after),
         macs=(coupling.macs(), coupling.macs(gone)),

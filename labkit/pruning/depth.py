@@ -12,49 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
 from labkit.errors import EqualityError, InputError
-from labkit.pruning import anatomy, cuts, surgery
+from labkit.pruning import anatomy, surgery
 from labkit.pruning.blockwise import hidden, layers_of, remembering, resuming, skipping
-from labkit.pruning.channels import Plan, Pruned, Units
 from labkit.pruning.coupling import tracing
 from labkit.pruning.equality import Report
-
-METHODS = ("cosine", "angular", "l2", "loss")
-
-
-def layer_importance(
-    model: nn.Module,
-    batches: Iterable,
-    method: str = "cosine",
-    *,
-    n: int = 1,
-    loss_fn: Callable | None = None,
-    label: str = "",
-) -> Tensor:
-    """Importance of every layer, [layers], float64 on the CPU; higher is more important, 0 changes nothing.
-
-    n: how many layers in a row are taken as one block: entry l is then for layers l to l + n - 1, and there are
-    layers - n + 1 entries (Gromov et al. remove the block with the lowest).
-    method, over the valid tokens of all batches, x the block's input and y its output at a token:
-    "cosine": E[1 - cos(x, y)] (Men et al. 2024, Block Influence).
-    "angular": E[arccos(cos(x, y))] / pi, in [0, 1] (Gromov et al. 2024).
-    "l2": E[|y - x| / |x|]: relative, since the residual stream grows from layer to layer.
-    "loss": the increase of the mean loss per term without the block, the ground truth; negative where the model is
-        better without it. A forward pass from the block on for each batch. Loss as in `heads.head_importance`.
-    Padding is left out, `batches` is read once, none is kept. label: shown on a progress bar over batches.
-    """
-    if method not in METHODS:
-        raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
-    layers = layers_of(model)
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(layers):
-        raise InputError(f"n is {n!r}, but it must be a whole number from 1 to {len(layers)}, the number of layers.")
-    batches = tqdm(check_batches(batches, method), desc=label, disable=not label, mininterval=2)
-    if method == "loss":
-        return _loss_without(model, layers, batches, n, loss_fn)
-    return _distances(model, layers, batches, n, DISTANCES[method])
+from labkit.pruning.surgery import Plan, Pruned, Units
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -66,6 +31,36 @@ DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # of inputs and
     "angular": lambda x, y: _cosine(x, y).clamp(-1, 1).arccos() / math.pi,
     "l2": lambda x, y: (y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny),
 }
+METHODS = (*DISTANCES, "loss")
+
+
+def layer_importance(
+    model: nn.Module, batches: Iterable, method: str = "cosine", *, n: int = 1, loss_fn: Callable | None = None
+) -> Tensor:
+    """Importance of every layer, [layers], float64 on the CPU; higher is more important, 0 changes nothing.
+
+    batches: read once, none is kept. Padding is left out.
+    method: over the valid tokens of all batches, x the block's input and y its output at a token:
+        "cosine": E[1 - cos(x, y)] (Men et al. 2024, Block Influence, equation 1).
+        "angular": E[arccos(cos(x, y))] / pi, in [0, 1] (Gromov et al. 2024, equation 7).
+        "l2": E[|y - x| / |x|]: relative, since the residual stream grows from layer to layer.
+        "loss": the increase of the mean loss per term without the block, the ground truth; negative where the model is
+            better without it. A forward pass from the block on for each batch.
+    n: how many layers in a row are taken as one block: entry l is then for layers l to l + n - 1, and there are
+        layers - n + 1 entries (Gromov et al. remove the block with the lowest).
+    loss_fn: as in `heads.head_importance`, for "loss".
+
+    Raises InputError for a bad argument, or a model with no or several lists of layers (T5).
+    """
+    if method not in METHODS:
+        raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
+    layers = layers_of(model)
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(layers):
+        raise InputError(f"n is {n!r}, but it must be a whole number from 1 to {len(layers)}, the number of layers.")
+    check_batches(batches, method)
+    if method == "loss":
+        return _loss_without(model, layers, batches, n, loss_fn)
+    return _distances(model, layers, batches, n, DISTANCES[method])
 
 
 @torch.no_grad()
@@ -86,9 +81,9 @@ def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Ca
         hooks.callback(layers[-1][1].register_forward_hook(gives).remove)
         for batch in not_empty(batches):
             states.clear()
-            given = inputs(model, batch)
-            model(**given)
-            valid = valid_tokens(model, given, layers[0][0], states[0])  # [B, T]
+            named = inputs(model, batch)
+            model(**named)
+            valid = valid_tokens(model, named, layers[0][0], states[0])  # [B, T]
             vectors = [x.flatten(0, -2)[valid.flatten()].double() for x in states]  # [valid tokens, width]
             sums += torch.stack([distance(x, y).sum().cpu() for x, y in zip(vectors, vectors[n:], strict=False)])
             tokens += int(valid.sum())
@@ -116,52 +111,77 @@ def _loss_without(model: nn.Module, layers, batches: Iterable, n: int, loss_fn: 
 def prune_layers(
     model: nn.Module, layers: Iterable[int], *, kwargs: Mapping[str, Any] | None = None, check: bool = True
 ) -> Pruned:
-    """A new model without the given layers, counted from 0. At least one stays.
+    """A new model without the given layers. `model` stays as it was.
 
-    What is left is numbered anew (`layer_idx`), so that a cache has one entry a layer, and the config has the new
-    number of layers and the kept entries of its lists by layer. `plan.kept` names the parameters of removed layers
-    with no index kept. report: equality with the dense model whose removed layers pass their input on.
-    Raises InputError for a bad index, no layer left, or a model with no or several lists of layers (T5).
+    layers: counted from 0; at least one stays. What stays is numbered anew (`layer_idx`), so that a cache has one entry
+        for each layer, and the config has the new number of layers and the kept entries of its lists by layer.
+    kwargs: the input that the model is traced and checked with; None makes a small one from the config.
+    check: False leaves the check out. `report`: equality with the dense model whose removed layers pass their input on.
+
+    `plan.kept` names the parameters of removed layers, with no index kept. Raises InputError for a bad index, a layer
+    without which the others do not fit together, or a model with no or several lists of layers (T5).
     """
-    found = layers_of(model)
-    chosen = _chosen(layers, len(found))
+    every = layers_of(model)
+    gone = _gone(layers, len(every))
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
     new = surgery.cut(model, {}, {}).train(model.training)
-    left = [i for i in range(len(found)) if i not in chosen]
-    attributes = _renumber_(new, left)
-    report = _check(model, new, [found[i][1] for i in sorted(chosen)], kwargs) if check else None
-    return Pruned(new, _plan(model, new, [found[i] for i in sorted(chosen)], attributes, kwargs), report)
+    attributes = _renumber_(new, [i for i in range(len(every)) if i not in gone])
+    before = tracing.record(model, (), kwargs)
+    try:
+        after = tracing.record(new, (), kwargs)
+    except Exception as error:  # a forward pass can fail in any way
+        raise InputError(
+            f"Without layers {sorted(gone)} the others do not fit together ({error}): remove layers whose output has "
+            "the shape of their input."
+        ) from error
+    removed = [every[i] for i in sorted(gone)]
+    report = _check(model, new, [layer for _, layer in removed], kwargs) if check else None
+    (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(new)
+    plan = Plan(
+        kept={
+            f"{name}.{path}": {0: torch.zeros(0, dtype=torch.int64)}
+            for name, layer in removed
+            for path, _ in layer.named_parameters()
+        },
+        attributes=attributes,
+        units=(Units(anatomy.stack(model), len(every), len(removed), 1),),
+        unprunable=(),
+        parameters=(n, n_left),
+        macs=tuple(sum(cost.macs for cost in record.costs) for record in (before, after)),
+        bytes=(size, size_left),
+    )
+    return Pruned(new, plan, report)
 
 
-def _chosen(layers: Iterable[int], n: int) -> set[int]:
-    chosen = set(layers)
-    for layer in chosen:
+def _gone(layers: Iterable[int], n: int) -> set[int]:
+    gone = set(layers)
+    for layer in gone:
         anatomy.check_index(layer, n, "layer")
-    if not chosen or len(chosen) == n:
-        raise InputError(f"{len(chosen)} of {n} layers would go: name at least one, and leave at least one.")
-    return chosen
+    if not gone or len(gone) == n:
+        raise InputError(f"{len(gone)} of {n} layers would go: name at least one, and leave at least one.")
+    return gone
 
 
-def _renumber_(model: nn.Module, left: Sequence[int]) -> dict[str, dict[str, int]]:
+def _renumber_(model: nn.Module, stays: Sequence[int]) -> dict[str, dict[str, int]]:
     """Leaves only these layers in the model, numbered from 0: {module, by its name before: {"layer_idx": new}}."""
     name = anatomy.stack(model)
     stack = model.get_submodule(name)
     before = list(stack._modules.items())
     changed: dict[str, dict[str, int]] = {}
     stack._modules.clear()
-    for new, old in enumerate(left):
+    for new, old in enumerate(stays):
         key, layer = before[old]
         for path, module in layer.named_modules():
             if vars(module).get("layer_idx") == old and new != old:
                 module.layer_idx = new
                 changed[".".join(filter(None, (name, key, path)))] = {"layer_idx": new}
         stack._modules[str(new) if key.isdigit() else key] = layer
-    for config in cuts.configs(model):
+    for config in anatomy.configs(model):
         for key, value in vars(config).items():
             if "layer" in key and isinstance(value, (list, tuple)) and len(value) == len(before):
-                setattr(config, key, [value[i] for i in left])
+                setattr(config, key, [value[i] for i in stays])
         if getattr(config, "num_hidden_layers", None) == len(before):
-            config.num_hidden_layers = len(left)
+            config.num_hidden_layers = len(stays)
     return changed
 
 
@@ -180,11 +200,11 @@ class Skipped(Report):
 @torch.no_grad()
 def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwargs: Mapping[str, Any]) -> Skipped:
     cached = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with evaluating(model), skipping(removed):
-        expected = tracing.outputs(model(**kwargs, **cached))
-    with evaluating(new):
-        found = tracing.outputs(new(**kwargs, **cached))
-    error = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    with evaluating(model), evaluating(new):
+        with skipping(removed):
+            expected = tracing.outputs(model(**kwargs, **cached))
+        outputs = tracing.outputs(new(**kwargs, **cached))
+    error = max(float((a - b).abs().max()) for a, b in zip(expected, outputs, strict=True))
     scale = max(float(a.abs().max()) for a in expected)
     report = Skipped(error, scale, 0.0, str(expected[0].dtype).removeprefix("torch."))
     if not report.equal:
@@ -192,22 +212,3 @@ def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwarg
             f"The pruned model is {report} It is not returned. Report this model: its layers are not what they seem."
         )
     return report
-
-
-def _plan(model: nn.Module, new: nn.Module, removed, attributes, kwargs: Mapping[str, Any]) -> Plan:
-    kept = {
-        f"{name}.{path}": {0: torch.zeros(0, dtype=torch.int64)}
-        for name, layer in removed
-        for path, _ in layer.named_parameters()
-    }
-    (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(new)
-    layers = len(layers_of(model))
-    return Plan(
-        kept=kept,
-        attributes=attributes,
-        units=(Units(anatomy.stack(model), layers, len(removed), 1),),
-        unprunable=(),
-        parameters=(n, n_left),
-        macs=tuple(cuts.macs(tracing.record(m, (), kwargs)) for m in (model, new)),
-        bytes=(size, size_left),
-    )

@@ -1,152 +1,282 @@
-"""How much an attention head matters, by five methods, and which heads are the lowest: exactly as many as asked for.
+"""How much an attention head matters, by five methods; gates that silence heads, and what heads attend to.
 
 Michel et al. 2019 (Are Sixteen Heads Really Better than One?, Taylor), Voita et al. 2019 (Analyzing Multi-Head
-Self-Attention, confidence and learned gates). Leave-one-out ablation is the ground truth that the others estimate.
-Nothing is removed here; that is `transformers.prune_heads`.
+Self-Attention, confidence and learned gates). Nothing is removed here; that is `transformers.prune_heads`.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from labkit.batches import check_batches, evaluating, not_empty, summed_loss
+from labkit.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
 from labkit.errors import InputError
-from labkit.pruning import anatomy, attention_maps, gates
+from labkit.pruning import anatomy
+from labkit.pruning.anatomy import Attention
 from labkit.pruning.blockwise import layers_of, remembering, resuming
-from labkit.pruning.scores import input_taylor
+from labkit.pruning.coupling import tracing
+from labkit.pruning.scores import input_taylor, reading
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
+TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # beta, gamma and zeta of Louizos et al. 2018
+PENALTY, RATE = 0.02, 0.1  # of the learned gates: weight of the expected number of open ones, Adam's step
 
 
 @torch.inference_mode(False)
 def head_importance(
-    model: nn.Module,
-    batches: Iterable,
-    method: str = "taylor",
-    *,
-    loss_fn: Callable | None = None,
-    seed: int = 0,
-    label: str = "",
+    model: nn.Module, batches: Iterable, method: str = "taylor", *, loss_fn: Callable | None = None, seed: int = 0
 ) -> Tensor:
     """Importance of every query head, [layers, heads], float64 on the CPU; higher is more important.
 
-    Rows are the attentions in the model's order (of T5: the encoder's, then of every decoder layer self and cross).
-    Where a layer has fewer heads than another, the rest of its row is NaN. `batches` is read once and none is kept.
+    Rows are the attentions in the order of a forward pass (of T5: the encoder's, then of every decoder layer self and
+    cross). Where a layer has fewer heads than another, the rest of its row is NaN.
 
+    batches: read once, none is kept. Padding (attention_mask 0) counts nowhere.
     method:
-    "taylor": first-order change of the loss on removing the head, (1/N) sum over examples x of |dl_x/dz_h|, z_h = 1 a
-        gate on the head's context vector: the absolute value of the sum over the valid tokens of x of context times
-        gradient (Michel et al. 2019, without its normalisation by layer: divide by
-        `norm(dim=1, keepdim=True)` for that). l_x is the loss summed over x's terms, N counts the terms of all batches.
-    "entropy": 1 - H / log n, averaged over the valid queries that can choose, H = -sum a log a in nats over the n keys
-        that the query may attend to: 1 attends to one token, 0 to all alike. The claim that focus is importance is
-        the guide's; a head can stare at one token and write nothing. Raw entropies: `attention_maps.entropy`.
-    "confidence": mean over the same queries of the largest attention probability (Voita et al. 2019).
-    "gate": gates learned on the frozen model with a penalty on open ones (`gates.learn_gates` with its defaults; `seed`
-        is for their noise), in [0, 1].
-    "ablation": the increase of the mean loss per term when the head alone is switched off, exact; negative where the
-        model is better without it. A forward pass from its layer on for each head and batch.
+        "taylor": first-order change of the loss on removing the head, (1/N) sum over examples x of |dl_x/dz_h|, z_h = 1
+            a gate on the head's context vector: the absolute value of the sum over the valid tokens of x of context
+            times gradient (Michel et al. 2019, equation 2, without the normalisation by layer: divide by
+            `norm(dim=1, keepdim=True)` for that). l_x is the loss summed over x's terms, N counts the terms.
+        "entropy": 1 - H / log n, averaged over the valid queries that can choose, H = -sum a log a over the n keys that
+            the query may attend to: 1 attends to one token, 0 to all alike. A head can stare at a token and write
+            nothing.
+        "confidence": mean over the same queries of the largest attention probability (Voita et al. 2019, section 4).
+        "gate": `learn_gates`, in [0, 1].
+        "ablation": the increase of the mean loss per term when the head alone is silent, exact; negative where the
+            model is better without it. A forward pass from its layer on for each head and batch.
+    loss_fn: loss_fn(output, target), a mean over the examples; None takes the labels in the batches, and a decoder
+        without labels predicts its own tokens.
+    seed: of the noise of "gate".
 
-    Task loss: labels in the batches, or `loss_fn(output, target)`, a mean over the examples; a decoder without labels
-    predicts its own tokens. Padding (attention_mask 0) counts nowhere. label: shown on a progress bar over batches.
-    Raises InputError for an unknown method, no batches, or a model without heads; the model stays as it was.
+    Raises InputError for an unknown method, no batches, or a model without heads. The model stays as it was.
     """
     if method not in METHODS:
         raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
-    check_batches(batches, method)
-    anatomy.attentions(model)
-    if method == "entropy":
-        return 1 - attention_maps.entropy(model, batches, normalised=True, label=label)
-    if method == "confidence":
-        return attention_maps.confidence(model, batches, label=label)
     if method == "gate":
-        return gates.learn_gates(model, batches, loss_fn=loss_fn, seed=seed, label=label)
-    batches = tqdm(batches, desc=label, disable=not label, mininterval=2)
+        return learn_gates(model, batches, loss_fn=loss_fn, seed=seed)
+    parts, batches = _attentions(model, check_batches(batches, method))
+    if method == "entropy":
+        return _of_maps(model, parts, batches, lambda a, n: 1 - torch.special.entr(a).sum(-1) / n.log())
+    if method == "confidence":
+        return _of_maps(model, parts, batches, lambda a, n: a.amax(-1))
     if method == "taylor":
-        readers = {part.output: part.heads for part in anatomy.attentions(model)}
-        return gates.rows(input_taylor(model, readers, batches, loss_fn))
-    return _ablation(model, batches, loss_fn)
+        return rows(input_taylor(model, {part.output: part.heads for part in parts}, batches, loss_fn))
+    return rows(_ablation(model, parts, batches, loss_fn))
+
+
+def _attentions(model: nn.Module, batches: Iterable) -> tuple[tuple[Attention, ...], Iterable]:
+    """The attentions that the first batch goes through, and all batches, the first included."""
+    with evaluating(model):
+        first = next(not_empty(batches))
+        args, kwargs, _ = split(model, first)  # labels too: a decoder may be called with nothing else
+        record = tracing.record(model, args, kwargs)
+    once = iter(batches) is batches
+    return anatomy.attentions(model, record), itertools.chain([first], batches) if once else batches
+
+
+def rows(values: Sequence[Tensor]) -> Tensor:
+    """One row for each attention: [layers, most heads] float64 on the CPU, NaN where a layer has fewer."""
+    table = torch.full((len(values), max(len(row) for row in values)), torch.nan, dtype=torch.float64)
+    for row, value in zip(table, values, strict=True):
+        row[: len(value)] = value.detach().double().cpu()
+    return table
 
 
 @torch.no_grad()
-def _ablation(model: nn.Module, batches: Iterable, loss_fn: Callable | None) -> Tensor:
-    parts = anatomy.attentions(model)
-    stack = layers_of(model) if len(anatomy.anatomy(model).stacks) == 1 else []
+def _ablation(model: nn.Module, parts: Sequence[Attention], batches: Iterable, loss_fn) -> list[Tensor]:
+    names, stack = zip(*layers_of(model), strict=True) if len(anatomy.stacks(model)) == 1 else ((), ())
     sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
     terms = 0
     with evaluating(model, seed=0):
         for batch in not_empty(batches):
-            with remembering([layer for _, layer in stack]) as outputs:
+            with remembering(stack) as outputs:
                 dense, n = summed_loss(model, batch, loss_fn)
             for total, part in zip(sums, parts, strict=True):
-                first = next((i for i, (name, _) in enumerate(stack) if part.name.startswith(f"{name}.")), 0)
-                with resuming([layer for _, layer in stack], outputs[:first]):
+                layer = next((i for i, name in enumerate(names) if part.name.startswith(f"{name}.")), 0)
+                with resuming(stack, outputs[:layer]):
                     for head in range(part.heads):
-                        with gates.scaling(model, [part], lambda _, contexts, head=head: _all_but(head, contexts)):
+                        silent = torch.ones(part.heads)
+                        silent[head] = 0
+                        with scaling(model, [part], [silent]):
                             loss, _ = summed_loss(model, batch, loss_fn)
                         total[head] += float(loss.double() - dense.double())
             terms += n
-    return gates.rows([total / max(terms, 1) for total in sums])
+    return [total / max(terms, 1) for total in sums]
 
 
-def _all_but(head: int, contexts: Tensor) -> Tensor:
-    """1 for every head but 0 for this one: [heads, 1]"""
-    ones = contexts.new_ones(contexts.shape[-2], 1)
-    ones[head] = 0
-    return ones
-
-
-def lowest_heads(
-    importance: Tensor, n: int, *, min_heads: int = 1, group: int = 1, even: bool = False
-) -> dict[int, list[int]]:
+def lowest_heads(importance: Tensor, n: int) -> dict[int, list[int]]:
     """{layer: heads} of exactly the `n` least important heads, as `prune_heads` takes them.
 
-    importance: [layers, heads], NaN where there is no head. Of equal scores the first goes first. min_heads: as many
-    stay in every layer; what a layer may not give, the next lowest of the others gives.
-    group: query heads that share a key-value head (heads / KV heads), which go together, by their mean; `n` has to be
-    a multiple of it. even: instead, as many query heads go from every such group of the layer (its lowest from each,
-    by their mean), so that all KV heads stay; `n` has to be a multiple of the number of groups.
-    Raises InputError if `n` heads cannot go.
+    importance: [layers, heads], NaN where there is no head. Of equal scores the first goes first. One head stays in
+    every layer; what a layer may not give, the next lowest of the others gives. InputError if `n` heads cannot go.
     """
-    _check(importance, n, min_heads, group)
-    layers = len(importance)
-    units: list[tuple[float, int, list[int]]] = []  # (score, layer, heads that go together), lowest of a layer first
-    for layer in range(layers):
-        own = importance[layer][~importance[layer].isnan()].double()
-        if len(own) % group:
-            raise InputError(f"Layer {layer} has {len(own)} heads, which is no multiple of group, {group}.")
-        table = torch.arange(len(own)).view(-1, group)  # [groups, group]
-        if even:
-            order = own[table].argsort(dim=1, stable=True)  # of each group its lowest first
-            table = table.gather(1, order).T  # [group, groups]
-        scores = own[table].mean(1)
-        ranked = scores.argsort(stable=True).tolist()
-        units += [(float(scores[unit]), layer, table[unit].tolist()) for unit in ranked]
-    return _take(units, n, min_heads, {layer: int((~importance[layer].isnan()).sum()) for layer in range(layers)})
-
-
-def _check(importance: Tensor, n: int, min_heads: int, group: int) -> None:
     if importance.dim() != 2 or not len(importance):
         raise InputError(f"importance has the shape {list(importance.shape)}, but it must be [layers, heads].")
-    for name, value, least in (("n", n, 1), ("min_heads", min_heads, 1), ("group", group, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} is {value!r}, but it must be a whole number from {least}.")
-
-
-def _take(units: list, n: int, min_heads: int, left: dict[int, int]) -> dict[int, list[int]]:
-    """Units by their scores until exactly n heads are gone; a layer that is down to min_heads gives none."""
-    chosen: dict[int, list[int]] = {}
-    missing = n
-    for _, layer, heads in sorted(units, key=lambda unit: unit[0]):
-        if len(heads) <= missing and left[layer] - len(heads) >= min_heads:
-            chosen.setdefault(layer, []).extend(heads)
-            left[layer] -= len(heads)
-            missing -= len(heads)
-    if missing:
+    exists = ~importance.isnan()
+    most = int((exists.sum(1) - 1).clamp_min(0).sum())
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
         raise InputError(
-            f"{n} heads cannot go with {min_heads} left in every layer: {n - missing} can, in steps of "
-            f"{sorted({len(heads) for _, _, heads in units})}; ask for fewer."
+            f"n is {n!r}, but from 1 to {most} heads can go: one stays in each of {len(importance)} layers."
         )
-    return {layer: sorted(heads) for layer, heads in sorted(chosen.items())}
+    stays = exists.sum(1).tolist()
+    lowest: dict[int, list[int]] = {}
+    for index in importance.flatten().argsort(stable=True).tolist():  # NaN comes last
+        layer, head = divmod(index, importance.shape[1])
+        if n and stays[layer] > 1:
+            lowest.setdefault(layer, []).append(head)
+            stays[layer] -= 1
+            n -= 1
+    return {layer: sorted(heads) for layer, heads in sorted(lowest.items())}
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gated(model: nn.Module, gates: Tensor) -> Iterator[None]:
+    """Inside, the context of head h of layer l is multiplied by gates[l, h]; 0 is a removed head, exactly.
+
+    gates: [layers, heads].
+    """
+    with scaling(model, anatomy.attentions(model), gates):
+        yield
+
+
+@contextlib.contextmanager
+def scaling(model: nn.Module, parts: Sequence[Attention], gates: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, what head h of attention i gives is multiplied by gates[i][h]."""
+
+    def scaled(i: int, x: Tensor) -> Tensor:  # [.., heads * size]
+        heads = x.unflatten(-1, (parts[i].heads, parts[i].size))
+        return (heads * gates[i][: parts[i].heads, None].to(x)).flatten(-2)
+
+    with reading(model, [part.output for part in parts], scaled):
+        yield
+
+
+@torch.inference_mode(False)
+def learn_gates(
+    model: nn.Module, batches: Iterable, *, epochs: int = 1, loss_fn: Callable | None = None, seed: int = 0
+) -> Tensor:
+    """Gates in [0, 1] that keep the task loss low while few are open, [layers, heads] float64; the model is frozen.
+
+    Minimises mean loss + PENALTY * expected number of open gates by Adam (Voita et al. 2019, equation 5). While it
+    learns, a gate is sampled as clip(sigmoid((log u - log(1 - u) + a) / b) (r - l) + l, 0, 1), u uniform (Louizos et
+    al. 2018, equations 10 and 11); what is returned is the gate without noise, NaN where a layer has fewer heads.
+
+    batches: read `epochs` times. loss_fn: as in `head_importance`. seed: the same one gives the same gates.
+    """
+    parts, batches = _attentions(model, check_batches(batches, "gate"))
+    device = next(model.parameters()).device
+    logits = [torch.full((part.heads,), 2.0, device=device, requires_grad=True) for part in parts]  # 3 % are closed
+    descent = torch.optim.Adam(logits, RATE)
+    with evaluating(model, seed), _frozen(model), torch.enable_grad():
+        for _ in range(epochs):
+            for batch in not_empty(batches):
+                with scaling(model, parts, [_sampled(a) for a in logits]):
+                    loss, terms = summed_loss(model, batch, loss_fn)
+                n_open = sum((a - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid().sum() for a in logits)
+                descent.zero_grad()
+                (loss / max(terms, 1) + PENALTY * n_open).backward()
+                descent.step()
+    return rows([_stretched(a.detach().sigmoid()) for a in logits])
+
+
+def _sampled(a: Tensor) -> Tensor:
+    u = torch.rand_like(a).clamp(1e-6, 1 - 1e-6)
+    return _stretched(((u.log() - (-u).log1p() + a) / TEMPERATURE).sigmoid())
+
+
+def _stretched(s: Tensor) -> Tensor:
+    return (s * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient inside; afterwards those do that did."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+# --- attention maps ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
+    """Probabilities of every attention for one batch: layers x [B, heads, queries, keys]; rows sum to 1."""
+    parts, _ = _attentions(model, [batch])
+    maps: dict[int, Tensor] = {}
+    with evaluating(model, seed=0), _observing(model, parts, maps.__setitem__):
+        model(**inputs(model, batch))
+    return [maps[i] for i in sorted(maps)]
+
+
+@contextlib.contextmanager
+def _observing(model: nn.Module, parts: Sequence[Attention], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Inside, see(i, a) gets the probabilities of attention i, [B, heads, queries, keys].
+
+    Fused kernels (sdpa, flash) have none to give, and `output_attentions=True` then returns nothing at all: so the
+    model computes them eagerly inside.
+    """
+
+    def hook(i: int) -> Callable:
+        def after(module, args, output):
+            maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
+            if not maps or (maps[-1] < 0).any() or (maps[-1].float().sum(-1) > 1.02).any():  # to bf16; less with sinks
+                raise InputError(
+                    f"{parts[i].name} gives no attention probabilities, not even computed eagerly; "
+                    "methods that need none: taylor, gate, ablation."
+                )
+            see(i, maps[-1])  # T5 has its position biases before them
+
+        return after
+
+    handles = [model.get_submodule(part.name).register_forward_hook(hook(i)) for i, part in enumerate(parts)]
+    before = [(config, config._attn_implementation) for config in anatomy.configs(model)]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _of_maps(
+    model: nn.Module, parts: Sequence[Attention], batches: Iterable, measure: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Mean of measure(a [.., keys], n [..]) over valid queries with n > 1 keys to attend to: [layers, heads]
+
+    Queries with a single key say nothing about a head.
+    """
+    sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
+    counts = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
+    named: dict[str, Any] = {}
+
+    def see(i: int, a: Tensor) -> None:
+        a = a.double()  # [B, heads, queries, keys]
+        n = (a > 0).sum(-1).double()  # masked keys have a probability of exactly 0
+        valid = valid_tokens(model, named, parts[i].name, a[:, 0, :, :1])  # [B, queries]
+        counted = valid[:, None] & (n > 1)
+        sums[i] += torch.where(counted, measure(a, n), 0.0).sum((0, 2)).cpu()
+        counts[i] += counted.sum((0, 2)).cpu()
+
+    with evaluating(model, seed=0), _observing(model, parts, see):
+        for batch in not_empty(batches):
+            named.clear()
+            named.update(inputs(model, batch))
+            model(**named)
+    return rows([total / count for total, count in zip(sums, counts, strict=True)])

@@ -1,26 +1,33 @@
-"""Structured pruning of transformers: heads, FFN neurons and the hidden width, one call for every family.
+"""Structured pruning of transformers: heads and FFN neurons, as units of `channels`, one call for every family.
 
-A unit is a query head (with grouped-query attention a whole KV group, or as many query heads from every group), an FFN
-neuron with its gate, or a channel of the residual stream. Each cut is proved by `equality` on an example input, and the
-config says what it can say. Where the parts are is `anatomy`; whole layers are `depth`; nothing is trained here.
+A unit is a query head (with grouped-query attention a whole KV group, or as many query heads of every group), or an FFN
+neuron with its gate. Each cut is proved by `equality` on an example input, and the config gets the new sizes where it
+can express them. Whole layers are `depth`; nothing is trained here.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from labkit.batches import check_batches
 from labkit.errors import InputError
-from labkit.pruning import anatomy, channels, neurons
+from labkit.models import quietly
+from labkit.pruning import anatomy, channels
 from labkit.pruning.anatomy import Attention, FeedForward
-from labkit.pruning.channels import Pruned, Units
-from labkit.pruning.coupling import Coupling
-from labkit.pruning.cuts import cut, inputs_kept, outputs_kept, state_config
+from labkit.pruning.coupling import Coupling, Group
 from labkit.pruning.heads import head_importance, lowest_heads
-from labkit.pruning.pretrained import load, save
+from labkit.pruning.scores import input_moments, input_taylor, per_unit
+from labkit.pruning.select import count_to_prune, fraction, lowest_k
+from labkit.pruning.surgery import Plan, Pruned
 
-__all__ = ["head_importance", "load", "lowest_heads", "prune_ffn", "prune_heads", "prune_width", "save"]
+__all__ = ["head_importance", "lowest_heads", "prune_ffn", "prune_heads"]
+
+CRITERIA = ("magnitude", "wanda", "taylor", "random")
 
 
 @torch.inference_mode(False)
@@ -31,222 +38,256 @@ def prune_heads(
     kwargs: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Pruned:
-    """A new model without the given query heads: {layer: [head, ...]}, both counted from 0, as in `head_importance`.
+    """A new model without the given query heads. `model` stays as it was.
 
-    With grouped-query attention, layer by layer: whole KV groups (all query heads h with the same h // group), which
-    takes their keys, values and cache along; or the same number of query heads from every group that stays; or both.
-    Anything else is an InputError that says what is possible. In T5, whose layers share position biases a head, the
-    same heads go from all self-attentions of a stack, or from all cross-attentions. At least one head stays in a layer.
-    kwargs: the input that the cut is proved with; by default a small one made from the config. check: False leaves the
-    proof out (`report` is None). `model` stays as it was. The new config has the new number of heads where all layers
-    have the same and the architecture can be built so (Llama; not BERT, whose head size is width / heads).
+    heads: {layer: [head, ...]}, both counted from 0, as in `head_importance`. At least one head stays in a layer. With
+        grouped-query attention, layer by layer: whole KV groups (all query heads h with the same h // group), which
+        takes their keys, values and cache along; or the same number of query heads from every group that stays; or
+        both. Layers that share position biases (T5) lose the same heads.
+    kwargs: the input that the model is traced and proved with; None makes a small one from the config.
+    check: False leaves the proof out (`report` is None).
+
+    The new config has the new number of heads where all layers have the same and the architecture can be built so
+    (Llama; not BERT, whose head size is width / heads). Raises InputError for heads that do not exist or cannot go, and
+    EqualityError if the proof fails.
     """
-    parts = anatomy.attentions(model)
-    chosen = _chosen(parts, heads)
-    _together(model, parts, chosen)
-    kept, attributes, units = {}, {}, []
-    left = [(part.heads, part.kv_heads) for part in parts]
-    for layer, part in enumerate(parts):
-        gone = chosen.get(layer, frozenset())
-        units.append(Units(part.output, part.heads, len(gone), part.size))
-        if not gone:
-            continue
-        queries, keys = _heads_left(layer, part, gone)
-        left[layer] = len(queries), len(keys)
-        kept |= _head_rows(model, part, queries, keys)
-        attributes[part.name] = _head_numbers(model.get_submodule(part.name), part.size, *left[layer])
-    config = {}
-    if len(set(left)) == 1:
-        config = {"num_attention_heads": left[0][0], "num_key_value_heads": left[0][1], "head_dim": parts[0].size}
-    return cut(model, kept, attributes, tuple(units), kwargs=kwargs, check=check, config=config)
+    kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
+    coupling = Coupling.of(model, (), kwargs)
+    parts = anatomy.attentions(model, coupling.record)
+    removed = _removed(parts, heads)
+    cuts = [_cut(coupling, layer, parts[layer], gone) for layer, gone in removed.items()]
+    _check_shared(coupling, parts, cuts, removed)
+    units = {coupling.groups[c.group].name: [u for u, row in enumerate(c.stay) if not row] for c in cuts}
+    plan = _numbered(model, _narrowed(model, channels.plan_units(model, coupling, units), cuts), cuts)
+    pruned = channels.apply(model, plan, (), kwargs, check=check)
+    if len(cuts) == len(parts) and len({(c.heads, c.units) for c in cuts}) == 1:
+        new = {"num_attention_heads": cuts[0].heads, "head_dim": parts[0].size}
+        if getattr(model.config, "num_key_value_heads", None) == len(cuts[0].table):
+            new["num_key_value_heads"] = cuts[0].units
+        _state_config(pruned.model, new)
+    return pruned
 
 
-def _chosen(parts: tuple[Attention, ...], heads: Mapping[int, Iterable[int]]) -> dict[int, frozenset[int]]:
+@dataclass(frozen=True)
+class _Cut:
+    """What happens to one attention: its group in the coupling, the query heads of each unit, and those that stay."""
+
+    part: Attention
+    group: int
+    table: list[list[int]]
+    stay: list[list[int]]
+
+    @property
+    def heads(self) -> int:
+        return sum(map(len, self.stay))
+
+    @property
+    def units(self) -> int:
+        return sum(map(bool, self.stay))
+
+    @property
+    def narrows(self) -> bool:
+        """Whether units that stay lose some of their query heads."""
+        return self.heads < self.units * len(self.table[0])
+
+
+def _removed(parts: Sequence[Attention], heads: Mapping[int, Iterable[int]]) -> dict[int, frozenset[int]]:
     """{layer: heads} without empty ones; InputError for an index that does not exist."""
     if not isinstance(heads, Mapping):
         raise InputError(f"heads is a {type(heads).__name__}, but it must be {{layer: [head, ...]}}.")
-    found = {}
-    for layer, own in heads.items():
+    removed = {}
+    for layer, gone in heads.items():
         anatomy.check_index(layer, len(parts), "layer")
-        own = frozenset(own)
-        for head in own:
+        removed[int(layer)] = gone = frozenset(gone)
+        for head in gone:
             anatomy.check_index(head, parts[layer].heads, f"layer {layer}'s head")
-        if len(own) == parts[layer].heads:
+        if len(gone) == parts[layer].heads:
             raise InputError(
-                f"Layer {layer} would lose all of its {len(own)} heads: leave at least one, or remove the layer with "
+                f"Layer {layer} would lose all of its {len(gone)} heads: leave at least one, or remove the layer with "
                 "depth.prune_layers."
             )
-        if own:
-            found[layer] = own
-    if not found:
+    if not any(removed.values()):
         raise InputError("heads names no head: give {layer: [head, ...]}, for example of lowest_heads.")
-    return found
+    return {layer: gone for layer, gone in removed.items() if gone}
 
 
-def _together(model: nn.Module, parts: tuple[Attention, ...], chosen: Mapping[int, frozenset[int]]) -> None:
-    """InputError where layers that share position biases (T5) would lose different heads."""
-    shared: dict[tuple[str, ...], list[int]] = {}
-    for layer, part in enumerate(parts):
-        if hasattr(model.get_submodule(part.name), "has_relative_attention_bias"):
-            first, *_, kind = part.name.split(".")
-            shared.setdefault((first, kind), []).append(layer)
-    for layers in shared.values():
-        if len({chosen.get(layer, frozenset()) for layer in layers}) > 1:
+def _cut(coupling: Coupling, layer: int, part: Attention, gone: frozenset[int]) -> _Cut:
+    """InputError where the heads of the layer are no units, or units that stay would have different numbers of them."""
+    classes = [None] * part.heads if part.labels is None else coupling.classes[part.labels].tolist()
+    group = next((i for i, roots in enumerate(coupling.roots) if set(classes) <= set(roots.tolist())), None)
+    if group is None:
+        reason = next(filter(None, map(coupling.reasons.get, classes)), "its heads hang together as one unit")
+        raise InputError(f"No head of layer {layer} ({part.name}) can be removed: {reason}.")
+    table = [[h for h in range(part.heads) if classes[h] == root] for root in coupling.roots[group]]
+    stay = [[head for head in row if head not in gone] for row in table]
+    if len({len(row) for row in stay if row}) > 1:
+        raise InputError(
+            f"Layer {layer} has {len(table)} key-value heads with {len(table[0])} query heads each, of which "
+            f"{[len(row) for row in stay]} would stay: remove whole groups (heads h with the same h // "
+            f"{len(table[0])}), or the same number of heads from every group that stays."
+        )
+    return _Cut(part, group, table, stay)
+
+
+def _check_shared(coupling: Coupling, parts: Sequence[Attention], cuts: Sequence[_Cut], removed: Mapping) -> None:
+    """InputError where layers whose heads are one group (T5's share position biases) would lose different heads."""
+    for group in {cut.group for cut in cuts}:
+        roots = set(coupling.roots[group].tolist())
+        layers = [i for i, p in enumerate(parts) if p.labels is not None and coupling.classes[p.labels[0]] in roots]
+        if len({removed.get(layer) for layer in layers}) > 1:
             raise InputError(
                 f"The attentions {layers} share their position biases, head by head: remove the same heads from all of "
                 "them."
             )
 
 
-def _heads_left(layer: int, part: Attention, gone: frozenset[int]) -> tuple[list[int], list[int]]:
-    """(query heads, KV heads) that stay; InputError where the KV groups would have different numbers of queries."""
-    groups = {
-        kv: [h for h in range(kv * part.group, (kv + 1) * part.group) if h not in gone] for kv in range(part.kv_heads)
-    }
-    stays = {kv: own for kv, own in groups.items() if own}
-    if len({len(own) for own in stays.values()}) > 1:
-        raise InputError(
-            f"Layer {layer} has {part.kv_heads} key-value heads with {part.group} query heads each, of which "
-            f"{[len(own) for own in groups.values()]} would stay: remove whole groups (heads h with the same h // "
-            f"{part.group}), or the same number of heads from every group that stays."
-        )
-    return [h for own in stays.values() for h in own], list(stays)
+def _narrowed(model: nn.Module, plan: Plan, cuts: Sequence[_Cut]) -> Plan:
+    """The plan that also removes query heads of KV groups whose keys and values stay: no unit of the coupling does."""
+    narrowing = [cut for cut in cuts if cut.narrows]
+    if not narrowing:
+        return plan
+    coupling, gone = plan.coupling, plan.gone.copy()
+    base = {(axis.name, axis.dim): axis.base for axis in coupling.record.axes}
+    for cut in narrowing:
+        n, size = len(cut.table[0]), cut.part.size
+        members = coupling.groups[cut.group].members
+        if not {len(member.indices(0)) for member in members} <= {size, n * size}:
+            raise InputError(
+                f"{cut.part.name} holds queries, keys and values in one matrix: remove whole groups of {n} query heads."
+            )
+        for member in (m for m in members if len(m.indices(0)) == n * size):  # queries, and what reads their results
+            for unit, heads in enumerate(cut.table):
+                rows = member.indices(unit).view(n, size)[[head not in cut.stay[unit] for head in heads]]
+                gone[base[member.name, member.dim] + rows.numpy()] = True
+    return channels.plan_labels(model, coupling, gone, plan.units)
 
 
-def _head_rows(model: nn.Module, part: Attention, queries: list[int], keys: list[int]) -> dict:
-    """What is kept of the projections of one attention."""
-    q, kv = _rows(queries, part.size), _rows(keys, part.size)
-    kept = inputs_kept(model, part.output, q)
-    if part.query == part.value:  # side by side in one matrix
-        width = part.heads * part.size
-        kept |= outputs_kept(model, part.query, torch.cat([q, width + kv, 2 * width + kv]))
-    else:
-        for name, rows in ((part.query, q), (part.key, kv), (part.value, kv)):
-            kept |= outputs_kept(model, name, rows)
-    if part.bias:
-        kept[f"{part.bias}.weight"] = {1: torch.tensor(queries)}
-    return kept
-
-
-def _rows(heads: list[int], size: int) -> Tensor:
-    """Indices of the channels of these heads, which lie side by side: [heads * size]"""
-    return (torch.tensor(heads)[:, None] * size + torch.arange(size)).flatten()
-
-
-def _head_numbers(module: nn.Module, size: int, heads: int, kv_heads: int) -> dict[str, int]:
-    """New values of the numbers that an attention has written down, under the names that families give them."""
-    numbers = {
-        "num_heads": heads,
-        "num_attention_heads": heads,
-        "n_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "num_key_value_groups": heads // kv_heads,
-        "all_head_size": heads * size,
-        "inner_dim": heads * size,
-        "split_size": heads * size,
-    }
-    return {name: value for name, value in numbers.items() if name in vars(module)}
+def _numbered(model: nn.Module, plan: Plan, cuts: Sequence[_Cut]) -> Plan:
+    """The plan with numbers of heads that attentions have written down, where sizes in a trace may not show them."""
+    attributes = {name: dict(values) for name, values in plan.attributes.items()}
+    for cut in cuts:
+        values, before = vars(model.get_submodule(cut.part.name)), cut.part.heads
+        new = {name: cut.heads for name in ("num_heads", "num_attention_heads") if values.get(name) == before}
+        if group := values.get("num_key_value_groups"):
+            kv_heads = before // group  # the units, but for a single one: then query heads are
+            new["num_key_value_groups"] = cut.heads // (cut.units if kv_heads == len(cut.table) else kv_heads)
+        if new := {name: value for name, value in new.items() if value != values[name]}:
+            attributes[cut.part.name] = attributes.get(cut.part.name, {}) | new
+    return replace(plan, attributes=attributes)
 
 
 @torch.inference_mode(False)
 def prune_ffn(
     model: nn.Module,
-    ratio: float | Mapping[int, float],
+    ratio: float,
     *,
     criterion: str = "magnitude",
     batches: Iterable | None = None,
     loss_fn: Callable | None = None,
-    scope: str = "layer",
-    round_to: int = 1,
-    fold_bias: bool = False,
-    seed: int = 0,
-    kwargs: Mapping[str, Any] | None = None,
-    check: bool = True,
-) -> Pruned:
-    """A new model without the fraction `ratio` of the neurons of its feed-forward networks, gated ones or not.
-
-    ratio: of every layer's neurons, or {layer: ratio} for some. scope: "layer" removes it from each layer; "global"
-    from all layers together, whose scores are divided by their layer's mean first.
-    criterion, per neuron j with activation a_j (after the gate), what `down` reads:
-    "magnitude": L2 norm of all weights that make and read it, biases included.
-    "wanda": sqrt(E[a_j^2]) * |W_down[:, j]| over the valid tokens of batches: what the layer loses without it (after
-        Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, for one weight).
-    "taylor": (1/N) sum over examples of |sum over tokens of a_j dl/da_j| (Molchanov et al. 2019, first order), with the
-        terms N and the loss of `head_importance`.
-    "random": the baseline, by seed.
-    round_to: what stays is the nearest multiple of it (64 or 128 suit matrix hardware). fold_bias: adds the mean output
-    of the removed neurons over batches, E[a_j] W_down[:, j], to the bias of `down`, after the cut is proved; needs
-    batches and a bias. kwargs, check: as in `prune_heads`. InputError for a ratio outside 0 to 1 or one that empties a
-    layer. `model` stays as it was.
-    """
-    parts = anatomy.feed_forwards(model)
-    removed = neurons.removed(model, parts, ratio, criterion, batches, loss_fn, scope, round_to, seed)
-    means = neurons.means(model, parts, batches) if fold_bias else None
-    kept, units = {}, []
-    for part, gone in zip(parts, removed, strict=True):
-        units.append(Units(part.up, part.neurons, int(gone.sum()), 1))
-        if gone.any():
-            kept |= _neuron_rows(model, part, (~gone).nonzero().squeeze(1))
-    widths = {row.left for row in units}
-    config = {name: widths.pop()} if len(widths) == 1 and (name := _width_name(model)) else {}
-    found = cut(model, kept, {}, tuple(units), kwargs=kwargs, check=check, config=config)
-    if means is not None:
-        neurons.fold_(found.model, model, parts, removed, means)
-    return found
-
-
-def _neuron_rows(model: nn.Module, part: FeedForward, left: Tensor) -> dict:
-    kept = outputs_kept(model, part.up, left) | inputs_kept(model, part.down, left)
-    return kept | outputs_kept(model, part.gate, left) if part.gate else kept
-
-
-def _width_name(model: nn.Module) -> str | None:
-    """What this model's config calls the number of neurons."""
-    names = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
-    return next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
-
-
-@torch.inference_mode(False)
-def prune_width(
-    model: nn.Module,
-    ratio: float,
-    *,
-    criterion: str = "l2",
-    batches: Iterable | None = None,
-    loss_fn: Callable | None = None,
     round_to: int = 1,
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Pruned:
-    """A new model without the fraction `ratio` of the channels of its residual stream, in every layer the same.
+    """A new model without the fraction `ratio` of every layer's FFN neurons, gated or not. `model` stays as it was.
 
-    criterion: of `channels.prune`. Norms then run over fewer channels, which no weight can undo: the proof takes their
-    statistics over the kept channels, and `report` says so. InputError where the width is the model's output (a bare
-    encoder) or hangs together with what cannot shrink.
+    ratio: from 0 to 1; at least one neuron stays.
+    criterion: per neuron j with activation a_j (after the gate), what the down projection reads:
+        "magnitude": L2 norm of all weights that make and read it, biases included.
+        "wanda": sqrt(E[a_j^2]) * |W_down[:, j]| over the valid tokens of batches: what the layer loses without it (Sun
+            et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, for one weight).
+        "taylor": (1/N) sum over examples of |sum over tokens of a_j dl/da_j| (Molchanov et al. 2019, first order), with
+            the terms N and the loss of `head_importance`.
+        "random": the baseline.
+    batches: read once; needed for "wanda" and "taylor". loss_fn: as in `head_importance`, for "taylor".
+    round_to: what stays is the nearest multiple of it (64 or 128 suit matrix hardware).
+    seed: of "random". kwargs, check: as in `prune_heads`.
+
+    Raises InputError for a bad argument or a model whose neurons cannot go, EqualityError if the proof fails.
     """
+    fraction(ratio, "ratio")
+    if criterion not in CRITERIA:
+        raise InputError(f"There is no criterion {criterion!r}: choose one of {', '.join(CRITERIA)}.")
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise InputError(f"round_to is {round_to!r}, but it must be a whole number from 1.")
+    if criterion in ("wanda", "taylor"):
+        check_batches(batches, criterion)
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
-    group = _residual(model, kwargs)
-    options = dict(criterion=criterion, round_to=round_to, batches=batches, loss_fn=loss_fn, seed=seed)
-    plan = channels.plan(model, (), kwargs, ratio={group: ratio}, **options)
-    found = channels.apply(model, plan, (), kwargs, check=check)
-    width = next(row.left for row in plan.units if row.name == group)
-    parts = anatomy.anatomy(model).attentions
-    size = {"head_dim": parts[0].size} if parts else {}
-    state_config(found.model, {"hidden_size": width, **size})
-    return found
-
-
-def _residual(model: nn.Module, kwargs: Mapping[str, Any]) -> str:
-    """The name of the group of channels that the first and the last layer read."""
-    parts = anatomy.feed_forwards(model)
-    wanted = {f"{parts[0].up}.weight", f"{parts[-1].up}.weight"}
     coupling = Coupling.of(model, (), kwargs)
-    for group in coupling.groups:
-        if wanted <= {member.name for member in group.members if member.role == "reads"}:
-            return group.name
-    why = dict(coupling.unprunable).get(f"{parts[0].up}.weight dimension 1", "it hangs together as one")
-    raise InputError(
-        f"The hidden width of {type(model).__name__} cannot shrink ({why}): take a model with a head on top, or prune "
-        "heads, neurons or layers."
-    )
+    parts = anatomy.feed_forwards(model, coupling)
+    units, widths = {}, set()
+    for part, scores in zip(
+        parts, _neuron_scores(model, coupling, parts, criterion, batches, loss_fn, seed), strict=True
+    ):
+        n = count_to_prune(len(scores), ratio)
+        if n == len(scores):
+            raise InputError(f"A ratio of {ratio} leaves none of the {n} neurons of {part.down}: give less.")
+        if n and round_to > 1:
+            steps = max(math.floor((len(scores) - n) / round_to + 0.5), 1)
+            n = len(scores) - min(steps * round_to, len(scores))
+        units[coupling.groups[part.group].name] = lowest_k(scores, n).nonzero().flatten().tolist()
+        widths.add(len(scores) - n)
+    pruned = channels.apply(model, channels.plan_units(model, coupling, units), (), kwargs, check=check)
+    names = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")  # what configs call it
+    name = next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
+    if name and len(widths) == 1:
+        _state_config(pruned.model, {name: widths.pop()})
+    return pruned
+
+
+def _neuron_scores(
+    model: nn.Module, coupling: Coupling, parts: Sequence[FeedForward], criterion: str, batches, loss_fn, seed: int
+) -> list[Tensor]:
+    """For each network [neurons] float64 on the CPU, higher is more important; see `prune_ffn`."""
+    groups, downs = [coupling.groups[part.group] for part in parts], [part.down for part in parts]
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.rand(group.units, generator=generator, dtype=torch.float64) for group in groups]
+    if criterion == "magnitude":
+        return _norms(model, groups, ("makes", "reads"))
+    if criterion == "taylor":
+        return input_taylor(
+            model, {part.down: group.units for part, group in zip(parts, groups, strict=True)}, batches, loss_fn
+        )
+    norms, squares = _norms(model, groups, ("reads",)), input_moments(model, downs, batches, power=2)
+    return [norm * square.sqrt() for norm, square in zip(norms, squares, strict=True)]
+
+
+def _norms(model: nn.Module, groups: Sequence[Group], roles: Sequence[str]) -> list[Tensor]:
+    """L2 norm of all weights and biases of each unit that have one of these roles: [units] float64, by group."""
+    parameters = dict(model.named_parameters())
+    members = {i: [m for m in g.members if m.name in parameters and m.role in roles] for i, g in enumerate(groups)}
+    squares = per_unit(lambda name: parameters[name].detach().double().square(), groups, members)
+    return [squares[i].sqrt() for i in range(len(groups))]
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
+
+
+def _state_config(model: nn.Module, new: Mapping[str, Any]) -> None:
+    """Puts `new` in the config of `model` if the architecture that it then describes is the model's.
+
+    That is, it has its shapes, and the same factors where a config makes them from a size (Gemma scales embeddings by
+    the root of the width, which a narrower model would do otherwise).
+    """
+    candidate = copy.deepcopy(model.config)
+    try:
+        candidate.update(new)
+        with quietly(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            fresh = type(model)(candidate)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError):
+        return  # the architecture cannot be built so
+    if _traits(fresh) == _traits(model):
+        for config in anatomy.configs(model):
+            config.update(new)
+
+
+def _traits(model: nn.Module) -> tuple[dict[str, torch.Size], dict[str, float]]:
+    """({parameter: shape}, {attribute of a module: value, where it is a float})"""
+    factors = {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is float and not name.startswith("_")
+    }
+    return {name: x.shape for name, x in model.named_parameters()}, factors

@@ -5,6 +5,7 @@ import torch
 from families import DECODERS, batches, family, inputs
 from torch import Tensor, nn
 
+from labkit import models
 from labkit.batches import summed_loss
 from labkit.errors import InputError
 from labkit.pruning import anatomy, depth, transformers
@@ -60,6 +61,19 @@ def test_every_method_and_a_model_that_stays_as_it_was(name, method):
     assert found.shape == (3,) and found.isfinite().all()
     assert all(module.training for module in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("method", depth.METHODS)
+def test_every_valid_token_counts_once(method):
+    """Also where a batch has one, a last one that differs in length, or none."""
+    model = family("llama").double()
+    ids = torch.randint(3, 61, (1, 2), generator=torch.Generator().manual_seed(0))
+    single = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1]])}  # one predicted token
+    whole = depth.layer_importance(model, [single], method)
+    padded = {"input_ids": ids.repeat(2, 1), "attention_mask": torch.tensor([[1, 1], [0, 0]])}
+    torch.testing.assert_close(depth.layer_importance(model, [padded], method), whole)
+    torch.testing.assert_close(depth.layer_importance(model, [single, single], method), whole)
+    assert float(whole.abs().min()) > 1e-3
 
 
 @pytest.mark.parametrize("method", depth.METHODS)
@@ -128,6 +142,40 @@ def test_heads_and_layers_in_a_row():
     pruned = depth.prune_layers(model, [1])
     assert pruned.report.equal
     assert [part.heads for part in anatomy.attentions(pruned.model)] == [2, 2]
+
+
+def test_layer_types_follow_the_layers_that_stay():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = dict(vocab_size=61, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24)
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    model = Qwen2ForCausalLM(
+        Qwen2Config(**sizes, num_hidden_layers=4, layer_types=kinds, use_sliding_window=True, sliding_window=4)
+    ).eval()
+    pruned = depth.prune_layers(model, [0, 2])
+    assert pruned.model.config.layer_types == ["sliding_attention"] * 2 and pruned.report.equal
+    options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    ids = inputs("qwen2")["input_ids"][:1]
+    with models.quietly():
+        cached, plain = (pruned.model.generate(ids, **options, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_a_layer_that_changes_the_width_cannot_go():
+    class Narrowing(nn.Module):
+        def __init__(self, *widths):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(n, n), nn.Linear(n, m)) for n, m in widths)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model, x = Narrowing((8, 8), (8, 4), (4, 4)), {"x": torch.randn(2, 8)}
+    assert depth.prune_layers(model, [0, 2], kwargs=x).report.equal
+    with pytest.raises(InputError, match="do not fit together"):
+        depth.prune_layers(model, [1], kwargs=x, check=False)
 
 
 @pytest.mark.parametrize(

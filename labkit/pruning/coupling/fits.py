@@ -19,6 +19,7 @@ Keep = Mapping[str, Mapping[int, Tensor]]  # {parameter or buffer: {dimension: i
 Attributes = Mapping[str, Mapping[str, Any]]  # {module: {attribute: new value}}
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NO_SIZES = ("idx", "index", "id", "buckets")  # ends of names of numbers that can only happen to equal a size: layer_idx
 
 # What comes in the same order whatever the sizes are. Products and moves do not: torch folds and copies by size and
 # stride. But what they get wrong shows here, such as a softmax over as many rows as there were heads.
@@ -164,6 +165,8 @@ def _numbers(module: nn.Module, sizes: Mapping[int, int]) -> dict[str, Any]:
         return {}
     result: dict[str, Any] = {}
     for name, value in vars(module).items():
+        if name.endswith(NO_SIZES):
+            continue
         if type(value) is int and value in sizes:
             result[name] = sizes[value]
         elif type(value) in (tuple, list, torch.Size) and all(type(n) is int for n in value):

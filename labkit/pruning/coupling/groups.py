@@ -132,7 +132,7 @@ class Coupling:
             pinned.append(
                 candidate.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
             )
-        best = max(pinned, key=lambda candidate: len(candidate.groups))
+        best = max(pinned, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
         if not best.groups or failure(best, best.clusters()):
             raise InputError(best._nothing())
         return best
