@@ -210,9 +210,9 @@ def _run_one(notebook: Path, job: "Job", record: bool, resume: bool) -> "Run":
     if result.error:
         click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
     elif record:
-        from course import readme, references
+        from course import references
 
-        for path in (*references.keep(result, notebook), *readme.update()):
+        for path in references.keep(result, notebook):
             click.echo(f"recorded  {path}")
     return result
 

@@ -13,13 +13,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 
-from course import notebooks, readme, report, results
+from course import notebooks, report, results
 from course.results import RunColumn, side_by_side
 from labkit import claims, files
 from labkit.errors import DataError, InputError
@@ -29,7 +30,6 @@ SOURCES = Path(__file__).parent
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"
 FONT = "STIXTwoMath-Regular.ttf"  # without a font for formulas, which Linux often lacks, brackets stay small
 UNSTRETCHED = ' stretchy="false"'
-FOLDED = ("setup",)  # besides what carries hide-input: imports and the start of a lesson
 
 
 def build(out: Path, folders: Sequence[Path] = ()) -> Path:
@@ -44,18 +44,17 @@ def build(out: Path, folders: Sequence[Path] = ()) -> Path:
         )
     if out.exists() and not (out / "index.html").exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something else than a site, and would be replaced; give another folder.")
-    work = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        work.mkdir(parents=True)
-        lay_out(work / "source", folders)
-        _sphinx(work / "source", work / "html", work / "doctrees")
-        if out.exists():
-            out.rename(work / "before")
-        (work / "html").rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            work = Path(folder)
+            lay_out(work / "source", folders)
+            _sphinx(work / "source", work / "html", work / "doctrees")
+            if out.exists():
+                out.rename(work / "before")
+            (work / "html").rename(out)
     except OSError as error:
-        raise InputError(f"The site cannot be written to {out} ({error.strerror}); mend that first.") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise InputError(f"The site cannot be written to {out} ({error.strerror}); fix that first.") from None
     return out / "index.html"
 
 
@@ -65,7 +64,7 @@ def serve(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
     try:
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as error:
-        raise InputError(f"Port {port} cannot be had ({error.strerror}); give another, or 0: --port 0.") from None
+        raise InputError(f"Port {port} is not free ({error.strerror}); give another, or 0: --port 0.") from None
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -80,7 +79,7 @@ def _sphinx(source: Path, pages: Path, doctrees: Path) -> None:
     )
     if done.returncode:
         said = done.stdout.decode(errors="replace").replace(f"{source}{os.sep}", "").strip()
-        raise DataError(f"The site was not built; mend what Sphinx says, then again:\n{said}")
+        raise DataError(f"The site was not built; fix what Sphinx says, then try again:\n{said}")
 
 
 # sources ------------------------------------------------------------------------------------------
@@ -101,9 +100,10 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
 
     columns, problems = _columns(folders)
     files.write_text(source / "claims.md", "\n\n".join(_claims_page(columns)))
-    files.write_text(source / "machines.md", "\n\n".join([*_machines_page(columns), *map(_unreadable, problems)]))
+    files.write_text(source / "machines.md", "\n\n".join(_machines_page(columns, problems)))
     home = (source / "index.md").read_text(encoding="utf-8")
-    home = home.replace("<!-- lessons -->", readme.generated()).replace("<!-- contents -->", _contents(names))
+    lessons = re.search(r"(?s)<!-- lessons: .*?-->(.*)<!-- /lessons -->", (files.ROOT / "README.md").read_text("utf-8"))
+    home = home.replace("<!-- lessons -->", lessons[1]).replace("<!-- contents -->", _contents(names))
     files.write_text(source / "index.md", home)
 
 
@@ -119,8 +119,7 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
         cell.source = re.sub(r"<details>.*?</details>", _with_formulas, cell.source, flags=re.DOTALL)
         yield cell
         return
-    tags = cell.metadata.get("tags", [])
-    folded = cell.metadata.get("jupyter", {}).get("source_hidden") or any(tag in FOLDED for tag in tags)
+    folded = cell.metadata.get("jupyter", {}).get("source_hidden") or "setup" in notebooks.tags(cell)
     stub = notebooks.without_solution(cell.source)
     if stub != cell.source:
         yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
@@ -128,21 +127,14 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
         prompts = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
         cell.metadata.mystnb, folded = prompts, True
     if folded:
-        cell.metadata.tags = [*tags, "hide-input"]
-    yield from _with_alt(cell)
-
-
-def _with_alt(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
-    """myst-nb takes one alt text a cell: what follows a first figure goes on in cells without a source."""
-    outputs, cell.outputs = cell.outputs, []
-    for output in outputs:
-        output.get("data", {}).pop(MIME, None)
-        if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
-            if "image" in cell.metadata.get("mystnb", {}):
-                yield cell
-                cell = nbformat.v4.new_code_cell(metadata={"tags": ["remove-input"]})
-            cell.metadata.mystnb = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
-        cell.outputs.append(output)
+        cell.metadata.tags = [*notebooks.tags(cell), "hide-input"]
+    for output in cell.outputs:
+        data = output.get("data", {})
+        data.pop(MIME, None)
+        if "image/png" in data:  # myst-nb has one alt text for all figures of a cell
+            alt = html.escape(output.metadata.get("image/png", {}).get("alt", ""))
+            picture = data["image/png"].replace("\n", "")
+            output.data = {"text/html": f'<img alt="{alt}" src="data:image/png;base64,{picture}">'}
     yield cell
 
 
@@ -168,8 +160,8 @@ def mathml(latex: str, display: str = "inline") -> str:
 def _columns(folders: Sequence[Path]) -> tuple[list[RunColumn], list[str]]:
     recorded, problems = results.recorded_runs()
     own = [folder for folder in folders if any(folder.rglob("record.json"))]
-    found, unreadable = results.collect(own) if own else ([], [])
-    return side_by_side(found, recorded), [*problems, *unreadable]
+    mine, unreadable = results.collect(own) if own else ([], [])
+    return side_by_side(mine, recorded), [*problems, *unreadable]
 
 
 def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
@@ -187,7 +179,7 @@ def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
         yield _html(report.claims_table([claim for claim in known if claim.section == section], here))
 
 
-def _machines_page(columns: Sequence[RunColumn]) -> Iterator[str]:
+def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Iterator[str]:
     yield "# Your machine beside the recorded ones"
     if any(column.here for column in columns):
         yield "Your runs stand first. A range in brackets is a 95 % interval."
@@ -200,10 +192,7 @@ def _machines_page(columns: Sequence[RunColumn]) -> Iterator[str]:
     for lesson in sorted({column.record.lesson for column in columns}):
         here = [column for column in columns if column.record.lesson == lesson]
         yield f"## {here[0].record.lesson} · {here[0].record.title}\n\n{_html(report.measurements_table(here))}"
-
-
-def _unreadable(problem: str) -> str:
-    return _html(f"<p>{html.escape(problem)}</p>")
+    yield from (_html(f"<p>{html.escape(problem)}</p>") for problem in problems)
 
 
 def _contents(syllabi: Sequence[str]) -> str:

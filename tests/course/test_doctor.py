@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from course import doctor, needs
+from course import doctor, notebooks
 from course.cli import main
 from labkit import store
 
@@ -32,7 +32,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def found(name: str) -> doctor.Finding:
-    return doctor.Finding(name, *doctor.CHECKS[name]())
+    seen, to_do = doctor.CHECKS[name]()
+    return doctor.Finding(name, not to_do, "; ".join(filter(None, (seen, to_do))))
 
 
 def as_cuda_build(monkeypatch: pytest.MonkeyPatch, version: str | None, available: bool) -> None:
@@ -92,14 +93,14 @@ def test_a_gpu_that_computes_is_shown_with_its_driver_and_one_that_does_not_is_b
 def test_no_compiler_is_no_fault_and_lesson_02_says_what_it_does_then(program, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("CXX", raising=False)
     assert found("compiler").good and found("compiler").text.startswith("none (the sparse CPU kernel is left out")
-    lesson = next(one for one in needs.every() if one.lesson == "02")
-    assert doctor._lesson(lesson) == (True, "all there; without a compiler it takes its slower path")
+    lesson = notebooks.find("02")
+    assert doctor.lesson(lesson) == ("all there; without a compiler it takes its slower path", "")
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
     assert found("compiler").text.startswith("none")
     monkeypatch.delenv("CXX")
     program("g++", "")
     assert found("compiler").text.endswith("/bin/g++")
-    assert doctor._lesson(lesson) == (True, "all there")
+    assert doctor.lesson(lesson) == ("all there", "")
 
 
 def test_instructions_of_another_kind_of_processor_are_not_missed(monkeypatch: pytest.MonkeyPatch):
@@ -139,13 +140,13 @@ def test_what_a_lesson_lacks_is_said_with_the_command_that_brings_it(tmp_path: P
 
 
 def test_scripts_get_json_and_an_exit_code(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "CHECKS", {"one": lambda: (True, "fine"), "two": lambda: (False, "mend it")})
-    monkeypatch.setattr(needs, "every", lambda: [])
+    monkeypatch.setattr(doctor, "CHECKS", {"one": lambda: ("fine", ""), "two": lambda: ("", "mend it")})
+    monkeypatch.setattr(notebooks, "all_lessons", lambda: [])
     result = CliRunner().invoke(main, ["doctor", "--json"])
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and report["good"] is False and report["machine"]["device"] in ("cpu", "cuda")
     assert report["findings"][1] == {"name": "two", "good": False, "text": "mend it"}
-    monkeypatch.setitem(doctor.CHECKS, "two", lambda: (True, "mended"))
+    monkeypatch.setitem(doctor.CHECKS, "two", lambda: ("mended", ""))
     assert CliRunner().invoke(main, ["doctor", "--json"]).exit_code == 0
 
 
