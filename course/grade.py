@@ -108,7 +108,8 @@ def grade(
         measures.add(shut_in_by)
         on_grade(grades[place], len(answers))
 
-    _run(answers, _imports(lessons, {grade.lesson for grade in grades}), seconds, note)
+    if not _run(answers, _imports(lessons, {grade.lesson for grade in grades}), seconds, note):
+        remarks.append("Not all was graded: a process of the grader died; grade again.")
     return Gradebook(grades, list(map(_shown, remarks + more)), "; ".join(filter(None, measures)))
 
 
@@ -265,9 +266,12 @@ def _defines(source: str, function: str) -> bool:
 
 
 def _run(
-    answers: Mapping[int, Answer], imports: str, seconds: float, note: Callable[[int, str, str, str], None]
-) -> None:
-    """Run the answers in children of one fresh process, which has imported once what they all need.
+    answers: Mapping[int, Answer],
+    imports: Sequence[str],
+    seconds: float,
+    note: Callable[[int, str, str, str], None],
+) -> bool:
+    """Run the answers in children of one fresh process, which has imported once what they need; whether all came back.
 
     note: called with the key, the result, the reason and what shut it in, as each is done.
     """
@@ -282,10 +286,11 @@ def _run(
         start_new_session=True,  # Ctrl-C is for the grader, which then ends them all
     ) as server:
         try:
-            json.dump([imports, seconds, [(place, asdict(answer)) for place, answer in answers.items()]], server.stdin)
-            server.stdin.close()
+            with suppress(BrokenPipeError), server.stdin as to_server:
+                json.dump([imports, seconds, [(place, asdict(answer)) for place, answer in answers.items()]], to_server)
             for line in server.stdout:
                 note(*json.loads(line))
+            return server.wait() == 0
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
@@ -294,17 +299,21 @@ def _run(
 def _serve() -> None:
     """The fresh process: reads what is to be run, and writes a line for each answer as it is done."""
     imports, seconds, answers = json.load(sys.stdin)
-    exec(imports, {})
+    results = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no result
+    for statement in imports:
+        with suppress(Exception):
+            exec(statement, {})
     workers = min(4, os.cpu_count() or 1)
     for worker in range(workers):
         if os.fork() == 0:
             for place, answer in answers[worker::workers]:
                 result, reason, measures = _verdict(Answer(**answer), seconds)
-                print(json.dumps([place, result, reason[:500], measures]), flush=True)  # a line is written at once
+                line = json.dumps([place, result, reason[:300], measures])
+                os.write(results, f"{line}\n".encode())  # at once, for it is shorter than a pipe's page
             os._exit(0)
-    for _ in range(workers):
-        os.wait()
-    os._exit(0)  # nothing is left to tidy up, which takes seconds
+    died = [os.wait()[1] for _ in range(workers)]
+    os._exit(any(died))  # nothing is left to tidy up, which takes seconds
 
 
 def _verdict(answer: Answer, seconds: float) -> tuple[str, str, str]:
@@ -370,7 +379,7 @@ def _plain(source: str) -> str:
     return "\n".join("pass" if re.match(r"[%!]", line) else line for line in source.splitlines())
 
 
-def _imports(lessons: Sequence[Lesson], names: Container[str]) -> str:
+def _imports(lessons: Sequence[Lesson], names: Container[str]) -> list[str]:
     """What the answers to the lessons of these names import, and what torch does at the first operator on "meta"."""
     statements = {"import torch._dynamo": None}
     for lesson in (lesson for lesson in lessons if lesson.name in names):
@@ -378,7 +387,7 @@ def _imports(lessons: Sequence[Lesson], names: Container[str]) -> str:
         for node in (node for _, source in lesson.cells for node in definitions(source)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 statements[ast.unparse(node)] = None
-    return "\n".join(statements)
+    return list(statements)
 
 
 # the gradebook ------------------------------------------------------------------------------------

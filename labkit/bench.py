@@ -45,9 +45,6 @@ class Measurement:
     cache: str  # hot or cold
     device: str
     threads: int
-    first_call_s: float  # wall time of the very first call, before any warm-up
-    other_clock: str = ""  # the second clock read beside: cpu beside wall, wall beside the others
-    other_s: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -149,7 +146,7 @@ def measure(
     name = _check_name(getattr(fn, "__name__", type(fn).__name__) if name is None else name)
     target = None if device is None else machine.torch_device(device)
     with _garbage_collector_off() if clock is None else contextlib.nullcontext():
-        output, first_s = clocks.first_call(fn)
+        output = clocks.first_call(fn)
         run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), "hot", clock)
         del output
         number = clocks.repeats(run, fn, *clocks.warm_up(run, [fn], budget_s))
@@ -165,7 +162,7 @@ def measure(
             if spent or stats.half_width(*stats.median_ci([s[by_cpu] for s in samples])) <= PRECISION:
                 break
     disturbed = _machine_warnings(run, moments, by_cpu, [samples])
-    return _measurement(name, run, samples, number, first_s, by_cpu, disturbed)
+    return _measurement(name, run, samples, number, by_cpu, disturbed)
 
 
 def compare(
@@ -202,20 +199,20 @@ def compare(
     if cache == "cold" and target.type != "cuda":
         raise InputError(f"cache='cold' needs a CUDA device, got {target}: leave it out.")
     with _garbage_collector_off() if clock is None else contextlib.nullcontext():
-        (output, first_a), (other_output, first_b) = (clocks.first_call(call) for call in calls)
+        output, second_output = (clocks.first_call(call) for call in calls)
         run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), cache, clock)
-        _check_outputs(check, output, other_output, names)
-        del output, other_output
+        _check_outputs(check, output, second_output, names)
+        del output, second_output
         least = clocks.warm_up(run, calls, budget_s)
         numbers = [clocks.repeats(run, call, seconds) for call, seconds in zip(calls, least, strict=True)]
         per_block = _per_block(run, least, numbers, budget_s)
         blocks = _blocks(run, calls, numbers, per_block, seed)
         samples, firsts, moments, by_cpu = _until_precise(run, blocks, per_block, budget_s)
         if check is not None:  # once more: timing must not have changed what they compute
-            _check_outputs(check, clocks.first_call(baseline)[0], clocks.first_call(candidate)[0], names)
+            _check_outputs(check, *(clocks.first_call(call) for call in calls), names)
     sides = [
-        _measurement(name, run, of_side, number, first_s, by_cpu)
-        for name, of_side, number, first_s in zip(names, samples, numbers, (first_a, first_b), strict=True)
+        _measurement(name, run, of_side, number, by_cpu)
+        for name, of_side, number in zip(names, samples, numbers, strict=True)
     ]
     warnings = _machine_warnings(run, moments, by_cpu, samples) + _pair_warnings(*sides, per_block)
     return Comparison(*sides, tuple(firsts), per_block, _foreign_cores(run, moments), warnings)
@@ -300,13 +297,10 @@ def _cpu_time_is_better(run: Clock, moments: Sequence[Snapshot], sides: Sequence
 
 
 def _measurement(
-    name: str, run: Clock, samples: Sequence[Sample], number: int, first_s: float, by_cpu: bool, disturbed: tuple = ()
+    name: str, run: Clock, samples: Sequence[Sample], number: int, by_cpu: bool, disturbed: tuple[str, ...] = ()
 ) -> Measurement:
     """One side's result, with the warnings that its own samples give rise to."""
-    seconds, others = tuple(sample[by_cpu] for sample in samples), tuple(sample[not by_cpu] for sample in samples)
-    warnings, other = list(disturbed), run.name if by_cpu else run.other
-    if other == "cpu" and torch.get_num_threads() > 1:  # counts the threads that wait for each other: no evidence
-        other = ""
+    seconds, warnings = tuple(sample[by_cpu] for sample in samples), list(disturbed)
     if len(seconds) < BLOCKS:
         warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are needed: raise budget_s")
     if (change := stats.drift(seconds)) is not None:
@@ -319,9 +313,6 @@ def _measurement(
         cache=run.cache,
         device=str(run.device),
         threads=torch.get_num_threads(),
-        first_call_s=first_s,
-        other_clock=other,
-        other_s=others if other else (),
         warnings=tuple(warnings),
     )
 
@@ -394,8 +385,8 @@ def _check_name(name: Any) -> str:
     return name
 
 
-def _check_outputs(check: Callable[[Any, Any], Any] | None, output: Any, other: Any, names: Sequence[str]) -> None:
-    same = check(output, other) if check is not None else None
+def _check_outputs(check: Callable[[Any, Any], Any] | None, first: Any, second: Any, names: Sequence[str]) -> None:
+    same = check(first, second) if check is not None else None
     if same is not None and not same:
         raise InputError(
             f"check says that {names[0]} and {names[1]} do not compute the same: make them equal before timing them."

@@ -54,22 +54,19 @@ def choose(device: torch.device, cache: str = "hot", injected: Callable[[Call, i
     return Clock("wall", "cpu", device, cache, _wall)
 
 
-def first_call(fn: Call) -> tuple[Any, float]:
-    """What fn returns and the wall seconds of this call, compilation and lazy set-up included.
+def first_call(fn: Call) -> Any:
+    """What fn returns; compilation and lazy set-up are then over.
 
     Raises InputError if what it returns is work still to be done (a generator, a coroutine, a future, a function).
     """
     with torch.inference_mode():
-        start = time.perf_counter()
         output = fn()
-        synchronize(device_of(output))
-        seconds = time.perf_counter() - start
     if (lazy := next((leaf for leaf in _leaves(output) if _is_lazy(leaf)), None)) is not None:
         raise InputError(
             f"the callable returns a {type(lazy).__name__}, whose work is not done when the call ends: "
             "do it inside the callable (with list(), asyncio.run(), .result() or a call)."
         )
-    return output, seconds
+    return output
 
 
 def device_of(output: Any) -> torch.device | None:
@@ -121,21 +118,21 @@ def repeats(clock: Clock, call: Call, seconds: float) -> int:
     return number
 
 
-def synchronize(device: torch.device | None = None) -> None:
-    """Wait until every accelerator that is in use has finished."""
+def _synchronize() -> None:
+    """Wait until the accelerators that are in use have finished."""
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize(device if device is not None and device.type == "cuda" else None)
+        torch.cuda.synchronize()
     if torch.backends.mps.is_available():
         torch.mps.synchronize()
 
 
 def _wall(fn: Call, number: int) -> Sample:
     with torch.inference_mode():
-        synchronize()
+        _synchronize()
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in itertools.repeat(None, number):
             fn()
-        synchronize()
+        _synchronize()
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -201,7 +198,7 @@ class Snapshot:
     """Clocks at one moment: wall and this process's CPU seconds, busy seconds of the cores we may use, GPU state."""
 
     wall_s: float
-    own_s: float
+    process_s: float
     busy_s: float
     sm_mhz: int | None = None
     slowed_by: tuple[str, ...] = ()
@@ -224,7 +221,7 @@ def foreign_cores(before: Snapshot, after: Snapshot) -> float | None:
     wall = after.wall_s - before.wall_s
     if wall < 0.2:
         return None
-    return max(0.0, (after.busy_s - before.busy_s - (after.own_s - before.own_s)) / wall)
+    return max(0.0, (after.busy_s - before.busy_s - (after.process_s - before.process_s)) / wall)
 
 
 def throttling(snapshots: Sequence[Snapshot]) -> str | None:

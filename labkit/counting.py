@@ -82,12 +82,12 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
 
     remains = list(_tensors((result, inputs, kwargs)))
     growth = _nbytes(t for t, is_state in remains if is_state) - _nbytes(states)
-    made = [piece for piece in pieces(t for t, is_state in remains if not is_state) if piece.storage in traffic.made]
+    made = [piece for piece in _pieces(t for t, is_state in remains if not is_state) if piece.storage in traffic.made]
     flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     total = flops.pop("Global", 0)
     if fn is owner:  # "Net.layer1.0" -> "layer1.0"
         flops = {name.partition(".")[2]: n for name, n in flops.items()}
-    nbytes = covered(traffic.reads) + covered(traffic.writes) + covered(made) + max(0, growth)
+    nbytes = _covered(traffic.reads) + _covered(traffic.writes) + _covered(made) + max(0, growth)
     return Work(total, nbytes, flops, dict(traffic.uncounted))
 
 
@@ -130,7 +130,7 @@ def _tensors(value: Any, is_state: bool = False, seen: set[int] | None = None) -
 
 def _stored(t: Tensor) -> int:
     """Entries that take part in a product: all of a dense tensor, those that a sparse one stores."""
-    return t.numel() if t.layout is torch.strided else components(t)[-1].numel()
+    return t.numel() if t.layout is torch.strided else _components(t)[-1].numel()
 
 
 def _product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
@@ -152,9 +152,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 
 def _recurrent(x: Tensor, *rest: Any, **_: Any) -> int:
     """Every weight matrix meets every time step of every sequence once."""
-    given = [t for t in tree_leaves(rest) if isinstance(t, Tensor)]
-    recurrent = [t for t in given[:4] if t.dim() == 2]
-    return 2 * (x.numel() // x.shape[-1]) * sum(w.numel() for w in recurrent)
+    weights = rest[0] if isinstance(rest[0], (list, tuple)) else rest[:2]  # cuDNN's come as a list
+    matrices = [w for w in weights if w.dim() == 2]
+    return 2 * (x.numel() // x.shape[-1]) * sum(w.numel() for w in matrices)
 
 
 def _packed(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
@@ -203,7 +203,7 @@ OVERWRITES = frozenset(
 )
 
 
-class Piece(NamedTuple):
+class _Piece(NamedTuple):
     """`nbytes` of the bytes `lo` to `hi` of a storage."""
 
     storage: int
@@ -212,7 +212,7 @@ class Piece(NamedTuple):
     nbytes: int
 
 
-def components(t: Tensor) -> list[Tensor]:
+def _components(t: Tensor) -> list[Tensor]:
     """The dense tensors that a sparse tensor stores, its values last."""
     if t.layout is torch.sparse_coo:
         return [t._indices(), t._values()]
@@ -231,25 +231,25 @@ def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
             inner = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
             held += dense_parts(part for part in inner if part is not None)
         else:
-            held += [t] if t.layout is torch.strided else components(t)
+            held += [t] if t.layout is torch.strided else _components(t)
     return held
 
 
-def pieces(tensors: Iterable[Tensor]) -> list[Piece]:
+def _pieces(tensors: Iterable[Tensor]) -> list[_Piece]:
     """The memory behind tensors: each element once, however it is permuted, reshaped or expanded."""
-    found = []
+    touched = []
     for t in dense_parts(tensors):
         item, lo = t.element_size(), t.storage_offset() * t.element_size()
         dims = [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if stride]
         span = (1 + sum(stride * (size - 1) for stride, size in dims)) * item if t.numel() else 0
         elements = math.prod(size for _, size in dims) * item  # windows that overlap touch no more than their span
-        found.append(Piece(t.untyped_storage()._cdata, lo, lo + span, min(elements, span)))
-    return found
+        touched.append(_Piece(t.untyped_storage()._cdata, lo, lo + span, min(elements, span)))
+    return touched
 
 
-def covered(pieces: Iterable[Piece]) -> int:
+def _covered(pieces: Iterable[_Piece]) -> int:
     """Distinct bytes: the sum over distinct pieces, but no more in a storage than they span together."""
-    storages: dict[int, list[Piece]] = defaultdict(list)
+    storages: dict[int, list[_Piece]] = defaultdict(list)
     for piece in set(pieces):
         storages[piece.storage].append(piece)
     return sum(
@@ -276,8 +276,8 @@ class _Traffic(TorchDispatchMode):
         self.with_formula = with_formula
         self.made: set[int] = set()  # storages that the call allocated
         self.alive: dict[int, StorageWeakRef] = {}  # keeps a freed storage's identity from being used again
-        self.reads: set[Piece] = set()
-        self.writes: set[Piece] = set()
+        self.reads: set[_Piece] = set()
+        self.writes: set[_Piece] = set()
         self.uncounted: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -312,7 +312,7 @@ class _Traffic(TorchDispatchMode):
         name = packet.removeprefix("aten.")
         only_shape = name.endswith("_like") or name.startswith("new_")  # of their operand
         for argument, value in named.items():
-            touched = pieces(_leaves(value))
+            touched = _pieces(_leaves(value))
             if GATHERS.get(name) == argument:
                 touched = [p._replace(nbytes=min(p.nbytes, results[0].nbytes)) for p in touched]
             if argument in written:

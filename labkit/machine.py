@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -57,19 +57,9 @@ def _device(name: str, row: Sequence) -> Device:
     types = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4")
     flops = {dtype: 1e12 * peak for dtype, peak in zip(types, peaks, strict=True) if peak}
     doubled = flops.keys() - {"fp32"} if sparse == "all" else sparse.split()
-    return Device(
-        name,
-        year,
-        flops,
-        {dtype: 2 * flops[dtype] for dtype in flops if dtype in doubled},
-        1e9 * bandwidth,
-        1e9 * memory,
-        l2 * MiB or None,
-        tdp or None,
-        evidence,
-        known_otherwise,
-        source,
-    )
+    twice = {dtype: 2 * flops[dtype] for dtype in flops if dtype in doubled}
+    capacities = 1e9 * bandwidth, 1e9 * memory, l2 * MiB or None, tdp or None
+    return Device(name, year, flops, twice, *capacities, evidence, known_otherwise, source)
 
 
 _ROWS = tomllib.loads(Path(__file__).with_name("devices.toml").read_text("utf-8"))["devices"]
@@ -129,7 +119,7 @@ class Machine:
     os: str
     python: str
     torch: str
-    transformers: str | None
+    transformers: str
     float32_matmul_precision: str
 
     @property
@@ -186,7 +176,7 @@ def fingerprint(device: str | torch.device = "auto") -> Machine:
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=_version("transformers"),
+        transformers=version("transformers"),
         float32_matmul_precision=precision,
     )
 
@@ -276,13 +266,6 @@ def _gpu(target: torch.device) -> Gpu:
         driver=driver.group() if driver else None,
         cuda=torch.version.cuda or torch.version.hip,
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _read(path: str | Path) -> str:
@@ -455,8 +438,8 @@ def _product(name: str, side: int, target: torch.device) -> Callable[[], object]
         out = torch.empty(side, side, dtype=torch.int32, device=target)
         return lambda: torch._int_mm(x, weight.t(), out=out)
     if name == "fp8":
-        x, weight, one = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn), torch.ones((), device=target)
-        return lambda: torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16)
+        x, weight, unit = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn), torch.ones((), device=target)
+        return lambda: torch._scaled_mm(x, weight.t(), unit, unit, out_dtype=torch.bfloat16)
     x, weight = (t.to(torch.bfloat16 if name == "bf16" else torch.float16) for t in (x, weight))
     out = torch.empty_like(x)
     return lambda: torch.mm(x, weight.t(), out=out)

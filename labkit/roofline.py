@@ -200,14 +200,13 @@ def plot(
     rows, peak = _checked(points), _peak(ceilings, dtype)
     ridge = peak / ceilings.bandwidth
     scale, unit = (1e12, "TFLOP/s") if peak >= 1e13 else (1e9, "GFLOP/s")
-    left = min([ridge / 30, *(intensity / 3 for _, intensity, _ in rows)])
-    right = max([ridge * 30, *(intensity * 3 for _, intensity, _ in rows)])
-    low = min([ceilings.bandwidth * left, *(speed / 2 for _, _, speed in rows)]) / scale
-    high = 2 * max([peak, *(speed for _, _, speed in rows)]) / scale
+    intensities, speeds = [x for _, x, _ in rows], [y for _, _, y in rows]
+    xlim = min([ridge / 30, *(x / 3 for x in intensities)]), max([ridge * 30, *(x * 3 for x in intensities)])
+    floor = min([ceilings.bandwidth * xlim[0], *(y / 2 for y in speeds)]) / scale
 
     fig = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(fig)
-    ax = fig.add_subplot(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
+    ax = fig.add_subplot(xscale="log", yscale="log", xlim=xlim, ylim=(floor, 2 * max([peak, *speeds]) / scale))
     ax.set_xlabel("arithmetic intensity (FLOP/byte)")
     ax.set_ylabel(f"performance ({unit})")
     ax.set_title(title or f"Roofline of {ceilings.device}, {dtype}", loc="left", fontsize=12)
@@ -216,13 +215,13 @@ def plot(
     ax.set_axisbelow(True)
 
     name = f"measured: {quantity(ceilings.bandwidth, 'B/s')},\n{dtype} {quantity(peak, 'FLOP/s')}"
-    xs, ys = [left, ridge, right], [ceilings.bandwidth * left / scale, peak / scale, peak / scale]
+    xs, ys = [xlim[0], ridge, xlim[1]], [ceilings.bandwidth * xlim[0] / scale, peak / scale, peak / scale]
     ax.plot(xs, ys, color="#222222", linewidth=2, label=name)
-    ax.fill_between(xs, ys, low, color="#EEF3F7", zorder=0)  # what can be reached
-    ax.vlines(ridge, low, peak / scale, color="#666666", linestyle=":", linewidth=1, zorder=1)
+    ax.fill_between(xs, ys, floor, color="#EEF3F7", zorder=0)  # what can be reached
+    ax.vlines(ridge, floor, peak / scale, color="#666666", linestyle=":", linewidth=1, zorder=1)
     foot = {"textcoords": "offset points", "fontsize": 9, "va": "bottom"}
-    ax.annotate("memory-bound", (ridge, low), (-5, 5), ha="right", **foot)
-    ax.annotate(f"compute-bound from {ridge:.3g}", (ridge, low), (5, 5), ha="left", **foot)
+    ax.annotate("memory-bound", (ridge, floor), (-5, 5), ha="right", **foot)
+    ax.annotate(f"compute-bound from {ridge:.3g}", (ridge, floor), (5, 5), ha="left", **foot)
     for i, (label, intensity, speed) in enumerate(sorted(rows, key=lambda row: -row[2])):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(intensity, speed / scale, **look, ls="none", ms=8, mec="#222222", mew=0.6, zorder=4, label=label)

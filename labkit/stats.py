@@ -23,7 +23,7 @@ Estimate = tuple[float, float, float]  # an estimate and its 95 % interval
 
 
 @functools.lru_cache(maxsize=4096)
-def rank(n: int) -> int:
+def _rank(n: int) -> int:
     """The largest k with P(Binomial(n, 1/2) <= k - 1) <= 0.025; 0 below six values, which give no interval."""
     return int(binom.ppf(0.025, n, 0.5)) if n else 0
 
@@ -34,7 +34,7 @@ def median_ci(values: Sequence[float]) -> Estimate:
     Fewer than six values say nothing: the interval is then (-inf, inf).
     """
     ordered = sorted(values)
-    k = rank(len(ordered))
+    k = _rank(len(ordered))
     lo, hi = (ordered[k - 1], ordered[-k]) if k else (-math.inf, math.inf)
     return statistics.median(ordered), lo, hi
 

@@ -53,13 +53,13 @@ def with_first_line(function: str, *lines: str, before: str = "") -> NotebookNod
     return copy
 
 
-def anonymous(copy: NotebookNode) -> NotebookNode:
+def anonymous(copy: NotebookNode) -> dict:
     """What another editor may leave of a notebook: sources, and no more."""
     kinds = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
     bare = [kinds[cell.cell_type == "markdown"](cell.source) for cell in copy.cells]
     for cell in bare:
         cell.pop("id")
-    return new_notebook(cells=bare)
+    return {"cells": bare, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
 
 
 def without(copy: NotebookNode, *ids: str) -> NotebookNode:

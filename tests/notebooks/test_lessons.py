@@ -1,11 +1,16 @@
-"""What every lesson has to keep to, and that it runs: by papermill, by nbval, as a learner's copy without answers."""
+"""What every lesson has to keep to, and that it runs at `smoke` without a network, once: by nbval.
 
+One lesson is run as a program and as a learner's copy too.
+"""
+
+import ast
 import itertools
 import json
+import os
 import re
 import shutil
-import statistics
 import subprocess
+import symtable
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +23,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course import notebooks, parameters
 from labkit import files
+from labkit.errors import InputError
 
-LESSONS = notebooks.all_lessons()
+LESSONS = [  # a lesson's tests share one run, so one worker does them all
+    pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem)) for path in notebooks.all_lessons()
+]
+SHORTEST = notebooks.find("01")
 REQUIRED_TAGS = ("header", "parameters", "setup", "predict", "stable", "exercise", "check", "measure", "finish")
 REQUIRED_PARAMETERS = ("PRESET", "DEVICE", "SEED", "RESULTS_DIR")
 FOLDER = re.compile(r"(?<![\w.+/-])/(?:work|tmp|root|home|Users|usr|var|opt|mnt|private)/\w|\b[A-Z]:\\\\?Users")
@@ -93,13 +102,44 @@ def has_its_tags(notebook: NotebookNode) -> Iterator[str]:
         yield f"{there.count('exercise')} exercises; a lesson has two to four"
 
 
-def has_its_length(notebook: NotebookNode) -> Iterator[str]:
-    if not 35 <= len(notebook.cells) <= 60:
-        yield f"{len(notebook.cells)} cells; a lesson has 35 to 60"
-    lines = [len(cell.source.splitlines()) for cell in code(notebook)]
-    if statistics.median(lines) > 10:
-        yield f"the median code cell has {statistics.median(lines)} lines; at most 10"
-    yield from (f"{cell.id} has {n} lines; at most 30" for cell, n in zip(code(notebook), lines, strict=True) if n > 30)
+def has_short_cells(notebook: NotebookNode) -> Iterator[str]:
+    lines = {cell.id: len(cell.source.splitlines()) for cell in code(notebook)}
+    yield from (f"{cell_id} has {count} lines; at most 30" for cell_id, count in lines.items() if count > 30)
+
+
+def stops_only_at_its_exercises(notebook: NotebookNode) -> Iterator[str]:
+    """Where answers are missing, cells that call them say "not done yet"; no other cell may need what those compute."""
+    try:
+        undone = {task.function for task in notebooks.exercises(notebook)}
+    except InputError as error:
+        yield str(error)
+        return
+    there: set[str] = set()
+    lost: set[str] = set()
+    for cell in code(notebook):
+        stopped = False
+        for statement in ast.parse(cell.source).body if "exercise" not in tags(cell) else ():
+            table = symtable.symtable(ast.unparse(statement), cell.id, "exec")
+            bound = {
+                symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()
+            }
+            used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()}
+            for scope in table.get_children():
+                if scope.get_name() not in bound:  # a lambda or comprehension, which runs at once
+                    used |= global_names(scope)
+                elif undone & global_names(scope):
+                    undone |= bound
+            stopped = stopped or bool(used & undone)
+            if not stopped:
+                yield from (f"{cell.id} needs {name}, which an answer computes" for name in used & lost - bound)
+            lost = lost | (bound - there) if stopped else lost - bound
+            there = there if stopped else there | bound
+
+
+def global_names(scope: symtable.SymbolTable) -> set[str]:
+    """The names that a function takes from the notebook around it."""
+    outside = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
+    return outside.union(*map(global_names, scope.get_children()))
 
 
 def was_run_from_top_to_bottom(notebook: NotebookNode) -> Iterator[str]:
@@ -174,7 +214,8 @@ RULES = [
     opens_with_its_title,
     has_its_parameters,
     has_its_tags,
-    has_its_length,
+    has_short_cells,
+    stops_only_at_its_exercises,
     was_run_from_top_to_bottom,
     shows_no_error,
     names_no_folder_of_a_machine,
@@ -186,12 +227,12 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson(lesson: Path, rule: Callable):
     assert list(rule(read(lesson))) == []
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson_is_in_canonical_form(lesson: Path, pytestconfig: pytest.Config):
     """Byte for byte as nbformat writes it, tidied; with --fix the file is rewritten."""
     wanted = nbformat.writes(notebooks.tidied(read(lesson))) + "\n"
@@ -200,7 +241,7 @@ def test_lesson_is_in_canonical_form(lesson: Path, pytestconfig: pytest.Config):
     assert lesson.read_text(encoding="utf-8") == wanted, "run ./lab test tests/notebooks/test_lessons.py --fix"
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson_is_small(lesson: Path):
     assert lesson.stat().st_size <= 300_000
 
@@ -214,11 +255,14 @@ def proper_lesson() -> NotebookNode:
     picture = new_output("display_data", data={"image/png": "aaaa"}, metadata={"image/png": {"alt": "a line"}})
     cells = [new_markdown_cell("# Title", metadata={"tags": ["header"]})]
     cells.append(new_code_cell(literals, metadata={"tags": ["parameters"]}))
-    for tag in ("setup", "predict", "exercise", "check", "exercise", "check", "measure", "finish"):
-        cells.append(new_code_cell("1", metadata={"tags": [tag]}))
+    cells += [new_code_cell("1", metadata={"tags": [tag]}) for tag in ("setup", "predict")]
+    for number in (1, 2):
+        cells.append(new_markdown_cell(f"### Exercise {number} · Twice\n\n*Difficulty 1 of 5 · 5 minutes*"))
+        cells.append(new_code_cell("def double(x): return 2 * x", metadata={"tags": ["exercise"]}))
+        cells.append(new_code_cell(f'lab.check("01.{number}", double)', metadata={"tags": ["check"]}))
+    cells += [new_code_cell("1", metadata={"tags": [tag]}) for tag in ("measure", "finish")]
     cells.append(new_code_cell("1", metadata={"tags": ["stable", "nbval-check-output"]}, outputs=[picture]))
-    cells += [new_markdown_cell("A sentence.") for _ in range(25)]
-    notebook = new_notebook(cells=cells)
+    notebook = new_notebook(cells=[*cells, new_markdown_cell("A sentence."), new_markdown_cell("Another one.")])
     for count, cell in enumerate(code(notebook), start=1):
         cell.execution_count = count
     return notebooks.tidied(notebook)
@@ -248,6 +292,11 @@ def _add(cell: NotebookNode) -> Callable[[NotebookNode], None]:
     return lambda notebook: notebook.cells.append(cell)
 
 
+def _compute(notebook: NotebookNode, *sources: str) -> None:
+    for cell, source in zip(code(notebook)[-2:], sources, strict=True):
+        cell.source = source
+
+
 def _unset(notebook: NotebookNode, tag: str) -> None:
     for cell in notebook.cells:
         if tag in tags(cell):
@@ -265,10 +314,9 @@ def _unset(notebook: NotebookNode, tag: str) -> None:
         (lambda n: n.cells[1].update(source="PRESET = 'class'"), "has_its_parameters"),
         *((lambda n, tag=tag: _unset(n, tag), "has_its_tags") for tag in REQUIRED_TAGS if tag != "parameters"),
         (lambda n: _unset(n, "nbval-check-output"), "has_its_tags"),
-        (lambda n: n.cells.__delitem__(slice(-4, None)), "has_its_length"),
-        (lambda n: n.cells.extend(new_markdown_cell("More.") for _ in range(30)), "has_its_length"),
-        (lambda n: n.cells[3].update(source="1\n" * 31), "has_its_length"),
-        (lambda n: [cell.update(source="1\n" * 11) for cell in code(n)[1:]], "has_its_length"),
+        (lambda n: n.cells[3].update(source="1\n" * 31), "has_short_cells"),
+        (lambda n: _compute(n, "x = double(2)", "print(x)"), "stops_only_at_its_exercises"),
+        (lambda n: _compute(n, "def f(): return double(1)\nx = f()", "print(x)"), "stops_only_at_its_exercises"),
         (lambda n: n.cells[3].update(execution_count=None), "was_run_from_top_to_bottom"),
         (_add(new_code_cell("1", execution_count=1)), "was_run_from_top_to_bottom"),
         (
@@ -317,55 +365,68 @@ def test_what_is_allowed_is_let_through(text: str):
 # the lessons run -----------------------------------------------------------------------------------
 
 
-@pytest.mark.lesson
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-def test_runs_at_smoke_without_a_network_within_its_budget(lesson: Path, tmp_path: Path, offline: dict[str, str]):
-    command = [sys.executable, "-m", "course.cli", "run", lesson.stem, "--preset", "smoke", "--out", tmp_path]
-    ran = subprocess.run(command, env=offline, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    record = json.loads(next(tmp_path.glob("*/*/record.json")).read_text())
-    assert record["budget"]["within"], (record["seconds"], record["peak_memory"], record["budget"])
-    assert all(check["passed"] for check in record["checks"])
-
-
-@pytest.fixture(scope="module", params=LESSONS, ids=lambda path: path.stem)
-def both_ways(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, offline: dict[str, str]
-) -> tuple[subprocess.CompletedProcess, NotebookNode]:
-    """What nbval says of a lesson, and the learner's copy after a run; side by side, on a thread each."""
-    lesson = request.param
-    folder, place = tmp_path_factory.mktemp("nbval"), tmp_path_factory.mktemp("copy")
-    shutil.copy(lesson, folder)  # nbval works in the notebook's folder
-    env = {**offline, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1"}
-    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "-p", "no:cacheprovider", "-q"]
-    command = [sys.executable, "-m", "pytest", *options, f"--rootdir={folder}", lesson.name]
-    copy = notebooks.student_copy(read(lesson))
-    client = NotebookClient(
-        copy, allow_errors=True, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(place)}}
-    )
-    with subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as nbval:
-        try:
-            client.execute(env=env)
-            said, _ = nbval.communicate()
-        finally:
-            nbval.kill()
-    return subprocess.CompletedProcess(command, nbval.returncode, said), copy
+@pytest.fixture(scope="module", params=LESSONS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, offline: dict[str, str]):
+    """What nbval said of a lesson, and the record that its last cell wrote."""
+    folder = tmp_path_factory.mktemp("nbval")
+    lesson = shutil.copy(request.param, folder)  # nbval works in the notebook's folder
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=3600", "-p", "no:cacheprovider", "-q"]
+    command = [sys.executable, "-m", "pytest", *options, f"--rootdir={folder}", lesson]
+    environment = {**offline, "LABKIT_PRESET": "smoke"}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        environment["OMP_NUM_THREADS"] = "1"  # another lesson runs beside it
+    nbval = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    records = list(folder.glob("runs/*/record.json"))
+    return nbval, json.loads(records[0].read_text()) if records else None
 
 
 @pytest.mark.lesson
-def test_stable_cells_print_what_is_stored(both_ways: tuple[subprocess.CompletedProcess, NotebookNode]):
-    nbval, _ = both_ways
+def test_it_runs_and_its_stable_cells_print_what_is_stored(run):
+    nbval, _ = run
     assert nbval.returncode == 0, nbval.stdout[-5000:]
 
 
 @pytest.mark.lesson
-def test_the_learner_s_copy_stops_only_at_the_exercises(both_ways: tuple[subprocess.CompletedProcess, NotebookNode]):
-    _, copy = both_ways
-    assert "SOLUTION" not in nbformat.writes(copy)
+def test_it_passes_its_checks_within_its_budget(run):
+    _, record = run
+    assert record["preset"] == "smoke" and record["checks"]
+    assert all(check["passed"] for check in record["checks"])
+    assert record["budget"]["within"], (record["seconds"], record["peak_memory"], record["budget"])
+
+
+@pytest.mark.lesson
+@pytest.mark.xdist_group(SHORTEST.stem)
+def test_a_lesson_runs_as_a_program(tmp_path: Path, offline: dict[str, str]):
+    command = [sys.executable, "-m", "course.cli", "run", SHORTEST.stem, "--preset", "smoke", "--out", tmp_path]
+    program = subprocess.run(command, env=offline, capture_output=True, text=True)
+    assert program.returncode == 0, program.stderr
+    assert len(list(tmp_path.glob("*/*/record.json"))) == 1 and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.lesson
+@pytest.mark.xdist_group(SHORTEST.stem)
+def test_a_learner_s_copy_stops_only_at_the_exercises(tmp_path: Path, offline: dict[str, str]):
+    copy = notebooks.student_copy(read(SHORTEST))
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(copy, allow_errors=True, timeout=None, kernel_name="python3", resources=resources).execute(
+        env={**offline, "LABKIT_PRESET": "smoke"}
+    )
     errors = {output.ename for _, output in outputs(copy) if output.output_type == "error"}
     assert errors == {"NotImplementedError"}
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_learner_s_copy_is_python_without_an_answer(lesson: Path):
+    source = read(lesson)
+    copy = notebooks.student_copy(source)
+    assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
+    assert not any(cell.outputs or cell.execution_count for cell in code(copy))
+    text = "\n".join(cell.source for cell in copy.cells)
+    for cell in code(copy):
+        compile(cell.source, cell.id, "exec")
+    for task in notebooks.exercises(source):
+        answer = task.source.partition(notebooks.BEGIN)[2].partition(notebooks.END)[0]
+        assert task.stub in text and answer.strip() not in text
 
 
 # the blocked network -------------------------------------------------------------------------------
