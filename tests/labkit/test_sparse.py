@@ -202,13 +202,23 @@ def test_the_linear_layers_of_gpt2_are_converted():
         torch.testing.assert_close(converted(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-5)
 
 
+class Counting(SparseLinear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
 def test_modules_that_read_weights_from_outside_keep_working():
+    """nn.TransformerEncoderLayer's fused path would read the dense weights, past the layers."""
     model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     converted, x = convert(model, format="kernel", batch_size=10), torch.randn(2, 5, 32)
     assert isinstance(converted.linear1, SparseLinear) and isinstance(converted.self_attn.out_proj, nn.Linear)
+    converted.linear1.__class__ = Counting
     with torch.no_grad():
         torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
-    assert model.activation_relu_or_gelu == 1
+    assert converted.linear1.calls == 1 and model.activation_relu_or_gelu == 1
     torch.testing.assert_close(converted.linear1.weight, model.linear1.weight.detach())
 
 
