@@ -257,8 +257,13 @@ def _norms(model: nn.Module, groups: Sequence[Group], roles: Sequence[str]) -> l
     """L2 norm of all weights and biases of each unit that have one of these roles: [units] float64, by group."""
     parameters = dict(model.named_parameters())
     members = {i: [m for m in g.members if m.name in parameters and m.role in roles] for i, g in enumerate(groups)}
-    squares = per_unit(lambda name: parameters[name].detach().double().square(), groups, members)
-    return [squares[i].sqrt() for i in range(len(groups))]
+
+    def squares(name: str, dim: int) -> Tensor:
+        weight = parameters[name].detach().double().movedim(dim, 0)
+        return weight.reshape(len(weight), -1).square().sum(1)
+
+    totals = per_unit(squares, groups, members)
+    return [totals[i].sqrt() for i in range(len(groups))]
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
