@@ -31,7 +31,11 @@ SEED = "seed"  # rows of a table that differ only in this column are repetitions
 Role = Literal["setting", "quality", "cost", "result"]
 
 
-class Column(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Column(_Strict, frozen=True):
     """What the numbers of a table's column mean.
 
     role   "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither
@@ -39,8 +43,6 @@ class Column(BaseModel):
     clock  whether a clock or a memory counter made or decided them, so that a repetition differs
     low, high  the columns that hold the ends of their 95 % interval, if any
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Role = "result"
     unit: str = ""
@@ -69,10 +71,8 @@ def setting(unit: str = "") -> Column:
     return Column(role="setting", unit=unit)
 
 
-class RecordedValue(BaseModel):
+class RecordedValue(_Strict):
     """A number or a text. "measurement" (s) and "comparison" (x) carry what labkit.bench wrote, samples included."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["value", "measurement", "comparison"]
     name: str
@@ -86,13 +86,11 @@ class RecordedValue(BaseModel):
     detail: dict[str, Any] | None = None
 
 
-class RecordedTable(BaseModel):
+class RecordedTable(_Strict):
     """Rows of one table. `by` names the columns that tell them apart; `columns` says what the others mean.
 
     A column that `columns` does not name is a plain result without a unit.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["table"]
     name: str
@@ -106,7 +104,7 @@ class RecordedTable(BaseModel):
         return self.columns.get(column, Column(role="setting") if column in self.by else Column())
 
 
-class Prediction(BaseModel):
+class Prediction(_Strict):
     """A guess, and the number that came out, in the guess's unit; None where it was not measured."""
 
     name: str
@@ -116,7 +114,7 @@ class Prediction(BaseModel):
     measured: int | float | None
 
 
-class SettledClaim(BaseModel):
+class SettledClaim(_Strict):
     """What a run says about a claim of the guide."""
 
     id: str
@@ -125,7 +123,7 @@ class SettledClaim(BaseModel):
     verdict: claims.Verdict
 
 
-class CheckedExercise(BaseModel):
+class CheckedExercise(_Strict):
     """Whether an answer passed its check, and what was wrong with it."""
 
     id: str
@@ -133,14 +131,12 @@ class CheckedExercise(BaseModel):
     failures: list[str] = []
 
 
-class RunRecord(BaseModel):
+class RunRecord(_Strict):
     """One finished run of a lesson.
 
     budget: {seconds, memory, within}, what the preset allows (None: no limit) and whether that was kept. seconds counts
     the time in which cells ran; peak_memory and peak_device_memory are bytes.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     version: Literal["labkit.record/2"]
     lesson: str
@@ -185,6 +181,8 @@ class RunRecord(BaseModel):
     def __repr__(self) -> str:
         what = f"{len(self.measurements)} measurements, {len(self.claims)} claims, {len(self.checks)} checks"
         return f"RunRecord(lesson {self.lesson}, {self.preset}, {self.machine.get('label', self.device)}: {what})"
+
+    __str__ = __repr__
 
 
 def table(

@@ -288,7 +288,9 @@ def test_recorded_reads_one_record_a_machine_in_order(tmp_path, monkeypatch):
 
 
 def test_a_record_prints_on_one_line():
-    assert repr(RECORD) == "RunRecord(lesson 01, smoke, A CPU, 2 cores: 2 measurements, 1 claims, 1 checks)"
+    assert (
+        str(RECORD) == repr(RECORD) == "RunRecord(lesson 01, smoke, A CPU, 2 cores: 2 measurements, 1 claims, 1 checks)"
+    )
 
 
 # predictions ----------------------------------------------------------------------------------------------------------
