@@ -78,7 +78,7 @@ def test(quick: bool, arguments: tuple[str, ...]) -> None:
         one_thread = {"OMP_NUM_THREADS": "1"} if "-n" in call else {}
         command = [sys.executable, "-m", "pytest", *call]
         codes.append(subprocess.call(command, cwd=files.ROOT, env={**os.environ, **one_thread}))
-    sys.exit(max(codes))
+    sys.exit(next(filter(None, codes), 0))
 
 
 @main.command()

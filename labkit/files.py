@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from labkit.errors import DataError
+from labkit.errors import DataError, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -20,10 +20,17 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no space,
 
 
 def cache_dir() -> Path:
-    """The folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit; not made here."""
-    if chosen := os.environ.get("LABKIT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labkit"
+    """The folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit; not made here.
+
+    InputError where it lies in the home of a user that this machine does not have.
+    """
+    asked = os.environ.get("LABKIT_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "labkit")
+    try:
+        return Path(asked).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"The folder for models is {asked}, and there is no such user's home; set LABKIT_CACHE to a folder."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ def test_the_module_is_the_command():
     )
 
 
+@pytest.mark.slow
 def test_all_lessons_run_although_one_fails(course: Path, write_lesson: Callable[..., Path]):
     write_lesson(course / "notebooks", "1 / 0", name="01_bad")
     write_lesson(course / "notebooks", "assert PRESET == 'smoke'", name="02_good")
@@ -76,6 +77,7 @@ def test_all_lessons_run_although_one_fails(course: Path, write_lesson: Callable
     assert "ZeroDivisionError" in reported(result).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "environment", "preset"),
     [((), None, "class"), (("--preset", "full"), "smoke", "full"), ((), "smoke", "smoke")],
@@ -165,6 +167,7 @@ def test_a_bug_keeps_its_traceback(course: Path, write_lesson, monkeypatch: pyte
     assert isinstance(labkit("run", "1").exception, ZeroDivisionError)
 
 
+@pytest.mark.slow
 def test_a_terminated_command_says_what_was_kept_and_leaves_nothing(course: Path, write_lesson):
     flag = course / "started"
     write_lesson(course / "notebooks", f"open({str(flag)!r}, 'w'); import time; time.sleep(1000)")
@@ -182,12 +185,30 @@ def test_a_terminated_command_says_what_was_kept_and_leaves_nothing(course: Path
     assert list((course / "runs" / "01_small").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        ((), [("-n", "2", "not lesson and not timing"), ("lesson or timing",)]),
+        (("--quick",), [("-n", "2", "not slow and not lesson and not timing")]),
+        (("tests/labkit", "-x", "-k", "a"), [("tests/labkit", "-x", "-k", "a")]),
+    ],
+)
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 5)])
+def test_the_tests_run_in_parallel_unless_they_read_a_clock(monkeypatch, arguments: tuple, calls: list, codes: tuple):
+    commands = []
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: commands.append(command) or codes[len(commands) - 1])
+    result = labkit("test", *arguments)
+    assert len(commands) == len(calls) and result.exit_code == max(codes[: len(calls)])
+    assert all(set(call) <= set(command) for call, command in zip(calls, commands, strict=True))
+
+
 def test_data_is_listed_with_its_state():
     rows = labkit("data", "list").stdout.splitlines()
     assert len(rows) == len(store.entries())
     assert all(row.split()[0] in ("ready", "missing", "damaged") for row in rows)
 
 
+@pytest.mark.slow
 def test_committed_data_verifies():
     committed = [name for name, entry in store.entries().items() if not entry.carrier]
     result = labkit("data", "verify", *committed)
@@ -206,6 +227,7 @@ def test_an_unknown_name_is_refused():
     assert result.exit_code == 2 and "'no-such-model'" in result.stderr
 
 
+@pytest.mark.slow
 def test_doctor_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "none"))
     result = labkit("doctor")

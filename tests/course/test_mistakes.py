@@ -29,6 +29,8 @@ from labkit.errors import DataError
 from labkit.machine import DEVICES
 from labkit.shapes import ARCHITECTURES
 
+pytestmark = pytest.mark.slow  # each starts a lesson
+
 RANGES = {"RATIO": [0, 1], "CRITERION": ["l1", "taylor"]}
 PARAMETERS = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRATIO = 0.5\nCRITERION = "l1"\nRESULTS_DIR = "runs"'
 WORK = "import os\nexec(os.environ.get('MISHAP', ''))"  # whatever happens, it is the same lesson, and the same result

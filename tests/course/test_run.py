@@ -21,6 +21,8 @@ from labkit import files
 from labkit.errors import InputError
 from labkit.records import MIME
 
+pytestmark = pytest.mark.slow  # each starts a lesson
+
 SMOKE = {"PRESET": "smoke"}
 FINISH = """
 import json, pathlib
@@ -185,7 +187,6 @@ def test_a_run_is_stopped_from_another_thread(tmp_path: Path, write_lesson):
 BUSY = "import time\nwhile True: sum(range(10**6))"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "code", "message"),
     [
@@ -202,7 +203,6 @@ def test_a_run_that_hangs_ends_and_keeps_what_it_had(tmp_path: Path, write_lesso
     assert result.seconds < 40
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -207,6 +207,7 @@ def test_runs_at_once_on_one_cpu_share_its_cores(lesson: Path, tmp_path: Path, m
 # on this machine
 
 
+@pytest.mark.slow
 def test_a_failed_point_does_not_end_a_sweep_and_only_it_is_run_again(home: Path):
     options = ("-g", "RATIO=0.9,0.25", "--preset", "smoke")
     first = labkit(home, *options)
@@ -222,6 +223,7 @@ def test_a_failed_point_does_not_end_a_sweep_and_only_it_is_run_again(home: Path
     assert {name: when for name, when in kept(home).items() if not name.endswith("failed")}.items() <= before.items()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done_ends_what_runs_and_the_same_command_goes_on(home: Path):
     (home / "hold-0.5-0").touch()
     options = ("-g", "RATIO=0.25,0.5", "--preset", "smoke")
@@ -240,6 +242,7 @@ def test_ctrl_c_keeps_what_is_done_ends_what_runs_and_the_same_command_goes_on(h
     assert len(kept(home)) == 2 and kept(home).items() >= before.items()
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_is_killed_is_run_again_and_two_of_one_point_leave_one_result(lesson: Path, home: Path):
     (home / "hold-0.5-0").touch()
     jobs = sweep.plan(lesson, {"SEED": [0]}, {**SMOKE, "DEVICE": "cpu"}, out=home / "runs") * 2
@@ -284,6 +287,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         process.wait()
 
 
+@pytest.mark.slow
 def test_what_is_killed_of_a_cluster_loses_no_finished_run(home: Path, cluster: SimpleNamespace):
     """First a worker and the client, then the scheduler; the same command goes on from what was done."""
 

@@ -1,5 +1,7 @@
 import pytest
 
+from labkit import files
+from labkit.errors import InputError
 from labkit.files import replacing
 
 
@@ -25,3 +27,11 @@ def test_an_error_before_anything_is_written_is_the_one_that_is_raised(tmp_path)
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file.txt"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variable", ["LABKIT_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_in_the_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str):
+    monkeypatch.delenv("LABKIT_CACHE", raising=False)
+    monkeypatch.setenv(variable, "~nosuchuser/x")
+    with pytest.raises(InputError, match=r"~nosuchuser/x.*, and there is no such user's home; set LABKIT_CACHE"):
+        files.cache_dir()
