@@ -69,7 +69,7 @@ def prune(
     (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed). Groups without which the proof fails
     stay whole, and the plan's rows say so. Raises InputError where nothing can be pruned, and EqualityError if the
     pruned model is still not equal to the dense one whose weights do not read the removed channels: a model that fails
-    is never returned. `model` stays as it was.
+    is never returned. `model` stays as it was: make the optimizer after the cut, for the new model.
     """
     ratio = _fractions(ratio)
     planner = Planner(model, args, kwargs, **options)
@@ -236,6 +236,8 @@ class Planner:
         self, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         choice = Choice(**options)
+        if any(x.is_meta for x in model.parameters()):
+            raise InputError("The model is on the meta device and has no weights to rank: load them first.")
         parts = named_parts(model, choice.ignore, "ignore")
         self._model, self._scope = model, choice.scope
         self.coupling = coupling = Coupling.of(model, args, kwargs)

@@ -108,7 +108,6 @@ def _compare(
         narrows |= mode.narrows
         return results
 
-    keep = _keep(record, gone)
     shapes = {name: x.shape for name, x in model.named_parameters()}
     tensors = {name: wide(x) for name, x in tensors_of(model)}
     if noise:
@@ -117,7 +116,7 @@ def _compare(
     expected = run(model, tensors, record.restricted)
     tensors = {name: wide(x) for name, x in tensors_of(pruned)}  # in the place of the dense ones
     if noise:
-        _add_noise_(tensors, shapes, record, keep, noise)
+        _add_noise_(tensors, shapes, record, record.kept(gone), noise)
     results = run(pruned, tensors, [])
     error = scale = 0.0
     for a, b in zip(expected, results, strict=True):
@@ -133,15 +132,6 @@ def _compare(
     names = {f"{r.name} in {r.module}" if r.module else r.name: None for r in record.restricted if gone[r.labels].any()}
     report = Report(error, scale, tolerance, str(dtype).removeprefix("torch."), tuple(names), noise > 0)
     return report, narrows
-
-
-def _keep(record: Record, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
-    keep: dict[str, dict[int, Tensor]] = {}
-    for axis in record.axes:
-        stays = ~gone[axis.base : axis.base + axis.size]
-        for name in record.names(axis.name):
-            keep.setdefault(name, {})[axis.dim] = torch.from_numpy(stays.nonzero()[0])
-    return keep
 
 
 def _add_noise_(

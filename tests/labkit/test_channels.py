@@ -147,6 +147,12 @@ def test_modules_can_be_ignored_themselves(plain):
         plan(model, x, ratio=0.5, ignore=nn.Conv2d(3, 8, 3))
 
 
+def test_a_model_without_weights_is_refused():
+    model, x = example(Plain)
+    with pytest.raises(InputError, match="meta device"):
+        plan(model.to("meta"), x, ratio=0.5)
+
+
 def test_linked_groups_keep_the_same_fraction():
     torch.manual_seed(0)
     chosen = plan(Statics(), torch.randn(3, 7, 6), ratio=0.5)

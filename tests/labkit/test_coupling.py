@@ -1,13 +1,11 @@
 """Which channels hang together: what is found in small networks, and what is said where nothing can be."""
 
-import copy
 import operator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import (
-    NETWORKS,
     Around,
     Attention,
     Bare,
@@ -382,24 +380,6 @@ def test_an_unused_parameter_is_listed():
     model, x = example(Residual)
     model.spare = nn.Linear(3, 3)
     assert ("spare.weight", "is not used by the forward pass") in Coupling.of(model, x).unprunable
-
-
-# --- the model stays as it was ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_tracing_leaves_the_model_alone(kind):
-    model, x = example(kind)
-    model.train()
-    next(model.parameters()).requires_grad_(False)
-    before, kept_grad = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
-    state = torch.get_rng_state()
-    trace(model, x)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(module.training for module in model.modules())
-    assert [p.requires_grad for p in model.parameters()] == kept_grad
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not any(p.device.type == "meta" for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", [Plain, Depthwise, Shuffle, Attention])

@@ -193,13 +193,14 @@ def test_the_callers_model_is_left_as_it_was_whatever_its_forward_pass_writes_do
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     if ran:
         model(x)
-    before = digest(model)
+    before, example_input, state = digest(model), x.clone(), torch.get_rng_state()
     for act in (trace, lambda model, x: prune(model, x, ratio=0.5)):
         try:
             act(model, x)
         except (InputError, EqualityError):  # refused is left as it was too
             assert habits & {"branches", "root", "fused"}
         assert digest(model) == before
+    assert torch.equal(x, example_input) and torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

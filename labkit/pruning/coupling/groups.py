@@ -210,14 +210,7 @@ class Coupling:
         return gone[self.classes]
 
     def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
-        """{parameter or buffer: {dimension: kept indices}}, only where something goes."""
-        keep: dict[str, dict[int, Tensor]] = {}
-        for axis in self.record.axes:
-            stays = ~gone[axis.base : axis.base + axis.size]
-            if not stays.all():
-                for name in self.record.names(axis.name):
-                    keep.setdefault(name, {})[axis.dim] = torch.from_numpy(stays.nonzero()[0])
-        return keep
+        return self.record.kept(gone)
 
     def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
         """{module: {attribute: new value}} without the labels in `gone`."""

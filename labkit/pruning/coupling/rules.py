@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from labkit.pruning.coupling.labels import Labels, Side, Span, Spans, combine, fix, moved, span_at, without
@@ -91,6 +92,15 @@ class Record:
 
     def first(self, name: str) -> str:
         return next((first for first, names in self.aliases.items() if name in names), name)
+
+    def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
+        """{parameter or buffer: {dimension: indices whose labels are not gone}}, only where something goes."""
+        keep: dict[str, dict[int, Tensor]] = {}
+        for axis in self.axes:
+            stays = ~gone[axis.base : axis.base + axis.size]
+            for name in () if stays.all() else self.names(axis.name):
+                keep.setdefault(name, {})[axis.dim] = torch.from_numpy(stays.nonzero()[0])
+        return keep
 
     def spans(self, x: Tensor) -> Spans:
         """What x carries. A parameter is labelled where it is met first."""
