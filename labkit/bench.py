@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from labkit import clocks, machine, stats
@@ -60,6 +61,10 @@ class Measurement:
         """
         _, lo, hi = stats.median_ci(self.samples_s)
         return max(0.0, lo), hi
+
+    def percentile(self, q: float) -> float:
+        """The q-th percentile (0 to 100) of the samples, in seconds per call; a tail is only seen with number = 1."""
+        return float(np.percentile(self.samples_s, q))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: every sample, and under "result" the statistics for readers without labkit."""

@@ -209,7 +209,8 @@ def test_answers_are_folded_behind_the_stub(built: Path):
 @needs_sphinx
 def test_every_claim_has_a_verdict_or_says_what_is_missing(built: Path):
     page = (built / "claims.html").read_text(encoding="utf-8")
-    rows = {found[1]: found[0] for found in re.finditer(r'<tr[^>]*><th[^>]*><span id="claim-([\d.]+)">.*?</tr>', page)}
+    row = re.compile(r'<tr[^>]*>\s*<th[^>]*><span id="claim-([\d.]+)">.*?</tr>', re.DOTALL)
+    rows = {match[1]: match[0] for match in row.finditer(page)}
     assert list(rows) == list(claims.load())
     said = "confirmed|contradicted|inconclusive|not measurable here|not yet measured|needs a document"
     assert [claim for claim, row in rows.items() if not re.search(f'class="badge[^>]*>(?:{said})<', row)] == []
