@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import psutil
@@ -119,7 +119,7 @@ class Machine:
     os: str
     python: str
     torch: str
-    transformers: str
+    transformers: str | None
     float32_matmul_precision: str
 
     @property
@@ -176,7 +176,7 @@ def fingerprint(device: str | torch.device = "auto") -> Machine:
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=version("transformers"),
+        transformers=next((package.version for package in distributions(name="transformers")), None),
         float32_matmul_precision=precision,
     )
 

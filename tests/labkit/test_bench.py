@@ -7,6 +7,7 @@ use, from the middle of each comparison on; one thread, so that the claim may re
 
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -165,6 +166,42 @@ def test_budget_is_kept(cost, budget_s):
     warm_up_s, one_pair_s = 0.6 * budget_s + 2.5 * cost, 5 * 1.3 * cost
     assert clock.now <= 1.5 * budget_s + warm_up_s + one_pair_s
     assert len(result.baseline_first) >= 1
+
+
+def test_measuring_ends_when_it_is_precise_and_looks_only_now_and_then():
+    result = measure(work_a, clock=SimulatedClock(), budget_s=30.0)
+    assert len(result.samples_s) % bench.SAMPLES == 0
+    assert stats.half_width(result.median_s, *result.ci95_s) <= bench.PRECISION
+    assert sum(result.samples_s) >= bench.LEAST_S
+    short = measure(work_a, clock=SimulatedClock(), budget_s=0.1)
+    assert sum(short.samples_s) == pytest.approx(0.1, rel=0.1) and len(short.samples_s) < bench.SAMPLES + 5
+
+
+def test_percentiles_interpolate():
+    side = Measurement("x", (1.0, 2.0, 3.0, 4.0, 5.0), 1, "wall", "hot", "cpu", 1)
+    assert (side.percentile(0), side.percentile(50), side.percentile(87.5)) == (1.0, 3.0, 4.5)
+
+
+def test_warm_up_takes_a_tenth_to_a_half_of_the_budget_whatever_went_before():
+    """A call that settles at once, and one that never does: every call is 5 % faster than the last."""
+    costs = {work_a: iter(lambda: 1e-3, None), work_b: (0.95**i for i in itertools.count())}
+    run = clocks.choose(torch.device("cpu"), injected=lambda fn, number: next(costs[fn]))
+    for fn, budget_s, share, fastest in ((work_a, 1.0, 0.1, 1e-3), (work_b, 20.0, 0.5, 0.95**13)):
+        before = run.now()
+        (least,) = clocks.warm_up(run, [fn], budget_s)
+        assert share <= (run.now() - before) / budget_s < share + 0.06
+        assert least == pytest.approx(fastest)
+
+
+@pytest.mark.parametrize("cost", [3e-9, 2e-6, 4e-4, 0.02])
+def test_a_sample_lasts_a_millisecond_or_one_call(cost):
+    run = clocks.choose(torch.device("cpu"), injected=lambda fn, number: number * cost)
+    number = clocks.repeats(run, work_a, cost)
+    assert number == (1 if cost > 1e-3 else pytest.approx(1e-3 / cost, abs=1))
+
+
+def test_load_by_others_is_no_matter_of_a_simulated_clock():
+    assert simulate().foreign_cores is None
 
 
 def test_order_is_balanced_in_every_block():
@@ -507,9 +544,13 @@ def test_twice_the_work_is_found_on_this_machine(disturb):
     for seed in range(3):
         disturb(1.3)
         results.append(compare(chain(16), chain(8), budget_s=1.0, seed=seed))
-    assert sorted(result.speedup for result in results)[1] == pytest.approx(2.0, rel=0.02)
-    assert {result.verdict for result in results} == {"faster"}
-    assert min(stats.half_width(result.speedup, *result.ci95) for result in results) <= 0.02
+    lines = [str(result) for result in results]
+    assert all(result.ci95[0] <= 2.04 and result.ci95[1] >= 1.96 for result in results), lines
+    assert {result.verdict for result in results} <= {"faster", "inconclusive"}, lines
+    if max(result.foreign_cores or 0.0 for result in results) <= 0.6 * len(CORES):  # else others had the machine
+        assert sorted(result.speedup for result in results)[1] == pytest.approx(2.0, rel=0.02), lines
+        assert {result.verdict for result in results} == {"faster"}, lines
+        assert min(stats.half_width(result.speedup, *result.ci95) for result in results) <= 0.02, lines
 
 
 @pytest.mark.timing
