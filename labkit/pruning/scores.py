@@ -20,7 +20,7 @@ from labkit.pruning.select import CONVOLUTIONS, Weight, count_to_prune, prunable
 DAMP = 0.01  # of a Hessian, as a fraction of its mean diagonal
 
 
-def wide(x: Tensor) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
     """x without its graph, in float32 or wider."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
@@ -28,7 +28,7 @@ def wide(x: Tensor) -> Tensor:
 # --- what criteria look at: gradients ---------------------------------------------------------------------------------
 
 
-def mean_over_batches(
+def _mean_over_batches(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     term: Callable[[dict[str, Tensor]], dict],
@@ -49,7 +49,7 @@ def mean_over_batches(
             for batch in not_empty(batches):
                 loss = batch_loss(model, batch, loss_fn)
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                reached = {name: wide(g) for name, g in zip(parameters, gradients, strict=True) if g is not None}
+                reached = {name: _wide(g) for name, g in zip(parameters, gradients, strict=True) if g is not None}
                 for key, value in term(reached).items():
                     sums[key] = sums[key].add_(value) if key in sums else value
                 count += 1
@@ -81,7 +81,7 @@ def _sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
     return patches.sum(tuple(range(patches.dim() - inner))).reshape(getattr(layer, "groups", 1), -1)
 
 
-def magnitudes(layer: nn.Module, x: Tensor) -> Tensor:
+def _magnitudes(layer: nn.Module, x: Tensor) -> Tensor:
     """Sum of |x_j| over a layer's input vectors: [groups, in / groups * kernel]."""
     return _sum_over_rows(layer, x.abs())
 
@@ -115,9 +115,9 @@ def watched(
 
     def term(layer: nn.Module, x: Tensor) -> Tensor:
         if isinstance(layer, CONVOLUTIONS) or x.is_inference():
-            return statistic(layer, wide(x))
+            return statistic(layer, _wide(x))
         if not (last and last[0] is x and last[1] == x._version):
-            last[:] = x, x._version, statistic(layer, wide(x))
+            last[:] = x, x._version, statistic(layer, _wide(x))
         return last[2]
 
     def watch(weight: Weight):
@@ -231,7 +231,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "obd": Criterion(obd, gradient=torch.square),
     "obs": Criterion(obs, inputs=hessian, finish=lambda total, count: _inverse(total).diagonal(dim1=-2, dim2=-1)),
     "wanda": Criterion(wanda, inputs=squares),
-    "activation": Criterion(activation, inputs=magnitudes, finish=lambda total, count: total / count),
+    "activation": Criterion(activation, inputs=_magnitudes, finish=lambda total, count: total / count),
     "random": Criterion(random),
 }
 
@@ -251,17 +251,17 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
     parameters = {name: weight.parameter for name, weight in weights.items()}
     if not row.needs_data:
         generator = torch.Generator().manual_seed(seed)
-        return {name: row.score(wide(p), generator) for name, p in parameters.items()}
+        return {name: row.score(_wide(p), generator) for name, p in parameters.items()}
     if row.gradient:
         term = lambda gradients: {name: row.gradient(g) for name, g in gradients.items()}  # noqa: E731
-        statistics = mean_over_batches(model, parameters, term, batches, loss_fn, seed)
+        statistics = _mean_over_batches(model, parameters, term, batches, loss_fn, seed)
     else:
         with evaluating(model, seed), torch.no_grad(), watched(weights.values(), row.inputs) as sums:
             for batch in not_empty(batches):
                 args, kwargs, _ = split(model, batch)
                 model(*args, **kwargs)
         statistics = {name: weights[name].spread(row.finish(*each)) for name, each in sums.items()}
-    return {name: row.score(w := wide(parameters[name]), x.to(w)) for name, x in statistics.items()}
+    return {name: row.score(w := _wide(parameters[name]), x.to(w)) for name, x in statistics.items()}
 
 
 def check_criterion(criterion: str, batches: Iterable | None, table: Mapping) -> None:
@@ -299,7 +299,7 @@ def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
             "flatten the batch and token dimensions of the inputs."
         )
     k = count_to_prune(weight.shape[1], sparsity)
-    x = wide(inputs)
+    x = _wide(inputs)
     inverse = _inverse(2 * x.t() @ x)
     rows_at_once = max(1, 2**24 // inverse.numel())
     parts = [_obs_rows(rows, inverse, k) for rows in weight.detach().double().split(rows_at_once)]
@@ -357,7 +357,7 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     return x.movedim(dim, 0).reshape(x.shape[dim], -1)
 
 
-def per_unit(
+def _per_unit(
     value: Callable[[str, int], Tensor | None], groups: Sequence[Group], members: Mapping[int, Sequence[Member]]
 ) -> dict[int, Tensor]:
     """Sums over everything that belongs to each unit: {number of the group: [units]}, absent where there is nothing.
@@ -387,11 +387,11 @@ def _norm(power: int) -> Callable:
 
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
         def powers(name: str, dim: int) -> Tensor:
-            return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
+            return torch.linalg.vector_norm(_rows(_wide(parameters[name]), dim), power, 1) ** power
 
         parameters = dict(model.named_parameters())
         makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-        return {i: total ** (1 / power) for i, total in per_unit(powers, groups, makers).items()}
+        return {i: total ** (1 / power) for i, total in _per_unit(powers, groups, makers).items()}
 
     return score
 
@@ -400,9 +400,9 @@ def bn_scale(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     """Mean |gamma| of the unit's batch norms. Liu et al. 2017, Learning Efficient ConvNets through Network Slimming."""
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     names = {f"{name}.weight".lstrip(".") for name in norms}
-    scales = {name: wide(p).abs() for name, p in model.named_parameters() if name in names}
+    scales = {name: _wide(p).abs() for name, p in model.named_parameters() if name in names}
     members = {i: [m for m in group.members if m.name in scales] for i, group in enumerate(groups)}
-    sums = per_unit(_sums(scales), groups, members)
+    sums = _per_unit(_sums(scales), groups, members)
     return {i: total / len(members[i]) / groups[i].width for i, total in sums.items()}
 
 
@@ -416,10 +416,10 @@ def unit_taylor(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     weights = {m.name: parameters[m.name] for members in readers.values() for m in members}
 
     def term(gradients: dict[str, Tensor]) -> dict[int, Tensor]:
-        slopes = {name: g * wide(weights[name]) for name, g in gradients.items()}
-        return {i: slope**2 for i, slope in per_unit(_sums(slopes), groups, readers).items()}
+        slopes = {name: g * _wide(weights[name]) for name, g in gradients.items()}
+        return {i: slope**2 for i, slope in _per_unit(_sums(slopes), groups, readers).items()}
 
-    return mean_over_batches(model, weights, term, batches, loss_fn, seed)
+    return _mean_over_batches(model, weights, term, batches, loss_fn, seed)
 
 
 def fpgm(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
@@ -434,7 +434,7 @@ def fpgm(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
             inner = m.units >= 0
             order, counts = m.units[inner].argsort(stable=True), m.units[inner].bincount(minlength=group.units)
             if (counts == counts[0]).all():  # units of different sizes have no distance
-                rows = _rows(wide(parameters[m.name]), m.dim)[inner][order].reshape(group.units, -1).cpu()
+                rows = _rows(_wide(parameters[m.name]), m.dim)[inner][order].reshape(group.units, -1).cpu()
                 total = total + torch.cdist(rows, rows) ** 2
         scores[i] = total.sqrt().sum(1)
     return scores
@@ -452,8 +452,8 @@ def _summed(criterion: str, mean: bool = False) -> Callable:
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
         weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
         readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
-        sums = per_unit(_sums(weights), groups, readers)
-        counts = per_unit(_sums({n: torch.ones_like(w) for n, w in weights.items()}), groups, readers) if mean else {}
+        sums = _per_unit(_sums(weights), groups, readers)
+        counts = _per_unit(_sums({n: torch.ones_like(w) for n, w in weights.items()}), groups, readers) if mean else {}
         return {i: total / counts.get(i, 1) for i, total in sums.items()}
 
     return score
