@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError
-from labkit.pruning.select import fraction
+from labkit.pruning.select import fraction, named_parts
 from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
 
 # --- schedules: the sparsity after each of n rounds, the last one the target ------------------------------------------
@@ -105,7 +105,7 @@ def iterative(
         raise InputError(
             f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
         )
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    exclude = named_parts(model, exclude, "exclude")
     options = dict(criterion=criterion, scope=scope, batches=batches, exclude=exclude, seed=seed)
     history = []
     for number, asked in enumerate(schedule):

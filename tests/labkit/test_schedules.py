@@ -151,6 +151,13 @@ def test_iterative_leaves_the_random_numbers_alone(net):
     assert not equal(first.model, iterative(net, linear(0.9, 2), fine_tune, seed=1).model)
 
 
+def test_no_round_of_one_seed_draws_the_numbers_of_another(net):
+    drawn = []
+    for seed in (0, 1):
+        iterative(net, linear(0.9, 3), lambda model, number: drawn.append(float(torch.rand(()))), seed=seed)
+    assert len(set(drawn)) == 6
+
+
 @pytest.mark.parametrize("schedule", [(), (0.5, 0.4), (0.5, 1.2), (float("nan"),)])
 def test_a_schedule_that_falls_or_is_empty_is_refused(net, schedule):
     with pytest.raises(InputError, match=r"none below the one before|must be a number from 0 to 1"):

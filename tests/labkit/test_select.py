@@ -82,7 +82,8 @@ def test_a_fraction_outside_is_refused(sparsity):
 
 
 @pytest.mark.parametrize(
-    ("names", "what"), [("2", "names '2'"), (["0", "1.weights"], "names '1.weights'"), (nn.Linear(1, 1), "is a Linear")]
+    ("names", "what"),
+    [("2", "names '2'"), (["0", "1.weights"], "names '1.weights'"), (nn.Linear(1, 1), "names 'Linear'")],
 )
 def test_parts_that_the_model_does_not_have_are_named(names, what):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

@@ -283,7 +283,7 @@ def test_asking_for_less_than_there_is_is_refused(net, scope):
         prune(prune(net, 0.5, scope=scope), 0.2, scope=scope)
 
 
-def test_a_model_with_more_zeros_than_asked_is_not_silently_left_as_it_was(net):
+def test_a_model_with_more_zeros_than_asked_is_not_silently_left_as_it_was(net, recwarn):
     """A pruned model that was loaded, or zeros by nature: no mask says which."""
     loaded = Net()
     loaded.load_state_dict(prune(net, 0.5).state_dict())
@@ -291,6 +291,9 @@ def test_a_model_with_more_zeros_than_asked_is_not_silently_left_as_it_was(net):
         pruned = prune(loaded, 0.2)
     assert sum(int((~mask).sum()) for mask in masks(pruned).values()) == round(0.2 * N)
     assert equal_states(pruned, loaded)
+    recwarn.clear()
+    prune(loaded, 0)
+    assert not recwarn
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
