@@ -357,7 +357,7 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     return x.movedim(dim, 0).reshape(x.shape[dim], -1)
 
 
-def _per_unit(
+def per_unit(
     value: Callable[[str, int], Tensor | None], groups: Sequence[Group], members: Mapping[int, Sequence[Member]]
 ) -> dict[int, Tensor]:
     """Sums over everything that belongs to each unit: {number of the group: [units]}, absent where there is nothing.
@@ -391,7 +391,7 @@ def _norm(power: int) -> Callable:
 
         parameters = dict(model.named_parameters())
         makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-        return {i: total ** (1 / power) for i, total in _per_unit(powers, groups, makers).items()}
+        return {i: total ** (1 / power) for i, total in per_unit(powers, groups, makers).items()}
 
     return score
 
@@ -402,7 +402,7 @@ def bn_scale(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     names = {f"{name}.weight".lstrip(".") for name in norms}
     scales = {name: _wide(p).abs() for name, p in model.named_parameters() if name in names}
     members = {i: [m for m in group.members if m.name in scales] for i, group in enumerate(groups)}
-    sums = _per_unit(_sums(scales), groups, members)
+    sums = per_unit(_sums(scales), groups, members)
     return {i: total / len(members[i]) / groups[i].width for i, total in sums.items()}
 
 
@@ -417,7 +417,7 @@ def unit_taylor(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
 
     def term(gradients: dict[str, Tensor]) -> dict[int, Tensor]:
         slopes = {name: g * _wide(weights[name]) for name, g in gradients.items()}
-        return {i: slope**2 for i, slope in _per_unit(_sums(slopes), groups, readers).items()}
+        return {i: slope**2 for i, slope in per_unit(_sums(slopes), groups, readers).items()}
 
     return _mean_over_batches(model, weights, term, batches, loss_fn, seed)
 
@@ -452,8 +452,8 @@ def _summed(criterion: str, mean: bool = False) -> Callable:
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
         weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
         readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
-        sums = _per_unit(_sums(weights), groups, readers)
-        counts = _per_unit(_sums({n: torch.ones_like(w) for n, w in weights.items()}), groups, readers) if mean else {}
+        sums = per_unit(_sums(weights), groups, readers)
+        counts = per_unit(_sums({n: torch.ones_like(w) for n, w in weights.items()}), groups, readers) if mean else {}
         return {i: total / counts.get(i, 1) for i, total in sums.items()}
 
     return score

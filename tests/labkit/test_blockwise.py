@@ -228,6 +228,23 @@ def test_branches_are_not_taken_for_a_stack(method):
         torch.testing.assert_close(branch.weight.detach(), one_layer(dense.weight.detach(), x, (2, 4), method))
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_blocks_with_a_sum_between_them_are_not_taken_for_a_stack(method):
+    class Outer(Parallel):
+        def forward(self, x):
+            for branch in self.branches:
+                x = x + branch(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Outer().double(), torch.randn(30, 8, dtype=torch.float64)
+    pruned, inputs = nm.prune(model, method=method, batches=[x]), x
+    for dense, branch in zip(model.branches, pruned.branches, strict=True):
+        expected = one_layer(dense.weight.detach(), inputs.detach(), (2, 4), method)
+        torch.testing.assert_close(branch.weight.detach(), expected)
+        inputs = inputs + dense(inputs)
+
+
 def test_which_weights_are_pruned():
     """The blocks of a language model even where its head is larger; of an encoder-decoder, all."""
     wide = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 900}, intermediate_size=48, num_key_value_heads=2))
