@@ -394,34 +394,32 @@ def data() -> None:
 @data.command("list")
 def list_() -> None:
     """What there is, how large, and whether it is here."""
-    from labkit import store
+    from labkit.fetch import assets
 
-    for row in store.listing():
-        click.echo(
-            f"{row['state']:8} {row['kind']:10} {int(row['bytes']) / 1e6:8.1f} MB  {row['name']:40} {row['licence']}"
-        )
+    for asset in assets().values():
+        click.echo(f"{asset.state:8} {asset.kind:10} {asset.bytes / 1e6:8.1f} MB  {asset.name:40} {asset.licence}")
 
 
-@data.command()
+@data.command("fetch")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-def fetch(names: tuple[str, ...]) -> None:
+def fetch_(names: tuple[str, ...]) -> None:
     """Bring models into the user's cache (default: all that the lessons need)."""
-    from labkit import store
+    from labkit import fetch
 
-    for name in names or store.models():
-        click.echo(f"ready  {name}  {store.fetch(name)}")
+    for name in names or fetch.models():
+        click.echo(f"ready  {name}  {fetch.fetch(name)}")
 
 
 @data.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def verify(names: tuple[str, ...]) -> None:
     """Hash every file again (default: everything). Exit code 2 if one is missing or damaged."""
-    from labkit import store
+    from labkit import fetch
 
     wrong = 0
-    for name in names or store.entries():
+    for name in names or fetch.assets():
         try:
-            store.verify(name)
+            fetch.verify(name)
             click.echo(f"ready  {name}")
         except DataError as error:
             wrong += 1

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from labkit import store
+from labkit import fetch
 from labkit.errors import InputError
 
 # Mean and standard deviation of the pixels of all 60,000 training images, scale 0..1; tests/test_datasets.py
@@ -94,7 +94,7 @@ def reviews(split: str = "train", n: int | None = None, *, seed: int = 0) -> Rev
     most one. Raises InputError for an unknown split or an `n` outside 1..size.
     """
     _one_of("split", split, ("train", "validation", "test"))
-    file = store.path("reviews/movieReviewSnippets_GroundTruth.txt.gz")
+    file = fetch.path("reviews/movieReviewSnippets_GroundTruth.txt.gz")
     lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
     first_of = {}  # normalised text -> (rating, text)
     for line in lines:
@@ -119,12 +119,12 @@ def handbook(part: str = "test") -> str:
     "calibration" and "test" come from different chapters. Raises InputError for another part.
     """
     _one_of("part", part, ("calibration", "test"))
-    return gzip.decompress(store.path(f"handbook/{part}.txt.gz").read_bytes()).decode("utf-8")
+    return gzip.decompress(fetch.path(f"handbook/{part}.txt.gz").read_bytes()).decode("utf-8")
 
 
 def photos() -> dict[str, Image.Image]:
     """Four RGB photos by name, to show a model at work: chelsea (a cat), coffee, china (a palace), flower."""
-    return {name: Image.open(store.path(f"photos/{file}")).convert("RGB") for name, file in PHOTOS.items()}
+    return {name: Image.open(fetch.path(f"photos/{file}")).convert("RGB") for name, file in PHOTOS.items()}
 
 
 def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) -> list[Image.Image]:
@@ -148,7 +148,7 @@ def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) 
 
 def _idx(name: str) -> np.ndarray:
     """An idx file of unsigned bytes (LeCun's MNIST page): 0, 0, type 8, rank, rank big-endian sizes, the bytes."""
-    raw = bytearray(gzip.decompress(store.path(name).read_bytes()))  # a bytearray: torch wants a writable buffer
+    raw = bytearray(gzip.decompress(fetch.path(name).read_bytes()))  # a bytearray: torch wants a writable buffer
     rank = raw[3]
     shape = np.frombuffer(raw, ">i4", count=rank, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -77,37 +77,28 @@ def heal_(
     batches: Iterable[Batch],
     *,
     teacher: nn.Module | None = None,
-    alpha: float = 0.5,
-    temperature: float = 2.0,
-    max_lr: float = 5e-5,
-    epochs: int = 1,
-    steps: int | None = None,
-    precision: str = "auto",
+    max_lr: float,
+    steps: int,
     seed: int = 0,
-    label: str = "",
 ) -> History:
-    """A short fine-tuning of `model` in place after pruning, distilling from the dense `teacher` if there is one.
+    """Fine-tune `model` in place for `steps` batches after pruning: AdamW, one cycle with a tenth of warm-up.
 
-    batches: dicts with labels, or (inputs, labels); a decoder without labels predicts its own tokens. AdamW, one cycle
-    with a tenth of warm-up (`training.train_`). seed: of dropout.
+    batches: dicts with labels, or (inputs, labels); a decoder without labels predicts its own tokens.
+    teacher: the dense model; half of the loss is then the distance to its answers (`distilling`).
+    seed: of dropout.
     """
 
     def task(model: nn.Module, batch: Batch) -> Tensor:
         return task_loss(model, labelled(model, batch))
 
-    loss_fn = task if teacher is None else distilling(teacher, alpha=alpha, temperature=temperature)
+    recipe = {
+        "max_lr": max_lr,
+        "epochs": steps,
+        "steps": steps,
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "warmup": 0.1,
+    }
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return train_(
-            model,
-            batches,
-            epochs=epochs,
-            steps=steps,
-            max_lr=max_lr,
-            optimizer="adamw",
-            weight_decay=0.01,
-            warmup=0.1,
-            loss_fn=loss_fn,
-            precision=precision,
-            label=label,
-        )
+        return train_(model, batches, **recipe, loss_fn=task if teacher is None else distilling(teacher))

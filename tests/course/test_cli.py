@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from course import run
 from course.cli import main
-from labkit import files, store
+from labkit import fetch, files
 
 
 def labkit(*arguments: object) -> Result:
@@ -204,13 +204,13 @@ def test_the_tests_run_in_parallel_unless_they_read_a_clock(monkeypatch, argumen
 
 def test_data_is_listed_with_its_state():
     rows = labkit("data", "list").stdout.splitlines()
-    assert len(rows) == len(store.entries())
+    assert len(rows) == len(fetch.assets())
     assert all(row.split()[0] in ("ready", "missing", "damaged") for row in rows)
 
 
 @pytest.mark.slow
 def test_committed_data_verifies():
-    committed = [name for name, entry in store.entries().items() if not entry.carrier]
+    committed = [name for name, entry in fetch.assets().items() if not entry.carrier]
     result = labkit("data", "verify", *committed)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("ready") == len(committed)
@@ -218,8 +218,8 @@ def test_committed_data_verifies():
 
 def test_verify_names_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
-    result = labkit("data", "verify", store.models()[0])
-    assert result.exit_code == 2 and "is not there" in result.stderr and "data fetch" in result.stderr
+    result = labkit("data", "verify", fetch.models()[0])
+    assert result.exit_code == 2 and "is missing" in result.stderr and "data fetch" in result.stderr
 
 
 def test_an_unknown_name_is_refused():
@@ -234,4 +234,4 @@ def test_doctor_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     state = {line.split()[1]: line.split()[0] for line in result.stdout.splitlines()}
     assert {state[name] for name in ("python", "packages", "torch", "device", "threads", "kernel")} == {"OK"}
     assert state["data"] == "FAIL" and "run ./lab data fetch" in result.stdout
-    assert result.exit_code == 1 and not (tmp_path / "none" / store.models()[0]).exists()
+    assert result.exit_code == 1 and not (tmp_path / "none" / fetch.models()[0]).exists()

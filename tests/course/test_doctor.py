@@ -1,5 +1,6 @@
 """What the doctor says where something is missing: programs, drivers, packages or data that are not there."""
 
+import dataclasses
 import importlib.metadata
 import json
 import time
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 from course import doctor, notebooks
 from course.cli import main
-from labkit import store
+from labkit import fetch
 
 SMI = "| NVIDIA-SMI 580.65   Driver Version: 580.65.06   CUDA Version: 13.0  |"
 
@@ -127,8 +128,9 @@ def test_missing_and_old_packages_are_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_a_lesson_lacks_is_said_with_the_command_that_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
-    ready = store.is_ready
-    monkeypatch.setattr(store, "is_ready", lambda name: "handbook" not in name and ready(name))
+    asset = fetch.asset
+    away = dataclasses.replace(asset("handbook/test.txt.gz"), files=(fetch.File("nowhere", 1, ""),))
+    monkeypatch.setattr(fetch, "asset", lambda name: away if "handbook" in name else asset(name))
     good = {finding.name: finding for finding in doctor.findings()}
     assert good["lesson 04"] == doctor.Finding(
         "lesson 04",

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 
 from course import notebooks, run
 from course.cli import main
-from labkit import files, store
+from labkit import fetch, files
 from labkit.errors import DataError
 from labkit.machine import DEVICES
 from labkit.shapes import ARCHITECTURES
@@ -322,11 +322,11 @@ ENDED = {
         "another --out",
     ),
     "model missing": (
-        "from labkit import store; store.path(store.models()[0])",
+        "from labkit import fetch; fetch.path(fetch.models()[0])",
         "DataError in cell 4 (Its work): {model}: {cache}/{model}/{file} is not there; run `./lab data fetch {model}`",
     ),
     "model damaged": (
-        "from labkit import store; store.path(store.models()[0])",
+        "from labkit import fetch; fetch.path(fetch.models()[0])",
         "DataError in cell 4 (Its work): {model}: {cache}/{model}/{file} is damaged (size or SHA-256 differs from "
         "data/manifest.toml); run `./lab data fetch {model}`",
     ),
@@ -338,7 +338,7 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(
     course: Course, monkeypatch: pytest.MonkeyPatch, what: str, tmp_path: Path
 ):
     code, sentence = ENDED[what]
-    model = store.entries()[store.models()[0]]
+    model = fetch.assets()[fetch.models()[0]]
     names = {"model": model.name, "cache": tmp_path / "cache", "file": model.files[0].path}
     if what == "model damaged":
         for file in model.files:

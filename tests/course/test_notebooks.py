@@ -226,7 +226,7 @@ def test_a_release_holds_every_lesson_without_its_answers(released: Path):
 
 
 def test_a_released_notebook_uses_the_labkit_beside_it(released: Path):
-    code = "import labkit, labkit.claims as c, labkit.store as s; print(labkit.__file__, len(c.load()), s.listing())"
+    code = "import labkit, labkit.claims as c, labkit.fetch as f; print(labkit.__file__, len(c.load()), f.assets())"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     said = subprocess.run([sys.executable, "-c", code], cwd=released, env=environment, capture_output=True, text=True)
     assert said.stdout.startswith(str(released / "labkit" / "__init__.py")), said.stderr
