@@ -1,6 +1,6 @@
 """The course's real data by name: Fashion-MNIST, movie-review snippets, the Debian handbook's prose and four photos.
 
-All of it is committed under data/ (sources and licences: data/manifest.toml) and hash-checked on reading. The splits
+All of it is committed under data/ (sources and licences: data/manifest.toml) The splits
 follow from the data, not from a random generator: they are the same on every machine. Nothing here downloads or
 augments.
 """
@@ -23,17 +23,8 @@ from labkit.errors import InputError
 # recomputes them.
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
 FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 _VALIDATION_PER_CLASS = 500  # of 6,000 training images in each class
 
 REVIEW_CLASSES = ("negative", "positive")
@@ -79,11 +70,11 @@ def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) 
         held_out = torch.zeros(len(labels), dtype=torch.bool)
         for digit in range(len(FASHION_CLASSES)):
             held_out[(labels == digit).nonzero().flatten()[-_VALIDATION_PER_CLASS:]] = True
-        chosen = held_out if split == "validation" else ~held_out
-        images, labels = images[chosen], labels[chosen]
-    keep = _balanced(labels, n, seed)
-    images = images[keep].unsqueeze(1).float().div_(255)  # [N, 1, 28, 28]
-    return Split(images.sub_(FASHION_MEAN).div_(FASHION_STD), labels[keep])
+        of_split = held_out if split == "validation" else ~held_out
+        images, labels = images[of_split], labels[of_split]
+    subset = _balanced(labels, n, seed)
+    images = images[subset].unsqueeze(1).float().div_(255)  # [N, 1, 28, 28]
+    return Split(images.sub_(FASHION_MEAN).div_(FASHION_STD), labels[subset])
 
 
 def reviews(split: str = "train", n: int | None = None, *, seed: int = 0) -> Reviews:
@@ -109,8 +100,8 @@ def reviews(split: str = "train", n: int | None = None, *, seed: int = 0) -> Rev
     # alternating classes: any run of an even number of snippets is balanced
     pairs = zip(negative[slice(*bounds)], positive[slice(*bounds)], strict=True)
     texts, labels = [text for pair in pairs for text in pair], torch.tensor([0, 1] * (bounds[1] - bounds[0]))
-    keep = _balanced(labels, n, seed)
-    return Reviews([texts[i] for i in keep.tolist()], labels[keep])
+    subset = _balanced(labels, n, seed)
+    return Reviews([texts[i] for i in subset.tolist()], labels[subset])
 
 
 def handbook(part: str = "test") -> str:
@@ -135,10 +126,10 @@ def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) 
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InputError(f"n must be a whole number of crops from 1 up; it is {n!r}.")
-    known, generator, crops = photos(), torch.Generator().manual_seed(seed), []
+    images, generator, crops = photos(), torch.Generator().manual_seed(seed), []
     for name in names:
         _one_of("a photo's name", name, PHOTOS)
-        photo = known[name]
+        photo = images[name]
         for share, across, down in torch.rand(n, 3, generator=generator).tolist():
             side = round(min(photo.size) * (1 + share) / 2)
             left, top = round(across * (photo.width - side)), round(down * (photo.height - side))

@@ -53,14 +53,14 @@ def distilling(
             inputs, labels = batch
             logits = model(inputs)
             with torch.no_grad(), evaluating(teacher):
-                wanted = teacher(inputs)
-            soft = distillation_loss(logits, wanted, temperature=temperature)
+                targets = teacher(inputs)
+            soft = distillation_loss(logits, targets, temperature=temperature)
             return _mixed(soft, F.cross_entropy(logits, labels))
         output = model(**labelled(model, batch))
         with torch.no_grad(), evaluating(teacher):
-            wanted = teacher(**{name: x for name, x in batch.items() if name != "labels"}).logits
+            targets = teacher(**{name: x for name, x in batch.items() if name != "labels"}).logits
         mask = batch.get("attention_mask") if output.logits.ndim == 3 else None
-        return _mixed(distillation_loss(output.logits, wanted, temperature=temperature, mask=mask), output.loss)
+        return _mixed(distillation_loss(output.logits, targets, temperature=temperature, mask=mask), output.loss)
 
     def _mixed(soft: Tensor, hard: Tensor | None) -> Tensor:
         if alpha == 1:
@@ -91,14 +91,8 @@ def heal_(
     def task(model: nn.Module, batch: Batch) -> Tensor:
         return task_loss(model, labelled(model, batch))
 
-    recipe = {
-        "max_lr": max_lr,
-        "epochs": steps,
-        "steps": steps,
-        "optimizer": "adamw",
-        "weight_decay": 0.01,
-        "warmup": 0.1,
-    }
+    passes = {"epochs": steps, "steps": steps}  # as many over the batches as the steps need
+    recipe = {"max_lr": max_lr, "optimizer": "adamw", "weight_decay": 0.01, "warmup": 0.1}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return train_(model, batches, **recipe, loss_fn=task if teacher is None else distilling(teacher))
+        return train_(model, batches, **passes, **recipe, loss_fn=task if teacher is None else distilling(teacher))

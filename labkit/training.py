@@ -51,8 +51,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         size = len(self._tensors()[0])
         order = torch.arange(size) if self._generator is None else torch.randperm(size, generator=self._generator)
-        for chosen in order.split(self.batch_size):
-            batch = _each(self.data, lambda tensor, chosen=chosen: tensor[chosen])
+        for indices in order.split(self.batch_size):
+            batch = _each(self.data, lambda tensor, indices=indices: tensor[indices])
             yield self.collate(batch) if self.collate else batch
 
 
@@ -132,7 +132,7 @@ def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     A dict's labels are under "labels". Two models' answers to the same batches compare pair by pair.
     """
     device = next(model.parameters()).device
-    found = []
+    right = []
     with evaluating(model):
         for batch in batches:
             batch = place(batch, device)
@@ -141,10 +141,10 @@ def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
                 scores = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits  # [B, C]
             else:
                 scores, labels = model(batch[0]), batch[1]  # [B, C], [B]
-            found.append((scores.argmax(-1) == labels).cpu())
-    if not found:
+            right.append((scores.argmax(-1) == labels).cpu())
+    if not right:
         raise InputError("there is no batch to measure accuracy on; pass at least one.")
-    return torch.cat(found)
+    return torch.cat(right)
 
 
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:

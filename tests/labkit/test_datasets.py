@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from labkit import datasets, store
+from labkit import datasets, fetch
 from labkit.errors import InputError
 
 
@@ -17,7 +17,7 @@ def words(text: str) -> str:
 
 
 def test_fashion_mnist_normalisation_is_the_training_images_own() -> None:
-    raw = gzip.decompress(store.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
+    raw = gzip.decompress(fetch.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
     pixels = torch.frombuffer(bytearray(raw), dtype=torch.uint8).double() / 255
     assert pixels.mean().item() == pytest.approx(datasets.FASHION_MEAN, abs=5e-5)
     assert pixels.std().item() == pytest.approx(datasets.FASHION_STD, abs=5e-5)
@@ -32,10 +32,10 @@ def test_fashion_mnist_splits_are_balanced_and_of_the_stated_size(split: str, si
 
 
 def test_fashion_mnist_training_and_validation_are_the_whole_file() -> None:
-    raw = gzip.decompress(store.path("fashion-mnist/train-labels-idx1-ubyte.gz").read_bytes())[8:]
+    raw = gzip.decompress(fetch.path("fashion-mnist/train-labels-idx1-ubyte.gz").read_bytes())[8:]
     train, validation = datasets.fashion_mnist("train"), datasets.fashion_mnist("validation")
     both = torch.cat([train.images, validation.images]).sum(dtype=torch.float64)
-    pixels = gzip.decompress(store.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
+    pixels = gzip.decompress(fetch.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
     whole = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).sum(dtype=torch.float64) / 255
     expected = (whole - datasets.FASHION_MEAN * len(pixels)) / datasets.FASHION_STD
     assert len(train) + len(validation) == len(raw)
@@ -62,7 +62,7 @@ def test_fashion_mnist_first_test_image_is_an_ankle_boot() -> None:
 
 
 def test_reviews_are_labelled_by_the_sign_of_their_rating() -> None:
-    text = gzip.decompress(store.path("reviews/movieReviewSnippets_GroundTruth.txt.gz").read_bytes()).decode()
+    text = gzip.decompress(fetch.path("reviews/movieReviewSnippets_GroundTruth.txt.gz").read_bytes()).decode()
     ratings = {line.split("\t")[2]: float(line.split("\t")[1]) for line in text.splitlines()}
     for split in ("train", "validation", "test"):
         data = datasets.reviews(split)
@@ -81,7 +81,7 @@ def test_review_splits_are_balanced_and_of_the_stated_size(split: str, size: int
 
 
 def test_review_splits_do_not_follow_the_files_order() -> None:
-    text = gzip.decompress(store.path("reviews/movieReviewSnippets_GroundTruth.txt.gz").read_bytes()).decode()
+    text = gzip.decompress(fetch.path("reviews/movieReviewSnippets_GroundTruth.txt.gz").read_bytes()).decode()
     place = {line.split("\t")[2]: number for number, line in enumerate(text.splitlines())}
     positive = [place[text] for text in datasets.reviews("train").texts[1::2]]
     rising = sum(a < b for a, b in pairwise(positive)) / (len(positive) - 1)
