@@ -1,8 +1,7 @@
 """The course's real data by name: Fashion-MNIST, movie-review snippets, the Debian handbook's prose and four photos.
 
-All of it is committed under data/ (sources and licences: data/manifest.toml) The splits
-follow from the data, not from a random generator: they are the same on every machine. Nothing here downloads or
-augments.
+All of it is committed under data/ (sources and licences: data/manifest.toml). The splits follow from the data, not
+from a random generator: they are the same on every machine. Nothing here downloads or augments.
 """
 
 import gzip
