@@ -2,7 +2,7 @@
 
     python data/checkpoints/train_minilm_reviews.py [FOLDER]
 
-MiniLM is fine-tuned whole for one epoch. What that added to each linear layer is cut to rank 8 by its singular value
+MiniLM is fine-tuned whole for one epoch. What that added to each linear layer is cut to rank 10 by its singular value
 decomposition, which keeps the nearest matrix of that rank (Eckart and Young 1936), then the factors alone are trained
 on (as in LoRA, Hu et al. 2021, section 4.1), the whole model's answers being their targets. Biases, norms and the
 classifier are small and stored as they are; the embeddings stay the base model's. Nothing was chosen by the test
@@ -23,9 +23,9 @@ from torch import nn
 from labkit import models, training
 from labkit.machine import fingerprint
 
-RANK = 8
+RANK = 10
 WHOLE = {"epochs": 1, "max_lr": 1e-4, "weight_decay": 0.01, "warmup": 0.1, "optimizer": "adamw"}
-FACTORS = {"epochs": 1, "max_lr": 5e-4, "weight_decay": 0.0, "warmup": 0.1, "optimizer": "adamw"}
+FACTORS = {"epochs": 1, "steps": 150, "max_lr": 5e-4, "weight_decay": 0.0, "warmup": 0.1, "optimizer": "adamw"}
 BATCH_SIZE, MAX_LEN, SEED = 32, 48, 0
 
 
