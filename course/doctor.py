@@ -22,7 +22,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from course import notebooks
-from labkit import files, store
+from labkit import fetch, files
 from labkit.errors import LabError
 
 SMOKE_MEMORY = 4e9  # bytes that a lesson at `smoke` may use
@@ -175,7 +175,7 @@ def _disk() -> tuple[str, str]:
     """Room for what is still to be fetched and made, which takes about as much again."""
     folder = files.cache_dir()
     existing = next(path for path in [folder, *folder.parents] if path.exists())
-    needed = 2 * sum(int(row["bytes"]) for row in store.listing() if row["state"] != "ready")
+    needed = 2 * sum(asset.bytes for asset in fetch.assets().values() if asset.state != "ready")
     free = shutil.disk_usage(existing).free
     to_do = f"it must be writable with {needed / 1e9:.1f} GB free: fix that, or set LABKIT_CACHE to another folder"
     good = free >= needed and os.access(existing, os.W_OK)
@@ -183,13 +183,13 @@ def _disk() -> tuple[str, str]:
 
 
 def _data() -> tuple[str, str]:
-    """Committed files, and fetched ones, by their hashes."""
-    rows = store.listing()
-    fetched = sum(row["kind"] == "fetched" for row in rows)
-    if wrong := [row for row in rows if row["state"] != "ready"]:
-        restore = "git checkout -- data, then " if any(row["kind"] == "committed" for row in wrong) else ""
-        return ", ".join(f"{row['name']} ({row['state']})" for row in wrong), f"run {restore}./lab data fetch"
-    return f"{len(rows) - fetched} committed files and {fetched} fetched models, hashes as in data/manifest.toml", ""
+    """Committed files, and fetched ones, by their sizes."""
+    rows = fetch.assets().values()
+    fetched = len(fetch.models())
+    if wrong := [row for row in rows if row.state != "ready"]:
+        restore = "git checkout -- data, then " if any(row.kind == "committed" for row in wrong) else ""
+        return ", ".join(f"{row.name} ({row.state})" for row in wrong), f"run {restore}./lab data fetch"
+    return f"{len(rows) - fetched} committed files and {fetched} fetched models, sizes as in data/manifest.toml", ""
 
 
 def _kernel() -> tuple[str, str]:
@@ -219,11 +219,11 @@ def lesson(path: Path) -> tuple[str, str]:
     used = {match[1] or match[2] for match in _USED.finditer(code)}
     lacking = [
         name
-        for name in store.entries()
-        if any(word.startswith(_stem(name)) for word in used) and not store.is_ready(name)
+        for name, asset in fetch.assets().items()
+        if any(word.startswith(_stem(name)) for word in used) and asset.state != "ready"
     ]
     if lacking:
-        fetched = [name for name in lacking if name in store.models()]
+        fetched = [name for name in lacking if name in fetch.models()]
         committed = [f"data/{name}" for name in lacking if name not in fetched]
         to_do = [f"git checkout -- {' '.join(committed)}"] if committed else []
         to_do += [f"./lab data fetch {' '.join(fetched)}"] if fetched else []

@@ -2,10 +2,10 @@
 
     python data/checkpoints/train_minilm_reviews.py [FOLDER]
 
-Each linear layer of the encoder is frozen and gets a trained product of rank 10 beside it (LoRA, Hu et al. 2021, section
-4.1); biases, norms and the classifier are small and trained as they are, the embeddings stay. For comparison MiniLM is
-fine-tuned whole, every parameter, by its own usual recipe. Nothing was chosen by the test snippets, which only give the
-figures in the record. The sizes and SHA-256 that it prints go into data/manifest.toml.
+Each linear layer of the encoder is frozen and gets a trained product of rank 10 beside it (LoRA, Hu et al. 2021,
+section 4.1); biases, norms and the classifier are small and trained as they are, the embeddings stay. For comparison
+MiniLM is fine-tuned whole, every parameter, by its usual recipe. Nothing was chosen by the test snippets, which only
+give the figures in the record. The sizes and SHA-256 that it prints go into data/manifest.toml.
 """
 
 import copy
