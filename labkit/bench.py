@@ -147,8 +147,8 @@ def measure(
     Raises InputError for arguments that cannot be used and for work that is not done when fn returns; what fn raises
     passes through.
     """
-    _check_arguments({"fn": fn}, clock, budget_s, "hot")
-    name = _check_name(getattr(fn, "__name__", type(fn).__name__) if name is None else name)
+    _check_arguments({"fn": fn}, budget_s)
+    name = name or getattr(fn, "__name__", type(fn).__name__)
     target = None if device is None else machine.torch_device(device)
     with _garbage_collector_off() if clock is None else contextlib.nullcontext():
         output = clocks.first_call(fn)
@@ -196,25 +196,30 @@ def compare(
     callables raise passes through.
     """
     calls = (baseline, candidate)
-    _check_arguments({"baseline": baseline, "candidate": candidate}, clock, budget_s, cache)
-    _check_comparison(names, check)
+    _check_arguments({"baseline": baseline, "candidate": candidate}, budget_s)
+    if cache not in CACHES:
+        raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
+    if not isinstance(names, tuple | list) or len(names) != 2 or names[0] == names[1]:
+        raise InputError(f"names must be two different names, for baseline and candidate, got {names!r}.")
+    if check is not None and not callable(check):
+        raise InputError(f"check must be a function (baseline_output, candidate_output) or None, got {check!r}.")
     if cache == "cold" and device is None:
         device = "cuda"
     target = None if device is None else machine.torch_device(device)
     if cache == "cold" and target.type != "cuda":
         raise InputError(f"cache='cold' needs a CUDA device, got {target}: leave it out.")
     with _garbage_collector_off() if clock is None else contextlib.nullcontext():
-        output, second_output = (clocks.first_call(call) for call in calls)
-        run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), cache, clock)
-        _check_outputs(check, output, second_output, names)
-        del output, second_output
+        outputs = [clocks.first_call(call) for call in calls]
+        run = clocks.choose(target or clocks.device_of(outputs[0]) or torch.device("cpu"), cache, clock)
+        _check_outputs(check, outputs, names)
+        del outputs
         least = clocks.warm_up(run, calls, budget_s)
         numbers = [clocks.repeats(run, call, seconds) for call, seconds in zip(calls, least, strict=True)]
         per_block = _per_block(run, least, numbers, budget_s)
         blocks = _blocks(run, calls, numbers, per_block, seed)
         samples, firsts, moments, by_cpu = _until_precise(run, blocks, per_block, budget_s)
         if check is not None:  # once more: timing must not have changed what they compute
-            _check_outputs(check, *(clocks.first_call(call) for call in calls), names)
+            _check_outputs(check, [clocks.first_call(call) for call in calls], names)
     sides = [
         _measurement(name, run, of_side, number, by_cpu)
         for name, of_side, number in zip(names, samples, numbers, strict=True)
@@ -360,38 +365,18 @@ def _pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(calls: dict[str, Any], clock: Any, budget_s: float, cache: str) -> None:
+def _check_arguments(calls: dict[str, Any], budget_s: float) -> None:
     for name, call in calls.items():
         if not callable(call):
             raise InputError(
                 f"{name} must be a function without arguments, got {type(call).__name__}: wrap the work, "
                 f"for example {name}=lambda: model(x)."
             )
-    if clock is not None and not callable(clock):
-        raise InputError(f"clock must be a function (fn, number) -> seconds or None, got {clock!r}.")
-    if not isinstance(budget_s, (int, float)) or isinstance(budget_s, bool) or not 0 < budget_s < math.inf:
-        raise InputError(f"budget_s must be a number of seconds above 0, got {budget_s!r}.")
-    if cache not in CACHES:
-        raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
+    clocks.check_budget(budget_s)
 
 
-def _check_comparison(names: Any, check: Any) -> None:
-    if not isinstance(names, (tuple, list)) or len(names) != 2 or names[0] == names[1]:
-        raise InputError(f"names must be two different names, for baseline and candidate, got {names!r}.")
-    for name in names:
-        _check_name(name)
-    if check is not None and not callable(check):
-        raise InputError(f"check must be a function (baseline_output, candidate_output) or None, got {check!r}.")
-
-
-def _check_name(name: Any) -> str:
-    if not isinstance(name, str) or not name.strip() or not name.isprintable():
-        raise InputError(f"A name must be a word or two on one line, got {name!r}.")
-    return name
-
-
-def _check_outputs(check: Callable[[Any, Any], Any] | None, first: Any, second: Any, names: Sequence[str]) -> None:
-    same = check(first, second) if check is not None else None
+def _check_outputs(check: Callable[[Any, Any], Any] | None, outputs: Sequence[Any], names: Sequence[str]) -> None:
+    same = check(*outputs) if check is not None else None
     if same is not None and not same:
         raise InputError(
             f"check says that {names[0]} and {names[1]} do not compute the same: make them equal before timing them."

@@ -8,20 +8,26 @@ import math
 import numbers
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from labkit import files, show
 from labkit.errors import DataError, InputError
 
 Verdict = Literal["confirmed", "contradicted", "inconclusive", "not measurable here"]
-NEEDS = ("any", "cpu", "gpu", "arithmetic", "document")
 ROUNDING = 1e-9  # relative: a bound that a value meets exactly is met
 
 
-@dataclass(frozen=True)
-class Claim:
+def _range(bounds: Any) -> tuple[float, float]:
+    pair = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds))
+    if not pair or not bounds[0] <= bounds[1]:
+        raise ValueError(f"expected is {bounds!r}; give [low, high] with low <= high, -inf or inf for no bound")
+    return float(bounds[0]), float(bounds[1])
+
+
+class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
     """One entry of claims.toml. `expected` is (lowest, highest) of the values that confirm it, infinite where open.
 
     `needs` says where it can be settled: on any machine, on a "cpu" or "gpu" only, by "arithmetic", by a "document".
@@ -29,12 +35,18 @@ class Claim:
 
     id: str
     section: int
-    text: str
-    quantity: str
+    text: str = Field(pattern=r"\S")
+    quantity: str = Field(pattern=r"\S")
     unit: str
-    expected: tuple[float, float]
-    needs: str
-    source: str
+    expected: Annotated[tuple[float, float], BeforeValidator(_range)]
+    needs: Literal["any", "cpu", "gpu", "arithmetic", "document"]
+    source: str = Field(pattern=r"\S")
+
+    @model_validator(mode="after")
+    def _id_in_section(self) -> "Claim":
+        if not self.id.startswith(f"{self.section}."):
+            raise ValueError(f"the id has to be <section>.<n>, with section = {self.section!r} before the dot")
+        return self
 
 
 def load(path: Path | None = None) -> dict[str, Claim]:
@@ -48,7 +60,12 @@ def load(path: Path | None = None) -> dict[str, Claim]:
         raise DataError(f"{path.name} is not TOML ({error}); correct that line.") from None
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(entries, start=1):
-        claim = _claim(entry, f"{path.name}, entry {number} ({entry.get('id', 'without id')!r})")
+        try:
+            claim = Claim.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            fault = ".".join(map(str, first["loc"])) + ": " + first["msg"]
+            raise DataError(f"{path.name}, entry {number} ({entry.get('id', 'without id')!r}): {fault}.") from None
         if claim.id in claims:
             raise DataError(
                 f"{path.name}, entry {number}: the id {claim.id!r} is there twice; give each claim its own."
@@ -95,28 +112,6 @@ def _interval(claim: Claim, value: Any, ci95: Any) -> tuple[float, float]:
     if len(ends) != 2 or not ends[0] <= value <= ends[1]:
         raise InputError(f"The interval {ci95!r} of claim {claim.id} has to be (low, high) around the value {value!r}.")
     return float(ends[0]), float(ends[1])
-
-
-def _claim(entry: dict[str, Any], where: str) -> Claim:
-    names = [field.name for field in fields(Claim)]
-    if missing := [name for name in names if name not in entry]:
-        raise DataError(f"{where} has no {missing[0]}; a claim has {', '.join(names)}.")
-    if unknown := [name for name in entry if name not in names]:
-        raise DataError(f"{where} has a field {unknown[0]}; a claim has {', '.join(names)}.")
-    for name in ("id", "text", "quantity", "unit", "source"):
-        if not isinstance(entry[name], str) or not (entry[name].strip() or name == "unit"):
-            raise DataError(f"{where}: {name} has to be a text that is not empty.")
-    if entry["needs"] not in NEEDS:
-        raise DataError(f"{where}: needs is {entry['needs']!r}; choose one of {', '.join(NEEDS)}.")
-    section, bounds = entry["section"], entry["expected"]
-    if not isinstance(section, int) or not entry["id"].startswith(f"{section}."):
-        raise DataError(f"{where}: the id has to be <section>.<n>, with section = {section!r} before the dot.")
-    pair = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds))
-    if not pair or not bounds[0] <= bounds[1]:
-        raise DataError(
-            f"{where}: expected is {bounds!r}; give [low, high] with low <= high, -inf or inf for no bound."
-        )
-    return Claim(**{**entry, "expected": (float(bounds[0]), float(bounds[1]))})
 
 
 def _is_number(value: Any) -> bool:

@@ -54,6 +54,12 @@ def choose(device: torch.device, cache: str = "hot", injected: Callable[[Call, i
     return Clock("wall", "cpu", device, cache, _wall)
 
 
+def check_budget(budget_s: float) -> None:
+    """InputError for a budget that is no number of seconds above 0."""
+    if not isinstance(budget_s, int | float) or isinstance(budget_s, bool) or not 0 < budget_s < math.inf:
+        raise InputError(f"budget_s must be a number of seconds above 0, got {budget_s!r}: 1 to 10 is usual.")
+
+
 def first_call(fn: Call) -> Any:
     """What fn returns; compilation and lazy set-up are then over.
 

@@ -229,9 +229,8 @@ def _cpu() -> tuple[str, set[str], bool | None]:
         return _output("sysctl", "-n", "machdep.cpu.brand_string").strip() or platform.machine(), flags, None
     flags = set((facts.get("flags") or facts.get("features", "")).lower().split())
     virtualised = "hypervisor" in flags or "hypervisor vendor" in facts
-    if not virtualised and platform.machine() != "x86_64":  # only x86 has a flag for it
-        virtualised = None
-    return facts.get("model name") or platform.machine(), flags, virtualised
+    certain = virtualised or platform.machine() == "x86_64"  # the others have no flag for it
+    return facts.get("model name") or platform.machine(), flags, virtualised if certain else None
 
 
 def _caches(affinity: Sequence[int]) -> tuple[dict[str, int], int]:
@@ -321,10 +320,15 @@ class Ceilings:
 
     def ridge(self, dtype: str) -> float:
         """The arithmetic intensity in FLOP/B where the compute roof of this type meets the bandwidth roof."""
-        if dtype not in self.flops:
-            have = ", ".join(self.flops)
-            raise InputError(f"there is no {dtype!r} ceiling for {self.device}: choose one of {have}.")
-        return self.flops[dtype] / self.bandwidth
+        return peak(self, dtype) / self.bandwidth
+
+
+def peak(roofs: Ceilings | Device, dtype: str) -> float:
+    """The compute roof in FLOP/s of one type; InputError where there is none."""
+    if dtype not in roofs.flops:
+        name = roofs.device if isinstance(roofs, Ceilings) else roofs.name
+        raise InputError(f"there is no {dtype!r} ceiling for {name}: choose one of {', '.join(sorted(roofs.flops))}.")
+    return roofs.flops[dtype]
 
 
 def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0) -> Ceilings:
@@ -337,7 +341,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     device: see `torch_device`. Raises InputError for a device or a budget that cannot be used.
     """
     target = torch_device(device)
-    _check_budget(budget_s)
+    clocks.check_budget(budget_s)
     machine = fingerprint(target)
     before, deadline = clocks.snapshot(target), time.perf_counter() + budget_s
     with torch.inference_mode():
@@ -373,7 +377,7 @@ def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float
     the memory at most. Raises InputError for a device or a budget that cannot be used.
     """
     target = torch_device(device)
-    _check_budget(budget_s)
+    clocks.check_budget(budget_s)
     on_cpu, cores = target.type == "cpu", torch.get_num_threads()
     largest = (memory_bytes() if on_cpu else torch.cuda.get_device_properties(target).total_memory) // 8
     sizes = [2**power for power in (range(14, 29) if on_cpu else range(22, 31))]
@@ -513,8 +517,3 @@ def _fp32_as(precision: str) -> Iterator[None]:
     finally:
         for backend, setting in zip(backends, before, strict=True):
             backend.fp32_precision = setting
-
-
-def _check_budget(budget_s: float) -> None:
-    if not (isinstance(budget_s, (int, float)) and 0 < budget_s < float("inf")):
-        raise InputError(f"budget_s has to be a number of seconds above 0, got {budget_s!r}: 3 to 10 is usual.")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,9 +61,9 @@ def cost(unit: str = "", *, clock: bool = False, low: str | None = None, high: s
     return Column(role="cost", unit=unit, clock=clock, low=low, high=high)
 
 
-def result(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
+def result(unit: str = "", *, clock: bool = False) -> Column:
     """A column that came out and is neither better nor worse when it is more, such as a ridge point; see `Column`."""
-    return Column(role="result", unit=unit, clock=clock, low=low, high=high)
+    return Column(role="result", unit=unit, clock=clock)
 
 
 def setting(unit: str = "") -> Column:
@@ -283,12 +283,9 @@ def _anonymous(text: str) -> str:
 
 def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter that is an absolute path keeps its last part."""
-    absolute = {
-        name: PurePath(value).name
-        for name, value in parameters.items()
-        if isinstance(value, str) and (PurePath(value).is_absolute() or PureWindowsPath(value).is_absolute())
-    }
-    return {**parameters, **absolute}
+    texts = {name: value for name, value in parameters.items() if isinstance(value, str)}
+    absolute = {name: PureWindowsPath(text) for name, text in texts.items() if PureWindowsPath(text).root}
+    return {**parameters, **{name: path.name for name, path in absolute.items()}}
 
 
 def _git() -> dict[str, Any] | None:

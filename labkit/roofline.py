@@ -15,12 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from labkit import machine
 from labkit.counting import Work, count
 from labkit.errors import InputError
 from labkit.machine import Ceilings, Device
 from labkit.show import COLOURS, quantity
 
-__all__ = ["Bound", "Work", "bound", "cache_bytes", "count", "decode_bound", "decode_step", "describe", "plot"]
+__all__ = ["Bound", "Work", "bound", "cache_bytes", "count", "decode_step", "describe", "plot"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def bound(work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Bound
     work: from `count`. ceilings: measured ones, or a row of labkit.machine.DEVICES.
     Raises InputError for a dtype without ceiling, and for work that neither computes nor moves anything.
     """
-    peak = _peak(ceilings, dtype)
+    peak = machine.peak(ceilings, dtype)
     if not isinstance(work, Work):
         raise InputError("bound needs a Work: get it from labkit.roofline.count(model, inputs).")
     if not work.flops + work.bytes:
@@ -63,44 +64,6 @@ def bound(work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Bound
     computing, moving = work.flops / peak, work.bytes / ceilings.bandwidth
     limiter = "compute" if computing > moving else "memory"
     return Bound(max(computing, moving), limiter, work.intensity, peak / ceilings.bandwidth)
-
-
-def decode_bound(
-    *,
-    weight_bytes: float,
-    kv_bytes: float,
-    bandwidth: float,
-    batch: int = 1,
-    flops_per_token: float = 0.0,
-    peak: float | None = None,
-) -> float:
-    """Tokens a second that a decoder can't exceed: each step reads all weights once and every sequence's KV cache once.
-
-    batch / max((weight_bytes + batch * kv_bytes) / bandwidth, batch * flops_per_token / peak), memory and compute taken
-    over the whole step.
-    weight_bytes: of all weights that a step reads. kv_bytes: of the cache of one sequence. bandwidth: B/s.
-    batch: sequences that are decoded together.
-    flops_per_token, peak: FLOPs and FLOP/s; left out, compute does not limit.
-    """
-    if not bandwidth > 0 or (peak is not None and not peak > 0):
-        raise InputError(f"bandwidth and peak have to be positive (B/s, FLOP/s), got {bandwidth} and {peak}.")
-    if min(weight_bytes, kv_bytes, flops_per_token) < 0 or not weight_bytes + kv_bytes + flops_per_token > 0:
-        raise InputError("bytes and FLOPs a step can't be negative, nor all zero: give the sizes of weights and cache.")
-    if batch < 1 or batch != int(batch):
-        raise InputError(f"batch has to be a whole number from 1 up, got {batch}.")
-    if flops_per_token and peak is None:
-        raise InputError("flops_per_token needs a peak to be held against: give peak in FLOP/s, or leave both out.")
-    moving = (weight_bytes + batch * kv_bytes) / bandwidth
-    computing = batch * flops_per_token / peak if peak is not None else 0.0
-    return batch / max(moving, computing)
-
-
-def _peak(ceilings: Ceilings | Device, dtype: str) -> float:
-    if dtype not in ceilings.flops:
-        raise InputError(
-            f"no ceiling is known for dtype {dtype!r} here: choose from {', '.join(sorted(ceilings.flops))}."
-        )
-    return ceilings.flops[dtype]
 
 
 # --- one token on top of a cache --------------------------------------------------------------------------------------
@@ -168,7 +131,7 @@ def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str 
 
     points, dtype: as in `plot`.
     """
-    peak = _peak(ceilings, dtype)
+    peak = machine.peak(ceilings, dtype)
     ridge = peak / ceilings.bandwidth
     sentences = [
         f"Roofline of {ceilings.device}, measured: {quantity(ceilings.bandwidth, 'B/s')}, {dtype} peak "
@@ -197,7 +160,7 @@ def plot(
     points: (label, FLOP/byte, FLOP/s) each. dtype: whose peak is drawn. title: None names the device.
     A figure by itself: nothing is shown, and pyplot's state is not touched. `describe` says the same in words.
     """
-    rows, peak = _checked(points), _peak(ceilings, dtype)
+    rows, peak = _checked(points), machine.peak(ceilings, dtype)
     ridge = peak / ceilings.bandwidth
     scale, unit = (1e12, "TFLOP/s") if peak >= 1e13 else (1e9, "GFLOP/s")
     intensities, speeds = [x for _, x, _ in rows], [y for _, _, y in rows]

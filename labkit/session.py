@@ -207,8 +207,8 @@ class Lab:
             raise InputError(f"There is no claim {id!r} in claims.toml; there are {', '.join(near) or 'none yet'}.")
         claim = guide[id]
         kinds, reason = SETTLED_BY.get(claim.needs, ({"cpu", "cuda"}, ""))
-        number = _number(value) if value is not None else None
-        verdict = claims.verdict(claim, number if value is None or number is not None else value, ci95)
+        number = _number(value)
+        verdict = claims.verdict(claim, value if number is None else number, ci95)
         if self.device.type not in kinds:
             verdict = "not measurable here"
         self._claims[id] = records.SettledClaim(id=id, value=number, ci95=ci95 and tuple(ci95), verdict=verdict)
@@ -376,10 +376,7 @@ def _preset(asked: str) -> str:
 
 
 def _results_folder(results_dir: str | os.PathLike) -> Path:
-    try:
-        folder = Path(results_dir)
-    except TypeError:
-        raise InputError(f"results_dir is {results_dir!r}; give the path of a folder as text.") from None
+    folder = Path(results_dir)
     nearest = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(

@@ -78,6 +78,18 @@ class Failures:
             self._input = ""
 
 
+def is_mask(value: Any, weight: Any) -> bool:
+    """Whether an answer is a bool tensor of the shape of `weight`."""
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.shape == weight.shape
+
+
+def has_parts(value: Any, number: int) -> bool:
+    """Whether an answer is a tuple or a list of so many values."""
+    return isinstance(value, tuple | list) and len(value) == number
+
+
 def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
     """Run one exercise's check on the learner's `fn`. InputError for an unknown id or something that is no function.
 
@@ -124,7 +136,8 @@ def _difference(got: Any, want: Any, rtol: float, atol: float) -> str | None:
         if isinstance(got, bool):
             raise TypeError
         got, want = (
-            torch.as_tensor(float(one) if isinstance(one, numbers.Real) else one, device="cpu") for one in (got, want)
+            torch.as_tensor(float(value) if isinstance(value, numbers.Real) else value, device="cpu")
+            for value in (got, want)
         )
     except (TypeError, ValueError, RuntimeError):
         return f"your function returned a {type(got).__name__}, not a number or tensor"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit import storage
-from labkit.checks import Failures
+from labkit.checks import Failures, has_parts, is_mask
 from labkit.pruning.select import count_to_prune
 
 
@@ -32,11 +32,10 @@ def keep_mask(fn: Callable, failures: Failures) -> None:
 
 
 def _keep_mask(fn: Callable, failures: Failures, weight: Tensor, sparsity: float) -> None:
-    given = weight.clone()
-    mask = fn(given, sparsity)
-    failures.expect(torch.equal(given, weight), "your function changed the weight; it should only return a mask")
-    usable = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape
-    if not failures.expect(usable, "return a bool tensor of the weight's shape"):
+    copy = weight.clone()
+    mask = fn(copy, sparsity)
+    failures.expect(torch.equal(copy, weight), "your function changed the weight; it should only return a mask")
+    if not failures.expect(is_mask(mask, weight), "return a bool tensor of the weight's shape"):
         return
     gone = int((~mask).sum())
     failures.expect(
@@ -66,13 +65,13 @@ def remove_one(fn: Callable, failures: Failures) -> None:
 
 
 def _remove_one(fn: Callable, failures: Failures, w: Tensor, hessian: Tensor) -> None:
-    given = w.clone(), hessian.clone()
-    answer = fn(*given)
+    copies = w.clone(), hessian.clone()
+    answer = fn(*copies)
     failures.expect(
-        torch.equal(given[0], w) and torch.equal(given[1], hessian),
+        torch.equal(copies[0], w) and torch.equal(copies[1], hessian),
         "your function changed w or the Hessian; copy first",
     )
-    if not failures.expect(isinstance(answer, tuple | list) and len(answer) == 2, "return the index and the new row"):
+    if not failures.expect(has_parts(answer, 2), "return the index and the new row"):
         return
     q, new = int(answer[0]), torch.as_tensor(answer[1], dtype=torch.float64)
     if not failures.expect(new.shape == w.shape and 0 <= q < len(w), "the row keeps its length, the index lies in it"):
@@ -92,10 +91,10 @@ def _remove_one(fn: Callable, failures: Failures, w: Tensor, hessian: Tensor) ->
 
 def _least_increase(w: Tensor, hessian: Tensor, q: int) -> Tensor:
     """The least of d^T H d / 2 over all changes d with d_q = -w_q, by solving for the others."""
-    others = [i for i in range(len(w)) if i != q]
+    free = [i for i in range(len(w)) if i != q]
     change = torch.zeros_like(w)
     change[q] = -w[q]
-    change[others] = -torch.linalg.solve(hessian[others][:, others], hessian[others, q] * change[q])
+    change[free] = -torch.linalg.solve(hessian[free][:, free], hessian[free, q] * change[q])
     return change @ hessian @ change / 2
 
 

@@ -4,13 +4,14 @@ Each tests what has to hold (the masked model's outputs, exact counts, invarianc
 """
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.checks import Failures
+from labkit.checks import Failures, has_parts, is_mask
 
 # how the first convolution is built, how the second, the norm's settings, what stays of 6 channels
 CHAINS = (
@@ -25,19 +26,16 @@ def surgery(fn: Callable, failures: Failures) -> None:
     """cut(conv, norm, reader, keep) -> the three modules with only the channels `keep` between them."""
     for first, second, settings, keep in CHAINS:
         before = _chain(first, second, settings)
-        given = copy.deepcopy(before)
-        index = torch.tensor(keep)
+        modules, index = copy.deepcopy(before), torch.tensor(keep)
         with failures.given(conv=str(first), norm=str(settings), reader=str(second), keep=keep):
-            after = fn(*given, index)
-            if not failures.expect(
-                isinstance(after, tuple | list) and len(after) == 3, "return three modules: conv, norm, reader"
-            ):
+            after = fn(*modules, index)
+            if not failures.expect(has_parts(after, 3), "return three modules: conv, norm, reader"):
                 continue
             _is_smaller(after, before, len(keep), failures)
             _computes_the_same(after, before, index, failures)
             _settings_stay(after, before, failures)
             failures.expect(
-                all(_same_state(one, other) for one, other in zip(given, before, strict=True)),
+                all(_equal(new.state_dict(), old.state_dict()) for new, old in zip(modules, before, strict=True)),
                 "the modules that were given have changed; copy them before you cut",
             )
 
@@ -77,33 +75,32 @@ def _computes_the_same(after, before, keep: Tensor, failures: Failures) -> None:
     )
 
 
-def _is_smaller(after, before, kept: int, failures: Failures) -> None:
+def _is_smaller(after, before, width: int, failures: Failures) -> None:
     conv, norm, reader = after
     sizes = (conv.out_channels, norm.num_features, reader.in_channels)
-    failures.expect(sizes == (kept,) * 3, "out_channels, num_features and in_channels have to say the new width")
+    failures.expect(sizes == (width,) * 3, "out_channels, num_features and in_channels have to say the new width")
     most = sum(p.numel() for module in before for p in module.parameters())
     numel = sum(p.numel() for module in after for p in module.parameters())
     per_channel = (most - before[2].out_channels * (before[2].bias is not None)) // 6
     failures.expect(
-        numel == most - per_channel * (6 - kept),
+        numel == most - per_channel * (6 - width),
         "the parameters that are left are too many or too few; a channel is a row, an entry of each vector, a column",
     )
 
 
 def _settings_stay(after, before, failures: Failures) -> None:
-    for one, other in zip(after, before, strict=True):
-        failures.expect(one.training == other.training, "a module has changed between train and eval mode")
-        wanted = [p.requires_grad for p in other.parameters()]
-        failures.expect([p.requires_grad for p in one.parameters()] == wanted, "requires_grad has not been kept")
+    for new, old in zip(after, before, strict=True):
+        failures.expect(new.training == old.training, "a module has changed between train and eval mode")
+        flags = [[p.requires_grad for p in module.parameters()] for module in (new, old)]
+        failures.expect(flags[0] == flags[1], "requires_grad has not been kept")
     failures.expect(
         after[1].eps == before[1].eps and after[1].momentum == before[1].momentum,
         "the norm's eps or momentum went back to its default",
     )
 
 
-def _same_state(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # ------------------------------------------------------------------------------------------------------ one ranking
@@ -130,18 +127,16 @@ def ranking(fn: Callable, failures: Failures) -> None:
 
 
 def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, least: int, failures: Failures) -> None:
-    given = _copied(scores)
-    kept = fn(given, ratio, least)
-    failures.expect(_equal(given, scores), "the scores that were given have changed; compute new tensors")
-    shaped = isinstance(kept, dict) and kept.keys() == scores.keys()
-    shaped = shaped and all(
-        isinstance(k, Tensor) and k.dtype == torch.bool and k.shape == scores[name].shape for name, k in kept.items()
-    )
+    copies = _copied(scores)
+    masks = fn(copies, ratio, least)
+    failures.expect(_equal(copies, scores), "the scores that were given have changed; compute new tensors")
+    shaped = isinstance(masks, dict) and masks.keys() == scores.keys()
+    shaped = shaped and all(is_mask(mask, scores[name]) for name, mask in masks.items())
     if not failures.expect(shaped, "return a dict with a bool tensor for each layer, shaped like its scores"):
         return
     total = sum(len(s) for s in scores.values())
     possible = sum(max(len(s) - least, 0) for s in scores.values())
-    removed = sum(int((~k).sum()) for k in kept.values())
+    removed = sum(int((~k).sum()) for k in masks.values())
     failures.expect(
         removed == min(round(ratio * total), possible),
         "the number of removed channels is not the one asked for (or all that may go); look at ties, at rounding, and "
@@ -149,11 +144,11 @@ def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, le
         detail=f"removed {removed} of {total}",
     )
     failures.expect(
-        all(int(k.sum()) >= min(least, len(k)) for k in kept.values()), "a layer has fewer channels left than `least`"
+        all(int(k.sum()) >= min(least, len(k)) for k in masks.values()), "a layer has fewer channels left than `least`"
     )
     parts = {name: s / s.mean() for name, s in scores.items()}
-    gone = [float(parts[name][~k].max()) for name, k in kept.items() if not k.all()]
-    free = [float(parts[name][k].min()) for name, k in kept.items() if int(k.sum()) > least]  # could have lost more
+    gone = [float(parts[name][~k].max()) for name, k in masks.items() if not k.all()]
+    free = [float(parts[name][k].min()) for name, k in masks.items() if int(k.sum()) > least]  # could have lost more
     failures.expect(
         not gone or not free or max(gone) <= min(free) + 1e-6,
         "a channel stays while one with a higher score, relative to its layer's mean, goes",
@@ -162,10 +157,6 @@ def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, le
 
 def _copied(scores: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: s.clone() for name, s in scores.items()}
-
-
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # ------------------------------------------------------------------------------------- ratios from sensitivity curves
@@ -184,7 +175,7 @@ CURVES = {
 def allocation(fn: Callable, failures: Failures) -> None:
     """allocate(baseline, curves, tolerance) -> {group: ratio}."""
     baseline = 60 / 64
-    found = {}
+    by_tolerance = {}
     for tolerance in (0.0, 1 / 64, 2 / 64, 5 / 64, 1.0):
         with failures.given(baseline=baseline, tolerance=tolerance):
             ratios = fn(baseline, {name: dict(curve) for name, curve in CURVES.items()}, tolerance)
@@ -192,14 +183,14 @@ def allocation(fn: Callable, failures: Failures) -> None:
                 isinstance(ratios, dict) and ratios.keys() == CURVES.keys(), "return a ratio for every group"
             ):
                 continue
-            found[tolerance] = ratios
+            by_tolerance[tolerance] = ratios
             for name, ratio in ratios.items():
                 with failures.given(curve=name, baseline=baseline, tolerance=tolerance):
                     _fits(ratio, CURVES[name], baseline, tolerance, failures)
-    for little, much in zip(list(found)[:-1], list(found)[1:], strict=True):
+    for little, much in itertools.pairwise(by_tolerance):
         with failures.given(tolerance=f"{little:.3f} and {much:.3f}"):
             failures.expect(
-                all(found[little][name] <= found[much][name] for name in CURVES),
+                all(by_tolerance[little][name] <= by_tolerance[much][name] for name in CURVES),
                 "a larger tolerance gives a smaller ratio",
             )
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.checks import Failures
+from labkit.checks import Failures, has_parts
 
 # width of the model, size of a head, query heads, KV heads, whether there are biases, which KV heads stay
 LAYERS = (
@@ -30,14 +30,14 @@ def surgery(fn: Callable, failures: Failures) -> None:
     """cut_heads(q, k, v, o, head_dim, keep) -> the four projections with only the KV heads `keep` and their queries."""
     for width, head_dim, heads, kv_heads, bias, keep in LAYERS:
         before = _attention_layer(width, head_dim, heads, kv_heads, bias)
-        given, index = copy.deepcopy(before), torch.tensor(keep)
+        layers, index = copy.deepcopy(before), torch.tensor(keep)
         with failures.given(width=width, head_dim=head_dim, heads=heads, kv_heads=kv_heads, bias=bias, keep=keep):
-            after = fn(*given, head_dim, index)
+            after = fn(*layers, head_dim, index)
             failures.expect(
-                all(_same(one, other) for one, other in zip(given, before, strict=True)),
+                all(_same(new, old) for new, old in zip(layers, before, strict=True)),
                 "the modules that were given have changed; copy them before you cut",
             )
-            four = isinstance(after, tuple | list) and len(after) == 4 and all(isinstance(m, nn.Linear) for m in after)
+            four = has_parts(after, 4) and all(isinstance(layer, nn.Linear) for layer in after)
             if not failures.expect(four, "return four linear layers: q, k, v, o"):
                 continue
             _has_its_sizes(after, width, head_dim, heads // kv_heads * len(keep), len(keep), bias, failures)
@@ -62,7 +62,7 @@ def _attend(layers: list[nn.Linear], x: Tensor, head_dim: int) -> Tensor:
     """Grouped-query attention of x [B, T, width] without a mask; the numbers of heads follow from the shapes."""
     with torch.no_grad():
         q, k, v = (layer(x).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers[:3])  # [B, heads, T, dim]
-        k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for one in (k, v))
+        k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for heads in (k, v))
         context = (q @ k.transpose(-1, -2) / math.sqrt(head_dim)).softmax(-1) @ v
         return layers[3](context.transpose(1, 2).flatten(2))
 
@@ -86,22 +86,22 @@ def _computes_the_same(after, before, head_dim: int, keep: list[int], failures: 
 
 
 def _has_its_sizes(after, width: int, head_dim: int, heads: int, kv_heads: int, bias: bool, failures: Failures) -> None:
-    wanted = [(width, n * head_dim) for n in (heads, kv_heads, kv_heads)] + [(heads * head_dim, width)]
-    for name, layer, (fan_in, fan_out) in zip(PROJECTIONS, after, wanted, strict=True):
+    sizes = [(width, n * head_dim) for n in (heads, kv_heads, kv_heads)] + [(heads * head_dim, width)]
+    for name, layer, (fan_in, fan_out) in zip(PROJECTIONS, after, sizes, strict=True):
         failures.expect(
             tuple(layer.weight.shape) == (fan_out, fan_in),
             f"the weight of {name} has a shape that does not fit the heads that stay",
             detail=f"{tuple(layer.weight.shape)}",
         )
-        said = (layer.in_features, layer.out_features) == (fan_in, fan_out)
-        failures.expect(said, f"in_features or out_features of {name} does not say the new size")
+        named = (layer.in_features, layer.out_features) == (fan_in, fan_out)
+        failures.expect(named, f"in_features or out_features of {name} does not say the new size")
         right_bias = (layer.bias is not None and layer.bias.shape == (fan_out,)) if bias else layer.bias is None
         failures.expect(right_bias, f"the bias of {name} has not the length of its outputs, or has come or gone")
 
 
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    sizes = (one.in_features, one.out_features) == (other.in_features, other.out_features)
+def _same(new: nn.Module, old: nn.Module) -> bool:
+    ours, theirs = new.state_dict(), old.state_dict()
+    sizes = (new.in_features, new.out_features) == (old.in_features, old.out_features)
     return sizes and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -113,9 +113,9 @@ def head_scores(fn: Callable, failures: Failures) -> None:
     for lengths, heads, dim in (((5, 3, 1), 4, 3), ((2,), 1, 5), ((6, 6), 12, 2), ((1, 4, 2, 7), 3, 4)):
         context, grad, mask = _sequences(lengths, heads, dim)
         with failures.given(lengths=str(lengths), heads=heads, head_dim=dim):
-            kept = [one.clone() for one in (context, grad, mask)]
+            copies = [tensor.clone() for tensor in (context, grad, mask)]
             got = fn(context, grad, mask)
-            intact = all(torch.equal(one, other) for one, other in zip((context, grad, mask), kept, strict=True))
+            intact = all(map(torch.equal, (context, grad, mask), copies))
             failures.expect(intact, "the tensors that were given have changed; compute new ones")
             each = [
                 sum(context[i, t, :, d] * grad[i, t, :, d] for t in range(length) for d in range(dim)).abs()
@@ -157,10 +157,9 @@ def speedup_bound(fn: Callable, failures: Failures) -> None:
     for width, ffn, tokens in blocks:
         for heads, neurons in ((1.0, 1.0), (0.5, 1.0), (7 / 12, 1.0), (1.0, 0.7), (0.25, 0.5), (0.0, 1.0), (1.0, 0.0)):
             with failures.given(width=width, ffn=ffn, tokens=tokens, heads=f"{heads:.3f}", neurons=f"{neurons:.3f}"):
-                left = _flops(width, ffn, tokens, heads, neurons)
                 failures.close(
                     fn(width, ffn, tokens, heads, neurons),
-                    _flops(width, ffn, tokens, 1.0, 1.0) / left,
+                    _flops(width, ffn, tokens, 1.0, 1.0) / _flops(width, ffn, tokens, heads, neurons),
                     "count what is multiplied for one token: four projections, scores and weighted sum with every "
                     "token, two feed-forward matrices; then divide the whole by what is left",
                     rtol=1e-9,
@@ -205,8 +204,8 @@ def _mean_angle(a: Tensor, b: Tensor, lengths: tuple[int, ...]) -> float:
     angles = []
     for i, length in enumerate(lengths):
         for t in range(length):
-            one, other = F.normalize(a[i, t], dim=0), F.normalize(b[i, t], dim=0)
-            angles.append(2 * torch.atan2((one - other).norm(), (one + other).norm()))  # Kahan's: exact when small
+            u, v = F.normalize(a[i, t], dim=0), F.normalize(b[i, t], dim=0)
+            angles.append(2 * torch.atan2((u - v).norm(), (u + v).norm()))  # Kahan's: exact when small
     return float(sum(angles)) / len(angles) / math.pi
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.checks import Failures
+from labkit.checks import Failures, has_parts, is_mask
 
 
 def nm_mask(fn: Callable, failures: Failures) -> None:
@@ -31,21 +31,20 @@ def nm_mask(fn: Callable, failures: Failures) -> None:
 
 
 def _nm_mask(fn: Callable, failures: Failures, weight: Tensor, n: int, m: int) -> None:
-    given = weight.clone()
-    mask = fn(given, n, m)
-    failures.expect(torch.equal(given, weight), "your function changed the weight; it should only return a mask")
-    usable = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape
-    if not failures.expect(usable, "return a bool tensor of the weight's shape"):
+    copy = weight.clone()
+    mask = fn(copy, n, m)
+    failures.expect(torch.equal(copy, weight), "your function changed the weight; it should only return a mask")
+    if not failures.expect(is_mask(mask, weight), "return a bool tensor of the weight's shape"):
         return
     groups = weight.abs().float().movedim(1, -1).reshape(-1, m).tolist()  # each one m neighbours in dimension 1
-    kept = mask.movedim(1, -1).reshape(-1, m).tolist()
-    wrong = [sum(row) for row in kept if sum(row) != n]
+    rows = mask.movedim(1, -1).reshape(-1, m).tolist()
+    wrong = [sum(row) for row in rows if sum(row) != n]
     failures.expect(
         not wrong,
         "a group of m neighbours in dimension 1 does not keep exactly n: look at ties, the dimension, what n counts",
-        detail=f"{len(wrong)} of {len(kept)} groups, the first keeps {wrong[0]}" if wrong else "",
+        detail=f"{len(wrong)} of {len(rows)} groups, the first keeps {wrong[0]}" if wrong else "",
     )
-    pairs = [list(zip(group, row, strict=True)) for group, row in zip(groups, kept, strict=True)]
+    pairs = [list(zip(group, row, strict=True)) for group, row in zip(groups, rows, strict=True)]
     failures.expect(
         all(least >= most for least, most in map(_edge, pairs)),
         "a removed weight is larger in magnitude than one of its group that is kept",
@@ -81,10 +80,10 @@ def compress(fn: Callable, failures: Failures) -> None:
 
 def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
     rows, columns = weight.shape
-    given = weight.clone()
-    answer = fn(given)
-    failures.expect(torch.equal(given, weight), "your function changed the weight")
-    if not failures.expect(isinstance(answer, tuple | list) and len(answer) == 2, "return the values and the places"):
+    copy = weight.clone()
+    answer = fn(copy)
+    failures.expect(torch.equal(copy, weight), "your function changed the weight")
+    if not failures.expect(has_parts(answer, 2), "return the values and the places"):
         return
     values, places = answer
     usable = all(isinstance(part, Tensor) for part in answer)
@@ -141,17 +140,16 @@ def wanda_mask(fn: Callable, failures: Failures) -> None:
 
 def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor, n: int, m: int) -> None:
     mask = fn(weight.clone(), inputs.clone(), n, m)
-    usable = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape
-    if not failures.expect(usable, "return a bool tensor [out, in], True where a weight is kept"):
+    if not failures.expect(is_mask(mask, weight), "return a bool tensor [out, in], True where a weight is kept"):
         return
-    kept = mask.view(len(weight), -1, m)
-    if not failures.expect(bool((kept.sum(-1) == n).all()), "a group of m does not keep exactly n"):
+    groups = mask.view(len(weight), -1, m)
+    if not failures.expect(bool((groups.sum(-1) == n).all()), "a group of m does not keep exactly n"):
         return
     columns = inputs.flatten(0, -2).t()  # [in, tokens]
     change = torch.stack([(w * x).norm() for row in weight for w, x in zip(row, columns, strict=True)])
-    change = change.view(kept.shape)  # how far the outputs move when this weight alone goes, over all tokens
-    least = change.masked_fill(~kept, torch.inf).amin(-1)
-    most = change.masked_fill(kept, 0.0).amax(-1)
+    change = change.view(groups.shape)  # how far the outputs move when this weight alone goes, over all tokens
+    least = change.masked_fill(~groups, torch.inf).amin(-1)
+    most = change.masked_fill(groups, 0.0).amax(-1)
     failures.expect(
         bool((least >= most * (1 - 1e-5)).all()),
         "a weight was removed whose absence moves the output further than that of one that stayed in its group: the "

@@ -40,11 +40,10 @@ def work_b():
 class SimulatedClock:
     """SIMULATED: cost[fn] seconds a call, 3 % noise, and a machine whose speed depends on the simulated time."""
 
-    def __init__(self, environment="stationary", cost=None, seed=0, going_second=1.0):
+    def __init__(self, environment="stationary", cost=None, seed=0):
         self.rng, self.now, self.environment = random.Random(seed), 0.0, environment
         self.cost = cost or {}
         self.step_at = self.rng.uniform(0.1, 0.9)
-        self.going_second, self.last = going_second, None
 
     def __call__(self, fn, number):
         seconds = number * self.cost.get(fn, 2e-3) * math.exp(self.rng.gauss(0, 0.03)) * self.slowness()
@@ -177,11 +176,6 @@ def test_measuring_ends_when_it_is_precise_and_looks_only_now_and_then():
     assert sum(short.samples_s) == pytest.approx(0.1, rel=0.1) and len(short.samples_s) < bench.SAMPLES + 5
 
 
-def test_percentiles_interpolate():
-    side = Measurement("x", (1.0, 2.0, 3.0, 4.0, 5.0), 1, "wall", "hot", "cpu", 1)
-    assert (side.percentile(0), side.percentile(50), side.percentile(87.5)) == (1.0, 3.0, 4.5)
-
-
 def test_warm_up_takes_a_tenth_to_a_half_of_the_budget_whatever_went_before():
     """A call that settles at once, and one that never does: every call is 5 % faster than the last."""
     costs = {work_a: iter(lambda: 1e-3, None), work_b: (0.95**i for i in itertools.count())}
@@ -191,17 +185,6 @@ def test_warm_up_takes_a_tenth_to_a_half_of_the_budget_whatever_went_before():
         (least,) = clocks.warm_up(run, [fn], budget_s)
         assert share <= (run.now() - before) / budget_s < share + 0.06
         assert least == pytest.approx(fastest)
-
-
-@pytest.mark.parametrize("cost", [3e-9, 2e-6, 4e-4, 0.02])
-def test_a_sample_lasts_a_millisecond_or_one_call(cost):
-    run = clocks.choose(torch.device("cpu"), injected=lambda fn, number: number * cost)
-    number = clocks.repeats(run, work_a, cost)
-    assert number == (1 if cost > 1e-3 else pytest.approx(1e-3 / cost, abs=1))
-
-
-def test_load_by_others_is_no_matter_of_a_simulated_clock():
-    assert simulate().foreign_cores is None
 
 
 def test_order_is_balanced_in_every_block():
@@ -290,15 +273,11 @@ BAD_CALLS = {
     "candidate must be a function": {"candidate": None},
     "budget_s must be a number of seconds above 0": {"budget_s": 0},
     "budget_s must be a number of seconds above 0, got nan": {"budget_s": math.nan},
-    "budget_s must be a number of seconds above 0, got '1'": {"budget_s": "1"},
     "cache must be one of hot, cold": {"cache": "warm"},
     "needs a CUDA device, got cpu": {"cache": "cold", "device": "cpu"},
     "device is 'gpu'; choose auto, cpu, cuda or cuda:N": {"device": "gpu"},
     "names must be two different names": {"names": ("same", "same")},
-    "names must be two different names, for baseline": {"names": "ab"},
-    "A name must be a word or two on one line": {"names": ("a\nb", "c")},
     "check must be a function": {"check": True},
-    "clock must be a function": {"clock": 3},
 }
 
 
@@ -311,17 +290,10 @@ def test_bad_input_is_refused_before_any_work(sentence, bad):
         compare(**{"baseline": untouched, "candidate": untouched, **bad})
 
 
-@pytest.mark.parametrize("bad", [{"fn": 3}, {"budget_s": -1}, {"budget_s": True}, {"device": "gpu"}, {"name": ""}])
+@pytest.mark.parametrize("bad", [{"fn": 3}, {"budget_s": -1}, {"budget_s": True}, {"device": "gpu"}])
 def test_measure_refuses_bad_input(bad):
     with pytest.raises(InputError):
         measure(**{"fn": work_a, **bad})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("how", [{"device": "cuda"}, {"cache": "cold"}, {"device": "cuda:7"}])
-def test_a_missing_device_is_named(how):
-    with pytest.raises(InputError, match=r"cuda.* is not there"):
-        compare(work_a, work_b, **how)
 
 
 async def coroutine():
@@ -393,13 +365,6 @@ def test_real_clock_runs_in_inference_mode_without_collector():
     assert result.device == "cpu"
 
 
-def test_the_first_call_is_off_the_clock():
-    """Compilation and lazy set-up happen in it; the simulated clock itself calls nothing."""
-    calls = []
-    measure(lambda: calls.append(1), clock=SimulatedClock())
-    assert len(calls) == 1
-
-
 def test_a_call_that_sleeps_is_not_judged_by_cpu_time():
     result = measure(lambda: time.sleep(0.002), budget_s=0.4)
     assert result.clock == "wall"
@@ -411,8 +376,7 @@ def test_a_call_that_sleeps_is_not_judged_by_cpu_time():
     [(torch.ones(1), "cpu"), ({"a": [1, torch.ones(1, device="meta")]}, "meta"), ((), None), (None, None), (3, None)],
 )
 def test_device_of_an_output(output, device):
-    found = clocks.device_of(output)
-    assert (found.type if found else None) == device
+    assert getattr(clocks.device_of(output), "type", None) == device
 
 
 def test_foreign_load_is_busy_time_less_our_own():

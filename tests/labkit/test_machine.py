@@ -36,16 +36,6 @@ def test_fingerprint_is_json_and_names_no_host_user_or_folder():
     assert not [name for name in private if len(name) > 3 and name in text]
 
 
-def test_fingerprint_survives_a_precision_set_per_backend():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        assert fingerprint("cpu").float32_matmul_precision in ("mixed", "high")
-    finally:
-        matmul.fp32_precision = before
-
-
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads sysfs")
 def test_caches_grow_with_the_level():
     caches = list(fingerprint("cpu").caches.values())
@@ -91,11 +81,6 @@ def test_threads_stay_within_a_container_s_quota(quota: str, cores: int, monkeyp
     monkeypatch.setattr(machine, "fingerprint", lambda device: eight)
     monkeypatch.setattr(machine, "_read", lambda path: quota)
     assert machine.threads() == cores
-
-
-def test_threads_that_were_set_are_kept(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert machine.threads() == torch.get_num_threads()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -162,11 +147,6 @@ def test_stream_arrays_are_four_times_the_last_cache():
     assert calls.keys() == moved.keys()
 
 
-def test_stream_arrays_fit_a_small_memory():
-    here = replace(fingerprint("cpu"), last_level_cache=2**30, memory=2**30)
-    assert {size for _, size in machine._streams(here, CPU)[1]} == {2**26}
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_sweep_reads_its_working_set_over_and_over_in_one_call(threads: int):
     size = 48 * 2**10
@@ -228,8 +208,8 @@ ERRORS = {
         lambda: Ceilings("T4", {"fp32": 1.0}, 1.0).ridge("fp8"),
         "no 'fp8' ceiling for T4: choose",
     ),
-    "no budget": (lambda: ceilings("cpu", budget_s=0), "budget_s has to be .* got 0"),
-    "no end": (lambda: bandwidth_sweep("cpu", budget_s=float("inf")), "budget_s has to be .* got inf"),
+    "no budget": (lambda: ceilings("cpu", budget_s=0), "budget_s must be .* got 0"),
+    "no end": (lambda: bandwidth_sweep("cpu", budget_s=float("inf")), "budget_s must be .* got inf"),
     "unknown device": (lambda: fingerprint("tpu"), "device is 'tpu'; choose auto, cpu, cuda or cuda:N"),
     "device of no name": (lambda: bandwidth_sweep(3.5), "device is 3.5; choose"),
     "device not there": (lambda: ceilings("cuda:63"), "The device cuda:63 is not there"),
@@ -320,12 +300,6 @@ def test_each_halving_of_the_width_doubles_the_rate(name: str):
     assert flops["bf16"] == flops["fp16"]
 
 
-@pytest.mark.parametrize("name", ["RTX 3090", "RTX 4090", "A10G"])
-def test_half_rate_cards_give_tensor_peaks_not_vector_ones(name: str):
-    flops = DEVICES[name].flops
-    assert flops["fp16"] == pytest.approx(2 * flops["fp32"], rel=0.01)
-
-
 @each
 def test_every_figure_has_a_source_and_its_evidence_is_named(device: Device):
     assert len(device.source) > 20
@@ -347,14 +321,6 @@ def test_units_are_flops_bytes_and_watts(device: Device):
     assert 1e10 < device.memory < 1e12
     assert device.l2 is None or 2**21 <= device.l2 <= 2**28
     assert device.tdp is None or 50 <= device.tdp <= 1500
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "ridge"),
-    [("H100 SXM", "bf16", 295.3), ("A100 80GB SXM", "fp16", 153.0), ("H200 SXM", "bf16", 206.1), ("T4", "fp16", 203.1)],
-)
-def test_dense_ridge(name: str, dtype: str, ridge: float):
-    assert DEVICES[name].flops[dtype] / DEVICES[name].bandwidth == pytest.approx(ridge, abs=0.1)
 
 
 def test_sparse_peaks_are_those_the_headlines_print():

@@ -10,7 +10,7 @@ import torch
 
 from labkit import files, records
 from labkit.errors import DataError, InputError
-from labkit.records import Column, RunRecord, cost, quality, result, setting
+from labkit.records import Column, RunRecord, cost, quality
 
 TABLE = records.table(
     "cuts",
@@ -51,13 +51,6 @@ def test_a_declared_column_keeps_its_meaning_on_the_disk(tmp_path):
     assert table.by == ("cut", "seed")
     assert table.meaning("accuracy") == Column(role="quality", unit="%", low="low", high="high")
     assert table.meaning("ms") == Column(role="cost", unit="ms", clock=True)
-
-
-@pytest.mark.parametrize(
-    ("declared", "role"), [(quality(), "quality"), (cost(), "cost"), (setting(), "setting"), (result(), "result")]
-)
-def test_each_word_is_a_role(declared, role):
-    assert declared.role == role and not declared.clock
 
 
 def test_what_is_not_declared_is_a_setting_in_by_and_a_plain_result_elsewhere():
@@ -115,23 +108,6 @@ def test_every_number_in_the_recorded_tables_was_declared():
 def test_the_recorded_tables_know_which_way_is_better(name, column, role):
     tables = [table for table, other in recorded_columns() if (table.name, other) == (name, column)]
     assert {table.meaning(column).role for table in tables} == {role}
-
-
-@pytest.mark.parametrize(("name", "better"), [("decode speed", "quality"), ("MiniLM at 90 %: file over dense", "cost")])
-def test_recorded_single_values_know_it_too(name, better):
-    runs = [records.read(path) for path in files.RECORDED.glob("*/[0-9][0-9].json")]
-    assert {entry.role for run in runs if (entry := run.named(name))} == {better}
-
-
-def test_arithmetic_was_not_made_by_a_clock_and_times_were():
-    clocks = {(table.name, column): table.meaning(column).clock for table, column in recorded_columns()}
-    counted = ["GFLOP", "MB", "FLOP/byte"]
-    assert not any(clocks["models on the roofline", column] for column in counted)
-    assert clocks["models on the roofline", "share of the roof"] and clocks["accuracy and time", "time left"]
-    assert not clocks["accuracy and time", "MACs left"] and not clocks["lottery tickets", "accuracy (%)"]
-    run = records.read(next(files.RECORDED.glob("*/01.json")))
-    assert not run.named("FLOPs saved by depthwise").clock
-    assert all(run.named(name).clock for name in ("decode speed", "turning batch", "MiniLM, 64 tokens"))
 
 
 # the file -----------------------------------------------------------------------------------------------------------
@@ -200,23 +176,8 @@ def test_no_folder_of_the_user_gets_into_the_file(tmp_path, monkeypatch):
     )
     records.write(run, tmp_path / "record.json")
     kept = json.loads((tmp_path / "record.json").read_text())
-    assert kept["parameters"]["MODEL"] == "small.bin"
-    assert kept["parameters"]["HUB"] == "org/name"
+    assert kept["parameters"] == {"MODEL": "small.bin", "HUB": "org/name", "WINDOWS": "m.bin"}
     assert kept["checks"][0]["failures"] == ["FileNotFoundError: <course>/data/x and ~/y"]
-
-
-def test_an_older_record_stays_whole_when_writing_fails(tmp_path, monkeypatch):
-    path = tmp_path / "record.json"
-    records.write(RECORD, path)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(InputError, match=r"cannot be written to .* \(No space left on device\)"):
-        records.write(changed(seconds=9.0), path)
-    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
-    assert records.read(path) == RECORD
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
@@ -233,19 +194,13 @@ VALUE = {"kind": "value", "name": "x", "value": 1}
     [
         ({"version": "labkit.record/1"}, "is of version 'labkit.record/1', this labkit reads 'labkit.record/2'; run"),
         ({"lesson": 1}, "is damaged: `lesson`: "),
-        ({"seconds": None}, "is damaged: `seconds`: "),
-        ({"measurements": {}}, "is damaged: `measurements`: "),
         ({"measurements": [{"name": "x"}]}, "is damaged: `measurements.0`: "),
         ({"measurements": [3]}, "is damaged: `measurements.0`: "),
-        ({"measurements": [{"kind": "table", "name": "x"}]}, "is damaged: `measurements.0.table.rows`: "),
         (
             {"measurements": [{"kind": "table", "name": "x", "rows": [3]}]},
             "is damaged: `measurements.0.table.rows.0`: ",
         ),
-        ({"measurements": [{"kind": "value", "name": "x"}]}, "is damaged: `measurements.0.value.value`: "),
-        ({"measurements": [VALUE | {"ci95": [1]}]}, "is damaged: `measurements.0.value.ci95.1`: "),
         ({"measurements": [VALUE | {"role": "best"}]}, "is damaged: `measurements.0.value.role`: "),
-        ({"claims": [{"id": "1.1"}]}, "is damaged: `claims.0.value`: "),
         ({"claims": [{"id": "1.1", "value": 1, "verdict": "true"}]}, "is damaged: `claims.0.verdict`: "),
         ({"checks": ["01.1"]}, "is damaged: `checks.0`: "),
         ({"colour": "red"}, "is damaged: `colour`: "),

@@ -95,7 +95,6 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 def test_a_preset_chooses_a_size(tmp_path, preset, value):
     lab = labkit.start("01", preset=preset, device="cpu", results_dir=tmp_path)
     assert lab.by_preset(smoke=1, class_=2, full=3) == value
-    assert lab.by_preset(1, 2, 3) == value
 
 
 def test_the_environment_overrides_the_preset_and_auto_only(tmp_path, monkeypatch):
@@ -122,7 +121,6 @@ def test_the_environment_overrides_the_preset_and_auto_only(tmp_path, monkeypatc
         ({"device": 0}, "device is 0; choose auto"),
         ({"seed": -1}, "seed is -1; give a whole number"),
         ({"seed": 1.5}, "seed is 1.5; give a whole number"),
-        ({"results_dir": None}, "results_dir is None; give the path of a folder"),
         ({"parameters": {"MODEL": torch.nn.ReLU()}}, "not a ReLU"),
     ],
 )
@@ -137,14 +135,6 @@ def test_results_that_could_not_be_written_are_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="give a results_dir that is a folder you may write to"):
         labkit.start("01", device="cpu", results_dir=tmp_path / "file" / "runs")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
-def test_cuda_where_there_is_none_is_one_sentence(tmp_path):
-    with pytest.raises(
-        InputError, match=r"The device cuda is not there \(torch sees no CUDA device here\); choose auto"
-    ):
-        labkit.start("01", device="cuda", results_dir=tmp_path)
 
 
 @pytest.mark.gpu
@@ -214,6 +204,7 @@ def test_measure_and_compare_keep_samples_intervals_and_verdict(lab, capsys):
     kept = done(lab)
     first, second = kept["measurements"]
     assert (first["kind"], first["value"], first["unit"]) == ("measurement", one.median_s, "s")
+    assert [(entry["role"], entry["clock"]) for entry in (first, second)] == [("cost", True), ("quality", True)]
     assert first["detail"]["samples_s"] == pytest.approx(one.samples_s, rel=5e-6)
     assert (second["kind"], second["unit"], second["verdict"]) == ("comparison", "x", two.verdict)
     assert second["detail"]["candidate"]["samples_s"] == pytest.approx(two.candidate.samples_s, rel=5e-6)
@@ -240,20 +231,6 @@ def test_record_takes_numbers_texts_and_rows(lab, capsys):
     assert (sweep.kind, sweep.rows) == ("table", [{"batch": 1, "ms": 0.5}])
 
 
-def test_what_a_value_means_is_recorded_and_measured_times_know_theirs(lab):
-    lab.record("speed", 20.0, "tokens/s", role="quality", clock=True)
-    lab.record("plain", 3)
-    lab.measure("short", lambda: sum(range(500)), budget_s=0.05)
-    lab.compare("ratio", lambda: sum(range(500)), lambda: sum(range(500)), budget_s=0.05)
-    meanings = {entry.name: (entry.role, entry.clock, entry.unit) for entry in lab.finish().measurements}
-    assert meanings == {
-        "speed": ("quality", True, "tokens/s"),
-        "plain": ("result", False, ""),
-        "short": ("cost", True, "s"),
-        "ratio": ("quality", True, "x"),
-    }
-
-
 def test_what_the_columns_of_a_table_mean_is_recorded(lab):
     rows = [{"batch": size, "seed": 0, "ms": 1.5 * size} for size in (1, 2)]
     lab.record("sweep", rows, by=("batch", "seed"), columns={"ms": cost("ms", clock=True)})
@@ -266,7 +243,6 @@ def test_what_the_columns_of_a_table_mean_is_recorded(lab):
     [
         (1, {"role": "best"}, "The role of 'x' is 'best'; choose one of setting, quality, cost, result."),
         (1, {"by": ("a",)}, "'x' is a single value, and by and columns are about rows"),
-        ([{"a": 1}, {"a": 1}], {"by": ("a",)}, "does not tell the rows of 'x' apart"),
         ([{"a": 1}], {"columns": {"b": cost()}}, "'x' has no column 'b'"),
     ],
 )
@@ -304,6 +280,8 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     lab.beside("step")
     alone = capsys.readouterr().out
     assert "2 ms" in alone and "a GPU" in alone and "not recorded yet" in alone
+    lab._show_card()
+    assert "not recorded yet" in capsys.readouterr().out
 
     other = labkit.start("01", preset="class", device="cpu", results_dir=lab._path.parent)
     other.record("step", 0.001, "s", ci95=(0.0009, 0.0011))
@@ -317,6 +295,8 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     lab.beside("step")
     both = capsys.readouterr().out
     assert "Some GPU" in both and "900 µs to 1.10 ms" in both and "not recorded yet" not in both
+    lab._show_card()
+    assert f"at class on Some GPU, {values['created'][:10]}" in capsys.readouterr().out
 
 
 def test_beside_needs_a_number_measured_here(lab):
@@ -432,6 +412,7 @@ def test_peak_memory_is_this_process_s_own():
 # in a notebook ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(tmp_path: Path):
     from nbclient import NotebookClient
     from nbformat.v4 import new_code_cell, new_notebook
@@ -453,17 +434,3 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
     assert carried.named("step").value == 1.0
     assert carried.seconds < 2.5
     assert "Lesson 01 finished" in shown["text/html"] and "Lesson 01 finished" in shown["text/plain"]
-
-
-def test_card_names_the_recorded_runs_or_says_that_there_is_none(lab, capsys, monkeypatch):
-    from labkit import records
-
-    kept = lab.finish()
-    capsys.readouterr()
-    monkeypatch.setattr(records, "recorded", lambda lesson: [kept])
-    lab._show_card()
-    shown = capsys.readouterr().out
-    assert f"at {kept.preset} on {kept.machine['label']}, {kept.created[:10]}" in shown
-    monkeypatch.setattr(records, "recorded", lambda lesson: [])
-    lab._show_card()
-    assert "not recorded yet" in capsys.readouterr().out

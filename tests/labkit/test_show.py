@@ -68,10 +68,8 @@ def cells(text: str) -> list[str]:
     ("value", "unit", "text"),
     [
         (0.00123, "s", "1.23 ms"),
-        (12.5e-6, "s", "12.5 µs"),
         (3e-9, "s", "3 ns"),
         (0.0, "s", "0 s"),
-        (-0.002, "s", "-2 ms"),
         (16e9, "B", "16 GB"),
         (0.5, "B", "0.500 B"),
         (989.4e12, "FLOP/s", "989 TFLOP/s"),
@@ -82,7 +80,6 @@ def cells(text: str) -> list[str]:
         (1.5e-7, "", "1.50e-07"),
         (0.4, "fraction", "0.400"),
         (93.21, "%", "93.2 %"),
-        (957, "tokens/s", "957 tokens/s"),
         (None, "s", "–"),
         ("inf", "s", "inf"),
         (float("inf"), "s", "inf s"),
@@ -157,18 +154,13 @@ def test_axes_that_have_nothing_to_label_pass(capsys):
 
 def test_a_figure_carries_its_description_and_data(figure, notebook):
     show.figure(figure, alt=ALT, table=ROWS, caption="Latency <ms>", simulated=True)
+    assert not plt.fignum_exists(figure.number)
     (picture, metadata), (folded, _) = notebook
     assert metadata == {"image/png": {"alt": ALT}}
     assert base64.b64decode(picture["image/png"]).startswith(b"\x89PNG")
     assert ALT in picture["text/plain"] and "SIMULATED" in picture["text/plain"]
     assert all(part in folded["text/html"] for part in ("<details>", ALT, "Latency &lt;ms&gt;", "SIMULATED"))
     assert cells(folded["text/html"]) == ["batch", "latency", "1", "1", "4", "2"]
-
-
-def test_a_figure_is_closed_and_small(figure, notebook):
-    show.figure(figure, alt=ALT, table=ROWS)
-    assert not plt.fignum_exists(figure.number)
-    assert len(notebook[0][0]["image/png"]) < 60_000
 
 
 def test_the_same_figure_gives_the_same_bytes(notebook):
@@ -194,11 +186,7 @@ def test_a_table_puts_numbers_right_and_says_what_is_missing(notebook):
     assert notebook[0][0]["text/plain"].startswith("SIMULATED Sizes\nname  time  bytes")
 
 
-def test_colours_differ_from_each_other_in_lightness_or_hue():
-    assert len(set(show.COLOURS)) == len(show.COLOURS) == 7
-    assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(show.COLOURS)
-
-
+@pytest.mark.slow
 def test_a_notebook_shows_the_picture_with_its_alt_text_once(tmp_path: Path):
     """Executed by a real kernel: one PNG with alt metadata, one folded table, no second copy at the cell's end."""
     import nbformat
@@ -236,12 +224,6 @@ def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
     assert [segment[:, 1].tolist() for segment in bars] == [[89.0, 92.0], [69.0, 72.0]]
     assert second[0].get_linestyle() == "--"
     assert first[0].get_linestyle() == "-"
-
-
-def test_lines_without_intervals_draws_no_bars():
-    ax = plt.subplots()[1]
-    show.lines(ax, [{"x": 1, "y": 2, "kind": "a"}, {"x": 2, "y": 3, "kind": "a"}], "x", "y", by="kind")
-    assert not ax.containers[0].has_yerr
 
 
 def test_curves_has_a_panel_a_title_one_legend_and_the_reference():
