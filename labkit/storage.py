@@ -99,7 +99,7 @@ def _unpack_rows(parts: Parts, shape: Sequence[int]) -> Tensor:
     return tiles.transpose(1, 2).flatten(2).flatten(0, 1)[:out_features, :in_features].reshape(shape).contiguous()
 
 
-# --- bitmask and n:m: bits, the lowest of the first byte first --------------------------------------------------------
+# --- bitmask and 2:4: bits, the lowest of the first byte first --------------------------------------------------------
 
 
 def _to_bits(numbers: Tensor, width: int) -> Tensor:
@@ -127,34 +127,32 @@ def _unpack_bitmask(parts: Parts, shape: Sequence[int]) -> Tensor:
     return weight
 
 
-def pack_nm(weight: Tensor, n: int, m: int) -> Parts | None:
-    """`weight` [out, in], [C_out, C_in, *kernel] or [in] as n values of every m and their places; None if it has more.
+def _pack_nm(weight: Tensor) -> Parts | None:
+    """`weight` [out, in], [C_out, C_in, *kernel] or [in] as 2 values of every 4 and their places; None if it has more.
 
-    values [groups, n]: group after group, each along the input dimension (for a convolution the kernel positions of an
-        output channel one after the other). A group with fewer than n nonzeros is filled up with its first zeros.
-    metadata uint8: the place of each value in its group, ceil(log2 m) bits each: 2 for m = 4, as NVIDIA's sparse tensor
-        cores have it (Mishra et al. 2021), without their reordering for a GPU.
+    values [groups, 2]: group after group, each along the input dimension (for a convolution the kernel positions of an
+        output channel one after the other). A group with fewer than two nonzeros is filled up with its first zeros.
+    metadata uint8: the place of each value in its group in 2 bits, as NVIDIA's sparse tensor cores have it (Mishra et
+        al. 2021), without their reordering for a GPU.
     """
     rows = weight.detach() if weight.dim() == 1 else weight.detach().movedim(1, -1)
-    if rows.shape[-1] % m:
+    if rows.shape[-1] % 4:
         return None
-    groups = rows.reshape(-1, m)  # [groups, m]
+    groups = rows.reshape(-1, 4)  # [groups, 4]
     zero = groups == 0
-    if ((~zero).sum(1) > n).any():
+    if ((~zero).sum(1) > 2).any():
         return None
-    # The nonzeros first, then zeros, each in order: a stable sort by "is zero". Then those n in the group's order.
-    places = zero.byte().argsort(dim=1, stable=True)[:, :n].sort(dim=1).values  # [groups, n]
+    # The nonzeros first, then zeros, each in order: a stable sort by "is zero". Then those two in the group's order.
+    places = zero.byte().argsort(dim=1, stable=True)[:, :2].sort(dim=1).values  # [groups, 2]
     values = _movable(groups).gather(1, places).view(weight.dtype)
-    return {"values": values, "metadata": _to_bits(places, (m - 1).bit_length())}
+    return {"values": values, "metadata": _to_bits(places, 2)}
 
 
-def unpack_nm(parts: Parts, shape: Sequence[int], n: int, m: int) -> Tensor:
+def _unpack_nm(parts: Parts, shape: Sequence[int]) -> Tensor:
     values = parts["values"]
-    places = _from_bits(parts["metadata"], (m - 1).bit_length(), values.numel()).view(-1, n)
-    if (places >= m).any():
-        raise InputError(f"The metadata names a place that a group of {m} does not have: it belongs to another weight.")
+    places = _from_bits(parts["metadata"], 2, values.numel()).view(-1, 2)
     movable = _movable(values)
-    groups = movable.new_zeros(len(values), m).scatter_(1, places, movable).view(values.dtype)
+    groups = movable.new_zeros(len(values), 4).scatter_(1, places, movable).view(values.dtype)
     if len(shape) == 1:
         return groups.view(shape)
     out, width, *kernel = shape
@@ -199,7 +197,7 @@ FORMATS: dict[str, Format] = {
     # n s + N / 8: 13.1 % of dense at 90 % zeros and fp32
     "bitmask": Format(("mask", "values"), _pack_bitmask, _unpack_bitmask),
     # N s / 2 + N / 8, for a weight of 2:4 along the input channels: 56.25 % of dense at 2 bytes, 53.1 % at fp32
-    "nm": Format(("values", "metadata"), partial(pack_nm, n=2, m=4), partial(unpack_nm, n=2, m=4)),
+    "nm": Format(("values", "metadata"), _pack_nm, _unpack_nm),
     # n (s + 1) and some padding, s being 2 for bfloat16 and 4 for all else: labkit's CPU kernel, see `pruning.native`
     "kernel": Format(_KERNEL, _pack_kernel, _unpack_kernel),
     "kernel-bf16": Format(_KERNEL, partial(_pack_kernel, dtype=torch.bfloat16), _unpack_kernel),

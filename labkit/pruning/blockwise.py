@@ -17,10 +17,10 @@ from tqdm import tqdm
 from labkit.batches import check_batches, evaluating, not_empty, split
 from labkit.errors import InputError
 from labkit.pruning import anatomy
-from labkit.pruning.nm import mask
+from labkit.pruning.pattern import mask
 from labkit.pruning.scores import hessian, magnitude, squares, wanda, watched
 from labkit.pruning.select import Weight, count_to_prune, lowest_k, named_parts, prunable
-from labkit.pruning.sparsegpt import Pattern, check_settings, sparsegpt
+from labkit.pruning.sparsegpt import Pattern, check_pattern_or_fraction, sparsegpt
 from labkit.pruning.unstructured import checked_targets, hold_, make_permanent, masks, targets
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -43,14 +43,14 @@ def prune(
         `sparsegpt.sparsegpt`, a fraction of each block of columns, and the kept weights move.
     batches: for the last two; read once, kept in memory as what the first block is called with.
     exclude: names of modules or weights that stay dense.
-    pad: see `nm.mask`.
+    pad: see `pattern.mask`.
     progress: a label for a progress bar over the blocks; none without.
 
     Memory beyond the copy: the calibration batches' hidden states, and the Hessians of one block. A model that is no
     stack of blocks is one block: every layer's inputs are then those in the dense model, all Hessians in memory.
     InputError, before any work, for a bad argument or a width that m does not divide.
     """
-    check_settings(pattern)
+    check_pattern_or_fraction(pattern)
     if method not in METHODS:
         raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
     if method != "magnitude":

@@ -55,10 +55,14 @@ def load(name: str) -> ctypes.CDLL | None:
     return library
 
 
+def best_isa(name: str) -> int:
+    """The number in ISAS of the best instruction set that the compiled csrc/<name>.cpp can use here."""
+    return getattr(load(name), f"{name}_best_isa")()
+
+
 def isas(name: str) -> tuple[str, ...]:
     """The instruction sets that csrc/<name>.cpp can use here, the best one last; empty without a compiler."""
-    library = load(name)
-    return ISAS[: getattr(library, f"{name}_best_isa")() + 1] if library else ()
+    return ISAS[: best_isa(name) + 1] if load(name) else ()
 
 
 def compiler() -> list[str]:
@@ -187,21 +191,17 @@ def is_sound(layout: dict[str, Tensor], shape: tuple[int, int]) -> bool:
     return not (columns >= block).any() and not ((order < 0) | (order >= group)).any()
 
 
-def multiply(
-    x: Tensor, layout: dict[str, Tensor], out_features: int, bias: Tensor | None = None, isa: str | None = None
-) -> Tensor:
+def multiply(x: Tensor, layout: dict[str, Tensor], out_features: int, bias: Tensor | None) -> Tensor:
     """x W^T + bias on the CPU: x [batch, in] float32 -> [batch, out] float32, with torch.get_num_threads() threads.
 
-    isa: one of isas("sparse_linear"); None takes the best. Inf and NaN in x may reach outputs whose weight for them is
-    zero, as in a dense product they would.
+    Inf and NaN in x may reach outputs whose weight for them is zero, as in a dense product they would.
     """
     batch, in_features = x.shape
     block, _, group, _ = _geometry(layout, (out_features, in_features))
     x = x.contiguous()
     y = x.new_empty(batch, out_features)
-    library = load("sparse_linear")
-    library.sparse_linear(
-        library.sparse_linear_best_isa() if isa is None else ISAS.index(isa), torch.get_num_threads(),
+    load("sparse_linear").sparse_linear(
+        best_isa("sparse_linear"), torch.get_num_threads(),
         layout["values"].dtype == torch.bfloat16, in_features, out_features, block, group, x.data_ptr(), batch,
         layout["values"].data_ptr(), layout["columns"].data_ptr(), layout["order"].data_ptr(),
         layout["lengths"].data_ptr(), layout["starts"].data_ptr(),
@@ -213,28 +213,23 @@ def multiply(
 # --- nm_mask ----------------------------------------------------------------------------------------------------------
 
 
-def nm_takes(groups: Tensor, isa: str | None = None) -> bool:
+def nm_takes(groups: Tensor) -> bool:
     """Whether there is compiled code for the N:M mask of groups [..., m] as they lie in memory."""
     if groups.device.type != "cpu" or groups.dtype not in NM_DTYPES or not groups.is_contiguous():
         return False
     library = load("nm_mask")
-    return bool(library and library.nm_mask_takes(_number(isa), groups.element_size(), groups.shape[-1]))
+    return bool(library and library.nm_mask_takes(best_isa("nm_mask"), groups.element_size(), groups.shape[-1]))
 
 
-def nm_largest(groups: Tensor, n: int, out: Tensor, isa: str | None = None) -> None:
+def nm_largest(groups: Tensor, n: int, out: Tensor) -> None:
     """Writes into out [..., m], bool, which n of each group [..., m] are largest; of equal ones the first.
 
     Only for what `nm_takes` allows, out contiguous. Uses torch.get_num_threads() threads. InputError if there is a NaN.
     """
     size, infinity = groups.element_size(), torch.tensor(torch.inf, dtype=groups.dtype)
     largest = load("nm_mask").nm_mask(
-        _number(isa), torch.get_num_threads(), size, n, groups.shape[-1], groups.numel(),
+        best_isa("nm_mask"), torch.get_num_threads(), size, n, groups.shape[-1], groups.numel(),
         groups.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     if largest > int(infinity.view(torch.int16 if size == 2 else torch.int32)):
         raise InputError(NAN)
-
-
-def _number(isa: str | None) -> int:
-    """The instruction set's number in nm_mask.cpp; None is the best one."""
-    return ISAS.index(isa or isas("nm_mask")[-1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError
 from labkit.pruning import coupling, equality, surgery, unstructured
-from labkit.pruning.nm import check_pattern
+from labkit.pruning.pattern import check_pattern
 from labkit.pruning.select import prunable
 
 ROUNDS = 100  # rounding could let two swaps follow each other for ever
@@ -80,31 +80,23 @@ def _best_swaps(energy: Tensor, m: int) -> list[tuple[int, int]]:
     return swaps
 
 
-def permute(
-    model: nn.Module,
-    args: Any = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    n: int = 2,
-    m: int = 4,
-) -> nn.Module:
-    """A copy of `model` that computes the same function with its channels in an order that n:m keeps more of.
+def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+    """A copy of `model` that computes the same function with its channels in an order that 2:4 keeps more of.
 
     args, kwargs: an example input, as for `coupling.trace`, which finds what has to be reordered together. Prune the
     result with `nm.prune`. What cannot be reordered (inputs, outputs, attention heads) stays where it is.
     """
-    check_pattern(n, m)
     if unstructured.masks(model):
         raise InputError("The model is pruned already: permute the dense model and prune that.")
     args, kwargs = coupling.arguments(args, kwargs)
     coupled = coupling.Coupling.of(model, args, kwargs)
     orders: dict[str, dict[int, Tensor]] = {}  # of each parameter's dimensions
     for group in coupled.groups:
-        scores = _scores(model, group, m)
+        scores = _scores(model, group)
         slots = [[member.indices(unit) for unit in range(group.units)] for member in group.members]
         if scores is None or any(len({len(unit) for unit in units}) > 1 for units in slots):
             continue
-        order = search(scores, n, m).cpu()
+        order = search(scores).cpu()
         for member, units in zip(group.members, map(torch.stack, slots), strict=True):
             new = orders.setdefault(member.name, {}).setdefault(member.dim, torch.arange(len(member.units)))
             new[units] = units[order]  # other groups may have other parts of the dimension
@@ -120,14 +112,14 @@ def permute(
     return permuted
 
 
-def _scores(model: nn.Module, group: coupling.Group, m: int) -> Tensor | None:
-    """w^2 of the weights that read the group's units one by one [rows, units]; None if no n:m group lies among them."""
+def _scores(model: nn.Module, group: coupling.Group) -> Tensor | None:
+    """w^2 of the weights that read the group's units one by one [rows, units]; None if no 2:4 group lies among them."""
     weights = prunable(model)
     squares = []
     for member in group.members:
         run = (member.units >= 0).nonzero().squeeze(1)
         alone = torch.equal(member.units[run], torch.arange(group.units)) and len(run) == int(run[-1] - run[0]) + 1
-        if member.role == "reads" and member.name in weights and alone and not run[0] % m and not len(run) % m:
+        if member.role == "reads" and member.name in weights and alone and not run[0] % 4 and not len(run) % 4:
             weight = weights[member.name].parameter.detach().movedim(member.dim, -1).flatten(0, -2)  # [rows, in]
             squares.append(weight[:, run[0] : run[-1] + 1].square())
     return torch.cat(squares) if squares else None

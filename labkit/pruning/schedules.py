@@ -19,7 +19,7 @@ from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, 
 # --- schedules: the sparsity after each of n rounds, the last one the target ------------------------------------------
 
 
-def one_shot(target: float, rounds: int = 1) -> tuple[float, ...]:
+def one_shot(target: float, rounds: int) -> tuple[float, ...]:
     """s_t = target: all in the first round; further rounds only train, so that it trains as much as the others."""
     return (_checked(target, rounds),) * rounds
 

@@ -141,7 +141,7 @@ def watched(
 # --- criteria of single weights ---------------------------------------------------------------------------------------
 
 
-def magnitude(w: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def magnitude(w: Tensor) -> Tensor:
     """|w|. Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks."""
     return w.abs()
 
@@ -208,7 +208,7 @@ def random(w: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Criterion(NamedTuple):
-    """score(w, statistic), both in the weight's shape and float32 or wider; without data score(w, generator).
+    """score(w, statistic), both in the weight's shape and float32 or wider; without data score(w).
 
     gradient: what of a batch's gradient is averaged over batches. inputs: what of a layer's inputs is summed over all
     of them; finish(sum, input vectors) makes [groups, in / groups * kernel] of it.
@@ -250,8 +250,8 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
     row, weights = CRITERIA[criterion], prunable(model)
     parameters = {name: weight.parameter for name, weight in weights.items()}
     if not row.needs_data:
-        generator = torch.Generator().manual_seed(seed)
-        return {name: row.score(_wide(p), generator) for name, p in parameters.items()}
+        options = (torch.Generator().manual_seed(seed),) if criterion == "random" else ()
+        return {name: row.score(_wide(p), *options) for name, p in parameters.items()}
     if row.gradient:
         term = lambda gradients: {name: row.gradient(g) for name, g in gradients.items()}  # noqa: E731
         statistics = _mean_over_batches(model, parameters, term, batches, loss_fn, seed)

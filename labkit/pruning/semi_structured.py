@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
 from labkit.errors import InputError
-from labkit.pruning.nm import is_nm
+from labkit.pruning.pattern import is_nm
 
 BACKENDS = {
     "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,

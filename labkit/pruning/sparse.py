@@ -282,10 +282,10 @@ def random_weight(out_features: int, in_features: int, sparsity: float, *, block
     return weight.masked_fill_(gone.repeat_interleave(block, 0).repeat_interleave(block, 1), 0.0)
 
 
-def close(expected: Tensor, found: Tensor) -> bool:
+def close(expected: Tensor, actual: Tensor) -> bool:
     """Equal up to rounding in the outputs' type: sums of some 4096 products in another order, through a few layers."""
     eps = torch.finfo(expected.dtype).eps
-    return bool((found - expected).abs().max() <= 4096**0.5 * 8 * eps * expected.abs().max())
+    return bool((actual - expected).abs().max() <= 4096**0.5 * 8 * eps * expected.abs().max())
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ are, train what `nm.prune` returns.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,8 +14,10 @@ from torch.nn.utils import parametrize
 from labkit.errors import InputError
 from labkit.pruning import unstructured
 from labkit.pruning.blockwise import check_widths, weights_of
-from labkit.pruning.nm import check_pattern, mask
+from labkit.pruning.pattern import check_pattern, mask
 from labkit.pruning.select import named_parts, prunable
+
+DECAY = 2e-4  # the paper's lambda_W; 0 would be a plain straight-through gradient
 
 
 def prepare(
@@ -24,29 +25,25 @@ def prepare(
     n: int = 2,
     m: int = 4,
     *,
-    decay: float = 2e-4,
     exclude: str | Iterable[str] = (),
-    pad: bool = False,
 ) -> nn.Module:
     """A copy of `model` to train: every forward pass uses n of every m weights, by magnitude at that moment.
 
-    The parameters stay dense and all get the gradient of the pruned weights (straight through), plus decay * w where w
-    is pruned (the sparse-refined term; 0 gives plain STE). Which weights: as in `nm.prune`.
+    The parameters stay dense and all get the gradient of the pruned weights (straight through), plus DECAY * w where w
+    is pruned (the sparse-refined term). Which weights: as in `nm.prune`.
     `finish` makes the trained model plain. `unstructured.sparsity` and `artifact.size` see what the forward pass sees.
     """
     check_pattern(n, m)
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < math.inf:
-        raise InputError(f"decay is {decay!r}, but it must be a number from 0 up, such as the paper's 2e-4.")
     unstructured.refuse_foreign(model)
     if unstructured.masks(model):
         raise InputError("The model holds masks already, and pruned weights do not move: make_permanent it first.")
     exclude = named_parts(model, exclude, "exclude")
-    check_widths(weights_of(model, exclude), (n, m), pad)
+    check_widths(weights_of(model, exclude), (n, m), pad=False)
     trainable = copy.deepcopy(model)
     owners = unstructured.owners(trainable)
     for weight in weights_of(trainable, exclude).values():
         for module, attribute in owners[id(weight.parameter)]:
-            parametrize.register_parametrization(module, attribute, _Moving(n, m, decay, pad, weight.transposed))
+            parametrize.register_parametrization(module, attribute, _Moving(n, m, weight.transposed))
     return trainable
 
 
@@ -68,32 +65,31 @@ def finish(model: nn.Module) -> nn.Module:
 class _Moving(nn.Module):
     """The parametrization of one weight: dense parameter in, n of every m out."""
 
-    def __init__(self, n: int, m: int, decay: float, pad: bool, transposed: bool) -> None:
+    def __init__(self, n: int, m: int, transposed: bool) -> None:
         super().__init__()
-        self.n, self.m, self.decay, self.pad, self.transposed = n, m, decay, pad, transposed
+        self.n, self.m, self.transposed = n, m, transposed
 
     def mask(self, weight: Tensor) -> Tensor:
         if self.transposed:
-            return mask(weight.t(), self.n, self.m, pad=self.pad).t().contiguous()
-        return mask(weight, self.n, self.m, pad=self.pad)
+            return mask(weight.t(), self.n, self.m).t().contiguous()
+        return mask(weight, self.n, self.m)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _SparseRefined.apply(weight, self.mask(weight), self.decay)
+        return _SparseRefined.apply(weight, self.mask(weight))
 
 
 class _SparseRefined(torch.autograd.Function):
-    """w where kept, else 0; its gradient passes straight through, plus decay * w where w was pruned."""
+    """w where kept, else 0; its gradient passes straight through, plus DECAY * w where w was pruned."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, kept: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, kept)
-        ctx.decay = decay
-        return weight.masked_fill(~kept, 0.0)
+    def forward(ctx, weight: Tensor, keep: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, keep)
+        return weight.masked_fill(~keep, 0.0)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        weight, kept = ctx.saved_tensors
-        return gradient + ctx.decay * weight.masked_fill(kept, 0.0), None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        weight, keep = ctx.saved_tensors
+        return gradient + DECAY * weight.masked_fill(keep, 0.0), None
 
 
 def _moving(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Moving]]:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from labkit.batches import segments, split
 from labkit.errors import InputError
 from labkit.pruning import blockwise, nm, unstructured
-from labkit.pruning.nm import mask
+from labkit.pruning.pattern import mask
 from labkit.pruning.select import count_to_prune, lowest_k, prunable
 from labkit.pruning.sparsegpt import sparsegpt
 

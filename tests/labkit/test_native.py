@@ -15,7 +15,14 @@ from labkit.pruning import native, nm
 from labkit.pruning.sparse import SparseLinear, convert
 
 needs_compiler = pytest.mark.skipif(not native.isas("sparse_linear"), reason="needs a C++ compiler")
-isas = pytest.mark.parametrize("isa", native.isas("sparse_linear"))
+
+
+@pytest.fixture(params=native.isas("sparse_linear"), scope="module")
+def isa(request):
+    """The instruction set that the kernels take meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "best_isa", lambda name: native.ISAS.index(request.param))
+        yield request.param
 
 
 @pytest.fixture
@@ -30,25 +37,25 @@ def threads():
 sizes = st.integers(1, 300)
 
 
-@isas
+@pytest.mark.usefixtures("isa")
 @settings(deadline=None, max_examples=40)
 @given(rows=sizes, columns=sizes, batch=st.integers(0, 140), density=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
-def test_the_kernel_equals_dense(isa, rows, columns, batch, density):
+def test_the_kernel_equals_dense(rows, columns, batch, density):
     weight = pruned(rows, columns, density)
     layout = native.pack(weight)
     x, bias = torch.randn(batch, columns), torch.randn(rows)
-    assert_product(native.multiply(x, layout, rows, bias, isa), x, weight, bias)
-    assert_product(native.multiply(x, layout, rows, None, isa), x, weight)
+    assert_product(native.multiply(x, layout, rows, bias), x, weight, bias)
+    assert_product(native.multiply(x, layout, rows, None), x, weight)
 
 
-@isas
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", native.VALUES)
-def test_the_kernel_equals_dense_at_every_tile_width(isa, dtype):
+def test_the_kernel_equals_dense_at_every_tile_width(dtype):
     weight = pruned(530, 333, 0.2, dtype)
     layout = native.pack(weight)
     for batch in (1, 2, 4, 5, 9, 16, 17, 33, 48, 49, 64, 65, 127, 128, 129, 513):
         x = torch.randn(batch, 333)
-        assert_product(native.multiply(x, layout, 530, isa=isa), x, weight)
+        assert_product(native.multiply(x, layout, 530, None), x, weight)
 
 
 @needs_compiler
@@ -57,7 +64,7 @@ def test_the_kernel_takes_rows_of_very_different_lengths():
     weight[7], weight[100, :300], weight[150, 599] = 1.5, -2.0, 3.0
     for batch in (1, 70):
         x = torch.randn(batch, 600)
-        assert_product(native.multiply(x, native.pack(weight), 200), x, weight)
+        assert_product(native.multiply(x, native.pack(weight), 200, None), x, weight)
 
 
 @needs_compiler
@@ -65,17 +72,17 @@ def test_the_kernel_takes_rows_of_very_different_lengths():
 def test_two_threads_give_the_bits_of_one(threads, batch):
     layout, x = native.pack(pruned(700, 400, 0.2)), torch.randn(batch, 400)
     threads(1)
-    alone = native.multiply(x, layout, 700)
+    alone = native.multiply(x, layout, 700, None)
     threads(2)
-    assert torch.equal(native.multiply(x, layout, 700), alone)
+    assert torch.equal(native.multiply(x, layout, 700, None), alone)
 
 
 # --- nm_mask ----------------------------------------------------------------------------------------------------------
 
 
-@isas
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", native.NM_DTYPES)
-def test_a_compiled_mask_is_that_of_the_comparisons(threads, isa, dtype):
+def test_a_compiled_mask_is_that_of_the_comparisons(threads, dtype):
     """Ties, both infinities, -0.0; counts that end within a vector and within a thread's share."""
     generator, patterns = torch.Generator().manual_seed(0), set()
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, 1e-7]).to(dtype)
@@ -83,12 +90,12 @@ def test_a_compiled_mask_is_that_of_the_comparisons(threads, isa, dtype):
         for count, number in ((0, 1), (1, 1), (7, 2), (1025, 1), (20_001, 2)):
             threads(number)
             groups = values[torch.randint(len(values), (count, m), generator=generator)]
-            if not native.nm_takes(groups, isa):
+            if not native.nm_takes(groups):
                 continue
             patterns.add(m)
             for n in {1, m // 2, m - 1, m}:
                 largest = torch.empty(groups.shape, dtype=torch.bool)
-                native.nm_largest(groups, n, largest, isa)
+                native.nm_largest(groups, n, largest)
                 assert torch.equal(largest, nm.mask(groups.double(), n, m))
     assert {2, 4} <= patterns <= {2, 4, 8, 16}
 
@@ -149,6 +156,7 @@ def test_without_a_compiler_a_mask_is_slower_said_once_and_right(compiler):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_processes_may_compile_at_once(tmp_path):
     code = "from labkit.pruning import native; assert native.isas('nm_mask')"
     environment = {"LABKIT_CACHE": str(tmp_path), "PATH": os.environ["PATH"]}

@@ -309,6 +309,7 @@ def test_the_state_dict_is_that_of_the_dense_model_with_zeros(net):
     assert stored(pruned) == stored(net)
 
 
+@pytest.mark.slow
 def test_resnet50_reports_70_percent_before_and_after_loading():
     from torchvision.models import resnet50
 
@@ -350,6 +351,7 @@ def test_permanent_exports(net, batch):
     torch.testing.assert_close(exported(batch[0]), plain(batch[0]))
 
 
+@pytest.mark.slow
 def test_torch_compile_sees_the_same_function(net, batch):
     model = prune(net, 0.9).eval()
     compiled = torch.compile(model, backend="aot_eager")
