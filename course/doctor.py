@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,7 @@ from labkit.errors import LabError
 
 SMOKE_MEMORY = 4e9  # bytes that a lesson at `smoke` may use
 _OTHER_KIND = {"arm64": ("avx2", "avx512", "vnni", "amx"), "x86_64": ("neon", "i8mm", "sve")}  # instructions of another
+SHOWN = ("torch", "torchvision", "transformers", "numpy", "papermill", "nbval")  # packages, with their version
 _USED = re.compile(r"\b(?:models|datasets)\.([a-z]\w+)|\btokenizer\(\"(\w+)\"")
 
 
@@ -70,24 +71,19 @@ def _python() -> tuple[str, str]:
 def _packages() -> tuple[str, str]:
     if lacking := missing():
         return f"missing: {', '.join(map(str, lacking))}", "run ./lab setup"
-    shown = ("torch", "torchvision", "transformers", "numpy", "papermill", "nbval")
-    return ", ".join(f"{name} {version(name)}" for name in shown if _installed(name)), ""
+    return ", ".join(f"{name} {version(name)}" for name in SHOWN), ""
 
 
 def missing() -> list[Requirement]:
     """The course's requirements that this Python does not meet."""
     project = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = map(Requirement, project["dependencies"] + project["optional-dependencies"]["course"])
-    return [
-        need
-        for need in needs
-        if not _installed(need.name) or not need.specifier.contains(version(need.name), prereleases=True)
-    ]
+    return [need for need in needs if not _meets(need)]
 
 
-def _installed(name: str) -> bool:
+def _meets(need: Requirement) -> bool:
     with contextlib.suppress(PackageNotFoundError):
-        return bool(version(name))
+        return need.specifier.contains(version(need.name), prereleases=True)
     return False
 
 
@@ -119,36 +115,37 @@ def _device() -> tuple[str, str]:
     versions = [re.search(rf"{what} Version: *([\d.]+)", smi) for what in ("Driver", "CUDA")]
     driver, serves = (match[1] if match else "" for match in versions)
     if torch.cuda.is_available():
-        shown = []
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            capability = f"compute capability {gpu.major}.{gpu.minor}"
-            shown.append(f"cuda:{index} {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, {capability}")
+        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        seen = "; ".join(
+            f"cuda:{index} {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {gpu.major}.{gpu.minor}"
+            for index, gpu in enumerate(gpus)
+        )
         try:
             torch.ones(1, device="cuda").add(1).item()
         except RuntimeError as error:
-            return "; ".join(shown), f"it computes nothing ({str(error).splitlines()[0]}); install a torch built for it"
-        return f"{'; '.join(shown)}; driver {driver or 'unknown'} for CUDA up to {serves or 'unknown'}", ""
+            return seen, f"it computes nothing ({str(error).splitlines()[0]}); install a torch built for it"
+        return f"{seen}; driver {driver or 'unknown'} for CUDA up to {serves or 'unknown'}", ""
     if not driver:
         return "cpu (no CUDA device is visible to torch; every lesson runs without one)", ""
-    there = f"nvidia-smi shows a GPU (driver {driver}, CUDA up to {serves})"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.version.cuda:
-        return there, "but torch is the CPU build; remove .venv and run ./lab setup without --cpu"
-    if serves and int(serves.split(".")[0]) < int(torch.version.cuda.split(".")[0]):
-        return there, f"but torch is built for CUDA {torch.version.cuda}; bring the driver up to date"
-    if hidden is not None:
-        return there, f"but torch cannot use it: CUDA_VISIBLE_DEVICES is {hidden!r}; unset it"
-    return there, "but torch cannot use it: restart, or reinstall the driver"
+        to_do = "but torch is the CPU build; remove .venv and run ./lab setup without --cpu"
+    elif serves and int(serves.split(".")[0]) < int(torch.version.cuda.split(".")[0]):
+        to_do = f"but torch is built for CUDA {torch.version.cuda}; bring the driver up to date"
+    elif hidden is not None:
+        to_do = f"but torch cannot use it: CUDA_VISIBLE_DEVICES is {hidden!r}; unset it"
+    else:
+        to_do = "but torch cannot use it: restart, or reinstall the driver"
+    return f"nvidia-smi shows a GPU (driver {driver}, CUDA up to {serves})", to_do
 
 
 def _compiler() -> tuple[str, str]:
     """What labkit's own C++ is built with; without it the sparse kernel is left out and large N:M masks are slower."""
     lost = "the sparse CPU kernel is left out and large N:M masks are slower"
-    return _found_compiler() or f"none ({lost}; install g++ or clang++, or name one in CXX)", ""
+    return _compiler_command() or f"none ({lost}; install g++ or clang++, or name one in CXX)", ""
 
 
-def _found_compiler() -> str:
+def _compiler_command() -> str:
     from labkit.pruning import native
 
     with contextlib.suppress(OSError):
@@ -184,12 +181,20 @@ def _disk() -> tuple[str, str]:
 
 def _data() -> tuple[str, str]:
     """Committed files, and fetched ones, by their sizes."""
-    rows = fetch.assets().values()
-    fetched = len(fetch.models())
-    if wrong := [row for row in rows if row.state != "ready"]:
-        restore = "git checkout -- data, then " if any(row.kind == "committed" for row in wrong) else ""
-        return ", ".join(f"{row.name} ({row.state})" for row in wrong), f"run {restore}./lab data fetch"
-    return f"{len(rows) - fetched} committed files and {fetched} fetched models, sizes as in data/manifest.toml", ""
+    assets, models = fetch.assets(), len(fetch.models())
+    good = f"{len(assets) - models} committed files and {models} fetched models, sizes as in data/manifest.toml"
+    return _lacking(assets.values()) or (good, "")
+
+
+def _lacking(assets: Iterable[fetch.Asset]) -> tuple[str, str] | None:
+    """Those of the assets that are missing or damaged, and the commands that bring them; None where all are ready."""
+    lacking = [asset for asset in assets if asset.state != "ready"]
+    commands = {"committed": "git checkout --", "fetched": "./lab data fetch"}
+    for asset in lacking:
+        commands[asset.kind] += f" {'data/' * (asset.kind == 'committed')}{asset.name}"
+    needed = [command for kind, command in commands.items() if any(asset.kind == kind for asset in lacking)]
+    seen = ", ".join(f"{asset.name} ({asset.state})" for asset in lacking)
+    return (f"lacks {seen}", f"run {' and '.join(needed)}") if lacking else None
 
 
 def _kernel() -> tuple[str, str]:
@@ -217,24 +222,16 @@ def lesson(path: Path) -> tuple[str, str]:
     cells = notebooks.read(path).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     used = {match[1] or match[2] for match in _USED.finditer(code)}
-    lacking = [
-        name
-        for name, asset in fetch.assets().items()
-        if any(word.startswith(_stem(name)) for word in used) and asset.state != "ready"
-    ]
-    if lacking:
-        fetched = [name for name in lacking if name in fetch.models()]
-        committed = [f"data/{name}" for name in lacking if name not in fetched]
-        to_do = [f"git checkout -- {' '.join(committed)}"] if committed else []
-        to_do += [f"./lab data fetch {' '.join(fetched)}"] if fetched else []
-        return f"lacks {', '.join(lacking)}", f"run {' and '.join(to_do)}"
+    assets = fetch.assets().items()
+    if lacking := _lacking(asset for name, asset in assets if any(word.startswith(_stem(name)) for word in used)):
+        return lacking
     needs = re.search(r"^\| Needs \| (.+?) \|$", cells[0].source, re.MULTILINE)
-    needs = needs[1].lower() if needs else ""
-    notes = ["without a compiler it takes its slower path"] if "compiler" in needs and not _found_compiler() else []
-    notes += (
-        ["what needs a GPU is left out"] if re.search(r"\ba gpu\b", needs) and not torch.cuda.is_available() else []
-    )
-    return "; ".join(["all there", *notes]), ""
+    needs, seen = needs[1].lower() if needs else "", "all there"
+    if "compiler" in needs and not _compiler_command():
+        seen += "; without a compiler it takes its slower path"
+    if re.search(r"\ba gpu\b", needs) and not torch.cuda.is_available():
+        seen += "; what needs a GPU is left out"
+    return seen, ""
 
 
 def _stem(entry: str) -> str:

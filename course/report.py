@@ -10,10 +10,11 @@ import math
 import os
 import re
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,7 +23,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from course.results import ResultFolder, RunColumn, collect, frame, recorded_runs, short, side_by_side, with_unit
+from course.results import RunColumn, collect, frame, recorded_runs, short, side_by_side, with_unit
 from course.tradeoffs import RANKED, Estimate, figure, literal, picture, pooled, trade_offs
 from labkit import claims, files, show
 from labkit.claims import Claim
@@ -91,12 +92,15 @@ def sweeps(records: Iterable[RunRecord]) -> list[list[SweepPoint]]:
         parameters = {name: value for name, value in record.parameters.items() if name != "SEED"}
         point = groups.setdefault(where, {}).setdefault(json.dumps(parameters, sort_keys=True), {})
         point[record.parameters.get("SEED")] = record
-    found = []
-    for _, points in sorted(groups.items()):
-        listed = [SweepPoint(json.loads(text), list(seeds.values())) for text, seeds in points.items()]
-        if len(listed) > 1 or len(listed[0].runs) > 1:
-            found.append(sorted(listed, key=lambda point: [_order(value) for value in point.parameters.values()]))
-    return found
+    listed = [
+        [SweepPoint(json.loads(text), list(seeds.values())) for text, seeds in points.items()]
+        for _, points in sorted(groups.items())
+    ]
+    return [
+        sorted(points, key=lambda point: [_order(value) for value in point.parameters.values()])
+        for points in listed
+        if len(points) > 1 or len(points[0].runs) > 1
+    ]
 
 
 def _order(value: Any) -> tuple:
@@ -156,9 +160,9 @@ def _line(points: Sequence[SweepPoint], grid: Mapping[str, Sequence[Any]], value
     rows = []
     for number, (estimate, low, high) in value.estimates.items():
         parameters = points[number].parameters
-        others = ", ".join(f"{name} {short(parameters.get(name))}" for name in grid if name != along)
+        series = ", ".join(f"{name} {short(parameters.get(name))}" for name in grid if name != along)
         ends = {"low": low, "high": high} if math.isfinite(high - low) else {}
-        rows.append({along: parameters.get(along), "with": others or "all", value.name: estimate, **ends})
+        rows.append({along: parameters.get(along), "with": series or "all", value.name: estimate, **ends})
     label = with_unit(value.name, value.unit)
 
     def draw(ax: Any) -> None:
@@ -174,52 +178,32 @@ def _line(points: Sequence[SweepPoint], grid: Mapping[str, Sequence[Any]], value
 
 # claims -----------------------------------------------------------------------------------------------------------
 
-Said = dict[tuple[str, bool], tuple[SettledClaim, RunColumn]]  # (machine, the user's own) -> a record's word, and whose
+Settled = dict[tuple[str, bool], tuple[SettledClaim, RunColumn]]  # by machine, and whether the run is the user's own
 
 
-def said(claim: Claim, columns: Sequence[RunColumn]) -> Said:
+def settled(claim: Claim, columns: Sequence[RunColumn]) -> Settled:
     """Of each machine, the user's own and the recorded, what its record with the largest preset says of the claim."""
     return {
-        column.whose: (settled, column)
+        column.whose: (result, column)
         for column in sorted(columns, key=lambda column: column.rank)
-        for settled in column.record.claims
-        if settled.id == claim.id
+        for result in column.record.claims
+        if result.id == claim.id
     }
 
 
-def verdict(claim: Claim, words: Said) -> str:
+def verdict(claim: Claim, columns: Sequence[RunColumn]) -> str:
     """What all machines together say: of each machine the largest preset counts, the user's own before the recorded.
 
     A claim about a device that no record was made on is not yet measured, whatever other machines had to say.
     """
-    machines: dict[str, tuple] = {}
-    for (machine, here), (settled, column) in words.items():
-        machines[machine] = max(machines.get(machine, ((-2, False), "")), ((column.rank, here), settled.verdict))
-    settled = {verdict for _, verdict in machines.values()} - {NOT_HERE}
-    if settled:
-        return settled.pop() if len(settled) == 1 else DIFFERS
+    results = settled(claim, columns)
+    ranked = sorted(results.items(), key=lambda item: (item[1][1].rank, item[1][1].here))
+    verdicts = set({machine: result.verdict for (machine, _), (result, _) in ranked}.values()) - {NOT_HERE}
+    if verdicts:
+        return verdicts.pop() if len(verdicts) == 1 else DIFFERS
     on_device = {"cpu": "cpu", "gpu": "cuda"}.get(claim.needs, "")
-    tried = any(column.record.device.startswith(on_device) for _, column in words.values())
+    tried = any(column.record.device.startswith(on_device) for _, column in results.values())
     return NOT_HERE if claim.needs == "document" or tried else NOT_YET
-
-
-def _claims(guide: Sequence[Claim], columns: Sequence[RunColumn]) -> dict[str, Any]:
-    """What the template shows of the claims: their verdicts, counted by section, and the machines that spoke."""
-    titles = {int(column.record.lesson): f": {column.record.title}" for column in columns}
-    verdicts = {claim.id: verdict(claim, said(claim, columns)) for claim in guide}
-    sections = {}
-    for claim in guide:
-        sections.setdefault(claim.section, []).append(claim)
-    return {
-        "claims": guide,
-        "verdicts": verdicts,
-        "present": [name for name in VERDICTS if name in verdicts.values()],
-        "counts": Counter(verdicts.values()),
-        "having": {name: [id for id, overall in verdicts.items() if overall == name] for name in VERDICTS},
-        "sections": sections,
-        "titles": {section: f"Section {section}{titles.get(section, '')}" for section in sections},
-        "gpu": any(column.record.device.startswith("cuda") for column in columns),
-    }
 
 
 # the page ---------------------------------------------------------------------------------------------------------
@@ -233,75 +217,61 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
     """
     results, problems = collect(folders)
     recorded, unreadable = recorded_runs()
-    text = page(results, recorded, [*problems, *unreadable], destination.parent)
-    table = frame(result.record for result in results if result.record)
-    _write(destination, lambda path: path.write_text(text, encoding="utf-8"))
-    _write(destination.with_name("rows.csv"), lambda path: table.to_csv(path, index=False))
-    _write(destination.with_name("rows.parquet"), lambda path: table.to_parquet(path, index=False))
-    return destination
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    try:
-        with files.replacing(path) as partial:
-            save(partial)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); fix that first.") from None
-
-
-def page(results: Sequence[ResultFolder], recorded: Sequence[RunRecord], problems: Sequence[str], base: Path) -> str:
-    """The whole page; links are relative to the folder `base`."""
+    records = [result.record for result in results if result.record]
     columns = side_by_side(results, recorded)
-    lessons = {}
-    for column in sorted(columns, key=lambda column: column.record.lesson):
-        lessons.setdefault(column.record.lesson, []).append(column)
+    by_lesson = attrgetter("record.lesson")
+    lessons = [list(some) for _, some in groupby(sorted(columns, key=by_lesson), by_lesson)]
     newest = {result.lesson: result for result in results}
-    failed = [one for one in results if one.run.get("status") == "failed" and newest[one.lesson] is not one]
+    failed = [run for run in results if run.run.get("status") == "failed" and newest[run.lesson] is not run]
     guesses = [(column, guess) for column in columns if column.here for guess in column.record.predictions]
-    text = _template().render(
+    guide = claims.load().values()
+    verdicts = {claim.id: verdict(claim, columns) for claim in guide}
+    text = template().render(
         title="Inference optimisation, measured",
         made=datetime.now(UTC),
         columns=columns,
-        problems=problems,
+        problems=[*problems, *unreadable],
         results=sorted([*newest.values(), *failed], key=lambda result: result.lesson),
         guesses=guesses,
         calibration=calibration([guess for _, guess in guesses]),
-        guide=_claims(list(claims.load().values()), columns),
-        sweeps=[swept(points) for points in sweeps(result.record for result in results if result.record)],
-        titles=[f"{lesson} {columns[0].record.title}" for lesson, columns in lessons.items()],
-        lessons=[(columns, [figure(shown) for shown in trade_offs(columns)]) for columns in lessons.values()],
-        link=lambda path: quote(Path(os.path.relpath(path, base)).as_posix()),
+        guide=guide,
+        verdicts={name: ids for name in VERDICTS if (ids := [id for id, word in verdicts.items() if word == name])},
+        section_titles={int(column.record.lesson): f": {column.record.title}" for column in columns},
+        sweeps=[swept(points) for points in sweeps(records)],
+        titles=[f"{some[0].record.lesson} {some[0].record.title}" for some in lessons],
+        lessons=[(some, [figure(shown) for shown in trade_offs(some)]) for some in lessons],
+        link=lambda path: quote(Path(os.path.relpath(path, destination.parent)).as_posix()),
     )
-    return text.strip() + "\n"
-
-
-def claims_table(guide: Sequence[Claim], columns: Sequence[RunColumn]) -> str:
-    """Each claim, and what the record of each machine with the largest preset says about it, as HTML."""
-    return _macro("claims_table", guide, columns, _claims(guide, columns)["verdicts"])
-
-
-def machines_table(columns: Sequence[RunColumn]) -> str:
-    """The machines that the columns were measured on, as HTML."""
-    return _macro("machines_table", columns)
-
-
-def measurements_table(columns: Sequence[RunColumn]) -> str:
-    """One row a name with a value from each record, then the recorded tables, folded, as HTML."""
-    return _macro("measurements_table", columns)
-
-
-def _macro(name: str, *arguments: Any) -> str:
-    return str(getattr(_template().module, name)(*arguments))
+    table = frame(records)
+    saves = {
+        destination: lambda path: path.write_text(text.strip() + "\n", encoding="utf-8"),
+        destination.with_name("rows.csv"): lambda path: table.to_csv(path, index=False),
+        destination.with_name("rows.parquet"): lambda path: table.to_parquet(path, index=False),
+    }
+    for path, save in saves.items():
+        try:
+            with files.replacing(path) as partial:
+                save(partial)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}); fix that first.") from None
+    return destination
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template() -> jinja2.Template:
+    """The page. Its `module` has the tables that the site shows too, as HTML, each a function of a list of RunColumn:
+
+    machines_table(columns)        the machines that the columns were measured on
+    measurements_table(columns)    one row a name with a value from each record, then the recorded tables, folded
+    claims_table(claims, columns)  each claim, and what the record of each machine with the largest preset says about it
+    """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters["anchor"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     templates.globals |= {
         "SETTLED_ON": SETTLED_ON, "expected": claims.expected, "isfinite": math.isfinite, "NOT_YET": NOT_YET,
-        "off_by": off_by, "quantity": show.quantity, "interval": show.interval, "said": said, "short": short,
+        "off_by": off_by, "quantity": show.quantity, "interval": show.interval, "settled": settled, "short": short,
+        "verdict": verdict,
         "badge_simulated": Markup(show.BADGE), "rows_table": lambda rows: Markup(show.html_table(rows)),
     }  # fmt: skip
     return templates.get_template("report.html.j2")

@@ -51,8 +51,7 @@ class TradeOff:
     @property
     def trades(self) -> bool:
         """Whether somewhere the best point in one column is not the best in the other."""
-        fronts = self.points[self.points["front"]].groupby("compared").size() if len(self.points) else []
-        return any(size > 1 for size in fronts)
+        return len(self.points) > 0 and any(self.points.groupby("compared")["front"].sum() > 1)
 
 
 def trade_offs(runs: Sequence[RunColumn], swept: Sequence[str] = ()) -> list[TradeOff]:
@@ -66,7 +65,7 @@ def trade_offs(runs: Sequence[RunColumn], swept: Sequence[str] = ()) -> list[Tra
     in a table is left out of it; otherwise each machine, preset and owner has a front of its own.
     """
     tables = (entry.name for run in runs for entry in run.record.measurements if isinstance(entry, RecordedTable))
-    return [figure for name in dict.fromkeys(tables) for figure in _of_table(name, runs, swept)]
+    return [trade_off for name in dict.fromkeys(tables) for trade_off in _of_table(name, runs, swept)]
 
 
 def _of_table(name: str, runs: Sequence[RunColumn], swept: Sequence[str]) -> list[TradeOff]:
@@ -95,11 +94,11 @@ def _of_table(name: str, runs: Sequence[RunColumn], swept: Sequence[str]) -> lis
     pairs = [(x, y) for y in outcomes for x in ranked if x in table.by]
     pairs += [(x, y) for x, y in itertools.product(outcomes, best) if meaning[x].role == "cost"]
     pairs += [(x, y) for y, x in itertools.combinations(best, 2) if meaning[x].unit != meaning[y].unit]
-    found = [_trade_off(table, values, settings, meaning, *pair) for pair in pairs]
-    found = [trade_off for trade_off in found if trade_off.trades]
-    if not found and settings and SEED in table.by:
+    figures = [_trade_off(table, values, settings, meaning, *pair) for pair in pairs]
+    figures = [trade_off for trade_off in figures if trade_off.trades]
+    if not figures and settings and SEED in table.by:
         return [_trade_off(table, values, settings, meaning, settings[0], y) for y in best]
-    return found
+    return figures
 
 
 def _without_idle(values: pd.DataFrame, parameters: Iterable[str]) -> pd.DataFrame:
@@ -117,13 +116,12 @@ def _trade_off(
 ) -> TradeOff:
     """One pair of columns, its rows pooled over seeds, with the fronts."""
     axes, points = {"x": x, "y": y}, []
-    ranked = meaning[x].role in RANKED
     usable = values.dropna(subset=[column for column in dict.fromkeys((x, y)) if meaning[column].role in RANKED])
+    series = [column for column in settings if column != x]
     for _, part in usable.groupby(["run", *settings], sort=False, dropna=False):
         first = part.iloc[0]
-        others = [column for column in settings if column != x]
-        texts = [first[column] for column in others if isinstance(first[column], str)]
-        point = {**first[["run", "here", "compared", *others]], "series": ", ".join(texts)}
+        texts = [first[column] for column in series if isinstance(first[column], str)]
+        point = {**first[["run", "here", "compared", *series]], "series": ", ".join(texts)}
         for axis, column in axes.items():
             ends = first.get(meaning[column].low, math.nan), first.get(meaning[column].high, math.nan)
             named = short(first[column]), -math.inf, math.inf
@@ -131,7 +129,7 @@ def _trade_off(
             point |= dict(zip((axis, f"{axis}_low", f"{axis}_high"), estimate, strict=True))
         points.append(point | {"repetitions": len(part), "front": False})
     points = pd.DataFrame(points)
-    if ranked and len(points):
+    if meaning[x].role in RANKED and len(points):
         more = [meaning[column].role == "quality" for column in (x, y)]
         for _, part in points.groupby("compared"):
             points.loc[front(part, *more), "front"] = True
@@ -140,13 +138,12 @@ def _trade_off(
     return TradeOff(table.name, *names, meant, table.simulated, points)
 
 
-def pooled(values: Sequence[Any], ci95: Any = None) -> Estimate:
-    """A value with its own interval; of several, one a seed, the mean with its interval over the seeds."""
+def pooled(values: Sequence[Any], ci95: tuple[float, float]) -> Estimate:
+    """A value with its own interval, if that is a number; of several, one a seed, their mean with its interval."""
     if len(values) > 1:
         return mean_ci([float(value) for value in values])
-    low, high = map(as_number, ci95 or (None, None))
-    missing = low is None or high is None or math.isnan(high - low)
-    return (float(values[0]), -math.inf, math.inf) if missing else (float(values[0]), low, high)
+    low, high = ci95
+    return (float(values[0]), -math.inf, math.inf) if math.isnan(high - low) else (float(values[0]), low, high)
 
 
 def front(points: pd.DataFrame, x_more: bool, y_more: bool) -> list[Any]:
@@ -229,7 +226,10 @@ def _draw(ax: Any, shown: TradeOff) -> None:
         number = series.index(name) if len(series) > 1 else runs.index(run)
         colour, mark = show.COLOURS[number % len(show.COLOURS)], MARKERS[runs.index(run) % len(MARKERS)]
         look = {"marker": mark, "markerfacecolor": colour if part["here"].all() else "white", "linestyle": ""}
-        bars = {f"{axis}err": _bars(part, axis) for axis in ("xy" if shown.ranked else "y")}
+        bars = {}
+        for axis in "xy" if shown.ranked else "y":
+            ends = part[axis] - part[f"{axis}_low"], part[f"{axis}_high"] - part[axis]
+            bars[f"{axis}err"] = [end.where(end < math.inf, 0.0).clip(lower=0.0) for end in ends]
         ax.errorbar(part["x"], part["y"], **bars, color=colour, elinewidth=0.8, capsize=2, zorder=2, **look)
         if len(series) > 1:
             ax.plot([], [], linestyle="", marker="s", color=colour, label=name)
@@ -241,12 +241,6 @@ def _draw(ax: Any, shown: TradeOff) -> None:
 def literal(value: Any) -> Any:
     """A text for a figure, in which a dollar does not begin a formula."""
     return value.replace("$", r"\$") if isinstance(value, str) else value
-
-
-def _bars(points: pd.DataFrame, axis: str) -> Any:
-    """Distances below and above, none where there is no interval."""
-    ends = points[axis] - points[f"{axis}_low"], points[f"{axis}_high"] - points[axis]
-    return [end.where(end < math.inf, 0.0).clip(lower=0.0) for end in ends]
 
 
 def _set_axes(ax: Any, shown: TradeOff) -> None:

@@ -78,8 +78,8 @@ def _sphinx(source: Path, pages: Path, doctrees: Path) -> None:
         [sys.executable, "-m", "sphinx", *options, source, pages], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if done.returncode:
-        said = done.stdout.decode(errors="replace").replace(f"{source}{os.sep}", "").strip()
-        raise DataError(f"The site was not built; fix what Sphinx says, then try again:\n{said}")
+        words = done.stdout.decode(errors="replace").replace(f"{source}{os.sep}", "").strip()
+        raise DataError(f"The site was not built; fix what Sphinx says, then try again:\n{words}")
 
 
 # sources ------------------------------------------------------------------------------------------
@@ -147,11 +147,11 @@ def mathml(latex: str, display: str = "inline") -> str:
     """A formula as MathML; display: "inline" or "block". conf.py calls it too."""
     from latex2mathml.converter import convert
 
-    known = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
-    known = re.sub(r"(\\[dt]?binom) *(\d) *(\d)", r"\1{\2}{\3}", known)  # and reads 84 as one number after \binom
+    latex = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
+    latex = re.sub(r"(\\[dt]?binom) *(\d) *(\d)", r"\1{\2}{\3}", latex)  # and reads 84 as one number after \binom
     bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
     close = ' lspace="0" rspace="0"'
-    return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(known, display=display))
+    return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(latex, display=display))
 
 
 # generated pages ----------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ def mathml(latex: str, display: str = "inline") -> str:
 
 def _columns(folders: Sequence[Path]) -> tuple[list[RunColumn], list[str]]:
     recorded, problems = results.recorded_runs()
-    own = [folder for folder in folders if any(folder.rglob("record.json"))]
-    mine, unreadable = results.collect(own) if own else ([], [])
+    folders = [folder for folder in folders if any(folder.rglob("record.json"))]
+    mine, unreadable = results.collect(folders) if folders else ([], [])
     return side_by_side(mine, recorded), [*problems, *unreadable]
 
 
@@ -170,16 +170,16 @@ def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
         "before anything was measured. *Contradicted* means that the value found, with its interval, lies outside. "
         "A range in brackets is a 95 % interval."
     )
-    known = claims.load().values()
+    guide, tables = claims.load().values(), report.template().module
     titles = {int(path.stem[:2]): notebooks.title(notebooks.read(path)) for path in notebooks.all_lessons()}
-    for section in dict.fromkeys(claim.section for claim in known):
+    for section in dict.fromkeys(claim.section for claim in guide):
         here = [column for column in columns if int(column.record.lesson) == section]
-        title = titles.get(section)
-        yield f"## {title or f'Section {section}'}"
-        yield _html(report.claims_table([claim for claim in known if claim.section == section], here))
+        yield f"## {titles.get(section, f'Section {section}')}"
+        yield _html(tables.claims_table([claim for claim in guide if claim.section == section], here))
 
 
 def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Iterator[str]:
+    tables = report.template().module
     yield "# Your machine beside the recorded ones"
     if any(column.here for column in columns):
         yield "Your runs stand first. A range in brackets is a 95 % interval."
@@ -188,10 +188,10 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
             "There is no run of yours yet. `./lab run 01` measures lesson 01 on your machine; build the site again, "
             "and your numbers stand beside these. A range in brackets is a 95 % interval."
         )
-    yield f"## Machines\n\n{_html(report.machines_table(columns))}"
+    yield f"## Machines\n\n{_html(tables.machines_table(columns))}"
     for lesson in sorted({column.record.lesson for column in columns}):
         here = [column for column in columns if column.record.lesson == lesson]
-        yield f"## {here[0].record.lesson} · {here[0].record.title}\n\n{_html(report.measurements_table(here))}"
+        yield f"## {here[0].record.lesson} · {here[0].record.title}\n\n{_html(tables.measurements_table(here))}"
     yield from (_html(f"<p>{html.escape(problem)}</p>") for problem in problems)
 
 
@@ -205,4 +205,4 @@ def _contents(syllabi: Sequence[str]) -> str:
 
 def _html(tables: str) -> str:
     """The HTML as a block of Markdown."""
-    return "```{raw} html\n" + tables + "\n```"
+    return f"```{{raw}} html\n{tables}\n```"

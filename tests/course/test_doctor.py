@@ -128,17 +128,19 @@ def test_missing_and_old_packages_are_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_a_lesson_lacks_is_said_with_the_command_that_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
-    asset = fetch.asset
-    away = dataclasses.replace(asset("handbook/test.txt.gz"), files=(fetch.File("nowhere", 1, ""),))
-    monkeypatch.setattr(fetch, "asset", lambda name: away if "handbook" in name else asset(name))
-    good = {finding.name: finding for finding in doctor.findings()}
-    assert good["lesson 04"] == doctor.Finding(
-        "lesson 04",
-        False,
-        "lacks handbook/calibration.txt.gz, handbook/test.txt.gz, minilm, smollm2; run git checkout -- "
-        "data/handbook/calibration.txt.gz data/handbook/test.txt.gz and ./lab data fetch minilm smollm2",
+    away = {
+        name: dataclasses.replace(asset, files=(fetch.File("nowhere", 1, ""),)) if "handbook" in name else asset
+        for name, asset in fetch.assets().items()
+    }
+    monkeypatch.setattr(fetch, "assets", lambda: away)
+    assert doctor.lesson(notebooks.find("04")) == (
+        "lacks handbook/calibration.txt.gz (missing), handbook/test.txt.gz (missing), minilm (missing), smollm2 (missing)",
+        "run git checkout -- data/handbook/calibration.txt.gz data/handbook/test.txt.gz and "
+        "./lab data fetch minilm smollm2",
     )
-    assert good["lesson 03"].text == "lacks efficientnet_lite0; run ./lab data fetch efficientnet_lite0"
+    seen, to_do = doctor.lesson(notebooks.find("03"))
+    assert (seen, to_do) == ("lacks efficientnet_lite0 (missing)", "run ./lab data fetch efficientnet_lite0")
+    assert found("data").text.endswith("smollm2") and "efficientnet_lite0 (missing)" in found("data").text
 
 
 def test_scripts_get_json_and_an_exit_code(monkeypatch: pytest.MonkeyPatch):

@@ -298,8 +298,8 @@ def swept(*entries: tuple, lesson: str = "01", **fields: object) -> dict:
 
 def shown(section: dict) -> str:
     """The words of the section on the page, without its figures' numbers."""
-    empty = {"claims": [], "sections": {}, "present": []}
-    text = report._template().render(made=report.datetime.now(), sweeps=[section], columns=[], titles=[], guide=empty)
+    nothing = {"columns": [], "titles": [], "guide": [], "verdicts": {}}
+    text = report.template().render(made=report.datetime.now(), sweeps=[section], **nothing)
     return words(text.split('<section id="sweep', 1)[1])
 
 
@@ -467,17 +467,19 @@ GPU = {"slug": "gpu", "device": "cuda"}
 )
 def test_all_machines_together_give_a_verdict(columns: list[RunColumn], needs: str, verdict: str):
     one = claim(needs=needs)
-    assert report.verdict(one, report.said(one, columns)) == verdict
+    assert report.verdict(one, columns) == verdict
 
 
 def test_the_row_holds_text_condition_range_source_value_and_verdict():
-    text = words(report.claims_table([claim(needs="gpu")], [column("contradicted", **GPU)]))
+    text = words(report.template().module.claims_table([claim(needs="gpu")], [column("contradicted", **GPU)]))
     parts = ("Text of 3.1.", "settled by a GPU", "1 to 2 x", "guide section 3", "contradicted 1.50x", "Machine gpu")
     assert [part for part in parts if part not in text] == []
 
 
 def test_a_smoke_run_is_named_as_such_and_what_claims_say_is_escaped():
-    table = report.claims_table([claim(text="<script>", unit="<script>")], [column("contradicted", preset="smoke")])
+    table = report.template().module.claims_table(
+        [claim(text="<script>", unit="<script>")], [column("contradicted", preset="smoke")]
+    )
     assert "contradicted at smoke 1.50" in words(table) and "<script" not in table
 
 
