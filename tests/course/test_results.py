@@ -8,7 +8,7 @@ import pytest
 from test_report import RECORD, changed
 
 from course import report, results
-from labkit import records
+from labkit import files, records
 from labkit.records import cost, quality
 
 CUTS = [
@@ -81,7 +81,8 @@ def test_every_recorded_value_has_a_key_of_its_own():
     assert not problems and not frame.duplicated(["lesson", "machine", "name", "key"]).any()
 
 
-def test_files_hold_the_same_rows_whatever_parameters_hold(tmp_path: Path):
+def test_files_hold_the_same_rows_whatever_parameters_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
     parameters = {"SEED": 5, "TOKENS": 128, "RATIO": 1, "CRITERION": ["a"], "FAST": True}
     records.write(TIDY, tmp_path / "03_a" / "record.json")
     records.write(changed(TIDY, lesson="04", parameters=parameters), tmp_path / "04_a" / "record.json")

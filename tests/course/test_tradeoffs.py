@@ -4,17 +4,13 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_report import changed
+from test_report import AXES, CUT, WHOLE, changed
 
 from course import results, tradeoffs
 from course.results import RunColumn
 from course.tradeoffs import TradeOff
 from labkit import records, stats
 from labkit.records import RunRecord, cost, quality, result
-
-AXES = {"MACs left": cost("fraction"), "accuracy": quality("%", low="low", high="high")}
-CUT = {"cut": "half", "MACs left": 0.5, "accuracy": 90.0, "low": 88.0, "high": 92.0}
-WHOLE = {"cut": "whole", "MACs left": 1.0, "accuracy": 93.0, "low": 91.0, "high": 95.0}
 
 
 def run(*rows: dict, columns: dict = AXES, by: tuple = ("cut",), seed: int = 0, **parameters: object) -> RunRecord:
