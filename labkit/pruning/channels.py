@@ -93,8 +93,6 @@ def apply(
     cut = surgery.cut(model, plan.kept, plan.attributes)
     if not check:
         return Pruned(cut, plan, None)
-    if plan.coupling is None:
-        raise InputError("This plan was read from a file and has no trace to check with: use check=False, or `load`.")
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
     except Exception as error:  # a forward pass can fail in any way
@@ -111,22 +109,16 @@ def plan(
     *,
     ratio: float | Mapping[str, float] | None = None,
     macs: float | None = None,
-    units: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
 ) -> Plan:
-    """Which channels would go; nothing is cut. Exactly one of ratio, macs and units says which.
+    """Which channels would go; nothing is cut. Exactly one of ratio and macs says how many.
 
     ratio: the fraction of all prunable channels, or {group or parameter: fraction} for some groups, the others whole.
     macs: the fraction of multiply-adds to remove.
-    units: {group or parameter: numbers of the units that go}, no others, whatever they are worth; what a unit is (a
-        channel, a head, a neuron) says `coupling.trace`.
-    options: of `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed); not with units.
+    options: of `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed).
     """
-    targets = [value for value in (ratio, macs, units) if value is not None]
-    if len(targets) != 1:
-        raise InputError("Give exactly one of ratio, macs and units: the one that the plan is to follow.")
-    if units is not None:
-        return plan_units(model, Coupling.of(model, args, kwargs), units)
+    if (ratio is None) == (macs is None):
+        raise InputError("Give exactly one of ratio and macs: the one that the plan is to follow.")
     if macs is None:
         return Planner(model, args, kwargs, **options).plan(_fractions(ratio))
     target = fraction(macs, "macs")
@@ -148,7 +140,10 @@ def _fractions(ratio: float | Mapping[str, float]) -> float | dict[str, float]:
 
 @torch.inference_mode(False)
 def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequence[int]]) -> Plan:
-    """The plan that removes exactly these units of `coupling`, the trace of `model`: see `units` in `plan`.
+    """The plan that removes exactly these units of `coupling`, the trace of `model`, whatever they are worth.
+
+    units: {group or parameter: numbers of the units that go}; what a unit is (a channel, a head, a neuron) says
+        `coupling.trace`.
 
     Raises InputError for a group or a unit that does not exist, for all units of a group, and for linked groups that
     do not lose the same fraction.

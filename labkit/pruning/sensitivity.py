@@ -53,7 +53,6 @@ def scan(
     evaluate: Callable[[nn.Module], float],
     ratios: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     *,
-    kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Sensitivity:
@@ -65,11 +64,11 @@ def scan(
     ratios = sorted({fraction(ratio, "a ratio") for ratio in ratios})
     if not ratios:
         raise InputError("ratios is empty: give at least one fraction of channels to remove.")
-    planner = channels.Planner(model, args, kwargs, scope="layer", **options)
+    planner = channels.Planner(model, args, scope="layer", **options)
 
     def metric(ratio: float | Mapping[str, float]) -> tuple[channels.Plan, float]:
         plan = planner.plan(ratio)
-        return plan, float(evaluate(channels.apply(model, plan, args, kwargs, check=False).model))
+        return plan, float(evaluate(channels.apply(model, plan, args, check=False).model))
 
     _, baseline = metric(0.0)
     rows = []

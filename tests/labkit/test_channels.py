@@ -10,8 +10,8 @@ from torch import nn
 from labkit import roofline
 from labkit.errors import InputError
 from labkit.pruning import sensitivity
-from labkit.pruning.channels import Planner, apply, plan, prune
-from labkit.pruning.coupling import trace
+from labkit.pruning.channels import Planner, apply, plan, plan_units, prune
+from labkit.pruning.coupling import Coupling, trace
 from labkit.pruning.scores import UNIT_CRITERIA, unit_scores
 
 
@@ -222,7 +222,7 @@ def test_a_target_of_multiply_adds_is_reached(plain):
 
 def test_exactly_the_named_units_go(plain):
     model, x, _ = plain
-    chosen = plan(model, x, units={"conv1.weight": [2, 6, 7], "fc1.bias": [0]})
+    chosen = plan_units(model, Coupling.of(model, x), {"conv1.weight": [2, 6, 7], "fc1.bias": [0]})
     assert left(chosen) == {"conv1.weight": 5, "conv2.weight": 12, "fc1.weight": 19}
     assert chosen.kept["conv2.weight"][1].tolist() == chosen.kept["bn1.weight"][0].tolist() == [0, 1, 3, 4, 5]
     assert chosen.kept["fc2.weight"][1].tolist() == list(range(1, 20))
@@ -231,7 +231,7 @@ def test_exactly_the_named_units_go(plain):
 
 def test_a_head_is_one_unit():
     model, x = example(Attention)
-    chosen = plan(model, x, units={"qkv.weight": [1]})
+    chosen = plan_units(model, Coupling.of(model, x), {"qkv.weight": [1]})
     assert chosen.kept["proj.weight"][1].tolist() == [0, 1, 2, 3, *range(8, 16)]
     assert apply(model, chosen, x).report.equal
 
@@ -249,7 +249,7 @@ def test_a_head_is_one_unit():
 def test_units_that_cannot_go_are_named(plain, units, what):
     model, x, _ = plain
     with pytest.raises(InputError, match=what):
-        plan(model, x, units=units)
+        plan_units(model, Coupling.of(model, x), units)
 
 
 def test_units_of_linked_groups_go_together():
@@ -257,8 +257,8 @@ def test_units_of_linked_groups_go_together():
     model, x = nn.Sequential(nn.Linear(5, 24), layer, nn.Linear(24, 3)).eval(), torch.randn(3, 4, 5)
     heads = {"1.self_attn.in_proj_weight": [1, 4]}
     with pytest.raises(InputError, match="same fraction of their units"):
-        plan(model, x, units=heads)
-    chosen = plan(model, x, units=heads | {"0.weight": range(8)})
+        plan_units(model, Coupling.of(model, x), heads)
+    chosen = plan_units(model, Coupling.of(model, x), heads | {"0.weight": range(8)})
     assert apply(model, chosen, x).report.equal
 
 

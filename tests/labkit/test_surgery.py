@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import threading
 
 import pytest
@@ -33,7 +32,7 @@ from networks import (
 from random_networks import HABITS, Network, Stateful, digest, programs
 from torch import nn
 
-from labkit.errors import DataError, EqualityError, InputError
+from labkit.errors import EqualityError, InputError
 from labkit.pruning import sensitivity, surgery, unstructured
 from labkit.pruning.channels import apply, plan, prune
 from labkit.pruning.coupling import trace
@@ -75,6 +74,7 @@ def test_bare_parameters_are_cut_with_their_width():
     assert pruned.report.equal
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(programs(), st.floats(0, 0.95), st.sampled_from(["l1", "random"]), st.integers(0, 5))
 def test_random_networks_stay_equal_after_random_plans(program, ratio, criterion, seed):
@@ -186,6 +186,7 @@ def test_half_precision_is_kept_and_checked_in_a_wider_type():
 # --- what stays as it was ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(programs(), st.sets(st.sampled_from(HABITS), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_the_callers_model_is_left_as_it_was_whatever_its_forward_pass_writes_down(program, habits, ran, trains):
@@ -361,75 +362,3 @@ def test_a_plan_of_another_model_is_refused():
     other, y = example(Attention)
     with pytest.raises(InputError, match="another model"):
         apply(other, chosen, y)
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [Plain, Depthwise, Tied, Attention])
-def test_a_saved_model_comes_back_from_a_fresh_dense_one(kind, tmp_path):
-    model, x = example(kind)
-    pruned = prune(model, x, ratio=0.5)
-    surgery.save(pruned, tmp_path)
-    torch.manual_seed(99)
-    loaded = surgery.load(kind().eval(), tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded.model(x), pruned.model(x))
-    assert str(loaded.plan) == str(pruned.plan)
-    assert all(
-        torch.equal(loaded.plan.kept[name][dim], indices)
-        for name, dims in pruned.plan.kept.items()
-        for dim, indices in dims.items()
-    )
-    assert all(
-        getattr(a, "normalized_shape", 0) == getattr(b, "normalized_shape", 0)
-        for a, b in zip(loaded.model.modules(), pruned.model.modules(), strict=True)
-    )
-
-
-def test_a_cut_buffer_that_is_in_no_state_dict_comes_back(tmp_path):
-    class Positions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
-            self.register_buffer("positions", torch.randn(8), persistent=False)
-
-        def forward(self, x):
-            return self.b(F.relu(self.a(x) + self.positions))
-
-    x = torch.randn(3, 6)
-    pruned = prune(Positions(), x, ratio=0.5)
-    surgery.save(pruned, tmp_path)
-    assert torch.equal(surgery.load(Positions(), tmp_path).model(x), pruned.model(x))
-
-
-def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
-    model, x = example(Plain)
-    surgery.save(prune(model, x, ratio=0.5), tmp_path)
-    with pytest.raises(InputError, match="another"):
-        surgery.load(Residual(), tmp_path)
-    content = json.loads((tmp_path / "plan.json").read_text())
-    weights = (tmp_path / "weights.safetensors").read_bytes()
-    (tmp_path / "weights.safetensors").write_bytes(weights[:-4] + b"\0\0\0\1")
-    with pytest.raises(DataError, match="damaged"):
-        surgery.load(Plain(), tmp_path)
-    (tmp_path / "weights.safetensors").unlink()
-    with pytest.raises(DataError, match="no pruned model"):
-        surgery.load(Plain(), tmp_path)
-    assert content["version"] == 1
-
-
-def test_an_interrupted_save_leaves_the_older_one(tmp_path, monkeypatch):
-    model, x = example(Plain)
-    first = prune(model, x, ratio=0.5)
-    surgery.save(first, tmp_path)
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(surgery, "save_file", fail)
-    with pytest.raises(KeyboardInterrupt):
-        surgery.save(prune(model, x, ratio=0.2), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "weights.safetensors"]
-    with torch.no_grad():
-        assert torch.equal(surgery.load(Plain().eval(), tmp_path).model(x), first.model(x))

@@ -95,6 +95,7 @@ class Coupling:
 
     @classmethod
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
+    @tracing.collecting_later()
     def of(cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> "Coupling":
         args, kwargs = arguments(args, kwargs)
         record = tracing.record(model, args, kwargs)
@@ -257,8 +258,9 @@ def _groups(
     signature = np.zeros(len(classes), dtype=np.uint64)
     touched = [(axis, classes[axis.base : axis.base + axis.size]) for axis in record.axes]
     for axis, roots in touched:
-        here = np.unique(roots[free[roots]])
-        signature[here] += np.uint64(zlib.crc32(f"{axis.name} {axis.dim}".encode()) * 0x9E3779B97F4A7C15 % 2**64)
+        signature[roots[free[roots]]] += np.uint64(
+            zlib.crc32(f"{axis.name} {axis.dim}".encode()) * 0x9E3779B97F4A7C15 % 2**64
+        )
     members: dict[int, list[tuple[Axis, np.ndarray]]] = {}
     for axis, roots in touched:
         for s in np.unique(signature[roots[free[roots]]]).tolist():
@@ -269,16 +271,17 @@ def _groups(
     groups: list[Group] = []
     units_of: list[np.ndarray] = []
     names: dict[str, int] = {}
+    number = np.full(len(classes), -1, dtype=np.int64)
     for s, axes in members.items():
         _, first = axes[0]
         units, where = np.unique(first[free[first] & (signature[first] == np.uint64(s))], return_index=True)
         units = units[np.argsort(where)]  # in the order of the first parameter
-        number = np.full(len(classes), -1, dtype=np.int64)
         number[units] = np.arange(len(units))
         made = tuple(
             Member(axis.name, axis.dim, torch.from_numpy(number[roots]), "reads" if reads[axis.base] else "makes")
             for axis, roots in axes
         )
+        number[units] = -1
         makers = [m.name for m in made if m.role == "makes" and m.name not in record.constants]
         if len(units) < 2 or not makers:
             continue

@@ -42,13 +42,13 @@ def _counts(c: Call, macs: int, dims: list[tuple[Tensor, int]]) -> None:
 def _matrices(c: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Spans:
     """bias + [*batch, n, k] x [*batch, k, m], with one batch dimension or none."""
     rows, batch = a.dim() - 2, range(a.dim() - 2)
-    left, right = _contract(c, a, rows + 1, b, rows)
+    rest_a, rest_b = _contract(c, a, rows + 1, b, rows)
     dims = [(a, d) for d in range(a.dim())] + [(b, rows + 1)]
     _counts(c, math.prod(a.shape) * b.shape[-1], dims)
     present = {d for d in range(a.dim()) if c.out.shape[d] > 1}
     sides = [
-        Side(moved(left, [*batch, rows, None]), frozenset(present - {rows + 1})),
-        Side(moved(right, [*batch, None, rows + 1]), frozenset(present - {rows})),
+        Side(moved(rest_a, [*batch, rows, None]), frozenset(present - {rows + 1})),
+        Side(moved(rest_b, [*batch, None, rows + 1]), frozenset(present - {rows})),
     ]
     spans = c.combine(sides)
     return spans if bias is None else c.combine([aligned(c.out, c.out, spans), aligned(bias, c.out, c.spans(bias))])

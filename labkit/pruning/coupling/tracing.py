@@ -9,6 +9,7 @@ of activations cannot be followed, and is an error.
 import contextlib
 import copy
 import functools
+import gc
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -97,6 +98,18 @@ def skeleton(
     return new
 
 
+@contextlib.contextmanager
+def collecting_later() -> Iterator[None]:
+    """No garbage collection inside: copies are made of thousands of objects that stay, and each search is in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
@@ -131,7 +144,8 @@ class Abstract(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         leaves = list(_tensors(args, kwargs))
-        touched = any(leaf.device.type == "meta" for leaf in leaves)
+        n_abstract = sum(leaf.is_meta for leaf in leaves)
+        touched = n_abstract > 0
         name = name_of(func)
         masks = [x for x in args[1] if x is not None and x.dtype in MASKS] if name in ("index", "index_put") else []
         real = all(mask.device.type != "meta" for mask in masks)
@@ -142,7 +156,7 @@ class Abstract(TorchDispatchMode):
             )
         if masks and real and touched:
             args = (args[0], _numbered(args[1]), *args[2:])
-        if touched:
+        if 0 < n_abstract < len(leaves):
             args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
         elif torch.device(kwargs.get("device") or "cpu").type == "meta" and _exact(name, args, kwargs, leaves):
             kwargs["device"] = torch.device("cpu")
