@@ -76,12 +76,12 @@ def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) 
     return Split(images.sub_(FASHION_MEAN).div_(FASHION_STD), labels[subset])
 
 
-def reviews(split: str = "train", n: int | None = None, *, seed: int = 0) -> Reviews:
+def reviews(split: str = "train", n: int | None = None) -> Reviews:
     """Movie-review snippets (Hutto & Gilbert 2014), labelled by the sign of their mean human rating.
 
     "train" 7,682, "validation" 800, "test" 2,000; half of each is positive. Snippets that differ only in case, spaces
-    or punctuation count once, so none is in two splits. `n` draws a subset with `seed` whose classes differ by at
-    most one. Raises InputError for an unknown split or an `n` outside 1..size.
+    or punctuation count once, so none is in two splits. `n` draws a subset whose classes differ by at most one.
+    Raises InputError for an unknown split or an `n` outside 1..size.
     """
     _one_of("split", split, ("train", "validation", "test"))
     file = fetch.path("reviews/movieReviewSnippets_GroundTruth.txt.gz")
@@ -99,7 +99,7 @@ def reviews(split: str = "train", n: int | None = None, *, seed: int = 0) -> Rev
     # alternating classes: any run of an even number of snippets is balanced
     pairs = zip(negative[slice(*bounds)], positive[slice(*bounds)], strict=True)
     texts, labels = [text for pair in pairs for text in pair], torch.tensor([0, 1] * (bounds[1] - bounds[0]))
-    subset = _balanced(labels, n, seed)
+    subset = _balanced(labels, n, seed=0)
     return Reviews([texts[i] for i in subset.tolist()], labels[subset])
 
 
@@ -131,8 +131,8 @@ def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) 
         photo = images[name]
         for share, across, down in torch.rand(n, 3, generator=generator).tolist():
             side = round(min(photo.size) * (1 + share) / 2)
-            left, top = round(across * (photo.width - side)), round(down * (photo.height - side))
-            crops.append(photo.crop((left, top, left + side, top + side)))
+            x, y = round(across * (photo.width - side)), round(down * (photo.height - side))
+            crops.append(photo.crop((x, y, x + side, y + side)))
     return crops
 
 

@@ -38,9 +38,7 @@ def distillation_loss(
     return (each * mask).sum() / mask.sum().clamp_min(1)
 
 
-def distilling(
-    teacher: nn.Module, *, alpha: float = 0.5, temperature: float = 2.0
-) -> Callable[[nn.Module, Batch], Tensor]:
+def distilling(teacher: nn.Module, *, alpha: float, temperature: float) -> Callable[[nn.Module, Batch], Tensor]:
     """A loss_fn for `training.train_`: alpha * distillation + (1 - alpha) * task loss; alpha 1 needs no labels.
 
     The teacher is run in eval mode without gradients on the batch's device.
@@ -84,7 +82,7 @@ def heal_(
     """Fine-tune `model` in place for `steps` batches after pruning: AdamW, one cycle with a tenth of warm-up.
 
     batches: dicts with labels, or (inputs, labels); a decoder without labels predicts its own tokens.
-    teacher: the dense model; half of the loss is then the distance to its answers (`distilling`).
+    teacher: the dense model; half of the loss is then the distance to its answers at temperature 2 (`distilling`).
     seed: of dropout.
     """
 
@@ -95,4 +93,5 @@ def heal_(
     recipe = {"max_lr": max_lr, "optimizer": "adamw", "weight_decay": 0.01, "warmup": 0.1}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return train_(model, batches, **passes, **recipe, loss_fn=task if teacher is None else distilling(teacher))
+        loss_fn = distilling(teacher, alpha=0.5, temperature=2.0) if teacher else task
+        return train_(model, batches, **passes, **recipe, loss_fn=loss_fn)

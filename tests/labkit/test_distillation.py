@@ -52,7 +52,9 @@ def mean_loss(model: nn.Module, data) -> float:
 
 def mixed_loss(model: nn.Module, teacher: nn.Module, data) -> float:
     with torch.no_grad():
-        return sum(float(distillation.distilling(teacher)(model.eval(), batch)) for batch in data) / len(data)
+        return sum(
+            float(distillation.distilling(teacher, alpha=0.5, temperature=2.0)(model.eval(), batch)) for batch in data
+        ) / len(data)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -82,11 +84,15 @@ def test_alpha_mixes_the_two_losses():
     student = family("bert")
     with torch.no_grad():
         student.classifier.weight.mul_(-1)
-        parts = [float(distillation.distilling(teacher, alpha=a)(student, batch)) for a in (0.0, 1.0, 0.25)]
+        parts = [
+            float(distillation.distilling(teacher, alpha=a, temperature=2.0)(student, batch)) for a in (0.0, 1.0, 0.25)
+        ]
     assert parts[2] == pytest.approx(0.75 * parts[0] + 0.25 * parts[1], rel=1e-5)
     unlabelled = {key: x for key, x in batch.items() if key != "labels"}
     with torch.no_grad():
-        assert float(distillation.distilling(teacher, alpha=1.0)(student, unlabelled)) == pytest.approx(parts[1])
+        assert float(
+            distillation.distilling(teacher, alpha=1.0, temperature=2.0)(student, unlabelled)
+        ) == pytest.approx(parts[1])
 
 
 def test_tuples_of_inputs_and_labels():
@@ -103,6 +109,6 @@ def test_errors():
     with pytest.raises(InputError, match="temperature must be a number above 0"):
         distillation.distillation_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=0)
     with pytest.raises(InputError, match="alpha must be a number from 0 to 1"):
-        distillation.distilling(nn.Linear(2, 2), alpha=2)
+        distillation.distilling(nn.Linear(2, 2), alpha=2, temperature=2.0)
     with pytest.raises(InputError, match="needs labels"):
-        distillation.distilling(family("bert"), alpha=0.5)(family("bert"), inputs("bert"))
+        distillation.distilling(family("bert"), alpha=0.5, temperature=2.0)(family("bert"), inputs("bert"))
