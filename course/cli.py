@@ -9,10 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,11 +20,9 @@ from labkit import files
 from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
 
-if TYPE_CHECKING:
-    from course.run import Job, Run
-
 RUNS = files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"
+OUT = click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
 
 
 class _Group(click.Group):
@@ -112,8 +109,8 @@ def doctor(as_json: bool) -> None:
 @click.argument("lesson", default="all", metavar="[NN|all]")
 @click.option("--preset", type=click.Choice(PRESETS), help="Sizes. Default: class for one lesson, smoke for all.")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...  Default: what the lesson says (auto).")
-@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
-@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
+@OUT
+@click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
 @click.option("--record", is_flag=True, help="Keep as reference: data/recorded/, and the lesson's own outputs.")
 @click.option("--resume", is_flag=True, help="Leave out what has a good result of the same code and parameters in OUT.")
 def run(
@@ -121,7 +118,7 @@ def run(
     preset: str | None,
     device: str | None,
     out: Path,
-    given: tuple[tuple[str, str], ...],
+    pairs: tuple[tuple[str, str], ...],
     record: bool,
     resume: bool,
 ) -> None:
@@ -138,88 +135,72 @@ def run(
     ./lab run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
     ./lab run all --device cuda --out /data/runs
     """
-    from course import notebooks
-    from course.run import prepare
+    from course import notebooks, run
 
-    done: list[Run] = []
+    done: list[run.Run] = []
+    _interrupt_once()
     try:
-        with _interrupted_once():
-            asked = _once([("PRESET", preset), ("DEVICE", device), *given])
-            asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
-            paths = notebooks.all_lessons() if lesson == "all" else [notebooks.find(lesson)]
-            jobs = [prepare(path, asked, out) for path in paths]
-            if not jobs:
-                raise InputError(
-                    f"There is no lesson to run in {files.NOTEBOOKS}; take the course's notebooks from its repository."
-                )
-            if record:
-                from course import references
-
-                references.require(jobs[0].parameters)
-            for path, job in zip(paths, jobs, strict=True):
-                done.append(_run_one(path, job, record, resume))
-            if len(done) > 1:
-                click.echo("\n".join(["", *map(_summary, done)]))
-            from course import report
-
-            click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+        values = _by_name([("PRESET", preset), ("DEVICE", device), *pairs])
+        values.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
+        paths = notebooks.all_lessons() if lesson == "all" else [notebooks.find(lesson)]
+        jobs = [run.prepare(path, values, out) for path in paths]
+        if not jobs:
+            raise InputError(
+                f"There is no lesson to run in {files.NOTEBOOKS}; take the course's notebooks from its repository."
+            )
+        if record:
+            run.require_reference(jobs[0].parameters)
+        for path, job in zip(paths, jobs, strict=True):
+            result = (run.read(job.folder()) if resume else None) or run.run(job, progress=True)
+            done.append(result)
+            if sys.stderr.isatty():
+                click.echo("\r\033[K", nl=False, err=True)
+            click.echo(str(result))
+            if result.error:
+                click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
+            elif record:
+                for file in run.keep_reference(result, path):
+                    click.echo(f"recorded  {file}")
+        if len(done) > 1:
+            click.echo("\n".join(["", *map(str, done)]))
+        click.echo(f"report  {_report([out])}")
     except KeyboardInterrupt:
-        finished = f"kept: {', '.join(run.lesson for run in done)}" if done else "earlier results are as they were"
+        finished = (
+            f"kept: {', '.join(result.lesson for result in done)}" if done else "earlier results are as they were"
+        )
         click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {finished}.", err=True)
         sys.exit(130)
-    sys.exit(any(run.error for run in done))
+    sys.exit(any(result.error for result in done))
 
 
-@contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM raises KeyboardInterrupt; more of them do not disturb what tidies up and ends."""
+def _interrupt_once() -> None:
+    """Let Ctrl-C or SIGTERM raise KeyboardInterrupt, and further ones not disturb what tidies up and ends."""
 
-    def first(number: int, frame: object) -> None:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)
+    def interrupt(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {one: signal.signal(one, first) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            if signal.getsignal(one) is first:
-                signal.signal(one, handler)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
 
 
-def _once(given: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+def _by_name(pairs: Iterable[tuple[str, str | None]]) -> dict[str, str]:
     """The parameters by name, without those that are None; InputError where one is given twice."""
-    asked: dict[str, str] = {}
-    for name, value in given:
-        if name in asked:
-            raise InputError(f"{name} is given twice, as {asked[name]} and as {value}; give it once.")
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise InputError(f"{name} is given twice, as {values[name]} and as {value}; give it once.")
         if value is not None:
-            asked[name] = value
-    return asked
+            values[name] = value
+    return values
 
 
-def _run_one(notebook: Path, job: "Job", record: bool, resume: bool) -> "Run":
-    from course import run
+def _report(folders: list[Path]) -> str:
+    """Write the report of these folders into the first: its address."""
+    from course import report  # its imports take seconds
 
-    result = run.read(job.folder()) if resume else None
-    result = result or run.run(job, progress=True)
-    if sys.stderr.isatty():
-        click.echo("\r\033[K", nl=False, err=True)
-    click.echo(_summary(result))
-    if result.error:
-        click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
-    elif record:
-        from course import references
-
-        for path in references.keep(result, notebook):
-            click.echo(f"recorded  {path}")
-    return result
-
-
-def _summary(run: "Run") -> str:
-    state = "failed" if run.error else "done"
-    return f"{state:6}  {run.lesson:36}{run.seconds:6.0f} s  {run.peak_memory / 1e9:5.1f} GB  {run.notebook}"
+    return report.write(folders, folders[0] / "report.html").resolve().as_uri()
 
 
 @main.command()
@@ -227,17 +208,17 @@ def _summary(run: "Run") -> str:
 @click.option(
     "-g", "grid", multiple=True, metavar="NAME=V1,V2", help="Values of a parameter; all combinations are run."
 )
-@click.option("--seeds", type=click.IntRange(min=1), help="Repeat each point for so many SEEDs, from its own on.")
-@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter at all points.")
+@click.option("--seeds", type=click.IntRange(1, 10_000), help="Repeat each point for so many SEEDs, from its own on.")
+@click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter at all points.")
 @click.option("--preset", type=click.Choice(PRESETS), help="Default: class.")
 @click.option("--on", default="local", show_default=True, metavar="PLACE", help="local, or dask://host:port.")
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at once. Default: 1, or one a GPU.")
-@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
+@OUT
 def sweep(
     lesson: str,
     grid: tuple[str, ...],
     seeds: int | None,
-    given: tuple[tuple[str, str], ...],
+    pairs: tuple[tuple[str, str], ...],
     preset: str | None,
     on: str,
     workers: int | None,
@@ -257,15 +238,15 @@ def sweep(
     """
     from tqdm import tqdm
 
-    from course import notebooks, report, sweep
+    from course import notebooks, sweep
 
     axes = sweep.parse(grid)
-    asked = _once([("PRESET", preset), *given])
+    values = _by_name([("PRESET", preset), *pairs])
     if "PRESET" not in axes:
-        asked.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or "class")
-    jobs = sweep.plan(notebooks.find(lesson), axes, asked, seeds=seeds, out=out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+        values.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or "class")
+    jobs = sweep.plan(notebooks.find(lesson), axes, values, seeds=seeds, out=out)
     ended: list[sweep.Outcome] = []
+    _interrupt_once()
     try:
         with sweep.workers(on, jobs, workers) as (submit, alive, at_once):
             click.echo(f"{jobs[0].lesson}: {len(jobs)} points, {at_once} at once")
@@ -283,7 +264,7 @@ def sweep(
         sys.exit(130)
     click.echo(sweep.summary(ended))
     if any(outcome.run for outcome in ended):
-        click.echo(f"report  {report.write([out], out / 'report.html').resolve().as_uri()}")
+        click.echo(f"report  {_report([out])}")
     sys.exit(any(outcome.failure for outcome in ended))
 
 
@@ -295,11 +276,9 @@ def report(folders: tuple[Path, ...]) -> None:
     By default these are runs/, and workspace/runs/ with what your own copies left there.
     """
     from course import notebooks
-    from course import report as page
 
-    own = notebooks.WORKSPACE / "runs"
-    found = list(folders) or [folder for folder in (RUNS, own) if folder.is_dir()] or [RUNS]
-    click.echo(page.write(found, found[0] / "report.html").resolve().as_uri())
+    usual = [folder for folder in (RUNS, notebooks.WORKSPACE / "runs") if folder.is_dir()]
+    click.echo(_report(list(folders) or usual or [RUNS]))
 
 
 @main.command()
@@ -331,19 +310,19 @@ def start(lesson: str, browser: bool, fresh: bool) -> None:
     """Take a lesson: open your own copy, without the answers, in JupyterLab."""
     from course import notebooks
 
-    kept = notebooks.put_aside(lesson) if fresh else None
-    own = notebooks.prepare(lesson)
-    click.echo(f"your copy: {own}")
-    click.echo(f"stuck? An exercise's worked answer: ./lab solution {own.name[:2]}.1")
-    if kept:
-        click.echo(f"the copy that you had: {kept}")
-    if notebooks.has_changed(own):
-        number = own.name[:2]
+    older = notebooks.put_aside(lesson) if fresh else None
+    copy = notebooks.prepare(lesson)
+    number = copy.name[:2]
+    click.echo(f"your copy: {copy}")
+    click.echo(f"stuck? An exercise's worked answer: ./lab solution {number}.1")
+    if older:
+        click.echo(f"the copy that you had: {older}")
+    if notebooks.has_changed(copy):
         click.echo(
             f"lesson {number} has changed since this copy was made; your work stays as it is. To get the new lesson, "
             f"with this copy kept beside it: ./lab start {number} --fresh"
         )
-    sys.exit(notebooks.open_in_jupyterlab(own, browser=browser))
+    sys.exit(notebooks.open_in_jupyterlab(copy, browser=browser))
 
 
 @main.command()

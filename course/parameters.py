@@ -32,29 +32,27 @@ class Parameter:
     def convert(self, value: Any) -> Any:
         """`value`, or the text of it, in the default's type; InputError where it has another, or is out of range."""
         kind = list if isinstance(self.default, tuple) else type(self.default)
+        annotation = Any if self.default is None else kind
         if kind is list and self.default:
             annotation = list[type(self.default[0])]
-        else:
-            annotation = Any if self.default is None else kind
         try:
             plain = value if kind is str else _literal(value)
             json.dumps(plain, allow_nan=False)  # it has to reach the notebook and the record as it is
             plain = list(plain) if kind is list and isinstance(plain, tuple) else plain
             plain = TypeAdapter(annotation).validate_python(plain, strict=True)
         except (ValidationError, ValueError, TypeError, RecursionError):
-            asked = f"give {_WORDS.get(kind, 'a literal')}, like its default {self.default!r}."
-            raise InputError(f"{self.name} cannot be {value!r}; {asked}") from None
+            expected = f"give {_WORDS.get(kind, 'a literal')}, like its default {self.default!r}."
+            raise InputError(f"{self.name} cannot be {value!r}; {expected}") from None
+        is_range = len(self.allowed) == 2 and all(isinstance(bound, int | float) for bound in self.allowed)
         for element in plain if isinstance(plain, list) else [plain]:
-            self._require_allowed(element)
+            if is_range and not self.allowed[0] <= element <= self.allowed[1]:
+                lowest, highest = self.allowed
+                raise InputError(f"{self.name} cannot be {element!r}; give a number from {lowest} to {highest}.")
+            if self.allowed and not is_range and element not in self.allowed:
+                raise InputError(
+                    f"{self.name} cannot be {element!r}; choose one of {', '.join(map(str, self.allowed))}."
+                )
         return plain
-
-    def _require_allowed(self, value: Any) -> None:
-        if len(self.allowed) == 2 and all(isinstance(bound, int | float) for bound in self.allowed):
-            lowest, highest = self.allowed
-            if not lowest <= value <= highest:
-                raise InputError(f"{self.name} cannot be {value!r}; give a number from {lowest} to {highest}.")
-        elif self.allowed and value not in self.allowed:
-            raise InputError(f"{self.name} cannot be {value!r}; choose one of {', '.join(map(str, self.allowed))}.")
 
 
 def read(notebook: Mapping[str, Any]) -> dict[str, Parameter]:

@@ -30,7 +30,7 @@ import psutil
 
 from course import parameters
 from labkit import files
-from labkit.errors import DataError, InputError, LabError
+from labkit.errors import DataError, InputError
 
 SCHEMA = "labkit.run/1"
 SOURCES = (".py", ".cpp", ".cu", ".h", ".toml")
@@ -52,15 +52,12 @@ ADVICE = {  # what a message or its exception's name holds -> what to do
 }
 
 
-class Stopped(LabError):
-    """A run that was ended from another thread."""
-
-
 @dataclass(frozen=True)
 class Job:
     """What is to be run: a lesson as it stood, the parameters that it gets, and the folder of all results.
 
-    device: what it asks for, "auto" included. label: the name of the point in a sweep.
+    device  the device that the lesson asks for, "auto" included
+    label   the name of the point in a sweep
     """
 
     lesson: str
@@ -109,28 +106,28 @@ class Run:
     def notebook(self) -> Path:
         return self.folder / f"{self.lesson}.ipynb"
 
-    @property
-    def record(self) -> Path:
-        return self.folder / "record.json"
+    def __str__(self) -> str:
+        state = "failed" if self.error else "done"
+        return f"{state:6}  {self.lesson:36}{self.seconds:6.0f} s  {self.peak_memory / 1e9:5.1f} GB  {self.notebook}"
 
 
-def prepare(notebook: Path, given: Mapping[str, Any], out: Path = Path("runs"), label: str = "") -> Job:
-    """A lesson with the parameters `given` (see `course.parameters.bind`), checked; nothing is written or started.
+def prepare(notebook: Path, values: Mapping[str, Any], out: Path = Path("runs"), label: str = "") -> Job:
+    """A lesson with the parameters in `values` (see `course.parameters.bind`), checked; nothing is written or started.
 
     The job states the preset, where results go, and what differs from the lesson's cell. InputError for a parameter or
-    a device that is not there, DataError where the notebook is missing, damaged, or no notebook.
+    a device that does not exist, DataError where the notebook is missing, damaged, or no notebook.
     """
-    source, known = load(notebook)
-    if given.get("RESULTS_DIR", ".") != ".":
+    source, declared = load(notebook)
+    if values.get("RESULTS_DIR", ".") != ".":
         raise InputError("RESULTS_DIR is set for each run; choose the folder of all results with --out.")
-    stated = {name: parameter.default for name, parameter in known.items()}
-    bound = parameters.bind(known, {"PRESET": stated.get("PRESET"), **given, "RESULTS_DIR": "."})
-    device = str(bound.get("DEVICE") or stated.get("DEVICE") or "auto")
-    if device != "cpu" and (device != "auto" or os.environ.get("LABKIT_DEVICE")):  # those two need no torch to be known
+    defaults = {name: parameter.default for name, parameter in declared.items()}
+    bound = parameters.bind(declared, {"PRESET": defaults.get("PRESET"), **values, "RESULTS_DIR": "."})
+    device = str(bound.get("DEVICE") or defaults.get("DEVICE") or "auto")
+    if device != "cpu" and (device != "auto" or os.environ.get("LABKIT_DEVICE")):  # those two need no torch
         from labkit.machine import torch_device
 
         torch_device(device)
-    differing = {name: value for name, value in bound.items() if name in ALWAYS or value != stated[name]}
+    differing = {name: value for name, value in bound.items() if name in ALWAYS or value != defaults[name]}
     return Job(notebook.stem, source, differing, device, out.absolute(), label)
 
 
@@ -187,21 +184,20 @@ def run(
 
     env       is set for the lesson beside what is set here, such as CUDA_VISIBLE_DEVICES; it does not count as another
               machine, and the device asked for is looked for without it
-    stop      an event that ends the run from another thread, which raises Stopped
+    stop      an event by which another thread ends the run; KeyboardInterrupt is raised here
     progress  shows on stderr which cell runs
 
     DataError where the disk takes no more. A lesson's own error is not raised but returned in `.error`. After any
-    exception, KeyboardInterrupt and Stopped included, no process is left, nothing of the run is kept, and older results
-    are whole. Safe in threads.
+    exception, KeyboardInterrupt included, no process is left, nothing of the run is kept, and older results are whole.
+    Safe in threads.
     """
     home = job.out / job.lesson
-    with files.full_disk_told(home), _partial(home) as partial, ThreadPoolExecutor(1) as beside:
+    with files.full_disk_told(home), partial_folder(home) as partial, ThreadPoolExecutor(1) as beside:
         target = beside.submit(job.folder)  # imports torch, while the kernel starts
         began = time.monotonic()
         error, peak = _in_child(job, partial, env or {}, stop, progress)
-        if (
-            error and not error.cell and error.name != "RunTimeout"
-        ):  # a kernel that cannot start has most often met a port in use: once more
+        # a kernel that cannot start has most often met a port in use: once more
+        if error and not error.cell and error.name != "RunTimeout":
             error, peak = _in_child(job, partial, env or {}, stop, progress)
         good = target.result()
         failed = good.with_name(f"{good.name}-failed")
@@ -214,8 +210,8 @@ def run(
 
 
 @contextmanager
-def _partial(home: Path) -> Iterator[Path]:
-    """A folder in `home` for a result that is being made; what is left of it goes at the end."""
+def partial_folder(home: Path) -> Iterator[Path]:
+    """A folder in `home` for a result that is being made, removed at the end; InputError where it cannot be made."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".run-", dir=home))
@@ -265,6 +261,35 @@ def _replace(folder: Path, partial: Path) -> None:
         shutil.rmtree(older, ignore_errors=True)
 
 
+def require_reference(bound: Mapping[str, Any]) -> None:
+    """InputError where a run with these parameters (`Job.parameters`) could not stand as a reference."""
+    if bound["PRESET"] == "smoke":
+        raise InputError("A smoke run is too small to be a reference; record one at --preset class or full.")
+    if changed := sorted(set(bound) - {*ALWAYS, "DEVICE"}):
+        raise InputError(f"A reference run keeps the lesson's own values; leave out -p {changed[0]}.")
+
+
+def keep_reference(result: Run, notebook: Path) -> list[Path]:
+    """Store a good run as reference: its record beside the others, and its outputs in the lesson itself.
+
+    The lesson is rewritten only where the run used the parameters that the lesson's cell states, so that what a reader
+    sees is what the cell gives. Returns the files written.
+    """
+    import nbformat  # takes a second
+
+    from course.notebooks import tidied
+
+    text = (result.folder / "record.json").read_text(encoding="utf-8")
+    record, executed = json.loads(text), nbformat.read(result.notebook, as_version=4)
+    written = [files.RECORDED / record["machine"]["slug"] / f"{record['lesson']}.json"]
+    files.write_text(written[0], text)
+    stated = parameters.read(executed)["PRESET"].default
+    if set(result.parameters) == set(ALWAYS) and result.parameters["PRESET"] == stated:
+        files.write_text(notebook, nbformat.writes(tidied(executed)) + "\n")
+        written.append(notebook)
+    return written
+
+
 # the child, seen from outside -----------------------------------------------------------------------
 
 
@@ -292,7 +317,7 @@ def _in_child(
     reason = _wait(child, folder / OUTPUT, stop)
     code, end = child.returncode, {"error": None, "peak": 0}
     if stop and stop.is_set():
-        raise Stopped("The run was stopped; nothing of it was kept.")
+        raise KeyboardInterrupt
     if code in files.UNWRITABLE:
         raise OSError(code, os.strerror(code), str(notebook))
     with suppress(OSError, ValueError):  # papermill does not write atomically
@@ -382,14 +407,14 @@ def _failure(source: bytes, notebook: Path, name: str, message: str, peak: int) 
 # the child, seen from inside ------------------------------------------------------------------------
 
 
-def main(notebook: str, given: Mapping[str, Any], limits: Mapping[str, int], terminals: Sequence[int]) -> None:
+def main(notebook: str, values: Mapping[str, Any], limits: Mapping[str, int], terminals: Sequence[int]) -> None:
     """Execute a notebook in the working folder, and write how it ended to END.
 
     Where the disk takes no more the lesson is not at fault, and the error's number is the exit code.
     """
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     try:
-        error = _execute(notebook, given, limits, terminals)
+        error = _execute(notebook, values, limits, terminals)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process that ended: the kernel
         end = {"error": error, "peak": peak if sys.platform == "darwin" else peak * 1024}
         Path(END).write_text(json.dumps(end), encoding="utf-8")
@@ -398,7 +423,7 @@ def main(notebook: str, given: Mapping[str, Any], limits: Mapping[str, int], ter
 
 
 def _execute(
-    notebook: str, given: Mapping[str, Any], limits: Mapping[str, int], terminals: Sequence[int]
+    notebook: str, values: Mapping[str, Any], limits: Mapping[str, int], terminals: Sequence[int]
 ) -> tuple[str, str] | None:
     """Name and message of what ended the run, None if it ran through; OSError where nothing can be written.
 
@@ -428,7 +453,7 @@ def _execute(
         papermill.execute_notebook(
             notebook,
             OUTPUT,
-            given,
+            values,
             kernel_name="python3",
             language="python",
             progress_bar=False,

@@ -17,10 +17,8 @@ through dask-jobqueue, Kubernetes through dask-kubernetes, each of which starts 
 
 import itertools
 import logging
-import math
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -33,7 +31,6 @@ from typing import Any
 from course import parameters, run
 from labkit.errors import DataError, InputError, LabError
 
-MOST_POINTS = 10_000
 CONNECT_SECONDS = 5
 Submit = Callable[[run.Job], "Future[Outcome]"]
 
@@ -69,33 +66,31 @@ def parse(texts: Iterable[str]) -> dict[str, list[str]]:
 
 
 def plan(
-    notebook: Path, grid: Mapping[str, Sequence[Any]], given: Mapping[str, Any], *, seeds: int | None = None, out: Path
+    notebook: Path, grid: Mapping[str, Sequence[Any]], values: Mapping[str, Any], *, seeds: int | None = None, out: Path
 ) -> list[run.Job]:
-    """One job a point of `grid`, each with what is `given` to all; repeated for `seeds` values of SEED from its own on.
+    """One job for each point of `grid`, checked before anything is written or run.
 
-    The whole grid comes at the first seed, then at the next. InputError, before anything is written or run, where a
-    name, a value, or the grid as a whole cannot be used.
+    values  parameters of every point
+    seeds   how many values of SEED to repeat the grid for, from the lesson's own on; the whole grid comes at each
+    out     folder of all results
+
+    InputError where a name, a value, or the grid as a whole cannot be used.
     """
     if seeds and "SEED" in grid:
         raise InputError("SEED is in the grid, and --seeds sets it too; give one of them.")
-    if twice := sorted(set(grid) & set(given)):
-        raise InputError(f"{twice[0]} is in the grid and given for all points too; give it once.")
+    if both := sorted(set(grid) & set(values)):
+        raise InputError(f"{both[0]} is in the grid and given for all points too; give it once.")
     if not grid and not seeds:
         raise InputError("There is nothing to sweep over; give -g NAME=VALUE,VALUE or --seeds N.")
-    count = math.prod(map(len, grid.values())) * (seeds or 1)
-    if count > MOST_POINTS:
-        raise InputError(
-            f"These are {count} points; a sweep takes {MOST_POINTS} at most, so give fewer values or seeds."
-        )
-    _, known = run.load(notebook)
-    shared = parameters.bind(known, given)
+    _, declared = run.load(notebook)
+    shared = parameters.bind(declared, values)
     axes: dict[str, Sequence[Any]] = dict(grid)
     if seeds:
-        first = shared.get("SEED", known["SEED"].default if "SEED" in known else 0)
+        first = shared.get("SEED", declared["SEED"].default if "SEED" in declared else 0)
         axes = {"SEED": range(first, first + seeds), **axes}
     jobs: dict[str, run.Job] = {}
-    for values in itertools.product(*axes.values()):
-        point = dict(zip(axes, values, strict=True))
+    for combination in itertools.product(*axes.values()):
+        point = dict(zip(axes, combination, strict=True))
         label = ", ".join(f"{name} {value}" for name, value in point.items())
         job = run.prepare(notebook, shared | point, out, label)
         if job.device.startswith("cuda:"):
@@ -105,8 +100,8 @@ def plan(
     return list(jobs.values())
 
 
-def one(job: run.Job, env: Mapping[str, str] | None = None, stop: threading.Event | None = None) -> Outcome:
-    """The result of a point, where it takes place: run unless it is there, and once more where its process was lost."""
+def run_point(job: run.Job, env: Mapping[str, str] | None = None, stop: threading.Event | None = None) -> Outcome:
+    """The result of a point, where it takes place: run unless it exists, and once more where its process was lost."""
     if done := run.read(job.folder()):
         return Outcome(job, done, reused=True)
     result = run.run(job, env=env, stop=stop)
@@ -127,8 +122,8 @@ def outcomes(jobs: Sequence[run.Job], submit: Submit, alive: Callable[[], bool])
             )
         for future in ended:
             job, error = waiting.pop(future), future.exception()
-            said = str(error).partition("\n")[0] if isinstance(error, LabError) else f"{type(error).__name__}: {error}"
-            yield Outcome(job, None, lost=said) if error else future.result()
+            name = "" if isinstance(error, LabError) else f"{type(error).__name__}: "
+            yield Outcome(job, None, lost=f"{name}{error}") if error else future.result()
 
 
 # where ----------------------------------------------------------------------------------------------
@@ -138,8 +133,10 @@ def outcomes(jobs: Sequence[run.Job], submit: Submit, alive: Callable[[], bool])
 def workers(on: str, jobs: Sequence[run.Job], count: int | None) -> Iterator[tuple[Submit, Callable[[], bool], int]]:
     """What takes a job, whether it is still alive, and how many runs there are at once.
 
-    on: "local" or "dask://host:port". count: how many runs at once (default: one on this machine's CPU, or one a GPU).
-    InputError where the place is not there, or results cannot be written. At an exception what waits is dropped, and
+    on     "local" or "dask://host:port"
+    count  how many runs at once (default: one on this machine's CPU, or one a GPU)
+
+    InputError where the place does not exist, or results cannot be written. At an exception what waits is dropped, and
     what runs here is ended.
     """
     address = on.replace("dask://", "tcp://")
@@ -147,17 +144,11 @@ def workers(on: str, jobs: Sequence[run.Job], count: int | None) -> Iterator[tup
         raise InputError(f"A sweep cannot run on {on!r}; give local or dask://host:port.")
     if on != "local" and count:
         raise InputError("A Dask cluster has the workers that were started for it; leave out --workers.")
-    if on == "local":
-        environments = _environments(jobs, count)
-    try:
-        jobs[0].out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=jobs[0].out).close()
-    except OSError as error:
-        raise InputError(
-            f"Results cannot be written to {jobs[0].out} ({error.strerror}); choose another --out."
-        ) from None
-    with _on_dask(address) if on != "local" else _here(environments) as place:
-        yield place
+    place = _here(_environments(jobs, count)) if on == "local" else _on_dask(address)
+    with run.partial_folder(jobs[0].out):
+        pass  # a folder that cannot be written is told once, not at each point
+    with place as submit_alive_and_count:
+        yield submit_alive_and_count
 
 
 @contextmanager
@@ -171,7 +162,7 @@ def _here(environments: Sequence[dict[str, str]]) -> Iterator[tuple[Submit, Call
     def call(job: run.Job) -> Outcome:
         environment = free.get()
         try:
-            return one(job, environment, stop)
+            return run_point(job, environment, stop)
         finally:
             free.put(environment)
 
@@ -228,7 +219,11 @@ def _on_dask(address: str) -> Iterator[tuple[Submit, Callable[[], bool], int]]:
         ) from None
     try:
         pool = client.get_executor(pure=False)
-        yield lambda job: pool.submit(one, job), lambda: client.status == "running", sum(client.nthreads().values())
+        yield (
+            lambda job: pool.submit(run_point, job),
+            lambda: client.status == "running",
+            sum(client.nthreads().values()),
+        )
     finally:
         with suppress(Exception):  # closing a lost scheduler fails
             client.close(timeout=CONNECT_SECONDS)

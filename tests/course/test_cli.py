@@ -1,25 +1,18 @@
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import labkit
 
-from course import run
-from course.cli import main
+from course import notebooks, run
 from labkit import fetch, files
-
-
-def labkit(*arguments: object) -> Result:
-    return CliRunner().invoke(main, list(map(str, arguments)))
 
 
 @pytest.fixture
@@ -29,7 +22,8 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(files.NOTEBOOKS / "claims.toml", tmp_path / "notebooks")
     monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
-    monkeypatch.delenv("LABKIT_PRESET", raising=False)
+    for variable in ("LABKIT_PRESET", "LABKIT_DEVICE"):
+        monkeypatch.delenv(variable, raising=False)
     return tmp_path
 
 
@@ -39,9 +33,14 @@ def reported(result: Result) -> Path:
     return Path(url2pathname(urlparse(address[0]).path))
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys, course.cli; sys.exit(bool({'torch', 'papermill', 'matplotlib'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+HEAVY = {"torch", "nbformat", "papermill", "pandas", "scipy", "matplotlib"}
+
+
+def test_help_imports_nothing_that_takes_time():
+    command = [sys.executable, "-X", "importtime", "-m", "course.cli", "run", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("Usage: ") and "NN is a lesson's number" in done.stdout
+    assert not HEAVY & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
 def test_a_run_begins_before_what_only_its_end_needs_is_imported(course: Path, write_lesson):
@@ -49,19 +48,11 @@ def test_a_run_begins_before_what_only_its_end_needs_is_imported(course: Path, w
     code = (
         "import sys, pathlib, course.cli as c; from course import run;"
         "c.files.NOTEBOOKS = pathlib.Path(sys.argv.pop(1));"
-        "run.run = lambda *_, **__: sys.exit(len({'torch', 'nbformat', 'pandas', 'matplotlib'} & set(sys.modules)));"
+        f"run.run = lambda *_, **__: sys.exit(len({HEAVY} & set(sys.modules)));"
         "c.main()"
     )
-    asked = [sys.executable, "-c", code, course / "notebooks", "run", "1"]
-    assert subprocess.run(asked, timeout=60).returncode == 0
-
-
-def test_the_module_is_the_command():
-    asked = [sys.executable, "-m", "course.cli", "--help"]
-    said = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
-    assert all(
-        command in said for command in ("doctor", "run", "report", "start", "solution", "release", "grade", "data")
-    )
+    command = [sys.executable, "-c", code, course / "notebooks", "run", "1"]
+    assert subprocess.run(command, timeout=60).returncode == 0
 
 
 @pytest.mark.slow
@@ -77,83 +68,95 @@ def test_all_lessons_run_although_one_fails(course: Path, write_lesson: Callable
     assert "ZeroDivisionError" in reported(result).read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "environment", "preset"),
-    [((), None, "class"), (("--preset", "full"), "smoke", "full"), ((), "smoke", "smoke")],
+    [
+        (("1",), None, "class"),
+        (("1", "--preset", "full"), "smoke", "full"),
+        (("1",), "full", "full"),
+        ((), "", "smoke"),
+    ],
 )
-def test_one_lesson_runs_at_class_unless_told_otherwise(
+def test_one_lesson_runs_at_class_and_all_at_smoke_unless_told_otherwise(
     course: Path, write_lesson, monkeypatch, options: tuple[str, ...], environment: str | None, preset: str
 ):
-    if environment:
-        monkeypatch.setenv("LABKIT_PRESET", environment)
-    code = f"import os; assert PRESET == os.environ['LABKIT_PRESET'] == {preset!r} and RATIO == 0.25"
-    write_lesson(course / "notebooks", code)
-    result = labkit("run", "1", "--out", course / "runs", "-p", "RATIO", "0.25", *options)
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("done    01_small")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("run", "9"), "There is no lesson 9; give the number of one that exists: 01."),
-        (("run", "1", "-p", "RATOI", "1"), "This lesson has no parameter RATOI; did you mean RATIO?"),
-        (("run", "1", "-p", "SEED", "2.5"), "SEED cannot be '2.5'; give a whole number, like its default 0."),
-        (("run", "--record"), "A smoke run is too small to be a reference; record one at --preset class or full."),
-        (
-            ("run", "1", "--record", "-p", "SEED", "7"),
-            "A reference run keeps the lesson's own values; leave out -p SEED.",
-        ),
-        (("start", "9"), "There is no lesson 9; give the number of one that exists: 01."),
-        (
-            ("report", "nowhere"),
-            "There is no folder nowhere; run a lesson first (./lab run 01), or name another folder.",
-        ),
-    ],
-)
-def test_a_mistake_gets_one_sentence_and_code_2(course: Path, write_lesson, arguments: tuple, sentence: str):
+    asked = []
+    monkeypatch.setattr(run, "prepare", lambda path, values, out: asked.append(values) or sys.exit(9))
+    monkeypatch.setenv("LABKIT_PRESET", environment or "")
     write_lesson(course / "notebooks", "1")
-    result = labkit(*arguments)
-    assert (result.exit_code, result.stderr, result.stdout) == (2, f"Error: {sentence}\n", "")
+    assert labkit("run", *options, "-p", "RATIO", "0.25").exit_code == 9
+    assert asked == [{"PRESET": preset, "RATIO": "0.25"}]
 
 
-def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from course import notebooks
-
-    opened = []
-    monkeypatch.setattr(notebooks, "open_in_jupyterlab", lambda own, browser: opened.append((own.name, browser)) or 0)
-    monkeypatch.setattr(notebooks, "WORKSPACE", tmp_path)
-    first = labkit("start", "3", "--no-browser")
-    assert first.exit_code == 0 and first.output.startswith(f"your copy: {tmp_path / '03_structured'}")
-    own = tmp_path / "03_structured_pruning_cnns.ipynb"
-    work = own.read_text().replace("raise NotImplementedError", "pass  # raise NotImplementedError")
-    own.write_text(re.sub(r'"source": "\w{16}"', '"source": "0123456789abcdef"', work))  # an older lesson's copy
-    again = labkit("start", "03")
-    assert "lesson 03 has changed since this copy was made; your work stays as it is" in again.output
-    assert "./lab start 03 --fresh" in again.output and "pass  # raise" in own.read_text()
-    fresh = labkit("start", "03", "--fresh")
-    kept = Path(re.search(r"the copy that you had: (.+)", fresh.output)[1])
-    assert "pass  # raise" in kept.read_text() and "pass  # raise" not in own.read_text()
-    assert "has changed" not in fresh.output and opened == [(own.name, False), (own.name, True), (own.name, True)]
+@pytest.mark.slow
+def test_a_good_result_is_run_again_unless_it_is_resumed(course: Path, write_lesson):
+    write_lesson(course / "notebooks", "import os; assert PRESET == os.environ['LABKIT_PRESET'] and RATIO == 0.25")
+    created = []
+    for options in ((), ("--resume",), ()):
+        asked = ("run", "1", "--preset", "smoke", "-p", "RATIO", "0.25", "--out", course / "runs", *options)
+        result = labkit(*asked)
+        assert result.exit_code == 0 and result.stdout.startswith("done    01_small"), result.output
+        [folder] = (course / "runs" / "01_small").iterdir()
+        created.append((folder / "run.json").stat().st_mtime_ns)
+    assert created[0] == created[1] < created[2]
 
 
-def test_a_worked_answer_is_shown_to_who_asks():
-    result = labkit("solution", "3.1")
-    assert result.exit_code == 0 and result.output.startswith("def cut(") and "SOLUTION" not in result.output
+NO_GPU = r"is not there \(torch sees .*\); choose auto or cpu, or fix the driver."
+REFUSED = [
+    (("run", "9"), "There is no lesson 9; give the number of one that exists: 01, 02."),
+    (("run", "1", "-p", "RATOI", "0.3"), r"This lesson has no parameter RATOI; did you mean RATIO\?"),
+    (("run", "1", "-p", "RATIO", "nan"), "RATIO cannot be 'nan'; give a finite number, like its default 0.5."),
+    (("run", "1", "-p", "RATIO", "2"), "RATIO cannot be 2.0; give a number from 0 to 1."),
+    (("run", "1", "-p", "SEED", "2.5"), "SEED cannot be '2.5'; give a whole number, like its default 0."),
+    (("run", "1", "-p", "SEED", "-1"), "SEED cannot be -1; give a number from 0 to 4294967295."),
+    (("run", "1", "-p", "DEVICE", "gpu"), "device is 'gpu'; choose auto, cpu, cuda or cuda:N."),
+    (("run", "1", "--device", "cuda:99"), f"The device cuda:99 {NO_GPU}"),
+    (("run", "1", "-p", "RATIO", "0.3", "-p", "RATIO", "1"), "RATIO is given twice, as 0.3 and as 1; give it once."),
+    (
+        ("run", "1", "--preset", "smoke", "-p", "PRESET", "full"),
+        "PRESET is given twice, as smoke and as full; give it once.",
+    ),
+    (
+        ("run", "1", "-p", "RESULTS_DIR", "x"),
+        "RESULTS_DIR is set for each run; choose the folder of all results with --out.",
+    ),
+    (
+        ("run", "all", "-p", "RATIO", "1"),
+        "This lesson has no parameter RATIO; it has PRESET, RESULTS_DIR.",
+    ),  # the second of them
+    (("run", "--record"), "A smoke run is too small to be a reference; record one at --preset class or full."),
+    (("run", "1", "--record", "-p", "SEED", "7"), "A reference run keeps the lesson's own values; leave out -p SEED."),
+    (("start", "9"), "There is no lesson 9; give the number of one that exists: 01, 02."),
+    (
+        ("report", "nowhere"),
+        r"There is no folder nowhere; run a lesson first \(./lab run 01\), or name another folder.",
+    ),
+    (("solution", "3"), "'3' is no exercise; give lesson and number, like 03.1."),
+    (("solution", "99.1"), "There is no lesson 99; give the number of one that exists: 01, 02."),
+    (("data", "fetch", "no-such-model"), ".*'no-such-model'.*"),
+]
 
 
-@pytest.mark.parametrize(
-    ("asked", "sentence"),
-    [
-        ("3", "Error: '3' is no exercise; give lesson and number, like 03.1."),
-        ("03.9", "Error: There is no exercise 03.9; lesson 03 has 03.1, 03.2, 03.3."),
-        ("99.1", "Error: There is no lesson 99"),
-    ],
-)
-def test_an_exercise_that_is_not_there(asked: str, sentence: str):
-    result = labkit("solution", asked)
-    assert result.exit_code == 2 and result.stderr.startswith(sentence)
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_a_mistake_gets_one_sentence_and_code_2_before_anything_runs(
+    course: Path, write_lesson, arguments: tuple, sentence: str
+):
+    write_lesson(course / "notebooks", "1", ranges={"RATIO": [0, 1]})
+    write_lesson(course / "notebooks", "1", name="02_other", parameters='PRESET = "class"\nRESULTS_DIR = "."')
+    result = labkit(*arguments, *(["--out", course / "runs"] if arguments[0] == "run" else []))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(f"Error: {sentence}\n", result.stderr), result.stderr
+    assert not (course / "runs").exists()
+
+
+def test_an_exercise_that_does_not_exist_is_refused_with_those_that_do():
+    assert labkit("solution", "03.9").stderr == "Error: There is no exercise 03.9; lesson 03 has 03.1, 03.2, 03.3.\n"
+
+
+def test_a_device_from_the_environment_is_checked_too(course: Path, write_lesson, monkeypatch: pytest.MonkeyPatch):
+    write_lesson(course / "notebooks", "1")
+    monkeypatch.setenv("LABKIT_DEVICE", "tpu")
+    assert labkit("run", "1").stderr == "Error: LABKIT_DEVICE is 'tpu'; choose auto, cpu, cuda or cuda:N.\n"
 
 
 def test_a_course_without_lessons_says_so(course: Path):
@@ -167,22 +170,27 @@ def test_a_bug_keeps_its_traceback(course: Path, write_lesson, monkeypatch: pyte
     assert isinstance(labkit("run", "1").exception, ZeroDivisionError)
 
 
-@pytest.mark.slow
-def test_a_terminated_command_says_what_was_kept_and_leaves_nothing(course: Path, write_lesson):
-    flag = course / "started"
-    write_lesson(course / "notebooks", f"open({str(flag)!r}, 'w'); import time; time.sleep(1000)")
-    code = "import sys, pathlib, course.cli as c; c.files.NOTEBOOKS = pathlib.Path(sys.argv.pop(1)); c.main()"
-    command = [sys.executable, "-c", code, course / "notebooks", "run", "1", "--out", course / "runs"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 60
-        while not flag.exists():
-            assert time.monotonic() < until and process.poll() is None
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGTERM)
-        _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted; the lesson under way left nothing behind" in said and "Traceback" not in said
-    assert list((course / "runs" / "01_small").iterdir()) == []
+def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = []
+    monkeypatch.setattr(notebooks, "open_in_jupyterlab", lambda copy, browser: opened.append((copy.name, browser)) or 0)
+    monkeypatch.setattr(notebooks, "WORKSPACE", tmp_path)
+    first = labkit("start", "3", "--no-browser")
+    assert first.exit_code == 0 and first.output.startswith(f"your copy: {tmp_path / '03_structured'}")
+    copy = tmp_path / "03_structured_pruning_cnns.ipynb"
+    work = copy.read_text().replace("raise NotImplementedError", "pass  # raise NotImplementedError")
+    copy.write_text(re.sub(r'"source": "\w{16}"', '"source": "0123456789abcdef"', work))  # an older lesson's copy
+    again = labkit("start", "03")
+    assert "lesson 03 has changed since this copy was made; your work stays as it is" in again.output
+    assert "./lab start 03 --fresh" in again.output and "pass  # raise" in copy.read_text()
+    fresh = labkit("start", "03", "--fresh")
+    older = Path(re.search(r"the copy that you had: (.+)", fresh.output)[1])
+    assert "pass  # raise" in older.read_text() and "pass  # raise" not in copy.read_text()
+    assert "has changed" not in fresh.output and opened == [(copy.name, False), (copy.name, True), (copy.name, True)]
+
+
+def test_a_worked_answer_is_shown_to_who_asks():
+    result = labkit("solution", "3.1")
+    assert result.exit_code == 0 and result.output.startswith("def cut(") and "SOLUTION" not in result.output
 
 
 @pytest.mark.parametrize(
@@ -202,29 +210,20 @@ def test_the_tests_run_in_parallel_unless_they_read_a_clock(monkeypatch, argumen
     assert all(set(call) <= set(command) for call, command in zip(calls, commands, strict=True))
 
 
-def test_data_is_listed_with_its_state():
+@pytest.mark.slow
+def test_data_is_listed_and_what_is_committed_verifies():
     rows = labkit("data", "list").stdout.splitlines()
     assert len(rows) == len(fetch.assets())
     assert all(row.split()[0] in ("ready", "missing", "damaged") for row in rows)
-
-
-@pytest.mark.slow
-def test_committed_data_verifies():
-    committed = [name for name, entry in fetch.assets().items() if not entry.carrier]
+    committed = [name for name, asset in fetch.assets().items() if not asset.carrier]
     result = labkit("data", "verify", *committed)
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("ready") == len(committed)
+    assert result.exit_code == 0 and result.stdout.count("ready") == len(committed), result.output
 
 
-def test_verify_names_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_verify_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path))
     result = labkit("data", "verify", fetch.models()[0])
     assert result.exit_code == 2 and "is missing" in result.stderr and "data fetch" in result.stderr
-
-
-def test_an_unknown_name_is_refused():
-    result = labkit("data", "fetch", "no-such-model")
-    assert result.exit_code == 2 and "'no-such-model'" in result.stderr
 
 
 @pytest.mark.slow

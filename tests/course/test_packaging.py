@@ -30,13 +30,8 @@ def test_environment_yml_mirrors_pyproject():
 
 
 IMPORTED_AS = {"pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course"}
-BROUGHT_BY_ANOTHER = {
-    "traitlets",
-    "jupyter_client",
-    "docutils",
-    "markupsafe",
-    "cycler",
-}  # by nbclient, papermill, sphinx, jinja2, matplotlib
+# by nbclient, papermill, sphinx, jinja2, matplotlib
+BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "markupsafe", "cycler"}
 OPTIONAL = {"pynvml", "latex2mathml", "nbval"}  # where they are not installed, a sentence or nothing
 
 
@@ -62,18 +57,15 @@ def imports(package: str, *, at_once: bool) -> set[str]:
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {package}
 
 
-def test_labkit_installs_alone():
+def test_labkit_installs_alone_and_needs_what_it_imports():
     assert imports("labkit", at_once=True) <= packages()
     assert imports("labkit", at_once=False) <= packages("course") | BROUGHT_BY_ANOTHER | OPTIONAL
+    assert packages() - imports("labkit", at_once=False) <= {"pydantic"}
 
 
 def test_what_the_course_imports_is_its_extra_s():
     everything = packages("course", "cluster") | BROUGHT_BY_ANOTHER | OPTIONAL | {"labkit"}
     assert imports("course", at_once=False) <= everything
-
-
-def test_the_base_holds_nothing_that_labkit_does_not_import():
-    assert packages() - imports("labkit", at_once=False) <= {"pydantic"}
 
 
 def committed_texts() -> Iterator[tuple[Path, str]]:
@@ -96,15 +88,15 @@ def committed_texts() -> Iterator[tuple[Path, str]]:
 
 @pytest.mark.parametrize("pattern", [ANOTHER_MACHINE, REGISTRY], ids=["paths", "registries"])
 def test_no_committed_text_names_a_machine_s_folder_or_a_registry(pattern: re.Pattern):
-    found = [f"{file}: {hit[0]}" for file, text in committed_texts() for hit in pattern.finditer(text)]
-    assert found == []
+    assert [f"{file}: {hit[0]}" for file, text in committed_texts() for hit in pattern.finditer(text)] == []
 
 
-@pytest.mark.parametrize("text", ["see /root/x", '"/work/main/a.py"', "(/home/ann/lab)", "/Users/ann/lab"])
-def test_a_machine_s_folder_is_recognised(text: str):
-    assert ANOTHER_MACHINE.search(text)
-
-
-@pytest.mark.parametrize("text", ["/workspace/a", "https://host.org/home/ann/x", "ab/root/c", "/tmp/x", "./work/a"])
-def test_what_is_no_machine_s_folder_is_let_through(text: str):
-    assert not ANOTHER_MACHINE.search(text)
+@pytest.mark.parametrize(
+    ("text", "is_machine_s"),
+    [
+        *((text, True) for text in ("see /root/x", '"/work/main/a.py"', "(/home/ann/lab)", "/Users/ann/lab")),
+        *((text, False) for text in ("/workspace/a", "https://host.org/home/ann/x", "ab/root/c", "/tmp/x", "./work/a")),
+    ],
+)
+def test_a_machine_s_folder_is_recognised(text: str, is_machine_s: bool):
+    assert bool(ANOTHER_MACHINE.search(text)) == is_machine_s
