@@ -1,5 +1,5 @@
 """The checks of the exercises: check.py is their frame, lessonNN.py holds those of a lesson in its dict CHECKS."""
 
-from labkit.checks.check import STUB_SAYS, CheckResult, Failures, check, has_parts, ids, is_mask
+from labkit.checks.check import STUB_SAYS, CheckResult, Failures, alike, check, has_parts, ids, is_mask
 
-__all__ = ["STUB_SAYS", "CheckResult", "Failures", "check", "has_parts", "ids", "is_mask"]
+__all__ = ["STUB_SAYS", "CheckResult", "Failures", "alike", "check", "has_parts", "ids", "is_mask"]

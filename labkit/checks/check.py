@@ -4,11 +4,12 @@ They test properties and independent computations rather than one stored answer,
 a function of (fn, failures, **context); its id is like "01.1".
 """
 
+import copy
 import importlib
 import importlib.util
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,13 @@ class Failures:
         wrong = _difference(got, want, rtol, atol)
         return self.expect(wrong is None, message, detail=wrong or "")
 
+    def call(self, fn: Callable, *arguments: Any, changed: str) -> Any:
+        """What fn returns for copies of the arguments; where it changes them, `changed` is noted."""
+        copies = copy.deepcopy(arguments)
+        answer = fn(*copies)
+        self.expect(alike(copies, arguments), changed)
+        return answer
+
     @contextmanager
     def given(self, **inputs: Any) -> Iterator[None]:
         """Name the inputs under test. An exception inside is a failure that names them; a stub's passes through.
@@ -83,6 +91,19 @@ def is_mask(value: Any, weight: Any) -> bool:
     import torch
 
     return isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.shape == weight.shape
+
+
+def alike(new: Any, old: Any) -> bool:
+    """Whether modules, tensors, or containers of them agree in every setting and every number."""
+    import torch
+
+    if isinstance(old, torch.nn.Module):
+        return repr(new) == repr(old) and alike(new.state_dict(), old.state_dict())
+    if isinstance(old, Mapping):
+        return new.keys() == old.keys() and all(alike(new[key], old[key]) for key in old)
+    if isinstance(old, list | tuple):
+        return len(new) == len(old) and all(map(alike, new, old))
+    return torch.equal(new, old) if isinstance(old, torch.Tensor) else new == old
 
 
 def has_parts(value: Any, number: int) -> bool:

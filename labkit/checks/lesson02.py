@@ -32,9 +32,8 @@ def keep_mask(fn: Callable, failures: Failures) -> None:
 
 
 def _keep_mask(fn: Callable, failures: Failures, weight: Tensor, sparsity: float) -> None:
-    copy = weight.clone()
-    mask = fn(copy, sparsity)
-    failures.expect(torch.equal(copy, weight), "your function changed the weight; it should only return a mask")
+    changed = "your function changed the weight; it should only return a mask"
+    mask = failures.call(fn, weight, sparsity, changed=changed)
     if not failures.expect(is_mask(mask, weight), "return a bool tensor of the weight's shape"):
         return
     gone = int((~mask).sum())
@@ -65,12 +64,7 @@ def remove_one(fn: Callable, failures: Failures) -> None:
 
 
 def _remove_one(fn: Callable, failures: Failures, w: Tensor, hessian: Tensor) -> None:
-    copies = w.clone(), hessian.clone()
-    answer = fn(*copies)
-    failures.expect(
-        torch.equal(copies[0], w) and torch.equal(copies[1], hessian),
-        "your function changed w or the Hessian; copy first",
-    )
+    answer = failures.call(fn, w, hessian, changed="your function changed w or the Hessian; copy first")
     if not failures.expect(has_parts(answer, 2), "return the index and the new row"):
         return
     q, new = int(answer[0]), torch.as_tensor(answer[1], dtype=torch.float64)

@@ -5,13 +5,13 @@ Each tests what has to hold (the masked model's outputs, exact counts, invarianc
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.checks import Failures, has_parts, is_mask
+from labkit.checks import Failures, alike, has_parts, is_mask
 
 # how the first convolution is built, how the second, the norm's settings, what stays of 6 channels
 CHAINS = (
@@ -26,18 +26,15 @@ def surgery(fn: Callable, failures: Failures) -> None:
     """cut(conv, norm, reader, keep) -> the three modules with only the channels `keep` between them."""
     for first, second, settings, keep in CHAINS:
         before = _chain(first, second, settings)
-        modules, index = copy.deepcopy(before), torch.tensor(keep)
+        index = torch.tensor(keep)
         with failures.given(conv=str(first), norm=str(settings), reader=str(second), keep=keep):
-            after = fn(*modules, index)
+            changed = "the modules that were given have changed; copy them before you cut"
+            after = failures.call(fn, *before, index, changed=changed)
             if not failures.expect(has_parts(after, 3), "return three modules: conv, norm, reader"):
                 continue
             _is_smaller(after, before, len(keep), failures)
             _computes_the_same(after, before, index, failures)
             _settings_stay(after, before, failures)
-            failures.expect(
-                all(_equal(new.state_dict(), old.state_dict()) for new, old in zip(modules, before, strict=True)),
-                "the modules that were given have changed; copy them before you cut",
-            )
 
 
 def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]:
@@ -99,10 +96,6 @@ def _settings_stay(after, before, failures: Failures) -> None:
     )
 
 
-def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 # ------------------------------------------------------------------------------------------------------ one ranking
 
 
@@ -122,14 +115,13 @@ def ranking(fn: Callable, failures: Failures) -> None:
         _is_a_right_choice(fn, {"a": torch.tensor([3.0, 1.0]), "b": torch.arange(1.0, 9.0)}, 0.5, 4, failures)
     with failures.given(scores="one layer multiplied by 1024"):
         scaled = {**layers, "a": layers["a"] * 1024}
-        same = _equal(fn(_copied(layers), 0.5, 1), fn(scaled, 0.5, 1))
+        same = alike(fn(copy.deepcopy(layers), 0.5, 1), fn(scaled, 0.5, 1))
         failures.expect(same, "another scale of one layer's scores changes the choice; divide by the layer's mean")
 
 
 def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, least: int, failures: Failures) -> None:
-    copies = _copied(scores)
-    masks = fn(copies, ratio, least)
-    failures.expect(_equal(copies, scores), "the scores that were given have changed; compute new tensors")
+    changed = "the scores that were given have changed; compute new tensors"
+    masks = failures.call(fn, scores, ratio, least, changed=changed)
     shaped = isinstance(masks, dict) and masks.keys() == scores.keys()
     shaped = shaped and all(is_mask(mask, scores[name]) for name, mask in masks.items())
     if not failures.expect(shaped, "return a dict with a bool tensor for each layer, shaped like its scores"):
@@ -153,10 +145,6 @@ def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, le
         not gone or not free or max(gone) <= min(free) + 1e-6,
         "a channel stays while one with a higher score, relative to its layer's mean, goes",
     )
-
-
-def _copied(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: s.clone() for name, s in scores.items()}
 
 
 # ------------------------------------------------------------------------------------- ratios from sensitivity curves

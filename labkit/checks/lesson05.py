@@ -31,9 +31,8 @@ def nm_mask(fn: Callable, failures: Failures) -> None:
 
 
 def _nm_mask(fn: Callable, failures: Failures, weight: Tensor, n: int, m: int) -> None:
-    copy = weight.clone()
-    mask = fn(copy, n, m)
-    failures.expect(torch.equal(copy, weight), "your function changed the weight; it should only return a mask")
+    changed = "your function changed the weight; it should only return a mask"
+    mask = failures.call(fn, weight, n, m, changed=changed)
     if not failures.expect(is_mask(mask, weight), "return a bool tensor of the weight's shape"):
         return
     groups = weight.abs().float().movedim(1, -1).reshape(-1, m).tolist()  # each one m neighbours in dimension 1
@@ -80,9 +79,7 @@ def compress(fn: Callable, failures: Failures) -> None:
 
 def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
     rows, columns = weight.shape
-    copy = weight.clone()
-    answer = fn(copy)
-    failures.expect(torch.equal(copy, weight), "your function changed the weight")
+    answer = failures.call(fn, weight, changed="your function changed the weight")
     if not failures.expect(has_parts(answer, 2), "return the values and the places"):
         return
     values, places = answer

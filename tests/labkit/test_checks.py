@@ -96,11 +96,9 @@ def test_a_result_in_place_of_the_function_is_refused():
     ("got", "want"),
     [
         (6, 6.0),
-        (10**20, 1e20),
         (np.float32(0.5), 0.5),
         (torch.tensor([1.0, 2.0]), [1.0, 2.0]),
         ([1, 2], torch.tensor([1.0, 2.0])),
-        (torch.tensor(3, requires_grad=False), 3),
         (torch.ones(2, requires_grad=True), torch.ones(2)),
         (float("inf"), float("inf")),
     ],

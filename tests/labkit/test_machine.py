@@ -48,7 +48,6 @@ def test_caches_grow_with_the_level():
     [
         ("AMD EPYC", 2, "amd-epyc-2c"),
         ("AMD EPYC 9R14 96-Core Processor", 96, "amd-epyc-9r14-96c"),
-        ("Intel(R) Core(TM) i7-10750H CPU @ 2.60GHz", 6, "intel-core-i7-10750h-6c"),
         ("13th Gen Intel(R) Core(TM) i7-1355U", 10, "intel-core-i7-1355u-10c"),
         ("AMD Ryzen 7 7840U w/ Radeon 780M Graphics", 8, "amd-ryzen-7-7840u-w-radeon-780m-graphics-8c"),
         ("Apple M1 Max", 10, "apple-m1-max-10c"),
@@ -211,7 +210,6 @@ ERRORS = {
     "no budget": (lambda: ceilings("cpu", budget_s=0), "budget_s must be .* got 0"),
     "no end": (lambda: bandwidth_sweep("cpu", budget_s=float("inf")), "budget_s must be .* got inf"),
     "unknown device": (lambda: fingerprint("tpu"), "device is 'tpu'; choose auto, cpu, cuda or cuda:N"),
-    "device of no name": (lambda: bandwidth_sweep(3.5), "device is 3.5; choose"),
     "device not there": (lambda: ceilings("cuda:63"), "The device cuda:63 is not there"),
 }
 

@@ -139,7 +139,6 @@ def test_numbers_of_numpy_and_torch_become_plain():
     [
         ([1.23456789] * 5, [1.23457] * 5),
         ([1.23456789] * 4, [1.23456789] * 4),
-        ([1.23456789] * 4 + [1], [1.23456789] * 4 + [1]),
         ([1.23456789] * 5 + [math.inf], [1.23456789] * 5 + ["inf"]),
         ([1234567] * 6, [1234567] * 6),
     ],
@@ -255,7 +254,6 @@ def test_a_record_prints_on_one_line():
     ("predicted", "measured", "words"),
     [
         (10, 30, "3.00x too low"),
-        (30, 10, "3.00x too high"),
         (7, 7, "right within 5 %"),
         (7, None, "–"),
         (0, 3, "–"),
@@ -268,13 +266,11 @@ def test_off_by(predicted: object, measured: object, words: str):
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
-        ([], ""),
         ([(10, 20), (1, None), (0, 3)], ""),
         (
-            [(10, 20), (10, 10)],
-            "Of 2 predictions half were off by a factor of 1.50 or less, 2 by no more than 2; too high: 0, too",
+            [(9, 3), (1, 5), (2, 2), (8, 2)],
+            "Of 4 predictions half were off by a factor of 3.50 or less, 1 by no more than 2; too high: 2, too low: 1.",
         ),
-        ([(9, 3), (1, 5), (2, 2), (8, 2)], "factor of 3.50 or less, 1 by no more than 2; too high: 2, too low: 1."),
     ],
 )
 def test_calibration(pairs: list, words: str):

@@ -2,7 +2,6 @@
 
 import math
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
@@ -133,12 +132,6 @@ def test_large_machines_are_drawn_in_tflops() -> None:
     (ax,) = plot([], large, dtype="bf16").axes
     assert ax.get_ylabel() == "performance (TFLOP/s)"
     assert ax.lines[0].get_xydata()[1].tolist() == pytest.approx([295.3, 989.4], rel=1e-3)
-
-
-def test_plotting_leaves_pyplot_alone() -> None:
-    before = plt.get_fignums()
-    plot(POINTS, ROOFS)
-    assert plt.get_fignums() == before
 
 
 @pytest.mark.parametrize(

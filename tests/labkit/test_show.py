@@ -1,8 +1,9 @@
 """What a lesson shows: no figure without words and data, tables and numbers that read well with and without styles."""
 
 import base64
-import html.parser
+import html
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,19 +50,7 @@ def notebook(monkeypatch) -> list[tuple[dict, dict]]:
 
 def cells(text: str) -> list[str]:
     """The words of each th and td."""
-    found: list[str] = []
-
-    class Reader(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            if tag in ("td", "th"):
-                found.append("")
-
-        def handle_data(self, data):
-            if found:
-                found[-1] += data
-
-    Reader().feed(text)
-    return found
+    return [html.unescape(words) for words in re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", text)]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +83,10 @@ def test_quantity_reads_as_a_person_writes_it(value, unit, text):
     ("unit", "wanted", "factor"),
     [
         ("s", "ms", 1000),
-        ("ms", "us", 1000),
         ("B", "GB", 1e-9),
         ("GFLOP/s", "TFLOP/s", 1e-3),
         ("x", "×", 1),
         ("tokens/s", "tokens/s", 1),
-        ("", "ms", 1),
         ("s", "B", None),
         ("tokens/s", "s", None),
     ],
@@ -128,11 +115,6 @@ def test_an_axis_without_a_label_is_named():
     right.set_title("prefill")
     with pytest.raises(InputError, match=r"The y axis of axes 2 \(prefill\) has no label; call ax.set_ylabel"):
         show.figure(fig, alt=ALT, table=ROWS)
-
-
-def test_an_empty_figure_is_refused():
-    with pytest.raises(InputError, match="has no axes"):
-        show.figure(plt.figure(), alt=ALT, table=ROWS)
 
 
 def test_axes_that_have_nothing_to_label_pass(capsys):

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from labkit import stats
 from labkit.errors import InputError
@@ -62,18 +63,12 @@ def honest(miss_rate: float) -> bool:
     return 0.025 <= miss_rate <= 0.075
 
 
-@pytest.mark.parametrize("ratio", [1.0, 2.0])
+@pytest.mark.parametrize("per_block", [1, PER_BLOCK])
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_interval_covers_the_true_ratio(environment, ratio):
-    missed, bias = misses(interleaved, environment, ratio)
-    assert honest(missed), f"{environment}: the interval misses {ratio} in {missed:.1%}"
+def test_interval_covers_the_true_ratio(environment, per_block):
+    missed, bias = misses(interleaved, environment, ratio=2.0, per_block=per_block)
+    assert honest(missed), f"{environment}: the interval misses 2.0 in {missed:.1%}"
     assert abs(bias) < 0.005
-
-
-@pytest.mark.parametrize("environment", ["stationary", "step"])
-def test_single_pairs_are_honest_too(environment):
-    missed, _ = misses(interleaved, environment, per_block=1)
-    assert honest(missed)
 
 
 @pytest.mark.parametrize("environment", ["linear drift", "step", "bursts"])
@@ -102,24 +97,16 @@ def at_most(k: int, n: int) -> Fraction:
     return Fraction(sum(math.comb(n, i) for i in range(k + 1)), 2**n)
 
 
-@pytest.mark.parametrize("n", [6, 7, 20, 30, 40, 60, 100, 999, 2000])
+@pytest.mark.parametrize("n", [1, 5, 6, 7, 20, 60, 999, 2000])
 def test_rank_inverts_the_binomial(n):
     k = stats._rank(n)
-    assert at_most(k - 1, n) <= Fraction(25, 1000) < at_most(k, n)
-
-
-@pytest.mark.parametrize("n", range(6))
-def test_no_interval_below_six(n):
-    assert stats._rank(n) == 0
+    assert at_most(k - 1, n) <= Fraction(25, 1000) < at_most(k, n) and (k > 0) == (n >= stats.LEAST)
 
 
 def test_median_ci_by_hand():
     # n = 8: P(Bin <= 0) = 1/256, P(Bin <= 1) = 9/256 > 0.025, so k = 1: least and greatest value
     assert stats.median_ci([5, 3, 8, 1, 7, 2, 6, 4]) == (4.5, 1, 8)
     assert stats.median_ci([1.0, 3.0]) == (2.0, -math.inf, math.inf)
-
-
-def test_paired_ratio_without_interval_is_zero_to_infinity():
     assert stats.paired_ratio([2.0] * 5, [1.0] * 5) == (2.0, 0.0, math.inf)
 
 
@@ -128,27 +115,12 @@ def test_block_minima_by_hand():
     assert stats.block_minima([3, 1], 1) == [3, 1]
 
 
-def test_blocks_of_pairs_narrow_the_interval_under_preemption():
-    rng = np.random.default_rng(0)
-    widths = {1: [], PER_BLOCK: []}
-    for _ in range(50):
-        a, b = interleaved(slots("preemption", rng, 2 * PAIRS), rng, 1.0)
-        for per_block, so_far in widths.items():
-            so_far.append(stats.half_width(*stats.paired_ratio(a.tolist(), b.tolist(), per_block)))
-    assert np.median(widths[PER_BLOCK]) < 0.7 * np.median(widths[1])
-
-
 @pytest.mark.parametrize("group", [2, 4, 6])
 def test_every_group_is_balanced_and_orders_differ(group):
     order = stats.balanced_order(random.Random(0), group)
     groups = [tuple(next(order) for _ in range(group)) for _ in range(200)]
     assert all(sum(pairs) == group // 2 for pairs in groups)
     assert len(set(groups)) == math.comb(group, group // 2)
-
-
-def test_half_width_is_relative():
-    assert stats.half_width(2.0, 1.9, 2.1) == pytest.approx(0.05)
-    assert stats.half_width(2.0, 0.0, math.inf) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -191,12 +163,6 @@ def test_wilson_solves_its_own_equation():
     share, *bounds = stats.wilson(930, 1000)
     for p in bounds:
         assert abs(share - p) / math.sqrt(p * (1 - p) / 1000) == pytest.approx(1.959964)
-
-
-@pytest.mark.parametrize(("right", "bounds"), [(0, (0.0, 0.28)), (10, (0.72, 1.0))])
-def test_wilson_stays_within_0_and_1(right, bounds):
-    low, high = stats.wilson(right, 10)[1:]
-    assert (low, high) == pytest.approx(bounds, abs=0.005) and 0 <= low <= high <= 1
 
 
 def test_paired_difference_covers_the_truth_where_pairs_agree_mostly():
@@ -256,20 +222,10 @@ def test_over_seeds_has_one_row_for_each_combination_in_order():
 # rank correlation ----------------------------------------------------------------------------------
 
 
-def test_only_the_order_counts():
-    a = np.array([0.3, 5.0, -2.0, 1.0, 9.0])
-    assert stats.spearman(a, np.exp(a))[0] == pytest.approx(1.0)
-    assert stats.spearman(a, -(a**3))[0] == pytest.approx(-1.0)
-
-
-def test_value_is_that_of_the_textbook_formula_without_ties():
+def test_rank_correlation_is_scipy_s_with_ties_and_without():
     generator = np.random.default_rng(3)
-    a, b = generator.permutation(20), generator.permutation(20)
-    assert stats.spearman(a, b)[0] == pytest.approx(1 - 6 * ((a - b) ** 2).sum() / (20 * (20**2 - 1)))
-
-
-def test_ties_share_their_mean_rank():
-    assert stats.spearman([1, 2, 2, 3], [1, 2.5, 2.5, 4])[0] == pytest.approx(1.0)
+    for a, b in ((generator.normal(size=20), generator.normal(size=20)), generator.integers(0, 4, (2, 30))):
+        assert stats.spearman(a, b)[0] == pytest.approx(spearmanr(a, b).statistic)
 
 
 def test_the_rank_interval_holds_the_truth_about_as_often_as_it_says():
