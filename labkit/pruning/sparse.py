@@ -237,7 +237,8 @@ def convert(model: nn.Module, *, format: str = "auto", batch_size: int = 1) -> n
     formats = {module: _choose(weight, format, batch_size) for module, weight in weights.items()}
     if format not in ("auto", "dense") and set(formats.values()) == {"dense"}:
         raise InputError(f"None of the model's Linear layers can be held as {format!r}: choose another format.")
-    memo = {id(part): part.detach().clone() for part in _made_by_hooks(model)}  # deepcopy refuses them
+    computed = (x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor))
+    memo = {id(x): x.detach().clone() for x in computed if not x.is_leaf}  # by hooks; deepcopy refuses them
     for module, weight in weights.items():
         memo[id(module)] = SparseLinear(weight, module.bias, formats[module]).train(module.training)
     converted = copy.deepcopy(model, memo).requires_grad_(False)
@@ -257,10 +258,6 @@ def _weight(module: nn.Module) -> Tensor | None:
     weight = module._parameters.get("weight_orig", module.weight).detach()
     weight = weight if mask is None else weight * mask
     return (weight.t() if transposed else weight) if weight.numel() else None
-
-
-def _made_by_hooks(model: nn.Module) -> list[Tensor]:
-    return [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
 
 
 # --- what a format gains in time --------------------------------------------------------------------------------------

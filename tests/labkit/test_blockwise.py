@@ -208,41 +208,30 @@ def test_the_hessians_of_one_block_are_in_memory_at_a_time(tokens):
     assert len(alive) > 3 * len(tokens) and max(alive) <= 2
 
 
-class Parallel(nn.Module):
-    """A ModuleList that is no stack: every block gets the same input."""
+class Branches(nn.Module):
+    """A ModuleList that is no stack: the blocks get the same input, or sums with what the one before them gives."""
 
-    def __init__(self):
+    def __init__(self, summed):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.branches, self.summed = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), summed
 
     def forward(self, x):
-        return sum(branch(x) for branch in self.branches)
+        for branch in self.branches:
+            y = branch(x)
+            x = x + y if self.summed else x
+        return x + y
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_branches_are_not_taken_for_a_stack(method):
+@pytest.mark.parametrize("summed", [False, True])
+def test_branches_are_not_taken_for_a_stack(method, summed):
     torch.manual_seed(0)
-    model, x = Parallel().double(), torch.randn(30, 8, dtype=torch.float64)
-    pruned = nm.prune(model, method=method, batches=iter([x[:10], x[10:]]))
-    for dense, branch in zip(model.branches, pruned.branches, strict=True):
-        torch.testing.assert_close(branch.weight.detach(), one_layer(dense.weight.detach(), x, (2, 4), method))
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_blocks_with_a_sum_between_them_are_not_taken_for_a_stack(method):
-    class Outer(Parallel):
-        def forward(self, x):
-            for branch in self.branches:
-                x = x + branch(x)
-            return x
-
-    torch.manual_seed(0)
-    model, x = Outer().double(), torch.randn(30, 8, dtype=torch.float64)
-    pruned, inputs = nm.prune(model, method=method, batches=[x]), x
+    model, x = Branches(summed).double(), torch.randn(30, 8, dtype=torch.float64)
+    pruned, inputs = nm.prune(model, method=method, batches=iter([x[:10], x[10:]])), x
     for dense, branch in zip(model.branches, pruned.branches, strict=True):
         expected = one_layer(dense.weight.detach(), inputs.detach(), (2, 4), method)
         torch.testing.assert_close(branch.weight.detach(), expected)
-        inputs = inputs + dense(inputs)
+        inputs = inputs + dense(inputs) if summed else inputs
 
 
 def test_which_weights_are_pruned():

@@ -94,43 +94,30 @@ def test_magnitude_is_the_absolute_weight(net):
     close(saliency(net, "magnitude"), {name: w.abs() for name, w in weights(net).items()})
 
 
-def test_taylor_is_the_mean_squared_first_order_term(net, batches):
-    scores, w = saliency(net, "taylor", batches), weights(net)
-    close(scores, {name: (g * w[name]).square().mean(0) for name, g in reference_gradients(net, batches).items()})
+def inverse_diagonal(x):
+    """Of the Hessian of inputs [N, in], with the damping of the paper."""
+    hessian = 2 * x.t() @ x
+    return torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))).diagonal()
 
 
-def test_taylor_abs_is_the_first_order_term_of_the_mean_loss(net, batches):
-    scores, w = saliency(net, "taylor_abs", batches), weights(net)
-    close(scores, {name: (g.mean(0) * w[name]).abs() for name, g in reference_gradients(net, batches).items()})
+OF_GRADIENTS = {  # of a weight and its gradients [batches, ...]
+    "taylor": lambda w, g: (g * w).square().mean(0),
+    "taylor_abs": lambda w, g: (g.mean(0) * w).abs(),
+    "obd": lambda w, g: w**2 * (g**2).mean(0) / 2,
+}
+OF_INPUTS = {  # of a weight and its inputs [groups, N, in]
+    "wanda": lambda w, x: w.abs() * per_row(w, x.norm(dim=1)),
+    "activation": lambda w, x: per_row(w, x.abs().mean(1)),
+    "obs": lambda w, x: w**2 / (2 * per_row(w, torch.stack([inverse_diagonal(rows) for rows in x]))),
+}
 
 
-def test_obd_is_half_the_squared_weight_times_the_fisher_diagonal(net, batches):
-    scores, w = saliency(net, "obd", batches), weights(net)
-    close(scores, {name: w[name] ** 2 * (g**2).mean(0) / 2 for name, g in reference_gradients(net, batches).items()})
-
-
-def test_wanda_is_weight_times_input_norm(net, batches):
-    scores, w = saliency(net, "wanda", batches), weights(net)
-    inputs = reference_inputs(net, batches)
-    close(scores, {name: w[name].abs() * per_row(w[name], x.norm(dim=1)) for name, x in inputs.items()})
-
-
-def test_activation_is_the_mean_absolute_input(net, batches):
-    scores, w = saliency(net, "activation", batches), weights(net)
-    close(scores, {name: per_row(w[name], x.abs().mean(1)) for name, x in reference_inputs(net, batches).items()})
-
-
-def test_obs_divides_by_the_inverse_hessian(net, batches):
-    scores, w = saliency(net, "obs", batches), weights(net)
-    reference = {}
-    for name, x in reference_inputs(net, batches).items():
-        diagonals = []
-        for rows in x:
-            hessian = 2 * rows.t() @ rows
-            damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
-            diagonals.append(torch.linalg.inv(damped).diagonal())
-        reference[name] = w[name] ** 2 / (2 * per_row(w[name], torch.stack(diagonals)))
-    close(scores, reference)
+@pytest.mark.parametrize("criterion", [*OF_GRADIENTS, *OF_INPUTS])
+def test_a_criterion_is_its_formula_in_float64(net, batches, criterion):
+    scores, w = saliency(net, criterion, batches), weights(net)
+    statistics = reference_gradients(net, batches) if criterion in OF_GRADIENTS else reference_inputs(net, batches)
+    formula = (OF_GRADIENTS | OF_INPUTS)[criterion]
+    close(scores, {name: formula(w[name], x) for name, x in statistics.items()})
 
 
 def test_random_depends_on_the_seed_alone(net):
@@ -212,28 +199,20 @@ def test_l1_and_l2_are_the_norms_of_what_makes_the_unit(plain):
     assert_close(named_scores(model, x, "l1")["stem.weight"], both)
 
 
-def test_taylor_is_the_squared_slope_of_a_gate_on_the_unit(plain):
-    """Gates written into the network by hand, and autograd's derivative by them."""
+def test_taylor_is_the_mean_squared_slope_of_a_gate_on_the_unit(plain):
+    """Gates written into the network by hand, and autograd's derivative by them, over two batches."""
     model, x, _ = plain
     model.requires_grad_(False)
-    y = torch.tensor([1, 2])
-    gate = torch.ones(8, requires_grad=True)
-    hidden = F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2) * gate[:, None, None]
-    hidden = F.relu(model.bn2(model.conv2(hidden)))
-    F.cross_entropy(model.fc2(torch.tanh(model.fc1(hidden.flatten(1)))), y).backward()
-    found = named_scores(model, x, "taylor", [(x, y)])["conv1.weight"]
-    assert_close(found, gate.grad.square(), rtol=1e-4, atol=1e-12)
+    batches, squares = [(x, torch.tensor([1, 2])), (-x, torch.tensor([0, 2]))], []
+    for x, y in batches:
+        gate = torch.ones(8, requires_grad=True)
+        hidden = F.max_pool2d(F.relu(model.bn1(model.conv1(x))), 2) * gate[:, None, None]
+        hidden = F.relu(model.bn2(model.conv2(hidden)))
+        F.cross_entropy(model.fc2(torch.tanh(model.fc1(hidden.flatten(1)))), y).backward()
+        squares.append(gate.grad.square())
+    scores = named_scores(model, x, "taylor", batches)["conv1.weight"]
+    assert_close(scores, torch.stack(squares).mean(0), rtol=1e-4, atol=1e-12)
     assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_fpgm_ranks_the_filter_nearest_to_all_others_lowest(plain):
-    model, x, _ = plain
-    with torch.no_grad():
-        model.conv1.weight[5] = model.conv1.weight.mean(0)
-    found = named_scores(model, x, "fpgm")["conv1.weight"]
-    rows = model.conv1.weight.detach().flatten(1)
-    assert_close(found, (rows[:, None] - rows[None]).norm(dim=2).sum(1), rtol=1e-3, atol=1e-3)
-    assert int(found.argmin()) == 5
 
 
 def test_activation_is_the_mean_of_what_the_readers_get(plain):
@@ -291,16 +270,6 @@ def test_fpgm_measures_where_units_have_the_same_size():
     rows = model[0].weight.detach().view(2, 3, 2).transpose(0, 1).flatten(1)  # [units, 4]
     distances = (rows[:, None] - rows[None]).norm(dim=2).sum(1)
     assert_close(unit_scores(model, [Group("0.weight", 3, members)], "fpgm")[0], distances, rtol=1e-4, atol=1e-4)
-
-
-def test_taylor_of_units_is_the_mean_over_batches_of_the_square():
-    model, batches = Scaled(), [(torch.randn(5, 6), torch.randint(3, (5,))) for _ in range(3)]
-    squares = []
-    for x, y in batches:
-        gate = torch.ones(3, requires_grad=True)
-        F.cross_entropy(model.read(x * model.scale * gate[UNITS]), y).backward()
-        squares.append(gate.grad.square())
-    assert_close(units_of(model, "taylor", batches), torch.stack(squares).mean(0))
 
 
 def test_taylor_of_what_a_module_reads_is_the_slope_of_each_example():
@@ -524,8 +493,3 @@ def test_without_labels_loss_fn_gets_the_batch(net, batches):
     seen = []
     saliency(net, "obd", [batches[0][0]], loss_fn=lambda out, target: seen.append(target) or out.sum())
     assert seen[0] is batches[0][0]
-
-
-def test_every_criterion_says_where_it_is_from():
-    for name, criterion in CRITERIA.items():
-        assert name == "random" or "19" in criterion.score.__doc__ or "20" in criterion.score.__doc__, name
