@@ -47,11 +47,8 @@ def test_the_answer_becomes_a_raise_at_its_own_indentation():
 
 def test_two_blocks_and_a_cell_without_any():
     two = f"{BEGIN}\na = 1\n{END}\nb = 2\n{BEGIN}\nc = 3\n{END}"
-    assert re.sub(r"\(.*\)", "", without_solution(two)).splitlines() == [
-        "raise NotImplementedError",
-        "b = 2",
-        "raise NotImplementedError",
-    ]
+    lines = re.sub(r"\(.*\)", "", without_solution(two)).splitlines()
+    assert lines == ["raise NotImplementedError", "b = 2", "raise NotImplementedError"]
     assert without_solution("a = 1\n\nb = 2") == "a = 1\n\nb = 2"
 
 
@@ -103,9 +100,8 @@ def lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["1", "01", "01_small", "01_small.ipynb"])
-def test_a_lesson_is_found_by_number_or_name(lesson: Path, name: str):
-    assert notebooks.find(name) == lesson
+def test_a_lesson_is_found_by_number_or_name(lesson: Path):
+    assert {notebooks.find(name) for name in ("1", "01", "01_small", "01_small.ipynb")} == {lesson}
 
 
 @pytest.mark.parametrize("name", ["7", "small", "", "../01_small", "²"])
@@ -128,17 +124,9 @@ def test_a_damaged_lesson_hinders_no_other(tmp_path: Path, lesson: Path, text: s
         notebooks.prepare("2")
 
 
-def test_a_copy_that_exists_is_reopened_as_it_is(tmp_path: Path, lesson: Path):
-    own = notebooks.prepare("1")
-    assert own == tmp_path / "workspace" / "01_small.ipynb"
-    own.write_text("a learner's work")
-    assert notebooks.prepare("1") == own
-    assert own.read_text() == "a learner's work"
-
-
 def test_a_lesson_that_changed_is_noticed_and_the_copy_left_as_it_is(tmp_path: Path, lesson: Path):
     own = notebooks.prepare("1")
-    assert not notebooks.has_changed(own)
+    assert own == tmp_path / "workspace" / "01_small.ipynb" and not notebooks.has_changed(own)
     run_again = nbformat.read(lesson, as_version=4)
     run_again.cells[2].outputs = [new_output("stream", text="5\n")]
     nbformat.write(run_again, lesson)
@@ -164,7 +152,7 @@ def test_a_lesson_that_changed_is_noticed_and_the_copy_left_as_it_is(tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"metadata": {"labkit": {}}}', '{"metadata": []}'])
-def test_a_copy_that_has_lost_its_metadata_is_not_reported(tmp_path: Path, lesson: Path, text: str):
+def test_a_copy_that_has_lost_its_metadata_is_not_reported(tmp_path: Path, text: str):
     (tmp_path / "01_small.ipynb").write_text(text)
     assert not notebooks.has_changed(tmp_path / "01_small.ipynb")
 
@@ -175,6 +163,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, lesson: Path
         notebooks.prepare("1")
 
 
+@pytest.mark.slow
 def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dict[str, str]):
     script = (
         "import sys, pathlib, course.notebooks as c; c.open_in_jupyterlab(pathlib.Path(sys.argv[1]), browser=False)"
@@ -218,10 +207,13 @@ def test_a_release_holds_every_lesson_without_its_answers(released: Path):
         source = nbformat.read(files.NOTEBOOKS / path.name, as_version=4)
         assert "SOLUTION" not in path.read_text()
         assert not any(cell.get("outputs") for cell in copy.cells)
+        sources = {cell.id: cell.source for cell in copy.cells}
+        assert list(sources) == [cell.id for cell in source.cells]
+        for cell in copy.cells:
+            assert cell.cell_type != "code" or compile(cell.source, cell.id, "exec")
         for task in notebooks.exercises(source):
-            (cell,) = [cell for cell in copy.cells if cell.id == task.cell_id]
             solution = task.source.partition(BEGIN)[2].partition(END)[0].strip()
-            assert cell.source == task.stub and solution not in path.read_text()
+            assert sources[task.cell_id] == task.stub and not any(solution in text for text in sources.values())
         assert path.name in (released / "README.md").read_text()
 
 
@@ -255,6 +247,7 @@ def test_a_release_of_a_damaged_lesson_leaves_nothing_behind(tmp_path: Path, les
     assert list((tmp_path / "class").iterdir()) == [] and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1_000, 200_000], ids=["in the first lesson", "in the data"])
 def test_a_release_onto_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path, most: int):
     code = f"""

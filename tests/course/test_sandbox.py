@@ -83,6 +83,7 @@ def outside() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("user", [0, 54321], ids=["as whoever runs the tests", "as an ordinary user"])
 def test_everything_but_computing_is_refused(outside: Path, user: int):
     if user and os.geteuid() != 0:

@@ -4,9 +4,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
@@ -18,8 +16,7 @@ from course import notebooks, site
 from labkit import claims, files
 from labkit.errors import DataError, InputError
 
-missing = [name for name in site.NEEDED if site.find_spec(name) is None]
-needs_sphinx = pytest.mark.skipif(bool(missing), reason=f"{missing} not installed; ./lab site --help installs them")
+pytestmark = pytest.mark.slow
 
 PHONE = (360, 740)
 LOOK = """({
@@ -38,18 +35,14 @@ LOOK = """({
 })"""
 
 
-@dataclass
-class Page:
-    """What the browser found on a page."""
-
-    seen: dict
-    errors: list[str]
-    requests: list[str]
-    nameless: list[str] = field(default_factory=list)
+@pytest.fixture(scope="module")
+def sphinx() -> None:
+    if missing := [name for name in site.NEEDED if site.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed; ./lab site --help installs them")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, offline: dict[str, str]) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory, offline: dict[str, str], sphinx: None) -> Path:
     """The site with one run of the user's own, made of a recorded one."""
     folder = tmp_path_factory.mktemp("site")
     own = folder / "runs" / "01_own"
@@ -70,93 +63,75 @@ def address(built: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def pages(built: Path, address: str, chromium) -> dict[str, Page]:
-    """Every page, as the browser of a phone found it."""
+def pages(built: Path, address: str, chromium) -> dict[str, dict]:
+    """Every page, as the browser of a phone saw it: LOOK, and what it complained of, asked for and could not name."""
     chromium.resize(*PHONE)
-    found = {}
+    seen = {}
     for file in sorted(built.rglob("*.html")):
         if "_static" not in file.parts:
             name = file.relative_to(built).as_posix()
             chromium.errors.clear()
             chromium.requests.clear()
             chromium.open(address + name)
-            found[name] = Page(chromium.run(LOOK), list(chromium.errors), list(chromium.requests), chromium.nameless())
-    return found
+            seen[name] = chromium.run(LOOK) | {"errors": [*chromium.errors], "requests": [*chromium.requests]}
+            seen[name]["nameless"] = chromium.nameless()
+    return seen
 
 
-def faults(pages: dict[str, Page], name: str) -> dict[str, list]:
-    """The pages on which a list is not empty."""
-    return {page: here for page, one in pages.items() if (here := one.seen.get(name, getattr(one, name, None)))}
+def faults(pages: dict[str, dict], *names: str) -> list[tuple]:
+    """Page and name of the lists that are not empty but should be."""
+    return [(page, name, seen[name]) for page, seen in pages.items() for name in names if seen[name]]
 
 
-@needs_sphinx
-def test_every_lesson_and_generated_page_is_there(pages: dict[str, Page]):
+def test_every_lesson_and_generated_page_is_there(pages: dict[str, dict]):
     wanted = {f"notebooks/{path.stem}.html" for path in notebooks.all_lessons()}
     syllabi = files.NOTEBOOKS.glob("syllabi/**/*.md")
     wanted |= {path.relative_to(files.ROOT).with_suffix(".html").as_posix() for path in syllabi}
     assert wanted | {"index.html", "claims.html", "machines.html", "search.html"} <= set(pages)
 
 
-@needs_sphinx
-def test_no_page_complains_or_asks_outside(pages: dict[str, Page], address: str):
-    assert faults(pages, "errors") == {}
-    asked = {url for page in pages.values() for url in page.requests if not url.startswith(("data:", "blob:"))}
+def test_no_page_complains_or_asks_outside(pages: dict[str, dict], address: str):
+    assert faults(pages, "errors") == []
+    asked = {url for page in pages.values() for url in page["requests"] if not url.startswith(("data:", "blob:"))}
     assert len(asked) > len(pages)
     assert {url for url in asked if not url.startswith(address)} == set()
 
 
-@needs_sphinx
-def test_no_link_or_anchor_is_broken(pages: dict[str, Page], built: Path, address: str):
+def test_no_link_or_anchor_is_broken(pages: dict[str, dict], built: Path, address: str):
     broken = []
     for name, page in pages.items():
-        for link in page.seen["links"]:
+        for link in page["links"]:
             target, anchor = urldefrag(urljoin(address + name, link))
             if not target.startswith(address):
                 continue
             file = unquote(urlparse(target).path).lstrip("/") or "index.html"
-            if not (built / file).is_file() or (anchor and unquote(anchor) not in pages[file].seen["ids"]):
+            if not (built / file).is_file() or (anchor and unquote(anchor) not in pages[file]["ids"]):
                 broken.append((name, link))
     assert broken == []
 
 
-@needs_sphinx
-def test_every_page_fits_a_phone(pages: dict[str, Page]):
-    assert {name: page.seen["width"] for name, page in pages.items() if page.seen["width"] > PHONE[0]} == {}
+def test_every_page_fits_a_phone_and_a_screen_reader(pages: dict[str, dict]):
+    assert {name: page["width"] for name, page in pages.items() if page["width"] > PHONE[0]} == {}
+    assert {page["language"] for page in pages.values()} == {"en-GB"}
+    assert {name: page["headings"] for name, page in pages.items() if page["headings"] != 1} == {}
+    assert faults(pages, "broken", "undescribed", "nameless") == []
 
 
-@needs_sphinx
-def test_every_image_loads_and_has_its_description(pages: dict[str, Page]):
-    assert faults(pages, "broken") == {}
-    assert faults(pages, "undescribed") == {}
-
-
-@needs_sphinx
-def test_formulas_are_set(pages: dict[str, Page]):
+def test_formulas_are_set(pages: dict[str, dict]):
     for path in notebooks.all_lessons():
         if any("$" in cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"):
             page = pages[f"notebooks/{path.stem}.html"]
-            assert page.seen["formulas"] > 0, path.stem
-            assert page.seen["font"], path.stem
-    assert faults(pages, "flat") == {}
-    assert faults(pages, "unset") == {}  # a command that the converter did not know
+            assert page["formulas"] > 0 and page["font"], path.stem
+    assert faults(pages, "flat", "unset") == []  # unset: with a command that the converter did not know
 
 
-@needs_sphinx
-def test_a_screen_reader_finds_language_heading_and_names(pages: dict[str, Page]):
-    assert {page.seen["language"] for page in pages.values()} == {"en-GB"}
-    assert {name: page.seen["headings"] for name, page in pages.items() if page.seen["headings"] != 1} == {}
-    assert faults(pages, "nameless") == {}
-
-
-@needs_sphinx
-def test_the_first_key_offers_the_way_to_the_content(pages: dict[str, Page], address: str, chromium):
+def test_the_first_key_offers_the_way_to_the_content(pages: dict[str, dict], address: str, chromium):
     chromium.open(address + "claims.html")
     for kind in ("keyDown", "keyUp"):
         chromium.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
     assert chromium.run("document.activeElement.getAttribute('href')") == "#main-content"
 
 
-@needs_sphinx
 def test_search_works_without_a_network(address: str, chromium):
     chromium.open(address + "search.html?q=roofline")
     chromium.run("""new Promise(done => {
@@ -169,23 +144,12 @@ def test_search_works_without_a_network(address: str, chromium):
 # what the pages say -------------------------------------------------------------------------------
 
 
-class Text(HTMLParser):
-    """The words of a page's article, without scripts and styles."""
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.words, self.inside = [], []
-        article = page.read_text(encoding="utf-8").partition("<article")[2].partition("</article>")[0]
-        self.feed(article)
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def __str__(self) -> str:
-        return " ".join("".join(self.words).split())
+def text_of(page: Path) -> str:
+    """The words of a page's article."""
+    article = page.read_text(encoding="utf-8").partition("<article")[2].partition("</article>")[0]
+    return " ".join(re.sub(r"<[^>]+>", " ", article).split())
 
 
-@needs_sphinx
 def test_figures_carry_the_alt_text_of_the_notebook(built: Path):
     for path in notebooks.all_lessons():
         outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
@@ -196,7 +160,6 @@ def test_figures_carry_the_alt_text_of_the_notebook(built: Path):
         assert [alt for alt in unescaped if alt in wanted] == wanted
 
 
-@needs_sphinx
 def test_answers_are_folded_behind_the_stub(built: Path):
     page = (built / "notebooks" / f"{notebooks.find('03').stem}.html").read_text(encoding="utf-8")
     unfolded = re.sub(r"<details.*?</details>", "", page, flags=re.DOTALL)
@@ -206,7 +169,6 @@ def test_answers_are_folded_behind_the_stub(built: Path):
     assert "SOLUTION" not in page
 
 
-@needs_sphinx
 def test_every_claim_has_a_verdict_or_says_what_is_missing(built: Path):
     page = (built / "claims.html").read_text(encoding="utf-8")
     row = re.compile(r'<tr[^>]*>\s*<th[^>]*><span id="claim-([\d.]+)">.*?</tr>', re.DOTALL)
@@ -216,9 +178,8 @@ def test_every_claim_has_a_verdict_or_says_what_is_missing(built: Path):
     assert [claim for claim, row in rows.items() if not re.search(f'class="badge[^>]*>(?:{said})<', row)] == []
 
 
-@needs_sphinx
 def test_the_user_s_runs_stand_beside_the_recorded_ones(built: Path):
-    text = str(Text(built / "machines.html"))
+    text = text_of(built / "machines.html")
     assert text.index("your run") < text.index("recorded, ")
     assert "There is no run of yours yet" not in text
 
@@ -234,17 +195,15 @@ def test_each_figure_of_a_cell_keeps_its_own_alt_text():
     ]
 
 
-@needs_sphinx
 @pytest.mark.parametrize("latex", [r"\bigl\lvert x\bigr\rvert", r"\lVert w_i \rVert_1", r"\lvert x \rvert"])
-def test_bars_of_a_formula_are_known_and_close(latex: str):
+def test_bars_of_a_formula_are_known_and_close(latex: str, sphinx: None):
     made = site.mathml(latex)
     assert "\\" not in made
     assert made.count('<mo lspace="0" rspace="0"') == 2
 
 
-@needs_sphinx
 @pytest.mark.parametrize("plain", [r"\binom84 = 70", r"\binom 8 4 = 70"])
-def test_a_digit_is_an_argument_by_itself_as_in_tex(plain: str):
+def test_a_digit_is_an_argument_by_itself_as_in_tex(plain: str, sphinx: None):
     assert site.mathml(plain) == site.mathml(r"\binom{8}{4} = 70")
 
 
@@ -252,7 +211,7 @@ def test_a_digit_is_an_argument_by_itself_as_in_tex(plain: str):
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson) -> Path:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson, sphinx: None) -> Path:
     """A course of one lesson and one syllabus that links to it."""
     folder = tmp_path / "notebooks"
     write_lesson(folder, "1 + 1")
@@ -267,18 +226,16 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson) -> Path
     return folder
 
 
-@needs_sphinx
 def test_syllabi_become_pages(small: Path, tmp_path: Path):
     first = site.build(tmp_path / "out" / "html")
     page = (first.parent / "notebooks" / "syllabi" / "half_day.html").read_text(encoding="utf-8")
     assert 'href="../01_small.html"' in page
     assert 'href="notes/01.html"' in page
     assert "syllabi/half_day.html" in first.read_text(encoding="utf-8")
-    assert "There is no run of yours yet" in str(Text(first.with_name("machines.html")))
+    assert "There is no run of yours yet" in text_of(first.with_name("machines.html"))
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["html"]
 
 
-@needs_sphinx
 def test_a_broken_link_stops_the_build_and_leaves_the_old_site(small: Path, tmp_path: Path):
     out = tmp_path / "out" / "html"
     out.mkdir(parents=True)
@@ -290,8 +247,7 @@ def test_a_broken_link_stops_the_build_and_leaves_the_old_site(small: Path, tmp_
     assert [one.name for one in out.parent.iterdir()] == ["html"]
 
 
-@needs_sphinx
-def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path):
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path, sphinx: None):
     (tmp_path / "thesis.txt").write_text("ten years")
     with pytest.raises(InputError, match="holds something else than a site"):
         site.build(tmp_path)

@@ -415,20 +415,6 @@ def test_a_learner_s_copy_stops_only_at_the_exercises(tmp_path: Path, offline: d
     assert errors == {"NotImplementedError"}
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_a_learner_s_copy_is_python_without_an_answer(lesson: Path):
-    source = read(lesson)
-    copy = notebooks.student_copy(source)
-    assert [cell.id for cell in copy.cells] == [cell.id for cell in source.cells]
-    assert not any(cell.outputs or cell.execution_count for cell in code(copy))
-    text = "\n".join(cell.source for cell in copy.cells)
-    for cell in code(copy):
-        compile(cell.source, cell.id, "exec")
-    for task in notebooks.exercises(source):
-        answer = task.source.partition(notebooks.BEGIN)[2].partition(notebooks.END)[0]
-        assert task.stub in text and answer.strip() not in text
-
-
 # the blocked network -------------------------------------------------------------------------------
 
 
