@@ -146,10 +146,10 @@ def collect(folder: Path, lessons: Sequence[Lesson]) -> tuple[list[tuple[Grade, 
     if not seen:
         raise InputError(f"No notebook in {folder} is of a lesson; they are looked for as {folder}/<student>/*.ipynb.")
     entries = [
-        (Grade(_shown(student.name), lesson.name, task, result, reason), answer)
+        entry
         for student, (by_lesson, _) in handed_in.items()
         for lesson in seen
-        for task, result, reason, answer in _entries(lesson, by_lesson.get(lesson.name))
+        for entry in _entries(_shown(student.name), lesson, by_lesson.get(lesson.name))
     ]
     return entries, remarks
 
@@ -226,27 +226,23 @@ def _lesson_of(cells: _Cells, named: set[str], lessons: Sequence[Lesson]) -> str
     return best if best and answered[best] else None
 
 
-def _entries(lesson: Lesson, handed_in: _Cells | str | None) -> Iterator[tuple[Exercise, str, str, Answer | None]]:
-    """Exercise, result, reason and answer for each exercise: the result of one without an answer stands already."""
-    ids, graded = {cell_id for cell_id, _ in lesson.cells}, {task.function for task in lesson.exercises}
+def _entries(student: str, lesson: Lesson, handed_in: _Cells | str | None) -> Iterator[tuple[Grade, Answer | None]]:
+    """A grade and an answer for each exercise: the grade of one without an answer stands already."""
+    ids, graded = [cell_id for cell_id, _ in lesson.cells], {task.function for task in lesson.exercises}
     for task in lesson.exercises:
-        if not isinstance(handed_in, list):
-            yield task, "missing", handed_in or "no notebook of this lesson was handed in", None
-        elif (answer := _find(handed_in, task)) is None:
+        result, reason, answer = "missing", "no notebook of this lesson was handed in", None
+        if isinstance(handed_in, str):
+            reason = handed_in
+        elif handed_in is not None and (answer := _find(handed_in, task)) is None:
             reason = "the exercise's cell is not in the notebook, and no other defines its function"
-            yield task, "missing", reason, None
-        else:
+        elif answer:
             source, note = answer
-            place = [cell_id for cell_id, _ in lesson.cells].index(task.cell_id)
-            above = [source for _, source in lesson.cells[:place]]  # with the worked answers to earlier exercises
+            result, reason = "stopped", "the grading ended early"
+            above = [source for _, source in lesson.cells[: ids.index(task.cell_id)]]  # with the worked answers
             added = [text for cell_id, text in handed_in if cell_id not in ids]
             added = [text for text in added if not any(_defines(text, function) for function in graded)]
-            yield (
-                task,
-                "stopped",
-                "the grading ended early",
-                Answer(task.id, task.function, above + added, source, note),
-            )
+            answer = Answer(task.id, task.function, above + added, source, note)
+        yield Grade(student, lesson.name, task, result, reason), answer
 
 
 def _find(cells: _Cells, task: Exercise) -> tuple[str, str] | None:
@@ -323,7 +319,7 @@ def _verdict(answer: Answer, seconds: float) -> tuple[str, str, str]:
         return "stopped", str(error), ""
     result, _, reason = text.partition("\n")
     if result not in RESULTS:
-        return "stopped", "its process replied with something else than a result", measures
+        result, reason = "stopped", "its process replied with something else than a result"
     return result, reason, measures
 
 
@@ -396,13 +392,9 @@ def _imports(lessons: Sequence[Lesson], names: Container[str]) -> list[str]:
 def write(book: Gradebook, folder: Path) -> tuple[Path, Path]:
     """Write grades.csv and grades.html into `folder`, each whole or not at all; InputError where that fails."""
     paths = tuple(folder / name for name in FILES)
-    try:
+    with files.refused(f"The grades cannot be written to {folder}"):
         for path, text in zip(paths, (table(book), html(book)), strict=True):
             files.write_text(path, text)
-    except OSError as error:
-        raise InputError(
-            f"The grades cannot be written to {folder} ({error.strerror}); fix that, then try again."
-        ) from None
     return paths
 
 

@@ -217,12 +217,8 @@ def prepare(name: str) -> Path:
     copy = WORKSPACE / lesson.name
     if not copy.exists():
         text = nbformat.writes(student_copy(read(lesson), lesson.stem))
-        try:
+        with files.refused(f"The copy cannot be written to {WORKSPACE}"):
             files.write_text(copy, text + "\n")
-        except OSError as error:
-            raise InputError(
-                f"The copy cannot be written to {WORKSPACE} ({error.strerror}); fix that, then try again."
-            ) from None
     return copy
 
 
@@ -243,10 +239,8 @@ def put_aside(name: str) -> Path | None:
     stem = f"{copy.stem}.{date.today().isoformat()}"
     names = (copy.with_name(f"{stem}{f'.{number}' if number > 1 else ''}.ipynb") for number in count(1))
     aside = next(path for path in names if not path.exists())
-    try:
+    with files.refused(f"{copy} cannot be renamed"):
         copy.rename(aside)
-    except OSError as error:
-        raise InputError(f"{copy} cannot be renamed ({error.strerror}); fix that, then try again.") from None
     return aside
 
 
@@ -265,17 +259,14 @@ def release(folder: Path) -> list[Path]:
     if any(folder.resolve().is_relative_to(files.ROOT / part) for part in RELEASED):
         raise InputError(f"{folder} lies inside what is released, which would copy into itself; give another folder.")
     nearest = next(parent for parent in folder.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".release-", dir=nearest) as work:
-            partial = Path(work) / "class"
-            _fill(partial, {path.name: read(path) for path in lessons})
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial.replace(folder)
-    except OSError as error:  # shutil.Error holds one reason a file
-        reason = error.strerror or str(error.args[0][0][2])
-        raise InputError(
-            f"The release cannot be written to {nearest} ({reason}); free some space or give another folder."
-        ) from None
+    with (
+        files.refused(f"The release cannot be written to {nearest}", "free some space or give another folder"),
+        tempfile.TemporaryDirectory(prefix=".release-", dir=nearest) as work,
+    ):
+        partial = Path(work) / "class"
+        _fill(partial, {path.name: read(path) for path in lessons})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(folder)
     return [folder / path.name for path in lessons]
 
 
@@ -284,7 +275,12 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
 
     for name, source in sources.items():
         files.write_text(folder / name, nbformat.writes(student_copy(source, Path(name).stem)) + "\n")
-    files.write_text(folder / "README.md", _index(sources))
+    rows = []
+    for name, source in sources.items():
+        tasks = exercises(source)
+        points, minutes = sum(task.points for task in tasks), sum(task.minutes for task in tasks)
+        rows.append(f"| [{title(source)}]({name}) | {len(tasks)}, {points} points | {minutes} |")
+    files.write_text(folder / "README.md", _INDEX.format(rows="\n".join(rows)))
     litter = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
     for part in RELEASED:
         shutil.copytree(files.ROOT / part, folder / part, ignore=litter)
@@ -296,9 +292,11 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
 
 def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> int:
     """Run JupyterLab on `notebook` until it is closed; its exit code."""
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebook.parent}"]
-    command.append(f"--LabApp.default_url=/lab/tree/{notebook.name}")
-    command.append("--LabApp.extension_manager=readonly")  # the other one asks a registry
+    command = [
+        sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebook.parent}",
+        f"--LabApp.default_url=/lab/tree/{notebook.name}",
+        "--LabApp.extension_manager=readonly",  # the other one asks a registry
+    ]  # fmt: skip
     if not browser:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container there is often no other user
@@ -306,15 +304,6 @@ def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> int:
     settings = [str(Path(__file__).with_name("jupyter")), os.environ.get("JUPYTER_CONFIG_PATH")]  # asks for no news
     environment = {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, settings))}
     return subprocess.call(command, cwd=notebook.parent, env=environment)
-
-
-def _index(sources: "dict[str, NotebookNode]") -> str:
-    rows = []
-    for name, source in sources.items():
-        tasks = exercises(source)
-        points, minutes = sum(task.points for task in tasks), sum(task.minutes for task in tasks)
-        rows.append(f"| [{title(source)}]({name}) | {len(tasks)}, {points} points | {minutes} |")
-    return _INDEX.format(rows="\n".join(rows))
 
 
 _INDEX = """# Inference optimisation, measured: lessons to work on

@@ -27,7 +27,6 @@ from course.results import RunColumn, collect, frame, recorded_runs, short, side
 from course.tradeoffs import RANKED, Estimate, figure, literal, picture, pooled, trade_offs
 from labkit import claims, files, show
 from labkit.claims import Claim
-from labkit.errors import InputError
 from labkit.records import RunRecord, SettledClaim, calibration, off_by
 
 DIFFERS, NOT_YET, NOT_HERE = "differs by machine", "not yet measured", "not measurable here"
@@ -249,11 +248,8 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
         destination.with_name("rows.parquet"): lambda path: table.to_parquet(path, index=False),
     }
     for path, save in saves.items():
-        try:
-            with files.replacing(path) as partial:
-                save(partial)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}); fix that first.") from None
+        with files.refused(f"{path} cannot be written", "fix that first"), files.replacing(path) as partial:
+            save(partial)
     return destination
 
 

@@ -191,11 +191,10 @@ def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
                     name = f"{entry.name}: {without_unit(column, meaning.unit)}"
                     ci95 = (values.get(meaning.low), values.get(meaning.high))
                     yield run | _row(name, key, value, ci95, meaning, entry.simulated)
-    spent = {"seconds": (record.seconds, "s"), "peak memory": (record.peak_memory, "B")}
-    spent["peak device memory"] = record.peak_device_memory, "B"
-    for name, (value, unit) in spent.items():
-        if value is not None:
-            yield run | _row(f"run: {name}", "", value, None, Column(role="cost", unit=unit, clock=True), False)
+    for name, unit in (("seconds", "s"), ("peak_memory", "B"), ("peak_device_memory", "B")):
+        if (value := getattr(record, name)) is not None:
+            meaning = Column(role="cost", unit=unit, clock=True)
+            yield run | _row(f"run: {name.replace('_', ' ')}", "", value, None, meaning, False)
 
 
 def _row(name: str, key: str, value: Any, ci95: Any, meaning: Any, simulated: bool) -> dict[str, Any]:

@@ -60,6 +60,16 @@ def full_disk_told(place: Path | None = None) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def refused(what: str, cure: str = "fix that, then try again") -> Iterator[None]:
+    """An error of the system becomes an InputError: `what` failed, the system's reason in brackets, and the `cure`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error.args[0][0][2]  # of shutil, which has one reason a file
+        raise InputError(f"{what} ({reason}); {cure}.") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, with its folder."""
     with replacing(path) as partial:

@@ -44,7 +44,7 @@ def build(out: Path, folders: Sequence[Path] = ()) -> Path:
         )
     if out.exists() and not (out / "index.html").exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something else than a site, and would be replaced; give another folder.")
-    try:
+    with files.refused(f"The site cannot be written to {out}", "fix that first"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             work = Path(folder)
@@ -53,18 +53,14 @@ def build(out: Path, folders: Sequence[Path] = ()) -> Path:
             if out.exists():
                 out.rename(work / "before")
             (work / "html").rename(out)
-    except OSError as error:
-        raise InputError(f"The site cannot be written to {out} ({error.strerror}); fix that first.") from None
     return out / "index.html"
 
 
 def serve(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
     """A server of `folder` on this machine only; port 0 takes any that is free. InputError where the port is taken."""
     handler = functools.partial(_Quiet, directory=str(folder))
-    try:
+    with files.refused(f"Port {port} is not free", "give another, or 0: --port 0"):
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
-    except OSError as error:
-        raise InputError(f"Port {port} is not free ({error.strerror}); give another, or 0: --port 0.") from None
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -94,9 +90,9 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
         notebook = readable(notebooks.read(path))
         files.write_text(source / "notebooks" / path.name, nbformat.writes(notebook))
     syllabi = sorted(files.NOTEBOOKS.glob("syllabi/**/*.md"), key=lambda path: (len(path.parts), path.name))
-    names = [path.relative_to(files.NOTEBOOKS).as_posix() for path in syllabi]
+    names = [f"notebooks/{path.relative_to(files.NOTEBOOKS).as_posix()}" for path in syllabi]
     for path, name in zip(syllabi, names, strict=True):
-        files.write_text(source / "notebooks" / name, path.read_text(encoding="utf-8"))
+        files.write_text(source / name, path.read_text(encoding="utf-8"))
 
     columns, problems = _columns(folders)
     files.write_text(source / "claims.md", "\n\n".join(_claims_page(columns)))
@@ -198,7 +194,7 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
 def _contents(syllabi: Sequence[str]) -> str:
     parts = {"Lessons": "notebooks/*", "Results": "claims\nmachines"}
     if syllabi:
-        parts["For a class"] = "\n".join(f"notebooks/{name.removesuffix('.md')}" for name in syllabi)
+        parts["For a class"] = "\n".join(name.removesuffix(".md") for name in syllabi)
     tree = "```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```"
     return "\n\n".join(tree.format(*part) for part in parts.items())
 
