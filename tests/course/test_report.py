@@ -235,7 +235,7 @@ def ratio(number: float, low: float, high: float) -> dict:
     return value("pruned", number, "x", "quality", ci95=[low, high], clock=True, kind="comparison")
 
 
-def swept(*entries: tuple, lesson: str = "01", **fields: object) -> dict:
+def swept(*entries: tuple) -> dict:
     """The section of runs given as (parameters, values...)."""
     runs = [changed(measurements=list(rest), parameters=parameters) for parameters, *rest in entries]
     (points,) = report.sweeps(runs)
@@ -271,14 +271,9 @@ def test_points_stand_in_the_order_of_their_parameters_numbers_before_texts():
 
 def test_combinations_have_mean_and_interval_over_seeds_and_the_best_is_marked():
     accuracy = {0.3: (90.0, 91.0, 92.0), 0.5: (80.0, 81.0, 82.0)}
-    section = swept(
-        *(
-            ({"SEED": s, "RATIO": r}, value("accuracy", a, "%", "quality"))
-            for r, some in accuracy.items()
-            for s, a in enumerate(some)
-        )
-    )
-    text = shown(section)
+    parameters = [{"SEED": seed, "RATIO": ratio} for ratio in accuracy for seed in range(3)]
+    values = [value("accuracy", number, "%", "quality") for number in itertools.chain(*accuracy.values())]
+    text = shown(swept(*zip(parameters, values, strict=True)))
     assert "6 runs at smoke on Test CPU, 2 cores: RATIO 0.3, 0.5." in text
     assert "Seeds 0, 1, 2: means with 95 % intervals over them." in text
     assert "0.3 3 91 % (88.5 % to 93.5 %) best" in text and "0.5 3 81 % (78.5 % to 83.5 %)" in text
@@ -291,53 +286,44 @@ def test_which_way_is_better_comes_from_the_role(role: str, best: int | None):
     assert moved.best == best
 
 
-def test_what_the_parameters_do_not_change_is_folded():
-    section = swept(*(({"K": k}, value("accuracy", 90.0, "%"), value("seen", k)) for k in (0, 1)))
-    assert [moved.name for moved in section["moved"]] == ["seen"] and [rest.name for rest in section["rest"]] == [
-        "accuracy"
-    ]
-    assert "1 further value " in shown(section) and "accuracy 90 % 90 %" in shown(section)
+def network(theory: float) -> records.RecordedTable:
+    return records.table("whole", [{"network": "a", "theory": theory}, {"network": "b", "theory": 3.0}], "network")
 
 
 @pytest.mark.parametrize(
-    ("ratios", "moves"),
+    ("values", "moved", "text"),
     [
-        ([(2.0, 1.9, 2.1), (3.0, 2.9, 3.1)], True),
-        ([(2.0, 1.5, 2.5), (2.1, 1.5, 2.5)], False),  # the intervals overlap
-        ([(2.0, 0.0, math.inf), (3.0, 0.0, math.inf)], False),  # there is no interval
-        ([(2.0, 1.99, 2.01), (2.15, 2.14, 2.16)], False),  # runs alone differ as much
+        # what the parameters do not change is folded
+        (
+            lambda k: [value("accuracy", 90.0, "%"), value("seen", k)],
+            "seen",
+            "1 further value value K 0 K 1 accuracy 90 %",
+        ),
+        # a ratio moves when its intervals part by more than runs do
+        (lambda k: [ratio(2.0 + k, 1.9 + k, 2.1 + k)], "pruned", "2.00x (1.90x to 2.10x) 1 1 3.00x"),
+        (lambda k: [ratio(2.0 + 0.1 * k, 1.5, 2.5)], "", "2.00x (1.50x to 2.50x) 2.10x (1.50x to 2.50x)"),
+        (lambda k: [ratio(2.0 + k, 0.0, math.inf)], "", "2.00x 3.00x"),
+        (lambda k: [ratio(2.0 + 0.15 * k, 1.99 + 0.15 * k, 2.01 + 0.15 * k)], "", "2.15x"),
+        # times of different runs are not compared
+        (
+            lambda k: [value("decode", 1.0 + k, "s", "cost", ci95=[0.9 + k, 1.1 + k], clock=True)],
+            "",
+            "decode 1 s (900 ms to 1.10 s) 2 s (1.90 s to 2.10 s)",
+        ),
+        # values of tables are named by their row; texts and what is no number are left out
+        (lambda k: [network(1.0 + k)], "whole: theory, network=a", "whole: theory, network=b 3 3"),
+        (lambda k: [value("method", "auto"), value("a", "nan"), value("good", k == 1)], "good", "K runs good 0 1"),
     ],
 )
-def test_a_ratio_moves_when_its_intervals_part_by_more_than_runs_do(ratios: list, moves: bool):
-    section = swept(*(({"K": k}, ratio(*one)) for k, one in enumerate(ratios)))
-    assert [moved.name for moved in section["moved"]] == ["pruned"] * moves
-
-
-def test_times_of_different_runs_are_not_compared():
-    times = [value("decode", 1.0 + k, "s", "cost", ci95=[0.9 + k, 1.1 + k], clock=True) for k in (0, 1)]
-    section = swept(*(({"K": k}, time) for k, time in enumerate(times)))
-    assert section["moved"] == [] and "decode 1 s (900 ms to 1.10 s) 2 s (1.90 s to 2.10 s)" in shown(section)
-
-
-def test_values_of_tables_are_named_by_their_row():
-    def table(theory: float) -> records.RecordedTable:
-        return records.table("whole", [{"network": "a", "theory": theory}, {"network": "b", "theory": 3.0}], "network")
-
-    section = swept(*(({"K": k}, table(1.0 + k)) for k in (0, 1)))
-    assert [moved.name for moved in section["moved"]] == ["whole: theory, network=a"]
+def test_only_what_the_parameters_change_is_in_the_table(values, moved: str, text: str):
+    section = swept(*(({"K": k}, *values(k)) for k in (0, 1)))
+    assert ", ".join(value.name for value in section["moved"]) == moved and text in shown(section)
 
 
 def test_a_value_that_only_some_points_have_leaves_the_others_empty():
     runs = [({"K": 1}, value("a", 1.0)), ({"K": 2}, value("a", 2.0), value("b", 3.0)), ({"K": 3}, value("a", 2.0))]
     text = shown(swept(*runs))
     assert "K runs a 1 1 1 2 1 2 3 1 2" in text and "b – 3 –" in text
-
-
-def test_texts_and_failed_values_do_not_break_the_table():
-    text = shown(
-        swept(*(({"K": k}, value("method", "auto"), value("a", "nan"), value("good", k == 1)) for k in (0, 1)))
-    )
-    assert "method" not in text and "good" in text
 
 
 def test_seeds_alone_make_a_table_without_figures():
@@ -375,9 +361,9 @@ def test_hostile_parameters_and_names_are_escaped(runs: Path):
 # claims -----------------------------------------------------------------------------------------------------------
 
 
-def claim(id: str = "3.1", needs: str = "any", **more: object) -> Claim:
-    about = {"text": f"Text of {id}.", "quantity": "a quantity", "unit": "x", "source": "guide section 3"} | more
-    return Claim(id=id, section=int(id[0]), expected=(1.0, 2.0), needs=needs, **about)
+def claim(needs: str = "any", **more: object) -> Claim:
+    about = {"text": "Text of 3.1.", "quantity": "a quantity", "unit": "x", "source": "guide section 3"} | more
+    return Claim(id="3.1", section=3, expected=[1.0, 2.0], needs=needs, **about)
 
 
 def column(
@@ -412,21 +398,16 @@ GPU = {"slug": "gpu", "device": "cuda"}
     ],
 )
 def test_all_machines_together_give_a_verdict(columns: list[RunColumn], needs: str, verdict: str):
-    one = claim(needs=needs)
-    assert report.verdict(one, columns) == verdict
+    assert report.verdict(claim(needs), columns) == verdict
 
 
-def test_the_row_holds_text_condition_range_source_value_and_verdict():
-    text = words(report.template().module.claims_table([claim(needs="gpu")], [column("contradicted", **GPU)]))
+def test_the_row_of_a_claim_says_it_all_and_escapes_it():
+    table = report.template().module.claims_table
+    text = words(table([claim(needs="gpu")], [column("contradicted", **GPU)]))
     parts = ("Text of 3.1.", "settled by a GPU", "1 to 2 x", "guide section 3", "contradicted 1.50x", "Machine gpu")
     assert [part for part in parts if part not in text] == []
-
-
-def test_a_smoke_run_is_named_as_such_and_what_claims_say_is_escaped():
-    table = report.template().module.claims_table(
-        [claim(text="<script>", unit="<script>")], [column("contradicted", preset="smoke")]
-    )
-    assert "contradicted at smoke 1.50" in words(table) and "<script" not in table
+    hostile = table([claim(text="<script>", unit="<script>")], [column("contradicted", preset="smoke")])
+    assert "contradicted at smoke 1.50" in words(hostile) and "<script" not in hostile
 
 
 def test_a_claim_can_be_chosen_where_the_style_sheet_knows_its_verdict(runs: Path):
