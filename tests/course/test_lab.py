@@ -75,6 +75,14 @@ def course(tmp_path: Path) -> Course:
     return Course(tmp_path)
 
 
+@pytest.fixture
+def ready(course: Course) -> Course:
+    """The course after ./lab setup."""
+    course.lab("setup")
+    course.calls()
+    return course
+
+
 def test_first_call_sets_up_and_passes_its_words_on(course):
     done = course.lab("run", "01", "-p", "GPU", "H200 SXM")
     assert done.returncode == 0, done.stderr
@@ -89,12 +97,10 @@ def test_first_call_sets_up_and_passes_its_words_on(course):
     ]
 
 
-def test_second_call_installs_and_fetches_nothing(course):
-    course.lab("setup")
-    course.calls()
-    course.lab("doctor")
-    course.lab("run")
-    assert course.calls() == ["-m course.cli doctor", "-m course.cli run"]
+def test_second_call_installs_and_fetches_nothing(ready):
+    ready.lab("doctor")
+    ready.lab("run")
+    assert ready.calls() == ["-m course.cli doctor", "-m course.cli run"]
 
 
 @pytest.mark.parametrize(
@@ -104,12 +110,10 @@ def test_second_call_installs_and_fetches_nothing(course):
         ("data/manifest.toml", "-m course.cli data fetch"),
     ],
 )
-def test_what_has_changed_is_done_again(course, changed: str, does: str):
-    course.lab("setup")
-    course.calls()
-    (course.folder / changed).write_text("two")
-    course.lab("run")
-    assert course.calls() == [does.format(root=course.folder), "-m course.cli run"]
+def test_what_has_changed_is_done_again(ready, changed: str, does: str):
+    (ready.folder / changed).write_text("two")
+    ready.lab("run")
+    assert ready.calls() == [does.format(root=ready.folder), "-m course.cli run"]
 
 
 @pytest.mark.parametrize("step", ["pip", "fetch"])
@@ -124,18 +128,16 @@ def test_what_was_interrupted_goes_on_at_the_next_call(course, step: str):
     assert [call[:24] for call in course.calls()][-2:] == ["-m course.cli data fetch", "-m course.cli run"]
 
 
-def test_site_installs_what_it_needs_once(course):
-    course.lab("setup")
-    course.calls()
-    course.behave(pip=1)
-    failed = course.lab("site")
+def test_site_installs_what_it_needs_once(ready):
+    ready.behave(pip=1)
+    failed = ready.lab("site")
     assert failed.returncode == 2 and "what the site needs cannot be installed" in failed.stderr
-    course.behave()
-    course.calls()
-    course.lab("site", "--no-serve")
-    course.lab("site")
-    assert course.calls() == [
-        f"-m pip install --editable {course.folder}[site]", "-m course.cli site --no-serve", "-m course.cli site",
+    ready.behave()
+    ready.calls()
+    ready.lab("site", "--no-serve")
+    ready.lab("site")
+    assert ready.calls() == [
+        f"-m pip install --editable {ready.folder}[site]", "-m course.cli site --no-serve", "-m course.cli site",
     ]  # fmt: skip
 
 
@@ -146,16 +148,11 @@ def test_missing_python_is_said_with_what_to_install(course, tmp_path):
     for tool in ("dirname", "cksum", "cat", "grep"):
         (tools / tool).symlink_to(shutil.which(tool))
     failed = course.lab("run", path=str(tools))
-    assert failed.returncode == 2
-    assert "no Python 3.11, 3.12 or 3.13 found; install one" in failed.stderr
+    assert failed.returncode == 2 and "no Python 3.11, 3.12 or 3.13 found; install one" in failed.stderr
     assert not (course.folder / ".venv").exists()
-
-
-def test_missing_venv_module_is_said_with_what_to_install(course):
     course.behave(venv=1)
     failed = course.lab("run")
-    assert failed.returncode == 2
-    assert "apt install python3-venv" in failed.stderr
+    assert failed.returncode == 2 and "apt install python3-venv" in failed.stderr
 
 
 def test_cpu_build_is_put_in_before_the_course(course):
@@ -165,13 +162,11 @@ def test_cpu_build_is_put_in_before_the_course(course):
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_symbolic_link_to_it_is_followed(course, relative: bool):
-    course.lab("setup")
-    course.calls()
-    link = course.elsewhere / "lab"
-    link.symlink_to(Path("../my course/lab") if relative else course.folder / "lab")
-    assert course.lab("doctor", script=link).returncode == 0
-    assert course.calls() == ["-m course.cli doctor"]
+def test_a_symbolic_link_to_it_is_followed(ready, relative: bool):
+    link = ready.elsewhere / "lab"
+    link.symlink_to(Path("../my course/lab") if relative else ready.folder / "lab")
+    assert ready.lab("doctor", script=link).returncode == 0
+    assert ready.calls() == ["-m course.cli doctor"]
 
 
 def test_a_checkout_that_is_set_up_needs_no_writing(course):
