@@ -64,7 +64,7 @@ def load(path: Path | None = None) -> dict[str, Claim]:
             claim = Claim.model_validate(entry)
         except ValidationError as error:
             first = error.errors()[0]
-            fault = ".".join(map(str, first["loc"])) + ": " + first["msg"]
+            fault = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
             raise DataError(f"{path.name}, entry {number} ({entry.get('id', 'without id')!r}): {fault}.") from None
         if claim.id in claims:
             raise DataError(

@@ -140,10 +140,6 @@ def _product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * _stored(a) * (b.shape[-1] if b.dim() > 1 else 1)
 
 
-def _added_product(bias: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    return _product(a, b)
-
-
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     """softmax(Q K^T) V, [B, H, L, D] x [B, Hkv, T, D] x [B, Hkv, T, Dv]: a score takes D multiply-adds, its use Dv."""
     scores = query.numel() // query.shape[-1] * key.shape[-2]
@@ -169,7 +165,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     packed = ("_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
     table = {
         _product: ("mm", "bmm", "mv", "dot", "_int_mm"),
-        _added_product: ("addmm", "_sparse_addmm", "baddbmm", "addbmm", "addmv"),
+        lambda bias, a, b, *_, **__: _product(a, b): ("addmm", "_sparse_addmm", "baddbmm", "addbmm", "addmv"),
         _attention: attention,
         _recurrent: ("mkldnn_rnn_layer", "_cudnn_rnn"),
         _packed: packed,

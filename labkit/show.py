@@ -53,14 +53,18 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     simulated  computed, not measured: it gets a badge
     InputError, and nothing shown, where either is missing or an axis has no label.
     """
-    _check_alt(alt)
+    if not isinstance(alt, str) or len(alt.strip()) < SHORTEST_ALT:
+        raise InputError(
+            f"The figure has no alt text of {SHORTEST_ALT} characters or more; say in alt= what it shows: the axes, "
+            "the shape of the curve, the point that matters."
+        )
     rows = checked_rows(table)
     _check_labels(fig)
     import matplotlib.pyplot as plt
 
     picture = base64.b64encode(png(fig)).decode()
     plt.close(fig)
-    heading = caption or _title(fig) or "Figure"
+    heading = caption or fig.get_suptitle() or fig.axes[0].get_title(loc="left") or fig.axes[0].get_title() or "Figure"
     shown = f"{'SIMULATED: ' if simulated else ''}{heading}\n{alt}"
     if in_notebook():  # a script has no screen for the picture: words and data only
         emit(shown, data={"image/png": picture}, metadata={"image/png": {"alt": alt}})
@@ -258,14 +262,6 @@ def checked_rows(rows: Any) -> list[dict[str, Any]]:
     return [dict(row) for row in listed]
 
 
-def _check_alt(alt: Any) -> None:
-    if not isinstance(alt, str) or len(alt.strip()) < SHORTEST_ALT:
-        raise InputError(
-            f"The figure has no alt text of {SHORTEST_ALT} characters or more; say in alt= what it shows: the axes, "
-            "the shape of the curve, the point that matters."
-        )
-
-
 def _check_labels(fig: Any) -> None:
     if not fig.axes:
         raise InputError("The figure has no axes; draw something on it before showing it.")
@@ -290,10 +286,6 @@ def _is_labelled(fig: Any, ax: Any, name: str) -> bool:
     shown = {"x": ("labelbottom", "labeltop"), "y": ("labelleft", "labelright")}[name]
     without_ticks = not any(axis.get_tick_params().get(side) for side in shown) or len(axis.get_ticklocs()) == 0
     return without_ticks or bool(getattr(fig, f"get_sup{name}label")().strip())
-
-
-def _title(fig: Any) -> str:
-    return fig.get_suptitle() or fig.axes[0].get_title(loc="left") or fig.axes[0].get_title()
 
 
 def _columns(rows: Rows) -> list[str]:
