@@ -7,6 +7,7 @@ in the same folder, and renamed at the end.
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def refused(what: str, cure: str = "fix that, then try again") -> Iterator[None]
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error.args[0][0][2]  # of shutil, which has one reason a file
+        several = isinstance(error, shutil.Error)  # one reason a file
+        reason = error.args[0][0][2] if several else error.strerror or error
         raise InputError(f"{what} ({reason}); {cure}.") from None
 
 
