@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from labkit.errors import InputError
 
-PRESETS = ("smoke", "class", "full")
+PRESETS = ("smoke", "class", "full")  # from the smallest
 _EVERYWHERE = {"PRESET": PRESETS, "SEED": (0, 2**32 - 1)}  # what every lesson's session takes
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", list: "a list"}
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
+from course.parameters import PRESETS
 from labkit import files, show
 from labkit.errors import DataError, InputError
 from labkit.records import Column, RecordedTable, RunRecord, read
 
-PRESETS = ("smoke", "class", "full")  # from the smallest
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
 
 
