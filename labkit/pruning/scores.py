@@ -81,11 +81,6 @@ def _sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
     return patches.sum(tuple(range(patches.dim() - inner))).reshape(getattr(layer, "groups", 1), -1)
 
 
-def _magnitudes(layer: nn.Module, x: Tensor) -> Tensor:
-    """Sum of |x_j| over a layer's input vectors: [groups, in / groups * kernel]."""
-    return _sum_over_rows(layer, x.abs())
-
-
 def squares(layer: nn.Module, x: Tensor) -> Tensor:
     """Sum of x_j^2 over a layer's input vectors: [groups, in / groups * kernel]."""
     return _sum_over_rows(layer, x.square())
@@ -96,9 +91,8 @@ def hessian(layer: nn.Module, x: Tensor) -> Tensor:
     groups = getattr(layer, "groups", 1)
     patches = _patches(layer, x)
     inner = 1 + len(getattr(layer, "kernel_size", ()))
-    rows = patches.reshape(patches.shape[: patches.dim() - inner].numel(), groups, -1).transpose(
-        0, 1
-    )  # [groups, N, in]
+    n = patches.shape[: patches.dim() - inner].numel()
+    rows = patches.reshape(n, groups, -1).transpose(0, 1)  # [groups, n, in]
     return 2 * rows.transpose(1, 2) @ rows
 
 
@@ -231,7 +225,9 @@ CRITERIA: Mapping[str, Criterion] = {
     "obd": Criterion(obd, gradient=torch.square),
     "obs": Criterion(obs, inputs=hessian, finish=lambda total, count: _inverse(total).diagonal(dim1=-2, dim2=-1)),
     "wanda": Criterion(wanda, inputs=squares),
-    "activation": Criterion(activation, inputs=_magnitudes, finish=lambda total, count: total / count),
+    "activation": Criterion(
+        activation, inputs=lambda layer, x: _sum_over_rows(layer, x.abs()), finish=lambda total, count: total / count
+    ),
     "random": Criterion(random),
 }
 
@@ -265,10 +261,13 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
 
 
 def check_criterion(criterion: str, batches: Iterable | None, table: Mapping) -> None:
-    """InputError unless the criterion is in the table and has the batches that it needs."""
+    """InputError unless the criterion is in the table and has the batches that it needs.
+
+    A criterion of units looks at data where the one of weights with its name does.
+    """
     if criterion not in table:
         raise InputError(f"There is no criterion {criterion!r}: choose one of {', '.join(table)}.")
-    if table[criterion].needs_data:
+    if criterion in CRITERIA and CRITERIA[criterion].needs_data:
         check_batches(batches, criterion)
 
 
@@ -335,7 +334,7 @@ def unit_scores(
     A group that a criterion has nothing to say about is absent. Raises InputError where a score is NaN.
     """
     check_criterion(criterion, batches, UNIT_CRITERIA)
-    scores = UNIT_CRITERIA[criterion].score(model, groups, batches, loss_fn, seed)
+    scores = UNIT_CRITERIA[criterion](model, groups, batches, loss_fn, seed)
     for i, values in scores.items():
         if values.isnan().any():
             raise InputError(
@@ -459,24 +458,18 @@ def _summed(criterion: str, mean: bool = False) -> Callable:
     return score
 
 
-class UnitCriterion(NamedTuple):
-    """score(model, groups, batches, loss_fn, seed) -> {number of the group: [units]}"""
-
-    score: Callable[..., dict[int, Tensor]]
-    needs_data: bool = False
-
-
-UNIT_CRITERIA: Mapping[str, UnitCriterion] = {
-    "l1": UnitCriterion(_norm(1)),
-    "l2": UnitCriterion(_norm(2)),
-    "bn_scale": UnitCriterion(bn_scale),
-    "taylor": UnitCriterion(unit_taylor, needs_data=True),
-    "activation": UnitCriterion(_summed("activation", mean=True), needs_data=True),
-    "fpgm": UnitCriterion(fpgm),
-    "random": UnitCriterion(unit_random),
-    "wanda": UnitCriterion(_summed("wanda"), needs_data=True),
-    "obd": UnitCriterion(_summed("obd"), needs_data=True),
-    "taylor_abs": UnitCriterion(_summed("taylor_abs"), needs_data=True),
+# score(model, groups, batches, loss_fn, seed) -> {number of the group: [units]}
+UNIT_CRITERIA: Mapping[str, Callable[..., dict[int, Tensor]]] = {
+    "l1": _norm(1),
+    "l2": _norm(2),
+    "bn_scale": bn_scale,
+    "taylor": unit_taylor,
+    "activation": _summed("activation", mean=True),
+    "fpgm": fpgm,
+    "random": unit_random,
+    "wanda": _summed("wanda"),
+    "obd": _summed("obd"),
+    "taylor_abs": _summed("taylor_abs"),
 }
 
 

@@ -115,24 +115,24 @@ def hold_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         mask = mask.to(parameter.device, copy=True)
         for module, attribute in places[id(parameter)]:
             module.register_buffer(_mask_name(attribute), mask, persistent=False)
-            _register(module.register_forward_pre_hook, module._forward_pre_hooks, _hold_own)
-            _register(module.register_state_dict_pre_hook, module._state_dict_pre_hooks, _hold_own)
-            _register(module.register_load_state_dict_post_hook, module._load_state_dict_post_hooks, _hold_own)
+            _register(module.register_forward_pre_hook, module._forward_pre_hooks, _hold_module)
+            _register(module.register_state_dict_pre_hook, module._state_dict_pre_hooks, _hold_module)
+            _register(module.register_load_state_dict_post_hook, module._load_state_dict_post_hooks, _hold_module)
     # Some models read a layer's weight without calling the layer (nn.MultiheadAttention does with out_proj).
-    _register(model.register_forward_pre_hook, model._forward_pre_hooks, _hold_all)
-    _hold_all(model)
+    _register(model.register_forward_pre_hook, model._forward_pre_hooks, _hold_model)
+    _hold_model(model)
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
     """A copy of `model` without masks and hooks, its pruned weights plain zeros: to time, export or convert."""
     refuse_foreign(model)
     plain = copy.deepcopy(model)
-    _hold_all(plain)
+    _hold_model(plain)
     for module in plain.modules():
-        for attribute, _ in list(_own_masks(module)):
+        for attribute, _ in list(_masks_in(module)):
             delattr(module, _mask_name(attribute))
         for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_hold_own, _hold_all)]:
+            for key in [key for key, hook in hooks.items() if hook in (_hold_module, _hold_model)]:
                 del hooks[key]
     return plain
 
@@ -262,8 +262,8 @@ def _mask(module: nn.Module, attribute: str) -> Tensor | None:
     return module._buffers.get(_mask_name(attribute))
 
 
-def _own_masks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if _hold_own in module._forward_pre_hooks.values():
+def _masks_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if _hold_module in module._forward_pre_hooks.values():
         for attribute in module._parameters:
             if (mask := _mask(module, attribute)) is not None:
                 yield attribute, mask
@@ -284,13 +284,13 @@ def _register(register, registered: Mapping, hook) -> None:
         register(hook)
 
 
-def _hold_own(module: nn.Module, *_) -> None:
+def _hold_module(module: nn.Module, *_) -> None:
     """Zeroes the module's pruned weights, and sees to it that their gradients are zero too.
 
     With zero gradients, weight decay and a new optimizer's momentum leave a zero alone; an older momentum moves it, and
     the next forward pass or state_dict puts it back. `.data`, so that two forward passes can share one backward pass.
     """
-    for attribute, mask in _own_masks(module):
+    for attribute, mask in _masks_in(module):
         parameter = module._parameters[attribute]
         parameter.data.masked_fill_(~mask, 0.0)
         hooks = (parameter._backward_hooks or {}).values()  # deepcopy does not copy these, so it is looked at each time
@@ -298,9 +298,9 @@ def _hold_own(module: nn.Module, *_) -> None:
             parameter.register_hook(partial(_mask_gradient, module, attribute))
 
 
-def _hold_all(model: nn.Module, *_) -> None:
+def _hold_model(model: nn.Module, *_) -> None:
     for module in model.modules():
-        _hold_own(module)
+        _hold_module(module)
 
 
 def _mask_gradient(module: nn.Module, attribute: str, gradient: Tensor) -> Tensor:
