@@ -30,7 +30,7 @@ def conv(channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int 
     return [*layers, nn.BatchNorm2d(out, eps=1e-3)]
 
 
-class Block(nn.Module):
+class InvertedResidual(nn.Module):
     """Inverted residual (Sandler et al. 2018): widen, filter each channel, narrow; add the input if shapes agree."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
@@ -54,8 +54,8 @@ class EfficientNetLite0(nn.Module):
         self.stem = nn.Sequential(*conv(3, 32, 3, stride=2), nn.ReLU6())
         blocks = []
         for kernel, stride, expansion, channels, out, repeats in STAGES:
-            blocks.append(Block(channels, out, kernel, stride, expansion))
-            blocks += [Block(out, out, kernel, 1, expansion) for _ in range(repeats - 1)]
+            blocks.append(InvertedResidual(channels, out, kernel, stride, expansion))
+            blocks += [InvertedResidual(out, out, kernel, 1, expansion) for _ in range(repeats - 1)]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(*conv(320, 1280), nn.ReLU6())
         self.pool = nn.AdaptiveAvgPool2d(1)
