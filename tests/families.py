@@ -7,108 +7,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 61
-BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "pad_token_id": 0,
-}
-LLAMA = {**BERT, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+BERT = {"vocab_size": VOCABULARY, **SIZES, "intermediate_size": 24, "pad_token_id": 0}
+LLAMA = {**BERT, **TOKENS, "num_key_value_heads": 2}
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 24, "n_positions": 64}
+DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 24}
+OPT = {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+VIT = {**SIZES, "intermediate_size": 24, "image_size": 16, "patch_size": 8}
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+FALCON = {**BERT, "ffn_hidden_size": 24, "num_kv_heads": 2}
 
 
-def _build(model: str, config: str, **options) -> Callable[[], nn.Module]:
+def _build(name: str, **options) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
         from labkit.models import quietly
 
         with quietly():
-            return getattr(transformers, model)(getattr(transformers, config)(**options))
+            kind = getattr(transformers, name)
+            return kind(kind.config_class(**options))
 
     return build
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "bert": _build("BertForSequenceClassification", "BertConfig", **BERT),
-    "roberta": _build("RobertaForSequenceClassification", "RobertaConfig", **BERT),
-    "distilbert": _build(
-        "DistilBertForSequenceClassification",
-        "DistilBertConfig",
-        vocab_size=VOCABULARY,
-        dim=32,
-        n_layers=3,
-        n_heads=4,
-        hidden_dim=24,
-    ),
-    "minilm": _build("BertModel", "BertConfig", **{**BERT, "num_attention_heads": 8}),
-    "gpt2": _build(
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_inner=24,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
-    "opt": _build(
-        "OPTForCausalLM",
-        "OPTConfig",
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        ffn_dim=24,
-        num_attention_heads=4,
-        word_embed_proj_dim=32,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
-    "llama": _build("LlamaForCausalLM", "LlamaConfig", **LLAMA),
-    "qwen2": _build("Qwen2ForCausalLM", "Qwen2Config", **LLAMA),
-    "qwen3": _build("Qwen3ForCausalLM", "Qwen3Config", **LLAMA, head_dim=8),
-    "mistral": _build("MistralForCausalLM", "MistralConfig", **LLAMA),
-    "gemma": _build("GemmaForCausalLM", "GemmaConfig", **{**LLAMA, "num_key_value_heads": 1}, head_dim=8),
-    "vit": _build(
-        "ViTForImageClassification",
-        "ViTConfig",
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=24,
-        image_size=16,
-        patch_size=8,
-    ),
-    "t5": _build(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=2,
-    ),
-    "phi": _build("PhiForCausalLM", "PhiConfig", **BERT),
-    "neox": _build("GPTNeoXForCausalLM", "GPTNeoXConfig", **BERT),  # query, key and value of a head side by side
-    "falcon": _build(
-        "FalconForCausalLM",
-        "FalconConfig",
-        **BERT,
-        ffn_hidden_size=24,
-        num_kv_heads=2,
-        new_decoder_architecture=True,  # the same by KV group; attention beside the feed-forward network
-    ),
-    "olmo2": _build("Olmo2ForCausalLM", "Olmo2Config", **LLAMA),  # a norm over all query heads, one over all keys
-    "modernbert": _build("ModernBertForSequenceClassification", "ModernBertConfig", **BERT),
+    "bert": _build("BertForSequenceClassification", **BERT),
+    "roberta": _build("RobertaForSequenceClassification", **BERT),
+    "distilbert": _build("DistilBertForSequenceClassification", **DISTILBERT),
+    "minilm": _build("BertModel", **{**BERT, "num_attention_heads": 8}),
+    "gpt2": _build("GPT2LMHeadModel", vocab_size=VOCABULARY, **GPT2, bos_token_id=1, eos_token_id=2),
+    "opt": _build("OPTForCausalLM", vocab_size=VOCABULARY, **OPT, **TOKENS),
+    "llama": _build("LlamaForCausalLM", **LLAMA),
+    "qwen2": _build("Qwen2ForCausalLM", **LLAMA),
+    "qwen3": _build("Qwen3ForCausalLM", **LLAMA, head_dim=8),
+    "mistral": _build("MistralForCausalLM", **LLAMA),
+    "gemma": _build("GemmaForCausalLM", **{**LLAMA, "num_key_value_heads": 1}, head_dim=8),
+    "vit": _build("ViTForImageClassification", **VIT),
+    "t5": _build("T5ForConditionalGeneration", **T5, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2),
+    "phi": _build("PhiForCausalLM", **BERT),
+    "neox": _build("GPTNeoXForCausalLM", **BERT),  # query, key and value of a head side by side
+    # the same by KV group; attention beside the feed-forward network
+    "falcon": _build("FalconForCausalLM", **FALCON, new_decoder_architecture=True),
+    "olmo2": _build("Olmo2ForCausalLM", **LLAMA),  # a norm over all query heads, one over all keys
+    "modernbert": _build("ModernBertForSequenceClassification", **BERT),
 }
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "neox", "falcon", "olmo2")
 GROUPED = ("llama", "qwen2", "qwen3", "mistral", "olmo2")  # two KV heads with two query heads each

@@ -181,7 +181,7 @@ def _plan(model: nn.Module, coupling: Coupling, removed: Mapping[int, Tensor], r
 @torch.inference_mode(False)
 def plan_labels(model: nn.Module, coupling: Coupling, gone: np.ndarray, units: tuple[Units, ...]) -> Plan:
     """The plan without the labels of the trace that are true in `gone` ([labels], bool); units: its table."""
-    keep = coupling.kept(gone)
+    keep = coupling.record.kept(gone)
     (n, size), (n_after, size_after) = surgery.parameters(model), surgery.parameters(model, keep)
     return Plan(
         kept=keep,

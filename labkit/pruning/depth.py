@@ -121,8 +121,11 @@ def prune_layers(
     `plan.kept` names the parameters of removed layers, with no index kept. Raises InputError for a bad index, a layer
     without which the others do not fit together, or a model with no or several lists of layers (T5).
     """
-    every = layers_of(model)
-    gone = _gone(layers, len(every))
+    every, gone = layers_of(model), set(layers)
+    for layer in gone:
+        anatomy.check_index(layer, len(every), "layer")
+    if not 0 < len(gone) < len(every):
+        raise InputError(f"{len(gone)} of {len(every)} layers would go: name at least one, and leave at least one.")
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
     new = surgery.cut(model, {}, {}).train(model.training)
     attributes = _renumber_(new, [i for i in range(len(every)) if i not in gone])
@@ -151,15 +154,6 @@ def prune_layers(
         bytes=(size, size_left),
     )
     return Pruned(new, plan, report)
-
-
-def _gone(layers: Iterable[int], n: int) -> set[int]:
-    gone = set(layers)
-    for layer in gone:
-        anatomy.check_index(layer, n, "layer")
-    if not gone or len(gone) == n:
-        raise InputError(f"{len(gone)} of {n} layers would go: name at least one, and leave at least one.")
-    return gone
 
 
 def _renumber_(model: nn.Module, stays: Sequence[int]) -> dict[str, dict[str, int]]:

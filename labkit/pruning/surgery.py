@@ -5,7 +5,7 @@ read. Hooks, training flags, requires_grad, dtype, device and memory format stay
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,6 @@ from labkit.pruning.coupling import Coupling
 from labkit.pruning.coupling.fits import Attributes, Keep, set_attributes_, shape, tensors_of
 from labkit.pruning.coupling.tracing import collecting_later, duplicate_model
 from labkit.pruning.equality import Report
-
-PIECE = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,9 @@ def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
                 f"The plan keeps index {int(indices.max())} of dimension {dim} of a parameter of shape "
                 f"{list(x.shape)}: it is a plan of another model."
             )
-    data = _selected(x.detach(), sorted((dim, indices.to(x.device)) for dim, indices in keep.items()))
+    data = x.detach() if keep else x.detach().clone()
+    for dim in sorted(keep):  # rows first: they are copied as a whole
+        data = data.index_select(dim, keep[dim].to(x.device))
     if keep and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         data = data.contiguous(memory_format=torch.channels_last)
     if not isinstance(x, nn.Parameter):
@@ -110,22 +110,6 @@ def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     parameter = nn.Parameter(data, requires_grad=x.requires_grad)
     parameter.__dict__.update(x.__dict__)
     return parameter
-
-
-def _selected(x: Tensor, keep: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """x.index_select along each dimension, by pieces that stay in a cache: x cut along one dimension only is large."""
-    if not keep:
-        return x.clone()
-    (dim, rows), *rest = keep
-    if not rest or dim > 0:
-        for dim, indices in keep:
-            x = x.index_select(dim, indices)
-        return x
-    result, start = x.new_empty(shape(x, dict(keep))), 0
-    for piece in rows.split(max(PIECE * len(x) // max(x.nbytes, 1), 1)):
-        result[start : start + len(piece)] = _selected(x.index_select(0, piece), rest)
-        start += len(piece)
-    return result
 
 
 def parameters(model: nn.Module, keep: Keep | None = None) -> tuple[int, int]:

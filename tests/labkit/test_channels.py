@@ -10,7 +10,7 @@ from torch import nn
 from labkit import roofline
 from labkit.errors import InputError
 from labkit.pruning import sensitivity
-from labkit.pruning.channels import Planner, apply, plan, plan_units, prune
+from labkit.pruning.channels import apply, plan, plan_units, prune
 from labkit.pruning.coupling import Coupling, trace
 from labkit.pruning.scores import UNIT_CRITERIA, unit_scores
 
@@ -134,15 +134,7 @@ def test_ignored_modules_keep_their_channels(plain):
     chosen = plan(model, x, ratio=0.5, ignore="conv1")
     assert left(chosen)["conv1.weight"] == 8 and "ignored" in str(chosen)
     model, x = example(Residual)
-    assert left(plan(model, x, ratio=0.5, ignore=["conv2"]))["stem.weight"] == 8  # it makes the same channels
-
-
-def test_modules_can_be_ignored_themselves(plain):
-    model, x, _ = plain
-    assert (
-        plan(model, x, ratio=0.5, ignore=[model.conv1, "fc1"]).kept.keys()
-        == plan(model, x, ratio=0.5, ignore=["conv1", "fc1"]).kept.keys()
-    )
+    assert left(plan(model, x, ratio=0.5, ignore=model.conv2))["stem.weight"] == 8  # it makes the same channels
     with pytest.raises(InputError, match="ignore names 'Conv2d', but the model has no such"):
         plan(model, x, ratio=0.5, ignore=nn.Conv2d(3, 8, 3))
 
@@ -291,10 +283,3 @@ def test_an_allocation_takes_the_largest_ratio_within_the_tolerance():
         for ratio, metric in zip((0.25, 0.5, 0.75), metrics, strict=True)
     ]
     assert sensitivity.Sensitivity(0.9, tuple(rows)).allocation(0.1) == {"a": 0.5, "b": 0.0}
-
-
-def test_a_planner_scores_once(plain, monkeypatch):
-    model, x, _ = plain
-    planner = Planner(model, x)
-    monkeypatch.setattr("labkit.pruning.channels.unit_scores", None)
-    assert planner.plan(0.25).parameters[1] > planner.plan(0.75).parameters[1]

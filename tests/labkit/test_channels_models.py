@@ -1,5 +1,6 @@
 """Whole architectures, half of the channels, one call and no recipe: torchvision's and small ones of transformers."""
 
+import families
 import pytest
 import torch
 import torchvision
@@ -89,29 +90,23 @@ SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, interme
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["Bert", "Llama", "GPT2"])
-def test_a_transformer_with_its_heads_neurons_and_width(family, attention):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    if family == "GPT2":
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=16)
-        model = transformers.GPT2LMHeadModel(config)
-    elif family == "Llama":  # two query heads share a key-value head
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
-    else:
-        model = transformers.BertModel(transformers.BertConfig(**SIZES))
-    model.eval().set_attn_implementation(attention)
-    tokens = torch.randint(0, 60, (2, 9))
-    mask = torch.ones_like(tokens)
-    mask[0, -3:] = 0
-    inputs = {"input_ids": tokens, "attention_mask": mask}
+@pytest.mark.parametrize(
+    ("name", "first", "heads", "width"),
+    [
+        ("bert", "bert.encoder.layer.0.attention.self.query.weight", (4, 2), 16),
+        ("minilm", "encoder.layer.0.attention.self.query.weight", (8, 4), 32),  # its output is its width, which stays
+        ("llama", "model.layers.0.self_attn.q_proj.weight", (2, 1), 16),  # two query heads share a key-value head
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", (4, 2), 16),
+    ],
+)
+def test_a_transformer_with_its_heads_neurons_and_width(name, first, heads, width, attention):
+    model = families.family(name)
+    model.set_attn_implementation(attention)
+    inputs = families.inputs(name)
     pruned = prune(model, (), inputs, ratio=0.5, scope="layer")
     assert pruned.report.equal and pruned.report.scale > 0
-    units = {row.name: (row.units, row.left) for row in pruned.plan.units}
-    heads = {"Bert": "encoder.layer.0.attention.self.query.weight", "Llama": "model.layers.0.self_attn.q_proj.weight"}
-    assert units[heads.get(family, "transformer.h.0.attn.c_attn.weight")] == ((2, 1) if family == "Llama" else (4, 2))
-    width = {"Llama": 16, "GPT2": 16, "Bert": 32}[family]  # BERT's output is its width, which is fixed
-    assert pruned.model(**inputs)[0].shape[:2] == (2, 9)
+    assert {row.name: (row.units, row.left) for row in pruned.plan.units}[first] == heads
+    assert pruned.model(**inputs)[0].shape[0] == 3
     assert pruned.model.get_input_embeddings().weight.shape[1] == width
 
 

@@ -33,7 +33,7 @@ from random_networks import HABITS, Network, Stateful, digest, programs
 from torch import nn
 
 from labkit.errors import EqualityError, InputError
-from labkit.pruning import sensitivity, surgery, unstructured
+from labkit.pruning import sensitivity, unstructured
 from labkit.pruning.channels import apply, plan, prune
 from labkit.pruning.coupling import trace
 
@@ -316,15 +316,6 @@ def test_the_memory_format_stays():
     for layer in (small.stem, small.conv1, small.conv2):
         assert layer.weight.is_contiguous(memory_format=torch.channels_last)
     assert not small.conv1.weight.is_contiguous()
-
-
-def test_a_matrix_larger_than_a_cache_is_cut_piece_by_piece():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 2000), nn.ReLU(), nn.Linear(2000, 3))
-    pruned = prune(model, torch.randn(2, 6), ratio=0.5, scope="layer")
-    kept = pruned.plan.kept["2.weight"]
-    assert model[2].weight.nbytes > 2 * surgery.PIECE
-    assert torch.equal(pruned.model[2].weight, model[2].weight[kept[0]][:, kept[1]])
 
 
 def test_shared_weights_stay_shared():

@@ -119,7 +119,7 @@ class Coupling:
             gone = coupling._one_step([i for cluster in clusters for i in cluster])
             if not gone.any():
                 return ""
-            keep = coupling.kept(gone)
+            keep = coupling.record.kept(gone)
             attributes = coupling.attributes(model, keep, gone)
             return fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
 
@@ -210,15 +210,8 @@ class Coupling:
             gone[self.roots[i][units.cpu().numpy()]] = True
         return gone[self.classes]
 
-    def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
-        return self.record.kept(gone)
-
     def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
-        """{module: {attribute: new value}} without the labels in `gone`."""
-        return fits.attributes(model, keep, self._sizes(gone))
-
-    def _sizes(self, gone: np.ndarray) -> dict[str, dict[int, int]]:
-        """{module: {size written down as a number: what it becomes}}, where that is certain."""
+        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain."""
         seen: dict[tuple[str, int], set[int]] = {}
         for module, size, labels, axis in self.record.sizes:
             shrinks = labels is not None and gone[labels].any()
@@ -228,7 +221,7 @@ class Coupling:
             changed = now - {size}
             if len(changed) == 1 and (len(now) == 1 or self.numbers):
                 certain.setdefault(module, {})[size] = changed.pop()
-        return certain
+        return fits.attributes(model, keep, certain)
 
     def macs(self, gone: np.ndarray | None = None) -> int:
         """Multiply-adds of the products of the traced call, with the labels in `gone` removed."""
