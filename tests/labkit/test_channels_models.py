@@ -44,7 +44,7 @@ def build(name: str, side: int) -> nn.Module:
     return randomise_(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "resnet18" else pytest.mark.slow) for n in MODELS])
 @pytest.mark.filterwarnings("ignore:The default weight init")
 def test_half_of_the_channels_of_a_torchvision_model(name):
     side, most = MODELS[name]
@@ -57,6 +57,7 @@ def test_half_of_the_channels_of_a_torchvision_model(name):
     assert sum(p.numel() for p in pruned.model.parameters()) == after
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The default weight init")
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_train_on(name):

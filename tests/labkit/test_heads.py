@@ -23,6 +23,7 @@ def doubled(name: str) -> nn.Module:
     return family(name).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [method for method in heads.METHODS if method != "gate"])  # trained batch by batch
 @pytest.mark.parametrize("name", [CLASSIFIER, DECODER])
 def test_score_depends_neither_on_padding_nor_on_how_batches_are_cut(name, method):
@@ -33,6 +34,7 @@ def test_score_depends_neither_on_padding_nor_on_how_batches_are_cut(name, metho
         torch.testing.assert_close(heads.head_importance(model, other, method), whole, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [CLASSIFIER, "gpt2"])  # float64 all the way; Llama's norms go down to float32
 def test_taylor_is_the_slope_of_the_loss_of_each_example(name):
     model, step = doubled(name), 1e-5
@@ -52,7 +54,8 @@ def test_taylor_is_the_slope_of_the_loss_of_each_example(name):
     torch.testing.assert_close(heads.head_importance(model, batches(name)), total / terms, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [CLASSIFIER, "gpt2", "opt", "gemma"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [CLASSIFIER, "gpt2", "gemma"])
 def test_ablation_is_the_loss_of_the_model_that_is_really_pruned(name):
     model = doubled(name)
     data = batches(name)

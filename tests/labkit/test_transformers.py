@@ -15,11 +15,19 @@ from labkit.pruning.channels import Pruned
 from labkit.pruning.coupling import Coupling
 
 EVERY = list(FAMILIES)
+QUICK = ("bert", "llama")
 KINDS = {
     "heads": lambda model, name: transformers.prune_heads(model, heads_to_remove(name)),
     "ffn": lambda model, name: transformers.prune_ffn(model, 0.3),
     "depth": lambda model, name: depth.prune_layers(model, [1]),
 }
+
+
+def cases(*rows):
+    """Parameters, the family first; but for BERT and Llama left out of quick runs."""
+    slow = pytest.mark.slow
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [pytest.param(*row, marks=() if row[0] in QUICK else slow) for row in rows]
 
 
 @functools.cache
@@ -64,8 +72,10 @@ def neurons_of(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "kind", "attention"),
-    [(name, kind, "sdpa") for name in EVERY for kind in ("heads", "ffn")]
-    + [(name, "heads", "eager") for name in ("bert", "gpt2", "llama", "t5")],
+    cases(
+        *[(name, kind, "sdpa") for name in EVERY for kind in ("heads", "ffn")],
+        *[(name, "heads", "eager") for name in ("bert", "gpt2", "llama", "t5")],
+    ),
 )
 def test_pruned_equals_masked_in_fp32(name, kind, attention):
     model = family(name)
@@ -79,14 +89,14 @@ def test_pruned_equals_masked_in_fp32(name, kind, attention):
         assert float((dense - output(model, name)).abs().max()) > 1e-3 * float(dense.abs().max())  # something went
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases(*EVERY))
 def test_each_layer_has_its_heads_and_neurons(name):
     layers = 6 if name == "t5" else 3
     assert heads_of(family(name)) == [8 if name == "minilm" else 4] * layers
     assert neurons_of(family(name)) == [24] * (4 if name == "t5" else 3)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "t5"])
+@pytest.mark.parametrize("name", cases(*[name for name in EVERY if name != "t5"]))
 def test_pruned_layers_equal_skipped_ones(name):
     model = family(name)
     pruned = pruned_by("depth", name)
@@ -99,7 +109,7 @@ def test_pruned_layers_equal_skipped_ones(name):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in (*DECODERS, "t5") for kind in KINDS if kind != "ffn" and (name, kind) != ("t5", "depth")],
+    cases(*[(name, kind) for name in DECODERS for kind in ("heads", "depth")], ("t5", "heads")),
 )
 def test_generation_with_a_cache_equals_that_without(name, kind):
     pruned = pruned_by(kind, name).model
@@ -133,6 +143,7 @@ def test_query_heads_go_evenly_from_the_groups_that_stay_and_with_them_go_whole_
         assert "model.layers.1.self_attn.v_proj.weight" not in kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_input_model_stays_as_it_was(name):
     model = family(name)
@@ -242,13 +253,13 @@ def assert_comes_back(pruned: nn.Module, name: str, folder) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "depth"])
-@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "opt", "llama", "gemma", "vit", "t5"])
+@pytest.mark.parametrize("name", cases("bert", "distilbert", "gpt2", "opt", "llama", "gemma", "vit", "t5"))
 def test_config_says_it_where_all_layers_agree(name, kind, tmp_path):
     if (name, kind) != ("t5", "depth"):
         assert_comes_back(pruned_by(kind, name).model, name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "vit", "t5"])
+@pytest.mark.parametrize("name", cases("llama", "qwen3", "gemma", "vit", "t5"))
 def test_config_has_the_number_of_heads_where_the_architecture_can_be_built_so(name, tmp_path):
     heads = [1, 3] if name in GROUPED else [1]
     model = family(name)
@@ -280,6 +291,7 @@ def test_torchvision_vit_loses_neurons_and_layers_but_not_heads():
         transformers.prune_ffn(model, 0.5)
 
 
+@pytest.mark.slow
 def test_whisper_and_bart_are_called_with_what_their_config_says():
     from transformers import BartConfig, BartForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
@@ -295,6 +307,7 @@ def test_whisper_and_bart_are_called_with_what_their_config_says():
         assert transformers.prune_ffn(model, 0.5).report.equal
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     pruned = pruned_by("heads", "llama").model
     with torch.no_grad():
@@ -302,6 +315,7 @@ def test_compiles_whole():
     assert_equal(output(pruned, "llama"), compiled, pruned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_exports(name):
     pruned = pruned_by("heads", name).model
@@ -311,6 +325,7 @@ def test_exports(name):
         assert_equal(output(pruned, name), exported.module()(**kwargs)[0], pruned)
 
 
+@pytest.mark.slow
 def test_exports_to_onnx(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -115,13 +115,18 @@ class Coupling:
         only stay where that leaves more groups.
         """
 
+        trials: dict[tuple[bytes, str], str] = {}
+
         def failure(coupling: Coupling, clusters: list[list[int]]) -> str:
             gone = coupling._one_step([i for cluster in clusters for i in cluster])
             if not gone.any():
                 return ""
             keep = coupling.record.kept(gone)
             attributes = coupling.attributes(model, keep, gone)
-            return fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
+            key = (gone.tobytes(), repr(attributes))
+            if key not in trials:  # candidates differ in few of them
+                trials[key] = fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
+            return trials[key]
 
         linked = self._linked()
         for candidate in (self, replace(self, numbers=True), linked, replace(linked, numbers=True)):
