@@ -185,7 +185,8 @@ def help_text() -> str:
     """What course/help.txt has to hold: a section for each command, with those of its own commands."""
 
     def page(command: click.Command, above: click.Context | None, name: str) -> tuple[click.Context, str]:
-        context = click.Context(command, parent=above, info_name=name, terminal_width=100, max_content_width=100)
+        wide = {"terminal_width": 100, "max_content_width": 100}
+        context = click.Context(command, parent=above, info_name=name, help_option_names=["-h", "--help"], **wide)
         return context, command.get_help(context)
 
     top, text = page(main, None, "./lab")
