@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit import bench
-from labkit.pruning import nm
+from labkit.pruning import nm, pattern
 
 PATTERNS = [(2, 4), (1, 4), (4, 8)]
 
@@ -54,7 +54,7 @@ def by_loop(weight: Tensor, n: int, m: int) -> Tensor:
 
 def not_compiled(weight: Tensor, n: int, m: int) -> Tensor:
     """labkit's slices in chunks, as where there is no compiler."""
-    with mock.patch.object(nm, "COMPILED", math.inf):
+    with mock.patch.object(pattern, "COMPILED", math.inf):
         return nm.mask(weight, n, m)
 
 
