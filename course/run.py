@@ -212,12 +212,10 @@ def run(
 @contextmanager
 def partial_folder(home: Path) -> Iterator[Path]:
     """A folder in `home` for a result that is being made, removed at the end; InputError where it cannot be made."""
-    try:
+    with files.refused(f"Results cannot be written to {home}", "choose another --out"):
         home.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".run-", dir=home))
         partial.chmod(0o755)  # mkdtemp's folders are private
-    except OSError as error:
-        raise InputError(f"Results cannot be written to {home} ({error.strerror}); choose another --out.") from None
     try:
         yield partial
     finally:

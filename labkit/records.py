@@ -216,12 +216,8 @@ def table(
 def write(record: RunRecord, path: Path) -> None:
     """Write the record as JSON, whole or not at all, with its folder; InputError where the folder cannot be written."""
     text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    try:
+    with files.refused(f"The record cannot be written to {path}", "choose another results_dir"):
         files.write_text(path, text)
-    except OSError as error:
-        raise InputError(
-            f"The record cannot be written to {path} ({error.strerror}); choose another results_dir."
-        ) from error
 
 
 def read(path: Path) -> RunRecord:
