@@ -2,8 +2,8 @@
 
 Pairs interleaved in balanced random order follow duet benchmarking (Bulej et al. 2020), repeats of short calls
 torch.utils.benchmark. It never pools different processes, never drops a sample, and cannot tell a callable that replays
-its last result from one that computes: give `check`. Two callables that do the same work on data of their own may
-differ by some per cent, because where data lies in memory is part of what is compared.
+its last result from one that computes: give `check`. Two callables that do the same work on data of their own differ by
+some per cent, because where data lies in memory is part of what is compared: build them anew, with `builds`.
 """
 
 import contextlib
@@ -47,6 +47,8 @@ class Measurement:
     device: str
     threads: int
     warnings: tuple[str, ...] = ()
+    roof_share: float | None = None  # bound over measured time, and what the bound is by; see labkit.roofline.placed
+    limited_by: str | None = None
 
     @property
     def median_s(self) -> float:
@@ -74,7 +76,7 @@ class Measurement:
     def __str__(self) -> str:
         median, interval = _seconds(self.median_s, self.ci95_s)
         how = f"{_count(len(self.samples_s), 'sample')} of {_count(self.number, 'call')}, {_conditions(self)}"
-        return f"{self.name} {median} [{interval}; {how}]{_warned(self.warnings)}"
+        return f"{self.name} {median} [{interval}; {how}]{_roof(self)}{_warned(self.warnings)}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Comparison:
     per_block: int  # the least of this many pairs in turn is one value
     foreign_cores: float | None = None  # mean load by other programs; None where it could not be judged
     warnings: tuple[str, ...] = ()
+    pairs_per_build: tuple[int, ...] = ()  # empty: one build, and the interval is over blocks of pairs
 
     @property
     def speedup(self) -> float:
@@ -95,7 +98,7 @@ class Comparison:
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Exact 95 % interval of the speed-up; (0, inf) with fewer than six blocks."""
+        """Exact 95 % interval of the speed-up, over builds if there are several; (0, inf) below six blocks."""
         return self._ratio()[1:]
 
     @property
@@ -120,12 +123,17 @@ class Comparison:
         decimals = _decimals(self.speedup, (hi - lo) / 2)
         times = [f"{side.name} {_seconds(side.median_s, side.ci95_s)[0]}" for side in (self.baseline, self.candidate)]
         blocks = len(self.baseline_first) // self.per_block
-        how = f"{_count(blocks, 'block')} of {_count(self.per_block, 'pair')}, {_conditions(self.baseline)}"
+        builds = f"{len(self.pairs_per_build)} builds, " if self.pairs_per_build else ""
+        how = f"{builds}{_count(blocks, 'block')} of {_count(self.per_block, 'pair')}, {_conditions(self.baseline)}"
         ratio = f"{_number(self.speedup, decimals)}x [{_interval(lo, hi, decimals)}; {how}]"
-        return f"{' -> '.join(times)}: {ratio} {self.verdict}{_warned(self.warnings)}"
+        roof = _roof(self.baseline, self.candidate)
+        return f"{' -> '.join(times)}: {ratio} {self.verdict}{roof}{_warned(self.warnings)}"
 
     def _ratio(self) -> stats.Estimate:
-        return stats.paired_ratio(self.baseline.samples_s, self.candidate.samples_s, self.per_block)
+        times = self.baseline.samples_s, self.candidate.samples_s, self.per_block
+        if self.pairs_per_build:
+            return stats.ratio_over_builds(*times, self.pairs_per_build)
+        return stats.paired_ratio(*times)
 
 
 def measure(
@@ -134,6 +142,7 @@ def measure(
     device: str | torch.device | None = None,
     budget_s: float = 1.0,
     name: str | None = None,
+    cache: str = "hot",
     clock: Callable[[Call, int], float] | None = None,
 ) -> Measurement:
     """Time `fn()`, a callable without arguments, in inference mode with the garbage collector off.
@@ -143,16 +152,18 @@ def measure(
     `torch.inference_mode(False)` inside fn.
     device: where the work runs; None asks the tensors that fn returns, and means the CPU where there are none.
     name: what the result is called; None takes the function's own name.
+    cache: "hot" leaves the caches as the call before left them. "cold" empties them before each call, off the clock, as
+        work between two calls does in a model that is larger than they are; on a CPU each call is then a sample.
     clock: clock(fn, number) -> seconds stands in for the real clocks, for simulations.
     Raises InputError for arguments that cannot be used and for work that is not done when fn returns; what fn raises
     passes through.
     """
-    _check_arguments({"fn": fn}, budget_s)
+    _check_arguments({"fn": fn}, budget_s, cache)
     name = name or getattr(fn, "__name__", type(fn).__name__)
     target = None if device is None else machine.torch_device(device)
     with _garbage_collector_off() if clock is None else contextlib.nullcontext():
         output = clocks.first_call(fn)
-        run = clocks.choose(target or clocks.device_of(output) or torch.device("cpu"), "hot", clock)
+        run = _clock(target or clocks.device_of(output), cache, clock)
         del output
         number = clocks.repeats(run, fn, *clocks.warm_up(run, [fn], budget_s))
         samples, moments, start = [], [clocks.snapshot(run.device)], run.now()
@@ -171,14 +182,15 @@ def measure(
 
 
 def compare(
-    baseline: Call,
-    candidate: Call,
+    baseline: Callable[[], Any],
+    candidate: Callable[[], Any],
     *,
     device: str | torch.device | None = None,
     budget_s: float = 2.0,
     names: Sequence[str] = ("baseline", "candidate"),
     check: Callable[[Any, Any], Any] | None = None,
     cache: str = "hot",
+    builds: int | None = None,
     clock: Callable[[Call, int], float] | None = None,
     seed: int = 0,
 ) -> Comparison:
@@ -186,67 +198,105 @@ def compare(
 
     Ends when the interval is within 0.5 % (looked at from 20 blocks on), whatever it shows, or when the budget is
     spent. On one thread and with other programs at work the claim rests on CPU time.
-    device, budget_s, clock: as in measure().
+    device, budget_s, cache, clock: as in measure().
     names: what the two are called in the printed line.
     check: check(baseline_output, candidate_output) runs before and after the timing, off the clock; if it returns False
         there is no comparison.
-    cache: "hot", or on CUDA "cold": twice the L2 is written over before each call.
-    seed: of the order of the pairs.
+    builds: with a number, `baseline` and `candidate` are factories: each returns a callable with data of its own. Both
+        are built that often, in balanced order, share the budget, and the interval is over the builds: use it wherever
+        each side owns data, since where that lies in memory is part of what is timed. What a factory does is not timed.
+    seed: of the order of the pairs and of the building.
     Raises InputError for arguments that cannot be used and for work that is not done when a call returns; what the
     callables raise passes through.
     """
-    calls = (baseline, candidate)
-    _check_arguments({"baseline": baseline, "candidate": candidate}, budget_s)
-    if cache not in CACHES:
-        raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
+    _check_arguments({"baseline": baseline, "candidate": candidate}, budget_s, cache)
     if not isinstance(names, tuple | list) or len(names) != 2 or names[0] == names[1]:
         raise InputError(f"names must be two different names, for baseline and candidate, got {names!r}.")
     if check is not None and not callable(check):
         raise InputError(f"check must be a function (baseline_output, candidate_output) or None, got {check!r}.")
-    if cache == "cold" and device is None:
-        device = "cuda"
+    if builds is not None and (not isinstance(builds, int) or isinstance(builds, bool) or builds < stats.LEAST):
+        raise InputError(f"builds must be {stats.LEAST} or more, or None, got {builds!r}: fewer give no interval.")
     target = None if device is None else machine.torch_device(device)
-    if cache == "cold" and target.type != "cuda":
-        raise InputError(f"cache='cold' needs a CUDA device, got {target}: leave it out.")
+    rng, budget_s = random.Random(seed), budget_s / (builds or 1)
+    run, samples, firsts, moments, pairs = None, ([], []), [], [], []
     with _garbage_collector_off() if clock is None else contextlib.nullcontext():
-        outputs = [clocks.first_call(call) for call in calls]
-        run = clocks.choose(target or clocks.device_of(outputs[0]) or torch.device("cpu"), cache, clock)
-        _check_outputs(check, outputs, names)
-        del outputs
-        least = clocks.warm_up(run, calls, budget_s)
-        numbers = [clocks.repeats(run, call, seconds) for call, seconds in zip(calls, least, strict=True)]
-        per_block = _per_block(run, least, numbers, budget_s)
-        blocks = _blocks(run, calls, numbers, per_block, seed)
-        samples, firsts, moments, by_cpu = _until_precise(run, blocks, per_block, budget_s)
-        if check is not None:  # once more: timing must not have changed what they compute
-            _check_outputs(check, [clocks.first_call(call) for call in calls], names)
+        for calls in [(baseline, candidate)] if builds is None else _built(baseline, candidate, builds, rng):
+            outputs = [clocks.first_call(call) for call in calls]
+            _check_outputs(check, outputs, names)
+            run = run or _clock(target or clocks.device_of(outputs[0]), cache, clock)
+            del outputs
+            least = clocks.warm_up(run, calls, budget_s)
+            if not pairs:
+                numbers = [clocks.repeats(run, call, seconds) for call, seconds in zip(calls, least, strict=True)]
+                per_block = _per_block(run, least, numbers, budget_s)
+            blocks = _blocks(run, calls, numbers, per_block, rng)
+            order, sides, looks = _until_precise(run, blocks, per_block, budget_s, LEAST_S / (builds or 1))
+            if check is not None:  # once more: timing must not have changed what they compute
+                _check_outputs(check, [clocks.first_call(call) for call in calls], names)
+            firsts, moments, pairs = firsts + order, moments + looks, [*pairs, len(order)]
+            for so_far, new in zip(samples, sides, strict=True):
+                so_far += new
+            del calls, blocks  # the data of one build go before the next ones come
+    by_cpu = _cpu_time_is_better(run, moments, samples)
     sides = [
-        _measurement(name, run, of_side, number, by_cpu)
+        _measurement(name, run, of_side, number, by_cpu, one_build=builds is None)
         for name, of_side, number in zip(names, samples, numbers, strict=True)
     ]
-    warnings = _machine_warnings(run, moments, by_cpu, samples) + _pair_warnings(*sides, per_block)
-    return Comparison(*sides, tuple(firsts), per_block, _foreign_cores(run, moments), warnings)
+    warnings = _machine_warnings(run, moments, by_cpu, samples)
+    if builds is None:
+        warnings += _pair_warnings(*sides, per_block)
+    foreign = _foreign_cores(run, moments)
+    return Comparison(*sides, tuple(firsts), per_block, foreign, warnings, () if builds is None else tuple(pairs))
+
+
+def _clock(device: torch.device | None, cache: str, injected: Callable[[Call, int], float] | None) -> Clock:
+    device, evict = device or torch.device("cpu"), None
+    if cache == "cold" and device.type != "cuda":
+        evict = clocks.evictor(machine.fingerprint(device).last_level_cache)
+    return clocks.choose(device, cache, injected, evict)
+
+
+def _built(
+    baseline: Callable[[], Call], candidate: Callable[[], Call], builds: int, rng: random.Random
+) -> Iterator[tuple[Call, Call]]:
+    """Both sides built anew; which is built first is balanced, since the allocator treats first and second unlike."""
+    for baseline_first in itertools.islice(stats.balanced_order(rng, 2), builds):
+        if baseline_first:
+            calls = baseline(), candidate()
+        else:
+            calls = (candidate(), baseline())[::-1]
+        for name, call in zip(("baseline", "candidate"), calls, strict=True):
+            if not callable(call):
+                raise InputError(
+                    f"with builds, {name} must return a function without arguments, got {type(call).__name__}: "
+                    "build the data in it, and return for example lambda: model(x)."
+                )
+        yield calls
+        del calls
+        gc.collect(1)  # what was built since the last time, where it hangs together in circles
 
 
 def _per_block(run: Clock, least: Sequence[float], numbers: Sequence[int], budget_s: float) -> int:
     """Pairs in a block: as many, six at most, as leave time for 25 blocks. One on CUDA, where noise has two sides."""
     if run.device.type == "cuda":
         return 1
-    pair_s = sum(number * seconds for number, seconds in zip(numbers, least, strict=True)) + 0.75 * sum(least)
+    pair_s = sum(number * seconds for number, seconds in zip(numbers, least, strict=True))
+    pair_s += 0.75 * sum(least) if run.evict_s is None else 2 * run.evict_s
     return next((pairs for pairs in (6, 4, 2) if 1.25 * BLOCKS * pairs * pair_s <= budget_s), 1)
 
 
 def _blocks(
-    run: Clock, calls: Sequence[Call], numbers: Sequence[int], per_block: int, seed: int
+    run: Clock, calls: Sequence[Call], numbers: Sequence[int], per_block: int, rng: random.Random
 ) -> Iterator[tuple[list[bool], tuple[list[Sample], list[Sample]]]]:
     """Time blocks of pairs for as long as they are asked for: who went first in each pair, and both sides' samples."""
-    orders = stats.balanced_order(random.Random(seed), per_block if per_block > 1 else stats.LEAST)
+    orders = stats.balanced_order(rng, per_block if per_block > 1 else stats.LEAST)
     while True:
         order = list(itertools.islice(orders, per_block))
         sides, last = ([], []), None
         for baseline_first in order:
             for side in (0, 1) if baseline_first else (1, 0):
-                if side != last:  # the first call after a switch finds the other side's data in the cache: untimed
+                # the first call after a switch finds the other side's data in the cache: untimed
+                if side != last and run.evict_s is None:
                     run.block(calls[side], 1)
                 sides[side].append(run.sample(calls[side], numbers[side]))
                 last = side
@@ -254,8 +304,8 @@ def _blocks(
 
 
 def _until_precise(
-    run: Clock, blocks: Iterator, per_block: int, budget_s: float
-) -> tuple[tuple[list[Sample], list[Sample]], list[bool], list[Snapshot], bool]:
+    run: Clock, blocks: Iterator, per_block: int, budget_s: float, least_s: float
+) -> tuple[list[bool], tuple[list[Sample], list[Sample]], list[Snapshot]]:
     """Take blocks until the interval is narrow enough or the budget is spent, whatever the interval says."""
     samples, firsts, moments, start = ([], []), [], [clocks.snapshot(run.device)], run.now()
     look_at = BLOCKS
@@ -265,14 +315,14 @@ def _until_precise(
             so_far += new
         elapsed = run.now() - start
         spent = elapsed * (1 + 0.5 / count) >= budget_s  # another block would end half a block late
-        if not spent and (count < look_at or elapsed < LEAST_S):
+        if not spent and (count < look_at or elapsed < least_s):
             continue
         look_at = LOOK_AGAIN * count
         moments.append(clocks.snapshot(run.device))
         by_cpu = _cpu_time_is_better(run, moments, samples)
         ratio = stats.paired_ratio(*([sample[by_cpu] for sample in side] for side in samples), per_block)
         if spent or stats.half_width(*ratio) <= CLAIMABLE / 2:
-            return samples, firsts, moments, by_cpu
+            return firsts, samples, moments
     raise AssertionError("blocks never end")
 
 
@@ -307,13 +357,19 @@ def _cpu_time_is_better(run: Clock, moments: Sequence[Snapshot], sides: Sequence
 
 
 def _measurement(
-    name: str, run: Clock, samples: Sequence[Sample], number: int, by_cpu: bool, disturbed: tuple[str, ...] = ()
+    name: str,
+    run: Clock,
+    samples: Sequence[Sample],
+    number: int,
+    by_cpu: bool,
+    disturbed: tuple[str, ...] = (),
+    one_build: bool = True,
 ) -> Measurement:
     """One side's result, with the warnings that its own samples give rise to."""
     seconds, warnings = tuple(sample[by_cpu] for sample in samples), list(disturbed)
     if len(seconds) < BLOCKS:
         warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are needed: raise budget_s")
-    if (change := stats.drift(seconds)) is not None:
+    if one_build and (change := stats.drift(seconds)) is not None:
         warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
     return Measurement(
         name=name,
@@ -365,7 +421,7 @@ def _pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(calls: dict[str, Any], budget_s: float) -> None:
+def _check_arguments(calls: dict[str, Any], budget_s: float, cache: str) -> None:
     for name, call in calls.items():
         if not callable(call):
             raise InputError(
@@ -373,6 +429,8 @@ def _check_arguments(calls: dict[str, Any], budget_s: float) -> None:
                 f"for example {name}=lambda: model(x)."
             )
     clocks.check_budget(budget_s)
+    if cache not in CACHES:
+        raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
 
 
 def _check_outputs(check: Callable[[Any, Any], Any] | None, outputs: Sequence[Any], names: Sequence[str]) -> None:
@@ -422,6 +480,15 @@ def _interval(lo: float, hi: float, decimals: int) -> str:
 def _conditions(side: Measurement) -> str:
     threads = f", {_count(side.threads, 'thread')}" if side.device == "cpu" else ""
     return f"{side.clock} time, {side.cache}, {side.device}{threads}"
+
+
+def _roof(*sides: Measurement) -> str:
+    """The shares of the roof in words, "" where no work was stated."""
+    if any(side.roof_share is None for side in sides):
+        return ""
+    shares = " and ".join(f"{100 * side.roof_share:.3g} %" for side in sides)
+    limits = " and ".join(dict.fromkeys(side.limited_by for side in sides))
+    return f", {shares} of the roof, limited by {limits}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -38,6 +38,7 @@ class Clock:
     cache: str
     block: Callable[[Call, int], Sample]
     now: Callable[[], float] = time.perf_counter
+    evict_s: float | None = None  # seconds to empty a CPU's caches before each call, off the clock; None: not done
 
     def sample(self, call: Call, number: int) -> Sample:
         """Seconds per call by both clocks."""
@@ -45,13 +46,56 @@ class Clock:
         return seconds / number, other / number
 
 
-def choose(device: torch.device, cache: str = "hot", injected: Callable[[Call, int], float] | None = None) -> Clock:
-    """CUDA events on a CUDA device, wall and CPU time elsewhere; an injected clock before both."""
+def choose(
+    device: torch.device,
+    cache: str = "hot",
+    injected: Callable[[Call, int], float] | None = None,
+    evict: Call | None = None,
+) -> Clock:
+    """CUDA events on a CUDA device, wall and CPU time elsewhere; an injected clock before both.
+
+    cache: "hot", or "cold": on CUDA twice the L2 is written over before each call, elsewhere `evict()` runs, off the
+        clock, and each call is timed by itself.
+    """
     if injected is not None:
-        return _injected(injected, device, cache)
-    if device.type == "cuda":
+        clock = _injected(injected, device, cache)
+    elif device.type == "cuda":
         return _cuda(device, cache)
-    return Clock("wall", "cpu", device, cache, _wall)
+    else:
+        clock = Clock("wall", "cpu", device, cache, _wall)
+    return clock if evict is None or device.type == "cuda" else _evicting(clock, evict)
+
+
+def evictor(last_level_cache: int) -> Call:
+    """A function that leaves nothing of what was used before in a CPU's caches, for `cache="cold"`.
+
+    It reads and writes two and a half times the last-level caches (64 MiB at least), each thread of torch its part, as
+    it does the parts of a call. What it evicts includes code: a tiny product brings back the interpreter's and torch's
+    most used, and some 20 microseconds a call remain, so that shorter calls are mostly that.
+    last_level_cache: bytes in all, over the sockets that this process may use (labkit.machine.fingerprint).
+    """
+    everything = torch.zeros(max(64 * 2**20, 5 * last_level_cache // 2) // 8, dtype=torch.int64)
+    tiny = torch.ones(4, 4)
+
+    def evict() -> None:
+        everything.add_(1)
+        torch.mm(tiny, tiny)
+
+    return evict
+
+
+def _evicting(clock: Clock, evict: Call) -> Clock:
+    def block(fn: Call, number: int) -> Sample:
+        samples = []
+        for _ in range(number):
+            evict()
+            samples.append(clock.block(fn, 1))
+        return sum(seconds for seconds, _ in samples), sum(other for _, other in samples)
+
+    evict()  # touches the pages for the first time
+    start = time.perf_counter()
+    evict()
+    return replace(clock, block=block, evict_s=time.perf_counter() - start)
 
 
 def check_budget(budget_s: float) -> None:
@@ -114,9 +158,9 @@ def warm_up(clock: Clock, calls: Sequence[Call], budget_s: float) -> list[float]
 
 
 def repeats(clock: Clock, call: Call, seconds: float) -> int:
-    """How many calls make a sample of SAMPLE_S, from the least seconds of a single call."""
+    """How many calls make a sample of SAMPLE_S, from the least seconds of a single call; one, if caches are emptied."""
     number = 1
-    while seconds < SAMPLE_S and number < MOST_CALLS:
+    while clock.evict_s is None and seconds < SAMPLE_S and number < MOST_CALLS:
         needed = math.ceil(number * SAMPLE_S / max(seconds, 1e-9))
         number = min(max(needed, 2 * number), 1000 * number, MOST_CALLS)
         # on CUDA by the wall: events may see nothing of a call that works on another stream

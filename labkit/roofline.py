@@ -7,7 +7,7 @@ machine. A bound says what no kernel can beat, not what one reaches: launches, c
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from labkit import machine
+from labkit.bench import Measurement
 from labkit.counting import Work, count
 from labkit.errors import InputError
 from labkit.machine import Ceilings, Device
 from labkit.show import COLOURS, quantity
 
-__all__ = ["Bound", "Work", "bound", "cache_bytes", "count", "decode_step", "describe", "plot"]
+__all__ = ["Bound", "Work", "bound", "cache_bytes", "count", "decode_step", "describe", "placed", "plot"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ def bound(work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Bound
     computing, moving = work.flops / peak, work.bytes / ceilings.bandwidth
     limiter = "compute" if computing > moving else "memory"
     return Bound(max(computing, moving), limiter, work.intensity, peak / ceilings.bandwidth)
+
+
+def placed(measurement: Measurement, work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Measurement:
+    """The measurement with its share of the roof, `Bound.share` of its median time, and what limits it.
+
+    work, ceilings, dtype: as for `bound`, which also says what is refused. The bound takes all bytes from main memory,
+    so that a share above 1 is no discovery: the data were in a cache (measure with cache="cold"), or more was counted
+    than has to be done.
+    """
+    least = bound(work, ceilings, dtype)
+    return replace(measurement, roof_share=least.share(measurement.median_s), limited_by=least.limiter)
 
 
 # --- one token on top of a cache --------------------------------------------------------------------------------------

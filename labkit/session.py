@@ -9,6 +9,7 @@ import numbers
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 
-from labkit import checks, claims, machine, records, show
+from labkit import checks, claims, machine, records, roofline, show
 from labkit.bench import Comparison, Measurement, compare, measure
+from labkit.counting import Work
 from labkit.errors import InputError
 from labkit.records import Column, RecordedTable, RecordedValue, Role, RunRecord
 
@@ -112,6 +114,7 @@ class Lab:
         self._predictions: dict[str, records.Prediction] = {}
         self._claims: dict[str, records.SettledClaim] = {}
         self._checks: dict[str, records.CheckedExercise] = {}
+        self._ceilings: dict[tuple[str, int], machine.Ceilings] = {}
 
     def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
         """The value for this session's preset. A preset changes sizes, never what is done."""
@@ -135,10 +138,18 @@ class Lab:
         )
         show.emit(f"predicted  {name}: {show.quantity(number, unit)}")
 
-    def measure(self, name: str, fn: Callable[[], Any], **options: Any) -> Measurement:
-        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; record it."""
+    def measure(
+        self, name: str, fn: Callable[[], Any], *, work: Work | None = None, dtype: str = "fp32", **options: Any
+    ) -> Measurement:
+        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; record it.
+
+        work    what a call has to do (labkit.roofline.count): the share of the roof is shown and recorded, too
+        dtype   whose compute ceiling counts
+        """
         _check_name(name)
         result = measure(fn, name=name, **{"device": self.device, **options})
+        if work is not None:
+            result = roofline.placed(result, work, self.ceilings(result.device), dtype)
         meaning = {"unit": "s", "role": "cost", "clock": True}
         outcome = {"value": result.median_s, "ci95": result.ci95_s, "detail": result.to_dict()}
         self._keep(kind="measurement", name=name, **meaning, **outcome)
@@ -146,16 +157,52 @@ class Lab:
         return result
 
     def compare(
-        self, name: str, baseline: Callable[[], Any], candidate: Callable[[], Any], **options: Any
+        self,
+        name: str,
+        baseline: Callable[[], Any],
+        candidate: Callable[[], Any],
+        *,
+        work: tuple[Work, Work] | None = None,
+        dtype: str | tuple[str, str] = "fp32",
+        **options: Any,
     ) -> Comparison:
-        """Time both with labkit.bench.compare, on this session's device unless `device` says otherwise; record it."""
+        """Time both with labkit.bench.compare, on this session's device unless `device` says otherwise; record it.
+
+        work    what a call of each side has to do (labkit.roofline.count): the share of the roof of both sides is
+                shown and recorded, too
+        dtype   whose compute ceiling counts, one for both sides or one each
+        """
         _check_name(name)
+        if work is not None and (not isinstance(work, tuple | list) or len(work) != 2):
+            raise InputError(f"work is a {type(work).__name__}; give two, that of the baseline and of the candidate.")
         result = compare(baseline, candidate, **{"device": self.device, **options})
+        if work is not None:
+            roofs, types = self.ceilings(result.baseline.device), [dtype] * 2 if isinstance(dtype, str) else dtype
+            sides = zip((result.baseline, result.candidate), work, types, strict=True)
+            placed = [roofline.placed(side, side_work, roofs, of_type) for side, side_work, of_type in sides]
+            result = replace(result, baseline=placed[0], candidate=placed[1])
         meaning = {"unit": "x", "role": "quality", "clock": True}
         outcome = {"value": result.speedup, "ci95": result.ci95, "verdict": result.verdict, "detail": result.to_dict()}
         self._keep(kind="comparison", name=name, **meaning, **outcome)
         show.emit(str(result))
         return result
+
+    def ceilings(self, device: str | torch.device | None = None) -> machine.Ceilings:
+        """The roofs of the session's device, or of another, measured when first asked for and then kept and recorded.
+
+        They belong to the number of threads that torch has at the time.
+        """
+        device = str(device or self.device)
+        key = device, torch.get_num_threads()
+        if key not in self._ceilings:
+            roofs = machine.ceilings(device, budget_s=self.by_preset(2.0, 6.0, 10.0))
+            self._ceilings[key] = roofs
+            rows = [{"ceiling": name, "FLOP/s": rate} for name, rate in roofs.flops.items()]
+            rows.append({"ceiling": "bandwidth", "B/s": roofs.bandwidth})
+            columns = {"FLOP/s": records.quality("FLOP/s", clock=True), "B/s": records.quality("B/s", clock=True)}
+            name = f"ceilings of {device}, {key[1]} thread{'s' * (key[1] > 1)}"
+            self._measurements[name] = records.table(name, rows, ("ceiling",), columns)
+        return self._ceilings[key]
 
     def record(
         self,

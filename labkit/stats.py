@@ -5,6 +5,7 @@ follows duet benchmarking (Bulej et al. 2020). Pure functions of numbers: nothin
 """
 
 import functools
+import itertools
 import math
 import random
 import statistics
@@ -55,6 +56,22 @@ def paired_ratio(baseline: Sequence[float], candidate: Sequence[float], per_bloc
     """
     a, b = block_minima(baseline, per_block), block_minima(candidate, per_block)
     middle, lo, hi = median_ci([math.log(x / y) for x, y in zip(a, b, strict=True)])
+    return math.exp(middle), math.exp(lo), math.exp(hi)
+
+
+def ratio_over_builds(
+    baseline: Sequence[float], candidate: Sequence[float], per_block: int, pairs: Sequence[int]
+) -> Estimate:
+    """`paired_ratio` of sides that were built anew several times: each build gives one ratio, and these are judged.
+
+    Where in memory the data of a build lies makes it a little faster or slower for as long as it lives, so pairs of one
+    build are no independent evidence; builds are. Fewer than six builds have no interval.
+    pairs: how many pairs in turn belong to each build.
+    """
+    ends = list(itertools.accumulate(pairs))
+    parts = [slice(end - count, end) for end, count in zip(ends, pairs, strict=True)]
+    ratios = [paired_ratio(baseline[part], candidate[part], per_block)[0] for part in parts]
+    middle, lo, hi = median_ci([math.log(ratio) for ratio in ratios])
     return math.exp(middle), math.exp(lo), math.exp(hi)
 
 

@@ -16,15 +16,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import binom
 
-from labkit import bench, clocks, stats
+from labkit import bench, clocks, machine, roofline, stats
 from labkit.bench import Comparison, Measurement, compare, measure
 from labkit.clocks import Snapshot
 from labkit.errors import InputError
+from labkit.machine import Ceilings
 
 RUNS = 300
 
@@ -42,7 +44,7 @@ class SimulatedClock:
 
     def __init__(self, environment="stationary", cost=None, seed=0):
         self.rng, self.now, self.environment = random.Random(seed), 0.0, environment
-        self.cost = cost or {}
+        self.cost = {} if cost is None else cost
         self.step_at = self.rng.uniform(0.1, 0.9)
 
     def __call__(self, fn, number):
@@ -208,6 +210,102 @@ def test_first_call_after_each_switch_is_not_timed():
     assert result.speedup == pytest.approx(2.0, rel=0.01)
 
 
+@pytest.fixture
+def evictions(monkeypatch):
+    """What the clock and a stand-in for the evictor did, in order; the real evictor takes some ten milliseconds."""
+    events = []
+    monkeypatch.setattr(clocks, "evictor", lambda last_level_cache: lambda: events.append("evict"))
+    return events
+
+
+def test_caches_are_emptied_before_every_timed_call_and_off_the_clock(evictions):
+    clock = SimulatedClock(cost={work_a: 4e-6, work_b: 2e-6})  # so short that hot calls would be repeated
+
+    def logged(fn, number):
+        evictions.append((fn, number))
+        return clock(fn, number)
+
+    result = compare(work_a, work_b, clock=logged, cache="cold", budget_s=1e-3)
+    timed = [event for event in evictions if event != "evict"]
+    assert evictions[-2 * len(timed) :] == [event for call in timed for event in ("evict", call)]
+    assert {number for _, number in timed} == {1} == {result.baseline.number, result.candidate.number}
+    assert result.speedup == pytest.approx(2.0, rel=0.02)
+    assert result.baseline.cache == "cold"
+    assert measure(work_a, clock=SimulatedClock(), cache="cold").cache == "cold"
+
+
+def test_what_emptying_the_caches_takes_is_in_the_budget_but_not_in_the_time(monkeypatch):
+    monkeypatch.setattr(clocks, "evictor", lambda last_level_cache: lambda: time.sleep(0.01))
+    start = time.perf_counter()
+    result = compare(lambda: None, lambda: None, cache="cold", device="cpu", budget_s=0.4)
+    assert time.perf_counter() - start < 4 * 0.4
+    assert result.baseline.median_s < 0.005
+    assert 5 <= len(result.baseline_first) <= 20
+
+
+def placement(spread, seed):
+    """Factories of identical work: SIMULATED, each build is for its whole life faster or slower by up to `spread`."""
+    rng, cost = random.Random(seed), {}
+
+    def make():
+        def call():
+            pass
+
+        cost[call] = 2e-3 * math.exp(rng.uniform(-spread, spread))
+        return call
+
+    return make, SimulatedClock(cost=cost, seed=seed)
+
+
+def test_an_interval_over_builds_covers_what_pairs_of_one_build_do_not():
+    built, once = [], []
+    for seed in range(100):
+        make, clock = placement(0.05, seed)
+        built.append(compare(make, make, builds=8, clock=clock, seed=seed))
+        once.append(compare(make(), make(), clock=clock, seed=seed))
+    excluded = sum(excludes(result.ci95, 1.0) for result in built)
+    assert not too_often(excluded, len(built)), excluded
+    assert not [result.verdict for result in built if result.verdict in ("faster", "slower")]
+    assert too_often(sum(excludes(result.ci95, 1.0) for result in once), len(once))
+
+
+def test_builds_are_made_in_balanced_order_and_checked_and_give_one_ratio_each():
+    order, checked = [], []
+    cost = {}
+
+    def factory(side, seconds):
+        def make():
+            order.append(side)
+
+            def call():
+                return side
+
+            cost[call] = seconds
+            return call
+
+        return make
+
+    result = compare(
+        factory("a", 4e-3), factory("b", 2e-3), builds=8, clock=SimulatedClock(cost=cost),
+        check=lambda *outputs: checked.append(outputs),
+    )  # fmt: skip
+    assert sorted(order) == ["a"] * 8 + ["b"] * 8
+    assert order[::2].count("a") == 4  # first in half of the builds
+    assert checked == [("a", "b")] * 16
+    assert sum(result.pairs_per_build) == len(result.baseline_first) and len(result.pairs_per_build) == 8
+    ratios = []
+    for end, count in zip(itertools.accumulate(result.pairs_per_build), result.pairs_per_build, strict=True):
+        sides = (side.samples_s[end - count : end] for side in (result.baseline, result.candidate))
+        ratios.append(stats.paired_ratio(*sides, result.per_block)[0])
+    assert result.ci95 == pytest.approx((min(ratios), max(ratios)))  # of eight values
+    assert "8 builds, " in str(result) and result.verdict == "faster"
+
+
+def test_factories_must_build_something_to_call():
+    with pytest.raises(InputError, match="with builds, candidate must return a function without arguments, got int"):
+        compare(lambda: work_a, lambda: 3, builds=8, clock=SimulatedClock())
+
+
 def test_short_calls_are_repeated_to_a_millisecond():
     result = simulate(cost={work_a: 2e-6, work_b: 1e-6})
     assert result.baseline.number * 2e-6 == pytest.approx(1e-3, rel=0.25)
@@ -254,6 +352,17 @@ def test_comparison_prints_on_one_line():
     )
 
 
+def test_shares_of_the_roof_are_printed_and_written():
+    work = roofline.Work(flops=10**6, bytes=10**6)
+    roofs = Ceilings("a small CPU", {"fp32": 100e9}, 1e9)
+    line = comparison([0.010] * 20, [0.005] * 20)
+    sides = [roofline.placed(side, work, roofs) for side in (line.baseline, line.candidate)]
+    line = replace(line, baseline=sides[0], candidate=sides[1])
+    assert "faster, 10 % and 20 % of the roof, limited by memory" in str(line)
+    assert "], 10 % of the roof, limited by memory" in str(sides[0])
+    assert [line.to_dict()[side]["roof_share"] for side in ("baseline", "candidate")] == pytest.approx([0.1, 0.2])
+
+
 def test_digits_stop_where_the_interval_does():
     wide = str(comparison([0.038, 0.046] * 10, [0.024, 0.023] * 10))
     assert wide.startswith("fp32 42 ms")
@@ -271,7 +380,7 @@ BAD_CALLS = {
     "budget_s must be a number of seconds above 0": {"budget_s": 0},
     "budget_s must be a number of seconds above 0, got nan": {"budget_s": math.nan},
     "cache must be one of hot, cold": {"cache": "warm"},
-    "needs a CUDA device, got cpu": {"cache": "cold", "device": "cpu"},
+    "builds must be 6 or more, or None, got 3": {"builds": 3},
     "device is 'gpu'; choose auto, cpu, cuda or cuda:N": {"device": "gpu"},
     "names must be two different names": {"names": ("same", "same")},
     "check must be a function": {"check": True},
@@ -496,6 +605,27 @@ def test_identical_work_is_not_told_apart_on_this_machine(disturb):
 def test_a_copy_elsewhere_in_memory_is_not_claimed_to_differ(one_thread):
     results = [compare(chain(4), chain(4), budget_s=0.3, seed=seed) for seed in range(6)]
     assert not [str(result) for result in results if result.verdict in ("faster", "slower")]
+
+
+@pytest.mark.timing
+def test_identical_work_on_data_of_its_own_is_not_told_apart_over_builds(one_thread):
+    """Without builds, 9 of 15 intervals (1 MB) excluded 1, and 4 of 12 verdicts (16 MB) were wrong."""
+    results = []
+    for megabytes in (1, 16):
+
+        def make(rows=megabytes * 2**18 // 512):
+            weight, x = torch.randn(rows, 512), torch.randn(4, 512)
+            return lambda: torch.nn.functional.linear(x, weight)
+
+        results += [compare(make, make, builds=8, budget_s=0.8, seed=seed) for seed in range(5)]
+    assert not [str(result) for result in results if result.verdict in ("faster", "slower")]
+
+
+@pytest.mark.timing
+def test_reading_what_fits_a_cache_is_slower_cold(one_thread):
+    x = torch.ones(machine.fingerprint("cpu").caches.get("L2", 2**19) // 8)  # half of it
+    hot, cold = (measure(x.sum, cache=cache, budget_s=0.5) for cache in ("hot", "cold"))
+    assert cold.ci95_s[0] > 1.5 * hot.ci95_s[1], f"{hot}; {cold}"
 
 
 @pytest.mark.timing

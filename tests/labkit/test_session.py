@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import labkit
-from labkit import files, records, session
+from labkit import files, machine, records, session
+from labkit.counting import Work
 from labkit.errors import InputError
+from labkit.machine import Ceilings
 from labkit.records import cost
 from labkit.session import Lab
 
+ROOFS = Ceilings("a small CPU", {"fp32": 1e11, "int8": 1e12}, 1e9)
 CLAIMS = """
 [[claim]]
 id = "1.1"
@@ -208,6 +211,24 @@ def test_measure_and_compare_keep_samples_intervals_and_verdict(lab, capsys):
     assert second["detail"]["candidate"]["samples_s"] == pytest.approx(two.candidate.samples_s, rel=5e-6)
     assert (second["value"], second["ci95"]) == (two.speedup, list(two.ci95))
     assert kept["predictions"][0]["measured"] == two.speedup
+
+
+def test_work_adds_the_share_of_the_roof_by_the_sessions_own_ceilings(lab, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "ceilings", lambda device, budget_s: asked.append(device) or ROOFS)
+    call, work = (lambda: sum(range(5000))), Work(flops=0, bytes=1000)
+    measurement = lab.measure("short", call, work=work, budget_s=0.05)
+    pair = lab.compare("pair", call, call, work=(work, Work(10**6, 0)), dtype=("fp32", "int8"), budget_s=0.05)
+    assert measurement.roof_share == pytest.approx(1e-6 / measurement.median_s)
+    assert pair.candidate.roof_share == pytest.approx(1e-6 / pair.candidate.median_s)
+    assert (pair.baseline.limited_by, pair.candidate.limited_by) == ("memory", "compute")
+    assert asked == ["cpu"]
+    measurements = {entry["name"]: entry for entry in done(lab)["measurements"]}
+    assert measurements["pair"]["detail"]["baseline"]["roof_share"] == pair.baseline.roof_share
+    roofs = next(entry for name, entry in measurements.items() if name.startswith("ceilings of cpu, "))
+    assert [row["ceiling"] for row in roofs["rows"]] == ["fp32", "int8", "bandwidth"]
+    with pytest.raises(InputError, match="work is a Work; give two, that of the baseline and of the candidate"):
+        lab.compare("pair", call, call, work=work)
 
 
 def test_running_a_cell_again_replaces_what_it_recorded(lab):
