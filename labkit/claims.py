@@ -1,13 +1,16 @@
-"""What the guide claims, and what a measured value says about it: confirmed, contradicted, inconclusive, or nothing.
+"""Widespread claims with a number in them, and what a measured value says: confirmed, contradicted, or neither.
 
-The claims stand in notebooks/claims.toml, each with the range of values that would confirm it, written down before
-anything is measured. A verdict weighs one value with its interval; it does not judge how the value was obtained.
+The claims stand in notebooks/claims.toml, each with the range of values that would confirm it. A verdict weighs one
+value with its interval. Where the value rests on training, the entry has a recipe, the least training that could settle
+it: a shorter one settles nothing.
 """
 
+import datetime
 import math
 import numbers
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +19,12 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from labkit import files, show
 from labkit.errors import DataError, InputError
 
-Verdict = Literal["confirmed", "contradicted", "inconclusive", "not measurable here"]
+Verdict = Literal["confirmed", "contradicted", "inconclusive", "not settled here", "not measurable here"]
+SETTLED_BY = {  # what a claim needs -> the kind of device that can settle it, and what to say elsewhere
+    "gpu": ({"cuda"}, "it needs a GPU"),
+    "cpu": ({"cpu"}, "it is about a CPU"),
+    "document": (set(), "only a document could settle it"),
+}
 ROUNDING = 1e-9  # relative: a bound that a value meets exactly is met
 
 
@@ -27,10 +35,28 @@ def _range(bounds: Any) -> tuple[float, float]:
     return float(bounds[0]), float(bounds[1])
 
 
-class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
-    """One entry of claims.toml. `expected` is (lowest, highest) of the values that confirm it, infinite where open.
+class Change(BaseModel, frozen=True, extra="forbid", strict=True):
+    """On which day a claim's quantity was exchanged for another, from what to what, and why."""
 
-    `needs` says where it can be settled: on any machine, on a "cpu" or "gpu" only, by "arithmetic", by a "document".
+    date: datetime.date
+    from_: str = Field(alias="from", pattern=r"\S")
+    to: str = Field(pattern=r"\S")
+    why: str = Field(pattern=r"\S")
+
+
+class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One entry of claims.toml.
+
+    id          "<section>.<n>"; it stays when others go
+    text        the claim, in our words
+    quantity    what is measured for it, in `unit`
+    expected    (lowest, highest) of the values that confirm it, infinite where open
+    needs       where it can be settled: on "any" machine, on a "cpu" or "gpu" only, by "arithmetic", by a "document"
+    source      where it stands, and what its verdict rests on
+    why         why people say it, for the reader of a lesson that shows it
+    right_when  under which conditions they are right
+    changed     each time that the quantity was exchanged after a value was known
+    recipe      the least training that could settle it, such as {"steps": 600, "seeds": 5}; empty where none is needed
     """
 
     id: str
@@ -41,6 +67,10 @@ class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
     expected: Annotated[tuple[float, float], BeforeValidator(_range)]
     needs: Literal["any", "cpu", "gpu", "arithmetic", "document"]
     source: str = Field(pattern=r"\S")
+    why: str = ""
+    right_when: str = ""
+    changed: list[Change] = []
+    recipe: dict[str, int] = {}
 
     @model_validator(mode="after")
     def _id_in_section(self) -> "Claim":
@@ -74,19 +104,48 @@ def load(path: Path | None = None) -> dict[str, Claim]:
     return claims
 
 
-def verdict(claim: Claim, value: float | None, ci95: Sequence[float] | None = None) -> Verdict:
+def entry(id: str) -> Claim:
+    """The claim with this id; InputError naming those of its section."""
+    entries = load()
+    if id not in entries:
+        near = [other for other in entries if other.partition(".")[0] == str(id).partition(".")[0]] or list(entries)
+        raise InputError(f"There is no claim {id!r} in claims.toml; there are {', '.join(near) or 'none yet'}.")
+    return entries[id]
+
+
+def verdict(
+    claim: Claim,
+    value: float | None,
+    ci95: Sequence[float] | None = None,
+    trained: Mapping[str, float] | None = None,
+) -> Verdict:
     """What `value` (None: not measurable) with its 95 % interval says about the claim.
 
     The whole interval within the expected range confirms, the whole outside contradicts, an edge inside it is
-    inconclusive; without an interval the value alone decides. InputError for a value that is no number.
+    inconclusive; without an interval the value alone decides. trained: what the value rests on, in the terms of the
+    claim's recipe; less than the recipe settles nothing. InputError for a value that is no number, and where a claim
+    with a recipe is not told all that it asks for.
     """
+    if missing := [term for term in claim.recipe if term not in (trained or {})]:
+        asked = ", ".join(f'"{term}": ...' for term in claim.recipe)
+        raise InputError(
+            f"Claim {claim.id} rests on training, and {', '.join(missing)} is not given; pass trained={{{asked}}}."
+        )
+    too_short = any(trained[term] < least for term, least in claim.recipe.items())
     if value is None:
-        return "not measurable here"
+        return "not settled here" if too_short else "not measurable here"
     low, high = _interval(claim, value, ci95)
+    if too_short:
+        return "not settled here"
     least, most = claim.expected
     if _at_least(low, least) and _at_least(most, high):
         return "confirmed"
     return "inconclusive" if _at_least(high, least) and _at_least(most, low) else "contradicted"
+
+
+def is_current(claim: Claim, created: str) -> bool:
+    """Whether a record made on this day (ISO 8601) holds the quantity that the claim has now, not an earlier one."""
+    return all(datetime.date.fromisoformat(created[:10]) >= change.date for change in claim.changed)
 
 
 def expected(claim: Claim) -> str:
@@ -99,6 +158,34 @@ def expected(claim: Claim) -> str:
     else:
         words = f"at most {high}" if low == "-inf" else f"{low} to {high}"
     return words if claim.unit in show.BARE else f"{words} {claim.unit}".strip()
+
+
+def measured(claim: Claim, value: float | None, ci95: Sequence[float] | None) -> str:
+    """A value in words: "2.50x (2.41x to 2.60x)"; without one, why there is none."""
+    if value is None:
+        return SETTLED_BY.get(claim.needs, (None, "not measured"))[1]
+    between = f" ({show.interval(ci95, claim.unit)})" if ci95 else ""
+    return f"{show.quantity(value, claim.unit)}{between}"
+
+
+def folded(tested: Sequence[tuple[Claim, Verdict, str, str]]) -> tuple[str, str]:
+    """A folded box as text and as HTML: each claim with its verdict, what was measured here, and a recorded run."""
+    title = f"{len(tested)} widespread claim{'s' * (len(tested) > 1)}, tested"
+    text, html = [title], [f"<details><summary><b>{title}</b></summary>"]
+    for claim, outcome, here, elsewhere in tested:
+        least = ", ".join(f"{least:,} {term}" for term, least in claim.recipe.items())
+        facts = {
+            claim.quantity: f"expected {expected(claim)}; here {here}",
+            "Why it is not settled": f"it takes at least {least}" if outcome == "not settled here" else "",
+            "Recorded": elsewhere,
+            "Why people say it": claim.why,
+            "They are right when": claim.right_when,
+        }
+        facts = {name: words for name, words in facts.items() if words}
+        text += [f"{claim.id}  {claim.text}  {outcome.upper()}", *(f"    {name}: {facts[name]}" for name in facts)]
+        lines = "".join(f"<br><i>{escape(name)}</i>: {escape(words)}" for name, words in facts.items())
+        html.append(f"<p><b>{claim.id}. {escape(claim.text)}</b> <b>[{outcome}]</b>{lines}</p>")
+    return "\n".join(text), "".join([*html, "</details>"])
 
 
 def _at_least(value: float, bound: float) -> bool:

@@ -115,11 +115,12 @@ class Prediction(_Strict):
 
 
 class SettledClaim(_Strict):
-    """What a run says about a claim of the guide."""
+    """What a run says about a claim; trained: what the value rests on, where the claim has a recipe."""
 
     id: str
     value: int | float | None
     ci95: tuple[float, float] | None = None
+    trained: dict[str, int | float] | None = None
     verdict: claims.Verdict
 
 

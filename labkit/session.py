@@ -48,11 +48,6 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {"smoke": Budget(90, 4e9), "class": Budget(600, None), "full": Budget(900, None)}
-SETTLED_BY = {  # what a claim needs -> the kind of device that can settle it, and what to say elsewhere
-    "gpu": ({"cuda"}, "it needs a GPU"),
-    "cpu": ({"cpu"}, "it is about a CPU"),
-    "document": (set(), "only a document could settle it"),
-}
 
 
 def start(
@@ -243,32 +238,48 @@ class Lab:
         between = f"  [95 %: {show.interval(ci95, unit)}]" if ci95 is not None else ""
         show.emit(f"{badge}recorded  {name}: {show.quantity(number, unit)}{between}")
 
-    def claim(self, id: str, value: float | None = None, ci95: Sequence[float] | None = None) -> str:
-        """Hold a claim of the guide against our value (None: not measurable here); shows and returns the verdict.
+    def claim(
+        self,
+        id: str,
+        value: float | None = None,
+        ci95: Sequence[float] | None = None,
+        *,
+        trained: Mapping[str, float] | None = None,
+    ) -> None:
+        """Note what our value (None: not measurable here) says about a claim of claims.toml; `claims` shows it.
 
-        A claim about a GPU is not settled by a CPU's number, nor the other way round.
+        ci95     (low, high) around the value
+        trained  what it rests on, needed where the claim has a recipe: {"steps": 600, "seeds": 5}
+        A claim about a GPU is not settled by a CPU's number, nor the other way round: such a value is not kept.
+        InputError for an unknown id, a value that is no number, an interval that does not hold it, a missing `trained`.
         """
-        guide = claims.load()
-        if id not in guide:
-            near = [other for other in guide if other.partition(".")[0] == str(id).partition(".")[0]] or list(guide)
-            raise InputError(f"There is no claim {id!r} in claims.toml; there are {', '.join(near) or 'none yet'}.")
-        claim = guide[id]
-        kinds, reason = SETTLED_BY.get(claim.needs, ({"cpu", "cuda"}, ""))
-        number = _number(value)
-        verdict = claims.verdict(claim, value if number is None else number, ci95)
+        claim, number = claims.entry(id), _number(value)
+        verdict = claims.verdict(claim, value if number is None else number, ci95, trained)
+        kinds, _ = claims.SETTLED_BY.get(claim.needs, ({"cpu", "cuda"}, ""))
         if self.device.type not in kinds:
-            verdict = "not measurable here"
-        self._claims[id] = records.SettledClaim(id=id, value=number, ci95=ci95 and tuple(ci95), verdict=verdict)
-        here = f"here {show.quantity(number, claim.unit)}" if number is not None else reason or "not measured"
-        if number is not None and verdict == "not measurable here":
-            here = f"{here}, but {reason}"
-        facts = f"expected {claims.expected(claim)}; {here}"
-        show.emit(
-            f"claim {id}: {claim.text}\n  {claim.quantity}: {facts}: {verdict.upper()}",
-            f"<p><b>Claim {id}.</b> {escape(claim.text)}<br>{escape(f'{claim.quantity}: {facts}')}: "
-            f"<b>{verdict}</b></p>",
+            verdict, number, ci95 = "not measurable here", None, None
+        self._claims[id] = records.SettledClaim(
+            id=id, value=number, ci95=ci95 and tuple(ci95), trained=trained and dict(trained), verdict=verdict
         )
-        return _Shown(verdict)
+
+    def claims(self, *ids: str) -> None:
+        """Show up to five claims that were tested, in one folded box: verdict, why people say it, when they are right.
+
+        Where ours settles nothing, the recorded run that does stands beside it. InputError for none or more than five,
+        for one that `claim` has not had, and for one whose entry lacks why or right_when.
+        """
+        if not 1 <= len(ids) <= 5:
+            raise InputError(f"lab.claims shows one to five claims, not {len(ids)}; choose those that teach most.")
+        tested = []
+        for id in ids:
+            claim, ours = claims.entry(id), self._claims.get(id)
+            if ours is None:
+                raise InputError(f"Claim {id} has not been tested; call lab.claim({id!r}, value) in a cell above.")
+            if not (claim.why and claim.right_when):
+                raise InputError(f"Claim {id} has no why and right_when in claims.toml; add both, a sentence each.")
+            elsewhere = self._settled_elsewhere(claim) if ours.verdict == "not settled here" else ""
+            tested.append((claim, ours.verdict, claims.measured(claim, ours.value, ours.ci95), elsewhere))
+        show.emit(*claims.folded(tested))
 
     def check(self, id: str, fn: Callable, **context: Any) -> None:
         """Check an exercise's answer and say all that is wrong: AssertionError then, NotImplementedError for a stub."""
@@ -375,6 +386,16 @@ class Lab:
             guess.measured = value.value * factor
         self._measurements[name] = value
 
+    def _settled_elsewhere(self, claim: "claims.Claim") -> str:
+        """What the reference runs say that settled it, in words; "" where none did."""
+        return "; ".join(
+            f"{claims.measured(claim, theirs.value, theirs.ci95)}, {theirs.verdict}, at {run.preset} on "
+            f"{run.machine['label']}, {run.created[:10]}"
+            for run in records.recorded(self.lesson)
+            for theirs in run.claims
+            if theirs.id == claim.id and claims.is_current(claim, run.created) and "here" not in theirs.verdict
+        )
+
     def _show_card(self) -> None:
         here, memory = self.machine, self.budget.memory
         budget = f"{self.budget.seconds} s" + (f", {show.quantity(memory, 'B')}" if memory else "")
@@ -390,13 +411,6 @@ class Lab:
             "recorded": "; ".join(runs) or "not recorded yet",
         }
         show.facts(f"Lesson {self.lesson}: {self.title}", facts)
-
-
-class _Shown(str):
-    """A text that has been displayed: at the end of a cell IPython does not echo it."""
-
-    def _ipython_display_(self) -> None:
-        pass
 
 
 def _check_name(name: Any) -> None:

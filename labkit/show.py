@@ -1,12 +1,14 @@
 """What a lesson shows: figures in one style with alt text and their data, tables, numbers with units.
 
-A figure is a PNG with its description in the output's metadata, followed by the description in words and the data as a
-folded table, because JupyterLab drops the `alt` of an image output. Deliberately no wrapper around matplotlib's plots.
+A figure is a picture with its description in the output's metadata, followed by the description in words and the data
+as a folded table, because JupyterLab drops the `alt` of an image output. Deliberately no wrapper around matplotlib's
+plots.
 """
 
 import base64
 import io
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -17,6 +19,9 @@ from labkit.errors import InputError
 # Okabe and Ito (2008): colours told apart with the common forms of colour blindness; black is left to axes and text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 SHORTEST_ALT = 30  # characters: below that it names the figure, it does not describe it
+WIDTH = 6.8  # inches of a figure as a rule, 653 px at its natural size
+TYPE = 12.6  # points: 10 px where a figure of that width is shown 390 px wide, on a phone
+LARGEST_SVG = 150_000  # bytes; what has more paths than that is a PNG
 BADGE = (
     '<b style="background:#8a4b00;color:#fff;border-radius:3px;padding:1px 5px;font-size:85%;letter-spacing:.04em">'
     "SIMULATED</b>"
@@ -30,23 +35,33 @@ _WHOLE = {"B", "FLOP", "FLOPs"}  # counted, never a fraction of one
 Rows = Sequence[Mapping[str, Any]]
 
 
-def style() -> None:
-    """Set matplotlib to the course's style, for this process."""
+def style(points: float = TYPE) -> None:
+    """Set matplotlib to the course's style, for this process; points: the size of all type but titles.
+
+    Letters in an SVG become paths: a text would be set in whatever font the reader's machine has, wider or narrower
+    than the room that was left for it here. Ticks of logarithmic axes are plain numbers (30, not 3 x 10^1) below a
+    million.
+    """
     import matplotlib
     from cycler import cycler
 
     matplotlib.rcParams.update({
-        "figure.figsize": (6.8, 4.0), "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True,
-        "figure.facecolor": "white", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
-        "axes.titlelocation": "left", "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#d9d9d9",
-        "grid.linewidth": 0.6, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8,
-        "lines.markersize": 5,
+        "figure.figsize": (WIDTH, 4.0), "figure.dpi": 80, "figure.constrained_layout.use": True,
+        "figure.facecolor": "white", "font.size": points, "xtick.labelsize": points, "ytick.labelsize": points,
+        "axes.labelsize": points, "legend.fontsize": points, "legend.title_fontsize": points,
+        "axes.titlesize": points + 0.8, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "axes.axisbelow": True, "axes.formatter.min_exponent": 6, "grid.color": "#d9d9d9",
+        "grid.linewidth": 0.6, "legend.frameon": False, "legend.handlelength": 1.5, "lines.linewidth": 2.0,
+        "lines.markersize": 6, "svg.fonttype": "path", "svg.hashsalt": "labkit",
     })  # fmt: skip
 
 
 def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
     """Show a matplotlib figure, its description and its data, and close it.
+
+    The picture is an SVG up to 150 kB, with a coarse PNG beside it for what shows no SVG (JupyterLab, of a notebook
+    that it does not trust yet); beyond that a PNG at 160 dpi. Either is `figsize` inches wide on the screen.
 
     alt        tells who cannot see the figure what it shows, in at least 30 characters
     table      its data, one dict a row
@@ -62,12 +77,18 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     _check_labels(fig)
     import matplotlib.pyplot as plt
 
-    picture = base64.b64encode(png(fig)).decode()
+    pictures: dict[str, str] = {}
+    if in_notebook():  # a script has no screen for the picture: words and data only
+        drawing = svg(fig)
+        fits = len(drawing.encode()) <= LARGEST_SVG
+        pictures = {"image/svg+xml": drawing} if fits else {}
+        pictures["image/png"] = base64.b64encode(png(fig, dpi=80 if fits else 160)).decode()
+    described = {"alt": alt, "width": round(96 * fig.get_figwidth())}
     plt.close(fig)
     heading = caption or fig.get_suptitle() or fig.axes[0].get_title(loc="left") or fig.axes[0].get_title() or "Figure"
     shown = f"{'SIMULATED: ' if simulated else ''}{heading}\n{alt}"
-    if in_notebook():  # a script has no screen for the picture: words and data only
-        emit(shown, data={"image/png": picture}, metadata={"image/png": {"alt": alt}})
+    if pictures:
+        emit(shown, data=pictures, metadata={kind: described for kind in pictures})
     badge = f"{BADGE} " if simulated else ""
     words = f'<p style="margin:2px 0">{badge}{escape(caption)}</p>' if caption or simulated else ""
     folded = f"{words}<details><summary>Description and data</summary><p>{escape(alt)}</p>{html_table(rows)}</details>"
@@ -105,22 +126,32 @@ def curves(
     height: float = 3.4,
     **axes: Any,
 ) -> Any:
-    """A figure with one panel for each title in `panels`, each drawn by `lines`, and one legend; for `show`.
+    """A figure with one panel for each title in `panels`, two side by side, each drawn by `lines`, and one key below.
 
-    reference: where a dotted line across every panel stands, such as the limit or the unchanged model. axes: for
-    matplotlib's Axes.set, such as ylabel, yscale, ylim; the axes are named after the columns unless it says otherwise.
+    reference: where a dotted line across every panel stands, such as the limit or the unchanged model. height: inches
+    of a panel. axes: for matplotlib's Axes.set, such as ylabel, yscale, ylim; the axes are named after the columns
+    unless it says otherwise.
     """
     import matplotlib.pyplot as plt
 
-    size = min(10.0, 2.2 + 3.1 * len(panels)), height
-    fig, (axes_in_a_row,) = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for ax, (title, rows) in zip(axes_in_a_row, panels.items(), strict=True):
-        lines(ax, rows, x, y, by=by, baseline=baseline, linewidth=1.2)
+    across = min(len(panels), 2)
+    down = math.ceil(len(panels) / across)
+    fig, grid = plt.subplots(down, across, figsize=(WIDTH, height * down), sharey=True, squeeze=False)
+    for ax in grid.flat[len(panels) :]:
+        ax.remove()
+    for number, (title, rows) in enumerate(panels.items()):
+        ax = grid.flat[number]
+        lines(ax, rows, x, y, by=by, baseline=baseline)
         if reference is not None:
-            ax.axhline(reference, linestyle=":", linewidth=1, color="grey")
+            ax.axhline(reference, linestyle=":", linewidth=1.2, color="grey")
         ax.set(**{"xlabel": x, "ylabel": y, "title": title, **axes})
-    if len(ax.get_legend_handles_labels()[1]) > 1:
-        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title=by, title_fontsize=7)
+        if number % across:
+            ax.set_ylabel("")
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        columns = max(1, int(WIDTH / (0.7 + 0.1 * max(map(len, labels)))))
+        fig.set_figheight(height * down + 0.25 * (1 + math.ceil(len(labels) / columns)))
+        fig.legend(handles, labels, loc="outside lower left", ncols=columns, title=by, alignment="left")
     return fig
 
 
@@ -219,12 +250,22 @@ def text_table(rows: Rows) -> str:
     return "\n".join("  ".join(part.ljust(width) for part, width in line).rstrip() for line in padded)
 
 
-def png(fig: Any, scale: float = 1.0) -> bytes:
-    """The figure as PNG, `scale` times its size, with a palette: a third of the bytes, as drawings have few colours."""
+def svg(fig: Any) -> str:
+    """The figure as SVG, the same bytes each time; coordinates to a thousandth of a point, which halves it."""
+    drawing = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    fig.savefig(drawing, format="svg", dpi=160, metadata=nothing)  # dpi: of the pixels of an imshow
+    body = drawing.getvalue().partition("<svg")[2]  # without the XML heading, which a notebook does not need
+    rounded = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3f}".rstrip("0").rstrip("."), body)
+    return "<svg" + re.sub(r"\s*\n\s*", "\n", rounded)
+
+
+def png(fig: Any, *, dpi: float) -> bytes:
+    """The figure as PNG with a palette: a third of the bytes, as drawings have few colours."""
     from PIL import Image
 
     full, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(full, format="png", dpi=fig.dpi * scale, metadata={"Software": None})
+    fig.savefig(full, format="png", dpi=dpi, metadata={"Software": None})
     picture = Image.open(full).convert("RGB")
     picture.quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()

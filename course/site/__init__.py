@@ -5,6 +5,7 @@ them out for Sphinx as they lie in the repository, so that links between lessons
 records.
 """
 
+import base64
 import functools
 import html
 import http.server
@@ -14,9 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
@@ -29,6 +31,7 @@ from labkit.records import MIME
 SOURCES = Path(__file__).parent
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"
 FONT = "STIXTwoMath-Regular.ttf"  # without a font for formulas, which Linux often lacks, brackets stay small
+PICTURES = ("image/svg+xml", "image/png")  # what an output may hold of one figure, the better first
 UNSTRETCHED = ' stretchy="false"'
 
 
@@ -127,11 +130,16 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
     for output in cell.outputs:
         data = output.get("data", {})
         data.pop(MIME, None)
-        if "image/png" in data:  # myst-nb has one alt text for all figures of a cell
-            alt = html.escape(output.metadata.get("image/png", {}).get("alt", ""))
-            picture = data["image/png"].replace("\n", "")
-            output.data = {"text/html": f'<img alt="{alt}" src="data:image/png;base64,{picture}">'}
+        if kind := next((kind for kind in PICTURES if kind in data), None):
+            output.data = {"text/html": _picture(kind, data[kind], output.metadata.get(kind, {}))}
     yield cell
+
+
+def _picture(kind: str, body: str, described: Mapping[str, Any]) -> str:
+    """A figure as HTML, since myst-nb has one alt text for all figures of a cell; on a phone it shrinks to the page."""
+    picture = base64.b64encode(body.encode()).decode() if "svg" in kind else body.replace("\n", "")
+    alt, width = html.escape(described.get("alt", "")), described.get("width", "")
+    return f'<img alt="{alt}" width="{width}" src="data:{kind};base64,{picture}">'
 
 
 def _with_formulas(folded: re.Match[str]) -> str:

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import nbformat
 import pytest
+from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from course import notebooks, site
@@ -153,7 +154,8 @@ def text_of(page: Path) -> str:
 def test_figures_carry_the_alt_text_of_the_notebook(built: Path):
     for path in notebooks.all_lessons():
         outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
-        wanted = [one.metadata["image/png"]["alt"] for one in outputs if "image/png" in one.get("data", {})]
+        pictures = [one for one in outputs if any(kind in one.get("data", {}) for kind in site.PICTURES)]
+        wanted = [next(iter(one.metadata.values()))["alt"] for one in pictures]
         page = (built / "notebooks" / f"{path.stem}.html").read_text(encoding="utf-8")
         images = re.findall(r'<img alt="([^"]*)"', page)
         unescaped = [unescape(image) for image in images]
@@ -184,14 +186,16 @@ def test_the_user_s_runs_stand_beside_the_recorded_ones(built: Path):
     assert "There is no run of yours yet" not in text
 
 
-def test_each_figure_of_a_cell_keeps_its_own_alt_text():
-    figure = lambda alt: new_output("display_data", {"image/png": "aa"}, metadata={"image/png": {"alt": alt}})  # noqa: E731
-    cell = new_code_cell("draw()", outputs=[figure("one"), new_output("stream"), figure('"two"')])
-    (shown,) = site.readable(new_notebook(cells=[cell])).cells
-    pictures = [output.data["text/html"] for output in shown.outputs if "data" in output]
-    assert [re.match('<img alt="([^"]*)" src="data:image/png;base64,aa">', one)[1] for one in pictures] == [
-        "one",
-        "&quot;two&quot;",
+def test_each_figure_of_a_cell_keeps_its_own_alt_text_and_width():
+    def figure(alt: str, **data: str) -> NotebookNode:
+        data = {f"image/{kind}": body for kind, body in data.items()}
+        return new_output("display_data", data, metadata={kind: {"alt": alt, "width": 653} for kind in data})
+
+    outputs = [figure("one", png="aa"), new_output("stream"), figure('"two"', png="aa", **{"svg+xml": "<svg/>"})]
+    (shown,) = site.readable(new_notebook(cells=[new_code_cell("draw()", outputs=outputs)])).cells
+    assert [output.data["text/html"] for output in shown.outputs if "data" in output] == [
+        '<img alt="one" width="653" src="data:image/png;base64,aa">',
+        '<img alt="&quot;two&quot;" width="653" src="data:image/svg+xml;base64,PHN2Zy8+">',
     ]
 
 

@@ -323,32 +323,7 @@ def test_beside_needs_a_number_measured_here(lab):
         lab.beside("sweep")
 
 
-# claims and checks --------------------------------------------------------------------------------------------------
-
-
-def test_a_claim_gets_its_verdict_and_says_why(lab, capsys):
-    assert lab.claim("1.1", 2.0, ci95=(1.9, 2.1)) == "confirmed"
-    assert lab.claim("1.1", np.float64(3.0)) == "contradicted"
-    assert lab.claim("1.2") == "not measurable here"
-    out = capsys.readouterr().out
-    assert "expected 1.8 to 2.2 x; here 2.00x: CONFIRMED" in out
-    assert "it needs a GPU: NOT MEASURABLE HERE" in out
-    assert [(one["id"], one["verdict"]) for one in done(lab)["claims"]] == [
-        ("1.1", "contradicted"),
-        ("1.2", "not measurable here"),
-    ]
-
-
-def test_a_claim_about_a_gpu_is_not_settled_on_a_cpu(lab, capsys):
-    assert lab.claim("1.2", 10.0) == "not measurable here"
-    assert "here 10.00x, but it needs a GPU" in capsys.readouterr().out
-
-
-def test_an_unknown_claim_names_those_of_its_section(lab):
-    with pytest.raises(InputError, match=r"There is no claim '1\.9' in claims\.toml; there are 1\.1, 1\.2"):
-        lab.claim("1.9", 1)
-    with pytest.raises(InputError, match=r"Claim 1\.1 takes a number, or None"):
-        lab.claim("1.1", "fast")
+# checks -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_stub_is_told_from_a_wrong_answer(lab, capsys):

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+from PIL import Image
 
 from labkit import show
 from labkit.errors import InputError
@@ -46,6 +48,10 @@ def notebook(monkeypatch) -> list[tuple[dict, dict]]:
         "IPython.display.display", lambda data, metadata=None, raw=False: outputs.append((data, metadata))
     )
     return outputs
+
+
+def size_of(png: str) -> tuple[int, int]:
+    return Image.open(io.BytesIO(base64.b64decode(png))).size
 
 
 def cells(text: str) -> list[str]:
@@ -138,8 +144,9 @@ def test_a_figure_carries_its_description_and_data(figure, notebook):
     show.figure(figure, alt=ALT, table=ROWS, caption="Latency <ms>", simulated=True)
     assert not plt.fignum_exists(figure.number)
     (picture, metadata), (folded, _) = notebook
-    assert metadata == {"image/png": {"alt": ALT}}
-    assert base64.b64decode(picture["image/png"]).startswith(b"\x89PNG")
+    assert metadata == {kind: {"alt": ALT, "width": 653} for kind in ("image/svg+xml", "image/png")}
+    assert picture["image/svg+xml"].startswith("<svg") and 'width="489.6pt"' in picture["image/svg+xml"]
+    assert size_of(picture["image/png"]) == (544, 320)
     assert ALT in picture["text/plain"] and "SIMULATED" in picture["text/plain"]
     assert all(part in folded["text/html"] for part in ("<details>", ALT, "Latency &lt;ms&gt;", "SIMULATED"))
     assert cells(folded["text/html"]) == ["batch", "latency", "1", "1", "4", "2"]
@@ -148,10 +155,34 @@ def test_a_figure_carries_its_description_and_data(figure, notebook):
 def test_the_same_figure_gives_the_same_bytes(notebook):
     for _ in range(2):
         fig, ax = plt.subplots()
-        ax.plot([1, 2])
+        ax.imshow([[1, 2], [3, 4]], clip_on=True)
+        ax.fill_between([0, 1], [0.3, 1], hatch="/")
         ax.set(xlabel="batch", ylabel="latency (ms)")
         show.figure(fig, alt=ALT, table=ROWS)
-    assert notebook[0][0]["image/png"] == notebook[2][0]["image/png"]
+    assert notebook[0][0] == notebook[2][0]
+
+
+def test_a_figure_of_too_many_paths_is_a_fine_png_at_its_natural_width(figure, notebook):
+    figure.axes[0].plot(range(20_000), [number * number % 997 for number in range(20_000)], "o", rasterized=False)
+    show.figure(figure, alt=ALT, table=ROWS)
+    picture, metadata = notebook[0]
+    assert "image/svg+xml" not in picture and metadata == {"image/png": {"alt": ALT, "width": 653}}
+    assert size_of(picture["image/png"]) == (1088, 640)
+
+
+def test_type_is_ten_pixels_high_on_a_phone_and_paths_not_text():
+    fig = show.curves({"before": ROWS, "after": ROWS}, "batch", "latency", by="batch", yscale="log", ylim=(1, 40))
+    drawing = show.svg(fig)
+    points = [100 * float(scale) for scale in re.findall(r"scale\(([\d.]+) -", drawing)]
+    assert len(points) > 10 and min(points) / 72 * 390 / fig.get_figwidth() >= 10
+    assert "<text" not in drawing
+
+
+@pytest.mark.parametrize(("limits", "ticks"), [((20, 400), "30 100 300"), ((2e-3, 2e5), "0.01 100 10000")])
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers(limits, ticks):
+    fig, ax = plt.subplots()
+    ax.set(yscale="log", ylim=limits)
+    assert set(ticks.split()) <= set(re.findall(r"<!-- \$\\mathdefault\{(.*?)\}\$ -->", show.svg(fig)))
 
 
 def test_outside_a_notebook_a_figure_is_words_and_data(figure, capsys):
@@ -170,7 +201,7 @@ def test_a_table_puts_numbers_right_and_says_what_is_missing(notebook):
 
 @pytest.mark.slow
 def test_a_notebook_shows_the_picture_with_its_alt_text_once(tmp_path: Path):
-    """Executed by a real kernel: one PNG with alt metadata, one folded table, no second copy at the cell's end."""
+    """Executed by a real kernel: one picture with alt metadata, one folded table, no second copy at the cell's end."""
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
 
@@ -187,8 +218,9 @@ show.figure(fig, alt={ALT!r}, table={ROWS!r})"""
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     outputs = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["outputs"]
-    assert [sorted(one["data"]) for one in outputs] == [["image/png", "text/plain"], ["text/html", "text/plain"]]
-    assert outputs[0]["metadata"]["image/png"]["alt"] == ALT
+    pictures = ["image/png", "image/svg+xml", "text/plain"]
+    assert [sorted(one["data"]) for one in outputs] == [pictures, ["text/html", "text/plain"]]
+    assert outputs[0]["metadata"]["image/svg+xml"]["alt"] == ALT
 
 
 def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
@@ -208,15 +240,17 @@ def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
     assert first[0].get_linestyle() == "-"
 
 
-def test_curves_has_a_panel_a_title_one_legend_and_the_reference():
+def test_curves_has_a_panel_a_title_one_key_and_the_reference():
     rows = [{"x": i, "y": float(i * k), "kind": str(k)} for k in (1, 2) for i in (1, 2)]
-    fig = show.curves({"before": rows, "after": rows}, "x", "y", by="kind", reference=1.5, ylabel="height (m)")
-    first, second = fig.axes
-    assert [ax.get_title(loc="left") for ax in fig.axes] == ["before", "after"]
-    assert (first.get_xlabel(), first.get_ylabel()) == ("x", "height (m)")
-    assert first.get_legend() is None
-    assert [text.get_text() for text in second.get_legend().get_texts()] == ["1", "2"]
-    assert any(list(line.get_ydata()) == [1.5, 1.5] for line in first.get_lines())
+    panels = dict.fromkeys(("before", "after", "later"), rows)
+    fig = show.curves(panels, "x", "y", by="kind", reference=1.5, ylabel="height (m)")
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["before", "after", "later"]
+    assert [ax.get_xlabel() for ax in fig.axes] == ["x"] * 3
+    assert [ax.get_ylabel() for ax in fig.axes] == ["height (m)", "", "height (m)"]
+    (key,) = fig.legends
+    assert [text.get_text() for text in key.get_texts()] == ["1", "2"]
+    assert any(list(line.get_ydata()) == [1.5, 1.5] for line in fig.axes[0].get_lines())
+    assert fig.get_figwidth() == show.WIDTH
 
 
 def test_wide_has_a_row_for_each_combination_and_a_column_for_each_x():
