@@ -354,7 +354,10 @@ def _checked(answer: Answer) -> str:
 
 
 def definitions(source: str) -> Iterator[ast.stmt]:
-    """A cell's imports, functions, classes and constants: what may run without the cells above it."""
+    """A cell's imports, functions, classes and constants: what may run without the cells above it.
+
+    `choose = lab.answer("03.2", choose)` is `choose = choose`.
+    """
     try:
         statements = ast.parse(_plain(source)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -363,6 +366,8 @@ def definitions(source: str) -> Iterator[ast.stmt]:
         match node:
             case ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.ClassDef():
                 yield node
+            case ast.Assign(value=ast.Call(func=ast.Attribute(attr="answer"), args=[_, ast.Name() as function])):
+                yield ast.copy_location(ast.Assign(node.targets, function), node)  # above an answer all are worked
             case ast.Assign(value=value) | ast.AnnAssign(value=ast.expr() as value):
                 if isinstance(value, ast.Lambda) or not any(
                     isinstance(part, ast.Name | ast.Call) for part in ast.walk(value)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit import files
-from labkit.checks import STUB_SAYS
+from labkit.checks import STUB_SAYS, worked
+from labkit.checks.worked import BEGIN, END, MARKERS, without_markers
 from labkit.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 WORKSPACE = files.ROOT / "workspace"
 RELEASED = ("labkit", "course", "data")  # folders that a class gets beside the lessons
-MARKERS = BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 _STUB = f'raise NotImplementedError("{STUB_SAYS}; then run the check below.")'
 _TITLE = re.compile(r"^### Exercise \d+ · (.+)$", re.MULTILINE)
 _FACTS = re.compile(r"^\*Difficulty (\d) of 5 · (\d+) minutes(?: · .+)?\*$", re.MULTILINE)
@@ -167,11 +167,6 @@ def without_solution(source: str) -> str:
     return re.sub(rf"^([ \t]*){BEGIN}.*?{END}[ \t]*$", rf"\1{_STUB}", source, flags=re.MULTILINE | re.DOTALL)
 
 
-def without_markers(source: str) -> str:
-    """The cell with its answer, as a reader sees it."""
-    return "\n".join(line for line in source.splitlines() if line.strip() not in MARKERS)
-
-
 def _exercise(cells: "Sequence[NotebookNode]", place: int) -> Exercise:
     cell_id = cells[place].get("id", f"cell {place + 1}")
     card = cells[place - 1].source if place and cells[place - 1].cell_type == "markdown" else ""
@@ -247,6 +242,7 @@ def put_aside(name: str) -> Path | None:
 def release(folder: Path) -> list[Path]:
     """Fill an empty or new `folder` for a class: every lesson without answers, an index, labkit and its data.
 
+    The worked answers, which a lesson goes on with where the learner has none, are in notebooks/answers.json, packed.
     The folder stands by itself: a notebook in it imports the labkit beside it, in JupyterLab as on a hosted service.
     Returns the lessons' copies. InputError where the folder holds something, lies inside what is copied or cannot be
     written, DataError where a lesson is damaged; it appears whole or not at all.
@@ -275,9 +271,10 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
 
     for name, source in sources.items():
         files.write_text(folder / name, nbformat.writes(student_copy(source, Path(name).stem)) + "\n")
-    rows = []
+    rows, answers = [], {}
     for name, source in sources.items():
         tasks = exercises(source)
+        answers |= {task.id: task.solution for task in tasks}
         points, minutes = sum(task.points for task in tasks), sum(task.minutes for task in tasks)
         rows.append(f"| [{title(source)}]({name}) | {len(tasks)}, {points} points | {minutes} |")
     files.write_text(folder / "README.md", _INDEX.format(rows="\n".join(rows)))
@@ -286,6 +283,7 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
         shutil.copytree(files.ROOT / part, folder / part, ignore=litter)
     (folder / "notebooks").mkdir()
     shutil.copy(files.NOTEBOOKS / "claims.toml", folder / "notebooks")
+    files.write_text(folder / "notebooks" / worked.PACKED, worked.packed(answers) + "\n")
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(files.ROOT / name, folder)
 
@@ -320,6 +318,8 @@ folder, run `%pip install -e .[course]` and `!labkit data fetch` in a notebook, 
 check says everything that is wrong, as often as you like, and does not tell the answer. You may add cells: an answer
 may use the functions, imports and constants of added cells, but not values that other cells of the lesson computed. It
 cannot write files.
+
+**To go on** without an answer is fine: the lesson then continues with the worked one, and says so.
 
 **To hand in**, send the notebooks under the names that they have. Only sources are graded, so outputs may be cleared.
 """

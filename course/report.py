@@ -222,7 +222,8 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
     lessons = [list(some) for _, some in groupby(sorted(columns, key=by_lesson), by_lesson)]
     newest = {result.lesson: result for result in results}
     failed = [run for run in results if run.run.get("status") == "failed" and newest[run.lesson] is not run]
-    guesses = [(column, guess) for column in columns if column.here for guess in column.record.predictions]
+    asked = [(column, guess) for column in columns if column.here for guess in column.record.predictions]
+    guesses = [(column, guess) for column, guess in asked if guess.predicted is not None]
     guide = claims.load().values()
     verdicts = {claim.id: verdict(claim, columns) for claim in guide}
     text = template().render(
@@ -232,6 +233,7 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
         problems=[*problems, *unreadable],
         results=sorted([*newest.values(), *failed], key=lambda result: result.lesson),
         guesses=guesses,
+        unanswered=len(asked) - len(guesses),
         calibration=calibration([guess for _, guess in guesses]),
         guide=guide,
         verdicts={name: ids for name in VERDICTS if (ids := [id for id, word in verdicts.items() if word == name])},

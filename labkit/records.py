@@ -105,13 +105,17 @@ class RecordedTable(_Strict):
 
 
 class Prediction(_Strict):
-    """A guess, and the number that came out, in the guess's unit; None where it was not measured."""
+    """A guess (None: the question was asked and not answered) and the number that came out, in the guess's unit.
+
+    measured: None where it was not measured. ci95: the 95 % interval of what was measured, where it has one.
+    """
 
     name: str
     question: str
     unit: str
-    predicted: int | float
+    predicted: int | float | None
     measured: int | float | None
+    ci95: tuple[float, float] | None = None
 
 
 class SettledClaim(_Strict):
@@ -125,16 +129,18 @@ class SettledClaim(_Strict):
 
 
 class CheckedExercise(_Strict):
-    """Whether an answer passed its check, and what was wrong with it."""
+    """Whether an answer passed its check, what was wrong with it, and whose answer the lesson went on with."""
 
     id: str
     passed: bool
     failures: list[str] = []
+    used: Literal["learner", "worked"] | None = None
 
 
 class RunRecord(_Strict):
     """One finished run of a lesson.
 
+    sentences: what the run said about its results, computed from them, by the name of the figure or the table.
     budget: {seconds, memory, within}, what the preset allows (None: no limit) and whether that was kept. seconds counts
     the time in which cells ran; peak_memory and peak_device_memory are bytes.
     """
@@ -150,6 +156,7 @@ class RunRecord(_Strict):
     predictions: list[Prediction]
     claims: list[SettledClaim]
     checks: list[CheckedExercise]
+    sentences: dict[str, list[str]] = {}
     seconds: float
     peak_memory: int
     peak_device_memory: int | None
@@ -334,7 +341,7 @@ def peak_memory() -> int:
 
 # a finished run in a few lines ------------------------------------------------------------------------------------
 
-NO_FACTOR = "–"
+NONE = "–"
 
 
 def summary(record: RunRecord) -> tuple[str, str]:
@@ -344,9 +351,10 @@ def summary(record: RunRecord) -> tuple[str, str]:
         "Predicted and measured": [
             {
                 "quantity": guess.name,
-                "predicted": show.quantity(guess.predicted, guess.unit),
+                "predicted": "no prediction" if guess.predicted is None else show.quantity(guess.predicted, guess.unit),
                 "measured": "not measured" if guess.measured is None else show.quantity(guess.measured, guess.unit),
-                "prediction was": off_by(guess.predicted, guess.measured),
+                "95 % interval": show.interval(guess.ci95, guess.unit),
+                "the prediction was": off_by(guess),
             }
             for guess in record.predictions
         ],
@@ -360,7 +368,11 @@ def summary(record: RunRecord) -> tuple[str, str]:
             for claim in record.claims
         ],
         "Exercises": [
-            {"exercise": check.id, "result": "passed" if check.passed else "; ".join(check.failures)}
+            {
+                "exercise": check.id,
+                "result": "passed" if check.passed else "; ".join(check.failures),
+                "used below": {"learner": "yours", "worked": "the worked answer", None: NONE}[check.used],
+            }
             for check in record.checks
         ],
     }
@@ -379,28 +391,44 @@ def summary(record: RunRecord) -> tuple[str, str]:
     return "\n\n".join(text), "".join([f"<p><b>{first}.</b> {escape(cost)}</p>", *html, f"<p>{escape(last)}</p>"])
 
 
-def off_by(predicted: Any, measured: Any) -> str:
-    """How far a prediction was off, as a factor: "1.80x too high"; "–" where no factor can be given."""
-    if measured is None or predicted * measured <= 0:
-        return NO_FACTOR
-    ratio = predicted / measured
-    if abs(ratio - 1) < 0.05:
+def off_by(guess: Prediction) -> str:
+    """How far a prediction was off, as in "above the interval: 1.80x too high"; "–" where no factor can be given."""
+    low, high = _ends(guess)
+    if guess.predicted is not None and low <= guess.predicted <= high:
+        return "inside the 95 % interval"
+    if not _has_factor(guess):
+        return NONE
+    ratio = guess.predicted / guess.measured
+    where = "" if low > high else "above the interval: " if guess.predicted > high else "below the interval: "
+    if not where and abs(ratio - 1) < 0.05:
         return "right within 5 %"
-    return f"{show.quantity(ratio, 'x')} too high" if ratio > 1 else f"{show.quantity(1 / ratio, 'x')} too low"
+    return where + (
+        f"{show.quantity(ratio, 'x')} too high" if ratio > 1 else f"{show.quantity(1 / ratio, 'x')} too low"
+    )
 
 
 def calibration(predictions: Sequence[Prediction]) -> str:
-    """How good several guesses were together, in a sentence; "" where fewer than two were measured.
+    """How good several guesses were together, in a sentence; "" where fewer than two were made and measured.
 
     Guesses are off by factors, so the middle one is the median of max(predicted / measured, measured / predicted).
     """
-    usable = [guess for guess in predictions if off_by(guess.predicted, guess.measured) != NO_FACTOR]
+    usable = [guess for guess in predictions if _has_factor(guess)]
     if len(usable) < 2:
         return ""
-    ratios = [guess.predicted / guess.measured for guess in usable]
-    factors = [max(ratio, 1 / ratio) for ratio in ratios]
-    high, low = (sum(ratio > 1.05 for ratio in side) for side in (ratios, [1 / ratio for ratio in ratios]))
+    factors = [max(guess.predicted / guess.measured, guess.measured / guess.predicted) for guess in usable]
+    words = [off_by(guess) for guess in usable]
+    inside, high, low = (sum(end in word for word in words) for end in ("inside", "too high", "too low"))
     return (
-        f"Of {len(ratios)} predictions half were off by a factor of {show.quantity(statistics.median(factors), '')} "
-        f"or less, {sum(factor <= 2 for factor in factors)} by no more than 2; too high: {high}, too low: {low}."
+        f"Of {len(usable)} predictions {inside} lay inside the measured interval; half were off by a factor of "
+        f"{show.quantity(statistics.median(factors), '')} or less. Too high: {high}, too low: {low}."
     )
+
+
+def _ends(guess: Prediction) -> tuple[float, float]:
+    """The measured interval, empty where there is none or where too few samples leave it open."""
+    finite = guess.ci95 and all(map(math.isfinite, guess.ci95))
+    return guess.ci95 if finite else (math.inf, -math.inf)
+
+
+def _has_factor(guess: Prediction) -> bool:
+    return None not in (guess.predicted, guess.measured) and guess.predicted * guess.measured > 0

@@ -12,18 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from types import EllipsisType
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from labkit import checks, claims, machine, records, roofline, show
 from labkit.bench import Comparison, Measurement, compare, measure
+from labkit.checks import worked
 from labkit.counting import Work
 from labkit.errors import InputError
 from labkit.records import Column, RecordedTable, RecordedValue, Role, RunRecord
 
 LESSONS = {
+    "00": "Measuring honestly",
     "01": "The inference challenge",
     "02": "Unstructured pruning",
     "03": "Structured pruning of CNNs",
@@ -38,6 +41,7 @@ LESSONS = {
     "12": "Hardware deployment",
     "13": "Case studies",
 }
+NOT_DONE = "not done yet"
 
 
 class Budget(NamedTuple):
@@ -61,7 +65,7 @@ def start(
 ) -> "Lab":
     """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
-    lesson      "01" to "13"
+    lesson      "00" to "13"
     preset      "smoke", "class" or "full"; LABKIT_PRESET, where set, wins
     device      "cpu", "cuda", "cuda:N", or "auto": LABKIT_DEVICE where set, else CUDA where torch has it
     results_dir the record goes to results_dir/<lesson>/record.json
@@ -69,7 +73,7 @@ def start(
     InputError for anything else, before anything is changed.
     """
     if lesson not in LESSONS:
-        raise InputError(f'There is no lesson {lesson!r}; give one of "01" to "13", as text with two digits.')
+        raise InputError(f'There is no lesson {lesson!r}; give one of "00" to "13", as text with two digits.')
     preset = _preset(preset)
     torch_device = machine.torch_device(device)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
@@ -110,6 +114,9 @@ class Lab:
         self._claims: dict[str, records.SettledClaim] = {}
         self._checks: dict[str, records.CheckedExercise] = {}
         self._ceilings: dict[tuple[str, int], machine.Ceilings] = {}
+        self._checked: dict[str, Callable] = {}  # exercise -> the function that its check last saw
+        self._worked: dict[str, Callable] = {}  # exercise -> the worked answer that the lesson goes on with
+        self._sentences: dict[str, list[str]] = {}
 
     def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
         """The value for this session's preset. A preset changes sizes, never what is done."""
@@ -117,21 +124,31 @@ class Lab:
 
     # before and after measuring ---------------------------------------------------------------------------------
 
-    def predict(self, name: str, value: float, unit: str = "", question: str = "") -> None:
-        """Commit to a number before `name` is measured; afterwards the first prediction stands."""
+    def predict(self, name: str, value: float | EllipsisType, unit: str = "", question: str = "") -> None:
+        """Commit to a number before `name` is measured; afterwards the first prediction stands.
+
+        value: a number in `unit`, or `...`, which only asks the question: no prediction is recorded, and none scored.
+        """
         _check_name(name)
-        number = _number(value)
-        if number is None or not math.isfinite(number):
+        number = None if value is ... else _number(value)
+        if value is not ... and (number is None or not math.isfinite(number)):
             raise InputError(f"The prediction {name!r} is {value!r}; give one number, your best guess will do.")
-        if name in self._measurements:
+        if name in self._measurements and number is not None:
             first = self._predictions.get(name)
-            state = f"your prediction of {show.quantity(first.predicted, first.unit)} stands" if first else "too late"
+            stands = first and first.predicted is not None
+            state = f"your prediction of {show.quantity(first.predicted, first.unit)} stands" if stands else "too late"
             show.emit(f"{name} has been measured already: {state}. Restart the kernel to predict afresh.")
             return
-        self._predictions[name] = records.Prediction(
-            name=name, question=question, unit=unit, predicted=number, measured=None
-        )
-        show.emit(f"predicted  {name}: {show.quantity(number, unit)}")
+        if name not in self._measurements:
+            self._predictions[name] = records.Prediction(
+                name=name, question=question, unit=unit, predicted=number, measured=None
+            )
+        if number is not None:
+            show.emit(f"predicted  {name}: {show.quantity(number, unit)}")
+            return
+        asked = f"{question or name}{f' ({unit})' if unit not in {'', *show.BARE} else ''}"
+        wanted_from_you = "no prediction yet: replace the ... by your number"
+        show.emit(f"{asked}\n{wanted_from_you}", f"<p><b>{escape(asked)}</b><br><i>{escape(wanted_from_you)}</i></p>")
 
     def measure(
         self, name: str, fn: Callable[[], Any], *, work: Work | None = None, dtype: str = "fp32", **options: Any
@@ -212,7 +229,7 @@ class Lab:
         columns: Mapping[str, Column] | None = None,
         simulated: bool = False,
     ) -> None:
-        """Record a number or a text with its meaning, or rows (a list of dicts) with that of their columns.
+        """Record a number or a text with its meaning, or rows (a list of dicts) with that of their columns; silently.
 
         unit, ci95 (low, high), role and clock belong to a single value and mean what they mean for a column
         (labkit.records.Column): "quality" if more is better, "cost" if less is.
@@ -222,10 +239,8 @@ class Lab:
         InputError for what is none of these, a column that is not there, and a `by` that does not tell rows apart.
         """
         _check_name(name)
-        badge = "SIMULATED  " if simulated else ""
         if isinstance(value, list | tuple):
-            table = self._measurements[name] = records.table(name, value, by, columns, simulated=simulated)
-            show.emit(f"{badge}recorded  {name}: {len(table.rows)} rows")
+            self._measurements[name] = records.table(name, value, by, columns, simulated=simulated)
             return
         number = value if isinstance(value, str | bool) else _number(value)
         if number is None:
@@ -235,8 +250,23 @@ class Lab:
             raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
         meaning = {"unit": unit, "role": role, "clock": clock, "simulated": simulated}
         self._keep(kind="value", name=name, value=number, ci95=ci95, **meaning)
-        between = f"  [95 %: {show.interval(ci95, unit)}]" if ci95 is not None else ""
-        show.emit(f"{badge}recorded  {name}: {show.quantity(number, unit)}{between}")
+
+    def say(self, name: str, *sentences: str | bool | None) -> None:
+        """Show and record what a figure or a table says: one to three sentences, computed from the result.
+
+        name        of the result; saying something about it again replaces what was recorded
+        sentences   falsy ones are left out, so a branch is `ratio > 1.5 and f"..."`
+        InputError where no sentence is left, or where one is no text.
+        """
+        _check_name(name)
+        texts = [text for text in sentences if text]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f"Nothing is said about {name!r} by {sentences!r}; give a sentence for each way it can come out."
+            )
+        self._sentences[name] = texts
+        rule = "border-left:3px solid #8888;padding:2px 0 2px 12px;margin:6px 0"
+        show.emit("\n".join(texts), f'<p style="{rule}">{escape(" ".join(texts))}</p>')
 
     def claim(
         self,
@@ -282,25 +312,46 @@ class Lab:
         show.emit(*claims.folded(tested))
 
     def check(self, id: str, fn: Callable, **context: Any) -> None:
-        """Check an exercise's answer and say all that is wrong: AssertionError then, NotImplementedError for a stub."""
-        __tracebackhide__ = True  # IPython and pytest then show the learner's own lines
-        try:
-            result = checks.check(id, fn, **context)
-        except NotImplementedError:
-            self._checks[id] = records.CheckedExercise(id=id, passed=False, failures=["not done yet"])
-            show.emit(f"exercise {id}: not done yet. Replace the `raise NotImplementedError` line with your answer.")
-            raise NotImplementedError(f"exercise {id} is not done yet") from None  # a traceback would show the check
-        self._checks[id] = records.CheckedExercise(id=id, passed=result.passed, failures=list(result.failures))
-        if result.passed:
-            show.emit(f"exercise {id}: passed, {result.tried} requirements met.")
+        """Check an exercise's answer and show all that is wrong with it. It is recorded and never raised.
+
+        A stub, a wrong answer and an exception inside the learner's function are all failures; InputError is for an
+        unknown id and for something that is no function.
+        """
+        if fn is self._worked.get(id):
+            show.emit(f"exercise {id}: this is the worked answer; run the cell with yours, then this one.")
             return
-        count = f"{len(result.failures)} thing{'s' * (len(result.failures) > 1)} to look at"
-        listed = "".join(f"<li>{escape(failure)}</li>" for failure in result.failures)
-        show.emit(
-            "\n  - ".join([f"exercise {id}: {count}", *result.failures]),
-            f"<b>Exercise {escape(id)}: {count}</b><ul>{listed}</ul>",
+        checked, requirements = self._examine(id, fn, **context)
+        if checked.passed:
+            show.emit(f"exercise {id}: passed, {requirements} requirements met.")
+        elif checked.failures == [NOT_DONE]:
+            show.emit(f"exercise {id}: {NOT_DONE}. Replace the `raise NotImplementedError` line with your answer.")
+        else:
+            count = f"{len(checked.failures)} thing{'s' * (len(checked.failures) > 1)} to look at"
+            listed = "".join(f"<li>{escape(failure)}</li>" for failure in checked.failures)
+            show.emit(
+                "\n  - ".join([f"exercise {id}: {count}", *checked.failures]),
+                f"<b>Exercise {escape(id)}: {count}</b><ul>{listed}</ul>",
+            )
+
+    def answer(self, id: str, fn: Callable) -> Callable:
+        """The function that the lesson goes on with: the learner's `fn` if it passed its check, else the worked one.
+
+        A function that no check has seen is checked first. Where there is no worked answer `fn` is used as it is.
+        """
+        if fn is self._worked.get(id):
+            return self._use(id, fn, "worked", "the worked answer is used from here on")
+        if self._checked.get(id) is not fn:
+            self._examine(id, fn)
+        name = getattr(fn, "__name__", "answer")
+        if self._checks[id].passed:
+            return self._use(id, fn, "learner", f"your {name} is used from here on")
+        answer = worked.answer(id, fn)
+        if answer is None:
+            return self._use(id, fn, None, f"your {name} has not passed yet, and no worked answer is here to stand in")
+        self._worked[id] = answer
+        return self._use(
+            id, answer, "worked", f"your {name} has not passed yet; the worked answer is used from here on"
         )
-        raise AssertionError(f"exercise {id}: {count}, listed above")
 
     # showing ----------------------------------------------------------------------------------------------------
 
@@ -356,6 +407,7 @@ class Lab:
             predictions=list(self._predictions.values()),
             claims=list(self._claims.values()),
             checks=list(self._checks.values()),
+            sentences=self._sentences,
             seconds=round(seconds, 3),
             peak_memory=peak,
             peak_device_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
@@ -368,6 +420,25 @@ class Lab:
         return record
 
     # inside -----------------------------------------------------------------------------------------------------
+
+    def _examine(self, id: str, fn: Callable, **context: Any) -> tuple[records.CheckedExercise, int]:
+        """Check `fn` and note the outcome; with the number of requirements that were looked at."""
+        try:
+            result = checks.check(id, fn, **context)
+            passed, failures, tried = result.passed, list(result.failures), result.tried
+        except NotImplementedError:
+            passed, failures, tried = False, [NOT_DONE], 0
+        before = self._checks.get(id)
+        self._checks[id] = records.CheckedExercise(
+            id=id, passed=passed, failures=failures, used=before.used if before else None
+        )
+        self._checked[id] = fn
+        return self._checks[id], tried
+
+    def _use(self, id: str, fn: Callable, used: Literal["learner", "worked"] | None, sentence: str) -> Callable:
+        self._checks[id].used = used
+        show.emit(f"{id}: {sentence}.")
+        return fn
 
     def _keep(self, **entry: Any) -> None:
         """Note a value and set it beside its prediction, in the prediction's unit; if those differ, keep nothing."""
@@ -384,6 +455,7 @@ class Lab:
                     f"{name!r} was predicted in {guess.unit} and measured in {unit}; use one unit for both."
                 )
             guess.measured = value.value * factor
+            guess.ci95 = value.ci95 and tuple(end * factor for end in value.ci95)
         self._measurements[name] = value
 
     def _settled_elsewhere(self, claim: "claims.Claim") -> str:

@@ -7,7 +7,6 @@ a function of (fn, failures, **context); its id is like "01.1".
 import copy
 import importlib
 import importlib.util
-import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ class CheckResult:
 
 
 class Failures:
-    """Collects all that is wrong with an answer; a check calls `expect` and `close` inside `with given(...)`."""
+    """Collects all that is wrong with an answer; a check calls expect, need and close inside `with given(...)`."""
 
     def __init__(self) -> None:
         self.tried = 0
@@ -57,6 +56,11 @@ class Failures:
         self._more[message] = 0
         return False
 
+    def need(self, condition: Any, message: str) -> None:
+        """Like `expect`; where the condition does not hold, nothing more is looked at with the given input."""
+        if not self.expect(condition, message):
+            raise _EnoughSeen
+
     def close(self, got: Any, want: Any, message: str, *, rtol: float = 1e-6, atol: float = 0.0) -> bool:
         """Expect numbers, arrays or tensors to agree within atol + rtol * |want|, of one shape; NaN never agrees."""
         wrong = _difference(got, want, rtol, atol)
@@ -71,19 +75,26 @@ class Failures:
 
     @contextmanager
     def given(self, **inputs: Any) -> Iterator[None]:
-        """Name the inputs under test. An exception inside is a failure that names them; a stub's passes through.
+        """Name the inputs under test, without empty dicts. An exception inside is a failure that names them.
 
+        A stub's passes through.
         torch raises NotImplementedError as well, for types that an operator does not take; its text tells them apart.
         """
-        self._input = ", ".join(f"{name}={_short(value)}" for name, value in inputs.items())
+        self._input = ", ".join(f"{name}={_short(value)}" for name, value in inputs.items() if not _is_empty(value))
         try:
             yield
+        except _EnoughSeen:
+            pass
         except Exception as error:
             if isinstance(error, NotImplementedError) and (not str(error) or str(error).startswith(STUB_SAYS)):
                 raise
             self.expect(False, f"it raised {type(error).__name__}: {_short(' '.join(str(error).split()), 160)}")
         finally:
             self._input = ""
+
+
+class _EnoughSeen(Exception):
+    """Ends a `given` block after a failure that leaves nothing to look at."""
 
 
 def is_mask(value: Any, weight: Any) -> bool:
@@ -121,7 +132,8 @@ def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
     if not callable(fn):
         raise InputError(f"Check {check_id} takes your function itself, not {_short(fn)}; leave out the brackets.")
     failures = Failures()
-    examine(fn, failures, **context)
+    with failures.given():  # an exception outside a check's own blocks is a failure too
+        examine(fn, failures, **context)
     if not failures.tried:
         raise RuntimeError(f"The check {check_id} examined nothing, which is a bug of the check.")
     return CheckResult(check_id, not failures.messages, failures.messages, failures.tried)
@@ -177,12 +189,17 @@ def _and_more(count: int) -> str:
     return f"; the same with {count} other input{'s' * (count > 1)}" if count else ""
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value
+
+
 def _short(value: Any, most: int = 60) -> str:
     """A value for a message: numbers readable, tensors by shape, long texts cut."""
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:,.6g}" if abs(value) < 1e6 or not value.is_integer() else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if abs(value) >= 100_000 else str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        text = f"{value:.6g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+        if "e" in text and float(text) != value and float(value).is_integer():
+            return f"{value:,.0f}"  # a count whose last digits matter
+        return text if "e" in text or abs(value) < 100_000 else f"{value:,.6g}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     text = value if isinstance(value, str) else repr(value)

@@ -44,6 +44,8 @@ def bound(fn: Callable, failures: Failures) -> None:
     for flops, moved, peak, bandwidth in ((1e9, 1e6, 1e12, 1e11), (1e9, 1e9, 1e12, 1e11), (0.0, 5e8, 2e12, 1e9)):
         with failures.given(flops=flops, moved=moved, peak=peak, bandwidth=bandwidth):
             seconds, limiter = _pair(fn(flops, moved, peak, bandwidth), failures)
+            added = flops and seconds == flops / peak + moved / bandwidth
+            failures.need(not added, "you added the two times; the arithmetic and the transfer run side by side")
             failures.close(flops and seconds * peak / flops, flops and max(1.0, moved * peak / (bandwidth * flops)),
                            "at this time the arithmetic would not fit, or leave time over on both sides")  # fmt: skip
             failures.close(seconds * bandwidth / moved, max(1.0, flops * bandwidth / (peak * moved)),
@@ -94,9 +96,8 @@ def million(fn: Callable, failures: Failures) -> None:
 
 
 def _pair(answer: object, failures: Failures) -> tuple:
-    if failures.expect(has_parts(answer, 2), "return two values, in the order of the card"):
-        return tuple(answer)
-    raise TypeError("there are not two values to look at")
+    failures.need(has_parts(answer, 2), "return two values, in the order of the card")
+    return tuple(answer)
 
 
 CHECKS = {"01.1": convolution, "01.2": bound, "01.3": decode, "01.4": million}

@@ -55,6 +55,24 @@ def test_an_exception_names_the_input_that_caused_it():
     assert result.failures == ("With width=7, height=1: it raised IndexError: list index out of range",)
 
 
+def test_nothing_more_is_looked_at_where_what_is_needed_is_missing():
+    failures = Failures()
+    with failures.given(settings={}, x=1e12, n=10**9, exact=123456789.0):
+        failures.need(False, "return two values")
+        raise AssertionError("looked at")
+    assert failures.messages == ("With x=1e12, n=1e9, exact=123,456,789: return two values",)
+
+
+def test_an_exception_outside_the_blocks_of_a_check_is_a_failure_too(monkeypatch):
+    monkeypatch.setitem(sys.modules["labkit.checks.lesson98"].CHECKS, "98.3", lambda fn, failures: fn())
+    assert checks.check("98.3", lambda: [][0]).failures == ("it raised IndexError: list index out of range",)
+
+
+def test_an_answer_that_only_passes_gets_one_sentence():
+    (sentence,) = checks.check("01.1", lambda *_: None).failures
+    assert "return two values, in the order of the card; the same with 4 other inputs" in sentence
+
+
 def test_context_reaches_the_check():
     assert checks.check("98.1", lambda w, h: w * h, sides=((1, 1),)).tried == 2
 

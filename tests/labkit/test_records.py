@@ -118,6 +118,17 @@ def test_a_record_is_read_back_equal(tmp_path):
     assert records.read(tmp_path / "new" / "record.json") == RECORD
 
 
+def test_a_record_from_before_sentences_intervals_and_used_answers_is_read(tmp_path):
+    values = RECORD.to_dict()
+    assert "sentences" not in values and "ci95" not in values["predictions"][0] and "used" not in values["checks"][0]
+    assert RunRecord.from_dict(values) == RECORD
+    asked = {"name": "x", "question": "", "unit": "", "predicted": None, "measured": 1.5, "ci95": [1.0, 2.0]}
+    check = {"id": "01.1", "passed": False, "failures": ["not done yet"], "used": "worked"}
+    records.write(changed(predictions=[asked], checks=[check], sentences={"x": ["So."]}), tmp_path / "record.json")
+    again = records.read(tmp_path / "record.json")
+    assert (again.predictions[0].predicted, again.checks[0].used, again.sentences) == (None, "worked", {"x": ["So."]})
+
+
 def test_a_record_says_when_and_with_what_it_was_made():
     assert RECORD.created.endswith("+00:00")
     assert RECORD.labkit[0].isdigit()
@@ -250,33 +261,39 @@ def test_a_record_prints_on_one_line():
 # predictions ----------------------------------------------------------------------------------------------------------
 
 
+def guess(predicted: object, measured: object, ci95: object = None) -> records.Prediction:
+    return records.Prediction(name="", question="", unit="", predicted=predicted, measured=measured, ci95=ci95)
+
+
 @pytest.mark.parametrize(
-    ("predicted", "measured", "words"),
+    ("prediction", "words"),
     [
-        (10, 30, "3.00x too low"),
-        (7, 7, "right within 5 %"),
-        (7, None, "–"),
-        (0, 3, "–"),
+        (guess(10, 30), "3.00x too low"),
+        (guess(7, 7), "right within 5 %"),
+        (guess(7, None), "–"),
+        (guess(0, 3), "–"),
+        (guess(None, 3, (2, 4)), "–"),
+        (guess(2, 3, (2, 4)), "inside the 95 % interval"),
+        (guess(0, 0.1, (-1, 1)), "inside the 95 % interval"),
+        (guess(6, 3, (2, 4)), "above the interval: 2.00x too high"),
+        (guess(2.99, 3, (2.995, 3.005)), "below the interval: 1.00x too low"),
+        (guess(6, 3, (0, math.inf)), "2.00x too high"),
     ],
 )
-def test_off_by(predicted: object, measured: object, words: str):
-    assert records.off_by(predicted, measured) == words
+def test_a_prediction_is_held_against_the_interval(prediction: records.Prediction, words: str):
+    assert records.off_by(prediction) == words
 
 
 @pytest.mark.parametrize(
-    ("pairs", "words"),
+    ("predictions", "words"),
     [
-        ([(10, 20), (1, None), (0, 3)], ""),
+        ([guess(10, 20), guess(1, None), guess(0, 3), guess(None, 3)], ""),
         (
-            [(9, 3), (1, 5), (2, 2), (8, 2)],
-            "Of 4 predictions half were off by a factor of 3.50 or less, 1 by no more than 2; too high: 2, too low: 1.",
+            [guess(9, 3), guess(1, 5), guess(2, 2), guess(8, 2), guess(2.5, 2, (1, 3))],
+            "Of 5 predictions 1 lay inside the measured interval; half were off by a factor of 3 or less. "
+            "Too high: 2, too low: 1.",
         ),
     ],
 )
-def test_calibration(pairs: list, words: str):
-    predictions = [
-        records.Prediction(name="", question="", unit="", predicted=guess, measured=measured)
-        for guess, measured in pairs
-    ]
-    sentence = records.calibration(predictions)
-    assert words in sentence and bool(sentence) == bool(words)
+def test_calibration(predictions: list, words: str):
+    assert records.calibration(predictions) == words

@@ -4,7 +4,6 @@ import ast
 import itertools
 import json
 import re
-import symtable
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -96,39 +95,42 @@ def has_short_cells(notebook: NotebookNode) -> Iterator[str]:
     yield from (f"{cell_id} has {count} lines; at most 30" for cell_id, count in lines.items() if count > 30)
 
 
-def stops_only_at_its_exercises(notebook: NotebookNode) -> Iterator[str]:
-    """Where answers are missing, cells that call them say "not done yet"; no other cell may need what those compute."""
+def uses_its_answers(notebook: NotebookNode) -> Iterator[str]:
+    """After its check lab.answer binds each exercise's function, or the worked one, to a name that the lesson uses."""
     try:
-        undone = {task.function for task in notebooks.exercises(notebook)}
+        tasks = notebooks.exercises(notebook)
     except InputError as error:
         yield str(error)
         return
-    there: set[str] = set()
-    lost: set[str] = set()
-    for cell in code(notebook):
-        stopped = False
-        for statement in ast.parse(cell.source).body if "exercise" not in tags(cell) else ():
-            table = symtable.symtable(ast.unparse(statement), cell.id, "exec")
-            bound = {
-                symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()
-            }
-            used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()}
-            for scope in table.get_children():
-                if scope.get_name() not in bound:  # a lambda or comprehension, which runs at once
-                    used |= global_names(scope)
-                elif undone & global_names(scope):
-                    undone |= bound
-            stopped = stopped or bool(used & undone)
-            if not stopped:
-                yield from (f"{cell.id} needs {name}, which an answer computes" for name in used & lost - bound)
-            lost = lost | (bound - there) if stopped else lost - bound
-            there = there if stopped else there | bound
+    cells = code(notebook)
+    for task in tasks:
+        check = next(place for place, cell in enumerate(cells) if cell.id == task.cell_id) + 1
+        bound = [(place, name) for place, cell in enumerate(cells) for name in answers(cell, task) if place >= check]
+        if not bound:
+            yield f"exercise {task.id}: no cell below its check says name = lab.answer({task.id!r}, {task.function})"
+        elif not any(name in names_read(cell) for place, name in bound for cell in cells[place + 1 :]):
+            yield f"exercise {task.id}: no cell uses {bound[0][1]}, so the lesson is the same without the answer"
 
 
-def global_names(scope: symtable.SymbolTable) -> set[str]:
-    """The names that a function takes from the notebook around it."""
-    outside = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
-    return outside.union(*map(global_names, scope.get_children()))
+def answers(cell: NotebookNode, task: notebooks.Exercise) -> Iterator[str]:
+    """The names that a cell binds to lab.answer of this exercise."""
+    for node in ast.parse(cell.source).body:
+        match node:
+            case ast.Assign(
+                [ast.Name(name)], ast.Call(ast.Attribute(attr="answer"), [ast.Constant(id), ast.Name(function)])
+            ):
+                if (id, function) == (task.id, task.function):
+                    yield name
+
+
+def names_read(cell: NotebookNode) -> set[str]:
+    nodes = ast.walk(ast.parse(cell.source))
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def is_rewritten(notebook: NotebookNode) -> bool:
+    """Lessons that have no challenge yet do not go on with their answers yet either; this goes when all have one."""
+    return any("challenge" in tags(cell) for cell in notebook.cells)
 
 
 def was_run_from_top_to_bottom(notebook: NotebookNode) -> Iterator[str]:
@@ -204,7 +206,7 @@ RULES = [
     has_its_parameters,
     has_its_tags,
     has_short_cells,
-    stops_only_at_its_exercises,
+    uses_its_answers,
     was_run_from_top_to_bottom,
     shows_no_error,
     names_no_folder_of_a_machine,
@@ -218,6 +220,8 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson(lesson: Path, rule: Callable):
+    if rule is uses_its_answers and not is_rewritten(read(lesson)):
+        pytest.xfail("not rewritten yet: its cells call the exercises' functions themselves, or none")
     assert list(rule(read(lesson))) == []
 
 
@@ -249,7 +253,9 @@ def proper_lesson() -> NotebookNode:
         cells.append(new_markdown_cell(f"### Exercise {number} · Twice\n\n*Difficulty 1 of 5 · 5 minutes*"))
         cells.append(new_code_cell("def double(x): return 2 * x", metadata={"tags": ["exercise"]}))
         cells.append(new_code_cell(f'lab.check("01.{number}", double)', metadata={"tags": ["check"]}))
-    cells += [new_code_cell("1", metadata={"tags": [tag]}) for tag in ("measure", "finish")]
+        cells.append(new_code_cell(f'twice = lab.answer("01.{number}", double)'))
+    cells.append(new_code_cell("def four(x): return twice(twice(x))", metadata={"tags": ["measure"]}))
+    cells.append(new_code_cell("1", metadata={"tags": ["finish"]}))
     cells.append(new_code_cell("1", metadata={"tags": ["stable", "nbval-check-output"]}, outputs=[picture]))
     notebook = new_notebook(cells=[*cells, new_markdown_cell("A sentence."), new_markdown_cell("Another one.")])
     for count, cell in enumerate(code(notebook), start=1):
@@ -281,9 +287,9 @@ def _add(cell: NotebookNode) -> Callable[[NotebookNode], None]:
     return lambda notebook: notebook.cells.append(cell)
 
 
-def _compute(notebook: NotebookNode, *sources: str) -> None:
-    for cell, source in zip(code(notebook)[-2:], sources, strict=True):
-        cell.source = source
+def _replace(notebook: NotebookNode, old: str, new: str) -> None:
+    for cell in code(notebook):
+        cell.source = cell.source.replace(old, new)
 
 
 def _unset(notebook: NotebookNode, tag: str) -> None:
@@ -304,8 +310,9 @@ def _unset(notebook: NotebookNode, tag: str) -> None:
         *((lambda n, tag=tag: _unset(n, tag), "has_its_tags") for tag in REQUIRED_TAGS if tag != "parameters"),
         (lambda n: _unset(n, "nbval-check-output"), "has_its_tags"),
         (lambda n: n.cells[3].update(source="1\n" * 31), "has_short_cells"),
-        (lambda n: _compute(n, "x = double(2)", "print(x)"), "stops_only_at_its_exercises"),
-        (lambda n: _compute(n, "def f(): return double(1)\nx = f()", "print(x)"), "stops_only_at_its_exercises"),
+        (lambda n: _replace(n, "twice = lab.answer", "twice = print"), "uses_its_answers"),
+        (lambda n: _replace(n, "twice(twice(x))", "double(double(x))"), "uses_its_answers"),
+        (lambda n: _replace(n, 'lab.answer("01.1"', 'lab.answer("01.2"'), "uses_its_answers"),
         (lambda n: n.cells[3].update(execution_count=None), "was_run_from_top_to_bottom"),
         (_add(new_code_cell("1", execution_count=1)), "was_run_from_top_to_bottom"),
         (

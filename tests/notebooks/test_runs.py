@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,15 +59,21 @@ def test_a_lesson_runs_as_a_program(tmp_path: Path, offline: dict[str, str]):
 
 @pytest.mark.lesson
 @pytest.mark.xdist_group(SHORTEST.stem)
-def test_a_learner_s_copy_stops_only_at_the_exercises(tmp_path: Path, offline: dict[str, str]):
+@pytest.mark.parametrize("answer", ["a stub", "return None"])
+def test_a_learner_s_copy_runs_to_its_end(tmp_path: Path, offline: dict[str, str], answer: str):
     copy = notebooks.student_copy(notebooks.read(SHORTEST))
+    if not any("challenge" in notebooks.tags(cell) for cell in copy.cells):
+        pytest.xfail("not rewritten yet: its cells call the exercises' functions themselves, or none")
+    for cell in copy.cells:
+        if "exercise" in notebooks.tags(cell) and answer != "a stub":
+            cell.source = re.sub(r"raise NotImplementedError\(.*\)", answer, cell.source)
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(copy, allow_errors=True, timeout=None, kernel_name="python3", resources=resources).execute(
+    NotebookClient(copy, timeout=None, kernel_name="python3", resources=resources).execute(
         env={**offline, "LABKIT_PRESET": "smoke"}
     )
-    outputs = [output for cell in copy.cells for output in cell.get("outputs", [])]
-    errors = {output.ename for output in outputs if output.output_type == "error"}
-    assert errors == {"NotImplementedError"}
+    (record,) = tmp_path.glob("runs/*/record.json")
+    checks = json.loads(record.read_text())["checks"]
+    assert [check.get("used") for check in checks] == ["worked"] * len(notebooks.exercises(copy))
 
 
 # the blocked network -------------------------------------------------------------------------------
