@@ -236,7 +236,7 @@ def test_lesson_is_in_canonical_form(lesson: Path, pytestconfig: pytest.Config):
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson_is_small(lesson: Path):
-    assert lesson.stat().st_size <= 500_000
+    assert lesson.stat().st_size <= 800_000  # a dozen figures as text, which git keeps in a fifth of that
 
 
 # the rules themselves ------------------------------------------------------------------------------
