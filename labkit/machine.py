@@ -14,14 +14,14 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
 
 import psutil
 import torch
 
-from labkit import clocks
+from labkit import clocks, stats
 from labkit.errors import InputError
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
@@ -99,6 +99,7 @@ class Gpu:
 class Machine:
     """What a result depends on. Sizes in bytes; `caches` as one core sees them, `last_level_cache` all that it may use.
 
+    `cache_counts` says how many of each the cores that this process may use have among them.
     `device` is "cpu" or "cuda": what the fingerprint was taken for, and what `slug` and `label` name.
     `virtualised` is None where it cannot be told.
     """
@@ -112,6 +113,7 @@ class Machine:
     threads: int
     features: tuple[str, ...]
     caches: Mapping[str, int]
+    cache_counts: Mapping[str, int]
     last_level_cache: int
     memory: int
     virtualised: bool | None
@@ -126,6 +128,11 @@ class Machine:
     def cores(self) -> int:
         """Physical cores that this process may use."""
         return min(self.physical_cores, len(self.affinity))
+
+    @property
+    def caches_in_all(self) -> dict[str, int]:
+        """Bytes that fit the caches of all threads together, by level: private ones count once a thread."""
+        return {name: size * min(self.threads, self.cache_counts[name]) for name, size in self.caches.items()}
 
     @property
     def slug(self) -> str:
@@ -154,7 +161,7 @@ def fingerprint(device: str | torch.device = "auto") -> Machine:
     target = torch_device(device)
     cpu, flags, virtualised = _cpu()
     affinity = tuple(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(psutil.cpu_count()))
-    caches, last_level_cache = _caches(affinity)
+    caches, counts, last_level_cache = _caches(affinity)
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # set per backend, and differently
@@ -169,6 +176,7 @@ def fingerprint(device: str | torch.device = "auto") -> Machine:
         threads=torch.get_num_threads(),
         features=tuple(name for name, spellings in FEATURES.items() if spellings & flags),
         caches=caches,
+        cache_counts=counts,
         last_level_cache=last_level_cache,
         memory=memory_bytes(),
         virtualised=virtualised,
@@ -233,8 +241,8 @@ def _cpu() -> tuple[str, set[str], bool | None]:
     return facts.get("model name") or platform.machine(), flags, virtualised if certain else None
 
 
-def _caches(affinity: Sequence[int]) -> tuple[dict[str, int], int]:
-    """L1d, L2, L3 in bytes as the first core sees them; and the last level in all, over the cores of `affinity`."""
+def _caches(affinity: Sequence[int]) -> tuple[dict[str, int], dict[str, int], int]:
+    """L1d, L2, L3 in bytes as the first core sees them, how many of each `affinity` has, and the last level in all."""
     caches: dict[str, int] = {}
     shared: dict[str, dict[str, int]] = {}  # level -> the cores that share one -> its size
     for core in affinity:
@@ -243,13 +251,14 @@ def _caches(affinity: Sequence[int]) -> tuple[dict[str, int], int]:
             if kind != "Instruction" and re.fullmatch(r"\d+K", size):
                 name = f"L{level}d" if kind == "Data" else f"L{level}"
                 caches.setdefault(name, int(size[:-1]) * KiB)
-                shared.setdefault(level, {})[_read(index / "shared_cpu_list")] = int(size[:-1]) * KiB
+                shared.setdefault(name, {})[_read(index / "shared_cpu_list")] = int(size[:-1]) * KiB
     if shared:
-        return caches, sum(shared[max(shared)].values())
+        return caches, {name: len(sizes) for name, sizes in shared.items()}, sum(shared[max(shared)].values())
     for name, key in (("L1d", "hw.l1dcachesize"), ("L2", "hw.l2cachesize")):  # macOS
         size = _output("sysctl", "-n", key).strip()
         caches |= {name: int(size)} if size.isdigit() else {}
-    return caches, max(caches.values(), default=0)
+    counts = {name: len(affinity) if name == "L1d" else 1 for name in caches}  # an L2 serves a cluster of cores
+    return caches, counts, max(caches.values(), default=0)
 
 
 def _gpu(target: torch.device) -> Gpu:
@@ -301,7 +310,8 @@ PRODUCTS = {
     "fp8": ((8, 9), False),
 }
 SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}  # of the square products
-ROUNDS = 3  # of every call at least, however short the budget
+ROUNDS = 6  # of every call at least, however short the budget: fewer give no interval
+REPETITIONS = 10  # of each ceiling, where the budget allows: the best of the rounds in each counts
 
 Calls = dict[tuple[str, int], Callable[[], object]]  # by what is done and its size
 
@@ -311,12 +321,16 @@ class Ceilings:
     """The roofs of this machine: `flops` in FLOP/s (OP/s for int8) by type, `bandwidth` in B/s.
 
     warnings: what spoiled the measurement, one phrase each; empty where nothing did.
+    flops_ci95, bandwidth_ci95: their 95 % intervals (low, high), which hold for the process and the minute in which
+    they were measured; other moments may lie outside.
     """
 
     device: str
     flops: Mapping[str, float]
     bandwidth: float
     warnings: tuple[str, ...] = ()
+    flops_ci95: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    bandwidth_ci95: tuple[float, float] | None = None
 
     def ridge(self, dtype: str) -> float:
         """The arithmetic intensity in FLOP/B where the compute roof of this type meets the bandwidth roof."""
@@ -337,7 +351,12 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     Products are square, of random normal numbers, of a few sizes, in every type of PRODUCTS that runs here. Bandwidth
     is the best of copy (2n bytes), triad (3n) and read (n) over fp32 arrays of at least four times the last cache,
     counted as STREAM does: the lines that a CPU reads only to overwrite them are left out. Calls alternate until the
-    budget is spent and the best counts, so passing interference spoils one round, not the maximum.
+    budget is spent, in ten repetitions if there is time for them and in six at least. A repetition's best call gives
+    one value, so that passing interference does not count; the ceiling is the median of these, with its exact interval.
+
+    The interval says how well the ceiling is known here and now. It does not cover what another process or hour finds:
+    on machines that share a host with others, bandwidth was seen to move by a factor of two within a day. A share of
+    the roof is therefore taken with ceilings of the same process.
     device: see `torch_device`. Raises InputError for a device or a budget that cannot be used.
     """
     target = torch_device(device)
@@ -345,22 +364,28 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     machine = fingerprint(target)
     before, deadline = clocks.snapshot(target), time.perf_counter() + budget_s
     with torch.inference_mode():
-        products, warnings = _products(target, longest_s=budget_s / 40)
+        products, warnings = _products(target, longest_s=budget_s / 80)
         streams, moved = _streams(machine, target)
         seconds = _in_turns(products | streams, target, deadline)
     warnings += _interference(target, before, clocks.snapshot(target), [seconds[key] for key in streams])
+    work = moved | {(name, side): 2 * side**3 for name, side in products}  # FLOPs or bytes of a call
     del products, streams  # the operands, gigabytes on a GPU
     if target.type == "cuda":
         torch.cuda.empty_cache()
-    flops: dict[str, float] = {}
-    for (name, side), times in seconds.items():
-        if name in PRODUCTS:
-            flops[name] = max(flops.get(name, 0.0), 2 * side**3 / min(times))
+    rates: dict[str, list[list[float]]] = {}  # by ceiling: for each call that reaches for it, its rates
+    for key, times in seconds.items():
+        best = stats.block_minima(times, max(1, len(times) // REPETITIONS))
+        name = key[0] if key[0] in PRODUCTS else "bandwidth"
+        rates.setdefault(name, []).append([work[key] / least for least in best])
+    roofs = {name: stats.median_ci([max(turn) for turn in zip(*calls, strict=True)]) for name, calls in rates.items()}
+    bandwidth, *bandwidth_ci95 = roofs.pop("bandwidth")
     return Ceilings(
         device=machine.gpu.name if target.type == "cuda" else f"{machine.cpu}, {machine.threads} threads",
-        flops=flops,
-        bandwidth=max(nbytes / min(seconds[key]) for key, nbytes in moved.items()),
+        flops={name: rate for name, (rate, _, _) in roofs.items()},
+        bandwidth=bandwidth,
         warnings=tuple(warnings),
+        flops_ci95={name: (low, high) for name, (_, low, high) in roofs.items()},
+        bandwidth_ci95=tuple(bandwidth_ci95),
     )
 
 
@@ -369,9 +394,10 @@ def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float
 
     On a CPU the working set is one array, cut among the threads, that each reads over and over: a single call of torch
     loops over it until 256 MiB are read, so that neither Python nor the start of threads counts (a call to torch alone
-    takes a microsecond, as long as reading 200 KiB from a first-level cache). With T threads the private caches count
-    T times. On CUDA it is an array read and another written, in CUDA graphs of many calls; a gap of a microsecond or
-    two between kernels remains, so that sets under some 16 MiB show launches rather than the cache.
+    takes a microsecond, as long as reading 200 KiB from a first-level cache). With T threads the private caches count T
+    times (`Machine.caches_in_all`). On CUDA it is an array read and another written, in CUDA graphs of many calls; a
+    gap of a microsecond or two between kernels remains, so that sets under some 16 MiB show launches rather than the
+    cache.
 
     The sets run from 16 KiB (4 KiB a thread at least) to 256 MiB on a CPU, from 4 MiB to 1 GiB on CUDA, an eighth of
     the memory at most. Raises InputError for a device or a budget that cannot be used.

@@ -209,9 +209,13 @@ class Lab:
         if key not in self._ceilings:
             roofs = machine.ceilings(device, budget_s=self.by_preset(2.0, 6.0, 10.0))
             self._ceilings[key] = roofs
-            rows = [{"ceiling": name, "FLOP/s": rate} for name, rate in roofs.flops.items()]
-            rows.append({"ceiling": "bandwidth", "B/s": roofs.bandwidth})
-            columns = {"FLOP/s": records.quality("FLOP/s", clock=True), "B/s": records.quality("B/s", clock=True)}
+            rates = {name: ("FLOP/s", rate, roofs.flops_ci95.get(name)) for name, rate in roofs.flops.items()}
+            rates["bandwidth"] = ("B/s", roofs.bandwidth, roofs.bandwidth_ci95)
+            rows = [
+                {"ceiling": ceiling, unit: rate, "low": ends and ends[0], "high": ends and ends[1]}
+                for ceiling, (unit, rate, ends) in rates.items()
+            ]
+            columns = {unit: records.quality(unit, clock=True, low="low", high="high") for unit in ("FLOP/s", "B/s")}
             name = f"ceilings of {device}, {key[1]} thread{'s' * (key[1] > 1)}"
             self._measurements[name] = records.table(name, rows, ("ceiling",), columns)
         return self._ceilings[key]

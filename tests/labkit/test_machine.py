@@ -43,6 +43,14 @@ def test_caches_grow_with_the_level():
     assert fingerprint("cpu").last_level_cache >= max(caches, default=0)
 
 
+@pytest.mark.parametrize(("threads", "in_all"), [(1, (32, 256, 1024)), (4, (128, 1024, 1024)), (8, (256, 1024, 1024))])
+def test_private_caches_count_once_a_thread(threads: int, in_all: tuple[int, ...]):
+    """Eight cores with an L1 each, two to an L2, all to an L3."""
+    caches, counts = {"L1d": 32, "L2": 256, "L3": 1024}, {"L1d": 8, "L2": 4, "L3": 1}
+    here = replace(fingerprint("cpu"), threads=threads, caches=caches, cache_counts=counts)
+    assert here.caches_in_all == dict(zip(caches, in_all, strict=True))
+
+
 @pytest.mark.parametrize(
     ("model", "cores", "slug"),
     [
@@ -107,6 +115,34 @@ def test_ceilings_have_a_roof_for_each_type_that_runs_here(measured: Ceilings):
     assert measured.flops["fp32"] > 1e8
     assert measured.bandwidth > 1e8
     assert measured.ridge("fp32") == measured.flops["fp32"] / measured.bandwidth
+
+
+def test_a_ceiling_is_the_median_of_the_best_of_each_repetition(monkeypatch):
+    """Twenty rounds make ten repetitions of two; in each the faster stream and the faster round count."""
+    size, rounds = 2**26, [2.0, 1.0] * 9 + [1.0, 0.5]
+    slower = [100.0] * 20
+    seconds = {("fp32", 256): rounds, ("fp32", 512): [8 * s for s in rounds]}
+    seconds |= {("copy", size): rounds, ("triad", size): slower, ("read", size): slower}
+    stand_in = {key: None for key in seconds}
+    products = {key: call for key, call in stand_in.items() if key[0] == "fp32"}
+    moved = {("copy", size): 2 * size, ("triad", size): 3 * size, ("read", size): size}
+    monkeypatch.setattr(machine, "_products", lambda target, longest_s: (products, []))
+    monkeypatch.setattr(machine, "_streams", lambda here, target: (dict.fromkeys(moved), moved))
+    monkeypatch.setattr(machine, "_in_turns", lambda calls, target, deadline: {key: seconds[key] for key in calls})
+    roofs = ceilings("cpu", budget_s=0.1)
+    assert roofs.flops == {"fp32": 2 * 256**3} and roofs.bandwidth == 2 * size
+    assert roofs.flops_ci95 == {"fp32": (2 * 256**3, 2 * 256**3)}  # x_(2) and x_(9) of ten
+    monkeypatch.setitem(seconds, ("copy", size), [2.0 + i for i in range(6)])
+    for key in seconds:
+        seconds[key] = seconds[key][:6]
+    roofs = ceilings("cpu", budget_s=0.1)
+    assert roofs.bandwidth_ci95 == pytest.approx((2 * size / 7, 2 * size / 2))  # of six, the least and the most
+
+
+def test_measured_ceilings_lie_within_their_intervals(measured: Ceilings):
+    for dtype, rate in measured.flops.items():
+        assert measured.flops_ci95[dtype][0] <= rate <= measured.flops_ci95[dtype][1]
+    assert measured.bandwidth_ci95[0] <= measured.bandwidth <= measured.bandwidth_ci95[1]
 
 
 def test_ceilings_leave_the_process_as_it_was():

@@ -1,6 +1,7 @@
 """Bounds equal those worked out by hand, a decode step the whole sequence, and the picture shows what is said."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def test_plot_is_log_log_with_units_roof_and_named_points() -> None:
     fastest_first = sorted(POINTS, key=lambda point: -point[2])
     assert [(p.get_label(), *p.get_xydata()[0]) for p in points] == [(n, i, f / 1e9) for n, i, f in fastest_first]
     assert [text.get_text() for text in legend.get_texts()[1:]] == [name for name, _, _ in fastest_first]
+
+
+def test_intervals_of_the_roof_are_drawn_and_said() -> None:
+    ends = {"flops_ci95": {"fp32": (90e9, 110e9)}, "bandwidth_ci95": (10e9, 25e9)}
+    known = replace(ROOFS, **ends)
+    assert "95 % intervals of this run: 10 GB/s to 25 GB/s and 90 GFLOP/s to 110 GFLOP/s." in describe([], known)
+    (ax,) = plot([], known).axes
+    band = ax.collections[-2].get_paths()[0].vertices  # the last is the ridge's line
+    assert band[:, 1].max() == pytest.approx(110)
+    at_left = band[band[:, 0] == band[:, 0].min(), 1]
+    assert (at_left.min(), at_left.max()) == pytest.approx((10 * ax.get_xlim()[0], 25 * ax.get_xlim()[0]))
+    unknown = replace(known, bandwidth_ci95=(-math.inf, math.inf))
+    assert len(plot([], unknown).axes[0].collections) == len(ax.collections) - 1 and "intervals" not in describe(
+        [], unknown
+    )
 
 
 def test_every_point_is_inside_the_axes_and_looks_like_no_other() -> None:
