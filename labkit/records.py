@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from labkit import claims, files, show
+from labkit import challenge, claims, files, show
 from labkit.errors import DataError, InputError
 
 VERSION = "labkit.record/2"
@@ -137,6 +137,16 @@ class CheckedExercise(_Strict):
     used: Literal["learner", "worked"] | None = None
 
 
+class Challenge(_Strict):
+    """A lesson's challenge: its goals (see labkit.challenge), the learner's point, whether it is in; None: no plan."""
+
+    name: str
+    goal: str
+    point: dict[str, float | tuple[float, float]] | None
+    goals: dict[str, tuple[float | None, float | None, str]]
+    reached: bool | None
+
+
 class RunRecord(_Strict):
     """One finished run of a lesson.
 
@@ -157,6 +167,7 @@ class RunRecord(_Strict):
     claims: list[SettledClaim]
     checks: list[CheckedExercise]
     sentences: dict[str, list[str]] = {}
+    challenges: list[Challenge] = []
     seconds: float
     peak_memory: int
     peak_device_memory: int | None
@@ -345,8 +356,8 @@ NONE = "–"
 
 
 def summary(record: RunRecord) -> tuple[str, str]:
-    """What was predicted and came out, the claims' verdicts, the exercises and the cost, as text and as HTML."""
-    budget, guide = record.budget, claims.load() if record.claims else {}
+    """What was predicted and came out, the exercises, the challenge and the cost, as text and as HTML."""
+    budget = record.budget
     tables = {
         "Predicted and measured": [
             {
@@ -358,15 +369,6 @@ def summary(record: RunRecord) -> tuple[str, str]:
             }
             for guess in record.predictions
         ],
-        "The guide's claims": [
-            {
-                "claim": f"{claim.id}  {guide[claim.id].text}",
-                "expected": claims.expected(guide[claim.id]),
-                "here": show.quantity(claim.value, guide[claim.id].unit),
-                "verdict": claim.verdict,
-            }
-            for claim in record.claims
-        ],
         "Exercises": [
             {
                 "exercise": check.id,
@@ -374,6 +376,14 @@ def summary(record: RunRecord) -> tuple[str, str]:
                 "used below": {"learner": "yours", "worked": "the worked answer", None: NONE}[check.used],
             }
             for check in record.checks
+        ],
+        "Challenge": [
+            {
+                "challenge": task.name,
+                "asked for": challenge.asked(task.goals),
+                "result": {True: "reached", False: "not reached yet", None: "no plan yet"}[task.reached],
+            }
+            for task in record.challenges
         ],
     }
     tables = {title: rows for title, rows in tables.items() if rows}
@@ -383,7 +393,9 @@ def summary(record: RunRecord) -> tuple[str, str]:
         f"{show.quantity(record.peak_memory, 'B')}{limit}: "
         f"{'within' if budget['within'] else 'OVER'} the budget of preset {record.preset}."
     )
-    stored = f"{len(record.measurements)} results are in {record.lesson}/record.json in the results folder."
+    counts = {"result": record.measurements, "claim": record.claims}
+    counted = " and ".join(f"{len(some)} {name}{'s' * (len(some) != 1)}" for name, some in counts.items())
+    stored = f"{counted} are in {record.lesson}/record.json in the results folder."
     last = " ".join(filter(None, [calibration(record.predictions), stored]))
     first = f"Lesson {record.lesson} finished"
     text = [f"{first}: {cost}", *(f"{title}\n{show.text_table(rows)}" for title, rows in tables.items()), last]

@@ -8,7 +8,8 @@ import math
 import numbers
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from labkit import checks, claims, machine, records, roofline, show
+from labkit import challenge, checks, claims, machine, records, roofline, show
 from labkit.bench import Comparison, Measurement, compare, measure
 from labkit.checks import worked
 from labkit.counting import Work
@@ -42,6 +43,7 @@ LESSONS = {
     "13": "Case studies",
 }
 NOT_DONE = "not done yet"
+YOURS = "your plan"
 
 
 class Budget(NamedTuple):
@@ -117,6 +119,8 @@ class Lab:
         self._checked: dict[str, Callable] = {}  # exercise -> the function that its check last saw
         self._worked: dict[str, Callable] = {}  # exercise -> the worked answer that the lesson goes on with
         self._sentences: dict[str, list[str]] = {}
+        self._challenges: dict[str, records.Challenge] = {}
+        self._folded: list[tuple[str, dict[str, Any]]] | None = None  # lines and rows, while a fold is open
 
     def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
         """The value for this session's preset. A preset changes sizes, never what is done."""
@@ -165,7 +169,8 @@ class Lab:
         meaning = {"unit": "s", "role": "cost", "clock": True}
         outcome = {"value": result.median_s, "ci95": result.ci95_s, "detail": result.to_dict()}
         self._keep(kind="measurement", name=name, **meaning, **outcome)
-        show.emit(str(result))
+        row = {"name": name, "time": show.quantity(result.median_s, "s"), "95 % interval": _between(result.ci95_s, "s")}
+        self._show_timing(str(result), row, result, warnings=result.warnings)
         return result
 
     def compare(
@@ -196,7 +201,15 @@ class Lab:
         meaning = {"unit": "x", "role": "quality", "clock": True}
         outcome = {"value": result.speedup, "ci95": result.ci95, "verdict": result.verdict, "detail": result.to_dict()}
         self._keep(kind="comparison", name=name, **meaning, **outcome)
-        show.emit(str(result))
+        sides = result.baseline, result.candidate
+        row = {"name": name} | {
+            side: f"{'' if timed.name == side else timed.name} {show.quantity(timed.median_s, 's')}".strip()
+            for side, timed in zip(("baseline", "candidate"), sides, strict=True)
+        }
+        row |= {"ratio": show.quantity(result.speedup, "x"), "95 % interval": _between(result.ci95, "x")}
+        row["verdict"] = result.verdict
+        line = str(result) if self._folded is None else f"{name}: {result}"
+        self._show_timing(line, row, *sides, warnings=result.warnings)
         return result
 
     def ceilings(self, device: str | torch.device | None = None) -> machine.Ceilings:
@@ -254,6 +267,24 @@ class Lab:
             raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
         meaning = {"unit": unit, "role": role, "clock": clock, "simulated": simulated}
         self._keep(kind="value", name=name, value=number, ci95=ci95, **meaning)
+
+    @contextmanager
+    def fold(self, title: str) -> Iterator[None]:
+        """Collect what measure and compare would print inside, and show it at the end as one folded table.
+
+        After an exception what there is by then is shown.
+        """
+        outer, self._folded = self._folded, []
+        try:
+            yield
+        finally:
+            collected, self._folded = self._folded, outer
+            if collected:
+                lines, rows = zip(*collected, strict=True)
+                optional = [name for name in ("of the roof", "warnings") if any(row[name] for row in rows)]
+                rows = [{name: row[name] for name in (*list(row)[:-2], *optional)} for row in rows]
+                table = show.html_table(rows)
+                show.emit("\n  ".join([title, *lines]), f"<details><summary>{escape(title)}</summary>{table}</details>")
 
     def say(self, name: str, *sentences: str | bool | None) -> None:
         """Show and record what a figure or a table says: one to three sentences, computed from the result.
@@ -357,6 +388,51 @@ class Lab:
             id, answer, "worked", f"your {name} has not passed yet; the worked answer is used from here on"
         )
 
+    def challenge(
+        self,
+        name: str,
+        goal: str,
+        point: Mapping[str, Any] | None,
+        *,
+        goals: challenge.Goals,
+        references: show.Rows,
+        label: str = "recipe",
+    ) -> None:
+        """Place the learner's plan on the plane of a goal, beside reference points; shown and recorded.
+
+        goal        what is asked for, in a sentence
+        point       what the plan reaches, {column: number}, or None while there is none
+        goals       {column: (least, most, unit)}, None where a side is open; two columns, x then y of the plane
+        references  dicts with both columns, and with `label`, their name. Under "<column> ci95" a point may have the
+                    (low, high) of an interval.
+        InputError for goals or points that are none of this.
+        """
+        import matplotlib.pyplot as plt
+
+        _check_name(name)
+        rows = [{label: str(row.get(label)), **challenge.checked(goals, row)} for row in show.checked_rows(references)]
+        reached, state = None, "no plan yet"
+        if point is not None:
+            point = challenge.checked(goals, point)
+            missed = challenge.missed(goals, point)
+            reached, state = not missed, "; ".join(["not reached yet", *missed]) if missed else "reached"
+            rows.append({label: YOURS, **point})
+        self._challenges[name] = records.Challenge(
+            name=name, goal=goal, point=point, goals=dict(goals), reached=reached
+        )
+        fig, ax = plt.subplots()
+        challenge.plane(ax, goals, rows, label, YOURS)
+        table = [
+            {label: row[label], **{f"{column} ({unit})": row[column] for column, (_, _, unit) in goals.items()}}
+            for row in rows
+        ]
+        x, y = goals
+        alt = (
+            f"{y} against {x} for {len(rows)} points; shaded is the goal, {challenge.asked(goals)}. Your plan: {state}."
+        )
+        show.figure(fig, alt=alt, table=table, caption=goal)
+        show.emit(f"challenge {name}: {state}.")
+
     # showing ----------------------------------------------------------------------------------------------------
 
     table = staticmethod(show.table)
@@ -412,6 +488,7 @@ class Lab:
             claims=list(self._claims.values()),
             checks=list(self._checks.values()),
             sentences=self._sentences,
+            challenges=list(self._challenges.values()),
             seconds=round(seconds, 3),
             peak_memory=peak,
             peak_device_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
@@ -438,6 +515,14 @@ class Lab:
         )
         self._checked[id] = fn
         return self._checks[id], tried
+
+    def _show_timing(self, line: str, row: dict[str, Any], *sides: Measurement, warnings: Sequence[str]) -> None:
+        """Print a timing, or add it to the open fold: its line, and its row with the sides' shares of the roof."""
+        if self._folded is None:
+            show.emit(line)
+            return
+        shares = [f"{100 * side.roof_share:.3g} %" for side in sides if side.roof_share is not None]
+        self._folded.append((line, row | {"of the roof": " and ".join(shares), "warnings": "; ".join(warnings)}))
 
     def _use(self, id: str, fn: Callable, used: Literal["learner", "worked"] | None, sentence: str) -> Callable:
         self._checks[id].used = used
@@ -487,6 +572,10 @@ class Lab:
             "recorded": "; ".join(runs) or "not recorded yet",
         }
         show.facts(f"Lesson {self.lesson}: {self.title}", facts)
+
+
+def _between(ci95: tuple[float, float], unit: str) -> str:
+    return show.interval(ci95, unit) if all(map(math.isfinite, ci95)) else "too few samples"
 
 
 def _check_name(name: Any) -> None:

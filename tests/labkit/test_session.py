@@ -327,6 +327,111 @@ def test_a_figure_about_which_nothing_is_said_is_refused(lab, sentences):
         lab.say("figure", *sentences)
 
 
+def test_what_is_timed_in_a_fold_is_one_table_with_all_lines(lab, capsys):
+    capsys.readouterr()
+    with lab.fold("Two timings"):
+        short = lab.measure("short", lambda: sum(range(500)), budget_s=0.05)
+        long = lambda: sum(range(5000))  # noqa: E731
+        two = lab.compare("ratio", long, long, names=("long", "candidate"), budget_s=0.05)
+        assert capsys.readouterr().out == ""
+    out = capsys.readouterr().out
+    assert out == f"Two timings\n  {short}\n  ratio: {two}\n"
+    again = lab.measure("short", lambda: sum(range(500)), budget_s=0.05)
+    assert capsys.readouterr().out == f"{again}\n"
+    assert [entry["name"] for entry in done(lab)["measurements"]] == ["short", "ratio"]
+
+
+def test_the_columns_of_a_fold_are_those_that_it_needs(lab, monkeypatch):
+    shown = []
+    monkeypatch.setattr(session.show, "emit", lambda text, html=None, **_: shown.append(html))
+    with lab.fold("Timings"):
+        lab._show_timing("line", {"name": "a <b>", "verdict": "faster"}, warnings=())
+    with lab.fold("Timings"):
+        lab._show_timing("line", {"name": "a"}, warnings=())
+        lab._show_timing("line", {"name": "b"}, warnings=("the machine was busy",))
+    assert shown[0].startswith("<details><summary>Timings</summary><table") and "a &lt;b&gt;" in shown[0]
+    assert ["warnings" in html for html in shown] == [False, True] and "of the roof" not in "".join(shown)
+
+
+def test_an_exception_in_a_fold_shows_what_there_is_and_passes_through(lab, capsys):
+    with pytest.raises(ZeroDivisionError), lab.fold("Timings"):
+        lab._show_timing("the first line", {"name": "a"}, warnings=())
+        _ = 1 / 0
+    assert "Timings\n  the first line\n" in capsys.readouterr().out
+    with lab.fold("Empty"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+# challenges ---------------------------------------------------------------------------------------------------------
+
+GOALS = {"time": (None, 0.6, "x"), "accuracy": (84, None, "%")}
+REFERENCES = [
+    {"recipe": "dense", "time": 1.0, "accuracy": 90.0},
+    {"recipe": "half", "time": 0.5, "time ci95": (0.45, 0.55), "accuracy": np.float32(70.0)},
+]
+
+
+def place(lab: Lab, point: object, **changes: object) -> records.Challenge:
+    lab.challenge("MiniLM", "Faster, and as good.", point, **{"goals": GOALS, "references": REFERENCES, **changes})
+    (task,) = lab.finish().challenges
+    return records.read(lab._path).challenges[0] if task else task
+
+
+@pytest.mark.parametrize(
+    ("point", "reached", "words"),
+    [
+        (None, None, "challenge MiniLM: no plan yet."),
+        ({"time": 0.6, "accuracy": torch.tensor(84)}, True, "challenge MiniLM: reached."),
+        (
+            {"time": 0.7, "time ci95": (0.6, 0.8), "accuracy": 83.5},
+            False,
+            "not reached yet; time is 0.70x, and at most 0.60x was asked for; accuracy is 83.5 %, and at least 84 %",
+        ),
+    ],
+)
+def test_a_plan_is_placed_beside_the_references_and_recorded(lab, capsys, point, reached, words):
+    task = place(lab, point)
+    out = capsys.readouterr().out
+    assert (task.reached, task.goal, task.goals) == (reached, "Faster, and as good.", GOALS)
+    assert words in out and "shaded is the goal, time at most 0.60x, accuracy at least 84 %" in out
+    assert ("your plan  " in out) == (point is not None) and "dense" in out
+    assert task.point == (None if point is None else {name: pytest.approx(value) for name, value in point.items()})
+    result = {True: "reached", False: "not reached yet", None: "no plan yet"}[reached]
+    assert out.rstrip().splitlines()[-3].endswith(f"accuracy at least 84 %  {result}")
+
+
+def test_the_shaded_region_is_the_goal(lab, monkeypatch):
+    from matplotlib.patches import Rectangle
+
+    figures = []
+    monkeypatch.setattr(session.show, "figure", lambda fig, **_: figures.append(fig))
+    place(lab, {"time": 0.55, "accuracy": 85.0})
+    (ax,) = figures[0].axes
+    (region,) = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    (left, bottom), (right, top) = region.get_bbox().get_points()
+    assert (right, bottom) == (0.6, 84) and (left, top) == (ax.get_xlim()[0], ax.get_ylim()[1])
+    stars = [line for line in ax.lines if line.get_marker() == "*"]
+    assert [line.get_xydata().tolist() for line in stars] == [[[0.55, 85.0]]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"point": {"time": 0.5}}, "has None as its 'accuracy'; give a number for"),
+        ({"point": {"time": "fast", "accuracy": 1}}, "has 'fast' as its 'time'"),
+        ({"references": [{"recipe": "a", "time": 1}]}, "has None as its 'accuracy'"),
+        ({"references": []}, "non-empty list of dicts"),
+        ({"goals": {"time": (None, 0.6, "x")}}, "give two columns, each with"),
+        ({"goals": {"time": (None, None, "x"), "accuracy": (None, None, "%")}}, "ask for nothing"),
+    ],
+)
+def test_a_challenge_without_a_plane_is_refused_and_not_recorded(lab, changes, message):
+    with pytest.raises(InputError, match=message):
+        place(lab, **{"point": None, **changes})
+    assert lab.finish().challenges == []
+
+
 # other machines -----------------------------------------------------------------------------------------------------
 
 
@@ -474,12 +579,14 @@ def test_finish_writes_the_record_and_shows_what_came_of_it(lab, capsys):
     lab.predict("step", 3, "ms")
     lab.predict("never", 1)
     lab.record("step", 1.5, "ms")
+    lab.predict("asked", ...)
     lab.claim("1.1", 2.0)
     result = lab.finish()
     out = capsys.readouterr().out
     assert records.read(lab._path) == result
     assert lab._path.parts[-3:] == ("runs", "01", "record.json")
-    assert "2.00x too high" in out and "not measured" in out and "confirmed" in out
+    assert "2.00x too high" in out and "not measured" in out and "no prediction" in out
+    assert "1 result and 1 claim are in 01/record.json" in out and "twice as fast" not in out
     assert "within the budget of preset smoke" in out
     assert str(lab._path.parent) not in out
 

@@ -1,0 +1,98 @@
+"""A lesson's challenge: a goal on a plane of two quantities, and where points lie on it.
+
+Goals are {column: (least, most, unit)}, two columns, x then y; None where a side is open. Points are dicts with both
+columns, and under "<column> ci95" the (low, high) of a 95 % interval where there is one.
+"""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from labkit import show
+from labkit.errors import InputError
+
+Goals = Mapping[str, tuple[float | None, float | None, str]]
+
+
+def checked(goals: Any, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `point` that the goals are about, as plain numbers; InputError for goals or a point that are none."""
+    sides = list(goals.values()) if isinstance(goals, Mapping) else []
+    if len(sides) != 2 or not all(len(side) == 3 and isinstance(side[2], str) for side in sides):
+        raise InputError(f"The goals are {goals!r}; give two columns, each with (least, most, unit).")
+    if all(bound is None for side in sides for bound in side[:2]):
+        raise InputError(f"The goals {goals!r} ask for nothing; give a least or a most for one column or both.")
+    numbers_only = {}
+    for column in goals:
+        value = point.get(column) if isinstance(point, Mapping) else None
+        value = value.item() if hasattr(value, "item") else value
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise InputError(f"A point of the plane has {value!r} as its {column!r}; give a number for {list(goals)}.")
+        numbers_only[column] = float(value)
+        if (ci95 := point.get(f"{column} ci95")) is not None:
+            numbers_only[f"{column} ci95"] = tuple(map(float, ci95))
+    return numbers_only
+
+
+def missed(goals: Goals, point: Mapping[str, Any]) -> list[str]:
+    """What of the goals the point does not reach, in words: "time is 0.71x, and at most 0.60x was asked for"."""
+    words = []
+    for column, (least, most, unit) in goals.items():
+        here = f"{column} is {show.quantity(point[column], unit)}, and"
+        if least is not None and point[column] < least:
+            words.append(f"{here} at least {show.quantity(least, unit)} was asked for")
+        if most is not None and point[column] > most:
+            words.append(f"{here} at most {show.quantity(most, unit)} was asked for")
+    return words
+
+
+def asked(goals: Goals) -> str:
+    """The goals in words: "time at most 0.60x, accuracy at least 84 %"."""
+    words = []
+    for column, (least, most, unit) in goals.items():
+        ends = [("at least", least), ("at most", most)]
+        bounds = " and ".join(f"{side} {show.quantity(end, unit)}" for side, end in ends if end is not None)
+        words.append(f"{column} {bounds or 'open'}")
+    return ", ".join(words)
+
+
+def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str, star: str | None = None) -> None:
+    """Draw the points, each with its `label`, over the shaded region of the goal; the one labelled `star` as a star."""
+    from matplotlib.patches import Rectangle
+
+    (x, (least_x, most_x, _)), (y, (least_y, most_y, _)) = goals.items()
+    ax.margins(0.18)
+    middle = (min(point[x] for point in points) + max(point[x] for point in points)) / 2 if points else 0.0
+    for point in points:
+        is_star = star is not None and point[label] == star
+        look = (
+            {"marker": "*", "markersize": 16, "color": show.COLOURS[1]}
+            if is_star
+            else {"marker": "o", "color": "black"}
+        )
+        bars = {
+            f"{axis}err": [[max(0.0, point[column] - ends[0])], [max(0.0, ends[1] - point[column])]]
+            for axis, column in (("x", x), ("y", y))
+            if (ends := point.get(f"{column} ci95")) and all(map(math.isfinite, ends))
+        }
+        ax.errorbar([point[x]], [point[y]], capsize=2, zorder=3, **look, **bars)
+        on_the_right = point[x] > middle
+        ax.annotate(
+            str(point[label]).replace("$", r"\$"), (point[x], point[y]), (-7 if on_the_right else 7, 5),
+            textcoords="offset points", ha="right" if on_the_right else "left",
+        )  # fmt: skip
+    for bound, line in ((least_x, ax.axvline), (most_x, ax.axvline), (least_y, ax.axhline), (most_y, ax.axhline)):
+        if bound is not None:
+            line(bound, color=show.COLOURS[2], linewidth=1, linestyle="--")
+    ax.update_datalim([(end, point[y]) for end in (least_x, most_x) if end is not None for point in points])
+    ax.update_datalim([(point[x], end) for end in (least_y, most_y) if end is not None for point in points])
+    ax.autoscale_view()
+    (x_low, x_high), (y_low, y_high) = ax.get_xlim(), ax.get_ylim()
+    corner = x_low if least_x is None else least_x, y_low if least_y is None else least_y
+    far = x_high if most_x is None else most_x, y_high if most_y is None else most_y
+    size = far[0] - corner[0], far[1] - corner[1]
+    ax.add_patch(Rectangle(corner, *size, facecolor=show.COLOURS[2], alpha=0.15, zorder=0))
+    ax.annotate("goal", (corner[0], far[1]), (5, -5), textcoords="offset points", va="top", color=show.COLOURS[2])
+    ax.set(xlim=(x_low, x_high), ylim=(y_low, y_high))
+    for name, (column, (_, _, unit)) in zip("xy", goals.items(), strict=True):
+        getattr(ax, f"set_{name}label")(f"{column} ({unit})" if unit else column)
