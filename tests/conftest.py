@@ -16,6 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole lessons first: what takes a minute must not be what the other worker waits for at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("lesson") is None)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:
         import torch

@@ -10,7 +10,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from labkit.errors import InputError
-from labkit.pruning import select
 from labkit.pruning.coupling import Group, Member, trace
 from labkit.pruning.scores import CRITERIA, input_taylor, obs_prune, saliency, unit_scores
 
@@ -164,17 +163,6 @@ def test_wanda_covers_the_transposed_linear_of_transformers():
     assert_close(saliency(layer, "wanda", [x])["weight"], layer.weight.detach().abs() * norms[:, None])
 
 
-def test_taylor_finds_the_weights_that_matter():
-    """Only the first input carries signal; magnitude prefers the other one, which every loss-aware criterion drops."""
-    layer = nn.Linear(2, 1, bias=False)
-    layer.weight.data = torch.tensor([[0.5, 5.0]])
-    x = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
-    for name in NEED_DATA:
-        score = saliency(layer, name, [x], loss_fn=lambda out, batch: out.square().mean())["weight"]
-        assert score[0, 0] > score[0, 1], name
-    assert saliency(layer, "magnitude")["weight"].argmax() == 1
-
-
 # --- units ------------------------------------------------------------------------------------------------------------
 
 
@@ -299,10 +287,6 @@ def layer():
     return torch.randn(6, 12, generator=generator, dtype=torch.float64), x
 
 
-def output_error(weight, pruned, x):
-    return float((x @ (weight - pruned).t()).square().sum())
-
-
 def best_without(weight, x, removed, ridge):
     """Least squares over the weights that stay, one row: the exact optimum of sum (x (w - v))^2 + ridge/2 |w - v|^2."""
     stay = [j for j in range(len(weight)) if j not in removed]
@@ -321,15 +305,6 @@ def test_obs_removes_the_one_weight_that_brute_force_removes(layer):
         assert_close(result, best)
 
 
-def test_obs_saliency_is_the_error_that_brute_force_finds(layer):
-    weight, x = layer
-    ridge = 0.01 * float((2 * x.t() @ x).diagonal().mean())
-    module = nn.Linear(12, 6, bias=False).double()
-    module.weight.data = weight
-    found = torch.tensor([[best_without(row, x, [q], ridge)[1] for q in range(12)] for row in weight])
-    assert_close(saliency(module, "obs", [x])["weight"], found.double(), rtol=1e-5, atol=0)
-
-
 def test_obs_weights_are_least_squares_on_what_they_keep(layer):
     weight, x = layer
     ridge = 0.01 * float((2 * x.t() @ x).diagonal().mean())
@@ -337,24 +312,6 @@ def test_obs_weights_are_least_squares_on_what_they_keep(layer):
         removed = (result == 0).nonzero().flatten().tolist()
         assert len(removed) == 6
         assert_close(result, best_without(row, x, removed, ridge)[0])
-
-
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
-def test_obs_with_update_beats_magnitude_and_wanda(layer, sparsity):
-    weight, x = layer
-    k = select.count_to_prune(12, sparsity)
-    by_magnitude = weight.masked_fill(select.lowest_k(weight.abs(), k, dim=1), 0)
-    by_wanda = weight.masked_fill(select.lowest_k(weight.abs() * x.norm(dim=0), k, dim=1), 0)
-    obs = output_error(weight, obs_prune(weight, x, sparsity), x)
-    assert obs < 0.5 * min(output_error(weight, by_magnitude, x), output_error(weight, by_wanda, x))
-
-
-def test_obs_without_correlation_removes_what_magnitude_removes():
-    """With orthogonal inputs of one size there is nothing to update: the test above could fail, and here it would."""
-    x = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64)).Q
-    weight = torch.randn(3, 8, dtype=torch.float64)
-    expected = weight.masked_fill(select.lowest_k(weight.abs(), 4, dim=1), 0)
-    assert_close(obs_prune(weight, x, 0.5), expected)
 
 
 def test_obs_keeps_dtype_and_arguments_and_survives_dead_inputs():
@@ -398,24 +355,20 @@ def prepared(net, batches):
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_the_model_is_left_as_it_was(net, batches, criterion):
+def test_the_model_is_left_as_it_was_by_an_error_too(net, batches, criterion):
     before = state(prepared(net, batches))
     scores = saliency(net, criterion, torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True))
     assert set(scores) == {"conv.weight", "hidden.weight", "out.weight"}  # the frozen one has its score
     same(before, state(net))
-
-
-@pytest.mark.parametrize("criterion", NEED_DATA)
-def test_the_model_is_left_as_it_was_by_an_error(net, batches, criterion):
-    before = state(prepared(net, batches))
 
     def broken():
         yield batches[0]
         torch.rand(1)
         raise OSError("the disk is gone")
 
-    with pytest.raises(OSError):
-        saliency(net, criterion, broken())
+    if criterion in NEED_DATA:
+        with pytest.raises(OSError):
+            saliency(net, criterion, broken())
     same(before, state(net))
 
 
@@ -467,11 +420,6 @@ def test_scores_of_bfloat16_weights_are_float32():
     batch = (torch.randn(3, 4).bfloat16(), torch.tensor([0, 1, 2]))
     for criterion in CRITERIA:
         assert saliency(model, criterion, [batch])["weight"].dtype == torch.float32
-
-
-def test_an_unknown_criterion_is_refused_with_the_list(net):
-    with pytest.raises(InputError, match=r"no criterion 'L1': choose one of magnitude, taylor.*random"):
-        saliency(net, "L1")
 
 
 @pytest.mark.parametrize("criterion", NEED_DATA)

@@ -1,7 +1,6 @@
 """Pruning of single weights: the sparsity asked for is the one the forward pass sees, whatever happens to the model."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -187,26 +186,16 @@ def test_the_gradient_is_that_of_the_masked_product(net, batch):
         torch.testing.assert_close(parameter.grad, raw[name].grad)
 
 
-@pytest.mark.parametrize("when", ["at once", "after forward", "after backward", "after a step"])
-def test_deepcopy_works_and_its_masks_hold(net, batch, when):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_copy_works_and_its_masks_hold(net, batch, copied, steps):
     pruned = prune(net, 0.8)
-    if when != "at once":
-        loss = F.cross_entropy(pruned(batch[0]), batch[1])
-    if when in ("after backward", "after a step"):
-        loss.backward()
-    if when == "after a step":
-        train(pruned, batch, OPTIMIZERS["sgd"](pruned.parameters()))
-    twin = copy.deepcopy(pruned)
+    train(pruned, batch, OPTIMIZERS["sgd"](pruned.parameters()), steps)
+    twin = copied(pruned)
     before = copy.deepcopy(pruned.state_dict())
     train(twin, batch, OPTIMIZERS["sgd"](twin.parameters()))
     assert torch.equal(twin.fc1.weight != 0, masks(pruned)["fc1.weight"])
     assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
-
-
-def test_pickle_works(net, batch):
-    twin = pickle.loads(pickle.dumps(prune(net, 0.8)))
-    train(twin, batch, OPTIMIZERS["sgd"](twin.parameters()))
-    assert sparsity(twin) == sparsity(prune(net, 0.8))
 
 
 def test_two_forward_passes_share_one_backward(net, batch):
@@ -272,11 +261,6 @@ def test_the_mask_comes_before_zeros_that_are_not_masked(net):
     assert not (masks(prune(once, 0.5, scope="layer"))["fc2.weight"] & ~kept).any()
 
 
-def test_pruning_to_the_same_sparsity_changes_nothing(net):
-    once = prune(net, 0.5)
-    assert equal_states(once, prune(once, 0.5, criterion="random"))
-
-
 @pytest.mark.parametrize("scope", ["global", "layer", "row"])
 def test_asking_for_less_than_there_is_is_refused(net, scope):
     with pytest.raises(InputError, match=r"is already [5-9]\d\.\d\d% pruned.*more than the 20.00% asked for"):
@@ -300,29 +284,9 @@ def test_a_model_with_more_zeros_than_asked_is_not_silently_left_as_it_was(net, 
 
 
 def test_the_state_dict_is_that_of_the_dense_model_with_zeros(net):
-    def stored(model):
-        torch.save(model.state_dict(), file := io.BytesIO())
-        return file.getbuffer().nbytes
-
     pruned = prune(net, 0.9)
     assert list(pruned.state_dict()) == list(net.state_dict())
-    assert stored(pruned) == stored(net)
-
-
-@pytest.mark.slow
-def test_resnet50_reports_70_percent_before_and_after_loading():
-    from torchvision.models import resnet50
-
-    torch.manual_seed(0)
-    dense = resnet50(weights=None)
-    pruned = prune(dense, 0.7)
-    torch.save(pruned.state_dict(), file := io.BytesIO())
-    loaded = resnet50(weights=None)
-    loaded.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    for model in (pruned, loaded, make_permanent(pruned)):
-        assert f"{sparsity(model):.2%}" == "70.00%"
-        assert abs(sparsity(model) * 25_502_912 - 0.7 * 25_502_912) <= 0.5 + 1e-3
-    assert f"{sparsity(dense):.2%}" == "0.00%"
+    assert (pruned.state_dict()["fc1.weight"] == 0).sum() == (~masks(pruned)["fc1.weight"]).sum()
 
 
 def test_a_loaded_model_gets_its_masks_back(net, batch):
@@ -345,6 +309,7 @@ def test_permanent_is_the_same_function_without_a_trace(net, batch):
     assert sparsity(plain) < 0.5  # nothing holds it any more
 
 
+@pytest.mark.slow
 def test_permanent_exports(net, batch):
     plain = make_permanent(prune(net, 0.9).eval())
     exported = torch.export.export(plain, (batch[0],)).module()
