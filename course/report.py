@@ -23,11 +23,11 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from course.results import RunColumn, collect, frame, recorded_runs, short, side_by_side, with_unit
+from course.results import ResultFolder, RunColumn, collect, frame, recorded_runs, short, side_by_side, with_unit
 from course.tradeoffs import RANKED, Estimate, figure, literal, picture, pooled, trade_offs
-from labkit import claims, files, show
+from labkit import challenge, claims, files, show
 from labkit.claims import Claim
-from labkit.records import RunRecord, SettledClaim, calibration, off_by
+from labkit.records import Challenge, RunRecord, SettledClaim, calibration, off_by
 
 DIFFERS, NOT_YET, NOT_HERE = "differs by machine", "not yet measured", "not measurable here"
 VERDICTS = ("confirmed", "contradicted", "inconclusive", DIFFERS, NOT_HERE, NOT_YET)
@@ -205,6 +205,38 @@ def verdict(claim: Claim, columns: Sequence[RunColumn]) -> str:
     return NOT_HERE if claim.needs == "document" or tried else NOT_YET
 
 
+# challenges -------------------------------------------------------------------------------------------------------
+
+
+def challenged(results: Sequence[ResultFolder]) -> list[dict[str, Any]]:
+    """A figure for each challenge of one lesson's results: the plane with the point of every run that has a plan."""
+    tasks: dict[str, list[tuple[str, Challenge]]] = {}
+    for result in results:
+        for task in result.record.challenges if result.record else ():
+            tasks.setdefault(task.name, []).append((_whose(result, results), task))
+    figures = []
+    for name, entries in tasks.items():
+        newest = entries[-1][1]
+        points = [{"run": whose, **task.point} for whose, task in entries if task.point and task.goals == newest.goals]
+        rows = [
+            {"run": point["run"]} | {with_unit(name, unit): point[name] for name, (_, _, unit) in newest.goals.items()}
+            for point in points
+        ]
+        reached = [point["run"] for point in points if not challenge.missed(newest.goals, point)]
+        caption = f"Challenge {name}: {newest.goal} {len(reached)} of {len(entries)} runs reached it."
+        alt = f"The goal is {challenge.asked(newest.goals)}. Reached by: {', '.join(reached) or 'none yet'}."
+        draw = functools.partial(challenge.plane, goals=newest.goals, points=points, label="run")
+        figures.append(picture(draw, alt, caption, rows or [{"run": "no plan yet"}]))
+    return figures
+
+
+def _whose(result: ResultFolder, results: Sequence[ResultFolder]) -> str:
+    """The first folder in which a run differs from the others, which is a student's in a class."""
+    folders = [other.folder.resolve() for other in results]
+    parts = result.folder.resolve().relative_to(os.path.commonpath(folders)).parts
+    return parts[0] if parts else "your run"
+
+
 # the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +272,14 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
         section_titles={int(column.record.lesson): f": {column.record.title}" for column in columns},
         sweeps=[swept(points) for points in sweeps(records)],
         titles=[f"{some[0].record.lesson} {some[0].record.title}" for some in lessons],
-        lessons=[(some, [figure(shown) for shown in trade_offs(some)]) for some in lessons],
+        lessons=[
+            (
+                some,
+                challenged([result for result in results if result.lesson == some[0].record.lesson])
+                + [figure(shown) for shown in trade_offs(some)],
+            )
+            for some in lessons
+        ],
         link=lambda path: quote(Path(os.path.relpath(path, destination.parent)).as_posix()),
     )
     table = frame(records)

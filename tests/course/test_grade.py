@@ -1,5 +1,6 @@
 """A class of made-up hand-ins: each gets its right grade, whatever the others are, and none harms anything."""
 
+import ast
 import csv
 import io
 import json
@@ -317,6 +318,15 @@ def test_the_answer_counts_wherever_it_was_written(tmp_path: Path):
     copy = notebooks.student_copy(SOURCE, LESSON)
     copy.cells += [new_code_cell("def time_bound(*a): return 1"), new_code_cell("def time_bound(*a):\n    return (")]
     assert answer(copy, "01.2", tmp_path).source.endswith("return (")
+
+
+def test_what_lab_answer_binds_is_the_worked_answer_for_the_cells_below():
+    source = 'import math\nchoose = lab.answer("03.2", pick)\nx = lab.record("y", pick)\n%matplotlib inline'
+    assert [ast.unparse(node) for node in grade.definitions(source)] == ["import math", "choose = pick"]
+    cells = ["def pick(a, b, c, d): return a / c, 'compute'", 'choose = lab.answer("03.2", pick)']
+    uses = "def time_bound(*a): return (8e12 / 2e12, 'compute') if a[0] == 8e12 else choose(*a)"
+    result, _, reason = grade._checked(grade.Answer("01.2", BOUND, cells, uses)).partition("\n")
+    assert result == "wrong" and "NameError" not in reason
 
 
 def test_a_notebook_of_too_much_source_is_refused(tmp_path: Path):

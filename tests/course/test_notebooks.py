@@ -1,5 +1,6 @@
 """Lessons are found, read and copied without their answers; work that exists is never overwritten."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course import notebooks
 from course.notebooks import BEGIN, END, without_solution
-from labkit import files
+from labkit import checks, files
 from labkit.errors import DataError, InputError
 
 STUB = '''def double(x: float) -> float:
@@ -215,6 +216,18 @@ def test_a_release_holds_every_lesson_without_its_answers(released: Path):
             solution = task.source.partition(BEGIN)[2].partition(END)[0].strip()
             assert sources[task.cell_id] == task.stub and not any(solution in text for text in sources.values())
         assert path.name in (released / "README.md").read_text()
+
+
+def test_a_released_lesson_goes_on_with_worked_answers_that_nobody_reads_by_accident(released: Path):
+    code = """
+from labkit.checks import check, worked
+def time_bound(*_): raise NotImplementedError
+print(check("01.2", worked.answer("01.2", time_bound)).passed, worked.answer("01.9", time_bound))"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=released, env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "None"], run.stderr
+    text = (released / "notebooks" / "answers.json").read_text()
+    assert set(json.loads(text)) == set(checks.ids()) and "return" not in text and "def " not in text
 
 
 def test_a_released_notebook_uses_the_labkit_beside_it(released: Path):

@@ -118,6 +118,37 @@ def test_calibration_is_over_all_lessons(runs: Path):
     assert "half were off by a factor of 3 or less" in page(runs).words
 
 
+def test_a_question_without_a_prediction_is_counted_and_not_scored(runs: Path):
+    asked = [{**dict(RECORD.predictions[0]), "name": "asked", "question": "How far?", "predicted": None}]
+    inside = {**dict(RECORD.predictions[0]), "name": "ratio", "question": "How fast?", "ci95": [9.0, 21.0]}
+    records.write(changed(predictions=[*asked, inside]), runs / "01_small" / "smoke-00000000" / "record.json")
+    words = page(runs).words
+    assert "1 question had no prediction." in words and "How far?" not in words
+    assert "inside the 95 % interval" in words
+
+
+def test_a_class_sees_the_points_of_all_on_the_plane_of_the_challenge(runs: Path):
+    goals = {"time": (None, 0.6, "x"), "accuracy": (84.0, None, "%")}
+    points = {"ann": (0.55, 85.0), "bob": (0.7, 86.0), "cleo": None}
+    for student, point in points.items():
+        task = {"name": "MiniLM", "goal": "Faster, as good.", "goals": goals, "reached": None, "point": None}
+        if point:
+            task |= {"point": dict(zip(goals, point, strict=True)), "reached": student == "ann"}
+        records.write(changed(challenges=[task]), runs / student / "01_small" / "smoke-00000000" / "record.json")
+    words = page(runs).words
+    assert "Challenge MiniLM: Faster, as good. 1 of 3 runs reached it." in words
+    assert "The goal is time at most 0.60x, accuracy at least 84 %. Reached by: ann." in words
+    assert "bob0.70086" in words.replace(" ", "") and "cleo" not in words
+
+
+def test_a_challenge_without_any_plan_says_so(runs: Path):
+    goals = {"time": (None, 0.6, "x"), "accuracy": (None, None, "%")}
+    task = {"name": "MiniLM", "goal": "Faster.", "goals": goals, "reached": None, "point": None}
+    records.write(changed(challenges=[task]), runs / "01_small" / "smoke-00000000" / "record.json")
+    words = page(runs).words
+    assert "0 of 1 runs reached it." in words and "Reached by: none yet." in words and "no plan yet" in words
+
+
 def test_the_page_needs_nothing_from_outside(runs: Path):
     read, text = page(runs), (runs / "report.html").read_text()
     assert "script" not in read.tags and "url(" not in text and "@import" not in text
