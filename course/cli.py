@@ -111,7 +111,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...  Default: what the lesson says (auto).")
 @OUT
 @click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
-@click.option("--record", is_flag=True, help="Keep as reference: data/recorded/, and the lesson's own outputs.")
+@click.option("--record", is_flag=True, help="Run in three processes and keep as reference: data/recorded/, outputs.")
 @click.option("--resume", is_flag=True, help="Leave out what has a good result of the same code and parameters in OUT.")
 def run(
     lesson: str,
@@ -126,7 +126,8 @@ def run(
 
     NN is a lesson's number. Its parameters are the names in the cell tagged `parameters`; names, types and ranges are
     checked before anything runs. Each result is a folder OUT/<lesson>/<preset>-<id>/ with the executed notebook,
-    record.json and run.json; a failed run is kept beside it with "-failed". Asked for again, a lesson runs again.
+    record.json and run.json; a failed run is kept beside it with "-failed". Asked for again, a lesson runs again; a
+    recording that was interrupted goes on.
 
     Exit code: 0 all ran, 1 a lesson failed, 2 something asked for cannot be had, 130 interrupted. After Ctrl-C no
     process and no half result is left, and earlier results are whole.
@@ -151,15 +152,22 @@ def run(
         if record:
             run.require_reference(jobs[0].parameters)
         for path, job in zip(paths, jobs, strict=True):
-            result = (run.read(job.folder()) if resume else None) or run.run(job, progress=True)
-            done.append(result)
-            if sys.stderr.isatty():
-                click.echo("\r\033[K", nl=False, err=True)
-            click.echo(str(result))
-            if result.error:
-                click.echo(f"labkit: {result.lesson} stopped: {result.error}\n        see {result.notebook}", err=True)
-            elif record:
-                for file in run.keep_reference(result, path):
+            alone = [(job, run.read(job.folder()) if resume else None)]
+            results: list[run.Run] = []
+            for process, before in run.processes(job, resume=resume) if record else alone:
+                if record:
+                    click.echo(f"process {process.process} of {run.RECORDED_RUNS} of {job.lesson}")
+                results.append(before or run.run(process, progress=True))
+                done.append(results[-1])
+                if sys.stderr.isatty():
+                    click.echo("\r\033[K", nl=False, err=True)
+                click.echo(str(results[-1]))
+                if error := results[-1].error:
+                    see = results[-1].notebook
+                    click.echo(f"labkit: {job.lesson} stopped: {error}\n        see {see}", err=True)
+                    break
+            else:
+                for file in run.keep_reference(results, path) if record else ():
                     click.echo(f"recorded  {file}")
         if len(done) > 1:
             click.echo("\n".join(["", *map(str, done)]))

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +36,9 @@ SCHEMA = "labkit.run/1"
 SOURCES = (".py", ".cpp", ".cu", ".h", ".toml")
 LOG, OUTPUT, END = "log.txt", "executed.ipynb", "end.json"
 ALWAYS = ("PRESET", "RESULTS_DIR")  # what every result states, whether it differs from the cell or not
+RECORDED_RUNS = (
+    3  # processes of which a reference is made: what one process measures well, another may measure otherwise
+)
 START_SECONDS = 120  # for a kernel to start, which is tried twice
 IDLE_SECONDS, IDLE_CPU_SECONDS = 300, 3  # a run hangs that has no output in so long, and uses no more of a CPU
 LONGEST_SECONDS = 3600  # for a run that has output, or uses the CPU, all along
@@ -58,6 +61,7 @@ class Job:
 
     device  the device that the lesson asks for, "auto" included
     label   the name of the point in a sweep
+    process which of several that are recorded together, from 1 on; 0 for a run by itself
     """
 
     lesson: str
@@ -66,15 +70,17 @@ class Job:
     device: str
     out: Path
     label: str = ""
+    process: int = 0
 
     def folder(self) -> Path:
-        """OUT/<lesson>/<preset>-<eight digits of what a result depends on: lesson, parameters, labkit, machine>."""
+        """OUT/<lesson>/<preset>-<eight digits of what a result depends on: lesson, parameters, labkit, machine>[-N]."""
         from labkit.machine import fingerprint, torch_device  # imports torch
 
         machine = fingerprint(torch_device(self.device)).slug
         facts = json.dumps([self.parameters, code_version(), machine], sort_keys=True)
         digits = hashlib.sha256(self.source + facts.encode()).hexdigest()[:8]
-        return self.out / self.lesson / f"{self.parameters['PRESET']}-{digits}"
+        process = f"-{self.process}" if self.process else ""
+        return self.out / self.lesson / f"{self.parameters['PRESET']}-{digits}{process}"
 
 
 @dataclass(frozen=True)
@@ -267,20 +273,34 @@ def require_reference(bound: Mapping[str, Any]) -> None:
         raise InputError(f"A reference run keeps the lesson's own values; leave out -p {changed[0]}.")
 
 
-def keep_reference(result: Run, notebook: Path) -> list[Path]:
-    """Store a good run as reference: its record beside the others, and its outputs in the lesson itself.
+def processes(job: Job, *, resume: bool) -> list[tuple[Job, Run | None]]:
+    """The processes of which a reference is made, each with its result where it was finished before.
 
-    The lesson is rewritten only where the run used the parameters that the lesson's cell states, so that what a reader
-    sees is what the cell gives. Returns the files written.
+    Where some are missing, an interrupted recording goes on; where none is, only `resume` reuses them.
+    """
+    jobs = [replace(job, process=number) for number in range(1, RECORDED_RUNS + 1)]
+    results = [read(process.folder()) for process in jobs]
+    return list(zip(jobs, results if resume or None in results else [None] * len(jobs), strict=True))
+
+
+def keep_reference(results: Sequence[Run], notebook: Path) -> list[Path]:
+    """Store good runs of one lesson as its reference, and the outputs of one in the lesson itself.
+
+    The record, beside the others, and the outputs are those of the run that took the median time; the record also holds
+    the numbers of all. The lesson is rewritten only where the runs used the parameters that the lesson's cell states,
+    so that what a reader sees is what the cell gives. Returns the files written.
     """
     import nbformat  # takes a second
 
     from course.notebooks import tidied
+    from labkit import records
 
-    text = (result.folder / "record.json").read_text(encoding="utf-8")
-    record, executed = json.loads(text), nbformat.read(result.notebook, as_version=4)
-    written = [files.RECORDED / record["machine"]["slug"] / f"{record['lesson']}.json"]
-    files.write_text(written[0], text)
+    of_processes = [records.read(result.folder / "record.json") for result in results]
+    reference = records.together(of_processes)
+    result = next(run for run, record in zip(results, of_processes, strict=True) if record.created == reference.created)
+    executed = nbformat.read(result.notebook, as_version=4)
+    written = [files.RECORDED / reference.machine["slug"] / f"{reference.lesson}.json"]
+    records.write(reference, written[0])
     stated = parameters.read(executed)["PRESET"].default
     if set(result.parameters) == set(ALWAYS) and result.parameters["PRESET"] == stated:
         files.write_text(notebook, nbformat.writes(tidied(executed)) + "\n")

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -147,9 +147,31 @@ class Challenge(_Strict):
     reached: bool | None
 
 
+class Processes(_Strict):
+    """What one lesson gave in several processes, one after the other; all lists are in the order of the processes.
+
+    created  when each ended; seconds: what each took
+    values   the numbers that were recorded by name; a process that did not record one is left out of its list
+    """
+
+    created: list[str]
+    seconds: list[float]
+    values: dict[str, list[int | float]]
+
+
+class Spread(NamedTuple):
+    """A number over processes: median, smallest, largest, and how many processes there were."""
+
+    median: float
+    smallest: float
+    largest: float
+    processes: int
+
+
 class RunRecord(_Strict):
     """One finished run of a lesson.
 
+    runs: of a reference run, what it and the other processes gave that were recorded with it; None: there was one.
     sentences: what the run said about its results, computed from them, by the name of the figure or the table.
     budget: {seconds, memory, within}, what the preset allows (None: no limit) and whether that was kept. seconds counts
     the time in which cells ran; peak_memory and peak_device_memory are bytes.
@@ -175,6 +197,7 @@ class RunRecord(_Strict):
     created: str
     labkit: str
     git: dict[str, Any] | None
+    runs: Processes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON values; what has its default is left out, NaN and infinities are "nan", "inf", "-inf"."""
@@ -196,6 +219,15 @@ class RunRecord(_Strict):
     def named(self, name: str) -> RecordedValue | RecordedTable | None:
         """The measurement called `name`, None where there is none."""
         return next((entry for entry in self.measurements if entry.name == name), None)
+
+    def spread(self, name: str) -> Spread | None:
+        """Over the processes, the number recorded as `name`, or what a run took ("seconds"); None without a number."""
+        if self.runs is None:
+            entry = self.seconds if name == "seconds" else getattr(self.named(name), "value", None)
+            values = [entry] if _is_number(entry) else []
+        else:
+            values = self.runs.seconds if name == "seconds" else self.runs.values.get(name, [])
+        return Spread(statistics.median(values), min(values), max(values), len(values)) if values else None
 
     def __repr__(self) -> str:
         what = f"{len(self.measurements)} measurements, {len(self.claims)} claims, {len(self.checks)} checks"
@@ -230,6 +262,21 @@ def table(
             f"by={by} does not tell the rows of {name!r} apart: {which} is there twice; name more columns."
         )
     return RecordedTable(kind="table", name=name, rows=rows, by=by, columns=columns, simulated=simulated)
+
+
+def together(processes: Sequence[RunRecord]) -> RunRecord:
+    """The record of the process that took the median time, with the numbers of all: what a reference holds."""
+    middle = sorted(processes, key=lambda record: record.seconds)[len(processes) // 2]
+    values: dict[str, list[int | float]] = {}
+    for entry in (entry for record in processes for entry in record.measurements):
+        if isinstance(entry, RecordedValue) and _is_number(entry.value):
+            values.setdefault(entry.name, []).append(entry.value)
+    times = {"created": [record.created for record in processes], "seconds": [record.seconds for record in processes]}
+    return middle.model_copy(update={"runs": Processes(**times, values=values)})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write(record: RunRecord, path: Path) -> None:

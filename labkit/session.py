@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from types import EllipsisType
@@ -439,35 +440,51 @@ class Lab:
     show = staticmethod(show.figure)
 
     def recorded(self, name: str) -> list[dict[str, Any]]:
-        """What reference runs of this lesson hold under `name`: one dict a machine, with machine, device and preset."""
+        """What reference runs of this lesson hold under `name`: one dict a machine, with machine, device and preset.
+
+        created and spread (labkit.records.Spread; None for what is no number) say when, and how processes differed.
+        """
         return [
             {"machine": run.machine["label"], "device": run.device, "preset": run.preset, **entry.model_dump()}
+            | {"created": run.created, "spread": run.spread(name)}
             for run in records.recorded(self.lesson)
             if (entry := run.named(name))
         ]
 
     def beside(self, name: str) -> None:
-        """Show this machine's number beside the recorded ones; device kinds without a record say "not recorded yet"."""
+        """Show this run's number beside the recorded ones; device kinds without a record say "not recorded yet".
+
+        An interval within a run says how well that run knew its number; only several processes say how runs differ.
+        """
         value = self._measurements.get(name)
         if not isinstance(value, RecordedValue):
             names = [key for key, entry in self._measurements.items() if isinstance(entry, RecordedValue)]
             raise InputError(
                 f"There is no number called {name!r} to show; measured so far: {', '.join(names) or 'nothing'}."
             )
-        here = {"machine": f"this machine: {self.machine.label}", "device": self.device.type, "preset": self.preset}
+        here = {"machine": self.machine.label, "device": self.device.type, "preset": self.preset}
         runs = [here | value.model_dump(), *self.recorded(name)]
-        rows = [
-            {
-                "machine": run["machine"],
-                "preset": run["preset"],
-                "value": show.quantity(run["value"], run["unit"]),
-                "95 % interval": show.interval(run["ci95"], run["unit"]),
-            }
-            for run in runs
-        ]
+        rows = []
+        for run in runs:
+            spread, number, ends, meaning = run.get("spread"), run["value"], run["ci95"], "95 % interval within the run"
+            if spread is not None and spread.processes > 1:
+                number, *ends = spread[:3]
+                meaning = f"median, smallest to largest of {spread.processes} processes"
+            elif spread is not None:
+                meaning += ", 1 process"
+            rows.append(
+                {
+                    "run": f"recorded {_date(run['created'])}" if "created" in run else "this run",
+                    "machine": run["machine"],
+                    "preset": run["preset"],
+                    "value": show.quantity(number, run["unit"]),
+                    "from … to": show.interval(ends, run["unit"]),
+                    "which is": meaning if ends is not None else "1 process",
+                }
+            )
         for kind, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
             if all(torch.device(run["device"]).type != kind for run in runs):
-                rows.append({"machine": words, "preset": "–", "value": "not recorded yet", "95 % interval": ""})
+                rows.append(dict.fromkeys(rows[0], "") | {"machine": words, "value": "not recorded yet"})
         self.table(rows, caption=name, simulated=value.simulated)
 
     def finish(self) -> RunRecord:
@@ -576,6 +593,11 @@ class Lab:
 
 def _between(ci95: tuple[float, float], unit: str) -> str:
     return show.interval(ci95, unit) if all(map(math.isfinite, ci95)) else "too few samples"
+
+
+def _date(created: str) -> str:
+    """24 Nov 2026."""
+    return datetime.fromisoformat(created).strftime("%d %b %Y").lstrip("0")
 
 
 def _check_name(name: Any) -> None:

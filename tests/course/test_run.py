@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from commands import labkit, started, wait_until
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from course import notebooks, run
-from labkit import fetch, files
+from labkit import fetch, files, records
 from labkit.errors import DataError
 from labkit.machine import DEVICES
 from labkit.records import MIME
@@ -579,15 +580,58 @@ def test_a_reference_keeps_its_outputs_in_the_lesson_only_at_the_lesson_s_own_va
     tmp_path: Path, write_lesson, monkeypatch, bound: dict, in_lesson: bool
 ):
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
-    write_lesson(tmp_path / "result", "1")
-    (tmp_path / "result" / "record.json").write_text('{"lesson": "01", "machine": {"slug": "test-cpu-2c"}}')
-    result = run.Run("01_small", tmp_path / "result", {"RESULTS_DIR": ".", **bound}, 1.0, 1, None)
+    results = []
+    for seconds in (3.0, 1.0, 2.0):
+        results.append(run.Run("01_small", tmp_path / f"{seconds}", {"RESULTS_DIR": ".", **bound}, seconds, 1, None))
+        write_lesson(results[-1].folder, f"{seconds}")
+        records.write(record_of(seconds), results[-1].folder / "record.json")
     record, lesson = tmp_path / "recorded" / "test-cpu-2c" / "01.json", tmp_path / "01_small.ipynb"
-    run.require_reference(result.parameters)
-    assert run.keep_reference(result, lesson) == [record, lesson][: 1 + in_lesson]
-    assert record.read_text() == (tmp_path / "result" / "record.json").read_text()
+    run.require_reference(results[0].parameters)
+    assert run.keep_reference(results, lesson) == [record, lesson][: 1 + in_lesson]
+    assert records.read(record).runs.seconds == [3.0, 1.0, 2.0] and records.read(record).seconds == 2.0
     assert lesson.exists() == in_lesson
-    assert not in_lesson or nbformat.read(lesson, as_version=4).cells[0].source == "# A small lesson"
+    assert not in_lesson or nbformat.read(lesson, as_version=4).cells[-1].source == "2.0"  # of the same run
+
+
+def record_of(seconds: float) -> records.RunRecord:
+    facts = {"title": "", "preset": "class", "device": "cpu", "parameters": {}, "machine": {"slug": "test-cpu-2c"}}
+    facts |= {key: [] for key in ("measurements", "predictions", "claims", "checks")} | {"budget": {}, "git": None}
+    cost = {"seconds": seconds, "peak_memory": 1, "peak_device_memory": None}
+    origin = {"created": f"2026-11-2{seconds:.0f}T10:00:00+00:00", "labkit": "0"}
+    return records.RunRecord(version=records.VERSION, lesson="01", **facts, **cost, **origin)
+
+
+@slow
+def test_a_recording_that_was_interrupted_goes_on(tmp_path: Path, write_lesson, monkeypatch):
+    """The lesson counts its processes in a folder outside; the second one breaks."""
+    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
+    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
+    (tmp_path / "counted").mkdir()
+    for number in range(4):
+        (tmp_path / f"{number}.json").write_text(json.dumps(record_of(9.0 - number).to_dict()))
+    work = """
+    import os, pathlib, shutil
+    counted = pathlib.Path(os.environ["COUNTED"])
+    number = len(list(counted.iterdir()))
+    (counted / str(number)).touch()
+    assert number != 1
+    os.mkdir("01")
+    shutil.copy(counted.parent / f"{number}.json", "01/record.json")
+    """
+    notebook = write_lesson(tmp_path / "notebooks", textwrap.dedent(work))
+    asked = ("run", "1", "--preset", "class", "--record", "--out", tmp_path / "runs")
+    first = labkit(*asked)
+    assert first.exit_code == 1 and not (tmp_path / "recorded").exists(), first.output
+    assert "process 2 of 3 of 01_small" in first.stdout and "process 3" not in first.stdout
+    second = labkit(*asked)
+    assert second.exit_code == 0, second.output
+    assert len(names_in(tmp_path / "counted")) == 4  # the first process is not run again
+    reference = records.read(tmp_path / "recorded" / "test-cpu-2c" / "01.json")
+    assert reference.runs.seconds == [9.0, 7.0, 6.0] and reference.seconds == 7.0
+    job = run.prepare(notebook, {"PRESET": "class"}, tmp_path / "runs")
+    assert [bool(before) for _, before in run.processes(job, resume=True)] == [True] * 3
+    assert not any(before for _, before in run.processes(job, resume=False))  # what is complete begins afresh
 
 
 # the lessons' own ranges -------------------------------------------------------------------------------------------

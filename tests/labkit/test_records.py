@@ -252,6 +252,30 @@ def test_recorded_reads_one_record_a_machine_in_order(tmp_path, monkeypatch):
     assert records.recorded("03") == []
 
 
+def test_a_reference_is_the_run_of_median_time_with_the_numbers_of_all(tmp_path):
+    def process(seconds: float, **values: object) -> RunRecord:
+        entries = [{"kind": "value", "name": name, "value": value} for name, value in values.items()]
+        return changed(seconds=seconds, measurements=entries, created=f"2026-11-2{seconds:.0f}T10:00:00+00:00")
+
+    runs = [process(3, ratio=2.0, who="a"), process(1, ratio=4.0, who="b"), process(2, ratio=9.0, who="c", rare=7)]
+    records.write(records.together(runs), tmp_path / "01.json")
+    reference = records.read(tmp_path / "01.json")
+    assert (reference.seconds, reference.named("ratio").value, reference.named("who").value) == (2, 9.0, "c")
+    assert reference.runs.created == [f"2026-11-2{day}T10:00:00+00:00" for day in (3, 1, 2)]
+    assert reference.runs.values == {"ratio": [2.0, 4.0, 9.0], "rare": [7]}
+    assert reference.spread("ratio") == (4.0, 2.0, 9.0, 3)
+    assert reference.spread("rare") == (7, 7, 7, 1)
+    assert reference.spread("seconds") == (2, 1, 3, 3)
+    assert reference.spread("who") is None and reference.spread("missing") is None
+
+
+def test_a_record_of_one_process_spreads_over_one():
+    assert RECORD.runs is None
+    assert RECORD.spread("ridge") == (20.5, 20.5, 20.5, 1)
+    assert RECORD.spread("seconds").processes == 1
+    assert RECORD.spread("cuts") is None  # a table
+
+
 def test_a_record_prints_on_one_line():
     assert (
         str(RECORD) == repr(RECORD) == "RunRecord(lesson 01, smoke, A CPU, 2 cores: 2 measurements, 1 claims, 1 checks)"

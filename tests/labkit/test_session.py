@@ -455,6 +455,18 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     lab.beside("step")
     both = capsys.readouterr().out
     assert "Some GPU" in both and "900 µs to 1.10 ms" in both and "not recorded yet" not in both
+    assert "this run" in both and "95 % interval within the run, 1 process" in both
+
+    path = files.RECORDED / "some-gpu" / "01.json"
+    three = [records.read(path).model_copy(update={"created": "2026-11-24T14:55:00+00:00"}) for _ in range(3)]
+    for record, seconds in zip(three, (0.0011, 0.0008, 0.002), strict=True):
+        record.measurements[0].value = seconds
+    records.write(records.together(three), path)
+    lab.beside("step")
+    words = capsys.readouterr().out
+    assert "recorded 24 Nov 2026" in words and "median, smallest to largest of 3 processes" in words
+    assert "1.10 ms" in words and "800 µs to 2 ms" in words
+    records.write(records.RunRecord.from_dict(values), path)
     lab._show_card()
     assert f"at class on Some GPU, {values['created'][:10]}" in capsys.readouterr().out
 
