@@ -180,25 +180,9 @@ def test_runs_at_once_on_one_cpu_share_its_cores(lesson: Path, tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_a_failed_point_does_not_end_a_sweep_and_only_it_is_run_again(home: Path):
-    options = ("-g", "RATIO=0.9,0.25", "--preset", "smoke")
-    first = labkit(home, *options)
-    assert first.exit_code == 1
-    assert "2 points: 1 run, 0 there before, 1 failed" in first.stdout
-    assert "failed  RATIO 0.9: AssertionError in cell 4 (Its work): too much\n        see " in first.stdout
-    assert first.stdout.splitlines()[-1].startswith("report  file://") and (home / "runs" / "report.html").exists()
-    before = results(home)
-    again = labkit(home, *options)
-    assert again.exit_code == 1 and "before  " in again.stdout
-    assert "2 points: 0 run, 1 there before, 1 failed" in again.stdout
-    assert [len(marks(home, ratio)) for ratio in (0.25, 0.9)] == [1, 2]
-    assert {name: when for name, when in results(home).items() if not name.endswith("failed")}.items() <= before.items()
-
-
-@pytest.mark.slow
-def test_ctrl_c_keeps_what_is_done_ends_what_runs_and_the_same_command_goes_on(home: Path):
+def test_neither_a_failed_point_nor_ctrl_c_loses_what_is_done_and_the_same_command_goes_on(home: Path):
     (home / "hold-0.5-0").touch()
-    options = ("-g", "RATIO=0.25,0.5", "--preset", "smoke")
+    options = ("-g", "RATIO=0.9,0.25,0.5", "--preset", "smoke")
     with started(home, *options) as process:
         wait_until(lambda: marks(home, 0.5))
         process.send_signal(signal.SIGINT)
@@ -207,11 +191,17 @@ def test_ctrl_c_keeps_what_is_done_ends_what_runs_and_the_same_command_goes_on(h
     assert "interrupted; finished runs are kept, and the same command goes on from them" in said
     wait_until(lambda: not any(map(alive, marks(home, 0.5)[0])), 10)
     before = results(home)
-    assert folders(home) == list(before) and len(before) == 1
+    assert folders(home) == sorted(before) and [name.endswith("-failed") for name in sorted(before)].count(True) == 1
+    assert len(before) == 2
     (home / "hold-0.5-0").unlink()
     again = labkit(home, *options)
-    assert again.exit_code == 0 and "2 points: 1 run, 1 there before, 0 failed" in again.stdout
-    assert len(results(home)) == 2 and results(home).items() >= before.items()
+    assert again.exit_code == 1 and "before  " in again.stdout
+    assert "3 points: 1 run, 1 there before, 1 failed" in again.stdout
+    assert "failed  RATIO 0.9: AssertionError in cell 4 (Its work): too much\n        see " in again.stdout
+    assert again.stdout.splitlines()[-1].startswith("report  file://") and (home / "runs" / "report.html").exists()
+    good = {name: when for name, when in before.items() if not name.endswith("-failed")}
+    assert results(home).items() >= good.items() and len(results(home)) == 3
+    assert [len(marks(home, ratio)) for ratio in (0.25, 0.9, 0.5)] == [1, 2, 2]
 
 
 @pytest.mark.slow

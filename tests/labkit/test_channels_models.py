@@ -12,26 +12,18 @@ from labkit.pruning.channels import prune
 # Side of the image, and what is left of the parameters at most.
 MODELS = {
     "resnet18": (32, 0.28),
-    "resnet50": (32, 0.28),
     "resnext50_32x4d": (32, 0.30),
-    "wide_resnet50_2": (32, 0.28),
-    "vgg16_bn": (32, 0.28),
     "alexnet": (64, 0.28),
-    "mobilenet_v2": (32, 0.36),
     "mobilenet_v3_large": (32, 0.33),
     "efficientnet_b0": (32, 0.34),
-    "efficientnet_v2_s": (32, 0.28),
-    "mnasnet1_0": (32, 0.35),
     "densenet121": (32, 0.30),
     "googlenet": (64, 0.34),
     "inception_v3": (299, 0.30),
     "squeezenet1_0": (32, 0.37),
     "shufflenet_v2_x1_0": (32, 0.42),
-    "regnet_x_400mf": (32, 0.32),
     "regnet_y_400mf": (32, 0.30),
     "convnext_tiny": (32, 0.28),
     "vit_b_16": (32, 0.28),
-    "swin_t": (64, 0.28),
     "swin_v2_t": (64, 0.28),
     "maxvit_t": (224, 0.28),
 }
@@ -59,13 +51,9 @@ def test_half_of_the_channels_of_a_torchvision_model(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The default weight init")
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_auxiliary_heads_train_on(name):
-    side = 299 if name == "inception_v3" else 64
-    model = build(name, side)
-    small = prune(model, torch.randn(1, 3, side, side), ratio=0.5).model.train()
-    main, *aux = small(torch.randn(2, 3, side, side))
-    assert main.shape == (2, 1000) and all(x.shape == (2, 1000) for x in aux if x is not None) and aux
+def test_auxiliary_heads_train_on():
+    small = prune(build("googlenet", 64), torch.randn(1, 3, 64, 64), ratio=0.5).model.train()
+    assert [x.shape for x in small(torch.randn(2, 3, 64, 64))] == [(2, 1000)] * 3
 
 
 def test_segmentation_and_its_dictionary():

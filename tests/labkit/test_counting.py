@@ -236,19 +236,14 @@ def test_resnet18_has_the_published_count() -> None:
     assert count(model, torch.randn(1, 3, 224, 224, device="meta")).flops == 3_628_146_688
 
 
-def bert(implementation: str) -> nn.Module:
-    with torch.device("meta"):
-        return transformers.BertModel(transformers.BertConfig(attn_implementation=implementation))
-
-
-def test_bert_base_counts_the_same_however_it_attends() -> None:
-    length, d, layers = 128, 768, 12
+def test_bert_counts_the_same_however_it_attends() -> None:
+    length, d, layers = 128, 768, 2
     each = 2 * length * (4 * d * d + 2 * d * 4 * d) + 4 * length * length * d
     for implementation in ("sdpa", "eager"):
-        work = count(bert(implementation), input_ids=torch.zeros(1, length, dtype=torch.long, device="meta"))
-        assert work.flops == layers * each + 2 * d * d  # and the pooler
-        assert work.flops == pytest.approx(22.3e9, rel=0.005)
-        assert work.uncounted == {}
+        config = transformers.BertConfig(num_hidden_layers=layers, attn_implementation=implementation)
+        with torch.device("meta"):
+            work = count(transformers.BertModel(config), input_ids=torch.zeros(1, length, dtype=torch.long))
+        assert (work.flops, work.uncounted) == (layers * each + 2 * d * d, {})  # and the pooler
 
 
 def llama(**changes) -> nn.Module:
@@ -320,8 +315,8 @@ def test_evaluation_is_what_is_counted() -> None:
 
 def test_compiled_code_counts_as_eager() -> None:
     layer = nn.Linear(D, 5)
-    assert count(torch.compile(layer), X) == count(layer, X)
-    assert count(torch.compile(lambda x: layer(x).relu()), X).flops == count(layer, X).flops
+    assert count(torch.compile(layer, backend="aot_eager"), X) == count(layer, X)
+    assert count(torch.compile(lambda x: layer(x).relu(), backend="aot_eager"), X).flops == count(layer, X).flops
 
 
 def test_inference_mode_hides_nothing() -> None:

@@ -1,8 +1,6 @@
 """The models are the ones that they are called: parameter counts, known predictions, weights that say what they are."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -32,10 +30,11 @@ def parameters(model: torch.nn.Module) -> int:
         ("resnet20", 272_186),
         ("efficientnet_lite0", 4_652_008),  # table of the TensorFlow EfficientNet-lite release: 4.7 M
         ("minilm", 22_713_216),
-        ("smollm2", 134_515_008),
+        pytest.param("smollm2", 134_515_008, marks=pytest.mark.slow),
         ("resnet50", 25_557_032),  # torchvision's own table
         ("bert_base", 109_482_240),
-        ("llama3_8b_layer", 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)),  # q, o, k, v, three of the MLP, two norms
+        # q, o, k, v, three of the MLP, two norms
+        pytest.param("llama3_8b_layer", 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2), marks=pytest.mark.slow),
     ],
 )
 def test_model_has_the_stated_parameters_and_is_ready_to_use(name: str, count: int) -> None:
@@ -45,12 +44,13 @@ def test_model_has_the_stated_parameters_and_is_ready_to_use(name: str, count: i
     assert {(parameter.dtype, parameter.device.type) for parameter in model.parameters()} == {(torch.float32, "cpu")}
 
 
+@pytest.mark.slow
 def test_resnet20_reaches_the_accuracy_of_its_record() -> None:
     record = json.loads(fetch.path("checkpoints/resnet20-fashion-mnist.json").read_text())
-    data = datasets.fashion_mnist("test", 2000)
+    data = datasets.fashion_mnist("test", 1000)
     found = training.accuracy(models.resnet20(), training.Batches((data.images, data.labels), 500))
     expected = record["test_accuracy"]
-    assert abs(found - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5  # four standard errors of the subset
+    assert abs(found - expected) < 4 * (expected * (1 - expected) / 1000) ** 0.5  # four standard errors of the subset
 
 
 def test_efficientnet_names_the_cat_and_the_espresso() -> None:
@@ -74,12 +74,14 @@ def test_minilm_puts_like_sentences_closer() -> None:
     assert alike[0, 1] > alike[0, 2] + 0.5
 
 
+@pytest.mark.slow
 def test_smollm2_predicts_the_handbook() -> None:
     tokens = models.tokenizer("smollm2")(datasets.handbook("test"), return_tensors="pt")["input_ids"][0]
     # a random model would be near its vocabulary of 49,152, a wrongly read one in the hundreds
-    assert 15 < training.perplexity(models.smollm2(), tokens[:2048]) < 40
+    assert 15 < training.perplexity(models.smollm2(), tokens[:1024]) < 40
 
 
+@pytest.mark.slow
 def test_smollm2_half_precision_is_the_same_weights() -> None:
     half, full = models.smollm2(torch.float16), models.smollm2()
     assert all(torch.equal(a.float(), b) for a, b in zip(half.parameters(), full.parameters(), strict=True))
@@ -92,11 +94,6 @@ def test_tokenizers_give_back_the_text() -> None:
         assert models.tokenizer(name).decode(tokens, skip_special_tokens=True) == text
 
 
-def test_models_load_without_a_network(offline: dict[str, str]) -> None:
-    code = "from labkit import models; models.minilm(); models.smollm2(); models.tokenizer('smollm2')"
-    subprocess.run([sys.executable, "-c", code], env=offline, check=True)
-
-
 def test_review_batches_are_cut_to_their_longest_text() -> None:
     for batch in models.review_batches("test", 64, batch_size=8):
         assert batch["input_ids"].shape == batch["attention_mask"].shape
@@ -104,12 +101,13 @@ def test_review_batches_are_cut_to_their_longest_text() -> None:
         assert batch["input_ids"].shape[1] <= 48
 
 
+@pytest.mark.slow
 def test_fine_tuned_minilm_is_within_half_a_point_of_whole_fine_tuning() -> None:
     accuracy = json.loads(fetch.path("checkpoints/minilm-reviews-delta.json").read_text())["accuracy"]
     assert accuracy["delta"]["test"] > accuracy["whole"]["test"] - 0.005
-    share = training.accuracy(models.minilm_finetuned(), models.review_batches("test", 400))
+    share = training.accuracy(models.minilm_finetuned(), models.review_batches("test", 200))
     expected = accuracy["delta"]["test"]
-    assert abs(share - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5  # four standard errors of the subset
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / 200) ** 0.5  # four standard errors of the subset
 
 
 def test_a_delta_adds_its_product_and_replaces_what_it_names() -> None:
@@ -128,6 +126,7 @@ def test_random_models_repeat_and_leave_the_random_state() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_llama_layer_is_causal() -> None:
     layer = models.llama3_8b_layer(torch.bfloat16)
     hidden = torch.randn(1, 6, 4096, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))

@@ -75,7 +75,7 @@ def test_bare_parameters_are_cut_with_their_width():
 
 
 @pytest.mark.slow
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(programs(), st.floats(0, 0.95), st.sampled_from(["l1", "random"]), st.integers(0, 5))
 def test_random_networks_stay_equal_after_random_plans(program, ratio, criterion, seed):
     model = randomise_(Network(program), seed)
@@ -187,7 +187,7 @@ def test_half_precision_is_kept_and_checked_in_a_wider_type():
 
 
 @pytest.mark.slow
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(programs(), st.sets(st.sampled_from(HABITS), min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_the_callers_model_is_left_as_it_was_whatever_its_forward_pass_writes_down(program, habits, ran, trains):
     model = randomise_(Stateful(program, habits), 1).train(trains)

@@ -73,7 +73,8 @@ def neurons_of(model: nn.Module) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "kind", "attention"),
     cases(
-        *[(name, kind, "sdpa") for name in EVERY for kind in ("heads", "ffn")],
+        *[(name, "heads", "sdpa") for name in EVERY],
+        *[(name, "ffn", "sdpa") for name in ("bert", "gpt2", "llama", "vit", "t5", "neox", "falcon", "modernbert")],
         *[(name, "heads", "eager") for name in ("bert", "gpt2", "llama", "t5")],
     ),
 )
@@ -89,14 +90,14 @@ def test_pruned_equals_masked_in_fp32(name, kind, attention):
         assert float((dense - output(model, name)).abs().max()) > 1e-3 * float(dense.abs().max())  # something went
 
 
-@pytest.mark.parametrize("name", cases(*EVERY))
+@pytest.mark.parametrize("name", cases("bert", "minilm", "gpt2", "llama", "t5", "neox", "falcon"))
 def test_each_layer_has_its_heads_and_neurons(name):
     layers = 6 if name == "t5" else 3
     assert heads_of(family(name)) == [8 if name == "minilm" else 4] * layers
     assert neurons_of(family(name)) == [24] * (4 if name == "t5" else 3)
 
 
-@pytest.mark.parametrize("name", cases(*[name for name in EVERY if name != "t5"]))
+@pytest.mark.parametrize("name", cases("bert", "gpt2", "opt", "llama", "vit", "falcon", "modernbert"))
 def test_pruned_layers_equal_skipped_ones(name):
     model = family(name)
     pruned = pruned_by("depth", name)
@@ -259,7 +260,7 @@ def test_config_says_it_where_all_layers_agree(name, kind, tmp_path):
         assert_comes_back(pruned_by(kind, name).model, name, tmp_path)
 
 
-@pytest.mark.parametrize("name", cases("llama", "qwen3", "gemma", "vit", "t5"))
+@pytest.mark.parametrize("name", cases("llama", "qwen3", "vit", "t5"))
 def test_config_has_the_number_of_heads_where_the_architecture_can_be_built_so(name, tmp_path):
     heads = [1, 3] if name in GROUPED else [1]
     model = family(name)
