@@ -151,6 +151,7 @@ class Lab:
         if number is not None:
             show.emit(f"predicted  {name}: {show.quantity(number, unit)}")
             return
+        unit = "as a factor" if unit == "x" else unit
         asked = f"{question or name}{f' ({unit})' if unit not in {'', *show.BARE} else ''}"
         wanted_from_you = "no prediction yet: replace the ... by your number"
         show.emit(f"{asked}\n{wanted_from_you}", f"<p><b>{escape(asked)}</b><br><i>{escape(wanted_from_you)}</i></p>")
@@ -428,9 +429,7 @@ class Lab:
             for row in rows
         ]
         x, y = goals
-        alt = (
-            f"{y} against {x} for {len(rows)} points; shaded is the goal, {challenge.asked(goals)}. Your plan: {state}."
-        )
+        alt = f"{y} against {x}, points: {len(rows)}; shaded is the goal, {challenge.asked(goals)}. Your plan: {state}."
         show.figure(fig, alt=alt, table=table, caption=goal)
         show.emit(f"challenge {name}: {state}.")
 
