@@ -604,6 +604,8 @@ def record_of(seconds: float) -> records.RunRecord:
 @slow
 def test_a_recording_that_was_interrupted_goes_on(tmp_path: Path, write_lesson, monkeypatch):
     """The lesson counts its processes in a folder outside; the second one breaks."""
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(files.NOTEBOOKS / "claims.toml", tmp_path / "notebooks")  # the report reads it
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
@@ -620,7 +622,7 @@ def test_a_recording_that_was_interrupted_goes_on(tmp_path: Path, write_lesson, 
     shutil.copy(counted.parent / f"{number}.json", "01/record.json")
     """
     notebook = write_lesson(tmp_path / "notebooks", textwrap.dedent(work))
-    asked = ("run", "1", "--preset", "class", "--record", "--out", tmp_path / "runs")
+    asked = ("run", "1", "--preset", "full", "--record", "--out", tmp_path / "runs")
     first = labkit(*asked)
     assert first.exit_code == 1 and not (tmp_path / "recorded").exists(), first.output
     assert "process 2 of 3 of 01_small" in first.stdout and "process 3" not in first.stdout
@@ -629,7 +631,7 @@ def test_a_recording_that_was_interrupted_goes_on(tmp_path: Path, write_lesson, 
     assert len(names_in(tmp_path / "counted")) == 4  # the first process is not run again
     reference = records.read(tmp_path / "recorded" / "test-cpu-2c" / "01.json")
     assert reference.runs.seconds == [9.0, 7.0, 6.0] and reference.seconds == 7.0
-    job = run.prepare(notebook, {"PRESET": "class"}, tmp_path / "runs")
+    job = run.prepare(notebook, {"PRESET": "full"}, tmp_path / "runs")
     assert [bool(before) for _, before in run.processes(job, resume=True)] == [True] * 3
     assert not any(before for _, before in run.processes(job, resume=False))  # what is complete begins afresh
 
