@@ -143,9 +143,13 @@ def verdict(
     return "inconclusive" if _at_least(high, least) and _at_least(most, low) else "contradicted"
 
 
-def is_current(claim: Claim, created: str) -> bool:
-    """Whether a record made on this day (ISO 8601) holds the quantity that the claim has now, not an earlier one."""
-    return all(datetime.date.fromisoformat(created[:10]) >= change.date for change in claim.changed)
+def is_current(claim: Claim, created: str, trained: Mapping[str, float] | None) -> bool:
+    """Whether what a record of this day (ISO 8601) says about the claim is about the quantity that it has now.
+
+    A record from before the claim had its recipe does not say what was trained, and is not either.
+    """
+    newest = max((change.date for change in claim.changed), default=datetime.date.min)
+    return datetime.date.fromisoformat(created[:10]) >= newest and not (claim.recipe and trained is None)
 
 
 def expected(claim: Claim) -> str:
@@ -179,7 +183,7 @@ def folded(tested: Sequence[tuple[Claim, Verdict, str, str]]) -> tuple[str, str]
             "Why it is not settled": f"it takes at least {least}" if outcome == "not settled here" else "",
             "Recorded": elsewhere,
             "Why people say it": claim.why,
-            "They are right when": claim.right_when,
+            "When they are right": claim.right_when,
         }
         facts = {name: words for name, words in facts.items() if words}
         text += [f"{claim.id}  {claim.text}  {outcome.upper()}", *(f"    {name}: {facts[name]}" for name in facts)]

@@ -137,6 +137,7 @@ def test_every_claim_that_could_be_settled_was_put_to_the_test_by_a_recorded_les
 # training -----------------------------------------------------------------------------------------------------------
 
 RECIPE = "{steps = 600, seeds = 5}"
+CHANGED = '[{date = 2026-11-26, from = "this", to = "that", why = "it was the wrong one"}]'
 
 
 @pytest.mark.parametrize(
@@ -162,11 +163,18 @@ def test_a_recipe_asks_what_was_trained(tmp_path, trained, missing):
         claims.verdict(claim, 1.7, trained=trained)
 
 
-def test_a_record_older_than_a_change_holds_another_quantity(tmp_path):
-    change = '[{date = 2026-11-26, from = "this", to = "that", why = "it was the wrong one"}]'
-    claim = load(tmp_path, entry(changed=change))["3.1"]
-    days = ["2026-11-25T23:59:00+00:00", "2026-11-26T01:00:00+00:00"]
-    assert [claims.is_current(claim, day) for day in days] == [False, True]
+@pytest.mark.parametrize(
+    ("changes", "created", "trained", "current"),
+    [
+        ({"changed": CHANGED}, "2026-11-25T23:59:00+00:00", None, False),
+        ({"changed": CHANGED}, "2026-11-26T01:00:00+00:00", None, True),
+        ({"recipe": RECIPE}, "2026-11-26T01:00:00+00:00", None, False),
+        ({"recipe": RECIPE}, "2026-11-26T01:00:00+00:00", {"steps": 1, "seeds": 1}, True),
+        ({}, "2020-01-01T01:00:00+00:00", None, True),
+    ],
+)
+def test_a_record_from_before_a_change_or_a_recipe_is_about_another_quantity(tmp_path, changes, created, trained, current):
+    assert claims.is_current(load(tmp_path, entry(**changes))["3.1"], created, trained) == current
 
 
 # in a lesson --------------------------------------------------------------------------------------------------------
@@ -179,8 +187,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     """A CPU's session of lesson 03 with four claims: open, for a GPU, with a recipe, and one that explains nothing."""
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(files, "NOTEBOOKS", tmp_path)
-    changed = '[{date = 2026-11-25, from = "this", to = "that", why = "why not"}]'
-    recipe = entry(id='"3.3"', recipe=RECIPE, changed=changed, **SAID)
+    recipe = entry(id='"3.3"', recipe=RECIPE, changed=CHANGED, **SAID)
     entries = [entry(**SAID), entry(id='"3.2"', needs='"gpu"', **SAID), recipe, entry(id='"3.4"')]
     (tmp_path / "claims.toml").write_text("".join(entries), encoding="utf-8")
     return labkit.start("03", preset="smoke", device="cpu", results_dir=tmp_path / "runs")
@@ -209,7 +216,7 @@ def test_claims_are_shown_with_their_reasons_and_the_recorded_run_that_settles(l
     lab.claim("3.3", 1.2, trained={"steps": 600, "seeds": 5})
     lab.finish()
     full = json.loads((tmp_path / "runs" / "03" / "record.json").read_text(encoding="utf-8"))
-    for machine, created in (("old", "2026-11-24T10:00:00+00:00"), ("new", "2026-11-26T10:00:00+00:00")):
+    for machine, created in (("old", "2026-11-24T10:00:00+00:00"), ("new", "2026-11-27T10:00:00+00:00")):
         folder = tmp_path / "recorded" / machine
         folder.mkdir(parents=True)
         run = {**full, "created": created, "preset": "full", "machine": {**full["machine"], "label": machine}}
@@ -222,13 +229,13 @@ def test_claims_are_shown_with_their_reasons_and_the_recorded_run_that_settles(l
         "3.1  Pruned channels make it faster.  CONFIRMED",
         "    speed-up: expected 1.5 to 2 x; here 1.70x (1.60x to 1.80x)",
         "    Why people say it: It was so on one machine.",
-        "    They are right when: the layer waits for memory",
+        "    When they are right: the layer waits for memory",
         "3.3  Pruned channels make it faster.  NOT SETTLED HERE",
         "    speed-up: expected 1.5 to 2 x; here 1.70x",
         "    Why it is not settled: it takes at least 600 steps, 5 seeds",
-        "    Recorded: 1.20x, contradicted, at full on new, 2026-11-26",
+        "    Recorded: 1.20x, contradicted, at full on new, 2026-11-27",
         "    Why people say it: It was so on one machine.",
-        "    They are right when: the layer waits for memory",
+        "    When they are right: the layer waits for memory",
     ]
 
 
