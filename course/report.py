@@ -29,8 +29,9 @@ from labkit import challenge, claims, files, show
 from labkit.claims import Claim
 from labkit.records import Challenge, RunRecord, SettledClaim, calibration, off_by
 
-DIFFERS, NOT_YET, NOT_HERE = "differs by machine", "not yet measured", "not measurable here"
-VERDICTS = ("confirmed", "contradicted", "inconclusive", DIFFERS, NOT_HERE, NOT_YET)
+DIFFERS, NOT_YET = "differs by machine", "not yet measured"
+NOT_SETTLED, NOT_HERE = "not settled here", "not measurable here"
+VERDICTS = ("confirmed", "contradicted", "inconclusive", DIFFERS, NOT_SETTLED, NOT_HERE, NOT_YET)
 SETTLED_ON = {"any": "any machine", "cpu": "a CPU", "gpu": "a GPU", "document": "a document"}
 MOST_COLUMNS, MOST_FIGURES = 8, 4  # of a sweep
 # What a ratio has to differ by for a parameter to have moved it: the interval of a run holds nothing of what changes
@@ -181,12 +182,15 @@ Settled = dict[tuple[str, bool], tuple[SettledClaim, RunColumn]]  # by machine, 
 
 
 def settled(claim: Claim, columns: Sequence[RunColumn]) -> Settled:
-    """Of each machine, the user's own and the recorded, what its record with the largest preset says of the claim."""
+    """Of each machine, the user's own and the recorded, what its record with the largest preset says of the claim.
+
+    A record from before the claim's quantity was exchanged says nothing of it.
+    """
     return {
         column.whose: (result, column)
         for column in sorted(columns, key=lambda column: column.rank)
         for result in column.record.claims
-        if result.id == claim.id
+        if result.id == claim.id and claims.is_current(claim, column.record.created, result.trained)
     }
 
 
@@ -197,8 +201,8 @@ def verdict(claim: Claim, columns: Sequence[RunColumn]) -> str:
     """
     results = settled(claim, columns)
     ranked = sorted(results.items(), key=lambda item: (item[1][1].rank, item[1][1].here))
-    verdicts = set({machine: result.verdict for (machine, _), (result, _) in ranked}.values()) - {NOT_HERE}
-    if verdicts:
+    outcomes = set({machine: result.verdict for (machine, _), (result, _) in ranked}.values()) - {NOT_HERE}
+    if verdicts := outcomes - {NOT_SETTLED} or outcomes:
         return verdicts.pop() if len(verdicts) == 1 else DIFFERS
     on_device = {"cpu": "cpu", "gpu": "cuda"}.get(claim.needs, "")
     tried = any(column.record.device.startswith(on_device) for _, column in results.values())
@@ -256,8 +260,8 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
     failed = [run for run in results if run.run.get("status") == "failed" and newest[run.lesson] is not run]
     asked = [(column, guess) for column in columns if column.here for guess in column.record.predictions]
     guesses = [(column, guess) for column, guess in asked if guess.predicted is not None]
-    guide = claims.load().values()
-    verdicts = {claim.id: verdict(claim, columns) for claim in guide}
+    entries = claims.load().values()
+    verdicts = {claim.id: verdict(claim, columns) for claim in entries}
     text = template().render(
         title="Inference optimisation, measured",
         made=datetime.now(UTC),
@@ -267,7 +271,7 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
         guesses=guesses,
         unanswered=len(asked) - len(guesses),
         calibration=calibration([guess for _, guess in guesses]),
-        guide=guide,
+        claims=entries,
         verdicts={name: ids for name in VERDICTS if (ids := [id for id, word in verdicts.items() if word == name])},
         section_titles={int(column.record.lesson): f": {column.record.title}" for column in columns},
         sweeps=[swept(points) for points in sweeps(records)],
@@ -306,7 +310,8 @@ def template() -> jinja2.Template:
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters["anchor"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     templates.globals |= {
-        "SETTLED_ON": SETTLED_ON, "expected": claims.expected, "isfinite": math.isfinite, "NOT_YET": NOT_YET,
+        "SETTLED_ON": SETTLED_ON, "expected": claims.expected, "recipe": claims.recipe,
+        "isfinite": math.isfinite, "NOT_YET": NOT_YET,
         "off_by": off_by, "quantity": show.quantity, "interval": show.interval, "settled": settled, "short": short,
         "verdict": verdict,
         "badge_simulated": Markup(show.BADGE), "rows_table": lambda rows: Markup(show.html_table(rows)),

@@ -164,6 +164,11 @@ def expected(claim: Claim) -> str:
     return words if claim.unit in show.BARE else f"{words} {claim.unit}".strip()
 
 
+def recipe(claim: Claim) -> str:
+    """The least training that could settle it, in words: "1,290 steps, 3 seeds"; "" where none is needed."""
+    return ", ".join(f"{least:,} {term}" for term, least in claim.recipe.items())
+
+
 def measured(claim: Claim, value: float | None, ci95: Sequence[float] | None) -> str:
     """A value in words: "2.50x (2.41x to 2.60x)"; without one, why there is none."""
     if value is None:
@@ -177,10 +182,9 @@ def folded(tested: Sequence[tuple[Claim, Verdict, str, str]]) -> tuple[str, str]
     title = f"{len(tested)} widespread claim{'s' * (len(tested) > 1)}, tested"
     text, html = [title], [f"<details><summary><b>{title}</b></summary>"]
     for claim, outcome, here, elsewhere in tested:
-        least = ", ".join(f"{least:,} {term}" for term, least in claim.recipe.items())
         facts = {
             claim.quantity: f"expected {expected(claim)}; here {here}",
-            "Why it is not settled": f"it takes at least {least}" if outcome == "not settled here" else "",
+            "Why it is not settled": f"it takes at least {recipe(claim)}" if outcome == "not settled here" else "",
             "Recorded": elsewhere,
             "Why people say it": claim.why,
             "When they are right": claim.right_when,

@@ -570,7 +570,8 @@ class Lab:
             f"{run.machine['label']}, {run.created[:10]}"
             for run in records.recorded(self.lesson)
             for theirs in run.claims
-            if theirs.id == claim.id and claims.is_current(claim, run.created, theirs.trained) and "here" not in theirs.verdict
+            if theirs.id == claim.id and "here" not in theirs.verdict
+            if claims.is_current(claim, run.created, theirs.trained)
         )
 
     def _show_card(self) -> None:

@@ -1,4 +1,4 @@
-"""The lessons, the guide's claims and the measured machines as a web site that needs no network, built by Sphinx.
+"""The lessons, the claims that they test and the measured machines as a web site without a network, built by Sphinx.
 
 The sources are this folder's files and the notebooks with their stored outputs; nothing is executed. This module lays
 them out for Sphinx as they lie in the repository, so that links between lessons hold, and adds the pages made from
@@ -170,16 +170,18 @@ def _columns(folders: Sequence[Path]) -> tuple[list[RunColumn], list[str]]:
 
 def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
     yield (
-        "# What the guide claims\n\nEach claim stands with the range of values that would confirm it, written down "
-        "before anything was measured. *Contradicted* means that the value found, with its interval, lies outside. "
-        "A range in brackets is a 95 % interval."
+        "# Widespread claims, tested\n\nThe course tests the claims of one written guide to inference optimisation; "
+        "sections are the guide's. Each claim stands with the range of values that would confirm it. *Contradicted* "
+        "means that the value measured, with its interval, lies outside; *not settled here*, that it rests on less "
+        "training than the claim needs. Where a quantity was exchanged after a value was known, the entry says when, "
+        "from what and why. A range in brackets is a 95 % interval."
     )
-    guide, tables = claims.load().values(), report.template().module
+    entries, tables = claims.load().values(), report.template().module
     titles = {int(path.stem[:2]): notebooks.title(notebooks.read(path)) for path in notebooks.all_lessons()}
-    for section in dict.fromkeys(claim.section for claim in guide):
+    for section in dict.fromkeys(claim.section for claim in entries):
         here = [column for column in columns if int(column.record.lesson) == section]
         yield f"## {titles.get(section, f'Section {section}')}"
-        yield _html(tables.claims_table([claim for claim in guide if claim.section == section], here))
+        yield _html(tables.claims_table([claim for claim in entries if claim.section == section], here))
 
 
 def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Iterator[str]:

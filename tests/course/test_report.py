@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,7 +276,7 @@ def swept(*entries: tuple) -> dict:
 
 def shown(section: dict) -> str:
     """The words of the section on the page, without its figures' numbers."""
-    nothing = {"columns": [], "titles": [], "guide": [], "verdicts": {}}
+    nothing = {"columns": [], "titles": [], "claims": [], "verdicts": {}}
     text = report.template().render(made=report.datetime.now(), sweeps=[section], **nothing)
     return words(text.split('<section id="sweep', 1)[1])
 
@@ -393,7 +394,7 @@ def test_hostile_parameters_and_names_are_escaped(runs: Path):
 
 
 def claim(needs: str = "any", **more: object) -> Claim:
-    about = {"text": "Text of 3.1.", "quantity": "a quantity", "unit": "x", "source": "guide section 3"} | more
+    about = {"text": "Text of 3.1.", "quantity": "a quantity", "unit": "x", "source": "section 3"} | more
     return Claim(id="3.1", section=3, expected=[1.0, 2.0], needs=needs, **about)
 
 
@@ -417,6 +418,8 @@ GPU = {"slug": "gpu", "device": "cuda"}
         ([], "any", "not yet measured"),
         ([column("confirmed"), column("contradicted", **GPU)], "any", "differs by machine"),
         ([column("not measurable here"), column("contradicted", **GPU)], "any", "contradicted"),
+        ([column("not settled here")], "any", "not settled here"),
+        ([column("not settled here"), column("contradicted", **GPU)], "any", "contradicted"),
         # of one machine the largest preset counts, then the user's own
         ([column("contradicted", preset="smoke"), column("confirmed", here=False)], "any", "confirmed"),
         ([column("confirmed", here=False), column("contradicted", preset="smoke")], "any", "confirmed"),
@@ -432,10 +435,29 @@ def test_all_machines_together_give_a_verdict(columns: list[RunColumn], needs: s
     assert report.verdict(claim(needs), columns) == verdict
 
 
+def exchanged(day: date) -> dict[str, object]:
+    return {"changed": [{"date": day, "from": "the old quantity", "to": "a quantity", "why": "it was unfair"}]}
+
+
+def test_a_record_from_before_the_quantity_was_exchanged_says_nothing():
+    old = column("contradicted")
+    made = date.fromisoformat(old.record.created[:10])
+    verdicts = [report.verdict(claim(**exchanged(day)), [old]) for day in (made, made + timedelta(days=1))]
+    assert verdicts == ["contradicted", "not yet measured"]
+
+
+def test_the_row_of_a_claim_says_why_people_say_it_and_what_was_changed():
+    about = {"recipe": {"steps": 1290}, "why": "Half is gone.", "right_when": "Half is stored."}
+    text = words(report.template().module.claims_table([claim(**about, **exchanged(date(2026, 11, 26)))], []))
+    parts = ("settled by any machine, after at least 1,290 steps", "Why people say it Half is gone.")
+    parts += ("When they are right: Half is stored.", "2026-11-26 It was unfair. Before: the old quantity.")
+    assert [part for part in parts if part not in text] == []
+
+
 def test_the_row_of_a_claim_says_it_all_and_escapes_it():
     table = report.template().module.claims_table
     text = words(table([claim(needs="gpu")], [column("contradicted", **GPU)]))
-    parts = ("Text of 3.1.", "settled by a GPU", "1 to 2 x", "guide section 3", "contradicted 1.50x", "Machine gpu")
+    parts = ("Text of 3.1.", "settled by a GPU", "1 to 2 x", "section 3", "contradicted 1.50x", "Machine gpu")
     assert [part for part in parts if part not in text] == []
     hostile = table([claim(text="<script>", unit="<script>")], [column("contradicted", preset="smoke")])
     assert "contradicted at smoke 1.50" in words(hostile) and "<script" not in hostile

@@ -20,7 +20,7 @@ ENTRY = {
     "unit": '"x"',
     "expected": "[1.5, 2.0]",
     "needs": '"any"',
-    "source": '"guide section 3"',
+    "source": '"section 3"',
 }
 
 
@@ -173,7 +173,7 @@ def test_a_recipe_asks_what_was_trained(tmp_path, trained, missing):
         ({}, "2020-01-01T01:00:00+00:00", None, True),
     ],
 )
-def test_a_record_from_before_a_change_or_a_recipe_is_about_another_quantity(tmp_path, changes, created, trained, current):
+def test_a_record_from_before_a_change_or_a_recipe_does_not_count(tmp_path, changes, created, trained, current):
     assert claims.is_current(load(tmp_path, entry(**changes))["3.1"], created, trained) == current
 
 
