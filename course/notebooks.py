@@ -87,6 +87,8 @@ def sections(notebook: "NotebookNode") -> Iterator[tuple[str, str]]:
 def tidied(notebook: "NotebookNode") -> "NotebookNode":
     """A copy fit for keeping: no injected cell, counts 1..n, and no metadata that changes from run to run; ids stay.
 
+    What is tagged hide-input is folded in JupyterLab too.
+
     The record that the last cell carries loses samples and the rows of tables: they stand in the record's own file.
     """
     import nbformat
@@ -104,6 +106,8 @@ def tidied(notebook: "NotebookNode") -> "NotebookNode":
             cell.metadata.pop(volatile, None)
         if cell.metadata.get("tags") == []:
             del cell.metadata["tags"]
+        if cell.cell_type == "code" and "hide-input" in tags(cell):  # the site's word for it, and JupyterLab's
+            cell.metadata["jupyter"] = {"source_hidden": True}
     executed = [cell for cell in tidy.cells if cell.cell_type == "code" and cell.execution_count]
     for number, cell in enumerate(executed, start=1):
         cell.execution_count = number
@@ -214,6 +218,7 @@ def prepare(name: str) -> Path:
         text = nbformat.writes(student_copy(read(lesson), lesson.stem))
         with files.refused(f"The copy cannot be written to {WORKSPACE}"):
             files.write_text(copy, text + "\n")
+            _copy_glossary(WORKSPACE)
     return copy
 
 
@@ -283,9 +288,16 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
         shutil.copytree(files.ROOT / part, folder / part, ignore=litter)
     (folder / "notebooks").mkdir()
     shutil.copy(files.NOTEBOOKS / "claims.toml", folder / "notebooks")
+    _copy_glossary(folder)
     files.write_text(folder / "notebooks" / worked.PACKED, worked.packed(answers) + "\n")
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(files.ROOT / name, folder)
+
+
+def _copy_glossary(folder: Path) -> None:
+    """Beside the copies of lessons, which link it."""
+    for page in files.NOTEBOOKS.glob("glossary.md"):
+        shutil.copy(page, folder)
 
 
 def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> int:

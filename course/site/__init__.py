@@ -94,7 +94,7 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
         files.write_text(source / "notebooks" / path.name, nbformat.writes(notebook))
     syllabi = sorted(files.NOTEBOOKS.glob("syllabi/**/*.md"), key=lambda path: (len(path.parts), path.name))
     names = [f"notebooks/{path.relative_to(files.NOTEBOOKS).as_posix()}" for path in syllabi]
-    for path, name in zip(syllabi, names, strict=True):
+    for path, name in zip([*syllabi, files.NOTEBOOKS / "glossary.md"], [*names, "notebooks/glossary.md"], strict=True):
         files.write_text(source / name, path.read_text(encoding="utf-8"))
 
     columns, problems = _columns(folders)
@@ -118,7 +118,7 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
         cell.source = re.sub(r"<details>.*?</details>", _with_formulas, cell.source, flags=re.DOTALL)
         yield cell
         return
-    folded = cell.metadata.get("jupyter", {}).get("source_hidden") or "setup" in notebooks.tags(cell)
+    folded = "setup" in notebooks.tags(cell)
     stub = notebooks.without_solution(cell.source)
     if stub != cell.source:
         yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
@@ -153,6 +153,7 @@ def mathml(latex: str, display: str = "inline") -> str:
 
     latex = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
     latex = re.sub(r"(\\[dt]?binom) *(\d) *(\d)", r"\1{\2}{\3}", latex)  # and reads 84 as one number after \binom
+    latex = re.sub(r"(\\math(?:bb|bf|cal|frak|it|rm|scr|sf|tt)) *([A-Za-z])", r"\1{\2}", latex)  # nor E after \mathbb
     bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
     close = ' lspace="0" rspace="0"'
     return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(latex, display=display))
@@ -202,7 +203,7 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
 
 
 def _contents(syllabi: Sequence[str]) -> str:
-    parts = {"Lessons": "notebooks/*", "Results": "claims\nmachines"}
+    parts = {"Lessons": "notebooks/[0-9]*\nnotebooks/glossary", "Results": "claims\nmachines"}
     if syllabi:
         parts["For a class"] = "\n".join(name.removesuffix(".md") for name in syllabi)
     tree = "```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```"

@@ -202,6 +202,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_release_holds_every_lesson_without_its_answers(released: Path):
     assert {path.name for path in released.glob("*.ipynb")} == {path.name for path in notebooks.all_lessons()}
     assert [path for path in released.parent.iterdir()] == [released]
+    assert (released / "glossary.md").read_text() == (files.NOTEBOOKS / "glossary.md").read_text()
     for path in released.rglob("*.ipynb"):
         copy = nbformat.read(path, as_version=4)
         nbformat.validate(copy)

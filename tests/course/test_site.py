@@ -30,6 +30,8 @@ LOOK = """({
     broken: [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
     flat: [...document.querySelectorAll("math")].filter(one => one.checkVisibility())
         .filter(one => one.getBoundingClientRect().height < 5).map(one => one.textContent),
+    headless: [...document.querySelectorAll("thead")].filter(one => one.checkVisibility() && !one.textContent.trim())
+        .map(one => one.parentElement.textContent),
     formulas: document.querySelectorAll("math").length,
     unset: [...document.querySelectorAll("math")].map(one => one.textContent).filter(text => text.includes("\\\\")),
     font: document.fonts.check("16px 'STIX Two Math'"),
@@ -115,7 +117,7 @@ def test_every_page_fits_a_phone_and_a_screen_reader(pages: dict[str, dict]):
     assert {name: page["width"] for name, page in pages.items() if page["width"] > PHONE[0]} == {}
     assert {page["language"] for page in pages.values()} == {"en-GB"}
     assert {name: page["headings"] for name, page in pages.items() if page["headings"] != 1} == {}
-    assert faults(pages, "broken", "undescribed", "nameless") == []
+    assert faults(pages, "broken", "undescribed", "headless", "nameless") == []
 
 
 def test_formulas_are_set(pages: dict[str, dict]):
@@ -206,9 +208,17 @@ def test_bars_of_a_formula_are_known_and_close(latex: str, sphinx: None):
     assert made.count('<mo lspace="0" rspace="0"') == 2
 
 
-@pytest.mark.parametrize("plain", [r"\binom84 = 70", r"\binom 8 4 = 70"])
-def test_a_digit_is_an_argument_by_itself_as_in_tex(plain: str, sphinx: None):
-    assert site.mathml(plain) == site.mathml(r"\binom{8}{4} = 70")
+@pytest.mark.parametrize(
+    ("plain", "braced"),
+    [
+        (r"\binom84 = 70", r"\binom{8}{4} = 70"),
+        (r"\binom 8 4 = 70", r"\binom{8}{4} = 70"),
+        (r"\mathbb E_x\mathcal L(x)", r"\mathbb{E}_x\mathcal{L}(x)"),
+        (r"\partial\mathcal L_x", r"\partial\mathcal{L}_x"),
+    ],
+)
+def test_a_character_is_an_argument_by_itself_as_in_tex(plain: str, braced: str, sphinx: None):
+    assert site.mathml(plain) == site.mathml(braced)
 
 
 # building -----------------------------------------------------------------------------------------
@@ -219,7 +229,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson, sphinx:
     """A course of one lesson and one syllabus that links to it."""
     folder = tmp_path / "notebooks"
     write_lesson(folder, "1 + 1")
-    shutil.copy(files.NOTEBOOKS / "claims.toml", folder)
+    for name in ("claims.toml", "glossary.md"):
+        shutil.copy(files.NOTEBOOKS / name, folder)
     (folder / "syllabi" / "notes").mkdir(parents=True)
     (folder / "syllabi" / "notes" / "01.md").write_text("# Notes on lesson 01\n")
     half_day = "# Half a day\n\n[The lesson](../01_small.ipynb), [notes](notes/01.md).\n"
