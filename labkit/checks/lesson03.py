@@ -1,6 +1,7 @@
-"""Checks of lesson 03: cutting channels out of a chain, one ranking over all layers, ratios from sensitivity curves.
+"""Checks of lesson 03: cutting channels, what is coupled, one ranking over all layers, ratios from sensitivity curves.
 
-Each tests what has to hold (the masked model's outputs, exact counts, invariance to a layer's scale) on awkward inputs.
+Each tests what has to hold (the masked model's outputs, labkit's own trace, exact counts, invariance to a layer's
+scale) on awkward inputs.
 """
 
 import copy
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.checks import Failures, alike, has_parts, is_mask
+from labkit.pruning import coupling
 
 # how the first convolution is built, how the second, the norm's settings, what stays of 6 channels
 CHAINS = (
@@ -23,14 +25,14 @@ CHAINS = (
 
 
 def surgery(fn: Callable, failures: Failures) -> None:
-    """cut(conv, norm, reader, keep) -> the three modules with only the channels `keep` between them."""
+    """cut(conv, norm, consumer, keep) -> the three modules with only the channels `keep` between them."""
     for first, second, settings, keep in CHAINS:
         before = _chain(first, second, settings)
         index = torch.tensor(keep)
-        with failures.given(conv=first, norm=settings, reader=second, keep=keep):
+        with failures.given(conv=first, norm=settings, consumer=second, keep=keep):
             changed = "the modules that were given have changed; copy them before you cut"
             after = failures.call(fn, *before, index, changed=changed)
-            failures.need(has_parts(after, 3), "return three modules: conv, norm, reader")
+            failures.need(has_parts(after, 3), "return three modules: conv, norm, consumer")
             types = {vector.dtype for module in after for vector in module.parameters()}
             failures.need(types == {torch.float64}, "new parameters have another dtype; cut copies of the old modules")
             _is_smaller(after, before, len(keep), failures)
@@ -42,7 +44,7 @@ def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.Bat
     """float64 modules in eval mode with a norm that has seen data: channel by channel other statistics."""
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(3)
-    conv, norm, reader = nn.Conv2d(3, 6, 3, **first), nn.BatchNorm2d(6, **settings), nn.Conv2d(6, 4, 3, **second)
+    conv, norm, consumer = nn.Conv2d(3, 6, 3, **first), nn.BatchNorm2d(6, **settings), nn.Conv2d(6, 4, 3, **second)
     norm.running_mean.uniform_(-1, 1)
     norm.running_var.uniform_(0.5, 2)
     if norm.affine:
@@ -50,32 +52,32 @@ def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.Bat
         nn.init.uniform_(norm.bias, -1, 1)
     torch.random.set_rng_state(torch_state)
     conv.weight.requires_grad_(False)
-    return tuple(module.double().eval() for module in (conv, norm, reader))
+    return tuple(module.double().eval() for module in (conv, norm, consumer))
 
 
-def _run(conv: nn.Module, norm: nn.Module, reader: nn.Module, x: Tensor) -> Tensor:
+def _run(conv: nn.Module, norm: nn.Module, consumer: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return reader(F.relu(norm(conv(x))))
+        return consumer(F.relu(norm(conv(x))))
 
 
 def _computes_the_same(after, before, keep: Tensor, failures: Failures) -> None:
-    conv, norm, reader = copy.deepcopy(before)
+    conv, norm, consumer = copy.deepcopy(before)
     removed = torch.ones(6, dtype=torch.bool)
     removed[keep] = False
-    reader.weight.data[:, removed] = 0  # the reference: the reader does not look at what was removed
+    consumer.weight.data[:, removed] = 0  # the reference: the consumer does not look at what was removed
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     failures.close(
         _run(*after, x),
-        _run(conv, norm, reader, x),
-        "the outputs are not those of the dense chain whose reader ignores the removed channels; look at rows and "
+        _run(conv, norm, consumer, x),
+        "the outputs are not those of the dense chain whose consumer ignores the removed channels; look at rows and "
         "columns, at every tensor of the norm, at biases and at the settings of the convolutions",
         atol=1e-9,
     )
 
 
 def _is_smaller(after, before, width: int, failures: Failures) -> None:
-    conv, norm, reader = after
-    sizes = (conv.out_channels, norm.num_features, reader.in_channels)
+    conv, norm, consumer = after
+    sizes = (conv.out_channels, norm.num_features, consumer.in_channels)
     failures.expect(sizes == (width,) * 3, "out_channels, num_features and in_channels have to say the new width")
     most = sum(p.numel() for module in before for p in module.parameters())
     numel = sum(p.numel() for module in after for p in module.parameters())
@@ -95,6 +97,123 @@ def _settings_stay(after, before, failures: Failures) -> None:
         after[1].eps == before[1].eps and after[1].momentum == before[1].momentum,
         "the norm's eps or momentum went back to its default",
     )
+
+
+# ------------------------------------------------------------------------------------------------ what is coupled
+
+
+class Wired(nn.Module):
+    """Layers by name, and how an image goes through them: `wiring(self, image)`."""
+
+    def __init__(self, layers: dict[str, nn.Module], wiring: Callable) -> None:
+        super().__init__()
+        self.wiring = wiring
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.wiring(self, image)
+
+
+def _conv(into: int, out: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(into, out, 3, padding=1, bias=bias)
+
+
+def _residual(net: nn.Module, image: Tensor) -> Tensor:
+    x = F.relu(net.norm(net.stem(image)))
+    return net.head(F.relu(x + net.norm2(net.conv2(F.relu(net.norm1(net.conv1(x)))))))
+
+
+def _branches(net: nn.Module, image: Tensor) -> Tensor:
+    x = F.relu(net.stem(image))
+    return net.head(F.relu(net.norm(torch.cat([net.wide(x), net.narrow(x)], 1))))
+
+
+def _growing(net: nn.Module, image: Tensor) -> Tensor:
+    x = torch.cat([image, net.first(image)], 1)
+    x = torch.cat([net.second(F.relu(net.norm(x))), x], 1)
+    return net.head(x)
+
+
+def _mixed(net: nn.Module, image: Tensor) -> Tensor:
+    return net.head(F.relu(net.norm(torch.cat([net.a(image), net.b(image)], 1) + net.c(image))))
+
+
+NETS = {
+    "a residual block": lambda: Wired(
+        dict(stem=_conv(3, 4, True), norm=nn.BatchNorm2d(4), conv1=_conv(4, 5), norm1=nn.BatchNorm2d(5, affine=False),
+             conv2=_conv(5, 4, True), norm2=nn.BatchNorm2d(4), head=_conv(4, 2, True)), _residual),
+    "two branches of 4 and 3 channels, concatenated": lambda: Wired(
+        dict(stem=_conv(1, 5, True), wide=_conv(5, 4, True), narrow=_conv(5, 3), norm=nn.BatchNorm2d(7),
+             head=_conv(7, 2)), _branches),
+    "features concatenated twice, the image among them": lambda: Wired(
+        dict(first=_conv(2, 3), norm=nn.BatchNorm2d(5), second=_conv(5, 4, True), head=_conv(9, 2)), _growing),
+    "3 and 2 channels concatenated, and 5 added to them": lambda: Wired(
+        dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 5), norm=nn.BatchNorm2d(5), head=_conv(5, 2)), _mixed),
+}  # fmt: skip
+
+
+def coupled_channels(fn: Callable, failures: Failures) -> None:
+    """together(net, image) -> a set of (tensor, dimension, index) for each channel that may go."""
+    for name, build in NETS.items():
+        net = build().eval()
+        image = torch.zeros(1, next(net.parameters()).shape[1], 6, 6)
+        with failures.given(net=name):
+            answer = failures.call(fn, net, image, changed="the network that was given has changed; only look at it")
+            shaped = isinstance(answer, list | tuple | set) and all(map(_is_channel, answer))
+            failures.need(shaped, "return a list with a set of (tensor, dimension, index) for each channel")
+            _are_coupled([frozenset(channel) for channel in answer], net, image, failures)
+
+
+def _is_channel(value: object) -> bool:
+    return isinstance(value, set | frozenset) and all(
+        isinstance(label, tuple) and [type(part) for part in label] == [str, int, int] for label in value
+    )
+
+
+def _are_coupled(answer: list[frozenset], net: nn.Module, image: Tensor, failures: Failures) -> None:
+    expected = [
+        frozenset((m.name, m.dim, i) for m in group.members for i in m.indices(unit).tolist())
+        for group in coupling.trace(net, image)
+        for unit in range(group.units)
+    ]
+    free, listed = frozenset().union(*expected), frozenset().union(*answer)
+    failures.expect(
+        listed <= free,
+        "entries that have to stay are listed; a set that reaches the image or the output is left out as a whole, and "
+        "so are the labels of the image and of the output themselves",
+    )
+    missing = free - listed
+    for kind, belongs in KINDS.items():
+        failures.expect(not any(belongs(net, *label) for label in missing), f"{kind} are missing")
+    failures.expect(sum(map(len, answer)) == len(listed), "an entry is in more than one set, but it can only go once")
+    if free != listed:
+        return
+    merged = any(a < b for a in expected for b in answer)
+    spread = any(b < a for a in expected for b in answer)
+    failures.expect(
+        not merged, "channels that could go one by one are in one set; which index meets which after a concatenation?"
+    )
+    failures.expect(
+        not spread,
+        "one channel is spread over several sets; an addition, a norm or a consumer ties its entries together",
+    )
+    failures.expect(
+        merged or spread or set(answer) == set(expected),
+        "entries of different channels are in one set; behind a concatenation index i of the second part is index "
+        "i + width of the first part",
+    )
+
+
+# what a (tensor, dimension, index) is, for messages
+KINDS: dict[str, Callable[..., bool]] = {
+    "filters, dimension 0 of a convolution's weight,": lambda net, name, dim, i: (
+        dim == 0 and name.endswith(".weight") and net.get_parameter(name).dim() > 1
+    ),
+    "columns, dimension 1 of a consumer's weight,": lambda net, name, dim, i: dim == 1,
+    "entries of a convolution's bias": lambda net, name, dim, i: name.endswith(".bias") and "norm" not in name,
+    "entries of a norm's vectors, its running statistics among them,": lambda net, name, dim, i: "norm" in name,
+}
 
 
 # ------------------------------------------------------------------------------------------------------ one ranking
@@ -199,4 +318,4 @@ def _fits(ratio: float, curve: dict[float, float], baseline: float, tolerance: f
     )
 
 
-CHECKS = {"03.1": surgery, "03.2": ranking, "03.3": allocation}
+CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": ranking, "03.4": allocation}
