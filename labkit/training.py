@@ -111,11 +111,11 @@ def train_(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         descent, max_lr, total_steps=total, pct_start=warmup, cycle_momentum=optimizer == "sgd"
     )
-    losses, start = [], time.perf_counter()
-    with _training(model), tqdm(total=total, desc=label, disable=not label, mininterval=2) as bar:
+    losses, start, layout = [], time.perf_counter(), _layout(model, device)
+    with _training(model, layout), tqdm(total=total, desc=label, disable=not label, mininterval=2) as bar:
         for batch in _endless(batches, total):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = loss_fn(model, place(batch, device))
+                loss = loss_fn(model, place(batch, device, layout))
             descent.zero_grad(set_to_none=True)
             loss.backward()
             descent.step()
@@ -182,12 +182,12 @@ def has_bf16(device: torch.device | str) -> bool:
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
-def place(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`; images [B, C, H, W] in channels-last order, which convolutions want."""
+def place(batch: Batch, device: torch.device, layout: torch.memory_format = torch.channels_last) -> Batch:
+    """The batch on `device`; images [B, C, H, W] in channels-last order, which convolutions want, or in another."""
 
     def move(tensor: Tensor) -> Tensor:
         tensor = tensor.to(device, non_blocking=True)
-        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        return tensor.contiguous(memory_format=layout) if tensor.ndim == 4 else tensor
 
     return _each(batch, move)
 
@@ -229,11 +229,24 @@ def _endless(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
             done += 1
 
 
+def _layout(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels last, except where oneDNN writes out of bounds in that order.
+
+    It does for the weight gradient of a strided 1x1 convolution that reads fewer channels than a vector holds
+    (oneDNN's issue 6035): wrong gradients, or a crash. A pruned shortcut is such a convolution.
+    """
+    thin = any(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16
+        for m in model.modules()
+    )
+    return torch.contiguous_format if thin and device.type == "cpu" else torch.channels_last
+
+
 @contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode, with convolution weights in channels-last order; afterwards they are contiguous."""
+def _training(model: nn.Module, layout: torch.memory_format) -> Iterator[None]:
+    """Training mode, with convolution weights in this order; afterwards they are contiguous."""
     modes = [(module, module.training) for module in model.modules()]
-    model.to(memory_format=torch.channels_last).train()
+    model.to(memory_format=layout).train()
     try:
         yield
     finally:

@@ -129,6 +129,17 @@ def test_bf16_is_used_only_where_the_device_has_it() -> None:
     assert not training.has_bf16("meta")
 
 
+@pytest.mark.parametrize(("width", "is_contiguous"), [(4, True), (16, False)])
+def test_a_thin_shortcut_is_not_trained_in_the_order_that_corrupts_memory(width: int, is_contiguous: bool) -> None:
+    shortcut = nn.Conv2d(width, 8, 1, stride=2)
+    model = nn.Sequential(nn.Conv2d(3, width, 3), shortcut, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    seen: list[bool] = []
+    shortcut.register_forward_pre_hook(lambda module, x: seen.append(x[0].is_contiguous()))
+    images = torch.randn(8, 3, 12, 12)
+    training.train_(model, Batches((images, torch.arange(8) % 2), 8), max_lr=0.1, precision="fp32")
+    assert seen == [is_contiguous]
+
+
 @pytest.mark.gpu
 def test_training_runs_on_the_models_device() -> None:
     model = linear().cuda()
