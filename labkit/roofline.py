@@ -21,7 +21,7 @@ from labkit.bench import Measurement
 from labkit.counting import Work, count
 from labkit.errors import InputError
 from labkit.machine import Ceilings, Device
-from labkit.show import COLOURS, interval, quantity
+from labkit.show import COLOURS, WIDTH, interval, quantity
 
 __all__ = ["Bound", "Work", "bound", "cache_bytes", "count", "decode_step", "describe", "placed", "plot"]
 
@@ -191,17 +191,17 @@ def plot(
     xlim = min([ridge / 30, *(x / 3 for x in intensities)]), max([ridge * 30, *(x * 3 for x in intensities)])
     floor = min([ceilings.bandwidth * xlim[0], *(y / 2 for y in speeds)]) / scale
 
-    fig = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    fig = Figure(figsize=(WIDTH, 4.2 + 0.3 * len(rows)), layout="constrained")
     FigureCanvasAgg(fig)
     ax = fig.add_subplot(xscale="log", yscale="log", xlim=xlim, ylim=(floor, 2 * max([peak, *speeds]) / scale))
     ax.set_xlabel("arithmetic intensity (FLOP/byte)")
     ax.set_ylabel(f"performance ({unit})")
-    ax.set_title(title or f"Roofline of {ceilings.device}, {dtype}", loc="left", fontsize=12)
+    ax.set_title(title or f"Roofline of {ceilings.device}, {dtype}", loc="left")
     ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_axisbelow(True)
 
-    name = f"measured: {quantity(ceilings.bandwidth, 'B/s')},\n{dtype} {quantity(peak, 'FLOP/s')}"
+    name = f"measured: {quantity(ceilings.bandwidth, 'B/s')}, {dtype} {quantity(peak, 'FLOP/s')}"
     xs, ys = [xlim[0], ridge, xlim[1]], [ceilings.bandwidth * xlim[0] / scale, peak / scale, peak / scale]
     ax.plot(xs, ys, color="#222222", linewidth=2, label=name)
     ax.fill_between(xs, ys, floor, color="#EEF3F7", zorder=0)  # what can be reached
@@ -210,11 +210,11 @@ def plot(
         low, high = (np.minimum(rate * at, peak) / scale for rate, peak in zip(*intervals, strict=True))
         ax.fill_between(at, low, high, color="#222222", alpha=0.2, linewidth=0, label="95 % interval of this run")
     ax.vlines(ridge, floor, peak / scale, color="#666666", linestyle=":", linewidth=1, zorder=1)
-    foot = {"textcoords": "offset points", "fontsize": 9, "va": "bottom"}
+    foot = {"textcoords": "offset points", "va": "bottom"}
     ax.annotate("memory-bound", (ridge, floor), (-5, 5), ha="right", **foot)
     ax.annotate(f"compute-bound from {ridge:.3g}", (ridge, floor), (5, 5), ha="left", **foot)
     for i, (label, intensity, speed) in enumerate(sorted(rows, key=lambda row: -row[2])):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(intensity, speed / scale, **look, ls="none", ms=8, mec="#222222", mew=0.6, zorder=4, label=label)
-    fig.legend(loc="outside right upper", frameon=False, fontsize=9)
+    fig.legend(loc="outside lower left", frameon=False)
     return fig
