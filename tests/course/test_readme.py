@@ -32,12 +32,6 @@ def test_everything_outside_the_markers_is_kept_and_lost_ones_are_said(tmp_path,
         readme.main()
 
 
-def test_first_screen_names_the_two_commands_and_what_is_not_needed():
-    screen = "\n".join(TEXT.splitlines()[:45])
-    for words in ("./lab run", "./lab test", "No GPU and no network needed", "| lesson | question | minutes |"):
-        assert words in screen
-
-
 TEXTS = [
     *(files.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")),
     *sorted((files.NOTEBOOKS / "syllabi").rglob("*.md")),

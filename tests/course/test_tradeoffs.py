@@ -93,24 +93,11 @@ def test_a_table_over_seeds_without_a_cost_is_shown_by_its_setting():
     assert "The best is 90.5 % at a." in tradeoffs.figure(shown)["alt"]
 
 
-@pytest.mark.parametrize(
-    ("lesson", "table", "x", "y"),
-    [
-        ("01", "latency and throughput", "p99 (ms)", "sentences/s"),
-        ("02", "criteria", "sparsity", "after (%)"),
-        ("02", "MiniLM pruned", "bitmask (MB)", "accuracy (%)"),
-        ("02", "MiniLM pruned", "speed-up (x)", "accuracy (%)"),
-        ("03", "accuracy and time", "time left", "accuracy"),
-        ("03", "EfficientNet-lite0", "MACs left", "agreement"),
-        ("04", "SmolLM2, perplexity", "parameters removed", "perplexity"),
-        ("04", "accuracy against heads removed", "heads removed", "accuracy"),
-        ("05", "ResNet-20", "variant", "fine-tuned (%)"),
-        ("05", "SmolLM2 by calibration size", "tokens", "perplexity / dense"),
-    ],
-)
-def test_the_recorded_tables_have_their_figures(lesson: str, table: str, x: str, y: str):
+@pytest.mark.parametrize("lesson", sorted({run.lesson for run in results.recorded_runs()[0]} - {"00"}))
+def test_every_lesson_s_recorded_tables_have_figures(lesson: str):
     runs = [RunColumn(record, False) for record in results.recorded_runs()[0] if record.lesson == lesson]
-    assert (table, x, y) in [(shown.table, shown.x, shown.y) for shown in tradeoffs.trade_offs(runs)]
+    assert all(len(shown.points) > 1 and shown.x != shown.y for shown in tradeoffs.trade_offs(runs))
+    assert tradeoffs.trade_offs(runs)
 
 
 def test_a_figure_has_alt_text_and_its_numbers():
@@ -122,6 +109,7 @@ def test_a_figure_has_alt_text_and_its_numbers():
     assert "88 to 92" in picture["table"] and len(picture["png"]) > 1000
 
 
+@pytest.mark.slow
 def test_machines_and_presets_have_fronts_of_their_own():
     gpu = changed(run(CUT, WHOLE), machine={"slug": "gpu", "label": "A GPU, big"}, preset="full")
     (shown,) = tradeoffs.trade_offs([RunColumn(run(CUT, WHOLE), True), RunColumn(gpu, False)])
@@ -162,6 +150,7 @@ def test_a_parameter_that_changes_nothing_in_a_table_does_not_repeat_its_points(
     assert trade_offs(*still, swept=("RATIO",)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e12])
 def test_any_number_can_be_drawn(value: float):
     rows = [{"cut": str(n), "x": number, "y": number} for n, number in enumerate((value, 5.0, 7.0))]

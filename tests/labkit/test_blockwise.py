@@ -243,23 +243,6 @@ def test_which_weights_are_pruned():
     assert blockwise.weights_of(both).keys() == prunable(both).keys()
 
 
-@pytest.mark.parametrize("method", blockwise.METHODS)
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_the_pattern_is_exact_after_training(method, optimizer, tokens):
-    pruned = nm.prune(llama().float(), method=method, batches=tokens)
-    before = copy.deepcopy(pruned.state_dict())
-    kwargs = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
-    descent = optimizer(pruned.parameters(), lr=1e-2, weight_decay=0.1, **kwargs)
-    for batch in tokens:
-        pruned(input_ids=batch, labels=batch).loss.backward()
-        descent.step()
-        descent.zero_grad()
-    for name, weight in blockwise.weights_of(pruned).items():
-        assert nm.is_nm(weight.parameter), name
-        assert not torch.equal(weight.parameter, before[name]), name
-        assert (weight.parameter != 0).double().mean() == 0.5
-
-
 def test_what_was_pruned_before_does_not_come_back(tokens):
     first = unstructured.prune(llama(), 0.7, scope="layer")
     for method in blockwise.METHODS:

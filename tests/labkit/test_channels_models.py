@@ -56,6 +56,7 @@ def test_auxiliary_heads_train_on():
     assert [x.shape for x in small(torch.randn(2, 3, 64, 64))] == [(2, 1000)] * 3
 
 
+@pytest.mark.slow
 def test_segmentation_and_its_dictionary():
     torch.manual_seed(0)
     model = randomise_(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=4))
@@ -65,6 +66,7 @@ def test_segmentation_and_its_dictionary():
     assert pruned.model(x)["out"].shape == (1, 4, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_detection_backbone_with_its_feature_pyramid():
     torch.manual_seed(0)
     build_backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone
@@ -78,6 +80,7 @@ LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("name", "first", "heads", "width"),
@@ -112,6 +115,7 @@ def test_experts_in_float32_are_pruned():
     assert pruned.model(**inputs)[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_makes_its_own_mask_is_pruned():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

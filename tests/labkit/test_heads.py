@@ -68,7 +68,7 @@ def test_ablation_is_the_loss_of_the_model_that_is_really_pruned(name):
         assert float(found[layer, head]) == pytest.approx(after - before, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "opt", "llama", "qwen3", "gemma", "t5"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "llama", "t5"])
 def test_maps_are_probabilities_of_the_right_keys_with_sdpa_too(name):
     model = family(name)
     config = model.config.to_dict()
@@ -106,6 +106,7 @@ def test_probabilities_are_those_that_the_output_is_made_of():
     torch.testing.assert_close((a @ value).transpose(1, 2).flatten(2), seen["context"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [CLASSIFIER, DECODER])
 def test_entropy_and_confidence_against_a_loop(name):
     model = doubled(name)
@@ -141,6 +142,7 @@ def test_a_focused_head_that_writes_nothing_is_top_by_entropy_and_zero_by_ablati
     assert ablation[1, 0] == 0 and taylor[1, 0] == 0
 
 
+@pytest.mark.slow
 def test_gates_close_where_a_head_writes_nothing_and_repeat_by_seed():
     model = family("bert")
     with torch.no_grad():
@@ -173,6 +175,7 @@ def test_model_stays_as_it_was(method):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 def test_frozen_models_and_pruned_ones_have_importances_too():
     model = doubled("bert")
     whole = heads.head_importance(model, batches("bert"))
@@ -184,6 +187,7 @@ def test_frozen_models_and_pruned_ones_have_importances_too():
     assert transformers.prune_heads(pruned, heads.lowest_heads(found, 7)).report.equal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "t5"])
 @pytest.mark.parametrize("method", ["taylor", "ablation", "entropy", "confidence"])
 def test_images_and_encoder_decoders(name, method):

@@ -32,7 +32,7 @@ def parameters(model: torch.nn.Module) -> int:
         ("minilm", 22_713_216),
         pytest.param("smollm2", 134_515_008, marks=pytest.mark.slow),
         ("resnet50", 25_557_032),  # torchvision's own table
-        ("bert_base", 109_482_240),
+        pytest.param("bert_base", 109_482_240, marks=pytest.mark.slow),
         # q, o, k, v, three of the MLP, two norms
         pytest.param("llama3_8b_layer", 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2), marks=pytest.mark.slow),
     ],
@@ -63,17 +63,6 @@ def test_efficientnet_names_the_cat_and_the_espresso() -> None:
     assert chances[1].max() > 0.9
 
 
-def test_minilm_puts_like_sentences_closer() -> None:
-    sentences = ["A man is eating food.", "Someone eats a meal.", "The stock market fell sharply today after the news."]
-    batch = models.tokenizer("minilm")(sentences, padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        hidden = models.minilm()(**batch).last_hidden_state  # [3, T, 384]
-    mask = batch["attention_mask"][..., None]
-    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-    alike = vectors @ vectors.T
-    assert alike[0, 1] > alike[0, 2] + 0.5
-
-
 @pytest.mark.slow
 def test_smollm2_predicts_the_handbook() -> None:
     tokens = models.tokenizer("smollm2")(datasets.handbook("test"), return_tensors="pt")["input_ids"][0]
@@ -85,13 +74,6 @@ def test_smollm2_predicts_the_handbook() -> None:
 def test_smollm2_half_precision_is_the_same_weights() -> None:
     half, full = models.smollm2(torch.float16), models.smollm2()
     assert all(torch.equal(a.float(), b) for a, b in zip(half.parameters(), full.parameters(), strict=True))
-
-
-def test_tokenizers_give_back_the_text() -> None:
-    text = "the kernel boots, then 3 services start."
-    for name in ("minilm", "smollm2"):
-        tokens = models.tokenizer(name)(text)["input_ids"]
-        assert models.tokenizer(name).decode(tokens, skip_special_tokens=True) == text
 
 
 def test_review_batches_are_cut_to_their_longest_text() -> None:

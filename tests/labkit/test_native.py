@@ -80,6 +80,7 @@ def test_two_threads_give_the_bits_of_one(threads, batch):
 # --- nm_mask ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", native.NM_DTYPES)
 def test_a_compiled_mask_is_that_of_the_comparisons(threads, dtype):

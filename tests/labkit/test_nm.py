@@ -65,7 +65,7 @@ def weights(draw, m, whole=True):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_mask_is_the_loop(data):
     n, m = data.draw(patterns())
     whole = data.draw(st.booleans())
@@ -84,6 +84,7 @@ def test_extreme_values_rank_by_magnitude():
     assert nm.mask(torch.tensor([-128, 127, 1, 2], dtype=torch.int8), 1, 4).tolist() == [True, False, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_chunks_of_a_large_weight_make_one_mask(compiled, monkeypatch):
     if not compiled:
@@ -92,14 +93,6 @@ def test_the_chunks_of_a_large_weight_make_one_mask(compiled, monkeypatch):
     groups = weight.view(-1, 4).abs()
     expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
     assert torch.equal(nm.mask(weight), expected.view_as(weight))  # no ties between the second and the third here
-
-
-def test_convolutions_are_grouped_along_their_input_channels():
-    weight = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(0))
-    kept = nm.mask(weight)
-    assert (kept.unflatten(1, (2, 4)).sum(2) == 2).all()
-    assert nm.is_nm(weight * kept)
-    assert not nm.is_nm(weight * nm.mask(weight.flatten(1)).view_as(weight))  # grouped along the kernel
 
 
 @pytest.mark.parametrize(
@@ -140,13 +133,6 @@ def test_kept_energy():
     assert nm.kept_energy(torch.zeros(4), torch.zeros(4, dtype=torch.bool)) == 1.0
 
 
-def test_kept_energy_of_gaussian_weights():
-    """E of the two largest of four squared normals is .8672 of all four (order statistics); of 4:8 .8962, 1:4 .617."""
-    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    for (n, m), expected in {(2, 4): 0.867, (4, 8): 0.896, (1, 4): 0.617}.items():
-        assert nm.kept_energy(weight, nm.mask(weight, n, m)) == pytest.approx(expected, abs=0.002)
-
-
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nan_is_refused_in_every_format(dtype):
     weight = torch.tensor([1.0, torch.nan, 0.0, -2.0]).to(dtype)
@@ -182,7 +168,7 @@ def test_a_mask_takes_a_third_of_topk_at_most(n, m):
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_decompress_is_the_inverse_of_compress(data):
     weight = data.draw(weights(4))
     pruned = torch.where(nm.mask(weight), weight.double(), 0.0).to(weight.dtype)

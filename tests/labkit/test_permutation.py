@@ -10,9 +10,8 @@ from networks import randomise_
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from labkit import models
 from labkit.errors import InputError
-from labkit.pruning import coupling, nm, permutation
+from labkit.pruning import nm, permutation
 from labkit.pruning.select import prunable
 
 
@@ -26,7 +25,7 @@ def kept(scores, n, m):
     rows=st.integers(1, 6),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_swap_of_two_columns_keeps_more(pattern, groups, rows, seed):
     n, m = pattern
     generator = torch.Generator().manual_seed(seed)
@@ -80,16 +79,6 @@ def test_the_function_stays_and_more_is_kept():
     assert after[1] == pytest.approx(before[1], rel=1e-6) and after[0] > 1.005 * before[0]
     assert not torch.equal(permuted.join.weight.flatten().sort().values, model.join.weight.flatten())
     assert torch.equal(permuted.head.bias, model.head.bias)
-
-
-def test_resnet20_keeps_more_and_computes_the_same():
-    model, x = models.resnet20(), torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    permuted = permutation.permute(model, x[:1])
-    torch.testing.assert_close(permuted(x), model(x), rtol=1e-3, atol=1e-3)
-    assert energy(permuted)[0] > 1.005 * energy(model)[0]
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    assert len(coupling.trace(permuted, (x[:1],))) == len(coupling.trace(model, (x[:1],)))
 
 
 def test_a_language_model_keeps_more_in_what_reads_its_hidden_states():

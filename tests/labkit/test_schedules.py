@@ -1,7 +1,6 @@
 """Schedules end where they say, iterative pruning follows them to the weight, tickets rewind."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -106,13 +105,6 @@ def test_iterative_reaches_every_target_exactly(net, name, criterion):
     assert equal(net, before) and net.training
 
 
-def test_masks_grow_from_round_to_round(net):
-    kept = []
-    iterative(net, cubic(0.9, 4), lambda model, number: kept.append(masks(model)) or fine_tune(model, number))
-    for earlier, later in itertools.pairwise(kept):
-        assert all(not (later[name] & ~earlier[name]).any() for name in later)
-
-
 def test_excluded_layers_do_not_count(net):
     result = iterative(net, linear(0.8, 2), fine_tune, exclude="4")
     assert result.history[-1] == Round(0.8, 0.8, result.history[-1].metric)
@@ -162,20 +154,6 @@ def test_rewind_keeps_the_mask_and_takes_everything_else_back(net):
     fine_tune(back, 0)
     assert sparsity(back) == 0.8
     assert torch.equal(start["0.weight"], net.state_dict()["0.weight"]) is False  # the state is not trained with it
-
-
-def test_rewinding_in_every_round_is_loading_the_start(net):
-    start = copy.deepcopy(net.state_dict())
-    fine_tune(net, 0)
-    seen = []
-
-    def from_the_start(model, number):
-        model.load_state_dict(start)
-        seen.append(torch.equal(model[0].weight, start["0.weight"] * masks(model)["0.weight"]))
-        return fine_tune(model, number)
-
-    result = iterative(net, exponential(0.8, 3), from_the_start)
-    assert seen == [True] * 3 and sparsity(result.model) == 0.8
 
 
 def test_a_random_ticket_has_as_many_weights_a_layer_but_others(net):

@@ -121,11 +121,6 @@ def test_tied_head_is_read_at_every_step():
     assert gpt2.read_per_step == gpt2.parameters - 1024 * 768
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_shape_names_its_paper(name: str):
-    assert " 20" in ARCHITECTURES[name].source
-
-
 LLAMA = ARCHITECTURES["Llama-2-7B"]
 ERRORS = {
     "no bits": (lambda: LLAMA.weight_bytes(0), "bits has to be between 1 and 64 a number, got 0"),

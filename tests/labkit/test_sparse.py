@@ -142,15 +142,6 @@ def test_a_converted_model_equals_the_model_which_stays_as_it_was(format):
     assert all(parameter.requires_grad for parameter in model.parameters()) and not converted(x).requires_grad
 
 
-def test_only_kernel_bf16_rounds_the_weights():
-    model, x = mlp(), torch.randn(8, 40)
-    rounded = copy.deepcopy(model)
-    for parameter in rounded.parameters():
-        if parameter.ndim == 2:
-            parameter.data = parameter.data.bfloat16().float()
-    assert_same_model(convert(model, format="kernel-bf16"), rounded, x)
-
-
 def test_the_dtype_and_mode_stay():
     model = mlp().to(torch.bfloat16).train()
     model[3].eval()
@@ -165,14 +156,6 @@ def test_a_linear_alone_and_shared_ones():
     assert isinstance(convert(linear, format="csr"), SparseLinear) and type(linear) is nn.Linear
     converted = convert(nn.Sequential(linear, nn.ReLU(), linear), format="csr")
     assert converted[0] is converted[2]
-
-
-def test_masks_are_applied():
-    model, x = unstructured.prune(mlp(1.0), 0.8), torch.randn(5, 40)
-    converted = convert(model, format="csr")
-    assert_same_model(converted, model, x)
-    total = sum(model[i].weight.numel() for i in (0, 2, 3))
-    assert abs(sum(len(converted[i].parts["values"]) for i in (0, 2, 3)) - 0.2 * total) < 1
 
 
 def test_masks_of_torch_are_applied_though_their_hook_has_not_run():
@@ -252,6 +235,7 @@ def test_no_warning_reaches_the_user():
 # --- leaving eager mode -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ON_CPU)
 def test_a_converted_model_is_exported_for_any_batch_size(format):
     model = convert(mlp(), format=format)
@@ -260,6 +244,7 @@ def test_a_converted_model_is_exported_for_any_batch_size(format):
     assert torch.equal(program.module()(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("format", ["csr", "bsr16", "kernel"])
 def test_a_converted_model_is_compiled_without_a_break_and_traced(format):
@@ -332,15 +317,10 @@ def test_a_random_weight_has_the_zeros_asked_for_in_whole_blocks(sparsity, block
         sparse.random_weight(64, 64, 0.5, block=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["csr", "bsr32", "kernel-bf16"])
 def test_a_format_is_compared_with_an_equal_dense_layer(format):
     assert sparse.against_dense(sparse.random_weight(96, 64, 0.9), format, 4, budget_s=0.05).speedup > 0
-
-
-def test_a_wrong_product_is_not_timed(monkeypatch):
-    monkeypatch.setattr(sparse, "convert", lambda model, **_: torch.nn.Linear(64, 96, bias=False))
-    with pytest.raises(InputError):
-        sparse.against_dense(sparse.random_weight(96, 64, 0.9), "csr", 4, budget_s=0.05)
 
 
 def test_break_even_is_where_time_linear_in_sparsity_crosses_one():

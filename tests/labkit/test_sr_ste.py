@@ -78,25 +78,6 @@ def test_finish_makes_plain_weights_that_stay_in_the_pattern(batch):
     assert all(nm.is_nm(plain[i].weight) and (plain[i].weight != 0).double().mean() == 0.5 for i in (0, 3, 5))
 
 
-def test_the_decay_makes_masks_settle(batch, monkeypatch):
-    """What Zhou et al. 2021 add the decay for: plain STE changes its masks more often."""
-
-    def changes(decay):
-        monkeypatch.setattr(sr_ste, "DECAY", decay)
-        model, count = sr_ste.prepare(net()), 0
-        descent = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        kept = nm.mask(model[3].parametrizations.weight.original)
-        for _ in range(60):
-            F.cross_entropy(model(batch[0]), batch[1]).backward()
-            descent.step()
-            descent.zero_grad()
-            before, kept = kept, nm.mask(model[3].parametrizations.weight.original)
-            count += int((before != kept).sum())
-        return count
-
-    assert changes(0.1) < changes(0.0)
-
-
 def test_transposed_and_shared_weights():
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=20, n_positions=8)).eval()

@@ -67,13 +67,6 @@ def test_the_kernel_stores_about_five_bytes_a_weight():
     assert 3 * n < storage.nbytes(weight, "kernel-bf16") < 3.7 * n
 
 
-@pytest.mark.parametrize(("dtype", "even"), [(torch.float32, 1 / 2), (torch.float16, 2 / 3)])
-def test_csr_breaks_even_at_half_for_fp32_and_two_thirds_for_fp16(dtype, even):
-    for share, smaller in ((even - 0.02, False), (even + 0.02, True)):
-        weight = pruned((64, 128), share, dtype)
-        assert (storage.nbytes(weight, "csr") < weight.nbytes) is smaller
-
-
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_coo_csr_and_bsr_are_as_torch_has_them():
     weight = pruned((48, 64), 0.8)

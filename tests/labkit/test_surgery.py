@@ -20,7 +20,6 @@ from networks import (
     Plain,
     Residual,
     Shuffle,
-    Statics,
     Tied,
     UpDown,
     chain,
@@ -289,13 +288,6 @@ def test_attributes_say_what_the_parameters_are():
     small = prune(model, x, ratio=0.5, scope="layer").model
     assert (small.norm.num_groups, small.norm.num_channels, small.act.num_parameters) == (2, 4, 4)
     assert small.up.weight.shape[:2] == (small.up.in_channels, small.up.out_channels)
-
-
-def test_numbers_that_a_module_writes_down_follow_the_cut():
-    torch.manual_seed(0)
-    pruned = prune(Statics(), torch.randn(3, 7, 6), ratio=0.5)
-    assert (pruned.model.width, pruned.model.heads) == (8, 2)
-    assert pruned.plan.attributes[""] == {"width": 8, "heads": 2}
 
 
 def test_multihead_attention_keeps_heads_and_width_in_step():

@@ -162,18 +162,6 @@ def test_input_model_stays_as_it_was(name):
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_inference_mode_around_it_changes_nothing(kind):
-    expected = output(pruned_by(kind, "llama").model, "llama")
-    model, data = family("llama"), [inputs("llama")]
-    with torch.inference_mode():
-        pruned = KINDS[kind](model, "llama")
-        scores = transformers.head_importance(model, data)
-    assert pruned.report.equal and torch.equal(output(pruned.model, "llama"), expected)
-    assert not any(x.is_inference() for x in pruned.model.parameters())
-    assert torch.equal(scores, transformers.head_importance(model, data))
-
-
 # --- neurons ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +175,7 @@ def one_neuron_left(model: nn.Module, criterion: str, data=None) -> tuple[list[i
     return [int(kept[f"{name}.weight"][dim]) for name, dim in zip(downs, dims, strict=True)], modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["wanda", "taylor"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_neurons_depend_neither_on_padding_nor_on_how_batches_are_cut(name, criterion):
@@ -213,6 +202,7 @@ def test_wanda_is_the_root_mean_square_of_what_a_layer_loses():
         assert neuron == int(torch.stack(lost).argmax())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_magnitude_is_the_norm_of_all_that_belongs_to_a_neuron(name):
     model = family(name)
@@ -230,12 +220,14 @@ def test_magnitude_is_the_norm_of_all_that_belongs_to_a_neuron(name):
         assert neuron == int(squares.argmax())
 
 
+@pytest.mark.slow
 def test_random_neurons_repeat_by_seed():
     left = [transformers.prune_ffn(family("bert"), 0.5, criterion="random", seed=s).plan.kept for s in (0, 0, 1)]
     same = [all(torch.equal(left[0][key][0], kept[key][0]) for key in kept if key.endswith("bias")) for kept in left]
     assert same == [True, True, False]
 
 
+@pytest.mark.slow
 def test_width_is_rounded_and_in_the_config():
     model = family("llama")
     assert transformers.prune_ffn(model, 0.4, round_to=8).model.config.intermediate_size == 16
@@ -269,7 +261,7 @@ def test_config_has_the_number_of_heads_where_the_architecture_can_be_built_so(n
     assert_comes_back(pruned, name, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "opt"])
+@pytest.mark.parametrize("name", cases("bert", "gpt2"))
 def test_config_is_left_where_head_size_is_width_by_heads(name):
     pruned = transformers.prune_heads(family(name), {layer: [1] for layer in range(3)}).model
     assert pruned.config.num_attention_heads == 4
@@ -279,6 +271,7 @@ def test_config_is_left_where_head_size_is_width_by_heads(name):
 # --- other models, compile, export ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchvision_vit_loses_neurons_and_layers_but_not_heads():
     from torchvision.models import VisionTransformer
 
@@ -314,16 +307,6 @@ def test_compiles_whole():
     with torch.no_grad():
         compiled = torch.compile(pruned, backend="aot_eager", fullgraph=True)(**inputs("llama"), use_cache=False)[0]
     assert_equal(output(pruned, "llama"), compiled, pruned)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_exports(name):
-    pruned = pruned_by("heads", name).model
-    kwargs = {**inputs(name), "use_cache": False} if name == "llama" else inputs(name)
-    with torch.no_grad():
-        exported = torch.export.export(pruned, (), kwargs)
-        assert_equal(output(pruned, name), exported.module()(**kwargs)[0], pruned)
 
 
 @pytest.mark.slow
@@ -365,17 +348,13 @@ def test_on_a_gpu_as_on_a_cpu(name):
     ("name", "heads", "message"),
     [
         ("bert", {3: [0]}, "no layer 3"),
-        ("bert", {-1: [0]}, "no layer -1"),
         ("bert", {0: [4]}, "head 4"),
-        ("bert", {0: [-1]}, "head -1"),
         ("bert", {0: [True]}, "head True"),
         ("bert", {0: [0, 1, 2, 3, 3]}, "all of its 4 heads"),
         ("bert", {}, "names no head"),
-        ("bert", {0: []}, "names no head"),
         ("bert", [0, 1], "must be {layer"),
         ("llama", {0: [1]}, r"\[1, 2\] would stay: remove whole groups"),
         ("falcon", {0: [0, 2]}, "in one matrix: remove whole groups"),
-        ("t5", {0: [1]}, r"attentions \[0, 1\] share their position biases"),
         ("t5", {3: [1], 5: [2]}, r"attentions \[3, 5\] share their position biases"),
     ],
 )
