@@ -89,6 +89,7 @@ def excludes(interval, truth):
 ENVIRONMENTS = ("stationary", "linear drift", "step", "bursts", "preemption")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_identical_work_is_seldom_told_apart(environment):
     results = [simulate(environment, seed=seed) for seed in range(RUNS)]
@@ -97,6 +98,7 @@ def test_identical_work_is_seldom_told_apart(environment):
     assert sum(result.verdict in ("faster", "slower") for result in results) <= RUNS // 100
 
 
+@pytest.mark.slow
 def test_stopping_at_a_width_stays_honest():
     results = [simulate(seed=seed, budget_s=20.0) for seed in range(RUNS // 5)]
     excluded = sum(excludes(result.ci95, 1.0) for result in results)
@@ -104,6 +106,7 @@ def test_stopping_at_a_width_stays_honest():
     assert sum(result.verdict == "equivalent" for result in results) > 0.9 * len(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 @pytest.mark.parametrize("ratio", [1.05, 2.0])
 def test_known_ratio_is_covered(environment, ratio):
@@ -114,6 +117,7 @@ def test_known_ratio_is_covered(environment, ratio):
     assert speedups[RUNS // 2] == pytest.approx(ratio, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ["linear drift", "step"])
 def test_guard_fails_when_the_interleaving_is_taken_out(environment):
     """The same harness, all of one side and then all of the other: the guard above must call this dishonest."""

@@ -63,6 +63,7 @@ def honest(miss_rate: float) -> bool:
     return 0.025 <= miss_rate <= 0.075
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_block", [1, PER_BLOCK])
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_interval_covers_the_true_ratio(environment, per_block):
@@ -149,6 +150,7 @@ def test_drift_is_seldom_seen_in_noise(draw):
 # intervals of accuracies ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [20, 200])
 @pytest.mark.parametrize("share", [0.5, 0.93])
 def test_wilson_covers_the_share(n, share):
@@ -228,6 +230,7 @@ def test_rank_correlation_is_scipy_s_with_ties_and_without():
         assert stats.spearman(a, b)[0] == pytest.approx(spearmanr(a, b).statistic)
 
 
+@pytest.mark.slow
 def test_the_rank_interval_holds_the_truth_about_as_often_as_it_says():
     generator, rho, inside = np.random.default_rng(0), 0.6, 0
     truth = 6 / np.pi * np.arcsin(rho / 2)  # Spearman's of a normal pair with Pearson's rho

@@ -175,18 +175,6 @@ def one_neuron_left(model: nn.Module, criterion: str, data=None) -> tuple[list[i
     return [int(kept[f"{name}.weight"][dim]) for name, dim in zip(downs, dims, strict=True)], modules
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["wanda", "taylor"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_neurons_depend_neither_on_padding_nor_on_how_batches_are_cut(name, criterion):
-    model = family(name).double()
-    options = dict(criterion=criterion, check=False)
-    whole = transformers.prune_ffn(model, 0.5, batches=batches(name, 6), **options).plan.kept
-    for other in (batches(name, 1), batches(name, 4, pad=3)):
-        kept = transformers.prune_ffn(model, 0.5, batches=other, **options).plan.kept
-        assert all(torch.equal(x, kept[key][dim]) for key, dims in whole.items() for dim, x in dims.items())
-
-
 def test_wanda_is_the_root_mean_square_of_what_a_layer_loses():
     model, data = family("llama").double(), batches("llama")
     best, downs = one_neuron_left(model, "wanda", data)
