@@ -251,15 +251,30 @@ def text_table(rows: Rows) -> str:
 
 
 def svg(fig: Any) -> str:
-    """The figure as SVG, the same bytes each time, in one line and a third of what a notebook would store of it."""
+    """The figure as SVG, the same bytes each time, in one line and a fifth of what a notebook would store of it."""
     drawing = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     fig.savefig(drawing, format="svg", dpi=160, metadata=nothing)  # dpi: of the pixels of an imshow
     body = "<svg" + drawing.getvalue().partition("<svg")[2]  # without the XML heading
     body = re.sub(r"<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", body, flags=re.DOTALL)
+    body = re.sub(r'(<path id="DejaVu[^"]*" d=")([^"]*)(" transform="scale\()0\.015625', _letter, body)
+    body = re.sub(r'transform="translate\(([\d.]+) 0\)"', lambda x: f'x="{float(x[1]):.0f}"', body)  # of a letter
     body = re.sub(r"scale\([^)]*\)|\d+\.\d{3,}", _to_a_hundredth, body)
     body = re.sub(r" ?([MLQCz]) ", r"\1", re.sub(r"\s*\n\s*", " ", body).replace("> <", "><"))
     return body.replace("xlink:href", "href").replace("DejaVuSans-", "d").replace('"', "'")  # JSON would escape a "
+
+
+def _letter(letter: re.Match[str]) -> str:
+    """A letter's outline from point to point, in quarters of a hundredth of its size, which nobody sees."""
+    head, outline, tail = letter.groups()
+    steps, here, start = [], (0, 0), (0, 0)
+    for command, numbers in re.findall(r"([MLQz])([^MLQz]*)", outline):
+        ends = [round(int(number) / 16) for number in numbers.split()]
+        points = list(zip(ends[::2], ends[1::2], strict=True))
+        steps.append(command.lower() + " ".join(f"{x - here[0]} {y - here[1]}" for x, y in points).replace(" -", "-"))
+        here = points[-1] if points else start
+        start = here if command == "M" else start
+    return f"{head}{''.join(steps)}{tail}.25"
 
 
 def _to_a_hundredth(number: re.Match[str]) -> str:

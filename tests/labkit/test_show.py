@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -189,6 +190,30 @@ def test_an_svg_is_one_line_of_well_formed_xml_that_draws_what_matplotlib_drew(f
     ends = [[float(number) for number in end.split()] for end in line.strip("M ").split("L")]
     pixels = figure.axes[0].transData.transform([[1, 1], [4, 2]])
     assert ends == [pytest.approx([x * 0.9, 288 - y * 0.9], abs=0.01) for x, y in pixels]  # 72 points, 80 pixels
+
+
+def test_letters_keep_their_outline(figure):
+    figure.axes[0].set_title("g8%")
+    full = io.StringIO()
+    figure.savefig(full, format="svg")
+    outlines = dict(re.findall(r'id="DejaVuSans-([\w-]+)" d="([^"]*)"', full.getvalue()))
+    shorter = dict(re.findall(r"id='d([\w-]+)' d='([^']*)' transform='scale\(\.25\)'", show.svg(figure)))
+    assert shorter.keys() == outlines.keys() and len(outlines) > 10
+    for name, outline in outlines.items():
+        wanted = [float(number) / 16 for number in re.findall(r"-?\d+", outline)]
+        assert absolute(shorter[name]) == pytest.approx(wanted, abs=0.5)
+
+
+def absolute(outline: str) -> list[float]:
+    """The coordinates of a path in small letters, followed from its first point."""
+    coordinates, here, start = [], (0.0, 0.0), (0.0, 0.0)
+    for command, numbers in re.findall(r"([mlqz])([^mlqz]*)", outline):
+        steps = [float(number) for number in re.findall(r"-?\d+", numbers)]
+        points = [(here[0] + x, here[1] + y) for x, y in zip(steps[::2], steps[1::2], strict=True)]
+        coordinates += itertools.chain.from_iterable(points)
+        here = points[-1] if points else start
+        start = here if command == "m" else start
+    return coordinates
 
 
 @pytest.mark.parametrize(("limits", "ticks"), [((20, 400), "30 100 300"), ((2e-3, 2e5), "0.01 100 10000")])
