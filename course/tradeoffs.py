@@ -208,7 +208,7 @@ def picture(
         if len(handles) > 1:
             look = {"fontsize": 8, "handlelength": 1.4, "columnspacing": 1}
             fig.legend([*handles.values()], [*handles], loc="outside lower left", ncols=columns, **look)
-        png = base64.b64encode(show.png(fig, dpi=160)).decode()
+        png = base64.b64encode(show.png(fig)).decode()
     return {"png": png, "alt": alt, "caption": caption, "table": Markup(show.html_table(rows))}
 
 

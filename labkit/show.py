@@ -8,7 +8,6 @@ plots.
 import base64
 import io
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -21,7 +20,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 SHORTEST_ALT = 30  # characters: below that it names the figure, it does not describe it
 WIDTH = 6.8  # inches of a figure as a rule, 653 px at its natural size
 TYPE = 12.6  # points: 10 px where a figure of that width is shown 390 px wide, on a phone
-LARGEST_SVG = 150_000  # bytes; what has more paths than that is a PNG
+DPI = 160  # of what is stored: sharp on a phone and on a screen of double density, at half the bytes of an SVG
 BADGE = (
     '<b style="background:#8a4b00;color:#fff;border-radius:3px;padding:1px 5px;font-size:85%;letter-spacing:.04em">'
     "SIMULATED</b>"
@@ -38,9 +37,7 @@ Rows = Sequence[Mapping[str, Any]]
 def style(points: float = TYPE) -> None:
     """Set matplotlib to the course's style, for this process; points: the size of all type but titles.
 
-    Letters in an SVG become paths: a text would be set in whatever font the reader's machine has, wider or narrower
-    than the room that was left for it here. Ticks of logarithmic axes are plain numbers (30, not 3 x 10^1) below a
-    million.
+    Ticks of logarithmic axes are plain numbers (30, not 3 x 10^1) below a million.
     """
     import matplotlib
     from cycler import cycler
@@ -53,15 +50,15 @@ def style(points: float = TYPE) -> None:
         "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "axes.axisbelow": True, "axes.formatter.min_exponent": 6, "grid.color": "#d9d9d9",
         "grid.linewidth": 0.6, "legend.frameon": False, "legend.handlelength": 1.5, "lines.linewidth": 2.0,
-        "lines.markersize": 6, "svg.fonttype": "path", "svg.hashsalt": "labkit",
+        "lines.markersize": 6,
     })  # fmt: skip
 
 
 def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
     """Show a matplotlib figure, its description and its data, and close it.
 
-    The picture is an SVG up to 150 kB, with a coarse PNG beside it for what shows no SVG (JupyterLab, of a notebook
-    that it does not trust yet); beyond that a PNG at 160 dpi. Either is `figsize` inches wide on the screen.
+    The picture is a PNG, `figsize` inches wide on the screen: JupyterLab shows no SVG of a notebook that it does not
+    trust yet. Beside its description its metadata holds the height of its smallest type on a phone.
 
     alt        tells who cannot see the figure what it shows, in at least 30 characters
     table      its data, one dict a row
@@ -77,18 +74,13 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     _check_labels(fig)
     import matplotlib.pyplot as plt
 
-    pictures: dict[str, str] = {}
-    if in_notebook():  # a script has no screen for the picture: words and data only
-        drawing = svg(fig)
-        fits = len(drawing.encode()) <= LARGEST_SVG
-        pictures = {"image/svg+xml": drawing} if fits else {}
-        pictures["image/png"] = base64.b64encode(png(fig, dpi=80 if fits else 160)).decode()
-    described = {"alt": alt, "width": round(96 * fig.get_figwidth())}
-    plt.close(fig)
     heading = caption or fig.get_suptitle() or fig.axes[0].get_title(loc="left") or fig.axes[0].get_title() or "Figure"
     shown = f"{'SIMULATED: ' if simulated else ''}{heading}\n{alt}"
-    if pictures:
-        emit(shown, data=pictures, metadata={kind: described for kind in pictures})
+    if in_notebook():  # a script has no screen for the picture: words and data only
+        described = {"alt": alt, "width": round(96 * fig.get_figwidth()), "type": round(_type_on_a_phone(fig), 1)}
+        picture = base64.b64encode(png(fig)).decode()
+        emit(shown, data={"image/png": picture}, metadata={"image/png": described})
+    plt.close(fig)
     badge = f"{BADGE} " if simulated else ""
     words = f'<p style="margin:2px 0">{badge}{escape(caption)}</p>' if caption or simulated else ""
     folded = f"{words}<details><summary>Description and data</summary><p>{escape(alt)}</p>{html_table(rows)}</details>"
@@ -250,43 +242,12 @@ def text_table(rows: Rows) -> str:
     return "\n".join("  ".join(part.ljust(width) for part, width in line).rstrip() for line in padded)
 
 
-def svg(fig: Any) -> str:
-    """The figure as SVG, the same bytes each time, in one line and a fifth of what a notebook would store of it."""
-    drawing = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    fig.savefig(drawing, format="svg", dpi=160, metadata=nothing)  # dpi: of the pixels of an imshow
-    body = "<svg" + drawing.getvalue().partition("<svg")[2]  # without the XML heading
-    body = re.sub(r"<!--.*?-->|(?<=<g) id=\"[^\"]*\"", "", body, flags=re.DOTALL)
-    body = re.sub(r'(<path id="DejaVu[^"]*" d=")([^"]*)(" transform="scale\()0\.015625', _letter, body)
-    body = re.sub(r'transform="translate\(([\d.]+) 0\)"', lambda x: f'x="{float(x[1]):.0f}"', body)  # of a letter
-    body = re.sub(r"scale\([^)]*\)|\d+\.\d{3,}", _to_a_hundredth, body)
-    body = re.sub(r" ?([MLQCz]) ", r"\1", re.sub(r"\s*\n\s*", " ", body).replace("> <", "><"))
-    return body.replace("xlink:href", "href").replace("DejaVuSans-", "d").replace('"', "'")  # JSON would escape a "
-
-
-def _letter(letter: re.Match[str]) -> str:
-    """A letter's outline from point to point, in quarters of a hundredth of its size, which nobody sees."""
-    head, outline, tail = letter.groups()
-    steps, here, start = [], (0, 0), (0, 0)
-    for command, numbers in re.findall(r"([MLQz])([^MLQz]*)", outline):
-        ends = [round(int(number) / 16) for number in numbers.split()]
-        points = list(zip(ends[::2], ends[1::2], strict=True))
-        steps.append(command.lower() + " ".join(f"{x - here[0]} {y - here[1]}" for x, y in points).replace(" -", "-"))
-        here = points[-1] if points else start
-        start = here if command == "M" else start
-    return f"{head}{''.join(steps)}{tail}.25"
-
-
-def _to_a_hundredth(number: re.Match[str]) -> str:
-    return number[0] if number[0].startswith("scale") else f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
-
-
-def png(fig: Any, *, dpi: float) -> bytes:
+def png(fig: Any) -> bytes:
     """The figure as PNG with a palette: a third of the bytes, as drawings have few colours."""
     from PIL import Image
 
     full, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(full, format="png", dpi=dpi, metadata={"Software": None})
+    fig.savefig(full, format="png", dpi=DPI, metadata={"Software": None})
     picture = Image.open(full).convert("RGB")
     picture.quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
@@ -322,6 +283,14 @@ def checked_rows(rows: Any) -> list[dict[str, Any]]:
     if not listed or not all(isinstance(row, Mapping) and row for row in listed):
         raise InputError("The table has to be a non-empty list of dicts, one a row, like [{'batch': 1, 'ms': 2.5}].")
     return [dict(row) for row in listed]
+
+
+def _type_on_a_phone(fig: Any) -> float:
+    """The pixels of the smallest letters where the figure is shown 390 px wide."""
+    from matplotlib.text import Text
+
+    points = [text.get_fontsize() for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return min(points) / 72 * 390 / fig.get_figwidth()
 
 
 def _check_labels(fig: Any) -> None:

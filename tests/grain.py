@@ -21,7 +21,7 @@ ROWS = {"row", "rows", "columns", "table", "alt", "caption", "fig", "ax", "axes"
 WIDEST = 95  # characters of a code line that the site shows without scrolling
 BRANCHES = (ast.IfExp, ast.BoolOp, ast.Compare, ast.Subscript)
 IDEAS = 0.7  # of the visible code lines
-SMALLEST_TYPE = 9.95  # pixels, of a figure that a phone shows 390 px wide
+SMALLEST_TYPE = 10  # pixels, of a figure that a phone shows 390 px wide
 LIMITER = re.compile(r"\b(?:(?:memory|compute|bandwidth)-bound|limited by (?:memory|compute)|flat)\b", re.IGNORECASE)
 
 
@@ -72,14 +72,11 @@ def pictures_an_idea(notebook: NotebookNode) -> Iterator[str]:
 
 
 def has_type_for_a_phone(notebook: NotebookNode) -> Iterator[str]:
-    """Letters are paths in the unit of a hundredth of their size, so that the scale of each tells it."""
     for cell in code(notebook):
         for output in cell.outputs:
-            drawing = output.get("data", {}).get("image/svg+xml", "")
-            points = [100 * float(scale) for scale in re.findall(r"scale\(([\d.]+) -", drawing)]
-            width = float(match[1]) if (match := re.search(r"width=.([\d.]+)pt", drawing)) else 0
-            if points and (pixels := min(points) * 390 / width) < SMALLEST_TYPE:
-                yield f"{cell.id}: type of {pixels:.1f} px on a phone, at least 10; a figure 6.8 in wide needs 12.6 pt"
+            pixels = output.get("metadata", {}).get("image/png", {}).get("type", SMALLEST_TYPE)
+            if pixels < SMALLEST_TYPE:
+                yield f"{cell.id}: type of {pixels} px on a phone, at least {SMALLEST_TYPE}; 6.8 in wide needs 12.6 pt"
 
 
 def has_its_exercises(notebook: NotebookNode) -> Iterator[str]:

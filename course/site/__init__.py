@@ -5,7 +5,6 @@ them out for Sphinx as they lie in the repository, so that links between lessons
 records.
 """
 
-import base64
 import functools
 import html
 import http.server
@@ -31,7 +30,6 @@ from labkit.records import MIME
 SOURCES = Path(__file__).parent
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"
 FONT = "STIXTwoMath-Regular.ttf"  # without a font for formulas, which Linux often lacks, brackets stay small
-PICTURES = ("image/svg+xml", "image/png")  # what an output may hold of one figure, the better first
 UNSTRETCHED = ' stretchy="false"'
 
 
@@ -130,16 +128,16 @@ def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNod
     for output in cell.outputs:
         data = output.get("data", {})
         data.pop(MIME, None)
-        if kind := next((kind for kind in PICTURES if kind in data), None):
-            output.data = {"text/html": _picture(kind, data[kind], output.metadata.get(kind, {}))}
+        if "image/png" in data:
+            output.data = {"text/html": _picture(data["image/png"], output.metadata.get("image/png", {}))}
     yield cell
 
 
-def _picture(kind: str, body: str, described: Mapping[str, Any]) -> str:
+def _picture(picture: str, described: Mapping[str, Any]) -> str:
     """A figure as HTML, since myst-nb has one alt text for all figures of a cell; on a phone it shrinks to the page."""
-    picture = base64.b64encode(body.encode()).decode() if "svg" in kind else body.replace("\n", "")
     alt, width = html.escape(described.get("alt", "")), described.get("width", "")
-    return f'<img alt="{alt}" width="{width}" src="data:{kind};base64,{picture}">'
+    picture = picture.replace("\n", "")
+    return f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{picture}">'
 
 
 def _with_formulas(folded: re.Match[str]) -> str:

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import itertools
 import json
 import re
 import subprocess
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -146,9 +144,8 @@ def test_a_figure_carries_its_description_and_data(figure, notebook):
     show.figure(figure, alt=ALT, table=ROWS, caption="Latency <ms>", simulated=True)
     assert not plt.fignum_exists(figure.number)
     (picture, metadata), (folded, _) = notebook
-    assert metadata == {kind: {"alt": ALT, "width": 653} for kind in ("image/svg+xml", "image/png")}
-    assert picture["image/svg+xml"].startswith("<svg") and "width='489.6pt'" in picture["image/svg+xml"]
-    assert size_of(picture["image/png"]) == (544, 320)
+    assert metadata == {"image/png": {"alt": ALT, "width": 653, "type": 10.0}}
+    assert size_of(picture["image/png"]) == (1088, 640)
     assert ALT in picture["text/plain"] and "SIMULATED" in picture["text/plain"]
     assert all(part in folded["text/html"] for part in ("<details>", ALT, "Latency &lt;ms&gt;", "SIMULATED"))
     assert cells(folded["text/html"]) == ["batch", "latency", "1", "1", "4", "2"]
@@ -164,56 +161,13 @@ def test_the_same_figure_gives_the_same_bytes(notebook):
     assert notebook[0][0] == notebook[2][0]
 
 
-def test_a_figure_of_too_many_paths_is_a_fine_png_at_its_natural_width(figure, notebook):
-    figure.axes[0].plot(range(20_000), [number * number % 997 for number in range(20_000)], "o", rasterized=False)
-    show.figure(figure, alt=ALT, table=ROWS)
-    picture, metadata = notebook[0]
-    assert "image/svg+xml" not in picture and metadata == {"image/png": {"alt": ALT, "width": 653}}
-    assert size_of(picture["image/png"]) == (1088, 640)
-
-
-def test_type_is_ten_pixels_high_on_a_phone_and_paths_not_text():
-    fig = show.curves({"before": ROWS, "after": ROWS}, "batch", "latency", by="batch", yscale="log", ylim=(1, 40))
-    drawing = show.svg(fig)
-    points = [100 * float(scale) for scale in re.findall(r"scale\(([\d.]+) -", drawing)]
-    assert len(points) > 10 and min(points) / 72 * 390 / fig.get_figwidth() >= 10
-    assert "<text" not in drawing
-
-
-def test_an_svg_is_one_line_of_well_formed_xml_that_draws_what_matplotlib_drew(figure):
-    figure.axes[0].set_title("it's 5 < 6")
-    figure.axes[0].lines[0].set_color("#123456")
-    drawing = show.svg(figure)
-    assert "\n" not in drawing and '"' not in drawing
-    paths = ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}path")
-    (line,) = (path.get("d") for path in paths if "#123456" in path.get("style", ""))
-    ends = [[float(number) for number in end.split()] for end in line.strip("M ").split("L")]
-    pixels = figure.axes[0].transData.transform([[1, 1], [4, 2]])
-    assert ends == [pytest.approx([x * 0.9, 288 - y * 0.9], abs=0.01) for x, y in pixels]  # 72 points, 80 pixels
-
-
-def test_letters_keep_their_outline(figure):
-    figure.axes[0].set_title("g8%")
-    full = io.StringIO()
-    figure.savefig(full, format="svg")
-    outlines = dict(re.findall(r'id="DejaVuSans-([\w-]+)" d="([^"]*)"', full.getvalue()))
-    shorter = dict(re.findall(r"id='d([\w-]+)' d='([^']*)' transform='scale\(\.25\)'", show.svg(figure)))
-    assert shorter.keys() == outlines.keys() and len(outlines) > 10
-    for name, outline in outlines.items():
-        wanted = [float(number) / 16 for number in re.findall(r"-?\d+", outline)]
-        assert absolute(shorter[name]) == pytest.approx(wanted, abs=0.5)
-
-
-def absolute(outline: str) -> list[float]:
-    """The coordinates of a path in small letters, followed from its first point."""
-    coordinates, here, start = [], (0.0, 0.0), (0.0, 0.0)
-    for command, numbers in re.findall(r"([mlqz])([^mlqz]*)", outline):
-        steps = [float(number) for number in re.findall(r"-?\d+", numbers)]
-        points = [(here[0] + x, here[1] + y) for x, y in zip(steps[::2], steps[1::2], strict=True)]
-        coordinates += itertools.chain.from_iterable(points)
-        here = points[-1] if points else start
-        start = here if command == "m" else start
-    return coordinates
+def test_type_is_ten_pixels_high_on_a_phone_unless_it_is_set_smaller(notebook):
+    for size in (None, 9):
+        fig = show.curves({"before": ROWS, "after": ROWS}, "batch", "latency", by="batch", yscale="log", ylim=(1, 40))
+        fig.axes[0].set_title("small", fontsize=size)
+        show.figure(fig, alt=ALT, table=ROWS)
+    sizes = [metadata["image/png"]["type"] for _, metadata in notebook[::2]]
+    assert sizes == [10.0, pytest.approx(9 / 72 * 390 / 6.8, abs=0.1)]
 
 
 @pytest.mark.parametrize(("limits", "ticks"), [((20, 400), "30 100 300"), ((2e-3, 2e5), "0.01 100 10000")])
@@ -257,9 +211,8 @@ show.figure(fig, alt={ALT!r}, table={ROWS!r})"""
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     outputs = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["outputs"]
-    pictures = ["image/png", "image/svg+xml", "text/plain"]
-    assert [sorted(one["data"]) for one in outputs] == [pictures, ["text/html", "text/plain"]]
-    assert outputs[0]["metadata"]["image/svg+xml"]["alt"] == ALT
+    assert [sorted(one["data"]) for one in outputs] == [["image/png", "text/plain"], ["text/html", "text/plain"]]
+    assert outputs[0]["metadata"]["image/png"]["alt"] == ALT
 
 
 def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
