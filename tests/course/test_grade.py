@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import pytest
 from click.testing import CliRunner
+from commands import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
@@ -237,7 +238,9 @@ def test_nothing_is_harmed_and_nothing_is_left_behind(graded):
     assert rows.keys() == POINTS.keys() and all(by_exercise.keys() == FULL.keys() for by_exercise in rows.values())
     assert [path.name for path in folder.parent.iterdir()] == ["class"]
     assert [path.name for path in (folder / "right").iterdir()] == [f"{LESSON}.ipynb"]
-    assert not [one for one in psutil.process_iter(["uids"]) if one.info["uids"] and one.info["uids"].real > 1 << 30]
+    wait_until(
+        lambda: not [p for p in psutil.process_iter(["uids"]) if p.info["uids"] and p.info["uids"].real > 1 << 30]
+    )
 
 
 @pytest.mark.slow

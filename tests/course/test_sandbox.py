@@ -83,8 +83,10 @@ def outside() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("user", [0, 54321], ids=["as whoever runs the tests", "as an ordinary user"])
+@pytest.mark.parametrize(
+    "user",
+    [pytest.param(0, id="as whoever runs the tests"), pytest.param(54321, id="as a user", marks=pytest.mark.slow)],
+)
 def test_everything_but_computing_is_refused(outside: Path, user: int):
     if user and os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
