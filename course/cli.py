@@ -52,7 +52,7 @@ def main() -> None:
 @click.option("--cpu", is_flag=True, expose_value=False, help="Install the CPU build of torch, which is much smaller.")
 def setup() -> None:
     """Install the course and fetch its models, as the other commands do on first use."""
-    click.echo("ready: ./lab run, ./lab test, ./lab start 01")  # ./lab has done the work
+    click.echo("ready: ./lab run, ./lab test, ./lab start 00")  # ./lab has done the work
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

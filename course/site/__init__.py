@@ -190,7 +190,7 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
         yield "Your runs stand first. A range in brackets is a 95 % interval."
     else:
         yield (
-            "There is no run of yours yet. `./lab run 01` measures lesson 01 on your machine; build the site again, "
+            "There is no run of yours yet. `./lab run 00` measures lesson 00 on your machine; build the site again, "
             "and your numbers stand beside these. A range in brackets is a 95 % interval."
         )
     yield f"## Machines\n\n{_html(tables.machines_table(columns))}"
