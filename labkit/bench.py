@@ -30,6 +30,7 @@ LOOK_AGAIN = 1.5  # the next look at the width comes after this many times the b
 SAMPLES = 50  # samples between two looks of measure()
 PRECISION = 0.01  # half-width at which measure() has enough; compare() goes to half of CLAIMABLE
 LEAST_S = 0.25  # no run ends earlier unless its budget does: over less, the load by others cannot be judged
+FAULTS = 0.2  # share of the time in page faults that is worth a warning
 CLAIMABLE = 0.01  # differences below 1 % are never claimed: memory placement alone makes as much
 
 Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
@@ -352,7 +353,7 @@ def _cpu_time_is_better(run: Clock, moments: Sequence[Snapshot], sides: Sequence
         return False
     if (_foreign_cores(run, moments) or 0.0) <= clocks.FOREIGN_CORES:
         return False
-    shares = [statistics.median(cpu / wall for wall, cpu in samples) for samples in sides]
+    shares = [statistics.median(cpu / wall for wall, cpu, _ in samples) for samples in sides]
     return time.get_clock_info("process_time").resolution <= 1e-5 and all(0.2 <= share <= 1.1 for share in shares)
 
 
@@ -369,6 +370,9 @@ def _measurement(
     seconds, warnings = tuple(sample[by_cpu] for sample in samples), list(disturbed)
     if len(seconds) < BLOCKS:
         warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are needed: raise budget_s")
+    faults = statistics.fmean(sample[2] for sample in samples)
+    if run.name == "wall" and faults and faults * clocks.fault_s() > FAULTS * statistics.fmean(seconds):
+        warnings.append(f"{faults:.0f} page faults per call: memory is mapped anew each time; preallocate outputs")
     if one_build and (change := stats.drift(seconds)) is not None:
         warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
     return Measurement(
@@ -393,7 +397,7 @@ def _machine_warnings(
         warnings.append(f"other programs kept {foreign:.1f} cores busy: {remedy}")
     if (slowed := clocks.throttling(moments)) is not None:
         warnings.append(slowed)
-    if run.other == "wall" and any(statistics.median(event / wall for event, wall in side) < 0.5 for side in sides):
+    if run.other == "wall" and any(statistics.median(event / wall for event, wall, _ in side) < 0.5 for side in sides):
         warnings.append(
             "CUDA events saw under half of the wall time: work on another stream, or launches that lag behind"
         )

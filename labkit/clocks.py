@@ -8,6 +8,7 @@ reads: clocks and priorities of a shared machine are left as they are. What is c
 import functools
 import itertools
 import math
+import mmap
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -15,13 +16,15 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
 from labkit.errors import InputError
 
 Call = Callable[[], Any]
-Sample = tuple[float, float]  # seconds by the clock, seconds by the second clock
+Seconds = tuple[float, float]  # by the clock, and by the second clock
+Sample = tuple[float, float, float]  # a call's seconds by both clocks, and its page faults
 
 SAMPLE_S = 1e-3  # shorter calls are repeated until a sample lasts so long: a thousand times what reading a clock costs
 MOST_CALLS = 1_000_000
@@ -36,14 +39,15 @@ class Clock:
     other: str  # the second clock: cpu beside wall, wall beside CUDA; "" for an injected clock, which has none
     device: torch.device
     cache: str
-    block: Callable[[Call, int], Sample]
+    block: Callable[[Call, int], Seconds]
     now: Callable[[], float] = time.perf_counter
     evict_s: float | None = None  # seconds to empty a CPU's caches before each call, off the clock; None: not done
 
     def sample(self, call: Call, number: int) -> Sample:
-        """Seconds per call by both clocks."""
+        """Seconds per call by both clocks, and page faults per call."""
+        before = page_faults()
         seconds, other = self.block(call, number)
-        return seconds / number, other / number
+        return seconds / number, other / number, (page_faults() - before) / number
 
 
 def choose(
@@ -85,7 +89,7 @@ def evictor(last_level_cache: int) -> Call:
 
 
 def _evicting(clock: Clock, evict: Call) -> Clock:
-    def block(fn: Call, number: int) -> Sample:
+    def block(fn: Call, number: int) -> Seconds:
         samples = []
         for _ in range(number):
             evict()
@@ -176,7 +180,7 @@ def _synchronize() -> None:
         torch.mps.synchronize()
 
 
-def _wall(fn: Call, number: int) -> Sample:
+def _wall(fn: Call, number: int) -> Seconds:
     with torch.inference_mode():
         _synchronize()
         cpu, wall = time.process_time(), time.perf_counter()
@@ -189,7 +193,7 @@ def _wall(fn: Call, number: int) -> Sample:
 def _injected(clock: Callable[[Call, int], float], device: torch.device, cache: str) -> Clock:
     spent = 0.0
 
-    def block(fn: Call, number: int) -> Sample:
+    def block(fn: Call, number: int) -> Seconds:
         nonlocal spent
         seconds = clock(fn, number)
         if not 0 < seconds < math.inf:
@@ -206,7 +210,7 @@ def _cuda(device: torch.device, cache: str) -> Clock:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
 
-    def block(fn: Call, number: int) -> Sample:
+    def block(fn: Call, number: int) -> Seconds:
         groups, calls = (1, number) if flush is None else (number, 1)
         event = [torch.cuda.Event(enable_timing=True) for _ in range(2 * groups + 1)]
         with torch.inference_mode(), torch.cuda.device(device):
@@ -283,6 +287,27 @@ def throttling(snapshots: Sequence[Snapshot]) -> str | None:
         return None
     span = f"SM clock {min(speeds)}-{max(speeds)} MHz" if speeds else "SM clock unknown"
     return f"the GPU was throttled ({', '.join(reasons)}; {span})" if reasons else f"the GPU's clock moved ({span})"
+
+
+def page_faults() -> int:
+    """Pages that this process touched for the first time so far; 0 where the system does not count them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@functools.cache
+def fault_s() -> float:
+    """Seconds that a page fault takes here: the best of three mappings of 16 MiB that are touched page by page."""
+    seconds = []
+    for _ in range(3):
+        fresh = np.frombuffer(mmap.mmap(-1, 2**24), np.uint8)
+        before, start = page_faults(), time.perf_counter()
+        fresh[:: mmap.PAGESIZE] = 1
+        seconds.append((time.perf_counter() - start) / max(1, page_faults() - before))
+    return min(seconds)
 
 
 @functools.cache

@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -24,7 +23,6 @@ from scipy.stats import binom
 
 from labkit import bench, clocks, machine, roofline, stats
 from labkit.bench import Comparison, Measurement, compare, measure
-from labkit.clocks import Snapshot
 from labkit.errors import InputError
 from labkit.machine import Ceilings
 
@@ -90,15 +88,6 @@ ENVIRONMENTS = ("stationary", "linear drift", "step", "bursts", "preemption")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_identical_work_is_seldom_told_apart(environment):
-    results = [simulate(environment, seed=seed) for seed in range(RUNS)]
-    excluded = sum(excludes(result.ci95, 1.0) for result in results)
-    assert not too_often(excluded, RUNS), f"{environment}: {excluded} of {RUNS}"
-    assert sum(result.verdict in ("faster", "slower") for result in results) <= RUNS // 100
-
-
-@pytest.mark.slow
 def test_stopping_at_a_width_stays_honest():
     results = [simulate(seed=seed, budget_s=20.0) for seed in range(RUNS // 5)]
     excluded = sum(excludes(result.ci95, 1.0) for result in results)
@@ -108,11 +97,13 @@ def test_stopping_at_a_width_stays_honest():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-@pytest.mark.parametrize("ratio", [1.05, 2.0])
-def test_known_ratio_is_covered(environment, ratio):
+@pytest.mark.parametrize("ratio", [1.0, 1.05, 2.0])
+def test_the_interval_covers_the_truth_and_no_verdict_is_wrong(environment, ratio):
     results = [simulate(environment, {work_a: 2e-3 * ratio}, seed) for seed in range(RUNS)]
     excluded = sum(excludes(result.ci95, ratio) for result in results)
     assert not too_often(excluded, RUNS), f"{environment}: {excluded} of {RUNS}"
+    wrong = {1.0: ("faster", "slower")}.get(ratio, ("slower", "equivalent"))
+    assert sum(result.verdict in wrong for result in results) <= RUNS // 100
     speedups = sorted(result.speedup for result in results)
     assert speedups[RUNS // 2] == pytest.approx(ratio, rel=0.01)
 
@@ -149,20 +140,6 @@ def test_verdict_is_what_the_whole_interval_supports(ratios, verdict):
     assert result.verdict == verdict
 
 
-def test_a_difference_below_one_percent_is_not_claimed():
-    clock = SimulatedClock(cost={work_a: 2.01e-3})
-    clock.rng.gauss = lambda mean, sd: random.gauss(0, 1e-4)  # an instrument so fine that 0.5 % is certain
-    result = compare(work_a, work_b, clock=clock)
-    assert excludes(result.ci95, 1.0)
-    assert result.verdict == "equivalent"
-
-
-def test_stops_when_precise_and_not_when_significant():
-    result = simulate(cost={work_a: 4e-3}, budget_s=30.0)
-    assert stats.half_width(result.speedup, *result.ci95) <= 0.005
-    assert len(result.baseline_first) > bench.BLOCKS * result.per_block  # a factor of two was plain after six blocks
-
-
 @pytest.mark.parametrize("cost", [1e-6, 1e-3, 0.02, 0.1, 0.35])
 @pytest.mark.parametrize("budget_s", [0.5, 2.0])
 def test_budget_is_kept(cost, budget_s):
@@ -173,7 +150,10 @@ def test_budget_is_kept(cost, budget_s):
     assert len(result.baseline_first) >= 1
 
 
-def test_measuring_ends_when_it_is_precise_and_looks_only_now_and_then():
+def test_both_end_when_they_are_precise_not_when_it_is_significant_and_look_only_now_and_then():
+    result = simulate(cost={work_a: 4e-3}, budget_s=30.0)
+    assert stats.half_width(result.speedup, *result.ci95) <= 0.005
+    assert len(result.baseline_first) > bench.BLOCKS * result.per_block  # a factor of two was plain after six blocks
     result = measure(work_a, clock=SimulatedClock(), budget_s=30.0)
     assert len(result.samples_s) % bench.SAMPLES == 0
     assert stats.half_width(result.median_s, *result.ci95_s) <= bench.PRECISION
@@ -182,22 +162,10 @@ def test_measuring_ends_when_it_is_precise_and_looks_only_now_and_then():
     assert sum(short.samples_s) == pytest.approx(0.1, rel=0.1) and len(short.samples_s) < bench.SAMPLES + 5
 
 
-def test_warm_up_takes_a_tenth_to_a_half_of_the_budget_whatever_went_before():
-    """A call that settles at once, and one that never does: every call is 5 % faster than the last."""
-    costs = {work_a: iter(lambda: 1e-3, None), work_b: (0.95**i for i in itertools.count())}
-    run = clocks.choose(torch.device("cpu"), injected=lambda fn, number: next(costs[fn]))
-    for fn, budget_s, share, fastest in ((work_a, 1.0, 0.1, 1e-3), (work_b, 20.0, 0.5, 0.95**13)):
-        before = run.now()
-        (least,) = clocks.warm_up(run, [fn], budget_s)
-        assert share <= (run.now() - before) / budget_s < share + 0.06
-        assert least == pytest.approx(fastest)
-
-
 def test_order_is_balanced_in_every_block():
     result = simulate()
-    blocks = [
-        result.baseline_first[i : i + result.per_block] for i in range(0, len(result.baseline_first), result.per_block)
-    ]
+    firsts = iter(result.baseline_first)
+    blocks = iter(lambda: list(itertools.islice(firsts, result.per_block)), [])
     assert {sum(block) for block in blocks} == {result.per_block // 2}
 
 
@@ -232,6 +200,8 @@ def test_caches_are_emptied_before_every_timed_call_and_off_the_clock(evictions)
     result = compare(work_a, work_b, clock=logged, cache="cold", budget_s=1e-3)
     timed = [event for event in evictions if event != "evict"]
     assert evictions[-2 * len(timed) :] == [event for call in timed for event in ("evict", call)]
+    order = [fn for first in result.baseline_first for fn in ((work_a, work_b) if first else (work_b, work_a))]
+    assert [fn for fn, _ in timed[-len(order) :]] == order  # and no call in between that is not timed
     assert {number for _, number in timed} == {1} == {result.baseline.number, result.candidate.number}
     assert result.speedup == pytest.approx(2.0, rel=0.02)
     assert result.baseline.cache == "cold"
@@ -244,57 +214,38 @@ def test_what_emptying_the_caches_takes_is_in_the_budget_but_not_in_the_time(mon
     result = compare(lambda: None, lambda: None, cache="cold", device="cpu", budget_s=0.4)
     assert time.perf_counter() - start < 4 * 0.4
     assert result.baseline.median_s < 0.005
-    assert 5 <= len(result.baseline_first) <= 20
+    assert len(result.baseline_first) <= 20 and result.per_block == 1
 
 
-def placement(spread, seed):
-    """Factories of identical work: SIMULATED, each build is for its whole life faster or slower by up to `spread`."""
-    rng, cost = random.Random(seed), {}
+def factory(clock, seconds, side, order):
+    """Builds callables that cost `seconds()` each, drawn anew for each build and fixed for its life (SIMULATED)."""
 
     def make():
-        def call():
-            pass
-
-        cost[call] = 2e-3 * math.exp(rng.uniform(-spread, spread))
+        call = functools.partial(str, side)
+        clock.cost[call], order[len(order) :] = seconds(), [side]
         return call
 
-    return make, SimulatedClock(cost=cost, seed=seed)
+    return make
 
 
 def test_an_interval_over_builds_covers_what_pairs_of_one_build_do_not():
-    built, once = [], []
+    over_builds, of_one = [], []
     for seed in range(100):
-        make, clock = placement(0.05, seed)
-        built.append(compare(make, make, builds=8, clock=clock, seed=seed))
-        once.append(compare(make(), make(), clock=clock, seed=seed))
-    excluded = sum(excludes(result.ci95, 1.0) for result in built)
-    assert not too_often(excluded, len(built)), excluded
-    assert not [result.verdict for result in built if result.verdict in ("faster", "slower")]
-    assert too_often(sum(excludes(result.ci95, 1.0) for result in once), len(once))
+        clock = SimulatedClock(seed=seed)
+        make = factory(clock, lambda clock=clock: 2e-3 * clock.rng.uniform(0.95, 1.05), "", [])  # placed well or badly
+        over_builds.append(compare(make, make, builds=8, clock=clock, seed=seed))
+        of_one.append(compare(make(), make(), clock=clock, seed=seed))
+    excluded, excluded_of_one = (sum(excludes(r.ci95, 1.0) for r in results) for results in (over_builds, of_one))
+    assert not too_often(excluded, 100), excluded
+    assert not [result.verdict for result in over_builds if result.verdict in ("faster", "slower")]
+    assert too_often(excluded_of_one, 100), excluded_of_one
 
 
 def test_builds_are_made_in_balanced_order_and_checked_and_give_one_ratio_each():
-    order, checked = [], []
-    cost = {}
-
-    def factory(side, seconds):
-        def make():
-            order.append(side)
-
-            def call():
-                return side
-
-            cost[call] = seconds
-            return call
-
-        return make
-
-    result = compare(
-        factory("a", 4e-3), factory("b", 2e-3), builds=8, clock=SimulatedClock(cost=cost),
-        check=lambda *outputs: checked.append(outputs),
-    )  # fmt: skip
-    assert sorted(order) == ["a"] * 8 + ["b"] * 8
-    assert order[::2].count("a") == 4  # first in half of the builds
+    order, checked, clock = [], [], SimulatedClock()
+    slow, fast = factory(clock, lambda: 4e-3, "a", order), factory(clock, lambda: 2e-3, "b", order)
+    result = compare(slow, fast, builds=8, clock=clock, check=lambda *outputs: checked.append(outputs))
+    assert len(order) == 16 and order[::2].count("a") == order[1::2].count("a") == 4
     assert checked == [("a", "b")] * 16
     assert sum(result.pairs_per_build) == len(result.baseline_first) and len(result.pairs_per_build) == 8
     ratios = []
@@ -305,11 +256,6 @@ def test_builds_are_made_in_balanced_order_and_checked_and_give_one_ratio_each()
     assert "8 builds, " in str(result) and result.verdict == "faster"
 
 
-def test_factories_must_build_something_to_call():
-    with pytest.raises(InputError, match="with builds, candidate must return a function without arguments, got int"):
-        compare(lambda: work_a, lambda: 3, builds=8, clock=SimulatedClock())
-
-
 def test_short_calls_are_repeated_to_a_millisecond():
     result = simulate(cost={work_a: 2e-6, work_b: 1e-6})
     assert result.baseline.number * 2e-6 == pytest.approx(1e-3, rel=0.25)
@@ -317,22 +263,21 @@ def test_short_calls_are_repeated_to_a_millisecond():
     assert result.candidate.median_s == pytest.approx(1e-6, rel=0.02)
 
 
-def test_too_few_pairs_give_no_interval_and_no_claim():
-    result = simulate(cost={work_a: 0.6, work_b: 0.3})
-    assert result.ci95 == (0.0, math.inf)
-    assert result.verdict == "inconclusive"
-    assert "no interval" in str(result)
-    assert result.warnings == (
-        "budget_s was spent after 1 block of pairs, and an interval takes 6: close other programs, or raise budget_s",
-    )
-    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["result"]["ci95"] is None
-
-
-def test_few_blocks_give_an_interval_and_a_warning():
-    result = simulate(cost={work_a: 0.04, work_b: 0.03})
-    assert stats.LEAST <= len(result.baseline_first) < bench.BLOCKS
-    assert math.isfinite(result.ci95[1])
-    assert f"only {len(result.baseline_first)} blocks of pairs, and 20 are needed" in result.warnings[-1]
+@pytest.mark.parametrize(
+    ("seconds", "warning"),
+    [
+        (0.3, "budget_s was spent after 1 block of pairs, and an interval takes 6: close other programs, or raise"),
+        (0.03, "only {} blocks of pairs, and 20 are needed: raise budget_s"),
+    ],
+)
+def test_few_blocks_give_a_warning_and_too_few_no_interval(seconds, warning):
+    result = simulate(cost={work_a: seconds, work_b: seconds})
+    blocks = len(result.baseline_first)
+    assert result.warnings[-1].startswith(warning.format(blocks))
+    assert (result.ci95 == (0.0, math.inf)) == (blocks < stats.LEAST)
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))["result"]
+    if blocks < stats.LEAST:
+        assert result.verdict == "inconclusive" and "no interval" in str(result) and written["ci95"] is None
 
 
 def test_what_is_written_holds_every_sample():
@@ -348,12 +293,16 @@ def test_drift_is_warned_of():
     assert simulate(budget_s=2.0).warnings == ()
 
 
-def test_comparison_prints_on_one_line():
-    line = str(comparison([0.0410, 0.0416] * 10, [0.0239, 0.0241] * 10, warnings=("speed drifted",)))
-    assert line == (
+def test_lines_hold_what_a_reader_needs_and_no_digit_more_than_the_interval_supports():
+    narrow = comparison([0.0410, 0.0416] * 10, [0.0239, 0.0241] * 10, warnings=("speed drifted",))
+    assert str(narrow) == (
         "fp32 41.3 ms -> int8 24.0 ms: 1.72x [95% CI 1.72, 1.73; 20 blocks of 1 pair, wall time, hot, cpu, 1 thread]"
         " faster - warning: speed drifted"
     )
+    wide = str(comparison([0.038, 0.046] * 10, [0.024, 0.023] * 10))
+    assert wide.startswith("fp32 42 ms") and "1.8x [95% CI 1.6, 2.0;" in wide
+    one = Measurement("fp32", (0.0412, 0.0416) * 10, 3, "wall", "hot", "cpu", 2)
+    assert str(one) == "fp32 41.4 ms [95% CI 41.2, 41.6; 20 samples of 3 calls, wall time, hot, cpu, 2 threads]"
 
 
 def test_shares_of_the_roof_are_printed_and_written():
@@ -367,22 +316,12 @@ def test_shares_of_the_roof_are_printed_and_written():
     assert [line.to_dict()[side]["roof_share"] for side in ("baseline", "candidate")] == pytest.approx([0.1, 0.2])
 
 
-def test_digits_stop_where_the_interval_does():
-    wide = str(comparison([0.038, 0.046] * 10, [0.024, 0.023] * 10))
-    assert wide.startswith("fp32 42 ms")
-    assert "1.8x [95% CI 1.6, 2.0;" in wide
-
-
-def test_measurement_prints_on_one_line():
-    line = str(Measurement("fp32", (0.0412, 0.0416) * 10, 3, "wall", "hot", "cpu", 2))
-    assert line == "fp32 41.4 ms [95% CI 41.2, 41.6; 20 samples of 3 calls, wall time, hot, cpu, 2 threads]"
-
-
 BAD_CALLS = {
     "baseline must be a function": {"baseline": torch.zeros(1)},
     "candidate must be a function": {"candidate": None},
     "budget_s must be a number of seconds above 0": {"budget_s": 0},
     "budget_s must be a number of seconds above 0, got nan": {"budget_s": math.nan},
+    "budget_s must be a number of seconds above 0, got True": {"budget_s": True},
     "cache must be one of hot, cold": {"cache": "warm"},
     "builds must be 6 or more, or None, got 3": {"builds": 3},
     "device is 'gpu'; choose auto, cpu, cuda or cuda:N": {"device": "gpu"},
@@ -398,52 +337,21 @@ def test_bad_input_is_refused_before_any_work(sentence, bad):
 
     with pytest.raises(InputError, match=sentence):
         compare(**{"baseline": untouched, "candidate": untouched, **bad})
+    if bad.keys() <= {"budget_s", "cache", "device"}:
+        with pytest.raises(InputError, match=sentence):
+            measure(untouched, **bad)
 
 
-@pytest.mark.parametrize("bad", [{"fn": 3}, {"budget_s": -1}, {"budget_s": True}, {"device": "gpu"}])
-def test_measure_refuses_bad_input(bad):
-    with pytest.raises(InputError):
-        measure(**{"fn": work_a, **bad})
-
-
-async def coroutine():
-    return 1
-
-
-LAZY = {
-    "generator": lambda: (x for x in range(3)),
-    "map": lambda: map(abs, range(3)),
-    "coroutine": coroutine,
-    "Future": lambda: ThreadPoolExecutor(1).submit(abs, 1),
-    "list of futures": lambda: [1, {"a": (torch.futures.Future(),)}],
-    "function": lambda: work_a,
-    "partial": lambda: functools.partial(abs, 1),
-}
-
-
-@pytest.mark.parametrize("lazy", LAZY)
-@pytest.mark.filterwarnings("ignore:coroutine")
-def test_work_that_is_not_done_when_the_call_ends_is_refused(lazy):
-    with pytest.raises(InputError, match=r"returns a .*, whose work is not done when the call ends"):
-        measure(LAZY[lazy], clock=SimulatedClock())
-    with pytest.raises(InputError, match="is not done when the call ends"):
-        compare(work_a, LAZY[lazy], clock=SimulatedClock())
-
-
-@pytest.mark.parametrize("output", [torch.ones(2), [1, "a"], {"x": None}, torch.nn.Linear(1, 1), range(3), open])
-def test_results_are_not_taken_for_work_to_be_done(output):
-    assert measure(lambda: output, clock=SimulatedClock()).median_s > 0
-
-
-def test_unequal_outputs_are_not_timed():
-    with pytest.raises(InputError, match="small and large do not compute the same"):
-        compare(lambda: 1, lambda: 2, check=lambda a, b: a == b, names=("small", "large"))
-
-
-def test_check_runs_before_and_after():
+def test_outputs_are_checked_before_and_after_and_what_is_unequal_or_no_work_is_not_timed():
     seen = []
     compare(lambda: 1, lambda: 2, check=lambda *outputs: seen.append(outputs), clock=SimulatedClock())
     assert seen == [(1, 2), (1, 2)]
+    with pytest.raises(InputError, match="small and large do not compute the same"):
+        compare(lambda: 1, lambda: 2, check=lambda a, b: a == b, names=("small", "large"))
+    with pytest.raises(InputError, match="with builds, candidate must return a function without arguments, got int"):
+        compare(lambda: work_a, lambda: 3, builds=8)
+    with pytest.raises(InputError, match="returns a function, whose work is not done"):  # factories, without builds
+        compare(lambda: work_a, lambda: work_b)
 
 
 def test_the_callables_own_error_passes_through_and_the_collector_comes_back():
@@ -478,28 +386,6 @@ def test_a_call_that_sleeps_is_not_judged_by_cpu_time():
     result = measure(lambda: time.sleep(0.002), budget_s=0.4)
     assert result.clock == "wall"
     assert result.median_s > 0.002
-
-
-@pytest.mark.parametrize(
-    ("output", "device"),
-    [(torch.ones(1), "cpu"), ({"a": [1, torch.ones(1, device="meta")]}, "meta"), ((), None), (None, None), (3, None)],
-)
-def test_device_of_an_output(output, device):
-    assert getattr(clocks.device_of(output), "type", None) == device
-
-
-def test_foreign_load_is_busy_time_less_our_own():
-    before, after = Snapshot(wall_s=10, process_s=1, busy_s=50), Snapshot(wall_s=12, process_s=2.5, busy_s=54.5)
-    assert clocks.foreign_cores(before, after) == pytest.approx((4.5 - 1.5) / 2)
-    assert clocks.foreign_cores(before, Snapshot(10.1, 1.1, 50.2)) is None
-
-
-def test_throttling_is_named():
-    cool, hot = Snapshot(0, 0, 0, 1980), Snapshot(1, 0, 0, 1500, ("power cap",))
-    assert clocks.throttling([cool, hot]) == "the GPU was throttled (power cap; SM clock 1500-1980 MHz)"
-    assert clocks.throttling([cool, Snapshot(1, 0, 0, 1700)]) == "the GPU's clock moved (SM clock 1700-1980 MHz)"
-    assert clocks.throttling([cool, cool]) is None
-    assert clocks.throttling([Snapshot(0, 0, 0)]) is None
 
 
 @pytest.mark.gpu
@@ -606,12 +492,6 @@ def test_identical_work_is_not_told_apart_on_this_machine(disturb):
 
 
 @pytest.mark.timing
-def test_a_copy_elsewhere_in_memory_is_not_claimed_to_differ(one_thread):
-    results = [compare(chain(4), chain(4), budget_s=0.3, seed=seed) for seed in range(6)]
-    assert not [str(result) for result in results if result.verdict in ("faster", "slower")]
-
-
-@pytest.mark.timing
 def test_identical_work_on_data_of_its_own_is_not_told_apart_over_builds(one_thread):
     """Without builds, 9 of 15 intervals (1 MB) excluded 1, and 4 of 12 verdicts (16 MB) were wrong."""
     results = []
@@ -650,18 +530,22 @@ def test_twice_the_work_is_found_on_this_machine(disturb):
 @pytest.mark.timing
 def test_foreign_load_is_seen_and_named(one_thread):
     spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    before = clocks.snapshot(torch.device("cpu"))
     try:
         result = measure(chain(4), budget_s=1.0)
     finally:
         spinner.kill()
         spinner.wait()
+    after = clocks.snapshot(torch.device("cpu"))
     assert any("other programs kept" in warning for warning in result.warnings)
     assert result.clock == "cpu"
+    assert after.busy_s - before.busy_s >= 0.8 * (after.process_s - before.process_s) > 0  # our own included
 
 
 @pytest.mark.timing
-def test_busy_time_includes_our_own(one_thread):
-    before = clocks.snapshot(torch.device("cpu"))
-    measure(chain(4), budget_s=0.5)
-    after = clocks.snapshot(torch.device("cpu"))
-    assert after.busy_s - before.busy_s >= 0.8 * (after.process_s - before.process_s) > 0
+def test_a_call_that_maps_its_memory_anew_is_told(one_thread):
+    """64 MiB are more than malloc ever keeps (32 MiB): each call gets pages that nobody has touched."""
+    out = torch.ones(2**24)
+    mapped, preallocated = measure(lambda: torch.ones(2**24)), measure(lambda: out.fill_(1.0))
+    assert any("page faults per call: memory is mapped anew" in warning for warning in mapped.warnings), mapped
+    assert not [warning for warning in preallocated.warnings if "page faults" in warning]
