@@ -1,7 +1,9 @@
-"""Checks of lesson 05: an exact N:M mask, values with two-bit places, the bytes of a pattern, Wanda's choice in groups.
+"""Checks of lesson 05: an exact N:M mask, values with two-bit positions, the bytes of a pattern, a straight-through
+estimator, Wanda's choice in groups.
 
 Each holds the answer against what has to be true of it, or against an independent computation: counts in every group,
-a weight put together again bit by bit, places that are really written out, outputs that are computed without a weight.
+a weight put together again bit by bit, positions that are really written out, gradients by their definition, outputs
+that are computed without a weight.
 """
 
 from collections.abc import Callable
@@ -60,7 +62,7 @@ def _edge(group: list[tuple[float, bool]]) -> tuple[float, float]:
 
 
 def compress(fn: Callable, failures: Failures) -> None:
-    """compress(weight) -> (values [out, in / 2], places uint8 [out, in / 8]) of a 2:4 weight."""
+    """compress(weight) -> (values [out, in / 2], positions uint8 [out, in / 8]) of a 2:4 weight."""
     generator = torch.Generator().manual_seed(1)
     for case, rows, columns, dtype in (
         ("two kept in every group", 5, 16, torch.float32),
@@ -80,47 +82,93 @@ def compress(fn: Callable, failures: Failures) -> None:
 def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
     rows, columns = weight.shape
     answer = failures.call(fn, weight, changed="your function changed the weight")
-    if not failures.expect(has_parts(answer, 2), "return the values and the places"):
+    if not failures.expect(has_parts(answer, 2), "return the values and the metadata"):
         return
-    values, places = answer
+    values, metadata = answer
     usable = all(isinstance(part, Tensor) for part in answer)
     usable = usable and values.shape == (rows, columns // 2) and values.dtype == weight.dtype
     if not failures.expect(usable, "values has to be a tensor [out, in / 2] of the weight's own type"):
         return
-    usable = places.shape == (rows, columns // 8) and places.dtype == torch.uint8
-    if not failures.expect(usable, "places has to be a uint8 tensor [out, in / 8]: two groups share a byte"):
+    usable = metadata.shape == (rows, columns // 8) and metadata.dtype == torch.uint8
+    if not failures.expect(usable, "the metadata have to be a uint8 tensor [out, in / 8]: two groups share a byte"):
         return
     again, ascending = torch.zeros_like(weight), True
     for row in range(rows):
         for group in range(columns // 4):
-            nibble = places[row, group // 2].item() >> 4 * (group % 2) & 15
+            nibble = metadata[row, group // 2].item() >> 4 * (group % 2) & 15
             first, second = nibble & 3, nibble >> 2
             ascending &= first < second
             for place, value in ((first, values[row, 2 * group]), (second, values[row, 2 * group + 1])):
                 again[row, 4 * group + place] += value
     failures.expect(
         ascending,
-        "the two places of a group have to differ and ascend, also where the group holds fewer than two values",
+        "the two positions of a group have to differ and ascend, also where the group holds fewer than two values",
     )
     failures.expect(
         torch.equal(again, weight),
-        "read back by the layout in the text (lowest bits first), your values and places give another weight",
+        "read back by the layout in the text (lowest bits first), your values and metadata give another weight",
     )
 
 
 def stored_share(fn: Callable, failures: Failures) -> None:
-    """stored_share(n, m, bits) -> bytes of an N:M weight over those of the dense one, places included."""
+    """stored_share(n, m, bits) -> bytes of an N:M weight over those of the dense one, metadata included."""
     for n, m in ((2, 4), (1, 4), (4, 8), (1, 2), (3, 6), (8, 16), (4, 4), (5, 12), (1, 1)):
         for bits in (32, 16, 8, 4):
             with failures.given(n=n, m=m, bits=bits):
                 digits = max((len(f"{place:b}") for place in range(1, m)), default=0)  # of the highest place
-                values, places = "v" * bits * n, "".join(f"{place:0{digits}b}" * bool(digits) for place in range(n))
+                values, where = "v" * bits * n, "".join(f"{place:0{digits}b}" * bool(digits) for place in range(n))
                 failures.close(
                     fn(n, m, bits),
-                    len(values + places) / (bits * m),
+                    len(values + where) / (bits * m),
                     "your share differs from that of a group that was written out bit by bit: n values, and for each "
-                    "its place among m",
+                    "its position among m",
                 )
+
+
+def sparse_refined(fn: Callable, failures: Failures) -> None:
+    """SparseRefined.apply(weight, keep, decay): an autograd.Function; see the exercise for both of its passes."""
+    generator = torch.Generator().manual_seed(3)
+    for case, shape in {"a matrix": (5, 8), "a convolution": (3, 4, 2, 2)}.items():
+        weight = torch.randn(shape, generator=generator)
+        order = torch.rand(shape, generator=generator).movedim(1, -1).unflatten(-1, (-1, 4)).argsort(-1)
+        keep = (order < 2).flatten(-2).movedim(-1, 1)
+        for decay in (0.0, 0.5, 2.0):
+            with failures.given(weight=case, decay=decay):
+                _sparse_refined(fn, failures, weight, keep, decay)
+
+
+def _sparse_refined(fn: Callable, failures: Failures, weight: Tensor, keep: Tensor, decay: float) -> None:
+    apply = getattr(fn, "apply", fn)
+    leaf, mask = weight.clone().requires_grad_(), keep.clone()
+    used = apply(leaf, mask, decay)
+    is_result = isinstance(used, Tensor) and used.shape == weight.shape
+    failures.need(is_result, "forward has to return a tensor of the weight's shape")
+    failures.expect(
+        torch.equal(used, torch.where(keep, weight, torch.zeros(()))),
+        "forward has to return the weight where it is kept, and 0 elsewhere",
+    )
+    failures.need(used.requires_grad, "what apply returns is cut off from the weight: keep it in the graph")
+    arriving = torch.linspace(-1.0, 2.0, weight.numel()).view(weight.shape)
+    used.backward(arriving)
+    failures.need(leaf.grad is not None, "backward hands no gradient to the weight")
+    passed = leaf.grad - arriving  # what was added on the way
+    failures.expect(
+        torch.equal(leaf.detach(), weight) and torch.equal(mask, keep), "your function changed the weight or the mask"
+    )
+    failures.close(
+        passed[keep],
+        torch.zeros(int(keep.sum())),
+        "a kept weight has to get the gradient that arrives, unchanged: nothing pulls on what is used",
+        atol=1e-6,
+    )
+    pull = "and decay times its own dense value more" if decay else "as if there were no mask, if decay is 0"
+    failures.close(
+        passed[~keep],
+        decay * weight[~keep],
+        f"a removed weight has to get the gradient that arrives, {pull}",
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def wanda_mask(fn: Callable, failures: Failures) -> None:
@@ -154,4 +202,4 @@ def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor
     )
 
 
-CHECKS = {"05.1": nm_mask, "05.2": compress, "05.3": stored_share, "05.4": wanda_mask}
+CHECKS = {"05.1": nm_mask, "05.2": compress, "05.3": stored_share, "05.4": sparse_refined, "05.5": wanda_mask}

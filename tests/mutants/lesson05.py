@@ -122,6 +122,27 @@ def _wanda_by_row(weight, inputs, n, m):
     return torch.zeros(weight.shape, dtype=torch.bool).scatter_(1, places, True)
 
 
+def _estimator(passed, saved=lambda w, keep: w, forward=lambda w, keep: w.masked_fill(~keep, 0.0)):
+    """An autograd.Function whose backward pass hands on passed(gradient, saved(w, keep), keep, decay)."""
+
+    class Estimator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight, keep, decay):
+            ctx.save_for_backward(saved(weight, keep), keep)
+            ctx.decay = decay
+            return forward(weight, keep)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return passed(gradient, *ctx.saved_tensors, ctx.decay), None, None
+
+    return Estimator
+
+
+def _refined(gradient, w, keep, decay):
+    return gradient + decay * w.masked_fill(keep, 0.0)
+
+
 RIGHT = {
     "05.1": (_mask, _mask_by_beating),
     "05.2": (_compress, _compress_slowly),
@@ -129,7 +150,13 @@ RIGHT = {
         lambda n, m, bits: n / m + n * math.ceil(math.log2(m)) / (m * bits),
         lambda n, m, bits: n * (bits + (m - 1).bit_length()) / (m * bits),
     ),
-    "05.4": (_wanda, _wanda_by_energy),
+    "05.4": (
+        _estimator(_refined),
+        _estimator(
+            lambda g, w, keep, decay: torch.where(keep, g, g + decay * w), forward=lambda w, keep: w * keep.to(w.dtype)
+        ),
+    ),
+    "05.5": (_wanda, _wanda_by_energy),
 }
 
 WRONG = {
@@ -164,6 +191,18 @@ WRONG = {
         "bytes for bits": lambda n, m, bits: n * (bits * 8 + (m - 1).bit_length()) / (m * bits * 8),
     },
     "05.4": {
+        "the draft of the lesson": _estimator(
+            lambda g, w, keep, decay: keep * (g + decay * w), saved=lambda w, keep: w * keep
+        ),
+        "the true gradient": _estimator(lambda g, w, keep, decay: keep * g + decay * w.masked_fill(keep, 0.0)),
+        "the pruned weight saved": _estimator(_refined, saved=lambda w, keep: w * keep),
+        "the pull on what is kept": _estimator(lambda g, w, keep, decay: g + decay * w * keep),
+        "the pull on everything": _estimator(lambda g, w, keep, decay: g + decay * w),
+        "pushed away from zero": _estimator(lambda g, w, keep, decay: g - decay * w.masked_fill(keep, 0.0)),
+        "no pull": _estimator(lambda g, w, keep, decay: g),
+        "the dense weight used": _estimator(_refined, forward=lambda w, keep: w.clone()),
+    },
+    "05.5": {
         "magnitude alone": lambda w, x, n, m: _mask(w, n, m),
         "mean magnitude of the input": lambda *a: _wanda(*a, norm=lambda x: x.abs().mean(0)),
         "squares without the root": lambda *a: _wanda(*a, norm=lambda x: x.square().sum(0)),
