@@ -5,6 +5,7 @@ follow the roofline model (Williams, Waterman and Patterson 2009) and STREAM (Mc
 threads and precision settings as they were; what a model needs is counted elsewhere (labkit.roofline).
 """
 
+import functools
 import os
 import platform
 import re
@@ -313,7 +314,9 @@ SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}  # of the sq
 ROUNDS = 6  # of every call at least, however short the budget: fewer give no interval
 REPETITIONS = 10  # of each ceiling, where the budget allows: the best of the rounds in each counts
 
-Calls = dict[tuple[str, int], Callable[[], object]]  # by what is done and its size
+PARTS = 16  # of the arrays that are streamed on a CPU, a call each: a short call is more often left undisturbed
+
+Calls = dict[tuple[str, int], Callable[[], object]]  # by what is done, and its size or which part it is of
 
 
 @dataclass(frozen=True)
@@ -366,8 +369,14 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     with torch.inference_mode():
         products, warnings = _products(target, longest_s=budget_s / 80)
         streams, moved = _streams(machine, target)
-        seconds = _in_turns(products | streams, target, deadline)
-    warnings += _interference(target, before, clocks.snapshot(target), [seconds[key] for key in streams])
+        samples = _in_turns(products | streams, target, deadline)
+    after = clocks.snapshot(target)
+    # the clock that a single thread's measurements use, too, while others compete for the cores: see labkit.bench
+    disturbed = (clocks.foreign_cores(before, after) or 0.0) > clocks.FOREIGN_CORES
+    by_cpu = disturbed and target.type == "cpu" and machine.threads == 1
+    seconds = {key: [sample[by_cpu] for sample in of_call] for key, of_call in samples.items()}
+    by_stream = {name: [s for key in streams if key[0] == name for s in seconds[key]] for name, _ in streams}
+    warnings += _interference(target, before, after, list(by_stream.values()))
     work = moved | {(name, side): 2 * side**3 for name, side in products}  # FLOPs or bytes of a call
     del products, streams  # the operands, gigabytes on a GPU
     if target.type == "cuda":
@@ -413,24 +422,27 @@ def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float
         buffer = torch.ones(sizes[-1] // 4, device=target)
         walk = _read_over_and_over if on_cpu else _copy_over_and_over
         walks = {("walk", size): walk(buffer, size, cores) for size in sizes}
-        seconds = _in_turns({key: call for key, (call, _) in walks.items()}, target, deadline)
-    return [(size, moved / min(seconds["walk", size])) for (_, size), (_, moved) in walks.items()]
+        samples = _in_turns({key: call for key, (call, _) in walks.items()}, target, deadline)
+    return [(size, moved / min(samples["walk", size])[0]) for (_, size), (_, moved) in walks.items()]
 
 
-def _in_turns(calls: Calls, target: torch.device, deadline: float) -> dict[tuple[str, int], list[float]]:
+def _in_turns(calls: Calls, target: torch.device, deadline: float) -> dict[tuple[str, int], list[clocks.Seconds]]:
     """Seconds of every call, one call each in turn until the deadline, after a first one that does not count."""
     clock = clocks.choose(target)
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+    samples: dict[tuple[str, int], list[clocks.Seconds]] = {key: [] for key in calls}
     for call in calls.values():
         clock.block(call, 1)
-    while time.perf_counter() < deadline or len(next(iter(seconds.values()))) < ROUNDS:
+    while time.perf_counter() < deadline or len(next(iter(samples.values()))) < ROUNDS:
         for key, call in calls.items():
-            seconds[key].append(clock.block(call, 1)[0])
-    return seconds
+            samples[key].append(clock.block(call, 1))
+    return samples
 
 
 def _products(target: torch.device, longest_s: float) -> tuple[Calls, list[str]]:
-    """Products of the sizes that take at most `longest_s` a call, and a warning for each type that has none."""
+    """Products of the sizes that take at most `longest_s` per call, and a warning for each type that has none.
+
+    The smallest may take six times as long: a slow type should have a ceiling, too.
+    """
     smallest, *larger = SIDES[target.type]
     calls: Calls = {}
     warnings = []
@@ -439,10 +451,10 @@ def _products(target: torch.device, longest_s: float) -> tuple[Calls, list[str]]
             continue
         probe = {(name, smallest): _product(name, smallest, target)}
         try:
-            seconds = min(_in_turns(probe, target, deadline=0.0)[name, smallest])
+            seconds = min(_in_turns(probe, target, deadline=0.0)[name, smallest])[0]
         except RuntimeError:  # this build of torch has no kernel for it
             seconds = float("inf")
-        if seconds > longest_s:
+        if seconds > 6 * longest_s:
             warnings.append(f"{name} has no ceiling: even a small product takes too long here")
             continue
         calls |= probe
@@ -476,17 +488,22 @@ def _product(name: str, side: int, target: torch.device) -> Callable[[], object]
 
 
 def _streams(machine: Machine, target: torch.device) -> tuple[Calls, dict[tuple[str, int], int]]:
-    """Copy, triad and read over arrays that no cache holds, and the bytes that each moves."""
+    """Copy, triad and read over arrays that no cache holds, and the bytes that each call moves.
+
+    On a CPU a call streams one part of them; by the time a part comes again, the others have passed through the cache.
+    """
     on_cpu = target.type == "cpu"
     usual = max(64 * MiB, 4 * machine.last_level_cache) if on_cpu else GiB
     size = min(usual, (machine.memory if on_cpu else machine.gpu.memory) // 16, 2 * GiB)
-    a, b, out = (torch.ones(size // 4, device=target) for _ in range(3))
-    calls = {
-        ("copy", size): lambda: out.copy_(a),
-        ("triad", size): lambda: torch.add(a, b, alpha=3.0, out=out),
-        ("read", size): lambda: a.sum(),
-    }
-    return calls, {("copy", size): 2 * a.nbytes, ("triad", size): 3 * a.nbytes, ("read", size): a.nbytes}
+    a, b, out = (torch.ones(size // 4, device=target).chunk(PARTS if on_cpu else 1) for _ in range(3))
+    calls: Calls = {}
+    for part in range(len(a)):
+        copied, added, read = ((part + len(a) * stream // 3) % len(a) for stream in range(3))
+        calls["copy", part] = functools.partial(out[copied].copy_, a[copied])
+        calls["triad", part] = functools.partial(torch.add, a[added], b[added], alpha=3.0, out=out[added])
+        calls["read", part] = a[read].sum
+    times = {"copy": 2, "triad": 3, "read": 1}
+    return calls, {(name, part): times[name] * a[0].nbytes for name, part in calls}
 
 
 def _read_over_and_over(buffer: torch.Tensor, size: int, threads: int) -> tuple[Callable[[], object], int]:

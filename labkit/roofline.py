@@ -73,8 +73,11 @@ def placed(measurement: Measurement, work: Work, ceilings: Ceilings | Device, dt
 
     work, ceilings, dtype: as for `bound`, which also says what is refused. The bound takes all bytes from main memory,
     so that a share above 1 is no discovery: the data were in a cache (measure with cache="cold"), or more was counted
-    than has to be done.
+    than has to be done. A type that has no ceiling on this machine gives a warning, and no share.
     """
+    if dtype in machine.PRODUCTS and dtype not in ceilings.flops:
+        warning = f"no share of the roof, for {dtype} has no ceiling here"
+        return replace(measurement, warnings=(*measurement.warnings, warning))
     least = bound(work, ceilings, dtype)
     return replace(measurement, roof_share=least.share(measurement.median_s), limited_by=least.limiter)
 

@@ -117,26 +117,39 @@ def test_ceilings_have_a_roof_for_each_type_that_runs_here(measured: Ceilings):
     assert measured.ridge("fp32") == measured.flops["fp32"] / measured.bandwidth
 
 
-def test_a_ceiling_is_the_median_of_the_best_of_each_repetition(monkeypatch):
-    """Twenty rounds make ten repetitions of two; in each the faster stream and the faster round count."""
-    size, rounds = 2**26, [2.0, 1.0] * 9 + [1.0, 0.5]
-    slower = [100.0] * 20
-    seconds = {("fp32", 256): rounds, ("fp32", 512): [8 * s for s in rounds]}
-    seconds |= {("copy", size): rounds, ("triad", size): slower, ("read", size): slower}
-    stand_in = {key: None for key in seconds}
-    products = {key: call for key, call in stand_in.items() if key[0] == "fp32"}
-    moved = {("copy", size): 2 * size, ("triad", size): 3 * size, ("read", size): size}
+@pytest.fixture
+def rounds(monkeypatch):
+    """What each round of the ceilings' calls takes, (wall, CPU) seconds: set by the test."""
+    rounds = {}
+    moved = {("copy", 0): 2e9, ("copy", 1): 2e9, ("triad", 0): 3e9, ("read", 0): 1e9}
+    products = {("fp32", side): None for side in (256, 512)}
     monkeypatch.setattr(machine, "_products", lambda target, longest_s: (products, []))
     monkeypatch.setattr(machine, "_streams", lambda here, target: (dict.fromkeys(moved), moved))
-    monkeypatch.setattr(machine, "_in_turns", lambda calls, target, deadline: {key: seconds[key] for key in calls})
+    monkeypatch.setattr(machine, "_in_turns", lambda calls, target, deadline: {key: rounds[key] for key in calls})
+    rounds |= {key: [(100.0, 50.0)] * 20 for key in [*moved, *products]}
+    return rounds
+
+
+def test_a_ceiling_is_the_median_of_the_best_of_each_repetition(rounds):
+    """Twenty rounds make ten repetitions of two; in each the fastest call and the faster round count."""
+    two_to_one = [(seconds, seconds) for seconds in [2.0, 1.0] * 9 + [1.0, 0.5]]
+    rounds["copy", 1], rounds["fp32", 256] = two_to_one, two_to_one
     roofs = ceilings("cpu", budget_s=0.1)
-    assert roofs.flops == {"fp32": 2 * 256**3} and roofs.bandwidth == 2 * size
+    assert roofs.flops == {"fp32": 2 * 256**3} and roofs.bandwidth == 2e9
     assert roofs.flops_ci95 == {"fp32": (2 * 256**3, 2 * 256**3)}  # x_(2) and x_(9) of ten
-    monkeypatch.setitem(seconds, ("copy", size), [2.0 + i for i in range(6)])
-    for key in seconds:
-        seconds[key] = seconds[key][:6]
-    roofs = ceilings("cpu", budget_s=0.1)
-    assert roofs.bandwidth_ci95 == pytest.approx((2 * size / 7, 2 * size / 2))  # of six, the least and the most
+    for key in rounds:
+        rounds[key] = rounds[key][:6]
+    rounds["copy", 1] = [(2.0 + i, 1.0) for i in range(6)]
+    assert ceilings("cpu", budget_s=0.1).bandwidth_ci95 == (2e9 / 7, 2e9 / 2)  # of six, the least and the most
+
+
+@pytest.mark.parametrize(("foreign", "bandwidth"), [(0.0, 0.03e9), (1.0, 0.06e9)])
+def test_one_thread_among_other_programs_is_judged_by_cpu_time_as_it_is_when_it_is_timed(
+    rounds, monkeypatch, foreign: float, bandwidth: float
+):
+    monkeypatch.setattr(clocks, "foreign_cores", lambda before, after: foreign)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert ceilings("cpu", budget_s=0.1).bandwidth == bandwidth
 
 
 def test_measured_ceilings_lie_within_their_intervals(measured: Ceilings):
@@ -177,9 +190,22 @@ def test_products_that_take_too_long_are_left_out_and_named():
 def test_stream_arrays_are_four_times_the_last_cache():
     here = replace(fingerprint("cpu"), last_level_cache=17 * 2**20, memory=2**36)
     calls, moved = machine._streams(here, CPU)
-    size = 4 * 17 * 2**20
-    assert moved == {("copy", size): 2 * size, ("triad", size): 3 * size, ("read", size): size}
+    part = 4 * 17 * 2**20 // machine.PARTS
+    times = {"copy": 2, "triad": 3, "read": 1}
+    assert moved == {(name, i): times[name] * part for name in times for i in range(machine.PARTS)}
     assert calls.keys() == moved.keys()
+
+
+def test_streams_do_what_they_are_called(monkeypatch):
+    """Copies leave ones, triads 1 + 3 x 1; together the parts cover each array once."""
+    here = replace(fingerprint("cpu"), last_level_cache=0, memory=2**20)
+    calls, moved = machine._streams(here, CPU)
+    reads = sum(float(call()) for (name, _), call in calls.items() if name == "read")
+    copies = [call() for (name, _), call in calls.items() if name == "copy"]
+    assert len({out.data_ptr() for out in copies}) == machine.PARTS and all(out.eq(1).all() for out in copies)
+    triads = [call() for (name, _), call in calls.items() if name == "triad"]
+    assert len({out.data_ptr() for out in triads}) == machine.PARTS and all(out.eq(4).all() for out in triads)
+    assert 4 * reads == sum(n for (name, _), n in moved.items() if name == "read") == 2**16
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

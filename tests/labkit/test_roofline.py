@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from labkit.bench import Measurement
 from labkit.errors import InputError
 from labkit.machine import DEVICES, Ceilings
-from labkit.roofline import Work, bound, cache_bytes, count, decode_step, describe, plot
+from labkit.roofline import Work, bound, cache_bytes, count, decode_step, describe, placed, plot
 
 ROOFS = Ceilings("a small CPU", {"fp32": 100e9, "bf16": 400e9}, 20e9)
 H100 = DEVICES["H100 SXM"]
@@ -36,6 +37,15 @@ def test_a_row_of_the_catalogue_bounds_too_and_its_ridge_is_295() -> None:
 
 def test_share_is_bound_over_measured() -> None:
     assert bound(Work(flops=10**10, bytes=1), ROOFS).share(0.2) == 0.5
+
+
+def test_a_type_without_a_ceiling_gives_a_warning_and_no_share() -> None:
+    measurement = Measurement("int8", (0.1,) * 20, 1, "wall", "hot", "cpu", 1)
+    assert placed(measurement, Work(10**9, 10**6), ROOFS).roof_share == pytest.approx(0.1)
+    without = placed(measurement, Work(10**9, 10**6), ROOFS, "int8")
+    assert without.roof_share is None and without.warnings == ("no share of the roof, for int8 has no ceiling here",)
+    with pytest.raises(InputError, match="there is no 'float32' ceiling for a small CPU"):
+        placed(measurement, Work(10**9, 10**6), ROOFS, "float32")
 
 
 # --- one token on top of a cache --------------------------------------------------------------------------------------
