@@ -1,9 +1,11 @@
-"""Checks of lesson 01: the work of a convolution, the time bound, the decode bound, the cost of a million requests.
+"""Checks of lesson 01: the work of a convolution, the time bound, the decode bound, the choice of hardware.
 
-Each compares with an independent computation (an operator counter, or the definition turned round) on awkward inputs.
+Each compares with an independent computation (an operator counter, the definition turned round, a search through all
+batches) on awkward inputs.
 """
 
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import nn
@@ -46,10 +48,10 @@ def bound(fn: Callable, failures: Failures) -> None:
             seconds, limiter = _pair(fn(flops, moved, peak, bandwidth), failures)
             added = flops and seconds == flops / peak + moved / bandwidth
             failures.need(not added, "you added the two times; the arithmetic and the transfer run side by side")
-            failures.close(flops and seconds * peak / flops, flops and max(1.0, moved * peak / (bandwidth * flops)),
-                           "at this time the arithmetic would not fit, or leave time over on both sides")  # fmt: skip
-            failures.close(seconds * bandwidth / moved, max(1.0, flops * bandwidth / (peak * moved)),
-                           "at this time the bytes would not fit, or leave time over on both sides")  # fmt: skip
+            least = max(flops / peak, moved / bandwidth)
+            early = isinstance(seconds, Real) and seconds < least
+            sooner, later = "the slower of the two is not done yet at this time", "both are done before this time"
+            failures.close(seconds, least, sooner if early else f"{later}; look at what you divide by what")
             intensity_side = "memory" if flops / moved < peak / bandwidth else "compute"
             failures.expect(limiter == intensity_side, "the name of the limiter: compare the intensity with the ridge")
     with failures.given(flops=8e12, moved=4e9, peak=2e12, bandwidth=1e9):  # exactly at the ridge
@@ -84,15 +86,64 @@ def decode(fn: Callable, failures: Failures) -> None:
         )
 
 
-def million(fn: Callable, failures: Failures) -> None:
-    """million_requests(tokens, tokens_per_second, dollars_per_hour, watts) -> (dollars, kWh)."""
-    for tokens, speed, price, watts in ((3600.0, 1e6, 1.0, 1000.0), (500.0, 2500.0, 4.0, 700.0), (1.0, 3.0, 0.5, 15.0)):
-        with failures.given(tokens=tokens, tokens_per_second=speed, dollars_per_hour=price, watts=watts):
-            dollars, energy = _pair(fn(tokens, speed, price, watts), failures)
-            failures.close(
-                dollars * 3600 * speed, 1e6 * tokens * price, "the dollars; a million requests, an hour has 3600 s"
+# name, peak, bandwidth, memory, watts
+OFFERS = tuple(
+    dict(zip(("name", "peak", "bandwidth", "memory", "watts"), row, strict=True))
+    for row in (
+        ("frugal", 4e13, 1e11, 32e9, 60.0),
+        ("large", 1e15, 8e11, 256e9, 500.0),
+        ("fast", 1e15, 4e12, 40e9, 700.0),
+        ("weak", 2e11, 2e12, 64e9, 30.0),
+    )
+)
+# weight bytes, bytes of a cache, parameters, users, seconds of a step at most
+WISHES = (
+    (14e9, 1e9, 7e9, 1, 0.25),
+    (14e9, 1e9, 7e9, 12, 0.25),
+    (14e9, 1e9, 7e9, 100, 0.25),
+    (14e9, 1e9, 7e9, 100, 0.05),
+    (14e9, 0.7e9, 7e9, 33, 0.01),
+    (3.5e9, 1e6, 7e9, 40_000, 0.05),
+    (2.0**30, 2.0**27, 1e6, 29, 2.0),
+    (14e9, 1e9, 7e9, 1, 0.001),
+    (300e9, 1e9, 7e9, 8, 1.0),
+)
+
+
+def hardware(fn: Callable, failures: Failures) -> None:
+    """fleet(devices, weight_bytes, kv_bytes, parameters, users, step_limit) -> (name, number) or None."""
+    exact = {"name": "exact", "peak": 1e15, "bandwidth": 2.0**30, "memory": 2.0**31, "watts": 10.0}
+    for wish in WISHES:
+        devices = [exact] if wish[0] == 2.0**30 else OFFERS  # where seven caches fit it to the last byte
+        batches = {d["name"]: _largest_batch(d, *wish) for d in devices}
+        watts = {d["name"]: d["watts"] * -(-wish[3] // batches[d["name"]]) for d in devices if batches[d["name"]]}
+        names = ("weight_bytes", "kv_bytes", "parameters", "users", "step_limit")
+        with failures.given(**dict(zip(names, wish, strict=True))):
+            answer = failures.call(fn, [dict(d) for d in devices], *wish, changed="leave the list of devices as it is")
+            if not watts:
+                failures.expect(answer is None, "no device can serve a single sequence here; return None")
+                continue
+            failures.need(answer is not None, "there is a device that can do it; yours returned None")
+            name, number = _pair(answer, failures)
+            failures.need(name in batches, "the first value is the name of one of the devices")
+            failures.need(batches[name], "the device that you chose cannot serve even one sequence within the limits")
+            failures.need(
+                number == -(-wish[3] // batches[name]),
+                "the number of devices; round the batch of one down, the number of devices up, and look at all "
+                "three limits of the batch",
             )
-            failures.close(energy * 3.6e6 * speed, 1e6 * tokens * watts, "the energy in kWh; watts are joules a second")
+            failures.expect(watts[name] <= min(watts.values()), "another kind does it with fewer watts in all")
+
+
+def _largest_batch(device: dict, weight_bytes: float, kv_bytes: float, parameters: float, _: int, limit: float) -> int:
+    """By trying one batch after the other."""
+    batch = 0
+    while True:
+        moved = weight_bytes + (batch + 1) * kv_bytes
+        step_s = max(moved / device["bandwidth"], 2 * parameters * (batch + 1) / device["peak"])
+        if moved > device["memory"] or step_s > limit:
+            return batch
+        batch += 1
 
 
 def _pair(answer: object, failures: Failures) -> tuple:
@@ -100,4 +151,4 @@ def _pair(answer: object, failures: Failures) -> tuple:
     return tuple(answer)
 
 
-CHECKS = {"01.1": convolution, "01.2": bound, "01.3": decode, "01.4": million}
+CHECKS = {"01.1": convolution, "01.2": bound, "01.3": decode, "01.4": hardware}

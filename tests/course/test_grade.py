@@ -30,8 +30,8 @@ from labkit.errors import InputError
 LESSON = "01_inference_challenge"
 SOURCE = notebooks.read(files.NOTEBOOKS / f"{LESSON}.ipynb")
 SECONDS = 5
-CONV, BOUND, DECODE, MILLION = "conv_work", "time_bound", "decode_limit", "million_requests"
-FULL = {"01.1": 2, "01.2": 1, "01.3": 2, "01.4": 1}
+CONV, BOUND, DECODE, FLEET = "conv_work", "time_bound", "decode_limit", "fleet"
+FULL = {"01.1": 2, "01.2": 1, "01.3": 2, "01.4": 4}
 
 
 def solved(lesson: Path = files.NOTEBOOKS / f"{LESSON}.ipynb") -> NotebookNode:
@@ -120,7 +120,7 @@ CLASS = {  # student -> what is handed in, and the points that it gets; None: wh
     "memory hog": (with_first_line(CONV, "held = []", "while True: held.append(bytearray(1 << 26))"), FIRST),
     "forks": (with_first_line(DECODE, "import os", "while True: os.fork()"), {**FULL, "01.3": 0}),
     "network": (
-        with_first_line(MILLION, "import socket; socket.create_connection(('127.0.0.1', 9))"),
+        with_first_line(FLEET, "import socket; socket.create_connection(('127.0.0.1', 9))"),
         {**FULL, "01.4": 0},
     ),
     "leaves": (with_first_line(CONV, "import os", "os._exit(0)"), FIRST),

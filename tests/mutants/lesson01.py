@@ -1,5 +1,8 @@
 """Answers to the exercises of lesson 01: right ones, written differently, and plausible wrong ones."""
 
+import math
+from functools import partial
+
 
 def _conv_right(batch, c_in, c_out, h, w, kernel, groups, s):
     macs = batch * c_out * h * w * kernel * kernel * c_in / groups
@@ -33,14 +36,42 @@ def _decode_steps(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth):
     return 1 / step * batch
 
 
+def _fleet(devices, weights, kv, parameters, users, limit, *, drop="", batch_of=int, number_of=math.ceil, key="total"):
+    """The worked answer with something left out or done otherwise: the raw material of the wrong ones."""
+    offers = []
+    for d in devices:
+        limits = {
+            "memory": (d["memory"] - weights) / kv,
+            "moving": (limit * d["bandwidth"] - weights) / kv,
+            "computing": limit * d["peak"] / (2 * parameters),
+        }
+        batch = batch_of(min(value for name, value in limits.items() if name != drop))
+        if batch >= 1:
+            number = number_of(users / batch)
+            ranks = {"total": number * d["watts"], "number": number, "device": d["watts"]}
+            offers.append((ranks[key], d["name"], number))
+    return min(offers)[1:] if offers else None
+
+
+def _fleet_search(devices, weights, kv, parameters, users, limit):
+    best, answer = math.inf, None
+    for d in devices:
+        batch = 0
+        while (
+            weights + (batch + 1) * kv <= min(d["memory"], limit * d["bandwidth"])
+            and 2 * parameters * (batch + 1) <= limit * d["peak"]
+        ):
+            batch += 1
+        if batch and -(-users // batch) * d["watts"] < best:
+            best, answer = -(-users // batch) * d["watts"], [d["name"], -(-users // batch)]
+    return answer
+
+
 RIGHT = {
     "01.1": (_conv_right, _conv_loop),
     "01.2": (_bound_if, _bound_roof),
     "01.3": (_decode_min, _decode_steps),
-    "01.4": (
-        lambda tokens, speed, price, watts: (1e6 * tokens / speed * price / 3600, 1e6 * tokens / speed * watts / 3.6e6),
-        lambda tokens, speed, price, watts: [tokens * price / (0.0036 * speed), tokens * watts / (3.6 * speed)],
-    ),
+    "01.4": (_fleet, _fleet_search),
 }
 
 WRONG = {
@@ -81,11 +112,13 @@ WRONG = {
         "times added": lambda w, kv, n, b, p, bw: b / ((w + b * kv) / bw + 2 * n * b / p),
     },
     "01.4": {
-        "one request": lambda t, r, c, p: (t / r / 3600 * c, t / r * p / 3.6e6),
-        "hours not seconds": lambda t, r, c, p: (1e6 * t / r * c, 1e6 * t / r * p / 3.6e6),
-        "joules for kWh": lambda t, r, c, p: (1e6 * t / r / 3600 * c, 1e6 * t / r * p),
-        "watt hours for kWh": lambda t, r, c, p: (1e6 * t / r / 3600 * c, 1e6 * t / r / 3600 * p),
-        "tokens left out": lambda t, r, c, p: (1e6 / r / 3600 * c, 1e6 / r * p / 3.6e6),
-        "order swapped": lambda t, r, c, p: (1e6 * t / r * p / 3.6e6, 1e6 * t / r / 3600 * c),
+        "memory forgotten": partial(_fleet, drop="memory"),
+        "time to move forgotten": partial(_fleet, drop="moving"),
+        "time to compute forgotten": partial(_fleet, drop="computing"),
+        "batch rounded up": partial(_fleet, batch_of=math.ceil),
+        "number rounded down": partial(_fleet, number_of=int),
+        "fewest devices": partial(_fleet, key="number"),
+        "least watts of one device": partial(_fleet, key="device"),
+        "name only": lambda *args: (_fleet(*args) or [None])[0],
     },
 }
