@@ -1,7 +1,8 @@
-"""Checks of lesson 04: cutting heads, their importance from gradients, the distance across layers, a bound on speed-up.
+"""Checks of lesson 04: cutting heads, their importance, a bound on speed-up, distances across layers, dropping layers.
 
 Each tests what has to hold (the masked layer's outputs, indifference to padding and to how batches are cut, counted
-FLOPs) on awkward inputs: grouped queries, heads wider than the model, vectors that are equal but for rounding.
+FLOPs, the same answer with a cache as without) on awkward inputs: grouped queries, heads wider than the model, vectors
+that are equal but for rounding, the first layer among those that go.
 """
 
 import copy
@@ -209,4 +210,83 @@ def _stream(lengths: tuple[int, ...], width: int, layers: int) -> tuple[list[Ten
     return hidden, (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
 
 
-CHECKS = {"04.1": surgery, "04.2": head_scores, "04.3": speedup_bound, "04.4": block_distance}
+# -------------------------------------------------------------------------------------------------- dropping layers
+
+DEPTH = 6  # layers of the decoder that the check drops some of
+
+
+def drop_layers(fn: Callable, failures: Failures) -> None:
+    """drop_layers(model, gone) -> a new decoder without these layers, whose cache works as its prompt pass does."""
+    for gone in ([2, 3], [0, 1], [5], [4, 0], [1, 2, 3, 4]):
+        model = _decoder()
+        with failures.given(layers=DEPTH, gone=gone):
+            new = fn(model, list(gone))
+            failures.expect(
+                model.config.num_hidden_layers == DEPTH and _numbers(model) == list(range(DEPTH)),
+                "the model that was given has changed; copy it, layers and config, before you cut",
+            )
+            failures.need(isinstance(new, nn.Module), "return the new model")
+            stays = [layer for layer in range(DEPTH) if layer not in gone]
+            failures.need(
+                len(new.model.layers) == len(stays), "the new model has not the number of layers that should stay"
+            )
+            _answers_alike(new, model, gone, failures)
+
+
+def _decoder() -> nn.Module:
+    """A decoder of DEPTH layers, random and small, each layer doing enough to be missed."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds to import, and four checks need none of it
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40, "num_hidden_layers": DEPTH}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return LlamaForCausalLM(
+            LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+        ).eval()
+
+
+def _numbers(model: nn.Module) -> list[int]:
+    return [layer.self_attn.layer_idx for layer in model.model.layers]
+
+
+@torch.no_grad()
+def _answers_alike(new: nn.Module, model: nn.Module, gone: list[int], failures: Failures) -> None:
+    """The new model against the whole one whose removed layers pass their input on, without a cache and with one."""
+    ids = torch.tensor([[3, 17, 9, 31, 6, 22]])
+    hooks = [
+        model.model.layers[layer].register_forward_hook(
+            lambda _, args, output: (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+        )
+        for layer in gone
+    ]
+    expected = model(ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    same = failures.close(
+        new(ids, use_cache=False).logits,
+        expected,
+        "a prompt at once does not give what the whole model gives when these layers pass their input on; look at "
+        "which layers stay, and in which order",
+        atol=1e-5,
+    )
+    if not same:
+        return
+    try:
+        prompt = new(ids[:, :-2], use_cache=True)
+        name = "cache" if hasattr(prompt, "cache") else "past_key_values"  # it changed within transformers 5
+        cache = getattr(prompt, name)
+        after = new(ids[:, -2:], use_cache=True, **{name: cache})
+    except IndexError as error:
+        failures.expect(False, "with a cache it fails; look at which entry each layer writes to", detail=str(error))
+        return
+    failures.close(
+        after.logits,
+        expected[:, -2:],
+        "with a cache it gives other logits than without; look at the entry that says how long the cache is",
+        atol=1e-5,
+    )
+    fits = len(cache.layers) == len(new.model.layers) == new.config.num_hidden_layers
+    failures.expect(fits, "the cache, or the config's number of layers, has not one entry for each layer that stays")
+
+
+CHECKS = {"04.1": surgery, "04.2": head_scores, "04.3": speedup_bound, "04.4": block_distance, "04.5": drop_layers}

@@ -153,11 +153,68 @@ def _angles(a, b):
     return F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() / math.pi  # [B, T]
 
 
+# --------------------------------------------------------------------------------------------------- dropping layers
+
+
+def _without(model, gone, *, renumber=True, config=True, stays=None):
+    new = copy.deepcopy(model)
+    stays = [i for i in range(len(new.model.layers)) if i not in set(gone)] if stays is None else stays
+    new.model.layers = nn.ModuleList([new.model.layers[i] for i in stays])
+    if renumber:
+        for number, layer in enumerate(new.model.layers):
+            layer.self_attn.layer_idx = number
+    if config:
+        new.config.num_hidden_layers = len(stays)
+    return new
+
+
+def _deleted_one_by_one(model, gone):
+    new = copy.deepcopy(model)
+    for number in sorted(gone, reverse=True):
+        del new.model.layers[number]
+        for layer in new.model.layers[number:]:
+            layer.self_attn.layer_idx -= 1
+    new.config.num_hidden_layers -= len(gone)
+    return new
+
+
+def _deleted_while_it_shrinks(model, gone):
+    new = copy.deepcopy(model)
+    for number in gone:
+        del new.model.layers[min(number, len(new.model.layers) - 1)]
+    return _without(new, [])
+
+
+def _shared_layers(model, gone):
+    new = copy.copy(model)
+    new._modules = dict(model._modules) | {"model": copy.copy(model.model)}
+    new.model._modules = dict(model.model._modules)
+    new.config = new.model.config = copy.deepcopy(model.config)
+    stays = [layer for i, layer in enumerate(model.model.layers) if i not in gone]
+    new.model.layers = nn.ModuleList(stays)
+    for number, layer in enumerate(stays):
+        layer.self_attn.layer_idx = number
+    new.config.num_hidden_layers = len(stays)
+    return new
+
+
+def _dropped_in_place(model, gone):
+    new = _without(model, gone)
+    model.model.layers, model.config = new.model.layers, new.config
+    model.model.config = new.config
+    return model
+
+
+def _others(model, gone):
+    return [i for i in range(len(model.model.layers)) if i not in gone]
+
+
 RIGHT = {
     "04.1": (_cut_by_index, _cut_by_view),
     "04.2": (_scores_einsum, _scores_loop),
     "04.3": (_bound_by_sum, _bound_by_amdahl),
     "04.4": (_distance_stacked, _distance_loop),
+    "04.5": (_without, _deleted_one_by_one),
 }
 
 WRONG = {
@@ -215,5 +272,15 @@ WRONG = {
         "the last token alone": lambda h, m, n: [
             float(_angles(a, b)[torch.arange(len(m)), m.sum(1) - 1].mean()) for a, b in zip(h, h[n:], strict=False)
         ],
+    },
+    "04.5": {
+        "not numbered anew": lambda m, g: _without(m, g, renumber=False),
+        "neither numbers nor config": lambda m, g: _without(m, g, renumber=False, config=False),
+        "the config keeps the old number of layers": lambda m, g: _without(m, g, config=False),
+        "the layers that should go stay": lambda m, g: _without(m, _others(m, g)),
+        "the first layers stay": lambda m, g: _without(m, g, stays=list(range(len(m.model.layers) - len(g)))),
+        "deleted by number while the list shrinks": _deleted_while_it_shrinks,
+        "the layers are shared with the whole model": _shared_layers,
+        "the model that was given is cut": _dropped_in_place,
     },
 }
