@@ -1,16 +1,18 @@
-"""Checks of lesson 02: an exact magnitude mask, one step of Optimal Brain Surgeon, the bytes of sparse formats.
+"""Checks of lesson 02: an exact magnitude mask, one step of Optimal Brain Surgeon, sparse formats, a fair benchmark.
 
 Each holds the answer against what has to be true of it, or against an independent computation: a count, a constrained
-least-squares problem solved anew for every weight, arrays that are really packed.
+least-squares problem solved anew for every weight, arrays that are really packed, the bytes that a call moves.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from labkit import storage
 from labkit.checks import Failures, has_parts, is_mask
+from labkit.counting import count
+from labkit.pruning import native, sparse, unstructured
 from labkit.pruning.select import count_to_prune
 
 
@@ -25,6 +27,7 @@ def keep_mask(fn: Callable, failures: Failures) -> None:
         "a transposed view": random.t(),
         "bfloat16": random.bfloat16(),
         "a convolution": torch.randn(4, 3, 3, 3, generator=generator),
+        "nine weights": random[0, :9],  # half of nine is 4.5, which is 5; round(4.5) is 4
     }.items():
         for sparsity in (0.0, 0.29, 0.5, 0.9, 1.0, 1):
             with failures.given(weight=case, sparsity=sparsity):
@@ -39,8 +42,8 @@ def _keep_mask(fn: Callable, failures: Failures, weight: Tensor, sparsity: float
     gone = int((~mask).sum())
     failures.expect(
         gone == count_to_prune(weight.numel(), sparsity),
-        "the number of removed weights is not the nearest whole number to the fraction asked for: look at ties, at "
-        "rounding, at 0 and at 1",
+        "the number of removed weights is not the whole number nearest to the fraction asked for, a half rounded up: "
+        "look at ties, at rounding, at 0 and at 1",
         detail=f"{gone} of {weight.numel()} removed",
     )
     if 0 < gone < weight.numel():
@@ -113,4 +116,87 @@ def stored(fn: Callable, failures: Failures) -> None:
                 )
 
 
-CHECKS = {"02.1": keep_mask, "02.2": remove_one, "02.3": stored}
+def to_csr(fn: Callable, failures: Failures) -> None:
+    """to_csr(weight) -> (values, columns, starts)."""
+    generator = torch.Generator().manual_seed(2)
+    random = torch.randn(7, 11, generator=generator)
+    random[torch.rand(7, 11, generator=generator) < 0.6] = 0
+    bare = random.clone()
+    bare[[0, 3, 6]] = 0
+    for case, weight in {
+        "random": random,
+        "empty rows, the first and the last among them": bare,
+        "no zeros": torch.ones(3, 5),
+        "only zeros": torch.zeros(4, 2),
+        "one row": random[:1],
+        "a transposed view": random.t(),
+        "bfloat16": random.bfloat16(),
+    }.items():
+        with failures.given(weight=case):
+            _to_csr(fn, failures, weight)
+
+
+def _to_csr(fn: Callable, failures: Failures, weight: Tensor) -> None:
+    answer = failures.call(fn, weight, changed="your function changed the weight; it should only read it")
+    tensors = has_parts(answer, 3) and all(isinstance(part, Tensor) for part in answer)
+    failures.need(tensors, "return three tensors: values, columns, starts")
+    values, columns, starts = answer
+    packed = storage.FORMATS["csr"].pack(weight)
+    types = values.dtype == weight.dtype and columns.dtype == starts.dtype == torch.int32
+    failures.expect(types, "values keep the weight's type, columns and starts are torch.int32")
+    failures.expect(
+        starts.shape == packed["crow"].shape and bool((starts == packed["crow"]).all()),
+        "the row starts are not where the rows begin: count the nonzeros before each row, from 0, and end with all",
+    )
+    for name, part, expected in (("values", values, packed["values"]), ("columns", columns, packed["col"])):
+        failures.expect(
+            part.shape == expected.shape and bool((part == expected).all()),
+            f"the {name} differ from those of the nonzeros, row by row from left to right",
+        )
+
+
+def fair_sides(fn: Callable, failures: Failures) -> None:
+    """fair_sides(layer, x, format) -> (dense call, sparse call)."""
+    formats = ["csr"] + ["kernel"] * (native.load("sparse_linear") is not None)
+    for format in formats:
+        for masks, bias, batch in (("held by hooks", True, 3), ("permanent", False, 1)):
+            with failures.given(format=format, masks=masks, bias=bias, batch=batch):
+                _fair_sides(fn, failures, format, masks, bias, batch)
+
+
+@torch.no_grad()
+def _fair_sides(fn: Callable, failures: Failures, format: str, masks: str, bias: bool, batch: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(256, 192, bias=bias)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    layer = unstructured.prune(layer, 0.9)
+    layer = layer if masks == "held by hooks" else unstructured.make_permanent(layer)
+    x = torch.randn(batch, 256, generator=generator)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    answer = fn(layer, x, format)
+    failures.need(has_parts(answer, 2) and all(map(callable, answer)), "return two functions, dense and sparse")
+    for name, call in zip(("dense", "sparse"), answer, strict=True):
+        output = call()
+        same = isinstance(output, Tensor) and output.shape == (batch, 192) and sparse.close(layer(x), output)
+        failures.need(
+            same, f"the {name} side does not return what the pruned layer does: look at types, masks and the bias"
+        )
+    x.mul_(-2)
+    again = all(sparse.close(layer(x), call()) for call in answer)
+    failures.need(again, "after x has changed a side returns the old product: compute it within the call")
+    moved = [count(call).bytes for call in answer]
+    needed = sum(tensor.nbytes for tensor in (layer.weight, x, layer(x), *([layer.bias] if bias else [])))
+    failures.expect(
+        moved[0] <= 1.05 * needed,
+        "the dense side moves more than its weight, x and the output: masks or copies are made anew at each call",
+    )
+    failures.expect(
+        moved[1] < 0.6 * needed, "the sparse side reads a dense weight at each call: convert it once, outside"
+    )
+    after = layer.state_dict()
+    unchanged = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    failures.expect(unchanged, "your function changed the layer; take a copy")
+
+
+CHECKS = {"02.1": keep_mask, "02.2": remove_one, "02.3": stored, "02.4": to_csr, "02.5": fair_sides}

@@ -3,6 +3,10 @@
 import math
 
 import torch
+import torch.nn.functional as F
+
+from labkit.pruning import sparse, unstructured
+from labkit.storage import FORMATS
 
 
 def _mask_sort(weight, sparsity):
@@ -122,17 +126,90 @@ def _stored_listed(rows, columns, nonzeros, value_bytes):
     }
 
 
+def _csr(weight, index=torch.int32):
+    nonzero = weight != 0
+    starts = F.pad(nonzero.sum(1).cumsum(0), (1, 0)).to(index)
+    return weight[nonzero], nonzero.nonzero()[:, 1].to(index), starts
+
+
+def _csr_listed(weight):
+    values, columns, starts = [], [], [0]
+    for row in weight:
+        for column, value in enumerate(row):
+            if value != 0:
+                values.append(value)
+                columns.append(column)
+        starts.append(len(values))
+    stacked = torch.stack(values) if values else weight.new_zeros(0)
+    return stacked, torch.tensor(columns, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
+
+
+def _csr_by_column(weight):
+    values, rows, _ = _csr(weight.t())
+    return values, rows, _csr(weight)[2]
+
+
+def _csr_flat(weight):
+    values, _, starts = _csr(weight)
+    return values, weight.flatten().nonzero().squeeze(1).int(), starts
+
+
+def _csr_rows(weight):
+    values, _, starts = _csr(weight)
+    return values, (weight != 0).nonzero()[:, 0].int(), starts
+
+
+def _sides(layer, x, format):
+    dense = unstructured.make_permanent(layer)
+    fast = sparse.convert(dense, format=format, batch_size=len(x))
+    return lambda: dense(x), lambda: fast(x)
+
+
+def _sides_by_hand(layer, x, format):
+    weight = layer.weight.detach().clone()
+    fast = sparse.SparseLinear(weight, layer.bias, format)
+    return (lambda: F.linear(x, weight, layer.bias)), (lambda: fast(x))
+
+
+def _sides_masked(layer, x, format):
+    masked = unstructured.prune(layer, unstructured.sparsity(layer))
+    return (lambda: masked(x)), _sides(layer, x, format)[1]
+
+
+def _sides_bf16(layer, x, format):
+    fast = sparse.convert(layer, format="kernel-bf16")
+    rounded = layer.weight.detach().bfloat16().float()
+    return _sides(layer, x, format)[0], lambda: fast(x) if format == "kernel" else F.linear(x, rounded, layer.bias)
+
+
+def _sides_in_the_call(layer, x, format):
+    return _sides(layer, x, format)[0], lambda: sparse.convert(layer, format=format)(x)
+
+
+def _sides_computed_before(layer, x, format):
+    done = [call() for call in _sides(layer, x, format)]
+    return lambda: done[0], lambda: done[1]
+
+
+def _sides_without_bias(layer, x, format):
+    weight = layer.weight.detach().clone()
+    fast = sparse.SparseLinear(weight, None, format)
+    return lambda: x @ weight.t(), lambda: fast(x)
+
+
 RIGHT = {
     "02.1": (_mask_sort, _mask_ranks),
     "02.2": (_obs, _obs_by_least_squares),
     "02.3": (_stored, _stored_listed),
+    "02.4": (_csr, _csr_listed),
+    "02.5": (_sides, _sides_by_hand),
 }
 
 WRONG = {
     "02.1": {
         "a threshold, so ties go together": _mask_threshold,
         "truncated count": lambda w, s: _mask_sort(w, int(w.numel() * s) / w.numel()),
-        "removed where kept": lambda w, s: ~_mask_sort(w, s),
+        "a half goes to the even number": lambda w, s: _mask_sort(w, round(w.numel() * s) / w.numel()),
         "the weight is zeroed too": _mask_changes,
         "signed values": _mask_signed,
         "row by row": _mask_by_row,
@@ -157,5 +234,24 @@ WRONG = {
         "bits cut off": lambda r, c, n, s: {**_stored(r, c, n, s), "bitmask": r * c // 8 + n * s},
         "values of four bytes": lambda r, c, n, s: _stored(r, c, n, 4),
         "only the smallest": lambda *a: min(_stored(*a).values()),
+    },
+    "02.4": {
+        "64-bit positions": lambda w: _csr(w, torch.int64),
+        "no end of the last row": lambda w: (*_csr(w)[:2], _csr(w)[2][:-1]),
+        "where rows end, without the 0": lambda w: (*_csr(w)[:2], _csr(w)[2][1:]),
+        "row numbers for columns": _csr_rows,
+        "places in the flattened weight": _csr_flat,
+        "column by column": _csr_by_column,
+        "values in float32": lambda w: (_csr(w)[0].float(), *_csr(w)[1:]),
+        "a dict": FORMATS["csr"].pack,
+    },
+    "02.5": {
+        "the dense side masks at each call": _sides_masked,
+        "the sparse side in another type": _sides_bf16,
+        "converted within the call": _sides_in_the_call,
+        "both sides dense": lambda layer, x, format: (_sides(layer, x, format)[0],) * 2,
+        "computed before the call": _sides_computed_before,
+        "the bias left out": _sides_without_bias,
+        "the outputs, not functions": lambda *a: tuple(call() for call in _sides(*a)),
     },
 }
