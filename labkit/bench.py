@@ -14,7 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -113,6 +113,12 @@ class Comparison:
             return "slower"
         return "equivalent" if lo >= 1 / least and hi <= least else "inconclusive"
 
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """Those of the comparison, and those of its sides under their names."""
+        sides = (self.baseline, self.candidate)
+        return (*self.warnings, *(f"{side.name}: {warning}" for side in sides for warning in side.warnings))
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: every pair, and under "result" the statistics for readers without labkit."""
         result = {"speedup": self.speedup, "ci95": _finite(self.ci95), "verdict": self.verdict}
@@ -128,7 +134,7 @@ class Comparison:
         how = f"{builds}{_count(blocks, 'block')} of {_count(self.per_block, 'pair')}, {_conditions(self.baseline)}"
         ratio = f"{_number(self.speedup, decimals)}x [{_interval(lo, hi, decimals)}; {how}]"
         roof = _roof(self.baseline, self.candidate)
-        return f"{' -> '.join(times)}: {ratio} {self.verdict}{roof}{_warned(self.warnings)}"
+        return f"{' -> '.join(times)}: {ratio} {self.verdict}{roof}{_warned(self.all_warnings)}"
 
     def _ratio(self) -> stats.Estimate:
         times = self.baseline.samples_s, self.candidate.samples_s, self.per_block
@@ -178,8 +184,9 @@ def measure(
             by_cpu = _cpu_time_is_better(run, moments, [samples])
             if spent or stats.half_width(*stats.median_ci([s[by_cpu] for s in samples])) <= PRECISION:
                 break
-    disturbed = _machine_warnings(run, moments, by_cpu, [samples])
-    return _measurement(name, run, samples, number, by_cpu, disturbed)
+    result = _measurement(name, run, samples, number, by_cpu)
+    warnings = _machine_warnings(run, moments, by_cpu, [samples]) + _sample_warnings(result.samples_s)
+    return replace(result, warnings=warnings + result.warnings)
 
 
 def compare(
@@ -240,7 +247,7 @@ def compare(
             del calls, blocks  # the data of one build go before the next ones come
     by_cpu = _cpu_time_is_better(run, moments, samples)
     sides = [
-        _measurement(name, run, of_side, number, by_cpu, one_build=builds is None)
+        _measurement(name, run, of_side, number, by_cpu)
         for name, of_side, number in zip(names, samples, numbers, strict=True)
     ]
     warnings = _machine_warnings(run, moments, by_cpu, samples)
@@ -357,24 +364,12 @@ def _cpu_time_is_better(run: Clock, moments: Sequence[Snapshot], sides: Sequence
     return time.get_clock_info("process_time").resolution <= 1e-5 and all(0.2 <= share <= 1.1 for share in shares)
 
 
-def _measurement(
-    name: str,
-    run: Clock,
-    samples: Sequence[Sample],
-    number: int,
-    by_cpu: bool,
-    disturbed: tuple[str, ...] = (),
-    one_build: bool = True,
-) -> Measurement:
-    """One side's result, with the warnings that its own samples give rise to."""
-    seconds, warnings = tuple(sample[by_cpu] for sample in samples), list(disturbed)
-    if len(seconds) < BLOCKS:
-        warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are needed: raise budget_s")
+def _measurement(name: str, run: Clock, samples: Sequence[Sample], number: int, by_cpu: bool) -> Measurement:
+    """One side's result, with a warning where its calls spend their time in page faults."""
+    seconds, warnings = tuple(sample[by_cpu] for sample in samples), []
     faults = statistics.fmean(sample[2] for sample in samples)
     if run.name == "wall" and faults and faults * clocks.fault_s() > FAULTS * statistics.fmean(seconds):
         warnings.append(f"{faults:.0f} page faults per call: memory is mapped anew each time; preallocate outputs")
-    if one_build and (change := stats.drift(seconds)) is not None:
-        warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
     return Measurement(
         name=name,
         samples_s=seconds,
@@ -385,6 +380,16 @@ def _measurement(
         threads=torch.get_num_threads(),
         warnings=tuple(warnings),
     )
+
+
+def _sample_warnings(seconds: Sequence[float]) -> tuple[str, ...]:
+    """What the samples of one callable show: too few of them, or drift."""
+    warnings = []
+    if len(seconds) < BLOCKS:
+        warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are needed: raise budget_s")
+    if (change := stats.drift(seconds)) is not None:
+        warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
+    return tuple(warnings)
 
 
 def _machine_warnings(

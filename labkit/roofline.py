@@ -79,7 +79,11 @@ def placed(measurement: Measurement, work: Work, ceilings: Ceilings | Device, dt
         warning = f"no share of the roof, for {dtype} has no ceiling here"
         return replace(measurement, warnings=(*measurement.warnings, warning))
     least = bound(work, ceilings, dtype)
-    return replace(measurement, roof_share=least.share(measurement.median_s), limited_by=least.limiter)
+    share, warnings = least.share(measurement.median_s), measurement.warnings
+    if share > 1:
+        spoiled = "".join(f", or {warning}" for warning in getattr(ceilings, "warnings", ()) if "busy" in warning)
+        warnings = (*warnings, f"above the roof: its data stay in a cache, or the count is too high{spoiled}")
+    return replace(measurement, roof_share=share, limited_by=least.limiter, warnings=warnings)
 
 
 # --- one token on top of a cache --------------------------------------------------------------------------------------

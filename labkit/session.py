@@ -192,11 +192,13 @@ class Lab:
         dtype   whose compute ceiling counts, one for both sides or one each
         """
         _check_name(name)
-        if work is not None and (not isinstance(work, tuple | list) or len(work) != 2):
-            raise InputError(f"work is a {type(work).__name__}; give two, that of the baseline and of the candidate.")
+        types = (dtype, dtype) if isinstance(dtype, str) else tuple(dtype)
+        for name_of, pair in (("work", work), ("dtype", types)):
+            if pair is not None and (not isinstance(pair, tuple | list) or len(pair) != 2):
+                raise InputError(f"{name_of} is {pair!r}; give two, that of the baseline and of the candidate.")
         result = compare(baseline, candidate, **{"device": self.device, **options})
         if work is not None:
-            roofs, types = self.ceilings(result.baseline.device), [dtype] * 2 if isinstance(dtype, str) else dtype
+            roofs = self.ceilings(result.baseline.device)
             sides = zip((result.baseline, result.candidate), work, types, strict=True)
             placed = [roofline.placed(side, side_work, roofs, of_type) for side, side_work, of_type in sides]
             result = replace(result, baseline=placed[0], candidate=placed[1])
@@ -211,7 +213,7 @@ class Lab:
         row |= {"ratio": show.quantity(result.speedup, "x"), "95 % interval": _between(result.ci95, "x")}
         row["verdict"] = result.verdict
         line = str(result) if self._folded is None else f"{name}: {result}"
-        self._show_timing(line, row, *sides, warnings=result.warnings)
+        self._show_timing(line, row, *sides, warnings=result.all_warnings)
         return result
 
     def ceilings(self, device: str | torch.device | None = None) -> machine.Ceilings:
@@ -219,7 +221,8 @@ class Lab:
 
         They belong to the number of threads that torch has at the time.
         """
-        device = str(device or self.device)
+        target = machine.torch_device(device or self.device)
+        device = f"{target.type}:{target.index}" if target.index else target.type  # cuda is cuda:0
         key = device, torch.get_num_threads()
         if key not in self._ceilings:
             roofs = machine.ceilings(device, budget_s=self.by_preset(2.0, 6.0, 10.0))

@@ -210,11 +210,9 @@ def test_caches_are_emptied_before_every_timed_call_and_off_the_clock(evictions)
 
 def test_what_emptying_the_caches_takes_is_in_the_budget_but_not_in_the_time(monkeypatch):
     monkeypatch.setattr(clocks, "evictor", lambda last_level_cache: lambda: time.sleep(0.01))
-    start = time.perf_counter()
     result = compare(lambda: None, lambda: None, cache="cold", device="cpu", budget_s=0.4)
-    assert time.perf_counter() - start < 4 * 0.4
     assert result.baseline.median_s < 0.005
-    assert len(result.baseline_first) <= 20 and result.per_block == 1
+    assert len(result.baseline_first) <= 0.4 / 0.02 and result.per_block == 1
 
 
 def factory(clock, seconds, side, order):
@@ -546,6 +544,6 @@ def test_foreign_load_is_seen_and_named(one_thread):
 def test_a_call_that_maps_its_memory_anew_is_told(one_thread):
     """64 MiB are more than malloc ever keeps (32 MiB): each call gets pages that nobody has touched."""
     out = torch.ones(2**24)
-    mapped, preallocated = measure(lambda: torch.ones(2**24)), measure(lambda: out.fill_(1.0))
-    assert any("page faults per call: memory is mapped anew" in warning for warning in mapped.warnings), mapped
-    assert not [warning for warning in preallocated.warnings if "page faults" in warning]
+    result = compare(lambda: torch.ones(2**24), lambda: out.fill_(1.0), names=("mapped", "preallocated"))
+    (told,) = (warning for warning in result.all_warnings if "page faults" in warning)
+    assert told.startswith("mapped: ") and "per call: memory is mapped anew each time; preallocate" in str(result)

@@ -39,11 +39,16 @@ def test_share_is_bound_over_measured() -> None:
     assert bound(Work(flops=10**10, bytes=1), ROOFS).share(0.2) == 0.5
 
 
-def test_a_type_without_a_ceiling_gives_a_warning_and_no_share() -> None:
+def test_a_share_above_one_and_a_type_without_a_ceiling_give_a_warning() -> None:
     measurement = Measurement("int8", (0.1,) * 20, 1, "wall", "hot", "cpu", 1)
     assert placed(measurement, Work(10**9, 10**6), ROOFS).roof_share == pytest.approx(0.1)
     without = placed(measurement, Work(10**9, 10**6), ROOFS, "int8")
     assert without.roof_share is None and without.warnings == ("no share of the roof, for int8 has no ceiling here",)
+    busy = replace(ROOFS, warnings=("other programs kept 1.2 cores busy",))
+    (why,) = placed(measurement, Work(10**11, 10**6), busy).warnings
+    assert why == (
+        "above the roof: its data stay in a cache, or the count is too high, or other programs kept 1.2 cores busy"
+    )
     with pytest.raises(InputError, match="there is no 'float32' ceiling for a small CPU"):
         placed(measurement, Work(10**9, 10**6), ROOFS, "float32")
 

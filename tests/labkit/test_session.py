@@ -245,8 +245,11 @@ def test_work_adds_the_share_of_the_roof_by_the_sessions_own_ceilings(lab, monke
     assert measurements["pair"]["detail"]["baseline"]["roof_share"] == pair.baseline.roof_share
     roofs = next(entry for name, entry in measurements.items() if name.startswith("ceilings of cpu, "))
     assert [row["ceiling"] for row in roofs["rows"]] == ["fp32", "int8", "bandwidth"]
-    with pytest.raises(InputError, match="work is a Work; give two, that of the baseline and of the candidate"):
+    with pytest.raises(InputError, match=r"work is Work\(.*\); give two, that of the baseline and of the candidate"):
         lab.compare("pair", call, call, work=work)
+    with pytest.raises(InputError, match=r"dtype is \('fp32',\); give two"):
+        lab.compare("pair", call, call, work=(work, work), dtype=("fp32",))
+    assert lab.ceilings(torch.device("cpu")) is ROOFS and len(asked) == 1
 
 
 def test_running_a_cell_again_replaces_what_it_recorded(lab):
