@@ -118,7 +118,8 @@ def first_call(fn: Call) -> Any:
     if (lazy := next((leaf for leaf in _leaves(output) if _is_lazy(leaf)), None)) is not None:
         raise InputError(
             f"the callable returns a {type(lazy).__name__}, whose work is not done when the call ends: "
-            "do it inside the callable (with list(), asyncio.run(), .result() or a call)."
+            "finish it inside the callable: list() of a generator, asyncio.run() of a coroutine, .result() of a "
+            "future, or call the function that came back."
         )
     return output
 
