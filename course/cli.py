@@ -63,7 +63,7 @@ def test(quick: bool, arguments: tuple[str, ...]) -> None:
 
     Arguments are passed on to one plain call of pytest: ./lab test tests/labkit/test_bench.py -x
     """
-    together = ["-n", "2", "--dist", "worksteal", "-m"]
+    together = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m"]  # in the order of tests/conftest.py
     if arguments:
         calls = [[*arguments]]
     elif quick:
