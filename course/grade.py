@@ -217,11 +217,14 @@ def _text(value: Any) -> str:
 
 
 def _lesson_of(cells: _Cells, named: set[str], lessons: Sequence[Lesson]) -> str | None:
-    """By the file's name or what `./lab start` noted, else by the ids and functions of the exercises."""
+    """By the file's name or what `./lab start` noted, else by the functions of its exercises, which are its alone."""
     for lesson in lessons:
         if lesson.name in named:
             return lesson.name
-    answered = {lesson.name: sum(_find(cells, task) is not None for task in lesson.exercises) for lesson in lessons}
+    answered = {
+        lesson.name: sum(any(_defines(text, task.function) for _, text in cells) for task in lesson.exercises)
+        for lesson in lessons
+    }
     best = max(answered, key=answered.get, default=None)
     return best if best and answered[best] else None
 
