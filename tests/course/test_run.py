@@ -126,6 +126,7 @@ def course(good: tuple[Path, Path, run.Run], tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("MISTAKE", str(tmp_path))
     monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
     monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")  # else the report draws what is recorded
     copy = tmp_path / result.folder.relative_to(home)
     return Course(tmp_path / "notebooks" / notebook.name, tmp_path / "runs", copy, str(tmp_path))
 

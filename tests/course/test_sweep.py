@@ -45,6 +45,7 @@ def home(tmp_path: Path, write_lesson: Callable[..., Path], monkeypatch: pytest.
     write_lesson(tmp_path / "notebooks", WORK.format(home=str(tmp_path)), ranges=RANGES)
     (tmp_path / "notebooks" / "claims.toml").write_text((files.NOTEBOOKS / "claims.toml").read_text())
     monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")  # else the report draws what is recorded
     monkeypatch.delenv("LABKIT_PRESET", raising=False)
     return tmp_path
 
