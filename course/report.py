@@ -222,15 +222,12 @@ def challenged(results: Sequence[ResultFolder]) -> list[dict[str, Any]]:
     for name, entries in tasks.items():
         newest = entries[-1][1]
         points = [{"run": whose, **task.point} for whose, task in entries if task.point and task.goals == newest.goals]
-        rows = [
-            {"run": point["run"]} | {with_unit(name, unit): point[name] for name, (_, _, unit) in newest.goals.items()}
-            for point in points
-        ]
         reached = [point["run"] for point in points if not challenge.missed(newest.goals, point)]
         caption = f"Challenge {name}: {newest.goal} {len(reached)} of {len(entries)} runs reached it."
         alt = f"The goal is {challenge.asked(newest.goals)}. Reached by: {', '.join(reached) or 'none yet'}."
         draw = functools.partial(challenge.plane, goals=newest.goals, points=points, label="run")
-        figures.append(picture(draw, alt, caption, rows or [{"run": "no plan yet"}]))
+        rows = challenge.rows(newest.goals, points, "run") or [{"run": "no plan yet"}]
+        figures.append(picture(draw, alt, caption, rows))
     return figures
 
 

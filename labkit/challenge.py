@@ -5,7 +5,6 @@ columns, and under "<column> ci95" the (low, high) of a 95 % interval where ther
 """
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,10 +24,10 @@ def checked(goals: Any, point: Mapping[str, Any]) -> dict[str, Any]:
     numbers_only = {}
     for column in goals:
         value = point.get(column) if isinstance(point, Mapping) else None
-        value = value.item() if hasattr(value, "item") else value
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        number = show.number(value)
+        if number is None or not math.isfinite(number):
             raise InputError(f"A point of the plane has {value!r} as its {column!r}; give a number for {list(goals)}.")
-        numbers_only[column] = float(value)
+        numbers_only[column] = float(number)
         if (ci95 := point.get(f"{column} ci95")) is not None:
             numbers_only[f"{column} ci95"] = tuple(map(float, ci95))
     return numbers_only
@@ -54,6 +53,17 @@ def asked(goals: Goals) -> str:
         bounds = " and ".join(f"{side} {show.quantity(end, unit)}" for side, end in ends if end is not None)
         words.append(f"{column} {bounds or 'open'}")
     return ", ".join(words)
+
+
+def rows(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[dict[str, Any]]:
+    """The points as rows of a table: their `label`, and both columns with their units."""
+    return [{label: point[label], **{heading(goals, column): point[column] for column in goals}} for point in points]
+
+
+def heading(goals: Goals, column: str) -> str:
+    """The column with its unit, as it stands above a table and along an axis."""
+    unit = goals[column][2]
+    return f"{column} ({unit})" if unit else column
 
 
 def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str, star: str | None = None) -> None:
@@ -94,5 +104,4 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
     ax.add_patch(Rectangle(corner, *size, facecolor=show.COLOURS[2], alpha=0.15, zorder=0))
     ax.annotate("goal", (corner[0], far[1]), (5, -5), textcoords="offset points", va="top", color=show.COLOURS[2])
     ax.set(xlim=(x_low, x_high), ylim=(y_low, y_high))
-    for name, (column, (_, _, unit)) in zip("xy", goals.items(), strict=True):
-        getattr(ax, f"set_{name}label")(f"{column} ({unit})" if unit else column)
+    ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))

@@ -7,7 +7,6 @@ it: a shorter one settles nothing.
 
 import datetime
 import math
-import numbers
 import tomllib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -29,7 +28,7 @@ ROUNDING = 1e-9  # relative: a bound that a value meets exactly is met
 
 
 def _range(bounds: Any) -> tuple[float, float]:
-    pair = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds))
+    pair = isinstance(bounds, list) and len(bounds) == 2 and None not in map(show.number, bounds)
     if not pair or not bounds[0] <= bounds[1]:
         raise ValueError(f"expected is {bounds!r}; give [low, high] with low <= high, -inf or inf for no bound")
     return float(bounds[0]), float(bounds[1])
@@ -202,12 +201,8 @@ def _at_least(value: float, bound: float) -> bool:
 
 def _interval(claim: Claim, value: Any, ci95: Any) -> tuple[float, float]:
     ends = (value, value) if ci95 is None else tuple(ci95)
-    if not all(_is_number(number) and not math.isnan(number) for number in (value, *ends)):
+    if any(show.number(end) is None or math.isnan(end) for end in (value, *ends)):
         raise InputError(f"Claim {claim.id} takes a number, or None where it cannot be measured, not {value!r}.")
     if len(ends) != 2 or not ends[0] <= value <= ends[1]:
         raise InputError(f"The interval {ci95!r} of claim {claim.id} has to be (low, high) around the value {value!r}.")
     return float(ends[0]), float(ends[1])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -224,7 +224,7 @@ class RunRecord(_Strict):
         """Over the processes, the number recorded as `name`, or what a run took ("seconds"); None without a number."""
         if self.runs is None:
             entry = self.seconds if name == "seconds" else getattr(self.named(name), "value", None)
-            values = [entry] if _is_number(entry) else []
+            values = [] if show.number(entry) is None else [entry]
         else:
             values = self.runs.seconds if name == "seconds" else self.runs.values.get(name, [])
         return Spread(statistics.median(values), min(values), max(values), len(values)) if values else None
@@ -269,14 +269,10 @@ def together(processes: Sequence[RunRecord]) -> RunRecord:
     middle = sorted(processes, key=lambda record: record.seconds)[len(processes) // 2]
     values: dict[str, list[int | float]] = {}
     for entry in (entry for record in processes for entry in record.measurements):
-        if isinstance(entry, RecordedValue) and _is_number(entry.value):
+        if isinstance(entry, RecordedValue) and show.number(entry.value) is not None:
             values.setdefault(entry.name, []).append(entry.value)
     times = {"created": [record.created for record in processes], "seconds": [record.seconds for record in processes]}
     return middle.model_copy(update={"runs": Processes(**times, values=values)})
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write(record: RunRecord, path: Path) -> None:

@@ -135,7 +135,7 @@ class Lab:
         value: a number in `unit`, or `...`, which only asks the question: no prediction is recorded, and none scored.
         """
         _check_name(name)
-        number = None if value is ... else _number(value)
+        number = None if value is ... else show.number(value)
         if value is not ... and (number is None or not math.isfinite(number)):
             raise InputError(f"The prediction {name!r} is {value!r}; give one number, your best guess will do.")
         if name in self._measurements and number is not None:
@@ -264,7 +264,7 @@ class Lab:
         if isinstance(value, list | tuple):
             self._measurements[name] = records.table(name, value, by, columns, simulated=simulated)
             return
-        number = value if isinstance(value, str | bool) else _number(value)
+        number = value if isinstance(value, str | bool) else show.number(value)
         if number is None:
             kind = type(value).__name__
             raise InputError(f"{name!r} is a {kind}; record a number, a text or a list of dicts (one a row).")
@@ -323,7 +323,7 @@ class Lab:
         A claim about a GPU is not settled by a CPU's number, nor the other way round: such a value is not kept.
         InputError for an unknown id, a value that is no number, an interval that does not hold it, a missing `trained`.
         """
-        claim, number = claims.entry(id), _number(value)
+        claim, number = claims.entry(id), show.number(value)
         verdict = claims.verdict(claim, value if number is None else number, ci95, trained)
         kinds, _ = claims.SETTLED_BY.get(claim.needs, ({"cpu", "cuda"}, ""))
         if self.device.type not in kinds:
@@ -415,25 +415,25 @@ class Lab:
         import matplotlib.pyplot as plt
 
         _check_name(name)
-        rows = [{label: str(row.get(label)), **challenge.checked(goals, row)} for row in show.checked_rows(references)]
+        points = [
+            {label: str(row.get(label)), **challenge.checked(goals, row)} for row in show.checked_rows(references)
+        ]
         reached, state = None, "no plan yet"
         if point is not None:
             point = challenge.checked(goals, point)
             missed = challenge.missed(goals, point)
             reached, state = not missed, "; ".join(["not reached yet", *missed]) if missed else "reached"
-            rows.append({label: YOURS, **point})
+            points.append({label: YOURS, **point})
         self._challenges[name] = records.Challenge(
             name=name, goal=goal, point=point, goals=dict(goals), reached=reached
         )
         fig, ax = plt.subplots()
-        challenge.plane(ax, goals, rows, label, YOURS)
-        table = [
-            {label: row[label], **{f"{column} ({unit})": row[column] for column, (_, _, unit) in goals.items()}}
-            for row in rows
-        ]
+        challenge.plane(ax, goals, points, label, YOURS)
         x, y = goals
-        alt = f"{y} against {x}, points: {len(rows)}; shaded is the goal, {challenge.asked(goals)}. Your plan: {state}."
-        show.figure(fig, alt=alt, table=table, caption=goal)
+        alt = (
+            f"{y} against {x}, points: {len(points)}; shaded is the goal, {challenge.asked(goals)}. Your plan: {state}."
+        )
+        show.figure(fig, alt=alt, table=challenge.rows(goals, points, label), caption=goal)
         show.emit(f"challenge {name}: {state}.")
 
     # showing ----------------------------------------------------------------------------------------------------
@@ -556,7 +556,7 @@ class Lab:
         if role not in get_args(Role):
             raise InputError(f"The role of {name!r} is {role!r}; choose one of {', '.join(get_args(Role))}.")
         value = RecordedValue(**records.plain(entry))
-        if (guess := self._predictions.get(name)) and _number(value.value) is not None:
+        if (guess := self._predictions.get(name)) and show.number(value.value) is not None:
             factor = show.factor(unit, guess.unit)
             if factor is None:
                 raise InputError(
@@ -606,15 +606,6 @@ def _date(created: str) -> str:
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"The name is {name!r}; give what is measured as a short text, like 'decode speed'.")
-
-
-def _number(value: Any) -> float | int | None:
-    """A number of Python, numpy or torch as a plain one; None for anything else."""
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _preset(asked: str) -> str:

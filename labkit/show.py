@@ -8,6 +8,7 @@ plots.
 import base64
 import io
 import math
+import numbers
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -218,7 +219,7 @@ def facts(title: str, values: Mapping[str, str]) -> None:
 def html_table(rows: Rows, *, caption: str = "", simulated: bool = False) -> str:
     """Rows as plain HTML: legible where styles are stripped (GitHub), in light and in dark."""
     columns = _columns(rows)
-    right = {c for c in columns if all(_is_number(row.get(c)) or row.get(c) is None for row in rows)}
+    right = {c for c in columns if all(row.get(c) is None or number(row[c]) is not None for row in rows)}
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         aligns = (' align="right"' if column in right else ' style="text-align:left"' for column in columns)
@@ -323,8 +324,13 @@ def _columns(rows: Rows) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def number(value: Any) -> float | int | None:
+    """A number of Python, numpy or torch as a plain one; None for anything else, a bool included."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _digits(value: float) -> str:

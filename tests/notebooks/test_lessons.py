@@ -127,11 +127,6 @@ def names_read(cell: NotebookNode) -> set[str]:
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
-def is_rewritten(notebook: NotebookNode) -> bool:
-    """Lessons that have no challenge yet keep to no rule of grain yet either; this goes when all have one."""
-    return any("challenge" in tags(cell) for cell in notebook.cells)
-
-
 def was_run_from_top_to_bottom(notebook: NotebookNode) -> Iterator[str]:
     counts = [cell.execution_count for cell in code(notebook)]
     if counts != list(range(1, len(counts) + 1)):
@@ -220,8 +215,6 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson(lesson: Path, rule: Callable):
-    if rule in (uses_its_answers, *grain.RULES) and not is_rewritten(read(lesson)):
-        pytest.xfail("not rewritten yet")
     assert list(rule(read(lesson))) == []
 
 
