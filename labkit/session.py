@@ -480,8 +480,8 @@ class Lab:
                     "machine": run["machine"],
                     "preset": run["preset"],
                     "value": show.quantity(number, run["unit"]),
-                    "from … to": show.interval(ends, run["unit"]),
-                    "which is": meaning if ends is not None else "1 process",
+                    "range": show.interval(ends, run["unit"]),
+                    "kind of range": meaning if ends is not None else "1 process",
                 }
             )
         for kind, words in (("cpu", "a CPU"), ("cuda", "a GPU")):

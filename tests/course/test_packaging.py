@@ -12,7 +12,7 @@ import yaml
 from labkit import files
 
 CONDA_NAMES = {"torch": "pytorch"}
-ANOTHER_MACHINE = re.compile(r"(?<![\w.+/-])/(?:work|root|farm|home/\w+|Users/\w+|tmp/bash_jobs)/")
+ANOTHER_MACHINE = re.compile(r"(?<![\w.+/-])/(?:work|root|home/\w+|Users/\w+)/")
 REGISTRY = re.compile(
     r"\b(?:(?:test\.)?pypi\.org|pythonhosted\.org|deb\.debian\.org|npmjs\.(?:org|com)|anaconda\.org)\b"
 )
