@@ -6,6 +6,7 @@ threads and precision settings as they were; what a model needs is counted elsew
 """
 
 import functools
+import math
 import os
 import platform
 import re
@@ -339,6 +340,29 @@ class Ceilings:
         """The arithmetic intensity in FLOP/B where the compute roof of this type meets the bandwidth roof."""
         return peak(self, dtype) / self.bandwidth
 
+    def raised(self, again: "Ceilings") -> "Ceilings":
+        """The higher of each roof, with its interval, of these and of `again`, measured at another moment.
+
+        What disturbs a measurement only lowers a roof, and may last longer than measuring it: whatever was seen to be
+        reached can be reached. The warnings are those of both. Raises InputError for the roofs of another device.
+        """
+        if again.device != self.device:
+            raise InputError(f"these are roofs of {self.device}, those of {again.device}: raise roofs of one device.")
+        flops, flops_ci95 = dict(self.flops), dict(self.flops_ci95)
+        for name, rate in again.flops.items():
+            if rate > flops.get(name, 0.0):
+                flops[name] = rate
+                flops_ci95[name] = again.flops_ci95.get(name, (-math.inf, math.inf))
+        higher = max(self, again, key=lambda roofs: roofs.bandwidth)
+        return Ceilings(
+            device=self.device,
+            flops=flops,
+            bandwidth=higher.bandwidth,
+            warnings=tuple(dict.fromkeys((*self.warnings, *again.warnings))),
+            flops_ci95=flops_ci95,
+            bandwidth_ci95=higher.bandwidth_ci95,
+        )
+
 
 def peak(roofs: Ceilings | Device, dtype: str) -> float:
     """The compute roof in FLOP/s of one type; InputError where there is none."""
@@ -358,8 +382,9 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     one value, so that passing interference does not count; the ceiling is the median of these, with its exact interval.
 
     The interval says how well the ceiling is known here and now. It does not cover what another process or hour finds:
-    on machines that share a host with others, bandwidth was seen to move by a factor of two within a day. A share of
-    the roof is therefore taken with ceilings of the same process.
+    on machines that share a host with others, bandwidth was seen to move by a factor of two within a day, and both
+    kinds of roof within a minute. A share of the roof is therefore taken with ceilings of the same process, and where
+    a result lies above its roof, the roofs are measured again (`Ceilings.raised`) before anything else is blamed.
     device: see `torch_device`. Raises InputError for a device or a budget that cannot be used.
     """
     target = torch_device(device)
@@ -386,10 +411,11 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
         best = stats.block_minima(times, max(1, len(times) // REPETITIONS))
         name = key[0] if key[0] in PRODUCTS else "bandwidth"
         rates.setdefault(name, []).append([work[key] / least for least in best])
+    on_threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}"
     roofs = {name: stats.median_ci([max(turn) for turn in zip(*calls, strict=True)]) for name, calls in rates.items()}
     bandwidth, *bandwidth_ci95 = roofs.pop("bandwidth")
     return Ceilings(
-        device=machine.gpu.name if target.type == "cuda" else f"{machine.cpu}, {machine.threads} threads",
+        device=machine.gpu.name if target.type == "cuda" else f"{machine.cpu}, {on_threads}",
         flops={name: rate for name, (rate, _, _) in roofs.items()},
         bandwidth=bandwidth,
         warnings=tuple(warnings),
@@ -491,17 +517,18 @@ def _streams(machine: Machine, target: torch.device) -> tuple[Calls, dict[tuple[
     """Copy, triad and read over arrays that no cache holds, and the bytes that each call moves.
 
     On a CPU a call streams one part of them; by the time a part comes again, the others have passed through the cache.
+    All reads come in a row: after a copy or a triad the last cache is full of lines that were written, and a read that
+    displaces them waits until they are in memory, bytes that nobody counts.
     """
     on_cpu = target.type == "cpu"
     usual = max(64 * MiB, 4 * machine.last_level_cache) if on_cpu else GiB
     size = min(usual, (machine.memory if on_cpu else machine.gpu.memory) // 16, 2 * GiB)
     a, b, out = (torch.ones(size // 4, device=target).chunk(PARTS if on_cpu else 1) for _ in range(3))
-    calls: Calls = {}
-    for part in range(len(a)):
-        copied, added, read = ((part + len(a) * stream // 3) % len(a) for stream in range(3))
-        calls["copy", part] = functools.partial(out[copied].copy_, a[copied])
-        calls["triad", part] = functools.partial(torch.add, a[added], b[added], alpha=3.0, out=out[added])
-        calls["read", part] = a[read].sum
+    parts = range(len(a))
+    calls: Calls = {("read", part): a[part].sum for part in parts}
+    calls |= {("copy", part): functools.partial(out[part].copy_, a[part]) for part in parts}
+    triad = functools.partial(torch.add, alpha=3.0)
+    calls |= {("triad", part): functools.partial(triad, a[part], b[part], out=out[part]) for part in parts}
     times = {"copy": 2, "triad": 3, "read": 1}
     return calls, {(name, part): times[name] * a[0].nbytes for name, part in calls}
 

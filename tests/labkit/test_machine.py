@@ -196,6 +196,28 @@ def test_stream_arrays_are_four_times_the_last_cache():
     assert calls.keys() == moved.keys()
 
 
+def test_reads_are_in_a_row_so_that_most_displace_no_line_that_a_copy_wrote():
+    here = replace(fingerprint("cpu"), last_level_cache=17 * 2**20, memory=2**36)
+    calls, _ = machine._streams(here, CPU)
+    order = [name for name, _ in calls]
+    assert order == ["read"] * machine.PARTS + ["copy"] * machine.PARTS + ["triad"] * machine.PARTS
+
+
+def test_roofs_of_two_moments_give_the_higher_of_each():
+    """In the first minute a neighbour took the memory, in the second the arithmetic; fp16 was too slow to measure."""
+    ends = {"flops_ci95": {"fp32": (90.0, 110.0)}, "bandwidth_ci95": (8.0, 9.0)}
+    first = Ceilings("here", {"fp32": 100.0}, 9.0, ("busy",), **ends)
+    ends = {"flops_ci95": {"fp32": (40.0, 60.0), "fp16": (1.0, 3.0)}, "bandwidth_ci95": (15.0, 17.0)}
+    second = Ceilings("here", {"fp32": 50.0, "fp16": 2.0}, 16.0, ("busy", "hot"), **ends)
+    both = first.raised(second)
+    assert second.raised(first).flops == both.flops and second.raised(first).bandwidth == both.bandwidth
+    assert both.flops == {"fp32": 100.0, "fp16": 2.0} and both.bandwidth == 16.0
+    assert both.flops_ci95 == {"fp32": (90.0, 110.0), "fp16": (1.0, 3.0)} and both.bandwidth_ci95 == (15.0, 17.0)
+    assert both.warnings == ("busy", "hot") and both.ridge("fp32") == 100 / 16
+    with pytest.raises(InputError, match="roofs of one device"):
+        first.raised(replace(second, device="there"))
+
+
 def test_streams_do_what_they_are_called(monkeypatch):
     """Copies leave ones, triads 1 + 3 x 1; together the parts cover each array once."""
     here = replace(fingerprint("cpu"), last_level_cache=0, memory=2**20)

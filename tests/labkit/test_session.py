@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -250,6 +251,8 @@ def test_work_adds_the_share_of_the_roof_by_the_sessions_own_ceilings(lab, monke
     with pytest.raises(InputError, match=r"dtype is \('fp32',\); give two"):
         lab.compare("pair", call, call, work=(work, work), dtype=("fp32",))
     assert lab.ceilings(torch.device("cpu")) is ROOFS and len(asked) == 1
+    monkeypatch.setattr(machine, "ceilings", lambda device, budget_s: replace(ROOFS, bandwidth=2 * ROOFS.bandwidth))
+    assert lab.ceilings(again=True).bandwidth == lab.ceilings().bandwidth == 2 * ROOFS.bandwidth
 
 
 def test_running_a_cell_again_replaces_what_it_recorded(lab):
