@@ -1,9 +1,9 @@
 """Honest timing: measure() one callable, compare() two of them, with an interval that holds on a machine in use.
 
-Pairs interleaved in balanced random order follow duet benchmarking (Bulej et al. 2020), repeats of short calls
-torch.utils.benchmark. It never pools different processes, never drops a sample, and cannot tell a callable that replays
-its last result from one that computes: give `check`. Two callables that do the same work on data of their own differ by
-some per cent, because where data lies in memory is part of what is compared: build them anew, with `builds`.
+Calls are paired and interleaved in balanced random order, so that drift hits both sides alike; short calls are repeated
+as in torch.utils.benchmark. It never pools different processes, never drops a sample, and cannot tell a callable that
+replays its last result from one that computes: give `check`. Two callables that do the same work on data of their own
+differ by some per cent, because where data lies in memory is part of what is compared: build them anew, with `builds`.
 """
 
 import contextlib
