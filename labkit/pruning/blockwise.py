@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,7 +32,6 @@ def prune(
     method: str,
     batches: Iterable | None = None,
     exclude: str | Iterable[str] = (),
-    pad: bool = False,
     progress: str = "",
 ) -> nn.Module:
     """A copy of `model` whose weights (`weights_of`) are pruned to `pattern` by `method`, with masks that hold.
@@ -43,7 +41,6 @@ def prune(
         `sparsegpt.sparsegpt`, a fraction of each block of columns, and the kept weights move.
     batches: for the last two; read once, kept in memory as what the first block is called with.
     exclude: names of modules or weights that stay dense.
-    pad: see `pattern.mask`.
     progress: a label for a progress bar over the blocks; none without.
 
     Memory beyond the copy: the calibration batches' hidden states, and the Hessians of one block. A model that is no
@@ -57,17 +54,17 @@ def prune(
         check_batches(batches, method)
     exclude = named_parts(model, exclude, "exclude")
     checked_targets(model, exclude)
-    check_widths(weights_of(model, exclude), pattern, pad)
+    check_widths(weights_of(model, exclude), pattern)
     earlier = masks(model)  # what is gone does not come back
     pruned = make_permanent(model)
     weights = weights_of(pruned, exclude)
     if method == "magnitude":
         keep = {
-            name: _highest(weight, magnitude(weight.parameter.detach()), pattern, pad, None) & earlier.get(name, True)
+            name: _highest(weight, magnitude(weight.parameter.detach()), pattern, None) & earlier.get(name, True)
             for name, weight in weights.items()
         }
     else:
-        keep = _prune_by_inputs_(pruned, weights, earlier, list(not_empty(batches)), method, pattern, pad, progress)
+        keep = _prune_by_inputs_(pruned, weights, earlier, list(not_empty(batches)), method, pattern, progress)
     hold_(pruned, earlier | keep)
     return pruned
 
@@ -83,21 +80,20 @@ def weights_of(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str,
     return {name: weight for name, weight in weights.items() if not inner or id(weight.module) in inner}
 
 
-def check_widths(weights: dict[str, Weight], pattern: Pattern, pad: bool) -> None:
-    """Raises InputError if m does not divide the input dimension of each weight, unless pad allows it."""
-    if not isinstance(pattern, tuple) or pad:
+def check_widths(weights: dict[str, Weight], pattern: Pattern) -> None:
+    """Raises InputError if m does not divide the input dimension of each weight."""
+    if not isinstance(pattern, tuple):
         return
     m = pattern[1]
     widths = {name: _as_matrix(weight, weight.parameter).shape[1] for name, weight in weights.items()}
     if short := [f"{name} ({width})" for name, width in widths.items() if width % m]:
         raise InputError(
-            f"The input dimension of {', '.join(short[:5])} is no multiple of {m}: name such weights in exclude, or "
-            "give pad=True to allow a shorter last group."
+            f"The input dimension of {', '.join(short[:5])} is no multiple of {m}: name such weights in exclude."
         )
 
 
 def _prune_by_inputs_(
-    model: nn.Module, weights: dict[str, Weight], earlier: dict, batches: list, method: str, pattern, pad, progress
+    model: nn.Module, weights: dict[str, Weight], earlier: dict, batches: list, method: str, pattern, progress
 ) -> dict[str, Tensor]:
     """What is kept of each weight, after all of them were pruned in place, block after block."""
     statistic, select = (squares, _wanda) if method == "wanda" else (hessian, _sparsegpt_)
@@ -116,7 +112,7 @@ def _prune_by_inputs_(
                     "take the method magnitude."
                 )
             for name, weight in inside.items():
-                keep[name] = select(weight, sums.pop(name)[0], pattern, pad) & earlier.get(name, True)
+                keep[name] = select(weight, sums.pop(name)[0], pattern) & earlier.get(name, True)
                 weight.parameter.masked_fill_(~keep[name], 0.0)
             if len(keep) == len(weights):
                 break
@@ -131,38 +127,30 @@ def _as_matrix(weight: Weight, tensor: Tensor) -> Tensor:
     return tensor.t() if weight.transposed else tensor
 
 
-def _highest(weight: Weight, scores: Tensor, pattern: Pattern, pad: bool, dim: int | None) -> Tensor:
+def _highest(weight: Weight, scores: Tensor, pattern: Pattern, dim: int | None) -> Tensor:
     """True at the highest scores: n of every m, or all but a fraction of the layer (dim None) or of each row (1)."""
     if isinstance(pattern, tuple):
-        return _as_matrix(weight, mask(_as_matrix(weight, scores), *pattern, pad=pad)).contiguous()
+        return _as_matrix(weight, mask(_as_matrix(weight, scores), *pattern)).contiguous()
     rows = weight.as_rows(scores)
     count = count_to_prune(rows.numel() if dim is None else rows.shape[1], pattern)
     return weight.from_rows(~lowest_k(rows, count, dim=dim))
 
 
-def _wanda(weight: Weight, x2: Tensor, pattern: Pattern, pad: bool) -> Tensor:
+def _wanda(weight: Weight, x2: Tensor, pattern: Pattern) -> Tensor:
     """x2 [groups, in / groups * kernel]: ||x_j||^2."""
-    return _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, pad, dim=1)
+    return _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, dim=1)
 
 
-def _sparsegpt_(weight: Weight, hessians: Tensor, pattern: Pattern, pad: bool) -> Tensor:
+def _sparsegpt_(weight: Weight, hessians: Tensor, pattern: Pattern) -> Tensor:
     """Moves the weights too. hessians [groups, in, in], in = C_in / groups * kernel; a group of m comes together."""
     rows = weight.as_rows(weight.parameter.detach())  # [out, in]
-    order = _columns(weight, pattern)  # positions in a row that has one zero column more
-    real = order < rows.shape[1]
-    padded, h = F.pad(rows, (0, 1))[:, order], F.pad(hessians, (0, 1, 0, 1))[:, order][:, :, order]
-    parts = [sparsegpt(w, x, pattern) for w, x in zip(padded.chunk(len(h)), h, strict=True)]
-    new, keep = (torch.cat(each)[:, real][:, order[real].argsort()] for each in zip(*parts, strict=True))
+    kernel = weight.parameter[0, 0].numel()
+    order = torch.arange(rows.shape[1], device=rows.device).view(-1, kernel).t().flatten()  # channels side by side
+    h = hessians[:, order][:, :, order]
+    parts = [sparsegpt(w, x, pattern) for w, x in zip(rows[:, order].chunk(len(h)), h, strict=True)]
+    new, keep = (torch.cat(each)[:, order.argsort()] for each in zip(*parts, strict=True))
     weight.parameter.copy_(weight.from_rows(new))
     return weight.from_rows(keep)
-
-
-def _columns(weight: Weight, pattern: Pattern) -> Tensor:
-    """[kernel * C_in rounded up to m]: columns of a row in the order of groups; `in` stands for a column of zeros."""
-    m = pattern[1] if isinstance(pattern, tuple) else 1
-    matrix = _as_matrix(weight, weight.parameter)
-    positions = torch.arange(matrix[0].numel(), device=matrix.device).view(matrix.shape[1], -1)  # [C_in, kernel]
-    return F.pad(positions.t(), (0, -len(positions) % m), value=matrix[0].numel()).flatten()
 
 
 # --- a stack of blocks ------------------------------------------------------------------------------------------------

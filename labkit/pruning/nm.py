@@ -76,7 +76,6 @@ def prune(
     method: str = "magnitude",
     batches: Iterable | None = None,
     exclude: str | Iterable[str] = (),
-    pad: bool = False,
 ) -> nn.Module:
     """A copy of `model` whose weights keep n of every m along the input dimension; masks hold them through training.
 
@@ -85,12 +84,12 @@ def prune(
         by layer; the inputs of a layer are those that the layers pruned before it give. See `blockwise.prune`, which
         does the work and takes a fraction as well.
     exclude: names of modules and weights that stay dense. The others: `blockwise.weights_of`: in a stack of blocks, as
-        language models are, those of the blocks, else all of `select.prunable`.
-    pad: without it a weight whose input dimension is no multiple of m is an InputError that names it; see `mask`.
+        language models are, those of the blocks, else all of `select.prunable`. An InputError names those whose input
+        dimension is no multiple of m.
 
     The masks are held as those of `unstructured.prune` are (`unstructured.masks` reads them, `make_permanent` takes
     them off): stored zeros that stay zero through optimizer steps, deepcopy and `load_state_dict`. For masks that move
     during training see `sr_ste`.
     """
     check_pattern(n, m)
-    return blockwise.prune(model, (n, m), method=method, batches=batches, exclude=exclude, pad=pad)
+    return blockwise.prune(model, (n, m), method=method, batches=batches, exclude=exclude)

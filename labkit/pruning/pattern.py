@@ -5,7 +5,6 @@ at a time; `nm` has the same names for its users and prunes models.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.errors import InputError
@@ -16,13 +15,12 @@ COMPILED = 2**20  # weights from which on a kernel is looked for: fewer take a m
 CHUNK = 2**19  # weights looked at in one go on a CPU: fewer, and calls cost more than cache misses save
 
 
-def mask(weight: Tensor, n: int = 2, m: int = 4, *, pad: bool = False) -> Tensor:
+def mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """True at the n largest magnitudes of every m neighbours along the input dimension; exactly n, whatever the ties.
 
     weight: [out, in], a convolution's [C_out, C_in / groups, *kernel] (grouped along C_in, each kernel position by
-        itself), or one row [in]; any strides, any real dtype, no NaN. Scores that are not negative rank as they are.
-    pad: without it the dimension must be a multiple of m (InputError); with it the last group may have r < m members,
-        of which min(n, r) stay, as if zeros filled it up.
+        itself), or one row [in], that dimension a multiple of m; any strides, any real dtype, no NaN. Scores that are
+        not negative rank as they are.
     Of equal magnitudes the one with the lower index stays. Returns a contiguous bool tensor of the weight's shape and
     device; 0 < n <= m <= 16.
 
@@ -31,7 +29,7 @@ def mask(weight: Tensor, n: int = 2, m: int = 4, *, pad: bool = False) -> Tensor
     float16 and bfloat16 weights where m is a power of two (csrc/nm_mask.cpp).
     """
     check_pattern(n, m)
-    groups = _groups(weight, m, pad)  # [out, *kernel, in / m, m]
+    groups = _groups(weight, m)  # [out, *kernel, in / m, m]
     largest = torch.empty(groups.shape, dtype=torch.bool, device=weight.device)
     if groups.numel() >= COMPILED and native.nm_takes(groups):
         native.nm_largest(groups, n, largest)
@@ -39,19 +37,19 @@ def mask(weight: Tensor, n: int = 2, m: int = 4, *, pad: bool = False) -> Tensor
         rows = len(groups) if weight.is_cuda else max(1, CHUNK * len(groups) // max(1, groups.numel()))
         for part, out in zip(groups.split(rows), largest.split(rows), strict=True):
             _largest(part, n, out)
-    rows = largest.flatten(-2)[..., : _input_width(weight)]  # without what was padded
+    rows = largest.flatten(-2)
     return (rows[0] if weight.dim() == 1 else rows.movedim(-1, 1)).contiguous()
 
 
-def is_nm(weight: Tensor, n: int = 2, m: int = 4, *, pad: bool = False) -> bool:
+def is_nm(weight: Tensor, n: int = 2, m: int = 4) -> bool:
     """Whether no group of m along the input dimension holds more than n weights that are not zero; see `mask`.
 
-    False where the dimension is no multiple of m, unless pad allows a short last group. NaN is not zero.
+    False where the dimension is no multiple of m. NaN is not zero.
     """
     check_pattern(n, m)
-    if not pad and _input_width(weight) % m:
+    if _input_width(weight) % m:
         return False
-    return not bool(((_groups(weight, m, pad) != 0).sum(-1) > n).any())
+    return not bool(((_groups(weight, m) != 0).sum(-1) > n).any())
 
 
 def check_pattern(n: int, m: int) -> None:
@@ -73,17 +71,14 @@ def _input_width(weight: Tensor) -> int:
     return weight.shape[min(1, weight.dim() - 1)]
 
 
-def _groups(weight: Tensor, m: int, pad: bool) -> Tensor:
-    """[out, *kernel, in / m, m], a view unless it is padded."""
+def _groups(weight: Tensor, m: int) -> Tensor:
+    """[out, *kernel, in / m, m], a view."""
     width = _input_width(weight)
-    if width % m and not pad:
+    if width % m:
         raise InputError(
-            f"The input dimension of a weight {list(weight.shape)} is {width}, no multiple of m = {m}: give pad=True "
-            "to allow a shorter last group, or leave this weight dense."
+            f"The input dimension of a weight {list(weight.shape)} is {width}, no multiple of m = {m}: leave it dense."
         )
     rows = weight.detach().reshape(1, -1) if weight.dim() == 1 else weight.detach().movedim(1, -1)
-    if width % m:
-        rows = F.pad(rows, (0, -width % m))
     return rows.unflatten(-1, (-1, m))
 
 

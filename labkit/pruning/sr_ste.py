@@ -38,7 +38,7 @@ def prepare(
     if unstructured.masks(model):
         raise InputError("The model holds masks already, and pruned weights do not move: make_permanent it first.")
     exclude = named_parts(model, exclude, "exclude")
-    check_widths(weights_of(model, exclude), (n, m), pad=False)
+    check_widths(weights_of(model, exclude), (n, m))
     trainable = copy.deepcopy(model)
     owners = unstructured.owners(trainable)
     for weight in weights_of(trainable, exclude).values():

@@ -21,8 +21,7 @@ def by_loop(weight, n, m):
     out = kept[None] if weight.dim() == 1 else kept.movedim(1, -1)
     for row, chosen in zip(rows.flatten(0, -2).tolist(), positions(out), strict=True):
         for start in range(0, len(row), m):
-            group = range(start, min(start + m, len(row)))
-            for i in sorted(group, key=lambda i: (-abs(row[i]), i))[:n]:
+            for i in sorted(range(start, start + m), key=lambda i: (-abs(row[i]), i))[:n]:
                 out[(*chosen, i)] = True
     return kept
 
@@ -52,9 +51,9 @@ STRIDES = ["contiguous", "transposed", "sliced", "channels first in memory"]
 
 
 @st.composite
-def weights(draw, m, whole=True):
+def weights(draw, m):
     """Few different values, so that most groups have ties; -0.0 and negative ones among them."""
-    width = draw(st.integers(0, 3)) * m if whole else draw(st.integers(1, 2 * m + 1))
+    width = draw(st.integers(0, 3)) * m
     shape = draw(st.sampled_from([(), (3,), (2, 2), (2, 3, 1), (1, 1, 2, 2)]))  # what stands around the input dimension
     shape = (width,) if not shape else (shape[0], width, *shape[1:])
     dtype = draw(st.sampled_from(DTYPES))
@@ -68,10 +67,9 @@ def weights(draw, m, whole=True):
 @settings(max_examples=150, deadline=None)
 def test_mask_is_the_loop(data):
     n, m = data.draw(patterns())
-    whole = data.draw(st.booleans())
-    weight = data.draw(weights(m, whole))
+    weight = data.draw(weights(m))
     before = weight.clone()
-    kept = nm.mask(weight, n, m, pad=not whole)
+    kept = nm.mask(weight, n, m)
     assert kept.shape == weight.shape and kept.is_contiguous() and kept.dtype == torch.bool
     assert torch.equal(kept, by_loop(weight, n, m))
     assert torch.equal(weight.double(), before.double())
@@ -98,10 +96,7 @@ def test_the_chunks_of_a_large_weight_make_one_mask(compiled, monkeypatch):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (
-            lambda: nm.mask(torch.ones(2, 6)),
-            r"input dimension of a weight \[2, 6\] is 6, no multiple of m = 4: give pad",
-        ),
+        (lambda: nm.mask(torch.ones(2, 6)), r"input dimension of a weight \[2, 6\] is 6, no multiple of m = 4"),
         (lambda: nm.mask(torch.ones(2, 8), 0, 4), "pattern 0:4 is none"),
         (lambda: nm.mask(torch.ones(2, 8), 5, 4), "pattern 5:4 is none"),
         (lambda: nm.mask(torch.ones(2, 34), 2, 17), "pattern 2:17 is none"),
@@ -123,8 +118,7 @@ def test_is_nm_counts_what_is_not_zero():
     assert nm.is_nm(torch.tensor([[0.0, 1, 0, -0.0, 5, 6, 0, 0]]))
     assert not nm.is_nm(torch.tensor([[0.0, 1, 2, 3, 5, 6, 0, 0]]))
     assert not nm.is_nm(torch.tensor([[0.0, torch.nan, 1, 1]]))
-    assert not nm.is_nm(torch.zeros(2, 6)) and nm.is_nm(torch.zeros(2, 6), pad=True)
-    assert not nm.is_nm(torch.tensor([[0.0, 0, 0, 0, 1, 1]]), 1, 4, pad=True)
+    assert not nm.is_nm(torch.zeros(2, 6))
 
 
 def test_kept_energy():
