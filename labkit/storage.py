@@ -20,12 +20,8 @@ BSR_BLOCKS = (4, 8, 16, 32)
 
 
 class Format(NamedTuple):
-    """The names of its arrays; pack(weight [out, ...]) -> {name: array} or None; unpack(arrays, shape) -> weight.
+    """pack(weight [out, ...]) -> {name: array}, None if it lacks the form; unpack(arrays, shape) -> weight."""
 
-    pack returns None for a weight that does not have the form.
-    """
-
-    arrays: tuple[str, ...]
     pack: Callable[[Tensor], Parts | None]
     unpack: Callable[[Parts, Sequence[int]], Tensor]
 
@@ -33,25 +29,6 @@ class Format(NamedTuple):
 def nbytes(weight: Tensor, format: str) -> int:
     """Bytes of the arrays of `weight` [out, ...] in `format`, indices and masks included."""
     return sum(part.nbytes for part in FORMATS[format].pack(weight).values())
-
-
-def check(parts: Parts, format: str, shape: tuple[int, int]) -> None:
-    """Raises InputError unless `parts` are those of a matrix of `shape`, whatever its values: products trust them."""
-    values = parts["values"]
-    try:
-        if format.startswith("kernel"):
-            sound = native.is_sound(parts, shape)
-        else:  # values may be zero, so the places alone are unpacked and packed again
-            again = FORMATS[format].pack(FORMATS[format].unpack(parts | {"values": torch.ones_like(values)}, shape))
-            places = [torch.equal(part, again[name]) for name, part in parts.items() if name != "values"]
-            sound = all(places) and values.shape == again["values"].shape
-    except (IndexError, RuntimeError):
-        sound = False
-    if not sound:
-        raise InputError(
-            f"The stored weight is damaged or belongs to another shape than {' x '.join(map(str, shape))}: convert the "
-            "dense model again."
-        )
 
 
 # --- dense, coo, csr, bsr ---------------------------------------------------------------------------------------------
@@ -69,7 +46,7 @@ def _unpack_coo(parts: Parts, shape: Sequence[int]) -> Tensor:
     return weight
 
 
-def _pack_rows(weight: Tensor, block: int = 1, index: torch.dtype = torch.int32) -> Parts:
+def _pack_rows(weight: Tensor, block: int = 1) -> Parts:
     """Compressed rows: crow [rows + 1], where each begins; col [n]; values [n], of blocks [n, block, block].
 
     For blocks the weight is padded with zeros to whole ones.
@@ -79,12 +56,12 @@ def _pack_rows(weight: Tensor, block: int = 1, index: torch.dtype = torch.int32)
     tiles = rows.unfold(0, block, block).unfold(1, block, block)  # [out / b, in / b, b, b]
     nonzero = (tiles != 0).flatten(2).any(2)
     crow = F.pad(nonzero.sum(1).cumsum(0), (1, 0))
-    if crow[-1] > torch.iinfo(index).max:
+    if crow[-1] > torch.iinfo(torch.int32).max:
         raise InputError("a weight has more non-zeros than int32 row pointers can count: choose the format bitmask.")
     values = tiles[nonzero]
     return {
-        "crow": crow.to(index),
-        "col": nonzero.nonzero()[:, 1].to(index),
+        "crow": crow.int(),
+        "col": nonzero.nonzero()[:, 1].int(),
         "values": values if block > 1 else values.flatten(),
     }
 
@@ -178,27 +155,21 @@ def _unpack_kernel(parts: Parts, shape: Sequence[int]) -> Tensor:
     return native.unpack(parts, (shape[0], math.prod(shape[1:]))).view(shape)
 
 
-_ROWS, _KERNEL = ("crow", "col", "values"), ("values", "columns", "order", "lengths", "starts")
-
 # Bytes with n of N weights of s bytes not zero, in R rows:
 FORMATS: dict[str, Format] = {
     # N s
-    "dense": Format(
-        ("values",), lambda weight: {"values": weight.clone()}, lambda parts, shape: parts["values"].view(shape)
-    ),
+    "dense": Format(lambda weight: {"values": weight.clone()}, lambda parts, shape: parts["values"].view(shape)),
     # n (s + 16)
-    "coo": Format(("indices", "values"), _pack_coo, _unpack_coo),
+    "coo": Format(_pack_coo, _unpack_coo),
     # n (s + 4) + 4 (R + 1): smaller than dense above 50 % zeros at fp32, above 66.7 % at 2 bytes
-    "csr": Format(_ROWS, _pack_rows, _unpack_rows),
-    # n (s + 8) + 8 (R + 1)
-    "csr64": Format(_ROWS, partial(_pack_rows, index=torch.int64), _unpack_rows),
+    "csr": Format(_pack_rows, _unpack_rows),
     # k (b^2 s + 4) + 4 (R / b + 1), where k blocks of b x b are not zero
-    **{f"bsr{block}": Format(_ROWS, partial(_pack_rows, block=block), _unpack_rows) for block in BSR_BLOCKS},
+    **{f"bsr{block}": Format(partial(_pack_rows, block=block), _unpack_rows) for block in BSR_BLOCKS},
     # n s + N / 8: 13.1 % of dense at 90 % zeros and fp32
-    "bitmask": Format(("mask", "values"), _pack_bitmask, _unpack_bitmask),
+    "bitmask": Format(_pack_bitmask, _unpack_bitmask),
     # N s / 2 + N / 8, for a weight of 2:4 along the input channels: 56.25 % of dense at 2 bytes, 53.1 % at fp32
-    "nm": Format(("values", "metadata"), _pack_nm, _unpack_nm),
+    "nm": Format(_pack_nm, _unpack_nm),
     # n (s + 1) and some padding, s being 2 for bfloat16 and 4 for all else: labkit's CPU kernel, see `pruning.native`
-    "kernel": Format(_KERNEL, _pack_kernel, _unpack_kernel),
-    "kernel-bf16": Format(_KERNEL, partial(_pack_kernel, dtype=torch.bfloat16), _unpack_kernel),
+    "kernel": Format(_pack_kernel, _unpack_kernel),
+    "kernel-bf16": Format(partial(_pack_kernel, dtype=torch.bfloat16), _unpack_kernel),
 }

@@ -21,26 +21,15 @@ Times = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """SIMULATED: when each request arrived and finished, [requests] seconds each.
+    """SIMULATED: when each request arrived and finished, [requests] seconds each."""
 
-    steps: decode steps. batch_steps: their batch sizes added up, which are the tokens computed, padding included.
-    """
-
-    policy: str
     arrival_s: Times
     finish_s: Times
-    steps: int
-    batch_steps: int
 
     @property
     def latency_s(self) -> Times:
         """From arrival to the last token, [requests]."""
         return self.finish_s - self.arrival_s
-
-    @property
-    def mean_batch(self) -> float:
-        """Requests in the batch, averaged over decode steps."""
-        return self.batch_steps / self.steps
 
     @property
     def p50(self) -> float:
@@ -98,19 +87,15 @@ def dynamic(
     arrival, tokens = _requests(arrivals, lengths)
     step = _table(step_seconds, max_batch)
     finish = np.empty_like(arrival)
-    steps = batch_steps = head = 0
-    free = 0.0
+    head, free = 0, 0.0
     while head < len(arrival):
         last = min(head + max_batch, len(arrival)) - 1
         start = max(free, min(arrival[last], arrival[head] + max_delay_s))
         tail = head + int(np.searchsorted(arrival[head : last + 1], start, side="right"))
-        size, longest = tail - head, int(tokens[head:tail].max())
-        free = start + longest * step[size]
+        free = start + int(tokens[head:tail].max()) * step[tail - head]
         finish[head:tail] = free
-        steps += longest
-        batch_steps += longest * size
         head = tail
-    return Served("static" if max_delay_s == math.inf else "dynamic", arrival, finish, steps, batch_steps)
+    return Served(arrival, finish)
 
 
 def continuous(arrivals: ArrayLike, lengths: ArrayLike, step_seconds: Seconds, *, max_batch: int) -> Served:
@@ -124,8 +109,7 @@ def continuous(arrivals: ArrayLike, lengths: ArrayLike, step_seconds: Seconds, *
     step = _table(step_seconds, max_batch)
     finish = np.empty_like(arrival)
     running: list[tuple[int, int]] = []  # heap of (the step after which it is done, request)
-    steps = batch_steps = head = 0
-    now = 0.0
+    steps, head, now = 0, 0, 0.0
     while head < len(arrival) or running:
         if not running:
             now = max(now, arrival[head])
@@ -138,10 +122,9 @@ def continuous(arrivals: ArrayLike, lengths: ArrayLike, step_seconds: Seconds, *
             ahead = min(ahead, max(1, math.ceil((arrival[head] - now) / step[size])))
         now += ahead * step[size]
         steps += ahead
-        batch_steps += ahead * size
         while running and running[0][0] == steps:
             finish[heapq.heappop(running)[1]] = now
-    return Served("continuous", arrival, finish, steps, batch_steps)
+    return Served(arrival, finish)
 
 
 def _requests(arrivals: ArrayLike, lengths: ArrayLike) -> tuple[Times, NDArray[np.int64]]:

@@ -176,21 +176,6 @@ def unpack(layout: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     return dense[: shape[0], : shape[1]].contiguous()
 
 
-def is_sound(layout: dict[str, Tensor], shape: tuple[int, int]) -> bool:
-    """Whether `layout` is one of a weight of `shape` (out, in): the kernel itself checks nothing."""
-    block, blocks, group, groups = _geometry(layout, shape)
-    values, columns, order, lengths, starts = (layout[k] for k in ("values", "columns", "order", "lengths", "starts"))
-    dtypes = (order.dtype, lengths.dtype, columns.dtype, starts.dtype)
-    if dtypes != (torch.int16, torch.uint8, torch.uint8, torch.int64) or values.dtype not in VALUES:
-        return False
-    if not len(order) == groups * blocks * group == len(lengths) * LANES:
-        return False
-    sizes = lengths.view(groups, -1).sum(1) * LANES
-    if not len(values) == len(columns) == int(sizes.sum()) or not torch.equal(starts, sizes.cumsum(0) - sizes):
-        return False
-    return not (columns >= block).any() and not ((order < 0) | (order >= group)).any()
-
-
 def multiply(x: Tensor, layout: dict[str, Tensor], out_features: int, bias: Tensor | None) -> Tensor:
     """x W^T + bias on the CPU: x [batch, in] float32 -> [batch, out] float32, with torch.get_num_threads() threads.
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from labkit import bench, storage
+from labkit import bench
 from labkit.errors import InputError
 from labkit.pruning import native, semi_structured
 from labkit.pruning.select import count_to_prune, lowest_k
@@ -73,6 +73,8 @@ def _compiled(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -
         raise InputError(
             f"The sparse kernel computes in float32 on a CPU, not {x.dtype} on {x.device}: convert the dense model."
         )
+    if torch.jit.is_tracing():
+        raise InputError("torch.jit.trace does not see into the sparse kernel: trace the dense model.")
     if parts["values"].dtype not in native.VALUES:  # someone called .half() or .double() on the model
         parts = {**parts, "values": parts["values"].float()}
     wide = None if bias is None else bias.float()
@@ -85,27 +87,13 @@ def _compiled(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -
 _SINGLE = (torch.float32, *HALVES)
 KERNELS: dict[str, Kernel] = {
     "dense": Kernel(_dense),
-    **dict.fromkeys(["coo", "csr", "csr64", *(f"bsr{block}" for block in BSR_BLOCKS)], Kernel(_torch)),
+    **dict.fromkeys(["coo", "csr", *(f"bsr{block}" for block in BSR_BLOCKS)], Kernel(_torch)),
     "kernel": Kernel(_compiled, ("cpu",), _SINGLE),
     "kernel-bf16": Kernel(_compiled, ("cpu",), _SINGLE),
     "2:4": Kernel(_dense, ("cuda",), HALVES),
 }
-_ON_GPU = Format(
-    ("values",), lambda w: {"values": semi_structured.convert(w)}, lambda parts, _: parts["values"].to_dense()
-)
+_ON_GPU = Format(lambda w: {"values": semi_structured.convert(w)}, lambda parts, _: parts["values"].to_dense())
 LAYOUTS = FORMATS | {"2:4": _ON_GPU}
-
-
-@torch.library.custom_op("labkit::sparse_linear", mutates_args=())
-def _operator(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, out_features: int, format: str) -> Tensor:
-    """The product as one operator, for torch.export, torch.compile and torch.jit.trace, which cannot look into it."""
-    arrays = dict(zip(LAYOUTS[format].arrays, parts, strict=True))
-    return KERNELS[format].multiply(x, arrays, out_features, bias).contiguous()
-
-
-@_operator.register_fake
-def _(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, out_features: int, format: str) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
 
 
 # --- the cost model ---------------------------------------------------------------------------------------------------
@@ -156,7 +144,7 @@ class SparseLinear(nn.Module):
     """y = x W^T + bias as nn.Linear computes it, with W [out, in] packed in one of KERNELS: [..., in] -> [..., out].
 
     For inference: W and bias are buffers, and asking for a gradient is an InputError. The state dict holds the packed
-    form only; it loads into any SparseLinear of the same shape and format, whatever its number of nonzeros.
+    form only, and cannot be loaded: the products trust their indices, so it is the dense weights that are loaded.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, format: str) -> None:
@@ -169,7 +157,8 @@ class SparseLinear(nn.Module):
 
     @property
     def parts(self) -> Parts:
-        return {name: self._buffers[f"packed_{name}"] for name in LAYOUTS[self.format].arrays}
+        packed = (name for name in self._buffers if name.startswith("packed_"))
+        return {name.removeprefix("packed_"): self._buffers[name] for name in packed}
 
     @property
     def weight(self) -> Tensor:
@@ -184,11 +173,7 @@ class SparseLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise InputError(f"The input has {x.shape[-1]} features, but this layer takes {self.in_features}.")
         flat = x.reshape(-1, self.in_features)
-        multiply = KERNELS[self.format].multiply
-        if multiply is not _dense and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-            y = _operator(flat, list(self.parts.values()), self.bias, self.out_features, self.format)
-        else:
-            y = multiply(flat, self.parts, self.out_features, self.bias)
+        y = KERNELS[self.format].multiply(flat, self.parts, self.out_features, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -197,14 +182,8 @@ class SparseLinear(nn.Module):
             f"format={self.format!r}"
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Another weight has another number of nonzeros: takes the sizes as they come, once they are found sound."""
-        parts = {name: state_dict.get(f"{prefix}packed_{name}") for name in LAYOUTS[self.format].arrays}
-        if self.format in FORMATS and None not in parts.values():
-            storage.check(parts, self.format, (self.out_features, self.in_features))
-            for name, part in parts.items():
-                self._buffers[f"packed_{name}"] = self._buffers[f"packed_{name}"].new_empty(part.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, *_) -> None:
+        raise InputError("A SparseLinear is not loaded: load the dense model's weights, then convert it.")
 
 
 def convert(model: nn.Module, *, format: str = "auto", batch_size: int = 1) -> nn.Module:

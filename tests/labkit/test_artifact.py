@@ -25,8 +25,9 @@ def unpacked(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     """The dense tensors that `pack` was given."""
     dense = {name: tensor for name, tensor in packed.items() if ":" not in name}
     for name, format in {tuple(name.split(":")[:2]) for name in packed if ":" in name}:
-        arrays = {array: packed[f"{name}:{format}:{array}"] for array in FORMATS[format].arrays}
-        dense[name] = FORMATS[format].unpack(arrays, packed[f"{name}:{format}:shape"].tolist())
+        prefix = f"{name}:{format}:"
+        arrays = {key.removeprefix(prefix): part for key, part in packed.items() if key.startswith(prefix)}
+        dense[name] = FORMATS[format].unpack(arrays, arrays.pop("shape").tolist())
     return dense
 
 

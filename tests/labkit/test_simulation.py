@@ -32,17 +32,8 @@ def test_every_request_is_served_once_after_it_arrives(policy: str, gaps: list[f
     arrivals = np.cumsum(gaps)
     lengths = np.random.default_rng(seed).integers(1, 30, len(gaps))
     served = POLICIES[policy](arrivals, lengths, step_seconds)
-    assert served.policy == policy
     assert served.finish_s.shape == arrivals.shape
     assert (served.latency_s >= lengths * step_seconds(1) - 1e-9).all()
-    assert served.batch_steps >= lengths.sum()
-    assert served.steps * step_seconds(1) <= served.finish_s.max() - arrivals[0] + 1e-9  # no time is worked twice
-
-
-def test_only_fixed_batches_compute_padding():
-    arrivals, lengths = requests(rate=20, n=300)
-    assert continuous(arrivals, lengths, step_seconds, max_batch=8).batch_steps == lengths.sum()
-    assert dynamic(arrivals, lengths, step_seconds, max_batch=8, max_delay_s=0.05).batch_steps > 1.25 * lengths.sum()
 
 
 @each_policy
@@ -53,9 +44,8 @@ def test_batch_never_exceeds_its_limit(policy: str):
         asked.append(batch)
         return step_seconds(batch)
 
-    served = POLICIES[policy](*requests(rate=200, n=300), watched)
+    POLICIES[policy](*requests(rate=200, n=300), watched)
     assert max(asked) == 8
-    assert 7 < served.mean_batch <= 8
 
 
 @pytest.mark.slow
@@ -109,7 +99,6 @@ def test_continuous_batching_by_hand():
     # One second a step. A (3 tokens) starts at 0; B (1) comes at 0.5 and joins at 1; C (2) joins when B has left, at 2.
     served = continuous([0.0, 0.5, 0.6], [3, 1, 2], lambda batch: 1.0, max_batch=2)
     assert served.finish_s.tolist() == [3.0, 2.0, 4.0]
-    assert (served.steps, served.batch_steps, served.mean_batch) == (4, 6, 1.5)
     assert served.latency_s.tolist() == pytest.approx([3.0, 1.5, 3.4])
     assert (served.p50, served.p99) == pytest.approx((3.0, np.percentile([3.0, 1.5, 3.4], 99)))
 
@@ -118,13 +107,11 @@ def test_dynamic_batching_by_hand():
     # The first waits its whole delay of 1 s; two are there by then and are padded to 3 tokens, the third comes late.
     served = dynamic([0.0, 0.9, 1.1], [1, 3, 1], lambda batch: 1.0, max_batch=4, max_delay_s=1.0)
     assert served.finish_s.tolist() == [4.0, 4.0, 5.0]
-    assert (served.steps, served.batch_steps) == (4, 7)
 
 
 def test_static_batching_by_hand():
     served = static([0.0, 2.0, 2.5], [1, 2, 1], lambda batch: 1.0, batch=2)
     assert served.finish_s.tolist() == [4.0, 4.0, 5.0]
-    assert served.policy == "static"
 
 
 def test_arrivals_are_poisson_and_seeded():

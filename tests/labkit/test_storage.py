@@ -1,4 +1,4 @@
-"""Every format gives the weight back, takes the bytes that its formula says, and notices arrays of another weight."""
+"""Every format gives the weight back and takes the bytes that its formula says."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import storage
-from labkit.errors import InputError
 from labkit.pruning import nm
 from labkit.storage import FORMATS
 
@@ -36,10 +35,7 @@ def test_every_weight_survives_every_format(shape, share, dtype, seed):
         if arrays is None:
             assert (name, dtype) == ("kernel", torch.float64) or (name == "nm" and not nm.is_nm(weight))
             continue
-        assert tuple(arrays) == FORMATS[name].arrays
         assert torch.equal(FORMATS[name].unpack(arrays, shape).to(dtype), weight)
-        if len(shape) == 2:
-            storage.check(arrays, name, shape)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -52,7 +48,6 @@ def test_bytes_follow_the_formulas(dtype, share):
         "dense": total * s,
         "coo": n * (s + 16),
         "csr": n * (s + 4) + 4 * (rows + 1),
-        "csr64": n * (s + 8) + 8 * (rows + 1),
         "bitmask": n * s + total // 8,
         "bsr8": blocks * (64 * s + 4) + 4 * (rows // 8 + 1),
     }
@@ -72,7 +67,7 @@ def test_coo_csr_and_bsr_are_as_torch_has_them():
     weight = pruned((48, 64), 0.8)
     coo, csr, bsr = weight.to_sparse_coo().coalesce(), weight.to_sparse_csr(), weight.to_sparse_bsr((8, 8))
     assert torch.equal(FORMATS["coo"].pack(weight)["indices"], coo.indices())
-    for name, theirs in (("csr64", csr), ("csr", csr), ("bsr8", bsr)):
+    for name, theirs in (("csr", csr), ("bsr8", bsr)):
         ours = FORMATS[name].pack(weight)
         assert torch.equal(ours["crow"].long(), theirs.crow_indices())
         assert torch.equal(ours["col"].long(), theirs.col_indices()) and torch.equal(ours["values"], theirs.values())
@@ -85,27 +80,3 @@ def test_bits_are_packed_from_the_lowest_of_the_first_byte_in_every_format():
     assert FORMATS["nm"].pack(weight)["metadata"].tolist() == [0b01_00_11_01, 0b01_00]
     assert FORMATS["nm"].pack(weight)["values"].tolist() == [[5, 6], [7, 0], [0, 1]]
     assert FORMATS["nm"].pack(torch.tensor([[1.0, 1, 1, 0]])) is None
-
-
-@pytest.mark.parametrize("name", [name for name in EXACT if name != "nm"])
-def test_arrays_of_another_weight_are_refused(name):
-    arrays = FORMATS[name].pack(pruned((40, 50), 0.7))
-    storage.check(arrays | {"values": arrays["values"] * 0}, name, (40, 50))  # underflow harms nothing
-    with pytest.raises(InputError, match="damaged or belongs to another shape than 40 x 20"):
-        storage.check(arrays, name, (40, 20))
-    with pytest.raises(InputError, match="damaged"):
-        storage.check({array: part[:-1].clone() for array, part in arrays.items()}, name, (40, 50))
-
-
-@pytest.mark.parametrize(
-    ("name", "array", "value"),
-    [
-        *[("csr", "crow", 1), ("csr", "col", 50), ("csr", "col", -1), ("coo", "indices", 50), ("bitmask", "mask", 255)],
-        *[("kernel", "columns", 255), ("kernel", "order", 999), ("kernel", "lengths", 200), ("kernel", "starts", 7)],
-    ],
-)
-def test_a_changed_index_is_refused(name, array, value):
-    arrays = FORMATS[name].pack(pruned((40, 50), 0.7))
-    arrays[array].view(-1)[-1] = value
-    with pytest.raises(InputError, match="damaged"):
-        storage.check(arrays, name, (40, 50))
