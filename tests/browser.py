@@ -3,7 +3,6 @@
 One websocket and a dozen lines of protocol stand in for a driver package of a hundred megabytes.
 """
 
-import base64
 import itertools
 import json
 import os
@@ -101,9 +100,6 @@ class Browser:
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         wanted = [node for node in nodes if not node["ignored"] and node["role"]["value"] in ("button", "link")]
         return [node["role"]["value"] for node in wanted if not node.get("name", {}).get("value", "").strip()]
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def close(self) -> None:
         if hasattr(self, "socket"):

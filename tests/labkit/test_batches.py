@@ -55,7 +55,6 @@ def test_a_model_is_afterwards_as_it_was(seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_random_numbers_of_the_gpu_are_seeded_and_come_back():
     before, drawn = torch.cuda.get_rng_state(), []
     for _ in range(2):

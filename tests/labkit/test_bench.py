@@ -387,7 +387,6 @@ def test_a_call_that_sleeps_is_not_judged_by_cpu_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("how", [{}, {"cache": "cold"}])
 def test_cuda_finds_twice_the_work(how):
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
@@ -407,7 +406,6 @@ def test_cuda_finds_twice_the_work(how):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_work_on_another_stream_is_flagged():
     x, side = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
 

@@ -307,7 +307,6 @@ def test_bad_input_is_refused_in_one_sentence(case: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_ceilings_stay_under_the_datasheet():
     roofs = ceilings("cuda", budget_s=5.0)
     assert roofs.device == fingerprint("cuda").gpu.name
@@ -320,7 +319,6 @@ def test_gpu_ceilings_stay_under_the_datasheet():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_sweep_shows_the_l2_above_the_memory():
     l2 = fingerprint("cuda").gpu.l2
     swept = bandwidth_sweep("cuda", budget_s=2.0)

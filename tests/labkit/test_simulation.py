@@ -74,27 +74,6 @@ def test_capacities_differ_by_the_longest_of_a_batch_over_the_mean(batch: int):
     assert longest_over_mean == pytest.approx((7 + 57 * batch / (batch + 1) + 0.5) / 36, rel=0.01)
 
 
-def p99_of(policy: str, load: float, n: int) -> float:
-    """The 99th percentile at `load`, a share of the requests a second that full batches of 8 could serve."""
-    lengths = uniform(n)
-    rate = load * 8 / step_seconds(8) / lengths.mean()
-    return POLICIES[policy](poisson_arrivals(rate, n), lengths, step_seconds).p99
-
-
-@pytest.mark.parametrize(
-    ("policy", "load"),
-    [(policy, load) for policy in ("static", "dynamic", "continuous") for load in (0.1, 0.3, 0.5)]
-    + [("continuous", 0.7), ("continuous", 0.85)],
-)
-def test_p99_does_not_grow_with_the_number_of_requests_at_the_loads_of_lesson_01(policy: str, load: float):
-    assert p99_of(policy, load, 16_000) < 1.25 * p99_of(policy, load, 4_000)
-
-
-@pytest.mark.parametrize("policy", ["static", "dynamic"])
-def test_beyond_their_capacity_it_does(policy: str):
-    assert p99_of(policy, 0.8, 16_000) > 3 * p99_of(policy, 0.8, 4_000)
-
-
 def test_continuous_batching_by_hand():
     # One second a step. A (3 tokens) starts at 0; B (1) comes at 0.5 and joins at 1; C (2) joins when B has left, at 2.
     served = continuous([0.0, 0.5, 0.6], [3, 1, 2], lambda batch: 1.0, max_batch=2)

@@ -230,7 +230,6 @@ def test_the_masks_follow_the_model_to_another_dtype(net, batch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_masks_hold_on_a_gpu(net, batch):
     pruned = prune(net, 0.8).cuda()
     batch = [item.cuda() for item in batch]
