@@ -93,6 +93,15 @@ def batches(name: str, cut: int = 2, pad: int = 0) -> list[dict[str, Tensor]]:
     return [{key: x[i : i + cut] for key, x in data.items()} for i in range(0, 6, cut)]
 
 
+def mean_loss(model: nn.Module, data: list[dict[str, Tensor]]) -> float:
+    """Over all terms of the batches, as `summed_loss` counts them."""
+    from labkit.batches import summed_loss
+
+    with torch.no_grad():
+        sums = [summed_loss(model, batch) for batch in data]
+    return float(sum(loss for loss, _ in sums)) / sum(terms for _, terms in sums)
+
+
 def heads_to_remove(name: str) -> dict[int, list[int]]:
     """A choice that leaves layers of different sizes: single heads, a whole KV group, one head of each group, both."""
     if name in GROUPED:

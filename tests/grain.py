@@ -23,6 +23,7 @@ BRANCHES = (ast.IfExp, ast.BoolOp, ast.Compare, ast.Subscript)
 IDEAS = 0.7  # of the visible code lines
 SMALLEST_TYPE = 10  # pixels, of a figure that a phone shows 390 px wide
 LIMITER = re.compile(r"\b(?:(?:memory|compute|bandwidth)-bound|limited by (?:memory|compute)|flat)\b", re.IGNORECASE)
+IN_A_CELL = re.compile(rf"memory|compute|{LIMITER.pattern}", re.IGNORECASE)
 
 
 def code(notebook: NotebookNode) -> list[NotebookNode]:
@@ -127,7 +128,7 @@ def types_no_limiter(notebook: NotebookNode) -> Iterator[str]:
         sentences = [argument for call in lab_calls(tree, "say") for argument in call.args[1:]]
         for node in [*values, *sentences]:
             words = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-            typed = LIMITER.search(words) if node in sentences else LIMITER.fullmatch(words)
+            typed = LIMITER.search(words) if node in sentences else IN_A_CELL.fullmatch(words)
             if typed and id(node) not in chosen:
                 yield f"{cell.id}: {typed[0]!r} is typed; compute it, or say it in a branch"
 

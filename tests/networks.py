@@ -31,13 +31,12 @@ def blind(model: nn.Module, kept) -> nn.Module:
     modules = dict(masked.named_modules())
     for name, dims in kept.items():
         owner, _, attribute = name.rpartition(".")
-        module = modules[owner]
-        reads = None
-        if attribute == "weight" and isinstance(module, (nn.Linear, *CONVOLUTIONS)) and module.weight.dim() > 1:
-            reads = 1 if getattr(module, "groups", 1) == 1 else None
-        elif attribute == "weight" and isinstance(module, TRANSPOSED) and module.groups == 1:
+        module, reads = modules[owner], None
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            reads = 1
+        elif isinstance(module, TRANSPOSED) or type(module).__name__ == "Conv1D":
             reads = 0
-        if reads in dims:
+        if attribute == "weight" and reads in dims and getattr(module, "groups", 1) == 1:
             parameter = module._parameters[attribute]
             gone = torch.ones(parameter.shape[reads], dtype=torch.bool)
             gone[dims[reads]] = False

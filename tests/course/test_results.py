@@ -99,7 +99,3 @@ def test_folders_are_searched_once_and_damaged_records_left_out(tmp_path: Path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "record.json").write_text("{")
     assert len(results.rows([tmp_path, tmp_path / "01_small"])) == len(results.frame([RECORD]))
-
-
-def test_no_record_gives_no_row():
-    assert results.frame([]).empty

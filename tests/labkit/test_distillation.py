@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from families import batches, family, inputs
+from families import batches, family, inputs, mean_loss
 from torch import nn
 
 from labkit import distillation
-from labkit.batches import summed_loss
 from labkit.errors import InputError
 from labkit.pruning import depth
 
@@ -33,12 +32,6 @@ def test_masked_predictions_do_not_count():
     assert torch.equal(found, distillation.distillation_loss(student, teacher, mask=mask))
 
 
-def mean_loss(model: nn.Module, data) -> float:
-    with torch.no_grad():
-        sums = [summed_loss(model.eval(), batch) for batch in data]
-    return float(sum(loss for loss, _ in sums)) / sum(n for _, n in sums)
-
-
 def mixed_loss(model: nn.Module, teacher: nn.Module, data) -> float:
     with torch.no_grad():
         return sum(
@@ -52,9 +45,9 @@ def test_healing_mends_a_pruned_model_and_leaves_the_teacher(name, taught):
     teacher, data = family(name), batches(name, 3)
     weights = {key: x.clone() for key, x in teacher.state_dict().items()}
     pruned = depth.prune_layers(teacher, [1]).model
-    before = mean_loss(pruned, data), mixed_loss(pruned, teacher, data)
+    before = mean_loss(pruned.eval(), data), mixed_loss(pruned, teacher, data)
     history = distillation.heal_(pruned, data, teacher=teacher if taught else None, max_lr=3e-3, steps=20)
-    after = mean_loss(pruned, data), mixed_loss(pruned, teacher, data)
+    after = mean_loss(pruned.eval(), data), mixed_loss(pruned, teacher, data)
     assert len(history.losses) == 20 and after[int(taught)] < 0.8 * before[int(taught)]
     assert all(torch.equal(x, weights[key]) for key, x in teacher.state_dict().items())
     assert not any(p.grad is not None for p in teacher.parameters()) and not teacher.training

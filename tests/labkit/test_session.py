@@ -283,35 +283,21 @@ def test_what_the_columns_of_a_table_mean_is_recorded(lab):
 
 
 @pytest.mark.parametrize(
-    ("value", "meaning", "message"),
-    [
-        (1, {"role": "best"}, "The role of 'x' is 'best'; choose one of setting, quality, cost, result."),
-        (1, {"by": ("a",)}, "'x' is a single value, and by and columns are about rows"),
-        ([{"a": 1}], {"columns": {"b": cost()}}, "'x' has no column 'b'"),
-    ],
-)
-def test_a_meaning_that_does_not_fit_is_refused_and_nothing_is_kept(lab, value, meaning, message):
-    with pytest.raises(InputError, match=message):
-        lab.record("x", value, **meaning)
-    assert lab.finish().measurements == []
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("x", None), "'x' is a NoneType; record a number, a text or a list of dicts"),
-        (("x", []), "non-empty list of dicts"),
-        (("", 1), "The name is ''; give what is measured as a short text"),
+        ({"value": None}, "'x' is a NoneType; record a number, a text or a list of dicts"),
+        ({"value": []}, "non-empty list of dicts"),
+        ({"value": 1, "name": ""}, "The name is ''; give what is measured as a short text"),
+        ({"value": 1, "ci95": (1,)}, r"The interval of 'x' is \(1,\); give \(low, high\)"),
+        ({"value": 1, "role": "best"}, "The role of 'x' is 'best'; choose one of setting, quality, cost, result."),
+        ({"value": 1, "by": ("a",)}, "'x' is a single value, and by and columns are about rows"),
+        ({"value": [{"a": 1}], "columns": {"b": cost()}}, "'x' has no column 'b'"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(lab, arguments, message):
+def test_what_cannot_be_recorded_is_refused_and_nothing_is_kept(lab, arguments, message):
     with pytest.raises(InputError, match=message):
-        lab.record(*arguments)
-
-
-def test_an_interval_has_two_ends(lab):
-    with pytest.raises(InputError, match=r"The interval of 'x' is \(1,\); give \(low, high\)"):
-        lab.record("x", 1, ci95=(1,))
+        lab.record(**{"name": "x", **arguments})
+    assert lab.finish().measurements == []
 
 
 def test_what_is_said_is_shown_and_recorded_without_what_does_not_hold(lab, capsys):

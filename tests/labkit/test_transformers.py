@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from families import DECODERS, FAMILIES, GROUPED, batches, family, heads_to_remove, inputs
+from networks import blind
 from torch import nn
 
 from labkit import models
@@ -34,20 +35,6 @@ def cases(*rows):
 def pruned_by(kind: str, name: str) -> Pruned:
     """The same for all tests that only read it."""
     return KINDS[kind](family(name), name)
-
-
-def masked(model: nn.Module, kept) -> nn.Module:
-    """The dense model with zeros where a linear module reads what was removed."""
-    new = copy.deepcopy(model)
-    for name, module in new.named_modules():
-        dim = 1 if isinstance(module, nn.Linear) else 0 if type(module).__name__ == "Conv1D" else None
-        indices = kept.get(f"{name}.weight", {}).get(dim)
-        if indices is not None:
-            gone = torch.ones(module.weight.shape[dim], dtype=torch.bool)
-            gone[indices] = False
-            with torch.no_grad():
-                module.weight.index_fill_(dim, gone.nonzero().squeeze(1), 0)
-    return new
 
 
 @torch.no_grad()
@@ -85,7 +72,7 @@ def test_pruned_equals_masked_in_fp32(name, kind, attention):
     assert pruned.report.equal and pruned.plan.parameters[1] < pruned.plan.parameters[0]
     assert sum(x.numel() for x in pruned.model.parameters()) == pruned.plan.parameters[1]
     if not (name == "olmo2" and kind == "heads"):  # whose norm over all heads no weight of the dense model can express
-        dense = output(masked(model, pruned.plan.kept), name)
+        dense = output(blind(model, pruned.plan.kept), name)
         assert_equal(dense, output(pruned.model, name), model)
         assert float((dense - output(model, name)).abs().max()) > 1e-3 * float(dense.abs().max())  # something went
 

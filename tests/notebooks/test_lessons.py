@@ -357,10 +357,7 @@ def _unset(notebook: NotebookNode, tag: str) -> None:
         (lambda n: _replace(n, 'lab.predict("a", ..., unit="x")', "1"), "asks_for_predictions"),
         (lambda n: _replace(n, "lab.claims(", "print("), "shows_its_claims_once"),
         (lambda n: _replace(n, '"1.2")', '"1.2", "1.3", "1.4", "1.5", "1.6")'), "shows_its_claims_once"),
-        (
-            lambda n: _replace(n, "plan = None", "rows = [{'case': 'a', 'limited by': 'memory-bound'}]"),
-            "types_no_limiter",
-        ),
+        (lambda n: _replace(n, "plan = None", "rows = [{'limiter': 'memory'}]"), "types_no_limiter"),
         (lambda n: _replace(n, '"Four rows."', '"The time stays flat."'), "types_no_limiter"),
         (lambda n: _replace(n, "x = x", "ax.plot(x)"), "shows_ideas"),
         (lambda n: _replace(n, "x = x", "lab.record('x', x)"), "shows_ideas"),
