@@ -1,7 +1,7 @@
 """Fetching against real trouble: a wheel made here, a real pip, a local index, damaged bytes, a killed process."""
 
-import base64
 import contextlib
+import functools
 import hashlib
 import http.server
 import os
@@ -35,15 +35,8 @@ def write_wheel(folder: Path) -> bytes:
         "tiny_weights-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n",
         "tiny_weights-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    rows = ""
-    for name, content in members.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        rows += f"{name},sha256={digest},{len(content)}\n"
-    members["tiny_weights-1.0.dist-info/RECORD"] = (rows + "tiny_weights-1.0.dist-info/RECORD,,\n").encode()
-    folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(
-        folder / WHEEL, "w"
-    ) as archive:  # stored, not compressed: the wheel is as large as the weights
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / WHEEL, "w") as archive:  # stored: the wheel is as large as the weights
         for name, content in members.items():
             archive.writestr(name, content)
     return (folder / WHEEL).read_bytes()
@@ -84,33 +77,25 @@ def write_manifest(
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that pip takes wheels from, a manifest that lists one of them, and an empty cache."""
-    write_manifest(tmp_path / "data", write_wheel(tmp_path / "index"))
+    write_manifest(tmp_path / "data", write_wheel(tmp_path / "simple" / "tiny-weights"))
     monkeypatch.setattr(fetch, "DATA", tmp_path / "data")
     monkeypatch.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    return tmp_path / "index"
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "simple" / "tiny-weights"))
+    return tmp_path / "simple" / "tiny-weights"
 
 
 @pytest.fixture
 def slow_index(index: Path, monkeypatch: pytest.MonkeyPatch):
     """A local package index that takes two seconds to send the wheel; `.sent` counts how often it was asked for."""
 
-    class Pages(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            wheel = (index / WHEEL).read_bytes()
-            body = wheel if self.path.endswith(".whl") else f'<a href="/{WHEEL}">{WHEEL}</a>'.encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/octet-stream" if body is wheel else "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if body is wheel:
+    class Pages(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, outputfile) -> None:
+            if self.path.endswith(".whl"):
                 server.sent += 1
-                for start in range(0, len(body), len(body) // 20 + 1):
-                    self.wfile.write(body[start : start + len(body) // 20 + 1])
-                    time.sleep(0.1)
-            else:
-                self.wfile.write(body)
+            while part := source.read(len(WEIGHTS) // 20):
+                outputfile.write(part)
+                time.sleep(0.1)
 
         def handle(self) -> None:
             with contextlib.suppress(ConnectionError):  # the client was killed: that is what the test wants
@@ -119,18 +104,19 @@ def slow_index(index: Path, monkeypatch: pytest.MonkeyPatch):
         def log_message(self, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    pages = functools.partial(Pages, directory=index.parent.parent)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), pages)
     server.sent = 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index.parent.parent))
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     yield server
     server.shutdown()
 
 
 def fetch_in_a_process(index: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", FETCH, str(index.parent / "data")]
+    command = [sys.executable, "-c", FETCH, str(index.parent.parent / "data")]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
@@ -196,7 +182,7 @@ def test_no_network_is_said_and_the_next_call_goes_on(
 
 @pytest.mark.slow
 def test_index_without_the_wheel_is_told_in_pips_words(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index.parent.parent))
     with pytest.raises(DataError, match=r"said: No matching distribution found for tiny-weights==1.0.*; check pip's"):
         fetch.fetch("tiny")
 
