@@ -152,6 +152,18 @@ def test_one_thread_among_other_programs_is_judged_by_cpu_time_as_it_is_when_it_
     assert ceilings("cpu", budget_s=0.1).bandwidth == bandwidth
 
 
+@pytest.mark.parametrize(("foreign", "roof", "ends"), [(0.0, 1.5, (1.0, 2.0)), (1.0, 4.0, (1.0, 4.0))])
+def test_among_other_programs_the_best_repetition_is_the_roof(rounds, monkeypatch, foreign, roof, ends):
+    """A neighbour halves the speed of most repetitions; of ten, the interval of the median is x_(2) to x_(9)."""
+    speeds = [1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 4.0]
+    for key in rounds:
+        rounds[key] = [(1e9, 1e9)] * 20
+    rounds["read", 0] = [(1.0 / speed, 1.0 / speed) for speed in speeds for _ in range(2)]
+    monkeypatch.setattr(clocks, "foreign_cores", lambda before, after: foreign)
+    measured = ceilings("cpu", budget_s=0.1)
+    assert measured.bandwidth == roof * 1e9 and measured.bandwidth_ci95 == tuple(1e9 * end for end in ends)
+
+
 def test_measured_ceilings_lie_within_their_intervals(measured: Ceilings):
     for dtype, rate in measured.flops.items():
         assert measured.flops_ci95[dtype][0] <= rate <= measured.flops_ci95[dtype][1]
