@@ -1,7 +1,7 @@
 """Statistics of timings and accuracies: exact order-statistic intervals, the paired ratio, intervals over seeds.
 
-The interval of a median inverts the sign test (Conover, Practical Nonparametric Statistics, section 3.2). Pure functions
-of numbers: nothing here reads a clock or gives a verdict.
+The interval of a median inverts the sign test (Conover, Practical Nonparametric Statistics, section 3.2). Pure
+functions of numbers: nothing here reads a clock or gives a verdict.
 """
 
 import functools
