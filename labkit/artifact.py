@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from labkit.batches import evaluating
 from labkit.counting import dense_parts
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 from labkit.storage import FORMATS
 
 
@@ -34,8 +34,7 @@ def size(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> int:
 
 def pack(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> dict[str, Tensor]:
     """The tensors that are stored, on the CPU: "layer.weight" is dense, "layer.weight:csr:values" part of it."""
-    if format not in FORMATS:
-        raise InputError(f"there is no format {format!r}: choose from {', '.join(FORMATS)}.")
+    check_choice(format, FORMATS, "format")
     tensors, weights = _state(model)
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

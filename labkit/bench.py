@@ -22,7 +22,7 @@ import torch
 
 from labkit import clocks, machine, stats
 from labkit.clocks import Call, Clock, Sample, Snapshot
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 
 CACHES = ("hot", "cold")
 BLOCKS = 20  # fewer blocks of pairs get a warning; the width is not looked at before
@@ -438,8 +438,7 @@ def _check_arguments(calls: dict[str, Any], budget_s: float, cache: str) -> None
                 f"for example {name}=lambda: model(x)."
             )
     clocks.check_budget(budget_s)
-    if cache not in CACHES:
-        raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
+    check_choice(cache, CACHES, "cache")
 
 
 def _check_outputs(check: Callable[[Any, Any], Any] | None, outputs: Sequence[Any], names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from labkit import fetch
-from labkit.errors import InputError
+from labkit.errors import check_choice, check_whole
 
 # Mean and standard deviation of the pixels of all 60,000 training images, scale 0..1; tests/test_datasets.py
 # recomputes them.
@@ -26,6 +26,7 @@ FASHION_CLASSES = (
 )  # fmt: skip
 _VALIDATION_PER_CLASS = 500  # of 6,000 training images in each class
 
+SPLITS = ("train", "validation", "test")
 REVIEW_CLASSES = ("negative", "positive")
 # "train" is the rest of the smaller class, and as many of the other
 _REVIEWS_PER_CLASS = {"test": 1000, "validation": 400}
@@ -61,7 +62,7 @@ def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) 
     Validation images are for choices, test images for the figure that is reported. `n` draws a subset with `seed` whose
     classes differ by at most one image. Raises InputError for an unknown split or an `n` outside 1..size.
     """
-    _one_of("split", split, ("train", "validation", "test"))
+    check_choice(split, SPLITS, "split")
     stem = "t10k" if split == "test" else "train"
     images = torch.from_numpy(_idx(f"fashion-mnist/{stem}-images-idx3-ubyte.gz"))  # uint8 [N, 28, 28]
     labels = torch.from_numpy(_idx(f"fashion-mnist/{stem}-labels-idx1-ubyte.gz")).long()  # [N]
@@ -83,7 +84,7 @@ def reviews(split: str = "train", n: int | None = None) -> Reviews:
     or punctuation count once, so none is in two splits. `n` draws a subset whose classes differ by at most one.
     Raises InputError for an unknown split or an `n` outside 1..size.
     """
-    _one_of("split", split, ("train", "validation", "test"))
+    check_choice(split, SPLITS, "split")
     file = fetch.path("reviews/movieReviewSnippets_GroundTruth.txt.gz")
     lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
     first_of = {}  # normalised text -> (rating, text)
@@ -108,7 +109,7 @@ def handbook(part: str = "test") -> str:
 
     "calibration" and "test" come from different chapters. Raises InputError for another part.
     """
-    _one_of("part", part, ("calibration", "test"))
+    check_choice(part, ("calibration", "test"), "part")
     return gzip.decompress(fetch.path(f"handbook/{part}.txt.gz").read_bytes()).decode("utf-8")
 
 
@@ -123,11 +124,10 @@ def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) 
     Crops of one photo are alike: they show how a network treats that photo, not how it does on photos in general.
     Raises InputError for an unknown name or an `n` below 1.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError(f"n must be a whole number of crops from 1 up; it is {n!r}.")
+    check_whole(n, "n")
     images, generator, crops = photos(), torch.Generator().manual_seed(seed), []
     for name in names:
-        _one_of("a photo's name", name, PHOTOS)
+        check_choice(name, PHOTOS, "photo")
         photo = images[name]
         for share, across, down in torch.rand(n, 3, generator=generator).tolist():
             side = round(min(photo.size) * (1 + share) / 2)
@@ -156,18 +156,10 @@ def _balanced(labels: Tensor, n: int | None, seed: int) -> Tensor:
     """Positions [n] of a class-balanced random subset, in the data's order; all of them for n=None."""
     if n is None:
         return torch.arange(len(labels))
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(labels):
-        raise InputError(
-            f"n must be a whole number from 1 to {len(labels)} for this split, or None for all; it is {n!r}."
-        )
+    check_whole(n, "n", most=len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rank = torch.empty_like(labels)  # how many of the same class come before, in random order
     for label in labels.unique():
         same = order[labels[order] == label]
         rank[same] = torch.arange(len(same))
     return order[rank[order].argsort(stable=True)[:n]].sort().values
-
-
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{what} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.")

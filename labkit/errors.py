@@ -3,6 +3,9 @@
 The command line prints these without a traceback; any other exception is a bug of labkit and keeps its traceback.
 """
 
+from collections.abc import Collection
+from numbers import Integral
+
 
 class LabError(Exception):
     """Something that the user can mend."""
@@ -18,3 +21,17 @@ class EqualityError(LabError, ArithmeticError):
 
 class DataError(LabError, RuntimeError):
     """A data set, model or record that is missing, damaged or out of reach."""
+
+
+def check_whole(value: object, name: str, least: int = 1, most: int | None = None) -> None:
+    """InputError unless `value` is a whole number from `least` on, or to `most`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        to = "" if most is None else f" to {most}"
+        raise InputError(f"{name} is {value!r}, but it must be a whole number from {least}{to}.")
+
+
+def check_choice(value: object, choices: Collection[str], what: str) -> None:
+    """InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from labkit import datasets, fetch, training
 from labkit.efficientnet import EfficientNetLite0, load_reference_
-from labkit.errors import InputError
+from labkit.errors import check_choice
 from labkit.files import cache_dir
 from labkit.resnet import ResNet20
 
@@ -121,8 +121,7 @@ def tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     folders = {"minilm": lambda: fetch.path("minilm"), "smollm2": _smollm2_folder}
-    if name not in folders:
-        raise InputError(f"there is a tokenizer for {' and '.join(map(repr, folders))}, not for {name!r}.")
+    check_choice(name, folders, "tokenizer")
     with quietly():
         return AutoTokenizer.from_pretrained(folders[name](), local_files_only=True)
 

@@ -8,7 +8,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_whole
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Transformer:
         Norms, biases, softmax and a pooler are left out. A sequence of n tokens costs n times flops_per_token(n) in an
         encoder; a decoder's token t attends to t positions.
         """
-        _check_whole("context", context, least=0)
+        check_whole(context, "context", least=0)
         router = self.width * self.experts if self.experts > 1 else 0
         layer = self._attention_matrices + router + self.active_experts * self._expert_matrices
         head = self._embedding if self.decoder else 0
@@ -80,8 +80,8 @@ class Transformer:
 
     def kv_bytes(self, context: int, batch: int = 1, bits: float = 16) -> float:
         """Bytes of the KV cache of `batch` sequences of `context` tokens each."""
-        _check_whole("context", context, least=0)
-        _check_whole("batch", batch, least=1)
+        check_whole(context, "context", least=0)
+        check_whole(batch, "batch")
         return context * batch * self.kv_bytes_per_token(bits)
 
     @property
@@ -118,11 +118,6 @@ def _checked_bits(bits: float) -> float:
     if not 1 <= bits <= 64:
         raise InputError(f"bits has to be between 1 and 64 a number, got {bits!r}: 16, 8 and 4 are usual.")
     return bits
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise InputError(f"{name} has to be a whole number from {least} on, got {value!r}: give a count.")
 
 
 def _read() -> dict[str, Transformer]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from labkit.batches import evaluating
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice, check_whole
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
 
@@ -35,8 +35,7 @@ class Batches:
     collate: Callable[[Batch], Batch] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise InputError(f"batch_size must be a whole number from 1 up; it is {self.batch_size!r}.")
+        check_whole(self.batch_size, "batch_size")
         if len({len(tensor) for tensor in self._tensors()}) != 1:
             raise InputError(f"all tensors need one length; they have {[len(tensor) for tensor in self._tensors()]}.")
         generator = torch.Generator().manual_seed(self.seed) if self.seed is not None else None
@@ -201,21 +200,19 @@ def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 def _total_steps(batches: Iterable[Batch], epochs: int, steps: int | None) -> int:
     if not hasattr(batches, "__len__") or len(batches) == 0:
         raise InputError("batches must have a length and at least one batch; a list or labkit.training.Batches has.")
-    for name, value in (("epochs", epochs), ("steps", steps)):
-        if not (name == "steps" and value is None) and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} must be a whole number from 1 up; it is {value!r}.")
+    check_whole(epochs, "epochs")
+    if steps is not None:
+        check_whole(steps, "steps")
     return min(epochs * len(batches), steps or math.inf)
 
 
 def _check_recipe(max_lr: float, optimizer: str, warmup: float, precision: str) -> None:
     if not 0 < max_lr < math.inf:
         raise InputError(f"max_lr must be a positive number; it is {max_lr!r}.")
-    if optimizer not in ("sgd", "adamw"):
-        raise InputError(f"optimizer must be 'sgd' or 'adamw'; it is {optimizer!r}.")
+    check_choice(optimizer, ("sgd", "adamw"), "optimizer")
     if not 0 <= warmup < 1:
         raise InputError(f"warmup is a share of the steps from 0 to below 1; it is {warmup!r}.")
-    if precision not in ("auto", "bf16", "fp32"):
-        raise InputError(f"precision must be 'auto', 'bf16' or 'fp32'; it is {precision!r}.")
+    check_choice(precision, ("auto", "bf16", "fp32"), "precision")
 
 
 def _endless(batches: Iterable[Batch], total: int) -> Iterator[Batch]:

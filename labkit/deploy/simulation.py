@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_whole
 
 Seconds = Callable[[int], float]  # of a batch size
 Times = NDArray[np.float64]
@@ -46,7 +46,7 @@ def poisson_arrivals(rate: float, n: int, seed: int = 0) -> Times:
     """Arrival times of n independent requests, `rate` a second on average, in seconds from 0, [n]."""
     if not 0 < rate < math.inf:
         raise InputError(f"rate has to be above 0 requests a second, got {rate!r}: give how many arrive in a second.")
-    _check_count("n", n)
+    check_whole(n, "n")
     return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, n))
 
 
@@ -140,15 +140,10 @@ def _requests(arrivals: ArrayLike, lengths: ArrayLike) -> tuple[Times, NDArray[n
 
 def _table(step_seconds: Seconds, max_batch: int) -> list[float]:
     """Seconds of a step by batch size, 0 for none."""
-    _check_count("the largest batch", max_batch)
+    check_whole(max_batch, "the largest batch")
     step = [float(step_seconds(size)) for size in range(1, max_batch + 1)]
     if not all(0 < seconds < math.inf for seconds in step):
         raise InputError(
             f"step_seconds has to give above 0 seconds up to a batch of {max_batch}: check what it returns."
         )
     return [0.0, *step]
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} has to be a whole number from 1 on, got {value!r}: give a count.")

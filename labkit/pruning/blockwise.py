@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from labkit.batches import check_batches, evaluating, not_empty, split
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 from labkit.pruning import anatomy
 from labkit.pruning.pattern import mask
 from labkit.pruning.scores import hessian, magnitude, squares, wanda, watched
@@ -48,8 +48,7 @@ def prune(
     InputError, before any work, for a bad argument or a width that m does not divide.
     """
     check_pattern_or_fraction(pattern)
-    if method not in METHODS:
-        raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
+    check_choice(method, METHODS, "method")
     if method != "magnitude":
         check_batches(batches, method)
     exclude = named_parts(model, exclude, "exclude")

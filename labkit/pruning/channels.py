@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import EqualityError, InputError
+from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import equality, surgery
 from labkit.pruning.coupling import Coupling, Group, arguments
 from labkit.pruning.coupling.groups import failing
@@ -46,12 +46,9 @@ class Choice:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise InputError(f"There is no scope {self.scope!r}: choose one of {', '.join(SCOPES)}.")
-        for name in ("min_channels", "round_to"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}, but it must be a whole number from 1.")
+        check_choice(self.scope, SCOPES, "scope")
+        check_whole(self.min_channels, "min_channels")
+        check_whole(self.round_to, "round_to")
         check_criterion(self.criterion, self.batches, UNIT_CRITERIA)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 from labkit.pruning import anatomy
 from labkit.pruning.anatomy import Attention
 from labkit.pruning.blockwise import layers_of, remembering, resuming
@@ -54,8 +54,7 @@ def head_importance(
 
     Raises InputError for an unknown method, no batches, or a model without heads. The model stays as it was.
     """
-    if method not in METHODS:
-        raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
+    check_choice(method, METHODS, "method")
     if method == "gate":
         return learn_gates(model, batches, loss_fn=loss_fn, seed=seed)
     parts, batches = _attentions(model, check_batches(batches, method))

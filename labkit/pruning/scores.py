@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.batches import batch_loss, check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 from labkit.pruning.coupling import Group, Member
 from labkit.pruning.select import CONVOLUTIONS, Weight, count_to_prune, prunable
 
@@ -265,8 +265,7 @@ def check_criterion(criterion: str, batches: Iterable | None, table: Mapping) ->
 
     A criterion of units looks at data where the one of weights with its name does.
     """
-    if criterion not in table:
-        raise InputError(f"There is no criterion {criterion!r}: choose one of {', '.join(table)}.")
+    check_choice(criterion, table, "criterion")
     if criterion in CRITERIA and CRITERIA[criterion].needs_data:
         check_batches(batches, criterion)
 

@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_whole
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -40,10 +40,7 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
     Returns a bool tensor of the shape and device of `scores`.
     """
     n = scores.numel() if dim is None else scores.shape[dim]
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= n:
-        raise InputError(
-            f"k is {k!r}, but it must be a whole number from 0 to {n}, the number of scores to choose from."
-        )
+    check_whole(k, "k", least=0, most=n)
     if scores.isnan().any():
         raise InputError("The scores hold NaN, which has no rank: look for the batch or the weight that it comes from.")
     scores = scores.detach()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 from labkit.pruning.pattern import is_nm
 
 BACKENDS = {
@@ -34,8 +34,7 @@ def backend_in_use() -> str:
 
 def shapes(backend: str) -> dict[torch.dtype, tuple[int, int]]:
     """{dtype: (rows, columns)} that a weight's shape has to be a multiple of, as the installed torch has them."""
-    if backend not in BACKENDS:
-        raise InputError(f"There is no backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    check_choice(backend, BACKENDS, "backend")
     rules = BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS
     return {dtype: (rule.sparse_min_rows, rule.sparse_min_cols) for dtype, rule in rules.items()}
 

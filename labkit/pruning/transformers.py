@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.batches import check_batches
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice, check_whole
 from labkit.models import quietly
 from labkit.pruning import anatomy, channels
 from labkit.pruning.anatomy import Attention, FeedForward
@@ -206,10 +206,8 @@ def prune_ffn(
     Raises InputError for a bad argument or a model whose neurons cannot go, EqualityError if the proof fails.
     """
     fraction(ratio, "ratio")
-    if criterion not in CRITERIA:
-        raise InputError(f"There is no criterion {criterion!r}: choose one of {', '.join(CRITERIA)}.")
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise InputError(f"round_to is {round_to!r}, but it must be a whole number from 1.")
+    check_choice(criterion, CRITERIA, "criterion")
+    check_whole(round_to, "round_to")
     if criterion in ("wanda", "taylor"):
         check_batches(batches, criterion)
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 from labkit.pruning.scores import saliency
 from labkit.pruning.select import (
     Weight,
@@ -58,8 +58,7 @@ def prune(
     matrices (mixture-of-experts layers) stay dense, and where more weights are zero already than are asked for.
     """
     asked = fraction(sparsity)
-    if scope not in SCOPES:
-        raise InputError(f"There is no scope {scope!r}: choose one of {', '.join(SCOPES)}.")
+    check_choice(scope, SCOPES, "scope")
     weights = checked_targets(model, exclude)
     _refuse_growing_back(weights, asked, scope)
     zeros = sum(int(_zero(weight).sum()) for weight in weights.values())

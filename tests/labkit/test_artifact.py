@@ -140,7 +140,7 @@ def test_memory_formats_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: size(nn.Linear(4, 4), "zip"), "no format 'zip': choose from dense, coo, csr"),
+        (lambda: size(nn.Linear(4, 4), "zip"), "no format 'zip': choose one of dense, coo, csr"),
         (lambda: size(nn.Linear(4, 4), "nm"), "no weight has two zeros in each four input channels .looked at weight."),
         (lambda: size(nn.BatchNorm1d(4), "nm"), "looked at a model without matrices"),
         (lambda: size(3), "needs a module or a state dict, not a int"),

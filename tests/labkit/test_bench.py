@@ -320,7 +320,7 @@ BAD_CALLS = {
     "budget_s must be a number of seconds above 0": {"budget_s": 0},
     "budget_s must be a number of seconds above 0, got nan": {"budget_s": math.nan},
     "budget_s must be a number of seconds above 0, got True": {"budget_s": True},
-    "cache must be one of hot, cold": {"cache": "warm"},
+    "no cache 'warm': choose one of hot, cold": {"cache": "warm"},
     "builds must be 6 or more, or None, got 3": {"builds": 3},
     "device is 'gpu'; choose auto, cpu, cuda or cuda:N": {"device": "gpu"},
     "names must be two different names": {"names": ("same", "same")},

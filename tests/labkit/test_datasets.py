@@ -101,19 +101,19 @@ def test_photos_are_rgb() -> None:
 
 @pytest.mark.parametrize("load", [datasets.fashion_mnist, datasets.reviews])
 def test_unknown_split_is_refused(load) -> None:
-    with pytest.raises(InputError, match=r"split must be one of 'train', 'validation', 'test'; it is 'val'\."):
+    with pytest.raises(InputError, match="no split 'val': choose one of train, validation, test"):
         load("val")
 
 
 @pytest.mark.parametrize("n", [0, -1, 10**9, 1.5, True])
 @pytest.mark.parametrize("load", [datasets.fashion_mnist, datasets.reviews])
 def test_subset_size_outside_the_split_is_refused(load, n: object) -> None:
-    with pytest.raises(InputError, match=r"n must be a whole number from 1 to \d+ for this split, or None for all"):
+    with pytest.raises(InputError, match=r"but it must be a whole number from 1 to \d+\."):
         load("test", n)
 
 
 def test_unknown_part_is_refused() -> None:
-    with pytest.raises(InputError, match=r"part must be one of 'calibration', 'test'; it is 'train'\."):
+    with pytest.raises(InputError, match="no part 'train': choose one of calibration, test"):
         datasets.handbook("train")
 
 
@@ -128,7 +128,7 @@ def test_photo_crops_are_squares_of_their_photo_and_repeat_with_the_seed():
     assert crops[0].tobytes() != datasets.photo_crops(1, ("coffee",), seed=6)[0].tobytes()
 
 
-@pytest.mark.parametrize(("args", "said"), [((0,), "n must be"), ((2, ("tiger",)), "a photo's name must be one of")])
+@pytest.mark.parametrize(("args", "said"), [((0,), "n is 0"), ((2, ("tiger",)), "no photo 'tiger'")])
 def test_photo_crops_refuses(args, said):
     with pytest.raises(InputError, match=said):
         datasets.photo_crops(*args)

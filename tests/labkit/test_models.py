@@ -122,5 +122,5 @@ def test_llama_layer_is_causal() -> None:
 
 
 def test_unknown_tokenizer_is_refused() -> None:
-    with pytest.raises(InputError, match="there is a tokenizer for 'minilm' and 'smollm2', not for 'bert'"):
+    with pytest.raises(InputError, match="no tokenizer 'bert': choose one of minilm, smollm2"):
         models.tokenizer("bert")

@@ -125,8 +125,8 @@ LLAMA = ARCHITECTURES["Llama-2-7B"]
 ERRORS = {
     "no bits": (lambda: LLAMA.weight_bytes(0), "bits has to be between 1 and 64 a number, got 0"),
     "bytes for bits": (lambda: LLAMA.kv_bytes_per_token(128), "bits has to be between 1 and 64 a number, got 128"),
-    "negative context": (lambda: LLAMA.flops_per_token(-1), "context has to be a whole number from 0 on, got -1"),
-    "half a batch": (lambda: LLAMA.kv_bytes(1, batch=0.5), "batch has to be a whole number from 1 on, got 0.5"),
+    "negative context": (lambda: LLAMA.flops_per_token(-1), "context is -1, but it must be a whole number from 0"),
+    "half a batch": (lambda: LLAMA.kv_bytes(1, batch=0.5), "batch is 0.5, but it must be a whole number from 1"),
 }
 
 

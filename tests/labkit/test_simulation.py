@@ -119,7 +119,7 @@ def test_inputs_are_left_as_they_were():
 ONE = ([0.0], [1], step_seconds)
 ERRORS = {
     "rate 0": (lambda: poisson_arrivals(0, 5), "rate has to be above 0 requests a second, got 0"),
-    "no requests": (lambda: poisson_arrivals(1, 0), "n has to be a whole number from 1 on, got 0"),
+    "no requests": (lambda: poisson_arrivals(1, 0), "n is 0, but it must be a whole number from 1"),
     "falling sizes": (lambda: interpolate([4, 2], [1, 1]), "batch_sizes have to rise"),
     "time 0": (lambda: interpolate([1], [0.0]), "seconds have to be above 0"),
     "size not measured": (
@@ -132,7 +132,7 @@ ERRORS = {
         r"arrivals \(0,\) and lengths \(0,\) have to match",
     ),
     "half a token": (lambda: continuous([0.0], [0.5], step_seconds, max_batch=1), "lengths have to be whole numbers"),
-    "no batch": (lambda: continuous(*ONE, max_batch=0), "largest batch has to be a whole number from 1 on, got 0"),
+    "no batch": (lambda: continuous(*ONE, max_batch=0), "largest batch is 0, but it must be a whole number from 1"),
     "negative delay": (lambda: dynamic(*ONE, max_batch=1, max_delay_s=-1), "max_delay_s has to be 0 or more seconds"),
     "step takes nothing": (lambda: static([0.0], [1], lambda batch: 0.0, batch=1), "step_seconds has to give above 0"),
 }

@@ -151,14 +151,14 @@ def test_training_runs_on_the_models_device() -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"epochs": 0}, "epochs must be a whole number from 1 up; it is 0."),
-        ({"steps": 0}, "steps must be a whole number from 1 up; it is 0."),
-        ({"steps": 1.5}, "steps must be a whole number from 1 up; it is 1.5."),
+        ({"epochs": 0}, "epochs is 0, but it must be a whole number from 1."),
+        ({"steps": 0}, "steps is 0, but it must be a whole number from 1."),
+        ({"steps": 1.5}, "steps is 1.5, but it must be a whole number from 1."),
         ({"max_lr": 0}, "max_lr must be a positive number; it is 0."),
         ({"max_lr": math.nan}, "max_lr must be a positive number; it is nan."),
-        ({"optimizer": "adam"}, "optimizer must be 'sgd' or 'adamw'; it is 'adam'."),
+        ({"optimizer": "adam"}, "There is no optimizer 'adam': choose one of sgd, adamw."),
         ({"warmup": 1}, "warmup is a share of the steps from 0 to below 1; it is 1."),
-        ({"precision": "fp16"}, "precision must be 'auto', 'bf16' or 'fp32'; it is 'fp16'."),
+        ({"precision": "fp16"}, "There is no precision 'fp16': choose one of auto, bf16, fp32."),
     ],
 )
 def test_wrong_recipe_is_refused_and_the_model_untouched(wrong: dict, sentence: str) -> None:
@@ -184,7 +184,7 @@ def test_model_without_trainable_parameters_is_refused() -> None:
 def test_batches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=r"all tensors need one length; they have \[3, 4\]"):
         Batches((torch.zeros(3), torch.zeros(4)), 2)
-    with pytest.raises(InputError, match="batch_size must be a whole number from 1 up; it is 0"):
+    with pytest.raises(InputError, match="batch_size is 0, but it must be a whole number"):
         Batches((torch.zeros(3), torch.zeros(3)), 0)
 
 
