@@ -7,14 +7,13 @@ angular distance of consecutive layers). A removed layer passes its input on; no
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
-from labkit.errors import EqualityError, InputError
+from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import anatomy, surgery
 from labkit.pruning.blockwise import hidden, layers_of, remembering, resuming, skipping
 from labkit.pruning.coupling import tracing
@@ -52,11 +51,9 @@ def layer_importance(
 
     Raises InputError for a bad argument, or a model with no or several lists of layers (T5).
     """
-    if method not in METHODS:
-        raise InputError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
+    check_choice(method, METHODS, "method")
     layers = layers_of(model)
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(layers):
-        raise InputError(f"n is {n!r}, but it must be a whole number from 1 to {len(layers)}, the number of layers.")
+    check_whole(n, "n", most=len(layers))
     check_batches(batches, method)
     if method == "loss":
         return _loss_without(model, layers, batches, n, loss_fn)
@@ -179,20 +176,9 @@ def _renumber_(model: nn.Module, stays: Sequence[int]) -> dict[str, dict[str, in
     return changed
 
 
-@dataclass(frozen=True)
-class Skipped(Report):
-    """What the check of a model without layers found: the same operations in the same order, so no rounding at all."""
-
-    def __str__(self) -> str:
-        return (
-            f"{'equal' if self.equal else 'NOT equal'} to the dense model whose removed layers pass their input on: "
-            f"largest difference {self.error:.2g}, tolerance {self.tolerance:.2g}, largest output {self.scale:.2g}, in "
-            f"{self.dtype}."
-        )
-
-
 @torch.no_grad()
-def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwargs: Mapping[str, Any]) -> Skipped:
+def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwargs: Mapping[str, Any]) -> Report:
+    """Equal to the last bit, since the same operations come in the same order."""
     cached = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     with evaluating(model), evaluating(new):
         with skipping(removed):
@@ -200,7 +186,8 @@ def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwarg
         outputs = tracing.outputs(new(**kwargs, **cached))
     error = max(float((a - b).abs().max()) for a, b in zip(expected, outputs, strict=True))
     scale = max(float(a.abs().max()) for a in expected)
-    report = Skipped(error, scale, 0.0, str(expected[0].dtype).removeprefix("torch."))
+    dtype = str(expected[0].dtype).removeprefix("torch.")
+    report = Report(error, scale, 0.0, dtype, reference="whose removed layers pass their input on")
     if not report.equal:
         raise EqualityError(
             f"The pruned model is {report} It is not returned. Report this model: its layers are not what they seem."

@@ -32,6 +32,7 @@ class Report:
     restricted: the statistics that run over pruned channels, which both models take over those that stay.
     noisy: the model's own output is zero (a head that starts at zero) and would show nothing, so that both models were
     compared with the same noise on their parameters.
+    reference: what the dense model was made before the comparison.
     """
 
     error: float
@@ -40,6 +41,7 @@ class Report:
     dtype: str
     restricted: tuple[str, ...] = ()
     noisy: bool = False
+    reference: str = "whose weights do not read the removed channels"
 
     @property
     def equal(self) -> bool:
@@ -48,8 +50,8 @@ class Report:
     def __str__(self) -> str:
         verdict = "equal" if self.equal else "NOT equal"
         text = (
-            f"{verdict} to the dense model whose weights do not read the removed channels: largest difference "
-            f"{self.error:.2g}, tolerance {self.tolerance:.2g}, largest output {self.scale:.2g}, in {self.dtype}."
+            f"{verdict} to the dense model {self.reference}: largest difference {self.error:.2g}, tolerance "
+            f"{self.tolerance:.2g}, largest output {self.scale:.2g}, in {self.dtype}."
         )
         if self.noisy:
             text += " Their outputs are zero, so noise was added to the parameters of both for this."

@@ -8,20 +8,16 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_whole
 from labkit.pruning.select import fraction, named_parts
 from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
 
 # --- schedules: the sparsity after each of n rounds, the last one the target ------------------------------------------
-
-
-def one_shot(target: float, rounds: int) -> tuple[float, ...]:
-    """s_t = target: all in the first round; further rounds only train, so that it trains as much as the others."""
-    return (_checked(target, rounds),) * rounds
 
 
 def linear(target: float, rounds: int) -> tuple[float, ...]:
@@ -45,7 +41,6 @@ def exponential(target: float, rounds: int) -> tuple[float, ...]:
 
 
 SCHEDULES: dict[str, Callable[[float, int], tuple[float, ...]]] = {
-    "one_shot": one_shot,
     "linear": linear,
     "cubic": cubic,
     "exponential": exponential,
@@ -53,10 +48,7 @@ SCHEDULES: dict[str, Callable[[float, int], tuple[float, ...]]] = {
 
 
 def _checked(target: float, rounds: int) -> float:
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise InputError(
-            f"rounds is {rounds!r}, but it must be a whole number from 1: give how often to prune and train."
-        )
+    check_whole(rounds, "rounds")
     return fraction(target, "target")
 
 
@@ -85,11 +77,9 @@ def iterative(
     schedule: Sequence[float],
     fine_tune: Callable[[nn.Module, int], float | None],
     *,
-    criterion: str = "magnitude",
-    scope: str = "global",
-    batches: Iterable | None = None,
     exclude: str | Iterable[str] = (),
     seed: int = 0,
+    **options: Any,
 ) -> Iterated:
     """Prunes a copy of `model` to schedule[0], trains it, prunes on to schedule[1], and so on: `unstructured.prune`.
 
@@ -98,7 +88,7 @@ def iterative(
     fine_tune(model, round): trains the model in place and returns a number to keep, or None. It makes its own
         optimizer; torch's generators are seeded from (seed, round) for it and are as before afterwards. Masks hold
         through `load_state_dict`, so a search for a lottery ticket loads the state of the start before it trains.
-    criterion, scope, batches, exclude, seed: see `unstructured.prune`; batches are read once a round.
+    exclude, seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn); batches are read once a round.
     """
     schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
     if not schedule or any(later < earlier for earlier, later in itertools.pairwise(schedule)):
@@ -106,10 +96,9 @@ def iterative(
             f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
         )
     exclude = named_parts(model, exclude, "exclude")
-    options = dict(criterion=criterion, scope=scope, batches=batches, exclude=exclude, seed=seed)
     history = []
     for number, asked in enumerate(schedule):
-        model = prune(model, asked, **options)
+        model = prune(model, asked, exclude=exclude, seed=seed, **options)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
             metric = fine_tune(model, number)

@@ -17,7 +17,6 @@ from labkit.pruning.schedules import (
     exponential,
     iterative,
     linear,
-    one_shot,
     random_ticket,
     rewind,
 )
@@ -60,7 +59,6 @@ def equal(a, b):
 
 
 def test_schedules_of_five_rounds_to_90_percent():
-    assert one_shot(0.9, 1) == (0.9,) and one_shot(0.9, 3) == (0.9, 0.9, 0.9)
     assert linear(0.9, 5) == pytest.approx([0.18, 0.36, 0.54, 0.72, 0.9])
     assert cubic(0.9, 5) == pytest.approx([0.4392, 0.7056, 0.8424, 0.8928, 0.9])
     assert exponential(0.9, 5) == pytest.approx([0.3690, 0.6019, 0.7488, 0.8415, 0.9], abs=1e-4)
