@@ -65,7 +65,7 @@ def refusal(weight: Tensor, *, dtype: torch.dtype | None = None, backend: str | 
 def available() -> str:
     """ "" on a machine whose GPU multiplies 2:4 weights, else the reason in one sentence."""
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device, and 2:4 kernels exist for NVIDIA GPUs only, from Ampere on."
+        return "torch sees no CUDA device, and its 2:4 kernels run on NVIDIA GPUs, from Ampere on."
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return (
