@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch.utils._pytree import tree_leaves
 
 from labkit.errors import InputError
 
@@ -115,7 +116,7 @@ def first_call(fn: Call) -> Any:
     """
     with torch.inference_mode():
         output = fn()
-    if (lazy := next((leaf for leaf in _leaves(output) if _is_lazy(leaf)), None)) is not None:
+    if (lazy := next((leaf for leaf in tree_leaves(output) if _is_lazy(leaf)), None)) is not None:
         raise InputError(
             f"the callable returns a {type(lazy).__name__}, whose work is not done when the call ends: "
             "finish it inside the callable: list() of a generator, asyncio.run() of a coroutine, .result() of a "
@@ -126,17 +127,7 @@ def first_call(fn: Call) -> Any:
 
 def device_of(output: Any) -> torch.device | None:
     """Where the first tensor inside a callable's output lives; None if there is no tensor."""
-    return next((leaf.device for leaf in _leaves(output) if isinstance(leaf, torch.Tensor)), None)
-
-
-def _leaves(output: Any) -> Iterator[Any]:
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        for item in output:
-            yield from _leaves(item)
-    else:
-        yield output
+    return next((leaf.device for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
 
 
 def _is_lazy(leaf: Any) -> bool:

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from labkit.batches import evaluating
 from labkit.errors import InputError
 from labkit.pruning.anatomy import is_linear, stacks
+from labkit.pruning.coupling.tracing import undisturbed
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,11 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module | None) -> Iterator[None]:
     """Evaluation without gradients, fused modules and compilation; training flags and random state come back."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it costs a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model if model is not None else nn.Identity()))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(undisturbed())
         yield
 
 

@@ -156,18 +156,10 @@ class Lab:
         wanted_from_you = "no prediction yet: replace the ... by your number"
         show.emit(f"{asked}\n{wanted_from_you}", f"<p><b>{escape(asked)}</b><br><i>{escape(wanted_from_you)}</i></p>")
 
-    def measure(
-        self, name: str, fn: Callable[[], Any], *, work: Work | None = None, dtype: str = "fp32", **options: Any
-    ) -> Measurement:
-        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; record it.
-
-        work    what a call has to do (labkit.roofline.count): the share of the roof is shown and recorded, too
-        dtype   whose compute ceiling counts
-        """
+    def measure(self, name: str, fn: Callable[[], Any], **options: Any) -> Measurement:
+        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; record it."""
         _check_name(name)
         result = measure(fn, name=name, **{"device": self.device, **options})
-        if work is not None:
-            result = roofline.placed(result, work, self.ceilings(result.device), dtype)
         meaning = {"unit": "s", "role": "cost", "clock": True}
         outcome = {"value": result.median_s, "ci95": result.ci95_s, "detail": result.to_dict()}
         self._keep(kind="measurement", name=name, **meaning, **outcome)

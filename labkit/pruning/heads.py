@@ -173,14 +173,14 @@ def learn_gates(
     device = next(model.parameters()).device
     logits = [torch.full((part.heads,), 2.0, device=device, requires_grad=True) for part in parts]  # 3 % are closed
     descent = torch.optim.Adam(logits, RATE)
-    with evaluating(model, seed), _frozen(model), torch.enable_grad():
+    with evaluating(model, seed), torch.enable_grad():
         for _ in range(epochs):
             for batch in not_empty(batches):
                 with scaling(model, parts, [_sampled(a) for a in logits]):
                     loss, terms = summed_loss(model, batch, loss_fn)
                 n_open = sum((a - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid().sum() for a in logits)
                 descent.zero_grad()
-                (loss / max(terms, 1) + PENALTY * n_open).backward()
+                (loss / max(terms, 1) + PENALTY * n_open).backward(inputs=logits)
                 descent.step()
     return rows([_stretched(a.detach().sigmoid()) for a in logits])
 
@@ -192,19 +192,6 @@ def _sampled(a: Tensor) -> Tensor:
 
 def _stretched(s: Tensor) -> Tensor:
     return (s * (HIGH - LOW) + LOW).clamp(0, 1)
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient inside; afterwards those do that did."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 # --- attention maps ---------------------------------------------------------------------------------------------------
