@@ -311,6 +311,7 @@ PRODUCTS = {
     "int8": ((7, 5), True),
     "fp8": ((8, 9), False),
 }
+CONVOLUTION_FLOPS = 2 * 128 * 128 * 3 * 3 * 56 * 56
 SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}  # of the square products
 ROUNDS = 6  # of every call at least, however short the budget: fewer give no interval
 REPETITIONS = 10  # of each ceiling, where the budget allows: the best of the rounds in each counts
@@ -375,13 +376,15 @@ def peak(roofs: Ceilings | Device, dtype: str) -> float:
 def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0) -> Ceilings:
     """Measure the roofs of this machine in about `budget_s` seconds: matrix product per type, bandwidth.
 
-    Products are square, of random normal numbers, of a few sizes, in every type of PRODUCTS that runs here. Bandwidth
-    is the best of copy (2n bytes), triad (3n) and read (n) over fp32 arrays of at least four times the last cache,
-    counted as STREAM does: the lines that a CPU reads only to overwrite them are left out. Calls alternate until the
-    budget is spent, in ten repetitions if there is time for them and in six at least. A repetition's best call gives
-    one value, so that passing interference does not count; the ceiling is the median of these, with its exact interval.
-    Where other programs kept the cores busy, most repetitions are too slow: then the ceiling is the best of them, and
-    its interval begins where the median's does.
+    Products are square, of random normal numbers, of a few sizes, in every type of PRODUCTS that runs here. In fp32 a
+    CPU's 3x3 convolution is tried as well, since it may be faster than any product.
+
+    Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over fp32 arrays of at least four times the last
+    cache, counted as STREAM does: the lines that a CPU reads only to overwrite them are left out. Calls alternate until
+    the budget is spent, in ten repetitions if there is time for them and in six at least. A repetition's best call
+    gives one value, so that passing interference does not count; the ceiling is the median of these, with its exact
+    interval. Where other programs kept the cores busy, most repetitions are too slow: then the ceiling is the best of
+    them, and its interval begins where the median's does.
 
     The interval says how well the ceiling is known here and now. It does not cover what another process or hour finds:
     on machines that share a host with others, bandwidth was seen to move by a factor of two within a day, and both
@@ -394,7 +397,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     machine = fingerprint(target)
     before, deadline = clocks.snapshot(target), time.perf_counter() + budget_s
     with torch.inference_mode():
-        products, warnings = _products(target, longest_s=budget_s / 80)
+        products, flops, warnings = _products(target, longest_s=budget_s / 80)
         streams, moved = _streams(machine, target)
         samples = _in_turns(products | streams, target, deadline)
     after = clocks.snapshot(target)
@@ -404,7 +407,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     seconds = {key: [sample[by_cpu] for sample in of_call] for key, of_call in samples.items()}
     by_stream = {name: [s for key in streams if key[0] == name for s in seconds[key]] for name, _ in streams}
     warnings += _interference(target, before, after, list(by_stream.values()))
-    work = moved | {(name, side): 2 * side**3 for name, side in products}  # FLOPs or bytes of a call
+    work = moved | flops  # of a call, in bytes or FLOPs
     del products, streams  # the operands, gigabytes on a GPU
     if target.type == "cuda":
         torch.cuda.empty_cache()
@@ -473,10 +476,11 @@ def _in_turns(calls: Calls, target: torch.device, deadline: float) -> dict[tuple
     return samples
 
 
-def _products(target: torch.device, longest_s: float) -> tuple[Calls, list[str]]:
-    """Products of the sizes that take at most `longest_s` per call, and a warning for each type that has none.
+def _products(target: torch.device, longest_s: float) -> tuple[Calls, dict[tuple[str, int], int], list[str]]:
+    """Products of the sizes that take at most `longest_s` per call, their FLOPs, and a warning for each type without.
 
-    The smallest may take six times as long: a slow type should have a ceiling, too.
+    The smallest may take six times as long: a slow type should have a ceiling, too. In fp32 a CPU's convolution is
+    tried as well (side 0): there torch.mm is MKL's, which on some makes runs slower code than oneDNN's convolution.
     """
     smallest, *larger = SIDES[target.type]
     calls: Calls = {}
@@ -495,7 +499,18 @@ def _products(target: torch.device, longest_s: float) -> tuple[Calls, list[str]]
         calls |= probe
         fitting = [side for side in larger if seconds * (side / smallest) ** 3 <= longest_s]
         calls |= {(name, side): _product(name, side, target) for side in fitting}
-    return calls, warnings
+        if name == "fp32" and target.type == "cpu" and 1024 in fitting:
+            calls[name, 0] = _convolution()
+    flops = {(name, side): 2 * side**3 if side else CONVOLUTION_FLOPS for name, side in calls}
+    return calls, flops, warnings
+
+
+def _convolution() -> Callable[[], object]:
+    """A 3x3 convolution of 128 channels, [1, 128, 56, 56], channels last."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 128, 56, 56, generator=generator), torch.randn(128, 128, 3, 3, generator=generator)
+    x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
+    return lambda: torch.conv2d(x, weight, padding=1)
 
 
 def _product(name: str, side: int, target: torch.device) -> Callable[[], object]:
