@@ -1,6 +1,7 @@
 """What several test files need: small lessons, an environment without a network, and GPU tests that skip themselves."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,20 @@ def write_lesson() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def empty_course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A course without lessons and recorded runs, so that a test writes its own; nothing set in the environment."""
+    from labkit import files
+
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(files.NOTEBOOKS / "claims.toml", tmp_path / "notebooks")  # the report asks for it
+    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
+    for variable in ("LABKIT_PRESET", "LABKIT_DEVICE"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

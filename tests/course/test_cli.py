@@ -1,5 +1,4 @@
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,19 +11,7 @@ from click.testing import Result
 from commands import labkit
 
 from course import notebooks, run
-from labkit import fetch, files
-
-
-@pytest.fixture
-def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A course without lessons, so that a test writes its own."""
-    (tmp_path / "notebooks").mkdir()
-    shutil.copy(files.NOTEBOOKS / "claims.toml", tmp_path / "notebooks")
-    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
-    for variable in ("LABKIT_PRESET", "LABKIT_DEVICE"):
-        monkeypatch.delenv(variable, raising=False)
-    return tmp_path
+from labkit import fetch
 
 
 def reported(result: Result) -> Path:
@@ -43,23 +30,23 @@ def test_help_imports_nothing_that_takes_time():
     assert not HEAVY & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
-def test_a_run_begins_before_what_only_its_end_needs_is_imported(course: Path, write_lesson):
-    write_lesson(course / "notebooks", "1")
+def test_a_run_begins_before_what_only_its_end_needs_is_imported(empty_course: Path, write_lesson):
+    write_lesson(empty_course / "notebooks", "1")
     code = (
         "import sys, pathlib, course.cli as c; from course import run;"
         "c.files.NOTEBOOKS = pathlib.Path(sys.argv.pop(1));"
         f"run.run = lambda *_, **__: sys.exit(len({HEAVY} & set(sys.modules)));"
         "c.main()"
     )
-    command = [sys.executable, "-c", code, course / "notebooks", "run", "1"]
+    command = [sys.executable, "-c", code, empty_course / "notebooks", "run", "1"]
     assert subprocess.run(command, timeout=60).returncode == 0
 
 
 @pytest.mark.slow
-def test_all_lessons_run_although_one_fails(course: Path, write_lesson: Callable[..., Path]):
-    write_lesson(course / "notebooks", "1 / 0", name="01_bad")
-    write_lesson(course / "notebooks", "assert PRESET == 'smoke'", name="02_good")
-    result = labkit("run", "--out", course / "runs")
+def test_all_lessons_run_although_one_fails(empty_course: Path, write_lesson: Callable[..., Path]):
+    write_lesson(empty_course / "notebooks", "1 / 0", name="01_bad")
+    write_lesson(empty_course / "notebooks", "assert PRESET == 'smoke'", name="02_good")
+    result = labkit("run", "--out", empty_course / "runs")
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert [line.split()[:2] for line in lines[-3:-1]] == [["failed", "01_bad"], ["done", "02_good"]]
@@ -78,25 +65,27 @@ def test_all_lessons_run_although_one_fails(course: Path, write_lesson: Callable
     ],
 )
 def test_one_lesson_runs_at_class_and_all_at_smoke_unless_told_otherwise(
-    course: Path, write_lesson, monkeypatch, options: tuple[str, ...], environment: str | None, preset: str
+    empty_course: Path, write_lesson, monkeypatch, options: tuple[str, ...], environment: str | None, preset: str
 ):
     asked = []
     monkeypatch.setattr(run, "prepare", lambda path, values, out: asked.append(values) or sys.exit(9))
     monkeypatch.setenv("LABKIT_PRESET", environment or "")
-    write_lesson(course / "notebooks", "1")
+    write_lesson(empty_course / "notebooks", "1")
     assert labkit("run", *options, "-p", "RATIO", "0.25").exit_code == 9
     assert asked == [{"PRESET": preset, "RATIO": "0.25"}]
 
 
 @pytest.mark.slow
-def test_a_good_result_is_run_again_unless_it_is_resumed(course: Path, write_lesson):
-    write_lesson(course / "notebooks", "import os; assert PRESET == os.environ['LABKIT_PRESET'] and RATIO == 0.25")
+def test_a_good_result_is_run_again_unless_it_is_resumed(empty_course: Path, write_lesson):
+    write_lesson(
+        empty_course / "notebooks", "import os; assert PRESET == os.environ['LABKIT_PRESET'] and RATIO == 0.25"
+    )
     created = []
     for options in ((), ("--resume",), ()):
-        asked = ("run", "1", "--preset", "smoke", "-p", "RATIO", "0.25", "--out", course / "runs", *options)
+        asked = ("run", "1", "--preset", "smoke", "-p", "RATIO", "0.25", "--out", empty_course / "runs", *options)
         result = labkit(*asked)
         assert result.exit_code == 0 and result.stdout.startswith("done    01_small"), result.output
-        [folder] = (course / "runs" / "01_small").iterdir()
+        [folder] = (empty_course / "runs" / "01_small").iterdir()
         created.append((folder / "run.json").stat().st_mtime_ns)
     assert created[0] == created[1] < created[2]
 
@@ -136,14 +125,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("arguments", "sentence"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
 def test_a_mistake_gets_one_sentence_and_code_2_before_anything_runs(
-    course: Path, write_lesson, arguments: tuple, sentence: str
+    empty_course: Path, write_lesson, arguments: tuple, sentence: str
 ):
-    write_lesson(course / "notebooks", "1", ranges={"RATIO": [0, 1]})
-    write_lesson(course / "notebooks", "1", name="02_other", parameters='PRESET = "class"\nRESULTS_DIR = "."')
-    result = labkit(*arguments, *(["--out", course / "runs"] if arguments[0] == "run" else []))
+    write_lesson(empty_course / "notebooks", "1", ranges={"RATIO": [0, 1]})
+    write_lesson(empty_course / "notebooks", "1", name="02_other", parameters='PRESET = "class"\nRESULTS_DIR = "."')
+    result = labkit(*arguments, *(["--out", empty_course / "runs"] if arguments[0] == "run" else []))
     assert (result.exit_code, result.stdout) == (2, "")
     assert re.fullmatch(f"Error: {sentence}\n", result.stderr), result.stderr
-    assert not (course / "runs").exists()
+    assert not (empty_course / "runs").exists()
 
 
 def test_an_exercise_that_does_not_exist_is_refused_with_those_that_do():
@@ -151,19 +140,21 @@ def test_an_exercise_that_does_not_exist_is_refused_with_those_that_do():
     assert labkit("solution", "03.9").stderr == f"Error: There is no exercise 03.9; lesson 03 has {known}.\n"
 
 
-def test_a_device_from_the_environment_is_checked_too(course: Path, write_lesson, monkeypatch: pytest.MonkeyPatch):
-    write_lesson(course / "notebooks", "1")
+def test_a_device_from_the_environment_is_checked_too(
+    empty_course: Path, write_lesson, monkeypatch: pytest.MonkeyPatch
+):
+    write_lesson(empty_course / "notebooks", "1")
     monkeypatch.setenv("LABKIT_DEVICE", "tpu")
     assert labkit("run", "1").stderr == "Error: LABKIT_DEVICE is 'tpu'; choose auto, cpu, cuda or cuda:N.\n"
 
 
-def test_a_course_without_lessons_says_so(course: Path):
+def test_a_course_without_lessons_says_so(empty_course: Path):
     result = labkit("run")
     assert result.exit_code == 2 and "There is no lesson to run" in result.stderr
 
 
-def test_a_bug_keeps_its_traceback(course: Path, write_lesson, monkeypatch: pytest.MonkeyPatch):
-    write_lesson(course / "notebooks", "1")
+def test_a_bug_keeps_its_traceback(empty_course: Path, write_lesson, monkeypatch: pytest.MonkeyPatch):
+    write_lesson(empty_course / "notebooks", "1")
     monkeypatch.setattr(run, "prepare", lambda *_, **__: 1 / 0)
     assert isinstance(labkit("run", "1").exception, ZeroDivisionError)
 

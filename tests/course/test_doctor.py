@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import labkit
 
 from course import doctor, notebooks
-from course.cli import main
 from labkit import fetch
 
 SMI = "| NVIDIA-SMI 580.65   Driver Version: 580.65.06   CUDA Version: 13.0  |"
@@ -147,12 +146,12 @@ def test_what_a_lesson_lacks_is_said_with_the_command_that_brings_it(tmp_path: P
 def test_scripts_get_json_and_an_exit_code(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "CHECKS", {"one": lambda: ("fine", ""), "two": lambda: ("", "mend it")})
     monkeypatch.setattr(notebooks, "all_lessons", lambda: [])
-    result = CliRunner().invoke(main, ["doctor", "--json"])
+    result = labkit("doctor", "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and report["good"] is False and report["machine"]["device"] in ("cpu", "cuda")
     assert report["findings"][1] == {"name": "two", "good": False, "text": "mend it"}
     monkeypatch.setitem(doctor.CHECKS, "two", lambda: ("mended", ""))
-    assert CliRunner().invoke(main, ["doctor", "--json"]).exit_code == 0
+    assert labkit("doctor", "--json").exit_code == 0
 
 
 @pytest.mark.timing

@@ -14,15 +14,13 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
-from click.testing import CliRunner
-from commands import wait_until
+from commands import labkit, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
 from course import grade, notebooks
-from course.cli import main
 from course.grade import Grade, Gradebook
 from labkit import files
 from labkit.errors import InputError
@@ -377,5 +375,5 @@ def test_what_cannot_be_graded_is_refused_before_anything_runs(tmp_path: Path, m
     folder.mkdir()
     make(folder)
     before = sorted(tmp_path.rglob("*"))
-    result = CliRunner().invoke(main, ["grade", str(folder), *options])
+    result = labkit("grade", folder, *options)
     assert result.exit_code == 2 and sentence in result.stderr and sorted(tmp_path.rglob("*")) == before

@@ -16,10 +16,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +108,6 @@ def good(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., P
     kernel.parent.mkdir(parents=True)
     kernel.write_text('{"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}')
     notebook = write_lesson(home / "notebooks", WORK, FINISH)
-    shutil.copy(files.NOTEBOOKS / "claims.toml", home / "notebooks")  # the report asks for it
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(home / "jupyter"))
         patch.setenv("MISHAP", WHO)
@@ -118,15 +115,11 @@ def good(tmp_path_factory: pytest.TempPathFactory, write_lesson: Callable[..., P
 
 
 @pytest.fixture
-def course(good: tuple[Path, Path, run.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
-    home, notebook, result = good
+def course(good: tuple[Path, Path, run.Run], empty_course: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
+    (home, notebook, result), tmp_path = good, empty_course
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
-    for variable in ("LABKIT_PRESET", "LABKIT_DEVICE"):
-        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("MISTAKE", str(tmp_path))
     monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
-    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")  # else the report draws what is recorded
     copy = tmp_path / result.folder.relative_to(home)
     return Course(tmp_path / "notebooks" / notebook.name, tmp_path / "runs", copy, str(tmp_path))
 
@@ -506,19 +499,6 @@ def _is_read(pipe: Path) -> bool:
 
 
 @slow
-def test_a_run_is_stopped_from_another_thread(tmp_path: Path, write_lesson):
-    stop, flag = threading.Event(), tmp_path / "flag"
-    notebook = write_lesson(tmp_path, f"open({str(flag)!r}, 'w').close(); import time; time.sleep(1000)")
-    with ThreadPoolExecutor(1) as beside:
-        running = beside.submit(execute, notebook, tmp_path / "r", stop=stop)
-        wait_until(flag.exists)
-        stop.set()
-        with pytest.raises(KeyboardInterrupt):
-            running.result(60)
-    assert names_in(tmp_path / "r" / "01_small") == []
-
-
-@slow
 @pytest.mark.parametrize("call", [1, 2])
 def test_ctrl_c_between_the_two_renames_keeps_one_whole_result(course: Course, monkeypatch, call: int):
     """Too short a moment to meet with a signal, so it is raised at each of the two calls."""
@@ -596,12 +576,8 @@ def record_of(seconds: float) -> records.RunRecord:
 
 
 @slow
-def test_a_recording_that_was_interrupted_goes_on(tmp_path: Path, write_lesson, monkeypatch):
+def test_a_recording_that_was_interrupted_goes_on(empty_course: Path, tmp_path: Path, write_lesson, monkeypatch):
     """The lesson counts its processes in a folder outside; the second one breaks."""
-    (tmp_path / "notebooks").mkdir()
-    shutil.copy(files.NOTEBOOKS / "claims.toml", tmp_path / "notebooks")  # the report reads it
-    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
-    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
     (tmp_path / "counted").mkdir()
     for number in range(4):

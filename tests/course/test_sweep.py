@@ -17,7 +17,6 @@ from click.testing import Result
 from commands import alive, wait_until
 
 from course import sweep
-from labkit import files
 from labkit.errors import InputError
 
 SMOKE = {"PRESET": "smoke"}
@@ -40,14 +39,10 @@ assert RATIO != 0.9, "too much"
 
 
 @pytest.fixture
-def home(tmp_path: Path, write_lesson: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(empty_course: Path, write_lesson: Callable[..., Path]) -> Path:
     """A course with one lesson; what runs mark lies in it too."""
-    write_lesson(tmp_path / "notebooks", WORK.format(home=str(tmp_path)), ranges=RANGES)
-    (tmp_path / "notebooks" / "claims.toml").write_text((files.NOTEBOOKS / "claims.toml").read_text())
-    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")  # else the report draws what is recorded
-    monkeypatch.delenv("LABKIT_PRESET", raising=False)
-    return tmp_path
+    write_lesson(empty_course / "notebooks", WORK.format(home=str(empty_course)), ranges=RANGES)
+    return empty_course
 
 
 @pytest.fixture

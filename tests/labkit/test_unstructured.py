@@ -309,13 +309,6 @@ def test_permanent_is_the_same_function_without_a_trace(net, batch):
 
 
 @pytest.mark.slow
-def test_permanent_exports(net, batch):
-    plain = make_permanent(prune(net, 0.9).eval())
-    exported = torch.export.export(plain, (batch[0],)).module()
-    torch.testing.assert_close(exported(batch[0]), plain(batch[0]))
-
-
-@pytest.mark.slow
 def test_torch_compile_sees_the_same_function(net, batch):
     model = prune(net, 0.9).eval()
     compiled = torch.compile(model, backend="aot_eager")

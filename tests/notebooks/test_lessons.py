@@ -10,10 +10,12 @@ from pathlib import Path
 import grain
 import nbformat
 import pytest
+from grain import code
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course import notebooks, parameters
+from course.notebooks import tags
 from labkit import files
 from labkit.errors import InputError
 
@@ -37,14 +39,6 @@ LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
 def read(lesson: Path) -> NotebookNode:
     """As it is: nbformat.read would give new ids to cells that share one."""
     return nbformat.v4.reads(lesson.read_text(encoding="utf-8"))
-
-
-def tags(cell: NotebookNode) -> list[str]:
-    return cell.metadata.get("tags", [])
-
-
-def code(notebook: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def outputs(notebook: NotebookNode) -> Iterator[tuple[NotebookNode, NotebookNode]]:
