@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_report import RECORD, changed
+from run_records import RECORD, changed
 
 from course import report, results
 from labkit import files, records

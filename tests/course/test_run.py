@@ -26,6 +26,7 @@ import psutil
 import pytest
 from commands import labkit, started, wait_until
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from run_records import changed
 
 from course import notebooks, run
 from labkit import fetch, files, records
@@ -568,11 +569,7 @@ def test_a_reference_keeps_its_outputs_in_the_lesson_only_at_the_lesson_s_own_va
 
 
 def record_of(seconds: float) -> records.RunRecord:
-    facts = {"title": "", "preset": "class", "device": "cpu", "parameters": {}, "machine": {"slug": "test-cpu-2c"}}
-    facts |= {key: [] for key in ("measurements", "predictions", "claims", "checks")} | {"budget": {}, "git": None}
-    cost = {"seconds": seconds, "peak_memory": 1, "peak_device_memory": None}
-    origin = {"created": f"2026-11-2{seconds:.0f}T10:00:00+00:00", "labkit": "0"}
-    return records.RunRecord(version=records.VERSION, lesson="01", **facts, **cost, **origin)
+    return changed(preset="class", measurements=[], seconds=seconds, created=f"2026-11-2{seconds:.0f}T10:00:00+00:00")
 
 
 @slow

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_report import AXES, CUT, WHOLE, changed
+from run_records import changed
+from test_report import AXES, CUT, WHOLE
 
 from course import results, tradeoffs
 from course.results import RunColumn

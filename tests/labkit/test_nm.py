@@ -102,7 +102,6 @@ def test_the_chunks_of_a_large_weight_make_one_mask(compiled, monkeypatch):
         (lambda: nm.mask(torch.ones(2, 34), 2, 17), "pattern 2:17 is none"),
         (lambda: nm.mask(torch.ones(2, 8), 2.0, 4), "pattern 2.0:4 is none"),
         (lambda: nm.mask(torch.ones(2, 4), True, 4), "pattern True:4 is none"),
-        (lambda: nm.mask(torch.tensor([1.0, torch.nan, 0, 0])), "NaN"),
         (lambda: nm.mask(torch.tensor(1.0)), "0 dimensions"),
         (lambda: nm.mask(torch.ones(4, dtype=torch.complex64)), "complex64 has no N:M pattern"),
         (lambda: nm.kept_energy(torch.ones(4), torch.ones(4)), "keep is torch.float32"),
