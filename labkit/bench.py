@@ -386,7 +386,7 @@ def _sample_warnings(seconds: Sequence[float]) -> tuple[str, ...]:
     """What the samples of one callable show: too few of them, or drift."""
     warnings = []
     if len(seconds) < BLOCKS:
-        warnings.append(f"only {len(seconds)} samples, and {BLOCKS} are needed: raise budget_s")
+        warnings.append(f"only {_count(len(seconds), 'sample')}, and {BLOCKS} are needed: raise budget_s")
     if (change := stats.drift(seconds)) is not None:
         warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
     return tuple(warnings)
@@ -419,7 +419,7 @@ def _pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int
             "close other programs, or raise budget_s"
         )
     elif len(a) < BLOCKS:
-        warnings.append(f"only {len(a)} blocks of pairs, and {BLOCKS} are needed: raise budget_s")
+        warnings.append(f"only {_count(len(a), 'block')} of pairs, and {BLOCKS} are needed: raise budget_s")
     if (change := stats.drift([math.sqrt(x * y) for x, y in zip(a, b, strict=True)])) is not None:
         warnings.append(
             f"speed drifted: {change:+.0%} time from the first half of the run to the second, alike for both"

@@ -326,42 +326,42 @@ class Ceilings:
     """The roofs of this machine: `flops` in FLOP/s (OP/s for int8) by type, `bandwidth` in B/s.
 
     warnings: what spoiled the measurement, one phrase each; empty where nothing did.
-    flops_ci95, bandwidth_ci95: their 95 % intervals (low, high), which hold for the process and the minute in which
-    they were measured; other moments may lie outside.
+    flops_range, bandwidth_range: (low, high), from the low end of the median's 95 % interval to the best; they hold for
+    the process and the minute in which they were measured, and other moments may lie outside.
     """
 
     device: str
     flops: Mapping[str, float]
     bandwidth: float
     warnings: tuple[str, ...] = ()
-    flops_ci95: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    bandwidth_ci95: tuple[float, float] | None = None
+    flops_range: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    bandwidth_range: tuple[float, float] | None = None
 
     def ridge(self, dtype: str) -> float:
         """The arithmetic intensity in FLOP/B where the compute roof of this type meets the bandwidth roof."""
         return peak(self, dtype) / self.bandwidth
 
     def raised(self, again: "Ceilings") -> "Ceilings":
-        """The higher of each roof, with its interval, of these and of `again`, measured at another moment.
+        """The higher of each roof, with its range, of these and of `again`, measured at another moment.
 
         What disturbs a measurement only lowers a roof, and may last longer than measuring it: whatever was seen to be
         reached can be reached. The warnings are those of both. Raises InputError for the roofs of another device.
         """
         if again.device != self.device:
             raise InputError(f"these are roofs of {self.device}, those of {again.device}: raise roofs of one device.")
-        flops, flops_ci95 = dict(self.flops), dict(self.flops_ci95)
+        flops, flops_range = dict(self.flops), dict(self.flops_range)
         for name, rate in again.flops.items():
             if rate > flops.get(name, 0.0):
                 flops[name] = rate
-                flops_ci95[name] = again.flops_ci95.get(name, (-math.inf, math.inf))
+                flops_range[name] = again.flops_range.get(name, (-math.inf, math.inf))
         higher = max(self, again, key=lambda roofs: roofs.bandwidth)
         return Ceilings(
             device=self.device,
             flops=flops,
             bandwidth=higher.bandwidth,
             warnings=tuple(dict.fromkeys((*self.warnings, *again.warnings))),
-            flops_ci95=flops_ci95,
-            bandwidth_ci95=higher.bandwidth_ci95,
+            flops_range=flops_range,
+            bandwidth_range=higher.bandwidth_range,
         )
 
 
@@ -382,14 +382,14 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over fp32 arrays of at least four times the last
     cache, counted as STREAM does: the lines that a CPU reads only to overwrite them are left out. Calls alternate until
     the budget is spent, in ten repetitions if there is time for them and in six at least. A repetition's best call
-    gives one value, so that passing interference does not count; the ceiling is the median of these, with its exact
-    interval. Where other programs kept the cores busy, most repetitions are too slow: then the ceiling is the best of
-    them, and its interval begins where the median's does.
+    gives one value, and the ceiling is the best of these: a disturbance only lowers a rate, and what was reached can be
+    reached. Its range goes down to the low end of the median's 95 % interval: what is there most of the time.
 
-    The interval says how well the ceiling is known here and now. It does not cover what another process or hour finds:
-    on machines that share a host with others, bandwidth was seen to move by a factor of two within a day, and both
-    kinds of roof within a minute. A share of the roof is therefore taken with ceilings of the same process, and where
-    a result lies above its roof, the roofs are measured again (`Ceilings.raised`) before anything else is blamed.
+    The range says how steady the ceiling is here and now. It does not cover what another process or hour finds: on
+    machines that share a host with others, bandwidth was seen to move by a factor of two within a day, and both kinds
+    of roof within a minute. A share of the roof is therefore taken with ceilings of the same process, and where a
+    result lies above its roof, the roofs are measured again (`Ceilings.raised`) before anything else is blamed.
+
     device: see `torch_device`. Raises InputError for a device or a budget that cannot be used.
     """
     target = torch_device(device)
@@ -418,22 +418,22 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
         rates.setdefault(name, []).append([work[key] / least for least in best])
     on_threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}"
     repetitions = {name: [max(turn) for turn in zip(*calls, strict=True)] for name, calls in rates.items()}
-    roofs = {name: _roof(bests, disturbed) for name, bests in repetitions.items()}
-    bandwidth, *bandwidth_ci95 = roofs.pop("bandwidth")
+    roofs = {name: _roof(bests) for name, bests in repetitions.items()}
+    bandwidth, *bandwidth_range = roofs.pop("bandwidth")
     return Ceilings(
         device=machine.gpu.name if target.type == "cuda" else f"{machine.cpu}, {on_threads}",
         flops={name: rate for name, (rate, _, _) in roofs.items()},
         bandwidth=bandwidth,
         warnings=tuple(warnings),
-        flops_ci95={name: (low, high) for name, (_, low, high) in roofs.items()},
-        bandwidth_ci95=tuple(bandwidth_ci95),
+        flops_range={name: (low, high) for name, (_, low, high) in roofs.items()},
+        bandwidth_range=tuple(bandwidth_range),
     )
 
 
-def _roof(bests: Sequence[float], disturbed: bool) -> stats.Estimate:
-    """A ceiling and its interval from the best rate of each repetition."""
-    middle, low, high = stats.median_ci(bests)
-    return (max(bests), low, max(bests)) if disturbed else (middle, low, high)
+def _roof(bests: Sequence[float]) -> stats.Estimate:
+    """A ceiling and its range from the best rate of each repetition."""
+    _, low, _ = stats.median_ci(bests)
+    return max(bests), low, max(bests)
 
 
 def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float = 2.0) -> list[tuple[int, float]]:

@@ -157,9 +157,9 @@ def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str 
         f"Roofline of {ceilings.device}, measured: {quantity(ceilings.bandwidth, 'B/s')}, {dtype} peak "
         f"{quantity(peak, 'FLOP/s')}, ridge at {ridge:.3g} FLOP/byte."
     ]
-    if intervals := _intervals(ceilings, dtype):
+    if ranges := _ranges(ceilings, dtype):
         sentences.append(
-            f"95 % intervals of this run: {interval(intervals[0], 'B/s')} and {interval(intervals[1], 'FLOP/s')}."
+            f"From most repetitions to the best: {interval(ranges[0], 'B/s')} and {interval(ranges[1], 'FLOP/s')}."
         )
     sentences += [f"While it was measured, {warning}." for warning in ceilings.warnings]
     for label, intensity, speed in _checked(points):
@@ -173,10 +173,10 @@ def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str 
     return " ".join(sentences)
 
 
-def _intervals(ceilings: Ceilings, dtype: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """The intervals of bandwidth and peak; None unless both are there and finite."""
-    intervals = ceilings.bandwidth_ci95, ceilings.flops_ci95.get(dtype)
-    return intervals if all(ends and all(map(math.isfinite, ends)) for ends in intervals) else None
+def _ranges(ceilings: Ceilings, dtype: str) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The ranges of bandwidth and peak; None unless both are there and finite."""
+    ranges = ceilings.bandwidth_range, ceilings.flops_range.get(dtype)
+    return ranges if all(ends and all(map(math.isfinite, ends)) for ends in ranges) else None
 
 
 MARKERS = "os^DvPX*"  # one more than there are colours, so that no two of 56 points look alike
@@ -188,7 +188,7 @@ def plot(
     """Log-log roofline of `ceilings` with its measured points, named in the legend in order of their speed.
 
     points: (label, FLOP/byte, FLOP/s) each. dtype: whose peak is drawn. title: None names the device.
-    Where the ceilings have intervals, a band about the roof shows them.
+    Where the ceilings have a range, a band about the roof shows them.
     A figure by itself: nothing is shown, and pyplot's state is not touched. `describe` says the same in words.
     """
     rows, peak = _checked(points), machine.peak(ceilings, dtype)
@@ -212,10 +212,10 @@ def plot(
     xs, ys = [xlim[0], ridge, xlim[1]], [ceilings.bandwidth * xlim[0] / scale, peak / scale, peak / scale]
     ax.plot(xs, ys, color="#222222", linewidth=2, label=name)
     ax.fill_between(xs, ys, floor, color="#EEF3F7", zorder=0)  # what can be reached
-    if intervals := _intervals(ceilings, dtype):
+    if ranges := _ranges(ceilings, dtype):
         at = np.geomspace(*xlim, 200)
-        low, high = (np.minimum(rate * at, peak) / scale for rate, peak in zip(*intervals, strict=True))
-        ax.fill_between(at, low, high, color="#222222", alpha=0.2, linewidth=0, label="95 % interval of this run")
+        low, high = (np.minimum(rate * at, peak) / scale for rate, peak in zip(*ranges, strict=True))
+        ax.fill_between(at, low, high, color="#222222", alpha=0.2, linewidth=0, label="range in this run")
     ax.vlines(ridge, floor, peak / scale, color="#666666", linestyle=":", linewidth=1, zorder=1)
     foot = {"textcoords": "offset points", "va": "bottom"}
     ax.annotate("memory-bound", (ridge, floor), (-5, 5), ha="right", **foot)

@@ -222,8 +222,8 @@ class Lab:
             if key in self._ceilings:
                 roofs = self._ceilings[key].raised(roofs)
             self._ceilings[key] = roofs
-            rates = {name: ("FLOP/s", rate, roofs.flops_ci95.get(name)) for name, rate in roofs.flops.items()}
-            rates["bandwidth"] = ("B/s", roofs.bandwidth, roofs.bandwidth_ci95)
+            rates = {name: ("FLOP/s", rate, roofs.flops_range.get(name)) for name, rate in roofs.flops.items()}
+            rates["bandwidth"] = ("B/s", roofs.bandwidth, roofs.bandwidth_range)
             rows = [
                 {"ceiling": ceiling, unit: rate, "low": ends and ends[0], "high": ends and ends[1]}
                 for ceiling, (unit, rate, ends) in rates.items()

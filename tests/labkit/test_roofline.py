@@ -122,15 +122,15 @@ def test_plot_is_log_log_with_units_roof_and_named_points() -> None:
 
 
 def test_intervals_of_the_roof_are_drawn_and_said() -> None:
-    ends = {"flops_ci95": {"fp32": (90e9, 110e9)}, "bandwidth_ci95": (10e9, 25e9)}
+    ends = {"flops_range": {"fp32": (90e9, 110e9)}, "bandwidth_range": (10e9, 25e9)}
     known = replace(ROOFS, **ends)
-    assert "95 % intervals of this run: 10 GB/s to 25 GB/s and 90 GFLOP/s to 110 GFLOP/s." in describe([], known)
+    assert "From most repetitions to the best: 10 GB/s to 25 GB/s and 90 GFLOP/s to 110 GFLOP/s." in describe([], known)
     (ax,) = plot([], known).axes
     band = ax.collections[-2].get_paths()[0].vertices  # the last is the ridge's line
     assert band[:, 1].max() == pytest.approx(110)
     at_left = band[band[:, 0] == band[:, 0].min(), 1]
     assert (at_left.min(), at_left.max()) == pytest.approx((10 * ax.get_xlim()[0], 25 * ax.get_xlim()[0]))
-    unknown = replace(known, bandwidth_ci95=(-math.inf, math.inf))
+    unknown = replace(known, bandwidth_range=(-math.inf, math.inf))
     assert len(plot([], unknown).axes[0].collections) == len(ax.collections) - 1 and "intervals" not in describe(
         [], unknown
     )
