@@ -4,6 +4,7 @@ Goals are {column: (least, most, unit)}, two columns, x then y; None where a sid
 columns, and under "<column> ci95" the (low, high) of a 95 % interval where there is one.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,7 +73,6 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
 
     (x, (least_x, most_x, _)), (y, (least_y, most_y, _)) = goals.items()
     ax.margins(0.18)
-    middle = (min(point[x] for point in points) + max(point[x] for point in points)) / 2 if points else 0.0
     for point in points:
         is_star = star is not None and point[label] == star
         look = (
@@ -86,11 +86,6 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
             if (ends := point.get(f"{column} ci95")) and all(map(math.isfinite, ends))
         }
         ax.errorbar([point[x]], [point[y]], capsize=2, zorder=3, **look, **bars)
-        on_the_right = point[x] > middle
-        ax.annotate(
-            str(point[label]).replace("$", r"\$"), (point[x], point[y]), (-7 if on_the_right else 7, 5),
-            textcoords="offset points", ha="right" if on_the_right else "left",
-        )  # fmt: skip
     for bound, line in ((least_x, ax.axvline), (most_x, ax.axvline), (least_y, ax.axhline), (most_y, ax.axhline)):
         if bound is not None:
             line(bound, color=show.COLOURS[2], linewidth=1, linestyle="--")
@@ -105,3 +100,22 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
     ax.annotate("goal", (corner[0], far[1]), (5, -5), textcoords="offset points", va="top", color=show.COLOURS[2])
     ax.set(xlim=(x_low, x_high), ylim=(y_low, y_high))
     ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
+    _label(ax, {(point[x], point[y]): str(point[label]) for point in points})
+
+
+def _label(ax: Any, points: Mapping[tuple[float, float], str]) -> None:
+    """Write each label beside its point, in the first of four corners where it meets no point and no other label."""
+    from matplotlib.transforms import Bbox
+
+    corners = itertools.product(((7, "left"), (-7, "right")), ((5, "bottom"), (-5, "top")))
+    corners = [((dx, dy), ha, va) for (dx, ha), (dy, va) in corners]
+    taken = [Bbox.from_bounds(*(ax.transData.transform(point) - 4), 8, 8) for point in points]
+    for point, label in points.items():
+        words = label.replace("$", r"\$")
+        texts = [ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va) for to, ha, va in corners]
+        boxes = [text.get_window_extent() for text in texts]
+        free = [ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) for box in boxes]
+        chosen = free.index(True) if True in free else 0
+        taken.append(boxes[chosen])
+        for text in texts[:chosen] + texts[chosen + 1 :]:
+            text.remove()
