@@ -485,8 +485,8 @@ def test_the_page_can_be_read_on_a_phone_and_without_sight_mouse_or_network(scre
     chromium.open(built.as_uri())
     seen = SimpleNamespace(**chromium.run(LOOK))
     assert seen.width <= screen and (seen.outside, seen.small) == ([], [])
-    # every picture is loaded, described, fits, and has the table of its numbers
-    assert len(seen.images) >= 10 and len(seen.figures) == len(seen.images) and min(seen.figures) >= 2
+    # every picture is loaded, described, fits, and has the table of its numbers, or the line that there are none yet
+    assert len(seen.images) >= 10 and len(seen.figures) == len(seen.images) and min(seen.figures) >= 1
     assert all(alt >= 60 and natural > 0 and 250 < width <= screen for alt, natural, width in seen.images)
     # nothing is nameless, broken or there twice; what scrolls can be reached by keyboard; headings skip no level
     assert (seen.unlabelled, chromium.nameless(), seen.anchors, seen.twice) == (0, [], [], [])
