@@ -115,7 +115,7 @@ def _label(ax: Any, points: Mapping[tuple[float, float], str]) -> None:
         texts = [ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va) for to, ha, va in corners]
         boxes = [text.get_window_extent() for text in texts]
         free = [ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) for box in boxes]
-        chosen = free.index(True) if True in free else 0
-        taken.append(boxes[chosen])
-        for text in texts[:chosen] + texts[chosen + 1 :]:
+        corner = free.index(True) if True in free else 0
+        taken.append(boxes[corner])
+        for text in texts[:corner] + texts[corner + 1 :]:
             text.remove()
