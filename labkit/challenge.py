@@ -100,17 +100,17 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
     ax.annotate("goal", (corner[0], far[1]), (5, -5), textcoords="offset points", va="top", color=show.COLOURS[2])
     ax.set(xlim=(x_low, x_high), ylim=(y_low, y_high))
     ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
-    _label(ax, {(point[x], point[y]): str(point[label]) for point in points})
+    _label(ax, [((point[x], point[y]), str(point[label])) for point in points])
 
 
-def _label(ax: Any, points: Mapping[tuple[float, float], str]) -> None:
+def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
     """Write each label beside its point, in the first of four corners where it meets no point and no other label."""
     from matplotlib.transforms import Bbox
 
     corners = itertools.product(((7, "left"), (-7, "right")), ((5, "bottom"), (-5, "top")))
     corners = [((dx, dy), ha, va) for (dx, ha), (dy, va) in corners]
-    taken = [Bbox.from_bounds(*(ax.transData.transform(point) - 4), 8, 8) for point in points]
-    for point, label in points.items():
+    taken = [Bbox.from_bounds(*(ax.transData.transform(point) - 4), 8, 8) for point, _ in points]
+    for point, label in points:
         words = label.replace("$", r"\$")
         texts = [ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va) for to, ha, va in corners]
         boxes = [text.get_window_extent() for text in texts]

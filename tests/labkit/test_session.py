@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
 import labkit
-from labkit import checks, files, machine, records, session
+from labkit import challenge, checks, files, machine, records, session
 from labkit.checks import worked
 from labkit.counting import Work
 from labkit.errors import InputError
@@ -649,3 +650,10 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
     assert carried.named("step").value == 1.0
     assert carried.seconds < 2.5
     assert "Lesson 01 finished" in shown["text/html"] and "Lesson 01 finished" in shown["text/plain"]
+
+
+def test_plans_that_reach_the_same_point_keep_their_labels():
+    _, ax = plt.subplots()
+    points = [{"plan": "ann", "time": 1.0, "size": 2.0}, {"plan": "ben", "time": 1.0, "size": 2.0}]
+    challenge.plane(ax, {"time": (None, 0.5, "s"), "size": (None, None, "")}, points, "plan")
+    assert {"ann", "ben"} <= {text.get_text() for text in ax.texts}
