@@ -254,6 +254,32 @@ def test_work_adds_the_share_of_the_roof_by_the_sessions_own_ceilings(lab, monke
     assert lab.ceilings(again=True).bandwidth == lab.ceilings().bandwidth == 2 * ROOFS.bandwidth
 
 
+ABOVE = {
+    "compute": (Work(10**12, 0), "hot", 2),
+    "memory, cold": (Work(0, 10**12), "cold", 2),
+    "memory, hot": (Work(0, 10**12), "hot", 1),  # the data may have stayed in a cache
+}
+
+
+@pytest.mark.parametrize(("work", "cache", "measured"), ABOVE.values(), ids=ABOVE)
+def test_a_side_above_a_roof_that_must_be_too_low_has_the_roofs_measured_again(lab, monkeypatch, work, cache, measured):
+    asked = []
+
+    def higher_each_time(device, budget_s):
+        asked.append(device)
+        factor = 10 ** (9 * (len(asked) - 1))
+        flops = {name: rate * factor for name, rate in ROOFS.flops.items()}
+        return replace(ROOFS, flops=flops, bandwidth=ROOFS.bandwidth * factor)
+
+    def call():
+        return sum(range(5000))
+
+    monkeypatch.setattr(machine, "ceilings", higher_each_time)
+    pair = lab.compare("pair", call, call, work=(work, work), cache=cache, budget_s=0.05)
+    assert len(asked) == measured
+    assert (pair.baseline.roof_share > 1) == (measured == 1)
+
+
 def test_running_a_cell_again_replaces_what_it_recorded(lab):
     for value in (1, 2):
         lab.record("step", value, "ms")
