@@ -109,10 +109,14 @@ def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
 
     corners = itertools.product(((7, "left"), (-7, "right")), ((5, "bottom"), (-5, "top")))
     corners = [((dx, dy), ha, va) for (dx, ha), (dy, va) in corners]
+    ground = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}  # error bars may cross a label
     taken = [Bbox.from_bounds(*(ax.transData.transform(point) - 4), 8, 8) for point, _ in points]
     for point, label in points:
         words = label.replace("$", r"\$")
-        texts = [ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va) for to, ha, va in corners]
+        texts = [
+            ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va, bbox=ground)
+            for to, ha, va in corners
+        ]
         boxes = [text.get_window_extent() for text in texts]
         free = [ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) for box in boxes]
         corner = free.index(True) if True in free else 0
