@@ -227,16 +227,16 @@ def test_a_character_is_an_argument_by_itself_as_in_tex(plain: str, braced: str,
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson, sphinx: None) -> Path:
-    """A course of one lesson and one syllabus that links to it."""
+    """A course of the lesson that the first page links to, and one syllabus."""
     folder = tmp_path / "notebooks"
-    write_lesson(folder, "1 + 1")
+    lesson = write_lesson(folder, "1 + 1", name="00_measuring_honestly").name
     for name in ("claims.toml", "glossary.md"):
         shutil.copy(files.NOTEBOOKS / name, folder)
     (folder / "syllabi" / "notes").mkdir(parents=True)
     (folder / "syllabi" / "notes" / "01.md").write_text("# Notes on lesson 01\n")
-    half_day = "# Half a day\n\n[The lesson](../01_small.ipynb), [notes](notes/01.md).\n"
+    half_day = f"# Half a day\n\n[The lesson](../{lesson}), [notes](notes/01.md).\n"
     (folder / "syllabi" / "half_day.md").write_text(half_day)
-    (tmp_path / "README.md").write_text("<!-- lessons: -->\n[It](notebooks/01_small.ipynb)\n<!-- /lessons -->\n")
+    (tmp_path / "README.md").write_text(f"<!-- lessons: -->\n[It](notebooks/{lesson})\n<!-- /lessons -->\n")
     monkeypatch.setattr(files, "ROOT", tmp_path)
     monkeypatch.setattr(files, "NOTEBOOKS", folder)
     return folder
@@ -245,7 +245,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson, sphinx:
 def test_syllabi_become_pages(small: Path, tmp_path: Path):
     first = site.build(tmp_path / "out" / "html")
     page = (first.parent / "notebooks" / "syllabi" / "half_day.html").read_text(encoding="utf-8")
-    assert 'href="../01_small.html"' in page
+    assert 'href="../00_measuring_honestly.html"' in page
     assert 'href="notes/01.html"' in page
     assert "syllabi/half_day.html" in first.read_text(encoding="utf-8")
     assert "There is no run of yours yet" in text_of(first.with_name("machines.html"))
