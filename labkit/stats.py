@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom, binomtest, norm, rankdata, t
+from scipy.special import bdtrik, ndtri, stdtrit  # not scipy.stats, which takes half a second to import
 
 from labkit.errors import InputError
 
@@ -26,7 +26,7 @@ Estimate = tuple[float, float, float]  # an estimate and its 95 % interval
 @functools.lru_cache(maxsize=4096)
 def _rank(n: int) -> int:
     """The largest k with P(Binomial(n, 1/2) <= k - 1) <= 0.025; 0 below six values, which give no interval."""
-    return int(binom.ppf(0.025, n, 0.5)) if n else 0
+    return math.ceil(bdtrik(0.025, n, 0.5)) if n >= LEAST else 0
 
 
 def median_ci(values: Sequence[float]) -> Estimate:
@@ -113,6 +113,8 @@ def wilson(right: int, n: int) -> Estimate:
     """
     if not 0 <= right <= n or n < 1:
         raise InputError(f"{right!r} right of {n!r} is no share: give whole numbers with 0 <= right <= n and n >= 1.")
+    from scipy.stats import binomtest
+
     low, high = binomtest(right, n).proportion_ci(0.95, method="wilson")
     return right / n, float(low), float(high)
 
@@ -126,7 +128,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estima
         raise InputError(
             f"paired_difference takes two equally long lists of 30 values or more, got {len(first)} and {len(second)}."
         )
-    return _around_the_mean(np.subtract(first, second, dtype=float), float(norm.ppf(0.975)))
+    return _around_the_mean(np.subtract(first, second, dtype=float), float(ndtri(0.975)))
 
 
 def mean_ci(values: Sequence[float]) -> Estimate:
@@ -138,7 +140,7 @@ def mean_ci(values: Sequence[float]) -> Estimate:
         raise InputError("mean_ci takes one value or more, one a seed, got 0.")
     if len(values) == 1:
         return float(values[0]), -math.inf, math.inf
-    return _around_the_mean(values, float(t.ppf(0.975, len(values) - 1)))
+    return _around_the_mean(values, float(stdtrit(len(values) - 1, 0.975)))
 
 
 def _around_the_mean(values: Sequence[float], quantile: float) -> Estimate:
@@ -175,6 +177,8 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's correlation of the ranks, row by row, [rows, items] -> [rows]; NaN where a row is constant."""
+    from scipy.stats import rankdata
+
     x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (rankdata(a, axis=1), rankdata(b, axis=1)))
     with np.errstate(invalid="ignore"):
         return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
