@@ -314,6 +314,7 @@ PRODUCTS = {
 CONVOLUTION_FLOPS = 2 * 128 * 128 * 3 * 3 * 56 * 56
 SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}  # of the square products
 ROUNDS = 6  # of every call at least, however short the budget: fewer give no interval
+LONGEST_S = 0.025  # that a product may take however short the budget: 1024 x 1024 in fp32 on a core of 2020
 REPETITIONS = 10  # of each ceiling, where the budget allows: the best of the rounds in each counts
 
 PARTS = 16  # of the arrays that are streamed on a CPU, a call each: a short call is more often left undisturbed
@@ -397,7 +398,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     machine = fingerprint(target)
     before, deadline = clocks.snapshot(target), time.perf_counter() + budget_s
     with torch.inference_mode():
-        products, flops, warnings = _products(target, longest_s=budget_s / 80)
+        products, flops, warnings = _products(target, longest_s=max(budget_s / 80, LONGEST_S))
         streams, moved = _streams(machine, target)
         samples = _in_turns(products | streams, target, deadline)
     after = clocks.snapshot(target)

@@ -222,7 +222,7 @@ class Lab:
         device = f"{target.type}:{target.index}" if target.index else target.type  # cuda is cuda:0
         key = device, torch.get_num_threads()
         if again or key not in self._ceilings:
-            roofs = machine.ceilings(device, budget_s=self.by_preset(2.0, 6.0, 10.0))
+            roofs = machine.ceilings(device, budget_s=self.by_preset(1.2, 6.0, 10.0))
             if key in self._ceilings:
                 roofs = self._ceilings[key].raised(roofs)
             self._ceilings[key] = roofs
