@@ -4,6 +4,7 @@ Predict first, then measure, then compare both with what was claimed; finish() w
 measures nothing itself (labkit.bench does), grades no exercise (labkit.checks does) and installs or downloads nothing.
 """
 
+import gc
 import math
 import numbers
 import os
@@ -92,6 +93,8 @@ def start(
         torch.cuda.set_device(torch_device.index or 0)
         torch.cuda.reset_peak_memory_stats()
     show.style()
+    gc.collect()
+    gc.freeze()  # what the imports made stays anyway: to search it before each measurement takes a quarter of a second
     lab = Lab(lesson, preset, torch_device, int(seed), folder / lesson / "record.json", parameters)
     lab._show_card()
     return lab

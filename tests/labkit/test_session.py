@@ -1,5 +1,6 @@
 """A session from start to finish: what is settled, predicted, measured, claimed, checked, and what the record holds."""
 
+import gc
 import json
 import random
 import subprocess
@@ -96,6 +97,10 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
         labkit.start("01", device="cpu", seed=7, results_dir=tmp_path)
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
     assert drawn[0] == drawn[1]
+
+
+def test_a_collection_before_a_measurement_does_not_search_what_the_imports_made(lab):
+    assert not any(thing is vars(torch) for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize(("preset", "value"), [("smoke", 1), ("class", 2), ("full", 3)])
