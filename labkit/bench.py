@@ -336,14 +336,9 @@ def _until_precise(
 
 @contextlib.contextmanager
 def _garbage_collector_off() -> Iterator[None]:
-    """Collect now, then keep the collector from running inside a timed call; its former state comes back.
-
-    What is young is collected each time, everything after as many such times as the collector itself waits: to look at
-    every object of a program that has imported torch and transformers takes as long as many a budget.
-    """
+    """Collect now, then keep the collector from running inside a timed call; its former state comes back."""
     was_on = gc.isenabled()
-    all_is_due = gc.get_count()[2] >= gc.get_threshold()[2]
-    gc.collect(2 if all_is_due else 1)
+    gc.collect()
     gc.disable()
     try:
         yield
