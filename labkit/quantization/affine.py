@@ -202,6 +202,6 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     stored = torch.where(scale == 0, 1, scale).to(dtype)
     if not stored.isfinite().all():
         raise InputError(
-            f"The values to quantize have NaN, infinities or a range beyond {dtype}: look for their origin, or clamp them."
+            f"The values have NaN, infinities or a range beyond {dtype}: look for their origin, or clamp them first."
         )
     return stored.abs().clamp(min=least).copysign(stored)  # after the cast: 1e-9 is 0 in float16
