@@ -109,12 +109,12 @@ def choose(
     lo, hi = _wide(lo).clamp(max=0), _wide(hi).clamp(min=0)
     half = 2 ** (bits - 1)
     if kind == "asymmetric":
-        scale = _stored((hi - lo) / (2 * half - 1), dtype)
+        scale = stored((hi - lo) / (2 * half - 1), dtype)
         zero = (-lo / _wide(scale)).round().clamp(0, 2 * half - 1).to(torch.int32)
         return Grid(scale, zero, bits, 0, 2 * half - 1)
     steps, lowest = SYMMETRIC[kind](half)
     extreme = torch.where(hi > -lo, hi, lo) if kind == "signed" else torch.maximum(hi, -lo)
-    scale = _stored(extreme / steps, dtype)
+    scale = stored(extreme / steps, dtype)
     return Grid(scale, torch.zeros_like(scale, dtype=torch.int32), bits, lowest, half - 1)
 
 
@@ -170,6 +170,21 @@ def check_group(width: int, group_size: int) -> None:
         )
 
 
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale, float32 or wider, as dtype holds it, and not 0 there: at least dtype's least number, or the least of a finite reciprocal.
+
+    InputError for NaN and infinities.
+    """
+    info = torch.finfo(dtype)
+    rounded = torch.where(scale == 0, 1, scale).to(dtype).to(scale.dtype)
+    if not rounded.isfinite().all():
+        raise InputError(
+            f"The values have NaN, infinities or a range beyond {dtype}: look for their origin, or clamp them first."
+        )
+    least = max(info.smallest_normal * info.eps, 2.0**-126)
+    return rounded.abs().clamp(min=least).copysign(rounded).to(dtype)  # after the cast: 1e-9 is 0 in float16
+
+
 def _grid(x: Tensor, bits: int, symmetric: bool | str, axis: int | None, group_size: int | None) -> Grid:
     if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16) or not x.numel():
         raise InputError(f"x is {x.dtype} {list(x.shape)}, but it must hold floating-point numbers, at least one.")
@@ -193,15 +208,3 @@ def _grid(x: Tensor, bits: int, symmetric: bool | str, axis: int | None, group_s
 def _wide(x: Tensor) -> Tensor:
     """In float32 or wider: a product of bfloat16 has 8 bits, too few for code times scale."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as dtype holds it, and not 0 there: the least number counts whose reciprocal float32 has."""
-    info = torch.finfo(dtype)
-    least = max(info.smallest_normal * info.eps, 2.0**-126)
-    stored = torch.where(scale == 0, 1, scale).to(dtype)
-    if not stored.isfinite().all():
-        raise InputError(
-            f"The values have NaN, infinities or a range beyond {dtype}: look for their origin, or clamp them first."
-        )
-    return stored.abs().clamp(min=least).copysign(stored)  # after the cast: 1e-9 is 0 in float16
