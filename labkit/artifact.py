@@ -1,4 +1,4 @@
-"""The bytes of a model as it would be stored, indices, masks and metadata included.
+"""The bytes of a model as it would be stored, indices, masks, scales and metadata included.
 
 What is measured is the length of a real safetensors serialisation (safetensors.save), so a ratio of sizes is one of
 files. It does not convert a model: a smaller file is not yet a faster one, and the kernels are elsewhere.
@@ -15,19 +15,22 @@ from torch.nn.utils import parametrize
 from labkit.batches import evaluating
 from labkit.counting import dense_parts
 from labkit.errors import InputError, check_choice
-from labkit.storage import FORMATS
+from labkit.quantization.affine import Quantized
+from labkit.quantization.formats import Encoded
+from labkit.storage import FORMATS, to_bits
 
 
 def size(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> int:
     """Bytes of `model` (a module or a state dict) stored as `format`, the file's header included.
 
-    format: one of `storage.FORMATS`, which has their formulas: "dense", "csr", "bitmask", "nm" (2:4) and others. It is
-        that of the floating point weights with at least two dimensions, read as [out, rest], plus 4 bytes a dimension
-        for the shape; everything else stays dense, and so does a weight that does not have the form (`pack` shows which
-        ones). With "nm" InputError if no weight is 2:4.
+    format: one of `storage.FORMATS`, which has their formulas: "dense", "csr", "bitmask", "nm" (2:4), "int8", "int4",
+        and others. It is that of the floating point weights with at least two dimensions, read as [out, rest], plus 4
+        bytes a dimension for the shape; everything else stays dense, and so does a weight that does not have the form
+        (`pack` shows which ones). InputError if no weight has the form that "nm" or blocks of few bits ask for.
 
     Stored is what the forward pass sees: a masked weight with its zeros, not the original and the mask; a tensor that
-    several layers share, once.
+    several layers share, once. A state dict may hold `affine.Quantized` and `formats.Encoded`, and a module its codes
+    and scales as buffers; those are counted as they are.
     """
     return len(save(pack(model, format)))
 
@@ -44,11 +47,11 @@ def pack(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> dict
         else:
             parts |= {"shape": torch.tensor(tensor.shape, dtype=torch.int32)}
             packed |= {f"{name}:{format}:{part}": value for part, value in parts.items()}
-    if format == "nm" and packed.keys() == tensors.keys():
+    form = FORMATS[format].form
+    if form and packed.keys() == tensors.keys():
         looked_at = ", ".join(sorted(weights)[:4]) or "a model without matrices"
         raise InputError(
-            f"no weight has two zeros in each four input channels (looked at {looked_at}): prune the model to 2:4, "
-            "or choose another format."
+            f"no weight has {form} (looked at {looked_at}): prune or pad the model so, or choose another format."
         )
     return packed
 
@@ -101,6 +104,18 @@ def _dense(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
             yield from _dense(f"{name}.{i}", item)
+    elif isinstance(value, Quantized | Encoded):
+        codes, bits = value.codes, value.bits
+        yield f"{name}.codes", codes if bits == 8 else to_bits(codes, bits)
+        if isinstance(value, Encoded):
+            parts = {"scale": value.scale, "tensor_scale": value.tensor_scale}
+            yield from (
+                (f"{name}.{key}", part.view(-1).view(torch.uint8)) for key, part in parts.items() if part is not None
+            )
+        else:
+            yield f"{name}.scale", value.scale
+            if value.grid.lo == 0:
+                yield f"{name}.zero", to_bits(value.zero, bits)
     elif isinstance(value, Tensor) and value.is_quantized:
         yield f"{name}.int_repr", value.int_repr()
         if value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):

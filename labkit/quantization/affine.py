@@ -171,9 +171,9 @@ def check_group(width: int, group_size: int) -> None:
 
 
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale, float32 or wider, as dtype holds it, and not 0 there: at least dtype's least number, or the least of a finite reciprocal.
+    """The scale, float32 or wider, as dtype holds it, and not 0 there; InputError for NaN and infinities.
 
-    InputError for NaN and infinities.
+    A scale of 0 becomes 1; what dtype rounds to 0, its least number, or the least whose reciprocal float32 has.
     """
     info = torch.finfo(dtype)
     rounded = torch.where(scale == 0, 1, scale).to(dtype).to(scale.dtype)

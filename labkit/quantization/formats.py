@@ -38,7 +38,7 @@ class Codebook:
     def encode(self, values: Tensor) -> Tensor:
         """uint8: the codes of the nearest points, of two as near the even code; beyond the last point, that one."""
         points = torch.tensor(self.points, device=values.device)
-        magnitude = values.abs() if self.signed else values
+        magnitude = (values.abs() if self.signed else values).contiguous()
         middles = (points[1:] + points[:-1]) / 2
         codes = torch.bucketize(magnitude, middles, out_int32=True)  # of two, the lower
         codes += (middles[codes.clamp(max=len(middles) - 1)] == magnitude) & (codes % 2 == 1)
@@ -94,6 +94,10 @@ class Encoded:
     tensor_scale: Tensor | None
     format: str
 
+    @property
+    def bits(self) -> int:
+        return FORMATS[self.format].bits
+
     def dequantize(self) -> Tensor:
         """float32, in the shape of the codes: point times scale, times the tensor's."""
         points = FORMATS[self.format].decode(self.codes)
@@ -106,9 +110,9 @@ class Encoded:
 def quantize(x: Tensor, format: str) -> Encoded:
     """x, floating point, in one of FORMATS, its scales from the largest |x| of each block of the last dimension.
 
-    Rounded is x / scale in float32, half to even; what exceeds the last point becomes that, where torch's casts to
-    float8 give NaN or an infinity. InputError for a format that is not listed, for NaN and infinities, and for a last
-    dimension that blocks do not fill.
+    Rounded is x / scale in float32, half to even; what exceeds the last point becomes that (a cast to float8 may give
+    an infinity or NaN). InputError for a format that is not listed, for NaN and infinities, for a range that the scale's
+    type cannot hold, and for a last dimension that blocks do not fill.
     """
     check_choice(format, FORMATS, "number format")
     row = FORMATS[format]

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize, prune
 from labkit.artifact import pack, size
 from labkit.errors import InputError
 from labkit.pruning import nm
-from labkit.storage import FORMATS
+from labkit.quantization import affine, formats
+from labkit.storage import FORMATS, ROUNDED
 
 OUT, IN = 64, 128
 
@@ -38,7 +39,7 @@ def payload(model, format: str = "dense") -> int:
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ROUNDED])
 def test_a_model_comes_back_from_its_file(format: str) -> None:
     model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 10), nn.Linear(10, 5))
     model = model.bfloat16()  # which every format holds as it is
@@ -130,6 +131,39 @@ def test_quantised_and_sparse_tensors_are_stored_by_what_they_hold() -> None:
     assert size(quantised) < 0.35 * size(dense)
     csr = zeroed(torch.randn(OUT, IN), 0.9).to_sparse_csr()
     assert payload({"w": csr}) == csr.values().nbytes + csr.col_indices().nbytes + csr.crow_indices().nbytes
+
+
+def test_few_bits_count_codes_scales_and_zeros() -> None:
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, 9))  # with biases in float32
+    weights, biases = OUT * IN + 9 * OUT, 4 * (OUT + 9)
+    shapes = 2 * 2 * 4
+    assert payload(model, "int8") == weights + 2 * (OUT + 9) + biases + shapes
+    groups = weights // 64
+    assert payload(model, "int4") == weights // 2 + 2 * groups + -(-groups // 2) + biases + shapes
+    assert payload(model, "mxfp4") == weights // 2 + weights // 32 + biases + shapes
+    mixed = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(27, 9))  # whose second layer blocks do not fill
+    assert "1.weight" in pack(mixed, "q4_0") and "0.weight:q4_0:blocks" in pack(mixed, "q4_0")
+    with pytest.raises(InputError, match="no weight has rows of whole blocks of 32 weights"):
+        size({"1.weight": mixed[1].weight}, "q4_0")
+
+
+@pytest.mark.parametrize("format", ROUNDED)
+def test_a_model_of_few_bits_comes_back_rounded(format: str) -> None:
+    model = nn.Sequential(nn.Conv2d(64, 6, 3), nn.Linear(64, 10))
+    back = unpacked(load(save(pack(model, format))))
+    for name, value in model.state_dict().items():
+        assert affine.sqnr(value, back[name]) > 15
+
+
+def test_quantised_tensors_in_a_state_dict_count_by_their_bits() -> None:
+    weight = torch.randn(OUT, IN)
+    groups = OUT * IN // 64
+    four = affine.quantize(weight, 4, symmetric=False, group_size=64)
+    assert payload({"w": four}) == OUT * IN // 2 + 4 * groups + groups // 2
+    assert payload({"w": affine.quantize(weight, 3, axis=0)}) == OUT * IN * 3 // 8 + 4 * OUT  # a zero that is 0 is none
+    assert payload({"w": affine.quantize(weight, 8, axis=0)}) == OUT * IN + 4 * OUT
+    assert payload({"w": formats.quantize(weight, "nvfp4")}) == OUT * IN // 2 + OUT * IN // 16 + 4
+    assert payload({"w": formats.quantize(weight, "e4m3")}) == OUT * IN
 
 
 def test_memory_formats_do_not_matter() -> None:
