@@ -155,7 +155,7 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float:
     signal = float(reference.square().sum())
     if not noise:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return 10 * (math.log10(signal) - math.log10(noise)) if signal else -math.inf
 
 
 def check_group(width: int, group_size: int) -> None:

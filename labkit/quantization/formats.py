@@ -111,8 +111,8 @@ def quantize(x: Tensor, format: str) -> Encoded:
     """x, floating point, in one of FORMATS, its scales from the largest |x| of each block of the last dimension.
 
     Rounded is x / scale in float32, half to even; what exceeds the last point becomes that (a cast to float8 may give
-    an infinity or NaN). InputError for a format that is not listed, for NaN and infinities, for a range that the scale's
-    type cannot hold, and for a last dimension that blocks do not fill.
+    an infinity or NaN). InputError for a format that is not listed, for NaN and infinities, for a range beyond the
+    scale's type, and for a last dimension that blocks do not fill.
     """
     check_choice(format, FORMATS, "number format")
     row = FORMATS[format]

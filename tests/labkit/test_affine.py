@@ -15,8 +15,8 @@ FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 VALUES = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 1.5, 2.5, -2.5, 127.0, -128.0, 6e-8, 3e-5, -7.3, 1000.1, -60000.0]
 
 
-def by_loop(values, bits, convention, stored):
-    """Codes of one group of numbers, its scale as the papers write it and its zero point, from the scale as stored."""
+def by_loop(values, bits, convention, stored, zero):
+    """Codes, scale and zero point of one group of numbers as the papers write them; codes from what is stored."""
     half, lo, hi = 2 ** (bits - 1), min(0.0, *values), max(0.0, *values)
     extreme = hi if hi > -lo else lo
     scale, lowest, highest = {
@@ -26,8 +26,8 @@ def by_loop(values, bits, convention, stored):
         "signed": (extreme / -half, -half, half - 1),
         False: ((hi - lo) / (2**bits - 1), 0, 2**bits - 1),
     }[convention]
-    zero = 0 if convention else min(max(round(-lo / stored), 0), highest)
-    return [min(max(round(x / stored) + zero, lowest), highest) for x in values], scale
+    codes = [min(max(round(x / stored) + zero, lowest), highest) for x in values]
+    return codes, scale, 0 if convention else min(max(-lo / stored, 0), highest)
 
 
 def tensors(draw, dtype):
@@ -82,7 +82,9 @@ def test_codes_are_those_of_a_loop_in_float64(data):
         inside = places == place
         values = x[inside].double()
         stored, wide = scale[inside].unique(), torch.promote_types(dtype, torch.float32)
-        codes, expected = by_loop(values.tolist(), bits, convention, stored.item())
+        code_of_zero = zero[inside].unique().item()
+        codes, expected, place = by_loop(values.tolist(), bits, convention, stored.item(), code_of_zero)
+        assert abs(code_of_zero - place) <= 0.5 + 1e-4  # itself rounded, and in float32 too
         least = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, 2.0**-126)
         expected = max(abs(expected), least) if values.any() else 1.0
         assert abs(stored.abs().item() - expected) <= max(torch.finfo(dtype).eps * expected, least)
@@ -231,6 +233,7 @@ def test_shapes_of_scales():
 def test_sqnr_is_in_db_and_exact_when_nothing_differs():
     r = torch.tensor([3.0, 4.0])
     assert affine.sqnr(r, r + torch.tensor([0.0, 0.5])) == pytest.approx(20.0)
+    assert affine.sqnr(r, r / 0) == -math.inf and math.isnan(affine.sqnr(r, r * torch.nan))
     assert affine.sqnr(r, r) == math.inf and affine.sqnr(torch.zeros(2), r) == -math.inf
     long = torch.full((2**24 + 8,), 1.0)  # whose sum of squares float32 cannot count
     assert affine.sqnr(long, long + 0.5) == pytest.approx(6.0206, abs=1e-4)
