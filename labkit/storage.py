@@ -34,7 +34,9 @@ def nbytes(weight: Tensor, format: str) -> int:
     """Bytes of the arrays of `weight` [out, ...] in `format`, indices, masks and scales included."""
     parts = FORMATS[format].pack(weight)
     if parts is None:
-        raise InputError(f"The weight {list(weight.shape)} has not {FORMATS[format].form}: choose another format.")
+        raise InputError(
+            f"The weight {list(weight.shape)} does not have {FORMATS[format].form}: choose another format."
+        )
     return sum(part.nbytes for part in parts.values())
 
 

@@ -202,7 +202,7 @@ def test_nan_and_a_scale_beyond_the_format_are_refused(name):
 
 def test_a_weight_that_blocks_do_not_fill_has_no_bytes_in_them():
     with pytest.raises(
-        InputError, match=r"The weight \[3, 27\] has not rows of whole blocks of 32 weights: choose ano"
+        InputError, match=r"The weight \[3, 27\] does not have rows of whole blocks of 32 weights: choose ano"
     ):
         storage.nbytes(torch.ones(3, 27), "q4_0")
     assert FORMATS["nvfp4"].pack(torch.ones(3, 27)) is None
