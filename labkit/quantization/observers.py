@@ -82,7 +82,7 @@ class Observer:
                 f"All values of {self.where} are {lo:g}, which is no range: calibrate on other data or ignore it."
             )
         low, high = RANGES[self.name](self)
-        return torch.tensor(max(low, lo)), torch.tensor(min(high, hi))
+        return tuple(torch.tensor(float(end), dtype=torch.float32) for end in (max(low, lo), min(high, hi)))
 
 
 def _minmax(seen: Observer) -> tuple[float, float]:
@@ -142,15 +142,15 @@ def _histogram(seen: Observer) -> tuple[float, float]:
 
 
 def _divergence(counts: np.ndarray, i: int, codes: int) -> float:
-    p = counts[:i].astype(np.float64)
-    code = np.arange(i) * codes // i
+    """sum P log(P / Q) of the first i bins told in so many codes."""
+    p, code = counts[:i].astype(np.float64), np.arange(i) * codes // i
     full = p > 0
-    q = np.bincount(code, p, codes) / np.maximum(np.bincount(code, full, codes), 1)
     if not full.any():
         return math.inf
-    p[full.nonzero()[0][-1]] += counts[i:].sum()
-    q = q[code]
-    p, q = p[full] / p.sum(), q[full] / q.sum()
+    q = (np.bincount(code, p, codes) / np.maximum(np.bincount(code, full, codes), 1))[code][full]
+    p = p[full]
+    p[-1] += counts[i:].sum()
+    p, q = p / p.sum(), q / q.sum()
     return float((p * np.log(p / q)).sum())
 
 

@@ -59,12 +59,18 @@ class Cost(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One operator of the traced call: the shape that it gave, and the labels that its dimensions carry."""
+    """One operator of the traced call: the shape that it gave, and the labels that its dimensions carry.
+
+    operands: of each tensor among its arguments, in order: the number of the operation that made it, the name of the
+    parameter or buffer, or None for an input. settings: its other positional arguments.
+    """
 
     name: str
     module: str
     shape: tuple[int, ...]
     spans: Spans
+    operands: tuple[int | str | None, ...]
+    settings: tuple[Any, ...]
 
 
 @dataclass
@@ -78,6 +84,7 @@ class Record:
     restricted: list[Restricted] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)  # in order
+    returned: set[int | str | None] = field(default_factory=set)  # what made the model's outputs, as `operands`
     aliases: dict[str, list[str]] = field(default_factory=dict)  # {first name: the others}
     constants: frozenset[str] = frozenset()  # names of the buffers
     unmet: dict[int, str] = field(default_factory=dict)  # {id of an abstract parameter: name}, not labelled so far

@@ -258,7 +258,7 @@ def outputs(value: Any) -> list[Tensor]:
 
 
 class Tracer(Abstract):
-    """Sends every operator through its rule. What a tensor carries is an attribute of the tensor, `_spans`."""
+    """Sends every operator through its rule. What a tensor carries are its `_spans` and its `_origin`."""
 
     def __init__(self, record: Record, stack: list[str]) -> None:
         super().__init__()
@@ -292,7 +292,10 @@ class Tracer(Abstract):
             if isinstance(x, Tensor):
                 x._spans = tuple(s for s in spans if s.dims[-1] < x.dim() and _fits(s, x))
                 if i == 0 and not record.only_couples:
-                    record.operations.append(Operation(name, module, tuple(x.shape), x._spans))
+                    operands = tuple(getattr(operand, "_origin", None) for operand in _tensors(args, kwargs))
+                    settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
+                    record.operations.append(Operation(name, module, tuple(x.shape), x._spans, operands, settings))
+                x._origin = len(record.operations) - 1
         if name in VIEWS:
             out._is_weight = getattr(args[0], "_is_weight", False)
         return out
@@ -369,6 +372,7 @@ def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
             continue
         masks = x.dtype is torch.bool and shapes.get(name.removesuffix("_mask")) == x.shape  # shrinks with its weight
         lifted[id(x)] = _on_meta(x.detach()) if masks else abstract(x)
+        lifted[id(x)]._origin = name
         seen[memory] = (name, lifted[id(x)])
         if lifted[id(x)].device.type == "meta":
             record.unmet[id(lifted[id(x)])] = name
@@ -384,6 +388,8 @@ def _pass(
         out = traced(*args, **kwargs)
     for x in outputs(out):
         record.fix(x, range(x.dim()), "is the model's output")
+        if not record.only_couples:
+            record.returned.add(getattr(x, "_origin", None))
 
 
 def _failure(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: Exception) -> str:
