@@ -1,0 +1,440 @@
+"""Post-training quantization, SIMULATED: ranges from some batches, then float32 that takes only the values of codes.
+
+Krishnamoorthi 2018 (arXiv:1806.08342); Nagel et al. 2021 (arXiv:2106.08295), sections 2 and 3. A simulation is worth
+something where it rounds what an integer engine rounds, and nothing else. Hence three rules:
+
+1. A layer rounds its weight (a symmetric grid per output channel, "restricted") and its input (an asymmetric unsigned
+   grid for the tensor, since its scale must leave the sum). Its bias and its result are not rounded: they stand for the
+   int32 accumulator. What reads the result next rounds it, after ReLU: one rounding, whose clip at 0 is the ReLU.
+2. A sum of two branches is added up in the accumulator of the one that is computed last, so this one is not rounded.
+   The other one has been handed over in codes, an identity shortcut as well, and a `QuantizationPoint` rounds it, once
+   for all that read it. To leave the shortcut in float32 is the usual mistake, and 7 % of a ResNet's codes are others.
+3. Where the graph of the model cannot be traced there are no points: each layer rounds its own input (rule 1).
+
+BatchNorm is folded first. `integer.convert` has the integers, `qat` trains the same modules.
+"""
+
+import copy
+import itertools
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from labkit import batches as batching
+from labkit.errors import InputError, check_whole
+from labkit.pruning.coupling.tracing import outputs
+from labkit.quantization import affine, fold
+from labkit.quantization.affine import Grid
+from labkit.quantization.observers import Observer
+
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+FIRST = 4  # examples of the first batch that the report compares layer by layer
+
+
+class _Grids(nn.Module):
+    """Stores grids as buffers, so that they move and are saved with the module."""
+
+    def _store(self, name: str, grid: Grid) -> None:
+        self.register_buffer(f"{name}_scale", grid.scale)
+        self.register_buffer(f"{name}_zero", grid.zero)
+        setattr(self, f"{name}_range", (grid.bits, grid.lo, grid.hi))
+
+    def _grid(self, name: str) -> Grid:
+        return Grid(getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero"), *getattr(self, f"{name}_range"))
+
+
+class FakeQuantized(_Grids):
+    """SIMULATED: a Linear or Conv2d on rounded input and weight, in float32; its bias and result are not rounded.
+
+    layer: the float one. weight_grid: per output channel. input_grid: for the tensor. `qat` overrides the two `fake_`.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, weight_grid: Grid, input_grid: Grid) -> None:
+        super().__init__()
+        self.layer = layer
+        self._store("weight", weight_grid)
+        self._store("input", input_grid)
+
+    @property
+    def weight_grid(self) -> Grid:
+        return self._grid("weight")
+
+    @property
+    def input_grid(self) -> Grid:
+        return self._grid("input")
+
+    def fake_input(self, x: Tensor) -> Tensor:
+        return self.input_grid.fake(x)
+
+    def fake_weight(self) -> Tensor:
+        return self.weight_grid.fake(self.layer.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight, layer = self.fake_input(input), self.fake_weight(), self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, layer.bias)
+        return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class QuantizationPoint(_Grids):
+    """SIMULATED: rounds a value that is handed over in codes to a sum and to whatever else reads it.
+
+    A layer that reads it has the same grid, and rounding twice on one grid is rounding once.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self._store("value", grid)
+
+    @property
+    def grid(self) -> Grid:
+        return self._grid("value")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid.fake(x)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What becomes of a layer. shape: of its weight. scales: how many its weight has. lo, hi: the input's range."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    activations: int
+    scales: int
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """layers: those that are quantized. points: values that are rounded for a sum. refused: {layer: why it stays
+    float32}. traced: whether the model became a graph, in which codes can be handed from layer to layer."""
+
+    layers: tuple[PlannedLayer, ...]
+    points: tuple[str, ...]
+    refused: Mapping[str, str]
+    traced: bool
+
+    def __str__(self) -> str:
+        lines = [
+            f"{x.name}: {x.kind} {list(x.shape)}, weights {x.weights} bits x {x.scales} scales, input {x.activations} "
+            f"bits from {x.lo:.3g} to {x.hi:.3g}"
+            for x in self.layers
+        ]
+        return "\n".join([*lines, *(f"{name}: float32, {why}" for name, why in self.refused.items())])
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """model: SIMULATED. plan: what was done. report: a row a layer, the signal to quantization noise in dB.
+
+    Rows: "layer"; "weight_db" of the weight; "alone_db" of the layer's result if only this layer is quantized;
+    "chain_db" of its result in the quantized model, after all the layers before it. On `FIRST` examples.
+    """
+
+    model: nn.Module
+    plan: QuantizationPlan
+    report: tuple[dict[str, Any], ...]
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    weights: int | Mapping[str, int] = 8,
+    activations: int = 8,
+    observer: str = "minmax",
+    ignore: Collection[str] = (),
+) -> Calibrated:
+    """A SIMULATED copy of `model` in which every Linear and Conv2d that can be is `FakeQuantized`; see the rules above.
+
+    batches: what the model is called with; the ranges of activations are taken from them. Each is read once.
+    weights, activations: bits, 2 to 8; weights also as {name: bits} for layers that differ, 8 for others.
+    observer: how a range follows from what was observed, a row of `observers.RANGES`.
+    ignore: names of layers, or of modules whose layers, stay float32.
+
+    The copy runs in eval mode, on `model`'s device. InputError for bits, names, observers and batches that cannot be
+    used, for NaN or constant activations, and for a model without a layer to quantize.
+    """
+    widths = dict(weights) if isinstance(weights, Mapping) else {}
+    rest = 8 if isinstance(weights, Mapping) else weights
+    named_widths = {f"weights[{name!r}]": width for name, width in widths.items()}
+    for name, width in {"weights": rest, "activations": activations, **named_widths}.items():
+        check_whole(width, name, 2, 8)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    modules = dict(model.named_modules())
+    if unknown := [name for name in (*widths, *ignore) if name not in modules]:
+        raise InputError(f"There is no module {unknown[0]!r} in the model: take a name of its named_modules().")
+    Observer(observer, activations)
+    checked = batching.not_empty(batching.check_batches(batches, "calibration"))
+    first = next(checked)
+
+    with torch.no_grad(), batching.evaluating(model):
+        named = batching.inputs(model, first)
+        new = fold.fold_batch_norm(model, named).eval()
+        refused = _refused(new, ignore)
+        layers = [name for name, x in new.named_modules() if _is_plain(x) and name not in refused]
+        traced = _trace(new, named)
+        new, points = (new, []) if traced is None else (traced, _insert_points(traced, layers))
+        observers = _observe(new, layers, points, itertools.chain([first], checked), observer, activations)
+        for name in [name for name in layers if not observers[name].extremes]:
+            refused[name] = "no batch calls it as a module"
+            layers.remove(name)
+        if not layers:
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items()) or "it has no Linear and no Conv2d"
+            raise InputError(f"The model has no layer to quantize ({reasons}): give another, or ignore less.")
+        grids = {name: _input_grid(observers[name], activations) for name in [*layers, *points]}
+        if traced is not None:
+            grids |= {layer: grids[point] for layer, point in _behind(traced, layers, points).items()}
+
+        before, rows = _seen(new, layers, named), []
+        for name in layers:
+            layer, (x, y) = new.get_submodule(name), before[name]
+            fake = FakeQuantized(layer, weight_grid(layer, widths.get(name, rest)), grids[name])
+            noise = {
+                "weight_db": affine.sqnr(layer.weight, fake.fake_weight()), "alone_db": affine.sqnr(y, fake(x)),
+            }  # fmt: skip
+            rows.append({"layer": name, **noise})
+            new = replaced(new, name, fake)
+        for name in points:
+            new.set_submodule(name, QuantizationPoint(grids[name]))
+        after = _seen(new, layers, named)
+    report = tuple({**row, "chain_db": affine.sqnr(before[row["layer"]][1], after[row["layer"]][1])} for row in rows)
+    plan = QuantizationPlan(
+        tuple(_planned(name, new.get_submodule(name)) for name in layers), tuple(points), refused, traced is not None
+    )
+    return Calibrated(new, plan, report)
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def weight_grid(layer: nn.Module, bits: int) -> Grid:
+    """The symmetric grid of a Linear's or Conv2d's weight [out, ...], a scale for each output channel."""
+    rows = layer.weight.detach().float().flatten(1)
+    shape = (-1, *[1] * (layer.weight.dim() - 1))
+    return affine.choose(rows.amin(1).view(shape), rows.amax(1).view(shape), bits)
+
+
+def _input_grid(observer: Observer, bits: int) -> Grid:
+    return affine.choose(*observer.range(), bits, symmetric=False)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A Linear or Conv2d that computes what these compute; a subclass may differ."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, nn.Conv2d))
+
+
+def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
+    """{name: why it stays float32}, of layers with weights. InputError for a weight with NaN."""
+    refused = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
+            continue
+        if any(name == part or name.startswith(f"{part}.") for part in ignore):
+            refused[name] = "it is ignored"
+        elif not _is_plain(module):
+            refused[name] = f"a {type(module).__name__} has no integer kernel, and no layer took it in"
+        elif module.weight.dtype is not torch.float32:
+            refused[name] = f"its weight is {module.weight.dtype}, and only float32 is quantized"
+        elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            refused[name] = f"it pads with {module.padding_mode!r}, and a kernel pads with the zero point"
+        elif isinstance(module, nn.Conv2d) and _uneven(module):
+            refused[name] = "it pads more on one side, which no kernel does"
+        elif not module.weight.isfinite().all():
+            raise InputError(f"The weight of {name!r} has NaN or infinity: load other weights, or ignore it.")
+    return refused
+
+
+def _uneven(layer: nn.Conv2d) -> bool:
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    return left != right or top != bottom
+
+
+def _trace(model: nn.Module, named: Mapping[str, Any]) -> fx.GraphModule | None:
+    """The model as a graph that computes the same for the first batch, with the shapes of its values; or None."""
+    if _is_plain(model):
+        return None
+    try:
+        traced = fx.symbolic_trace(model)
+        for node in traced.graph.nodes:
+            if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
+                node.replace_all_uses_with(node.all_input_nodes[0])  # where a BatchNorm was
+                traced.graph.erase_node(node)
+        traced.recompile()
+        places = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        values = [named.get(node.target, node.args[0] if node.args else None) for node in places]
+        pairs = zip(outputs(model(**named)), outputs(ShapeProp(traced).propagate(*values)), strict=True)
+        same = all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
+    except Exception:  # a forward pass may do to a stand-in for a tensor whatever Python can do
+        return None
+    return traced if same else None
+
+
+def _insert_points(traced: fx.GraphModule, layers: Collection[str]) -> list[str]:
+    """Marks the sums that a convolution can do, and puts an Identity behind the other term of each; their names."""
+    graph, points = traced.graph, []
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    convolutions = {name for name in layers if isinstance(traced.get_submodule(name), nn.Conv2d)}
+    for node in list(graph.nodes):
+        if node.target not in ADDITIONS or len(node.all_input_nodes) != 2 or node.kwargs:
+            continue
+        shapes = [getattr(term.meta.get("tensor_meta"), "shape", None) for term in node.args]
+        branches = [x for x in node.args if x.target in convolutions and len(x.users) == 1]
+        if not branches or shapes[0] != shapes[1]:
+            continue
+        branch = max(branches, key=lambda x: order[x])
+        (other,) = (x for x in node.args if x is not branch)
+        node.meta["summed"] = True
+        if other.target in points:
+            continue
+        points.append(f"{other.name}_point")
+        traced.add_submodule(points[-1], nn.Identity())
+        with graph.inserting_after(other):
+            point = graph.call_module(points[-1], (other,))
+        point.meta["tensor_meta"], order[point] = other.meta["tensor_meta"], order[other]
+        other.replace_all_uses_with(point, delete_user_cb=lambda user, point=point: user is not point)
+    traced.recompile()
+    return points
+
+
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a convolution and a `QuantizationPoint` of the same shape are added here."""
+    return bool(node.meta.get("summed"))
+
+
+def _behind(traced: fx.GraphModule, layers: Collection[str], points: Collection[str]) -> dict[str, str]:
+    """{layer: the point that it reads}"""
+    calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target in layers]
+    sources = {node.target: node.all_input_nodes[0].target for node in calls}
+    return {layer: source for layer, source in sources.items() if source in points}
+
+
+def _planned(name: str, fake: FakeQuantized) -> PlannedLayer:
+    weight, grid = fake.weight_grid, fake.input_grid
+    ends = ((end - int(grid.zero)) * float(grid.scale) for end in (grid.lo, grid.hi))
+    shape, scales = tuple(fake.layer.weight.shape), weight.scale.numel()
+    return PlannedLayer(name, type(fake.layer).__name__, shape, weight.bits, grid.bits, scales, *ends)
+
+
+# --- looking at what the layers get -----------------------------------------------------------------------------------
+
+
+def _observe(
+    model: nn.Module, layers: Sequence[str], points: Sequence[str], batches: Iterable, observer: str, bits: int
+) -> dict[str, Observer]:
+    names = {
+        **{name: f"the input of {name!r}" for name in layers},
+        **{name: f"the sum's term {name!r}" for name in points},
+    }
+    observers = {name: Observer(observer, bits, where) for name, where in names.items()}
+
+    def hook(name: str):
+        return lambda _, args, kwargs: observers[name].observe(args[0] if args else kwargs["input"])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        for batch in batches:
+            model(**batching.inputs(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return observers
+
+
+def _seen(model: nn.Module, layers: Sequence[str], named: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (input, result)} of the first batch's first examples."""
+    seen = {}
+
+    def hook(name: str):
+        def keep(_, args, kwargs, result) -> None:
+            seen[name] = (args[0] if args else kwargs["input"])[:FIRST].clone(), result[:FIRST].clone()
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in layers]
+    try:
+        model(**named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def replaced(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """`model` with `new` in the place of the module of this name, under all names it has; `new` if it is the model."""
+    old = model.get_submodule(name)
+    for alias in [alias for alias, module in model.named_modules(remove_duplicate=False) if module is old and alias]:
+        model.set_submodule(alias, new)
+    return model if name else new
+
+
+# --- mixed precision --------------------------------------------------------------------------------------------------
+
+
+def sensitivity(calibrated: Calibrated, batches: Iterable, *, bits: Sequence[int] = (8, 4)) -> list[dict[str, Any]]:
+    """Rows "layer", "bits", "bytes", "db": the model's output against float32's if this layer alone is quantized.
+
+    bits: of the weight; its input has the calibrated grid. bytes: codes packed without gaps, and float32 scales.
+    """
+    batches = list(batching.not_empty(batching.check_batches(batches, "sensitivity")))
+    model = copy.deepcopy(calibrated.model)
+    fakes = {name: x for name, x in model.named_modules() if isinstance(x, FakeQuantized)}
+    for name, fake in fakes.items():
+        model = replaced(model, name, fake.layer)
+    for name in calibrated.plan.points:
+        model.set_submodule(name, nn.Identity())
+
+    def run(model: nn.Module) -> Tensor:
+        results = (outputs(model(**batching.inputs(model, batch)))[0] for batch in batches)
+        return torch.cat([x.flatten() for x in results])
+
+    rows = []
+    with torch.no_grad(), batching.evaluating(model):
+        reference = run(model)
+        for (name, fake), width in itertools.product(fakes.items(), bits):
+            grid = weight_grid(fake.layer, width)
+            db = affine.sqnr(reference, run(replaced(model, name, FakeQuantized(fake.layer, grid, fake.input_grid))))
+            replaced(model, name, fake.layer)
+            size = -(-fake.layer.weight.numel() * width // 8) + grid.scale.nbytes
+            rows.append({"layer": name, "bits": width, "bytes": size, "db": db})
+    return rows
+
+
+def allocate(rows: Sequence[Mapping[str, Any]], budget: int) -> dict[str, int]:
+    """{layer: bits}, for `quantize(weights=)`: of `sensitivity`'s rows one a layer, with the least noise in `budget`.
+
+    The noise of layers is taken to add up. A knapsack with one item of each class, solved exactly (scipy's HiGHS).
+    InputError, with the least bytes there are, if the budget is too small.
+    """
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    size = np.array([row["bytes"] for row in rows])
+    noise = np.array([10 ** (-row["db"] / 10) for row in rows])
+    each = np.array([[row["layer"] == layer for row in rows] for layer in layers], dtype=float)
+    least = sum(min(row["bytes"] for row in rows if row["layer"] == layer) for layer in layers)
+    if budget < least:
+        raise InputError(
+            f"The budget is {budget} bytes, but these layers take {least} at least: allow that, or fewer bits."
+        )
+    solution = scipy.optimize.milp(
+        noise / noise.max() if noise.any() else noise,
+        constraints=[(each, 1, 1), (size[None], 0, budget)],
+        integrality=1,
+        bounds=(0, 1),
+        options={"mip_rel_gap": 0},
+    )
+    return {row["layer"]: row["bits"] for row, share in zip(rows, solution.x, strict=True) if share > 0.5}

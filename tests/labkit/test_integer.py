@@ -1,0 +1,493 @@
+"""Integer layers against int64 and float64, code by code; kernels that are wrong or slow against the probe."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from labkit import artifact, datasets, models
+from labkit.errors import InputError
+from labkit.files import ROOT
+from labkit.quantization import affine, integer, ptq
+from labkit.quantization.affine import Grid
+
+vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with AVX-512 VNNI")
+EPS = 2**-22  # of what is added up in float32, some roundings
+
+
+def grid(scale: float, zero: int = 0, bits: int = 8) -> Grid:
+    return Grid(torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), bits, 0, 2**bits - 1)
+
+
+def exact(layer, x, other=None):
+    """(result, what its parts are in magnitude) of an integer layer in float64, which holds every sum of products."""
+    (step, zero), codes = layer.numbers("input"), layer.codes.double()
+    x = x.double() - zero
+    shape = (-1, *[1] * (codes.dim() - 2))
+    if codes.dim() == 2:
+        products = x @ codes.t()
+    else:
+        stride, padding, dilation, groups = layer.options
+        products = F.conv2d(x, codes, None, stride, padding, dilation, groups)
+    parts = [products * step * layer.scale.double().view(shape)]
+    if layer.bias is not None:
+        parts.append(layer.bias.double().view(shape))
+    if other is not None:
+        scale, zero = layer.numbers("term")
+        parts.append((other.double() - zero) * scale)
+    return sum(parts), sum(part.abs() for part in parts)
+
+
+def check_codes(layer, y, x, other=None):
+    """The codes y are those of float64, but for values so near a tie that float32 may see them on its other side."""
+    value, size = exact(layer, x, other)
+    scale, zero = layer.numbers("output")
+    steps = value / scale
+    expected = (steps.round() + zero).clamp(0, layer.highest["output"])
+    tie = ((steps - steps.floor()) - 0.5).abs() <= EPS * (size / scale + 256)
+    assert y.dtype == torch.uint8
+    assert not ((y != expected) & ~tie).any()
+    assert (y.double() - expected).abs().max() <= 1
+    return int((y != expected).sum()), int(tie.sum())
+
+
+# --- the probe --------------------------------------------------------------------------------------------------------
+
+
+@vnni
+def test_this_machine_has_every_kernel():
+    assert set(integer.available().values()) == {"ready"}
+
+
+CHILD = """
+import json, torch
+from labkit.errors import InputError
+from labkit.quantization import integer, ptq
+probe, kernels = integer.probe, integer.KERNELS
+draw = torch.Generator().manual_seed(0)
+x = torch.randn(64, 512, generator=draw).relu().mul(40).round().clamp(0, 255).to(torch.uint8)
+w = torch.randn(64, 512, generator=draw).mul(30).round().clamp(-127, 127).to(torch.int8)
+usual = integer.KERNELS["qlinear"].prepare(w, torch.ones(64))(x).double() == x.double() @ w.double().t()
+model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+calibrated = {bits: ptq.quantize(model, [torch.randn(8, 64)], weights=bits).model for bits in (7, 8)}
+try:
+    integer.convert(calibrated[8])
+    refused = ""
+except InputError as error:
+    refused = str(error)
+integer.convert(calibrated[7])
+print(json.dumps({
+    "8": {name: probe(kernels[name]) for name in ("qlinear", "qconv", "int_mm")},
+    "7": {name: probe(kernels[name], 7) for name in ("qlinear", "qconv", "int_mm")},
+    "usual": usual.double().mean().item(), "refused": refused,
+}))
+"""
+
+
+@vnni
+@pytest.mark.slow
+def test_a_kernel_that_adds_pairs_in_int16_is_refused():
+    """oneDNN without VNNI, made so in a child: extreme codes show it, Gaussian ones do not; 7-bit weights are right."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(child.stdout.splitlines()[-1])
+    assert all("extreme 8-bit codes wrong" in reason and "7 bits" in reason for reason in result["8"].values())
+    assert result["refused"] == result["8"]["qlinear"]
+    assert not any(result["7"].values())
+    assert result["usual"] == 1.0  # why nobody notices
+
+
+def test_signed_activations_are_refused_as_a_reference_loop():
+    def signed(codes, scale):
+        run = integer._qlinear(codes, scale)
+        return lambda x: run(x.to(torch.int8))
+
+    reason = integer.probe(integer.IntegerKernel(signed, "s8"))
+    assert "reference loop" in reason and "unsigned" in reason
+
+
+def test_a_kernel_that_is_not_there_says_so():
+    def missing(codes, scale):
+        return lambda *_: torch.ops.onednn.no_such_product()
+
+    assert "does not run in torch" in integer.probe(integer.IntegerKernel(missing, "u8"))
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def codes_of(shape, lo, hi, draw, extreme):
+    codes = torch.randint(lo, hi + 1, shape, generator=draw)
+    return torch.where(codes > (lo + hi) / 2, hi, lo) if extreme else codes
+
+
+@st.composite
+def cases(draw):
+    """A layer of integers, its input codes, and whether it is at the ends of every range."""
+    torch_draw = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    extreme, zero = draw(st.booleans()), draw(st.sampled_from([0, 3, 128, 255]))
+    if draw(st.booleans()):
+        groups = draw(st.sampled_from([1, 1, 2, 4]))
+        layer = nn.Conv2d(
+            4 * groups, 8, draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 2)),
+            draw(st.integers(1, 2)), groups, bias=draw(st.booleans()),
+        )  # fmt: skip
+        shape = (draw(st.integers(1, 3)), layer.in_channels, draw(st.integers(6, 9)), draw(st.integers(6, 9)))
+    else:
+        layer = nn.Linear(draw(st.integers(1, 70)), draw(st.integers(1, 9)), bias=draw(st.booleans()))
+        shape = (draw(st.integers(1, 20)), layer.in_features)
+    weight = codes_of(layer.weight.shape, -127, 127, torch_draw, extreme)
+    scale = torch.rand((len(weight), *[1] * (weight.dim() - 1)), generator=torch_draw) * 0.01 + 0.001
+    weight_grid = Grid(scale, torch.zeros_like(scale, dtype=torch.int32), 8, -127, 127)
+    with torch.no_grad():
+        layer.weight.copy_(weight_grid.dequantize(weight))
+    x = codes_of(shape, 0, 255, torch_draw, extreme).to(torch.uint8)
+    return layer, weight, weight_grid, grid(0.02, zero), x, torch_draw
+
+
+def build(layer, *args, **kwargs):
+    return (integer.Int8Linear if isinstance(layer, nn.Linear) else integer.Int8Conv2d)(layer, *args, **kwargs)
+
+
+@vnni
+@given(cases(), st.sampled_from([(0, 8), (17, 8), (0, 4), (7, 3)]))
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_a_layer_is_int64_and_one_rounding(case, target):
+    layer, weight, weight_grid, source, x, _ = case
+    new = build(layer, weight_grid, source)
+    assert torch.equal(new.codes.long(), weight)
+    value, size = exact(new, x)
+    y = new(x)
+    assert y.dtype == torch.float32
+    assert ((y - value).abs() <= EPS * size + 1e-12).all()
+    scale = float(value.abs().max()) / 2 ** (target[1] - 1) or 1.0
+    coded = build(layer, weight_grid, source, grid(scale, *target))
+    check_codes(coded, coded(x), x)
+
+
+@vnni
+@given(cases(), st.booleans())
+@settings(max_examples=40, deadline=None)
+@torch.no_grad()
+def test_a_sum_is_added_before_its_one_rounding(case, last):
+    layer, _, weight_grid, source, x, draw = case
+    if isinstance(layer, nn.Linear):
+        return
+    value, _ = exact(build(layer, weight_grid, source), x)
+    term = torch.randint(0, 256, value.shape, generator=draw).to(torch.uint8)
+    term = term.contiguous(memory_format=torch.channels_last) if last else term
+    new = build(layer, weight_grid, source, grid(float(value.abs().max()) / 100 or 1.0), grid(0.01, 9))
+    before = term.clone()
+    check_codes(new, new(x, term), x, before)
+
+
+@vnni
+def test_padding_is_the_zero_point():
+    """Pitfall: padding with code 0, or a correction by z sum(w), which is right in the middle only."""
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(16, 16, 3, padding=1)
+    x = torch.randn(4, 16, 14, 14, generator=draw)
+    source = affine.choose(x.min(), x.max(), 8, symmetric=False)
+    new = build(layer, ptq.weight_grid(layer, 8), source)
+    y, codes = layer(x), source.quantize(x)
+    with_code_0 = build(layer, ptq.weight_grid(layer, 8), source)
+    with_code_0.options = ([1, 1], [0, 0], [1, 1], 1)
+    wrong = with_code_0(F.pad(codes, (1, 1, 1, 1)))
+    assert affine.sqnr(y, new(x)) > 38 > 10 > affine.sqnr(y, wrong)
+    assert torch.equal(new(x)[..., 1:-1, 1:-1], wrong[..., 1:-1, 1:-1])  # a test of the middle passes
+    padded = integer.PadCodes(source, (1, 1, 1, 1))(codes)
+    assert torch.equal(source.dequantize(padded), F.pad(source.dequantize(codes), (1, 1, 1, 1)))
+
+
+@given(st.integers(0, 255), st.sampled_from([0.5, 0.1, 3e-5]), st.integers(2, 8))
+@settings(max_examples=40, deadline=None)
+def test_codes_of_floats_are_the_grid_s(zero, scale, bits):
+    target = grid(scale, min(zero, 2**bits - 1), bits)
+    x = torch.cat(
+        [(torch.arange(-300, 300) + 0.5) * scale, torch.randn(200) * 90 * scale, torch.tensor([0.0, 1e30, -1e30])]
+    )
+    codes = integer.Quantize(target)(x)
+    assert torch.equal(codes, target.quantize(x))
+    assert torch.equal(integer.Dequantize(target)(codes), target.fake(x))
+
+
+def test_ties_go_to_the_even_code():
+    """Pitfall: floor(x + 1/2), as in C, and a multiplication by 1 / s are other codes."""
+    x = torch.tensor([0.5, 1.5, 2.5])
+    assert integer.Quantize(grid(1.0))(x).tolist() == [0, 2, 2] != (x + 0.5).floor().tolist()
+    x, target = torch.arange(0, 255.5, 0.5) * torch.tensor(0.02), grid(0.02)
+    assert torch.equal(integer.Quantize(target)(x), target.quantize(x))
+    assert not torch.equal((x * (1 / torch.tensor(0.02))).round().to(torch.uint8), target.quantize(x))
+
+
+@vnni
+@given(st.integers(1, 6), st.integers(0, 2**16), st.sampled_from([0.0, 1e-30, 1.0, 1e6]), st.booleans())
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_dynamic_grids_are_those_of_affine(rows, seed, size, positive):
+    draw = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(40, 12)
+    x = torch.randn(rows, 40, generator=draw) * size
+    x = x.abs() if positive else x
+    new = integer.convert_dynamic(layer)
+    weight = ptq.weight_grid(layer, 8).fake(layer.weight).double()
+    few = rows <= integer.FEW
+    codes = affine.quantize(x, 8, symmetric=True, group_size=40) if few else affine.quantize(x, 8, symmetric=False)
+    expected = codes.dequantize().double() @ weight.t() + layer.bias.double()
+    error = (new(x) - expected).abs().max()
+    assert error <= 1e-5 * (codes.dequantize().double().abs() @ weight.t().abs()).max() + 1e-6
+
+
+@vnni
+@torch.no_grad()
+def test_dynamic_layers_lose_less_than_torch_s():
+    """Pitfall: `torch.ao`'s quantize_dynamic has a weight scale a tensor and leaves out an activation bit."""
+    ao = pytest.importorskip("torch.ao.quantization")
+    draw = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256))
+    model[0].weight.mul_(torch.rand(256, 1, generator=draw) + 0.1)
+    x = torch.randn(64, 256, generator=draw)
+    y, peer = model(x), ao.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert affine.sqnr(y, integer.convert_dynamic(model)(x)) > affine.sqnr(y, peer(x)) + 4
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class Mobile(nn.Module):
+    """Uneven padding, depthwise, ReLU6, a sum that is read twice, and a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU6()
+        )
+        self.wide = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(16, 16, 5, groups=16), nn.ReLU())
+        self.project = nn.Conv2d(16, 8, 1)
+        self.twice = nn.Conv2d(8, 8, 3, padding="same")
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = x + F.pad(self.project(self.depthwise(self.wide(x))), (1, 0, 1, 0))  # no kernel can do this sum
+        z = self.project(self.depthwise(self.wide(y)))
+        y = F.pad(y[..., 1:, 1:], (0, 0)) + z
+        y = y + self.twice(self.twice(y))
+        return self.head(F.relu(y).mean((2, 3)))
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, input):
+        y = self.a(input).relu()
+        return self.b(y.mean((2, 3))) * (2 if y.sum() > 0 else 1)
+
+
+def every_layer(real, x):
+    """Runs the model and lays each integer layer beside float64; (codes compared, codes that are others, near ties)."""
+    seen, handles = [], []
+
+    def before(layer, args):
+        seen.append([layer, [arg.clone() for arg in args]])  # a sum overwrites its term
+
+    def after(layer, _, y):
+        next(entry for entry in reversed(seen) if entry[0] is layer).append(y.clone())
+
+    for layer in real.modules():
+        if isinstance(layer, integer._IntegerLayer):
+            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    y = real(x)
+    for handle in handles:
+        handle.remove()
+    total = flipped = ties = 0
+    for layer, args, result in seen:
+        if args[0].dtype != torch.uint8:
+            args[0] = integer.Quantize(grid(*layer.numbers("input")))(args[0])
+        if result.dtype == torch.uint8:
+            a, b = check_codes(layer, result, *args)
+            total, flipped, ties = total + result.numel(), flipped + a, ties + b
+        else:
+            value, size = exact(layer, *args)
+            assert ((result - value).abs() <= EPS * size + 1e-12).all()
+    return y, total, flipped, ties
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    images = datasets.fashion_mnist("test", 64).images
+    calibrated = ptq.quantize(models.resnet20(), [images])
+    return images, calibrated, integer.convert(calibrated.model)
+
+
+@vnni
+@torch.no_grad()
+def test_resnet20_multiplies_integers_from_end_to_end(resnet):
+    images, calibrated, real = resnet
+    y, total, flipped, ties = every_layer(real, images)
+    assert total > 2_000_000 and flipped <= ties < total * 1e-4
+    floats = [m for m in real.modules() if isinstance(m, integer.Quantize)]
+    assert len(floats) == 3  # the image, the last shortcut, which leads into a mean, and that mean
+    simulated = calibrated.model(images)
+    assert torch.equal(simulated.argmax(1), y.argmax(1))
+    assert affine.sqnr(simulated, y) > 45
+
+
+def codes_after_each_block(model, images):
+    """The codes of what each block of the simulated or integer ResNet-20 hands on."""
+    seen = {}
+    with torch.no_grad():
+        if isinstance(model.conv, integer.Int8Conv2d):
+            for name in ("stage1.0.conv2", "stage1.2.conv2", "stage3.1.conv2"):
+                model.get_submodule(name).register_forward_hook(
+                    lambda _, __, y, name=name: seen.update({name: y.clone()})
+                )
+        else:
+            for name, reader in (
+                ("stage1.0.conv2", "stage1.1.conv1"), ("stage1.2.conv2", "stage2.0.conv1"),
+                ("stage3.1.conv2", "stage3.2.conv1"),
+            ):  # fmt: skip
+                layer = model.get_submodule(reader)
+                layer.register_forward_hook(
+                    lambda m, args, _, name=name: seen.update({name: m.input_grid.quantize(args[0])})
+                )
+        model(images)
+    return seen
+
+
+@vnni
+def test_the_chain_is_the_simulated_one_but_for_ties_that_spread(resnet):
+    """And with the shortcut in float32, the usual mistake, it is another."""
+    images, calibrated, real = resnet
+    integers = codes_after_each_block(copy.deepcopy(real), images)
+    simulated = codes_after_each_block(copy.deepcopy(calibrated.model), images)
+    wrong = copy.deepcopy(calibrated.model)
+    for name in calibrated.plan.points:
+        wrong.set_submodule(name, nn.Identity())
+    wrong = codes_after_each_block(wrong, images)
+    share = {name: float((codes == simulated[name]).float().mean()) for name, codes in integers.items()}
+    forgotten = {name: float((codes == wrong[name]).float().mean()) for name, codes in integers.items()}
+    assert share["stage1.0.conv2"] > 0.9999 and share["stage1.2.conv2"] > 0.998 and share["stage3.1.conv2"] > 0.98
+    assert forgotten["stage1.0.conv2"] < 0.97 and forgotten["stage3.1.conv2"] < 0.9
+    largest = max(int((codes.int() - simulated[name].int()).abs().max()) for name, codes in integers.items())
+    assert largest <= 3
+
+
+@vnni
+@torch.no_grad()
+@pytest.mark.parametrize("build, shape", [(Mobile, (6, 3, 16, 16)), (Untraceable, (6, 1, 8, 8))])
+def test_other_models_hand_on_codes_where_they_can(build, shape):
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(shape)
+    calibrated = ptq.quantize(model, [x])
+    assert calibrated.plan.traced == (build is Mobile)
+    before = copy.deepcopy(calibrated.model.state_dict())
+    real = integer.convert(calibrated.model)
+    y, total, flipped, ties = every_layer(real, x)
+    assert flipped <= ties and (total > 0) == (build is Mobile)
+    assert affine.sqnr(calibrated.model(x), y) > 45
+    assert affine.sqnr(model(x), y) > 25
+    after = calibrated.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@vnni
+@torch.no_grad()
+def test_lite0_s_blocks_run_in_codes():
+    from labkit.efficientnet import InvertedResidual
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), InvertedResidual(16, 24, 3, 2, 6), InvertedResidual(24, 24, 3, 1, 6),
+        InvertedResidual(24, 24, 5, 1, 6), nn.Conv2d(24, 8, 1),
+    ).eval()  # fmt: skip
+    x = torch.randn(4, 3, 16, 16)
+    calibrated = ptq.quantize(model, [x])
+    real = integer.convert(calibrated.model)
+    y, _, flipped, ties = every_layer(real, x)
+    assert flipped <= ties and affine.sqnr(calibrated.model(x), y) > 45
+    assert sum(isinstance(m, integer.Quantize) and type(m) is not integer.PadCodes for m in real.modules()) == 1
+    assert len(calibrated.plan.points) == 2
+
+
+@vnni
+@torch.no_grad()
+def test_the_proof_counts_what_is_wrong(resnet):
+    """Its rows are those of this file's oracle, and a weight that is not the stored one shows in its layer alone."""
+    images, _, real = resnet
+    rows = integer.prove(real, images)
+    _, total, flipped, _ = every_layer(real, images)
+    assert [sum(row[key] for row in rows) for key in ("codes", "different")] == [total, flipped]
+    assert len(rows) == 22 and all(row["different"] <= row["ties"] for row in rows)
+    wrong = copy.deepcopy(real)
+    wrong(images[:1])  # the kernel is prepared with the codes as they are now
+    wrong.get_submodule("stage2.1.conv1").codes[0, 0] += 1
+    assert [row["layer"] for row in integer.prove(wrong, images) if row["different"] > row["ties"]] == [
+        "stage2.1.conv1"
+    ]
+    with pytest.raises(InputError, match="no integer layer"):
+        integer.prove(models.resnet20(), images)
+
+
+@vnni
+@torch.no_grad()
+def test_what_is_stored_is_integers(resnet, tmp_path):
+    images, calibrated, real = resnet
+    state = real.state_dict()
+    weights = sum(layer.layer.weight.numel() for layer in calibrated.model.modules() if hasattr(layer, "weight_grid"))
+    assert sum(x.numel() for name, x in state.items() if name.endswith("codes")) == weights
+    assert all(x.dtype == torch.int8 for name, x in state.items() if name.endswith("codes"))
+    bytes_stored = sum(x.nbytes for x in state.values())
+    assert bytes_stored < artifact.size(real) < 1.1 * bytes_stored < artifact.size(models.resnet20()) / 3.3
+    expected = real(images)
+    safetensors.torch.save_file(state, tmp_path / "int8.safetensors")
+    other = integer.convert(ptq.quantize(models.resnet20(pretrained=False), [images]).model)
+    other(images)  # its kernels are prepared
+    other.load_state_dict(safetensors.torch.load_file(tmp_path / "int8.safetensors"))
+    assert torch.equal(other(images), expected)
+    assert torch.equal(copy.deepcopy(real)(images), expected)
+
+
+@vnni
+@torch.no_grad()
+def test_dynamic_models_keep_what_is_ignored():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    real = integer.convert_dynamic(model, ignore=["2"])
+    assert type(real[0]) is integer.Int8Linear and type(real[2]) is nn.Linear and type(model[0]) is nn.Linear
+    x = torch.randn(2, 5, 8)
+    assert real(x).shape == (2, 5, 4) and affine.sqnr(model(x), real(x)) > 30
+
+
+@vnni
+@torch.no_grad()
+def test_a_layer_with_two_names_is_one_layer():
+    torch.manual_seed(0)
+    model = Untraceable()
+    model.alias = model.b
+    real = integer.convert(ptq.quantize(model, [torch.randn(6, 1, 8, 8)]).model)
+    assert type(real.b) is integer.Int8Linear and real.alias is real.b
+
+
+@vnni
+def test_nan_is_refused_where_a_range_is_taken():
+    with pytest.raises(InputError, match="has NaN or infinity"):
+        integer.convert_dynamic(nn.Linear(4, 4))(torch.full((3, 4), torch.nan))
+
+
+def test_a_float_model_is_refused():
+    with pytest.raises(InputError, match=r"no quantized layer: call ptq\.quantize first"):
+        integer.convert(nn.Linear(4, 4))

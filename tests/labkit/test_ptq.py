@@ -1,0 +1,284 @@
+"""The simulation against its definition, the plan against the model, and sentences for what cannot be quantized."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from labkit import models
+from labkit.errors import InputError
+from labkit.quantization import affine, ptq
+
+
+class Residual(nn.Module):
+    """An identity shortcut, one with a convolution, and a sum of which no convolution is a term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.shortcut = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.b(F.relu(self.a(x))) + x)
+        x = F.relu(self.c(x) + self.shortcut(x))
+        x = x + F.relu(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Branching(nn.Module):
+    """What its forward pass does depends on values, so it has no graph; `spare` is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.spare = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 8)
+
+    def forward(self, x, mask=None, labels=None):
+        y = torch.tanh(self.a(input=x))
+        y = y if mask is None else y * mask[..., None]
+        return self.b(-y if float(y.sum()) > 0 else y)
+
+
+@pytest.fixture(scope="module")
+def residual():
+    torch.manual_seed(0)
+    model = Residual().eval()
+    model.norm.running_mean.uniform_(-0.3, 0.3)
+    model.norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(6, 1, 9, 9)
+    return model, x, ptq.quantize(model, [x[:3], x[3:]])
+
+
+@torch.no_grad()
+def test_each_value_is_rounded_where_the_rules_say(residual):
+    """The forward pass by hand, with each rounding written out."""
+    model, x, calibrated = residual
+    new = calibrated.model
+
+    def at(name):
+        return new.get_submodule(name).input_grid.fake
+
+    weight = {
+        name: affine.fake_quantize(m.layer.weight, 8, axis=0) for name, m in new.named_modules() if hasattr(m, "layer")
+    }
+    bias = {name: m.layer.bias for name, m in new.named_modules() if hasattr(m, "layer")}
+    factor = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()
+    stem = affine.fake_quantize(model.stem.weight * factor[:, None, None, None], 8, axis=0)
+    y = F.relu(F.conv2d(at("stem")(x), stem, model.norm.bias - model.norm.running_mean * factor, padding=1))
+    shortcut = at("a")(y)  # the identity shortcut is rounded, on the grid of the layer that reads it too
+    y = F.relu(F.conv2d(shortcut, weight["a"], bias["a"], padding=1))
+    y = F.conv2d(at("b")(y), weight["b"], bias["b"], padding=1)  # its result is not
+    y = at("c")(F.relu(y + shortcut))
+    first, last = F.conv2d(y, weight["c"], bias["c"], padding=1), F.conv2d(y, weight["shortcut"], bias["shortcut"])
+    (grid,) = (m.grid for name, m in new.named_modules() if name.startswith("c_") and hasattr(m, "grid"))
+    y = F.relu(grid.fake(first) + last)
+    y = y + F.relu(y)
+    y = F.linear(at("head")(y.mean((2, 3))), weight["head"], bias["head"])
+    assert affine.sqnr(y, new(x)) > 80  # the folded weights differ in their last digit
+    assert len(calibrated.plan.points) == 2 and calibrated.plan.traced and not calibrated.plan.refused
+
+
+def test_the_plan_says_what_the_model_is(residual):
+    _model, _x, calibrated = residual
+    layers = {name: m for name, m in calibrated.model.named_modules() if isinstance(m, ptq.FakeQuantized)}
+    assert [row.name for row in calibrated.plan.layers] == list(layers) == ["stem", "a", "b", "c", "shortcut", "head"]
+    for row in calibrated.plan.layers:
+        grid = layers[row.name].input_grid
+        assert (row.weights, row.activations, row.scales) == (8, 8, row.shape[0])
+        assert row.lo <= 0 <= row.hi and math.isclose(row.hi - row.lo, 255 * float(grid.scale), rel_tol=1e-5)
+    text = str(calibrated.plan)
+    assert "head: Linear [3, 4], weights 8 bits x 3 scales, input 8 bits from" in text
+    assert float(layers["c"].input_grid.scale) == float(layers["shortcut"].input_grid.scale)
+
+
+@torch.no_grad()
+def test_the_report_is_the_layers_noise(residual):
+    model, x, calibrated = residual
+    rows = {row["layer"]: row for row in calibrated.report}
+    fake = calibrated.model.head
+    got = {}
+    handle = fake.register_forward_hook(lambda _, args, y: got.update(x=args[0], y=y))
+    calibrated.model(x[:3])
+    handle.remove()
+    features = {}
+    handle = model.head.register_forward_hook(lambda _, args, y: features.update(x=args[0], y=y))
+    model(x[:3])
+    handle.remove()
+    assert math.isclose(rows["head"]["chain_db"], affine.sqnr(features["y"], got["y"]), abs_tol=0.01)
+    assert math.isclose(rows["head"]["alone_db"], affine.sqnr(features["y"], fake(features["x"])), abs_tol=0.01)
+    assert math.isclose(rows["head"]["weight_db"], affine.sqnr(model.head.weight, fake.fake_weight()), abs_tol=0.01)
+    assert all(row["chain_db"] > 20 for row in calibrated.report)
+
+
+def test_the_model_stays_as_it_was(residual):
+    model, x, _ = residual
+    model = copy.deepcopy(model).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = torch.get_rng_state()
+    ptq.quantize(model, [x])
+    assert model.training and all(m.training for m in model.modules()) and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@given(st.integers(2, 8), st.integers(2, 8), st.integers(0, 2**16), st.booleans())
+@settings(max_examples=30, deadline=None)
+@torch.no_grad()
+def test_a_layer_is_affine_s_fake_quantization(weights, activations, seed, convolution):
+    draw = torch.Generator().manual_seed(seed)
+    layer = nn.Conv2d(2, 3, 3, 2, 1) if convolution else nn.Linear(5, 3)
+    x = torch.randn((4, 2, 6, 6) if convolution else (4, 5), generator=draw)
+    fake = ptq.quantize(layer, [x], weights=weights, activations=activations).model
+    assert isinstance(fake, ptq.FakeQuantized)
+    rounded = affine.fake_quantize(x, activations, symmetric=False)
+    weight = affine.fake_quantize(layer.weight, weights, axis=0)
+    product = F.conv2d(rounded, weight, layer.bias, 2, 1) if convolution else F.linear(rounded, weight, layer.bias)
+    assert torch.equal(fake(x), product)
+    assert torch.equal(fake.fake_input(rounded), rounded)  # rounding twice is rounding once
+
+
+@torch.no_grad()
+def test_models_without_a_graph_and_every_form_of_batch():
+    torch.manual_seed(0)
+    model, x = Branching(), torch.randn(4, 5, 6)
+    batches = [{"x": x, "mask": torch.ones(4, 5), "labels": torch.zeros(4)}]
+    plans = [ptq.quantize(model, b) for b in (batches, [x], iter([(x, torch.zeros(4))]), [(x, torch.ones(4, 5))])]
+    for calibrated in plans:
+        assert not calibrated.plan.traced and not calibrated.plan.points
+        assert calibrated.plan.refused == {"spare": "no batch calls it as a module"}
+        assert type(calibrated.model.spare) is nn.Linear and type(calibrated.model) is Branching
+        assert affine.sqnr(model(x), calibrated.model(x)) > 30
+
+
+def test_bits_a_layer_and_layers_that_are_ignored(residual):
+    model, x, _ = residual
+    calibrated = ptq.quantize(model, [x], weights={"a": 4, "head": 3}, ignore=["stem", "c"])
+    assert {row.name: row.weights for row in calibrated.plan.layers} == {"a": 4, "b": 8, "shortcut": 8, "head": 3}
+    assert calibrated.plan.refused == {"stem": "it is ignored", "c": "it is ignored"}
+    whole = ptq.quantize(nn.Sequential(copy.deepcopy(model), nn.Linear(3, 2)), [x], ignore="0")
+    assert [row.name for row in whole.plan.layers] == ["1"]
+    assert calibrated.model.get_submodule("a").weight_grid.bits == 4
+
+
+class Odd(nn.Module):
+    """Layers that no kernel computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reflecting = nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")
+        self.uneven = nn.Conv2d(2, 2, 2, padding="same")
+        self.up = nn.ConvTranspose2d(2, 2, 2, 2)
+        self.alone = nn.BatchNorm2d(2)
+        self.half = nn.Linear(2, 2).double()
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.alone(F.relu(self.up(self.uneven(self.reflecting(x))))).mean((2, 3))
+        return self.head(self.half(x.double()).float())
+
+
+def test_what_stays_in_float32_has_a_reason():
+    calibrated = ptq.quantize(Odd().eval(), [torch.randn(4, 1, 6, 6)])
+    reasons = calibrated.plan.refused
+    assert [row.name for row in calibrated.plan.layers] == ["head"]
+    assert "pads with 'reflect'" in reasons["reflecting"] and "more on one side" in reasons["uneven"]
+    assert "ConvTranspose2d has no integer kernel" in reasons["up"] and "BatchNorm2d" in reasons["alone"]
+    assert "torch.float64" in reasons["half"]
+    assert "reflecting: float32, it pads" in str(calibrated.plan)
+
+
+X = torch.randn(4, 1, 9, 9)
+LINEAR = nn.Linear(4, 2)
+
+
+def poisoned():
+    layer = nn.Linear(4, 2)
+    layer.weight.data[0, 0] = torch.nan
+    return layer
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ptq.quantize(LINEAR, [torch.randn(3, 4)], weights=9), "weights is 9, .* whole number from 2 to 8"),
+        (lambda: ptq.quantize(LINEAR, [torch.randn(3, 4)], activations=1), "activations is 1, .* from 2 to 8"),
+        (lambda: ptq.quantize(Residual(), [X], weights={"a": 16}), r"weights\['a'\] is 16, .* from 2 to 8"),
+        (lambda: ptq.quantize(Residual(), [X], weights={"z": 4}), "no module 'z' in the model"),
+        (lambda: ptq.quantize(Residual(), [X], ignore=["stm"]), "no module 'stm' in the model"),
+        (
+            lambda: ptq.quantize(LINEAR, [torch.randn(3, 4)], observer="best"),
+            "no observer 'best': choose one of minmax",
+        ),
+        (lambda: ptq.quantize(LINEAR, []), "batches is empty"),
+        (lambda: ptq.quantize(LINEAR, torch.randn(3, 4)), "batches is one Tensor"),
+        (lambda: ptq.quantize(LINEAR, [torch.full((3, 4), torch.nan)]), "NaN or infinity in the input of ''"),
+        (lambda: ptq.quantize(Residual().eval(), [X, X * torch.inf]), "NaN or infinity in the input of 'stem'"),
+        (lambda: ptq.quantize(Residual().eval(), [X * 0]), "All values of the input of 'stem' are 0"),
+        (lambda: ptq.quantize(poisoned(), [torch.randn(3, 4)]), "weight of '' has NaN"),
+        (lambda: ptq.quantize(nn.Sequential(nn.ReLU()), [X]), "no layer to quantize .it has no Linear and no Conv2d"),
+        (
+            lambda: ptq.quantize(nn.Sequential(nn.LSTM(9, 9)), [X[:, 0]]),
+            "no layer to quantize .0: a LSTM has no integer",
+        ),
+    ],
+)
+def test_errors_say_what_is_allowed(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+@torch.no_grad()
+def test_resnet20_gets_a_point_for_every_sum():
+    x = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    calibrated = ptq.quantize(models.resnet20(), [x])
+    assert len(calibrated.plan.layers) == 22 and len(calibrated.plan.points) == 9 and not calibrated.plan.refused
+    assert affine.sqnr(models.resnet20()(x), calibrated.model(x)) > 30
+    one = calibrated.model.get_submodule("stage1.1.conv1").input_grid
+    (point,) = (calibrated.model.get_submodule(name).grid for name in calibrated.plan.points if name == "relu_2_point")
+    assert torch.equal(one.scale, point.scale) and torch.equal(one.zero, point.zero)
+
+
+def test_sensitivity_is_the_noise_of_one_layer(residual):
+    model, x, calibrated = residual
+    rows = ptq.sensitivity(calibrated, [x], bits=(8, 4, 2))
+    assert len(rows) == 18
+    by = {(row["layer"], row["bits"]): row for row in rows}
+    assert all(by[layer, 8]["db"] > by[layer, 4]["db"] > by[layer, 2]["db"] for layer in ("stem", "a", "b"))
+    assert by["stem", 4]["bytes"] == 36 * 4 // 8 + 16 and by["head", 2]["bytes"] == 3 + 12
+    with torch.no_grad():
+        alone = ptq.quantize(model, [x[:3], x[3:]], weights=4, ignore=["stem", "a", "b", "c", "shortcut"]).model
+        assert math.isclose(by["head", 4]["db"], affine.sqnr(model(x), alone(x)), abs_tol=0.01)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_bits_under_a_budget_are_the_best_there_are(data):
+    layers = data.draw(st.integers(1, 5))
+    rows = [
+        {"layer": f"l{i}", "bits": bits, "bytes": data.draw(st.integers(1, 4000)), "db": data.draw(st.floats(-5, 60))}
+        for i in range(layers)
+        for bits in (8, 4, 2)
+    ]
+    choices = list(itertools.product(*(rows[3 * i : 3 * i + 3] for i in range(layers))))
+    sizes = [sum(row["bytes"] for row in choice) for choice in choices]
+    budget = data.draw(st.integers(min(sizes), max(sizes)))
+
+    def noise(choice):
+        return sum(10 ** (-row["db"] / 10) for row in choice)
+
+    best = min(noise(choice) for choice, size in zip(choices, sizes, strict=True) if size <= budget)
+    bits = ptq.allocate(rows, budget)
+    chosen = [row for row in rows if bits[row["layer"]] == row["bits"]]
+    assert len(chosen) == layers and sum(row["bytes"] for row in chosen) <= budget
+    assert noise(chosen) <= best * (1 + 1e-6)
+    with pytest.raises(InputError, match=f"take {min(sizes)} at least"):
+        ptq.allocate(rows, min(sizes) - 1)
