@@ -25,7 +25,7 @@ upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d replica
 SPATIAL = frozenset(_NAMES.split())
 REDUCING = {"mean", "sum", "amax", "amin"}
 VIEWS = {"view", "_unsafe_view", "reshape"}
-CLIPS = {"hardtanh", "relu6", "clamp", "clamp_max"}
+CLIPS = {"hardtanh", "relu6", "clamp_max"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,9 @@ class Dataflow:
             if after is None or number in self.returned:
                 place = f"{operation.name} in {operation.module or 'the model'}"
                 route.blocked = route.blocked or place
-                route.clip = route.clip or (place if operation.name in CLIPS else "")
+                upper = operation.settings[1:2] if operation.name == "clamp" else ()
+                clips = operation.name in CLIPS or upper not in ((), (None,))
+                route.clip = route.clip or (place if clips else "")
                 continue
             carried[number] = after
             pending.update(self.readers[number])

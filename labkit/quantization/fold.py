@@ -91,6 +91,8 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
     graph = Dataflow(model, args, kwargs)
     pairs = []
     for source in graph.sources:
+        if not source.is_layer:
+            continue
         route = graph.route(source)
         if route.clip:
             raise InputError(
@@ -98,7 +100,7 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
                 "cannot be scaled: put nn.ReLU in the place of nn.ReLU6 first, which is another function, or leave the "
                 "model as it is."
             )
-        if source.is_layer and route.readers and not route.blocked:
+        if route.readers and not route.blocked:
             pairs.append((source, route))
     if not pairs:
         raise InputError(
@@ -132,13 +134,13 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
     shortcut of BERT's post-norm blocks, the Linears become `Smoothed`, which divide when they are called. Linears that
     are fed by none of these (attention's output, GELU's) stay.
 
-    batches: what the model is called with; padding (attention_mask 0) does not count. alpha: from 0 (all difficulty
-    stays in the activations) to 1. Raises InputError for others, for batches that are empty or make NaN, and where
-    nothing can be smoothed.
+    batches: what the model is called with; padding (attention_mask 0) does not count. alpha: from 0 (all columns
+    of a weight get one maximum) to 1 (all channels of an activation do). Raises InputError for others, for batches that
+    are empty or make NaN, and where nothing can be smoothed.
     """
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise InputError(
-            f"alpha is {alpha!r}, but it must be from 0 (weights as they are) to 1 (activations all alike)."
+            f"alpha is {alpha!r}, but it must be from 0 (a weight's columns get even) to 1 (the activations do)."
         )
     batches = batching.not_empty(batching.check_batches(batches, "smooth"))
     first = next(batches)
@@ -171,7 +173,7 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
                     continue
                 for view, (name, repeats) in zip(columns, route.readers.items(), strict=True):
                     layer = new.get_submodule(name)
-                    divisor = s.to(layer.weight.dtype)  # as it is stored, so that the columns take back the same
+                    divisor = s.to(layer.weight)  # as it is stored, so that the columns take back the same
                     view.mul_(divisor.double()[:, None])
                     _replace_(new, layer, Smoothed(layer, divisor.repeat_interleave(repeats)))
 
@@ -187,7 +189,7 @@ def _wide(model: nn.Module, sites: Sequence[tuple[Source, Route]]) -> Iterator[d
     parameters = dict(model.named_parameters())
     names = {name for source, _ in sites for name in source.names}
     names |= {f"{name}.weight".lstrip(".") for _, route in sites for name in route.readers}
-    wide = {name: torch.empty(parameters[name].shape, dtype=torch.float64).copy_(parameters[name]) for name in names}
+    wide = {name: parameters[name].detach().to(torch.float64, copy=True).contiguous() for name in names}
     yield wide
     for name in names:
         parameters[name].copy_(wide[name])
@@ -223,10 +225,10 @@ def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[
         def look(_, args: tuple, kwargs: Mapping[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             valid = batching.valid_tokens(model, named, name, x)
-            now = x.flatten(0, -2)[valid.flatten()].abs().amax(0).double()
-            if not now.isfinite().all():
+            x = x.flatten(0, -2)[valid.flatten()].abs().double()
+            if not x.isfinite().all():
                 raise InputError(f"There is NaN or infinity in the input of {name}: look for the batch it comes from.")
-            largest[name] = torch.maximum(largest.get(name, now), now)
+            largest[name] = torch.cat([largest.get(name, x[:0]), x]).amax(0, keepdim=True)
 
         return look
 
@@ -241,7 +243,7 @@ def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[
     finally:
         for handle in handles:
             handle.remove()
-    return [largest[name] for name in layers]
+    return [largest[name][0] for name in layers]
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
