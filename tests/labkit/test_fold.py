@@ -1,7 +1,6 @@
 """Rewrites against the model itself, in float64 on other inputs than it was traced on, and against torch's fusion."""
 
 import copy
-from contextlib import suppress
 
 import families
 import pytest
@@ -14,7 +13,7 @@ from random_networks import HABITS, Network, Stateful, digest, programs
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from labkit import batches, fetch, models
+from labkit import batches, models
 from labkit.errors import DataError, EqualityError, InputError
 from labkit.quantization import fold
 
@@ -373,17 +372,24 @@ def test_a_shortcut_behind_the_norm_makes_the_layers_divide_themselves():
     assert difference(model, wrong, x) > 0.1
 
 
+POST_NORM = ("bert", "roberta", "distilbert", "minilm")
+
+
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_family_is_smoothed_exactly_or_refused(name):
     model = families.family(name).double()
     data = {key: x.double() if x.is_floating_point() else x for key, x in families.inputs(name).items()}
     before = {key: x.clone() for key, x in model.state_dict().items()}
-    with suppress(InputError):
-        new = fold.smooth(model, [data], 0.7)
-        # norms of some families compute in float32 whatever the type of the model
-        assert difference(model, new, **data) < (EXACT if name in ("bert", "opt", "vit", "neox", "phi") else 1e-4)
-        changed = [not torch.equal(x, before.get(key, x[:0])) for key, x in new.state_dict().items()]
-        assert any(changed)
+    if name in ("gpt2", "falcon"):  # their layers are no nn.Linear, or do not compute as it does
+        with pytest.raises(InputError, match="Nothing in this model can be smoothed"):
+            fold.smooth(model, [data])
+        return
+    new = fold.smooth(model, [data], 0.7)
+    # norms of some families compute in float32 whatever the type of the model
+    assert difference(model, new, **data) < (EXACT if name in ("bert", "opt", "vit", "neox", "phi") else 1e-5)
+    divided = sum(isinstance(module, fold.Smoothed) for module in new.modules())
+    assert divided == 12 if name in POST_NORM else divided <= 4  # query, key, value and the first of the two, 3 layers
+    assert divided or any(not torch.equal(x, before[key]) for key, x in new.state_dict().items())
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
 
 
@@ -453,7 +459,6 @@ def test_efficientnet_folds_whole_and_equalises_once_its_relu6_is_gone():
 
 def test_minilm_smooths_behind_its_post_norms():
     model = shipped(models.minilm).double()
-    assert fetch.path("minilm")
     ids = torch.randint(1000, 20000, (2, 12))
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     new = fold.smooth(model, [data])
