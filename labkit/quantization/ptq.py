@@ -198,19 +198,21 @@ def quantize(
         if traced is not None:
             grids |= {layer: grids[point] for layer, point in _behind(traced, layers, points).items()}
 
-        before, rows = _seen(new, layers, named), []
+        before, rows = _seen(new, layers, named), {}
         for name in layers:
-            layer, (x, y) = new.get_submodule(name), before[name]
+            layer = new.get_submodule(name)
             fake = FakeQuantized(layer, weight_grid(layer, widths.get(name, rest)), grids[name])
-            noise = {
-                "weight_db": affine.sqnr(layer.weight, fake.fake_weight()), "alone_db": affine.sqnr(y, fake(x)),
-            }  # fmt: skip
-            rows.append({"layer": name, **noise})
+            if name in before:  # another batch may call others
+                x, y = before[name]
+                weight_db, alone_db = affine.sqnr(layer.weight, fake.fake_weight()), affine.sqnr(y, fake(x))
+                rows[name] = {"layer": name, "weight_db": weight_db, "alone_db": alone_db}
             new = replaced(new, name, fake)
         for name in points:
             new.set_submodule(name, QuantizationPoint(grids[name]))
         after = _seen(new, layers, named)
-    report = tuple({**row, "chain_db": affine.sqnr(before[row["layer"]][1], after[row["layer"]][1])} for row in rows)
+    report = tuple(
+        {**row, "chain_db": affine.sqnr(before[name][1], after[name][1])} for name, row in rows.items() if name in after
+    )
     plan = QuantizationPlan(
         tuple(_planned(name, new.get_submodule(name)) for name in layers), tuple(points), refused, traced is not None
     )
@@ -431,7 +433,7 @@ def allocate(rows: Sequence[Mapping[str, Any]], budget: int) -> dict[str, int]:
             f"The budget is {budget} bytes, but these layers take {least} at least: allow that, or fewer bits."
         )
     solution = scipy.optimize.milp(
-        noise / noise.max() if noise.any() else noise,
+        noise * (1e6 / noise.max() if noise.any() else 1),  # HiGHS is content with 1e-6 above the least
         constraints=[(each, 1, 1), (size[None], 0, budget)],
         integrality=1,
         bounds=(0, 1),

@@ -151,7 +151,7 @@ def test_models_without_a_graph_and_every_form_of_batch():
     torch.manual_seed(0)
     model, x = Branching(), torch.randn(4, 5, 6)
     batches = [{"x": x, "mask": torch.ones(4, 5), "labels": torch.zeros(4)}]
-    plans = [ptq.quantize(model, b) for b in (batches, [x], iter([(x, torch.zeros(4))]), [(x, torch.ones(4, 5))])]
+    plans = [ptq.quantize(model, b) for b in (batches, [x], iter([x]), [(x, torch.ones(4, 5))])]
     for calibrated in plans:
         assert not calibrated.plan.traced and not calibrated.plan.points
         assert calibrated.plan.refused == {"spare": "no batch calls it as a module"}
@@ -178,12 +178,11 @@ class Odd(nn.Module):
         self.uneven = nn.Conv2d(2, 2, 2, padding="same")
         self.up = nn.ConvTranspose2d(2, 2, 2, 2)
         self.alone = nn.BatchNorm2d(2)
-        self.half = nn.Linear(2, 2).double()
         self.head = nn.Linear(2, 2)
 
     def forward(self, x):
         x = self.alone(F.relu(self.up(self.uneven(self.reflecting(x))))).mean((2, 3))
-        return self.head(self.half(x.double()).float())
+        return self.head(x)
 
 
 def test_what_stays_in_float32_has_a_reason():
@@ -192,8 +191,21 @@ def test_what_stays_in_float32_has_a_reason():
     assert [row.name for row in calibrated.plan.layers] == ["head"]
     assert "pads with 'reflect'" in reasons["reflecting"] and "more on one side" in reasons["uneven"]
     assert "ConvTranspose2d has no integer kernel" in reasons["up"] and "BatchNorm2d" in reasons["alone"]
-    assert "torch.float64" in reasons["half"]
     assert "reflecting: float32, it pads" in str(calibrated.plan)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.head = nn.Linear(4, 4).double(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.wide(x.double()).float())
+
+
+def test_only_float32_is_quantized():
+    calibrated = ptq.quantize(Mixed(), [torch.randn(3, 4)])
+    assert "torch.float64" in calibrated.plan.refused["wide"] and len(calibrated.plan.layers) == 1
 
 
 X = torch.randn(4, 1, 9, 9)
@@ -222,7 +234,7 @@ def poisoned():
         (lambda: ptq.quantize(LINEAR, torch.randn(3, 4)), "batches is one Tensor"),
         (lambda: ptq.quantize(LINEAR, [torch.full((3, 4), torch.nan)]), "NaN or infinity in the input of ''"),
         (lambda: ptq.quantize(Residual().eval(), [X, X * torch.inf]), "NaN or infinity in the input of 'stem'"),
-        (lambda: ptq.quantize(Residual().eval(), [X * 0]), "All values of the input of 'stem' are 0"),
+        (lambda: ptq.quantize(Residual().eval(), [torch.zeros(4, 1, 9, 9)]), "All values of the input of 'stem' are 0"),
         (lambda: ptq.quantize(poisoned(), [torch.randn(3, 4)]), "weight of '' has NaN"),
         (lambda: ptq.quantize(nn.Sequential(nn.ReLU()), [X]), "no layer to quantize .it has no Linear and no Conv2d"),
         (
@@ -279,6 +291,6 @@ def test_bits_under_a_budget_are_the_best_there_are(data):
     bits = ptq.allocate(rows, budget)
     chosen = [row for row in rows if bits[row["layer"]] == row["bits"]]
     assert len(chosen) == layers and sum(row["bytes"] for row in chosen) <= budget
-    assert noise(chosen) <= best * (1 + 1e-6)
+    assert noise(chosen) <= best + 1e-9 * max(10 ** (-row["db"] / 10) for row in rows)
     with pytest.raises(InputError, match=f"take {min(sizes)} at least"):
         ptq.allocate(rows, min(sizes) - 1)
