@@ -153,6 +153,18 @@ def _compiler_command() -> str:
     return ""
 
 
+def _engines() -> tuple[str, str]:
+    """Which runtimes a model can be prepared for; without them lesson 07 runs on torch's own kernels."""
+    from labkit.deploy import engines
+
+    state = engines.available()
+    lacking = [name for name, says in state.items() if says != "ready"]
+    seen = [f"{', '.join(name for name in state if name not in lacking)} ready"]
+    if lacking:
+        seen.append(f"not {', '.join(lacking)}, which nothing needs ({engines.INSTALL} brings them)")
+    return "; ".join(seen), ""
+
+
 def _threads() -> tuple[str, str]:
     import torch
 
@@ -249,6 +261,7 @@ CHECKS = {
     "cpu": _cpu,
     "device": _device,
     "compiler": _compiler,
+    "engines": _engines,
     "threads": _threads,
     "memory": _memory,
     "disk": _disk,

@@ -103,6 +103,18 @@ def test_no_compiler_is_no_fault_and_lesson_02_says_what_it_does_then(program, m
     assert doctor.lesson(lesson) == ("all there", "")
 
 
+def test_engines_that_are_missing_are_no_fault_and_named_with_what_brings_them(monkeypatch: pytest.MonkeyPatch):
+    states = {"torch": "ready", "openvino": "openvino needs openvino, which is not installed", "nncf": "the same"}
+    monkeypatch.setattr("labkit.deploy.engines.available", lambda: states)
+    assert found("engines") == doctor.Finding(
+        "engines",
+        True,
+        "torch ready; not openvino, nncf, which nothing needs (pip install 'labkit[engines]' brings them)",
+    )
+    monkeypatch.setattr("labkit.deploy.engines.available", lambda: dict.fromkeys(states, "ready"))
+    assert found("engines").text == "torch, openvino, nncf ready"
+
+
 def test_instructions_of_another_kind_of_processor_are_not_missed(monkeypatch: pytest.MonkeyPatch):
     machine = SimpleNamespace(cpu="Some Arm", arch="aarch64", features=("neon", "bf16"))
     monkeypatch.setattr("labkit.machine.fingerprint", lambda device: machine)

@@ -1,0 +1,360 @@
+"""Engines against the models that they were prepared from, code by code; each wrong way to write one down is caught."""
+
+import copy
+import importlib.util
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from labkit.deploy import engines, export
+from labkit.errors import InputError
+from labkit.quantization import affine, ptq
+from labkit.quantization.affine import Grid
+from labkit.quantization.ptq import FakeQuantized, QuantizationPoint
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
+nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs NNCF")
+BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
+EPS = 1e-5  # of the largest: what engines may add up in another order
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """Uneven padding before a stride, an identity shortcut, depthwise, a convolution before a mean, and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8))
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.c, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu6(self.b(F.relu(self.a(x))) + x)
+        return self.head(F.relu(self.c(x)).mean((2, 3)))
+
+
+class Words(nn.Module):
+    """Called by keywords, with something that is no tensor, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(50, 16), nn.Linear(16, 16)
+
+    def forward(self, ids, mask=None, scale=1.0):
+        x = F.gelu(self.layer(self.embedding(ids))) * scale
+        x = x * mask[..., None]
+        return {"tokens": x, "text": x.sum(1)}
+
+
+def calibrated(model: nn.Module, x, **options) -> nn.Module:
+    return ptq.quantize(model, x if isinstance(x, list) else [x], **options).model.requires_grad_(False)
+
+
+def grid(scale: float, zero: int, bits: int = 8) -> Grid:
+    return Grid(torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), bits, 0, 2**bits - 1)
+
+
+def file(model: nn.Module, x, path, batches=None):
+    """The ONNX graph of a model."""
+    export.write_onnx(model, {"x": x}, path, batches=batches)
+    return onnx.load(path).graph
+
+
+def kinds(graph) -> list[str]:
+    return [node.op_type for node in graph.node]
+
+
+# --- the same function ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch", *BOTH])
+def test_a_float_model_is_the_same_function(name: str):
+    model, x = Net().eval(), torch.randn(2, 3, 16, 16)
+    engine = engines.prepare(name, model, x)
+    torch.testing.assert_close(engine(x), model(x).detach(), rtol=EPS, atol=EPS)
+    first = engine(x)
+    before = first.clone()
+    engine(x + 1)
+    assert torch.equal(first, before), "a result must not change with the next call"
+    assert engine.load_seconds > 0 and engine.bytes >= 4 * sum(p.numel() for p in model.parameters()) * 0.9
+
+
+@pytest.mark.parametrize("name", ["torch", *BOTH])
+def test_keywords_constants_and_several_outputs(name: str):
+    model = Words().eval()
+    batch = {"ids": torch.randint(50, (2, 7)), "mask": torch.ones(2, 7), "scale": 2.0, "labels": torch.zeros(2)}
+    engine = engines.prepare(name, model, batch)
+    ids, mask = torch.randint(50, (2, 7)), torch.rand(2, 7)
+    reference = model(ids, mask, 2.0)
+    for outputs in (engine(ids, mask), engine(ids=ids, mask=mask), engine(ids, mask=mask)):
+        for result, expected in zip(outputs, reference.values(), strict=True):
+            torch.testing.assert_close(result, expected.detach(), rtol=EPS, atol=EPS)
+
+
+def test_the_model_is_left_as_it_was():
+    model, x = Net(), torch.randn(2, 3, 16, 16)
+    model.train()
+    state, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    simulated = calibrated(model, x)
+    code, points = simulated.code, [name for name, _ in simulated.named_modules()]
+    for source in (model, simulated):
+        engines.prepare("onnxruntime", source, x)
+    engines.prepare("torch-bf16", model, x)
+    assert model.training and [name for name, _ in model.named_modules()] == names
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert simulated.code == code and [name for name, _ in simulated.named_modules()] == points
+
+
+# --- integers ---------------------------------------------------------------------------------------------------------
+
+
+def two_layers(bits: int = 8, zero: int = 77) -> torch.fx.GraphModule:
+    """A padding convolution whose input has a zero point, and one that hands its codes through: result / scale."""
+    first, second = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 6, 1, bias=False)
+    with torch.no_grad():
+        second.weight.copy_(torch.eye(6)[..., None, None])
+    weights = [ptq.weight_grid(layer, 8) for layer in (first, second)]
+    weights[1] = Grid(torch.ones_like(weights[1].scale), weights[1].zero, 8, -127, 127)
+    model = torch.fx.symbolic_trace(nn.Sequential(first, nn.ReLU(), second).eval())
+    model.set_submodule("0", FakeQuantized(first, weights[0], grid(0.02, zero, bits)))
+    model.set_submodule("2", FakeQuantized(second, weights[1], grid(0.011, 0)))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize(("bits", "zero"), [(8, 77), (4, 5)])
+def test_codes_are_those_of_the_simulation(name: str, bits: int, zero: int):
+    model, x = two_layers(bits, zero), torch.randn(8, 4, 12, 12)
+    x[0] = x[0].sign() * 1e3  # beyond the grid at both ends
+    codes = (engines.prepare(name, model, x)(x) / 0.011).round()
+    expected = (model(x) / 0.011).round()
+    assert expected.unique().numel() > 30
+    assert (codes - expected).abs().max() <= 1
+    assert (codes != expected).double().mean() < 1e-3
+    first = model.get_submodule("0")
+    x = F.pad(first.fake_input(x), (1,) * 4, value=-zero * 0.02)
+    padded = F.conv2d(x, first.fake_weight(), first.layer.bias)
+    wrong = (padded.relu() / 0.011).round().clamp(0, 255)
+    assert (wrong != expected).double().mean() > 0.1, "padding with the code 0 is another function at the rim"
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_extreme_codes_are_multiplied_exactly_and_would_show_sums_in_int16(name: str):
+    assert engines._multiplies(name)
+    draw = torch.Generator().manual_seed(0)
+    x, codes = (torch.randint(low, high, (64, 504), generator=draw) for low, high in ((0, 256), (-127, 128)))
+    x[0], codes[0], codes[1] = 255, 127, -127
+    products = x[:, None] * codes[None]
+    pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+    assert (pairs.sum(-1) != products.sum(-1)).any(1).all(), "each input sees a saturated sum"
+
+
+def test_an_engine_that_adds_pairs_in_int16_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def saturating(job):
+        layer = job.model
+
+        def run(named):
+            x, weight = named["input"], layer.weight_grid.quantize(layer.layer.weight).float()
+            pairs = (x[:, None] * weight[None]).unflatten(-1, (-1, 2)).sum(-1)
+            return [pairs.clamp(-(2**15), 2**15 - 1).sum(-1)]
+
+        return 0, lambda: run
+
+    monkeypatch.setitem(engines.ENGINES, "saturating", engines.Runtime(saturating))
+    model = FakeQuantized(nn.Linear(4, 3), ptq.weight_grid(nn.Linear(4, 3), 8), grid(0.1, 3))
+    with pytest.raises(InputError, match="extreme 8-bit codes"):
+        engines.prepare("saturating", model, torch.randn(2, 4))
+
+
+def test_activations_are_u8_weights_s8_per_channel_and_biases_s32(tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    model = calibrated(Net(), x)
+    graph = file(model, x, tmp_path / "model.onnx")
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    makers = {name: node for node in graph.node for name in node.output}
+    assert len(layers) == 5
+    for layer in layers:
+        codes, weight, bias = (makers[name] for name in layer.input)
+        assert {codes.op_type, weight.op_type, bias.op_type} == {"DequantizeLinear"}
+        assert types[codes.input[2]] == onnx.TensorProto.UINT8 and sizes[codes.input[1]] == []
+        assert types[weight.input[0]] == types[weight.input[2]] == onnx.TensorProto.INT8
+        assert sizes[weight.input[1]] == sizes[weight.input[0]][:1]
+        assert types[bias.input[0]] == onnx.TensorProto.INT32
+    floats = [name for name, kind in types.items() if kind == onnx.TensorProto.FLOAT and math.prod(sizes[name]) > 8]
+    assert not floats, "no weight is stored in float32"
+    assert "Pad" not in kinds(graph), "a convolution pads by itself, with the zero point"
+
+
+def ran(tmp_path) -> list[str]:
+    """The operators that an ONNX Runtime session runs."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    settings.log_severity_level = 3
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", settings, providers=["CPUExecutionProvider"])
+    return kinds(onnx.load(settings.optimized_model_filepath).graph)
+
+
+def test_onnx_runtime_multiplies_integers_in_every_layer(tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    model = calibrated(Net(), x)
+    graph = file(model, x, tmp_path / "model.onnx", [x])
+    assert kinds(graph).count("Conv") == 4
+    operators = ran(tmp_path)
+    assert operators.count("QLinearConv") == 4 and operators.count("QGemm") == 1
+    assert not {"Conv", "FusedConv", "Gemm", "Relu", "Clip"} & set(operators)
+    file(model, x, tmp_path / "model.onnx")
+    assert ran(tmp_path).count("QLinearConv") == 2, "without rounded results two convolutions are computed in float32"
+
+
+@openvino
+def test_openvino_multiplies_integers_in_every_layer():
+    import openvino as ov
+
+    x = torch.randn(4, 3, 16, 16)
+    engine = engines.prepare("openvino", calibrated(Net(), x), x)
+    request = next(c.cell_contents for c in engine.run.__closure__ if isinstance(c.cell_contents, ov.InferRequest))
+    compiled = request.get_compiled_model()
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
+    layers = [
+        {name: str(node.rt_info[name].astype(str)) for name in ("layerType", "runtimePrecision", "primitiveType")}
+        for node in compiled.get_runtime_model().get_ops()
+    ]
+    products = [x for x in layers if x["layerType"] in ("Convolution", "FullyConnected")]
+    assert len(products) == 5 and {x["runtimePrecision"] for x in products} <= {"u8", "i8"}, products
+
+
+def test_onnx_runtime_rounds_the_results_that_it_has_to_round():
+    """The simulation with a point behind the convolution that is summed up, on the extremes in the batches."""
+    x = [torch.randn(16, 3, 16, 16) for _ in range(2)]
+    model = calibrated(Net(), x)
+    engine = engines.prepare("onnxruntime", model, x[0], batches=x)
+    rounded = export._written(copy.deepcopy(model))
+    assert torch.equal(rounded(x[0]), model(x[0]))
+    export._take_in_pads(rounded)
+    assert torch.equal(rounded(x[0]), model(x[0]))
+    export._round_results(rounded, x)
+    points = [[m for m in part.modules() if isinstance(m, QuantizationPoint)] for part in (rounded, model)]
+    assert len(points[0]) - len(points[1]) - 5 == 2, "before the sum and before the mean"
+    step = float(model.head.input_grid.scale) * float(model.head.fake_weight().abs().sum(1).max())
+    assert (engine(x[0]) - rounded(x[0])).abs().max() <= 2 * step
+    assert affine.sqnr(rounded(x[0]), engine(x[0])) > affine.sqnr(model(x[0]), engine(x[0])) + 3
+    assert affine.sqnr(model(x[0]), engine(x[0])) > 25
+
+
+@openvino
+def test_openvino_rounds_what_the_simulation_rounds_and_nothing_else():
+    x = torch.randn(16, 3, 16, 16)
+    model = calibrated(Net(), x)
+    result = engines.prepare("openvino", model, x)(x)
+    step = float(model.head.input_grid.scale) * float(model.head.fake_weight().abs().sum(1).max())
+    assert (result - model(x)).abs().max() <= 2 * step
+    assert affine.sqnr(model(x), result) > 40
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_bias_beside_tiny_weights_fits_in_32_bits(name: str):
+    layer = nn.Linear(8, 3)
+    with torch.no_grad():
+        layer.weight[0], layer.bias[:] = 1e-12, torch.tensor([0.5, -0.3, 0.2])
+    model = FakeQuantized(layer, ptq.weight_grid(layer, 8), grid(0.02, 100)).requires_grad_(False)
+    x = torch.randn(5, 8)
+    step = 0.02 * model.weight_grid.scale.flatten()
+    assert (layer.bias / step).abs().max() > 2**31, "or the test shows nothing"
+    torch.testing.assert_close(engines.prepare(name, model, x)(x), model(x), rtol=EPS, atol=EPS)
+
+
+def test_an_int8_file_has_a_quarter_of_the_bytes():
+    model, x = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval(), torch.randn(4, 256)
+    floats, integers = (engines.prepare("onnxruntime", m, x).bytes for m in (model, calibrated(model, x)))
+    assert 0.25 < integers / floats < 0.28
+
+
+# --- the engines' own tools -------------------------------------------------------------------------------------------
+
+TOOLS = [
+    "onnxruntime-dynamic", "onnxruntime-static", "onnxruntime-s8s8", pytest.param("nncf", marks=nncf),
+    pytest.param("nncf-bf16", marks=nncf), pytest.param("openvino-bf16", marks=openvino), "torch-bf16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_peers_come_near_the_model(name: str):
+    model, x = Net().eval(), torch.randn(64, 3, 16, 16)
+    engine = engines.prepare(name, model, x[:8], batches=[x, x[:12]])  # what does not fill a batch of 8 is left out
+    assert 20 < affine.sqnr(model(x[:8]).detach(), engine(x[:8])) < 80
+
+
+@nncf
+def test_accuracy_control_calls_validate_with_engines():
+    model, x = Net().eval(), torch.randn(64, 3, 16, 16)
+    validation = [(part, model(part).argmax(1)) for part in x.split(8)]
+
+    def validate(engine, batches) -> float:
+        right = [(engine(x).argmax(1) == labels).float().mean() for x, labels in batches]
+        return float(torch.stack(right).mean())
+
+    engine = engines.prepare(
+        "nncf-accuracy-control", model, x[:8], batches=[x], validate=validate, validation=validation, max_drop=0.05
+    )
+    assert validate(engine, validation) >= 0.95
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("openvino", "nncf") else real(name))
+    state = engines.available()
+    assert state["torch"] == state["onnxruntime"] == "ready"
+    assert state["nncf"] == "nncf needs openvino and nncf, which is not installed: pip install 'labkit[engines]'."
+    with pytest.raises(InputError, match=r"openvino needs openvino.*labkit\[engines\]"):
+        engines.prepare("openvino", nn.Linear(3, 2), torch.randn(1, 3))
+
+
+class ByValue(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_what_cannot_be_prepared_is_refused_in_one_sentence():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    simulated = calibrated(model, x)
+    refused = [
+        (("tensorrt", model, x), {}, "There is no engine 'tensorrt': choose one of torch,"),
+        (("onnxruntime-static", model, x), {}, "takes ranges from data: give batches"),
+        (("onnxruntime-static", model, x), {"batches": []}, "batches is empty"),
+        (
+            ("onnxruntime-static", model, x),
+            {"batches": [torch.randn(4, 5)]},
+            r"for input \[4, 3\] and got input \[4, 5\]",
+        ),
+        (("onnxruntime-static", simulated, x), {"batches": [x]}, "quantized already"),
+        (("onnxruntime", ByValue(3, 3), x), {}, "cannot be exported"),
+    ]
+    for args, options, sentence in refused:
+        with pytest.raises(InputError, match=sentence):
+            engines.prepare(*args, **options)
+
+
+def test_other_shapes_are_refused():
+    engine = engines.prepare("onnxruntime", nn.Linear(3, 2), torch.randn(4, 3))
+    for args in ((torch.randn(5, 3),), (), (torch.randn(4, 3), torch.randn(4, 3))):
+        with pytest.raises(InputError, match=r"The engine is for input \[4, 3\] and got"):
+            engine(*args)
