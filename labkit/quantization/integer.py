@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from functools import cache, partial
@@ -71,6 +72,22 @@ def _qconv(
     return run
 
 
+def _fbgemm(codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Run:
+    """FBGEMM's u8 x s8 product, torch's fastest for few rows; it takes floats and rounds them on a grid itself.
+
+    As x times 1 / scale, not x / scale: about one code in 10^5 falls on the other side of a tie. torch means to remove
+    these operators, and warns of the quantized tensor that its packing takes.
+    """
+    zeros = torch.zeros(len(codes), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight = torch._make_per_channel_quantized_tensor(codes, scale.double(), zeros, 0)
+    packed = torch.ops.quantized.linear_prepack(weight, bias)
+    return lambda x, x_scale=1.0, x_zero=0: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        x, x_scale, x_zero, packed
+    )
+
+
 def _int_mm(codes: Tensor, scale: Tensor) -> Run:
     """torch._int_mm, s8 [rows, in] x s8 [out, in] in int32, scaled after."""
     columns = codes.t()
@@ -94,7 +111,10 @@ def _int4pack(codes: Tensor, scale: Tensor, group_size: int = 32) -> Run:
 
 
 class IntegerKernel(NamedTuple):
-    """prepare(codes [out, in, ...] int8, scale [out]) -> run(activations); activations: "u8", "s8" or "float"."""
+    """prepare(codes [out, in, ...] int8, scale [out]) -> run(activations).
+
+    activations: "u8" or "s8" codes; "rounded": floats, which it makes u8 itself; "float": bfloat16, and not rounded.
+    """
 
     prepare: Callable[..., Run]
     activations: str
@@ -104,6 +124,7 @@ class IntegerKernel(NamedTuple):
 KERNELS = {
     "qlinear": IntegerKernel(_qlinear, "u8"),
     "qconv": IntegerKernel(_qconv, "u8"),
+    "fbgemm": IntegerKernel(_fbgemm, "rounded"),
     "int_mm": IntegerKernel(_int_mm, "s8"),
     "int8pack": IntegerKernel(_int8pack, "float"),
     "int4pack": IntegerKernel(_int4pack, "float", 4),
@@ -131,7 +152,7 @@ def probe(kernel: IntegerKernel, bits: int = 8) -> str:
         return codes
 
     w, zero = extreme(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8), 0
-    if kernel.activations == "u8":
+    if kernel.activations in ("u8", "rounded"):
         x, zero = extreme(0, 255).to(torch.uint8), 128
     elif kernel.activations == "s8":
         x = extreme(-128, 127).to(torch.int8)
@@ -142,12 +163,14 @@ def probe(kernel: IntegerKernel, bits: int = 8) -> str:
     if kernel.prepare is _qconv:
         x, w, options = x.view(64, 56, 3, 3), w.view(64, 56, 3, 3), {"padding": (1, 1)}
         reference = F.conv2d
+    centred = x.double() - zero
+    x = centred.float() if kernel.activations == "rounded" else x
     try:
         run = partial(kernel.prepare(w, torch.ones(64), **options), x, *((1.0, zero) if zero else ()))
         results = run()
     except (RuntimeError, AttributeError) as error:
         return f"{name} does not run in torch {torch.__version__} on this machine ({str(error).splitlines()[0][:80]})."
-    exact = reference(x.double() - zero, w.double(), **options)  # float64 holds these integers
+    exact = reference(centred, w.double(), **options)  # float64 holds these integers
     if wrong := int((results.double() != exact).sum()):
         return (
             f"{name} gave {wrong} of {exact.numel()} products of extreme {bits}-bit codes wrong, as a CPU without VNNI "
@@ -292,16 +315,21 @@ class _IntegerLayer(_OnGrid):
 class Int8Linear(_IntegerLayer):
     """y = x W^T + b of integers, for x [..., in] in float32, or in codes of the input grid where it has one.
 
-    Without an input grid the activations are quantized as they come (dynamic): up to two rows each by its own largest
-    magnitude with `_int_mm`, more by the range of all with oneDNN.
+    Without an input grid the activations are quantized as they come (dynamic), on the grid of their least and largest
+    value, by FBGEMM; where it is refused by oneDNN, and up to two rows each by its own largest magnitude by `_int_mm`.
     """
 
     def __init__(self, layer: nn.Linear, weight: Grid, input: Grid | None = None, output: Grid | None = None) -> None:
         super().__init__(layer, weight, input=input, output=output)
 
     def prepare(self) -> tuple:
-        product = _qlinear(*self.arguments())
-        return product, _int_mm(self.codes, self.scale), self.numbers("input"), self.numbers("output")
+        source, few = self.numbers("input"), None
+        bits = 7 if self.codes.abs().max() < 64 else 8
+        if source is None and not probe(KERNELS["fbgemm"], bits):
+            product = _fbgemm(*self.arguments())
+        else:
+            product, few = _qlinear(*self.arguments()), _int_mm(self.codes, self.scale)
+        return product, few, source, self.numbers("output")
 
     def products(self, x: Tensor) -> Tensor:
         return F.linear(x, self.codes.double())
@@ -309,7 +337,9 @@ class Int8Linear(_IntegerLayer):
     def forward(self, input: Tensor) -> Tensor:
         product, few, source, target = self.ready()
         x = input.reshape(-1, input.shape[-1])
-        if source is None and len(x) <= FEW:
+        if source is None and few is None:
+            y = product(x.float(), *_range(x))
+        elif source is None and len(x) <= FEW:
             step = x.abs().amax(1, keepdim=True).div_(127)
             step.masked_fill_(step == 0, 1)
             y = few((x / step).round_().to(torch.int8)).mul_(step)
@@ -389,12 +419,13 @@ def convert(model: nn.Module) -> nn.Module:
 def convert_dynamic(model: nn.Module, *, weights: int = 8, ignore: Collection[str] = ()) -> nn.Module:
     """REAL: a copy of `model` whose Linears, but for those named in ignore, are int8 and quantize what they get.
 
-    weights: bits, 2 to 8, per output channel. Activations have 8, per row or for the whole input, see `Int8Linear`, and
-    need no calibration. InputError if this machine's kernels do not pass `probe`.
+    weights: bits, 2 to 8, per output channel. Activations have 8, see `Int8Linear`, and need no calibration. InputError if
+    this machine's kernels do not pass `probe`.
     """
     layers = {name: x for name, x in model.named_modules() if type(x) is nn.Linear and name not in ignore}
     grids = {name: weight_grid(layer, weights) for name, layer in layers.items()}
-    for layer, kernel in itertools.product(layers.values(), ("qlinear", "int_mm")):
+    kernels = ("qlinear", "int_mm") if probe(KERNELS["fbgemm"], weights) else ("fbgemm",)
+    for layer, kernel in itertools.product(layers.values(), kernels):
         _check(kernel, weights, layer)
     model = copy.deepcopy(model)
     for name, grid in grids.items():
