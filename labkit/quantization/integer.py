@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -416,13 +416,13 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
-def convert_dynamic(model: nn.Module, *, weights: int = 8, ignore: Collection[str] = ()) -> nn.Module:
-    """REAL: a copy of `model` whose Linears, but for those named in ignore, are int8 and quantize what they get.
+def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
+    """REAL: a copy of `model` whose Linears are int8 and quantize what they get.
 
-    weights: bits, 2 to 8, per output channel. Activations have 8, see `Int8Linear`, and need no calibration. InputError if
-    this machine's kernels do not pass `probe`.
+    weights: bits, 2 to 8, per output channel. Activations have 8, see `Int8Linear`, and need no calibration. InputError
+    if this machine's kernels do not pass `probe`.
     """
-    layers = {name: x for name, x in model.named_modules() if type(x) is nn.Linear and name not in ignore}
+    layers = {name: x for name, x in model.named_modules() if type(x) is nn.Linear}
     grids = {name: weight_grid(layer, weights) for name, layer in layers.items()}
     kernels = ("qlinear", "int_mm") if probe(KERNELS["fbgemm"], weights) else ("fbgemm",)
     for layer, kernel in itertools.product(layers.values(), kernels):

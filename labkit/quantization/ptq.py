@@ -260,8 +260,8 @@ def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
 
 
 def _uneven(layer: nn.Conv2d) -> bool:
-    left, right, top, bottom = layer._reversed_padding_repeated_twice
-    return left != right or top != bottom
+    pad = layer._reversed_padding_repeated_twice  # left and right, above and below
+    return pad[0] != pad[1] or pad[2] != pad[3]
 
 
 def _trace(model: nn.Module, named: Mapping[str, Any]) -> fx.GraphModule | None:

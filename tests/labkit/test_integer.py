@@ -471,11 +471,11 @@ def test_what_is_stored_is_integers(resnet, tmp_path):
 
 @vnni
 @torch.no_grad()
-def test_dynamic_models_keep_what_is_ignored():
+def test_dynamic_models_take_any_number_of_dimensions():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    real = integer.convert_dynamic(model, ignore=["2"])
-    assert type(real[0]) is integer.Int8Linear and type(real[2]) is nn.Linear and type(model[0]) is nn.Linear
+    real = integer.convert_dynamic(model)
+    assert type(real[0]) is type(real[2]) is integer.Int8Linear and type(model[0]) is nn.Linear
     x = torch.randn(2, 5, 8)
     assert real(x).shape == (2, 5, 4) and affine.sqnr(model(x), real(x)) > 30
 
