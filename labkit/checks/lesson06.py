@@ -168,8 +168,7 @@ def _by_windows(x: Tensor, weight: Tensor) -> Tensor:
     padded[..., 1:-1, 1:-1] = x
     places = [(i, j) for i in range(3) for j in range(3)]
     return sum(
-        torch.einsum("nchw,oc->nohw", padded[..., i : i + height, j : j + width], weight[:, :, i, j])
-        for i, j in places
+        torch.einsum("nchw,oc->nohw", padded[..., i : i + height, j : j + width], weight[:, :, i, j]) for i, j in places
     )
 
 
