@@ -44,8 +44,8 @@ def folding(fn: Callable, failures: Failures) -> None:
             failures.close(
                 at_zero,
                 reference[1],
-                "the bias is off, as the result for an image of zeros shows: the convolution's own bias minus the mean, "
-                "times the factor, plus the norm's bias",
+                "the bias is off, as the result for an image of zeros shows: the convolution's own bias minus the "
+                "mean, times the factor, plus the norm's bias",
                 atol=1e-9,
             )
             failures.close(
@@ -103,9 +103,7 @@ def _has_the_share(values: Tensor, lo: float, hi: float, share: float, failures:
     cut = (1 - share) / 2 * len(values)
     for side, end, outside in (("below lo", lo, values < lo), ("above hi", hi, values > hi)):
         count = int(outside.sum())
-        failures.expect(
-            count <= cut + 1, f"too many of all values lie {side}", detail=f"{count} of {len(values)}"
-        )
+        failures.expect(count <= cut + 1, f"too many of all values lie {side}", detail=f"{count} of {len(values)}")
         pulled = abs(end) < 1e-12  # to 0: fewer may be outside
         failures.expect(
             pulled or count >= cut - 1,
@@ -213,8 +211,8 @@ def bias_correction(fn: Callable, failures: Failures) -> None:
             failures.close(
                 after,
                 before,
-                "the mean of an output is not what it was, for an input with this mean at every pixel; look at the sign "
-                "of the error, at the sum over the kernel, and at which inputs a group reads",
+                "the mean of an output is not what it was, for an input with this mean at every pixel; look at the "
+                "sign of the error, at the sum over the kernel, and at which inputs a group reads",
                 atol=1e-9,
             )
 

@@ -298,9 +298,9 @@ def _multiplies(name: str) -> bool:
     x[0], codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = 255, 127, -127, 127, -127
     layer = nn.Linear(504, 64, bias=False).requires_grad_(False)
     layer.weight.copy_(codes)
-    one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
-    weight = Grid(one.expand(64, 1), zero.expand(64, 1), 8, -127, 127)
-    engine = _prepare(name, FakeQuantized(layer, weight, Grid(one, zero, 8, 0, 255)), {"input": x}, None, {})
+    unit, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
+    weight = Grid(unit.expand(64, 1), zero.expand(64, 1), 8, -127, 127)
+    engine = _prepare(name, FakeQuantized(layer, weight, Grid(unit, zero, 8, 0, 255)), {"input": x}, None, {})
     return torch.equal(engine(x).double(), x.double() @ codes.double().t())
 
 

@@ -47,10 +47,13 @@ def write_onnx(model: nn.Module, named: Mapping[str, Any], path: Path, *, batche
             if batches is not None:
                 _round_results(model, batches)
     names = [name for name, value in named.items() if isinstance(value, Tensor)]
-    options = {"dynamo": True, "external_data": False, "verbose": False, "input_names": names}
+    options = {"dynamo": True, "verbose": False, "input_names": names}
     try:
         with quietly():
-            torch.onnx.export(model, (), path, kwargs=dict(named), **options)
+            program = torch.onnx.export(model, (), kwargs=dict(named), **options)
+            for node in program.model.graph:  # the Python lines that they come from: half of a small file
+                node.metadata_props.clear()
+            program.save(path)
     except Exception as error:  # of any of the exporter's stages
         raise InputError(
             f"The model cannot be exported to ONNX ({str(error).splitlines()[0][:120]}): make its forward pass one "
@@ -135,12 +138,12 @@ class _OnnxLayer(nn.Module):
             y = _operator("Gemm", (x, *terms), (len(x), layer.out_features), transB=1)
             return y.reshape(*input.shape[:-1], -1) if input.dim() != 2 else y
         pads = zip(layer._reversed_padding_repeated_twice, self.pads, strict=True)  # numbers where padding is "same"
-        left, right, top, bottom = (a + b for a, b in pads)
-        sides = zip((top + bottom, left + right), layer.dilation, layer.kernel_size, layer.stride, strict=True)
-        sizes = [(n + pad - d * (k - 1) - 1) // s + 1 for n, (pad, d, k, s) in zip(input.shape[2:], sides, strict=True)]
+        x0, x1, y0, y1 = (a + b for a, b in pads)
+        sides = zip(input.shape[2:], (y0 + y1, x0 + x1), layer.dilation, layer.kernel_size, layer.stride, strict=True)
+        sizes = [(size + pad - d * (k - 1) - 1) // stride + 1 for size, pad, d, k, stride in sides]
         attributes = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
         shape = (len(input), layer.out_channels, *sizes)
-        return _operator("Conv", (self.point(input), *terms), shape, pads=[top, left, bottom, right], **attributes)
+        return _operator("Conv", (self.point(input), *terms), shape, pads=[y0, x0, y1, x1], **attributes)
 
 
 def _dequantized(codes: Tensor, scale: Tensor, zero: Tensor | None, **attributes: int) -> Tensor:
@@ -174,8 +177,8 @@ def _round_results(model: fx.GraphModule, batches: Iterable) -> None:
     """A point behind each convolution, or its ReLU, whose result is not rounded by all that read it, or returned."""
     modules, places, graph = dict(model.named_modules()), {}, model.graph
     for node in [node for node in graph.nodes if _is_convolution(modules.get(node.target))]:
-        value, (reader, *others) = node, node.users
-        if not others and (type(modules.get(reader.target)) in CLIPS or reader.target in CLIPS):
+        value, (reader, *more) = node, node.users
+        if not more and (type(modules.get(reader.target)) in CLIPS or reader.target in CLIPS):
             value = reader
         readers = [modules.get(user.target) for user in value.users]
         grids = [x.grid for x in readers if isinstance(x, (_OnnxLayer, _OnnxPoint))]

@@ -123,7 +123,8 @@ def _only_the_first(w1, b1, w2):
 
 
 def _bias_by_convolution(conv, rounded, mean):
-    x = mean.view(1, -1, 1, 1).expand(1, -1, *((k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation)))
+    reach = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    x = mean.view(1, -1, 1, 1).expand(1, -1, *reach)
     shift = nn.functional.conv2d(x, rounded - conv.weight.detach(), None, 1, 0, conv.dilation, conv.groups)
     return conv.bias.detach() - shift.flatten()
 
