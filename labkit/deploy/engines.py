@@ -8,7 +8,6 @@ makes a convolution three times slower, and NNCF for OpenVINO. Every engine runs
 import contextlib
 import copy
 import importlib.util
-import logging
 import os
 import tempfile
 import time
@@ -18,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -86,18 +86,19 @@ def prepare(name: str, model: nn.Module, args: Any, *, batches: Iterable | None 
     check_choice(name, ENGINES, "engine")
     if missing := _missing(name):
         raise InputError(missing)
-    row, simulated = ENGINES[name], export.is_quantized(model)
+    row = ENGINES[name]
     named = {key: value for key, value in batching.inputs(model, args).items() if value is not None}
     if options and row.takes == "any":
         raise InputError(f"{name} takes no options, and got {', '.join(options)}: leave them out.")
-    if row.takes != "any" and simulated:
+    if row.takes != "any" and export.is_quantized(model):
         raise InputError(f"{name} takes a float model, and this one is quantized already: give the one it came from.")
     if row.takes == "data" and batches is None:
         raise InputError(f"{name} takes ranges from data: give batches, some hundred inputs in all.")
-    if simulated and not _multiplies(name.removesuffix("-bf16")):
+    bits = max((x.weight_grid.bits for x in model.modules() if isinstance(x, FakeQuantized)), default=0)
+    if bits and not _multiplies(name.removesuffix("-bf16"), bits):
         raise InputError(
-            f"{name} gives other products of extreme 8-bit codes than int64, as engines do that add pairs in int16 on "
-            "a CPU without VNNI: quantize the weights to 7 bits in another engine, or take float32."
+            f"{name} gives other products of extreme {bits}-bit codes than int64, as a CPU without VNNI does that adds "
+            "pairs in int16: quantize the weights to 7 bits, whose pairs fit, or take float32."
         )
     return _prepare(name, model, named, batches, options)
 
@@ -234,27 +235,22 @@ def _requests(compiled: Any) -> Run:
 
 
 def _nncf(job: _Job, model: Any, *, control: bool = False) -> Any:
-    with _no_telemetry():
+    with patch.dict(os.environ, CI="true"):  # else it reports its use over the network
         import nncf
 
-    level = nncf.common.logging.logger.nncf_logger.level
-    nncf.set_log_level(logging.ERROR)
     options, kinds = dict(job.options), {"preset": nncf.QuantizationPreset, "model_type": nncf.ModelType}
     for key in kinds.keys() & options.keys():
         options[key] = kinds[key](options[key])
     data = nncf.Dataset([{name: x.contiguous().numpy() for name, x in piece.items()} for piece in job.pieces()])
-    try:
-        if not control:
-            return nncf.quantize(model, data, **options)
-        validate, validation = options.pop("validate"), options.pop("validation")
-        shapes = {name: tuple(job.named[name].shape) for name in job.names}
+    if not control:
+        return nncf.quantize(model, data, **options)
+    validate, validation = options.pop("validate"), options.pop("validation")
+    shapes = {name: tuple(job.named[name].shape) for name in job.names}
 
-        def score(compiled: Any, batches: Iterable) -> tuple[float, None]:
-            return validate(Engine("nncf", 0, 0.0, shapes, _requests(compiled)), batches), None
+    def score(compiled: Any, batches: Iterable) -> tuple[float, None]:
+        return validate(Engine("nncf", 0, 0.0, shapes, _requests(compiled)), batches), None
 
-        return nncf.quantize_with_accuracy_control(model, data, nncf.Dataset(validation), score, **options)
-    finally:
-        nncf.set_log_level(level)
+    return nncf.quantize_with_accuracy_control(model, data, nncf.Dataset(validation), score, **options)
 
 
 class Runtime(NamedTuple):
@@ -291,28 +287,17 @@ def _missing(name: str) -> str:
 
 
 @cache
-def _multiplies(name: str) -> bool:
+def _multiplies(name: str, bits: int) -> bool:
     """Whether the engine multiplies extreme u8 and s8 codes as int64 does; 504 terms, which float32 holds exactly."""
-    draw = torch.Generator().manual_seed(0)
-    x, codes = (torch.randint(low, high, (64, 504), generator=draw).float() for low, high in ((0, 256), (-127, 128)))
-    x[0], codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = 255, 127, -127, 127, -127
+    draw, most = torch.Generator().manual_seed(0), 2 ** (bits - 1) - 1
+    x, codes = (torch.randint(*ends, (64, 504), generator=draw).float() for ends in ((0, 256), (-most, most + 1)))
+    x[0], codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = 255, most, -most, most, -most
     layer = nn.Linear(504, 64, bias=False).requires_grad_(False)
     layer.weight.copy_(codes)
     unit, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
-    weight = Grid(unit.expand(64, 1), zero.expand(64, 1), 8, -127, 127)
+    weight = Grid(unit.expand(64, 1), zero.expand(64, 1), bits, -most, most)
     engine = _prepare(name, FakeQuantized(layer, weight, Grid(unit, zero, 8, 0, 255)), {"input": x}, None, {})
     return torch.equal(engine(x).double(), x.double() @ codes.double().t())
-
-
-@contextlib.contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """NNCF reports its use over the network unless it is imported in what says that it is a CI job."""
-    before = os.environ.get("CI")
-    os.environ["CI"] = "true"
-    try:
-        yield
-    finally:
-        os.environ.pop("CI") if before is None else os.environ.update(CI=before)
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

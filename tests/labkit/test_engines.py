@@ -3,6 +3,11 @@
 import copy
 import importlib.util
 import math
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from torch import nn
 
 from labkit.deploy import engines, export
 from labkit.errors import InputError
+from labkit.files import ROOT
 from labkit.quantization import affine, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint
@@ -28,6 +34,30 @@ EPS = 1e-5  # of the largest: what engines may add up in another order
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def traits(model: nn.Module) -> tuple:
+    values = {name: value.tolist() for name, value in model.state_dict().items()}
+    return values, [(name, type(x), x.training) for name, x in model.named_modules()], getattr(model, "code", "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory):
+    """A model is exported once for all engines that get the same file, and is afterwards as it was."""
+    folder, write, files = tmp_path_factory.mktemp("onnx"), export.write_onnx, {}
+
+    def write_or_copy(model, named, path, *, batches=None):
+        key = model, batches is not None and model is simulated_net()  # the only one with results to be rounded
+        if key not in files:
+            before = traits(model)
+            write(model, named, path, batches=batches)
+            assert traits(model) == before
+            files[key] = shutil.copy(path, folder / f"{len(files)}.onnx")
+        shutil.copy(files[key], path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "write_onnx", write_or_copy)
+        yield
 
 
 class Net(nn.Module):
@@ -58,6 +88,12 @@ class Words(nn.Module):
         return {"tokens": x, "text": x.sum(1)}
 
 
+@cache
+def words() -> Words:
+    torch.manual_seed(0)
+    return Words().eval()
+
+
 def calibrated(model: nn.Module, x, **options) -> nn.Module:
     return ptq.quantize(model, x if isinstance(x, list) else [x], **options).model.requires_grad_(False)
 
@@ -66,13 +102,26 @@ def grid(scale: float, zero: int, bits: int = 8) -> Grid:
     return Grid(torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), bits, 0, 2**bits - 1)
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory):
-    """A quantized Net as ONNX Runtime gets it, every result of a convolution rounded."""
+IMAGES = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+X = IMAGES[:8]
+
+
+@cache
+def net() -> Net:
     torch.manual_seed(0)
-    path, x = tmp_path_factory.mktemp("onnx") / "model.onnx", torch.randn(4, 3, 16, 16)
-    export.write_onnx(calibrated(Net(), x), {"x": x}, path, batches=[x])
-    return path
+    return Net().eval()
+
+
+@cache
+def simulated_net() -> nn.Module:
+    return calibrated(net(), X)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """The quantized Net as ONNX Runtime gets it, every result of a convolution rounded."""
+    export.write_onnx(simulated_net(), {"x": X}, tmp_path / "model.onnx", batches=[X])
+    return tmp_path / "model.onnx"
 
 
 def kinds(path) -> list[str]:
@@ -84,7 +133,7 @@ def kinds(path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["torch", *BOTH])
 def test_a_float_model_is_the_same_function(name: str):
-    model, x = Net().eval(), torch.randn(2, 3, 16, 16)
+    model, x = net(), X.clone()
     engine = engines.prepare(name, model, x)
     torch.testing.assert_close(engine(x), model(x).detach(), rtol=EPS, atol=EPS)
     first = engine(x)
@@ -96,7 +145,7 @@ def test_a_float_model_is_the_same_function(name: str):
 
 @pytest.mark.parametrize("name", ["torch", *BOTH])
 def test_keywords_constants_and_several_outputs(name: str):
-    model = Words().eval()
+    model = words()
     batch = {"ids": torch.randint(50, (2, 7)), "mask": torch.ones(2, 7), "scale": 2.0, "labels": torch.zeros(2)}
     engine = engines.prepare(name, model, batch)
     ids, mask = torch.randint(50, (2, 7)), torch.rand(2, 7)
@@ -106,25 +155,21 @@ def test_keywords_constants_and_several_outputs(name: str):
             torch.testing.assert_close(result, expected.detach(), rtol=EPS, atol=EPS)
 
 
-def test_the_model_is_left_as_it_was():
-    model, x = Net(), torch.randn(2, 3, 16, 16)
-    model.train()
-    state, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
-    simulated = calibrated(model, x)
-    code, points = simulated.code, [name for name, _ in simulated.named_modules()]
-    for source in (model, simulated):
-        engines.prepare("onnxruntime", source, x)
-    engines.prepare("torch-bf16", model, x)
-    assert model.training and [name for name, _ in model.named_modules()] == names
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert simulated.code == code and [name for name, _ in simulated.named_modules()] == points
+@pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16"])
+def test_the_model_is_left_as_it_was(name: str):
+    model = copy.deepcopy(net()).train()
+    before = traits(model)
+    engines.prepare(name, model, X)
+    assert traits(model) == before
 
 
 # --- integers ---------------------------------------------------------------------------------------------------------
 
 
-def two_layers(bits: int = 8, zero: int = 77) -> torch.fx.GraphModule:
+@cache
+def two_layers(bits: int, zero: int) -> torch.fx.GraphModule:
     """A padding convolution whose input has a zero point, and one that hands its codes through: result / scale."""
+    torch.manual_seed(0)
     first, second = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 6, 1, bias=False)
     with torch.no_grad():
         second.weight.copy_(torch.eye(6)[..., None, None])
@@ -155,7 +200,7 @@ def test_codes_are_those_of_the_simulation(name: str, bits: int, zero: int):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_extreme_codes_are_multiplied_exactly_and_would_show_sums_in_int16(name: str):
-    assert engines._multiplies(name)
+    assert engines._multiplies(name, 8)
     draw = torch.Generator().manual_seed(0)
     x, codes = (torch.randint(low, high, (64, 504), generator=draw) for low, high in ((0, 256), (-127, 128)))
     x[0], codes[0], codes[1] = 255, 127, -127
@@ -164,7 +209,7 @@ def test_extreme_codes_are_multiplied_exactly_and_would_show_sums_in_int16(name:
     assert (pairs.sum(-1) != products.sum(-1)).any(1).all(), "each input sees a saturated sum"
 
 
-def test_an_engine_that_adds_pairs_in_int16_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_that_adds_pairs_in_int16_is_refused_but_for_7_bits(monkeypatch: pytest.MonkeyPatch):
     def saturating(job):
         layer = job.model
 
@@ -176,9 +221,21 @@ def test_an_engine_that_adds_pairs_in_int16_is_refused(monkeypatch: pytest.Monke
         return 0, lambda: run
 
     monkeypatch.setitem(engines.ENGINES, "saturating", engines.Runtime(saturating))
-    model = FakeQuantized(nn.Linear(4, 3), ptq.weight_grid(nn.Linear(4, 3), 8), grid(0.1, 3))
-    with pytest.raises(InputError, match="extreme 8-bit codes"):
-        engines.prepare("saturating", model, torch.randn(2, 4))
+    layer = nn.Linear(4, 3)
+    eight, seven = (FakeQuantized(layer, ptq.weight_grid(layer, bits), grid(0.1, 3)) for bits in (8, 7))
+    with pytest.raises(InputError, match=r"extreme 8-bit codes than int64.*quantize the weights to 7 bits"):
+        engines.prepare("saturating", eight, torch.randn(2, 4))
+    engines.prepare("saturating", seven, torch.randn(2, 4))
+
+
+@openvino
+@pytest.mark.slow
+def test_openvino_does_not_pass_without_vnni():
+    """Made so in a child, as its oneDNN allows; ONNX Runtime asks the CPU alone."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code = "from labkit.deploy import engines; print(engines._multiplies('openvino', 8))"
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines()[-1] == "False"
 
 
 def test_activations_are_u8_weights_s8_per_channel_and_biases_s32(path):
@@ -218,8 +275,7 @@ def test_onnx_runtime_multiplies_integers_in_every_layer(path, tmp_path):
 def test_openvino_multiplies_integers_in_every_layer():
     import openvino as ov
 
-    x = torch.randn(4, 3, 16, 16)
-    engine = engines.prepare("openvino", calibrated(Net(), x), x)
+    engine = engines.prepare("openvino", simulated_net(), X)
     request = next(c.cell_contents for c in engine.run.__closure__ if isinstance(c.cell_contents, ov.InferRequest))
     compiled = request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
@@ -233,41 +289,43 @@ def test_openvino_multiplies_integers_in_every_layer():
 
 def test_onnx_runtime_rounds_the_results_that_it_has_to_round():
     """The simulation with a point behind the convolution that is summed up, on the extremes in the batches."""
-    x = [torch.randn(16, 3, 16, 16) for _ in range(2)]
-    model = calibrated(Net(), x)
-    engine = engines.prepare("onnxruntime", model, x[0], batches=x)
+    model = simulated_net()
+    engine = engines.prepare("onnxruntime", model, X, batches=[X])
     rounded = export._written(copy.deepcopy(model))
-    assert torch.equal(rounded(x[0]), model(x[0]))
+    assert torch.equal(rounded(X), model(X))
     export._take_in_pads(rounded)
-    assert torch.equal(rounded(x[0]), model(x[0]))
-    export._round_results(rounded, x)
+    assert torch.equal(rounded(X), model(X))
+    export._round_results(rounded, [X])
     points = [[m for m in part.modules() if isinstance(m, QuantizationPoint)] for part in (rounded, model)]
     assert len(points[0]) - len(points[1]) - 5 == 2, "before the sum and before the mean"
     step = float(model.head.input_grid.scale) * float(model.head.fake_weight().abs().sum(1).max())
-    assert (engine(x[0]) - rounded(x[0])).abs().max() <= 2 * step
-    assert affine.sqnr(rounded(x[0]), engine(x[0])) > affine.sqnr(model(x[0]), engine(x[0])) + 3
-    assert affine.sqnr(model(x[0]), engine(x[0])) > 25
+    assert (engine(X) - rounded(X)).abs().max() <= 2 * step
+    assert affine.sqnr(rounded(X), engine(X)) > affine.sqnr(model(X), engine(X)) + 3
+    assert affine.sqnr(model(X), engine(X)) > 25
 
 
 @openvino
 def test_openvino_rounds_what_the_simulation_rounds_and_nothing_else():
-    x = torch.randn(16, 3, 16, 16)
-    model = calibrated(Net(), x)
+    model, x = simulated_net(), X
     result = engines.prepare("openvino", model, x)(x)
     step = float(model.head.input_grid.scale) * float(model.head.fake_weight().abs().sum(1).max())
     assert (result - model(x)).abs().max() <= 2 * step
     assert affine.sqnr(model(x), result) > 40
 
 
+@cache
+def tiny_weights() -> FakeQuantized:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 3).requires_grad_(False)
+    layer.weight[0], layer.bias[:] = 1e-12, torch.tensor([0.5, -0.3, 0.2])
+    return FakeQuantized(layer, ptq.weight_grid(layer, 8), grid(0.02, 100))
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_a_bias_beside_tiny_weights_fits_in_32_bits(name: str):
-    layer = nn.Linear(8, 3)
-    with torch.no_grad():
-        layer.weight[0], layer.bias[:] = 1e-12, torch.tensor([0.5, -0.3, 0.2])
-    model = FakeQuantized(layer, ptq.weight_grid(layer, 8), grid(0.02, 100)).requires_grad_(False)
-    x = torch.randn(5, 8)
+    model, x = tiny_weights(), torch.randn(5, 8)
     step = 0.02 * model.weight_grid.scale.flatten()
-    assert (layer.bias / step).abs().max() > 2**31, "or the test shows nothing"
+    assert (model.layer.bias / step).abs().max() > 2**31, "or the test shows nothing"
     torch.testing.assert_close(engines.prepare(name, model, x)(x), model(x), rtol=EPS, atol=EPS)
 
 
@@ -282,15 +340,15 @@ TOOLS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOOLS)
 def test_peers_come_near_the_model(name: str):
-    model, x = Net().eval(), torch.randn(64, 3, 16, 16)
-    engine = engines.prepare(name, model, x[:8], batches=[x, x[:12]])  # what does not fill a batch of 8 is left out
+    model, x = net(), IMAGES
+    engine = engines.prepare(name, model, X, batches=[x, x[:12]])  # what does not fill a batch of 8 is left out
     assert 20 < affine.sqnr(model(x[:8]).detach(), engine(x[:8])) < 80
 
 
 @nncf
 @pytest.mark.slow
 def test_accuracy_control_calls_validate_with_engines():
-    model, x = Net().eval(), torch.randn(64, 3, 16, 16)
+    model, x = net(), IMAGES
     validation = [(part, model(part).argmax(1)) for part in x.split(8)]
 
     def validate(engine, batches) -> float:
@@ -298,7 +356,7 @@ def test_accuracy_control_calls_validate_with_engines():
         return float(torch.stack(right).mean())
 
     engine = engines.prepare(
-        "nncf-accuracy-control", model, x[:8], batches=[x], validate=validate, validation=validation, max_drop=0.05
+        "nncf-accuracy-control", model, X, batches=[x], validate=validate, validation=validation, max_drop=0.05
     )
     assert validate(engine, validation) >= 0.95
 
@@ -342,7 +400,7 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence():
 
 
 def test_other_shapes_are_refused():
-    engine = engines.prepare("onnxruntime", nn.Linear(3, 2), torch.randn(4, 3))
+    engine = engines.prepare("torch", nn.Linear(3, 2), torch.randn(4, 3))
     for args in ((torch.randn(5, 3),), (), (torch.randn(4, 3), torch.randn(4, 3))):
         with pytest.raises(InputError, match=r"The engine is for input \[4, 3\] and got"):
             engine(*args)
