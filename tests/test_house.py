@@ -15,8 +15,8 @@ PRODUCT = sorted(path for wing in ("labkit", "course") for path in (ROOT / wing)
 VAGUE = {"found", "one", "own", "said", "given", "wanted", "there", "known", "chosen", "kept", "left", "others"}
 # What people outside call (the fixed names of the design, and `lab.show`), whether or not a lesson uses each option.
 FIXED = {
-    "start", "measure", "compare", "count", "ceilings", "size", "prune", "quantize", "sparsity", "convert", "trace", "mask",
-    "is_nm", "figure", "head_importance", "prune_heads", "prune_ffn", "layer_importance", "prune_layers",
+    "start", "measure", "compare", "count", "ceilings", "size", "prune", "quantize", "sparsity", "convert", "trace",
+    "mask", "is_nm", "figure", "head_importance", "prune_heads", "prune_ffn", "layer_importance", "prune_layers",
 }  # fmt: skip
 
 
