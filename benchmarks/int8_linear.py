@@ -65,8 +65,8 @@ def linear_rivals(model: nn.Module, x: Tensor, bits: int) -> Iterator[Rival]:
 def resnet_rivals(model: nn.Module, x: Tensor, bits: int) -> Iterator[Rival]:
     simulated = ptq.quantize(model, [datasets.fashion_mnist("train", 256).images], weights=bits).model
     rows = integer.prove(integer.convert(simulated), x)
-    codes, different, ties = (sum(row[key] for row in rows) for key in ("codes", "different", "ties"))
-    print(f"  {codes} codes: {different} differ from float64's, {ties} are next to a tie")
+    codes, different, ties, wrong = (sum(row[key] for row in rows) for key in ("codes", "different", "ties", "wrong"))
+    print(f"  {codes} codes, {ties} next to a tie: {different} differ from float64's, {wrong} of them are wrong")
     yield Rival("int8", lambda: call(integer.convert(simulated), x))
     yield Rival("float32, folded", lambda: call(fold.fold_batch_norm(model, (x[:1],)), x))
     yield Rival("bfloat16, folded", lambda: call(fold.fold_batch_norm(model, (x[:1],)).bfloat16(), x.bfloat16()))

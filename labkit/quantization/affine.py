@@ -170,6 +170,12 @@ def check_group(width: int, group_size: int) -> None:
         )
 
 
+def check_floats(x: Tensor) -> None:
+    """InputError unless x holds numbers of a floating-point type that has arithmetic."""
+    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16) or not x.numel():
+        raise InputError(f"x is {x.dtype} {list(x.shape)}, but it must hold floating-point numbers, at least one.")
+
+
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale, float32 or wider, as dtype holds it, and not 0 there; InputError for NaN and infinities.
 
@@ -186,8 +192,7 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _grid(x: Tensor, bits: int, symmetric: bool | str, axis: int | None, group_size: int | None) -> Grid:
-    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16) or not x.numel():
-        raise InputError(f"x is {x.dtype} {list(x.shape)}, but it must hold floating-point numbers, at least one.")
+    check_floats(x)
     if axis is not None and not (isinstance(axis, int) and -x.dim() <= axis < x.dim()):
         raise InputError(
             f"axis is {axis!r}, but x has {x.dim()} dimensions: take one from {-x.dim()} to {x.dim() - 1}."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from labkit.errors import InputError, check_choice
-from labkit.quantization.affine import check_group, stored
+from labkit.quantization.affine import check_floats, check_group, stored
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,14 @@ def quantize(x: Tensor, format: str) -> Encoded:
     scale's type, and for a last dimension that blocks do not fill.
     """
     check_choice(format, FORMATS, "number format")
+    check_floats(x)
     row = FORMATS[format]
     values = x.detach().float()
     if not values.isfinite().all():
         raise InputError("The values have NaN or infinities: look for their origin before you quantize.")
     if row.block is None:
         return Encoded(row.encode(values), None, None, format)
-    check_group(x.shape[-1], row.block)
+    check_group(x.shape[-1] if x.dim() else 1, row.block)
     blocks = values.unflatten(-1, (-1, row.block))
     largest, last, tensor_scale = blocks.abs().amax(-1, keepdim=True), row.points[-1], None
     if row.scale == torch.float8_e8m0fnu:  # section 6.3: 2^(floor(log2 largest) - floor(log2 last))

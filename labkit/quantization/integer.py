@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from labkit import batches as batching
 from labkit.errors import InputError
 from labkit.quantization.affine import Grid
-from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, is_sum, replaced, weight_grid
+from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, bypassed, called, is_sum, replaced, weight_grid
 
 FEW = 2  # rows up to which a product with a vector is faster in _int_mm than in oneDNN
 TOO_SLOW = 10  # times float32: a kernel beyond it is a reference loop, which takes 200 times and more
@@ -196,6 +196,10 @@ def _check(kernel: str, bits: int, layer: nn.Module) -> None:
         raise InputError(
             f"The model is on {layer.weight.device}, but these kernels are the CPU's: move it there first."
         )
+    if layer.weight.dtype is not torch.float32:
+        raise InputError(
+            f"A layer's weight is {layer.weight.dtype}, but these kernels give float32: call .float() first."
+        )
     if reason := probe(KERNELS[kernel], bits):
         raise InputError(reason)
 
@@ -208,11 +212,13 @@ class _OnGrid(nn.Module):
 
     def __init__(self, **grids: Grid | None) -> None:
         super().__init__()
-        self.highest = {name: grid.hi for name, grid in grids.items() if grid is not None}
+        grids = {name: grid for name, grid in grids.items() if grid is not None}
+        if any(grid.lo or grid.scale.numel() > 1 for grid in grids.values()):
+            raise InputError("Activations need one unsigned grid for the tensor: choose it with symmetric=False.")
+        self.highest = {name: grid.hi for name, grid in grids.items()}
         for name, grid in grids.items():
-            if grid is not None:
-                self.register_buffer(f"{name}_scale", grid.scale.detach().float().reshape(()).clone())
-                self.register_buffer(f"{name}_zero", grid.zero.detach().int().reshape(()).clone())
+            self.register_buffer(f"{name}_scale", grid.scale.detach().float().reshape(()).clone())
+            self.register_buffer(f"{name}_zero", grid.zero.detach().int().reshape(()).clone())
         self._ready: tuple | None = None
 
     def numbers(self, name: str) -> tuple[float, int] | None:
@@ -279,11 +285,25 @@ class _IntegerLayer(_OnGrid):
 
     def __init__(self, layer: nn.Module, weight: Grid, **grids: Grid | None) -> None:
         super().__init__(**grids)
+        if weight.lo >= 0 or weight.zero.any() or weight.scale.numel() not in (1, *weight.scale.shape[:1]):
+            raise InputError(
+                "A weight needs a symmetric grid, one for all or one for each output channel: see weight_grid."
+            )
         with torch.no_grad():
             self.register_buffer("codes", weight.quantize(layer.weight).to(torch.int8))
             scale = weight.scale.float().flatten()
             self.register_buffer("scale", scale.expand(len(self.codes)).clone())
             self.register_buffer("bias", None if layer.bias is None else layer.bias.float().clone())
+        if 255 * int(self.codes.int().abs().flatten(1).sum(1).max()) >= 2**31:
+            raise InputError(
+                f"A sum of {self.codes[0].numel()} products of these codes can leave int32: quantize the weights to "
+                "fewer bits, or leave this layer out (ptq.quantize's ignore)."
+            )
+
+    @property
+    def weight(self) -> Tensor:
+        """The points of the codes, for forward passes that look at its type (ViT, T5)."""
+        return self.codes * self.scale.view(-1, *[1] * (self.codes.dim() - 1))
 
     def arguments(self) -> tuple:
         return self.codes, self.scale, self.bias
@@ -340,7 +360,8 @@ class Int8Linear(_IntegerLayer):
         if source is None and few is None:
             y = product(x.float(), *_range(x))
         elif source is None and len(x) <= FEW:
-            step = x.abs().amax(1, keepdim=True).div_(127)
+            step = x.float().abs().amax(1, keepdim=True).div_(127)
+            _check_finite(bool(step.isfinite().all()))
             step.masked_fill_(step == 0, 1)
             y = few((x / step).round_().to(torch.int8)).mul_(step)
             y = y if self.bias is None else y.add_(self.bias)
@@ -371,6 +392,8 @@ class Int8Conv2d(_IntegerLayer):
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         product, source, target, term = self.ready()
+        if input.dim() != 4:  # the kernel would take it for something else
+            raise InputError(f"A convolution of integers takes [N, C, H, W], not {list(input.shape)}: give it a batch.")
         x = input if input.dtype is torch.uint8 else _codes(input, *source, self.highest["input"])
         return self.clip(product(x, *source, target, other, term))
 
@@ -381,12 +404,21 @@ def _codes(x: Tensor, scale: float, zero: int, highest: int = 255) -> Tensor:
 
 def _range(x: Tensor) -> tuple[float, int]:
     """`affine.choose(min, max, 8, symmetric=False)` in Python's numbers, several times faster for one tensor."""
-    lo, hi = (float(end) for end in x.aminmax())
-    lo, hi = min(lo, 0.0), max(hi, 0.0)
-    if not math.isfinite(hi - lo):
-        raise InputError("The input of an int8 layer has NaN or infinity: look for the layer that it comes from.")
-    scale = float((np.float32(hi) - np.float32(lo)) / np.float32(255)) or 1.0
-    return scale, int(min(max(round(float(np.float32(-lo) / np.float32(scale))), 0), 255))
+    lo, hi = (np.float32(float(end)) for end in x.aminmax())
+    lo, hi = min(lo, np.float32(0)), max(hi, np.float32(0))
+    with np.errstate(over="ignore"):
+        scale = (hi - lo) / np.float32(255)
+    _check_finite(math.isfinite(scale))
+    scale = max(scale, np.float32(2.0**-126)) if scale else np.float32(1)  # 1 / scale is a number, too
+    return float(scale), int(min(max(round(float(-lo / scale)), 0), 255))
+
+
+def _check_finite(finite: bool) -> None:
+    if not finite:
+        raise InputError(
+            "The input of an int8 layer has NaN or infinity, or a range beyond float32: look for the layer that it "
+            "comes from."
+        )
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -422,7 +454,10 @@ def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
     weights: bits, 2 to 8, per output channel. Activations have 8, see `Int8Linear`, and need no calibration. InputError
     if this machine's kernels do not pass `probe`.
     """
-    layers = {name: x for name, x in model.named_modules() if type(x) is nn.Linear}
+    read = bypassed(model)
+    layers = {name: x for name, x in model.named_modules() if type(x) is nn.Linear and x not in read}
+    if not layers:
+        raise InputError("The model has no nn.Linear that is called: give another, or calibrate it with ptq.quantize.")
     grids = {name: weight_grid(layer, weights) for name, layer in layers.items()}
     kernels = ("qlinear", "int_mm") if probe(KERNELS["fbgemm"], weights) else ("fbgemm",)
     for layer, kernel in itertools.product(layers.values(), kernels):
@@ -441,30 +476,37 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     """Every integer layer of a converted model on this batch, laid beside exact arithmetic on the codes that it got.
 
     Rows: "layer"; "codes" that it hands on; "different" of them from one rounding in float64; "ties", values so near to
-    the middle between two codes that the kernel's float32 may round them to either. It is proved where different <=
-    ties; these few are reported, not tolerated. Of a layer that gives float32 "codes" is 0, and "different" counts
-    numbers that are further off than their roundings. Layers that quantize as they go (dynamic) are left out.
+    the middle between two codes that the kernel's float32 may round them to either; "wrong" of the different ones, not
+    at a tie or more than one code off. It is proved where wrong is 0; the others are reported, not tolerated. Of a
+    layer that gives float32 "codes" is 0, and "wrong" and "different" count numbers that are further off than their
+    roundings. Layers that quantize as they go (dynamic) are left out.
     """
     rows, terms, handles = [], {}, []
 
-    def before(layer: _IntegerLayer, args: tuple) -> None:
-        terms[layer] = [arg.clone() for arg in args]  # a sum overwrites its term
+    def before(layer: _IntegerLayer, args: tuple, kwargs: dict[str, Tensor]) -> None:
+        terms[layer] = [arg.clone() for arg in (*args, *kwargs.values())]  # a sum overwrites its term
 
     def after(name: str, layer: _IntegerLayer, _: tuple, y: Tensor) -> None:
         x, *other = terms.pop(layer)
         x = x if x.dtype is torch.uint8 else _codes(x, *layer.numbers("input"), layer.highest["input"])
         value, size = layer.exact(x, *other)
-        row = {"layer": name, "codes": 0, "different": int(((y - value).abs() > ROUNDING * size).sum()), "ties": 0}
-        if target := layer.numbers("output"):
-            steps = value / target[0]
-            different = y != (steps.round() + target[1]).clamp(0, layer.highest["output"])
+        target = layer.numbers("output")
+        if target is None:
+            codes, near = 0, torch.zeros(())
+            off = (y - value).abs() > ROUNDING * size
+        else:
+            steps, codes = value / target[0], y.numel()
+            off = (y - (steps.round() + target[1]).clamp(0, layer.highest["output"])).abs()
             near = (steps - steps.floor() - 0.5).abs() <= ROUNDING * size / target[0] + 2**-16
-            row |= {"codes": y.numel(), "different": int(different.sum()), "ties": int(near.sum())}
-        rows.append(row)
+        counts = {"different": off > 0, "ties": near, "wrong": off > near}
+        rows.append({"layer": name, "codes": codes} | {key: int(x.sum()) for key, x in counts.items()})
 
     for name, layer in model.named_modules():
         if isinstance(layer, _IntegerLayer) and "input" in layer.highest:
-            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(partial(after, name))]
+            handles += [
+                layer.register_forward_pre_hook(before, with_kwargs=True),
+                layer.register_forward_hook(partial(after, name)),
+            ]
     try:
         model(**batching.inputs(model, batch))
     finally:
@@ -514,6 +556,7 @@ class _Lowering:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}  # by old one
         self.converted: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.sums: list[fx.Node] = []
         for node in self.model.graph.nodes:
             module, grid = self._module(node), self.grids.get(node)
             if node in self.summed:
@@ -523,6 +566,7 @@ class _Lowering:
                 (other,) = (source for source in node.all_input_nodes if source is not layer)
                 term = self._module(other).grid
                 self.new[node] = self._layer(layer, grid, term, self._codes(other, term))
+                self.sums.append(self.new[node])
             elif isinstance(module, FakeQuantized):
                 self.new[node] = self._layer(node, grid)
             elif grid is not None:
@@ -546,7 +590,7 @@ class _Lowering:
         ReLU changes no code if that of 0 is the lowest, ReLU6 if that of 6 is beyond the highest, too.
         """
         module = self._module(node)
-        operation = type(module) if module is not None else node.target
+        operation = type(module) if module is not None else called(node)
         at_zero, at_six = int(grid.zero) == grid.lo, bool(grid.scale * (grid.hi - grid.zero - 0.5) < 6)
         if operation in RELU:
             return () if at_zero else None
@@ -596,14 +640,13 @@ class _Lowering:
         return self.graph.call_module(name, args)
 
     def _spare_terms(self) -> None:
-        """A sum overwrites its term: a copy of it, where somebody reads the term later."""
+        """A sum overwrites its term: a copy of it, where the layer reads the term as well, or somebody does later."""
         order = {node: place for place, node in enumerate(self.graph.nodes)}
-        for node in list(self.graph.nodes):
-            if node.op == "call_module" and len(node.args) == 2:
-                term = node.args[1]
-                if any(order[user] > order[node] for user in term.users):
-                    with self.graph.inserting_before(node):
-                        node.update_arg(1, self.graph.call_method("clone", (term,)))
+        for node in self.sums:
+            source, term = node.args
+            if source is term or any(order.get(user, 0) > order[node] for user in term.users):  # 0: a copy, made before
+                with self.graph.inserting_before(node):
+                    node.update_arg(1, self.graph.call_method("clone", (term,)))
 
 
 def _same(a: Grid | None, b: Grid | None) -> bool:

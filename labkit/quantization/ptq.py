@@ -64,6 +64,11 @@ class FakeQuantized(_Grids):
         self._store("input", input_grid)
 
     @property
+    def weight(self) -> Tensor:
+        """What is multiplied, for forward passes that look at its type (ViT, T5)."""
+        return self.fake_weight()
+
+    @property
     def weight_grid(self) -> Grid:
         return self._grid("weight")
 
@@ -185,6 +190,11 @@ def quantize(
         new = fold.fold_batch_norm(model, named).eval()
         refused = _refused(new, ignore)
         layers = [name for name, x in new.named_modules() if _is_plain(x) and name not in refused]
+        if strange := [name for name in widths if name not in layers]:
+            raise InputError(
+                f"weights has bits for {strange[0]!r}, which is not quantized "
+                f"({refused.get(strange[0], 'it is no Linear and no Conv2d')}): name layers that are."
+            )
         traced = _trace(new, named)
         new, points = (new, []) if traced is None else (traced, _insert_points(traced, layers))
         observers = _observe(new, layers, points, itertools.chain([first], checked), observer, activations)
@@ -238,14 +248,22 @@ def _is_plain(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, nn.Conv2d))
 
 
+def bypassed(model: nn.Module) -> set[nn.Module]:
+    """The layers whose weights torch's fused kernel for encoders takes, so that what replaces them is not called."""
+    encoders = [x for x in model.modules() if isinstance(x, nn.TransformerEncoderLayer)]
+    return {layer for x in encoders for layer in (x.linear1, x.linear2)}
+
+
 def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
     """{name: why it stays float32}, of layers with weights. InputError for a weight with NaN."""
-    refused = {}
+    refused, read = {}, bypassed(model)
     for name, module in model.named_modules():
         if not isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
             continue
         if any(name == part or name.startswith(f"{part}.") for part in ignore):
             refused[name] = "it is ignored"
+        elif module in read:
+            refused[name] = "nn.TransformerEncoderLayer reads its weight without calling it"
         elif not _is_plain(module):
             refused[name] = f"a {type(module).__name__} has no integer kernel, and no layer took it in"
         elif module.weight.dtype is not torch.float32:
@@ -290,10 +308,10 @@ def _insert_points(traced: fx.GraphModule, layers: Collection[str]) -> list[str]
     order = {node: place for place, node in enumerate(graph.nodes)}
     convolutions = {name for name in layers if isinstance(traced.get_submodule(name), nn.Conv2d)}
     for node in list(graph.nodes):
-        if node.target not in ADDITIONS or len(node.all_input_nodes) != 2 or node.kwargs:
+        if called(node) not in ADDITIONS or len(node.all_input_nodes) != 2 or node.kwargs:
             continue
         shapes = [getattr(term.meta.get("tensor_meta"), "shape", None) for term in node.args]
-        branches = [x for x in node.args if x.target in convolutions and len(x.users) == 1]
+        branches = [x for x in node.args if _is_call(x, convolutions) and len(x.users) == 1]
         if not branches or shapes[0] != shapes[1]:
             continue
         branch = max(branches, key=lambda x: order[x])
@@ -314,6 +332,15 @@ def _insert_points(traced: fx.GraphModule, layers: Collection[str]) -> list[str]
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
+def called(node: fx.Node) -> Any:
+    """The function, or a method's name, that a node calls; None for modules and inputs, whatever their names are."""
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def _is_call(node: fx.Node, modules: Collection[str]) -> bool:
+    return node.op == "call_module" and node.target in modules
+
+
 def is_sum(node: fx.Node) -> bool:
     """Whether a convolution and a `QuantizationPoint` of the same shape are added here."""
     return bool(node.meta.get("summed"))
@@ -321,7 +348,7 @@ def is_sum(node: fx.Node) -> bool:
 
 def _behind(traced: fx.GraphModule, layers: Collection[str], points: Collection[str]) -> dict[str, str]:
     """{layer: the point that it reads}"""
-    calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target in layers]
+    calls = [node for node in traced.graph.nodes if _is_call(node, layers)]
     sources = {node.target: node.all_input_nodes[0].target for node in calls}
     return {layer: source for layer, source in sources.items() if source in points}
 

@@ -4,6 +4,8 @@ AdaRound and bias correction: both take a float layer, the inputs that it sees a
 layers, in which order and on which batches is the caller's.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,8 +24,8 @@ BATCH, RATE = 32, 0.05  # examples a step, and Adam's rate: with it 200 steps do
 def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, steps: int = 1000) -> Tensor:
     """Codes of `layer`'s weight on `grid`, in its shape, each rounded down or up as the layer's outputs need it.
 
-    Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv:2004.10568), equations 21 to
-    25. With w = scale (clip(floor(W / scale) + h(V) + zero) - zero), h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), Adam
+    Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv:2004.10568),
+    section 3. With w = scale (clip(floor(W / scale) + h(V) + zero) - zero), h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), Adam
     minimises over V
 
         mean |layer(w; inputs) - outputs|^2 + 0.01 sum (1 - |2 h(V) - 1|^beta),
@@ -36,7 +38,9 @@ def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, s
     error is at most that of rounding to the nearest: where the search ends in more, the nearest codes are returned.
     """
     _check(layer, grid, inputs, outputs, steps)
-    weight, inputs, outputs = layer.weight.detach(), inputs.detach(), outputs.detach()
+    tensors = (layer.weight, inputs, outputs, grid.scale, grid.zero)
+    weight, inputs, outputs, scale, zero = (x.clone() if x.is_inference() else x.detach() for x in tensors)
+    grid = dataclasses.replace(grid, scale=scale, zero=zero)
     channel = -1 if isinstance(layer, nn.Linear) else 1
     down = (weight / grid.scale).floor()
     rest = (weight / grid.scale - down).clamp(0.01, 0.99)
@@ -72,7 +76,7 @@ def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, s
 def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
     """The bias [out] with which `layer` keeps the mean of its outputs when its weight becomes `weight`.
 
-    Nagel et al. 2019 (arXiv:1906.04721), equation 17: W~ = W + e shifts the outputs by e E[x] on average, of a
+    Nagel et al. 2019 (arXiv:1906.04721), section 4.2: W~ = W + e shifts the outputs by e E[x] on average, of a
     convolution by the sum over its kernel. So b - e E[x]: exact for a Linear, and for a convolution as far as all
     positions have the same mean, which zero padding and the edges of images do not.
 

@@ -159,6 +159,9 @@ def test_dtypes_and_shapes_stay():
     [
         (lambda: formats.fake(torch.ones(4), "fp4"), "no number format 'fp4': choose one of e2m1, e4m3"),
         (lambda: formats.fake(torch.ones(2, 27), "nvfp4"), "is 16, but groups .* a divisor of 27: 1, 3, 9, 27"),
+        (lambda: formats.fake(torch.tensor(1.0), "nf4"), "is 64, but groups .* a divisor of 1: 1"),
+        (lambda: formats.fake(torch.arange(64), "nf4"), r"x is torch.int64 \[64\], but it must hold floating-point"),
+        (lambda: formats.fake(torch.zeros(0, 64), "nvfp4"), r"x is torch.float32 \[0, 64\]"),
         (lambda: formats.fake(torch.tensor([torch.nan]), "e4m3"), "The values have NaN or infinities"),
         (lambda: formats.fake(torch.full((64,), 1e5), "nf4"), "or a range beyond torch.float16"),
         (lambda: formats.fake(torch.full((64,), torch.inf), "mxfp4"), "The values have NaN or infinities"),

@@ -169,6 +169,33 @@ def test_bits_a_layer_and_layers_that_are_ignored(residual):
     assert calibrated.model.get_submodule("a").weight_grid.bits == 4
 
 
+def test_layers_that_torch_s_encoder_reads_without_a_call_stay_in_float32():
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    x = torch.randn(3, 5, 4)
+    calibrated = ptq.quantize(model, [x])
+    assert [row.name for row in calibrated.plan.layers] == ["0"]
+    assert "reads its weight without calling it" in calibrated.plan.refused["1.linear2"]
+    with torch.no_grad():  # on its fast path
+        assert affine.sqnr(model(x), calibrated.model(x)) > 30
+
+
+@torch.no_grad()
+def test_a_name_is_no_operation():
+    """An input called as a convolution is, and modules called as additions."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.add, self.head = nn.Conv2d(2, 2, 1), nn.Bilinear(5, 5, 5), nn.Conv2d(2, 2, 1)
+
+        def forward(self, conv):
+            y = torch.tanh(self.conv(conv * 2))
+            return self.head(self.add(y, self.head(y)) + (y + conv))
+
+    calibrated = ptq.quantize(Named(), [torch.randn(3, 2, 5, 5)])
+    assert calibrated.plan.traced and not calibrated.plan.points
+
+
 class Odd(nn.Module):
     """Layers that no kernel computes."""
 
@@ -225,6 +252,8 @@ def poisoned():
         (lambda: ptq.quantize(LINEAR, [torch.randn(3, 4)], activations=1), "activations is 1, .* from 2 to 8"),
         (lambda: ptq.quantize(Residual(), [X], weights={"a": 16}), r"weights\['a'\] is 16, .* from 2 to 8"),
         (lambda: ptq.quantize(Residual(), [X], weights={"z": 4}), "no module 'z' in the model"),
+        (lambda: ptq.quantize(Residual(), [X], weights={"norm": 4}), "bits for 'norm', .*it is no Linear"),
+        (lambda: ptq.quantize(Residual(), [X], weights={"a": 4}, ignore="a"), "bits for 'a', .*it is ignored"),
         (lambda: ptq.quantize(Residual(), [X], ignore=["stm"]), "no module 'stm' in the model"),
         (
             lambda: ptq.quantize(LINEAR, [torch.randn(3, 4)], observer="best"),

@@ -81,9 +81,9 @@ def test_outputs_are_nearer_than_those_of_the_nearest_weights(kind, symmetric):
 @settings(max_examples=20, deadline=None)
 def test_it_never_ends_above_the_nearest_however_few_steps(steps, rows, seed):
     torch.manual_seed(seed)
-    layer, x = nn.Linear(5, 3), torch.randn(rows, 5)
-    grid = grid_of(layer.weight, 2)
+    layer = nn.Linear(5, 3)
     with torch.inference_mode():  # wherever it is called
+        x, grid = torch.randn(rows, 5), grid_of(layer.weight, 2)
         codes = rounding.adaround(layer, grid, x, layer(x), steps=steps)
     assert loss(layer, grid.dequantize(codes), x) <= loss(layer, grid.fake(layer.weight.detach()), x) * (1 + 1e-5)
 
