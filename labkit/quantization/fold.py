@@ -77,7 +77,7 @@ def fold_batch_norm(model: nn.Module, args: Any) -> nn.Module:
 def equalize(model: nn.Module, args: Any) -> nn.Module:
     """A copy of `model` with batch norms folded, and the ranges of channels evened out between layers.
 
-    Cross-layer equalisation, Nagel et al. 2019 (arXiv:1906.04721), equations 9 to 11: with r1 = max |row of W1| that
+    Cross-layer equalisation, Nagel et al. 2019 (arXiv:1906.04721), section 4.1: with r1 = max |row of W1| that
     makes a channel and r2 = max |columns| that read it, W1 and b1 are divided and W2 is multiplied by s = sqrt(r1 / r2)
     so that both ranges are sqrt(r1 r2). Over all pairs again and again until nothing moves. A pair is a convolution or
     Linear and all layers that read it, through ReLU, pooling, flattening, products with other values: what f(s x) =

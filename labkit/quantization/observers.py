@@ -111,7 +111,7 @@ def _percentile(seen: Observer) -> tuple[float, float]:
 def _mse(seen: Observer) -> tuple[float, float]:
     """The ends between which rounding and clipping cost the least squared error: first the upper one, then the lower.
 
-    Choukroun et al. 2019 (arXiv:1902.06822), equation 1, on an asymmetric grid, every value in the middle of its bin.
+    Choukroun et al. 2019 (arXiv:1902.06822), on an asymmetric grid, every value in the middle of its bin.
     """
     full, counts = seen.counts.nonzero()[0], torch.from_numpy(seen.counts[seen.counts > 0]).double()
     x = torch.from_numpy(seen.edges[full] + seen.width / 2).expand(CANDIDATES, -1)  # [CANDIDATES, bins]

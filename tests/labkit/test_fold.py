@@ -210,7 +210,7 @@ def test_equalising_any_network_leaves_its_function_and_the_network(program, see
 @given(st.integers(0, 99), st.sampled_from([0, 1]))
 @settings(max_examples=20, deadline=None)
 def test_two_layers_get_the_paper_s_ranges(seed, dead):
-    """Nagel et al. 2019, equation 11, in one step, by hand."""
+    """Nagel et al. 2019, section 4.1, in one step, by hand."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4)).double()
     with torch.no_grad():
