@@ -36,7 +36,7 @@ from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-FIRST = 4  # examples of the first batch that the report compares layer by layer
+FIRST = 4  # examples of the first batch that folding and the graph are proved on, and that the report compares
 
 
 class _Grids(nn.Module):
@@ -186,7 +186,7 @@ def quantize(
     first = next(checked)
 
     with torch.no_grad(), batching.evaluating(model):
-        named = batching.inputs(model, first)
+        named = _few(batching.inputs(model, first))
         new = fold.fold_batch_norm(model, named).eval()
         refused = _refused(new, ignore)
         layers = [name for name, x in new.named_modules() if _is_plain(x) and name not in refused]
@@ -280,6 +280,14 @@ def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
 def _uneven(layer: nn.Conv2d) -> bool:
     pad = layer._reversed_padding_repeated_twice  # left and right, above and below
     return pad[0] != pad[1] or pad[2] != pad[3]
+
+
+def _few(named: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `FIRST` examples of a batch; all of it if its tensors are not equally long, as positions of tokens may be."""
+    lengths = {len(x) if x.dim() else 0 for x in named.values() if isinstance(x, Tensor)}
+    if len(lengths) != 1:
+        return named
+    return {name: x[:FIRST] if isinstance(x, Tensor) else x for name, x in named.items()}
 
 
 def _trace(model: nn.Module, named: Mapping[str, Any]) -> fx.GraphModule | None:

@@ -24,9 +24,9 @@ BATCH, RATE = 32, 0.05  # examples a step, and Adam's rate: with it 200 steps do
 def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, steps: int = 1000) -> Tensor:
     """Codes of `layer`'s weight on `grid`, in its shape, each rounded down or up as the layer's outputs need it.
 
-    Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv:2004.10568),
-    section 3. With w = scale (clip(floor(W / scale) + h(V) + zero) - zero), h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), Adam
-    minimises over V
+    Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv:2004.10568), section 3. With
+    w = scale (clip(floor(W / scale) + h(V) + zero) - zero) and h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), Adam minimises
+    over V
 
         mean |layer(w; inputs) - outputs|^2 + 0.01 sum (1 - |2 h(V) - 1|^beta),
 
