@@ -204,7 +204,8 @@ def quantize(
         if not layers:
             reasons = "; ".join(f"{name}: {why}" for name, why in refused.items()) or "it has no Linear and no Conv2d"
             raise InputError(f"The model has no layer to quantize ({reasons}): give another, or ignore less.")
-        grids = {name: _input_grid(observers[name], activations) for name in [*layers, *points]}
+        ranges = {name: observers[name].range() for name in [*layers, *points]}
+        grids = {name: affine.choose(*ends, activations, symmetric=False) for name, ends in ranges.items()}
         if traced is not None:
             grids |= {layer: grids[point] for layer, point in _behind(traced, layers, points).items()}
 
@@ -237,10 +238,6 @@ def weight_grid(layer: nn.Module, bits: int) -> Grid:
     rows = layer.weight.detach().float().flatten(1)
     shape = (-1, *[1] * (layer.weight.dim() - 1))
     return affine.choose(rows.amin(1).view(shape), rows.amax(1).view(shape), bits)
-
-
-def _input_grid(observer: Observer, bits: int) -> Grid:
-    return affine.choose(*observer.range(), bits, symmetric=False)
 
 
 def _is_plain(module: nn.Module) -> bool:
