@@ -145,11 +145,11 @@ def _quantized_conv(fn: Callable, failures: Failures, x: Tensor, weight: Tensor)
     close = (y.double() - exact).abs() <= 1e-4 * exact.abs().max()
     failures.expect(
         bool(close[..., 1:-1, 1:-1].all()),
-        "the inside of the image differs from the sums of the dequantised numbers: look at ranges, scales and codes",
+        "the inside of the image differs from the sums of the dequantized numbers: look at ranges, scales and codes",
     )
     failures.expect(
         bool(close.all()),
-        "the output is not that of the dequantised numbers everywhere: what does the code stand for that you pad with?",
+        "the output is not that of the dequantized numbers everywhere: what does the code stand for that you pad with?",
     )
 
 
