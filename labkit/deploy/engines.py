@@ -170,6 +170,8 @@ def _session(path: Path) -> Run:
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = torch.get_num_threads(), 1
+    # Workers of a session that waits would spin and take the cores from the session that is timed next.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
