@@ -6,7 +6,7 @@ data. Moves nothing between devices, and trains nothing (see `training`).
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +41,19 @@ def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 
 # --- what a batch holds -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, each call of a module of these names, which takes one tensor, ends in look(name, input, result)."""
+
+    def hook(name: str):
+        return lambda _, args, kwargs, result: look(name, args[0] if args else kwargs["input"], result)
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.callback(model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True).remove)
+        yield
 
 
 def split(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]:

@@ -196,10 +196,8 @@ def _pack_blocks(weight: Tensor, format: str) -> Parts | None:
         return None
     encoded = formats.quantize(rows, format)
     codes = pack4(encoded.codes) if row.bits == 4 else encoded.codes
-    parts = {
-        "codes": codes,
-        "scale": encoded.scale[..., 0].view(torch.uint8),
-    }  # the bytes: older safetensors have no E8M0
+    scale = encoded.scale[..., 0].view(torch.uint8)  # the bytes: older safetensors have no E8M0
+    parts = {"codes": codes, "scale": scale}
     return parts if encoded.tensor_scale is None else parts | {"tensor_scale": encoded.tensor_scale}
 
 

@@ -219,30 +219,19 @@ def _by_row(x: Tensor, s: Tensor) -> Tensor:
 def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[Tensor]:
     """max |x| of each input of these Linears, over the valid tokens of all batches."""
     largest: dict[str, Tensor] = {}
-    named: dict[str, Any] = {}
 
-    def hook(name: str) -> Callable:
-        def look(_, args: tuple, kwargs: Mapping[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            valid = batching.valid_tokens(model, named, name, x)
-            x = x.flatten(0, -2)[valid.flatten()].abs().double()
-            if not x.isfinite().all():
-                raise InputError(f"There is NaN or infinity in the input of {name}: look for the batch it comes from.")
-            largest[name] = torch.cat([largest.get(name, x[:0]), x]).amax(0, keepdim=True)
+    def look(name: str, x: Tensor, _: Tensor) -> None:
+        valid = batching.valid_tokens(model, named, name, x)
+        x = x.flatten(0, -2)[valid.flatten()].abs().double()
+        if not x.isfinite().all():
+            raise InputError(f"There is NaN or infinity in the input of {name}: look for the batch it comes from.")
+        largest[name] = torch.cat([largest.get(name, x[:0]), x]).amax(0, keepdim=True)
 
-        return look
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in layers]
-    try:
-        with torch.no_grad(), batching.evaluating(model):
-            for batch in batches:
-                named.clear()
-                named.update(batching.inputs(model, batch))
-                args, kwargs, _ = batching.split(model, batch)
-                model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), batching.evaluating(model), batching.watching(model, layers, look):
+        for batch in batches:
+            named = batching.inputs(model, batch)
+            args, kwargs, _ = batching.split(model, batch)
+            model(*args, **kwargs)
     return [largest[name][0] for name in layers]
 
 

@@ -5,6 +5,7 @@ extreme codes once as int64 does: without VNNI some add pairs of products in int
 without a word. CPU only. What is rounded where is decided by `ptq`, and here it is the same, code by code.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -104,9 +105,8 @@ def _int4pack(codes: Tensor, scale: Tensor, group_size: int = 32) -> Run:
     """torch._weight_int4pack_mm_for_cpu: codes -8..7 in 4 bits, bfloat16 activations; scale [out, in / group_size]."""
     packed = torch._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
     scale = scale.expand(len(codes), -1) if scale.dim() > 1 else scale[:, None].expand(-1, codes.shape[1] // group_size)
-    table = (
-        torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous().bfloat16()
-    )  # [groups, out, 2]
+    table = torch.stack([scale, torch.zeros_like(scale)], -1)  # [out, groups, 2]
+    table = table.transpose(0, 1).contiguous().bfloat16()
     return lambda x: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group_size, table)
 
 
@@ -481,7 +481,7 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     layer that gives float32 "codes" is 0, and "wrong" and "different" count numbers that are further off than their
     roundings. Layers that quantize as they go (dynamic) are left out.
     """
-    rows, terms, handles = [], {}, []
+    rows, terms = [], {}
 
     def before(layer: _IntegerLayer, args: tuple, kwargs: dict[str, Tensor]) -> None:
         terms[layer] = [arg.clone() for arg in (*args, *kwargs.values())]  # a sum overwrites its term
@@ -501,17 +501,12 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
         counts = {"different": off > 0, "ties": near, "wrong": off > near}
         rows.append({"layer": name, "codes": codes} | {key: int(x.sum()) for key, x in counts.items()})
 
-    for name, layer in model.named_modules():
-        if isinstance(layer, _IntegerLayer) and "input" in layer.highest:
-            handles += [
-                layer.register_forward_pre_hook(before, with_kwargs=True),
-                layer.register_forward_hook(partial(after, name)),
-            ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if isinstance(layer, _IntegerLayer) and "input" in layer.highest:
+                hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(layer.register_forward_hook(partial(after, name)).remove)
         model(**batching.inputs(model, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
     if not rows:
         raise InputError("The model has no integer layer with a calibrated input: convert it first.")
     return rows

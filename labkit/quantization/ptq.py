@@ -377,16 +377,9 @@ def _observe(
     }
     observers = {name: Observer(observer, bits, where) for name, where in names.items()}
 
-    def hook(name: str):
-        return lambda _, args, kwargs: observers[name].observe(args[0] if args else kwargs["input"])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
-    try:
+    with batching.watching(model, names, lambda name, x, _: observers[name].observe(x)):
         for batch in batches:
             model(**batching.inputs(model, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
     return observers
 
 
@@ -394,18 +387,11 @@ def _seen(model: nn.Module, layers: Sequence[str], named: Mapping[str, Any]) -> 
     """{layer: (input, result)} of the first batch's first examples."""
     seen = {}
 
-    def hook(name: str):
-        def keep(_, args, kwargs, result) -> None:
-            seen[name] = (args[0] if args else kwargs["input"])[:FIRST].clone(), result[:FIRST].clone()
+    def keep(name: str, x: Tensor, result: Tensor) -> None:
+        seen[name] = x[:FIRST].clone(), result[:FIRST].clone()
 
-        return keep
-
-    handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in layers]
-    try:
+    with batching.watching(model, layers, keep):
         model(**named)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
