@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from labkit import show
 from labkit.errors import InputError
 
@@ -104,21 +106,31 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
 
 
 def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Write each label beside its point, in the first of four corners where it meets no point and no other label."""
+    """Write each label beside its point, in the first of four corners where it meets nothing and no other is nearer."""
     from matplotlib.transforms import Bbox
 
     corners = itertools.product(((7, "left"), (-7, "right")), ((5, "bottom"), (-5, "top")))
     corners = [((dx, dy), ha, va) for (dx, ha), (dy, va) in corners]
     ground = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}  # error bars may cross a label
-    taken = [Bbox.from_bounds(*(ax.transData.transform(point) - 4), 8, 8) for point, _ in points]
-    for point, label in points:
+    places = ax.transData.transform([point for point, _ in points])  # [points, 2], in pixels
+    taken = [Bbox.from_bounds(*(place - 4), 8, 8) for place in places]
+
+    def is_nearest(i: int, box: Bbox) -> bool:
+        """Whether a reader takes this label for point i's, and not for that of another point beside it."""
+        gaps = np.hypot(*np.maximum(0, np.maximum(box.min - places, places - box.max)).T)
+        return gaps[i] <= gaps.min()
+
+    for i, (point, label) in enumerate(points):
         words = label.replace("$", r"\$")
         texts = [
             ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va, bbox=ground)
             for to, ha, va in corners
         ]
         boxes = [text.get_window_extent() for text in texts]
-        free = [ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) for box in boxes]
+        free = [
+            ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) and is_nearest(i, box)
+            for box in boxes
+        ]
         corner = free.index(True) if True in free else 0
         taken.append(boxes[corner])
         for text in texts[:corner] + texts[corner + 1 :]:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import random
 import subprocess
 import sys
@@ -688,3 +689,18 @@ def test_plans_that_reach_the_same_point_keep_their_labels():
     points = [{"plan": "ann", "time": 1.0, "size": 2.0}, {"plan": "ben", "time": 1.0, "size": 2.0}]
     challenge.plane(ax, {"time": (None, 0.5, "s"), "size": (None, None, "")}, points, "plan")
     assert {"ann", "ben"} <= {text.get_text() for text in ax.texts}
+
+
+def test_a_label_is_nearest_to_its_point_where_two_lie_close():
+    fig, ax = plt.subplots(figsize=(6.8, 4))
+    points = [{"plan": "lower", "kB": 105.0, "dB": 8.5}, {"plan": "upper", "kB": 104.9, "dB": 10.7}]
+    points += [{"plan": "first", "kB": 70.0, "dB": -2.0}, {"plan": "last", "kB": 275.0, "dB": 40.0}]
+    challenge.plane(ax, {"kB": (None, 140, "kB"), "dB": (23, None, "dB")}, points, "plan")
+    fig.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    places = {point["plan"]: ax.transData.transform((point["kB"], point["dB"])) for point in points}
+    for plan in places:
+        box = boxes[plan]
+        nearest = {x: np.clip(at, box.min, box.max) for x, at in places.items()}
+        gaps = {x: math.dist(at, nearest[x]) for x, at in places.items()}
+        assert min(gaps, key=gaps.get) == plan
