@@ -252,7 +252,8 @@ def write(folders: Sequence[Path], destination: Path) -> Path:
     records = [result.record for result in results if result.record]
     columns = side_by_side(results, recorded)
     by_lesson = attrgetter("record.lesson")
-    lessons = [list(some) for _, some in groupby(sorted(columns, key=by_lesson), by_lesson)]
+    by_number = [list(some) for _, some in groupby(sorted(columns, key=by_lesson), by_lesson)]
+    lessons = [some for some in by_number if any(column.here for column in some)]  # all recorded runs are on the site
     newest = {result.lesson: result for result in results}
     failed = [run for run in results if run.run.get("status") == "failed" and newest[run.lesson] is not run]
     asked = [(column, guess) for column in columns if column.here for guess in column.record.predictions]

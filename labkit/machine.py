@@ -380,11 +380,12 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     Products are square, of random normal numbers, of a few sizes, in every type of PRODUCTS that runs here. In fp32 a
     CPU's 3x3 convolution is tried as well, since it may be faster than any product.
 
-    Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over fp32 arrays of at least four times the last
-    cache, counted as STREAM does: the lines that a CPU reads only to overwrite them are left out. Calls alternate until
-    the budget is spent, in ten repetitions if there is time for them and in six at least. A repetition's best call
-    gives one value, and the ceiling is the best of these: a disturbance only lowers a rate, and what was reached can be
-    reached. Its range goes down to the low end of the median's 95 % interval: what is there most of the time.
+    Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over three fp32 arrays, together at least four
+    times the last cache, counted as STREAM does: the lines that a CPU reads only to overwrite them are left out.
+    Calls alternate until the budget is spent, in ten repetitions if there is time for them and in six at least. A
+    repetition's best call gives one value, and the ceiling is the best of these: a disturbance only lowers a rate,
+    and what was reached can be reached. Its range goes down to the low end of the median's 95 % interval: what is
+    there most of the time.
 
     The range says how steady the ceiling is here and now. It does not cover what another process or hour finds: on
     machines that share a host with others, bandwidth was seen to move by a factor of two within a day, and both kinds
@@ -542,15 +543,16 @@ def _streams(machine: Machine, target: torch.device) -> tuple[Calls, dict[tuple[
     """Copy, triad and read over arrays that no cache holds, and the bytes that each call moves.
 
     On a CPU a call streams one part of them; by the time a part comes again, the others have passed through the cache.
+    Together the arrays are four times the last cache, of which a server's two cores may see half a gigabyte.
     All reads come in a row: after a copy or a triad the last cache is full of lines that were written, and a read that
     displaces them waits until they are in memory, bytes that nobody counts.
     """
     on_cpu = target.type == "cpu"
-    usual = max(64 * MiB, 4 * machine.last_level_cache) if on_cpu else GiB
+    usual = max(128 * MiB, 4 * machine.last_level_cache // 3) if on_cpu else GiB
     size = min(usual, (machine.memory if on_cpu else machine.gpu.memory) // 16, 2 * GiB)
     a, b, out = (torch.ones(size // 4, device=target).chunk(PARTS if on_cpu else 1) for _ in range(3))
     parts = range(len(a))
-    calls: Calls = {("read", part): a[part].sum for part in parts}
+    calls: Calls = {("read", part): array.sum for part, array in enumerate((*a, *b, *out))}
     calls |= {("copy", part): functools.partial(out[part].copy_, a[part]) for part in parts}
     triad = functools.partial(torch.add, alpha=3.0)
     calls |= {("triad", part): functools.partial(triad, a[part], b[part], out=out[part]) for part in parts}

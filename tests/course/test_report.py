@@ -145,6 +145,13 @@ def test_a_recorded_machine_stands_beside_this_one(runs: Path):
     assert "Other GPUrecorded, full" in words and "Test CPU, 2 coresyour run, smoke" in words
 
 
+def test_lessons_that_were_not_run_here_have_no_section(runs: Path):
+    """Their recorded figures are on the site, and to draw them all takes twenty seconds."""
+    records.write(changed(lesson="02", title="Never run here"), files.RECORDED / "other" / "02.json")
+    titles = re.findall(r"<h2>([^<]+)", report.write([runs], runs / "report.html").read_text())
+    assert any(title.startswith("01") for title in titles) and not any("Never run here" in title for title in titles)
+
+
 def test_contents_lead_to_every_section(runs: Path):
     text = report.write([runs], runs / "report.html").read_text()
     titles = re.findall(r"<section id=\"([^\"]+)\"><h2>", text)
