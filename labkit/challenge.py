@@ -102,11 +102,15 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
     ax.annotate("goal", (corner[0], far[1]), (5, -5), textcoords="offset points", va="top", color=show.COLOURS[2])
     ax.set(xlim=(x_low, x_high), ylim=(y_low, y_high))
     ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
-    _label(ax, [((point[x], point[y]), str(point[label])) for point in points])
+    starred_first = sorted(points, key=lambda point: point[label] != star)
+    _label(ax, [((point[x], point[y]), str(point[label])) for point in starred_first])
 
 
 def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Write each label beside its point, in the first of four corners where it meets nothing and no other is nearer."""
+    """Write each label beside its point, in the first of four corners where it meets nothing and no other is nearer.
+
+    Where points crowd, those without such a corner stay without a label: the table beside the plane has them all.
+    """
     from matplotlib.transforms import Bbox
 
     corners = itertools.product(((7, "left"), (-7, "right")), ((5, "bottom"), (-5, "top")))
@@ -131,7 +135,8 @@ def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
             ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) and is_nearest(i, box)
             for box in boxes
         ]
-        corner = free.index(True) if True in free else 0
-        taken.append(boxes[corner])
-        for text in texts[:corner] + texts[corner + 1 :]:
-            text.remove()
+        corner = free.index(True) if True in free else None
+        taken += [] if corner is None else [boxes[corner]]
+        for number, text in enumerate(texts):
+            if number != corner:
+                text.remove()

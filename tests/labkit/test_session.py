@@ -1,6 +1,7 @@
 """A session from start to finish: what is settled, predicted, measured, claimed, checked, and what the record holds."""
 
 import gc
+import itertools
 import json
 import math
 import random
@@ -689,6 +690,18 @@ def test_plans_that_reach_the_same_point_keep_their_labels():
     points = [{"plan": "ann", "time": 1.0, "size": 2.0}, {"plan": "ben", "time": 1.0, "size": 2.0}]
     challenge.plane(ax, {"time": (None, 0.5, "s"), "size": (None, None, "")}, points, "plan")
     assert {"ann", "ben"} <= {text.get_text() for text in ax.texts}
+
+
+def test_where_points_crowd_no_two_labels_overlap_and_the_star_has_its():
+    fig, ax = plt.subplots(figsize=(6.8, 4))
+    points = [{"plan": f"int4 in groups of {i}", "bits": 4.25 + 0.01 * i, "ratio": 1.3 - 0.01 * i} for i in range(9)]
+    points += [{"plan": "yours", "bits": 4.29, "ratio": 1.27}]
+    challenge.plane(ax, {"bits": (None, 4, ""), "ratio": (None, 1.3, "")}, points, "plan", star="yours")
+    fig.canvas.draw()
+    labels = [text for text in ax.texts if text.get_text() != "goal"]
+    boxes = [text.get_window_extent() for text in labels]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert "yours" in {text.get_text() for text in labels} and len(labels) < len(points)
 
 
 def test_a_label_is_nearest_to_its_point_where_two_lie_close():
