@@ -696,7 +696,7 @@ def test_where_points_crowd_no_two_labels_overlap_and_the_star_has_its():
     fig, ax = plt.subplots(figsize=(6.8, 4))
     points = [{"plan": f"int4 in groups of {i}", "bits": 4.25 + 0.001 * i, "ratio": 1.3 - 0.001 * i} for i in range(9)]
     points += [{"plan": "yours", "bits": 4.254, "ratio": 1.296}]
-    challenge.plane(ax, {"bits": (None, 4, ""), "ratio": (None, 1.3, "")}, points, "plan", star="yours")
+    challenge.plane(ax, {"bits": (None, 4, ""), "ratio": (None, 3, "")}, points, "plan", star="yours")
     fig.canvas.draw()
     labels = [text for text in ax.texts if text.get_text() != "goal"]
     boxes = [text.get_window_extent() for text in labels]
