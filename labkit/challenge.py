@@ -109,7 +109,8 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
 def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
     """Write each label beside its point, in the first of four corners where it meets nothing and no other is nearer.
 
-    Where points crowd, those without such a corner stay without a label: the table beside the plane has them all.
+    Where points crowd, those without such a corner stay without a label, all but the first of them: the table beside
+    the plane names them all.
     """
     from matplotlib.transforms import Bbox
 
@@ -135,7 +136,7 @@ def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
             ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) and is_nearest(i, box)
             for box in boxes
         ]
-        corner = free.index(True) if True in free else None
+        corner = free.index(True) if True in free else None if i else 0
         taken += [] if corner is None else [boxes[corner]]
         for number, text in enumerate(texts):
             if number != corner:
