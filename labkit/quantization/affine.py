@@ -61,7 +61,8 @@ class Grid:
         return steps.round_().add_(self.zero).clamp_(self.lo, self.hi)
 
     def _points(self, codes: Tensor) -> Tensor:
-        return (codes - self.zero) * _wide(self.scale)
+        scale = _wide(self.scale)
+        return (codes.to(scale.dtype) - self.zero) * scale
 
 
 @dataclass(frozen=True)

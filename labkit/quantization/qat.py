@@ -57,7 +57,7 @@ def prepare(
             layer.input_quantizer = again
     for layer in [x for x in new.modules() if isinstance(x, FakeQuantized)]:
         layer.weight_quantizer = moving(layer.weight_grid, layer.layer.weight)
-    return new.to(next(model.parameters()).device)
+    return new.to(next(model.parameters()).device).eval()
 
 
 def freeze(model: nn.Module) -> None:
@@ -120,7 +120,10 @@ def _ends(grid: Grid, margin: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def _clipped(gradient: Tensor, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    return torch.where((x > lo) & (x < hi), gradient, 0)
+    """The gradient where x is between lo and hi, else 0."""
+    if lo.dim():
+        return torch.where((x > lo) & (x < hi), gradient, 0)
+    return torch.ops.aten.hardtanh_backward(gradient, x, float(lo), float(hi))  # one pass instead of four
 
 
 class _Moving(Quantizer):
@@ -146,15 +149,16 @@ class FollowedRange(_Moving):
     def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
         super().__init__(grid)
         self.momentum = MOMENTUM if weight is None else 0.0
-        self.register_buffer("ends", torch.stack(_ends(grid)))  # [2, *scale.shape]
+        for name, end in zip(("least", "most"), _ends(grid), strict=True):
+            self.register_buffer(name, end)
 
     def rounded(self, x: Tensor) -> Tensor:
         if self.training and not self.frozen:
-            shared = [d for d, size in enumerate(self.scale.shape) if size == 1] if self.scale.dim() else None
-            values = x.detach()
-            seen = torch.stack([values.amin(shared, True), values.amax(shared, True)] if shared else values.aminmax())
-            self.ends = self.momentum * self.ends + (1 - self.momentum) * seen
-            grid = affine.choose(*self.ends, self.codes[0], symmetric=self.codes[1] < 0)
+            shared = [d for d, size in enumerate(self.scale.shape) if size == 1]
+            lo, hi = (end(x.detach(), shared, bool(shared)) for end in (torch.amin, torch.amax))
+            self.least = self.momentum * self.least + (1 - self.momentum) * lo
+            self.most = self.momentum * self.most + (1 - self.momentum) * hi
+            grid = affine.choose(self.least, self.most, self.codes[0], symmetric=self.codes[1] < 0)
             self.scale, self.zero = grid.scale, grid.zero
         return StraightThrough.apply(x, self.grid)
 
@@ -177,9 +181,15 @@ class LearnedGrid(_Moving):
         del self.scale
         self.scale = nn.Parameter(scale)
 
+    @property
+    def grid(self) -> Grid:
+        return Grid(self._step().detach(), self.zero, *self.codes)
+
+    def _step(self) -> Tensor:
+        return self.scale.abs().clamp(min=2.0**-126)  # a large update can drive a parameter through zero
+
     def rounded(self, x: Tensor) -> Tensor:
-        features = x[0].numel()
-        return LearnedStep.apply(x, self.scale, self.grid, (features * self.most) ** -0.5)
+        return LearnedStep.apply(x, self._step(), self.grid, (x[0].numel() * self.most) ** -0.5)
 
 
 METHODS = {"ste": FollowedRange, "lsq": LearnedGrid}
