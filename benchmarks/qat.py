@@ -4,10 +4,10 @@
     python benchmarks/qat.py --bits 4/4 --steps 40 --seeds 1
     python benchmarks/qat.py --ends same                       first and last layer at these bits, too, not at 8
 
-Every method starts from the shipped checkpoint. "ptq" is calibrated and not trained; "control" is calibrated after as
-many steps of float32 training on the same batches; "ste" and "lsq" are trained with `qat`. A seed draws the images for
-calibration and the order of the batches. All are SIMULATED; then each trained model is converted to integers, which
-are held against exact arithmetic (`integer.prove`) and answer the test images, too.
+Every method starts from the shipped checkpoint. "minmax" and "mse" are calibrated with these ranges and not trained;
+"control" is calibrated, with "mse", after as many steps of float32 training on the same batches; "ste" and "lsq" are
+trained with `qat`. A seed draws the images for calibration and the order of the batches. All are SIMULATED; then each
+model is converted to integers, which are held against exact arithmetic (`integer.prove`) and answer the test images.
 
 Changes of accuracy are in points against float32 on all 10,000 test images: the first interval is for other images
 (paired, answers averaged over seeds), the second for other seeds (Student's, mean over images).
@@ -27,7 +27,7 @@ from labkit import datasets, models, stats, training
 from labkit.quantization import fold, integer, ptq, qat
 
 CALIBRATION, BATCH = 512, 64
-METHODS = ("ptq", "control", "ste", "lsq")
+METHODS = ("minmax", "mse", "control", "ste", "lsq")
 
 
 def widths(bits: int, ends: str) -> int | dict[str, int]:
@@ -70,12 +70,13 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             weights, activations = (widths(int(x), options.ends) for x in bits.split("/"))
             choice = {"weights": weights, "activations": activations}
             for method in METHODS:
-                if method in ("ptq", "control"):
-                    source, row = (model, {}) if method == "ptq" else (plain, control)
-                    new = ptq.quantize(source, calibration, **choice).model
-                else:
+                if method in qat.METHODS:
                     new = qat.prepare(model, calibration, **choice, method=method)
                     row = trained(new, train, seed, options)
+                else:
+                    source, row = (plain, control) if method == "control" else (model, {})
+                    observer = "minmax" if method == "minmax" else "mse"
+                    new = ptq.quantize(source, calibration, **choice, observer=observer).model
                 right = training.correct(new, batches(test))
                 yield {"seed": seed, "bits": bits, "method": method, "right": right, **row, **proof(new, test)}
 
@@ -97,7 +98,7 @@ def summary(rows: list[Mapping[str, Any]], bits: str, reference: Tensor) -> Iter
         if "cpu_s" in group[0]:
             line += f", {stats.mean_ci([row['cpu_s'] for row in group])[0]:.3f} CPU s a step"
         yield line
-    for first, second in (("ste", "ptq"), ("lsq", "ptq"), ("lsq", "control"), ("lsq", "ste")):
+    for first, second in (("ste", "mse"), ("lsq", "mse"), ("lsq", "control"), ("lsq", "ste")):
         if first in answers:
             yield f"{bits:5} {first} - {second}: {change(answers[first], answers[second])} images"
 
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["8/8", "4/4", "2/4"], metavar="W/A")
     parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH} images")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=0.01, help="the highest learning rate of the cycle")
+    parser.add_argument("--lr", type=float, default=0.003, help="the highest learning rate of the cycle")
     parser.add_argument("--ends", choices=("8", "same"), default="8", help="bits of the first and the last layer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file for every row, answers summed up")

@@ -38,7 +38,7 @@ def prepare(
     batches, weights, activations: see `ptq.quantize`, whose ranges training starts from.
     method: "ste": a weight's range is its extremes at every step, an activation's a moving average of the batches'.
         "lsq": steps are parameters. That of a weight starts at 2 mean |w| / sqrt(Q_P), the paper's, for each output
-        channel; that of an activation starts on the range of `ptq`, and its zero point stays there.
+        channel; that of an activation on `ptq`'s range of least squared error, whose zero point stays.
 
     Layers that read the same value share its grid. The copy is on `model`'s device and in eval mode, in which grids do
     not move; `integer.convert` takes it in whatever state it is. InputError as of `ptq.quantize`, and for an unknown
@@ -46,14 +46,15 @@ def prepare(
     """
     check_choice(method, METHODS, "method")
     moving = METHODS[method]
-    new = ptq.quantize(model, batches, weights=weights, activations=activations).model
-    for first, *others in _by_value(new):
+    observer = "mse" if method == "lsq" else "minmax"
+    new = ptq.quantize(model, batches, weights=weights, activations=activations, observer=observer).model
+    for first, *readers in _by_value(new):
         quantizer = moving(first.grid if isinstance(first, QuantizationPoint) else first.input_grid)
         if isinstance(first, QuantizationPoint):
             first.quantizer, again = quantizer, _Rounded(quantizer)
         else:
             first.input_quantizer = again = quantizer
-        for layer in others:
+        for layer in readers:
             layer.input_quantizer = again
     for layer in [x for x in new.modules() if isinstance(x, FakeQuantized)]:
         layer.weight_quantizer = moving(layer.weight_grid, layer.layer.weight)
@@ -234,7 +235,7 @@ def _by_value(model: nn.Module) -> list[list[nn.Module]]:
 MOVING = 0.8  # of the steps, after which grids stay
 
 
-def finetune_(model: nn.Module, batches: Iterable, *, steps: int, max_lr: float = 0.01) -> History:
+def finetune_(model: nn.Module, batches: Iterable, *, steps: int, max_lr: float = 0.003) -> History:
     """Train what `prepare` returned, in place, for `steps` batches; its grids are frozen after four fifths of them.
 
     SGD in float32, one cycle. A float model is trained in the same way, as the control of an experiment.
