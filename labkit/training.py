@@ -107,6 +107,7 @@ def train_(
         descent = torch.optim.SGD(parameters, max_lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     else:
         descent = torch.optim.AdamW(parameters, max_lr, weight_decay=weight_decay)
+    warmup = warmup if warmup * total != 1 else 0.0  # torch divides by the length of the rise but one step
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         descent, max_lr, total_steps=total, pct_start=warmup, cycle_momentum=optimizer == "sgd"
     )

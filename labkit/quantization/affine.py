@@ -49,7 +49,8 @@ class Grid:
 
     def fake(self, x: Tensor) -> Tensor:
         """dequantize(quantize(x)) in x's dtype, without a detour through integers; NaN stays NaN."""
-        return self._points(self._nearest(x)).reshape(x.shape).to(x.dtype)
+        codes = self._nearest(x)
+        return codes.sub_(self.zero).mul_(_wide(self.scale)).reshape(x.shape).to(x.dtype)
 
     def _grouped(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.scale.shape[-2], -1)) if self.scale.dim() == x.dim() + 1 else x
@@ -57,10 +58,11 @@ class Grid:
     def _nearest(self, x: Tensor) -> Tensor:
         """Codes as floating-point numbers, grouped as the scale is."""
         steps = self._grouped(_wide(x)) / _wide(self.scale)
-        return steps.round().add(self.zero).clamp(self.lo, self.hi)
+        return steps.round_().add_(self.zero).clamp_(self.lo, self.hi)
 
     def _points(self, codes: Tensor) -> Tensor:
-        return (codes - self.zero) * _wide(self.scale)
+        scale = _wide(self.scale)
+        return (codes.to(scale.dtype) - self.zero) * scale
 
 
 @dataclass(frozen=True)

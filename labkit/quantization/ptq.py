@@ -39,29 +39,36 @@ WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNC
 FIRST = 4  # examples of the first batch that folding and the graph are proved on, and that the report compares
 
 
-class _Grids(nn.Module):
-    """Stores grids as buffers, so that they move and are saved with the module."""
+class Quantizer(nn.Module):
+    """SIMULATED: rounds a value to the points of a grid, which moves and is saved with the module.
 
-    def _store(self, name: str, grid: Grid) -> None:
-        self.register_buffer(f"{name}_scale", grid.scale)
-        self.register_buffer(f"{name}_zero", grid.zero)
-        setattr(self, f"{name}_range", (grid.bits, grid.lo, grid.hi))
+    `qat` puts others in its place, whose grids training moves.
+    """
 
-    def _grid(self, name: str) -> Grid:
-        return Grid(getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero"), *getattr(self, f"{name}_range"))
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero", grid.zero)
+        self.codes = (grid.bits, grid.lo, grid.hi)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.scale, self.zero, *self.codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid.fake(x)
 
 
-class FakeQuantized(_Grids):
+class FakeQuantized(nn.Module):
     """SIMULATED: a Linear or Conv2d on rounded input and weight, in float32; its bias and result are not rounded.
 
-    layer: the float one. weight_grid: per output channel. input_grid: for the tensor. `qat` overrides the two `fake_`.
+    layer: the float one. weight_grid: per output channel. input_grid: for the tensor.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, weight_grid: Grid, input_grid: Grid) -> None:
         super().__init__()
         self.layer = layer
-        self._store("weight", weight_grid)
-        self._store("input", input_grid)
+        self.weight_quantizer, self.input_quantizer = Quantizer(weight_grid), Quantizer(input_grid)
 
     @property
     def weight(self) -> Tensor:
@@ -70,17 +77,17 @@ class FakeQuantized(_Grids):
 
     @property
     def weight_grid(self) -> Grid:
-        return self._grid("weight")
+        return self.weight_quantizer.grid
 
     @property
     def input_grid(self) -> Grid:
-        return self._grid("input")
+        return self.input_quantizer.grid
 
     def fake_input(self, x: Tensor) -> Tensor:
-        return self.input_grid.fake(x)
+        return self.input_quantizer(x)
 
     def fake_weight(self) -> Tensor:
-        return self.weight_grid.fake(self.layer.weight)
+        return self.weight_quantizer(self.layer.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         x, weight, layer = self.fake_input(input), self.fake_weight(), self.layer
@@ -89,7 +96,7 @@ class FakeQuantized(_Grids):
         return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-class QuantizationPoint(_Grids):
+class QuantizationPoint(nn.Module):
     """SIMULATED: rounds a value that is handed over in codes to a sum and to whatever else reads it.
 
     A layer that reads it has the same grid, and rounding twice on one grid is rounding once.
@@ -97,14 +104,14 @@ class QuantizationPoint(_Grids):
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self._store("value", grid)
+        self.quantizer = Quantizer(grid)
 
     @property
     def grid(self) -> Grid:
-        return self._grid("value")
+        return self.quantizer.grid
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.grid.fake(x)
+        return self.quantizer(x)
 
 
 @dataclass(frozen=True)
@@ -158,30 +165,27 @@ def quantize(
     batches: Iterable,
     *,
     weights: int | Mapping[str, int] = 8,
-    activations: int = 8,
+    activations: int | Mapping[str, int] = 8,
     observer: str = "minmax",
     ignore: Collection[str] = (),
 ) -> Calibrated:
     """A SIMULATED copy of `model` in which every Linear and Conv2d that can be is `FakeQuantized`; see the rules above.
 
     batches: what the model is called with; the ranges of activations are taken from them. Each is read once.
-    weights, activations: bits, 2 to 8; weights also as {name: bits} for layers that differ, 8 for others.
+    weights, activations: bits, 2 to 8, or {name: bits} of layers and of modules whose layers get them, the innermost
+        name first; "" is the whole model, with 8 bits where it is not named. A point has the whole model's bits.
     observer: how a range follows from what was observed, a row of `observers.RANGES`.
     ignore: names of layers, or of modules whose layers, stay float32.
 
     The copy runs in eval mode, on `model`'s device. InputError for bits, names, observers and batches that cannot be
     used, for NaN or constant activations, and for a model without a layer to quantize.
     """
-    widths = dict(weights) if isinstance(weights, Mapping) else {}
-    rest = 8 if isinstance(weights, Mapping) else weights
-    named_widths = {f"weights[{name!r}]": width for name, width in widths.items()}
-    for name, width in {"weights": rest, "activations": activations, **named_widths}.items():
-        check_whole(width, name, 2, 8)
+    widths, precisions = _widths(weights, "weights"), _widths(activations, "activations")
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     modules = dict(model.named_modules())
-    if unknown := [name for name in (*widths, *ignore) if name not in modules]:
+    if unknown := [name for name in (*widths, *precisions, *ignore) if name not in modules]:
         raise InputError(f"There is no module {unknown[0]!r} in the model: take a name of its named_modules().")
-    Observer(observer, activations)
+    Observer(observer)
     checked = batching.not_empty(batching.check_batches(batches, "calibration"))
     first = next(checked)
 
@@ -190,14 +194,15 @@ def quantize(
         new = fold.fold_batch_norm(model, named).eval()
         refused = _refused(new, ignore)
         layers = [name for name, x in new.named_modules() if _is_plain(x) and name not in refused]
-        if strange := [name for name in widths if name not in layers]:
-            raise InputError(
-                f"weights has bits for {strange[0]!r}, which is not quantized "
-                f"({refused.get(strange[0], 'it is no Linear and no Conv2d')}): name layers that are."
-            )
+        for kind, named_bits in {"weights": widths, "activations": precisions}.items():
+            if strange := [name for name in named_bits if name and not any(_is_within(x, name) for x in layers)]:
+                raise InputError(
+                    f"{kind} has bits for {strange[0]!r}, which is not quantized "
+                    f"({refused.get(strange[0], 'it is no Linear and no Conv2d')}): name layers that are."
+                )
         traced = _trace(new, named)
         new, points = (new, []) if traced is None else (traced, _insert_points(traced, layers))
-        observers = _observe(new, layers, points, itertools.chain([first], checked), observer, activations)
+        observers = _observe(new, layers, points, itertools.chain([first], checked), observer, precisions)
         for name in [name for name in layers if not observers[name].extremes]:
             refused[name] = "no batch calls it as a module"
             layers.remove(name)
@@ -205,14 +210,15 @@ def quantize(
             reasons = "; ".join(f"{name}: {why}" for name, why in refused.items()) or "it has no Linear and no Conv2d"
             raise InputError(f"The model has no layer to quantize ({reasons}): give another, or ignore less.")
         ranges = {name: observers[name].range() for name in [*layers, *points]}
-        grids = {name: affine.choose(*ends, activations, symmetric=False) for name, ends in ranges.items()}
+        grids = {name: affine.choose(*ends, _width(precisions, name), symmetric=False) for name, ends in ranges.items()}
         if traced is not None:
-            grids |= {layer: grids[point] for layer, point in _behind(traced, layers, points).items()}
+            behind = _behind(traced, layers, points)
+            grids |= {layer: grids[x] for layer, x in behind.items() if grids[layer].bits == grids[x].bits}
 
         before, rows = _seen(new, layers, named), {}
         for name in layers:
             layer = new.get_submodule(name)
-            fake = FakeQuantized(layer, weight_grid(layer, widths.get(name, rest)), grids[name])
+            fake = FakeQuantized(layer, weight_grid(layer, _width(widths, name)), grids[name])
             if name in before:  # another batch may call others
                 x, y = before[name]
                 weight_db, alone_db = affine.sqnr(layer.weight, fake.fake_weight()), affine.sqnr(y, fake(x))
@@ -231,6 +237,25 @@ def quantize(
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def _widths(bits: int | Mapping[str, int], kind: str) -> dict[str, int]:
+    """{module: bits}, the whole model under ""."""
+    named = {f"{kind}[{name!r}]": width for name, width in bits.items()} if isinstance(bits, Mapping) else {kind: bits}
+    for name, width in named.items():
+        check_whole(width, name, 2, 8)
+    return {"": 8, **bits} if isinstance(bits, Mapping) else {"": bits}
+
+
+def _width(widths: Mapping[str, int], name: str) -> int:
+    """Of the innermost module of `widths` in which this layer is."""
+    while name not in widths:
+        name = name.rpartition(".")[0]
+    return widths[name]
+
+
+def _is_within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
 def weight_grid(layer: nn.Module, bits: int) -> Grid:
@@ -257,7 +282,7 @@ def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
     for name, module in model.named_modules():
         if not isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
             continue
-        if any(name == part or name.startswith(f"{part}.") for part in ignore):
+        if any(_is_within(name, part) for part in ignore):
             refused[name] = "it is ignored"
         elif module in read:
             refused[name] = "nn.TransformerEncoderLayer reads its weight without calling it"
@@ -369,13 +394,13 @@ def _planned(name: str, fake: FakeQuantized) -> PlannedLayer:
 
 
 def _observe(
-    model: nn.Module, layers: Sequence[str], points: Sequence[str], batches: Iterable, observer: str, bits: int
+    model: nn.Module, layers: Sequence[str], points: Sequence[str], batches: Iterable, observer: str, widths: Mapping
 ) -> dict[str, Observer]:
     names = {
         **{name: f"the input of {name!r}" for name in layers},
         **{name: f"the sum's term {name!r}" for name in points},
     }
-    observers = {name: Observer(observer, bits, where) for name, where in names.items()}
+    observers = {name: Observer(observer, _width(widths, name), where) for name, where in names.items()}
 
     with batching.watching(model, names, lambda name, x, _: observers[name].observe(x)):
         for batch in batches:
