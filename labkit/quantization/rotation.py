@@ -99,7 +99,7 @@ def hadamard(n: int, seed: int | None = None) -> Tensor:
     from Paley's matrix: 576 = 36 x 16, 1536 = 12 x 128. Where there is none (n = 18), the odd factor gets a random
     orthogonal matrix instead, and the entries differ.
 
-    seed: of random signs of the rows, without which the first channel is the mean of all; None: no signs.
+    seed: of random signs of the rows, without which a constant input stays in one channel; None: no signs.
     """
     draw = torch.Generator().manual_seed(seed or 0)
     power = n & -n
