@@ -10,6 +10,7 @@ and changes the function before an RMSNorm; here nothing is removed. Nothing her
 import copy
 import math
 import re
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,9 @@ def rotate(model: nn.Module, *, online: bool = False, seed: int = 0) -> nn.Modul
         head.weight = nn.Parameter(embedding.weight.detach().clone())
         new.config.tie_word_embeddings = False
     width, size = embedding.weight.shape[1], layers[0].self_attn.head_dim
-    q, of_values = (hadamard(n, seed).to(embedding.weight.device) for n in (width, size))
-    of_neurons = hadamard(layers[0].mlp.down_proj.in_features, seed).to(q.device) if online else None
+    matrix = cache(lambda n: hadamard(n, seed).to(embedding.weight.device))
+    narrow = cache(lambda n: matrix(n).to(embedding.weight.dtype))  # one for all layers
+    q = matrix(width)
     with torch.no_grad():
         _multiply_(embedding.weight, q)
         for layer in layers:
@@ -79,13 +81,13 @@ def rotate(model: nn.Module, *, online: bool = False, seed: int = 0) -> nn.Modul
                 layer.get_submodule(norm).weight.fill_(1)
             values, output, down = (layer.get_submodule(name) for name in ("self_attn.v_proj", *WRITERS))
             for x in values.parameters():  # [heads size, width], and a bias: [heads, width or 1, size]
-                _multiply_(x.view(-1, size, *x.shape[1:] or (1,)).mT, of_values)
-            _multiply_(output.weight.view(width, -1, size), of_values)
+                _multiply_(x.view(-1, size, *x.shape[1:] or (1,)).mT, matrix(size))
+            _multiply_(output.weight.view(width, -1, size), matrix(size))
             for x in (*output.parameters(), *down.parameters()):  # [width, in], and a bias
                 _multiply_(x.view(width, -1).t(), q)
             if online:
-                _multiply_(down.weight, of_neurons)
-                layer.mlp.down_proj = RotatedInput(down, of_neurons.to(down.weight.dtype))
+                _multiply_(down.weight, matrix(down.in_features))
+                layer.mlp.down_proj = RotatedInput(down, narrow(down.in_features))
         _multiply_(head.weight, q, new.model.norm.weight)
         new.model.norm.weight.fill_(1)
     _check_equal(model, new)

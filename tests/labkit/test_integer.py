@@ -675,18 +675,26 @@ def test_a_packed_layer_is_its_rounded_operands_in_float64(case, rows):
 @torch.no_grad()
 def test_the_proof_sees_what_a_wrong_kernel_does(case):
     layer = weight_only(*case)
-    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
     real = integer.convert(layer)
-    y = real(x)
-    weight = layer.quantized()
-    grid = weight.grid
-    columns = layer.weight.clone()
-    columns[:, 5] -= grid.scale[:, 0, 0].float()  # a code in each row
-    shifted = Grid(grid.scale, grid.zero + 1, grid.bits, grid.lo, grid.hi).dequantize(weight.codes, torch.float32)
-    swapped = layer.weight.unflatten(1, (-1, 32)).flip(1).flatten(1)
-    for wrong in (columns, shifted, swapped):
-        assert real.compare(F.linear(x, wrong).bfloat16().float(), x)["wrong"] > y.numel() / 3
-    assert real.compare(y * 1.01, x)["wrong"] > y.numel() / 2
+    x = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
+    codes, *table = real.operands()
+    scale, shift = (part.bfloat16().double()[..., None] for part in table)
+    grouped = codes.double().unflatten(1, (scale.shape[1], -1))
+    weight = (grouped * scale + shift).flatten(1)
+
+    def wrong(weight: torch.Tensor) -> float:
+        y = F.linear(x.bfloat16().double(), weight).float().bfloat16().float()
+        return real.compare(y, x)["wrong"] / y.numel()
+
+    assert wrong(weight) == 0
+    without = weight.clone()
+    without[:, 5] = 0
+    assert wrong(without) > 0.5  # an input forgotten
+    assert wrong(weight * 1.01) > 0.9  # a scale rounded otherwise
+    assert wrong(weight.unflatten(1, (-1, 32)).flip(1).flatten(1)) > 0.9  # another group's codes
+    if shift.any():
+        assert wrong((grouped * scale + shift - scale).flatten(1)) > 0.9  # a zero point off by one
+        assert wrong((grouped * scale).flatten(1)) > 0.9
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The KV quantiser against a decoder that stores a token at a time, written out in float64."""
 
+import inspect
+
 import families
 import pytest
 import torch
@@ -130,9 +132,10 @@ def logits(model, ids: Tensor, lengths: list[int]) -> Tensor:
     from transformers import DynamicCache
 
     cache, parts = DynamicCache(), []
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
         for piece in ids.split(lengths, 1):
-            parts.append(model(piece, past_key_values=cache).logits)
+            parts.append(model(piece, **{name: cache}).logits)
     return torch.cat(parts, 1)
 
 
