@@ -25,7 +25,7 @@ from labkit.pruning.select import Weight, inside, named_parts, prunable
 from labkit.pruning.unstructured import make_permanent, masks
 from labkit.quantization import affine, fold, formats, ptq
 from labkit.quantization.affine import Grid, Quantized
-from labkit.quantization.dataflow import Dataflow
+from labkit.quantization.dataflow import Dataflow, Route, Source
 from labkit.quantization.formats import Encoded
 
 METHODS = ("rtn", "gptq", "awq", "nf4", "mxfp4")
@@ -108,10 +108,9 @@ def quantize(
     act_order: for "gptq": columns in the order of their inputs' size, with scales from the weights as they were.
 
     What is quantized: all Linears (and transformers' Conv1D) in the model's stack of blocks (`blocks.blocks_of`), or in
-    all of a model that has none. Embeddings and the head of a language model are outside the stack: they are mostly one
-    tied weight, of which the embedding reads a row a token, so that four bits would save it no time, and a head in
-    four bits would be a second copy. Norms and biases stay as well. A weight with masks (`unstructured.masks`) keeps
-    its zeros: GPTQ compensates around them.
+    all of a model that has none. The embedding and the head of a language model are outside the stack and stay: they
+    are often one tied weight, and a head in few bits would be a second copy beside an embedding that still needs it.
+    Norms and biases stay too. A weight with masks (`unstructured.masks`) keeps its zeros: GPTQ compensates around them.
 
     "gptq" and "awq" go through the model a block at a time: a block's inputs are those that the quantized blocks before
     it give. In memory: the copy, the Hessians of one block, the hidden states of the batches, the codes.
@@ -165,7 +164,7 @@ def _weights(model: nn.Module, ignore: Collection[str], size: int | None) -> dic
         if not (kind is nn.Linear or weight.transposed) or weight.module in bypassed:
             reader = "nn.TransformerEncoderLayer, which does not call it" if kind is nn.Linear else f"a {kind.__name__}"
             raise InputError(f"{name} is the weight of {reader}, but only Linears are quantized: name it in ignore.")
-        affine.check_group(_rows(weight).shape[1], size or _rows(weight).shape[1])
+        _size(weight.as_rows(weight.parameter).shape[1], size)
         if not weight.parameter.isfinite().all():
             raise InputError(f"{name} has NaN or infinity: load other weights, or name it in ignore.")
     return weights
@@ -184,13 +183,14 @@ def _gptq_(model: nn.Module, weights: Mapping, keep: Mapping, batches: Sequence,
     rounded = {}
     for inner, sums in inputs_by_block(model, weights, hessian, batches):
         for name, weight in inner.items():
-            rounded[name] = gptq(_rows(weight), sums.pop(name)[0], **options, mask=keep.get(name))
+            mask = weight.as_rows(keep[name]) if name in keep else None
+            rounded[name] = gptq(_rows(weight), sums.pop(name)[0], **options, mask=mask)
             _store_(weight, rounded[name])
     return rounded
 
 
 def _awq_(model: nn.Module, weights: Mapping, batches: Sequence, options: dict) -> dict[str, Quantized]:
-    """Each block's scales are folded into what makes its channels, where that is in the block and nothing else reads.
+    """Scales are folded into what makes the channels, where that is in the same block and nothing else reads it.
 
     Those are the norms before attention and before the feed-forward network, and up_proj, whose product with the gate
     down_proj reads. Elsewhere (attention's output) a scale would need a multiplication at run time: there is none.
@@ -203,23 +203,32 @@ def _awq_(model: nn.Module, weights: Mapping, batches: Sequence, options: dict) 
     sites = fold.scale_sites(model, Dataflow(model, args, kwargs))
     rounded = {}
     for inner, sums in inputs_by_block(model, weights, statistic, batches):
-        for source, route in sites:
-            readers = [f"{name}.weight".lstrip(".") for name in route.readers]
-            if not route.blocked and {*route.readers.values()} == {1} and inner.keys() >= {*readers}:
-                read = sums[readers[0]][0]
-                s = awq(
-                    [_rows(inner[name]) for name in readers],
-                    read[:-1],
-                    read[-1],
-                    lambda weight: dequantize(rtn(weight, **options)),
-                )
-                fold.rescale_(model, source, route, s)
-                for name in readers:
-                    sums[name][0, :-1] /= s[:, None] * s
+        _scale_(model, inner, sums, [pair for pair in sites if _is_inside(model, inner, *pair)], options)
         for name, weight in inner.items():
             rounded[name] = clipped(_rows(weight), sums.pop(name)[0, :-1], **options)
             _store_(weight, rounded[name])
     return rounded
+
+
+def _is_inside(model: nn.Module, weights: Mapping[str, Weight], source: Source, route: Route) -> bool:
+    """Whether these weights read the source's channels alone, and what makes these belongs to the same block."""
+    names = {*source.names, *(f"{name}.weight".lstrip(".") for name in route.readers)}
+    blocks = [{id(p) for p in block.parameters()} for block in blocks_of(model)]
+    together = not blocks or any({id(model.get_parameter(name)) for name in names} <= block for block in blocks)
+    alone = not route.blocked and {*route.readers.values()} == {1}
+    return alone and together and names - {*source.names} <= weights.keys()
+
+
+def _scale_(model: nn.Module, weights: Mapping, sums: Mapping, sites: Sequence[tuple[Source, Route]], options) -> None:
+    """Multiplies columns by AWQ's scales, divides what makes their inputs, and the sums accordingly."""
+    for source, route in sites:
+        readers = [f"{name}.weight".lstrip(".") for name in route.readers]
+        total = sums[readers[0]][0]
+        rows = [_rows(weights[name]) for name in readers]
+        s = awq(rows, total[:-1], total[-1], lambda weight: dequantize(rtn(weight, **options)))
+        fold.rescale_(model, source, route, s)
+        for name in readers:
+            sums[name][0, :-1] /= s[:, None] * s
 
 
 # --- one weight -------------------------------------------------------------------------------------------------------
@@ -239,10 +248,17 @@ def rtn(weight: Tensor, bits: int = 4, *, group_size: int | None = 64, symmetric
     return Quantized(grid.quantize(weight), grid)
 
 
+def _size(width: int, group_size: int | None) -> int:
+    """Of a group in rows of this width; InputError if groups do not fill them."""
+    if group_size is None:
+        return width
+    affine.check_group(width, group_size)
+    return group_size
+
+
 def _grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bool | str) -> Grid:
     """Of the least and the largest weight of each group, with scales [out, groups, 1]."""
-    affine.check_group(weight.shape[1], group_size or weight.shape[1])
-    groups = weight.detach().unflatten(1, (-1, group_size or weight.shape[1]))
+    groups = weight.detach().unflatten(1, (-1, _size(weight.shape[1], group_size)))
     return affine.choose(groups.amin(2, True), groups.amax(2, True), bits, symmetric=symmetric, dtype=SCALE)
 
 
@@ -260,7 +276,8 @@ def gptq(
 
     Frantar et al. 2022, Algorithm 1. hessian: [in, in], X^T X of the layer's inputs X [N, in]; any positive multiple of
     it gives the same result. The other arguments are those of `quantize`. mask: bool [out, in], False where a weight
-    stays zero. Codes [out, in], scales [out, groups, 1] in float16.
+    is to be zero, which the others make up for as for any rounding. Returns codes [out, in] and scales [out, groups, 1]
+    in float16.
 
     The Hessian is damped as `hessians.inverse_factor` says. With U the upper Cholesky factor of H^-1 (H^-1 = U^T U),
     for the columns j in order:
@@ -277,14 +294,13 @@ def gptq(
     """
     check_layer(weight, hessian)
     width = weight.shape[1]
-    size = group_size or width
-    affine.check_group(width, size)
+    size = _size(width, group_size)
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(width, device=diagonal.device)
     group_of = (order // size).tolist()
     keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
-    w = wide(weight).masked_fill(~keep, 0.0)
-    static = _grid(w, bits, size, symmetric)
+    w = wide(weight)
+    static = _grid(w * keep, bits, size, symmetric)
     scale, zero = static.scale[..., 0].t().contiguous(), static.zero[..., 0].t().contiguous()  # [groups, out]
     w, keep = w.t()[order].contiguous(), keep.t()[order]  # [in, out]: a column of the weight is one piece of memory
     effect = inverse_factor(hessian[order][:, order]).to(w.dtype)  # [in, in]
@@ -318,9 +334,11 @@ def awq(weights: Sequence[Tensor], hessian: Tensor, magnitude: Tensor, round_: C
     hessian: H = X^T X [in, in] of the inputs that all of them read. round_: Q, a weight to its points. As in the
     published code s is divided by the root of the product of its extremes, and alpha = 0, so s = 1, is tried first.
     """
+    check_layer(weights[0], hessian)
     best, least = torch.ones_like(magnitude), torch.inf
+    relative = magnitude / magnitude.mean().clamp(min=torch.finfo(magnitude.dtype).tiny)
     for step in range(STEPS):
-        s = (magnitude / magnitude.mean()).clamp(min=1e-4) ** (step / STEPS)
+        s = relative.clamp(min=1e-4) ** (step / STEPS)
         s = s / (s.max() * s.min()).sqrt()
         changes = [round_(weight * s) / s - weight for weight in weights]
         error = sum(float(((change @ hessian) * change).sum()) for change in changes)
@@ -338,7 +356,7 @@ def clipped(
     group: the clipping search of AWQ's published code, which leaves out what groups add to each other's errors.
     """
     check_layer(weight, hessian)
-    size = group_size or weight.shape[1]
+    size = _size(weight.shape[1], group_size)
     groups = weight.unflatten(1, (-1, size))  # [out, groups, in group]
     lo, hi = groups.amin(2, True), groups.amax(2, True)
     inner = hessian.view(-1, size, len(hessian) // size, size).diagonal(dim1=0, dim2=2).movedim(2, 0)  # [groups, g, g]
