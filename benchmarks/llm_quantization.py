@@ -97,7 +97,7 @@ def main() -> None:
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     rows = {row["row"]: row for row in rows if settings.items() <= row.items()}
 
-    print(f"SmolLM2-135M-Instruct, {models.DEQUANTISED}; SIMULATED")
+    print("SmolLM2-135M-Instruct, dequantised Q4_1; SIMULATED")
     print(
         f"{options.windows} windows of {options.length} tokens, calibration {options.calibration} x {options.length}, "
         f"seed {options.seed}, {options.threads} threads"
