@@ -111,7 +111,7 @@ def hadamard(n: int, seed: int | None = None) -> Tensor:
     if odd == 1:
         core = torch.ones(1, 1, dtype=torch.float64)
     elif core is None:
-        core = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=draw)).Q
+        core = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=draw)).Q.contiguous()
     while len(core) < n:
         core = torch.kron(core, SYLVESTER)
     if seed is not None:
@@ -136,7 +136,7 @@ def _paley(order: int) -> Tensor | None:
         unit = torch.eye(q + 1, dtype=torch.float64)
         if residue == 3:
             return unit + conference
-        return torch.kron(conference, SYLVESTER) + torch.kron(unit, SYLVESTER.flip(0) * SYLVESTER[1])
+        return torch.kron(conference, SYLVESTER) + torch.kron(unit, SYLVESTER.flip(0) * SYLVESTER[1:].t())
     return None
 
 
