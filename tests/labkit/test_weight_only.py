@@ -391,6 +391,45 @@ def test_awq_moves_scales_into_the_norms_and_keeps_the_function(tokens):
         assert torch.equal(a, b)
 
 
+def test_awqs_codes_are_those_of_scaled_columns_clipped_by_scaled_inputs(tokens):
+    model = with_outliers(llama())
+    new = weight_only.quantize(model, 3, group_size=16, method="awq", batches=tokens)
+    block, rounded = model.model.layers[0], new.model.layers[0]
+    names = {
+        "self_attn.q_proj": "input_layernorm",
+        "self_attn.v_proj": "input_layernorm",
+        "mlp.gate_proj": "post_attention_layernorm",
+    }
+    inputs = inputs_of(model, [f"model.layers.0.{name}" for name in names], tokens)
+    for name, norm in names.items():
+        s = (block.get_submodule(norm).weight / rounded.get_submodule(norm).weight).detach()
+        assert s.max() > 1.1 * s.min()
+        x = inputs[f"model.layers.0.{name}"] / s
+        by_hand = clipped(block.get_submodule(name).weight.detach() * s, x.t() @ x, 3, group_size=16)
+        assert same(rounded.get_submodule(name).quantized(), by_hand), name
+
+
+class Chain(nn.Module):
+    """Blocks without a sum around them: what makes a channel is in another block than what reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_awq_scales_nothing_that_was_rounded_before():
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(200, 32) * torch.randn(32).exp()
+    with torch.no_grad():
+        before, after = model(x), weight_only.quantize(model, 8, group_size=16, method="awq", batches=[x])(x)
+    assert (after - before).norm() < 0.02 * before.norm()
+
+
 def test_three_bits_lose_less_with_gptq_and_awq_than_with_rounding_to_nearest(tokens):
     """On the text that was seen."""
     model, error = with_outliers(llama()), {}
