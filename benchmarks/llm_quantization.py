@@ -6,10 +6,10 @@
 SIMULATED: floats are multiplied that the stored codes stand for. Weights are dequantised Q4_1, groups of 32 with zeros,
 so 4 bits on that grid would lose nothing and are no row. Calibration and test text are different chapters of the Debian
 Administrator's Handbook. The ratio is over the model in float32, paired by window, with the 95 % interval of its mean
-logarithm over windows (Student's t). Bits are those of a quantized layer's weight, scales and zeros included; MB those
-of the file, with embedding and head, one tied weight, in float16. Every row is a process: seconds are of its CPU
-time in `quantize`, the peak is that of the process with the model loaded. Rows that the file of --json holds already
-are not computed again.
+logarithm over windows (Student's t). Bits are those of a quantized layer's weight, scales and zeros included (of "2:4",
+after SparseGPT, the zeros too: stored as codes); MB those of the file, with embedding and head, one tied weight, in
+float16. Every row is a process: seconds are of its CPU time in `quantize`, the peak is that of the process with the
+model loaded. Rows that the file of --json holds already are not computed again.
 """
 
 import argparse
