@@ -99,7 +99,7 @@ def _int_mm(codes: Tensor, scale: Tensor) -> Run:
 
 def _int8pack(codes: Tensor, scale: Tensor) -> Run:
     """torch._weight_int8pack_mm: weights are stored in 8 bits and multiplied with bfloat16 activations."""
-    scale = scale.bfloat16()
+    scale = scale.flatten().bfloat16()
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, scale)
 
 

@@ -694,7 +694,7 @@ def test_the_proof_sees_what_a_wrong_kernel_does(case):
     assert wrong(weight.unflatten(1, (-1, 32)).flip(1).flatten(1)) > 0.9  # another group's codes
     if shift.any():
         assert wrong((grouped * scale + shift - scale).flatten(1)) > 0.9  # a zero point off by one
-        assert wrong((grouped * scale).flatten(1)) > 0.9
+        assert wrong((grouped * scale).flatten(1)) > 0.3  # without one: 8 is that of many groups
 
 
 @torch.no_grad()
