@@ -51,9 +51,7 @@ def main() -> None:
         test = test[: options.windows * options.length]
     model = models.smollm2().to(options.device)
     dense = training.perplexity(model, test, window=options.length)
-    print(
-        f"SmolLM2-135M-Instruct, {models.DEQUANTISED}; {len(test) // options.length} windows of {options.length} tokens"
-    )
+    print(f"SmolLM2-135M-Instruct, dequantised Q4_1; {len(test) // options.length} windows of {options.length} tokens")
     print(f"{'method':10} {'pattern':8} {'segments':>8} {'seed':>4} {'perplexity':>10} {'seconds':>8} {'peak GB':>8}")
     print(f"{'dense':10} {'':8} {'':8} {'':4} {dense:10.2f}", flush=True)
     settings = {"length": options.length, "windows": len(test) // options.length}

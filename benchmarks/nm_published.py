@@ -154,9 +154,7 @@ def main() -> None:
     names = [f"model.layers.{number}" for number in range(30)]
     chosen = [names[round(number * 29 / max(options.blocks - 1, 1))] for number in range(options.blocks)]
     spared = [name for name in names if name not in chosen]
-    print(
-        f"SmolLM2-135M-Instruct, {models.DEQUANTISED}; {options.method}, {options.pattern}, {len(chosen)} of 30 blocks"
-    )
+    print(f"SmolLM2-135M-Instruct, dequantised Q4_1; {options.method}, {options.pattern}, {len(chosen)} of 30 blocks")
     print(f"dense: perplexity {training.perplexity(model, test, window=options.length):.3f}")
     rows, times = [], []
     for seed in range(options.seeds):

@@ -17,7 +17,7 @@ from labkit.counting import dense_parts
 from labkit.errors import InputError, check_choice
 from labkit.quantization.affine import Quantized
 from labkit.quantization.formats import Encoded
-from labkit.storage import FORMATS, to_bits
+from labkit.storage import FORMATS, pack_codes
 
 
 def size(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> int:
@@ -105,17 +105,7 @@ def _dense(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         for i, item in enumerate(value):
             yield from _dense(f"{name}.{i}", item)
     elif isinstance(value, Quantized | Encoded):
-        codes, bits = value.codes, value.bits
-        yield f"{name}.codes", codes if bits == 8 else to_bits(codes, bits)
-        if isinstance(value, Encoded):
-            parts = {"scale": value.scale, "tensor_scale": value.tensor_scale}
-            yield from (
-                (f"{name}.{key}", part.view(-1).view(torch.uint8)) for key, part in parts.items() if part is not None
-            )
-        else:
-            yield f"{name}.scale", value.scale
-            if value.grid.lo == 0:
-                yield f"{name}.zero", to_bits(value.zero, bits)
+        yield from ((f"{name}.{part}", array) for part, array in pack_codes(value).items())
     elif isinstance(value, Tensor) and value.is_quantized:
         yield f"{name}.int_repr", value.int_repr()
         if value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):

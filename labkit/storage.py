@@ -95,11 +95,17 @@ def to_bits(numbers: Tensor, width: int) -> Tensor:
     return (F.pad(stream, (0, -len(stream) % 8)).view(-1, 8) << place).sum(1, dtype=torch.uint8)
 
 
-def _from_bits(data: Tensor, width: int, count: int) -> Tensor:
-    """int64 [count]: the numbers that `to_bits` was given."""
-    place = torch.arange(8, dtype=torch.uint8, device=data.device)
-    stream = (data[:, None] >> place & 1).flatten()[: count * width]
-    return (stream.view(count, width) << place[:width]).sum(1)
+def from_bits(data: Tensor, width: int, count: int) -> Tensor:
+    """uint8 [count]: the numbers that `to_bits` was given, 8 of them in each `width` bytes."""
+    data = F.pad(data, (0, -len(data) % width)).view(-1, width)
+    numbers = data.new_empty(len(data), 8)
+    for i in range(8):
+        byte, low = divmod(i * width, 8)
+        number = data[:, byte] >> low
+        if low + width > 8:
+            number = number | data[:, byte + 1] << 8 - low
+        numbers[:, i] = number & 2**width - 1
+    return numbers.flatten()[:count]
 
 
 def _pack_bitmask(weight: Tensor) -> Parts:
@@ -109,7 +115,7 @@ def _pack_bitmask(weight: Tensor) -> Parts:
 
 def _unpack_bitmask(parts: Parts, shape: Sequence[int]) -> Tensor:
     weight = parts["values"].new_zeros(shape)
-    weight.view(-1)[_from_bits(parts["mask"], 1, weight.numel()).bool()] = parts["values"]
+    weight.view(-1)[from_bits(parts["mask"], 1, weight.numel()).bool()] = parts["values"]
     return weight
 
 
@@ -136,7 +142,7 @@ def _pack_nm(weight: Tensor) -> Parts | None:
 
 def _unpack_nm(parts: Parts, shape: Sequence[int]) -> Tensor:
     values = parts["values"]
-    places = _from_bits(parts["metadata"], 2, values.numel()).view(-1, 2)
+    places = from_bits(parts["metadata"], 2, values.numel()).long().view(-1, 2)
     movable = _movable(values)
     groups = movable.new_zeros(len(values), 4).scatter_(1, places, movable).view(values.dtype)
     if len(shape) == 1:
@@ -162,6 +168,19 @@ def pack4(codes: Tensor) -> Tensor:
 def unpack4(data: Tensor, count: int) -> Tensor:
     """uint8 [count]: the codes 0..15 that `pack4` was given; signed ones come back as code modulo 16."""
     return torch.stack([data & 15, data >> 4], 1).flatten()[:count]
+
+
+def pack_codes(tensor: affine.Quantized | formats.Encoded) -> Parts:
+    """The arrays of a quantised tensor: codes of its bits one after the other, scales, zeros where codes are unsigned.
+
+    Zeros have as many bits as codes. Scales of a format are given as bytes.
+    """
+    parts = {"codes": tensor.codes if tensor.bits == 8 else to_bits(tensor.codes, tensor.bits)}
+    if isinstance(tensor, formats.Encoded):
+        scales = {"scale": tensor.scale, "tensor_scale": tensor.tensor_scale}
+        return parts | {name: x.view(-1).view(torch.uint8) for name, x in scales.items() if x is not None}
+    zero = {"zero": to_bits(tensor.zero, tensor.bits)} if tensor.grid.lo == 0 else {}
+    return parts | {"scale": tensor.scale} | zero
 
 
 def _pack_int8(weight: Tensor) -> Parts:

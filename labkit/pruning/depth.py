@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
+from labkit.blocks import hidden, layers_of, remembering, resuming, skipping
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import anatomy, surgery
-from labkit.pruning.blockwise import hidden, layers_of, remembering, resuming, skipping
 from labkit.pruning.coupling import tracing
 from labkit.pruning.equality import Report
 from labkit.pruning.surgery import Plan, Pruned, Units

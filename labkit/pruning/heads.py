@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from labkit.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
+from labkit.blocks import layers_of, remembering, resuming
 from labkit.errors import InputError, check_choice
 from labkit.pruning import anatomy
 from labkit.pruning.anatomy import Attention
-from labkit.pruning.blockwise import layers_of, remembering, resuming
 from labkit.pruning.coupling import tracing
 from labkit.pruning.scores import input_taylor, reading
 

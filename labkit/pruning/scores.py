@@ -9,20 +9,15 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.batches import batch_loss, check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
 from labkit.errors import InputError, check_choice
+from labkit.hessians import hessian, squares, sum_over_rows, watched, wide
 from labkit.pruning.coupling import Group, Member
-from labkit.pruning.select import CONVOLUTIONS, Weight, count_to_prune, prunable
+from labkit.pruning.select import count_to_prune, prunable
 
 DAMP = 0.01  # of a Hessian, as a fraction of its mean diagonal
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x without its graph, in float32 or wider."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 # --- what criteria look at: gradients ---------------------------------------------------------------------------------
@@ -49,7 +44,7 @@ def _mean_over_batches(
             for batch in not_empty(batches):
                 loss = batch_loss(model, batch, loss_fn)
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                reached = {name: _wide(g) for name, g in zip(parameters, gradients, strict=True) if g is not None}
+                reached = {name: wide(g) for name, g in zip(parameters, gradients, strict=True) if g is not None}
                 for key, value in term(reached).items():
                     sums[key] = sums[key].add_(value) if key in sums else value
                 count += 1
@@ -57,79 +52,6 @@ def _mean_over_batches(
             for p in frozen:
                 p.requires_grad_(False)
     return {key: total / count for key, total in sums.items()}
-
-
-# --- what criteria look at: the inputs of layers ----------------------------------------------------------------------
-
-
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a row of the layer's weight is multiplied with, as a view: [..., in]; convolutions [N, *out, C, *kernel]."""
-    if not isinstance(layer, CONVOLUTIONS):
-        return x
-    d = len(layer.kernel_size)
-    x = x if x.dim() == d + 2 else x.unsqueeze(0)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    for i, (k, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        x = x.unfold(2 + i, gap * (k - 1) + 1, step)[..., ::gap]  # [N, C, *out, *kernel so far]
-    return x.movedim(1, 1 + d)
-
-
-def _sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    patches = _patches(layer, x)
-    inner = 1 + len(getattr(layer, "kernel_size", ()))
-    return patches.sum(tuple(range(patches.dim() - inner))).reshape(getattr(layer, "groups", 1), -1)
-
-
-def squares(layer: nn.Module, x: Tensor) -> Tensor:
-    """Sum of x_j^2 over a layer's input vectors: [groups, in / groups * kernel]."""
-    return _sum_over_rows(layer, x.square())
-
-
-def hessian(layer: nn.Module, x: Tensor) -> Tensor:
-    """2 X^T X of a layer's inputs: [groups, in, in]."""
-    groups = getattr(layer, "groups", 1)
-    patches = _patches(layer, x)
-    inner = 1 + len(getattr(layer, "kernel_size", ()))
-    n = patches.shape[: patches.dim() - inner].numel()
-    rows = patches.reshape(n, groups, -1).transpose(0, 1)  # [groups, n, in]
-    return 2 * rows.transpose(1, 2) @ rows
-
-
-@contextmanager
-def watched(
-    weights: Iterable[Weight], statistic: Callable[[nn.Module, Tensor], Tensor]
-) -> Iterator[dict[str, tuple[Tensor, int]]]:
-    """Inside, each call of the weights' layers adds to {name: (`statistic` of the inputs summed, input vectors)}.
-
-    Linear layers that are called with one tensor after another (queries, keys, values) share its statistic.
-    """
-    sums: dict[str, tuple[Tensor, int]] = {}
-    last: list = []  # the tensor that a Linear was called with, its version, its statistic
-
-    def term(layer: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(layer, CONVOLUTIONS) or x.is_inference():
-            return statistic(layer, _wide(x))
-        if not (last and last[0] is x and last[1] == x._version):
-            last[:] = x, x._version, statistic(layer, _wide(x))
-        return last[2]
-
-    def watch(weight: Weight):
-        def hook(layer, args, kwargs):
-            x = next(iter((*args, *kwargs.values())))
-            width = weight.as_rows(weight.parameter).shape[1] * getattr(layer, "groups", 1)
-            with torch.no_grad():
-                new, n = term(layer, x), _patches(layer, x).numel() // width
-            total, count = sums.get(weight.name, (0, 0))
-            sums[weight.name] = (total + new, count + n)
-
-        return weight.module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    with ExitStack() as stack:
-        for weight in weights:
-            if not isinstance(weight.module, nn.MultiheadAttention):  # its three inputs are not the layer's one
-                stack.callback(watch(weight).remove)
-        yield sums
 
 
 # --- criteria of single weights ---------------------------------------------------------------------------------------
@@ -226,7 +148,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "obs": Criterion(obs, inputs=hessian, finish=lambda total, count: _inverse(total).diagonal(dim1=-2, dim2=-1)),
     "wanda": Criterion(wanda, inputs=squares),
     "activation": Criterion(
-        activation, inputs=lambda layer, x: _sum_over_rows(layer, x.abs()), finish=lambda total, count: total / count
+        activation, inputs=lambda layer, x: sum_over_rows(layer, x.abs()), finish=lambda total, count: total / count
     ),
     "random": Criterion(random),
 }
@@ -247,7 +169,7 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
     parameters = {name: weight.parameter for name, weight in weights.items()}
     if not row.needs_data:
         options = (torch.Generator().manual_seed(seed),) if criterion == "random" else ()
-        return {name: row.score(_wide(p), *options) for name, p in parameters.items()}
+        return {name: row.score(wide(p), *options) for name, p in parameters.items()}
     if row.gradient:
         term = lambda gradients: {name: row.gradient(g) for name, g in gradients.items()}  # noqa: E731
         statistics = _mean_over_batches(model, parameters, term, batches, loss_fn, seed)
@@ -257,7 +179,7 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
                 args, kwargs, _ = split(model, batch)
                 model(*args, **kwargs)
         statistics = {name: weights[name].spread(row.finish(*each)) for name, each in sums.items()}
-    return {name: row.score(w := _wide(parameters[name]), x.to(w)) for name, x in statistics.items()}
+    return {name: row.score(w := wide(parameters[name]), x.to(w)) for name, x in statistics.items()}
 
 
 def check_criterion(criterion: str, batches: Iterable | None, table: Mapping) -> None:
@@ -297,7 +219,7 @@ def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
             "flatten the batch and token dimensions of the inputs."
         )
     k = count_to_prune(weight.shape[1], sparsity)
-    x = _wide(inputs)
+    x = wide(inputs)
     inverse = _inverse(2 * x.t() @ x)
     rows_at_once = max(1, 2**24 // inverse.numel())
     parts = [_obs_rows(rows, inverse, k) for rows in weight.detach().double().split(rows_at_once)]
@@ -385,7 +307,7 @@ def _norm(power: int) -> Callable:
 
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
         def powers(name: str, dim: int) -> Tensor:
-            return torch.linalg.vector_norm(_rows(_wide(parameters[name]), dim), power, 1) ** power
+            return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
 
         parameters = dict(model.named_parameters())
         makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
@@ -398,7 +320,7 @@ def bn_scale(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     """Mean |gamma| of the unit's batch norms. Liu et al. 2017, Learning Efficient ConvNets through Network Slimming."""
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     names = {f"{name}.weight".lstrip(".") for name in norms}
-    scales = {name: _wide(p).abs() for name, p in model.named_parameters() if name in names}
+    scales = {name: wide(p).abs() for name, p in model.named_parameters() if name in names}
     members = {i: [m for m in group.members if m.name in scales] for i, group in enumerate(groups)}
     sums = per_unit(_sums(scales), groups, members)
     return {i: total / len(members[i]) / groups[i].width for i, total in sums.items()}
@@ -414,7 +336,7 @@ def unit_taylor(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     weights = {m.name: parameters[m.name] for members in readers.values() for m in members}
 
     def term(gradients: dict[str, Tensor]) -> dict[int, Tensor]:
-        slopes = {name: g * _wide(weights[name]) for name, g in gradients.items()}
+        slopes = {name: g * wide(weights[name]) for name, g in gradients.items()}
         return {i: slope**2 for i, slope in per_unit(_sums(slopes), groups, readers).items()}
 
     return _mean_over_batches(model, weights, term, batches, loss_fn, seed)
@@ -432,7 +354,7 @@ def fpgm(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
             inner = m.units >= 0
             order, counts = m.units[inner].argsort(stable=True), m.units[inner].bincount(minlength=group.units)
             if (counts == counts[0]).all():  # units of different sizes have no distance
-                rows = _rows(_wide(parameters[m.name]), m.dim)[inner][order].reshape(group.units, -1).cpu()
+                rows = _rows(wide(parameters[m.name]), m.dim)[inner][order].reshape(group.units, -1).cpu()
                 total = total + torch.cdist(rows, rows) ** 2
         scores[i] = total.sqrt().sum(1)
     return scores

@@ -1,24 +1,20 @@
 """SparseGPT: prune one layer and let the kept weights make up for it, column by column, in blocks of columns.
 
 Frantar & Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (Algorithm 1). One
-weight and the Hessian of its inputs here; `blockwise` collects Hessians and goes through a model.
+weight and the Hessian of its inputs here; `hessians` and `blocks` collect Hessians and go through a model.
 """
-
-import warnings
 
 import torch
 from torch import Tensor
 
 from labkit.errors import InputError
+from labkit.hessians import check_layer, inverse_factor
 from labkit.pruning.pattern import check_pattern
 from labkit.pruning.select import count_to_prune, fraction, lowest_k
 
 Pattern = float | tuple[int, int]
-DAMP = 0.01  # added to the diagonal of the Hessian, as a fraction of its mean, as in the paper
 BLOCK = 128  # columns whose updates wait for each other, as in the paper
-TRIES = 6  # of a damping ten times the one before
 STEP = 8  # columns of an unstructured block that are updated one by one before the rest of the block follows
-SMALL = 96  # size up to which a triangle is inverted by one call
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern = (2, 4)) -> tuple[Tensor, Tensor]:
@@ -28,8 +24,8 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern = (2, 4)) -> tup
     pattern: the fraction to remove, of each block of BLOCK columns (all rows together), or (n, m): n of every m.
     Returns the new weight [out, in] like `weight`, zero where pruned, and the bool mask of what stays.
 
-    The Hessian's diagonal is raised by DAMP times its mean, and by ten times more, with a warning, as often as the
-    Cholesky decomposition fails. For n:m a block has BLOCK columns rounded up to a multiple of m.
+    The Hessian is damped as `hessians.inverse_factor` says. For n:m a block has BLOCK columns rounded up to a multiple
+    of m.
 
     With U the upper Cholesky factor of H^-1 (H^-1 = U^T U), for the columns j in order:
         mask_j by w^2 / U_jj^2, chosen where a block (of n:m: a group) begins    e = w_j / U_jj where pruned, else 0
@@ -38,11 +34,13 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern = (2, 4)) -> tup
     An input that is always zero is removed and takes no part. Time O(in^3 + out in^2), memory O(in^2) in float64.
     """
     check_pattern_or_fraction(pattern)
-    _check(weight, hessian, pattern)
+    check_layer(weight, hessian)
+    if isinstance(pattern, tuple) and weight.shape[1] % pattern[1]:
+        raise InputError(f"The width {weight.shape[1]} is no multiple of m = {pattern[1]}: pad it with zero columns.")
     alive = hessian.diagonal() > 0  # [in]
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).masked_fill(~alive, 0.0)
     w = w.t().contiguous()  # [in, out]: a column of the weight is one piece of memory
-    u = _factor(hessian, alive).to(w.dtype)  # [in, in]
+    u = inverse_factor(hessian).to(w.dtype)  # [in, in]
     diagonal = u.diagonal()[:, None]  # [in, 1]
     effect = u / diagonal  # [in, in]: what removing a weight of 1 takes from those after it
     mask = torch.empty_like(w, dtype=torch.bool)
@@ -88,56 +86,6 @@ def _largest(scores: Tensor, n: int) -> Tensor:
         order = scores.sort(dim=0, descending=True, stable=True).indices
         mask = torch.zeros_like(mask).scatter_(0, order[:n], True)
     return mask
-
-
-def _factor(hessian: Tensor, alive: Tensor) -> Tensor:
-    """U [in, in], upper, with (H + damping)^-1 = U^T U, in float64; the damping grows until it can be had.
-
-    U is the inverse of the upper R with H + damping = R R^T, which is the Cholesky factor of the flipped matrix.
-    """
-    h, dead = hessian.double().flip(0, 1), ~alive.flip(0)
-    diagonal = h.diagonal().clone()
-    mean = diagonal[~dead].mean() if alive.any() else diagonal.new_ones(())
-    diagonal[dead] = mean
-    for tenfold in range(TRIES):
-        damping = DAMP * 10**tenfold
-        h.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if not failed:
-            return _inverse(lower.flip(0, 1))
-        warnings.warn(
-            f"The Hessian is not positive definite in float64 with a damping of {damping:g}, so {10 * damping:g} is "
-            "tried: give more calibration data.",
-            stacklevel=3,
-        )
-    raise InputError(
-        f"The Hessian has no Cholesky factor even with a damping of {damping:g}: it is not X^T X of inputs."
-    )
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangle [in, in], in halves: a third of the products of solving for the identity."""
-    size = len(upper)
-    if size <= SMALL:
-        eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, eye, upper=True)
-    half, inverse = size // 2, torch.zeros_like(upper)
-    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = first @ upper[:half, half:] @ -last
-    return inverse
-
-
-def _check(weight: Tensor, hessian: Tensor, pattern: Pattern) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point() or hessian.shape != (weight.shape[1], weight.shape[1]):
-        raise InputError(
-            f"weight is {list(weight.shape)} and hessian {list(hessian.shape)}, but they must be [out, in] and "
-            "[in, in]: X^T X of the layer's inputs X [N, in]."
-        )
-    if not hessian.isfinite().all() or not weight.isfinite().all():
-        raise InputError("The weight or the Hessian holds NaN or infinity: look for the batch that it comes from.")
-    if isinstance(pattern, tuple) and weight.shape[1] % pattern[1]:
-        raise InputError(f"The width {weight.shape[1]} is no multiple of m = {pattern[1]}: pad it with zero columns.")
 
 
 def check_pattern_or_fraction(pattern: Pattern) -> None:

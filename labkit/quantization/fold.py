@@ -146,13 +146,7 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
     first = next(batches)
     args, kwargs, _ = batching.split(model, first)
     graph = Dataflow(model, args, kwargs)
-    sites = []
-    for source in graph.sources:
-        route = graph.route(source)
-        names = (*route.readers, source.module) if source.is_layer else route.readers
-        linear = all(isinstance(model.get_submodule(name), nn.Linear) for name in names)
-        if route.readers and linear and not (source.is_layer and route.blocked):
-            sites.append((source, route))
+    sites = scale_sites(model, graph)
     if not sites:
         raise InputError(
             "Nothing in this model can be smoothed: no Linear is fed by a LayerNorm, an RMSNorm or another Linear "
@@ -181,6 +175,25 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
+
+
+def scale_sites(model: nn.Module, graph: Dataflow) -> list[tuple[Source, Route]]:
+    """Norms and Linears whose channels Linears read; of a norm something else may read them too: a blocked route."""
+    pairs = []
+    for source in graph.sources:
+        route = graph.route(source)
+        names = (*route.readers, source.module) if source.is_layer else route.readers
+        linear = all(isinstance(model.get_submodule(name), nn.Linear) for name in names)
+        if route.readers and linear and not (source.is_layer and route.blocked):
+            pairs.append((source, route))
+    return pairs
+
+
+@torch.no_grad()
+def rescale_(model: nn.Module, source: Source, route: Route, s: Tensor) -> None:
+    """The same function: what makes the channels divided by s [channels], the columns that read them times s."""
+    with _wide(model, [(source, route)]) as wide:
+        _scale_(wide, source, _columns(wide, model, route)[0], s.double())
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ from torch import Tensor, fx, nn
 from labkit import batches as batching
 from labkit.errors import InputError
 from labkit.quantization.affine import Grid
+from labkit.quantization.formats import Encoded
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, bypassed, called, is_sum, replaced, weight_grid
+from labkit.quantization.weight_only import WeightOnlyLinear
 
 FEW = 2  # rows up to which a product with a vector is faster in _int_mm than in oneDNN
 TOO_SLOW = 10  # times float32: a kernel beyond it is a reference loop, which takes 200 times and more
@@ -97,17 +99,22 @@ def _int_mm(codes: Tensor, scale: Tensor) -> Run:
 
 def _int8pack(codes: Tensor, scale: Tensor) -> Run:
     """torch._weight_int8pack_mm: weights are stored in 8 bits and multiplied with bfloat16 activations."""
-    scale = scale.bfloat16()
+    scale = scale.flatten().bfloat16()
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, scale)
 
 
-def _int4pack(codes: Tensor, scale: Tensor, group_size: int = 32) -> Run:
-    """torch._weight_int4pack_mm_for_cpu: codes -8..7 in 4 bits, bfloat16 activations; scale [out, in / group_size]."""
+def _int4pack(codes: Tensor, scale: Tensor, shift: Tensor | None = None) -> Run:
+    """torch._weight_int4pack_mm_for_cpu: codes -8..7 in 4 bits, bfloat16 activations; weight = code scale + shift.
+
+    scale, shift: [out] or [out, groups]. Groups that the kernel does not know are taken as several that are alike.
+    """
     packed = torch._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
-    scale = scale.expand(len(codes), -1) if scale.dim() > 1 else scale[:, None].expand(-1, codes.shape[1] // group_size)
-    table = torch.stack([scale, torch.zeros_like(scale)], -1)  # [out, groups, 2]
-    table = table.transpose(0, 1).contiguous().bfloat16()
-    return lambda x: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group_size, table)
+    scale = scale.view(len(codes), -1)  # [out, groups]
+    width = codes.shape[1] // scale.shape[1]
+    group = next(size for size in (256, 128, 64, 32) if width % size == 0)
+    table = torch.stack([scale, torch.zeros_like(scale) if shift is None else shift], -1).bfloat16()  # [out, groups, 2]
+    table = table.repeat_interleave(width // group, 1).transpose(0, 1).contiguous()
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group, table)
 
 
 class IntegerKernel(NamedTuple):
@@ -326,6 +333,21 @@ class _IntegerLayer(_OnGrid):
     def products(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def compare(self, y: Tensor, x: Tensor, other: Tensor | None = None) -> dict[str, int]:
+        """For `prove`: the result y of x against `exact`."""
+        x = x if x.dtype is torch.uint8 else _codes(x, *self.numbers("input"), self.highest["input"])
+        value, size = self.exact(x, other)
+        target = self.numbers("output")
+        if target is None:
+            codes, near = 0, torch.zeros(())
+            off = (y - value).abs() > ROUNDING * size
+        else:
+            steps, codes = value / target[0], y.numel()
+            off = (y - (steps.round() + target[1]).clamp(0, self.highest["output"])).abs()
+            near = (steps - steps.floor() - 0.5).abs() <= ROUNDING * size / target[0] + 2**-16
+        counts = {"different": off > 0, "ties": near, "wrong": off > near}
+        return {"codes": codes} | {key: int(x.sum()) for key, x in counts.items()}
+
     def clip(self, y: Tensor) -> Tensor:
         """The kernel saturates at 255, a grid of fewer bits earlier. ReLU is the clip at a zero point of 0."""
         highest = self.highest.get("output", 255)
@@ -398,6 +420,81 @@ class Int8Conv2d(_IntegerLayer):
         return self.clip(product(x, *source, target, other, term))
 
 
+class PackedLinear(nn.Module):
+    """y = x W^T + b for x [..., in], W read in 4 or 8 bits by a kernel that is made for one row or a few.
+
+    layer: what is stored, as `weight_only` packed it; the kernel's layout is made of it at the first call. x, scales,
+    what a zero point adds, and x W^T are rounded to bfloat16, and products are added up in float32. From some dozens of
+    rows on a product in float32 is faster.
+    """
+
+    def __init__(self, layer: WeightOnlyLinear) -> None:
+        super().__init__()
+        self.layer = layer
+        self._run: Run | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """For forward passes that look at its type."""
+        return self.layer.weight
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """codes [out, in] from -8 or -128, scale and shift [out, groups]: W = codes scale + shift."""
+        weight = self.layer.quantized()
+        lowest = 2 ** (weight.bits - 1) if weight.grid.lo == 0 else 0  # of unsigned codes
+        scale = weight.scale.squeeze(-1).float()
+        shift = (lowest - weight.zero.squeeze(-1)) * scale
+        return (weight.codes.short() - lowest).to(torch.int8), scale, shift
+
+    def compare(self, y: Tensor, x: Tensor) -> dict[str, int]:
+        """For `prove`: results y of x against float64 on the operands as the kernel rounds them.
+
+        Beyond these, products of n terms add up with less than (n + 2) 2^-24 of their terms' magnitudes, and two
+        roundings follow, to bfloat16 and to y's type after the bias.
+        """
+        codes, *table = self.operands()
+        x, (scale, shift) = x.bfloat16().double(), (part.bfloat16().double()[..., None] for part in table)
+        codes = codes.double().unflatten(1, (scale.shape[1], -1))
+        value = F.linear(x, (codes * scale + shift).flatten(1))
+        size = F.linear(x.abs(), (codes.abs() * scale.abs() + shift.abs()).flatten(1))
+        result = value if self.layer.bias is None else value + self.layer.bias.double()
+        limit = 2**-8 * value.abs() + (x.shape[-1] + 3) * 2**-24 * size + torch.finfo(y.dtype).eps * result.abs()
+        off = int(((y - result).abs() > limit).sum())
+        return {"codes": 0, "different": off, "ties": 0, "wrong": off}
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._run is None:
+            kernel, _ = packing(self.layer)
+            self._run = KERNELS[kernel].prepare(*self.operands()[: 3 if kernel == "int4pack" else 2])
+        y = self._run(input.reshape(-1, input.shape[-1])).to(input.dtype)
+        y = y if self.layer.bias is None else y + self.layer.bias
+        return y.view(*input.shape[:-1], -1)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_run": None}
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._run = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def packing(layer: WeightOnlyLinear) -> tuple[str, str]:
+    """(which of KERNELS multiplies the layer, "") or ("", why none does)."""
+    weight, (rows, columns) = layer.quantized(), (layer.out_features, layer.in_features)
+    if isinstance(weight, Encoded):
+        return "", f"{weight.format} is a table of points, and the kernels multiply codes by a scale"
+    group = columns // weight.scale.shape[1]
+    if weight.bits <= 4 and rows % 16 == 0 and group % 32 == 0:
+        return "int4pack", ""
+    if group == columns and weight.grid.lo < 0 and columns % 16 == 0:
+        return "int8pack", ""
+    return "", (
+        f"its {weight.bits} bits, [{rows}, {columns}] and groups of {group} fit neither int4pack (up to 4 bits, "
+        "outputs in multiples of 16, groups in multiples of 32) nor int8pack (symmetric, a row is a group, inputs in "
+        "multiples of 16)"
+    )
+
+
 def _codes(x: Tensor, scale: float, zero: int, highest: int = 255) -> Tensor:
     return x.float().div(scale).round_().add_(zero).clamp_(0, highest).to(torch.uint8)
 
@@ -425,26 +522,37 @@ def _check_finite(finite: bool) -> None:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """REAL: a model that stores and multiplies integers, equal to `ptq`'s (or `qat`'s) SIMULATED `model` code by code.
+    """REAL: a model whose kernels read integers, made of a SIMULATED one from `ptq`, `qat` or `weight_only`.
 
-    model: with `FakeQuantized` layers; it is left as it was. If it is a graph (`Calibrated.plan.traced`), codes are
-        handed from layer to layer: where all readers of a value quantize it on the same grid, its layer gives codes of
-        that grid, ReLU is the clip at their zero, and a sum is added up before the codes are rounded. Elsewhere, and in
-        other models, every layer takes float32 and gives float32.
+    model: with `FakeQuantized` layers, and equal to it code by code; or with `WeightOnlyLinear`s, which become
+        `PackedLinear`s and differ by roundings to bfloat16. It is left as it was. If it is a graph
+        (`Calibrated.plan.traced`), codes are handed from layer to layer: where all readers of a value quantize it on
+        the same grid, its layer gives codes of that grid, ReLU is the clip at their zero, and a sum is added up before
+        the codes are rounded. Elsewhere, and in other models, every layer takes float32 and gives float32.
 
     Codes are those of exact arithmetic but next to a rounding tie, where the kernel's float32 may fall on the other
-    side. InputError without quantized layers, or if this machine's kernels do not pass `probe`.
+    side. InputError without quantized layers, for weights that no kernel takes, or if this machine's kernels do not
+    pass `probe`.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FakeQuantized)}
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, FakeQuantized | WeightOnlyLinear)}
     if not layers:
-        raise InputError("The model has no quantized layer: call ptq.quantize first, and convert its .model.")
-    for layer in layers.values():
-        _check("qlinear" if isinstance(layer.layer, nn.Linear) else "qconv", layer.weight_grid.bits, layer.layer)
+        raise InputError("The model has no quantized layer: call ptq.quantize or weight_only.quantize first.")
+    for name, layer in layers.items():
+        if isinstance(layer, FakeQuantized):
+            _check("qlinear" if isinstance(layer.layer, nn.Linear) else "qconv", layer.weight_grid.bits, layer.layer)
+            continue
+        kernel, reason = packing(layer)
+        if reason:
+            raise InputError(
+                f"{name or 'The layer'} cannot be converted ({reason}): quantize it so, or name it in ignore."
+            )
+        _check(kernel, layer.bits, layer)
     model = copy.deepcopy(model)
     if isinstance(model, fx.GraphModule):
         return _Lowering(model).run()
-    for name, layer in layers.items():
-        model = replaced(model, name, _integer(layer))
+    for name in layers:
+        layer = model.get_submodule(name)
+        model = replaced(model, name, _integer(layer) if isinstance(layer, FakeQuantized) else PackedLinear(layer))
     return model
 
 
@@ -483,32 +591,20 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     """
     rows, terms = [], {}
 
-    def before(layer: _IntegerLayer, args: tuple, kwargs: dict[str, Tensor]) -> None:
+    def before(layer: _IntegerLayer | PackedLinear, args: tuple, kwargs: dict[str, Tensor]) -> None:
         terms[layer] = [arg.clone() for arg in (*args, *kwargs.values())]  # a sum overwrites its term
 
-    def after(name: str, layer: _IntegerLayer, _: tuple, y: Tensor) -> None:
-        x, *other = terms.pop(layer)
-        x = x if x.dtype is torch.uint8 else _codes(x, *layer.numbers("input"), layer.highest["input"])
-        value, size = layer.exact(x, *other)
-        target = layer.numbers("output")
-        if target is None:
-            codes, near = 0, torch.zeros(())
-            off = (y - value).abs() > ROUNDING * size
-        else:
-            steps, codes = value / target[0], y.numel()
-            off = (y - (steps.round() + target[1]).clamp(0, layer.highest["output"])).abs()
-            near = (steps - steps.floor() - 0.5).abs() <= ROUNDING * size / target[0] + 2**-16
-        counts = {"different": off > 0, "ties": near, "wrong": off > near}
-        rows.append({"layer": name, "codes": codes} | {key: int(x.sum()) for key, x in counts.items()})
+    def after(name: str, layer: _IntegerLayer | PackedLinear, _: tuple, y: Tensor) -> None:
+        rows.append({"layer": name} | layer.compare(y, *terms.pop(layer)))
 
     with contextlib.ExitStack() as hooks:
         for name, layer in model.named_modules():
-            if isinstance(layer, _IntegerLayer) and "input" in layer.highest:
+            if isinstance(layer, PackedLinear) or (isinstance(layer, _IntegerLayer) and "input" in layer.highest):
                 hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(partial(after, name)).remove)
         model(**batching.inputs(model, batch))
     if not rows:
-        raise InputError("The model has no integer layer with a calibrated input: convert it first.")
+        raise InputError("The model has no integer layer but such as quantize as they go: convert one that has.")
     return rows
 
 

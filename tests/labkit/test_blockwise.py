@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from labkit.batches import segments, split
+from labkit.blocks import blocks_of, walk
 from labkit.errors import InputError
 from labkit.pruning import blockwise, nm, unstructured
 from labkit.pruning.pattern import mask
@@ -162,10 +163,10 @@ def test_padding_and_other_arguments_reach_every_block(tokens):
         attention[:, length:] = 0
         padded.append({"input_ids": batch, "attention_mask": attention, "labels": batch})
     for model, batches, norm in ((bert(), padded, "none"), (llama(), padded, "norm"), (gpt2(), tokens, "ln_f")):
-        blocks = blockwise.blocks_of(model)
+        blocks = blocks_of(model)
         before = [set(vars(block)) for block in blocks]
         with torch.no_grad():
-            *_, (last, run) = blockwise.walk(model, blocks, batches)
+            *_, (last, run) = walk(model, blocks, batches)
             assert last is blocks[-1]
             for output, batch in zip(run(), batches, strict=True):
                 args, kwargs, _ = split(model, batch)

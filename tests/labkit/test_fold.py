@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from labkit import batches, models
 from labkit.errors import DataError, EqualityError, InputError
 from labkit.quantization import fold
+from labkit.quantization.dataflow import Dataflow
 
 EXACT = 1e-9
 
@@ -338,6 +339,19 @@ def test_smoothing_divides_by_the_paper_s_factors(alpha):
     if alpha == 1:
         smoothed = torch.cat([new.n(x).abs().flatten(0, 1) for x in data]).amax(0)
         assert torch.allclose(smoothed, torch.ones_like(smoothed))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+def test_any_scale_at_any_site_leaves_the_function(name):
+    model, batch = families.family(name).double(), families.inputs(name)
+    new = copy.deepcopy(model)
+    sites = [pair for pair in fold.scale_sites(new, Dataflow(new, (), batch)) if not pair[1].blocked]
+    assert len(sites) >= 3
+    for number, (source, route) in enumerate(sites):
+        width = new.get_submodule(next(iter(route.readers))).in_features
+        torch.manual_seed(number)
+        fold.rescale_(new, source, route, torch.randn(width).exp())
+        assert difference(model, new, **batch) < EXACT
 
 
 @pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, lambda n: nn.LayerNorm(n, bias=False)])

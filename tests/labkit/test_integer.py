@@ -20,8 +20,9 @@ from labkit import artifact, datasets, models
 from labkit.errors import InputError
 from labkit.files import ROOT
 from labkit.pruning.coupling import tracing
-from labkit.quantization import affine, integer, ptq
+from labkit.quantization import affine, formats, integer, ptq
 from labkit.quantization.affine import Grid
+from labkit.quantization.weight_only import SCALE, WeightOnlyLinear
 
 vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with AVX-512 VNNI")
 EPS = 2**-22  # of what is added up in float32, some roundings
@@ -625,5 +626,139 @@ def test_models_without_a_float32_linear_are_refused():
 
 
 def test_a_float_model_is_refused():
-    with pytest.raises(InputError, match=r"no quantized layer: call ptq\.quantize first"):
+    with pytest.raises(InputError, match=r"no quantized layer: call ptq\.quantize or weight_only"):
         integer.convert(nn.Linear(4, 4))
+
+
+# --- weights only -----------------------------------------------------------------------------------------------------
+
+
+def weight_only(
+    rows: int, columns: int, bits: int, group: int, symmetric: bool | str = False, bias: bool = False
+) -> WeightOnlyLinear:
+    draw = torch.Generator().manual_seed(bits)
+    weight = torch.randn(rows, columns, generator=draw) * 2
+    weight[0], weight[1] = weight[0].abs(), -weight[1].abs()  # zero points at the ends
+    quantized = affine.quantize(weight.to(SCALE), bits, symmetric=symmetric, axis=0, group_size=group)
+    return WeightOnlyLinear(quantized, nn.Parameter(torch.randn(rows, generator=draw)) if bias else None)
+
+
+FOUR = [  # rows, columns, bits, group, symmetric
+    (16, 64, 4, 64, False),
+    (80, 128, 4, 32, "signed"),
+    (64, 512, 4, 256, "full"),
+    (64, 512, 4, 512, True),
+    (48, 576, 4, 192, False),
+    (16, 576, 4, 576, "clipped"),
+    (32, 96, 3, 96, False),
+    (64, 128, 2, 64, True),
+]
+EIGHT = [(5, 64, 8, 64, True), (64, 576, 8, 576, "full"), (7, 48, 6, 48, "signed"), (24, 32, 4, 32, True)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("case", FOUR + EIGHT, ids=str)
+@torch.no_grad()
+def test_a_packed_layer_is_its_rounded_operands_in_float64(case, rows):
+    layer = weight_only(*case, bias=rows == 3)
+    real = integer.convert(layer)
+    assert integer.packing(layer) == ("int8pack" if case in EIGHT else "int4pack", "")
+    x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows)) * 5
+    y = real(x)
+    assert y.dtype == torch.float32
+    assert real.compare(y, x)["wrong"] == 0
+    assert affine.sqnr(layer(x), y) > 40  # against what is simulated: bfloat16's roundings, 50 dB and more each
+    assert torch.equal(real(x[None]), y[None])
+
+
+@pytest.mark.parametrize("case", [FOUR[0], FOUR[4], EIGHT[1]], ids=str)
+@torch.no_grad()
+def test_the_proof_sees_what_a_wrong_kernel_does(case):
+    layer = weight_only(*case)
+    real = integer.convert(layer)
+    x = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
+    codes, *table = real.operands()
+    scale, shift = (part.bfloat16().double()[..., None] for part in table)
+    grouped = codes.double().unflatten(1, (scale.shape[1], -1))
+    weight = (grouped * scale + shift).flatten(1)
+
+    def wrong(weight: torch.Tensor) -> float:
+        y = F.linear(x.bfloat16().double(), weight).float().bfloat16().float()
+        return real.compare(y, x)["wrong"] / y.numel()
+
+    assert wrong(weight) == 0
+    without = weight.clone()
+    without[:, 5] = 0
+    assert wrong(without) > 0.5  # an input forgotten
+    assert wrong(weight * 1.01) > 0.9  # a scale rounded otherwise
+    assert wrong(weight.unflatten(1, (-1, 32)).flip(1).flatten(1)) > 0.9  # another group's codes
+    if shift.any():
+        assert wrong((grouped * scale + shift - scale).flatten(1)) > 0.9  # a zero point off by one
+        assert wrong((grouped * scale).flatten(1)) > 0.3  # without one: 8 is that of many groups
+
+
+@torch.no_grad()
+def test_a_model_of_few_bits_becomes_real_and_is_proved():
+    model = families.family("llama")
+    for name, x in list(model.named_modules()):
+        if name.endswith(("_proj", "lm_head")):
+            rows, columns = x.weight.shape
+            bits, group, symmetric = (4, 32, False) if rows % 16 == columns % 32 == 0 else (8, columns, True)
+            if columns % 16 == 0:
+                quantized = affine.quantize(x.weight.to(SCALE), bits, symmetric=symmetric, axis=0, group_size=group)
+                model.set_submodule(name, WeightOnlyLinear(quantized))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    real = integer.convert(model)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not any(isinstance(x, integer.PackedLinear) for x in model.modules())
+    inputs = families.inputs("llama")
+    rows = integer.prove(real, inputs)
+    assert len(rows) == 3 * 6 + 1 and not any(row["wrong"] for row in rows)
+    assert affine.sqnr(model(**inputs).logits, real(**inputs).logits) > 30
+    assert artifact.size(real) - artifact.size(model) < 64 * len(rows)  # longer names: the same bytes are stored
+    other = copy.deepcopy(real)
+    other.load_state_dict(real.state_dict())
+    assert torch.equal(other(**inputs).logits, real(**inputs).logits)
+    layer = real.model.layers[1].mlp.gate_proj
+    run = layer._run
+    layer._run = lambda x: run(x) * 1.02
+    assert [row["layer"] for row in integer.prove(real, inputs) if row["wrong"]] == ["model.layers.1.mlp.gate_proj"]
+
+
+@torch.no_grad()
+def test_loading_other_codes_makes_the_kernels_layout_anew():
+    layer, x = weight_only(16, 64, 4, 64), torch.randn(2, 64)
+    real, other = integer.convert(layer), integer.convert(weight_only(16, 64, 4, 64, bias=False))
+    other.layer.codes.bitwise_not_()
+    y, z = real(x), other(x)
+    assert not torch.equal(y, z)
+    real.load_state_dict(other.state_dict())
+    assert torch.equal(real(x), z)
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_and_a_slice_of_memory_are_multiplied_as_well():
+    """The int8 kernel loads what it takes for aligned."""
+    layer = weight_only(16, 64, 8, 64, True)
+    real, memory = integer.convert(layer), torch.randn(1 + 3 * 64).bfloat16()
+    x = memory[1:].view(3, 64)
+    y = real(x)
+    assert y.dtype == torch.bfloat16 and real.compare(y, x)["wrong"] == 0
+    assert torch.equal(real(x.clone()), y)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        weight_only(24, 64, 4, 64),
+        weight_only(16, 48, 4, 48),
+        weight_only(16, 64, 8, 64),
+        weight_only(16, 64, 8, 32, True),
+        weight_only(16, 40, 8, 40, True),
+        WeightOnlyLinear(formats.quantize(torch.randn(16, 64), "nf4")),
+    ],
+    ids=["outputs", "group", "zero point", "int8 groups", "inputs", "nf4"],
+)
+def test_weights_that_no_kernel_takes_are_refused(layer):
+    with pytest.raises(InputError, match=r"^head cannot be converted \(.*\): quantize it so, or name it in ignore\.$"):
+        integer.convert(nn.ModuleDict({"head": layer}))

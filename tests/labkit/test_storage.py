@@ -147,6 +147,14 @@ def test_nibbles_are_the_bits_of_width_four_and_lose_no_sign(codes):
     assert storage.pack4(torch.tensor([1, -1, 2])).tolist() == [0xF1, 0x02]  # the earlier code below
 
 
+@given(st.integers(1, 8), st.data())
+def test_bits_of_any_width_come_back(width, data):
+    numbers = torch.tensor(data.draw(st.lists(st.integers(0, 2**width - 1), max_size=40)), dtype=torch.uint8)
+    packed = storage.to_bits(numbers, width)
+    assert len(packed) == -(-len(numbers) * width // 8)
+    assert torch.equal(storage.from_bits(packed, width, len(numbers)), numbers)
+
+
 GGUF = ["q8_0", "q4_0", "q4_1"]
 
 

@@ -1,0 +1,54 @@
+"""LLM.int8(): columns of the input with an outlier are multiplied in floating point, all others in 8 bits.
+
+Dettmers et al. 2022 (arXiv:2208.07339), section 3. SIMULATED: floats that take the values of codes.
+"""
+
+import copy
+from collections.abc import Collection
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.errors import InputError
+from labkit.quantization import affine
+from labkit.quantization.ptq import replaced, weight_grid
+
+
+class OutlierSplit(nn.Module):
+    """SIMULATED: a Linear in 8 bits whose outlier columns are multiplied as they are.
+
+    Column j of the input is an outlier if |x_j| >= threshold in any token of the call. The other columns have a scale
+    for each token and, in the weight, for each output (the paper's vector-wise quantization), with codes -127 to 127.
+    columns: of the last call, how many were split off.
+    """
+
+    def __init__(self, layer: nn.Linear, threshold: float) -> None:
+        super().__init__()
+        self.layer, self.threshold, self.columns = layer, threshold, 0
+        self.register_buffer("rounded", weight_grid(layer, 8).fake(layer.weight.detach()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.reshape(-1, input.shape[-1])  # [tokens, in]
+        outlier = (x.abs() >= self.threshold).any(0)
+        self.columns = int(outlier.sum())
+        rest = affine.fake_quantize(x.masked_fill(outlier, 0), axis=0)
+        y = F.linear(rest, self.rounded, self.layer.bias) + x[:, outlier] @ self.layer.weight[:, outlier].t()
+        return y.view(*input.shape[:-1], -1)
+
+
+def split(model: nn.Module, *, threshold: float = 6.0, ignore: Collection[str] = ()) -> nn.Module:
+    """SIMULATED: a copy of `model` whose Linears are `OutlierSplit`.
+
+    threshold: 6 in the paper; math.inf is int8 for each token without a split.
+    ignore: names of Linears that stay, as a language model's head does in the paper.
+    """
+    if not isinstance(threshold, (int, float)) or not threshold > 0:
+        raise InputError(f"threshold is {threshold!r}, but it must be above 0: 6 in the paper, math.inf for no split.")
+    layers = [name for name, x in model.named_modules() if type(x) is nn.Linear]
+    if unknown := set(ignore) - set(layers):
+        raise InputError(f"There is no Linear {min(unknown)!r} to ignore: take a name of the model's named_modules().")
+    model = copy.deepcopy(model)
+    for name in layers:
+        if name not in ignore:
+            model = replaced(model, name, OutlierSplit(model.get_submodule(name), float(threshold)))
+    return model
