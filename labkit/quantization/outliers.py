@@ -13,6 +13,8 @@ from labkit.errors import InputError
 from labkit.quantization import affine
 from labkit.quantization.ptq import replaced, weight_grid
 
+THRESHOLD = 6.0  # of a magnitude, from which on a column is an outlier
+
 
 class OutlierSplit(nn.Module):
     """SIMULATED: a Linear in 8 bits whose outlier columns are multiplied as they are.
@@ -36,19 +38,16 @@ class OutlierSplit(nn.Module):
         return y.view(*input.shape[:-1], -1)
 
 
-def split(model: nn.Module, *, threshold: float = 6.0, ignore: Collection[str] = ()) -> nn.Module:
-    """SIMULATED: a copy of `model` whose Linears are `OutlierSplit`.
+def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
+    """SIMULATED: a copy of `model` whose Linears are `OutlierSplit` with the paper's threshold.
 
-    threshold: 6 in the paper; math.inf is int8 for each token without a split.
     ignore: names of Linears that stay, as a language model's head does in the paper.
     """
-    if not isinstance(threshold, (int, float)) or not threshold > 0:
-        raise InputError(f"threshold is {threshold!r}, but it must be above 0: 6 in the paper, math.inf for no split.")
     layers = [name for name, x in model.named_modules() if type(x) is nn.Linear]
     if unknown := set(ignore) - set(layers):
         raise InputError(f"There is no Linear {min(unknown)!r} to ignore: take a name of the model's named_modules().")
     model = copy.deepcopy(model)
     for name in layers:
         if name not in ignore:
-            model = replaced(model, name, OutlierSplit(model.get_submodule(name), float(threshold)))
+            model = replaced(model, name, OutlierSplit(model.get_submodule(name), THRESHOLD))
     return model

@@ -25,6 +25,7 @@ READERS = {  # of the residual stream, by the norm before them
 }
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 BETWEEN = ("self_attn.q_norm", "self_attn.k_norm")  # Qwen3's, between a projection and the scores: not turned
+SEED = 0  # of the signs: the same rotation every time
 ROWS = 4096  # of a weight that are in float64 at a time
 
 
@@ -44,7 +45,7 @@ class RotatedInput(nn.Module):
         return self.layer(input @ self.rotation)
 
 
-def rotate(model: nn.Module, *, online: bool = False, seed: int = 0) -> nn.Module:
+def rotate(model: nn.Module, *, online: bool = False) -> nn.Module:
     """A copy of `model`, of the Llama type, that computes the same from rotated weights.
 
     The gain of each RMSNorm is folded into the Linears that read it; the residual stream is turned by a Hadamard matrix
@@ -55,8 +56,6 @@ def rotate(model: nn.Module, *, online: bool = False, seed: int = 0) -> nn.Modul
 
     online: also rotate what down_proj reads, the largest outliers of all, when it is called (`RotatedInput`): the
         product of gate and up cannot be turned by any weight.
-    seed: of the signs.
-
     The copy is run beside the model before it is returned, on a few tokens; EqualityError if they differ by more than
     their roundings. InputError for a model of another build: a norm that is no RMSNorm with a plain gain (LayerNorm,
     Gemma's 1 + w), norms after a branch, experts, half precision. Memory: the copy, and 4096 rows of a weight in
@@ -69,7 +68,7 @@ def rotate(model: nn.Module, *, online: bool = False, seed: int = 0) -> nn.Modul
         head.weight = nn.Parameter(embedding.weight.detach().clone())
         new.config.tie_word_embeddings = False
     width, size = embedding.weight.shape[1], layers[0].self_attn.head_dim
-    matrix = cache(lambda n: hadamard(n, seed).to(embedding.weight.device))
+    matrix = cache(lambda n: hadamard(n, SEED).to(embedding.weight.device))
     narrow = cache(lambda n: matrix(n).to(embedding.weight.dtype))  # one for all layers
     q = matrix(width)
     with torch.no_grad():
