@@ -164,7 +164,7 @@ def test_a_model_of_another_build_is_refused(name):
 
 
 def test_the_reason_is_given():
-    with pytest.raises(InputError, match="model.norm is not x / sqrt"):
+    with pytest.raises(InputError, match=r"model\.norm is not x / sqrt"):
         rotation.rotate(families.family("gemma"))
     with pytest.raises(InputError, match=r"call \.float\(\) first"):
         rotation.rotate(families.family("llama").half())
