@@ -40,9 +40,10 @@ def prepare(
         "lsq": steps are parameters. That of a weight starts at 2 mean |w| / sqrt(Q_P), the paper's, for each output
         channel; that of an activation on `ptq`'s range of least squared error, whose zero point stays.
 
-    Layers that read the same value share its grid. The copy is on `model`'s device and in eval mode, in which grids do
-    not move; `integer.convert` takes it in whatever state it is. InputError as of `ptq.quantize`, and for an unknown
-    method; a forward pass under autocast, or in half precision, is refused.
+    Layers that read the same value share its grid. Quantized layers get gradients even where `model`'s are frozen. The
+    copy is on `model`'s device and in eval mode, in which grids do not move; `integer.convert` takes it in whatever
+    state it is. InputError as of `ptq.quantize`, and for an unknown method; a forward pass under autocast, or in half
+    precision, is refused.
     """
     check_choice(method, METHODS, "method")
     moving = METHODS[method]
@@ -58,6 +59,7 @@ def prepare(
             layer.input_quantizer = again
     for layer in [x for x in new.modules() if isinstance(x, FakeQuantized)]:
         layer.weight_quantizer = moving(layer.weight_grid, layer.layer.weight)
+        layer.layer.requires_grad_()
     return new.to(next(model.parameters()).device).eval()
 
 
@@ -66,7 +68,7 @@ def freeze(model: nn.Module) -> None:
 
     Late in training: a range that follows the last batches ends where these happened to be.
     """
-    for quantizer in [x for x in model.modules() if isinstance(x, _Moving)]:
+    for quantizer in [x for x in model.modules() if isinstance(x, _Learning)]:
         quantizer.frozen = True
         quantizer.requires_grad_(False)
 
@@ -75,10 +77,7 @@ def freeze(model: nn.Module) -> None:
 
 
 class StraightThrough(torch.autograd.Function):
-    """x on the grid; its gradient passes as if nothing were rounded, and is 0 where x is clipped.
-
-    Bengio et al. 2013 (arXiv:1308.3432), section 4.
-    """
+    """x on the grid; its gradient passes unchanged, and is 0 where x is clipped (Bengio et al. 2013)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
@@ -127,7 +126,7 @@ def _clipped(gradient: Tensor, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     return torch.ops.aten.hardtanh_backward(gradient, x, float(lo), float(hi))  # one pass instead of four
 
 
-class _Moving(Quantizer):
+class _Learning(Quantizer):
     """A quantizer whose grid moves in training until it is frozen."""
 
     frozen = False
@@ -144,27 +143,27 @@ class _Moving(Quantizer):
         raise NotImplementedError
 
 
-class FollowedRange(_Moving):
+class FollowedRange(_Learning):
     """Straight through: the grid spans a weight's extremes, or a moving average of those of batches of activations."""
 
     def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
         super().__init__(grid)
         self.momentum = MOMENTUM if weight is None else 0.0
-        for name, end in zip(("least", "most"), _ends(grid), strict=True):
+        for name, end in zip(("lo", "hi"), _ends(grid), strict=True):
             self.register_buffer(name, end)
 
     def rounded(self, x: Tensor) -> Tensor:
         if self.training and not self.frozen:
             shared = [d for d, size in enumerate(self.scale.shape) if size == 1]
             lo, hi = (end(x.detach(), shared, bool(shared)) for end in (torch.amin, torch.amax))
-            self.least = self.momentum * self.least + (1 - self.momentum) * lo
-            self.most = self.momentum * self.most + (1 - self.momentum) * hi
-            grid = affine.choose(self.least, self.most, self.codes[0], symmetric=self.codes[1] < 0)
+            self.lo = self.momentum * self.lo + (1 - self.momentum) * lo
+            self.hi = self.momentum * self.hi + (1 - self.momentum) * hi
+            grid = affine.choose(self.lo, self.hi, self.codes[0], symmetric=self.codes[1] < 0)
             self.scale, self.zero = grid.scale, grid.zero
         return StraightThrough.apply(x, self.grid)
 
 
-class LearnedGrid(_Moving):
+class LearnedGrid(_Learning):
     """LSQ: the scale is a parameter.
 
     Its gradient is multiplied by 1 / sqrt(N Q_P), section 2.2, with N the weights of a channel, or the features of an
@@ -173,10 +172,10 @@ class LearnedGrid(_Moving):
 
     def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
         super().__init__(grid)
-        self.most = max(grid.hi - int(grid.zero.max()), int(grid.zero.max()) - grid.lo)
+        self.levels = max(grid.hi - int(grid.zero.max()), int(grid.zero.max()) - grid.lo)
         if weight is not None:
             size = weight.detach().abs().flatten(1).mean(1).view(grid.scale.shape)
-            scale = affine.stored(2 * size / self.most**0.5, torch.float32)
+            scale = affine.stored(2 * size / self.levels**0.5, torch.float32)
         else:
             scale = grid.scale.clone()
         del self.scale
@@ -190,7 +189,7 @@ class LearnedGrid(_Moving):
         return self.scale.abs().clamp(min=2.0**-126)  # a large update can drive a parameter through zero
 
     def rounded(self, x: Tensor) -> Tensor:
-        return LearnedStep.apply(x, self._step(), self.grid, (x[0].numel() * self.most) ** -0.5)
+        return LearnedStep.apply(x, self._step(), self.grid, (x[0].numel() * self.levels) ** -0.5)
 
 
 METHODS = {"ste": FollowedRange, "lsq": LearnedGrid}

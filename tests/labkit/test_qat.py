@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labkit import batches, datasets, models, training
+from labkit.deploy import engines
 from labkit.errors import InputError
 from labkit.quantization import affine, integer, ptq, qat
 from labkit.quantization.affine import Grid
@@ -107,7 +108,7 @@ def test_straight_through_is_the_grid_forwards_and_a_clip_backwards(bits, symmet
 
 
 def published(x, scale, grid, factor):
-    """Esser et al. 2020, appendix A: the pseudocode of gradscale, roundpass and quantize, for autograd."""
+    """The pseudocode of Esser et al. 2020 (gradscale, roundpass, quantize), which leaves the gradients to autograd."""
 
     def gradscale(x, scale):
         return (x - x * scale).detach() + x * scale
@@ -167,25 +168,6 @@ def test_the_gradients_are_equation_3_and_slopes_of_the_surrogate(bits, symmetri
     torch.testing.assert_close(scale.grad, equation_3(x, gradient, grid), rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(scale.grad, finite_difference(x, gradient, grid, "scale"), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(leaf.grad, finite_difference(x, gradient, grid, "x"), rtol=1e-4, atol=1e-4)
-
-
-def test_what_papers_warn_of_has_other_gradients():
-    """The oracles tell a learned step from six that are wrong."""
-    x, gradient, grid = case(4, True, 0)
-    v, most = x / grid.scale, 7
-    inside = (v > -most) & (v < most)
-    right = equation_3(x, gradient, grid)
-    wrong = {
-        "no term -v": gradient * v.round().clamp(-most, most),
-        "sign": gradient * torch.where(inside, v - v.round(), v.sign() * most),
-        "not clipped": gradient * (v.round() - v),
-        "floor": gradient * torch.where(inside, v.floor() - v, v.sign() * most),
-        "clip of one side": gradient * torch.where(v < most, v.round() - v, v.sign() * most),
-        "only clipped": gradient * torch.where(inside, 0.0, v.sign() * most),
-    }
-    for name, elements in wrong.items():
-        assert not torch.allclose(elements.sum(1, keepdim=True), right, rtol=0.02), name
-    assert not torch.equal(gradient, straight_line(x, gradient, grid)), "no clip"
 
 
 @pytest.mark.parametrize("convolution", [True, False])
@@ -367,15 +349,26 @@ def test_a_trained_model_is_saved_and_loaded(method, tmp_path):
         assert torch.equal(model(X), other(X)) and torch.equal(copy.deepcopy(model)(X), model(X))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(engines.available()["onnxruntime"] != "ready", reason="onnxruntime is not installed")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trained_model_runs_in_an_engine(method):
+    model = trained(method, 8, 8)
+    with torch.no_grad():
+        assert affine.sqnr(model(X), engines.prepare("onnxruntime", model, X, batches=[X])(X)) > 25
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_caller_s_model_is_not_touched(method):
-    model = residual().train()
+    model = residual().train().requires_grad_(method == "ste")  # LSQ from a frozen one
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     prepared = qat.prepare(model, [X], method=method)
     qat.finetune_(prepared, [(X, Y)], steps=3, max_lr=0.1)
     assert same(before, model.state_dict()) and torch.equal(state, torch.get_rng_state())
     assert all(m.training for m in model.modules()) and all(p.grad is None for p in model.parameters())
     assert not {id(p) for p in model.parameters()} & {id(p) for p in prepared.parameters()}
+    assert all(p.requires_grad == (method == "ste") for p in model.parameters())
+    assert all(p.requires_grad for x in layers(prepared).values() for p in x.layer.parameters())
 
 
 def test_a_step_that_training_drives_through_zero_stays_a_grid():
@@ -403,6 +396,61 @@ def test_two_bits_are_learned_where_they_cannot_be_calibrated():
     before = accuracy(model)
     qat.finetune_(model, training.Batches((train.images, train.labels), 64, seed=0), steps=40)
     assert accuracy(calibrated) < 0.5 < 0.8 < accuracy(model) and before < accuracy(model)
+
+
+def alone(model):
+    return [[x] for x in model.modules() if isinstance(x, (ptq.FakeQuantized, ptq.QuantizationPoint))]
+
+
+def learned_step(change):
+    """LearnedStep with the derivative by the step from x in steps, its code, and whether it is inside."""
+
+    class Wrong(qat.LearnedStep):
+        @staticmethod
+        def backward(ctx, gradient):
+            x, y, scale = ctx.saved_tensors
+            lo, hi = ctx.ends
+            slope = change(x / scale, y / scale, (x > lo) & (x < hi))
+            return (
+                qat._clipped(gradient, x, lo, hi),
+                (gradient * slope).sum_to_size(scale.shape) * ctx.factor,
+                None,
+                None,
+            )
+
+    return Wrong
+
+
+@pytest.mark.parametrize(
+    "name, wrong, claim, args",
+    [
+        ("_clipped", lambda gradient, x, lo, hi: gradient, "straight_through_is_the_grid", (4, True, 0)),
+        ("_clipped", lambda gradient, x, lo, hi: gradient, "a_learned_step_is", (4, False, 0)),
+        ("_clipped", lambda gradient, x, lo, hi: gradient.where(x > lo, 0), "the_gradients_are", (4, True, 0)),
+        (
+            "_ends",
+            lambda grid, margin=0.0: (grid.lo * grid.scale, grid.hi * grid.scale),
+            "the_gradients",
+            (4, False, 0),
+        ),
+        ("LearnedStep", learned_step(lambda v, c, inside: c), "the_gradients_are", (4, True, 0)),
+        ("LearnedStep", learned_step(lambda v, c, inside: c - v), "the_gradients_are", (4, True, 0)),
+        ("LearnedStep", learned_step(lambda v, c, inside: torch.where(inside, v - c, c)), "a_learned", (4, True, 0)),
+        ("LearnedStep", learned_step(lambda v, c, inside: c.where(~inside, 0)), "a_learned_step_is", (4, True, 0)),
+        ("MOMENTUM", 0.99, "straight_through_follows", ()),
+        ("MOVING", 1.0, "fine_tuning_freezes", ("ste",)),
+        ("freeze", lambda model: None, "fine_tuning_freezes", ("lsq",)),
+        ("_by_value", alone, "layers_that_read_the_same", ("lsq",)),
+        ("_Rounded", lambda quantizer: quantizer, "layers_that_read_the_same", ("ste",)),
+    ],
+)
+def test_these_tests_tell_wrong_implementations(monkeypatch, name, wrong, claim, args):
+    (test,) = (fn for key, fn in globals().items() if key.startswith(f"test_{claim}"))
+    test = test.hypothesis.inner_test if hasattr(test, "hypothesis") else test
+    test(*args)
+    monkeypatch.setattr(qat, name, wrong)
+    with pytest.raises(AssertionError):
+        test(*args)
 
 
 def autocast(model, x):
