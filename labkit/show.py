@@ -250,7 +250,7 @@ def png(fig: Any) -> bytes:
     full, small = io.BytesIO(), io.BytesIO()
     fig.savefig(full, format="png", dpi=DPI, metadata={"Software": None})
     picture = Image.open(full).convert("RGB")
-    picture.quantize(48, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    picture.quantize(32, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()
 
 
