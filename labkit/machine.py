@@ -380,12 +380,12 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     Products are square, of random normal numbers, of a few sizes, in every type of PRODUCTS that runs here. In fp32 a
     CPU's 3x3 convolution is tried as well, since it may be faster than any product.
 
-    Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over three fp32 arrays, together at least four
-    times the last cache, counted as STREAM does: the lines that a CPU reads only to overwrite them are left out.
-    Calls alternate until the budget is spent, in ten repetitions if there is time for them and in six at least. A
-    repetition's best call gives one value, and the ceiling is the best of these: a disturbance only lowers a rate,
-    and what was reached can be reached. Its range goes down to the low end of the median's 95 % interval: what is
-    there most of the time.
+    Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over three fp32 arrays, together two and a
+    half times the last cache, counted as STREAM does: the lines that a CPU reads only to overwrite them are left
+    out. Calls alternate until the budget is spent, in ten repetitions if there is time for them and in six at
+    least. A repetition's best call gives one value, and the ceiling is the best of these: a disturbance only lowers
+    a rate, and what was reached can be reached. Its range goes down to the low end of the median's 95 % interval:
+    what is there most of the time.
 
     The range says how steady the ceiling is here and now. It does not cover what another process or hour finds: on
     machines that share a host with others, bandwidth was seen to move by a factor of two within a day, and both kinds
@@ -400,6 +400,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     before, deadline = clocks.snapshot(target), time.perf_counter() + budget_s
     with torch.inference_mode():
         products, flops, warnings = _products(target, longest_s=max(budget_s / 80, LONGEST_S))
+        clocks.evictor.cache_clear()  # as large as the arrays
         streams, moved = _streams(machine, target)
         samples = _in_turns(products | streams, target, deadline)
     after = clocks.snapshot(target)
@@ -543,12 +544,12 @@ def _streams(machine: Machine, target: torch.device) -> tuple[Calls, dict[tuple[
     """Copy, triad and read over arrays that no cache holds, and the bytes that each call moves.
 
     On a CPU a call streams one part of them; by the time a part comes again, the others have passed through the cache.
-    Together the arrays are four times the last cache, of which a server's two cores may see half a gigabyte.
+    Together the arrays are two and a half times the last cache, of which a server's two cores may see half a gigabyte.
     All reads come in a row: after a copy or a triad the last cache is full of lines that were written, and a read that
     displaces them waits until they are in memory, bytes that nobody counts.
     """
     on_cpu = target.type == "cpu"
-    usual = max(128 * MiB, 4 * machine.last_level_cache // 3) if on_cpu else GiB
+    usual = max(128 * MiB, 5 * machine.last_level_cache // 6) if on_cpu else GiB
     size = min(usual, (machine.memory if on_cpu else machine.gpu.memory) // 16, 2 * GiB)
     a, b, out = (torch.ones(size // 4, device=target).chunk(PARTS if on_cpu else 1) for _ in range(3))
     parts = range(len(a))
