@@ -420,6 +420,9 @@ class Int8Conv2d(_IntegerLayer):
         return self.clip(product(x, *source, target, other, term))
 
 
+ALIGNMENT = 64  # bytes; the kernels load vectors and the process ends where these lie across
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + b for x [..., in], W read in 4 or 8 bits by a kernel that is made for one row or a few.
 
@@ -466,7 +469,9 @@ class PackedLinear(nn.Module):
         if self._run is None:
             kernel, _ = packing(self.layer)
             self._run = KERNELS[kernel].prepare(*self.operands()[: 3 if kernel == "int4pack" else 2])
-        y = self._run(input.reshape(-1, input.shape[-1])).to(input.dtype)
+        x = input.reshape(-1, input.shape[-1])
+        x = x.clone() if x.data_ptr() % ALIGNMENT else x
+        y = self._run(x).to(input.dtype)
         y = y if self.layer.bias is None else y + self.layer.bias
         return y.view(*input.shape[:-1], -1)
 
