@@ -30,16 +30,16 @@ def straight_through(fn: Callable, failures: Failures) -> None:
         width = (hi - lo) * scale
         x = ((torch.rand(4, 25, dtype=torch.float64, generator=draw) * 1.6 - 0.3) * width) + (lo - zero) * scale
         upstream = torch.randn(4, 25, dtype=torch.float64, generator=draw)
-        for given in (scale, torch.tensor(scale, dtype=torch.float64)):
-            with failures.given(scale=scale, zero=zero, lo=lo, hi=hi, step="a tensor" if given is not scale else {}):
+        for step in (scale, torch.tensor(scale, dtype=torch.float64)):
+            with failures.given(scale=scale, zero=zero, lo=lo, hi=hi, step={} if step is scale else "a tensor"):
                 leaf = x.clone().requires_grad_()
-                y = fn(leaf, given, zero, lo, hi)
+                y = fn(leaf, step, zero, lo, hi)
                 failures.need(isinstance(y, Tensor) and y.shape == x.shape, "return a tensor in the shape of x")
                 failures.expect(torch.equal(leaf, x), "x has changed; compute a new tensor")
-                wanted = [_stair(value, scale, zero, lo, hi) for value in x.flatten().tolist()]
+                points = [_stair(value, scale, zero, lo, hi) for value in x.flatten().tolist()]
                 failures.close(
                     y.flatten(),
-                    wanted,
+                    points,
                     "the value is not the grid's: round x / scale to a whole number, add the zero point, clip to lo "
                     "and hi, and go back",
                     atol=1e-9,
@@ -82,14 +82,14 @@ def learned_step(fn: Callable, failures: Failures) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=draw)
 
-    one, rows = torch.tensor(0.4, dtype=torch.float64), torch.tensor([[0.1], [0.5], [2.0]], dtype=torch.float64)
+    single, rows = torch.tensor(0.4, dtype=torch.float64), torch.tensor([[0.1], [0.5], [2.0]], dtype=torch.float64)
     kernels = torch.tensor([0.2, 0.7], dtype=torch.float64).view(2, 1, 1, 1)
     cases = {
-        "one step, signed codes": (normal(6, 20), one, -7, 7),
-        "one step, two bits": (normal(50), one, -2, 1),
-        "one step, codes from 0, after a ReLU": (2 * normal(5, 4, 3, 3).relu(), one, 0, 15),
+        "one step, signed codes": (normal(6, 20), single, -7, 7),
+        "one step, two bits": (normal(50), single, -2, 1),
+        "one step, codes from 0, after a ReLU": (2 * normal(5, 4, 3, 3).relu(), single, 0, 15),
         "all inside": (normal(30).clamp(-1, 1), torch.tensor(0.5, dtype=torch.float64), -7, 7),
-        "all clipped": (normal(30).sign() * 9, one, -3, 3),
+        "all clipped": (normal(30).sign() * 9, single, -3, 3),
         "a step for each row": (normal(3, 40), rows, -7, 7),
         "a step for each output channel": (normal(2, 3, 3, 3), kernels, -1, 1),
     }
@@ -100,12 +100,12 @@ def learned_step(fn: Callable, failures: Failures) -> None:
             gradient = failures.call(fn, x, scale, lo, hi, upstream, changed=changed)
             failures.need(isinstance(gradient, Tensor), "return a tensor")
             failures.need(gradient.shape == scale.shape, "the gradient does not have the shape of the step")
-            wanted = _by_differences(x, scale, lo, hi, upstream)
-            plain = wanted * math.sqrt(x.numel() // scale.numel() * hi)
+            expected = _by_differences(x, scale, lo, hi, upstream)
+            plain = expected * math.sqrt(x.numel() // scale.numel() * hi)
             if not torch.allclose(plain, gradient, rtol=1e-4, atol=1e-6):  # else the sentence below says it all
                 failures.close(
                     gradient,
-                    wanted,
+                    expected,
                     "this is not LSQ's gradient in the step: inside round(x / s) - x / s, where clipped the code at "
                     "that end, times what comes from above, summed over all that share the step, over sqrt(N hi)",
                     rtol=1e-4,
@@ -246,10 +246,10 @@ def reversals(fn: Callable, failures: Failures) -> None:
             changed = "the history has changed; compute a new tensor"
             shares = failures.call(fn, history, changed=changed)
             failures.need(isinstance(shares, Tensor), "return a tensor")
-            wanted = [_turns(codes) / (len(codes) - 1) for codes in history.T.tolist()]
+            turns = [_turns(codes) / (len(codes) - 1) for codes in history.T.tolist()]
             failures.close(
                 shares,
-                wanted,
+                turns,
                 "this is not the share of the steps at which a code changes against the direction of its last change, "
                 "however long ago that was",
                 atol=1e-6,
