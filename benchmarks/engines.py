@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--engines", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds a comparison")
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds a comparison")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file for every sample")
     options = parser.parse_args()

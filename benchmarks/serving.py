@@ -36,10 +36,11 @@ def deployed(name: str, folder: Path) -> None:
     """The fine-tuned MiniLM for batches and texts of any length, and how its answers differ."""
     model = models.minilm_finetuned()
     sizes = {0: (1, 16), 1: (2, server.LONGEST)}
-    options: dict[str, Any] = {}
-    if name == "nncf":
-        options = {"model_type": "transformer", "batches": models.review_batches("train", 128, batch_size=8)}
-    example = next(iter(models.review_batches("train", 8, batch_size=8)))
+    encoding = {"padding": "max_length", "truncation": True, "max_length": server.LONGEST, "return_tensors": "pt"}
+    encoded = models.tokenizer("minilm")(datasets.reviews("train", 128).texts, **encoding)
+    tensors = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    options = {"model_type": "transformer", "batches": [tensors]} if name == "nncf" else {}
+    example = {name: tensor[:8] for name, tensor in tensors.items()}
     engine = engines.prepare(name, model, example, dynamic=sizes, folder=folder, **options)
     judged = parity.Reference(model, models.review_batches("test", 400, batch_size=8)).judge(engine)
     change = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*judged.change)

@@ -38,6 +38,7 @@ ENGINES_EXTRA = "pip install 'labkit[engines]'"
 INSTALL = {  # of what that does not bring
     "g++": "install it, or name another C++ compiler in CXX",
     "executorch": "pip install 'labkit[edge]'",
+    "torchao": "pip install 'labkit[edge]'",  # which it imports where it lowers
 }
 
 MANIFEST = "engine.json"  # beside the file that is deployed
@@ -311,7 +312,7 @@ def _write_executorch(job: _Job, delegate: bool = True) -> Path:
 
 
 def _read_executorch(path: Path) -> Run:
-    with export.quietly():
+    with export.quietly(), _without_native_log():
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime as ExecuTorch
 
@@ -324,6 +325,19 @@ def _read_executorch(path: Path) -> Run:
         return [x.clone() for x in method.execute([x.detach().contiguous() for x in named.values()])]
 
     return run
+
+
+@contextlib.contextmanager
+def _without_native_log() -> Iterator[None]:
+    """Without what C++ writes to the process's standard error: which files of the system it looked into."""
+    shown = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 def _write_onnx(job: _Job, quantize: Callable[[_Job, Path, Path], None] | None = None) -> Path:
@@ -452,7 +466,7 @@ class Runtime(NamedTuple):
 
 
 _ORT, _OV = ("onnx", "onnxscript", "onnxruntime"), ("onnx", "onnxscript", "openvino")
-_NNCF = (*_OV, "nncf")
+_NNCF, _EDGE = (*_OV, "nncf"), ("executorch", "torchao")
 _BF16 = {"dtype": torch.bfloat16}
 _quantize = partial(_write_openvino, quantize=_nncf)
 _openvino_bf16 = partial(_read_openvino, precision="bf16")
@@ -465,10 +479,8 @@ ENGINES = {
     "torch-compile-unfrozen": Runtime(("g++",), "float", _no_file, partial(_compile, freezing=False)),
     "aotinductor": Runtime(("g++",), "float", _write_aotinductor, _read_aotinductor),
     "aotinductor-unfrozen": Runtime(("g++",), "float", partial(_write_aotinductor, freezing=False), _read_aotinductor),
-    "executorch": Runtime(("executorch",), "float", _write_executorch, _read_executorch),
-    "executorch-portable": Runtime(
-        ("executorch",), "float", partial(_write_executorch, delegate=False), _read_executorch
-    ),
+    "executorch": Runtime(_EDGE, "float", _write_executorch, _read_executorch),
+    "executorch-portable": Runtime(_EDGE, "float", partial(_write_executorch, delegate=False), _read_executorch),
     "onnxruntime": Runtime(_ORT, "any", _write_onnx, _read_onnx),
     "onnxruntime-unoptimized": Runtime(_ORT, "float", _write_onnx, partial(_read_onnx, optimized=False)),
     "onnxruntime-dynamic": Runtime(_ORT, "tool", partial(_write_onnx, quantize=_dynamic), _read_onnx),

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from labkit import models
 from labkit.datasets import REVIEW_CLASSES
@@ -42,6 +43,7 @@ except ImportError:
 
 INSTALL = "pip install 'labkit[serving]'"
 LONGEST = 48  # tokens; what is beyond is cut off
+STEP = 8  # tokens: texts are padded to a multiple, since engines prepare kernels for each new shape
 CLIENT_S = 5.0  # that a client waits for an answer
 CHARACTERS = 10_000  # of a text; a longer one is refused
 
@@ -70,20 +72,26 @@ class Reader(Worker):
 
 
 class Classifier(Worker):
-    """Token ids of what waits -> classes, padded to the longest of them, in the engine of LABKIT_ENGINE, or eager."""
+    """Token ids of what waits -> classes, padded to the longest of them, in the engine of LABKIT_ENGINE, or eager.
+
+    An engine meets every shape once before the first request.
+    """
 
     def __init__(self) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        if folder := os.environ.get("LABKIT_ENGINE"):
-            self.engine = engines.load(folder)
-        else:
-            self.engine = models.minilm_finetuned()
+        folder = os.environ["LABKIT_ENGINE"]
+        self.engine = engines.load(folder) if folder else models.minilm_finetuned()
+        for rows in range(1, int(os.environ["LABKIT_MAX_BATCH"]) + 1) if folder else ():
+            for length in range(STEP, LONGEST + 1, STEP):
+                ones = torch.ones(rows, length, dtype=torch.long)
+                self.engine(input_ids=ones, attention_mask=ones)
 
     @torch.inference_mode()
     def forward(self, data: Any) -> Any:
         texts = data if self.max_batch_size > 1 else [data]  # mosec hands over a batch of one without its list
         ids = [torch.tensor(text) for text in texts]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        padded = F.pad(padded, (0, -padded.shape[1] % STEP))
         mask = torch.arange(padded.shape[1]) < torch.tensor([[len(text)] for text in ids])
         result = self.engine(input_ids=padded, attention_mask=mask.long())
         scores, classes = getattr(result, "logits", result).softmax(-1).max(-1)

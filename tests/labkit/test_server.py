@@ -165,7 +165,7 @@ def test_ctrl_c_stops_the_server_and_leaves_no_process(engine_folder):
     assert not alive(group)
 
 
-def test_texts_are_padded_to_the_longest_of_their_batch():
+def test_texts_are_padded_to_a_step_beyond_the_longest_of_their_batch():
     seen = {}
 
     def engine(input_ids, attention_mask):
@@ -175,5 +175,7 @@ def test_texts_are_padded_to_the_longest_of_their_batch():
     worker = object.__new__(server.Classifier)
     worker.engine, worker.max_batch_size = engine, 8
     answers = worker.forward([[1, 2, 3], [4]])
-    assert seen["ids"].tolist() == [[1, 2, 3], [4, 0, 0]] and seen["mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    rest = [0] * (server.STEP - 3)
+    assert seen["ids"].tolist() == [[1, 2, 3, *rest], [4, 0, 0, *rest]]
+    assert seen["mask"].tolist() == [[1, 1, 1, *rest], [1, 0, 0, *rest]]
     assert [(answer["label"], answer["batch"]) for answer in answers] == [("positive", 2), ("negative", 2)]
