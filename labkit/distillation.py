@@ -83,8 +83,8 @@ def top_k_loss(student: Tensor, answers: TopK, *, mask: Tensor | None = None) ->
             f"student has logits of shape {list(student.shape)}, the stored answers {list(answers.ids.shape)}: both "
             "need the same predictions in the same order."
         )
-    ids, log_p = answers.ids.long(), _precise(answers.log_p)  # [..., k]
     log_q = F.log_softmax(_precise(student), -1)  # [..., classes]
+    ids, log_p = answers.ids.long(), answers.log_p.to(log_q)  # [..., k]
     log_q_tail = log_q.scatter(-1, ids, -math.inf).logsumexp(-1)  # [...]
     p_tail = (1 - log_p.exp().sum(-1)).clamp_min(0)  # rounded to 16 bits a sum may exceed 1
     head = (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1)
