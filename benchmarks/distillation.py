@@ -115,7 +115,7 @@ def resnet_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             longer = {"steps": options.steps + more, "epochs": options.steps + more} if method == "longer" else {}
             loss_fn = loss_of(method, teacher, {name: name})
             cpu = trained(model, training.Batches(data, 64, seed), loss_fn, seed, **recipe | longer)
-            right = training.correct(student, test)
+            right = training.correct(student.to(memory_format=torch.channels_last), test)
             yield {"student": "ResNet-8", "method": method, "seed": seed, "right": right, "cpu_s": cpu}
 
 
