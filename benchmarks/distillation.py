@@ -3,6 +3,7 @@
     python benchmarks/distillation.py                                       everything, 5 seeds
     python benchmarks/distillation.py --student resnet8 --methods labels answers longer --steps 600
     python benchmarks/distillation.py --student minilm --layers 3 2 --steps 100 --seeds 3
+    python benchmarks/distillation.py --student resnet8 --methods labels answers --lr 0.1 --split validation
 
 The methods of a seed start from the same weights, see the same batches and take as many steps; "labels" is the control.
 "longer" is the control at equal time: labels only, for as many steps more as the teacher's answers cost in CPU time
@@ -11,8 +12,8 @@ the methods that vary it: "T1", "no labels", "reverse" and "jsd" (beta 1 and 1/2
 and "values", which match features or relations in addition. A student of MiniLM starts from random weights ("random"),
 from layers of the pretrained model ("pretrained") or from the teacher's own ("teacher's").
 
-Gains are in points of accuracy on test examples: the first interval is for other examples (paired, answers averaged
-over seeds), the second for other seeds (Student's, of the paired differences).
+Gains are in points of accuracy on the split's examples: the first interval is for other examples (paired, answers
+averaged over seeds), the second for other seeds (Student's, of the paired differences).
 """
 
 import argparse
@@ -96,10 +97,10 @@ def steps_for(seconds: float, model: nn.Module, batches: training.Batches, recip
 
 def resnet_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     teacher, train = models.resnet20(), datasets.fashion_mnist("train", options.images)
-    held_out = datasets.fashion_mnist("test")
+    held_out = datasets.fashion_mnist(options.split)
     test = training.Batches((held_out.images, held_out.labels), 500)
     logits, seconds = answered(teacher, training.Batches((train.images, train.labels), 250))
-    recipe = {"steps": options.steps, "epochs": options.steps, "max_lr": 0.1}
+    recipe = {"steps": options.steps, "epochs": options.steps, "max_lr": options.lr}
     yield {"student": "teacher", "method": "teacher", "seed": None, "right": training.correct(teacher, test)}
     data = (train.images, train.labels, logits)
     more = steps_for(seconds, ResNet8(), training.Batches(data, 64, 0), recipe)
@@ -121,7 +122,7 @@ def resnet_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def minilm_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     teacher, pretrained = models.minilm_finetuned(), models.minilm_classifier()
-    train, test = models.review_batches("train", options.snippets), models.review_batches("test", batch_size=50)
+    train, test = models.review_batches("train", options.snippets), models.review_batches(options.split, batch_size=50)
     logits, seconds = answered(teacher, train)
     recipe = {"steps": options.steps, "epochs": options.steps, "max_lr": 1e-4, "optimizer": "adamw", "warmup": 0.1}
     yield {"student": "teacher", "method": "teacher", "seed": None, "right": training.correct(teacher, test)}
@@ -170,6 +171,8 @@ def main() -> None:
     parser.add_argument("--student", nargs="+", choices=("resnet8", "minilm"), default=["resnet8", "minilm"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=int, default=600, help="of 64 images or 32 snippets")
+    parser.add_argument("--lr", type=float, default=0.3, help="the highest of ResNet-8's cycle")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="for choices, for verdicts")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--snippets", type=int, default=None, help="all if left out")
     parser.add_argument("--layers", nargs="+", type=int, default=[3, 2])
