@@ -22,6 +22,7 @@ from labkit.stats import mean_ci
 
 MARKERS = "osD^vPX"
 FAR_APART = 50.0  # values that differ by more are drawn on a logarithmic axis
+MOST_FIGURES = 3  # of a table
 WIDTH = 384  # pixels of a figure on the page: three in a row on a wide screen, and a phone shows it almost unscaled
 
 Estimate = tuple[float, float, float]  # value, low, high; the ends are infinite where there is no interval
@@ -60,7 +61,7 @@ def trade_offs(runs: Sequence[RunColumn], swept: Sequence[str] = ()) -> list[Tra
     A quality is set against each cost, against qualities of another unit, and both against settings with a role
     (`"sparsity": quality()` of a column in `by`), where the best point in one is not the best in the other. Qualities
     of a table without any of this that repeats over seeds are set against its first setting. Rows and runs that differ
-    only in the seed are pooled.
+    only in the seed are pooled. A table gets MOST_FIGURES at most: its rows lie beside the report.
     swept: parameters in which the runs differ. Then all points share one front, and a parameter that changes nothing
     in a table is left out of it; otherwise each machine, preset and owner has a front of its own.
     """
@@ -98,7 +99,7 @@ def _of_table(name: str, runs: Sequence[RunColumn], swept: Sequence[str]) -> lis
     figures = [trade_off for trade_off in figures if trade_off.trades]
     if not figures and settings and SEED in table.by:
         return [_trade_off(table, values, settings, meaning, settings[0], y) for y in best]
-    return figures
+    return figures[:MOST_FIGURES]
 
 
 def _without_idle(values: pd.DataFrame, parameters: Iterable[str]) -> pd.DataFrame:

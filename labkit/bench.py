@@ -289,7 +289,7 @@ def _per_block(run: Clock, least: Sequence[float], numbers: Sequence[int], budge
     if run.device.type == "cuda":
         return 1
     pair_s = sum(number * seconds for number, seconds in zip(numbers, least, strict=True))
-    pair_s += 0.75 * sum(least) if run.evict_s is None else 2 * run.evict_s
+    pair_s += 0.75 * sum(least) if run.evict is None else 2 * run.evict_s
     return next((pairs for pairs in (6, 4, 2) if 1.25 * BLOCKS * pairs * pair_s <= budget_s), 1)
 
 
@@ -304,7 +304,7 @@ def _blocks(
         for baseline_first in order:
             for side in (0, 1) if baseline_first else (1, 0):
                 # the first call after a switch finds the other side's data in the cache: untimed
-                if side != last and run.evict_s is None:
+                if side != last and run.evict is None:
                     run.block(calls[side], 1)
                 sides[side].append(run.sample(calls[side], numbers[side]))
                 last = side

@@ -42,10 +42,13 @@ class Clock:
     cache: str
     block: Callable[[Call, int], Seconds]
     now: Callable[[], float] = time.perf_counter
-    evict_s: float | None = None  # seconds to empty a CPU's caches before each call, off the clock; None: not done
+    evict: Call | None = None  # empties a CPU's caches before each sample, which is then one call, off the clock
+    evict_s: float | None = None  # seconds that it takes
 
     def sample(self, call: Call, number: int) -> Sample:
         """Seconds per call by both clocks, and page faults per call."""
+        if self.evict is not None:
+            self.evict()
         before = page_faults()
         seconds, other = self.block(call, number)
         return seconds / number, other / number, (page_faults() - before) / number
@@ -59,8 +62,8 @@ def choose(
 ) -> Clock:
     """CUDA events on a CUDA device, wall and CPU time elsewhere; an injected clock before both.
 
-    cache: "hot", or "cold": on CUDA twice the L2 is written over before each call, elsewhere `evict()` runs, off the
-        clock, and each call is timed by itself.
+    cache: "hot", or "cold": on CUDA twice the L2 is written over before each call, elsewhere `evict()` runs before each
+        sample, off the clock, and a sample is one call. Warming up needs no empty caches, and does without.
     """
     if injected is not None:
         clock = _injected(injected, device, cache)
@@ -68,19 +71,24 @@ def choose(
         return _cuda(device, cache)
     else:
         clock = Clock("wall", "cpu", device, cache, _wall)
-    return clock if evict is None or device.type == "cuda" else _evicting(clock, evict)
+    if evict is None:
+        return clock
+    start = time.perf_counter()
+    evict()
+    return replace(clock, evict=evict, evict_s=time.perf_counter() - start)
 
 
 @functools.lru_cache(maxsize=1)  # to touch new pages takes longer than to evict
 def evictor(last_level_cache: int) -> Call:
     """A function that leaves nothing of what was used before in a CPU's caches, for `cache="cold"`.
 
-    It reads and writes two and a half times the last-level caches (64 MiB at least), each thread of torch its part, as
-    it does the parts of a call. What it evicts includes code: a tiny product brings back the interpreter's and torch's
-    most used, and some 20 microseconds a call remain, so that shorter calls are mostly that.
+    It reads and writes one and a half times the last-level caches (64 MiB at least), each thread of torch its part, as
+    it does the parts of a call; after two and a half times, reading 1 to 128 MB took no longer. What it evicts includes
+    code: a tiny product brings back the interpreter's and torch's most used, and some 20 microseconds a call remain, so
+    that shorter calls are mostly that.
     last_level_cache: bytes in all, over the sockets that this process may use (labkit.machine.fingerprint).
     """
-    everything = torch.ones(max(64 * 2**20, 5 * last_level_cache // 2) // 8, dtype=torch.int64)
+    everything = torch.ones(max(64 * 2**20, 3 * last_level_cache // 2) // 8, dtype=torch.int64)
     tiny = torch.ones(4, 4)
 
     def evict() -> None:
@@ -88,19 +96,6 @@ def evictor(last_level_cache: int) -> Call:
         torch.mm(tiny, tiny)
 
     return evict
-
-
-def _evicting(clock: Clock, evict: Call) -> Clock:
-    def block(fn: Call, number: int) -> Seconds:
-        samples = []
-        for _ in range(number):
-            evict()
-            samples.append(clock.block(fn, 1))
-        return sum(seconds for seconds, _ in samples), sum(other for _, other in samples)
-
-    start = time.perf_counter()
-    evict()
-    return replace(clock, block=block, evict_s=time.perf_counter() - start)
 
 
 def check_budget(budget_s: float) -> None:
@@ -156,7 +151,7 @@ def warm_up(clock: Clock, calls: Sequence[Call], budget_s: float) -> list[float]
 def repeats(clock: Clock, call: Call, seconds: float) -> int:
     """How many calls make a sample of SAMPLE_S, from the least seconds of a single call; one, if caches are emptied."""
     number = 1
-    while clock.evict_s is None and seconds < SAMPLE_S and number < MOST_CALLS:
+    while clock.evict is None and seconds < SAMPLE_S and number < MOST_CALLS:
         needed = math.ceil(number * SAMPLE_S / max(seconds, 1e-9))
         number = min(max(needed, 2 * number), 1000 * number, MOST_CALLS)
         # on CUDA by the wall: events may see nothing of a call that works on another stream

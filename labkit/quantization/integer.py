@@ -460,8 +460,10 @@ class PackedLinear(nn.Module):
         codes = codes.double().unflatten(1, (scale.shape[1], -1))
         value = F.linear(x, (codes * scale + shift).flatten(1))
         size = F.linear(x.abs(), (codes.abs() * scale.abs() + shift.abs()).flatten(1))
-        result = value if self.layer.bias is None else value + self.layer.bias.double()
-        limit = 2**-8 * value.abs() + (x.shape[-1] + 3) * 2**-24 * size + torch.finfo(y.dtype).eps * result.abs()
+        result, limit = value, 2**-8 * value.abs() + (x.shape[-1] + 3) * 2**-24 * size
+        if self.layer.bias is not None:
+            result = value + self.layer.bias.double()
+            limit = limit + torch.finfo(y.dtype).eps * result.abs()
         off = int(((y - result).abs() > limit).sum())
         return {"codes": 0, "different": off, "ties": 0, "wrong": off}
 

@@ -25,24 +25,26 @@ def test_warm_up_takes_a_tenth_to_a_half_of_the_budget_whatever_went_before():
         assert least == pytest.approx(fastest)
 
 
-def test_emptying_the_caches_reads_and_writes_more_than_twice_what_they_hold():
+def test_emptying_the_caches_reads_and_writes_half_as_much_again_as_they_hold():
     last_level_cache = 48 * 2**20
     evict = clocks.evictor(last_level_cache)
     everything = dict(zip(evict.__code__.co_freevars, evict.__closure__, strict=True))["everything"].cell_contents
     evict()
     evict()
-    assert everything.nbytes > 2 * last_level_cache and (everything == 3).all()
+    assert everything.nbytes >= 1.5 * last_level_cache and (everything == 3).all()
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_an_evicting_clock_times_each_call_by_itself(number):
+def test_an_evicting_clock_empties_the_caches_before_a_sample_and_not_while_it_warms_up():
     events = []
     run = clocks.choose(
         torch.device("cpu"), "cold", lambda fn, number: events.append(number) or 0.5, lambda: events.append("evict")
     )
+    clocks.warm_up(run, [len], budget_s=2.0)
+    assert clocks.repeats(run, len, seconds=1e-9) == 1
+    assert events.count("evict") == 1  # to see how long it takes
     events.clear()
-    assert run.block(len, number) == (0.5 * number, 0.5 * number)
-    assert events == ["evict", 1] * number
+    assert run.sample(len, 1)[:2] == (0.5, 0.5)
+    assert events == ["evict", 1]
 
 
 def test_page_faults_are_those_of_memory_that_is_touched_for_the_first_time():
