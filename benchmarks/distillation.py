@@ -17,7 +17,6 @@ averaged over seeds), the second for other seeds (Student's, of the paired diffe
 """
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +50,13 @@ def labels_only(model: nn.Module, batch: training.Batch) -> Tensor:
 def loss_of(method: str, teacher: nn.Module, pairs: Mapping[str, str]) -> Callable[[nn.Module, training.Batch], Tensor]:
     """pairs: the modules that are matched, the student's and the teacher's."""
     answers = distilling(None, **SOFT)
-    match = functools.partial(matching, teacher, pairs, loss_fn=answers)
+
+    def match(distance: Callable[..., Tensor], weight: float) -> Callable[[nn.Module, training.Batch], Tensor]:
+        return matching(teacher, pairs, distance, weight=weight, loss_fn=answers)
+
+    def values(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        return distillation.value_relations(student, teacher, heads=12, mask=mask)
+
     return {
         "labels": lambda: labels_only,
         "longer": lambda: labels_only,
@@ -64,7 +69,7 @@ def loss_of(method: str, teacher: nn.Module, pairs: Mapping[str, str]) -> Callab
         "hint": lambda: match(F.mse_loss, weight=1.0),
         "attention": lambda: match(distillation.attention_transfer, weight=100.0),
         "distances": lambda: match(distillation.relation_loss, weight=25.0),
-        "values": lambda: match(functools.partial(distillation.value_relations, heads=12), weight=1.0),
+        "values": lambda: match(values, weight=1.0),
     }[method]()
 
 

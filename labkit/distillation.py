@@ -70,10 +70,10 @@ def top_k(logits: Tensor, k: int) -> TopK:
     return TopK(ids.int(), log_p.half())
 
 
-def top_k_loss(student: Tensor, answers: TopK, *, mask: Tensor | None = None) -> Tensor:
+def top_k_loss(student: Tensor, answers: TopK) -> Tensor:
     """KL(p || q) over k + 1 bins, mean over the predictions, a scalar: the teacher's k classes, and all others as one.
 
-    student: logits [..., classes], as those that `top_k` took the answers from. mask: [...], as in `distillation_loss`.
+    student: logits [..., classes], as those that `top_k` took the answers from.
     The last bin, the tail, says how much is left for the other classes, not for which. Without it, with the k
     probabilities scaled to a sum of 1, the student learns that nothing else is possible. Temperature 1 only: another
     one would change the tail by what was not stored.
@@ -88,7 +88,7 @@ def top_k_loss(student: Tensor, answers: TopK, *, mask: Tensor | None = None) ->
     log_q_tail = log_q.scatter(-1, ids, -math.inf).logsumexp(-1)  # [...]
     p_tail = (1 - log_p.exp().sum(-1)).clamp_min(0)  # rounded to 16 bits a sum may exceed 1
     head = (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1)
-    return _mean(head + torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail, mask)
+    return (head + torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail).mean()
 
 
 # --- features and relations -------------------------------------------------------------------------------------------

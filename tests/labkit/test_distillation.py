@@ -117,11 +117,9 @@ def test_the_tail_bin_teaches_how_much_is_left_for_the_other_classes():
     assert float(head) == pytest.approx(float(answers.log_p.double().exp().sum()), abs=1e-3)
 
 
-def test_stored_answers_have_the_gradient_of_finite_differences_and_heed_the_mask():
-    student, answers, mask = normal(3, 9).requires_grad_(), top_k(normal(3, 9, seed=1), 4), torch.tensor([1, 1, 0])
-    torch.autograd.gradcheck(lambda x: top_k_loss(x, answers, mask=mask), student)
-    top_k_loss(student, answers, mask=mask).backward()
-    assert not student.grad[2].any()
+def test_stored_answers_have_the_gradient_of_finite_differences():
+    student, answers = normal(3, 9).requires_grad_(), top_k(normal(3, 9, seed=1), 4)
+    torch.autograd.gradcheck(lambda x: top_k_loss(x, answers), student)
 
 
 def test_a_sure_teacher_leaves_no_tail_and_no_nan():
