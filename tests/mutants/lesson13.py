@@ -147,8 +147,8 @@ def _once_over_each(plans):
 RIGHT = {
     "13.1": (_interactions, _interactions_by_logarithms),
     "13.2": (_gate, _gate_by_stats, _gate_by_counts),
-    "13.3": (_faults, _faults_by_hand),
-    "13.4": (_envelope, _envelope_by_crossings),
+    "13.4": (_faults, _faults_by_hand),
+    "13.3": (_envelope, _envelope_by_crossings),
 }
 
 WRONG = {
@@ -168,7 +168,7 @@ WRONG = {
         "agreement for accuracy": _gate_by_agreement,
         "one standard error": lambda *x: _gate(*x, width=1.0),
     },
-    "13.3": {
+    "13.4": {
         "time a call, not an item": lambda report: _faults(report, per_item=False),
         "batches have to be equal": lambda report: _faults(report, same_batch=True),
         "a request beyond the percentile is enough": lambda report: _faults(report, count=1),
@@ -176,7 +176,7 @@ WRONG = {
         "threads are not looked at": lambda report: _faults(report, forgets=("threads",)),
         "the first call is let through": lambda report: _faults(report, forgets=("first call",)),
     },
-    "13.4": {
+    "13.3": {
         "starts with the fastest": lambda plans: _envelope(plans, first="each"),
         "the next faster plan, wherever it meets": lambda plans: _envelope(plans, nearest=False),
         "each against the first": _every_plan,
