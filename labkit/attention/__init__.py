@@ -1,0 +1,5 @@
+"""Attention that never holds all scores, what a decoder keeps between tokens, and tokens guessed ahead.
+
+`from labkit.attention import blockwise` and the like; one module an idea. How requests share a decoder:
+`labkit.deploy.serving`.
+"""
