@@ -5,6 +5,7 @@ that it is given, on that model's device; it has no checkpoints, callbacks or lo
 """
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -131,7 +132,7 @@ def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
     A dict's labels are under "labels". Two models' answers to the same batches compare pair by pair.
     """
-    device = next(model.parameters()).device
+    device = next(itertools.chain(model.parameters(), model.buffers())).device  # a model of integers has buffers alone
     right = []
     with evaluating(model):
         for batch in batches:

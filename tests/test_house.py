@@ -17,7 +17,7 @@ VAGUE = {"found", "one", "own", "said", "given", "wanted", "there", "known", "ch
 FIXED = {
     "start", "measure", "compare", "count", "ceilings", "size", "prune", "quantize", "sparsity", "convert", "trace",
     "mask", "is_nm", "figure", "head_importance", "prune_heads", "prune_ffn", "layer_importance", "prune_layers",
-    "generate",
+    "generate", "attention",
 }  # fmt: skip
 
 

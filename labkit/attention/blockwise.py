@@ -4,6 +4,7 @@ Online softmax: Milakov & Gimelshein 2018 (arXiv:1805.02867, section 3). Blocks 
 (Dao et al. 2022, arXiv:2205.14135, algorithm 1) and FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithm 1).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,16 @@ class Partial(NamedTuple):
     output: Tensor
 
 
-def partial(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Partial:
+def partial(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, *, buffer: Tensor | None = None) -> Partial:
     """One block: queries [..., Q, D], already scaled, over keys [..., K, D] and values [..., K, Dv].
 
     hidden: True where a key may not be read, broadcast against [..., Q, K]. A row may be hidden altogether.
+    buffer: memory for the scores, at least so many numbers in q's dtype: to use it again spares a CPU the page faults
+        of new memory, which take as long as the product.
     """
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    shape = *q.shape[:-1], k.shape[-2]
+    place = None if buffer is None else buffer[: math.prod(shape)].view(shape)
+    scores = torch.matmul(q, k.mT, out=place).to(torch.promote_types(q.dtype, torch.float32))
     if hidden is not None:
         scores.masked_fill_(hidden, -torch.inf)
     peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)  # -inf - -inf would be NaN
@@ -50,8 +55,9 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(peak, total, (a.output * scale_a).addcmul_(b.output, scale_b))
 
 
+@torch.no_grad()
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: int = 256) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, [B, H, Q, Dv], in the dtype of q.
+    """softmax(q k^T / sqrt(D)) v, [B, H, Q, Dv], in the dtype of q, without gradients.
 
     q [B, H, Q, D], k [B, Hkv, K, D], v [B, Hkv, K, Dv]; H is a multiple of Hkv, and query heads h with the same
         h // (H / Hkv) read the same keys, which are not repeated.
@@ -72,6 +78,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: i
     (batch, heads, queries, width), (_, groups, keys, _) = q.shape, k.shape
     rows = (q * width**-0.5).unflatten(1, (groups, heads // groups))  # [B, Hkv, H / Hkv, Q, D]
     result = q.new_empty(batch, groups, heads // groups, queries, v.shape[-1])
+    buffer = q.new_empty(batch * heads * min(block, queries) * min(block, keys))
     for start in range(0, queries, block):
         end = min(start + block, queries)
         part = rows[..., start:end, :].flatten(2, 3)  # [B, Hkv, rows, D]: the heads of a group are rows of one product
@@ -82,7 +89,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: i
             hidden = later(end - start, first - low, high - low, q.device) if causal and high - 1 > first else None
             if hidden is not None:
                 hidden = hidden.repeat(heads // groups, 1)
-            new = partial(part, k[..., low:high, :], v[..., low:high, :], hidden)
+            new = partial(part, k[..., low:high, :], v[..., low:high, :], hidden, buffer=buffer)
             state = new if state is None else merge(state, new)
         mean = state.output / state.total.clamp_(min=1)  # the largest weight is 1, so less is a row without keys
         result[..., start:end, :] = mean.unflatten(2, (heads // groups, -1))

@@ -1,1 +1,1 @@
-"""Serving and deployment: how batches are formed (lesson 01); runtimes and hardware follow in lesson 12."""
+"""Serving and deployment: how batches are formed, simulated (lesson 01) and run for real (lesson 11); runtimes."""

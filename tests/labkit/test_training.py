@@ -100,6 +100,15 @@ def test_batches_of_a_dict_go_through_collate() -> None:
     assert [batch["x"].tolist() for batch in batches] == [[[0], [2]], [[4]]]
 
 
+def test_a_model_of_integers_without_parameters_is_judged_like_any_other() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    del model.weight
+    model.register_buffer("weight", torch.eye(2))
+    x, y = torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 0.0]]), torch.tensor([0, 1, 1])
+    assert not list(model.parameters())
+    assert training.correct(model, [(x, y)]).tolist() == [True, True, False]
+
+
 def test_accuracy_counts_right_answers() -> None:
     model = nn.Linear(2, 2, bias=False)
     model.weight.data = torch.eye(2)
