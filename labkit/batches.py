@@ -87,7 +87,7 @@ def labelled(model: nn.Module, batch: Any) -> Any:
     """The batch with labels that leave padding out; a decoder's own tokens are its labels where it has none."""
     named = inputs(model, batch)
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if labels is None and _predicts_next(model) and "input_ids" in named:
+    if labels is None and predicts_next(model) and "input_ids" in named:
         labels = named["input_ids"]
     if labels is None:
         return batch
@@ -152,7 +152,7 @@ def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -
     batch = labelled(model, batch) if loss_fn is None else batch
     named = inputs(model, batch)
     _, _, labels = split(model, batch)
-    if loss_fn is None and _predicts_next(model) and isinstance(labels, Tensor):
+    if loss_fn is None and predicts_next(model) and isinstance(labels, Tensor):
         logits, targets = model(**named).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # [B * (T - 1), ...]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
@@ -163,7 +163,7 @@ def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -
     return batch_loss(model, batch, loss_fn) * terms, terms
 
 
-def _predicts_next(model: nn.Module) -> bool:
+def predicts_next(model: nn.Module) -> bool:
     """Whether position t of the output is scored against token t + 1: a decoder with a language model head."""
     able = getattr(model, "can_generate", lambda: False)()
     return able and not getattr(model.config, "is_encoder_decoder", False)

@@ -1,26 +1,39 @@
-"""Knowledge distillation: the loss, and healing a pruned model with it or without a teacher.
+"""Knowledge distillation: losses on a teacher's answers, features and relations; healing with a teacher or without.
 
-Hinton, Vinyals and Dean 2015 (Distilling the Knowledge in a Neural Network). Training itself is `training.train_`.
+Hinton, Vinyals and Dean 2015 (Distilling the Knowledge in a Neural Network) and what came after it, each with its
+source. A loss is a function of two tensors; `distilling` and `matching` make of it a loss_fn for `training.train_`.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.batches import evaluating, labelled
-from labkit.errors import InputError
+from labkit.batches import IGNORED, evaluating, labelled, predicts_next, watching
+from labkit.blocks import layers_of
+from labkit.errors import InputError, check_whole
+from labkit.pruning import depth
 from labkit.training import Batch, History, task_loss, train_
+
+LossFn = Callable[[nn.Module, Batch], Tensor]
+STORED = "teacher_logits"  # the name of a teacher's stored answers in a batch that is a dict
+
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, *, temperature: float = 2.0, mask: Tensor | None = None
+    student: Tensor, teacher: Tensor, *, temperature: float = 2.0, beta: float = 0.0, mask: Tensor | None = None
 ) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the predictions, a scalar (Hinton et al. 2015).
+    """T^2 D(p, q), mean over the predictions, a scalar, with p and q the softmax of teacher / T and student / T.
 
     student, teacher: logits [..., classes]. mask: [...], predictions where it is 0 are left out (padding). T^2 keeps
     the size of the gradient as T rises. The teacher gets no gradient.
+    beta: 0 is the forward divergence KL(p || q) (Hinton et al. 2015), 1 the reverse one KL(q || p), and what lies
+        between is the generalised Jensen-Shannon divergence (Agarwal et al. 2024, GKD, equation 1):
+        beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Near its ends it falls to 0.
     """
     if student.shape != teacher.shape:
         raise InputError(
@@ -29,38 +42,152 @@ def distillation_loss(
         )
     if not temperature > 0:
         raise InputError(f"temperature must be a number above 0; it is {temperature!r}.")
-    log_q = F.log_softmax(student.float() / temperature, -1)  # [..., classes]
-    log_p = F.log_softmax(teacher.detach().float() / temperature, -1)
-    each = temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # [...]
-    if mask is None:
-        return each.mean()
-    mask = mask.to(each)
-    return (each * mask).sum() / mask.sum().clamp_min(1)
+    if not 0 <= beta <= 1:
+        raise InputError(f"beta must be a number from 0, forward KL, to 1, reverse KL; it is {beta!r}.")
+    log_q = F.log_softmax(_precise(student) / temperature, -1)  # [..., classes]
+    log_p = F.log_softmax(_precise(teacher.detach()) / temperature, -1)
+    if beta == 0:
+        each = _kl(log_p, log_q)
+    elif beta == 1:
+        each = _kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        each = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return temperature**2 * _mean(each, mask)
 
 
-def distilling(teacher: nn.Module, *, alpha: float, temperature: float) -> Callable[[nn.Module, Batch], Tensor]:
+class TopK(NamedTuple):
+    """What is stored of a teacher's distribution: its k likeliest classes and their log-probabilities."""
+
+    ids: Tensor  # [..., k] int32
+    log_p: Tensor  # [..., k] float16
+
+
+def top_k(logits: Tensor, k: int) -> TopK:
+    """The k likeliest of the classes of `logits` [..., classes] at temperature 1: 6 k bytes for a prediction."""
+    check_whole(k, "k", most=logits.shape[-1] - 1)
+    log_p, ids = F.log_softmax(_precise(logits.detach()), -1).topk(k)
+    return TopK(ids.int(), log_p.half())
+
+
+def top_k_loss(student: Tensor, answers: TopK) -> Tensor:
+    """KL(p || q) over k + 1 bins, mean over the predictions, a scalar: the teacher's k classes, and all others as one.
+
+    student: logits [..., classes], as those that `top_k` took the answers from.
+    The last bin, the tail, says how much is left for the other classes, not for which. Without it, with the k
+    probabilities scaled to a sum of 1, the student learns that nothing else is possible. Temperature 1 only: another
+    one would change the tail by what was not stored.
+    """
+    if student.shape[:-1] != answers.ids.shape[:-1]:
+        raise InputError(
+            f"student has logits of shape {list(student.shape)}, the stored answers {list(answers.ids.shape)}: both "
+            "need the same predictions in the same order."
+        )
+    log_q = F.log_softmax(_precise(student), -1)  # [..., classes]
+    ids, log_p = answers.ids.long(), answers.log_p.to(log_q)  # [..., k]
+    log_q_tail = log_q.scatter(-1, ids, -math.inf).logsumexp(-1)  # [...]
+    p_tail = (1 - log_p.exp().sum(-1)).clamp_min(0)  # rounded to 16 bits a sum may exceed 1
+    head = (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(-1)
+    return (head + torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail).mean()
+
+
+# --- features and relations -------------------------------------------------------------------------------------------
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of two attention maps, mean over the images, a scalar (Zagoruyko and Komodakis 2017, eq. 2).
+
+    student, teacher: features [N, channels, H, W]; the numbers of channels may differ. A map is the sum over the
+    channels of the squares, scaled to length 1; the distance is squared as in the authors' code.
+    """
+    if (len(student), *student.shape[2:]) != (len(teacher), *teacher.shape[2:]):
+        raise InputError(
+            f"Features of shapes {list(student.shape)} and {list(teacher.shape)} have no attention maps of one size: "
+            "match layers of the same height and width."
+        )
+    s, t = (F.normalize(_precise(x).square().sum(1).flatten(1), dim=1) for x in (student, teacher.detach()))
+    return (s - t).square().sum(1).mean()
+
+
+def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber's loss of the distances between examples, mean over the pairs, a scalar (Park et al. 2019, RKD, eq. 4-6).
+
+    student, teacher: one feature an example, [N, ...], N from 2 up; their widths may differ. Distances are divided by
+    their mean over the pairs of different examples.
+    """
+    if len(student) != len(teacher) or len(student) < 2:
+        raise InputError(
+            f"Distances between examples need the same two or more on both sides, not {len(student)} and "
+            f"{len(teacher)}: use batches of at least two."
+        )
+    s, t = (F.pdist(_precise(x).flatten(1)) for x in (student, teacher.detach()))  # [N (N - 1) / 2]
+    tiny = torch.finfo(s.dtype).tiny
+    return F.smooth_l1_loss(s / s.mean().clamp_min(tiny), t / t.mean().clamp_min(tiny))
+
+
+def value_relations(student: Tensor, teacher: Tensor, *, heads: int, mask: Tensor | None = None) -> Tensor:
+    """KL of how alike a text's values are, mean over heads and tokens, a scalar (Wang et al. 2020, MiniLM, eq. 8-10).
+
+    student, teacher: values of a layer [B, T, width]; the widths may differ, and are cut into `heads` relation heads
+    (Wang et al. 2021, MiniLMv2). A relation is softmax(V V^T / sqrt(width / heads)) [B, heads, T, T].
+    mask: [B, T], tokens where it is 0 are left out.
+    """
+    mask = torch.ones(student.shape[:2], device=student.device) if mask is None else mask
+    log_q, log_p = (_relation(x, heads, mask) for x in (student, teacher.detach()))
+    each = torch.where(mask[:, None, None, :] != 0, log_p.exp() * (log_p - log_q), 0).sum(-1)  # [B, heads, T]
+    return _mean(each, mask[:, None, :].expand_as(each))
+
+
+def _relation(values: Tensor, heads: int, mask: Tensor) -> Tensor:
+    if values.shape[-1] % heads:
+        raise InputError(f"{values.shape[-1]} channels cannot be cut into {heads} heads: give a divisor.")
+    v = _precise(values).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, T, width / heads]
+    alike = _precise(v @ v.mT) / math.sqrt(v.shape[-1])  # [B, heads, T, T]
+    return alike.masked_fill(mask[:, None, None, :] == 0, torch.finfo(alike.dtype).min).log_softmax(-1)
+
+
+class WithProjectors(nn.Module):
+    """A student and what brings its features to the teacher's width, trained together (Romero et al. 2015, FitNets).
+
+    projectors: {name of the student's module: what its result goes through}. Called like the student.
+    """
+
+    def __init__(self, student: nn.Module, projectors: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.student, self.projectors = student, nn.ModuleDict(projectors)
+
+    def forward(self, *args, **kwargs):
+        return self.student(*args, **kwargs)
+
+
+# --- a loss_fn for training -------------------------------------------------------------------------------------------
+
+
+def distilling(teacher: nn.Module | None, *, alpha: float, temperature: float, beta: float = 0.0) -> LossFn:
     """A loss_fn for `training.train_`: alpha * distillation + (1 - alpha) * task loss; alpha 1 needs no labels.
 
-    The teacher is run in eval mode without gradients on the batch's device.
+    teacher: in eval mode; it is run without gradients on the batch's device. None: the batches hold its logits, as the
+        last of (inputs, labels, logits) or under "teacher_logits".
+    temperature, beta: as in `distillation_loss`. Tokens that are no label (padding, a prompt) are not distilled either.
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha must be a number from 0 to 1, the share of the distillation loss; it is {alpha!r}.")
+    _check_eval(teacher)
+    options = {"temperature": temperature, "beta": beta}
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        if not isinstance(batch, dict):
-            inputs, labels = batch
-            logits = model(inputs)
-            with torch.no_grad(), evaluating(teacher):
-                targets = teacher(inputs)
-            soft = distillation_loss(logits, targets, temperature=temperature)
-            return _mixed(soft, F.cross_entropy(logits, labels))
-        output = model(**labelled(model, batch))
-        with torch.no_grad(), evaluating(teacher):
-            targets = teacher(**{name: x for name, x in batch.items() if name != "labels"}).logits
-        mask = batch.get("attention_mask") if output.logits.ndim == 3 else None
-        return _mixed(distillation_loss(output.logits, targets, temperature=temperature, mask=mask), output.loss)
-
-    def _mixed(soft: Tensor, hard: Tensor | None) -> Tensor:
+        _check_apart(teacher, model)
+        targets = _answers(teacher, batch)
+        if isinstance(batch, dict):
+            named = labelled(model, {name: x for name, x in batch.items() if name != STORED})
+            labels = named.get("labels")
+            output = model(**{name: x for name, x in named.items() if name != "labels" or alpha < 1})
+            logits, hard = output.logits, getattr(output, "loss", None)
+            mask = _predicted(model, logits, labels, batch.get("attention_mask"))
+        else:
+            logits, mask = model(batch[0]), None
+            hard = F.cross_entropy(logits, batch[1])
+        soft = distillation_loss(logits, targets, mask=mask, **options)
         if alpha == 1:
             return soft
         if hard is None:
@@ -68,6 +195,113 @@ def distilling(teacher: nn.Module, *, alpha: float, temperature: float) -> Calla
         return alpha * soft + (1 - alpha) * hard
 
     return loss_fn
+
+
+def matching(
+    teacher: nn.Module,
+    pairs: Mapping[str, str],
+    distance: Callable[..., Tensor],
+    *,
+    weight: float,
+    loss_fn: LossFn = task_loss,
+) -> LossFn:
+    """A loss_fn for `training.train_`: `loss_fn` and weight * the sum of the distances of matched results.
+
+    pairs: {the student's module: the teacher's}. distance: a function of the two results, which also gets the `mask`
+        [B, T] of a batch with an attention mask. A `WithProjectors` projects the student's first.
+    """
+    _check_eval(teacher)
+
+    def matched(model: nn.Module, batch: Batch) -> Tensor:
+        _check_apart(teacher, model)
+        student, projectors = (model.student, model.projectors) if isinstance(model, WithProjectors) else (model, {})
+        features: dict[str, Tensor] = {}
+        targets: dict[str, Tensor] = {}
+        with (
+            watching(student, pairs, lambda name, _, result: features.update({name: result})),
+            watching(teacher, pairs.values(), lambda name, _, result: targets.update({name: result})),
+        ):
+            loss = loss_fn(model, batch)  # it may have run the teacher
+            if not targets:
+                _answers(teacher, batch)
+        masked = isinstance(batch, dict) and "attention_mask" in batch
+        options = {"mask": batch["attention_mask"]} if masked else {}
+        for name, target in pairs.items():
+            feature = projectors[name](features[name]) if name in projectors else features[name]
+            loss = loss + weight * distance(feature, targets[target], **options)
+        return loss
+
+    return matched
+
+
+def _answers(teacher: nn.Module | None, batch: Batch) -> Tensor:
+    """The teacher's logits for a batch, computed or stored."""
+    if teacher is None:
+        if not (STORED in batch if isinstance(batch, dict) else len(batch) == 3):
+            raise InputError(
+                "Without a teacher each batch needs its logits: give (inputs, labels, logits), or a dict with "
+                f"{STORED!r}."
+            )
+        return batch[STORED] if isinstance(batch, dict) else batch[2]
+    with torch.no_grad(), evaluating(teacher):
+        if isinstance(batch, dict):
+            return teacher(**{name: x for name, x in batch.items() if name not in ("labels", STORED)}).logits
+        return teacher(batch[0])
+
+
+def _predicted(model: nn.Module, logits: Tensor, labels: Tensor | None, padding: Tensor | None) -> Tensor | None:
+    """Which of the predictions count, [B, T]: those with a label; at position t of a decoder that is token t + 1."""
+    if logits.ndim < 3:
+        return None
+    if labels is None:
+        return padding
+    counts = labels != IGNORED
+    return F.pad(counts[:, 1:], (0, 1)) if predicts_next(model) else counts
+
+
+def _check_eval(teacher: nn.Module | None) -> None:
+    if teacher is not None and teacher.training:
+        raise InputError(
+            "The teacher is in train mode, where dropout and the batch's statistics change its answers: call "
+            "teacher.eval() first."
+        )
+
+
+def _check_apart(teacher: nn.Module | None, model: nn.Module) -> None:
+    trained = {id(x) for x in model.parameters() if x.requires_grad}
+    if teacher is not None and any(id(x) in trained for x in teacher.parameters()):
+        raise InputError("The student trains parameters of its teacher: make the student from a copy of the teacher.")
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [..., classes]: [...], in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _mean(each: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of the predictions [...] that count; 0 where none does."""
+    if mask is None:
+        return each.mean()
+    mask = mask.to(each)
+    return (each * mask).sum() / mask.sum().clamp_min(1)
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+def shallow(teacher: nn.Module, layers: int) -> nn.Module:
+    """A student of `layers` of the teacher's own layers, evenly spaced, the first and the last among them.
+
+    DistilBERT starts so, from every second layer (Sanh et al. 2019, section 3). A copy; the teacher stays as it was.
+    """
+    total = len(layers_of(teacher))
+    check_whole(layers, "layers", most=total - 1)
+    stays = {round(i * (total - 1) / max(layers - 1, 1)) for i in range(layers)}
+    return depth.prune_layers(teacher, [i for i in range(total) if i not in stays], check=False).model
 
 
 def heal_(
@@ -91,7 +325,7 @@ def heal_(
 
     passes = {"epochs": steps, "steps": steps}  # as many over the batches as the steps need
     recipe = {"max_lr": max_lr, "optimizer": "adamw", "weight_decay": 0.01, "warmup": 0.1}
+    loss_fn = distilling(teacher, alpha=0.5, temperature=2.0) if teacher else task
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        loss_fn = distilling(teacher, alpha=0.5, temperature=2.0) if teacher else task
         return train_(model, batches, **passes, **recipe, loss_fn=loss_fn)

@@ -1,7 +1,7 @@
-"""ResNet-20 for small grey images, top to bottom: He et al. 2016, "Deep Residual Learning", section 4.2 (n = 3).
+"""ResNets of 6n + 2 layers for small grey images, top to bottom: He et al. 2016, "Deep Residual Learning", section 4.2.
 
-Stages of 16, 32 and 64 channels, three blocks each. Where the shape changes the shortcut is a 1x1 convolution, the
-paper's option B. No other depths, widths or heads.
+Three stages of n blocks each; a stage has twice the channels of the one before. Where the shape changes the shortcut is
+a 1x1 convolution, the paper's option B. ResNet-20 is the course's CNN, ResNet-8 the student of its distillation.
 """
 
 import torch
@@ -26,23 +26,39 @@ class BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class ResNet20(nn.Module):
-    """Logits [N, 10] for images [N, 1, H, W]; 272,186 parameters."""
-
-    def __init__(self) -> None:
+class _ResNet(nn.Module):
+    def __init__(self, blocks: int, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        self.stage1 = nn.Sequential(BasicBlock(16, 16, 1), BasicBlock(16, 16, 1), BasicBlock(16, 16, 1))
-        self.stage2 = nn.Sequential(BasicBlock(16, 32, 2), BasicBlock(32, 32, 1), BasicBlock(32, 32, 1))
-        self.stage3 = nn.Sequential(BasicBlock(32, 64, 2), BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
-        self.fc = nn.Linear(64, 10)
+        self.conv = nn.Conv2d(1, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.stage1 = _stage(blocks, channels, channels, 1)
+        self.stage2 = _stage(blocks, channels, 2 * channels, 2)
+        self.stage3 = _stage(blocks, 2 * channels, 4 * channels, 2)
+        self.fc = nn.Linear(4 * channels, 10)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 1, 28, 28]
-        x = F.relu(self.bn(self.conv(x)))  # [N, 16, 28, 28]
-        x = self.stage3(self.stage2(self.stage1(x)))  # [N, 64, 7, 7]
-        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)  # [N, 64]
+        x = F.relu(self.bn(self.conv(x)))  # [N, C, 28, 28]
+        x = self.stage3(self.stage2(self.stage1(x)))  # [N, 4C, 7, 7]
+        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)  # [N, 4C]
         return self.fc(x)  # [N, 10]
+
+
+def _stage(blocks: int, channels: int, out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(channels, out, stride), *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
+
+
+class ResNet20(_ResNet):
+    """Logits [N, 10] for images [N, 1, H, W]; n = 3, stages of 16, 32 and 64 channels; 272,186 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=3, channels=16)
+
+
+class ResNet8(_ResNet):
+    """Logits [N, 10] for images [N, 1, H, W]; n = 1, stages of 8, 16 and 32 channels; 19,810 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=1, channels=8)

@@ -1,13 +1,37 @@
-"""The distillation loss against its definition, and healing that mends what pruning broke."""
+"""Losses against their definitions in float64 and torch's own; a teacher that stays as it was; healing that mends."""
+
+import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import batches, family, inputs, mean_loss
-from torch import nn
+from torch import Tensor, nn
 
-from labkit import distillation
+from labkit import distillation, training
+from labkit.batches import IGNORED
+from labkit.distillation import (
+    WithProjectors,
+    attention_transfer,
+    distillation_loss,
+    distilling,
+    matching,
+    relation_loss,
+    top_k,
+    top_k_loss,
+    value_relations,
+)
 from labkit.errors import InputError
 from labkit.pruning import depth
+from labkit.resnet import ResNet8
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def test_loss_is_t_squared_times_the_divergence_of_the_softened():
@@ -15,28 +39,268 @@ def test_loss_is_t_squared_times_the_divergence_of_the_softened():
     student, teacher, t = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64), 3.0
     p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
     expected = t**2 * (p * (p / q).log()).sum(-1).mean()
-    found = distillation.distillation_loss(student, teacher, temperature=t)
+    found = distillation_loss(student, teacher, temperature=t)
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
-    assert float(distillation.distillation_loss(teacher, teacher)) == pytest.approx(0, abs=1e-6)
+    assert float(distillation_loss(teacher, teacher)) == pytest.approx(0, abs=1e-6)
 
 
 def test_masked_predictions_do_not_count():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
-    found = distillation.distillation_loss(student, teacher, mask=mask)
-    assert float(found) == pytest.approx(
-        float(distillation.distillation_loss(student[mask.bool()], teacher[mask.bool()])), rel=1e-5
-    )
+    found = distillation_loss(student, teacher, mask=mask)
+    assert float(found) == pytest.approx(float(distillation_loss(student[mask.bool()], teacher[mask.bool()])), rel=1e-5)
     student[~mask.bool()] = 100
-    assert torch.equal(found, distillation.distillation_loss(student, teacher, mask=mask))
+    assert torch.equal(found, distillation_loss(student, teacher, mask=mask))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_beta_goes_from_forward_kl_over_the_mixture_to_reverse_kl(beta: float):
+    student, teacher, t = normal(5, 7), normal(5, 7, seed=1), 3.0
+    p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
+    m = beta * p + (1 - beta) * q
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return F.kl_div(b.log(), a, reduction="batchmean")  # torch's
+
+    expected = {0.0: kl(p, q), 1.0: kl(q, p)}.get(beta, beta * kl(p, m) + (1 - beta) * kl(q, m))
+    answer = distillation_loss(student, teacher, temperature=t, beta=beta)
+    assert float(answer) == pytest.approx(9 * float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_gradient_is_that_of_finite_differences_and_none_reaches_the_teacher(beta: float):
+    student, teacher = normal(3, 5).requires_grad_(), normal(3, 5, seed=1).requires_grad_()
+    mask = torch.tensor([1, 0, 1])
+    torch.autograd.gradcheck(lambda x: distillation_loss(x, teacher, beta=beta, mask=mask), student)
+    distillation_loss(student, teacher, beta=beta, mask=mask).backward()
+    assert teacher.grad is None and not student.grad[1].any() and student.grad[0].any()
+
+
+def test_at_a_high_temperature_it_is_the_distance_of_centred_logits():
+    student, teacher = normal(6, 10), normal(6, 10, seed=1)
+    gap = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
+    limit = gap.square().sum(-1).mean() / 20
+    assert float(distillation_loss(student, teacher, temperature=1e4)) == pytest.approx(float(limit), rel=1e-3)
+
+
+def test_half_precision_is_computed_in_float32():
+    student, teacher = normal(4, 1000).half(), normal(4, 1000, seed=1).half()
+    exact = distillation_loss(student.double(), teacher.double())
+    assert float(distillation_loss(student, teacher)) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3, 11])
+def test_stored_answers_are_the_divergence_over_k_classes_and_the_rest(k: int):
+    student, teacher = normal(4, 2, 12), 2 * normal(4, 2, 12, seed=1)
+    answers = top_k(teacher, k)
+    p, q, ids = answers.log_p.double().exp(), student.softmax(-1), answers.ids.long()
+    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1).clamp_min(0)
+    q = torch.cat([q.gather(-1, ids), 1 - q.gather(-1, ids).sum(-1, keepdim=True)], -1)
+    expected = F.kl_div(q.log(), p, reduction="none").sum(-1).mean()
+    assert float(top_k_loss(student, answers)) == pytest.approx(float(expected), rel=1e-9)
+    assert sum(part.nbytes for part in answers) == 8 * 6 * k
+
+
+def test_the_tail_bin_teaches_how_much_is_left_for_the_other_classes():
+    teacher = normal(1, 50)
+    answers = top_k(teacher, 5)
+    student = torch.zeros(1, 50, dtype=torch.float64, requires_grad=True)
+    descent = torch.optim.Adam([student], 0.1)
+    for _ in range(400):
+        descent.zero_grad()
+        loss = top_k_loss(student, answers)
+        loss.backward()
+        descent.step()
+    head = student.softmax(-1).gather(-1, answers.ids.long()).sum()
+    assert float(loss.detach()) < 1e-6
+    assert float(head) == pytest.approx(float(answers.log_p.double().exp().sum()), abs=1e-3)
+
+
+def test_stored_answers_have_the_gradient_of_finite_differences():
+    student, answers = normal(3, 9).requires_grad_(), top_k(normal(3, 9, seed=1), 4)
+    torch.autograd.gradcheck(lambda x: top_k_loss(x, answers), student)
+
+
+def test_a_sure_teacher_leaves_no_tail_and_no_nan():
+    teacher = torch.tensor([[60.0, 0.0, 0.0, 0.0]])
+    student = torch.zeros(1, 4, requires_grad=True)
+    loss = top_k_loss(student, top_k(teacher, 2))
+    loss.backward()
+    assert float(loss) == pytest.approx(math.log(4), rel=1e-6) and student.grad.isfinite().all()
+
+
+# --- features and relations -------------------------------------------------------------------------------------------
+
+
+def test_attention_maps_are_squares_summed_over_channels_and_scaled_to_length_one():
+    student, teacher = normal(3, 4, 5, 6), normal(3, 7, 5, 6, seed=1)
+    expected = 0.0
+    for a, b in zip(student, teacher, strict=True):
+        x, y = (a**2).sum(0).flatten(), (b**2).sum(0).flatten()
+        expected += float((x / x.norm() - y / y.norm()).norm() ** 2) / 3
+    assert float(attention_transfer(student, teacher)) == pytest.approx(expected, rel=1e-12)
+    assert float(attention_transfer(student, 5 * student)) == pytest.approx(0, abs=1e-12)
+
+
+def test_distances_between_examples_are_compared_pair_by_pair():
+    student, teacher = normal(6, 4), normal(6, 9, seed=1)
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    s, t = (torch.stack([(x[i] - x[j]).norm() for i, j in pairs]) for x in (student, teacher))
+    gap = (s / s.mean() - t / t.mean()).abs()
+    expected = torch.where(gap <= 1, gap**2 / 2, gap - 0.5).mean()
+    assert float(relation_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_distances_do_not_change_with_a_turn_a_shift_or_a_scale_and_two_equal_examples_give_no_nan():
+    teacher = normal(6, 4)
+    turn, _ = torch.linalg.qr(normal(4, 4, seed=1))
+    assert float(relation_loss(3 * teacher @ turn + 1, teacher)) == pytest.approx(0, abs=1e-12)
+    student = normal(2, 4, seed=2).repeat(3, 1).requires_grad_()
+    relation_loss(student, teacher).backward()
+    assert student.grad.isfinite().all() and student.grad.any()
+
+
+def test_value_relations_are_those_of_the_paper_text_by_text_and_head_by_head():
+    student, teacher, lengths = normal(2, 5, 6), normal(2, 5, 12, seed=1), (5, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    rows = []
+    for i, length in enumerate(lengths):
+        for head in range(3):
+            s, t = (
+                x[i, :length, head * w : (head + 1) * w] / w**0.25 for x, w in ((student, 2), (teacher, 4))
+            )  # the root of sqrt(w) on either side
+            p, q = (t @ t.T).softmax(-1), (s @ s.T).softmax(-1)
+            rows.append((p * (p / q).log()).sum(-1))
+    answer = value_relations(student, teacher, heads=3, mask=mask)
+    assert float(answer) == pytest.approx(float(torch.cat(rows).mean()), rel=1e-12)
+    student.masked_fill_(mask[..., None] == 0, 100)
+    assert float(value_relations(student, teacher, heads=3, mask=mask)) == pytest.approx(float(answer), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [attention_transfer, relation_loss, lambda s, t: value_relations(s.flatten(2), t.flatten(2), heads=2)],
+    ids=["attention", "distances", "values"],
+)
+def test_features_have_the_gradient_of_finite_differences(loss):
+    student, teacher = normal(3, 4, 2, 2).requires_grad_(), normal(3, 4, 2, 2, seed=1).requires_grad_()
+    torch.autograd.gradcheck(lambda x: loss(x, teacher), student)
+    loss(student, teacher).backward()
+    assert teacher.grad is None
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def resnets() -> tuple[nn.Module, nn.Module, training.Batch]:
+    torch.manual_seed(0)
+    return ResNet8(), ResNet8().eval(), (torch.randn(6, 1, 28, 28), torch.arange(6))
+
+
+def test_the_teacher_answers_each_image_as_if_it_were_alone():
+    """Batch statistics would mix the images; a teacher that holds the student in train mode must not use them."""
+    student, teacher, (images, labels) = resnets()
+    loss_fn = distilling(teacher, alpha=1.0, temperature=2.0)
+    teacher.train()  # as a wrapper's train() would
+    student.eval()
+    halves = [float(loss_fn(student, (x, y))) for x, y in zip(images.split(3), labels.split(3), strict=True)]
+    assert float(loss_fn(student, (images, labels))) == pytest.approx(sum(halves) / 2, rel=1e-4)
+    assert teacher.training and all(p.grad is None for p in teacher.parameters())
+    assert not any(float(m.num_batches_tracked) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_stored_answers_train_like_a_teacher_that_is_run():
+    student, teacher, (images, labels) = resnets()
+    with torch.no_grad():
+        stored = teacher(images)
+    pairs = ((teacher, (images, labels)), (None, (images, labels, stored)))
+    losses = [float(distilling(t, alpha=0.9, temperature=4.0)(student.eval(), batch)) for t, batch in pairs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    bert, batch = family("bert"), batches("bert", 4)[0]
+    with torch.no_grad():
+        logits = bert(**{key: x for key, x in batch.items() if key != "labels"}).logits
+    pairs = ((bert, batch), (None, batch | {"teacher_logits": logits}))
+    other = distillation.shallow(bert, 1)
+    losses = [float(distilling(t, alpha=0.5, temperature=4.0)(other, batch)) for t, batch in pairs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_decoder_distils_the_tokens_that_have_a_label():
+    """Position t predicts token t + 1: a prompt's labels are ignored, and so is what follows the last token."""
+    teacher, batch = family("llama"), batches("llama", 2)[0]
+    student = distillation.shallow(teacher, 1)
+    ids = batch["input_ids"]
+    labels = ids.clone()
+    labels[:, :2] = IGNORED
+    batch = {"input_ids": ids, "labels": labels}
+    with torch.no_grad():
+        answer = distilling(teacher, alpha=1.0, temperature=2.0)(student, batch)
+        logits = [model(input_ids=ids).logits[:, 1:-1] for model in (student, teacher)]
+    assert float(answer) == pytest.approx(float(distillation_loss(*logits)), rel=1e-5)
+
+
+@pytest.mark.parametrize("base", ["labels", "answers", "stored"])
+def test_matched_results_are_added_whether_or_not_the_teacher_is_run_for_its_answers(base: str):
+    student, teacher, (images, labels) = resnets()
+    with torch.no_grad():
+        stored = teacher(images)
+    batch = (images, labels, stored) if base == "stored" else (images, labels)
+    loss_fn = {
+        "labels": training.task_loss,
+        "answers": distilling(teacher, alpha=0.9, temperature=4.0),
+        "stored": distilling(None, alpha=0.9, temperature=4.0),
+    }[base]
+    pairs = {"stage2": "stage2", "stage3": "stage3"}
+    both = matching(teacher, pairs, attention_transfer, weight=7.0, loss_fn=loss_fn)
+    stages = [copy.deepcopy(student).eval(), teacher]
+    with torch.no_grad():
+        maps = 0.0
+        x, y = (model.stage1(F.relu(model.bn(model.conv(images)))) for model in stages)
+        for name in pairs:
+            x, y = stages[0].get_submodule(name)(x), teacher.get_submodule(name)(y)
+            maps += float(attention_transfer(x, y))
+        expected = float(loss_fn(student.eval(), batch)) + 7 * maps
+        assert float(both(student, batch)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_projectors_are_trained_with_the_student_and_bring_it_to_the_teacher_s_width():
+    student, _, (images, labels) = resnets()
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Conv2d(1, 24, 3, 2, 1), nn.Conv2d(24, 48, 3, 2, 1)).eval()
+    model = WithProjectors(student, {"stage3": nn.Conv2d(32, 48, 1)})
+    before = copy.deepcopy(model.state_dict())
+    loss_fn = matching(teacher, {"stage3": "1"}, F.mse_loss, weight=1.0)
+    history = training.train_(model, [(images, labels)], epochs=10, max_lr=0.01, loss_fn=loss_fn)
+    assert history.losses[-1] < history.losses[0]
+    assert not torch.equal(before["projectors.stage3.weight"], model.projectors["stage3"].weight)
+    assert torch.equal(model.eval()(images), student.eval()(images))
+
+
+def test_the_mask_of_a_batch_reaches_the_distance():
+    teacher, batch = family("bert"), batches("bert", 4)[0]
+    name = "bert.encoder.layer.0.attention.self.value"
+    loss_fn = matching(teacher, {name: name}, lambda s, t, mask: mask.sum().float(), weight=1.0)
+    model = distillation.shallow(teacher, 2)
+    with torch.no_grad():
+        added = float(loss_fn(model, batch)) - float(training.task_loss(model, batch))
+    assert added == pytest.approx(float(batch["attention_mask"].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "stays"), [(1, [0]), (2, [0, 2])])
+def test_a_shallow_student_has_its_teacher_s_layers_evenly_spaced(layers: int, stays: list[int]):
+    teacher = family("bert")
+    student = distillation.shallow(teacher, layers)
+    pairs = zip(student.bert.encoder.layer, [teacher.bert.encoder.layer[i] for i in stays], strict=True)
+    assert all(torch.equal(a.output.dense.weight, b.output.dense.weight) for a, b in pairs)
+    assert student.config.num_hidden_layers == layers and len(teacher.bert.encoder.layer) == 3
 
 
 def mixed_loss(model: nn.Module, teacher: nn.Module, data) -> float:
     with torch.no_grad():
-        return sum(
-            float(distillation.distilling(teacher, alpha=0.5, temperature=2.0)(model.eval(), batch)) for batch in data
-        ) / len(data)
+        return sum(float(distilling(teacher, alpha=0.5, temperature=2.0)(model.eval(), batch)) for batch in data) / len(
+            data
+        )
 
 
 @pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
@@ -66,31 +330,41 @@ def test_alpha_mixes_the_two_losses():
     student = family("bert")
     with torch.no_grad():
         student.classifier.weight.mul_(-1)
-        parts = [
-            float(distillation.distilling(teacher, alpha=a, temperature=2.0)(student, batch)) for a in (0.0, 1.0, 0.25)
-        ]
+        parts = [float(distilling(teacher, alpha=a, temperature=2.0)(student, batch)) for a in (0.0, 1.0, 0.25)]
     assert parts[2] == pytest.approx(0.75 * parts[0] + 0.25 * parts[1], rel=1e-5)
     unlabelled = {key: x for key, x in batch.items() if key != "labels"}
     with torch.no_grad():
-        assert float(
-            distillation.distilling(teacher, alpha=1.0, temperature=2.0)(student, unlabelled)
-        ) == pytest.approx(parts[1])
+        assert float(distilling(teacher, alpha=1.0, temperature=2.0)(student, unlabelled)) == pytest.approx(parts[1])
 
 
 def test_tuples_of_inputs_and_labels():
     torch.manual_seed(0)
-    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    teacher, student = nn.Linear(4, 3).eval(), nn.Linear(4, 3)
     data = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(4)]
     history = distillation.heal_(student, data, teacher=teacher, steps=80, max_lr=0.05)
     assert history.losses[-1] < history.losses[0]
 
 
 def test_errors():
-    with pytest.raises(InputError, match="both need the same vocabulary"):
-        distillation.distillation_loss(torch.ones(2, 3), torch.ones(2, 4))
-    with pytest.raises(InputError, match="temperature must be a number above 0"):
-        distillation.distillation_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=0)
-    with pytest.raises(InputError, match="alpha must be a number from 0 to 1"):
-        distillation.distilling(nn.Linear(2, 2), alpha=2, temperature=2.0)
-    with pytest.raises(InputError, match="needs labels"):
-        distillation.distilling(family("bert"), alpha=0.5, temperature=2.0)(family("bert"), inputs("bert"))
+    two, three = torch.ones(2, 3), torch.ones(2, 4)
+    linear, bert = nn.Linear(2, 2).eval(), family("bert")
+    cases = {
+        "both need the same vocabulary": lambda: distillation_loss(two, three),
+        "temperature must be a number above 0": lambda: distillation_loss(two, two, temperature=0),
+        "beta must be a number from 0": lambda: distillation_loss(two, two, beta=1.5),
+        "k is 3, but it must be a whole number from 1 to 2": lambda: top_k(two, 3),
+        "same predictions in the same order": lambda: top_k_loss(torch.ones(5, 3), top_k(two, 1)),
+        "no attention maps of one size": lambda: attention_transfer(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 2, 2)),
+        "at least two": lambda: relation_loss(two[:1], two[:1]),
+        "cannot be cut into 2 heads": lambda: value_relations(two[None], two[None], heads=2),
+        "alpha must be a number from 0 to 1": lambda: distilling(linear, alpha=2, temperature=2.0),
+        "teacher is in train mode": lambda: distilling(nn.Linear(2, 2), alpha=1, temperature=2.0),
+        "teacher.eval.. first": lambda: matching(nn.Linear(2, 2), {"": ""}, F.mse_loss, weight=1.0),
+        "needs labels": lambda: distilling(bert, alpha=0.5, temperature=2.0)(family("bert"), inputs("bert")),
+        "needs its logits": lambda: distilling(None, alpha=0.5, temperature=2.0)(linear, (torch.ones(2, 2), two)),
+        "trains parameters of its teacher": lambda: distilling(linear, alpha=1, temperature=2.0)(linear, (two, two)),
+        "layers is 3, but": lambda: distillation.shallow(bert, 3),
+    }
+    for words, call in cases.items():
+        with pytest.raises(InputError, match=words):
+            call()
