@@ -11,7 +11,8 @@ Without OpenVINO and NNCF (pip install 'labkit[engines]') their rows are left ou
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from labkit import bench, datasets, models, stats
-from labkit.deploy import engines
+from labkit import bench, datasets, models
+from labkit.deploy import engines, parity
 from labkit.deploy.engines import Engine
-from labkit.quantization import affine, fold, integer, ptq
+from labkit.quantization import fold, integer, ptq
 
 Inputs = dict[str, Tensor]
 REST = 0.85  # alpha of what fold.smooth passes by: 28.3 dB on 800 validation snippets, 25.2 without
@@ -156,23 +157,15 @@ def prepared(case: Case, label: str) -> dict[str, Engine]:
     return rows
 
 
-def outputs(engine: Engine, batches: Iterable[Inputs]) -> Tensor:
-    return torch.cat([engine(**batch).float() for batch in batches])
+def quality(case: Case, rows: Mapping[str, Engine]) -> dict[str, parity.Parity]:
+    """Of each row, beside fp32 in torch."""
 
+    def scores(engine: Engine) -> Tensor:
+        return torch.cat([engine(**batch) for batch in case.test])
 
-def quality(case: Case, rows: Mapping[str, Engine]) -> dict[str, dict[str, Any]]:
-    """By row: dB and agreement with fp32, and the change of accuracy in points, the last two with intervals."""
-    reference, table = outputs(rows["torch fp32"], case.test), {}
-    answers = reference.argmax(1)
-    for row, engine in rows.items():
-        scores = outputs(engine, case.test)
-        agree = stats.wilson(int((scores.argmax(1) == answers).sum()), len(answers))
-        table[row] = {"db": affine.sqnr(reference, scores), "agreement": agree}
-        if case.labels is not None:
-            right = [(x.argmax(1) == case.labels[: len(x)]).double().tolist() for x in (scores, reference)]
-            table[row]["accuracy"] = sum(right[0]) / len(right[0])
-            table[row]["change"] = tuple(100 * x for x in stats.paired_difference(*right))
-    return table
+    reference = scores(rows["torch fp32"])
+    labels = None if case.labels is None else case.labels[: len(reference)]
+    return {row: parity.compare_scores(reference, scores(engine), labels) for row, engine in rows.items()}
 
 
 def race(rows: Mapping[str, Engine], baseline: str, row: str, example: Inputs, budget: float) -> bench.Comparison:
@@ -186,12 +179,12 @@ def ratio(comparison: bench.Comparison | None) -> str:
     return f"{comparison.speedup:5.2f} [{comparison.ci95[0]:5.2f}, {comparison.ci95[1]:5.2f}]"
 
 
-def line(row: str, engine: Engine, speeds: list[bench.Comparison | None], good: Mapping[str, Any] | None) -> str:
+def line(row: str, engine: Engine, speeds: list[bench.Comparison | None], good: parity.Parity | None) -> str:
     text = f"{row:27} {engine.bytes / 1e6:7.2f} MB {engine.load_seconds:5.2f} s  {'  '.join(map(ratio, speeds))}"
     if good is not None:
-        text += f"  {good['db']:6.1f} dB  {good['agreement'][0]:.4f} [{good['agreement'][1]:.4f}]"
-        if "change" in good:
-            text += "  {:+.2f} [{:+.2f}, {:+.2f}] pp".format(*good["change"])
+        text += f"  {good.sqnr_db:6.1f} dB  {good.agreement[0]:.4f} [{good.agreement[1]:.4f}]"
+        if good.change is not None:
+            text += "  {:+.2f} [{:+.2f}, {:+.2f}] pp".format(*good.change)
     return text
 
 
@@ -218,7 +211,10 @@ def main() -> None:
                 print(line(row, engine, speeds, good.get(row)), flush=True)
                 records.append(
                     {"model": name, "shape": label, "row": row, "bytes": engine.bytes, "load_s": engine.load_seconds}
-                    | {"quality": good.get(row), "speeds": [x.to_dict() for x in speeds if x is not None]}
+                    | {
+                        "quality": asdict(good[row]) if row in good else None,
+                        "speeds": [x.to_dict() for x in speeds if x is not None],
+                    }
                 )
             for ours, peer in PAIRS:
                 if ours in rows and peer in rows:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import batches, bench, machine, models, roofline
+from labkit.deploy import engines
 from labkit.quantization import affine, integer, weight_only
 from labkit.storage import pack4
 
@@ -80,7 +81,6 @@ Peer = tuple[Callable[[], Sequence[Any]], int]
 
 def onnxruntime_linears(calls: Calls, accuracy_level: int) -> Peer:
     """MatMulNBits, on the codes of `weight_only.rtn`."""
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants, outputs, size = [], [], [], 0
@@ -102,11 +102,7 @@ def onnxruntime_linears(calls: Calls, accuracy_level: int) -> Peer:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph(nodes, "linears", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = torch.get_num_threads(), 1
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    return partial(session.run, None, arrays), size
+    return partial(engines.session(model.SerializeToString()).run, None, arrays), size
 
 
 def openvino_linears(calls: Calls, dynamic_group: int | None) -> Peer:
@@ -120,8 +116,7 @@ def openvino_linears(calls: Calls, dynamic_group: int | None) -> Peer:
     products = [ops.matmul(inputs[f"x{w.shape[1]}"], ops.constant(w.numpy()), False, True) for w in weights]
     model = openvino.Model([ops.result(x) for x in products], list(inputs.values()), "linears")
     size = sum(w.nbytes for w in weights)
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-    settings["INFERENCE_PRECISION_HINT"] = "f32"
+    settings = {}
     if dynamic_group is not None:
         os.environ["CI"] = "true"  # else it reports its use over the network
         import nncf
@@ -130,7 +125,7 @@ def openvino_linears(calls: Calls, dynamic_group: int | None) -> Peer:
         model = nncf.compress_weights(model, mode=mode, group_size=GROUP, ratio=1.0, all_layers=True)
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = dynamic_group
         size = sum(w.numel() // 2 + w.numel() // GROUP * 5 // 2 for w in weights)
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = engines.request(model, **settings)
     return lambda: list(request.infer(arrays, share_inputs=True).values()), size
 
 

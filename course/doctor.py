@@ -157,12 +157,22 @@ def _engines() -> tuple[str, str]:
     """Which runtimes a model can be prepared for; without them lesson 07 runs on torch's own kernels."""
     from labkit.deploy import engines
 
-    state = engines.available()
-    lacking = [name for name, says in state.items() if says != "ready"]
-    seen = [f"{', '.join(name for name in state if name not in lacking)} ready"]
-    if lacking:
-        seen.append(f"not {', '.join(lacking)}, which nothing needs ({engines.INSTALL} brings them)")
+    state, lacking = engines.available(), {}
+    for name, says in state.items():
+        if says != "ready":
+            lacking.setdefault(says.rpartition(": ")[2].rstrip("."), []).append(name)
+    seen = [f"{', '.join(name for name, says in state.items() if says == 'ready')} ready"]
+    seen += [f"not {', '.join(names)}, which nothing needs ({how})" for how, names in lacking.items()]
     return "; ".join(seen), ""
+
+
+def _targets() -> tuple[str, str]:
+    """Of the systems in labkit/deploy/targets.toml, those that run here and those that can be compiled for."""
+    from labkit.deploy import targets
+
+    rows = targets.by_status()
+    half = f"; half of {', '.join(rows['half'])}" if rows["half"] else ""
+    return f"{', '.join(rows['runs']) or 'none'}{half}; {len(rows['absent'])} are not here", ""
 
 
 def _threads() -> tuple[str, str]:
@@ -262,6 +272,7 @@ CHECKS = {
     "device": _device,
     "compiler": _compiler,
     "engines": _engines,
+    "targets": _targets,
     "threads": _threads,
     "memory": _memory,
     "disk": _disk,

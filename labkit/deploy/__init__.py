@@ -1,1 +1,5 @@
-"""Serving and deployment: how batches are formed, simulated (lesson 01) and run for real (lesson 11); runtimes."""
+"""Deployment: runtimes and what is proved of them, a server under load, pipelines, instructions, where things stand.
+
+`engines`, `export` and `parity` belong together: written down once, shown equal, then timed. Batching is simulated in
+`simulation` (lesson 01), run for a decoder in `serving` (lesson 11), and behind HTTP in `server`.
+"""

@@ -1,18 +1,22 @@
-"""Other runtimes on this CPU, behind one call: a model is written as an ONNX file, and an engine compiles and runs it.
+"""A model in the runtimes of this CPU, behind one call: eager torch, its compilers, and engines that read a file.
 
 A quantized model is multiplied in the engine's int8 kernels, on the grids of `ptq.quantize` (see `export`). The
 engines' own tools for quantization stand beside it, as peers: ONNX Runtime's, whose default has signed activations and
-makes a convolution three times slower, and NNCF for OpenVINO. Every engine runs on as many threads as torch.
+makes a convolution three times slower, and NNCF for OpenVINO. Every engine runs on as many threads as torch. Whether it
+computes the same function is for `parity` to say.
 """
 
 import contextlib
 import copy
 import importlib.util
+import json
 import os
+import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +34,16 @@ from labkit.pruning.coupling.tracing import outputs
 from labkit.quantization.affine import Grid
 from labkit.quantization.ptq import FakeQuantized
 
-INSTALL = "pip install 'labkit[engines]'"
+ENGINES_EXTRA = "pip install 'labkit[engines]'"
+INSTALL = {  # of what that does not bring
+    "g++": "install it, or name another C++ compiler in CXX",
+    "executorch": "pip install 'labkit[edge]'",
+    "torchao": "pip install 'labkit[edge]'",  # which it imports where it lowers
+}
 
-Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+MANIFEST = "engine.json"  # beside the file that is deployed
+Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]  # of all inputs, in the order of the shapes
+Sizes = Mapping[int, tuple[int, int]]  # {dimension: (least, most)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +51,9 @@ class Engine:
     """A model in a runtime: `engine(*args, **kwargs)` with the model's tensors, of the shapes it was prepared for.
 
     It returns the tensor of the model's output, or a tuple where there are several. bytes: of the file that is
-    deployed (for torch: of what would be stored). load_seconds: to read that file, compile it for this CPU and give
-    the first result (for torch, which has no file: the first result). shapes: of the inputs, by name.
+    deployed (for torch, which has none: of what would be stored). load_seconds: to read that file, compile it for this
+    CPU and give the first result. prepare_seconds: what came before, once and maybe elsewhere: export, quantization,
+    compilation ahead of time. shapes: of the inputs, by name. dynamic: the dimensions of every input that may vary.
     """
 
     name: str
@@ -49,11 +61,13 @@ class Engine:
     load_seconds: float
     shapes: Mapping[str, tuple[int, ...]]
     run: Run
+    prepare_seconds: float = 0.0
+    dynamic: Sizes = field(default_factory=dict)
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         named = {**dict(zip([*self.shapes, "one more"], args, strict=False)), **kwargs}
-        _check_shapes(self.shapes, named)
-        results = self.run(named)
+        _check_shapes(self.shapes, named, self.dynamic)
+        results = self.run({name: named[name] for name in self.shapes})
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -62,15 +76,30 @@ def available() -> dict[str, str]:
     return {name: _missing(name) or "ready" for name in ENGINES}
 
 
-def prepare(name: str, model: nn.Module, args: Any, *, batches: Iterable | None = None, **options: Any) -> Engine:
+def prepare(
+    name: str,
+    model: nn.Module,
+    args: Any,
+    *,
+    batches: Iterable | None = None,
+    dynamic: Sizes | None = None,
+    folder: str | Path | None = None,
+    **options: Any,
+) -> Engine:
     """`model` in the engine `name`, on torch.get_num_threads() threads (of that moment), with the shapes of `args`.
 
-    name: fp32, or int8 if `model` is `Calibrated.model` of `ptq.quantize`: "torch", "onnxruntime", "openvino"; the
-        same with bfloat16 for what is not int8: "torch-bf16", "openvino-bf16". A float model that the engine's own
-        tools quantize: "onnxruntime-dynamic" (needs no batches), "onnxruntime-static" (u8 s8, per channel),
-        "onnxruntime-s8s8" (the same with signed activations), "nncf", "nncf-bf16" and "nncf-accuracy-control".
+    name: fp32, or int8 if `model` is `Calibrated.model` of `ptq.quantize`: "torch" (eager), "onnxruntime", "openvino".
+        With bfloat16 for what is not int8: "torch-bf16", "torch-compile-bf16", "openvino-bf16". A float model only:
+        "torch-compile" and "aotinductor" (both freeze the weights), "executorch" (delegated to XNNPACK). With one step
+        left out, to see what it does: "torch-channels-last" (the other layout), "torch-compile-unfrozen",
+        "aotinductor-unfrozen", "onnxruntime-unoptimized" (no fusion), "executorch-portable" (no delegate). A float
+        model that the engine's own tools quantize: "onnxruntime-dynamic" (needs no batches), "onnxruntime-static" (u8
+        s8, per channel), "onnxruntime-s8s8" (the same with signed activations), "nncf", "nncf-bf16" and
+        "nncf-accuracy-control".
     model: on the CPU; it is left as it was, but "torch" runs it and no copy.
-    args: an example of what the model is called with: a tensor, tuple or dict, labels left out. Shapes are fixed.
+    args: an example of what the model is called with: a tensor, tuple or dict, labels left out. Its shapes are fixed,
+        but for `dynamic`: {dimension: (least, most)}, of all inputs alike, where the example has to be 2 or more.
+    folder: keeps the file that is deployed there, for `load`.
     batches: to calibrate on; from each as many pieces of the size of `args` are cut as it has. ONNX Runtime has no
         convolution that adds before it rounds and none from int8 to float32: for a quantized model it rounds these
         results as well, to the extremes seen in `batches`, by default in `args`.
@@ -86,86 +115,243 @@ def prepare(name: str, model: nn.Module, args: Any, *, batches: Iterable | None 
     check_choice(name, ENGINES, "engine")
     if missing := _missing(name):
         raise InputError(missing)
-    row = ENGINES[name]
+    row, dynamic = ENGINES[name], dict(dynamic or {})
     named = {key: value for key, value in batching.inputs(model, args).items() if value is not None}
-    if options and row.takes == "any":
+    if options and row.takes not in ("tool", "data"):
         raise InputError(f"{name} takes no options, and got {', '.join(options)}: leave them out.")
     if row.takes != "any" and export.is_quantized(model):
         raise InputError(f"{name} takes a float model, and this one is quantized already: give the one it came from.")
     if row.takes == "data" and batches is None:
         raise InputError(f"{name} takes ranges from data: give batches, some hundred inputs in all.")
+    if folder is not None and row.write is _no_file:
+        raise InputError(f"{name} has no file to keep: leave out folder, or take an engine that is deployed as a file.")
+    if small := [d for d in dynamic for x in named.values() if isinstance(x, Tensor) and 1 in x.shape[d : d + 1]]:
+        raise InputError(f"Dimension {small[0]} is to vary, and the example has 1 there: give one of 2 or more.")
     bits = max((x.weight_grid.bits for x in model.modules() if isinstance(x, FakeQuantized)), default=0)
     if bits and not _multiplies(name.removesuffix("-bf16"), bits):
         raise InputError(
             f"{name} gives other products of extreme {bits}-bit codes than int64, as a CPU without VNNI does that adds "
             "pairs in int16: quantize the weights to 7 bits, whose pairs fit, or take float32."
         )
-    return _prepare(name, model, named, batches, options)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return _prepare(_Job(name, model, named, batches, Path(temporary), options, dynamic))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return _prepare(_Job(name, model, named, batches, Path(folder), options, dynamic))
 
 
-def _prepare(name: str, model: nn.Module, named: dict[str, Any], batches: Iterable | None, options: dict) -> Engine:
-    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-    with torch.no_grad(), batching.evaluating(model), tempfile.TemporaryDirectory() as folder:
-        job = _Job(model, named, list(tensors), batches, Path(folder), options)
-        size, load = ENGINES[name].deploy(job)
+def load(folder: str | Path) -> Engine:
+    """The engine that `prepare` left in `folder`, in any process; it needs neither the model nor an exporter.
+
+    InputError for a folder without one. As with any executable file, load only what you trust.
+    """
+    try:
+        saved = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"There is no engine in {folder}: give the folder that prepare(..., folder=) wrote.") from None
+    if missing := _missing(saved["name"]):
+        raise InputError(missing)
+    shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
+    dynamic = {int(dimension): tuple(ends) for dimension, ends in saved["dynamic"].items()}
+    start = time.perf_counter()
+    run = ENGINES[saved["name"]].read(Path(folder) / saved["file"])
+    run({name: torch.zeros(shape, dtype=getattr(torch, saved["dtypes"][name])) for name, shape in shapes.items()})
+    seconds = time.perf_counter() - start
+    return Engine(saved["name"], saved["bytes"], seconds, shapes, run, saved["prepare_seconds"], dynamic)
+
+
+def graphs(model: nn.Module, args: Any) -> dict[str, Counter[str]]:
+    """How many operators of which kind: in torch.export's graph, in the ONNX file, and in what each engine executes.
+
+    What is in one and not in the next was folded, fused or removed. "onnxruntime": after its optimizations;
+    "openvino": the kernels of the CPU, reorders of memory included. Only for engines that are here.
+    """
+    import onnx
+
+    named, state = {k: v for k, v in batching.inputs(model, args).items() if v is not None}, available()
+    nodes = export.program(model, named).graph.nodes
+    table = {"torch.export": Counter(str(node.target) for node in nodes if node.op == "call_function")}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), batching.evaluating(model):
+        source, optimized = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
+        export.write_onnx(model, named, source)
+        table["onnx"] = Counter(node.op_type for node in onnx.load(source).graph.node)
+        if state["onnxruntime"] == "ready":
+            session(source, save=optimized)
+            table["onnxruntime"] = Counter(node.op_type for node in onnx.load(optimized).graph.node)
+        if state["openvino"] == "ready":
+            layers = request(source).get_compiled_model().get_runtime_model().get_ops()
+            kinds = (str(layer.rt_info["layerType"].astype(str)) for layer in layers)
+            table["openvino"] = Counter(kind for kind in kinds if kind not in ("Const", "Input", "Output"))
+    return table
+
+
+def _prepare(job: "_Job") -> Engine:
+    tensors, row = job.tensors, ENGINES[job.name]
+    with torch.no_grad(), batching.evaluating(job.model):
         start = time.perf_counter()
-        run = load()
+        source = row.write(job)
+        prepared = time.perf_counter()
+        run = row.read(source)
         run(tensors)
-        seconds = time.perf_counter() - start
-    return Engine(name, size, seconds, {key: tuple(value.shape) for key, value in tensors.items()}, run)
+        loaded = time.perf_counter()
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    if source is job:
+        size = artifact.size(job.model)
+    else:
+        size = sum(path.stat().st_size for path in (source, source.with_suffix(".bin")) if path.exists())
+        dtypes = {key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()}
+        saved = {"name": job.name, "file": source.name, "bytes": size, "prepare_seconds": prepared - start}
+        saved |= {"shapes": shapes, "dtypes": dtypes, "dynamic": job.dynamic}
+        (job.folder / MANIFEST).write_text(json.dumps(saved), encoding="utf-8")
+    return Engine(job.name, size, loaded - prepared, shapes, run, prepared - start, job.dynamic)
 
 
 class _Job(NamedTuple):
+    name: str
     model: nn.Module
     named: dict[str, Any]  # the model's arguments
-    names: list[str]  # of those that are tensors
     batches: Iterable | None
     folder: Path
     options: dict[str, Any]
+    dynamic: Sizes
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the arguments that are tensors."""
+        return {name: value for name, value in self.named.items() if isinstance(value, Tensor)}
 
     def pieces(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of the batches, cut to the shapes of the example."""
-        shapes = {name: tuple(self.named[name].shape) for name in self.names}
+        shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
         size = next(iter(shapes.values()))[0]
         for batch in batching.not_empty(batching.check_batches(self.batches, "calibration")):
             tensors = batching.inputs(self.model, batch)
-            rows = zip(*(tensors[name].split(size) for name in self.names), strict=True)
+            rows = zip(*(tensors[name].split(size) for name in shapes), strict=True)
             for row in rows:
-                piece = dict(zip(self.names, row, strict=True))
+                piece = dict(zip(shapes, row, strict=True))
                 if len(row[0]) == size:
                     _check_shapes(shapes, piece)
                     yield piece
 
 
-# --- engines: each writes what is deployed, and gives its bytes and what loads it -------------------------------------
+# --- torch: the model is run where it is, and nothing is written ------------------------------------------------------
 
 
-def _torch(job: _Job, dtype: torch.dtype | None = None) -> tuple[int, Callable[[], Run]]:
-    model = job.model if dtype is None else copy.deepcopy(job.model).to(dtype)
-    constants = {key: value for key, value in job.named.items() if key not in job.names}
+def _no_file(job: _Job) -> _Job:
+    return job
+
+
+def _torch(job: _Job, dtype: torch.dtype | None = None, channels_last: bool = False) -> Run:
+    model = job.model if dtype is None and not channels_last else copy.deepcopy(job.model)
+    if dtype is not None:
+        model = model.to(dtype)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return _eager(model, job, dtype, channels_last)
+
+
+def _compile(job: _Job, dtype: torch.dtype | None = None, freezing: bool = True) -> Run:
+    model = copy.deepcopy(job.model).eval()
+    model = model if dtype is None else model.to(dtype)
+    options = {"freezing": freezing}
+    # Else a batch of another size would be compiled for all sizes. fullgraph: no part of it stays eager unnoticed.
+    return _eager(torch.compile(model, dynamic=bool(job.dynamic), fullgraph=True, options=options), job, dtype)
+
+
+def _eager(model: Callable, job: _Job, dtype: torch.dtype | None, channels_last: bool = False) -> Run:
+    constants = {key: value for key, value in job.named.items() if not isinstance(value, Tensor)}
 
     @torch.inference_mode()
     def run(named: Mapping[str, Tensor]) -> list[Tensor]:
         if dtype is not None:
             named = {key: x.to(dtype) if x.is_floating_point() else x for key, x in named.items()}
+        if channels_last:
+            layout = torch.channels_last
+            named = {key: x.contiguous(memory_format=layout) if x.dim() == 4 else x for key, x in named.items()}
         with batching.evaluating(model) if model.training else contextlib.nullcontext():
             results = outputs(model(**named, **constants))
         return results if dtype is None else [x.float() if x.dtype is dtype else x for x in results]
 
-    return artifact.size(model), lambda: run
+    return run
 
 
-def _onnxruntime(job: _Job, quantize: Callable[[_Job, Path, Path], None] | None = None):
+# --- engines: each writes the file that is deployed, and reads it -----------------------------------------------------
+
+
+def _write_aotinductor(job: _Job, freezing: bool = True) -> Path:
+    program, path = export.program(job.model, job.named, job.dynamic), job.folder / "model.pt2"
+    with export.quietly():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"freezing": freezing}
+        )
+    return path
+
+
+def _read_aotinductor(path: Path) -> Run:
+    with export.quietly():
+        package = torch._inductor.aoti_load_package(str(path))
+
+    @torch.inference_mode()
+    def run(named: Mapping[str, Tensor]) -> list[Tensor]:
+        return outputs(package(*named.values()))
+
+    return run
+
+
+def _write_executorch(job: _Job, delegate: bool = True) -> Path:
+    with export.quietly():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        program = export.program(job.model, job.named, job.dynamic)
+        partitioner = [XnnpackPartitioner()] if delegate else None
+        lowered = to_edge_transform_and_lower(program, partitioner=partitioner).to_executorch()
+    path = job.folder / "model.pte"
+    path.write_bytes(lowered.buffer)
+    return path
+
+
+def _read_executorch(path: Path) -> Run:
+    with export.quietly(), _without_native_log():
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime as ExecuTorch
+
+        if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():  # one pool for the process
+            portable_lib._unsafe_reset_threadpool(torch.get_num_threads())
+        program = ExecuTorch.get().load_program(path.read_bytes())
+        method = program.load_method("forward")
+
+    def run(named: Mapping[str, Tensor], program: Any = program) -> list[Tensor]:  # the method reads from it
+        return [x.clone() for x in method.execute([x.detach().contiguous() for x in named.values()])]
+
+    return run
+
+
+@contextlib.contextmanager
+def _without_native_log() -> Iterator[None]:
+    """Without what C++ writes to the process's standard error: which files of the system it looked into."""
+    shown = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
+def _write_onnx(job: _Job, quantize: Callable[[_Job, Path, Path], None] | None = None) -> Path:
     source = path = job.folder / "model.onnx"
-    export.write_onnx(job.model, job.named, path, batches=job.batches or [job.named])
+    export.write_onnx(job.model, job.named, path, batches=job.batches or [job.named], dynamic=job.dynamic)
     if quantize is not None:
         path = job.folder / "quantized.onnx"
         with export.quietly():
             quantize(job, source, path)
-    return path.stat().st_size, partial(_session, path)
+    return path
 
 
-def _session(path: Path) -> Run:
+def session(source: Path | bytes, *, optimized: bool = True, save: Path | None = None) -> Any:
+    """An InferenceSession of ONNX Runtime on an ONNX file, on torch's threads; save: writes the graph that it runs."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -173,11 +359,19 @@ def _session(path: Path) -> Run:
     # Workers of a session that waits would spin and take the cores from the session that is timed next.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    names = [x.name for x in session.get_inputs()]
+    if not optimized:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save is not None:
+        settings.optimized_model_filepath = str(save)
+    return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+
+
+def _read_onnx(path: Path, optimized: bool = True) -> Run:
+    runtime = session(path, optimized=optimized)
+    names = [x.name for x in runtime.get_inputs()]
 
     def run(named: Mapping[str, Tensor]) -> list[Tensor]:
-        results = session.run(None, {name: named[name].detach().contiguous().numpy() for name in names})
+        results = runtime.run(None, {name: named[name].detach().contiguous().numpy() for name in names})
         return [torch.from_numpy(x) for x in results]
 
     return run
@@ -198,22 +392,22 @@ def _static(job: _Job, source: Path, target: Path, *, signed: bool) -> None:
     quantize_static(source, target, reader, **{"per_channel": True, "activation_type": activations, **job.options})
 
 
-def _openvino(job: _Job, quantize: Callable[[_Job, Any], Any] | None = None, precision: str = "f32"):
+def _write_openvino(job: _Job, quantize: Callable[[_Job, Any], Any] | None = None) -> Path:
     import openvino
 
     source = job.folder / "model.onnx"
-    export.write_onnx(job.model, job.named, source)
+    export.write_onnx(job.model, job.named, source, dynamic=job.dynamic)
     model = openvino.Core().read_model(source)
     if quantize is not None:
         with export.quietly():
             model = quantize(job, model)
     path = job.folder / "model.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
-    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    return size, lambda: _compiled(openvino.Core().read_model(path), precision)
+    return path
 
 
-def _compiled(model: Any, precision: str) -> Run:
+def request(model: Any, precision: str = "f32", **settings: Any) -> Any:
+    """An InferRequest of OpenVINO for a model or its file, on torch's threads; settings: further ones of the CPU."""
     import openvino
 
     settings = {
@@ -221,13 +415,16 @@ def _compiled(model: Any, precision: str) -> Run:
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # the operating system places threads, as it does for the other engines
         "INFERENCE_PRECISION_HINT": precision,  # else bfloat16 wherever the CPU has it
+        **settings,
     }
-    return _requests(openvino.Core().compile_model(model, "CPU", settings))
+    return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
 
-def _requests(compiled: Any) -> Run:
-    request = compiled.create_infer_request()
+def _read_openvino(path: Path, precision: str = "f32") -> Run:
+    return _requests(request(path, precision))
 
+
+def _requests(request: Any) -> Run:
     def run(named: Mapping[str, Tensor]) -> list[Tensor]:
         arrays = {name: x.detach().contiguous().numpy() for name, x in named.items()}
         results = request.infer(arrays, share_inputs=True)  # what it returns are copies, which the next call leaves
@@ -247,45 +444,70 @@ def _nncf(job: _Job, model: Any, *, control: bool = False) -> Any:
     if not control:
         return nncf.quantize(model, data, **options)
     validate, validation = options.pop("validate"), options.pop("validation")
-    shapes = {name: tuple(job.named[name].shape) for name in job.names}
+    shapes = {name: tuple(value.shape) for name, value in job.tensors.items()}
 
     def score(compiled: Any, batches: Iterable) -> tuple[float, None]:
-        return validate(Engine("nncf", 0, 0.0, shapes, _requests(compiled)), batches), None
+        return validate(Engine("nncf", 0, 0.0, shapes, _requests(compiled.create_infer_request())), batches), None
 
     return nncf.quantize_with_accuracy_control(model, data, nncf.Dataset(validation), score, **options)
 
 
 class Runtime(NamedTuple):
-    """deploy(job) -> (bytes, load); packages: what it imports.
+    """write(job) -> the file that is deployed, or the job itself where there is none; read(that) -> run.
 
-    takes: "any" model, float or quantized; a "float" one; or a float one and "data" for the ranges.
+    packages: what it imports ("g++": a compiler that it starts).
+    takes: "any" model, float or quantized; a "float" one; one that its own "tool" quantizes; a tool that needs "data".
     """
 
-    deploy: Callable[[_Job], tuple[int, Callable[[], Run]]]
-    packages: tuple[str, ...] = ()
-    takes: str = "any"
+    packages: tuple[str, ...]
+    takes: str
+    write: Callable[[_Job], Any]
+    read: Callable[[Any], Run]
 
 
-_ONNX = ("onnx", "onnxscript")
-_ORT, _OV = (*_ONNX, "onnxruntime"), (*_ONNX, "openvino")
+_ORT, _OV = ("onnx", "onnxscript", "onnxruntime"), ("onnx", "onnxscript", "openvino")
+_NNCF, _EDGE = (*_OV, "nncf"), ("executorch", "torchao")
+_BF16 = {"dtype": torch.bfloat16}
+_quantize = partial(_write_openvino, quantize=_nncf)
+_openvino_bf16 = partial(_read_openvino, precision="bf16")
 ENGINES = {
-    "torch": Runtime(_torch),
-    "torch-bf16": Runtime(partial(_torch, dtype=torch.bfloat16), takes="float"),
-    "onnxruntime": Runtime(_onnxruntime, _ORT),
-    "onnxruntime-dynamic": Runtime(partial(_onnxruntime, quantize=_dynamic), _ORT, "float"),
-    "onnxruntime-static": Runtime(partial(_onnxruntime, quantize=partial(_static, signed=False)), _ORT, "data"),
-    "onnxruntime-s8s8": Runtime(partial(_onnxruntime, quantize=partial(_static, signed=True)), _ORT, "data"),
-    "openvino": Runtime(_openvino, _OV),
-    "openvino-bf16": Runtime(partial(_openvino, precision="bf16"), _OV),
-    "nncf": Runtime(partial(_openvino, quantize=_nncf), (*_OV, "nncf"), "data"),
-    "nncf-bf16": Runtime(partial(_openvino, quantize=_nncf, precision="bf16"), (*_OV, "nncf"), "data"),
-    "nncf-accuracy-control": Runtime(partial(_openvino, quantize=partial(_nncf, control=True)), (*_OV, "nncf"), "data"),
+    "torch": Runtime((), "any", _no_file, _torch),
+    "torch-bf16": Runtime((), "float", _no_file, partial(_torch, **_BF16)),
+    "torch-channels-last": Runtime((), "float", _no_file, partial(_torch, channels_last=True)),
+    "torch-compile": Runtime(("g++",), "float", _no_file, _compile),
+    "torch-compile-bf16": Runtime(("g++",), "float", _no_file, partial(_compile, **_BF16)),
+    "torch-compile-unfrozen": Runtime(("g++",), "float", _no_file, partial(_compile, freezing=False)),
+    "aotinductor": Runtime(("g++",), "float", _write_aotinductor, _read_aotinductor),
+    "aotinductor-unfrozen": Runtime(("g++",), "float", partial(_write_aotinductor, freezing=False), _read_aotinductor),
+    "executorch": Runtime(_EDGE, "float", _write_executorch, _read_executorch),
+    "executorch-portable": Runtime(_EDGE, "float", partial(_write_executorch, delegate=False), _read_executorch),
+    "onnxruntime": Runtime(_ORT, "any", _write_onnx, _read_onnx),
+    "onnxruntime-unoptimized": Runtime(_ORT, "float", _write_onnx, partial(_read_onnx, optimized=False)),
+    "onnxruntime-dynamic": Runtime(_ORT, "tool", partial(_write_onnx, quantize=_dynamic), _read_onnx),
+    "onnxruntime-static": Runtime(
+        _ORT, "data", partial(_write_onnx, quantize=partial(_static, signed=False)), _read_onnx
+    ),
+    "onnxruntime-s8s8": Runtime(_ORT, "data", partial(_write_onnx, quantize=partial(_static, signed=True)), _read_onnx),
+    "openvino": Runtime(_OV, "any", _write_openvino, _read_openvino),
+    "openvino-bf16": Runtime(_OV, "any", _write_openvino, _openvino_bf16),
+    "nncf": Runtime(_NNCF, "data", _quantize, _read_openvino),
+    "nncf-bf16": Runtime(_NNCF, "data", _quantize, _openvino_bf16),
+    "nncf-accuracy-control": Runtime(
+        _NNCF, "data", partial(_write_openvino, quantize=partial(_nncf, control=True)), _read_openvino
+    ),
 }
 
 
 def _missing(name: str) -> str:
-    packages = [package for package in ENGINES[name].packages if importlib.util.find_spec(package) is None]
-    return f"{name} needs {' and '.join(packages)}, which is not installed: {INSTALL}." if packages else ""
+    packages = [package for package in ENGINES[name].packages if not _present(package)]
+    how = INSTALL.get(packages[0], ENGINES_EXTRA) if packages else ""
+    return f"{name} needs {' and '.join(packages)}, which is not installed: {how}." if packages else ""
+
+
+def _present(package: str) -> bool:
+    if package == "g++":
+        return shutil.which(os.environ.get("CXX", package).split()[0]) is not None
+    return importlib.util.find_spec(package) is not None
 
 
 @cache
@@ -298,16 +520,26 @@ def _multiplies(name: str, bits: int) -> bool:
     layer.weight.copy_(codes)
     unit, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
     weight = Grid(unit.expand(64, 1), zero.expand(64, 1), bits, -most, most)
-    engine = _prepare(name, FakeQuantized(layer, weight, Grid(unit, zero, 8, 0, 255)), {"input": x}, None, {})
+    fake = FakeQuantized(layer, weight, Grid(unit, zero, 8, 0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        engine = _prepare(_Job(name, fake, {"input": x}, None, Path(folder), {}, {}))
     return torch.equal(engine(x).double(), x.double() @ codes.double().t())
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], dynamic: Sizes | None = None
+) -> None:
     inputs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if inputs != shapes:
-        expected, got = (
-            ", ".join(f"{name} {list(shape)}" for name, shape in of.items()) or "nothing" for of in (shapes, inputs)
-        )
+    first, ends = next(iter(inputs.values()), ()), dynamic or {}
+    sizes = {d: first[d] for d, (least, most) in ends.items() if d < len(first) and least <= first[d] <= most}
+    if inputs != {name: tuple(sizes.get(d, n) for d, n in enumerate(shape)) for name, shape in shapes.items()}:
+        ranges = {d: f"{least} to {most}" for d, (least, most) in ends.items()}
+        expected = {name: [ranges.get(d, str(n)) for d, n in enumerate(shape)] for name, shape in shapes.items()}
+        listed = [
+            ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in of.items()) or "nothing"
+            for of in (expected, inputs)
+        ]
         raise InputError(
-            f"The engine is for {expected} and got {got}: give tensors of these shapes, or prepare it for others."
+            f"The engine is for {listed[0]} and got {listed[1]}: give tensors of these shapes, or prepare it for "
+            "others."
         )

@@ -1,4 +1,4 @@
-"""A model as an ONNX file, quantized layers as integers between QuantizeLinear and DequantizeLinear.
+"""A model as a graph of torch.export, or as an ONNX file with quantized layers between QuantizeLinear and its inverse.
 
 What `ptq.quantize` simulated is written down on the same grids; runtimes fuse the pairs into their int8 kernels.
 Activations are unsigned and weights signed, a scale per output channel: that is what one VNNI instruction multiplies
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from labkit import batches as batching
 from labkit.errors import InputError
+from labkit.pruning.coupling.tracing import outputs
 from labkit.quantization import affine, integer
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
@@ -31,8 +32,17 @@ CLIPS = integer.RELU | integer.RELU6
 
 
 @torch.no_grad()
-def write_onnx(model: nn.Module, named: Mapping[str, Any], path: Path, *, batches: Iterable | None = None) -> None:
+def write_onnx(
+    model: nn.Module,
+    named: Mapping[str, Any],
+    path: Path,
+    *,
+    batches: Iterable | None = None,
+    dynamic: Mapping[int, tuple[int, int]] | None = None,
+) -> None:
     """`model`, float or `Calibrated.model`, with the shapes of `named`, its keyword arguments; it is left as it was.
+
+    dynamic: {dimension: (least, most)} that vary, the same in all inputs; everything else is fixed.
 
     batches: for an engine whose int8 convolutions give 8 bits and nothing else: where a result is not rounded by all
         that read it (before a sum, a mean), it is rounded to the extremes seen in `batches`. None: such results stay
@@ -48,16 +58,59 @@ def write_onnx(model: nn.Module, named: Mapping[str, Any], path: Path, *, batche
                 _round_results(model, batches)
     names = [name for name, value in named.items() if isinstance(value, Tensor)]
     options = {"dynamo": True, "verbose": False, "input_names": names}
+    if dynamic:
+        options["dynamic_shapes"] = _dimensions(named, dynamic)
+    with _exporting("to ONNX"):
+        program = torch.onnx.export(model, (), kwargs=dict(named), **options)
+        for node in program.model.graph:  # the Python lines that they come from: half of a small file
+            node.metadata_props.clear()
+        program.save(path)
+
+
+@torch.no_grad()
+def program(
+    model: nn.Module, named: Mapping[str, Any], dynamic: Mapping[int, tuple[int, int]] | None = None
+) -> torch.export.ExportedProgram:
+    """`model` as a graph that takes the tensors of `named` in their order and gives a list of tensors.
+
+    Raises InputError for a model that torch.export cannot follow, and where it would fix a dimension of `dynamic`.
+    """
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    shapes = (tuple(_dimensions(tensors, dynamic).values()),) if dynamic else None
+    with _exporting("by torch.export"), batching.evaluating(model):
+        return torch.export.export(_Bound(model, named), tuple(tensors.values()), dynamic_shapes=shapes)
+
+
+class _Bound(nn.Module):
+    """A model called with tensors by position; what else it takes is fixed."""
+
+    def __init__(self, model: nn.Module, named: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.names = model, [name for name, value in named.items() if isinstance(value, Tensor)]
+        self.constants = {name: value for name, value in named.items() if name not in self.names}
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        return outputs(self.model(**dict(zip(self.names, tensors, strict=True)), **self.constants))
+
+
+def _dimensions(named: Mapping[str, Any], dynamic: Mapping[int, tuple[int, int]]) -> dict[str, Any]:
+    """For the exporter: by input, the dimensions that vary; one of the same number is the same size in all inputs."""
+    dims = {d: torch.export.Dim(f"size{d}", min=least, max=most) for d, (least, most) in dynamic.items()}
+    return {
+        name: {d: dim for d, dim in dims.items() if d < value.dim()} if isinstance(value, Tensor) else None
+        for name, value in named.items()
+    }
+
+
+@contextlib.contextmanager
+def _exporting(how: str) -> Iterator[None]:
     try:
         with quietly():
-            program = torch.onnx.export(model, (), kwargs=dict(named), **options)
-            for node in program.model.graph:  # the Python lines that they come from: half of a small file
-                node.metadata_props.clear()
-            program.save(path)
+            yield
     except Exception as error:  # of any of the exporter's stages
         raise InputError(
-            f"The model cannot be exported to ONNX ({str(error).splitlines()[0][:120]}): make its forward pass one "
-            "that torch.export follows."
+            f"The model cannot be exported {how} ({str(error).splitlines()[0][:120]}): make its forward pass one "
+            "that torch.export follows, at every size that is to vary."
         ) from error
 
 
@@ -135,14 +188,14 @@ class _OnnxLayer(nn.Module):
             terms.append(_dequantized(self.bias, self.bias_scale, None, axis=0))
         if isinstance(layer, nn.Linear):  # rows first: Gemm, and not Reshape, has to follow DequantizeLinear
             x = self.point(input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input)
-            y = _operator("Gemm", (x, *terms), (len(x), layer.out_features), transB=1)
+            y = _operator("Gemm", (x, *terms), (x.shape[0], layer.out_features), transB=1)
             return y.reshape(*input.shape[:-1], -1) if input.dim() != 2 else y
         pads = zip(layer._reversed_padding_repeated_twice, self.pads, strict=True)  # numbers where padding is "same"
         x0, x1, y0, y1 = (a + b for a, b in pads)
         sides = zip(input.shape[2:], (y0 + y1, x0 + x1), layer.dilation, layer.kernel_size, layer.stride, strict=True)
         sizes = [(size + pad - d * (k - 1) - 1) // stride + 1 for size, pad, d, k, stride in sides]
         attributes = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
-        shape = (len(input), layer.out_channels, *sizes)
+        shape = (input.shape[0], layer.out_channels, *sizes)
         return _operator("Conv", (self.point(input), *terms), shape, pads=[y0, x0, y1, x1], **attributes)
 
 

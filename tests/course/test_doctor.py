@@ -104,15 +104,19 @@ def test_no_compiler_is_no_fault_and_lesson_02_says_what_it_does_then(program, m
 
 
 def test_engines_that_are_missing_are_no_fault_and_named_with_what_brings_them(monkeypatch: pytest.MonkeyPatch):
-    states = {"torch": "ready", "openvino": "openvino needs openvino, which is not installed", "nncf": "the same"}
+    sentence = "{0} needs {0}, which is not installed: {1}."
+    extra = "pip install 'labkit[engines]'"
+    states = {"torch": "ready", "openvino": sentence.format("openvino", extra), "nncf": sentence.format("nncf", extra)}
+    states["executorch"] = sentence.format("executorch", "pip install 'labkit[edge]'")
     monkeypatch.setattr("labkit.deploy.engines.available", lambda: states)
     assert found("engines") == doctor.Finding(
         "engines",
         True,
-        "torch ready; not openvino, nncf, which nothing needs (pip install 'labkit[engines]' brings them)",
+        "torch ready; not openvino, nncf, which nothing needs (pip install 'labkit[engines]'); "
+        "not executorch, which nothing needs (pip install 'labkit[edge]')",
     )
     monkeypatch.setattr("labkit.deploy.engines.available", lambda: dict.fromkeys(states, "ready"))
-    assert found("engines").text == "torch, openvino, nncf ready"
+    assert found("engines").text == "torch, openvino, nncf, executorch ready"
 
 
 def test_instructions_of_another_kind_of_processor_are_not_missed(monkeypatch: pytest.MonkeyPatch):

@@ -28,6 +28,15 @@ pytest.importorskip("onnxscript")
 openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
 nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs NNCF")
 BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
+COMPILERS = [  # each starts g++
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")])
+    for name in ("torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen")
+]
+EXECUTORCH = [
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(ready[name] != "ready", reason="needs ExecuTorch")])
+    for ready in [engines.available()]
+    for name in ("executorch", "executorch-portable")
+]
 EPS = 1e-5  # of the largest: what engines may add up in another order
 
 
@@ -46,11 +55,12 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory):
     """A model is exported once for all engines that get the same file, and is afterwards as it was."""
     folder, write, files = tmp_path_factory.mktemp("onnx"), export.write_onnx, {}
 
-    def write_or_copy(model, named, path, *, batches=None):
-        key = model, batches is not None and model is simulated_net()  # the only one with results to be rounded
+    def write_or_copy(model, named, path, *, batches=None, dynamic=None):
+        # rounded results: only one model has them
+        key = model, batches is not None and model is simulated_net(), bool(dynamic)
         if key not in files:
             before = traits(model)
-            write(model, named, path, batches=batches)
+            write(model, named, path, batches=batches, dynamic=dynamic)
             assert traits(model) == before
             files[key] = shutil.copy(path, folder / f"{len(files)}.onnx")
         shutil.copy(files[key], path)
@@ -131,7 +141,10 @@ def kinds(path) -> list[str]:
 # --- the same function ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["torch", *BOTH])
+FLOAT = ["torch", "torch-channels-last", *COMPILERS, *EXECUTORCH, "onnxruntime-unoptimized", *BOTH]
+
+
+@pytest.mark.parametrize("name", FLOAT)
 def test_a_float_model_is_the_same_function(name: str):
     model, x = net(), X.clone()
     engine = engines.prepare(name, model, x)
@@ -143,19 +156,91 @@ def test_a_float_model_is_the_same_function(name: str):
     assert engine.load_seconds > 0 and engine.bytes >= 4 * sum(p.numel() for p in model.parameters()) * 0.9
 
 
-@pytest.mark.parametrize("name", ["torch", *BOTH])
+@pytest.mark.skipif(engines.available()["executorch"] != "ready", reason="needs ExecuTorch")
+@pytest.mark.slow
+def test_executorch_has_as_many_threads_as_torch():
+    from executorch.extension.pybindings import portable_lib
+
+    model, x = nn.Linear(8, 4).eval(), torch.randn(2, 8)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 1):
+            torch.set_num_threads(count)
+            torch.testing.assert_close(engines.prepare("executorch", model, x)(x), model(x).detach())
+            assert portable_lib._threadpool_get_thread_count() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["torch", *COMPILERS[::2], EXECUTORCH[0], *BOTH])
 def test_keywords_constants_and_several_outputs(name: str):
     model = words()
     batch = {"ids": torch.randint(50, (2, 7)), "mask": torch.ones(2, 7), "scale": 2.0, "labels": torch.zeros(2)}
     engine = engines.prepare(name, model, batch)
     ids, mask = torch.randint(50, (2, 7)), torch.rand(2, 7)
     reference = model(ids, mask, 2.0)
-    for outputs in (engine(ids, mask), engine(ids=ids, mask=mask), engine(ids, mask=mask)):
+    for outputs in (engine(ids, mask), engine(mask=mask, ids=ids), engine(ids, mask=mask)):
         for result, expected in zip(outputs, reference.values(), strict=True):
             torch.testing.assert_close(result, expected.detach(), rtol=EPS, atol=EPS)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16"])
+def test_what_left_the_graph_is_counted():
+    """ReLUs go into convolutions, norms into weights, and nothing else does."""
+    table = engines.graphs(net(), X)
+    exported = {kind.split(".")[1]: count for kind, count in table["torch.export"].items()}
+    assert (exported["conv2d"], exported["batch_norm"], exported["relu"]) == (4, 1, 3)
+    assert table["onnx"]["Conv"] == 4 and table["onnx"]["BatchNormalization"] <= 1
+    fused = table["onnxruntime"]
+    assert fused["Conv"] + fused["FusedConv"] == 4 and not fused["BatchNormalization"] and not fused["Relu"]
+    if "openvino" in table:
+        assert table["openvino"]["Convolution"] == 4 and table["openvino"].total() < table["onnx"].total() + 8
+
+
+@cache
+def bert() -> nn.Module:
+    """MiniLM's architecture, small: random weights large enough that a wrong mask is seen."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return BertForSequenceClassification(BertConfig(vocab_size=100, initializer_range=0.3, **sizes)).eval()
+
+
+def texts(*lengths: int, pad: int = 0) -> dict[str, torch.Tensor]:
+    """Ids and mask [B, T] of texts of these lengths, padded to the longest and `pad` further."""
+    size = len(lengths), max(lengths) + pad
+    mask = (torch.arange(size[1]) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.randint(1, 100, size) * mask, "attention_mask": mask}
+
+
+VARYING = ["torch", *COMPILERS[::2], EXECUTORCH[0], *BOTH]
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_a_size_that_varies_and_rows_that_are_masked_give_what_eager_gives(name: str, tmp_path):
+    """Batch 1, the shortest and the longest text, padding beyond all: shapes that it was not exported with."""
+    model, folder = bert(), None if name.startswith("torch") else tmp_path
+    engine = engines.prepare(name, model, texts(5, 9, 7), dynamic={0: (1, 6), 1: (2, 24)}, folder=folder)
+    shapes = [texts(3), texts(2), texts(24), texts(1, 11), texts(6, 6, pad=3), texts(1, 2, 3, 4, 5, 24)]
+    for loaded in [engine] if folder is None else [engine, engines.load(folder)]:
+        for named in shapes:
+            torch.testing.assert_close(loaded(**named), model(**named).logits.detach(), rtol=1e-4, atol=1e-4)
+        with pytest.raises(InputError, match=r"input_ids \[1 to 6, 2 to 24\].*got input_ids \[1, 25\]"):
+            loaded(**texts(25))
+    alone, padded = texts(7), texts(7, pad=9)
+    padded["input_ids"][:, :7] = alone["input_ids"]
+    torch.testing.assert_close(engine(**padded), engine(**alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_quantized_model_takes_batches_of_any_size(name: str):
+    model = simulated_net()
+    engine = engines.prepare(name, model, X, batches=[X], dynamic={0: (1, 64)})
+    for x in (X[:1], X, IMAGES):
+        assert affine.sqnr(model(x), engine(x)) > 25
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16", *COMPILERS[::2], EXECUTORCH[0]])
 def test_the_model_is_left_as_it_was(name: str):
     model = copy.deepcopy(net()).train()
     before = traits(model)
@@ -218,9 +303,9 @@ def test_an_engine_that_adds_pairs_in_int16_is_refused_but_for_7_bits(monkeypatc
             pairs = (x[:, None] * weight[None]).unflatten(-1, (-1, 2)).sum(-1)
             return [pairs.clamp(-(2**15), 2**15 - 1).sum(-1)]
 
-        return 0, lambda: run
+        return run
 
-    monkeypatch.setitem(engines.ENGINES, "saturating", engines.Runtime(saturating))
+    monkeypatch.setitem(engines.ENGINES, "saturating", engines.Runtime((), "any", lambda job: job, saturating))
     layer = nn.Linear(4, 3)
     eight, seven = (FakeQuantized(layer, ptq.weight_grid(layer, bits), grid(0.1, 3)) for bits in (8, 7))
     with pytest.raises(InputError, match=r"extreme 8-bit codes than int64.*quantize the weights to 7 bits"):
@@ -370,8 +455,14 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
     state = engines.available()
     assert state["torch"] == state["onnxruntime"] == "ready"
     assert state["nncf"] == "nncf needs openvino and nncf, which is not installed: pip install 'labkit[engines]'."
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert engines.available()["aotinductor"] == (
+        "aotinductor needs g++, which is not installed: install it, or name another C++ compiler in CXX."
+    )
     with pytest.raises(InputError, match=r"openvino needs openvino.*labkit\[engines\]"):
         engines.prepare("openvino", nn.Linear(3, 2), torch.randn(1, 3))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else real(name))
+    assert engines.available()["executorch"].endswith("which is not installed: pip install 'labkit[edge]'.")
 
 
 class ByValue(nn.Linear):
@@ -392,11 +483,21 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence():
             r"for input \[4, 3\] and got input \[4, 5\]",
         ),
         (("onnxruntime-static", simulated, x), {"batches": [x]}, "quantized already"),
-        (("onnxruntime", ByValue(3, 3), x), {}, "cannot be exported"),
+        (("onnxruntime", ByValue(3, 3), x), {}, "cannot be exported to ONNX"),
+        (("aotinductor", ByValue(3, 3), x), {}, "cannot be exported by torch.export"),
+        (("torch-compile", simulated, x), {}, "quantized already"),
+        (("torch-bf16", model, x), {"preset": "mixed"}, "takes no options"),
+        (("onnxruntime", model, x[:1]), {"dynamic": {0: (1, 8)}}, "the example has 1 there: give one of 2 or more"),
+        (("torch", model, x), {"folder": "nowhere"}, "has no file to keep"),
     ]
     for args, options, sentence in refused:
         with pytest.raises(InputError, match=sentence):
             engines.prepare(*args, **options)
+
+
+def test_a_folder_without_an_engine_is_refused(tmp_path):
+    with pytest.raises(InputError, match="There is no engine in"):
+        engines.load(tmp_path)
 
 
 def test_other_shapes_are_refused():

@@ -1,0 +1,56 @@
+"""Each rung of the ladder is a process with the cap that it says, and integers are the same on all of them."""
+
+import pytest
+import torch
+
+from labkit.deploy import isa
+from labkit.errors import InputError, LabError
+
+x86 = pytest.mark.skipif(not isa.rungs()["AVX2"], reason="needs an x86 CPU with AVX2")
+WITHOUT_VNNI = ("AVX2", "AVX512_CORE")
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> list:
+    import os
+
+    import torch
+
+    return [os.environ["ONEDNN_MAX_CPU_ISA"], torch.get_num_threads(), torch._int_mm(a, b)]
+
+
+@x86
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [7, 8])
+def test_each_rung_gives_the_same_integers_of_7_bits_and_those_with_vnni_of_8(bits: int):
+    """Without VNNI pairs of products are added in 16 bits, which those of 8 bits overflow (oneDNN, int8 inference)."""
+    draw, end = torch.Generator().manual_seed(0), 2 ** (bits - 1)
+    a, b = (torch.randint(-end, end, size, generator=draw) for size in ((32, 64), (64, 16)))
+    results = isa.ladder(product, a.to(torch.int8), b.to(torch.int8))
+    assert list(results) == [name for name, has in isa.rungs().items() if has]
+    for rung, (cap, threads, integers) in results.items():
+        assert (cap, threads) == (rung, torch.get_num_threads())
+        assert torch.equal(integers.long(), a @ b) or (bits == 8 and rung in WITHOUT_VNNI)
+
+
+def test_a_rung_needs_those_below_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(isa, "fingerprint", lambda device: type("Cpu", (), {"features": ("avx2", "vnni")}))
+    assert isa.rungs() == dict.fromkeys(isa.RUNGS, False) | {"AVX2": True}
+    monkeypatch.setattr(isa, "fingerprint", lambda device: type("Cpu", (), {"features": ("neon",)}))
+    with pytest.raises(InputError, match="no AVX2"):
+        isa.ladder(product, 1, 1)
+
+
+@x86
+def test_what_fails_in_a_rung_is_told():
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    def closes_over():
+        return fails
+
+    with pytest.raises(LabError, match="AVX2 ended with code 1: RuntimeError: no such kernel"):
+        isa.ladder(fails)
+    with pytest.raises(InputError, match=r"closes over \(fails\): give it as arguments"):
+        isa.ladder(closes_over)
+    with pytest.raises(InputError, match="cannot be sent"):
+        isa.ladder(torch.relu)

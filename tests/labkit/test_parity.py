@@ -1,0 +1,79 @@
+"""Parity on constructed answers, whose intervals can be had by hand, and on models that were changed on purpose."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import norm
+from torch import nn
+
+from labkit.deploy import parity
+from labkit.errors import EqualityError, InputError
+
+
+def scores(classes: list[int], sure: list[bool], width: int = 3) -> torch.Tensor:
+    """[N, width] with these first classes, by a wide margin or by almost none."""
+    rows = torch.zeros(len(classes), width)
+    for row, first, wide in zip(rows, classes, sure, strict=True):
+        row[first] = 5.0 if wide else 0.01
+    return rows
+
+
+def test_agreement_and_margins_are_counted():
+    sure = [True] * 60 + [False] * 40
+    reference = scores([0] * 100, sure)
+    other = scores([0] * 60 + [0] * 30 + [1] * 10, sure)  # ten flips, all where the model was not sure
+    result = parity.compare_scores(reference, other)
+    assert (result.examples, result.sure) == (100, 60)
+    z = norm.ppf(0.975)  # Wilson 1927
+    centre, half = (0.9 + z * z / 200) / (1 + z * z / 100), z * math.sqrt(0.09 / 100 + z * z / 4e4) / (1 + z * z / 100)
+    assert result.agreement == pytest.approx((0.9, centre - half, centre + half))
+    assert result.sure_agreement[0] == 1.0 and result.max_abs == pytest.approx(0.01)
+    assert result.accuracy is result.change is None
+
+
+def test_the_change_of_accuracy_is_paired():
+    """200 of 1000 turn wrong and 190 others right: -1 point, with the interval of McNemar's 390 discordant pairs."""
+    labels = torch.zeros(1000, dtype=torch.long)
+    reference = scores([0] * 700 + [1] * 300, [True] * 1000)
+    other = scores([0] * 500 + [1] * 200 + [0] * 190 + [1] * 110, [True] * 1000)
+    result = parity.compare_scores(reference, other, labels)
+    spread = math.sqrt((390 / 1000 - 0.01**2) / 999)
+    expected = (-1.0, -1 - 100 * norm.ppf(0.975) * spread, -1 + 100 * norm.ppf(0.975) * spread)
+    assert result.accuracy == pytest.approx(0.69) and result.change == pytest.approx(expected)
+
+
+def test_a_gate_refuses_what_is_not_excluded():
+    labels, sure = torch.zeros(4000, dtype=torch.long), [True] * 4000
+    reference = scores([0] * 4000, sure)
+    good = parity.compare_scores(reference, scores([0] * 3990 + [1] * 10, sure), labels)
+    assert good.require(points=1.0) is good
+    bad = parity.compare_scores(reference, scores([0] * 3900 + [1] * 100, sure), labels)
+    with pytest.raises(EqualityError, match=r"change of accuracy is -2.50 points on 4000 examples"):
+        bad.require(points=1.0)
+    few = parity.compare_scores(reference[:100], reference[:100])
+    with pytest.raises(
+        EqualityError, match=r"share of other answers is \+0.00 points on 100 examples and may be -3.70"
+    ):
+        few.require(points=1.0)
+    assert few.require(db=100) is few
+    with pytest.raises(EqualityError, match="and 60 dB are required"):
+        good.require(points=1.0, db=60)
+    with pytest.raises(InputError, match="give points"):
+        good.require()
+
+
+def test_a_model_is_judged_on_batches_with_and_without_labels():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Dropout(0.9), nn.Linear(8, 4)).train(), torch.randn(64, 8)
+    other = nn.Sequential(nn.Identity(), nn.Linear(8, 4))
+    other.load_state_dict(model.state_dict())
+    batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(24)]
+    same = parity.Reference(model, batches).judge(other)
+    assert same.max_abs == 0 and same.sqnr_db == math.inf and same.change[0] == 0 and same.examples == 64
+    assert model.training and parity.Reference(model, [x]).judge(other).change is None
+    with torch.no_grad():
+        other[1].weight[0] += 3.0
+    assert parity.Reference(model, batches).judge(other).agreement[0] < 0.9
+    with pytest.raises(InputError, match="batches is empty"):
+        parity.Reference(model, [])
