@@ -181,8 +181,9 @@ class _Jumping(asyncio.SelectorEventLoop):
         return self.moment
 
     def _run_once(self) -> None:
-        if not self._ready and self._scheduled:
-            self.moment = max(self.moment, self._scheduled[0].when())
+        due = [event.when() for event in self._scheduled if not event.cancelled()]
+        if due and not self._ready:
+            self.moment = max(self.moment, min(due))
         super()._run_once()
 
 
