@@ -1,22 +1,26 @@
-"""A student with a teacher beside the same student without one: ResNet-8 of ResNet-20, shallow students of MiniLM.
+"""A student with a teacher beside the same one without: ResNet-8 of ResNet-20, shallow MiniLM, SmolLM2 with a cut.
 
     python benchmarks/distillation.py                                       everything, 5 seeds
     python benchmarks/distillation.py --student resnet8 --methods labels answers longer --steps 600
     python benchmarks/distillation.py --student minilm --layers 3 2 --steps 100 --seeds 3
     python benchmarks/distillation.py --student resnet8 --methods labels answers --lr 0.1 --split validation
+    python benchmarks/distillation.py --student smollm2 --steps 20 --seeds 3
 
 The methods of a seed start from the same weights, see the same batches and take as many steps; "labels" is the control.
 "longer" is the control at equal time: labels only, for as many steps more as the teacher's answers cost in CPU time
 (once for each example that is seen; they are stored). "answers" has T = 4 and a tenth of the labels' loss, and so have
 the methods that vary it: "T1", "no labels", "reverse" and "jsd" (beta 1 and 1/2), and "hint", "attention", "distances"
 and "values", which match features or relations in addition. A student of MiniLM starts from random weights ("random"),
-from layers of the pretrained model ("pretrained") or from the teacher's own ("teacher's").
+from layers of the pretrained model ("pretrained") or from the teacher's own ("teacher's"). SmolLM2 loses six layers and
+heals on 256 tokens of the handbook a step: on its tokens, on the whole model's answers to them, or "on policy", on 32
+tokens that it writes itself after each of eight prompts of 32; "right" are the next tokens of other chapters.
 
 Gains are in points of accuracy on the split's examples: the first interval is for other examples (paired, answers
 averaged over seeds), the second for other seeds (Student's, of the paired differences).
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import datasets, distillation, models, stats, training
+from labkit.batches import labelled, segments
 from labkit.distillation import distilling, matching
+from labkit.pruning import depth
 from labkit.resnet import ResNet8
 
 SOFT = {"alpha": 0.9, "temperature": 4.0}
 IMAGES = ("labels", "longer", "smoothing", "answers", "T1", "no labels", "reverse", "jsd", "hint", "attention")
-METHODS = (*IMAGES, "distances", "values")
+METHODS = (*IMAGES, "distances", "values", "on policy")
 VALUES = "bert.encoder.layer.{}.attention.self.value"
 
 
@@ -111,7 +117,7 @@ def resnet_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     more = steps_for(seconds, ResNet8(), training.Batches(data, 64, 0), recipe)
     for seed in range(options.seeds):
         for method in options.methods:
-            if method == "values":
+            if method in ("values", "on policy"):
                 continue
             torch.manual_seed(seed)
             student, name = ResNet8(), "stage3"
@@ -153,6 +159,37 @@ def minilm_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield {"student": name, "method": method, "seed": seed, "right": right, "cpu_s": cpu}
 
 
+def smollm2_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    teacher, tokenizer, length = models.smollm2(), models.tokenizer("smollm2"), 256
+    text, other = (
+        torch.tensor(tokenizer(datasets.handbook(part), verbose=False)["input_ids"]) for part in ("calibration", "test")
+    )
+    test = other[: 8 * length].view(8, length)
+    pieces = [{"input_ids": piece} for piece in segments(text, 64, length, seed=0)]
+    prompts = [{"input_ids": piece["input_ids"].view(8, 32)} for piece in pieces]
+    change = depth.layer_importance(teacher, pieces[:2], method="cosine", n=6)
+    cut = depth.prune_layers(teacher, range(int(change.argmin()), int(change.argmin()) + 6), check=False).model
+    recipe = {"steps": options.steps, "epochs": options.steps, "max_lr": 2e-4, "optimizer": "adamw", "warmup": 0.1}
+    losses = {
+        "labels": (lambda model, batch: training.task_loss(model, labelled(model, batch)), pieces),
+        "answers": (distilling(teacher, alpha=1.0, temperature=1.0), pieces),
+        "on policy": (distillation.on_policy(teacher, new=32), prompts),
+    }
+
+    @torch.no_grad()
+    def right(model: nn.Module) -> Tensor:
+        return torch.cat([model(row[None]).logits[0, :-1].argmax(-1) == row[1:] for row in test])
+
+    yield {"student": "teacher", "method": "teacher", "seed": None, "right": right(teacher)}
+    yield {"student": "SmolLM2, cut", "method": "not healed", "seed": None, "right": right(cut)}
+    for seed in range(options.seeds):
+        for method in [method for method in losses if method in options.methods]:
+            model, (loss_fn, data) = copy.deepcopy(cut), losses[method]
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+            cpu = trained(model, [data[i] for i in order], loss_fn, seed, **recipe)
+            yield {"student": "SmolLM2", "method": method, "seed": seed, "right": right(model.eval()), "cpu_s": cpu}
+
+
 def summary(rows: list[dict[str, Any]], student: str) -> Iterator[str]:
     """A line a method: accuracy, its gain over the control, CPU seconds."""
     of_student = [row for row in rows if row["student"] == student]
@@ -171,9 +208,12 @@ def summary(rows: list[dict[str, Any]], student: str) -> Iterator[str]:
         yield line + (f", {stats.mean_ci(seconds)[0]:.1f} CPU s" if seconds else "")
 
 
+RUNS = {"resnet8": resnet_runs, "minilm": minilm_runs, "smollm2": smollm2_runs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", nargs="+", choices=("resnet8", "minilm"), default=["resnet8", "minilm"])
+    parser.add_argument("--student", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--steps", type=int, default=600, help="of 64 images or 32 snippets")
     parser.add_argument("--lr", type=float, default=0.3, help="the highest of ResNet-8's cycle")
@@ -188,7 +228,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     for student in options.student:
-        for row in (resnet_runs if student == "resnet8" else minilm_runs)(options):
+        for row in RUNS[student](options):
             rows.append(row)
             share = 100 * float(row["right"].double().mean())
             print(f"{row['student']}, {row['method']}, seed {row['seed']}: {share:.2f} %", flush=True)

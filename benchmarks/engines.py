@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from int8_models import Inputs, cut, tokens
 from torch import Tensor, nn
 
 from labkit import bench, datasets, machine, models
@@ -28,7 +29,6 @@ from labkit.deploy.engines import Engine
 from labkit.errors import EqualityError
 from labkit.quantization import fold, ptq
 
-Inputs = dict[str, Tensor]
 EAGER = ("torch", "torch-channels-last")
 FLOAT = (
     *EAGER, "torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen", "executorch",
@@ -55,14 +55,8 @@ def resnet20() -> Case:
 
 
 def minilm() -> Case:
-    def tokens(split: str, n: int) -> tuple[Inputs, Tensor]:
-        data = datasets.reviews(split, n)
-        options = {"padding": "max_length", "truncation": True, "max_length": 48, "return_tensors": "pt"}
-        encoded = models.tokenizer("minilm")(data.texts, **options)
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}, data.labels
-
-    inputs, labels = tokens("test", 800)
-    calibration = cut(tokens("train", 160)[0], 16)
+    inputs, labels = tokens("test", 48, 800)
+    calibration = cut(tokens("train", 48, 160)[0], 16)
     return Case(models.minilm_finetuned(), inputs, labels, calibration)
 
 
@@ -74,12 +68,6 @@ def lite0() -> Case:
 MODELS: dict[str, Callable[[], Case]] = {"resnet20": resnet20, "minilm": minilm, "lite0": lite0}
 
 
-def cut(tensors: Inputs, size: int) -> list[Inputs]:
-    """Full batches of `size`."""
-    rows = zip(*(x.split(size) for x in tensors.values()), strict=True)
-    return [dict(zip(tensors, row, strict=True)) for row in rows if len(row[0]) == size]
-
-
 def simulated(case: Case) -> nn.Module:
     model = case.model
     if "input_ids" in case.inputs:
@@ -87,8 +75,7 @@ def simulated(case: Case) -> nn.Module:
     return ptq.quantize(model, case.calibration).model
 
 
-def prepared(case: Case, quantized: nn.Module | None, row: str, batch: int) -> Engine:
-    example = {name: x[:batch] for name, x in case.inputs.items()}
+def prepared(case: Case, quantized: nn.Module | None, row: str, example: Inputs) -> Engine:
     if row not in INT8:
         return engines.prepare(row, case.model, example)
     return engines.prepare(INT8[row], quantized, example, batches=case.calibration)
@@ -136,13 +123,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{machine.fingerprint('cpu').label}, {options.threads} threads")
+    states = engines.available()
     rows = [row for row in GATES if row in options.engines and row not in EAGER]
     records: list[dict[str, Any]] = []
     for name in options.models:
         case = MODELS[name]()
         quantized = simulated(case) if any(row in INT8 for row in rows) else None
         examples = {batch: {key: x[:batch] for key, x in case.inputs.items()} for batch in options.batches}
-        eager = {(row, batch): prepared(case, None, row, batch) for row in EAGER for batch in options.batches}
+        eager = {(row, batch): prepared(case, None, row, examples[batch]) for row in EAGER for batch in options.batches}
         times = {
             (row, batch): bench.measure(partial(engine, **examples[batch]), budget_s=options.budget / 3).median_s
             / batch
@@ -159,11 +147,11 @@ def main() -> None:
                 f"batch {batch}: over eager at this batch | over the fastest eager | prepare, load | MB | n* | parity"
             )
             for row in rows:
-                state = engines.available()[INT8.get(row, row)]
+                state = states[INT8.get(row, row)]
                 if state != "ready":
                     print(f"  {row:23} {state}")
                     continue
-                engine = prepared(case, quantized, row, batch)
+                engine = prepared(case, quantized, row, examples[batch])
                 try:
                     good = answers.judge(engine).require(db=GATES[row])
                 except EqualityError as error:

@@ -86,14 +86,15 @@ def smoothed(model: nn.Module, batches: list[Inputs]) -> nn.Module:
     return model
 
 
+def tokens(split: str, length: int, n: int | None = None) -> tuple[Inputs, Tensor]:
+    """MiniLM's inputs for n movie-review snippets (None: all), [n, length] each, and their labels [n]."""
+    data, options = datasets.reviews(split, n), {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    encoded = models.tokenizer("minilm")(data.texts, max_length=length, **options)
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}, data.labels
+
+
 def minilm() -> Case:
-    model, tokenize = models.minilm_finetuned(), models.tokenizer("minilm")
-
-    def tokens(split: str, length: int, n: int | None = None) -> tuple[Inputs, Tensor]:
-        data = datasets.reviews(split, n)
-        encoded = tokenize(data.texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}, data.labels
-
+    model = models.minilm_finetuned()
     calibration = cut(tokens("train", 48, 320)[0], 16)
     simulated = ptq.quantize(smoothed(model, calibration), calibration).model
     table = {"1 x 32": (cut(tokens("train", 32, 320)[0], 1), cut(tokens("train", 32, 320)[0], 1)[0])}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from int8_models import tokens
 
 from labkit import datasets, machine, models
 from labkit.deploy import engines, parity, server
@@ -36,11 +37,9 @@ def deployed(name: str, folder: Path) -> None:
     """The fine-tuned MiniLM for batches and texts of any length, and how its answers differ."""
     model = models.minilm_finetuned()
     sizes = {0: (1, 16), 1: (2, server.LONGEST)}
-    encoding = {"padding": "max_length", "truncation": True, "max_length": server.LONGEST, "return_tensors": "pt"}
-    encoded = models.tokenizer("minilm")(datasets.reviews("train", 128).texts, **encoding)
-    tensors = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    options = {"model_type": "transformer", "batches": [tensors]} if name == "nncf" else {}
-    example = {name: tensor[:8] for name, tensor in tensors.items()}
+    inputs, _ = tokens("train", server.LONGEST, 128)
+    options = {"model_type": "transformer", "batches": [inputs]} if name == "nncf" else {}
+    example = {name: tensor[:8] for name, tensor in inputs.items()}
     engine = engines.prepare(name, model, example, dynamic=sizes, folder=folder, **options)
     judged = parity.Reference(model, models.review_batches("test", 400, batch_size=8)).judge(engine)
     change = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*judged.change)

@@ -6,12 +6,15 @@ source. A loss is a function of two tensors; `distilling` and `matching` make of
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.attention import speculative
+from labkit.attention.decoder import Decoder
 from labkit.batches import IGNORED, evaluating, labelled, predicts_next, watching
 from labkit.blocks import layers_of
 from labkit.errors import InputError, check_whole
@@ -193,6 +196,32 @@ def distilling(teacher: nn.Module | None, *, alpha: float, temperature: float, b
         if hard is None:
             raise InputError("The task loss needs labels, and the batch has none: give labels, or alpha=1 without it.")
         return alpha * soft + (1 - alpha) * hard
+
+    return loss_fn
+
+
+def on_policy(teacher: nn.Module, *, new: int) -> LossFn:
+    """A loss_fn for `training.train_`: the student continues each prompt, the teacher judges every token that it wrote.
+
+    The reverse divergence KL(q || p) of `distillation_loss` at temperature 1, mean over the new tokens. These are drawn
+    anew for each batch, at temperature 1 from torch's generator, and no gradient goes through the drawing (Agarwal et
+    al. 2024, GKD, algorithm 1 with lambda = 1): a student sees its own mistakes, which no corpus holds.
+    teacher: in eval mode, with the student's tokenizer. The student is a LlamaForCausalLM. new: tokens for each prompt;
+        batches: {"input_ids": prompts [B, T] of one length, without padding}.
+    """
+    _check_eval(teacher)
+    check_whole(new, "new")
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        _check_apart(teacher, model)
+        prompts = batch["input_ids"]
+        draw = partial(speculative.generate, Decoder(model), k=0, max_new_tokens=new, temperature=1.0)
+        with torch.autocast(prompts.device.type, enabled=False):
+            seeds = torch.randint(2**31, prompts.shape[:1]).tolist()
+            ids = torch.stack([draw(prompt, seed=seed).ids for prompt, seed in zip(prompts, seeds, strict=True)])
+        written = slice(prompts.shape[1] - 1, -1)  # of ids [B, T + new]: the positions whose next tokens are new
+        answers = _answers(teacher, {"input_ids": ids})[:, written]
+        return distillation_loss(model(input_ids=ids).logits[:, written], answers, temperature=1.0, beta=1.0)
 
     return loss_fn
 

@@ -34,6 +34,12 @@ def cache_dir() -> Path:
         ) from None
 
 
+def child_environment(**settings: str) -> dict[str, str]:
+    """This process's environment with `settings`, for a Python child that imports the same labkit."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **settings, "PYTHONPATH": path}
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields the path to write to, which becomes `path`; its folder is made. After an error `path` is what it was."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from labkit.errors import InputError, LabError
-from labkit.files import ROOT
+from labkit.files import child_environment
 from labkit.machine import fingerprint
 
 RUNGS = {  # of x86, each with all before it: the cap's name, and the feature that the CPU has to have
@@ -66,8 +66,7 @@ def rungs() -> dict[str, bool]:
 
 
 def _on(rung: str, function: Callable[..., Any], args: tuple, timeout_s: float) -> Any:
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": rung, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = child_environment(ONEDNN_MAX_CPU_ISA=rung, OMP_NUM_THREADS=str(torch.get_num_threads()))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "result")
         sent = pickle.dumps((marshal.dumps(function.__code__), function.__defaults__, args, path))

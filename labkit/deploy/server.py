@@ -33,7 +33,7 @@ from labkit.datasets import REVIEW_CLASSES
 from labkit.deploy import engines
 from labkit.deploy.simulation import Times, poisson_arrivals
 from labkit.errors import InputError, LabError, check_whole
-from labkit.files import ROOT
+from labkit.files import child_environment
 
 try:
     from mosec import Worker
@@ -140,9 +140,8 @@ class Server:
             port = free.getsockname()[1]
         self.url, self._log = f"http://127.0.0.1:{port}/inference", tempfile.TemporaryFile()
         self._sockets = tempfile.TemporaryDirectory(prefix="labkit_")
-        environment = {**os.environ, **self._settings, "MOSEC_PORT": str(port), "MOSEC_ADDRESS": "127.0.0.1"}
-        environment |= {"MOSEC_PATH": f"{self._sockets.name}/mosec", "MOSEC_TIMEOUT": "10000"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        place = {"MOSEC_PORT": str(port), "MOSEC_ADDRESS": "127.0.0.1", "MOSEC_PATH": f"{self._sockets.name}/mosec"}
+        environment = child_environment(**self._settings, **place, MOSEC_TIMEOUT="10000")
         command = [sys.executable, "-m", "labkit.deploy.server"]
         # In a group of its own: Ctrl-C goes to whoever runs the block, and its end stops the server in order.
         self._process = subprocess.Popen(

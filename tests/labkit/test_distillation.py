@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import batches, family, inputs, mean_loss
+from llamas import greedy, llama, text
 from torch import Tensor, nn
 
 from labkit import distillation, training
@@ -17,6 +18,7 @@ from labkit.distillation import (
     distillation_loss,
     distilling,
     matching,
+    on_policy,
     relation_loss,
     top_k,
     top_k_loss,
@@ -368,3 +370,48 @@ def test_errors():
     for words, call in cases.items():
         with pytest.raises(InputError, match=words):
             call()
+
+
+# --- texts of the student ---------------------------------------------------------------------------------------------
+
+
+def test_after_one_new_token_on_policy_is_the_reverse_divergence_after_the_prompt():
+    student, teacher, prompts = llama(0), llama(1), torch.cat([text(7), text(7, seed=1)])
+    log_q, log_p = (model(prompts).logits[:, -1].double().log_softmax(-1) for model in (student, teacher))
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean().detach()
+    loss = on_policy(teacher, new=1)(student, {"input_ids": prompts})
+    assert loss.item() == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_teacher_judges_what_the_student_wrote():
+    student, teacher, prompt = llama(0), llama(1), text(5)
+    with torch.no_grad():
+        student.model.norm.weight.mul_(1e3)  # as good as greedy
+    read = []
+    with teacher.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0])):
+        on_policy(teacher, new=6)(student, {"input_ids": prompt})
+    assert torch.equal(read[0], greedy(student, prompt, 6))
+    assert not torch.equal(read[0], greedy(teacher, prompt, 6))
+
+
+def test_on_policy_brings_a_student_to_its_teacher_and_leaves_the_teacher():
+    teacher, student = llama(1), llama(1)
+    before = copy.deepcopy(teacher.state_dict())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        student.lm_head.weight += 0.3 * torch.randn_like(student.lm_head.weight)
+    student.requires_grad_(False).lm_head.requires_grad_(True)
+    loss_fn, prompts = on_policy(teacher, new=8), torch.cat([text(4, seed=i) for i in range(4)])
+    batch = {"input_ids": prompts}
+    first = loss_fn(student, batch).item()
+    training.train_(student, [batch], epochs=60, steps=60, max_lr=1e-2, optimizer="adamw", loss_fn=loss_fn)
+    assert loss_fn(student, batch).item() < 0.7 * first
+    assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+    assert float(loss_fn(copy.deepcopy(teacher), batch)) == pytest.approx(0, abs=1e-6)
+
+
+def test_on_policy_refuses_a_teacher_in_train_mode_and_no_new_token():
+    with pytest.raises(InputError, match="train mode"):
+        on_policy(llama(1).train(), new=4)
+    with pytest.raises(InputError, match="new"):
+        on_policy(llama(1), new=0)
