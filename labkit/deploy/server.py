@@ -310,7 +310,7 @@ def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 
     thread.join()
     loop.close()
     values = {name.strip(): value.strip() for name, _, value in (line.partition(" : ") for line in summary)}
-    stars = (line.strip(" *") for line in summary if line.lstrip().startswith("*"))
+    stars = (line.strip(" *.,") for line in summary if line.lstrip().startswith("*"))
     reasons = tuple(line for line in stars if "successful" not in line)
     refused = sum(status != 200 for status in statuses)
     valid = values["Result is"] == "VALID" and not refused
