@@ -93,7 +93,7 @@ def test_without_mosec_it_says_what_brings_it(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_loadgen_judges_what_it_was_told():
-    """At 200 a second 2 ms each are far within half a second; 8 ms each are more than one at a time can do in a second."""
+    """At 200 a second 2 ms each are far within half a second; 8 ms each are more than it can do."""
     pytest.importorskip("mlperf_loadgen")
     quick = server.loadgen(Pretender(0.002).url, [b"a", b"bb"], rate=200, bound_s=0.5, seconds=3.5)
     assert quick.valid and not quick.reasons and quick.refused == 0
