@@ -163,7 +163,8 @@ def alive(session: int) -> list[str]:
 @pytest.mark.slow
 def test_ctrl_c_stops_the_server_and_leaves_no_process(engine_folder):
     code = (
-        "import sys, time; from labkit.deploy import server\n"
+        "import signal, sys, time; from labkit.deploy import server\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's job in the background ignores
         "with server.Server(sys.argv[1], max_batch=1) as running:\n"
         "    print(running._process.pid, flush=True)\n"
         "    time.sleep(60)"
