@@ -40,7 +40,9 @@ class Target:
 
     @property
     def needs(self) -> str:
-        """What it takes to try it: by the probes, and the device itself where those look for software alone."""
+        """What it takes to try it, if it has not ended: by the probes, and the device where those look for software."""
+        if self.life == "ended":
+            return ""
         device = self.kind in ("accelerator", "edge") and "cuda:" not in self.runs
         whole = " and ".join(["the device"] * device + _words(self.runs))
         half = " and ".join(_words(self.half))
@@ -51,7 +53,7 @@ _NEEDS = {
     "module": "package {}",
     "program": "program {}",
     "feature": "a CPU with {}",
-    "system": "{}",
+    "system": "{} as the system",
     "cuda": "an NVIDIA {} GPU",
 }
 _ROWS = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"))["targets"]
