@@ -45,6 +45,15 @@ def test_a_status_is_what_the_probes_see(monkeypatch: pytest.MonkeyPatch):
     assert TARGETS["NVIDIA GPU"].status == TARGETS["OpenVINO"].status == TARGETS["TGI"].status == "absent"
 
 
+def test_what_it_takes_is_what_the_probes_look_for():
+    assert TARGETS["torch.compile"].needs == "package torch and program g++"
+    assert TARGETS["TensorRT"].needs == "an NVIDIA GPU and package tensorrt; half of it: package onnx"
+    assert TARGETS["H100"].needs == "an NVIDIA H100 GPU" and TARGETS["AMX"].needs == "a CPU with amx"
+    assert TARGETS["Google TPU"].needs == "the device and package libtpu", "the package alone runs nothing"
+    assert TARGETS["Qualcomm Hexagon"].needs == "the device; half of it: package onnxruntime_qnn"
+    assert TARGETS["DeepSparse"].needs == ""
+
+
 def test_engines_that_are_ready_are_said_to_run():
     ready, rows = engines.available(), targets.by_status()
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "executorch": "ExecuTorch"}
