@@ -7,7 +7,7 @@
 from labkit import submodules
 
 __all__ = [
-    "engines", "export", "isa", "parity", "pipeline", "server", "serving", "simulation", "targets",
+    "decoding", "engines", "export", "isa", "parity", "pipeline", "server", "serving", "simulation", "targets",
 ]  # fmt: skip
 
 __getattr__ = submodules(__name__, __all__)
