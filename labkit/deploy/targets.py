@@ -38,7 +38,24 @@ class Target:
         """ "runs" here, "half": what converts, compiles or emulates it does, or "absent"."""
         return next((word for word in ("runs", "half") if _holds(getattr(self, word))), "absent")
 
+    @property
+    def needs(self) -> str:
+        """What it takes to try it, if it has not ended: by the probes, and the device where those look for software."""
+        if self.life == "ended":
+            return ""
+        device = self.kind in ("accelerator", "edge") and "cuda:" not in self.runs
+        whole = " and ".join(["the device"] * device + _words(self.runs))
+        half = " and ".join(_words(self.half))
+        return "; ".join([whole] * bool(whole) + [f"half of it: {half}"] * bool(half))
 
+
+_NEEDS = {
+    "module": "package {}",
+    "program": "program {}",
+    "feature": "a CPU with {}",
+    "system": "{} as the system",
+    "cuda": "an NVIDIA {} GPU",
+}
 _ROWS = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"))["targets"]
 TARGETS: dict[str, Target] = {name: Target(name, *row) for name, row in _ROWS.items()}
 
@@ -62,8 +79,16 @@ PROBES = {
 
 def _holds(probes: str) -> bool:
     """All of "kind:name,kind:name"; none is none."""
-    parts = [probe.partition(":") for probe in probes.split(",")] if probes else []
+    parts = _parts(probes)
     return bool(parts) and all(PROBES[kind](name) for kind, _, name in parts)
+
+
+def _words(probes: str) -> list[str]:
+    return [" ".join(_NEEDS[kind].format(name).split()) for kind, _, name in _parts(probes)]
+
+
+def _parts(probes: str) -> list[tuple[str, str, str]]:
+    return [probe.partition(":") for probe in probes.split(",")] if probes else []
 
 
 def _names(name: str, gpu: str) -> bool:
