@@ -36,7 +36,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _check_model(model)
+        check_llama(model)
         config, body = model.config, model.model
         width = config.head_dim or config.hidden_size // config.num_attention_heads
         self.heads, self.vocabulary, self.eps = config.num_attention_heads, config.vocab_size, config.rms_norm_eps
@@ -141,7 +141,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_llama(model: nn.Module, layers: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
+    """InputError unless it is a LlamaForCausalLM of transformers as `Decoder` reads it, its products in `layers`."""
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "llama" or not hasattr(model, "lm_head"):
         raise InputError(
@@ -149,7 +150,7 @@ def _check_model(model: nn.Module) -> None:
         )
     rope = model.model.rotary_emb.rope_type
     plain = not (config.attention_bias or config.mlp_bias) and config.hidden_act == "silu" and rope in STATIC_ROPE
-    if not plain or any(not isinstance(m, nn.Linear) for name, m in model.named_modules() if name.endswith("_proj")):
+    if not plain or any(not isinstance(m, layers) for name, m in model.named_modules() if name.endswith("_proj")):
         raise InputError(
             f"This model has biases, the activation {config.hidden_act!r}, RoPE of the type {rope!r} or layers that "
             f"are no nn.Linear: give one without biases, with silu, {', '.join(STATIC_ROPE)} RoPE and plain layers."

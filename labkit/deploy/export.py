@@ -27,7 +27,6 @@ from labkit.quantization import affine, integer
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint
-from labkit.quantization.weight_only import WeightOnlyLinear
 
 CLIPS = integer.RELU | integer.RELU6
 
@@ -51,7 +50,7 @@ def write_onnx(
 
     InputError for a model that torch.export cannot follow.
     """
-    if is_quantized(model) or any(isinstance(x, WeightOnlyLinear) for x in model.modules()):
+    if is_quantized(model):
         model = _written(copy.deepcopy(model))
         if isinstance(model, fx.GraphModule):
             _take_in_pads(model)
@@ -145,8 +144,6 @@ def _written(model: nn.Module) -> nn.Module:
             model.set_submodule(name, _OnnxLayer(module))
         elif isinstance(module, QuantizationPoint):
             model.set_submodule(name, _OnnxPoint(module.grid))
-        elif isinstance(module, WeightOnlyLinear):
-            model.set_submodule(name, _OnnxWeights(module))
     return model
 
 
@@ -200,29 +197,6 @@ class _OnnxLayer(nn.Module):
         attributes = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
         shape = (input.shape[0], layer.out_channels, *sizes)
         return _operator("Conv", (self.point(input), *terms), shape, pads=[y0, x0, y1, x1], **attributes)
-
-
-class _OnnxWeights(nn.Module):
-    """For the exporter Gemm of float32 with s8 weights behind DequantizeLinear, a scale a row."""
-
-    def __init__(self, layer: WeightOnlyLinear) -> None:
-        super().__init__()
-        weight = layer.quantized()
-        if weight.codes.dtype != torch.int8 or weight.scale.shape[1] != 1:
-            raise InputError(
-                f"Weights in {layer.format or f'{layer.bits} bits, a scale a group'} cannot be exported: quantize "
-                "them to 8 bits, symmetric, with group_size None."
-            )
-        self.layer, self.codes, self.scale = layer, weight.codes, weight.scale.float().flatten()
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.onnx.is_in_onnx_export():
-            return self.layer(input)
-        rows = input.reshape(-1, input.shape[-1])
-        terms = [_dequantized(self.codes, self.scale, None, axis=0)]
-        terms += [] if self.layer.bias is None else [self.layer.bias]
-        y = _operator("Gemm", (rows, *terms), (rows.shape[0], self.layer.out_features), transB=1)
-        return y.reshape(*input.shape[:-1], -1)
 
 
 def _dequantized(codes: Tensor, scale: Tensor, zero: Tensor | None, **attributes: int) -> Tensor:
