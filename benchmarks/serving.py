@@ -56,7 +56,8 @@ def line(load: server.Load, rate: float) -> str:
 
 
 def judged(verdict: server.Verdict) -> str:
-    word = "VALID" if verdict.valid else " ".join(("INVALID", f"{verdict.refused} refused", *verdict.reasons[:2]))
+    reasons = (f"{verdict.refused} refused",) if verdict.refused else verdict.reasons[:2]
+    word = "VALID" if verdict.valid else f"INVALID, {'; '.join(reasons)}"
     return f"  LoadGen {verdict.rate:g}/s: {word}; p99 {1e3 * verdict.p99_s:.1f} ms of {verdict.queries} queries"
 
 

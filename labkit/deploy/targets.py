@@ -49,13 +49,6 @@ class Target:
         return "; ".join([whole] * bool(whole) + [f"half of it: {half}"] * bool(half))
 
 
-_NEEDS = {
-    "module": "package {}",
-    "program": "program {}",
-    "feature": "a CPU with {}",
-    "system": "{} as the system",
-    "cuda": "an NVIDIA {} GPU",
-}
 _ROWS = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"))["targets"]
 TARGETS: dict[str, Target] = {name: Target(name, *row) for name, row in _ROWS.items()}
 
@@ -68,27 +61,27 @@ def by_status() -> dict[str, list[str]]:
     return table
 
 
-PROBES = {
-    "module": lambda name: importlib.util.find_spec(name) is not None,
-    "program": lambda name: shutil.which(name) is not None,
-    "feature": lambda name: name in _features(),
-    "system": lambda name: platform.system() == name,
-    "cuda": lambda name: any(_names(name, gpu) for gpu in _gpus()),
+PROBES = {  # kind of thing: what it is called, whether one of this name is here
+    "module": ("package {}", lambda name: importlib.util.find_spec(name) is not None),
+    "program": ("program {}", lambda name: shutil.which(name) is not None),
+    "feature": ("a CPU with {}", lambda name: name in _features()),
+    "system": ("{} as the system", lambda name: platform.system() == name),
+    "cuda": ("an NVIDIA {} GPU", lambda name: any(_names(name, gpu) for gpu in _gpus())),
 }
 
 
 def _holds(probes: str) -> bool:
     """All of "kind:name,kind:name"; none is none."""
     parts = _parts(probes)
-    return bool(parts) and all(PROBES[kind](name) for kind, _, name in parts)
+    return bool(parts) and all(PROBES[kind][1](name) for kind, name in parts)
 
 
 def _words(probes: str) -> list[str]:
-    return [" ".join(_NEEDS[kind].format(name).split()) for kind, _, name in _parts(probes)]
+    return [" ".join(PROBES[kind][0].format(name).split()) for kind, name in _parts(probes)]
 
 
-def _parts(probes: str) -> list[tuple[str, str, str]]:
-    return [probe.partition(":") for probe in probes.split(",")] if probes else []
+def _parts(probes: str) -> list[list[str]]:
+    return [probe.split(":") for probe in probes.split(",")] if probes else []
 
 
 def _names(name: str, gpu: str) -> bool:
