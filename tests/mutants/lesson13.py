@@ -31,10 +31,14 @@ def _interactions_by_logarithms(times):
 # ---------------------------------------------------------------------------------------------------------------- gate
 
 
-def _gate(before, after, points, *, width=1.959964, scale=100, swapped=False, value_only=False, lenient=False):
+def _gate(
+    before, after, points, *, width=1.959964, scale=100, swapped=False, value_only=False, lenient=False, three=True
+):
     each = scale * (after.double() - before.double())
     each = -each if swapped else each
     mean, half = float(each.mean()), 0.0 if value_only else width * float(each.std()) / math.sqrt(len(each))
+    if three and not each.any():
+        half = 3 * scale / len(each)
     if lenient:
         return "passes" if mean >= -points else "fails" if mean + half < -points else "open"
     return "passes" if mean - half >= -points else "fails" if mean + half < -points else "open"
@@ -42,13 +46,15 @@ def _gate(before, after, points, *, width=1.959964, scale=100, swapped=False, va
 
 def _gate_by_stats(before, after, points):
     _, low, high = (100 * x for x in stats.paired_difference(after.double().tolist(), before.double().tolist()))
+    if torch.equal(before, after):
+        low, high = -300 / len(before), 300 / len(before)
     return "fails" if high < -points else "open" if low < -points else "passes"
 
 
 def _gate_by_counts(before, after, points):
     n, lost, won = len(before), int((before & ~after).sum()), int((after & ~before).sum())
     mean = (won - lost) / n
-    half = 1.959964 * math.sqrt((won + lost - n * mean**2) / (n - 1) / n)
+    half = 1.959964 * math.sqrt((won + lost - n * mean**2) / (n - 1) / n) if won + lost else 3 / n
     return {(True, True): "passes", (False, True): "open"}.get(
         (100 * (mean - half) >= -points, 100 * (mean + half) >= -points), "fails"
     )
@@ -167,6 +173,7 @@ WRONG = {
         "passes by its value": lambda *x: _gate(*x, lenient=True),
         "agreement for accuracy": _gate_by_agreement,
         "one standard error": lambda *x: _gate(*x, width=1.0),
+        "without the rule of three": lambda *x: _gate(*x, three=False),
     },
     "13.4": {
         "time a call, not an item": lambda report: _faults(report, per_item=False),
