@@ -3,3 +3,11 @@
 `engines`, `export` and `parity` belong together: written down once, shown equal, then timed. Batching is simulated in
 `simulation` (lesson 01), run for a decoder in `serving` (lesson 11), and behind HTTP in `server`.
 """
+
+from labkit import submodules
+
+__all__ = [
+    "engines", "export", "isa", "parity", "pipeline", "server", "serving", "simulation", "targets",
+]  # fmt: skip
+
+__getattr__ = submodules(__name__, __all__)
