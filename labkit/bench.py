@@ -270,10 +270,9 @@ class Race:
 
     def over(self, baseline: str, candidate: str) -> Comparison:
         """Any two of them, paired round by round. Raises KeyError for a name that did not run."""
-        first = (order.index(baseline) < order.index(candidate) for order in self.orders)
-        firsts = tuple(f for f in first for _ in range(self.per_block))
         pair = self.sides[baseline], self.sides[candidate]
-        return Comparison(*pair, firsts, self.per_block, self.foreign_cores, self.warnings)
+        first = [order.index(baseline) < order.index(candidate) for order in self.orders for _ in range(self.per_block)]
+        return Comparison(*pair, tuple(first), self.per_block, self.foreign_cores, self.warnings)
 
 
 def race(
@@ -322,7 +321,7 @@ def race(
     warnings = _machine_warnings(run, moments, False, list(samples.values()))
     if len(orders) < BLOCKS:
         warnings += (f"only {_count(len(orders), 'round')}, and {BLOCKS} are needed: raise budget_s",)
-    return Race(sides, tuple(orders), per_block, _foreign_cores(run, moments), tuple(warnings))
+    return Race(sides, tuple(orders), per_block, _foreign_cores(run, moments), warnings)
 
 
 def _clock(device: torch.device | None, cache: str, injected: Callable[[Call, int], float] | None) -> Clock:

@@ -220,9 +220,9 @@ class Lab:
         for call in calls:
             _check_name(f"{call}, {name}")
         result = race(calls | (also or {}), **{"device": self.device, **options})
-        baseline, *others = calls
-        for other in others:
-            self._keep_comparison(f"{other}, {name}", result.over(baseline, other))
+        baseline, *candidates = calls
+        for candidate in candidates:
+            self._keep_comparison(f"{candidate}, {name}", result.over(baseline, candidate))
         return result
 
     def _keep_comparison(self, name: str, result: Comparison) -> None:
