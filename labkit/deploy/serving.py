@@ -37,18 +37,16 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Service:
-    """What was served, and when, in seconds since all requests came together.
+class Texts:
+    """What requests that came together got, and when, in seconds since then.
 
     ids: each prompt with its new tokens, [T + new]. token_s: when each new token was there, [new] a request.
-    steps: calls of the model. computed: tokens that went through it; sharing saves some, preemption costs some.
+    steps: calls of the model.
     """
 
     ids: list[Tensor]
     token_s: list[Times]
     steps: int
-    computed: int
-    preemptions: int
 
     @property
     def tokens_per_s(self) -> float:
@@ -64,6 +62,14 @@ class Service:
     def first_s(self) -> Times:
         """Until the first token of each request."""
         return np.array([times[0] for times in self.token_s])
+
+
+@dataclass(frozen=True, eq=False)
+class Service(Texts):
+    """Texts with what they cost. computed: tokens that went through the model; sharing saves some, preemption adds."""
+
+    computed: int
+    preemptions: int
 
 
 def generate(
@@ -114,7 +120,7 @@ def serve(
     check_whole(max_batch, "max_batch")
     if chunk is not None:
         check_whole(chunk, "chunk")
-    new = _new_tokens(max_new_tokens, prompts)
+    new = new_tokens(max_new_tokens, prompts)
     requests = []
     for i, prompt in enumerate(prompts):
         first = i // max_batch * max_batch
@@ -200,8 +206,8 @@ def _pool(net: Decoder, requests: list[Request], max_batch: int, page_size: int,
     return PagePool(net.layout, sum(needed[:max_batch]) if pages is None else pages, page_size)
 
 
-def _new_tokens(max_new_tokens: int | Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
-    """One number for each prompt."""
+def new_tokens(max_new_tokens: int | Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
+    """One number for each prompt. InputError without prompts, for other counts, and for a number below 1."""
     new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not prompts or len(new) != len(prompts):
         raise InputError(f"There are {len(prompts)} prompts and {len(new)} numbers of new tokens: give one for each.")

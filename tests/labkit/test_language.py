@@ -1,0 +1,194 @@
+"""Language models in engines against transformers: the same tokens however they are asked for, and perplexity."""
+
+import pytest
+import torch
+from llamas import greedy, llama, text
+
+from labkit import datasets, models, storage, training
+from labkit.deploy import decoder_graph, language
+from labkit.errors import InputError
+from labkit.quantization import weight_only
+from labkit.quantization.weight_only import WeightOnlyLinear
+
+READY = language.available()
+genai = pytest.mark.skipif(READY["openvino-genai"] != "ready", reason="needs openvino-genai")
+SIZES = {"intermediate_size": 128, "max_position_embeddings": 512}
+MODEL = llama(**SIZES)
+LENGTHS, NEW = [30, 12, 1, 300], [20, 7, 30, 1]
+PROMPTS = [text(n, n)[0] for n in LENGTHS]
+TOKENS = text(300, 7)[0]
+
+
+@pytest.fixture(scope="module")
+def engine() -> language.LanguageEngine:
+    return language.prepare("openvino-genai", MODEL, weights="float32")
+
+
+def same(ids, expected) -> bool:
+    return len(ids) == len(expected) and all(map(torch.equal, ids, expected))
+
+
+# --- the same function ------------------------------------------------------------------------------------------------
+
+
+@genai
+def test_every_request_gets_the_tokens_that_transformers_gives_it_alone(engine):
+    texts = engine.generate(PROMPTS, max_new_tokens=NEW)
+    assert same(texts.ids, [greedy(MODEL, prompt[None], n)[0] for prompt, n in zip(PROMPTS, NEW, strict=True)])
+    assert [len(times) for times in texts.token_s] == NEW and texts.steps == max(NEW), "one step for all requests"
+    assert (texts.gaps_s > 0).all() and (texts.first_s > 0).all()
+    assert same(engine.generate([PROMPTS[0][None]], max_new_tokens=20).ids, texts.ids[:1])
+
+
+@genai
+def test_perplexity_is_that_of_the_model_to_the_rounding_of_float32(engine):
+    expected = training.perplexity(MODEL, TOKENS, window=100)
+    assert engine.perplexity(TOKENS, window=100) == pytest.approx(expected, rel=1e-5)
+    other = training.perplexity(MODEL, TOKENS.flip(0), window=100)
+    assert abs(other / expected - 1) > 1e-3, "or the test shows nothing"
+
+
+@genai
+def test_guesses_from_the_text_save_steps_and_change_nothing(engine):
+    prompt = text(12, 3)[0].repeat(4)
+    plain = engine.generate([prompt], max_new_tokens=60)
+    guessed = engine.generate([prompt], max_new_tokens=60, lookup=4)
+    assert same(plain.ids, guessed.ids) and same(plain.ids, [greedy(MODEL, prompt[None], 60)[0]])
+    assert guessed.steps < plain.steps == 60 and len(guessed.token_s[0]) == 60
+    several = [engine.generate(PROMPTS, max_new_tokens=NEW, lookup=guesses).ids for guesses in (0, 4)]
+    assert same(*several)
+
+
+def stored_numbers(weight: torch.Tensor, weights: str, place: int) -> torch.Tensor:
+    """float32 [out, in]: what `decoder_graph` stores of a weight, of a block (place 0) or of the head (1)."""
+    stored = decoder_graph.WEIGHTS[weights][place](weight)
+    if stored.scale is None:
+        return stored.codes.float()
+    zero = 0 if stored.zero is None else stored.zero.float()
+    return ((stored.codes.float() - zero) * stored.scale.float()).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "formats"),
+    [("int8", ("int8", "int8")), ("q8_0", ("q8_0", "q8_0")), ("q4_1", ("q4_1", "q8_0")), ("int4", ("int4", "int8"))],
+)
+def test_what_is_stored_are_the_numbers_of_the_storage_format(weights: str, formats: tuple[str, str]):
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0)) + 0.3
+    weight[0, :32], weight[0, 32:64] = 0.7, 0  # no range
+    for place, name in enumerate(formats):
+        expected = storage.FORMATS[name].unpack(storage.FORMATS[name].pack(weight), weight.shape)
+        # q4_1 has no least value but zero = -least / scale in float16, 11 bits of it; all else is the same arithmetic
+        least = weight.unflatten(1, (-1, 32)).amin(-1, True).abs().expand(-1, -1, 32).flatten(1)
+        allowed = 2**-10 * least if name == "q4_1" else 1e-6
+        assert ((stored_numbers(weight, weights, place) - expected).abs() <= allowed).all(), name
+
+
+@genai
+@pytest.mark.parametrize("weights", ["float16", "int8", "q8_0", "q4_1", "int4"])
+def test_an_engine_multiplies_with_the_numbers_that_are_stored(weights: str):
+    """Perplexity of the engine beside that of torch with the same numbers."""
+    model = llama(**SIZES)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(stored_numbers(parameter.detach(), weights, 0 if "_proj" in name else 1))
+    engine = language.prepare("openvino-genai", MODEL, weights=weights)
+    expected, exact = (training.perplexity(m, TOKENS, window=100) for m in (model, MODEL))
+    assert engine.perplexity(TOKENS, window=100) == pytest.approx(expected, rel=1e-4)
+    if weights in ("q4_1", "int4"):
+        assert abs(expected / exact - 1) > 5e-3, "or the test shows nothing"
+
+
+@genai
+def test_layers_that_were_quantized_keep_their_codes():
+    model = weight_only.quantize(MODEL, 4, group_size=32, symmetric="signed")
+    assert any(isinstance(module, WeightOnlyLinear) for module in model.modules())
+    engine = language.prepare("openvino-genai", model, weights="float32")
+    expected = training.perplexity(model, TOKENS, window=100)
+    assert engine.perplexity(TOKENS, window=100) == pytest.approx(expected, rel=1e-4)
+
+
+@genai
+def test_an_artefact_is_kept_where_it_is_asked_for_and_its_bytes_are_counted(tmp_path):
+    sizes = {}
+    for weights in decoder_graph.WEIGHTS:
+        engine = language.prepare("openvino-genai", MODEL, weights=weights, folder=tmp_path / weights)
+        sizes[weights] = (tmp_path / weights / "openvino_model.bin").stat().st_size
+        assert sizes[weights] < engine.bytes == sum(x.stat().st_size for x in (tmp_path / weights).iterdir())
+    parameters = sum(p.numel() for p in MODEL.parameters())
+    assert 0.99 < sizes["float32"] / (4 * parameters) < 1.05 and 0.99 < sizes["float16"] / (2 * parameters) < 1.05
+    assert sizes["int4"] < sizes["q4_1"] < sizes["int8"] < sizes["q8_0"] < sizes["float16"]
+
+
+# --- SmolLM2 ----------------------------------------------------------------------------------------------------------
+
+
+@genai
+@pytest.mark.slow
+def test_smollm2_in_int8_is_within_one_per_cent_of_perplexity_and_batches_as_alone():
+    model, tokenizer = models.smollm2(), models.tokenizer("smollm2")
+    tokens = torch.tensor(tokenizer(datasets.handbook("test"), verbose=False)["input_ids"])
+    exact = training.perplexity(model, tokens[:1024], window=256)
+    half = language.prepare("openvino-genai", model)
+    prompts = [tokens[start : start + 16] for start in (3000, 4000, 5000)]
+    assert same(half.generate(prompts[:1], max_new_tokens=12).ids, [greedy(model, prompts[0][None], 12)[0]])
+    assert half.perplexity(tokens[:1024], window=256) == pytest.approx(exact, rel=1e-3)
+    engine = language.prepare("openvino-genai", model, weights="int8", precision="f32-a8")
+    assert engine.perplexity(tokens[:1024], window=256) / exact - 1 < 0.01
+    together = engine.generate(prompts, max_new_tokens=12)
+    assert same(together.ids, [engine.generate([prompt], max_new_tokens=12).ids[0] for prompt in prompts])
+    assert engine.bytes < 0.52 * half.bytes
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+@genai
+def test_prompts_that_are_no_text_are_refused_in_one_sentence(engine):
+    good = PROMPTS[0]
+    refused = [
+        ([good[:0]], {}, r"A text has to be token ids from 0 to 60.*at least one"),
+        ([good + 60], {}, "give what the model's tokenizer gives"),
+        ([good.float()], {}, "got torch.float32"),
+        ([], {}, "There are 0 prompts"),
+        ([good], {"max_new_tokens": 0}, "max_new_tokens is 0, but it must be a whole number from 1"),
+        ([good], {"max_new_tokens": [3, 3]}, "give one for each"),
+        ([good], {"max_new_tokens": 500}, "530 tokens are more than the 512"),
+        ([good], {"lookup": -1}, "lookup is -1"),
+    ]
+    for prompts, options, sentence in refused:
+        with pytest.raises(InputError, match=sentence):
+            engine.generate(prompts, **{"max_new_tokens": 3, **options})
+    for tokens, window in ((TOKENS[:20], 100), (TOKENS, 1), (TOKENS + 60, 100)):
+        with pytest.raises(InputError):
+            engine.perplexity(tokens, window=window)
+
+
+@genai
+def test_what_cannot_be_prepared_is_refused_in_one_sentence(tmp_path):
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(b"no model" * 9)
+    refused = [
+        (("tensorrt", MODEL), {}, "There is no language engine 'tensorrt': choose one of openvino-genai, llama.cpp"),
+        (("openvino-genai", MODEL), {"weights": "int3"}, "There is no format of weights 'int3'"),
+        (("openvino-genai", MODEL), {"precision": "f64"}, "There is no precision 'f64'"),
+        (("openvino-genai", tmp_path / "none.gguf"), {}, "There is no file .*none.gguf: give a GGUF file"),
+        (("openvino-genai", wrong), {}, "is no GGUF file of a language model"),
+        (("openvino-genai", torch.nn.Linear(3, 3)), {}, "Linear is no decoder of the Llama type"),
+        (("openvino-genai", llama()), {"weights": "int4"}, "group_size is 64"),
+        (("openvino-genai", weight_only.quantize(MODEL, method="nf4")), {}, "nf4 has no kernel in this engine"),
+    ]
+    for args, options, sentence in refused:
+        with pytest.raises(InputError, match=sentence):
+            language.prepare(*args, **options)
+
+
+def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("labkit.deploy.engines._present", lambda package: False)
+    assert language.available() == {
+        "openvino-genai": "openvino-genai needs openvino_genai, which is not installed: pip install 'labkit[llm]'.",
+        "llama.cpp": "llama.cpp needs llama_cpp, which is not installed: "
+        "pip install llama-cpp-python, which compiles it.",
+    }
+    with pytest.raises(InputError, match=r"pip install 'labkit\[llm\]'"):
+        language.prepare("openvino-genai", MODEL)
