@@ -1,5 +1,6 @@
 """Deployment: runtimes and what is proved of them, a server under load, pipelines, instructions, where things stand.
 
-`engines`, `export` and `parity` belong together: written down once, shown equal, then timed. Batching is simulated in
+`engines`, `export` and `parity` belong together: written down once, shown equal, then timed; so do `language` and
+`decoder_graph` for language models. Batching is simulated in
 `simulation` (lesson 01), run for a decoder in `serving` (lesson 11), and behind HTTP in `server`.
 """

@@ -132,7 +132,7 @@ class _Graph:
         total = ops.gather(ops.shape_of(mask), self._whole(1), self._whole(0))
         steps = ops.range(self._whole(0), total, self._whole(1), "i64")
         seen = ops.less_equal(steps, ops.unsqueeze(positions, self._whole([1, 3])))  # [B, 1, S, T]
-        self.mask = ops.select(seen, self._float(torch.tensor(0.0)), self._float(torch.tensor(-65504.0)))
+        self.mask = ops.select(seen, self._float(0.0), self._float(-65504.0))
 
         head = self._weight(self.model.lm_head, self.outer)
         tied = body.embed_tokens.weight is getattr(self.model.lm_head, "weight", None)
@@ -164,11 +164,9 @@ class _Graph:
     def _norm(self, x: Node, layer: nn.Module) -> Node:
         """RMSNorm."""
         ops = self.ops
-        square = ops.reduce_mean(ops.power(x, self._float(torch.tensor(2.0))), self._whole([-1]), True)
-        root = ops.sqrt(ops.add(square, self._float(torch.tensor(layer.variance_epsilon))))
-        return ops.multiply(
-            ops.multiply(x, ops.divide(self._float(torch.tensor(1.0)), root)), self._float(layer.weight)
-        )
+        square = ops.reduce_mean(ops.power(x, self._float(2.0)), self._whole([-1]), True)
+        root = ops.sqrt(ops.add(square, self._float(layer.variance_epsilon)))
+        return ops.multiply(ops.multiply(x, ops.divide(self._float(1.0), root)), self._float(layer.weight))
 
     def _rotate(self, x: Node) -> Node:
         """Rotary positions of x [B, heads, S, D]: x cos + (-x2, x1) sin."""
@@ -177,7 +175,7 @@ class _Graph:
             ops.slice(x, self._whole([a]), self._whole([b]), self._whole([1]), self._whole([3]))
             for a, b in ((0, half), (half, 2 * half))
         )
-        turned = ops.concat([ops.multiply(second, self._float(torch.tensor(-1.0))), first], -1)
+        turned = ops.concat([ops.multiply(second, self._float(-1.0)), first], -1)
         return ops.add(ops.multiply(x, self.cos), ops.multiply(turned, self.sin))
 
     def _state(self, name: str, x: Node) -> Node:
@@ -185,7 +183,7 @@ class _Graph:
         import openvino
 
         ops, sizes = self.ops, [self._whole([n]) for n in (self.groups, 0, self.width)]
-        empty = ops.broadcast(self._float(torch.tensor(0.0)), ops.concat([self.batch, *sizes], 0))
+        empty = ops.broadcast(self._float(0.0), ops.concat([self.batch, *sizes], 0))
         shape = openvino.PartialShape([-1, self.groups, -1, self.width])
         past = ops.gather(ops.read_value(empty, name, np.float32, shape), self.beam, self._whole(0))
         everything = ops.concat([past, x], 2)
@@ -238,8 +236,8 @@ class _Graph:
         packed.data[:] = storage.pack4(x).numpy()
         return self.ops.constant(packed)
 
-    def _float(self, x: Tensor) -> Node:
-        return self.ops.constant(x.detach().float().numpy())
+    def _float(self, x: Tensor | float) -> Node:
+        return self.ops.constant(torch.as_tensor(x).detach().float().numpy())
 
     def _whole(self, x: int | Sequence[int]) -> Node:
         return self.ops.constant(np.array(x, dtype=np.int64))

@@ -5,7 +5,7 @@ import torch
 from llamas import greedy, llama, text
 
 from labkit import datasets, models, storage, training
-from labkit.deploy import decoder_graph, language
+from labkit.deploy import decoder_graph, engines, language
 from labkit.errors import InputError
 from labkit.quantization import weight_only
 from labkit.quantization.weight_only import WeightOnlyLinear
@@ -41,11 +41,44 @@ def test_every_request_gets_the_tokens_that_transformers_gives_it_alone(engine):
 
 
 @genai
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    ],
+    ids=["a tied head", "keys of their own", "other positions"],
+)
+def test_other_decoders_of_the_type_are_the_same_function(options):
+    model = llama(**SIZES, **options)
+    engine = language.prepare("openvino-genai", model, weights="float32")
+    expected = training.perplexity(model, TOKENS, window=100)
+    assert engine.perplexity(TOKENS, window=100) == pytest.approx(expected, rel=1e-5)
+    assert same(engine.generate(PROMPTS[:1], max_new_tokens=9).ids, [greedy(model, PROMPTS[0][None], 9)[0]])
+
+
+@genai
 def test_perplexity_is_that_of_the_model_to_the_rounding_of_float32(engine):
     expected = training.perplexity(MODEL, TOKENS, window=100)
     assert engine.perplexity(TOKENS, window=100) == pytest.approx(expected, rel=1e-5)
     other = training.perplexity(MODEL, TOKENS.flip(0), window=100)
     assert abs(other / expected - 1) > 1e-3, "or the test shows nothing"
+
+
+@genai
+def test_the_file_alone_is_a_model_with_a_state_whose_tokens_see_those_before_them(tmp_path):
+    """In OpenVINO without GenAI, which puts pages where the file has a mask and a state."""
+    language.prepare("openvino-genai", MODEL, weights="float32", folder=tmp_path)
+    # else keys and values are kept in 8 bits, unasked
+    request = engines.request(tmp_path / "openvino_model.xml", KV_CACHE_PRECISION="f32")
+    ids, parts = TOKENS[:40], []
+    for start, end in ((0, 25), (25, 26), (26, 40)):
+        ends = {"attention_mask": torch.ones(1, end).long(), "position_ids": torch.arange(start, end)[None]}
+        named = {"input_ids": ids[None, start:end], **ends, "beam_idx": torch.zeros(1, dtype=torch.int32)}
+        result = request.infer({name: tensor.numpy() for name, tensor in named.items()})
+        parts.append(torch.from_numpy(result["logits"].copy()))
+    torch.testing.assert_close(torch.cat(parts, 1), MODEL(ids[None]).logits.detach(), rtol=1e-4, atol=1e-4)
 
 
 @genai
@@ -117,6 +150,8 @@ def test_an_artefact_is_kept_where_it_is_asked_for_and_its_bytes_are_counted(tmp
         assert sizes[weights] < engine.bytes == sum(x.stat().st_size for x in (tmp_path / weights).iterdir())
     parameters = sum(p.numel() for p in MODEL.parameters())
     assert 0.99 < sizes["float32"] / (4 * parameters) < 1.05 and 0.99 < sizes["float16"] / (2 * parameters) < 1.05
+    tied = language.prepare("openvino-genai", llama(**SIZES, tie_word_embeddings=True), weights="int8")
+    assert tied.bytes < language.prepare("openvino-genai", MODEL, weights="int8").bytes - 61 * 64
     assert sizes["int4"] < sizes["q4_1"] < sizes["int8"] < sizes["q8_0"] < sizes["float16"]
 
 
