@@ -1,11 +1,12 @@
 """A language model in an engine: a prompt, several at once, guesses looked up in the text, and perplexity.
 
 Perplexity is of what is deployed: the engine scores the text with the file, the kernels and the cache that generate.
-Equal before fast: in "f32" an engine gives the tokens of the model that it was prepared from, and says so itself.
+Equal before fast: in "f32", weights in float16 or float32, an engine gives the greedy tokens of the model that it was
+prepared from, to the last one; a text does not depend on what else is generated with it.
 
-OpenVINO GenAI (pages, continuous batching, prompt lookup) gets a graph of `decoder_graph`, or reads a GGUF file as it
-thinks right: its Q4_1 has zero points that are integers, which the format's are not. llama.cpp reads GGUF, a request
-after the other, since its Python binding does not batch; it is untested: no test of the course has run it.
+OpenVINO GenAI (pages, continuous batching, prompt lookup) gets a graph of `decoder_graph`, or reads a GGUF file in its
+own way: it rounds the zero points of Q4_1 to integers, which they are not. llama.cpp reads GGUF and serves a request
+after the other, since its Python binding does not batch; it is UNTESTED: no test of the course has run it.
 """
 
 import math
@@ -26,6 +27,7 @@ from labkit.deploy import decoder_graph, engines
 from labkit.deploy.serving import Texts, new_tokens
 from labkit.errors import InputError, check_choice, check_whole
 
+# Without these OpenVINO takes bfloat16 where the CPU has it, keeps keys and values in 8 bits, and rounds activations.
 _F32, _BF16 = ({"INFERENCE_PRECISION_HINT": kind, "KV_CACHE_PRECISION": kind} for kind in ("f32", "bf16"))
 _A8, _FLOATS = ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": size} for size in (32, 0))
 PRECISIONS = {"f32": _F32 | _FLOATS, "f32-a8": _F32 | _A8, "bf16": _BF16 | _FLOATS, "bf16-a8": _BF16 | _A8}
@@ -52,9 +54,11 @@ class LanguageEngine:
     def generate(self, prompts: Sequence[Tensor], *, max_new_tokens: int | Sequence[int], lookup: int = 0) -> Texts:
         """Each prompt [T] (or [1, T]) with its new tokens, greedily and past any end of text, all requests at once.
 
-        max_new_tokens: a number, or one for each prompt. lookup: up to so many tokens are guessed a step from where the
-        last MATCH tokens stood before in the text; 0: none. The text is the same in float32, but where rounding
-        decides. InputError for prompts that are no text of the model and numbers below 1 (of lookup below 0).
+        max_new_tokens: a number, or one for each prompt.
+        lookup: up to so many tokens are guessed a step from where the last MATCH tokens stood before in the text; 0:
+            none. It is the same text, but where rounding decides between logits that are equal but for that: so in
+            "f32". The first use reads the files a second time.
+        InputError for prompts that are no text of the model and for numbers below 1 (of lookup below 0).
         """
         new = new_tokens(max_new_tokens, prompts)
         check_whole(lookup, "lookup", 0)
@@ -71,7 +75,8 @@ class LanguageEngine:
     def perplexity(self, tokens: Tensor, *, window: int = 512) -> float:
         """As `training.perplexity`: of the artefact, by the kernels that generate."""
         rows = training.windows(tokens, window)
-        check_text(rows[:1], 1, self.vocabulary, self.positions)
+        for row in rows:
+            check_text(row, 1, self.vocabulary, self.positions)
         losses = [-self.backend.log_probabilities(row.tolist()).mean() for row in rows]
         return math.exp(float(np.mean(losses)))
 
@@ -97,7 +102,7 @@ def prepare(
     weights: how the others are stored: a name of `decoder_graph.WEIGHTS`; of a GGUF file nothing is changed.
     precision: of OpenVINO's CPU, one of PRECISIONS: sums, keys and values in float32 or bfloat16; with "a8" it rounds
         what products with integer weights get to 8 bits, in groups of 32, which is how it reaches int8 instructions.
-    folder: keeps the files there; else they last as long as the engine.
+    folder: keeps what is written there; else it lasts as long as the engine.
 
     InputError for an engine that is not installed, a file that is not there, and a model that it cannot take.
     """
@@ -112,15 +117,15 @@ def prepare(
         if name != "openvino-genai":
             raise InputError(f"{name} reads a GGUF file and got a {type(model).__name__}: give the file's path.")
         target.mkdir(parents=True, exist_ok=True)
-        decoder_graph.write_openvino(model, target / "openvino_model.xml", weights=weights)
-        files, (vocabulary, positions) = [*target.iterdir()], (
-            model.config.vocab_size, model.config.max_position_embeddings
-        )  # fmt: skip
+        files = [target / f"openvino_model.{kind}" for kind in ("xml", "bin")]  # by which names GenAI looks for them
+        decoder_graph.write_openvino(model, files[0], weights=weights)
+        vocabulary, positions = model.config.vocab_size, model.config.max_position_embeddings
     else:
         target = Path(model)
         if not target.is_file():
             raise InputError(f"There is no file {target}: give a GGUF file, or a LlamaForCausalLM.")
-        files, (vocabulary, positions) = [target], _gguf_sizes(target)
+        files = [target]
+        vocabulary, positions = _gguf_sizes(target)
     written = time.perf_counter()
     backend = LANGUAGE_ENGINES[name].read(target, PRECISIONS[precision], temporary)
     backend.generate([[0]], [1], 0)
