@@ -4,3 +4,11 @@
 `decoder_graph` for language models. Batching is simulated in
 `simulation` (lesson 01), run for a decoder in `serving` (lesson 11), and behind HTTP in `server`.
 """
+
+from labkit import submodules
+
+__all__ = [
+    "decoding", "engines", "export", "isa", "parity", "pipeline", "server", "serving", "simulation", "targets",
+]  # fmt: skip
+
+__getattr__ = submodules(__name__, __all__)

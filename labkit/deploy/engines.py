@@ -548,7 +548,8 @@ def missing(name: str, packages: Sequence[str]) -> str:
     """Which of the packages are not here, in a sentence with what installs the first; "" where all are."""
     lacking = [package for package in packages if not _present(package)]
     how = INSTALL.get(lacking[0], ENGINES_EXTRA) if lacking else ""
-    return f"{name} needs {' and '.join(lacking)}, which is not installed: {how}." if lacking else ""
+    verb = "is" if len(lacking) == 1 else "are"
+    return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}." if lacking else ""
 
 
 def check_present(name: str, packages: Sequence[str]) -> None:

@@ -43,7 +43,8 @@ class Step:
 @dataclass(frozen=True)
 class Stage:
     """The model after `steps`, in `engine`. speedups: over the first model in eager torch, by the label of the input,
-    (ratio, low, high). seconds: what the last step took, once. error: why it went no further; the rest is then empty.
+    (ratio, low, high). seconds: what the last step took, once; in an engine with export and loading. error: why it went
+    no further; the rest is then empty.
     """
 
     steps: tuple[str, ...]
@@ -87,6 +88,7 @@ def execute(
                 seconds = time.perf_counter() - start if seconds is None else seconds
                 runs = {label: _prepared(engine, model, example, batches) for label, example in examples.items()}
                 *_, largest = runs.values()
+                seconds += 0 if engine == "torch" else largest.prepare_seconds + largest.load_seconds
                 stage = Stage(done, engine, seconds, largest.bytes, reference.judge(largest))
                 for label, run in runs.items() if stages else ():
                     calls = partial(eager[label], **inputs[label]), partial(run, **inputs[label])

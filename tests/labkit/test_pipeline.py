@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from labkit import artifact
-from labkit.deploy import parity, pipeline
+from labkit.deploy import engines, parity, pipeline
 from labkit.deploy.pipeline import Step
 from labkit.errors import InputError, LabError
 from labkit.quantization import integer, ptq
@@ -59,6 +59,14 @@ def test_rows_are_those_of_the_models(tmp_path):
     assert healed.parity == REFERENCE.judge(again)
     assert int8.parity == REFERENCE.judge(integer.convert(quantized(again))), "what is timed are integers"
     assert set(int8.speedups) == set(EXAMPLES) and all(low <= x <= high for x, low, high in int8.speedups.values())
+
+
+@pytest.mark.skipif(engines.available()["onnxruntime"] != "ready", reason="needs ONNX Runtime")
+def test_what_an_engine_takes_to_prepare_is_paid_once(tmp_path):
+    _, engine = execute([Step("engine", engine="onnxruntime")], tmp_path)
+    again = engines.prepare("onnxruntime", MODEL, EXAMPLES["batch 16"])
+    assert engine.seconds > again.load_seconds and engine.bytes == again.bytes
+    assert engine.seconds > again.prepare_seconds / 10, "the export is in it"
 
 
 def test_it_goes_on_where_it_was_interrupted(tmp_path):

@@ -87,7 +87,8 @@ def test_import_is_quick_and_brings_no_heavy_package():
 def test_modules_are_attributes_of_the_package():
     assert labkit.bench.measure and labkit.roofline.count and labkit.machine.DEVICES
     assert all(getattr(labkit, name) for name in dir(labkit))
-    assert all(getattr(labkit.pruning, name) for name in labkit.pruning.__all__)
+    for package in (labkit.pruning, labkit.quantization, labkit.attention, labkit.deploy):
+        assert all(getattr(package, name) for name in package.__all__)
     assert not hasattr(labkit, "no_module_of_this_name") and not hasattr(labkit.pruning, "pkgutil")
     with pytest.raises(AttributeError, match="labkit has no 'speed'; it has start, "):
         _ = labkit.speed
