@@ -1,12 +1,14 @@
 """A decoder of the Llama type as a graph of OpenVINO, written operator by operator, with weights in few bits.
 
-The exporters of the field trace the model and then search the trace for what an engine has a kernel for. Here the
-operators stand as OpenVINO's transformations look for them: attention behind a state that grows (which OpenVINO GenAI
-replaces with pages), rotary positions, RMSNorm, and weights as integers behind Subtract and Multiply, which the CPU
-keeps as integers. The function is that of `labkit.attention.decoder`.
+An exporter traces the model for minutes, and the engine then searches the trace for what it has a kernel for. Here the
+operators stand as OpenVINO's transformations look for them: rotary positions, RMSNorm, attention, and weights as
+integers behind Subtract and Multiply, which the CPU keeps as integers. The function is that of
+`labkit.attention.decoder`. Two forms: `Stateful`, whose cache is a state that grows (OpenVINO GenAI replaces it with
+pages), and `Stateless`, whose cache is passed in and whose new keys and values come out.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,8 @@ Node = Any  # openvino.Node
 class Stored(NamedTuple):
     """A weight [out, in] as (codes - zero) scale, or as floats where there is no scale.
 
-    codes: [out, groups, in group] or floats [out, in]. kind: their type in OpenVINO. scale: float16 [out, groups, 1].
-    zero: the same shape, integers of that type, or float16; None: 0.
+    codes: [out, in], or [out, groups, in group]. kind: their type in OpenVINO. scale: float16 [out, 1], or
+    [out, groups, 1]. zero: the same shape, integers of that type, or float16; None: 0.
     """
 
     codes: Tensor
@@ -43,18 +45,15 @@ def _floats(dtype: torch.dtype, kind: str) -> Callable[[Tensor], Stored]:
 
 def _integers(quantized: Quantized) -> Stored:
     """Codes of `weight_only`: 4 bits in 4, all others in a byte."""
-    signed, half = quantized.grid.lo < 0, quantized.bits == 4
-    codes = quantized.codes.unflatten(1, (quantized.scale.shape[1], -1))
-    kind = f"{'i' if signed else 'u'}{4 if half else 8}"
-    return Stored(codes, kind, quantized.scale.half(), None if signed else quantized.zero)
+    signed, groups = quantized.grid.lo < 0, quantized.scale.shape[1]
+    kind = f"{'i' if signed else 'u'}{4 if quantized.bits == 4 else 8}"
+    parts = [quantized.codes.unflatten(1, (groups, -1)), quantized.scale.half(), quantized.zero]  # [out, groups, ...]
+    codes, scale, zero = (part.flatten(1) for part in parts) if groups == 1 else parts
+    return Stored(codes, kind, scale, None if signed else zero)
 
 
 def _int8(weight: Tensor) -> Stored:
     return _integers(weight_only.rtn(weight, 8, group_size=None, symmetric=True))
-
-
-def _int4(weight: Tensor) -> Stored:
-    return _integers(weight_only.rtn(weight, 4, group_size=64))
 
 
 def _q8_0(weight: Tensor) -> Stored:
@@ -85,77 +84,70 @@ WEIGHTS: dict[str, tuple[Callable[[Tensor], Stored], Callable[[Tensor], Stored]]
     "int8": (_int8, _int8),  # a scale a row
     "q8_0": (_q8_0, _q8_0),  # a scale for 32; this and the next as in llama.cpp's files of that name
     "q4_1": (_q4_1, _q8_0),
-    "int4": (_int4, _int8),  # zero points in groups of 64
 }
 
 
-@torch.no_grad()
-def write_openvino(model: nn.Module, path: Path, *, weights: str = "float16") -> None:
-    """`model` as an .xml file with its .bin beside it, in which weights are stored as WEIGHTS names it.
+class _Graph:
+    """B texts of S tokens after P that are in the cache, T = P + S in all; H heads of queries on G of keys and values.
 
-    model: a LlamaForCausalLM of transformers on the CPU; its `WeightOnlyLinear`s of affine grids are written with the
-        codes that they have.
-    Inputs input_ids, attention_mask, position_ids [B, T] and beam_idx [B]; output logits [B, T, V]; float32 inside.
+    model: a LlamaForCausalLM of transformers on the CPU. weights: how they are stored, a name of WEIGHTS;
+        `WeightOnlyLinear`s of affine grids keep the codes that they have. All else is float32.
     Raises InputError for another architecture or format.
     """
-    import openvino
 
-    check_choice(weights, WEIGHTS, "format of weights")
-    check_llama(model, (nn.Linear, WeightOnlyLinear))
-    openvino.save_model(_Graph(model, weights).build(), path, compress_to_fp16=False)
-
-
-class _Graph:
-    """B sequences of S tokens after P that the state holds, T = P + S in all."""
-
-    def __init__(self, model: nn.Module, weights: str) -> None:
+    def __init__(self, model: nn.Module, weights: str = "float32") -> None:
+        check_choice(weights, WEIGHTS, "format of weights")
+        check_llama(model, (nn.Linear, WeightOnlyLinear))
         from openvino import opset13
 
-        self.ops, self.model, self.config = opset13, model, model.config
+        self.ops, self.model, config = opset13, model, model.config
         self.inner, self.outer = WEIGHTS[weights]
-        config = model.config
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.inputs: list[Node] = []
         self.sinks: list[Node] = []
 
-    def build(self) -> Any:
+    @torch.no_grad()
+    def save(self, path: Path) -> None:
+        """Writes the .xml file `path` and its .bin beside it."""
         import openvino
 
+        results = [self.ops.result(x) for x in self._outputs()]
+        model = openvino.Model(results, self.sinks, self.inputs, "decoder")
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+    def _outputs(self) -> list[Node]:
+        raise NotImplementedError
+
+    def _attend(self, index: int, q: Node, k: Node, v: Node) -> Node:
+        """Of layer `index`: q [B, H, S, D] on the cache with k and v [B, G, S, D], to [B, H, S, D]."""
+        raise NotImplementedError
+
+    def _logits(self, ids: Node, positions: Node, total: Node) -> Node:
+        """Of ids [B, S] at positions [B or 1, S], T in all, [B, S, V]."""
         ops, body = self.ops, self.model.model
-        ids, mask, positions = (self._input(name, 2) for name in ("input_ids", "attention_mask", "position_ids"))
-        self.beam = self._input("beam_idx", 1, np.int32)
-        self.batch = ops.gather(ops.shape_of(ids), self._whole([0]), self._whole(0))  # [1]
         frequencies = self._float(body.rotary_emb.inv_freq.view(1, 1, -1))
         angles = ops.multiply(ops.convert(ops.unsqueeze(positions, self._whole(2)), "f32"), frequencies)  # [B, S, D/2]
         angles = ops.unsqueeze(ops.concat([angles, angles], -1), self._whole(1))  # [B, 1, S, D]
         self.cos, self.sin = ops.cos(angles), ops.sin(angles)
-        total = ops.gather(ops.shape_of(mask), self._whole(1), self._whole(0))
         steps = ops.range(self._whole(0), total, self._whole(1), "i64")
         seen = ops.less_equal(steps, ops.unsqueeze(positions, self._whole([1, 3])))  # [B, 1, S, T]
         self.mask = ops.select(seen, self._float(0.0), self._float(-65504.0))
-
         head = self._weight(self.model.lm_head, self.outer)
         tied = body.embed_tokens.weight is getattr(self.model.lm_head, "weight", None)
         x = ops.gather(head if tied else self._weight(body.embed_tokens, self.outer), ids, self._whole(0))  # [B, S, W]
         for i, layer in enumerate(body.layers):
             x = ops.add(x, self._attention(i, self._norm(x, layer.input_layernorm), layer.self_attn))
             x = ops.add(x, self._feed_forward(self._norm(x, layer.post_attention_layernorm), layer.mlp))
-        logits = ops.matmul(self._norm(x, body.norm), head, False, True)
-        logits.output(0).set_names({"logits"})
-        return openvino.Model([ops.result(logits)], self.sinks, [ids, mask, positions, self.beam], "decoder")
+        return ops.matmul(self._norm(x, body.norm), head, False, True)
 
     def _attention(self, index: int, x: Node, layer: nn.Module) -> Node:
-        ops = self.ops
         q, k, v = (
-            self._split(self._linear(x, projection), heads)
-            for projection, heads in (
-                (layer.q_proj, self.heads), (layer.k_proj, self.groups), (layer.v_proj, self.groups)
-            )
-        )  # fmt: skip
-        keys, values = self._state(f"{index}.key", self._rotate(k)), self._state(f"{index}.value", v)
-        y = ops.scaled_dot_product_attention(self._rotate(q), keys, values, self.mask)  # [B, H, S, D]
-        y = ops.reshape(self._swap(y), self._whole([0, 0, self.heads * self.width]), True)
-        return self._linear(y, layer.o_proj)
+            self._swap(self.ops.reshape(self._linear(x, projection), self._whole([0, 0, -1, self.width]), True))
+            for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        y = self._swap(self._attend(index, self._rotate(q), self._rotate(k), v))
+        return self._linear(self.ops.reshape(y, self._whole([0, 0, self.heads * self.width]), True), layer.o_proj)
 
     def _feed_forward(self, x: Node, layer: nn.Module) -> Node:
         gate, up = self._linear(x, layer.gate_proj), self._linear(x, layer.up_proj)
@@ -178,20 +170,6 @@ class _Graph:
         turned = ops.concat([ops.multiply(second, self._float(-1.0)), first], -1)
         return ops.add(ops.multiply(x, self.cos), ops.multiply(turned, self.sin))
 
-    def _state(self, name: str, x: Node) -> Node:
-        """Keys or values [B, groups, S, D] after those before them, for every head: [B, H, T, D]."""
-        import openvino
-
-        ops, sizes = self.ops, [self._whole([n]) for n in (self.groups, 0, self.width)]
-        empty = ops.broadcast(self._float(0.0), ops.concat([self.batch, *sizes], 0))
-        shape = openvino.PartialShape([-1, self.groups, -1, self.width])
-        past = ops.gather(ops.read_value(empty, name, np.float32, shape), self.beam, self._whole(0))
-        everything = ops.concat([past, x], 2)
-        self.sinks.append(ops.assign(everything, name))
-        repeats = self._whole([1, 1, self.heads // self.groups, 1, 1])
-        wide = ops.broadcast(ops.unsqueeze(everything, self._whole(2)), repeats, broadcast_spec="BIDIRECTIONAL")
-        return ops.reshape(wide, self._whole([0, self.heads, -1, self.width]), True)
-
     def _linear(self, x: Node, layer: nn.Module) -> Node:
         return self.ops.matmul(x, self._weight(layer, self.inner), False, True)
 
@@ -203,29 +181,32 @@ class _Graph:
             stored = _integers(layer.quantized())
         else:
             stored = store(layer.weight.detach().float())
-        ops, whole = self.ops, self._constant(stored.codes, stored.kind)
+        ops, codes = self.ops, self._constant(stored.codes, stored.kind)
         if stored.scale is None:
-            return whole if stored.kind == "f32" else ops.convert(whole, "f32")
-        weight = ops.convert(whole, "f16")
+            return codes if stored.kind == "f32" else ops.convert(codes, "f32")
+        weight = ops.convert(codes, "f16")
         if stored.zero is not None:
             integer = not stored.zero.is_floating_point()
             zero = self._constant(stored.zero, stored.kind if integer else "f16")
             weight = ops.subtract(weight, ops.convert(zero, "f16") if integer else zero)
         weight = ops.multiply(weight, self._constant(stored.scale, "f16"))
-        return ops.convert(ops.reshape(weight, self._whole([len(stored.codes), -1]), False), "f32")
-
-    def _split(self, x: Node, heads: int) -> Node:
-        """[B, S, heads D] to [B, heads, S, D]."""
-        return self._swap(self.ops.reshape(x, self._whole([0, 0, heads, self.width]), True))
+        if stored.codes.ndim == 3:
+            weight = ops.reshape(weight, self._whole([len(stored.codes), -1]), False)
+        return ops.convert(weight, "f32")
 
     def _swap(self, x: Node) -> Node:
+        """[B, heads, S, D] from [B, S, heads, D], or back."""
         return self.ops.transpose(x, self._whole([0, 2, 1, 3]))
 
-    def _input(self, name: str, dimensions: int, dtype: type = np.int64) -> Node:
-        node = self.ops.parameter([-1] * dimensions, dtype)
+    def _input(self, name: str, shape: Sequence[int], dtype: type = np.int64) -> Node:
+        node = self.ops.parameter(list(shape), dtype)
         node.set_friendly_name(name)  # by which OpenVINO looks for it, where it makes pages of the state
         node.output(0).set_names({name})
+        self.inputs.append(node)
         return node
+
+    def _size(self, x: Node, dimension: int | Sequence[int]) -> Node:
+        return self.ops.gather(self.ops.shape_of(x), self._whole(dimension), self._whole(0))
 
     def _constant(self, x: Tensor, kind: str) -> Node:
         import openvino
@@ -241,3 +222,60 @@ class _Graph:
 
     def _whole(self, x: int | Sequence[int]) -> Node:
         return self.ops.constant(np.array(x, dtype=np.int64))
+
+
+class Stateful(_Graph):
+    """Inputs input_ids and position_ids [B, S], attention_mask [B, T], beam_idx [B]; output logits [B, S, V]."""
+
+    def _outputs(self) -> list[Node]:
+        ids, mask, positions = (self._input(x, [-1, -1]) for x in ("input_ids", "attention_mask", "position_ids"))
+        self.beam, self.batch = self._input("beam_idx", [-1], np.int32), self._size(ids, [0])
+        logits = self._logits(ids, positions, self._size(mask, 1))
+        logits.output(0).set_names({"logits"})
+        return [logits]
+
+    def _attend(self, index: int, q: Node, k: Node, v: Node) -> Node:
+        keys, values = self._state(f"{index}.key", k), self._state(f"{index}.value", v)
+        return self.ops.scaled_dot_product_attention(q, keys, values, self.mask)
+
+    def _state(self, name: str, x: Node) -> Node:
+        """Keys or values [B, G, S, D] after those before them, for every head: [B, H, T, D]."""
+        import openvino
+
+        ops, sizes = self.ops, [self._whole([n]) for n in (self.groups, 0, self.width)]
+        empty = ops.broadcast(self._float(0.0), ops.concat([self.batch, *sizes], 0))
+        shape = openvino.PartialShape([-1, self.groups, -1, self.width])
+        past = ops.gather(ops.read_value(empty, name, np.float32, shape), self.beam, self._whole(0))
+        everything = ops.concat([past, x], 2)
+        self.sinks.append(ops.assign(everything, name))
+        repeats = self._whole([1, 1, self.heads // self.groups, 1, 1])
+        wide = ops.broadcast(ops.unsqueeze(everything, self._whole(2)), repeats, broadcast_spec="BIDIRECTIONAL")
+        return ops.reshape(wide, self._whole([0, self.heads, -1, self.width]), True)
+
+
+class Stateless(_Graph):
+    """Inputs keys and values [B, layers, G, P, D], input_ids [B, S]; outputs logits, and keys and values of the S."""
+
+    def _outputs(self) -> list[Node]:
+        ops, shape = self.ops, [-1, len(self.model.model.layers), self.groups, -1, self.width]
+        self.memory = [self._input(name, shape, np.float32) for name in ("keys", "values")]
+        ids, self.new = self._input("input_ids", [-1, -1]), []
+        past = self._size(self.memory[0], 3)
+        total = ops.add(past, self._size(ids, 1))
+        positions = ops.unsqueeze(ops.range(past, total, self._whole(1), "i64"), self._whole(0))  # [1, S]
+        logits = self._logits(ids, positions, total)
+        return [logits, *(ops.concat(list(side), 1) for side in zip(*self.new, strict=True))]
+
+    def _attend(self, index: int, q: Node, k: Node, v: Node) -> Node:
+        ops = self.ops
+        self.new.append([ops.unsqueeze(x, self._whole(1)) for x in (k, v)])
+        past = [ops.gather(side, self._whole(index), self._whole(1)) for side in self.memory]  # [B, G, P, D] each
+        keys, values = (ops.concat(list(pair), 2) for pair in zip(past, (k, v), strict=True))
+        rows = ops.reshape(q, self._whole([0, self.groups, -1, self.width]), True)  # [B, G, H / G S, D]
+        y = ops.scaled_dot_product_attention(rows, keys, values, self._row_mask)
+        return ops.reshape(y, self._whole([0, self.heads, -1, self.width]), True)
+
+    @cached_property
+    def _row_mask(self) -> Node:
+        """The mask for the heads of a group as rows below each other: keys and values need no copy for each head."""
+        return self.ops.tile(self.mask, self._whole([1, 1, self.heads // self.groups, 1]))

@@ -37,16 +37,18 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
-    """What requests that came together got, and when, in seconds since then.
+class Service:
+    """What was served, and when, in seconds since all requests came together.
 
     ids: each prompt with its new tokens, [T + new]. token_s: when each new token was there, [new] a request.
-    steps: calls of the model.
+    steps: calls of the model. computed: tokens that went through it; sharing saves some, preemption costs some.
     """
 
     ids: list[Tensor]
     token_s: list[Times]
     steps: int
+    computed: int
+    preemptions: int
 
     @property
     def tokens_per_s(self) -> float:
@@ -62,14 +64,6 @@ class Texts:
     def first_s(self) -> Times:
         """Until the first token of each request."""
         return np.array([times[0] for times in self.token_s])
-
-
-@dataclass(frozen=True, eq=False)
-class Service(Texts):
-    """Texts with what they cost. computed: tokens that went through the model; sharing saves some, preemption adds."""
-
-    computed: int
-    preemptions: int
 
 
 def generate(
