@@ -42,8 +42,6 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "float32": (GENAI, {"weights": "float32"}),
     "int8": (GENAI, {"weights": "int8"}),
     "int8, bf16, A8": (GENAI, {"weights": "int8", "precision": "bf16-a8"}),
-    "q8_0, A8": (GENAI, {"weights": "q8_0", "precision": "f32-a8"}),
-    "q4_1": (GENAI, {"weights": "q4_1"}),
 }
 PROMPT, NEW = 32, 24  # tokens of a request
 COPIED = 64  # new tokens, where guesses are looked up

@@ -259,8 +259,7 @@ def _reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0, 1 / scale)
 
 
-def q8_0(x: Tensor) -> tuple[Tensor, ...]:
-    """Blocks [count, 32] to int8 codes and scale [count, 1], not yet rounded to float16: x is codes scale."""
+def _q8_0(x: Tensor) -> tuple[Tensor, ...]:
     scale = x.abs().amax(1, True) / 127
     steps = x * _reciprocal(scale)
     whole = steps.abs().floor()
@@ -273,8 +272,7 @@ def _q4_0(x: Tensor) -> tuple[Tensor, ...]:
     return (x * _reciprocal(scale) + 8.5).trunc().clamp(0, 15).to(torch.uint8), scale
 
 
-def q4_1(x: Tensor) -> tuple[Tensor, ...]:
-    """Blocks [count, 32] to codes 0..15, scale and least [count, 1], not yet rounded: x is codes scale + least."""
+def _q4_1(x: Tensor) -> tuple[Tensor, ...]:
     least = x.amin(1, True)
     scale = (x.amax(1, True) - least) / 15
     return ((x - least) * _reciprocal(scale) + 0.5).trunc().clamp(0, 15).to(torch.uint8), scale, least
@@ -312,7 +310,7 @@ ROUNDED: dict[str, Format] = {
     # 34, 18 and 20 bytes for 32 weights: 8.5, 4.5 and 5 bits
     **{
         name: Format(partial(_pack_gguf, quantize=quantize), _unpack_gguf, "rows of whole blocks of 32 weights")
-        for name, quantize in {"q8_0": q8_0, "q4_0": _q4_0, "q4_1": q4_1}.items()
+        for name, quantize in {"q8_0": _q8_0, "q4_0": _q4_0, "q4_1": _q4_1}.items()
     },
 }
 

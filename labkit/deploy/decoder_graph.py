@@ -30,17 +30,13 @@ class Stored(NamedTuple):
     """A weight [out, in] as (codes - zero) scale, or as floats where there is no scale.
 
     codes: [out, in], or [out, groups, in group]. kind: their type in OpenVINO. scale: float16 [out, 1], or
-    [out, groups, 1]. zero: the same shape, integers of that type, or float16; None: 0.
+    [out, groups, 1]. zero: the same shape; None: 0.
     """
 
     codes: Tensor
     kind: str
     scale: Tensor | None = None
     zero: Tensor | None = None
-
-
-def _floats(dtype: torch.dtype, kind: str) -> Callable[[Tensor], Stored]:
-    return lambda weight: Stored(weight.to(dtype), kind)
 
 
 def _integers(quantized: Quantized) -> Stored:
@@ -52,38 +48,11 @@ def _integers(quantized: Quantized) -> Stored:
     return Stored(codes, kind, scale, None if signed else zero)
 
 
-def _int8(weight: Tensor) -> Stored:
-    return _integers(weight_only.rtn(weight, 8, group_size=None, symmetric=True))
-
-
-def _q8_0(weight: Tensor) -> Stored:
-    codes, scale = storage.q8_0(_blocks(weight))
-    rows = len(weight)
-    return Stored(codes.view(rows, -1, 32), "i8", scale.half().view(rows, -1, 1))
-
-
-def _q4_1(weight: Tensor) -> Stored:
-    """Codes scale + least = (codes - zero) scale with a zero that is no integer: rounding it costs much."""
-    codes, scale, least = storage.q4_1(_blocks(weight))
-    rows, flat = len(weight), scale.half() == 0  # a block of one number: code 0, so that -zero scale is the number
-    scale = torch.where(flat, least, scale).half()
-    zero = torch.where(flat, -1, -least / scale.float()).half()
-    return Stored(codes.view(rows, -1, 32), "u4", scale.view(rows, -1, 1), zero.view(rows, -1, 1))
-
-
-def _blocks(weight: Tensor) -> Tensor:
-    if weight.shape[1] % 32:
-        raise InputError(f"Rows of {weight.shape[1]} weights are no whole blocks of 32: take int8 or float16.")
-    return weight.reshape(-1, 32)
-
-
-# How the products of the blocks are stored, and the head with the embedding that is tied to it.
-WEIGHTS: dict[str, tuple[Callable[[Tensor], Stored], Callable[[Tensor], Stored]]] = {
-    "float32": (_floats(torch.float32, "f32"),) * 2,
-    "float16": (_floats(torch.float16, "f16"),) * 2,
-    "int8": (_int8, _int8),  # a scale a row
-    "q8_0": (_q8_0, _q8_0),  # a scale for 32; this and the next as in llama.cpp's files of that name
-    "q4_1": (_q4_1, _q8_0),
+WEIGHTS: dict[str, Callable[[Tensor], Stored]] = {
+    "float32": lambda weight: Stored(weight, "f32"),
+    "float16": lambda weight: Stored(weight.half(), "f16"),
+    # a scale a row
+    "int8": lambda weight: _integers(weight_only.rtn(weight, 8, group_size=None, symmetric=True)),
 }
 
 
@@ -101,7 +70,7 @@ class _Graph:
         from openvino import opset13
 
         self.ops, self.model, config = opset13, model, model.config
-        self.inner, self.outer = WEIGHTS[weights]
+        self.store = WEIGHTS[weights]
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.width = config.head_dim or config.hidden_size // config.num_attention_heads
         self.inputs: list[Node] = []
@@ -133,9 +102,9 @@ class _Graph:
         steps = ops.range(self._whole(0), total, self._whole(1), "i64")
         seen = ops.less_equal(steps, ops.unsqueeze(positions, self._whole([1, 3])))  # [B, 1, S, T]
         self.mask = ops.select(seen, self._float(0.0), self._float(-65504.0))
-        head = self._weight(self.model.lm_head, self.outer)
+        head = self._weight(self.model.lm_head)
         tied = body.embed_tokens.weight is getattr(self.model.lm_head, "weight", None)
-        x = ops.gather(head if tied else self._weight(body.embed_tokens, self.outer), ids, self._whole(0))  # [B, S, W]
+        x = ops.gather(head if tied else self._weight(body.embed_tokens), ids, self._whole(0))  # [B, S, W]
         for i, layer in enumerate(body.layers):
             x = ops.add(x, self._attention(i, self._norm(x, layer.input_layernorm), layer.self_attn))
             x = ops.add(x, self._feed_forward(self._norm(x, layer.post_attention_layernorm), layer.mlp))
@@ -171,24 +140,22 @@ class _Graph:
         return ops.add(ops.multiply(x, self.cos), ops.multiply(turned, self.sin))
 
     def _linear(self, x: Node, layer: nn.Module) -> Node:
-        return self.ops.matmul(x, self._weight(layer, self.inner), False, True)
+        return self.ops.matmul(x, self._weight(layer), False, True)
 
-    def _weight(self, layer: nn.Module, store: Callable[[Tensor], Stored]) -> Node:
+    def _weight(self, layer: nn.Module) -> Node:
         """The weight [out, in] of a layer in float32, from what is stored."""
         if isinstance(layer, WeightOnlyLinear):
             if layer.format:
                 raise InputError(f"{layer.format} has no kernel in this engine: take codes of an affine grid.")
             stored = _integers(layer.quantized())
         else:
-            stored = store(layer.weight.detach().float())
+            stored = self.store(layer.weight.detach().float())
         ops, codes = self.ops, self._constant(stored.codes, stored.kind)
         if stored.scale is None:
             return codes if stored.kind == "f32" else ops.convert(codes, "f32")
         weight = ops.convert(codes, "f16")
         if stored.zero is not None:
-            integer = not stored.zero.is_floating_point()
-            zero = self._constant(stored.zero, stored.kind if integer else "f16")
-            weight = ops.subtract(weight, ops.convert(zero, "f16") if integer else zero)
+            weight = ops.subtract(weight, ops.convert(self._constant(stored.zero, stored.kind), "f16"))
         weight = ops.multiply(weight, self._constant(stored.scale, "f16"))
         if stored.codes.ndim == 3:
             weight = ops.reshape(weight, self._whole([len(stored.codes), -1]), False)

@@ -55,11 +55,11 @@ def prepare(model: nn.Module) -> DecoderEngine:
         return DecoderEngine(size, written - start, time.perf_counter() - written, engine.request)
 
 
-def example(model: nn.Module, prompt: Tensor, new: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """What an engine is called with after `prompt` [B, P]: its keys and values, and its last token, `new` times."""
+def example(model: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What an engine is called with after `prompt` [B, P]: its keys and values, and its last token."""
     _, cache = roofline.filled_cache(model, prompt)
     memory = (torch.stack([getattr(layer, name) for layer in cache.layers], 1) for name in ("keys", "values"))
-    return *memory, prompt[:, -1:].repeat(1, new)
+    return *memory, prompt[:, -1:]
 
 
 def repeated(engine: DecoderEngine, model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:

@@ -31,7 +31,7 @@ from labkit.errors import InputError, check_choice, check_whole
 # Without these OpenVINO takes bfloat16 where the CPU has it, keeps keys and values in 8 bits, and rounds activations.
 _F32, _BF16 = ({"INFERENCE_PRECISION_HINT": kind, "KV_CACHE_PRECISION": kind} for kind in ("f32", "bf16"))
 _A8, _FLOATS = ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": size} for size in (32, 0))
-PRECISIONS = {"f32": _F32 | _FLOATS, "f32-a8": _F32 | _A8, "bf16": _BF16 | _FLOATS, "bf16-a8": _BF16 | _A8}
+PRECISIONS = {"f32": _F32 | _FLOATS, "f32-a8": _F32 | _A8, "bf16-a8": _BF16 | _A8}
 MATCH = 3  # tokens that have to agree before what followed them is guessed
 
 
@@ -90,17 +90,13 @@ def available() -> dict[str, str]:
 
 
 def prepare(
-    name: str,
-    model: nn.Module | str | Path,
-    *,
-    weights: str = "float16",
-    precision: str = "f32",
+    name: str, model: nn.Module | str | Path, *, weights: str = "float16", precision: str = "f32"
 ) -> LanguageEngine:
     """`model` in the engine `name`, on torch.get_num_threads() threads (of that moment).
 
     name: "openvino-genai", or "llama.cpp".
     model: a LlamaForCausalLM of transformers, for "openvino-genai" alone, which is left as it was; layers that
-        `weight_only.quantize` made keep their codes. Or a GGUF file, that the engine reads by itself.
+        `weight_only.quantize` made keep their codes. Or a GGUF file, which the engine reads by itself.
     weights: how the others are stored: a name of `decoder_graph.WEIGHTS`; of a GGUF file nothing is changed.
     precision: of OpenVINO's CPU, one of PRECISIONS: sums, keys and values in float32 or bfloat16; with "a8" it rounds
         what products with integer weights get to 8 bits, in groups of 32, which is how it reaches int8 instructions.
