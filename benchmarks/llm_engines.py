@@ -13,7 +13,7 @@ Bound: the bytes of the file, all of which are read for a token, over the bandwi
 The fastest row that passes then serves. Lookup: prompt lookup over plain decoding in the same engine, tokens compared.
 Requests: tokens a second of several at once over those of one; every text has to be the one that it is alone.
 A row "from GGUF" is the file as OpenVINO GenAI reads it. llama.cpp reads the same file, where it is installed; it takes
-requests one after the other.
+requests one after the other. That row is UNTESTED.
 """
 
 import argparse

@@ -6,7 +6,8 @@ prepared from, to the last one; a text does not depend on what else is generated
 
 OpenVINO GenAI (pages, continuous batching, prompt lookup) gets a graph of `decoder_graph`, or reads a GGUF file in its
 own way: it rounds the zero points of Q4_1 to integers, which they are not. llama.cpp reads GGUF and takes a request
-after the other, since its Python binding does not batch.
+after the other, since its Python binding does not batch; this part is UNTESTED: written after the source of
+llama-cpp-python 0.3.36, and never run.
 """
 
 import itertools
@@ -94,7 +95,7 @@ def prepare(
 ) -> LanguageEngine:
     """`model` in the engine `name`, on torch.get_num_threads() threads (of that moment).
 
-    name: "openvino-genai", or "llama.cpp".
+    name: "openvino-genai", or "llama.cpp" (UNTESTED).
     model: a LlamaForCausalLM of transformers, for "openvino-genai" alone, which is left as it was; layers that
         `weight_only.quantize` made keep their codes. Or a GGUF file, which the engine reads by itself.
     weights: how the others are stored: a name of `decoder_graph.WEIGHTS`; of a GGUF file nothing is changed.
@@ -183,7 +184,7 @@ class _GenAI:
 
 
 class _LlamaCpp:
-    """llama.cpp by llama-cpp-python, requests one after the other."""
+    """llama.cpp by llama-cpp-python, requests one after the other. UNTESTED: never run."""
 
     def __init__(self, path: Path, settings: dict[str, Any], keep: object) -> None:
         self.path, self.models = path, {}

@@ -173,7 +173,7 @@ def test_smollm2_in_int8_is_within_one_per_cent_of_perplexity_and_batches_as_alo
 @pytest.mark.slow
 @pytest.mark.skipif(READY["llama.cpp"] != "ready", reason="needs llama-cpp-python")
 def test_llama_cpp_scores_and_continues_smollm2s_file_as_the_model_does():
-    """It rounds keys, values and what products get, so that not every token has to be the model's."""
+    """It rounds keys, values and what products get, so that not every token has to be the model's. Never run so far."""
     model, tokenizer = models.smollm2(), models.tokenizer("smollm2")
     tokens = torch.tensor(tokenizer(datasets.handbook("test"), verbose=False)["input_ids"])
     engine = language.prepare("llama.cpp", fetch.path("smollm2") / fetch.asset("smollm2").files[0].path)
