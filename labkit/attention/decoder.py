@@ -83,24 +83,12 @@ class Decoder:
         return _product(hidden, self.head)
 
     def check(self, ids: Tensor, new: int) -> None:
-        """InputError unless `ids` are a text of this model, [T] or [1, T], to which `new` tokens can be added."""
-        whole = not (ids.is_floating_point() or ids.dtype == torch.bool) and ids.numel() == ids.shape[-1] > 0
-        if not whole or int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
-            raise InputError(
-                f"A text has to be token ids from 0 to {self.vocabulary - 1}, [tokens] or [1, tokens], at least one, "
-                f"got {ids.dtype} {list(ids.shape)}: give what the model's tokenizer gives."
-            )
-        self._check_length(ids.numel() + new)
-
-    def _check_length(self, tokens: int) -> None:
-        if tokens > len(self.cos):
-            raise InputError(
-                f"{tokens} tokens are more than the {len(self.cos)} that the model was made for: give fewer."
-            )
+        """See `check_text`."""
+        check_text(ids, new, self.vocabulary, len(self.cos))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [B or 1, S], [B or 1, 1, S, D]; the sign of rotate_half is in sin."""
-        self._check_length(int(positions.max()) + 1)
+        _check_length(int(positions.max()) + 1, len(self.cos))
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -139,6 +127,22 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() == x.shape[-1]:
         return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
+
+
+def check_text(ids: Tensor, new: int, vocabulary: int, positions: int) -> None:
+    """InputError unless `ids` are a text, [T] or [1, T], to which `new` tokens can be added: at most `positions`."""
+    whole = not (ids.is_floating_point() or ids.dtype == torch.bool) and ids.numel() == ids.shape[-1] > 0
+    if not whole or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise InputError(
+            f"A text has to be token ids from 0 to {vocabulary - 1}, [tokens] or [1, tokens], at least one, "
+            f"got {ids.dtype} {list(ids.shape)}: give what the model's tokenizer gives."
+        )
+    _check_length(ids.numel() + new, positions)
+
+
+def _check_length(tokens: int, positions: int) -> None:
+    if tokens > positions:
+        raise InputError(f"{tokens} tokens are more than the {positions} that the model was made for: give fewer.")
 
 
 def check_llama(model: nn.Module, layers: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:

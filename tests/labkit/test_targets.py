@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from labkit.deploy import engines, targets
+from labkit.deploy import engines, language, targets
 from labkit.deploy.targets import TARGETS
 
 # Every engine, server, instruction set and device that the guide names, section 1 and its list of accelerators.
@@ -55,9 +55,14 @@ def test_what_it_takes_is_what_the_probes_look_for():
 
 
 def test_engines_that_are_ready_are_said_to_run():
-    ready, rows = engines.available(), targets.by_status()
+    ready, rows = engines.available() | language.available(), targets.by_status()
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "executorch": "ExecuTorch"}
-    names |= {"torch-compile": "torch.compile", "aotinductor": "AOTInductor"}
+    names |= {
+        "openvino-genai": "OpenVINO GenAI",
+        "llama.cpp": "llama.cpp",
+        "torch-compile": "torch.compile",
+        "aotinductor": "AOTInductor",
+    }
     for name, target in names.items():
         assert (ready[name] == "ready") <= (target in rows["runs"])
     assert sorted(name for names in rows.values() for name in names) == sorted(TARGETS)
