@@ -39,6 +39,10 @@ def test_a_status_is_what_the_probes_see(monkeypatch: pytest.MonkeyPatch):
     assert TARGETS["AVX-512 VNNI"].status == "runs" and TARGETS["AMX"].status == "absent"
     on = {name: TARGETS[name].status for name in ("NVIDIA GPU", "H100", "H200", "A100", "L4")}
     assert on == {"NVIDIA GPU": "runs", "H100": "runs", "H200": "absent", "A100": "runs", "L4": "absent"}
+    monkeypatch.setattr(targets, "_openvino_devices", lambda: ["CPU", "NPU"])
+    assert TARGETS["Intel NPU"].status == "runs"
+    monkeypatch.setattr(targets, "_openvino_devices", lambda: ["CPU"])
+    assert TARGETS["Intel NPU"].status != "runs"
     monkeypatch.setattr(targets, "_gpus", lambda: [])
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: name == "onnx" or None)
     assert TARGETS["ONNX Runtime"].status == "half" and TARGETS["TensorRT"].status == "absent"
@@ -51,6 +55,7 @@ def test_what_it_takes_is_what_the_probes_look_for():
     assert TARGETS["H100"].needs == "an NVIDIA H100 GPU" and TARGETS["AMX"].needs == "a CPU with amx"
     assert TARGETS["Google TPU"].needs == "the device and package libtpu", "the package alone runs nothing"
     assert TARGETS["Qualcomm Hexagon"].needs == "the device; half of it: package onnxruntime_qnn"
+    assert TARGETS["Intel NPU"].needs == "OpenVINO with a device NPU; half of it: package openvino"
     assert TARGETS["DeepSparse"].needs == ""
 
 
