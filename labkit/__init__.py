@@ -28,12 +28,12 @@ def submodules(package: str, names: Collection[str]) -> Callable[[str], ModuleTy
     return module
 
 
+_module = submodules("labkit", ("start", *_MODULES))
+
+
 def __getattr__(name: str) -> Any:
     return importlib.import_module("labkit.session").start if name == "start" else _module(name)
 
 
 def __dir__() -> list[str]:
     return ["start", *_MODULES]
-
-
-_module = submodules("labkit", ("start", *_MODULES))

@@ -41,7 +41,7 @@ LESSONS = {
     "09": "LLM quantization",
     "10": "Knowledge distillation",
     "11": "Efficient attention and KV cache",
-    "12": "Hardware deployment",
+    "12": "Hardware-specific deployment",
     "13": "Case studies",
 }
 NOT_DONE = "not done yet"

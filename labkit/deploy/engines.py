@@ -501,7 +501,8 @@ ENGINES = {
 def _missing(name: str) -> str:
     packages = [package for package in ENGINES[name].packages if not _present(package)]
     how = INSTALL.get(packages[0], ENGINES_EXTRA) if packages else ""
-    return f"{name} needs {' and '.join(packages)}, which is not installed: {how}." if packages else ""
+    verb = "is" if len(packages) == 1 else "are"
+    return f"{name} needs {' and '.join(packages)}, which {verb} not installed: {how}." if packages else ""
 
 
 def _present(package: str) -> bool:

@@ -8,8 +8,7 @@ from labkit import submodules
 
 __all__ = [
     "channels", "coupling", "depth", "equality", "heads", "nm", "permutation", "schedules", "scores", "select",
-    "semi_structured", "sensitivity", "sparse", "sparsegpt", "sr_ste", "surgery", "transformers",
-    "unstructured",
+    "semi_structured", "sensitivity", "sparse", "sparsegpt", "sr_ste", "surgery", "transformers", "unstructured",
 ]  # fmt: skip
 
 __getattr__ = submodules(__name__, __all__)

@@ -29,7 +29,10 @@ def test_environment_yml_mirrors_pyproject():
     assert [line["pip"] for line in listed if isinstance(line, dict)] == [["-e ."]]
 
 
-IMPORTED_AS = {"pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course"}
+IMPORTED_AS = {
+    "pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course",
+    "mlcommons-loadgen": "mlperf_loadgen",
+}  # fmt: skip
 # by nbclient, papermill, sphinx, jinja2, matplotlib
 BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "markupsafe", "cycler"}
 OPTIONAL = {"pynvml", "latex2mathml", "nbval"}  # where they are not installed, a sentence or nothing

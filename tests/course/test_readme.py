@@ -37,14 +37,14 @@ def test_everything_outside_the_markers_is_kept_and_lost_ones_are_said(tmp_path,
 
 
 def test_labkit_in_one_minute_calls_what_there_is():
-    calls = [
-        node for node in ast.walk(ast.parse(TEXT.split("```python")[1].split("```")[0])) if isinstance(node, ast.Call)
-    ]
-    named = [(ast.unparse(call.func), call) for call in calls]
-    for name, call in [(name, call) for name, call in named if name.startswith("labkit.") and "(" not in name]:
-        function = reduce(getattr, name.split(".")[1:], labkit)
-        signature(function).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
-    assert len(named) > 10
+    code = ast.parse(TEXT.split("```python")[1].split("```")[0])
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = ast.unparse(call.func)
+        if name.startswith("labkit.") and "(" not in name:
+            function = reduce(getattr, name.split(".")[1:], labkit)
+            signature(function).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
+    assert len(calls) > 10
 
 
 TEXTS = [

@@ -41,8 +41,17 @@ def test_a_status_is_what_the_probes_see(monkeypatch: pytest.MonkeyPatch):
     assert on == {"NVIDIA GPU": "runs", "H100": "runs", "H200": "absent", "A100": "runs", "L4": "absent"}
     monkeypatch.setattr(targets, "_gpus", lambda: [])
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: name == "onnx" or None)
-    assert {TARGETS[name].status for name in ("ONNX Runtime", "TensorRT")} == {"half"}
+    assert TARGETS["ONNX Runtime"].status == "half" and TARGETS["TensorRT"].status == "absent"
     assert TARGETS["NVIDIA GPU"].status == TARGETS["OpenVINO"].status == TARGETS["TGI"].status == "absent"
+
+
+def test_what_it_takes_is_what_the_probes_look_for():
+    assert TARGETS["torch.compile"].needs == "package torch and program g++"
+    assert TARGETS["TensorRT"].needs == "an NVIDIA GPU and package tensorrt"
+    assert TARGETS["H100"].needs == "an NVIDIA H100 GPU" and TARGETS["AMX"].needs == "a CPU with amx"
+    assert TARGETS["Google TPU"].needs == "the device and package libtpu", "the package alone runs nothing"
+    assert TARGETS["Qualcomm Hexagon"].needs == "the device; half of it: package onnxruntime_qnn"
+    assert TARGETS["DeepSparse"].needs == ""
 
 
 def test_engines_that_are_ready_are_said_to_run():
