@@ -241,6 +241,15 @@ def test_measure_and_compare_keep_samples_intervals_and_verdict(lab, capsys):
     assert kept["predictions"][0]["measured"] == two.speedup
 
 
+def test_a_race_is_recorded_over_its_first_and_what_runs_beside_it_is_not(lab):
+    calls = {name: lambda n=n: sum(range(n)) for name, n in (("eager", 4000), ("engine", 1000), ("slow", 9000))}
+    result = lab.race("batch 1", calls, also={"larger": lambda: sum(range(90_000))}, budget_s=0.3)
+    kept = {entry["name"]: entry for entry in done(lab)["measurements"]}
+    assert list(kept) == ["engine, batch 1", "slow, batch 1"]
+    assert kept["engine, batch 1"]["value"] == result.over("eager", "engine").speedup
+    assert result.over("larger", "engine").speedup > 1
+
+
 def test_work_adds_the_share_of_the_roof_by_the_sessions_own_ceilings(lab, monkeypatch):
     asked = []
     monkeypatch.setattr(machine, "ceilings", lambda device, budget_s: asked.append(device) or ROOFS)
