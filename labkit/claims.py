@@ -164,8 +164,8 @@ def expected(claim: Claim) -> str:
 
 
 def recipe(claim: Claim) -> str:
-    """The least training that could settle it, in words: "1,290 steps, 3 seeds"; "" where none is needed."""
-    return ", ".join(f"{least:,} {term}" for term, least in claim.recipe.items())
+    """The least training that could settle it, in words: "1,290 steps, 1 seed"; "" where none is needed."""
+    return ", ".join(f"{n:,} {term.removesuffix('s') if n == 1 else term}" for term, n in claim.recipe.items())
 
 
 def measured(claim: Claim, value: float | None, ci95: Sequence[float] | None) -> str:

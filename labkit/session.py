@@ -615,7 +615,7 @@ class Lab:
             "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
             "software": f"Python {here.python}, torch {here.torch}",
             "preset": f"{self.preset}, within {budget}; seed {self.seed}",
-            "recorded": "; ".join(runs) or "not recorded yet",
+            "recorded": "; ".join(runs) or "no earlier run",
         }
         show.facts(f"Lesson {self.lesson}: {self.title}", facts)
 

@@ -167,6 +167,11 @@ def test_less_training_than_the_recipe_settles_nothing_either_way(tmp_path, trai
     assert claims.verdict(claim, value, trained=trained) == verdict
 
 
+def test_a_recipe_in_words_has_its_plurals(tmp_path):
+    claim = load(tmp_path, entry(recipe="{steps = 1290, seeds = 1}"))["3.1"]
+    assert claims.recipe(claim) == "1,290 steps, 1 seed"
+
+
 @pytest.mark.parametrize(("trained", "missing"), [(None, "steps, seeds"), ({"steps": 600}, "seeds")])
 def test_a_recipe_asks_what_was_trained(tmp_path, trained, missing):
     claim = load(tmp_path, entry(recipe=RECIPE))["3.1"]
