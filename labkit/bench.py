@@ -266,13 +266,14 @@ class Race:
     orders: tuple[tuple[str, ...], ...]  # of each round
     per_block: int  # samples in a block, of which the least counts
     foreign_cores: float | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # of all; those of two of them are in `over`
 
     def over(self, baseline: str, candidate: str) -> Comparison:
         """Any two of them, paired round by round. Raises KeyError for a name that did not run."""
         pair = self.sides[baseline], self.sides[candidate]
         first = [order.index(baseline) < order.index(candidate) for order in self.orders for _ in range(self.per_block)]
-        return Comparison(*pair, tuple(first), self.per_block, self.foreign_cores, self.warnings)
+        warnings = self.warnings + _pair_warnings(*pair, self.per_block)
+        return Comparison(*pair, tuple(first), self.per_block, self.foreign_cores, warnings)
 
 
 def race(
@@ -319,8 +320,6 @@ def race(
         moments.append(clocks.snapshot(run.device))
     sides = {name: _measurement(name, run, of_side, numbers[name], False) for name, of_side in samples.items()}
     warnings = _machine_warnings(run, moments, False, list(samples.values()))
-    if len(orders) < BLOCKS:
-        warnings += (f"only {_count(len(orders), 'round')}, and {BLOCKS} are needed: raise budget_s",)
     return Race(sides, tuple(orders), per_block, _foreign_cores(run, moments), warnings)
 
 

@@ -43,7 +43,7 @@ class Target:
         """What it takes to try it, if it has not ended: by the probes, and the device where those look for software."""
         if self.life == "ended":
             return ""
-        device = self.kind in ("accelerator", "edge") and "cuda:" not in self.runs
+        device = self.kind in ("accelerator", "edge") and not self.runs.startswith(("cuda:", "openvino:"))
         whole = " and ".join(["the device"] * device + _words(self.runs))
         half = " and ".join(_words(self.half))
         return "; ".join([whole] * bool(whole) + [f"half of it: {half}"] * bool(half))
@@ -66,6 +66,7 @@ PROBES = {  # kind of thing: what it is called, whether one of this name is here
     "program": ("program {}", lambda name: shutil.which(name) is not None),
     "feature": ("a CPU with {}", lambda name: name in _features()),
     "system": ("{} as the system", lambda name: platform.system() == name),
+    "openvino": ("OpenVINO with a device {}", lambda name: name in _openvino_devices()),
     "cuda": ("an NVIDIA {} GPU", lambda name: any(_names(name, gpu) for gpu in _gpus())),
 }
 
@@ -92,6 +93,15 @@ def _names(name: str, gpu: str) -> bool:
 @cache
 def _features() -> tuple[str, ...]:
     return fingerprint("cpu").features
+
+
+@cache
+def _openvino_devices() -> list[str]:
+    if importlib.util.find_spec("openvino") is None:
+        return []
+    import openvino
+
+    return openvino.Core().available_devices
 
 
 @cache

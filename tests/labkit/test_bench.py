@@ -219,7 +219,8 @@ def test_a_race_runs_all_in_each_round_in_random_order_and_lets_each_settle_unti
     assert pair.speedup == pytest.approx(2.0, rel=0.02)
     assert [pair.baseline.name, pair.candidate.name] == ["a", "b"]
     assert not result.warnings
-    assert "rounds, and 20 are needed" in race(THREE, clock=SimulatedClock(), budget_s=0.3).warnings[0]
+    short = race(THREE, clock=SimulatedClock(), budget_s=0.3)
+    assert "blocks of pairs, and" in short.over(*list(THREE)[:2]).warnings[0]
 
 
 def test_a_race_of_one_or_of_no_functions_is_refused():
@@ -529,7 +530,9 @@ def test_identical_work_is_not_told_apart_on_this_machine(disturb):
         results.append(compare(run, run, budget_s=0.3, seed=seed))
     excluded = sum(excludes(result.ci95, 1.0) for result in results)
     assert not too_often(excluded, runs), [str(result) for result in results]
-    assert not [str(result) for result in results if result.verdict in ("faster", "slower")]
+    # A wrong verdict takes an interval that leaves out the truth by 1 % more: rarer, and not impossible.
+    wrong = [str(result) for result in results if result.verdict in ("faster", "slower")]
+    assert not too_often(len(wrong), runs, rate=0.01), wrong
 
 
 @pytest.mark.timing

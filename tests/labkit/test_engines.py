@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from labkit.deploy import engines, export
+from labkit import datasets, models
+from labkit.deploy import engines, export, parity
 from labkit.errors import InputError
 from labkit.files import ROOT
 from labkit.quantization import affine, ptq
@@ -27,6 +29,7 @@ pytest.importorskip("onnxscript")
 
 openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
 nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs NNCF")
+hexagon = pytest.mark.skipif(engines.available()["hexagon"] != "ready", reason="needs onnxruntime-qnn")
 BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
 COMPILERS = [  # each starts g++
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")])
@@ -412,6 +415,56 @@ def test_a_bias_beside_tiny_weights_fits_in_32_bits(name: str):
     step = 0.02 * model.weight_grid.scale.flatten()
     assert (model.layer.bias / step).abs().max() > 2**31, "or the test shows nothing"
     torch.testing.assert_close(engines.prepare(name, model, x)(x), model(x), rtol=EPS, atol=EPS)
+
+
+@cache
+def lite0() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """EfficientNet-lite0 simulated in int8, crops of photos that it was not calibrated on, and those that it was."""
+    photos, others = (models.imagenet_input(datasets.photo_crops(n, seed=seed)) for n, seed in ((4, 2), (6, 1)))
+    return calibrated(models.efficientnet_lite0(), [others]), photos, others
+
+
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory: pytest.TempPathFactory):
+    """EfficientNet-lite0 with QuantizeLinear and DequantizeLinear, and what ONNX Runtime answers with it."""
+    folder = tmp_path_factory.mktemp("lite0")
+    model, photos, others = lite0()
+    engine = engines.prepare("onnxruntime", model, photos, batches=[others], folder=folder)
+    return folder / "model.onnx", engine(photos)
+
+
+def in_openvino(path):
+    _, photos, _ = lite0()
+    return torch.from_numpy(engines.request(path).infer([photos.numpy()])[0])
+
+
+def in_hexagon(path):
+    model, photos, others = lite0()
+    return engines.prepare("hexagon", model, photos, batches=[others])(photos)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [pytest.param(in_openvino, marks=openvino), pytest.param(in_hexagon, marks=hexagon)])
+def test_one_file_of_efficientnet_gives_the_same_answers_in_every_engine(run, one_file):
+    """Beside ONNX Runtime on the same file: integers are equal but for ties of rounding, layer on layer."""
+    path, answers = one_file
+    results = run(path)
+    model, photos, _ = lite0()
+    judged = parity.compare_scores(answers, results)
+    assert judged.sqnr_db > 20, judged
+    assert judged.sure_agreement is None or judged.sure_agreement[0] == 1, judged
+    assert parity.compare_scores(model(photos), results).sqnr_db > 20
+
+
+@hexagon
+def test_hexagon_takes_what_is_rounded_and_leaves_the_rest_to_the_cpu(tmp_path):
+    model, x = simulated_net(), X
+    engine = engines.prepare("hexagon", model, x, batches=[x], folder=tmp_path)
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "hexagon.onnx").graph.node)
+    assert kinds["EPContext"] == 1 and not kinds["Conv"] and kinds["Gemm"] == 1, kinds
+    reference = engines.prepare("onnxruntime", model, x, batches=[x])(x)
+    assert affine.sqnr(reference, engine(x)) > 40, "every code within a rounding of ONNX Runtime's"
+    assert torch.equal(engines.load(tmp_path)(x), engine(x))
 
 
 # --- the engines' own tools -------------------------------------------------------------------------------------------
