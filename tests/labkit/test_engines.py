@@ -502,6 +502,14 @@ def test_accuracy_control_calls_validate_with_engines():
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
+def test_a_path_that_the_compiler_cannot_take_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__file__", "/a new place/torch/__init__.py")
+    monkeypatch.setattr(engines, "_present", lambda package: True)
+    sentence = "torch-compile cannot compile against /a new place/torch/__init__.py: set the course up where no folder"
+    assert engines.available()["torch-compile"].startswith(sentence)
+    assert engines.available()["onnxruntime"] == "ready"
+
+
 def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("openvino", "nncf") else real(name))
