@@ -31,13 +31,13 @@ openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reas
 nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs NNCF")
 hexagon = pytest.mark.skipif(engines.available()["hexagon"] != "ready", reason="needs onnxruntime-qnn")
 BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
+READY = engines.available()
 COMPILERS = [  # each starts g++
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")])
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason=READY[name])])
     for name in ("torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen")
 ]
 EXECUTORCH = [
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(ready[name] != "ready", reason="needs ExecuTorch")])
-    for ready in [engines.available()]
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason="needs ExecuTorch")])
     for name in ("executorch", "executorch-portable")
 ]
 EPS = 1e-5  # of the largest: what engines may add up in another order
