@@ -530,9 +530,7 @@ def test_identical_work_is_not_told_apart_on_this_machine(disturb):
         results.append(compare(run, run, budget_s=0.3, seed=seed))
     excluded = sum(excludes(result.ci95, 1.0) for result in results)
     assert not too_often(excluded, runs), [str(result) for result in results]
-    # A wrong verdict takes an interval that leaves out the truth by 1 % more: rarer, and not impossible.
-    wrong = [str(result) for result in results if result.verdict in ("faster", "slower")]
-    assert not too_often(len(wrong), runs, rate=0.01), wrong
+    assert not [str(result) for result in results if result.verdict in ("faster", "slower")]
 
 
 @pytest.mark.timing
