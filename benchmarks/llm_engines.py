@@ -145,8 +145,7 @@ def main() -> None:
             f"{name}: {engine.bytes / 1e6:.1f} MB, prepared in {engine.prepare_seconds:.1f} s, loaded in "
             f"{engine.load_seconds:.1f} s; perplexity {judged['perplexity']:.3f}, {judged['ratio']:.4f} "
             f"[{judged['low']:.4f}, {judged['high']:.4f}] of the model's: "
-            f"gate: {verdict}; "
-            f"{equal} of {len(exact)} texts are transformers'",
+            f"gate: {verdict}; {equal} of {len(exact)} texts are transformers'",
             flush=True,
         )
         records[name] = {"bytes": engine.bytes, "quality": judged, "texts": len(exact), "equal": equal}

@@ -550,11 +550,12 @@ def missing(name: str, packages: Sequence[str]) -> str:
     "g++" is of no use either where the path of torch has a space: torch's call of the compiler does not quote it.
     """
     lacking = [package for package in packages if not _present(package)]
-    if "g++" in packages and not lacking and " " in torch.__file__:
+    if lacking:
+        verb, how = "is" if len(lacking) == 1 else "are", INSTALL.get(lacking[0], ENGINES_EXTRA)
+        return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}."
+    if "g++" in packages and " " in torch.__file__:
         return f"{name} cannot compile against {torch.__file__}: set the course up where no folder's name has a space."
-    how = INSTALL.get(lacking[0], ENGINES_EXTRA) if lacking else ""
-    verb = "is" if len(lacking) == 1 else "are"
-    return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}." if lacking else ""
+    return ""
 
 
 def check_present(name: str, packages: Sequence[str]) -> None:

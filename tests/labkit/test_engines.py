@@ -29,9 +29,9 @@ pytest.importorskip("onnxscript")
 
 openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
 nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs NNCF")
-hexagon = pytest.mark.skipif(engines.available()["hexagon"] != "ready", reason="needs onnxruntime-qnn")
-BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
 READY = engines.available()
+hexagon = pytest.mark.skipif(READY["hexagon"] != "ready", reason="needs onnxruntime-qnn")
+BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
 COMPILERS = [  # each starts g++
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason=READY[name])])
     for name in ("torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen")
