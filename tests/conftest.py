@@ -1,5 +1,6 @@
 """What several test files need: small lessons, an environment without a network, and GPU tests that skip themselves."""
 
+import gc
 import os
 import shutil
 from collections import Counter
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported now stays: labkit.bench collects garbage before it measures, and would search it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

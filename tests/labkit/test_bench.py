@@ -485,7 +485,6 @@ def one_thread():
     gc.collect()
     gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

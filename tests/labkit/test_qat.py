@@ -84,7 +84,10 @@ def case(bits: int, symmetric: bool, seed: int) -> tuple[torch.Tensor, torch.Ten
     ends = 0.4 * torch.rand(3, 1, dtype=torch.float64, generator=draw) + 0.2
     if not symmetric:
         ends = ends[0, 0]
-    return x, gradient, affine.choose(-ends, 1.2 * ends, bits, symmetric=symmetric)
+    grid = affine.choose(-ends, 1.2 * ends, bits, symmetric=symmetric)
+    codes = x / grid.scale + grid.zero
+    at_an_end = ((codes - grid.lo).abs() < 1e-4) | ((codes - grid.hi).abs() < 1e-4)  # a slope has two values there
+    return torch.where(at_an_end, x + 1e-3 * grid.scale, x), gradient, grid
 
 
 CASES = (st.integers(2, 8), st.booleans(), st.integers(0, 2**16))
@@ -146,7 +149,7 @@ def equation_3(x, gradient, grid):
 def finite_difference(x, gradient, grid, by):
     """Of what the estimator pretends to be: the staircase with its rounding error, in steps, held as it is."""
     least, most = grid.lo - grid.zero, grid.hi - grid.zero
-    error, size = (x / grid.scale).round() - x / grid.scale, 1e-7
+    error, size = (x / grid.scale).round() - x / grid.scale, 1e-7 * grid.scale
 
     def surrogate(x, scale):
         v = x / scale
@@ -384,8 +387,8 @@ def test_a_step_that_training_drives_through_zero_stays_a_grid():
 
 @pytest.mark.slow
 def test_two_bits_are_learned_where_they_cannot_be_calibrated():
-    """ResNet-20, 40 steps: calibration alone is lost, LSQ is not, and a smaller loss is a better model."""
-    train, test = datasets.fashion_mnist("train", 2560), datasets.fashion_mnist("test", 1000)
+    """ResNet-20, 24 steps: calibration alone is lost, LSQ is not, and a smaller loss is a better model."""
+    train, test = datasets.fashion_mnist("train", 1536), datasets.fashion_mnist("test", 500)
     images, bits = train.images[:256].split(64), {"": 2, "conv": 8, "fc": 8}
 
     def accuracy(model):
@@ -394,7 +397,7 @@ def test_two_bits_are_learned_where_they_cannot_be_calibrated():
     calibrated = ptq.quantize(models.resnet20(), images, weights=bits, activations=8).model
     model = qat.prepare(models.resnet20(), images, weights=bits, activations=8, method="lsq")
     before = accuracy(model)
-    qat.finetune_(model, training.Batches((train.images, train.labels), 64, seed=0), steps=40)
+    qat.finetune_(model, training.Batches((train.images, train.labels), 64, seed=0), steps=24)
     assert accuracy(calibrated) < 0.5 < 0.8 < accuracy(model) and before < accuracy(model)
 
 
