@@ -414,8 +414,8 @@ def test_a_kernel_that_does_not_start_is_given_up(course: Course, monkeypatch: p
 @pytest.mark.parametrize(
     ("limits", "code", "message"),
     [
-        ({"IDLE_SECONDS": 6, "IDLE_CPU_SECONDS": 0.5}, "import time; time.sleep(1000)", "there was no output, and the"),
-        ({"LONGEST_SECONDS": 9}, "while True: sum(range(10**6))", "the run took more than 0.15 min"),
+        ({"IDLE_SECONDS": 4, "IDLE_CPU_SECONDS": 0.4}, "import time; time.sleep(1000)", "there was no output, and the"),
+        ({"LONGEST_SECONDS": 6}, "while True: sum(range(10**6))", "the run took more than 0.1 min"),
     ],
 )
 def test_a_run_that_hangs_ends_and_keeps_what_it_had(tmp_path: Path, write_lesson, monkeypatch, limits, code, message):
@@ -431,13 +431,13 @@ def test_a_run_that_hangs_ends_and_keeps_what_it_had(tmp_path: Path, write_lesso
 @pytest.mark.parametrize(
     "code",
     [
-        "import time\nend = time.time() + 8\nwhile time.time() < end: sum(range(10**6))",
-        "import time\nfor _ in range(8): time.sleep(1); print('still here', flush=True)",
+        "import time\nend = time.time() + 5\nwhile time.time() < end: sum(range(10**6))",
+        "import time\nfor _ in range(5): time.sleep(1); print('still here', flush=True)",
     ],
 )
 def test_a_slow_run_that_works_or_prints_is_not_ended(tmp_path: Path, write_lesson, monkeypatch, code: str):
-    monkeypatch.setattr(run, "IDLE_SECONDS", 5)
-    monkeypatch.setattr(run, "IDLE_CPU_SECONDS", 0.5)
+    monkeypatch.setattr(run, "IDLE_SECONDS", 3)
+    monkeypatch.setattr(run, "IDLE_CPU_SECONDS", 0.3)
     assert execute(write_lesson(tmp_path, code), tmp_path / "r").error is None
 
 

@@ -52,8 +52,9 @@ def difference(model: nn.Module, new: nn.Module) -> float:
 @pytest.mark.parametrize("n", [1, 2, 12, 20, 24, 28, 36, 64, 96, 576, 896, 960, 1536, 2560, 4864])
 def test_a_hadamard_matrix_has_two_values_and_orthogonal_rows(n):
     h = rotation.hadamard(n)
+    some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:256]  # n^3 products would take seconds
     assert torch.allclose(h.abs() * n**0.5, torch.ones(n, n, dtype=torch.double), rtol=1e-12)
-    assert float((h @ h.t() - torch.eye(n)).abs().max()) < 1e-13
+    assert float((h[some] @ h.t() - torch.eye(n)[some]).abs().max()) < 1e-13
 
 
 def test_a_power_of_two_is_sylvesters():
