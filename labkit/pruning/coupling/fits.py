@@ -24,6 +24,7 @@ NO_SIZES = ("idx", "index", "id", "buckets")  # ends of names of numbers that ca
 # What comes in the same order whatever the sizes are. Products and moves do not: torch folds and copies by size and
 # stride. But what they get wrong shows here, such as a softmax over as many rows as there were heads.
 _NAMES = """convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+split split_with_sizes slice
 native_layer_norm native_group_norm _softmax _log_softmax _safe_softmax relu relu6 sigmoid tanh gelu silu mish elu
 leaky_relu hardswish hardsigmoid hardtanh softplus _prelu_kernel pow rsqrt embedding cat mean max_pool2d_with_indices
 avg_pool2d _adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d roll constant_pad_nd linalg_vector_norm"""
@@ -133,6 +134,12 @@ def attributes(model: nn.Module, keep: Keep, sizes: Mapping[str, Mapping[int, in
 
 def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]:
     """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters."""
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        last = "" if isinstance(module, nn.RNNCellBase) else "_l0"
+        weight = module._parameters[f"weight_ih{last}"]
+        (rows, into), hidden = shapes[id(weight)], shapes[id(module._parameters[f"weight_hh{last}"])][1]
+        sizes = {"input_size": into, "hidden_size": module.hidden_size * rows // weight.shape[0]}
+        return sizes | ({"proj_size": hidden} if getattr(module, "proj_size", 0) else {})
     weight = module._parameters.get("weight", module._parameters.get("weight_v"))  # of the older weight norm
     if parametrize.is_parametrized(module, "weight"):
         tensors = module.parametrizations["weight"]._parameters

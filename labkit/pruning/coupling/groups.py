@@ -118,6 +118,10 @@ class Coupling:
         trials: dict[tuple[bytes, str], str] = {}
 
         def failure(coupling: Coupling, clusters: list[list[int]]) -> str:
+            several = [clusters, clusters[::2]] if coupling.record.listed else [clusters]  # are pieces cut one by one?
+            return next(filter(None, (trial(coupling, part) for part in several)), "")
+
+        def trial(coupling: Coupling, clusters: list[list[int]]) -> str:
             gone = coupling._one_step([i for cluster in clusters for i in cluster])
             if not gone.any():
                 return ""

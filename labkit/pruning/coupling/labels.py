@@ -273,13 +273,17 @@ def reshaped(labels: Labels, spans: Spans, old: Sequence[int], new: Sequence[int
     """Spans of a tensor of shape `old` viewed in shape `new`; the order of the elements stays."""
     runs = _runs(old, new)
     run_of = {dim: n for n, (dims, _) in enumerate(runs) for dim in dims}
-    runs_of = [{run_of[dim] for dim in span.dims} for span in spans]
+
+    def runs_of(span: Span) -> set[int]:
+        return {run_of[dim] for dim in span.dims}
+
     result = []
+    spans = sorted(spans, key=lambda span: (labels.constant(span.labels), span.dims))
     for i, span in enumerate(spans):
-        if labels.constant(span.labels) and any(i != j and runs_of[i] & other for j, other in enumerate(runs_of)):
-            labels.pin(span.labels, "")  # repeated so often for each of another span's entries
+        if any(runs_of(span) & runs_of(other) for other in spans[:i]):  # repeated for each of another span's entries
+            labels.pin(span.labels, "" if labels.constant(span.labels) else "is joined with another dimension")
             continue
-        touched = sorted(runs_of[i])
+        touched = sorted(runs_of(span))
         if all(len(runs[n][0]) == len(runs[n][1]) == 1 for n in touched):
             result.append(Span(tuple(runs[n][1][0] for n in touched), span.labels))
             continue

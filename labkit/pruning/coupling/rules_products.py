@@ -65,7 +65,7 @@ def matrix_product_and_bias(c: Call) -> Spans:
     return _matrices(c, a, b, bias)
 
 
-@rule("mv dot")
+@rule("mv dot vdot")
 def vector_product(c: Call) -> Spans:
     """[n, k] x [k], or [k] x [k]"""
     a, b = c.args[:2]

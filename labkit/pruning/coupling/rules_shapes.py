@@ -69,10 +69,13 @@ def expand(c: Call) -> Spans:
 
 @rule("repeat")
 def repeat(c: Call) -> Spans:
-    """Labels repeated as the entries are."""
+    """Labels repeated as the entries are; what is repeated of size 1 follows what it meets."""
     x, times = c.args[:2]
-    spans = aligned(x, c.out, c.spans(x)).spans
-    return tuple(Span(span.dims, np.tile(span.labels, [times[d] for d in span.dims])) for span in spans)
+    side = aligned(x, c.out, c.spans(x))
+    spans = tuple(Span(span.dims, np.tile(span.labels, [times[d] for d in span.dims])) for span in side.spans)
+    spans += c.record.free(c.out, [d for d, n in enumerate(c.out.shape) if n == times[d]])
+    c.sized(c.out, spans)
+    return spans
 
 
 @rule("cat")
@@ -140,20 +143,36 @@ def slice_(c: Call) -> Spans:
     x, dim = c.args[0], _dim(c, 1, c.args[0].dim())
     start, end, step = (*c.args[2:5], *[None, None, 1][len(c.args[2:5]) :])
     start, end, step = slice(start, end, step).indices(x.shape[dim])
+    c.sized(x, c.spans(x), {dim})
     spans = _cut(c, x, dim, start, c.out.shape[dim], step)
     c.sized(c.out, spans)
     return shown(spans, c.out.shape)
 
 
-@rule("split split_with_sizes")
+@rule("split split_with_sizes unsafe_split unsafe_split_with_sizes")
 def split(c: Call) -> list[Spans]:
+    """Sizes in a list may become others one by one (`Coupling` tries whether they do), equal ones together."""
     x, dim = c.args[0], _dim(c, 2, c.args[0].dim())
-    results, start = [], 0
+    c.sized(x, c.spans(x), {dim})  # half of a width, say
+    results, start, alike = [], 0, {}
+    span = span_at(c.spans(x), dim)
+    listed = "sizes" in c.name and span is not None and len(span.dims) == 1
     for part in c.out:
-        spans = _cut(c, x, dim, start, part.shape[dim])
+        spans, length = c.spans(x), part.shape[dim]
+        if listed:
+            piece = Span((dim,), span.labels[start : start + length])
+            spans = tuple(piece if other is span else other for other in spans)
+            alike.setdefault(length, []).append(piece.labels)
+            if length == 1:  # carries no labels
+                c.fix((piece,), (dim,), "is cut at a fixed position")
+        else:
+            spans = _cut(c, x, dim, start, length)
         c.sized(part, spans)
         results.append(shown(spans, part.shape))
-        start += part.shape[dim]
+        start += length
+    c.record.listed |= listed
+    for pieces in alike.values():
+        c.record.labels.keep_even(pieces, c.because("is cut into pieces of one size"))
     return results
 
 
@@ -227,15 +246,26 @@ def roll(c: Call) -> Spans:
     return c.fix(c.spans(x), {d % x.dim() for d in dims}, "is rolled")
 
 
-@rule("pixel_shuffle")
-def pixel_shuffle(c: Call) -> Spans:
-    """[.., C r r, H, W] -> [.., C, H r, W r]: the r r channels of one output channel go together."""
-    x, r = c.args[:2]
-    dim = x.dim() - 3
+@rule("pixel_shuffle col2im")
+def gathered(c: Call) -> Spans:
+    """[.., C k, ...] -> [.., C, ...], k = r r in pixel_shuffle(r): the k channels of one output channel go together."""
+    x = c.args[0]
+    dim = x.dim() - (3 if c.name == "pixel_shuffle" else 2)
     labels, spans = c.alone(c.spans(x), dim)
     if labels is None:
         return spans
-    rows = labels.reshape(-1, r * r)
+    rows = labels.reshape(c.out.shape[dim], -1)
     c.tie(rows[:, :1], rows)
     rest = tuple(span for span in spans if dim not in span.dims)
     return (*rest, Span((dim,), rows[:, 0])) if len(rows) > 1 else rest
+
+
+@rule("im2col")
+def im2col(c: Call) -> Spans:
+    """[.., C, H, W] -> [.., C k, L]: k rows of each channel."""
+    x = c.args[0]
+    dim = x.dim() - 3
+    spans = c.fix(c.spans(x), (dim + 1, dim + 2), "has positions, not channels, in it")
+    labels, spans = c.alone(spans, dim)
+    rest = tuple(span for span in spans if dim not in span.dims)
+    return rest if labels is None else (*rest, Span((dim,), np.repeat(labels, c.out.shape[dim] // len(labels))))

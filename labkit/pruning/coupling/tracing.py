@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import gc
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -32,6 +33,7 @@ from labkit.pruning.coupling.rules import RULES, Call, Operation, Record
 DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
 DATA_DEPENDENT |= {"_unique2", "unique_dim", "unique_consecutive"}
 MASKS = (torch.bool, torch.uint8)  # as an index
+MADE = ("zeros", "ones", "full", "empty")  # entries alike
 VIEWS = {"t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"}  # still the weight
 
 
@@ -125,7 +127,11 @@ def abstract(x: Tensor) -> Tensor:
 
 
 def _on_meta(x: Tensor) -> Tensor:
-    return x if x.device.type == "meta" else torch.empty_like(x, device="meta")
+    if x.device.type == "meta":
+        return x
+    new = torch.empty_like(x, device="meta")
+    new._spans = getattr(x, "_spans", ())
+    return new
 
 
 @functools.cache
@@ -136,7 +142,14 @@ def name_of(func: Any) -> str:
 
 
 class Abstract(TorchDispatchMode):
-    """Inside, an operator with an abstract operand gives an abstract result, and one with real operands a real one."""
+    """Inside, an operator with an abstract operand gives an abstract result, and one with real operands a real one.
+
+    A real tensor that something abstract is written into is abstract from then on, and so are its views.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: dict[int, Tensor] = {}  # by address
 
     def where(self) -> str:
         return "the model"
@@ -144,24 +157,33 @@ class Abstract(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         leaves = list(_tensors(args, kwargs))
-        n_abstract = sum(leaf.is_meta for leaf in leaves)
-        touched = n_abstract > 0
         name = name_of(func)
+        if name == "_to_copy" and _stays_zero(args[0]) and not (kwargs.get("dtype") or args[0].dtype).is_floating_point:
+            args = leaves = (torch.zeros(args[0].shape),)
+        real = [x for x in leaves if not x.is_meta]
+        touched = len(real) < len(leaves)
+        if self._written and not touched:
+            touched = any(x.untyped_storage().data_ptr() in self._written for x in real)
         masks = [x for x in args[1] if x is not None and x.dtype in MASKS] if name in ("index", "index_put") else []
-        real = all(mask.device.type != "meta" for mask in masks)
-        if touched and (name in DATA_DEPENDENT or (name == "index" and not real)):
+        unknown = any(mask.is_meta for mask in masks)
+        if touched and (name in DATA_DEPENDENT or (name == "index" and unknown)):
             raise InputError(
                 f"The forward pass depends on the values of its activations ({name} in {self.where()}), so that what "
                 "hangs together may change from input to input: prune a part of the model that does not."
             )
-        if masks and real and touched:
+        if masks and touched and not unknown:
             args = (args[0], _numbered(args[1]), *args[2:])
-        if 0 < n_abstract < len(leaves):
+        if touched and real:
+            written = [x for x in _destinations(func, args, kwargs) if not x.is_meta]
+            self._written |= {x.untyped_storage().data_ptr(): x for x in written}
             args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
-        elif torch.device(kwargs.get("device") or "cpu").type == "meta" and _exact(name, args, kwargs, leaves):
-            kwargs["device"] = torch.device("cpu")
+        elif torch.device(kwargs.get("device") or "cpu").type == "meta" or _is_state(name, args, leaves):
+            kwargs["device"] = torch.device("cpu" if _exact(name, args, kwargs, leaves) else "meta")
         try:
-            return self.run(name, func, args, kwargs, touched)
+            out = self.run(name, func, args, kwargs, touched)
+            if name == "zeros" and not leaves:
+                out._is_zero = True
+            return out
         except NotImplementedError as error:
             reason = str(error).splitlines()[0].split(". ")[0]
             raise InputError(
@@ -190,13 +212,31 @@ def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return numbers
 
 
-def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:
+def _destinations(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The operands that an operator writes into."""
+    names = (spec.name for spec in func._schema.arguments)
+    operands = {**dict(zip(names, args, strict=False)), **kwargs}
+    specs = [spec for spec in func._schema.arguments if spec.alias_info is not None and spec.alias_info.is_write]
+    return [operands[spec.name] for spec in specs if isinstance(operands.get(spec.name), Tensor)]
+
+
+def _stays_zero(x: Tensor) -> bool:
+    """Whether it is zeros that nothing was written into so far."""
+    return getattr(x, "_is_zero", False) and x._version == 0
+
+
+def _is_state(name: str, args: tuple, leaves: Sequence[Tensor]) -> bool:
+    """Whether a pass makes what it will write into or add to, and more than a sum that starts at zero."""
+    return name in ("zeros", "empty") and not leaves and math.prod(args[0]) > 1
+
+
+def _exact(name: str, args: tuple, kwargs: dict, leaves: Sequence[Tensor]) -> bool:
     """Whether an operator that is asked to make something on the meta device makes what should have its values.
 
-    That is integers and booleans, and ones: the attention mask that a decoder makes for itself.
+    That is integers and booleans, and what is filled with something: the mask that a decoder makes for itself.
     """
     dtype = kwargs.get("dtype")
-    if name == "ones":
+    if name in ("ones", "full"):
         return True
     if dtype is not None:
         return not dtype.is_floating_point and not dtype.is_complex
@@ -204,7 +244,7 @@ def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:
         return not leaves[0].is_floating_point()
     if name == "arange":
         return all(isinstance(arg, int) for arg in args)
-    return name in ("full", "scalar_tensor") and isinstance(args[-1], int)  # True and False are ints
+    return name == "scalar_tensor" and isinstance(args[-1], int)  # True and False are ints
 
 
 @contextlib.contextmanager
@@ -273,10 +313,12 @@ class Tracer(Abstract):
         module, record = self._stack[-1], self._record
         number = self._calls[name, module]
         self._calls[name, module] += 1
-        if not touched or out is None:
-            if isinstance(out, Tensor) and out.device.type == "meta":  # the pass makes zeros, of sizes written down
-                out._spans = record.free(out, range(out.dim()))
-                Call(name, args, kwargs, out, module, number, record).sized(out, out._spans)
+        leaves = list(_tensors(args, kwargs))
+        if not leaves and isinstance(out, Tensor) and (out.is_meta or (name in MADE and out.is_floating_point())):
+            out._spans = record.free(out, range(out.dim()))
+            Call(name, args, kwargs, out, module, number, record).sized(out, out._spans)
+        repeated = name in ("expand", "repeat") and leaves[0].is_floating_point()
+        if out is None or not (touched or repeated or any(getattr(x, "_spans", ()) for x in leaves)):
             return out
         if name == "_to_copy" and (dtype := kwargs.get("dtype")) is not None and dtype.is_floating_point:
             record.names_dtype |= args[0].is_floating_point()
@@ -291,11 +333,12 @@ class Tracer(Abstract):
         for i, (x, spans) in enumerate(zip(outs, several, strict=True)):
             if isinstance(x, Tensor):
                 x._spans = tuple(s for s in spans if s.dims[-1] < x.dim() and _fits(s, x))
-                if i == 0 and not record.only_couples:
-                    operands = tuple(getattr(operand, "_origin", None) for operand in _tensors(args, kwargs))
+                if i == 0 and touched and not record.only_couples:
+                    operands = tuple(getattr(operand, "_origin", None) for operand in leaves)
                     settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
                     record.operations.append(Operation(name, module, tuple(x.shape), x._spans, operands, settings))
-                x._origin = len(record.operations) - 1
+                if touched:
+                    x._origin = len(record.operations) - 1
         if name in VIEWS:
             out._is_weight = getattr(args[0], "_is_weight", False)
         return out
