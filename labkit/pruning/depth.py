@@ -184,6 +184,11 @@ def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwarg
         with skipping(removed):
             expected = tracing.outputs(model(**kwargs, **cached))
         outputs = tracing.outputs(new(**kwargs, **cached))
+    if len(expected) != len(outputs):
+        raise EqualityError(
+            f"The pruned model gives {len(outputs)} outputs and the dense one {len(expected)}, one for each layer it "
+            "seems, which cannot be compared: give kwargs that leave them out."
+        )
     error = max(float((a - b).abs().max()) for a, b in zip(expected, outputs, strict=True))
     scale = max(float(a.abs().max()) for a in expected)
     dtype = str(expected[0].dtype).removeprefix("torch.")
