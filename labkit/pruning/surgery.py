@@ -2,18 +2,25 @@
 
 A `Plan` says which entries are kept and what attributes become; `channels` makes one. The model that is cut is only
 read. Hooks, training flags, requires_grad, dtype, device and memory format stay as they are; gradients are not copied.
+A pruned model is saved with its plans and rebuilt from the dense one: where layers have lost different numbers of
+channels no configuration can say so. Nothing is unpickled.
 """
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import DataError, InputError
+from labkit.files import replacing
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.coupling.fits import Attributes, Keep, set_attributes_, shape, tensors_of
 from labkit.pruning.coupling.tracing import collecting_later, duplicate_model
@@ -120,3 +127,85 @@ def parameters(model: nn.Module, keep: Keep | None = None) -> tuple[int, int]:
         count += numel if isinstance(x, nn.Parameter) else 0
         size += numel * x.element_size()
     return count, size
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
+    """Writes `model` to one safetensors file that `load` reads; what was at `file` is replaced at the end.
+
+    plans: those that it was cut by, in their order; it may have been trained since. All parameters and buffers are
+    written, those outside the state dict too, and the whole numbers of its configs. Raises InputError where `load`
+    could not give it back: whole layers went, or the model is not what the plans made of it.
+    """
+    if any(plan.coupling is None for plan in plans):
+        raise InputError("A plan removes whole layers, which only a config can say: use the model's save_pretrained.")
+    shapes = {name: x.shape for name, x in tensors_of(model)}
+    for name, dims in plans[-1].kept.items() if plans else ():
+        if name in shapes and any(shapes[name][d] != len(indices) for d, indices in dims.items()):
+            raise InputError(
+                f"{name!r} has the shape {list(shapes[name])}, which is not what the last plan left of it."
+            )
+    content = {
+        "plans": [
+            {
+                "kept": {name: {d: x.tolist() for d, x in dims.items()} for name, dims in plan.kept.items()},
+                "attributes": plan.attributes,
+            }
+            for plan in plans
+        ],
+        "configs": {name: _numbers(config) for name, config in _configs(model)},
+    }
+    with replacing(Path(file)) as partial:
+        tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors_of(model)}
+        save_file(tensors, partial, metadata={"labkit.pruning": json.dumps(content)})
+
+
+@torch.inference_mode(False)
+def load(model: nn.Module, file: str | Path) -> nn.Module:
+    """The model that `save` wrote to `file`, cut from `model`: the same architecture, dense, with any weights.
+
+    Raises DataError if the file is missing or damaged, InputError if it is of another architecture or dtype.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            content = json.loads(stored.metadata()["labkit.pruning"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{file} holds no pruned model that can be read ({error}): save it again.") from error
+    new = model
+    try:
+        for plan in content["plans"] or [{"kept": {}, "attributes": {}}]:
+            keep = {n: {int(d): torch.tensor(x) for d, x in dims.items()} for n, dims in plan["kept"].items()}
+            new = cut(new, keep, _as_they_are(new, plan["attributes"]))
+        for name, numbers in content["configs"].items():
+            vars(new.get_submodule(name).config).update(numbers)
+    except (InputError, AttributeError) as error:
+        raise InputError(f"{file} is of another architecture than {type(model).__name__} ({error}).") from error
+    targets = dict(tensors_of(new))
+    for name in sorted(targets.keys() | tensors.keys()):
+        a, b = (None if x is None else (list(x.shape), x.dtype) for x in (targets.get(name), tensors.get(name)))
+        if a != b:
+            raise InputError(f"{file} is of another model: {name!r} is {b or 'not'} there and {a or 'not'} here.")
+    with torch.no_grad():
+        for name, x in tensors.items():
+            targets[name].copy_(x)
+    return new
+
+
+def _as_they_are(model: nn.Module, attributes: Attributes) -> dict[str, dict[str, Any]]:
+    """JSON knows no tuples: values in the type that the module has now."""
+    modules = {name: model.get_submodule(name) for name in attributes}
+    return {
+        name: {key: type(getattr(modules[name], key))(value) for key, value in values.items()}
+        for name, values in attributes.items()
+    }
+
+
+def _configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, m.config) for name, m in model.named_modules() if hasattr(getattr(m, "config", None), "to_dict"))
+
+
+def _numbers(config: Any) -> dict[str, int]:
+    return {key: value for key, value in vars(config).items() if type(value) is int}

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import threading
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,8 @@ from networks import (
 from random_networks import HABITS, Network, Stateful, digest, programs
 from torch import nn
 
-from labkit.errors import EqualityError, InputError
-from labkit.pruning import sensitivity, unstructured
+from labkit.errors import DataError, EqualityError, InputError
+from labkit.pruning import sensitivity, surgery, transformers, unstructured
 from labkit.pruning.channels import apply, plan, prune
 from labkit.pruning.coupling import trace
 
@@ -332,6 +333,70 @@ def test_a_pruned_model_trains_exports_and_is_pruned_again():
     again = prune(once.model, x, ratio=0.5)
     assert again.plan.parameters[1] < once.plan.parameters[1]
     assert_exported(again.model, x)
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_is_saved_is_loaded_whatever_weights_the_dense_model_has(kind, tmp_path):
+    model, x = example(kind)
+    once = prune(model, x, ratio=0.3)
+    twice = prune(once.model, x, ratio=0.4, criterion="random")
+    with torch.no_grad():
+        for parameter in twice.model.parameters():
+            parameter.add_(1)  # trained since
+    surgery.save(twice.model, [once.plan, twice.plan], tmp_path / "net.safetensors")
+    torch.manual_seed(7)
+    dense = kind().eval()
+    before = digest(dense)
+    loaded = surgery.load(dense, tmp_path / "net.safetensors")
+    assert torch.equal(loaded(x), twice.model(x)) and digest(dense) == before
+    assert str(loaded) == str(twice.model) and list(loaded.state_dict()) == list(twice.model.state_dict())
+
+
+def test_buffers_outside_the_state_dict_and_numbers_of_the_config_are_saved(tmp_path):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.register_buffer("table", torch.arange(24.0).view(3, 8), persistent=False)
+
+        def forward(self, x):  # [N, 3, 6]
+            return self.out(self.embed(x) + self.table)
+
+    model, x = Positions(), torch.randn(2, 3, 6)
+    pruned = prune(model, x, remove={"embed": [0, 3]})
+    surgery.save(pruned.model, [pruned.plan], tmp_path / "net")
+    loaded = surgery.load(Positions(), tmp_path / "net")
+    assert loaded.table[0].tolist() == [1, 2, 4, 5, 6, 7] and torch.equal(loaded(x), pruned.model(x))
+    llama = families.family("llama")
+    pruned = transformers.prune_heads(llama, {layer: [0, 1] for layer in range(3)})
+    surgery.save(pruned.model, [pruned.plan], tmp_path / "llama")
+    loaded = surgery.load(families.family("llama"), tmp_path / "llama")
+    assert loaded.config.num_attention_heads == pruned.model.config.num_attention_heads == 2
+    ids = families.inputs("llama")["input_ids"][:1]
+    assert torch.equal(loaded.generate(ids, do_sample=False), pruned.model.generate(ids, do_sample=False))
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
+    model, x = example(Plain)
+    pruned, file = prune(model, x, ratio=0.5), tmp_path / "net"
+    with pytest.raises(InputError, match="not what the last plan left of it"):
+        surgery.save(model, [pruned.plan], file)
+    with pytest.raises(InputError, match=r"whole layers.*save_pretrained"):
+        surgery.save(pruned.model, [dataclasses.replace(pruned.plan, coupling=None)], file)
+    assert not file.exists()
+    with pytest.raises(DataError, match=r"holds no pruned model.*save it again"):
+        surgery.load(model, file)
+    surgery.save(pruned.model, [pruned.plan], file)
+    with pytest.raises(InputError, match="of another architecture than Residual"):
+        surgery.load(example(Residual)[0], file)
+    with pytest.raises(InputError, match=r"of another model: .* is .*float32.* there and .*float64.* here"):
+        surgery.load(model.double(), file)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match="save it again"):
+        surgery.load(model, file)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
