@@ -244,25 +244,51 @@ def _obs_rows(w: Tensor, inverse: Tensor, k: int) -> Tensor:
 
 
 def unit_scores(
-    model: nn.Module, groups: Sequence[Group], criterion: str, batches: Iterable | None = None, *, loss_fn=None, seed=0
+    model: nn.Module,
+    groups: Sequence[Group],
+    criterion: str | Mapping[str, Tensor] | Callable[[Group], Tensor | None],
+    batches: Iterable | None = None,
+    *,
+    loss_fn: Callable | None = None,
+    seed: int = 0,
 ) -> dict[int, Tensor]:
     """The score of every unit, higher is more important: {number of the group: [units]}, float32 or wider, on the CPU.
 
     groups: of `coupling.trace`.
-    criterion: a key of UNIT_CRITERIA.
+    criterion: a key of UNIT_CRITERIA; or {parameter: scores of its output channels}, summed over the channels of a
+        unit and over parameters; or a function of a group that gives its scores [units], None for none.
     batches, loss_fn, seed: as in `saliency`.
 
     A group that a criterion has nothing to say about is absent. Raises InputError where a score is NaN.
     """
-    check_criterion(criterion, batches, UNIT_CRITERIA)
-    scores = UNIT_CRITERIA[criterion](model, groups, batches, loss_fn, seed)
+    if isinstance(criterion, Mapping):
+        scores = _given(model, groups, criterion)
+    elif callable(criterion):
+        scores = {i: x for i, group in enumerate(groups) if (x := criterion(group)) is not None}
+    else:
+        check_criterion(criterion, batches, UNIT_CRITERIA)
+        scores = UNIT_CRITERIA[criterion](model, groups, batches, loss_fn, seed)
+    what = repr(criterion) if isinstance(criterion, str) else "of the caller"
     for i, values in scores.items():
+        if not isinstance(values, Tensor) or values.shape != (groups[i].units,):
+            raise InputError(f"The scores of {groups[i].name!r} must be a tensor of shape [{groups[i].units}].")
+        scores[i] = values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32))
         if values.isnan().any():
             raise InputError(
-                f"Criterion {criterion!r} is NaN for {groups[i].name!r}: look for NaN in the weights, the batches or "
-                "the loss."
+                f"Criterion {what} is NaN for {groups[i].name!r}: look for NaN in the weights, the batches or the loss."
             )
     return scores
+
+
+def _given(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Scores of units of {parameter: [output channels]}"""
+    makers = {i: [m for m in g.members if m.role == "makes" and m.name in scores] for i, g in enumerate(groups)}
+    for name in set(scores) - {m.name for members in makers.values() for m in members}:
+        raise InputError(f"criterion has scores for {name!r}, which makes no channels that can go: leave it out.")
+    for m in (m for members in makers.values() for m in members):
+        if scores[m.name].shape != (len(m.units),):
+            raise InputError(f"criterion must have {len(m.units)} scores for {m.name!r}: one for each output channel.")
+    return per_unit(lambda name, _: scores[name].detach(), groups, makers)
 
 
 def _members(group: Group, parameters: Mapping[str, Tensor], role: str) -> list[Member]:
