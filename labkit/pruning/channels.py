@@ -62,39 +62,44 @@ def prune(
     *,
     ratio: float | Mapping[Part, float] | None = None,
     remove: Mapping[Part, Iterable[int]] | None = None,
+    check: Any = True,
     **options: Any,
 ) -> Pruned:
     """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
 
-    args, kwargs: the example input that the model is traced and checked with. ratio, remove: see `plan`. options: of
-    `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed). Groups without which the proof
+    args, kwargs: the example input that the model is traced with. ratio, remove: see `plan`. check: see `apply`.
+    options: of `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed). Groups without which the proof
     fails stay whole, and the plan's rows say so. Raises InputError where nothing can be pruned, and EqualityError if
     the pruned model is still not equal to the dense one whose weights do not read the removed channels: a model that
     fails is never returned. `model` stays as it was: make the optimizer after the cut, for the new model.
     """
     if remove is not None:
-        return apply(model, plan(model, args, kwargs, ratio=ratio, remove=remove, **options), args, kwargs)
+        return apply(model, plan(model, args, kwargs, ratio=ratio, remove=remove, **options), args, kwargs, check=check)
     ratio = _fractions(model, ratio)
     planner = Planner(model, args, kwargs, **options)
     try:
-        return apply(model, planner.plan(ratio), args, kwargs)
+        return apply(model, planner.plan(ratio), args, kwargs, check=check)
     except EqualityError:
-        if not planner.pin_failing(ratio, args, kwargs):
+        if not planner.pin_failing(ratio, args, kwargs, check):
             raise
-    return apply(model, planner.plan(ratio), args, kwargs)
+    return apply(model, planner.plan(ratio), args, kwargs, check=check)
 
 
 def apply(
-    model: nn.Module, plan: Plan, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, check: bool = True
+    model: nn.Module, plan: Plan, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, check: Any = True
 ) -> Pruned:
-    """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out.
+    """Cuts a copy of `model` by `plan`, and proves it on the example input.
+
+    check: another input for the proof, smaller say: arguments as `args`, or a mapping as `kwargs`; False leaves it out.
 
     Raises EqualityError where the proof fails: the plan was changed by hand, the forward pass gives something else each
     time, or a rule of `coupling` is wrong for this model.
     """
+    if not isinstance(check, bool):
+        args, kwargs = ((), check) if isinstance(check, Mapping) else (check, None)
     args, kwargs = arguments(args, kwargs)
     cut = surgery.cut(model, plan.kept, plan.attributes)
-    if not check:
+    if check is False:
         return Pruned(cut, plan, None)
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
@@ -305,19 +310,20 @@ class Planner:
     def plan(self, ratio: float | Mapping[str, float]) -> Plan:
         return _plan(self._model, self.coupling, self._removed(ratio), self._reasons)
 
-    def pin_failing(self, ratio: float | Mapping[str, float], args: Any, kwargs: Mapping[str, Any] | None) -> bool:
+    def pin_failing(self, ratio: float | Mapping[str, float], args: Any, kwargs: Any, check: Any) -> bool:
         """Leaves the groups whole from now on without which the proof fails, by halving; false if all do."""
         removed = self._removed(ratio)
 
         def failure(clusters: list[list[int]]) -> str:
             part = {i: removed[i] for cluster in clusters for i in cluster}
             try:
-                apply(self._model, _plan(self._model, self.coupling, part, {}), args, kwargs)
+                apply(self._model, _plan(self._model, self.coupling, part, {}), args, kwargs, check=check)
             except EqualityError:
                 return "the proof fails without some of it"
             return ""
 
-        reasons = failing([c.groups for c in self.clusters if any(removed[i].any() for i in c.groups)], failure)
+        touched = [c.groups for c in self.clusters if any(removed[i].any() for i in c.groups)]
+        reasons = failing(self.coupling.groups, touched, failure)
         self._reasons |= reasons
         self.clusters = [cluster for cluster in self.clusters if not set(cluster.groups) & set(reasons)]
         return bool(self.clusters)

@@ -120,6 +120,33 @@ def test_a_masked_model_keeps_its_masks_in_step():
     assert torch.equal(unstructured.masks(pruned.model)["conv2.weight"], mask[kept[0]][:, kept[1]])
 
 
+def test_repeated_blocks_that_fail_alike_stay_together_and_one_that_fails_alone_stays_alone():
+    class Block(nn.Module):
+        def __init__(self, root):
+            super().__init__()
+            self.a, self.b, self.root = nn.Linear(8, 12), nn.Linear(12, 8), root
+
+        def forward(self, x):
+            y = torch.relu(self.a(x))
+            return x + self.b(y * y.shape[1] ** -0.5 if self.root else y)
+
+    x = torch.randn(3, 8)
+    for roots in ([True] * 5 + [False], [False] * 4 + [True] + [False]):
+        torch.manual_seed(0)
+        pruned = prune(nn.Sequential(*map(Block, roots), nn.Linear(8, 5)).eval(), x, ratio=0.5, scope="layer")
+        left = [row.left for row in pruned.plan.units if row.name.endswith(".a.weight")]
+        assert left == [12 if root else 6 for root in roots] and pruned.report.equal
+
+
+def test_the_proof_may_run_on_another_input_than_the_trace():
+    model, x = example(Plain)
+    assert prune(model, x, ratio=0.5, check=x[:1]).report.scale != prune(model, x, ratio=0.5, check=x[1:]).report.scale
+    assert prune(model, x, ratio=0.5, check={"x": x[:1]}).report.equal
+    with pytest.raises(EqualityError, match="does not run"):
+        prune(model, x, ratio=0.5, check=x[:, :2])
+    assert prune(model, x, ratio=0.5, check=False).report is None
+
+
 @pytest.mark.parametrize("name", ["bn1.running_mean", "bn1.weight", "conv1.weight", "conv2.weight"])
 def test_a_wrong_cut_is_refused(name):
     """Every kept index is moved by one in one parameter: shapes fit, and the function is another."""

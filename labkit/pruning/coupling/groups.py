@@ -5,8 +5,9 @@ attention head with its rows and columns. What cannot shrink is listed with the 
 """
 
 import math
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -138,7 +139,9 @@ class Coupling:
                 return candidate
         pinned = []
         for candidate in (linked, self, replace(self, numbers=True)):
-            reasons = failing(candidate.clusters(), lambda clusters, c=candidate: failure(c, clusters))
+            reasons = failing(
+                candidate.groups, candidate.clusters(), lambda clusters, c=candidate: failure(c, clusters)
+            )
             pinned.append(
                 candidate.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
             )
@@ -241,14 +244,32 @@ class Coupling:
         return round(total)
 
 
-def failing(clusters: list[list[int]], failure) -> dict[int, str]:
-    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, "" if nothing."""
-    why = failure(clusters)
-    if not why or len(clusters) == 1:
-        return dict.fromkeys(clusters[0], why) if why else {}
-    half = len(clusters) // 2
-    parts = failing(clusters[:half], failure) | failing(clusters[half:], failure)
-    return parts or dict.fromkeys((i for cluster in clusters for i in cluster), why)
+def failing(
+    groups: Sequence[Group], clusters: list[list[int]], failure: Callable[[list[list[int]]], str]
+) -> dict[int, str]:
+    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, "" if nothing.
+
+    In repeated blocks the groups of one place fail alike: if the first, the middle and the last do, all do.
+    """
+    places: dict[Any, list[list[int]]] = {}
+    for cluster in clusters:
+        where = [(re.sub(r"\b\d+\b", "", groups[i].name), groups[i].units) for i in cluster]
+        places.setdefault(tuple(where), []).append(cluster)
+
+    def search(parts: list[list[list[int]]]) -> dict[int, str]:
+        whole = [cluster for part in parts for cluster in part]
+        why = failure(whole)
+        if not why:
+            return {}
+        samples = {0, len(whole) // 2, len(whole) - 1} if len(whole) > 1 else ()
+        if len(parts) == 1 and all(failure([whole[n]]) for n in samples):
+            return dict.fromkeys((i for cluster in whole for i in cluster), why)
+        parts = parts if len(parts) > 1 else [[cluster] for cluster in whole]
+        half = len(parts) // 2
+        reasons = search(parts[:half]) | search(parts[half:])
+        return reasons or dict.fromkeys((i for cluster in whole for i in cluster), why)
+
+    return search(list(places.values()))
 
 
 def _groups(
