@@ -36,7 +36,7 @@ def blind(model: nn.Module, kept) -> nn.Module:
             reads = 1
         elif isinstance(module, TRANSPOSED) or type(module).__name__ == "Conv1D":
             reads = 0
-        if attribute == "weight" and reads in dims and getattr(module, "groups", 1) == 1:
+        if attribute == "weight" and reads in dims:
             parameter = module._parameters[attribute]
             gone = torch.ones(parameter.shape[reads], dtype=torch.bool)
             gone[dims[reads]] = False

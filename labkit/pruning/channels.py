@@ -34,6 +34,7 @@ class Choice:
     criterion: a name, or scores of one's own; with batches, loss_fn and seed, see `scores.unit_scores`.
     scope: "global" ranks all units together, each score divided by the mean of its group, so that a layer is not wiped
         out for the size of its weights; "layer" removes the same fraction of each group.
+    within_groups: from grouped convolutions take the same channels of every group where it has several, not whole ones.
     min_channels: as many stay in every group at least. round_to: what stays is a multiple of it, the nearest one, where
         a group's units allow it. ignore: modules or parameters, or names of them, whose channels stay.
     """
@@ -42,6 +43,7 @@ class Choice:
     scope: str = "global"
     min_channels: int = 1
     round_to: int = 1
+    within_groups: bool = False
     ignore: Part | Iterable[Part] = ()
     batches: Iterable | None = None
     loss_fn: Callable | None = None
@@ -68,10 +70,12 @@ def prune(
     """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
 
     args, kwargs: the example input that the model is traced with. ratio, remove: see `plan`. check: see `apply`.
-    options: of `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed). Groups without which the proof
-    fails stay whole, and the plan's rows say so. Raises InputError where nothing can be pruned, and EqualityError if
-    the pruned model is still not equal to the dense one whose weights do not read the removed channels: a model that
-    fails is never returned. `model` stays as it was: make the optimizer after the cut, for the new model.
+    options: of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn, seed).
+
+    Groups without which the proof fails stay whole, and the plan's rows say so. Raises InputError where nothing can be
+    pruned, and EqualityError if the pruned model is still not equal to the dense one whose weights do not read the
+    removed channels: a model that fails is never returned. `model` stays as it was: make the optimizer after the cut,
+    for the new model.
     """
     if remove is not None:
         return apply(model, plan(model, args, kwargs, ratio=ratio, remove=remove, **options), args, kwargs, check=check)
@@ -128,14 +132,15 @@ def plan(
     macs: the fraction of multiply-adds to remove.
     remove: {layer or parameter: channels}, exactly these of its outputs, counted from 0, and with each all that hangs
         together with it (a head, a whole group).
-    options: of `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed); none with remove.
+    options: of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn, seed); with
+        remove only within_groups.
     """
     if sum(x is not None for x in (ratio, macs, remove)) != 1:
         raise InputError("Give exactly one of ratio, macs and remove: the one that the plan is to follow.")
     if remove is not None:
-        if options:
-            raise InputError(f"remove says which channels go, so that {min(options)} has no meaning: leave it out.")
-        coupling = Coupling.of(model, args, kwargs)
+        if unused := set(options) - {"within_groups"}:
+            raise InputError(f"remove says which channels go, so that {min(unused)} has no meaning: leave it out.")
+        coupling = Coupling.of(model, args, kwargs, **options)
         return plan_units(model, coupling, _units(model, coupling, remove))
     if macs is None:
         return Planner(model, args, kwargs, **options).plan(_fractions(model, ratio))
@@ -275,7 +280,7 @@ class Planner:
             raise InputError("The model is on the meta device and has no weights to rank: load them first.")
         parts = named_parts(model, choice.ignore, "ignore")
         self._model, self._scope = model, choice.scope
-        self.coupling = coupling = Coupling.of(model, args, kwargs)
+        self.coupling = coupling = Coupling.of(model, args, kwargs, choice.within_groups)
         scores = unit_scores(
             model, coupling.groups, choice.criterion, choice.batches, loss_fn=choice.loss_fn, seed=choice.seed
         )

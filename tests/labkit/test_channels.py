@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, example
+from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, difference, example
 from torch import nn
 
 from labkit import roofline
@@ -94,6 +94,24 @@ def test_min_channels_and_round_to(plain):
     }
     model, x = example(Attention)  # heads of 12 channels of qkv
     assert left(plan(model, x, ratio=0.5, scope="layer", round_to=16))["qkv.weight"] == 4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_same_channels_of_every_group_of_a_grouped_convolution(transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 1), nn.ReLU(), kind(16, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 5, 1))
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
+    pruned = prune(model, x, ratio=0.5, scope="layer", within_groups=True)
+    assert left(pruned.plan) == {"0.weight": 2, "2.weight": 3} and pruned.report.equal
+    conv = pruned.model[2]
+    assert (conv.groups, conv.in_channels, conv.out_channels) == (4, 8, 12)
+    assert 2 * pruned.plan.macs[1] == roofline.count(pruned.model, x).flops
+    assert difference(pruned, model, x) < 1e-12
+    whole = prune(model, x, ratio=0.5, scope="layer")
+    assert whole.model[2].groups == 2 and left(whole.plan) == {"0.weight": 2}
+    depthwise = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 5, 1))
+    assert prune(depthwise, x, ratio=0.5, within_groups=True).model[1].groups == 4
 
 
 def test_a_ratio_for_each_group(plain):

@@ -124,16 +124,21 @@ def attributes(model: nn.Module, keep: Keep, sizes: Mapping[str, Mapping[int, in
     list, that equals a size which its forward pass wrote down (a view's 768, 12 heads) becomes what that size becomes.
     """
     result: dict[str, dict[str, Any]] = {}
-    shapes = {id(x): shape(x, keep.get(name, {})) for name, x in tensors_of(model)}
+    shapes, rows = {}, {}
+    for name, x in tensors_of(model):
+        shapes[id(x)], rows[id(x)] = shape(x, keep.get(name, {})), keep.get(name, {}).get(0)
     for name, module in model.named_modules():
-        new = _layer(module, shapes) | _numbers(module, sizes.get(name, {}))
+        new = _layer(module, shapes, rows) | _numbers(module, sizes.get(name, {}))
         if changed := {key: value for key, value in new.items() if getattr(module, key) != value}:
             result[name] = changed
     return result
 
 
-def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]:
-    """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters."""
+def _layer(module: nn.Module, shapes: Mapping[int, list[int]], rows: Mapping[int, Tensor | None]) -> dict[str, Any]:
+    """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters.
+
+    rows: which entries of their first dimension stay, None for all.
+    """
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         last = "" if isinstance(module, nn.RNNCellBase) else "_l0"
         weight = module._parameters[f"weight_ih{last}"]
@@ -148,7 +153,9 @@ def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]
         return {}
     now = shapes[id(weight)]
     if isinstance(module, CONVOLUTIONS):
-        groups = module.groups * now[0] // weight.shape[0] if module.groups > 1 else 1
+        groups = module.groups
+        if (stays := rows[id(weight)]) is not None:  # groups of which something stays
+            groups = len(torch.unique(stays // (weight.shape[0] // groups)))
         into, out = (now[0], now[1] * groups) if module.transposed else (now[1] * groups, now[0])
         return {"in_channels": into, "out_channels": out, "groups": groups}
     if isinstance(module, nn.GroupNorm):

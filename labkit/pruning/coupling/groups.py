@@ -97,9 +97,12 @@ class Coupling:
     @classmethod
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
     @tracing.collecting_later()
-    def of(cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> "Coupling":
+    def of(
+        cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, within_groups: bool = False
+    ) -> "Coupling":
+        """within_groups: the units of a grouped convolution are the same channels of every group, not whole groups."""
         args, kwargs = arguments(args, kwargs)
-        record = tracing.record(model, args, kwargs)
+        record = tracing.record(model, args, kwargs, within_groups)
         classes, reasons = record.labels.resolve()
         coupling = cls(record, classes, reasons, *_groups(record, classes, reasons))
         if not coupling.groups:

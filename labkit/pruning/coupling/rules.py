@@ -91,6 +91,7 @@ class Record:
     unused: list[str] = field(default_factory=list)
     names_dtype: bool = False
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
+    within_groups: bool = False  # of grouped convolutions the same channels of every group are tied, not all of one
     listed: bool = False  # something was cut into pieces of sizes that are listed
     only_couples: bool = False  # in that second pass: nothing is counted twice
 

@@ -76,7 +76,7 @@ def vector_product(c: Call) -> Spans:
 
 @rule("convolution")
 def convolution(c: Call) -> Spans:
-    """Weight [out, in / groups, *kernel], transposed [in, out / groups, *kernel]; of a grouped one whole groups go."""
+    """Weight [out, in / groups, *kernel], transposed [in, out / groups, *kernel]."""
     x, weight, bias, _, _, _, transposed, _, groups = c.args[:9]
     channel = x.dim() - (weight.dim() - 1)  # 0 where there is no batch
     makes, reads = (1, 0) if transposed else (0, 1)
@@ -93,16 +93,25 @@ def convolution(c: Call) -> Spans:
     c.follows(bias, out)
     positions = math.prod((x if transposed else c.out).shape[channel + 1 :])
     batch = x.shape[0] if channel else 1
-    c.costs(batch * positions * weight.numel(), [into, out] if groups == 1 else [out])
+    factors = [into, out] if groups == 1 else [span.labels for span in c.spans(weight)]
+    c.costs(batch * positions * weight.numel(), factors)
     rest = tuple(span for span in c.spans(x) if channel not in span.dims)
     return rest if out is None or c.out.shape[channel] == 1 else (*rest, Span((channel,), out))
 
 
 def _grouped(c: Call, into: np.ndarray | None, weight: Tensor, transposed: bool, groups: int) -> np.ndarray | None:
-    """Labels of the output of a grouped convolution: all channels of a group, in and out, are tied."""
+    """Labels of the output of a grouped convolution: all channels of a group, in and out, are tied, or else, within
+    the groups, those at the same place of every group."""
     reason = "is convolved in groups with a part of fixed size"
+    made, inner = (span_at(c.spans(weight), d) for d in (0, 1))
+    if c.record.within_groups and into is not None and made is not None and inner is not None:
+        rows = made.labels.reshape(groups, -1)
+        c.tie(rows[:1], rows)
+        inputs = rows if transposed else np.tile(inner.labels, (groups, 1))
+        c.tie(into.reshape(groups, -1), inputs)
+        c.contracts((weight, 0 if transposed else 1, made.labels if transposed else inner.labels))
+        return np.tile(inner.labels, groups) if transposed else made.labels
     weight._spans = c.fix(c.spans(weight), range(1, weight.dim()), "")
-    made = span_at(c.spans(weight), 0)
     if into is None or made is None:
         weight._spans = c.fix(c.spans(weight), (0,), reason)
         if into is not None:

@@ -370,13 +370,14 @@ class _Scales(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], within_groups: bool = False) -> Record:
     """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"The model is wrapped in {type(model).__name__}: prune model.module, and wrap the result.")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("The model is scripted or traced: prune the eager module that it was made from.")
-    result = Record(constants=frozenset(name for name, _ in model.named_buffers()))
+    constants = frozenset(name for name, _ in model.named_buffers())
+    result = Record(constants=constants, within_groups=within_groups)
     lifted = _lift(model, result)
     trainable = {name for name, _ in model.named_parameters()}
     try:
