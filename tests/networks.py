@@ -256,6 +256,17 @@ class Uneven(nn.Module):
         return torch.cat([a, self.layer(b).relu()], 1)
 
 
+class Sliced(nn.Module):
+    """The same, with one number and slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = 2, nn.Linear(6, 6)
+
+    def forward(self, x):
+        return torch.cat([x[:, : self.first], self.layer(x[:, self.first :]).relu()], 1)
+
+
 class Heads(nn.Module):
     """Weights [width, heads, positions], as a product over two dimensions reads them."""
 
@@ -330,6 +341,7 @@ ODD = {  # what a pruner meets in the wild: (function on a width, its modules)
     "one head": (one_head, {name: lambda: nn.Linear(8, 8) for name in "qkv"}),
     "sizes in a list": (lambda x, s: s(x), {"s": Splits}),
     "pieces of unequal sizes": (lambda x, s: s(x), {"s": Uneven}),
+    "slices of unequal sizes": (lambda x, s: s(x), {"s": Sliced}),
     "heads in a product over two dimensions": (lambda x, s: s(x), {"s": Heads}),
     "a state of zeros": (recurrent, {name: lambda: nn.Linear(8, 8) for name in ("into", "hidden")}),
     "a kernel made in the pass": (averaged, {}),

@@ -251,7 +251,8 @@ def test_what_is_one_unit_is_listed_and_kernel_positions_are_not():
         (lambda x: x + torch.cdist(x, x).sum(1, keepdim=True), "no rule for the operator _cdist_forward"),
         (lambda x: x + torch.ones(8), "the forward pass needs this size"),
         (lambda x: x.cumsum(1), "mixed"),
-        (lambda x: F.pad(x[:, :6], (1, 1)), "fixed position"),
+        (lambda x: F.pad(x[:, ::2], (2, 2)), "fixed position"),
+        (lambda x: x[:, 2:5].repeat(1, 3)[:, :8], "the forward pass needs this size"),
         (lambda x: F.pad(x, (1, 1))[:, 1:-1], "padded with constants"),
         (lambda x: x[:, torch.randperm(8)], "indexed by a tensor"),
         (lambda x: x[:, MASK].repeat(1, 3)[:, :8], "indexed by a tensor"),
@@ -289,6 +290,13 @@ def test_what_is_written_in_place_channel_by_channel_can_go(fn):
     model, x = Beside(fn).eval(), torch.randn(2, 6)
     pruned = prune(model, x, ratio=0.5, scope="layer")
     assert pruned.model.first.out_features == 4 and pruned.report.equal
+    assert difference(pruned, model, x) < 1e-12
+
+
+def test_of_what_is_cut_at_a_number_in_the_code_the_part_behind_it_can_go():
+    model, x = Beside(lambda x: torch.cat([x[:, :2] * 2, x[:, 2:]], 1)).eval(), torch.randn(2, 6)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    assert pruned.plan.kept["first.weight"][0][:2].tolist() == [0, 1] and pruned.model.first.out_features == 5
     assert difference(pruned, model, x) < 1e-12
 
 
@@ -376,7 +384,7 @@ def test_pieces_that_cannot_be_even_are_pinned():
     labels = Labels()
     x = labels.fresh(4)
     labels.pin(x[:1], "fixed")
-    labels.keep_even([x[:2], x[2:]], "cut")
+    labels.keep_cut(x, 0, 2, "cut")
     classes, pinned = labels.resolve()
     free = [i for i in range(4) if classes[i] not in pinned]  # one of each half may go, and only together
     assert len(free) == 2 and classes[free[0]] == classes[free[1]] and free[0] == 1

@@ -92,6 +92,11 @@ class _Comparing(Abstract):
                 if (here := self._gone[span.labels]).any():
                     for axis, dim in enumerate(span.dims):
                         expected[dim] = remaining(here, axis)
+            if operation.before is not None:
+                x, dim, start = args[:3]
+                start = slice(start, None).indices(x.shape[dim])[0]
+                if start != (here := int((~self._gone[operation.before]).sum())):
+                    raise _Differs(f"slice in {operation.module or 'the model'} starts at {start}, not {here}")
             if list(first.shape) != expected:
                 place = operation.module or "the model"
                 raise _Differs(f"{name} in {place} gives {list(first.shape)}, not {expected}")

@@ -122,7 +122,7 @@ class Coupling:
         trials: dict[tuple[bytes, str], str] = {}
 
         def failure(coupling: Coupling, clusters: list[list[int]]) -> str:
-            several = [clusters, clusters[::2]] if coupling.record.listed else [clusters]  # are pieces cut one by one?
+            several = [clusters, clusters[::2]] if coupling.record.labels.uneven else [clusters]  # one by one?
             return next(filter(None, (trial(coupling, part) for part in several)), "")
 
         def trial(coupling: Coupling, clusters: list[list[int]]) -> str:

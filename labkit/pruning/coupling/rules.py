@@ -61,6 +61,7 @@ class Cost(NamedTuple):
 class Operation(NamedTuple):
     """One operator of the traced call: the shape that it gave, and the labels that its dimensions carry.
 
+    before: the labels of its operand that come before the part that a slice takes.
     operands: of each tensor among its arguments, in order: the number of the operation that made it, the name of the
     parameter or buffer, or None for an input. settings: its other positional arguments.
     """
@@ -71,6 +72,7 @@ class Operation(NamedTuple):
     spans: Spans
     operands: tuple[int | str | None, ...]
     settings: tuple[Any, ...]
+    before: np.ndarray | None = None
 
 
 @dataclass
@@ -92,7 +94,6 @@ class Record:
     names_dtype: bool = False
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
     within_groups: bool = False  # of grouped convolutions the same channels of every group are tied, not all of one
-    listed: bool = False  # something was cut into pieces of sizes that are listed
     only_couples: bool = False  # in that second pass: nothing is counted twice
 
     def names(self, first: str) -> list[str]:
@@ -142,6 +143,7 @@ class Call:
     module: str
     number: int  # of the calls of this operator in this module
     record: Record
+    before: np.ndarray | None = None  # see `Operation`
 
     def because(self, what: str) -> str:
         return f"{what} ({self.name}{f' in {self.module}' if self.module else ''})"

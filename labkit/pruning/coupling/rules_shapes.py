@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from labkit.pruning.coupling.labels import Span, Spans, moved, reshaped, shown, span_at, without
-from labkit.pruning.coupling.rules import Call, aligned, rule
+from labkit.pruning.coupling.rules import Call, Sized, aligned, rule
 
 
 def _dim(c: Call, position: int, n: int, default: int = 0) -> int:
@@ -118,12 +118,12 @@ def stack(c: Call) -> Spans:
 def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -> Spans:
     """x.narrow(dim, start, length): of a span of several dimensions the cut one is fixed, its labels are the part's.
 
-    A dimension that has labels by itself stays prunable where the cut is one of its equal pieces, evenly over them.
+    A dimension that has labels by itself stays prunable where the pass finds its places by numbers that can follow
+    (`Coupling` tries whether they do), evenly over pieces of one size.
     """
-    size = x.shape[dim]
     spans = c.spans(x)
     span = span_at(spans, dim)
-    if span is None or (start == 0 and length == size and step == 1):
+    if span is None or (start == 0 and length == x.shape[dim] and step == 1):
         return spans
     rest = tuple(other for other in spans if other is not span)
     if len(span.dims) > 1:
@@ -132,9 +132,9 @@ def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -
         return (*rest, Span(span.dims, span.labels.take(range(start, start + length * step, step), axis)))
     if not length:
         return rest
-    if step > 1 or size % length or start % length:
-        return c.fix(spans, (dim,), "is cut at a fixed position")
-    c.record.labels.keep_even(list(span.labels.reshape(-1, length)), c.because("is cut into pieces of one size"))
+    if step > 1:
+        return c.fix(spans, (dim,), "is cut at fixed positions")
+    c.record.labels.keep_cut(span.labels, start, start + length, c.because("is cut into pieces of a fixed size"))
     return (*rest, Span((dim,), span.labels[start : start + length]))
 
 
@@ -144,6 +144,9 @@ def slice_(c: Call) -> Spans:
     start, end, step = (*c.args[2:5], *[None, None, 1][len(c.args[2:5]) :])
     start, end, step = slice(start, end, step).indices(x.shape[dim])
     c.sized(x, c.spans(x), {dim})
+    if (span := span_at(c.spans(x), dim)) is not None and len(span.dims) == 1:
+        c.before = span.labels[:start]
+        c.record.sizes += [Sized(c.module, n, span.labels[:n], 0) for n in (start, end) if 0 < n < x.shape[dim]]
     spans = _cut(c, x, dim, start, c.out.shape[dim], step)
     c.sized(c.out, spans)
     return shown(spans, c.out.shape)
@@ -151,28 +154,14 @@ def slice_(c: Call) -> Spans:
 
 @rule("split split_with_sizes unsafe_split unsafe_split_with_sizes")
 def split(c: Call) -> list[Spans]:
-    """Sizes in a list may become others one by one (`Coupling` tries whether they do), equal ones together."""
     x, dim = c.args[0], _dim(c, 2, c.args[0].dim())
     c.sized(x, c.spans(x), {dim})  # half of a width, say
-    results, start, alike = [], 0, {}
-    span = span_at(c.spans(x), dim)
-    listed = "sizes" in c.name and span is not None and len(span.dims) == 1
+    results, start = [], 0
     for part in c.out:
-        spans, length = c.spans(x), part.shape[dim]
-        if listed:
-            piece = Span((dim,), span.labels[start : start + length])
-            spans = tuple(piece if other is span else other for other in spans)
-            alike.setdefault(length, []).append(piece.labels)
-            if length == 1:  # carries no labels
-                c.fix((piece,), (dim,), "is cut at a fixed position")
-        else:
-            spans = _cut(c, x, dim, start, length)
+        spans = _cut(c, x, dim, start, part.shape[dim])
         c.sized(part, spans)
         results.append(shown(spans, part.shape))
-        start += length
-    c.record.listed |= listed
-    for pieces in alike.values():
-        c.record.labels.keep_even(pieces, c.because("is cut into pieces of one size"))
+        start += part.shape[dim]
     return results
 
 

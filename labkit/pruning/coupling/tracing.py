@@ -336,7 +336,9 @@ class Tracer(Abstract):
                 if i == 0 and touched and not record.only_couples:
                     operands = tuple(getattr(operand, "_origin", None) for operand in leaves)
                     settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
-                    record.operations.append(Operation(name, module, tuple(x.shape), x._spans, operands, settings))
+                    record.operations.append(
+                        Operation(name, module, tuple(x.shape), x._spans, operands, settings, call.before)
+                    )
                 if touched:
                     x._origin = len(record.operations) - 1
         if name in VIEWS:
