@@ -229,18 +229,25 @@ def serve(options: argparse.Namespace, decoder: Decoder) -> Iterator[Row]:
 # --- guesses ----------------------------------------------------------------------------------------------------------
 
 
-def guesses(options: argparse.Namespace, decoder: Decoder) -> Iterator[Row]:
+def questions() -> dict[str, Tensor]:
+    """Prompts [1, T] as SmolLM2 is asked: for free text, and to copy three texts, their first words already there."""
     tokenizer = models.tokenizer("smollm2")
     paragraphs = [text for text in datasets.handbook().split("\n\n") if 300 < len(text) < 500]
     tasks = {"free text": (FREE, "")} | {
         f"copying, text {i}": (COPY + text, " ".join(text.split()[:6])) for i, text in enumerate(paragraphs[:3])
     }
-    new = 48 if options.quick else 80
-    print(f"Prompt lookup over plain decoding, {new} tokens:")
-    for name, (question, beginning) in list(tasks.items())[: 2 if options.quick else None]:
+    prompts = {}
+    for name, (question, beginning) in tasks.items():
         talk = [{"role": "user", "content": question}]
         start = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) + beginning
-        prompt = tokenizer(start, return_tensors="pt").input_ids
+        prompts[name] = tokenizer(start, return_tensors="pt").input_ids
+    return prompts
+
+
+def guesses(options: argparse.Namespace, decoder: Decoder) -> Iterator[Row]:
+    new = 48 if options.quick else 80
+    print(f"Prompt lookup over plain decoding, {new} tokens:")
+    for name, prompt in list(questions().items())[: 2 if options.quick else None]:
         generate = partial(speculative.generate, decoder, prompt, max_new_tokens=new)
         calls = {"plain": partial(generate, k=0), "lookup": partial(generate, k=options.k)}
         seconds, results = rounds(calls, options.rounds)

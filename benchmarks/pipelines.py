@@ -80,9 +80,9 @@ def main() -> None:
     calibration = [datasets.fashion_mnist("train", 512).images]
     reference = parity.Reference(model, batches)
     rows = pipeline.execute(
-        model, order, examples, reference, folder=folder, batches=calibration, budget_s=options.budget
+        model, {"": order}, examples, reference, folder=folder, batches=calibration, budget_s=options.budget
     )
-    print(*map(line, rows), sep="\n")
+    print(*map(line, rows[""]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ these are too few. --loadgen RATE...: MLPerf's LoadGen, scenario Server, p99 wit
 """
 
 import argparse
-import asyncio
 import importlib.util
 import json
 import tempfile
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,46 +55,10 @@ def line(load: server.Load, rate: float) -> str:
     return f"  {rate:6.1f}/s  {milliseconds(load, 50)}  {milliseconds(load, 99)}  of {load.answered} answers, {lost}"
 
 
-def loadgen(url: str, bodies: list[bytes], rate: float, bound_ms: float, seconds: float) -> str:
-    """LoadGen's verdict on this server. It knows no refused request: one makes the run invalid here."""
-    import mlperf_loadgen as lg
-
-    loop, statuses = asyncio.new_event_loop(), []
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    client = server.Client(url)
-
-    async def answer(sample: Any) -> None:
-        status, _ = await client.post(bodies[sample.index], 30)
-        statuses.append(status)
-        lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0)])
-
-    def issue(samples: list[Any]) -> None:
-        for sample in samples:
-            asyncio.run_coroutine_threadsafe(answer(sample), loop)
-
-    settings = lg.TestSettings()
-    settings.scenario, settings.mode = lg.TestScenario.Server, lg.TestMode.PerformanceOnly
-    settings.server_target_qps, settings.server_target_latency_ns = rate, int(bound_ms * 1e6)
-    settings.server_target_latency_percentile = 0.99
-    settings.min_duration_ms, settings.max_duration_ms = int(1e3 * seconds), int(4e3 * seconds)
-    settings.min_query_count = 1
-    with tempfile.TemporaryDirectory() as folder:
-        log = lg.LogSettings()
-        log.log_output = lg.LogOutputSettings()
-        log.log_output.outdir = folder
-        sut = lg.ConstructSUT(issue, lambda: None)
-        qsl = lg.ConstructQSL(len(bodies), len(bodies), lambda _: None, lambda _: None)
-        lg.StartTestWithLogSettings(sut, qsl, settings, log)
-        lg.DestroyQSL(qsl)
-        lg.DestroySUT(sut)
-        summary = (Path(folder) / "mlperf_log_summary.txt").read_text().splitlines()
-    loop.call_soon_threadsafe(loop.stop)
-    values = {name.strip(): value.strip() for name, _, value in (text.partition(" : ") for text in summary)}
-    reasons = [text.strip(" *") for text in summary if text.lstrip().startswith("*") and "successful" not in text]
-    p99 = int(values["99.00 percentile latency (ns)"]) / 1e6
-    refused = sum(status != 200 for status in statuses)
-    verdict = f"INVALID, {refused} refused" if refused else " ".join([values["Result is"], *reasons[:2]])
-    return f"  LoadGen {rate:g}/s: {verdict}; p99 {p99:.1f} ms of {len(statuses)} queries"
+def judged(verdict: server.Verdict) -> str:
+    reasons = (f"{verdict.refused} refused",) if verdict.refused else verdict.reasons[:2]
+    word = "VALID" if verdict.valid else f"INVALID, {'; '.join(reasons)}"
+    return f"  LoadGen {verdict.rate:g}/s: {word}; p99 {1e3 * verdict.p99_s:.1f} ms of {verdict.queries} queries"
 
 
 def main() -> None:
@@ -134,7 +96,8 @@ def main() -> None:
                     row = {"server": name, "capacity": capacity, "rate": rate, "status": list(load.status)}
                     records.append(row | {"latency_s": load.latency_s.tolist()})
                 for rate in options.loadgen:
-                    print(loadgen(running.url, bodies, rate, options.bound, options.seconds), flush=True)
+                    bounds = {"bound_s": options.bound / 1e3, "seconds": options.seconds}
+                    print(judged(server.loadgen(running.url, bodies, rate=rate, **bounds)), flush=True)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1))
 

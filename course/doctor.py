@@ -157,11 +157,22 @@ def _engines() -> tuple[str, str]:
     """Which runtimes a model can be prepared for; without them lesson 07 runs on torch's own kernels."""
     from labkit.deploy import engines
 
-    state, lacking = engines.available(), {}
+    return _readiness(engines.available())
+
+
+def _language() -> tuple[str, str]:
+    """Which runtimes a language model can be prepared for."""
+    from labkit.deploy import language
+
+    return _readiness(language.available())
+
+
+def _readiness(state: dict[str, str]) -> tuple[str, str]:
+    lacking: dict[str, list[str]] = {}
     for name, says in state.items():
         if says != "ready":
             lacking.setdefault(says.rpartition(": ")[2].rstrip("."), []).append(name)
-    seen = [f"{', '.join(name for name, says in state.items() if says == 'ready')} ready"]
+    seen = [f"{', '.join(name for name, says in state.items() if says == 'ready') or 'none'} ready"]
     seen += [f"not {', '.join(names)}, which nothing needs ({how})" for how, names in lacking.items()]
     return "; ".join(seen), ""
 
@@ -272,6 +283,7 @@ CHECKS = {
     "device": _device,
     "compiler": _compiler,
     "engines": _engines,
+    "language engines": _language,
     "targets": _targets,
     "threads": _threads,
     "memory": _memory,

@@ -1,4 +1,4 @@
-"""Honest timing: measure() one callable, compare() two of them, with an interval that holds on a machine in use.
+"""Honest timing: measure() one callable, compare() two, race() many, with intervals that hold on a machine in use.
 
 Calls are paired and interleaved in balanced random order, so that drift hits both sides alike; short calls are repeated
 as in torch.utils.benchmark. It never pools different processes, never drops a sample, and cannot tell a callable that
@@ -31,6 +31,7 @@ SAMPLES = 50  # samples between two looks of measure()
 PRECISION = 0.01  # half-width at which measure() has enough; compare() goes to half of CLAIMABLE
 LEAST_S = 0.25  # no run ends earlier unless its budget does: over less, the load by others cannot be judged
 FAULTS = 0.2  # share of the time in page faults that is worth a warning
+SETTLE_S = 0.01  # untimed after a switch between systems: the workers of the one before spin on for milliseconds
 CLAIMABLE = 0.01  # differences below 1 % are never claimed: memory placement alone makes as much
 
 Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
@@ -255,6 +256,71 @@ def compare(
         warnings += _pair_warnings(*sides, per_block)
     foreign = _foreign_cores(run, moments)
     return Comparison(*sides, tuple(firsts), per_block, foreign, warnings, () if builds is None else tuple(pairs))
+
+
+@dataclass(frozen=True)
+class Race:
+    """Times of several callables taken in turn: a round has a block of each, in random order."""
+
+    sides: dict[str, Measurement]
+    orders: tuple[tuple[str, ...], ...]  # of each round
+    per_block: int  # samples in a block, of which the least counts
+    foreign_cores: float | None = None
+    warnings: tuple[str, ...] = ()  # of all; those of two of them are in `over`
+
+    def over(self, baseline: str, candidate: str) -> Comparison:
+        """Any two of them, paired round by round. Raises KeyError for a name that did not run."""
+        pair = self.sides[baseline], self.sides[candidate]
+        first = [order.index(baseline) < order.index(candidate) for order in self.orders for _ in range(self.per_block)]
+        warnings = self.warnings + _pair_warnings(*pair, self.per_block)
+        return Comparison(*pair, tuple(first), self.per_block, self.foreign_cores, warnings)
+
+
+def race(
+    calls: dict[str, Callable[[], Any]],
+    *,
+    device: str | torch.device | None = None,
+    budget_s: float = 10.0,
+    clock: Callable[[Call, int], float] | None = None,
+    seed: int = 0,
+) -> Race:
+    """Time callables without arguments in rounds, so that any two can be compared although the machine drifts.
+
+    Before its block of three samples each one runs untimed for a hundredth of a second: libraries let their threads
+    spin for milliseconds after a call, on cores that the next one needs.
+    calls: name -> callable; two at least.
+    device, clock: as in measure(), with hot caches.
+    budget_s: seconds for all of them; the round that spends it is the last.
+    seed: of the order in each round.
+    Raises InputError for arguments that cannot be used; what the callables raise passes through.
+    """
+    _check_arguments(calls, budget_s, "hot")
+    if len(calls) < 2:
+        raise InputError(f"a race takes two callables or more, got {len(calls)}: measure() times one.")
+    rng, per_block, orders = random.Random(seed), 3, []
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    target = None if device is None else machine.torch_device(device)
+    with _garbage_collector_off() if clock is None else contextlib.nullcontext():
+        outputs = [clocks.first_call(call) for call in calls.values()]
+        run = _clock(target or clocks.device_of(outputs[0]), "hot", clock)
+        del outputs
+        least = dict(zip(calls, clocks.warm_up(run, list(calls.values()), budget_s), strict=True))
+        settle = {name: max(1, math.ceil(SETTLE_S / seconds)) for name, seconds in least.items()}
+        numbers = {}
+        for name, call in calls.items():
+            run.block(call, settle[name])
+            numbers[name] = clocks.repeats(run, call, least[name])
+        moments, start = [clocks.snapshot(run.device)], run.now()
+        while not orders or run.now() - start < budget_s:
+            order = rng.sample(list(calls), len(calls))
+            for name in order:
+                run.block(calls[name], settle[name])
+                samples[name] += [run.sample(calls[name], numbers[name]) for _ in range(per_block)]
+            orders.append(tuple(order))
+        moments.append(clocks.snapshot(run.device))
+    sides = {name: _measurement(name, run, of_side, numbers[name], False) for name, of_side in samples.items()}
+    warnings = _machine_warnings(run, moments, False, list(samples.values()))
+    return Race(sides, tuple(orders), per_block, _foreign_cores(run, moments), warnings)
 
 
 def _clock(device: torch.device | None, cache: str, injected: Callable[[Call, int], float] | None) -> Clock:

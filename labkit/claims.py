@@ -21,7 +21,7 @@ from labkit.errors import DataError, InputError
 Verdict = Literal["confirmed", "contradicted", "inconclusive", "not settled here", "not measurable here"]
 SETTLED_BY = {  # what a claim needs -> the kind of device that can settle it, and what to say elsewhere
     "gpu": ({"cuda"}, "it needs a GPU"),
-    "cpu": ({"cpu"}, "it is about a CPU"),
+    "cpu": ({"cpu"}, "it was not measured on a CPU"),
     "document": (set(), "only a document could settle it"),
 }
 ROUNDING = 1e-9  # relative: a bound that a value meets exactly is met
@@ -164,16 +164,19 @@ def expected(claim: Claim) -> str:
 
 
 def recipe(claim: Claim) -> str:
-    """The least training that could settle it, in words: "1,290 steps, 3 seeds"; "" where none is needed."""
-    return ", ".join(f"{least:,} {term}" for term, least in claim.recipe.items())
+    """The least training that could settle it, in words: "1,290 steps, 1 seed"; "" where none is needed."""
+    return ", ".join(f"{n:,} {term.removesuffix('s') if n == 1 else term}" for term, n in claim.recipe.items())
 
 
 def measured(claim: Claim, value: float | None, ci95: Sequence[float] | None) -> str:
     """A value in words: "2.50x (2.41x to 2.60x)"; without one, why there is none."""
     if value is None:
         return SETTLED_BY.get(claim.needs, (None, "not measured"))[1]
-    between = f" ({show.interval(ci95, claim.unit)})" if ci95 else ""
-    return f"{show.quantity(value, claim.unit)}{between}"
+    if not ci95:
+        return show.quantity(value, claim.unit)
+    no_end = ci95[0] <= 0 and ci95[1] == math.inf
+    between = "too few samples for an interval" if no_end else show.interval(ci95, claim.unit)
+    return f"{show.quantity(value, claim.unit)} ({between})"
 
 
 def folded(tested: Sequence[tuple[Claim, Verdict, str, str]]) -> tuple[str, str]:

@@ -61,9 +61,9 @@ def cost(unit: str = "", *, clock: bool = False, low: str | None = None, high: s
     return Column(role="cost", unit=unit, clock=clock, low=low, high=high)
 
 
-def result(unit: str = "", *, clock: bool = False) -> Column:
+def result(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
     """A column that came out and is neither better nor worse when it is more, such as a ridge point; see `Column`."""
-    return Column(role="result", unit=unit, clock=clock)
+    return Column(role="result", unit=unit, clock=clock, low=low, high=high)
 
 
 def setting(unit: str = "") -> Column:

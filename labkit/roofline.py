@@ -96,7 +96,7 @@ def decode_step(model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
     work. model: a decoder of transformers. prompt: token ids, [batch, tokens].
     Raises InputError for a prompt of another shape or a model without a cache.
     """
-    argument, cache = _filled_cache(model, prompt)
+    argument, cache = filled_cache(model, prompt)
     last = prompt[:, -1:]
 
     def step() -> Tensor:
@@ -109,24 +109,30 @@ def decode_step(model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
 
 def cache_bytes(model: nn.Module, prompt: Tensor) -> int:
     """Bytes of the KV cache that `prompt` [batch, tokens] fills, counted on its tensors. Raises as decode_step does."""
-    _, cache = _filled_cache(model, prompt)
+    _, cache = filled_cache(model, prompt)
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-def _filled_cache(model: nn.Module, prompt: Tensor) -> tuple[str, Any]:
-    """The name of the model's argument for a cache (it changed within transformers 5), and a cache with the prompt."""
+def filled_cache(model: nn.Module, prompt: Tensor) -> tuple[str, Any]:
+    """`cache_argument`, and a cache with the prompt [batch, tokens] in it. Raises as decode_step does."""
     if prompt.ndim != 2 or prompt.numel() == 0 or prompt.is_floating_point():
         raise InputError(
             f"The prompt has shape {tuple(prompt.shape)}; give token ids as [batch, tokens], at least one."
         )
-    accepted = inspect.signature(model.forward).parameters
-    argument = next((name for name in ("cache", "past_key_values") if name in accepted), None)
-    if argument is None:
-        raise InputError(f"{type(model).__name__} takes no KV cache; decode_step needs a decoder of transformers.")
+    argument = cache_argument(model)
     with torch.inference_mode():
         output = model(prompt, use_cache=True)
     cache = getattr(output, "cache", None)
     return argument, output.past_key_values if cache is None else cache
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name of the model's argument for a cache, which changed within transformers 5; InputError without one."""
+    accepted = inspect.signature(model.forward).parameters
+    argument = next((name for name in ("cache", "past_key_values") if name in accepted), None)
+    if argument is None:
+        raise InputError(f"{type(model).__name__} takes no KV cache; decode_step needs a decoder of transformers.")
+    return argument
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

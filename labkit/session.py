@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from labkit import challenge, checks, claims, machine, records, roofline, show
-from labkit.bench import Comparison, Measurement, compare, measure
+from labkit.bench import Comparison, Measurement, Race, compare, measure, race
 from labkit.checks import worked
 from labkit.counting import Work
 from labkit.errors import InputError
@@ -41,7 +41,7 @@ LESSONS = {
     "09": "LLM quantization",
     "10": "Knowledge distillation",
     "11": "Efficient attention and KV cache",
-    "12": "Hardware deployment",
+    "12": "Hardware-specific deployment",
     "13": "Case studies",
 }
 NOT_DONE = "not done yet"
@@ -201,6 +201,31 @@ class Lab:
                 roofs = self.ceilings(device, again=True)
                 placed = [roofline.placed(side, of, roofs, dtype) for side, of, dtype in sides]
             result = replace(result, baseline=placed[0], candidate=placed[1])
+        self._keep_comparison(name, result)
+        return result
+
+    def race(
+        self,
+        name: str,
+        calls: dict[str, Callable[[], Any]],
+        *,
+        also: dict[str, Callable[[], Any]] | None = None,
+        **options: Any,
+    ) -> Race:
+        """Time all with labkit.bench.race, on this session's device unless `device` says otherwise.
+
+        calls   the first is the baseline: each other one over it is shown and recorded as "<its name>, <name>"
+        also    what takes its turns as well and is not recorded over the baseline, such as work of another size
+        """
+        for call in calls:
+            _check_name(f"{call}, {name}")
+        result = race(calls | (also or {}), **{"device": self.device, **options})
+        baseline, *candidates = calls
+        for candidate in candidates:
+            self._keep_comparison(f"{candidate}, {name}", result.over(baseline, candidate))
+        return result
+
+    def _keep_comparison(self, name: str, result: Comparison) -> None:
         meaning = {"unit": "x", "role": "quality", "clock": True}
         outcome = {"value": result.speedup, "ci95": result.ci95, "verdict": result.verdict, "detail": result.to_dict()}
         self._keep(kind="comparison", name=name, **meaning, **outcome)
@@ -213,7 +238,6 @@ class Lab:
         row["verdict"] = result.verdict
         line = str(result) if self._folded is None else f"{name}: {result}"
         self._show_timing(line, row, *sides, warnings=result.all_warnings)
-        return result
 
     def ceilings(self, device: str | torch.device | None = None, *, again: bool = False) -> machine.Ceilings:
         """The roofs of the session's device, or of another, measured when first asked for and then kept and recorded.
@@ -591,7 +615,7 @@ class Lab:
             "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
             "software": f"Python {here.python}, torch {here.torch}",
             "preset": f"{self.preset}, within {budget}; seed {self.seed}",
-            "recorded": "; ".join(runs) or "not recorded yet",
+            "recorded": "; ".join(runs) or "no earlier run",
         }
         show.facts(f"Lesson {self.lesson}: {self.title}", facts)
 

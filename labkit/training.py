@@ -159,18 +159,22 @@ def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
 
     Every window predicts all its tokens but the first. Tokens that do not fill the last window are left out.
     """
+    rows = windows(tokens, window).to(next(model.parameters()).device)
+    total = 0.0
+    with evaluating(model):
+        for ids in rows:
+            logits = model(input_ids=ids[None]).logits[0, :-1].float()  # [window-1, vocabulary]
+            total += F.cross_entropy(logits, ids[1:]).item()
+    return math.exp(total / len(rows))
+
+
+def windows(tokens: Tensor, window: int) -> Tensor:
+    """Tokens [N] as [windows, window]; those that do not fill the last one are left out. InputError without any."""
     if window < 2 or tokens.ndim != 1 or len(tokens) < window:
         raise InputError(
             f"tokens must be 1-D with at least one window of {window} (2 or more); shape {tuple(tokens.shape)}."
         )
-    device = next(model.parameters()).device
-    total = 0.0
-    windows = tokens[: len(tokens) // window * window].view(-1, window).to(device)  # [W, window]
-    with evaluating(model):
-        for ids in windows:
-            logits = model(input_ids=ids[None]).logits[0, :-1].float()  # [window-1, vocabulary]
-            total += F.cross_entropy(logits, ids[1:]).item()
-    return math.exp(total / len(windows))
+    return tokens[: len(tokens) // window * window].view(-1, window)
 
 
 def has_bf16(device: torch.device | str) -> bool:

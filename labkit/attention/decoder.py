@@ -36,7 +36,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _check_model(model)
+        check_llama(model)
         config, body = model.config, model.model
         width = config.head_dim or config.hidden_size // config.num_attention_heads
         self.heads, self.vocabulary, self.eps = config.num_attention_heads, config.vocab_size, config.rms_norm_eps
@@ -83,24 +83,12 @@ class Decoder:
         return _product(hidden, self.head)
 
     def check(self, ids: Tensor, new: int) -> None:
-        """InputError unless `ids` are a text of this model, [T] or [1, T], to which `new` tokens can be added."""
-        whole = not (ids.is_floating_point() or ids.dtype == torch.bool) and ids.numel() == ids.shape[-1] > 0
-        if not whole or int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
-            raise InputError(
-                f"A text has to be token ids from 0 to {self.vocabulary - 1}, [tokens] or [1, tokens], at least one, "
-                f"got {ids.dtype} {list(ids.shape)}: give what the model's tokenizer gives."
-            )
-        self._check_length(ids.numel() + new)
-
-    def _check_length(self, tokens: int) -> None:
-        if tokens > len(self.cos):
-            raise InputError(
-                f"{tokens} tokens are more than the {len(self.cos)} that the model was made for: give fewer."
-            )
+        """See `check_text`."""
+        check_text(ids, new, self.vocabulary, len(self.cos))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions [B or 1, S], [B or 1, 1, S, D]; the sign of rotate_half is in sin."""
-        self._check_length(int(positions.max()) + 1)
+        _check_length(int(positions.max()) + 1, len(self.cos))
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -141,7 +129,24 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_text(ids: Tensor, new: int, vocabulary: int, positions: int) -> None:
+    """InputError unless `ids` are a text, [T] or [1, T], to which `new` tokens can be added: at most `positions`."""
+    whole = not (ids.is_floating_point() or ids.dtype == torch.bool) and ids.numel() == ids.shape[-1] > 0
+    if not whole or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise InputError(
+            f"A text has to be token ids from 0 to {vocabulary - 1}, [tokens] or [1, tokens], at least one, "
+            f"got {ids.dtype} {list(ids.shape)}: give what the model's tokenizer gives."
+        )
+    _check_length(ids.numel() + new, positions)
+
+
+def _check_length(tokens: int, positions: int) -> None:
+    if tokens > positions:
+        raise InputError(f"{tokens} tokens are more than the {positions} that the model was made for: give fewer.")
+
+
+def check_llama(model: nn.Module, layers: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
+    """InputError unless it is a LlamaForCausalLM of transformers as `Decoder` reads it, its products in `layers`."""
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "llama" or not hasattr(model, "lm_head"):
         raise InputError(
@@ -149,7 +154,7 @@ def _check_model(model: nn.Module) -> None:
         )
     rope = model.model.rotary_emb.rope_type
     plain = not (config.attention_bias or config.mlp_bias) and config.hidden_act == "silu" and rope in STATIC_ROPE
-    if not plain or any(not isinstance(m, nn.Linear) for name, m in model.named_modules() if name.endswith("_proj")):
+    if not plain or any(not isinstance(m, layers) for name, m in model.named_modules() if name.endswith("_proj")):
         raise InputError(
             f"This model has biases, the activation {config.hidden_act!r}, RoPE of the type {rope!r} or layers that "
             f"are no nn.Linear: give one without biases, with silu, {', '.join(STATIC_ROPE)} RoPE and plain layers."

@@ -3,6 +3,6 @@
 worked.py finds the worked answers.
 """
 
-from labkit.checks.check import STUB_SAYS, CheckResult, Failures, alike, check, has_parts, ids, is_mask
+from labkit.checks.check import STUB_SAYS, CheckResult, Failures, alike, check, diagnoses, has_parts, ids, is_mask
 
-__all__ = ["STUB_SAYS", "CheckResult", "Failures", "alike", "check", "has_parts", "ids", "is_mask"]
+__all__ = ["STUB_SAYS", "CheckResult", "Failures", "alike", "check", "diagnoses", "has_parts", "ids", "is_mask"]

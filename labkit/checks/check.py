@@ -8,7 +8,7 @@ import copy
 import importlib
 import importlib.util
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,16 @@ def alike(new: Any, old: Any) -> bool:
 def has_parts(value: Any, number: int) -> bool:
     """Whether an answer is a tuple or a list of so many values."""
     return isinstance(value, tuple | list) and len(value) == number
+
+
+def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: Callable, message: str) -> None:
+    """fn(*written(fault, style)) names the fault, for each of `faults` in three ways to write it, or says `message`."""
+    for style in range(3):
+        for fault in faults:
+            with failures.given(way_of_writing=style + 1):
+                name = fn(*written(fault, style))
+                failures.need(name in faults, "return one of the names of the card, as a text")
+                failures.expect(name == fault, message, detail=f"{fault!r} was called {name!r}")
 
 
 def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:

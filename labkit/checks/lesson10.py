@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.checks import Failures
+from labkit.checks import Failures, diagnoses
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -109,17 +109,11 @@ FAULTS = (
 
 def diagnosis(fn: Callable, failures: Failures) -> None:
     """diagnose(loss) -> the name of its fault, or "right"."""
-    for style in range(3):
-        for kind in FAULTS:
-            with failures.given(way_of_writing=style + 1):
-                name = fn(_spelled(kind, style))
-                failures.need(name in FAULTS, "return one of the names of the card, as a text")
-                failures.expect(
-                    name == kind,
-                    "a loss got another name than that of its fault; probe with unequal logits, with T other than 1, "
-                    "and with batch, positions and classes of different sizes",
-                    detail=f"{kind!r} was called {name!r}",
-                )
+    message = (
+        "a loss got another name than that of its fault; probe with unequal logits, with T other than 1, and with "
+        "batch, positions and classes of different sizes"
+    )
+    diagnoses(fn, failures, FAULTS, lambda *fault: (_spelled(*fault),), message)
 
 
 # --------------------------------------------------------------------------------------------------- stored answers

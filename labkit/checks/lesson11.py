@@ -170,7 +170,7 @@ def _ranked(scores: list[float], budget: int, sinks: int) -> list[int]:
 
 LAWS = (  # model's and draft's laws; p / q are multiples of 1 / 16 where the draft has a token
     ("the draft likes other tokens", [3 / 32, 5 / 32, 16 / 32, 8 / 32], [1 / 2, 1 / 4, 1 / 8, 1 / 8]),
-    ("the laws are equal", [1 / 2, 1 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
+    ("the distributions are equal", [1 / 2, 1 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
     ("a token that the model never writes", [0.0, 3 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
     ("a token that the draft never writes", [1 / 4, 1 / 4, 1 / 2], [1 / 2, 1 / 2, 0.0]),
     ("a draft that is certain", [3 / 8, 1 / 2, 1 / 8], [1.0, 0.0, 0.0]),
@@ -190,8 +190,8 @@ def law(fn: Callable, failures: Failures) -> None:
                     failures.close(
                         out,
                         want,
-                        "that is not the law: every guess counts with q[guess], and for each all `steps` numbers u, "
-                        "from 1/2 over steps on, count alike",
+                        "that is not the distribution: every guess counts with q[guess], and for each all `steps` "
+                        "numbers u, from 1/2 over steps on, count alike",
                         rtol=1e-9,
                         atol=1e-12,
                     )
@@ -234,12 +234,12 @@ def accept(fn: Callable, failures: Failures) -> None:
                     share = float(q[guess]) / STEPS
                     answer = failures.call(fn, p, q, guess, (i + 0.5) / STEPS, changed="your function changed p or q")
                     shaped = isinstance(answer, Tensor) and answer.shape == p.shape and answer.is_floating_point()
-                    failures.need(shaped, "return a law: a tensor of the shape of p")
+                    failures.need(shaped, "return a distribution: a tensor of the shape of p")
                     usual = bool((answer >= 0).all()) and math.isclose(float(answer.sum()), 1, rel_tol=1e-9)
-                    failures.need(usual, "what you return is no law: numbers from 0 on that sum up to 1")
+                    failures.need(usual, "what you return is no distribution: numbers from 0 on that sum up to 1")
                     out += share * answer
                     certain += share * bool(answer[guess] == 1)
-            failures.close(out, p, "the token that comes out has another law than p, all cases weighed", atol=1e-9)
+            failures.close(out, p, "all cases weighed, the token that comes out is not distributed as p", atol=1e-9)
             failures.close(
                 certain,
                 torch.minimum(p, q).sum(),

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +40,9 @@ INSTALL = {  # of what that does not bring
     "g++": "install it, or name another C++ compiler in CXX",
     "executorch": "pip install 'labkit[edge]'",
     "torchao": "pip install 'labkit[edge]'",  # which it imports where it lowers
+    "onnxruntime_qnn": "pip install 'labkit[hexagon]'",
+    "openvino_genai": "pip install 'labkit[llm]'",
+    "llama_cpp": "pip install llama-cpp-python, which compiles it",
 }
 
 MANIFEST = "engine.json"  # beside the file that is deployed
@@ -73,7 +77,7 @@ class Engine:
 
 def available() -> dict[str, str]:
     """ "ready" for each name that `prepare` takes, or what is missing and how to install it."""
-    return {name: _missing(name) or "ready" for name in ENGINES}
+    return {name: missing(name, row.packages) or "ready" for name, row in ENGINES.items()}
 
 
 def prepare(
@@ -89,6 +93,8 @@ def prepare(
     """`model` in the engine `name`, on torch.get_num_threads() threads (of that moment), with the shapes of `args`.
 
     name: fp32, or int8 if `model` is `Calibrated.model` of `ptq.quantize`: "torch" (eager), "onnxruntime", "openvino".
+        Such a quantized model only: "hexagon", the file of "onnxruntime" compiled for Qualcomm's NPU and run in its
+        simulator on this CPU, but for results that are not rounded; SIMULATED, so that its times say nothing.
         With bfloat16 for what is not int8: "torch-bf16", "torch-compile-bf16", "openvino-bf16". A float model only:
         "torch-compile" and "aotinductor" (both freeze the weights), "executorch" (delegated to XNNPACK). With one step
         left out, to see what it does: "torch-channels-last" (the other layout), "torch-compile-unfrozen",
@@ -113,14 +119,15 @@ def prepare(
     engine quantizes, and for a model that cannot be exported.
     """
     check_choice(name, ENGINES, "engine")
-    if missing := _missing(name):
-        raise InputError(missing)
+    check_present(name, ENGINES[name].packages)
     row, dynamic = ENGINES[name], dict(dynamic or {})
     named = {key: value for key, value in batching.inputs(model, args).items() if value is not None}
     if options and row.takes not in ("tool", "data"):
         raise InputError(f"{name} takes no options, and got {', '.join(options)}: leave them out.")
-    if row.takes != "any" and export.is_quantized(model):
+    if row.takes not in ("any", "quantized") and export.is_quantized(model):
         raise InputError(f"{name} takes a float model, and this one is quantized already: give the one it came from.")
+    if row.takes == "quantized" and not export.is_quantized(model):
+        raise InputError(f"{name} takes a quantized model, and this one is float: give ptq.quantize(...).model.")
     if row.takes == "data" and batches is None:
         raise InputError(f"{name} takes ranges from data: give batches, some hundred inputs in all.")
     if folder is not None and row.write is _no_file:
@@ -128,7 +135,7 @@ def prepare(
     if small := [d for d in dynamic for x in named.values() if isinstance(x, Tensor) and 1 in x.shape[d : d + 1]]:
         raise InputError(f"Dimension {small[0]} is to vary, and the example has 1 there: give one of 2 or more.")
     bits = max((x.weight_grid.bits for x in model.modules() if isinstance(x, FakeQuantized)), default=0)
-    if bits and not _multiplies(name.removesuffix("-bf16"), bits):
+    if bits and row.takes != "quantized" and not _multiplies(name.removesuffix("-bf16"), bits):
         raise InputError(
             f"{name} gives other products of extreme {bits}-bit codes than int64, as a CPU without VNNI does that adds "
             "pairs in int16: quantize the weights to 7 bits, whose pairs fit, or take float32."
@@ -149,8 +156,7 @@ def load(folder: str | Path) -> Engine:
         saved = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"There is no engine in {folder}: give the folder that prepare(..., folder=) wrote.") from None
-    if missing := _missing(saved["name"]):
-        raise InputError(missing)
+    check_present(saved["name"], ENGINES[saved["name"]].packages)
     shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
     dynamic = {int(dimension): tuple(ends) for dimension, ends in saved["dynamic"].items()}
     start = time.perf_counter()
@@ -329,15 +335,18 @@ def _read_executorch(path: Path) -> Run:
 
 @contextlib.contextmanager
 def _without_native_log() -> Iterator[None]:
-    """Without what C++ writes to the process's standard error: which files of the system it looked into."""
-    shown = os.dup(2)
+    """Without what C++ writes to the process's streams: which files of the system it looked into."""
+    sys.stdout.flush()
+    shown = [os.dup(stream) for stream in (1, 2)]
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
         try:
             yield
         finally:
-            os.dup2(shown, 2)
-            os.close(shown)
+            for stream, copy_ in zip((1, 2), shown, strict=True):
+                os.dup2(copy_, stream)
+                os.close(copy_)
 
 
 def _write_onnx(job: _Job, quantize: Callable[[_Job, Path, Path], None] | None = None) -> Path:
@@ -354,11 +363,7 @@ def session(source: Path | bytes, *, optimized: bool = True, save: Path | None =
     """An InferenceSession of ONNX Runtime on an ONNX file, on torch's threads; save: writes the graph that it runs."""
     import onnxruntime
 
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = torch.get_num_threads(), 1
-    # Workers of a session that waits would spin and take the cores from the session that is timed next.
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    settings.log_severity_level = 3  # errors
+    settings = _session_options()
     if not optimized:
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save is not None:
@@ -366,8 +371,47 @@ def session(source: Path | bytes, *, optimized: bool = True, save: Path | None =
     return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
 
 
-def _read_onnx(path: Path, optimized: bool = True) -> Run:
-    runtime = session(path, optimized=optimized)
+def _session_options() -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = torch.get_num_threads(), 1
+    # Workers of a session that waits would spin and take the cores from the session that is timed next.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.log_severity_level = 3  # errors
+    return settings
+
+
+def _hexagon(source: Path, *, save: Path | None = None) -> Any:
+    """A session on Qualcomm's simulator of its NPU (architecture v75), the rest on the CPU; save: writes its binary."""
+    import onnxruntime
+    import onnxruntime_qnn
+
+    settings = _session_options()
+    if save is not None:
+        entries = {"enable": "1", "file_path": str(save), "embed_mode": "1"}
+        for key, value in entries.items():
+            settings.add_session_config_entry(f"ep.context_{key}", value)
+    provider = onnxruntime_qnn.get_ep_name()
+    with _without_native_log():
+        if provider not in {device.ep_name for device in onnxruntime.get_ep_devices()}:
+            onnxruntime.register_execution_provider_library(provider, onnxruntime_qnn.get_library_path())
+        devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
+        options = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), "htp_arch": "75"}
+        settings.add_provider_for_devices(devices[:1], options)
+        return onnxruntime.InferenceSession(source, settings)
+
+
+def _write_hexagon(job: _Job) -> Path:
+    path = job.folder / "hexagon.onnx"
+    _hexagon(_write_onnx(job), save=path)
+    if not path.exists():
+        raise InputError("The NPU takes none of this model's layers, as no result is rounded: give a longer one.")
+    return path
+
+
+def _read_onnx(path: Path, make: Callable[[Path], Any] = session) -> Run:
+    runtime = make(path)
     names = [x.name for x in runtime.get_inputs()]
 
     def run(named: Mapping[str, Tensor]) -> list[Tensor]:
@@ -410,14 +454,13 @@ def request(model: Any, precision: str = "f32", **settings: Any) -> Any:
     """An InferRequest of OpenVINO for a model or its file, on torch's threads; settings: further ones of the CPU."""
     import openvino
 
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,  # the operating system places threads, as it does for the other engines
-        "INFERENCE_PRECISION_HINT": precision,  # else bfloat16 wherever the CPU has it
-        **settings,
-    }
+    settings = cpu_settings() | {"INFERENCE_PRECISION_HINT": precision} | settings  # else bfloat16 where the CPU has it
     return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+
+
+def cpu_settings() -> dict[str, Any]:
+    """Of OpenVINO: as many threads as torch has now, placed by the operating system as the other engines' are."""
+    return {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
 
 
 def _read_openvino(path: Path, precision: str = "f32") -> Run:
@@ -456,7 +499,8 @@ class Runtime(NamedTuple):
     """write(job) -> the file that is deployed, or the job itself where there is none; read(that) -> run.
 
     packages: what it imports ("g++": a compiler that it starts).
-    takes: "any" model, float or quantized; a "float" one; one that its own "tool" quantizes; a tool that needs "data".
+    takes: "any" model, float or quantized; a "float" or a "quantized" one; one that its own "tool" quantizes; a
+        tool that needs "data".
     """
 
     packages: tuple[str, ...]
@@ -468,6 +512,7 @@ class Runtime(NamedTuple):
 _ORT, _OV = ("onnx", "onnxscript", "onnxruntime"), ("onnx", "onnxscript", "openvino")
 _NNCF, _EDGE = (*_OV, "nncf"), ("executorch", "torchao")
 _BF16 = {"dtype": torch.bfloat16}
+_read_unoptimized = partial(_read_onnx, make=lambda path: session(path, optimized=False))
 _quantize = partial(_write_openvino, quantize=_nncf)
 _openvino_bf16 = partial(_read_openvino, precision="bf16")
 ENGINES = {
@@ -482,12 +527,13 @@ ENGINES = {
     "executorch": Runtime(_EDGE, "float", _write_executorch, _read_executorch),
     "executorch-portable": Runtime(_EDGE, "float", partial(_write_executorch, delegate=False), _read_executorch),
     "onnxruntime": Runtime(_ORT, "any", _write_onnx, _read_onnx),
-    "onnxruntime-unoptimized": Runtime(_ORT, "float", _write_onnx, partial(_read_onnx, optimized=False)),
+    "onnxruntime-unoptimized": Runtime(_ORT, "float", _write_onnx, _read_unoptimized),
     "onnxruntime-dynamic": Runtime(_ORT, "tool", partial(_write_onnx, quantize=_dynamic), _read_onnx),
     "onnxruntime-static": Runtime(
         _ORT, "data", partial(_write_onnx, quantize=partial(_static, signed=False)), _read_onnx
     ),
     "onnxruntime-s8s8": Runtime(_ORT, "data", partial(_write_onnx, quantize=partial(_static, signed=True)), _read_onnx),
+    "hexagon": Runtime((*_ORT, "onnxruntime_qnn"), "quantized", _write_hexagon, partial(_read_onnx, make=_hexagon)),
     "openvino": Runtime(_OV, "any", _write_openvino, _read_openvino),
     "openvino-bf16": Runtime(_OV, "any", _write_openvino, _openvino_bf16),
     "nncf": Runtime(_NNCF, "data", _quantize, _read_openvino),
@@ -498,10 +544,24 @@ ENGINES = {
 }
 
 
-def _missing(name: str) -> str:
-    packages = [package for package in ENGINES[name].packages if not _present(package)]
-    how = INSTALL.get(packages[0], ENGINES_EXTRA) if packages else ""
-    return f"{name} needs {' and '.join(packages)}, which is not installed: {how}." if packages else ""
+def missing(name: str, packages: Sequence[str]) -> str:
+    """Which of the packages are not here, in a sentence with what installs the first; "" where all are.
+
+    "g++" is of no use either where the path of torch has a space: torch's call of the compiler does not quote it.
+    """
+    lacking = [package for package in packages if not _present(package)]
+    if lacking:
+        verb, how = "is" if len(lacking) == 1 else "are", INSTALL.get(lacking[0], ENGINES_EXTRA)
+        return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}."
+    if "g++" in packages and " " in torch.__file__:
+        return f"{name} cannot compile against {torch.__file__}: set the course up where no folder's name has a space."
+    return ""
+
+
+def check_present(name: str, packages: Sequence[str]) -> None:
+    """InputError unless all packages are installed."""
+    if sentence := missing(name, packages):
+        raise InputError(sentence)
 
 
 def _present(package: str) -> bool:

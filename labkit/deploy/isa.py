@@ -41,19 +41,16 @@ with open(path, "wb") as file:
 def ladder(function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> dict[str, Any]:
     """What `function(*args)` returns on each rung that this CPU has, by the rung's name, the lowest first.
 
-    function: of a module or a notebook. It is sent without what stands around it: it imports in its body what it uses,
-        and closes over nothing. args and result are pickled. It gets as many threads as torch has here.
-    timeout_s: for a rung. Raises InputError for a function that needs more than its body and on a CPU that is no x86,
-    LabError where a rung fails, with its last line.
+    See `apart` for function and args. timeout_s: for a rung. Raises InputError on a CPU that is no x86 as well.
     """
-    code = getattr(function, "__code__", None)
-    if code is None or code.co_freevars:
-        around = "a function" if code is None else f"what it closes over ({', '.join(code.co_freevars)})"
-        raise InputError(f"{function!r} cannot be sent to a process without {around}: give it as arguments.")
     possible = rungs()
     if not any(possible.values()):
         raise InputError("This CPU has no AVX2: the rungs are those of x86, so leave the ladder out here.")
-    return {name: _on(name, function, args, timeout_s) for name, has in possible.items() if has}
+    return {
+        name: apart(function, *args, timeout_s=timeout_s, ONEDNN_MAX_CPU_ISA=name)
+        for name, has in possible.items()
+        if has
+    }
 
 
 def rungs() -> dict[str, bool]:
@@ -65,19 +62,29 @@ def rungs() -> dict[str, bool]:
     return table
 
 
-def _on(rung: str, function: Callable[..., Any], args: tuple, timeout_s: float) -> Any:
-    environment = child_environment(ONEDNN_MAX_CPU_ISA=rung, OMP_NUM_THREADS=str(torch.get_num_threads()))
+def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 300, **environment: str) -> Any:
+    """What `function(*args)` returns in a process of its own, with these variables of the environment.
+
+    function: of a module or a notebook. It is sent without what stands around it: it imports in its body what it uses,
+        and closes over nothing. args and result are pickled. It gets as many threads as torch has here.
+    Raises InputError for a function that needs more than its body, LabError where it fails, with its last line.
+    """
+    code, name = getattr(function, "__code__", None), " ".join(environment.values()) or "The process"
+    if code is None or code.co_freevars:
+        around = "a function" if code is None else f"what it closes over ({', '.join(code.co_freevars)})"
+        raise InputError(f"{function!r} cannot be sent to a process without {around}: give it as arguments.")
+    environment = child_environment(**environment, OMP_NUM_THREADS=str(torch.get_num_threads()))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "result")
-        sent = pickle.dumps((marshal.dumps(function.__code__), function.__defaults__, args, path))
+        sent = pickle.dumps((marshal.dumps(code), function.__defaults__, args, path))
         try:
             child = subprocess.run(
                 [sys.executable, "-c", _CHILD], input=sent, env=environment, capture_output=True, timeout=timeout_s
             )
         except subprocess.TimeoutExpired:
-            raise LabError(f"{rung} took more than {timeout_s:g} s: make the work smaller.") from None
+            raise LabError(f"{name} took more than {timeout_s:g} s: make the work smaller.") from None
         if child.returncode:
             last = child.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word of why"]
-            raise LabError(f"{rung} ended with code {child.returncode}: {last[0]}")
+            raise LabError(f"{name} ended with code {child.returncode}: {last[0]}")
         with open(path, "rb") as file:
             return pickle.load(file)

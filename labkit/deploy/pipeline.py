@@ -43,7 +43,8 @@ class Step:
 @dataclass(frozen=True)
 class Stage:
     """The model after `steps`, in `engine`. speedups: over the first model in eager torch, by the label of the input,
-    (ratio, low, high). seconds: what the last step took, once. error: why it went no further; the rest is then empty.
+    (ratio, low, high). seconds: what the last step took, once; in an engine with export and loading. error: why it went
+    no further; the rest is then empty.
     """
 
     steps: tuple[str, ...]
@@ -57,47 +58,69 @@ class Stage:
 
 def execute(
     model: nn.Module,
-    steps: Sequence[Step],
+    orders: Mapping[str, Sequence[Step]],
     examples: Mapping[str, Any],
     reference: Reference,
     *,
     folder: Path,
     batches: Iterable | None = None,
     budget_s: float = 2.0,
-) -> list[Stage]:
-    """A row for the model as it is and one after each step; `model` stays as it was.
+) -> dict[str, list[Stage]]:
+    """By order, a row for the model as it is and one after each step; `model` stays as it was.
 
-    examples: by label, inputs that latency is measured with. reference: of `model`, with batches of the size of the
-    last example: what the rows' parity refers to. folder: rows and trained values, so that the same call goes on where
-    it was interrupted; it belongs to one model and one meaning of the names. batches: to calibrate engines on.
-    budget_s: of a comparison. A step that raises a LabError ends the rows, with its sentence.
+    What is not in the folder yet is timed in the end, all in the same rounds (labkit.bench.race): rows of one call can
+    be compared although the machine's speed drifts.
+    orders: by name, the steps in turn. examples: by label, inputs that latency is measured with. reference: of `model`,
+    with batches of the size of the last example: what the rows' parity refers to. folder: rows and trained values, so
+    that the same call goes on where it was interrupted; it belongs to one model and one meaning of the names. batches:
+    to calibrate engines on. budget_s: of the timing, a row and an example. A step that raises a LabError ends the rows
+    of its order, with its sentence.
     """
-    if twice := {step.name for step in steps if sum(step.name == other.name for other in steps) > 1}:
-        raise InputError(f"Two steps are called {min(twice)}: give each its own name, which its results are kept by.")
-    eager = {label: engines.prepare("torch", model, example) for label, example in examples.items()}
-    inputs = {label: batching.inputs(model, example) for label, example in examples.items()}
-    stages, engine = [], "torch"
-    for step in (Step("eager"), *steps):
-        done = (*(stages[-1].steps if stages else ()), step.name)
-        file = folder / f"{hashlib.sha256('>'.join(done).encode()).hexdigest()[:16]}.json"
-        engine, start = step.engine or engine, time.perf_counter()
-        try:
-            model, seconds = _applied(model, step, file.with_suffix(".safetensors"))
-            if not file.exists():
-                seconds = time.perf_counter() - start if seconds is None else seconds
-                runs = {label: _prepared(engine, model, example, batches) for label, example in examples.items()}
-                *_, largest = runs.values()
-                stage = Stage(done, engine, seconds, largest.bytes, reference.judge(largest))
-                for label, run in runs.items() if stages else ():
-                    calls = partial(eager[label], **inputs[label]), partial(run, **inputs[label])
-                    comparison = bench.compare(*calls, names=("eager", ">".join(done)), budget_s=budget_s)
-                    stage.speedups[label] = (comparison.speedup, *comparison.ci95)
-                with replacing(file) as path:
-                    path.write_text(json.dumps(asdict(stage)), encoding="utf-8")
-        except LabError as error:
-            return [*stages, Stage(done, engine, time.perf_counter() - start, error=str(error))]
-        stages.append(_read(file))
-    return stages
+    for steps in orders.values():
+        if twice := {step.name for step in steps if sum(step.name == other.name for other in steps) > 1}:
+            raise InputError(
+                f"Two steps are called {min(twice)}: give each its own name, which its results are kept by."
+            )
+    rows: dict[str, list[Stage]] = {order: [] for order in orders}
+    stages: dict[tuple[str, ...], Stage] = {}
+    untimed: dict[tuple[str, ...], dict[str, engines.Engine]] = {}
+    for order, steps in orders.items():
+        done, current, engine = (), model, "torch"
+        for step in (Step("eager"), *steps):
+            done, engine, start = (*done, step.name), step.engine or engine, time.perf_counter()
+            try:
+                current, seconds = _applied(current, step, _file(folder, done).with_suffix(".safetensors"))
+                if done not in stages and _file(folder, done).exists():
+                    stages[done] = _read(_file(folder, done))
+                elif done not in stages:
+                    seconds = time.perf_counter() - start if seconds is None else seconds
+                    runs = {label: _prepared(engine, current, example, batches) for label, example in examples.items()}
+                    *_, largest = runs.values()
+                    seconds += 0 if engine == "torch" else largest.prepare_seconds + largest.load_seconds
+                    stages[done] = Stage(done, engine, seconds, largest.bytes, reference.judge(largest))
+                    untimed[done] = runs
+            except LabError as error:
+                rows[order].append(Stage(done, engine, time.perf_counter() - start, error=str(error)))
+                break
+            rows[order].append(stages[done])
+    for label, example in examples.items():
+        inputs = batching.inputs(model, example)
+        calls = {done: partial(runs[label], **inputs) for done, runs in untimed.items() if len(done) > 1}
+        if calls:
+            eager = {(): partial(engines.prepare("torch", model, example), **inputs)}
+            named = {">".join(done) or "eager": call for done, call in (eager | calls).items()}
+            race = bench.race(named, budget_s=len(named) * budget_s)
+            for done in calls:
+                comparison = race.over("eager", ">".join(done))
+                stages[done].speedups[label] = (comparison.speedup, *comparison.ci95)
+    for done in untimed:
+        with replacing(_file(folder, done)) as path:
+            path.write_text(json.dumps(asdict(stages[done])), encoding="utf-8")
+    return rows
+
+
+def _file(folder: Path, done: tuple[str, ...]) -> Path:
+    return folder / f"{hashlib.sha256('>'.join(done).encode()).hexdigest()[:16]}.json"
 
 
 def _applied(model: nn.Module, step: Step, values: Path) -> tuple[nn.Module, float | None]:

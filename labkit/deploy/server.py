@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -252,6 +253,69 @@ def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int, n: int) -> L
         return await _gather(client, request, n, moments)
 
     return _in_a_loop(run())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of MLPerf's LoadGen on a server. valid: p99 within the bound, enough queries behind it, none refused; reasons:
+    its own words where it is not. p99_s: from the scheduled moment, over `queries`, of which `refused` were no 200.
+    """
+
+    rate: float
+    valid: bool
+    reasons: tuple[str, ...]
+    p99_s: float
+    queries: int
+    refused: int
+
+
+def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 0.05, seconds: float = 15.0) -> Verdict:
+    """MLPerf's LoadGen (Reddi et al. 2020) as the client, scenario Server: Poisson arrivals, `rate` a second.
+
+    bound_s: that its p99 may take. seconds: of arrivals at the least; four times that at the most. LoadGen knows no
+    refused request: one makes the run invalid here. InputError where it is missing.
+    """
+    try:
+        import mlperf_loadgen as lg
+    except ImportError:
+        raise InputError(f"The judge is mlcommons-loadgen, which is not installed: {INSTALL}.") from None
+    loop, statuses, client = asyncio.new_event_loop(), [], Client(url)
+
+    async def answer(sample: Any) -> None:
+        statuses.append((await client.post(bodies[sample.index], 30))[0])
+        lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0)])
+
+    def issue(samples: Sequence[Any]) -> None:
+        for sample in samples:
+            asyncio.run_coroutine_threadsafe(answer(sample), loop)
+
+    settings, log = lg.TestSettings(), lg.LogSettings()
+    settings.scenario, settings.mode = lg.TestScenario.Server, lg.TestMode.PerformanceOnly
+    settings.server_target_qps, settings.server_target_latency_ns = rate, int(1e9 * bound_s)
+    settings.server_target_latency_percentile, settings.min_query_count = 0.99, 1
+    settings.min_duration_ms, settings.max_duration_ms = int(1e3 * seconds), int(4e3 * seconds)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    with tempfile.TemporaryDirectory() as folder:
+        log.log_output = lg.LogOutputSettings()
+        log.log_output.outdir = folder
+        sut = lg.ConstructSUT(issue, lambda: None)
+        library = lg.ConstructQSL(len(bodies), len(bodies), lambda _: None, lambda _: None)
+        lg.StartTestWithLogSettings(sut, library, settings, log)
+        lg.DestroyQSL(library)
+        lg.DestroySUT(sut)
+        summary = (Path(folder) / "mlperf_log_summary.txt").read_text().splitlines()
+    loop.call_soon_threadsafe(client.close)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(" : ") for line in summary)}
+    stars = (line.strip(" *.,") for line in summary if line.lstrip().startswith("*"))
+    reasons = tuple(line for line in stars if "successful" not in line)
+    refused = sum(status != 200 for status in statuses)
+    valid = values["Result is"] == "VALID" and not refused
+    p99_s = int(values["99.00 percentile latency (ns)"]) / 1e9
+    return Verdict(rate, valid, reasons, p99_s, len(statuses), refused)
 
 
 async def _gather(

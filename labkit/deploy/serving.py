@@ -114,7 +114,7 @@ def serve(
     check_whole(max_batch, "max_batch")
     if chunk is not None:
         check_whole(chunk, "chunk")
-    new = _new_tokens(max_new_tokens, prompts)
+    new = new_tokens(max_new_tokens, prompts)
     requests = []
     for i, prompt in enumerate(prompts):
         first = i // max_batch * max_batch
@@ -200,8 +200,8 @@ def _pool(net: Decoder, requests: list[Request], max_batch: int, page_size: int,
     return PagePool(net.layout, sum(needed[:max_batch]) if pages is None else pages, page_size)
 
 
-def _new_tokens(max_new_tokens: int | Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
-    """One number for each prompt."""
+def new_tokens(max_new_tokens: int | Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
+    """One number for each prompt. InputError without prompts, for other counts, and for a number below 1."""
     new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if not prompts or len(new) != len(prompts):
         raise InputError(f"There are {len(prompts)} prompts and {len(new)} numbers of new tokens: give one for each.")

@@ -38,6 +38,16 @@ class Target:
         """ "runs" here, "half": what converts, compiles or emulates it does, or "absent"."""
         return next((word for word in ("runs", "half") if _holds(getattr(self, word))), "absent")
 
+    @property
+    def needs(self) -> str:
+        """What it takes to try it, if it has not ended: by the probes, and the device where those look for software."""
+        if self.life == "ended":
+            return ""
+        device = self.kind in ("accelerator", "edge") and not self.runs.startswith(("cuda:", "openvino:"))
+        whole = " and ".join(["the device"] * device + _words(self.runs))
+        half = " and ".join(_words(self.half))
+        return "; ".join([whole] * bool(whole) + [f"half of it: {half}"] * bool(half))
+
 
 _ROWS = tomllib.loads(Path(__file__).with_name("targets.toml").read_text("utf-8"))["targets"]
 TARGETS: dict[str, Target] = {name: Target(name, *row) for name, row in _ROWS.items()}
@@ -51,19 +61,28 @@ def by_status() -> dict[str, list[str]]:
     return table
 
 
-PROBES = {
-    "module": lambda name: importlib.util.find_spec(name) is not None,
-    "program": lambda name: shutil.which(name) is not None,
-    "feature": lambda name: name in _features(),
-    "system": lambda name: platform.system() == name,
-    "cuda": lambda name: any(_names(name, gpu) for gpu in _gpus()),
+PROBES = {  # kind of thing: what it is called, whether one of this name is here
+    "module": ("package {}", lambda name: importlib.util.find_spec(name) is not None),
+    "program": ("program {}", lambda name: shutil.which(name) is not None),
+    "feature": ("a CPU with {}", lambda name: name in _features()),
+    "system": ("{} as the system", lambda name: platform.system() == name),
+    "openvino": ("OpenVINO with a device {}", lambda name: name in _openvino_devices()),
+    "cuda": ("an NVIDIA {} GPU", lambda name: any(_names(name, gpu) for gpu in _gpus())),
 }
 
 
 def _holds(probes: str) -> bool:
     """All of "kind:name,kind:name"; none is none."""
-    parts = [probe.partition(":") for probe in probes.split(",")] if probes else []
-    return bool(parts) and all(PROBES[kind](name) for kind, _, name in parts)
+    parts = _parts(probes)
+    return bool(parts) and all(PROBES[kind][1](name) for kind, name in parts)
+
+
+def _words(probes: str) -> list[str]:
+    return [" ".join(PROBES[kind][0].format(name).split()) for kind, name in _parts(probes)]
+
+
+def _parts(probes: str) -> list[list[str]]:
+    return [probe.split(":") for probe in probes.split(",")] if probes else []
 
 
 def _names(name: str, gpu: str) -> bool:
@@ -74,6 +93,15 @@ def _names(name: str, gpu: str) -> bool:
 @cache
 def _features() -> tuple[str, ...]:
     return fingerprint("cpu").features
+
+
+@cache
+def _openvino_devices() -> list[str]:
+    if importlib.util.find_spec("openvino") is None:
+        return []
+    import openvino
+
+    return openvino.Core().available_devices
 
 
 @cache

@@ -4,16 +4,11 @@
 functions stay in their modules, because `prune` means something else in each. What is not listed serves these.
 """
 
-import importlib
-from types import ModuleType
+from labkit import submodules
 
 __all__ = [
     "channels", "coupling", "depth", "equality", "heads", "nm", "permutation", "schedules", "scores", "select",
     "semi_structured", "sensitivity", "sparse", "sparsegpt", "sr_ste", "surgery", "transformers", "unstructured",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name in __all__:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"labkit.pruning has no {name!r}; it has {', '.join(__all__)}")
+__getattr__ = submodules(__name__, __all__)

@@ -119,6 +119,18 @@ def test_engines_that_are_missing_are_no_fault_and_named_with_what_brings_them(m
     assert found("engines").text == "torch, openvino, nncf, executorch ready"
 
 
+def test_language_engines_that_are_missing_are_no_fault_and_named_with_what_brings_them(monkeypatch):
+    monkeypatch.setattr("labkit.deploy.engines._present", lambda package: False)
+    assert found("language engines") == doctor.Finding(
+        "language engines",
+        True,
+        "none ready; not openvino-genai, which nothing needs (pip install 'labkit[llm]'); "
+        "not llama.cpp, which nothing needs (pip install llama-cpp-python, which compiles it)",
+    )
+    monkeypatch.setattr("labkit.deploy.engines._present", lambda package: "llama" not in package)
+    assert found("language engines").text.startswith("openvino-genai ready; not llama.cpp, which nothing needs")
+
+
 def test_instructions_of_another_kind_of_processor_are_not_missed(monkeypatch: pytest.MonkeyPatch):
     machine = SimpleNamespace(cpu="Some Arm", arch="aarch64", features=("neon", "bf16"))
     monkeypatch.setattr("labkit.machine.fingerprint", lambda device: machine)

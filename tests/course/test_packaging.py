@@ -29,10 +29,13 @@ def test_environment_yml_mirrors_pyproject():
     assert [line["pip"] for line in listed if isinstance(line, dict)] == [["-e ."]]
 
 
-IMPORTED_AS = {"pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course"}
+IMPORTED_AS = {
+    "pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course",
+    "mlcommons-loadgen": "mlperf_loadgen",
+}  # fmt: skip
 # by nbclient, papermill, sphinx, jinja2, matplotlib
 BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "markupsafe", "cycler"}
-OPTIONAL = {"pynvml", "latex2mathml", "nbval"}  # where they are not installed, a sentence or nothing
+OPTIONAL = {"pynvml", "latex2mathml", "nbval", "llama_cpp"}  # where they are not installed, a sentence or nothing
 
 
 def packages(*extras: str) -> set[str]:
@@ -61,7 +64,7 @@ def test_labkit_installs_alone_and_needs_what_it_imports():
     assert imports("labkit", at_once=True) <= packages()
     assert (
         imports("labkit", at_once=False)
-        <= packages("course", "engines", "edge", "serving") | BROUGHT_BY_ANOTHER | OPTIONAL
+        <= packages("course", "engines", "edge", "serving", "llm", "hexagon") | BROUGHT_BY_ANOTHER | OPTIONAL
     )
     assert packages() - imports("labkit", at_once=False) <= {"pydantic"}
 

@@ -1,10 +1,14 @@
 """README and syllabi show what the notebooks and the records say, and nothing else; their links lead somewhere."""
 
+import ast
 import re
+from functools import reduce
 from importlib.machinery import SourceFileLoader
+from inspect import signature
 
 import pytest
 
+import labkit
 from course import notebooks
 from labkit import files
 
@@ -30,6 +34,17 @@ def test_everything_outside_the_markers_is_kept_and_lost_ones_are_said(tmp_path,
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="put <!-- lessons"):
         readme.main()
+
+
+def test_labkit_in_one_minute_calls_what_there_is():
+    code = ast.parse(TEXT.split("```python")[1].split("```")[0])
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = ast.unparse(call.func)
+        if name.startswith("labkit.") and "(" not in name:
+            function = reduce(getattr, name.split(".")[1:], labkit)
+            signature(function).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
+    assert len(calls) > 10
 
 
 TEXTS = [

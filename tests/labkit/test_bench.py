@@ -22,7 +22,7 @@ import torch
 from scipy.stats import binom
 
 from labkit import bench, clocks, machine, roofline, stats
-from labkit.bench import Comparison, Measurement, compare, measure
+from labkit.bench import Comparison, Measurement, compare, measure, race
 from labkit.errors import InputError
 from labkit.machine import Ceilings
 
@@ -180,6 +180,54 @@ def test_first_call_after_each_switch_is_not_timed():
 
     result = compare(work_a, work_b, clock=carry_over)
     assert result.speedup == pytest.approx(2.0, rel=0.01)
+
+
+def work_c():
+    """A third one."""
+
+
+THREE = {"a": work_a, "b": work_b, "c": work_c}
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_in_a_race_every_two_give_an_interval_that_covers_the_truth(environment):
+    costs, pairs = {work_a: 4e-3, work_c: 1e-3}, {("a", "b"): 2.0, ("b", "c"): 2.0, ("a", "c"): 4.0}
+    excluded, runs = dict.fromkeys(pairs, 0), RUNS // 5
+    for seed in range(runs):
+        result = race(THREE, clock=SimulatedClock(environment, costs, seed), seed=seed, budget_s=3.0)
+        for pair, truth in pairs.items():
+            excluded[pair] += excludes(result.over(*pair).ci95, truth)
+    assert not any(too_often(count, runs) for count in excluded.values()), excluded
+
+
+def test_a_race_runs_all_in_each_round_in_random_order_and_lets_each_settle_untimed():
+    """SIMULATED carry-over: for 8 ms after a switch a call costs twice as much."""
+    clock, last, since = SimulatedClock(cost={work_a: 4e-3}), None, 0.0
+
+    def carry_over(fn, number):
+        nonlocal last, since
+        if fn is not last:
+            last, since = fn, clock.now
+        slow = clock.now < since + 8e-3
+        return clock(fn, number) * (2 if slow else 1)
+
+    result = race(THREE, clock=carry_over, budget_s=4.0)
+    assert len(result.orders) >= bench.BLOCKS
+    assert len(set(result.orders)) > 3
+    assert all(sorted(order) == sorted(THREE) for order in result.orders)
+    pair = result.over("a", "b")
+    assert pair.speedup == pytest.approx(2.0, rel=0.02)
+    assert [pair.baseline.name, pair.candidate.name] == ["a", "b"]
+    assert not result.warnings
+    short = race(THREE, clock=SimulatedClock(), budget_s=0.3)
+    assert "blocks of pairs, and" in short.over(*list(THREE)[:2]).warnings[0]
+
+
+def test_a_race_of_one_or_of_no_functions_is_refused():
+    with pytest.raises(InputError, match="a race takes two callables or more, got 1"):
+        race({"a": work_a})
+    with pytest.raises(InputError, match="b must be a function"):
+        race({"a": work_a, "b": None})
 
 
 @pytest.fixture

@@ -124,6 +124,16 @@ def test_a_file_that_is_missing_or_no_toml_is_said(tmp_path):
         load(tmp_path, "[[claim]\n")
 
 
+def test_too_few_samples_settle_nothing_and_what_never_pays_contradicts():
+    speed, paid, open_ends = claims.entry("12.1"), claims.entry("12.2"), (0.0, math.inf)
+    assert claims.verdict(speed, 5.0, open_ends) == "inconclusive"
+    assert claims.measured(speed, 5.0, open_ends) == "5.00x (too few samples for an interval)"
+    assert claims.measured(speed, None, None) == "it was not measured on a CPU"
+    assert claims.verdict(paid, math.inf, (math.inf, math.inf)) == "contradicted"
+    assert claims.verdict(paid, 343.0, (250.0, math.inf)) == "inconclusive"
+    assert claims.measured(paid, 343.0, (250.0, math.inf)) == "343 (250 to inf)"
+
+
 def test_the_course_s_own_claims_load():
     assert next(iter(claims.load())) == "1.1"
 
@@ -155,6 +165,11 @@ CHANGED = '[{date = 2026-11-26, from = "this", to = "that", why = "it was the wr
 def test_less_training_than_the_recipe_settles_nothing_either_way(tmp_path, trained, value, verdict):
     claim = load(tmp_path, entry(recipe=RECIPE))["3.1"]
     assert claims.verdict(claim, value, trained=trained) == verdict
+
+
+def test_a_recipe_in_words_has_its_plurals(tmp_path):
+    claim = load(tmp_path, entry(recipe="{steps = 1290, seeds = 1}"))["3.1"]
+    assert claims.recipe(claim) == "1,290 steps, 1 seed"
 
 
 @pytest.mark.parametrize(("trained", "missing"), [(None, "steps, seeds"), ({"steps": 600}, "seeds")])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from labkit.deploy import engines, export
+from labkit import datasets, models
+from labkit.deploy import engines, export, parity
 from labkit.errors import InputError
 from labkit.files import ROOT
 from labkit.quantization import affine, ptq
@@ -27,14 +29,15 @@ pytest.importorskip("onnxscript")
 
 openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
 nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs NNCF")
+READY = engines.available()
+hexagon = pytest.mark.skipif(READY["hexagon"] != "ready", reason="needs onnxruntime-qnn")
 BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
 COMPILERS = [  # each starts g++
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")])
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason=READY[name])])
     for name in ("torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen")
 ]
 EXECUTORCH = [
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(ready[name] != "ready", reason="needs ExecuTorch")])
-    for ready in [engines.available()]
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason="needs ExecuTorch")])
     for name in ("executorch", "executorch-portable")
 ]
 EPS = 1e-5  # of the largest: what engines may add up in another order
@@ -414,6 +417,56 @@ def test_a_bias_beside_tiny_weights_fits_in_32_bits(name: str):
     torch.testing.assert_close(engines.prepare(name, model, x)(x), model(x), rtol=EPS, atol=EPS)
 
 
+@cache
+def lite0() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """EfficientNet-lite0 simulated in int8, crops of photos that it was not calibrated on, and those that it was."""
+    photos, others = (models.imagenet_input(datasets.photo_crops(n, seed=seed)) for n, seed in ((4, 2), (6, 1)))
+    return calibrated(models.efficientnet_lite0(), [others]), photos, others
+
+
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory: pytest.TempPathFactory):
+    """EfficientNet-lite0 with QuantizeLinear and DequantizeLinear, and what ONNX Runtime answers with it."""
+    folder = tmp_path_factory.mktemp("lite0")
+    model, photos, others = lite0()
+    engine = engines.prepare("onnxruntime", model, photos, batches=[others], folder=folder)
+    return folder / "model.onnx", engine(photos)
+
+
+def in_openvino(path):
+    _, photos, _ = lite0()
+    return torch.from_numpy(engines.request(path).infer([photos.numpy()])[0])
+
+
+def in_hexagon(path):
+    model, photos, others = lite0()
+    return engines.prepare("hexagon", model, photos, batches=[others])(photos)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [pytest.param(in_openvino, marks=openvino), pytest.param(in_hexagon, marks=hexagon)])
+def test_one_file_of_efficientnet_gives_the_same_answers_in_every_engine(run, one_file):
+    """Beside ONNX Runtime on the same file: integers are equal but for ties of rounding, layer on layer."""
+    path, answers = one_file
+    results = run(path)
+    model, photos, _ = lite0()
+    judged = parity.compare_scores(answers, results)
+    assert judged.sqnr_db > 20, judged
+    assert judged.sure_agreement is None or judged.sure_agreement[0] == 1, judged
+    assert parity.compare_scores(model(photos), results).sqnr_db > 20
+
+
+@hexagon
+def test_hexagon_takes_what_is_rounded_and_leaves_the_rest_to_the_cpu(tmp_path):
+    model, x = simulated_net(), X
+    engine = engines.prepare("hexagon", model, x, batches=[x], folder=tmp_path)
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "hexagon.onnx").graph.node)
+    assert kinds["EPContext"] == 1 and not kinds["Conv"] and kinds["Gemm"] == 1, kinds
+    reference = engines.prepare("onnxruntime", model, x, batches=[x])(x)
+    assert affine.sqnr(reference, engine(x)) > 40, "every code within a rounding of ONNX Runtime's"
+    assert torch.equal(engines.load(tmp_path)(x), engine(x))
+
+
 # --- the engines' own tools -------------------------------------------------------------------------------------------
 
 TOOLS = [
@@ -449,20 +502,30 @@ def test_accuracy_control_calls_validate_with_engines():
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
+def test_a_path_that_the_compiler_cannot_take_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "__file__", "/a new place/torch/__init__.py")
+    monkeypatch.setattr(engines, "_present", lambda package: True)
+    sentence = "torch-compile cannot compile against /a new place/torch/__init__.py: set the course up where no folder"
+    assert engines.available()["torch-compile"].startswith(sentence)
+    assert engines.available()["onnxruntime"] == "ready"
+
+
 def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("openvino", "nncf") else real(name))
     state = engines.available()
     assert state["torch"] == state["onnxruntime"] == "ready"
-    assert state["nncf"] == "nncf needs openvino and nncf, which is not installed: pip install 'labkit[engines]'."
+    assert state["nncf"] == "nncf needs openvino and nncf, which are not installed: pip install 'labkit[engines]'."
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert engines.available()["aotinductor"] == (
         "aotinductor needs g++, which is not installed: install it, or name another C++ compiler in CXX."
     )
     with pytest.raises(InputError, match=r"openvino needs openvino.*labkit\[engines\]"):
         engines.prepare("openvino", nn.Linear(3, 2), torch.randn(1, 3))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else real(name))
-    assert engines.available()["executorch"].endswith("which is not installed: pip install 'labkit[edge]'.")
+    edge = {"executorch": object(), "torchao": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: edge[name] if name in edge else real(name))
+    missing = "executorch needs torchao, which is not installed: pip install 'labkit[edge]'."
+    assert engines.available()["executorch"] == missing
 
 
 class ByValue(nn.Linear):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from labkit import artifact
-from labkit.deploy import parity, pipeline
+from labkit.deploy import engines, parity, pipeline
 from labkit.deploy.pipeline import Step
 from labkit.errors import InputError, LabError
 from labkit.quantization import integer, ptq
@@ -45,7 +45,7 @@ def quantized(model: nn.Module) -> nn.Module:
 
 
 def execute(steps, folder):
-    return pipeline.execute(MODEL, steps, EXAMPLES, REFERENCE, folder=folder, budget_s=0.05)
+    return pipeline.execute(MODEL, {"one": steps}, EXAMPLES, REFERENCE, folder=folder, budget_s=0.05)["one"]
 
 
 def test_rows_are_those_of_the_models(tmp_path):
@@ -61,6 +61,14 @@ def test_rows_are_those_of_the_models(tmp_path):
     assert set(int8.speedups) == set(EXAMPLES) and all(low <= x <= high for x, low, high in int8.speedups.values())
 
 
+@pytest.mark.skipif(engines.available()["onnxruntime"] != "ready", reason="needs ONNX Runtime")
+def test_what_an_engine_takes_to_prepare_is_paid_once(tmp_path):
+    _, engine = execute([Step("engine", engine="onnxruntime")], tmp_path)
+    again = engines.prepare("onnxruntime", MODEL, EXAMPLES["batch 16"])
+    assert engine.seconds > again.load_seconds and engine.bytes == again.bytes
+    assert engine.seconds > again.prepare_seconds / 10, "the export is in it"
+
+
 def test_it_goes_on_where_it_was_interrupted(tmp_path):
     healing = Healing()
 
@@ -74,6 +82,20 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path):
     assert healing.calls == 1 and len(rows) == 4
     assert rows[3].parity == REFERENCE.judge(integer.convert(quantized(Healing()(narrowed(MODEL)))))
     assert execute([*steps, Step("int8", quantized)], tmp_path) == rows
+
+
+def test_orders_share_their_first_steps_and_are_timed_in_the_same_rounds(tmp_path, monkeypatch):
+    races, race = [], pipeline.bench.race
+    monkeypatch.setattr(
+        pipeline.bench, "race", lambda calls, **options: races.append([*calls]) or race(calls, **options)
+    )
+    prune, int8 = Step("prune", narrowed), Step("int8", quantized)
+    orders = {"prune first": [prune, int8], "prune": [prune], "int8 first": [int8]}
+    rows = pipeline.execute(MODEL, orders, EXAMPLES, REFERENCE, folder=tmp_path, budget_s=0.05)
+    assert rows["prune"] == rows["prune first"][:2]
+    assert races == 2 * [["eager", "eager>prune", "eager>prune>int8", "eager>int8"]], "one race for each example"
+    assert pipeline.execute(MODEL, orders, EXAMPLES, REFERENCE, folder=tmp_path, budget_s=0.05) == rows
+    assert len(races) == 2, "nothing is timed twice"
 
 
 def test_another_order_is_another_result_and_a_step_that_cannot_be_ends_it(tmp_path):

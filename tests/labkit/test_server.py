@@ -92,6 +92,20 @@ def test_without_mosec_it_says_what_brings_it(monkeypatch: pytest.MonkeyPatch):
         server.Server()
 
 
+def test_loadgen_judges_what_it_was_told():
+    """At 200 a second 2 ms each are far within half a second; 8 ms each are more than it can do."""
+    pytest.importorskip("mlperf_loadgen")
+    quick = server.loadgen(Pretender(0.002).url, [b"a", b"bb"], rate=200, bound_s=0.5, seconds=3.5)
+    assert quick.valid and not quick.reasons and quick.refused == 0
+    assert quick.queries > 500 and 0.002 < quick.p99_s < 0.5
+    slow = server.loadgen(Pretender(0.008).url, [b"a"], rate=200, seconds=1)
+    assert not slow.valid and slow.p99_s > 0.05 and "Reduce target QPS to improve latency" in slow.reasons
+    few = server.loadgen(Pretender(0.002).url, [b"a"], rate=50, bound_s=0.5, seconds=1)
+    assert not few.valid and few.p99_s < 0.5, "some fifty queries say nothing of a p99"
+    dead = server.loadgen(Pretender(0.002, dead=1).url, [b"a"], rate=200, bound_s=0.5, seconds=3.5)
+    assert not dead.valid and dead.refused == 1
+
+
 @pytest.fixture(scope="module")
 def engine_folder(tmp_path_factory):
     pytest.importorskip("onnxruntime")
@@ -149,7 +163,8 @@ def alive(session: int) -> list[str]:
 @pytest.mark.slow
 def test_ctrl_c_stops_the_server_and_leaves_no_process(engine_folder):
     code = (
-        "import sys, time; from labkit.deploy import server\n"
+        "import signal, sys, time; from labkit.deploy import server\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's job in the background ignores
         "with server.Server(sys.argv[1], max_batch=1) as running:\n"
         "    print(running._process.pid, flush=True)\n"
         "    time.sleep(60)"

@@ -87,7 +87,8 @@ def test_import_is_quick_and_brings_no_heavy_package():
 def test_modules_are_attributes_of_the_package():
     assert labkit.bench.measure and labkit.roofline.count and labkit.machine.DEVICES
     assert all(getattr(labkit, name) for name in dir(labkit))
-    assert all(getattr(labkit.pruning, name) for name in labkit.pruning.__all__)
+    for package in (labkit.pruning, labkit.quantization, labkit.attention, labkit.deploy):
+        assert all(getattr(package, name) for name in package.__all__)
     assert not hasattr(labkit, "no_module_of_this_name") and not hasattr(labkit.pruning, "pkgutil")
     with pytest.raises(AttributeError, match="labkit has no 'speed'; it has start, "):
         _ = labkit.speed
@@ -238,6 +239,15 @@ def test_measure_and_compare_keep_samples_intervals_and_verdict(lab, capsys):
     assert second["detail"]["candidate"]["samples_s"] == pytest.approx(two.candidate.samples_s, rel=5e-6)
     assert (second["value"], second["ci95"]) == (two.speedup, list(two.ci95))
     assert kept["predictions"][0]["measured"] == two.speedup
+
+
+def test_a_race_is_recorded_over_its_first_and_what_runs_beside_it_is_not(lab):
+    calls = {name: lambda n=n: sum(range(n)) for name, n in (("eager", 4000), ("engine", 1000), ("slow", 9000))}
+    result = lab.race("batch 1", calls, also={"larger": lambda: sum(range(90_000))}, budget_s=0.3)
+    kept = {entry["name"]: entry for entry in done(lab)["measurements"]}
+    assert list(kept) == ["engine, batch 1", "slow, batch 1"]
+    assert kept["engine, batch 1"]["value"] == result.over("eager", "engine").speedup
+    assert result.over("larger", "engine").speedup > 1
 
 
 def test_work_adds_the_share_of_the_roof_by_the_sessions_own_ceilings(lab, monkeypatch):
@@ -461,7 +471,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     alone = capsys.readouterr().out
     assert "2 ms" in alone and "a GPU" in alone and "not recorded yet" in alone
     lab._show_card()
-    assert "not recorded yet" in capsys.readouterr().out
+    assert "no earlier run" in capsys.readouterr().out
 
     other = labkit.start("01", preset="class", device="cpu", results_dir=lab._path.parent)
     other.record("step", 0.001, "s", ci95=(0.0009, 0.0011))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from labkit.deploy import engines, targets
+from labkit.deploy import engines, language, targets
 from labkit.deploy.targets import TARGETS
 
 # Every engine, server, instruction set and device that the guide names, section 1 and its list of accelerators.
@@ -39,16 +39,35 @@ def test_a_status_is_what_the_probes_see(monkeypatch: pytest.MonkeyPatch):
     assert TARGETS["AVX-512 VNNI"].status == "runs" and TARGETS["AMX"].status == "absent"
     on = {name: TARGETS[name].status for name in ("NVIDIA GPU", "H100", "H200", "A100", "L4")}
     assert on == {"NVIDIA GPU": "runs", "H100": "runs", "H200": "absent", "A100": "runs", "L4": "absent"}
+    monkeypatch.setattr(targets, "_openvino_devices", lambda: ["CPU", "NPU"])
+    assert TARGETS["Intel NPU"].status == "runs"
+    monkeypatch.setattr(targets, "_openvino_devices", lambda: ["CPU"])
+    assert TARGETS["Intel NPU"].status != "runs"
     monkeypatch.setattr(targets, "_gpus", lambda: [])
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: name == "onnx" or None)
-    assert {TARGETS[name].status for name in ("ONNX Runtime", "TensorRT")} == {"half"}
+    assert TARGETS["ONNX Runtime"].status == "half" and TARGETS["TensorRT"].status == "absent"
     assert TARGETS["NVIDIA GPU"].status == TARGETS["OpenVINO"].status == TARGETS["TGI"].status == "absent"
 
 
+def test_what_it_takes_is_what_the_probes_look_for():
+    assert TARGETS["torch.compile"].needs == "package torch and program g++"
+    assert TARGETS["TensorRT"].needs == "an NVIDIA GPU and package tensorrt"
+    assert TARGETS["H100"].needs == "an NVIDIA H100 GPU" and TARGETS["AMX"].needs == "a CPU with amx"
+    assert TARGETS["Google TPU"].needs == "the device and package libtpu", "the package alone runs nothing"
+    assert TARGETS["Qualcomm Hexagon"].needs == "the device; half of it: package onnxruntime_qnn"
+    assert TARGETS["Intel NPU"].needs == "OpenVINO with a device NPU; half of it: package openvino"
+    assert TARGETS["DeepSparse"].needs == ""
+
+
 def test_engines_that_are_ready_are_said_to_run():
-    ready, rows = engines.available(), targets.by_status()
+    ready, rows = engines.available() | language.available(), targets.by_status()
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "executorch": "ExecuTorch"}
-    names |= {"torch-compile": "torch.compile", "aotinductor": "AOTInductor"}
+    names |= {
+        "openvino-genai": "OpenVINO GenAI",
+        "llama.cpp": "llama.cpp",
+        "torch-compile": "torch.compile",
+        "aotinductor": "AOTInductor",
+    }
     for name, target in names.items():
         assert (ready[name] == "ready") <= (target in rows["runs"])
     assert sorted(name for names in rows.values() for name in names) == sorted(TARGETS)

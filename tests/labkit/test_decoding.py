@@ -1,0 +1,83 @@
+"""A decoder in OpenVINO with its cache passed in and out is the model, at any length and for any number of texts."""
+
+from functools import cache
+
+import llamas
+import pytest
+import torch
+from torch import nn
+
+from labkit import roofline
+from labkit.attention import speculative
+from labkit.deploy import decoding, engines
+from labkit.errors import InputError
+from labkit.quantization import weight_only
+
+pytestmark = pytest.mark.skipif(engines.available()["openvino"] != "ready", reason="needs OpenVINO")
+MODEL = llamas.llama().requires_grad_(False)
+IDS = torch.cat([llamas.text(12, seed) for seed in range(3)])  # [3, 12]
+EPS = 1e-5  # of the largest: what engines may add up in another order
+
+
+@cache
+def engine() -> decoding.DecoderEngine:
+    return decoding.prepare(MODEL)
+
+
+def close(x, y, eps=EPS) -> bool:
+    return float((x - y).abs().max()) <= eps * float(y.abs().max())
+
+
+def test_token_after_token_and_at_once_it_gives_what_the_model_gives():
+    for ids in (IDS, IDS[:1, :7]):
+        expected = MODEL(ids).logits
+        assert close(decoding.logits(engine(), MODEL, ids), expected)
+        keys, values, _ = decoding.example(MODEL, ids[:, :4])
+        assert close(engine()(keys, values, ids[:, 4:])[0], expected[:, 4:])
+
+
+@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"rms_norm_eps": 0.1, "num_key_value_heads": 4}])
+def test_other_sizes_and_a_tied_embedding(options):
+    model = llamas.llama(seed=1, **options).requires_grad_(False)
+    assert close(decoding.logits(decoding.prepare(model), model, IDS), model(IDS).logits)
+
+
+def test_a_step_stores_its_token_and_is_always_the_same():
+    step, theirs = decoding.repeated(engine(), MODEL, IDS), roofline.decode_step(MODEL, IDS)
+    with torch.inference_mode():
+        expected = theirs()
+    assert close(step(), expected) and torch.equal(step(), step())
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_it_writes_what_transformers_writes_and_a_good_guess_saves_a_call(k: int):
+    ids = llamas.text(9).repeat(1, 3)[0]
+    written = decoding.writing(engine(), MODEL, ids, 24, k)()
+    assert torch.equal(written.ids[None], llamas.greedy(MODEL, ids[None], 24))
+    theirs = speculative.generate(MODEL, ids, k=k, max_new_tokens=24)
+    assert (written.proposed, written.accepted) == (theirs.proposed, theirs.accepted)
+    assert written.calls == theirs.calls
+
+
+@pytest.mark.parametrize("options", [{"bits": 8, "group_size": None, "symmetric": True}, {"bits": 4, "group_size": 32}])
+def test_weights_in_few_bits_are_multiplied_as_they_are(options):
+    """Inputs of these products are rounded, by at most half a step of their largest over 127: the bound of the head."""
+    model = llamas.llama().requires_grad_(False)
+    model.lm_head = weight_only.quantize(model.lm_head, **options)
+    seen = []
+    model.model.norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    expected, exact = (m(IDS).logits for m in (model, MODEL))
+    (hidden,) = seen  # [3, 12, W]
+    bound = hidden.abs().amax(-1, keepdim=True) / 254 * model.lm_head.weight.abs().sum(1) + EPS * expected.abs().max()
+    rounded = decoding.prepare(model)
+    errors = (decoding.logits(rounded, MODEL, IDS) - expected).abs()[:, 1:]  # the first are those of MODEL
+    assert bool((errors <= bound[:, 1:]).all())
+    assert not close(expected, exact, 10 * EPS), "the weights are the float ones, or this shows nothing"
+    assert rounded.bytes < engine().bytes - 2 * MODEL.lm_head.weight.numel()
+
+
+def test_what_it_cannot_take_is_refused():
+    with pytest.raises(InputError, match="mxfp4 has no kernel in this engine"):
+        decoding.prepare(weight_only.quantize(MODEL, method="mxfp4"))
+    with pytest.raises(InputError, match="no decoder of the Llama type"):
+        decoding.prepare(nn.Linear(2, 2))
