@@ -99,7 +99,7 @@ def _transformers(name: str) -> tuple[nn.Module, tuple, dict]:
 
     kind = transformers.CONFIG_MAPPING[name]
     usual, sizes = kind(), ZOO["transformers"]["sizes"]
-    small = {key: size for key, size in sizes.items() if type(getattr(usual, key, None)) is int}
+    small = {key: size for key, size in sizes.items() if type(vars(usual).get(key)) is int}
     config = kind(**small | ZOO["transformers"]["arguments"].get(name, {}))
     automatic = [getattr(transformers, f"AutoModelFor{task}") for task in TASKS]
     able = next((auto for auto in automatic if kind in auto._model_mapping), transformers.AutoModel)
@@ -349,8 +349,8 @@ def row(tool: str, name: str) -> Row:
     """What becomes of one architecture: outcome, reason, seconds, share of the parameters that is left."""
     model, args, kwargs = build(name)
     dense = copy.deepcopy(model)
-    start = time.perf_counter()
     extra = units(model, kwargs) if tool == "labkit" and name.startswith("transformers") else {}
+    start = time.perf_counter()
     try:
         small, facts = TOOLS[tool](model, args, kwargs)
     except LabError as error:
@@ -363,11 +363,8 @@ def row(tool: str, name: str) -> Row:
     try:
         run(small, *other(args, kwargs))
     except Exception as error:
-        return {
-            "outcome": "failed",
-            "reason": f"the pruned model does not run: {type(error).__name__}: {error}",
-            **facts,
-        }
+        reason = f"the pruned model does not run: {type(error).__name__}: {error}"
+        return {"outcome": "failed", "reason": reason, **facts}
     off, reason = difference(dense, small, args, kwargs), ""
     if tool == "labkit" and not same(model, dense):
         reason = "the model that was given is changed"
@@ -393,7 +390,7 @@ def size(model: nn.Module) -> int:
 def process(tool: str, name: str, limit: float) -> Row:
     """`row` in a process of its own, forked from one that has imported the libraries and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo", *filter(find_spec, LIBRARIES)])
+    context.set_forkserver_preload(list(filter(find_spec, LIBRARIES)))
     result, sender = context.Pipe(duplex=False)
     worker = context.Process(target=_work, args=(sender, tool, name))
     worker.start()
@@ -477,7 +474,9 @@ def survey(models: list[str], tools: list[str], limit: float, results: Path | No
     for line in results.read_text().splitlines() if results and results.exists() else ():
         entry = json.loads(line)
         table.setdefault(entry["name"], {})[entry["tool"]] = entry["row"]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "torch-pruning"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "torch_pruning") if find_spec(name)
+    )
     print(f"{machine.fingerprint('cpu').label}, 1 thread; {versions}")
     print(f"{'':42} " + "  ".join(f"{tool:26}" for tool in tools))
     for name in tqdm(models, unit="network", disable=None):
