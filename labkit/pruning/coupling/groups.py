@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -122,10 +122,6 @@ class Coupling:
         trials: dict[tuple[bytes, str], str] = {}
 
         def failure(coupling: Coupling, clusters: list[list[int]]) -> str:
-            several = [clusters, clusters[::2]] if coupling.record.labels.uneven else [clusters]  # one by one?
-            return next(filter(None, (trial(coupling, part) for part in several)), "")
-
-        def trial(coupling: Coupling, clusters: list[list[int]]) -> str:
             gone = coupling._one_step([i for cluster in clusters for i in cluster])
             if not gone.any():
                 return ""
@@ -136,19 +132,23 @@ class Coupling:
                 trials[key] = fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
             return trials[key]
 
-        linked = self._linked()
-        for candidate in (self, replace(self, numbers=True), linked, replace(linked, numbers=True)):
-            if not failure(candidate, candidate.clusters()):
+        def apart(coupling: Coupling, clusters: list[list[int]]) -> str:
+            """Pieces of several sizes may fit where all of them shrink, and not where some do."""
+            return failure(coupling, clusters) or (
+                failure(coupling, clusters[::2]) if self.record.labels.pieces else ""
+            )
+
+        def pinned(coupling: Coupling, failure: Callable[[Coupling, list[list[int]]], str]) -> Coupling:
+            reasons = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
+            return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
+
+        linked, numbered = self._linked(), replace(self, numbers=True)
+        for candidate in (self, numbered, linked, replace(linked, numbers=True)):
+            if not apart(candidate, candidate.clusters()):
                 return candidate
-        pinned = []
-        for candidate in (linked, self, replace(self, numbers=True)):
-            reasons = failing(
-                candidate.groups, candidate.clusters(), lambda clusters, c=candidate: failure(c, clusters)
-            )
-            pinned.append(
-                candidate.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
-            )
-        best = max(pinned, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
+        candidates = [pinned(candidate, failure) for candidate in (linked, self, numbered)]
+        best = max(candidates, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
+        best = pinned(best, apart)
         if not best.groups or failure(best, best.clusters()):
             raise InputError(best._nothing())
         return best
@@ -278,15 +278,17 @@ def failing(
 def _groups(
     record: Record, classes: np.ndarray, reasons: Mapping[int, str]
 ) -> tuple[tuple[Group, ...], tuple[np.ndarray, ...]]:
-    """Classes that touch the same dimensions of the same parameters are the units of one group."""
+    """Classes that touch the same dimensions of the same parameters, and the same pieces of what is cut unevenly, are
+    the units of one group.
+    """
     free = np.ones(len(classes), dtype=bool)
     free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False  # by class
     signature = np.zeros(len(classes), dtype=np.uint64)
     touched = [(axis, classes[axis.base : axis.base + axis.size]) for axis in record.axes]
-    for axis, roots in touched:
-        signature[roots[free[roots]]] += np.uint64(
-            zlib.crc32(f"{axis.name} {axis.dim}".encode()) * 0x9E3779B97F4A7C15 % 2**64
-        )
+    places = [(f"{axis.name} {axis.dim}", roots) for axis, roots in touched]
+    places += [(f"piece {n}", np.unique(classes[labels])) for n, labels in enumerate(record.labels.pieces)]
+    for place, roots in places:
+        signature[roots[free[roots]]] += np.uint64(zlib.crc32(place.encode()) * 0x9E3779B97F4A7C15 % 2**64)
     members: dict[int, list[tuple[Axis, np.ndarray]]] = {}
     for axis, roots in touched:
         for s in np.unique(signature[roots[free[roots]]]).tolist():
