@@ -226,7 +226,11 @@ class Coupling:
         return gone[self.classes]
 
     def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
-        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain."""
+        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain.
+
+        A number that equals a size which the module's forward pass wrote down (a view's 768, 12 heads) becomes what
+        that size becomes; numbers that are a whole shape there become what it becomes.
+        """
         seen: dict[tuple[str, int], set[int]] = {}
         for module, size, labels, axis in self.record.sizes:
             shrinks = labels is not None and gone[labels].any()
@@ -236,7 +240,19 @@ class Coupling:
             changed = now - {size}
             if len(changed) == 1 and (len(now) == 1 or self.numbers):
                 certain.setdefault(module, {})[size] = changed.pop()
-        return fits.attributes(model, keep, certain)
+        called: dict[str, str] = {}
+        for name, _ in model.named_modules():  # one that is not called serves the one that it is in by other methods
+            called[name] = name if name in self.record.called else called[name.rpartition(".")[0]]
+
+        def number(module: str, value: int) -> int:
+            return certain.get(called[module], {}).get(value, value)
+
+        def numbers(module: str, values: tuple) -> Sequence[int]:
+            if operation := self.record.made.get((called[module], values)):
+                return fits.shape_of(operation, gone)
+            return [number(module, value) for value in values]
+
+        return fits.attributes(model, keep, number, numbers)
 
     def macs(self, gone: np.ndarray | None = None) -> int:
         """Multiply-adds of the products of the traced call, with the labels in `gone` removed."""
