@@ -1,6 +1,7 @@
 """Small networks with one difficulty each, and the oracle of structured pruning: a dense model with blind readers."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMED = ("original0", "original1", "weight_g", "weight_v")
 
 
 def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -45,10 +47,23 @@ def blind(model: nn.Module, kept) -> nn.Module:
     return masked
 
 
-def difference(pruned, model: nn.Module, x: Tensor) -> float:
+def zeroed(model: nn.Module, kept) -> nn.Module:
+    """A dense copy in which all that is removed is zero, but for weight norm's vectors: zero has no direction."""
+    masked = copy.deepcopy(model)
+    tensors = {**dict(masked.named_parameters(remove_duplicate=False)), **dict(masked.named_buffers())}
+    with torch.no_grad():
+        for name, dims in kept.items():
+            for dim, indices in () if name.endswith(NORMED) else dims.items():
+                gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+                gone[indices] = False
+                tensors[name].index_fill_(dim, gone.nonzero().squeeze(1), 0)
+    return masked
+
+
+def difference(pruned, model: nn.Module, x: Tensor, oracle: Callable = blind) -> float:
     """Largest difference to the oracle relative to the largest output, in float64."""
     with torch.no_grad():
-        expected = blind(model, pruned.plan.kept).double()(x.double())
+        expected = oracle(model, pruned.plan.kept).double()(x.double())
         found = copy.deepcopy(pruned.model).double()(x.double())
     return float((expected - found).abs().max() / expected.abs().max())
 

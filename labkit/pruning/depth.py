@@ -7,13 +7,14 @@ angular distance of consecutive layers). A removed layer passes its input on; no
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
-from labkit.blocks import hidden, layers_of, remembering, resuming, skipping
+from labkit.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
+from labkit.blocks import hidden, layers_of, loss_increases, skipping
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import anatomy, surgery
 from labkit.pruning.coupling import tracing
@@ -56,7 +57,9 @@ def layer_importance(
     check_whole(n, "n", most=len(layers))
     check_batches(batches, method)
     if method == "loss":
-        return _loss_without(model, layers, batches, n, loss_fn)
+        stack = [layer for _, layer in layers]
+        skips = [(first, partial(skipping, stack[first : first + n])) for first in range(len(stack) - n + 1)]
+        return loss_increases(model, stack, skips, batches, loss_fn)
     return _distances(model, layers, batches, n, DISTANCES[method])
 
 
@@ -85,23 +88,6 @@ def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Ca
             sums += torch.stack([distance(x, y).sum().cpu() for x, y in zip(vectors, vectors[n:], strict=False)])
             tokens += int(valid.sum())
     return sums / max(tokens, 1)
-
-
-@torch.no_grad()
-def _loss_without(model: nn.Module, layers, batches: Iterable, n: int, loss_fn: Callable | None) -> Tensor:
-    stack = [layer for _, layer in layers]
-    sums = torch.zeros(len(layers) - n + 1, dtype=torch.float64)
-    terms = 0
-    with evaluating(model, seed=0):
-        for batch in not_empty(batches):
-            with remembering(stack) as outputs:
-                dense, count = summed_loss(model, batch, loss_fn)
-            for first in range(len(sums)):
-                with resuming(stack, outputs[:first]), skipping(stack[first : first + n]):
-                    loss, _ = summed_loss(model, batch, loss_fn)
-                sums[first] += float(loss.double() - dense.double())
-            terms += count
-    return sums / max(terms, 1)
 
 
 @torch.inference_mode(False)

@@ -103,7 +103,7 @@ def _compare(
         stands = {id(x): tensors[name] for name, x in tensors_of(model)}
         copied = skeleton(model, stands, wide)
         inputs, options = duplicate((args, dict(kwargs)), wide)
-        with undisturbed(), sdpa_kernel(SDPBackend.MATH), following(copied) as stack:
+        with undisturbed(), sdpa_kernel(SDPBackend.MATH), following(copied, set()) as stack:
             torch.default_generator.manual_seed(0)  # a pass that draws numbers draws the same
             with _Restricting(restricted, gone, stack, dtype) as mode:
                 results = outputs(copied(*inputs, **options))

@@ -328,16 +328,25 @@ def _sums(values: Mapping[str, Tensor]) -> Callable[[str, int], Tensor | None]:
     return lambda name, dim: _rows(values[name], dim).sum(1) if name in values else None
 
 
+def norms(
+    model: nn.Module, groups: Sequence[Group], members: Mapping[int, Sequence[Member]], power: int = 2
+) -> dict[int, Tensor]:
+    """(sum |w|^p)^(1/p) of all weights of a unit that `members` has: {number of the group: [units]}"""
+    parameters = dict(model.named_parameters())
+
+    def powers(name: str, dim: int) -> Tensor:
+        return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
+
+    return {i: total ** (1 / power) for i, total in per_unit(powers, groups, members).items()}
+
+
 def _norm(power: int) -> Callable:
-    """(sum |w|^p)^(1/p) of all weights that make the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
+    """The norm of what makes the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
 
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-        def powers(name: str, dim: int) -> Tensor:
-            return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
-
         parameters = dict(model.named_parameters())
         makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-        return {i: total ** (1 / power) for i, total in per_unit(powers, groups, makers).items()}
+        return norms(model, groups, makers, power)
 
     return score
 
@@ -474,15 +483,15 @@ def input_taylor(
 
 
 @torch.no_grad()
-def input_moments(model: nn.Module, names: Sequence[str], batches: Iterable, power: int) -> list[Tensor]:
-    """E[a^power] over the valid tokens of what each module reads: per module [channels] float64."""
+def input_squares(model: nn.Module, names: Sequence[str], batches: Iterable) -> list[Tensor]:
+    """E[a^2] over the valid tokens of what each module reads: per module [channels] float64."""
     sums: list = [0.0] * len(names)
     counts = [0] * len(names)
     named: dict[str, Tensor] = {}  # of the batch that runs
 
     def act(i: int, a: Tensor) -> None:
         valid = valid_tokens(model, named, names[i], a).flatten()
-        sums[i] = sums[i] + a.flatten(0, -2).double().pow(power).mul(valid[:, None]).sum(0).cpu()
+        sums[i] = sums[i] + a.flatten(0, -2).double().square().mul(valid[:, None]).sum(0).cpu()
         counts[i] += int(valid.sum())
 
     with evaluating(model, seed=0), reading(model, names, act):

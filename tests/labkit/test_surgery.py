@@ -28,8 +28,9 @@ from networks import (
     example,
     odd,
     randomise_,
+    zeroed,
 )
-from random_networks import HABITS, Network, Stateful, digest, programs
+from random_networks import HABITS, TOKENS, Network, Stateful, TokenNetwork, digest, programs, token_programs
 from torch import nn
 
 from labkit.errors import DataError, EqualityError, InputError
@@ -84,6 +85,21 @@ def test_random_networks_stay_equal_after_random_plans(program, ratio, criterion
     if not pruned.report.restricted:
         assert difference(pruned, model, x) < 1e-9
     assert pruned.report.equal
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(token_programs(), st.floats(0.1, 0.9), st.sampled_from(["global", "layer"]), st.integers(0, 5))
+def test_random_networks_of_many_operators_stay_equal_and_leave_the_dense_one_alone(program, ratio, scope, seed):
+    with torch.no_grad():  # a weight that the older weight norm has made can be copied then
+        model = randomise_(TokenNetwork(program), seed)
+    x = torch.randn(2, TOKENS, 6, generator=torch.Generator().manual_seed(seed))
+    before = digest(model)
+    pruned = prune(model, x, ratio=ratio, scope=scope, seed=seed)
+    assert digest(model) == before
+    assert pruned.report.equal
+    if not pruned.report.restricted:
+        assert difference(pruned, model, x, zeroed) < 1e-9
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import nn
 
 from labkit import models
 from labkit.errors import InputError
-from labkit.pruning import anatomy, depth, transformers
+from labkit.pruning import anatomy, depth, surgery, transformers
 from labkit.pruning.channels import Pruned
 from labkit.pruning.coupling import Coupling
 
@@ -243,6 +246,32 @@ def test_config_is_left_where_head_size_is_width_by_heads(name):
     assert heads_of(pruned) == [3, 3, 3]
 
 
+LOADING = """
+import sys
+import torch
+from families import FAMILIES, family, inputs
+from labkit.pruning import surgery
+with torch.no_grad():
+    for name in FAMILIES:
+        model = family(name)
+        for parameter in model.parameters():
+            parameter.zero_()  # all that it computes comes from the file
+        loaded = surgery.load(model, f"{sys.argv[1]}/{name}")
+        torch.save(loaded(**inputs(name))[0], f"{sys.argv[1]}/{name}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_any_family_is_loaded_in_a_new_process(tmp_path, offline):
+    for name in EVERY:
+        pruned = pruned_by("heads", name)
+        surgery.save(pruned.model, [pruned.plan], tmp_path / name)
+    environment = {**offline, "PYTHONPATH": f"{Path(__file__).parents[1]}:{offline['PYTHONPATH']}"}
+    subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], env=environment, check=True)
+    for name in EVERY:
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), output(pruned_by("heads", name).model, name)), name
+
+
 # --- other models, compile, export ------------------------------------------------------------------------------------
 
 
@@ -282,6 +311,17 @@ def test_compiles_whole():
     with torch.no_grad():
         compiled = torch.compile(pruned, backend="aot_eager", fullgraph=True)(**inputs("llama"), use_cache=False)[0]
     assert_equal(output(pruned, "llama"), compiled, pruned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_exports_again(name):
+    pruned, example = pruned_by("heads", name).model, inputs(name)
+    program = torch.export.export(pruned, (), {**example, "use_cache": False} if name in DECODERS else example)
+    other = inputs(name, seed=1)
+    exported = program.module()(**other, **({"use_cache": False} if name in DECODERS else {}))
+    with torch.no_grad():
+        assert_equal(pruned(**other)[0], exported[0], pruned)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ The operators have to come in the same order and give the shapes that the traced
 a pass that writes its sizes down is found out even where it happens to run. Nothing is computed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,11 +87,7 @@ class _Comparing(Abstract):
                 raise _Differs(f"{name} comes where it did not before")
             operation = self._expected[self._next]
             self._next += 1
-            expected = list(operation.shape)
-            for span in operation.spans:
-                if (here := self._gone[span.labels]).any():
-                    for axis, dim in enumerate(span.dims):
-                        expected[dim] = remaining(here, axis)
+            expected = shape_of(operation, self._gone)
             if operation.before is not None:
                 x, dim, start = args[:3]
                 start = slice(start, None).indices(x.shape[dim])[0]
@@ -105,6 +101,16 @@ class _Comparing(Abstract):
     def unmet(self) -> str:
         rest = self._expected[self._next :]
         return f"{rest[0].name} does not come any more" if rest else ""
+
+
+def shape_of(operation: Operation, gone: np.ndarray) -> list[int]:
+    """What the operator gives without the labels in `gone`."""
+    shape = list(operation.shape)
+    for span in operation.spans:
+        if (here := gone[span.labels]).any():
+            for axis, dim in enumerate(span.dims):
+                shape[dim] = remaining(here, axis)
+    return shape
 
 
 def remaining(gone: np.ndarray, axis: int) -> int:
@@ -122,18 +128,26 @@ def set_attributes_(model: nn.Module, attributes: Attributes) -> None:
             setattr(module, attribute, value)
 
 
-def attributes(model: nn.Module, keep: Keep, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[str, Any]]:
+def attributes(
+    model: nn.Module, keep: Keep, number: Callable[[str, int], int], numbers: Callable[[str, tuple], Sequence[int]]
+) -> dict[str, dict[str, Any]]:
     """{module: {attribute: new value}} that agree with the entries that stay.
 
-    Layers of torch.nn follow from the shapes of their parameters. Of any other module a number, alone or in a tuple or
-    list, that equals a size which its forward pass wrote down (a view's 768, 12 heads) becomes what that size becomes.
+    Layers of torch.nn follow from the shapes of their parameters. Of any other module whole numbers become what
+    number(module, value) and numbers(module, values) say, alone and in a tuple or list.
     """
     result: dict[str, dict[str, Any]] = {}
     shapes, rows = {}, {}
     for name, x in tensors_of(model):
         shapes[id(x)], rows[id(x)] = shape(x, keep.get(name, {})), keep.get(name, {}).get(0)
     for name, module in model.named_modules():
-        new = _layer(module, shapes, rows) | _numbers(module, sizes.get(name, {}))
+        new = _layer(module, shapes, rows)
+        if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.MultiheadAttention):
+            for key, value in vars(module).items():
+                if type(value) is int and not key.endswith(NO_SIZES):
+                    new[key] = number(name, value)
+                elif type(value) in (tuple, list, torch.Size) and value and all(type(n) is int for n in value):
+                    new[key] = type(value)(numbers(name, tuple(value)))
         if changed := {key: value for key, value in new.items() if getattr(module, key) != value}:
             result[name] = changed
     return result
@@ -177,17 +191,3 @@ def _layer(module: nn.Module, shapes: Mapping[int, list[int]], rows: Mapping[int
     if isinstance(module, nn.PReLU):
         return {"num_parameters": now[0]}
     return {"nx": now[0], "nf": now[1]} if {"nf", "nx"} <= vars(module).keys() else {}
-
-
-def _numbers(module: nn.Module, sizes: Mapping[int, int]) -> dict[str, Any]:
-    if not sizes or (type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention)):
-        return {}
-    result: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name.endswith(NO_SIZES):
-            continue
-        if type(value) is int and value in sizes:
-            result[name] = sizes[value]
-        elif type(value) in (tuple, list, torch.Size) and all(type(n) is int for n in value):
-            result[name] = type(value)(sizes.get(n, n) for n in value)
-    return result

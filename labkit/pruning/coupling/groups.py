@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -122,10 +122,6 @@ class Coupling:
         trials: dict[tuple[bytes, str], str] = {}
 
         def failure(coupling: Coupling, clusters: list[list[int]]) -> str:
-            several = [clusters, clusters[::2]] if coupling.record.labels.uneven else [clusters]  # one by one?
-            return next(filter(None, (trial(coupling, part) for part in several)), "")
-
-        def trial(coupling: Coupling, clusters: list[list[int]]) -> str:
             gone = coupling._one_step([i for cluster in clusters for i in cluster])
             if not gone.any():
                 return ""
@@ -136,19 +132,23 @@ class Coupling:
                 trials[key] = fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
             return trials[key]
 
-        linked = self._linked()
-        for candidate in (self, replace(self, numbers=True), linked, replace(linked, numbers=True)):
-            if not failure(candidate, candidate.clusters()):
+        def apart(coupling: Coupling, clusters: list[list[int]]) -> str:
+            """Pieces of several sizes may fit where all of them shrink, and not where some do."""
+            return failure(coupling, clusters) or (
+                failure(coupling, clusters[::2]) if self.record.labels.pieces else ""
+            )
+
+        def pinned(coupling: Coupling, failure: Callable[[Coupling, list[list[int]]], str]) -> Coupling:
+            reasons = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
+            return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
+
+        linked, numbered = self._linked(), replace(self, numbers=True)
+        for candidate in (self, numbered, linked, replace(linked, numbers=True)):
+            if not apart(candidate, candidate.clusters()):
                 return candidate
-        pinned = []
-        for candidate in (linked, self, replace(self, numbers=True)):
-            reasons = failing(
-                candidate.groups, candidate.clusters(), lambda clusters, c=candidate: failure(c, clusters)
-            )
-            pinned.append(
-                candidate.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
-            )
-        best = max(pinned, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
+        candidates = [pinned(candidate, failure) for candidate in (linked, self, numbered)]
+        best = max(candidates, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
+        best = pinned(best, apart)
         if not best.groups or failure(best, best.clusters()):
             raise InputError(best._nothing())
         return best
@@ -226,7 +226,11 @@ class Coupling:
         return gone[self.classes]
 
     def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
-        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain."""
+        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain.
+
+        A number that equals a size which the module's forward pass wrote down (a view's 768, 12 heads) becomes what
+        that size becomes; numbers that are a whole shape there become what it becomes.
+        """
         seen: dict[tuple[str, int], set[int]] = {}
         for module, size, labels, axis in self.record.sizes:
             shrinks = labels is not None and gone[labels].any()
@@ -236,7 +240,19 @@ class Coupling:
             changed = now - {size}
             if len(changed) == 1 and (len(now) == 1 or self.numbers):
                 certain.setdefault(module, {})[size] = changed.pop()
-        return fits.attributes(model, keep, certain)
+        called: dict[str, str] = {}
+        for name, _ in model.named_modules():  # one that is not called serves the one that it is in by other methods
+            called[name] = name if name in self.record.called else called[name.rpartition(".")[0]]
+
+        def number(module: str, value: int) -> int:
+            return certain.get(called[module], {}).get(value, value)
+
+        def numbers(module: str, values: tuple) -> Sequence[int]:
+            if operation := self.record.made.get((called[module], values)):
+                return fits.shape_of(operation, gone)
+            return [number(module, value) for value in values]
+
+        return fits.attributes(model, keep, number, numbers)
 
     def macs(self, gone: np.ndarray | None = None) -> int:
         """Multiply-adds of the products of the traced call, with the labels in `gone` removed."""
@@ -278,15 +294,17 @@ def failing(
 def _groups(
     record: Record, classes: np.ndarray, reasons: Mapping[int, str]
 ) -> tuple[tuple[Group, ...], tuple[np.ndarray, ...]]:
-    """Classes that touch the same dimensions of the same parameters are the units of one group."""
+    """Classes that touch the same dimensions of the same parameters, and the same pieces of what is cut unevenly, are
+    the units of one group.
+    """
     free = np.ones(len(classes), dtype=bool)
     free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False  # by class
     signature = np.zeros(len(classes), dtype=np.uint64)
     touched = [(axis, classes[axis.base : axis.base + axis.size]) for axis in record.axes]
-    for axis, roots in touched:
-        signature[roots[free[roots]]] += np.uint64(
-            zlib.crc32(f"{axis.name} {axis.dim}".encode()) * 0x9E3779B97F4A7C15 % 2**64
-        )
+    places = [(f"{axis.name} {axis.dim}", roots) for axis, roots in touched]
+    places += [(f"piece {n}", np.unique(classes[labels])) for n, labels in enumerate(record.labels.pieces)]
+    for place, roots in places:
+        signature[roots[free[roots]]] += np.uint64(zlib.crc32(place.encode()) * 0x9E3779B97F4A7C15 % 2**64)
     members: dict[int, list[tuple[Axis, np.ndarray]]] = {}
     for axis, roots in touched:
         for s in np.unique(signature[roots[free[roots]]]).tolist():

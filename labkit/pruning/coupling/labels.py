@@ -40,7 +40,7 @@ class Labels:
         self._pins: list[tuple[np.ndarray, str]] = []
         self._constraints: list[tuple[str, Sequence[np.ndarray], str]] = []
         self._cuts: dict[bytes, set[int]] = {}
-        self.uneven = False  # whether something is cut into pieces of several sizes
+        self.pieces: list[np.ndarray] = []  # labels of what is cut into pieces of several sizes, by their size
 
     def fresh(self, n: int, constant: bool = False) -> np.ndarray:
         """n new labels. constant: of a buffer or of what the pass makes, which follow the channels of others."""
@@ -92,7 +92,7 @@ class Labels:
                 single = np.concatenate([empty, *alike.pop(1, ())])  # its tensor carries no labels
                 steps = [(None, classes[single])]
                 steps += [_make_even([classes[piece] for piece in same], fixed) for same in alike.values()]
-                self.uneven |= len(steps) > 2
+                self.pieces += [np.concatenate(same) for same in alike.values()] if len(alike) > 1 else []
             for edges, stuck in steps:
                 if edges is not None:
                     classes = components(self.count, *edges, parent=classes)

@@ -7,6 +7,7 @@ and the operators that work elementwise, normalise and reduce; products and shap
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ class Record:
     restricted: list[Restricted] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)  # in order
+    called: set[str] = field(default_factory=set)  # modules
     returned: set[int | str | None] = field(default_factory=set)  # what made the model's outputs, as `operands`
     aliases: dict[str, list[str]] = field(default_factory=dict)  # {first name: the others}
     constants: frozenset[str] = frozenset()  # names of the buffers
@@ -95,6 +97,11 @@ class Record:
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
     within_groups: bool = False  # of grouped convolutions the same channels of every group are tied, not all of one
     only_couples: bool = False  # in that second pass: nothing is counted twice
+
+    @cached_property
+    def made(self) -> dict[tuple[str, tuple[int, ...]], Operation]:
+        """{(module, shape): an operator that gives this shape there}"""
+        return {(operation.module, operation.shape): operation for operation in self.operations}
 
     def names(self, first: str) -> list[str]:
         """All parameters with the memory of `first`."""

@@ -77,10 +77,11 @@ def vector_product(c: Call) -> Spans:
 @rule("convolution")
 def convolution(c: Call) -> Spans:
     """Weight [out, in / groups, *kernel], transposed [in, out / groups, *kernel]."""
-    x, weight, bias, _, _, _, transposed, _, groups = c.args[:9]
+    x, weight, bias, stride, padding, _, transposed, _, groups = c.args[:9]
     channel = x.dim() - (weight.dim() - 1)  # 0 where there is no batch
     makes, reads = (1, 0) if transposed else (0, 1)
-    x._spans = c.fix(c.spans(x), range(channel + 1, x.dim()), "has positions, not channels, in it")
+    if max(*weight.shape[2:], *stride, *(n + 1 for n in padding)) > 1:  # else each position is by itself
+        x._spans = c.fix(c.spans(x), range(channel + 1, x.dim()), "has positions, not channels, in it")
     weight._spans = c.fix(c.spans(weight), range(2, weight.dim()), "")
     into, x._spans = c.alone(c.spans(x), channel)
     _, weight._spans = c.alone(c.spans(weight), 0)  # a kernel that is computed may have both in one span
@@ -94,8 +95,8 @@ def convolution(c: Call) -> Spans:
     positions = math.prod((x if transposed else c.out).shape[channel + 1 :])
     batch = x.shape[0] if channel else 1
     factors = [into, out] if groups == 1 else [span.labels for span in c.spans(weight)]
-    c.costs(batch * positions * weight.numel(), factors)
     rest = tuple(span for span in c.spans(x) if channel not in span.dims)
+    c.costs(batch * positions * weight.numel(), [*factors, *(span.labels for span in rest)])
     return rest if out is None or c.out.shape[channel] == 1 else (*rest, Span((channel,), out))
 
 

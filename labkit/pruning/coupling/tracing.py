@@ -34,6 +34,8 @@ DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_int
 DATA_DEPENDENT |= {"_unique2", "unique_dim", "unique_consecutive"}
 MASKS = (torch.bool, torch.uint8)  # as an index
 MADE = ("zeros", "ones", "full", "empty")  # entries alike
+PRODUCTS = {F.scaled_dot_product_attention, F.linear, torch.matmul, torch.einsum, torch.Tensor.matmul}
+PRODUCTS |= {torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
 VIEWS = {"t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"}  # still the weight
 
 
@@ -260,13 +262,14 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def following(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules whose forward is running, outermost first; "" is the model."""
+def following(model: nn.Module, called: set[str]) -> Iterator[list[str]]:
+    """The names of the modules whose forward is running, outermost first; "" is the model. `called` gets all of them."""
     names = {id(module): name for name, module in model.named_modules()}
     stack = [""]
 
     def enter(module: nn.Module, _: Any) -> None:
         stack.append(names.get(id(module), stack[-1]))
+        called.add(stack[-1])
 
     def leave(*_: Any) -> None:
         stack.pop()
@@ -356,8 +359,11 @@ def _fits(span, x: Tensor) -> bool:
     return all(x.shape[d] == n for d, n in zip(span.dims, span.labels.shape, strict=True))
 
 
-class _Scales(TorchFunctionMode):
-    """Scaled dot products by torch's default scale, the root of the width of a head: that width stays as it is."""
+class _Products(TorchFunctionMode):
+    """Products of many operators: sizes of the views in them are torch's own, which no module has written down.
+
+    Scaled dot products by torch's default scale, the root of the width of a head, fix that width.
+    """
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -369,7 +375,11 @@ class _Scales(TorchFunctionMode):
             for x in (*args[:2], kwargs.get("query"), kwargs.get("key")):
                 if x is not None:
                     self._record.fix(x, (x.dim() - 1,), "is the width of a head, which the scale depends on")
-        return func(*args, **kwargs)
+        sizes = len(self._record.sizes)
+        out = func(*args, **kwargs)
+        if func in PRODUCTS:
+            del self._record.sizes[sizes:]
+        return out
 
 
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], within_groups: bool = False) -> Record:
@@ -430,7 +440,7 @@ def _pass(
 ) -> None:
     traced = skeleton(model, lifted, training=training)
     args, kwargs = duplicate((args, dict(kwargs)), abstract)
-    with undisturbed(), following(traced) as stack, Tracer(record, stack), _Scales(record):
+    with undisturbed(), following(traced, record.called) as stack, Tracer(record, stack), _Products(record):
         out = traced(*args, **kwargs)
     for x in outputs(out):
         record.fix(x, range(x.dim()), "is the model's output")
