@@ -71,8 +71,8 @@ def watched(
     """Inside, each call of the weights' layers adds to {name: (`statistic` of the inputs summed, input vectors)}.
 
     Linear layers that are called with one tensor after another (queries, keys, values) share its statistic. The inputs
-    of an expert are the tokens that are routed to it; with its own number of vectors ([experts, 1]). One that no token
-    reaches counts as if each of its inputs had been 1 once, alone, so that only its weights matter; a warning says so.
+    of an expert are the tokens that are routed to it, and it has its own number of vectors ([experts, 1]). One that no
+    token reaches counts as if each of its inputs had been 1 once, alone, so that all matter alike; a warning says so.
     """
     sums: dict[str, tuple[Tensor, int | Tensor]] = {}
     weights = list(weights)
@@ -138,7 +138,7 @@ def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Callabl
         count[missed] = width
         warnings.warn(
             f"No token of the batches is routed to {int(missed.sum())} of the {len(missed)} experts of {weight.name}: "
-            "they are pruned by their weights alone; give more batches.",
+            "all of its inputs are taken to matter alike; give more batches.",
             stacklevel=4,
         )
 

@@ -48,7 +48,7 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
     lowest = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     if k == 0:
         return lowest
-    if dim is not None:
+    if dim is not None and n < scores.numel():
         first = scores.argsort(dim=dim, stable=True).narrow(dim, 0, k)
         return lowest.scatter_(dim, first, True)
     flat = (scores.byte() if scores.dtype == torch.bool else scores).flatten()

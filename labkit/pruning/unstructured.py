@@ -243,10 +243,8 @@ def _scores(model, weights: dict[str, Weight], criterion, batches, loss_fn, seed
 
 def _lowest(weights: dict[str, Weight], scores: dict[str, Tensor], asked: float, scope: str) -> dict[str, Tensor]:
     """True at the lowest scores of every slice that `scope` ranks by itself."""
-    lowest = []
-    for x in _slices(weights, scores, scope).values():
-        k = count_to_prune(x.shape[1], asked)
-        lowest.append(lowest_k(x, k) if len(x) == 1 else lowest_k(x, k, dim=1))
+    slices = _slices(weights, scores, scope).values()
+    lowest = [lowest_k(x, count_to_prune(x.shape[1], asked), dim=1) for x in slices]
     if scope == "global":
         lowest = lowest[0].split([x.numel() for x in scores.values()], 1)
     pairs = zip(weights.values(), lowest, strict=True)
