@@ -15,13 +15,15 @@ An outcome is one of:
     refused    one sentence instead of a model, or a model from which nothing was removed
     failed     another error, a pruned model that does not run, or the time limit
     DIFFERENT  a pruned model that runs and is not equal, or labkit changed the model that it was given
+    unjudged   what the check below cannot see
 
 The check is the same for both tools and knows nothing of how they work. Which entries of each parameter stayed is read
 off their values, which are all different. In the dense model all other entries are set to zero, and both models run in
 float64 on another input and batch size. Scales, biases and statistics are random, so that no branch is scaled to
 nothing. Where a normalisation or a standardised convolution lost channels, zeros cannot express that, so the dense
 model takes the pruned module there, between a gather and a scatter. What the check cannot see: a statistic over
-channels that is no module of its own (then "equal" rests on labkit's own proof, and a row says "by its own proof").
+channels that is no module of its own. There "equal" rests on labkit's own proof, as the row says, and Torch-Pruning,
+which has none, is not judged.
 
 With transformers "heads" and "neurons" say whether `prune_heads` and `prune_ffn` remove half of them all.
 """
@@ -57,6 +59,7 @@ PROJECTIONS = (
 )
 LIBRARIES = ("timm", "torch_pruning", "transformers", "labkit.pruning.transformers")
 TASKS = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageClassification", "MaskedLM", "CausalLM", "AudioClassification")
+OWN = "by its own proof"
 
 Row = dict[str, Any]
 
@@ -77,7 +80,7 @@ def build(name: str) -> tuple[nn.Module, tuple, dict[str, Tensor]]:
     with torch.no_grad():
         for label, x in [*model.named_parameters(), *model.named_buffers()]:
             if x.is_floating_point() and x.numel() and (isinstance(x, nn.Parameter) or "running" in label):
-                _spread_(x, label, generator)
+                spread_(x, label, generator)
     return model.eval(), args, kwargs
 
 
@@ -108,7 +111,7 @@ def _transformers(name: str) -> tuple[nn.Module, tuple, dict]:
     return model, (), anatomy.example(model)
 
 
-def _spread_(x: Tensor, label: str, generator: torch.Generator) -> None:
+def spread_(x: Tensor, label: str, generator: torch.Generator) -> None:
     """Uniform numbers of the spread that x has, no two equal; vectors around 1 where they scale, else around 0."""
     steps = (torch.randperm(x.numel(), generator=generator).double() + 0.5) / x.numel() - 0.5
     spread, middle = 1.0, 0.0
@@ -373,7 +376,7 @@ def row(tool: str, name: str) -> Row:
     elif off > 1:
         places = [(place, place.partition(" in ")[2]) for place in facts.get("statistics", ())]
         if own := [place for place, name in places if "Norm" not in type(dense.get_submodule(name)).__name__]:
-            return {"outcome": "equal", "reason": f"by its own proof: {own[0]}", **facts}
+            return {"outcome": "equal", "reason": f"{OWN}: {own[0]}", **facts}
         reason = f"{off:.2g} times the tolerance"
     return {"outcome": "DIFFERENT" if reason else "equal", "reason": reason, **facts}
 
@@ -441,7 +444,7 @@ def lines(name: str, rows: Mapping[str, Row]) -> Iterator[str]:
 
 
 def summary(table: Mapping[str, Mapping[str, Row]]) -> Iterator[str]:
-    outcomes = ("equal", "refused", "failed", "DIFFERENT")
+    outcomes = ("equal", "refused", "failed", "DIFFERENT", "unjudged")
     yield f"\n{'':14} {'':14} {'networks':>9}" + "".join(f"{outcome:>11}" for outcome in outcomes)
     for library in ("timm", "transformers"):
         members = {name: rows for name, rows in table.items() if name.startswith(f"{library}/")}
@@ -471,25 +474,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 def survey(models: list[str], tools: list[str], limit: float, results: Path | None = None) -> None:
     """Prints a row for each model, and the summary. Rows in the file `results` are taken from there."""
-    table: dict[str, dict[str, Row]] = {}
+    table: dict[str, dict[str, Row]] = {name: {} for name in models}
     for line in results.read_text().splitlines() if results and results.exists() else ():
         entry = json.loads(line)
         table.setdefault(entry["name"], {})[entry["tool"]] = entry["row"]
-    versions = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "timm", "transformers", "torch_pruning") if find_spec(name)
-    )
+    packages = filter(find_spec, ("torch", "timm", "transformers", "torch_pruning"))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     print(f"{machine.fingerprint('cpu').label}, 1 thread; {versions}")
     print(f"{'':42} " + "  ".join(f"{tool:26}" for tool in tools))
     for name in tqdm(models, unit="network", disable=None):
-        rows = table.setdefault(name, {})
         for tool in tools:
-            if tool not in rows:
-                rows[tool] = process(tool, name, limit)
+            if tool not in table[name]:
+                table[name][tool] = process(tool, name, limit)
                 if results:
                     with results.open("a") as file:
-                        print(json.dumps({"name": name, "tool": tool, "row": rows[tool]}), file=file)
-        tqdm.write("\n".join(lines(name, {tool: rows[tool] for tool in tools})))
+                        print(json.dumps({"name": name, "tool": tool, "row": table[name][tool]}), file=file)
+        table[name] = judged({tool: table[name][tool] for tool in tools})
+        tqdm.write("\n".join(lines(name, table[name])))
     print("\n".join(summary({name: table[name] for name in models})))
+
+
+def judged(rows: dict[str, Row]) -> dict[str, Row]:
+    """Where labkit is equal by its own proof, what the check says of another tool counts for nothing."""
+    other = rows.get("torch_pruning", {})
+    if OWN in rows.get("labkit", {}).get("reason", "") and other.get("outcome") == "DIFFERENT":
+        return rows | {"torch_pruning": other | {"outcome": "unjudged"}}
+    return rows
 
 
 if __name__ == "__main__":
