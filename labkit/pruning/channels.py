@@ -138,6 +138,8 @@ def plan(
     if sum(x is not None for x in (ratio, macs, remove)) != 1:
         raise InputError("Give exactly one of ratio, macs and remove: the one that the plan is to follow.")
     if remove is not None:
+        if not isinstance(remove, Mapping):
+            raise InputError(f"remove is a {type(remove).__name__}, but it must be {{layer or parameter: channels}}.")
         if unused := set(options) - {"within_groups"}:
             raise InputError(f"remove says which channels go, so that {min(unused)} has no meaning: leave it out.")
         coupling = Coupling.of(model, args, kwargs, **options)
@@ -276,11 +278,11 @@ class Planner:
         self, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         choice = Choice(**options)
+        self._model, self._scope = model, choice.scope
+        self.coupling = coupling = Coupling.of(model, args, kwargs, choice.within_groups)
         if any(x.is_meta for x in model.parameters()):
             raise InputError("The model is on the meta device and has no weights to rank: load them first.")
         parts = named_parts(model, choice.ignore, "ignore")
-        self._model, self._scope = model, choice.scope
-        self.coupling = coupling = Coupling.of(model, args, kwargs, choice.within_groups)
         scores = unit_scores(
             model, coupling.groups, choice.criterion, choice.batches, loss_fn=choice.loss_fn, seed=choice.seed
         )

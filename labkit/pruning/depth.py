@@ -110,8 +110,14 @@ def prune_layers(
     if not 0 < len(gone) < len(every):
         raise InputError(f"{len(gone)} of {len(every)} layers would go: name at least one, and leave at least one.")
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
-    new = surgery.cut(model, {}, {}).train(model.training)
-    attributes = _renumber_(new, [i for i in range(len(every)) if i not in gone])
+    name, stays = anatomy.stack(model), [i for i in range(len(every)) if i not in gone]
+    attributes = {
+        path: {"layer_idx": new}
+        for new, old in enumerate(stays)
+        for path, module in every[old][1].named_modules(prefix=every[old][0])
+        if new != old and vars(module).get("layer_idx") == old
+    }
+    new = surgery.cut(model, {}, attributes, {name: stays})
     before = tracing.record(model, (), kwargs)
     try:
         after = tracing.record(new, (), kwargs)
@@ -130,36 +136,14 @@ def prune_layers(
             for path, _ in layer.named_parameters()
         },
         attributes=attributes,
-        units=(Units(anatomy.stack(model), len(every), len(removed), 1),),
+        units=(Units(name, len(every), len(removed), 1),),
         unprunable=(),
         parameters=(n, n_left),
         macs=tuple(sum(cost.macs for cost in record.costs) for record in (before, after)),
         bytes=(size, size_left),
+        layers={name: stays},
     )
     return Pruned(new, plan, report)
-
-
-def _renumber_(model: nn.Module, stays: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Leaves only these layers in the model, numbered from 0: {module, by its name before: {"layer_idx": new}}."""
-    name = anatomy.stack(model)
-    stack = model.get_submodule(name)
-    before = list(stack._modules.items())
-    changed: dict[str, dict[str, int]] = {}
-    stack._modules.clear()
-    for new, old in enumerate(stays):
-        key, layer = before[old]
-        for path, module in layer.named_modules():
-            if vars(module).get("layer_idx") == old and new != old:
-                module.layer_idx = new
-                changed[".".join(filter(None, (name, key, path)))] = {"layer_idx": new}
-        stack._modules[str(new) if key.isdigit() else key] = layer
-    for config in anatomy.configs(model):
-        for key, value in vars(config).items():
-            if "layer" in key and isinstance(value, (list, tuple)) and len(value) == len(before):
-                setattr(config, key, [value[i] for i in stays])
-        if getattr(config, "num_hidden_layers", None) == len(before):
-            config.num_hidden_layers = len(stays)
-    return changed
 
 
 @torch.no_grad()

@@ -146,7 +146,8 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
 
 def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Module], argument: str) -> list[str]:
     """`parts`, one or several, as names; an InputError about `argument` if one is no module or parameter of `model`."""
-    parts = [parts] if isinstance(parts, (str, nn.Module)) else list(parts)
+    several = isinstance(parts, Iterable) and not isinstance(parts, (str, nn.Module))
+    parts = list(parts) if several else [parts]
     name_of = {module: name for name, module in model.named_modules()}
     parts = [name_of.get(part, type(part).__name__) if isinstance(part, nn.Module) else part for part in parts]
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}

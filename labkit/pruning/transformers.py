@@ -226,7 +226,7 @@ def prune_ffn(
         units[coupling.groups[part.group].name] = lowest_k(scores, n).nonzero().flatten().tolist()
         widths.add(len(scores) - n)
     pruned = channels.apply(model, channels.plan_units(model, coupling, units), (), kwargs, check=check)
-    names = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")  # what configs call it
+    names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")  # in configs
     name = next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
     if name and len(widths) == 1:
         _state_config(pruned.model, {name: widths.pop()})
@@ -242,6 +242,11 @@ def _neuron_scores(
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(group.units, generator=generator, dtype=torch.float64) for group in groups]
     weights = {name for name, _ in model.named_parameters()}
+    if criterion != "magnitude" and (experts := weights & set(downs)):
+        raise InputError(
+            f"Criterion {criterion!r} looks at what a linear module reads, and {min(experts)} belongs to none: take "
+            "magnitude or random."
+        )
     members = {i: [m for m in group.members if m.name in weights] for i, group in enumerate(groups)}
     if criterion == "magnitude":
         return list(norms(model, groups, members).values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import DECODERS, FAMILIES, GROUPED, batches, family, heads_to_remove, inputs
+from families import DECODERS, FAMILIES, GROUPED, LLAMA, batches, family, heads_to_remove, inputs
 from networks import blind
 from torch import nn
 
@@ -196,6 +196,23 @@ def test_magnitude_is_the_norm_of_all_that_belongs_to_a_neuron(name):
                 squares += weight.square().sum(0 if module is down else 1)
                 squares += 0 if module is down or module.bias is None else module.bias.square()
         assert neuron == int(squares.argmax())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_neurons_of_experts_go_from_all_of_them_alike(name):
+    import transformers as hub
+
+    sizes = {**LLAMA, "num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    with models.quietly(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(hub, f"{name}ForCausalLM")(getattr(hub, f"{name}Config")(**sizes, decoder_sparse_step=1)).eval()
+    pruned = transformers.prune_ffn(model, 0.5)
+    assert pruned.report.equal and [row.left for row in pruned.plan.units if row.removed] == [12] * 3
+    experts = pruned.model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.shape == (3, 24, 32) and experts.down_proj.shape == (3, 32, 12)
+    with pytest.raises(InputError, match="belongs to none: take magnitude or random"):
+        transformers.prune_ffn(model, 0.5, criterion="wanda", batches=batches("llama"))
 
 
 @pytest.mark.slow

@@ -133,10 +133,9 @@ class Coupling:
             return trials[key]
 
         def apart(coupling: Coupling, clusters: list[list[int]]) -> str:
-            """Pieces of several sizes may fit where all of them shrink, and not where some do."""
-            return failure(coupling, clusters) or (
-                failure(coupling, clusters[::2]) if self.record.labels.pieces else ""
-            )
+            """Pieces of several sizes, and numbers for several, may fit where all shrink and not where some do."""
+            some = clusters[::2] if coupling.numbers or self.record.labels.pieces else []
+            return failure(coupling, clusters) or failure(coupling, some)
 
         def pinned(coupling: Coupling, failure: Callable[[Coupling, list[list[int]]], str]) -> Coupling:
             reasons = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
