@@ -55,7 +55,7 @@ ZOO = tomllib.loads(Path(__file__).with_name("zoo.toml").read_text(encoding="utf
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")  # what attention modules call their number
 PROJECTIONS = (
     *("qkv", "q", "k", "v", "kv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin"),
-    *("qkv_proj", "query_key_value", "in_proj", "Wqkv"),
+    *("query_proj", "key_proj", "value_proj", "wq", "wk", "wv", "qkv_proj", "query_key_value", "in_proj", "Wqkv"),
 )
 LIBRARIES = ("timm", "torch_pruning", "transformers", "labkit.pruning.transformers")
 TASKS = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageClassification", "MaskedLM", "CausalLM", "AudioClassification")
@@ -329,12 +329,11 @@ class Between(nn.Module):
     def __init__(self, dense: nn.Module, pruned: nn.Module, stays: list[Tensor]) -> None:
         super().__init__()
         self.pruned, self.outputs, self.inputs, self.width = pruned, stays[0], stays[0], len(dense.weight)
-        kind = type(dense).__name__
-        last = not ("2d" in kind.lower() or "Conv" in kind or isinstance(dense, nn.GroupNorm))
-        self.dim = getattr(dense, "channel_dim", -1 if last else 1)
-        if getattr(dense, "data_format", "") == "channels_first":
-            self.dim = 1
-        if "Conv" in kind:
+        convolution = isinstance(dense, nn.modules.conv._ConvNd)
+        first = convolution or isinstance(dense, nn.GroupNorm) or "2d" in type(dense).__name__.lower()
+        first |= getattr(dense, "data_format", "") == "channels_first"
+        self.dim = getattr(dense, "channel_dim", 1 if first else -1)
+        if convolution:
             groups = (self.outputs // (self.width // dense.groups)).unique()
             self.inputs = (groups[:, None] * (dense.in_channels // dense.groups) + stays[1]).flatten()
 
