@@ -341,6 +341,41 @@ def test_attributes_say_what_the_parameters_are():
     assert small.up.weight.shape[:2] == (small.up.in_channels, small.up.out_channels)
 
 
+def test_a_subclass_of_a_layer_is_cut_as_the_layer():
+    class Own(nn.LayerNorm):
+        pass
+
+    model = nn.Sequential(nn.Linear(6, 8), Own(8), nn.Linear(8, 5))
+    pruned = prune(model, torch.randn(4, 6), ratio=0.5)
+    assert pruned.report.equal and pruned.model[1].normalized_shape == (4,)
+
+
+def test_a_module_that_is_not_called_follows_the_one_that_it_is_in_and_a_tuple_its_shape():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.shape = 2, (4, 4, 2)
+            self.table = nn.Linear(3, 2)
+
+        def bias(self, x):  # [4 * 4, 3] -> [heads, 4, 4]
+            return self.table(x).view(-1, self.heads).view(self.shape).permute(2, 0, 1)
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.heads, self.size = Heads(), 2, 4
+            self.q, self.k, self.v, self.out = (nn.Linear(a, b) for a, b in [(6, 8), (6, 8), (6, 8), (8, 5)])
+
+        def forward(self, x):  # [N, 4, 6]
+            q, k, v = (f(x).view(len(x), -1, self.heads, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
+            bias = self.bias.bias(torch.linspace(-1, 1, 48).view(16, 3).to(x))
+            return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    pruned = prune(Biased().eval(), torch.randn(3, 4, 6), ratio=0.5)
+    assert pruned.report.equal and (pruned.model.bias.heads, pruned.model.bias.shape) == (1, (4, 4, 1))
+
+
 def test_multihead_attention_keeps_heads_and_width_in_step():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 6, 32, batch_first=True)

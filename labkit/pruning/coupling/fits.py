@@ -141,13 +141,14 @@ def attributes(
     for name, x in tensors_of(model):
         shapes[id(x)], rows[id(x)] = shape(x, keep.get(name, {})), keep.get(name, {}).get(0)
     for name, module in model.named_modules():
-        new = _layer(module, shapes, rows)
+        new: dict[str, Any] = {}
         if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.MultiheadAttention):
             for key, value in vars(module).items():
                 if type(value) is int and not key.endswith(NO_SIZES):
                     new[key] = number(name, value)
                 elif type(value) in (tuple, list, torch.Size) and value and all(type(n) is int for n in value):
                     new[key] = type(value)(numbers(name, tuple(value)))
+        new |= _layer(module, shapes, rows)
         if changed := {key: value for key, value in new.items() if getattr(module, key) != value}:
             result[name] = changed
     return result
