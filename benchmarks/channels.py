@@ -2,6 +2,8 @@
 
     python benchmarks/channels.py                              the models that Torch-Pruning's own numbers are known for
     python benchmarks/channels.py --models swin_t --limit 90   with seconds after which a process is ended
+    python benchmarks/channels.py --zoo                        which architectures of timm and transformers are pruned:
+                                                               zoo.py, and its options
 
 Half of the channels of every group, L2, random weights, 224 x 224, batch 1. A process builds the model, then times one
 call from the model to the pruned one, imports left out. Another process has pruned two layers before, so that what the
@@ -11,7 +13,7 @@ Without Torch-Pruning installed its columns are empty.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import resource
 import statistics
@@ -20,10 +22,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import psutil
 import torch
 import torchvision
+import zoo
 from torch import Tensor, nn
 
 MODELS = (
@@ -89,9 +93,9 @@ def one(tool: str, name: str, warm: bool) -> None:
     if warm:
         TOOLS[tool](nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(1, 3, 8, 8))
     before = psutil.Process().memory_info().rss
-    model = torchvision.models.get_model(name, weights=None).eval()
+    model, image = torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
     dense, bytes_ = size(model), sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    result = TOOLS[tool](model, torch.randn(1, 3, 224, 224))
+    result = TOOLS[tool](model, image)
     shares = {key: (result.pop(key) - before) / bytes_ for key in list(result) if key.startswith("memory")}
     print(json.dumps({**result, **shares, "left": result["left"] / dense}))
 
@@ -132,15 +136,19 @@ def cells(result: dict[str, float] | str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--zoo", action="store_true", help="see zoo.py: it takes the options")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=90, help="seconds for a process")
     parser.add_argument("--one", nargs=3, metavar=("TOOL", "MODEL", "STATE"), help=argparse.SUPPRESS)
+    if "--zoo" in sys.argv:
+        zoo.main([argument for argument in sys.argv[1:] if argument != "--zoo"])
+        return
     options = parser.parse_args()
     if options.one:
         tool, name, state = options.one
         one(tool, name, warm=state == "warm")
         return
-    tools = [tool for tool in TOOLS if importlib.util.find_spec(tool)]
+    tools = [tool for tool in TOOLS if find_spec(tool)]
     print(f"torch {torch.__version__}, 1 thread, median of {options.repeats} processes; memory: peak / dense model")
     print(f"{'model':20} {'labkit':30} {'its check':>16}  {'Torch-Pruning' if len(tools) > 1 else ''}")
     for name in options.models:

@@ -5,14 +5,15 @@ after the blocks before it were changed, then run the changed block to get the n
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from labkit.batches import split
+from labkit.batches import evaluating, not_empty, split, summed_loss
 from labkit.errors import InputError
 from labkit.hessians import watched
 from labkit.pruning import anatomy
@@ -190,3 +191,30 @@ def resuming(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[No
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+@torch.no_grad()
+def loss_increases(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    changes: Sequence[tuple[int, Callable[[], AbstractContextManager]]],
+    batches: Iterable,
+    loss_fn: Callable | None,
+) -> Tensor:
+    """How much the mean loss per term (`batches.summed_loss`) grows inside each change: [changes] float64, on the CPU.
+
+    changes: (how many of the first blocks it leaves as they are, the change): for each and each batch the model runs
+    from there on. batches: read once.
+    """
+    sums = torch.zeros(len(changes), dtype=torch.float64)
+    terms = 0
+    with evaluating(model, seed=0):
+        for batch in not_empty(batches):
+            with remembering(blocks) as outputs:
+                dense, count = summed_loss(model, batch, loss_fn)
+            for i, (unchanged, change) in enumerate(changes):
+                with resuming(blocks, outputs[:unchanged]), change():
+                    loss, _ = summed_loss(model, batch, loss_fn)
+                sums[i] += float(loss.double() - dense.double())
+            terms += count
+    return sums / max(terms, 1)

@@ -58,8 +58,9 @@ def hessian(layer: nn.Module, x: Tensor) -> Tensor:
     groups = getattr(layer, "groups", 1)
     patches = _patches(layer, x)
     inner = 1 + len(getattr(layer, "kernel_size", ()))
-    n = patches.shape[: patches.dim() - inner].numel()
-    rows = patches.reshape(n, groups, -1).transpose(0, 1)  # [groups, n, in]
+    outer = patches.dim() - inner
+    n, width = patches.shape[:outer].numel(), patches.shape[outer:].numel() // groups
+    rows = patches.reshape(n, groups, width).transpose(0, 1)  # [groups, n, in]
     return 2 * rows.transpose(1, 2) @ rows
 
 
@@ -69,9 +70,12 @@ def watched(
 ) -> Iterator[dict[str, tuple[Tensor, int]]]:
     """Inside, each call of the weights' layers adds to {name: (`statistic` of the inputs summed, input vectors)}.
 
-    Linear layers that are called with one tensor after another (queries, keys, values) share its statistic.
+    Linear layers that are called with one tensor after another (queries, keys, values) share its statistic. The inputs
+    of an expert are the tokens that are routed to it, and it has its own number of vectors ([experts, 1]). One that no
+    token reaches counts as if each of its inputs had been 1 once, alone, so that all matter alike; a warning says so.
     """
-    sums: dict[str, tuple[Tensor, int]] = {}
+    sums: dict[str, tuple[Tensor, int | Tensor]] = {}
+    weights = list(weights)
     last: list = []  # the tensor that a Linear was called with, its version, its statistic
 
     def term(layer: nn.Module, x: Tensor) -> Tensor:
@@ -83,11 +87,18 @@ def watched(
 
     def watch(weight: Weight):
         def hook(layer, args, kwargs):
-            x = next(iter((*args, *kwargs.values())))
+            values = (*args, *kwargs.values())
+            total, count = sums.get(weight.name, (0, 0))
+            if weight.experts is not None:
+                with torch.no_grad():
+                    inputs = expert_inputs(weight, *values[:2])
+                    new = torch.cat([statistic(layer, wide(x)) for x in inputs])
+                sums[weight.name] = (total + new, count + torch.tensor([[len(x)] for x in inputs], device=new.device))
+                return
+            x = values[0]
             width = weight.as_rows(weight.parameter).shape[1] * getattr(layer, "groups", 1)
             with torch.no_grad():
                 new, n = term(layer, x), _patches(layer, x).numel() // width
-            total, count = sums.get(weight.name, (0, 0))
             sums[weight.name] = (total + new, count + n)
 
         return weight.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -97,6 +108,39 @@ def watched(
             if not isinstance(weight.module, nn.MultiheadAttention):  # its three inputs are not the layer's one
                 stack.callback(watch(weight).remove)
         yield sums
+    for weight in weights:
+        if weight.experts is not None and weight.name in sums:
+            _reach_all_(weight, *sums[weight.name], statistic)
+
+
+def expert_inputs(weight: Weight, x: Tensor, routed: Tensor) -> list[Tensor]:
+    """What each expert's matrix of `weight` is multiplied with, [tokens that are routed to it, in], of one call.
+
+    x: [..., width], what the mixture reads. routed: [..., k], the numbers of the experts of each token.
+    """
+    layer, x, routed = weight.module, x.flatten(0, -2), routed.flatten(0, -2)
+    inputs = [x[(routed == expert).any(-1)] for expert in range(weight.experts)]
+    if weight.attribute != "down_proj":
+        return inputs
+    name = "gate_up_proj" if layer.has_gate else "up_proj"
+    activation = layer._apply_gate if layer.has_gate else layer.act_fn
+    biases = getattr(layer, f"{name}_bias") if layer.has_bias else [None] * weight.experts
+    matrices = getattr(layer, name).mT if layer.is_transposed else getattr(layer, name)
+    return [activation(F.linear(*each)) for each in zip(inputs, matrices, biases, strict=True)]
+
+
+def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Callable) -> None:
+    """Puts what inputs of 1, each alone, give into the sums [experts, ...] of experts that no token was routed to."""
+    missed = (count == 0).flatten()
+    if missed.any():
+        width = weight.as_rows(weight.parameter).shape[1]
+        total[missed] = statistic(weight.module, torch.eye(width, dtype=total.dtype, device=total.device))
+        count[missed] = width
+        warnings.warn(
+            f"No token of the batches is routed to {int(missed.sum())} of the {len(missed)} experts of {weight.name}: "
+            "all of its inputs are taken to matter alike; give more batches.",
+            stacklevel=4,
+        )
 
 
 # --- the factor of one layer ------------------------------------------------------------------------------------------

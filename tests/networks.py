@@ -1,6 +1,7 @@
 """Small networks with one difficulty each, and the oracle of structured pruning: a dense model with blind readers."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMED = ("original0", "original1", "weight_g", "weight_v")
 
 
 def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -36,7 +38,7 @@ def blind(model: nn.Module, kept) -> nn.Module:
             reads = 1
         elif isinstance(module, TRANSPOSED) or type(module).__name__ == "Conv1D":
             reads = 0
-        if attribute == "weight" and reads in dims and getattr(module, "groups", 1) == 1:
+        if attribute == "weight" and reads in dims:
             parameter = module._parameters[attribute]
             gone = torch.ones(parameter.shape[reads], dtype=torch.bool)
             gone[dims[reads]] = False
@@ -45,10 +47,23 @@ def blind(model: nn.Module, kept) -> nn.Module:
     return masked
 
 
-def difference(pruned, model: nn.Module, x: Tensor) -> float:
+def zeroed(model: nn.Module, kept) -> nn.Module:
+    """A dense copy in which all that is removed is zero, but for weight norm's vectors: zero has no direction."""
+    masked = copy.deepcopy(model)
+    tensors = {**dict(masked.named_parameters(remove_duplicate=False)), **dict(masked.named_buffers())}
+    with torch.no_grad():
+        for name, dims in kept.items():
+            for dim, indices in () if name.endswith(NORMED) else dims.items():
+                gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+                gone[indices] = False
+                tensors[name].index_fill_(dim, gone.nonzero().squeeze(1), 0)
+    return masked
+
+
+def difference(pruned, model: nn.Module, x: Tensor, oracle: Callable = blind) -> float:
     """Largest difference to the oracle relative to the largest output, in float64."""
     with torch.no_grad():
-        expected = blind(model, pruned.plan.kept).double()(x.double())
+        expected = oracle(model, pruned.plan.kept).double()(x.double())
         found = copy.deepcopy(pruned.model).double()(x.double())
     return float((expected - found).abs().max() / expected.abs().max())
 
@@ -244,6 +259,66 @@ class Splits(nn.Module):
         return torch.cat([a, b.relu()], 1).view(self.shape).flatten(1)
 
 
+class Uneven(nn.Module):
+    """Pieces of other sizes than each other, the last with a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.splits, self.layer = [2, 6], nn.Linear(6, 6)
+
+    def forward(self, x):
+        a, b = x.split(self.splits, 1)
+        return torch.cat([a, self.layer(b).relu()], 1)
+
+
+class Sliced(nn.Module):
+    """The same, with one number and slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = 2, nn.Linear(6, 6)
+
+    def forward(self, x):
+        return torch.cat([x[:, : self.first], self.layer(x[:, self.first :]).relu()], 1)
+
+
+class Heads(nn.Module):
+    """Weights [width, heads, positions], as a product over two dimensions reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.makes, self.reads = nn.Parameter(torch.randn(8, 4, 3)), nn.Parameter(torch.randn(4, 3, 8))
+
+    def forward(self, x):
+        return torch.einsum("nhk,hkc->nc", torch.einsum("nc,chk->nhk", x, self.makes).relu(), self.reads)
+
+
+def recurrent(x, into, hidden):
+    """Two steps from states of zeros, made in two ways."""
+    h, c = torch.zeros(len(x), hidden.in_features), x[:, None].new_zeros(len(x), hidden.in_features)
+    for _ in range(2):
+        h = torch.tanh(into(x) + hidden(h) + c)
+    return h
+
+
+def gated(x, layer):
+    """A recurrent layer of torch.nn with the state given."""
+    h = torch.zeros(1, len(x), layer.hidden_size)
+    return layer(x[:, None], (h, h))[0][:, 0]
+
+
+def averaged(x):
+    """A moving average of each channel by itself, its kernel made and repeated in the pass."""
+    kernel = (torch.ones(1, 1, 3) / 3).repeat(x.shape[1], 1, 1)
+    return F.conv1d(x[..., None].expand(-1, -1, 5), kernel, groups=x.shape[1]).mean(-1)
+
+
+def filtered(x):
+    """A global filter: Fourier over positions."""
+    spectrum = torch.fft.rfft(x[..., None].expand(-1, -1, 6), dim=-1)
+    return torch.fft.irfft(torch.view_as_complex(torch.view_as_real(spectrum) * 2), n=6, dim=-1).mean(-1)
+
+
 def blurred(x, k):
     kernel = k.running_mean.view(1, 1, 1).expand(x.shape[1], 1, 1)
     return F.conv1d(x[..., None], kernel, groups=x.shape[1]).squeeze(-1)
@@ -266,8 +341,8 @@ def restrided(x, norm, layer):
 
 
 def masked(x):
-    mask = torch.ones(len(x), device=x.device)  # a mask that the pass makes for itself, and looks at
-    return x if mask.all() else -x
+    mask = torch.ones(len(x), device=x.device)  # masks that the pass makes for itself, and looks at
+    return x if mask.all() and not torch.zeros(len(x), device=x.device).bool().any() else -x
 
 
 ODD = {  # what a pruner meets in the wild: (function on a width, its modules)
@@ -276,11 +351,21 @@ ODD = {  # what a pruner meets in the wild: (function on a width, its modules)
     "one group norm": (lambda x, norm: norm(x), {"norm": lambda: nn.GroupNorm(1, 8)}),
     "weights standardised by batch norm": (standardised, {"layer": lambda: nn.Linear(8, 8)}),
     "weight norm": (lambda x, n: n(x), {"n": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))}),
+    "weight norm over outputs": (lambda x, n: n(x), {"n": lambda: nn.utils.weight_norm(nn.Linear(8, 8), dim=1)}),
+    "spectral norm": (lambda x, n: n(x), {"n": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))}),
     "one head": (one_head, {name: lambda: nn.Linear(8, 8) for name in "qkv"}),
     "sizes in a list": (lambda x, s: s(x), {"s": Splits}),
+    "pieces of unequal sizes": (lambda x, s: s(x), {"s": Uneven}),
+    "slices of unequal sizes": (lambda x, s: s(x), {"s": Sliced}),
+    "heads in a product over two dimensions": (lambda x, s: s(x), {"s": Heads}),
+    "a state of zeros": (recurrent, {name: lambda: nn.Linear(8, 8) for name in ("into", "hidden")}),
+    "a kernel made in the pass": (averaged, {}),
+    "a Fourier filter": (filtered, {}),
     "other strides": (restrided, {"norm": lambda: nn.LayerNorm(8), "layer": lambda: nn.Linear(8, 8)}),
     "a mask of ones": (masked, {}),
-    "a recurrent layer": (lambda x, r: r(x[None])[0][0], {"r": lambda: nn.RNN(8, 8)}),
+    "a recurrent layer": (lambda x, r: r(torch.stack([x, -x]))[0][-1], {"r": lambda: nn.RNN(8, 8)}),
+    "a recurrent layer with its state": (gated, {"layer": lambda: nn.LSTM(8, 8, batch_first=True)}),
+    "a recurrent cell": (lambda x, r: r(x, torch.zeros(len(x), r.hidden_size)) + r(x), {"r": lambda: nn.GRUCell(8, 8)}),
 }
 
 

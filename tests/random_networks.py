@@ -1,4 +1,4 @@
-"""Random convolutional networks as programs of small steps, for the property tests of structured pruning."""
+"""Random networks as programs of small steps, on images and on tokens, for the property tests of structured pruning."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
 
 # (kind, a, b): what a step does with the width c that it meets; a and b choose sizes.
 KINDS = (
@@ -130,6 +131,143 @@ class Network(nn.Module):
             x = step(x)
         x = x.flatten(1) if self.end == "flatten" else x.mean((2, 3))
         return self.fc(F.relu(self.hidden(x)))
+
+
+TOKENS = 5
+CHOOSING = ("weight_norm", "old_weight_norm", "standardised", "computed", "twins", "state", "gru")  # their width
+TOKEN_KINDS = (
+    *CHOOSING,
+    *("mlp", "gated", "spectral_norm", "mixing", "mixing_convolution", "local", "packed", "multihead", "tied"),
+    *("shared", "layer_norm", "rms_norm", "heads", "halves"),
+)
+
+
+def token_programs():
+    """(width of the stem, steps)"""
+    steps = st.lists(st.tuples(st.sampled_from(TOKEN_KINDS), st.integers(1, 4), st.integers(0, 3)), max_size=5)
+    return st.tuples(st.sampled_from([4, 6, 8, 12]), steps)
+
+
+class TokenStep(nn.Module):
+    """[N, TOKENS, c] -> [N, TOKENS, width]"""
+
+    def __init__(self, kind: str, c: int, a: int, b: int):
+        super().__init__()
+        self.kind, self.act = kind, (F.relu, torch.tanh, F.silu, F.gelu)[b]
+        out, self.size = 2 * a + b, a + 1  # size: of a head
+        self.width = out if kind in CHOOSING else c
+        if kind in ("mlp", "gated"):
+            self.up, self.down = nn.Linear(c, out * (1 + (kind == "gated"))), nn.Linear(out, c)
+        elif kind == "weight_norm":
+            self.layer = parametrizations.weight_norm(nn.Linear(c, out), dim=b % 2)
+        elif kind == "old_weight_norm":
+            self.layer = weight_norm(nn.Linear(c, out), dim=b % 2)
+        elif kind == "spectral_norm":
+            self.layer = parametrizations.spectral_norm(nn.Linear(c, c))
+        elif kind in ("standardised", "twins"):
+            self.layer, self.other = nn.Linear(c, out), nn.Linear(c, out)
+            if kind == "twins":
+                self.other.weight = self.layer.weight
+        elif kind == "computed":
+            self.code, self.maker = nn.Parameter(torch.randn(3)), nn.Linear(3, c * out)
+        elif kind == "mixing":
+            self.layer = nn.Linear(TOKENS, TOKENS)
+        elif kind == "mixing_convolution":
+            self.layer = nn.Conv1d(TOKENS, TOKENS, 1)
+        elif kind == "local":
+            self.layer = nn.Conv1d(c, c, 3, padding=1, groups=c)
+        elif kind in ("packed", "heads"):
+            heads = a * self.size
+            self.makes, self.reads = nn.Linear(c, 3 * heads), nn.Linear(heads, c)
+            self.weight, self.back = nn.Parameter(torch.randn(c, a, 3)), nn.Parameter(torch.randn(a, 3, c))
+        elif kind == "multihead":
+            self.layer = nn.MultiheadAttention(c, 2, batch_first=True)
+        elif kind in ("tied", "shared"):
+            self.layer = nn.Linear(c, out if kind == "tied" else c)
+        elif kind == "state":
+            self.into, self.hidden = nn.Linear(c, out), nn.Linear(out, out)
+        elif kind == "gru":
+            self.layer = nn.GRU(c, out, batch_first=True)
+        elif kind == "layer_norm":
+            self.layer = nn.LayerNorm(c)
+        elif kind == "rms_norm":
+            self.gain = nn.Parameter(torch.randn(c))
+        elif kind == "halves":
+            self.splits, self.layer = [c // 2, c - c // 2], nn.Linear(c - c // 2, c - c // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, c = x.shape
+        match self.kind:
+            case "mlp":
+                return x + self.down(self.act(self.up(x)))
+            case "gated":
+                gate, y = self.up(x).chunk(2, -1)
+                return x + self.down(self.act(gate) * y)
+            case "weight_norm" | "old_weight_norm" | "spectral_norm":
+                return self.act(self.layer(x))
+            case "standardised":
+                weight = self.layer.weight
+                deviation = weight - weight.mean(1, keepdim=True)
+                return self.act(
+                    F.linear(x, deviation / (weight.std(1, correction=0, keepdim=True) + 1), self.layer.bias)
+                )
+            case "computed":
+                return self.act(F.linear(x, self.maker(self.code).view(-1, c)))
+            case "mixing":
+                return x + self.act(self.layer(x.mT).mT)
+            case "mixing_convolution":
+                return x + self.act(self.layer(x))
+            case "local":
+                return self.act(self.layer(x.mT).mT)
+            case "packed":
+                q, k, v = self.makes(x).view(n, tokens, 3, -1, self.size).permute(2, 0, 3, 1, 4)
+                y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+                return x + self.reads(y.flatten(2))
+            case "heads":
+                y = self.act(torch.einsum("ntc,chk->nthk", x, self.weight))
+                return x + torch.einsum("nthk,hkc->ntc", y, self.back)
+            case "multihead":
+                return x + self.layer(x, x, x, need_weights=False)[0]
+            case "tied":
+                return x + F.linear(self.act(self.layer(x)), self.layer.weight.t())
+            case "shared":
+                return self.layer(self.act(self.layer(x)))
+            case "twins":
+                return self.act(self.layer(x)) * self.other(x)
+            case "state":
+                h, states = torch.zeros(n, self.hidden.in_features, dtype=x.dtype), []
+                for t in range(tokens):
+                    h = torch.tanh(self.into(x[:, t]) + self.hidden(h))
+                    states.append(h)
+                return torch.stack(states, 1)
+            case "gru":
+                return self.layer(x)[0]
+            case "layer_norm":
+                return self.layer(x)
+            case "rms_norm":
+                return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.gain
+            case "halves":
+                left, right = x.split(self.splits, -1)
+                return torch.cat([left, self.act(self.layer(right))], -1)
+        raise AssertionError(self.kind)
+
+
+class TokenNetwork(nn.Module):
+    def __init__(self, program):
+        super().__init__()
+        torch.manual_seed(0)
+        width, steps = program
+        self.stem, self.steps = nn.Linear(6, width), nn.ModuleList()
+        for kind, a, b in steps:
+            self.steps.append(TokenStep(kind, width, a, b))
+            width = self.steps[-1].width
+        self.hidden, self.out = nn.Linear(width, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, TOKENS, 6]
+        x = self.stem(x)
+        for step in self.steps:
+            x = step(x)
+        return self.out(torch.tanh(self.hidden(x.mean(1))))
 
 
 HABITS = ("counts", "table", "fused", "features", "last", "twice", "root", "branches")

@@ -1,8 +1,8 @@
 """Where the heads, the neurons and the layers of a transformer are, as a traced call shows them, whatever their names.
 
-An attention is where a softmax over scores [B, heads, queries, keys] is taken; the next linear module reads what its
-heads give. A feed-forward network is a group of coupled channels in a layer that one linear module reads. Nothing is
-scored or removed here.
+An attention is where a softmax over scores [B, heads, queries, keys] or [B * heads, queries, keys] is taken; the next
+linear module reads what its heads give. A feed-forward network is a group of coupled channels in a layer that one
+linear module or parameter reads. Nothing is scored or removed here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,9 +40,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward network.
+    """One feed-forward network, or several experts of one width.
 
-    group: its number in the coupling, whose units are the neurons. down: the linear module that reads them.
+    group: its number in the coupling, whose units are the neurons, of experts those at one place of each. down: the
+    linear module that reads them, or the parameter [experts, out, in].
     """
 
     group: int
@@ -61,15 +62,19 @@ def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attentio
     attentions: dict[str, Attention] = {}
     softmax = None
     for operation in record.operations:
-        if operation.name in SOFTMAX and len(operation.shape) == 4:
-            softmax, span = operation, span_at(operation.spans, 1)
-            labels = span.labels if span is not None and span.dims == (1,) else None
+        dim = len(operation.shape) - 3  # of the heads
+        if operation.name in SOFTMAX and dim in (0, 1):
+            span = span_at(operation.spans, dim)
+            labels = span.labels if span is not None and span.dims == (dim,) else None
+            if dim == 0 and labels is not None:
+                labels = np.unique(labels)  # the same for each example
+            heads = operation.shape[1] if dim else 0 if labels is None else len(labels)
+            softmax = operation if heads else None
         elif softmax is None:
             continue
         elif is_linear(module := modules[operation.module]):
             columns = rows.get((f"{operation.module}.weight", 1 - out_dim(module)), ())
             if labels is None or np.isin(classes[labels], classes[columns]).all():  # it reads the heads
-                heads = softmax.shape[1]
                 attention = Attention(softmax.module, operation.module, heads, len(columns) // heads, labels)
                 attentions.setdefault(softmax.module, attention)
                 softmax = None
@@ -85,7 +90,7 @@ def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attentio
 
 def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ...]:
     """The feed-forward networks of `model` in the order of a forward pass; InputError if there are none."""
-    modules = dict(model.named_modules())
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     inside = tuple(f"{name}." for name in stacks(model))
     softmaxes = {operation.module for operation in coupling.record.operations if operation.name in SOFTMAX}
     networks = []
@@ -96,12 +101,13 @@ def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ..
         ((name, member),) = readers.items()
         attends = any(name.startswith(f"{module}.") for module in softmaxes)
         neurons = len(member.indices(0)) == 1  # and not heads
-        if name.startswith(inside) and not attends and neurons and is_linear(modules.get(name)):
+        reads = is_linear(modules.get(name)) or (name in parameters and parameters[name].dim() == 3)
+        if name.startswith(inside) and not attends and neurons and reads:
             networks.append(FeedForward(i, name))
     if not networks:
         raise InputError(
             f"{type(model).__name__} has no feed-forward network that labkit can prune: it looks for neurons in a list "
-            "of layers that one linear layer reads."
+            "of layers that one linear layer, or one parameter of experts, reads."
         )
     return tuple(networks)
 
@@ -144,7 +150,8 @@ def check_index(index: object, n: int, what: str) -> None:
 
 def configs(model: nn.Module) -> Iterator[Any]:
     """Every config object in the model, once: an encoder-decoder's two halves have copies of their own."""
-    yield from {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    held = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
+    yield from {id(config): config for config in held}.values()
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from labkit.errors import InputError, check_choice
 from labkit.hessians import hessian, squares
 from labkit.pruning.pattern import mask
 from labkit.pruning.scores import magnitude, wanda
-from labkit.pruning.select import Weight, count_to_prune, lowest_k, named_parts
+from labkit.pruning.select import CONVOLUTIONS, Weight, count_to_prune, lowest_k, named_parts
 from labkit.pruning.sparsegpt import Pattern, check_pattern_or_fraction, sparsegpt
 from labkit.pruning.unstructured import checked_targets, hold_, make_permanent, masks, targets
 
@@ -34,7 +34,7 @@ def prune(
     """A copy of `model` whose weights (`weights_of`) are pruned to `pattern` by `method`, with masks that hold.
 
     pattern: the fraction to remove, or (n, m) to keep n of every m along the input dimension.
-    method: "magnitude": |w|, a fraction of each layer. "wanda": |w| ||x_j||, a fraction of each row. "sparsegpt": see
+    method: "magnitude": |w|, a fraction of each matrix. "wanda": |w| ||x_j||, a fraction of each row. "sparsegpt": see
         `sparsegpt.sparsegpt`, a fraction of each block of columns, and the kept weights move.
     batches: for the last two; read once, kept in memory as what the first block is called with.
     exclude: names of modules or weights that stay dense.
@@ -56,7 +56,7 @@ def prune(
     weights = weights_of(pruned, exclude)
     if method == "magnitude":
         keep = {
-            name: _highest(weight, magnitude(weight.parameter.detach()), pattern, None) & earlier.get(name, True)
+            name: _highest(weight, magnitude(weight.parameter.detach()), pattern, "matrix") & earlier.get(name, True)
             for name, weight in weights.items()
         }
     else:
@@ -105,28 +105,33 @@ def _prune_by_inputs_(
 
 
 def _as_matrix(weight: Weight, tensor: Tensor) -> Tensor:
-    """[out, in] or [C_out, C_in / groups, *kernel]: what a mask is made for."""
-    return tensor.t() if weight.transposed else tensor
+    """[out, in], of experts one below the other, or [C_out, C_in / groups, *kernel]: what a mask is made for."""
+    return tensor if isinstance(weight.module, CONVOLUTIONS) else weight.as_rows(tensor)
 
 
-def _highest(weight: Weight, scores: Tensor, pattern: Pattern, dim: int | None) -> Tensor:
-    """True at the highest scores: n of every m, or all but a fraction of the layer (dim None) or of each row (1)."""
+def _highest(weight: Weight, scores: Tensor, pattern: Pattern, by: str) -> Tensor:
+    """True at the highest scores: n of every m, or all but a fraction of each "matrix" or of each "row"."""
     if isinstance(pattern, tuple):
-        return _as_matrix(weight, mask(_as_matrix(weight, scores), *pattern)).contiguous()
+        keep = mask(_as_matrix(weight, scores), *pattern)
+        return (keep if isinstance(weight.module, CONVOLUTIONS) else weight.from_rows(keep)).contiguous()
     rows = weight.as_rows(scores)
-    count = count_to_prune(rows.numel() if dim is None else rows.shape[1], pattern)
-    return weight.from_rows(~lowest_k(rows, count, dim=dim))
+    slices = rows if by == "row" else rows.reshape(weight.experts or 1, -1)
+    lowest = lowest_k(slices, count_to_prune(slices.shape[1], pattern), dim=1)
+    return weight.from_rows(~lowest.view(rows.shape))
 
 
 def _wanda(weight: Weight, x2: Tensor, pattern: Pattern) -> Tensor:
-    """x2 [groups, in / groups * kernel]: ||x_j||^2."""
-    return _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, dim=1)
+    """x2 [groups, in / groups * kernel]: ||x_j||^2; of experts [experts, in]."""
+    return _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, "row")
 
 
 def _sparsegpt_(weight: Weight, hessians: Tensor, pattern: Pattern) -> Tensor:
-    """Moves the weights too. hessians [groups, in, in], in = C_in / groups * kernel; a group of m comes together."""
+    """Moves the weights too. hessians [groups, in, in], in = C_in / groups * kernel; a group of m comes together.
+
+    Experts are groups.
+    """
     rows = weight.as_rows(weight.parameter.detach())  # [out, in]
-    kernel = weight.parameter[0, 0].numel()
+    kernel = weight.parameter[0, 0].numel() if isinstance(weight.module, CONVOLUTIONS) else 1
     order = torch.arange(rows.shape[1], device=rows.device).view(-1, kernel).t().flatten()  # channels side by side
     h = hessians[:, order][:, :, order]
     parts = [sparsegpt(w, x, pattern) for w, x in zip(rows[:, order].chunk(len(h)), h, strict=True)]

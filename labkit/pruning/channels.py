@@ -21,6 +21,8 @@ from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores
 from labkit.pruning.select import count_to_prune, fraction, inside, lowest_k, named_parts
 from labkit.pruning.surgery import Plan, Pruned, Units
 
+Part = str | nn.Module  # a group, a parameter or a module, by name or itself
+Criterion = str | Mapping[str, Tensor] | Callable[[Group], Tensor | None]
 SCOPES = ("global", "layer")
 _REMEDY = "name the modules that you suspect in ignore, or look at it with apply(..., check=False)."
 
@@ -29,18 +31,20 @@ _REMEDY = "name the modules that you suspect in ignore, or look at it with apply
 class Choice:
     """Which units go first, and how few may stay: the options of a plan, the same in all functions that make one.
 
-    criterion, batches, loss_fn, seed: see `scores.unit_scores`.
+    criterion: a name, or scores of one's own; with batches, loss_fn and seed, see `scores.unit_scores`.
     scope: "global" ranks all units together, each score divided by the mean of its group, so that a layer is not wiped
         out for the size of its weights; "layer" removes the same fraction of each group.
+    within_groups: from grouped convolutions take the same channels of every group where it has several, not whole ones.
     min_channels: as many stay in every group at least. round_to: what stays is a multiple of it, the nearest one, where
         a group's units allow it. ignore: modules or parameters, or names of them, whose channels stay.
     """
 
-    criterion: str = "l1"
+    criterion: Criterion = "l1"
     scope: str = "global"
     min_channels: int = 1
     round_to: int = 1
-    ignore: str | nn.Module | Iterable[str | nn.Module] = ()
+    within_groups: bool = False
+    ignore: Part | Iterable[Part] = ()
     batches: Iterable | None = None
     loss_fn: Callable | None = None
     seed: int = 0
@@ -49,7 +53,8 @@ class Choice:
         check_choice(self.scope, SCOPES, "scope")
         check_whole(self.min_channels, "min_channels")
         check_whole(self.round_to, "round_to")
-        check_criterion(self.criterion, self.batches, UNIT_CRITERIA)
+        if isinstance(self.criterion, str):
+            check_criterion(self.criterion, self.batches, UNIT_CRITERIA)
 
 
 def prune(
@@ -57,38 +62,48 @@ def prune(
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    ratio: float | Mapping[str, float],
+    ratio: float | Mapping[Part, float] | None = None,
+    remove: Mapping[Part, Iterable[int]] | None = None,
+    check: Any = True,
     **options: Any,
 ) -> Pruned:
     """A new, smaller model without the fraction `ratio` of the channels, shown equal to the masked `model`.
 
-    args, kwargs: the example input that the model is traced and checked with. ratio: see `plan`. options: of `Choice`
-    (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed). Groups without which the proof fails
-    stay whole, and the plan's rows say so. Raises InputError where nothing can be pruned, and EqualityError if the
-    pruned model is still not equal to the dense one whose weights do not read the removed channels: a model that fails
-    is never returned. `model` stays as it was: make the optimizer after the cut, for the new model.
+    args, kwargs: the example input that the model is traced with. ratio, remove: see `plan`. check: see `apply`.
+    options: of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn, seed).
+
+    Groups without which the proof fails stay whole, and the plan's rows say so. Raises InputError where nothing can be
+    pruned, and EqualityError if the pruned model is still not equal to the dense one whose weights do not read the
+    removed channels: a model that fails is never returned. `model` stays as it was: make the optimizer after the cut,
+    for the new model.
     """
-    ratio = _fractions(ratio)
+    if remove is not None:
+        return apply(model, plan(model, args, kwargs, ratio=ratio, remove=remove, **options), args, kwargs, check=check)
+    ratio = _fractions(model, ratio)
     planner = Planner(model, args, kwargs, **options)
     try:
-        return apply(model, planner.plan(ratio), args, kwargs)
+        return apply(model, planner.plan(ratio), args, kwargs, check=check)
     except EqualityError:
-        if not planner.pin_failing(ratio, args, kwargs):
+        if not planner.pin_failing(ratio, args, kwargs, check):
             raise
-    return apply(model, planner.plan(ratio), args, kwargs)
+    return apply(model, planner.plan(ratio), args, kwargs, check=check)
 
 
 def apply(
-    model: nn.Module, plan: Plan, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, check: bool = True
+    model: nn.Module, plan: Plan, args: Any = (), kwargs: Mapping[str, Any] | None = None, *, check: Any = True
 ) -> Pruned:
-    """Cuts a copy of `model` by `plan`, and proves it on the example input. check: False leaves the proof out.
+    """Cuts a copy of `model` by `plan`, and proves it on the example input.
+
+    check: another input for the proof, smaller say: arguments as `args`, or a mapping as `kwargs`; False leaves it out.
 
     Raises EqualityError where the proof fails: the plan was changed by hand, the forward pass gives something else each
     time, or a rule of `coupling` is wrong for this model.
     """
+    if not isinstance(check, bool):
+        args, kwargs = ((), check) if isinstance(check, Mapping) else (check, None)
     args, kwargs = arguments(args, kwargs)
     cut = surgery.cut(model, plan.kept, plan.attributes)
-    if not check:
+    if check is False:
         return Pruned(cut, plan, None)
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
@@ -104,20 +119,33 @@ def plan(
     args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    ratio: float | Mapping[str, float] | None = None,
+    ratio: float | Mapping[Part, float] | None = None,
     macs: float | None = None,
+    remove: Mapping[Part, Iterable[int]] | None = None,
     **options: Any,
 ) -> Plan:
-    """Which channels would go; nothing is cut. Exactly one of ratio and macs says how many.
+    """Which channels would go; nothing is cut. Exactly one of ratio, macs and remove says how many.
 
-    ratio: the fraction of all prunable channels, or {group or parameter: fraction} for some groups, the others whole.
+    ratio: the fraction of all prunable channels, or {part: fraction} for some, the others whole. A part is a group, a
+        parameter, or a module with all that is made in it, by name or the module itself; of nested ones the innermost
+        decides.
     macs: the fraction of multiply-adds to remove.
-    options: of `Choice` (criterion, scope, min_channels, round_to, ignore, batches, loss_fn, seed).
+    remove: {layer or parameter: channels}, exactly these of its outputs, counted from 0, and with each all that hangs
+        together with it (a head, a whole group).
+    options: of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn, seed); with
+        remove only within_groups.
     """
-    if (ratio is None) == (macs is None):
-        raise InputError("Give exactly one of ratio and macs: the one that the plan is to follow.")
+    if sum(x is not None for x in (ratio, macs, remove)) != 1:
+        raise InputError("Give exactly one of ratio, macs and remove: the one that the plan is to follow.")
+    if remove is not None:
+        if not isinstance(remove, Mapping):
+            raise InputError(f"remove is a {type(remove).__name__}, but it must be {{layer or parameter: channels}}.")
+        if unused := set(options) - {"within_groups"}:
+            raise InputError(f"remove says which channels go, so that {min(unused)} has no meaning: leave it out.")
+        coupling = Coupling.of(model, args, kwargs, **options)
+        return plan_units(model, coupling, _units(model, coupling, remove))
     if macs is None:
-        return Planner(model, args, kwargs, **options).plan(_fractions(ratio))
+        return Planner(model, args, kwargs, **options).plan(_fractions(model, ratio))
     target = fraction(macs, "macs")
     planner = Planner(model, args, kwargs, **options)
     total, low, high, best = planner.coupling.macs(), 0.0, 1.0, (math.inf, 0.0)
@@ -129,10 +157,34 @@ def plan(
     return planner.plan(best[1])
 
 
-def _fractions(ratio: float | Mapping[str, float]) -> float | dict[str, float]:
-    if isinstance(ratio, Mapping):
-        return {name: fraction(value, f"the ratio of {name!r}") for name, value in ratio.items()}
-    return fraction(ratio, "ratio")
+def _fractions(model: nn.Module, ratio: float | Mapping[Part, float] | None) -> float | dict[str, float]:
+    if not isinstance(ratio, Mapping):
+        return fraction(ratio, "ratio")
+    named = {part if isinstance(part, str) else named_parts(model, part, "ratio")[0]: x for part, x in ratio.items()}
+    return {name: fraction(value, f"the ratio of {name!r}") for name, value in named.items()}
+
+
+def _units(model: nn.Module, coupling: Coupling, remove: Mapping[Part, Iterable[int]]) -> dict[str, list[int]]:
+    """{group: units} that hold these channels: {layer or parameter: channels of its outputs}."""
+    units: dict[str, set[int]] = {}
+    for part, channels in remove.items():
+        (name,) = named_parts(model, part, "remove")
+        makers = [
+            (group, m)
+            for group in coupling.groups
+            for m in group.members
+            if m.role == "makes" and m.name in (name, f"{name}.weight")
+        ]
+        if not makers:
+            why = next((f" ({why})" for what, why in coupling.unprunable if inside(what.split()[0], name)), "")
+            raise InputError(f"remove names {name!r}, which makes no channels that can go{why}: see coupling.trace.")
+        for channel in channels:
+            check_whole(channel, f"a channel of {name!r}", least=0, most=len(makers[0][1].units) - 1)
+            unit = [(group.name, int(m.units[channel])) for group, m in makers if m.units[channel] >= 0]
+            if not unit:
+                raise InputError(f"Channel {channel} of {name!r} cannot go, as others of it can: see coupling.trace.")
+            units.setdefault(unit[0][0], set()).add(unit[0][1])
+    return {name: sorted(numbers) for name, numbers in units.items()}
 
 
 @torch.inference_mode(False)
@@ -147,7 +199,7 @@ def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequenc
     """
     groups, removed = coupling.groups, {}
     for name, numbers in units.items():
-        for i in _named(groups, name, "units"):
+        for i in _named(model, coupling, name, "units"):
             n = groups[i].units
             goes = torch.zeros(n, dtype=torch.bool)
             for unit in numbers:
@@ -193,13 +245,11 @@ def plan_labels(model: nn.Module, coupling: Coupling, gone: np.ndarray, units: t
     )
 
 
-def _named(groups: Sequence[Group], name: str, argument: str) -> list[int]:
-    """Numbers of the groups with this name, or else of those whose channels the parameter `name` makes."""
-    numbers = [i for i, g in enumerate(groups) if g.name == name] or [
-        i for i, g in enumerate(groups) if any(m.name == name and m.role == "makes" for m in g.members)
-    ]
+def _named(model: nn.Module, coupling: Coupling, name: str, argument: str) -> list[int]:
+    """Numbers of the groups with this name, or else of those whose channels the part `name` makes."""
+    numbers = [i for i, g in enumerate(coupling.groups) if g.name == name] or sorted(_made(model, coupling, [name]))
     if not numbers:
-        names = ", ".join(repr(g.name) for g in groups[:3])
+        names = ", ".join(repr(g.name) for g in coupling.groups[:3])
         raise InputError(f"{argument} names {name!r}, which is no prunable group: use names such as {names}.")
     return numbers
 
@@ -228,18 +278,19 @@ class Planner:
         self, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         choice = Choice(**options)
+        self._model, self._scope = model, choice.scope
+        self.coupling = coupling = Coupling.of(model, args, kwargs, choice.within_groups)
         if any(x.is_meta for x in model.parameters()):
             raise InputError("The model is on the meta device and has no weights to rank: load them first.")
         parts = named_parts(model, choice.ignore, "ignore")
-        self._model, self._scope = model, choice.scope
-        self.coupling = coupling = Coupling.of(model, args, kwargs)
         scores = unit_scores(
             model, coupling.groups, choice.criterion, choice.batches, loss_fn=choice.loss_fn, seed=choice.seed
         )
-        self._reasons = dict.fromkeys(_ignored(model, coupling, parts), "ignored")
+        self._reasons = dict.fromkeys(_made(model, coupling, parts), "ignored")
         for i in range(len(coupling.groups)):
             if i not in scores:
-                self._reasons.setdefault(i, f"{choice.criterion} has no score for it")
+                who = choice.criterion if isinstance(choice.criterion, str) else "criterion"
+                self._reasons.setdefault(i, f"{who} has no score for it")
         self.clusters: list[_Cluster] = []
         for members in coupling.clusters():
             if stuck := [i for i in members if i in self._reasons]:
@@ -266,19 +317,20 @@ class Planner:
     def plan(self, ratio: float | Mapping[str, float]) -> Plan:
         return _plan(self._model, self.coupling, self._removed(ratio), self._reasons)
 
-    def pin_failing(self, ratio: float | Mapping[str, float], args: Any, kwargs: Mapping[str, Any] | None) -> bool:
+    def pin_failing(self, ratio: float | Mapping[str, float], args: Any, kwargs: Any, check: Any) -> bool:
         """Leaves the groups whole from now on without which the proof fails, by halving; false if all do."""
         removed = self._removed(ratio)
 
         def failure(clusters: list[list[int]]) -> str:
             part = {i: removed[i] for cluster in clusters for i in cluster}
             try:
-                apply(self._model, _plan(self._model, self.coupling, part, {}), args, kwargs)
+                apply(self._model, _plan(self._model, self.coupling, part, {}), args, kwargs, check=check)
             except EqualityError:
                 return "the proof fails without some of it"
             return ""
 
-        reasons = failing([c.groups for c in self.clusters if any(removed[i].any() for i in c.groups)], failure)
+        touched = [c.groups for c in self.clusters if any(removed[i].any() for i in c.groups)]
+        reasons = failing(self.coupling.groups, touched, failure)
         self._reasons |= reasons
         self.clusters = [cluster for cluster in self.clusters if not set(cluster.groups) & set(reasons)]
         return bool(self.clusters)
@@ -313,29 +365,31 @@ class Planner:
         return [int(part.sum()) for part in lowest.split(lengths)]
 
     def _by_cluster(self, ratios: Mapping[str, float]) -> dict[int, float]:
-        """{cluster: ratio} of {group or parameter: ratio}"""
-        result: dict[int, float] = {}
-        for name, value in ratios.items():
-            numbers = set(_named(self.coupling.groups, name, "ratio"))
+        """{cluster: ratio} of {part: ratio}"""
+        result: dict[int, tuple[float, str]] = {}
+        for name, value in sorted(ratios.items(), key=lambda row: len(row[0])):  # the innermost comes last
+            numbers = set(_named(self._model, self.coupling, name, "ratio"))
             clusters = [n for n, cluster in enumerate(self.clusters) if numbers & set(cluster.groups)]
             if not clusters:
                 raise InputError(f"ratio names {name!r}, which stays whole ({self._reasons[min(numbers)]}).")
             for n in clusters:
-                if result.setdefault(n, value) != value:
-                    raise InputError(f"{name!r} hangs together with another group that has another ratio: give one.")
-        return result
+                other, by = result.get(n, (value, name))
+                if other != value and not inside(name, by):
+                    raise InputError(f"{name!r} hangs together with {by!r}, which has another ratio: give one.")
+                result[n] = (value, name)
+        return {n: value for n, (value, _) in result.items()}
 
 
-def _ignored(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
-    """Groups whose channels are made, by any parameter, inside one of the named modules."""
+def _made(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
+    """Groups whose channels are made, by any parameter, inside one of the named parts."""
     names: dict[int, list[str]] = {}
     for name, x in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(x), []).append(name)
-    ignored = {same[0] for same in names.values() if any(inside(name, part) for name in same for part in parts)}
+    makers = {same[0] for same in names.values() if any(inside(name, part) for name in same for part in parts)}
     return {
         i
         for i, group in enumerate(coupling.groups)
-        if any(m.role == "makes" and m.name in ignored for m in group.members)
+        if any(m.role == "makes" and m.name in makers for m in group.members)
     }
 
 

@@ -7,13 +7,14 @@ angular distance of consecutive layers). A removed layer passes its input on; no
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.batches import check_batches, evaluating, inputs, not_empty, summed_loss, valid_tokens
-from labkit.blocks import hidden, layers_of, remembering, resuming, skipping
+from labkit.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
+from labkit.blocks import hidden, layers_of, loss_increases, skipping
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import anatomy, surgery
 from labkit.pruning.coupling import tracing
@@ -56,7 +57,9 @@ def layer_importance(
     check_whole(n, "n", most=len(layers))
     check_batches(batches, method)
     if method == "loss":
-        return _loss_without(model, layers, batches, n, loss_fn)
+        stack = [layer for _, layer in layers]
+        skips = [(first, partial(skipping, stack[first : first + n])) for first in range(len(stack) - n + 1)]
+        return loss_increases(model, stack, skips, batches, loss_fn)
     return _distances(model, layers, batches, n, DISTANCES[method])
 
 
@@ -87,23 +90,6 @@ def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Ca
     return sums / max(tokens, 1)
 
 
-@torch.no_grad()
-def _loss_without(model: nn.Module, layers, batches: Iterable, n: int, loss_fn: Callable | None) -> Tensor:
-    stack = [layer for _, layer in layers]
-    sums = torch.zeros(len(layers) - n + 1, dtype=torch.float64)
-    terms = 0
-    with evaluating(model, seed=0):
-        for batch in not_empty(batches):
-            with remembering(stack) as outputs:
-                dense, count = summed_loss(model, batch, loss_fn)
-            for first in range(len(sums)):
-                with resuming(stack, outputs[:first]), skipping(stack[first : first + n]):
-                    loss, _ = summed_loss(model, batch, loss_fn)
-                sums[first] += float(loss.double() - dense.double())
-            terms += count
-    return sums / max(terms, 1)
-
-
 @torch.inference_mode(False)
 def prune_layers(
     model: nn.Module, layers: Iterable[int], *, kwargs: Mapping[str, Any] | None = None, check: bool = True
@@ -124,8 +110,14 @@ def prune_layers(
     if not 0 < len(gone) < len(every):
         raise InputError(f"{len(gone)} of {len(every)} layers would go: name at least one, and leave at least one.")
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
-    new = surgery.cut(model, {}, {}).train(model.training)
-    attributes = _renumber_(new, [i for i in range(len(every)) if i not in gone])
+    name, stays = anatomy.stack(model), [i for i in range(len(every)) if i not in gone]
+    attributes = {
+        path: {"layer_idx": new}
+        for new, old in enumerate(stays)
+        for path, module in every[old][1].named_modules(prefix=every[old][0])
+        if new != old and vars(module).get("layer_idx") == old
+    }
+    new = surgery.cut(model, {}, attributes, {name: stays})
     before = tracing.record(model, (), kwargs)
     try:
         after = tracing.record(new, (), kwargs)
@@ -144,36 +136,14 @@ def prune_layers(
             for path, _ in layer.named_parameters()
         },
         attributes=attributes,
-        units=(Units(anatomy.stack(model), len(every), len(removed), 1),),
+        units=(Units(name, len(every), len(removed), 1),),
         unprunable=(),
         parameters=(n, n_left),
         macs=tuple(sum(cost.macs for cost in record.costs) for record in (before, after)),
         bytes=(size, size_left),
+        layers={name: stays},
     )
     return Pruned(new, plan, report)
-
-
-def _renumber_(model: nn.Module, stays: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Leaves only these layers in the model, numbered from 0: {module, by its name before: {"layer_idx": new}}."""
-    name = anatomy.stack(model)
-    stack = model.get_submodule(name)
-    before = list(stack._modules.items())
-    changed: dict[str, dict[str, int]] = {}
-    stack._modules.clear()
-    for new, old in enumerate(stays):
-        key, layer = before[old]
-        for path, module in layer.named_modules():
-            if vars(module).get("layer_idx") == old and new != old:
-                module.layer_idx = new
-                changed[".".join(filter(None, (name, key, path)))] = {"layer_idx": new}
-        stack._modules[str(new) if key.isdigit() else key] = layer
-    for config in anatomy.configs(model):
-        for key, value in vars(config).items():
-            if "layer" in key and isinstance(value, (list, tuple)) and len(value) == len(before):
-                setattr(config, key, [value[i] for i in stays])
-        if getattr(config, "num_hidden_layers", None) == len(before):
-            config.num_hidden_layers = len(stays)
-    return changed
 
 
 @torch.no_grad()
@@ -184,6 +154,11 @@ def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwarg
         with skipping(removed):
             expected = tracing.outputs(model(**kwargs, **cached))
         outputs = tracing.outputs(new(**kwargs, **cached))
+    if len(expected) != len(outputs):
+        raise EqualityError(
+            f"The pruned model gives {len(outputs)} outputs and the dense one {len(expected)}, one for each layer it "
+            "seems, which cannot be compared: give kwargs that leave them out."
+        )
     error = max(float((a - b).abs().max()) for a, b in zip(expected, outputs, strict=True))
     scale = max(float(a.abs().max()) for a in expected)
     dtype = str(expected[0].dtype).removeprefix("torch.")

@@ -8,13 +8,14 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labkit.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
-from labkit.blocks import layers_of, remembering, resuming
+from labkit.blocks import layers_of, loss_increases
 from labkit.errors import InputError, check_choice
 from labkit.pruning import anatomy
 from labkit.pruning.anatomy import Attention
@@ -85,26 +86,13 @@ def rows(values: Sequence[Tensor]) -> Tensor:
     return table
 
 
-@torch.no_grad()
-def _ablation(model: nn.Module, parts: Sequence[Attention], batches: Iterable, loss_fn) -> list[Tensor]:
+def _ablation(model: nn.Module, parts: Sequence[Attention], batches: Iterable, loss_fn) -> Sequence[Tensor]:
     names, stack = zip(*layers_of(model), strict=True) if len(anatomy.stacks(model)) == 1 else ((), ())
-    sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
-    terms = 0
-    with evaluating(model, seed=0):
-        for batch in not_empty(batches):
-            with remembering(stack) as outputs:
-                dense, n = summed_loss(model, batch, loss_fn)
-            for total, part in zip(sums, parts, strict=True):
-                layer = next((i for i, name in enumerate(names) if part.name.startswith(f"{name}.")), 0)
-                with resuming(stack, outputs[:layer]):
-                    for head in range(part.heads):
-                        silent = torch.ones(part.heads)
-                        silent[head] = 0
-                        with scaling(model, [part], [silent]):
-                            loss, _ = summed_loss(model, batch, loss_fn)
-                        total[head] += float(loss.double() - dense.double())
-            terms += n
-    return [total / max(terms, 1) for total in sums]
+    silences = []
+    for part in parts:
+        layer = next((i for i, name in enumerate(names) if part.name.startswith(f"{name}.")), 0)
+        silences += [(layer, partial(scaling, model, [part], [gates])) for gates in 1 - torch.eye(part.heads)]
+    return loss_increases(model, stack, silences, batches, loss_fn).split([part.heads for part in parts])
 
 
 def lowest_heads(importance: Tensor, n: int) -> dict[int, list[int]]:

@@ -79,8 +79,8 @@ def prune(
         by layer; the inputs of a layer are those that the layers pruned before it give. See `blockwise.prune`, which
         does the work and takes a fraction as well.
     exclude: names of modules and weights that stay dense. The others: `blockwise.weights_of`: in a stack of blocks, as
-        language models are, those of the blocks, else all of `select.prunable`. An InputError names those whose input
-        dimension is no multiple of m.
+        language models are, those of the blocks, else all of `select.prunable`; each expert of a mixture by itself,
+        with the tokens that are routed to it. An InputError names those whose input dimension is no multiple of m.
 
     The masks are held as those of `unstructured.prune` are (`unstructured.masks` reads them, `make_permanent` takes
     them off): stored zeros that stay zero through optimizer steps, deepcopy and `load_state_dict`. For masks that move

@@ -244,25 +244,51 @@ def _obs_rows(w: Tensor, inverse: Tensor, k: int) -> Tensor:
 
 
 def unit_scores(
-    model: nn.Module, groups: Sequence[Group], criterion: str, batches: Iterable | None = None, *, loss_fn=None, seed=0
+    model: nn.Module,
+    groups: Sequence[Group],
+    criterion: str | Mapping[str, Tensor] | Callable[[Group], Tensor | None],
+    batches: Iterable | None = None,
+    *,
+    loss_fn: Callable | None = None,
+    seed: int = 0,
 ) -> dict[int, Tensor]:
     """The score of every unit, higher is more important: {number of the group: [units]}, float32 or wider, on the CPU.
 
     groups: of `coupling.trace`.
-    criterion: a key of UNIT_CRITERIA.
+    criterion: a key of UNIT_CRITERIA; or {parameter: scores of its output channels}, summed over the channels of a
+        unit and over parameters; or a function of a group that gives its scores [units], None for none.
     batches, loss_fn, seed: as in `saliency`.
 
     A group that a criterion has nothing to say about is absent. Raises InputError where a score is NaN.
     """
-    check_criterion(criterion, batches, UNIT_CRITERIA)
-    scores = UNIT_CRITERIA[criterion](model, groups, batches, loss_fn, seed)
+    if isinstance(criterion, Mapping):
+        scores = _given(model, groups, criterion)
+    elif callable(criterion):
+        scores = {i: x for i, group in enumerate(groups) if (x := criterion(group)) is not None}
+    else:
+        check_criterion(criterion, batches, UNIT_CRITERIA)
+        scores = UNIT_CRITERIA[criterion](model, groups, batches, loss_fn, seed)
+    what = repr(criterion) if isinstance(criterion, str) else "of the caller"
     for i, values in scores.items():
+        if not isinstance(values, Tensor) or values.shape != (groups[i].units,):
+            raise InputError(f"The scores of {groups[i].name!r} must be a tensor of shape [{groups[i].units}].")
+        scores[i] = values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32))
         if values.isnan().any():
             raise InputError(
-                f"Criterion {criterion!r} is NaN for {groups[i].name!r}: look for NaN in the weights, the batches or "
-                "the loss."
+                f"Criterion {what} is NaN for {groups[i].name!r}: look for NaN in the weights, the batches or the loss."
             )
     return scores
+
+
+def _given(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Scores of units of {parameter: [output channels]}"""
+    makers = {i: [m for m in g.members if m.role == "makes" and m.name in scores] for i, g in enumerate(groups)}
+    for name in set(scores) - {m.name for members in makers.values() for m in members}:
+        raise InputError(f"criterion has scores for {name!r}, which makes no channels that can go: leave it out.")
+    for m in (m for members in makers.values() for m in members):
+        if scores[m.name].shape != (len(m.units),):
+            raise InputError(f"criterion must have {len(m.units)} scores for {m.name!r}: one for each output channel.")
+    return per_unit(lambda name, _: scores[name].detach(), groups, makers)
 
 
 def _members(group: Group, parameters: Mapping[str, Tensor], role: str) -> list[Member]:
@@ -302,16 +328,25 @@ def _sums(values: Mapping[str, Tensor]) -> Callable[[str, int], Tensor | None]:
     return lambda name, dim: _rows(values[name], dim).sum(1) if name in values else None
 
 
+def norms(
+    model: nn.Module, groups: Sequence[Group], members: Mapping[int, Sequence[Member]], power: int = 2
+) -> dict[int, Tensor]:
+    """(sum |w|^p)^(1/p) of all weights of a unit that `members` has: {number of the group: [units]}"""
+    parameters = dict(model.named_parameters())
+
+    def powers(name: str, dim: int) -> Tensor:
+        return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
+
+    return {i: total ** (1 / power) for i, total in per_unit(powers, groups, members).items()}
+
+
 def _norm(power: int) -> Callable:
-    """(sum |w|^p)^(1/p) of all weights that make the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
+    """The norm of what makes the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
 
     def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-        def powers(name: str, dim: int) -> Tensor:
-            return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
-
         parameters = dict(model.named_parameters())
         makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-        return {i: total ** (1 / power) for i, total in per_unit(powers, groups, makers).items()}
+        return norms(model, groups, makers, power)
 
     return score
 
@@ -448,15 +483,15 @@ def input_taylor(
 
 
 @torch.no_grad()
-def input_moments(model: nn.Module, names: Sequence[str], batches: Iterable, power: int) -> list[Tensor]:
-    """E[a^power] over the valid tokens of what each module reads: per module [channels] float64."""
+def input_squares(model: nn.Module, names: Sequence[str], batches: Iterable) -> list[Tensor]:
+    """E[a^2] over the valid tokens of what each module reads: per module [channels] float64."""
     sums: list = [0.0] * len(names)
     counts = [0] * len(names)
     named: dict[str, Tensor] = {}  # of the batch that runs
 
     def act(i: int, a: Tensor) -> None:
         valid = valid_tokens(model, named, names[i], a).flatten()
-        sums[i] = sums[i] + a.flatten(0, -2).double().pow(power).mul(valid[:, None]).sum(0).cpu()
+        sums[i] = sums[i] + a.flatten(0, -2).double().square().mul(valid[:, None]).sum(0).cpu()
         counts[i] += int(valid.sum())
 
     with evaluating(model, seed=0), reading(model, names, act):

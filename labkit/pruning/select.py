@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from labkit.errors import InputError, check_whole
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # the matrices of a mixture's experts, in transformers
 
 # --- how many, and which ----------------------------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
     lowest = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     if k == 0:
         return lowest
-    if dim is not None:
+    if dim is not None and n < scores.numel():
         first = scores.argsort(dim=dim, stable=True).narrow(dim, 0, k)
         return lowest.scatter_(dim, first, True)
     flat = (scores.byte() if scores.dtype == torch.bool else scores).flatten()
@@ -63,31 +64,47 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """One prunable parameter and where it lives. Its rows are output units: [out, in / groups * kernel positions]."""
+    """One prunable parameter and where it lives. Its rows are output units: [out, in / groups * kernel positions].
+
+    The experts of a mixture are a stack of matrices [experts, out, in], whose rows stand below one another here.
+    """
 
     name: str
     module: nn.Module
     attribute: str
-    transposed: bool  # transformers' Conv1D keeps [in, out]
+    transposed: bool  # transformers' Conv1D keeps [in, out], and gpt-oss its experts
+
+    @property
+    def experts(self) -> int | None:
+        """How many matrices are stacked; None where it is no stack."""
+        return len(self.parameter) if _is_mixture(self.module) else None
 
     @property
     def parameter(self) -> nn.Parameter:
         return self.module._parameters[self.attribute]
 
     def as_rows(self, tensor: Tensor) -> Tensor:
-        return tensor.t() if self.transposed else tensor.flatten(1)
+        tensor = tensor.mT if self.transposed else tensor
+        return tensor.flatten(1) if self.experts is None else tensor.flatten(0, 1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        return rows.t() if self.transposed else rows.view(self.parameter.shape)
+        if self.transposed:
+            return rows.view(self.parameter.mT.shape).mT
+        return rows.view(self.parameter.shape)
 
     def spread(self, statistic: Tensor) -> Tensor:
-        """A statistic of the inputs, [groups, in / groups * kernel], repeated for every output unit of its group."""
+        """A statistic of the inputs, [groups, in / groups * kernel], repeated for every output unit of its group.
+
+        The groups are those of a convolution, or the experts.
+        """
         out = self.as_rows(self.parameter).shape[0]
         return self.from_rows(statistic.repeat_interleave(out // len(statistic), 0))
 
 
 def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
     """Which of a module's own parameters are prunable weights: the matrices and kernels of products, nothing else."""
+    if _is_mixture(module):
+        return EXPERTS
     if isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _is_transposed(module):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
@@ -95,17 +112,24 @@ def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
+def _is_mixture(module: nn.Module) -> bool:
+    """Whether it holds the experts of a mixture as transformers' `use_experts_implementation` has them."""
+    return {"is_transposed", "has_gate"} <= vars(module).keys()
+
+
 def _is_transposed(module: nn.Module) -> bool:
+    if _is_mixture(module):
+        return module.is_transposed
     loaded = sys.modules.get("transformers.pytorch_utils")  # not imported for this: whoever has such a layer has it
     return loaded is not None and isinstance(module, loaded.Conv1D)
 
 
 def prunable(model: nn.Module) -> dict[str, Weight]:
-    """The weights of Linear, Conv1d to Conv3d, transformers' Conv1D and the projections of nn.MultiheadAttention.
+    """The weights of Linear, Conv1d to Conv3d, nn.MultiheadAttention's projections, transformers' Conv1D and experts.
 
     Keyed by the name in `state_dict()`; a weight that modules share is there once, under its first prunable name.
-    Not there: biases, norms, embeddings (unless a Linear shares them), transposed convolutions, recurrent cells, and
-    weights kept outside such modules, as in stacked mixture-of-experts layers.
+    Not there: biases, norms, embeddings (unless a Linear shares them), transposed convolutions, recurrent cells,
+    routers of mixtures, and other weights kept outside such modules.
     """
     weights: dict[str, Weight] = {}
     seen: set[int] = set()
@@ -122,7 +146,8 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
 
 def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Module], argument: str) -> list[str]:
     """`parts`, one or several, as names; an InputError about `argument` if one is no module or parameter of `model`."""
-    parts = [parts] if isinstance(parts, (str, nn.Module)) else list(parts)
+    several = isinstance(parts, Iterable) and not isinstance(parts, (str, nn.Module))
+    parts = list(parts) if several else [parts]
     name_of = {module: name for name, module in model.named_modules()}
     parts = [name_of.get(part, type(part).__name__) if isinstance(part, nn.Module) else part for part in parts]
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}

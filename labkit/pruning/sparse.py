@@ -73,8 +73,6 @@ def _compiled(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -
         raise InputError(
             f"The sparse kernel computes in float32 on a CPU, not {x.dtype} on {x.device}: convert the dense model."
         )
-    if torch.jit.is_tracing():
-        raise InputError("torch.jit.trace does not see into the sparse kernel: trace the dense model.")
     if parts["values"].dtype not in native.VALUES:  # someone called .half() or .double() on the model
         parts = {**parts, "values": parts["values"].float()}
     wide = None if bias is None else bias.float()
@@ -169,6 +167,11 @@ class SparseLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise InputError(
                 "A SparseLinear computes no gradients: call it under torch.no_grad(), or train the dense model."
+            )
+        exported = torch.compiler.is_exporting() and self.format not in ("dense", "coo")
+        if exported or (torch.jit.is_tracing() and self.format.startswith("kernel")):
+            raise InputError(
+                f"torch does not see into the product of the format {self.format!r}: export the dense model."
             )
         if x.shape[-1] != self.in_features:
             raise InputError(f"The input has {x.shape[-1]} features, but this layer takes {self.in_features}.")

@@ -42,8 +42,9 @@ def prepare(
     trainable = copy.deepcopy(model)
     owners = unstructured.owners(trainable)
     for weight in weights_of(trainable, exclude).values():
+        moving = _Moving(n, m, weight.transposed, weight.experts is not None)
         for module, attribute in owners[id(weight.parameter)]:
-            parametrize.register_parametrization(module, attribute, _Moving(n, m, weight.transposed))
+            parametrize.register_parametrization(module, attribute, moving)
     return trainable
 
 
@@ -65,14 +66,14 @@ def finish(model: nn.Module) -> nn.Module:
 class _Moving(nn.Module):
     """The parametrization of one weight: dense parameter in, n of every m out."""
 
-    def __init__(self, n: int, m: int, transposed: bool) -> None:
+    def __init__(self, n: int, m: int, transposed: bool, stacked: bool) -> None:
         super().__init__()
-        self.n, self.m, self.transposed = n, m, transposed
+        self.n, self.m, self.transposed, self.stacked = n, m, transposed, stacked
 
     def mask(self, weight: Tensor) -> Tensor:
-        if self.transposed:
-            return mask(weight.t(), self.n, self.m).t().contiguous()
-        return mask(weight, self.n, self.m)
+        weight = weight.mT if self.transposed else weight
+        keep = mask(weight.flatten(0, 1) if self.stacked else weight, self.n, self.m).view(weight.shape)
+        return keep.mT.contiguous() if self.transposed else keep
 
     def forward(self, weight: Tensor) -> Tensor:
         return _SparseRefined.apply(weight, self.mask(weight))

@@ -2,18 +2,26 @@
 
 A `Plan` says which entries are kept and what attributes become; `channels` makes one. The model that is cut is only
 read. Hooks, training flags, requires_grad, dtype, device and memory format stay as they are; gradients are not copied.
+A pruned model is saved with its plans and rebuilt from the dense one: where layers have lost different numbers of
+channels no configuration can say so. Nothing is unpickled.
 """
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import DataError, InputError
+from labkit.files import replacing
+from labkit.pruning import anatomy
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.coupling.fits import Attributes, Keep, set_attributes_, shape, tensors_of
 from labkit.pruning.coupling.tracing import collecting_later, duplicate_model
@@ -41,7 +49,7 @@ class Plan:
 
     kept: {parameter or buffer: {dimension: kept indices}}, only where something goes; names are the first ones of
     `named_parameters` and `named_buffers`. attributes: {module: {attribute: new value}}. coupling, gone: the trace, and
-    which of its labels go; None where whole layers go.
+    which of its labels go; None where whole layers go. layers: {list of layers: those of it that stay}.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -53,6 +61,7 @@ class Plan:
     bytes: tuple[int, int]
     coupling: Coupling | None = field(default=None, repr=False)
     gone: np.ndarray | None = field(default=None, repr=False)
+    layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         wide = max([len(row.name) for row in self.units] + [5])
@@ -81,14 +90,20 @@ class Pruned:
 
 @torch.inference_mode(False)  # the new model is to be trained, wherever it was cut
 @collecting_later()
-def cut(model: nn.Module, keep: Keep, attributes: Attributes) -> nn.Module:
-    """A copy of `model` with only the entries in `keep` ({parameter: {dimension: indices}}), and `attributes` set."""
+def cut(
+    model: nn.Module, keep: Keep, attributes: Attributes, layers: Mapping[str, Sequence[int]] | None = None
+) -> nn.Module:
+    """A copy of `model` with only the entries in `keep` ({parameter: {dimension: indices}}), `attributes` set, and of
+    each list of layers in `layers` only those.
+    """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if unknown := set(keep) - {name for name, _ in named}:
         raise InputError(f"The plan is of another model: this one has no {min(unknown)!r}.")
     indices = {id(x): keep[name] for name, x in named if name in keep}
     new = duplicate_model(model, {id(x): _sliced(x, indices.get(id(x), {})) for _, x in tensors_of(model)})
     set_attributes_(new, attributes)
+    for name, stays in (layers or {}).items():
+        _keep_layers_(new, name, stays)
     return new
 
 
@@ -112,6 +127,22 @@ def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     return parameter
 
 
+def _keep_layers_(model: nn.Module, name: str, stays: Sequence[int]) -> None:
+    """Leaves only these layers in the list `name`, numbered from 0, and says so in the configs and their lists."""
+    stack = model.get_submodule(name)
+    before = list(stack._modules.items())
+    stack._modules.clear()
+    for new, old in enumerate(stays):
+        key, layer = before[old]
+        stack._modules[str(new) if key.isdigit() else key] = layer
+    for config in anatomy.configs(model):
+        for key, value in vars(config).items():
+            if "layer" in key and isinstance(value, (list, tuple)) and len(value) == len(before):
+                setattr(config, key, [value[i] for i in stays])
+        if getattr(config, "num_hidden_layers", None) == len(before):
+            config.num_hidden_layers = len(stays)
+
+
 def parameters(model: nn.Module, keep: Keep | None = None) -> tuple[int, int]:
     """(number of parameters, bytes of parameters and buffers) after the cut; what is shared counts once."""
     count = size = 0
@@ -120,3 +151,84 @@ def parameters(model: nn.Module, keep: Keep | None = None) -> tuple[int, int]:
         count += numel if isinstance(x, nn.Parameter) else 0
         size += numel * x.element_size()
     return count, size
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
+    """Writes `model` to one safetensors file that `load` reads; what was at `file` is replaced at the end.
+
+    plans: those that it was cut by, in their order; it may have been trained since. All parameters and buffers are
+    written, those outside the state dict too, and the whole numbers of its configs. Raises InputError where `load`
+    could not give it back, since the model is not what the plans made of it.
+    """
+    shapes = {name: x.shape for name, x in tensors_of(model)}
+    for plan in plans[-1:]:
+        wrong = [name for name, stays in plan.layers.items() if len(model.get_submodule(name)) != len(stays)]
+        for name, dims in () if plan.layers else plan.kept.items():
+            if name in shapes and any(shapes[name][d] != len(indices) for d, indices in dims.items()):
+                wrong.append(name)
+        if wrong:
+            raise InputError(f"{wrong[0]!r} is not what the last plan left of it: give the model that was cut by it.")
+    content = {
+        "plans": [
+            {
+                "kept": {name: {d: x.tolist() for d, x in dims.items()} for name, dims in plan.kept.items()},
+                "attributes": plan.attributes,
+                "layers": plan.layers,
+            }
+            for plan in plans
+        ],
+        "configs": [
+            {key: value for key, value in vars(config).items() if type(value) is int}
+            for config in anatomy.configs(model)
+        ],
+    }
+    with replacing(Path(file)) as partial:
+        tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors_of(model)}
+        save_file(tensors, partial, metadata={"labkit.pruning": json.dumps(content)})
+
+
+@torch.inference_mode(False)
+def load(model: nn.Module, file: str | Path) -> nn.Module:
+    """The model that `save` wrote to `file`, cut from `model`: the same architecture, dense, with any weights.
+
+    Raises DataError if the file is missing or damaged, InputError if it is of another architecture or dtype.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            content = json.loads(stored.metadata()["labkit.pruning"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise DataError(f"{file} holds no pruned model that can be read ({error}): save it again.") from error
+    new = model
+    try:
+        for plan in content["plans"] or [{"layers": {}, "kept": {}, "attributes": {}}]:
+            keep = {
+                n: {int(d): torch.tensor(x, dtype=torch.int64) for d, x in dims.items()}
+                for n, dims in plan["kept"].items()
+            }
+            new = cut(new, keep, _as_they_are(new, plan["attributes"]), plan["layers"])
+        for config, numbers in zip(anatomy.configs(new), content["configs"], strict=True):
+            vars(config).update(numbers)
+    except (InputError, AttributeError, ValueError, IndexError) as error:
+        raise InputError(f"{file} is of another architecture than {type(model).__name__} ({error}).") from error
+    targets = dict(tensors_of(new))
+    for name in sorted(targets.keys() | tensors.keys()):
+        a, b = (None if x is None else (list(x.shape), x.dtype) for x in (targets.get(name), tensors.get(name)))
+        if a != b:
+            raise InputError(f"{file} is of another model: {name!r} is {b or 'not'} there and {a or 'not'} here.")
+    with torch.no_grad():
+        for name, x in tensors.items():
+            targets[name].copy_(x)
+    return new
+
+
+def _as_they_are(model: nn.Module, attributes: Attributes) -> dict[str, dict[str, Any]]:
+    """JSON knows no tuples: values in the type that the module has now."""
+    modules = {name: model.get_submodule(name) for name in attributes}
+    return {
+        name: {key: type(getattr(modules[name], key))(value) for key, value in values.items()}
+        for name, values in attributes.items()
+    }

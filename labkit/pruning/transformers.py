@@ -19,9 +19,9 @@ from labkit.errors import InputError, check_choice, check_whole
 from labkit.models import quietly
 from labkit.pruning import anatomy, channels
 from labkit.pruning.anatomy import Attention, FeedForward
-from labkit.pruning.coupling import Coupling, Group
+from labkit.pruning.coupling import Coupling
 from labkit.pruning.heads import head_importance, lowest_heads
-from labkit.pruning.scores import input_moments, input_taylor, per_unit
+from labkit.pruning.scores import input_squares, input_taylor, norms
 from labkit.pruning.select import count_to_prune, fraction, lowest_k
 from labkit.pruning.surgery import Plan, Pruned
 
@@ -226,7 +226,7 @@ def prune_ffn(
         units[coupling.groups[part.group].name] = lowest_k(scores, n).nonzero().flatten().tolist()
         widths.add(len(scores) - n)
     pruned = channels.apply(model, channels.plan_units(model, coupling, units), (), kwargs, check=check)
-    names = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")  # what configs call it
+    names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")  # in configs
     name = next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
     if name and len(widths) == 1:
         _state_config(pruned.model, {name: widths.pop()})
@@ -236,32 +236,27 @@ def prune_ffn(
 def _neuron_scores(
     model: nn.Module, coupling: Coupling, parts: Sequence[FeedForward], criterion: str, batches, loss_fn, seed: int
 ) -> list[Tensor]:
-    """For each network [neurons] float64 on the CPU, higher is more important; see `prune_ffn`."""
+    """For each network [neurons] on the CPU, higher is more important; see `prune_ffn`."""
     groups, downs = [coupling.groups[part.group] for part in parts], [part.down for part in parts]
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(group.units, generator=generator, dtype=torch.float64) for group in groups]
+    weights = {name for name, _ in model.named_parameters()}
+    if criterion != "magnitude" and (experts := weights & set(downs)):
+        raise InputError(
+            f"Criterion {criterion!r} looks at what a linear module reads, and {min(experts)} belongs to none: take "
+            "magnitude or random."
+        )
+    members = {i: [m for m in group.members if m.name in weights] for i, group in enumerate(groups)}
     if criterion == "magnitude":
-        return _norms(model, groups, ("makes", "reads"))
+        return list(norms(model, groups, members).values())
     if criterion == "taylor":
         return input_taylor(
             model, {part.down: group.units for part, group in zip(parts, groups, strict=True)}, batches, loss_fn
         )
-    norms, squares = _norms(model, groups, ("reads",)), input_moments(model, downs, batches, power=2)
-    return [norm * square.sqrt() for norm, square in zip(norms, squares, strict=True)]
-
-
-def _norms(model: nn.Module, groups: Sequence[Group], roles: Sequence[str]) -> list[Tensor]:
-    """L2 norm of all weights and biases of each unit that have one of these roles: [units] float64, by group."""
-    parameters = dict(model.named_parameters())
-    members = {i: [m for m in g.members if m.name in parameters and m.role in roles] for i, g in enumerate(groups)}
-
-    def squares(name: str, dim: int) -> Tensor:
-        weight = parameters[name].detach().double().movedim(dim, 0)
-        return weight.reshape(len(weight), -1).square().sum(1)
-
-    totals = per_unit(squares, groups, members)
-    return [totals[i].sqrt() for i in range(len(groups))]
+    reads = norms(model, groups, {i: [m for m in held if m.role == "reads"] for i, held in members.items()})
+    squares = input_squares(model, downs, batches)
+    return [norm * square.sqrt() for norm, square in zip(reads.values(), squares, strict=True)]
 
 
 # --- the config -------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ def prune(
 
     sparsity: of all those weights together, not of those that remain; 1 and 1.0 both mean all. Reached to within half a
         weight in every group that `scope` ranks by itself.
-    scope: "global": all weights are one group; "layer": each weight tensor; "row": each output unit.
+    scope: "global": all weights are one group; "layer": each weight tensor, each expert of a mixture by itself; "row":
+        each output unit.
     criterion, batches, loss_fn, seed: see `scores.saliency`.
     exclude: names of modules or weights to leave alone; they then count neither as asked nor as reached.
 
@@ -54,8 +55,10 @@ def prune(
     its masks back with prune(model, sparsity(model)). Masks cost every call two passes over the weights: for timing or
     export take `make_permanent` of it. An optimizer that was made before goes on training the dense model.
 
-    Raises InputError for a bad argument, and where masks hold more than is asked for. Warns where weights in stacks of
-    matrices (mixture-of-experts layers) stay dense, and where more weights are zero already than are asked for.
+    The experts of a mixture are pruned as transformers keeps them (stacks of matrices, each expert its own weight).
+
+    Raises InputError for a bad argument, and where masks hold more than is asked for. Warns where weights in other
+    stacks of matrices stay dense, and where more weights are zero already than are asked for.
     """
     asked = fraction(sparsity)
     check_choice(scope, SCOPES, "scope")
@@ -77,9 +80,12 @@ def sparsity(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> float:
 
     Masks count, those of torch.nn.utils.prune too, and so do stored zeros and parametrizations; a shared weight counts
     once. An optimizer may have moved a pruned weight since the last forward pass: it is zero in the next one, and here.
+    Warns of weights in stacks of matrices that are not counted (`prune`).
     """
+    parts = named_parts(model, exclude, "exclude")
+    _warn_of_stacks(model, parts, _included(model, parts))
     zeros = total = 0
-    for weight in _seen(model, exclude):
+    for weight in _seen(model, parts):
         total += weight.numel()
         zeros += weight.numel() - int(weight.count_nonzero())
     return zeros / total
@@ -150,7 +156,7 @@ def targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, We
 def checked_targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
     """`targets` for pruning: InputError for weights that something else computes, or that have no values to rank.
 
-    Warns of weights in stacks of matrices, as of mixture-of-experts layers: they stay dense.
+    Warns of weights in stacks of matrices that are no experts as transformers has them: they stay dense.
     """
     refuse_foreign(model)
     parts = named_parts(model, exclude, "exclude")
@@ -161,17 +167,23 @@ def checked_targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict
                 f"{name} is {p.dtype} on {p.device}, where weights can neither be ranked nor masked: build the model "
                 "with its values, in bfloat16 or wider."
             )
-    kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    _warn_of_stacks(model, parts, weights)
+    return weights
+
+
+def _warn_of_stacks(model: nn.Module, parts: list[str], weights: Mapping[str, Weight]) -> None:
+    """Says which matrices are not among `weights` that a reader would take for weights: experts of an unknown form."""
+    known = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    known |= {id(weight.parameter) for weight in weights.values()}
     named = ((name, p) for name, p in model.named_parameters() if not any(inside(name, part) for part in parts))
-    stacks = {name: p.numel() for name, p in named if p.dim() == 3 and min(p.shape) > 1 and id(p) not in kernels}
+    stacks = {name: p.numel() for name, p in named if p.dim() == 3 and min(p.shape) > 1 and id(p) not in known}
     if stacks:
         share = sum(stacks.values()) / (sum(stacks.values()) + _numel(weights))
         warnings.warn(
-            f"{share:.0%} of the weights are in stacks of matrices such as {next(iter(stacks))}: they stay dense and "
-            "do not count as asked or reached; name them in exclude if that is meant.",
-            stacklevel=3,
+            f"{share:.0%} of the weights are in stacks of matrices such as {next(iter(stacks))}, of which labkit does "
+            "not know the dimensions: they stay dense and do not count; name them in exclude if that is meant.",
+            stacklevel=4,
         )
-    return weights
 
 
 def _numel(weights: Mapping[str, Weight]) -> int:
@@ -193,9 +205,10 @@ def _slices(weights: dict[str, Weight], values: Mapping[str, Tensor], scope: str
     rows = {name: weights[name].as_rows(x) for name, x in values.items()}  # [out, in]
     if scope == "row":
         return rows
-    flat = {name: x.reshape(1, -1) for name, x in rows.items()}
-    device = next(iter(flat.values())).device
-    return flat if scope == "layer" else {"the model": torch.cat([x.to(device) for x in flat.values()], 1)}
+    if scope == "layer":
+        return {name: x.reshape(weights[name].experts or 1, -1) for name, x in rows.items()}
+    device = next(iter(rows.values())).device
+    return {"the model": torch.cat([x.reshape(1, -1).to(device) for x in rows.values()], 1)}
 
 
 def _refuse_growing_back(weights: dict[str, Weight], asked: float, scope: str) -> None:
@@ -230,10 +243,8 @@ def _scores(model, weights: dict[str, Weight], criterion, batches, loss_fn, seed
 
 def _lowest(weights: dict[str, Weight], scores: dict[str, Tensor], asked: float, scope: str) -> dict[str, Tensor]:
     """True at the lowest scores of every slice that `scope` ranks by itself."""
-    lowest = []
-    for x in _slices(weights, scores, scope).values():
-        k = count_to_prune(x.shape[1], asked)
-        lowest.append(lowest_k(x, k, dim=1) if scope == "row" else lowest_k(x, k))
+    slices = _slices(weights, scores, scope).values()
+    lowest = [lowest_k(x, count_to_prune(x.shape[1], asked), dim=1) for x in slices]
     if scope == "global":
         lowest = lowest[0].split([x.numel() for x in scores.values()], 1)
     pairs = zip(weights.values(), lowest, strict=True)
@@ -310,9 +321,8 @@ def _mask_gradient(module: nn.Module, attribute: str, gradient: Tensor) -> Tenso
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _seen(model: nn.Module, exclude: str | Iterable[str]) -> list[Tensor]:
-    """Every prunable weight once, as the forward pass sees it."""
-    parts = named_parts(model, exclude, "exclude")
+def _seen(model: nn.Module, parts: list[str]) -> list[Tensor]:
+    """Every prunable weight once, as the forward pass sees it, but for those in `parts`."""
     foreign = [value for name, _, value in _foreign(model) if not any(inside(name, part) for part in parts)]
     weights = _included(model, parts) if foreign else targets(model, parts)
     return foreign + [weight.parameter.detach().masked_fill(~_mask_of(weight), 0.0) for weight in weights.values()]

@@ -161,7 +161,7 @@ def _weights(model: nn.Module, ignore: Collection[str], size: int | None) -> dic
         raise InputError("There is no Linear to quantize: give a model that has some outside of what ignore names.")
     for name, weight in weights.items():
         kind = type(weight.module)
-        if not (kind is nn.Linear or weight.transposed) or weight.module in bypassed:
+        if not (kind is nn.Linear or (weight.transposed and weight.experts is None)) or weight.module in bypassed:
             reader = "nn.TransformerEncoderLayer, which does not call it" if kind is nn.Linear else f"a {kind.__name__}"
             raise InputError(f"{name} is the weight of {reader}, but only Linears are quantized: name it in ignore.")
         _size(weight.as_rows(weight.parameter).shape[1], size)

@@ -71,3 +71,17 @@ def test_no_syllabus_types_a_measured_number(text):
     outside = written.split(readme.BEGIN)[0] + written.split(readme.END)[-1]
     assert not re.findall(r"\d[\d.,]*\s*(?:ms|µs|s|GB/s|GFLOP/s|tokens/s)\b", outside)
     assert not re.findall(r"\d[\d.,]*\s*(?:x|times|%|per cent) (?:faster|slower|speed|smaller)", outside)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_on_ones_own_model_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (files.ROOT / "course" / "site" / "your_model.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"(?s)```python\n(.*?)```", page):
+        exec(block, names)
+    for call in re.findall(r"`((?:ratio|remove|ignore|within_groups|check)=[^`]*)` \|\n", page):
+        options = {"ratio": None if call.startswith("remove") else 0.5, **eval(f"dict({call})", names)}
+        assert names["channels"].prune(names["model"], names["images"], **options).report is not None
+    before, after = names["pruned"].model(names["images"]), names["again"].eval()(names["images"])
+    assert (before == after).all()

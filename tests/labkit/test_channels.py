@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, example
+from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, difference, example
 from torch import nn
 
 from labkit import roofline
 from labkit.errors import InputError
 from labkit.pruning import sensitivity
-from labkit.pruning.channels import apply, plan, plan_units
+from labkit.pruning.channels import apply, plan, plan_units, prune
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.scores import UNIT_CRITERIA
 
@@ -96,6 +96,24 @@ def test_min_channels_and_round_to(plain):
     assert left(plan(model, x, ratio=0.5, scope="layer", round_to=16))["qkv.weight"] == 4
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_same_channels_of_every_group_of_a_grouped_convolution(transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 1), nn.ReLU(), kind(16, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 5, 1))
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
+    pruned = prune(model, x, ratio=0.5, scope="layer", within_groups=True)
+    assert left(pruned.plan) == {"0.weight": 2, "2.weight": 3} and pruned.report.equal
+    conv = pruned.model[2]
+    assert (conv.groups, conv.in_channels, conv.out_channels) == (4, 8, 12)
+    assert 2 * pruned.plan.macs[1] == roofline.count(pruned.model, x).flops
+    assert difference(pruned, model, x) < 1e-12
+    whole = prune(model, x, ratio=0.5, scope="layer")
+    assert whole.model[2].groups == 2 and left(whole.plan) == {"0.weight": 2}
+    depthwise = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 5, 1))
+    assert prune(depthwise, x, ratio=0.5, within_groups=True).model[1].groups == 4
+
+
 def test_a_ratio_for_each_group(plain):
     model, x, _ = plain
     assert left(plan(model, x, ratio={"conv1.weight": 0.5, "fc1.bias": 0.25})) == {
@@ -103,6 +121,25 @@ def test_a_ratio_for_each_group(plain):
         "conv2.weight": 12,
         "fc1.weight": 15,
     }
+
+
+def test_a_ratio_for_a_module_is_for_all_that_is_made_in_it_and_the_innermost_decides():
+    inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12))
+    net = nn.Sequential(inner, nn.Linear(12, 20), nn.Linear(20, 3))
+    x = torch.randn(2, 6)
+    ratio = {"0": 0.5, net[0][2]: 0.25}
+    assert left(plan(net, x, ratio=ratio)) == {"0.0.weight": 4, "0.2.weight": 9, "1.weight": 20}
+    assert left(plan(net, x, ratio=dict(reversed(ratio.items())))) == left(plan(net, x, ratio=ratio))
+
+
+def test_scores_of_ones_own(plain):
+    model, x, _ = plain
+    own = torch.arange(8.0, 0, -1)  # the last channel is the least important
+    chosen = plan(model, x, ratio=0.5, scope="layer", criterion={"conv1.weight": own})
+    assert left(chosen) == {"conv1.weight": 4, "conv2.weight": 12, "fc1.weight": 20}
+    assert chosen.kept["conv1.weight"][0].tolist() == [0, 1, 2, 3]
+    again = plan(model, x, ratio=0.5, scope="layer", criterion=lambda g: own if g.name == "conv1.weight" else None)
+    assert torch.equal(again.kept["conv1.weight"][0], chosen.kept["conv1.weight"][0]) and left(again) == left(chosen)
 
 
 def test_ignored_modules_keep_their_channels(plain):
@@ -142,6 +179,17 @@ def test_linked_groups_keep_the_same_fraction():
         ({"ratio": {"conv9.weight": 0.5}}, "no prunable group"),
         ({}, "exactly one"),
         ({"ratio": 0.5, "macs": 0.5}, "exactly one"),
+        ({"ratio": 0.5, "remove": {"conv1": [1]}}, "exactly one"),
+        ({"ratio": {"conv1": 0.5, "bn1": 0.2}}, "'conv1' hangs together with 'bn1'"),
+        ({"ratio": {nn.ReLU(): 0.5}}, "ratio names 'ReLU', but the model has no such"),
+        ({"remove": {"conv1": [1]}, "seed": 1}, "seed has no meaning"),
+        ({"remove": {"conv1": [8]}}, "a channel of 'conv1' is 8, but it must be a whole number from 0 to 7"),
+        ({"remove": {"fc2": [1]}}, r"'fc2', which makes no channels that can go \(is the model's output"),
+        ({"remove": {"conv1": range(8)}}, "all 8 units of 'conv1.weight', but one has to stay"),
+        ({"ratio": 0.5, "criterion": {"conv1.weight": torch.ones(7)}}, "8 scores for 'conv1.weight'"),
+        ({"ratio": 0.5, "criterion": {"fc2.weight": torch.ones(5)}}, "'fc2.weight', which makes no channels"),
+        ({"ratio": 0.5, "criterion": lambda group: torch.ones(3)}, r"'conv1.weight' must be a tensor of shape \[8\]"),
+        ({"ratio": 0.5, "criterion": lambda group: torch.full((group.units,), torch.nan)}, "the caller is NaN"),
         ({"ratio": 0.5, "scope": "local"}, "no scope 'local'"),
         ({"ratio": 0.5, "round_to": 0}, "round_to is 0"),
         ({"ratio": 0.5, "min_channels": 1.5}, "min_channels is 1.5"),
@@ -189,6 +237,16 @@ def test_exactly_the_named_units_go(plain):
     assert chosen.kept["conv2.weight"][1].tolist() == chosen.kept["bn1.weight"][0].tolist() == [0, 1, 3, 4, 5]
     assert chosen.kept["fc2.weight"][1].tolist() == list(range(1, 20))
     assert apply(model, chosen, x).report.equal
+
+
+def test_exactly_the_named_channels_of_a_layer_go(plain):
+    model, x, _ = plain
+    pruned = prune(model, x, remove={"conv1": [2, 6, 7], model.fc1: [0], "conv2.weight": [1]})
+    assert left(pruned.plan) == {"conv1.weight": 5, "conv2.weight": 11, "fc1.weight": 19}
+    assert pruned.plan.kept["conv2.weight"][1].tolist() == [0, 1, 3, 4, 5] and pruned.report.equal
+    model, x = example(Attention)
+    pruned = prune(model, x, remove={"qkv": [5]})  # of the second head, which goes as a whole
+    assert pruned.plan.kept["proj.weight"][1].tolist() == [0, 1, 2, 3, *range(8, 16)] and pruned.report.equal
 
 
 def test_a_head_is_one_unit():

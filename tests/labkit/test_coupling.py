@@ -185,6 +185,8 @@ ROWS, COLUMNS = torch.tensor([[0, 1]]), torch.tensor([0, 2])
         lambda x: x[:, None, None].expand(-1, 3, 3, -1)[:, ROWS[0], COLUMNS].mean(1),  # indexed side by side
         lambda x: x[:, :, None].expand(-1, -1, 3)[ROWS, :, COLUMNS][0],  # and apart: indexed dimensions come first
         lambda x: F.pixel_shuffle(x.view(2, -1, 1, 1), 2).flatten(1),
+        lambda x: F.fold(F.unfold(x.view(2, -1, 1, 1).expand(-1, -1, 4, 4), 3) * 2, 4, 3).mean((2, 3)),
+        lambda x: F.fold(x.view(2, -1, 1), 2, 2).flatten(1),  # four positions of two channels
     ],
 )
 def test_a_width_can_shrink_through_views_and_indices_of_other_dimensions(fn):
@@ -245,10 +247,12 @@ def test_what_is_one_unit_is_listed_and_kernel_positions_are_not():
     ("fn", "what"),
     [
         (lambda x: x.softmax(-1), "softmax"),
-        (lambda x: torch.fft.fft(x, dim=1).real, "no rule for the operator _fft"),
-        (lambda x: x + torch.ones(8), "fixed size"),
+        (lambda x: torch.fft.fft(x, dim=1).real, "entries mixed"),
+        (lambda x: x + torch.cdist(x, x).sum(1, keepdim=True), "no rule for the operator _cdist_forward"),
+        (lambda x: x + torch.ones(8), "the forward pass needs this size"),
         (lambda x: x.cumsum(1), "mixed"),
-        (lambda x: F.pad(x[:, :6], (1, 1)), "fixed position"),
+        (lambda x: F.pad(x[:, ::2], (2, 2)), "fixed position"),
+        (lambda x: x[:, 2:5].repeat(1, 3)[:, :8], "the forward pass needs this size"),
         (lambda x: F.pad(x, (1, 1))[:, 1:-1], "padded with constants"),
         (lambda x: x[:, torch.randperm(8)], "indexed by a tensor"),
         (lambda x: x[:, MASK].repeat(1, 3)[:, :8], "indexed by a tensor"),
@@ -256,12 +260,13 @@ def test_what_is_one_unit_is_listed_and_kernel_positions_are_not():
         (lambda x: x.roll(1, 1), "rolled"),
         (lambda x: x.view(2, 8), "the forward pass needs this size"),
         # written in place at fixed positions
-        (lambda x: _written(x, HALF, torch.ones(4)), "fixed size"),
+        (lambda x: _written(x, HALF, torch.ones(4)), "the forward pass needs this size"),
+        (lambda x: _written(x, HALF, 1.0), "the forward pass needs this size"),
         (lambda x: _written(x, (slice(None), 3), 0.0), "indexed at a fixed position"),
         (lambda x: _written(x, (slice(None), MASK), 0.0), "index_put"),
-        (lambda x: torch.ones(2, 8).copy_(x), "fixed size"),
-        (lambda x: torch.ones(2, 8).mul_(x), "fixed size"),
-        (lambda x: torch.add(x, 1, out=torch.empty(2, 8)), "fixed size"),
+        (lambda x: torch.ones(2, 8).copy_(x), "the forward pass needs this size"),
+        (lambda x: torch.ones(2, 8).mul_(x), "the forward pass needs this size"),
+        (lambda x: torch.zeros(2, 8).add_(x), "the forward pass needs this size"),
         (lambda x: x.index_copy_(1, torch.tensor([0, 7]), x[:, :2]), "index_copy"),
         (lambda x: x.fill_diagonal_(0), "no rule for the operator as_strided"),
         (lambda x: _written(x, HALF, x[:, 4:] * 2), "the forward pass needs this size"),  # 4 is a number
@@ -277,6 +282,7 @@ def test_what_cannot_shrink_is_listed_with_its_reason(fn, what):
         lambda x: x.relu_().mul_(2).add_(x),
         lambda x: torch.cat([half := x.chunk(2, 1)[0].mul_(2), half + x.chunk(2, 1)[1].copy_(half)], 1),
         lambda x: torch.zeros_like(x).copy_(x),
+        lambda x: torch.add(x, 1, out=torch.empty(2, 8, dtype=x.dtype)),  # torch makes it the size that it has to be
         lambda x: torch.empty_like(x).normal_().zero_() + x,
     ],
 )
@@ -284,6 +290,13 @@ def test_what_is_written_in_place_channel_by_channel_can_go(fn):
     model, x = Beside(fn).eval(), torch.randn(2, 6)
     pruned = prune(model, x, ratio=0.5, scope="layer")
     assert pruned.model.first.out_features == 4 and pruned.report.equal
+    assert difference(pruned, model, x) < 1e-12
+
+
+def test_of_what_is_cut_at_a_number_in_the_code_the_part_behind_it_can_go():
+    model, x = Beside(lambda x: torch.cat([x[:, :2] * 2, x[:, 2:]], 1)).eval(), torch.randn(2, 6)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    assert pruned.plan.kept["first.weight"][0][:2].tolist() == [0, 1] and pruned.model.first.out_features == 5
     assert difference(pruned, model, x) < 1e-12
 
 
@@ -300,6 +313,7 @@ def test_nothing_to_prune_says_why():
         lambda x: x if x.sum() > 0 else -x,
         lambda x: x + x[x > 0].sum(),
         lambda x: x + x.masked_select(x > 0).sum(),
+        lambda x: x if torch.ones(2, 8).copy_(x)[0].sum() > 0 else -x,
         lambda x: x.repeat_interleave((x > 0).long()[:, 0], dim=0).mean(0) + x,
     ],
 )
@@ -370,7 +384,7 @@ def test_pieces_that_cannot_be_even_are_pinned():
     labels = Labels()
     x = labels.fresh(4)
     labels.pin(x[:1], "fixed")
-    labels.keep_even([x[:2], x[2:]], "cut")
+    labels.keep_cut(x, 0, 2, "cut")
     classes, pinned = labels.resolve()
     free = [i for i in range(4) if classes[i] not in pinned]  # one of each half may go, and only together
     assert len(free) == 2 and classes[free[0]] == classes[free[1]] and free[0] == 1

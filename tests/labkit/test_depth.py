@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from labkit import models
 from labkit.errors import InputError
-from labkit.pruning import anatomy, depth, transformers
+from labkit.pruning import anatomy, depth, surgery, transformers
 
 DISTANCES = ("cosine", "angular", "l2")
 
@@ -113,6 +113,19 @@ def test_heads_and_layers_in_a_row():
     pruned = depth.prune_layers(model, [1])
     assert pruned.report.equal
     assert [part.heads for part in anatomy.attentions(pruned.model)] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert"])  # no config says that ModernBERT's first layer is gone
+def test_models_that_lost_layers_are_saved_and_loaded(name, tmp_path):
+    heads = transformers.prune_heads(family(name), {0: [0, 1], 2: [1, 3]})
+    layers = depth.prune_layers(heads.model, [0])
+    surgery.save(layers.model, [heads.plan, layers.plan], tmp_path / "model")
+    loaded = surgery.load(family(name), tmp_path / "model")
+    assert loaded.config.num_hidden_layers == 2 and str(loaded) == str(layers.model)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs(name))[0], layers.model(**inputs(name))[0])
+    with pytest.raises(InputError, match=r"layers' is not what the last plan left of it"):
+        surgery.save(heads.model, [heads.plan, layers.plan], tmp_path / "model")
 
 
 def test_layer_types_follow_the_layers_that_stay():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import threading
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,13 @@ from networks import (
     example,
     odd,
     randomise_,
+    zeroed,
 )
-from random_networks import HABITS, Network, Stateful, digest, programs
+from random_networks import HABITS, TOKENS, Network, Stateful, TokenNetwork, digest, programs, token_programs
 from torch import nn
 
-from labkit.errors import EqualityError, InputError
-from labkit.pruning import sensitivity, unstructured
+from labkit.errors import DataError, EqualityError, InputError
+from labkit.pruning import sensitivity, surgery, transformers, unstructured
 from labkit.pruning.channels import apply, plan, prune
 from labkit.pruning.coupling import trace
 
@@ -85,6 +87,21 @@ def test_random_networks_stay_equal_after_random_plans(program, ratio, criterion
     assert pruned.report.equal
 
 
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(token_programs(), st.floats(0.1, 0.9), st.sampled_from(["global", "layer"]), st.integers(0, 5))
+def test_random_networks_of_many_operators_stay_equal_and_leave_the_dense_one_alone(program, ratio, scope, seed):
+    with torch.no_grad():  # a weight that the older weight norm has made can be copied then
+        model = randomise_(TokenNetwork(program), seed)
+    x = torch.randn(2, TOKENS, 6, generator=torch.Generator().manual_seed(seed))
+    before = digest(model)
+    pruned = prune(model, x, ratio=ratio, scope=scope, seed=seed)
+    assert digest(model) == before
+    assert pruned.report.equal
+    if not pruned.report.restricted:
+        assert difference(pruned, model, x, zeroed) < 1e-9
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_odd_networks_are_pruned_and_equal(name):
     model, x = odd(name), torch.randn(3, 6)
@@ -117,6 +134,33 @@ def test_a_masked_model_keeps_its_masks_in_step():
     kept = pruned.plan.kept["conv2.weight"]
     mask = unstructured.masks(masked)["conv2.weight"]
     assert torch.equal(unstructured.masks(pruned.model)["conv2.weight"], mask[kept[0]][:, kept[1]])
+
+
+def test_repeated_blocks_that_fail_alike_stay_together_and_one_that_fails_alone_stays_alone():
+    class Block(nn.Module):
+        def __init__(self, root):
+            super().__init__()
+            self.a, self.b, self.root = nn.Linear(8, 12), nn.Linear(12, 8), root
+
+        def forward(self, x):
+            y = torch.relu(self.a(x))
+            return x + self.b(y * y.shape[1] ** -0.5 if self.root else y)
+
+    x = torch.randn(3, 8)
+    for roots in ([True] * 5 + [False], [False] * 4 + [True] + [False]):
+        torch.manual_seed(0)
+        pruned = prune(nn.Sequential(*map(Block, roots), nn.Linear(8, 5)).eval(), x, ratio=0.5, scope="layer")
+        left = [row.left for row in pruned.plan.units if row.name.endswith(".a.weight")]
+        assert left == [12 if root else 6 for root in roots] and pruned.report.equal
+
+
+def test_the_proof_may_run_on_another_input_than_the_trace():
+    model, x = example(Plain)
+    assert prune(model, x, ratio=0.5, check=x[:1]).report.scale != prune(model, x, ratio=0.5, check=x[1:]).report.scale
+    assert prune(model, x, ratio=0.5, check={"x": x[:1]}).report.equal
+    with pytest.raises(EqualityError, match="does not run"):
+        prune(model, x, ratio=0.5, check=x[:, :2])
+    assert prune(model, x, ratio=0.5, check=False).report is None
 
 
 @pytest.mark.parametrize("name", ["bn1.running_mean", "bn1.weight", "conv1.weight", "conv2.weight"])
@@ -297,6 +341,41 @@ def test_attributes_say_what_the_parameters_are():
     assert small.up.weight.shape[:2] == (small.up.in_channels, small.up.out_channels)
 
 
+def test_a_subclass_of_a_layer_is_cut_as_the_layer():
+    class Own(nn.LayerNorm):
+        pass
+
+    model = nn.Sequential(nn.Linear(6, 8), Own(8), nn.Linear(8, 5))
+    pruned = prune(model, torch.randn(4, 6), ratio=0.5)
+    assert pruned.report.equal and pruned.model[1].normalized_shape == (4,)
+
+
+def test_a_module_that_is_not_called_follows_the_one_that_it_is_in_and_a_tuple_its_shape():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.shape = 2, (4, 4, 2)
+            self.table = nn.Linear(3, 2)
+
+        def bias(self, x):  # [4 * 4, 3] -> [heads, 4, 4]
+            return self.table(x).view(-1, self.heads).view(self.shape).permute(2, 0, 1)
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.heads, self.size = Heads(), 2, 4
+            self.q, self.k, self.v, self.out = (nn.Linear(a, b) for a, b in [(6, 8), (6, 8), (6, 8), (8, 5)])
+
+        def forward(self, x):  # [N, 4, 6]
+            q, k, v = (f(x).view(len(x), -1, self.heads, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
+            bias = self.bias.bias(torch.linspace(-1, 1, 48).view(16, 3).to(x))
+            return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    pruned = prune(Biased().eval(), torch.randn(3, 4, 6), ratio=0.5)
+    assert pruned.report.equal and (pruned.model.bias.heads, pruned.model.bias.shape) == (1, (4, 4, 1))
+
+
 def test_multihead_attention_keeps_heads_and_width_in_step():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 6, 32, batch_first=True)
@@ -332,6 +411,68 @@ def test_a_pruned_model_trains_exports_and_is_pruned_again():
     again = prune(once.model, x, ratio=0.5)
     assert again.plan.parameters[1] < once.plan.parameters[1]
     assert_exported(again.model, x)
+
+
+# --- on the disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_is_saved_is_loaded_whatever_weights_the_dense_model_has(kind, tmp_path):
+    model, x = example(kind)
+    once = prune(model, x, ratio=0.3)
+    twice = prune(once.model, x, ratio=0.4, criterion="random")
+    with torch.no_grad():
+        for parameter in twice.model.parameters():
+            parameter.add_(1)  # trained since
+    surgery.save(twice.model, [once.plan, twice.plan], tmp_path / "net.safetensors")
+    torch.manual_seed(7)
+    dense = kind().eval()
+    before = digest(dense)
+    loaded = surgery.load(dense, tmp_path / "net.safetensors")
+    assert torch.equal(loaded(x), twice.model(x)) and digest(dense) == before
+    assert str(loaded) == str(twice.model) and list(loaded.state_dict()) == list(twice.model.state_dict())
+
+
+def test_buffers_outside_the_state_dict_and_numbers_of_the_config_are_saved(tmp_path):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.register_buffer("table", torch.arange(24.0).view(3, 8), persistent=False)
+
+        def forward(self, x):  # [N, 3, 6]
+            return self.out(self.embed(x) + self.table)
+
+    model, x = Positions(), torch.randn(2, 3, 6)
+    pruned = prune(model, x, remove={"embed": [0, 3]})
+    surgery.save(pruned.model, [pruned.plan], tmp_path / "net")
+    loaded = surgery.load(Positions(), tmp_path / "net")
+    assert loaded.table[0].tolist() == [1, 2, 4, 5, 6, 7] and torch.equal(loaded(x), pruned.model(x))
+    llama = families.family("llama")
+    pruned = transformers.prune_heads(llama, {layer: [0, 1] for layer in range(3)})
+    surgery.save(pruned.model, [pruned.plan], tmp_path / "llama")
+    loaded = surgery.load(families.family("llama"), tmp_path / "llama")
+    assert loaded.config.num_attention_heads == pruned.model.config.num_attention_heads == 2
+    ids = families.inputs("llama")["input_ids"][:1]
+    assert torch.equal(loaded.generate(ids, do_sample=False), pruned.model.generate(ids, do_sample=False))
+
+
+def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
+    model, x = example(Plain)
+    pruned, file = prune(model, x, ratio=0.5), tmp_path / "net"
+    with pytest.raises(InputError, match="not what the last plan left of it"):
+        surgery.save(model, [pruned.plan], file)
+    assert not file.exists()
+    with pytest.raises(DataError, match=r"holds no pruned model.*save it again"):
+        surgery.load(model, file)
+    surgery.save(pruned.model, [pruned.plan], file)
+    with pytest.raises(InputError, match="of another architecture than Residual"):
+        surgery.load(example(Residual)[0], file)
+    with pytest.raises(InputError, match=r"of another model: .* is .*float32.* there and .*float64.* here"):
+        surgery.load(model.double(), file)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match="save it again"):
+        surgery.load(model, file)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 import copy
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from families import DECODERS, FAMILIES, GROUPED, batches, family, heads_to_remove, inputs
+from families import DECODERS, FAMILIES, GROUPED, LLAMA, batches, family, heads_to_remove, inputs
 from networks import blind
 from torch import nn
 
 from labkit import models
 from labkit.errors import InputError
-from labkit.pruning import anatomy, depth, transformers
+from labkit.pruning import anatomy, depth, surgery, transformers
 from labkit.pruning.channels import Pruned
 from labkit.pruning.coupling import Coupling
 
@@ -196,6 +199,23 @@ def test_magnitude_is_the_norm_of_all_that_belongs_to_a_neuron(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_neurons_of_experts_go_from_all_of_them_alike(name):
+    import transformers as hub
+
+    sizes = {**LLAMA, "num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    with models.quietly(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(hub, f"{name}ForCausalLM")(getattr(hub, f"{name}Config")(**sizes, decoder_sparse_step=1)).eval()
+    pruned = transformers.prune_ffn(model, 0.5)
+    assert pruned.report.equal and [row.left for row in pruned.plan.units if row.removed] == [12] * 3
+    experts = pruned.model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.shape == (3, 24, 32) and experts.down_proj.shape == (3, 32, 12)
+    with pytest.raises(InputError, match="belongs to none: take magnitude or random"):
+        transformers.prune_ffn(model, 0.5, criterion="wanda", batches=batches("llama"))
+
+
+@pytest.mark.slow
 def test_random_neurons_repeat_by_seed():
     left = [transformers.prune_ffn(family("bert"), 0.5, criterion="random", seed=s).plan.kept for s in (0, 0, 1)]
     same = [all(torch.equal(left[0][key][0], kept[key][0]) for key in kept if key.endswith("bias")) for kept in left]
@@ -243,6 +263,32 @@ def test_config_is_left_where_head_size_is_width_by_heads(name):
     assert heads_of(pruned) == [3, 3, 3]
 
 
+LOADING = """
+import sys
+import torch
+from families import FAMILIES, family, inputs
+from labkit.pruning import surgery
+with torch.no_grad():
+    for name in FAMILIES:
+        model = family(name)
+        for parameter in model.parameters():
+            parameter.zero_()  # all that it computes comes from the file
+        loaded = surgery.load(model, f"{sys.argv[1]}/{name}")
+        torch.save(loaded(**inputs(name))[0], f"{sys.argv[1]}/{name}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_any_family_is_loaded_in_a_new_process(tmp_path, offline):
+    for name in EVERY:
+        pruned = pruned_by("heads", name)
+        surgery.save(pruned.model, [pruned.plan], tmp_path / name)
+    environment = {**offline, "PYTHONPATH": f"{Path(__file__).parents[1]}:{offline['PYTHONPATH']}"}
+    subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], env=environment, check=True)
+    for name in EVERY:
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), output(pruned_by("heads", name).model, name)), name
+
+
 # --- other models, compile, export ------------------------------------------------------------------------------------
 
 
@@ -282,6 +328,16 @@ def test_compiles_whole():
     with torch.no_grad():
         compiled = torch.compile(pruned, backend="aot_eager", fullgraph=True)(**inputs("llama"), use_cache=False)[0]
     assert_equal(output(pruned, "llama"), compiled, pruned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_exports_again(name):
+    pruned, cache = pruned_by("heads", name).model, {"use_cache": False} if name in (*DECODERS, "t5") else {}
+    program = torch.export.export(pruned, (), {**inputs(name), **cache})
+    other = {**inputs(name, seed=1), **cache}
+    with torch.no_grad():
+        assert_equal(pruned(**other)[0], program.module()(**other)[0], pruned)
 
 
 @pytest.mark.slow

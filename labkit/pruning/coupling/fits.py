@@ -4,7 +4,7 @@ The operators have to come in the same order and give the shapes that the traced
 a pass that writes its sizes down is found out even where it happens to run. Nothing is computed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ NO_SIZES = ("idx", "index", "id", "buckets")  # ends of names of numbers that ca
 # What comes in the same order whatever the sizes are. Products and moves do not: torch folds and copies by size and
 # stride. But what they get wrong shows here, such as a softmax over as many rows as there were heads.
 _NAMES = """convolution native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+split split_with_sizes slice
 native_layer_norm native_group_norm _softmax _log_softmax _safe_softmax relu relu6 sigmoid tanh gelu silu mish elu
 leaky_relu hardswish hardsigmoid hardtanh softplus _prelu_kernel pow rsqrt embedding cat mean max_pool2d_with_indices
 avg_pool2d _adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d roll constant_pad_nd linalg_vector_norm"""
@@ -86,11 +87,12 @@ class _Comparing(Abstract):
                 raise _Differs(f"{name} comes where it did not before")
             operation = self._expected[self._next]
             self._next += 1
-            expected = list(operation.shape)
-            for span in operation.spans:
-                if (here := self._gone[span.labels]).any():
-                    for axis, dim in enumerate(span.dims):
-                        expected[dim] = remaining(here, axis)
+            expected = shape_of(operation, self._gone)
+            if operation.before is not None:
+                x, dim, start = args[:3]
+                start = slice(start, None).indices(x.shape[dim])[0]
+                if start != (here := int((~self._gone[operation.before]).sum())):
+                    raise _Differs(f"slice in {operation.module or 'the model'} starts at {start}, not {here}")
             if list(first.shape) != expected:
                 place = operation.module or "the model"
                 raise _Differs(f"{name} in {place} gives {list(first.shape)}, not {expected}")
@@ -99,6 +101,16 @@ class _Comparing(Abstract):
     def unmet(self) -> str:
         rest = self._expected[self._next :]
         return f"{rest[0].name} does not come any more" if rest else ""
+
+
+def shape_of(operation: Operation, gone: np.ndarray) -> list[int]:
+    """What the operator gives without the labels in `gone`."""
+    shape = list(operation.shape)
+    for span in operation.spans:
+        if (here := gone[span.labels]).any():
+            for axis, dim in enumerate(span.dims):
+                shape[dim] = remaining(here, axis)
+    return shape
 
 
 def remaining(gone: np.ndarray, axis: int) -> int:
@@ -116,23 +128,43 @@ def set_attributes_(model: nn.Module, attributes: Attributes) -> None:
             setattr(module, attribute, value)
 
 
-def attributes(model: nn.Module, keep: Keep, sizes: Mapping[str, Mapping[int, int]]) -> dict[str, dict[str, Any]]:
+def attributes(
+    model: nn.Module, keep: Keep, number: Callable[[str, int], int], numbers: Callable[[str, tuple], Sequence[int]]
+) -> dict[str, dict[str, Any]]:
     """{module: {attribute: new value}} that agree with the entries that stay.
 
-    Layers of torch.nn follow from the shapes of their parameters. Of any other module a number, alone or in a tuple or
-    list, that equals a size which its forward pass wrote down (a view's 768, 12 heads) becomes what that size becomes.
+    Layers of torch.nn follow from the shapes of their parameters. Of any other module whole numbers become what
+    number(module, value) and numbers(module, values) say, alone and in a tuple or list.
     """
     result: dict[str, dict[str, Any]] = {}
-    shapes = {id(x): shape(x, keep.get(name, {})) for name, x in tensors_of(model)}
+    shapes, rows = {}, {}
+    for name, x in tensors_of(model):
+        shapes[id(x)], rows[id(x)] = shape(x, keep.get(name, {})), keep.get(name, {}).get(0)
     for name, module in model.named_modules():
-        new = _layer(module, shapes) | _numbers(module, sizes.get(name, {}))
+        new: dict[str, Any] = {}
+        if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.MultiheadAttention):
+            for key, value in vars(module).items():
+                if type(value) is int and not key.endswith(NO_SIZES):
+                    new[key] = number(name, value)
+                elif type(value) in (tuple, list, torch.Size) and value and all(type(n) is int for n in value):
+                    new[key] = type(value)(numbers(name, tuple(value)))
+        new |= _layer(module, shapes, rows)
         if changed := {key: value for key, value in new.items() if getattr(module, key) != value}:
             result[name] = changed
     return result
 
 
-def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]:
-    """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters."""
+def _layer(module: nn.Module, shapes: Mapping[int, list[int]], rows: Mapping[int, Tensor | None]) -> dict[str, Any]:
+    """The attributes of a layer of torch.nn (or transformers' Conv1D) by the shapes of its parameters.
+
+    rows: which entries of their first dimension stay, None for all.
+    """
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        last = "" if isinstance(module, nn.RNNCellBase) else "_l0"
+        weight = module._parameters[f"weight_ih{last}"]
+        (rows, into), hidden = shapes[id(weight)], shapes[id(module._parameters[f"weight_hh{last}"])][1]
+        sizes = {"input_size": into, "hidden_size": module.hidden_size * rows // weight.shape[0]}
+        return sizes | ({"proj_size": hidden} if getattr(module, "proj_size", 0) else {})
     weight = module._parameters.get("weight", module._parameters.get("weight_v"))  # of the older weight norm
     if parametrize.is_parametrized(module, "weight"):
         tensors = module.parametrizations["weight"]._parameters
@@ -141,7 +173,9 @@ def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]
         return {}
     now = shapes[id(weight)]
     if isinstance(module, CONVOLUTIONS):
-        groups = module.groups * now[0] // weight.shape[0] if module.groups > 1 else 1
+        groups = module.groups
+        if (stays := rows[id(weight)]) is not None:  # groups of which something stays
+            groups = len(torch.unique(stays // (weight.shape[0] // groups)))
         into, out = (now[0], now[1] * groups) if module.transposed else (now[1] * groups, now[0])
         return {"in_channels": into, "out_channels": out, "groups": groups}
     if isinstance(module, nn.GroupNorm):
@@ -158,17 +192,3 @@ def _layer(module: nn.Module, shapes: Mapping[int, list[int]]) -> dict[str, Any]
     if isinstance(module, nn.PReLU):
         return {"num_parameters": now[0]}
     return {"nx": now[0], "nf": now[1]} if {"nf", "nx"} <= vars(module).keys() else {}
-
-
-def _numbers(module: nn.Module, sizes: Mapping[int, int]) -> dict[str, Any]:
-    if not sizes or (type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention)):
-        return {}
-    result: dict[str, Any] = {}
-    for name, value in vars(module).items():
-        if name.endswith(NO_SIZES):
-            continue
-        if type(value) is int and value in sizes:
-            result[name] = sizes[value]
-        elif type(value) in (tuple, list, torch.Size) and all(type(n) is int for n in value):
-            result[name] = type(value)(sizes.get(n, n) for n in value)
-    return result

@@ -5,10 +5,11 @@ attention head with its rows and columns. What cannot shrink is listed with the 
 """
 
 import math
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,12 @@ class Coupling:
     @classmethod
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
     @tracing.collecting_later()
-    def of(cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> "Coupling":
+    def of(
+        cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, within_groups: bool = False
+    ) -> "Coupling":
+        """within_groups: the units of a grouped convolution are the same channels of every group, not whole groups."""
         args, kwargs = arguments(args, kwargs)
-        record = tracing.record(model, args, kwargs)
+        record = tracing.record(model, args, kwargs, within_groups)
         classes, reasons = record.labels.resolve()
         coupling = cls(record, classes, reasons, *_groups(record, classes, reasons))
         if not coupling.groups:
@@ -128,17 +132,22 @@ class Coupling:
                 trials[key] = fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
             return trials[key]
 
-        linked = self._linked()
-        for candidate in (self, replace(self, numbers=True), linked, replace(linked, numbers=True)):
-            if not failure(candidate, candidate.clusters()):
+        def apart(coupling: Coupling, clusters: list[list[int]]) -> str:
+            """Pieces of several sizes, and numbers for several, may fit where all shrink and not where some do."""
+            some = clusters[::2] if coupling.numbers or self.record.labels.pieces else []
+            return failure(coupling, clusters) or failure(coupling, some)
+
+        def pinned(coupling: Coupling, failure: Callable[[Coupling, list[list[int]]], str]) -> Coupling:
+            reasons = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
+            return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
+
+        linked, numbered = self._linked(), replace(self, numbers=True)
+        for candidate in (self, numbered, linked, replace(linked, numbers=True)):
+            if not apart(candidate, candidate.clusters()):
                 return candidate
-        pinned = []
-        for candidate in (linked, self, replace(self, numbers=True)):
-            reasons = failing(candidate.clusters(), lambda clusters, c=candidate: failure(c, clusters))
-            pinned.append(
-                candidate.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
-            )
-        best = max(pinned, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
+        candidates = [pinned(candidate, failure) for candidate in (linked, self, numbered)]
+        best = max(candidates, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
+        best = pinned(best, apart)
         if not best.groups or failure(best, best.clusters()):
             raise InputError(best._nothing())
         return best
@@ -216,7 +225,11 @@ class Coupling:
         return gone[self.classes]
 
     def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
-        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain."""
+        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain.
+
+        A number that equals a size which the module's forward pass wrote down (a view's 768, 12 heads) becomes what
+        that size becomes; numbers that are a whole shape there become what it becomes.
+        """
         seen: dict[tuple[str, int], set[int]] = {}
         for module, size, labels, axis in self.record.sizes:
             shrinks = labels is not None and gone[labels].any()
@@ -226,7 +239,19 @@ class Coupling:
             changed = now - {size}
             if len(changed) == 1 and (len(now) == 1 or self.numbers):
                 certain.setdefault(module, {})[size] = changed.pop()
-        return fits.attributes(model, keep, certain)
+        called: dict[str, str] = {}
+        for name, _ in model.named_modules():  # one that is not called serves the one that it is in by other methods
+            called[name] = name if name in self.record.called else called[name.rpartition(".")[0]]
+
+        def number(module: str, value: int) -> int:
+            return certain.get(called[module], {}).get(value, value)
+
+        def numbers(module: str, values: tuple) -> Sequence[int]:
+            if operation := self.record.made.get((called[module], values)):
+                return fits.shape_of(operation, gone)
+            return [number(module, value) for value in values]
+
+        return fits.attributes(model, keep, number, numbers)
 
     def macs(self, gone: np.ndarray | None = None) -> int:
         """Multiply-adds of the products of the traced call, with the labels in `gone` removed."""
@@ -237,28 +262,48 @@ class Coupling:
         return round(total)
 
 
-def failing(clusters: list[list[int]], failure) -> dict[int, str]:
-    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, "" if nothing."""
-    why = failure(clusters)
-    if not why or len(clusters) == 1:
-        return dict.fromkeys(clusters[0], why) if why else {}
-    half = len(clusters) // 2
-    parts = failing(clusters[:half], failure) | failing(clusters[half:], failure)
-    return parts or dict.fromkeys((i for cluster in clusters for i in cluster), why)
+def failing(
+    groups: Sequence[Group], clusters: list[list[int]], failure: Callable[[list[list[int]]], str]
+) -> dict[int, str]:
+    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, "" if nothing.
+
+    In repeated blocks the groups of one place fail alike: if the first, the middle and the last do, all do.
+    """
+    places: dict[Any, list[list[int]]] = {}
+    for cluster in clusters:
+        where = [(re.sub(r"\b\d+\b", "", groups[i].name), groups[i].units) for i in cluster]
+        places.setdefault(tuple(where), []).append(cluster)
+
+    def search(parts: list[list[list[int]]]) -> dict[int, str]:
+        whole = [cluster for part in parts for cluster in part]
+        why = failure(whole)
+        if not why:
+            return {}
+        samples = {0, len(whole) // 2, len(whole) - 1} if len(whole) > 1 else ()
+        if len(parts) == 1 and all(failure([whole[n]]) for n in samples):
+            return dict.fromkeys((i for cluster in whole for i in cluster), why)
+        parts = parts if len(parts) > 1 else [[cluster] for cluster in whole]
+        half = len(parts) // 2
+        reasons = search(parts[:half]) | search(parts[half:])
+        return reasons or dict.fromkeys((i for cluster in whole for i in cluster), why)
+
+    return search(list(places.values()))
 
 
 def _groups(
     record: Record, classes: np.ndarray, reasons: Mapping[int, str]
 ) -> tuple[tuple[Group, ...], tuple[np.ndarray, ...]]:
-    """Classes that touch the same dimensions of the same parameters are the units of one group."""
+    """Classes that touch the same dimensions of the same parameters, and the same pieces of what is cut unevenly, are
+    the units of one group.
+    """
     free = np.ones(len(classes), dtype=bool)
     free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False  # by class
     signature = np.zeros(len(classes), dtype=np.uint64)
     touched = [(axis, classes[axis.base : axis.base + axis.size]) for axis in record.axes]
-    for axis, roots in touched:
-        signature[roots[free[roots]]] += np.uint64(
-            zlib.crc32(f"{axis.name} {axis.dim}".encode()) * 0x9E3779B97F4A7C15 % 2**64
-        )
+    places = [(f"{axis.name} {axis.dim}", roots) for axis, roots in touched]
+    places += [(f"piece {n}", np.unique(classes[labels])) for n, labels in enumerate(record.labels.pieces)]
+    for place, roots in places:
+        signature[roots[free[roots]]] += np.uint64(zlib.crc32(place.encode()) * 0x9E3779B97F4A7C15 % 2**64)
     members: dict[int, list[tuple[Axis, np.ndarray]]] = {}
     for axis, roots in touched:
         for s in np.unique(signature[roots[free[roots]]]).tolist():

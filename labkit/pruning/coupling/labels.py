@@ -39,6 +39,8 @@ class Labels:
         self._edges: list[Edges] = []
         self._pins: list[tuple[np.ndarray, str]] = []
         self._constraints: list[tuple[str, Sequence[np.ndarray], str]] = []
+        self._cuts: dict[bytes, set[int]] = {}
+        self.pieces: list[np.ndarray] = []  # labels of what is cut into pieces of several sizes, by their size
 
     def fresh(self, n: int, constant: bool = False) -> np.ndarray:
         """n new labels. constant: of a buffer or of what the pass makes, which follow the channels of others."""
@@ -63,9 +65,12 @@ class Labels:
         """A dimension was split in several, `labels` [a, b, ...]: what stays must be whole slices along one axis."""
         self._constraints.append(("product", [labels], ""))
 
-    def keep_even(self, pieces: Sequence[np.ndarray], reason: str) -> None:
-        """A dimension was cut into pieces of one size: as many labels must stay in each."""
-        self._constraints.append(("even", list(pieces), reason))
+    def keep_cut(self, labels: np.ndarray, start: int, stop: int, reason: str) -> None:
+        """A dimension is cut at two places: as many labels must stay in each of its pieces that have one size."""
+        bounds = self._cuts.setdefault(labels.tobytes(), {0, len(labels)})
+        if len(bounds) == 2:
+            self._constraints.append(("cut", [labels], reason))
+        bounds |= {start, stop}
 
     def resolve(self) -> tuple[np.ndarray, dict[int, str]]:
         """(class of every label, {class that is pinned: reason}); a class is named by its smallest label."""
@@ -79,14 +84,21 @@ class Labels:
             fixed = np.zeros(self.count, dtype=bool)
             fixed[classes[pinned]] = True
             if kind == "product":
-                edges, stuck = _make_product(classes[pieces[0]], fixed), empty
+                steps = [(_make_product(classes[pieces[0]], fixed), empty)]
             else:
-                edges, stuck = _make_even([classes[piece] for piece in pieces], fixed)
-            if edges is not None:
-                classes = components(self.count, *edges, parent=classes)
-            if len(stuck):
-                self._pins.append((stuck, reason))
-                pinned[stuck] = True
+                alike: dict[int, list[np.ndarray]] = {}
+                for piece in np.split(pieces[0], sorted(self._cuts[pieces[0].tobytes()])[1:-1]):
+                    alike.setdefault(len(piece), []).append(piece)
+                single = np.concatenate([empty, *alike.pop(1, ())])  # its tensor carries no labels
+                steps = [(None, classes[single])]
+                steps += [_make_even([classes[piece] for piece in same], fixed) for same in alike.values()]
+                self.pieces += [np.concatenate(same) for same in alike.values()] if len(alike) > 1 else []
+            for edges, stuck in steps:
+                if edges is not None:
+                    classes = components(self.count, *edges, parent=classes)
+                if len(stuck):
+                    self._pins.append((stuck, reason))
+                    pinned[stuck] = True
         reasons: dict[int, str] = {}
         for labels, reason in self._pins:
             for root in np.unique(classes[labels]).tolist():
@@ -273,13 +285,17 @@ def reshaped(labels: Labels, spans: Spans, old: Sequence[int], new: Sequence[int
     """Spans of a tensor of shape `old` viewed in shape `new`; the order of the elements stays."""
     runs = _runs(old, new)
     run_of = {dim: n for n, (dims, _) in enumerate(runs) for dim in dims}
-    runs_of = [{run_of[dim] for dim in span.dims} for span in spans]
+
+    def runs_of(span: Span) -> set[int]:
+        return {run_of[dim] for dim in span.dims}
+
     result = []
+    spans = sorted(spans, key=lambda span: (labels.constant(span.labels), span.dims))
     for i, span in enumerate(spans):
-        if labels.constant(span.labels) and any(i != j and runs_of[i] & other for j, other in enumerate(runs_of)):
-            labels.pin(span.labels, "")  # repeated so often for each of another span's entries
+        if any(runs_of(span) & runs_of(other) for other in spans[:i]):  # repeated for each of another span's entries
+            labels.pin(span.labels, "" if labels.constant(span.labels) else "is joined with another dimension")
             continue
-        touched = sorted(runs_of[i])
+        touched = sorted(runs_of(span))
         if all(len(runs[n][0]) == len(runs[n][1]) == 1 for n in touched):
             result.append(Span(tuple(runs[n][1][0] for n in touched), span.labels))
             continue

@@ -7,6 +7,7 @@ and the operators that work elementwise, normalise and reduce; products and shap
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Cost(NamedTuple):
 class Operation(NamedTuple):
     """One operator of the traced call: the shape that it gave, and the labels that its dimensions carry.
 
+    before: the labels of its operand that come before the part that a slice takes.
     operands: of each tensor among its arguments, in order: the number of the operation that made it, the name of the
     parameter or buffer, or None for an input. settings: its other positional arguments.
     """
@@ -71,6 +73,7 @@ class Operation(NamedTuple):
     spans: Spans
     operands: tuple[int | str | None, ...]
     settings: tuple[Any, ...]
+    before: np.ndarray | None = None
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Record:
     restricted: list[Restricted] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)  # in order
+    called: set[str] = field(default_factory=set)  # modules
     returned: set[int | str | None] = field(default_factory=set)  # what made the model's outputs, as `operands`
     aliases: dict[str, list[str]] = field(default_factory=dict)  # {first name: the others}
     constants: frozenset[str] = frozenset()  # names of the buffers
@@ -91,7 +95,13 @@ class Record:
     unused: list[str] = field(default_factory=list)
     names_dtype: bool = False
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
+    within_groups: bool = False  # of grouped convolutions the same channels of every group are tied, not all of one
     only_couples: bool = False  # in that second pass: nothing is counted twice
+
+    @cached_property
+    def made(self) -> dict[tuple[str, tuple[int, ...]], Operation]:
+        """{(module, shape): an operator that gives this shape there}"""
+        return {(operation.module, operation.shape): operation for operation in self.operations}
 
     def names(self, first: str) -> list[str]:
         """All parameters with the memory of `first`."""
@@ -140,6 +150,7 @@ class Call:
     module: str
     number: int  # of the calls of this operator in this module
     record: Record
+    before: np.ndarray | None = None  # see `Operation`
 
     def because(self, what: str) -> str:
         return f"{what} ({self.name}{f' in {self.module}' if self.module else ''})"
@@ -240,7 +251,8 @@ def aligned(x: Tensor, out: Tensor, spans: Spans) -> Side:
     log_sigmoid_forward threshold hardshrink softshrink _prelu_kernel prelu exp expm1 exp2 log log1p log2 log10 sqrt
     rsqrt reciprocal square neg abs sign erf erfc sin cos tan atan atan2 floor ceil round trunc frac isnan isinf
     isfinite eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not
-    bitwise_xor masked_fill lerp addcmul addcdiv copy nan_to_num native_dropout dropout rrelu_with_noise complex"""
+    bitwise_xor masked_fill lerp addcmul addcdiv copy nan_to_num native_dropout dropout rrelu_with_noise complex polar
+    angle"""
 )
 def elementwise(c: Call) -> Spans:
     operands = [x for x in (*c.args, *c.kwargs.values()) if isinstance(x, Tensor)]
@@ -249,7 +261,8 @@ def elementwise(c: Call) -> Spans:
 
 @rule(
     """clone detach alias _to_copy contiguous lift_fresh lift positive fill zero bernoulli uniform normal zeros_like
-    ones_like empty_like full_like rand_like randn_like conj view_as_real_copy _conj resolve_conj to_dense"""
+    ones_like empty_like full_like rand_like randn_like conj view_as_real_copy _conj resolve_conj to_dense
+    view_as_real"""
 )
 def like(c: Call) -> Spans:
     return c.spans(c.args[0])
@@ -266,12 +279,12 @@ def constant(c: Call) -> Spans:
 
 @rule("new_zeros new_ones new_full new_empty new_empty_strided")
 def new(c: Call) -> Spans:
-    """Filled evenly, with sizes of the operand: taken to follow it (`Coupling` tries whether it does)."""
-    x = c.args[0]
-    if x.dim() != c.out.dim():
-        return ()
-    spans = tuple(span for span in c.spans(x) if all(x.shape[d] == c.out.shape[d] for d in span.dims))
-    c.sized(c.out, spans)
+    """Filled evenly: sizes of the operand are taken to follow it, others what they meet (`Coupling` tries that)."""
+    x, out = c.args[0], c.out
+    same = {d for d in range(out.dim()) if x.dim() == out.dim() and x.shape[d] == out.shape[d]}
+    spans = tuple(span for span in c.spans(x) if same.issuperset(span.dims))
+    spans += c.record.free(out, [d for d in range(out.dim()) if d not in same])
+    c.sized(out, spans)
     return spans
 
 
@@ -381,6 +394,18 @@ def spatial(c: Call) -> Spans:
     least = 3 if "3d" in c.name else 1 if "1d" in c.name else 2
     positions = range(min(same, max(x.dim() - least, 0)), x.dim())
     return c.fix(c.spans(x), positions, "has positions, not channels, in it")
+
+
+@rule("_fft_c2c _fft_r2c _fft_c2r")
+def fourier(c: Call) -> Spans:
+    x, dims = c.args[:2]
+    return c.fix(c.spans(x), {d % x.dim() for d in dims}, "has its entries mixed")
+
+
+@rule("view_as_complex")
+def view_as_complex(c: Call) -> Spans:
+    last = c.args[0].dim() - 1
+    return without(c.fix(c.spans(c.args[0]), {last}, "has real and imaginary parts"), {last}, last + 1, last)
 
 
 @rule("constant_pad_nd")

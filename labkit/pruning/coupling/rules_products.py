@@ -65,7 +65,7 @@ def matrix_product_and_bias(c: Call) -> Spans:
     return _matrices(c, a, b, bias)
 
 
-@rule("mv dot")
+@rule("mv dot vdot")
 def vector_product(c: Call) -> Spans:
     """[n, k] x [k], or [k] x [k]"""
     a, b = c.args[:2]
@@ -76,11 +76,12 @@ def vector_product(c: Call) -> Spans:
 
 @rule("convolution")
 def convolution(c: Call) -> Spans:
-    """Weight [out, in / groups, *kernel], transposed [in, out / groups, *kernel]; of a grouped one whole groups go."""
-    x, weight, bias, _, _, _, transposed, _, groups = c.args[:9]
+    """Weight [out, in / groups, *kernel], transposed [in, out / groups, *kernel]."""
+    x, weight, bias, stride, padding, _, transposed, _, groups = c.args[:9]
     channel = x.dim() - (weight.dim() - 1)  # 0 where there is no batch
     makes, reads = (1, 0) if transposed else (0, 1)
-    x._spans = c.fix(c.spans(x), range(channel + 1, x.dim()), "has positions, not channels, in it")
+    if max(*weight.shape[2:], *stride, *(n + 1 for n in padding)) > 1:  # else each position is by itself
+        x._spans = c.fix(c.spans(x), range(channel + 1, x.dim()), "has positions, not channels, in it")
     weight._spans = c.fix(c.spans(weight), range(2, weight.dim()), "")
     into, x._spans = c.alone(c.spans(x), channel)
     _, weight._spans = c.alone(c.spans(weight), 0)  # a kernel that is computed may have both in one span
@@ -93,16 +94,25 @@ def convolution(c: Call) -> Spans:
     c.follows(bias, out)
     positions = math.prod((x if transposed else c.out).shape[channel + 1 :])
     batch = x.shape[0] if channel else 1
-    c.costs(batch * positions * weight.numel(), [into, out] if groups == 1 else [out])
+    factors = [into, out] if groups == 1 else [span.labels for span in c.spans(weight)]
     rest = tuple(span for span in c.spans(x) if channel not in span.dims)
+    c.costs(batch * positions * weight.numel(), [*factors, *(span.labels for span in rest)])
     return rest if out is None or c.out.shape[channel] == 1 else (*rest, Span((channel,), out))
 
 
 def _grouped(c: Call, into: np.ndarray | None, weight: Tensor, transposed: bool, groups: int) -> np.ndarray | None:
-    """Labels of the output of a grouped convolution: all channels of a group, in and out, are tied."""
+    """Labels of the output of a grouped convolution: all channels of a group, in and out, are tied, or else, within
+    the groups, those at the same place of every group."""
     reason = "is convolved in groups with a part of fixed size"
+    made, inner = (span_at(c.spans(weight), d) for d in (0, 1))
+    if c.record.within_groups and into is not None and made is not None and inner is not None:
+        rows = made.labels.reshape(groups, -1)
+        c.tie(rows[:1], rows)
+        inputs = rows if transposed else np.tile(inner.labels, (groups, 1))
+        c.tie(into.reshape(groups, -1), inputs)
+        c.contracts((weight, 0 if transposed else 1, made.labels if transposed else inner.labels))
+        return np.tile(inner.labels, groups) if transposed else made.labels
     weight._spans = c.fix(c.spans(weight), range(1, weight.dim()), "")
-    made = span_at(c.spans(weight), 0)
     if into is None or made is None:
         weight._spans = c.fix(c.spans(weight), (0,), reason)
         if into is not None:

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from labkit.pruning.coupling.labels import Span, Spans, moved, reshaped, shown, span_at, without
-from labkit.pruning.coupling.rules import Call, aligned, rule
+from labkit.pruning.coupling.rules import Call, Sized, aligned, rule
 
 
 def _dim(c: Call, position: int, n: int, default: int = 0) -> int:
@@ -69,10 +69,13 @@ def expand(c: Call) -> Spans:
 
 @rule("repeat")
 def repeat(c: Call) -> Spans:
-    """Labels repeated as the entries are."""
+    """Labels repeated as the entries are; what is repeated of size 1 follows what it meets."""
     x, times = c.args[:2]
-    spans = aligned(x, c.out, c.spans(x)).spans
-    return tuple(Span(span.dims, np.tile(span.labels, [times[d] for d in span.dims])) for span in spans)
+    side = aligned(x, c.out, c.spans(x))
+    spans = tuple(Span(span.dims, np.tile(span.labels, [times[d] for d in span.dims])) for span in side.spans)
+    spans += c.record.free(c.out, [d for d, n in enumerate(c.out.shape) if n == times[d]])
+    c.sized(c.out, spans)
+    return spans
 
 
 @rule("cat")
@@ -115,12 +118,12 @@ def stack(c: Call) -> Spans:
 def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -> Spans:
     """x.narrow(dim, start, length): of a span of several dimensions the cut one is fixed, its labels are the part's.
 
-    A dimension that has labels by itself stays prunable where the cut is one of its equal pieces, evenly over them.
+    A dimension that has labels by itself stays prunable where the pass finds its places by numbers that can follow
+    (`Coupling` tries whether they do), evenly over pieces of one size.
     """
-    size = x.shape[dim]
     spans = c.spans(x)
     span = span_at(spans, dim)
-    if span is None or (start == 0 and length == size and step == 1):
+    if span is None or (start == 0 and length == x.shape[dim] and step == 1):
         return spans
     rest = tuple(other for other in spans if other is not span)
     if len(span.dims) > 1:
@@ -129,9 +132,9 @@ def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -
         return (*rest, Span(span.dims, span.labels.take(range(start, start + length * step, step), axis)))
     if not length:
         return rest
-    if step > 1 or size % length or start % length:
-        return c.fix(spans, (dim,), "is cut at a fixed position")
-    c.record.labels.keep_even(list(span.labels.reshape(-1, length)), c.because("is cut into pieces of one size"))
+    if step > 1:
+        return c.fix(spans, (dim,), "is cut at fixed positions")
+    c.record.labels.keep_cut(span.labels, start, start + length, c.because("is cut into pieces of a fixed size"))
     return (*rest, Span((dim,), span.labels[start : start + length]))
 
 
@@ -140,14 +143,19 @@ def slice_(c: Call) -> Spans:
     x, dim = c.args[0], _dim(c, 1, c.args[0].dim())
     start, end, step = (*c.args[2:5], *[None, None, 1][len(c.args[2:5]) :])
     start, end, step = slice(start, end, step).indices(x.shape[dim])
+    c.sized(x, c.spans(x), {dim})
+    if (span := span_at(c.spans(x), dim)) is not None and len(span.dims) == 1:
+        c.before = span.labels[:start]
+        c.record.sizes += [Sized(c.module, n, span.labels[:n], 0) for n in (start, end) if 0 < n < x.shape[dim]]
     spans = _cut(c, x, dim, start, c.out.shape[dim], step)
     c.sized(c.out, spans)
     return shown(spans, c.out.shape)
 
 
-@rule("split split_with_sizes")
+@rule("split split_with_sizes unsafe_split unsafe_split_with_sizes")
 def split(c: Call) -> list[Spans]:
     x, dim = c.args[0], _dim(c, 2, c.args[0].dim())
+    c.sized(x, c.spans(x), {dim})  # half of a width, say
     results, start = [], 0
     for part in c.out:
         spans = _cut(c, x, dim, start, part.shape[dim])
@@ -227,15 +235,26 @@ def roll(c: Call) -> Spans:
     return c.fix(c.spans(x), {d % x.dim() for d in dims}, "is rolled")
 
 
-@rule("pixel_shuffle")
-def pixel_shuffle(c: Call) -> Spans:
-    """[.., C r r, H, W] -> [.., C, H r, W r]: the r r channels of one output channel go together."""
-    x, r = c.args[:2]
-    dim = x.dim() - 3
+@rule("pixel_shuffle col2im")
+def gathered(c: Call) -> Spans:
+    """[.., C k, ...] -> [.., C, ...], k = r r in pixel_shuffle(r): the k channels of one output channel go together."""
+    x = c.args[0]
+    dim = x.dim() - (3 if c.name == "pixel_shuffle" else 2)
     labels, spans = c.alone(c.spans(x), dim)
     if labels is None:
         return spans
-    rows = labels.reshape(-1, r * r)
+    rows = labels.reshape(c.out.shape[dim], -1)
     c.tie(rows[:, :1], rows)
     rest = tuple(span for span in spans if dim not in span.dims)
     return (*rest, Span((dim,), rows[:, 0])) if len(rows) > 1 else rest
+
+
+@rule("im2col")
+def im2col(c: Call) -> Spans:
+    """[.., C, H, W] -> [.., C k, L]: k rows of each channel."""
+    x = c.args[0]
+    dim = x.dim() - 3
+    spans = c.fix(c.spans(x), (dim + 1, dim + 2), "has positions, not channels, in it")
+    labels, spans = c.alone(spans, dim)
+    rest = tuple(span for span in spans if dim not in span.dims)
+    return rest if labels is None else (*rest, Span((dim,), np.repeat(labels, c.out.shape[dim] // len(labels))))

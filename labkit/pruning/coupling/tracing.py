@@ -10,10 +10,11 @@ import contextlib
 import copy
 import functools
 import gc
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,11 @@ from labkit.pruning.coupling.rules import RULES, Call, Operation, Record
 DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
 DATA_DEPENDENT |= {"_unique2", "unique_dim", "unique_consecutive"}
 MASKS = (torch.bool, torch.uint8)  # as an index
-VIEWS = {"t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"}  # still the weight
+MADE = ("zeros", "ones", "full", "empty")  # entries alike
+PRODUCTS = {F.scaled_dot_product_attention, torch.matmul, torch.einsum, torch.Tensor.matmul}
+PRODUCTS |= {torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
+PARTS = {"t", "transpose", "permute", "view", "detach", "alias", "unsqueeze", "squeeze", "expand"}  # still the weight
+PARTS |= {"index", "index_select"}  # some experts
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
@@ -125,7 +130,11 @@ def abstract(x: Tensor) -> Tensor:
 
 
 def _on_meta(x: Tensor) -> Tensor:
-    return x if x.device.type == "meta" else torch.empty_like(x, device="meta")
+    if x.device.type == "meta":
+        return x
+    new = torch.empty_like(x, device="meta")
+    new._spans = getattr(x, "_spans", ())
+    return new
 
 
 @functools.cache
@@ -135,8 +144,46 @@ def name_of(func: Any) -> str:
     return name if name.startswith("__") else name.rstrip("_")
 
 
+class _Layout(NamedTuple):
+    """An abstract tensor, as far as a result depends on it."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Layout(value.shape, value.stride(), value.dtype)
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, _Layout):
+        return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device="meta")
+    return tuple(map(_thawed, value)) if isinstance(value, tuple) else value
+
+
+@functools.lru_cache(2**14)
+def _layout(func: Any, args: tuple, kwargs: tuple) -> Any:
+    return _frozen(func(*_thawed(args), **dict(_thawed(kwargs))))
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operator writes into no operand, and gives no view of one."""
+    return all(spec.alias_info is None for spec in (*func._schema.arguments, *func._schema.returns))
+
+
 class Abstract(TorchDispatchMode):
-    """Inside, an operator with an abstract operand gives an abstract result, and one with real operands a real one."""
+    """Inside, an operator with an abstract operand gives an abstract result, and one with real operands a real one.
+
+    A real tensor that something abstract is written into is abstract from then on, and so are its views.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: dict[int, Tensor] = {}  # by address
 
     def where(self) -> str:
         return "the model"
@@ -144,24 +191,36 @@ class Abstract(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         leaves = list(_tensors(args, kwargs))
-        n_abstract = sum(leaf.is_meta for leaf in leaves)
-        touched = n_abstract > 0
         name = name_of(func)
+        if name == "_to_copy" and _stays_zero(args[0]) and not (kwargs.get("dtype") or args[0].dtype).is_floating_point:
+            args = leaves = (torch.zeros(args[0].shape),)
+        real = [x for x in leaves if not x.is_meta]
+        touched = len(real) < len(leaves)
+        if self._written and not touched:
+            touched = any(x.untyped_storage().data_ptr() in self._written for x in real)
         masks = [x for x in args[1] if x is not None and x.dtype in MASKS] if name in ("index", "index_put") else []
-        real = all(mask.device.type != "meta" for mask in masks)
-        if touched and (name in DATA_DEPENDENT or (name == "index" and not real)):
+        unknown = any(mask.is_meta for mask in masks)
+        if touched and (name in DATA_DEPENDENT or (name == "index" and unknown)):
             raise InputError(
                 f"The forward pass depends on the values of its activations ({name} in {self.where()}), so that what "
                 "hangs together may change from input to input: prune a part of the model that does not."
             )
-        if masks and real and touched:
+        if masks and touched and not unknown:
             args = (args[0], _numbered(args[1]), *args[2:])
-        if 0 < n_abstract < len(leaves):
+        if touched and real:
+            written = [x for x in _destinations(func, args, kwargs) if not x.is_meta]
+            self._written |= {x.untyped_storage().data_ptr(): x for x in written}
             args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
-        elif torch.device(kwargs.get("device") or "cpu").type == "meta" and _exact(name, args, kwargs, leaves):
-            kwargs["device"] = torch.device("cpu")
+        elif torch.device(kwargs.get("device") or "cpu").type == "meta" or _is_state(name, args, leaves):
+            kwargs["device"] = torch.device("cpu" if _exact(name, args, kwargs, leaves) else "meta")
         try:
-            return self.run(name, func, args, kwargs, touched)
+            if touched and not real and _makes_new(func):  # torch takes 0.3 ms for a sum: once for each shape
+                layout = _layout(func, _frozen(args), _frozen(tuple(kwargs.items())))
+                func = lambda *args, **kwargs: _thawed(layout)  # noqa: E731
+            out = self.run(name, func, args, kwargs, touched)
+            if name == "zeros" and not leaves:
+                out._is_zero = True
+            return out
         except NotImplementedError as error:
             reason = str(error).splitlines()[0].split(". ")[0]
             raise InputError(
@@ -190,13 +249,31 @@ def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return numbers
 
 
-def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:
+def _destinations(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The operands that an operator writes into."""
+    names = (spec.name for spec in func._schema.arguments)
+    operands = {**dict(zip(names, args, strict=False)), **kwargs}
+    specs = [spec for spec in func._schema.arguments if spec.alias_info is not None and spec.alias_info.is_write]
+    return [operands[spec.name] for spec in specs if isinstance(operands.get(spec.name), Tensor)]
+
+
+def _stays_zero(x: Tensor) -> bool:
+    """Whether it is zeros that nothing was written into so far."""
+    return getattr(x, "_is_zero", False) and x._version == 0
+
+
+def _is_state(name: str, args: tuple, leaves: Sequence[Tensor]) -> bool:
+    """Whether a pass makes what it will write into or add to, and more than a sum that starts at zero."""
+    return name in ("zeros", "empty") and not leaves and math.prod(args[0]) > 1
+
+
+def _exact(name: str, args: tuple, kwargs: dict, leaves: Sequence[Tensor]) -> bool:
     """Whether an operator that is asked to make something on the meta device makes what should have its values.
 
-    That is integers and booleans, and ones: the attention mask that a decoder makes for itself.
+    That is integers and booleans, and what is filled with something: the mask that a decoder makes for itself.
     """
     dtype = kwargs.get("dtype")
-    if name == "ones":
+    if name in ("ones", "full"):
         return True
     if dtype is not None:
         return not dtype.is_floating_point and not dtype.is_complex
@@ -204,7 +281,7 @@ def _exact(name: str, args: tuple, kwargs: dict, leaves: list[Tensor]) -> bool:
         return not leaves[0].is_floating_point()
     if name == "arange":
         return all(isinstance(arg, int) for arg in args)
-    return name in ("full", "scalar_tensor") and isinstance(args[-1], int)  # True and False are ints
+    return name == "scalar_tensor" and isinstance(args[-1], int)  # True and False are ints
 
 
 @contextlib.contextmanager
@@ -220,13 +297,14 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def following(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules whose forward is running, outermost first; "" is the model."""
+def following(model: nn.Module, called: set[str]) -> Iterator[list[str]]:
+    """The names of the modules whose forward is running, outermost first; "" is the model. called: gets them all."""
     names = {id(module): name for name, module in model.named_modules()}
     stack = [""]
 
     def enter(module: nn.Module, _: Any) -> None:
         stack.append(names.get(id(module), stack[-1]))
+        called.add(stack[-1])
 
     def leave(*_: Any) -> None:
         stack.pop()
@@ -273,10 +351,12 @@ class Tracer(Abstract):
         module, record = self._stack[-1], self._record
         number = self._calls[name, module]
         self._calls[name, module] += 1
-        if not touched or out is None:
-            if isinstance(out, Tensor) and out.device.type == "meta":  # the pass makes zeros, of sizes written down
-                out._spans = record.free(out, range(out.dim()))
-                Call(name, args, kwargs, out, module, number, record).sized(out, out._spans)
+        leaves = list(_tensors(args, kwargs))
+        if not leaves and isinstance(out, Tensor) and (out.is_meta or (name in MADE and out.is_floating_point())):
+            out._spans = record.free(out, range(out.dim()))
+            Call(name, args, kwargs, out, module, number, record).sized(out, out._spans)
+        repeated = name in ("expand", "repeat") and leaves[0].is_floating_point()
+        if out is None or not (touched or repeated or any(getattr(x, "_spans", ()) for x in leaves)):
             return out
         if name == "_to_copy" and (dtype := kwargs.get("dtype")) is not None and dtype.is_floating_point:
             record.names_dtype |= args[0].is_floating_point()
@@ -291,12 +371,15 @@ class Tracer(Abstract):
         for i, (x, spans) in enumerate(zip(outs, several, strict=True)):
             if isinstance(x, Tensor):
                 x._spans = tuple(s for s in spans if s.dims[-1] < x.dim() and _fits(s, x))
-                if i == 0 and not record.only_couples:
-                    operands = tuple(getattr(operand, "_origin", None) for operand in _tensors(args, kwargs))
+                if i == 0 and touched and not record.only_couples:
+                    operands = tuple(getattr(operand, "_origin", None) for operand in leaves)
                     settings = tuple(arg for arg in args if not isinstance(arg, Tensor))
-                    record.operations.append(Operation(name, module, tuple(x.shape), x._spans, operands, settings))
-                x._origin = len(record.operations) - 1
-        if name in VIEWS:
+                    record.operations.append(
+                        Operation(name, module, tuple(x.shape), x._spans, operands, settings, call.before)
+                    )
+                if touched:
+                    x._origin = len(record.operations) - 1
+        if name in PARTS:
             out._is_weight = getattr(args[0], "_is_weight", False)
         return out
 
@@ -311,8 +394,11 @@ def _fits(span, x: Tensor) -> bool:
     return all(x.shape[d] == n for d, n in zip(span.dims, span.labels.shape, strict=True))
 
 
-class _Scales(TorchFunctionMode):
-    """Scaled dot products by torch's default scale, the root of the width of a head: that width stays as it is."""
+class _Products(TorchFunctionMode):
+    """Products of many operators: sizes of the views in them are torch's own, which no module has written down.
+
+    Scaled dot products by torch's default scale, the root of the width of a head, fix that width.
+    """
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -324,16 +410,23 @@ class _Scales(TorchFunctionMode):
             for x in (*args[:2], kwargs.get("query"), kwargs.get("key")):
                 if x is not None:
                     self._record.fix(x, (x.dim() - 1,), "is the width of a head, which the scale depends on")
-        return func(*args, **kwargs)
+        sizes = len(self._record.sizes)
+        out = func(*args, **kwargs)
+        if func in PRODUCTS:
+            del self._record.sizes[sizes:]
+        return out
 
 
-def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], within_groups: bool = False) -> Record:
     """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"What is traced is a {type(model).__name__}, but it must be a torch.nn.Module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"The model is wrapped in {type(model).__name__}: prune model.module, and wrap the result.")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("The model is scripted or traced: prune the eager module that it was made from.")
-    result = Record(constants=frozenset(name for name, _ in model.named_buffers()))
+    constants = frozenset(name for name, _ in model.named_buffers())
+    result = Record(constants=constants, within_groups=within_groups)
     lifted = _lift(model, result)
     trainable = {name for name, _ in model.named_parameters()}
     try:
@@ -384,7 +477,7 @@ def _pass(
 ) -> None:
     traced = skeleton(model, lifted, training=training)
     args, kwargs = duplicate((args, dict(kwargs)), abstract)
-    with undisturbed(), following(traced) as stack, Tracer(record, stack), _Scales(record):
+    with undisturbed(), following(traced, record.called) as stack, Tracer(record, stack), _Products(record):
         out = traced(*args, **kwargs)
     for x in outputs(out):
         record.fix(x, range(x.dim()), "is the model's output")

@@ -1,0 +1,505 @@
+"""Which architectures are pruned, and proved to compute what they should: labkit beside Torch-Pruning.
+
+    python benchmarks/channels.py --zoo                                  all of zoo.toml, or this file by itself
+    python benchmarks/zoo.py --models timm/dla34 transformers/bert       some
+    python benchmarks/zoo.py --results zoo.jsonl                         keeps the rows, and goes on where it stopped
+
+Every architecture and tool has a fresh process with a time limit, one thread, random weights. timm: a small model of
+each module, on the smallest image that it takes. transformers: a small model by config with a head that its type has.
+Half of the channels of every group go, and half of the heads, by their L2 norm. Torch-Pruning is called as its README
+and its examples for transformers do: the classifier ignored, the heads of every attention module told, whole heads
+removed, and the numbers that attention modules have written down put right afterwards.
+
+An outcome is one of:
+    equal      fewer parameters, and the pruned model is equal to the dense one as the check below has it
+    refused    one sentence instead of a model, or a model from which nothing was removed
+    failed     another error, a pruned model that does not run, or the time limit
+    DIFFERENT  a pruned model that runs and is not equal, or labkit changed the model that it was given
+    unjudged   what the check below cannot see
+
+The check is the same for both tools and knows nothing of how they work. Which entries of each parameter stayed is read
+off their values, which are all different. In the dense model all other entries are set to zero, and both models run in
+float64 on another input and batch size. Scales, biases and statistics are random, so that no branch is scaled to
+nothing. Where a normalisation or a standardised convolution lost channels, zeros cannot express that, so the dense
+model takes the pruned module there, between a gather and a scatter. What the check cannot see: a statistic over
+channels that is no module of its own. There "equal" rests on labkit's own proof, as the row says, and Torch-Pruning,
+which has none, is not judged.
+
+With transformers "heads" and "neurons" say whether `prune_heads` and `prune_ffn` remove half of them all.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import tempfile
+import time
+import tomllib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from labkit import machine
+from labkit.errors import LabError
+
+ZOO = tomllib.loads(Path(__file__).with_name("zoo.toml").read_text(encoding="utf-8"))
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")  # what attention modules call their number
+PROJECTIONS = (
+    *("qkv", "q", "k", "v", "kv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin"),
+    *("query_proj", "key_proj", "value_proj", "wq", "wk", "wv", "qkv_proj", "query_key_value", "in_proj", "Wqkv"),
+)
+LIBRARIES = ("timm", "torch_pruning", "transformers", "labkit.pruning.transformers")
+TASKS = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageClassification", "MaskedLM", "CausalLM", "AudioClassification")
+OWN = "by its own proof"
+
+Row = dict[str, Any]
+
+
+# --- the architectures ------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """timm/<model> and transformers/<type>, of what is installed."""
+    return [f"{library}/{name}" for library in ZOO if find_spec(library) for name in ZOO[library]["names"]]
+
+
+def build(name: str) -> tuple[nn.Module, tuple, dict[str, Tensor]]:
+    """(model, args, kwargs): random weights, no two entries of a parameter equal, in eval mode."""
+    library, _, name = name.partition("/")
+    model, args, kwargs = _timm(name) if library == "timm" else _transformers(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for label, x in [*model.named_parameters(), *model.named_buffers()]:
+            if x.is_floating_point() and x.numel() and (isinstance(x, nn.Parameter) or "running" in label):
+                spread_(x, label, generator)
+    return model.eval(), args, kwargs
+
+
+def _timm(name: str) -> tuple[nn.Module, tuple, dict]:
+    import timm
+
+    model = timm.create_model(name, **ZOO["timm"]["arguments"].get(name, {}))
+    config = model.default_cfg
+    channels, _, side = config["input_size"]
+    if not config.get("fixed_input_size"):
+        side = max(96, (config.get("min_input_size") or (0, 0, 0))[-1])
+    return model, (torch.randn(1, channels, side, side),), {}
+
+
+def _transformers(name: str) -> tuple[nn.Module, tuple, dict]:
+    import transformers
+
+    from labkit.pruning import anatomy
+
+    kind = transformers.CONFIG_MAPPING[name]
+    usual, sizes = kind(), ZOO["transformers"]["sizes"]
+    small = {key: size for key, size in sizes.items() if type(vars(usual).get(key)) is int}
+    config = kind(**small | ZOO["transformers"]["arguments"].get(name, {}))
+    automatic = [getattr(transformers, f"AutoModelFor{task}") for task in TASKS]
+    able = next((auto for auto in automatic if kind in auto._model_mapping), transformers.AutoModel)
+    made = able._model_mapping[kind]
+    model = (made[0] if isinstance(made, tuple) else made)(config).eval()
+    return model, (), anatomy.example(model)
+
+
+def spread_(x: Tensor, label: str, generator: torch.Generator) -> None:
+    """Uniform numbers of the spread that x has, no two equal; vectors around 1 where they scale, else around 0."""
+    steps = (torch.randperm(x.numel(), generator=generator).double() + 0.5) / x.numel() - 0.5
+    spread, middle = 1.0, 0.0
+    if x.dim() > 1:
+        spread = 12**0.5 * float(x.std()) if float(x.std()) > 1e-3 else max(x[0].numel(), 1) ** -0.5
+    elif label.endswith(("var", "weight")):
+        middle = 1.0
+    x.copy_((middle + spread * steps).view(x.shape))
+
+
+def other(args: tuple, kwargs: Mapping[str, Tensor]) -> tuple[tuple, dict[str, Tensor]]:
+    """Another input of the same kind: two images, or tokens in another order."""
+    generator = torch.Generator().manual_seed(1)
+
+    def new(x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return torch.randn(max(2, len(x)), *x.shape[1:], generator=generator)
+        return x.roll(1, 0).flip(1) if x.unique().numel() > 2 else x  # a mask stays
+
+    return tuple(map(new, args)), {key: new(x) for key, x in kwargs.items()}
+
+
+# --- the tools --------------------------------------------------------------------------------------------------------
+
+
+def labkit(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Module, Row]:
+    from labkit.pruning import channels
+
+    start = time.perf_counter()
+    pruned = channels.prune(model, args, kwargs, ratio=0.5, criterion="l2", scope="layer")
+    facts = {"seconds": time.perf_counter() - start, "statistics": list(pruned.report.restricted)}
+    return pruned.model, facts | {"loaded": _loads(model, pruned, args, kwargs)}
+
+
+def _loads(model: nn.Module, pruned: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether the pruned model comes back from the disk as it was."""
+    from labkit.pruning import surgery
+
+    with tempfile.TemporaryDirectory() as folder:
+        surgery.save(pruned.model, [pruned.plan], Path(folder) / "model")
+        again = surgery.load(model, Path(folder) / "model")
+    return all(map(torch.equal, run(pruned.model, args, kwargs), run(again, args, kwargs)))
+
+
+def torch_pruning(model: nn.Module, args: tuple, kwargs: dict) -> tuple[nn.Module, Row]:
+    import torch_pruning as tp
+
+    if hasattr(model, "set_attn_implementation"):  # its trace does not end, or not well, with a fused one and a cache
+        model.set_attn_implementation("eager")
+        model.config.use_cache = False
+    start = time.perf_counter()
+    projections = {m: list(_projections(m)) for m in model.modules()}
+    heads = {linear: n for pairs in projections.values() for linear, n in pairs}
+    widths = {linear: linear.out_features for linear in heads}
+    heads |= {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    pruner = tp.pruner.BasePruner(
+        model,
+        kwargs or args,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=_classifiers(model),
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=0.5,
+        output_transform=lambda out: getattr(out, "logits", out),
+    )
+    pruner.step()
+    for module, pairs in projections.items():
+        if pairs:
+            first = pairs[0][0]
+            share = first.out_features / widths[first]
+            for name, value in list(vars(module).items()):  # numbers of heads, and widths of all of them
+                if name in HEADS or (type(value) is int and value in (widths[first], widths[first] // 3)):
+                    setattr(module, name, round(value * share))
+            if groups := vars(module).get("num_key_value_groups"):
+                module.num_key_value_groups = round(groups * share)
+    return model, {"seconds": time.perf_counter() - start}
+
+
+def _projections(module: nn.Module) -> Iterator[tuple[nn.Linear, int]]:
+    """The linear modules that make the queries, keys and values of an attention module, and the heads of each."""
+    n = next((n for name in HEADS if type(n := vars(module).get(name)) is int), None)
+    config = getattr(module, "config", None)
+    if n is None and "Attention" in type(module).__name__:
+        n = getattr(config, "num_attention_heads", None)
+    for name, child in module.named_children() if n else ():
+        if name in PROJECTIONS and isinstance(child, nn.Linear):
+            grouped = getattr(config, "num_key_value_heads", None) if name in ("k_proj", "v_proj") else None
+            yield child, grouped or n
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """What gives the model's output."""
+    if hasattr(model, "get_classifier"):
+        heads = model.get_classifier()
+        return list(heads) if isinstance(heads, (tuple, list)) else [heads]
+    named = [getattr(model, name, None) for name in ("classifier", "lm_head", "cls", "generator", "head")]
+    heads = [model.get_output_embeddings(), *named]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return [m for m in heads if isinstance(m, nn.Module)] or linear[-1:]
+
+
+TOOLS: dict[str, Callable[[nn.Module, tuple, dict], tuple[nn.Module, Row]]] = {
+    "labkit": labkit,
+    "torch_pruning": torch_pruning,
+}
+
+
+def units(model: nn.Module, kwargs: dict) -> Row:
+    """Whether half of the heads, and half of the neurons of a transformer can be removed, or the reason why not."""
+    from labkit.pruning import anatomy, transformers
+
+    def heads() -> None:
+        parts = anatomy.attentions(model)
+        transformers.prune_heads(model, {i: range(part.heads // 2) for i, part in enumerate(parts)}, kwargs=kwargs)
+
+    row: Row = {}
+    for what, call in {"heads": heads, "neurons": lambda: transformers.prune_ffn(model, 0.5, kwargs=kwargs)}.items():
+        try:
+            call()
+            row[what] = ""
+        except Exception as error:
+            row[what] = ("" if isinstance(error, LabError) else f"{type(error).__name__}: ") + str(error)
+    return row
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def run(model: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The logits, or else all tensors that the model gives."""
+    torch.manual_seed(0)  # a pass may draw numbers
+
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                yield from tensors(item)
+        elif isinstance(value, Mapping):
+            yield from tensors(list(value.values()))
+
+    out = model(*args, **kwargs)
+    return list(tensors(getattr(out, "logits", out)))
+
+
+def difference(dense: nn.Module, small: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> float:
+    """The largest difference from `masked`, over the largest output; over what is allowed, so that 1 is the most."""
+    models, (args, kwargs) = (masked(dense, small), copy.deepcopy(small)), other(args, kwargs)
+    for dtype, allowed in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+        cast = lambda x, dtype=dtype: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
+        inputs = tuple(map(cast, args)), {key: cast(x) for key, x in kwargs.items()}
+        try:
+            pairs = list(zip(*(run(model.to(dtype), *inputs) for model in models), strict=True))
+        except RuntimeError:
+            if dtype is torch.float64:  # some forward passes name a dtype
+                continue
+            raise
+        if any(a.shape != b.shape for a, b in pairs):
+            return torch.inf
+        largest = max(float(a.abs().max()) for a, _ in pairs if a.is_floating_point())
+        return max(float((a - b).abs().max().nan_to_num(torch.inf)) for a, b in pairs) / (allowed * largest)
+    raise AssertionError
+
+
+def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
+    """`dense` with zeros where `small` has no entry."""
+    masked = copy.deepcopy(dense)
+    left = _tensors(small)
+    stays: dict[str, list[Tensor]] = {}
+    for name, x in _tensors(masked).items():
+        if x.shape != left[name].shape and (entries := kept(x, left[name])):
+            stays[name] = entries
+            zeros = torch.zeros_like(x, requires_grad=False)
+            path, _, attribute = name.rpartition(".")  # one place after another: a tool may have untied them
+            owner = masked.get_submodule(path)
+            new = zeros.index_put(torch.meshgrid(*entries, indexing="ij"), left[name].detach())
+            if attribute in owner._parameters:
+                owner._parameters[attribute] = nn.Parameter(new, requires_grad=False)
+            else:
+                owner._buffers[attribute] = new
+    for name, module in list(masked.named_modules()):
+        entries, kind = stays.get(f"{name}.weight"), type(module).__name__
+        if entries and ("StdConv" in kind or ("Norm" in kind and "BatchNorm" not in kind)):
+            masked.set_submodule(name, Between(module, copy.deepcopy(small.get_submodule(name)), entries))
+    return masked
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def kept(dense: Tensor, small: Tensor) -> list[Tensor] | None:
+    """The indices of each dimension of `dense` whose entries `small` holds; None where its values do not tell."""
+
+    def line(x: Tensor, place: list[int], dim: int) -> Tensor:
+        return x[(*place[:dim], slice(None), *place[dim + 1 :])].detach()
+
+    if dense.dim() != small.dim() or not small.numel():
+        return None
+    for place in (dense == small.flatten()[-1]).nonzero().tolist():
+        found = [line(small, [-1] * small.dim(), d)[:, None] == line(dense, place, d) for d in range(dense.dim())]
+        entries = [hits.int().argmax(1) for hits in found]
+        distinct = all(len(x.unique()) == len(x) for x in entries)
+        if distinct and torch.equal(dense[torch.meshgrid(*entries, indexing="ij")], small):
+            return entries
+    return None
+
+
+class Between(nn.Module):
+    """A pruned module in the dense model: it gets the channels that stay, and the others are zero after it."""
+
+    def __init__(self, dense: nn.Module, pruned: nn.Module, stays: list[Tensor]) -> None:
+        super().__init__()
+        self.pruned, self.outputs, self.inputs, self.width = pruned, stays[0], stays[0], len(dense.weight)
+        convolution = isinstance(dense, nn.modules.conv._ConvNd)
+        first = convolution or isinstance(dense, nn.GroupNorm) or "2d" in type(dense).__name__.lower()
+        first |= getattr(dense, "data_format", "") == "channels_first"
+        self.dim = getattr(dense, "channel_dim", 1 if first else -1)
+        if convolution:
+            groups = (self.outputs // (self.width // dense.groups)).unique()
+            self.inputs = (groups[:, None] * (dense.in_channels // dense.groups) + stays[1]).flatten()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.pruned(x.index_select(self.dim, self.inputs), *args, **kwargs)
+        shape = list(out.shape)
+        shape[self.dim] = self.width
+        return out.new_zeros(shape).index_copy(self.dim, self.outputs, out)
+
+
+# --- a row ------------------------------------------------------------------------------------------------------------
+
+
+def row(tool: str, name: str) -> Row:
+    """What becomes of one architecture: outcome, reason, seconds, share of the parameters that is left."""
+    model, args, kwargs = build(name)
+    dense = copy.deepcopy(model)
+    extra = units(model, kwargs) if tool == "labkit" and name.startswith("transformers") else {}
+    start = time.perf_counter()
+    try:
+        small, facts = TOOLS[tool](model, args, kwargs)
+    except LabError as error:
+        return {"outcome": "refused", "reason": str(error), "seconds": time.perf_counter() - start, **extra}
+    except Exception as error:
+        return {"outcome": "failed", "reason": f"{type(error).__name__}: {error}", **extra}
+    facts |= {"left": size(small) / size(dense), **extra}
+    if facts["left"] == 1:
+        return {"outcome": "refused", "reason": "nothing was removed", **facts}
+    try:
+        run(small, *other(args, kwargs))
+    except Exception as error:
+        reason = f"the pruned model does not run: {type(error).__name__}: {error}"
+        return {"outcome": "failed", "reason": reason, **facts}
+    off, reason = difference(dense, small, args, kwargs), ""
+    if tool == "labkit" and not same(model, dense):
+        reason = "the model that was given is changed"
+    elif not facts.pop("loaded", True):
+        reason = "the saved model is not loaded as it was"
+    elif off > 1:
+        places = [(place, place.partition(" in ")[2]) for place in facts.get("statistics", ())]
+        if own := [place for place, name in places if "Norm" not in type(dense.get_submodule(name)).__name__]:
+            return {"outcome": "equal", "reason": f"{OWN}: {own[0]}", **facts}
+        reason = f"{off:.2g} times the tolerance"
+    return {"outcome": "DIFFERENT" if reason else "equal", "reason": reason, **facts}
+
+
+def same(model: nn.Module, before: nn.Module) -> bool:
+    """Whether the parameters and buffers are what they were."""
+    after, before = _tensors(model), _tensors(before)
+    return after.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in after.items())
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def process(tool: str, name: str, limit: float) -> Row:
+    """`row` in a process of its own, forked from one that has imported the libraries and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(filter(find_spec, LIBRARIES)))
+    result, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_work, args=(sender, tool, name))
+    worker.start()
+    sender.close()
+    try:
+        if result.poll(limit):
+            return result.recv()
+        return {"outcome": "failed", "reason": f"no end in {limit:.0f} s"}
+    except EOFError:
+        return {"outcome": "failed", "reason": "the process ended without a word"}
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def _work(sender: Connection, tool: str, name: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        result = row(tool, name)
+    except Exception as error:  # of the benchmark itself
+        result = {"outcome": "failed", "reason": f"not judged: {type(error).__name__}: {error}"}
+    sender.send(result)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def cell(row: Row) -> str:
+    share = f"{row['left']:7.1%}" if row["outcome"] == "equal" else ""
+    seconds = f"{row['seconds']:6.1f} s" if "seconds" in row else ""
+    return f"{row['outcome']:9} {share:7} {seconds:8}"
+
+
+def lines(name: str, rows: Mapping[str, Row]) -> Iterator[str]:
+    ours = rows.get("labkit", {})
+    cells = "  ".join(map(cell, rows.values()))
+    parts = " ".join(what for what in ("heads", "neurons") if ours.get(what) == "")
+    yield f"{name:42} {cells}  {parts}".rstrip()
+    for tool, result in rows.items():
+        if result["reason"]:
+            yield f"    {tool}: {' '.join(result['reason'].split())[:300]}"
+    for what in ("heads", "neurons"):
+        if ours.get(what):
+            yield f"    no {what}: {' '.join(ours[what].split())[:300]}"
+
+
+def summary(table: Mapping[str, Mapping[str, Row]]) -> Iterator[str]:
+    outcomes = ("equal", "refused", "failed", "DIFFERENT", "unjudged")
+    yield f"\n{'':14} {'':14} {'networks':>9}" + "".join(f"{outcome:>11}" for outcome in outcomes)
+    for library in ("timm", "transformers"):
+        members = {name: rows for name, rows in table.items() if name.startswith(f"{library}/")}
+        for tool in TOOLS:
+            counts = Counter(rows[tool]["outcome"] for rows in members.values() if tool in rows)
+            if counts:
+                numbers = "".join(f"{counts[outcome]:11}" for outcome in outcomes)
+                yield f"{library:14} {tool:14} {counts.total():9}{numbers}"
+    ours = {name: rows["labkit"] for name, rows in table.items() if "labkit" in rows}
+    families = [row for name, row in ours.items() if name.startswith("transformers/")]
+    for what in (("heads",), ("neurons",), ("heads", "neurons")):
+        n = sum(all(row.get(part) == "" for part in what) for row in families)
+        yield f"{' and '.join(what)} are units in {n} of {len(families)} families of transformers"
+    slow = sorted((row.get("seconds", 0), name) for name, row in ours.items())[:-6:-1]
+    yield "slowest of labkit, proof included: " + ", ".join(f"{name} {seconds:.1f} s" for seconds, name in slow)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=names(), metavar="MODEL")
+    parser.add_argument("--tools", nargs="+", default=[t for t in TOOLS if find_spec(t)], choices=TOOLS, metavar="TOOL")
+    parser.add_argument("--limit", type=float, default=90, help="seconds for a process")
+    parser.add_argument("--results", type=Path, help="a file that keeps the rows: those in it are not run again")
+    options = parser.parse_args(arguments)
+    survey(options.models, options.tools, options.limit, options.results)
+
+
+def survey(models: list[str], tools: list[str], limit: float, results: Path | None = None) -> None:
+    """Prints a row for each model, and the summary. Rows in the file `results` are taken from there."""
+    table: dict[str, dict[str, Row]] = {name: {} for name in models}
+    for line in results.read_text().splitlines() if results and results.exists() else ():
+        entry = json.loads(line)
+        table.setdefault(entry["name"], {})[entry["tool"]] = entry["row"]
+    packages = filter(find_spec, ("torch", "timm", "transformers", "torch_pruning"))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(f"{machine.fingerprint('cpu').label}, 1 thread; {versions}")
+    print(f"{'':42} " + "  ".join(f"{tool:26}" for tool in tools))
+    for name in tqdm(models, unit="network", disable=None):
+        for tool in tools:
+            if tool not in table[name]:
+                table[name][tool] = process(tool, name, limit)
+                if results:
+                    with results.open("a") as file:
+                        print(json.dumps({"name": name, "tool": tool, "row": table[name][tool]}), file=file)
+        table[name] = judged({tool: table[name][tool] for tool in tools})
+        tqdm.write("\n".join(lines(name, table[name])))
+    print("\n".join(summary({name: table[name] for name in models})))
+
+
+def judged(rows: dict[str, Row]) -> dict[str, Row]:
+    """Where labkit is equal by its own proof, what the check says of another tool counts for nothing."""
+    other = rows.get("torch_pruning", {})
+    if OWN in rows.get("labkit", {}).get("reason", "") and other.get("outcome") == "DIFFERENT":
+        return rows | {"torch_pruning": other | {"outcome": "unjudged"}}
+    return rows
+
+
+if __name__ == "__main__":
+    main()
