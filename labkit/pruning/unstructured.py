@@ -173,10 +173,10 @@ def checked_targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict
 
 def _warn_of_stacks(model: nn.Module, parts: list[str], weights: Mapping[str, Weight]) -> None:
     """Says which matrices are not among `weights` that a reader would take for weights: experts of an unknown form."""
-    known = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
-    known |= {id(weight.parameter) for weight in weights.values()}
+    reached = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    reached |= {id(weight.parameter) for weight in weights.values()}
     named = ((name, p) for name, p in model.named_parameters() if not any(inside(name, part) for part in parts))
-    stacks = {name: p.numel() for name, p in named if p.dim() == 3 and min(p.shape) > 1 and id(p) not in known}
+    stacks = {name: p.numel() for name, p in named if p.dim() == 3 and min(p.shape) > 1 and id(p) not in reached}
     if stacks:
         share = sum(stacks.values()) / (sum(stacks.values()) + _numel(weights))
         warnings.warn(

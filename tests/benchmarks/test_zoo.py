@@ -29,7 +29,7 @@ TRANSFORMERS = (
     "gpt2",  # Conv1D
     "llama",  # key-value heads
     "gpt_neox",  # query, key and value of a head side by side
-    "falcon",  # the same by key-value head
+    "modernbert",  # the three in one matrix
     "olmo2",  # norms over all heads
     "qwen3_moe",  # experts
     "t5",  # shared position biases
