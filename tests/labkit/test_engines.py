@@ -547,7 +547,6 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence():
         ),
         (("onnxruntime-static", simulated, x), {"batches": [x]}, "quantized already"),
         (("onnxruntime", ByValue(3, 3), x), {}, "cannot be exported to ONNX"),
-        (("torch-compile", simulated, x), {}, "quantized already"),
         (("torch-bf16", model, x), {"preset": "mixed"}, "takes no options"),
         (("onnxruntime", model, x[:1]), {"dynamic": {0: (1, 8)}}, "the example has 1 there: give one of 2 or more"),
         (("torch", model, x), {"folder": "nowhere"}, "has no file to keep"),
@@ -558,9 +557,12 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence():
 
 
 @pytest.mark.skipif(READY["aotinductor"] != "ready", reason=READY["aotinductor"])
-def test_what_torch_cannot_export_is_refused_in_one_sentence():
+def test_what_torch_cannot_export_or_compile_is_refused_in_one_sentence():
+    x = torch.randn(4, 3)
     with pytest.raises(InputError, match=r"cannot be exported by torch\.export"):
-        engines.prepare("aotinductor", ByValue(3, 3), torch.randn(4, 3))
+        engines.prepare("aotinductor", ByValue(3, 3), x)
+    with pytest.raises(InputError, match="quantized already"):
+        engines.prepare("torch-compile", calibrated(nn.Linear(3, 2), x), x)
 
 
 def test_a_folder_without_an_engine_is_refused(tmp_path):

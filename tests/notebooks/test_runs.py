@@ -1,4 +1,4 @@
-"""The lessons run at `smoke` without a network, once each, by nbval; one is a program and a learner's copy too."""
+"""The lessons run at `smoke` without a network, once each, by nbval; one is a learner's copy and a program too."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
-from nbclient import NotebookClient
 
-from course import notebooks
+from course import notebooks, run
 
 FIRST = notebooks.all_lessons()[0]
 # Budgets are a laptop's. To empty half a gigabyte of a server's cache before a call takes 0.07 s and 1.2 GB.
@@ -23,9 +23,9 @@ LAPTOP_CACHE = 64 * 2**20
 def test_a_lesson_runs_passes_its_checks_and_keeps_to_its_budget(lesson: Path, tmp_path: Path, offline: dict[str, str]):
     """Its stable cells print what is stored. Seconds count as CPU time on one thread: what runs beside adds none."""
     shutil.copy(lesson, tmp_path)  # nbval works in the notebook's folder
-    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=3600", "-p", "no:cacheprovider", "-q"]
+    options = ["-p", "nbval.plugin", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=3600", "-q"]
     command = [sys.executable, "-m", "pytest", *options, f"--rootdir={tmp_path}", tmp_path / lesson.name]
-    environment = {**offline, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1"}
+    environment = {**offline, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     before = cpu_seconds_of_children()
     nbval = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     seconds = cpu_seconds_of_children() - before
@@ -43,25 +43,15 @@ def cpu_seconds_of_children() -> float:
 
 
 @pytest.mark.lesson
-def test_a_lesson_runs_as_a_program(tmp_path: Path, offline: dict[str, str]):
-    command = [sys.executable, "-m", "course.cli", "run", FIRST.stem, "--preset", "smoke", "--out", tmp_path]
-    program = subprocess.run(command, env=offline, capture_output=True, text=True)
-    assert program.returncode == 0, program.stderr
-    assert len(list(tmp_path.glob("*/*/record.json"))) == 1 and (tmp_path / "report.html").exists()
-
-
-@pytest.mark.lesson
-def test_a_learner_s_copy_runs_to_its_end(tmp_path: Path, offline: dict[str, str]):
+def test_a_learner_s_copy_runs_as_a_program_to_its_end(tmp_path: Path, offline: dict[str, str]):
     """Every second exercise is skipped, and the others are answered wrongly: the worked answers carry the lesson."""
     copy = notebooks.student_copy(notebooks.read(FIRST))
     for cell in [cell for cell in copy.cells if "exercise" in notebooks.tags(cell)][::2]:
         cell.source = re.sub(r"raise NotImplementedError\(.*\)", "return None", cell.source)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(copy, timeout=None, kernel_name="python3", resources=resources).execute(
-        env={**offline, "LABKIT_PRESET": "smoke"}
-    )
-    (record,) = tmp_path.glob("runs/*/record.json")
-    checks = json.loads(record.read_text())["checks"]
+    nbformat.write(copy, tmp_path / FIRST.name)
+    result = run.run(run.prepare(tmp_path / FIRST.name, {"PRESET": "smoke"}, tmp_path / "runs"), env=offline)
+    assert result.error is None
+    checks = json.loads((result.folder / "record.json").read_text())["checks"]
     assert [check.get("used") for check in checks] == ["worked"] * len(notebooks.exercises(copy))
 
 
