@@ -160,7 +160,7 @@ def main() -> None:
     for seed in range(options.seeds):
         batches = segments(calibration, options.segments, options.length, seed=seed)
         reference, taken = prune(model, chosen, batches, options.method, options.pattern)
-        pruned = blockwise.prune(model, options.pattern, method=options.method, batches=batches, exclude=spared)
+        pruned = blockwise.prune(model, options.pattern, method=options.method, batches=batches, ignore=spared)
         both = [training.perplexity(one, test, window=options.length) for one in (reference, pruned)]
         rows.append({"seed": seed, "published": both[0], "labkit": both[1]})
         times += taken

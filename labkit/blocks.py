@@ -91,8 +91,8 @@ def inputs_by_block(
             run()
         if unseen := [name for name in inside if name not in sums]:
             raise InputError(
-                f"The batches did not reach {', '.join(unseen[:5])} as a layer's weight: name them in exclude or "
-                "ignore, or take a method that looks at no data."
+                f"The batches did not reach {', '.join(unseen[:5])} as a layer's weight: name them in ignore, or take "
+                "a method that looks at no data."
             )
         yield inside, {name: sums.pop(name)[0] for name in inside}
         pending -= inside.keys()

@@ -28,7 +28,7 @@ def prune(
     *,
     method: str,
     batches: Iterable | None = None,
-    exclude: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
     progress: str = "",
 ) -> nn.Module:
     """A copy of `model` whose weights (`weights_of`) are pruned to `pattern` by `method`, with masks that hold.
@@ -37,7 +37,7 @@ def prune(
     method: "magnitude": |w|, a fraction of each matrix. "wanda": |w| ||x_j||, a fraction of each row. "sparsegpt": see
         `sparsegpt.sparsegpt`, a fraction of each block of columns, and the kept weights move.
     batches: for the last two; read once, kept in memory as what the first block is called with.
-    exclude: names of modules or weights that stay dense.
+    ignore: names of modules or weights that stay dense.
     progress: a label for a progress bar over the blocks; none without.
 
     Memory beyond the copy: the calibration batches' hidden states, and the Hessians of one block. A model that is no
@@ -48,12 +48,12 @@ def prune(
     check_choice(method, METHODS, "method")
     if method != "magnitude":
         check_batches(batches, method)
-    exclude = named_parts(model, exclude, "exclude")
-    checked_targets(model, exclude)
-    check_widths(weights_of(model, exclude), pattern)
+    ignore = named_parts(model, ignore, "ignore")
+    checked_targets(model, ignore)
+    check_widths(weights_of(model, ignore), pattern)
     earlier = masks(model)  # what is gone does not come back
     pruned = make_permanent(model)
-    weights = weights_of(pruned, exclude)
+    weights = weights_of(pruned, ignore)
     if method == "magnitude":
         keep = {
             name: _highest(weight, magnitude(weight.parameter.detach()), pattern, "matrix") & earlier.get(name, True)
@@ -65,13 +65,13 @@ def prune(
     return pruned
 
 
-def weights_of(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
-    """The weights that `prune` prunes: those of the stack of blocks (`blocks.blocks_of`), else all; less exclude's.
+def weights_of(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Weight]:
+    """The weights that `prune` prunes: those of the stack of blocks (`blocks.blocks_of`), else all; less ignore's.
 
     Embeddings and the head of a language model are outside it and stay dense, as in the papers.
     """
     inner = {id(module) for block in blocks_of(model) for module in block.modules()}
-    weights = targets(model, exclude)
+    weights = targets(model, ignore)
     return {name: weight for name, weight in weights.items() if not inner or id(weight.module) in inner}
 
 
@@ -83,7 +83,7 @@ def check_widths(weights: dict[str, Weight], pattern: Pattern) -> None:
     widths = {name: _as_matrix(weight, weight.parameter).shape[1] for name, weight in weights.items()}
     if short := [f"{name} ({width})" for name, width in widths.items() if width % m]:
         raise InputError(
-            f"The input dimension of {', '.join(short[:5])} is no multiple of {m}: name such weights in exclude."
+            f"The input dimension of {', '.join(short[:5])} is no multiple of {m}: name such weights in ignore."
         )
 
 

@@ -70,7 +70,7 @@ def prune(
     *,
     method: str = "magnitude",
     batches: Iterable | None = None,
-    exclude: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
 ) -> nn.Module:
     """A copy of `model` whose weights keep n of every m along the input dimension; masks hold them through training.
 
@@ -78,7 +78,7 @@ def prune(
         move). The last two look at data: batches, an iterable of what the model is called with, run through it layer
         by layer; the inputs of a layer are those that the layers pruned before it give. See `blockwise.prune`, which
         does the work and takes a fraction as well.
-    exclude: names of modules and weights that stay dense. The others: `blockwise.weights_of`: in a stack of blocks, as
+    ignore: names of modules and weights that stay dense. The others: `blockwise.weights_of`: in a stack of blocks, as
         language models are, those of the blocks, else all of `select.prunable`; each expert of a mixture by itself,
         with the tokens that are routed to it. An InputError names those whose input dimension is no multiple of m.
 
@@ -87,4 +87,4 @@ def prune(
     during training see `sr_ste`.
     """
     check_pattern(n, m)
-    return blockwise.prune(model, (n, m), method=method, batches=batches, exclude=exclude)
+    return blockwise.prune(model, (n, m), method=method, batches=batches, ignore=ignore)

@@ -77,7 +77,7 @@ def iterative(
     schedule: Sequence[float],
     fine_tune: Callable[[nn.Module, int], float | None],
     *,
-    exclude: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
     seed: int = 0,
     **options: Any,
 ) -> Iterated:
@@ -88,21 +88,21 @@ def iterative(
     fine_tune(model, round): trains the model in place and returns a number to keep, or None. It makes its own
         optimizer; torch's generators are seeded from (seed, round) for it and are as before afterwards. Masks hold
         through `load_state_dict`, so a search for a lottery ticket loads the state of the start before it trains.
-    exclude, seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn); batches are read once a round.
+    ignore, seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn); batches are read once a round.
     """
     schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
     if not schedule or any(later < earlier for earlier, later in itertools.pairwise(schedule)):
         raise InputError(
             f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
         )
-    exclude = named_parts(model, exclude, "exclude")
+    ignore = named_parts(model, ignore, "ignore")
     history = []
     for number, asked in enumerate(schedule):
-        model = prune(model, asked, exclude=exclude, seed=seed, **options)
+        model = prune(model, asked, ignore=ignore, seed=seed, **options)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
             metric = fine_tune(model, number)
-        reached = sparsity(model, exclude=exclude)
+        reached = sparsity(model, ignore=ignore)
         history.append(Round(asked, reached, None if metric is None else float(metric)))
     return Iterated(model, tuple(history))
 

@@ -25,7 +25,7 @@ def prepare(
     n: int = 2,
     m: int = 4,
     *,
-    exclude: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
 ) -> nn.Module:
     """A copy of `model` to train: every forward pass uses n of every m weights, by magnitude at that moment.
 
@@ -37,11 +37,11 @@ def prepare(
     unstructured.refuse_foreign(model)
     if unstructured.masks(model):
         raise InputError("The model holds masks already, and pruned weights do not move: make_permanent it first.")
-    exclude = named_parts(model, exclude, "exclude")
-    check_widths(weights_of(model, exclude), (n, m))
+    ignore = named_parts(model, ignore, "ignore")
+    check_widths(weights_of(model, ignore), (n, m))
     trainable = copy.deepcopy(model)
     owners = unstructured.owners(trainable)
-    for weight in weights_of(trainable, exclude).values():
+    for weight in weights_of(trainable, ignore).values():
         moving = _Moving(n, m, weight.transposed, weight.experts is not None)
         for module, attribute in owners[id(weight.parameter)]:
             parametrize.register_parametrization(module, attribute, moving)

@@ -37,7 +37,7 @@ def prune(
     scope: str = "global",
     batches: Iterable | None = None,
     loss_fn=None,
-    exclude: str | Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
     seed: int = 0,
 ) -> nn.Module:
     """A copy of `model` in which the fraction `sparsity` of the prunable weights (`select.prunable`) is held at zero.
@@ -47,7 +47,7 @@ def prune(
     scope: "global": all weights are one group; "layer": each weight tensor, each expert of a mixture by itself; "row":
         each output unit.
     criterion, batches, loss_fn, seed: see `scores.saliency`.
-    exclude: names of modules or weights to leave alone; they then count neither as asked nor as reached.
+    ignore: names of modules or weights to leave alone; they then count neither as asked nor as reached.
 
     Weights that are zero already go first, so pruning again keeps the earlier mask. Frozen weights are pruned too and
     stay frozen; a shared weight is pruned once. The masks outlast optimizer steps, deepcopy and `load_state_dict`;
@@ -62,7 +62,7 @@ def prune(
     """
     asked = fraction(sparsity)
     check_choice(scope, SCOPES, "scope")
-    weights = checked_targets(model, exclude)
+    weights = checked_targets(model, ignore)
     _refuse_growing_back(weights, asked, scope)
     zeros = sum(int(_zero(weight).sum()) for weight in weights.values())
     if scope == "global" and asked and zeros > count_to_prune(_numel(weights), asked):
@@ -75,14 +75,14 @@ def prune(
     return with_masks(model, {name: ~lowest for name, lowest in _lowest(weights, scores, asked, scope).items()})
 
 
-def sparsity(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> float:
+def sparsity(model: nn.Module, *, ignore: str | Iterable[str] = ()) -> float:
     """The fraction of the prunable weights that is zero in the forward pass, however it became so.
 
     Masks count, those of torch.nn.utils.prune too, and so do stored zeros and parametrizations; a shared weight counts
     once. An optimizer may have moved a pruned weight since the last forward pass: it is zero in the next one, and here.
     Warns of weights in stacks of matrices that are not counted (`prune`).
     """
-    parts = named_parts(model, exclude, "exclude")
+    parts = named_parts(model, ignore, "ignore")
     _warn_of_stacks(model, parts, _included(model, parts))
     zeros = total = 0
     for weight in _seen(model, parts):
@@ -142,24 +142,24 @@ def make_permanent(model: nn.Module) -> nn.Module:
     return plain
 
 
-def targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
-    """`select.prunable` without the modules and weights named in `exclude`; an InputError if none is left."""
-    weights = _included(model, named_parts(model, exclude, "exclude"))
+def targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Weight]:
+    """`select.prunable` without the modules and weights named in `ignore`; an InputError if none is left."""
+    weights = _included(model, named_parts(model, ignore, "ignore"))
     if not _numel(weights):
         raise InputError(
             "The model has no weights to prune: it needs a Linear, Conv1d to Conv3d, transformers Conv1D or "
-            "MultiheadAttention that exclude does not name."
+            "MultiheadAttention that ignore does not name."
         )
     return weights
 
 
-def checked_targets(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Weight]:
+def checked_targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Weight]:
     """`targets` for pruning: InputError for weights that something else computes, or that have no values to rank.
 
     Warns of weights in stacks of matrices that are no experts as transformers has them: they stay dense.
     """
     refuse_foreign(model)
-    parts = named_parts(model, exclude, "exclude")
+    parts = named_parts(model, ignore, "ignore")
     weights = targets(model, parts)
     for name, p in ((name, weight.parameter) for name, weight in weights.items()):
         if p.is_meta or p.itemsize == 1:
@@ -181,7 +181,7 @@ def _warn_of_stacks(model: nn.Module, parts: list[str], weights: Mapping[str, We
         share = sum(stacks.values()) / (sum(stacks.values()) + _numel(weights))
         warnings.warn(
             f"{share:.0%} of the weights are in stacks of matrices such as {next(iter(stacks))}, of which labkit does "
-            "not know the dimensions: they stay dense and do not count; name them in exclude if that is meant.",
+            "not know the dimensions: they stay dense and do not count; name them in ignore if that is meant.",
             stacklevel=4,
         )
 
@@ -228,7 +228,7 @@ def _scores(model, weights: dict[str, Weight], criterion, batches, loss_fn, seed
     if unseen := [name for name in weights if name not in scores]:
         raise InputError(
             f"Criterion {criterion!r} has no score for {', '.join(unseen[:5])}, which the batches did not reach as a "
-            "layer's weight: name them in exclude, or use a criterion without data."
+            "layer's weight: name them in ignore, or use a criterion without data."
         )
     for name in weights:
         if scores[name].isnan().any():

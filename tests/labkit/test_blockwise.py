@@ -146,9 +146,9 @@ def test_a_width_that_m_does_not_divide():
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_blocks_in_exclude_stay_and_change_nothing_before_them(method, tokens):
+def test_blocks_in_ignore_stay_and_change_nothing_before_them(method, tokens):
     every = nm.prune(llama(), method=method, batches=tokens)
-    some = nm.prune(llama(), method=method, batches=tokens, exclude=["model.layers.1", "model.layers.2"])
+    some = nm.prune(llama(), method=method, batches=tokens, ignore=["model.layers.1", "model.layers.2"])
     dense = llama()
     for name, weight in some.named_parameters():
         expected = every if ".layers.0." in name else dense
@@ -221,7 +221,7 @@ def test_which_weights_are_pruned():
     """The blocks of a language model even where its head is larger; of an encoder-decoder, all."""
     wide = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 900}, intermediate_size=48, num_key_value_heads=2))
     assert wide.lm_head.weight.numel() > sum(w.parameter.numel() for w in blockwise.weights_of(wide).values())
-    assert len(blockwise.weights_of(wide, exclude=iter(["model.layers.0"]))) == 14
+    assert len(blockwise.weights_of(wide, ignore=iter(["model.layers.0"]))) == 14
     both = nn.Transformer(16, 2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=16, batch_first=True)
     assert blockwise.weights_of(both).keys() == prunable(both).keys()
 
@@ -253,8 +253,8 @@ def test_random_layers_are_off_and_modes_stay(tokens):
         ({"method": "wanda", "batches": torch.ones(2, 8)}, "put it in a list"),
         ({"method": "sparsegpt", "batches": []}, "batches is empty"),
         ({"n": 5}, "pattern 5:4 is none"),
-        ({"exclude": "2"}, "exclude names '2'"),
-        ({"exclude": ["0", "1"]}, "no weights to prune"),
+        ({"ignore": "2"}, "ignore names '2'"),
+        ({"ignore": ["0", "1"]}, "no weights to prune"),
         ({"method": "sparsegpt", "batches": [torch.full((2, 8), torch.nan)]}, "NaN"),
     ],
 )

@@ -62,7 +62,7 @@ def test_half_of_all_weights_is_zero_where_half_is_asked_for(name, scope):
     if scope == "row":
         assert all(zeros(row) == 0.5 for x in matrices(pruned).values() for row in x)
     names = [key for key, weight in prunable(model).items() if weight.experts]
-    assert unstructured.sparsity(unstructured.prune(model, 0.5, exclude=names), exclude=names) == pytest.approx(
+    assert unstructured.sparsity(unstructured.prune(model, 0.5, ignore=names), ignore=names) == pytest.approx(
         0.5, abs=0.001
     )
 

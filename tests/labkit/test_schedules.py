@@ -104,7 +104,7 @@ def test_iterative_reaches_every_target_exactly(net, name, criterion):
 
 
 def test_excluded_layers_do_not_count(net):
-    result = iterative(net, linear(0.8, 2), fine_tune, exclude="4")
+    result = iterative(net, linear(0.8, 2), fine_tune, ignore="4")
     assert result.history[-1] == Round(0.8, 0.8, result.history[-1].metric)
     assert "4.weight" not in masks(result.model)
 

@@ -54,7 +54,7 @@ def test_the_gradient_passes_straight_through_and_pulls_the_pruned_weights_to_ze
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (3, 8)])
 def test_the_pattern_is_exact_at_every_step_and_moves(pattern, batch):
     excluded = ["0"] if pattern[1] == 8 else []  # four input channels
-    model = sr_ste.prepare(net(), *pattern, exclude=excluded)
+    model = sr_ste.prepare(net(), *pattern, ignore=excluded)
     first = nm.mask(model[3].parametrizations.weight.original, *pattern)
     descent = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(20):

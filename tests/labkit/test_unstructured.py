@@ -114,11 +114,11 @@ def test_every_criterion_in_every_scope(net, batch, criterion, scope):
 
 
 def test_excluded_weights_are_left_alone_and_not_counted(net):
-    pruned = prune(net, 0.5, exclude=["fc2", "conv.weight"])
+    pruned = prune(net, 0.5, ignore=["fc2", "conv.weight"])
     assert torch.equal(pruned.fc2.weight, net.fc2.weight) and torch.equal(pruned.conv.weight, net.conv.weight)
-    assert sparsity(pruned, exclude=["fc2", "conv"]) == 0.5
+    assert sparsity(pruned, ignore=["fc2", "conv"]) == 0.5
     assert sparsity(pruned) == 0.5 * net.fc1.weight.numel() / N
-    assert equal_states(pruned, prune(net, 0.5, exclude=("conv", "fc2")))
+    assert equal_states(pruned, prune(net, 0.5, ignore=("conv", "fc2")))
 
 
 def test_zeros_go_first_whatever_the_criterion(net):
@@ -350,7 +350,7 @@ def test_a_shared_weight_is_pruned_and_counted_once():
 
 @pytest.mark.parametrize("name", ["embed", "head", "head.weight"])
 def test_a_shared_weight_is_excluded_by_any_of_its_names(name):
-    assert list(masks(prune(Tied(), 0.5, exclude=name))) == ["inner.weight"]
+    assert list(masks(prune(Tied(), 0.5, ignore=name))) == ["inner.weight"]
 
 
 def test_transformers_conv1d_is_pruned():
@@ -370,7 +370,7 @@ def test_sparsity_reads_masks_of_torch(net):
     for module in (net.conv, net.fc1, net.fc2):
         torch_prune.l1_unstructured(module, "weight", amount=0.75)
     assert sparsity(net) == 0.75
-    assert sparsity(net, exclude=["fc1"]) == 0.75
+    assert sparsity(net, ignore=["fc1"]) == 0.75
     with pytest.raises(InputError, match=r"conv.weight has masks of torch.nn.utils.prune.*make it permanent first"):
         prune(net, 0.9)
 
@@ -406,7 +406,7 @@ def test_stacked_experts_stay_dense_and_this_is_said(call, recwarn):
         assert sparsity(pruned) == 0.5
     assert pruned.experts.all() and pruned.position.all()
     recwarn.clear()
-    call(Experts(), exclude="experts")
+    call(Experts(), ignore="experts")
     call(nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.ConvTranspose1d(8, 8, 3)))
     assert not recwarn
 
@@ -437,8 +437,8 @@ def test_a_model_without_weights_is_refused():
         ({"sparsity": 90}, "sparsity is 90, but it must be a number from 0 to 1"),
         ({"criterion": "L1"}, "There is no criterion 'L1': choose one of magnitude"),
         ({"scope": "local"}, "There is no scope 'local': choose one of global, layer, row"),
-        ({"exclude": ["fc9"]}, "exclude names 'fc9', but the model has no such module"),
-        ({"exclude": ["conv", "fc1", "fc2"]}, "no weights to prune"),
+        ({"ignore": ["fc9"]}, "ignore names 'fc9', but the model has no such module"),
+        ({"ignore": ["conv", "fc1", "fc2"]}, "no weights to prune"),
         ({"criterion": "wanda"}, "looks at data: give batches"),
     ],
 )
@@ -453,7 +453,7 @@ def test_weights_without_a_score_are_named(net, batch):
     net.spare = nn.Linear(3, 3)
     with pytest.raises(InputError, match=r"'wanda' has no score for spare.weight"):
         prune(net, 0.5, criterion="wanda", batches=[batch])
-    assert sparsity(prune(net, 0.5, criterion="wanda", batches=[batch], exclude="spare"), exclude="spare") == 0.5
+    assert sparsity(prune(net, 0.5, criterion="wanda", batches=[batch], ignore="spare"), ignore="spare") == 0.5
 
 
 def test_nan_weights_are_named(net):
