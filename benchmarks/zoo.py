@@ -315,8 +315,8 @@ def kept(dense: Tensor, small: Tensor) -> list[Tensor] | None:
     if dense.dim() != small.dim() or not small.numel():
         return None
     for place in (dense == small.flatten()[-1]).nonzero().tolist():
-        found = [line(small, [-1] * small.dim(), d)[:, None] == line(dense, place, d) for d in range(dense.dim())]
-        entries = [hits.int().argmax(1) for hits in found]
+        lines = [(line(small, [-1] * small.dim(), d), *line(dense, place, d).sort()) for d in range(dense.dim())]
+        entries = [order[torch.searchsorted(values, x).clamp(max=len(order) - 1)] for x, values, order in lines]
         distinct = all(len(x.unique()) == len(x) for x in entries)
         if distinct and torch.equal(dense[torch.meshgrid(*entries, indexing="ij")], small):
             return entries

@@ -170,9 +170,13 @@ def _layout(func: Any, args: tuple, kwargs: tuple) -> Any:
 
 
 @functools.cache
-def _makes_new(func: Any) -> bool:
-    """Whether an operator writes into no operand, and gives no view of one."""
-    return all(spec.alias_info is None for spec in (*func._schema.arguments, *func._schema.returns))
+def _kind(func: Any) -> str:
+    """"new" if an operator writes into no operand and gives no view of one, "in place" if it gives its first one."""
+    read, (first, *rest) = func._schema.returns, func._schema.arguments
+    if all(spec.alias_info is None for spec in (first, *rest, *read)):
+        return "new"
+    written = [spec for spec in (first, *rest) if spec.alias_info is not None]
+    return "in place" if written == [first] and first.alias_info.is_write and len(read) == 1 else ""
 
 
 class Abstract(TorchDispatchMode):
@@ -214,9 +218,13 @@ class Abstract(TorchDispatchMode):
         elif torch.device(kwargs.get("device") or "cpu").type == "meta" or _is_state(name, args, leaves):
             kwargs["device"] = torch.device("cpu" if _exact(name, args, kwargs, leaves) else "meta")
         try:
-            if touched and not real and _makes_new(func):  # torch takes 0.3 ms for a sum: once for each shape
+            if touched and not real and (kind := _kind(func)):  # torch takes 0.3 ms for a sum: once for each shape
                 layout = _layout(func, _frozen(args), _frozen(tuple(kwargs.items())))
-                func = lambda *args, **kwargs: _thawed(layout)  # noqa: E731
+                if kind == "new":
+                    func = lambda *args, **kwargs: _thawed(layout)  # noqa: E731
+                elif layout == _frozen(args[0]):
+                    torch.autograd.graph.increment_version(args[0])
+                    func = lambda x, *args, **kwargs: x  # noqa: E731
             out = self.run(name, func, args, kwargs, touched)
             if name == "zeros" and not leaves:
                 out._is_zero = True
