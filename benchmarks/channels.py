@@ -136,14 +136,14 @@ def cells(result: dict[str, float] | str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--zoo", action="store_true", help="see zoo.py: it takes the options")
+    parser.add_argument("--zoo", nargs=argparse.REMAINDER, help="zoo.py, with the options that follow")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=90, help="seconds for a process")
     parser.add_argument("--one", nargs=3, metavar=("TOOL", "MODEL", "STATE"), help=argparse.SUPPRESS)
-    if "--zoo" in sys.argv:
-        zoo.main([argument for argument in sys.argv[1:] if argument != "--zoo"])
-        return
     options = parser.parse_args()
+    if options.zoo is not None:
+        zoo.main(options.zoo)
+        return
     if options.one:
         tool, name, state = options.one
         one(tool, name, warm=state == "warm")
