@@ -316,7 +316,7 @@ def kept(dense: Tensor, small: Tensor) -> list[Tensor] | None:
         return None
     for place in (dense == small.flatten()[-1]).nonzero().tolist():
         lines = [(line(small, [-1] * small.dim(), d), *line(dense, place, d).sort()) for d in range(dense.dim())]
-        entries = [order[torch.searchsorted(values, x).clamp(max=len(order) - 1)] for x, values, order in lines]
+        entries = [order[torch.searchsorted(values, x.contiguous()).clamp(max=len(order) - 1)] for x, values, order in lines]
         distinct = all(len(x.unique()) == len(x) for x in entries)
         if distinct and torch.equal(dense[torch.meshgrid(*entries, indexing="ij")], small):
             return entries
@@ -329,6 +329,7 @@ class Between(nn.Module):
     def __init__(self, dense: nn.Module, pruned: nn.Module, stays: list[Tensor]) -> None:
         super().__init__()
         self.pruned, self.outputs, self.inputs, self.width = pruned, stays[0], stays[0], len(dense.weight)
+        self.weight = pruned.weight  # some look at its dtype
         convolution = isinstance(dense, nn.modules.conv._ConvNd)
         first = convolution or isinstance(dense, nn.GroupNorm) or "2d" in type(dense).__name__.lower()
         first |= getattr(dense, "data_format", "") == "channels_first"
@@ -373,8 +374,8 @@ def row(tool: str, name: str) -> Row:
     elif not facts.pop("loaded", True):
         reason = "the saved model is not loaded as it was"
     elif off > 1:
-        places = [(place, place.partition(" in ")[2]) for place in facts.get("statistics", ())]
-        if own := [place for place, name in places if "Norm" not in type(dense.get_submodule(name)).__name__]:
+        places = [(place, dense.get_submodule(place.partition(" in ")[2])) for place in facts.get("statistics", ())]
+        if own := [place for place, m in places if "Norm" not in type(m).__name__ or not hasattr(m, "weight")]:
             return {"outcome": "equal", "reason": f"{OWN}: {own[0]}", **facts}
         reason = f"{off:.2g} times the tolerance"
     return {"outcome": "DIFFERENT" if reason else "equal", "reason": reason, **facts}

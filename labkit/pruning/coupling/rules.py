@@ -366,9 +366,10 @@ def _mixes(dim_at: int) -> Callable:
 
     def mixing(c: Call) -> Spans:
         x = c.args[0]
-        dim = (c.args[dim_at] if len(c.args) > dim_at else -1) % x.dim()
-        spans = c.fix(c.spans(x), (dim,), "has its entries mixed")
-        return without(spans, {dim}, x.dim(), first(c.out).dim())
+        dims = c.args[dim_at] if len(c.args) > dim_at else -1
+        dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+        spans = c.fix(c.spans(x), dims, "has its entries mixed")
+        return without(spans, dims, x.dim(), first(c.out).dim())
 
     return mixing
 

@@ -98,8 +98,9 @@ def skeleton(
     new = duplicate_model(model, tensors, tensor)
     for module in new.modules():
         module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm":
-            module.set_experts_implementation("batched_mm")
+        switch = getattr(module, "set_experts_implementation", None)
+        if switch and getattr(module.config, "_experts_implementation", None) == "grouped_mm":
+            switch("batched_mm")
     return new
 
 
