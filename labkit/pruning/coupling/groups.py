@@ -234,6 +234,9 @@ class Coupling:
         for module, size, labels, axis in self.record.sizes:
             shrinks = labels is not None and gone[labels].any()
             seen.setdefault((module, size), set()).add(fits.remaining(gone[labels], axis) if shrinks else size)
+        for axis in self.record.axes:  # as many experts as neurons, say
+            if not gone[axis.base : axis.base + axis.size].any():
+                seen.setdefault((axis.name.rpartition(".")[0], axis.size), set()).add(axis.size)
         certain: dict[str, dict[int, int]] = {}
         for (module, size), now in seen.items():
             changed = now - {size}
