@@ -316,7 +316,9 @@ def kept(dense: Tensor, small: Tensor) -> list[Tensor] | None:
         return None
     for place in (dense == small.flatten()[-1]).nonzero().tolist():
         lines = [(line(small, [-1] * small.dim(), d), *line(dense, place, d).sort()) for d in range(dense.dim())]
-        entries = [order[torch.searchsorted(values, x.contiguous()).clamp(max=len(order) - 1)] for x, values, order in lines]
+        entries = [
+            order[torch.searchsorted(values, x.contiguous()).clamp(max=len(order) - 1)] for x, values, order in lines
+        ]
         distinct = all(len(x.unique()) == len(x) for x in entries)
         if distinct and torch.equal(dense[torch.meshgrid(*entries, indexing="ij")], small):
             return entries

@@ -77,7 +77,7 @@ class Weight:
     @property
     def experts(self) -> int | None:
         """How many matrices are stacked; None where it is no stack."""
-        return len(self.parameter) if _is_mixture(self.module) else None
+        return len(self.parameter) if is_mixture(self.module) else None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -103,7 +103,7 @@ class Weight:
 
 def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
     """Which of a module's own parameters are prunable weights: the matrices and kernels of products, nothing else."""
-    if _is_mixture(module):
+    if is_mixture(module):
         return EXPERTS
     if isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _is_transposed(module):
         return ("weight",)
@@ -112,13 +112,13 @@ def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def _is_mixture(module: nn.Module) -> bool:
+def is_mixture(module: nn.Module) -> bool:
     """Whether it holds the experts of a mixture as transformers' `use_experts_implementation` has them."""
     return {"is_transposed", "has_gate"} <= vars(module).keys()
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    if _is_mixture(module):
+    if is_mixture(module):
         return module.is_transposed
     loaded = sys.modules.get("transformers.pytorch_utils")  # not imported for this: whoever has such a layer has it
     return loaded is not None and isinstance(module, loaded.Conv1D)

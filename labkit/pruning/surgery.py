@@ -24,8 +24,9 @@ from labkit.files import replacing
 from labkit.pruning import anatomy
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.coupling.fits import Attributes, Keep, set_attributes_, shape, tensors_of
-from labkit.pruning.coupling.tracing import collecting_later, duplicate_model
+from labkit.pruning.coupling.tracing import batch_experts_, collecting_later, duplicate_model
 from labkit.pruning.equality import Report
+from labkit.pruning.select import is_mixture
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def cut(
 ) -> nn.Module:
     """A copy of `model` with only the entries in `keep` ({parameter: {dimension: indices}}), `attributes` set, and of
     each list of layers in `layers` only those.
+
+    Where the widths of experts no longer suit torch's product of groups, transformers multiplies them in batches.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if unknown := set(keep) - {name for name, _ in named}:
@@ -104,6 +107,9 @@ def cut(
     set_attributes_(new, attributes)
     for name, stays in (layers or {}).items():
         _keep_layers_(new, name, stays)
+    experts = (x for m in new.modules() if is_mixture(m) for x in m.parameters(recurse=False) if x.dim() == 3)
+    if any(x.stride(1) * x.element_size() % 16 for x in experts):  # else torch's product of groups refuses them
+        batch_experts_(new)
     return new
 
 

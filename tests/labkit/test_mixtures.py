@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError
 from labkit.hessians import expert_inputs
-from labkit.pruning import nm, scores, sr_ste, unstructured
+from labkit.pruning import channels, nm, scores, sr_ste, unstructured
 from labkit.pruning.select import prunable
 from labkit.pruning.sparsegpt import sparsegpt
 from labkit.quantization import weight_only
@@ -170,3 +170,27 @@ def test_the_inputs_of_an_expert_are_the_rows_that_are_routed_to_it():
     inputs = expert_inputs(weight, x, chosen)
     assert [len(rows) for rows in inputs] == [3, 4, 3, 0]
     assert torch.equal(inputs[2], x[[1, 2, 4]])
+
+
+def mixtral(**sizes: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES | sizes)).eval()
+    return model, torch.randint(3, 61, (2, 5))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_as_many_experts_as_gates_and_values_stay_as_many(implementation):
+    model, ids = mixtral(num_local_experts=16, num_experts=16, intermediate_size=8)
+    small = channels.prune(model, (), {"input_ids": ids}, ratio=0.5, scope="layer").model
+    expected = small(ids).logits
+    small.set_experts_implementation(implementation)
+    torch.testing.assert_close(small(ids).logits, expected)
+    assert small.model.layers[0].mlp.experts.num_experts == 16
+
+
+def test_experts_of_a_width_that_products_of_groups_refuse_run():
+    model, ids = mixtral(intermediate_size=6)
+    small = channels.prune(model, (), {"input_ids": ids}, ratio=0.5, scope="layer").model
+    assert small.model.layers[0].mlp.experts.down_proj.shape[-1] == 3
+    assert small(ids).logits.isfinite().all()
+    assert model.config._experts_implementation == "grouped_mm"

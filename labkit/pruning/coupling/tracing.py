@@ -98,10 +98,16 @@ def skeleton(
     new = duplicate_model(model, tensors, tensor)
     for module in new.modules():
         module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    batch_experts_(new)
+    return new
+
+
+def batch_experts_(model: nn.Module) -> None:
+    """Experts of transformers that are multiplied in groups are from now on in batches: all devices and widths can."""
+    for module in model.modules():
         switch = getattr(module, "set_experts_implementation", None)
         if switch and getattr(module.config, "_experts_implementation", None) == "grouped_mm":
             switch("batched_mm")
-    return new
 
 
 @contextlib.contextmanager
@@ -172,7 +178,7 @@ def _layout(func: Any, args: tuple, kwargs: tuple) -> Any:
 
 @functools.cache
 def _kind(func: Any) -> str:
-    """"new" if an operator writes into no operand and gives no view of one, "in place" if it gives its first one."""
+    """ "new" if an operator writes into no operand and gives no view of one, "in place" if it gives its first one."""
     read, (first, *rest) = func._schema.returns, func._schema.arguments
     if all(spec.alias_info is None for spec in (first, *rest, *read)):
         return "new"
