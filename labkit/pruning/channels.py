@@ -305,11 +305,6 @@ class Planner:
         """The groups that can be pruned; of linked ones the first."""
         return [self.coupling.groups[cluster.groups[0]].name for cluster in self.clusters]
 
-    @property
-    def channels(self) -> int:
-        """How many a ratio is a fraction of."""
-        return sum(cluster.channels * cluster.steps for cluster in self.clusters)
-
     def macs(self, ratio: float) -> int:
         return self.coupling.macs(self.coupling.gone(self._removed(ratio)))
 
@@ -359,7 +354,8 @@ class Planner:
         # Of equal scores those go first that are lowest in their group: ties are spread over the groups.
         spread = torch.cat([(torch.arange(n) + 0.5) / max(n, 1) for n in lengths]).argsort(stable=True)
         sums = weights[spread][scores[spread].argsort(stable=True)].cumsum(0)
-        k = int((sums <= count_to_prune(self.channels, ratio)).sum())
+        channels = sum(c.channels * c.steps for c in self.clusters)
+        k = int((sums <= count_to_prune(channels, ratio)).sum())
         lowest = torch.zeros_like(scores, dtype=torch.bool)
         lowest[spread] = lowest_k(scores[spread], k)
         return [int(part.sum()) for part in lowest.split(lengths)]
@@ -382,10 +378,8 @@ class Planner:
 
 def _made(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
     """Groups whose channels are made, by any parameter, inside one of the named parts."""
-    names: dict[int, list[str]] = {}
-    for name, x in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(x), []).append(name)
-    makers = {same[0] for same in names.values() if any(inside(name, part) for name in same for part in parts)}
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    makers = {coupling.record.first(name) for name in names if any(inside(name, part) for part in parts)}
     return {
         i
         for i, group in enumerate(coupling.groups)

@@ -40,11 +40,8 @@ def exponential(target: float, rounds: int) -> tuple[float, ...]:
     return (*(1 - (1 - target) ** (t / rounds) for t in range(1, rounds)), target)
 
 
-SCHEDULES: dict[str, Callable[[float, int], tuple[float, ...]]] = {
-    "linear": linear,
-    "cubic": cubic,
-    "exponential": exponential,
-}
+SCHEDULES: dict[str, Callable[[float, int], tuple[float, ...]]]
+SCHEDULES = {"linear": linear, "cubic": cubic, "exponential": exponential}
 
 
 def _checked(target: float, rounds: int) -> float:

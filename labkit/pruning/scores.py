@@ -6,6 +6,7 @@ laid beside its paper. Nothing is removed here, except by `obs_prune`, whose rem
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -340,15 +341,11 @@ def norms(
     return {i: total ** (1 / power) for i, total in per_unit(powers, groups, members).items()}
 
 
-def _norm(power: int) -> Callable:
+def unit_norm(power: int, model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     """The norm of what makes the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
-
-    def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-        parameters = dict(model.named_parameters())
-        makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-        return norms(model, groups, makers, power)
-
-    return score
+    parameters = dict(model.named_parameters())
+    makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
+    return norms(model, groups, makers, power)
 
 
 def bn_scale(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
@@ -401,31 +398,29 @@ def unit_random(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     return {i: random(torch.empty(group.units), generator) for i, group in enumerate(groups)}
 
 
-def _summed(criterion: str, mean: bool = False) -> Callable:
-    """A criterion of single weights, summed (or averaged) over the weights that read the unit."""
-
-    def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-        weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
-        readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
-        sums = per_unit(_sums(weights), groups, readers)
-        counts = per_unit(_sums({n: torch.ones_like(w) for n, w in weights.items()}), groups, readers) if mean else {}
-        return {i: total / counts.get(i, 1) for i, total in sums.items()}
-
-    return score
+def unit_sum(criterion: str, model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
+    """A criterion of single weights, summed ("activation": averaged) over the weights that read the unit."""
+    weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
+    readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
+    sums = per_unit(_sums(weights), groups, readers)
+    if criterion != "activation":
+        return sums
+    counts = per_unit(_sums({name: torch.ones_like(w) for name, w in weights.items()}), groups, readers)
+    return {i: total / counts[i] for i, total in sums.items()}
 
 
 # score(model, groups, batches, loss_fn, seed) -> {number of the group: [units]}
 UNIT_CRITERIA: Mapping[str, Callable[..., dict[int, Tensor]]] = {
-    "l1": _norm(1),
-    "l2": _norm(2),
+    "l1": partial(unit_norm, 1),
+    "l2": partial(unit_norm, 2),
     "bn_scale": bn_scale,
     "taylor": unit_taylor,
-    "activation": _summed("activation", mean=True),
+    "activation": partial(unit_sum, "activation"),
     "fpgm": fpgm,
     "random": unit_random,
-    "wanda": _summed("wanda"),
-    "obd": _summed("obd"),
-    "taylor_abs": _summed("taylor_abs"),
+    "wanda": partial(unit_sum, "wanda"),
+    "obd": partial(unit_sum, "obd"),
+    "taylor_abs": partial(unit_sum, "taylor_abs"),
 }
 
 

@@ -6,9 +6,8 @@ inference only: nothing here prunes, trains or touches any layer but nn.Linear a
 
 import copy
 import functools
-import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from labkit import bench
-from labkit.errors import InputError
+from labkit.errors import InputError, check_whole
 from labkit.pruning import native, semi_structured
 from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.storage import BSR_BLOCKS, FORMATS, Format, Parts
@@ -203,8 +202,7 @@ def convert(model: nn.Module, *, format: str = "auto", batch_size: int = 1) -> n
     """
     if format not in ("auto", *KERNELS):
         raise InputError(f"There is no format {format!r} that runs: choose one of auto, {', '.join(KERNELS)}.")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}: give the number of rows that a call has, 1 or more.")
+    check_whole(batch_size, "batch_size")
     if not isinstance(model, nn.Module):
         raise InputError(f"convert takes a torch.nn.Module, not a {type(model).__name__}: give the model itself.")
     weights = {module: weight for module in model.modules() if (weight := _weight(module)) is not None}
@@ -290,16 +288,3 @@ def against_dense(
     return bench.compare(
         lambda: dense(x), lambda: fast(x), names=("dense", format), check=close, budget_s=budget_s, cache=cache
     )
-
-
-def break_even(sparsities: Sequence[float], speedups: Sequence[float]) -> float | None:
-    """The first sparsity at which a speed-up reaches 1, between two measured ones; None where it never crosses.
-
-    Between neighbours the time, 1 / speed-up, is taken to be linear in the sparsity, as it is when each kept weight
-    costs the same.
-    """
-    points = sorted(zip(sparsities, speedups, strict=True))
-    for (low, slow), (high, fast) in itertools.pairwise(points):
-        if slow < 1 <= fast:
-            return low + (1 / slow - 1) / (1 / slow - 1 / fast) * (high - low)
-    return None
