@@ -6,16 +6,15 @@ training loop is the caller's. A schedule names the sparsity of the whole model,
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError, check_whole
-from labkit.pruning.select import fraction, named_parts
-from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
+from labkit.pruning.select import fraction
+from labkit.pruning.unstructured import make_permanent, masks, prune, with_masks
 
 # --- schedules: the sparsity after each of n rounds, the last one the target ------------------------------------------
 
@@ -52,56 +51,34 @@ def _checked(target: float, rounds: int) -> float:
 # --- following one ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Round:
-    """One round: the sparsity that the schedule asked for, the one reached, and what `fine_tune` returned after it."""
-
-    asked: float
-    reached: float
-    metric: float | None
-
-
-@dataclass(frozen=True)
-class Iterated:
-    """The pruned model, masks held, and its rounds in order."""
-
-    model: nn.Module
-    history: tuple[Round, ...]
-
-
 def iterative(
     model: nn.Module,
     schedule: Sequence[float],
-    fine_tune: Callable[[nn.Module, int], float | None],
+    fine_tune: Callable[[nn.Module, int], object],
     *,
-    ignore: str | Iterable[str] = (),
     seed: int = 0,
     **options: Any,
-) -> Iterated:
+) -> nn.Module:
     """Prunes a copy of `model` to schedule[0], trains it, prunes on to schedule[1], and so on: `unstructured.prune`.
 
     schedule: sparsities that do not fall, such as cubic(0.9, 5). With scope "global" every one is reached to within a
         weight, since each round prunes the masked model to the asked total.
-    fine_tune(model, round): trains the model in place and returns a number to keep, or None. It makes its own
-        optimizer; torch's generators are seeded from (seed, round) for it and are as before afterwards. Masks hold
-        through `load_state_dict`, so a search for a lottery ticket loads the state of the start before it trains.
-    ignore, seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn); batches are read once a round.
+    fine_tune(model, round): trains the model in place, with an optimizer that it makes for it. torch's generators are
+        seeded from (seed, round) for it and are as before afterwards. Masks hold through `load_state_dict`, so a search
+        for a lottery ticket loads the state of the start before it trains.
+    seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn, ignore); batches are read once a round.
     """
     schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
     if not schedule or any(later < earlier for earlier, later in itertools.pairwise(schedule)):
         raise InputError(
             f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
         )
-    ignore = named_parts(model, ignore, "ignore")
-    history = []
     for number, asked in enumerate(schedule):
-        model = prune(model, asked, ignore=ignore, seed=seed, **options)
+        model = prune(model, asked, seed=seed, **options)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
-            metric = fine_tune(model, number)
-        reached = sparsity(model, ignore=ignore)
-        history.append(Round(asked, reached, None if metric is None else float(metric)))
-    return Iterated(model, tuple(history))
+            fine_tune(model, number)
+    return model
 
 
 # --- lottery tickets --------------------------------------------------------------------------------------------------

@@ -89,9 +89,7 @@ class Weight:
         return tensor.flatten(1) if self.experts is None else tensor.flatten(0, 1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        if self.transposed:
-            return rows.view(self.parameter.mT.shape).mT
-        return rows.view(self.parameter.shape)
+        return rows.view(self.parameter.mT.shape).mT if self.transposed else rows.view(self.parameter.shape)
 
     def spread(self, statistic: Tensor) -> Tensor:
         """A statistic of the inputs, [groups, in / groups * kernel], repeated for every output unit of its group.
