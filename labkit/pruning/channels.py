@@ -132,8 +132,7 @@ def plan(
     macs: the fraction of multiply-adds to remove.
     remove: {layer or parameter: channels}, exactly these of its outputs, counted from 0, and with each all that hangs
         together with it (a head, a whole group).
-    options: of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn, seed); with
-        remove only within_groups.
+    options: of `Choice`; with remove only within_groups.
     """
     if sum(x is not None for x in (ratio, macs, remove)) != 1:
         raise InputError("Give exactly one of ratio, macs and remove: the one that the plan is to follow.")

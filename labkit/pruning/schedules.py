@@ -1,7 +1,7 @@
 """How fast to prune: schedules of sparsity over rounds, iterative pruning that follows one, lottery tickets.
 
 Zhu & Gupta 2017 (cubic), Frankle & Carbin 2019 and Frankle et al. 2020 (rewinding). A round is prune, then train; the
-training loop is the caller's. A schedule names the sparsity of the whole model, never a share of what remains.
+training loop is the caller's. A schedule is the sparsity of the whole model after each round, the last one the target.
 """
 
 import copy
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from labkit.errors import InputError, check_whole
 from labkit.pruning.select import fraction
 from labkit.pruning.unstructured import make_permanent, masks, prune, with_masks
-
-# --- schedules: the sparsity after each of n rounds, the last one the target ------------------------------------------
 
 
 def linear(target: float, rounds: int) -> tuple[float, ...]:
@@ -48,9 +46,6 @@ def _checked(target: float, rounds: int) -> float:
     return fraction(target, "target")
 
 
-# --- following one ----------------------------------------------------------------------------------------------------
-
-
 def iterative(
     model: nn.Module,
     schedule: Sequence[float],
@@ -63,9 +58,9 @@ def iterative(
 
     schedule: sparsities that do not fall, such as cubic(0.9, 5). With scope "global" every one is reached to within a
         weight, since each round prunes the masked model to the asked total.
-    fine_tune(model, round): trains the model in place, with an optimizer that it makes for it. torch's generators are
-        seeded from (seed, round) for it and are as before afterwards. Masks hold through `load_state_dict`, so a search
-        for a lottery ticket loads the state of the start before it trains.
+    fine_tune(model, round): trains the model in place, with an optimizer of its own. torch's generators are seeded from
+        (seed, round) for it and are as before afterwards. Masks hold through `load_state_dict`, so a search for a
+        lottery ticket loads the state of the start before it trains.
     seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn, ignore); batches are read once a round.
     """
     schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
@@ -79,9 +74,6 @@ def iterative(
             torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
             fine_tune(model, number)
     return model
-
-
-# --- lottery tickets --------------------------------------------------------------------------------------------------
 
 
 def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -431,16 +431,13 @@ UNIT_CRITERIA: Mapping[str, Callable[..., dict[int, Tensor]]] = {
 def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """Inside, act(i, x) sees what the module names[i] reads, and may give another tensor to go on with."""
 
-    def hook(i: int) -> Callable:
-        def before(module, args):
-            new = act(i, args[0])
-            return None if new is None else (new, *args[1:])
-
-        return before
+    def before(i: int, module: nn.Module, args: tuple) -> tuple | None:
+        new = act(i, args[0])
+        return None if new is None else (new, *args[1:])
 
     with ExitStack() as hooks:
         for i, name in enumerate(names):
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook(i)).remove)
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(partial(before, i)).remove)
         yield
 
 

@@ -89,6 +89,7 @@ class Weight:
         return tensor.flatten(1) if self.experts is None else tensor.flatten(0, 1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
+        """The values of the rows, in any contiguous shape, in the parameter's."""
         return rows.view(self.parameter.mT.shape).mT if self.transposed else rows.view(self.parameter.shape)
 
     def spread(self, statistic: Tensor) -> Tensor:

@@ -179,10 +179,7 @@ class SparseLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format!r}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format!r}"
 
     def _load_from_state_dict(self, *_) -> None:
         raise InputError("A SparseLinear is not loaded: load the dense model's weights, then convert it.")

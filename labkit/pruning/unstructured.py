@@ -232,8 +232,7 @@ def _lowest(weights: dict[str, Weight], scores: dict[str, Tensor], asked: float,
     lowest = [lowest_k(x, count_to_prune(x.shape[1], asked), dim=1) for x in slices]
     if scope == "global":
         lowest = lowest[0].split([x.numel() for x in scores.values()], 1)
-    pairs = zip(weights.values(), lowest, strict=True)
-    return {weight.name: weight.from_rows(low.view(weight.as_rows(weight.parameter).shape)) for weight, low in pairs}
+    return {weight.name: weight.from_rows(low) for weight, low in zip(weights.values(), lowest, strict=True)}
 
 
 def _mask_of(weight: Weight) -> Tensor:
