@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from labkit.batches import batch_loss, check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
 from labkit.errors import InputError, check_choice
-from labkit.hessians import hessian, squares, sum_over_rows, watched, wide
+from labkit.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
 from labkit.pruning.coupling import Group, Member
 from labkit.pruning.select import count_to_prune, prunable
-
-DAMP = 0.01  # of a Hessian, as a fraction of its mean diagonal
-
 
 # --- what criteria look at: gradients ---------------------------------------------------------------------------------
 

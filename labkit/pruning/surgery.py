@@ -96,10 +96,12 @@ def cut(
     """A copy of `model` with only the entries in `keep` ({parameter: {dimension: indices}}), `attributes` set, and of
     each list of layers in `layers` only those.
     """
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    if unknown := set(keep) - {name for name, _ in named}:
-        raise InputError(f"The plan is of another model: this one has no {min(unknown)!r}.")
-    indices = {id(x): keep[name] for name, x in named if name in keep}
+    named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    for name, dims in keep.items():
+        x = named.get(name)
+        if x is None or any(d >= x.dim() or (indices >= x.shape[d]).any() for d, indices in dims.items()):
+            raise InputError(f"The plan is of another model: this one has no {name!r} with the indices that it keeps.")
+    indices = {id(x): keep[name] for name, x in named.items() if name in keep}
     new = duplicate_model(model, {id(x): _sliced(x, indices.get(id(x), {})) for _, x in tensors_of(model)})
     set_attributes_(new, attributes)
     for name, stays in (layers or {}).items():
@@ -109,12 +111,6 @@ def cut(
 
 def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     """The kept entries of x, a Parameter where x is one; always memory of its own."""
-    for dim, indices in keep.items():
-        if dim >= x.dim() or (len(indices) and int(indices.max()) >= x.shape[dim]):
-            raise InputError(
-                f"The plan keeps index {int(indices.max())} of dimension {dim} of a parameter of shape "
-                f"{list(x.shape)}: it is a plan of another model."
-            )
     data = x.detach() if keep else x.detach().clone()
     for dim in sorted(keep):  # rows first: they are copied as a whole
         data = data.index_select(dim, keep[dim].to(x.device))
@@ -171,23 +167,15 @@ def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
                 wrong.append(name)
         if wrong:
             raise InputError(f"{wrong[0]!r} is not what the last plan left of it: give the model that was cut by it.")
-    content = {
-        "plans": [
-            {
-                "kept": {name: {d: x.tolist() for d, x in dims.items()} for name, dims in plan.kept.items()},
-                "attributes": plan.attributes,
-                "layers": plan.layers,
-            }
-            for plan in plans
-        ],
-        "configs": [
-            {key: value for key, value in vars(config).items() if type(value) is int}
-            for config in anatomy.configs(model)
-        ],
-    }
+    cuts = []
+    for plan in plans:
+        indices = {name: {d: x.tolist() for d, x in dims.items()} for name, dims in plan.kept.items()}
+        cuts.append({"kept": indices, "attributes": plan.attributes, "layers": plan.layers})
+    configs = [{k: x for k, x in vars(config).items() if type(x) is int} for config in anatomy.configs(model)]
+    content = json.dumps({"plans": cuts, "configs": configs})
     with replacing(Path(file)) as partial:
         tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors_of(model)}
-        save_file(tensors, partial, metadata={"labkit.pruning": json.dumps(content)})
+        save_file(tensors, partial, metadata={"labkit.pruning": content})
 
 
 @torch.inference_mode(False)

@@ -276,7 +276,7 @@ def test_a_random_weight_has_the_zeros_asked_for_in_whole_blocks(sparsity, block
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["csr", "bsr32", "kernel-bf16"])
+@pytest.mark.parametrize("format", ["csr", "bsr32"])
 def test_a_format_is_compared_with_an_equal_dense_layer(format):
     assert sparse.against_dense(sparse.random_weight(96, 64, 0.9), format, 4, budget_s=0.05).speedup > 0
 
