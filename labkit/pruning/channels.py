@@ -285,11 +285,10 @@ class Planner:
         scores = unit_scores(
             model, coupling.groups, choice.criterion, choice.batches, loss_fn=choice.loss_fn, seed=choice.seed
         )
-        self._reasons = dict.fromkeys(_made(model, coupling, parts), "ignored")
-        for i in range(len(coupling.groups)):
-            if i not in scores:
-                who = choice.criterion if isinstance(choice.criterion, str) else "criterion"
-                self._reasons.setdefault(i, f"{who} has no score for it")
+        who = choice.criterion if isinstance(choice.criterion, str) else "criterion"
+        unscored = [i for i in range(len(coupling.groups)) if i not in scores]
+        self._reasons = dict.fromkeys(unscored, f"{who} has no score for it")
+        self._reasons |= dict.fromkeys(_made(model, coupling, parts), "ignored")
         self.clusters: list[_Cluster] = []
         for members in coupling.clusters():
             if stuck := [i for i in members if i in self._reasons]:

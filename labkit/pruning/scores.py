@@ -18,8 +18,6 @@ from labkit.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
 from labkit.pruning.coupling import Group, Member
 from labkit.pruning.select import count_to_prune, prunable
 
-# --- what criteria look at: gradients ---------------------------------------------------------------------------------
-
 
 def _mean_over_batches(
     model: nn.Module,

@@ -197,7 +197,11 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
                 n: {int(d): torch.tensor(x, dtype=torch.int64) for d, x in dims.items()}
                 for n, dims in plan["kept"].items()
             }
-            new = cut(new, keep, _as_they_are(new, plan["attributes"]), plan["layers"])
+            attributes = {  # JSON knows no tuples: values in the type that the module has now
+                name: {key: type(getattr(new.get_submodule(name), key))(x) for key, x in values.items()}
+                for name, values in plan["attributes"].items()
+            }
+            new = cut(new, keep, attributes, plan["layers"])
         for config, numbers in zip(anatomy.configs(new), content["configs"], strict=True):
             vars(config).update(numbers)
     except (InputError, AttributeError, ValueError, IndexError) as error:
@@ -211,12 +215,3 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
         for name, x in tensors.items():
             targets[name].copy_(x)
     return new
-
-
-def _as_they_are(model: nn.Module, attributes: Attributes) -> dict[str, dict[str, Any]]:
-    """JSON knows no tuples: values in the type that the module has now."""
-    modules = {name: model.get_submodule(name) for name in attributes}
-    return {
-        name: {key: type(getattr(modules[name], key))(value) for key, value in values.items()}
-        for name, values in attributes.items()
-    }

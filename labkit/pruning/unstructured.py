@@ -72,9 +72,11 @@ def sparsity(model: nn.Module, *, ignore: str | Iterable[str] = ()) -> float:
     Warns of weights in stacks of matrices that are not counted (`prune`).
     """
     parts = named_parts(model, ignore, "ignore")
-    _warn_of_stacks(model, parts, _included(model, parts))
-    weights = _seen(model, parts)
-    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    zero = [value == 0 for name, _, value in computed(model) if not any(inside(name, part) for part in parts)]
+    weights = _included(model, parts) if zero else targets(model, parts)
+    _warn_of_stacks(model, parts, weights)
+    zero += [_zero(weight) for weight in weights.values()]
+    return sum(int(x.sum()) for x in zero) / sum(x.numel() for x in zero)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -154,6 +156,14 @@ def checked_targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[
             )
     _warn_of_stacks(model, parts, weights)
     return weights
+
+
+def refuse_foreign(model: nn.Module) -> None:
+    for name, what, _ in computed(model):
+        raise InputError(
+            f"{name} has {what}, which labkit's masks cannot be combined with: make it permanent first "
+            "(torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations)."
+        )
 
 
 def _warn_of_stacks(model: nn.Module, parts: list[str], weights: Mapping[str, Weight]) -> None:
@@ -293,21 +303,3 @@ def _hold_model(model: nn.Module, *_) -> None:
 def _mask_gradient(module: nn.Module, attribute: str, gradient: Tensor) -> Tensor:
     mask = _mask(module, attribute)
     return gradient if mask is None else gradient.masked_fill(~mask, 0.0)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _seen(model: nn.Module, parts: list[str]) -> list[Tensor]:
-    """Every prunable weight once, as the forward pass sees it, but for those in `parts`."""
-    foreign = [value for name, _, value in computed(model) if not any(inside(name, part) for part in parts)]
-    weights = _included(model, parts) if foreign else targets(model, parts)
-    return foreign + [weight.parameter.detach().masked_fill(~_mask_of(weight), 0.0) for weight in weights.values()]
-
-
-def refuse_foreign(model: nn.Module) -> None:
-    for name, what, _ in computed(model):
-        raise InputError(
-            f"{name} has {what}, which labkit's masks cannot be combined with: make it permanent first "
-            "(torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations)."
-        )
