@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError, check_whole
-from labkit.pruning.select import fraction
+from labkit.pruning.select import fraction, named_parts
 from labkit.pruning.unstructured import make_permanent, masks, prune, with_masks
 
 
@@ -68,6 +68,7 @@ def iterative(
         raise InputError(
             f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
         )
+    options["ignore"] = named_parts(model, options.get("ignore", ()), "ignore")
     for number, asked in enumerate(schedule):
         model = prune(model, asked, seed=seed, **options)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
