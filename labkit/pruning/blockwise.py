@@ -101,9 +101,6 @@ def _prune_by_inputs_(
     return keep
 
 
-# --- one weight -------------------------------------------------------------------------------------------------------
-
-
 def _as_matrix(weight: Weight, tensor: Tensor) -> Tensor:
     """[out, in], of experts one below the other, or [C_out, C_in / groups, *kernel]: what a mask is made for."""
     return tensor if isinstance(weight.module, CONVOLUTIONS) else weight.as_rows(tensor)
@@ -116,8 +113,7 @@ def _highest(weight: Weight, scores: Tensor, pattern: Pattern, by: str) -> Tenso
         return (keep if isinstance(weight.module, CONVOLUTIONS) else weight.from_rows(keep)).contiguous()
     rows = weight.as_rows(scores)
     slices = rows if by == "row" else rows.reshape(weight.experts or 1, -1)
-    lowest = lowest_k(slices, count_to_prune(slices.shape[1], pattern), dim=1)
-    return weight.from_rows(~lowest.view(rows.shape))
+    return weight.from_rows(~lowest_k(slices, count_to_prune(slices.shape[1], pattern), dim=1))
 
 
 def _wanda(weight: Weight, x2: Tensor, pattern: Pattern) -> Tensor:

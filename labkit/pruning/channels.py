@@ -132,8 +132,7 @@ def plan(
     macs: the fraction of multiply-adds to remove.
     remove: {layer or parameter: channels}, exactly these of its outputs, counted from 0, and with each all that hangs
         together with it (a head, a whole group).
-    options: of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn, seed); with
-        remove only within_groups.
+    options: of `Choice`; with remove only within_groups.
     """
     if sum(x is not None for x in (ratio, macs, remove)) != 1:
         raise InputError("Give exactly one of ratio, macs and remove: the one that the plan is to follow.")
@@ -286,11 +285,10 @@ class Planner:
         scores = unit_scores(
             model, coupling.groups, choice.criterion, choice.batches, loss_fn=choice.loss_fn, seed=choice.seed
         )
-        self._reasons = dict.fromkeys(_made(model, coupling, parts), "ignored")
-        for i in range(len(coupling.groups)):
-            if i not in scores:
-                who = choice.criterion if isinstance(choice.criterion, str) else "criterion"
-                self._reasons.setdefault(i, f"{who} has no score for it")
+        who = choice.criterion if isinstance(choice.criterion, str) else "criterion"
+        unscored = [i for i in range(len(coupling.groups)) if i not in scores]
+        self._reasons = dict.fromkeys(unscored, f"{who} has no score for it")
+        self._reasons |= dict.fromkeys(_made(model, coupling, parts), "ignored")
         self.clusters: list[_Cluster] = []
         for members in coupling.clusters():
             if stuck := [i for i in members if i in self._reasons]:
@@ -304,11 +302,6 @@ class Planner:
     def names(self) -> list[str]:
         """The groups that can be pruned; of linked ones the first."""
         return [self.coupling.groups[cluster.groups[0]].name for cluster in self.clusters]
-
-    @property
-    def channels(self) -> int:
-        """How many a ratio is a fraction of."""
-        return sum(cluster.channels * cluster.steps for cluster in self.clusters)
 
     def macs(self, ratio: float) -> int:
         return self.coupling.macs(self.coupling.gone(self._removed(ratio)))
@@ -359,7 +352,8 @@ class Planner:
         # Of equal scores those go first that are lowest in their group: ties are spread over the groups.
         spread = torch.cat([(torch.arange(n) + 0.5) / max(n, 1) for n in lengths]).argsort(stable=True)
         sums = weights[spread][scores[spread].argsort(stable=True)].cumsum(0)
-        k = int((sums <= count_to_prune(self.channels, ratio)).sum())
+        channels = sum(c.channels * c.steps for c in self.clusters)
+        k = int((sums <= count_to_prune(channels, ratio)).sum())
         lowest = torch.zeros_like(scores, dtype=torch.bool)
         lowest[spread] = lowest_k(scores[spread], k)
         return [int(part.sum()) for part in lowest.split(lengths)]
@@ -382,10 +376,8 @@ class Planner:
 
 def _made(model: nn.Module, coupling: Coupling, parts: Sequence[str]) -> set[int]:
     """Groups whose channels are made, by any parameter, inside one of the named parts."""
-    names: dict[int, list[str]] = {}
-    for name, x in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(x), []).append(name)
-    makers = {same[0] for same in names.values() if any(inside(name, part) for name in same for part in parts)}
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    makers = {coupling.record.first(name) for name in names if any(inside(name, part) for part in parts)}
     return {
         i
         for i, group in enumerate(coupling.groups)

@@ -21,14 +21,9 @@ from labkit.pruning.coupling import tracing
 from labkit.pruning.equality import Report
 from labkit.pruning.surgery import Plan, Pruned, Units
 
-
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(x, y, dim=-1)
-
-
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # of inputs and outputs [tokens, width]: [tokens]
-    "cosine": lambda x, y: 1 - _cosine(x, y),
-    "angular": lambda x, y: _cosine(x, y).clamp(-1, 1).arccos() / math.pi,
+    "cosine": lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1),
+    "angular": lambda x, y: torch.cosine_similarity(x, y, dim=-1).clamp(-1, 1).arccos() / math.pi,
     "l2": lambda x, y: (y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny),
 }
 METHODS = (*DISTANCES, "loss")

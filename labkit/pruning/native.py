@@ -67,14 +67,11 @@ def isas(name: str) -> tuple[str, ...]:
 
 def compiler() -> list[str]:
     """The C++ compiler's command: CXX, or the first one on the PATH; FileNotFoundError where there is none."""
-    if command := shlex.split(os.environ.get("CXX", "")):
-        if not shutil.which(command[0]):
-            raise FileNotFoundError(f"CXX names {command[0]}, which is no program here")
-        return command
-    for name in ("g++", "clang++", "c++"):
-        if path := shutil.which(name):
-            return [path]
-    raise FileNotFoundError("there is no g++, clang++ or c++ on the PATH")
+    command = shlex.split(os.environ.get("CXX", ""))
+    for choice in [command] if command else [["g++"], ["clang++"], ["c++"]]:
+        if path := shutil.which(choice[0]):
+            return [path, *choice[1:]]
+    raise FileNotFoundError(f"there is no {command[0] if command else 'g++, clang++ or c++'} on the PATH")
 
 
 def _compiled(source: Path) -> Path:

@@ -30,9 +30,6 @@ def kept_energy(weight: Tensor, keep: Tensor) -> float:
     return float(squares.masked_fill(~keep, 0.0).sum()) / total if total else 1.0
 
 
-# --- storing ----------------------------------------------------------------------------------------------------------
-
-
 class Compressed(NamedTuple):
     """A 2:4 weight as stored: values [groups, 2] and metadata uint8, their places, as in `storage.FORMATS["nm"]`."""
 
@@ -60,9 +57,6 @@ def decompress(compressed: Compressed) -> Tensor:
     return FORMATS["nm"].unpack(compressed._asdict(), compressed.shape)
 
 
-# --- pruning ----------------------------------------------------------------------------------------------------------
-
-
 def prune(
     model: nn.Module,
     n: int = 2,
@@ -74,17 +68,13 @@ def prune(
 ) -> nn.Module:
     """A copy of `model` whose weights keep n of every m along the input dimension; masks hold them through training.
 
-    method: "magnitude" (no data), "wanda" (Sun et al. 2024) or "sparsegpt" (Frantar & Alistarh 2023, the kept weights
-        move). The last two look at data: batches, an iterable of what the model is called with, run through it layer
-        by layer; the inputs of a layer are those that the layers pruned before it give. See `blockwise.prune`, which
-        does the work and takes a fraction as well.
-    ignore: names of modules and weights that stay dense. The others: `blockwise.weights_of`: in a stack of blocks, as
-        language models are, those of the blocks, else all of `select.prunable`; each expert of a mixture by itself,
-        with the tokens that are routed to it. An InputError names those whose input dimension is no multiple of m.
+    method: "magnitude"; or with batches, an iterable of what the model is called with, "wanda" or "sparsegpt" (the kept
+        weights move). `blockwise.prune` does the work, and takes a fraction as well.
+    ignore: names of modules and weights that stay dense. The others: those of `blockwise.weights_of`, each expert of a
+        mixture by itself. An InputError names those whose input dimension is no multiple of m.
 
-    The masks are held as those of `unstructured.prune` are (`unstructured.masks` reads them, `make_permanent` takes
-    them off): stored zeros that stay zero through optimizer steps, deepcopy and `load_state_dict`. For masks that move
-    during training see `sr_ste`.
+    The masks are held as those of `unstructured.prune` are: `unstructured.masks` reads them, `make_permanent` takes
+    them off.
     """
     check_pattern(n, m)
     return blockwise.prune(model, (n, m), method=method, batches=batches, ignore=ignore)

@@ -54,8 +54,7 @@ def is_nm(weight: Tensor, n: int = 2, m: int = 4) -> bool:
 
 def check_pattern(n: int, m: int) -> None:
     """Raises InputError unless 0 < n <= m <= 16, both whole numbers."""
-    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (n, m))
-    if not whole or not 0 < n <= m <= LARGEST_M:
+    if not (type(n) is type(m) is int and 0 < n <= m <= LARGEST_M):
         raise InputError(
             f"The pattern {n!r}:{m!r} is none: n of every m weights are kept, whole numbers with "
             f"0 < n <= m <= {LARGEST_M}, for example n=2, m=4."

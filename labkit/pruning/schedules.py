@@ -1,13 +1,12 @@
 """How fast to prune: schedules of sparsity over rounds, iterative pruning that follows one, lottery tickets.
 
 Zhu & Gupta 2017 (cubic), Frankle & Carbin 2019 and Frankle et al. 2020 (rewinding). A round is prune, then train; the
-training loop is the caller's. A schedule names the sparsity of the whole model, never a share of what remains.
+training loop is the caller's. A schedule is the sparsity of the whole model after each round, the last one the target.
 """
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError, check_whole
 from labkit.pruning.select import fraction, named_parts
-from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
-
-# --- schedules: the sparsity after each of n rounds, the last one the target ------------------------------------------
+from labkit.pruning.unstructured import make_permanent, masks, prune, with_masks
 
 
 def linear(target: float, rounds: int) -> tuple[float, ...]:
@@ -40,11 +37,8 @@ def exponential(target: float, rounds: int) -> tuple[float, ...]:
     return (*(1 - (1 - target) ** (t / rounds) for t in range(1, rounds)), target)
 
 
-SCHEDULES: dict[str, Callable[[float, int], tuple[float, ...]]] = {
-    "linear": linear,
-    "cubic": cubic,
-    "exponential": exponential,
-}
+SCHEDULES: dict[str, Callable[[float, int], tuple[float, ...]]]
+SCHEDULES = {"linear": linear, "cubic": cubic, "exponential": exponential}
 
 
 def _checked(target: float, rounds: int) -> float:
@@ -52,62 +46,35 @@ def _checked(target: float, rounds: int) -> float:
     return fraction(target, "target")
 
 
-# --- following one ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round: the sparsity that the schedule asked for, the one reached, and what `fine_tune` returned after it."""
-
-    asked: float
-    reached: float
-    metric: float | None
-
-
-@dataclass(frozen=True)
-class Iterated:
-    """The pruned model, masks held, and its rounds in order."""
-
-    model: nn.Module
-    history: tuple[Round, ...]
-
-
 def iterative(
     model: nn.Module,
     schedule: Sequence[float],
-    fine_tune: Callable[[nn.Module, int], float | None],
+    fine_tune: Callable[[nn.Module, int], object],
     *,
-    ignore: str | Iterable[str] = (),
     seed: int = 0,
     **options: Any,
-) -> Iterated:
+) -> nn.Module:
     """Prunes a copy of `model` to schedule[0], trains it, prunes on to schedule[1], and so on: `unstructured.prune`.
 
     schedule: sparsities that do not fall, such as cubic(0.9, 5). With scope "global" every one is reached to within a
         weight, since each round prunes the masked model to the asked total.
-    fine_tune(model, round): trains the model in place and returns a number to keep, or None. It makes its own
-        optimizer; torch's generators are seeded from (seed, round) for it and are as before afterwards. Masks hold
-        through `load_state_dict`, so a search for a lottery ticket loads the state of the start before it trains.
-    ignore, seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn); batches are read once a round.
+    fine_tune(model, round): trains the model in place, with an optimizer of its own. torch's generators are seeded from
+        (seed, round) for it and are as before afterwards. Masks hold through `load_state_dict`, so a search for a
+        lottery ticket loads the state of the start before it trains.
+    seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn, ignore); batches are read once a round.
     """
     schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
     if not schedule or any(later < earlier for earlier, later in itertools.pairwise(schedule)):
         raise InputError(
             f"The schedule is {schedule}, but it needs at least one sparsity and none below the one before."
         )
-    ignore = named_parts(model, ignore, "ignore")
-    history = []
+    options["ignore"] = named_parts(model, options.get("ignore", ()), "ignore")
     for number, asked in enumerate(schedule):
-        model = prune(model, asked, ignore=ignore, seed=seed, **options)
+        model = prune(model, asked, seed=seed, **options)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed * 1_000_003 + number)  # no round of one seed is a round of another
-            metric = fine_tune(model, number)
-        reached = sparsity(model, ignore=ignore)
-        history.append(Round(asked, reached, None if metric is None else float(metric)))
-    return Iterated(model, tuple(history))
-
-
-# --- lottery tickets --------------------------------------------------------------------------------------------------
+            fine_tune(model, number)
+    return model
 
 
 def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

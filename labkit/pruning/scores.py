@@ -6,6 +6,7 @@ laid beside its paper. Nothing is removed here, except by `obs_prune`, whose rem
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,14 +14,9 @@ from torch import Tensor, nn
 
 from labkit.batches import batch_loss, check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
 from labkit.errors import InputError, check_choice
-from labkit.hessians import hessian, squares, sum_over_rows, watched, wide
+from labkit.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
 from labkit.pruning.coupling import Group, Member
 from labkit.pruning.select import count_to_prune, prunable
-
-DAMP = 0.01  # of a Hessian, as a fraction of its mean diagonal
-
-
-# --- what criteria look at: gradients ---------------------------------------------------------------------------------
 
 
 def _mean_over_batches(
@@ -340,15 +336,11 @@ def norms(
     return {i: total ** (1 / power) for i, total in per_unit(powers, groups, members).items()}
 
 
-def _norm(power: int) -> Callable:
+def unit_norm(power: int, model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     """The norm of what makes the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
-
-    def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-        parameters = dict(model.named_parameters())
-        makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-        return norms(model, groups, makers, power)
-
-    return score
+    parameters = dict(model.named_parameters())
+    makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
+    return norms(model, groups, makers, power)
 
 
 def bn_scale(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
@@ -401,31 +393,29 @@ def unit_random(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     return {i: random(torch.empty(group.units), generator) for i, group in enumerate(groups)}
 
 
-def _summed(criterion: str, mean: bool = False) -> Callable:
-    """A criterion of single weights, summed (or averaged) over the weights that read the unit."""
-
-    def score(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-        weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
-        readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
-        sums = per_unit(_sums(weights), groups, readers)
-        counts = per_unit(_sums({n: torch.ones_like(w) for n, w in weights.items()}), groups, readers) if mean else {}
-        return {i: total / counts.get(i, 1) for i, total in sums.items()}
-
-    return score
+def unit_sum(criterion: str, model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
+    """A criterion of single weights, summed ("activation": averaged) over the weights that read the unit."""
+    weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
+    readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
+    sums = per_unit(_sums(weights), groups, readers)
+    if criterion != "activation":
+        return sums
+    counts = per_unit(_sums({name: torch.ones_like(w) for name, w in weights.items()}), groups, readers)
+    return {i: total / counts[i] for i, total in sums.items()}
 
 
 # score(model, groups, batches, loss_fn, seed) -> {number of the group: [units]}
 UNIT_CRITERIA: Mapping[str, Callable[..., dict[int, Tensor]]] = {
-    "l1": _norm(1),
-    "l2": _norm(2),
+    "l1": partial(unit_norm, 1),
+    "l2": partial(unit_norm, 2),
     "bn_scale": bn_scale,
     "taylor": unit_taylor,
-    "activation": _summed("activation", mean=True),
+    "activation": partial(unit_sum, "activation"),
     "fpgm": fpgm,
     "random": unit_random,
-    "wanda": _summed("wanda"),
-    "obd": _summed("obd"),
-    "taylor_abs": _summed("taylor_abs"),
+    "wanda": partial(unit_sum, "wanda"),
+    "obd": partial(unit_sum, "obd"),
+    "taylor_abs": partial(unit_sum, "taylor_abs"),
 }
 
 
@@ -436,16 +426,13 @@ UNIT_CRITERIA: Mapping[str, Callable[..., dict[int, Tensor]]] = {
 def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """Inside, act(i, x) sees what the module names[i] reads, and may give another tensor to go on with."""
 
-    def hook(i: int) -> Callable:
-        def before(module, args):
-            new = act(i, args[0])
-            return None if new is None else (new, *args[1:])
-
-        return before
+    def before(i: int, module: nn.Module, args: tuple) -> tuple | None:
+        new = act(i, args[0])
+        return None if new is None else (new, *args[1:])
 
     with ExitStack() as hooks:
         for i, name in enumerate(names):
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(hook(i)).remove)
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(partial(before, i)).remove)
         yield
 
 

@@ -6,12 +6,13 @@ Thresholds are what goes wrong in hand-written pruning (`<` or `<=`, ties, `int(
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from labkit.errors import InputError, check_whole
 
@@ -88,9 +89,8 @@ class Weight:
         return tensor.flatten(1) if self.experts is None else tensor.flatten(0, 1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        if self.transposed:
-            return rows.view(self.parameter.mT.shape).mT
-        return rows.view(self.parameter.shape)
+        """The values of the rows, in any contiguous shape, in the parameter's."""
+        return rows.view(self.parameter.mT.shape).mT if self.transposed else rows.view(self.parameter.shape)
 
     def spread(self, statistic: Tensor) -> Tensor:
         """A statistic of the inputs, [groups, in / groups * kernel], repeated for every output unit of its group.
@@ -101,7 +101,7 @@ class Weight:
         return self.from_rows(statistic.repeat_interleave(out // len(statistic), 0))
 
 
-def prunable_attributes(module: nn.Module) -> tuple[str, ...]:
+def _attributes(module: nn.Module) -> tuple[str, ...]:
     """Which of a module's own parameters are prunable weights: the matrices and kernels of products, nothing else."""
     if is_mixture(module):
         return EXPERTS
@@ -134,7 +134,7 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for attribute in prunable_attributes(module):
+        for attribute in _attributes(module):
             parameter = module._parameters.get(attribute)
             if parameter is None or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
@@ -142,6 +142,18 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
             name = f"{path}.{attribute}" if path else attribute
             weights[name] = Weight(name, module, attribute, _is_transposed(module))
     return weights
+
+
+def computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Prunable weights that are no parameters themselves: (name, what computes it, value in the forward pass)."""
+    for path, module in model.named_modules():
+        for attribute in _attributes(module):
+            name = f"{path}.{attribute}" if path else attribute
+            original, mask = module._parameters.get(f"{attribute}_orig"), module._buffers.get(f"{attribute}_mask")
+            if original is not None and mask is not None:
+                yield name, "masks of torch.nn.utils.prune", (original * mask).detach()
+            elif parametrize.is_parametrized(module, attribute) or isinstance(vars(module).get(attribute), Tensor):
+                yield name, "a parametrization", getattr(module, attribute).detach()
 
 
 def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Module], argument: str) -> list[str]:

@@ -20,10 +20,9 @@ BACKENDS = {
 
 
 class Candidate(NamedTuple):
-    """A Linear of a model: its weight's name and shape, and why no 2:4 kernel takes it ("" where one does)."""
+    """A Linear of a model: its weight's name, and why no 2:4 kernel takes it ("" where one does)."""
 
     name: str
-    shape: tuple[int, int]
     refusal: str
 
 
@@ -80,11 +79,7 @@ def available() -> str:
 def plan(model: nn.Module, *, dtype: torch.dtype = torch.float16, backend: str | None = None) -> list[Candidate]:
     """What would run on 2:4 kernels: a row for every nn.Linear; needs no GPU."""
     return [
-        Candidate(
-            f"{name}.weight".lstrip("."),
-            tuple(linear.weight.shape),
-            refusal(linear.weight, dtype=dtype, backend=backend),
-        )
+        Candidate(f"{name}.weight".lstrip("."), refusal(linear.weight, dtype=dtype, backend=backend))
         for name, linear in model.named_modules()
         if isinstance(linear, nn.Linear)
     ]

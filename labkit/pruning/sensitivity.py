@@ -4,6 +4,7 @@ The scan of Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.2.
 the same: biases and BatchNorm shifts would go on speaking. The baseline is the model as it is.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,10 @@ from labkit.pruning.select import fraction
 
 @dataclass(frozen=True)
 class Trial:
-    """One group without `removed` of its units, all others whole, and what `evaluate` gave."""
+    """One group without `ratio` of its units, all others whole, and what `evaluate` gave."""
 
     group: str
     ratio: float
-    removed: int
-    units: int
     metric: float
 
 
@@ -66,15 +65,9 @@ def scan(
         raise InputError("ratios is empty: give at least one fraction of channels to remove.")
     planner = channels.Planner(model, args, scope="layer", **options)
 
-    def metric(ratio: float | Mapping[str, float]) -> tuple[channels.Plan, float]:
-        plan = planner.plan(ratio)
-        return plan, float(evaluate(channels.apply(model, plan, args, check=False).model))
+    def metric(ratio: float | Mapping[str, float]) -> float:
+        return float(evaluate(channels.apply(model, planner.plan(ratio), args, check=False).model))
 
-    _, baseline = metric(0.0)
-    rows = []
-    work = [(name, ratio) for name in planner.names() for ratio in ratios]
-    for name, ratio in tqdm(work, desc="sensitivity", disable=not progress):
-        plan, value = metric({name: ratio})
-        row = next(row for row in plan.units if row.name == name)
-        rows.append(Trial(name, ratio, row.removed, row.units, value))
-    return Sensitivity(baseline, tuple(rows))
+    baseline = metric(0.0)
+    work = tqdm(list(itertools.product(planner.names(), ratios)), desc="sensitivity", disable=not progress)
+    return Sensitivity(baseline, tuple(Trial(name, ratio, metric({name: ratio})) for name, ratio in work))

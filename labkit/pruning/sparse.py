@@ -6,9 +6,8 @@ inference only: nothing here prunes, trains or touches any layer but nn.Linear a
 
 import copy
 import functools
-import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from labkit import bench
-from labkit.errors import InputError
+from labkit.errors import InputError, check_whole
 from labkit.pruning import native, semi_structured
 from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.storage import BSR_BLOCKS, FORMATS, Format, Parts
@@ -180,10 +179,7 @@ class SparseLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format!r}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format!r}"
 
     def _load_from_state_dict(self, *_) -> None:
         raise InputError("A SparseLinear is not loaded: load the dense model's weights, then convert it.")
@@ -203,8 +199,7 @@ def convert(model: nn.Module, *, format: str = "auto", batch_size: int = 1) -> n
     """
     if format not in ("auto", *KERNELS):
         raise InputError(f"There is no format {format!r} that runs: choose one of auto, {', '.join(KERNELS)}.")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}: give the number of rows that a call has, 1 or more.")
+    check_whole(batch_size, "batch_size")
     if not isinstance(model, nn.Module):
         raise InputError(f"convert takes a torch.nn.Module, not a {type(model).__name__}: give the model itself.")
     weights = {module: weight for module in model.modules() if (weight := _weight(module)) is not None}
@@ -279,10 +274,10 @@ def against_dense(
 ) -> bench.Comparison:
     """Speed-up of a Linear with `weight` [out, in] held in `format` over the same one held dense, x [batch_size, in].
 
-    On CUDA with the L2 cleared before each call. "kernel-bf16" rounds weights, and so does the dense one beside it.
+    On CUDA with the L2 cleared before each call.
     """
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    dense.weight.copy_(weight.bfloat16() if format == "kernel-bf16" else weight)
+    dense.weight.copy_(weight)
     dense = dense.to(device, dtype)
     x = torch.randn(batch_size, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
     fast = convert(dense, format=format, batch_size=batch_size)
@@ -290,16 +285,3 @@ def against_dense(
     return bench.compare(
         lambda: dense(x), lambda: fast(x), names=("dense", format), check=close, budget_s=budget_s, cache=cache
     )
-
-
-def break_even(sparsities: Sequence[float], speedups: Sequence[float]) -> float | None:
-    """The first sparsity at which a speed-up reaches 1, between two measured ones; None where it never crosses.
-
-    Between neighbours the time, 1 / speed-up, is taken to be linear in the sparsity, as it is when each kept weight
-    costs the same.
-    """
-    points = sorted(zip(sparsities, speedups, strict=True))
-    for (low, slow), (high, fast) in itertools.pairwise(points):
-        if slow < 1 <= fast:
-            return low + (1 / slow - 1) / (1 / slow - 1 / fast) * (high - low)
-    return None

@@ -20,13 +20,7 @@ from labkit.pruning.select import named_parts, prunable
 DECAY = 2e-4  # the paper's lambda_W; 0 would be a plain straight-through gradient
 
 
-def prepare(
-    model: nn.Module,
-    n: int = 2,
-    m: int = 4,
-    *,
-    ignore: str | Iterable[str] = (),
-) -> nn.Module:
+def prepare(model: nn.Module, n: int = 2, m: int = 4, *, ignore: str | Iterable[str] = ()) -> nn.Module:
     """A copy of `model` to train: every forward pass uses n of every m weights, by magnitude at that moment.
 
     The parameters stay dense and all get the gradient of the pruned weights (straight through), plus DECAY * w where w

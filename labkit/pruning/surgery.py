@@ -99,10 +99,12 @@ def cut(
 
     Where the widths of experts no longer suit torch's product of groups, transformers multiplies them in batches.
     """
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    if unknown := set(keep) - {name for name, _ in named}:
-        raise InputError(f"The plan is of another model: this one has no {min(unknown)!r}.")
-    indices = {id(x): keep[name] for name, x in named if name in keep}
+    named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    for name, dims in keep.items():
+        x = named.get(name)
+        if x is None or any(d >= x.dim() or (indices >= x.shape[d]).any() for d, indices in dims.items()):
+            raise InputError(f"The plan is of another model: this one has no {name!r} with the indices that it keeps.")
+    indices = {id(x): keep[name] for name, x in named.items() if name in keep}
     new = duplicate_model(model, {id(x): _sliced(x, indices.get(id(x), {})) for _, x in tensors_of(model)})
     set_attributes_(new, attributes)
     for name, stays in (layers or {}).items():
@@ -115,12 +117,6 @@ def cut(
 
 def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
     """The kept entries of x, a Parameter where x is one; always memory of its own."""
-    for dim, indices in keep.items():
-        if dim >= x.dim() or (len(indices) and int(indices.max()) >= x.shape[dim]):
-            raise InputError(
-                f"The plan keeps index {int(indices.max())} of dimension {dim} of a parameter of shape "
-                f"{list(x.shape)}: it is a plan of another model."
-            )
     data = x.detach() if keep else x.detach().clone()
     for dim in sorted(keep):  # rows first: they are copied as a whole
         data = data.index_select(dim, keep[dim].to(x.device))
@@ -177,23 +173,15 @@ def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
                 wrong.append(name)
         if wrong:
             raise InputError(f"{wrong[0]!r} is not what the last plan left of it: give the model that was cut by it.")
-    content = {
-        "plans": [
-            {
-                "kept": {name: {d: x.tolist() for d, x in dims.items()} for name, dims in plan.kept.items()},
-                "attributes": plan.attributes,
-                "layers": plan.layers,
-            }
-            for plan in plans
-        ],
-        "configs": [
-            {key: value for key, value in vars(config).items() if type(value) is int}
-            for config in anatomy.configs(model)
-        ],
-    }
+    cuts = []
+    for plan in plans:
+        indices = {name: {d: x.tolist() for d, x in dims.items()} for name, dims in plan.kept.items()}
+        cuts.append({"kept": indices, "attributes": plan.attributes, "layers": plan.layers})
+    configs = [{k: x for k, x in vars(config).items() if type(x) is int} for config in anatomy.configs(model)]
+    content = json.dumps({"plans": cuts, "configs": configs})
     with replacing(Path(file)) as partial:
         tensors = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors_of(model)}
-        save_file(tensors, partial, metadata={"labkit.pruning": json.dumps(content)})
+        save_file(tensors, partial, metadata={"labkit.pruning": content})
 
 
 @torch.inference_mode(False)
@@ -215,7 +203,11 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
                 n: {int(d): torch.tensor(x, dtype=torch.int64) for d, x in dims.items()}
                 for n, dims in plan["kept"].items()
             }
-            new = cut(new, keep, _as_they_are(new, plan["attributes"]), plan["layers"])
+            attributes = {  # JSON knows no tuples: values in the type that the module has now
+                name: {key: type(getattr(new.get_submodule(name), key))(x) for key, x in values.items()}
+                for name, values in plan["attributes"].items()
+            }
+            new = cut(new, keep, attributes, plan["layers"])
         for config, numbers in zip(anatomy.configs(new), content["configs"], strict=True):
             vars(config).update(numbers)
     except (InputError, AttributeError, ValueError, IndexError) as error:
@@ -229,12 +221,3 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
         for name, x in tensors.items():
             targets[name].copy_(x)
     return new
-
-
-def _as_they_are(model: nn.Module, attributes: Attributes) -> dict[str, dict[str, Any]]:
-    """JSON knows no tuples: values in the type that the module has now."""
-    modules = {name: model.get_submodule(name) for name in attributes}
-    return {
-        name: {key: type(getattr(modules[name], key))(value) for key, value in values.items()}
-        for name, values in attributes.items()
-    }

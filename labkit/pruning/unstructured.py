@@ -11,20 +11,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from labkit.errors import InputError, check_choice
 from labkit.pruning.scores import saliency
-from labkit.pruning.select import (
-    Weight,
-    count_to_prune,
-    fraction,
-    inside,
-    lowest_k,
-    named_parts,
-    prunable,
-    prunable_attributes,
-)
+from labkit.pruning.select import Weight, computed, count_to_prune, fraction, inside, lowest_k, named_parts, prunable
 
 SCOPES = ("global", "layer", "row")
 
@@ -52,10 +42,9 @@ def prune(
     Weights that are zero already go first, so pruning again keeps the earlier mask. Frozen weights are pruned too and
     stay frozen; a shared weight is pruned once. The masks outlast optimizer steps, deepcopy and `load_state_dict`;
     `state_dict` has the names and sizes of the dense model's and holds zeros. A model that was loaded from one gets
-    its masks back with prune(model, sparsity(model)). Masks cost every call two passes over the weights: for timing or
-    export take `make_permanent` of it. An optimizer that was made before goes on training the dense model.
-
-    The experts of a mixture are pruned as transformers keeps them (stacks of matrices, each expert its own weight).
+    its masks back with prune(model, sparsity(model)). Masks cost every call two passes over the weights: for timing
+    take `make_permanent` of it. torch.export stores the weights as the last call left them. An optimizer that was made
+    before goes on training the dense model.
 
     Raises InputError for a bad argument, and where masks hold more than is asked for. Warns where weights in other
     stacks of matrices stay dense, and where more weights are zero already than are asked for.
@@ -83,12 +72,11 @@ def sparsity(model: nn.Module, *, ignore: str | Iterable[str] = ()) -> float:
     Warns of weights in stacks of matrices that are not counted (`prune`).
     """
     parts = named_parts(model, ignore, "ignore")
-    _warn_of_stacks(model, parts, _included(model, parts))
-    zeros = total = 0
-    for weight in _seen(model, parts):
-        total += weight.numel()
-        zeros += weight.numel() - int(weight.count_nonzero())
-    return zeros / total
+    zero = [value == 0 for name, _, value in computed(model) if not any(inside(name, part) for part in parts)]
+    weights = _included(model, parts) if zero else targets(model, parts)
+    _warn_of_stacks(model, parts, weights)
+    zero += [_zero(weight) for weight in weights.values()]
+    return sum(int(x.sum()) for x in zero) / sum(x.numel() for x in zero)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -119,12 +107,14 @@ def hold_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameter = weights[name].parameter
         mask = mask.to(parameter.device, copy=True)
         for module, attribute in places[id(parameter)]:
-            module.register_buffer(_mask_name(attribute), mask, persistent=False)
-            _register(module.register_forward_pre_hook, module._forward_pre_hooks, _hold_module)
-            _register(module.register_state_dict_pre_hook, module._state_dict_pre_hooks, _hold_module)
-            _register(module.register_load_state_dict_post_hook, module._load_state_dict_post_hooks, _hold_module)
+            module.register_buffer(f"{attribute}_mask", mask, persistent=False)
+            if _hold_module not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_hold_module)
+                module.register_state_dict_pre_hook(_hold_module)
+                module.register_load_state_dict_post_hook(_hold_module)
     # Some models read a layer's weight without calling the layer (nn.MultiheadAttention does with out_proj).
-    _register(model.register_forward_pre_hook, model._forward_pre_hooks, _hold_model)
+    if _hold_model not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_hold_model)
     _hold_model(model)
 
 
@@ -135,7 +125,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
     _hold_model(plain)
     for module in plain.modules():
         for attribute, _ in list(_masks_in(module)):
-            delattr(module, _mask_name(attribute))
+            delattr(module, f"{attribute}_mask")
         for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
             for key in [key for key, hook in hooks.items() if hook in (_hold_module, _hold_model)]:
                 del hooks[key]
@@ -154,10 +144,7 @@ def targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Wei
 
 
 def checked_targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Weight]:
-    """`targets` for pruning: InputError for weights that something else computes, or that have no values to rank.
-
-    Warns of weights in stacks of matrices that are no experts as transformers has them: they stay dense.
-    """
+    """`targets` for pruning: InputError for weights that something else computes, or that have no values to rank."""
     refuse_foreign(model)
     parts = named_parts(model, ignore, "ignore")
     weights = targets(model, parts)
@@ -169,6 +156,14 @@ def checked_targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[
             )
     _warn_of_stacks(model, parts, weights)
     return weights
+
+
+def refuse_foreign(model: nn.Module) -> None:
+    for name, what, _ in computed(model):
+        raise InputError(
+            f"{name} has {what}, which labkit's masks cannot be combined with: make it permanent first "
+            "(torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations)."
+        )
 
 
 def _warn_of_stacks(model: nn.Module, parts: list[str], weights: Mapping[str, Weight]) -> None:
@@ -247,8 +242,7 @@ def _lowest(weights: dict[str, Weight], scores: dict[str, Tensor], asked: float,
     lowest = [lowest_k(x, count_to_prune(x.shape[1], asked), dim=1) for x in slices]
     if scope == "global":
         lowest = lowest[0].split([x.numel() for x in scores.values()], 1)
-    pairs = zip(weights.values(), lowest, strict=True)
-    return {weight.name: weight.from_rows(low.view(weight.as_rows(weight.parameter).shape)) for weight, low in pairs}
+    return {weight.name: weight.from_rows(low) for weight, low in zip(weights.values(), lowest, strict=True)}
 
 
 def _mask_of(weight: Weight) -> Tensor:
@@ -264,12 +258,8 @@ def _zero(weight: Weight) -> Tensor:
 # --- holding ----------------------------------------------------------------------------------------------------------
 
 
-def _mask_name(attribute: str) -> str:
-    return f"{attribute}_mask"
-
-
 def _mask(module: nn.Module, attribute: str) -> Tensor | None:
-    return module._buffers.get(_mask_name(attribute))
+    return module._buffers.get(f"{attribute}_mask")
 
 
 def _masks_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -289,17 +279,14 @@ def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def _register(register, registered: Mapping, hook) -> None:
-    if hook not in registered.values():
-        register(hook)
-
-
 def _hold_module(module: nn.Module, *_) -> None:
     """Zeroes the module's pruned weights, and sees to it that their gradients are zero too.
 
     With zero gradients, weight decay and a new optimizer's momentum leave a zero alone; an older momentum moves it, and
     the next forward pass or state_dict puts it back. `.data`, so that two forward passes can share one backward pass.
     """
+    if torch.compiler.is_exporting():  # its weights have no values to change
+        return
     for attribute, mask in _masks_in(module):
         parameter = module._parameters[attribute]
         parameter.data.masked_fill_(~mask, 0.0)
@@ -316,33 +303,3 @@ def _hold_model(model: nn.Module, *_) -> None:
 def _mask_gradient(module: nn.Module, attribute: str, gradient: Tensor) -> Tensor:
     mask = _mask(module, attribute)
     return gradient if mask is None else gradient.masked_fill(~mask, 0.0)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def _seen(model: nn.Module, parts: list[str]) -> list[Tensor]:
-    """Every prunable weight once, as the forward pass sees it, but for those in `parts`."""
-    foreign = [value for name, _, value in _foreign(model) if not any(inside(name, part) for part in parts)]
-    weights = _included(model, parts) if foreign else targets(model, parts)
-    return foreign + [weight.parameter.detach().masked_fill(~_mask_of(weight), 0.0) for weight in weights.values()]
-
-
-def _foreign(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Prunable weights that something else computes: (name, what does, value in the forward pass)."""
-    for path, module in model.named_modules():
-        for attribute in prunable_attributes(module):
-            name = f"{path}.{attribute}" if path else attribute
-            if f"{attribute}_orig" in module._parameters and _mask_name(attribute) in module._buffers:
-                value = module._parameters[f"{attribute}_orig"] * module._buffers[_mask_name(attribute)]
-                yield name, "masks of torch.nn.utils.prune", value.detach()
-            elif parametrize.is_parametrized(module, attribute) or isinstance(vars(module).get(attribute), Tensor):
-                yield name, "a parametrization", getattr(module, attribute).detach()
-
-
-def refuse_foreign(model: nn.Module) -> None:
-    for name, what, _ in _foreign(model):
-        raise InputError(
-            f"{name} has {what}, which labkit's masks cannot be combined with: make it permanent first "
-            "(torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations)."
-        )

@@ -297,16 +297,13 @@ def test_the_scan_really_removes_channels(plain):
     scanned = sensitivity.scan(model, x, evaluate, ratios=(0.5, 0.25), progress=False)
     assert len(calls) == 1 + 3 * 2  # baseline, three groups at two ratios
     assert scanned.baseline == float(model(x).square().mean())
-    assert [(row.group, row.ratio, row.removed) for row in scanned.rows[:2]] == [
-        ("conv1.weight", 0.25, 2),
-        ("conv1.weight", 0.5, 4),
-    ]
+    assert [(row.group, row.ratio) for row in scanned.rows[:2]] == [("conv1.weight", 0.25), ("conv1.weight", 0.5)]
     assert calls[1].conv1.out_channels == 6 and calls[1].conv2.out_channels == 12
 
 
 def test_an_allocation_takes_the_largest_ratio_within_the_tolerance():
     rows = [
-        sensitivity.Trial(group, ratio, 1, 4, metric)
+        sensitivity.Trial(group, ratio, metric)
         for group, metrics in {"a": (0.9, 0.85, 0.5), "b": (0.2, 0.9, 0.9)}.items()
         for ratio, metric in zip((0.25, 0.5, 0.75), metrics, strict=True)
     ]

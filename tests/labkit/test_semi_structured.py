@@ -50,7 +50,7 @@ def test_the_plan_of_a_model():
     assert all(row.refusal for row in plan(model))
     pruned = nm.prune(model)
     rows = plan(pruned)
-    assert [(row.name, row.shape) for row in rows] == [("0.weight", (64, 64)), ("2.weight", (10, 64))]
+    assert [row.name for row in rows] == ["0.weight", "2.weight"]
     assert rows[0].refusal == "" and "10 x 64" in rows[1].refusal
 
 

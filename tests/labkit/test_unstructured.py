@@ -302,6 +302,14 @@ def test_permanent_is_the_same_function_without_a_trace(net, batch):
     assert sparsity(plain) < 0.5  # nothing holds it any more
 
 
+def test_torch_export_and_trace_take_the_masked_function(net, batch):
+    model = prune(net, 0.9).eval()
+    exported = torch.export.export(model, (batch[0],))
+    for program in (exported, exported.run_decompositions()):
+        assert torch.equal(program.module()(batch[0]), model(batch[0]))
+    assert torch.equal(torch.jit.trace(model, batch[0])(batch[0]), model(batch[0]))
+
+
 @pytest.mark.slow
 def test_torch_compile_sees_the_same_function(net, batch):
     model = prune(net, 0.9).eval()
