@@ -102,22 +102,39 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
     ax.annotate("goal", (corner[0], far[1]), (5, -5), textcoords="offset points", va="top", color=show.COLOURS[2])
     ax.set(xlim=(x_low, x_high), ylim=(y_low, y_high))
     ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
-    starred_first = sorted(points, key=lambda point: point[label] != star)
-    _label(ax, [((point[x], point[y]), str(point[label])) for point in starred_first])
+    named = {star, *_named(goals, points, label)}
+    named_first = sorted(points, key=lambda point: (point[label] != star, point[label] not in named))
+    labels = [((point[x], point[y]), str(point[label]), point[label] in named) for point in named_first]
+    _label(ax, labels)
 
 
-def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Write each label beside its point, in the first of four corners where it meets nothing and no other is nearer.
+def _named(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[Any]:
+    """Labels of the points that a reader looks for: those that reach the goal, and the best along each axis."""
+    signs = {c: 0 if least is most is None else 1 if most is not None else -1 for c, (least, most, _) in goals.items()}
+    names = [point[label] for point in points if not missed(goals, point)]
+    ranks = {column: [sign * point[column] for point in points] for column, sign in signs.items()}
+    for first, second in itertools.permutations(goals):  # of equals along one axis the better along the other
+        if points and signs[first]:
+            *_, best = min(zip(ranks[first], ranks[second], [point[label] for point in points], strict=True))
+            names.append(best)
+    return names
 
-    Where points crowd, those without such a corner stay without a label, all but the first of them: the table beside
-    the plane names them all.
+
+def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str, bool]]) -> None:
+    """Write each label, (point, words, whether it has to be there), where it meets nothing and no other is nearer.
+
+    Where points crowd, those without such a place stay without a label, all but the first of them: the table beside
+    the plane names them all. A label that has to be there may stand further away, with a line to its point.
     """
-    from matplotlib.transforms import Bbox
+    from matplotlib.patches import ConnectionPatch
+    from matplotlib.transforms import Bbox, offset_copy
 
     corners = itertools.product(((7, "left"), (-7, "right")), ((5, "bottom"), (-5, "top")))
-    corners = [((dx, dy), ha, va) for (dx, ha), (dy, va) in corners]
+    near = [((dx, dy), ha, va) for (dx, ha), (dy, va) in corners]
+    near += [((0, 7), "center", "bottom"), ((0, -7), "center", "top")]
+    far = [((dx, dy), "center", "center") for dy in (26, -26, 48, -48) for dx in (0, 45, -45, 90, -90)]
     ground = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}  # error bars may cross a label
-    places = ax.transData.transform([point for point, _ in points])  # [points, 2], in pixels
+    places = ax.transData.transform([point for point, *_ in points])  # [points, 2], in pixels
     taken = [Bbox.from_bounds(*(place - 4), 8, 8) for place in places]
 
     def is_nearest(i: int, box: Bbox) -> bool:
@@ -125,19 +142,28 @@ def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str]]) -> None:
         gaps = np.hypot(*np.maximum(0, np.maximum(box.min - places, places - box.max)).T)
         return gaps[i] <= gaps.min()
 
-    for i, (point, label) in enumerate(points):
+    for i, (point, label, has_to) in enumerate(points):
         words = label.replace("$", r"\$")
         texts = [
             ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va, bbox=ground)
-            for to, ha, va in corners
+            for to, ha, va in near + far * has_to
         ]
         boxes = [text.get_window_extent() for text in texts]
         free = [
-            ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and not box.count_overlaps(taken) and is_nearest(i, box)
-            for box in boxes
+            ax.bbox.x0 < box.x0
+            and box.x1 < ax.bbox.x1
+            and ax.bbox.y0 < box.y0
+            and box.y1 < ax.bbox.y1
+            and not box.count_overlaps(taken)
+            and (number >= len(near) or is_nearest(i, box))
+            for number, box in enumerate(boxes)
         ]
-        corner = free.index(True) if True in free else None if i else 0
-        taken += [] if corner is None else [boxes[corner]]
+        place = free.index(True) if True in free else None if i else 0
+        taken += [] if place is None else [boxes[place]]
         for number, text in enumerate(texts):
-            if number != corner:
+            if number != place:
                 text.remove()
+            elif number >= len(near):
+                end = offset_copy(ax.transData, ax.figure, *text.xyann, units="points")
+                line = ConnectionPatch(point, point, ax.transData, end, color="grey", linewidth=0.8, zorder=1)
+                ax.add_artist(line)

@@ -727,3 +727,21 @@ def test_a_label_is_nearest_to_its_point_where_two_lie_close():
         nearest = {x: np.clip(at, box.min, box.max) for x, at in places.items()}
         gaps = {x: math.dist(at, nearest[x]) for x, at in places.items()}
         assert min(gaps, key=gaps.get) == plan
+
+
+def test_what_reaches_the_goal_and_leads_along_an_axis_has_its_label_in_a_crowd():
+    fig, ax = plt.subplots(figsize=(6.8, 4))
+    points = [{"plan": f"engine number {i}, batch 32", "time": 1.5 + 0.01 * i, "change": -0.2} for i in range(6)]
+    points += [{"plan": "reaches the goal, batch 8", "time": 1.05, "change": -0.2}]
+    points += [{"plan": "leads, batch 8", "time": 1.55, "change": 0.0}, {"plan": "late", "time": 6.0, "change": -0.2}]
+    challenge.plane(ax, {"time": (None, 1.1, ""), "change": (-1, None, "points")}, points, "plan")
+    fig.canvas.draw()
+    labels = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    assert {"reaches the goal, batch 8", "leads, batch 8"} <= set(labels)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(labels.values(), 2))
+
+
+def test_of_equals_the_better_along_the_other_axis_is_named():
+    points = [{"plan": "slow", "time": 3.0, "change": 0.0}, {"plan": "fast", "time": 2.0, "change": 0.0}]
+    assert challenge._named({"time": (None, 1, ""), "change": (-1, None, "")}, points, "plan") == ["fast", "fast"]
+    assert challenge._named({"time": (None, None, ""), "change": (None, -1, "")}, points, "plan") == ["fast"]
