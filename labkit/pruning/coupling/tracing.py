@@ -463,8 +463,8 @@ def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
             first, lifted[id(x)] = seen[memory]
             record.aliases.setdefault(first, []).append(name)
             continue
-        masks = x.dtype is torch.bool and shapes.get(name.removesuffix("_mask")) == x.shape  # shrinks with its weight
-        lifted[id(x)] = _on_meta(x.detach()) if masks else abstract(x)
+        masks = x.dtype is torch.bool and name.endswith("_mask") and shapes.get(name[:-5]) == x.shape
+        lifted[id(x)] = _on_meta(x.detach()) if masks else abstract(x)  # a mask shrinks with its weight
         lifted[id(x)]._origin = name
         seen[memory] = (name, lifted[id(x)])
         if lifted[id(x)].device.type == "meta":
