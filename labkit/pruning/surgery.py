@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,6 @@ def _as_they_are(model: nn.Module, attributes: Attributes) -> dict[str, dict[str
     """JSON knows no tuples: values in the type that the module has now."""
     modules = {name: model.get_submodule(name) for name in attributes}
     return {
-        name: {key: type(getattr(modules[name], key))(value) for key, value in values.items()}
+        name: {key: type(attrgetter(key)(modules[name]))(value) for key, value in values.items()}
         for name, values in attributes.items()
     }

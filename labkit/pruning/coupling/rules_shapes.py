@@ -16,6 +16,8 @@ def _dim(c: Call, position: int, n: int, default: int = 0) -> int:
 def view(c: Call) -> Spans:
     x = c.args[0]
     spans = reshaped(c.record.labels, c.spans(x), x.shape, c.out.shape) if x.numel() else ()
+    if c.record.whole_heads:
+        spans = c.fix(spans, {span.dims[-1] for span in spans if len(span.dims) > 1}, "")
     c.sized(c.out, spans)
     return spans
 

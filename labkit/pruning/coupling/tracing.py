@@ -417,8 +417,11 @@ class _Products(TorchFunctionMode):
         return out
 
 
-def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], within_groups: bool = False) -> Record:
-    """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet."""
+def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: bool) -> Record:
+    """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet.
+
+    options: within_groups and whole_heads of `Record`.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"What is traced is a {type(model).__name__}, but it must be a torch.nn.Module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -426,7 +429,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], within_grou
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("The model is scripted or traced: prune the eager module that it was made from.")
     constants = frozenset(name for name, _ in model.named_buffers())
-    result = Record(constants=constants, within_groups=within_groups)
+    result = Record(constants=constants, **options)
     lifted = _lift(model, result)
     trainable = {name for name, _ in model.named_parameters()}
     try:
