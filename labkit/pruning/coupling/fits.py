@@ -37,7 +37,7 @@ class _Differs(Exception):
     """The pass does something else."""
 
 
-class Failure(NamedTuple):
+class Mismatch(NamedTuple):
     """What goes wrong, in which module, and after how many operators (of those that are compared, of all)."""
 
     why: str
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
 
 def trial(
     model: nn.Module, record: Record, gone: np.ndarray, keep: Keep, attributes: Attributes, args: tuple, kwargs: Mapping
-) -> Failure | None:
+) -> Mismatch | None:
     """What goes wrong when `model` runs without the labels in `gone`; None if every operator gives what it should."""
     tensors = {id(x): _abstract(x, keep.get(name, {})) for name, x in tensors_of(model)}
     comparing, stack = _Comparing(record.operations, gone), [""]
@@ -60,7 +60,7 @@ def trial(
                 cut(*inputs, **options)
         comparing.finish()
     except Exception as error:  # a forward pass can fail in any way
-        return Failure(first_line(error), stack[-1], comparing.reached)
+        return Mismatch(first_line(error), stack[-1], comparing.reached)
     return None
 
 

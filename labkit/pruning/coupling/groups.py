@@ -121,9 +121,9 @@ class Coupling:
         fails does not shrink; links only stay where that leaves more groups.
         """
 
-        trials: dict[tuple[bytes, str], fits.Failure | None] = {}
+        trials: dict[tuple[bytes, str], fits.Mismatch | None] = {}
 
-        def failure(coupling: Coupling, clusters: list[list[int]]) -> fits.Failure | None:
+        def failure(coupling: Coupling, clusters: list[list[int]]) -> fits.Mismatch | None:
             gone = coupling._one_step([i for cluster in clusters for i in cluster])
             if not gone.any():
                 return None
@@ -134,7 +134,7 @@ class Coupling:
                 trials[key] = fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
             return trials[key]
 
-        def apart(coupling: Coupling, clusters: list[list[int]]) -> fits.Failure | None:
+        def apart(coupling: Coupling, clusters: list[list[int]]) -> fits.Mismatch | None:
             """Pieces of several sizes, and numbers for several, may fit where all shrink and not where some do."""
             some = clusters[::2] if coupling.follows or self.record.labels.pieces else []
             return failure(coupling, clusters) or failure(coupling, some)
