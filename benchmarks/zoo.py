@@ -341,10 +341,11 @@ class Between(nn.Module):
             self.inputs = (groups[:, None] * (dense.in_channels // dense.groups) + stays[1]).flatten()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = self.pruned(x.index_select(self.dim, self.inputs), *args, **kwargs)
+        dim = self.dim if x.shape[self.dim] == self.width else 1  # a norm that turns its input itself
+        out = self.pruned(x.index_select(dim, self.inputs), *args, **kwargs)
         shape = list(out.shape)
-        shape[self.dim] = self.width
-        return out.new_zeros(shape).index_copy(self.dim, self.outputs, out)
+        shape[dim] = self.width
+        return out.new_zeros(shape).index_copy(dim, self.outputs, out)
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 3, "n_heads": 4, 
 OPT = {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
 VIT = {**SIZES, "intermediate_size": 24, "image_size": 16, "patch_size": 8}
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+NEO = {**SIZES, "attention_types": [[["global", "local", "global"], 1]], "intermediate_size": 24}
+LATENT = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10}
 FALCON = {**BERT, "ffn_hidden_size": 24, "num_kv_heads": 2}
 
 
@@ -51,9 +53,16 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     # the same by KV group; attention beside the feed-forward network
     "falcon": _build("FalconForCausalLM", **FALCON, new_decoder_architecture=True),
     "olmo2": _build("Olmo2ForCausalLM", **LLAMA),  # a norm over all query heads, one over all keys
+    # four blocks with queries, values and keys of two heads each
+    "codegen": _build("CodeGenForCausalLM", vocab_size=VOCABULARY, **{**GPT2, "n_head": 8}, rotary_dim=2, **TOKENS),
+    "gpt_neo": _build("GPTNeoForCausalLM", vocab_size=VOCABULARY, **NEO, bos_token_id=1, eos_token_id=2),
+    "phi3": _build("Phi3ForCausalLM", **LLAMA),  # its forward pass reads numbers of heads from the config
+    "deepseek": _build("DeepseekV3ForCausalLM", **{**LLAMA, "num_key_value_heads": 4}, **LATENT),
+    "roformer": _build("RoFormerForSequenceClassification", **BERT, is_decoder=False),  # positions in pairs
     "modernbert": _build("ModernBertForSequenceClassification", **BERT),
 }
-DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "neox", "falcon", "olmo2")
+DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "neox", "falcon", "olmo2", "codegen")
+DECODERS += ("phi3", "deepseek")
 GROUPED = ("llama", "qwen2", "qwen3", "mistral", "olmo2")  # two KV heads with two query heads each
 
 
@@ -106,7 +115,7 @@ def heads_to_remove(name: str) -> dict[int, list[int]]:
     """A choice that leaves layers of different sizes: single heads, a whole KV group, one head of each group, both."""
     if name in GROUPED:
         return {0: [0, 1], 1: [1, 2], 2: [0, 1, 3]}
-    if name == "falcon":
+    if name in ("falcon", "codegen", "phi3"):
         return {0: [0, 1], 2: [2, 3]}
     if name == "t5":  # encoder self, encoder self, then decoder self, cross, self, cross
         return {0: [1], 1: [1], 3: [0, 2], 5: [0, 2]}

@@ -58,7 +58,7 @@ def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attentio
     record = tracing.record(model, (), example(model)) if record is None else record
     modules = dict(model.named_modules())
     classes, _ = record.labels.resolve()
-    rows = {(axis.name, axis.dim): range(axis.base, axis.base + axis.size) for axis in record.axes}
+    rows = {(axis.name, axis.dim): np.arange(axis.base, axis.base + axis.size) for axis in record.axes}
     attentions: dict[str, Attention] = {}
     softmax = None
     for operation in record.operations:
@@ -73,12 +73,12 @@ def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attentio
         elif softmax is None:
             continue
         elif is_linear(module := modules[operation.module]):
-            columns = rows.get((f"{operation.module}.weight", 1 - out_dim(module)), ())
-            if labels is None or np.isin(classes[labels], classes[columns]).all():  # it reads the heads
+            columns = rows.get((f"{operation.module}.weight", 1 - out_dim(module)), np.arange(0))
+            if len(columns) and (labels is None or np.isin(classes[labels], classes[columns]).all()):
                 attention = Attention(softmax.module, operation.module, heads, len(columns) // heads, labels)
                 attentions.setdefault(softmax.module, attention)
                 softmax = None
-        elif operation.name in ("addmm", "mm"):  # a product with weights that no linear module has
+        elif operation.name in ("addmm", "mm", "convolution"):  # a product with weights that no linear module has
             softmax = None
     if not attentions:
         raise InputError(

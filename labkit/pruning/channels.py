@@ -278,7 +278,7 @@ class Planner:
     ) -> None:
         choice = Choice(**options)
         self._model, self._scope = model, choice.scope
-        self.coupling = coupling = Coupling.of(model, args, kwargs, choice.within_groups)
+        self.coupling = coupling = Coupling.of(model, args, kwargs, within_groups=choice.within_groups)
         if any(x.is_meta for x in model.parameters()):
             raise InputError("The model is on the meta device and has no weights to rank: load them first.")
         parts = named_parts(model, choice.ignore, "ignore")

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
                 for n, dims in plan["kept"].items()
             }
             attributes = {  # JSON knows no tuples: values in the type that the module has now
-                name: {key: type(getattr(new.get_submodule(name), key))(x) for key, x in values.items()}
+                name: {key: type(attrgetter(key)(new.get_submodule(name)))(x) for key, x in values.items()}
                 for name, values in plan["attributes"].items()
             }
             new = cut(new, keep, attributes, plan["layers"])

@@ -52,12 +52,16 @@ def prune_heads(
     EqualityError if the proof fails.
     """
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
-    coupling = Coupling.of(model, (), kwargs)
+    coupling = Coupling.of(model, (), kwargs, whole_heads=True)
     parts = anatomy.attentions(model, coupling.record)
     removed = _removed(parts, heads)
     cuts = [_cut(coupling, layer, parts[layer], gone) for layer, gone in removed.items()]
     _check_shared(coupling, parts, cuts, removed)
-    units = {coupling.groups[c.group].name: [u for u, row in enumerate(c.stay) if not row] for c in cuts}
+    units = {}
+    for cut in cuts:  # and as many of what only goes along with heads
+        cluster = next(cluster for cluster in coupling.clusters() if cut.group in cluster)
+        alike = [group for i in cluster if (group := coupling.groups[i]).units == len(cut.stay)]
+        units |= {group.name: [u for u, row in enumerate(cut.stay) if not row] for group in alike}
     plan = _numbered(model, _narrowed(model, channels.plan_units(model, coupling, units), cuts), cuts)
     pruned = channels.apply(model, plan, (), kwargs, check=check)
     if len(cuts) == len(parts) and len({(c.heads, c.units) for c in cuts}) == 1:

@@ -4,8 +4,9 @@ The operators have to come in the same order and give the shapes that the traced
 a pass that writes its sizes down is found out even where it happens to run. Nothing is computed.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from labkit.pruning.coupling.rules import Operation, Record
-from labkit.pruning.coupling.tracing import Abstract, abstract, duplicate, first_line, skeleton, undisturbed
+from labkit.pruning.coupling.tracing import Abstract, abstract, duplicate, first_line, following, skeleton, undisturbed
 
 Keep = Mapping[str, Mapping[int, Tensor]]  # {parameter or buffer: {dimension: indices that stay}}
 Attributes = Mapping[str, Mapping[str, Any]]  # {module: {attribute: new value}}
 
+CONFIG = "config."  # before the name of an attribute that is one of the module's config
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_SIZES = ("idx", "index", "id", "buckets")  # ends of names of numbers that can only happen to equal a size: layer_idx
 
@@ -35,22 +37,31 @@ class _Differs(Exception):
     """The pass does something else."""
 
 
+class Mismatch(NamedTuple):
+    """What goes wrong, in which module, and after how many operators (of those that are compared, of all)."""
+
+    why: str
+    module: str
+    after: tuple[int, int]
+
+
 def trial(
     model: nn.Module, record: Record, gone: np.ndarray, keep: Keep, attributes: Attributes, args: tuple, kwargs: Mapping
-) -> str:
-    """What goes wrong when `model` runs without the labels in `gone`; "" if every operator gives what it should."""
+) -> Mismatch | None:
+    """What goes wrong when `model` runs without the labels in `gone`; None if every operator gives what it should."""
     tensors = {id(x): _abstract(x, keep.get(name, {})) for name, x in tensors_of(model)}
-    comparing = _Comparing(record.operations, gone)
+    comparing, stack = _Comparing(record.operations, gone), [""]
     try:
         for training in (False, True) if record.trained else (False,):
             cut = skeleton(model, tensors, training=training)
             set_attributes_(cut, attributes)
             inputs, options = duplicate((args, dict(kwargs)), abstract)
-            with undisturbed(), Abstract() if training else comparing:
+            with undisturbed(), following(cut, set()) as stack, Abstract() if training else comparing:
                 cut(*inputs, **options)
-    except Exception as failure:  # a forward pass can fail in any way
-        return first_line(failure)
-    return comparing.unmet()
+        comparing.finish()
+    except Exception as error:  # a forward pass can fail in any way
+        return Mismatch(first_line(error), stack[-1], comparing.reached)
+    return None
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -77,10 +88,15 @@ class _Comparing(Abstract):
     def __init__(self, operations: list[Operation], gone: np.ndarray) -> None:
         super().__init__()
         self._expected = [operation for operation in operations if operation.name in COMPARED]
-        self._gone, self._next = gone, 0
+        self._gone, self._next, self._count = gone, 0, 0
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        return self._next, self._count
 
     def run(self, name: str, func: Any, args: tuple, kwargs: dict, touched: bool) -> Any:
         out = func(*args, **kwargs)
+        self._count += 1
         first = out[0] if isinstance(out, (list, tuple)) and out else out
         if touched and name in COMPARED and isinstance(first, Tensor):
             if self._next == len(self._expected) or self._expected[self._next].name != name:
@@ -93,14 +109,14 @@ class _Comparing(Abstract):
                 start = slice(start, None).indices(x.shape[dim])[0]
                 if start != (here := int((~self._gone[operation.before]).sum())):
                     raise _Differs(f"slice in {operation.module or 'the model'} starts at {start}, not {here}")
-            if list(first.shape) != expected:
+            if list(first.shape) != expected and first.numel():  # nothing is known of an empty part
                 place = operation.module or "the model"
                 raise _Differs(f"{name} in {place} gives {list(first.shape)}, not {expected}")
         return out
 
-    def unmet(self) -> str:
-        rest = self._expected[self._next :]
-        return f"{rest[0].name} does not come any more" if rest else ""
+    def finish(self) -> None:
+        if rest := self._expected[self._next :]:
+            raise _Differs(f"{rest[0].name} does not come any more")
 
 
 def shape_of(operation: Operation, gone: np.ndarray) -> list[int]:
@@ -121,35 +137,61 @@ def remaining(gone: np.ndarray, axis: int) -> int:
 # --- attributes -------------------------------------------------------------------------------------------------------
 
 
+class Resized:
+    """A module's config: what is set here is its alone, all else stands in the one that it shares with others."""
+
+    def __init__(self, shared: Any, key: str, value: int) -> None:
+        vars(self).update({"shared": shared, key: value})
+
+    def __getattr__(self, name: str) -> Any:
+        if "shared" not in vars(self):  # a copy in the making
+            raise AttributeError(name)
+        key = getattr(self.shared, "attribute_map", {}).get(name, name)
+        return vars(self)[key] if key in vars(self) else getattr(self.shared, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.shared, name, value)
+
+
 def set_attributes_(model: nn.Module, attributes: Attributes) -> None:
     for name, values in attributes.items():
         module = model.get_submodule(name)
         for attribute, value in values.items():
-            setattr(module, attribute, value)
+            if attribute.startswith(CONFIG):
+                module.config = Resized(module.config, attribute.removeprefix(CONFIG), value)
+            else:
+                setattr(module, attribute, value)
 
 
-def attributes(
-    model: nn.Module, keep: Keep, number: Callable[[str, int], int], numbers: Callable[[str, tuple], Sequence[int]]
-) -> dict[str, dict[str, Any]]:
+def written(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(attribute, value) of the whole numbers that a module has written down, alone and in tuples or lists, and of
+    those in the config that it has, if it is not a model that is saved with it.
+    """
+    if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.MultiheadAttention):
+        values = dict(vars(module))
+        config = None if hasattr(module, "save_pretrained") else values.get("config")
+        while hasattr(config, "__dict__"):
+            values = {f"{CONFIG}{key}": value for key, value in vars(config).items() if type(value) is int} | values
+            config = vars(config).get("shared")
+        for key, value in values.items():
+            several = type(value) in (tuple, list, torch.Size) and value and all(type(n) is int for n in value)
+            if several or (type(value) is int and not key.endswith(NO_SIZES)):
+                yield key, value
+
+
+def attributes(model: nn.Module, keep: Keep, new: Callable[[str, str, Any], Any]) -> dict[str, dict[str, Any]]:
     """{module: {attribute: new value}} that agree with the entries that stay.
 
-    Layers of torch.nn follow from the shapes of their parameters. Of any other module whole numbers become what
-    number(module, value) and numbers(module, values) say, alone and in a tuple or list.
+    Layers of torch.nn follow from the shapes of their parameters. What other modules have `written` becomes
+    new(module, attribute, value).
     """
     result: dict[str, dict[str, Any]] = {}
     shapes, rows = {}, {}
     for name, x in tensors_of(model):
         shapes[id(x)], rows[id(x)] = shape(x, keep.get(name, {})), keep.get(name, {}).get(0)
     for name, module in model.named_modules():
-        new: dict[str, Any] = {}
-        if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.MultiheadAttention):
-            for key, value in vars(module).items():
-                if type(value) is int and not key.endswith(NO_SIZES):
-                    new[key] = number(name, value)
-                elif type(value) in (tuple, list, torch.Size) and value and all(type(n) is int for n in value):
-                    new[key] = type(value)(numbers(name, tuple(value)))
-        new |= _layer(module, shapes, rows)
-        if changed := {key: value for key, value in new.items() if getattr(module, key) != value}:
+        values = {key: new(name, key, value) for key, value in written(module)} | _layer(module, shapes, rows)
+        if changed := {key: value for key, value in values.items() if attrgetter(key)(module) != value}:
             result[name] = changed
     return result
 

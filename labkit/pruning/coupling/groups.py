@@ -8,7 +8,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -83,8 +83,8 @@ def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[
 class Coupling:
     """What a trace finds, ready to say what a choice of units means for every parameter.
 
-    roots: per group the class of each unit. numbers: a number that a module has written down follows a size that
-    shrinks even where the module has written down an equal one that does not.
+    roots: per group the class of each unit. follows: {(class of a module, attribute): whether this number follows a
+    size}, where the rule in `attributes` is wrong.
     """
 
     record: Record
@@ -92,17 +92,19 @@ class Coupling:
     reasons: Mapping[int, str]  # of the classes that stay
     groups: tuple[Group, ...]
     roots: tuple[np.ndarray, ...]
-    numbers: bool = False
+    follows: Mapping[tuple[type, str], bool] = field(default_factory=dict)
 
     @classmethod
     @torch.inference_mode(False)  # what is made here outlives the caller's mode
     @tracing.collecting_later()
     def of(
-        cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, within_groups: bool = False
+        cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, **options: bool
     ) -> "Coupling":
-        """within_groups: the units of a grouped convolution are the same channels of every group, not whole groups."""
+        """options: within_groups, the units of a grouped convolution are the same channels of every group, not whole
+        groups; whole_heads, of a dimension that is split as [heads, size] only whole heads go.
+        """
         args, kwargs = arguments(args, kwargs)
-        record = tracing.record(model, args, kwargs, within_groups)
+        record = tracing.record(model, args, kwargs, **options)
         classes, reasons = record.labels.resolve()
         coupling = cls(record, classes, reasons, *_groups(record, classes, reasons))
         if not coupling.groups:
@@ -115,16 +117,16 @@ class Coupling:
         """Self, if the model's forward pass runs without one unit of each group; else with what it takes to run.
 
         A forward pass may write down that the width of its input is heads x head size (nn.MultiheadAttention, Swin).
-        Groups that meet in such a module with the same size are then linked. What still fails does not shrink; links
-        only stay where that leaves more groups.
+        Groups that meet in such a module with the same size are then linked, or numbers follow that did not. What still
+        fails does not shrink; links only stay where that leaves more groups.
         """
 
-        trials: dict[tuple[bytes, str], str] = {}
+        trials: dict[tuple[bytes, str], fits.Mismatch | None] = {}
 
-        def failure(coupling: Coupling, clusters: list[list[int]]) -> str:
+        def failure(coupling: Coupling, clusters: list[list[int]]) -> fits.Mismatch | None:
             gone = coupling._one_step([i for cluster in clusters for i in cluster])
             if not gone.any():
-                return ""
+                return None
             keep = coupling.record.kept(gone)
             attributes = coupling.attributes(model, keep, gone)
             key = (gone.tobytes(), repr(attributes))
@@ -132,25 +134,66 @@ class Coupling:
                 trials[key] = fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
             return trials[key]
 
-        def apart(coupling: Coupling, clusters: list[list[int]]) -> str:
+        def apart(coupling: Coupling, clusters: list[list[int]]) -> fits.Mismatch | None:
             """Pieces of several sizes, and numbers for several, may fit where all shrink and not where some do."""
-            some = clusters[::2] if coupling.numbers or self.record.labels.pieces else []
+            some = clusters[::2] if coupling.follows or self.record.labels.pieces else []
             return failure(coupling, clusters) or failure(coupling, some)
 
-        def pinned(coupling: Coupling, failure: Callable[[Coupling, list[list[int]]], str]) -> Coupling:
-            reasons = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
-            return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, why in reasons.items()})
+        def pinned(coupling: Coupling, failure: Callable) -> Coupling:
+            stuck = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
+            return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, (why, *_) in stuck.items()})
 
-        linked, numbered = self._linked(), replace(self, numbers=True)
-        for candidate in (self, numbered, linked, replace(linked, numbers=True)):
+        def following(coupling: Coupling) -> Coupling:
+            """With numbers that follow a size, or no longer do, one by one as long as the pass comes farther so."""
+            stuck = failing(coupling.groups, coupling.clusters(), partial(failure, coupling)).keys()
+            clusters = [cluster for cluster in coupling.clusters() if stuck & set(cluster)]
+            for cluster in {_place(coupling.groups, cluster): cluster for cluster in clusters}.values():
+                best, failed = coupling, failure(coupling, [cluster])
+                while failed:
+                    after, reached = failed.after, lambda row: row[1].after if row[1] else (math.inf,)
+                    choices = best.choices(model, cluster, failed.module)
+                    rows = [(choice, failure(choice, [cluster])) for choice in choices]
+                    best, failed = max(rows, key=reached, default=(best, failed))
+                    if failed and failed.after <= after:
+                        break
+                coupling = coupling if failed else best
+            return coupling
+
+        written = [(type(module), key) for module in model.modules() for key, _ in fits.written(module)]
+        every = {(kind, key): True for kind, key in written if not key.startswith(fits.CONFIG)}
+        linked, numbered = self._linked(), replace(self, follows=every)
+        for candidate in (self, numbered, linked, replace(linked, follows=every)):
             if not apart(candidate, candidate.clusters()):
                 return candidate
-        candidates = [pinned(candidate, failure) for candidate in (linked, self, numbered)]
+        candidates = [pinned(candidate, failure) for candidate in (linked, following(self), numbered)]
         best = max(candidates, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
         best = pinned(best, apart)
         if not best.groups or failure(best, best.clusters()):
             raise InputError(best._nothing())
         return best
+
+    def choices(self, model: nn.Module, cluster: list[int], name: str) -> list["Coupling"]:
+        """In each, one number of the module `name` follows a size which did not, or the other way round."""
+        gone = self._one_step(cluster)
+        module, sizes = model.get_submodule(name), self._sizes(gone)
+        changed = self.attributes(model, self.record.kept(gone), gone).get(name, {})
+        return [
+            replace(self, follows={**self.follows, (type(module), key): key not in changed})
+            for key, value in fits.written(module)
+            if any((name, n) in sizes for n in ([value] if type(value) is int else value))
+        ]
+
+    def _sizes(self, gone: np.ndarray) -> dict[tuple[str, int], tuple[int, bool]]:
+        """{(module, size that its forward pass wrote down): (what it becomes, whether it always does)}"""
+        seen: dict[tuple[str, int], set[int]] = {}
+        for module, size, labels, axis in self.record.sizes:
+            shrinks = labels is not None and gone[labels].any()
+            seen.setdefault((module, size), set()).add(fits.remaining(gone[labels], axis) if shrinks else size)
+        for axis in self.record.axes:  # as many experts as neurons, say
+            if not gone[axis.base : axis.base + axis.size].any():
+                seen.setdefault((axis.name.rpartition(".")[0], axis.size), set()).add(axis.size)
+        changed = {(module, size): now - {size} for (module, size), now in seen.items()}
+        return {place: (new.pop(), len(seen[place]) == 1) for place, new in changed.items() if len(new) == 1}
 
     def _linked(self) -> "Coupling":
         """Groups that have the same size in a view of the same module are linked."""
@@ -225,36 +268,28 @@ class Coupling:
         return gone[self.classes]
 
     def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
-        """{module: {attribute: new value}} without the labels in `gone`, where what a number becomes is certain.
+        """{module: {attribute: new value}} without the labels in `gone`.
 
         A number that equals a size which the module's forward pass wrote down (a view's 768, 12 heads) becomes what
-        that size becomes; numbers that are a whole shape there become what it becomes.
+        that size becomes, where all equal ones become the same and the number is the module's own and not its config's,
+        but for those in `follows`. Numbers that are a whole shape there become what it becomes.
         """
-        seen: dict[tuple[str, int], set[int]] = {}
-        for module, size, labels, axis in self.record.sizes:
-            shrinks = labels is not None and gone[labels].any()
-            seen.setdefault((module, size), set()).add(fits.remaining(gone[labels], axis) if shrinks else size)
-        for axis in self.record.axes:  # as many experts as neurons, say
-            if not gone[axis.base : axis.base + axis.size].any():
-                seen.setdefault((axis.name.rpartition(".")[0], axis.size), set()).add(axis.size)
-        certain: dict[str, dict[int, int]] = {}
-        for (module, size), now in seen.items():
-            changed = now - {size}
-            if len(changed) == 1 and (len(now) == 1 or self.numbers):
-                certain.setdefault(module, {})[size] = changed.pop()
+        sizes = self._sizes(gone)
+        modules = dict(model.named_modules())
         called: dict[str, str] = {}
-        for name, _ in model.named_modules():  # one that is not called serves the one that it is in by other methods
+        for name in modules:  # one that is not called serves the one that it is in by other methods
             called[name] = name if name in self.record.called else called[name.rpartition(".")[0]]
 
-        def number(module: str, value: int) -> int:
-            return certain.get(called[module], {}).get(value, value)
+        def new(module: str, attribute: str, value: Any) -> Any:
+            if type(value) is not int:
+                operation = self.record.made.get((called[module], tuple(value)))
+                numbers = fits.shape_of(operation, gone) if operation else [new(module, attribute, n) for n in value]
+                return type(value)(numbers)
+            size, always = sizes.get((called[module], value), (value, True))
+            certain = always and not attribute.startswith(fits.CONFIG)
+            return size if self.follows.get((type(modules[module]), attribute), certain) else value
 
-        def numbers(module: str, values: tuple) -> Sequence[int]:
-            if operation := self.record.made.get((called[module], values)):
-                return fits.shape_of(operation, gone)
-            return [number(module, value) for value in values]
-
-        return fits.attributes(model, keep, number, numbers)
+        return fits.attributes(model, keep, new)
 
     def macs(self, gone: np.ndarray | None = None) -> int:
         """Multiply-adds of the products of the traced call, with the labels in `gone` removed."""
@@ -265,19 +300,23 @@ class Coupling:
         return round(total)
 
 
+def _place(groups: Sequence[Group], cluster: list[int]) -> tuple[tuple[str, int], ...]:
+    """The same for clusters of one place in repeated blocks."""
+    return tuple((re.sub(r"\b\d+\b", "", groups[i].name), groups[i].units) for i in cluster)
+
+
 def failing(
-    groups: Sequence[Group], clusters: list[list[int]], failure: Callable[[list[list[int]]], str]
-) -> dict[int, str]:
-    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, "" if nothing.
+    groups: Sequence[Group], clusters: list[list[int]], failure: Callable[[list[list[int]]], Any]
+) -> dict[int, Any]:
+    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, false if nothing.
 
     In repeated blocks the groups of one place fail alike: if the first, the middle and the last do, all do.
     """
     places: dict[Any, list[list[int]]] = {}
     for cluster in clusters:
-        where = [(re.sub(r"\b\d+\b", "", groups[i].name), groups[i].units) for i in cluster]
-        places.setdefault(tuple(where), []).append(cluster)
+        places.setdefault(_place(groups, cluster), []).append(cluster)
 
-    def search(parts: list[list[list[int]]]) -> dict[int, str]:
+    def search(parts: list[list[list[int]]]) -> dict[int, Any]:
         whole = [cluster for part in parts for cluster in part]
         why = failure(whole)
         if not why:

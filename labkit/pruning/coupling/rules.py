@@ -96,6 +96,7 @@ class Record:
     names_dtype: bool = False
     trained: bool = False  # a second pass, in training mode, met parameters that the first did not
     within_groups: bool = False  # of grouped convolutions the same channels of every group are tied, not all of one
+    whole_heads: bool = False  # of a dimension that is split, [heads, size], only the first part loses entries
     only_couples: bool = False  # in that second pass: nothing is counted twice
 
     @cached_property

@@ -16,6 +16,8 @@ def _dim(c: Call, position: int, n: int, default: int = 0) -> int:
 def view(c: Call) -> Spans:
     x = c.args[0]
     spans = reshaped(c.record.labels, c.spans(x), x.shape, c.out.shape) if x.numel() else ()
+    if c.record.whole_heads:
+        spans = c.fix(spans, {span.dims[-1] for span in spans if len(span.dims) > 1}, "")
     c.sized(c.out, spans)
     return spans
 
@@ -119,7 +121,8 @@ def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -
     """x.narrow(dim, start, length): of a span of several dimensions the cut one is fixed, its labels are the part's.
 
     A dimension that has labels by itself stays prunable where the pass finds its places by numbers that can follow
-    (`Coupling` tries whether they do), evenly over pieces of one size.
+    (`Coupling` tries whether they do), evenly over pieces of one size. Of interleaved parts, x[::2] and x[1::2], the
+    neighbours go together.
     """
     spans = c.spans(x)
     span = span_at(spans, dim)
@@ -133,7 +136,11 @@ def _cut(c: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -
     if not length:
         return rest
     if step > 1:
-        return c.fix(spans, (dim,), "is cut at fixed positions")
+        if start >= step or length * step != x.shape[dim]:
+            return c.fix(spans, (dim,), "is cut at fixed positions")
+        rows = span.labels.reshape(-1, step)
+        c.tie(rows[:, :1], rows)
+        return (*rest, Span((dim,), rows[:, start]))
     c.record.labels.keep_cut(span.labels, start, start + length, c.because("is cut into pieces of a fixed size"))
     return (*rest, Span((dim,), span.labels[start : start + length]))
 
@@ -144,7 +151,7 @@ def slice_(c: Call) -> Spans:
     start, end, step = (*c.args[2:5], *[None, None, 1][len(c.args[2:5]) :])
     start, end, step = slice(start, end, step).indices(x.shape[dim])
     c.sized(x, c.spans(x), {dim})
-    if (span := span_at(c.spans(x), dim)) is not None and len(span.dims) == 1:
+    if (span := span_at(c.spans(x), dim)) is not None and len(span.dims) == 1 and step == 1:
         c.before = span.labels[:start]
         c.record.sizes += [Sized(c.module, n, span.labels[:n], 0) for n in (start, end) if 0 < n < x.shape[dim]]
     spans = _cut(c, x, dim, start, c.out.shape[dim], step)

@@ -432,8 +432,11 @@ class _Products(TorchFunctionMode):
         return out
 
 
-def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], within_groups: bool = False) -> Record:
-    """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet."""
+def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: bool) -> Record:
+    """Traces a call in eval mode, and in training mode too if there are parameters that it did not meet.
+
+    options: within_groups and whole_heads of `Record`.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"What is traced is a {type(model).__name__}, but it must be a torch.nn.Module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -441,7 +444,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], within_grou
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("The model is scripted or traced: prune the eager module that it was made from.")
     constants = frozenset(name for name, _ in model.named_buffers())
-    result = Record(constants=constants, within_groups=within_groups)
+    result = Record(constants=constants, **options)
     lifted = _lift(model, result)
     trainable = {name for name, _ in model.named_parameters()}
     try:
@@ -478,8 +481,8 @@ def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
             first, lifted[id(x)] = seen[memory]
             record.aliases.setdefault(first, []).append(name)
             continue
-        masks = x.dtype is torch.bool and shapes.get(name.removesuffix("_mask")) == x.shape  # shrinks with its weight
-        lifted[id(x)] = _on_meta(x.detach()) if masks else abstract(x)
+        masks = x.dtype is torch.bool and name.endswith("_mask") and shapes.get(name[:-5]) == x.shape
+        lifted[id(x)] = _on_meta(x.detach()) if masks else abstract(x)  # a mask shrinks with its weight
         lifted[id(x)]._origin = name
         seen[memory] = (name, lifted[id(x)])
         if lifted[id(x)].device.type == "meta":
