@@ -91,8 +91,8 @@ def prune_layers(
 ) -> Pruned:
     """A new model without the given layers. `model` stays as it was.
 
-    layers: counted from 0; at least one stays. What stays is numbered anew (`layer_idx`), so that a cache has one entry
-        for each layer, and the config has the new number of layers and the kept entries of its lists by layer.
+    layers: counted from 0; at least one stays. What stays is numbered anew (`layer_idx`, say), so that a cache has one
+        entry for each layer, and the config has the new number of layers and the kept entries of its lists by layer.
     kwargs: the input that the model is traced and checked with; None makes a small one from the config.
     check: False leaves the check out. `report`: equality with the dense model whose removed layers pass their input on.
 
@@ -106,12 +106,11 @@ def prune_layers(
         raise InputError(f"{len(gone)} of {len(every)} layers would go: name at least one, and leave at least one.")
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
     name, stays = anatomy.stack(model), [i for i in range(len(every)) if i not in gone]
-    attributes = {
-        path: {"layer_idx": new}
-        for new, old in enumerate(stays)
-        for path, module in every[old][1].named_modules(prefix=every[old][0])
-        if new != old and vars(module).get("layer_idx") == old
-    }
+    attributes: dict[str, dict[str, int]] = {}
+    for path, key in _counters([layer for _, layer in every]):
+        for new, old in enumerate(stays):
+            if new != old:
+                attributes.setdefault(f"{every[old][0]}.{path}".rstrip("."), {})[key] = new
     new = surgery.cut(model, {}, attributes, {name: stays})
     before = tracing.record(model, (), kwargs)
     try:
@@ -139,6 +138,15 @@ def prune_layers(
         layers={name: stays},
     )
     return Pruned(new, plan, report)
+
+
+def _counters(layers: Sequence[nn.Module]) -> set[tuple[str, str]]:
+    """(module, attribute) inside every layer that holds the layer's number, as `layer_idx` does for a cache."""
+    numbers = (
+        {(path, key) for path, m in layer.named_modules() for key, x in vars(m).items() if type(x) is int and x == i}
+        for i, layer in enumerate(layers)
+    )
+    return set.intersection(*numbers)
 
 
 @torch.no_grad()

@@ -68,8 +68,9 @@ def prune(
 ) -> nn.Module:
     """A copy of `model` whose weights keep n of every m along the input dimension; masks hold them through training.
 
-    method: "magnitude"; or with batches, an iterable of what the model is called with, "wanda" or "sparsegpt" (the kept
-        weights move). `blockwise.prune` does the work, and takes a fraction as well.
+    method: "magnitude"; with batches, an iterable of what the model is called with, also "wanda" (Sun et al. 2024) and
+        "sparsegpt" (Frantar & Alistarh 2023: what stays moves). `blockwise.prune` does the work, and takes a fraction
+        as well.
     ignore: names of modules and weights that stay dense. The others: those of `blockwise.weights_of`, each expert of a
         mixture by itself. An InputError names those whose input dimension is no multiple of m.
 

@@ -85,12 +85,13 @@ def test_loss_is_that_of_the_model_without_the_block(n):
         assert float(found[first]) == pytest.approx(mean_loss(pruned, data) - mean_loss(model, data), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "falcon", "neox"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "falcon", "neox", "gpt_neo"])
 def test_layers_are_numbered_anew_and_the_cache_has_one_entry_a_layer(name):
     pruned = depth.prune_layers(family(name), [0, 1])
     model = pruned.model
     assert model.config.num_hidden_layers == 1
-    numbers = {m.layer_idx for m in model.modules() if "layer_idx" in vars(m)}
+    counter = "layer_id" if name == "gpt_neo" else "layer_idx"
+    numbers = {getattr(m, counter) for m in model.modules() if counter in vars(m)}
     assert numbers == {0}
     with torch.no_grad():
         cache = model(**inputs(name), use_cache=True).past_key_values
