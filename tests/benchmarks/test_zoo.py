@@ -61,6 +61,7 @@ def test_the_sample_is_of_the_zoo():
     names |= {f"transformers/{name}" for name in zoo.ZOO["transformers"]["names"]}
     assert names >= {*(f"timm/{name}" for name in TIMM), *(f"transformers/{name}" for name in TRANSFORMERS)}
     assert len(zoo.ZOO["timm"]["names"]) >= 100 and len(zoo.ZOO["transformers"]["names"]) >= 60
+    assert names.isdisjoint(zoo.ZOO["held_out"]["names"])
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
