@@ -52,11 +52,13 @@ def prune_heads(
     EqualityError if the proof fails.
     """
     kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
-    coupling = Coupling.of(model, (), kwargs, whole_heads=True)
-    parts = anatomy.attentions(model, coupling.record)
-    removed = _removed(parts, heads)
-    cuts = [_cut(coupling, layer, parts[layer], gone) for layer, gone in removed.items()]
-    _check_shared(coupling, parts, cuts, removed)
+    try:
+        coupling, parts, cuts = _cuts(model, heads, kwargs, whole_heads=True)
+    except InputError as error:
+        try:  # a dimension that is split in queries, keys and values first would lose all heads or none
+            coupling, parts, cuts = _cuts(model, heads, kwargs, whole_heads=False)
+        except InputError:
+            raise error from None
     units = {}
     for cut in cuts:  # and as many of what only goes along with heads
         cluster = next(cluster for cluster in coupling.clusters() if cut.group in cluster)
@@ -64,7 +66,7 @@ def prune_heads(
         units |= {group.name: [u for u, row in enumerate(cut.stay) if not row] for group in alike}
     plan = _numbered(model, _narrowed(model, channels.plan_units(model, coupling, units), cuts), cuts)
     pruned = channels.apply(model, plan, (), kwargs, check=check)
-    if len(cuts) == len(parts) and len({(c.heads, c.units) for c in cuts}) == 1:
+    if hasattr(model, "config") and len(cuts) == len(parts) and len({(c.heads, c.units) for c in cuts}) == 1:
         new = {"num_attention_heads": cuts[0].heads, "head_dim": parts[0].size}
         if getattr(model.config, "num_key_value_heads", None) == len(cuts[0].table):
             new["num_key_value_heads"] = cuts[0].units
@@ -93,6 +95,18 @@ class _Cut:
     def narrows(self) -> bool:
         """Whether units that stay lose some of their query heads."""
         return self.heads < self.units * len(self.table[0])
+
+
+def _cuts(
+    model: nn.Module, heads: Mapping[int, Iterable[int]], kwargs: Mapping[str, Any], whole_heads: bool
+) -> tuple[Coupling, tuple[Attention, ...], list[_Cut]]:
+    """The trace, its attentions, and what happens to those that lose heads."""
+    coupling = Coupling.of(model, (), kwargs, whole_heads=whole_heads)
+    parts = anatomy.attentions(model, coupling.record)
+    removed = _removed(parts, heads)
+    cuts = [_cut(coupling, layer, parts[layer], gone) for layer, gone in removed.items()]
+    _check_shared(coupling, parts, cuts, removed)
+    return coupling, parts, cuts
 
 
 def _removed(parts: Sequence[Attention], heads: Mapping[int, Iterable[int]]) -> dict[int, frozenset[int]]:

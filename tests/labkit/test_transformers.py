@@ -429,3 +429,23 @@ def test_models_without_heads_neurons_or_layers_are_told():
 def test_bad_requests_for_neurons_are_told(options, message):
     with pytest.raises(InputError, match=message):
         transformers.prune_ffn(family("bert"), **options)
+
+
+class Packed(nn.Module):
+    """Queries, keys and values of all heads from one product, told apart before the heads are."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.qkv, self.out = 4, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1)).unbind(-2)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        scores = (q @ k.mT / 6**0.5).softmax(-1)
+        return x + self.out((scores @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_of_one_product_for_queries_keys_and_values():
+    torch.manual_seed(0)
+    pruned = transformers.prune_heads(Packed().eval(), {0: [1]}, kwargs={"x": torch.randn(2, 5, 24)})
+    assert pruned.report.equal and pruned.model.heads == 3 and pruned.model.qkv.out_features == 54
