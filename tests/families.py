@@ -62,7 +62,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "modernbert": _build("ModernBertForSequenceClassification", **BERT),
 }
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "neox", "falcon", "olmo2", "codegen")
-DECODERS += ("phi3", "deepseek")
+DECODERS += ("gpt_neo", "phi3", "deepseek")
 GROUPED = ("llama", "qwen2", "qwen3", "mistral", "olmo2")  # two KV heads with two query heads each
 
 
