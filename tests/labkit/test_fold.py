@@ -386,7 +386,7 @@ def test_a_shortcut_behind_the_norm_makes_the_layers_divide_themselves():
     assert difference(model, wrong, x) > 0.1
 
 
-POST_NORM = ("bert", "roberta", "distilbert", "minilm")
+POST_NORM = ("bert", "roberta", "distilbert", "minilm", "roformer")
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
