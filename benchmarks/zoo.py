@@ -68,10 +68,10 @@ Row = dict[str, Any]
 # --- the architectures ------------------------------------------------------------------------------------------------
 
 
-def names() -> list[str]:
-    """timm/<model> and transformers/<type>, of what is installed."""
-    libraries = filter(find_spec, ("timm", "transformers"))
-    return [f"{library}/{name}" for library in libraries for name in ZOO[library]["names"]]
+def names(held_out: bool = False) -> list[str]:
+    """timm/<model> and transformers/<type>, of what is installed: the list, or the held-out sample."""
+    listed = [f"{library}/{name}" for library in ("timm", "transformers") for name in ZOO[library]["names"]]
+    return [name for name in (ZOO["held_out"]["names"] if held_out else listed) if find_spec(name.partition("/")[0])]
 
 
 def build(name: str) -> tuple[nn.Module, tuple, dict[str, Tensor]]:
@@ -478,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=90, help="seconds for a process")
     parser.add_argument("--results", type=Path, help="a file that keeps the rows: those in it are not run again")
     options = parser.parse_args(arguments)
-    models = ZOO["held_out"]["names"] if options.held_out else options.models
+    models = names(held_out=True) if options.held_out else options.models
     survey(models, options.tools, options.limit, options.results)
 
 

@@ -59,9 +59,9 @@ def prune_heads(
             coupling, parts, cuts = _cuts(model, heads, kwargs, whole_heads=False)
         except InputError:
             raise error from None
-    units = {}
+    units, clusters = {}, coupling.clusters()
     for cut in cuts:  # and as many of what only goes along with heads
-        cluster = next(cluster for cluster in coupling.clusters() if cut.group in cluster)
+        cluster = next(cluster for cluster in clusters if cut.group in cluster)
         alike = [group for i in cluster if (group := coupling.groups[i]).units == len(cut.stay)]
         units |= {group.name: [u for u, row in enumerate(cut.stay) if not row] for group in alike}
     plan = _numbered(model, _narrowed(model, channels.plan_units(model, coupling, units), cuts), cuts)

@@ -143,7 +143,7 @@ class Coupling:
             stuck = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
             return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, (why, *_) in stuck.items()})
 
-        def following(coupling: Coupling) -> Coupling:
+        def renumbered(coupling: Coupling) -> Coupling:
             """With numbers that follow a size, or no longer do, one by one as long as the pass comes farther so."""
             stuck = failing(coupling.groups, coupling.clusters(), partial(failure, coupling)).keys()
             clusters = [cluster for cluster in coupling.clusters() if stuck & set(cluster)]
@@ -151,7 +151,7 @@ class Coupling:
                 best, failed = coupling, failure(coupling, [cluster])
                 while failed:
                     after, reached = failed.after, lambda row: row[1].after if row[1] else (math.inf,)
-                    choices = best.choices(model, cluster, failed.module)
+                    choices = best._choices(model, cluster, failed.module)
                     rows = [(choice, failure(choice, [cluster])) for choice in choices]
                     best, failed = max(rows, key=reached, default=(best, failed))
                     if failed and failed.after <= after:
@@ -165,14 +165,14 @@ class Coupling:
         for candidate in (self, numbered, linked, replace(linked, follows=every)):
             if not apart(candidate, candidate.clusters()):
                 return candidate
-        candidates = [pinned(candidate, failure) for candidate in (linked, following(self), numbered)]
+        candidates = [pinned(candidate, failure) for candidate in (linked, renumbered(self), numbered)]
         best = max(candidates, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
         best = pinned(best, apart)
         if not best.groups or failure(best, best.clusters()):
             raise InputError(best._nothing())
         return best
 
-    def choices(self, model: nn.Module, cluster: list[int], name: str) -> list["Coupling"]:
+    def _choices(self, model: nn.Module, cluster: list[int], name: str) -> list["Coupling"]:
         """In each, one number of the module `name` follows a size which did not, or the other way round."""
         gone = self._one_step(cluster)
         module, sizes = model.get_submodule(name), self._sizes(gone)

@@ -178,7 +178,7 @@ def _layout(func: Any, args: tuple, kwargs: tuple) -> Any:
 
 @functools.cache
 def _kind(func: Any) -> str:
-    """ "new" if an operator writes into no operand and gives no view of one, "in place" if it gives its first one."""
+    """What an operator gives: "new" if it writes into no operand and gives no view of one, "in place" if its first."""
     read, (first, *rest) = func._schema.returns, func._schema.arguments
     if all(spec.alias_info is None for spec in (first, *rest, *read)):
         return "new"
