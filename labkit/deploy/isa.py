@@ -76,7 +76,12 @@ def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 300, **en
     environment = child_environment(**environment, OMP_NUM_THREADS=str(torch.get_num_threads()))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "result")
-        sent = pickle.dumps((marshal.dumps(code), function.__defaults__, args, path))
+        try:
+            sent = pickle.dumps((marshal.dumps(code), function.__defaults__, args, path))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"The arguments cannot be sent to a process ({error}): give what can be pickled."
+            ) from None
         try:
             child = subprocess.run(
                 [sys.executable, "-c", _CHILD], input=sent, env=environment, capture_output=True, timeout=timeout_s

@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from labkit.errors import InputError
 from labkit.pruning.coupling import tracing
+from labkit.quantization.subclasses import after_norm
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+NORMED = ("weight", "bias", "running_mean", "running_var")  # what a batch norm holds and reads
 
 # Operators with f(s x) = s f(x), each channel by itself: those that keep the shape, those that work on the last
 # dimensions, those that reduce the dimensions they are told, and views.
@@ -55,6 +59,7 @@ class Route:
 class Dataflow:
     """The operations of a trace, and which of them are layers whose parameters nothing else uses."""
 
+    @torch.inference_mode(False)  # in that mode composite operators arrive whole, and no layer is known by its product
     def __init__(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self.record = record = tracing.record(model, args, kwargs)
         self.operations, self.returned = record.operations, record.returned
@@ -67,6 +72,15 @@ class Dataflow:
         self._shapes = {name: x.shape for name, x in model.named_parameters()}
         self.layers = {n: name for n in range(len(self.operations)) if (name := self._layer(n, model)) is not None}
         self.sources = [source for n in range(len(self.operations)) if (source := self._source(n))]
+
+    def check_compared(self) -> None:
+        """InputError unless the model's output has a number that depends on its input, by which a copy is proved."""
+        made = [self.operations[number].shape for number in self.returned if isinstance(number, int)]
+        if not any(math.prod(shape) for shape in made):
+            raise InputError(
+                "Not one number of the model's output can be compared, so no rewritten copy can be proved to be equal: "
+                "give an example input that is not empty, and a model that returns tensors."
+            )
 
     def _private(self, name: int | str | None) -> bool:
         """Whether it is a parameter that is met by one operation only."""
@@ -111,8 +125,11 @@ class Dataflow:
         pairs = []
         for number, operation in enumerate(self.operations):
             norm, before = model.get_submodule(operation.module), operation.operands[:1]
-            plain = isinstance(norm, nn.modules.batchnorm._BatchNorm) and type(norm).__module__.startswith("torch.nn")
-            if "batch_norm" not in operation.name or not plain or norm.running_mean is None:
+            if "batch_norm" not in operation.name or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                continue
+            held = {f"{operation.module}.{name}".lstrip(".") for name in NORMED}
+            usual = held.issuperset(operation.operands[1:]) and operation.settings[-1:] == (norm.eps,)
+            if not usual or norm.running_mean is None or after_norm(norm) is None:
                 continue
             alone = all(self.readers[x] == [number] for x in operation.operands) and self.returned.isdisjoint(before)
             if alone and before[0] in self.layers:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from labkit import batches as batching
 from labkit.errors import EqualityError, InputError
 from labkit.pruning import coupling, equality, surgery
+from labkit.quantization import calls
 from labkit.quantization.dataflow import Dataflow, Route, Source
+from labkit.quantization.subclasses import after_norm
 
 EXACT = 1e-9  # of the largest output, in float64
 SWEEPS, STILL = 100, 1e-4  # of equalisation over all pairs; log s from which on a sweep changes nothing
@@ -44,14 +46,17 @@ def fold_batch_norm(model: nn.Module, args: Any) -> nn.Module:
     """A copy of `model` in which every batch norm that follows a convolution or Linear is part of it.
 
     In eval mode y = gamma (W x + b - mean) / sqrt(var + eps) + beta: the rows of W times gamma / sqrt(var + eps), and a
-    bias. Jacob et al. 2018 (arXiv:1712.05877), section 3.2, after training. The norm becomes an Identity, and a layer
-    without a bias gets one. A norm stays where it is something else: behind a sum, a concatenation or a transposed
-    convolution, with another reader of the layer's output, with a layer or norm that is used twice, with no running
-    statistics, or over another dimension than the layer's.
+    bias. Jacob et al. 2018 (arXiv:1712.05877), section 3.2, after training. The norm becomes an Identity, or the
+    activation that it ends with (timm's BatchNormAct2d), and a layer without a bias gets one. A norm stays where it is
+    something else: behind a sum, a concatenation or a transposed convolution, with another reader of the layer's
+    output, with a layer or norm that is used twice, with no running statistics, or over another dimension than the
+    layer's.
 
     args: an example input: a tensor, the tuple of all arguments, or a dict of keyword arguments. Raises InputError
-    where the model cannot be traced on it, EqualityError where the copy would compute something else.
+    where the model cannot be traced on it or returns no number, EqualityError where the copy would compute something
+    else.
     """
+    calls.check_model(model)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return surgery.cut(model, {}, {})
     args, kwargs = _call(args)
@@ -69,7 +74,7 @@ def fold_batch_norm(model: nn.Module, args: Any) -> nn.Module:
                 layer.bias = nn.Parameter(layer.weight.new_empty(len(bias)), layer.weight.requires_grad)
             layer.weight.copy_(_by_row(layer.weight.double(), scale))
             layer.bias.copy_(bias)
-            _replace_(new, norm, nn.Identity())
+            _replace_(new, norm, after_norm(norm))
 
     return _rewritten(model, args, kwargs, graph, rewrite_)
 
@@ -142,6 +147,7 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
         raise InputError(
             f"alpha is {alpha!r}, but it must be from 0 (a weight's columns get even) to 1 (the activations do)."
         )
+    calls.check_model(model)
     batches = batching.not_empty(batching.check_batches(batches, "smooth"))
     first = next(batches)
     args, kwargs, _ = batching.split(model, first)
@@ -236,6 +242,8 @@ def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[
     def look(name: str, x: Tensor, _: Tensor) -> None:
         valid = batching.valid_tokens(model, named, name, x)
         x = x.flatten(0, -2)[valid.flatten()].abs().double()
+        if not len(x) and name not in largest:
+            raise InputError(f"There are no values in the input of {name}: begin with a batch that is not empty.")
         if not x.isfinite().all():
             raise InputError(f"There is NaN or infinity in the input of {name}: look for the batch it comes from.")
         largest[name] = torch.cat([largest.get(name, x[:0]), x]).amax(0, keepdim=True)
@@ -244,7 +252,7 @@ def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[
         for batch in batches:
             named = batching.inputs(model, batch)
             args, kwargs, _ = batching.split(model, batch)
-            model(*args, **kwargs)
+            calls.run(model, *args, **kwargs)
     return [largest[name][0] for name in layers]
 
 
@@ -270,6 +278,7 @@ def _rewritten(
     model: nn.Module, args: tuple, kwargs: Mapping, graph: Dataflow, rewrite_: Callable[[nn.Module], None]
 ) -> nn.Module:
     """A copy of `model` after `rewrite_`, which is tried and compared on a float64 copy before."""
+    graph.check_compared()
     exact = surgery.cut(model, {}, {}).double()
     rewrite_(exact)
     report = equality.check(model, exact, graph.record, np.zeros(graph.record.labels.count, dtype=bool), args, kwargs)

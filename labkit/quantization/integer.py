@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from labkit import batches as batching
 from labkit.errors import InputError
+from labkit.quantization import calls
 from labkit.quantization.affine import Grid
 from labkit.quantization.formats import Encoded
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, bypassed, called, is_sum, replaced, weight_grid
@@ -185,7 +185,8 @@ def probe(kernel: IntegerKernel, bits: int = 8) -> str:
         )
     floats = x.float(), w.float()
     if _seconds(run) > TOO_SLOW * _seconds(lambda: reference(*floats, **options)):
-        return f"{name} is a reference loop here, many times slower than float32: give it unsigned activations."
+        advice = "multiply in float32" if kernel.activations == "float" else "give it unsigned activations"
+        return f"{name} is a reference loop here, many times slower than float32: {advice}, or use an engine."
     return ""
 
 
@@ -378,8 +379,15 @@ class Int8Linear(_IntegerLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         product, few, source, target = self.ready()
+        if not input.dim() or input.shape[-1] != self.codes.shape[1]:
+            raise InputError(
+                f"A Linear of integers takes [..., {self.codes.shape[1]}], not {list(input.shape)}: give it as many "
+                "inputs as its weight has columns."
+            )
         x = input.reshape(-1, input.shape[-1])
-        if source is None and few is None:
+        if source is None and not len(x):  # which have no range
+            y = x.float() @ self.weight.t()
+        elif source is None and few is None:
             y = product(x.float(), *_range(x))
         elif source is None and len(x) <= FEW:
             step = x.float().abs().amax(1, keepdim=True).div_(127)
@@ -393,7 +401,7 @@ class Int8Linear(_IntegerLayer):
         else:
             x = x if x.dtype is torch.uint8 else _codes(x, *source, self.highest["input"])
             y = self.clip(product(x, *source, target))
-        return y.view(*input.shape[:-1], -1)
+        return y.view(*input.shape[:-1], len(self.codes))
 
 
 class Int8Conv2d(_IntegerLayer):
@@ -414,8 +422,12 @@ class Int8Conv2d(_IntegerLayer):
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         product, source, target, term = self.ready()
-        if input.dim() != 4:  # the kernel would take it for something else
-            raise InputError(f"A convolution of integers takes [N, C, H, W], not {list(input.shape)}: give it a batch.")
+        channels = self.codes.shape[1] * self.options[-1]
+        if input.dim() != 4 or input.shape[1] != channels:  # the kernel would take it for something else
+            raise InputError(
+                f"A convolution of integers takes [N, C, H, W] with {channels} channels C, not {list(input.shape)}: "
+                "give it such a batch."
+            )
         x = input if input.dtype is torch.uint8 else _codes(input, *source, self.highest["input"])
         return self.clip(product(x, *source, target, other, term))
 
@@ -541,6 +553,7 @@ def convert(model: nn.Module) -> nn.Module:
     side. InputError without quantized layers, for weights that no kernel takes, or if this machine's kernels do not
     pass `probe`.
     """
+    calls.check_model(model)
     layers = {name: x for name, x in model.named_modules() if isinstance(x, FakeQuantized | WeightOnlyLinear)}
     if not layers:
         raise InputError("The model has no quantized layer: call ptq.quantize or weight_only.quantize first.")
@@ -569,6 +582,7 @@ def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
     weights: bits, 2 to 8, per output channel. Activations have 8, see `Int8Linear`, and need no calibration. InputError
     if this machine's kernels do not pass `probe`.
     """
+    calls.check_model(model)
     read = bypassed(model)
     layers = {name: x for name, x in model.named_modules() if type(x) is nn.Linear and x not in read}
     if not layers:
@@ -594,12 +608,17 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     the middle between two codes that the kernel's float32 may round them to either; "wrong" of the different ones, not
     at a tie or more than one code off. It is proved where wrong is 0; the others are reported, not tolerated. Of a
     layer that gives float32 "codes" is 0, and "wrong" and "different" count numbers that are further off than their
-    roundings. Layers that quantize as they go (dynamic) are left out.
+    roundings. Layers that quantize as they go (dynamic) are left out. InputError for a model without integer layers,
+    and for a batch with NaN or infinity, or without a number that a layer could be compared on.
     """
+    calls.check_model(model)
+    named = calls.inputs(model, batch)
     rows, terms = [], {}
 
     def before(layer: _IntegerLayer | PackedLinear, args: tuple, kwargs: dict[str, Tensor]) -> None:
         terms[layer] = [arg.clone() for arg in (*args, *kwargs.values())]  # a sum overwrites its term
+        if not all(x.isfinite().all() for x in terms[layer]):
+            raise InputError("A layer of integers gets NaN or infinity, for which there is no code: give other data.")
 
     def after(name: str, layer: _IntegerLayer | PackedLinear, _: tuple, y: Tensor) -> None:
         rows.append({"layer": name} | layer.compare(y, *terms.pop(layer)))
@@ -609,7 +628,7 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
             if isinstance(layer, PackedLinear) or (isinstance(layer, _IntegerLayer) and "input" in layer.highest):
                 hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(partial(after, name)).remove)
-        model(**batching.inputs(model, batch))
+        calls.run(model, **named)
     if not rows:
         raise InputError("The model has no integer layer but such as quantize as they go: convert one that has.")
     return rows

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.errors import InputError, check_choice
+from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import affine
 
 BINS = 4096  # of the histogram, half of them below 0: 16 for each of 256 codes
@@ -31,6 +31,7 @@ class Observer:
 
     def __init__(self, name: str, bits: int = 8, where: str = "the activation") -> None:
         check_choice(name, RANGES, "observer")
+        check_whole(bits, "bits", 2, 8)
         self.name, self.bits, self.where = name, bits, where
         self.extremes: list[tuple[float, float]] = []  # of each tensor
         self.counts = np.zeros(BINS, dtype=np.int64)
@@ -47,7 +48,13 @@ class Observer:
         return np.arange(-BINS // 2, BINS // 2 + 1) * self.width
 
     def observe(self, x: Tensor) -> None:
-        """Counts in all values of x. InputError where it has none, or NaN or infinity among them."""
+        """Counts in all values of x.
+
+        InputError where it has none, or NaN or infinity among them, and for what is no dense tensor of real numbers.
+        """
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_complex() or x.is_meta:
+            kind = f"{x.layout}, {x.dtype}, on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"What {self.where} gets is no dense tensor of real numbers ({kind}): give it such.")
         x = x.detach()
         if not x.numel():
             raise InputError(f"There are no values in {self.where}, of shape {list(x.shape)}: calibrate on others.")

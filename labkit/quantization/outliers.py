@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import InputError
-from labkit.quantization import affine
+from labkit.quantization import affine, calls
 from labkit.quantization.ptq import replaced, weight_grid
 
 THRESHOLD = 6.0  # of a magnitude, from which on a column is an outlier
@@ -41,11 +41,17 @@ class OutlierSplit(nn.Module):
 def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
     """SIMULATED: a copy of `model` whose Linears are `OutlierSplit` with the paper's threshold.
 
-    ignore: names of Linears that stay, as a language model's head does in the paper.
+    ignore: names of Linears that stay, as a language model's head does in the paper. InputError for others, and for a
+        model without a Linear.
     """
+    calls.check_model(model)
+    ignore = (ignore,) if isinstance(ignore, str) else ignore
     layers = [name for name, x in model.named_modules() if type(x) is nn.Linear]
     if unknown := set(ignore) - set(layers):
-        raise InputError(f"There is no Linear {min(unknown)!r} to ignore: take a name of the model's named_modules().")
+        name = next(iter(unknown))
+        raise InputError(f"There is no Linear {name!r} to ignore: take a name of the model's named_modules().")
+    if not layers:
+        raise InputError("The model has no nn.Linear whose outliers could be split off: give one that has.")
     model = copy.deepcopy(model)
     for name in layers:
         if name not in ignore:

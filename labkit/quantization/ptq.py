@@ -11,11 +11,13 @@ something where it rounds what an integer engine rounds, and nothing else. Hence
    for all that read it. To leave the shortcut in float32 is the usual mistake, and 7 % of a ResNet's codes are others.
 3. Where the graph of the model cannot be traced there are no points: each layer rounds its own input (rule 1).
 
-BatchNorm is folded first. `integer.convert` has the integers, `qat` trains the same modules.
+BatchNorm is folded first, or stays in float32 where the forward pass cannot be followed, as where it branches on a
+value; the plan says so. `integer.convert` has the integers, `qat` trains the same modules.
 """
 
 import copy
 import itertools
+import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +31,13 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from labkit import batches as batching
-from labkit.errors import InputError, check_whole
+from labkit.errors import EqualityError, InputError, check_whole
+from labkit.pruning import surgery
 from labkit.pruning.coupling.tracing import outputs
-from labkit.quantization import affine, fold
+from labkit.quantization import affine, calls, fold
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
+from labkit.quantization.subclasses import is_plain
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 FIRST = 4  # examples of the first batch that folding and the graph are proved on, and that the report compares
@@ -175,13 +179,14 @@ def quantize(
     weights, activations: bits, 2 to 8, or {name: bits} of layers and of modules whose layers get them, the innermost
         name first; "" is the whole model, with 8 bits where it is not named. A point has the whole model's bits.
     observer: how a range follows from what was observed, a row of `observers.RANGES`.
-    ignore: names of layers, or of modules whose layers, stay float32.
+    ignore: names of layers, or of modules whose layers, stay float32; "" is the whole model.
 
     The copy runs in eval mode, on `model`'s device. InputError for bits, names, observers and batches that cannot be
     used, for NaN or constant activations, and for a model without a layer to quantize.
     """
+    calls.check_model(model)
     widths, precisions = _widths(weights, "weights"), _widths(activations, "activations")
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    ignore = _names(ignore)
     modules = dict(model.named_modules())
     if unknown := [name for name in (*widths, *precisions, *ignore) if name not in modules]:
         raise InputError(f"There is no module {unknown[0]!r} in the model: take a name of its named_modules().")
@@ -190,17 +195,17 @@ def quantize(
     first = next(checked)
 
     with torch.no_grad(), batching.evaluating(model):
-        named = _few(batching.inputs(model, first))
-        new = fold.fold_batch_norm(model, named).eval()
-        refused = _refused(new, ignore)
-        layers = [name for name, x in new.named_modules() if _is_plain(x) and name not in refused]
+        named = calls.few(model, calls.inputs(model, first), FIRST)
+        new, unfolded = _folded(model, named)
+        refused = _refused(new, ignore, unfolded)
+        layers = [name for name, x in new.named_modules() if name not in refused and is_plain(x)]
         for kind, named_bits in {"weights": widths, "activations": precisions}.items():
             if strange := [name for name in named_bits if name and not any(_is_within(x, name) for x in layers)]:
                 raise InputError(
                     f"{kind} has bits for {strange[0]!r}, which is not quantized "
                     f"({refused.get(strange[0], 'it is no Linear and no Conv2d')}): name layers that are."
                 )
-        traced = _trace(new, named)
+        traced = _trace(new, named, layers)
         new, points = (new, []) if traced is None else (traced, _insert_points(traced, layers))
         observers = _observe(new, layers, points, itertools.chain([first], checked), observer, precisions)
         for name in [name for name in layers if not observers[name].extremes]:
@@ -247,6 +252,13 @@ def _widths(bits: int | Mapping[str, int], kind: str) -> dict[str, int]:
     return {"": 8, **bits} if isinstance(bits, Mapping) else {"": bits}
 
 
+def _names(ignore: Collection[str]) -> tuple[str, ...]:
+    names = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else tuple(ignore)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"ignore is {ignore!r}, but it must hold names of modules: take them of named_modules().")
+    return names
+
+
 def _width(widths: Mapping[str, int], name: str) -> int:
     """Of the innermost module of `widths` in which this layer is."""
     while name not in widths:
@@ -255,7 +267,7 @@ def _width(widths: Mapping[str, int], name: str) -> int:
 
 
 def _is_within(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
+    return not part or name == part or name.startswith(f"{part}.")
 
 
 def weight_grid(layer: nn.Module, bits: int) -> Grid:
@@ -265,9 +277,12 @@ def weight_grid(layer: nn.Module, bits: int) -> Grid:
     return affine.choose(rows.amin(1).view(shape), rows.amax(1).view(shape), bits)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """A Linear or Conv2d that computes what these compute; a subclass may differ."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, nn.Conv2d))
+def _folded(model: nn.Module, named: Mapping[str, Any]) -> tuple[nn.Module, str]:
+    """(a copy in eval mode with batch norms folded, ""), or, where no copy can be proved, (one as it is, why)."""
+    try:
+        return fold.fold_batch_norm(model, named).eval(), ""
+    except (InputError, EqualityError) as error:
+        return surgery.cut(model, {}, {}).eval(), calls.reason(error)
 
 
 def bypassed(model: nn.Module) -> set[nn.Module]:
@@ -276,8 +291,11 @@ def bypassed(model: nn.Module) -> set[nn.Module]:
     return {layer for x in encoders for layer in (x.linear1, x.linear2)}
 
 
-def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
-    """{name: why it stays float32}, of layers with weights. InputError for a weight with NaN."""
+def _refused(model: nn.Module, ignore: Sequence[str], unfolded: str) -> dict[str, str]:
+    """{name: why it stays float32}, of layers with weights. InputError for a weight with NaN.
+
+    unfolded: why batch norms were not folded, "" where they were.
+    """
     refused, read = {}, bypassed(model)
     for name, module in model.named_modules():
         if not isinstance(module, (*WEIGHTED, nn.modules.batchnorm._BatchNorm)):
@@ -286,7 +304,9 @@ def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
             refused[name] = "it is ignored"
         elif module in read:
             refused[name] = "nn.TransformerEncoderLayer reads its weight without calling it"
-        elif not _is_plain(module):
+        elif unfolded and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            refused[name] = f"no layer could take it in ({unfolded})"
+        elif not is_plain(module):
             refused[name] = f"a {type(module).__name__} has no integer kernel, and no layer took it in"
         elif module.weight.dtype is not torch.float32:
             refused[name] = f"its weight is {module.weight.dtype}, and only float32 is quantized"
@@ -294,6 +314,8 @@ def _refused(model: nn.Module, ignore: Sequence[str]) -> dict[str, str]:
             refused[name] = f"it pads with {module.padding_mode!r}, and a kernel pads with the zero point"
         elif isinstance(module, nn.Conv2d) and _uneven(module):
             refused[name] = "it pads more on one side, which no kernel does"
+        elif not module.weight.numel():
+            refused[name] = f"its weight {list(module.weight.shape)} has no numbers"
         elif not module.weight.isfinite().all():
             raise InputError(f"The weight of {name!r} has NaN or infinity: load other weights, or ignore it.")
     return refused
@@ -304,20 +326,24 @@ def _uneven(layer: nn.Conv2d) -> bool:
     return pad[0] != pad[1] or pad[2] != pad[3]
 
 
-def _few(named: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `FIRST` examples of a batch; all of it if its tensors are not equally long, as positions of tokens may be."""
-    lengths = {len(x) if x.dim() else 0 for x in named.values() if isinstance(x, Tensor)}
-    if len(lengths) != 1:
-        return named
-    return {name: x[:FIRST] if isinstance(x, Tensor) else x for name, x in named.items()}
+class _LeafTracer(fx.Tracer):
+    """Leaves calls of `layers`, subclasses of torch's too, as calls of modules."""
+
+    def __init__(self, layers: Collection[str]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return name in self.layers or super().is_leaf_module(module, name)
 
 
-def _trace(model: nn.Module, named: Mapping[str, Any]) -> fx.GraphModule | None:
+def _trace(model: nn.Module, named: Mapping[str, Any], layers: Collection[str]) -> fx.GraphModule | None:
     """The model as a graph that computes the same for the first batch, with the shapes of its values; or None."""
-    if _is_plain(model):
+    if is_plain(model):
         return None
+    expected = outputs(calls.run(model, **named))
     try:
-        traced = fx.symbolic_trace(model)
+        traced = fx.GraphModule(model, _LeafTracer(layers).trace(model))
         for node in traced.graph.nodes:
             if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
                 node.replace_all_uses_with(node.all_input_nodes[0])  # where a BatchNorm was
@@ -325,11 +351,11 @@ def _trace(model: nn.Module, named: Mapping[str, Any]) -> fx.GraphModule | None:
         traced.recompile()
         places = [node for node in traced.graph.nodes if node.op == "placeholder"]
         values = [named.get(node.target, node.args[0] if node.args else None) for node in places]
-        pairs = zip(outputs(model(**named)), outputs(ShapeProp(traced).propagate(*values)), strict=True)
+        pairs = list(zip(expected, outputs(ShapeProp(traced).propagate(*values)), strict=True))
         same = all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
     except Exception:  # a forward pass may do to a stand-in for a tensor whatever Python can do
         return None
-    return traced if same else None
+    return traced if same and any(a.numel() for a, _ in pairs) else None
 
 
 def _insert_points(traced: fx.GraphModule, layers: Collection[str]) -> list[str]:
@@ -404,7 +430,7 @@ def _observe(
 
     with batching.watching(model, names, lambda name, x, _: observers[name].observe(x)):
         for batch in batches:
-            model(**batching.inputs(model, batch))
+            calls.run(model, **calls.inputs(model, batch))
     return observers
 
 
@@ -416,7 +442,7 @@ def _seen(model: nn.Module, layers: Sequence[str], named: Mapping[str, Any]) -> 
         seen[name] = x[:FIRST].clone(), result[:FIRST].clone()
 
     with batching.watching(model, layers, keep):
-        model(**named)
+        calls.run(model, **named)
     return seen
 
 
@@ -435,7 +461,15 @@ def sensitivity(calibrated: Calibrated, batches: Iterable, *, bits: Sequence[int
     """Rows "layer", "bits", "bytes", "db": the model's output against float32's if this layer alone is quantized.
 
     bits: of the weight; its input has the calibrated grid. bytes: codes packed without gaps, and float32 scales.
+    InputError for anything but `quantize`'s result, for bits that are not 2 to 8, and for a model that returns no
+    number.
     """
+    if not isinstance(calibrated, Calibrated):
+        raise InputError(f"calibrated is a {type(calibrated).__name__}, but it must be what ptq.quantize returns.")
+    if not isinstance(bits, Sequence) or not bits:
+        raise InputError(f"bits is {bits!r}, but it must be a list of the widths to try, such as (8, 4).")
+    for width in bits:
+        check_whole(width, "bits", 2, 8)
     batches = list(batching.not_empty(batching.check_batches(batches, "sensitivity")))
     model = copy.deepcopy(calibrated.model)
     fakes = {name: x for name, x in model.named_modules() if isinstance(x, FakeQuantized)}
@@ -445,8 +479,11 @@ def sensitivity(calibrated: Calibrated, batches: Iterable, *, bits: Sequence[int
         model.set_submodule(name, nn.Identity())
 
     def run(model: nn.Module) -> Tensor:
-        results = (outputs(model(**batching.inputs(model, batch)))[0] for batch in batches)
-        return torch.cat([x.flatten() for x in results])
+        results = [outputs(calls.run(model, **calls.inputs(model, batch))) for batch in batches]
+        first = [tensors[0].flatten() for tensors in results if tensors]
+        if not first:
+            raise InputError("The model returns no tensor whose noise could be measured: give a part of it that does.")
+        return torch.cat(first)
 
     rows = []
     with torch.no_grad(), batching.evaluating(model):
@@ -464,8 +501,13 @@ def allocate(rows: Sequence[Mapping[str, Any]], budget: int) -> dict[str, int]:
     """{layer: bits}, for `quantize(weights=)`: of `sensitivity`'s rows one a layer, with the least noise in `budget`.
 
     The noise of layers is taken to add up. A knapsack with one item of each class, solved exactly (scipy's HiGHS).
-    InputError, with the least bytes there are, if the budget is too small.
+    InputError, with the least bytes there are, if the budget is too small; and for rows that are no `sensitivity`'s.
     """
+    if not rows or any(not {"layer", "bits", "bytes", "db"} <= row.keys() for row in rows):
+        raise InputError("rows must have a layer, bits, bytes and db each, at least one: give those of sensitivity.")
+    if any(math.isnan(row["db"]) or row["db"] == -math.inf for row in rows):
+        raise InputError("The noise of a row is NaN or infinite: measure it on other batches.")
+    check_whole(budget, "budget", 0)
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     size = np.array([row["bytes"] for row in rows])
     noise = np.array([10 ** (-row["db"] / 10) for row in rows])

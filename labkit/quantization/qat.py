@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from labkit import training
 from labkit.errors import InputError, check_choice
-from labkit.quantization import affine, ptq
+from labkit.quantization import affine, calls, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import MOMENTUM
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, Quantizer
@@ -68,6 +68,7 @@ def freeze(model: nn.Module) -> None:
 
     Late in training: a range that follows the last batches ends where these happened to be.
     """
+    calls.check_model(model)
     for quantizer in [x for x in model.modules() if isinstance(x, _Learning)]:
         quantizer.frozen = True
         quantizer.requires_grad_(False)

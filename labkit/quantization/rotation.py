@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit import batches as batching
-from labkit.errors import EqualityError, InputError
+from labkit.errors import EqualityError, InputError, check_whole
 from labkit.pruning import anatomy
+from labkit.quantization import calls
 
 READERS = {  # of the residual stream, by the norm before them
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -61,6 +62,7 @@ def rotate(model: nn.Module, *, online: bool = False) -> nn.Module:
     Gemma's 1 + w), norms after a branch, experts, half precision. Memory: the copy, and 4096 rows of a weight in
     float64.
     """
+    calls.check_model(model)
     _check_build(model)
     new = copy.deepcopy(model)
     embedding, head, layers = new.model.embed_tokens, new.lm_head, new.model.layers
@@ -102,6 +104,9 @@ def hadamard(n: int, seed: int | None = None) -> Tensor:
 
     seed: of random signs of the rows, without which a constant input stays in one channel; None: no signs.
     """
+    check_whole(n, "n")
+    if seed is not None:
+        check_whole(seed, "seed", 0)
     draw = torch.Generator().manual_seed(seed or 0)
     power = n & -n
     odd = n // power

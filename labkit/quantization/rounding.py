@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from labkit.errors import InputError, check_whole
+from labkit.quantization import calls
 from labkit.quantization.affine import Grid
 
 STRETCH = (-0.1, 1.1)  # of the sigmoid, so that 0 and 1 are reached (gamma and zeta)
@@ -82,6 +83,11 @@ def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
 
     weight: in the shape of the layer's, dequantized. mean [in]: of the layer's inputs over examples and positions.
     """
+    _check_layer(layer)
+    if not isinstance(weight, Tensor) or not isinstance(mean, Tensor):
+        raise InputError("weight and mean must be tensors: make them with torch.as_tensor.")
+    if not weight.isfinite().all() or not mean.isfinite().all():
+        raise InputError("The weight or the mean holds NaN or infinity: look for the batch that it comes from.")
     groups = getattr(layer, "groups", 1)
     if weight.shape != layer.weight.shape or mean.shape != (layer.weight.shape[1] * groups,):
         raise InputError(
@@ -94,13 +100,27 @@ def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
     return (bias - shift.flatten()).to(layer.weight.dtype)
 
 
+def _check_layer(layer: object) -> None:
+    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise InputError(
+            f"This rounds a Linear or a convolution, but layer is a {type(layer).__name__}: give such a one."
+        )
+
+
 def _check(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, steps: int) -> None:
     check_whole(steps, "steps")
-    if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or grid.scale.dim() > layer.weight.dim():
+    _check_layer(layer)
+    fits = isinstance(grid, Grid) and grid.scale.dim() <= layer.weight.dim()
+    if not fits or grid.scale.numel() not in (1, *grid.scale.shape[:1]) or len(layer.weight) % grid.scale.numel():
+        scale = list(grid.scale.shape) if isinstance(grid, Grid) else None
         raise InputError(
-            f"AdaRound rounds a Linear or convolution on a grid without groups, but this is {type(layer).__name__} "
-            f"with a scale of {list(grid.scale.shape)}: give one scale for each output channel, or one for all."
+            f"AdaRound rounds a layer of {len(layer.weight)} outputs on a Grid without groups, but grid is a "
+            f"{type(grid).__name__} with a scale of {scale}: give one scale for each output channel, or one for all."
         )
+    for name, x in {"inputs": inputs, "outputs": outputs}.items():
+        if not isinstance(x, Tensor) or x.dtype != layer.weight.dtype or not x.dim():
+            kind = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise InputError(f"{name} is {kind}, but it must be a tensor [N, ...] of {layer.weight.dtype}.")
     if not len(inputs) or len(inputs) != len(outputs):
         raise InputError(
             f"There are {len(inputs)} inputs and {len(outputs)} outputs, but each input needs what the layer should "
@@ -108,3 +128,10 @@ def _check(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, steps:
         )
     if not inputs.isfinite().all() or not outputs.isfinite().all():
         raise InputError("The inputs or outputs hold NaN or infinity: look for the batch that they come from.")
+    with torch.no_grad():
+        given = calls.run(layer, inputs[:1])
+    if given.shape[1:] != outputs.shape[1:]:
+        raise InputError(
+            f"An output is {list(outputs.shape[1:])}, but the layer gives {list(given.shape[1:])} for an input: give "
+            "those of this layer."
+        )

@@ -23,7 +23,7 @@ from labkit.errors import InputError, check_choice, check_whole
 from labkit.hessians import check_layer, hessian, inverse_factor, sum_over_rows, wide
 from labkit.pruning.select import Weight, inside, named_parts, prunable
 from labkit.pruning.unstructured import make_permanent, masks
-from labkit.quantization import affine, fold, formats, ptq
+from labkit.quantization import affine, calls, fold, formats, ptq
 from labkit.quantization.affine import Grid, Quantized
 from labkit.quantization.dataflow import Dataflow, Route, Source
 from labkit.quantization.formats import Encoded
@@ -118,6 +118,7 @@ def quantize(
     InputError, before anything is changed, for arguments out of range, a group_size that does not divide (it names the
     divisors), weights with NaN, missing batches, and a block with other weights than Linears that ignore does not name.
     """
+    calls.check_model(model)
     check_choice(method, METHODS, "method")
     check_whole(bits, "bits", 2, 8)
     affine.choose(torch.zeros(1), torch.ones(1), bits, symmetric=symmetric)  # which knows the conventions
@@ -125,6 +126,7 @@ def quantize(
         raise InputError(f"{method} has 4 bits, but bits is {bits}: leave it at 4, or take another method.")
     if method in WALKS:
         batches = list(not_empty(check_batches(batches, method)))
+        _check_run(model, batches)
     size = formats.FORMATS[method].block if method in formats.FORMATS else group_size
     names = list(_weights(model, ignore, size))
     keep = masks(model)
@@ -146,6 +148,15 @@ def quantize(
         new = ptq.replaced(new, name.rpartition(".")[0], layer)
         del weights[name], every[name]
     return new
+
+
+def _check_run(model: nn.Module, batches: Sequence) -> None:
+    """InputError for a batch without examples, and if the model does not run on the first."""
+    for batch in batches:
+        calls.inputs(model, batch)
+    args, kwargs, _ = split(model, batches[0])
+    with torch.no_grad(), evaluating(model):
+        calls.run(model, *args, **kwargs)
 
 
 def _weights(model: nn.Module, ignore: Collection[str], size: int | None) -> dict[str, Weight]:
@@ -242,8 +253,12 @@ def dequantize(weight: Quantized | Encoded) -> Tensor:
 def rtn(weight: Tensor, bits: int = 4, *, group_size: int | None = 64, symmetric: bool | str = False) -> Quantized:
     """`weight` [out, in] rounded to the nearest points of a grid for each row and group, with scales in float16.
 
-    Codes [out, in], scales [out, groups, 1]. The arguments are those of `quantize`.
+    Codes [out, in], scales [out, groups, 1]. The arguments are those of `quantize`. InputError for what is no matrix of
+    floating-point numbers.
     """
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        kind = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise InputError(f"weight is {kind}, but it must be floating-point numbers [out, in], at least one.")
     grid = _grid(weight, bits, group_size, symmetric)
     return Quantized(grid.quantize(weight), grid)
 
@@ -295,6 +310,11 @@ def gptq(
     check_layer(weight, hessian)
     width = weight.shape[1]
     size = _size(width, group_size)
+    if mask is not None and (mask.shape != weight.shape or mask.dtype is not torch.bool):
+        raise InputError(
+            f"mask is {mask.dtype} {list(mask.shape)}, but it must be torch.bool {list(weight.shape)}, in the weight's "
+            "shape: give True where a weight stays."
+        )
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(width, device=diagonal.device)
     group_of = (order // size).tolist()
@@ -334,7 +354,13 @@ def awq(weights: Sequence[Tensor], hessian: Tensor, magnitude: Tensor, round_: C
     hessian: H = X^T X [in, in] of the inputs that all of them read. round_: Q, a weight to its points. As in the
     published code s is divided by the root of the product of its extremes, and alpha = 0, so s = 1, is tried first.
     """
-    check_layer(weights[0], hessian)
+    for weight in weights:
+        check_layer(weight, hessian)
+    if not weights or magnitude.shape != hessian.shape[:1]:
+        raise InputError(
+            f"There are {len(weights)} weights and {list(magnitude.shape)} magnitudes for a Hessian of "
+            f"{list(hessian.shape)}: give a weight at least, and one magnitude an input."
+        )
     best, least = torch.ones_like(magnitude), torch.inf
     relative = magnitude / magnitude.mean().clamp(min=torch.finfo(magnitude.dtype).tiny)
     for step in range(STEPS):

@@ -343,9 +343,9 @@ def test_an_example_that_does_not_fit_is_one_sentence(args, what):
 @pytest.mark.parametrize(
     ("wrap", "what"),
     [
-        (nn.DataParallel, "prune model.module"),
-        (lambda model: torch.jit.trace(model, torch.randn(2, 6)), "prune the eager module"),
-        (lambda model: nn.Sequential(torch.jit.script(nn.Linear(6, 6)), model), "prune the eager module"),
+        (nn.DataParallel, "give model.module"),
+        (lambda model: torch.jit.trace(model, torch.randn(2, 6)), "give the eager module"),
+        (lambda model: nn.Sequential(torch.jit.script(nn.Linear(6, 6)), model), "give the eager module"),
         (lambda model: nn.Sequential(nn.LazyLinear(6), model), "lazy"),
     ],
 )

@@ -8,15 +8,17 @@ import sys
 from unittest import mock
 
 import families
+import hardware
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from hardware import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labkit import artifact, datasets, machine, models
+from labkit import artifact, datasets, models
 from labkit.errors import InputError
 from labkit.files import ROOT
 from labkit.pruning.coupling import tracing
@@ -24,7 +26,7 @@ from labkit.quantization import affine, formats, integer, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.weight_only import SCALE, WeightOnlyLinear
 
-vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with AVX-512 VNNI")
+vnni, vectors = needs("vnni"), needs("vectors")
 EPS = 2**-22  # of what is added up in float32, some roundings
 
 
@@ -68,6 +70,7 @@ def check_codes(layer, y, x, other=None):
 
 
 @vnni
+@vectors
 def test_this_machine_has_every_kernel():
     assert set(integer.available().values()) == {"ready"}
 
@@ -111,13 +114,14 @@ def test_a_kernel_that_adds_pairs_in_int16_is_refused():
     assert result["usual"] == 1.0  # why nobody notices
 
 
+@vnni
 def test_signed_activations_are_refused_as_a_reference_loop():
     def signed(codes, scale):
         run = integer._qlinear(codes, scale)
         return lambda x: run(x.to(torch.int8))
 
     reason = integer.probe(integer.IntegerKernel(signed, "s8"))
-    if "amx" in machine.fingerprint("cpu").features:  # whose tiles multiply signed codes as well
+    if hardware.has("amx"):  # whose tiles multiply signed codes as well
         assert not reason
     else:
         assert "reference loop" in reason and "unsigned" in reason
@@ -128,6 +132,13 @@ def test_a_kernel_that_is_not_there_says_so():
         return lambda *_: torch.ops.onednn.no_such_product()
 
     assert "does not run in torch" in integer.probe(integer.IntegerKernel(missing, "u8"))
+
+
+@pytest.mark.skipif(hardware.has("vectors"), reason="needs torch's own kernels without vector instructions")
+def test_a_kernel_without_vectors_is_refused_with_what_to_do_instead():
+    """It is the weights alone that are codes, so that other activations would not help."""
+    with pytest.raises(InputError, match=r"reference loop here, .*: multiply in float32, or use an engine\.$"):
+        integer.convert(weight_only(16, 64, 4, 64))
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -585,6 +596,7 @@ def test_the_ends_of_float32_are_a_range_or_refused(few):
         integer.convert_dynamic(nn.Linear(2, 3))(torch.tensor([[3e38, -3e38]] * 3))
 
 
+@vnni
 @torch.no_grad()
 def test_sums_that_can_leave_int32_are_refused():
     """66,311 products of 255 x 127 fit; beyond, oneDNN's sum comes out negative."""
@@ -659,6 +671,7 @@ FOUR = [  # rows, columns, bits, group, symmetric
 EIGHT = [(5, 64, 8, 64, True), (64, 576, 8, 576, "full"), (7, 48, 6, 48, "signed"), (24, 32, 4, 32, True)]
 
 
+@vectors
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("case", FOUR + EIGHT, ids=str)
 @torch.no_grad()
@@ -674,6 +687,7 @@ def test_a_packed_layer_is_its_rounded_operands_in_float64(case, rows):
     assert torch.equal(real(x[None]), y[None])
 
 
+@vectors
 @pytest.mark.parametrize("case", [FOUR[0], FOUR[4], EIGHT[1]], ids=str)
 @torch.no_grad()
 def test_the_proof_sees_what_a_wrong_kernel_does(case):
@@ -700,6 +714,7 @@ def test_the_proof_sees_what_a_wrong_kernel_does(case):
         assert wrong((grouped * scale).flatten(1)) > 0.3  # without one: 8 is that of many groups
 
 
+@vectors
 @torch.no_grad()
 def test_a_model_of_few_bits_becomes_real_and_is_proved():
     model = families.family("llama")
@@ -728,6 +743,7 @@ def test_a_model_of_few_bits_becomes_real_and_is_proved():
     assert [row["layer"] for row in integer.prove(real, inputs) if row["wrong"]] == ["model.layers.1.mlp.gate_proj"]
 
 
+@vectors
 @torch.no_grad()
 def test_loading_other_codes_makes_the_kernels_layout_anew():
     layer, x = weight_only(16, 64, 4, 64), torch.randn(2, 64)
@@ -739,6 +755,7 @@ def test_loading_other_codes_makes_the_kernels_layout_anew():
     assert torch.equal(real(x), z)
 
 
+@vectors
 @torch.no_grad()
 def test_a_bfloat16_model_and_a_slice_of_memory_are_multiplied_as_well():
     """The int8 kernel loads what it takes for aligned."""

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hardware import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,9 +18,7 @@ from labkit.errors import InputError
 from labkit.quantization import affine, integer, ptq, qat
 from labkit.quantization.affine import Grid
 
-vnni = pytest.mark.skipif(
-    any(integer.available()[name] != "ready" for name in ("qlinear", "qconv")), reason="no kernel multiplies as int64"
-)
+vnni = needs("vnni")
 
 
 class Residual(nn.Module):
@@ -271,6 +270,7 @@ def test_layers_that_read_the_same_value_keep_one_grid(method):
         assert torch.equal(at["a"].fake_input(x), x) and not torch.equal(at["b"].fake_input(x), x)
 
 
+@vnni
 def test_a_model_without_a_graph_and_a_layer_that_is_called_twice():
     class Branching(nn.Module):
         def __init__(self) -> None:

@@ -214,7 +214,7 @@ class Abstract(TorchDispatchMode):
         if touched and (name in DATA_DEPENDENT or (name == "index" and unknown)):
             raise InputError(
                 f"The forward pass depends on the values of its activations ({name} in {self.where()}), so that what "
-                "hangs together may change from input to input: prune a part of the model that does not."
+                "hangs together may change from input to input: give a part of the model that does not."
             )
         if masks and touched and not unknown:
             args = (args[0], _numbered(args[1]), *args[2:])
@@ -239,7 +239,7 @@ class Abstract(TorchDispatchMode):
         except NotImplementedError as error:
             reason = str(error).splitlines()[0].split(". ")[0]
             raise InputError(
-                f"The operator {name} in {self.where()} cannot run without data ({reason}): prune a part of the model "
+                f"The operator {name} in {self.where()} cannot run without data ({reason}): give a part of the model "
                 "that does without it."
             ) from error
 
@@ -440,9 +440,9 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: 
     if not isinstance(model, nn.Module):
         raise InputError(f"What is traced is a {type(model).__name__}, but it must be a torch.nn.Module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise InputError(f"The model is wrapped in {type(model).__name__}: prune model.module, and wrap the result.")
+        raise InputError(f"The model is wrapped in {type(model).__name__}: give model.module, and wrap the result.")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise InputError("The model is scripted or traced: prune the eager module that it was made from.")
+        raise InputError("The model is scripted or traced: give the eager module that it was made from.")
     constants = frozenset(name for name, _ in model.named_buffers())
     result = Record(constants=constants, **options)
     lifted = _lift(model, result)
@@ -514,4 +514,4 @@ def _failure(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: Ex
             f"The model does not run on the example input ({first_line(real)}): give args and kwargs as in "
             "model(*args, **kwargs)."
         )
-    return f"The forward pass cannot be followed without data ({first_line(error)}): prune a part of the model."
+    return f"The forward pass cannot be followed without data ({first_line(error)}): give a part of the model."

@@ -1,0 +1,77 @@
+"""Models and batches as a caller gives them: checked before any work, and a run that fails is told in one sentence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labkit import batches as batching
+from labkit.errors import InputError, LabError
+from labkit.pruning.coupling.tracing import first_line
+
+
+def check_model(model: object) -> None:
+    """InputError unless `model` is an eager torch.nn.Module whose weights are in memory."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, but it must be a torch.nn.Module: give the model itself.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(f"The model is wrapped in {type(model).__name__}: give model.module, and wrap the result.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("The model is scripted or traced: give the eager module that it was made from.")
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's wrapper
+        raise InputError("The model is compiled by torch.compile: give the eager model, and compile the result.")
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(x):
+            raise InputError(f"{name} has no shape yet, as its layer is lazy: run the model once on its inputs first.")
+        if x.is_meta:
+            raise InputError(f"{name} is on the meta device, where weights have no numbers: load the model first.")
+
+
+def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """`batches.inputs` of a batch that has examples; InputError for an empty batch, and for too many arguments."""
+    try:
+        named = batching.inputs(model, batch)
+    except TypeError as error:
+        raise InputError(
+            f"A batch does not fit {type(model).__name__}.forward ({first_line(error)}): give what the model is called "
+            "with, a tuple of arguments or a dict of keyword arguments."
+        ) from error
+    tensors = [x for x in named.values() if isinstance(x, Tensor)]
+    if tensors and not any(x.numel() for x in tensors):
+        raise InputError(f"A batch of shape {list(tensors[0].shape)} has no examples: leave it out, or give others.")
+    return named
+
+
+def few(model: nn.Module, named: Mapping[str, Any], count: int) -> Mapping[str, Any]:
+    """The first `count` examples of a batch; all of it if its tensors are not equally long, as positions may be, or the
+    model does not run on a part of it, as on a part of a graph. InputError if it does not run on all of it."""
+    tensors = [x for x in named.values() if isinstance(x, Tensor)]
+    lengths = {len(x) if x.dim() else 0 for x in tensors}
+    if len(lengths) == 1 and all(x.layout is torch.strided for x in tensors):
+        part = {name: x[:count] if isinstance(x, Tensor) else x for name, x in named.items()}
+        try:
+            run(model, **part)
+            return part
+        except InputError:
+            pass
+    run(model, **named)
+    return named
+
+
+def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the model gives for these arguments; InputError, with the model's own words, where it fails."""
+    try:
+        return model(*args, **kwargs)
+    except LabError:
+        raise
+    except Exception as error:  # a forward pass can fail in any way
+        raise InputError(
+            f"The model does not run on a batch ({type(error).__name__}: {first_line(error)}): give batches as in "
+            "model(*batch) or model(**batch), on the model's device and in its dtype."
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """What was wrong, of a sentence that goes on with what to do."""
+    return str(error).rpartition(": ")[0] or str(error)
