@@ -48,7 +48,7 @@ def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor
     """Inside, each call of a module of these names, which takes one tensor, ends in look(name, input, result)."""
 
     def hook(name: str):
-        return lambda _, args, kwargs, result: look(name, args[0] if args else kwargs["input"], result)
+        return lambda _, args, kwargs, result: look(name, next(iter((*args, *kwargs.values()))), result)
 
     with ExitStack() as hooks:
         for name in names:

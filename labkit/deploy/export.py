@@ -190,8 +190,8 @@ class _OnnxLayer(nn.Module):
             x = self.point(input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input)
             y = _operator("Gemm", (x, *terms), (x.shape[0], layer.out_features), transB=1)
             return y.reshape(*input.shape[:-1], -1) if input.dim() != 2 else y
-        pads = zip(layer._reversed_padding_repeated_twice, self.pads, strict=True)  # numbers where padding is "same"
-        x0, x1, y0, y1 = (a + b for a, b in pads)
+        usual = layer._reversed_padding_repeated_twice  # numbers where padding is "same"
+        x0, x1, y0, y1 = map(sum, zip(usual, self.pads, self.fake.pads(input), strict=True))
         sides = zip(input.shape[2:], (y0 + y1, x0 + x1), layer.dilation, layer.kernel_size, layer.stride, strict=True)
         sizes = [(size + pad - d * (k - 1) - 1) // stride + 1 for size, pad, d, k, stride in sides]
         attributes = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}

@@ -26,6 +26,7 @@ from labkit.quantization import calls
 from labkit.quantization.affine import Grid
 from labkit.quantization.formats import Encoded
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, bypassed, called, is_sum, replaced, weight_grid
+from labkit.quantization.subclasses import pads_same, same_pads
 from labkit.quantization.weight_only import WeightOnlyLinear
 
 FEW = 2  # rows up to which a product with a vector is faster in _int_mm than in oneDNN
@@ -413,12 +414,20 @@ class Int8Conv2d(_IntegerLayer):
         super().__init__(layer, weight, input=input, output=output, term=term)
         pad = layer._reversed_padding_repeated_twice  # numbers where padding is "same"
         self.options = (list(layer.stride), [pad[2], pad[0]], list(layer.dilation), layer.groups)
+        self.same = pads_same(layer)
 
     def prepare(self) -> tuple:
         return _qconv(*self.arguments(), *self.options), *map(self.numbers, ("input", "output", "term"))
 
+    def padded(self, x: Tensor, value: int) -> Tensor:
+        """x with `value` around it where the layer pads by the size of its input (`subclasses.pads_same`)."""
+        if not self.same:
+            return x
+        stride, _, dilation, _ = self.options
+        return F.pad(x, same_pads(x.shape[2:], self.codes.shape[2:], stride, dilation), value=value)
+
     def products(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.codes.double(), None, *self.options)
+        return F.conv2d(self.padded(x, 0), self.codes.double(), None, *self.options)
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         product, source, target, term = self.ready()
@@ -429,7 +438,7 @@ class Int8Conv2d(_IntegerLayer):
                 "give it such a batch."
             )
         x = input if input.dtype is torch.uint8 else _codes(input, *source, self.highest["input"])
-        return self.clip(product(x, *source, target, other, term))
+        return self.clip(product(self.padded(x, source[1]), *source, target, other, term))
 
 
 ALIGNMENT = 64  # bytes; the kernels load vectors and the process ends where these lie across

@@ -16,6 +16,7 @@ value; the plan says so. `integer.convert` has the integers, `qat` trains the sa
 """
 
 import copy
+import inspect
 import itertools
 import math
 import operator
@@ -37,7 +38,7 @@ from labkit.pruning.coupling.tracing import outputs
 from labkit.quantization import affine, calls, fold
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
-from labkit.quantization.subclasses import is_plain
+from labkit.quantization.subclasses import is_plain, pads_same, same_pads
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 FIRST = 4  # examples of the first batch that folding and the graph are proved on, and that the report compares
@@ -71,7 +72,7 @@ class FakeQuantized(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, weight_grid: Grid, input_grid: Grid) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.same = layer, pads_same(layer)
         self.weight_quantizer, self.input_quantizer = Quantizer(weight_grid), Quantizer(input_grid)
 
     @property
@@ -87,6 +88,11 @@ class FakeQuantized(nn.Module):
     def input_grid(self) -> Grid:
         return self.input_quantizer.grid
 
+    def pads(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Zeros that a Conv2d puts around x by its size, besides its padding: see `subclasses.same_pads`."""
+        layer = self.layer
+        return same_pads(x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation) if self.same else (0, 0, 0, 0)
+
     def fake_input(self, x: Tensor) -> Tensor:
         return self.input_quantizer(x)
 
@@ -97,6 +103,8 @@ class FakeQuantized(nn.Module):
         x, weight, layer = self.fake_input(input), self.fake_weight(), self.layer
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, layer.bias)
+        if self.same:
+            x = F.pad(x, self.pads(x))
         return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
@@ -198,7 +206,8 @@ def quantize(
         named = calls.few(model, calls.inputs(model, first), FIRST)
         new, unfolded = _folded(model, named)
         refused = _refused(new, ignore, unfolded)
-        layers = [name for name, x in new.named_modules() if name not in refused and is_plain(x)]
+        modules = new.named_modules()
+        layers = [name for name, x in modules if isinstance(x, (nn.Linear, nn.Conv2d)) and name not in refused]
         for kind, named_bits in {"weights": widths, "activations": precisions}.items():
             if strange := [name for name in named_bits if name and not any(_is_within(x, name) for x in layers)]:
                 raise InputError(
@@ -306,8 +315,12 @@ def _refused(model: nn.Module, ignore: Sequence[str], unfolded: str) -> dict[str
             refused[name] = "nn.TransformerEncoderLayer reads its weight without calling it"
         elif unfolded and isinstance(module, nn.modules.batchnorm._BatchNorm):
             refused[name] = f"no layer could take it in ({unfolded})"
-        elif not is_plain(module):
+        elif not is_plain(module) and not pads_same(module):
             refused[name] = f"a {type(module).__name__} has no integer kernel, and no layer took it in"
+        elif not name and "input" not in inspect.signature(module.forward).parameters:
+            refused[name] = (
+                "it is the whole model and names its argument otherwise than torch's: put it in an nn.Sequential"
+            )
         elif module.weight.dtype is not torch.float32:
             refused[name] = f"its weight is {module.weight.dtype}, and only float32 is quantized"
         elif isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
@@ -339,7 +352,7 @@ class _LeafTracer(fx.Tracer):
 
 def _trace(model: nn.Module, named: Mapping[str, Any], layers: Collection[str]) -> fx.GraphModule | None:
     """The model as a graph that computes the same for the first batch, with the shapes of its values; or None."""
-    if is_plain(model):
+    if "" in layers:  # the model is one
         return None
     expected = outputs(calls.run(model, **named))
     try:

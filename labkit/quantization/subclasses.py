@@ -1,12 +1,12 @@
-"""Subclasses of torch's layers: is what their forward pass does the parent's, or the parent's and an activation?
+"""Subclasses of torch's layers: is their pass the parent's, with zeros around the input or an activation behind?
 
-Libraries derive their own layers, timm's Linear and BatchNormAct2d for example. A name says nothing about them, and one
-result may be equal by chance, as that of a Linear with a low-rank branch of zeros. So their operators are compared.
-Runs on the meta device, in eval mode, on a copy; no number is computed.
+Libraries derive their own layers, as timm does its Linear, Conv2dSame and BatchNormAct2d. A name says nothing about
+them, and one result may be equal by chance, as that of a Linear with a low-rank branch of zeros. So their operators are
+compared. Runs on the meta device, in eval mode, on a copy; no number is computed.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,42 @@ def is_plain(layer: nn.Module) -> bool:
     if kind is None:
         return False
     methods = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
-    if all(getattr(type(layer), name) is getattr(kind, name) for name in methods):
-        return True
-    parent = copy.copy(layer)
-    parent.__class__ = kind
-    return all(_operators(layer, x) == _operators(parent, x) != [] for x in _examples(layer))
+    inherited = all(getattr(type(layer), name) is getattr(kind, name) for name in methods)
+    return inherited or _computes_as(layer, kind)
+
+
+def pads_same(layer: nn.Module) -> bool:
+    """Whether this is a Conv2d that first puts `same_pads` around its input, as timm's Conv2dSame does."""
+    overrides = isinstance(layer, nn.Conv2d) and type(layer).forward is not nn.Conv2d.forward
+    return overrides and _computes_as(layer, _SamePadded)
+
+
+def same_pads(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """Zeros to the left, to the right, above and below an image of `size` [H, W], after which the result of a
+    convolution is ceil(size / stride): TensorFlow's padding "same", which has the odd zero at the end."""
+    needed = []
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        needed.append(max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0))
+    high, wide = needed
+    return wide // 2, wide - wide // 2, high // 2, high - high // 2
+
+
+class _SamePadded(nn.Conv2d):
+    """What a layer has to compute for `pads_same`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        pads = same_pads(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
+        x = F.pad(input, pads)
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the layer's forward pass is made of the operators that `kind`'s would be made of."""
+    other = copy.copy(layer)
+    other.__class__ = kind
+    return all(_operators(layer, x) == _operators(other, x) != [] for x in _examples(layer))
 
 
 def _examples(layer: nn.Linear | nn.Conv2d) -> Iterator[Tensor]:
