@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.arguments import check_tensor
+from labkit.arguments import check_module, check_tensor
 from labkit.errors import InputError, check_whole
 
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -25,6 +25,7 @@ def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
     seed: for torch's generators inside; None leaves them where they are.
     """
+    check_module(model)
     modes = [(module, module.training) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
