@@ -109,10 +109,7 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]:
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
     """What `forward` gets for this batch by name, without labels: `model(**inputs(model, batch))`."""
     args, kwargs, _ = split(model, batch)
-    signature = inspect.signature(model.forward)
-    bound = signature.bind_partial(*args).arguments
-    if any(signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL for name in bound):
-        raise InputError(f"The inputs of {type(model).__name__} have no names: give dicts, or the model inside it.")
+    bound = inspect.signature(model.forward).bind_partial(*args).arguments
     return {name: value for name, value in {**bound, **kwargs}.items() if name != "labels"}
 
 
@@ -181,7 +178,7 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tenso
         loss = cross_entropy(getattr(output, "logits", output), target)
     else:
         raise InputError(
-            "The loss needs labels, but the batches have none: give (inputs, labels), dicts with 'labels', or a "
+            "This needs a loss, but the batches have no labels: give (inputs, labels), dicts with 'labels', or a "
             "loss_fn of your own."
         )
     if not isinstance(loss, Tensor) or loss.numel() != 1:

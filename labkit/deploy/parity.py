@@ -80,6 +80,8 @@ class Reference:
         batches = list(batching.not_empty(batching.check_batches(batches, "parity")))
         targets = [batching.split(model, batch)[2] for batch in batches]
         self.inputs = [batching.inputs(model, batch) for batch in batches]
+        if any(isinstance(x, tuple) for named in self.inputs for x in named.values()):
+            raise InputError(f"The inputs of {type(model).__name__} have no names: give dicts, or the model inside it.")
         self.labels = None if any(x is None for x in targets) else _joined(targets)
         self.scores = self._scores(model)
 

@@ -92,6 +92,7 @@ def reference(*batches: object) -> parity.Reference:
 REFUSALS: Refusals = {
     "8 examples with labels are too few to judge a change of accuracy": lambda: reference((X[:8], Y[:8])),
     "or leave the labels out": lambda: parity.compare_scores(MANY[:29], MANY[:29], Y[:29]),
+    "The inputs of DataParallel have no names": lambda: parity.Reference(nn.DataParallel(CLASSIFIER), [X]),
     "model is a list": lambda: parity.Reference([CLASSIFIER], [X]),
     "batches is one Tensor": lambda: parity.Reference(CLASSIFIER, X),
     "batches is one int": lambda: parity.Reference(CLASSIFIER, 3),
