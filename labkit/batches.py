@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.arguments import check_module, check_tensor
+from labkit.errors import InputError, check_whole
 
 IGNORED = -100  # the label that cross-entropy leaves out
 
@@ -24,6 +25,7 @@ def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
     seed: for torch's generators inside; None leaves them where they are.
     """
+    check_module(model)
     modes = [(module, module.training) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
@@ -45,35 +47,63 @@ def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, each call of a module of these names, which takes one tensor, ends in look(name, input, result)."""
+    """Inside, each call of a module of these names, which takes one tensor, ends in look(name, input, result).
+
+    InputError for a name that is none of the model's modules.
+    """
+    names, modules = list(names), dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name not in modules:
+            raise InputError(
+                f"{type(model).__name__} has no module {name!r}: take a name from model.named_modules(), such as "
+                f"{', '.join(map(repr, list(modules)[1:4]))}."
+            )
 
     def hook(name: str):
         return lambda _, args, kwargs, result: look(name, next(iter((*args, *kwargs.values()))), result)
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.callback(model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True).remove)
+            hooks.callback(modules[name].register_forward_hook(hook(name), with_kwargs=True).remove)
         yield
 
 
 def split(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]:
     """(args, kwargs, target) of one batch; target is None where the batch has no label.
 
-    A tensor is the one argument. A dict holds keyword arguments, `labels` among them. A tuple holds the arguments and,
-    when it is longer than what `forward` needs and `forward` takes no `labels`, the target as its last item.
+    A tensor is the one argument. A dict holds keyword arguments, `labels` among them. A tuple holds the arguments in
+    the order of `forward` and, when it is longer than what `forward` needs, the target as its last item.
+    Where `forward` takes `labels`, as that of a transformers model does, the target is bound to that name. InputError
+    for a tuple of such a model whose last item may be something else: it is the labels if it stands at their place or
+    has one dimension, [B], but the second of two [B, T] may be labels, a mask or positions.
     """
     parameters = inspect.signature(model.forward).parameters
     if isinstance(batch, Mapping):
-        takes_labels = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        kwargs = {name: value for name, value in batch.items() if takes_labels or name != "labels"}
+        takes = _takes_labels(model, batch)
+        kwargs = {name: value for name, value in batch.items() if takes or name != "labels"}
         return (), kwargs, batch.get("labels")
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}, None
-    positional = (p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    needed = sum(p.default is p.empty for p in positional)
-    if "labels" in parameters or len(batch) <= max(needed, 1):
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty and p.name != "labels" for p in positional)
+    if len(batch) <= max(needed, 1):
         return tuple(batch), {}, None
-    return tuple(batch[:-1]), {}, batch[-1]
+    *args, target = batch
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    if len(args) > len(positional) and not takes_any:
+        raise InputError(
+            f"A batch has {len(args)} inputs and its labels, more than {type(model).__name__} takes: give what it is "
+            "called with, and the labels as the last item."
+        )
+    if "labels" not in parameters:
+        return tuple(args), {}, target
+    place = positional[len(args)].name if len(args) < len(positional) else None
+    if place not in ("labels", None) and not (isinstance(target, Tensor) and target.dim() == 1):
+        raise InputError(
+            f"The last of {len(batch)} items of a batch may be the labels or the {place} of {type(model).__name__}: "
+            "give a dict that names each item, such as {'input_ids': ids, 'labels': labels}."
+        )
+    return tuple(args), {"labels": target}, target
 
 
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -84,17 +114,32 @@ def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def labelled(model: nn.Module, batch: Any) -> Any:
-    """The batch with labels that leave padding out; a decoder's own tokens are its labels where it has none."""
-    named = inputs(model, batch)
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if labels is None and predicts_next(model) and "input_ids" in named:
-        labels = named["input_ids"]
+    """The batch as a dict with labels that leave padding out; a decoder's own tokens are its labels where it has none.
+
+    A batch without labels, and that of a model that takes none, comes back as it is.
+    """
+    if not _takes_labels(model, batch):
+        return batch
+    named, (_, _, labels) = inputs(model, batch), split(model, batch)
+    if labels is None and predicts_next(model):
+        labels = named.get("input_ids")
     if labels is None:
         return batch
     mask = named.get("attention_mask")
-    if mask is not None and labels.shape == mask.shape and not getattr(model.config, "is_encoder_decoder", False):
+    if mask is not None and labels.shape == mask.shape and not _is_encoder_decoder(model):
         labels = labels.masked_fill(mask == 0, IGNORED)
     return {**named, "labels": labels}
+
+
+def _takes_labels(model: nn.Module, batch: Any) -> bool:
+    """Whether `forward` has a parameter for labels, or takes whatever a dict names."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "labels" in parameters or (takes_any and isinstance(batch, Mapping))
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tensor) -> Tensor:
@@ -104,8 +149,7 @@ def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tenso
     part: the module that x belongs to; in an encoder-decoder it says whose mask counts.
     x: [B, T, width] or [B * T, width].
     """
-    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    prefix = "decoder_" if two and "decoder" in part.split(".") else ""
+    prefix = "decoder_" if _is_encoder_decoder(model) and "decoder" in part.split(".") else ""
     mask, ids = named.get(f"{prefix}attention_mask"), named.get(f"{prefix}input_ids")
     tokens = x.numel() // x.shape[-1]
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == tokens:
@@ -131,15 +175,32 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tenso
     elif isinstance(getattr(output, "loss", None), Tensor):
         loss = output.loss
     elif target is not None:
-        loss = F.cross_entropy(getattr(output, "logits", output), target)
+        loss = cross_entropy(getattr(output, "logits", output), target)
     else:
         raise InputError(
-            "This criterion needs a loss, but the batches have no labels: give (inputs, labels), "
-            "dicts with 'labels', or loss_fn(output, batch)."
+            "This needs a loss, but the batches have no labels: give (inputs, labels), dicts with 'labels', or a "
+            "loss_fn of your own."
         )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise InputError("loss_fn must return one number for a batch: reduce it, for example with .mean().")
     return loss
+
+
+def cross_entropy(scores: Any, labels: Any) -> Tensor:
+    """F.cross_entropy; InputError where labels do not belong to such scores."""
+    try:
+        return F.cross_entropy(scores, labels)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"Cross-entropy takes scores [B, classes] and a label [B] for each, not {_described(scores)} and "
+            f"{_described(labels)} ({str(error).splitlines()[0].rstrip('.')}): give these, or a loss_fn of your own."
+        ) from error
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tuple[Tensor, int]:
@@ -166,7 +227,7 @@ def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -
 def predicts_next(model: nn.Module) -> bool:
     """Whether position t of the output is scored against token t + 1: a decoder with a language model head."""
     able = getattr(model, "can_generate", lambda: False)()
-    return able and not getattr(model.config, "is_encoder_decoder", False)
+    return able and not _is_encoder_decoder(model)
 
 
 # --- many batches -----------------------------------------------------------------------------------------------------
@@ -202,10 +263,14 @@ def segments(tokens: Tensor, n: int, length: int, *, seed: int = 0) -> list[Tens
 
     A larger n starts with the pieces of a smaller one. Raises InputError where the text is shorter than a piece.
     """
-    if tokens.dim() != 1 or len(tokens) < length or min(n, length) < 1:
+    check_whole(n, "n")
+    check_whole(length, "length")
+    check_whole(seed, "seed", 0)
+    check_tensor(tokens, "tokens")
+    if tokens.dim() != 1 or len(tokens) < length:
         raise InputError(
             f"{n} pieces of {length} tokens cannot be cut from tokens of shape {list(tokens.shape)}: give a 1-D tensor "
-            "of at least that many, and n and length from 1 up."
+            "of at least that many."
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - length + 1, (n,), generator=generator).tolist()

@@ -13,7 +13,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import torch
 
 from labkit import clocks, machine, stats
 from labkit.clocks import Call, Clock, Sample, Snapshot
-from labkit.errors import InputError, check_choice
+from labkit.errors import InputError, check_choice, check_number, check_whole
 
 CACHES = ("hot", "cold")
 BLOCKS = 20  # fewer blocks of pairs get a warning; the width is not looked at before
@@ -32,6 +32,7 @@ PRECISION = 0.01  # half-width at which measure() has enough; compare() goes to 
 LEAST_S = 0.25  # no run ends earlier unless its budget does: over less, the load by others cannot be judged
 FAULTS = 0.2  # share of the time in page faults that is worth a warning
 SETTLE_S = 0.01  # untimed after a switch between systems: the workers of the one before spin on for milliseconds
+PLACEMENT = 0.10  # by so much two sides may differ because of where in memory the data of each lies
 CLAIMABLE = 0.01  # differences below 1 % are never claimed: memory placement alone makes as much
 
 Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
@@ -68,6 +69,7 @@ class Measurement:
 
     def percentile(self, q: float) -> float:
         """The q-th percentile (0 to 100) of the samples, in seconds per call; a tail is only seen with number = 1."""
+        check_number(q, "q", 0, 100)
         return float(np.percentile(self.samples_s, q))
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +117,14 @@ class Comparison:
         return "equivalent" if lo >= 1 / least and hi <= least else "inconclusive"
 
     @property
+    def hint(self) -> str:
+        """What may be behind a claimed difference of less than PLACEMENT between sides that were built once, or ""."""
+        claimed = self.verdict in ("faster", "slower")
+        if not claimed or self.pairs_per_build or abs(math.log(self.speedup)) > math.log1p(PLACEMENT):
+            return ""
+        return "data of each side's own may make this difference by where they lie in memory: compare with builds=8"
+
+    @property
     def all_warnings(self) -> tuple[str, ...]:
         """Those of the comparison, and those of its sides under their names."""
         sides = (self.baseline, self.candidate)
@@ -135,7 +145,8 @@ class Comparison:
         how = f"{builds}{_count(blocks, 'block')} of {_count(self.per_block, 'pair')}, {_conditions(self.baseline)}"
         ratio = f"{_number(self.speedup, decimals)}x [{_interval(lo, hi, decimals)}; {how}]"
         roof = _roof(self.baseline, self.candidate)
-        return f"{' -> '.join(times)}: {ratio} {self.verdict}{roof}{_warned(self.all_warnings)}"
+        hint = f" - hint: {self.hint}" if self.hint else ""
+        return f"{' -> '.join(times)}: {ratio} {self.verdict}{roof}{_warned(self.all_warnings)}{hint}"
 
     def _ratio(self) -> stats.Estimate:
         times = self.baseline.samples_s, self.candidate.samples_s, self.per_block
@@ -166,7 +177,7 @@ def measure(
     Raises InputError for arguments that cannot be used and for work that is not done when fn returns; what fn raises
     passes through.
     """
-    _check_arguments({"fn": fn}, budget_s, cache)
+    _check_arguments({"fn": fn}, budget_s, cache, clock)
     name = name or getattr(fn, "__name__", type(fn).__name__)
     target = None if device is None else machine.torch_device(device)
     with _garbage_collector_off() if clock is None else contextlib.nullcontext():
@@ -218,8 +229,10 @@ def compare(
     Raises InputError for arguments that cannot be used and for work that is not done when a call returns; what the
     callables raise passes through.
     """
-    _check_arguments({"baseline": baseline, "candidate": candidate}, budget_s, cache)
-    if not isinstance(names, tuple | list) or len(names) != 2 or names[0] == names[1]:
+    _check_arguments({"baseline": baseline, "candidate": candidate}, budget_s, cache, clock)
+    check_whole(seed, "seed", 0)
+    named = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+    if not named or len(names) != 2 or names[0] == names[1]:
         raise InputError(f"names must be two different names, for baseline and candidate, got {names!r}.")
     if check is not None and not callable(check):
         raise InputError(f"check must be a function (baseline_output, candidate_output) or None, got {check!r}.")
@@ -294,7 +307,10 @@ def race(
     seed: of the order in each round.
     Raises InputError for arguments that cannot be used; what the callables raise passes through.
     """
-    _check_arguments(calls, budget_s, "hot")
+    if not isinstance(calls, Mapping):
+        raise InputError(f"calls is a {type(calls).__name__}, but it must be a dict from names to functions.")
+    check_whole(seed, "seed", 0)
+    _check_arguments(calls, budget_s, "hot", clock)
     if len(calls) < 2:
         raise InputError(f"a race takes two callables or more, got {len(calls)}: measure() times one.")
     rng, per_block, orders = random.Random(seed), 3, []
@@ -496,7 +512,7 @@ def _pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(calls: dict[str, Any], budget_s: float, cache: str) -> None:
+def _check_arguments(calls: Mapping[str, Any], budget_s: float, cache: str, clock: object) -> None:
     for name, call in calls.items():
         if not callable(call):
             raise InputError(
@@ -505,6 +521,8 @@ def _check_arguments(calls: dict[str, Any], budget_s: float, cache: str) -> None
             )
     clocks.check_budget(budget_s)
     check_choice(cache, CACHES, "cache")
+    if clock is not None and not callable(clock):
+        raise InputError(f"clock must be a function (fn, number) -> seconds or None, got {clock!r}.")
 
 
 def _check_outputs(check: Callable[[Any, Any], Any] | None, outputs: Sequence[Any], names: Sequence[str]) -> None:

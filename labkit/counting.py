@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from labkit.arguments import check_module
 from labkit.batches import evaluating
 from labkit.errors import InputError
 from labkit.pruning.anatomy import is_linear, stacks
@@ -63,7 +64,8 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
     its steps, so that every operator is seen. Counts are dense: masks, causality and zeros in a dense tensor discount
     nothing; a sparse tensor counts the entries it stores. Rows looked up count as often as they occur, up to the size
     of their table. A cache that grows counts as read once and written by its growth.
-    Raises InputError for what cannot be called and for nested tensors.
+    Raises InputError for what cannot be called, for nested tensors, and for a tuple of inputs that the call does not
+    take as its one input; what else the call raises passes through.
     """
     if not callable(module_or_fn):
         raise InputError(
@@ -79,7 +81,7 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     traffic = _Traffic({str(packet) for packet in counter.flop_registry})
     with _undisturbed(owner if isinstance(owner, nn.Module) else None), traffic, counter:
-        result = fn(*inputs, **kwargs)
+        result = _run(fn, inputs, kwargs)
 
     remains = list(_tensors((result, inputs, kwargs)))
     growth = _nbytes(t for t, is_state in remains if is_state) - _nbytes(states)
@@ -90,6 +92,20 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
         flops = {name.partition(".")[2]: n for name, n in flops.items()}
     nbytes = _covered(traffic.reads) + _covered(traffic.writes) + _covered(made) + max(0, growth)
     return Work(total, nbytes, flops, dict(traffic.uncounted))
+
+
+def _run(fn: Callable[..., Any], inputs: tuple, kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return fn(*inputs, **kwargs)
+    except (AttributeError, TypeError) as error:
+        packed = len(inputs) == 1 and isinstance(inputs[0], tuple | list | Mapping)
+        if not packed:
+            raise
+        star = "**" if isinstance(inputs[0], Mapping) else "*"
+        raise InputError(
+            f"count takes inputs one by one, as the call does, not in a {type(inputs[0]).__name__}: write "
+            f"count(model, {star}inputs)."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -335,6 +351,7 @@ def parameters_by_component(model: nn.Module) -> dict[str, int]:
 
     A model on the `meta` device will do.
     """
+    check_module(model)
     totals, parts = _no_components(), _component_of(model)
     for name, parameter in model.named_parameters():
         totals[parts[name.rpartition(".")[0]]] += parameter.numel()
@@ -346,6 +363,7 @@ def flops_by_component(model: nn.Module, **inputs: Any) -> dict[str, int]:
 
     Attention products (scores, and the weighted sum of values) belong to no layer with weights: they are what is left.
     """
+    check_module(model)
     work, totals = count(model, **inputs), _no_components()
     for name, component in _component_of(model).items():
         if not list(model.get_submodule(name).children()):  # by_module includes what is below

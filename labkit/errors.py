@@ -3,8 +3,9 @@
 The command line prints these without a traceback; any other exception is a bug of labkit and keeps its traceback.
 """
 
+import math
 from collections.abc import Collection
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class LabError(Exception):
@@ -31,7 +32,24 @@ def check_whole(value: object, name: str, least: int = 1, most: int | None = Non
         raise InputError(f"{name} is {value!r}, but it must be a whole number from {least}{to}.")
 
 
+def check_number(
+    value: object,
+    name: str,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """InputError unless `value` is a finite number from `least` to `most`, above `above` and below `below`."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (least <= value <= most and above < value < below):
+        limits = {"from": least, "above": above, "to": most, "and below": below}
+        words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+        raise InputError(f"{name} is {value!r}, but it must be {' '.join(['a finite number', *words])}.")
+
+
 def check_choice(value: object, choices: Collection[str], what: str) -> None:
     """InputError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")

@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from labkit import machine
+from labkit.arguments import check_module, check_tensor
 from labkit.bench import Measurement
 from labkit.counting import Work, count
-from labkit.errors import InputError
+from labkit.errors import InputError, check_number
 from labkit.machine import Ceilings, Device
 from labkit.show import COLOURS, WIDTH, interval, quantity
 
@@ -41,8 +43,7 @@ class Bound:
         Above 1, the data stayed in a cache that is faster than the memory whose bandwidth was taken (time it with more
         data than the last cache holds), or the count, a ceiling or the clock is wrong.
         """
-        if not measured_seconds > 0:
-            raise InputError(f"a measured time has to be positive, got {measured_seconds}: give seconds a call.")
+        check_number(measured_seconds, "measured_seconds", above=0)
         return self.seconds / measured_seconds
 
     def __str__(self) -> str:
@@ -58,6 +59,7 @@ def bound(work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Bound
     work: from `count`. ceilings: measured ones, or a row of labkit.machine.DEVICES.
     Raises InputError for a dtype without ceiling, and for work that neither computes nor moves anything.
     """
+    _check_ceilings(ceilings)
     peak = machine.peak(ceilings, dtype)
     if not isinstance(work, Work):
         raise InputError("bound needs a Work: get it from labkit.roofline.count(model, inputs).")
@@ -68,6 +70,14 @@ def bound(work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Bound
     return Bound(max(computing, moving), limiter, work.intensity, peak / ceilings.bandwidth)
 
 
+def _check_ceilings(ceilings: object) -> None:
+    if not isinstance(ceilings, Ceilings | Device):
+        raise InputError(
+            f"ceilings is a {type(ceilings).__name__}: give labkit.machine.ceilings() or a row of "
+            "labkit.machine.DEVICES."
+        )
+
+
 def placed(measurement: Measurement, work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Measurement:
     """The measurement with its share of the roof, `Bound.share` of its median time, and what limits it.
 
@@ -75,6 +85,7 @@ def placed(measurement: Measurement, work: Work, ceilings: Ceilings | Device, dt
     so that a share above 1 is no discovery: the data were in a cache (measure with cache="cold"), or more was counted
     than has to be done. A type that has no ceiling on this machine gives a warning, and no share.
     """
+    _check_ceilings(ceilings)
     if dtype in machine.PRODUCTS and dtype not in ceilings.flops:
         warning = f"no share of the roof, for {dtype} has no ceiling here"
         return replace(measurement, warnings=(*measurement.warnings, warning))
@@ -115,6 +126,8 @@ def cache_bytes(model: nn.Module, prompt: Tensor) -> int:
 
 def filled_cache(model: nn.Module, prompt: Tensor) -> tuple[str, Any]:
     """`cache_argument`, and a cache with the prompt [batch, tokens] in it. Raises as decode_step does."""
+    check_module(model)
+    check_tensor(prompt, "The prompt")
     if prompt.ndim != 2 or prompt.numel() == 0 or prompt.is_floating_point():
         raise InputError(
             f"The prompt has shape {tuple(prompt.shape)}; give token ids as [batch, tokens], at least one."
@@ -141,15 +154,19 @@ def cache_argument(model: nn.Module) -> str:
 def _checked(points: Sequence[Sequence[Any]]) -> list[tuple[str, float, float]]:
     rows = []
     for row in points:
-        if len(row) != 3:
-            raise InputError(f"a point is (label, FLOP/byte, FLOP/s), got {tuple(row)!r}: give all three.")
-        label, intensity, speed = str(row[0]), float(row[1]), float(row[2])
-        if not all(math.isfinite(value) and value > 0 for value in (intensity, speed)):
+        if not isinstance(row, tuple | list) or len(row) != 3:
+            raise InputError(f"a point is (label, FLOP/byte, FLOP/s), got {row!r}: give all three.")
+        label, intensity, speed = row
+        if not all(_is_positive(value) for value in (intensity, speed)):
             raise InputError(
                 f"point {label!r} has no place on logarithmic axes: FLOP/byte and FLOP/s have to be above 0."
             )
-        rows.append((label, intensity, speed))
+        rows.append((str(label), float(intensity), float(speed)))
     return rows
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and value > 0
 
 
 def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str = "fp32") -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from scipy.special import bdtrik, ndtri, stdtrit  # not scipy.stats, which takes half a second to import
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_number, check_whole
 
+LEAST_PAIRS = 30  # below so many the normal law of a mean of differences is a guess
 LEAST = 6  # below six values no 95 % interval of a median exists: 2 / 2**5 is more than 0.05
 DRIFT = 0.03  # a speed that moved by less is no reason to warn: pairs cancel it anyway
 
@@ -32,9 +33,11 @@ def _rank(n: int) -> int:
 def median_ci(values: Sequence[float]) -> Estimate:
     """Median and the exact 95 % interval [x_(k), x_(n+1-k)] of the median, whatever the distribution of the values.
 
-    Fewer than six values say nothing: the interval is then (-inf, inf).
+    Fewer than six values say nothing: the interval is then (-inf, inf). InputError without any.
     """
     ordered = sorted(values)
+    if not ordered:
+        raise InputError("There is no value to take the median of: give one or more.")
     k = _rank(len(ordered))
     lo, hi = (ordered[k - 1], ordered[-k]) if k else (-math.inf, math.inf)
     return statistics.median(ordered), lo, hi
@@ -42,6 +45,7 @@ def median_ci(values: Sequence[float]) -> Estimate:
 
 def block_minima(values: Sequence[float], per_block: int) -> list[float]:
     """The least of every `per_block` values in turn: noise of the machine only ever adds time (Chen & Revels 2016)."""
+    check_whole(per_block, "per_block")
     return [min(values[start : start + per_block]) for start in range(0, len(values), per_block)]
 
 
@@ -53,7 +57,12 @@ def paired_ratio(baseline: Sequence[float], candidate: Sequence[float], per_bloc
     baseline, candidate: seconds; pair i was measured side by side in random order.
     per_block: this many pairs in turn make one block, of which each side's least counts.
     Fewer than six blocks have no interval: the bounds are then (0, inf).
+    InputError for sides of different lengths and for a time that is not above 0.
     """
+    if len(baseline) != len(candidate) or not len(baseline) or not min(min(baseline), min(candidate)) > 0:
+        raise InputError(
+            f"A ratio takes two equally long lists of seconds above 0, got {len(baseline)} and {len(candidate)} values."
+        )
     a, b = block_minima(baseline, per_block), block_minima(candidate, per_block)
     middle, lo, hi = median_ci([math.log(x / y) for x, y in zip(a, b, strict=True)])
     return math.exp(middle), math.exp(lo), math.exp(hi)
@@ -111,8 +120,8 @@ def wilson(right: int, n: int) -> Estimate:
 
     It speaks of other images from the same source, not of another training run: for that see `mean_ci`.
     """
-    if not 0 <= right <= n or n < 1:
-        raise InputError(f"{right!r} right of {n!r} is no share: give whole numbers with 0 <= right <= n and n >= 1.")
+    check_whole(n, "n, of all images,")
+    check_whole(right, "right, of these images,", 0, n)
     from scipy.stats import binomtest
 
     low, high = binomtest(right, n).proportion_ci(0.95, method="wilson")
@@ -124,9 +133,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estima
 
     It speaks of other examples from the same source. For few values, such as one a seed, use `mean_ci`.
     """
-    if len(first) != len(second) or len(first) < 30:
+    if len(first) != len(second) or len(first) < LEAST_PAIRS:
         raise InputError(
-            f"paired_difference takes two equally long lists of 30 values or more, got {len(first)} and {len(second)}."
+            f"paired_difference takes two equally long lists of {LEAST_PAIRS} values or more, got {len(first)} and "
+            f"{len(second)}."
         )
     return _around_the_mean(np.subtract(first, second, dtype=float), float(ndtri(0.975)))
 
@@ -152,6 +162,9 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], value: str, by: Sequence[str])
     """One row for each combination of the columns `by`, in order of appearance: the mean of `value`, low and high."""
     groups: dict[tuple, list[float]] = {}
     for row in rows:
+        if missing := [column for column in (*by, value) if column not in row]:
+            raise InputError(f"A row has no column {missing[0]!r}: it has {', '.join(map(repr, row))}.")
+        check_number(row[value], f"{value} of a row")
         groups.setdefault(tuple(row[column] for column in by), []).append(row[value])
     means = {key: mean_ci(values) for key, values in groups.items()}
     return [dict(zip(by, key, strict=True)) | {value: m, "low": lo, "high": hi} for key, (m, lo, hi) in means.items()]
@@ -164,7 +177,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Estimate:
     The interval, of 1000 resamplings of the items, says how much rests on which items (heads) there are, not how noisy
     each score is. InputError for scores of different lengths, fewer than four, or a constant one, which has no ranking.
     """
-    a, b = (np.asarray(scores, dtype=np.float64).ravel() for scores in (a, b))
+    a, b = _scores(a), _scores(b)
     if len(a) != len(b) or len(a) < 4:
         raise InputError(f"two scores of one length, four or more, can be compared; these have {len(a)} and {len(b)}.")
     if np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -173,6 +186,16 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Estimate:
     (value,), drawn = _rank_correlation(a[None], b[None]), _rank_correlation(a[picks], b[picks])
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return float(value), min(float(value), float(low)), max(float(value), float(high))
+
+
+def _scores(values: Sequence[float]) -> np.ndarray:
+    try:
+        scores = np.asarray(values, dtype=np.float64).ravel()
+    except (TypeError, ValueError):
+        raise InputError(f"Scores have to be numbers, one an item, not {type(values).__name__}: give a list.") from None
+    if not np.isfinite(scores).all():
+        raise InputError("A score is NaN or infinite, which has no rank: look at how it was computed.")
+    return scores
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

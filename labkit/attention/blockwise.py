@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from labkit.errors import InputError, check_whole
+from labkit.arguments import check_alike, check_groups, check_shapes
+from labkit.errors import check_whole
 
 
 class Partial(NamedTuple):
@@ -31,9 +32,11 @@ def partial(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, *, bu
     """One block: queries [..., Q, D], already scaled, over keys [..., K, D] and values [..., K, Dv].
 
     hidden: True where a key may not be read, broadcast against [..., Q, K]. A row may be hidden altogether.
-    buffer: memory for the scores, at least so many numbers in q's dtype: to use it again spares a CPU the page faults
-        of new memory, which take as long as the product.
+    buffer: memory for the scores, at least so many numbers in q's `working` dtype: to use it again spares a CPU the
+        page faults of new memory, which take as long as the product.
     """
+    dtype = working(q.dtype)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     shape = *q.shape[:-1], k.shape[-2]
     place = None if buffer is None else buffer[: math.prod(shape)].view(shape)
     scores = torch.matmul(q, k.mT, out=place).to(torch.promote_types(q.dtype, torch.float32))
@@ -42,6 +45,11 @@ def partial(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, *, bu
     peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)  # -inf - -inf would be NaN
     weights = scores.sub_(peak).exp_()
     return Partial(peak, weights.sum(-1, keepdim=True), (weights.to(v.dtype) @ v).to(scores.dtype))
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products: a score, or a sum of values not yet divided, can be beyond float16's 65504."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -71,14 +79,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: i
     blocks of keys: at most u max|v| (2 (D + 6) A + 2 K + 8 n + 8) to first order. A score is off by (D + 2) u A (its
     products, their sum and the scale), s - peak and the changes of the peak by 2 u A each, every exp by 2 u, every
     product and sum by u; the softmax doubles the relative error of a weight. What is met is far less.
-    Raises InputError for shapes that do not fit together and a block that is no whole number from 1 on.
+    float16 is multiplied in float32, for scores and sums of values can be beyond its range.
+    Raises InputError for dtypes or shapes that do not fit together and a block that is no whole number from 1 on.
     """
     check_whole(block, "block")
-    _check_shapes(q, k, v)
+    check_alike(q=q, k=k, v=v)
+    sizes = check_shapes(q=(q, "B H Q D"), k=(k, "B Hkv K D"), v=(v, "B Hkv K Dv"))
+    check_groups(sizes["H"], sizes["Hkv"])
     (batch, heads, queries, width), (_, groups, keys, _) = q.shape, k.shape
     rows = (q * width**-0.5).unflatten(1, (groups, heads // groups))  # [B, Hkv, H / Hkv, Q, D]
     result = q.new_empty(batch, groups, heads // groups, queries, v.shape[-1])
-    buffer = q.new_empty(batch * heads * min(block, queries) * min(block, keys))
+    buffer = q.new_empty(batch * heads * min(block, queries) * min(block, keys), dtype=working(q.dtype))
     for start in range(0, queries, block):
         end = min(start + block, queries)
         part = rows[..., start:end, :].flatten(2, 3)  # [B, Hkv, rows, D]: the heads of a group are rows of one product
@@ -99,12 +110,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: i
 def later(queries: int, first: int, keys: int, device: torch.device) -> Tensor:
     """True [queries, keys] where key > first + query: not read by a causal query."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu_(first + 1)
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and 0 not in (*q.shape, *k.shape)
-    if not (fits and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and q.shape[1] % k.shape[1] == 0):
-        raise InputError(
-            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together: give [B, H, Q, D], "
-            "[B, Hkv, K, D] and [B, Hkv, K, Dv] with H a multiple of Hkv."
-        )

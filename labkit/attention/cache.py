@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit import artifact
-from labkit.attention.blockwise import later
+from labkit.attention.blockwise import later, working
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import kv
 from labkit.quantization.affine import Grid, Quantized
@@ -74,6 +74,8 @@ class KVCache:
 
     def __init__(self, layout: Layout, batch: int, capacity: int) -> None:
         """capacity: tokens for which there is room, for each of `batch` sequences of equal length."""
+        check_whole(batch, "batch")
+        check_whole(capacity, "capacity")
         shape = (layout.layers, batch, layout.heads, capacity, layout.width)
         self.keys, self.values = (torch.empty(shape, dtype=layout.dtype, device=layout.device) for _ in "kv")
         self.length = 0
@@ -162,6 +164,8 @@ class EvictingCache:
         check_choice(policy, POLICIES, "eviction policy")
         check_whole(sinks, "sinks", 0)
         check_whole(budget, "budget")
+        check_whole(batch, "batch")
+        check_whole(seed, "seed", 0)
         if budget <= sinks:
             raise InputError(f"A budget of {budget} entries is filled by {sinks} sinks: make it larger than they are.")
         self.budget, self.sinks, self.policy, self.seen = budget, sinks, POLICIES[policy], 0
@@ -182,7 +186,8 @@ class EvictingCache:
         groups, new = k.shape[1:3]
         k, v = torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2)
         entries = k.shape[2]
-        scores = grouped(q, groups) @ k.mT * q.shape[-1] ** -0.5  # [B, Hkv, H / Hkv S, n]
+        dtype = working(q.dtype)
+        scores = grouped(q, groups).to(dtype) @ k.mT.to(dtype) * q.shape[-1] ** -0.5  # [B, Hkv, H / Hkv S, n]
         hidden = later(new, entries - new, entries, q.device).repeat(q.shape[1] // groups, 1)
         weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1, torch.promote_types(q.dtype, torch.float32))
         result = ungrouped(weights.to(v.dtype) @ v, new)
@@ -217,6 +222,7 @@ class QuantizedCache:
     """
 
     def __init__(self, layout: Layout, batch: int, form: KVFormat | None = None) -> None:
+        check_whole(batch, "batch")
         self.form, self.length = form or KVFormat(), 0
         empty = torch.empty(batch, layout.heads, 0, layout.width, dtype=layout.dtype, device=layout.device)
         sides = (self.form.key_bits, self.form.keys_per), (self.form.value_bits, self.form.values_per)

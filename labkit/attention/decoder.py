@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.arguments import check_tensor
 from labkit.attention.cache import Cache, KVCache, Layout
 from labkit.errors import InputError
 
@@ -83,7 +84,10 @@ class Decoder:
         return _product(hidden, self.head)
 
     def check(self, ids: Tensor, new: int) -> None:
-        """See `check_text`."""
+        """See `check_text`; the text must also be on the model's device."""
+        check_tensor(ids, "ids")
+        if ids.device != self.embedding.device:
+            raise InputError(f"The text is on {ids.device} and the model on {self.embedding.device}: move one of them.")
         check_text(ids, new, self.vocabulary, len(self.cos))
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +135,9 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def check_text(ids: Tensor, new: int, vocabulary: int, positions: int) -> None:
     """InputError unless `ids` are a text, [T] or [1, T], to which `new` tokens can be added: at most `positions`."""
-    whole = not (ids.is_floating_point() or ids.dtype == torch.bool) and ids.numel() == ids.shape[-1] > 0
+    check_tensor(ids, "ids")
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    whole = whole and ids.dim() > 0 and ids.numel() == ids.shape[-1] > 0
     if not whole or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise InputError(
             f"A text has to be token ids from 0 to {vocabulary - 1}, [tokens] or [1, tokens], at least one, "
@@ -150,8 +156,12 @@ def check_llama(model: nn.Module, layers: tuple[type[nn.Module], ...] = (nn.Line
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "llama" or not hasattr(model, "lm_head"):
         raise InputError(
-            f"{type(model).__name__} is no decoder of the Llama type: give a LlamaForCausalLM of transformers."
+            f"{type(model).__name__} is no decoder of the Llama type, the only one that is read here: give a "
+            "LlamaForCausalLM, or use generate() of transformers, which has prompt_lookup_num_tokens and "
+            "assistant_model for guesses."
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("The model is on the meta device, where weights have no numbers: load it on a real device.")
     rope = model.model.rotary_emb.rope_type
     plain = not (config.attention_bias or config.mlp_bias) and config.hidden_act == "silu" and rope in STATIC_ROPE
     if not plain or any(not isinstance(m, layers) for name, m in model.named_modules() if name.endswith("_proj")):

@@ -7,6 +7,7 @@ share) are cached in place of 2 H D. `expanded` and `absorbed` are the same func
 import torch
 from torch import Tensor
 
+from labkit.arguments import check_alike, check_shapes
 from labkit.attention import blockwise
 
 
@@ -17,6 +18,7 @@ def expanded(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Te
     latent [B, K, C], k_rope [B, K, R]: what is cached. up_k [H, D, C], up_v [H, Dv, C].
     The last query belongs to the last key. Making the keys and values takes 2 B H K C (D + Dv) FLOPs at every call.
     """
+    _check(q, q_rope, latent, k_rope, up_k, up_v)
     keys = latent[:, None] @ up_k.mT  # [B, H, K, D]
     shared = k_rope[:, None].expand(*keys.shape[:3], -1)
     values = latent[:, None] @ up_v.mT  # [B, H, K, Dv]
@@ -29,6 +31,14 @@ def absorbed(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Te
     All heads read one key [C + R] and one value [C] a token: a score takes C + R multiply-adds and not D + R, so that
     many queries (a prompt) cost more, and a few (a decode step), which save the making of all keys, far less.
     """
+    _check(q, q_rope, latent, k_rope, up_k, up_v)
     width, cached = q.shape[-1] + q_rope.shape[-1], torch.cat([latent, k_rope], -1)[:, None]  # [B, 1, K, C + R]
     queries = torch.cat([q @ up_k, q_rope], -1) * (cached.shape[-1] / width) ** 0.5  # scores over sqrt(D + R)
     return blockwise.attention(queries, cached, latent[:, None], causal=True) @ up_v.mT
+
+
+def _check(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Tensor, up_v: Tensor) -> None:
+    check_alike(q=q, q_rope=q_rope, latent=latent, k_rope=k_rope, up_k=up_k, up_v=up_v)
+    queries = {"q": (q, "B H Q D"), "q_rope": (q_rope, "B H Q R")}
+    cached = {"latent": (latent, "B K C"), "k_rope": (k_rope, "B K R")}
+    check_shapes(**queries, **cached, up_k=(up_k, "H D C"), up_v=(up_v, "H Dv C"))

@@ -23,7 +23,7 @@ class PageTable:
     """A sequence in a pool: its `ids`, stored or to come, its `pages` in order, and how many tokens they hold."""
 
     def __init__(self, ids: Sequence[int]) -> None:
-        self.ids = list(ids)
+        self.ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         self.clear()
 
     def clear(self) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.arguments import check_floats, check_tensor
 from labkit.attention.decoder import Decoder, decoder
-from labkit.errors import InputError, check_whole
+from labkit.errors import InputError, check_number, check_whole
 
 MATCHES = (3, 2)  # tokens that have to agree, tried in this order; a match of one token costs more than it gives
 
@@ -57,8 +58,8 @@ def generate(
     target = decoder(model)
     check_whole(k, "k", 0)
     check_whole(max_new_tokens, "max_new_tokens")
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature is {temperature!r}, but it must be 0, which is greedy, or a number above.")
+    check_number(temperature, "temperature", 0)
+    check_whole(seed, "seed", 0)
     target.check(ids, max_new_tokens)
     propose, generator = _proposer(draft, target, ids, max_new_tokens, temperature, seed)
     text, end = ids.flatten(), ids.numel() + max_new_tokens
@@ -84,6 +85,11 @@ def verify(target: Tensor, draft: Tensor, guesses: Tensor, uniform: Tensor) -> t
     Guess x is accepted with probability min(1, p(x) / q(x)); the first one that is not is replaced by a token of the
     law max(0, p - q) / sum max(0, p - q). Together: q min(1, p / q) + (1 - sum min(p, q)) max(0, p - q) / sum = p.
     """
+    if len(target) != len(guesses) + 1 or draft.shape != (len(guesses), target.shape[-1]):
+        raise InputError(
+            f"{len(guesses)} guesses do not belong to laws {list(target.shape)} and {list(draft.shape)}: give the "
+            "model's [n + 1, V] and the draft's [n, V]."
+        )
     for i, guess in enumerate(guesses.tolist()):
         if uniform[i] * draft[i, guess] >= target[i, guess]:
             rest = (target[i] - draft[i]).clamp(min=0)
@@ -96,6 +102,10 @@ def lookup(text: Tensor, k: int) -> Tensor:
 
     The latest place that has k tokens after it, or else the first.
     """
+    check_tensor(text, "text")
+    check_whole(k, "k", 0)
+    if text.dim() != 1:
+        raise InputError(f"text has shape {list(text.shape)}, but it must be token ids [T]: call .flatten() first.")
     for size in MATCHES:
         if len(text) > size:
             places = (text[:-1].unfold(0, size, 1) == text[-size:]).all(1).nonzero().flatten() + size
@@ -108,6 +118,8 @@ def lookup(text: Tensor, k: int) -> Tensor:
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
     """Logits [..., V] to the law from which a token is drawn, [..., V]; at temperature 0 all on the largest logit."""
+    check_floats(logits, "logits")
+    check_number(temperature, "temperature", 0)
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     return (logits.float() / temperature).softmax(-1)

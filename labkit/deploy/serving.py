@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_tensor
 from labkit.attention.decoder import Decoder, decoder
 from labkit.attention.paged import PagedBatch, PagePool, PagesExhausted, PageTable
 from labkit.deploy.simulation import Times
@@ -117,6 +118,7 @@ def serve(
     new = new_tokens(max_new_tokens, prompts)
     requests = []
     for i, prompt in enumerate(prompts):
+        check_tensor(prompt, f"prompt {i}")
         first = i // max_batch * max_batch
         end = prompt.numel() + (max(new[first : first + max_batch]) if batching == "static" else new[i])
         net.check(prompt, end - prompt.numel())
@@ -192,6 +194,8 @@ def _pool(net: Decoder, requests: list[Request], max_batch: int, page_size: int,
     needed = sorted(
         (-(-(request.end - 1) // page_size) for request in requests), reverse=True
     )  # the last is not stored
+    if pages is not None:
+        check_whole(pages, "pages")
     if pages is not None and pages < needed[0]:
         raise InputError(
             f"The longest request needs {needed[0]} pages of {page_size} tokens, but the pool has {pages}: make it "
@@ -202,8 +206,13 @@ def _pool(net: Decoder, requests: list[Request], max_batch: int, page_size: int,
 
 def new_tokens(max_new_tokens: int | Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
     """One number for each prompt. InputError without prompts, for other counts, and for a number below 1."""
-    new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if not prompts or len(new) != len(prompts):
+    if not isinstance(prompts, list | tuple | Tensor):
+        raise InputError(f"prompts is a {type(prompts).__name__}, but it must be a list of tensors of token ids.")
+    if isinstance(max_new_tokens, np.ndarray | Tensor):
+        max_new_tokens = max_new_tokens.tolist()
+    several = isinstance(max_new_tokens, list | tuple)
+    new = list(max_new_tokens) if several else [max_new_tokens] * len(prompts)
+    if not len(prompts) or len(new) != len(prompts):
         raise InputError(f"There are {len(prompts)} prompts and {len(new)} numbers of new tokens: give one for each.")
     for count in new:
         check_whole(count, "max_new_tokens")

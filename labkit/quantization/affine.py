@@ -7,10 +7,12 @@ whether the code of zero is 0. Granularity is a matter of shape: a scale broadca
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from labkit.arguments import FLOATS, check_floats, check_tensor
 from labkit.errors import InputError, check_choice, check_whole
 
 # The symmetric conventions in circulation: the largest |x| divided by this is the scale, and the lowest code.
@@ -20,6 +22,7 @@ SYMMETRIC = {
     "clipped": lambda half: (half, -half),  # a positive extreme loses a step
     "signed": lambda half: (-half, -half),  # llama.cpp's Q4_0: the extreme of either sign gets the lowest code
 }
+PLAIN = {True: "restricted", False: "asymmetric"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Grid:
 
     def quantize(self, x: Tensor) -> Tensor:
         """The codes of x, in its shape: int8, or uint8 if the grid has no negative ones. InputError for NaN."""
+        check_tensor(x, "x")
         codes = self._nearest(x)
         if codes.isnan().any():
             raise InputError("x has NaN, for which there is no code: look for its origin before you quantize.")
@@ -45,6 +49,7 @@ class Grid:
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The points of these codes, in their shape, as dtype or that of the scale; computed in float32 or wider."""
+        check_tensor(codes, "codes")
         return self._points(self._grouped(codes)).reshape(codes.shape).to(dtype or self.scale.dtype)
 
     def fake(self, x: Tensor) -> Tensor:
@@ -105,9 +110,13 @@ def choose(
     InputError for a range that is not finite.
     """
     check_whole(bits, "bits", 2, 8)
-    kind = {True: "restricted", False: "asymmetric"}.get(symmetric, symmetric)
+    kind = PLAIN[symmetric] if isinstance(symmetric, bool) else symmetric
     check_choice(kind, ("asymmetric", *SYMMETRIC), "kind of symmetric grid")
+    check_floats(lo, "lo")
+    check_floats(hi, "hi")
     dtype = dtype or lo.dtype
+    if dtype not in FLOATS:
+        raise InputError(f"dtype is {dtype!r}, but a scale is a floating-point number: take torch.float32 or narrower.")
     lo, hi = _wide(lo).clamp(max=0), _wide(hi).clamp(min=0)
     half = 2 ** (bits - 1)
     if kind == "asymmetric":
@@ -147,6 +156,8 @@ def fake_quantize(
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise, 10 log10(sum r^2 / sum (r - a)^2) in dB, summed in float64; inf if all is equal."""
+    check_tensor(reference, "reference")
+    check_tensor(approximation, "approximation")
     if reference.shape != approximation.shape:
         raise InputError(
             f"The reference is {list(reference.shape)} and the approximation {list(approximation.shape)}: give two of "
@@ -172,12 +183,6 @@ def check_group(width: int, group_size: int) -> None:
         )
 
 
-def check_floats(x: Tensor) -> None:
-    """InputError unless x holds numbers of a floating-point type that has arithmetic."""
-    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16) or not x.numel():
-        raise InputError(f"x is {x.dtype} {list(x.shape)}, but it must hold floating-point numbers, at least one.")
-
-
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale, float32 or wider, as dtype holds it, and not 0 there; InputError for NaN and infinities.
 
@@ -195,7 +200,8 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _grid(x: Tensor, bits: int, symmetric: bool | str, axis: int | None, group_size: int | None) -> Grid:
     check_floats(x)
-    if axis is not None and not (isinstance(axis, int) and -x.dim() <= axis < x.dim()):
+    whole = isinstance(axis, Integral) and not isinstance(axis, bool)
+    if axis is not None and not (whole and -x.dim() <= axis < x.dim()):
         raise InputError(
             f"axis is {axis!r}, but x has {x.dim()} dimensions: take one from {-x.dim()} to {x.dim() - 1}."
         )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from labkit.arguments import check_alike, check_floats, check_groups, check_shapes
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import affine
 from labkit.quantization.affine import Quantized
@@ -60,12 +61,14 @@ def quantize(x: Tensor, bits: int, per: str, *, group_size: int = 32) -> Quantiz
     A group's codes depend on nothing else, so that a cache that grows never changes them. Scales have x's dtype:
     `artifact.size` counts 16 bits and those of the zero for each group of a bfloat16 cache.
     """
-    check_choice(per, PER, "way to share a scale")
+    _check(x, per)
     return affine.quantize(x.mT if per == "channel" else x, bits, symmetric=False, group_size=group_size)
 
 
 def fake_quantize(x: Tensor, bits: int | None, per: str, *, group_size: int = 32) -> Tensor:
     """SIMULATED: x [..., T, D] as `quantize` and back gives it; the tokens after the last whole group of T stay."""
+    _check(x, per)
+    check_whole(group_size, "group_size")
     whole = x.shape[-2] // group_size * group_size if per == "channel" else x.shape[-2]
     if bits is None or not whole:
         return x
@@ -83,6 +86,13 @@ def attention(
     mask: added to the scores, or True where a key may be read, [..., Q, T]; [..., 1, T] is for queries of the last
         token all. Causality need not be in it. scale: of the scores; None: 1 / sqrt(D).
     """
+    if not isinstance(form, KVFormat):
+        raise InputError(f"form is a {type(form).__name__}, but it must be a KVFormat: give KVFormat() or another.")
+    check_alike(q=q, k=k, v=v)
+    sizes = check_shapes(q=(q, "B H Q D"), k=(k, "B Hkv T D"), v=(v, "B Hkv T Dv"))
+    check_groups(sizes["H"], sizes["Hkv"])
+    if sizes["Q"] > sizes["T"]:
+        raise InputError(f"There are {sizes['Q']} queries and {sizes['T']} tokens, but each query belongs to a token.")
     queries, tokens = q.shape[-2] if mask is None else mask.shape[-2], k.shape[-2]
     place = torch.arange(tokens, device=q.device)
     token = place[tokens - queries :, None]  # of each query
@@ -95,16 +105,24 @@ def attention(
     stored_v = fake_quantize(v, form.value_bits, form.values_per, group_size=form.group_size)
     repeats = q.shape[1] // k.shape[1]
     k, v, stored_k, stored_v = (x.repeat_interleave(repeats, 1) for x in (k, v, stored_k, stored_v))
-    scores = torch.where(recent(form.keys_per), q @ k.mT, q @ stored_k.mT)
+    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, stored_k)]  # float16 ends at 65504
+    scores = torch.where(recent(form.keys_per), wide[0] @ wide[1].mT, wide[0] @ wide[2].mT)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     allowed = place <= token
     if mask is not None and mask.dtype == torch.bool:
         allowed = allowed & mask
     elif mask is not None:
         scores = scores + mask
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype)
     as_it_is = recent(form.values_per)
     return (weights * as_it_is) @ v + (weights * ~as_it_is) @ stored_v
+
+
+def _check(x: Tensor, per: str) -> None:
+    check_choice(per, PER, "way to share a scale")
+    check_floats(x, "x")
+    if x.dim() < 2:
+        raise InputError(f"x has shape {list(x.shape)}, but keys and values are [..., T, D]: give tokens and channels.")
 
 
 @contextmanager

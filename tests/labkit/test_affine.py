@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import Refusals, check_refusal, refused
 
 from labkit.errors import InputError
 from labkit.quantization import affine
@@ -261,3 +263,52 @@ def test_sqnr_is_in_db_and_exact_when_nothing_differs():
 def test_bad_input_gets_one_sentence(call, sentence):
     with pytest.raises(InputError, match=sentence):
         call(torch.randn(2, 576))
+
+
+X = torch.randn(2, 576)
+REFUSALS: Refusals = {
+    "x is a list": lambda: affine.quantize([1.0, 2.0]),
+    "x is a ndarray": lambda: affine.quantize(X.numpy()),
+    "x is None": lambda: affine.quantize(None),
+    "x is a str": lambda: affine.fake_quantize("x"),
+    "x is a tensor of layout sparse_coo": lambda: affine.quantize(X.to_sparse()),
+    "x is a tensor of layout sparse_csr": lambda: affine.fake_quantize(X.to_sparse_csr()),
+    "x is a tensor of layout nested": lambda: affine.quantize(torch.nested.nested_tensor([X[0], X[1, :9]])),
+    "x is on the meta device": lambda: affine.quantize(X.to("meta")),
+    "x is torch.complex64": lambda: affine.quantize(X.to(torch.complex64)),
+    "x is torch.bool": lambda: affine.quantize(X > 0),
+    "x is torch.float8_e4m3fn": lambda: affine.quantize(X.to(torch.float8_e4m3fn)),
+    "bits is '8'": lambda: affine.quantize(X, "8"),
+    "bits is 8.0": lambda: affine.quantize(X, 8.0),
+    "bits is True": lambda: affine.quantize(X, True),
+    "kind of symmetric grid None": lambda: affine.quantize(X, symmetric=None),
+    "kind of symmetric grid ['full']": lambda: affine.quantize(X, symmetric=["full"]),
+    "kind of symmetric grid 1": lambda: affine.quantize(X, symmetric=1),
+    "axis is True": lambda: affine.quantize(X, axis=True),
+    "axis is 1.0": lambda: affine.quantize(X, axis=1.0),
+    "axis is (0, 1)": lambda: affine.quantize(X, axis=(0, 1)),
+    "axis is -3": lambda: affine.quantize(X, axis=-3),
+    "group_size is '64'": lambda: affine.quantize(X, group_size="64"),
+    "group_size is 64.0": lambda: affine.quantize(X, group_size=64.0),
+    "group_size is -1": lambda: affine.quantize(X, group_size=-1),
+    "axis must be another": lambda: affine.quantize(torch.tensor(1.0), group_size=1),
+    "lo is a float": lambda: affine.choose(0.0, 1.0, 8),
+    "hi is a float": lambda: affine.choose(torch.zeros(1), 1.0, 8),
+    "lo is torch.int64": lambda: affine.choose(torch.tensor(0), torch.tensor(1), 8),
+    "dtype is torch.int8": lambda: affine.choose(*torch.tensor([0.0, 1.0]), 8, dtype=torch.int8),
+    "dtype is 'float16'": lambda: affine.choose(*torch.tensor([0.0, 1.0]), 8, dtype="float16"),
+    "reference is a list": lambda: affine.sqnr([1.0], X),
+    "approximation is None": lambda: affine.sqnr(X, None),
+    "approximation is on the meta device": lambda: affine.sqnr(X, X.to("meta")),
+    "x is a tuple": lambda: affine.quantize(X).grid.quantize((1.0,)),
+    "codes is a list": lambda: affine.quantize(X).grid.dequantize([1]),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)
+
+
+def test_an_axis_may_be_a_number_of_numpy():
+    assert torch.equal(affine.fake_quantize(X, axis=np.int64(0)), affine.fake_quantize(X, axis=0))

@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import Refusals, check_refusal, refused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit import roofline
+from labkit.attention import mla
 from labkit.attention.blockwise import Partial, attention, merge, partial
 from labkit.errors import InputError
 
@@ -124,7 +127,7 @@ def test_blocks_after_a_causal_query_cost_nothing():
 @pytest.mark.parametrize(
     ("shapes", "options", "words"),
     [
-        (((1, 3, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)), {}, "H a multiple of Hkv"),
+        (((1, 3, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)), {}, "H must be a multiple of Hkv"),
         (((1, 2, 4, 8), (1, 2, 4, 6), (1, 2, 4, 8)), {}, "do not fit together"),
         (((1, 2, 4, 8), (1, 2, 5, 8), (1, 2, 4, 8)), {}, "do not fit together"),
         (((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8)), {"block": 0}, "block is 0"),
@@ -133,3 +136,62 @@ def test_blocks_after_a_causal_query_cost_nothing():
 def test_what_does_not_fit_is_refused(shapes, options, words):
     with pytest.raises(InputError, match=words):
         attention(*(torch.zeros(shape) for shape in shapes), **options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("loud", "large"), [(300.0, 1.0), (1.0, 3e4), (300.0, 3e4)])
+def test_scores_and_sums_beyond_float16_are_what_they_are(causal, loud, large):
+    """Scores up to some 100,000, and sums of values up to some 400,000: torch's attention is finite there as well."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 24, 64, generator=draw) for _ in "qkv")
+    q, k, v = (loud * q).half(), (loud * k / 10).half(), (large * v.clamp(0.5, 2)).half()
+    y = attention(q, k, v, causal=causal, block=16)
+    expected = reference(q, k, v, causal)
+    assert y.dtype == torch.float16 and y.isfinite().all()
+    assert float((y.double() - expected).abs().max()) <= bound(q, k, v, 16)
+    ours, torchs = (
+        float((x.double() - expected).abs().max())
+        for x in (y, F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    )
+    assert ours <= 2 * torchs
+
+
+Q = torch.randn(1, 2, 4, 8)
+UP = torch.randn(2, 8, 6)
+LATENT = {
+    "q": Q,
+    "q_rope": Q[..., :2],
+    "latent": torch.randn(1, 5, 6),
+    "k_rope": torch.randn(1, 5, 2),
+    "up_k": UP,
+    "up_v": UP,
+}
+REFUSALS: Refusals = {
+    "q is a list": lambda: attention([Q], Q, Q),
+    "k is None": lambda: attention(Q, None, Q),
+    "v is a str": lambda: attention(Q, Q, "v"),
+    "k torch.float64 on cpu": lambda: attention(Q, Q.double(), Q),
+    "v torch.float16 on cpu": lambda: attention(Q, Q, Q.half()),
+    "q torch.bfloat16 on cpu": lambda: attention(Q.bfloat16(), Q, Q),
+    "q is torch.int64": lambda: attention(Q.long(), Q.long(), Q.long()),
+    "q is torch.complex64": lambda: attention(*[Q.to(torch.complex64)] * 3),
+    "k is on the meta device": lambda: attention(Q, Q.to("meta"), Q),
+    "v is a tensor of layout sparse_coo": lambda: attention(Q, Q, Q.to_sparse()),
+    "q is torch.float32 [1, 2, 0, 8]": lambda: attention(Q[:, :, :0], Q, Q),
+    "q [2, 4, 8], k [2, 4, 8]": lambda: attention(Q[0], Q[0], Q[0]),
+    "v [1, 2, 3, 8] do not fit together: give q [B, H, Q, D]": lambda: attention(Q, Q, Q[:, :, :3]),
+    "2 query heads do not fit 3": lambda: attention(Q, *[torch.randn(1, 3, 4, 8)] * 2),
+    "block is '8'": lambda: attention(Q, Q, Q, block="8"),
+    "block is 2.0": lambda: attention(Q, Q, Q, block=2.0),
+    "block is None": lambda: attention(Q, Q, Q, block=None),
+    "latent is a list": lambda: mla.expanded(**{**LATENT, "latent": [1.0]}),
+    "q_rope [1, 2, 3, 2]": lambda: mla.absorbed(**{**LATENT, "q_rope": Q[:, :, :3, :2]}),
+    "k_rope [1, 5, 3]": lambda: mla.absorbed(**{**LATENT, "k_rope": torch.randn(1, 5, 3)}),
+    "up_k torch.float64 on cpu": lambda: mla.expanded(**{**LATENT, "up_k": UP.double()}),
+    "up_v [H, Dv, C]": lambda: mla.absorbed(**{**LATENT, "up_v": UP[..., :4]}),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -3,10 +3,25 @@
 import pytest
 import torch
 from families import batches, family
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.batches import evaluating, inputs, labelled, segments, split, summed_loss, valid_tokens
+from labkit.batches import (
+    batch_loss,
+    check_batches,
+    evaluating,
+    inputs,
+    labelled,
+    not_empty,
+    segments,
+    split,
+    summed_loss,
+    valid_tokens,
+    watching,
+)
 from labkit.errors import InputError
+
+IDS = torch.randint(3, 61, (3, 8), generator=torch.Generator().manual_seed(2))
 
 
 class Two(nn.Module):
@@ -26,7 +41,7 @@ class Labels(nn.Module):
         (Two(), ("a", "b"), (("a", "b"), {}, None)),
         (Two(), ["a", "b", "y"], (("a", "b"), {}, "y")),
         (Two(), {"a": "a", "b": "b", "labels": "y"}, ((), {"a": "a", "b": "b"}, "y")),
-        (Labels(), ("a", "y"), (("a", "y"), {}, None)),
+        (Labels(), ("a", "y"), (("a",), {"labels": "y"}, "y")),
         (Labels(), {"a": "a", "labels": "y"}, ((), {"a": "a", "labels": "y"}, "y")),
     ],
 )
@@ -99,3 +114,67 @@ def test_segments_are_pieces_of_the_text():
     assert segments(tokens, 1, 100)[0][0, 0] == 0
     with pytest.raises(InputError, match="1 pieces of 101 tokens cannot be cut"):
         segments(tokens, 1, 101)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+X, TOKENS = torch.randn(6, 2), torch.arange(100)
+REFUSALS: Refusals = {
+    "may be the labels or the attention_mask of LlamaForCausalLM": lambda: split(family("llama"), (IDS, IDS)),
+    "may be the labels or the position_ids of LlamaForCausalLM": lambda: split(family("llama"), (IDS, IDS, IDS)),
+    "may be the labels or the attention_mask of BertForSequenceClass": lambda: inputs(family("bert"), [IDS, IDS]),
+    "3 inputs and its labels, more than Linear takes": lambda: inputs(nn.Linear(2, 2), (X, X, X, X)),
+    "but the batches have no labels": lambda: batch_loss(nn.Linear(2, 2), X),
+    "Cross-entropy takes scores [B, classes]": lambda: batch_loss(nn.Linear(2, 2), (X, torch.zeros(6, 3))),
+    "not float32 [6, 2] and int64 [5]": lambda: batch_loss(nn.Linear(2, 2), (X, torch.zeros(5).long())),
+    "Target 9 is out of bounds": lambda: batch_loss(nn.Linear(2, 2), (X, torch.full((6,), 9))),
+    "not float32 [6, 2] and a list": lambda: batch_loss(nn.Linear(2, 2), (X, [0, 1, 0, 1, 0, 1])),
+    "return one number for a batch": lambda: batch_loss(nn.Linear(2, 2), X, lambda y, _: y),
+    "Linear has no module 'head'": lambda: watching(nn.Linear(2, 2), ["head"], print).__enter__(),
+    "tokens is a list": lambda: segments(list(range(50)), 2, 8),
+    "n is 0": lambda: segments(TOKENS, 0, 8),
+    "n is 1.5": lambda: segments(TOKENS, 1.5, 8),
+    "length is '8'": lambda: segments(TOKENS, 2, "8"),
+    "seed is -1": lambda: segments(TOKENS, 2, 8, seed=-1),
+    "cannot be cut from tokens of shape [4, 25]": lambda: segments(TOKENS.view(4, 25), 2, 8),
+    "tokens is on the meta device": lambda: segments(TOKENS.to("meta"), 2, 8),
+    "batches is one Tensor": lambda: check_batches(X, "taylor"),
+    "batches is one int": lambda: check_batches(3, "taylor"),
+    "give batches": lambda: check_batches(None, "taylor"),
+    "batches is empty": lambda: list(not_empty([])),
+}
+
+
+@refused(REFUSALS)
+def test_bad_batches_are_refused_in_a_sentence(words, call):
+    check_refusal(words, call)
+
+
+# --- labels in a tuple ------------------------------------------------------------------------------------------------
+
+
+def test_one_label_an_example_is_bound_to_labels_where_the_model_takes_them():
+    bert, classes = family("bert"), torch.tensor([0, 1, 1])
+    for batch, masks in (((IDS, classes), {}), ((IDS, IDS != 0, classes), {"attention_mask": IDS != 0})):
+        with torch.no_grad():
+            by_name = bert(input_ids=IDS, labels=classes, **masks).loss
+            assert torch.equal(batch_loss(bert, batch), by_name)
+            assert float(summed_loss(bert, batch)[0]) == pytest.approx(3 * float(by_name), rel=1e-6)
+    assert split(bert, (IDS, classes))[2] is classes
+
+
+def test_a_model_with_labels_at_their_place_of_forward_takes_a_tuple_of_any_shape():
+    vit, images = family("vit"), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        losses = [batch_loss(vit, (images, torch.tensor(labels))) for labels in ([0, 0], [1, 1])]
+    assert losses[0] != losses[1] and set(inputs(vit, (images, torch.tensor([0, 1])))) == {"pixel_values"}
+
+
+class Required(nn.Module):
+    def forward(self, x, labels):
+        return x
+
+
+def test_labels_that_forward_needs_are_labels_too():
+    assert split(Required(), ("x", "y")) == (("x",), {"labels": "y"}, "y")
+    assert labelled(Required(), ("x", "y")) == {"x": "x", "labels": "y"}

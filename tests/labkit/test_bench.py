@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import Refusals, check_refusal, refused
 from scipy.stats import binom
 
 from labkit import bench, clocks, machine, roofline, stats
@@ -600,3 +601,44 @@ def test_a_call_that_maps_its_memory_anew_is_told(one_thread):
     result = compare(lambda: torch.ones(2**24), lambda: out.fill_(1.0), names=("mapped", "preallocated"))
     (told,) = (warning for warning in result.all_warnings if "page faults" in warning)
     assert told.startswith("mapped: ") and "per call: memory is mapped anew each time; preallocate" in str(result)
+
+
+# --- refusals, and a hint ---------------------------------------------------------------------------------------------
+
+
+def work() -> int:
+    raise AssertionError("called before the arguments were checked")
+
+
+REFUSALS: Refusals = {
+    "budget_s must be a number of seconds above 0, got '2'": lambda: measure(work, budget_s="2"),
+    "budget_s must be a number of seconds above 0, got None": lambda: compare(work, work, budget_s=None),
+    "no cache ['hot']": lambda: measure(work, cache=["hot"]),
+    "no cache None": lambda: compare(work, work, cache=None),
+    "clock must be a function": lambda: measure(work, clock=3),
+    "seconds or None, got 'wall'": lambda: compare(work, work, clock="wall"),
+    "got ('a',)": lambda: compare(work, work, names=("a",)),
+    "got (1, 2)": lambda: compare(work, work, names=(1, 2)),
+    "got 'ab'": lambda: compare(work, work, names="ab"),
+    "builds must be 6 or more, or None, got '8'": lambda: compare(work, work, builds="8"),
+    "seed is 'a'": lambda: compare(work, work, seed="a"),
+    "seed is None": lambda: race({"a": work, "b": work}, seed=None),
+    "calls is a list": lambda: race([work, work]),
+    "a must be a function": lambda: race({"a": 1, "b": work}),
+    "device is 3": lambda: measure(work, device=3),
+    "q is 101": lambda: comparison([0.01] * 20, [0.01] * 20).baseline.percentile(101),
+    "q is '50'": lambda: comparison([0.01] * 20, [0.01] * 20).baseline.percentile("50"),
+}
+
+
+@refused(REFUSALS)
+def test_bad_arguments_are_refused_in_a_sentence(words, call):
+    check_refusal(words, call)
+
+
+@pytest.mark.parametrize(("ratio", "hints"), [(1.05, True), (0.95, True), (1.0, False), (1.5, False), (0.5, False)])
+def test_a_small_difference_without_builds_hints_at_them(ratio, hints):
+    line = comparison([0.010 * ratio] * 20, [0.010] * 20)
+    assert ("compare with builds=8" in str(line)) == hints
+    over_builds = replace(line, pairs_per_build=(2,) * 10)
+    assert over_builds.verdict == line.verdict and "builds=8" not in str(over_builds)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from refusals import Refusals, check_refusal, refused
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import resnet18
@@ -371,3 +372,28 @@ def test_flops_of_components_are_those_of_the_matrices() -> None:
     assert flops[counting.PRODUCTS] == 4 * tokens**2 * layers * width
     assert flops[counting.FEED_FORWARD] == 2 * tokens * layers * 3 * width * ffn
     assert flops[counting.HEAD] == 2 * tokens * width * 100
+
+
+CNN = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+IMAGES = torch.randn(2, 3, 8, 8)
+REFUSALS: Refusals = {
+    "not in a tuple: write count(model, *inputs)": lambda: count(CNN, (IMAGES,)),
+    "not in a list: write count(model, *inputs)": lambda: count(CNN, [IMAGES]),
+    "not in a dict: write count(model, **inputs)": lambda: count(CNN, {"input": IMAGES}),
+    "count takes inputs one by one": lambda: count(torch.relu, (IMAGES,)),
+    "not a NoneType": lambda: count(None),
+    "not a str": lambda: count("model", IMAGES),
+    "model is a list": lambda: counting.parameters_by_component([CNN]),
+    "model is None": lambda: counting.flops_by_component(None),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)
+
+
+def test_a_tuple_that_the_call_takes_is_counted_and_an_error_of_its_own_passes_through():
+    assert count(lambda pair: pair[0] @ pair[1], (X[0], X[0].mT)).flops > 0
+    with pytest.raises(TypeError, match="missing"):
+        count(CNN)

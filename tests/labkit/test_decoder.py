@@ -3,6 +3,7 @@
 import pytest
 import torch
 from llamas import llama, text
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
 from labkit import models
@@ -123,3 +124,19 @@ def test_expanded_latent_attention_is_attention_over_the_keys_and_values_written
             values = torch.stack([up_v[head] @ latent[0, j] for j in range(i + 1)])
             expected = torch.stack(scores).softmax(0) @ values
             assert torch.allclose(mla.expanded(q, q_rope, latent, k_rope, up_k, up_v)[0, head, i], expected)
+
+
+REFUSALS: Refusals = {
+    "NoneType is no decoder of the Llama type": lambda: Decoder(None),
+    "LlamaModel is no decoder of the Llama type": lambda: Decoder(llama().model),
+    "The model is on the meta device": lambda: Decoder(llama().to("meta")),
+    "ids is a list": lambda: Decoder(llama()).check([1, 2], 3),
+    "ids is on the meta device": lambda: Decoder(llama()).check(text(4).to("meta"), 3),
+    "batch is 0": lambda: Decoder(llama()).cache(8, 0),
+    "capacity is '8'": lambda: Decoder(llama()).cache("8"),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from families import batches, family, inputs, mean_loss
 from llamas import greedy, llama, text
+from refusals import Refusals, check_refusal, refused
 from torch import Tensor, nn
 
 from labkit import distillation, training
@@ -352,14 +353,14 @@ def test_errors():
     linear, bert = nn.Linear(2, 2).eval(), family("bert")
     cases = {
         "both need the same vocabulary": lambda: distillation_loss(two, three),
-        "temperature must be a number above 0": lambda: distillation_loss(two, two, temperature=0),
-        "beta must be a number from 0": lambda: distillation_loss(two, two, beta=1.5),
+        "temperature is 0, but it must be a finite number above 0": lambda: distillation_loss(two, two, temperature=0),
+        "beta is 1.5, but it must be a finite number from 0 to 1": lambda: distillation_loss(two, two, beta=1.5),
         "k is 3, but it must be a whole number from 1 to 2": lambda: top_k(two, 3),
         "same predictions in the same order": lambda: top_k_loss(torch.ones(5, 3), top_k(two, 1)),
         "no attention maps of one size": lambda: attention_transfer(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 2, 2)),
         "at least two": lambda: relation_loss(two[:1], two[:1]),
         "cannot be cut into 2 heads": lambda: value_relations(two[None], two[None], heads=2),
-        "alpha must be a number from 0 to 1": lambda: distilling(linear, alpha=2, temperature=2.0),
+        "alpha is 2, but it must be a finite number from 0 to 1": lambda: distilling(linear, alpha=2, temperature=2.0),
         "teacher is in train mode": lambda: distilling(nn.Linear(2, 2), alpha=1, temperature=2.0),
         "teacher.eval.. first": lambda: matching(nn.Linear(2, 2), {"": ""}, F.mse_loss, weight=1.0),
         "needs labels": lambda: distilling(bert, alpha=0.5, temperature=2.0)(family("bert"), inputs("bert")),
@@ -415,3 +416,213 @@ def test_on_policy_refuses_a_teacher_in_train_mode_and_no_new_token():
         on_policy(llama(1).train(), new=4)
     with pytest.raises(InputError, match="new"):
         on_policy(llama(1), new=0)
+
+
+# --- labels, and what has no probability -----------------------------------------------------------------------------
+
+
+def other_labels(labels: Tensor) -> Tensor:
+    return (labels + 1) % 2
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_labels_of_a_tuple_reach_a_classifier_of_transformers(taught: bool):
+    """Two sets of labels give two losses, and a tuple gives what the dict gives."""
+    teacher = family("bert") if taught else None
+    (batch,) = batches("bert", 6)
+    ids, labels = batch["input_ids"], batch["labels"]
+    forms = [{"input_ids": ids, "labels": labels}, (ids, labels), (ids, other_labels(labels))]
+    losses = []
+    for form in forms:
+        pruned = depth.prune_layers(family("bert"), [1]).model
+        history = distillation.heal_(pruned, [form], teacher=teacher, max_lr=1e-3, steps=3)
+        losses.append(history.losses)
+    assert losses[0] == losses[1] and losses[0][0] != losses[2][0]
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("step", ["heal_", "train_"])
+def test_labels_of_a_tuple_are_no_mask_of_a_decoder(taught: bool, step: str):
+    model, ids = family("llama"), inputs("llama")["input_ids"]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    teacher = family("llama") if taught else None
+    with pytest.raises(InputError, match="may be the labels or the attention_mask of LlamaForCausalLM: give a dict"):
+        if step == "heal_":
+            distillation.heal_(model, [(ids, ids)], teacher=teacher, max_lr=1e-3, steps=2)
+        else:
+            loss_fn = distilling(teacher, alpha=0.5, temperature=2.0) if taught else training.task_loss
+            training.train_(model, [(ids, ids)], max_lr=1e-3, loss_fn=loss_fn)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_decoder_heals_on_bare_tensors_of_its_tokens():
+    ids = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(0))
+    losses = [
+        distillation.heal_(family("llama"), [form], max_lr=1e-3, steps=2).losses for form in (ids, {"input_ids": ids})
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_teacher_of_images_with_its_labels_in_a_tuple():
+    vit, images, labels = family("vit"), torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 0, 1])
+    history = distillation.heal_(family("vit"), [(images, labels)], teacher=vit, max_lr=1e-3, steps=20)
+    assert history.losses[-1] < history.losses[0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_a_class_that_both_exclude_adds_nothing_and_has_a_gradient(beta: float):
+    student, teacher = normal(3, 5), normal(3, 5, seed=1)
+    excluded = torch.full((3, 2), -math.inf, dtype=torch.float64)
+    longer = [torch.cat([x, excluded], -1).requires_grad_() for x in (student, teacher)]
+    loss = distillation_loss(*longer, beta=beta)
+    loss.backward()
+    short = student.clone().requires_grad_()
+    expected = distillation_loss(short, teacher, beta=beta)
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    torch.testing.assert_close(longer[0].grad[:, :5], short.grad)
+    assert not longer[0].grad[:, 5:].any()
+
+
+def test_what_one_side_excludes_costs_what_the_definition_says():
+    student, teacher = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -math.inf]])
+    forward, reverse, middle = (distillation_loss(student, teacher, temperature=1.0, beta=b) for b in (0.0, 1.0, 0.5))
+    assert float(forward) == pytest.approx(math.log(1.5), rel=1e-6)  # each of two classes: 1/2 against 1/3
+    assert float(reverse) == math.inf  # the student gives 1/3 to what the teacher excludes
+    kl_p = math.log(0.5 / (5 / 12))
+    kl_q = 2 / 3 * math.log((1 / 3) / (5 / 12)) + 1 / 3 * math.log((1 / 3) / (1 / 6))
+    assert float(middle) == pytest.approx(0.5 * kl_p + 0.5 * kl_q, rel=1e-5)
+
+
+def test_stored_answers_of_excluded_classes_give_no_nan():
+    logits = torch.tensor([[1.0, 0.0, -math.inf, -math.inf, 0.5]])
+    student = logits.clone().requires_grad_()
+    loss = top_k_loss(student, top_k(logits, 4))
+    loss.backward()
+    assert abs(float(loss.detach())) < 1e-3 and student.grad.isfinite().all()
+
+
+def test_healing_ends_at_a_loss_that_is_not_finite_with_the_model_as_it_was():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), torch.randn(8, 4)
+    x[0, 0] = math.nan
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    data = [(torch.randn(8, 4), torch.arange(8) % 3), (x, torch.arange(8) % 3)]
+    drawn = torch.get_rng_state()
+    with pytest.raises(InputError, match="The loss of step 2 is nan"):
+        distillation.heal_(model, data, max_lr=0.01, steps=4)
+    assert all(torch.equal(y, before[name]) for name, y in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn) and not torch.equal(state, drawn)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+TWO, FOUR, TEACHER = torch.ones(2, 3), torch.ones(2, 3, 4, 4), nn.Linear(2, 2).eval()
+PAIR, IDS = (torch.ones(2, 2), torch.tensor([0, 1])), torch.ones(2, 4, dtype=torch.long)
+
+
+def heal(**options: object) -> object:
+    return distillation.heal_(**{"model": nn.Linear(2, 2), "batches": [PAIR], "max_lr": 0.1, "steps": 2, **options})
+
+
+def distil(**options: object):
+    return distilling(**{"teacher": TEACHER, "alpha": 0.5, "temperature": 2.0, **options})
+
+
+def match(pairs: object = None, distance: object = F.mse_loss, **options: object):
+    teacher = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
+    return matching(teacher, {"0": "0"} if pairs is None else pairs, distance, **{"weight": 1.0, **options})
+
+
+def student() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+
+class Twice(nn.Module):
+    """Has a layer that is not run, and one that gives a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.rnn = nn.Linear(2, 2), nn.GRU(2, 2)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+REFUSALS: Refusals = {
+    "student is a list": lambda: distillation_loss([1.0, 2.0], TWO),
+    "teacher is None": lambda: distillation_loss(TWO, None),
+    "student is torch.int64 [2, 3]": lambda: distillation_loss(TWO.long(), TWO),
+    "student is torch.float32 [0, 3]": lambda: distillation_loss(TWO[:0], TWO[:0]),
+    "teacher is on the meta device": lambda: distillation_loss(TWO, TWO.to("meta")),
+    "student has logits of shape [], teacher []": lambda: distillation_loss(torch.tensor(1.0), torch.tensor(1.0)),
+    "temperature is '2'": lambda: distillation_loss(TWO, TWO, temperature="2"),
+    "temperature is nan": lambda: distillation_loss(TWO, TWO, temperature=math.nan),
+    "temperature is inf": lambda: distillation_loss(TWO, TWO, temperature=math.inf),
+    "beta is None": lambda: distillation_loss(TWO, TWO, beta=None),
+    "mask has shape [3], but it must have [2]": lambda: distillation_loss(TWO, TWO, mask=torch.ones(3)),
+    "mask is a list": lambda: distillation_loss(TWO, TWO, mask=[1, 0]),
+    "logits is a list": lambda: top_k([1.0], 1),
+    "logits have shape [2, 1]": lambda: top_k(TWO[:, :1], 1),
+    "k is 1.0": lambda: top_k(TWO, 1.0),
+    "logits is torch.int64 [2, 3]": lambda: top_k(TWO.long(), 1),
+    "answers is a Tensor": lambda: top_k_loss(TWO, TWO),
+    "and the same classes": lambda: top_k_loss(TWO[:, :2], top_k(TWO.cumsum(1), 2)),
+    "Features of shapes [2, 3] and [2, 3]": lambda: attention_transfer(TWO, TWO),
+    "student is None": lambda: attention_transfer(None, FOUR),
+    "teacher is torch.int64": lambda: attention_transfer(FOUR, FOUR.long()),
+    "not [] and []": lambda: relation_loss(torch.tensor(1.0), torch.tensor(1.0)),
+    "student is a str": lambda: relation_loss("a", TWO),
+    "heads is 1.5": lambda: value_relations(FOUR[0], FOUR[0], heads=1.5),
+    "are not of the same texts": lambda: value_relations(FOUR[0], FOUR[0, :1], heads=2),
+    "[B, T, width]": lambda: value_relations(TWO, TWO, heads=1),
+    "mask has shape [2, 2]": lambda: value_relations(FOUR[0], FOUR[0], heads=2, mask=torch.ones(2, 2)),
+    "projectors must be a dict": lambda: WithProjectors(student(), [nn.Linear(2, 2)]),
+    "the projector of '0' is a function": lambda: WithProjectors(student(), {"0": lambda x: x}),
+    "student is a Tensor": lambda: WithProjectors(TWO, {}),
+    "alpha is '0.5'": lambda: distil(alpha="0.5"),
+    "temperature is 0,": lambda: distil(temperature=0),
+    "beta is 2,": lambda: distil(beta=2),
+    "teacher is a str": lambda: distil(teacher="llama"),
+    "Without a teacher each batch needs its logits": lambda: distil(teacher=None)(TEACHER, {"x": TWO}),
+    "student has logits of shape [2, 2], teacher [2, 3]": lambda: distil(teacher=None)(TEACHER, (*PAIR, TWO)),
+    "teacher is a list": lambda: distil(teacher=None)(TEACHER, (*PAIR, [0.5, 0.5])),
+    "Cross-entropy takes scores": lambda: distil()(nn.Linear(2, 2), (PAIR[0], PAIR[1].float())),
+    "The task loss needs labels": lambda: distil()(nn.Linear(2, 2), PAIR[0]),
+    "pairs must be a dict, not empty": lambda: match({}),
+    "from the student's modules to the teacher's": lambda: match([("0", "0")]),
+    "Sequential has no module '7'": lambda: match({"0": "7"}),
+    "Sequential has no module 'head'": lambda: match({"head": "0"})(student(), PAIR),
+    "distance is 'mse'": lambda: match(distance="mse"),
+    "loss_fn is 1": lambda: match(loss_fn=1),
+    "weight is '1'": lambda: match(weight="1"),
+    "The student's module 'idle' was not run": lambda: match({"idle": "0"})(Twice(), PAIR),
+    "The student's module 'rnn' gave a tuple": lambda: match({"rnn": "0"})(Twice(), PAIR),
+    "new is 'ten'": lambda: on_policy(TEACHER, new="ten"),
+    "on_policy takes batches": lambda: on_policy(TEACHER, new=2)(nn.Linear(2, 2), PAIR),
+    "token ids [B, T] of one length": lambda: on_policy(TEACHER, new=2)(nn.Linear(2, 2), {"input_ids": IDS[0]}),
+    "Linear is no decoder of the Llama type": lambda: on_policy(TEACHER, new=2)(nn.Linear(2, 2), {"input_ids": IDS}),
+    "layers is '2'": lambda: distillation.shallow(family("bert"), "2"),
+    "steps is 0, but": lambda: heal(steps=0),
+    "steps is '5'": lambda: heal(steps="5"),
+    "steps is 2.5": lambda: heal(steps=2.5),
+    "seed is -1": lambda: heal(seed=-1),
+    "seed is 'a'": lambda: heal(seed="a"),
+    "max_lr is '1e-3'": lambda: heal(max_lr="1e-3"),
+    "max_lr is -1": lambda: heal(max_lr=-1),
+    "model is a dict": lambda: heal(model={}),
+    "teacher is a dict": lambda: heal(teacher={}),
+    "batches must have a length": lambda: heal(batches=iter([PAIR])),
+    "at least one batch": lambda: heal(batches=[]),
+    "but the batches have no labels": lambda: heal(batches=[PAIR[0]]),
+    "A batch is a str": lambda: heal(batches=["text"]),
+    "more than Linear takes": lambda: heal(batches=[(*PAIR, PAIR[1], PAIR[1])]),
+    "The teacher is in train mode": lambda: heal(teacher=nn.Linear(2, 2)),
+    "no parameter that requires a gradient": lambda: heal(model=nn.ReLU()),
+    "Inside torch.inference_mode()": lambda: torch.inference_mode()(heal)(),
+}  # fmt: skip
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words: str, call):
+    check_refusal(words, call)

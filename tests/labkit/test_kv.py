@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import Refusals, check_refusal, refused
 from torch import Tensor
 
 from labkit import artifact
@@ -186,3 +187,46 @@ def test_bad_formats_are_refused(options):
 def test_groups_have_to_fill_the_tokens():
     with pytest.raises(InputError, match="divisor of 20"):
         kv.quantize(torch.randn(1, 1, 20, 8), 4, "channel", group_size=8)
+
+
+def test_scores_beyond_float16_are_what_they_are():
+    """q k goes to some 100,000 before it is scaled."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 24, 64, generator=draw) for _ in "qkv")
+    q, k, v = (200 * q).half(), (50 * k).half(), v.half()
+    plain = KVFormat(None, None)
+    y = kv.attention(q, k, v, plain)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert y.isfinite().all() and float((y.double() - expected).abs().max()) < 1e-2
+
+
+X, Q = torch.randn(1, 2, 32, 8), torch.randn(1, 4, 32, 8)
+REFUSALS: Refusals = {
+    "key_bits is '4'": lambda: KVFormat(key_bits="4"),
+    "value_bits is 4.0": lambda: KVFormat(value_bits=4.0),
+    "way to share a scale ['token']": lambda: KVFormat(values_per=["token"]),
+    "way to share a scale None": lambda: KVFormat(keys_per=None),
+    "group_size is None": lambda: KVFormat(group_size=None),
+    "window is 1.5": lambda: KVFormat(window=1.5),
+    "x is a list": lambda: kv.quantize([1.0], 4, "token"),
+    "x is torch.int64": lambda: kv.quantize(X.long(), 4, "token"),
+    "x has shape [8]": lambda: kv.quantize(X[0, 0, 0], 4, "token", group_size=8),
+    "x is on the meta device": lambda: kv.quantize(X.to("meta"), 4, "token", group_size=8),
+    "bits is '4'": lambda: kv.quantize(X, "4", "token", group_size=8),
+    "bits is 9": lambda: kv.fake_quantize(X, 9, "token", group_size=8),
+    "group_size is 0": lambda: kv.fake_quantize(X, 4, "channel", group_size=0),
+    "group_size is 'a'": lambda: kv.fake_quantize(X, 4, "channel", group_size="a"),
+    "no way to share a scale 'head'": lambda: kv.fake_quantize(X, 4, "head"),
+    "x is None": lambda: kv.fake_quantize(None, 4, "token"),
+    "form is a NoneType": lambda: kv.attention(Q, X, X, None),
+    "q is a list": lambda: kv.attention([Q], X, X, KVFormat()),
+    "k torch.float64 on cpu": lambda: kv.attention(Q, X.double(), X, KVFormat()),
+    "v [1, 2, 31, 8]": lambda: kv.attention(Q, X, X[:, :, :31], KVFormat()),
+    "3 query heads do not fit 2": lambda: kv.attention(Q[:, :3], X, X, KVFormat()),
+    "There are 32 queries and 8 tokens": lambda: kv.attention(Q, X[:, :, :8], X[:, :, :8], KVFormat()),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

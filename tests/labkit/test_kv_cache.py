@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import llama, text
+from refusals import Refusals, check_refusal, refused
 from torch import Tensor
 
 from labkit.attention.cache import POLICIES, EvictingCache, KVCache, Layout, QuantizedCache
@@ -187,3 +189,34 @@ def test_four_bits_with_their_scales_are_counted():
     numbers = 2 * 2 * 512 * 64  # in codes of 4 bits, each 32 with a scale of 16 bits and its zero
     recent = 2 * 2 * 32 * 64 * 2
     assert 0 <= cache.bytes - (numbers * 4 / 8 + numbers / 32 * 2.5 + recent) < 4096  # names and shapes
+
+
+def test_an_evicting_cache_holds_scores_beyond_float16():
+    """Before they are scaled they go to some 100,000."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 24, 64, generator=draw) for _ in "qkv")
+    q, k, v = (200 * q).half(), (50 * k).half(), v.half()
+    layout = Layout(1, 2, 64, torch.float16, torch.device("cpu"))
+    y = EvictingCache(layout, 1, 32).attend(0, q, k, v)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert y.isfinite().all() and float((y.double() - expected).abs().max()) < 1e-2
+
+
+REFUSALS: Refusals = {
+    "capacity is 0": lambda: KVCache(LAYOUT, 1, 0),
+    "capacity is 2.5": lambda: KVCache(LAYOUT, 1, 2.5),
+    "batch is '1'": lambda: KVCache(LAYOUT, "1", 8),
+    "batch is 0": lambda: EvictingCache(LAYOUT, 0, 8),
+    "budget is '8'": lambda: EvictingCache(LAYOUT, 1, "8"),
+    "sinks is -1": lambda: EvictingCache(LAYOUT, 1, 8, sinks=-1),
+    "seed is 'a'": lambda: EvictingCache(LAYOUT, 1, 8, seed="a"),
+    "no eviction policy ['recent']": lambda: EvictingCache(LAYOUT, 1, 8, policy=["recent"]),
+    "no eviction policy None": lambda: EvictingCache(LAYOUT, 1, 8, policy=None),
+    "batch is None": lambda: QuantizedCache(LAYOUT, None),
+    "length is 3, but it must be a whole number from 0 to 0": lambda: KVCache(LAYOUT, 1, 8).crop(3),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

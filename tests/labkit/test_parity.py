@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from refusals import Refusals, check_refusal, refused
 from scipy.stats import norm
 from torch import nn
 
@@ -77,3 +78,54 @@ def test_a_model_is_judged_on_batches_with_and_without_labels():
     assert parity.Reference(model, batches).judge(other).agreement[0] < 0.9
     with pytest.raises(InputError, match="batches is empty"):
         parity.Reference(model, [])
+
+
+CLASSIFIER, X = nn.Linear(8, 4), torch.randn(64, 8)
+Y = torch.arange(64) % 4
+MANY = torch.randn(40, 3)
+
+
+def reference(*batches: object) -> parity.Reference:
+    return parity.Reference(CLASSIFIER, list(batches))
+
+
+REFUSALS: Refusals = {
+    "8 examples with labels are too few to judge a change of accuracy": lambda: reference((X[:8], Y[:8])),
+    "or leave the labels out": lambda: parity.compare_scores(MANY[:29], MANY[:29], Y[:29]),
+    "The inputs of DataParallel have no names": lambda: parity.Reference(nn.DataParallel(CLASSIFIER), [X]),
+    "model is a list": lambda: parity.Reference([CLASSIFIER], [X]),
+    "batches is one Tensor": lambda: parity.Reference(CLASSIFIER, X),
+    "batches is one int": lambda: parity.Reference(CLASSIFIER, 3),
+    "A batch's labels is a list": lambda: reference((X, Y.tolist())),
+    "labels [63] do not fit together": lambda: reference((X, Y[:63])).judge(CLASSIFIER),
+    "candidate is a str": lambda: reference(X).judge("engine"),
+    "scores [64, 3] do not fit together": lambda: reference(X).judge(nn.Linear(8, 3)),
+    "but no such tensor came back": lambda: reference(X).judge(lambda input: "cat"),
+    "give a classifier": lambda: parity.Reference(nn.Flatten(0), [X]),
+    "these scores have one": lambda: parity.Reference(nn.Linear(8, 1), [X]).judge(nn.Linear(8, 1)),
+    "reference is a list": lambda: parity.compare_scores([[1.0]], MANY),
+    "scores is None": lambda: parity.compare_scores(MANY, None),
+    "scores is torch.int64": lambda: parity.compare_scores(MANY, MANY.long()),
+    "labels is a list": lambda: parity.compare_scores(MANY, MANY, [0] * 40),
+    "labels [40, 3]": lambda: parity.compare_scores(MANY, MANY, MANY),
+    "points is '1'": lambda: parity.compare_scores(MANY, MANY).require(points="1"),
+    "db is nan": lambda: parity.compare_scores(MANY, MANY).require(db=math.nan),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)
+
+
+def test_too_few_examples_are_refused_before_the_model_runs():
+    class Counted(nn.Linear):
+        calls = 0
+
+        def forward(self, input):
+            Counted.calls += 1
+            return super().forward(input)
+
+    with pytest.raises(InputError, match="8 examples with labels"):
+        parity.Reference(Counted(8, 4), [(X[:8], Y[:8])])
+    assert not Counted.calls

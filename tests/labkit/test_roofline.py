@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import family
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -160,7 +162,10 @@ def test_large_machines_are_drawn_in_tflops() -> None:
         ),
         (lambda: bound(Work(0, 0), ROOFS), "work without FLOPs and bytes has no bound"),
         (lambda: bound(3, ROOFS), "bound needs a Work"),
-        (lambda: bound(Work(1, 1), ROOFS).share(0.0), "a measured time has to be positive, got 0.0"),
+        (
+            lambda: bound(Work(1, 1), ROOFS).share(0.0),
+            "measured_seconds is 0.0, but it must be a finite number above 0",
+        ),
         (lambda: plot([("a", 1.0)], ROOFS), "a point is .label, FLOP/byte, FLOP/s."),
         (lambda: plot([("a", 0.0, 1e9)], ROOFS), "point 'a' has no place on logarithmic axes"),
         (lambda: describe([("a", 1.0, float("nan"))], ROOFS), "point 'a' has no place on logarithmic axes"),
@@ -174,3 +179,29 @@ def test_large_machines_are_drawn_in_tflops() -> None:
 def test_bad_input_gets_one_sentence(call, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         call()
+
+
+IDS = torch.ones(1, 2, dtype=torch.long)
+REFUSALS: Refusals = {
+    "ceilings is a NoneType": lambda: bound(Work(1, 1), None),
+    "ceilings is a float": lambda: bound(Work(1, 1), 1e9),
+    "a row of labkit.machine.DEVICES": lambda: bound(Work(1, 1), "H100"),
+    "bound needs a Work": lambda: bound((1, 1), ROOFS),
+    "measured_seconds is '1'": lambda: bound(Work(1, 1), ROOFS).share("1"),
+    "measured_seconds is nan": lambda: bound(Work(1, 1), ROOFS).share(math.nan),
+    "a point is (label, FLOP/byte, FLOP/s), got 3": lambda: plot([3, 4, 5], ROOFS),
+    "got 'abc'": lambda: plot(["abc"], ROOFS),
+    "point 'a' has no place": lambda: plot([("a", "1", 1e9)], ROOFS),
+    "point 'b' has no place": lambda: describe([("b", 1.0, None)], ROOFS),
+    "point 'c' has no place": lambda: describe([("c", 1.0, math.inf)], ROOFS),
+    "The prompt is a list": lambda: decode_step(family("llama"), [[1, 2]]),
+    "The prompt is None": lambda: cache_bytes(family("llama"), None),
+    "model is a str": lambda: decode_step("llama", IDS),
+    "The prompt is on the meta device": lambda: cache_bytes(family("llama"), IDS.to("meta")),
+    "takes no KV cache": lambda: decode_step(family("bert"), IDS),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -1,10 +1,12 @@
 """Served together is served one by one: the same token ids under every kind of batching, page and pool."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import greedy, llama, text
+from refusals import Refusals, check_refusal, refused
 
 from labkit.attention.decoder import Decoder
 from labkit.deploy.serving import generate, serve
@@ -106,3 +108,43 @@ def test_chunks_bound_what_a_step_computes():
 def test_what_cannot_be_served_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         serve(DECODER, **{"prompts": PROMPTS, "max_new_tokens": 20, **options})
+
+
+@pytest.mark.parametrize("number", [np.int64(5), np.array([5] * 7), torch.tensor([5] * 7), [np.int32(5)] * 7])
+def test_numbers_of_new_tokens_may_be_of_numpy_or_torch(number):
+    assert same(generate(DECODER, PROMPTS, max_new_tokens=number), generate(DECODER, PROMPTS, max_new_tokens=5))
+
+
+def refusing(**options):
+    return lambda: serve(DECODER, **{"prompts": PROMPTS, "max_new_tokens": 5, **options})
+
+
+REFUSALS: Refusals = {
+    "max_new_tokens is 2.5": refusing(max_new_tokens=2.5),
+    "max_new_tokens is '5'": refusing(max_new_tokens="5"),
+    "max_new_tokens is None": refusing(max_new_tokens=None),
+    "max_new_tokens is True": refusing(max_new_tokens=True),
+    "max_new_tokens is 1.5": refusing(max_new_tokens=np.array([1.5] * 7)),
+    "7 prompts and 3 numbers": refusing(max_new_tokens=np.array([5, 5, 5])),
+    "prompts is a str": refusing(prompts="once upon a time"),
+    "prompts is a NoneType": refusing(prompts=None),
+    "prompts is a generator": refusing(prompts=(p for p in PROMPTS)),
+    "prompt 0 is a list": refusing(prompts=[[1, 2, 3]]),
+    "prompt 1 is a str": refusing(prompts=[PROMPTS[0], "text"]),
+    "prompt 0 is on the meta device": refusing(prompts=[PROMPTS[0].to("meta")]),
+    "got torch.float32 [3]": refusing(prompts=[torch.ones(3)]),
+    "got torch.int64 [2, 3]": refusing(prompts=[torch.ones(2, 3).long()]),
+    "max_batch is '8'": refusing(max_batch="8"),
+    "max_batch is 2.0": refusing(max_batch=2.0),
+    "page_size is None": refusing(page_size=None),
+    "pages is '9'": refusing(pages="9"),
+    "pages is 2.5": refusing(pages=2.5),
+    "chunk is 1.5": refusing(chunk=1.5),
+    "no batching ['static']": refusing(batching=["static"]),
+    "str is no decoder of the Llama type": lambda: generate("llama", PROMPTS, max_new_tokens=5),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

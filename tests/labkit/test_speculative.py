@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import greedy, llama, text
+from refusals import Refusals, check_refusal, refused
 from torch import Tensor
 
 from labkit.attention.decoder import Decoder
@@ -210,7 +212,7 @@ def test_lookup_gives_what_followed_before(ids, k, expected):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": -0.5}, "temperature is -0.5, but it must be 0"),
+        ({"temperature": -0.5}, "temperature is -0.5, but it must be a finite number from 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"k": -1}, "k is -1"),
         ({"draft": "medusa"}, "no draft 'medusa'"),
@@ -226,3 +228,43 @@ def test_lookup_gives_what_followed_before(ids, k, expected):
 def test_what_cannot_be_used_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         generate(MODEL, **{"ids": text(4), **options})
+
+
+LAW = torch.full((3, 5), 0.2)
+REFUSALS: Refusals = {
+    "ids is a list": lambda: generate(MODEL, [1, 2, 3]),
+    "ids is None": lambda: generate(MODEL, None),
+    "ids is a str": lambda: generate(MODEL, "once"),
+    "got torch.int64 []": lambda: generate(MODEL, torch.tensor(3)),
+    "got torch.bool [1, 4]": lambda: generate(MODEL, text(4) > 3),
+    "got torch.complex64 [1, 4]": lambda: generate(MODEL, text(4).to(torch.complex64)),
+    "ids is on the meta device": lambda: generate(MODEL, text(4).to("meta")),
+    "ids is a tensor of layout sparse_coo": lambda: generate(MODEL, text(4).to_sparse()),
+    "got torch.int64 [1, 0]": lambda: generate(MODEL, text(4)[:, :0]),
+    "k is '4'": lambda: generate(MODEL, text(4), k="4"),
+    "k is 4.0": lambda: generate(MODEL, text(4), k=4.0),
+    "max_new_tokens is 2.5": lambda: generate(MODEL, text(4), max_new_tokens=2.5),
+    "max_new_tokens is None": lambda: generate(MODEL, text(4), max_new_tokens=None),
+    "temperature is '1'": lambda: generate(MODEL, text(4), temperature="1"),
+    "temperature is inf": lambda: generate(MODEL, text(4), temperature=float("inf")),
+    "seed is None": lambda: generate(MODEL, text(4), seed=None),
+    "seed is -1": lambda: generate(MODEL, text(4), seed=-1),
+    "list is no decoder of the Llama type": lambda: generate([MODEL], text(4)),
+    "int is no decoder of the Llama type": lambda: generate(MODEL, text(4), draft=3),
+    "GPT2LMHeadModel is no decoder of the Llama type": lambda: generate(family("gpt2"), text(4)),
+    "generate() of transformers, which has prompt_lookup": lambda: generate(MODEL, text(4), draft=family("qwen2")),
+    "The model is on the meta device": lambda: generate(llama().to("meta"), text(4)),
+    "2 guesses do not belong to laws [3, 5] and [3, 5]": lambda: verify(LAW, LAW, torch.tensor([0, 1]), LAW[0, :2]),
+    "1 guesses do not belong": lambda: verify(LAW, LAW[:1], torch.tensor([0]), LAW[0, :1]),
+    "text is a list": lambda: lookup([1, 2, 3], 2),
+    "text has shape [1, 9]": lambda: lookup(text(9), 2),
+    "k is -1": lambda: lookup(text(9)[0], -1),
+    "logits is a list": lambda: probabilities([0.0, 1.0], 1.0),
+    "temperature is -1": lambda: probabilities(LAW, -1),
+    "temperature is None": lambda: probabilities(LAW, None),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from refusals import Refusals, check_refusal, refused
 from scipy.stats import spearmanr
 
 from labkit import stats
@@ -107,8 +108,8 @@ def test_one_value_has_no_interval_and_equal_ones_have_none_to_speak_of():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: stats.wilson(11, 10), "11 right of 10"),
-        (lambda: stats.wilson(0, 0), "0 right of 0"),
+        (lambda: stats.wilson(11, 10), "right, of these images, is 11, but it must be a whole number from 0 to 10"),
+        (lambda: stats.wilson(0, 0), "n, of all images, is 0"),
         (lambda: stats.mean_ci([]), "got 0"),
         (lambda: stats.paired_difference([1] * 29, [1] * 29), "30 values or more, got 29 and 29"),
         (lambda: stats.paired_difference([1] * 30, [1] * 31), "equally long"),
@@ -149,3 +150,28 @@ def test_the_rank_interval_holds_the_truth_about_as_often_as_it_says():
         _, low, high = stats.spearman(a, rho * a + np.sqrt(1 - rho**2) * noise)
         inside += low <= truth <= high
     assert inside >= 86  # of 100 at 95 %: fewer has a probability below 1 in 1000
+
+
+SIX = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+REFUSALS: Refusals = {
+    "no value to take the median of": lambda: stats.median_ci([]),
+    "per_block is 0": lambda: stats.block_minima(SIX, 0),
+    "per_block is 1.5": lambda: stats.paired_ratio(SIX, SIX, 1.5),
+    "got 6 and 5 values": lambda: stats.paired_ratio(SIX, SIX[:5]),
+    "got 0 and 0 values": lambda: stats.paired_ratio([], []),
+    "seconds above 0": lambda: stats.paired_ratio(SIX, [0.0, *SIX[1:]]),
+    "right, of these images, is 3.5": lambda: stats.wilson(3.5, 10),
+    "n, of all images, is '10'": lambda: stats.wilson(3, "10"),
+    "right, of these images, is -1": lambda: stats.wilson(-1, 10),
+    "A row has no column 'seed': it has 'a', 'v'": lambda: stats.over_seeds([{"a": 1, "v": 2.0}], "v", ["seed"]),
+    "A row has no column 'w'": lambda: stats.over_seeds([{"a": 1, "v": 2.0}], "w", ["a"]),
+    "v of a row is 'x'": lambda: stats.over_seeds([{"a": 1, "v": "x"}], "v", ["a"]),
+    "Scores have to be numbers": lambda: stats.spearman(["a", "b", "c", "d"], SIX[:4]),
+    "A score is NaN or infinite": lambda: stats.spearman([1.0, 2.0, math.nan, 3.0], SIX[:4]),
+    "mean_ci takes one value or more": lambda: stats.mean_ci(()),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import family
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
 from labkit import training
@@ -163,10 +165,10 @@ def test_training_runs_on_the_models_device() -> None:
         ({"epochs": 0}, "epochs is 0, but it must be a whole number from 1."),
         ({"steps": 0}, "steps is 0, but it must be a whole number from 1."),
         ({"steps": 1.5}, "steps is 1.5, but it must be a whole number from 1."),
-        ({"max_lr": 0}, "max_lr must be a positive number; it is 0."),
-        ({"max_lr": math.nan}, "max_lr must be a positive number; it is nan."),
+        ({"max_lr": 0}, "max_lr is 0, but it must be a finite number above 0."),
+        ({"max_lr": math.nan}, "max_lr is nan, but it must be a finite number above 0."),
         ({"optimizer": "adam"}, "There is no optimizer 'adam': choose one of sgd, adamw."),
-        ({"warmup": 1}, "warmup is a share of the steps from 0 to below 1; it is 1."),
+        ({"warmup": 1}, "warmup is 1, but it must be a finite number from 0 and below 1."),
         ({"precision": "fp16"}, "There is no precision 'fp16': choose one of auto, bf16, fp32."),
     ],
 )
@@ -200,5 +202,242 @@ def test_batches_that_do_not_fit_are_refused() -> None:
 def test_measures_of_nothing_are_refused() -> None:
     with pytest.raises(InputError, match="there is no batch to measure accuracy on"):
         training.accuracy(linear(), [])
-    with pytest.raises(InputError, match="tokens must be 1-D with at least one window of 512"):
+    with pytest.raises(InputError, match="1-D, with at least one window of 512"):
         training.perplexity(Uniform(), torch.zeros(10, dtype=torch.long))
+
+
+# --- a run that cannot go on ------------------------------------------------------------------------------------------
+
+
+def normed() -> nn.Module:
+    """A net whose batch statistics move with every forward pass."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+def poisoned(value: float, batch: int) -> list[training.Batch]:
+    """Four batches; an input of this one is `value`."""
+    points, labels = blobs(128)
+    points[batch * 32] = value
+    return list(zip(points.split(32), labels.split(32), strict=True))
+
+
+def spoiled(step: int):
+    """A loss that is NaN at this step."""
+    calls = []
+
+    def loss_fn(model: nn.Module, batch: training.Batch) -> torch.Tensor:
+        calls.append(batch)
+        return training.task_loss(model, batch) * (torch.nan if len(calls) == step else 1.0)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize(
+    ("data", "recipe", "words"),
+    [
+        (poisoned(math.nan, 2), {}, "The loss of step 3 is nan"),
+        (poisoned(math.inf, 0), {}, "The loss of step 1 is nan"),
+        (poisoned(0.0, 0), {"loss_fn": spoiled(4)}, "The loss of step 4 is nan"),
+        (poisoned(0.0, 0), {"max_lr": 1e38, "optimizer": "adamw"}, "so training stopped and the model is as it was"),
+        (poisoned(0.0, 0), {"max_lr": 1e38, "steps": 1, "weight_decay": 1e8}, "The last step left a weight that is"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_training_with_the_model_as_it_was(data, recipe, words) -> None:
+    model = normed()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(InputError, match=words) as caught:
+        training.train_(model, data, **{"max_lr": 0.1, "precision": "fp32", **recipe})
+    assert "lower max_lr" in str(caught.value)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_error_of_a_loss_function_passes_through_with_the_model_as_it_was() -> None:
+    model = normed()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+
+    def loss_fn(model: nn.Module, batch: training.Batch) -> torch.Tensor:
+        training.task_loss(model, batch)  # which moves the batch statistics
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        training.train_(model, poisoned(0.0, 0), max_lr=0.1, loss_fn=loss_fn)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_losses_on_a_device_are_looked_at_in_groups_and_the_first_bad_one_is_named() -> None:
+    losses, values = training._Losses(torch.device("cuda"), 0.1), [1.0] * 24 + [math.inf] + [1.0] * 20
+    with pytest.raises(InputError, match="The loss of step 25 is inf"):
+        for value in values:
+            losses.add(torch.tensor(value, requires_grad=True))
+    assert len(losses.losses) == 2 * training.CHECKED
+
+
+@pytest.mark.gpu
+def test_a_loss_that_is_not_finite_ends_training_on_a_gpu() -> None:
+    model = normed().cuda()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for data, recipe in ((poisoned(math.nan, 2), {"epochs": 20}), (poisoned(math.nan, 3), {})):
+        with pytest.raises(InputError, match=r"The loss of step [34] is nan"):
+            training.train_(model, data, max_lr=0.1, **recipe)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+# --- the state of torch -----------------------------------------------------------------------------------------------
+
+
+def test_training_changes_no_state_of_torch() -> None:
+    def state() -> tuple:
+        return (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_num_threads(),
+            torch.get_rng_state().tolist(),
+        )
+
+    with torch.no_grad():
+        before = state()
+        training.train_(normed(), poisoned(0.0, 0), max_lr=0.1)
+        with pytest.raises(InputError):
+            training.train_(normed(), poisoned(math.nan, 0), max_lr=0.1)
+        assert state() == before
+
+
+def test_training_inside_no_grad_and_on_what_inference_mode_made_is_the_same_training() -> None:
+    models = [normed() for _ in range(3)]
+    with torch.inference_mode():
+        made = [(inputs + 0, labels) for inputs, labels in poisoned(0.0, 0)]
+    training.train_(models[0], poisoned(0.0, 0), max_lr=0.1)
+    with torch.no_grad():
+        training.train_(models[1], poisoned(0.0, 0), max_lr=0.1)
+    training.train_(models[2], made, max_lr=0.1)
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+    assert torch.equal(models[0][0].weight, models[2][0].weight)
+
+
+def test_a_tokenizers_own_kind_of_dict_is_a_dict() -> None:
+    from transformers import BatchEncoding
+
+    bert, ids, labels = family("bert"), torch.randint(3, 61, (4, 7)), torch.tensor([0, 1, 0, 1])
+    batch = BatchEncoding({"input_ids": ids, "labels": labels})
+    history = training.train_(bert, [batch], epochs=20, max_lr=1e-3, optimizer="adamw")
+    assert history.losses[-1] < history.losses[0]
+    assert torch.equal(training.correct(bert, [batch]), training.correct(bert, [(ids, labels)]))
+
+
+def test_a_perplexity_beyond_float64_is_infinite() -> None:
+    class Sure(Uniform):
+        def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+            logits = super().forward(input_ids).logits.clone()
+            logits[..., 6] = 1e5  # and no text below has that token
+            return SimpleNamespace(logits=logits)
+
+    assert training.perplexity(Sure(), torch.arange(30) % 5, window=10) == math.inf
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+X, Y = blobs(64)
+PAIR = [(X, Y)]
+
+
+def train(**options: object) -> object:
+    return training.train_(**{"model": linear(), "batches": PAIR, "max_lr": 0.1, **options})
+
+
+class Once:
+    """A length, and batches that can be read once."""
+
+    def __init__(self) -> None:
+        self.batches = iter(PAIR)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self):
+        return self.batches
+
+
+class Text(nn.Module):
+    def forward(self, x):
+        return "no scores"
+
+
+REFUSALS: Refusals = {
+    "max_lr is '1e-3'": lambda: train(max_lr="1e-3"),
+    "max_lr is None": lambda: train(max_lr=None),
+    "max_lr is [0.1]": lambda: train(max_lr=[0.1]),
+    "max_lr is inf": lambda: train(max_lr=math.inf),
+    "max_lr is True": lambda: train(max_lr=True),
+    "weight_decay is -1, but it must be a finite number from 0": lambda: train(weight_decay=-1),
+    "weight_decay is 'a'": lambda: train(weight_decay="a"),
+    "warmup is '0.3'": lambda: train(warmup="0.3"),
+    "warmup is nan": lambda: train(warmup=math.nan),
+    "epochs is 1.5": lambda: train(epochs=1.5),
+    "epochs is '2'": lambda: train(epochs="2"),
+    "steps is True": lambda: train(steps=True),
+    "no optimizer ['sgd']": lambda: train(optimizer=["sgd"]),
+    "no precision None": lambda: train(precision=None),
+    "loss_fn is 3": lambda: train(loss_fn=3),
+    "model is a list": lambda: train(model=[linear()]),
+    "model is None": lambda: train(model=None),
+    "on the meta device": lambda: train(model=nn.Linear(2, 2, device="meta")),
+    "batches must have a length": lambda: train(batches=X),
+    "at least one batch": lambda: train(batches={}),
+    "a list or labkit.training.Batches": lambda: train(batches=None),
+    "but the batches have no labels": lambda: train(batches=[X]),
+    "A batch is a str": lambda: train(batches=["text"]),
+    "A batch is None": lambda: train(batches=[None]),
+    "[64, 2] and float32 [64]": lambda: train(batches=[(X, Y.float())]),
+    "[64, 2] and int64 [10]": lambda: train(batches=[(X, Y[:10])]),
+    "loss_fn must return one number for a batch": lambda: train(loss_fn=lambda model, batch: 3.0),
+    "reduce it": lambda: train(loss_fn=lambda model, batch: model(batch[0])),
+    "does not depend on the parameters": lambda: train(loss_fn=lambda model, batch: torch.tensor(1.0)),
+    "without detach, item or no_grad": lambda: train(
+        loss_fn=lambda model, batch: training.task_loss(model, batch).detach()
+    ),
+    "they must be readable again": lambda: train(batches=Once(), epochs=3),
+    "may be the labels or the attention_mask of LlamaForCausalLM": lambda: train(
+        model=family("llama"), batches=[(torch.ones(2, 4).long(), torch.ones(2, 4).long())]
+    ),
+    "Inside torch.inference_mode()": lambda: torch.inference_mode()(train)(),
+    "make and train the model outside": lambda: train(model=torch.inference_mode()(linear)()),
+    "batch_size is '8'": lambda: Batches((X, Y), "8"),
+    "batch_size is 2.0": lambda: Batches((X, Y), 2.0),
+    "seed is 'a'": lambda: Batches((X, Y), 8, seed="a"),
+    "seed is -3": lambda: Batches((X, Y), 8, seed=-3),
+    "data must be a tuple": lambda: Batches(X, 8),
+    "put the tensors into it": lambda: Batches((), 8),
+    "tensor 0 of data is a list": lambda: Batches(([1, 2], [0, 1]), 1),
+    "tensor 1 of data has shape []": lambda: Batches((X, torch.tensor(1)), 1),
+    "tensor 0 of data has shape [0, 2]": lambda: Batches((X[:0], Y[:0]), 1),
+    "tensor 0 of data is a tensor of layout sparse_coo": lambda: Batches((X.to_sparse(), Y), 1),
+    "they have [64, 32]": lambda: Batches({"x": X, "labels": Y[:32]}, 8),
+    "no labels to compare with": lambda: training.accuracy(linear(), [X]),
+    "Scores are [64, 2] and labels [64, 1]": lambda: training.accuracy(linear(), [(X, Y[:, None])]),
+    "and labels [64, 2]": lambda: training.accuracy(linear(), [(X, torch.eye(2)[Y])]),
+    "and labels [3]": lambda: training.accuracy(linear(), [(X, Y[:3])]),
+    "and labels list": lambda: training.accuracy(linear(), [(X, Y.tolist())]),
+    "Scores are str": lambda: training.accuracy(Text(), PAIR),
+    "model is a Tensor": lambda: training.accuracy(X, PAIR),
+    "batches is one Tensor": lambda: training.accuracy(linear(), X),
+    "give batches": lambda: training.accuracy(linear(), None),
+    "tokens is a list": lambda: training.perplexity(Uniform(), [1, 2, 3]),
+    "they are torch.float32 of shape (600,)": lambda: training.perplexity(Uniform(), torch.zeros(600)),
+    "of shape (30, 20)": lambda: training.perplexity(Uniform(), torch.zeros(30, 20).long()),
+    "window is 1, but it must be a whole number from 2": lambda: training.perplexity(Uniform(), Y, window=1),
+    "window is '10'": lambda: training.perplexity(Uniform(), Y, window="10"),
+    "model is a function": lambda: training.perplexity(lambda ids: ids, Y, window=8),
+    "tokens go from 70 to 133, but the model knows 0 to 60": lambda: training.perplexity(
+        family("llama"), torch.arange(70, 134), window=8
+    ),
+    "tokens go from -1 to 0": lambda: training.perplexity(family("llama"), Y - 1, window=8),
+    "Perplexity needs a language model": lambda: training.perplexity(nn.Linear(2, 2), Y, window=8),
+}  # fmt: skip
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words: str, call) -> None:
+    check_refusal(words, call)
