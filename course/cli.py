@@ -357,7 +357,11 @@ def release(folder: Path) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True, help="Limit for one answer.")
 def grade(folder: Path, seconds: float) -> None:
-    """Grade DIR/<student>/<lesson>.ipynb into DIR/grades.csv and DIR/grades.html."""
+    """Grade DIR/<student>/<lesson>.ipynb into DIR/grades.csv and DIR/grades.html.
+
+    Exit code: 0 all was graded, 1 a process of the grader was ended and some answers were not, 2 something asked for
+    cannot be had.
+    """
     from tqdm import tqdm
 
     from course import grade
@@ -372,6 +376,9 @@ def grade(folder: Path, seconds: float) -> None:
         book = grade.grade(folder, seconds=seconds, on_grade=show)
     for path in grade.write(book, folder):
         click.echo(path.resolve().as_uri())
+    if book.incomplete:
+        click.echo(f"labkit: {book.incomplete}", err=True)
+    sys.exit(bool(book.incomplete))
 
 
 @main.group()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
-from course import grade, notebooks
+from course import answers, grade, notebooks
 from course.grade import Grade, Gradebook
 from labkit import files
 from labkit.errors import InputError
@@ -304,7 +304,7 @@ def test_what_is_no_notebook_is_refused(tmp_path: Path, text: str):
         grade.read(tmp_path / "a.ipynb")
 
 
-def answer(notebook: NotebookNode, exercise: str, folder: Path) -> grade.Answer:
+def answer(notebook: NotebookNode, exercise: str, folder: Path) -> answers.Answer:
     write(folder, "ann", notebook)
     (entry,) = (entry for row, entry in grade.collect(folder, LESSONS)[0] if row.exercise.id == exercise)
     return entry
@@ -318,10 +318,10 @@ def test_the_answer_counts_wherever_it_was_written(tmp_path: Path):
 
 def test_what_lab_answer_binds_is_the_worked_answer_for_the_cells_below():
     source = 'import math\nchoose = lab.answer("03.2", pick)\nx = lab.record("y", pick)\n%matplotlib inline'
-    assert [ast.unparse(node) for node in grade.definitions(source)] == ["import math", "choose = pick"]
+    assert [ast.unparse(node) for node in answers.definitions(source)] == ["import math", "choose = pick"]
     cells = ["def pick(a, b, c, d): return a / c, 'compute'", 'choose = lab.answer("03.2", pick)']
     uses = "def time_bound(*a): return (8e12 / 2e12, 'compute') if a[0] == 8e12 else choose(*a)"
-    result, _, reason = grade._checked(grade.Answer("01.2", BOUND, cells, uses)).partition("\n")
+    result, _, reason = answers.checked(answers.Answer("01.2", BOUND, cells, uses)).partition("\n")
     assert result == "wrong" and "NameError" not in reason
 
 
