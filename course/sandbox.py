@@ -135,6 +135,7 @@ def _keep_only(handle: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
+    os.close(nowhere)
 
 
 # the user -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import pytest
 from commands import labkit, wait_until
+from handins import BOUND, CONV, DECODE, FLEET, FULL, LESSON, solved, with_first_line, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
@@ -25,32 +26,8 @@ from course.grade import Grade, Gradebook
 from labkit import files
 from labkit.errors import InputError
 
-LESSON = "01_inference_challenge"
 SOURCE = notebooks.read(files.NOTEBOOKS / f"{LESSON}.ipynb")
 SECONDS = 5
-CONV, BOUND, DECODE, FLEET = "conv_work", "time_bound", "decode_limit", "fleet"
-FULL = {"01.1": 2, "01.2": 1, "01.3": 2, "01.4": 4}
-
-
-def solved(lesson: Path = files.NOTEBOOKS / f"{LESSON}.ipynb") -> NotebookNode:
-    """The learner's copy of a lesson with every answer right."""
-    source = notebooks.read(lesson)
-    copy = notebooks.student_copy(source, lesson.stem)
-    answers = {task.cell_id: task.solution for task in notebooks.exercises(source)}
-    for cell in copy.cells:
-        cell.source = answers.get(cell.id, cell.source)
-    return copy
-
-
-def with_first_line(function: str, *lines: str, before: str = "") -> NotebookNode:
-    """As solved(), with `lines` at the beginning of one function's body and `before` above it."""
-    copy = solved()
-    for cell in copy.cells:
-        if f"def {function}(" in cell.source and "exercise" in notebooks.tags(cell):
-            docstring = next(line for line in cell.source.splitlines() if line.strip().startswith('"""'))
-            indented = "\n".join("    " + line for line in "\n".join(lines).splitlines())
-            cell.source = before + cell.source.replace(docstring, f"{docstring}\n{indented}")
-    return copy
 
 
 def anonymous(copy: NotebookNode) -> dict:
@@ -79,13 +56,6 @@ def returning(expression: str, before: str = "") -> NotebookNode:
 
 
 SOLVED = nbformat.writes(solved())
-
-
-def write(folder: Path, student: str | bytes, notebook: Any, name: str = LESSON) -> Path:
-    path = folder / os.fsdecode(student) / f"{name}.ipynb"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(notebook))
-    return path
 
 
 ODD = """
@@ -209,7 +179,7 @@ def test_the_reason_says_what_happened(graded):
         ("untouched", "01.1", "not done", "not done yet"),
         ("endless loop", "01.2", "stopped", "stopped after 5 s: an endless loop"),
         ("deleted cells", "01.3", "missing", "the exercise's cell is not in the notebook"),
-        ("forks", "01.3", "wrong", "BlockingIOError"),
+        ("forks", "01.3", "wrong", "PermissionError"),
         ("leaves", "01.1", "stopped", "code 0"),
         ("segfault", "01.1", "stopped", "SIGSEGV"),
         ("network", "01.4", "wrong", "PermissionError"),
