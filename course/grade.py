@@ -33,7 +33,7 @@ NOT_GRADED = "not graded"
 RESULTS = (*answers.RESULTS, "missing", NOT_GRADED)
 COLUMNS = ("student", "lesson", "exercise", "title", "points", "of", "result", "reason")
 FILES = ("grades.csv", "grades.html")
-_CANVAS = re.compile(r"(?P<student>[^_]+)(?:_LATE)?_(?P<id>\d+)_\d+_(?P<name>.+)")  # a file as Canvas downloads it
+_CANVAS = re.compile(r"(?P<student>.+?)(?:_LATE)?_(?P<id>\d+)_\d+_(?P<name>.+)")  # a file as Canvas downloads it
 _Cells = list[tuple[str, str]]  # id and source of each code cell
 
 
@@ -169,7 +169,7 @@ def _students(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
             students[path.name], more = _in_folder(path)
             remarks += [f"{path.name}: {remark}" for remark in more]
         elif path.suffix == ".ipynb" and (match := _CANVAS.fullmatch(path.stem)):
-            students.setdefault(f"{match['student']}_{match['id']}", []).append(path)
+            students.setdefault(f"{match['student']} (Canvas {match['id']})", []).append(path)
         elif path.suffix == ".ipynb":
             remarks.append(f"{path.name} lies in no student's folder")
     return students, remarks
@@ -292,8 +292,8 @@ def _defines(source: str, function: str) -> bool:
 
 
 def _imports(lessons: Sequence[Lesson], names: Container[str]) -> list[str]:
-    """What the answers to the lessons of these names import, and what torch does at the first operator on "meta"."""
-    statements = {"import torch._dynamo": None}
+    """What the answers to the lessons of these names import, every check, and torch at the first operator on "meta"."""
+    statements = dict.fromkeys(("import labkit.checks.settings", "import torch._dynamo"))
     for lesson in (lesson for lesson in lessons if lesson.name in names):
         statements[f"import labkit.checks.lesson{lesson.name[:2]}"] = None
         for node in (node for _, source in lesson.cells for node in answers.definitions(source)):
@@ -315,15 +315,20 @@ def write(book: Gradebook, folder: Path) -> tuple[Path, Path]:
 
 
 def table(book: Gradebook) -> str:
-    """The grades as CSV. A text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    """The grades as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in book.grades:
         task = row.exercise
         cells = (row.student, row.lesson, task.id, task.title, row.points, task.points, row.result, row.reason)
-        writer.writerow([f"'{cell}" if str(cell).startswith(("=", "+", "-", "@")) else cell for cell in cells])
+        writer.writerow([spreadsheet_cell(cell) for cell in cells])
     return text.getvalue()
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """The value, with an apostrophe in front of a text that a spreadsheet would take for a formula."""
+    return f"'{value}" if str(value).startswith(("=", "+", "-", "@")) else value
 
 
 def html(book: Gradebook) -> str:

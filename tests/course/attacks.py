@@ -1,7 +1,7 @@
-"""What a hand-in may try: a table of attacks on files, processes, the machine, other students and whoever reads grades.
+"""What a hand-in may try: a table of attacks on files, processes, the machine, other students and who reads the grades.
 
-Each is the body of the function of exercise 01.1. It may use PRELUDE. Outside of a sandbox most would do harm, so they
-are run by tests/course/test_attacks.py only.
+Each is the body of the function of exercise 01.1, at its first call, and may use PRELUDE. Outside of a sandbox most
+would do harm, so they are run by tests/course/test_attacks.py only.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def reply():
 
 _READING = "handle = os.open(MODEL, os.O_RDONLY)\n"  # a file that the answer may read
 SEARCH = """
-mark = "SECRET" + "-OF-" + "HONEST"  # as tests/course/test_attacks.py writes it into the neighbour's answer
+mark = "TSENOH-FO-TERCES"[::-1]  # backwards, since it would else be found here
 gc.unfreeze()
 frame, held = sys._getframe(), [x for x in gc.get_objects() if isinstance(x, (list, tuple, dict))]
 while frame:
@@ -60,7 +60,7 @@ while frame:
 copies = 0
 for thing in held:
     values = list(thing.values()) if isinstance(thing, dict) else thing
-    copies += sum(mark in value for value in values if type(value) is str)
+    copies += sum(mark in value for value in values if type(value) is str and len(value) > 100)
 raise LookupError(copies)
 """
 
@@ -167,9 +167,9 @@ ATTACKS = [
     Attack("a core", "disk", "ctypes.string_at(0)", "SIGSEGV"),
     Attack("all written out", "disk", "os.sync()\nsystem((162, 81))"),
     # the network
-    Attack("tcp", "network", "socket.create_connection(('127.0.0.1', 9))"),
+    Attack("tcp", "network", "socket.socket().connect(('127.0.0.1', 9))"),
     Attack("udp", "network", "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))"),
-    Attack("a name", "network", "socket.getaddrinfo('example.org', 80)", "gaierror"),
+    Attack("a name", "network", "socket.getaddrinfo('example.org', 80)", "gaierror|LookupError"),
     Attack("a unix socket", "network", "socket.socket(socket.AF_UNIX).connect(LISTENING)"),
     Attack("an abstract socket", "network", "socket.socket(socket.AF_UNIX).connect('\\0' + ABSTRACT)"),
     Attack("netlink", "network", "socket.socket(16, socket.SOCK_RAW, 0)"),
@@ -196,7 +196,7 @@ ATTACKS = [
     Attack("no reply", "neighbours", "os.closerange(0, 1024)", "process ended|OSError"),
     # limits and clocks of others
     Attack("the grader's limits", "limits", "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))"),
-    Attack("its own limits", "limits", "resource.setrlimit(resource.RLIMIT_CPU, (1, 1))"),
+    Attack("its own limits", "limits", "resource.setrlimit(resource.RLIMIT_CPU, (1, 7))", "not allowed"),
     Attack("the grader's priority", "limits", "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)"),
     Attack("the grader's core", "limits", "os.sched_setaffinity(os.getppid(), {0})"),
     Attack("before all others", "limits", "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"),

@@ -25,9 +25,11 @@ def solved(lesson: Path = files.NOTEBOOKS / f"{LESSON}.ipynb") -> NotebookNode:
     return copy
 
 
-def with_first_line(function: str, *lines: str, before: str = "") -> NotebookNode:
+def with_first_line(
+    function: str, *lines: str, before: str = "", lesson: Path = files.NOTEBOOKS / f"{LESSON}.ipynb"
+) -> NotebookNode:
     """As solved(), with `lines` at the beginning of one function's body and `before` above it."""
-    copy = solved()
+    copy = solved(lesson)
     for cell in copy.cells:
         if f"def {function}(" in cell.source and "exercise" in notebooks.tags(cell):
             docstring = next(line for line in cell.source.splitlines() if line.strip().startswith('"""'))

@@ -36,7 +36,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from course import grade
-book = grade.grade(Path(sys.argv[1]), seconds=5, newest_abi=int(sys.argv[2]))
+book = grade.grade(Path(sys.argv[1]), seconds=10, newest_abi=int(sys.argv[2]))
 grade.write(book, Path(sys.argv[1]))
 rows = [(row.student, row.exercise.id, row.points, row.result, row.reason) for row in book.grades]
 print(json.dumps([rows, book.measures, book.incomplete]))
@@ -111,8 +111,9 @@ def school(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def hand_in(cell: NotebookNode, attack: Attack, school: School) -> NotebookNode:
     """A notebook with one answer, which attacks: `cell`, a solved one, with the attack at its beginning."""
     docstring = next(line for line in cell.source.splitlines() if line.strip().startswith('"""'))
-    body = textwrap.indent(attack.source.strip() + "\nreturn None", "    ")
-    source = PRELUDE + school.places() + cell.source.replace(docstring, f"{docstring}\n{body}")
+    once = "if calls:\n    return None\ncalls.append(1)\n"
+    body = textwrap.indent(f"{once}{attack.source.strip()}\nreturn None", "    ")
+    source = PRELUDE + "calls = []\n" + school.places() + cell.source.replace(docstring, f"{docstring}\n{body}")
     return new_notebook(cells=[new_code_cell(source, id=cell.id)], metadata={"labkit": {"lesson": LESSON}})
 
 
@@ -157,8 +158,8 @@ def test_nobody_loses_a_point_and_nothing_changes(school: School, abi: int):
     assert graded.returncode == 0, graded.stderr
     rows, measures, incomplete = json.loads(graded.stdout)
     assert ("Landlock)" in measures) and ("(no Landlock)" in measures) == (abi == 0) and not incomplete
-    points = {student: {id: number for name, id, number, *_ in rows if name == student} for student in HONEST}
-    assert points == dict.fromkeys(HONEST, FULL)
+    lost = [(student, *row) for student, *row in rows if student in HONEST and row[2] != "passed"]
+    assert lost == [] and sum(row[0] in HONEST for row in rows) == len(HONEST) * len(FULL)
     verdicts = {name: (result, reason) for name, id, _, result, reason in rows if id == "01.1"}
     assert [name for name in by_name() if verdicts[name][0] == "passed"] == []
     expected = [attack for attack in ATTACKS if abi or not attack.needs_landlock]
