@@ -356,12 +356,30 @@ def release(folder: Path) -> None:
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True, help="Limit for one answer.")
-def grade(folder: Path, seconds: float) -> None:
-    """Grade DIR/<student>/<lesson>.ipynb into DIR/grades.csv and DIR/grades.html."""
+@click.option(
+    "--totals",
+    type=(click.Choice(("canvas", "moodle")), click.Path(path_type=Path)),
+    metavar="canvas|moodle FILE",
+    help="Also write a row a student for that gradebook, to be imported there.",
+)
+def grade(folder: Path, seconds: float, totals: tuple[str, Path] | None) -> None:
+    """Grade DIR/<student>/<lesson>.ipynb into DIR/grades.csv and DIR/grades.html.
+
+    Files as Canvas downloads them, all in DIR, and Moodle's folders are understood: see notebooks/syllabi.
+
+    Exit code: 0 all was graded, 1 a process of the grader was ended and some answers were not, 2 something asked for
+    cannot be had.
+
+    \b
+    ./lab grade class --totals canvas points.csv
+    """
     from tqdm import tqdm
 
     from course import grade
+    from course import totals as gradebook
 
+    if totals:
+        gradebook.require_writable(totals[1])
     with tqdm(unit="answer", disable=None) as bar:
 
         def show(row: grade.Grade, total: int) -> None:
@@ -372,6 +390,12 @@ def grade(folder: Path, seconds: float) -> None:
         book = grade.grade(folder, seconds=seconds, on_grade=show)
     for path in grade.write(book, folder):
         click.echo(path.resolve().as_uri())
+    if book.incomplete:
+        click.echo(f"labkit: {book.incomplete}{' No totals were written.' if totals else ''}", err=True)
+        sys.exit(1)
+    if totals:
+        gradebook.write(book, *totals)
+        click.echo(totals[1].resolve().as_uri())
 
 
 @main.group()

@@ -23,7 +23,7 @@ import torch
 
 from labkit import challenge, checks, claims, machine, records, roofline, show
 from labkit.bench import Comparison, Measurement, Race, compare, measure, race
-from labkit.checks import worked
+from labkit.checks import settings, worked
 from labkit.counting import Work
 from labkit.errors import InputError
 from labkit.records import Column, RecordedTable, RecordedValue, Role, RunRecord
@@ -121,6 +121,7 @@ class Lab:
         self._checks: dict[str, records.CheckedExercise] = {}
         self._ceilings: dict[tuple[str, int], machine.Ceilings] = {}
         self._checked: dict[str, Callable] = {}  # exercise -> the function that its check last saw
+        self._changed: dict[str, tuple[str, ...]] = {}  # exercise -> settings that this function changed
         self._worked: dict[str, Callable] = {}  # exercise -> the worked answer that the lesson goes on with
         self._sentences: dict[str, list[str]] = {}
         self._challenges: dict[str, records.Challenge] = {}
@@ -388,7 +389,8 @@ class Lab:
             return
         checked, requirements = self._examine(id, fn, **context)
         if checked.passed:
-            show.emit(f"exercise {id}: passed, {requirements} requirements met.")
+            put_back = f" It changed {', '.join(names)}: put back." if (names := self._changed[id]) else ""
+            show.emit(f"exercise {id}: passed, {requirements} requirements met.{put_back}")
         elif checked.failures == [NOT_DONE]:
             show.emit(f"exercise {id}: {NOT_DONE}. Replace the `raise NotImplementedError` line with your answer.")
         else:
@@ -402,7 +404,8 @@ class Lab:
     def answer(self, id: str, fn: Callable) -> Callable:
         """The function that the lesson goes on with: the learner's `fn` if it passed its check, else the worked one.
 
-        A function that no check has seen is checked first. Where there is no worked answer `fn` is used as it is.
+        A function that no check has seen is checked first. Where there is no worked answer `fn` is used as it is. After
+        each call of a function that changed settings of the process (labkit.checks.settings) they are put back.
         """
         if fn is self._worked.get(id):
             return self._use(id, fn, "worked", "the worked answer is used from here on")
@@ -410,7 +413,8 @@ class Lab:
             self._examine(id, fn)
         name = getattr(fn, "__name__", "answer")
         if self._checks[id].passed:
-            return self._use(id, fn, "learner", f"your {name} is used from here on")
+            guarded = settings.putting_back(fn) if self._changed[id] else fn
+            return self._use(id, guarded, "learner", f"your {name} is used from here on")
         answer = worked.answer(id, fn)
         if answer is None:
             return self._use(id, fn, None, f"your {name} has not passed yet, and no worked answer is here to stand in")
@@ -551,14 +555,14 @@ class Lab:
         """Check `fn` and note the outcome; with the number of requirements that were looked at."""
         try:
             result = checks.check(id, fn, **context)
-            passed, failures, tried = result.passed, list(result.failures), result.tried
+            passed, failures, tried, changed = result.passed, list(result.failures), result.tried, result.changed
         except NotImplementedError:
-            passed, failures, tried = False, [NOT_DONE], 0
+            passed, failures, tried, changed = False, [NOT_DONE], 0, ()
         before = self._checks.get(id)
         self._checks[id] = records.CheckedExercise(
             id=id, passed=passed, failures=failures, used=before.used if before else None
         )
-        self._checked[id] = fn
+        self._checked[id], self._changed[id] = fn, changed
         return self._checks[id], tried
 
     def _show_timing(self, line: str, row: dict[str, Any], *sides: Measurement, warnings: Sequence[str]) -> None:

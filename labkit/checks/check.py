@@ -21,12 +21,16 @@ STUB_SAYS = "Your answer goes here"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether an answer passed, what is wrong with it, and how many requirements were looked at."""
+    """Whether an answer passed, what is wrong with it, and how many requirements were looked at.
+
+    changed: settings of the process that the answer changed, and that were put back.
+    """
 
     id: str
     passed: bool
     failures: tuple[str, ...]
     tried: int
+    changed: tuple[str, ...] = ()
 
 
 class Failures:
@@ -135,18 +139,22 @@ def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: 
 def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
     """Run one exercise's check on the learner's `fn`. InputError for an unknown id or something that is no function.
 
-    NotImplementedError of a stub passes through, so that a runner can tell "not done yet" from "wrong".
+    NotImplementedError of a stub passes through, so that a runner can tell "not done yet" from "wrong". Random states
+    and settings of the process (labkit.checks.settings) are put back, whatever the answer does to them.
     """
     __tracebackhide__ = True  # IPython and pytest then show the learner's own lines
+    from labkit.checks import settings  # with torch, which the command line need not import
+
     examine = _find(check_id)
     if not callable(fn):
         raise InputError(f"Check {check_id} takes your function itself, not {_short(fn)}; leave out the brackets.")
     failures = Failures()
-    with failures.given():  # an exception outside a check's own blocks is a failure too
+    # an exception outside a check's own blocks is a failure too
+    with settings.put_back() as changed, settings.silently_put_back(), failures.given():
         examine(fn, failures, **context)
     if not failures.tried:
         raise RuntimeError(f"The check {check_id} examined nothing, which is a bug of the check.")
-    return CheckResult(check_id, not failures.messages, failures.messages, failures.tried)
+    return CheckResult(check_id, not failures.messages, failures.messages, failures.tried, tuple(changed))
 
 
 def ids() -> list[str]:

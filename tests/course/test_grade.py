@@ -15,42 +15,19 @@ import nbformat
 import psutil
 import pytest
 from commands import labkit, wait_until
+from handins import BOUND, CONV, DECODE, FLEET, FULL, LESSON, solved, with_first_line, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
-from course import grade, notebooks
+from course import answers, grade, notebooks
 from course.grade import Grade, Gradebook
 from labkit import files
 from labkit.errors import InputError
 
-LESSON = "01_inference_challenge"
 SOURCE = notebooks.read(files.NOTEBOOKS / f"{LESSON}.ipynb")
 SECONDS = 5
-CONV, BOUND, DECODE, FLEET = "conv_work", "time_bound", "decode_limit", "fleet"
-FULL = {"01.1": 2, "01.2": 1, "01.3": 2, "01.4": 4}
-
-
-def solved(lesson: Path = files.NOTEBOOKS / f"{LESSON}.ipynb") -> NotebookNode:
-    """The learner's copy of a lesson with every answer right."""
-    source = notebooks.read(lesson)
-    copy = notebooks.student_copy(source, lesson.stem)
-    answers = {task.cell_id: task.solution for task in notebooks.exercises(source)}
-    for cell in copy.cells:
-        cell.source = answers.get(cell.id, cell.source)
-    return copy
-
-
-def with_first_line(function: str, *lines: str, before: str = "") -> NotebookNode:
-    """As solved(), with `lines` at the beginning of one function's body and `before` above it."""
-    copy = solved()
-    for cell in copy.cells:
-        if f"def {function}(" in cell.source and "exercise" in notebooks.tags(cell):
-            docstring = next(line for line in cell.source.splitlines() if line.strip().startswith('"""'))
-            indented = "\n".join("    " + line for line in "\n".join(lines).splitlines())
-            cell.source = before + cell.source.replace(docstring, f"{docstring}\n{indented}")
-    return copy
 
 
 def anonymous(copy: NotebookNode) -> dict:
@@ -79,13 +56,6 @@ def returning(expression: str, before: str = "") -> NotebookNode:
 
 
 SOLVED = nbformat.writes(solved())
-
-
-def write(folder: Path, student: str | bytes, notebook: Any, name: str = LESSON) -> Path:
-    path = folder / os.fsdecode(student) / f"{name}.ipynb"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(notebook))
-    return path
 
 
 ODD = """
@@ -209,7 +179,7 @@ def test_the_reason_says_what_happened(graded):
         ("untouched", "01.1", "not done", "not done yet"),
         ("endless loop", "01.2", "stopped", "stopped after 5 s: an endless loop"),
         ("deleted cells", "01.3", "missing", "the exercise's cell is not in the notebook"),
-        ("forks", "01.3", "wrong", "BlockingIOError"),
+        ("forks", "01.3", "wrong", "PermissionError"),
         ("leaves", "01.1", "stopped", "code 0"),
         ("segfault", "01.1", "stopped", "SIGSEGV"),
         ("network", "01.4", "wrong", "PermissionError"),
@@ -304,7 +274,7 @@ def test_what_is_no_notebook_is_refused(tmp_path: Path, text: str):
         grade.read(tmp_path / "a.ipynb")
 
 
-def answer(notebook: NotebookNode, exercise: str, folder: Path) -> grade.Answer:
+def answer(notebook: NotebookNode, exercise: str, folder: Path) -> answers.Answer:
     write(folder, "ann", notebook)
     (entry,) = (entry for row, entry in grade.collect(folder, LESSONS)[0] if row.exercise.id == exercise)
     return entry
@@ -318,10 +288,10 @@ def test_the_answer_counts_wherever_it_was_written(tmp_path: Path):
 
 def test_what_lab_answer_binds_is_the_worked_answer_for_the_cells_below():
     source = 'import math\nchoose = lab.answer("03.2", pick)\nx = lab.record("y", pick)\n%matplotlib inline'
-    assert [ast.unparse(node) for node in grade.definitions(source)] == ["import math", "choose = pick"]
+    assert [ast.unparse(node) for node in answers.definitions(source)] == ["import math", "choose = pick"]
     cells = ["def pick(a, b, c, d): return a / c, 'compute'", 'choose = lab.answer("03.2", pick)']
     uses = "def time_bound(*a): return (8e12 / 2e12, 'compute') if a[0] == 8e12 else choose(*a)"
-    result, _, reason = grade._checked(grade.Answer("01.2", BOUND, cells, uses)).partition("\n")
+    result, _, reason = answers.checked(answers.Answer("01.2", BOUND, cells, uses)).partition("\n")
     assert result == "wrong" and "NameError" not in reason
 
 

@@ -575,6 +575,15 @@ def test_a_right_answer_is_what_the_lesson_goes_on_with(lab, capsys, notebook):
     assert lab.finish().checks == [records.CheckedExercise(id="01.2", passed=True, used="learner")]
 
 
+def test_the_lesson_goes_on_in_its_own_settings_whenever_the_answer_is_called(lab, capsys, notebook):
+    exec("import torch\ndef half(x):\n    torch.set_default_dtype(torch.float64)\n    return x / 2", notebook)
+    lab.check("01.2", notebook["half"])
+    assert torch.get_default_dtype() == torch.float32
+    half = lab.answer("01.2", notebook["half"])
+    assert half(3.0) == 1.5 and torch.get_default_dtype() == torch.float32
+    assert "2 requirements met. It changed torch's default dtype: put back.\n" in capsys.readouterr().out
+
+
 def test_an_answer_that_changed_since_its_check_is_checked_again_in_silence(lab, capsys, notebook):
     lab.check("01.2", notebook["half"])
     exec("def half(x): return x / 2", notebook)

@@ -1,0 +1,192 @@
+"""No hand-in harms the machine, its instructor or another student: every attack of attacks.py, beside honest students.
+
+As root and as an ordinary user, with the versions of Landlock that kernels from 5.13 on have, and without it.
+"""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from attacks import ATTACKS, PRELUDE, Attack
+from commands import wait_until
+from handins import CONV, FULL, LESSON, solved, with_first_line, write
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
+
+from labkit import files
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's"),
+    pytest.mark.slow,
+]
+ORDINARY = 54321  # a user id that no account has
+HONEST = ("honest", "0 first", "zoe, the last")
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from course import grade
+book = grade.grade(Path(sys.argv[1]), seconds=10, newest_abi=int(sys.argv[2]))
+grade.write(book, Path(sys.argv[1]))
+rows = [(row.student, row.exercise.id, row.points, row.result, row.reason) for row in book.grades]
+print(json.dumps([rows, book.measures, book.incomplete]))
+"""
+
+
+@dataclass
+class School:
+    """A class's folder, and what lies around it, all owned by the user who grades."""
+
+    folder: Path
+    user: int
+
+    @property
+    def students(self) -> Path:
+        return self.folder / "class"
+
+    def places(self) -> str:
+        """The lines of an answer that name what there is to attack."""
+        named = {
+            "CLASS": self.students, "NEIGHBOUR": self.students / "honest" / f"{LESSON}.ipynb",
+            "HOME": self.folder / "home", "EMPTY": self.folder / "empty", "MODELS": self.folder / "cache",
+            "MODEL": self.folder / "cache" / "model", "LISTENING": self.folder / "listening", "ABSTRACT": self.abstract,
+            "LESSONS": files.NOTEBOOKS, "LABKIT": files.ROOT / "labkit", "LESSON": LESSON,
+        }  # fmt: skip
+        return "".join(f"{name} = {str(value)!r}\n" for name, value in named.items())
+
+    @property
+    def abstract(self) -> str:
+        return f"labkit-{self.folder.name}"
+
+    def state(self) -> dict[str, tuple]:
+        """All that can be changed about each file, without the two that grading writes."""
+        paths = [self.folder, *self.folder.rglob("*")]
+        return {str(path): _state(path) for path in paths if path.suffix not in (".csv", ".html")}
+
+
+def _state(path: Path) -> tuple:
+    status = path.lstat()
+    attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)} if not path.is_socket() else {}
+    changes = None if path.name == "class" else status.st_mtime_ns  # two files are written into the class's folder
+    content = path.read_bytes() if path.is_file() else b""
+    return status.st_mode, status.st_uid, status.st_gid, status.st_nlink * path.is_file(), changes, attributes, content
+
+
+@pytest.fixture(params=[0, ORDINARY], ids=["as whoever runs the tests", "as an ordinary user"])
+def school(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
+    if request.param and os.geteuid() != 0:
+        pytest.skip("only root can become somebody else, and the other half of these tests runs as an ordinary user")
+    if request.param and not shutil.which("setpriv"):
+        pytest.skip("needs setpriv (util-linux)")
+    folder = Path(f"/tmp/labkit-school-{os.getpid()}")
+    for name in ("class", "home", "empty", "cache"):
+        (folder / name).mkdir(parents=True)
+    (folder / "cache" / "model").write_bytes(b"weights" * 1000)
+    if (files.cache_dir() / "kernels").exists():
+        shutil.copytree(files.cache_dir() / "kernels", folder / "cache" / "kernels")
+    opened = School(folder, request.param)
+    for student in HONEST:
+        write(opened.students, student, with_first_line(CONV, "# SECRET-OF-HONEST"))
+    attacked = next(cell for cell in solved().cells if f"def {CONV}(" in cell.source)
+    for attack in ATTACKS:
+        write(opened.students, attack.name, hand_in(attacked, attack, opened))
+    if request.param:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, request.param, request.param)
+    os.setxattr(folder / "cache" / "model", "user.kept", b"1")
+    yield opened
+    shutil.rmtree(folder)
+
+
+def hand_in(cell: NotebookNode, attack: Attack, school: School) -> NotebookNode:
+    """A notebook with one answer, which attacks: `cell`, a solved one, with the attack at its beginning."""
+    docstring = next(line for line in cell.source.splitlines() if line.strip().startswith('"""'))
+    once = "if calls:\n    return None\ncalls.append(1)\n"
+    body = textwrap.indent(f"{once}{attack.source.strip()}\nreturn None", "    ")
+    source = PRELUDE + "calls = []\n" + school.places() + cell.source.replace(docstring, f"{docstring}\n{body}")
+    return new_notebook(cells=[new_code_cell(source, id=cell.id)], metadata={"labkit": {"lesson": LESSON}})
+
+
+def as_user(user: int) -> list[str]:
+    """The beginning of a command that runs as a user, who may enter Python's folder where else only root may."""
+    if not user:
+        return []
+    command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    if not all(folder.stat().st_mode & 1 for folder in (*files.ROOT.parents, *Path(sys.base_prefix).parents)):
+        command += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return command
+
+
+def newest_abi() -> int:
+    """The version of Landlock that the kernel has; 0 where there is none."""
+    return max(0, ctypes.CDLL(None).syscall(444, None, 0, 1))
+
+
+@pytest.mark.parametrize("abi", [6, 3, 2, 1, 0])
+def test_nobody_loses_a_point_and_nothing_changes(school: School, abi: int):
+    if abi > newest_abi():
+        pytest.skip(f"this kernel has Landlock {newest_abi()}")
+    before = school.state()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(files.ROOT),
+        "HOME": str(school.folder / "home"),
+        "LABKIT_CACHE": str(school.folder / "cache"),
+        "TOKEN_OF_THE_INSTRUCTOR": "secret",
+    }
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as abstract:
+        for server, address in ((listening, school.folder / "listening"), (abstract, f"\0{school.abstract}")):
+            server.bind(str(address))
+            server.listen()
+            server.setblocking(False)
+        command = [*as_user(school.user), sys.executable, "-c", SCRIPT, str(school.students), str(abi)]
+        graded = subprocess.run(command, cwd=files.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        for server in (listening, abstract):
+            with pytest.raises(BlockingIOError):
+                server.accept()
+    (school.folder / "listening").unlink()
+    assert graded.returncode == 0, graded.stderr
+    rows, measures, incomplete = json.loads(graded.stdout)
+    assert ("Landlock)" in measures) and ("(no Landlock)" in measures) == (abi == 0) and not incomplete
+    lost = [(student, *row) for student, *row in rows if student in HONEST and row[2] != "passed"]
+    assert lost == [] and sum(row[0] in HONEST for row in rows) == len(HONEST) * len(FULL)
+    verdicts = {name: (result, reason) for name, id, _, result, reason in rows if id == "01.1"}
+    assert [name for name in by_name() if verdicts[name][0] == "passed"] == []
+    expected = [attack for attack in ATTACKS if abi or not attack.needs_landlock]
+    wrong = {a.name: verdicts[a.name] for a in expected if not re.search(a.reason, verdicts[a.name][1])}
+    print(json.dumps(wrong, indent=1))
+    assert wrong == {}
+    assert school.state() == before
+    for name in ("grades.csv", "grades.html"):
+        text = (school.students / name).read_text(encoding="utf-8")
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    wait_until(lambda: not leftover(school.user))
+
+
+def by_name() -> dict[str, Attack]:
+    return {attack.name: attack for attack in ATTACKS}
+
+
+def leftover(user: int) -> list[psutil.Process]:
+    """Processes of answers that are still there."""
+    processes = psutil.process_iter(["uids"])
+    return [process for process in processes if (uids := process.info["uids"]) and is_answers(uids.real, user)]
+
+
+def is_answers(uid: int, user: int) -> bool:
+    return uid == user if user else uid > 1 << 30
+
+
+def test_the_table_is_large_and_has_no_name_twice():
+    assert len(by_name()) == len(ATTACKS) >= 60
+    assert len({attack.category for attack in ATTACKS}) >= 12
