@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from labkit import files
 from labkit.errors import DataError, InputError
 from labkit.files import DATA, cache_dir
 
@@ -79,8 +80,8 @@ class Asset:
     def cure(self) -> str:
         """What to do where it is missing or damaged."""
         if self.carrier:
-            return f"run `./lab data fetch {self.name}` ({self.bytes / 1e6:.0f} MB, once)"
-        return f"restore it with `git checkout -- data/{self.name}`"
+            return f"run `{files.COMMAND} data fetch {self.name}` ({self.bytes / 1e6:.0f} MB, once)"
+        return f"restore it with `{files.restore([self.name])}`"
 
 
 def assets() -> dict[str, Asset]:
@@ -89,7 +90,7 @@ def assets() -> dict[str, Asset]:
         manifest = tomllib.loads((DATA / "manifest.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(
-            f"data/manifest.toml cannot be read ({error}); restore it with `git checkout -- data/manifest.toml`."
+            f"data/manifest.toml cannot be read ({error}); restore it with `{files.restore(['manifest.toml'])}`."
         ) from error
     rows = []
     for row in manifest.get("file", []):
