@@ -39,8 +39,8 @@ class _Group(click.Group):
         name, arguments = args[0], set(args[1:])
         if name not in self.commands and not name.startswith("-"):
             close = get_close_matches(name, self.commands, 1)
-            hint = f"did you mean {close[0]}" if close else f"there are {', '.join(self.commands)}"
-            raise InputError(f"There is no command {name}; {hint}.")
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.commands)}."
+            raise InputError(f"There is no command {name}; {hint}")
         if files.IN_WHEEL and ctx.parent is None and name not in FROM_A_WHEEL and not arguments & {"-h", "--help"}:
             raise InputError(
                 f"`labkit {name}` needs the lessons, which are not in the wheel: clone the course's repository and "

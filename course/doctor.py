@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def _packages() -> tuple[str, str]:
     if lacking := missing():
         how = "./lab setup" if files.COMMAND == "./lab" else files.set_up_with("course")
         return f"missing: {', '.join(map(str, lacking))}", f"run {how}"
-    return ", ".join(f"{name} {version(name)}" for name in SHOWN), ""
+    shown = [name for name in SHOWN if find_spec(name)]
+    return ", ".join(f"{name} {version(name)}" for name in shown), ""
 
 
 def missing() -> list[Requirement]:
