@@ -361,7 +361,7 @@ def start(lesson: str, browser: bool, fresh: bool) -> None:
             f"lesson {number} has changed since this copy was made; your work stays as it is. To get the new lesson, "
             f"with this copy kept beside it: ./lab start {number} --fresh"
         )
-    sys.exit(notebooks.open_in_jupyterlab(copy, browser=browser))
+    notebooks.open_in_jupyterlab(copy, browser=browser)
 
 
 @main.command()
