@@ -45,15 +45,17 @@ def cache_dir() -> Path:
 def set_up_with(extra: str) -> str:
     """The command that brings the packages of an extra of pyproject.toml, such as "engines".
 
-    Without ./lab it names the distribution, which is installed there, so that pip asks for its extra's packages only.
+    It never names the distribution, which pip would look for in its index.
     """
-    return f"./lab setup --with {extra}" if COMMAND == "./lab" else f"pip install '{DISTRIBUTION}[{extra}]'"
+    if COMMAND == "./lab":
+        return f"./lab setup --with {extra}"
+    return f"pip install 'FILE.whl[{extra}]'" if IN_WHEEL else f"pip install -e '.[{extra}]'"
 
 
 def restore(names: Sequence[str]) -> str:
     """The command that brings committed files back, `names` being their paths below data/."""
     if IN_WHEEL:
-        return f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+        return "pip install --force-reinstall --no-deps FILE.whl"
     return f"git checkout -- {' '.join(f'data/{name}' for name in names)}"
 
 

@@ -50,7 +50,7 @@ labkit = "course.__main__:main"
 
 
 class Course:
-    """A copy of ./lab in a folder with a space, a quote and an umlaut, a stand-in for Python, and the calls that it got."""
+    """A copy of ./lab in a folder with a quote, spaces and an umlaut, a stand-in for Python, and the calls it got."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "it's a tür"

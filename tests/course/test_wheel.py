@@ -180,7 +180,7 @@ def test_a_command_without_the_packages_of_the_course_is_a_sentence(elsewhere: E
     done = elsewhere.run(elsewhere.python, "-c", code)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "labkit: this needs click, which is not installed: pip install 'inference-labkit[course]'.\n"
+        "labkit: this needs click, which is not installed: pip install 'FILE.whl[course]'.\n"
     )
 
 

@@ -240,5 +240,5 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
         "llama.cpp": "llama.cpp needs llama_cpp, which is not installed: "
         "pip install llama-cpp-python, which compiles it.",
     }
-    with pytest.raises(InputError, match=r"pip install 'labkit\[llm\]'"):
+    with pytest.raises(InputError, match=r"\./lab setup --with llm"):
         language.prepare("openvino-genai", MODEL)
