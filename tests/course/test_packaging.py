@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from labkit import files
 
@@ -27,6 +29,22 @@ def test_environment_yml_mirrors_pyproject():
     listed = yaml.safe_load((files.ROOT / "environment.yml").read_text())["dependencies"]
     assert {line for line in listed if isinstance(line, str)} == wanted
     assert [line["pip"] for line in listed if isinstance(line, dict)] == [["-e ."]]
+
+
+def test_the_constraints_state_a_version_that_is_allowed_of_everything_that_the_tests_need():
+    lines = (files.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    versions = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["project"]
+    needs = list(project["dependencies"])
+    for extra in ("course", "test", "engines", "serving", "llm", "site", "gpu", "cluster"):
+        needs += project["optional-dependencies"][extra]
+    missing = []
+    for need in map(Requirement, needs):
+        version = versions.get(canonicalize_name(need.name), "0")
+        if need.name != files.DISTRIBUTION and not need.specifier.contains(version):
+            missing.append(str(need))
+    assert missing == [], "run .ci/lock"
+    assert not [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.!]+", line)]  # no folder, no address
 
 
 IMPORTED_AS = {

@@ -179,9 +179,7 @@ def test_a_command_without_the_packages_of_the_course_is_a_sentence(elsewhere: E
     code = "import sys; sys.modules['click'] = None; from course.__main__ import main; main()"
     done = elsewhere.run(elsewhere.python, "-c", code)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "labkit: this needs click, which is not installed: pip install 'FILE.whl[course]'.\n"
-    )
+    assert done.stderr == ("labkit: this needs click, which is not installed: pip install 'FILE.whl[course]'.\n")
 
 
 @pytest.mark.parametrize("name", sorted(set(main.commands) - set(FROM_A_WHEEL)))
