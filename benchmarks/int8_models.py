@@ -6,7 +6,7 @@
 What `ptq` simulated runs through `integer.convert` and through both engines; the engines' own quantization tools are
 the peers. Times are interleaved pairs (labkit.bench.compare). Accuracy changes are paired with fp32 on the same test
 examples; EfficientNet-lite0 has crops of four photos and no labels, so that its agreement speaks for these photos only.
-Without OpenVINO and NNCF (pip install 'labkit[engines]') their rows are left out.
+Without OpenVINO and NNCF (./lab setup --with engines) their rows are left out.
 """
 
 import argparse

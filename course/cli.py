@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,33 @@ from labkit import files
 from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
 
-RUNS = files.ROOT / "runs"
+RUNS = Path("runs") if files.IN_WHEEL else files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"
 OUT = click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
 
 
+FROM_A_WHEEL = ("data", "doctor", "report")  # commands that need no lesson
+
+
 class _Group(click.Group):
+    group_class = type  # a group in it is one too
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that was asked for; InputError for an unknown name, and for a command without its lessons."""
+        name, arguments = args[0], set(args[1:])
+        if name not in self.commands and not name.startswith("-"):
+            close = get_close_matches(name, self.commands, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.commands)}."
+            raise InputError(f"There is no command {name}; {hint}")
+        if files.IN_WHEEL and ctx.parent is None and name not in FROM_A_WHEEL and not arguments & {"-h", "--help"}:
+            raise InputError(
+                f"`labkit {name}` needs the lessons, which are not in the wheel: clone the course's repository and "
+                f"give `./lab {name}` there."
+            )
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """A LabError, or a full disk, ends the command with a sentence and code 2, Ctrl-C with code 130.
 
@@ -50,8 +72,16 @@ def main() -> None:
 
 @main.command()
 @click.option("--cpu", is_flag=True, expose_value=False, help="Install the CPU build of torch, which is much smaller.")
+@click.option(
+    "--with", expose_value=False, metavar="EXTRA,...",
+    help="Install these extras of pyproject.toml too, now and whenever it has changed: engines, serving, gpu, ...",
+)  # fmt: skip
 def setup() -> None:
-    """Install the course and fetch its models, as the other commands do on first use."""
+    """Install the course and fetch its models, as the other commands do on first use.
+
+    \b
+    ./lab setup --with engines,serving
+    """
     click.echo("ready: ./lab run, ./lab test, ./lab start 00")  # ./lab has done the work
 
 
@@ -331,7 +361,7 @@ def start(lesson: str, browser: bool, fresh: bool) -> None:
             f"lesson {number} has changed since this copy was made; your work stays as it is. To get the new lesson, "
             f"with this copy kept beside it: ./lab start {number} --fresh"
         )
-    sys.exit(notebooks.open_in_jupyterlab(copy, browser=browser))
+    notebooks.open_in_jupyterlab(copy, browser=browser)
 
 
 @main.command()

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ def _python() -> tuple[str, str]:
 
 def _packages() -> tuple[str, str]:
     if lacking := missing():
-        return f"missing: {', '.join(map(str, lacking))}", "run ./lab setup"
-    return ", ".join(f"{name} {version(name)}" for name in SHOWN), ""
+        how = "./lab setup" if files.COMMAND == "./lab" else files.set_up_with("course")
+        return f"missing: {', '.join(map(str, lacking))}", f"run {how}"
+    shown = [name for name in SHOWN if find_spec(name)]
+    return ", ".join(f"{name} {version(name)}" for name in shown), ""
 
 
 def missing() -> list[Requirement]:
@@ -222,10 +225,10 @@ def _data() -> tuple[str, str]:
 def _lacking(assets: Iterable[fetch.Asset]) -> tuple[str, str] | None:
     """Those of the assets that are missing or damaged, and the commands that bring them; None where all are ready."""
     lacking = [asset for asset in assets if asset.state != "ready"]
-    commands = {"committed": "git checkout --", "fetched": "./lab data fetch"}
-    for asset in lacking:
-        commands[asset.kind] += f" {'data/' * (asset.kind == 'committed')}{asset.name}"
-    needed = [command for kind, command in commands.items() if any(asset.kind == kind for asset in lacking)]
+    names = {kind: [asset.name for asset in lacking if asset.kind == kind] for kind in ("committed", "fetched")}
+    needed = [files.restore(names["committed"])] if names["committed"] else []
+    if names["fetched"]:
+        needed.append(f"{files.COMMAND} data fetch {' '.join(names['fetched'])}")
     seen = ", ".join(f"{asset.name} ({asset.state})" for asset in lacking)
     return (f"lacks {seen}", f"run {' and '.join(needed)}") if lacking else None
 

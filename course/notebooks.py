@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from labkit import files
 from labkit.checks import STUB_SAYS, worked
@@ -300,8 +299,8 @@ def _copy_glossary(folder: Path) -> None:
         shutil.copy(page, folder)
 
 
-def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> int:
-    """Run JupyterLab on `notebook` until it is closed; its exit code."""
+def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> NoReturn:
+    """Become JupyterLab on `notebook`: signals and the exit code are its own, so that whatever ends this ends it."""
     command = [
         sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebook.parent}",
         f"--LabApp.default_url=/lab/tree/{notebook.name}",
@@ -311,9 +310,12 @@ def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> int:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # in a container there is often no other user
         command.append("--allow-root")
-    settings = [str(Path(__file__).with_name("jupyter")), os.environ.get("JUPYTER_CONFIG_PATH")]  # asks for no news
+    # course/jupyter: no news are asked for, and kernels encrypt what they say over TCP, of which ipykernel else warns
+    settings = [str(Path(__file__).with_name("jupyter")), os.environ.get("JUPYTER_CONFIG_PATH")]
     environment = {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, settings))}
-    return subprocess.call(command, cwd=notebook.parent, env=environment)
+    sys.stdout.flush()
+    os.chdir(notebook.parent)
+    os.execve(sys.executable, command, environment)
 
 
 _INDEX = """# Inference optimisation, measured: lessons to work on

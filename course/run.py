@@ -169,7 +169,7 @@ def read(folder: Path) -> Run | None:
 def code_version() -> str:
     """Eight hex digits of what computes: labkit's sources as they stand on the disk, and the version of torch."""
     digest = hashlib.sha256(metadata.version("torch").encode())
-    here = files.ROOT / "labkit"
+    here = files.PACKAGE
     for file in sorted(here.rglob("*")):
         if file.suffix in SOURCES:
             digest.update(str(file.relative_to(here)).encode() + file.read_bytes())

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from labkit.errors import DataError, InputError
-from labkit.files import DATA, cache_dir
+from labkit.files import COMMAND, DATA, cache_dir, restore
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Asset:
     def cure(self) -> str:
         """What to do where it is missing or damaged."""
         if self.carrier:
-            return f"run `./lab data fetch {self.name}` ({self.bytes / 1e6:.0f} MB, once)"
-        return f"restore it with `git checkout -- data/{self.name}`"
+            return f"run `{COMMAND} data fetch {self.name}` ({self.bytes / 1e6:.0f} MB, once)"
+        return f"restore it with `{restore([self.name])}`"
 
 
 def assets() -> dict[str, Asset]:
@@ -89,7 +89,7 @@ def assets() -> dict[str, Asset]:
         manifest = tomllib.loads((DATA / "manifest.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(
-            f"data/manifest.toml cannot be read ({error}); restore it with `git checkout -- data/manifest.toml`."
+            f"data/manifest.toml cannot be read ({error}); restore it with `{restore(['manifest.toml'])}`."
         ) from error
     rows = []
     for row in manifest.get("file", []):

@@ -325,7 +325,7 @@ def plain(value: Any) -> Any:
 def origin() -> dict[str, Any]:
     """When, by which labkit and from which commit of the course a record is made."""
     try:
-        labkit = version("labkit")
+        labkit = version(files.DISTRIBUTION)
     except PackageNotFoundError:
         labkit = "unknown"
     return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "labkit": labkit, "git": _git()}
@@ -348,6 +348,8 @@ def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _git() -> dict[str, Any] | None:
     """Commit of the course and whether files differ from it; None without git or outside a clone."""
+    if files.IN_WHEEL:  # the environment may lie in a clone of something else
+        return None
     try:
         commit, status = (
             subprocess.run(["git", *arguments], cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=True)

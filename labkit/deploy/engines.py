@@ -31,17 +31,18 @@ from labkit import artifact
 from labkit import batches as batching
 from labkit.deploy import export
 from labkit.errors import InputError, check_choice
+from labkit.files import set_up_with
 from labkit.pruning.coupling.tracing import outputs
 from labkit.quantization.affine import Grid
 from labkit.quantization.ptq import FakeQuantized
 
-ENGINES_EXTRA = "pip install 'labkit[engines]'"
-INSTALL = {  # of what that does not bring
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it keeps a device id in the user's cache
+INSTALL = {  # of what the extra `engines` does not bring
     "g++": "install it, or name another C++ compiler in CXX",
-    "executorch": "pip install 'labkit[edge]'",
-    "torchao": "pip install 'labkit[edge]'",  # which it imports where it lowers
-    "onnxruntime_qnn": "pip install 'labkit[hexagon]'",
-    "openvino_genai": "pip install 'labkit[llm]'",
+    "executorch": set_up_with("edge"),
+    "torchao": set_up_with("edge"),  # which it imports where it lowers
+    "onnxruntime_qnn": set_up_with("hexagon"),
+    "openvino_genai": set_up_with("llm"),
     "llama_cpp": "pip install llama-cpp-python, which compiles it",
 }
 
@@ -551,7 +552,7 @@ def missing(name: str, packages: Sequence[str]) -> str:
     """
     lacking = [package for package in packages if not _present(package)]
     if lacking:
-        verb, how = "is" if len(lacking) == 1 else "are", INSTALL.get(lacking[0], ENGINES_EXTRA)
+        verb, how = "is" if len(lacking) == 1 else "are", INSTALL.get(lacking[0], set_up_with("engines"))
         return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}."
     if "g++" in packages and " " in torch.__file__:
         return f"{name} cannot compile against {torch.__file__}: set the course up where no folder's name has a space."

@@ -34,7 +34,7 @@ from labkit.datasets import REVIEW_CLASSES
 from labkit.deploy import engines
 from labkit.deploy.simulation import Times, poisson_arrivals
 from labkit.errors import InputError, LabError, check_whole
-from labkit.files import child_environment
+from labkit.files import child_environment, set_up_with
 
 try:
     from mosec import Worker
@@ -42,7 +42,7 @@ try:
 except ImportError:
     Worker = object
 
-INSTALL = "pip install 'labkit[serving]'"
+INSTALL = set_up_with("serving")
 LONGEST = 48  # tokens; what is beyond is cut off
 STEP = 8  # tokens: texts are padded to a multiple, since engines prepare kernels for each new shape
 CLIENT_S = 5.0  # that a client waits for an answer

@@ -1,14 +1,17 @@
+import json
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import psutil
 import pytest
 from click.testing import Result
-from commands import labkit
+from commands import labkit, wait_until
 
 from course import notebooks, run
 from labkit import fetch
@@ -120,6 +123,9 @@ REFUSED = [
     (("solution", "3"), "'3' is no exercise; give lesson and number, like 03.1."),
     (("solution", "99.1"), "There is no lesson 99; give the number of one that exists: 01, 02."),
     (("data", "fetch", "no-such-model"), ".*'no-such-model'.*"),
+    (("rnu",), r"There is no command rnu; did you mean run\?"),
+    (("data", "verfy"), r"There is no command verfy; did you mean verify\?"),
+    (("data", "x"), r"There is no command x; there are list, fetch, verify."),
 ]
 
 
@@ -175,6 +181,35 @@ def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pyt
     older = Path(re.search(r"the copy that you had: (.+)", fresh.output)[1])
     assert "pass  # raise" in older.read_text() and "pass  # raise" not in copy.read_text()
     assert "has changed" not in fresh.output and opened == [(copy.name, False), (copy.name, True), (copy.name, True)]
+
+
+@pytest.mark.slow
+def test_who_ends_the_command_ends_jupyterlab_which_had_nothing_to_warn_of(tmp_path: Path, offline: dict[str, str]):
+    code = (
+        "import sys, pathlib; from course import notebooks as n, cli; n.WORKSPACE = pathlib.Path(sys.argv.pop(1));"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "workspace", "start", "00", "--no-browser"]
+    environment = {**offline, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    log = tmp_path / "log"
+    with open(log, "w") as stream:
+        server = psutil.Popen(list(map(str, command)), stdout=stream, stderr=stream, env=environment)
+    try:
+        address = re.compile(r"http://localhost:(\d+)/\S*token=(\w+)")
+        wait_until(lambda: address.search(log.read_text()) or server.poll() is not None, 180)
+        port, token = address.search(log.read_text()).groups()
+        kernels = f"http://localhost:{port}/api/kernels?token={token}"
+        asked = urllib.request.Request(kernels, data=b'{"name": "python3"}', method="POST")
+        kernel = json.load(urllib.request.urlopen(asked, timeout=60))["id"]
+        wait_until(lambda: kernel in log.read_text() and server.children())
+        below = server.children(recursive=True)
+        server.terminate()
+        assert server.wait(60) == 0
+        wait_until(lambda: not any(process.is_running() for process in below))
+        assert "encrypt" not in log.read_text().lower()
+    finally:
+        if server.is_running():
+            server.kill()
 
 
 def test_a_worked_answer_is_shown_to_who_asks():

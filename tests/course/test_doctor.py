@@ -105,15 +105,15 @@ def test_no_compiler_is_no_fault_and_lesson_02_says_what_it_does_then(program, m
 
 def test_engines_that_are_missing_are_no_fault_and_named_with_what_brings_them(monkeypatch: pytest.MonkeyPatch):
     sentence = "{0} needs {0}, which is not installed: {1}."
-    extra = "pip install 'labkit[engines]'"
+    extra = "./lab setup --with engines"
     states = {"torch": "ready", "openvino": sentence.format("openvino", extra), "nncf": sentence.format("nncf", extra)}
-    states["executorch"] = sentence.format("executorch", "pip install 'labkit[edge]'")
+    states["executorch"] = sentence.format("executorch", "./lab setup --with edge")
     monkeypatch.setattr("labkit.deploy.engines.available", lambda: states)
     assert found("engines") == doctor.Finding(
         "engines",
         True,
-        "torch ready; not openvino, nncf, which nothing needs (pip install 'labkit[engines]'); "
-        "not executorch, which nothing needs (pip install 'labkit[edge]')",
+        "torch ready; not openvino, nncf, which nothing needs (./lab setup --with engines); "
+        "not executorch, which nothing needs (./lab setup --with edge)",
     )
     monkeypatch.setattr("labkit.deploy.engines.available", lambda: dict.fromkeys(states, "ready"))
     assert found("engines").text == "torch, openvino, nncf, executorch ready"
@@ -124,7 +124,7 @@ def test_language_engines_that_are_missing_are_no_fault_and_named_with_what_brin
     assert found("language engines") == doctor.Finding(
         "language engines",
         True,
-        "none ready; not openvino-genai, which nothing needs (pip install 'labkit[llm]'); "
+        "none ready; not openvino-genai, which nothing needs (./lab setup --with llm); "
         "not llama.cpp, which nothing needs (pip install llama-cpp-python, which compiles it)",
     )
     monkeypatch.setattr("labkit.deploy.engines._present", lambda package: "llama" not in package)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ STAND_IN = """#!/bin/sh
 case "$*" in
     "-c import sys;"*) exit {supported} ;;
     "-c import venv"*) exit {venv} ;;
+    "-c import difflib"*) exec "{real}" "$@" ;;
     "-c import torch"*) exit {torch} ;;
     "-c import sys, torch"*) exit {cuda} ;;
     -) echo "papermill "; exit 0 ;;
@@ -27,21 +29,36 @@ case "$*" in
     "-m venv"*) mkdir -p "{course}/.venv/bin" && cp "$0" "{course}/.venv/bin/python" ;;
     "-m pip install --editable"*) echo "the end of pip's log"; exit {pip} ;;
     "-m course.cli data fetch"*) exit {fetch} ;;
+    "-m course.cli doctor") echo "caches in ${{XDG_CACHE_HOME:-the usual place}}" ;;
     "-m course.cli run all"*) exit {lessons} ;;
 esac
 """
 
 
+PROJECT = """[project]
+license-files = ["LICENSE"]
+[project.optional-dependencies]
+course = [
+    "torchvision>=0.24",
+]
+engines = ["onnx"]
+serving = ["mosec"]
+site = ["sphinx"]
+[project.scripts]
+labkit = "course.__main__:main"
+"""
+
+
 class Course:
-    """A copy of ./lab in a folder with a space, a stand-in for Python, and the calls that it got."""
+    """A copy of ./lab in a folder with a quote, spaces and an umlaut, a stand-in for Python, and the calls it got."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "my course"
+        self.folder = folder / "it's a tür"
         for part in ("data", "course", ".ci"):
             (self.folder / part).mkdir(parents=True)
         for file in ("lab", "course/help.txt", ".ci/gpu"):
             shutil.copy(files.ROOT / file, self.folder / file)
-        (self.folder / "pyproject.toml").write_text("one")
+        (self.folder / "pyproject.toml").write_text(PROJECT)
         (self.folder / "data" / "manifest.toml").write_text("one")
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
@@ -51,7 +68,7 @@ class Course:
     def behave(self, **codes: int) -> None:
         """The stand-in's exit codes: it can do everything, but has no torch and sees no GPU, unless said otherwise."""
         usual = {"supported": 0, "venv": 0, "pip": 0, "fetch": 0, "lessons": 0, "torch": 1, "cuda": 1}
-        script = STAND_IN.format(log=self.log, course=self.folder, **{**usual, **codes})
+        script = STAND_IN.format(log=self.log, course=self.folder, real=sys.executable, **{**usual, **codes})
         for place in (self.python, self.folder / ".venv" / "bin" / "python"):
             if place == self.python or place.exists():
                 place.write_text(script)
@@ -128,17 +145,52 @@ def test_what_was_interrupted_goes_on_at_the_next_call(course, step: str):
     assert [call[:24] for call in course.calls()][-2:] == ["-m course.cli data fetch", "-m course.cli run"]
 
 
+def installs(ready: Course, extras: str) -> str:
+    return f"-m pip install --editable {ready.folder}[{extras}]"
+
+
 def test_site_installs_what_it_needs_once(ready):
     ready.behave(pip=1)
     failed = ready.lab("site")
-    assert failed.returncode == 2 and "what the site needs cannot be installed" in failed.stderr
+    assert failed.returncode == 2 and "the installation did not finish; check the network" in failed.stderr
     ready.behave()
     ready.calls()
+    assert ready.lab("run").returncode == 0 and ready.calls() == ["-m course.cli run"]  # which does not need it
     ready.lab("site", "--no-serve")
     ready.lab("site")
     assert ready.calls() == [
-        f"-m pip install --editable {ready.folder}[site]", "-m course.cli site --no-serve", "-m course.cli site",
+        installs(ready, "course,test,site"), "-m course.cli site --no-serve", "-m course.cli site",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("--with", "engines,serving"), ("--with=engines", "--with=serving")])
+def test_extras_are_installed_once_and_again_when_what_they_need_has_changed(ready, words: tuple[str, ...]):
+    done = ready.lab("setup", *words)
+    assert done.returncode == 0 and "installing the course with engines,serving and what it needs" in done.stderr
+    ready.lab("setup", "--with", "engines")
+    ready.lab("run")
+    everything = installs(ready, "course,test,engines,serving")
+    assert ready.calls() == [everything, "-m course.cli setup", "-m course.cli setup", "-m course.cli run"]
+    (ready.folder / "pyproject.toml").write_text(PROJECT + "# changed")
+    ready.lab("run")
+    assert ready.calls() == [everything, "-m course.cli run"]
+    ready.lab("site")
+    assert ready.calls() == [installs(ready, "course,test,engines,serving,site"), "-m course.cli site"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--with", "engine"), "there is no extra engine; choose of course engines serving site."),
+        (("--with", "engines,*"), "there is no extra *; choose of course engines serving site."),
+        (("--with",), "name extras after --with, of course engines serving site."),
+        (("--wiht", "engines"), "setup takes --cpu and --with EXTRA,..., not --wiht."),
+    ],
+)
+def test_a_mistake_in_setup_is_said_before_anything_is_installed(course, words: tuple[str, ...], sentence: str):
+    failed = course.lab("setup", *words)
+    assert (failed.returncode, failed.stderr) == (2, f"lab: {sentence}\n")
+    assert course.calls() == [] and not (course.folder / ".venv").exists()
 
 
 def test_missing_python_is_said_with_what_to_install(course, tmp_path):
@@ -164,7 +216,7 @@ def test_cpu_build_is_put_in_before_the_course(course):
 @pytest.mark.parametrize("relative", [True, False])
 def test_a_symbolic_link_to_it_is_followed(ready, relative: bool):
     link = ready.elsewhere / "lab"
-    link.symlink_to(Path("../my course/lab") if relative else ready.folder / "lab")
+    link.symlink_to(Path("../it's a tür/lab") if relative else ready.folder / "lab")
     assert ready.lab("doctor", script=link).returncode == 0
     assert ready.calls() == ["-m course.cli doctor"]
 
@@ -216,11 +268,33 @@ def test_all_commands_have_help_at_once(course):
     assert course.calls() == [] and not (course.folder / ".venv").exists()
 
 
-@pytest.mark.parametrize("words", [(), ("runn",), ("ru.",)])
-def test_without_a_command_that_there_is_the_commands_are_listed(course, words):
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "Usage: ./lab "),
+        (("rnu",), "lab: there is no command rnu; did you mean run? there are:"),
+        (("help", "rnu"), "lab: there is no command rnu; did you mean run? there are:"),
+        (("-x",), "lab: there is no command -x; there are:"),
+        (("ru.",), "lab: there is no command ru.; did you mean run? there are:"),
+    ],
+)
+def test_without_a_command_that_there_is_the_commands_are_listed(course, words, says: str):
     failed = course.lab(*words)
     assert failed.returncode == 2 and "\n  run " in failed.stderr and failed.stdout == ""
-    assert course.calls() == []
+    assert failed.stderr.startswith(says)
+    assert course.calls() == [] and not (course.folder / ".venv").exists()
+
+
+def test_help_with_a_command_is_the_command_s_help(course):
+    assert course.lab("help", "run").stdout == course.lab("run", "--help").stdout != ""
+    assert course.lab("help").stdout == course.lab("help", "--help").stdout == course.lab("--help").stdout != ""
+
+
+def test_a_relative_xdg_cache_home_is_ignored(ready, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")
+    assert ready.lab("doctor").stdout == "caches in the usual place\n"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert ready.lab("doctor").stdout == "caches in /caches\n"
 
 
 # ./lab gpu ----------------------------------------------------------------------------------------------------------

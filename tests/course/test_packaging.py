@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from labkit import files
 
@@ -20,7 +22,7 @@ REGISTRY = re.compile(
 
 def test_environment_yml_mirrors_pyproject():
     project = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {"pip", "python" + project["requires-python"]}
+    wanted = {"python" + project["requires-python"]}
     for line in project["dependencies"] + project["optional-dependencies"]["course"]:
         name, bounds = re.fullmatch(r"([\w.-]+)(.*)", line).groups()
         wanted.add(CONDA_NAMES.get(name, name) + bounds)
@@ -29,8 +31,24 @@ def test_environment_yml_mirrors_pyproject():
     assert [line["pip"] for line in listed if isinstance(line, dict)] == [["-e ."]]
 
 
+def test_the_constraints_state_a_version_that_is_allowed_of_everything_that_the_tests_need():
+    lines = (files.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    versions = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["project"]
+    needs = list(project["dependencies"])
+    for extra in ("course", "test", "engines", "serving", "llm", "site", "gpu", "cluster"):
+        needs += project["optional-dependencies"][extra]
+    missing = []
+    for need in map(Requirement, needs):
+        version = versions.get(canonicalize_name(need.name), "0")
+        if need.name not in (files.DISTRIBUTION, "pip") and not need.specifier.contains(version):
+            missing.append(str(need))
+    assert missing == [], "run .ci/lock"
+    assert not [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.!]+", line)]  # no folder, no address
+
+
 IMPORTED_AS = {
-    "pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "labkit": "course",
+    "pillow": "PIL", "dask": "distributed", "ipykernel": "IPython", "inference-labkit": "course",
     "mlcommons-loadgen": "mlperf_loadgen",
 }  # fmt: skip
 # by nbclient, papermill, sphinx, jinja2, matplotlib
@@ -90,6 +108,28 @@ def committed_texts() -> Iterator[tuple[Path, str]]:
             yield file.relative_to(files.ROOT), file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # no text
+
+
+FOREIGN_NAME = re.compile(r"(?m)^\W*pip install [^`\n]*(?<![-./\w])labkit\b|(?<![-.\w])labkit\[")
+
+
+def test_nothing_tells_anybody_to_install_the_other_project_that_is_called_labkit():
+    """Outputs of lessons and records of earlier runs stay what they were."""
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == files.DISTRIBUTION != "labkit"
+    texts = ((file, text) for file, text in committed_texts() if file.suffix not in (".json", ".ipynb"))
+    assert [f"{file}: {hit[0]}" for file, text in texts for hit in FOREIGN_NAME.finditer(text)] == []
+
+
+@pytest.mark.slow
+def test_nbval_takes_a_lesson_where_it_lies():
+    """As in `pytest --nbval-lax notebooks/00_measuring_honestly.ipynb`; here its cells are collected and not run."""
+    lesson = next(files.NOTEBOOKS.glob("00_*.ipynb"))
+    options = ["--nbval-lax", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, lesson], cwd=files.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and f"{lesson.name}::Cell 0" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("pattern", [ANOTHER_MACHINE, REGISTRY], ids=["paths", "registries"])

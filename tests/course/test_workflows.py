@@ -1,5 +1,9 @@
 """The workflows: they call the commands that people call, and hand nothing to code that nobody has looked at."""
 
+import re
+import subprocess
+import tomllib
+
 import pytest
 import yaml
 
@@ -7,24 +11,69 @@ from labkit import files
 
 TEXTS = {file.stem: file.read_text("utf-8") for file in (files.ROOT / ".github" / "workflows").glob("*.yml")}
 WORKFLOWS = {name: yaml.load(text, Loader=yaml.BaseLoader) for name, text in TEXTS.items()}  # "on" stays a text
-STEPS = {name: [step for job in flow["jobs"].values() for step in job["steps"]] for name, flow in WORKFLOWS.items()}
+JOBS = {name: flow["jobs"] for name, flow in WORKFLOWS.items()}
+STEPS = {name: [step for job in jobs.values() for step in job["steps"]] for name, jobs in JOBS.items()}
+PINNED = re.compile(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
+MAY_WRITE = {  # the only jobs with more than reading, which run no code of the repository
+    ("pages", "deploy"): {"pages": "write", "id-token": "write"},
+    ("release", "attest"): {"id-token": "write", "attestations": "write"},
+    ("release", "publish"): {"id-token": "write"},
+}
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def commands(job: dict) -> list[str]:
+    return [line for step in job["steps"] for line in step.get("run", "").splitlines()]
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
 def test_it_can_only_read_keeps_no_credentials_and_runs_only_what_people_run_too(name: str):
     assert WORKFLOWS[name]["permissions"] == {"contents": "read"}
     assert "secrets" not in TEXTS[name] and "pull_request_target" not in TEXTS[name]
-    assert all("permissions" not in job and job["timeout-minutes"] for job in WORKFLOWS[name]["jobs"].values())
-    checkouts = [step for step in STEPS[name] if step.get("uses", "").startswith("actions/checkout@")]
-    assert checkouts and all(step["with"]["persist-credentials"] == "false" for step in checkouts)
-    lines = [line for step in STEPS[name] for line in step.get("run", "").splitlines()]
-    assert lines and all(line.startswith(("./lab ", ".ci/run")) for line in lines)
+    for title, job in JOBS[name].items():
+        assert job["timeout-minutes"]
+        assert job.get("permissions") == MAY_WRITE.get((name, title))
+        assert "permissions" not in job or not commands(job)
+        checkouts = [step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@")]
+        assert bool(checkouts) == bool(commands(job))
+        assert all(step["with"]["persist-credentials"] == "false" for step in checkouts)
+    lines = [line for job in JOBS[name].values() for line in commands(job)]
+    assert lines and all(line.startswith(("./lab ", ".ci/")) for line in lines)
+
+
+@pytest.mark.parametrize("name", sorted(WORKFLOWS))
+def test_actions_are_pinned_by_commit_with_their_version_beside_it(name: str):
+    uses = [line.strip().removeprefix("- ") for line in TEXTS[name].splitlines() if "uses:" in line]
+    assert [line for line in uses if not PINNED.fullmatch(line)] == []
+    assert len({line.split("@")[0] for line in uses}) == len(set(uses))  # one version of each
+
+
+def test_the_container_s_image_has_an_exact_version():
+    assert re.search(r'"image": "python:3\.\d+\.\d+-\w+"', (files.ROOT / ".devcontainer/devcontainer.json").read_text())
 
 
 def test_the_cpu_s_checks_are_those_of_the_check_script():
-    assert [step["run"] for step in STEPS["cpu"] if "run" in step] == [".ci/run"]
+    jobs = JOBS["cpu"]
+    assert commands(jobs["test"]) == [".ci/run"]
     script = (files.ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "./lab setup" in script and "./lab test" in script
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    least, beyond = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
+    assert jobs["test"]["strategy"]["matrix"]["python"] == [f"3.{least}", f"3.{int(beyond) - 1}"]
+
+
+def test_the_tests_also_run_where_they_are_likely_to_differ():
+    jobs = JOBS["cpu"]
+    assert commands(jobs["oldest"]) == [".ci/oldest"]
+    assert "--resolution lowest-direct" in (files.ROOT / ".ci" / "oldest").read_text(encoding="utf-8")
+    assert jobs["locked"]["env"] == {"PIP_CONSTRAINT": "constraints.txt"}
+    assert jobs["plain-cpu"]["env"] == {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
+    assert commands(jobs["plain-cpu"])[-1] == "./lab test"
+    folder = jobs["odd-folder"]["defaults"]["run"]["working-directory"]
+    assert set("' ü") <= set(folder)
+    assert [step["with"].get("path") for step in jobs["odd-folder"]["steps"] if "checkout" in step.get("uses", "")] == [
+        folder
+    ]
+    assert commands(jobs["odd-folder"]) == ["./lab run", "./lab test"]
 
 
 def test_a_pull_request_gets_a_gpu_by_its_label_alone_and_what_it_measures_is_uploaded():
@@ -36,3 +85,35 @@ def test_a_pull_request_gets_a_gpu_by_its_label_alone_and_what_it_measures_is_up
     assert "self-hosted" in job["runs-on"]
     last = STEPS["gpu"][-1]
     assert last["if"] == "always()" and last["with"]["path"].split() == ["runs/gpu/", "data/recorded/"]
+
+
+def test_a_tag_is_checked_built_attested_with_its_bill_of_materials_and_published_as_it_was_built():
+    assert WORKFLOWS["release"]["on"] == {"push": {"tags": ["v*"]}}
+    jobs = JOBS["release"]
+    assert commands(jobs["build"]) == [".ci/run", ".ci/package"]
+    assert jobs["build"]["steps"][-1]["with"]["path"].split() == ["dist/", "build/sbom.json"]
+    assert (jobs["attest"]["needs"], jobs["publish"]["needs"]) == ("build", "attest")
+    attested = [step["with"] for step in jobs["attest"]["steps"] if "attest@" in step["uses"]]
+    assert attested == [{"subject-path": "dist/*"}, {"subject-path": "dist/*", "sbom-path": "build/sbom.json"}]
+    assert "password" not in TEXTS["release"] and "token:" not in TEXTS["release"].replace("id-token:", "")
+
+
+def test_another_tag_than_the_version_is_refused_before_anything_is_built():
+    done = subprocess.run(
+        [files.ROOT / ".ci" / "package"],
+        env={"PATH": "/usr/bin:/bin", "GITHUB_REF_NAME": "v999.0"}, capture_output=True, text=True,
+    )  # fmt: skip
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (done.returncode, done.stderr) == (2, f"v999.0 is not v{project['version']}\n")
+
+
+def test_the_site_is_published_from_the_command_that_builds_it():
+    assert commands(JOBS["pages"]["build"]) == ["./lab site --no-serve"]
+    assert JOBS["pages"]["build"]["steps"][-1]["with"] == {"path": "build/site"}
+
+
+def test_one_version_is_stated_everywhere():
+    project = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = yaml.safe_load((files.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == project["version"]
+    assert f"\n## {project['version']}" in (files.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -515,7 +515,7 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("openvino", "nncf") else real(name))
     state = engines.available()
     assert state["torch"] == state["onnxruntime"] == "ready"
-    assert state["nncf"] == "nncf needs openvino and nncf, which are not installed: pip install 'labkit[engines]'."
+    assert state["nncf"] == "nncf needs openvino and nncf, which are not installed: ./lab setup --with engines."
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert engines.available()["aotinductor"] == (
         "aotinductor needs g++, which is not installed: install it, or name another C++ compiler in CXX."
@@ -524,7 +524,7 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
         engines.prepare("openvino", nn.Linear(3, 2), torch.randn(1, 3))
     edge = {"executorch": object(), "torchao": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: edge[name] if name in edge else real(name))
-    missing = "executorch needs torchao, which is not installed: pip install 'labkit[edge]'."
+    missing = "executorch needs torchao, which is not installed: ./lab setup --with edge."
     assert engines.available()["executorch"] == missing
 
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from labkit import files
@@ -29,9 +31,17 @@ def test_an_error_before_anything_is_written_is_the_one_that_is_raised(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("variable", ["LABKIT_CACHE", "XDG_CACHE_HOME"])
-def test_a_cache_in_the_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str):
-    monkeypatch.delenv("LABKIT_CACHE", raising=False)
-    monkeypatch.setenv(variable, "~nosuchuser/x")
+def test_a_cache_in_the_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LABKIT_CACHE", "~nosuchuser/x")
     with pytest.raises(InputError, match=r"~nosuchuser/x.*, and there is no such user's home; set LABKIT_CACHE"):
         files.cache_dir()
+
+
+@pytest.mark.parametrize("relative", ["caches", "./caches", "~nosuchuser/x"])
+def test_a_relative_xdg_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch, relative: str):
+    """As the XDG base directory specification asks; it would be a folder wherever a command happens to be called."""
+    monkeypatch.delenv("LABKIT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", relative)
+    assert files.cache_dir() == Path.home() / ".cache" / "labkit"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert files.cache_dir() == Path("/caches/labkit")

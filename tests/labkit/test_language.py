@@ -236,9 +236,9 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence(tmp_path):
 def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("labkit.deploy.engines._present", lambda package: False)
     assert language.available() == {
-        "openvino-genai": "openvino-genai needs openvino_genai, which is not installed: pip install 'labkit[llm]'.",
+        "openvino-genai": "openvino-genai needs openvino_genai, which is not installed: ./lab setup --with llm.",
         "llama.cpp": "llama.cpp needs llama_cpp, which is not installed: "
         "pip install llama-cpp-python, which compiles it.",
     }
-    with pytest.raises(InputError, match=r"pip install 'labkit\[llm\]'"):
+    with pytest.raises(InputError, match=r"\./lab setup --with llm"):
         language.prepare("openvino-genai", MODEL)

@@ -88,7 +88,7 @@ def test_a_percentile_wants_ten_requests_beyond_it():
 
 def test_without_mosec_it_says_what_brings_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server, "Worker", object)
-    with pytest.raises(InputError, match=r"needs mosec, which is not installed: pip install 'labkit\[serving\]'"):
+    with pytest.raises(InputError, match=r"needs mosec, which is not installed: \./lab setup --with serving"):
         server.Server()
 
 
