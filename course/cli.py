@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
-from course.parameters import PRESETS
 from labkit import files
 from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
+from labkit.parameters import PRESETS
 
 RUNS = files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"

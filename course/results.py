@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from course.parameters import PRESETS
 from labkit import files, show
 from labkit.errors import DataError, InputError
+from labkit.parameters import PRESETS
 from labkit.records import Column, RecordedTable, RunRecord, read
 
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what

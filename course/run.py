@@ -28,8 +28,7 @@ from typing import Any
 
 import psutil
 
-from course import parameters
-from labkit import files
+from labkit import files, parameters
 from labkit.errors import DataError, InputError
 
 SCHEMA = "labkit.run/1"
@@ -118,7 +117,7 @@ class Run:
 
 
 def prepare(notebook: Path, values: Mapping[str, Any], out: Path = Path("runs"), label: str = "") -> Job:
-    """A lesson with the parameters in `values` (see `course.parameters.bind`), checked; nothing is written or started.
+    """A lesson with the parameters in `values` (see `labkit.parameters.bind`), checked; nothing is written or started.
 
     The job states the preset, where results go, and what differs from the lesson's cell. InputError for a parameter or
     a device that does not exist, DataError where the notebook is missing, damaged, or no notebook.

@@ -94,7 +94,7 @@ NO_GPU = r"is not there \(torch sees .*\); choose auto or cpu, or fix the driver
 REFUSED = [
     (("run", "9"), "There is no lesson 9; give the number of one that exists: 01, 02."),
     (("run", "1", "-p", "RATOI", "0.3"), r"This lesson has no parameter RATOI; did you mean RATIO\?"),
-    (("run", "1", "-p", "RATIO", "2"), "RATIO cannot be 2.0; give a number from 0 to 1."),
+    (("run", "1", "-p", "RATIO", "2"), r"RATIO cannot be 2; give a number from 0\.0 to 1\.0\."),
     (("run", "1", "-p", "DEVICE", "gpu"), "device is 'gpu'; choose auto, cpu, cuda or cuda:N."),
     (("run", "1", "--device", "cuda:99"), f"The device cuda:99 {NO_GPU}"),
     (("run", "1", "-p", "RATIO", "0.3", "-p", "RATIO", "1"), "RATIO is given twice, as 0.3 and as 1; give it once."),
@@ -127,7 +127,7 @@ REFUSED = [
 def test_a_mistake_gets_one_sentence_and_code_2_before_anything_runs(
     empty_course: Path, write_lesson, arguments: tuple, sentence: str
 ):
-    write_lesson(empty_course / "notebooks", "1", ranges={"RATIO": [0, 1]})
+    write_lesson(empty_course / "notebooks", "1", ranges={"RATIO": [0.0, 1.0]})
     write_lesson(empty_course / "notebooks", "1", name="02_other", parameters='PRESET = "class"\nRESULTS_DIR = "."')
     result = labkit(*arguments, *(["--out", empty_course / "runs"] if arguments[0] == "run" else []))
     assert (result.exit_code, result.stdout) == (2, "")

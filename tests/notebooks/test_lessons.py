@@ -14,9 +14,9 @@ from grain import code
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import notebooks, parameters
+from course import notebooks
 from course.notebooks import tags
-from labkit import files
+from labkit import files, parameters
 from labkit.errors import InputError
 
 LESSONS = [pytest.param(path, id=path.stem) for path in notebooks.all_lessons()]
