@@ -108,7 +108,10 @@ def test_commas_inside_brackets_part_no_values():
         (("-g", "RATIO=0.3", "-p", "RATIO", "0.5"), "RATIO is in the grid and given for all points too; give it once."),
         (("-g", "PRESET=smoke,full", "--preset", "class"), "PRESET is in the grid and given for all points too"),
         (("-g", "SEED=1,2", "--seeds", "2"), "SEED is in the grid, and --seeds sets it too; give one of them."),
-        (("--seeds", "2", "-p", "SEED", "4294967295"), "SEED cannot be 4294967296; give a whole number from 0 to 42949"),
+        (
+            ("--seeds", "2", "-p", "SEED", "4294967295"),
+            "SEED cannot be 4294967296; give a whole number from 0 to 42949",
+        ),
         (("-g", "DEVICE=cpu,cuda:99"), "The device cuda:99 is not there"),
         (("--seeds", "2", "--on", "ray"), "A sweep cannot run on 'ray'; give local or dask://host:port."),
         (("--seeds", "2", "--on", "dask://"), "A sweep cannot run on 'dask://'; give local or dask://host:port."),
