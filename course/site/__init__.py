@@ -202,7 +202,7 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
 
 def _contents(syllabi: Sequence[str]) -> str:
     parts = {"Lessons": "notebooks/[0-9]*\nnotebooks/glossary", "Results": "claims\nmachines"}
-    parts["In practice"] = "your_model"
+    parts["In practice"] = "where_to_run\nyour_model"
     if syllabi:
         parts["For a class"] = "\n".join(name.removesuffix(".md") for name in syllabi)
     tree = "```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```"
