@@ -11,6 +11,7 @@ imported before that.
 import importlib
 import os
 import re
+import site
 import subprocess
 import sys
 import tomllib
@@ -43,13 +44,20 @@ def versions() -> dict[str, str]:
     return {distribution.name.lower(): distribution.version for distribution in distributions()}
 
 
+def see_what_is_new() -> None:
+    """Let this kernel import what was installed after it had started, for this user alone too."""
+    user = site.getusersitepackages()
+    if site.ENABLE_USER_SITE and user not in sys.path:  # it is looked for when Python starts
+        sys.path.append(user)
+    importlib.invalidate_caches()
+
+
 def use_this_labkit() -> None:
     """Let this kernel and its child processes import the checkout's labkit, also after another one was imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "labkit"]:
         del sys.modules[name]
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    importlib.invalidate_caches()
 
 
 def main() -> None:
@@ -58,6 +66,7 @@ def main() -> None:
     before, imported = versions(), {*needed} & {*sys.modules}
     print("installing what is missing, and fetching the models; this takes some minutes, once", flush=True)
     install(list(needed.values()))
+    see_what_is_new()
     use_this_labkit()
 
     from labkit import fetch

@@ -36,6 +36,22 @@ def test_it_begins_where_no_package_is_installed():
     assert "torch" in done.stdout.split(), done.stderr
 
 
+def test_what_pip_installs_for_the_user_alone_is_imported_without_a_restart(tmp_path: Path):
+    """Where the server's own folder cannot be written, pip makes one for the user, which Python had not seen."""
+    code = f"""
+import pathlib, runpy, site
+space = runpy.run_path({str(HOSTED)!r})
+folder = pathlib.Path(site.getusersitepackages())
+folder.mkdir(parents=True)
+(folder / "brought_by_pip.py").write_text("")
+space["see_what_is_new"]()
+import brought_by_pip"""
+    environment = {"PYTHONUSERBASE": str(tmp_path)}
+    python = sys._base_executable  # outside an environment, which has no such folder
+    done = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("stderr", "reason"),
     [("WARNING: retrying\nERROR: No matching distribution found for gguf>=0.10\n", "No matching"), ("", "no reason")],
