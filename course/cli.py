@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 
-from course.parameters import PRESETS
 from labkit import files
 from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
+from labkit.parameters import PRESETS
 
 RUNS = Path("runs") if files.IN_WHEEL else files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"
@@ -242,6 +242,13 @@ def _report(folders: list[Path]) -> str:
     return report.write(folders, folders[0] / "report.html").resolve().as_uri()
 
 
+def _places_of_results() -> list[Path]:
+    """Where results are left: by ./lab run, by a learner's own copies, and by lessons opened in the repository."""
+    from course import notebooks
+
+    return [RUNS, notebooks.WORKSPACE / "runs", files.NOTEBOOKS / "runs"]
+
+
 @main.command()
 @click.argument("lesson", metavar="NN")
 @click.option(
@@ -312,11 +319,10 @@ def sweep(
 def report(folders: tuple[Path, ...]) -> None:
     """Make one HTML page of the results in DIR..., written into the first of them, and rows.csv and rows.parquet.
 
-    By default these are runs/, and workspace/runs/ with what your own copies left there.
+    By default these are runs/, and the folders where lessons that were opened in an editor left their results:
+    workspace/runs/ and notebooks/runs/.
     """
-    from course import notebooks
-
-    usual = [folder for folder in (RUNS, notebooks.WORKSPACE / "runs") if folder.is_dir()]
+    usual = [folder for folder in _places_of_results() if folder.is_dir()]
     click.echo(_report(list(folders) or usual or [RUNS]))
 
 
@@ -326,11 +332,10 @@ def report(folders: tuple[Path, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=SITE, help="Default: build/site.")
 def site(serve: bool, port: int, out: Path) -> None:
     """Build the lessons, the claims and the measured machines as a web site, and serve it on this machine."""
-    from course import notebooks
     from course import site as pages
 
     server = pages.serve(out, port) if serve else None  # a port that is taken is said before the work
-    first = pages.build(out, [RUNS, notebooks.WORKSPACE / "runs"])
+    first = pages.build(out, _places_of_results())
     if not server:
         click.echo(first.resolve().as_uri())
         return
@@ -345,7 +350,8 @@ def site(serve: bool, port: int, out: Path) -> None:
 @click.argument("lesson", metavar="NN")
 @click.option("--browser/--no-browser", default=True, help="Open a browser, or only print the address.")
 @click.option("--fresh", is_flag=True, help="Begin again with a new copy; the old one is kept under today's date.")
-def start(lesson: str, browser: bool, fresh: bool) -> None:
+@click.option("--copy", "only_copy", is_flag=True, help="Only make the copy, to open it in VS Code or elsewhere.")
+def start(lesson: str, browser: bool, fresh: bool, only_copy: bool) -> None:
     """Take a lesson: open your own copy, without the answers, in JupyterLab."""
     from course import notebooks
 
@@ -361,7 +367,8 @@ def start(lesson: str, browser: bool, fresh: bool) -> None:
             f"lesson {number} has changed since this copy was made; your work stays as it is. To get the new lesson, "
             f"with this copy kept beside it: ./lab start {number} --fresh"
         )
-    notebooks.open_in_jupyterlab(copy, browser=browser)
+    if not only_copy:
+        notebooks.open_in_jupyterlab(copy, browser=browser)
 
 
 @main.command()

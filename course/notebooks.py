@@ -324,9 +324,10 @@ _INDEX = """# Inference optimisation, measured: lessons to work on
 |---|---|---|
 {rows}
 
-**To begin**, in this folder, once: `pip install -e .[course]` installs what the lessons import, and `labkit data fetch`
-brings the small models; nothing after that needs a network. Then `jupyter lab`. On a hosted service upload the whole
-folder, run `%pip install -e .[course]` and `!labkit data fetch` in a notebook, and restart the kernel.
+**To begin**, in this folder, once: `pip install -e ".[course]"` installs what the lessons import, and `labkit data
+fetch` brings the small models; nothing after that needs a network. Then `jupyter lab`, or VS Code with the Python that
+you installed it in. On Colab, Kaggle or another server of notebooks upload the whole folder, and run this cell before a
+lesson's first one, with the folder's path: `%run path/to/course/hosted.py`.
 
 **To answer** an exercise, replace the line `raise NotImplementedError(...)` and run the cell and the check below it. A
 check says everything that is wrong, as often as you like, and does not tell the answer. You may add cells: an answer

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from course.parameters import PRESETS
 from labkit import files, show
 from labkit.errors import DataError, InputError
+from labkit.parameters import PRESETS
 from labkit.records import Column, RecordedTable, RunRecord, read
 
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
@@ -155,7 +155,7 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     key        which row of the table, as "column=value; ..."; empty for single values
     value      a number, in `unit`, with the 95 % interval low..high where there is one; not a number for a `text`
     role       "quality": more is better; "cost": less is better; "setting", "result": neither
-    clock      whether a clock or a memory counter made or decided it, so that a repetition differs
+    clock      whether a clock or a memory counter made or decided it, or a setting of its row: a repetition differs
     simulated  whether it was computed and no clock saw it
     """
     records = list(records)
@@ -183,6 +183,7 @@ def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
             yield run | row | ({"text": entry.verdict} if entry.verdict else {})
             continue
         ends = {end for column in entry.columns.values() for end in (column.low, column.high)}
+        clock_chose = any(entry.meaning(name).clock for name in entry.by)
         for place, values in enumerate(entry.rows, start=1):
             key = "; ".join(f"{name}={short(values[name])}" for name in entry.by if name in values) or f"row={place}"
             for column, value in values.items():
@@ -190,7 +191,8 @@ def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
                     meaning = entry.meaning(column)
                     name = f"{entry.name}: {without_unit(column, meaning.unit)}"
                     ci95 = (values.get(meaning.low), values.get(meaning.high))
-                    yield run | _row(name, key, value, ci95, meaning, entry.simulated)
+                    row = _row(name, key, value, ci95, meaning, entry.simulated)
+                    yield run | row | ({"clock": True} if clock_chose else {})
     for name, unit in (("seconds", "s"), ("peak_memory", "B"), ("peak_device_memory", "B")):
         if (value := getattr(record, name)) is not None:
             meaning = Column(role="cost", unit=unit, clock=True)

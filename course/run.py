@@ -24,13 +24,15 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from course import parameters
-from labkit import files
+from labkit import files, parameters
 from labkit.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 SCHEMA = "labkit.run/1"
 SOURCES = (".py", ".cpp", ".cu", ".h", ".toml")
@@ -42,6 +44,7 @@ RECORDED_RUNS = (
 START_SECONDS = 120  # for a kernel to start, which is tried twice
 IDLE_SECONDS, IDLE_CPU_SECONDS = 300, 3  # a run hangs that has no output in so long, and uses no more of a CPU
 LONGEST_SECONDS = 3600  # for a run that has output, or uses the CPU, all along
+UNTOLD = "CellExecutionError"  # papermill's word where the kernel could not even show the exception
 # Dask sets this for its workers, and glibc then gives memory back to the system after every tensor, which makes what a
 # lesson times slower than it is elsewhere.
 DROPPED = "MALLOC_TRIM_THRESHOLD_"
@@ -50,6 +53,7 @@ ADVICE = {  # what a message or its exception's name holds -> what to do
     r"\bOutOfMemoryError\b|CUDA out of memory": f"{_SMALLER} the GPU",
     r"\bMemoryError\b|DefaultCPUAllocator|\bDeadKernel\b": f"{_SMALLER} memory",
     r"\[Errno 28\]|No space left on device": "free some space on the disk, or choose another --out",
+    r"\[Errno 24\]|Too many open files": "allow more of them in this shell, then run it again: ulimit -n 1024",
     r"\bRunTimeout\b": "take a smaller --preset, or look for what the cell waits for",
     r"Kernel (didn't respond|died before)": "try again when the machine has less to do, and see ./lab doctor",
 }
@@ -118,7 +122,7 @@ class Run:
 
 
 def prepare(notebook: Path, values: Mapping[str, Any], out: Path = Path("runs"), label: str = "") -> Job:
-    """A lesson with the parameters in `values` (see `course.parameters.bind`), checked; nothing is written or started.
+    """A lesson with the parameters in `values` (see `labkit.parameters.bind`), checked; nothing is written or started.
 
     The job states the preset, where results go, and what differs from the lesson's cell. InputError for a parameter or
     a device that does not exist, DataError where the notebook is missing, damaged, or no notebook.
@@ -408,10 +412,14 @@ def _failure(source: bytes, notebook: Path, name: str, message: str, peak: int) 
 
     source = nbformat.reads(source.decode(), as_version=4)
     places = {id_: (number, title) for number, (id_, title) in enumerate(sections(source), start=1)}
-    cell, section = None, ""
-    for each in nbformat.read(notebook, as_version=4).cells:
-        if each.get("id") in places and each.metadata.get("papermill", {}).get("start_time"):
-            cell, section = places[each.id]  # of the last one that started
+    cells = nbformat.read(notebook, as_version=4).cells
+    started = [
+        cell for cell in cells if cell.get("id") in places and cell.metadata.get("papermill", {}).get("start_time")
+    ]
+    number, section = places[started[-1].id] if started else (None, "")
+    if name == UNTOLD and started:
+        name, message = _printed_error(started[-1])
+    message = message or "no message"
     message = message if len(message) <= 2000 else f"{message[:2000]} ..."  # the whole one stands in the notebook
     advice = next((what for sign, what in ADVICE.items() if re.search(sign, f"{name} {message}")), "")
     message = f"{message.rstrip('. ')}; {advice}" if advice else message
@@ -419,7 +427,14 @@ def _failure(source: bytes, notebook: Path, name: str, message: str, peak: int) 
         from labkit.machine import memory_bytes
 
         message += f" (the run had reached {peak / 1e9:.1f} GB of {memory_bytes() / 1e9:.1f} GB)"
-    return Failure(name, message, cell, section)
+    return Failure(name, message, number, section)
+
+
+def _printed_error(cell: "NotebookNode") -> tuple[str, str]:
+    """Name and message of the exception at the end of the cell's error stream, UNTOLD and nothing if there is none."""
+    printed = "".join(output.text for output in cell.outputs if output.get("name") == "stderr").strip()
+    error = re.search(r"^(\w+): (.+)\Z", printed, re.MULTILINE)
+    return (error[1], error[2]) if error else (UNTOLD, "")
 
 
 # the child, seen from inside ------------------------------------------------------------------------
@@ -486,7 +501,7 @@ def _execute(
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )
     except papermill.exceptions.PapermillExecutionError as error:
-        return error.ename, error.evalue.strip() or "no message"
+        return error.ename, error.evalue.strip()
     except DeadKernelError:
         return "DeadKernel", "the kernel was killed, most often because memory ran out"
     except Exception as error:

@@ -28,7 +28,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from course import parameters, run
+from course import run
+from labkit import parameters
 from labkit.errors import DataError, InputError, LabError
 
 CONNECT_SECONDS = 5

@@ -40,7 +40,8 @@ class Column(_Strict, frozen=True):
 
     role   "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither
     unit   of the numbers, such as "ms"; empty where they have none
-    clock  whether a clock or a memory counter made or decided them, so that a repetition differs
+    clock  whether a clock or a memory counter made or decided them, so that a repetition differs; where it decided a
+           column of `by`, such as the name of the slowest case, a repetition has other rows
     low, high  the columns that hold the ends of their 95 % interval, if any
     """
 
@@ -66,9 +67,9 @@ def result(unit: str = "", *, clock: bool = False, low: str | None = None, high:
     return Column(role="result", unit=unit, clock=clock, low=low, high=high)
 
 
-def setting(unit: str = "") -> Column:
-    """A column that was chosen; those of `by` are settings anyway, and need this only for a unit."""
-    return Column(role="setting", unit=unit)
+def setting(unit: str = "", *, clock: bool = False) -> Column:
+    """A column that was chosen; those of `by` are settings anyway, and need this for a unit, or where a clock chose."""
+    return Column(role="setting", unit=unit, clock=clock)
 
 
 class RecordedValue(_Strict):

@@ -6,7 +6,6 @@ measures nothing itself (labkit.bench does), grades no exercise (labkit.checks d
 
 import gc
 import math
-import numbers
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from labkit.bench import Comparison, Measurement, Race, compare, measure, race
 from labkit.checks import settings, worked
 from labkit.counting import Work
 from labkit.errors import InputError
+from labkit.parameters import PRESETS, SEEDS, ranges, require_allowed
 from labkit.records import Column, RecordedTable, RecordedValue, Role, RunRecord
 
 LESSONS = {
@@ -73,21 +73,24 @@ def start(
     preset      "smoke", "class" or "full"; LABKIT_PRESET, where set, wins
     device      "cpu", "cuda", "cuda:N", or "auto": LABKIT_DEVICE where set, else CUDA where torch has it
     results_dir the record goes to results_dir/<lesson>/record.json
-    parameters  the lesson's own parameters, for the record
+    parameters  the lesson's own parameters, for the record, each within the range that the lesson states
     InputError for anything else, before anything is changed.
     """
     if lesson not in LESSONS:
         raise InputError(f'There is no lesson {lesson!r}; give one of "00" to "13", as text with two digits.')
     preset = _preset(preset)
     torch_device = machine.torch_device(device)
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed!r}; give a whole number from 0 to 2**32 - 1.")
+    require_allowed("SEED", seed, SEEDS)
     folder = _results_folder(results_dir)
-    parameters = records.plain({"SEED": seed, **(parameters or {})})
+    parameters = parameters or {}
+    for name, allowed in ranges(lesson).items():
+        if name in parameters:
+            require_allowed(name, parameters[name], allowed)
+    parameters = records.plain({"SEED": seed, **parameters})
 
-    random.seed(int(seed))
-    np.random.seed(int(seed))
-    torch.manual_seed(int(seed))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     torch.set_num_threads(machine.threads())
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device.index or 0)
@@ -95,7 +98,7 @@ def start(
     show.style()
     gc.collect()
     gc.freeze()  # what the imports made stays anyway: to search it before each measurement takes a quarter of a second
-    lab = Lab(lesson, preset, torch_device, int(seed), folder / lesson / "record.json", parameters)
+    lab = Lab(lesson, preset, torch_device, seed, folder / lesson / "record.json", parameters)
     lab._show_card()
     return lab
 
@@ -645,14 +648,12 @@ def _check_name(name: Any) -> None:
 
 def _preset(asked: str) -> str:
     override = os.environ.get("LABKIT_PRESET")
-    preset = override or asked
-    if preset not in BUDGETS:
-        where = "LABKIT_PRESET" if override else "preset"
-        raise InputError(f"{where} is {preset!r}; choose one of {', '.join(BUDGETS)}.")
-    return preset
+    return require_allowed("LABKIT_PRESET" if override else "PRESET", override or asked, PRESETS)
 
 
 def _results_folder(results_dir: str | os.PathLike) -> Path:
+    if not isinstance(results_dir, str | os.PathLike):
+        raise InputError(f"RESULTS_DIR cannot be {results_dir!r}; give the name of a folder, as text.")
     folder = Path(results_dir)
     nearest = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):

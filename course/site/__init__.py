@@ -85,6 +85,8 @@ def _sphinx(source: Path, pages: Path, doctrees: Path) -> None:
 def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
     """Fill the new folder `source` with all that Sphinx reads."""
     shutil.copytree(SOURCES, source, ignore=shutil.ignore_patterns("__*__*"))
+    for page in source.glob("*.md"):  # links lead through the repository, whose folders lie beside the pages here
+        files.write_text(page, page.read_text(encoding="utf-8").replace("](../../", "]("))
     font = Path(find_spec("ziamath").origin).parent / "fonts" / FONT  # the package itself, which draws, is not used
     shutil.copy(font, source / "static")
     for path in notebooks.all_lessons():
@@ -202,7 +204,7 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
 
 def _contents(syllabi: Sequence[str]) -> str:
     parts = {"Lessons": "notebooks/[0-9]*\nnotebooks/glossary", "Results": "claims\nmachines"}
-    parts["In practice"] = "your_model"
+    parts["In practice"] = "where_to_run\nyour_model"
     if syllabi:
         parts["For a class"] = "\n".join(name.removesuffix(".md") for name in syllabi)
     tree = "```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```"

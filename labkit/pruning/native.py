@@ -45,10 +45,11 @@ def load(name: str) -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_compiled(SOURCES / f"{name}.cpp")))
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cure = "install g++ or clang++, or name one in the environment variable CXX"
+        if getattr(error, "errno", None):  # the system's: the cache cannot be written
+            cure = "name a folder that can be written in LABKIT_CACHE, or fill that one before it is made read-only"
         warnings.warn(
-            f"labkit's {name}.cpp could not be compiled ({reason}), so slower code is used: install g++ or clang++, "
-            "or name one in the environment variable CXX.",
-            stacklevel=4,
+            f"labkit's {name}.cpp could not be compiled ({reason}), so slower code is used: {cure}.", stacklevel=4
         )
         return None
     getattr(library, name).argtypes = ARGUMENTS[name]

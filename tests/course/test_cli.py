@@ -12,9 +12,10 @@ import psutil
 import pytest
 from click.testing import Result
 from commands import labkit, wait_until
+from run_records import RECORD
 
-from course import notebooks, run
-from labkit import fetch
+from course import cli, notebooks, run
+from labkit import fetch, files, records
 
 
 def reported(result: Result) -> Path:
@@ -97,7 +98,7 @@ NO_GPU = r"is not there \(torch sees .*\); choose auto or cpu, or fix the driver
 REFUSED = [
     (("run", "9"), "There is no lesson 9; give the number of one that exists: 01, 02."),
     (("run", "1", "-p", "RATOI", "0.3"), r"This lesson has no parameter RATOI; did you mean RATIO\?"),
-    (("run", "1", "-p", "RATIO", "2"), "RATIO cannot be 2.0; give a number from 0 to 1."),
+    (("run", "1", "-p", "RATIO", "2"), r"RATIO cannot be 2; give a number from 0\.0 to 1\.0\."),
     (("run", "1", "-p", "DEVICE", "gpu"), "device is 'gpu'; choose auto, cpu, cuda or cuda:N."),
     (("run", "1", "--device", "cuda:99"), f"The device cuda:99 {NO_GPU}"),
     (("run", "1", "-p", "RATIO", "0.3", "-p", "RATIO", "1"), "RATIO is given twice, as 0.3 and as 1; give it once."),
@@ -133,7 +134,7 @@ REFUSED = [
 def test_a_mistake_gets_one_sentence_and_code_2_before_anything_runs(
     empty_course: Path, write_lesson, arguments: tuple, sentence: str
 ):
-    write_lesson(empty_course / "notebooks", "1", ranges={"RATIO": [0, 1]})
+    write_lesson(empty_course / "notebooks", "1", ranges={"RATIO": [0.0, 1.0]})
     write_lesson(empty_course / "notebooks", "1", name="02_other", parameters='PRESET = "class"\nRESULTS_DIR = "."')
     result = labkit(*arguments, *(["--out", empty_course / "runs"] if arguments[0] == "run" else []))
     assert (result.exit_code, result.stdout) == (2, "")
@@ -171,6 +172,7 @@ def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(notebooks, "WORKSPACE", tmp_path)
     first = labkit("start", "3", "--no-browser")
     assert first.exit_code == 0 and first.output.startswith(f"your copy: {tmp_path / '03_structured'}")
+    assert labkit("start", "3", "--copy").output == first.output
     copy = tmp_path / "03_structured_pruning_cnns.ipynb"
     work = copy.read_text().replace("raise NotImplementedError", "pass  # raise NotImplementedError")
     copy.write_text(re.sub(r'"source": "\w{16}"', '"source": "0123456789abcdef"', work))  # an older lesson's copy
@@ -210,6 +212,22 @@ def test_who_ends_the_command_ends_jupyterlab_which_had_nothing_to_warn_of(tmp_p
     finally:
         if server.is_running():
             server.kill()
+
+
+@pytest.mark.parametrize("place", ["runs", "workspace/runs", "notebooks/runs"])
+def test_the_report_is_of_all_places_where_a_lesson_leaves_results_and_git_ignores_them(
+    empty_course: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    """By ./lab run, by a learner's copy, and by a lesson that somebody opened in the repository."""
+    monkeypatch.setattr(cli, "RUNS", empty_course / "runs")
+    monkeypatch.setattr(notebooks, "WORKSPACE", empty_course / "workspace")
+    records.write(RECORD, empty_course / place / "01" / "record.json")
+    result = labkit("report")
+    assert result.exit_code == 0 and RECORD.title in reported(result).read_text(), result.output
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--quiet", "--no-index", f"{place}/01/record.json"], cwd=files.ROOT
+    )
+    assert ignored.returncode in (0, 128)  # 128: not a git repository
 
 
 def test_a_worked_answer_is_shown_to_who_asks():

@@ -48,7 +48,7 @@ def test_labkit_in_one_minute_calls_what_there_is():
 
 
 TEXTS = [
-    *(files.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")),
+    *(files.ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "course/site/where_to_run.md")),
     *sorted((files.NOTEBOOKS / "syllabi").rglob("*.md")),
 ]
 

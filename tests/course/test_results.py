@@ -9,7 +9,7 @@ from run_records import RECORD, changed
 
 from course import report, results
 from labkit import files, records
-from labkit.records import cost, quality
+from labkit.records import cost, quality, setting
 
 CUTS = [
     {"cut": "a", "batch": 1, "accuracy (%)": 90.0, "low": 88.0, "high": 92.0, "p50 (ms)": 5.0, "part": "x"},
@@ -60,6 +60,17 @@ def test_a_table_gives_a_row_for_each_value_under_its_declared_keys():
     assert row(frame, "cuts: p50", "cut=a; batch=8").clock
     assert row(frame, "cuts: part", "cut=a; batch=8").text == "y"
     assert not set(frame["name"]) & {"cuts: low", "cuts: high", "cuts: cut", "cuts: batch"}
+
+
+def test_rows_that_a_clock_named_are_of_the_clock_whole():
+    """Another run may have another slowest case, so that neither its name nor its exact numbers come again."""
+    rows = [{"case": "the slowest, 64 channels", "batch": 1, "work saved": 4.0}]
+    for declared, clock in (({"case": setting(clock=True)}, True), ({"case": setting()}, False), ({}, False)):
+        table = records.table("losers", rows, ("case", "batch"), declared)
+        saved = row(
+            results.frame([changed(measurements=[table])]), "losers: work saved", f"case={rows[0]['case']}; batch=1"
+        )
+        assert saved.clock == clock
 
 
 def test_rows_without_keys_are_numbered():

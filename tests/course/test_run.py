@@ -329,6 +329,10 @@ ENDED = {
         "ProcessEnded in cell 4 (Its work): the run's process was killed by SIGKILL before it could report; run it "
         "again, and see log.txt if it recurs",
     ),
+    "files used up": (  # the kernel cannot even open what it needs to show the error
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); open('log')",
+        "OSError in cell 4 (Its work): [Errno 24] Too many open files: ",
+    ),
     "model missing": (
         "from labkit import fetch; fetch.path(fetch.models()[0])",
         "DataError in cell 4 (Its work): {model} in {cache}/{model} is missing; run `./lab data fetch {model}`",
@@ -360,6 +364,7 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(course: Course, 
     [
         ("MemoryError: no message", "else uses memory"),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory", "else uses memory"),
+        ("OSError: [Errno 24] Too many open files: 'log'", "ulimit -n 1024"),
         ("OSError: [Errno 28] No space left on device", "free some space on the disk"),
     ],
 )

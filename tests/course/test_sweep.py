@@ -20,7 +20,7 @@ from course import sweep
 from labkit.errors import InputError
 
 SMOKE = {"PRESET": "smoke"}
-RANGES = {"RATIO": [0, 1]}
+RANGES = {"RATIO": [0.0, 1.0]}
 
 # A run that leaves a mark, says which GPU it got, and waits where the folder holds `hold` until that is gone.
 WORK = """
@@ -104,11 +104,14 @@ def test_commas_inside_brackets_part_no_values():
         (("-g", "RATIO=0.3", "-g", "RATIO=0.5"), "RATIO is in the grid twice; give all of its values at once"),
         (("-g", "RATIO=0.3,0.30"), "The grid has the point RATIO 0.30 twice; each point is run once."),
         (("-g", "RATIOS=0.3,0.5"), "This lesson has no parameter RATIOS; did you mean RATIO?"),
-        (("-g", "RATIO=0.3,1.5"), "RATIO cannot be 1.5; give a number from 0 to 1."),
+        (("-g", "RATIO=0.3,1.5"), "RATIO cannot be 1.5; give a number from 0.0 to 1.0."),
         (("-g", "RATIO=0.3", "-p", "RATIO", "0.5"), "RATIO is in the grid and given for all points too; give it once."),
         (("-g", "PRESET=smoke,full", "--preset", "class"), "PRESET is in the grid and given for all points too"),
         (("-g", "SEED=1,2", "--seeds", "2"), "SEED is in the grid, and --seeds sets it too; give one of them."),
-        (("--seeds", "2", "-p", "SEED", "4294967295"), "SEED cannot be 4294967296; give a number from 0 to 42949"),
+        (
+            ("--seeds", "2", "-p", "SEED", "4294967295"),
+            "SEED cannot be 4294967296; give a whole number from 0 to 42949",
+        ),
         (("-g", "DEVICE=cpu,cuda:99"), "The device cuda:99 is not there"),
         (("--seeds", "2", "--on", "ray"), "A sweep cannot run on 'ray'; give local or dask://host:port."),
         (("--seeds", "2", "--on", "dask://"), "A sweep cannot run on 'dask://'; give local or dask://host:port."),

@@ -157,6 +157,14 @@ def test_without_a_compiler_a_mask_is_slower_said_once_and_right(compiler):
 
 
 @needs_compiler
+def test_a_cache_that_cannot_be_written_is_told_as_what_it_is(compiler, tmp_path):
+    compiler("g++")
+    (tmp_path / "kernels").write_text("")  # no folder can be made there, as on a read-only disk
+    with pytest.warns(UserWarning, match=r"could not be compiled \(.*kernels.*\).*: name a folder .* in LABKIT_CACHE"):
+        assert native.load("nm_mask") is None
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_two_processes_may_compile_at_once(tmp_path):
     code = "from labkit.pruning import native; assert native.isas('nm_mask')"

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -122,7 +123,7 @@ def test_the_environment_overrides_the_preset_and_auto_only(tmp_path, monkeypatc
     with pytest.raises(InputError, match="LABKIT_DEVICE is 'tpu'; choose auto, cpu"):
         labkit.start("01", results_dir=tmp_path)
     monkeypatch.setenv("LABKIT_PRESET", "tiny")
-    with pytest.raises(InputError, match="LABKIT_PRESET is 'tiny'; choose one of smoke, class, full"):
+    with pytest.raises(InputError, match="LABKIT_PRESET cannot be 'tiny'; choose one of smoke, class, full"):
         labkit.start("01", device="cpu", results_dir=tmp_path)
 
 
@@ -130,10 +131,11 @@ def test_the_environment_overrides_the_preset_and_auto_only(tmp_path, monkeypatc
     ("arguments", "message"),
     [
         ({"lesson": "14"}, 'There is no lesson \'14\'; give one of "00" to "13"'),
-        ({"preset": "tiny"}, "preset is 'tiny'; choose one of smoke, class, full"),
+        ({"preset": "tiny"}, "PRESET cannot be 'tiny'; choose one of smoke, class, full"),
         ({"device": "tpu"}, "device is 'tpu'; choose auto, cpu, cuda or cuda:N"),
-        ({"seed": -1}, "seed is -1; give a whole number"),
-        ({"seed": 1.5}, "seed is 1.5; give a whole number"),
+        ({"seed": -1}, "SEED cannot be -1; give a whole number from 0 to 4294967295"),
+        ({"seed": 1.5}, "SEED cannot be 1.5; give a whole number"),
+        ({"results_dir": 3}, "RESULTS_DIR cannot be 3; give the name of a folder"),
         ({"parameters": {"MODEL": torch.nn.ReLU()}}, "not a ReLU"),
     ],
 )
@@ -142,6 +144,30 @@ def test_a_bad_argument_is_refused_before_anything_changes(tmp_path, arguments, 
     with pytest.raises(InputError, match=message):
         labkit.start(**{"lesson": "01", "device": "cpu", "results_dir": tmp_path, **arguments})
     assert torch.equal(torch.get_rng_state(), state)
+
+
+BOUNDED = {
+    "cells": [
+        {"cell_type": "markdown", "metadata": {}, "source": ["# A lesson"]},
+        {"cell_type": "code", "metadata": {"labkit": {"ranges": {"RATIO": [0.1, 0.9]}}}, "source": ["RATIO = '0.5'"]},
+    ]
+}
+
+
+@pytest.mark.parametrize("folder", ["notebooks", "."])  # the repository's, and a release's
+def test_a_value_outside_the_range_that_the_lesson_states_is_refused(tmp_path, monkeypatch, folder):
+    """The range holds for what the session is given; what the cell on the disk says besides does not matter."""
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "NOTEBOOKS", tmp_path / "notebooks")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "01_small.ipynb").write_text(json.dumps(BOUNDED), encoding="utf-8")
+    place = {"device": "cpu", "results_dir": tmp_path}
+    assert labkit.start("01", **place, parameters={"RATIO": 0.5})._parameters["RATIO"] == 0.5
+    assert labkit.start("02", **place, parameters={"RATIO": 1.5})._parameters["RATIO"] == 1.5  # another lesson's
+    for wrong in (1.5, "0.5", None, True, [0.5]):
+        sentence = rf"^RATIO cannot be {re.escape(repr(wrong))}; give a number from 0\.1 to 0\.9\.$"
+        with pytest.raises(InputError, match=sentence):
+            labkit.start("01", **place, parameters={"RATIO": wrong})
 
 
 def test_results_that_could_not_be_written_are_refused_at_the_start(tmp_path):

@@ -14,9 +14,9 @@ from grain import code
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import notebooks, parameters
+from course import notebooks
 from course.notebooks import tags
-from labkit import files
+from labkit import files, parameters
 from labkit.errors import InputError
 
 LESSONS = [pytest.param(path, id=path.stem) for path in notebooks.all_lessons()]
@@ -33,6 +33,7 @@ TYPED = re.compile(
 )
 CITED = re.compile(r"\[[^\[\]]*\b(?:19|20)\d\d[a-z]?\]")
 PAPER = re.compile(r"([A-Z][\w'’-]+)(?:,? (?:and )?[A-Z][\w'’-]+)* (?:et al\.|and [A-Z][\w'’-]+),? \(?((?:19|20)\d\d)")
+WHERE_FROM = '  # not found? Do not pip install it: see "Where to run it" in the README'
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
 
 
@@ -187,6 +188,15 @@ def lists_the_papers_it_cites(notebook: NotebookNode) -> Iterator[str]:
             yield f"{name} {year} is cited and not among the references"
 
 
+def says_where_labkit_comes_from(notebook: NotebookNode) -> Iterator[str]:
+    """In a package index that name is another project's, and who has the notebook alone sees the failing line."""
+    for cell in notebook.cells:
+        if re.search(r"\blabkit\[|pip install '?labkit", cell.source):
+            yield f"{cell.id} asks a package index for labkit; ./lab setup --with installs what is optional"
+        if cell.cell_type == "code" and re.search(r"^import labkit$", cell.source, re.MULTILINE):
+            yield f"{cell.id} says import labkit; put {WHERE_FROM!r} behind it"
+
+
 RULES = [
     is_valid,
     is_tidy,
@@ -202,6 +212,7 @@ RULES = [
     types_no_measured_number,
     has_working_local_links,
     lists_the_papers_it_cites,
+    says_where_labkit_comes_from,
     *grain.RULES,
 ]
 
@@ -355,6 +366,9 @@ def _unset(notebook: NotebookNode, tag: str) -> None:
         (lambda n: _replace(n, '"Four rows."', '"The time stays flat."'), "types_no_limiter"),
         (lambda n: _replace(n, "x = x", "ax.plot(x)"), "shows_ideas"),
         (lambda n: _replace(n, "x = x", "lab.record('x', x)"), "shows_ideas"),
+        (_say("Optional: `labkit[engines]`"), "says_where_labkit_comes_from"),
+        (_say("Give `pip install labkit`."), "says_where_labkit_comes_from"),
+        (_add(new_code_cell("import torch\nimport labkit")), "says_where_labkit_comes_from"),
         (_say("It took 3.5 ms."), "types_no_measured_number"),
         (_say("It streams 3.35 TB/s here."), "types_no_measured_number"),
         (_say("About `40 tokens/s`."), "types_no_measured_number"),

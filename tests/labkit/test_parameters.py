@@ -2,7 +2,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from course import parameters
+from labkit import parameters
 from labkit.errors import InputError
 
 

@@ -1,23 +1,28 @@
-"""What a lesson can be run with: the literals of its cell tagged `parameters`, read without executing it, and checked.
+"""The parameters of a lesson: names and defaults of its cell tagged `parameters`, and the values that each may have.
 
-papermill alone accepts unknown names and passes "2" as text; here a value takes its default's type or is refused. The
-cell's metadata may bound one: {"labkit": {"ranges": {"RATIO": [0.1, 0.9], "CRITERION": ["l1", "taylor"]}}}.
+The cell's metadata bounds a parameter: {"labkit": {"ranges": {"RATIO": [0.1, 0.9], "CRITERION": ["l1", "taylor"]}}}.
+papermill alone accepts unknown names and passes "2" as text. Here a value that comes from outside takes the right type
+or is refused before the notebook runs, and a value that somebody types into the cell is refused by `labkit.start` with
+the same sentence.
 """
 
 import ast
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from labkit import files
 from labkit.errors import InputError
 
 PRESETS = ("smoke", "class", "full")  # from the smallest
-_EVERYWHERE = {"PRESET": PRESETS, "SEED": (0, 2**32 - 1)}  # what every lesson's session takes
+SEEDS = (0, 2**32 - 1)
+_EVERYWHERE = {"PRESET": PRESETS, "SEED": SEEDS}  # what every lesson's session takes
+_MISFITS = (ValidationError, ValueError, TypeError, RecursionError)
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", list: "a list"}
 
 
@@ -30,29 +35,62 @@ class Parameter:
     allowed: tuple = ()
 
     def convert(self, value: Any) -> Any:
-        """`value`, or the text of it, in the default's type; InputError where it has another, or is out of range."""
+        """Read `value`, or the text of it, as the lesson gets it.
+
+        The type is that of `allowed`, or where nothing bounds the parameter that of its default. InputError for a value
+        of another type, and for one that is not allowed.
+        """
         kind = list if isinstance(self.default, tuple) else type(self.default)
+        plain = value if kind is str else _literal(value)
+        if self.allowed and kind is not list:
+            return require_allowed(self.name, plain, self.allowed)
         annotation = Any if self.default is None else kind
         if kind is list and self.default:
             annotation = list[type(self.default[0])]
         try:
-            plain = value if kind is str else _literal(value)
-            json.dumps(plain, allow_nan=False)  # it has to reach the notebook and the record as it is
-            plain = list(plain) if kind is list and isinstance(plain, tuple) else plain
-            plain = TypeAdapter(annotation).validate_python(plain, strict=True)
-        except (ValidationError, ValueError, TypeError, RecursionError):
+            plain = _typed(list(plain) if kind is list and isinstance(plain, tuple) else plain, annotation)
+        except _MISFITS:
             expected = f"give {_WORDS.get(kind, 'a literal')}, like its default {self.default!r}."
             raise InputError(f"{self.name} cannot be {value!r}; {expected}") from None
-        is_range = len(self.allowed) == 2 and all(isinstance(bound, int | float) for bound in self.allowed)
-        for element in plain if isinstance(plain, list) else [plain]:
-            if is_range and not self.allowed[0] <= element <= self.allowed[1]:
-                lowest, highest = self.allowed
-                raise InputError(f"{self.name} cannot be {element!r}; give a number from {lowest} to {highest}.")
-            if self.allowed and not is_range and element not in self.allowed:
-                raise InputError(
-                    f"{self.name} cannot be {element!r}; choose one of {', '.join(map(str, self.allowed))}."
-                )
+        if self.allowed:
+            for element in plain:
+                require_allowed(self.name, element, self.allowed)
         return plain
+
+
+def require_allowed(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """Return `value` if the parameter `name` may have it, else raise an InputError that says what is allowed.
+
+    allowed  (lowest, highest) of a number, or the choices of a text; their type is the value's
+    A whole number stands for a float, and text never for a number.
+    """
+    try:
+        plain = _typed(value, type(allowed[0]))
+    except _MISFITS:
+        plain = None
+    if len(allowed) == 2 and all(isinstance(bound, int | float) for bound in allowed):
+        lowest, highest = allowed
+        if plain is None or not lowest <= plain <= highest:
+            kind = "a whole number" if isinstance(lowest, int) else "a number"
+            raise InputError(f"{name} cannot be {value!r}; give {kind} from {lowest} to {highest}.")
+    elif plain not in allowed:
+        raise InputError(f"{name} cannot be {value!r}; choose one of {', '.join(map(str, allowed))}.")
+    return plain
+
+
+def ranges(lesson: str) -> dict[str, list[Any]]:
+    """Find what the lesson "00" to "13" allows for its parameters, by name: [lowest, highest], or the choices.
+
+    It stands in the lesson's notebook: that of the repository, or in a class's release the copy beside labkit. Empty
+    where there is neither.
+    """
+    for folder in (files.NOTEBOOKS, files.ROOT):
+        for path in sorted(folder.glob(f"{lesson}_*.ipynb")):
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            for cell in cells:  # not its source, which a learner may be at work on
+                if declared := cell["metadata"].get("labkit", {}).get("ranges"):
+                    return declared
+    return {}
 
 
 def read(notebook: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -99,6 +137,12 @@ def _require_known(name: str, parameters: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name.upper(), parameters, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(parameters)}."
         raise InputError(f"This lesson has no parameter {name}; {hint}")
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    """`value` as JSON and the type hold it, since it has to reach the notebook and the record; else one of _MISFITS."""
+    json.dumps(value, allow_nan=False)
+    return TypeAdapter(annotation).validate_python(value, strict=True)
 
 
 def _literal(value: Any) -> Any:
