@@ -107,6 +107,8 @@ def apply(
         return Pruned(cut, plan, None)
     try:
         report = equality.check(model, cut, plan.coupling.record, plan.gone, args, kwargs)
+    except EqualityError:  # there was nothing to compare
+        raise
     except Exception as error:  # a forward pass can fail in any way
         raise EqualityError(f"The pruned model does not run ({error}), so it is not returned: {_REMEDY}") from error
     if not report.equal:

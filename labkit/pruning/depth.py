@@ -18,7 +18,8 @@ from labkit.blocks import hidden, layers_of, loss_increases, skipping
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import anatomy, surgery
 from labkit.pruning.coupling import tracing
-from labkit.pruning.equality import Report
+from labkit.pruning.coupling.returned import outputs
+from labkit.pruning.equality import Report, difference
 from labkit.pruning.surgery import Plan, Pruned, Units
 
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # of inputs and outputs [tokens, width]: [tokens]
@@ -153,18 +154,18 @@ def _counters(layers: Sequence[nn.Module]) -> set[tuple[str, str]]:
 def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwargs: Mapping[str, Any]) -> Report:
     """Equal to the last bit, since the same operations come in the same order."""
     cached = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with evaluating(model), evaluating(new):
+    with tracing.unchanged(model), tracing.unchanged(new), evaluating(model), evaluating(new):
         with skipping(removed):
-            expected = tracing.outputs(model(**kwargs, **cached))
-        outputs = tracing.outputs(new(**kwargs, **cached))
-    if len(expected) != len(outputs):
+            expected = model(**kwargs, **cached)
+        results = new(**kwargs, **cached)
+    counts = [len(outputs(value)) for value in (expected, results)]
+    if counts[0] != counts[1]:
         raise EqualityError(
-            f"The pruned model gives {len(outputs)} outputs and the dense one {len(expected)}, one for each layer it "
-            "seems, which cannot be compared: give kwargs that leave them out."
+            f"The pruned model gives {counts[1]} outputs and the dense one {counts[0]}, one for each layer it seems, "
+            "which cannot be compared: give kwargs that leave them out."
         )
-    error = max(float((a - b).abs().max()) for a, b in zip(expected, outputs, strict=True))
-    scale = max(float(a.abs().max()) for a in expected)
-    dtype = str(expected[0].dtype).removeprefix("torch.")
+    error, scale = difference(expected, results)
+    dtype = str(outputs(expected)[0].dtype).removeprefix("torch.")
     report = Report(error, scale, 0.0, dtype, reference="whose removed layers pass their input on")
     if not report.equal:
         raise EqualityError(

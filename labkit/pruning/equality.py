@@ -5,10 +5,14 @@ channels that stay. Where a norm or another statistic runs over pruned channels 
 reference takes the statistic over those that stay, and the report says so. Needs no pruned weights but the model.
 """
 
+import math
+import random
 import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +20,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from labkit.errors import EqualityError
 from labkit.pruning.coupling.fits import tensors_of
+from labkit.pruning.coupling.returned import numbers, outputs
 from labkit.pruning.coupling.rules import Record, Restricted
-from labkit.pruning.coupling.tracing import duplicate, following, name_of, outputs, skeleton, undisturbed
+from labkit.pruning.coupling.tracing import (
+    duplicate,
+    first_line,
+    following,
+    name_of,
+    skeleton,
+    unchanged,
+    undisturbed,
+)
 
 DOUBLE_UP_TO = 2**27  # bytes of a model that is checked in float64; a larger one would need too much memory
+FAR = 100  # times the largest number that differs: what is larger is no result, but a mask
+_ANOTHER = "give another input for the proof in check, or leave the proof out with check=False."
 
 
 @dataclass(frozen=True)
@@ -68,72 +84,132 @@ class Report:
 def check(
     model: nn.Module, pruned: nn.Module, record: Record, gone: np.ndarray, args: tuple, kwargs: Mapping
 ) -> Report:
-    """Runs copies of both models on the example input. gone: which labels were removed."""
-    total = sum(x.nbytes for _, x in tensors_of(model))
-    native = next((x.dtype for x in model.parameters() if x.is_floating_point()), torch.float32)
-    dtypes = [torch.promote_types(native, torch.float32)]
-    if not record.names_dtype and next(model.parameters()).device.type != "mps":
-        dtypes = [torch.float64, *dtypes] if total <= DOUBLE_UP_TO else [*dtypes, torch.float64]
-    report = None
-    for dtype in dtypes:
-        try:
-            report, narrows = _compare(model, pruned, record, gone, args, kwargs, dtype, noise=0.0)
-            if report.equal and not report.scale and gone.any():  # noise is not rewritten as a parameter is
-                report, narrows = _compare(model, pruned, record, gone, args, kwargs, dtype, noise=0.1)
-        except RuntimeError:
-            if dtype is not torch.float64:  # some forward passes name a dtype themselves
-                raise
-            continue
-        if report.equal or not narrows:
-            break
+    """Runs copies of both models on the example input, in one type after another until one decides.
+
+    gone: which labels were removed. Raises EqualityError where there is no number to compare.
+    """
+    report, failure = None, None
+    with unchanged(model), unchanged(pruned):
+        for dtype, widens in _attempts(model, record):
+            compare = partial(_compare, model, pruned, record, gone, args, kwargs, dtype, widens)
+            try:
+                report, narrows = compare(noise=0.0)
+                if report.equal and not report.scale and gone.any():  # noise is not rewritten as a parameter is
+                    report, narrows = compare(noise=0.1)
+            except EqualityError as error:
+                failure = failure or error
+                continue
+            if report.equal or not narrows:
+                break
+    if report is None:
+        raise failure
     return report
 
 
+def _attempts(model: nn.Module, record: Record) -> list[tuple[torch.dtype, bool]]:
+    """(dtype that both models are run in, whether narrower types that their forward passes name become this one)"""
+    total = sum(x.numel() * x.element_size() for _, x in tensors_of(model))
+    native = next((x.dtype for x in model.parameters() if x.is_floating_point()), torch.float32)
+    single, double = torch.promote_types(native, torch.float32), [torch.float64]
+    if next(model.parameters()).device.type == "mps":
+        double = []
+    small = total <= DOUBLE_UP_TO
+    if record.names_dtype:
+        dtypes = [single]
+    else:
+        dtypes = [*double, single] if small else [single, *double]
+    widest = double[0] if double and small else single
+    return [*((dtype, False) for dtype in dtypes), (widest, True)]
+
+
 def _compare(
-    model, pruned, record: Record, gone: np.ndarray, args, kwargs, dtype: torch.dtype, *, noise: float
+    model, pruned, record: Record, gone: np.ndarray, args, kwargs, dtype: torch.dtype, widens: bool, *, noise: float
 ) -> tuple[Report, bool]:
-    """(what the outputs say, whether the forward pass casts to a narrower type than `dtype`, which decides then)"""
+    """(what the outputs say, whether the forward pass casts to a narrower type than `dtype`, which decides then)
+
+    widens: narrower types that the forward passes name become `dtype` as well. Raises EqualityError where the dense
+    model does not run in `dtype`, or its output is no number.
+    """
     narrows = False
 
     def wide(x: Tensor) -> Tensor:
         return x.detach().to(dtype if x.is_floating_point() else x.dtype, copy=True)
 
-    def run(model: nn.Module, tensors: dict[str, Tensor], restricted: list[Restricted]) -> list[Tensor]:
+    def run(model: nn.Module, tensors: dict[str, Tensor], restricted: list[Restricted]) -> Any:
         nonlocal narrows
         stands = {id(x): tensors[name] for name, x in tensors_of(model)}
         copied = skeleton(model, stands, wide)
         inputs, options = duplicate((args, dict(kwargs)), wide)
         with undisturbed(), sdpa_kernel(SDPBackend.MATH), following(copied, set()) as stack:
-            torch.default_generator.manual_seed(0)  # a pass that draws numbers draws the same
-            with _Restricting(restricted, gone, stack, dtype) as mode:
-                results = outputs(copied(*inputs, **options))
+            _seed(0)  # a pass that draws numbers draws the same
+            with _Restricting(restricted, gone, stack, dtype, widens) as mode:
+                result = copied(*inputs, **options)
         narrows |= mode.narrows
-        return results
+        return result
 
     shapes = {name: x.shape for name, x in model.named_parameters()}
     tensors = {name: wide(x) for name, x in tensors_of(model)}
     if noise:
         _add_noise_(tensors, shapes, record, {}, noise)
     _blind_(tensors, record, gone)
-    expected = run(model, tensors, record.restricted)
+    try:
+        expected = run(model, tensors, record.restricted)
+    except RuntimeError as error:  # some forward passes name a dtype themselves
+        raise EqualityError(f"The dense model does not run in {dtype} ({first_line(error)}): {_ANOTHER}") from error
+    if any(bool(x.isnan().any()) for x in outputs(expected)):
+        raise EqualityError(f"The dense model's own output has NaN on the example input: {_ANOTHER}")
     tensors = {name: wide(x) for name, x in tensors_of(pruned)}  # in the place of the dense ones
     if noise:
         _add_noise_(tensors, shapes, record, record.kept(gone), noise)
-    results = run(pruned, tensors, [])
-    error = scale = 0.0
-    for a, b in zip(expected, results, strict=True):
-        if a.shape != b.shape:
-            return Report(float("inf"), scale, 0.0, str(dtype)), False
-        a, b = a.to(torch.float64), b.to(torch.float64)
-        if a.numel():
-            difference = torch.where(a == b, 0.0, (a - b).abs().nan_to_num(torch.inf))  # equal infinities too
-            error = max(error, float(difference.max()))
-            scale = max(scale, float(a.abs().nan_to_num(0).max()))
+    error, scale = difference(expected, run(pruned, tensors, []))
     terms = sum(cost.terms for cost in record.costs)
     tolerance = 8 * torch.finfo(dtype).eps * max(terms, 1) ** 0.5 * scale
     names = {f"{r.name} in {r.module}" if r.module else r.name: None for r in record.restricted if gone[r.labels].any()}
     report = Report(error, scale, tolerance, str(dtype).removeprefix("torch."), tuple(names), noise > 0)
     return report, narrows
+
+
+def difference(expected: Any, results: Any) -> tuple[float, float]:
+    """(the largest difference between the outputs of two models, the largest number in those of the first).
+
+    The difference is infinite where shapes differ, or whole numbers, truth values or numbers of Python. A number far
+    beyond all that differ is not the largest: the -1e9 of a mask says nothing about rounding. Raises EqualityError
+    where there is no finite number to compare.
+    """
+    shapes = [[x.shape for x in outputs(value)] for value in (expected, results)]
+    if shapes[0] != shapes[1] or numbers(expected) != numbers(results):
+        return math.inf, 0.0
+    pairs = [(_real(a), _real(b)) for a, b in zip(outputs(expected), outputs(results), strict=True)]
+    if not any(bool(a.isfinite().any()) for a, _ in pairs):
+        raise EqualityError(f"The dense model's output has no finite number to compare: {_ANOTHER}")
+    exact = [(a, b) for a, b in pairs if not a.is_floating_point()]
+    rounded = [(a, b) for a, b in pairs if a.is_floating_point()]
+    error = 0.0 if all(torch.equal(a, b) for a, b in exact) else math.inf
+    limit = 0.0  # of what differs
+    for a, b in rounded:
+        differs = a != b
+        if differs.any():
+            error = max(error, float((a - b)[differs].abs().nan_to_num(math.inf, math.inf).max()))
+            limit = max(limit, float(a[differs].abs().nan_to_num(0, 0).max()))
+    scale = 0.0
+    for a, _ in rounded or exact:
+        size = a.double().abs()
+        near = size[size.isfinite() & (size <= (FAR * limit if limit else math.inf))]
+        scale = max(scale, float(near.max())) if len(near) else scale
+    return error, scale
+
+
+def _real(x: Tensor) -> Tensor:
+    """On the CPU, in float64 if it is not of whole numbers or truth values; a complex number is two."""
+    x = (x.to_dense() if x.layout is not torch.strided else x).cpu()
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return x.double() if x.is_floating_point() else x
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _add_noise_(
@@ -162,12 +238,14 @@ def _blind_(tensors: dict[str, Tensor], record: Record, gone: np.ndarray) -> Non
 
 
 class _Restricting(TorchDispatchMode):
-    """Makes the statistics over pruned channels see only those that stay."""
+    """Makes the statistics over pruned channels see only those that stay, and if it `widens` all types as wide."""
 
-    def __init__(self, restricted: list[Restricted], gone: np.ndarray, stack: list[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, restricted: list[Restricted], gone: np.ndarray, stack: list[str], dtype: torch.dtype, widens: bool
+    ) -> None:
         super().__init__()
         self.narrows = False
-        self._dtype = dtype
+        self._dtype, self._widens = dtype, widens
         self._calls: Counter = Counter()
         self._stack = stack
         self._watched = {r.name for r in restricted}
@@ -179,9 +257,11 @@ class _Restricting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = name_of(func)
-        if name == "_to_copy" and args[0].dtype is self._dtype:
-            narrower = kwargs.get("dtype") or self._dtype
-            self.narrows |= narrower.is_floating_point and narrower.itemsize < self._dtype.itemsize
+        named = kwargs.get("dtype") or self._dtype
+        if named.is_floating_point and named.itemsize < self._dtype.itemsize:
+            self.narrows |= name == "_to_copy" and args[0].dtype is self._dtype
+            if self._widens:
+                kwargs = {**kwargs, "dtype": self._dtype}
         if name not in self._watched:
             return func(*args, **kwargs)
         place = (name, self._stack[-1])

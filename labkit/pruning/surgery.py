@@ -164,9 +164,11 @@ def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
 
     plans: those that it was cut by, in their order; it may have been trained since. All parameters and buffers are
     written, those outside the state dict too, and the whole numbers of its configs. Raises InputError where `load`
-    could not give it back, since the model is not what the plans made of it.
+    could not give it back, since the model is not what the plans made of it, and for a sparse tensor.
     """
     shapes = {name: x.shape for name, x in tensors_of(model)}
+    if sparse := [name for name, x in tensors_of(model) if x.layout is not torch.strided]:
+        raise InputError(f"{sparse[0]!r} is sparse, which the file cannot hold: register it again as to_dense().")
     for plan in plans[-1:]:
         wrong = [name for name, stays in plan.layers.items() if len(model.get_submodule(name)) != len(stays)]
         for name, dims in () if plan.layers else plan.kept.items():

@@ -109,7 +109,8 @@ class Coupling:
         coupling = cls(record, classes, reasons, *_groups(record, classes, reasons))
         if not coupling.groups:
             raise InputError(coupling._nothing())
-        return coupling._fitting(model, args, kwargs)
+        with tracing.unchanged(model):
+            return coupling._fitting(model, args, kwargs)
 
     # --- what the forward pass allows ---------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def matrix_product(c: Call) -> Spans:
     return _matrices(c, *c.args[-2:])
 
 
-@rule("addmm baddbmm")
+@rule("addmm baddbmm _sparse_addmm")
 def matrix_product_and_bias(c: Call) -> Spans:
     bias, a, b = c.args[:3]
     return _matrices(c, a, b, bias)

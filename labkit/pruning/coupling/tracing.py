@@ -11,9 +11,9 @@ import copy
 import functools
 import gc
 import math
-from collections import Counter, OrderedDict
+import random
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from labkit.errors import InputError
 from labkit.pruning.coupling import rules_products, rules_shapes  # noqa: F401  they put their rules into RULES
+from labkit.pruning.coupling.returned import outputs
 from labkit.pruning.coupling.rules import RULES, Call, Operation, Record
 
 # Their result depends on values, which a tensor on the meta device does not have.
@@ -132,6 +133,8 @@ def first_line(error: Exception) -> str:
 def abstract(x: Tensor) -> Tensor:
     """x without its values where they are floating-point numbers, else a copy of it on the CPU."""
     if x.is_floating_point() or x.is_complex():
+        if x.layout is not torch.strided:  # what it stores is its values
+            return torch.empty(x.shape, dtype=x.dtype, device="meta")
         return torch.empty_like(x, device="meta", requires_grad=False)
     return x if x.device.type == "meta" else x.detach().to("cpu", copy=True)
 
@@ -301,14 +304,96 @@ def _exact(name: str, args: tuple, kwargs: dict, leaves: Sequence[Tensor]) -> bo
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No gradients, no fused attention modules (their steps are to be seen), random numbers as before afterwards."""
+    """No gradients, no fused attention modules (their steps are to be seen), no distribution that looks at values, and
+    random numbers as before afterwards.
+    """
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    validates = torch.distributions.Distribution._validate_args
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _autocast_on_meta():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
+            torch.distributions.Distribution.set_default_validate_args(False)
             yield
         finally:
+            torch.distributions.Distribution.set_default_validate_args(validates)
             torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Inside, autocast takes the meta device, for which torch has none, for the CPU: passes name the device of x."""
+
+    def known(device: Any) -> Any:
+        return "cpu" if isinstance(device, str) and device == "meta" else device
+
+    def on_cpu(call: Callable) -> Callable:
+        @functools.wraps(call)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return call(*map(known, args), **{key: known(x) for key, x in kwargs.items()})
+
+        return wrapped
+
+    names = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
+    before = [(owner, name, getattr(owner, name)) for owner, name in names]
+    try:
+        for owner, name, call in before:
+            setattr(owner, name, on_cpu(call))
+        yield
+    finally:
+        for owner, name, call in before:
+            setattr(owner, name, call)
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model, and the random numbers of Python and numpy, are as they were.
+
+    Passes run on copies, but a hook may close over a module of the model itself and write into that.
+    """
+    usual = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+    places: dict[int, Any] = {}
+    for module in model.modules():
+        _containers({key: value for key, value in vars(module).items() if key not in usual}, places)
+        places[id(vars(module))] = vars(module)
+    contents = [(place, _content(place)) for place in places.values()]
+    buffers = [(x, x._version, x.detach().clone()) for x in model.buffers() if not (x.is_meta or x.is_inference())]
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        for place, content in contents:
+            if list(map(id, _content(place))) != list(map(id, content)):
+                _refill_(place, content)
+        for x, version, before in buffers:
+            if x._version != version:
+                with torch.no_grad():
+                    x.copy_(before)
+
+
+def _containers(value: Any, seen: dict[int, Any]) -> None:
+    """Puts `value`, and the containers in it, into `seen`, {id: container}, if it is one that can change."""
+    if not isinstance(value, (dict, list, tuple, set, deque)) or id(value) in seen:
+        return
+    seen[id(value)] = value
+    for item in value.values() if isinstance(value, dict) else value:
+        _containers(item, seen)
+
+
+def _content(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _refill_(container: Any, content: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        half = len(content) // 2
+        container.update(zip(content[:half], content[half:], strict=True))
+    elif isinstance(container, set):
+        container.update(content)
+    else:
+        container.extend(content)
 
 
 @contextlib.contextmanager
@@ -330,21 +415,6 @@ def following(model: nn.Module, called: set[str]) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def outputs(value: Any) -> list[Tensor]:
-    """The tensors of a model's output, in containers and dataclasses; what another object holds (a cache) is state."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        held = value.values()
-    elif isinstance(value, (list, tuple)):
-        held = value
-    elif is_dataclass(value):
-        held = vars(value).values()
-    else:
-        return []
-    return [x for item in held for x in outputs(item)]
 
 
 # --- the trace --------------------------------------------------------------------------------------------------------
@@ -445,6 +515,13 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: 
         raise InputError("The model is scripted or traced: give the eager module that it was made from.")
     constants = frozenset(name for name, _ in model.named_buffers())
     result = Record(constants=constants, **options)
+    with unchanged(model):
+        _passes(model, args, kwargs, result)
+    return result
+
+
+def _passes(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], result: Record) -> None:
+    """Fills the record: one pass, and another in training mode if there are parameters that the first did not meet."""
     lifted = _lift(model, result)
     trainable = {name for name, _ in model.named_parameters()}
     try:
@@ -464,7 +541,6 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: 
                 labels = np.arange(axis.base, axis.base + axis.size)
                 result.labels.pin(labels, f"is only met in training, which fails on the example input ({error})")
     result.unused = [name for name in result.unmet.values() if name in trainable]
-    return result
 
 
 def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
@@ -476,7 +552,8 @@ def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
     lifted: dict[int, Tensor] = {}
     seen: dict[Any, tuple[str, Tensor]] = {}
     for name, x in named:
-        memory = id(x) if x.device.type == "meta" else (x.data_ptr() or id(x), x.shape, x.stride(), x.dtype)
+        dense = x.device.type != "meta" and x.layout is torch.strided
+        memory = (x.data_ptr() or id(x), x.shape, x.stride(), x.dtype) if dense else id(x)
         if memory in seen:
             first, lifted[id(x)] = seen[memory]
             record.aliases.setdefault(first, []).append(name)
@@ -497,7 +574,13 @@ def _pass(
     args, kwargs = duplicate((args, dict(kwargs)), abstract)
     with undisturbed(), following(traced, record.called) as stack, Tracer(record, stack), _Products(record):
         out = traced(*args, **kwargs)
-    for x in outputs(out):
+    results = outputs(out)
+    if not any(x.numel() for x in results):
+        raise InputError(
+            f"The model's output ({type(out).__name__}) holds no tensor with a number in it, so that nothing could be "
+            "compared: let forward return its results in tensors, and give an example input that is not empty."
+        )
+    for x in results:
         record.fix(x, range(x.dim()), "is the model's output")
         if not record.only_couples:
             record.returned.add(getattr(x, "_origin", None))
