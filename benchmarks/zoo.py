@@ -38,7 +38,8 @@ import time
 import tomllib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -47,6 +48,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from labkit import machine
@@ -63,6 +65,7 @@ TASKS = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageClassification", "MaskedLM", "Causa
 OWN = "by its own proof"
 
 Row = dict[str, Any]
+Build = Callable[[str], tuple[nn.Module, tuple, dict[str, Any]]]  # random weights, no two entries of a parameter equal
 
 
 # --- the architectures ------------------------------------------------------------------------------------------------
@@ -77,16 +80,21 @@ def names(held_out: bool = False) -> list[str]:
 def build(name: str) -> tuple[nn.Module, tuple, dict[str, Tensor]]:
     """(model, args, kwargs): random weights, no two entries of a parameter equal, in eval mode."""
     library, _, name = name.partition("/")
-    model, args, kwargs = _timm(name) if library == "timm" else _transformers(name)
+    model, args, kwargs = timm_network(name) if library == "timm" else transformers_network(name)
+    return spread(model), args, kwargs
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """`model` itself in eval mode, with other weights: no two entries of a parameter are equal."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for label, x in [*model.named_parameters(), *model.named_buffers()]:
             if x.is_floating_point() and x.numel() and (isinstance(x, nn.Parameter) or "running" in label):
                 spread_(x, label, generator)
-    return model.eval(), args, kwargs
+    return model.eval()
 
 
-def _timm(name: str) -> tuple[nn.Module, tuple, dict]:
+def timm_network(name: str) -> tuple[nn.Module, tuple, dict]:
     import timm
 
     model = timm.create_model(name, **ZOO["timm"]["arguments"].get(name, {}))
@@ -97,7 +105,7 @@ def _timm(name: str) -> tuple[nn.Module, tuple, dict]:
     return model, (torch.randn(1, channels, side, side),), {}
 
 
-def _transformers(name: str) -> tuple[nn.Module, tuple, dict]:
+def transformers_network(name: str) -> tuple[nn.Module, tuple, dict]:
     import transformers
 
     from labkit.pruning import anatomy
@@ -129,11 +137,11 @@ def other(args: tuple, kwargs: Mapping[str, Tensor]) -> tuple[tuple, dict[str, T
     generator = torch.Generator().manual_seed(1)
 
     def new(x: Tensor) -> Tensor:
-        if x.is_floating_point():
+        if x.is_floating_point() and x.dim():
             return torch.randn(max(2, len(x)), *x.shape[1:], generator=generator)
-        return x.roll(1, 0).flip(1) if x.unique().numel() > 2 else x  # a mask stays
+        return x.roll(1, 0).flip(-1) if x.unique().numel() > 2 else x  # a mask stays
 
-    return tuple(map(new, args)), {key: new(x) for key, x in kwargs.items()}
+    return tree_map_only(Tensor, new, (args, dict(kwargs)))
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------
@@ -212,9 +220,10 @@ def _classifiers(model: nn.Module) -> list[nn.Module]:
         heads = model.get_classifier()
         return list(heads) if isinstance(heads, (tuple, list)) else [heads]
     named = [getattr(model, name, None) for name in ("classifier", "lm_head", "cls", "generator", "head")]
-    heads = [model.get_output_embeddings(), *named]
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return [m for m in heads if isinstance(m, nn.Module)] or linear[-1:]
+    if hasattr(model, "get_output_embeddings"):
+        named.append(model.get_output_embeddings())
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    return [m for m in named if isinstance(m, nn.Module)] or layers[-1:]
 
 
 TOOLS: dict[str, Callable[[nn.Module, tuple, dict], tuple[nn.Module, Row]]] = {
@@ -246,17 +255,23 @@ def units(model: nn.Module, kwargs: dict) -> Row:
 
 @torch.no_grad()
 def run(model: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The logits, or else all tensors that the model gives."""
+    """The logits, or else all tensors that the model gives, whatever holds them, as real numbers."""
     torch.manual_seed(0)  # a pass may draw numbers
+    seen = set()
 
     def tensors(value: Any) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                yield from tensors(item)
+            yield torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+        elif isinstance(value, (str, bytes, nn.Module, type)) or "Cache" in type(value).__name__ or id(value) in seen:
+            return  # what a decoder keeps for its next call is state, not output
         elif isinstance(value, Mapping):
             yield from tensors(list(value.values()))
+        elif isinstance(value, Iterable):
+            for item in value:
+                yield from tensors(item)
+        elif hasattr(value, "__dict__"):
+            seen.add(id(value))
+            yield from tensors(vars(value))
 
     out = model(*args, **kwargs)
     return list(tensors(getattr(out, "logits", out)))
@@ -266,8 +281,7 @@ def difference(dense: nn.Module, small: nn.Module, args: tuple, kwargs: Mapping[
     """The largest difference from `masked`, over the largest output; over what is allowed, so that 1 is the most."""
     models, (args, kwargs) = (masked(dense, small), copy.deepcopy(small)), other(args, kwargs)
     for dtype, allowed in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
-        cast = lambda x, dtype=dtype: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
-        inputs = tuple(map(cast, args)), {key: cast(x) for key, x in kwargs.items()}
+        inputs = tree_map_only(Tensor, partial(cast, dtype=dtype), (args, kwargs))
         try:
             pairs = list(zip(*(run(model.to(dtype), *inputs) for model in models), strict=True))
         except RuntimeError:
@@ -276,9 +290,17 @@ def difference(dense: nn.Module, small: nn.Module, args: tuple, kwargs: Mapping[
             raise
         if any(a.shape != b.shape for a, b in pairs):
             return torch.inf
-        largest = max(float(a.abs().max()) for a, _ in pairs if a.is_floating_point())
-        return max(float((a - b).abs().max().nan_to_num(torch.inf)) for a, b in pairs) / (allowed * largest)
+        pairs = [(a.double(), b.double()) for a, b in pairs if a.numel()]
+        largest = max((float(a[a.isfinite()].abs().max()) for a, _ in pairs if a.isfinite().any()), default=0.0)
+        if not largest or any(a.isnan().any() for a, _ in pairs):
+            raise ValueError("the dense model gives no numbers, nothing but zeros, or what is not a number")
+        apart = [torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(torch.inf) for a, b in pairs]
+        return max(float(x.max()) for x in apart) / (allowed * largest)
     raise AssertionError
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
@@ -353,11 +375,12 @@ class Between(nn.Module):
 # --- a row ------------------------------------------------------------------------------------------------------------
 
 
-def row(tool: str, name: str) -> Row:
+def row(tool: str, name: str, make: Build = build) -> Row:
     """What becomes of one architecture: outcome, reason, seconds, share of the parameters that is left."""
-    model, args, kwargs = build(name)
+    model, args, kwargs = make(name)
     dense = copy.deepcopy(model)
-    extra = units(model, kwargs) if tool == "labkit" and name.startswith("transformers") else {}
+    with_units = make is build and tool == "labkit" and name.startswith("transformers")
+    extra = units(model, kwargs) if with_units else {}
     start = time.perf_counter()
     try:
         small, facts = TOOLS[tool](model, args, kwargs)
@@ -399,12 +422,12 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def process(tool: str, name: str, limit: float) -> Row:
+def process(tool: str, name: str, limit: float, make: Build = build) -> Row:
     """`row` in a process of its own, forked from one that has imported the libraries and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(filter(find_spec, LIBRARIES)))
     result, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(sender, tool, name))
+    worker = context.Process(target=_work, args=(sender, tool, name, make))
     worker.start()
     sender.close()
     try:
@@ -418,12 +441,12 @@ def process(tool: str, name: str, limit: float) -> Row:
         worker.join()
 
 
-def _work(sender: Connection, tool: str, name: str) -> None:
+def _work(sender: Connection, tool: str, name: str, make: Build) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        result = row(tool, name)
+        result = row(tool, name, make)
     except Exception as error:  # of the benchmark itself
         result = {"outcome": "failed", "reason": f"not judged: {type(error).__name__}: {error}"}
     sender.send(result)
@@ -454,7 +477,7 @@ def lines(name: str, rows: Mapping[str, Row]) -> Iterator[str]:
 def summary(table: Mapping[str, Mapping[str, Row]]) -> Iterator[str]:
     outcomes = ("equal", "refused", "failed", "DIFFERENT", "unjudged")
     yield f"\n{'':14} {'':14} {'networks':>9}" + "".join(f"{outcome:>11}" for outcome in outcomes)
-    for library in ("timm", "transformers"):
+    for library in dict.fromkeys(name.partition("/")[0] for name in table):
         members = {name: rows for name, rows in table.items() if name.startswith(f"{library}/")}
         for tool in TOOLS:
             counts = Counter(rows[tool]["outcome"] for rows in members.values() if tool in rows)
@@ -482,7 +505,22 @@ def main(arguments: list[str] | None = None) -> None:
     survey(models, options.tools, options.limit, options.results)
 
 
-def survey(models: list[str], tools: list[str], limit: float, results: Path | None = None) -> None:
+def judged(rows: dict[str, Row]) -> dict[str, Row]:
+    """Where labkit is equal by its own proof, what the check says of another tool counts for nothing."""
+    other = rows.get("torch_pruning", {})
+    if OWN in rows.get("labkit", {}).get("reason", "") and other.get("outcome") == "DIFFERENT":
+        return rows | {"torch_pruning": other | {"outcome": "unjudged"}}
+    return rows
+
+
+def survey(
+    models: list[str],
+    tools: list[str],
+    limit: float,
+    results: Path | None = None,
+    make: Build = build,
+    judged: Callable[[dict[str, Row]], dict[str, Row]] = judged,
+) -> None:
     """Prints a row for each model, and the summary. Rows in the file `results` are taken from there."""
     table: dict[str, dict[str, Row]] = {name: {} for name in models}
     for line in results.read_text().splitlines() if results and results.exists() else ():
@@ -495,21 +533,13 @@ def survey(models: list[str], tools: list[str], limit: float, results: Path | No
     for name in tqdm(models, unit="network", disable=None):
         for tool in tools:
             if tool not in table[name]:
-                table[name][tool] = process(tool, name, limit)
+                table[name][tool] = process(tool, name, limit, make)
                 if results:
                     with results.open("a") as file:
                         print(json.dumps({"name": name, "tool": tool, "row": table[name][tool]}), file=file)
         table[name] = judged({tool: table[name][tool] for tool in tools})
         tqdm.write("\n".join(lines(name, table[name])))
     print("\n".join(summary({name: table[name] for name in models})))
-
-
-def judged(rows: dict[str, Row]) -> dict[str, Row]:
-    """Where labkit is equal by its own proof, what the check says of another tool counts for nothing."""
-    other = rows.get("torch_pruning", {})
-    if OWN in rows.get("labkit", {}).get("reason", "") and other.get("outcome") == "DIFFERENT":
-        return rows | {"torch_pruning": other | {"outcome": "unjudged"}}
-    return rows
 
 
 if __name__ == "__main__":

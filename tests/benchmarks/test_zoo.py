@@ -1,6 +1,7 @@
 """A sample of the zoo is pruned and equal, and the check that says so finds what is wrong."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -138,6 +139,47 @@ def test_a_model_that_was_changed_is_seen(dense):
     assert zoo.same(dense, before)
     dense.norm.bias.data[0] += 1
     assert not zoo.same(dense, before)
+
+
+class Holding(nn.Module):
+    """Gives what it computes in an object of no known kind, beside a cache that a later call would read."""
+
+    def __init__(self, layer: nn.Module, factor: float = 1.0):
+        super().__init__()
+        self.layer, self.factor = layer, factor
+
+    def forward(self, x):
+        result = types.SimpleNamespace(first=self.layer(x) * self.factor, rest=iter([x.sum()]))
+        result.again = result
+        result.state = type("DynamicCache", (), {"keys": x})
+        return result
+
+
+def test_what_stands_in_a_plain_object_is_compared_too():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    assert [len(y.shape) for y in zoo.run(Holding(layer), (x,), {})] == [2, 0]
+    assert zoo.difference(Holding(layer), Holding(layer), (x,), {}) == 0
+    assert zoo.difference(Holding(layer), Holding(layer, 1.001), (x,), {}) > 100
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_outputs_that_say_nothing_are_no_agreement(factor):
+    net = nn.Sequential(Holding(nn.Linear(3, 2), factor), First())
+    with pytest.raises(ValueError, match="no numbers"):
+        zoo.difference(net, net, (torch.randn(4, 3),), {})
+
+
+class First(nn.Module):
+    def forward(self, result):
+        return result.first
+
+
+def test_the_other_input_leaves_alone_what_is_no_tensor():
+    args, kwargs = zoo.other(
+        (torch.randn(1, 3), 7), {"flag": True, "steps": torch.tensor([1, 2]), "pair": [torch.ones(1, 2)]}
+    )
+    assert args[0].shape == (2, 3) and args[1] == 7 and kwargs["flag"] is True
+    assert kwargs["steps"].tolist() == [1, 2] and kwargs["pair"][0].shape == (2, 2)
 
 
 def test_a_process_that_ends_or_does_not_end_is_a_row():
