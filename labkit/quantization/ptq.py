@@ -193,6 +193,8 @@ def quantize(
     used, for NaN or constant activations, and for a model without a layer to quantize.
     """
     calls.check_model(model)
+    if any(isinstance(module, FakeQuantized) for module in model.modules()):
+        raise InputError("The model is quantized already: give the float model that it was made from.")
     widths, precisions = _widths(weights, "weights"), _widths(activations, "activations")
     ignore = _names(ignore)
     modules = dict(model.named_modules())
