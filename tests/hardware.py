@@ -15,17 +15,21 @@ WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 CAPS = {  # of ONEDNN_MAX_CPU_ISA, by what they forbid
     "vnni": WITHOUT_VNNI,
     "amx": (*WITHOUT_VNNI, "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16"),
+    "avx512": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),
 }
 REASONS = {
     "vnni": "needs a CPU with VNNI, which adds products of 8-bit codes without an overflow",
+    "cpu vnni": "needs a CPU with VNNI, which adds products of 8-bit codes without an overflow",
     "vectors": "needs vector instructions in torch's own kernels",
 }
 
 
 def has(feature: str) -> bool:
-    """Whether oneDNN may use "vnni" or "amx" here, or torch's own kernels "vectors"."""
+    """Whether oneDNN may use "vnni", "avx512" or "amx" here, ONNX Runtime "cpu vnni", torch's own kernels "vectors"."""
     if feature == "vectors":
         return torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    if feature == "cpu vnni":  # which asks the CPU alone
+        return "vnni" in fingerprint("cpu").features
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     return feature in fingerprint("cpu").features and cap not in CAPS[feature]
 

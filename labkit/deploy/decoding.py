@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from labkit import roofline
 from labkit.attention import speculative
 from labkit.deploy import decoder_graph, engines
+from labkit.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +37,19 @@ class DecoderEngine:
     def __call__(self, keys: Tensor, values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         arrays = [x.detach().contiguous().numpy() for x in (keys, values, input_ids)]
         results = self.request.infer(arrays, share_inputs=True)
+        if results[0].shape[:2] != tuple(input_ids.shape):
+            raise InputError(
+                f"OpenVINO gives logits {list(results[0].shape)} for tokens {list(input_ids.shape)}, as it does for "
+                "weights in few bits where ONEDNN_MAX_CPU_ISA forbids AVX-512: keep float32 weights, or lift the cap."
+            )
         return tuple(torch.from_numpy(results[place]) for place in range(3))
 
 
 def prepare(model: nn.Module) -> DecoderEngine:
     """`model`, a LlamaForCausalLM of transformers in float32, on torch.get_num_threads() threads (of that moment).
 
-    InputError where OpenVINO is not installed, for another architecture, and for weights that are no affine grid.
+    InputError where OpenVINO is not installed or gives no result on this CPU, for another architecture, and for weights
+    that are no affine grid.
     """
     engines.check_present("A decoder's graph", ("openvino",))
     with tempfile.TemporaryDirectory() as folder:

@@ -79,9 +79,7 @@ def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 300, **en
         try:
             sent = pickle.dumps((marshal.dumps(code), function.__defaults__, args, path))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"The arguments cannot be sent to a process ({error}): give what can be pickled."
-            ) from None
+            raise InputError(f"The arguments cannot be sent to a process ({error}): give what pickles.") from None
         try:
             child = subprocess.run(
                 [sys.executable, "-c", _CHILD], input=sent, env=environment, capture_output=True, timeout=timeout_s

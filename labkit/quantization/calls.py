@@ -14,7 +14,8 @@ from labkit.pruning.coupling.tracing import first_line
 def check_model(model: object) -> None:
     """InputError unless `model` is an eager torch.nn.Module whose weights are in memory."""
     if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}, but it must be a torch.nn.Module: give the model itself.")
+        kind = "None" if model is None else f"of type {type(model).__name__}"
+        raise InputError(f"model is {kind}, but it must be a torch.nn.Module: give the model itself.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"The model is wrapped in {type(model).__name__}: give model.module, and wrap the result.")
     if isinstance(model, torch.jit.ScriptModule):

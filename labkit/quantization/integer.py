@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -624,16 +624,21 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     named = calls.inputs(model, batch)
     rows, terms = [], {}
 
+    def check(_: nn.Module, args: Sequence[Tensor]) -> None:
+        if not args[0].isfinite().all():
+            raise InputError("The batch makes NaN or infinity, for which there is no code: give other data.")
+
     def before(layer: _IntegerLayer | PackedLinear, args: tuple, kwargs: dict[str, Tensor]) -> None:
         terms[layer] = [arg.clone() for arg in (*args, *kwargs.values())]  # a sum overwrites its term
-        if not all(x.isfinite().all() for x in terms[layer]):
-            raise InputError("A layer of integers gets NaN or infinity, for which there is no code: give other data.")
+        check(layer, terms[layer])
 
     def after(name: str, layer: _IntegerLayer | PackedLinear, _: tuple, y: Tensor) -> None:
         rows.append({"layer": name} | layer.compare(y, *terms.pop(layer)))
 
     with contextlib.ExitStack() as hooks:
         for name, layer in model.named_modules():
+            if type(layer) is Quantize:
+                hooks.callback(layer.register_forward_pre_hook(check).remove)
             if isinstance(layer, PackedLinear) or (isinstance(layer, _IntegerLayer) and "input" in layer.highest):
                 hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(partial(after, name)).remove)

@@ -33,9 +33,9 @@ class OutlierSplit(nn.Module):
         x = input.reshape(-1, input.shape[-1])  # [tokens, in]
         outlier = (x.abs() >= self.threshold).any(0)
         self.columns = int(outlier.sum())
-        rest = affine.fake_quantize(x.masked_fill(outlier, 0), axis=0)
+        rest = affine.fake_quantize(x.masked_fill(outlier, 0), axis=0) if len(x) else x
         y = F.linear(rest, self.rounded, self.layer.bias) + x[:, outlier] @ self.layer.weight[:, outlier].t()
-        return y.view(*input.shape[:-1], -1)
+        return y.view(*input.shape[:-1], self.layer.out_features)
 
 
 def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:

@@ -193,6 +193,8 @@ def quantize(
     used, for NaN or constant activations, and for a model without a layer to quantize.
     """
     calls.check_model(model)
+    if any(isinstance(module, FakeQuantized) for module in model.modules()):
+        raise InputError("The model is quantized already: give the float model that it was made from.")
     widths, precisions = _widths(weights, "weights"), _widths(activations, "activations")
     ignore = _names(ignore)
     modules = dict(model.named_modules())
@@ -354,8 +356,9 @@ def _trace(model: nn.Module, named: Mapping[str, Any], layers: Collection[str]) 
     """The model as a graph that computes the same for the first batch, with the shapes of its values; or None."""
     if "" in layers:  # the model is one
         return None
-    expected = outputs(calls.run(model, **named))
+    returned = calls.run(model, **named)
     try:
+        expected = outputs(returned)
         traced = fx.GraphModule(model, _LeafTracer(layers).trace(model))
         for node in traced.graph.nodes:
             if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
@@ -366,7 +369,7 @@ def _trace(model: nn.Module, named: Mapping[str, Any], layers: Collection[str]) 
         values = [named.get(node.target, node.args[0] if node.args else None) for node in places]
         pairs = list(zip(expected, outputs(ShapeProp(traced).propagate(*values)), strict=True))
         same = all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
-    except Exception:  # a forward pass may do to a stand-in for a tensor whatever Python can do
+    except Exception:  # a forward pass may do to a stand-in for a tensor whatever Python can do, and return anything
         return None
     return traced if same and any(a.numel() for a, _ in pairs) else None
 

@@ -103,7 +103,7 @@ def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
 def _check_layer(layer: object) -> None:
     if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         raise InputError(
-            f"This rounds a Linear or a convolution, but layer is a {type(layer).__name__}: give such a one."
+            f"layer is a {type(layer).__name__}, but it must be a Linear or a convolution: give one of these layers."
         )
 
 
@@ -129,9 +129,9 @@ def _check(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, steps:
     if not inputs.isfinite().all() or not outputs.isfinite().all():
         raise InputError("The inputs or outputs hold NaN or infinity: look for the batch that they come from.")
     with torch.no_grad():
-        given = calls.run(layer, inputs[:1])
-    if given.shape[1:] != outputs.shape[1:]:
+        result = calls.run(layer, inputs[:1])
+    if result.shape[1:] != outputs.shape[1:]:
         raise InputError(
-            f"An output is {list(outputs.shape[1:])}, but the layer gives {list(given.shape[1:])} for an input: give "
+            f"An output is {list(outputs.shape[1:])}, but the layer gives {list(result.shape[1:])} for an input: give "
             "those of this layer."
         )

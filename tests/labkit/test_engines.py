@@ -13,6 +13,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from hardware import needs
 from torch import nn
 
 from labkit import datasets, models
@@ -27,11 +28,13 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+vnni = needs("vnni")
 openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs OpenVINO")
 nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="needs NNCF")
 READY = engines.available()
 hexagon = pytest.mark.skipif(READY["hexagon"] != "ready", reason="needs onnxruntime-qnn")
 BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
+INT8 = [pytest.param("onnxruntime", marks=needs("cpu vnni")), pytest.param("openvino", marks=[openvino, vnni])]
 COMPILERS = [  # each starts g++
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason=READY[name])])
     for name in ("torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen")
@@ -235,7 +238,7 @@ def test_a_size_that_varies_and_rows_that_are_masked_give_what_eager_gives(name:
     torch.testing.assert_close(engine(**padded), engine(**alone), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", INT8)
 def test_a_quantized_model_takes_batches_of_any_size(name: str):
     model = simulated_net()
     engine = engines.prepare(name, model, X, batches=[X], dynamic={0: (1, 64)})
@@ -269,7 +272,7 @@ def two_layers(bits: int, zero: int) -> torch.fx.GraphModule:
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", INT8)
 @pytest.mark.parametrize(("bits", "zero"), [(8, 77), (4, 5)])
 def test_codes_are_those_of_the_simulation(name: str, bits: int, zero: int):
     model, x = two_layers(bits, zero), torch.randn(8, 4, 12, 12)
@@ -286,7 +289,7 @@ def test_codes_are_those_of_the_simulation(name: str, bits: int, zero: int):
     assert (wrong != expected).double().mean() > 0.1, "padding with the code 0 is another function at the rim"
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", INT8)
 def test_extreme_codes_are_multiplied_exactly_and_would_show_sums_in_int16(name: str):
     assert engines._multiplies(name, 8)
     draw = torch.Generator().manual_seed(0)
@@ -359,6 +362,7 @@ def test_onnx_runtime_multiplies_integers_in_every_layer(path, tmp_path):
     assert not {"Conv", "FusedConv", "Gemm", "Relu", "Clip"} & set(operators)
 
 
+@vnni
 @openvino
 def test_openvino_multiplies_integers_in_every_layer():
     import openvino as ov
@@ -392,6 +396,7 @@ def test_onnx_runtime_rounds_the_results_that_it_has_to_round():
     assert affine.sqnr(model(X), engine(X)) > 25
 
 
+@vnni
 @openvino
 def test_openvino_rounds_what_the_simulation_rounds_and_nothing_else():
     model, x = simulated_net(), X
@@ -409,7 +414,7 @@ def tiny_weights() -> FakeQuantized:
     return FakeQuantized(layer, ptq.weight_grid(layer, 8), grid(0.02, 100))
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", INT8)
 def test_a_bias_beside_tiny_weights_fits_in_32_bits(name: str):
     model, x = tiny_weights(), torch.randn(5, 8)
     step = 0.02 * model.weight_grid.scale.flatten()

@@ -628,7 +628,7 @@ def test_grids_that_no_kernel_multiplies_are_refused():
         with pytest.raises(InputError, match="one unsigned grid for the tensor"):
             integer.Int8Linear(layer, weight, wrong)
     convolution = nn.Conv2d(4, 4, 1)
-    with pytest.raises(InputError, match=r"takes \[N, C, H, W\], not \[4, 5, 5\]"):
+    with pytest.raises(InputError, match=r"takes \[N, C, H, W\] with 4 channels C, not \[4, 5, 5\]"):
         integer.Int8Conv2d(convolution, ptq.weight_grid(convolution, 8), source)(torch.randn(4, 5, 5))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hardware import needs
 
 from labkit import clocks, machine
 from labkit.errors import InputError
@@ -172,7 +173,10 @@ def test_ceilings_leave_the_process_as_it_was():
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("name", [name for name, (_, on_cpu) in machine.PRODUCTS.items() if on_cpu])
+ON_CPU = [name for name, (_, on_cpu) in machine.PRODUCTS.items() if on_cpu]
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=needs("vnni") if x == "int8" else ()) for x in ON_CPU])
 def test_product_is_a_linear_layer_of_random_numbers(name: str):
     call = machine._product(name, 64, CPU)
     result = call()

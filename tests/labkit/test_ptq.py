@@ -3,17 +3,19 @@
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import randomise_
 from torch import nn
 
 from labkit import models
 from labkit.errors import InputError
-from labkit.quantization import affine, ptq
+from labkit.quantization import affine, integer, ptq, qat
 
 
 class Residual(nn.Module):
@@ -157,6 +159,52 @@ def test_models_without_a_graph_and_every_form_of_batch():
         assert calibrated.plan.refused == {"spare": "no batch calls it as a module"}
         assert type(calibrated.model.spare) is nn.Linear and type(calibrated.model) is Branching
         assert affine.sqnr(model(x), calibrated.model(x)) > 30
+
+
+class Hesitant(nn.Module):
+    """Branches on a value, behind batch norms that nothing but a trace can tell to be foldable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.norm(self.a(x)).relu().mean((2, 3))
+        return self.b(y if float(y.sum()) > 0 else -y)
+
+
+@torch.no_grad()
+def test_a_norm_stays_where_the_pass_branches_on_a_value_and_the_plan_says_why():
+    """As without a norm, where nothing needs a trace. The norm's statistics are those of the model."""
+    model, x = randomise_(Hesitant()), torch.randn(6, 3, 8, 8)
+    calibrated = ptq.quantize(model, [x], weights=7)
+    assert [row.name for row in calibrated.plan.layers] == ["a", "b"] and not calibrated.plan.traced
+    assert re.fullmatch(
+        r"no layer could take it in \(The forward pass depends on the values of its activations .*\)",
+        calibrated.plan.refused["norm"],
+    )
+    assert "norm: float32, no layer could take it in" in str(calibrated.plan)
+    assert type(calibrated.model.norm) is nn.BatchNorm2d and affine.sqnr(model(x), calibrated.model(x)) > 25
+    real = integer.convert(calibrated.model)
+    assert not any(row["wrong"] for row in integer.prove(real, x))
+    trained = qat.prepare(model, [x], weights=8, activations=8)
+    assert affine.sqnr(model(x), trained(x)) > 25
+
+
+@torch.no_grad()
+def test_a_model_that_looks_at_its_own_norm_keeps_it():
+    class Curious(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.b(self.norm(self.a(x))) * (1 + isinstance(self.norm, nn.BatchNorm2d))
+
+    model, x = randomise_(Curious()), torch.randn(6, 3, 8, 8)
+    calibrated = ptq.quantize(model, [x])
+    assert "The rewritten model's outputs differ by" in calibrated.plan.refused["norm"]
+    assert affine.sqnr(model(x), calibrated.model(x)) > 25
 
 
 def test_bits_a_layer_and_layers_that_are_ignored(residual):

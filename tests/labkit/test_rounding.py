@@ -149,7 +149,7 @@ def test_what_cannot_be_rounded_is_refused_in_one_sentence():
         rounding.adaround(layer, grid, x, y[:4])
     with pytest.raises(InputError, match="NaN or infinity"):
         rounding.adaround(layer, grid, x * torch.nan, y)
-    with pytest.raises(InputError, match="grid without groups"):
+    with pytest.raises(InputError, match="Grid without groups"):
         rounding.adaround(layer, affine.quantize(layer.weight.detach(), 4, group_size=3).grid, x, y)
     with pytest.raises(InputError, match=r"mean \[5\], .* 6 inputs"):
         rounding.bias_correction(layer, layer.weight, torch.zeros(5))
