@@ -73,9 +73,9 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]:
 
     A tensor is the one argument. A dict holds keyword arguments, `labels` among them. A tuple holds the arguments in
     the order of `forward` and, when it is longer than what `forward` needs, the target as its last item.
-    Where `forward` takes `labels`, as that of a transformers model does, the target is bound to that name. InputError
-    for a tuple of such a model whose last item may be something else: it is the labels if it stands at their place or
-    has one dimension, [B], but the second of two [B, T] may be labels, a mask or positions.
+    Where `forward` takes `labels`, as that of a transformers model does, the target is bound to that name: it is what
+    stands at their place or has one dimension, [B]. Zeros and ones at the place of a mask are the mask, an argument.
+    InputError for another last item of two or more dimensions, which may be labels or what stands at its place.
     """
     parameters = inspect.signature(model.forward).parameters
     if isinstance(batch, Mapping):
@@ -98,12 +98,18 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]:
     if "labels" not in parameters:
         return tuple(args), {}, target
     place = positional[len(args)].name if len(args) < len(positional) else None
+    if place is not None and "mask" in place and _is_mask(target):
+        return tuple(batch), {}, None
     if place not in ("labels", None) and not (isinstance(target, Tensor) and target.dim() == 1):
         raise InputError(
             f"The last of {len(batch)} items of a batch may be the labels or the {place} of {type(model).__name__}: "
             "give a dict that names each item, such as {'input_ids': ids, 'labels': labels}."
         )
     return tuple(args), {"labels": target}, target
+
+
+def _is_mask(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 1 and bool(((x == 0) | (x == 1)).all())
 
 
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:

@@ -435,7 +435,8 @@ def heal_(
     batches: dicts with labels, or (inputs, labels); a decoder without labels predicts its own tokens. Of a tuple for a
         transformers model the last item is bound to `labels` where it cannot be anything else: one label an example
         [B], or what stands at that place of `forward`, such as (pixel_values, labels). Labels of tokens [B, T] need a
-        dict, for the second of (input_ids, x) may be a mask: InputError. See `batches.split`.
+        dict, for the second of (input_ids, x) stands at the place of the mask: InputError, unless x is a mask, of
+        zeros and ones. See `batches.split`.
     teacher: the dense model; half of the loss is then the distance to its answers at temperature 2 (`distilling`).
     seed: of dropout; torch's random state is afterwards as before.
     Raises InputError as `training.train_` does, which also says what becomes of the model.

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,7 +108,8 @@ def train_(
     for a run that repeats. No other state of torch changes, and it trains inside torch.no_grad() too.
     Raises InputError before any work for arguments that cannot be used, and for a loss or a weight that is not finite:
     no step follows, and weights and buffers are those from before the call, as after every error (an interrupted run
-    keeps what it has learnt). On a GPU losses are looked at every 20 steps, for a look has to wait for the device.
+    keeps what it has learnt), for which it holds a copy of them. On a GPU losses are looked at every 20 steps: a look
+    has to wait for the device.
     """
     total = _total_steps(batches, epochs, steps)
     _check_recipe(max_lr, optimizer, weight_decay, warmup, precision, loss_fn)
@@ -194,7 +194,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except Exception:
         for module, name, x in buffers:
-            setattr(module, name, x)
+            module._buffers[name] = x
         with torch.no_grad():
             for x, numbers in zip(tensors, before, strict=True):
                 x.copy_(numbers)
@@ -261,7 +261,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
         for ids in rows:
             logits = model(input_ids=ids[None]).logits[0, :-1].float()  # [window-1, vocabulary]
             total += F.cross_entropy(logits, ids[1:]).item()
-    return float(np.exp(np.float64(total / len(rows))))
+    return float(torch.tensor(total / len(rows), dtype=torch.float64).exp())
 
 
 def windows(tokens: Tensor, window: int) -> Tensor:
@@ -361,8 +361,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def _check_weights(parameters: list[nn.Parameter], max_lr: float) -> None:
     """InputError for a weight that the last step made NaN or infinite; an earlier one shows in the next loss."""
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters])
-    if not finite.all():
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
         raise InputError(
             "The last step left a weight that is not finite, so the model is as it was before training: lower max_lr "
             f"({max_lr:g}), and look for infinite gradients, as of sqrt or log at 0."

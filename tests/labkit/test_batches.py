@@ -170,6 +170,13 @@ def test_a_model_with_labels_at_their_place_of_forward_takes_a_tuple_of_any_shap
     assert losses[0] != losses[1] and set(inputs(vit, (images, torch.tensor([0, 1])))) == {"pixel_values"}
 
 
+def test_zeros_and_ones_at_the_place_of_a_mask_are_the_mask():
+    llama, mask = family("llama"), (torch.arange(8) < torch.tensor([[8], [5], [3]])).long()
+    with torch.no_grad():
+        losses = [summed_loss(llama, batch) for batch in ((IDS, mask), {"input_ids": IDS, "attention_mask": mask})]
+    assert losses[0][1] == losses[1][1] == 13 and torch.equal(losses[0][0], losses[1][0])
+
+
 class Required(nn.Module):
     def forward(self, x, labels):
         return x

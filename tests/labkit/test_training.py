@@ -400,7 +400,7 @@ REFUSALS: Refusals = {
     ),
     "they must be readable again": lambda: train(batches=Once(), epochs=3),
     "may be the labels or the attention_mask of LlamaForCausalLM": lambda: train(
-        model=family("llama"), batches=[(torch.ones(2, 4).long(), torch.ones(2, 4).long())]
+        model=family("llama"), batches=[(torch.full((2, 4), 5), torch.full((2, 4), 5))]
     ),
     "Inside torch.inference_mode()": lambda: torch.inference_mode()(train)(),
     "make and train the model outside": lambda: train(model=torch.inference_mode()(linear)()),
