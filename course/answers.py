@@ -48,7 +48,7 @@ class Answer:
     note: str = ""
 
 
-class Verdict(NamedTuple):
+class CheckedAnswer(NamedTuple):
     """One of RESULTS, the reason, and the measures that shut the answer in."""
 
     result: str
@@ -64,13 +64,13 @@ class Runner:
         ready = control.makefile().readline()  # "" if the process has ended
         self.remarks: list[str] = json.loads(ready or "[]")
 
-    def run(self, answers: Mapping[int, Answer]) -> Iterator[tuple[int, Verdict | None]]:
+    def run(self, answers: Mapping[int, Answer]) -> Iterator[tuple[int, CheckedAnswer | None]]:
         """Yield each answer's key and verdict as it is done; None where the process that had to say it is gone."""
         places = {self._pool.submit(self._verdict, answer): place for place, answer in answers.items()}
         for done in as_completed(places):
             yield places[done], done.result()
 
-    def _verdict(self, answer: Answer) -> Verdict | None:
+    def _verdict(self, answer: Answer) -> CheckedAnswer | None:
         ours, theirs = socket.socketpair()
         with ours, suppress(OSError):  # the process at the other end may be gone
             with theirs:
@@ -78,7 +78,7 @@ class Runner:
             ours.sendall(json.dumps(asdict(answer)).encode())
             ours.shutdown(socket.SHUT_WR)
             if reply := ours.makefile().read():
-                return Verdict(*json.loads(reply))
+                return CheckedAnswer(*json.loads(reply))
         return None
 
 
@@ -152,15 +152,15 @@ def _keep(connection: socket.socket, seconds: float, newest_abi: int) -> None:
         os._exit(0)
 
 
-def _verdict(answer: Answer, seconds: float, newest_abi: int) -> Verdict:
+def _verdict(answer: Answer, seconds: float, newest_abi: int) -> CheckedAnswer:
     try:
         measures, text = sandbox.run(lambda: checked(answer), seconds=seconds, newest_abi=newest_abi)
     except (sandbox.Stopped, OSError) as error:
-        return Verdict("stopped", str(error), "")
+        return CheckedAnswer("stopped", str(error), "")
     result, _, reason = text.partition("\n")
     if result not in RESULTS:
-        return Verdict("stopped", "its process replied with something else than a result", measures)
-    return Verdict(result, reason[:LONGEST_REASON], measures)
+        return CheckedAnswer("stopped", "its process replied with something else than a result", measures)
+    return CheckedAnswer(result, reason[:LONGEST_REASON], measures)
 
 
 # the answer's process -----------------------------------------------------------------------------

@@ -19,6 +19,10 @@ import numpy as np
 import torch
 
 
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)  # None: no detour at every new tensor
+
+
 def _set_numpy_errors(errors: dict[str, Any]) -> None:
     np.seterr(**errors)
 
@@ -33,7 +37,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {  # n
     "torch's gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch's default device": (torch.get_default_device, torch.set_default_device),
+    "torch's default device": (torch.get_default_device, _set_default_device),
     "torch's deterministic algorithms": (
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,

@@ -130,7 +130,7 @@ def test_ctrl_c_ends_all_at_once(tmp_path: Path):
     wait_until(keepers_at_work)
     asked = time.monotonic()
     grader.send_signal(signal.SIGINT)
-    assert "labkit: interrupted." in grader.communicate()[1] and grader.returncode == 130
+    assert "labkit: interrupted." in grader.communicate(timeout=120)[1] and grader.returncode == 130
     assert time.monotonic() - asked < 30
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ann"]
 

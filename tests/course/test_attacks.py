@@ -11,8 +11,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from handins import CONV, FULL, LESSON, solved, with_first_line, write
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
+from course import grade
 from labkit import files
+from labkit.pruning import native
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's"),
@@ -68,44 +72,55 @@ class School:
     def abstract(self) -> str:
         return f"labkit-{self.folder.name}"
 
-    def state(self) -> dict[str, tuple]:
-        """All that can be changed about each file, without the two that grading writes."""
+    def state(self) -> dict[Path, tuple]:
+        """All that can be changed about each file; without what grading and matplotlib write themselves."""
+        written = [self.students / name for name in grade.FILES]
+        written += [self.folder / "home" / name for name in (".cache", ".config")]
         paths = [self.folder, *self.folder.rglob("*")]
-        return {str(path): _state(path) for path in paths if path.suffix not in (".csv", ".html")}
+        return {path: _state(path) for path in paths if not {path, *path.parents} & set(written)}
 
 
 def _state(path: Path) -> tuple:
     status = path.lstat()
-    attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)} if not path.is_socket() else {}
-    changes = None if path.name == "class" else status.st_mtime_ns  # two files are written into the class's folder
+    attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)}
+    changed = None if path.name in ("class", "home") else status.st_mtime_ns  # these two get new files, see above
     content = path.read_bytes() if path.is_file() else b""
-    return status.st_mode, status.st_uid, status.st_gid, status.st_nlink * path.is_file(), changes, attributes, content
+    return status.st_mode, status.st_uid, status.st_gid, changed, attributes, content
 
 
 @pytest.fixture(params=[0, ORDINARY], ids=["as whoever runs the tests", "as an ordinary user"])
-def school(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
+def school(request: pytest.FixtureRequest) -> Iterator[School]:
     if request.param and os.geteuid() != 0:
         pytest.skip("only root can become somebody else, and the other half of these tests runs as an ordinary user")
     if request.param and not shutil.which("setpriv"):
         pytest.skip("needs setpriv (util-linux)")
-    folder = Path(f"/tmp/labkit-school-{os.getpid()}")
+    folder = Path(tempfile.mkdtemp(prefix="labkit-school-"))
+    try:
+        opened = School(folder, request.param)
+        furnish(opened)
+        yield opened
+    finally:
+        shutil.rmtree(folder)
+
+
+def furnish(school: School) -> None:
+    """Put into the folder what the attacks are after, and every student's hand-in; all belongs to the grader."""
+    school.folder.chmod(0o755)
     for name in ("class", "home", "empty", "cache"):
-        (folder / name).mkdir(parents=True)
-    (folder / "cache" / "model").write_bytes(b"weights" * 1000)
-    if (files.cache_dir() / "kernels").exists():
-        shutil.copytree(files.cache_dir() / "kernels", folder / "cache" / "kernels")
-    opened = School(folder, request.param)
+        (school.folder / name).mkdir()
+    (school.folder / "cache" / "model").write_bytes(b"weights" * 1000)
+    if all(map(native.load, native.ARGUMENTS)):  # else the grading would compile them into this cache
+        shutil.copytree(files.cache_dir() / "kernels", school.folder / "cache" / "kernels")
     for student in HONEST:
-        write(opened.students, student, with_first_line(CONV, "# SECRET-OF-HONEST"))
+        write(school.students, student, with_first_line(CONV, "# SECRET-OF-HONEST"))
     attacked = next(cell for cell in solved().cells if f"def {CONV}(" in cell.source)
     for attack in ATTACKS:
-        write(opened.students, attack.name, hand_in(attacked, attack, opened))
-    if request.param:
-        for path in (folder, *folder.rglob("*")):
-            os.chown(path, request.param, request.param)
-    os.setxattr(folder / "cache" / "model", "user.kept", b"1")
-    yield opened
-    shutil.rmtree(folder)
+        write(school.students, attack.name, hand_in(attacked, attack, school))
+    if school.user:
+        for path in (school.folder, *school.folder.rglob("*")):
+            os.chown(path, school.user, school.user)
+    with suppress(OSError):  # not every file system has them
+        os.setxattr(school.folder / "cache" / "model", "user.kept", b"1")
 
 
 def hand_in(cell: NotebookNode, attack: Attack, school: School) -> NotebookNode:
@@ -136,7 +151,6 @@ def newest_abi() -> int:
 def test_nobody_loses_a_point_and_nothing_changes(school: School, abi: int):
     if abi > newest_abi():
         pytest.skip(f"this kernel has Landlock {newest_abi()}")
-    before = school.state()
     environment = {
         **os.environ,
         "PYTHONPATH": str(files.ROOT),
@@ -149,12 +163,13 @@ def test_nobody_loses_a_point_and_nothing_changes(school: School, abi: int):
             server.bind(str(address))
             server.listen()
             server.setblocking(False)
+        before = school.state()
         command = [*as_user(school.user), sys.executable, "-c", SCRIPT, str(school.students), str(abi)]
         graded = subprocess.run(command, cwd=files.ROOT, env=environment, capture_output=True, text=True, timeout=300)
         for server in (listening, abstract):
             with pytest.raises(BlockingIOError):
                 server.accept()
-    (school.folder / "listening").unlink()
+        after = school.state()
     assert graded.returncode == 0, graded.stderr
     rows, measures, incomplete = json.loads(graded.stdout)
     assert ("Landlock)" in measures) and ("(no Landlock)" in measures) == (abi == 0) and not incomplete
@@ -166,25 +181,27 @@ def test_nobody_loses_a_point_and_nothing_changes(school: School, abi: int):
     wrong = {a.name: verdicts[a.name] for a in expected if not re.search(a.reason, verdicts[a.name][1])}
     print(json.dumps(wrong, indent=1))
     assert wrong == {}
-    assert school.state() == before
+    assert after == before
     for name in ("grades.csv", "grades.html"):
         text = (school.students / name).read_text(encoding="utf-8")
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
-    wait_until(lambda: not leftover(school.user))
+    wait_until(lambda: not leftover(school))
 
 
 def by_name() -> dict[str, Attack]:
     return {attack.name: attack for attack in ATTACKS}
 
 
-def leftover(user: int) -> list[psutil.Process]:
-    """Processes of answers that are still there."""
-    processes = psutil.process_iter(["uids"])
-    return [process for process in processes if (uids := process.info["uids"]) and is_answers(uids.real, user)]
+def leftover(school: School) -> list[psutil.Process]:
+    """Processes of the grading that are still there, known by the environment that they were given."""
+    return [process for process in psutil.process_iter() if cache_of(process) == str(school.folder / "cache")]
 
 
-def is_answers(uid: int, user: int) -> bool:
-    return uid == user if user else uid > 1 << 30
+def cache_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("LABKIT_CACHE")
+    except psutil.Error:
+        return None
 
 
 def test_the_table_is_large_and_has_no_name_twice():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from course import sandbox
 from labkit import files
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's")
@@ -108,3 +110,27 @@ def test_everything_but_computing_is_refused(outside: Path, user: int):
     assert {name: text[:200] for name, text in said.items() if TRIES[name][1] not in text} == {}
     assert said.keys() == TRIES.keys()
     assert (outside / "handed in").read_text() == "somebody's work" and not (outside / "new").exists()
+
+
+HEADERS = {  # column of the table -> where Linux' numbers of the calls are, and how a line of it begins
+    0: ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", r"#define __NR_"),
+    1: ("/usr/include/asm-generic/unistd.h", r"#define __NR(?:3264)?_"),
+}
+
+
+@pytest.mark.parametrize("column", HEADERS)
+def test_the_numbers_of_the_calls_are_the_kernel_s(column: int):
+    file, prefix = HEADERS[column]
+    if not Path(file).exists():
+        pytest.skip(f"needs {file} (linux-libc-dev)")
+    numbers = {name: int(number) for name, number in re.findall(rf"{prefix}(\w+)\s+(\d+)\b", Path(file).read_text())}
+    numbers.setdefault("newfstatat", numbers.get("fstatat"))  # what the generic table calls it
+    assert {name: row[column] for name, row in sandbox.ALLOWED.items()} == {
+        name: numbers.get(name) for name in sandbox.ALLOWED
+    }
+
+
+def test_a_filter_fits_into_the_jumps_of_its_language():
+    for machine in ("x86_64", "aarch64"):
+        steps = sandbox._program(machine)
+        assert len(steps) < 256 and len(sandbox._assembled(steps)) == 8 * len(steps)
