@@ -73,7 +73,7 @@ class Elsewhere:
 
     def __init__(self, wheel: Path, folder: Path) -> None:
         self.folder, home = folder / "empty", folder / "environment"
-        self.folder.mkdir()
+        self.folder.mkdir(parents=True)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
         self.python, self.labkit = home / "bin" / "python", home / "bin" / "labkit"
         places = {name: Path(path) for name, path in sysconfig.get_paths(vars={"base": home, "platbase": home}).items()}
@@ -88,14 +88,14 @@ class Elsewhere:
     def run(self, *command: object, **settings: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             list(map(str, command)),
-            cwd=self.folder, env={**self.environment, **settings}, capture_output=True, text=True, timeout=600,
+            cwd=self.folder, env={**self.environment, **settings}, capture_output=True, text=True, timeout=3600,
         )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def elsewhere(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
     (wheel,) = built.glob("*.whl")
-    return Elsewhere(wheel, tmp_path_factory.mktemp("elsewhere"))
+    return Elsewhere(wheel, tmp_path_factory.mktemp("elsewhere") / "it's a tür")
 
 
 def test_the_sdist_is_the_repository(committed: list[str], built: Path):
