@@ -533,7 +533,7 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
     assert engines.available()["aotinductor"] == (
         "aotinductor needs g++, which is not installed: install it, or name another C++ compiler in CXX."
     )
-    with pytest.raises(InputError, match=r"openvino needs openvino.*labkit\[engines\]"):
+    with pytest.raises(InputError, match=r"openvino needs openvino.*\./lab setup --with engines"):
         engines.prepare("openvino", nn.Linear(3, 2), torch.randn(1, 3))
     edge = {"executorch": object(), "torchao": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: edge[name] if name in edge else real(name))
