@@ -24,9 +24,7 @@ from labkit.parameters import PRESETS
 RUNS = Path("runs") if files.IN_WHEEL else files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"
 OUT = click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
-
-
-FROM_A_WHEEL = ("data", "doctor", "report")  # commands that need no lesson
+ANYWHERE = ("data", "doctor", "report")  # commands that a wheel and a class's folder have too
 
 
 class _Group(click.Group):
@@ -41,10 +39,11 @@ class _Group(click.Group):
             close = get_close_matches(name, self.commands, 1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.commands)}."
             raise InputError(f"There is no command {name}; {hint}")
-        if files.IN_WHEEL and ctx.parent is None and name not in FROM_A_WHEEL and not arguments & {"-h", "--help"}:
+        at_home = files.COMMAND == "./lab" or ctx.parent is not None
+        if not at_home and name not in ANYWHERE and not arguments & {"-h", "--help"}:
             raise InputError(
-                f"`labkit {name}` needs the lessons, which are not in the wheel: clone the course's repository and "
-                f"give `./lab {name}` there."
+                f"`labkit {name}` needs the lessons with their answers, which are in the course's repository: "
+                f"clone it, and give `./lab {name}` there."
             )
         return super().resolve_command(ctx, args)
 

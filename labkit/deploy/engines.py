@@ -548,14 +548,18 @@ ENGINES = {
 def missing(name: str, packages: Sequence[str]) -> str:
     """Which of the packages are not here, in a sentence with what installs the first; "" where all are.
 
-    "g++" is of no use either where the path of torch has a space: torch's call of the compiler does not quote it.
+    "g++" is of no use either where the path of torch has a space or a quote: torch's call of the compiler does not
+    escape them.
     """
     lacking = [package for package in packages if not _present(package)]
     if lacking:
         verb, how = "is" if len(lacking) == 1 else "are", INSTALL.get(lacking[0], set_up_with("engines"))
         return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}."
-    if "g++" in packages and " " in torch.__file__:
-        return f"{name} cannot compile against {torch.__file__}: set the course up where no folder's name has a space."
+    if "g++" in packages and any(character in torch.__file__ for character in " '\""):
+        return (
+            f"{name} cannot compile against {torch.__file__}: set the course up where no folder's name has a space or "
+            "a quote."
+        )
     return ""
 
 

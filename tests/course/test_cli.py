@@ -50,7 +50,7 @@ def test_a_run_begins_before_what_only_its_end_needs_is_imported(empty_course: P
 def test_all_lessons_run_although_one_fails(empty_course: Path, write_lesson: Callable[..., Path]):
     write_lesson(empty_course / "notebooks", "1 / 0", name="01_bad")
     write_lesson(empty_course / "notebooks", "assert PRESET == 'smoke'", name="02_good")
-    result = labkit("run", "--out", empty_course / "runs")
+    result = labkit("run", "--out", empty_course / "it's a tür")
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert [line.split()[:2] for line in lines[-3:-1]] == [["failed", "01_bad"], ["done", "02_good"]]

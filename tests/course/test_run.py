@@ -186,7 +186,7 @@ def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, 
     ("file", "counts"), [("new.py", True), ("csrc/sparse.cpp", True), ("page.html", False), ("new.pyc", False)]
 )
 def test_the_version_of_the_code_is_that_of_its_sources_and_of_torch(tmp_path: Path, monkeypatch, file, counts: bool):
-    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "PACKAGE", tmp_path / "labkit")
     (tmp_path / "labkit" / "csrc").mkdir(parents=True)
     before = run.code_version()
     (tmp_path / "labkit" / file).write_text("changed")

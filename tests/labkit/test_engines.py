@@ -507,10 +507,23 @@ def test_accuracy_control_calls_validate_with_engines():
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_the_compiler_cannot_take_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch, "__file__", "/a new place/torch/__init__.py")
+def test_onnx_runtime_keeps_no_device_id_in_the_user_s_cache(tmp_path):
+    code = (
+        "import torch; from labkit.deploy import engines;"
+        "engines.prepare('onnxruntime', torch.nn.Linear(4, 2), torch.ones(1, 4))(torch.ones(1, 4))"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for variable in ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY"):
+        environment.pop(variable, None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(tmp_path.rglob("*deviceid*")) and not list(tmp_path.rglob("Microsoft"))
+
+
+@pytest.mark.parametrize("folder", ["a new place", "it's"])
+def test_a_path_that_the_compiler_cannot_take_is_told(monkeypatch: pytest.MonkeyPatch, folder: str):
+    monkeypatch.setattr(torch, "__file__", f"/{folder}/torch/__init__.py")
     monkeypatch.setattr(engines, "_present", lambda package: True)
-    sentence = "torch-compile cannot compile against /a new place/torch/__init__.py: set the course up where no folder"
+    sentence = f"torch-compile cannot compile against /{folder}/torch/__init__.py: set the course up where no folder"
     assert engines.available()["torch-compile"].startswith(sentence)
     assert engines.available()["onnxruntime"] == "ready"
 
@@ -525,7 +538,7 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
     assert engines.available()["aotinductor"] == (
         "aotinductor needs g++, which is not installed: install it, or name another C++ compiler in CXX."
     )
-    with pytest.raises(InputError, match=r"openvino needs openvino.*labkit\[engines\]"):
+    with pytest.raises(InputError, match=r"openvino needs openvino.*\./lab setup --with engines"):
         engines.prepare("openvino", nn.Linear(3, 2), torch.randn(1, 3))
     edge = {"executorch": object(), "torchao": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: edge[name] if name in edge else real(name))
