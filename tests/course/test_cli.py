@@ -9,10 +9,9 @@ from urllib.request import url2pathname
 import pytest
 from click.testing import Result
 from commands import labkit
-from run_records import RECORD
 
-from course import cli, notebooks, run
-from labkit import fetch, files, records
+from course import notebooks, run
+from labkit import fetch
 
 
 def reported(result: Result) -> Path:
@@ -177,22 +176,6 @@ def test_a_lesson_is_taken_left_and_begun_again(tmp_path: Path, monkeypatch: pyt
     older = Path(re.search(r"the copy that you had: (.+)", fresh.output)[1])
     assert "pass  # raise" in older.read_text() and "pass  # raise" not in copy.read_text()
     assert "has changed" not in fresh.output and opened == [(copy.name, False), (copy.name, True), (copy.name, True)]
-
-
-@pytest.mark.parametrize("place", ["runs", "workspace/runs", "notebooks/runs"])
-def test_the_report_is_of_all_places_where_a_lesson_leaves_results_and_git_ignores_them(
-    empty_course: Path, monkeypatch: pytest.MonkeyPatch, place: str
-):
-    """By ./lab run, by a learner's copy, and by a lesson that somebody opened in the repository."""
-    monkeypatch.setattr(cli, "RUNS", empty_course / "runs")
-    monkeypatch.setattr(notebooks, "WORKSPACE", empty_course / "workspace")
-    records.write(RECORD, empty_course / place / "01" / "record.json")
-    result = labkit("report")
-    assert result.exit_code == 0 and RECORD.title in reported(result).read_text(), result.output
-    ignored = subprocess.run(
-        ["git", "check-ignore", "--quiet", "--no-index", f"{place}/01/record.json"], cwd=files.ROOT
-    )
-    assert ignored.returncode in (0, 128)  # 128: not a git repository
 
 
 def test_a_worked_answer_is_shown_to_who_asks():
