@@ -12,10 +12,9 @@ import psutil
 import pytest
 from click.testing import Result
 from commands import labkit, wait_until
-from run_records import RECORD
 
-from course import cli, notebooks, run
-from labkit import fetch, files, records
+from course import notebooks, run
+from labkit import fetch
 
 
 def reported(result: Result) -> Path:
@@ -212,22 +211,6 @@ def test_who_ends_the_command_ends_jupyterlab_which_had_nothing_to_warn_of(tmp_p
     finally:
         if server.is_running():
             server.kill()
-
-
-@pytest.mark.parametrize("place", ["runs", "workspace/runs", "notebooks/runs"])
-def test_the_report_is_of_all_places_where_a_lesson_leaves_results_and_git_ignores_them(
-    empty_course: Path, monkeypatch: pytest.MonkeyPatch, place: str
-):
-    """By ./lab run, by a learner's copy, and by a lesson that somebody opened in the repository."""
-    monkeypatch.setattr(cli, "RUNS", empty_course / "runs")
-    monkeypatch.setattr(notebooks, "WORKSPACE", empty_course / "workspace")
-    records.write(RECORD, empty_course / place / "01" / "record.json")
-    result = labkit("report")
-    assert result.exit_code == 0 and RECORD.title in reported(result).read_text(), result.output
-    ignored = subprocess.run(
-        ["git", "check-ignore", "--quiet", "--no-index", f"{place}/01/record.json"], cwd=files.ROOT
-    )
-    assert ignored.returncode in (0, 128)  # 128: not a git repository
 
 
 def test_a_worked_answer_is_shown_to_who_asks():

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from commands import labkit
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
+from run_records import RECORD
 
-from course import hosted, notebooks
-from labkit import fetch, files
+from course import cli, hosted, notebooks
+from labkit import fetch, files, records
 
 HOSTED = files.ROOT / "course" / "hosted.py"
 LESSON = """
@@ -124,3 +126,19 @@ def test_a_copy_names_a_kernel_of_the_course_s_environment_and_runs_in_it_where_
     NotebookClient(copy, kernel_name="", resources={"metadata": {"path": path.parent}}).execute()
     assert copy.cells[-1].outputs[0].text.strip() == sys.prefix
     assert (path.parent / "runs" / "00" / "record.json").exists()
+
+
+@pytest.mark.parametrize("place", ["runs", "workspace/runs", "notebooks/runs"])
+def test_the_report_is_of_all_places_where_a_lesson_leaves_results_and_git_ignores_them(
+    empty_course: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    """By ./lab run, by a learner's copy, and by a lesson that somebody opened in the repository."""
+    monkeypatch.setattr(cli, "RUNS", empty_course / "runs")
+    monkeypatch.setattr(notebooks, "WORKSPACE", empty_course / "workspace")
+    records.write(RECORD, empty_course / place / "01" / "record.json")
+    result = labkit("report")
+    assert result.exit_code == 0 and RECORD.title in (empty_course / place / "report.html").read_text(), result.output
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--quiet", "--no-index", f"{place}/01/record.json"], cwd=files.ROOT
+    )
+    assert ignored.returncode in (0, 128)  # 128: not a git repository

@@ -366,7 +366,7 @@ def _unset(notebook: NotebookNode, tag: str) -> None:
         (lambda n: _replace(n, '"Four rows."', '"The time stays flat."'), "types_no_limiter"),
         (lambda n: _replace(n, "x = x", "ax.plot(x)"), "shows_ideas"),
         (lambda n: _replace(n, "x = x", "lab.record('x', x)"), "shows_ideas"),
-        (_say("Optional: `labkit[engines]`"), "says_where_labkit_comes_from"),
+        (_say("Optional: `labkit" + "[engines]`"), "says_where_labkit_comes_from"),
         (_say("Give `pip install labkit`."), "says_where_labkit_comes_from"),
         (_add(new_code_cell("import torch\nimport labkit")), "says_where_labkit_comes_from"),
         (_say("It took 3.5 ms."), "types_no_measured_number"),
