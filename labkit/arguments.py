@@ -1,0 +1,70 @@
+"""Checks of arguments that are tensors or modules: one sentence for what would fail deep inside torch."""
+
+import torch
+from torch import Tensor, nn
+
+from labkit.errors import InputError
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # those that have arithmetic
+
+
+def check_module(model: object, name: str = "model") -> None:
+    """InputError unless `model` is a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} is {_kind(model)}, but it must be a torch.nn.Module: give the model itself.")
+
+
+def check_tensor(x: object, name: str) -> None:
+    """InputError unless `x` is a dense tensor that has its numbers in memory."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} is {_kind(x)}, but it must be a tensor: make it one with torch.as_tensor.")
+    if x.is_nested or x.layout is not torch.strided:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise InputError(f"{name} is a tensor of layout {layout}, but it must be dense: call .to_dense() first.")
+    if x.is_meta:
+        raise InputError(f"{name} is on the meta device, where tensors have no numbers: load it on a real device.")
+
+
+def check_floats(x: object, name: str = "x") -> None:
+    """InputError unless `x` is a dense tensor of floating-point numbers, at least one."""
+    check_tensor(x, name)
+    if x.dtype not in FLOATS or not x.numel():
+        raise InputError(f"{name} is {x.dtype} {list(x.shape)}, but it must hold floating-point numbers, at least one.")
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """InputError unless these floating-point tensors, by name, have one dtype and one device."""
+    for name, x in tensors.items():
+        check_floats(x, name)
+    if len({(x.dtype, x.device) for x in tensors.values()}) > 1:
+        places = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in tensors.items())
+        raise InputError(f"All must have one dtype and one device, but got {places}: convert them with .to.")
+
+
+def check_shapes(**tensors: tuple[Tensor, str]) -> dict[str, int]:
+    """The size of each dimension, by its letters; InputError unless tensors with a letter in common have one size.
+
+    tensors: (tensor, its dimensions), such as q=(q, "B H Q D"). No dimension may be empty.
+    """
+    sizes: dict[str, int] = {}
+    fits = True
+    for x, form in tensors.values():
+        letters = form.split()
+        fits &= x.dim() == len(letters)
+        for letter, size in zip(letters, x.shape, strict=False):
+            fits &= 0 < size == sizes.setdefault(letter, size)
+    if not fits:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, (x, _) in tensors.items())
+        forms = ", ".join(f"{name} [{', '.join(form.split())}]" for name, (_, form) in tensors.items())
+        raise InputError(f"{shapes} do not fit together: give {forms}.")
+    return sizes
+
+
+def check_groups(heads: int, groups: int) -> None:
+    """InputError unless the query heads can be shared out evenly among the heads of keys and values."""
+    if heads % groups:
+        raise InputError(f"{heads} query heads do not fit {groups} of keys and values: H must be a multiple of Hkv.")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
