@@ -293,6 +293,13 @@ def test_what_is_written_in_place_channel_by_channel_can_go(fn):
     assert difference(pruned, model, x) < 1e-12
 
 
+def test_an_activation_that_is_moved_to_the_device_of_a_constant_can_go():
+    model, x = Beside(lambda x: x.to(MASK.device) * 2).eval(), torch.randn(2, 6)
+    pruned = prune(model, x, ratio=0.5, scope="layer")
+    assert pruned.model.first.out_features == 4 and pruned.report.equal
+    assert difference(pruned, model, x) < 1e-12
+
+
 def test_of_what_is_cut_at_a_number_in_the_code_the_part_behind_it_can_go():
     model, x = Beside(lambda x: torch.cat([x[:, :2] * 2, x[:, 2:]], 1)).eval(), torch.randn(2, 6)
     pruned = prune(model, x, ratio=0.5, scope="layer")

@@ -227,6 +227,8 @@ class Abstract(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
         elif torch.device(kwargs.get("device") or "cpu").type == "meta" or _is_state(name, args, leaves):
             kwargs["device"] = torch.device("cpu" if _exact(name, args, kwargs, leaves) else "meta")
+        if touched and kwargs.get("device") is not None:  # that of a real operand elsewhere in the model
+            kwargs["device"] = torch.device("meta")
         try:
             if touched and not real and (kind := _kind(func)):  # torch takes 0.3 ms for a sum: once for each shape
                 layout = _layout(func, _frozen(args), _frozen(tuple(kwargs.items())))
