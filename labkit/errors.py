@@ -3,7 +3,7 @@
 The command line prints these without a traceback; any other exception is a bug of labkit and keeps its traceback.
 """
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from numbers import Integral
 
 
@@ -33,5 +33,5 @@ def check_whole(value: object, name: str, least: int = 1, most: int | None = Non
 
 def check_choice(value: object, choices: Collection[str], what: str) -> None:
     """InputError unless `value` is one of `choices`."""
-    if not isinstance(value, Hashable) or value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")
