@@ -19,7 +19,6 @@ T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 24, "num_layer
 NEO = {**SIZES, "attention_types": [[["global", "local", "global"], 1]], "intermediate_size": 24}
 LATENT = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10}
 FALCON = {**BERT, "ffn_hidden_size": 24, "num_kv_heads": 2}
-STABLELM = {**LLAMA, "qk_layernorm": True}
 NAMES = {  # of a size in the configs
     "width": ("hidden_size", "n_embd", "dim", "d_model", "word_embed_proj_dim"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
@@ -74,7 +73,7 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "roformer": _build("RoFormerForSequenceClassification", **BERT, is_decoder=False),  # positions in pairs
     "modernbert": _build("ModernBertForSequenceClassification", **BERT),
 }
-MORE = {"stablelm": _build("StableLmForCausalLM", **STABLELM)}  # with a norm for each head
+MORE = {"stablelm": _build("StableLmForCausalLM", **LLAMA)}  # rotary positions in a quarter of a head
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "neox", "falcon", "olmo2", "codegen")
 DECODERS += ("gpt_neo", "phi3", "deepseek")
 GROUPED = ("llama", "qwen2", "qwen3", "mistral", "olmo2")  # two KV heads with two query heads each

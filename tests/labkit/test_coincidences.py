@@ -9,9 +9,10 @@ from families import FAMILIES, MORE, family
 
 from labkit.pruning import anatomy, channels, depth, transformers
 
+ALL = "one width for all"
 CASES = {
     "heads as wide as they are many": {"width": 16, "heads": 4, "head_size": 4, "kv_heads": 2},
-    "one width for all": {"width": 16, "heads": 4, "head_size": 4, "kv_heads": 4, "neurons": 16, "vocabulary": 16},
+    ALL: {"width": 16, "heads": 4, "head_size": 4, "kv_heads": 4, "neurons": 16, "vocabulary": 16},
     "as many heads as layers and examples": {"width": 24, "heads": 3, "head_size": 8, "kv_heads": 3},
 }
 IN_FOUR_BLOCKS = ("codegen",)  # which three heads do not make
@@ -36,8 +37,7 @@ KINDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "kind"), [*((case, "heads") for case in CASES), (ALL, "neurons"), (ALL, "channels")])
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
 def test_sizes_that_coincide_are_told_apart(name, case, kind):
     if name in IN_FOUR_BLOCKS and CASES[case]["heads"] % 4:
