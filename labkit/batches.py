@@ -5,10 +5,12 @@ data. Moves nothing between devices, and trains nothing (see `training`).
 """
 
 import inspect
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,13 +23,15 @@ IGNORED = -100  # the label that cross-entropy leaves out
 
 @contextmanager
 def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Inside, every submodule is in eval mode; afterwards modes and torch's random state are as before, errors or not.
+    """Inside, every submodule is in eval mode; afterwards modes and random states are as before, errors or not.
 
+    Random states are those of torch, numpy and Python.
     seed: for torch's generators inside; None leaves them where they are.
     """
     check_module(model)
     modes = [(module, module.training) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -38,6 +42,8 @@ def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
                 module.training = False
             yield
         finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
             for module, training in modes:
                 module.training = training
 

@@ -19,22 +19,34 @@ T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 24, "num_layer
 NEO = {**SIZES, "attention_types": [[["global", "local", "global"], 1]], "intermediate_size": 24}
 LATENT = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10}
 FALCON = {**BERT, "ffn_hidden_size": 24, "num_kv_heads": 2}
+NAMES = {  # of a size in the configs
+    "width": ("hidden_size", "n_embd", "dim", "d_model", "word_embed_proj_dim"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_size": ("head_dim", "d_kv"),
+    "neurons": ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "d_ff", "ffn_hidden_size"),
+    "vocabulary": ("vocab_size",),
+}
 
 
-def _build(name: str, **options) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
+def _build(name: str, **options) -> Callable[..., nn.Module]:
+    def build(**sizes: int) -> nn.Module:
+        """sizes: see NAMES; those that the config does not have are left out."""
         import transformers
 
         from labkit.models import quietly
 
+        if options.keys() >= LATENT.keys():
+            sizes.pop("kv_heads", None)  # one for each head
+        new = {name: n for size, n in sizes.items() for name in NAMES[size] if name in options}
         with quietly():
             kind = getattr(transformers, name)
-            return kind(kind.config_class(**options))
+            return kind(kind.config_class(**options | new))
 
     return build
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "bert": _build("BertForSequenceClassification", **BERT),
     "roberta": _build("RobertaForSequenceClassification", **BERT),
     "distilbert": _build("DistilBertForSequenceClassification", **DISTILBERT),
@@ -61,16 +73,17 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "roformer": _build("RoFormerForSequenceClassification", **BERT, is_decoder=False),  # positions in pairs
     "modernbert": _build("ModernBertForSequenceClassification", **BERT),
 }
+MORE = {"stablelm": _build("StableLmForCausalLM", **LLAMA)}  # rotary positions in a quarter of a head
 DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "neox", "falcon", "olmo2", "codegen")
 DECODERS += ("gpt_neo", "phi3", "deepseek")
 GROUPED = ("llama", "qwen2", "qwen3", "mistral", "olmo2")  # two KV heads with two query heads each
 
 
-def family(name: str) -> nn.Module:
-    """The model with random weights, scales and biases, the same at every call, in eval mode."""
+def family(name: str, **sizes: int) -> nn.Module:
+    """The model with random weights, scales and biases, the same at every call, in eval mode. sizes: see NAMES."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = FAMILIES[name]().eval()
+        model = {**FAMILIES, **MORE}[name](**sizes).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # a mistaken slice shows, and attention looks at some tokens only
                 parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_module
 from labkit.errors import InputError
+from labkit.pruning.arguments import check_mapping
 from labkit.pruning.coupling import Coupling, tracing
 from labkit.pruning.coupling.labels import span_at
 from labkit.pruning.coupling.rules import Record
@@ -152,6 +154,15 @@ def configs(model: nn.Module) -> Iterator[Any]:
     """Every config object in the model, once: an encoder-decoder's two halves have copies of their own."""
     held = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
     yield from {id(config): config for config in held}.values()
+
+
+def called_with(model: nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`kwargs`, or an `example` where they are None; InputError where they are no {name: value}."""
+    check_module(model)
+    if kwargs is None:
+        return example(model)
+    check_mapping(kwargs, "kwargs", "name: value")
+    return dict(kwargs)
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:

@@ -7,14 +7,17 @@ of groups, and the parameters, multiply-adds and bytes that are left.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_module
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import equality, surgery
+from labkit.pruning.arguments import check_mapping, check_several
 from labkit.pruning.coupling import Coupling, Group, arguments
 from labkit.pruning.coupling.groups import failing
 from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores
@@ -73,9 +76,9 @@ def prune(
     options: of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn, seed).
 
     Groups without which the proof fails stay whole, and the plan's rows say so. Raises InputError where nothing can be
-    pruned, and EqualityError if the pruned model is still not equal to the dense one whose weights do not read the
-    removed channels: a model that fails is never returned. `model` stays as it was: make the optimizer after the cut,
-    for the new model.
+    pruned or no number of the output can be compared, and EqualityError if the pruned model is still not equal to the
+    dense one whose weights do not read the removed channels: a model that fails is never returned. `model` stays as it
+    was: make the optimizer after the cut, for the new model.
     """
     if remove is not None:
         return apply(model, plan(model, args, kwargs, ratio=ratio, remove=remove, **options), args, kwargs, check=check)
@@ -102,6 +105,9 @@ def apply(
     if not isinstance(check, bool):
         args, kwargs = ((), check) if isinstance(check, Mapping) else (check, None)
     args, kwargs = arguments(args, kwargs)
+    check_module(model)
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan is a {type(plan).__name__}, but it must be a Plan: plan(model, ...) makes one.")
     cut = surgery.cut(model, plan.kept, plan.attributes)
     if check is False:
         return Pruned(cut, plan, None)
@@ -139,8 +145,7 @@ def plan(
     if sum(x is not None for x in (ratio, macs, remove)) != 1:
         raise InputError("Give exactly one of ratio, macs and remove: the one that the plan is to follow.")
     if remove is not None:
-        if not isinstance(remove, Mapping):
-            raise InputError(f"remove is a {type(remove).__name__}, but it must be {{layer or parameter: channels}}.")
+        check_mapping(remove, "remove", "layer or parameter: channels")
         if unused := set(options) - {"within_groups"}:
             raise InputError(f"remove says which channels go, so that {min(unused)} has no meaning: leave it out.")
         coupling = Coupling.of(model, args, kwargs, **options)
@@ -179,6 +184,7 @@ def _units(model: nn.Module, coupling: Coupling, remove: Mapping[Part, Iterable[
         if not makers:
             why = next((f" ({why})" for what, why in coupling.unprunable if inside(what.split()[0], name)), "")
             raise InputError(f"remove names {name!r}, which makes no channels that can go{why}: see coupling.trace.")
+        check_several(channels, f"remove[{name!r}]")
         for channel in channels:
             check_whole(channel, f"a channel of {name!r}", least=0, most=len(makers[0][1].units) - 1)
             unit = [(group.name, int(m.units[channel])) for group, m in makers if m.units[channel] >= 0]
@@ -198,13 +204,15 @@ def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequenc
     Raises InputError for a group or a unit that does not exist, for all units of a group, and for linked groups that
     do not lose the same fraction.
     """
+    check_mapping(units, "units", "group or parameter: numbers")
     groups, removed = coupling.groups, {}
     for name, numbers in units.items():
+        check_several(numbers, f"units[{name!r}]")
         for i in _named(model, coupling, name, "units"):
             n = groups[i].units
             goes = torch.zeros(n, dtype=torch.bool)
             for unit in numbers:
-                if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < n:
+                if isinstance(unit, bool) or not isinstance(unit, Integral) or not 0 <= unit < n:
                     raise InputError(f"units has {unit!r} for {name!r}, whose units are numbered 0 to {n - 1}.")
                 goes[unit] = True
             if goes.all():

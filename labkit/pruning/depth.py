@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_module
 from labkit.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
 from labkit.blocks import hidden, layers_of, loss_increases, skipping
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import anatomy, surgery
+from labkit.pruning.arguments import check_several
 from labkit.pruning.coupling import tracing
 from labkit.pruning.coupling.returned import outputs
 from labkit.pruning.equality import Report, difference
@@ -48,6 +50,7 @@ def layer_importance(
 
     Raises InputError for a bad argument, or a model with no or several lists of layers (T5).
     """
+    check_module(model)
     check_choice(method, METHODS, "method")
     layers = layers_of(model)
     check_whole(n, "n", most=len(layers))
@@ -100,12 +103,15 @@ def prune_layers(
     `plan.kept` names the parameters of removed layers, with no index kept. Raises InputError for a bad index, a layer
     without which the others do not fit together, or a model with no or several lists of layers (T5).
     """
-    every, gone = layers_of(model), set(layers)
-    for layer in gone:
+    check_module(model)
+    check_several(layers, "layers")
+    every, layers = layers_of(model), list(layers)
+    for layer in layers:
         anatomy.check_index(layer, len(every), "layer")
+    gone = set(layers)
     if not 0 < len(gone) < len(every):
         raise InputError(f"{len(gone)} of {len(every)} layers would go: name at least one, and leave at least one.")
-    kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
+    kwargs = anatomy.called_with(model, kwargs)
     name, stays = anatomy.stack(model), [i for i in range(len(every)) if i not in gone]
     attributes: dict[str, dict[str, int]] = {}
     for path, key in _counters([layer for _, layer in every]):

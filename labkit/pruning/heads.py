@@ -9,16 +9,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_module
 from labkit.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
 from labkit.blocks import layers_of, loss_increases
-from labkit.errors import InputError, check_choice
+from labkit.errors import InputError, check_choice, check_whole
 from labkit.pruning import anatomy
 from labkit.pruning.anatomy import Attention
+from labkit.pruning.arguments import check_real, seeded
 from labkit.pruning.coupling import tracing
 from labkit.pruning.scores import input_taylor, reading
 
@@ -55,6 +58,7 @@ def head_importance(
 
     Raises InputError for an unknown method, no batches, or a model without heads. The model stays as it was.
     """
+    check_module(model)
     check_choice(method, METHODS, "method")
     if method == "gate":
         return learn_gates(model, batches, loss_fn=loss_fn, seed=seed)
@@ -101,11 +105,12 @@ def lowest_heads(importance: Tensor, n: int) -> dict[int, list[int]]:
     importance: [layers, heads], NaN where there is no head. Of equal scores the first goes first. One head stays in
     every layer; what a layer may not give, the next lowest of the others gives. InputError if `n` heads cannot go.
     """
+    check_real(importance, "importance")
     if importance.dim() != 2 or not len(importance):
         raise InputError(f"importance has the shape {list(importance.shape)}, but it must be [layers, heads].")
     exists = ~importance.isnan()
     most = int((exists.sum(1) - 1).clamp_min(0).sum())
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+    if isinstance(n, bool) or not isinstance(n, Integral) or not 1 <= n <= most:
         raise InputError(
             f"n is {n!r}, but from 1 to {most} heads can go: one stays in each of {len(importance)} layers."
         )
@@ -129,7 +134,12 @@ def gated(model: nn.Module, gates: Tensor) -> Iterator[None]:
 
     gates: [layers, heads].
     """
-    with scaling(model, anatomy.attentions(model), gates):
+    parts = anatomy.attentions(model)
+    shape = [len(parts), max(part.heads for part in parts)]
+    check_real(gates, "gates")
+    if list(gates.shape) != shape:
+        raise InputError(f"gates has the shape {list(gates.shape)}, but it must be [layers, heads], {shape} here.")
+    with scaling(model, parts, gates):
         yield
 
 
@@ -157,6 +167,9 @@ def learn_gates(
 
     batches: read `epochs` times. loss_fn: as in `head_importance`. seed: the same one gives the same gates.
     """
+    check_module(model)
+    check_whole(epochs, "epochs")
+    seed = seeded(seed).initial_seed()
     parts, batches = _attentions(model, check_batches(batches, "gate"))
     device = next(model.parameters()).device
     logits = [torch.full((part.heads,), 2.0, device=device, requires_grad=True) for part in parts]  # 3 % are closed

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError
 from labkit.pruning import blockwise
+from labkit.pruning.arguments import check_real
 from labkit.pruning.pattern import check_pattern, is_nm, mask
 from labkit.storage import FORMATS
 
@@ -20,6 +21,8 @@ __all__ = ["compress", "decompress", "is_nm", "kept_energy", "mask", "prune"]
 
 def kept_energy(weight: Tensor, keep: Tensor) -> float:
     """sum(w^2 where keep) / sum(w^2), summed in float64: 1 if nothing that matters goes, and for a weight of zeros."""
+    check_real(weight, "weight")
+    check_real(keep, "keep")
     if keep.dtype != torch.bool or keep.shape != weight.shape:
         raise InputError(
             f"keep is {keep.dtype} {list(keep.shape)}, but it must be torch.bool of the weight's shape "
@@ -43,6 +46,7 @@ def compress(weight: Tensor) -> Compressed:
 
     Value for value what comes back from `decompress`, NaN included; a -0.0 that is not kept comes back as 0.0.
     """
+    check_real(weight, "weight")
     parts = FORMATS["nm"].pack(weight)
     if parts is None:
         raise InputError(
@@ -54,6 +58,8 @@ def compress(weight: Tensor) -> Compressed:
 
 def decompress(compressed: Compressed) -> Tensor:
     """The dense weight that was compressed, contiguous, on the device of its values."""
+    if not isinstance(compressed, Compressed):
+        raise InputError(f"What is decompressed is a {type(compressed).__name__}, but compress makes a Compressed.")
     return FORMATS["nm"].unpack(compressed._asdict(), compressed.shape)
 
 

@@ -7,6 +7,7 @@ at a time; `nm` has the same names for its users and prunes models.
 import torch
 from torch import Tensor
 
+from labkit.arguments import check_tensor
 from labkit.errors import InputError
 from labkit.pruning import native
 
@@ -62,6 +63,7 @@ def check_pattern(n: int, m: int) -> None:
 
 
 def _input_width(weight: Tensor) -> int:
+    check_tensor(weight, "weight")
     if weight.dim() < 1 or weight.is_complex() or weight.dtype == torch.bool:
         raise InputError(
             f"A weight of {weight.dim()} dimensions and {weight.dtype} has no N:M pattern: give real numbers as "

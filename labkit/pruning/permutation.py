@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError
 from labkit.pruning import coupling, equality, surgery, unstructured
+from labkit.pruning.arguments import check_loaded, check_real
 from labkit.pruning.pattern import check_pattern
 from labkit.pruning.select import prunable
 
@@ -26,6 +27,7 @@ def search(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
     scores: not negative, no NaN, in a multiple of m columns. Deterministic. Memory 4 (in^2 + 2 rows in) bytes.
     """
     check_pattern(n, m)
+    check_real(scores, "scores")
     if scores.dim() != 2 or scores.shape[1] % m or not (scores >= 0).all():
         raise InputError(
             f"scores are {list(scores.shape)}, but they must be [rows, in] with in a multiple of m = {m}, none of them "
@@ -86,6 +88,7 @@ def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None =
     args, kwargs: an example input, as for `coupling.trace`, which finds what has to be reordered together. Prune the
     result with `nm.prune`. What cannot be reordered (inputs, outputs, attention heads) stays where it is.
     """
+    check_loaded(model)
     if unstructured.masks(model):
         raise InputError("The model is pruned already: permute the dense model and prune that.")
     args, kwargs = coupling.arguments(args, kwargs)

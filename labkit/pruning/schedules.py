@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError, check_whole
+from labkit.pruning.arguments import check_function, check_mapping, check_several, seeded
 from labkit.pruning.select import fraction, named_parts
 from labkit.pruning.unstructured import make_permanent, masks, prune, with_masks
 
@@ -63,6 +64,9 @@ def iterative(
         lottery ticket loads the state of the start before it trains.
     seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn, ignore); batches are read once a round.
     """
+    check_several(schedule, "schedule")
+    check_function(fine_tune, "fine_tune")
+    seed = seeded(seed).initial_seed()
     schedule = tuple(fraction(step, "a step of the schedule") for step in schedule)
     if not schedule or any(later < earlier for earlier, later in itertools.pairwise(schedule)):
         raise InputError(
@@ -86,6 +90,10 @@ def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         which is the control of both.
     """
     _masks(model)
+    check_mapping(state, "state", "name: tensor")
+    for name, x in state.items():
+        if not isinstance(x, Tensor):
+            raise InputError(f"state[{name!r}] is a {type(x).__name__}, but it must be a tensor: give a state_dict.")
     expected, shapes = ({name: x.shape for name, x in each.items()} for each in (model.state_dict(), state))
     if wrong := [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]:
         raise InputError(
@@ -98,7 +106,7 @@ def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 def random_ticket(model: nn.Module, state: Mapping[str, Tensor], *, seed: int = 0) -> nn.Module:
     """`rewind` with the mask of every weight shuffled: as many weights a layer, but not the ones that pruning chose."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     shuffled = {}
     for name, mask in _masks(model).items():
         order = torch.randperm(mask.numel(), generator=generator).to(mask.device)

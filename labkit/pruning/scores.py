@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from labkit.batches import batch_loss, check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
 from labkit.errors import InputError, check_choice
 from labkit.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
+from labkit.pruning.arguments import check_real, seeded
 from labkit.pruning.coupling import Group, Member
 from labkit.pruning.select import count_to_prune, prunable
 
@@ -161,10 +162,11 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
     A weight that the batches never reached has no entry. The model is left as it was. Scores are at least float32.
     """
     check_criterion(criterion, batches, CRITERIA)
+    seed = seeded(seed).initial_seed()
     row, weights = CRITERIA[criterion], prunable(model)
     parameters = {name: weight.parameter for name, weight in weights.items()}
     if not row.needs_data:
-        options = (torch.Generator().manual_seed(seed),) if criterion == "random" else ()
+        options = (seeded(seed),) if criterion == "random" else ()
         return {name: row.score(wide(p), *options) for name, p in parameters.items()}
     if row.gradient:
         term = lambda gradients: {name: row.gradient(g) for name, g in gradients.items()}  # noqa: E731
@@ -209,6 +211,8 @@ def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
         H^-1 -= H^-1[:, q] H^-1[q, :] / [H^-1]_qq
     Every row has its own H^-1: time out * k * in^2, memory 128 MiB at a time. For layers of some hundred inputs.
     """
+    check_real(weight, "weight")
+    check_real(inputs, "inputs")
     if weight.dim() != 2 or inputs.dim() != 2 or inputs.shape[1] != weight.shape[1] or not len(inputs):
         raise InputError(
             f"weight is {list(weight.shape)} and inputs {list(inputs.shape)}, but they must be [out, in] and [N, in]: "
@@ -266,7 +270,8 @@ def unit_scores(
         scores = UNIT_CRITERIA[criterion](model, groups, batches, loss_fn, seed)
     what = repr(criterion) if isinstance(criterion, str) else "of the caller"
     for i, values in scores.items():
-        if not isinstance(values, Tensor) or values.shape != (groups[i].units,):
+        check_real(values, f"criterion for {groups[i].name!r}")
+        if values.shape != (groups[i].units,):
             raise InputError(f"The scores of {groups[i].name!r} must be a tensor of shape [{groups[i].units}].")
         scores[i] = values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32))
         if values.isnan().any():
@@ -282,6 +287,7 @@ def _given(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tenso
     for name in set(scores) - {m.name for members in makers.values() for m in members}:
         raise InputError(f"criterion has scores for {name!r}, which makes no channels that can go: leave it out.")
     for m in (m for members in makers.values() for m in members):
+        check_real(scores[m.name], f"criterion for {m.name!r}")
         if scores[m.name].shape != (len(m.units),):
             raise InputError(f"criterion must have {len(m.units)} scores for {m.name!r}: one for each output channel.")
     return per_unit(lambda name, _: scores[name].detach(), groups, makers)
@@ -389,7 +395,7 @@ def fpgm(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
 
 def unit_random(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
     """Uniform in [0, 1) from `seed`: the baseline."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {i: random(torch.empty(group.units), generator) for i, group in enumerate(groups)}
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from labkit.arguments import check_module
 from labkit.errors import InputError, check_whole
+from labkit.pruning.arguments import check_real
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # the matrices of a mixture's experts, in transformers
@@ -31,6 +33,7 @@ def fraction(value: object, name: str = "sparsity") -> float:
 
 def count_to_prune(n: int, sparsity: float) -> int:
     """How many of `n` the fraction `sparsity` is, to the nearest whole one: 10 at 0.9 gives 9, 5 at 0.5 gives 3."""
+    check_whole(n, "n", least=0)
     return math.floor(n * fraction(sparsity) + 0.5)
 
 
@@ -41,6 +44,9 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
     dim: None ranks the whole tensor in its flattened order; a dimension ranks every slice along it by itself.
     Returns a bool tensor of the shape and device of `scores`.
     """
+    check_real(scores, "scores")
+    if dim is not None:
+        check_whole(dim, "dim", least=-scores.dim(), most=scores.dim() - 1)
     n = scores.numel() if dim is None else scores.shape[dim]
     check_whole(k, "k", least=0, most=n)
     if scores.isnan().any():
@@ -131,6 +137,7 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
     Not there: biases, norms, embeddings (unless a Linear shares them), transposed convolutions, recurrent cells,
     routers of mixtures, and other weights kept outside such modules.
     """
+    check_module(model)
     weights: dict[str, Weight] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -146,6 +153,7 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
 
 def computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Prunable weights that are no parameters themselves: (name, what computes it, value in the forward pass)."""
+    check_module(model)
     for path, module in model.named_modules():
         for attribute in _attributes(module):
             name = f"{path}.{attribute}" if path else attribute
@@ -158,6 +166,7 @@ def computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Module], argument: str) -> list[str]:
     """`parts`, one or several, as names; an InputError about `argument` if one is no module or parameter of `model`."""
+    check_module(model)
     several = isinstance(parts, Iterable) and not isinstance(parts, (str, nn.Module))
     parts = list(parts) if several else [parts]
     name_of = {module: name for name, module in model.named_modules()}

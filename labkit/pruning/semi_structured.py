@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
+from labkit.arguments import check_module
 from labkit.errors import InputError, check_choice
 from labkit.pruning.pattern import is_nm
 
@@ -44,6 +45,8 @@ def refusal(weight: Tensor, *, dtype: torch.dtype | None = None, backend: str | 
     dtype: what it would be converted to, its own by default. backend: "cusparselt", "cutlass", or the one that torch
     uses here. Looks at dimensions, dtype, shape and pattern, not at the device: `available` does.
     """
+    if not isinstance(weight, Tensor):
+        raise InputError(f"weight is a {type(weight).__name__}, but it must be a torch.Tensor.")
     backend = backend_in_use() if backend is None else backend
     rules, dtype = shapes(backend), weight.dtype if dtype is None else dtype
     if weight.dim() != 2:
@@ -78,6 +81,7 @@ def available() -> str:
 
 def plan(model: nn.Module, *, dtype: torch.dtype = torch.float16, backend: str | None = None) -> list[Candidate]:
     """What would run on 2:4 kernels: a row for every nn.Linear; needs no GPU."""
+    check_module(model)
     return [
         Candidate(f"{name}.weight".lstrip("."), refusal(linear.weight, dtype=dtype, backend=backend))
         for name, linear in model.named_modules()

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from labkit.errors import InputError
 from labkit.pruning import channels
+from labkit.pruning.arguments import check_function, check_several
 from labkit.pruning.select import fraction
 
 
@@ -60,6 +61,8 @@ def scan(
     evaluate(model) -> float: the metric, on the same data each time; it gets a pruned copy in the mode of `model`.
     Linked groups are pruned together. progress: show a bar. options: of `channels.Choice`.
     """
+    check_function(evaluate, "evaluate")
+    check_several(ratios, "ratios")
     ratios = sorted({fraction(ratio, "a ratio") for ratio in ratios})
     if not ratios:
         raise InputError("ratios is empty: give at least one fraction of channels to remove.")

@@ -109,6 +109,10 @@ def costs(out_features: int, in_features: int, nonzeros: int, batch_size: int) -
     and each call of a sparse format 200,000 more. Fitted to calls from 64 x 64 to 4096 x 4096 at 0 to 95 % zeros on a
     CPU with AVX-512; the ratios are not measured anew on yours: benchmarks/sparse_linear.py does that.
     """
+    for name, value in {"out_features": out_features, "in_features": in_features, "batch_size": batch_size}.items():
+        check_whole(value, name)
+    check_whole(nonzeros, "nonzeros", least=0, most=out_features * in_features)
+    batch_size = int(batch_size)  # numpy's integers multiply lists
     size, call = out_features * in_features, 200_000
     dense = size * (batch_size + (8 if size < 2**21 else 20))
     units = {"dense": dense / 2 if batch_size == 1 else float(dense), "csr": nonzeros * (45 + 6 * batch_size) + call}
@@ -245,6 +249,8 @@ def random_weight(out_features: int, in_features: int, sparsity: float, *, block
 
     What a product costs depends on where the zeros are, not on the values. block = 1 is unstructured.
     """
+    for name, value in {"out_features": out_features, "in_features": in_features, "block": block}.items():
+        check_whole(value, name)
     if block < 1 or out_features % block or in_features % block:
         raise InputError(
             f"{out_features} x {in_features} does not divide into blocks of {block}: give a block that divides both."

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from labkit.errors import InputError
 from labkit.hessians import check_layer, inverse_factor
+from labkit.pruning.arguments import check_real
 from labkit.pruning.pattern import check_pattern
 from labkit.pruning.select import count_to_prune, fraction, lowest_k
 
@@ -34,6 +35,8 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern = (2, 4)) -> tup
     An input that is always zero is removed and takes no part. Time O(in^3 + out in^2), memory O(in^2) in float64.
     """
     check_pattern_or_fraction(pattern)
+    check_real(weight, "weight")
+    check_real(hessian, "hessian")
     check_layer(weight, hessian)
     if isinstance(pattern, tuple) and weight.shape[1] % pattern[1]:
         raise InputError(f"The width {weight.shape[1]} is no multiple of m = {pattern[1]}: pad it with zero columns.")

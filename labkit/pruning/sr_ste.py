@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from labkit.arguments import check_module
 from labkit.errors import InputError
 from labkit.pruning import unstructured
+from labkit.pruning.arguments import check_loaded
 from labkit.pruning.blockwise import check_widths, weights_of
 from labkit.pruning.pattern import check_pattern, mask
 from labkit.pruning.select import named_parts, prunable
@@ -28,6 +30,7 @@ def prepare(model: nn.Module, n: int = 2, m: int = 4, *, ignore: str | Iterable[
     `finish` makes the trained model plain. `unstructured.sparsity` and `artifact.size` see what the forward pass sees.
     """
     check_pattern(n, m)
+    check_loaded(model)
     unstructured.refuse_foreign(model)
     if unstructured.masks(model):
         raise InputError("The model holds masks already, and pruned weights do not move: make_permanent it first.")
@@ -44,6 +47,7 @@ def prepare(model: nn.Module, n: int = 2, m: int = 4, *, ignore: str | Iterable[
 
 def finish(model: nn.Module) -> nn.Module:
     """A copy of a `prepare`d model whose weights are exactly n:m, held by fixed masks as in what `nm.prune` returns."""
+    check_module(model)
     if not any(True for _ in _moving(model)):
         raise InputError("The model has no weights with moving masks: give one that sr_ste.prepare returned.")
     fixed = copy.deepcopy(model)

@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from labkit.arguments import check_module
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
 from labkit.pruning import anatomy
+from labkit.pruning.arguments import check_loaded, check_several
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.coupling.fits import Attributes, Keep, set_attributes_, shape, tensors_of
 from labkit.pruning.coupling.tracing import batch_experts_, collecting_later, duplicate_model
@@ -100,6 +102,7 @@ def cut(
 
     Where the widths of experts no longer suit torch's product of groups, transformers multiplies them in batches.
     """
+    check_module(model)
     named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     for name, dims in keep.items():
         x = named.get(name)
@@ -166,6 +169,11 @@ def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
     written, those outside the state dict too, and the whole numbers of its configs. Raises InputError where `load`
     could not give it back, since the model is not what the plans made of it, and for a sparse tensor.
     """
+    check_loaded(model)
+    check_several(plans, "plans")
+    plans = list(plans)
+    if strange := [plan for plan in plans if not isinstance(plan, Plan)]:
+        raise InputError(f"plans has a {type(strange[0]).__name__}: give the plans that the model was cut by.")
     shapes = {name: x.shape for name, x in tensors_of(model)}
     if sparse := [name for name, x in tensors_of(model) if x.layout is not torch.strided]:
         raise InputError(f"{sparse[0]!r} is sparse, which the file cannot hold: register it again as to_dense().")
@@ -193,6 +201,7 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
 
     Raises DataError if the file is missing or damaged, InputError if it is of another architecture or dtype.
     """
+    check_module(model)
     try:
         with safe_open(file, "pt") as stored:
             content = json.loads(stored.metadata()["labkit.pruning"])

@@ -19,6 +19,7 @@ from labkit.errors import InputError, check_choice, check_whole
 from labkit.models import quietly
 from labkit.pruning import anatomy, channels
 from labkit.pruning.anatomy import Attention, FeedForward
+from labkit.pruning.arguments import check_mapping, check_several, seeded
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.heads import head_importance, lowest_heads
 from labkit.pruning.scores import input_squares, input_taylor, norms
@@ -51,7 +52,7 @@ def prune_heads(
     (Llama; not BERT, whose head size is width / heads). Raises InputError for heads that do not exist or cannot go, and
     EqualityError if the proof fails.
     """
-    kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
+    kwargs = anatomy.called_with(model, kwargs)
     try:
         coupling, parts, cuts = _cuts(model, heads, kwargs, whole_heads=True)
     except InputError as error:
@@ -111,14 +112,15 @@ def _cuts(
 
 def _removed(parts: Sequence[Attention], heads: Mapping[int, Iterable[int]]) -> dict[int, frozenset[int]]:
     """{layer: heads} without empty ones; InputError for an index that does not exist."""
-    if not isinstance(heads, Mapping):
-        raise InputError(f"heads is a {type(heads).__name__}, but it must be {{layer: [head, ...]}}.")
+    check_mapping(heads, "heads", "layer: [head, ...]")
     removed = {}
     for layer, gone in heads.items():
         anatomy.check_index(layer, len(parts), "layer")
-        removed[int(layer)] = gone = frozenset(gone)
+        check_several(gone, f"heads[{layer}]")
+        gone = list(gone)
         for head in gone:
             anatomy.check_index(head, parts[layer].heads, f"layer {layer}'s head")
+        removed[int(layer)] = gone = frozenset(gone)
         if len(gone) == parts[layer].heads:
             raise InputError(
                 f"Layer {layer} would lose all of its {len(gone)} heads: leave at least one, or remove the layer with "
@@ -228,7 +230,7 @@ def prune_ffn(
     check_whole(round_to, "round_to")
     if criterion in ("wanda", "taylor"):
         check_batches(batches, criterion)
-    kwargs = anatomy.example(model) if kwargs is None else dict(kwargs)
+    kwargs = anatomy.called_with(model, kwargs)
     coupling = Coupling.of(model, (), kwargs)
     parts = anatomy.feed_forwards(model, coupling)
     units, widths = {}, set()
@@ -257,7 +259,7 @@ def _neuron_scores(
     """For each network [neurons] on the CPU, higher is more important; see `prune_ffn`."""
     groups, downs = [coupling.groups[part.group] for part in parts], [part.down for part in parts]
     if criterion == "random":
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         return [torch.rand(group.units, generator=generator, dtype=torch.float64) for group in groups]
     weights = {name for name, _ in model.named_parameters()}
     if criterion != "magnitude" and (experts := weights & set(downs)):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError, check_choice
+from labkit.pruning.arguments import check_loaded, check_mapping, check_real
 from labkit.pruning.scores import saliency
 from labkit.pruning.select import Weight, computed, count_to_prune, fraction, inside, lowest_k, named_parts, prunable
 
@@ -71,6 +72,7 @@ def sparsity(model: nn.Module, *, ignore: str | Iterable[str] = ()) -> float:
     once. An optimizer may have moved a pruned weight since the last forward pass: it is zero in the next one, and here.
     Warns of weights in stacks of matrices that are not counted (`prune`).
     """
+    check_loaded(model)
     parts = named_parts(model, ignore, "ignore")
     zero = [value == 0 for name, _, value in computed(model) if not any(inside(name, part) for part in parts)]
     weights = _included(model, parts) if zero else targets(model, parts)
@@ -88,7 +90,9 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `model` that holds `masks` ({name of a prunable weight: bool tensor of its shape, True where kept})."""
     weights = {name: weight.parameter for name, weight in targets(model).items()}
+    check_mapping(masks, "masks", "name of a weight: mask")
     for name, mask in masks.items():
+        check_real(mask, f"masks[{name!r}]")
         if name not in weights or mask.dtype != torch.bool or mask.shape != weights[name].shape:
             example = name if name in weights else next(iter(weights))
             raise InputError(

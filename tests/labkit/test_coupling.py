@@ -408,3 +408,58 @@ def test_what_is_repeated_or_made_in_the_pass_follows_what_it_meets():
     }
     pruned = prune(Shared(), torch.randn(2, 5, 6), ratio={"q.weight": 0.5})
     assert pruned.report.equal and pruned.model.groups == 2
+
+
+# --- what graph networks do -------------------------------------------------------------------------------------------
+
+SOURCES, TARGETS = torch.tensor([0, 1, 2, 3, 4, 4]), torch.tensor([1, 2, 3, 4, 0, 1])
+
+
+def spread(h):
+    """The target of each edge, for each channel: [edges, channels], of integers that have no labels."""
+    return TARGETS.view(-1, 1).expand(-1, h.shape[-1])
+
+
+class Messages(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.fn = nn.Linear(6, 8), nn.Linear(8, 3), fn
+
+    def forward(self, x):
+        return self.last(torch.relu(self.fn(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda h: h.new_zeros(h.shape).scatter_add_(0, spread(h), h[SOURCES]),
+        lambda h: torch.zeros_like(h).scatter_reduce(0, spread(h), h[SOURCES], "amax", include_self=False),
+        lambda h: torch.zeros_like(h).scatter_reduce(0, spread(h), h[SOURCES], "mean"),
+        lambda h: h.scatter(0, spread(h), 2.0),
+        lambda h: torch.zeros_like(h).index_add(0, TARGETS, h[SOURCES]),
+        lambda h: torch.zeros_like(h).index_reduce(0, TARGETS, h[SOURCES], "amax"),
+        lambda h: torch.zeros_like(h).index_copy(0, TARGETS[:4], h[:4]),
+        lambda h: h.gather(0, spread(h)),
+        lambda h: h.gather(0, h.argsort(0)),
+        lambda h: h[h.sum(1).topk(3).indices.cpu()],
+    ],
+)
+def test_channels_go_through_sums_over_edges(fn):
+    model, x = Messages(fn), torch.randn(5, 6)
+    pruned = prune(model, x, ratio=0.5)
+    assert pruned.model.first.out_features == 4 and pruned.report.equal and pruned.report.scale > 0
+    if not pruned.report.restricted:
+        assert difference(pruned, model, x) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("fn", "what"),
+    [
+        (lambda h: torch.zeros_like(h).scatter_add(0, TARGETS.view(-1, 1).expand(-1, 8), h[SOURCES]), "needs this"),
+        (lambda h: torch.zeros_like(h).scatter_add(0, spread(h)[:, :3], h[SOURCES]), "no rule for the operator"),
+        (lambda h: torch.zeros_like(h).scatter_add(1, torch.zeros(2, 8, dtype=torch.int64), h), "indexed by a tensor"),
+    ],
+)
+def test_an_index_that_is_as_wide_as_the_channels_keeps_them(fn, what):
+    assert what in reasons(fn)

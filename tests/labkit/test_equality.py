@@ -103,6 +103,7 @@ def test_random_numbers_of_numpy_and_python_go_on_as_if_nothing_had_been_pruned(
     model, x = Body(lambda x: x * np.random.rand() + random.random()), torch.randn(4, 8)
     states = random.getstate(), np.random.get_state()[1].tolist()
     halved(model, x)
+    halved(model, x, criterion="taylor", batches=[(x, torch.zeros(4, dtype=torch.int64))])
     trace(model, x)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
 

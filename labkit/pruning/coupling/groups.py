@@ -4,10 +4,11 @@ What a unit is follows from the operators: a channel of a residual stage, a whol
 attention head with its rows and columns. What cannot shrink is listed with the reason. Nothing is ranked or removed.
 """
 
+import itertools
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError
+from labkit.pruning.arguments import check_mapping
 from labkit.pruning.coupling import fits, tracing
 from labkit.pruning.coupling.labels import components
 from labkit.pruning.coupling.rules import Axis, Record
+
+UNSURE = 5  # numbers of a module of which all combinations are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +72,18 @@ def trace(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None =
     args: the example input, a tuple (a single tensor is taken as the one argument). No value is looked at, nothing is
     computed, no weight is copied, and what the forward pass writes down is written down in a copy. The batch and all
     other sizes of the input, and the sizes of the output, are fixed. Raises InputError if the model does not run on the
-    example, if its forward pass depends on values, or if nothing in the model can be pruned.
+    example, if its forward pass depends on values, if its output holds no number that can be compared
+    (`returned.outputs`), or if nothing in the model can be pruned.
     """
     return list(Coupling.of(model, args, kwargs).groups)
 
 
 def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
+    """(args, kwargs) as a call takes them; InputError where kwargs are no {name: value}."""
     if isinstance(args, (Tensor, Mapping)) or not isinstance(args, (tuple, list)):
         args = (args,)
+    if kwargs is not None:
+        check_mapping(kwargs, "kwargs", "name: value")
     return tuple(args), dict(kwargs or {})
 
 
@@ -145,20 +153,39 @@ class Coupling:
             return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, (why, *_) in stuck.items()})
 
         def renumbered(coupling: Coupling) -> Coupling:
-            """With numbers that follow a size, or no longer do, one by one as long as the pass comes farther so."""
+            """With numbers that follow a size, or no longer do, where some cluster of each place only fits so."""
             stuck = failing(coupling.groups, coupling.clusters(), partial(failure, coupling)).keys()
             clusters = [cluster for cluster in coupling.clusters() if stuck & set(cluster)]
             for cluster in {_place(coupling.groups, cluster): cluster for cluster in clusters}.values():
-                best, failed = coupling, failure(coupling, [cluster])
-                while failed:
-                    after, reached = failed.after, lambda row: row[1].after if row[1] else (math.inf,)
-                    choices = best._choices(model, cluster, failed.module)
-                    rows = [(choice, failure(choice, [cluster])) for choice in choices]
-                    best, failed = max(rows, key=reached, default=(best, failed))
-                    if failed and failed.after <= after:
-                        break
-                coupling = coupling if failed else best
+                failed = failure(coupling, [cluster])
+                end = farther(coupling, cluster, failed, set())
+                if end is None:
+                    several = coupling._several(model, cluster, failed.module)
+                    end = next((choice for choice in several if not failure(choice, [cluster])), None)
+                coupling = end or coupling
             return coupling
+
+        def farther(
+            coupling: Coupling, cluster: list[int], failed: fits.Mismatch | None, tried: set
+        ) -> Coupling | None:
+            """With one number after another that the pass comes farther by, up to its end; None if none leads there.
+
+            The farthest first. Where a head is as wide as there are heads, that may be the wrong one of two numbers.
+            """
+            if failed is None:
+                return coupling
+            choices = coupling._choices(model, cluster, failed.module)
+            rows = [(choice, failure(choice, [cluster])) for choice in choices]
+            better = [(choice, later) for choice, later in rows if later is None or later.after > failed.after]
+            better.sort(key=lambda row: row[1].after if row[1] else (math.inf,), reverse=True)
+            for choice, later in better[:2]:
+                follows = frozenset(choice.follows.items())
+                if follows in tried:
+                    continue
+                tried.add(follows)
+                if end := farther(choice, cluster, later, tried):
+                    return end
+            return None
 
         written = [(type(module), key) for module in model.modules() for key, _ in fits.written(module)]
         every = {(kind, key): True for kind, key in written if not key.startswith(fits.CONFIG)}
@@ -183,6 +210,19 @@ class Coupling:
             for key, value in fits.written(module)
             if any((name, n) in sizes for n in ([value] if type(value) is int else value))
         ]
+
+    def _several(self, model: nn.Module, cluster: list[int], name: str) -> Iterator["Coupling"]:
+        """In each, several numbers of the module `name` follow at once, of those for which it is unsure.
+
+        They equal a size that shrinks and another that does not; one alone leads nowhere where a pass divides them.
+        """
+        sizes, module = self._sizes(self._one_step(cluster)), model.get_submodule(name)
+        numbers = [(key, n) for key, n in fits.written(module) if type(n) is int and not key.startswith(fits.CONFIG)]
+        unsure = [key for key, n in numbers if not sizes.get((name, n), (n, True))[1]][:UNSURE]
+        for count in range(2, len(unsure) + 1):
+            for keys in itertools.combinations(unsure, count):
+                follows = {(type(module), key): key in keys for key in unsure}
+                yield replace(self, follows={**self.follows, **follows})
 
     def _sizes(self, gone: np.ndarray) -> dict[tuple[str, int], tuple[int, bool]]:
         """{(module, size that its forward pass wrote down): (what it becomes, whether it always does)}"""

@@ -58,8 +58,8 @@ def _held(value: Any) -> list[Any]:
         return held  # which stand in its attributes
     state = object.__getstate__(value)  # (vars, slots), vars, or None, whatever the class says of itself
     parts = state if isinstance(state, tuple) else (state,)
-    known = {id(item) for item in held}
-    return held + [x for part in parts if part for x in part.values() if id(x) not in known]
+    identities = {id(item) for item in held}
+    return held + [x for part in parts if part for x in part.values() if id(x) not in identities]
 
 
 def _is_cache(value: Any) -> bool:

@@ -224,6 +224,33 @@ def index_select(c: Call) -> Spans:
     return c.fix(c.spans(x), (dim,), "is indexed by a tensor")
 
 
+def _indexed(c: Call, *operands: Tensor) -> Spans | None:
+    """Tensors whose dimension c.args[1] is indexed entry by entry: it keeps its size, the others meet one by one.
+
+    An index of real integers has no labels, but a size: where a pass expands it to its channels, it follows. None
+    where the index covers a part only.
+    """
+    dim, index = c.args[1] % c.out.dim(), c.args[2]
+    others = [d for d in range(c.out.dim()) if d != dim]
+    shapes = [index, *operands] if index.dim() == c.out.dim() else operands
+    if any(x.shape[d] != c.out.shape[d] for x in shapes for d in others):
+        return None
+    reason = "is indexed by a tensor"
+    labelled = [index] if index.dim() == c.out.dim() and any(span_at(c.spans(index), d) for d in others) else []
+    return c.combine([aligned(x, c.out, c.fix(c.spans(x), (dim,), reason)) for x in (*operands, *labelled)])
+
+
+@rule("scatter scatter_add scatter_reduce index_add index_reduce index_copy")
+def scatter(c: Call) -> Spans | None:
+    """What graph networks sum over edges, channel by channel."""
+    return _indexed(c, *(x for x in (c.args[0], *c.args[3:4]) if isinstance(x, Tensor)))
+
+
+@rule("gather")
+def gather(c: Call) -> Spans | None:
+    return _indexed(c, c.args[0])
+
+
 @rule("flip")
 def flip(c: Call) -> Spans:
     """Reversed dimensions keep labels where they belong."""

@@ -1,0 +1,154 @@
+"""What cannot be used is told in one sentence before work starts, whatever its type; numbers of numpy are numbers."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from families import family
+from torch import nn
+
+from labkit.errors import InputError
+from labkit.pruning import (
+    channels,
+    coupling,
+    depth,
+    heads,
+    nm,
+    permutation,
+    schedules,
+    scores,
+    select,
+    semi_structured,
+    sensitivity,
+    sparse,
+    sparsegpt,
+    sr_ste,
+    surgery,
+    transformers,
+    unstructured,
+)
+
+NET, X = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5)).eval(), torch.randn(4, 8)
+WEIGHT = torch.randn(8, 16)
+REFUSALS = r"must be a tensor|must be dense|on the meta device|must be of real numbers|has no N:M pattern"
+llama = functools.cache(lambda: family("llama"))
+NO_TENSORS = [None, [[1.0] * 16] * 8, np.ones((8, 16)), WEIGHT.to_sparse(), WEIGHT.to("meta"), WEIGHT * 1j]
+
+
+@pytest.mark.parametrize("x", NO_TENSORS, ids=["None", "list", "numpy", "sparse", "meta", "complex"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        nm.mask,
+        nm.is_nm,
+        nm.compress,
+        lambda x: nm.kept_energy(x, WEIGHT > 0),
+        lambda x: nm.kept_energy(WEIGHT, x),
+        permutation.search,
+        lambda x: select.lowest_k(x, 1),
+        lambda x: scores.obs_prune(x, torch.randn(20, 16), 0.5),
+        lambda x: scores.obs_prune(WEIGHT, x, 0.5),
+        lambda x: sparsegpt.sparsegpt(x, torch.eye(16), 0.5),
+        lambda x: sparsegpt.sparsegpt(WEIGHT, x, 0.5),
+        lambda x: heads.lowest_heads(x, 1),
+        lambda x: heads.gated(llama(), x).__enter__(),
+        lambda x: unstructured.with_masks(NET, {"0.weight": x}),
+        lambda x: channels.plan(NET, X, ratio=0.5, criterion={"0.weight": x}),
+        lambda x: channels.plan(NET, X, ratio=0.5, criterion=lambda group: 3 if x is None else x),
+    ],
+)
+def test_what_is_no_dense_tensor_of_real_numbers_is_told(call, x):
+    with pytest.raises(
+        InputError,
+        match=r"must be a tensor|must be dense|on the meta device|must be of real numbers|has no N:M pattern",
+    ):
+        call(x)
+
+
+@pytest.mark.parametrize("model", [None, "net", [NET], nn.Linear])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: channels.prune(model, X, ratio=0.5),
+        lambda model: channels.apply(model, channels.plan(NET, X, ratio=0.5), X),
+        lambda model: transformers.prune_heads(model, {0: [0]}),
+        lambda model: transformers.prune_ffn(model, 0.5),
+        lambda model: depth.prune_layers(model, [0]),
+        lambda model: depth.layer_importance(model, [X]),
+        lambda model: heads.head_importance(model, [X]),
+        lambda model: unstructured.prune(model, 0.5),
+        lambda model: schedules.rewind(model, {}),
+        lambda model: surgery.save(model, [], "nowhere"),
+        lambda model: surgery.load(model, "nowhere"),
+        unstructured.sparsity,
+        unstructured.masks,
+        unstructured.make_permanent,
+        nm.prune,
+        permutation.permute,
+        sr_ste.prepare,
+        sr_ste.finish,
+        semi_structured.plan,
+    ],
+)
+def test_what_is_no_module_is_told(call, model):
+    with pytest.raises(InputError, match=r"must be a torch\.nn\.Module"):
+        call(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda: coupling.trace(NET, X, [1]), "kwargs is a list, but it must be {name: value}"),
+        (lambda: transformers.prune_ffn(llama(), 0.5, kwargs="a"), "kwargs is a str"),
+        (lambda: channels.prune(NET, X, remove={"0": 3}), r"remove\['0'\] is 3, but it must be a list"),
+        (lambda: channels.prune(NET, X, remove={"0": torch.tensor(1)}), r"remove\['0'\] is tensor\(1\), but"),
+        (lambda: channels.apply(NET, None, X), "plan is a NoneType, but it must be a Plan"),
+        (lambda: channels.plan_units(NET, coupling.Coupling.of(NET, X), [1]), "units is a list"),
+        (lambda: channels.Choice(criterion="random", scope=["layer"]), "no scope"),
+        (
+            lambda: channels.plan(NET, X, ratio=0.5, criterion="random", seed="a"),
+            "seed is 'a', but",
+        ),
+        (lambda: transformers.prune_heads(llama(), {0: 1}), r"heads\[0\] is 1, but"),
+        (lambda: transformers.prune_heads(llama(), {0: [[0]]}), r"no layer 0's head \[0\]"),
+        (lambda: depth.prune_layers(llama(), 1), "layers is 1, but"),
+        (lambda: depth.prune_layers(llama(), [[1]]), r"no layer \[1\]"),
+        (lambda: heads.learn_gates(llama(), [X], epochs=1.5), "epochs is 1.5"),
+        (lambda: heads.gated(llama(), torch.ones(9, 9)).__enter__(), r"\[layers, heads\], \[3, 4\] here"),
+        (lambda: unstructured.with_masks(NET, [1]), "masks is a list"),
+        (lambda: unstructured.sparsity(nn.Linear(2, 2, device="meta")), "meta device"),
+        (lambda: unstructured.prune(NET, 0.5, criterion=["magnitude"]), "no criterion"),
+        (lambda: schedules.iterative(NET, 0.5, print), "schedule is 0.5, but"),
+        (lambda: schedules.iterative(NET, [0.5], 3), "fine_tune is 3, but it must be a function"),
+        (lambda: schedules.rewind(unstructured.prune(NET, 0.5), {"a": 1}), r"state\['a'\] is a int"),
+        (lambda: sensitivity.scan(NET, X, None), "evaluate is None, but"),
+        (lambda: sensitivity.scan(NET, X, print, 0.5), "ratios is 0.5, but"),
+        (lambda: select.lowest_k(WEIGHT, 1, dim=5), "dim is 5"),
+        (lambda: select.count_to_prune(1.5, 0.5), "n is 1.5"),
+        (lambda: surgery.save(NET, [3], "nowhere"), "plans has a int"),
+        (lambda: sparse.costs(8, 16, -1, 1), "nonzeros is -1"),
+        (lambda: sparse.random_weight("a", 16, 0.5), "out_features is 'a'"),
+        (lambda: nm.decompress(WEIGHT), "compress makes a Compressed"),
+        (lambda: semi_structured.refusal([1.0]), "weight is a list"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(call, what):
+    with pytest.raises(InputError, match=what):
+        call()
+
+
+def test_numbers_of_numpy_are_numbers():
+    one = np.int64(1)
+    same = {"criterion": "random", "ratio": np.float64(0.5)}
+    kept = [channels.plan(NET, X, seed=seed, **same).kept["0.weight"][0] for seed in (1, one)]
+    assert torch.equal(*kept)
+    units = channels.plan_units(NET, coupling.Coupling.of(NET, X), {"0.weight": np.array([1])})
+    assert units.kept["0.weight"][0].tolist() == [0, *range(2, 16)]
+    assert heads.lowest_heads(torch.ones(2, 3), one) == {0: [0]}
+    assert sparse.costs(8, 16, 20, np.int64(2)) == sparse.costs(8, 16, 20, 2)
+    masks = [
+        unstructured.masks(schedules.random_ticket(unstructured.prune(NET, 0.5), NET.state_dict(), seed=s))
+        for s in (1, one)
+    ]
+    assert torch.equal(masks[0]["0.weight"], masks[1]["0.weight"])
