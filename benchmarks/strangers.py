@@ -1,7 +1,7 @@
 """Networks of packages that labkit was not written with, pruned and judged as zoo.py does: labkit beside Torch-Pruning.
 
     python benchmarks/strangers.py --seed 1                           60 networks, drawn from all of strangers.toml
-    python benchmarks/strangers.py --seed 4 --but 1 2 3               none of those that these other seeds draw
+    python benchmarks/strangers.py --seed 1 --held-out                60 of those that labkit was not mended with
     python benchmarks/strangers.py --seed 1 --results strangers.jsonl keeps the rows, and goes on where it stopped
     python benchmarks/strangers.py --networks smp/unet monai/vnet     some
     python benchmarks/strangers.py --table                            size, outputs and seconds of every candidate
@@ -28,13 +28,15 @@ import zoo
 from torch import Tensor, nn
 
 CANDIDATES = tomllib.loads(Path(__file__).with_name("strangers.toml").read_text(encoding="utf-8"))
+DEVELOPMENT = CANDIDATES.pop("development")["names"]
 DRAWN = 60
 
 
-def names() -> list[str]:
-    """<package>/<network>, of what is installed."""
+def names(held_out: bool = False) -> list[str]:
+    """<package>/<network>, of what is installed; held out: but for those that labkit was mended with."""
     present = [package for package, entry in CANDIDATES.items() if find_spec(entry["module"])]
-    return [f"{package}/{network}" for package in present for network in CANDIDATES[package]["networks"]]
+    every = [f"{package}/{network}" for package in present for network in CANDIDATES[package]["networks"]]
+    return [name for name in every if not (held_out and name in DEVELOPMENT)]
 
 
 def draw(candidates: list[str], seed: int, number: int = DRAWN) -> list[str]:
@@ -104,21 +106,19 @@ def describe(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--but", type=int, nargs="+", default=[], metavar="SEED", help="leave out what these draw")
+    parser.add_argument("--held-out", action="store_true", help="none of those that labkit was mended with")
     parser.add_argument("--networks", nargs="+", metavar="NETWORK", help="instead of a draw")
     parser.add_argument("--tools", nargs="+", default=[t for t in zoo.TOOLS if find_spec(t)], choices=zoo.TOOLS)
     parser.add_argument("--limit", type=float, default=60, help="seconds for a process")
     parser.add_argument("--results", type=Path, help="a file that keeps the rows: those in it are not run again")
     parser.add_argument("--table", action="store_true", help="describe the candidates; nothing is pruned")
     options = parser.parse_args()
-    candidates = names()
+    candidates = names(options.held_out)
     if options.table:
         warnings.simplefilter("ignore")
         for name in options.networks or candidates:
             print(f"{name:42} {describe(name)}", flush=True)
         return
-    for seed in options.but:
-        candidates = [name for name in candidates if name not in draw(names(), seed)]
     chosen = options.networks or draw(candidates, options.seed)
     zoo.LIBRARIES += tuple({CANDIDATES[name.partition("/")[0]]["module"] for name in chosen})
     zoo.survey(chosen, options.tools, options.limit, options.results, build, judged)

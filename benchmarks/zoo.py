@@ -33,6 +33,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import re
 import tempfile
 import time
 import tomllib
@@ -48,6 +49,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -62,6 +64,8 @@ PROJECTIONS = (
 )
 LIBRARIES = ("timm", "torch_pruning", "transformers", "labkit.pruning.transformers")
 TASKS = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageClassification", "MaskedLM", "CausalLM", "AudioClassification")
+STATISTICS = re.compile("StdConv|(?<!Batch)Norm|LN$")  # modules that have statistics over channels
+DIRECTIONS = ("weight_v", "weight.original1")  # of a weight norm
 OWN = "by its own proof"
 
 Row = dict[str, Any]
@@ -253,6 +257,13 @@ def units(model: nn.Module, kwargs: dict) -> Row:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy. Of a tensor that has a graph, such as the weight of an old weight norm, it copies the values."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    derived = [x for x in attributes if isinstance(x, Tensor) and not x.is_leaf]
+    return copy.deepcopy(model, {id(x): x.detach().clone() for x in derived})
+
+
 @torch.no_grad()
 def run(model: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> list[Tensor]:
     """The logits, or else all tensors that the model gives, whatever holds them, as real numbers."""
@@ -279,11 +290,16 @@ def run(model: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> list[Ten
 
 def difference(dense: nn.Module, small: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> float:
     """The largest difference from `masked`, over the largest output; over what is allowed, so that 1 is the most."""
-    models, (args, kwargs) = (masked(dense, small), copy.deepcopy(small)), other(args, kwargs)
+    reference, (args, kwargs) = masked(dense, small), other(args, kwargs)
     for dtype, allowed in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+        models = [copied(model)._apply(partial(cast, dtype=dtype)) for model in (reference, small)]
         inputs = tree_map_only(Tensor, partial(cast, dtype=dtype), (args, kwargs))
         try:
-            pairs = list(zip(*(run(model.to(dtype), *inputs) for model in models), strict=True))
+            means = Means()
+            with means:
+                results = run(models[1], *inputs)
+            with means.of_fewer():
+                pairs = list(zip(run(models[0], *inputs), results, strict=True))
         except RuntimeError:
             if dtype is torch.float64:  # some forward passes name a dtype
                 continue
@@ -300,12 +316,12 @@ def difference(dense: nn.Module, small: nn.Module, args: tuple, kwargs: Mapping[
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x
+    return x.to(dtype.to_complex() if x.is_complex() else dtype) if x.is_floating_point() or x.is_complex() else x
 
 
 def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
     """`dense` with zeros where `small` has no entry."""
-    masked = copy.deepcopy(dense)
+    masked = copied(dense)
     left = _tensors(small)
     stays: dict[str, list[Tensor]] = {}
     for name, x in _tensors(masked).items():
@@ -314,16 +330,28 @@ def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
             zeros = torch.zeros_like(x, requires_grad=False)
             path, _, attribute = name.rpartition(".")  # one place after another: a tool may have untied them
             owner = masked.get_submodule(path)
-            new = zeros.index_put(torch.meshgrid(*entries, indexing="ij"), left[name].detach())
+            if name.endswith(DIRECTIONS):  # are divided by their lengths, and what has gone is multiplied by zero
+                entries = [torch.arange(len(x)), *entries[1:]]
+                new = zeros.index_put(grid(entries), x.detach()[grid(entries)])
+            else:
+                new = zeros.index_put(grid(entries), left[name].detach())
             if attribute in owner._parameters:
                 owner._parameters[attribute] = nn.Parameter(new, requires_grad=False)
             else:
                 owner._buffers[attribute] = new
     for name, module in list(masked.named_modules()):
-        entries, kind = stays.get(f"{name}.weight"), type(module).__name__
-        if entries and ("StdConv" in kind or ("Norm" in kind and "BatchNorm" not in kind)):
-            masked.set_submodule(name, Between(module, copy.deepcopy(small.get_submodule(name)), entries))
+        changed = [label for label in module._parameters if f"{name}.{label}" in stays]
+        if changed and STATISTICS.search(type(module).__name__):
+            entries, width = stays[f"{name}.{changed[0]}"], module.get_parameter(changed[0]).shape
+            if not isinstance(module, nn.modules.conv._ConvNd):  # a vector, whatever its shape
+                entries, width = zip(*[(e, n) for e, n in zip(entries, width, strict=True) if n > 1], strict=True)
+            pruned = copied(small.get_submodule(name))
+            masked.set_submodule(name, Between(module, pruned, list(entries), width[0]))
     return masked
+
+
+def grid(entries: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.meshgrid(*entries, indexing="ij")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -338,24 +366,49 @@ def kept(dense: Tensor, small: Tensor) -> list[Tensor] | None:
 
     if dense.dim() != small.dim() or not small.numel():
         return None
+    if dense.is_complex():
+        dense, small = dense.real, small.real
     for place in (dense == small.flatten()[-1]).nonzero().tolist():
         lines = [(line(small, [-1] * small.dim(), d), *line(dense, place, d).sort()) for d in range(dense.dim())]
         entries = [
             order[torch.searchsorted(values, x.contiguous()).clamp(max=len(order) - 1)] for x, values, order in lines
         ]
         distinct = all(len(x.unique()) == len(x) for x in entries)
-        if distinct and torch.equal(dense[torch.meshgrid(*entries, indexing="ij")], small):
+        if distinct and torch.equal(dense[grid(entries)], small):
             return entries
     return None
+
+
+class Means(TorchFunctionMode):
+    """Notes of how many numbers each mean is, in the pruned model; then in the dense one takes it of as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+        self.left: Iterator[int] | None = None
+
+    def of_fewer(self) -> "Means":
+        self.left = iter(self.counts)
+        return self
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func not in (torch.mean, Tensor.mean) or not out.numel():
+            return out
+        count = args[0].numel() // out.numel()
+        if self.left is None:
+            self.counts.append(count)
+            return out
+        return out * (count / next(self.left))  # the others are zeros
 
 
 class Between(nn.Module):
     """A pruned module in the dense model: it gets the channels that stay, and the others are zero after it."""
 
-    def __init__(self, dense: nn.Module, pruned: nn.Module, stays: list[Tensor]) -> None:
+    def __init__(self, dense: nn.Module, pruned: nn.Module, stays: list[Tensor], width: int) -> None:
         super().__init__()
-        self.pruned, self.outputs, self.inputs, self.width = pruned, stays[0], stays[0], len(dense.weight)
-        self.weight = pruned.weight  # some look at its dtype
+        self.pruned, self.outputs, self.inputs, self.width = pruned, stays[0], stays[0], width
+        self.weight = getattr(pruned, "weight", None)  # some look at its dtype
         convolution = isinstance(dense, nn.modules.conv._ConvNd)
         first = convolution or isinstance(dense, nn.GroupNorm) or "2d" in type(dense).__name__.lower()
         first |= getattr(dense, "data_format", "") == "channels_first"
@@ -378,7 +431,7 @@ class Between(nn.Module):
 def row(tool: str, name: str, make: Build = build) -> Row:
     """What becomes of one architecture: outcome, reason, seconds, share of the parameters that is left."""
     model, args, kwargs = make(name)
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     with_units = make is build and tool == "labkit" and name.startswith("transformers")
     extra = units(model, kwargs) if with_units else {}
     start = time.perf_counter()
@@ -485,8 +538,8 @@ def summary(table: Mapping[str, Mapping[str, Row]]) -> Iterator[str]:
                 numbers = "".join(f"{counts[outcome]:11}" for outcome in outcomes)
                 yield f"{library:14} {tool:14} {counts.total():9}{numbers}"
     ours = {name: rows["labkit"] for name, rows in table.items() if "labkit" in rows}
-    families = [row for name, row in ours.items() if name.startswith("transformers/")]
-    for what in (("heads",), ("neurons",), ("heads", "neurons")):
+    families = [row for row in ours.values() if "heads" in row]
+    for what in (("heads",), ("neurons",), ("heads", "neurons")) if families else ():
         n = sum(all(row.get(part) == "" for part in what) for row in families)
         yield f"{' and '.join(what)} are units in {n} of {len(families)} families of transformers"
     slow = sorted((row.get("seconds", 0), name) for name, row in ours.items())[:-6:-1]

@@ -18,6 +18,11 @@ def test_there_are_many_candidates_of_many_packages_and_none_is_of_the_zoo():
     assert not {*ALL} & ({*zoo.ZOO["held_out"]["names"]} | listed | {*SEEN})
 
 
+def test_the_held_out_are_those_that_labkit_was_not_mended_with():
+    assert {*strangers.DEVELOPMENT} <= {*ALL}
+    assert {*strangers.names(held_out=True)} == {*strangers.names()} - {*strangers.DEVELOPMENT}
+
+
 @pytest.mark.parametrize("package", strangers.CANDIDATES)
 def test_a_candidate_is_an_expression_and_its_input(package):
     table = strangers.CANDIDATES[package]
