@@ -78,8 +78,8 @@ class Dataflow:
         made = [self.operations[number].shape for number in self.returned if isinstance(number, int)]
         if not any(math.prod(shape) for shape in made):
             raise InputError(
-                "The model's output holds no tensor with a number in it that depends on the input, so that no rewritten "
-                "copy can be proved to be equal: give an example input that is not empty, and a model that returns tensors."
+                "The model's output holds no tensor with a number in it that its input decides, so that no copy can be "
+                "proved to be equal: give an example input that is not empty, and a model that returns tensors."
             )
 
     def _private(self, name: int | str | None) -> bool:

@@ -307,6 +307,8 @@ def gptq(
     With H a multiple of I this is `rtn` to the bit. An input that was always zero is rounded to nearest. Time
     O(in^3 + out in^2), memory O(in^2) in float64.
     """
+    if not isinstance(weight, Tensor) or not isinstance(hessian, Tensor):
+        raise InputError("weight and hessian must be tensors [out, in] and [in, in]: make them with torch.as_tensor.")
     check_layer(weight, hessian)
     width = weight.shape[1]
     size = _size(width, group_size)

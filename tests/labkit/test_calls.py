@@ -178,7 +178,7 @@ REFUSED = {
     "no arguments": (lambda: ptq.quantize(linear(), [()]), "missing 1 required"),
     "a pass that fails": (lambda: ptq.quantize(Shut(), [X, X + 1e6]), r"does not run on a batch \(KeyError: 'too l"),
     "smooth another width": (lambda: fold.smooth(linear(), [X, torch.randn(2, 5)]), WRONG),
-    "smooth an empty batch": (lambda: fold.smooth(linear(), [X[:0]]), f"There are no values in the input of 2|{NOTHING}"),
+    "smooth an empty batch": (lambda: fold.smooth(linear(), [X[:0]]), f"no values in the input of 2|{NOTHING}"),
     "gptq another width": (
         lambda: weight_only.quantize(linear(), group_size=None, method="gptq", batches=[torch.randn(2, 5)]), WRONG
     ),
@@ -232,6 +232,7 @@ REFUSED = {
     "rtn of a vector": (lambda: weight_only.rtn(X[0]), "must be floating-point numbers"),
     "rtn of integers": (lambda: weight_only.rtn(torch.ones(2, 64).long()), "must be floating-point numbers"),
     "rtn of nothing": (lambda: weight_only.rtn(WEIGHT[:0]), "at least one"),
+    "gptq of a list": (lambda: weight_only.gptq([[1.0]], HESSIAN), "must be tensors"),
     "gptq, another mask": (lambda: weight_only.gptq(WEIGHT, HESSIAN, mask=WEIGHT[:, 1:] > 0), r"mask is .*\[2, 63\]"),
     "gptq, a float mask": (lambda: weight_only.gptq(WEIGHT, HESSIAN, mask=WEIGHT), "mask is torch.float32"),
     "awq of no weight": (lambda: weight_only.awq([], HESSIAN, HESSIAN[0], abs), "There are 0 weights"),
