@@ -493,3 +493,37 @@ def test_a_plan_of_another_model_is_refused():
     other, y = example(Attention)
     with pytest.raises(InputError, match="another model"):
         apply(other, chosen, y)
+
+
+class Functional(nn.Module):
+    """A norm over `dim` numbers, which no parameter tells."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.dim, self.norm = 16, norm
+
+    def forward(self, x):
+        return self.norm(x, (self.dim,))
+
+
+@pytest.mark.parametrize(
+    ("norm", "sizes"),
+    [
+        (nn.LayerNorm(16, elementwise_affine=False), {"normalized_shape": (8,)}),
+        (nn.RMSNorm(16, elementwise_affine=False), {"normalized_shape": (8,)}),
+        (nn.RMSNorm(16), {"normalized_shape": (8,)}),
+        (nn.GroupNorm(1, 16, affine=False), {"num_channels": 8, "num_groups": 1}),
+        (nn.GroupNorm(4, 16, affine=False), {"num_channels": 8, "num_groups": 2}),
+        (Functional(F.layer_norm), {"dim": 8}),
+        (Functional(F.rms_norm), {"dim": 8}),
+    ],
+)
+def test_norms_that_no_parameter_tells_the_size_of_are_cut_too(norm, sizes):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), norm, nn.Linear(16, 3)).eval(), torch.randn(4, 6)
+    pruned = prune(model, x, ratio=0.5)
+    assert pruned.report.equal and {key: getattr(pruned.model[1], key) for key in sizes} == sizes
+    kept = pruned.plan.kept["2.weight"][1]
+    with torch.no_grad():
+        hidden = pruned.model[1](model[0](x)[:, kept])
+        torch.testing.assert_close(pruned.model(x), hidden @ model[2].weight[:, kept].T + model[2].bias)

@@ -5,6 +5,7 @@ a pass that writes its sizes down is found out even where it happens to run. Not
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -191,9 +192,21 @@ def attributes(model: nn.Module, keep: Keep, new: Callable[[str, str, Any], Any]
         shapes[id(x)], rows[id(x)] = shape(x, keep.get(name, {})), keep.get(name, {}).get(0)
     for name, module in model.named_modules():
         values = {key: new(name, key, value) for key, value in written(module)} | _layer(module, shapes, rows)
+        values |= _norm(module, partial(new, name))
         if changed := {key: value for key, value in values.items() if attrgetter(key)(module) != value}:
             result[name] = changed
     return result
+
+
+def _norm(module: nn.Module, new: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """The attributes of a norm that has no parameters to tell them, by the sizes that it was called with."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {"normalized_shape": tuple(new("normalized_shape", n) for n in module.normalized_shape)}
+    if isinstance(module, nn.GroupNorm) and module.weight is None:
+        channels = new("num_channels", module.num_channels)
+        groups = module.num_groups if module.num_groups == 1 else module.num_groups * channels // module.num_channels
+        return {"num_channels": channels, "num_groups": groups}
+    return {}
 
 
 def _layer(module: nn.Module, shapes: Mapping[int, list[int]], rows: Mapping[int, Tensor | None]) -> dict[str, Any]:
@@ -223,8 +236,6 @@ def _layer(module: nn.Module, shapes: Mapping[int, list[int]], rows: Mapping[int
     if isinstance(module, nn.GroupNorm):
         groups = module.num_groups if module.num_groups == 1 else module.num_groups * now[0] // weight.shape[0]
         return {"num_channels": now[0], "num_groups": groups}
-    if isinstance(module, nn.LayerNorm):
-        return {"normalized_shape": tuple(now)}
     if isinstance(module, nn.Linear):
         return {"out_features": now[0], "in_features": now[1]}
     if isinstance(module, nn.modules.batchnorm._NormBase):

@@ -136,6 +136,12 @@ class Record:
         """Spans of dimensions that no parameter has, and whose sizes follow what they meet."""
         return tuple(Span((d,), self.labels.fresh(x.shape[d], constant=True)) for d in dims if x.shape[d] > 1)
 
+    def sized(self, module: str, x: Tensor, spans: Spans, dims: Iterable[int]) -> None:
+        for dim in dims:
+            span = span_at(spans, dim)
+            labels, axis = (None, 0) if span is None else (span.labels, span.dims.index(dim))
+            self.sizes.append(Sized(module, x.shape[dim], labels, axis))
+
     def fix(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
         x._spans = fix(self.labels, self.spans(x), dims, reason)
 
@@ -212,10 +218,7 @@ class Call:
 
     def sized(self, x: Tensor, spans: Spans, dims: Iterable[int] | None = None) -> None:
         """Sizes of x that may be numbers which the forward pass wrote down; dims: None for all."""
-        for dim in range(x.dim()) if dims is None else sorted(dims):
-            span = span_at(spans, dim)
-            labels, axis = (None, 0) if span is None else (span.labels, span.dims.index(dim))
-            self.record.sizes.append(Sized(self.module, x.shape[dim], labels, axis))
+        self.record.sized(self.module, x, spans, range(x.dim()) if dims is None else sorted(dims))
 
     def costs(self, macs: int, factors: Iterable[np.ndarray | None]) -> None:
         if not self.record.only_couples:
@@ -328,6 +331,7 @@ def group_norm(c: Call) -> Spans:
     x, weight, bias, groups = *c.args[:3], c.args[6]
     spans = c.fix(c.spans(x), range(2, x.dim()), "has positions, not channels, in it")
     labels, spans = c.alone(spans, 1)
+    c.sized(x, spans, {1})
     for vector in (weight, bias):
         c.follows(vector, labels)
     if labels is None or groups == 1:

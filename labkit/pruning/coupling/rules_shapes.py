@@ -225,18 +225,18 @@ def index_select(c: Call) -> Spans:
 
 
 def _indexed(c: Call, *operands: Tensor) -> Spans | None:
-    """Tensors whose dimension c.args[1] is indexed entry by entry: it keeps its size, the others meet one by one.
+    """Tensors whose dimension c.args[1] is indexed entry by entry: it keeps its size, the passed meet one by one.
 
     An index of real integers has no labels, but a size: where a pass expands it to its channels, it follows. None
     where the index covers a part only.
     """
     dim, index = c.args[1] % c.out.dim(), c.args[2]
-    others = [d for d in range(c.out.dim()) if d != dim]
+    passed = [d for d in range(c.out.dim()) if d != dim]
     shapes = [index, *operands] if index.dim() == c.out.dim() else operands
-    if any(x.shape[d] != c.out.shape[d] for x in shapes for d in others):
+    if any(x.shape[d] != c.out.shape[d] for x in shapes for d in passed):
         return None
     reason = "is indexed by a tensor"
-    labelled = [index] if index.dim() == c.out.dim() and any(span_at(c.spans(index), d) for d in others) else []
+    labelled = [index] if index.dim() == c.out.dim() and any(span_at(c.spans(index), d) for d in passed) else []
     return c.combine([aligned(x, c.out, c.fix(c.spans(x), (dim,), reason)) for x in (*operands, *labelled)])
 
 

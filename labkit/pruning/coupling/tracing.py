@@ -484,12 +484,13 @@ def _fits(span, x: Tensor) -> bool:
 class _Products(TorchFunctionMode):
     """Products of many operators: sizes of the views in them are torch's own, which no module has written down.
 
-    Scaled dot products by torch's default scale, the root of the width of a head, fix that width.
+    Scaled dot products by torch's default scale, the root of the width of a head, fix that width. The shape that an RMS
+    norm runs over is such a size, though none of its operators has it.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, stack: list[str]) -> None:
         super().__init__()
-        self._record = record
+        self._record, self._stack = record, stack
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -497,6 +498,10 @@ class _Products(TorchFunctionMode):
             for x in (*args[:2], kwargs.get("query"), kwargs.get("key")):
                 if x is not None:
                     self._record.fix(x, (x.dim() - 1,), "is the width of a head, which the scale depends on")
+        if func is F.rms_norm:
+            x, shape = (*args, *kwargs.values())[:2]
+            dims = range(x.dim() - len(shape), x.dim())
+            self._record.sized(self._stack[-1], x, self._record.spans(x), dims)
         sizes = len(self._record.sizes)
         out = func(*args, **kwargs)
         if func in PRODUCTS:
@@ -574,7 +579,7 @@ def _pass(
 ) -> None:
     traced = skeleton(model, lifted, training=training)
     args, kwargs = duplicate((args, dict(kwargs)), abstract)
-    with undisturbed(), following(traced, record.called) as stack, Tracer(record, stack), _Products(record):
+    with undisturbed(), following(traced, record.called) as stack, Tracer(record, stack), _Products(record, stack):
         out = traced(*args, **kwargs)
     results = outputs(out)
     if not any(x.numel() for x in results):
