@@ -165,7 +165,8 @@ def learn_gates(
     learns, a gate is sampled as clip(sigmoid((log u - log(1 - u) + a) / b) (r - l) + l, 0, 1), u uniform (Louizos et
     al. 2018, equations 10 and 11); what is returned is the gate without noise, NaN where a layer has fewer heads.
 
-    batches: read `epochs` times. loss_fn: as in `head_importance`. seed: the same one gives the same gates.
+    batches: read `epochs` times. loss_fn: as in `head_importance`. seed: the same one gives the same gates. InputError
+    for a loss that is not finite.
     """
     check_module(model)
     check_whole(epochs, "epochs")
@@ -179,6 +180,11 @@ def learn_gates(
             for batch in not_empty(batches):
                 with scaling(model, parts, [_sampled(a) for a in logits]):
                     loss, terms = summed_loss(model, batch, loss_fn)
+                if not loss.isfinite():
+                    raise InputError(
+                        f"The loss of a batch is {loss.item()}, from which no gate can be learnt: look for inputs or "
+                        "weights that are not finite, or for an error in loss_fn."
+                    )
                 n_open = sum((a - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid().sum() for a in logits)
                 descent.zero_grad()
                 (loss / max(terms, 1) + PENALTY * n_open).backward(inputs=logits)

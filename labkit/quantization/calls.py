@@ -7,15 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from labkit import batches as batching
+from labkit.arguments import check_module
 from labkit.errors import InputError, LabError
 from labkit.pruning.coupling.tracing import first_line
 
 
 def check_model(model: object) -> None:
     """InputError unless `model` is an eager torch.nn.Module whose weights are in memory."""
-    if not isinstance(model, nn.Module):
-        kind = "None" if model is None else f"of type {type(model).__name__}"
-        raise InputError(f"model is {kind}, but it must be a torch.nn.Module: give the model itself.")
+    check_module(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"The model is wrapped in {type(model).__name__}: give model.module, and wrap the result.")
     if isinstance(model, torch.jit.ScriptModule):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from labkit import training
-from labkit.errors import InputError, check_choice
+from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import affine, calls, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import MOMENTUM
@@ -238,8 +238,11 @@ MOVING = 0.8  # of the steps, after which grids stay
 def finetune_(model: nn.Module, batches: Iterable, *, steps: int, max_lr: float = 0.003) -> History:
     """Train what `prepare` returned, in place, for `steps` batches; its grids are frozen after four fifths of them.
 
-    SGD in float32, one cycle. A float model is trained in the same way, as the control of an experiment.
+    SGD in float32, one cycle. A float model is trained in the same way, as the control of an experiment. After an error
+    the model is as it was, its grids free to move again; InputError as from `training.train_`.
     """
+    check_whole(steps, "steps")
+    moving = [x for x in model.modules() if isinstance(x, _Learning) and not x.frozen]
     done = 0
 
     def loss_fn(model: nn.Module, batch: training.Batch) -> Tensor:
@@ -251,4 +254,10 @@ def finetune_(model: nn.Module, batches: Iterable, *, steps: int, max_lr: float 
 
     passes = {"epochs": steps, "steps": steps}  # as many over the batches as the steps need
     recipe = {"max_lr": max_lr, "weight_decay": 0.0, "warmup": 0.1, "precision": "fp32"}
-    return training.train_(model, batches, **passes, **recipe, loss_fn=loss_fn)
+    try:
+        return training.train_(model, batches, **passes, **recipe, loss_fn=loss_fn)
+    except Exception:
+        for quantizer in moving:
+            quantizer.frozen = False
+            quantizer.requires_grad_(True)
+        raise

@@ -154,6 +154,13 @@ def test_gates_close_where_a_head_writes_nothing_and_repeat_by_seed():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_no_gate_is_learnt_from_a_loss_that_is_not_finite():
+    with pytest.raises(InputError, match="The loss of a batch is nan"):
+        heads.learn_gates(
+            family("bert"), batches("bert", 1), loss_fn=lambda output, batch: output.logits.sum() * torch.nan
+        )
+
+
 @pytest.mark.parametrize("method", heads.METHODS)
 def test_model_stays_as_it_was(method):
     model = family("bert").train()

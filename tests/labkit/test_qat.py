@@ -374,6 +374,26 @@ def test_the_caller_s_model_is_not_touched(method):
     assert all(p.requires_grad for x in layers(prepared).values() for p in x.layer.parameters())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_late_error_leaves_the_prepared_model_as_it_was(method):
+    """The loss of the last step is NaN, when the grids have been frozen."""
+    prepared = qat.prepare(residual(), [X], method=method)
+    before = copy.deepcopy(prepared.state_dict())
+    learns = {name: p.requires_grad for name, p in prepared.named_parameters()}
+    batches = [(X, Y)] * 9 + [(X * torch.nan, Y)]
+    with pytest.raises(InputError, match="The loss of step 10 is nan"):
+        qat.finetune_(prepared, batches, steps=10, max_lr=0.01)
+    assert same(before, prepared.state_dict())
+    assert learns == {name: p.requires_grad for name, p in prepared.named_parameters()}
+    qat.finetune_(prepared, [(X, Y)], steps=3, max_lr=0.01)
+    assert not same(before, prepared.state_dict())
+
+
+def test_a_fine_tuning_of_no_steps_is_refused():
+    with pytest.raises(InputError, match=r"^steps is 0"):
+        qat.finetune_(residual(), [(X, Y)], steps=0)
+
+
 def test_a_step_that_training_drives_through_zero_stays_a_grid():
     """With a rate far too high; a negative step would turn the codes of ReLU's results round."""
     model = trained("lsq", weights=2, lr=5.0)
