@@ -57,11 +57,10 @@ def write_onnx(
             if batches is not None:
                 _round_results(model, batches)
     names = [name for name, value in named.items() if isinstance(value, Tensor)]
-    options = {"dynamo": True, "verbose": False, "input_names": names}
-    if dynamic:
-        options["dynamic_shapes"] = _dimensions(named, dynamic)
-    with _exporting("to ONNX"):
-        program = torch.onnx.export(model, (), kwargs=dict(named), **options)
+    shapes = _dimensions(named, dynamic) if dynamic else None
+    with _exporting("to ONNX"):  # from a model, torch 2.9 exports otherwise: BERT then takes no batch of 1
+        graph = torch.export.export(model, (), dict(named), dynamic_shapes=shapes)
+        program = torch.onnx.export(graph, (), kwargs=dict(named), dynamo=True, verbose=False, input_names=names)
         for node in program.model.graph:  # the Python lines that they come from: half of a small file
             node.metadata_props.clear()
         program.save(path)
@@ -156,7 +155,7 @@ class _OnnxPoint(QuantizationPoint):
         self.most = float((grid.hi - grid.zero) * grid.scale) if grid.hi < 255 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.onnx.is_in_onnx_export():
+        if not torch.compiler.is_exporting():
             return super().forward(x)
         x = x if self.most is None else x.clamp(max=self.most)
         codes = _operator("QuantizeLinear", (x, self.scale, self.zero), x.shape, torch.uint8)
@@ -181,7 +180,7 @@ class _OnnxLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         layer = self.fake.layer
-        if not torch.onnx.is_in_onnx_export():
+        if not torch.compiler.is_exporting():
             return self.fake(F.pad(input, self.pads) if any(self.pads) else input)
         terms = [_dequantized(self.codes, self.scale, self.zeros, axis=0)]
         if layer.bias is not None:
