@@ -339,14 +339,13 @@ def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
                 owner._parameters[attribute] = nn.Parameter(new, requires_grad=False)
             else:
                 owner._buffers[attribute] = new
-    for name, module in list(masked.named_modules()):
-        changed = [label for label in module._parameters if f"{name}.{label}" in stays]
-        if changed and STATISTICS.search(type(module).__name__):
-            entries, width = stays[f"{name}.{changed[0]}"], module.get_parameter(changed[0]).shape
-            if not isinstance(module, nn.modules.conv._ConvNd):  # a vector, whatever its shape
-                entries, width = zip(*[(e, n) for e, n in zip(entries, width, strict=True) if n > 1], strict=True)
-            pruned = copied(small.get_submodule(name))
-            masked.set_submodule(name, Between(module, pruned, list(entries), width[0]))
+    for name, module in list(masked.named_modules())[1:]:
+        shapes = {label: x.shape for label, x in module._parameters.items() if x is not None}
+        changed = [label for label, shape in shapes.items() if left[f"{name}.{label}"].shape != shape]
+        told = changed and all(f"{name}.{label}" in stays for label in changed)
+        if told and STATISTICS.search(type(module).__name__):
+            pruned, entries = copied(small.get_submodule(name)), stays[f"{name}.{changed[0]}"]
+            masked.set_submodule(name, Between(module, pruned, shapes[changed[0]], entries))
     return masked
 
 
@@ -405,14 +404,15 @@ class Means(TorchFunctionMode):
 class Between(nn.Module):
     """A pruned module in the dense model: it gets the channels that stay, and the others are zero after it."""
 
-    def __init__(self, dense: nn.Module, pruned: nn.Module, stays: list[Tensor], width: int) -> None:
+    def __init__(self, dense: nn.Module, pruned: nn.Module, shape: torch.Size, stays: list[Tensor]) -> None:
         super().__init__()
-        self.pruned, self.outputs, self.inputs, self.width = pruned, stays[0], stays[0], width
-        self.weight = getattr(pruned, "weight", None)  # some look at its dtype
         convolution = isinstance(dense, nn.modules.conv._ConvNd)
+        place = 0 if convolution else max(range(len(shape)), key=shape.__getitem__)  # of the channels in the parameter
+        self.pruned, self.outputs, self.inputs, self.width = pruned, stays[place], stays[place], shape[place]
+        self.weight = getattr(pruned, "weight", None)  # some look at its dtype
         first = convolution or isinstance(dense, nn.GroupNorm) or "2d" in type(dense).__name__.lower()
         first |= getattr(dense, "data_format", "") == "channels_first"
-        self.dim = getattr(dense, "channel_dim", 1 if first else -1)
+        self.dim = getattr(dense, "channel_dim", 1 if first else place - len(shape))
         if convolution:
             groups = (self.outputs // (self.width // dense.groups)).unique()
             self.inputs = (groups[:, None] * (dense.in_channels // dense.groups) + stays[1]).flatten()
