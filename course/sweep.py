@@ -29,7 +29,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from course import run
-from labkit import parameters
+from labkit import files, parameters
 from labkit.errors import DataError, InputError, LabError
 
 CONNECT_SECONDS = 5
@@ -209,7 +209,7 @@ def _on_dask(address: str) -> Iterator[tuple[Submit, Callable[[], bool], int]]:
     try:
         from distributed import Client
     except ImportError:
-        raise InputError("Dask is not installed; install it: .venv/bin/python -m pip install -e '.[cluster]'") from None
+        raise InputError(f"Dask is not installed: {files.set_up_with('cluster')}.") from None
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # its tracebacks; what is lost gets a sentence here
     try:

@@ -1,4 +1,11 @@
-"""Checks of arguments that are tensors or modules: one sentence for what would fail deep inside torch."""
+"""Checks of what labkit's functions are called with: one sentence for what would fail deep inside torch.
+
+Numbers and choices are checked in `labkit.errors`, which imports no torch.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +71,45 @@ def check_groups(heads: int, groups: int) -> None:
     """InputError unless the query heads can be shared out evenly among the heads of keys and values."""
     if heads % groups:
         raise InputError(f"{heads} query heads do not fit {groups} of keys and values: H must be a multiple of Hkv.")
+
+
+def check_loaded(model: nn.Module) -> None:
+    """InputError unless `model` is a module whose parameters and buffers have values."""
+    check_module(model)
+    if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+        raise InputError("The model is on the meta device and has no weights: load them first.")
+
+
+def check_real(x: Any, name: str) -> None:
+    """InputError unless `x` is a dense tensor of real numbers that has values."""
+    check_tensor(x, name)
+    if x.is_complex():
+        raise InputError(f"{name} is {x.dtype}, but it must be of real numbers: take its .abs(), say.")
+
+
+def check_mapping(value: Any, name: str, content: str) -> None:
+    """InputError unless `value` is a mapping of what `content` says, such as "layer: channels"."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} is a {type(value).__name__}, but it must be {{{content}}}.")
+
+
+def check_several(values: Any, name: str) -> None:
+    """InputError unless `values` can be gone through, and is no text."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise InputError(f"{name} is {values!r}, but it must be a list: put a single one in brackets.")
+
+
+def check_function(value: Any, name: str) -> None:
+    """InputError unless `value` can be called."""
+    if not isinstance(value, Callable):
+        raise InputError(f"{name} is {value!r}, but it must be a function.")
+
+
+def seeded(seed: Any) -> torch.Generator:
+    """A generator that starts at `seed`; InputError if that is no whole number."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise InputError(f"seed is {seed!r}, but it must be a whole number.")
+    return torch.Generator().manual_seed(int(seed))
 
 
 def _kind(value: object) -> str:

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_module
+from labkit.arguments import check_mapping, check_module
 from labkit.errors import InputError
-from labkit.pruning.arguments import check_mapping
 from labkit.pruning.coupling import Coupling, tracing
 from labkit.pruning.coupling.labels import span_at
 from labkit.pruning.coupling.rules import Record

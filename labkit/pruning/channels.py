@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_module
+from labkit.arguments import check_mapping, check_module, check_several
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import equality, surgery
-from labkit.pruning.arguments import check_mapping, check_several
 from labkit.pruning.coupling import Coupling, Group, arguments
 from labkit.pruning.coupling.groups import failing
 from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores

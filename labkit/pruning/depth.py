@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_module
+from labkit.arguments import check_module, check_several
 from labkit.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
 from labkit.blocks import hidden, layers_of, loss_increases, skipping
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.pruning import anatomy, surgery
-from labkit.pruning.arguments import check_several
 from labkit.pruning.coupling import tracing
 from labkit.pruning.coupling.returned import outputs
 from labkit.pruning.equality import Report, difference

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_real
 from labkit.errors import InputError
 from labkit.pruning import blockwise
-from labkit.pruning.arguments import check_real
 from labkit.pruning.pattern import check_pattern, is_nm, mask
 from labkit.storage import FORMATS
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_loaded, check_real
 from labkit.errors import InputError
 from labkit.pruning import coupling, equality, surgery, unstructured
-from labkit.pruning.arguments import check_loaded, check_real
 from labkit.pruning.pattern import check_pattern
 from labkit.pruning.select import prunable
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_function, check_mapping, check_several, seeded
 from labkit.errors import InputError, check_whole
-from labkit.pruning.arguments import check_function, check_mapping, check_several, seeded
 from labkit.pruning.select import fraction, named_parts
 from labkit.pruning.unstructured import make_permanent, masks, prune, with_masks
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from labkit.arguments import check_module
+from labkit.arguments import check_module, check_real
 from labkit.errors import InputError, check_whole
-from labkit.pruning.arguments import check_real
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # the matrices of a mixture's experts, in transformers

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from labkit.arguments import check_function, check_several
 from labkit.errors import InputError
 from labkit.pruning import channels
-from labkit.pruning.arguments import check_function, check_several
 from labkit.pruning.select import fraction
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from labkit.arguments import check_module
+from labkit.arguments import check_loaded, check_module
 from labkit.errors import InputError
 from labkit.pruning import unstructured
-from labkit.pruning.arguments import check_loaded
 from labkit.pruning.blockwise import check_widths, weights_of
 from labkit.pruning.pattern import check_pattern, mask
 from labkit.pruning.select import named_parts, prunable

@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from labkit.arguments import check_module
+from labkit.arguments import check_loaded, check_module, check_several
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
 from labkit.pruning import anatomy
-from labkit.pruning.arguments import check_loaded, check_several
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.coupling.fits import Attributes, Keep, set_attributes_, shape, tensors_of
 from labkit.pruning.coupling.tracing import batch_experts_, collecting_later, duplicate_model

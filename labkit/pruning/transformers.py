@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_mapping, check_several, seeded
 from labkit.batches import check_batches
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.models import quietly
 from labkit.pruning import anatomy, channels
 from labkit.pruning.anatomy import Attention, FeedForward
-from labkit.pruning.arguments import check_mapping, check_several, seeded
 from labkit.pruning.coupling import Coupling
 from labkit.pruning.heads import head_importance, lowest_heads
 from labkit.pruning.scores import input_squares, input_taylor, norms

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_loaded, check_mapping, check_real
 from labkit.errors import InputError, check_choice
-from labkit.pruning.arguments import check_loaded, check_mapping, check_real
 from labkit.pruning.scores import saliency
 from labkit.pruning.select import Weight, computed, count_to_prune, fraction, inside, lowest_k, named_parts, prunable
 

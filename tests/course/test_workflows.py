@@ -66,7 +66,11 @@ def test_the_tests_also_run_where_they_are_likely_to_differ():
     assert commands(jobs["oldest"]) == [".ci/oldest"]
     assert "--resolution lowest-direct" in (files.ROOT / ".ci" / "oldest").read_text(encoding="utf-8")
     assert jobs["locked"]["env"] == {"PIP_CONSTRAINT": "constraints.txt"}
-    assert jobs["plain-cpu"]["env"] == {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
+    assert jobs["plain-cpu"]["env"] == {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    }
     assert commands(jobs["plain-cpu"])[-1] == "./lab test"
     folder = jobs["odd-folder"]["defaults"]["run"]["working-directory"]
     assert set("' ü") <= set(folder)

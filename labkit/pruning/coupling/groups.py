@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import check_mapping
 from labkit.errors import InputError
-from labkit.pruning.arguments import check_mapping
 from labkit.pruning.coupling import fits, tracing
 from labkit.pruning.coupling.labels import components
 from labkit.pruning.coupling.rules import Axis, Record
