@@ -284,6 +284,7 @@ def run(model: nn.Module, args: tuple, kwargs: Mapping[str, Tensor]) -> list[Ten
             seen.add(id(value))
             yield from tensors(vars(value))
 
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))  # some write into their input
     out = model(*args, **kwargs)
     return list(tensors(getattr(out, "logits", out)))
 

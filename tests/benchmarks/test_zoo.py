@@ -162,6 +162,16 @@ def test_what_stands_in_a_plain_object_is_compared_too():
     assert zoo.difference(Holding(layer), Holding(layer, 1.001), (x,), {}) > 100
 
 
+def test_a_model_that_writes_into_its_input_is_given_the_same_one_again():
+    class Writing(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.mul_(255))
+
+    net, x = Writing(3, 2), torch.randn(4, 3)
+    assert torch.equal(zoo.run(net, (x,), {})[0], zoo.run(net, (x,), {})[0])
+    assert zoo.difference(net, net, (x,), {}) == 0
+
+
 @pytest.mark.parametrize("factor", [0.0, float("nan")])
 def test_outputs_that_say_nothing_are_no_agreement(factor):
     net = nn.Sequential(Holding(nn.Linear(3, 2), factor), First())
