@@ -531,10 +531,11 @@ def lines(name: str, rows: Mapping[str, Row]) -> Iterator[str]:
 def summary(table: Mapping[str, Mapping[str, Row]]) -> Iterator[str]:
     outcomes = ("equal", "refused", "failed", "DIFFERENT", "unjudged")
     yield f"\n{'':14} {'':14} {'networks':>9}" + "".join(f"{outcome:>11}" for outcome in outcomes)
-    for library in dict.fromkeys(name.partition("/")[0] for name in table):
-        members = {name: rows for name, rows in table.items() if name.startswith(f"{library}/")}
+    libraries = list(dict.fromkeys(name.partition("/")[0] for name in table))
+    for library in [*libraries, "all"] if len(libraries) > 1 else libraries:
+        members = [rows for name, rows in table.items() if library in ("all", name.partition("/")[0])]
         for tool in TOOLS:
-            counts = Counter(rows[tool]["outcome"] for rows in members.values() if tool in rows)
+            counts = Counter(rows[tool]["outcome"] for rows in members if tool in rows)
             if counts:
                 numbers = "".join(f"{counts[outcome]:11}" for outcome in outcomes)
                 yield f"{library:14} {tool:14} {counts.total():9}{numbers}"
