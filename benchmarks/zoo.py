@@ -65,7 +65,7 @@ PROJECTIONS = (
 LIBRARIES = ("timm", "torch_pruning", "transformers", "labkit.pruning.transformers")
 TASKS = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageClassification", "MaskedLM", "CausalLM", "AudioClassification")
 STATISTICS = re.compile("StdConv|(?<!Batch)Norm|LN$")  # modules that have statistics over channels
-DIRECTIONS = ("weight_v", "weight.original1")  # of a weight norm
+DIRECTIONS = {"weight_v": "weight_g", "weight.original1": "weight.original0"}  # of a weight norm, and their lengths
 OWN = "by its own proof"
 
 Row = dict[str, Any]
@@ -325,14 +325,17 @@ def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
     masked = copied(dense)
     left = _tensors(small)
     stays: dict[str, list[Tensor]] = {}
-    for name, x in _tensors(masked).items():
+    whole = _tensors(masked)
+    for name, x in whole.items():
         if x.shape != left[name].shape and (entries := kept(x, left[name])):
             stays[name] = entries
             zeros = torch.zeros_like(x, requires_grad=False)
             path, _, attribute = name.rpartition(".")  # one place after another: a tool may have untied them
             owner = masked.get_submodule(path)
-            if name.endswith(DIRECTIONS):  # are divided by their lengths, and what has gone is multiplied by zero
-                entries = [torch.arange(len(x)), *entries[1:]]
+            if (
+                lengths := _lengths(name, whole)
+            ) is not None:  # each is divided by its own, and what has gone is multiplied by zero
+                entries = [torch.arange(n) if lengths.shape[d] > 1 else entries[d] for d, n in enumerate(x.shape)]
                 new = zeros.index_put(grid(entries), x.detach()[grid(entries)])
             else:
                 new = zeros.index_put(grid(entries), left[name].detach())
@@ -348,6 +351,12 @@ def masked(dense: nn.Module, small: nn.Module) -> nn.Module:
             pruned, entries = copied(small.get_submodule(name)), stays[f"{name}.{changed[0]}"]
             masked.set_submodule(name, Between(module, pruned, shapes[changed[0]], entries))
     return masked
+
+
+def _lengths(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """What the directions `name` of a weight norm are multiplied by, of the same number of dimensions."""
+    pairs = [name.removesuffix(end) + lengths for end, lengths in DIRECTIONS.items() if name.endswith(end)]
+    return tensors[pairs[0]] if pairs else None
 
 
 def grid(entries: list[Tensor]) -> tuple[Tensor, ...]:

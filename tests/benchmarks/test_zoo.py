@@ -184,6 +184,24 @@ class First(nn.Module):
         return result.first
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the older one is deprecated
+def test_a_weight_norm_along_any_dimension_is_judged(norm, dim):
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = nn.Conv1d(3, 6, 3), nn.Sigmoid(), norm(nn.Conv1d(6, 8, 3), dim=dim), nn.Sigmoid(), nn.Conv1d(8, 2, 1)
+        return zoo.spread(nn.Sequential(*layers))
+
+    args = (torch.randn(1, 3, 9),)
+    small = channels.prune(make(), args, ratio=0.5, scope="layer").model
+    assert zoo.size(small) < zoo.size(make())
+    assert zoo.difference(make(), small, args, {}) < 0.01
+    with torch.no_grad():
+        next(p for name, p in small.named_parameters() if name.endswith(("weight_g", "original0"))).mul_(1.001)
+    assert zoo.difference(make(), small, args, {}) > 1
+
+
 def test_the_other_input_leaves_alone_what_is_no_tensor():
     args, kwargs = zoo.other(
         (torch.randn(1, 3), 7), {"flag": True, "steps": torch.tensor([1, 2]), "pair": [torch.ones(1, 2)]}
