@@ -7,7 +7,7 @@ share) are cached in place of 2 H D. `expanded` and `absorbed` are the same func
 import torch
 from torch import Tensor
 
-from labkit.arguments import check_alike, check_shapes
+from labkit.arguments import check_alike, check_shapes, check_tensor
 from labkit.attention import blockwise
 
 
@@ -15,7 +15,7 @@ def expanded(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Te
     """Causal attention [B, H, Q, Dv] with keys and values made from the latents, equations 10 to 19 of the paper.
 
     q [B, H, Q, D] and q_rope [B, H, Q, R]: the parts of a query without and with RoPE.
-    latent [B, K, C], k_rope [B, K, R]: what is cached. up_k [H, D, C], up_v [H, Dv, C].
+    latent [B, K, C], k_rope [B, K, R]: what is cached. up_k [H, D, C], up_v [H, Dv, C]. R is 0 without RoPE.
     The last query belongs to the last key. Making the keys and values takes 2 B H K C (D + Dv) FLOPs at every call.
     """
     _check(q, q_rope, latent, k_rope, up_k, up_v)
@@ -38,7 +38,10 @@ def absorbed(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Te
 
 
 def _check(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Tensor, up_v: Tensor) -> None:
-    check_alike(q=q, q_rope=q_rope, latent=latent, k_rope=k_rope, up_k=up_k, up_v=up_v)
-    queries = {"q": (q, "B H Q D"), "q_rope": (q_rope, "B H Q R")}
-    cached = {"latent": (latent, "B K C"), "k_rope": (k_rope, "B K R")}
-    check_shapes(**queries, **cached, up_k=(up_k, "H D C"), up_v=(up_v, "H Dv C"))
+    for name, part in {"q_rope": q_rope, "k_rope": k_rope}.items():
+        check_tensor(part, name)
+    parts = {"q": (q, "B H Q D"), "latent": (latent, "B K C"), "up_k": (up_k, "H D C"), "up_v": (up_v, "H Dv C")}
+    if q_rope.numel() or k_rope.numel():  # a model without RoPE has R = 0
+        parts |= {"q_rope": (q_rope, "B H Q R"), "k_rope": (k_rope, "B K R")}
+    check_alike(**{name: x for name, (x, _) in parts.items()})
+    check_shapes(**parts)

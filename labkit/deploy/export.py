@@ -59,7 +59,9 @@ def write_onnx(
     names = [name for name, value in named.items() if isinstance(value, Tensor)]
     shapes = _dimensions(named, dynamic) if dynamic else None
     with _exporting("to ONNX"):  # from a model, torch 2.9 exports otherwise: BERT then takes no batch of 1
-        graph = torch.export.export(model, (), dict(named), dynamic_shapes=shapes)
+        graph = torch.export.export(
+            model, (), dict(named), dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
         program = torch.onnx.export(graph, (), kwargs=dict(named), dynamo=True, verbose=False, input_names=names)
         for node in program.model.graph:  # the Python lines that they come from: half of a small file
             node.metadata_props.clear()

@@ -233,6 +233,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_lesson, sphinx:
     for name in ("claims.toml", "glossary.md"):
         shutil.copy(files.NOTEBOOKS / name, folder)
     (folder / "syllabi" / "notes").mkdir(parents=True)
+    (folder / "syllabi" / "README.md").write_text("# Teaching with these lessons\n")  # pages link to it
     (folder / "syllabi" / "notes" / "01.md").write_text("# Notes on lesson 01\n")
     half_day = f"# Half a day\n\n[The lesson](../{lesson}), [notes](notes/01.md).\n"
     (folder / "syllabi" / "half_day.md").write_text(half_day)
