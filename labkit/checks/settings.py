@@ -11,7 +11,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import matplotlib
@@ -19,8 +19,17 @@ import numpy as np
 import torch
 
 
+def _default_device() -> torch.device:
+    return torch.empty(0).device  # by its name torch 2.9 cannot tell it once it was set to None
+
+
 def _set_default_device(device: torch.device) -> None:
-    torch.set_default_device(None if device.type == "cpu" else device)  # None: no detour at every new tensor
+    if device.type != "cpu":
+        torch.set_default_device(device)
+        return
+    torch.set_default_device(None)  # "cpu" would be a detour at every new tensor
+    with suppress(AttributeError):  # what None leaves there ends torch 2.9's get_default_device
+        del torch._GLOBAL_DEVICE_CONTEXT.device_context
 
 
 def _set_numpy_errors(errors: dict[str, Any]) -> None:
@@ -37,7 +46,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {  # n
     "torch's gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "torch's default device": (torch.get_default_device, _set_default_device),
+    "torch's default device": (_default_device, _set_default_device),
     "torch's deterministic algorithms": (
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,
