@@ -40,7 +40,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from course import grade
-book = grade.grade(Path(sys.argv[1]), seconds=10, newest_abi=int(sys.argv[2]))
+book = grade.grade(Path(sys.argv[1]), seconds=5, newest_abi=int(sys.argv[2]))
 grade.write(book, Path(sys.argv[1]))
 rows = [(row.student, row.exercise.id, row.points, row.result, row.reason) for row in book.grades]
 print(json.dumps([rows, book.measures, book.incomplete]))
