@@ -242,7 +242,7 @@ def _report(folders: list[Path]) -> str:
 
 
 def _places_of_results() -> list[Path]:
-    """Where results are left: by ./lab run, by a learner's own copies, and by lessons opened in the repository."""
+    """List the folders of results: of ./lab run, of a learner's own copies, of lessons opened in the repository."""
     from course import notebooks
 
     return [RUNS, notebooks.WORKSPACE / "runs", files.NOTEBOOKS / "runs"]

@@ -118,7 +118,7 @@ class Comparison:
 
     @property
     def hint(self) -> str:
-        """What may be behind a claimed difference of less than PLACEMENT between sides that were built once, or ""."""
+        """The likely cause of a claimed difference below PLACEMENT between sides that were built once; "" for none."""
         claimed = self.verdict in ("faster", "slower")
         if not claimed or self.pairs_per_build or abs(math.log(self.speedup)) > math.log1p(PLACEMENT):
             return ""

@@ -60,7 +60,7 @@ def few(model: nn.Module, named: Mapping[str, Any], count: int) -> Mapping[str, 
 
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the model gives for these arguments; InputError, with the model's own words, where it fails."""
+    """Call the model with these arguments; InputError, with the words of its error, if the call fails."""
     try:
         return model(*args, **kwargs)
     except LabError:
@@ -73,5 +73,5 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What was wrong, of a sentence that goes on with what to do."""
+    """Take the cause out of an error whose sentence goes on, after a colon, with the remedy."""
     return str(error).rpartition(": ")[0] or str(error)
