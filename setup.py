@@ -10,7 +10,9 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-TAKEN_ALONG = ("pyproject.toml", "notebooks/claims.toml", "notebooks/glossary.md", "data")
+TAKEN_ALONG = ("pyproject.toml", "notebooks/claims.toml", "notebooks/glossary.md", "notebooks/checks", "data")
+
+LEFT_OUT = ("__pycache__", "prepare.py", "train_*.py")  # how the data were made
 
 
 class BuildWithRepository(build_py):
@@ -23,7 +25,7 @@ class BuildWithRepository(build_py):
         for name in TAKEN_ALONG:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             if Path(name).is_dir():
-                shutil.copytree(name, target / name, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+                shutil.copytree(name, target / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
             else:
                 shutil.copy(name, target / name)
 

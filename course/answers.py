@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from course import sandbox
-from labkit import checks, files
+from labkit import files
+from labkit.lesson import check as checks
 
 RESULTS = ("passed", "wrong", "not done", "broken", "stopped")
 LONGEST_REASON = 300  # characters
@@ -132,7 +133,7 @@ def _serve(imports: Sequence[str], seconds: float, newest_abi: int) -> None:
 
 def _load_kernels() -> list[str]:
     """Load labkit's own C++, which checks use as the lesson does: in the sandbox no compiler may be asked for it."""
-    from labkit.pruning import native
+    from labkit.storage import native
 
     if all(native.load(name) for name in native.ARGUMENTS):
         return []

@@ -19,7 +19,7 @@ import click
 from labkit import files
 from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
-from labkit.parameters import PRESETS
+from labkit.lesson.parameters import PRESETS
 
 RUNS = Path("runs") if files.IN_WHEEL else files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"
@@ -442,7 +442,7 @@ def data() -> None:
 @data.command("list")
 def list_() -> None:
     """What there is, how large, and whether it is here."""
-    from labkit.fetch import assets
+    from labkit.data.fetch import assets
 
     for asset in assets().values():
         click.echo(f"{asset.state:8} {asset.kind:10} {asset.bytes / 1e6:8.1f} MB  {asset.name:40} {asset.licence}")
@@ -452,7 +452,7 @@ def list_() -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def fetch_(names: tuple[str, ...]) -> None:
     """Bring models into the user's cache (default: all that the lessons need)."""
-    from labkit import fetch
+    from labkit.data import fetch
 
     for name in names or fetch.models():
         click.echo(f"ready  {name}  {fetch.fetch(name)}")
@@ -462,7 +462,7 @@ def fetch_(names: tuple[str, ...]) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def verify(names: tuple[str, ...]) -> None:
     """Hash every file again (default: everything). Exit code 2 if one is missing or damaged."""
-    from labkit import fetch
+    from labkit.data import fetch
 
     wrong = 0
     for name in names or fetch.assets():

@@ -23,7 +23,8 @@ import psutil
 from packaging.requirements import Requirement
 
 from course import notebooks
-from labkit import fetch, files
+from labkit import files
+from labkit.data import fetch
 from labkit.errors import LabError
 
 SMOKE_MEMORY = 4e9  # bytes that a lesson at `smoke` may use
@@ -54,7 +55,7 @@ def findings() -> Iterator[Finding]:
 
 def report() -> dict[str, Any]:
     """All findings as plain values for scripts, with the machine's fingerprint."""
-    from labkit.machine import fingerprint
+    from labkit.timing.machine import fingerprint
 
     rows = [asdict(finding) for finding in findings()]
     return {"good": all(row["good"] for row in rows), "findings": rows, "machine": fingerprint().to_dict()}
@@ -98,7 +99,7 @@ def _torch() -> tuple[str, str]:
 
 def _cpu() -> tuple[str, str]:
     """The model, and which instructions for fast inference it has and has not, of those that its kind can have."""
-    from labkit.machine import FEATURES, fingerprint
+    from labkit.timing.machine import FEATURES, fingerprint
 
     machine = fingerprint("cpu")
     kind = "arm64" if machine.arch.lower() in ("arm64", "aarch64") else "x86_64"
@@ -149,7 +150,7 @@ def _compiler() -> tuple[str, str]:
 
 
 def _compiler_command() -> str:
-    from labkit.pruning import native
+    from labkit.storage import native
 
     with contextlib.suppress(OSError):
         return " ".join(native.compiler())

@@ -293,9 +293,10 @@ def _defines(source: str, function: str) -> bool:
 
 def _imports(lessons: Sequence[Lesson], names: Container[str]) -> list[str]:
     """What the answers to the lessons of these names import, every check, and torch at the first operator on "meta"."""
-    statements = dict.fromkeys(("import labkit.checks.settings", "import torch._dynamo"))
+    statements = dict.fromkeys(("import labkit.lesson.settings", "import torch._dynamo"))
     for lesson in (lesson for lesson in lessons if lesson.name in names):
-        statements[f"import labkit.checks.lesson{lesson.name[:2]}"] = None
+        statements["from labkit.lesson import check"] = None
+        statements[f"check.load({lesson.name[:2]!r})"] = None
         for node in (node for _, source in lesson.cells for node in answers.definitions(source)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 statements[ast.unparse(node)] = None

@@ -69,7 +69,7 @@ def main() -> None:
     see_what_is_new()
     use_this_labkit()
 
-    from labkit import fetch
+    from labkit.data import fetch
     from labkit.errors import LabError
 
     try:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from labkit import files
-from labkit.checks import STUB_SAYS, worked
-from labkit.checks.worked import BEGIN, END, MARKERS, without_markers
 from labkit.errors import DataError, InputError
+from labkit.lesson import worked
+from labkit.lesson.check import STUB_SAYS
+from labkit.lesson.worked import BEGIN, END, MARKERS, without_markers
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode  # takes a second to import, and finding a lesson needs none of it
@@ -92,7 +93,7 @@ def tidied(notebook: "NotebookNode") -> "NotebookNode":
     """
     import nbformat
 
-    from labkit.records import MIME
+    from labkit.lesson.records import MIME
 
     tidy = nbformat.from_dict(notebook)
     tidy.cells = [cell for cell in tidy.cells if "injected-parameters" not in tags(cell)]
@@ -285,7 +286,7 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
     litter = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
     for part in RELEASED:
         shutil.copytree(files.ROOT / part, folder / part, ignore=litter)
-    (folder / "notebooks").mkdir()
+    shutil.copytree(files.CHECKS, folder / "notebooks" / files.CHECKS.name, ignore=litter)
     shutil.copy(files.NOTEBOOKS / "claims.toml", folder / "notebooks")
     _copy_glossary(folder)
     files.write_text(folder / "notebooks" / worked.PACKED, worked.packed(answers) + "\n")

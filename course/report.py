@@ -25,9 +25,10 @@ from markupsafe import Markup
 
 from course.results import ResultFolder, RunColumn, collect, frame, recorded_runs, short, side_by_side, with_unit
 from course.tradeoffs import RANKED, Estimate, figure, literal, picture, pooled, trade_offs
-from labkit import challenge, claims, files, show
-from labkit.claims import Claim
-from labkit.records import Challenge, RunRecord, SettledClaim, calibration, off_by
+from labkit import files, show
+from labkit.lesson import challenge, claims
+from labkit.lesson.claims import Claim
+from labkit.lesson.records import Challenge, RunRecord, SettledClaim, calibration, off_by
 
 DIFFERS, NOT_YET = "differs by machine", "not yet measured"
 NOT_SETTLED, NOT_HERE = "not settled here", "not measurable here"

@@ -14,8 +14,8 @@ import pandas as pd
 
 from labkit import files, show
 from labkit.errors import DataError, InputError
-from labkit.parameters import PRESETS
-from labkit.records import Column, RecordedTable, RunRecord, read
+from labkit.lesson.parameters import PRESETS
+from labkit.lesson.records import Column, RecordedTable, RunRecord, read
 
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
 

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from labkit import files, parameters
+from labkit import files
 from labkit.errors import DataError, InputError
+from labkit.lesson import parameters
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -78,7 +79,7 @@ class Job:
 
     def folder(self) -> Path:
         """OUT/<lesson>/<preset>-<eight digits of what a result depends on: lesson, parameters, labkit, machine>[-N]."""
-        from labkit.machine import fingerprint, torch_device  # imports torch
+        from labkit.timing.machine import fingerprint, torch_device
 
         machine = fingerprint(torch_device(self.device)).slug
         facts = json.dumps([self.parameters, code_version(), machine], sort_keys=True)
@@ -134,7 +135,7 @@ def prepare(notebook: Path, values: Mapping[str, Any], out: Path = Path("runs"),
     bound = parameters.bind(declared, {"PRESET": defaults.get("PRESET"), **values, "RESULTS_DIR": "."})
     device = str(bound.get("DEVICE") or defaults.get("DEVICE") or "auto")
     if device != "cpu" and (device != "auto" or os.environ.get("LABKIT_DEVICE")):  # those two need no torch
-        from labkit.machine import torch_device
+        from labkit.timing.machine import torch_device
 
         torch_device(device)
     differing = {name: value for name, value in bound.items() if name in ALWAYS or value != defaults[name]}
@@ -171,12 +172,12 @@ def read(folder: Path) -> Run | None:
 
 
 def code_version() -> str:
-    """Eight hex digits of what computes: labkit's sources as they stand on the disk, and the version of torch."""
+    """Eight hex digits of what computes: the sources of labkit and the checks, and the version of torch."""
     digest = hashlib.sha256(metadata.version("torch").encode())
-    here = files.PACKAGE
-    for file in sorted(here.rglob("*")):
-        if file.suffix in SOURCES:
-            digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
+    for folder in (files.PACKAGE, files.CHECKS):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in SOURCES:
+                digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()[:8]
 
 
@@ -297,7 +298,7 @@ def keep_reference(results: Sequence[Run], notebook: Path) -> list[Path]:
     import nbformat  # takes a second
 
     from course.notebooks import tidied
-    from labkit import records
+    from labkit.lesson import records
 
     of_processes = [records.read(result.folder / "record.json") for result in results]
     reference = records.together(of_processes)
@@ -424,7 +425,7 @@ def _failure(source: bytes, notebook: Path, name: str, message: str, peak: int) 
     advice = next((what for sign, what in ADVICE.items() if re.search(sign, f"{name} {message}")), "")
     message = f"{message.rstrip('. ')}; {advice}" if advice else message
     if name == "DeadKernel":
-        from labkit.machine import memory_bytes
+        from labkit.timing.machine import memory_bytes
 
         message += f" (the run had reached {peak / 1e9:.1f} GB of {memory_bytes() / 1e9:.1f} GB)"
     return Failure(name, message, number, section)

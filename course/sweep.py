@@ -29,8 +29,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from course import run
-from labkit import files, parameters
+from labkit import files
 from labkit.errors import DataError, InputError, LabError
+from labkit.lesson import parameters
 
 CONNECT_SECONDS = 5
 Submit = Callable[[run.Job], "Future[Outcome]"]
@@ -177,7 +178,7 @@ def _here(environments: Sequence[dict[str, str]]) -> Iterator[tuple[Submit, Call
 
 def _environments(jobs: Sequence[run.Job], count: int | None) -> list[dict[str, str]]:
     """For each of the runs at once its GPU, if there are any, and its share of the cores."""
-    from labkit import machine
+    from labkit.timing import machine
 
     devices = {os.environ.get("LABKIT_DEVICE") or job.device if job.device == "auto" else job.device for job in jobs}
     gpus = _visible_gpus() if devices != {"cpu"} else []

@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 from course.results import RunColumn, as_number, short, with_unit
 from labkit import show
-from labkit.records import SEED, Column, RecordedTable
-from labkit.stats import mean_ci
+from labkit.lesson.records import SEED, Column, RecordedTable
+from labkit.timing.stats import mean_ci
 
 MARKERS = "osD^vPX"
 FAR_APART = 50.0  # values that differ by more are drawn on a logarithmic axis

@@ -1,20 +1,64 @@
 """Inference optimisation, measured: the tested package that the lessons import.
 
-`labkit.start(...)` begins a lesson. The modules are attributes of the package, each imported when it is first used, so
-that `import labkit` costs nothing.
+`labkit.start(...)` begins a lesson. The modules lie in rooms, a folder each (CONTRIBUTING.md says which), and those
+that people call have a short name too: `labkit.bench` is `labkit/timing/bench.py`. Each is imported when it is
+first used, so that `import labkit` costs nothing.
 """
 
 import importlib
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_MODULES = (
-    "artifact", "attention", "bench", "checks", "claims", "datasets", "deploy", "distillation", "machine", "models",
-    "pruning", "quantization", "records", "roofline", "session", "show", "stats", "training",
-)  # fmt: skip
-
 __all__ = ["start"]
+
+# Short name of a module: where it lies. `import labkit.bench` and `from labkit import bench` give the same module.
+SHORT_NAMES = {
+    "labkit.artifact": "labkit.storage.artifact",
+    "labkit.batches": "labkit.modules.batches",
+    "labkit.bench": "labkit.timing.bench",
+    "labkit.claims": "labkit.lesson.claims",
+    "labkit.clocks": "labkit.timing.clocks",
+    "labkit.counting": "labkit.timing.counting",
+    "labkit.datasets": "labkit.data.datasets",
+    "labkit.fetch": "labkit.data.fetch",
+    "labkit.machine": "labkit.timing.machine",
+    "labkit.models": "labkit.data.models",
+    "labkit.records": "labkit.lesson.records",
+    "labkit.resnet": "labkit.data.resnet",
+    "labkit.roofline": "labkit.timing.roofline",
+    "labkit.session": "labkit.lesson.session",
+    "labkit.shapes": "labkit.timing.shapes",
+    "labkit.stats": "labkit.timing.stats",
+    "labkit.training": "labkit.data.training",
+    "labkit.pruning.coupling": "labkit.graph.groups",
+    "labkit.pruning.equality": "labkit.graph.equality",
+    "labkit.pruning.surgery": "labkit.graph.surgery",
+}
+ROOMS = ("attention", "data", "deploy", "graph", "lesson", "modules", "pruning", "quantization", "storage", "timing")
+
+
+class _ShortNames(MetaPathFinder, Loader):
+    """Imports a module of SHORT_NAMES by importing the module that it stands for."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in SHORT_NAMES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(SHORT_NAMES[spec.name])
+        spec.loader_state = module.__spec__  # the import system writes the short name's into the module
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.insert(0, _ShortNames())
 
 
 def submodules(package: str, names: Collection[str]) -> Callable[[str], ModuleType]:
@@ -28,11 +72,13 @@ def submodules(package: str, names: Collection[str]) -> Callable[[str], ModuleTy
     return module
 
 
+_TOP = tuple(name.removeprefix("labkit.") for name in SHORT_NAMES if name.count(".") == 1)
+_MODULES = tuple(sorted({*_TOP, *ROOMS, "distillation", "show"}))
 _module = submodules("labkit", ("start", *_MODULES))
 
 
 def __getattr__(name: str) -> Any:
-    return importlib.import_module("labkit.session").start if name == "start" else _module(name)
+    return importlib.import_module("labkit.lesson.session").start if name == "start" else _module(name)
 
 
 def __dir__() -> list[str]:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from labkit.arguments import check_floats, check_module, check_tensor
 from labkit.attention import speculative
 from labkit.attention.decoder import Decoder
-from labkit.batches import IGNORED, cross_entropy, evaluating, labelled, predicts_next, split, watching
-from labkit.blocks import layers_of
+from labkit.data.training import Batch, History, task_loss, train_
 from labkit.errors import InputError, check_number, check_whole
+from labkit.modules.batches import IGNORED, cross_entropy, evaluating, labelled, predicts_next, split, watching
+from labkit.modules.blocks import layers_of
 from labkit.pruning import depth
-from labkit.training import Batch, History, task_loss, train_
 
 LossFn = Callable[[nn.Module, Batch], Tensor]
 STORED = "teacher_logits"  # the name of a teacher's stored answers in a batch that is a dict

@@ -21,6 +21,7 @@ ROOT = PACKAGE / "repository" if IN_WHEEL else PACKAGE.parent
 DATA = ROOT / "data"
 RECORDED = DATA / "recorded"
 NOTEBOOKS = ROOT / "notebooks"
+CHECKS = NOTEBOOKS / "checks"  # of the exercises, a file a lesson
 COMMAND = "./lab" if (ROOT / "lab").exists() else "labkit"  # a class's release has no ./lab, nor has a wheel
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no space, no quota, too large, read-only
 

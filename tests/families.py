@@ -34,7 +34,7 @@ def _build(name: str, **options) -> Callable[..., nn.Module]:
         """sizes: see NAMES; those that the config does not have are left out."""
         import transformers
 
-        from labkit.models import quietly
+        from labkit.data.models import quietly
 
         if options.keys() >= LATENT.keys():
             sizes.pop("kv_heads", None)  # one for each head
@@ -117,7 +117,7 @@ def batches(name: str, cut: int = 2, pad: int = 0) -> list[dict[str, Tensor]]:
 
 def mean_loss(model: nn.Module, data: list[dict[str, Tensor]]) -> float:
     """Over all terms of the batches, as `summed_loss` counts them."""
-    from labkit.batches import summed_loss
+    from labkit.modules.batches import summed_loss
 
     with torch.no_grad():
         sums = [summed_loss(model, batch) for batch in data]

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from labkit.machine import fingerprint
+from labkit.timing.machine import fingerprint
 
 WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
 CAPS = {  # of ONEDNN_MAX_CPU_ISA, by what they forbid

@@ -1,7 +1,7 @@
 """The record of a small run, and others that differ from it in some fields."""
 
-from labkit import records
-from labkit.records import RunRecord, cost
+from labkit.lesson import records
+from labkit.lesson.records import RunRecord, cost
 
 MACHINE = {"slug": "test-cpu-2c", "label": "Test CPU, 2 cores", "memory": 8 * 2**30, "threads": 2}
 RECORD = RunRecord(

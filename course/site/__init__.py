@@ -23,9 +23,10 @@ import nbformat
 
 from course import notebooks, report, results
 from course.results import RunColumn, side_by_side
-from labkit import claims, files
+from labkit import files
 from labkit.errors import DataError, InputError
-from labkit.records import MIME
+from labkit.lesson import claims
+from labkit.lesson.records import MIME
 
 SOURCES = Path(__file__).parent
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"

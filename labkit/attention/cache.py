@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit import artifact
 from labkit.attention.blockwise import later, working
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import kv
 from labkit.quantization.affine import Grid, Quantized
 from labkit.quantization.kv import KVFormat
+from labkit.storage import artifact
 
 
 class Layout(NamedTuple):

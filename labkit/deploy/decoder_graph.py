@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit import storage
 from labkit.attention.decoder import check_llama
 from labkit.errors import InputError, check_choice
 from labkit.quantization import weight_only
 from labkit.quantization.affine import Quantized
 from labkit.quantization.weight_only import WeightOnlyLinear
+from labkit.storage import formats as storage
 
 Node = Any  # openvino.Node
 

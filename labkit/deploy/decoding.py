@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit import roofline
 from labkit.attention import speculative
 from labkit.deploy import decoder_graph, engines
 from labkit.errors import InputError
+from labkit.timing import roofline
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,14 +27,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from labkit import artifact
-from labkit import batches as batching
 from labkit.deploy import export
 from labkit.errors import InputError, check_choice
 from labkit.files import set_up_with
-from labkit.pruning.coupling.tracing import outputs
+from labkit.graph.tracing import outputs
+from labkit.modules import batches as batching
 from labkit.quantization.affine import Grid
 from labkit.quantization.ptq import FakeQuantized
+from labkit.storage import artifact
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it keeps a device id in the user's cache
 INSTALL = {  # of what the extra `engines` does not bring

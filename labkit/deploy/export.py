@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from labkit import batches as batching
 from labkit.errors import InputError
-from labkit.pruning.coupling.tracing import outputs
+from labkit.graph.tracing import outputs
+from labkit.modules import batches as batching
 from labkit.quantization import affine, integer
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer

@@ -18,7 +18,7 @@ import torch
 
 from labkit.errors import InputError, LabError
 from labkit.files import child_environment
-from labkit.machine import fingerprint
+from labkit.timing.machine import fingerprint
 
 RUNGS = {  # of x86, each with all before it: the cap's name, and the feature that the CPU has to have
     "AVX2": "avx2",

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit import training
 from labkit.attention.decoder import check_text
+from labkit.data import training
 from labkit.deploy import decoder_graph, engines
 from labkit.deploy.serving import new_tokens
 from labkit.errors import InputError, check_choice, check_whole

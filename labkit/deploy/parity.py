@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit import batches as batching
-from labkit import stats
 from labkit.arguments import check_floats, check_module, check_shapes, check_tensor
 from labkit.errors import EqualityError, InputError, check_number
-from labkit.pruning.coupling.tracing import outputs
+from labkit.graph.tracing import outputs
+from labkit.modules import batches as batching
 from labkit.quantization import affine
+from labkit.timing import stats
 
 SURE = 0.1  # margin of probability between the first class and the second, above which a flip is no toss of a coin
 

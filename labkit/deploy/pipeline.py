@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from labkit import batches as batching
-from labkit import bench, stats
 from labkit.deploy import engines, export
 from labkit.deploy.parity import Parity, Reference
 from labkit.errors import InputError, LabError
 from labkit.files import replacing
+from labkit.modules import batches as batching
 from labkit.quantization import integer
+from labkit.timing import bench, stats
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from labkit import models
-from labkit.datasets import REVIEW_CLASSES
+from labkit.data import models
+from labkit.data.datasets import REVIEW_CLASSES
 from labkit.deploy import engines
 from labkit.deploy.simulation import Times, poisson_arrivals
 from labkit.errors import InputError, LabError, check_whole

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from labkit.machine import fingerprint
+from labkit.timing.machine import fingerprint
 
 LIVES = ("alive", "maintenance", "renamed", "ended")
 

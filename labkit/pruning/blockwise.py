@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from labkit.batches import check_batches, evaluating, not_empty
-from labkit.blocks import blocks_of, inputs_by_block
 from labkit.errors import InputError, check_choice
-from labkit.hessians import hessian, squares
+from labkit.modules.batches import check_batches, evaluating, not_empty
+from labkit.modules.blocks import blocks_of, inputs_by_block
+from labkit.modules.hessians import hessian, squares
 from labkit.pruning.pattern import mask
 from labkit.pruning.scores import magnitude, wanda
 from labkit.pruning.select import CONVOLUTIONS, Weight, count_to_prune, lowest_k, named_parts

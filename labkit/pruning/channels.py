@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from labkit.arguments import check_mapping, check_module, check_several
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
-from labkit.pruning import equality, surgery
-from labkit.pruning.coupling import Coupling, Group, arguments
-from labkit.pruning.coupling.groups import failing
+from labkit.graph import equality, surgery
+from labkit.graph.groups import Coupling, Group, arguments, failing
+from labkit.graph.surgery import Plan, Pruned, Units
 from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores
 from labkit.pruning.select import count_to_prune, fraction, inside, lowest_k, named_parts
-from labkit.pruning.surgery import Plan, Pruned, Units
 
 Part = str | nn.Module  # a group, a parameter or a module, by name or itself
 Criterion = str | Mapping[str, Tensor] | Callable[[Group], Tensor | None]

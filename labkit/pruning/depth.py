@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_module, check_several
-from labkit.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
-from labkit.blocks import hidden, layers_of, loss_increases, skipping
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
-from labkit.pruning import anatomy, surgery
-from labkit.pruning.coupling import tracing
-from labkit.pruning.coupling.returned import outputs
-from labkit.pruning.equality import Report, difference
-from labkit.pruning.surgery import Plan, Pruned, Units
+from labkit.graph import anatomy, surgery, tracing
+from labkit.graph.equality import Report, difference
+from labkit.graph.surgery import Plan, Pruned, Units
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
+from labkit.modules.blocks import hidden, layers_of, loss_increases, skipping
+from labkit.modules.returned import outputs
 
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # of inputs and outputs [tokens, width]: [tokens]
     "cosine": lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1),

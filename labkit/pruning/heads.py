@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_module, check_real, seeded
-from labkit.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
-from labkit.blocks import layers_of, loss_increases
 from labkit.errors import InputError, check_choice, check_whole
-from labkit.pruning import anatomy
-from labkit.pruning.anatomy import Attention
-from labkit.pruning.coupling import tracing
+from labkit.graph import anatomy, tracing
+from labkit.graph.anatomy import Attention
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
+from labkit.modules.blocks import layers_of, loss_increases
 from labkit.pruning.scores import input_taylor, reading
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")

@@ -14,7 +14,7 @@ from labkit.arguments import check_real
 from labkit.errors import InputError
 from labkit.pruning import blockwise
 from labkit.pruning.pattern import check_pattern, is_nm, mask
-from labkit.storage import FORMATS
+from labkit.storage.formats import FORMATS
 
 __all__ = ["compress", "decompress", "is_nm", "kept_energy", "mask", "prune"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from labkit.arguments import check_tensor
 from labkit.errors import InputError
-from labkit.pruning import native
+from labkit.storage import native
 
 LARGEST_M = 16
 COMPILED = 2**20  # weights from which on a kernel is looked for: fewer take a millisecond, compiling it a second

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from labkit.arguments import check_loaded, check_real
 from labkit.errors import InputError
-from labkit.pruning import coupling, equality, surgery, unstructured
+from labkit.graph import equality, surgery
+from labkit.graph import groups as coupling
+from labkit.pruning import unstructured
 from labkit.pruning.pattern import check_pattern
 from labkit.pruning.select import prunable
 

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_real, seeded
-from labkit.batches import batch_loss, check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
 from labkit.errors import InputError, check_choice
-from labkit.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
-from labkit.pruning.coupling import Group, Member
+from labkit.graph.groups import Group, Member
+from labkit.modules.batches import (
+    batch_loss,
+    check_batches,
+    evaluating,
+    inputs,
+    not_empty,
+    split,
+    summed_loss,
+    valid_tokens,
+)
+from labkit.modules.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
 from labkit.pruning.select import count_to_prune, prunable
 
 

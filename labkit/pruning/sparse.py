@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from labkit import bench
 from labkit.errors import InputError, check_whole
-from labkit.pruning import native, semi_structured
+from labkit.pruning import semi_structured
 from labkit.pruning.select import count_to_prune, lowest_k
-from labkit.storage import BSR_BLOCKS, FORMATS, Format, Parts
+from labkit.storage import native
+from labkit.storage.formats import BSR_BLOCKS, FORMATS, Format, Parts
+from labkit.timing import bench
 
 HALVES = (torch.float16, torch.bfloat16)
 

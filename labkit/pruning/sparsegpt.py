@@ -9,7 +9,7 @@ from torch import Tensor
 
 from labkit.arguments import check_real
 from labkit.errors import InputError
-from labkit.hessians import check_layer, inverse_factor
+from labkit.modules.hessians import check_layer, inverse_factor
 from labkit.pruning.pattern import check_pattern
 from labkit.pruning.select import count_to_prune, fraction, lowest_k
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_mapping, check_several, seeded
-from labkit.batches import check_batches
+from labkit.data.models import quietly
 from labkit.errors import InputError, check_choice, check_whole
-from labkit.models import quietly
-from labkit.pruning import anatomy, channels
-from labkit.pruning.anatomy import Attention, FeedForward
-from labkit.pruning.coupling import Coupling
+from labkit.graph import anatomy
+from labkit.graph.anatomy import Attention, FeedForward
+from labkit.graph.groups import Coupling
+from labkit.graph.surgery import Plan, Pruned
+from labkit.modules.batches import check_batches
+from labkit.pruning import channels
 from labkit.pruning.heads import head_importance, lowest_heads
 from labkit.pruning.scores import input_squares, input_taylor, norms
 from labkit.pruning.select import count_to_prune, fraction, lowest_k
-from labkit.pruning.surgery import Plan, Pruned
 
 __all__ = ["head_importance", "lowest_heads", "prune_ffn", "prune_heads"]
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit import batches as batching
 from labkit.arguments import check_module
 from labkit.errors import InputError, LabError
-from labkit.pruning.coupling.tracing import first_line
+from labkit.graph.tracing import first_line
+from labkit.modules import batches as batching
 
 
 def check_model(model: object) -> None:

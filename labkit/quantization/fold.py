@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit import batches as batching
 from labkit.errors import EqualityError, InputError
-from labkit.pruning import coupling, equality, surgery
+from labkit.graph import equality, surgery
+from labkit.graph import groups as coupling
+from labkit.graph.dataflow import Dataflow, Route, Source
+from labkit.graph.subclasses import after_norm
+from labkit.modules import batches as batching
 from labkit.quantization import calls
-from labkit.quantization.dataflow import Dataflow, Route, Source
-from labkit.quantization.subclasses import after_norm
 
 EXACT = 1e-9  # of the largest output, in float64
 SWEEPS, STILL = 100, 1e-4  # of equalisation over all pairs; log s from which on a sweep changes nothing

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from labkit.errors import InputError
+from labkit.graph.subclasses import pads_same, same_pads
 from labkit.quantization import calls
 from labkit.quantization.affine import Grid
 from labkit.quantization.formats import Encoded
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, bypassed, called, is_sum, replaced, weight_grid
-from labkit.quantization.subclasses import pads_same, same_pads
 from labkit.quantization.weight_only import WeightOnlyLinear
 
 FEW = 2  # rows up to which a product with a vector is faster in _int_mm than in oneDNN

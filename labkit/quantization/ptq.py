@@ -31,14 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from labkit import batches as batching
 from labkit.errors import EqualityError, InputError, check_whole
-from labkit.pruning import surgery
-from labkit.pruning.coupling.tracing import outputs
+from labkit.graph import surgery
+from labkit.graph.subclasses import is_plain, pads_same, same_pads
+from labkit.graph.tracing import outputs
+from labkit.modules import batches as batching
 from labkit.quantization import affine, calls, fold
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
-from labkit.quantization.subclasses import is_plain, pads_same, same_pads
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 FIRST = 4  # examples of the first batch that folding and the graph are proved on, and that the report compares

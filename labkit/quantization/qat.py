@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from labkit import training
+from labkit.data import training
+from labkit.data.training import History
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import affine, calls, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import MOMENTUM
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, Quantizer
-from labkit.training import History
 
 
 def prepare(

@@ -15,9 +15,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from labkit import batches as batching
 from labkit.errors import EqualityError, InputError, check_whole
-from labkit.pruning import anatomy
+from labkit.graph import anatomy
+from labkit.modules import batches as batching
 from labkit.quantization import calls
 
 READERS = {  # of the residual stream, by the norm before them

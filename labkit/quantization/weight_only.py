@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit import storage
-from labkit.batches import check_batches, evaluating, not_empty, split
-from labkit.blocks import blocks_of, inputs_by_block
 from labkit.errors import InputError, check_choice, check_whole
-from labkit.hessians import check_layer, hessian, inverse_factor, sum_over_rows, wide
+from labkit.graph.dataflow import Dataflow, Route, Source
+from labkit.modules.batches import check_batches, evaluating, not_empty, split
+from labkit.modules.blocks import blocks_of, inputs_by_block
+from labkit.modules.hessians import check_layer, hessian, inverse_factor, sum_over_rows, wide
 from labkit.pruning.select import Weight, inside, named_parts, prunable
 from labkit.pruning.unstructured import make_permanent, masks
 from labkit.quantization import affine, calls, fold, formats, ptq
 from labkit.quantization.affine import Grid, Quantized
-from labkit.quantization.dataflow import Dataflow, Route, Source
 from labkit.quantization.formats import Encoded
+from labkit.storage import formats as storage
 
 METHODS = ("rtn", "gptq", "awq", "nf4", "mxfp4")
 WALKS = ("gptq", "awq")  # which look at what layers are called with

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from run_records import changed
 
-from labkit import records
-from labkit.records import Column, cost, setting
+from labkit.lesson import records
+from labkit.lesson.records import Column, cost, setting
 
 pytest.importorskip("distributed")
 import sweep_places

@@ -18,7 +18,7 @@ from handins import CONV, FULL, solved, with_first_line, write
 from course import answers, grade, notebooks
 from course.answers import Answer, Runner
 from labkit import files
-from labkit.pruning import native
+from labkit.storage import native
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the processes are looked for in /proc"),
@@ -90,7 +90,9 @@ def keepers_at_work() -> list[psutil.Process]:
 
 @pytest.fixture
 def runner() -> Iterator[Runner]:
-    with answers.runner(["import labkit.checks.settings, labkit.checks.lesson01"], seconds=60) as opened:
+    with answers.runner(
+        ["import labkit.lesson.settings", "from labkit.lesson import check", "check.load('01')"], seconds=60
+    ) as opened:
         yield opened
 
 

@@ -28,7 +28,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from course import grade
 from labkit import files
-from labkit.pruning import native
+from labkit.storage import native
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's"),

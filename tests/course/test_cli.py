@@ -14,7 +14,7 @@ from click.testing import Result
 from commands import labkit, wait_until
 
 from course import notebooks, run
-from labkit import fetch
+from labkit.data import fetch
 
 
 def reported(result: Result) -> Path:

@@ -13,7 +13,7 @@ import torch
 from commands import labkit
 
 from course import doctor, notebooks
-from labkit import fetch
+from labkit.data import fetch
 
 SMI = "| NVIDIA-SMI 580.65   Driver Version: 580.65.06   CUDA Version: 13.0  |"
 

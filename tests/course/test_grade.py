@@ -73,7 +73,7 @@ USES = "torch.ones(1); conv_work(1, 1, 1, 1, 1, 1, 1, 1); helped(1); SIZE, PRESE
 ADDED = "import itertools as i\n%matplotlib inline\ndef helped(x): return i.count(x)\nSIZE = 4 * 1024\n1 / 0"
 CHAIN = "\n".join(f"def f{k}(): return f{k + 1}()" for k in range(5_000))
 CHOKING = ("x = " + "+".join(["1"] * 20_000), CHAIN, "(" * 5_000, "x = " + "-" * 100_000 + "1", "\ud800")
-CHEAT = "import labkit.checks as c\nc.check = lambda *a: 1 / 0\n"
+CHEAT = "import labkit.lesson.check as c\nc.check = lambda *a: 1 / 0\n"
 DELETED = ("setup", "exercise-3", "check-3", "exercise-4-card")
 FIRST = {**FULL, "01.1": 0}
 CLASS = {  # student -> what is handed in, and the points that it gets; None: which they are is not promised

@@ -13,7 +13,9 @@ from nbformat.v4 import new_code_cell
 from run_records import RECORD
 
 from course import cli, hosted, notebooks
-from labkit import fetch, files, records
+from labkit import files
+from labkit.data import fetch
+from labkit.lesson import records
 
 HOSTED = files.ROOT / "course" / "hosted.py"
 LESSON = """

@@ -16,8 +16,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course import notebooks
 from course.notebooks import BEGIN, END, without_solution
-from labkit import checks, files
+from labkit import files
 from labkit.errors import DataError, InputError
+from labkit.lesson import check as checks
 
 STUB = '''def double(x: float) -> float:
     """Twice x."""
@@ -221,7 +222,8 @@ def test_a_release_holds_every_lesson_without_its_answers(released: Path):
 
 def test_a_released_lesson_goes_on_with_worked_answers_that_nobody_reads_by_accident(released: Path):
     code = """
-from labkit.checks import check, worked
+from labkit.lesson import worked
+from labkit.lesson.check import check
 def time_bound(*_): raise NotImplementedError
 print(check("01.2", worked.answer("01.2", time_bound)).passed, worked.answer("01.9", time_bound))"""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

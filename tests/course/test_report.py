@@ -17,10 +17,11 @@ from run_records import MACHINE, RECORD, changed
 
 from course import report
 from course.results import RunColumn
-from labkit import files, records
-from labkit.claims import Claim
+from labkit import files
 from labkit.errors import InputError
-from labkit.records import RunRecord, cost, quality
+from labkit.lesson import records
+from labkit.lesson.claims import Claim
+from labkit.lesson.records import RunRecord, cost, quality
 
 
 def words(html: str) -> str:

@@ -8,8 +8,9 @@ import pytest
 from run_records import RECORD, changed
 
 from course import report, results
-from labkit import files, records
-from labkit.records import cost, quality, setting
+from labkit import files
+from labkit.lesson import records
+from labkit.lesson.records import cost, quality, setting
 
 CUTS = [
     {"cut": "a", "batch": 1, "accuracy (%)": 90.0, "low": 88.0, "high": 92.0, "p50 (ms)": 5.0, "part": "x"},

@@ -29,11 +29,13 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from run_records import changed
 
 from course import notebooks, run
-from labkit import fetch, files, records
+from labkit import files
+from labkit.data import fetch
 from labkit.errors import DataError
-from labkit.machine import DEVICES
-from labkit.records import MIME
-from labkit.shapes import ARCHITECTURES
+from labkit.lesson import records
+from labkit.lesson.records import MIME
+from labkit.timing.machine import DEVICES
+from labkit.timing.shapes import ARCHITECTURES
 
 slow = pytest.mark.slow  # starts a lesson
 SMOKE = {"PRESET": "smoke"}

@@ -15,8 +15,9 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from course import notebooks, site
-from labkit import claims, files
+from labkit import files
 from labkit.errors import DataError, InputError
+from labkit.lesson import claims
 
 pytestmark = pytest.mark.slow
 

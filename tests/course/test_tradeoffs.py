@@ -10,8 +10,9 @@ from test_report import AXES, CUT, WHOLE
 from course import results, tradeoffs
 from course.results import RunColumn
 from course.tradeoffs import TradeOff
-from labkit import records, stats
-from labkit.records import RunRecord, cost, quality, result
+from labkit.lesson import records
+from labkit.lesson.records import RunRecord, cost, quality, result
+from labkit.timing import stats
 
 
 def run(*rows: dict, columns: dict = AXES, by: tuple = ("cut",), seed: int = 0, **parameters: object) -> RunRecord:

@@ -9,9 +9,10 @@ from families import family
 from torch import nn
 
 from labkit.errors import InputError
+from labkit.graph import groups as coupling
+from labkit.graph import surgery
 from labkit.pruning import (
     channels,
-    coupling,
     depth,
     heads,
     nm,
@@ -24,7 +25,6 @@ from labkit.pruning import (
     sparse,
     sparsegpt,
     sr_ste,
-    surgery,
     transformers,
     unstructured,
 )

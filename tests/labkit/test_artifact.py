@@ -8,11 +8,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from labkit.artifact import pack, size
 from labkit.errors import InputError
 from labkit.pruning import nm
 from labkit.quantization import affine, formats
-from labkit.storage import FORMATS, ROUNDED
+from labkit.storage.artifact import pack, size
+from labkit.storage.formats import FORMATS, ROUNDED
 
 OUT, IN = 64, 128
 

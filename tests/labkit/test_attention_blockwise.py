@@ -12,10 +12,10 @@ from refusals import Refusals, check_refusal, refused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from labkit import roofline
 from labkit.attention import mla
 from labkit.attention.blockwise import Partial, attention, merge, partial
 from labkit.errors import InputError
+from labkit.timing import roofline
 
 
 def drawn(queries: int, keys: int, *, heads: int = 4, groups: int = 2, width: int = 8, dtype=torch.double, loud=1.0):

@@ -6,7 +6,8 @@ from families import batches, family
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.batches import (
+from labkit.errors import InputError
+from labkit.modules.batches import (
     batch_loss,
     check_batches,
     evaluating,
@@ -19,7 +20,6 @@ from labkit.batches import (
     valid_tokens,
     watching,
 )
-from labkit.errors import InputError
 
 IDS = torch.randint(3, 61, (3, 8), generator=torch.Generator().manual_seed(2))
 

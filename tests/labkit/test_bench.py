@@ -22,10 +22,10 @@ import torch
 from refusals import Refusals, check_refusal, refused
 from scipy.stats import binom
 
-from labkit import bench, clocks, machine, roofline, stats
-from labkit.bench import Comparison, Measurement, compare, measure, race
 from labkit.errors import InputError
-from labkit.machine import Ceilings
+from labkit.timing import bench, clocks, machine, roofline, stats
+from labkit.timing.bench import Comparison, Measurement, compare, measure, race
+from labkit.timing.machine import Ceilings
 
 RUNS = 300
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from labkit.batches import segments, split
-from labkit.blocks import blocks_of, walk
 from labkit.errors import InputError
+from labkit.modules.batches import segments, split
+from labkit.modules.blocks import blocks_of, walk
 from labkit.pruning import blockwise, nm, unstructured
 from labkit.pruning.pattern import mask
 from labkit.pruning.select import count_to_prune, lowest_k, prunable

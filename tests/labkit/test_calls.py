@@ -11,7 +11,7 @@ from torch import nn
 
 from labkit.deploy import isa
 from labkit.errors import InputError
-from labkit.pruning.coupling.tracing import outputs
+from labkit.graph.tracing import outputs
 from labkit.quantization import affine, fold, integer, observers, outliers, ptq, qat, rotation, rounding, weight_only
 from labkit.quantization.affine import Grid
 

@@ -7,12 +7,12 @@ import torch
 from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, difference, example
 from torch import nn
 
-from labkit import roofline
 from labkit.errors import InputError
+from labkit.graph.groups import Coupling
 from labkit.pruning import sensitivity
 from labkit.pruning.channels import apply, plan, plan_units, prune
-from labkit.pruning.coupling import Coupling
 from labkit.pruning.scores import UNIT_CRITERIA
+from labkit.timing import roofline
 
 
 def left(chosen):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from labkit import checks
-from labkit.checks import Failures
 from labkit.errors import InputError
+from labkit.lesson import check as checks
+from labkit.lesson.check import Failures
 
 
 def area(fn: Callable, failures: Failures, *, sides: tuple = ((2, 3), (4, 5), (7, 1))) -> None:
@@ -24,9 +24,8 @@ def area(fn: Callable, failures: Failures, *, sides: tuple = ((2, 3), (4, 5), (7
 
 @pytest.fixture(autouse=True)
 def lesson(monkeypatch) -> Iterator[None]:
-    module = types.ModuleType("labkit.checks.lesson98")
+    module = types.ModuleType("lesson98")
     module.CHECKS = {"98.1": area, "98.2": lambda fn, failures: None}
-    module.__spec__ = types.SimpleNamespace(name=module.__name__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     yield
 
@@ -64,7 +63,7 @@ def test_nothing_more_is_looked_at_where_what_is_needed_is_missing():
 
 
 def test_an_exception_outside_the_blocks_of_a_check_is_a_failure_too(monkeypatch):
-    monkeypatch.setitem(sys.modules["labkit.checks.lesson98"].CHECKS, "98.3", lambda fn, failures: fn())
+    monkeypatch.setitem(sys.modules["lesson98"].CHECKS, "98.3", lambda fn, failures: fn())
     assert checks.check("98.3", lambda: [][0]).failures == ("it raised IndexError: list index out of range",)
 
 

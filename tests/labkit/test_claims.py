@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import labkit
-from labkit import claims, files, records
+from labkit import files
 from labkit.errors import DataError, InputError
-from labkit.session import Lab
+from labkit.lesson import claims, records
+from labkit.lesson.session import Lab
 
 ENTRY = {
     "id": '"3.1"',

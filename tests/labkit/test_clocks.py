@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from labkit import clocks
-from labkit.clocks import Snapshot
 from labkit.errors import InputError
+from labkit.timing import clocks
+from labkit.timing.clocks import Snapshot
 
 
 def test_warm_up_takes_a_tenth_to_a_half_of_the_budget_whatever_went_before():

@@ -7,7 +7,8 @@ import pytest
 import zoo
 from families import FAMILIES, MORE, family
 
-from labkit.pruning import anatomy, channels, depth, transformers
+from labkit.graph import anatomy
+from labkit.pruning import channels, depth, transformers
 
 ALL = "one width for all"
 CASES = {

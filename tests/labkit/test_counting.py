@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import resnet18
 
-from labkit import counting
-from labkit.counting import Work, count
 from labkit.errors import InputError
+from labkit.timing import counting
+from labkit.timing.counting import Work, count
 
 B, L, D, H = 2, 6, 16, 4  # batch, length, width, heads
 X = torch.randn(B, L, D)

@@ -22,10 +22,10 @@ from networks import (
 from torch import nn
 
 from labkit.errors import InputError
+from labkit.graph.groups import Coupling, trace
+from labkit.graph.labels import Labels
+from labkit.graph.rules import RULES
 from labkit.pruning.channels import prune
-from labkit.pruning.coupling import Coupling, trace
-from labkit.pruning.coupling.labels import Labels
-from labkit.pruning.coupling.rules import RULES
 
 
 def by_name(model, x):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from labkit import datasets, fetch
+from labkit.data import datasets, fetch
 from labkit.errors import InputError
 
 

@@ -6,9 +6,9 @@ from llamas import llama, text
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit import models
 from labkit.attention import mla
 from labkit.attention.decoder import Decoder
+from labkit.data import models
 from labkit.errors import InputError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

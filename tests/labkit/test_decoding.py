@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from labkit import roofline
 from labkit.attention import speculative
 from labkit.deploy import decoding, engines
 from labkit.errors import InputError
 from labkit.quantization import weight_only
+from labkit.timing import roofline
 
 pytestmark = pytest.mark.skipif(engines.available()["openvino"] != "ready", reason="needs OpenVINO")
 MODEL = llamas.llama().requires_grad_(False)

@@ -5,9 +5,10 @@ import torch
 from families import batches, family, inputs, mean_loss
 from torch import Tensor, nn
 
-from labkit import models
+from labkit.data import models
 from labkit.errors import InputError
-from labkit.pruning import anatomy, depth, surgery, transformers
+from labkit.graph import anatomy, surgery
+from labkit.pruning import depth, transformers
 
 DISTANCES = ("cosine", "angular", "l2")
 

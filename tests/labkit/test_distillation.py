@@ -11,8 +11,9 @@ from llamas import greedy, llama, text
 from refusals import Refusals, check_refusal, refused
 from torch import Tensor, nn
 
-from labkit import distillation, training
-from labkit.batches import IGNORED
+from labkit import distillation
+from labkit.data import training
+from labkit.data.resnet import ResNet8
 from labkit.distillation import (
     WithProjectors,
     attention_transfer,
@@ -26,8 +27,8 @@ from labkit.distillation import (
     value_relations,
 )
 from labkit.errors import InputError
+from labkit.modules.batches import IGNORED
 from labkit.pruning import depth
-from labkit.resnet import ResNet8
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hardware import needs
 from torch import nn
 
-from labkit import datasets, models
+from labkit.data import datasets, models
 from labkit.deploy import engines, export, parity
 from labkit.errors import InputError
 from labkit.files import ROOT

@@ -11,10 +11,10 @@ from random_networks import digest
 from torch import nn
 
 from labkit.errors import EqualityError, InputError
-from labkit.pruning import surgery
+from labkit.graph import surgery
+from labkit.graph.equality import difference
+from labkit.graph.groups import trace
 from labkit.pruning.channels import apply, plan, prune
-from labkit.pruning.coupling import trace
-from labkit.pruning.equality import difference
 
 
 class Body(nn.Module):

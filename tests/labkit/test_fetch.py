@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import fetch
+from labkit.data import fetch
 from labkit.errors import DataError, InputError
 
 WEIGHTS = b"weights " * 40_000  # 320 kB

@@ -13,10 +13,11 @@ from random_networks import HABITS, Network, Stateful, digest, programs
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from labkit import batches, models
+from labkit.data import models
 from labkit.errors import DataError, EqualityError, InputError
+from labkit.graph.dataflow import Dataflow
+from labkit.modules import batches
 from labkit.quantization import fold
-from labkit.quantization.dataflow import Dataflow
 
 EXACT = 1e-9
 

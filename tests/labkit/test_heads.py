@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labkit.batches import summed_loss
 from labkit.errors import InputError
-from labkit.pruning import anatomy, heads, transformers
+from labkit.graph import anatomy
+from labkit.modules.batches import summed_loss
+from labkit.pruning import heads, transformers
 
 CLASSIFIER, DECODER = "bert", "llama"
 

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labkit import artifact, datasets, models
+from labkit.data import datasets, models
 from labkit.errors import InputError
 from labkit.files import ROOT
-from labkit.pruning.coupling import tracing
+from labkit.graph import tracing
 from labkit.quantization import affine, formats, integer, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.weight_only import SCALE, WeightOnlyLinear
+from labkit.storage import artifact
 
 vnni, vectors = needs("vnni"), needs("vectors")
 EPS = 2**-22  # of what is added up in float32, some roundings
@@ -466,7 +467,7 @@ def test_models_that_look_at_the_type_of_a_weight(name):
 @vnni
 @torch.no_grad()
 def test_lite0_s_blocks_run_in_codes():
-    from labkit.efficientnet import InvertedResidual
+    from labkit.data.efficientnet import InvertedResidual
 
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from refusals import Refusals, check_refusal, refused
 from torch import Tensor
 
-from labkit import artifact
 from labkit.errors import InputError
 from labkit.quantization import kv
 from labkit.quantization.kv import KVFormat
+from labkit.storage import artifact
 
 
 def rounded(group: Tensor, bits: int) -> Tensor:

@@ -4,11 +4,12 @@ import pytest
 import torch
 from llamas import greedy, llama, text
 
-from labkit import datasets, fetch, models, storage, training
+from labkit.data import datasets, fetch, models, training
 from labkit.deploy import decoder_graph, engines, language
 from labkit.errors import InputError
 from labkit.quantization import weight_only
 from labkit.quantization.weight_only import WeightOnlyLinear
+from labkit.storage import formats as storage
 
 READY = language.available()
 genai = pytest.mark.skipif(READY["openvino-genai"] != "ready", reason="needs openvino-genai")

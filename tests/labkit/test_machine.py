@@ -11,9 +11,9 @@ import pytest
 import torch
 from hardware import needs
 
-from labkit import clocks, machine
 from labkit.errors import InputError
-from labkit.machine import DEVICES, Ceilings, Device, Gpu, bandwidth_sweep, ceilings, fingerprint, torch_device
+from labkit.timing import clocks, machine
+from labkit.timing.machine import DEVICES, Ceilings, Device, Gpu, bandwidth_sweep, ceilings, fingerprint, torch_device
 
 CPU = torch.device("cpu")
 H100 = Gpu("NVIDIA H100 80GB HBM3", 1, 85_520_809_984, 52_428_800, 132, "9.0", "580.159.04", "13.0")

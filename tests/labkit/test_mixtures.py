@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from labkit.errors import InputError
-from labkit.hessians import expert_inputs
+from labkit.modules.hessians import expert_inputs
 from labkit.pruning import channels, nm, scores, sr_ste, unstructured
 from labkit.pruning.select import prunable
 from labkit.pruning.sparsegpt import sparsegpt

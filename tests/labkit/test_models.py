@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models import ResNet18_Weights
 
-from labkit import datasets, fetch, models, training
+from labkit.data import datasets, fetch, models, training
 from labkit.errors import DataError, InputError
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_sparse import assert_product, assert_same_model, mlp, pruned
 
 from labkit.errors import InputError
-from labkit.pruning import native, nm
+from labkit.pruning import nm
 from labkit.pruning.sparse import SparseLinear, convert
+from labkit.storage import native
 
 needs_compiler = pytest.mark.skipif(not native.isas("sparse_linear"), reason="needs a C++ compiler")
 

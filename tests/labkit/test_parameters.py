@@ -2,8 +2,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from labkit import parameters
 from labkit.errors import InputError
+from labkit.lesson import parameters
 
 
 def notebook(source: str, ranges: dict | None = None) -> nbformat.NotebookNode:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from labkit import artifact
 from labkit.deploy import engines, parity, pipeline
 from labkit.deploy.pipeline import Step
 from labkit.errors import InputError, LabError
 from labkit.quantization import integer, ptq
+from labkit.storage import artifact
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from networks import randomise_
 from torch import nn
 
-from labkit import models
+from labkit.data import models
 from labkit.errors import InputError
 from labkit.quantization import affine, integer, ptq, qat
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from labkit import batches, datasets, models, training
+from labkit.data import datasets, models, training
 from labkit.deploy import engines
 from labkit.errors import InputError
+from labkit.modules import batches
 from labkit.quantization import affine, integer, ptq, qat
 from labkit.quantization.affine import Grid
 

@@ -9,9 +9,10 @@ import pytest
 import run_records
 import torch
 
-from labkit import files, records
+from labkit import files
 from labkit.errors import DataError, InputError
-from labkit.records import Column, RunRecord, cost, quality
+from labkit.lesson import records
+from labkit.lesson.records import Column, RunRecord, cost, quality
 
 TABLE = records.table(
     "cuts",

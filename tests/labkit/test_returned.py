@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from labkit.errors import EqualityError, InputError
+from labkit.graph.groups import trace
+from labkit.modules.returned import numbers, outputs
 from labkit.pruning import depth
 from labkit.pruning.channels import prune
-from labkit.pruning.coupling import trace
-from labkit.pruning.coupling.returned import numbers, outputs
 
 
 class Plain:

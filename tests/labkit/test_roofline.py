@@ -10,10 +10,10 @@ from refusals import Refusals, check_refusal, refused
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from labkit.bench import Measurement
 from labkit.errors import InputError
-from labkit.machine import DEVICES, Ceilings
-from labkit.roofline import Work, bound, cache_bytes, count, decode_step, describe, placed, plot
+from labkit.timing.bench import Measurement
+from labkit.timing.machine import DEVICES, Ceilings
+from labkit.timing.roofline import Work, bound, cache_bytes, count, decode_step, describe, placed, plot
 
 ROOFS = Ceilings("a small CPU", {"fp32": 100e9, "bf16": 400e9}, 20e9)
 H100 = DEVICES["H100 SXM"]

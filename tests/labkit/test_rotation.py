@@ -8,9 +8,11 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from labkit import artifact, batches, models
+from labkit.data import models
 from labkit.errors import EqualityError, InputError
+from labkit.modules import batches
 from labkit.quantization import ptq, rotation
+from labkit.storage import artifact
 
 ROTATED = ("llama", "mistral", "qwen2", "qwen3")  # qwen2: biases that read; qwen3: norms of queries and keys
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from labkit.errors import InputError
-from labkit.pruning.coupling import Group, Member, trace
+from labkit.graph.groups import Group, Member, trace
 from labkit.pruning.scores import CRITERIA, input_taylor, obs_prune, saliency, unit_scores
 
 NEED_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from labkit import datasets, fetch, models
+from labkit.data import datasets, fetch, models
 from labkit.deploy import engines, server
 from labkit.errors import InputError
 from labkit.files import ROOT

@@ -20,13 +20,15 @@ import pytest
 import torch
 
 import labkit
-from labkit import challenge, checks, files, machine, records, session
-from labkit.checks import worked
-from labkit.counting import Work
+from labkit import files
 from labkit.errors import InputError
-from labkit.machine import Ceilings
-from labkit.records import cost
-from labkit.session import Lab
+from labkit.lesson import challenge, records, session, worked
+from labkit.lesson import check as checks
+from labkit.lesson.records import cost
+from labkit.lesson.session import Lab
+from labkit.timing import machine
+from labkit.timing.counting import Work
+from labkit.timing.machine import Ceilings
 
 ROOFS = Ceilings("a small CPU", {"fp32": 1e11, "int8": 1e12}, 1e9)
 CLAIMS = """
@@ -562,7 +564,7 @@ def notebook(monkeypatch, tmp_path) -> dict:
     """The namespace of a lesson whose second exercise is `half`, not answered yet, with its check."""
     cells = [{"source": [source], "metadata": {"tags": ["exercise"]}} for source in ("def other(): pass", WORKED)]
     (tmp_path / "01_small.ipynb").write_text(json.dumps({"cells": [{"source": "", "metadata": {}}, *cells]}))
-    monkeypatch.setitem(checks.check.__globals__["_of_lesson"]("lesson01"), "01.2", halves)
+    monkeypatch.setitem(checks.load("01"), "01.2", halves)
     monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
     space = vars(sys.modules["__main__"])
     exec(LESSON, space)
@@ -700,7 +702,7 @@ def test_finish_may_be_called_again_and_keeps_what_came_since(lab):
 
 
 def test_peak_memory_is_this_process_s_own():
-    from labkit.records import peak_memory
+    from labkit.lesson.records import peak_memory
 
     kept = np.ones(2**26, dtype=np.uint8)
     code = "from labkit.records import peak_memory; print(peak_memory())"

@@ -8,7 +8,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from labkit.errors import InputError
-from labkit.shapes import ARCHITECTURES, Transformer
+from labkit.timing.shapes import ARCHITECTURES, Transformer
 
 CONFIGS = {
     "GPT-2": "GPT2LMHeadModel",

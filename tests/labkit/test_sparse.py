@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import GPT2Config, GPT2Model
 
-from labkit import bench
 from labkit.errors import InputError
-from labkit.pruning import native, nm, sparse, unstructured
+from labkit.pruning import nm, sparse, unstructured
 from labkit.pruning.sparse import KERNELS, SparseLinear, convert, costs
+from labkit.storage import native
+from labkit.timing import bench
 
 ON_CPU = [name for name in KERNELS if "cpu" in KERNELS[name].devices]
 EXACT = [name for name in ON_CPU if name != "kernel-bf16"]

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from labkit import artifact, training
+from labkit.data import training
 from labkit.errors import InputError
 from labkit.pruning import nm, sr_ste, unstructured
 from labkit.pruning.blockwise import weights_of
+from labkit.storage import artifact
 
 
 def net():

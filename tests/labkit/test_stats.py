@@ -9,8 +9,8 @@ import pytest
 from refusals import Refusals, check_refusal, refused
 from scipy.stats import spearmanr
 
-from labkit import stats
 from labkit.errors import InputError
+from labkit.timing import stats
 
 
 def at_most(k: int, n: int) -> Fraction:

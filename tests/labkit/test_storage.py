@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labkit import fetch, storage
+from labkit.data import fetch
 from labkit.errors import InputError
 from labkit.pruning import nm
 from labkit.quantization import affine, formats
-from labkit.storage import FORMATS, ROUNDED
+from labkit.storage import formats as storage
+from labkit.storage.formats import FORMATS, ROUNDED
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 EXACT = [name for name in FORMATS if name != "kernel-bf16" and name not in ROUNDED]

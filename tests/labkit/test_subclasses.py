@@ -10,8 +10,8 @@ from networks import randomise_
 from torch import nn
 
 from labkit.deploy import engines
+from labkit.graph.subclasses import after_norm, is_plain, pads_same
 from labkit.quantization import affine, fold, integer, ptq, qat
-from labkit.quantization.subclasses import after_norm, is_plain, pads_same
 
 vnni = needs("vnni")
 IMAGES = torch.randn(4, 3, 17, 18, generator=torch.Generator().manual_seed(0))

@@ -34,9 +34,10 @@ from random_networks import HABITS, TOKENS, Network, Stateful, TokenNetwork, dig
 from torch import nn
 
 from labkit.errors import DataError, EqualityError, InputError
-from labkit.pruning import sensitivity, surgery, transformers, unstructured
+from labkit.graph import surgery
+from labkit.graph.groups import trace
+from labkit.pruning import sensitivity, transformers, unstructured
 from labkit.pruning.channels import apply, plan, prune
-from labkit.pruning.coupling import trace
 
 EXACT = 1e-12  # relative, in float64: rounding of sums of at most 192 terms through few layers is a thousandth of it
 

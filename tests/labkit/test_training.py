@@ -9,9 +9,9 @@ from families import family
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit import training
+from labkit.data import training
+from labkit.data.training import Batches
 from labkit.errors import InputError
-from labkit.training import Batches
 
 
 def blobs(n: int = 256) -> tuple[torch.Tensor, torch.Tensor]:

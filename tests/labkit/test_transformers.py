@@ -12,11 +12,12 @@ from families import DECODERS, FAMILIES, GROUPED, LLAMA, batches, family, heads_
 from networks import blind
 from torch import nn
 
-from labkit import models
+from labkit.data import models
 from labkit.errors import InputError
-from labkit.pruning import anatomy, depth, surgery, transformers
+from labkit.graph import anatomy, surgery
+from labkit.graph.groups import Coupling
+from labkit.pruning import depth, transformers
 from labkit.pruning.channels import Pruned
-from labkit.pruning.coupling import Coupling
 
 EVERY = list(FAMILIES)
 QUICK = ("bert", "llama")

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from labkit import artifact, storage
-from labkit.batches import segments
 from labkit.errors import InputError
+from labkit.modules.batches import segments
 from labkit.pruning import nm, unstructured
 from labkit.quantization import affine, formats, weight_only
 from labkit.quantization.weight_only import WeightOnlyLinear, awq, clipped, dequantize, gptq, rtn
+from labkit.storage import artifact
+from labkit.storage import formats as storage
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 50}
 KINDS = [False, *affine.SYMMETRIC]

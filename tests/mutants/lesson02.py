@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from labkit.pruning import sparse, unstructured
-from labkit.storage import FORMATS
+from labkit.storage.formats import FORMATS
 
 
 def _mask_sort(weight, sparsity):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from labkit import stats
+from labkit.timing import stats
 
 # -------------------------------------------------------------------------------------------------------- interactions
 

@@ -16,8 +16,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course import notebooks
 from course.notebooks import tags
-from labkit import files, parameters
+from labkit import files
 from labkit.errors import InputError
+from labkit.lesson import parameters
 
 LESSONS = [pytest.param(path, id=path.stem) for path in notebooks.all_lessons()]
 REQUIRED_TAGS = ("header", "parameters", "setup", "predict", "stable", "exercise", "check", "measure", "finish")

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from course import notebooks
-from labkit import checks
+from labkit.lesson import check as checks
 
 LESSONS = sorted({check_id.partition(".")[0] for check_id in checks.ids()})
 BANKS = {lesson: importlib.import_module(f"mutants.lesson{lesson}") for lesson in LESSONS}

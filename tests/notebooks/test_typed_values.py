@@ -10,7 +10,7 @@ import pytest
 from course import notebooks, run
 from course.notebooks import tags
 from labkit.errors import InputError
-from labkit.parameters import Parameter
+from labkit.lesson.parameters import Parameter
 
 LESSONS = notebooks.all_lessons()
 BOUNDED = [

@@ -1,0 +1,1 @@
+"""Models and data of the lessons, fetched once and verified by hash, and the loop that trains a model."""

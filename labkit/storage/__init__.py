@@ -1,0 +1,8 @@
+"""Bytes of what would be stored: the table of weight formats, files of whole models, and the compiled kernels.
+
+FORMATS and ROUNDED list the formats; `labkit.artifact.size` gives the bytes of a model.
+"""
+
+from labkit.storage.formats import FORMATS, ROUNDED, Format, nbytes
+
+__all__ = ["FORMATS", "ROUNDED", "Format", "nbytes"]

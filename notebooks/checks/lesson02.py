@@ -1,0 +1,203 @@
+"""Checks of lesson 02: an exact magnitude mask, one step of Optimal Brain Surgeon, sparse formats, a fair benchmark.
+
+Each holds the answer against what has to be true of it, or against an independent computation: a count, a constrained
+least-squares problem solved anew for every weight, arrays that are really packed, the bytes that a call moves.
+"""
+
+from collections.abc import Callable
+
+import torch
+from labkit.counting import count
+from torch import Tensor, nn
+
+from labkit import storage
+from labkit.lesson.check import Failures, has_parts, is_mask
+from labkit.pruning import sparse, unstructured
+from labkit.pruning.select import count_to_prune
+from labkit.storage import native
+
+
+def keep_mask(fn: Callable, failures: Failures) -> None:
+    """keep_mask(weight, sparsity) -> bool tensor, True where kept."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(6, 10, generator=generator)
+    for case, weight in {
+        "random": random,
+        "many ties": (random * 2).round(),
+        "all equal": torch.full((3, 5), -0.5),
+        "a transposed view": random.t(),
+        "bfloat16": random.bfloat16(),
+        "a convolution": torch.randn(4, 3, 3, 3, generator=generator),
+        "nine weights": random[0, :9],  # half of nine is 4.5, which is 5; round(4.5) is 4
+    }.items():
+        for sparsity in (0.0, 0.29, 0.5, 0.9, 1.0, 1):
+            with failures.given(weight=case, sparsity=sparsity):
+                _keep_mask(fn, failures, weight, sparsity)
+
+
+def _keep_mask(fn: Callable, failures: Failures, weight: Tensor, sparsity: float) -> None:
+    changed = "your function changed the weight; it should only return a mask"
+    mask = failures.call(fn, weight, sparsity, changed=changed)
+    if not failures.expect(is_mask(mask, weight), "return a bool tensor of the weight's shape"):
+        return
+    gone = int((~mask).sum())
+    failures.expect(
+        gone == count_to_prune(weight.numel(), sparsity),
+        "the number of removed weights is not the whole number nearest to the fraction asked for, a half rounded up: "
+        "look at ties, at rounding, at 0 and at 1",
+        detail=f"{gone} of {weight.numel()} removed",
+    )
+    if 0 < gone < weight.numel():
+        failures.expect(
+            bool(weight[~mask].abs().max() <= weight[mask].abs().min()),
+            "a removed weight is larger in magnitude than one that is kept",
+        )
+
+
+def remove_one(fn: Callable, failures: Failures) -> None:
+    """remove_one(w, hessian) -> (index, new_w)."""
+    generator = torch.Generator().manual_seed(1)
+    for n, correlation in ((2, 0.9), (3, 0.0), (5, 0.5), (8, 0.95), (12, 0.9), (16, 0.0)):
+        x = torch.randn(50, n, dtype=torch.float64, generator=generator)
+        x = x + 3 * correlation * x.roll(1, dims=1)  # neighbouring inputs resemble each other
+        x = x * torch.linspace(0.2, 3, n, dtype=torch.float64)  # and some are larger than others
+        hessian = 2 * x.t() @ x / len(x)
+        w = torch.randn(n, dtype=torch.float64, generator=generator)
+        with failures.given(weights=n, inputs="correlated" if correlation else "independent"):
+            _remove_one(fn, failures, w, hessian)
+
+
+def _remove_one(fn: Callable, failures: Failures, w: Tensor, hessian: Tensor) -> None:
+    answer = failures.call(fn, w, hessian, changed="your function changed w or the Hessian; copy first")
+    if not failures.expect(has_parts(answer, 2), "return the index and the new row"):
+        return
+    q, new = int(answer[0]), torch.as_tensor(answer[1], dtype=torch.float64)
+    if not failures.expect(new.shape == w.shape and 0 <= q < len(w), "the row keeps its length, the index lies in it"):
+        return
+    failures.close(new[q], 0.0, "the removed weight is not zero", atol=1e-9)
+    costs = torch.stack([_least_increase(w, hessian, i) for i in range(len(w))])
+    failures.close(
+        costs[q], costs.min(), "another weight would have cost less, if the others adapt: compare w^2 / [H^-1]_qq"
+    )
+    change = new - w
+    failures.close(
+        change @ hessian @ change / 2,
+        costs[q],
+        "the loss rises by more than it has to for the weight that you remove: look at the update of the others",
+    )
+
+
+def _least_increase(w: Tensor, hessian: Tensor, q: int) -> Tensor:
+    """The least of d^T H d / 2 over all changes d with d_q = -w_q, by solving for the others."""
+    free = [i for i in range(len(w)) if i != q]
+    change = torch.zeros_like(w)
+    change[q] = -w[q]
+    change[free] = -torch.linalg.solve(hessian[free][:, free], hessian[free, q] * change[q])
+    return change @ hessian @ change / 2
+
+
+def stored(fn: Callable, failures: Failures) -> None:
+    """stored(rows, columns, nonzeros, value_bytes) -> {"dense", "bitmask", "csr", "coo": bytes}."""
+    for rows, columns, nonzeros, value_bytes in (
+        (4, 4, 5, 4), (3, 7, 21, 2), (5, 5, 0, 4), (1, 1, 1, 2), (33, 65, 400, 4), (128, 64, 819, 2),
+    ):  # fmt: skip
+        weight = torch.zeros(rows * columns, dtype={2: torch.float16, 4: torch.float32}[value_bytes])
+        weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(rows))[:nonzeros]] = 1.0
+        with failures.given(rows=rows, columns=columns, nonzeros=nonzeros, value_bytes=value_bytes):
+            answer = fn(rows, columns, nonzeros, value_bytes)
+            names = ("dense", "bitmask", "csr", "coo")
+            if not failures.expect(isinstance(answer, dict) and set(answer) == set(names), f"return a dict of {names}"):
+                continue
+            for name in names:
+                failures.close(
+                    answer[name],
+                    storage.nbytes(weight.view(rows, columns), name),
+                    f"the bytes of {name} differ from those of arrays that were really packed: go through its arrays "
+                    "in the table",
+                )
+
+
+def to_csr(fn: Callable, failures: Failures) -> None:
+    """to_csr(weight) -> (values, columns, starts)."""
+    generator = torch.Generator().manual_seed(2)
+    random = torch.randn(7, 11, generator=generator)
+    random[torch.rand(7, 11, generator=generator) < 0.6] = 0
+    bare = random.clone()
+    bare[[0, 3, 6]] = 0
+    for case, weight in {
+        "random": random,
+        "empty rows, the first and the last among them": bare,
+        "no zeros": torch.ones(3, 5),
+        "only zeros": torch.zeros(4, 2),
+        "one row": random[:1],
+        "a transposed view": random.t(),
+        "bfloat16": random.bfloat16(),
+    }.items():
+        with failures.given(weight=case):
+            _to_csr(fn, failures, weight)
+
+
+def _to_csr(fn: Callable, failures: Failures, weight: Tensor) -> None:
+    answer = failures.call(fn, weight, changed="your function changed the weight; it should only read it")
+    tensors = has_parts(answer, 3) and all(isinstance(part, Tensor) for part in answer)
+    failures.need(tensors, "return three tensors: values, columns, starts")
+    values, columns, starts = answer
+    packed = storage.FORMATS["csr"].pack(weight)
+    types = values.dtype == weight.dtype and columns.dtype == starts.dtype == torch.int32
+    failures.expect(types, "values keep the weight's type, columns and starts are torch.int32")
+    failures.expect(
+        starts.shape == packed["crow"].shape and bool((starts == packed["crow"]).all()),
+        "the row starts are not where the rows begin: count the nonzeros before each row, from 0, and end with all",
+    )
+    for name, part, expected in (("values", values, packed["values"]), ("columns", columns, packed["col"])):
+        failures.expect(
+            part.shape == expected.shape and bool((part == expected).all()),
+            f"the {name} differ from those of the nonzeros, row by row from left to right",
+        )
+
+
+def fair_sides(fn: Callable, failures: Failures) -> None:
+    """fair_sides(layer, x, format) -> (dense call, sparse call)."""
+    formats = ["csr"] + ["kernel"] * (native.load("sparse_linear") is not None)
+    for format in formats:
+        for masks, bias, batch in (("held by hooks", True, 3), ("permanent", False, 1)):
+            with failures.given(format=format, masks=masks, bias=bias, batch=batch):
+                _fair_sides(fn, failures, format, masks, bias, batch)
+
+
+@torch.no_grad()
+def _fair_sides(fn: Callable, failures: Failures, format: str, masks: str, bias: bool, batch: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(256, 192, bias=bias)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    layer = unstructured.prune(layer, 0.9)
+    layer = layer if masks == "held by hooks" else unstructured.make_permanent(layer)
+    x = torch.randn(batch, 256, generator=generator)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    answer = fn(layer, x, format)
+    failures.need(has_parts(answer, 2) and all(map(callable, answer)), "return two functions, dense and sparse")
+    for name, call in zip(("dense", "sparse"), answer, strict=True):
+        output = call()
+        same = isinstance(output, Tensor) and output.shape == (batch, 192) and sparse.close(layer(x), output)
+        failures.need(
+            same, f"the {name} side does not return what the pruned layer does: look at types, masks and the bias"
+        )
+    x.mul_(-2)
+    again = all(sparse.close(layer(x), call()) for call in answer)
+    failures.need(again, "after x has changed a side returns the old product: compute it within the call")
+    moved = [count(call).bytes for call in answer]
+    needed = sum(tensor.nbytes for tensor in (layer.weight, x, layer(x), *([layer.bias] if bias else [])))
+    failures.expect(
+        moved[0] <= 1.05 * needed,
+        "the dense side moves more than its weight, x and the output: masks or copies are made anew at each call",
+    )
+    failures.expect(
+        moved[1] < 0.6 * needed, "the sparse side reads a dense weight at each call: convert it once, outside"
+    )
+    after = layer.state_dict()
+    unchanged = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    failures.expect(unchanged, "your function changed the layer; take a copy")
+
+
+CHECKS = {"02.1": keep_mask, "02.2": remove_one, "02.3": stored, "02.4": to_csr, "02.5": fair_sides}

@@ -1,0 +1,321 @@
+"""Checks of lesson 03: cutting channels, what is coupled, one ranking over all layers, ratios from sensitivity curves.
+
+Each tests what has to hold (the masked model's outputs, labkit's own trace, exact counts, invariance to a layer's
+scale) on awkward inputs.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.lesson.check import Failures, alike, has_parts, is_mask
+from labkit.pruning import coupling
+
+# how the first convolution is built, how the second, the norm's settings, what stays of 6 channels
+CHAINS = (
+    ({}, {}, {}, [0, 2, 3, 5]),
+    ({"bias": False, "stride": 2}, {"bias": False}, {"eps": 0.1}, [4, 1]),
+    ({"dilation": 2, "padding": 2}, {"padding_mode": "circular", "padding": 1}, {"momentum": 0.01}, [5]),
+    ({"groups": 1, "padding_mode": "reflect", "padding": 1}, {"dilation": 2}, {"affine": False}, [0, 1, 2, 3, 4, 5]),
+)
+
+
+def surgery(fn: Callable, failures: Failures) -> None:
+    """cut(conv, norm, consumer, keep) -> the three modules with only the channels `keep` between them."""
+    for first, second, settings, keep in CHAINS:
+        before = _chain(first, second, settings)
+        index = torch.tensor(keep)
+        with failures.given(conv=first, norm=settings, consumer=second, keep=keep):
+            changed = "the modules that were given have changed; copy them before you cut"
+            after = failures.call(fn, *before, index, changed=changed)
+            failures.need(has_parts(after, 3), "return three modules: conv, norm, consumer")
+            types = {vector.dtype for module in after for vector in module.parameters()}
+            failures.need(types == {torch.float64}, "new parameters have another dtype; cut copies of the old modules")
+            _is_smaller(after, before, len(keep), failures)
+            _computes_the_same(after, before, index, failures)
+            _settings_stay(after, before, failures)
+
+
+def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]:
+    """float64 modules in eval mode with a norm that has seen data: channel by channel other statistics."""
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    conv, norm, consumer = nn.Conv2d(3, 6, 3, **first), nn.BatchNorm2d(6, **settings), nn.Conv2d(6, 4, 3, **second)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -1, 1)
+    torch.random.set_rng_state(torch_state)
+    conv.weight.requires_grad_(False)
+    return tuple(module.double().eval() for module in (conv, norm, consumer))
+
+
+def _run(conv: nn.Module, norm: nn.Module, consumer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return consumer(F.relu(norm(conv(x))))
+
+
+def _computes_the_same(after, before, keep: Tensor, failures: Failures) -> None:
+    conv, norm, consumer = copy.deepcopy(before)
+    removed = torch.ones(6, dtype=torch.bool)
+    removed[keep] = False
+    consumer.weight.data[:, removed] = 0  # the reference: the consumer does not look at what was removed
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    failures.close(
+        _run(*after, x),
+        _run(conv, norm, consumer, x),
+        "the outputs are not those of the dense chain whose consumer ignores the removed channels; look at rows and "
+        "columns, at every tensor of the norm, at biases and at the settings of the convolutions",
+        atol=1e-9,
+    )
+
+
+def _is_smaller(after, before, width: int, failures: Failures) -> None:
+    conv, norm, consumer = after
+    sizes = (conv.out_channels, norm.num_features, consumer.in_channels)
+    failures.expect(sizes == (width,) * 3, "out_channels, num_features and in_channels have to say the new width")
+    most = sum(p.numel() for module in before for p in module.parameters())
+    numel = sum(p.numel() for module in after for p in module.parameters())
+    per_channel = (most - before[2].out_channels * (before[2].bias is not None)) // 6
+    failures.expect(
+        numel == most - per_channel * (6 - width),
+        "the parameters that are left are too many or too few; a channel is a row, an entry of each vector, a column",
+    )
+
+
+def _settings_stay(after, before, failures: Failures) -> None:
+    for new, old in zip(after, before, strict=True):
+        failures.expect(new.training == old.training, "a module has changed between train and eval mode")
+        flags = [[p.requires_grad for p in module.parameters()] for module in (new, old)]
+        failures.expect(flags[0] == flags[1], "requires_grad has not been kept")
+    failures.expect(
+        after[1].eps == before[1].eps and after[1].momentum == before[1].momentum,
+        "the norm's eps or momentum went back to its default",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what is coupled
+
+
+class Wired(nn.Module):
+    """Layers by name, and how an image goes through them: `wiring(self, image)`."""
+
+    def __init__(self, layers: dict[str, nn.Module], wiring: Callable) -> None:
+        super().__init__()
+        self.wiring = wiring
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.wiring(self, image)
+
+
+def _conv(into: int, out: int, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(into, out, 3, padding=1, bias=bias)
+
+
+def _residual(net: nn.Module, image: Tensor) -> Tensor:
+    x = F.relu(net.norm(net.stem(image)))
+    return net.head(F.relu(x + net.norm2(net.conv2(F.relu(net.norm1(net.conv1(x)))))))
+
+
+def _branches(net: nn.Module, image: Tensor) -> Tensor:
+    x = F.relu(net.stem(image))
+    return net.head(F.relu(net.norm(torch.cat([net.wide(x), net.narrow(x)], 1))))
+
+
+def _growing(net: nn.Module, image: Tensor) -> Tensor:
+    x = torch.cat([image, net.first(image)], 1)
+    x = torch.cat([net.second(F.relu(net.norm(x))), x], 1)
+    return net.head(x)
+
+
+def _mixed(net: nn.Module, image: Tensor) -> Tensor:
+    return net.head(F.relu(net.norm(torch.cat([net.a(image), net.b(image)], 1) + net.c(image))))
+
+
+NETS = {
+    "a residual block": lambda: Wired(
+        dict(stem=_conv(3, 4, True), norm=nn.BatchNorm2d(4), conv1=_conv(4, 5), norm1=nn.BatchNorm2d(5, affine=False),
+             conv2=_conv(5, 4, True), norm2=nn.BatchNorm2d(4), head=_conv(4, 2, True)), _residual),
+    "two branches of 4 and 3 channels, concatenated": lambda: Wired(
+        dict(stem=_conv(1, 5, True), wide=_conv(5, 4, True), narrow=_conv(5, 3), norm=nn.BatchNorm2d(7),
+             head=_conv(7, 2)), _branches),
+    "features concatenated twice, the image among them": lambda: Wired(
+        dict(first=_conv(2, 3), norm=nn.BatchNorm2d(5), second=_conv(5, 4, True), head=_conv(9, 2)), _growing),
+    "3 and 2 channels concatenated, and 5 added to them": lambda: Wired(
+        dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 5), norm=nn.BatchNorm2d(5), head=_conv(5, 2)), _mixed),
+}  # fmt: skip
+
+
+def coupled_channels(fn: Callable, failures: Failures) -> None:
+    """together(net, image) -> a set of (tensor, dimension, index) for each channel that may go."""
+    for name, build in NETS.items():
+        net = build().eval()
+        image = torch.zeros(1, next(net.parameters()).shape[1], 6, 6)
+        with failures.given(net=name):
+            answer = failures.call(fn, net, image, changed="the network that was given has changed; only look at it")
+            shaped = isinstance(answer, list | tuple | set) and all(map(_is_channel, answer))
+            failures.need(shaped, "return a list with a set of (tensor, dimension, index) for each channel")
+            _are_coupled([frozenset(channel) for channel in answer], net, image, failures)
+
+
+def _is_channel(value: object) -> bool:
+    return isinstance(value, set | frozenset) and all(
+        isinstance(label, tuple) and [type(part) for part in label] == [str, int, int] for label in value
+    )
+
+
+def _are_coupled(answer: list[frozenset], net: nn.Module, image: Tensor, failures: Failures) -> None:
+    expected = [
+        frozenset((m.name, m.dim, i) for m in group.members for i in m.indices(unit).tolist())
+        for group in coupling.trace(net, image)
+        for unit in range(group.units)
+    ]
+    free, listed = frozenset().union(*expected), frozenset().union(*answer)
+    failures.expect(
+        listed <= free,
+        "entries that have to stay are listed; a set that reaches the image or the output is left out as a whole, and "
+        "so are the labels of the image and of the output themselves",
+    )
+    missing = free - listed
+    for kind, belongs in KINDS.items():
+        failures.expect(not any(belongs(net, *label) for label in missing), f"{kind} are missing")
+    failures.expect(sum(map(len, answer)) == len(listed), "an entry is in more than one set, but it can only go once")
+    if free != listed:
+        return
+    merged = any(a < b for a in expected for b in answer)
+    spread = any(b < a for a in expected for b in answer)
+    failures.expect(
+        not merged, "channels that could go one by one are in one set; which index meets which after a concatenation?"
+    )
+    failures.expect(
+        not spread,
+        "one channel is spread over several sets; an addition, a norm or a consumer ties its entries together",
+    )
+    failures.expect(
+        merged or spread or set(answer) == set(expected),
+        "entries of different channels are in one set; behind a concatenation index i of the second part is index "
+        "i + width of the first part",
+    )
+
+
+# what a (tensor, dimension, index) is, for messages
+KINDS: dict[str, Callable[..., bool]] = {
+    "filters, dimension 0 of a convolution's weight,": lambda net, name, dim, i: (
+        dim == 0 and name.endswith(".weight") and net.get_parameter(name).dim() > 1
+    ),
+    "columns, dimension 1 of a consumer's weight,": lambda net, name, dim, i: dim == 1,
+    "entries of a convolution's bias": lambda net, name, dim, i: name.endswith(".bias") and "norm" not in name,
+    "entries of a norm's vectors, its running statistics among them,": lambda net, name, dim, i: "norm" in name,
+}
+
+
+# ------------------------------------------------------------------------------------------------------ one ranking
+
+
+def ranking(fn: Callable, failures: Failures) -> None:
+    """choose(scores, ratio, least) -> {layer: bool tensor, True where the channel stays}."""
+    generator = torch.Generator().manual_seed(5)
+    layers = {name: torch.rand(n, generator=generator) + 0.1 for name, n in (("a", 7), ("b", 16), ("c", 40))}
+    layers["c"] = layers["c"] * 50  # a wide layer with large scores, as raw L1 sums have
+    for ratio, least in ((0.0, 1), (0.3, 1), (0.5, 4), (0.62, 2), (0.9, 6), (1.0, 2)):
+        with failures.given(scores="3 layers of 7, 16 and 40", ratio=ratio, least=least):
+            _is_a_right_choice(fn, layers, ratio, least, failures)
+    with failures.given(scores="all equal", ratio=0.4, least=1):
+        _is_a_right_choice(fn, {"a": torch.ones(5), "b": torch.ones(10)}, 0.4, 1, failures)
+    with failures.given(scores="one channel, and 9", ratio=0.6, least=1):
+        _is_a_right_choice(fn, {"a": torch.tensor([2.0]), "b": torch.arange(1.0, 10.0)}, 0.6, 1, failures)
+    with failures.given(scores="fewer channels than least", ratio=0.5, least=4):
+        _is_a_right_choice(fn, {"a": torch.tensor([3.0, 1.0]), "b": torch.arange(1.0, 9.0)}, 0.5, 4, failures)
+    with failures.given(scores="one layer multiplied by 1024"):
+        scaled = {**layers, "a": layers["a"] * 1024}
+        same = alike(fn(copy.deepcopy(layers), 0.5, 1), fn(scaled, 0.5, 1))
+        failures.expect(same, "another scale of one layer's scores changes the choice; divide by the layer's mean")
+
+
+def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, least: int, failures: Failures) -> None:
+    changed = "the scores that were given have changed; compute new tensors"
+    masks = failures.call(fn, scores, ratio, least, changed=changed)
+    shaped = isinstance(masks, dict) and masks.keys() == scores.keys()
+    shaped = shaped and all(is_mask(mask, scores[name]) for name, mask in masks.items())
+    if not failures.expect(shaped, "return a dict with a bool tensor for each layer, shaped like its scores"):
+        return
+    total = sum(len(s) for s in scores.values())
+    possible = sum(max(len(s) - least, 0) for s in scores.values())
+    removed = sum(int((~k).sum()) for k in masks.values())
+    failures.expect(
+        removed == min(round(ratio * total), possible),
+        "the number of removed channels is not the one asked for (or all that may go); look at ties, at rounding, and "
+        "at what happens after a layer has reached its least",
+        detail=f"removed {removed} of {total}",
+    )
+    failures.expect(
+        all(int(k.sum()) >= min(least, len(k)) for k in masks.values()), "a layer has fewer channels left than `least`"
+    )
+    parts = {name: s / s.mean() for name, s in scores.items()}
+    gone = [float(parts[name][~k].max()) for name, k in masks.items() if not k.all()]
+    free = [float(parts[name][k].min()) for name, k in masks.items() if int(k.sum()) > least]  # could have lost more
+    failures.expect(
+        not gone or not free or max(gone) <= min(free) + 1e-6,
+        "a channel stays while one with a higher score, relative to its layer's mean, goes",
+    )
+
+
+# ------------------------------------------------------------------------------------- ratios from sensitivity curves
+
+# accuracies in sixty-fourths, so that differences are exact
+CURVES = {
+    "flat": {0.25: 60 / 64, 0.5: 60 / 64, 0.75: 59 / 64},
+    "steep": {0.25: 50 / 64, 0.5: 30 / 64, 0.75: 8 / 64},
+    "better when smaller": {0.25: 62 / 64, 0.5: 61 / 64, 0.75: 40 / 64},
+    "dips, then recovers": {0.25: 59 / 64, 0.5: 40 / 64, 0.75: 60 / 64},
+    "not in order": {0.75: 20 / 64, 0.25: 60 / 64, 0.5: 58 / 64},
+    "bad from the start": {0.25: 55 / 64, 0.5: 55 / 64, 0.75: 54 / 64},
+}
+
+
+def allocation(fn: Callable, failures: Failures) -> None:
+    """allocate(baseline, curves, tolerance) -> {group: ratio}."""
+    baseline = 60 / 64
+    by_tolerance = {}
+    for tolerance in (0.0, 1 / 64, 2 / 64, 5 / 64, 1.0):
+        with failures.given(baseline=baseline, tolerance=tolerance):
+            ratios = fn(baseline, {name: dict(curve) for name, curve in CURVES.items()}, tolerance)
+            if not failures.expect(
+                isinstance(ratios, dict) and ratios.keys() == CURVES.keys(), "return a ratio for every group"
+            ):
+                continue
+            by_tolerance[tolerance] = ratios
+            for name, ratio in ratios.items():
+                with failures.given(curve=name, baseline=baseline, tolerance=tolerance):
+                    _fits(ratio, CURVES[name], baseline, tolerance, failures)
+    for little, much in itertools.pairwise(by_tolerance):
+        with failures.given(tolerance=f"{little:.3f} and {much:.3f}"):
+            failures.expect(
+                all(by_tolerance[little][name] <= by_tolerance[much][name] for name in CURVES),
+                "a larger tolerance gives a smaller ratio",
+            )
+
+
+def _fits(ratio: float, curve: dict[float, float], baseline: float, tolerance: float, failures: Failures) -> None:
+    if not failures.expect(ratio == 0 or ratio in curve, "the ratio is neither 0 nor one that was tried"):
+        return
+    below = [tried for tried in curve if tried <= ratio]
+    failures.expect(
+        all(baseline - curve[tried] <= tolerance for tried in below),
+        "at this ratio, or at a smaller one, more than the tolerance is lost against the unpruned baseline",
+    )
+    above = sorted(tried for tried in curve if tried > ratio)
+    failures.expect(
+        not above or baseline - curve[above[0]] > tolerance,
+        "the next larger ratio loses no more than the tolerance (at most, so equal is allowed) and could be taken",
+    )
+
+
+CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": ranking, "03.4": allocation}

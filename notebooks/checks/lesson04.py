@@ -1,0 +1,292 @@
+"""Checks of lesson 04: cutting heads, their importance, a bound on speed-up, distances across layers, dropping layers.
+
+Each tests what has to hold (the masked layer's outputs, indifference to padding and to how batches are cut, counted
+FLOPs, the same answer with a cache as without) on awkward inputs: grouped queries, heads wider than the model, vectors
+that are equal but for rounding, the first layer among those that go.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.lesson.check import Failures, has_parts
+
+# width of the model, size of a head, query heads, KV heads, whether there are biases, which KV heads stay
+LAYERS = (
+    (12, 4, 3, 3, True, [0, 2]),
+    (12, 4, 3, 3, False, [1]),
+    (10, 4, 6, 3, True, [0, 2]),  # grouped: two query heads read each KV head; heads wider than the model
+    (16, 2, 8, 2, False, [1]),
+    (12, 3, 4, 4, True, [0, 1, 2, 3]),
+    (8, 4, 4, 1, True, [0]),
+)
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+def surgery(fn: Callable, failures: Failures) -> None:
+    """cut_heads(q, k, v, o, head_dim, keep) -> the four projections with only the KV heads `keep` and their queries."""
+    for width, head_dim, heads, kv_heads, bias, keep in LAYERS:
+        before = _attention_layer(width, head_dim, heads, kv_heads, bias)
+        index = torch.tensor(keep)
+        with failures.given(width=width, head_dim=head_dim, heads=heads, kv_heads=kv_heads, bias=bias, keep=keep):
+            changed = "the modules that were given have changed; copy them before you cut"
+            after = failures.call(fn, *before, head_dim, index, changed=changed)
+            four = has_parts(after, 4) and all(isinstance(layer, nn.Linear) for layer in after)
+            if not failures.expect(four, "return four linear layers: q, k, v, o"):
+                continue
+            _has_its_sizes(after, width, head_dim, heads // kv_heads * len(keep), len(keep), bias, failures)
+            frozen = [m.weight.requires_grad for m in after] == [m.weight.requires_grad for m in before]
+            failures.expect(frozen, "requires_grad has not been kept")
+            _computes_the_same(after, before, head_dim, keep, failures)
+
+
+def _attention_layer(width: int, head_dim: int, heads: int, kv_heads: int, bias: bool) -> list[nn.Linear]:
+    """q, k, v: [width -> heads * head_dim], o back to width; float64, with every entry its own number."""
+    sizes = [(width, n * head_dim) for n in (heads, kv_heads, kv_heads)] + [(heads * head_dim, width)]
+    layers = [nn.Linear(*size, bias=bias, dtype=torch.float64) for size in sizes]
+    generator = torch.Generator().manual_seed(width + heads)
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    layers[1].weight.requires_grad_(False)
+    return layers
+
+
+def _attend(layers: list[nn.Linear], x: Tensor, head_dim: int) -> Tensor:
+    """Grouped-query attention of x [B, T, width] without a mask; the numbers of heads follow from the shapes."""
+    with torch.no_grad():
+        q, k, v = (layer(x).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers[:3])  # [B, heads, T, dim]
+        k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for heads in (k, v))
+        context = (q @ k.transpose(-1, -2) / math.sqrt(head_dim)).softmax(-1) @ v
+        return layers[3](context.transpose(1, 2).flatten(2))
+
+
+def _computes_the_same(after, before, head_dim: int, keep: list[int], failures: Failures) -> None:
+    masked = copy.deepcopy(before)
+    kv_heads = masked[1].out_features // head_dim
+    columns = masked[3].weight.data.unflatten(1, (kv_heads, -1))  # [width, KV heads, the rest]
+    for head in range(kv_heads):
+        if head not in keep:
+            columns[:, head] = 0  # the reference: the output projection does not look at what was removed
+    width = before[0].in_features
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    failures.close(
+        _attend(list(after), x, head_dim),
+        _attend(masked, x, head_dim),
+        "the outputs are not those of the layer whose output projection ignores the removed heads; look at rows and "
+        "columns, at which query heads read which KV head, and at the biases",
+        atol=1e-9,
+    )
+
+
+def _has_its_sizes(after, width: int, head_dim: int, heads: int, kv_heads: int, bias: bool, failures: Failures) -> None:
+    sizes = [(width, n * head_dim) for n in (heads, kv_heads, kv_heads)] + [(heads * head_dim, width)]
+    for name, layer, (fan_in, fan_out) in zip(PROJECTIONS, after, sizes, strict=True):
+        failures.expect(
+            tuple(layer.weight.shape) == (fan_out, fan_in),
+            f"the weight of {name} has a shape that does not fit the heads that stay",
+            detail=f"{tuple(layer.weight.shape)}",
+        )
+        named = (layer.in_features, layer.out_features) == (fan_in, fan_out)
+        failures.expect(named, f"in_features or out_features of {name} does not say the new size")
+        right_bias = (layer.bias is not None and layer.bias.shape == (fan_out,)) if bias else layer.bias is None
+        failures.expect(right_bias, f"the bias of {name} has not the length of its outputs, or has come or gone")
+
+
+# -------------------------------------------------------------------------------------------- importance from gradients
+
+
+def head_scores(fn: Callable, failures: Failures) -> None:
+    """head_scores(context, grad, mask) -> [heads], the sum over sequences of |sum over real tokens and dims|."""
+    for lengths, heads, dim in (((5, 3, 1), 4, 3), ((2,), 1, 5), ((6, 6), 12, 2), ((1, 4, 2, 7), 3, 4)):
+        context, grad, mask = _sequences(lengths, heads, dim)
+        with failures.given(lengths=str(lengths), heads=heads, head_dim=dim):
+            changed = "the tensors that were given have changed; compute new ones"
+            got = failures.call(fn, context, grad, mask, changed=changed)
+            each = [
+                sum(context[i, t, :, d] * grad[i, t, :, d] for t in range(length) for d in range(dim)).abs()
+                for i, length in enumerate(lengths)
+            ]
+            right = failures.close(
+                got,
+                torch.stack(each).sum(0),
+                "a head's score is, summed over the sequences, the magnitude of what its gate would do to that "
+                "sequence's loss: first the sum over real tokens and dimensions, then the magnitude",
+                rtol=1e-9,
+            )
+            if not right:
+                continue
+            garbage = mask.bool().logical_not()[:, :, None, None] * 1e6
+            failures.close(
+                fn(context + garbage, grad + garbage, mask), got, "what stands at padding changes the score", rtol=1e-6
+            )
+            parts = sum(fn(context[i : i + 1], grad[i : i + 1], mask[i : i + 1]) for i in range(len(lengths)))
+            failures.close(parts, got, "the sum over batches depends on how the batches are cut", rtol=1e-9)
+            failures.expect(not got.requires_grad, "the score still hangs on the graph of gradients; detach it")
+
+
+def _sequences(lengths: tuple[int, ...], heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """context and its gradient [B, T, heads, dim], float64, with numbers at padding too; mask int64 [B, T]."""
+    generator = torch.Generator().manual_seed(len(lengths) * heads)
+    shape = (len(lengths), max(lengths) + 1, heads, dim)
+    context, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return context.requires_grad_(), grad, mask
+
+
+# ----------------------------------------------------------------------------------------------------- a bound on speed
+
+
+def speedup_bound(fn: Callable, failures: Failures) -> None:
+    """speedup_bound(width, ffn, tokens, heads, neurons) -> FLOPs of a whole block over those of the pruned one."""
+    blocks = ((768, 3072, 128), (768, 3072, 512), (384, 1536, 1), (4096, 14336, 8192), (64, 100, 37))
+    for width, ffn, tokens in blocks:
+        for heads, neurons in ((1.0, 1.0), (0.5, 1.0), (7 / 12, 1.0), (1.0, 0.7), (0.25, 0.5), (0.0, 1.0), (1.0, 0.0)):
+            with failures.given(width=width, ffn=ffn, tokens=tokens, heads=f"{heads:.3f}", neurons=f"{neurons:.3f}"):
+                failures.close(
+                    fn(width, ffn, tokens, heads, neurons),
+                    _flops(width, ffn, tokens, 1.0, 1.0) / _flops(width, ffn, tokens, heads, neurons),
+                    "count what is multiplied for one token: four projections, scores and weighted sum with every "
+                    "token, two feed-forward matrices; then divide the whole by what is left",
+                    rtol=1e-9,
+                )
+
+
+def _flops(width: int, ffn: int, tokens: int, heads: float, neurons: float) -> float:
+    """By the sizes of the matrices, a multiply-add as two; per token, so that long sequences stay exact."""
+    inner = heads * width  # of queries, keys, values and context
+    matrices = [(width, inner)] * 3 + [(inner, tokens), (tokens, inner), (inner, width)]
+    matrices += [(width, neurons * ffn), (neurons * ffn, width)]
+    return sum(2.0 * rows * columns for rows, columns in matrices)
+
+
+# ------------------------------------------------------------------------------------------- distance across a block
+
+
+def block_distance(fn: Callable, failures: Failures) -> None:
+    """block_distance(hidden, mask, n) -> [layers + 1 - n], the mean angle over real tokens, as a share of pi."""
+    for lengths, width, layers in (((4, 2), 6, 5), ((3,), 3, 4), ((1, 5, 2), 16, 3)):
+        hidden, mask = _stream(lengths, width, layers)
+        for n in range(1, layers + 1):
+            with failures.given(lengths=str(lengths), width=width, layers=layers, n=n):
+                got = fn(list(hidden), mask, n)
+                want = [_mean_angle(hidden[at], hidden[at + n], lengths) for at in range(layers + 1 - n)]
+                failures.close(
+                    got,
+                    want,
+                    "entry l is the angle between what enters layer l and what enters layer l + n, over pi, as the "
+                    "mean over all real tokens, each counting the same",
+                    atol=1e-6,
+                )
+    hidden, mask = _stream((7, 9), 24, 2)
+    hidden[1], hidden[2] = hidden[0] * 3, -hidden[0]
+    with failures.given(hidden="layers that only rescale, and one that turns round", n=1):
+        failures.close(
+            fn(list(hidden), mask, 1), [0.0, 1.0], "parallel vectors are at 0 and opposite ones at 1", atol=1e-6
+        )
+
+
+def _mean_angle(a: Tensor, b: Tensor, lengths: tuple[int, ...]) -> float:
+    angles = []
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            u, v = F.normalize(a[i, t], dim=0), F.normalize(b[i, t], dim=0)
+            angles.append(2 * torch.atan2((u - v).norm(), (u + v).norm()))  # Kahan's: exact when small
+    return float(sum(angles)) / len(angles) / math.pi
+
+
+def _stream(lengths: tuple[int, ...], width: int, layers: int) -> tuple[list[Tensor], Tensor]:
+    """layers + 1 hidden states [B, T, width] that drift apart at other speeds, and their mask int64 [B, T]."""
+    generator = torch.Generator().manual_seed(width)
+    shape = (len(lengths), max(lengths) + 2, width)
+    hidden = [torch.randn(shape, generator=generator, dtype=torch.float64)]
+    for layer in range(layers):
+        step = torch.randn(shape, generator=generator, dtype=torch.float64)
+        hidden.append(hidden[-1] * 1.5 + step * (0.2 + layer))
+    return hidden, (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+
+
+# -------------------------------------------------------------------------------------------------- dropping layers
+
+DEPTH = 6  # layers of the decoder that the check drops some of
+
+
+def drop_layers(fn: Callable, failures: Failures) -> None:
+    """drop_layers(model, gone) -> a new decoder without these layers, whose cache works as its prompt pass does."""
+    for gone in ([2, 3], [0, 1], [5], [4, 0], [1, 2, 3, 4]):
+        model = _decoder()
+        with failures.given(layers=DEPTH, gone=gone):
+            new = fn(model, list(gone))
+            failures.expect(
+                model.config.num_hidden_layers == DEPTH and _numbers(model) == list(range(DEPTH)),
+                "the model that was given has changed; copy it, layers and config, before you cut",
+            )
+            failures.need(isinstance(new, nn.Module), "return the new model")
+            stays = [layer for layer in range(DEPTH) if layer not in gone]
+            failures.need(
+                len(new.model.layers) == len(stays), "the new model has not the number of layers that should stay"
+            )
+            _answers_alike(new, model, gone, failures)
+
+
+def _decoder() -> nn.Module:
+    """A decoder of DEPTH layers, random and small, each layer doing enough to be missed."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds to import, and four checks need none of it
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40, "num_hidden_layers": DEPTH}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return LlamaForCausalLM(
+            LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+        ).eval()
+
+
+def _numbers(model: nn.Module) -> list[int]:
+    return [layer.self_attn.layer_idx for layer in model.model.layers]
+
+
+@torch.no_grad()
+def _answers_alike(new: nn.Module, model: nn.Module, gone: list[int], failures: Failures) -> None:
+    """The new model against the whole one whose removed layers pass their input on, without a cache and with one."""
+    ids = torch.tensor([[3, 17, 9, 31, 6, 22]])
+    hooks = [
+        model.model.layers[layer].register_forward_hook(
+            lambda _, args, output: (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+        )
+        for layer in gone
+    ]
+    expected = model(ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    same = failures.close(
+        new(ids, use_cache=False).logits,
+        expected,
+        "a prompt at once does not give what the whole model gives when these layers pass their input on; look at "
+        "which layers stay, and in which order",
+        atol=1e-5,
+    )
+    if not same:
+        return
+    try:
+        prompt = new(ids[:, :-2], use_cache=True)
+        name = "cache" if hasattr(prompt, "cache") else "past_key_values"  # it changed within transformers 5
+        cache = getattr(prompt, name)
+        after = new(ids[:, -2:], use_cache=True, **{name: cache})
+    except IndexError as error:
+        failures.expect(False, "with a cache it fails; look at which entry each layer writes to", detail=str(error))
+        return
+    failures.close(
+        after.logits,
+        expected[:, -2:],
+        "with a cache it gives other logits than without; look at the entry that says how long the cache is",
+        atol=1e-5,
+    )
+    fits = len(cache.layers) == len(new.model.layers) == new.config.num_hidden_layers
+    failures.expect(fits, "the cache, or the config's number of layers, has not one entry for each layer that stays")
+
+
+CHECKS = {"04.1": surgery, "04.2": head_scores, "04.3": speedup_bound, "04.4": block_distance, "04.5": drop_layers}

@@ -1,0 +1,205 @@
+"""Checks of lesson 05: an exact N:M mask, values with two-bit positions, the bytes of a pattern, a straight-through
+estimator, Wanda's choice in groups.
+
+Each holds the answer against what has to be true of it, or against an independent computation: counts in every group,
+a weight put together again bit by bit, positions that are really written out, gradients by their definition, outputs
+that are computed without a weight.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from labkit.lesson.check import Failures, has_parts, is_mask
+
+
+def nm_mask(fn: Callable, failures: Failures) -> None:
+    """nm_mask(weight, n, m) -> bool tensor, True where kept; groups of m along dimension 1."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(12, 24, generator=generator)
+    for case, weight in {
+        "random": random,
+        "many ties": (2 * random).round(),
+        "all equal": torch.full((3, 24), -0.5),
+        "a transposed view": torch.randn(24, 6, generator=generator).t(),
+        "bfloat16": random.bfloat16(),
+        "a convolution": torch.randn(4, 24, 3, 3, generator=generator),
+        "one of its transposed views": torch.randn(3, 3, 24, 4, generator=generator).permute(3, 2, 0, 1),
+    }.items():
+        for n, m in ((2, 4), (1, 4), (4, 8), (3, 6), (4, 4)):
+            with failures.given(weight=case, n=n, m=m):
+                _nm_mask(fn, failures, weight, n, m)
+
+
+def _nm_mask(fn: Callable, failures: Failures, weight: Tensor, n: int, m: int) -> None:
+    changed = "your function changed the weight; it should only return a mask"
+    mask = failures.call(fn, weight, n, m, changed=changed)
+    if not failures.expect(is_mask(mask, weight), "return a bool tensor of the weight's shape"):
+        return
+    groups = weight.abs().float().movedim(1, -1).reshape(-1, m).tolist()  # each one m neighbours in dimension 1
+    rows = mask.movedim(1, -1).reshape(-1, m).tolist()
+    wrong = [sum(row) for row in rows if sum(row) != n]
+    failures.expect(
+        not wrong,
+        "a group of m neighbours in dimension 1 does not keep exactly n: look at ties, the dimension, what n counts",
+        detail=f"{len(wrong)} of {len(rows)} groups, the first keeps {wrong[0]}" if wrong else "",
+    )
+    pairs = [list(zip(group, row, strict=True)) for group, row in zip(groups, rows, strict=True)]
+    failures.expect(
+        all(least >= most for least, most in map(_edge, pairs)),
+        "a removed weight is larger in magnitude than one of its group that is kept",
+    )
+    failures.expect(
+        not any(not a[1] and b[1] and a[0] == b[0] for group in pairs for i, a in enumerate(group) for b in group[i:]),
+        "of weights that are equal in magnitude the first ones of the group have to stay",
+    )
+
+
+def _edge(group: list[tuple[float, bool]]) -> tuple[float, float]:
+    """The least that is kept and the most that is removed."""
+    return min((w for w, k in group if k), default=0.0), max((w for w, k in group if not k), default=0.0)
+
+
+def compress(fn: Callable, failures: Failures) -> None:
+    """compress(weight) -> (values [out, in / 2], positions uint8 [out, in / 8]) of a 2:4 weight."""
+    generator = torch.Generator().manual_seed(1)
+    for case, rows, columns, dtype in (
+        ("two kept in every group", 5, 16, torch.float32),
+        ("two kept in every group", 3, 8, torch.float16),
+        ("some groups with one or none", 6, 32, torch.float32),
+        ("some groups with one or none", 4, 24, torch.bfloat16),
+        ("all zero", 2, 8, torch.float32),
+    ):
+        order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
+        weight = torch.randn(rows, columns // 4, 4, generator=generator).masked_fill(order < 2, 0.0)
+        fewer = {"two kept in every group": 0.0, "some groups with one or none": 0.3, "all zero": 1.0}[case]
+        weight[torch.rand(weight.shape, generator=generator) < fewer] = 0.0
+        with failures.given(weight=case, shape=(rows, columns), dtype=str(dtype)):
+            _compress(fn, failures, weight.flatten(1).to(dtype))
+
+
+def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
+    rows, columns = weight.shape
+    answer = failures.call(fn, weight, changed="your function changed the weight")
+    if not failures.expect(has_parts(answer, 2), "return the values and the metadata"):
+        return
+    values, metadata = answer
+    usable = all(isinstance(part, Tensor) for part in answer)
+    usable = usable and values.shape == (rows, columns // 2) and values.dtype == weight.dtype
+    if not failures.expect(usable, "values has to be a tensor [out, in / 2] of the weight's own type"):
+        return
+    usable = metadata.shape == (rows, columns // 8) and metadata.dtype == torch.uint8
+    if not failures.expect(usable, "the metadata have to be a uint8 tensor [out, in / 8]: two groups share a byte"):
+        return
+    again, ascending = torch.zeros_like(weight), True
+    for row in range(rows):
+        for group in range(columns // 4):
+            nibble = metadata[row, group // 2].item() >> 4 * (group % 2) & 15
+            first, second = nibble & 3, nibble >> 2
+            ascending &= first < second
+            for place, value in ((first, values[row, 2 * group]), (second, values[row, 2 * group + 1])):
+                again[row, 4 * group + place] += value
+    failures.expect(
+        ascending,
+        "the two positions of a group have to differ and ascend, also where the group holds fewer than two values",
+    )
+    failures.expect(
+        torch.equal(again, weight),
+        "read back by the layout in the text (lowest bits first), your values and metadata give another weight",
+    )
+
+
+def stored_share(fn: Callable, failures: Failures) -> None:
+    """stored_share(n, m, bits) -> bytes of an N:M weight over those of the dense one, metadata included."""
+    for n, m in ((2, 4), (1, 4), (4, 8), (1, 2), (3, 6), (8, 16), (4, 4), (5, 12), (1, 1)):
+        for bits in (32, 16, 8, 4):
+            with failures.given(n=n, m=m, bits=bits):
+                digits = max((len(f"{place:b}") for place in range(1, m)), default=0)  # of the highest place
+                values, where = "v" * bits * n, "".join(f"{place:0{digits}b}" * bool(digits) for place in range(n))
+                failures.close(
+                    fn(n, m, bits),
+                    len(values + where) / (bits * m),
+                    "your share differs from that of a group that was written out bit by bit: n values, and for each "
+                    "its position among m",
+                )
+
+
+def sparse_refined(fn: Callable, failures: Failures) -> None:
+    """SparseRefined.apply(weight, keep, decay): an autograd.Function; see the exercise for both of its passes."""
+    generator = torch.Generator().manual_seed(3)
+    for case, shape in {"a matrix": (5, 8), "a convolution": (3, 4, 2, 2)}.items():
+        weight = torch.randn(shape, generator=generator)
+        order = torch.rand(shape, generator=generator).movedim(1, -1).unflatten(-1, (-1, 4)).argsort(-1)
+        keep = (order < 2).flatten(-2).movedim(-1, 1)
+        for decay in (0.0, 0.5, 2.0):
+            with failures.given(weight=case, decay=decay):
+                _sparse_refined(fn, failures, weight, keep, decay)
+
+
+def _sparse_refined(fn: Callable, failures: Failures, weight: Tensor, keep: Tensor, decay: float) -> None:
+    apply = getattr(fn, "apply", fn)
+    leaf, mask = weight.clone().requires_grad_(), keep.clone()
+    used = apply(leaf, mask, decay)
+    is_result = isinstance(used, Tensor) and used.shape == weight.shape
+    failures.need(is_result, "forward has to return a tensor of the weight's shape")
+    failures.expect(
+        torch.equal(used, torch.where(keep, weight, torch.zeros(()))),
+        "forward has to return the weight where it is kept, and 0 elsewhere",
+    )
+    failures.need(used.requires_grad, "what apply returns is cut off from the weight: keep it in the graph")
+    arriving = torch.linspace(-1.0, 2.0, weight.numel()).view(weight.shape)
+    used.backward(arriving)
+    failures.need(leaf.grad is not None, "backward hands no gradient to the weight")
+    passed = leaf.grad - arriving  # what was added on the way
+    failures.expect(
+        torch.equal(leaf.detach(), weight) and torch.equal(mask, keep), "your function changed the weight or the mask"
+    )
+    failures.close(
+        passed[keep],
+        torch.zeros(int(keep.sum())),
+        "a kept weight has to get the gradient that arrives, unchanged: nothing pulls on what is used",
+        atol=1e-6,
+    )
+    pull = "and decay times its own dense value more" if decay else "as if there were no mask, if decay is 0"
+    failures.close(
+        passed[~keep],
+        decay * weight[~keep],
+        f"a removed weight has to get the gradient that arrives, {pull}",
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def wanda_mask(fn: Callable, failures: Failures) -> None:
+    """wanda_mask(weight, inputs, n, m) -> bool tensor [out, in], True where kept."""
+    generator = torch.Generator().manual_seed(2)
+    for case, shape in {"[tokens, in]": (50, 24), "[batch, tokens, in]": (6, 9, 24), "one token": (1, 24)}.items():
+        inputs = torch.randn(shape, generator=generator) ** 3  # long tails: mean and root mean square rank differently
+        inputs = inputs * torch.logspace(-1, 1, 24)[torch.randperm(24, generator=generator)]  # some features are loud
+        weight = torch.randn(7, 24, generator=generator)
+        for n, m in ((2, 4), (1, 4), (4, 8), (2, 6)):
+            with failures.given(inputs=case, n=n, m=m):
+                _wanda_mask(fn, failures, weight, inputs, n, m)
+
+
+def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor, n: int, m: int) -> None:
+    mask = fn(weight.clone(), inputs.clone(), n, m)
+    if not failures.expect(is_mask(mask, weight), "return a bool tensor [out, in], True where a weight is kept"):
+        return
+    groups = mask.view(len(weight), -1, m)
+    if not failures.expect(bool((groups.sum(-1) == n).all()), "a group of m does not keep exactly n"):
+        return
+    columns = inputs.flatten(0, -2).t()  # [in, tokens]
+    change = torch.stack([(w * x).norm() for row in weight for w, x in zip(row, columns, strict=True)])
+    change = change.view(groups.shape)  # how far the outputs move when this weight alone goes, over all tokens
+    least = change.masked_fill(~groups, torch.inf).amin(-1)
+    most = change.masked_fill(groups, 0.0).amax(-1)
+    failures.expect(
+        bool((least >= most * (1 - 1e-5)).all()),
+        "a weight was removed whose absence moves the output further than that of one that stayed in its group: the "
+        "score is |w| times the root of the sum of the squares of its input, over all tokens",
+    )
+
+
+CHECKS = {"05.1": nm_mask, "05.2": compress, "05.3": stored_share, "05.4": sparse_refined, "05.5": wanda_mask}

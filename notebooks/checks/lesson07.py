@@ -1,0 +1,303 @@
+"""Checks of lesson 07: folding a norm, a percentile's range, equalised pairs, corrected biases, bits within a budget.
+
+Each tests what has to hold (the same outputs, the same means, counts beyond a range) on awkward settings; the last one
+follows the card's rule step by step.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.lesson.check import Failures, has_parts
+
+# how the convolution is built, the norm's settings
+FOLDS = (
+    ({}, {}),
+    ({"bias": False, "stride": 2}, {"eps": 0.3}),
+    ({"groups": 2, "padding": 1, "padding_mode": "reflect"}, {"affine": False}),
+    ({"bias": False, "groups": 4, "dilation": 2}, {"eps": 1e-3}),
+)
+SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "in_channels", "out_channels")
+
+
+def folding(fn: Callable, failures: Failures) -> None:
+    """fold_bn(conv, norm) -> one convolution that computes both."""
+    for first, second in FOLDS:
+        conv, norm = _conv_and_norm(first, second)
+        with failures.given(conv=first, norm=second):
+            changed = "the modules that were given have changed; copy the convolution before you fold"
+            new = failures.call(fn, conv, norm, changed=changed)
+            failures.need(isinstance(new, nn.Conv2d), "return a Conv2d")
+            failures.need(isinstance(new.bias, nn.Parameter), "the new convolution has no bias as a parameter")
+            types = new.weight.dtype, new.bias.dtype
+            failures.need(types == (torch.float64,) * 2, "the new weight or bias has another dtype")
+            same = all(getattr(new, name) == getattr(conv, name) for name in SETTINGS)
+            failures.expect(same, "a setting of the convolution (stride, padding, groups, ...) has not been kept")
+            x = torch.randn(2, 4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                reference = [norm(conv(image)) for image in (x, 0 * x)]
+                at_zero, slope = new(0 * x), new(x) - new(0 * x)
+            failures.close(
+                at_zero,
+                reference[1],
+                "the bias is off, as the result for an image of zeros shows: the convolution's own bias minus the "
+                "mean, times the factor, plus the norm's bias",
+                atol=1e-9,
+            )
+            failures.close(
+                slope,
+                reference[0] - reference[1],
+                "the weight is off: row i times gamma over the root of variance plus eps, of this norm",
+                atol=1e-9,
+            )
+
+
+def _conv_and_norm(first: dict, second: dict) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """float64 modules in eval mode; some variances are as small as eps."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(2)
+    conv, norm = nn.Conv2d(4, 8, 3, **first), nn.BatchNorm2d(8, **second)
+    norm.running_mean.uniform_(-2, 2)
+    norm.running_var.uniform_(0.01, 3)
+    if norm.affine:
+        nn.init.uniform_(norm.weight, -1.5, 1.5)
+        nn.init.uniform_(norm.bias, -1, 1)
+    torch.random.set_rng_state(state)
+    return conv.double().eval(), norm.double().eval()
+
+
+# ------------------------------------------------------------------------------------------------- a range from values
+
+
+def percentile(fn: Callable, failures: Failures) -> None:
+    """percentile_range(seen, share) -> (lo, hi): so many of all values within, and 0."""
+    draw = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    batches = {
+        "three batches of different sizes and spreads": [normal(4, 50), 5 * normal(3, 10, 20), normal(100) + 2],
+        "all values above 1": [normal(500).abs() + 1, 3 * normal(2, 250).abs() + 1],
+        "all values below -1": [-normal(400).abs() - 1],
+        "outputs of a ReLU": [normal(8, 100).relu(), 4 * normal(8, 25).relu()],
+        "a long tail on one side": [normal(1000).abs().pow(3), -normal(1000).abs()],
+    }
+    for name, seen in batches.items():
+        for share in (1.0, 0.99, 0.9):
+            with failures.given(seen=name, share=share):
+                changed = "the tensors that were given have changed; compute new ones"
+                ends = failures.call(fn, seen, share, changed=changed)
+                failures.need(has_parts(ends, 2), "return two numbers: lo, hi")
+                lo, hi = (float(end) for end in ends)
+                failures.need(math.isfinite(lo) and math.isfinite(hi), "an end of the range is NaN or infinite")
+                _has_the_share(torch.cat([x.flatten() for x in seen]), lo, hi, share, failures)
+
+
+def _has_the_share(values: Tensor, lo: float, hi: float, share: float, failures: Failures) -> None:
+    failures.expect(lo <= 0 <= hi, "0 is outside the range; pull the end up or down to it")
+    cut = (1 - share) / 2 * len(values)
+    for side, end, outside in (("below lo", lo, values < lo), ("above hi", hi, values > hi)):
+        count = int(outside.sum())
+        failures.expect(count <= cut + 1, f"too many of all values lie {side}", detail=f"{count} of {len(values)}")
+        pulled = abs(end) < 1e-12  # to 0: fewer may be outside
+        failures.expect(
+            pulled or count >= cut - 1,
+            f"too few of all values lie {side}: half of the rest belongs beyond each end",
+            detail=f"{count} of {len(values)}",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- equalisation
+
+
+def equalisation(fn: Callable, failures: Failures) -> None:
+    """equalise(w1, b1, w2) -> the same function with equal ranges of rows and columns."""
+    draw = torch.Generator().manual_seed(4)
+
+    def weights(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    uneven = torch.tensor([20.0, 0.1, 1.0, 5.0, 0.02, 1.0], dtype=torch.float64)
+    linear = weights(6, 5) * uneven[:, None], weights(6), weights(3, 6)
+    kernels = weights(6, 2, 3, 3) * uneven[:, None, None, None], weights(6), weights(4, 6, 1, 1)
+    mixed = weights(6, 4, 1, 1), weights(6) * 3, weights(2, 6, 3, 3) * uneven[:, None, None]
+    no_row, no_column = [x.clone() for x in linear], [x.clone() for x in linear]
+    no_row[0][2], no_column[2][:, 4] = 0, 0
+    cases = {
+        "two Linears": linear,
+        "two convolutions, 3x3 and 1x1": kernels,
+        "two convolutions, 1x1 and 3x3": mixed,
+        "a channel whose row is all zero": tuple(no_row),
+        "a channel whose column is all zero": tuple(no_column),
+    }
+    for name, (w1, b1, w2) in cases.items():
+        with failures.given(layers=name):
+            changed = "the tensors that were given have changed; return new ones"
+            new = failures.call(fn, w1, b1, w2, changed=changed)
+            failures.need(has_parts(new, 3), "return three tensors: w1, b1, w2")
+            shapes = [x.shape if isinstance(x, Tensor) else None for x in new]
+            failures.need(shapes == [w1.shape, b1.shape, w2.shape], "the new tensors have other shapes than the old")
+            finite = all(bool(x.isfinite().all()) for x in new)
+            failures.need(finite, "the new tensors hold NaN or infinities; a channel of zeros has no factor")
+            _is_the_same_function(new, (w1, b1, w2), failures)
+            _is_even(new, (w1, b1, w2), failures)
+
+
+def _is_the_same_function(new: tuple, old: tuple, failures: Failures) -> None:
+    width, conv = old[0].shape[1], old[0].dim() == 4
+    shape = (5, width, 9, 9) if conv else (50, width)
+    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    apply = F.conv2d if conv else F.linear
+    outputs = [apply(F.relu(apply(x, w1, b1)), w2) for w1, b1, w2 in (new, old)]
+    failures.close(
+        *outputs,
+        "the two layers compute something else than before; what is divided where a channel is made, bias included, is "
+        "multiplied where it is read",
+        atol=1e-9 * float(outputs[1].abs().max()),
+    )
+
+
+def _is_even(new: tuple, old: tuple, failures: Failures) -> None:
+    (rows, columns), (before_rows, before_columns) = _ranges(*new), _ranges(*old)
+    live = (before_rows > 0) & (before_columns > 0)
+    failures.close(
+        torch.stack([rows, columns])[:, live],
+        torch.sqrt(before_rows * before_columns)[live].expand(2, -1),
+        "row i of w1 and column i of w2 do not have the range that was asked for, the root of the product of the two",
+        rtol=1e-6,
+    )
+    pairs = (rows, before_rows), (columns, before_columns)
+    stays = all(torch.equal(now[~live], before[~live]) for now, before in pairs)
+    failures.expect(stays, "a channel whose row in w1 or column in w2 is all zero has changed")
+
+
+def _ranges(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    return w1.flatten(1).abs().amax(1), w2.transpose(0, 1).flatten(1).abs().amax(1)
+
+
+# --------------------------------------------------------------------------------------------------- corrected biases
+
+CONVOLUTIONS = (
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (3, 2), "groups": 2, "stride": 2},
+    {"kernel_size": 3, "groups": 4, "dilation": 2},
+)
+
+
+def bias_correction(fn: Callable, failures: Failures) -> None:
+    """correct_bias(conv, rounded, mean) -> the bias [out] that keeps the mean of each output."""
+    for settings in CONVOLUTIONS:
+        state = torch.random.get_rng_state()
+        torch.manual_seed(6)
+        conv = nn.Conv2d(4, 8, **settings).double()
+        mean = torch.rand(4, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1, 2.0])
+        torch.random.set_rng_state(state)
+        rough = (conv.weight.detach() * 4).round() / 4
+        with failures.given(conv=settings):
+            changed = "the arguments that were given have changed; return a new bias"
+            bias = failures.call(fn, conv, rough, mean, changed=changed)
+            failures.need(isinstance(bias, Tensor) and bias.shape == (8,), "return a tensor, a bias for each output")
+            x = mean.view(1, 4, 1, 1).expand(1, 4, 7, 7)  # every pixel has the mean
+            shape = (conv.stride, 0, conv.dilation, conv.groups)
+            with torch.no_grad():
+                before = F.conv2d(x, conv.weight, conv.bias, *shape).mean((0, 2, 3))
+                after = F.conv2d(x, rough, bias.detach(), *shape).mean((0, 2, 3))
+            failures.close(
+                after,
+                before,
+                "the mean of an output is not what it was, for an input with this mean at every pixel; look at the "
+                "sign of the error, at the sum over the kernel, and at which inputs a group reads",
+                atol=1e-9,
+            )
+
+
+# ------------------------------------------------------------------------------------------------ bits within a budget
+
+
+def bits_in_budget(fn: Callable, failures: Failures) -> None:
+    """choose_bits(rows, budget) -> {layer: bits} by the card's rule."""
+    for name, rows in _scans().items():
+        widest, narrowest = (
+            sum(pick(r["bytes"] for r in rows if r["layer"] == layer) for layer in {r["layer"] for r in rows})
+            for pick in (max, min)
+        )
+        between = (narrowest + (widest - narrowest) * k // 5 for k in range(1, 5))
+        budgets = {widest, widest - 1, narrowest, narrowest - 1, *between}
+        for budget in sorted(budgets, reverse=True):
+            with failures.given(rows=name, budget=budget):
+                changed = "the rows that were given have changed; build lists of your own"
+                plan = failures.call(fn, rows, budget, changed=changed)
+                _follows_the_rule(plan, rows, budget, narrowest, failures)
+
+
+def _scans() -> dict[str, list[dict]]:
+    draw = torch.Generator().manual_seed(7)
+
+    def scan(sizes: dict[str, int], widths: tuple[int, ...], per_bit: float) -> list[dict]:
+        rows = []
+        for layer, size in sizes.items():
+            best = 30 + 20 * float(torch.rand(1, generator=draw))
+            for bits in widths:
+                db = best - per_bit * (8 - bits) + float(torch.rand(1, generator=draw))
+                rows.append({"layer": layer, "bits": bits, "bytes": size * bits // 8 + 64, "db": db})
+        order = torch.randperm(len(rows), generator=draw).tolist()
+        return [rows[i] for i in order]
+
+    sizes = {"small": 1152, "middle": 9216, "large": 36864, "last": 640}
+    jump = [
+        {"layer": "a", "bits": bits, "bytes": 1000 * bits, "db": db} for bits, db in ((8, 50.0), (4, 20.0), (2, 19.5))
+    ] + [{"layer": "b", "bits": bits, "bytes": 1010 * bits, "db": db} for bits, db in ((8, 45.0), (4, 25.0), (2, 3.0))]
+    return {
+        "four layers, 8 to 2 bits": scan(sizes, (8, 6, 4, 3, 2), 6.0),
+        "four layers, narrowest first": scan(sizes, (2, 4, 8), 5.0),
+        "two layers, one with a costly first step": jump,
+    }
+
+
+def _follows_the_rule(plan: object, rows: list[dict], budget: int, narrowest: int, failures: Failures) -> None:
+    at = {(row["layer"], row["bits"]): row for row in rows}
+    layers = {row["layer"] for row in rows}
+    failures.need(isinstance(plan, dict) and plan.keys() == layers, "return {layer: bits} with every layer of the rows")
+    failures.need(all(item in at for item in plan.items()), "a layer has bits that the scan did not try")
+    size = sum(at[item]["bytes"] for item in plan.items())
+    failures.expect(size <= max(budget, narrowest), "the plan is larger than the budget, though it could be smaller")
+    failures.expect(
+        plan == _by_the_rule(rows, budget),
+        "this is not the plan of the rule: from every layer at its widest, while the budget is exceeded, one layer "
+        "goes down one width, the one for which 10^(-db/10) grows least per byte saved",
+        detail=f"{size} bytes",
+    )
+
+
+def _by_the_rule(rows: list[dict], budget: int) -> dict[str, int]:
+    """All steps of all layers are priced at every turn."""
+    at = {(row["layer"], row["bits"]): (row["bytes"], 10 ** (-row["db"] / 10)) for row in rows}
+    widths = {layer: sorted((b for name, b in at if name == layer), reverse=True) for layer, _ in at}
+    plan = {layer: bits[0] for layer, bits in widths.items()}
+    while sum(at[item][0] for item in plan.items()) > budget:
+        steps = {}
+        for layer, bits in widths.items():
+            for wide, narrow in pairwise(bits):
+                if wide == plan[layer]:
+                    (size, noise), (less, more) = at[layer, wide], at[layer, narrow]
+                    steps[(more - noise) / (size - less)] = layer, narrow
+        if not steps:
+            break
+        layer, narrow = steps[min(steps)]
+        plan[layer] = narrow
+    return plan
+
+
+CHECKS = {
+    "07.1": folding,
+    "07.2": percentile,
+    "07.3": equalisation,
+    "07.4": bias_correction,
+    "07.5": bits_in_budget,
+}

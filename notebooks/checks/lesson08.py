@@ -1,0 +1,268 @@
+"""Checks of lesson 08: a straight-through quantizer, the gradient of a learned step, a diagnosis, reversals of codes.
+
+Values are held against a staircase in Python's own numbers, gradients against finite differences of what the estimators
+pretend to be, a diagnosis against quantizers whose faults are known, reversals against a loop over the steps.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from labkit.lesson.check import Failures
+
+# step, zero point, least and largest code
+GRIDS = (
+    (0.5, 0, -7, 7),
+    (0.25, 0, -1, 1),
+    (0.3, 5, 0, 15),
+    (1.0, 0, 0, 3),
+    (0.1, 128, 0, 255),
+)
+
+
+def straight_through(fn: Callable, failures: Failures) -> None:
+    """fake(x, scale, zero, lo, hi) -> the staircase, with the gradient of the line where x rounds to a code."""
+    draw = torch.Generator().manual_seed(0)
+    for scale, zero, lo, hi in GRIDS:
+        width = (hi - lo) * scale
+        x = ((torch.rand(4, 25, dtype=torch.float64, generator=draw) * 1.6 - 0.3) * width) + (lo - zero) * scale
+        upstream = torch.randn(4, 25, dtype=torch.float64, generator=draw)
+        for step in (scale, torch.tensor(scale, dtype=torch.float64)):
+            with failures.given(scale=scale, zero=zero, lo=lo, hi=hi, step={} if step is scale else "a tensor"):
+                leaf = x.clone().requires_grad_()
+                y = fn(leaf, step, zero, lo, hi)
+                failures.need(isinstance(y, Tensor) and y.shape == x.shape, "return a tensor in the shape of x")
+                failures.expect(torch.equal(leaf, x), "x has changed; compute a new tensor")
+                points = [_stair(value, scale, zero, lo, hi) for value in x.flatten().tolist()]
+                failures.close(
+                    y.flatten(),
+                    points,
+                    "the value is not the grid's: round x / scale to a whole number, add the zero point, clip to lo "
+                    "and hi, and go back",
+                    atol=1e-9,
+                )
+                failures.need(y.requires_grad, "no gradient can get from the result to x; was all of it detached?")
+                (gradient,) = torch.autograd.grad(y, leaf, upstream, allow_unused=True)
+                failures.need(gradient is not None, "the result does not depend on x for autograd")
+                _passes_inside(gradient, upstream, x / scale + zero, lo, hi, failures)
+
+
+def _stair(x: float, scale: float, zero: int, lo: int, hi: int) -> float:
+    return (min(max(round(x / scale) + zero, lo), hi) - zero) * scale
+
+
+def _passes_inside(gradient: Tensor, upstream: Tensor, steps: Tensor, lo: int, hi: int, failures: Failures) -> None:
+    inside = (steps > lo - 0.49) & (steps < hi + 0.49)
+    failures.close(
+        gradient[inside],
+        upstream[inside],
+        "where x rounds to a code from lo to hi the gradient that arrives is not the one that came from above: the "
+        "slope is 1 there, up to half a step beyond the last point",
+        atol=1e-9,
+    )
+    clipped = (steps < lo - 0.51) | (steps > hi + 0.51)
+    failures.close(
+        gradient[clipped],
+        torch.zeros_like(gradient[clipped]),
+        "a gradient arrives where x is clipped, more than half a step beyond lo or hi; the slope is 0 there",
+        atol=1e-9,
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the step's gradient
+
+
+def learned_step(fn: Callable, failures: Failures) -> None:
+    """step_gradient(x, scale, lo, hi, upstream) -> LSQ's gradient in the step, in its shape."""
+    draw = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    single, rows = torch.tensor(0.4, dtype=torch.float64), torch.tensor([[0.1], [0.5], [2.0]], dtype=torch.float64)
+    kernels = torch.tensor([0.2, 0.7], dtype=torch.float64).view(2, 1, 1, 1)
+    cases = {
+        "one step, signed codes": (normal(6, 20), single, -7, 7),
+        "one step, two bits": (normal(50), single, -2, 1),
+        "one step, codes from 0, after a ReLU": (2 * normal(5, 4, 3, 3).relu(), single, 0, 15),
+        "all inside": (normal(30).clamp(-1, 1), torch.tensor(0.5, dtype=torch.float64), -7, 7),
+        "all clipped": (normal(30).sign() * 9, single, -3, 3),
+        "a step for each row": (normal(3, 40), rows, -7, 7),
+        "a step for each output channel": (normal(2, 3, 3, 3), kernels, -1, 1),
+    }
+    for name, (x, scale, lo, hi) in cases.items():
+        upstream = normal(*x.shape)
+        with failures.given(x=name, lo=lo, hi=hi):
+            changed = "an argument has changed; compute new tensors"
+            gradient = failures.call(fn, x, scale, lo, hi, upstream, changed=changed)
+            failures.need(isinstance(gradient, Tensor), "return a tensor")
+            failures.need(gradient.shape == scale.shape, "the gradient does not have the shape of the step")
+            expected = _by_differences(x, scale, lo, hi, upstream)
+            plain = expected * math.sqrt(x.numel() // scale.numel() * hi)
+            if not torch.allclose(plain, gradient, rtol=1e-4, atol=1e-6):  # else the sentence below says it all
+                failures.close(
+                    gradient,
+                    expected,
+                    "this is not LSQ's gradient in the step: inside round(x / s) - x / s, where clipped the code at "
+                    "that end, times what comes from above, summed over all that share the step, over sqrt(N hi)",
+                    rtol=1e-4,
+                    atol=1e-6,
+                )
+            failures.expect(
+                not torch.allclose(plain, gradient, rtol=1e-4, atol=1e-6),
+                "the gradient scale 1 / sqrt(N hi) is missing; N counts the values that share a step",
+            )
+
+
+def _by_differences(x: Tensor, scale: Tensor, lo: int, hi: int, upstream: Tensor) -> Tensor:
+    """Central differences of sum(upstream * x_hat) in the step, with the rounding errors held where they are.
+
+    That is what the estimator pretends: code = clip(x / s) + c, with c a constant.
+    """
+    steps = x / scale
+    rest = steps.round() - steps
+    rest = torch.where((steps > lo) & (steps < hi), rest, torch.zeros_like(rest))
+
+    def pretended(s: Tensor) -> Tensor:
+        return ((x / s).clamp(lo, hi) + rest) * s
+
+    h = 1e-7 * scale
+    slopes = (pretended(scale + h) - pretended(scale - h)) / (2 * h) * upstream
+    shared = [d for d in range(x.dim()) if scale.dim() < x.dim() or scale.shape[d] == 1]
+    count = x.numel() // scale.numel()
+    total = slopes.sum() if scale.dim() == 0 else slopes.sum(shared, keepdim=True)
+    return total / math.sqrt(count * hi)
+
+
+# ---------------------------------------------------------------------------------------------------------- a diagnosis
+
+FAULTS = ("value", "blocked", "leak", "fixed", "inside", "unscaled")
+
+
+class _Faulty(torch.autograd.Function):
+    """LSQ with the faults that are named; "leak above" and "value below" are leaks and wrong values at one end."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, lo: int, hi: int, faults: frozenset[str]) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.ends, ctx.faults = (lo, hi), faults
+        steps = x / step
+        if "value, rounds down" in faults:
+            return steps.floor().clamp(lo, hi) * step
+        if "value, not rounded" in faults:
+            return steps.clamp(lo, hi) * step
+        if "value, no clip below" in faults:
+            return steps.round().clamp(max=hi) * step
+        return steps.round().clamp(lo, hi) * step
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, step), (lo, hi), faults = ctx.saved_tensors, ctx.ends, ctx.faults
+        steps = x / step
+        inside = (steps > lo) & (steps < hi)
+        passes = inside.clone()
+        if "leak" in faults or "leak, above only" in faults:
+            passes |= steps >= hi
+        if "leak" in faults or "leak, below only" in faults:
+            passes |= steps <= lo
+        to_x = torch.zeros_like(x) if "blocked" in faults else gradient * passes
+        within = steps.round() - steps
+        if "inside" in faults:
+            within = torch.zeros_like(x)
+        elif "inside, codes alone" in faults:
+            within = steps.round()
+        slopes = torch.where(inside, within, steps.clamp(lo, hi))
+        to_step = (gradient * slopes).sum()
+        if "unscaled" not in faults:
+            to_step = to_step / math.sqrt(x.numel() * hi)
+        return to_x, None if "fixed" in faults else to_step, None, None, None
+
+
+SUSPECTS = (
+    (),
+    ("value, rounds down",),
+    ("value, not rounded",),
+    ("value, no clip below",),
+    ("blocked",),
+    ("leak",),
+    ("leak, above only",),
+    ("leak, below only",),
+    ("fixed",),
+    ("inside",),
+    ("inside, codes alone",),
+    ("unscaled",),
+    ("leak", "fixed"),
+    ("inside", "unscaled"),
+    ("blocked", "inside, codes alone", "unscaled"),
+    ("leak, below only", "unscaled"),
+    ("value, rounds down", "blocked", "fixed"),
+)
+
+
+def diagnosis(fn: Callable, failures: Failures) -> None:
+    """faults(quantizer) -> the names of its faults, of FAULTS."""
+    for some in SUSPECTS:
+        with failures.given(quantizer=f"one with {' and '.join(some)}" if some else "LSQ as it should be"):
+            names = fn(_quantizer(frozenset(some)))
+            failures.need(isinstance(names, set | frozenset), "return a set of names")
+            failures.need(names <= {*FAULTS}, f"a name is none of {', '.join(FAULTS)}")
+            truth = {name.partition(",")[0] for name in some}
+            failures.expect(names >= truth, "a fault has not been found", detail=f"named: {_listed(names)}")
+            failures.expect(names <= truth, "a fault is named that it does not have", detail=f"named: {_listed(names)}")
+
+
+def _quantizer(faults: frozenset[str]) -> Callable[[Tensor, Tensor, int, int], Tensor]:
+    return lambda x, step, lo, hi: _Faulty.apply(x, step, lo, hi, faults)
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+# ------------------------------------------------------------------------------------------------------------ reversals
+
+
+def reversals(fn: Callable, failures: Failures) -> None:
+    """reversals(history) -> for each weight the share of the steps at which its code turns back."""
+    draw = torch.Generator().manual_seed(2)
+    walk = torch.randint(-1, 2, (40, 30), generator=draw).cumsum(0)
+    jumps = torch.randint(-7, 8, (25, 6), generator=draw)
+    cases = {
+        "codes that go to and fro": torch.tensor([[0, 1, 0, 1, 0]]).T,
+        "codes that rise": torch.tensor([[0, 1, 1, 2, 3, 3]]).T,
+        "a rest between there and back": torch.tensor([[0, 1, 1, 1, 0, 0]]).T,
+        "codes that never change": torch.zeros(8, 3, dtype=torch.long),
+        "two steps up, one down, one up": torch.tensor([[-1, 0, 1, 0, 1]]).T,
+        "leaps of several codes": jumps,
+        "random walks, int8": walk.to(torch.int8),
+        "two steps only": torch.tensor([[0, 3], [1, 3]]),
+        "leaps from end to end, int8": torch.tensor([[0, 127, -127, -100]], dtype=torch.int8).T,
+    }
+    for name, history in cases.items():
+        with failures.given(history=name):
+            changed = "the history has changed; compute a new tensor"
+            shares = failures.call(fn, history, changed=changed)
+            failures.need(isinstance(shares, Tensor), "return a tensor")
+            turns = [_turns(codes) / (len(codes) - 1) for codes in history.T.tolist()]
+            failures.close(
+                shares,
+                turns,
+                "this is not the share of the steps at which a code changes against the direction of its last change, "
+                "however long ago that was",
+                atol=1e-6,
+            )
+
+
+def _turns(codes: list[int]) -> int:
+    last, count = 0, 0
+    for before, after in pairwise(codes):
+        move = (after > before) - (after < before)
+        count += move * last < 0
+        last = move or last
+    return count
+
+
+CHECKS = {"08.1": straight_through, "08.2": learned_step, "08.3": diagnosis, "08.4": reversals}

@@ -1,0 +1,214 @@
+"""Checks of lesson 10: a loss on soft answers, what is wrong with a loss, stored answers with a tail, relations.
+
+Values and gradients are compared with float64 computed step by step; what must not matter (padding, scale, a turn) is
+changed. The diagnosis is asked about losses that nobody has shown it.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labkit.lesson.check import Failures, diagnoses
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _scalar(answer: object, failures: Failures) -> Tensor:
+    failures.need(isinstance(answer, Tensor) and answer.numel() == 1, "return one number as a tensor, the mean")
+    return answer.reshape(())
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of probabilities [..., classes] that are all positive: [...]."""
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------------- soft answers
+
+MASKS = {  # shape of the logits -> which predictions count
+    (4, 6): None,
+    (2, 5, 7): None,
+    (3, 4, 5): torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]),
+    (3, 6): torch.tensor([True, False, True]),
+}
+
+
+def soft_answers(fn: Callable, failures: Failures) -> None:
+    """kd_loss(student, teacher, temperature, mask) -> T^2 KL(p || q), mean over what counts."""
+    for shape, mask in MASKS.items():
+        for T in (1.0, 2.0, 5.0):
+            with failures.given(logits=list(shape), temperature=T, mask="none" if mask is None else "some"):
+                student, teacher = _normal(*shape).requires_grad_(), (2 * _normal(*shape, seed=1)).requires_grad_()
+                loss = _scalar(fn(student, teacher, T, mask), failures)
+                counts = torch.ones(shape[:-1], dtype=torch.bool) if mask is None else mask.bool()
+                p, q = ((x.detach() / T).softmax(-1) for x in (teacher, student))
+                failures.close(
+                    loss,
+                    T * T * _divergence(p, q)[counts].mean(),
+                    "the value is off; look at T^2, at what is softened, at which comes first in KL(p || q), at the "
+                    "sum over classes and at the mean over the predictions that count",
+                    rtol=1e-5,
+                )
+                failures.need(loss.requires_grad, "no gradient reaches the student: do not detach its logits")
+                grads = torch.autograd.grad(loss, (student, teacher), allow_unused=True)
+                failures.expect(grads[1] is None, "a gradient reaches the teacher: detach its logits")
+                rows = T * (q - p) * counts[..., None] / counts.sum()
+                failures.close(
+                    grads[0], rows, "the gradient is off: it is T (q - p) over the number of predictions", atol=1e-7
+                )
+    student, teacher, mask = _normal(3, 4, 5), _normal(3, 4, 5, seed=1), MASKS[3, 4, 5]
+    with failures.given(padding="other numbers"):
+        other = student.masked_fill(mask[..., None] == 0, 50)
+        failures.close(
+            fn(other, teacher, 2.0, mask), fn(student, teacher, 2.0, mask), "what is masked changes the value"
+        )
+    with failures.given(student="the teacher"):
+        failures.close(fn(teacher, teacher, 2.0, None), 0.0, "equal logits have a loss that is not 0", atol=1e-9)
+    with failures.given(logits="a hundred times as large"):
+        answer = _scalar(fn(100 * student, 100 * teacher, 1.0, None), failures)
+        failures.expect(answer.isfinite(), "confident logits give NaN or infinity: use log_softmax")
+
+
+# -------------------------------------------------------------------------------------------------------- diagnoses
+
+
+def _spelled(kind: str, style: int) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """A loss of logits [B, S, V] with this fault, written in one of three ways."""
+
+    def loss(student: Tensor, teacher: Tensor, T: float) -> Tensor:
+        hard = 1.0 if kind == "teacher not softened" else T
+        log_q, log_p = F.log_softmax(student / T, -1), F.log_softmax(teacher / hard, -1)
+        if kind == "swapped":
+            log_p, log_q = log_q, log_p
+        if kind == "probabilities":
+            log_q = log_q.exp()
+        each = log_p.exp() * (log_p - log_q)  # [B, S, V]
+        if style == 1:
+            each = F.kl_div(log_q, log_p.exp(), reduction="none")
+        if style == 2:
+            each = torch.special.xlogy(log_p.exp(), log_p.exp()) - log_p.exp() * log_q
+        scale = 1.0 if kind == "no T^2" else T * T
+        if kind == "mean over classes":
+            return scale * each.mean()
+        if kind == "sum over positions":
+            return scale * each.sum() / len(each)
+        return scale * each.sum(-1).mean()
+
+    return loss
+
+
+FAULTS = (
+    "right", "no T^2", "mean over classes", "sum over positions", "swapped", "teacher not softened", "probabilities",
+)  # fmt: skip
+
+
+def diagnosis(fn: Callable, failures: Failures) -> None:
+    """diagnose(loss) -> the name of its fault, or "right"."""
+    message = (
+        "a loss got another name than that of its fault; probe with unequal logits, with T other than 1, and with "
+        "batch, positions and classes of different sizes"
+    )
+    diagnoses(fn, failures, FAULTS, lambda *fault: (_spelled(*fault),), message)
+
+
+# --------------------------------------------------------------------------------------------------- stored answers
+
+
+def stored_answers(fn: Callable, failures: Failures) -> None:
+    """top_k_kd(student, ids, log_p) -> KL over k + 1 bins, mean over the predictions."""
+    for shape, k, scale in (((4, 9), 3, 1.0), ((2, 3, 12), 5, 2.0), ((5, 6), 5, 1.0), ((3, 8), 1, 4.0)):
+        with failures.given(logits=list(shape), k=k):
+            student, teacher = _normal(*shape).requires_grad_(), scale * _normal(*shape, seed=1)
+            log_p, ids = teacher.log_softmax(-1).topk(k)
+            p = torch.cat([log_p.exp(), 1 - log_p.exp().sum(-1, keepdim=True)], -1)
+            reference = student.detach().requires_grad_()
+            q = reference.softmax(-1).gather(-1, ids)
+            q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+            expected = _divergence(p, q).mean()
+            loss = _scalar(fn(student, ids, log_p), failures)
+            failures.close(
+                loss,
+                expected,
+                "the value is off; the bins are the k classes, gathered from the student at the teacher's ids, and one "
+                "for all others, on both sides, and nothing is scaled to a sum of 1",
+                rtol=1e-5,
+            )
+            failures.need(loss.requires_grad, "no gradient reaches the student: do not detach its logits")
+            failures.close(
+                torch.autograd.grad(loss, student)[0],
+                torch.autograd.grad(expected, reference)[0],
+                "the gradient is off: the student's tail belongs to the loss",
+                atol=1e-7,
+            )
+    with failures.given(student="sure of one class", logits=[1, 4]):
+        student = torch.tensor([[40.0, 0, 0, 0]], dtype=torch.float64)
+        ids, log_p = torch.tensor([[0, 1]]), torch.full((1, 2), math.log(0.25), dtype=torch.float64)
+        tail = math.log(2) - 40  # the student's log-probability of the two classes that are not stored
+        expected = 0.25 * math.log(0.25) + 0.25 * (math.log(0.25) + 40) + 0.5 * (math.log(0.5) - tail)
+        failures.close(
+            fn(student, ids, log_p),
+            expected,
+            "a student that is sure of a class gets another value: 1 - sum loses the digits of a small tail, so add up "
+            "the probabilities that are not stored, in logarithms",
+            rtol=1e-6,
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- relations
+
+
+def relations(fn: Callable, failures: Failures) -> None:
+    """relation_loss(student, teacher) -> Huber's loss of scaled distances, mean over pairs."""
+    for n, width, other, scale in ((2, 3, 3, 1.0), (5, 4, 7, 3.0), (8, 2, 2, 0.1), (6, 10, 3, 20.0)):
+        with failures.given(student=[n, width], teacher=[n, other]):
+            student, teacher = (scale * _normal(n, width) ** 3).requires_grad_(), _normal(n, other, seed=1)
+            teacher.requires_grad_()
+            loss = _scalar(fn(student, teacher), failures)
+            reference = student.detach().requires_grad_()
+            expected = _relations_by_hand(reference, teacher.detach())
+            failures.close(
+                loss,
+                expected,
+                "the value is off; distances of different examples, each side divided by its own mean, then Huber's "
+                "loss with its bend at 1, mean over the pairs",
+                rtol=1e-5,
+                atol=1e-12,
+            )
+            failures.need(loss.requires_grad, "no gradient reaches the student: do not detach its features")
+            grads = torch.autograd.grad(loss, (student, teacher), allow_unused=True)
+            failures.expect(grads[1] is None, "a gradient reaches the teacher: detach its features")
+            failures.close(
+                grads[0],
+                torch.autograd.grad(expected, reference)[0],
+                "the gradient is off: the mean that divides belongs to the student as well",
+                rtol=1e-4,
+                atol=1e-7,
+            )
+    with failures.given(student="two equal rows"):
+        student = _normal(2, 3)[[0, 1, 0, 1]].requires_grad_()
+        loss = _scalar(fn(student, _normal(4, 3, seed=1)), failures)
+        loss.backward()
+        failures.expect(
+            loss.isfinite() and student.grad.isfinite().all(),
+            "two equal examples give NaN: the root has no slope at 0, and torch.cdist or pdist know that",
+        )
+
+
+def _relations_by_hand(student: Tensor, teacher: Tensor) -> Tensor:
+    pairs = [(i, j) for i in range(len(student)) for j in range(i)]
+    s, t = (torch.stack([(x[i] - x[j]).square().sum().sqrt() for i, j in pairs]) for x in (student, teacher))
+    gap = (s / s.mean() - t / t.mean()).abs()
+    return torch.where(gap <= 1, gap**2 / 2, gap - 0.5).mean()
+
+
+CHECKS = {
+    "10.1": soft_answers,
+    "10.2": diagnosis,
+    "10.3": stored_answers,
+    "10.4": relations,
+}

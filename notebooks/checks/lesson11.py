@@ -1,0 +1,255 @@
+"""Checks of lesson 11: merged blocks of a softmax, pages that are stored already, what a cache keeps, guesses.
+
+Each holds the answer against an independent computation: a softmax over all keys, prefixes compared token by token,
+entries ranked one by one, laws worked out from the thresholds of a rule.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from labkit.lesson.check import Failures, has_parts
+
+# ------------------------------------------------------------------------------------------------- blocks of a softmax
+
+
+def merge(fn: Callable, failures: Failures) -> None:
+    """merge(a, b) -> (m, l, o) of the keys of both."""
+    draw = torch.Generator().manual_seed(0)
+    for case, shape, keys, cut, size, empty in (
+        ("two blocks of equal size", (5,), 8, 4, 1.0, ""),
+        ("one key and many", (2, 3), 9, 1, 2.0, ""),
+        ("heads and queries", (2, 4, 6), 10, 7, 1.0, ""),
+        ("scores of hundreds", (6,), 8, 3, 400.0, ""),
+        ("queries that may read none of the first", (4,), 6, 3, 1.0, "a"),
+        ("queries that may read none of the second", (4,), 6, 2, 1.0, "b"),
+        ("queries that may read nothing at all", (4,), 6, 3, 1.0, "ab"),
+    ):
+        scores = size * torch.randn(*shape, keys, dtype=torch.double, generator=draw)
+        values = torch.randn(keys, 3, dtype=torch.double, generator=draw)
+        if "a" in empty:
+            scores[..., :2, :cut] = -torch.inf
+        if "b" in empty:
+            scores[..., :2, cut:] = -torch.inf
+        with failures.given(keys=case):
+            _merge(fn, failures, scores, values, cut)
+
+
+def _triple(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    m = scores.amax(-1, keepdim=True)
+    weights = torch.where(scores > -torch.inf, (scores - m).exp(), 0.0)
+    return m, weights.sum(-1, keepdim=True), weights @ values
+
+
+def _merge(fn: Callable, failures: Failures, scores: Tensor, values: Tensor, cut: int) -> None:
+    a, b = _triple(scores[..., :cut], values[:cut]), _triple(scores[..., cut:], values[cut:])
+    answer = failures.call(fn, a, b, changed="your function changed a or b; return new tensors")
+    shaped = has_parts(answer, 3) and all(isinstance(x, Tensor) for x in answer)
+    shaped = shaped and [x.shape for x in answer] == [x.shape for x in a]
+    failures.need(shaped, "return three tensors (m, l, o) of the shapes of those in a")
+    m, total, output = answer
+    failures.need(not any(bool(x.isnan().any()) for x in answer), "the result holds NaN")
+    failures.expect(torch.equal(m, scores.amax(-1, keepdim=True)), "m has to be the largest score of all keys")
+    reads = (scores > -torch.inf).any(-1)
+    failures.expect(
+        not bool(total[~reads].any()) and not bool(output[~reads].any()),
+        "where a query may read nothing, l and o have to stay 0",
+    )
+    failures.close(
+        (total.log() + m)[reads],
+        scores.logsumexp(-1, keepdim=True)[reads],
+        "l is not the sum of exp(s - m) over all keys: each side's sum counts from its own maximum",
+        rtol=1e-9,
+    )
+    failures.close(
+        (output / total)[reads],
+        (scores[reads].softmax(-1) @ values),
+        "o / l is not the attention over all keys: o has to be measured from the new maximum, too",
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- pages that are there
+
+
+def shared_pages(fn: Callable, failures: Failures) -> None:
+    """shared_pages(ids, page_size, page_of) -> (pages, tokens that need not be computed)."""
+    first, other = list(range(20)), [*range(100, 108), *range(4, 16)]
+    stored = _stored([first, other], 4)
+    gap = {key: page for key, page in stored.items() if len(key) != 8}
+    echo = _stored([first[:4], first[4:8]], 4)  # the second page of `first` is the beginning of another text
+    for case, ids, size, pages in (
+        ("nothing is stored", first[:9], 4, {}),
+        ("two pages and a rest in common", [*first[:10], 77, 78, 79], 4, stored),
+        ("everything is stored, and the rest of a page is not", first[:18], 4, stored),
+        ("everything is stored, to the last token", first[:12], 4, stored),
+        ("a single page, stored", first[:4], 4, stored),
+        ("shorter than a page", first[:3], 4, stored),
+        ("one token", [5], 4, stored),
+        ("another text from the first token on", [99, *first[1:12]], 4, stored),
+        ("a page in the middle is missing", first[:17], 4, gap),
+        ("a page that is the beginning of another text", first[:12], 4, echo),
+        ("the same words after another beginning", [*first[:4], *other[4:12], 3], 4, stored),
+        ("pages of one token", first[:6], 1, _stored([first[:5]], 1)),
+    ):
+        with failures.given(prompt=case, page_size=size):
+            answer = failures.call(fn, ids, size, pages, changed="your function changed ids or page_of")
+            failures.need(has_parts(answer, 2), "return two things: the pages, and a number of tokens")
+            want = _shared(ids, size, pages)
+            failures.need(
+                isinstance(answer[0], list | tuple) and list(answer[0]) == want,
+                "these are not the stored pages of the longest beginning that is stored without a gap",
+            )
+            failures.close(
+                answer[1],
+                min(len(want) * size, len(ids) - 1),
+                "that is not the number of tokens that need not be computed: all of the shared pages, but never the "
+                "last token of the prompt",
+            )
+
+
+def _stored(texts: list[list[int]], size: int) -> dict[tuple[int, ...], int]:
+    pages: dict[tuple[int, ...], int] = {}
+    for ids in texts:
+        for end in range(size, len(ids) + 1, size):
+            pages.setdefault(tuple(ids[:end]), len(pages))
+    return pages
+
+
+def _shared(ids: list[int], size: int, page_of: dict[tuple[int, ...], int]) -> list[int]:
+    """Pages of the longest beginning, all of whose ends are stored."""
+    best: list[int] = []
+    for count in range(len(ids) // size + 1):
+        ends = [[page for key, page in page_of.items() if list(key) == ids[: (i + 1) * size]] for i in range(count)]
+        if all(ends):
+            best = [pages[0] for pages in ends]
+    return best
+
+
+# ------------------------------------------------------------------------------------------------- what a cache keeps
+
+
+def stay(fn: Callable, failures: Failures) -> None:
+    """stay(score [..., n], budget, sinks) -> indices [..., budget] in the order of time."""
+    draw = torch.Generator().manual_seed(1)
+    for case, shape, budget, sinks in (
+        ("a row of entries", (12,), 8, 2),
+        ("layers of heads", (2, 3, 20), 10, 4),
+        ("no sinks", (3, 15), 6, 0),
+        ("an odd number beside the sinks", (4, 16), 9, 2),
+        ("one entry beside the sinks", (2, 9), 5, 4),
+        ("one entry too many", (2, 2, 11), 10, 4),
+    ):
+        for sign, words in ((1.0, "positive"), (-1.0, "negative")):
+            score = sign * (torch.rand(shape, generator=draw) + 0.1)
+            with failures.given(entries=case, scores=words, budget=budget, sinks=sinks):
+                at = failures.call(fn, score, budget, sinks, changed="your function changed the scores; work on a copy")
+                shaped = isinstance(at, Tensor) and at.shape == (*shape[:-1], budget) and at.dtype == torch.long
+                failures.need(shaped, "return indices, whole numbers, of shape [..., budget]")
+                rows, answers = score.view(-1, shape[-1]), at.view(-1, budget)
+                want = torch.tensor([_ranked(row.tolist(), budget, sinks) for row in rows])
+                failures.need(
+                    torch.equal(answers.sort(-1).values, want),
+                    "other entries have to stay: the first `sinks`, the last (budget - sinks) // 2, and of the rest "
+                    "those with the largest scores",
+                )
+                failures.expect(torch.equal(answers, want), "the indices are right, but not in the order of time")
+
+
+def _ranked(scores: list[float], budget: int, sinks: int) -> list[int]:
+    recent = (budget - sinks) // 2
+    always = [i for i in range(len(scores)) if i < sinks or i >= len(scores) - recent]
+    rest = sorted((i for i in range(len(scores)) if i not in always), key=lambda i: -scores[i])
+    return sorted([*always, *rest[: budget - len(always)]])
+
+
+# ------------------------------------------------------------------------------------------------------------- guesses
+
+LAWS = (  # model's and draft's laws; p / q are multiples of 1 / 16 where the draft has a token
+    ("the draft likes other tokens", [3 / 32, 5 / 32, 16 / 32, 8 / 32], [1 / 2, 1 / 4, 1 / 8, 1 / 8]),
+    ("the distributions are equal", [1 / 2, 1 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
+    ("a token that the model never writes", [0.0, 3 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
+    ("a token that the draft never writes", [1 / 4, 1 / 4, 1 / 2], [1 / 2, 1 / 2, 0.0]),
+    ("a draft that is certain", [3 / 8, 1 / 2, 1 / 8], [1.0, 0.0, 0.0]),
+)
+STEPS = 16
+
+
+def law(fn: Callable, failures: Failures) -> None:
+    """law(rule, p, q, steps) -> the law of the token that comes out, by enumeration."""
+    for case, model, draft in LAWS:
+        p, q = (torch.tensor(x, dtype=torch.double) for x in (model, draft))
+        for steps in (8, 20):
+            for name, (rule, want) in _rules(p, q, steps).items():
+                with failures.given(laws=case, rule=name, steps=steps):
+                    out = failures.call(fn, rule, p, q, steps, changed="your function changed p or q")
+                    failures.need(isinstance(out, Tensor) and out.shape == p.shape, "return a tensor of the shape of p")
+                    failures.close(
+                        out,
+                        want,
+                        "that is not the distribution: every guess counts with q[guess], and for each all `steps` "
+                        "numbers u, from 1/2 over steps on, count alike",
+                        rtol=1e-9,
+                        atol=1e-12,
+                    )
+
+
+def _rules(p: Tensor, q: Tensor, steps: int) -> dict[str, tuple[Callable, Tensor]]:
+    """Rules, each with the law of what comes out, worked out from what it does."""
+    eye, last = torch.eye(len(p), dtype=torch.double), torch.eye(len(p), dtype=torch.double)[-1]
+    shares = [(guess + 1) * (steps // 4) / steps for guess in range(len(p))]  # of the numbers u below a threshold
+
+    def keeps_some(p: Tensor, q: Tensor, guess: int, u: float) -> Tensor:
+        return eye[guess] if u < shares[guess] else last
+
+    def mixes(p: Tensor, q: Tensor, guess: int, u: float) -> Tensor:
+        return u * eye[0] + (1 - u) * p
+
+    def only_what_is_drawn(p: Tensor, q: Tensor, guess: int, u: float) -> Tensor:
+        if q[guess] == 0:
+            raise ValueError("this guess is never drawn")
+        return eye[guess]
+
+    some = sum(q[x] * (shares[x] * eye[x] + (1 - shares[x]) * last) for x in range(len(p)))
+    return {
+        "keeps every guess": (lambda p, q, guess, u: eye[guess], q),
+        "never looks at the guess": (lambda p, q, guess, u: p, p),
+        "keeps a guess if u is below a threshold": (keeps_some, some),
+        "mixes by u": (mixes, 0.5 * eye[0] + 0.5 * p),
+        "knows only guesses that are drawn": (only_what_is_drawn, q),
+    }
+
+
+def accept(fn: Callable, failures: Failures) -> None:
+    """accept(p, q, guess, u) -> the law of the token that comes out."""
+    for case, model, draft in LAWS:
+        p, q = (torch.tensor(x, dtype=torch.double) for x in (model, draft))
+        with failures.given(laws=case):
+            out, certain = torch.zeros_like(p), 0.0
+            for guess in [x for x in range(len(q)) if q[x] > 0]:
+                for i in range(STEPS):
+                    share = float(q[guess]) / STEPS
+                    answer = failures.call(fn, p, q, guess, (i + 0.5) / STEPS, changed="your function changed p or q")
+                    shaped = isinstance(answer, Tensor) and answer.shape == p.shape and answer.is_floating_point()
+                    failures.need(shaped, "return a distribution: a tensor of the shape of p")
+                    usual = bool((answer >= 0).all()) and math.isclose(float(answer.sum()), 1, rel_tol=1e-9)
+                    failures.need(usual, "what you return is no distribution: numbers from 0 on that sum up to 1")
+                    out += share * answer
+                    certain += share * bool(answer[guess] == 1)
+            failures.close(out, p, "all cases weighed, the token that comes out is not distributed as p", atol=1e-9)
+            failures.close(
+                certain,
+                torch.minimum(p, q).sum(),
+                "not as many guesses are kept as could be: sum min(p, q) of them, with all probability on the guess",
+                atol=1e-9,
+            )
+    p, q = torch.tensor([0.0, 1.0]).double(), torch.tensor([0.5, 0.5]).double()
+    with failures.given(laws="a token that the model never writes", u=0):
+        answer = fn(p, q, 0, 0.0)
+        failures.close(answer, p, "a token with p = 0 is never kept, not even if u is 0")
+
+
+CHECKS = {"11.1": merge, "11.2": shared_pages, "11.3": stay, "11.4": law, "11.5": accept}

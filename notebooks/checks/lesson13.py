@@ -1,0 +1,223 @@
+"""Checks of lesson 13: do gains multiply, is a loss excluded, what does a report hide, which plan is cheapest when.
+
+Tables of times are made from parts whose answer is known; intervals are computed step by step; faulty reports come with
+every other number changed; the cheapest plan is compared with trying them all.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.lesson.check import Failures
+
+# ----------------------------------------------------------------------------------------------------- interactions
+
+Times = dict[frozenset, float]
+
+
+def _times(parts: Mapping[str, float], effects: Mapping[str, Mapping[str, float]]) -> Times:
+    """The time of every combination of steps that scale parts: effects {step: {part: factor}}."""
+    table = {}
+    for n in range(len(effects) + 1):
+        for steps in itertools.combinations(effects, n):
+            factors = {part: math.prod(effects[step].get(part, 1.0) for step in steps) for part in parts}
+            table[frozenset(steps)] = sum(time * factors[part] for part, time in parts.items())
+    return table
+
+
+def _tables() -> dict[str, Times]:
+    halves = {"cut": {"work": 0.5}, "int8": {"work": 0.25}}
+    engine = {"engine": {"work": 0.8, "calls": 0.1}}
+    whole = _times({"work": 3.0}, halves | {"engine": {"work": 0.7}})
+    some = _times({"work": 3.0, "calls": 2.0}, halves | engine)
+    del some[frozenset({"cut", "engine"})]
+    return {
+        "one part, every step scales all of it": whole,
+        "two steps that shrink the same part": _times({"work": 6.0, "calls": 4.0}, halves),
+        "steps that shrink different parts": _times({"work": 6.0, "calls": 4.0}, {**engine, "cut": {"work": 0.5}}),
+        "three steps, one pair not measured": some,
+        "one step alone": _times({"work": 1.0}, {"cut": {"work": 0.5}}),
+        "a step that makes it slower": _times(
+            {"work": 2.0, "calls": 1.0}, {"int8": {"work": 1.5}, "cut": {"calls": 0.5}}
+        ),
+    }
+
+
+def interactions(fn: Callable, failures: Failures) -> None:
+    """interactions(times) -> {combination of two or more steps: its gain over the product of its steps' gains}."""
+    for name, times in _tables().items():
+        with failures.given(times=name):
+            answer = failures.call(fn, times, changed="the table was changed: work on it without writing to it")
+            failures.need(isinstance(answer, dict), "return a dict {combination: number}")
+            expected = {}
+            for steps, time in times.items():
+                if len(steps) > 1:
+                    product = math.prod(times[frozenset()] / times[frozenset({step})] for step in steps)
+                    expected[steps] = times[frozenset()] / time / product
+            failures.need(
+                set(answer) == set(expected),
+                "the combinations are not those of the table that have two steps or more",
+            )
+            for steps, value in expected.items():
+                failures.close(
+                    answer[steps],
+                    value,
+                    "a value is off; the gain of a combination is the time without any step over its own time, and it "
+                    "is divided by the gains of its steps alone, all multiplied",
+                )
+
+
+# ------------------------------------------------------------------------------------------------------------- gate
+
+
+def _answers(n: int, right: int, lost: int, won: int) -> tuple[Tensor, Tensor]:
+    """Right or wrong before and after, bool [n]: `lost` turned wrong, `won` turned right."""
+    before = torch.arange(n) < right
+    after = before.clone()
+    after[:lost] = False
+    after[right : right + won] = True
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n + lost))
+    return before[order], after[order]
+
+
+GATES = (  # examples, right before, turned wrong, turned right, points that may be lost
+    (10_000, 9200, 120, 60, 1.0), (10_000, 9200, 200, 60, 1.0), (10_000, 9200, 300, 60, 1.0), (1000, 900, 20, 4, 1.0),
+    (1000, 900, 2, 1, 1.0), (200, 170, 3, 2, 1.0), (200, 170, 3, 2, 5.0), (2000, 1700, 300, 30, 2.0),
+    (400, 300, 40, 60, 1.0), (400, 300, 0, 40, 1.0), (1000, 900, 0, 0, 0.5), (100, 80, 10, 8, 0.5),
+    (100, 80, 0, 0, 1.0), (5000, 4000, 600, 640, 2.0), (5000, 4000, 400, 400, 1.0), (1000, 500, 14, 4, 1.0),
+)  # fmt: skip
+
+
+def gate(fn: Callable, failures: Failures) -> None:
+    """gate(before, after, points) -> "passes", "fails" or "open"."""
+    for n, right, lost, won, points in GATES:
+        with failures.given(examples=n, turned_wrong=lost, turned_right=won, points=points):
+            before, after = _answers(n, right, lost, won)
+            answer = failures.call(fn, before, after, points, changed="the answers were changed: copy before writing")
+            failures.need(answer in ("passes", "fails", "open"), 'return "passes", "fails" or "open"')
+            each = (after.double() - before.double()).tolist()
+            mean = math.fsum(each) / n
+            deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in each) / (n - 1))
+            half = 1.959964 * deviation / math.sqrt(n) if lost or won else 3 / n
+            low, high = (100 * (mean + sign * half) for sign in (-1, 1))
+            expected = "passes" if low >= -points else "fails" if high < -points else "open"
+            failures.expect(
+                answer == expected,
+                "the verdict is off; take the difference of each example, the 95 % interval of their mean in points, "
+                "and see whether the whole interval is above the limit, below it, or neither; without any change it is "
+                "300 / N points to both sides",
+                detail=f"{answer!r} for {100 * mean:+.2f} points",
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+FAULTS = ("no interval", "threads", "baseline batch", "no quality", "few requests", "first call")
+
+
+def _report(seed: int, faults: frozenset) -> dict[str, Any]:
+    """A report with these faults and no other; all numbers are drawn."""
+    draw = random.Random(seed)
+    speed, batch = draw.uniform(1.5, 20), draw.choice([1, 4, 8])
+    each = {size: draw.uniform(10, 20) for size in (1, 4, 8, 32)}  # ms an item
+    best = min(each, key=each.get)
+    batch = best if "baseline batch" not in faults else draw.choice([size for size in each if size != best])
+    quantile = draw.choice([0.9, 0.99, 0.999]) if "few requests" in faults or draw.random() < 0.5 else None
+    enough = math.ceil(10 / (1 - (quantile or 0.5)) - 1e-6)
+    threads = draw.choice([1, 2, 4])
+    return {
+        "speed-up": speed,
+        "interval": None if "no interval" in faults else (0.9 * speed, 1.1 * speed),
+        "batches": (batch, draw.choice([1, 8, 32])),
+        "threads": (threads, 2 * threads if "threads" in faults else threads),
+        "baseline ms": {size: size * value for size, value in each.items()},
+        "points": None if "no quality" in faults else (-draw.random(), draw.random()),
+        "quantile": quantile,
+        "requests": enough - 5 if "few requests" in faults else enough + draw.choice([5, 500]),
+        "first call": "first call" in faults,
+    }
+
+
+def faults(fn: Callable, failures: Failures) -> None:
+    """faults(report) -> the set of what is wrong with it."""
+    several = [frozenset(some) for n in (0, 1, 2, 6) for some in itertools.combinations(FAULTS, n)]
+    for seed, expected in enumerate([*several, *several[:7]]):
+        with failures.given(report=f"number {seed + 1}"):
+            answer = failures.call(fn, _report(seed, expected), changed="the report was changed: only read it")
+            failures.need(isinstance(answer, set | frozenset), "return a set of names, an empty one for a fair report")
+            failures.need(set(answer) <= set(FAULTS), "a name is not one of the card's")
+            for fault in FAULTS:
+                failures.expect(
+                    fault not in expected or fault in answer,
+                    f"{fault!r} is not found in a report that has it; look at its row of the card",
+                )
+                failures.expect(
+                    fault in expected or fault not in answer,
+                    f"{fault!r} is found in a report that does not have it; look at its row of the card",
+                )
+
+
+# --------------------------------------------------------------------------------------------------------- envelope
+
+
+def _plans() -> list[list[dict[str, Any]]]:
+    tables = [
+        [(0.0, 1.0), (10.0, 0.5)],
+        [(0.0, 1.0), (10.0, 0.5), (30.0, 0.1)],
+        [(0.0, 1.0), (10.0, 0.9), (11.0, 0.1)],  # the second is never the cheapest
+        [(5.0, 0.5), (0.0, 1.0), (1.0, 2.0), (90.0, 0.01)],
+        [(3.0, 0.2)],
+        [(2.0, 1.0), (1.0, 0.5)],  # cheaper in both
+        [(0.0, 1.0), (0.0, 0.4), (8.0, 0.4)],
+    ]
+    draw = random.Random(0)
+    tables += [[(draw.uniform(0, 100), draw.uniform(0.01, 1)) for _ in range(8)] for _ in range(6)]
+    return [
+        [{"name": f"plan {i}", "once": once, "each": each} for i, (once, each) in enumerate(table)] for table in tables
+    ]
+
+
+def envelope(fn: Callable, failures: Failures) -> None:
+    """envelope(plans) -> [(requests, name)], from how many requests on a plan takes the least seconds."""
+    for number, plans in enumerate(_plans(), start=1):
+        with failures.given(table=f"number {number}", plans=len(plans)):
+            answer = failures.call(fn, plans, changed="the plans were changed: only read them")
+            failures.need(
+                isinstance(answer, list) and answer and all(isinstance(x, tuple) and len(x) == 2 for x in answer),
+                "return a list of pairs (requests, name), with one pair at least",
+            )
+            starts = [start for start, _ in answer]
+            by_name = {plan["name"]: plan for plan in plans}
+            failures.expect(starts[0] == 0, "the first pair does not start at 0 requests")
+            failures.need(starts == sorted(set(starts)), "the numbers of requests do not rise from pair to pair")
+            failures.need(all(name in by_name for _, name in answer), "a name is not that of a plan")
+            for start, end in itertools.zip_longest(starts, starts[1:]):
+                for share in (0.01, 0.5, 0.99):
+                    n = start + share * (end - start) if end is not None else 10 * start + 1000 * share
+                    name = next(name for begin, name in reversed(answer) if begin <= n)
+                    cost = {plan["name"]: plan["once"] + n * plan["each"] for plan in plans}
+                    failures.expect(
+                        cost[name] <= min(cost.values()) * (1 + 1e-9) + 1e-9,
+                        "somewhere another plan is cheaper; two plans meet where what the one costs more once equals "
+                        "what the other costs more for all requests",
+                    )
+            last = by_name[answer[-1][1]]
+            failures.expect(
+                last["each"] == min(plan["each"] for plan in plans),
+                "the last pair is not the plan with the least for each request, which wins in the end",
+            )
+            names = [name for _, name in answer]
+            failures.expect(len(set(names)) == len(names), "a plan is named twice: each wins on one stretch only")
+
+
+CHECKS = {
+    "13.1": interactions,
+    "13.2": gate,
+    "13.3": envelope,
+    "13.4": faults,
+}
