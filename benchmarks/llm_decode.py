@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import batches, bench, machine, models, roofline
+from labkit.bits import pack4
 from labkit.deploy import engines
 from labkit.quantization import affine, integer, weight_only
-from labkit.storage.formats import pack4
 
 Calls = list[tuple[nn.Module, Tensor]]  # the linears of a step and what they are called with
 GROUP, BLOCKS = 64, 30

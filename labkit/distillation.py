@@ -19,7 +19,7 @@ from labkit.attention.decoder import Decoder
 from labkit.data.training import Batch, History, task_loss, train_
 from labkit.errors import InputError, check_number, check_whole
 from labkit.modules.batches import IGNORED, cross_entropy, evaluating, labelled, predicts_next, split, watching
-from labkit.modules.blocks import layers_of
+from labkit.modules.stacks import layers_of
 from labkit.pruning import depth
 
 LossFn = Callable[[nn.Module, Batch], Tensor]

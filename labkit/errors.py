@@ -53,3 +53,7 @@ def check_choice(value: object, choices: Collection[str], what: str) -> None:
     """InputError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

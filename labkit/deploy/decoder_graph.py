@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from labkit.attention.decoder import check_llama
+from labkit.bits import pack4
 from labkit.errors import InputError, check_choice
 from labkit.quantization import weight_only
 from labkit.quantization.affine import Quantized
 from labkit.quantization.weight_only import WeightOnlyLinear
-from labkit.storage import formats as storage
 
 Node = Any  # openvino.Node
 
@@ -181,7 +181,7 @@ class _Graph:
         if not kind.endswith("4"):
             return self.ops.constant(x.contiguous().numpy(), dtype=getattr(openvino.Type, kind))
         packed = openvino.Tensor(getattr(openvino.Type, kind), list(x.shape))
-        packed.data[:] = storage.pack4(x).numpy()
+        packed.data[:] = pack4(x).numpy()
         return self.ops.constant(packed)
 
     def _float(self, x: Tensor | float) -> Node:

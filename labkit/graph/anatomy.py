@@ -20,6 +20,7 @@ from labkit.graph import tracing
 from labkit.graph.groups import Coupling
 from labkit.graph.labels import span_at
 from labkit.graph.rules import Record
+from labkit.modules.stacks import is_linear, out_dim, stacks
 
 SOFTMAX = ("_softmax", "_safe_softmax")
 
@@ -112,36 +113,6 @@ def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ..
             "of layers that one linear layer, or one parameter of experts, reads."
         )
     return tuple(networks)
-
-
-def stacks(model: nn.Module) -> list[str]:
-    """The names of the lists of layers: outermost lists of modules of which each holds two linear ones or more."""
-    names: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or name.startswith(tuple(f"{n}." for n in names)):
-            continue
-        if len(module) and all(sum(map(is_linear, item.modules())) > 1 for item in module):
-            names.append(name)
-    return names
-
-
-def stack(model: nn.Module) -> str:
-    """The name of the one list of layers of `model`; InputError if it has none, or two as an encoder-decoder."""
-    names = stacks(model)
-    if len(names) == 1:
-        return names[0]
-    what = f"{len(names)} lists of layers ({', '.join(names)})" if names else "no list of transformer layers"
-    raise InputError(f"{type(model).__name__} has {what}: layers can be removed from a model with exactly one.")
-
-
-def is_linear(module: nn.Module | None) -> bool:
-    """Whether it is nn.Linear or transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or (module is not None and {"nf", "nx"} <= vars(module).keys())
-
-
-def out_dim(module: nn.Module) -> int:
-    """The dimension of `module.weight` that runs over its outputs: 0 in nn.Linear, 1 in transformers' Conv1D."""
-    return 0 if isinstance(module, nn.Linear) else 1
 
 
 def check_index(index: object, n: int, what: str) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from labkit.errors import EqualityError
+from labkit.errors import EqualityError, first_line
 from labkit.graph.fits import tensors_of
 from labkit.graph.rules import Record, Restricted
-from labkit.graph.tracing import duplicate, first_line, following, name_of, skeleton, unchanged, undisturbed
+from labkit.graph.tracing import duplicate, following, name_of, skeleton, unchanged
 from labkit.modules.returned import numbers, outputs
+from labkit.modules.undisturbed import undisturbed
 
 DOUBLE_UP_TO = 2**27  # bytes of a model that is checked in float64; a larger one would need too much memory
 FAR = 100  # times the largest number that differs: what is larger is no result, but a mask

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from labkit.errors import first_line
 from labkit.graph.rules import Operation, Record
-from labkit.graph.tracing import Abstract, abstract, duplicate, first_line, following, skeleton, undisturbed
+from labkit.graph.tracing import Abstract, abstract, duplicate, following, skeleton
+from labkit.modules.undisturbed import undisturbed
 
 Keep = Mapping[str, Mapping[int, Tensor]]  # {parameter or buffer: {dimension: indices that stay}}
 Attributes = Mapping[str, Mapping[str, Any]]  # {module: {attribute: new value}}

@@ -28,7 +28,7 @@ from labkit.graph.equality import Report
 from labkit.graph.fits import Attributes, Keep, set_attributes_, shape, tensors_of
 from labkit.graph.groups import Coupling
 from labkit.graph.tracing import batch_experts_, collecting_later, duplicate_model
-from labkit.pruning.select import is_mixture
+from labkit.modules.weights import is_mixture
 
 
 @dataclass(frozen=True)

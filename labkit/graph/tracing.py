@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from labkit.errors import InputError
+from labkit.errors import InputError, first_line
 from labkit.graph.rules import RULES, Call, Operation, Record
 from labkit.modules.returned import outputs
+from labkit.modules.undisturbed import undisturbed
 
 # Their result depends on values, which a tensor on the meta device does not have.
 DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
@@ -120,10 +121,6 @@ def collecting_later() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 # --- running without computing ----------------------------------------------------------------------------------------
@@ -301,48 +298,6 @@ def _exact(name: str, args: tuple, kwargs: dict, leaves: Sequence[Tensor]) -> bo
     if name == "arange":
         return all(isinstance(arg, int) for arg in args)
     return name == "scalar_tensor" and isinstance(args[-1], int)  # True and False are ints
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """No gradients, no fused attention modules (their steps are to be seen), no distribution that looks at values, and
-    random numbers as before afterwards.
-    """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    validates = torch.distributions.Distribution._validate_args
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _autocast_on_meta():
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            torch.distributions.Distribution.set_default_validate_args(False)
-            yield
-        finally:
-            torch.distributions.Distribution.set_default_validate_args(validates)
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-@contextlib.contextmanager
-def _autocast_on_meta() -> Iterator[None]:
-    """Inside, autocast takes the meta device, for which torch has none, for the CPU: passes name the device of x."""
-
-    def known(device: Any) -> Any:
-        return "cpu" if isinstance(device, str) and device == "meta" else device
-
-    def on_cpu(call: Callable) -> Callable:
-        @functools.wraps(call)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return call(*map(known, args), **{key: known(x) for key, x in kwargs.items()})
-
-        return wrapped
-
-    names = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
-    before = [(owner, name, getattr(owner, name)) for owner, name in names]
-    try:
-        for owner, name, call in before:
-            setattr(owner, name, on_cpu(call))
-        yield
-    finally:
-        for owner, name, call in before:
-            setattr(owner, name, call)
 
 
 @contextlib.contextmanager

@@ -14,37 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from labkit.errors import InputError
-from labkit.graph import anatomy
 from labkit.modules.batches import evaluating, not_empty, split, summed_loss
 from labkit.modules.hessians import watched
-from labkit.pruning.select import Weight, prunable
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a stack; empty where there is none, or two as in an encoder-decoder.
-
-    A stack of blocks is the one nn.ModuleList of modules of one class that holds more than a quarter of the prunable
-    weights. Embeddings and the head of a language model are outside it.
-    """
-    stacks, inner = [], set()
-    for module in model.modules():
-        if id(module) in inner or not isinstance(module, nn.ModuleList) or len(module) < 2:
-            continue
-        alike = len({type(block) for block in module}) == 1 and len({id(block) for block in module}) == len(module)
-        if alike and 4 * _size(module) > _size(model):
-            stacks.append(list(module))
-            inner |= {id(part) for part in module.modules()}
-    return stacks[0] if len(stacks) == 1 else []
-
-
-def _size(module: nn.Module) -> int:
-    return sum(weight.parameter.numel() for weight in prunable(module).values())
-
-
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(qualified name, layer) of a transformer, in order; InputError if it has no or several lists of layers."""
-    name = anatomy.stack(model)
-    return [(f"{name}.{key}", layer) for key, layer in model.get_submodule(name)._modules.items()]
+from labkit.modules.stacks import blocks_of
+from labkit.modules.weights import Weight
 
 
 def walk(

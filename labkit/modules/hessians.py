@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import InputError
-from labkit.pruning.select import CONVOLUTIONS, Weight
+from labkit.modules.weights import CONVOLUTIONS, Weight
 
 DAMP = 0.01  # added to the diagonal of the Hessian, as a fraction of its mean, as in SparseGPT and GPTQ
 TRIES = 6  # of a damping ten times the one before

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError, check_choice
 from labkit.modules.batches import check_batches, evaluating, not_empty
-from labkit.modules.blocks import blocks_of, inputs_by_block
+from labkit.modules.blocks import inputs_by_block
 from labkit.modules.hessians import hessian, squares
+from labkit.modules.masks import hold_, make_permanent, masks
+from labkit.modules.stacks import blocks_of
+from labkit.modules.weights import CONVOLUTIONS, Weight, named_parts
 from labkit.pruning.pattern import mask
 from labkit.pruning.scores import magnitude, wanda
-from labkit.pruning.select import CONVOLUTIONS, Weight, count_to_prune, lowest_k, named_parts
+from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import Pattern, check_pattern_or_fraction, sparsegpt
-from labkit.pruning.unstructured import checked_targets, hold_, make_permanent, masks, targets
+from labkit.pruning.unstructured import checked_targets, targets
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -66,7 +69,7 @@ def prune(
 
 
 def weights_of(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Weight]:
-    """The weights that `prune` prunes: those of the stack of blocks (`blocks.blocks_of`), else all; less ignore's.
+    """The weights that `prune` prunes: those of the stack of blocks (`stacks.blocks_of`), else all; less ignore's.
 
     Embeddings and the head of a language model are outside it and stay dense, as in the papers.
     """

@@ -19,8 +19,9 @@ from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.graph import equality, surgery
 from labkit.graph.groups import Coupling, Group, arguments, failing
 from labkit.graph.surgery import Plan, Pruned, Units
+from labkit.modules.weights import inside, named_parts
 from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores
-from labkit.pruning.select import count_to_prune, fraction, inside, lowest_k, named_parts
+from labkit.pruning.select import count_to_prune, fraction, lowest_k
 
 Part = str | nn.Module  # a group, a parameter or a module, by name or itself
 Criterion = str | Mapping[str, Tensor] | Callable[[Group], Tensor | None]

@@ -18,9 +18,11 @@ from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.graph import anatomy, surgery, tracing
 from labkit.graph.equality import Report, difference
 from labkit.graph.surgery import Plan, Pruned, Units
+from labkit.modules import stacks
 from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
-from labkit.modules.blocks import hidden, layers_of, loss_increases, skipping
+from labkit.modules.blocks import hidden, loss_increases, skipping
 from labkit.modules.returned import outputs
+from labkit.modules.stacks import layers_of
 
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # of inputs and outputs [tokens, width]: [tokens]
     "cosine": lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1),
@@ -110,7 +112,7 @@ def prune_layers(
     if not 0 < len(gone) < len(every):
         raise InputError(f"{len(gone)} of {len(every)} layers would go: name at least one, and leave at least one.")
     kwargs = anatomy.called_with(model, kwargs)
-    name, stays = anatomy.stack(model), [i for i in range(len(every)) if i not in gone]
+    name, stays = stacks.stack(model), [i for i in range(len(every)) if i not in gone]
     attributes: dict[str, dict[str, int]] = {}
     for path, key in _counters([layer for _, layer in every]):
         for new, old in enumerate(stays):

@@ -20,7 +20,8 @@ from labkit.errors import InputError, check_choice, check_whole
 from labkit.graph import anatomy, tracing
 from labkit.graph.anatomy import Attention
 from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
-from labkit.modules.blocks import layers_of, loss_increases
+from labkit.modules.blocks import loss_increases
+from labkit.modules.stacks import layers_of, stacks
 from labkit.pruning.scores import input_taylor, reading
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
@@ -89,7 +90,7 @@ def rows(values: Sequence[Tensor]) -> Tensor:
 
 
 def _ablation(model: nn.Module, parts: Sequence[Attention], batches: Iterable, loss_fn) -> Sequence[Tensor]:
-    names, stack = zip(*layers_of(model), strict=True) if len(anatomy.stacks(model)) == 1 else ((), ())
+    names, stack = zip(*layers_of(model), strict=True) if len(stacks(model)) == 1 else ((), ())
     silences = []
     for part in parts:
         layer = next((i for i, name in enumerate(names) if part.name.startswith(f"{name}.")), 0)

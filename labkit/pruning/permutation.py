@@ -14,9 +14,9 @@ from labkit.arguments import check_loaded, check_real
 from labkit.errors import InputError
 from labkit.graph import equality, surgery
 from labkit.graph import groups as coupling
+from labkit.modules.weights import prunable
 from labkit.pruning import unstructured
 from labkit.pruning.pattern import check_pattern
-from labkit.pruning.select import prunable
 
 ROUNDS = 100  # rounding could let two swaps follow each other for ever
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from labkit.arguments import check_function, check_mapping, check_several, seeded
 from labkit.errors import InputError, check_whole
-from labkit.pruning.select import fraction, named_parts
-from labkit.pruning.unstructured import make_permanent, masks, prune, with_masks
+from labkit.modules.masks import make_permanent, masks
+from labkit.modules.weights import named_parts
+from labkit.pruning.select import fraction
+from labkit.pruning.unstructured import prune, with_masks
 
 
 def linear(target: float, rounds: int) -> tuple[float, ...]:

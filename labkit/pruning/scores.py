@@ -26,7 +26,8 @@ from labkit.modules.batches import (
     valid_tokens,
 )
 from labkit.modules.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
-from labkit.pruning.select import count_to_prune, prunable
+from labkit.modules.weights import prunable
+from labkit.pruning.select import count_to_prune
 
 
 def _mean_over_batches(

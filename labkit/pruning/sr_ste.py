@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize
 
 from labkit.arguments import check_loaded, check_module
 from labkit.errors import InputError
-from labkit.pruning import unstructured
+from labkit.modules import masks as masking
+from labkit.modules.weights import named_parts, prunable
 from labkit.pruning.blockwise import check_widths, weights_of
 from labkit.pruning.pattern import check_pattern, mask
-from labkit.pruning.select import named_parts, prunable
 
 DECAY = 2e-4  # the paper's lambda_W; 0 would be a plain straight-through gradient
 
@@ -30,13 +30,13 @@ def prepare(model: nn.Module, n: int = 2, m: int = 4, *, ignore: str | Iterable[
     """
     check_pattern(n, m)
     check_loaded(model)
-    unstructured.refuse_foreign(model)
-    if unstructured.masks(model):
+    masking.refuse_foreign(model)
+    if masking.masks(model):
         raise InputError("The model holds masks already, and pruned weights do not move: make_permanent it first.")
     ignore = named_parts(model, ignore, "ignore")
     check_widths(weights_of(model, ignore), (n, m))
     trainable = copy.deepcopy(model)
-    owners = unstructured.owners(trainable)
+    owners = masking.owners(trainable)
     for weight in weights_of(trainable, ignore).values():
         moving = _Moving(n, m, weight.transposed, weight.experts is not None)
         for module, attribute in owners[id(weight.parameter)]:
@@ -56,7 +56,7 @@ def finish(model: nn.Module) -> nn.Module:
         made = type(module)  # by torch for the module that was copied, and removing would change it for both
         module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-    unstructured.hold_(fixed, {name: masks[name] for name in prunable(fixed) if name in masks})
+    masking.hold_(fixed, {name: masks[name] for name in prunable(fixed) if name in masks})
     return fixed
 
 

@@ -6,16 +6,19 @@ names: a pruned weight is a stored zero, and hooks keep it one. Nothing gets sma
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_loaded, check_mapping, check_real
 from labkit.errors import InputError, check_choice
+from labkit.modules.masks import hold_, make_permanent, mask_of, masks, refuse_foreign
+from labkit.modules.weights import Weight, computed, inside, named_parts, prunable
 from labkit.pruning.scores import saliency
-from labkit.pruning.select import Weight, computed, count_to_prune, fraction, inside, lowest_k, named_parts, prunable
+from labkit.pruning.select import count_to_prune, fraction, lowest_k
+
+__all__ = ["make_permanent", "masks", "prune", "sparsity", "with_masks"]  # masks are held by labkit.modules.masks
 
 SCOPES = ("global", "layer", "row")
 
@@ -31,7 +34,7 @@ def prune(
     ignore: str | Iterable[str] = (),
     seed: int = 0,
 ) -> nn.Module:
-    """A copy of `model` in which the fraction `sparsity` of the prunable weights (`select.prunable`) is held at zero.
+    """A copy of `model` in which the fraction `sparsity` of the prunable weights is held at zero (`weights.prunable`).
 
     sparsity: of all those weights together, not of those that remain; 1 and 1.0 both mean all. Reached to within half a
         weight in every group that `scope` ranks by itself.
@@ -81,12 +84,6 @@ def sparsity(model: nn.Module, *, ignore: str | Iterable[str] = ()) -> float:
     return sum(int(x.sum()) for x in zero) / sum(x.numel() for x in zero)
 
 
-def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks that `model` holds, {name of the weight: bool tensor, True where kept}; other weights are absent."""
-    held = ((name, _mask(weight.module, weight.attribute)) for name, weight in prunable(model).items())
-    return {name: mask.clone() for name, mask in held if mask is not None}
-
-
 def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `model` that holds `masks` ({name of a prunable weight: bool tensor of its shape, True where kept})."""
     weights = {name: weight.parameter for name, weight in targets(model).items()}
@@ -104,40 +101,8 @@ def with_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     return masked
 
 
-def hold_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """`with_masks` without the copy and the checks, for a model that was copied already."""
-    places, weights = owners(model), prunable(model)
-    for name, mask in masks.items():
-        parameter = weights[name].parameter
-        mask = mask.to(parameter.device, copy=True)
-        for module, attribute in places[id(parameter)]:
-            module.register_buffer(f"{attribute}_mask", mask, persistent=False)
-            if _hold_module not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_hold_module)
-                module.register_state_dict_pre_hook(_hold_module)
-                module.register_load_state_dict_post_hook(_hold_module)
-    # Some models read a layer's weight without calling the layer (nn.MultiheadAttention does with out_proj).
-    if _hold_model not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_hold_model)
-    _hold_model(model)
-
-
-def make_permanent(model: nn.Module) -> nn.Module:
-    """A copy of `model` without masks and hooks, its pruned weights plain zeros: to time, export or convert."""
-    refuse_foreign(model)
-    plain = copy.deepcopy(model)
-    _hold_model(plain)
-    for module in plain.modules():
-        for attribute, _ in list(_masks_in(module)):
-            delattr(module, f"{attribute}_mask")
-        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_hold_module, _hold_model)]:
-                del hooks[key]
-    return plain
-
-
 def targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Weight]:
-    """`select.prunable` without the modules and weights named in `ignore`; an InputError if none is left."""
+    """`weights.prunable` without the modules and weights named in `ignore`; an InputError if none is left."""
     weights = _included(model, named_parts(model, ignore, "ignore"))
     if not _numel(weights):
         raise InputError(
@@ -160,14 +125,6 @@ def checked_targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[
             )
     _warn_of_stacks(model, parts, weights)
     return weights
-
-
-def refuse_foreign(model: nn.Module) -> None:
-    for name, what, _ in computed(model):
-        raise InputError(
-            f"{name} has {what}, which labkit's masks cannot be combined with: make it permanent first "
-            "(torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations)."
-        )
 
 
 def _warn_of_stacks(model: nn.Module, parts: list[str], weights: Mapping[str, Weight]) -> None:
@@ -250,7 +207,7 @@ def _lowest(weights: dict[str, Weight], scores: dict[str, Tensor], asked: float,
 
 
 def _mask_of(weight: Weight) -> Tensor:
-    mask = _mask(weight.module, weight.attribute)
+    mask = mask_of(weight.module, weight.attribute)
     return torch.ones_like(weight.parameter, dtype=torch.bool) if mask is None else mask
 
 
@@ -260,50 +217,3 @@ def _zero(weight: Weight) -> Tensor:
 
 
 # --- holding ----------------------------------------------------------------------------------------------------------
-
-
-def _mask(module: nn.Module, attribute: str) -> Tensor | None:
-    return module._buffers.get(f"{attribute}_mask")
-
-
-def _masks_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if _hold_module in module._forward_pre_hooks.values():
-        for attribute in module._parameters:
-            if (mask := _mask(module, attribute)) is not None:
-                yield attribute, mask
-
-
-def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place at which a parameter is registered, by its id: more than one where it is shared."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, attribute))
-    return owners
-
-
-def _hold_module(module: nn.Module, *_) -> None:
-    """Zeroes the module's pruned weights, and sees to it that their gradients are zero too.
-
-    With zero gradients, weight decay and a new optimizer's momentum leave a zero alone; an older momentum moves it, and
-    the next forward pass or state_dict puts it back. `.data`, so that two forward passes can share one backward pass.
-    """
-    if torch.compiler.is_exporting():  # its weights have no values to change
-        return
-    for attribute, mask in _masks_in(module):
-        parameter = module._parameters[attribute]
-        parameter.data.masked_fill_(~mask, 0.0)
-        hooks = (parameter._backward_hooks or {}).values()  # deepcopy does not copy these, so it is looked at each time
-        if parameter.requires_grad and not any(getattr(hook, "func", None) is _mask_gradient for hook in hooks):
-            parameter.register_hook(partial(_mask_gradient, module, attribute))
-
-
-def _hold_model(model: nn.Module, *_) -> None:
-    for module in model.modules():
-        _hold_module(module)
-
-
-def _mask_gradient(module: nn.Module, attribute: str, gradient: Tensor) -> Tensor:
-    mask = _mask(module, attribute)
-    return gradient if mask is None else gradient.masked_fill(~mask, 0.0)

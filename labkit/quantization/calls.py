@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_module
-from labkit.errors import InputError, LabError
-from labkit.graph.tracing import first_line
+from labkit.errors import InputError, LabError, first_line
 from labkit.modules import batches as batching
 
 

@@ -16,17 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.bits import from_bits
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.graph.dataflow import Dataflow, Route, Source
 from labkit.modules.batches import check_batches, evaluating, not_empty, split
-from labkit.modules.blocks import blocks_of, inputs_by_block
+from labkit.modules.blocks import inputs_by_block
 from labkit.modules.hessians import check_layer, hessian, inverse_factor, sum_over_rows, wide
-from labkit.pruning.select import Weight, inside, named_parts, prunable
-from labkit.pruning.unstructured import make_permanent, masks
+from labkit.modules.masks import make_permanent, masks
+from labkit.modules.stacks import blocks_of
+from labkit.modules.weights import Weight, inside, named_parts, prunable
 from labkit.quantization import affine, calls, fold, formats, ptq
 from labkit.quantization.affine import Grid, Quantized
 from labkit.quantization.formats import Encoded
-from labkit.storage import formats as storage
+from labkit.quantization.packing import pack_codes
 
 METHODS = ("rtn", "gptq", "awq", "nf4", "mxfp4")
 WALKS = ("gptq", "awq")  # which look at what layers are called with
@@ -38,7 +40,7 @@ STEPS = 20  # of AWQ's grids of exponents and, down to a half, of clipped ranges
 class WeightOnlyLinear(nn.Module):
     """SIMULATED: a Linear that stores its weight [out, in] in few bits and dequantizes it at every call; REAL bytes.
 
-    Its buffers hold what `storage.pack_codes` makes of the weight, as bytes, so that no cast of the model changes a
+    Its buffers hold what `packing.pack_codes` makes of the weight, as bytes, so that no cast of the model changes a
     scale. The product is in the type of the input. The weight is not trained; gradients pass to the input.
     """
 
@@ -48,12 +50,12 @@ class WeightOnlyLinear(nn.Module):
         self.bits, self.bias = weight.bits, bias
         self.format = weight.format if isinstance(weight, Encoded) else ""
         self.range = (0, 0) if self.format else (weight.grid.lo, weight.grid.hi)
-        for name, part in storage.pack_codes(weight).items():
+        for name, part in pack_codes(weight).items():
             self.register_buffer(name, part.contiguous().flatten().view(torch.uint8))
 
     def quantized(self) -> Quantized | Encoded:
         """The codes [out, in], and scales [out, groups, 1], that are stored."""
-        codes = storage.from_bits(self.codes, self.bits, self.out_features * self.in_features)
+        codes = from_bits(self.codes, self.bits, self.out_features * self.in_features)
         codes = codes.view(self.out_features, self.in_features)
         dtype = formats.FORMATS[self.format].scale if self.format else SCALE
         scale = self.scale.view(dtype).view(self.out_features, -1, 1)
@@ -64,7 +66,7 @@ class WeightOnlyLinear(nn.Module):
             half = 2 ** (self.bits - 1)  # two's complement
             codes, zero = (codes ^ half).view(torch.int8) + -half, torch.zeros_like(scale, dtype=torch.int32)
         else:
-            zero = storage.from_bits(self.zero, self.bits, scale.numel()).view(scale.shape).int()
+            zero = from_bits(self.zero, self.bits, scale.numel()).view(scale.shape).int()
         return Quantized(codes, Grid(scale, zero, self.bits, lo, hi))
 
     @property
@@ -107,7 +109,7 @@ def quantize(
     ignore: names of modules or weights that stay as they are.
     act_order: for "gptq": columns in the order of their inputs' size, with scales from the weights as they were.
 
-    What is quantized: all Linears (and transformers' Conv1D) in the model's stack of blocks (`blocks.blocks_of`), or in
+    What is quantized: all Linears (and transformers' Conv1D) in the model's stack of blocks (`stacks.blocks_of`), or in
     all of a model that has none. The embedding and the head of a language model are outside the stack and stay: they
     are often one tied weight, and a head in few bits would be a second copy beside an embedding that still needs it.
     Norms and biases stay too. A weight with masks (`unstructured.masks`) keeps its zeros: GPTQ compensates around them.

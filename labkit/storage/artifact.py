@@ -14,10 +14,11 @@ from torch.nn.utils import parametrize
 
 from labkit.errors import InputError, check_choice
 from labkit.modules.batches import evaluating
+from labkit.modules.tensors import dense_parts
 from labkit.quantization.affine import Quantized
 from labkit.quantization.formats import Encoded
-from labkit.storage.formats import FORMATS, pack_codes
-from labkit.timing.counting import dense_parts
+from labkit.quantization.packing import pack_codes
+from labkit.storage.formats import FORMATS
 
 
 def size(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> int:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labkit.bits import from_bits, pack4, to_bits, unpack4
 from labkit.errors import InputError
 from labkit.quantization import affine, formats
 from labkit.storage import native
@@ -88,26 +89,6 @@ def _unpack_rows(parts: Parts, shape: Sequence[int]) -> Tensor:
 # --- bitmask and 2:4: bits, the lowest of the first byte first --------------------------------------------------------
 
 
-def to_bits(numbers: Tensor, width: int) -> Tensor:
-    """uint8 [ceil(count width / 8)]: `width` bits of each number, one after the other, lowest first."""
-    place = torch.arange(8, dtype=torch.uint8, device=numbers.device)
-    stream = (numbers.flatten().to(torch.uint8)[:, None] >> place[:width] & 1).flatten()
-    return (F.pad(stream, (0, -len(stream) % 8)).view(-1, 8) << place).sum(1, dtype=torch.uint8)
-
-
-def from_bits(data: Tensor, width: int, count: int) -> Tensor:
-    """uint8 [count]: the numbers that `to_bits` was given, 8 of them in each `width` bytes."""
-    data = F.pad(data, (0, -len(data) % width)).view(-1, width)
-    numbers = data.new_empty(len(data), 8)
-    for i in range(8):
-        byte, low = divmod(i * width, 8)
-        number = data[:, byte] >> low
-        if low + width > 8:
-            number = number | data[:, byte + 1] << 8 - low
-        numbers[:, i] = number & 2**width - 1
-    return numbers.flatten()[:count]
-
-
 def _pack_bitmask(weight: Tensor) -> Parts:
     nonzero = weight != 0
     return {"mask": to_bits(nonzero, 1), "values": weight[nonzero]}
@@ -157,30 +138,6 @@ def _movable(x: Tensor) -> Tensor:
 
 
 # --- integers of few bits, block floats -------------------------------------------------------------------------------
-
-
-def pack4(codes: Tensor) -> Tensor:
-    """uint8 [ceil(count / 2)]: the low four bits of two codes a byte, the earlier below; after an odd count zeros."""
-    low, high = F.pad(codes.flatten() & 15, (0, codes.numel() % 2)).to(torch.uint8).view(-1, 2).unbind(1)
-    return low | high << 4
-
-
-def unpack4(data: Tensor, count: int) -> Tensor:
-    """uint8 [count]: the codes 0..15 that `pack4` was given; signed ones come back as code modulo 16."""
-    return torch.stack([data & 15, data >> 4], 1).flatten()[:count]
-
-
-def pack_codes(tensor: affine.Quantized | formats.Encoded) -> Parts:
-    """The arrays of a quantised tensor: codes of its bits one after the other, scales, zeros where codes are unsigned.
-
-    Zeros have as many bits as codes. Scales of a format are given as bytes.
-    """
-    parts = {"codes": tensor.codes if tensor.bits == 8 else to_bits(tensor.codes, tensor.bits)}
-    if isinstance(tensor, formats.Encoded):
-        scales = {"scale": tensor.scale, "tensor_scale": tensor.tensor_scale}
-        return parts | {name: x.view(-1).view(torch.uint8) for name, x in scales.items() if x is not None}
-    zero = {"zero": to_bits(tensor.zero, tensor.bits)} if tensor.grid.lo == 0 else {}
-    return parts | {"scale": tensor.scale} | zero
 
 
 def _pack_int8(weight: Tensor) -> Parts:

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from labkit.arguments import check_module
 from labkit.errors import InputError
-from labkit.graph.anatomy import is_linear, stacks
-from labkit.graph.tracing import undisturbed
 from labkit.modules.batches import evaluating
+from labkit.modules.stacks import is_linear, stacks
+from labkit.modules.tensors import components, dense_parts
+from labkit.modules.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _tensors(value: Any, is_state: bool = False, seen: set[int] | None = None) -
 
 def _stored(t: Tensor) -> int:
     """Entries that take part in a product: all of a dense tensor, those that a sparse one stores."""
-    return t.numel() if t.layout is torch.strided else _components(t)[-1].numel()
+    return t.numel() if t.layout is torch.strided else components(t)[-1].numel()
 
 
 def _product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
@@ -220,29 +221,6 @@ class _Piece(NamedTuple):
     lo: int
     hi: int
     nbytes: int
-
-
-def _components(t: Tensor) -> list[Tensor]:
-    """The dense tensors that a sparse tensor stores, its values last."""
-    if t.layout is torch.sparse_coo:
-        return [t._indices(), t._values()]
-    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [t.crow_indices(), t.col_indices(), t.values()]
-    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [t.ccol_indices(), t.row_indices(), t.values()]
-    raise InputError(f"memory of a tensor with layout {t.layout} can't be looked into: use a dense or a sparse tensor.")
-
-
-def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The dense tensors that hold the data: each itself, a sparse tensor's components, a wrapper's inner tensors."""
-    held: list[Tensor] = []
-    for t in tensors:
-        if is_traceable_wrapper_subclass(t):
-            inner = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
-            held += dense_parts(part for part in inner if part is not None)
-        else:
-            held += [t] if t.layout is torch.strided else _components(t)
-    return held
 
 
 def _pieces(tensors: Iterable[Tensor]) -> list[_Piece]:

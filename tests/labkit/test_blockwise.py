@@ -11,10 +11,12 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 from labkit.errors import InputError
 from labkit.modules.batches import segments, split
-from labkit.modules.blocks import blocks_of, walk
+from labkit.modules.blocks import walk
+from labkit.modules.stacks import blocks_of
+from labkit.modules.weights import prunable
 from labkit.pruning import blockwise, nm, unstructured
 from labkit.pruning.pattern import mask
-from labkit.pruning.select import count_to_prune, lowest_k, prunable
+from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import sparsegpt
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 50}

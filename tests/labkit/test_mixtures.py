@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError
 from labkit.modules.hessians import expert_inputs
+from labkit.modules.weights import prunable
 from labkit.pruning import channels, nm, scores, sr_ste, unstructured
-from labkit.pruning.select import prunable
 from labkit.pruning.sparsegpt import sparsegpt
 from labkit.quantization import weight_only
 

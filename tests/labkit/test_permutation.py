@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from labkit.errors import InputError
+from labkit.modules.weights import prunable
 from labkit.pruning import nm, permutation
-from labkit.pruning.select import prunable
 
 
 def kept(scores, n, m):

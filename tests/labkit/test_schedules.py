@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labkit.errors import InputError
+from labkit.modules.masks import masks
 from labkit.pruning.schedules import SCHEDULES, cubic, exponential, iterative, linear, random_ticket, rewind
-from labkit.pruning.unstructured import masks, prune, sparsity
+from labkit.pruning.unstructured import prune, sparsity
 
 N = 16 * 20 + 20 * 4
 

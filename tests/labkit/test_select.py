@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labkit.errors import InputError
-from labkit.pruning.select import count_to_prune, lowest_k, named_parts
+from labkit.modules.weights import named_parts
+from labkit.pruning.select import count_to_prune, lowest_k
 
 
 @st.composite

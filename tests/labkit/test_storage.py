@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labkit import bits
 from labkit.data import fetch
 from labkit.errors import InputError
 from labkit.pruning import nm
@@ -141,19 +142,19 @@ def test_true_bits_have_the_scales_and_zeros_in_them():
 @given(st.lists(st.integers(-8, 7), max_size=9))
 def test_nibbles_are_the_bits_of_width_four_and_lose_no_sign(codes):
     codes = torch.tensor(codes, dtype=torch.int8)
-    data = storage.pack4(codes)
-    assert torch.equal(data, storage.to_bits(codes, 4))
-    back = storage.unpack4(data, len(codes)).to(torch.int8)
+    data = bits.pack4(codes)
+    assert torch.equal(data, bits.to_bits(codes, 4))
+    back = bits.unpack4(data, len(codes)).to(torch.int8)
     assert torch.equal((back ^ 8) - 8, codes)  # two's complement
-    assert storage.pack4(torch.tensor([1, -1, 2])).tolist() == [0xF1, 0x02]  # the earlier code below
+    assert bits.pack4(torch.tensor([1, -1, 2])).tolist() == [0xF1, 0x02]  # the earlier code below
 
 
 @given(st.integers(1, 8), st.data())
 def test_bits_of_any_width_come_back(width, data):
     numbers = torch.tensor(data.draw(st.lists(st.integers(0, 2**width - 1), max_size=40)), dtype=torch.uint8)
-    packed = storage.to_bits(numbers, width)
+    packed = bits.to_bits(numbers, width)
     assert len(packed) == -(-len(numbers) * width // 8)
-    assert torch.equal(storage.from_bits(packed, width, len(numbers)), numbers)
+    assert torch.equal(bits.from_bits(packed, width, len(numbers)), numbers)
 
 
 GGUF = ["q8_0", "q4_0", "q4_1"]

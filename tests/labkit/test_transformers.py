@@ -16,6 +16,7 @@ from labkit.data import models
 from labkit.errors import InputError
 from labkit.graph import anatomy, surgery
 from labkit.graph.groups import Coupling
+from labkit.modules import stacks
 from labkit.pruning import depth, transformers
 from labkit.pruning.channels import Pruned
 
@@ -93,7 +94,7 @@ def test_pruned_layers_equal_skipped_ones(name):
     model = family(name)
     pruned = pruned_by("depth", name)
     assert pruned.report.equal and pruned.report.tolerance == 0
-    with depth.skipping([model.get_submodule(anatomy.stack(model))[1]]):
+    with depth.skipping([model.get_submodule(stacks.stack(model))[1]]):
         expected = output(model, name)
     assert torch.equal(expected, output(pruned.model, name))
     assert not torch.equal(expected, output(model, name))
@@ -162,7 +163,7 @@ def one_neuron_left(model: nn.Module, criterion: str, data=None) -> tuple[list[i
     downs = [part.down for part in anatomy.feed_forwards(model, coupling)]
     kept = transformers.prune_ffn(model, 23 / 24, criterion=criterion, batches=data, check=False).plan.kept
     modules = [model.get_submodule(name) for name in downs]
-    dims = [1 - anatomy.out_dim(module) for module in modules]
+    dims = [1 - stacks.out_dim(module) for module in modules]
     return [int(kept[f"{name}.weight"][dim]) for name, dim in zip(downs, dims, strict=True)], modules
 
 
@@ -192,8 +193,8 @@ def test_magnitude_is_the_norm_of_all_that_belongs_to_a_neuron(name):
             parent = parent.removesuffix(".output")
         squares = torch.zeros(24)
         for module_name, module in model.get_submodule(parent).named_modules():
-            if anatomy.is_linear(module) and "attention" not in module_name:
-                weight = module.weight.T if anatomy.out_dim(module) else module.weight  # [outputs, inputs]
+            if stacks.is_linear(module) and "attention" not in module_name:
+                weight = module.weight.T if stacks.out_dim(module) else module.weight  # [outputs, inputs]
                 squares += weight.square().sum(0 if module is down else 1)
                 squares += 0 if module is down or module.bias is None else module.bias.square()
         assert neuron == int(squares.argmax())

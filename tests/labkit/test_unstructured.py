@@ -11,10 +11,11 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from labkit.errors import InputError
+from labkit.modules.masks import make_permanent, masks
+from labkit.modules.weights import prunable
 from labkit.pruning import nm
 from labkit.pruning.scores import CRITERIA
-from labkit.pruning.select import prunable
-from labkit.pruning.unstructured import make_permanent, masks, prune, sparsity, with_masks
+from labkit.pruning.unstructured import prune, sparsity, with_masks
 
 
 class Net(nn.Module):
