@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from labkit.files import NOTEBOOKS, ROOT
+from labkit.files import CHECKS, NOTEBOOKS, ROOT
 
 PRODUCT = sorted(path for wing in ("labkit", "course") for path in (ROOT / wing).rglob("*.py"))
+LABKIT = [path for path in PRODUCT if path.is_relative_to(ROOT / "labkit")]
 VAGUE = {"found", "one", "own", "said", "given", "wanted", "there", "known", "chosen", "kept", "left", "others"}
 # What people outside call (the fixed names of the design, and `lab.show`), whether or not a lesson uses each option.
 FIXED = {
@@ -45,6 +46,50 @@ def imports(path: Path) -> set[str]:
 def test_labkit_never_imports_course():
     wrong = {module(path) for path in PRODUCT if any(name.startswith("course") for name in imports(path))}
     assert not [name for name in wrong if name.startswith("labkit")]
+
+
+# The rooms of labkit from the ground up; a room imports only rooms of the floors below its own.
+FLOORS = (
+    ("arguments", "bits", "errors", "files", "show"),
+    ("modules",),
+    ("data", "graph", "timing"),
+    ("quantization",),
+    ("storage",),
+    ("attention",),
+    ("pruning",),
+    ("distillation",),
+    ("deploy",),
+    ("lesson",),
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+GROUND = FLOORS[0]
+
+
+def room(name: str) -> str:
+    """The room that a module of labkit is in: a folder, or a file beside the folders."""
+    return name.split(".")[1]
+
+
+def rooms_imported(path: Path) -> set[str]:
+    names = imports(path) - {"labkit"}  # which holds the short names
+    return {room(name) for name in names} - {room(module(path))}
+
+
+def test_a_room_imports_only_what_lies_below_it():
+    upward = []
+    for path in LABKIT:
+        if path.name == "__init__.py" and path.parent.name == "labkit":
+            continue
+        here = room(module(path))
+        for other in rooms_imported(path):
+            in_the_ground = here in GROUND and other in GROUND
+            if FLOOR[other] >= FLOOR[here] and not in_the_ground:
+                upward.append(f"{module(path)} -> {other}")
+    assert not upward
+
+
+def test_every_room_has_a_floor():
+    assert {room(module(path)) for path in LABKIT if module(path) != "labkit"} == FLOOR.keys()
 
 
 def test_no_import_circle():
@@ -81,8 +126,8 @@ def test_variables_are_nouns_of_the_field():
 
 @cache
 def callers() -> list[tuple[str, ast.AST]]:
-    """Every file that counts as a caller: the product, benchmarks, the data's scripts, and the lessons' code."""
-    paths = [*PRODUCT, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "data").rglob("*.py")]
+    """Every file that counts as a caller: the product, benchmarks, the data's scripts, the lessons' code and checks."""
+    paths = [*PRODUCT, *CHECKS.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "data").rglob("*.py")]
     code = [(module(path), tree(path)) for path in paths]
     for path in NOTEBOOKS.glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -101,9 +146,6 @@ def public(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
         and not node.name.startswith("_")
         and not any("rule" in ast.dump(decorator) for decorator in node.decorator_list)  # called through their table
     ]
-
-
-LABKIT = [path for path in PRODUCT if module(path).startswith("labkit") and "checks" not in path.parts]
 
 
 def test_a_public_name_has_a_caller():
