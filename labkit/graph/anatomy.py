@@ -1,8 +1,8 @@
-"""Find the heads, the neurons and the layers of a transformer in a traced call, whatever their names.
+"""Find the heads, neurons and layers of a transformer in a traced call, without relying on names.
 
 An attention is a softmax over scores [B, heads, queries, keys] or [B * heads, queries, keys], together with the next
-linear module, which reads the results of the heads. A feed-forward network is a group of coupled channels in a layer,
-read by a single linear module or parameter. Heads are scored in `pruning.heads` and removed in `pruning.transformers`.
+linear module, the reader of the heads' results. A feed-forward network is a group of coupled channels in a layer, read
+by a single linear module or parameter. Heads are scored in `pruning.heads` and removed in `pruning.transformers`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,11 +33,11 @@ SAMPLES = 2000  # of sound in an example: half a dozen frames
 class Attention:
     """The place of an attention in a model.
 
-    name: the module that takes the softmax.
-    output: the linear module that reads the results of the heads, side by side.
+    name: the module taking the softmax.
+    output: the linear module reading the results of the heads, side by side.
     heads: number of query heads.
     size: columns of `output` for each head.
-    labels: [heads] labels of the heads in the trace; None if the trace has none, and no head can be removed.
+    labels: [heads] labels of the heads in the trace; None without labels: then no head can be removed.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Attention:
 class FeedForward:
     """The place of a feed-forward network in a model, or of several experts of the same width.
 
-    group: number of the group in the coupling whose units are the neurons; of experts, a unit has a neuron of each.
-    down: the linear module that reads the neurons, or the parameter [experts, out, in].
+    group: number of the neurons' group in the coupling; a unit of experts has a neuron of every expert.
+    down: the linear module reading the neurons, or the parameter [experts, out, in].
     """
 
     group: int
@@ -60,7 +60,7 @@ class FeedForward:
 
 
 class _Scores(NamedTuple):
-    """A softmax over attention scores: its module, the number of heads, and their labels in the trace if any."""
+    """A softmax over attention scores: the module, the number of heads, and the heads' labels in the trace."""
 
     module: str
     heads: int
@@ -68,11 +68,11 @@ class _Scores(NamedTuple):
 
 
 def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attention, ...]:
-    """Return the attentions of `model` in the order of a forward pass; an attention that runs twice is listed once.
+    """Return the attentions of `model` in the order of a forward pass; an attention running twice is listed once.
 
     record: of a traced call; None traces a call on `example`.
 
-    Raises InputError if there are none.
+    Raises InputError for a model without attentions.
     """
     if record is None:
         record = tracing.record(model, (), example(model))
@@ -101,7 +101,7 @@ def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attentio
 
 
 def _heads_dim(operation: Operation) -> int:
-    """Return the dimension of scores [B, heads, queries, keys] or [B * heads, queries, keys] that runs over heads."""
+    """Return the dimension of the heads in scores [B, heads, queries, keys] or [B * heads, queries, keys]."""
     return len(operation.shape) - 3
 
 
@@ -113,7 +113,8 @@ def _scores_of(softmax: Operation) -> _Scores | None:
     """Read heads and labels from a softmax of scores; None if the number of heads cannot be told."""
     dim = _heads_dim(softmax)
     span = span_at(softmax.spans, dim)
-    labels = span.labels if span is not None and span.dims == (dim,) else None
+    has_labels = span is not None and span.dims == (dim,)
+    labels = span.labels if has_labels else None
     if dim == 1:
         heads = softmax.shape[1]
     elif labels is not None:
@@ -125,10 +126,11 @@ def _scores_of(softmax: Operation) -> _Scores | None:
 
 
 def _input_columns(record: Record, name: str, module: nn.Module) -> np.ndarray:
-    """Return the labels of the input columns of a linear module's weight, [in]; empty if the trace has none."""
+    """Return the labels of the input columns of a linear module's weight, [in]; empty for unlabelled columns."""
+    in_dim = 1 - out_dim(module)
     columns = np.arange(0)
     for axis in record.axes:
-        if axis.name == f"{name}.weight" and axis.dim == 1 - out_dim(module):
+        if (axis.name, axis.dim) == (f"{name}.weight", in_dim):
             columns = np.arange(axis.base, axis.base + axis.size)
     return columns
 
@@ -136,7 +138,7 @@ def _input_columns(record: Record, name: str, module: nn.Module) -> np.ndarray:
 def _carries_heads(scores: _Scores, columns: np.ndarray, classes: np.ndarray) -> bool:
     """Tell whether columns are tied to every head; True if the heads have no labels.
 
-    columns: labels of input columns, [in]. classes: [labels], the same number for labels that are tied.
+    columns: labels of input columns, [in]. classes: [labels], equal for tied labels.
     """
     if scores.labels is None:
         return True
@@ -148,12 +150,13 @@ def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ..
 
     coupling: of the model (`groups.Coupling.of`).
 
-    Raises InputError if there are none.
+    Raises InputError for a model without feed-forward networks.
     """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     lists_of_layers = tuple(f"{name}." for name in stacks(model))
-    softmaxes = {operation.module for operation in coupling.record.operations if operation.name in SOFTMAX}
+    operations = coupling.record.operations
+    softmaxes = {operation.module for operation in operations if operation.name in SOFTMAX}
     networks = []
     for number, group in enumerate(coupling.groups):
         name = _reader_of_neurons(group)
@@ -173,8 +176,15 @@ def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ..
 
 
 def _reader_of_neurons(group: Group) -> str | None:
-    """Return the only module or parameter that reads the units of a group, if a unit is a single column of it."""
-    readers = {member.name.removesuffix(".weight"): member for member in group.members if member.role == "reads"}
+    """Return the only reader, a module or parameter, of a group of neurons; None for other groups.
+
+    A unit of neurons is a single column of the reader.
+    """
+    readers = {}
+    for member in group.members:
+        if member.role == "reads":
+            name = member.name.removesuffix(".weight")
+            readers[name] = member
     if len(readers) != 1:
         return None
     ((name, member),) = readers.items()
@@ -190,7 +200,7 @@ def check_index(index: object, n: int, what: str) -> None:
 
 
 def configs(model: nn.Module) -> Iterator[Any]:
-    """Yield every config object in the model, once: the two halves of an encoder-decoder have copies of their own."""
+    """Yield every config object in the model once; the two halves of an encoder-decoder have separate configs."""
     by_id = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -211,9 +221,9 @@ def called_with(model: nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str,
 def example(model: nn.Module) -> dict[str, Tensor]:
     """Make a small random input for a transformers model from its config: {argument: tensor}.
 
-    Three sequences of 7 tokens (the last one padded), an image, or a sound: no head or width of a model has these
-    sizes, so that a trace cannot confuse them. Raises InputError if the config does not tell what the model is called
-    with.
+    The input is three sequences of 7 tokens (the last sequence padded), an image, or a sound. No model has heads or
+    widths of these sizes, so a trace cannot confuse the dimensions. Raises InputError if the config does not tell the
+    sizes of an input.
     """
     like = next(model.parameters())
     try:
@@ -223,18 +233,23 @@ def example(model: nn.Module) -> dict[str, Tensor]:
             f"labkit can make no input for {type(model).__name__} from its config: give kwargs, what it is called with."
         ) from error
     device = "cpu" if like.device.type == "meta" else like.device  # a trace looks at integers
-    return {name: x if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
+    placed = {}
+    for name, x in inputs.items():
+        placed[name] = x if x.is_floating_point() else x.to(device)
+    return placed
 
 
 def _inputs_from_config(model: nn.Module, like: Tensor) -> dict[str, Tensor]:
-    """Make the input of `example`. like: a tensor of the dtype and device that floating-point inputs get."""
+    """Make the input of `example`. like: a tensor with the dtype and device of floating-point inputs."""
     config = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     main_name = getattr(model, "main_input_name", "")
     shape = _shape_of_signal(main_name, config)
     if shape is not None:
-        inputs = {main_name: torch.randn(shape, generator=generator).to(like)}
-        ids = torch.randint(getattr(config, "vocab_size", 1), (1, TOKENS[1]), generator=generator)
+        signal = torch.randn(shape, generator=generator)
+        inputs = {main_name: signal.to(like)}
+        vocabulary = getattr(config, "vocab_size", 1)
+        ids = torch.randint(vocabulary, (1, TOKENS[1]), generator=generator)
     else:
         ids = torch.randint(config.vocab_size, TOKENS, generator=generator)
         mask = torch.ones_like(ids)
@@ -258,6 +273,6 @@ def _shape_of_signal(main_name: str, config: Any) -> tuple[int, ...] | None:
 
 
 def _sides(config: Any) -> tuple[int, int]:
-    """Return the height and width of an image that a config tells, 64 pixels if it does not."""
+    """Return the height and width of an image according to a config, or 64 pixels by default."""
     side = getattr(config, "image_size", None) or 64
     return tuple(side) if isinstance(side, (tuple, list)) else (side, side)

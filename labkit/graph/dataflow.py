@@ -1,8 +1,8 @@
-"""Follow channels from the layer or norm that makes them to the layers that read them.
+"""Follow channels from the layer or norm of their origin to their readers.
 
-`Dataflow` reads the trace of a model on the meta device (`tracing.record`): no value is looked at, so that the answers
-hold for every input. `Dataflow.folds` lists the batch norms that can be folded into a layer; `Dataflow.route` tells
-whether all operations on the way let a scale of each channel pass. `quantization.fold` changes the model.
+`Dataflow` reads the trace of a model on the meta device (`tracing.record`). No value is looked at, so the answers hold
+for every input. `Dataflow.folds` lists the batch norms to be folded into a layer; `Dataflow.route` tells whether all
+operations on the way let a scale of each channel pass. `quantization.fold` changes the model.
 """
 
 import math
@@ -32,6 +32,7 @@ SPATIAL = frozenset(_NAMES.split())
 REDUCING = {"mean", "sum", "amax", "amin"}
 VIEWS = {"view", "_unsafe_view", "reshape"}
 CLIPS = {"hardtanh", "relu6", "clamp_max"}
+VECTORS = {"native_layer_norm": (1, 2), "mul": (1,)}  # allowed numbers of parameters of sources that are no layers
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Source:
 
 @dataclass
 class Route:
-    """The layers that a source's channels reach.
+    """The layers reached by a source's channels.
 
-    readers: {layer: number of its input columns for each channel}.
-    blocked: the first place at which a scale of the channels would not pass, "" if there is none.
-    clip: the first such place that clips the channels to a range, "" if there is none.
+    readers: {layer: number of input columns for each channel}.
+    blocked: the first place at which a scale of the channels would not pass; "" on a free route.
+    clip: the first blocked place at which the channels are clipped from above; "" on a route without clipping.
     """
 
     readers: dict[str, int]
@@ -78,11 +79,11 @@ class Dataflow:
 
     model, args, kwargs: the model and its example input.
 
-    operations: of the trace, in order; an operation's number is its index.
-    returned: numbers of the operations that the model returns.
-    readers: {operation's number, or name of a parameter or buffer: numbers of the operations that read its value}.
-    layers: {operation's number: name of the layer}, for layers whose parameters no other operation uses.
-    sources: the operations whose channels can be scaled by their parameters.
+    operations: of the trace, in order; the number of an operation is its index.
+    returned: numbers of the operations with results returned by the model.
+    readers: {number of an operation, or name of a parameter or buffer: numbers of the operations reading the value}.
+    layers: {number of an operation: name of the layer}, for layers with parameters not used by any further operation.
+    sources: the operations with channels scaled by a parameter.
     """
 
     @torch.inference_mode(False)  # in that mode composite operators arrive whole, and no layer is known by its product
@@ -95,20 +96,25 @@ class Dataflow:
             for operand in operation.operands:
                 if operand is not None:
                     self.readers[operand].append(number)
-        self._shared = {name for first, names in record.aliases.items() for name in (first, *names)}
+        self._shared: set[str] = set()  # parameters that share memory
+        for first, aliases in record.aliases.items():
+            self._shared |= {first, *aliases}
         self._shapes = {name: x.shape for name, x in model.named_parameters()}
         self.layers: dict[int, str] = {}
         for number in range(len(self.operations)):
             layer = self._layer_of(number, model)
             if layer is not None:
                 self.layers[number] = layer
-        sources = [self._source_of(number) for number in range(len(self.operations))]
-        self.sources = [source for source in sources if source is not None]
+        self.sources: list[Source] = []
+        for number in range(len(self.operations)):
+            source = self._source_of(number)
+            if source is not None:
+                self.sources.append(source)
 
     def check_compared(self) -> None:
-        """Raise InputError unless the output has a number that depends on the input, so that a copy can be proved."""
-        made = [self.operations[number].shape for number in self.returned if isinstance(number, int)]
-        if not any(math.prod(shape) for shape in made):
+        """Raise InputError unless the output has a number computed from the input, for the proof of a copy."""
+        computed = [self.operations[number] for number in self.returned if isinstance(number, int)]
+        if not any(math.prod(operation.shape) for operation in computed):
             raise InputError(
                 "The model's output holds no tensor with a number in it that its input decides, so that no copy can be "
                 "proved to be equal: give an example input that is not empty, and a model that returns tensors."
@@ -117,55 +123,69 @@ class Dataflow:
     # --- layers and sources -------------------------------------------------------------------------------------------
 
     def _is_private(self, name: int | str | None) -> bool:
-        """Tell whether `name` is a parameter that is read by a single operation and shares no memory."""
-        return name in self._shapes and name not in self._shared and len(self.readers[name]) == 1
+        """Tell whether `name` is a parameter read by a single operation and sharing no memory."""
+        is_parameter = name in self._shapes
+        return is_parameter and name not in self._shared and len(self.readers[name]) == 1
 
     def _layer_of(self, number: int, model: nn.Module) -> str | None:
-        """Return the name of the convolution or Linear whose product an operation is; None for other operations."""
+        """Return the name of the convolution or Linear with this operation as product; None for other operations."""
         operation = self.operations[number]
         is_transposed = any(setting is True for setting in operation.settings)
         if operation.name not in ("convolution", "mm", "addmm") or is_transposed:
             return None
+        bias = list(operation.operands)
         at = _input_position(operation)
-        weight = self._untransposed(operation.operands[at + 1])
-        bias = [operand for i, operand in enumerate(operation.operands) if i not in (at, at + 1)]
+        del bias[at]  # the input
+        weight = self._untransposed(bias.pop(at))
         has_own_weight = weight == _parameter(operation.module, "weight")
         has_own_bias = bias in ([], [_parameter(operation.module, "bias")])
-        if not has_own_weight or not has_own_bias or not all(map(self._is_private, [weight, *bias])):
+        if not has_own_weight or not has_own_bias:
             return None
+        are_private = all(self._is_private(name) for name in [weight, *bias])
         is_layer = isinstance(model.get_submodule(operation.module), LAYERS)
-        return operation.module if is_layer else None
+        return operation.module if are_private and is_layer else None
 
     def _untransposed(self, operand: int | str | None) -> int | str | None:
-        """Return the operand whose transpose `operand` is, if nothing else reads the transpose; else `operand`."""
+        """Return x if `operand` is the transpose of x and has a single reader; else return `operand`."""
         if not isinstance(operand, int):
             return operand
-        is_transpose = self.operations[operand].name == "t"
-        return self.operations[operand].operands[0] if is_transpose and len(self.readers[operand]) == 1 else operand
+        operation = self.operations[operand]
+        is_read_once = len(self.readers[operand]) == 1
+        return operation.operands[0] if operation.name == "t" and is_read_once else operand
 
     def _source_of(self, number: int) -> Source | None:
         """Return the operation as a source: a layer's product, a layer norm, or a product with a vector."""
         operation = self.operations[number]
         last = len(operation.shape) - 1
         if number in self.layers:
-            weight = _parameter(operation.module, "weight")
-            bias = [x for x in operation.operands if x == _parameter(operation.module, "bias")]
-            positions = len(self._shapes[weight]) - 2 if operation.name == "convolution" else 0
-            return Source(number, operation.module, (weight, *bias), last - positions, True)
-        parameters_allowed = {"native_layer_norm": (1, 2), "mul": (1,)}.get(operation.name, ())
+            names = (_parameter(operation.module, "weight"),)
+            bias = _parameter(operation.module, "bias")
+            if bias in operation.operands:
+                names = (*names, bias)
+            dim = last - self._positions(number)
+            return Source(number, operation.module, names, dim, is_layer=True)
         names = tuple(x for x in operation.operands if isinstance(x, str))
-        if len(names) not in parameters_allowed:
+        if len(names) not in VECTORS.get(operation.name, ()):
             return None
         for name in names:
-            is_vector = self._is_private(name) and tuple(self._shapes[name]) == operation.shape[-1:]
-            if not is_vector:
+            if not self._is_private(name) or tuple(self._shapes[name]) != operation.shape[-1:]:
                 return None
-        return Source(number, operation.module, names, last, False)
+        return Source(number, operation.module, names, last, is_layer=False)
+
+    def _positions(self, number: int) -> int:
+        """Return how many dimensions of a layer's result, behind its channels, are positions: 0 for a Linear."""
+        if self.operations[number].name != "convolution":
+            return 0
+        weight = _parameter(self.layers[number], "weight")
+        return len(self._shapes[weight]) - 2
 
     # --- batch norms --------------------------------------------------------------------------------------------------
 
     def folds(self, model: nn.Module) -> list[tuple[str, str]]:
-        """Return (layer, batch norm) for each batch norm that alone reads a layer, and whose tensors only it reads."""
+        """Return (layer, batch norm) for each batch norm that can be folded into the layer before.
+
+        The norm is the only reader of the layer's result and of the norm's own tensors.
+        """
         pairs = []
         for number, operation in enumerate(self.operations):
             norm = model.get_submodule(operation.module)
@@ -180,9 +200,9 @@ class Dataflow:
     # --- routes -------------------------------------------------------------------------------------------------------
 
     def route(self, source: Source) -> Route:
-        """Follow the channels of a source through all operations that let a scale pass, to the layers that read them.
+        """Follow the channels of a source through all operations that let a scale pass, to the reading layers.
 
-        The operations are visited in the order of the trace, so that all operands of an operation are known.
+        The operations are visited in the order of the trace, so all operands of an operation are known by then.
         """
         route = Route({})
         if source.number in self.returned:
@@ -196,7 +216,8 @@ class Dataflow:
             channels = [carried.get(operand) for operand in operation.operands]
             if number in self.layers and self._reads_channels(number, channels):
                 at = _input_position(operation)
-                route.readers[self.layers[number]] = channels[at].repeats
+                name = self.layers[number]
+                route.readers[name] = channels[at].repeats
                 continue
             after = self._after(number, channels)
             if after is None or number in self.returned:
@@ -210,7 +231,7 @@ class Dataflow:
         return route
 
     def _reads_channels(self, number: int, channels: Sequence[Channels | None]) -> bool:
-        """Tell whether the channels come in at a layer's input channels, and nowhere else.
+        """Tell whether the channels come in at a layer's input channels only.
 
         channels: of each operand of the layer's product.
         """
@@ -218,17 +239,16 @@ class Dataflow:
         carriers = [i for i, x in enumerate(channels) if x is not None]
         if carriers != [at]:
             return False
-        positions = 0
-        if self.operations[number].name == "convolution":
-            weight = _parameter(self.layers[number], "weight")
-            positions = len(self._shapes[weight]) - 2
+        positions = self._positions(number)
         last = len(self._operand_shape(number, at)) - 1
+        are_input_channels = channels[at].dim == last - positions
         fits = channels[at].repeats == 1 or not positions  # a convolution's kernel has no columns side by side
-        return channels[at].dim == last - positions and fits
+        return are_input_channels and fits
 
     def _operand_shape(self, number: int, at: int) -> tuple[int, ...]:
-        """Return the shape of an operand that an operation made."""
-        return self.operations[self.operations[number].operands[at]].shape
+        """Return the shape of an operand, the result of an earlier operation."""
+        maker = self.operations[number].operands[at]
+        return self.operations[maker].shape
 
     def _after(self, number: int, channels: Sequence[Channels | None]) -> Channels | None:
         """Return the channels in an operation's result; None unless a scale of every channel passes unchanged.
@@ -240,12 +260,13 @@ class Dataflow:
         first = channels[carriers[0]]
         before = self._operand_shape(number, carriers[0])
         after = operation.shape
-        keeps_dim = len(before) == len(after) and before[first.dim] == after[first.dim]
+        keeps_rank = len(before) == len(after)
+        keeps_dim = keeps_rank and before[first.dim] == after[first.dim]
 
         if operation.name in ("add", "sub"):  # both operands are scaled alike, and none is broadcast
-            shapes = {after, *(self._operand_shape(number, i) for i in carriers)}
             are_alike = carriers == [0, 1] and channels[0] == channels[1]
-            return first if are_alike and len(shapes) == 1 else None
+            shapes = [self._operand_shape(number, i) for i in carriers]
+            return first if are_alike and shapes == [after, after] else None
         if operation.name == "mul":  # only one factor is scaled
             return first if len(carriers) == 1 and keeps_dim else None
         if carriers != [0]:
@@ -275,15 +296,18 @@ def _input_position(product: Operation) -> int:
 
 
 def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
-    """Tell whether an operation is that of a batch norm of torch, or of a subclass that ends with more operations.
+    """Tell whether an operation is the normalisation by a batch norm of torch or of a subclass.
 
-    The norm has running statistics, and the operation reads the norm's own tensors and eps.
+    The norm has running statistics, the operation reads the norm's own tensors and eps, and `after_norm` knows the
+    rest of the forward pass.
     """
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+    is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if not is_batch_norm or norm.running_mean is None:
         return False
-    held = {_parameter(operation.module, name) for name in NORMED}
-    reads_its_own = held.issuperset(operation.operands[1:]) and operation.settings[-1:] == (norm.eps,)
-    return reads_its_own and after_norm(norm) is not None
+    own_tensors = {_parameter(operation.module, name) for name in NORMED}
+    reads_own_tensors = own_tensors.issuperset(operation.operands[1:])
+    reads_own_eps = operation.settings[-1:] == (norm.eps,)
+    return reads_own_tensors and reads_own_eps and after_norm(norm) is not None
 
 
 def _clips(operation: Operation) -> bool:
@@ -303,20 +327,22 @@ def _spatial_dims(name: str) -> int:
 
 def _pads_zeros_behind(operation: Operation, dim: int) -> bool:
     """Tell whether a constant_pad_nd pads zeros to dimensions behind `dim` only."""
-    padding, value = (*operation.settings, 0)[:2]
-    padded_dims = len(padding) // 2
-    return value == 0 and dim < len(operation.shape) - padded_dims
+    padding, value = (*operation.settings, 0)[:2]  # the value is optional
+    first_padded = len(operation.shape) - len(padding) // 2
+    return value == 0 and dim < first_padded
 
 
 def _after_reduction(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
-    """Return the channels after a reduction over other dimensions; None if it runs over the channels' dimension.
+    """Return the channels after a reduction; None if the reduction runs over the channels' dimension.
 
     before: shape of the operand.
     """
-    reduced = operation.settings[0] if operation.settings else None
+    reduced = operation.settings[0] if operation.settings else None  # a dimension, a list of them, or None
     if not isinstance(reduced, (int, list)):
         return None
-    dims = {dim % len(before) for dim in ([reduced] if isinstance(reduced, int) else reduced)}
+    if isinstance(reduced, int):
+        reduced = [reduced]
+    dims = {dim % len(before) for dim in reduced}
     if not dims or channels.dim in dims:  # no dimensions mean all of them
         return None
     if len(operation.shape) == len(before):  # keepdim
@@ -326,13 +352,15 @@ def _after_reduction(operation: Operation, channels: Channels, before: Sequence[
 
 
 def _after_view(channels: Channels, before: Sequence[int], after: Sequence[int]) -> Channels | None:
-    """Return the channels after a view: the dimension that starts where the channels' did, and has all of them.
+    """Return the channels after a view, in the dimension that starts at the same entry as the channels' dimension.
 
-    The dimension may take in dimensions behind, as flatten does: each channel then has several entries.
+    The dimension may take in dimensions behind, as in flatten: each channel then has several entries.
     """
     size_before = before[channels.dim]
     entries = math.prod(before[channels.dim :])
     for dim, size in enumerate(after):
-        if size % size_before == 0 and math.prod(after[dim:]) == entries:
-            return Channels(dim, channels.repeats * (size // size_before))
+        starts_there = math.prod(after[dim:]) == entries
+        if starts_there and size % size_before == 0:
+            repeats = channels.repeats * (size // size_before)
+            return Channels(dim, repeats)
     return None

@@ -1,4 +1,4 @@
-"""Tell whether a subclass of a torch layer computes what its parent does, apart from padding or an activation.
+"""Tell whether a subclass of a torch layer computes the same as torch's class, apart from padding or an activation.
 
 Libraries derive layers from torch's: timm its Linear, Conv2dSame and BatchNormAct2d, for example. The name of a class
 proves nothing, and a single equal result may be chance (a Linear with a low-rank branch of zeros), so the operators of
@@ -17,7 +17,7 @@ from labkit.graph import tracing
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Return True if `layer` is a Linear or Conv2d, or a subclass that computes what torch's class computes."""
+    """Return True if `layer` is a Linear or Conv2d, or a subclass with the operators of torch's class."""
     for kind in (nn.Linear, nn.Conv2d):
         if isinstance(layer, kind):
             return _inherits_forward(layer, kind) or _computes_as(layer, kind)
@@ -25,14 +25,18 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _inherits_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether the class of `layer` has the methods of `kind` that make up a forward pass."""
-    methods = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
-    return all(getattr(type(layer), name) is getattr(kind, name) for name in methods)
+    """Tell whether the class of `layer` has the forward pass of `kind`, convolution included."""
+    for name in ("forward", "_conv_forward"):
+        if hasattr(kind, name) and getattr(type(layer), name) is not getattr(kind, name):
+            return False
+    return True
 
 
 def pads_same(layer: nn.Module) -> bool:
-    """Return True if `layer` is a Conv2d that first puts `same_pads` around its input, as timm's Conv2dSame does."""
-    overrides_forward = isinstance(layer, nn.Conv2d) and type(layer).forward is not nn.Conv2d.forward
+    """Return True if `layer` is a Conv2d of an input padded with `same_pads`, like timm's Conv2dSame."""
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    overrides_forward = type(layer).forward is not nn.Conv2d.forward
     return overrides_forward and _computes_as(layer, _SamePadded)
 
 
@@ -45,17 +49,19 @@ def same_pads(
 
     A convolution of the padded image has ceil(size / stride) results; an odd zero is at the end.
     """
-    height = _padding_needed(size[0], kernel[0], stride[0], dilation[0])
-    width = _padding_needed(size[1], kernel[1], stride[1], dilation[1])
-    left, above = width // 2, height // 2
+    dimensions = zip(size, kernel, stride, dilation, strict=True)
+    height, width = (_padding_needed(*dimension) for dimension in dimensions)
+    left = width // 2
+    above = height // 2
     return left, width - left, above, height - above
 
 
 def _padding_needed(size: int, kernel: int, stride: int, dilation: int) -> int:
-    """Return the zeros that a dimension needs for ceil(size / stride) results."""
+    """Return the zeros needed in a dimension for ceil(size / stride) results."""
     results = -(-size // stride)
     span = dilation * (kernel - 1) + 1  # of the kernel
-    return max((results - 1) * stride + span - size, 0)
+    read = (results - 1) * stride + span
+    return max(read - size, 0)
 
 
 class _SamePadded(nn.Conv2d):
@@ -85,9 +91,12 @@ def _examples(layer: nn.Linear | nn.Conv2d) -> Iterator[Tensor]:
             yield torch.empty(*shape, layer.in_features, device="meta")
         return
     largest_stride = max(layer.stride)
-    spans = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    smallest_sides = []
+    for kernel, dilation in zip(layer.kernel_size, layer.dilation, strict=True):
+        span = dilation * (kernel - 1) + 1
+        smallest_sides.append(span + largest_stride)
     for remainder in range(largest_stride):
-        sides = [span + largest_stride + remainder for span in spans]
+        sides = [side + remainder for side in smallest_sides]
         yield torch.empty(2, layer.in_channels, *sides, device="meta")
 
 
@@ -138,7 +147,9 @@ def _chain_after_norm(graph: fx.Graph) -> list[fx.Node] | None:
             return None
         chain.insert(0, node)
         node = node.all_input_nodes[0]
-    source = node.args[0] if isinstance(node, fx.Node) and node.args else None
+    if not isinstance(node, fx.Node) or not node.args:
+        return None
+    source = node.args[0]
     normalises_the_input = isinstance(source, fx.Node) and source.op == "placeholder"
     return chain if normalises_the_input else None
 
@@ -164,4 +175,6 @@ def _replacing_operand_by(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
 
 def _is_identity(model: nn.Module, node: fx.Node) -> bool:
     """Tell whether a node of a graph calls an nn.Identity of `model`."""
-    return node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.Identity)
+    if node.op != "call_module":
+        return False
+    return isinstance(model.get_submodule(node.target), nn.Identity)

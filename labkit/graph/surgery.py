@@ -83,13 +83,15 @@ class Plan:
     layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        name_width = max([len(row.name) for row in self.units] + [5])
+        names = ["group", *(row.name for row in self.units)]
+        name_width = max(map(len, names))
         lines = [f"{'group':{name_width}}  channels  removed     left"]
         lines += [_row_of_table(row, name_width) for row in self.units]
         totals = {"parameters": self.parameters, "multiply-adds": self.macs, "bytes": self.bytes}
         for label, (before, after) in totals.items():
+            sizes = f"{before:,} -> {after:,}"
             share = f" (-{1 - after / before:.1%})" if before else ""
-            lines.append(f"{label}: {before:,} -> {after:,}{share}")
+            lines.append(f"{label}: {sizes}{share}")
         if self.unprunable:
             lines.append(f"stays: {len(self.unprunable)} dimensions, see .unprunable")
         return "\n".join(lines)
@@ -99,10 +101,12 @@ def _row_of_table(row: Units, name_width: int) -> str:
     """Format a group as a row of a plan's table, in channels."""
     channels = row.units * row.width
     removed = row.removed * row.width
+    remaining = row.left * row.width
     unit = f"  in units of {row.width}" if row.width > 1 else ""
     reason = f"  {row.reason}" if row.reason else ""
-    numbers = f"{channels:8}  {removed:7}  {channels - removed:7}"
-    return f"{row.name:{name_width}}  {numbers}{unit}{reason}"
+    numbers = f"{channels:8}  {removed:7}  {remaining:7}"
+    name = row.name.ljust(name_width)
+    return f"{name}  {numbers}{unit}{reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +138,11 @@ def cut(
     for name, dims in keep.items():
         if name not in named or not _has_indices(named[name], dims):
             raise InputError(f"The plan is of another model: this one has no {name!r} with the indices that it keeps.")
-    dims_of_tensor = {id(x): keep[name] for name, x in named.items() if name in keep}
+    kept_of_tensor = {id(named[name]): dims for name, dims in keep.items()}
     tensors = {}
     for _, x in tensors_of(model):
-        tensors[id(x)] = _sliced(x, dims_of_tensor.get(id(x), {}))
+        dims = kept_of_tensor.get(id(x), {})
+        tensors[id(x)] = _sliced(x, dims)
     new = duplicate_model(model, tensors)
     set_attributes_(new, attributes)
     for name, stays in (layers or {}).items():
@@ -149,7 +154,11 @@ def cut(
 
 def _has_indices(x: Tensor, dims: Mapping[int, Tensor]) -> bool:
     """Tell whether `x` has all of the dimensions and the indices {dimension: indices}."""
-    return all(dim < x.dim() and (indices < x.shape[dim]).all() for dim, indices in dims.items())
+    for dim, indices in dims.items():
+        exists = dim < x.dim() and bool((indices < x.shape[dim]).all())
+        if not exists:
+            return False
+    return True
 
 
 def _has_unaligned_experts(model: nn.Module) -> bool:
@@ -158,7 +167,10 @@ def _has_unaligned_experts(model: nn.Module) -> bool:
         if not is_mixture(module):
             continue
         for x in module.parameters(recurse=False):
-            if x.dim() == 3 and x.stride(1) * x.element_size() % ALIGNMENT:
+            if x.dim() != 3:
+                continue
+            bytes_of_row = x.stride(1) * x.element_size()
+            if bytes_of_row % ALIGNMENT:
                 return True
     return False
 
@@ -248,13 +260,17 @@ def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
             raise InputError(f"{name!r} is sparse, which the file cannot hold: register it again as to_dense().")
     if plans:
         _check_cut_by(model, plans[-1])
-    configs = [_whole_numbers(config) for config in anatomy.configs(model)]
-    content = json.dumps({"plans": [_to_json(plan) for plan in plans], "configs": configs})
+    content = {
+        "plans": [_to_json(plan) for plan in plans],
+        "configs": [_whole_numbers(config) for config in anatomy.configs(model)],
+    }
+    metadata = {METADATA: json.dumps(content)}
     with replacing(Path(file)) as partial:
         tensors = {}
         for name, x in tensors_of(model):
-            tensors[name] = x.detach().cpu().clone(memory_format=torch.contiguous_format)
-        save_file(tensors, partial, metadata={METADATA: content})
+            data = x.detach().cpu()
+            tensors[name] = data.clone(memory_format=torch.contiguous_format)
+        save_file(tensors, partial, metadata=metadata)
 
 
 def _check_cut_by(model: nn.Module, plan: Plan) -> None:
@@ -264,25 +280,27 @@ def _check_cut_by(model: nn.Module, plan: Plan) -> None:
         if len(model.get_submodule(name)) != len(stays):
             wrong.append(name)
     if not plan.layers:
-        shapes = {name: x.shape for name, x in tensors_of(model)}
+        tensors = dict(tensors_of(model))
         for name, dims in plan.kept.items():
-            if name in shapes and any(shapes[name][dim] != len(indices) for dim, indices in dims.items()):
-                wrong.append(name)
+            for dim, indices in dims.items():
+                if name in tensors and tensors[name].shape[dim] != len(indices):
+                    wrong.append(name)
     if wrong:
         raise InputError(f"{wrong[0]!r} is not what the last plan left of it: give the model that was cut by it.")
 
 
 def _to_json(plan: Plan) -> dict[str, Any]:
     """Return the part of a plan that `cut` needs, in types of JSON."""
-    kept = {}
+    dims_of_tensor = {}
     for name, dims in plan.kept.items():
-        kept[name] = {dim: indices.tolist() for dim, indices in dims.items()}
-    return {"kept": kept, "attributes": plan.attributes, "layers": plan.layers}
+        dims_of_tensor[name] = {dim: indices.tolist() for dim, indices in dims.items()}
+    return {"kept": dims_of_tensor, "attributes": plan.attributes, "layers": plan.layers}
 
 
 def _whole_numbers(config: Any) -> dict[str, int]:
     """Return the attributes of a config that are whole numbers, truth values left out."""
-    return {key: value for key, value in vars(config).items() if type(value) is int}
+    attributes = vars(config).items()
+    return {key: value for key, value in attributes if type(value) is int}
 
 
 @torch.inference_mode(False)
@@ -327,7 +345,8 @@ def _cut_as_saved(model: nn.Module, content: Mapping[str, Any]) -> nn.Module:
     """Return `model` cut by the plans of a file in turn, with the configs of the file; the weights are the model's."""
     new = model
     for plan in content["plans"]:
-        new = cut(new, _kept_of(plan), _attributes_of(plan, new), plan["layers"])
+        attributes = _attributes_of(plan, new)
+        new = cut(new, _keep_of(plan), attributes, plan["layers"])
     if not content["plans"]:
         new = cut(model, {}, {})  # a copy
     for config, numbers in zip(anatomy.configs(new), content["configs"], strict=True):
@@ -335,17 +354,19 @@ def _cut_as_saved(model: nn.Module, content: Mapping[str, Any]) -> nn.Module:
     return new
 
 
-def _kept_of(plan: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
+def _keep_of(plan: Mapping[str, Any]) -> Keep:
     """Return the kept indices of a plan in JSON: {parameter: {dimension: indices}}."""
-    kept = {}
+    keep: dict[str, dict[int, Tensor]] = {}
     for name, dims in plan["kept"].items():
-        kept[name] = {int(dim): torch.tensor(indices, dtype=torch.int64) for dim, indices in dims.items()}
-    return kept
+        keep[name] = {}
+        for dim, indices in dims.items():
+            keep[name][int(dim)] = torch.tensor(indices, dtype=torch.int64)
+    return keep
 
 
-def _attributes_of(plan: Mapping[str, Any], model: nn.Module) -> dict[str, dict[str, Any]]:
+def _attributes_of(plan: Mapping[str, Any], model: nn.Module) -> Attributes:
     """Return the attributes of a plan in JSON, in the types of the model's attributes, as JSON knows no tuples."""
-    attributes = {}
+    attributes: dict[str, dict[str, Any]] = {}
     for name, values in plan["attributes"].items():
         module = model.get_submodule(name)
         attributes[name] = {}

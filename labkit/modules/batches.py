@@ -1,7 +1,7 @@
-"""Read a batch, whatever form it has: the model's arguments, the labels, and the tokens that are no padding.
+"""Read batches of any form: the model's arguments, the labels, and the tokens without padding.
 
-A batch is what a model is called with: a tensor, a tuple (inputs, labels) as a DataLoader gives it, or the dict of a
-tokenizer. The functions of labkit that take `batches` take an iterable of batches in any of these forms:
+A batch is a tensor, a tuple (inputs, labels) of a DataLoader, or the dict of a tokenizer. An argument `batches`, in all
+of labkit, is an iterable of batches of any form:
 
 >>> import torch
 >>> from labkit import batches
@@ -16,7 +16,7 @@ tokenizer. The functions of labkit that take `batches` take an iterable of batch
 ...     model(*args, **kwargs).shape
 torch.Size([8, 3])
 
-No tensor is moved to another device. The loss of a batch is in `losses`; training is in `labkit.training`.
+No tensor is moved to a different device. The loss of a batch is in `losses`; training is in `labkit.training`.
 """
 
 import inspect
@@ -106,7 +106,7 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
 
 
 def _keyword_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the items of a dict that `forward` takes; `labels` are left out if `forward` takes none."""
+    """Return the items of a dict; `labels` only if `forward` has such a parameter."""
     takes_labels = _takes_labels(model, batch)
     return {name: value for name, value in batch.items() if takes_labels or name != "labels"}
 
@@ -190,7 +190,7 @@ def _takes_labels(model: nn.Module, batch: Any) -> bool:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Tell whether the config of a transformers model describes an encoder-decoder such as T5."""
+    """Tell whether the config of a transformers model describes an encoder-decoder, like T5."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
@@ -229,11 +229,11 @@ def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tenso
 
 
 def check_batches(batches: Iterable | None, criterion: str) -> Iterable:
-    """Return `batches` if it can be an iterable of batches.
+    """Return `batches`, an iterable of batches.
 
-    criterion: the name of the criterion that needs data, for the error.
+    criterion: the name of a criterion in need of data, for the error.
 
-    Raises InputError for None, a single batch, or anything else that is no iterable of batches.
+    Raises InputError for None, a single batch, or an object without iteration.
     """
     if batches is None:
         raise InputError(
@@ -248,7 +248,7 @@ def check_batches(batches: Iterable | None, criterion: str) -> Iterable:
 
 
 def not_empty(batches: Iterable) -> Iterator:
-    """Yield the batches, holding none of them in memory; raise InputError at the end if there was no batch."""
+    """Yield the batches without keeping a batch in memory; raise InputError at the end of an empty iterable."""
     empty = True
     for batch in batches:
         empty = False
