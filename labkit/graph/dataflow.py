@@ -22,15 +22,6 @@ from labkit.graph.subclasses import after_norm
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMED = ("weight", "bias", "running_mean", "running_var")  # tensors that a batch norm holds and reads
 
-# Operators with f(s x) = s f(x), each channel by itself: those that keep the shape, those that work on the last
-# dimensions, those that reduce the dimensions they are told, and views.
-SAME = {"relu", "leaky_relu", "_prelu_kernel", "clone", "detach", "alias", "contiguous", "neg", "abs"}
-_NAMES = """max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
-_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_linear1d
-upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"""
-SPATIAL = frozenset(_NAMES.split())
-REDUCING = {"mean", "sum", "amax", "amin"}
-VIEWS = {"view", "_unsafe_view", "reshape"}
 CLIPS = {"hardtanh", "relu6", "clamp_max"}
 VECTORS = {"native_layer_norm": (1, 2), "mul": (1,)}  # allowed numbers of parameters of sources that are no layers
 
@@ -72,6 +63,86 @@ class Channels(NamedTuple):
 
     dim: int
     repeats: int
+
+
+# --- operators that let a scale of each channel pass ------------------------------------------------------------------
+
+# A rule finds the channels in the result of an operator f with a single scaled operand x: rule(operation, channels of
+# x, shape of x) -> channels of the result; None unless f(s x) = s f(x) for a scale s of each channel.
+
+
+def _unchanged(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    return channels
+
+
+def _of_same_size(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if their dimension has the same place and size in the result."""
+    after = operation.shape
+    if len(before) != len(after):
+        return None
+    return channels if before[channels.dim] == after[channels.dim] else None
+
+
+def _over_positions(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if the operator, on the last one to three dimensions, does not work on theirs."""
+    positions = 2
+    for digit in (1, 3):
+        if f"{digit}d" in operation.name:
+            positions = digit
+    first_position = len(operation.shape) - positions
+    return _of_same_size(operation, channels, before) if channels.dim < first_position else None
+
+
+def _padded(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if the padding is of zeros, and in dimensions behind the channels' only."""
+    padding, value = (*operation.settings, 0)[:2]  # the value is optional
+    first_padded = len(operation.shape) - len(padding) // 2
+    return channels if value == 0 and channels.dim < first_padded else None
+
+
+def _reduced(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if the reduction runs over other dimensions."""
+    setting = operation.settings[0] if operation.settings else None  # a dimension, a list of dimensions, or neither
+    if not isinstance(setting, (int, list)):
+        return None
+    dims = [setting] if isinstance(setting, int) else setting
+    reduced = {dim % len(before) for dim in dims}
+    if not reduced or channels.dim in reduced:  # an empty list stands for all dimensions
+        return None
+    if len(operation.shape) == len(before):  # keepdim
+        return channels
+    removed_before = sum(dim < channels.dim for dim in reduced)
+    return Channels(channels.dim - removed_before, channels.repeats)
+
+
+def _viewed(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels in the dimension that starts at the same entry as the channels' dimension before the view.
+
+    The dimension may take in dimensions behind, as in flatten: each channel then has several entries.
+    """
+    after = operation.shape
+    size_before = before[channels.dim]
+    entries = math.prod(before[channels.dim :])
+    for dim, size in enumerate(after):
+        starts_there = math.prod(after[dim:]) == entries
+        if starts_there and size % size_before == 0:
+            repeats = channels.repeats * (size // size_before)
+            return Channels(dim, repeats)
+    return None
+
+
+_OPERATORS = {
+    "relu leaky_relu _prelu_kernel clone detach alias contiguous neg abs": _unchanged,
+    "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d": _over_positions,
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d": _over_positions,
+    "upsample_nearest1d upsample_nearest2d": _over_positions,
+    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d": _over_positions,
+    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d": _over_positions,
+    "constant_pad_nd": _padded,
+    "mean sum amax amin": _reduced,
+    "view _unsafe_view reshape": _viewed,
+}
+PASSING = {name: rule for names, rule in _OPERATORS.items() for name in names.split()}
 
 
 class Dataflow:
@@ -257,32 +328,19 @@ class Dataflow:
         """
         operation = self.operations[number]
         carriers = [i for i, x in enumerate(channels) if x is not None]
+        shapes = [self._operand_shape(number, i) for i in carriers]
         first = channels[carriers[0]]
-        before = self._operand_shape(number, carriers[0])
-        after = operation.shape
-        keeps_rank = len(before) == len(after)
-        keeps_dim = keeps_rank and before[first.dim] == after[first.dim]
-
-        if operation.name in ("add", "sub"):  # both operands are scaled alike, and none is broadcast
+        if operation.name in ("add", "sub"):  # both operands must be scaled alike, without broadcasting
             are_alike = carriers == [0, 1] and channels[0] == channels[1]
-            shapes = [self._operand_shape(number, i) for i in carriers]
-            return first if are_alike and shapes == [after, after] else None
-        if operation.name == "mul":  # only one factor is scaled
-            return first if len(carriers) == 1 and keeps_dim else None
-        if carriers != [0]:
+            has_equal_shapes = {operation.shape, *shapes} == {operation.shape}
+            return first if are_alike and has_equal_shapes else None
+        if operation.name == "mul":  # only a single factor may be scaled
+            is_single = len(carriers) == 1
+            return _of_same_size(operation, first, shapes[0]) if is_single else None
+        rule = PASSING.get(operation.name)
+        if rule is None or carriers != [0]:
             return None
-        if operation.name in SAME:
-            return first
-        if operation.name in SPATIAL:
-            first_position = len(after) - _spatial_dims(operation.name)
-            return first if keeps_dim and first.dim < first_position else None
-        if operation.name == "constant_pad_nd":
-            return first if _pads_zeros_behind(operation, first.dim) else None
-        if operation.name in REDUCING:
-            return _after_reduction(operation, first, before)
-        if operation.name in VIEWS:
-            return _after_view(first, before, after)
-        return None
+        return rule(operation, first, shapes[0])
 
 
 def _parameter(module: str, attribute: str) -> str:
@@ -316,51 +374,3 @@ def _clips(operation: Operation) -> bool:
         upper = operation.settings[1:2]
         return upper not in ((), (None,))
     return operation.name in CLIPS
-
-
-def _spatial_dims(name: str) -> int:
-    """Return how many of the last dimensions an operator of SPATIAL works on."""
-    if "1d" in name:
-        return 1
-    return 3 if "3d" in name else 2
-
-
-def _pads_zeros_behind(operation: Operation, dim: int) -> bool:
-    """Tell whether a constant_pad_nd pads zeros to dimensions behind `dim` only."""
-    padding, value = (*operation.settings, 0)[:2]  # the value is optional
-    first_padded = len(operation.shape) - len(padding) // 2
-    return value == 0 and dim < first_padded
-
-
-def _after_reduction(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
-    """Return the channels after a reduction; None if the reduction runs over the channels' dimension.
-
-    before: shape of the operand.
-    """
-    reduced = operation.settings[0] if operation.settings else None  # a dimension, a list of them, or None
-    if not isinstance(reduced, (int, list)):
-        return None
-    if isinstance(reduced, int):
-        reduced = [reduced]
-    dims = {dim % len(before) for dim in reduced}
-    if not dims or channels.dim in dims:  # no dimensions mean all of them
-        return None
-    if len(operation.shape) == len(before):  # keepdim
-        return channels
-    removed_before = sum(dim < channels.dim for dim in dims)
-    return Channels(channels.dim - removed_before, channels.repeats)
-
-
-def _after_view(channels: Channels, before: Sequence[int], after: Sequence[int]) -> Channels | None:
-    """Return the channels after a view, in the dimension that starts at the same entry as the channels' dimension.
-
-    The dimension may take in dimensions behind, as in flatten: each channel then has several entries.
-    """
-    size_before = before[channels.dim]
-    entries = math.prod(before[channels.dim :])
-    for dim, size in enumerate(after):
-        starts_there = math.prod(after[dim:]) == entries
-        if starts_there and size % size_before == 0:
-            repeats = channels.repeats * (size // size_before)
-            return Channels(dim, repeats)
-    return None

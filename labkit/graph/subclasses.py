@@ -27,7 +27,8 @@ def is_plain(layer: nn.Module) -> bool:
 def _inherits_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Tell whether the class of `layer` has the forward pass of `kind`, convolution included."""
     for name in ("forward", "_conv_forward"):
-        if hasattr(kind, name) and getattr(type(layer), name) is not getattr(kind, name):
+        method = getattr(kind, name, None)
+        if method is not None and getattr(type(layer), name) is not method:
             return False
     return True
 

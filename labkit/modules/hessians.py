@@ -81,7 +81,8 @@ def hessian(layer: nn.Module, x: Tensor) -> Tensor:
     outer = patches.dim() - _inner_dims(layer)
     count = patches.shape[:outer].numel()
     width = patches.shape[outer:].numel() // groups
-    rows = patches.reshape(count, groups, width).transpose(0, 1)  # [groups, count, in]
+    rows = patches.reshape(count, groups, width)
+    rows = rows.transpose(0, 1)  # [groups, count, in]
     return 2 * rows.transpose(1, 2) @ rows
 
 
@@ -213,7 +214,8 @@ def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Statist
 def check_layer(weight: Tensor, hessian: Tensor) -> None:
     """Raise InputError unless weight [out, in] and hessian [in, in] are finite and fit together."""
     is_matrix = weight.dim() == 2 and weight.is_floating_point()
-    if not is_matrix or hessian.shape != (weight.shape[1], weight.shape[1]):
+    inputs = weight.shape[1] if is_matrix else 0
+    if not is_matrix or hessian.shape != (inputs, inputs):
         raise InputError(
             f"weight is {list(weight.shape)} and hessian {list(hessian.shape)}, but they must be [out, in] and "
             "[in, in]: X^T X of the layer's inputs X [N, in]."
