@@ -320,10 +320,10 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
         raise InputError(f"{file} is of another architecture than {type(model).__name__} ({error}).") from error
     tensors = dict(tensors_of(new))
     for name in sorted(tensors.keys() | stored.keys()):
-        there = _shape_and_dtype(stored.get(name))
-        here = _shape_and_dtype(tensors.get(name))
-        if there != here:
-            raise InputError(f"{file} is of another model: {name!r} is {there} there and {here} here.")
+        in_file = _shape_and_dtype(stored.get(name))
+        in_model = _shape_and_dtype(tensors.get(name))
+        if in_file != in_model:
+            raise InputError(f"{file} is of another model: {name!r} is {in_file} there and {in_model} here.")
     with torch.no_grad():
         for name, x in stored.items():
             tensors[name].copy_(x)
