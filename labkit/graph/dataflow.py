@@ -21,8 +21,7 @@ from labkit.graph.subclasses import after_norm
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMED = ("weight", "bias", "running_mean", "running_var")  # tensors that a batch norm holds and reads
-
-CLIPS = {"hardtanh", "relu6", "clamp_max"}
+CLIPS = {"hardtanh", "relu6", "clamp_max"}  # operators that limit from above, besides clamp
 VECTORS = {"native_layer_norm": (1, 2), "mul": (1,)}  # allowed numbers of parameters of sources that are no layers
 
 
@@ -204,10 +203,10 @@ class Dataflow:
         is_transposed = any(setting is True for setting in operation.settings)
         if operation.name not in ("convolution", "mm", "addmm") or is_transposed:
             return None
-        bias = list(operation.operands)
+        operands = operation.operands
         at = _input_position(operation)
-        del bias[at]  # the input
-        weight = self._untransposed(bias.pop(at))
+        weight = self._untransposed(operands[at + 1])
+        bias = [*operands[:at], *operands[at + 2 :]]
         has_own_weight = weight == _parameter(operation.module, "weight")
         has_own_bias = bias in ([], [_parameter(operation.module, "bias")])
         if not has_own_weight or not has_own_bias:

@@ -52,9 +52,9 @@ def same_pads(
     """
     dimensions = zip(size, kernel, stride, dilation, strict=True)
     height, width = (_padding_needed(*dimension) for dimension in dimensions)
-    left_zeros = width // 2
-    zeros_above = height // 2
-    return left_zeros, width - left_zeros, zeros_above, height - zeros_above
+    on_the_left = width // 2
+    above = height // 2
+    return on_the_left, width - on_the_left, above, height - above
 
 
 def _padding_needed(size: int, kernel: int, stride: int, dilation: int) -> int:
