@@ -91,7 +91,7 @@ def keepers_at_work() -> list[psutil.Process]:
 @pytest.fixture
 def runner() -> Iterator[Runner]:
     with answers.runner(
-        ["import labkit.lesson.settings", "from labkit.lesson import check", "check.load('01')"], seconds=60
+        ["import labkit.lesson.settings", "from labkit.lesson import check; check.load('01')"], seconds=60
     ) as opened:
         yield opened
 
