@@ -29,7 +29,7 @@ SLEEPS = Answer("01.2", "time_bound", [], "import time\ntime.sleep(600)")
 EVERY_MUTANT = """
 import importlib, json
 from course import answers, grade, sandbox
-from labkit import checks
+from labkit.lesson import check as checks
 
 lessons, _ = grade.read_lessons()
 for statement in grade._imports(lessons, [lesson.name for lesson in lessons]):
