@@ -1,0 +1,88 @@
+"""Answers to the exercises: right ones that are written otherwise, and wrong ones, each a patch on the worked answer.
+
+lessonNN.py holds RIGHT: {exercise: one more right answer}. lessonNN.toml holds the wrong answers: a name, and pairs of
+old and new text; each old text stands once in the worked answer.
+"""
+
+import ast
+import importlib
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from course import answers, notebooks
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The answers to the exercises of a lesson. right: {exercise: answers}. wrong: {exercise: {name: answer}}."""
+
+    right: dict[str, list[Callable]]
+    wrong: dict[str, dict[str, Callable]]
+
+
+@dataclass(frozen=True)
+class Worked:
+    """A worked answer: its source, the name of its function, and what the cells above define."""
+
+    source: str
+    function: str
+    above: dict[str, object]
+
+    def answer(self) -> Callable:
+        return self._run(self.source, "the worked answer")
+
+    def patched(self, name: str, patches: list[tuple[str, str]]) -> Callable:
+        """Make the function with every old text replaced by its new one; ValueError unless it stands there once."""
+        source = self.source
+        for old, new in patches:
+            if source.count(old) != 1:
+                raise ValueError(f"{self.function}, {name!r}: {old!r} stands {source.count(old)} times in the answer")
+            source = source.replace(old, new)
+        return self._run(source, name)
+
+    def _run(self, source: str, name: str) -> Callable:
+        space = dict(self.above)
+        exec(compile(source, f"<{name}>", "exec"), space)
+        return space[self.function]
+
+
+@cache
+def worked(lesson: str) -> dict[str, Worked]:
+    """Read the worked answers of a lesson, "03", each with the imports, functions and constants of the cells above."""
+    notebook = notebooks.read(notebooks.find(lesson))
+    tasks = {task.cell_id: task for task in notebooks.exercises(notebook)}
+    answers_by_exercise: dict[str, Worked] = {}
+    above: dict[str, object] = {"__name__": "__main__"}
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        if task := tasks.get(cell.id):
+            answers_by_exercise[task.id] = Worked(task.solution, task.function, dict(above))
+        define(cell.source, above)
+    return answers_by_exercise
+
+
+def define(source: str, space: dict[str, object]) -> None:
+    """Run a cell's definitions; those that need what is not there are left out."""
+    for statement in answers.definitions(source):
+        with suppress(Exception):
+            exec(compile(ast.Module([statement], []), "<the lesson>", "exec"), space)
+
+
+@cache
+def bank(lesson: str) -> Bank:
+    """Read the right and the wrong answers of a lesson, "03"."""
+    written = importlib.import_module(f"mutants.lesson{lesson}")
+    solutions = worked(lesson)
+    right = {exercise: [solution.answer(), written.RIGHT[exercise]] for exercise, solution in solutions.items()}
+    tables = tomllib.loads((FOLDER / f"lesson{lesson}.toml").read_text(encoding="utf-8"))
+    wrong: dict[str, dict[str, Callable]] = {}
+    for exercise, rows in tables.items():
+        wrong[exercise] = {row["name"]: solutions[exercise].patched(row["name"], row["patches"]) for row in rows}
+    return Bank(right, wrong)
