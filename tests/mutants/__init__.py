@@ -1,7 +1,7 @@
 """Answers to the exercises: right ones that are written otherwise, and wrong ones, each a patch on the worked answer.
 
 lessonNN.py holds RIGHT: {exercise: one more right answer}. lessonNN.toml holds the wrong answers: a name, and pairs of
-old and new text; each old text stands once in the worked answer.
+old and new text; each old text stands once in the worked answer, below its docstring.
 """
 
 import ast
@@ -38,18 +38,25 @@ class Worked:
         return self._run(self.source, "the worked answer")
 
     def patched(self, name: str, patches: list[tuple[str, str]]) -> Callable:
-        """Make the function with every old text replaced by its new one; ValueError unless it stands there once."""
-        source = self.source
+        """Make the function with old texts replaced by new ones; ValueError unless each stands once below the docstring."""
+        lines = self.source.splitlines(keepends=True)
+        end = end_of_docstring(self.source)
+        head, body = "".join(lines[:end]), "".join(lines[end:])
         for old, new in patches:
-            if source.count(old) != 1:
-                raise ValueError(f"{self.function}, {name!r}: {old!r} stands {source.count(old)} times in the answer")
-            source = source.replace(old, new)
-        return self._run(source, name)
+            if body.count(old) != 1:
+                raise ValueError(f"{self.function}, {name!r}: {old!r} stands {body.count(old)} times in the answer")
+            body = body.replace(old, new)
+        return self._run(head + body, name)
 
     def _run(self, source: str, name: str) -> Callable:
         space = dict(self.above)
         exec(compile(source, f"<{name}>", "exec"), space)
         return space[self.function]
+
+
+def end_of_docstring(source: str) -> int:
+    """Count the lines up to the end of the docstring of an answer, which is the last definition of its cell."""
+    return ast.parse(source).body[-1].body[0].end_lineno
 
 
 @cache
