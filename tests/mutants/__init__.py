@@ -38,7 +38,7 @@ class Worked:
         return self._run(self.source, "the worked answer")
 
     def patched(self, name: str, patches: list[tuple[str, str]]) -> Callable:
-        """Make the function with old texts replaced by new ones; ValueError unless each stands once below the docstring."""
+        """Make the function with old texts replaced by new ones; ValueError unless each stands once in the body."""
         lines = self.source.splitlines(keepends=True)
         end = end_of_docstring(self.source)
         head, body = "".join(lines[:end]), "".join(lines[end:])
