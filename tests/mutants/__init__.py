@@ -1,7 +1,7 @@
 """Answers to the exercises: right ones that are written otherwise, and wrong ones, each a patch on the worked answer.
 
-lessonNN.py holds RIGHT: {exercise: one more right answer}. lessonNN.toml holds the wrong answers: a name, and pairs of
-old and new text; each old text stands once in the worked answer, below its docstring.
+lessonNN.py holds RIGHT: {exercise: one more right answer}. lessonNN.toml holds the wrong answers by name: pairs of
+old and new text. Each old text stands once in the worked answer, below its docstring.
 """
 
 import ast
@@ -89,7 +89,7 @@ def bank(lesson: str) -> Bank:
     solutions = worked(lesson)
     right = {exercise: [solution.answer(), written.RIGHT[exercise]] for exercise, solution in solutions.items()}
     tables = tomllib.loads((FOLDER / f"lesson{lesson}.toml").read_text(encoding="utf-8"))
-    wrong: dict[str, dict[str, Callable]] = {}
+    wrong = {}
     for exercise, rows in tables.items():
-        wrong[exercise] = {row["name"]: solutions[exercise].patched(row["name"], row["patches"]) for row in rows}
+        wrong[exercise] = {name: solutions[exercise].patched(name, patches) for name, patches in rows.items()}
     return Bank(right, wrong)
