@@ -20,23 +20,21 @@ No tensor is moved to a different device. The loss of a batch is in `losses`; tr
 """
 
 import inspect
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_module, check_tensor
+from labkit.arguments import check_tensor
 from labkit.errors import InputError, check_whole
+from labkit.modules.evaluating import evaluating
 from labkit.modules.hooks import watching
 
 __all__ = [
     "IGNORED",
     "check_batches",
-    "evaluating",
+    "evaluating",  # for whoever reads batches needs it beside them
     "inputs",
     "is_encoder_decoder",
     "labelled",
@@ -45,40 +43,10 @@ __all__ = [
     "segments",
     "split",
     "valid_tokens",
-    "watching",  # lessons call it `labkit.batches.watching`
+    "watching",  # `labkit.batches.watching` in lessons
 ]
 
 IGNORED = -100  # the label that cross-entropy leaves out
-
-
-@contextmanager
-def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Put every submodule of `model` into eval mode for the `with` block.
-
-    Afterwards the training flags and the random states of torch, numpy and Python are as before, errors or not.
-
-    seed: set torch's generators to the seed inside; None leaves the generators where they are.
-    """
-    check_module(model)
-    modes = [(module, module.training) for module in model.modules()]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            for module, training in modes:
-                module.training = training
-
 
 # --- a single batch ---------------------------------------------------------------------------------------------------
 
