@@ -1,4 +1,4 @@
-"""Follow channels from the layer or norm of their origin to their readers.
+"""Follow channels from the layer or norm that makes them to the layers that read them.
 
 `Dataflow` reads the trace of a model on the meta device (`tracing.record`). No value is looked at, so the answers hold
 for every input. `Dataflow.folds` lists the batch norms to be folded into a layer; `Dataflow.route` tells whether all
@@ -83,7 +83,7 @@ def _of_same_size(operation: Operation, channels: Channels, before: Sequence[int
 
 
 def _over_positions(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
-    """Return the channels if the operator, on the last one to three dimensions, does not work on theirs."""
+    """Return the channels if the operator works on dimensions behind: the last one, two or three."""
     positions = 2
     for digit in (1, 3):
         if f"{digit}d" in operation.name:
@@ -150,10 +150,10 @@ class Dataflow:
     model, args, kwargs: the model and its example input.
 
     operations: of the trace, in order; the number of an operation is its index.
-    returned: numbers of the operations with results returned by the model.
-    readers: {number of an operation, or name of a parameter or buffer: numbers of the operations reading the value}.
-    layers: {number of an operation: name of the layer}, for layers with parameters not used by any further operation.
-    sources: the operations with channels scaled by a parameter.
+    returned: numbers of the operations whose results the model returns.
+    readers: {number of an operation, or name of a parameter or buffer: numbers of the operations that read the value}.
+    layers: {number of an operation: name of the layer}, for layers whose parameters no other operation reads.
+    sources: the operations whose channels a parameter scales.
     """
 
     @torch.inference_mode(False)  # in that mode composite operators arrive whole, and no layer is known by its product

@@ -1,9 +1,9 @@
 """Prove a cut: compare the outputs of the pruned model and of the dense model with the removed channels unread.
 
 `check` runs the two models on the example input. In a copy of the dense model, every weight column that reads a removed
-channel is set to zero, so the function of the remaining channels is left. No weight can correct a norm or another
+channel is set to zero, which leaves the function of the remaining channels. No weight can do that for a norm or another
 statistic over pruned channels, so the dense copy takes the statistic over the remaining channels, and the report names
-the statistic. The check uses the outputs of the pruned model only, never the plan behind the weights.
+the statistic. Of the pruned model the check uses the outputs only, never the plan behind the weights.
 """
 
 import math
@@ -125,7 +125,7 @@ def check(
 
 
 def _precisions(model: nn.Module, record: Record) -> list[_Precision]:
-    """Return the precisions to try, in order: float64 first if the model is small enough to be copied in it."""
+    """Return the precisions to try, in order: float64 first if the model is small enough for a copy in float64."""
     floating = [x.dtype for x in model.parameters() if x.is_floating_point()]
     single = torch.promote_types(floating[0] if floating else torch.float32, torch.float32)
     has_double = next(model.parameters()).device.type != "mps"
@@ -245,10 +245,13 @@ def difference(expected: Any, results: Any) -> tuple[float, float]:
 
     Returns (largest difference, largest number of `expected`).
 
-    The difference is infinite if shapes differ, or tensors of whole numbers or truth values, or numbers of Python. The
-    largest number limits rounding errors, so only computed numbers count: the -1e9 of a mask, equal in both outputs,
-    would hide a wrong cut. Computed numbers differ by rounding; a number of more than FAR times the largest differing
-    number is taken for a mask's. Raises EqualityError if `expected` has no finite number.
+    The difference is infinite if shapes differ, or tensors of whole numbers or truth values, or numbers of Python.
+
+    The largest number tells how much rounding is allowed, so only computed numbers may count: the -1e9 of a mask, the
+    same in both outputs, would hide a wrong cut. Computed numbers differ by rounding, and a number of more than FAR
+    times the largest number that differs is taken for a mask's.
+
+    Raises EqualityError if `expected` has no finite number.
     """
     shapes_expected = [x.shape for x in outputs(expected)]
     shapes_of_results = [x.shape for x in outputs(results)]

@@ -72,7 +72,7 @@ def out_dim(module: nn.Module) -> int:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks with most of the weights; [] unless the model has exactly a single list of blocks.
+    """Return the blocks with most of the weights; an empty list if the model has no list of blocks, or several.
 
     A list of blocks is an nn.ModuleList of two or more modules, all different and of the same class, with more than a
     quarter of the model's prunable weights. Lists inside a list of blocks do not count.

@@ -1,4 +1,4 @@
-"""Find the dense tensors with the data of sparse and wrapped tensors."""
+"""Find the dense tensors that hold the data of sparse and wrapped tensors."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from labkit.errors import InputError
 
 
 def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the dense tensors with the data of `tensors`.
+    """Return the dense tensors that hold the data of `tensors`.
 
     A dense tensor is returned as is, a sparse tensor as several `components`, and a wrapper subclass as the dense parts
     of the inner tensors, sparse or wrapped in turn.

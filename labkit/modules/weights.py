@@ -85,7 +85,7 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
 
 
 def computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield the prunable weights computed from parameters of different names: (name, how, value in the forward pass).
+    """Yield the prunable weights that are computed from other parameters: (name, how, value in the forward pass).
 
     how: "masks of torch.nn.utils.prune" or "a parametrization".
     """
