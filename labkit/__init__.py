@@ -1,8 +1,8 @@
-"""Inference optimisation, measured: the tested package that the lessons import.
+"""Inference optimisation, measured: the tested package behind the lessons.
 
-`labkit.start(...)` begins a lesson. The modules lie in rooms, a folder each (see CONTRIBUTING.md). Modules that people
-call have a short name as well: `labkit.bench` is `labkit/timing/bench.py`. A module is imported on first use, so that
-`import labkit` costs nothing.
+`labkit.start(...)` begins a lesson. The modules lie in rooms, a folder each (see CONTRIBUTING.md). Modules for lessons
+have a short name as well: `labkit.bench` is `labkit/timing/bench.py`. A module is imported on first use, and `import
+labkit` by itself takes no time.
 """
 
 import importlib
@@ -62,7 +62,7 @@ sys.meta_path.insert(0, _ShortNames())
 
 
 def submodules(package: str, names: Collection[str]) -> Callable[[str], ModuleType]:
-    """Make the `__getattr__` of a package that imports each of its modules on first use.
+    """Make the `__getattr__` of a package, to import each module of the package on first use.
 
     package: dotted name of the package.
     names: names of the modules in the package.
@@ -77,9 +77,9 @@ def submodules(package: str, names: Collection[str]) -> Callable[[str], ModuleTy
 
 
 def names_on_demand(module: str, origins: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the `__getattr__` of a module that offers names of other modules, and imports each name on first use.
+    """Make the `__getattr__` of a module, to offer names from further modules and import each on first use.
 
-    module: dotted name of the module that offers the names.
+    module: dotted name of the offering module.
     origins: dotted name of the defining module, by name.
     """
 
@@ -91,13 +91,15 @@ def names_on_demand(module: str, origins: Mapping[str, str]) -> Callable[[str], 
     return value
 
 
-_TOP = tuple(name.removeprefix("labkit.") for name in SHORT_NAMES if name.count(".") == 1)
-_MODULES = tuple(sorted({*_TOP, *ROOMS, "distillation", "show"}))
+_SHORT = [name.removeprefix("labkit.") for name in SHORT_NAMES if name.count(".") == 1]
+_MODULES = tuple(sorted({*_SHORT, *ROOMS, "distillation", "show"}))
 _module = submodules("labkit", ("start", *_MODULES))
 
 
 def __getattr__(name: str) -> Any:
-    return importlib.import_module("labkit.lesson.session").start if name == "start" else _module(name)
+    if name == "start":
+        return importlib.import_module("labkit.lesson.session").start
+    return _module(name)
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ import numbers
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import product
 from typing import Any
 
 from labkit.errors import InputError
@@ -18,6 +19,7 @@ from labkit.errors import InputError
 # Okabe and Ito (2008): colours told apart with the common forms of colour blindness; black is left to axes and text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 SHORTEST_ALT = 30  # characters: a shorter text names the figure instead of describing the figure
+LINE_STYLES = ("-", "-.", ":")
 WIDTH = 6.8  # inches of a figure as a rule, 653 px at its natural size
 TYPE = 12.6  # points: 10 px where a figure of that width is shown 390 px wide, on a phone
 PHONE_PX = 390  # width of a figure on a phone
@@ -28,10 +30,19 @@ BADGE = (
     "SIMULATED</b>"
 )
 
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+_PREFIXES = (
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1.0, ""),
+    (1e-3, "m"),
+    (1e-6, "µ"),
+)
 _NANO = (1e-9, "n")
 _SCALED = {"s", "B", "B/s", "FLOP", "FLOP/s", "FLOPs", "J", "W"}  # units that take a prefix
-_UNITS = {prefix + base: (scale, base) for base in _SCALED for scale, prefix in (*_PREFIXES, _NANO)}
+_UNITS = {f"{prefix}{base}": (scale, base) for (scale, prefix), base in product((*_PREFIXES, _NANO), _SCALED)}
 BARE = {"ratio", "fraction"}  # units that go without saying
 _WHOLE = {"B", "FLOP", "FLOPs"}  # counted in whole numbers
 
@@ -125,7 +136,9 @@ def _title(fig: Any) -> str:
 
 def _folded_data(rows: Rows, alt: str, caption: str, simulated: bool) -> str:
     badge = f"{BADGE} " if simulated else ""
-    words = f'<p style="margin:2px 0">{badge}{escape(caption)}</p>' if caption or simulated else ""
+    words = ""
+    if caption or simulated:
+        words = f'<p style="margin:2px 0">{badge}{escape(caption)}</p>'
     data = f"<p>{escape(alt)}</p>{html_table(rows)}"
     return f"{words}<details><summary>Description and data</summary>{data}</details>"
 
@@ -146,7 +159,8 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
     names = dict.fromkeys(row[by] for row in rows)
     for number, name in enumerate(names):
         group = [row for row in rows if row[by] == name]
-        look: dict[str, Any] = {"linestyle": ("-", "-.", ":")[number // colours % 3]}  # for when colours come again
+        times_round = number // colours  # colours come again, with another line style
+        look: dict[str, Any] = {"linestyle": LINE_STYLES[times_round % len(LINE_STYLES)]}
         if name == baseline:
             look = {"color": "black", "linestyle": "--"}
         if all("low" in row and "high" in row for row in group):
@@ -154,7 +168,8 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
             above = [row["high"] - row[y] for row in group]
             look["yerr"] = [below, above]
         look |= {"marker": "o", "markersize": 3, "capsize": 2, **style}
-        xs, ys = [row[x] for row in group], [row[y] for row in group]
+        xs = [row[x] for row in group]
+        ys = [row[y] for row in group]
         ax.errorbar(xs, ys, label=str(name), **look)
 
 
@@ -227,8 +242,11 @@ def _type_on_a_phone(fig: Any) -> float:
     """Return the height in pixels of the smallest text of a figure that is PHONE_PX wide."""
     from matplotlib.text import Text
 
-    texts = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    inches = min(text.get_fontsize() for text in texts) / 72
+    points = []
+    for text in fig.findobj(Text):
+        if text.get_visible() and text.get_text().strip():
+            points.append(text.get_fontsize())
+    inches = min(points) / 72
     return inches * PHONE_PX / fig.get_figwidth()
 
 
@@ -240,11 +258,11 @@ def _check_labels(fig: Any) -> None:
         if ax.get_label() == "<colorbar>" and len(missing) < 2:
             continue  # a colour bar measures along one side only
         if missing:
+            axis = missing[0]
             title = ax.get_title(loc="left") or ax.get_title()
-            where = f"axes {number}" + (f" ({title})" if title else "")
+            where = f"axes {number} ({title})" if title else f"axes {number}"
             raise InputError(
-                f"The {missing[0]} axis of {where} has no label; call ax.set_{missing[0]}label(...) with the quantity "
-                "and its unit."
+                f"The {axis} axis of {where} has no label; call ax.set_{axis}label(...) with the quantity and its unit."
             )
 
 
@@ -325,7 +343,8 @@ def html_table(rows: Rows, *, caption: str = "", simulated: bool = False) -> str
     head = _cells("th", aligns, [str(column) for column in columns])
     body = ""
     for row in rows:
-        body += f"<tr>{_cells('td', aligns, [quantity(row.get(column)) for column in columns])}</tr>"
+        texts = [quantity(row.get(column)) for column in columns]
+        body += f"<tr>{_cells('td', aligns, texts)}</tr>"
     label = (f"{BADGE} " if simulated else "") + escape(caption)
     title = f'<caption style="caption-side:top;text-align:left;font-weight:bold;padding:4px 10px">{label}</caption>'
     return (
@@ -341,8 +360,10 @@ def _alignment(rows: Rows, column: str) -> str:
 
 
 def _cells(tag: str, aligns: Sequence[str], texts: Sequence[str]) -> str:
-    cells = [f"<{tag}{align}>{escape(text)}</{tag}>" for align, text in zip(aligns, texts, strict=True)]
-    return "".join(cells)
+    cells = ""
+    for align, text in zip(aligns, texts, strict=True):
+        cells += f"<{tag}{align}>{escape(text)}</{tag}>"
+    return cells
 
 
 def text_table(rows: Rows) -> str:
@@ -420,7 +441,10 @@ def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
 
 def interval(ci95: Sequence[float] | None, unit: str = "") -> str:
     """Print a 95 % interval as '1.10 ms to 1.30 ms', or '' for None."""
-    return "" if ci95 is None else f"{quantity(ci95[0], unit)} to {quantity(ci95[1], unit)}"
+    if ci95 is None:
+        return ""
+    low, high = ci95
+    return f"{quantity(low, unit)} to {quantity(high, unit)}"
 
 
 def counted(number: int, noun: str) -> str:
@@ -430,12 +454,16 @@ def counted(number: int, noun: str) -> str:
 
 def factor(unit: str, target: str) -> float | None:
     """Return the factor from a unit to another (s -> ms: 1000); None for units of two kinds."""
-    unit, target = (name.replace("×", "x").replace("us", "µs") for name in (unit, target))
+    unit, target = _usual_spelling(unit), _usual_spelling(target)
     if unit == target or not unit or not target:
         return 1.0
     scale, base = _UNITS.get(unit, (1.0, unit))
     target_scale, target_base = _UNITS.get(target, (1.0, target))
     return scale / target_scale if base == target_base else None
+
+
+def _usual_spelling(unit: str) -> str:
+    return unit.replace("×", "x").replace("us", "µs")
 
 
 def number(value: Any) -> float | int | None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from labkit.show import counted
 from labkit.timing import clocks, interference, stats
 from labkit.timing.clocks import Sample
 from labkit.timing.fingerprint import Machine, fingerprint, memory_bytes, torch_device
@@ -94,7 +95,9 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
         samples = _in_turns(workloads, target, deadline)
     after = interference.snapshot(target)
     by_cpu = _judged_by_cpu_time(machine, target, before, after)
-    seconds = {key: [sample.by(by_cpu) for sample in of_call] for key, of_call in samples.items()}
+    seconds = {}
+    for key, of_call in samples.items():
+        seconds[key] = [sample.by(by_cpu) for sample in of_call]
     warnings += _interference(target, before, after, _seconds_by_stream(seconds, streams))
     best_rates = _best_rates(seconds, workloads)
     del products, streams, workloads  # the operands, gigabytes on a GPU
@@ -186,7 +189,7 @@ def _interference(
 def _device_name(machine: Machine, target: torch.device) -> str:
     if target.type == "cuda":
         return machine.gpu.name
-    return f"{machine.cpu}, {machine.threads} thread{'s' * (machine.threads > 1)}"
+    return f"{machine.cpu}, {counted(machine.threads, 'thread')}"
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -264,14 +267,19 @@ def _half_product(x: Tensor, weight: Tensor) -> Call:
 
 
 def _int8_product(x: Tensor, weight: Tensor) -> Call:
-    x, weight = (tensor.mul(40).clamp(-128, 127).to(torch.int8) for tensor in (x, weight))
+    x, weight = _as_int8(x), _as_int8(weight)
     out = torch.empty(x.shape, dtype=torch.int32, device=x.device)
     return lambda: torch._int_mm(x, weight.t(), out=out)
 
 
+def _as_int8(tensor: Tensor) -> Tensor:
+    """Round normal numbers to integers, of which few reach the limits."""
+    return tensor.mul(40).clamp(-128, 127).to(torch.int8)
+
+
 def _fp8_product(x: Tensor, weight: Tensor) -> Call:
     scale = torch.ones((), device=x.device)
-    x, weight = (tensor.to(torch.float8_e4m3fn) for tensor in (x, weight))
+    x, weight = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
     return lambda: torch._scaled_mm(x, weight.t(), scale, scale, out_dtype=torch.bfloat16)
 
 
@@ -280,7 +288,8 @@ def _convolution() -> Call:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 128, 56, 56, generator=generator)
     weight = torch.randn(128, 128, 3, 3, generator=generator)
-    x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
+    x = x.to(memory_format=torch.channels_last)
+    weight = weight.to(memory_format=torch.channels_last)
     return lambda: torch.conv2d(x, weight, padding=1)
 
 

@@ -54,7 +54,7 @@ def _components_by_module(model: nn.Module) -> dict[str, str]:
     """
     by_module = _linears_in_layers(model)
     for name, module in model.named_modules():
-        has_weights = next(module.parameters(recurse=False), None) is not None
+        has_weights = len(list(module.parameters(recurse=False))) > 0
         if name not in by_module and has_weights:
             by_module[name] = _outside_linears(name, module)
         elif name.endswith("rotary_emb"):

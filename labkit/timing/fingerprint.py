@@ -1,4 +1,4 @@
-"""Fingerprint of a machine: all facts that a result depends on, and the device, threads and memory of this process.
+"""Fingerprint of a machine: the facts behind a result. Also the device, threads and memory of this process.
 
 The facts follow pyperf's metadata. A fingerprint names no host, user or folder. Reading the facts leaves random state,
 threads and precision settings unchanged.
@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from labkit.errors import InputError
+from labkit.show import counted
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 
@@ -56,19 +57,25 @@ class Gpu:
     driver: str | None
     cuda: str | None
 
+    @property
+    def label(self) -> str:
+        """Return a line for tables and captions."""
+        memory = f"{self.memory / GiB:.0f} GiB"
+        return f"{self.name}, {memory}, driver {self.driver}, CUDA {self.cuda}"
+
 
 @dataclass(frozen=True)
 class Machine:
-    """Hold the facts about a machine on which a result depends. All sizes are in bytes.
+    """Hold the facts about a machine that influence a result. All sizes are in bytes.
 
-    device: "cpu" or "cuda", the device that the fingerprint was taken for and that `slug` and `label` name.
-    affinity: numbers of the logical cores that this process may use.
+    device: "cpu" or "cuda", the device of the fingerprint, named by `slug` and `label`.
+    affinity: numbers of the logical cores of this process.
     threads: threads of torch.
     features: names from FEATURES.
     caches: size of an instance of each level ("L1d", "L2", "L3"), as a core sees the cache.
     cache_counts: number of instances of each level among the cores of `affinity`.
     last_level_cache: total size of all last-level caches of the cores of `affinity`.
-    memory: limit for this process.
+    memory: limit of the process.
     virtualised: None if the machine does not tell.
     """
 
@@ -101,7 +108,7 @@ class Machine:
     def caches_in_all(self) -> dict[str, int]:
         """Return the bytes that fit into the caches of all threads together, by level.
 
-        Private caches count as often as there are threads, shared caches as often as there are instances.
+        A private cache counts once per thread, a shared cache once per instance.
         """
         totals = {}
         for level, size in self.caches.items():
@@ -120,12 +127,17 @@ class Machine:
     def label(self) -> str:
         """Return a line for tables and captions, such as "AMD EPYC, 2 cores, avx512 vnni, 16 GiB"."""
         if self.device == "cuda" and self.gpu:
-            return f"{self.gpu.name}, {self.gpu.memory / GiB:.0f} GiB, driver {self.gpu.driver}, CUDA {self.gpu.cuda}"
-        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+            return self.gpu.label
         features = [name for name in self.features if name in FEATURES_IN_LABEL]
-        instructions = " ".join(features) or self.arch
-        virtual = ", virtual machine" if self.virtualised else ""
-        return f"{self.cpu}, {cores}, {instructions}, {self.memory / GiB:.0f} GiB{virtual}"
+        parts = [
+            self.cpu,
+            counted(self.cores, "core"),
+            " ".join(features) or self.arch,
+            f"{self.memory / GiB:.0f} GiB",
+        ]
+        if self.virtualised:
+            parts.append("virtual machine")
+        return ", ".join(parts)
 
     def to_dict(self) -> dict:
         """Return plain values for JSON, with `slug` and `label`."""
@@ -139,9 +151,9 @@ def _slug(name: str) -> str:
 
 
 def fingerprint(device: str | torch.device = "auto") -> Machine:
-    """Take the fingerprint of the machine as this process sees it.
+    """Take the fingerprint of the machine as this process sees the machine.
 
-    device: as for `torch_device`, which raises InputError for a device that cannot be used.
+    device: as for `torch_device`. Raises InputError for an unusable device.
     """
     target = torch_device(device)
     cpu = _cpu()

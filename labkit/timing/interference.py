@@ -1,4 +1,4 @@
-"""Interference with a measurement: load by other programs, throttling of a GPU, work that a clock does not see.
+"""Interference with a measurement: load by other programs, throttling of a GPU, work unseen by a clock.
 
 The load by other programs is (busy and steal time of the usable cores - own CPU time) / wall time. The load average of
 the system lags by a minute. Reading the counters leaves frequencies and priorities of a shared machine unchanged.
@@ -44,8 +44,8 @@ class Snapshot:
     """Hold the counters of a machine at a moment.
 
     wall_s: wall time in seconds.
-    process_s: CPU seconds of this process.
-    busy_s: busy seconds of all cores that this process may use.
+    process_s: CPU seconds of the process.
+    busy_s: busy seconds of all usable cores.
     sm_mhz: frequency of the GPU; None if unknown.
     slowed_by: reasons of the GPU for running slower, from SLOWED_BY.
     """
@@ -67,7 +67,7 @@ def snapshot(device: torch.device) -> Snapshot:
 
 
 def _usable_cores() -> list:
-    """Return psutil's CPU times of the cores that this process may use."""
+    """Return psutil's CPU times of the cores in the affinity of the process."""
     cores = psutil.cpu_times(percpu=True)
     if not hasattr(os, "sched_getaffinity"):
         return cores
@@ -122,7 +122,7 @@ def foreign_cores(before: Snapshot, after: Snapshot) -> float | None:
 
 
 def foreign_load(clock: Clock, snapshots: Sequence[Snapshot]) -> float | None:
-    """Return `foreign_cores` from the first snapshot to the last; None for an injected clock, which is a simulation."""
+    """Return `foreign_cores` from the first snapshot to the last; None for an injected clock: a simulation."""
     return None if clock.name == "injected" else foreign_cores(snapshots[0], snapshots[-1])
 
 
@@ -142,15 +142,19 @@ def cpu_time_is_better(
     load = foreign_load(clock, snapshots) or 0.0
     if load <= FOREIGN_CORES:
         return False
+    is_fine_grained = time.get_clock_info("process_time").resolution <= 1e-5
+    return is_fine_grained and all(_computes(side) for side in samples_by_side)
+
+
+def _computes(samples: Sequence[Sample]) -> bool:
+    """Tell whether a call neither sleeps nor keeps several threads busy, from samples of wall time and CPU time."""
     least, most = CPU_BOUND
-    shares = [statistics.median(sample.other_s / sample.seconds for sample in side) for side in samples_by_side]
-    computes = all(least <= share <= most for share in shares)
-    return computes and time.get_clock_info("process_time").resolution <= 1e-5
+    return least <= statistics.median(sample.other_s / sample.seconds for sample in samples) <= most
 
 
 def throttling(snapshots: Sequence[Snapshot]) -> str | None:
     """Say in a phrase why the GPU slowed down, or how far its clock moved; None for a steady GPU."""
-    reasons = sorted({reason for moment in snapshots for reason in moment.slowed_by})
+    reasons = sorted(set().union(*(moment.slowed_by for moment in snapshots)))
     frequencies = [moment.sm_mhz for moment in snapshots if moment.sm_mhz]
     span = "SM clock unknown"
     has_moved = False

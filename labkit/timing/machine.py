@@ -1,7 +1,7 @@
-"""The machine: its fingerprint, its measured ceilings, and a catalogue of accelerators to compare with.
+"""The machine: fingerprint, measured ceilings, and a catalogue of accelerators to compare with.
 
 Look for the code in
-- `fingerprint.py`: the facts that a result depends on, and what this process may use: device, threads, memory;
+- `fingerprint.py`: the facts behind a result, and the device, threads and memory of the process;
 - `roofs.py`: the catalogue DEVICES, and the class of measured ceilings;
 - `ceilings.py`: measuring the ceilings and the bandwidth of the caches.
 """

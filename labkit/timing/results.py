@@ -80,7 +80,8 @@ class Measurement:
         median, interval = estimate(self.median_s, self.ci95_s, "s")
         samples = f"{counted(len(self.samples_s), 'sample')} of {counted(self.number, 'call')}"
         how = f"{samples}, {_conditions(self)}"
-        return f"{self.name} {median} [{interval}; {how}]{_roof(self)}{_warned(self.warnings)}"
+        line = f"{self.name} {median} [{interval}; {how}]"
+        return line + _roof(self) + _warned(self.warnings)
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,9 @@ class Comparison:
         blocks = counted(len(self.baseline_first) // self.per_block, "block")
         pairs = counted(self.per_block, "pair")
         how = f"{builds}{blocks} of {pairs}, {_conditions(self.baseline)}"
-        roof = _roof(self.baseline, self.candidate)
+        line = f"{sides}: {ratio} [{interval}; {how}] {self.verdict}"
         hint = f" - hint: {self.hint}" if self.hint else ""
-        return f"{sides}: {ratio} [{interval}; {how}] {self.verdict}{roof}{_warned(self.all_warnings)}{hint}"
+        return line + _roof(self.baseline, self.candidate) + _warned(self.all_warnings) + hint
 
     def _ratio(self) -> stats.Estimate:
         baseline_s, candidate_s = self.baseline.samples_s, self.candidate.samples_s

@@ -54,11 +54,11 @@ def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str 
         side = "memory" if point.intensity < ridge else "compute"
         roof = min(compute_roof, ceilings.bandwidth * point.intensity)
         share = point.speed / roof
+        percent = f"{100 * share:.3g} %"
         verdict = "" if share <= 1 else ": above it, so its data stay in a cache, or the count or a ceiling is wrong"
-        sentences.append(
-            f"{point.label}: {point.intensity:.3g} FLOP/byte, {quantity(point.speed, 'FLOP/s')}, "
-            f"{100 * share:.3g} % of the {side} roof{verdict}."
-        )
+        speed = quantity(point.speed, "FLOP/s")
+        place = f"{point.label}: {point.intensity:.3g} FLOP/byte, {speed}"
+        sentences.append(f"{place}, {percent} of the {side} roof{verdict}.")
     return " ".join(sentences)
 
 

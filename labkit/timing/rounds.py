@@ -108,7 +108,7 @@ class PreciseMedian(SpentBudget):
         self.take_snapshot()
         (of_call,) = samples.values()
         self.by_cpu = interference.cpu_time_is_better(self.clock, self.snapshots, [of_call])
-        median = stats.median_ci([sample.by(self.by_cpu) for sample in of_call])
+        median = stats.median_ci(_seconds(of_call, self.by_cpu))
         return is_spent or stats.half_width(*median) <= PRECISION
 
 
@@ -137,6 +137,10 @@ class PreciseRatio(SpentBudget):
         self.take_snapshot()
         sides = list(samples.values())
         by_cpu = interference.cpu_time_is_better(self.clock, self.snapshots, sides)
-        baseline, candidate = ([sample.by(by_cpu) for sample in side] for side in sides)
-        ratio = stats.paired_ratio(baseline, candidate, self.per_block)
+        baseline_s, candidate_s = (_seconds(side, by_cpu) for side in sides)
+        ratio = stats.paired_ratio(baseline_s, candidate_s, self.per_block)
         return is_spent or stats.half_width(*ratio) <= CLAIMABLE / 2
+
+
+def _seconds(samples: Sequence[Sample], by_cpu: bool) -> list[float]:
+    return [sample.by(by_cpu) for sample in samples]

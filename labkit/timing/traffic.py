@@ -1,4 +1,4 @@
-"""Bytes of a call: the memory that a call's operators read and write of the tensors that existed before the call."""
+"""Bytes of a call: memory from before the call that operators read and write."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,7 +81,7 @@ class Traffic(TorchDispatchMode):
     with_formula: names of the operators whose products are counted.
     made: storages that the call allocated, by identity.
     reads, writes: touched memory of other storages.
-    uncounted: operators that may compute products but have no formula, and their calls.
+    uncounted: number of calls of each operator that may compute products but has no formula.
     """
 
     supports_higher_order_operators = True

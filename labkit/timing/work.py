@@ -28,7 +28,11 @@ class Work:
         return math.inf if self.flops else 0.0
 
     def __str__(self) -> str:
-        parts = [f"{self.flops / 1e9:.4g} GFLOP", f"{self.bytes / 1e6:.4g} MB", f"{self.intensity:.3g} FLOP/byte"]
+        parts = [
+            f"{self.flops / 1e9:.4g} GFLOP",
+            f"{self.bytes / 1e6:.4g} MB",
+            f"{self.intensity:.3g} FLOP/byte",
+        ]
         calls = [f"{name} x{number}" for name, number in sorted(self.uncounted.items())]
         if calls:
             parts.append(f"uncounted: {', '.join(calls)}")
