@@ -21,9 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.errors import EqualityError, first_line
-from labkit.graph.fits import tensors_of
-from labkit.graph.rules import Record, Restricted
-from labkit.graph.tracing import duplicate, following, name_of, skeleton, unchanged
+from labkit.graph.abstract import name_of
+from labkit.graph.attributes import tensors_of
+from labkit.graph.copies import duplicate, skeleton
+from labkit.graph.passes import following, unchanged
+from labkit.graph.record import Record, Restricted
 from labkit.modules.returned import numbers, outputs
 from labkit.modules.undisturbed import undisturbed
 

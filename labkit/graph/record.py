@@ -1,0 +1,256 @@
+"""The record of a trace: dimensions of parameters with their labels, sizes, products, operations.
+
+`tracing` fills a `Record`, the rules add to it operator by operator, and all later steps (groups of units, trials,
+attributes, the equality check) read it. `Traced` is the note that the tracer keeps about each tensor of the pass.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.graph.labels import Labels
+from labkit.graph.spans import Span, Spans, fix, span_at
+
+# --- a tensor of the pass -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Traced:
+    """The tracer's knowledge of one tensor of the pass.
+
+    spans: the labels of its dimensions.
+    origin: the number of the operation by which the tensor was made, the name of the parameter or buffer, or None for
+    an input.
+    is_weight: True for a parameter and its views: a product that sums over it reads channels through it.
+    is_zero: True for the result of zeros(), as long as nothing is written into it.
+    """
+
+    spans: Spans = ()
+    origin: int | str | None = None
+    is_weight: bool = False
+    is_zero: bool = False
+
+
+def traced(x: Tensor) -> Traced:
+    """Return the tracer's note about `x`, a new one if `x` has none."""
+    # An attribute, since a dictionary with weak keys would compare tensors element by element; it dies with its tensor.
+    try:
+        return x._traced
+    except AttributeError:
+        x._traced = Traced()
+        return x._traced
+
+
+# --- entries of the record ------------------------------------------------------------------------------------------
+
+
+class Axis(NamedTuple):
+    """Dimension `dim` of a parameter or buffer: its indices have the labels base, base + 1, ..."""
+
+    name: str
+    dim: int
+    size: int
+    base: int
+
+    @property
+    def labels(self) -> slice:
+        return slice(self.base, self.base + self.size)
+
+
+class Sized(NamedTuple):
+    """A size that the forward pass of `module` may hold as a number.
+
+    labels: of the dimension of this size, along `axis`; None where the size stays.
+    """
+
+    module: str
+    size: int
+    labels: np.ndarray | None
+    axis: int
+
+
+class Restricted(NamedTuple):
+    """The n-th call of an operator in a module works over labels: a reference without them leaves them out of it.
+
+    name, module, number: the call. argument, dim: the operand and its dimension with `labels`.
+    kind: "norm" (statistics of the remaining entries only), "statistic" (the dimension is gone afterwards), or "mask"
+    (terms of a sum).
+    """
+
+    name: str
+    module: str
+    number: int
+    argument: int
+    dim: int
+    labels: np.ndarray
+    kind: str
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of one product.
+
+    macs: the number. terms: in each sum.
+    factors: labels; the share of each array that remains after a cut scales the number.
+    """
+
+    macs: int
+    terms: int
+    factors: tuple[np.ndarray, ...]
+
+
+class Operation(NamedTuple):
+    """One operator of the traced call: the shape of its result, and the labels that the dimensions carry.
+
+    operands: of each tensor among the arguments, in order: the number of the operation by which it was made, the name
+    of the parameter or buffer, or None for an input.
+    settings: the other positional arguments.
+    before: of a slice, the labels of the operand in front of the part.
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    spans: Spans
+    operands: tuple[int | str | None, ...]
+    settings: tuple[Any, ...]
+    before: np.ndarray | None = None
+
+    def shape_without(self, gone: np.ndarray) -> list[int]:
+        """Return the shape of the result after the cut of the labels in `gone`, [labels], bool."""
+        shape = list(self.shape)
+        for span in self.spans:
+            gone_here = gone[span.labels]
+            if gone_here.any():
+                for axis, dim in enumerate(span.dims):
+                    shape[dim] = remaining(gone_here, axis)
+        return shape
+
+
+def remaining(gone: np.ndarray, axis: int) -> int:
+    """Count the slices along `axis` with an entry that stays, an entry for which `gone` is False."""
+    other_axes = tuple(i for i in range(gone.ndim) if i != axis)
+    return int((~gone).any(other_axes).sum())
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """The result of a trace. Parameters and buffers with the same memory go by the first of their names.
+
+    labels: ties and pins.
+    axes: the labelled dimensions of parameters and buffers.
+    contracted: labels of parameters over which a product sums.
+    sizes, restricted, costs, operations: see their classes; operations in order.
+    called: names of the modules that ran.
+    returned: the origin (`Traced.origin`) of each output of the model.
+    aliases: {first name: further names of the same memory}.
+    constants: names of the buffers.
+    unmet: {id of an abstract parameter: name} of the parameters without labels so far.
+    unused: names of the trainable parameters that no operator met.
+    names_dtype: True if the forward pass names a floating-point type.
+    trained: True if a second pass, in training mode, met parameters that the first did not.
+    within_groups: of grouped convolutions, tie the same channels of every group, not all channels of a group.
+    whole_heads: of a dimension split as [heads, size], only the first part may lose entries.
+    only_couples: True in the second pass, in which nothing is counted twice.
+    """
+
+    labels: Labels = field(default_factory=Labels)
+    axes: list[Axis] = field(default_factory=list)
+    contracted: list[np.ndarray] = field(default_factory=list)
+    sizes: list[Sized] = field(default_factory=list)
+    restricted: list[Restricted] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    called: set[str] = field(default_factory=set)
+    returned: set[int | str | None] = field(default_factory=set)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
+    unmet: dict[int, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    names_dtype: bool = False
+    trained: bool = False
+    within_groups: bool = False
+    whole_heads: bool = False
+    only_couples: bool = False
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def made(self) -> dict[tuple[str, tuple[int, ...]], Operation]:
+        """Map (module, shape) to an operation with a result of this shape in the module."""
+        return {(operation.module, operation.shape): operation for operation in self.operations}
+
+    def names(self, first: str) -> list[str]:
+        """Return all names of the parameter or buffer whose first name is `first`."""
+        return [first, *self.aliases.get(first, ())]
+
+    def first(self, name: str) -> str:
+        """Return the first name of the parameter or buffer `name`."""
+        for first, aliases in self.aliases.items():
+            if name in aliases:
+                return first
+        return name
+
+    def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
+        """Return {parameter or buffer: {dimension: indices that stay}}, only of dimensions that lose entries.
+
+        gone: [labels], bool.
+        """
+        keep: dict[str, dict[int, Tensor]] = {}
+        for axis in self.axes:
+            stays = ~gone[axis.labels]
+            if stays.all():
+                continue
+            for name in self.names(axis.name):
+                keep.setdefault(name, {})[axis.dim] = torch.from_numpy(stays.nonzero()[0])
+        return keep
+
+    # --- tensors of the pass ------------------------------------------------------------------------------------------
+
+    def spans(self, x: Tensor) -> Spans:
+        """Return the spans of `x`; a parameter or buffer gets its labels when an operator meets it first."""
+        name = self.unmet.pop(id(x), None)
+        if name is not None:
+            note = traced(x)
+            note.spans = self._labelled(name, x)
+            note.is_weight = True
+        return traced(x).spans
+
+    def _labelled(self, name: str, x: Tensor) -> Spans:
+        """Give new labels to the parameter or buffer `name`."""
+        spans = []
+        for dim, size in enumerate(x.shape):
+            if size > 1:
+                labels = self.labels.fresh(size, constant=name in self.constants)
+                self.axes.append(Axis(name, dim, size, int(labels[0])))
+                spans.append(Span((dim,), labels))
+        return tuple(spans)
+
+    def free(self, x: Tensor, dims: Iterable[int]) -> Spans:
+        """Give new labels to dimensions of no parameter, whose sizes follow the tensors that `x` meets."""
+        spans = []
+        for dim in dims:
+            if x.shape[dim] > 1:
+                spans.append(Span((dim,), self.labels.fresh(x.shape[dim], constant=True)))
+        return tuple(spans)
+
+    def sized(self, module: str, x: Tensor, spans: Spans, dims: Iterable[int]) -> None:
+        """Note that the forward pass of `module` may hold the sizes of these dimensions of `x` as numbers."""
+        for dim in dims:
+            span = span_at(spans, dim)
+            if span is None:
+                self.sizes.append(Sized(module, x.shape[dim], None, 0))
+            else:
+                self.sizes.append(Sized(module, x.shape[dim], span.labels, span.dims.index(dim)))
+
+    def fix(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
+        """Keep the sizes of dimensions `dims` of `x`, for a reason that a user is told."""
+        spans = self.spans(x)
+        traced(x).spans = fix(self.labels, spans, dims, reason)
