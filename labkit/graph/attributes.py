@@ -33,7 +33,10 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:
     """Return the shape of `x` after a cut; keep: {dimension: indices that stay}."""
-    return [len(keep[dim]) if dim in keep else size for dim, size in enumerate(x.shape)]
+    sizes = list(x.shape)
+    for dim, indices in keep.items():
+        sizes[dim] = len(indices)
+    return sizes
 
 
 # --- numbers written down ---------------------------------------------------------------------------------------------
@@ -81,8 +84,8 @@ def written(module: nn.Module) -> Iterator[tuple[str, Any]]:
     values = dict(vars(module))
     config = None if hasattr(module, "save_pretrained") else values.get("config")
     while hasattr(config, "__dict__"):
-        in_config = {f"{CONFIG}{key}": value for key, value in vars(config).items() if type(value) is int}
-        values = in_config | values
+        numbers = {key: value for key, value in vars(config).items() if type(value) is int}
+        values = {f"{CONFIG}{key}": value for key, value in numbers.items()} | values
         config = vars(config).get("shared")
     for key, value in values.items():
         is_number = type(value) is int and not key.endswith(NO_SIZES)
@@ -126,7 +129,8 @@ def new_sizes(record: Record, gone: np.ndarray) -> dict[tuple[str, int], NewSize
     for (module, size), new_values in outcomes.items():
         changed = new_values - {size}
         if len(changed) == 1:
-            result[module, size] = NewSize(changed.pop(), certain=len(new_values) == 1)
+            (new,) = changed
+            result[module, size] = NewSize(new, certain=changed == new_values)
     return result
 
 
@@ -157,9 +161,10 @@ class _Renumbering:
         return type(value)([self._new_number(module, attribute, number) for number in value])
 
     def _new_number(self, module: str, attribute: str, number: int) -> int:
-        new = self._sizes.get((self._caller[module], number), NewSize(number, certain=True))
+        caller, kind = self._caller[module], type(self._modules[module])
+        new = self._sizes.get((caller, number), NewSize(number, certain=True))
         by_default = new.certain and not attribute.startswith(CONFIG)
-        follows = self._follows.get((type(self._modules[module]), attribute), by_default)
+        follows = self._follows.get((kind, attribute), by_default)
         return new.size if follows else number
 
 
@@ -177,15 +182,21 @@ def new_attributes(
     follows: overrides the rule by which numbers follow sizes.
     """
     renumbering = _Renumbering(model, record, gone, follows)
-    cuts = {id(x): _CutTensor.of(x, keep.get(name, {})) for name, x in tensors_of(model)}
+    cuts = {}
+    for name, x in tensors_of(model):
+        dims = keep.get(name, {})
+        cuts[id(x)] = _CutTensor(shape(x, dims), dims.get(0))
     result: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        values = {key: renumbering.new_value(name, key, value) for key, value in written(module)}
+        values = {}
+        for attribute, value in written(module):
+            values[attribute] = renumbering.new_value(name, attribute, value)
         values |= _layer_attributes(module, cuts)
         values |= _norm_attributes(module, name, renumbering)
-        changed = {key: value for key, value in values.items() if attrgetter(key)(module) != value}
-        if changed:
-            result[name] = changed
+        for attribute, value in values.items():
+            get = attrgetter(attribute)  # of a config's number too
+            if get(module) != value:
+                result.setdefault(name, {})[attribute] = value
     return result
 
 
@@ -213,10 +224,6 @@ class _CutTensor(NamedTuple):
 
     shape: list[int]
     rows: Tensor | None
-
-    @classmethod
-    def of(cls, x: Tensor, keep: Mapping[int, Tensor]) -> "_CutTensor":
-        return cls(shape(x, keep), keep.get(0))
 
 
 def _layer_attributes(module: nn.Module, cuts: Mapping[int, _CutTensor]) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def trial(
     keep, attributes: the entries that stay, and the attributes that agree with them.
     args, kwargs: the example input of the trace.
     """
-    tensors = {id(x): _cut(x, keep.get(name, {})) for name, x in tensors_of(model)}
+    tensors = {}
+    for name, x in tensors_of(model):
+        tensors[id(x)] = _cut(x, keep.get(name, {}))
     comparing, stack = _Comparing(record.operations, gone), [""]
     try:
         for training in (False, True) if record.trained else (False,):
@@ -81,7 +83,8 @@ class _Comparing(Abstract):
         super().__init__()
         self._expected = [operation for operation in operations if operation.name in COMPARED]
         self._gone = gone
-        self._compared = self._all = 0  # operators so far
+        self._compared = 0  # operators so far
+        self._all = 0
 
     @property
     def reached(self) -> tuple[int, int]:
@@ -98,10 +101,12 @@ class _Comparing(Abstract):
 
     def _next_operation(self, name: str) -> Operation:
         """Return the next operation of the trace, of which `name` is to be the operator."""
-        if self._compared == len(self._expected) or self._expected[self._compared].name != name:
-            raise _Differs(f"{name} comes where it did not before")
-        self._compared += 1
-        return self._expected[self._compared - 1]
+        if self._compared < len(self._expected):
+            operation = self._expected[self._compared]
+            if operation.name == name:
+                self._compared += 1
+                return operation
+        raise _Differs(f"{name} comes where it did not before")
 
     def _check_start(self, operation: Operation, args: tuple) -> None:
         """Raise _Differs if a slice does not start behind the remaining entries that were in front of it."""
@@ -111,14 +116,16 @@ class _Comparing(Abstract):
         start, _, _ = slice(start, None).indices(x.shape[dim])
         expected = int((~self._gone[operation.before]).sum())
         if start != expected:
-            raise _Differs(f"slice in {operation.module or 'the model'} starts at {start}, not {expected}")
+            place = operation.module or "the model"
+            raise _Differs(f"slice in {place} starts at {start}, not {expected}")
 
     def _check_shape(self, operation: Operation, result: Tensor) -> None:
         """Raise _Differs if the result's shape is not the traced one without the entries that are gone."""
         expected = operation.shape_without(self._gone)
-        if list(result.shape) != expected and result.numel():  # nothing is known of an empty part
+        shape = list(result.shape)
+        if shape != expected and result.numel():  # nothing is known of an empty part
             place = operation.module or "the model"
-            raise _Differs(f"{operation.name} in {place} gives {list(result.shape)}, not {expected}")
+            raise _Differs(f"{operation.name} in {place} gives {shape}, not {expected}")
 
     def finish(self) -> None:
         """Raise _Differs if operations of the trace did not come."""

@@ -195,7 +195,8 @@ def _make_product(classes: np.ndarray, fixed: np.ndarray) -> Edges:
     if fixed[classes].all():
         return NO_EDGES
     for axis in range(classes.ndim):
-        slices = np.moveaxis(classes, axis, 0).reshape(classes.shape[axis], -1)
+        slices = np.moveaxis(classes, axis, 0)
+        slices = slices.reshape(len(slices), -1)
         if (slices == slices[:, :1]).all():
             return NO_EDGES
     rows = classes.reshape(-1, classes.shape[-1])
@@ -233,21 +234,30 @@ def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges, np.n
             bundles.append(rest)
         else:
             stuck = np.array(rest)
-    first = [bundle[0] for bundle in bundles for _ in bundle[1:]]
-    further = [label for bundle in bundles for label in bundle[1:]]
-    return Edges(np.array(first, dtype=np.int64), np.array(further, dtype=np.int64)), stuck
+    return _joined(bundles), stuck
+
+
+def _joined(bundles: list[list[int]]) -> Edges:
+    """Return edges that join the labels of each bundle."""
+    a: list[int] = []
+    b: list[int] = []
+    for first, *further in bundles:
+        a += [first] * len(further)
+        b += further
+    return Edges(np.array(a, dtype=np.int64), np.array(b, dtype=np.int64))
 
 
 def _uneven_classes(pieces: list[np.ndarray], fixed: np.ndarray) -> dict[int, Counts]:
     """Return the classes that may go and have more labels in some piece than in another, with their counts."""
     classes, positions = np.unique(np.concatenate(pieces), return_inverse=True)
-    piece_numbers = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    sizes = [len(piece) for piece in pieces]
+    piece_numbers = np.repeat(np.arange(len(pieces)), sizes)
     counts = np.zeros((len(classes), len(pieces)), dtype=np.int64)
     np.add.at(counts, (positions, piece_numbers), 1)
-    uneven = ~fixed[classes] & (counts != counts[:, :1]).any(1)
-    return {
-        label: tuple(numbers) for label, numbers in zip(classes[uneven].tolist(), counts[uneven].tolist(), strict=True)
-    }
+    differs = (counts != counts[:, :1]).any(1)
+    uneven = ~fixed[classes] & differs
+    rows = zip(classes[uneven].tolist(), counts[uneven].tolist(), strict=True)
+    return {label: tuple(row) for label, row in rows}
 
 
 def _partners(counts: Counts) -> list[Counts]:
@@ -256,8 +266,12 @@ def _partners(counts: Counts) -> list[Counts]:
         return [counts, counts[::-1]]
     if sum(count > 0 for count in counts) > 1:
         return []
-    size, n = max(counts), len(counts)
-    return [tuple(size if piece == i else 0 for piece in range(n)) for i in range(n)]
+    partners = []
+    for piece in range(len(counts)):
+        partner = [0] * len(counts)
+        partner[piece] = max(counts)
+        partners.append(tuple(partner))
+    return partners
 
 
 def _take_bundles(waiting: dict[Counts, list[int]], partners: list[Counts]) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 CONTAINERS = (dict, list, tuple, set, deque)
@@ -42,7 +42,7 @@ class _Contents(NamedTuple):
 
 
 def _identical(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return list(map(id, a)) == list(map(id, b))
 
 
 @contextlib.contextmanager
@@ -56,7 +56,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         _collect_containers(vars(module), containers)
     contents = [_Contents.of(container) for container in containers.values()]
-    buffers = [(x, x._version, x.detach().clone()) for x in model.buffers() if _has_values(x)]
+    readable = [x for x in model.buffers() if not (x.is_meta or x.is_inference())]
+    buffers = [(x, x._version, x.detach().clone()) for x in readable]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield
@@ -79,11 +80,6 @@ def _collect_containers(value: Any, containers: dict[int, Any]) -> None:
     containers[id(value)] = value
     for item in value.values() if isinstance(value, dict) else value:
         _collect_containers(item, containers)
-
-
-def _has_values(x: Tensor) -> bool:
-    """Return True if the values of `x` can be saved and written back."""
-    return not (x.is_meta or x.is_inference())
 
 
 @contextlib.contextmanager

@@ -206,10 +206,10 @@ class Record:
         keep: dict[str, dict[int, Tensor]] = {}
         for axis in self.axes:
             stays = ~gone[axis.labels]
-            if stays.all():
-                continue
-            for name in self.names(axis.name):
-                keep.setdefault(name, {})[axis.dim] = torch.from_numpy(stays.nonzero()[0])
+            if not stays.all():
+                (indices,) = stays.nonzero()
+                for name in self.names(axis.name):
+                    keep.setdefault(name, {})[axis.dim] = torch.from_numpy(indices)
         return keep
 
     # --- tensors of the pass ------------------------------------------------------------------------------------------
@@ -229,7 +229,8 @@ class Record:
         for dim, size in enumerate(x.shape):
             if size > 1:
                 labels = self.labels.fresh(size, constant=name in self.constants)
-                self.axes.append(Axis(name, dim, size, int(labels[0])))
+                base = int(labels[0])
+                self.axes.append(Axis(name, dim, size, base))
                 spans.append(Span((dim,), labels))
         return tuple(spans)
 
@@ -237,18 +238,21 @@ class Record:
         """Give new labels to dimensions of no parameter, whose sizes follow the tensors that `x` meets."""
         spans = []
         for dim in dims:
-            if x.shape[dim] > 1:
-                spans.append(Span((dim,), self.labels.fresh(x.shape[dim], constant=True)))
+            size = x.shape[dim]
+            if size > 1:
+                labels = self.labels.fresh(size, constant=True)
+                spans.append(Span((dim,), labels))
         return tuple(spans)
 
     def sized(self, module: str, x: Tensor, spans: Spans, dims: Iterable[int]) -> None:
         """Note that the forward pass of `module` may hold the sizes of these dimensions of `x` as numbers."""
         for dim in dims:
-            span = span_at(spans, dim)
+            size, span = x.shape[dim], span_at(spans, dim)
             if span is None:
-                self.sizes.append(Sized(module, x.shape[dim], None, 0))
+                self.sizes.append(Sized(module, size, None, 0))
             else:
-                self.sizes.append(Sized(module, x.shape[dim], span.labels, span.dims.index(dim)))
+                axis = span.dims.index(dim)
+                self.sizes.append(Sized(module, size, span.labels, axis))
 
     def fix(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
         """Keep the sizes of dimensions `dims` of `x`, for a reason that a user is told."""

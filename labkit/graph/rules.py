@@ -52,9 +52,17 @@ class Call:
 
     # --- labels -------------------------------------------------------------------------------------------------------
 
+    def argument(self, position: int, default: Any) -> Any:
+        """Return a positional argument, `default` if the call does not have so many."""
+        return self.args[position] if len(self.args) > position else default
+
     def spans(self, x: Tensor) -> Spans:
         """Return the spans of an operand (`Record.spans`)."""
         return self.record.spans(x)
+
+    def side(self, x: Tensor) -> Side:
+        """Align an operand with the (first) result."""
+        return aligned(x, first(self.out), self.spans(x))
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """Let the labels a[i] and b[i] go together."""
@@ -67,6 +75,10 @@ class Call:
     def fix_operand(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
         """Keep the sizes of dimensions `dims` of an operand, for this operator and all later ones."""
         traced(x).spans = self.fix(self.spans(x), dims, reason)
+
+    def tie_rows(self, rows: np.ndarray) -> None:
+        """Let the labels of each row of `rows`, [rows, columns], go together."""
+        self.tie(rows[:, :1], rows)
 
     def combine(self, sides: list[Side]) -> Spans:
         """Tie the operands of an elementwise operator, and return the spans of the result (`spans.combine`)."""
@@ -118,10 +130,10 @@ class Call:
         weights = [side.labels for side in sides if traced(side.x).is_weight]
         if weights:
             self.record.contracted.extend(weights)
-            return
-        x, dim, labels = sides[0]
-        is_operand = [argument is x for argument in self.args]
-        self._record_restricted(is_operand.index(True), dim, labels, "mask")
+        else:
+            x, dim, labels = sides[0]
+            is_operand = [argument is x for argument in self.args]
+            self._record_restricted(is_operand.index(True), dim, labels, "mask")
 
     def record_statistic(self, spans: Spans, dims: set[int], kind: str) -> None:
         """Note that the operator takes a statistic of its first operand over `dims`: a cut changes the statistic.
@@ -129,8 +141,9 @@ class Call:
         kind: "norm" or "statistic" (`Restricted`).
         """
         for span in spans:
-            if len(span.dims) == 1 and set(span.dims) <= dims:
-                self._record_restricted(0, span.dims[0], span.labels, kind)
+            if len(span.dims) == 1 and dims.issuperset(span.dims):
+                (dim,) = span.dims
+                self._record_restricted(0, dim, span.labels, kind)
 
     def _record_restricted(self, argument: int, dim: int, labels: np.ndarray, kind: str) -> None:
         if not self.record.only_couples:
@@ -152,6 +165,7 @@ class Call:
 
 Rule = Callable[[Call], Spans | list[Spans] | None]
 RULES: dict[str, Rule] = {}
+POSITIONS = "has positions, not channels, in it"  # why a dimension stays
 
 
 def rule(kind: str) -> Callable[[Rule], Rule]:
@@ -191,8 +205,8 @@ def positive_dims(dims: int | Sequence[int], x: Tensor) -> set[int]:
 @rule("elementwise")
 def elementwise(call: Call) -> Spans:
     """Tie the channels of all operands."""
-    operands = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
-    return call.combine([aligned(x, first(call.out), call.spans(x)) for x in operands])
+    values = [*call.args, *call.kwargs.values()]
+    return call.combine([call.side(x) for x in values if isinstance(x, Tensor)])
 
 
 @rule("like")
@@ -217,8 +231,9 @@ def new(call: Call) -> Spans:
     same: set[int] = set()
     if x.dim() == out.dim():
         same = {dim for dim, size in enumerate(out.shape) if x.shape[dim] == size}
-    spans = tuple(span for span in call.spans(x) if same.issuperset(span.dims))
-    spans += call.record.free(out, [dim for dim in range(out.dim()) if dim not in same])
+    passed = tuple(span for span in call.spans(x) if same.issuperset(span.dims))
+    new_dims = sorted(set(range(out.dim())) - same)
+    spans = (*passed, *call.record.free(out, new_dims))
     call.record_sizes(out, spans)
     return spans
 
@@ -251,9 +266,10 @@ def layer_norm(call: Call) -> Spans:
     """Tie scale and shift to the last dimensions, whose statistics are those of the remaining entries after a cut."""
     x, shape = call.args[:2]
     normalised = set(range(x.dim() - len(shape), x.dim()))
-    vectors = [aligned(vector, x, call.spans(vector)) for vector in call.args[2:4] if isinstance(vector, Tensor)]
+    vectors = [vector for vector in call.args[2:4] if vector is not None]
+    sides = [aligned(vector, x, call.spans(vector)) for vector in vectors]
     spans = call.fix_shared(call.spans(x), normalised)
-    spans = call.combine([aligned(x, x, spans), *vectors])
+    spans = call.combine([aligned(x, x, spans), *sides])
     call.record_statistic(spans, normalised, "norm")
     call.record_sizes(x, spans, normalised)
     return spans
@@ -264,7 +280,7 @@ def group_norm(call: Call) -> Spans:
     """Tie the channels of a group: whole groups go. A single group is a norm over all channels, as in `layer_norm`."""
     x, weight, bias = call.args[:3]
     groups = call.args[6]
-    spans = call.fix(call.spans(x), range(2, x.dim()), "has positions, not channels, in it")
+    spans = call.fix(call.spans(x), range(2, x.dim()), POSITIONS)
     labels, spans = call.isolate(spans, 1)
     call.record_sizes(x, spans, {1})
     for vector in (weight, bias):
@@ -272,8 +288,7 @@ def group_norm(call: Call) -> Spans:
     if labels is None or groups == 1:
         call.record_statistic(spans, {1}, "norm")
     else:
-        rows = labels.reshape(groups, -1)
-        call.tie(rows[:, :1], rows)
+        call.tie_rows(labels.reshape(groups, -1))
     return spans
 
 
@@ -302,7 +317,7 @@ def _reduced(call: Call) -> set[int]:
     """Return the dimensions that a reduction names; a reduction that names none works on all."""
     x = call.args[0]
     position = 2 if call.name in ("linalg_vector_norm", "norm") else 1
-    dims = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
+    dims = call.argument(position, call.kwargs.get("dim"))
     if dims is None or dims == []:
         return set(range(x.dim()))
     return positive_dims(dims, x) if x.dim() else set()
@@ -323,7 +338,7 @@ def ranking(call: Call) -> Spans:
 def _mixed(call: Call, position: int) -> Spans:
     """Fix the dimensions in argument number `position`, the last dimension by default."""
     x = call.args[0]
-    dims = positive_dims(call.args[position] if len(call.args) > position else -1, x)
+    dims = positive_dims(call.argument(position, -1), x)
     spans = call.fix(call.spans(x), dims, "has its entries mixed")
     return without(spans, dims, x.dim(), first(call.out).dim())
 
@@ -351,11 +366,11 @@ def view_as_complex(call: Call) -> Spans:
 def spatial(call: Call) -> Spans:
     """Fix positions, which pooling, resampling and padding change; leading dimensions (batch, channel) pass."""
     x, out = call.args[0], first(call.out)
+    most = max(x.dim() - _positions(call.name), 0)
     leading = 0
-    while leading < x.dim() and x.shape[leading] == out.shape[leading]:
+    while leading < most and x.shape[leading] == out.shape[leading]:
         leading += 1
-    leading = min(leading, max(x.dim() - _positions(call.name), 0))
-    return call.fix(call.spans(x), range(leading, x.dim()), "has positions, not channels, in it")
+    return call.fix(call.spans(x), range(leading, x.dim()), POSITIONS)
 
 
 def _positions(name: str) -> int:

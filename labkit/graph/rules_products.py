@@ -7,10 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from labkit.graph.record import traced
-from labkit.graph.rules import Call, Summed, aligned, rule
+from labkit.graph.rules import POSITIONS, Call, Summed, aligned, rule
 from labkit.graph.spans import Side, Span, Spans, moved, span_at, spans_off
-
-POSITIONS = "has positions, not channels, in it"
 
 # --- matrices ---------------------------------------------------------------------------------------------------------
 
@@ -26,7 +24,9 @@ def _contract(call: Call, a: Tensor, dim_a: int, b: Tensor, dim_b: int) -> tuple
     span_a, span_b = span_at(spans_a, dim_a), span_at(spans_b, dim_b)
     if span_a and span_b:
         call.tie(span_a.labels, span_b.labels)
-        call.record_contraction(Summed(a, dim_a, span_a.labels), Summed(b, dim_b, span_b.labels))
+        summed_a = Summed(a, dim_a, span_a.labels)
+        summed_b = Summed(b, dim_b, span_b.labels)
+        call.record_contraction(summed_a, summed_b)
     elif span_a:
         spans_a = call.fix(spans_a, (dim_a,), reason)
     elif span_b:
@@ -45,6 +45,10 @@ def _summable(call: Call, x: Tensor, dim: int, reason: str) -> Spans:
     return call.fix(spans, (dim,), reason) if shares else spans
 
 
+def _all_dims(x: Tensor) -> list[tuple[Tensor, int]]:
+    return [(x, dim) for dim in range(x.dim())]
+
+
 def _record_cost(call: Call, macs: int, dims: list[tuple[Tensor, int]]) -> None:
     """Note the multiply-adds of a product; a cut reduces them in proportion to the size of each (tensor, dimension)."""
     factors = []
@@ -52,8 +56,9 @@ def _record_cost(call: Call, macs: int, dims: list[tuple[Tensor, int]]) -> None:
         span = span_at(call.spans(x), dim)
         if span is not None:
             axis = span.dims.index(dim)
-            rows = np.moveaxis(span.labels, axis, 0).reshape(x.shape[dim], -1)
-            factors.append(rows[:, 0])
+            slices = np.moveaxis(span.labels, axis, 0)
+            first_in_slice = slices.reshape(len(slices), -1)[:, 0]
+            factors.append(first_in_slice)
     call.record_cost(macs, factors)
 
 
@@ -63,15 +68,16 @@ def _matrices(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> S
     column = row + 1
     batch = range(row)
     rest_a, rest_b = _contract(call, a, column, b, row)
-    cost_dims = [(a, dim) for dim in range(a.dim())]
-    _record_cost(call, math.prod(a.shape) * b.shape[-1], [*cost_dims, (b, column)])
-    present = {dim for dim, size in enumerate(call.out.shape) if size > 1}
-    side_a = Side(moved(rest_a, [*batch, row, None]), frozenset(present - {column}))
-    side_b = Side(moved(rest_b, [*batch, None, column]), frozenset(present - {row}))
-    spans = call.combine([side_a, side_b])
+    macs = math.prod(a.shape) * b.shape[-1]
+    _record_cost(call, macs, [*_all_dims(a), (b, column)])
+    present = frozenset(dim for dim, size in enumerate(call.out.shape) if size > 1)
+    rows = moved(rest_a, [*batch, row, None])
+    columns = moved(rest_b, [*batch, None, column])
+    spans = call.combine([Side(rows, present - {column}), Side(columns, present - {row})])
     if bias is None:
         return spans
-    return call.combine([aligned(call.out, call.out, spans), aligned(bias, call.out, call.spans(bias))])
+    product = aligned(call.out, call.out, spans)
+    return call.combine([product, call.side(bias)])
 
 
 @rule("matrix_product")
@@ -92,8 +98,9 @@ def matrix_product_and_bias(call: Call) -> Spans:
 def vector_product(call: Call) -> Spans:
     """Multiply [n, k] by [k], or [k] by [k]."""
     a, b = call.args[:2]
-    rest, _ = _contract(call, a, a.dim() - 1, b, 0)
-    _record_cost(call, math.prod(a.shape), [(a, dim) for dim in range(a.dim())])
+    last = a.dim() - 1
+    rest, _ = _contract(call, a, last, b, 0)
+    _record_cost(call, math.prod(a.shape), _all_dims(a))
     return rest
 
 
@@ -131,7 +138,8 @@ class _Convolution(NamedTuple):
     @property
     def mixes_positions(self) -> bool:
         """True unless each position of the output comes from a single position of the input, in the same order."""
-        return max(*self.weight.shape[2:], *self.stride, *(width + 1 for width in self.padding)) > 1
+        kernel = self.weight.shape[2:]
+        return max(*kernel, *self.stride) > 1 or max(self.padding) > 0
 
 
 @rule("convolution")
@@ -218,21 +226,25 @@ def _tied_inside_groups(
         if inputs is not None:
             call.record.labels.pin(inputs, call.because(reason))
         return None
-    rows = inputs.reshape(conv.groups, -1)
-    first_of_group = rows[:, :1]
-    call.tie(first_of_group, rows)
-    call.tie(first_of_group, made.labels.reshape(conv.groups, -1))
-    return np.repeat(rows[:, 0], weight.shape[1]) if conv.transposed else made.labels
+    input_rows = inputs.reshape(conv.groups, -1)
+    output_rows = made.labels.reshape(conv.groups, -1)
+    call.tie_rows(input_rows)
+    call.tie(input_rows[:, :1], output_rows)
+    if not conv.transposed:
+        return made.labels
+    outputs_per_group = weight.shape[1]
+    return np.repeat(input_rows[:, 0], outputs_per_group)
 
 
 @rule("weight_norm")
 def weight_norm(call: Call) -> list[Spans]:
     """Scale v to the norms g, taken over all dimensions but one: after a cut, over the remaining entries."""
     v, g = call.args[:2]
-    dim = call.args[2] if len(call.args) > 2 else 0
-    spans = call.combine([aligned(v, v, call.spans(v)), aligned(g, v, call.spans(g))])
+    dim = call.argument(2, 0)
+    spans = call.combine([call.side(v), call.side(g)])
     traced(call.out[0]).is_weight = True
-    call.record_statistic(spans, set(range(v.dim())) - {dim}, "norm")
+    other_dims = set(range(v.dim())) - {dim}
+    call.record_statistic(spans, other_dims, "norm")
     return [spans, ()]
 
 

@@ -6,15 +6,15 @@ import numpy as np
 from torch import Tensor
 
 from labkit.graph.record import Sized
-from labkit.graph.rules import Call, aligned, positive_dims, rule
+from labkit.graph.rules import POSITIONS, Call, aligned, positive_dims, rule
 from labkit.graph.spans import Span, Spans, moved, reshaped, shown, span_at, spans_off, without
 
 INDEXED = "is indexed by a tensor"
 
 
-def _dim(call: Call, position: int, n: int) -> int:
-    """Return the dimension in argument number `position`, by default the first of `n`."""
-    return (call.args[position] if len(call.args) > position else 0) % n
+def _dim(call: Call, position: int, x: Tensor) -> int:
+    """Return the dimension of `x` in argument number `position`, by default the first."""
+    return call.argument(position, 0) % x.dim()
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -24,7 +24,9 @@ def _dim(call: Call, position: int, n: int) -> int:
 def view(call: Call) -> Spans:
     """View the operand in another shape, with the same order of elements."""
     x, out = call.args[0], call.out
-    spans = reshaped(call.record.labels, call.spans(x), x.shape, out.shape) if x.numel() else ()
+    spans: Spans = ()
+    if x.numel():
+        spans = reshaped(call.record.labels, call.spans(x), x.shape, out.shape)
     if call.record.whole_heads:
         inside_heads = {span.dims[-1] for span in spans if len(span.dims) > 1}
         spans = call.fix(spans, inside_heads, "")
@@ -36,20 +38,23 @@ def view(call: Call) -> Spans:
 def as_strided(call: Call) -> Spans | None:
     """Pass the labels on where only strides of dimensions of size 1 change (pooling of channels-last inputs)."""
     x, out = call.args[0], call.out
-    return call.spans(x) if x.shape == out.shape and _layout(x) == _layout(out) else None
+    same = x.shape == out.shape and _layout(x) == _layout(out)
+    return call.spans(x) if same else None
 
 
 def _layout(x: Tensor) -> list[tuple[int, int]]:
     """Return (size, stride) of each dimension with more than one entry."""
-    return [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    layout = zip(x.shape, x.stride(), strict=True)
+    return [(size, stride) for size, stride in layout if size > 1]
 
 
 @rule("permute")
 def permute(call: Call) -> Spans:
     """Reorder the dimensions."""
     x, order = call.args[:2]
-    order = [dim % len(order) for dim in order]
-    return moved(call.spans(x), [order.index(dim) for dim in range(len(order))])
+    order = [dim % x.dim() for dim in order]
+    new_dims = [order.index(dim) for dim in range(x.dim())]
+    return moved(call.spans(x), new_dims)
 
 
 @rule("transpose")
@@ -58,7 +63,8 @@ def transpose(call: Call) -> Spans:
     x = call.args[0]
     if x.dim() < 2:
         return call.spans(x)
-    a, b = (call.args[1] % x.dim(), call.args[2] % x.dim()) if len(call.args) > 2 else (0, 1)
+    a = call.argument(1, 0) % x.dim()
+    b = call.argument(2, 1) % x.dim()
     new_dims = list(range(x.dim()))
     new_dims[a], new_dims[b] = b, a
     return moved(call.spans(x), new_dims)
@@ -67,8 +73,9 @@ def transpose(call: Call) -> Spans:
 @rule("unsqueeze")
 def unsqueeze(call: Call) -> Spans:
     """Insert a dimension of size 1."""
-    x = call.args[0]
-    return moved(call.spans(x), _dims_around(call.args[1] % call.out.dim(), x.dim()))
+    x, dim = call.args[:2]
+    new_dims = _dims_around(dim % call.out.dim(), x.dim())
+    return moved(call.spans(x), new_dims)
 
 
 def _dims_around(inserted: int, n: int) -> list[int]:
@@ -82,7 +89,7 @@ def squeeze(call: Call) -> Spans:
     x = call.args[0]
     if not x.dim():
         return call.spans(x)
-    named = positive_dims(call.args[1], x) if len(call.args) > 1 else range(x.dim())
+    named = positive_dims(call.argument(1, range(x.dim())), x)
     gone = {dim for dim in named if x.shape[dim] == 1}
     return without(call.spans(x), gone, x.dim(), call.out.dim())
 
@@ -92,8 +99,10 @@ def expand(call: Call) -> Spans:
     """Repeat dimensions of size 1, which follow the tensors that the result meets; the others keep their labels."""
     x, out = call.args[0], call.out
     shift = out.dim() - x.dim()
-    repeated = [dim for dim, size in enumerate(out.shape) if dim < shift or x.shape[dim - shift] != size]
-    spans = (*aligned(x, out, call.spans(x)).spans, *call.record.free(out, repeated))
+    shape_before = [1] * shift + list(x.shape)
+    repeated = [dim for dim, size in enumerate(out.shape) if dim < shift or shape_before[dim] != size]
+    own_spans = call.side(x).spans
+    spans = (*own_spans, *call.record.free(out, repeated))
     call.record_sizes(out, spans)
     return spans
 
@@ -102,10 +111,10 @@ def expand(call: Call) -> Spans:
 def repeat(call: Call) -> Spans:
     """Repeat labels as the entries; a repeated dimension of size 1 follows the tensors that the result meets."""
     x, times = call.args[:2]
-    side = aligned(x, call.out, call.spans(x))
     spans = []
-    for span in side.spans:
-        spans.append(Span(span.dims, np.tile(span.labels, [times[dim] for dim in span.dims])))
+    for span in call.side(x).spans:
+        span_times = [times[dim] for dim in span.dims]
+        spans.append(Span(span.dims, np.tile(span.labels, span_times)))
     of_size_one = [dim for dim, size in enumerate(call.out.shape) if size == times[dim]]
     spans += call.record.free(call.out, of_size_one)
     call.record_sizes(call.out, tuple(spans))
@@ -128,7 +137,7 @@ def flip(call: Call) -> Spans:
 def roll(call: Call) -> Spans:
     """Fix rolled dimensions, which wrap; a call without dimensions rolls all."""
     x = call.args[0]
-    dims = call.args[2] if len(call.args) > 2 and call.args[2] else range(x.dim())
+    dims = call.argument(2, None) or range(x.dim())
     return call.fix(call.spans(x), positive_dims(dims, x), "is rolled")
 
 
@@ -143,10 +152,13 @@ def gathered(call: Call) -> Spans:
     labels, spans = call.isolate(call.spans(x), dim)
     if labels is None:
         return spans
-    rows = labels.reshape(call.out.shape[dim], -1)
-    call.tie(rows[:, :1], rows)
+    channels = call.out.shape[dim]
+    rows = labels.reshape(channels, -1)
+    call.tie_rows(rows)
     rest = spans_off(spans, dim)
-    return (*rest, Span((dim,), rows[:, 0])) if len(rows) > 1 else rest
+    if channels == 1:
+        return rest
+    return (*rest, Span((dim,), rows[:, 0]))
 
 
 @rule("im2col")
@@ -154,7 +166,7 @@ def im2col(call: Call) -> Spans:
     """Turn [.., C, H, W] into [.., C k, L]: k rows of each channel."""
     x = call.args[0]
     dim = x.dim() - 3
-    spans = call.fix(call.spans(x), (dim + 1, dim + 2), "has positions, not channels, in it")
+    spans = call.fix(call.spans(x), (dim + 1, dim + 2), POSITIONS)
     labels, spans = call.isolate(spans, dim)
     rest = spans_off(spans, dim)
     if labels is None:
@@ -169,26 +181,32 @@ def im2col(call: Call) -> Spans:
 @rule("cat")
 def cat(call: Call) -> Spans:
     """Join labels one after the other along the dimension; the other dimensions are tied, as in a sum."""
-    dim = _dim(call, 1, call.out.dim())
-    parts = [x for x in call.args[0] if x.dim() == call.out.dim() and x.numel()]
+    out = call.out
+    dim = _dim(call, 1, out)
+    parts = [x for x in call.args[0] if x.dim() == out.dim() and x.numel()]
     reason = "is joined with a part of fixed size"
-    spans = [call.spans(x) for x in parts]
-    fixed = _not_shared(spans, dim)
-    spans = [call.fix(part, fixed, reason) for part in spans]
-    sides = [aligned(x, call.out, spans_off(part, dim)) for x, part in zip(parts, spans, strict=True)]
+    spans_of_parts = [call.spans(x) for x in parts]
+    fixed = _not_shared(spans_of_parts, dim)
+    spans_of_parts = [call.fix(spans, fixed, reason) for spans in spans_of_parts]
+    sides = []
+    for x, spans in zip(parts, spans_of_parts, strict=True):
+        sides.append(aligned(x, out, spans_off(spans, dim)))
     result = call.combine(sides)
-    along = [span_at(part, dim) for part in spans]
+    along = [span_at(spans, dim) for spans in spans_of_parts]
     labelled = [span for span in along if span is not None]
     if not labelled:
         return result
-    joined = labelled[0].dims
     pieces = []
     for x, span in zip(parts, along, strict=True):
-        if span is None:
-            span = Span((dim,), call.record.labels.fresh(x.shape[dim]))
-            call.fix((span,), (dim,), reason)
-        pieces.append(span.labels)
-    return (*result, Span(joined, np.concatenate(pieces, axis=joined.index(dim))))
+        if span is not None:
+            pieces.append(span.labels)
+        else:
+            labels = call.record.labels.fresh(x.shape[dim])
+            call.record.labels.pin(labels, call.because(reason))
+            pieces.append(labels)
+    joined_dims = labelled[0].dims
+    joined = np.concatenate(pieces, axis=joined_dims.index(dim))
+    return (*result, Span(joined_dims, joined))
 
 
 def _not_shared(spans: Sequence[Spans], dim: int) -> set[int]:
@@ -210,9 +228,10 @@ def _not_shared(spans: Sequence[Spans], dim: int) -> set[int]:
 def stack(call: Call) -> Spans:
     """Tie the operands, and insert a dimension."""
     operands = call.args[0]
-    spans = call.combine([aligned(x, operands[0], call.spans(x)) for x in operands])
-    dim = _dim(call, 1, call.out.dim())
-    return moved(spans, _dims_around(dim, call.out.dim() - 1))
+    sides = [aligned(x, x, call.spans(x)) for x in operands]
+    dim = _dim(call, 1, call.out)
+    new_dims = _dims_around(dim, operands[0].dim())
+    return moved(call.combine(sides), new_dims)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -227,8 +246,7 @@ def _cut(call: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1
     """
     spans = call.spans(x)
     span = span_at(spans, dim)
-    is_whole = start == 0 and length == x.shape[dim] and step == 1
-    if span is None or is_whole:
+    if span is None or length == x.shape[dim]:
         return spans
     rest = tuple(other for other in spans if other is not span)
     if len(span.dims) > 1:
@@ -242,7 +260,7 @@ def _cut(call: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1
         if start >= step or length * step != x.shape[dim]:
             return call.fix(spans, (dim,), "is cut at fixed positions")
         neighbours = span.labels.reshape(-1, step)
-        call.tie(neighbours[:, :1], neighbours)
+        call.tie_rows(neighbours)
         return (*rest, Span((dim,), neighbours[:, start]))
     stop = start + length
     reason = call.because("is cut into pieces of a fixed size")
@@ -253,34 +271,37 @@ def _cut(call: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1
 @rule("slice")
 def slice_(call: Call) -> Spans:
     """Take a part of one dimension, whose ends the forward pass may hold as numbers."""
-    x = call.args[0]
-    dim = _dim(call, 1, x.dim())
-    bounds = [*call.args[2:5], *[None] * 3][:3]
-    start, end, step = slice(*bounds).indices(x.shape[dim])
+    x, out = call.args[0], call.out
+    dim = _dim(call, 1, x)
+    size = x.shape[dim]
+    bounds = slice(call.argument(2, None), call.argument(3, None), call.argument(4, None))
+    start, end, step = bounds.indices(size)
     call.record_sizes(x, call.spans(x), {dim})
     span = span_at(call.spans(x), dim)
     if span is not None and len(span.dims) == 1 and step == 1:
         call.before = span.labels[:start]
         for position in (start, end):
-            if 0 < position < x.shape[dim]:
-                call.record.sizes.append(Sized(call.module, position, span.labels[:position], 0))
-    spans = _cut(call, x, dim, start, call.out.shape[dim], step)
-    call.record_sizes(call.out, spans)
-    return shown(spans, call.out.shape)
+            if 0 < position < size:
+                sized = Sized(call.module, position, span.labels[:position], 0)
+                call.record.sizes.append(sized)
+    spans = _cut(call, x, dim, start, out.shape[dim], step)
+    call.record_sizes(out, spans)
+    return shown(spans, out.shape)
 
 
 @rule("split")
 def split(call: Call) -> list[Spans]:
     """Cut a dimension into pieces, of equal sizes or of a list of sizes."""
     x = call.args[0]
-    dim = _dim(call, 2, x.dim())
+    dim = _dim(call, 2, x)
     call.record_sizes(x, call.spans(x), {dim})  # half of a width, say
     results, start = [], 0
     for part in call.out:
-        spans = _cut(call, x, dim, start, part.shape[dim])
+        length = part.shape[dim]
+        spans = _cut(call, x, dim, start, length)
         call.record_sizes(part, spans)
         results.append(shown(spans, part.shape))
-        start += part.shape[dim]
+        start += length
     return results
 
 
@@ -295,24 +316,25 @@ def _entry(call: Call, x: Tensor, dim: int, index: int) -> Spans:
         call.tie(span.labels.take([0], axis), span.labels)
         entry = Span(span.dims, span.labels.take([index], axis))
         spans = tuple(entry if other is span else other for other in spans)
-    new_dims: list[int | None] = [*range(dim), None, *range(dim, x.dim() - 1)]
-    return moved(spans, new_dims)
+    before, behind = range(dim), range(dim, x.dim() - 1)
+    return moved(spans, [*before, None, *behind])
 
 
 @rule("select")
 def select(call: Call) -> Spans:
     """Take one entry of a dimension."""
     x = call.args[0]
-    dim = _dim(call, 1, x.dim())
-    return _entry(call, x, dim, call.args[2] % x.shape[dim])
+    dim = _dim(call, 1, x)
+    index = call.args[2] % x.shape[dim]
+    return _entry(call, x, dim, index)
 
 
 @rule("unbind")
 def unbind(call: Call) -> list[Spans]:
     """Take every entry of a dimension by itself."""
     x = call.args[0]
-    dim = _dim(call, 1, x.dim())
-    return [_entry(call, x, dim, index) for index in range(x.shape[dim])]
+    dim = _dim(call, 1, x)
+    return [_entry(call, x, dim, index) for index in range(len(call.out))]
 
 
 # --- entries picked by tensors ----------------------------------------------------------------------------------------
@@ -339,7 +361,8 @@ def _dims_after_index(indexed: list[int], before: int, after: int) -> list[int |
     before, after: the number of dimensions of the operand and of the result.
     """
     of_index = after - (before - len(indexed))
-    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    first, last = indexed[0], indexed[-1]
+    adjacent = len(indexed) == last - first + 1
     new_dims: list[int | None] = []
     position = 0 if adjacent else of_index
     for dim in range(before):
@@ -348,7 +371,7 @@ def _dims_after_index(indexed: list[int], before: int, after: int) -> list[int |
             position += 1
             continue
         new_dims.append(None)
-        if adjacent and dim == indexed[0]:
+        if adjacent and dim == first:
             position += of_index
     return new_dims
 
@@ -357,7 +380,8 @@ def _dims_after_index(indexed: list[int], before: int, after: int) -> list[int |
 def index_select(call: Call) -> Spans:
     """Pick entries of one dimension by a tensor: the dimension keeps its size."""
     x = call.args[0]
-    return call.fix(call.spans(x), (_dim(call, 1, x.dim()),), INDEXED)
+    dim = _dim(call, 1, x)
+    return call.fix(call.spans(x), (dim,), INDEXED)
 
 
 def _indexed(call: Call, *operands: Tensor) -> Spans | None:
@@ -367,7 +391,7 @@ def _indexed(call: Call, *operands: Tensor) -> Spans | None:
     index follows them. Returns None where the index covers a part of the other dimensions only.
     """
     out, index = call.out, call.args[2]
-    dim = call.args[1] % out.dim()
+    dim = _dim(call, 1, out)
     passed = [d for d in range(out.dim()) if d != dim]
     index_has_all_dims = index.dim() == out.dim()
     tensors = [index, *operands] if index_has_all_dims else operands
@@ -377,14 +401,18 @@ def _indexed(call: Call, *operands: Tensor) -> Spans | None:
     labelled = list(operands)
     if index_has_all_dims and any(span_at(call.spans(index), d) for d in passed):
         labelled.append(index)
-    return call.combine([aligned(x, out, call.fix(call.spans(x), (dim,), INDEXED)) for x in labelled])
+    sides = []
+    for x in labelled:
+        spans = call.fix(call.spans(x), (dim,), INDEXED)
+        sides.append(aligned(x, out, spans))
+    return call.combine(sides)
 
 
 @rule("scatter")
 def scatter(call: Call) -> Spans | None:
     """Sum or write entries at the places of an index, as graph networks do over edges, channel by channel."""
-    operands = [call.args[0], *call.args[3:4]]
-    return _indexed(call, *(x for x in operands if isinstance(x, Tensor)))
+    x, source = call.args[0], call.argument(3, None)
+    return _indexed(call, x, source) if isinstance(source, Tensor) else _indexed(call, x)
 
 
 @rule("gather")

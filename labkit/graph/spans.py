@@ -85,7 +85,9 @@ def fix(labels: Labels, spans: Spans, dims: Iterable[int], reason: str) -> Spans
 
 def _first_along(array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     """Return the first slice along each of `axes`, which keep the length 1."""
-    index = [slice(0, 1) if axis in axes else slice(None) for axis in range(array.ndim)]
+    index = [slice(None)] * array.ndim
+    for axis in axes:
+        index[axis] = slice(0, 1)
     return array[tuple(index)]
 
 
@@ -114,6 +116,13 @@ def combine(labels: Labels, sides: Sequence[Side], reason: str) -> Spans:
     return tuple(result.values())
 
 
+class _SideSpan(NamedTuple):
+    """A side, by its number, and a span of the side."""
+
+    side: int
+    span: Span
+
+
 def _conflict(labels: Labels, spans: Sequence[Spans], sides: Sequence[Side]) -> tuple[int, int] | None:
     """Return the first (side, dimension) to be fixed before the spans of all sides agree, None if all agree."""
     for i, side_spans in enumerate(spans):
@@ -128,17 +137,15 @@ def _conflict(labels: Labels, spans: Sequence[Spans], sides: Sequence[Side]) -> 
                     if match is None:
                         return i, dim
                     if span.dims != match.dims:
-                        return _to_fix(labels, (i, span), (j, match), dim)
+                        return _to_fix(labels, _SideSpan(i, span), _SideSpan(j, match), dim)
     return None
 
 
-def _to_fix(labels: Labels, first: tuple[int, Span], second: tuple[int, Span], dim: int) -> tuple[int, int]:
+def _to_fix(labels: Labels, first: _SideSpan, second: _SideSpan, dim: int) -> tuple[int, int]:
     """Return the (side, dimension) to be fixed where two spans meet on `dim` and differ in their other dimensions.
 
     Of a span of several dimensions and a span of fewer, the shared dimensions stay prunable. A constant's span decides
     nothing: heads stay prunable though a table of rotary positions is multiplied to the positions inside them.
-
-    first, second: a side and its span.
     """
     (i, span), (j, match) = first, second
     if len(span.dims) > 1 and _decides_less(labels, match, span):
@@ -161,13 +168,13 @@ def moved(spans: Spans, new_dims: Sequence[int | None]) -> Spans:
     """Rename dimensions: `new_dims[d]` is the new number of dimension d, None if the dimension goes (its size is 1)."""
     result = []
     for span in spans:
-        axes = [axis for axis, dim in enumerate(span.dims) if new_dims[dim] is not None]
-        dropped = tuple(axis for axis in range(len(span.dims)) if axis not in axes)
-        array = span.labels.squeeze(dropped)
-        dims = [new_dims[span.dims[axis]] for axis in axes]
-        order = np.argsort(dims)
+        renamed = [new_dims[dim] for dim in span.dims]
+        dropped = tuple(axis for axis, dim in enumerate(renamed) if dim is None)
+        dims = [dim for dim in renamed if dim is not None]
         if dims:
-            result.append(Span(tuple(dims[i] for i in order), array.transpose(order)))
+            order = np.argsort(dims)
+            array = span.labels.squeeze(dropped).transpose(order)
+            result.append(Span(tuple(sorted(dims)), array))
     return tuple(result)
 
 
@@ -198,9 +205,9 @@ def shown(spans: Spans, shape: Sequence[int]) -> Spans:
     """
     result = []
     for span in spans:
+        single = tuple(axis for axis, dim in enumerate(span.dims) if shape[dim] == 1)
         dims = tuple(dim for dim in span.dims if shape[dim] > 1)
         if dims and span.labels.size:
-            single = tuple(axis for axis, dim in enumerate(span.dims) if shape[dim] == 1)
             result.append(Span(dims, span.labels.squeeze(single)))
     return tuple(result)
 
@@ -230,14 +237,16 @@ def reshaped(labels: Labels, spans: Spans, old: Sequence[int], new: Sequence[int
     taken: set[int] = set()  # runs that carry an earlier span
     for span in sorted(spans, key=lambda span: (labels.constant(span.labels), span.dims)):
         touched = sorted({run_of_dim[dim] for dim in span.dims})
+        span_runs = [runs[number] for number in touched]
         if not taken.isdisjoint(touched):  # repeated for each of the earlier span's entries
             is_constant = labels.constant(span.labels)
             labels.pin(span.labels, "" if is_constant else "is joined with another dimension")
-        elif all(runs[number].is_one_dimension for number in touched):
-            result.append(Span(tuple(runs[number].new[0] for number in touched), span.labels))
+        elif all(run.is_one_dimension for run in span_runs):
+            dims = tuple(run.new[0] for run in span_runs)
+            result.append(Span(dims, span.labels))
         else:
-            result.append(_reshaped_span(labels, span, [runs[number] for number in touched], old, new))
-        taken |= set(touched)
+            result.append(_reshaped_span(labels, span, span_runs, old, new))
+        taken.update(touched)
     return tuple(result)
 
 
@@ -245,14 +254,20 @@ def _reshaped_span(labels: Labels, span: Span, runs: list[_Run], old: Sequence[i
     """Return a span viewed in shape `new`, on the dimensions along which its labels differ."""
     old_dims = [dim for run in runs for dim in run.old]
     new_dims = [dim for run in runs for dim in run.new]
-    array = span.labels.reshape([old[dim] if dim in span.dims else 1 for dim in old_dims])
-    array = np.broadcast_to(array, [old[dim] for dim in old_dims])
-    array = array.reshape([new[dim] for dim in new_dims])
-    constant_axes = tuple(axis for axis in range(array.ndim) if (array == array.take([0], axis)).all())
+    shape_of_labels = [old[dim] if dim in span.dims else 1 for dim in old_dims]
+    old_shape = [old[dim] for dim in old_dims]
+    new_shape = [new[dim] for dim in new_dims]
+    array = np.broadcast_to(span.labels.reshape(shape_of_labels), old_shape).reshape(new_shape)
+    constant_axes = tuple(axis for axis in range(array.ndim) if _is_constant_along(array, axis))
     array = _first_along(array, constant_axes).squeeze(constant_axes)
     if array.ndim > 1:
         labels.keep_product(array)
-    return Span(tuple(dim for axis, dim in enumerate(new_dims) if axis not in constant_axes), array)
+    dims = tuple(dim for axis, dim in enumerate(new_dims) if axis not in constant_axes)
+    return Span(dims, array)
+
+
+def _is_constant_along(array: np.ndarray, axis: int) -> bool:
+    return bool((array == array.take([0], axis)).all())
 
 
 def _runs(old: Sequence[int], new: Sequence[int]) -> list[_Run]:
