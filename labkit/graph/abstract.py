@@ -1,8 +1,8 @@
-"""Passes without values: floating-point tensors lie on the meta device, where nothing is computed.
+"""Passes without values: floating-point tensors lie on the meta device, and operators compute shapes only.
 
-Integers and booleans are real: shapes, positions and masks are few and cheap, and many forward passes look at them. A
-pass that decides by the values of activations cannot be followed, and is an error. `tracing` and `fits` run passes of
-this kind and observe each operator.
+Integers and booleans are real: shapes, positions and masks are few and cheap, and many forward passes look at the
+values. Decisions by the values of activations cannot be followed, and are an error. `tracing` and `fits` run such
+passes and observe each operator.
 """
 
 import functools
@@ -22,11 +22,12 @@ from labkit.graph.record import traced
 DATA_DEPENDENT = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"}
 DATA_DEPENDENT |= {"_unique2", "unique_dim", "unique_consecutive"}
 MASKS = (torch.bool, torch.uint8)  # as an index
+CPU = torch.device("cpu")
 META = torch.device("meta")
 
 
 def abstract(x: Tensor) -> Tensor:
-    """Return `x` without its values if they are floating-point numbers, else a copy on the CPU."""
+    """Return a floating-point tensor without values, any other as a copy on the CPU."""
     if x.is_floating_point() or x.is_complex():
         if x.layout is not torch.strided:  # empty_like would give a sparse tensor without entries
             return torch.empty(x.shape, dtype=x.dtype, device=META)
@@ -35,7 +36,7 @@ def abstract(x: Tensor) -> Tensor:
 
 
 def on_meta(x: Tensor) -> Tensor:
-    """Return `x` without its values; the labels stay."""
+    """Return `x` without values; the labels stay."""
     if x.is_meta:
         return x
     new = torch.empty_like(x, device=META)
@@ -51,7 +52,7 @@ def name_of(func: Any) -> str:
 
 
 def tensors_in(args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """Yield the operands of an ATen operator, whose arguments nest tensors in lists at most."""
+    """Yield the operands of an ATen operator; arguments hold tensors, and lists of tensors."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             yield value
@@ -60,10 +61,10 @@ def tensors_in(args: tuple, kwargs: dict) -> Iterator[Tensor]:
 
 
 class Abstract(TorchDispatchMode):
-    """Run operators without values: an abstract operand gives an abstract result, real operands a real result.
+    """Runs operators without values: an abstract operand gives an abstract result, real operands a real result.
 
-    A real tensor becomes abstract when something abstract is written into it, and its views with it. Subclasses
-    `observe` each operator.
+    A real tensor becomes abstract, and all views of the tensor, when an operator writes an abstract operand there.
+    Subclasses `observe` each operator.
     """
 
     def __init__(self) -> None:
@@ -75,22 +76,25 @@ class Abstract(TorchDispatchMode):
         return "the model"
 
     def observe(self, name: str, args: tuple, kwargs: dict, out: Any, touched: bool) -> None:
-        """Look at an operator that ran; touched: True if an operand is abstract."""
+        """Look at an operator after the run; touched: True if an operand is abstract."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name, kwargs = name_of(func), dict(kwargs or {})
+        name = name_of(func)
+        kwargs = dict(kwargs or {})
         if name == "_to_copy" and _casts_zeros_to_integers(args[0], kwargs):
             args = (torch.zeros(args[0].shape),)
         operands = list(tensors_in(args, kwargs))
         real = [x for x in operands if not x.is_meta]
-        touched = len(real) < len(operands) or any(self._is_written(x) for x in real)
+        has_abstract = len(real) < len(operands)
+        touched = has_abstract or any(map(self._is_written, real))
         if touched:
             args = self._with_known_masks(name, args)
         if touched and real:
             self._note_written(func, args, kwargs)
             args, kwargs = tree_map_only(Tensor, on_meta, (args, kwargs))
         elif _device(kwargs) == META or _is_state(name, args, operands):
-            kwargs["device"] = torch.device("cpu") if _is_exact(name, args, kwargs, operands) else META
+            is_exact = _is_exact(name, args, kwargs, operands)
+            kwargs["device"] = CPU if is_exact else META
         if touched and kwargs.get("device") is not None:  # the device of a real operand elsewhere in the model
             kwargs["device"] = META
         try:
@@ -108,19 +112,19 @@ class Abstract(TorchDispatchMode):
         return out
 
     def _is_written(self, x: Tensor) -> bool:
-        """Return True if something abstract was written into the memory of the real tensor `x`."""
+        """Return True if an operator wrote an abstract operand into the memory of the real tensor `x`."""
         return bool(self._written) and x.untyped_storage().data_ptr() in self._written
 
     def _note_written(self, func: Any, args: tuple, kwargs: dict) -> None:
-        """Note the real operands that an operator with an abstract operand writes into."""
+        """Note the real operands written by an operator with an abstract operand."""
         for x in _destinations(func, args, kwargs):
             if not x.is_meta:
                 self._written[x.untyped_storage().data_ptr()] = x
 
     def _with_known_masks(self, name: str, args: tuple) -> tuple:
-        """Replace masks in an index by the numbers of the entries that they pick.
+        """Replace masks in an index by the numbers of the picked entries.
 
-        Raises InputError if the shape of the result depends on values that are not known.
+        Raises InputError if the shape of the result depends on unknown values.
         """
         masks = []
         if name in ("index", "index_put"):
@@ -137,7 +141,7 @@ class Abstract(TorchDispatchMode):
 
 
 def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return the indices of an `index` with each real mask replaced by the numbers of its entries."""
+    """Return the indices of an `index` with each real mask replaced by the numbers of the picked entries."""
     numbers: list[Tensor | None] = []
     for x in indices:
         if x is not None and x.dtype in MASKS:
@@ -148,40 +152,42 @@ def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _destinations(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
-    """Return the operands that an operator writes into."""
+    """Return the operands to be written by an operator."""
     specs = func._schema.arguments
-    operands = {spec.name: value for spec, value in zip(specs, args, strict=False)} | kwargs
-    written = [operands.get(spec.name) for spec in specs if _is_written_into(spec)]
-    return [x for x in written if isinstance(x, Tensor)]
-
-
-def _is_written_into(spec: Any) -> bool:
-    return spec.alias_info is not None and spec.alias_info.is_write
+    names = [spec.name for spec in specs]
+    operands = dict(zip(names, args, strict=False)) | kwargs
+    destinations = []
+    for spec in specs:
+        is_written = spec.alias_info is not None and spec.alias_info.is_write
+        if is_written and isinstance(operands.get(spec.name), Tensor):
+            destinations.append(operands[spec.name])
+    return destinations
 
 
 # --- tensors made by the pass -----------------------------------------------------------------------------------------
 
 
 def _device(kwargs: dict) -> torch.device:
-    """Return the device that an operator is asked to make its result on; none is named for the CPU."""
-    return torch.device(kwargs.get("device") or "cpu")
+    """Return the device for an operator's result, by default the CPU."""
+    return torch.device(kwargs.get("device") or CPU)
 
 
 def _casts_zeros_to_integers(x: Tensor, kwargs: dict) -> bool:
-    """Return True for a cast of zeros, into which nothing was written so far, to integers: their values are known."""
+    """Return True for a cast of unwritten zeros to integers: the values are known."""
+    dtype = kwargs.get("dtype") or x.dtype
     stays_zero = traced(x).is_zero and x._version == 0
-    return stays_zero and not (kwargs.get("dtype") or x.dtype).is_floating_point
+    return stays_zero and not dtype.is_floating_point
 
 
 def _is_state(name: str, args: tuple, operands: Sequence[Tensor]) -> bool:
-    """Return True for a tensor that a pass makes to write into or add to, larger than a sum that starts at zero."""
+    """Return True for a tensor made to be written or added to, larger than the start of a sum."""
     return name in ("zeros", "empty") and not operands and math.prod(args[0]) > 1
 
 
 def _is_exact(name: str, args: tuple, kwargs: dict, operands: Sequence[Tensor]) -> bool:
-    """Return True if a tensor made on the meta device should have its values nonetheless.
+    """Return True if a tensor made on the meta device should have values nonetheless.
 
-    Integers and booleans should, and tensors filled with a number: the mask that a decoder makes for itself.
+    Integers and booleans should, and tensors filled with a number: a decoder's mask, made in the pass.
     """
     dtype = kwargs.get("dtype")
     if name in ("ones", "full"):
@@ -199,7 +205,7 @@ def _is_exact(name: str, args: tuple, kwargs: dict, operands: Sequence[Tensor]) 
 
 
 class _Layout(NamedTuple):
-    """An abstract tensor, as far as a result depends on it."""
+    """The properties of an abstract tensor on which results depend."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -207,10 +213,10 @@ class _Layout(NamedTuple):
 
 
 def _cached_result(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Return the result of an operator whose operands are all abstract.
+    """Return the result of an operator on abstract operands only.
 
-    Torch takes 0.3 ms for a sum on the meta device: an operator runs once for each choice of layouts, and is not run
-    again where its result is a new tensor, or its first operand.
+    Torch takes 0.3 ms for a sum on the meta device. An operator with a new tensor or the first operand as result runs
+    once for each choice of layouts.
     """
     kind = _kind(func)
     if kind == "other":
@@ -226,10 +232,10 @@ def _cached_result(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @functools.cache
 def _kind(func: Any) -> str:
-    """Tell what an operator returns.
+    """Return the kind of an operator's result.
 
-    "new": a new tensor, and the operator writes into no operand. "in place": its first operand, the only one that it
-    writes into. "other": a view, say.
+    "new": a new tensor, and the operator writes into no operand. "in place": the first operand, and the operator writes
+    into no further operand. "other": a view, say.
     """
     arguments, returns = list(func._schema.arguments), func._schema.returns
     aliased = [spec for spec in arguments if spec.alias_info is not None]
@@ -241,12 +247,12 @@ def _kind(func: Any) -> str:
 
 @functools.lru_cache(2**14)
 def _layout(func: Any, args: tuple, kwargs: tuple) -> Any:
-    """Run an operator on operands of these layouts, and return the layout of its result."""
+    """Run an operator on operands of the given layouts, and return the layout of the result."""
     return _frozen(func(*_thawed(args), **dict(_thawed(kwargs))))
 
 
 def _frozen(value: Any) -> Any:
-    """Return arguments or results with layouts in the place of tensors, so that they can be a key."""
+    """Return arguments or results with layouts in the place of tensors, ready to be a key."""
     if isinstance(value, Tensor):
         return _Layout(value.shape, value.stride(), value.dtype)
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

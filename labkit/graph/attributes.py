@@ -1,7 +1,7 @@
-"""Attributes of modules after a cut: layers of torch.nn follow their parameters, numbers written down follow sizes.
+"""Attributes of modules after a cut: layers of torch.nn follow parameters, numbers written down follow sizes.
 
-A module may hold a width as a number (`self.heads = 12`), and its forward pass uses the number in a view. `new_sizes`
-says what each size that the pass met becomes, and `new_attributes` gives the attributes that follow.
+A module may hold a width as a number (`self.heads = 12`), and use the number in a view. `new_sizes` gives the new value
+of each size met by the pass, and `new_attributes` the attributes to be changed.
 """
 
 from collections import defaultdict
@@ -26,13 +26,13 @@ NO_SIZES = ("idx", "index", "id", "buckets")  # ends of names of numbers that ca
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of all parameters and buffers, each once, by its first name."""
+    """Yield (name, tensor) of all parameters and buffers, each once, by the first name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:
-    """Return the shape of `x` after a cut; keep: {dimension: indices that stay}."""
+    """Return the shape of `x` after a cut; keep: {dimension: remaining indices}."""
     sizes = list(x.shape)
     for dim, indices in keep.items():
         sizes[dim] = len(indices)
@@ -43,9 +43,9 @@ def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:
 
 
 class Resized:
-    """A module's config with one number of its own; all else stands in the config that it shares with other modules.
+    """A module's config with a private number; all else stands in the config shared by several modules.
 
-    shared: the config. key, value: the number.
+    shared: the shared config. key, value: the private number.
     """
 
     def __init__(self, shared: Any, key: str, value: int) -> None:
@@ -62,7 +62,7 @@ class Resized:
 
 
 def set_attributes_(model: nn.Module, attributes: Attributes) -> None:
-    """Set attributes of the modules of `model`, in a config of the module's own if the name begins with CONFIG."""
+    """Set attributes of the modules of `model`; a name that begins with CONFIG is set in the module's config alone."""
     for name, values in attributes.items():
         module = model.get_submodule(name)
         for attribute, value in values.items():
@@ -73,10 +73,10 @@ def set_attributes_(model: nn.Module, attributes: Attributes) -> None:
 
 
 def written(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (attribute, value) of the whole numbers that a module has written down.
+    """Yield (attribute, value) of the whole numbers among a module's attributes.
 
-    Values are numbers, and tuples or lists of numbers. Numbers of the module's config are among them, with CONFIG
-    before the name, unless the config is saved with the module. Layers of torch.nn yield nothing, but for
+    Values are numbers, and tuples or lists of numbers. Numbers of the module's config follow, with CONFIG before the
+    name, unless the config is saved with the module. A layer of torch.nn has no such numbers, except
     nn.MultiheadAttention.
     """
     if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
@@ -100,9 +100,9 @@ def _is_sequence_of_numbers(value: Any) -> bool:
 
 
 class NewSize(NamedTuple):
-    """The size that a number stands for, after a cut.
+    """The value of a size after a cut.
 
-    certain: True if all sizes of this number in the module become the new one.
+    certain: True if all equal sizes in the module get the same new value.
     """
 
     size: int
@@ -110,11 +110,11 @@ class NewSize(NamedTuple):
 
 
 def new_sizes(record: Record, gone: np.ndarray) -> dict[tuple[str, int], NewSize]:
-    """Return {(module, size that its forward pass may hold as a number): new size}, without sizes that stay.
+    """Return {(module, size): new size} of the sizes in a module's forward pass, without sizes that stay.
 
-    A size is left out if equal sizes become several different ones.
+    A size is left out if equal sizes get several new values.
 
-    gone: [labels], bool.
+    record: of the traced call. gone: [labels], bool.
     """
     outcomes: dict[tuple[str, int], set[int]] = defaultdict(set)
     for sized in record.sizes:
@@ -137,9 +137,9 @@ def new_sizes(record: Record, gone: np.ndarray) -> dict[tuple[str, int], NewSize
 class _Renumbering:
     """Gives the numbers of modules after a cut (`new_attributes`).
 
-    A number that equals a size of the module's forward pass (a view's 768, 12 heads) becomes the new size if all equal
-    sizes become the same and the number is the module's own, not its config's; `follows` decides otherwise. Numbers
-    that are a whole shape together become the new shape.
+    A number equal to a size of the module's forward pass (a view's 768, 12 heads) becomes the new size if the new size
+    is certain (`NewSize`) and the number is no config's; entries of `follows` come first. Numbers forming a whole shape
+    together become the new shape.
     """
 
     def __init__(self, model: nn.Module, record: Record, gone: np.ndarray, follows: Follows) -> None:
@@ -174,11 +174,11 @@ class _Renumbering:
 def new_attributes(
     model: nn.Module, record: Record, gone: np.ndarray, keep: Keep, follows: Follows
 ) -> dict[str, dict[str, Any]]:
-    """Return {module: {attribute: new value}} that agree with the entries that stay, only where a value changes.
+    """Return {module: {attribute: new value}} of the attributes changed by a cut.
 
     record: of a traced call of `model`.
     gone: [labels], bool.
-    keep: the entries of parameters and buffers that stay.
+    keep: the remaining entries of parameters and buffers.
     follows: overrides the rule by which numbers follow sizes.
     """
     renumbering = _Renumbering(model, record, gone, follows)
@@ -201,7 +201,7 @@ def new_attributes(
 
 
 def _norm_attributes(module: nn.Module, name: str, renumbering: _Renumbering) -> dict[str, Any]:
-    """Return the attributes of a norm without parameters that tell them, by the sizes that it was called with."""
+    """Return the attributes of a norm that may have no parameters, by the sizes in the traced call."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         new_shape = [renumbering.new_value(name, "normalized_shape", size) for size in module.normalized_shape]
         return {"normalized_shape": tuple(new_shape)}
@@ -220,7 +220,7 @@ def _group_norm_attributes(module: nn.GroupNorm, channels: int, channels_before:
 
 
 class _CutTensor(NamedTuple):
-    """A parameter or buffer after the cut: its shape, and the rows that stay, None for all."""
+    """A parameter or buffer after the cut: the shape, and the remaining rows, None for all."""
 
     shape: list[int]
     rows: Tensor | None
@@ -254,7 +254,7 @@ def _layer_attributes(module: nn.Module, cuts: Mapping[int, _CutTensor]) -> dict
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
-    """Return the parameter that is the module's weight, or that its weight is computed from."""
+    """Return the module's weight, or the parameter from which the weight is computed."""
     if parametrize.is_parametrized(module, "weight"):
         tensors = module.parametrizations["weight"]._parameters
         return tensors.get("original", tensors.get("original1"))

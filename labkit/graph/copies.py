@@ -1,4 +1,4 @@
-"""Copies of models and inputs, with other tensors in the place of their own, for passes that leave the model alone."""
+"""Copies of models and inputs, with tensors exchanged, for passes without a trace on the model."""
 
 import contextlib
 import copy
@@ -16,7 +16,7 @@ CopyTensor = Callable[[Tensor], Tensor]
 
 
 class _CopyingTensors(TorchFunctionMode):
-    """Tensors are copied by a function inside: deepcopy would refuse tensors that have a graph."""
+    """Makes deepcopy copy tensors by a function; deepcopy alone refuses tensors with a graph."""
 
     def __init__(self, copy_tensor: CopyTensor) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _CopyingTensors(TorchFunctionMode):
 
 
 def clone(x: Tensor) -> Tensor:
-    """Copy `x` without its graph."""
+    """Copy `x` without the graph."""
     return x.detach().clone()
 
 
@@ -39,8 +39,8 @@ def duplicate(value: Any, copy_tensor: CopyTensor = clone, memory: Mapping[int, 
     """Return a deep copy of any object.
 
     copy_tensor: copies the tensors.
-    memory: {id of an object: object to stand in its place in the copy}.
-    Raises InputError if the object holds parts that cannot be copied, such as open files.
+    memory: {id of an object: object to take the place of the copy}.
+    Raises InputError if a part of the object cannot be copied, an open file, say.
     """
     try:
         with _CopyingTensors(copy_tensor):
@@ -53,10 +53,10 @@ def duplicate(value: Any, copy_tensor: CopyTensor = clone, memory: Mapping[int, 
 
 
 def duplicate_model(model: nn.Module, tensors: Mapping[int, Tensor], copy_tensor: CopyTensor = clone) -> nn.Module:
-    """Return a copy of `model` with other parameters and buffers.
+    """Return a copy of `model` with new parameters and buffers.
 
-    tensors: {id of a parameter or buffer: tensor to stand in its place}.
-    copy_tensor: copies all other tensors.
+    tensors: {id of a parameter or buffer: tensor to take the place of the copy}.
+    copy_tensor: copies all remaining tensors.
     """
     memory: dict[int, Any] = dict(tensors)
     for module in model.modules():
@@ -69,9 +69,10 @@ def duplicate_model(model: nn.Module, tensors: Mapping[int, Tensor], copy_tensor
 def skeleton(
     model: nn.Module, tensors: Mapping[int, Tensor], copy_tensor: CopyTensor = clone, *, training: bool = False
 ) -> nn.Module:
-    """Return a copy of `model` to run in its place (`duplicate_model`), with experts multiplied in batches.
+    """Return a copy of `model` to run instead of the model, with experts multiplied in batches.
 
-    training: the mode of all modules but batch norms, which refuse single values in training.
+    tensors, copy_tensor: as for `duplicate_model`.
+    training: the mode of all modules but batch norms: batch norms refuse single values in training.
     """
     new = duplicate_model(model, tensors, copy_tensor)
     for module in new.modules():
@@ -81,7 +82,7 @@ def skeleton(
 
 
 def batch_experts_(model: nn.Module) -> None:
-    """Multiply the experts of transformers in batches instead of groups, on which devices and widths set limits."""
+    """Multiply the experts of transformers in batches, not in groups: devices and widths set limits on groups."""
     for module in model.modules():
         switch = getattr(module, "set_experts_implementation", None)
         if switch and getattr(module.config, "_experts_implementation", None) == "grouped_mm":
@@ -90,7 +91,7 @@ def batch_experts_(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
-    """Suspend garbage collection: copies consist of thousands of objects that stay, and each search is in vain."""
+    """Suspend garbage collection: copies consist of thousands of lasting objects, and each search is in vain."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,7 @@
 """A trial cut: does the model's forward pass do the same without some entries?
 
-The cut model runs on the meta device. Its operators have to come in the same order as in the trace, and to give the
-traced shapes without the entries that are gone. A pass that has its sizes written down is detected in this way even
-where it happens to run. Nothing is computed.
+The cut model runs on the meta device. The operators have to come in the same order as in the trace, and to give the
+traced shapes without the removed entries. Sizes written down as numbers are detected even if the pass happens to run.
 """
 
 from collections.abc import Mapping
@@ -25,8 +24,8 @@ from labkit.modules.undisturbed import undisturbed
 class Mismatch(NamedTuple):
     """The place where a trial goes wrong.
 
-    why: told to a user. module: its name.
-    after: how many operators ran before, (of the compared ones, of all).
+    why: told to a user. module: the name of the running module.
+    after: numbers of operators before the place, (compared, all).
     """
 
     why: str
@@ -35,16 +34,16 @@ class Mismatch(NamedTuple):
 
 
 class _Differs(Exception):
-    """The cut model's pass does something else than the traced one."""
+    """The cut model's pass differs from the traced pass."""
 
 
 def trial(
     model: nn.Module, record: Record, gone: np.ndarray, keep: Keep, attributes: Attributes, args: tuple, kwargs: Mapping
 ) -> Mismatch | None:
-    """Run `model` without some entries, and return the first mismatch, None if every operator gives what it should.
+    """Run `model` without some entries, and return the first mismatch with the trace, None for a success.
 
     record: of the traced call. gone: [labels], bool.
-    keep, attributes: the entries that stay, and the attributes that agree with them.
+    keep, attributes: the remaining entries, and the attributes changed by the cut.
     args, kwargs: the example input of the trace.
     """
     tensors = {}
@@ -65,7 +64,7 @@ def trial(
 
 
 def _cut(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
-    """Return a parameter or buffer after the cut, without values if they are floating-point numbers."""
+    """Return a parameter or buffer after the cut, floating-point tensors without values."""
     if x.is_floating_point() or x.is_complex():
         return torch.empty(shape(x, keep), dtype=x.dtype, device="meta")
     for dim, indices in keep.items():
@@ -74,9 +73,9 @@ def _cut(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
 
 
 class _Comparing(Abstract):
-    """Compares the shapes that operators give with those of the trace, without the labels in `gone`.
+    """Compares the shapes of results with the shapes in the trace, without the labels in `gone`.
 
-    Only operators of `operators.COMPARED` are looked at.
+    Only operators of `operators.COMPARED` are compared.
     """
 
     def __init__(self, operations: list[Operation], gone: np.ndarray) -> None:
@@ -88,7 +87,7 @@ class _Comparing(Abstract):
 
     @property
     def reached(self) -> tuple[int, int]:
-        """How many operators ran: of the compared ones, of all."""
+        """The numbers of operators so far, (compared, all)."""
         return self._compared, self._all
 
     def observe(self, name: str, args: tuple, kwargs: dict, out: Any, touched: bool) -> None:
@@ -100,7 +99,7 @@ class _Comparing(Abstract):
             self._check_shape(operation, result)
 
     def _next_operation(self, name: str) -> Operation:
-        """Return the next operation of the trace, of which `name` is to be the operator."""
+        """Return the next operation of the trace; raise _Differs if `name` is not the operator."""
         if self._compared < len(self._expected):
             operation = self._expected[self._compared]
             if operation.name == name:
@@ -109,7 +108,7 @@ class _Comparing(Abstract):
         raise _Differs(f"{name} comes where it did not before")
 
     def _check_start(self, operation: Operation, args: tuple) -> None:
-        """Raise _Differs if a slice does not start behind the remaining entries that were in front of it."""
+        """Raise _Differs if a slice does not start right behind the remaining entries in front of the traced slice."""
         if operation.before is None:
             return
         x, dim, start = args[:3]
@@ -120,7 +119,7 @@ class _Comparing(Abstract):
             raise _Differs(f"slice in {place} starts at {start}, not {expected}")
 
     def _check_shape(self, operation: Operation, result: Tensor) -> None:
-        """Raise _Differs if the result's shape is not the traced one without the entries that are gone."""
+        """Raise _Differs if the result's shape is not the traced shape without the removed entries."""
         expected = operation.shape_without(self._gone)
         shape = list(result.shape)
         if shape != expected and result.numel():  # nothing is known of an empty part
@@ -128,6 +127,6 @@ class _Comparing(Abstract):
             raise _Differs(f"{operation.name} in {place} gives {shape}, not {expected}")
 
     def finish(self) -> None:
-        """Raise _Differs if operations of the trace did not come."""
+        """Raise _Differs if operations of the trace are missing."""
         if self._compared < len(self._expected):
             raise _Differs(f"{self._expected[self._compared].name} does not come any more")

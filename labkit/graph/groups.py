@@ -1,7 +1,7 @@
-"""Which channels hang together: groups of parameter entries to be removed as one unit, found by tracing.
+"""Coupled channels: groups of parameter entries to be removed as a unit, found by tracing.
 
-A channel that one layer makes is read by the next; a residual sum ties the channels of two layers; a head has rows and
-columns in four matrices. `trace` runs a model once, without computing anything, and returns the groups:
+A layer makes a channel and the next layer reads the channel; a residual sum ties the channels of two layers; a head has
+rows and columns in four matrices. `trace` runs a model without computing, and returns the groups:
 
 >>> import torch
 >>> from torch import nn
@@ -13,10 +13,10 @@ columns in four matrices. `trace` runs a model once, without computing anything,
 >>> [(member.name, member.dim, member.role) for member in group.members]
 [('0.weight', 0, 'makes'), ('0.bias', 0, 'makes'), ('2.weight', 1, 'reads')]
 
-Nothing is ranked or removed: `channels` chooses units, `surgery` removes them. `Coupling` is the full result of a
-trace: the groups, the reasons for which all other entries stay, and the meaning of a choice of units for every
+No unit is ranked or removed: `channels` chooses units, `surgery` removes the choice. `Coupling` is the full result of a
+trace: the groups, the reasons for which all remaining entries stay, and the meaning of a choice of units for every
 parameter. The second half of the file is a search (`fit`): a forward pass may have sizes written down as numbers, and
-the hypothesis under which the cut model runs is found by trials.
+trials find a hypothesis under which the cut model runs.
 """
 
 import itertools
@@ -50,19 +50,19 @@ UNSURE = 5  # numbers of a module of which all combinations are tried
 def trace(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> list[Group]:
     """Find the groups of `model(*args, **kwargs)`: entries of parameters and buffers to be removed together.
 
-    No value is looked at, nothing is computed, no weight is copied, and everything that the forward pass writes down
-    is written down in a copy. The batch and all other sizes of the input, and the sizes of the output, are fixed.
+    No value is read or computed, no weight is copied, and the model is left as before: the pass runs on a copy. All
+    sizes of the input and of the output are fixed, the batch among them.
 
     args: the example input, a tuple; a single tensor is taken as the only argument.
-    kwargs: its named arguments.
-    Raises InputError if the model does not run on the example, if its forward pass depends on values, if its output
-    holds no number to be compared (`returned.outputs`), or if nothing in the model can be pruned.
+    kwargs: the named arguments of the example.
+    Raises InputError if the model does not run on the example, if the forward pass depends on values, if the output
+    holds no number to be compared (`returned.outputs`), or if no group is free.
     """
     return list(Coupling.of(model, args, kwargs).groups)
 
 
 def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
-    """Return (args, kwargs) as a call takes them; InputError where kwargs are no {name: value}."""
+    """Return (args, kwargs) as for a call; InputError if kwargs are no {name: value}."""
     if isinstance(args, (Tensor, Mapping)) or not isinstance(args, (tuple, list)):
         args = (args,)
     if kwargs is not None:
@@ -76,10 +76,10 @@ class Coupling:
 
     record: of the traced call.
     classes: [labels], the class of every label; labels of a class go together.
-    reasons: {class: reason} of the classes that stay.
+    reasons: {class: reason} of the classes to stay.
     groups: the groups of units.
     roots: for each group, the class of each unit.
-    follows: numbers of modules for which the rule of `new_attributes` is wrong.
+    follows: exceptions from the rule by which numbers follow sizes (`attributes.new_attributes`).
     """
 
     record: Record
@@ -95,11 +95,11 @@ class Coupling:
     def of(
         cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, **options: bool
     ) -> "Coupling":
-        """Trace a model, and find the hypothesis about its numbers under which it can be cut (`fit`).
+        """Trace a model, and find a hypothesis about numbers under which the cut model runs (`fit`).
 
         args, kwargs: the example input, as for `trace`.
         options: within_groups, the units of a grouped convolution are the same channels of every group, not whole
-        groups; whole_heads, of a dimension that is split as [heads, size] only whole heads go.
+        groups; whole_heads, of a dimension split as [heads, size] only whole heads go.
         Raises InputError as `trace` does.
         """
         args, kwargs = arguments(args, kwargs)
@@ -115,7 +115,7 @@ class Coupling:
     # --- groups -------------------------------------------------------------------------------------------------------
 
     def clusters(self) -> list[Cluster]:
-        """Return the numbers of the groups that keep the same fraction, each group without a link by itself."""
+        """Return the numbers of linked groups, in a list for each link; a group without a link is alone in a list."""
         clusters: dict[Any, Cluster] = {}
         for i, group in enumerate(self.groups):
             key = ("alone", i) if group.link is None else group.link
@@ -123,10 +123,11 @@ class Coupling:
         return list(clusters.values())
 
     def pinned(self, reasons: Mapping[int, str]) -> "Coupling":
-        """Return the coupling without some groups; reasons: {number of a group: why it stays}."""
+        """Return the coupling without some groups; reasons: {number of a group: why the group stays}."""
         class_reasons = dict(self.reasons)
         for i, reason in reasons.items():
-            class_reasons |= dict.fromkeys(self.roots[i].tolist(), reason)
+            units = self.roots[i].tolist()
+            class_reasons |= dict.fromkeys(units, reason)
         free = [i for i in range(len(self.groups)) if i not in reasons]
         groups = tuple(self.groups[i] for i in free)
         roots = tuple(self.roots[i] for i in free)
@@ -134,31 +135,33 @@ class Coupling:
 
     @cached_property
     def unprunable(self) -> list[tuple[str, str]]:
-        """(parameter and dimension, why it stays) of all parameters' dimensions that cannot lose entries."""
+        """(parameter and dimension, reason) of all dimensions of parameters that stay whole."""
         free = {(member.name, member.dim) for group in self.groups for member in group.members}
         rows = []
         for axis in self.record.axes:
             if (axis.name, axis.dim) in free or axis.name in self.record.constants:
                 continue
             classes = np.unique(self.classes[axis.labels]).tolist()
-            reasons = sorted({self.reasons[c] for c in classes if self.reasons.get(c)})
-            if reasons or any(c not in self.reasons for c in classes):
+            is_pinned = all(c in self.reasons for c in classes)
+            reasons = sorted({self.reasons.get(c, "") for c in classes} - {""})
+            if reasons or not is_pinned:
                 why = "; ".join(reasons) or "all of it hangs together as one unit"
                 rows.append((f"{axis.name} dimension {axis.dim}", why))
         return rows + [(name, "is not used by the forward pass") for name in self.record.unused]
 
     @property
     def obstacles(self) -> str:
-        """The message for a model in which nothing can be pruned."""
-        why = "; ".join(f"{part}: {reason}" for part, reason in self.unprunable[:3])
-        return f"Nothing in this model can be pruned ({why or 'it has no parameters that its forward pass uses'})."
+        """The message for a model without a free group."""
+        reasons = [f"{part}: {reason}" for part, reason in self.unprunable[:3]]
+        why = "; ".join(reasons) or "it has no parameters that its forward pass uses"
+        return f"Nothing in this model can be pruned ({why})."
 
     # --- a choice of units --------------------------------------------------------------------------------------------
 
     def gone(self, removed: Mapping[int, Tensor]) -> np.ndarray:
-        """Return [labels], bool, True for labels that go.
+        """Return [labels], bool, True for the labels of removed units.
 
-        removed: {number of a group: [units], bool, True for units that go}.
+        removed: {number of a group: [units], bool, True for removed units}.
         """
         gone = np.zeros(len(self.classes), dtype=bool)
         for i, units in removed.items():
@@ -166,10 +169,7 @@ class Coupling:
         return gone[self.classes]
 
     def one_step(self, groups: list[int]) -> np.ndarray:
-        """Return [labels], bool, True for labels that go if the last unit of each of these groups goes.
-
-        Of linked groups the last equal part goes.
-        """
+        """Return [labels], bool, True for the labels of the last unit of each group, of linked groups the last part."""
         removed = {}
         for cluster in self.clusters():
             steps = math.gcd(*(self.groups[i].units for i in cluster))
@@ -177,7 +177,8 @@ class Coupling:
                 continue
             for i in set(groups) & set(cluster):
                 units = self.groups[i].units
-                removed[i] = torch.arange(units) >= units * (steps - 1) // steps
+                first_removed = units * (steps - 1) // steps
+                removed[i] = torch.arange(units) >= first_removed
         return self.gone(removed)
 
     def attributes(self, model: nn.Module, keep: Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -186,9 +187,11 @@ class Coupling:
 
     def macs(self, gone: np.ndarray | None = None) -> int:
         """Count the multiply-adds of the products of the traced call, without the labels in `gone`, [labels], bool."""
+        if gone is None:
+            return sum(cost.macs for cost in self.record.costs)
         total = 0.0
         for cost in self.record.costs:
-            shares = [1 - gone[labels].mean() for labels in cost.factors] if gone is not None else []
+            shares = [1 - gone[labels].mean() for labels in cost.factors]
             total += cost.macs * math.prod(shares)
         return round(total)
 
@@ -197,9 +200,9 @@ class Coupling:
 
 
 class Trials:
-    """Cuts a model in various ways, on the meta device, to see what stands in the way.
+    """Cuts a model in various ways, on the meta device, and reports obstacles.
 
-    model, args, kwargs: the model and its example input.
+    model, args, kwargs: the model and the example input.
     """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -208,7 +211,7 @@ class Trials:
         self._results: dict[tuple[bytes, str], Mismatch | None] = {}
 
     def obstacle(self, coupling: Coupling, clusters: list[Cluster]) -> Mismatch | None:
-        """Cut one unit of each group in `clusters`, and return what goes wrong, None if nothing does."""
+        """Cut a unit of each group in `clusters`, and return the mismatch, None for a success."""
         gone = coupling.one_step([i for cluster in clusters for i in cluster])
         if not gone.any():
             return None
@@ -223,12 +226,12 @@ class Trials:
         return self._results[key]
 
     def obstacle_together_or_apart(self, coupling: Coupling, clusters: list[Cluster]) -> Mismatch | None:
-        """Cut all of `clusters`, then every second one, and return what goes wrong.
+        """Cut all of `clusters`, then every second cluster, and return the first mismatch, None for a success.
 
-        Pieces of several sizes, and numbers for several sizes, may fit where all groups shrink and not where some do.
+        Pieces of several sizes, and numbers for several sizes, may fit if all groups shrink but not if some do.
         """
-        may_depend = bool(coupling.follows or coupling.record.labels.pieces)
-        some = clusters[::2] if may_depend else []
+        may_differ = bool(coupling.follows or coupling.record.labels.pieces)
+        some = clusters[::2] if may_differ else []
         return self.obstacle(coupling, clusters) or self.obstacle(coupling, some)
 
 
@@ -236,17 +239,17 @@ class Trials:
 
 
 def fit(coupling: Coupling, trials: Trials) -> Coupling:
-    """Find the hypothesis about sizes under which the model's forward pass runs after a cut.
+    """Find a hypothesis about sizes under which the model's forward pass runs after a cut.
 
     A forward pass may contain numbers that depend on a width: the width of an input is heads x head size
     (nn.MultiheadAttention, Swin). Four hypotheses are tried, the weakest first:
       1. numbers follow sizes by the rule of `attributes.new_attributes`;
-      2. every number that equals a removed width follows it;
-      3. groups that have the same size in a view of the same module shrink together;
-      4. both 2 and 3.
-    The first under which one unit of every group can go is taken. If there is none, three hypotheses are weakened: 3,
-    1 with the numbers searched one by one, and 2. Groups whose cut still fails are pinned, with the reason; the
-    hypothesis that keeps most groups wins, of several the one with fewest links.
+      2. every number equal to a removed width follows the width;
+      3. groups of the same size in a view of the same module shrink together;
+      4. 2 and 3 together.
+    The first hypothesis with a successful cut of a unit of every group is taken. If all fail, three hypotheses are
+    weakened: 3, 1 with a search for exceptional numbers, and 2. Groups with a failing cut are pinned, with the reason;
+    the hypothesis with most groups left wins, of several the hypothesis with fewest links.
 
     Returns the coupling of the hypothesis. Raises InputError, naming the first obstacles, if no group is free.
     """
@@ -268,11 +271,12 @@ def fit(coupling: Coupling, trials: Trials) -> Coupling:
 
 def _freedom(coupling: Coupling) -> tuple[int, int]:
     """Return (number of groups, number of groups without a link)."""
-    return len(coupling.groups), sum(group.link is None for group in coupling.groups)
+    links = [group.link for group in coupling.groups]
+    return len(links), links.count(None)
 
 
 def with_all_numbers_following(coupling: Coupling, model: nn.Module) -> Coupling:
-    """Let every number that equals a removed width follow it, except those in configs."""
+    """Let every number equal to a removed width follow the width, except numbers in configs."""
     follows = {}
     for module in model.modules():
         for attribute, _ in written(module):
@@ -282,7 +286,7 @@ def with_all_numbers_following(coupling: Coupling, model: nn.Module) -> Coupling
 
 
 def with_linked_groups(coupling: Coupling) -> Coupling:
-    """Link groups that have the same size in a view of the same module."""
+    """Link groups of the same size in a view of the same module."""
     group_of_class = np.full(len(coupling.classes), -1, dtype=np.int64)
     for i, units in enumerate(coupling.roots):
         group_of_class[units] = i
@@ -299,12 +303,13 @@ def with_linked_groups(coupling: Coupling) -> Coupling:
     links = components(len(coupling.groups), *edges).tolist()
     linked = []
     for group, link in zip(coupling.groups, links, strict=True):
-        linked.append(replace(group, link=link if links.count(link) > 1 else None))
+        is_linked = links.count(link) > 1
+        linked.append(replace(group, link=link if is_linked else None))
     return replace(coupling, groups=tuple(linked))
 
 
 def pin_what_fails(coupling: Coupling, obstacle: Callable[[Coupling, list[Cluster]], Mismatch | None]) -> Coupling:
-    """Pin the groups whose cut fails; obstacle: a method of `Trials` that tells what goes wrong."""
+    """Pin the groups with a failing cut; obstacle: a method of `Trials`."""
     failed = failing(coupling.groups, coupling.clusters(), partial(obstacle, coupling))
     reasons = {i: f"the forward pass needs this size ({mismatch.why})" for i, mismatch in failed.items()}
     return coupling.pinned(reasons)
@@ -314,22 +319,22 @@ def pin_what_fails(coupling: Coupling, obstacle: Callable[[Coupling, list[Cluste
 
 
 def with_numbers_searched(coupling: Coupling, trials: Trials) -> Coupling:
-    """Let numbers follow a size, or no longer follow it, where a cluster can only be cut in this way.
+    """Let exceptional numbers follow a size, or not follow, as far as a cut of a cluster depends on the choice.
 
-    Of clusters at one place of repeated blocks, a single one is searched.
+    Of clusters at the same place of repeated blocks, only the last is searched.
     """
-    failed = failing(coupling.groups, coupling.clusters(), partial(trials.obstacle, coupling)).keys()
-    clusters_by_place = {}
+    failed = failing(coupling.groups, coupling.clusters(), partial(trials.obstacle, coupling))
+    last_at_place = {}
     for cluster in coupling.clusters():
-        if not failed.isdisjoint(cluster):
-            clusters_by_place.setdefault(place_of(coupling.groups, cluster), []).append(cluster)
-    for clusters in clusters_by_place.values():
-        coupling = _with_numbers_for(coupling, trials, clusters[-1])
+        if not failed.keys().isdisjoint(cluster):
+            last_at_place[place_of(coupling.groups, cluster)] = cluster
+    for cluster in last_at_place.values():
+        coupling = _with_numbers_for(coupling, trials, cluster)
     return coupling
 
 
 def _with_numbers_for(coupling: Coupling, trials: Trials, cluster: Cluster) -> Coupling:
-    """Return a hypothesis under which `cluster` can be cut; `coupling` itself if the search finds none."""
+    """Return a hypothesis with a successful cut of `cluster`; `coupling` if the search fails."""
     mismatch = trials.obstacle(coupling, [cluster])
     hypothesis = _with_number_after_number(coupling, trials, cluster, mismatch, set())
     if hypothesis is not None:
@@ -343,13 +348,13 @@ def _with_numbers_for(coupling: Coupling, trials: Trials, cluster: Cluster) -> C
 def _with_number_after_number(
     coupling: Coupling, trials: Trials, cluster: Cluster, mismatch: Mismatch | None, tried: set[frozenset]
 ) -> Coupling | None:
-    """Change number after number, each bringing the forward pass farther, up to its end.
+    """Change number after number, each with the effect that the forward pass runs farther, up to the end.
 
-    A search in depth: at each step the two numbers that bring the pass farthest are followed, the farthest first. Where
-    a head is as wide as there are heads, the farthest may be the wrong one of two numbers.
+    A search in depth: at each step the two best numbers are followed, the number with the farthest run first. In a
+    model with as many heads as positions in a head, the farthest run may belong to the wrong number of the two.
 
-    mismatch: where the pass fails so far, None at its end.
-    tried: choices of numbers that were followed already; filled.
+    mismatch: the place where the pass fails so far, None at the end.
+    tried: choices of numbers followed so far; to be filled.
     Returns None if no choice leads to the end.
     """
     if mismatch is None:
@@ -372,17 +377,18 @@ def _with_number_after_number(
 
 
 def _distance(step: tuple[Coupling, Mismatch | None]) -> tuple[float, ...]:
-    """Return how far the forward pass runs."""
+    """Return the numbers of operators before the mismatch; infinity for a success."""
     _, mismatch = step
     return (math.inf,) if mismatch is None else mismatch.after
 
 
 def _with_one_number(coupling: Coupling, model: nn.Module, cluster: Cluster, name: str) -> list[Coupling]:
-    """Return hypotheses in which one more number of the module `name` follows a size, or one fewer."""
+    """Return hypotheses with the opposite choice for a single number of the module `name`: to follow a size, or not."""
     module = model.get_submodule(name)
     gone = coupling.one_step(cluster)
     sizes = new_sizes(coupling.record, gone)
-    changed = coupling.attributes(model, coupling.record.kept(gone), gone).get(name, {})
+    keep = coupling.record.kept(gone)
+    changed = coupling.attributes(model, keep, gone).get(name, {})
     hypotheses = []
     for attribute, value in written(module):
         numbers = [value] if type(value) is int else value
@@ -395,8 +401,8 @@ def _with_one_number(coupling: Coupling, model: nn.Module, cluster: Cluster, nam
 def _with_several_numbers(coupling: Coupling, model: nn.Module, cluster: Cluster, name: str) -> Iterator[Coupling]:
     """Yield hypotheses in which several unsure numbers of the module `name` follow at once.
 
-    An unsure number equals a size that shrinks and another that does not; a single one leads nowhere where a forward
-    pass divides two of them.
+    An unsure number equals a size that shrinks and a size that stays. A single number does not help if a forward pass
+    divides two unsure numbers.
     """
     module = model.get_submodule(name)
     sizes = new_sizes(coupling.record, coupling.one_step(cluster))

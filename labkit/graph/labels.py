@@ -50,7 +50,7 @@ class _Pin(NamedTuple):
 
 
 class _WholeSlices(NamedTuple):
-    """A dimension split in several, `labels` [a, b, ...]: whole slices along one axis have to stay."""
+    """A dimension split in several, `labels` [a, b, ...]: whole slices along a single axis have to stay."""
 
     labels: np.ndarray
 
@@ -76,9 +76,9 @@ class _EvenPieces(NamedTuple):
 
 
 class Labels:
-    """Ties, pins and constraints of labels, in the order in which the operators brought them.
+    """Ties, pins and constraints of labels, in the order of the operators.
 
-    count: how many labels there are.
+    count: the number of labels.
     pieces: labels of dimensions cut into pieces of several sizes, an array for each size; filled by `resolve`.
     """
 
@@ -94,8 +94,8 @@ class Labels:
     def fresh(self, n: int, constant: bool = False) -> np.ndarray:
         """Return `n` new labels.
 
-        constant: for a dimension of a buffer, or of a tensor made by the forward pass, which follows the channels of
-        the tensors it meets.
+        constant: True for a dimension of a buffer, or of a tensor made by the forward pass, which follows the channels
+        of the tensors beside it.
         """
         self.count += n
         self._constant += bytes([constant]) * n
@@ -112,15 +112,15 @@ class Labels:
             self._edges.append(Edges(a.ravel(), b.ravel()))
 
     def pin(self, labels: np.ndarray, reason: str) -> None:
-        """Never remove these labels; an empty reason is not worth telling (kernel positions, rows of a table)."""
+        """Never remove `labels`; an empty reason is not worth telling (kernel positions, rows of a table)."""
         self._pins.append(_Pin(labels.ravel(), reason))
 
     def keep_product(self, labels: np.ndarray) -> None:
-        """Keep whole slices along one axis of `labels` [a, b, ...]: a dimension was split in several."""
+        """Keep whole slices along a single axis of `labels` [a, b, ...]: a dimension was split in several."""
         self._constraints.append(_WholeSlices(labels))
 
     def keep_cut(self, labels: np.ndarray, start: int, stop: int, reason: str) -> None:
-        """Keep equally many labels in all pieces of one size: the dimension `labels` is cut at `start` and `stop`."""
+        """Keep equally many labels in all pieces of a size: the dimension `labels` is cut at `start` and `stop`."""
         key = labels.tobytes()
         if key not in self._cuts:
             self._cuts[key] = _EvenPieces(labels, {0, len(labels)}, reason)
@@ -131,11 +131,12 @@ class Labels:
         """Join the tied labels into classes.
 
         Returns
-          - [count], the class of every label, named by its smallest label;
-          - {class: reason} of the classes that never go.
+          - [count], the class of every label, named by the smallest label of the class;
+          - {class: reason} of the classes to stay for good.
         """
-        a = np.concatenate([NO_LABELS, *(edges.a for edges in self._edges)])
-        b = np.concatenate([NO_LABELS, *(edges.b for edges in self._edges)])
+        all_edges = [NO_EDGES, *self._edges]
+        a = np.concatenate([edges.a for edges in all_edges])
+        b = np.concatenate([edges.b for edges in all_edges])
         classes = components(self.count, a, b)
         pinned = np.zeros(self.count, dtype=bool)
         for pin in self._pins:
@@ -149,17 +150,19 @@ class Labels:
 
     def _join_slices(self, constraint: _WholeSlices, classes: np.ndarray, pinned: np.ndarray) -> np.ndarray:
         """Return the classes after a constraint of whole slices."""
-        edges = _make_product(classes[constraint.labels], self._fixed(classes, pinned))
+        fixed = self._fixed(classes, pinned)
+        edges = _make_product(classes[constraint.labels], fixed)
         return components(self.count, *edges, parent=classes)
 
     def _join_pieces(self, cut: _EvenPieces, classes: np.ndarray, pinned: np.ndarray) -> np.ndarray:
-        """Return the classes after a cut's constraint; classes that no join makes even are pinned, in `pinned` too."""
+        """Return the classes after a cut's constraint; classes without an even join are pinned, in `pinned` too."""
         fixed = self._fixed(classes, pinned)
         pieces = cut.pieces_by_size()
         single = np.concatenate([NO_LABELS, *pieces.pop(1, ())])  # its tensor carries no labels
         steps = [(NO_EDGES, classes[single])]
         for same_size in pieces.values():
-            steps.append(_make_even([classes[piece] for piece in same_size], fixed))
+            piece_classes = [classes[piece] for piece in same_size]
+            steps.append(_make_even(piece_classes, fixed))
         if len(pieces) > 1:
             self.pieces += [np.concatenate(same_size) for same_size in pieces.values()]
         for edges, uneven in steps:
@@ -170,7 +173,7 @@ class Labels:
         return classes
 
     def _fixed(self, classes: np.ndarray, pinned: np.ndarray) -> np.ndarray:
-        """Return [count], True for the name of each class that has a pinned label."""
+        """Return [count], True for the name of each class with a pinned label."""
         fixed = np.zeros(self.count, dtype=bool)
         fixed[classes[pinned]] = True
         return fixed
@@ -184,10 +187,10 @@ class Labels:
 
 
 def _make_product(classes: np.ndarray, fixed: np.ndarray) -> Edges:
-    """Return edges that make every set of classes a set of whole slices along one axis.
+    """Return edges to make every set of classes a set of whole slices along a single axis.
 
-    If the other operators leave the axis open, the last axis is taken: a channel shuffle's channels in a group, whose
-    number follows from the input where the number of groups is a constant.
+    If the operators leave the axis open, the last axis is taken: a channel shuffle's channels in a group. Their number
+    follows from the input if the number of groups is a constant.
 
     classes: [a, b, ...], of the labels of a dimension split in several.
     fixed: by class, True if the class never goes.
@@ -212,12 +215,12 @@ Counts = tuple[int, ...]  # of the labels of a class in each piece
 def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges, np.ndarray]:
     """Join classes until each has equally many labels in every piece.
 
-    Classes in a single piece are joined with their like in the other pieces, in order; of two pieces, mirror images
-    are joined; the remaining classes are joined into one class.
+    A class in a single piece is joined with a like class of every further piece, in order; of two pieces, mirror images
+    are joined; the remaining classes are joined into a single class.
 
-    pieces: the classes of the labels in each piece; the pieces have one size.
+    pieces: the classes of the labels in each piece; the pieces have equal sizes.
     fixed: by class, True if the class never goes.
-    Returns the edges, and the classes that cannot be made even.
+    Returns the edges, and the classes without an even join.
     """
     uneven = _uneven_classes(pieces, fixed)
     waiting: dict[Counts, list[int]] = defaultdict(list)
@@ -238,7 +241,7 @@ def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges, np.n
 
 
 def _joined(bundles: list[list[int]]) -> Edges:
-    """Return edges that join the labels of each bundle."""
+    """Return edges between the labels of each bundle."""
     a: list[int] = []
     b: list[int] = []
     for first, *further in bundles:
@@ -248,7 +251,7 @@ def _joined(bundles: list[list[int]]) -> Edges:
 
 
 def _uneven_classes(pieces: list[np.ndarray], fixed: np.ndarray) -> dict[int, Counts]:
-    """Return the classes that may go and have more labels in some piece than in another, with their counts."""
+    """Return free classes with more labels in some piece than in the next, and the counts by piece."""
     classes, positions = np.unique(np.concatenate(pieces), return_inverse=True)
     sizes = [len(piece) for piece in pieces]
     piece_numbers = np.repeat(np.arange(len(pieces)), sizes)
@@ -261,7 +264,7 @@ def _uneven_classes(pieces: list[np.ndarray], fixed: np.ndarray) -> dict[int, Co
 
 
 def _partners(counts: Counts) -> list[Counts]:
-    """Return the counts of classes that are even together with a class of `counts`; empty if no simple choice is."""
+    """Return the counts of classes to join with a class of `counts` to an even class; empty without a simple choice."""
     if len(counts) == 2:
         return [counts, counts[::-1]]
     if sum(count > 0 for count in counts) > 1:
@@ -275,7 +278,7 @@ def _partners(counts: Counts) -> list[Counts]:
 
 
 def _take_bundles(waiting: dict[Counts, list[int]], partners: list[Counts]) -> list[list[int]]:
-    """Take as many bundles out of `waiting` as possible, each with one class of each of `partners`."""
+    """Take as many bundles out of `waiting` as possible, each with a class for each of `partners`."""
     candidates = [list(waiting.get(counts, ())) for counts in partners]
     bundles = [list(bundle) for bundle in zip(*candidates, strict=False)]
     for bundle in bundles:

@@ -1,6 +1,6 @@
-"""The ATen operators known to labkit, in one table: how labels pass, whether a trial compares, how a scale passes.
+"""The ATen operators known to labkit, in a single table: how labels pass, whether a trial compares, how a scale passes.
 
-To teach labkit an operator, add its name to a row of the table. Operators in no row make their operands unprunable. A
+To teach labkit an operator, add the name to a row of the table. An operator in no row makes all operands unprunable. A
 new kind of rule is a function in `rules`, `rules_products` or `rules_shapes`.
 """
 
@@ -12,13 +12,13 @@ class Row(NamedTuple):
 
     rule: the kind of rule by which labels pass (`rules.rule`).
     names: ATen names without namespace, overload and the underscore of an in-place form, separated by spaces.
-    compared: True if a trial compares the results with the traced call (`fits`). Such operators come in the same order
-    whatever the sizes are. Products and moves do not, since torch folds and copies by size and stride; an error in
-    them shows in the compared ones, such as a softmax over as many rows as there were heads.
+    compared: True if a trial compares the results with the traced call (`fits`). The order of compared operators does
+    not depend on sizes. The order of products and moves does, since torch folds and copies by size and stride; an error
+    there shows in a compared operator further on, a softmax over a wrong number of rows, say.
     scale: how a positive scale s of each channel passes, f(s x) = s f(x) (`dataflow`):
-    "same" (the shape stays), "spatial" (works on the last dimensions), "reduces" (reduces the dimensions in its
-    arguments), "view", "clips" (f clips at a constant: a scale does not pass), or "" (a scale does not pass, or a rule
-    of `dataflow` itself decides).
+    "same" (the shape stays), "spatial" (f works on the last dimensions), "reduces" (f reduces the dimensions in the
+    arguments), "view", "clips" (f clips at a constant: a scale does not pass), or "" (a scale does not pass, or
+    `dataflow` decides by the operands).
     """
 
     rule: str
@@ -115,10 +115,10 @@ TABLE = (
     Row("gather", "gather"),
 )
 
-COMPARED = frozenset(name for row in TABLE if row.compared for name in row.names.split())
-SCALE = {name: row.scale for row in TABLE for name in row.names.split()}
+ROWS = {name: row for row in TABLE for name in row.names.split()}
+COMPARED = frozenset(name for name, row in ROWS.items() if row.compared)
 
 
 def with_rule(kind: str) -> list[str]:
-    """Return the names of the operators with this kind of rule."""
-    return [name for row in TABLE if row.rule == kind for name in row.names.split()]
+    """Return the names of the operators with a kind of rule."""
+    return [name for name, row in ROWS.items() if row.rule == kind]

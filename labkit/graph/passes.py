@@ -1,4 +1,4 @@
-"""Guards around forward passes: a model left as it was, and the names of the modules that are running."""
+"""Guards around forward passes: a model restored afterwards, and the names of the running modules."""
 
 import contextlib
 import random
@@ -15,7 +15,7 @@ CONTAINERS = (dict, list, tuple, set, deque)
 
 
 class _Contents(NamedTuple):
-    """The items of a container at one time; keys: of a dictionary, else empty."""
+    """The items of a container at some time; keys: of a dictionary, else empty."""
 
     container: Any
     keys: list[Any]
@@ -84,9 +84,9 @@ def _collect_containers(value: Any, containers: dict[int, Any]) -> None:
 
 @contextlib.contextmanager
 def following(model: nn.Module, called: set[str]) -> Iterator[list[str]]:
-    """Yield the names of the modules whose forward pass is running, outermost first; "" is the model.
+    """Yield the names of the running modules, outermost first; "" is the model.
 
-    called: receives the names of all modules that run.
+    called: receives the names of all modules, once run.
     """
     names = {id(module): name for name, module in model.named_modules()}
     stack = [""]

@@ -1,7 +1,7 @@
-"""The record of a trace: dimensions of parameters with their labels, sizes, products, operations.
+"""The record of a trace: labelled dimensions of parameters, sizes, products, operations.
 
-`tracing` fills a `Record`, the rules add to it operator by operator, and all later steps (groups of units, trials,
-attributes, the equality check) read it. `Traced` is the note that the tracer keeps about each tensor of the pass.
+`tracing` fills a `Record`, the rules add notes operator by operator, and all later steps (groups of units, trials,
+attributes, the equality check) read the notes. `Traced` is the tracer's note about a tensor of the pass.
 """
 
 from collections.abc import Iterable
@@ -21,13 +21,14 @@ from labkit.graph.spans import Span, Spans, fix, span_at
 
 @dataclass(slots=True)
 class Traced:
-    """The tracer's knowledge of one tensor of the pass.
+    """The tracer's knowledge of a tensor of the pass.
 
-    spans: the labels of its dimensions.
+    spans: the labels of the dimensions.
     origin: the number of the operation by which the tensor was made, the name of the parameter or buffer, or None for
     an input.
-    is_weight: True for a parameter and its views: a product that sums over it reads channels through it.
-    is_zero: True for the result of zeros(), as long as nothing is written into it.
+    is_weight: True for a parameter or a view of a parameter: a product with the tensor reads channels through the
+    summed dimension.
+    is_zero: True for the result of zeros(); an entry may have been written since.
     """
 
     spans: Spans = ()
@@ -37,8 +38,8 @@ class Traced:
 
 
 def traced(x: Tensor) -> Traced:
-    """Return the tracer's note about `x`, a new one if `x` has none."""
-    # An attribute, since a dictionary with weak keys would compare tensors element by element; it dies with its tensor.
+    """Return the tracer's note about `x`; a tensor without a note gets an empty note."""
+    # An attribute, which dies with its tensor: a dictionary with weak keys would compare tensors element by element.
     try:
         return x._traced
     except AttributeError:
@@ -50,7 +51,7 @@ def traced(x: Tensor) -> Traced:
 
 
 class Axis(NamedTuple):
-    """Dimension `dim` of a parameter or buffer: its indices have the labels base, base + 1, ..."""
+    """Dimension `dim` of the parameter or buffer `name`: the indices have the labels base, base + 1, ..."""
 
     name: str
     dim: int
@@ -63,9 +64,9 @@ class Axis(NamedTuple):
 
 
 class Sized(NamedTuple):
-    """A size that the forward pass of `module` may hold as a number.
+    """A size of a tensor in the forward pass of `module`: the pass may hold the size as a number.
 
-    labels: of the dimension of this size, along `axis`; None where the size stays.
+    labels: of the dimension of the given size, along `axis`; None for a size that stays.
     """
 
     module: str
@@ -75,9 +76,10 @@ class Sized(NamedTuple):
 
 
 class Restricted(NamedTuple):
-    """The n-th call of an operator in a module works over labels: a reference without them leaves them out of it.
+    """A call of an operator over labels: a reference without the labels leaves these entries out of the call.
 
-    name, module, number: the call. argument, dim: the operand and its dimension with `labels`.
+    name, module, number: the n-th call of an operator in a module.
+    argument, dim: the operand and the dimension with `labels`.
     kind: "norm" (statistics of the remaining entries only), "statistic" (the dimension is gone afterwards), or "mask"
     (terms of a sum).
     """
@@ -92,10 +94,10 @@ class Restricted(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Multiply-adds of one product.
+    """Multiply-adds of a product.
 
     macs: the number. terms: in each sum.
-    factors: labels; the share of each array that remains after a cut scales the number.
+    factors: labels; the number shrinks with the remaining share of each array.
     """
 
     macs: int
@@ -104,11 +106,10 @@ class Cost(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One operator of the traced call: the shape of its result, and the labels that the dimensions carry.
+    """An operator of the traced call, with the shape and the spans of the result.
 
-    operands: of each tensor among the arguments, in order: the number of the operation by which it was made, the name
-    of the parameter or buffer, or None for an input.
-    settings: the other positional arguments.
+    operands: the origin (`Traced.origin`) of each tensor among the arguments, in order.
+    settings: the remaining positional arguments.
     before: of a slice, the labels of the operand in front of the part.
     """
 
@@ -121,7 +122,7 @@ class Operation(NamedTuple):
     before: np.ndarray | None = None
 
     def shape_without(self, gone: np.ndarray) -> list[int]:
-        """Return the shape of the result after the cut of the labels in `gone`, [labels], bool."""
+        """Return the shape of the result without the labels in `gone`, [labels], bool."""
         shape = list(self.shape)
         for span in self.spans:
             gone_here = gone[span.labels]
@@ -132,7 +133,7 @@ class Operation(NamedTuple):
 
 
 def remaining(gone: np.ndarray, axis: int) -> int:
-    """Count the slices along `axis` with an entry that stays, an entry for which `gone` is False."""
+    """Count the slices of `gone` along `axis` with some False entry: slices that stay after the cut."""
     other_axes = tuple(i for i in range(gone.ndim) if i != axis)
     return int((~gone).any(other_axes).sum())
 
@@ -142,23 +143,23 @@ def remaining(gone: np.ndarray, axis: int) -> int:
 
 @dataclass
 class Record:
-    """The result of a trace. Parameters and buffers with the same memory go by the first of their names.
+    """The result of a trace. Parameters and buffers with the same memory go by the first name.
 
     labels: ties and pins.
     axes: the labelled dimensions of parameters and buffers.
     contracted: labels of parameters over which a product sums.
-    sizes, restricted, costs, operations: see their classes; operations in order.
+    sizes, restricted, costs, operations: lists of the classes above; operations in order.
     called: names of the modules that ran.
     returned: the origin (`Traced.origin`) of each output of the model.
     aliases: {first name: further names of the same memory}.
     constants: names of the buffers.
     unmet: {id of an abstract parameter: name} of the parameters without labels so far.
-    unused: names of the trainable parameters that no operator met.
+    unused: names of the trainable parameters without an operator.
     names_dtype: True if the forward pass names a floating-point type.
-    trained: True if a second pass, in training mode, met parameters that the first did not.
+    trained: True if a second pass, in training mode, met parameters not met before.
     within_groups: of grouped convolutions, tie the same channels of every group, not all channels of a group.
     whole_heads: of a dimension split as [heads, size], only the first part may lose entries.
-    only_couples: True in the second pass, in which nothing is counted twice.
+    only_couples: True in the second pass, which counts no operator again.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -184,11 +185,11 @@ class Record:
 
     @cached_property
     def made(self) -> dict[tuple[str, tuple[int, ...]], Operation]:
-        """Map (module, shape) to an operation with a result of this shape in the module."""
+        """Map (module, shape) to an operation in the module with a result of the shape."""
         return {(operation.module, operation.shape): operation for operation in self.operations}
 
     def names(self, first: str) -> list[str]:
-        """Return all names of the parameter or buffer whose first name is `first`."""
+        """Return all names of the parameter or buffer with the first name `first`."""
         return [first, *self.aliases.get(first, ())]
 
     def first(self, name: str) -> str:
@@ -199,7 +200,7 @@ class Record:
         return name
 
     def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
-        """Return {parameter or buffer: {dimension: indices that stay}}, only of dimensions that lose entries.
+        """Return {parameter or buffer: {dimension: remaining indices}}, without dimensions that stay whole.
 
         gone: [labels], bool.
         """
@@ -215,7 +216,7 @@ class Record:
     # --- tensors of the pass ------------------------------------------------------------------------------------------
 
     def spans(self, x: Tensor) -> Spans:
-        """Return the spans of `x`; a parameter or buffer gets its labels when an operator meets it first."""
+        """Return the spans of `x`; a parameter or buffer gets labels when first met by an operator."""
         name = self.unmet.pop(id(x), None)
         if name is not None:
             note = traced(x)
@@ -235,7 +236,7 @@ class Record:
         return tuple(spans)
 
     def free(self, x: Tensor, dims: Iterable[int]) -> Spans:
-        """Give new labels to dimensions of no parameter, whose sizes follow the tensors that `x` meets."""
+        """Give new labels to dimensions of no parameter; the sizes follow the tensors beside `x`."""
         spans = []
         for dim in dims:
             size = x.shape[dim]
@@ -245,7 +246,7 @@ class Record:
         return tuple(spans)
 
     def sized(self, module: str, x: Tensor, spans: Spans, dims: Iterable[int]) -> None:
-        """Note that the forward pass of `module` may hold the sizes of these dimensions of `x` as numbers."""
+        """Note sizes of dimensions of `x`: the forward pass of `module` may hold the sizes as numbers."""
         for dim in dims:
             size, span = x.shape[dim], span_at(spans, dim)
             if span is None:
@@ -255,6 +256,6 @@ class Record:
                 self.sizes.append(Sized(module, size, span.labels, axis))
 
     def fix(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
-        """Keep the sizes of dimensions `dims` of `x`, for a reason that a user is told."""
+        """Keep the sizes of dimensions `dims` of `x`; `reason` is told to a user."""
         spans = self.spans(x)
         traced(x).spans = fix(self.labels, spans, dims, reason)

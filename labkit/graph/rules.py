@@ -1,9 +1,9 @@
-"""Rules: how labels pass through an operator. An operator without a rule makes all its operands unprunable.
+"""Rules: how labels pass through an operator. An operator without a rule makes all operands unprunable.
 
-A rule gets a `Call` and returns the spans of the result: a list of them for an operator with several results, None for
-a case that the rule does not cover. `rule` enters a function for all operators with this kind of rule in the table of
-`operators`. This file holds the things that a rule may do, and the rules of elementwise operators, norms, reductions
-and pooling; `rules_products` and `rules_shapes` hold the others.
+A rule gets a `Call` and returns the spans of the result: a list of spans for an operator with several results, None for
+a case not covered by the rule. `rule` enters a function for all operators of a kind in the table of `operators`. `Call`
+holds the steps available to a rule. Rules of elementwise operators, norms, reductions and pooling follow;
+`rules_products` and `rules_shapes` hold the remaining rules.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ from labkit.graph.spans import Side, Spans, combine, fix, moved, span_at, withou
 
 
 class Summed(NamedTuple):
-    """One operand of a product: the product sums over dimension `dim` of `x`, which has `labels`."""
+    """An operand of a product: the product sums over dimension `dim` of `x`, with `labels`."""
 
     x: Tensor
     dim: int
@@ -28,10 +28,11 @@ class Summed(NamedTuple):
 
 @dataclass
 class Call:
-    """One operator on its way through its rule.
+    """A call of an operator, on the way through the operator's rule.
 
-    name: of the operator. args, kwargs, out: its arguments, positional as in its ATen schema, and its result.
-    module: the module whose forward pass calls it. number: of this call among those of the operator in the module.
+    name: of the operator.
+    args, kwargs, out: the arguments, positional as in the ATen schema, and the result.
+    module: the name of the running module. number: of the call, among the operator's calls in the module.
     record: receives the notes of the rule.
     before: of a slice, the labels in front of the part (`Operation.before`); set by the rule.
     """
@@ -46,14 +47,14 @@ class Call:
     before: np.ndarray | None = None
 
     def because(self, reason: str) -> str:
-        """Add the operator and its module to a reason."""
+        """Add the operator and the module to a reason."""
         place = f" in {self.module}" if self.module else ""
         return f"{reason} ({self.name}{place})"
 
     # --- labels -------------------------------------------------------------------------------------------------------
 
     def argument(self, position: int, default: Any) -> Any:
-        """Return a positional argument, `default` if the call does not have so many."""
+        """Return a positional argument, `default` if the call has fewer arguments."""
         return self.args[position] if len(self.args) > position else default
 
     def spans(self, x: Tensor) -> Spans:
@@ -69,11 +70,11 @@ class Call:
         self.record.labels.tie(a, b)
 
     def fix(self, spans: Spans, dims: Iterable[int], reason: str) -> Spans:
-        """Keep the sizes of `dims` (`spans.fix`); an empty reason is not told to anybody."""
+        """Keep the sizes of `dims` (`spans.fix`); an empty reason is not told to a user."""
         return fix(self.record.labels, spans, dims, self.because(reason) if reason else "")
 
     def fix_operand(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
-        """Keep the sizes of dimensions `dims` of an operand, for this operator and all later ones."""
+        """Keep the sizes of dimensions `dims` of an operand, from the present operator on."""
         traced(x).spans = self.fix(self.spans(x), dims, reason)
 
     def tie_rows(self, rows: np.ndarray) -> None:
@@ -85,9 +86,9 @@ class Call:
         return combine(self.record.labels, sides, self.because("meets a dimension of fixed size"))
 
     def isolate(self, spans: Spans, dim: int) -> tuple[np.ndarray | None, Spans]:
-        """Fix the other dimensions of the span on `dim`.
+        """Fix all dimensions of the span on `dim` but `dim`.
 
-        Returns the labels of `dim`, None if the dimension has no labels, and all spans.
+        Returns the labels of `dim`, None for a dimension without labels, and all spans.
         """
         span = span_at(spans, dim)
         if span is None:
@@ -96,15 +97,15 @@ class Call:
         return span_at(spans, dim).labels, spans
 
     def isolate_operand(self, x: Tensor, dim: int) -> np.ndarray | None:
-        """Isolate dimension `dim` of an operand, for this operator and all later ones, and return its labels."""
+        """Isolate dimension `dim` of an operand, from the present operator on, and return the labels."""
         labels, traced(x).spans = self.isolate(self.spans(x), dim)
         return labels
 
     def tie_vector(self, vector: Tensor | None, labels: np.ndarray | None) -> None:
-        """Tie a bias or a scale to the channels that it belongs to.
+        """Tie the entries of a bias or a scale to channels.
 
-        vector: None where the layer has no bias.
-        labels: one for each entry of the vector; None for a dimension of fixed size.
+        vector: the bias or scale, None for a layer without.
+        labels: of the channels, as many as entries; None for a dimension of fixed size.
         """
         span = None if vector is None else span_at(self.spans(vector), 0)
         if span is None:
@@ -115,7 +116,7 @@ class Call:
             self.tie(labels, span.labels)
 
     def fix_shared(self, spans: Spans, dims: set[int]) -> Spans:
-        """Fix dimensions of `dims`, over which the operator works, where they share a span with other dimensions."""
+        """Fix each dimension of `dims` with further dimensions in the same span: the operator works over `dims`."""
         shared = {dim for span in spans if len(span.dims) > 1 for dim in span.dims}
         return self.fix(spans, shared & dims, "is reduced together with a dimension that stays")
 
@@ -124,7 +125,7 @@ class Call:
     def record_contraction(self, *sides: Summed) -> None:
         """Note that a matrix product or convolution sums over the labels of `sides`.
 
-        If a side is a weight, the columns of the weight read the channels: removing a channel removes its column. If
+        If a side is a weight, the columns of the weight read the channels: removing a channel removes the column. If
         no side is a weight (attention's scores), the product runs over fewer terms after a cut.
         """
         weights = [side.labels for side in sides if traced(side.x).is_weight]
@@ -136,7 +137,7 @@ class Call:
             self._record_restricted(is_operand.index(True), dim, labels, "mask")
 
     def record_statistic(self, spans: Spans, dims: set[int], kind: str) -> None:
-        """Note that the operator takes a statistic of its first operand over `dims`: a cut changes the statistic.
+        """Note a statistic of the first operand over `dims`: a cut changes the statistic.
 
         kind: "norm" or "statistic" (`Restricted`).
         """
@@ -151,12 +152,12 @@ class Call:
             self.record.restricted.append(Restricted(*call, argument, dim, labels, kind))
 
     def record_sizes(self, x: Tensor, spans: Spans, dims: Iterable[int] | None = None) -> None:
-        """Note that the forward pass may hold sizes of `x` as numbers; dims: None for all dimensions."""
+        """Note sizes of `x` that the forward pass may hold as numbers, by default of all dimensions."""
         dims = range(x.dim()) if dims is None else sorted(dims)
         self.record.sized(self.module, x, spans, dims)
 
     def record_cost(self, macs: int, factors: Iterable[np.ndarray | None]) -> None:
-        """Note the multiply-adds of a product, and the labels in proportion to which a cut reduces them (`Cost`)."""
+        """Note the multiply-adds of a product, and the labels with which the number shrinks (`Cost`)."""
         if not self.record.only_couples:
             labelled = tuple(labels for labels in factors if labels is not None)
             terms = macs // max(self.out.numel(), 1)
@@ -169,7 +170,7 @@ POSITIONS = "has positions, not channels, in it"  # why a dimension stays
 
 
 def rule(kind: str) -> Callable[[Rule], Rule]:
-    """Enter a function into RULES, for the operators with this kind of rule in the table of `operators`."""
+    """Enter a function into RULES, for the operators of the given kind in the table of `operators`."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(operators.with_rule(kind), function))
@@ -179,7 +180,7 @@ def rule(kind: str) -> Callable[[Rule], Rule]:
 
 
 def aligned(x: Tensor, out: Tensor, spans: Spans) -> Side:
-    """Align `x` with the last dimensions of `out`, as broadcasting does; `spans` are those of `x`."""
+    """Align `x`, with `spans`, with the last dimensions of `out`, as broadcasting does."""
     shift = out.dim() - x.dim()
     present = set()
     for dim, size in enumerate(x.shape):
@@ -211,7 +212,7 @@ def elementwise(call: Call) -> Spans:
 
 @rule("like")
 def like(call: Call) -> Spans:
-    """Pass the labels on: the result is the operand, or a tensor of its shape."""
+    """Pass the labels on: the result is the operand, or a tensor of the same shape."""
     return call.spans(call.args[0])
 
 
@@ -223,14 +224,14 @@ def constant(call: Call) -> Spans:
 
 @rule("new")
 def new(call: Call) -> Spans:
-    """Pass on labels of dimensions of the operand's sizes; other sizes follow the tensors that the result meets.
+    """Pass on labels of dimensions of the operand's sizes; new sizes follow the tensors beside the result.
 
-    The result is filled evenly. `groups` tries whether the sizes do follow.
+    The result is filled evenly. A trial in `groups` shows if the sizes do follow.
     """
     x, out = call.args[0], call.out
     same: set[int] = set()
     if x.dim() == out.dim():
-        same = {dim for dim, size in enumerate(out.shape) if x.shape[dim] == size}
+        same = {dim for dim in range(x.dim()) if x.shape[dim] == out.shape[dim]}
     passed = tuple(span for span in call.spans(x) if same.issuperset(span.dims))
     new_dims = sorted(set(range(out.dim())) - same)
     spans = (*passed, *call.record.free(out, new_dims))
@@ -245,8 +246,8 @@ def new(call: Call) -> Spans:
 def batch_norm(call: Call) -> Spans:
     """Tie scale, shift and running statistics to the channels, dimension 1.
 
-    Statistics of the batch (of a weight that is standardised in this way, say) are taken over the remaining entries
-    after a cut.
+    Statistics of the batch (of a weight standardised by a batch norm, say) are taken over the remaining entries after
+    a cut.
     """
     x = call.args[0]
     labels, spans = call.isolate(call.spans(x), 1)
@@ -263,7 +264,7 @@ def batch_norm(call: Call) -> Spans:
 
 @rule("layer_norm")
 def layer_norm(call: Call) -> Spans:
-    """Tie scale and shift to the last dimensions, whose statistics are those of the remaining entries after a cut."""
+    """Tie scale and shift to the last dimensions; statistics are taken over the remaining entries after a cut."""
     x, shape = call.args[:2]
     normalised = set(range(x.dim() - len(shape), x.dim()))
     vectors = [vector for vector in call.args[2:4] if vector is not None]
@@ -294,7 +295,7 @@ def group_norm(call: Call) -> Spans:
 
 @rule("softmax")
 def softmax(call: Call) -> Spans:
-    """Fix the dimension of a softmax, whose entries all depend on each other."""
+    """Fix the dimension of a softmax: each entry depends on all."""
     x, dim = call.args[:2]
     return call.fix(call.spans(x), positive_dims(dim, x), "is normalised over by a softmax")
 
@@ -304,7 +305,7 @@ def softmax(call: Call) -> Spans:
 
 @rule("reduction")
 def reduction(call: Call) -> Spans:
-    """Drop the reduced dimensions; a statistic over channels is the statistic of the remaining channels after a cut."""
+    """Drop the reduced dimensions; a statistic over channels is taken over the remaining channels after a cut."""
     x = call.args[0]
     dims = _reduced(call)
     spans = call.fix_shared(call.spans(x), dims)
@@ -314,7 +315,7 @@ def reduction(call: Call) -> Spans:
 
 
 def _reduced(call: Call) -> set[int]:
-    """Return the dimensions that a reduction names; a reduction that names none works on all."""
+    """Return the dimensions named by a reduction, by default all."""
     x = call.args[0]
     position = 2 if call.name in ("linalg_vector_norm", "norm") else 1
     dims = call.argument(position, call.kwargs.get("dim"))
@@ -325,13 +326,13 @@ def _reduced(call: Call) -> set[int]:
 
 @rule("mixing")
 def mixing(call: Call) -> Spans:
-    """Fix the dimension along which entries are summed up or ordered."""
+    """Fix the dimension of a running sum, an order or a largest entry."""
     return _mixed(call, position=1)
 
 
 @rule("ranking")
 def ranking(call: Call) -> Spans:
-    """Fix the dimension along which entries are ranked; its number comes after the number of entries."""
+    """Fix the dimension of a ranking; the argument comes after the number of entries."""
     return _mixed(call, position=2)
 
 
@@ -364,7 +365,7 @@ def view_as_complex(call: Call) -> Spans:
 
 @rule("spatial")
 def spatial(call: Call) -> Spans:
-    """Fix positions, which pooling, resampling and padding change; leading dimensions (batch, channel) pass."""
+    """Fix positions: pooling, resampling and padding change the sizes; leading dimensions (batch, channel) pass."""
     x, out = call.args[0], first(call.out)
     most = max(x.dim() - _positions(call.name), 0)
     leading = 0
@@ -374,7 +375,7 @@ def spatial(call: Call) -> Spans:
 
 
 def _positions(name: str) -> int:
-    """Return the number of dimensions with positions, by the operator's name; two where the name has no number."""
+    """Return the number of dimensions with positions, by the operator's name; two for a name without a number."""
     if "3d" in name:
         return 3
     return 1 if "1d" in name else 2
@@ -382,7 +383,7 @@ def _positions(name: str) -> int:
 
 @rule("pad")
 def pad(call: Call) -> Spans:
-    """Fix padded dimensions: a padded channel dimension keeps its size."""
+    """Fix padded dimensions, a padded channel dimension among them."""
     x, padding = call.args[:2]
     last = x.dim() - 1
     padded = {last - i // 2 for i, width in enumerate(padding) if width}  # two widths a dimension, from the last one

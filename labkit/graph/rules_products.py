@@ -14,9 +14,9 @@ from labkit.graph.spans import Side, Span, Spans, moved, span_at, spans_off
 
 
 def _contract(call: Call, a: Tensor, dim_a: int, b: Tensor, dim_b: int) -> tuple[Spans, Spans]:
-    """Tie dimension `dim_a` of `a` and `dim_b` of `b`, over which a product sums.
+    """Tie dimension `dim_a` of `a` and `dim_b` of `b`, the summed dimensions of a product.
 
-    Returns the spans of a and of b on their other dimensions.
+    Returns the spans of a and of b without the summed dimensions.
     """
     reason = "is summed over with a dimension of fixed size"
     spans_a = _summable(call, a, dim_a, reason)
@@ -63,7 +63,7 @@ def _record_cost(call: Call, macs: int, dims: list[tuple[Tensor, int]]) -> None:
 
 
 def _matrices(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Spans:
-    """Return the spans of bias + a b, of shapes [*batch, n, k] and [*batch, k, m] with one batch dimension or none."""
+    """Return the spans of bias + a b, of shapes [*batch, n, k] and [*batch, k, m], at most a single batch dimension."""
     row = a.dim() - 2
     column = row + 1
     batch = range(row)
@@ -122,17 +122,17 @@ class _Convolution(NamedTuple):
 
     @property
     def channel(self) -> int:
-        """The dimension of x with the channels: 0 where there is no batch, else 1."""
+        """The dimension of x with the channels: 0 without a batch, else 1."""
         return self.x.dim() - (self.weight.dim() - 1)
 
     @property
     def makes(self) -> int:
-        """The dimension of the weight that makes the output's channels."""
+        """The dimension of the weight with the output's channels."""
         return 1 if self.transposed else 0
 
     @property
     def reads(self) -> int:
-        """The dimension of the weight that reads the input's channels."""
+        """The dimension of the weight with the input's channels."""
         return 0 if self.transposed else 1
 
     @property
@@ -144,7 +144,7 @@ class _Convolution(NamedTuple):
 
 @rule("convolution")
 def convolution(call: Call) -> Spans:
-    """Tie the input's channels to the weight that reads them, and give the output the labels of the weight's rows."""
+    """Tie the input's channels to the weight's columns, and give the output the labels of the weight's rows."""
     conv = _Convolution(*call.args[:9])
     x, weight, channel = conv.x, conv.weight, conv.channel
     if conv.mixes_positions:
@@ -169,9 +169,11 @@ def convolution(call: Call) -> Spans:
 def _record_convolution_cost(
     call: Call, conv: _Convolution, inputs: np.ndarray | None, outputs: np.ndarray | None, rest: Spans
 ) -> None:
-    """Note the multiply-adds of a convolution; inputs, outputs: labels of its channels, rest: other spans of the input.
+    """Note the multiply-adds of a convolution.
 
     The kernel is applied at every position of the output, transposed at every position of the input.
+
+    inputs, outputs: labels of the channels. rest: spans of the input without channels.
     """
     image = conv.x if conv.transposed else call.out
     positions = math.prod(image.shape[conv.channel + 1 :])
@@ -185,7 +187,7 @@ def _record_convolution_cost(
 
 
 def _grouped(call: Call, conv: _Convolution, inputs: np.ndarray | None) -> np.ndarray | None:
-    """Tie the channels of a grouped convolution, and return the labels of its output, None if its size is fixed.
+    """Tie the channels of a grouped convolution, and return the labels of the output, None for a fixed size.
 
     All channels of a group, of input and output, are tied; with `Record.within_groups`, the channels at the same place
     of every group.
@@ -238,7 +240,7 @@ def _tied_inside_groups(
 
 @rule("weight_norm")
 def weight_norm(call: Call) -> list[Spans]:
-    """Scale v to the norms g, taken over all dimensions but one: after a cut, over the remaining entries."""
+    """Scale v to the norms g, over all dimensions but `dim`: after a cut, over the remaining entries."""
     v, g = call.args[:2]
     dim = call.argument(2, 0)
     spans = call.combine([call.side(v), call.side(g)])

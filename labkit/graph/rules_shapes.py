@@ -22,7 +22,7 @@ def _dim(call: Call, position: int, x: Tensor) -> int:
 
 @rule("view")
 def view(call: Call) -> Spans:
-    """View the operand in another shape, with the same order of elements."""
+    """View the operand in a new shape, with the same order of elements."""
     x, out = call.args[0], call.out
     spans: Spans = ()
     if x.numel():
@@ -43,7 +43,7 @@ def as_strided(call: Call) -> Spans | None:
 
 
 def _layout(x: Tensor) -> list[tuple[int, int]]:
-    """Return (size, stride) of each dimension with more than one entry."""
+    """Return (size, stride) of each dimension with several entries."""
     layout = zip(x.shape, x.stride(), strict=True)
     return [(size, stride) for size, stride in layout if size > 1]
 
@@ -59,7 +59,7 @@ def permute(call: Call) -> Spans:
 
 @rule("transpose")
 def transpose(call: Call) -> Spans:
-    """Exchange two dimensions; aten.t, which has no such arguments, exchanges the only two."""
+    """Exchange two dimensions, by default the first two (aten.t)."""
     x = call.args[0]
     if x.dim() < 2:
         return call.spans(x)
@@ -79,13 +79,13 @@ def unsqueeze(call: Call) -> Spans:
 
 
 def _dims_around(inserted: int, n: int) -> list[int]:
-    """Return the new number of each of `n` dimensions after dimension `inserted` is put among them."""
+    """Return the new number of each of `n` dimensions after the insertion of dimension `inserted`."""
     return [dim + 1 if dim >= inserted else dim for dim in range(n)]
 
 
 @rule("squeeze")
 def squeeze(call: Call) -> Spans:
-    """Drop the named dimensions of size 1, all of them where the call names none."""
+    """Drop the named dimensions of size 1, by default all of size 1."""
     x = call.args[0]
     if not x.dim():
         return call.spans(x)
@@ -96,7 +96,7 @@ def squeeze(call: Call) -> Spans:
 
 @rule("expand")
 def expand(call: Call) -> Spans:
-    """Repeat dimensions of size 1, which follow the tensors that the result meets; the others keep their labels."""
+    """Repeat dimensions of size 1: they follow the tensors beside the result. All else keeps the labels."""
     x, out = call.args[0], call.out
     shift = out.dim() - x.dim()
     shape_before = [1] * shift + list(x.shape)
@@ -109,7 +109,7 @@ def expand(call: Call) -> Spans:
 
 @rule("repeat")
 def repeat(call: Call) -> Spans:
-    """Repeat labels as the entries; a repeated dimension of size 1 follows the tensors that the result meets."""
+    """Repeat labels as the entries; a repeated dimension of size 1 follows the tensors beside the result."""
     x, times = call.args[:2]
     spans = []
     for span in call.side(x).spans:
@@ -135,7 +135,7 @@ def flip(call: Call) -> Spans:
 
 @rule("roll")
 def roll(call: Call) -> Spans:
-    """Fix rolled dimensions, which wrap; a call without dimensions rolls all."""
+    """Fix rolled dimensions, by default all: entries wrap around."""
     x = call.args[0]
     dims = call.argument(2, None) or range(x.dim())
     return call.fix(call.spans(x), positive_dims(dims, x), "is rolled")
@@ -180,7 +180,7 @@ def im2col(call: Call) -> Spans:
 
 @rule("cat")
 def cat(call: Call) -> Spans:
-    """Join labels one after the other along the dimension; the other dimensions are tied, as in a sum."""
+    """Join the labels of the parts along the dimension; the remaining dimensions are tied, as in a sum."""
     out = call.out
     dim = _dim(call, 1, out)
     parts = [x for x in call.args[0] if x.dim() == out.dim() and x.numel()]
@@ -212,7 +212,8 @@ def cat(call: Call) -> Spans:
 def _not_shared(spans: Sequence[Spans], dim: int) -> set[int]:
     """Return the dimensions to be fixed before parts can be joined along `dim`; spans: of each part.
 
-    Where heads are labelled in one part and positions inside them in another, the dimensions of all parts stay free.
+    If the parts have labels for different dimensions (heads, and positions inside heads), the common dimensions stay
+    free.
     """
     along = []
     for part in spans:
@@ -240,9 +241,9 @@ def stack(call: Call) -> Spans:
 def _cut(call: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1) -> Spans:
     """Return the spans of `x[start : start + length * step : step]` along dimension `dim`.
 
-    In a span of several dimensions the cut dimension is fixed, and its labels are those of the part. A dimension with
-    a span of its own stays prunable, evenly over pieces of one size, where the forward pass finds its places by
-    numbers that can follow (`groups` tries this). Of interleaved parts, x[::2] and x[1::2], neighbours go together.
+    In a span of several dimensions the cut dimension is fixed, with the labels of the part. A dimension with a span
+    for itself stays prunable, evenly over pieces of a size, if the places of the cuts are numbers that can follow
+    (trials in `groups` show this). Of interleaved parts, x[::2] and x[1::2], neighbours go together.
     """
     spans = call.spans(x)
     span = span_at(spans, dim)
@@ -270,7 +271,7 @@ def _cut(call: Call, x: Tensor, dim: int, start: int, length: int, step: int = 1
 
 @rule("slice")
 def slice_(call: Call) -> Spans:
-    """Take a part of one dimension, whose ends the forward pass may hold as numbers."""
+    """Take a part of a dimension; the forward pass may hold the ends of the part as numbers."""
     x, out = call.args[0], call.out
     dim = _dim(call, 1, x)
     size = x.shape[dim]
@@ -306,7 +307,7 @@ def split(call: Call) -> list[Spans]:
 
 
 def _entry(call: Call, x: Tensor, dim: int, index: int) -> Spans:
-    """Return the spans of entry `index` of dimension `dim`, which keeps its size and is not in the result."""
+    """Return the spans of entry `index` of dimension `dim`; the dimension keeps the size, and leaves the result."""
     spans = call.spans(x)
     span = span_at(spans, dim)
     if span is not None and len(span.dims) == 1:
@@ -322,7 +323,7 @@ def _entry(call: Call, x: Tensor, dim: int, index: int) -> Spans:
 
 @rule("select")
 def select(call: Call) -> Spans:
-    """Take one entry of a dimension."""
+    """Take a single entry of a dimension."""
     x = call.args[0]
     dim = _dim(call, 1, x)
     index = call.args[2] % x.shape[dim]
@@ -331,7 +332,7 @@ def select(call: Call) -> Spans:
 
 @rule("unbind")
 def unbind(call: Call) -> list[Spans]:
-    """Take every entry of a dimension by itself."""
+    """Take the entries of a dimension apart."""
     x = call.args[0]
     dim = _dim(call, 1, x)
     return [_entry(call, x, dim, index) for index in range(len(call.out))]
@@ -342,7 +343,7 @@ def unbind(call: Call) -> list[Spans]:
 
 @rule("index")
 def index(call: Call) -> Spans:
-    """Index by tensors, x[i, j, :]: the indexed dimensions keep their size."""
+    """Index by tensors, x[i, j, :]: the indexed dimensions keep the size."""
     x, indices = call.args[:2]
     for tensor in indices:
         if tensor is not None:
@@ -355,8 +356,8 @@ def index(call: Call) -> Spans:
 def _dims_after_index(indexed: list[int], before: int, after: int) -> list[int | None]:
     """Return the new number of each dimension after an index by tensors, None for indexed dimensions.
 
-    The dimensions of the index stand in the place of the first indexed dimension, or in front of all where the
-    indexed dimensions are not adjacent.
+    The dimensions of the index stand in the place of the first indexed dimension, or in front of all if the indexed
+    dimensions are not adjacent.
 
     before, after: the number of dimensions of the operand and of the result.
     """
@@ -378,17 +379,17 @@ def _dims_after_index(indexed: list[int], before: int, after: int) -> list[int |
 
 @rule("index_select")
 def index_select(call: Call) -> Spans:
-    """Pick entries of one dimension by a tensor: the dimension keeps its size."""
+    """Pick entries of a dimension by a tensor: the dimension keeps the size."""
     x = call.args[0]
     dim = _dim(call, 1, x)
     return call.fix(call.spans(x), (dim,), INDEXED)
 
 
 def _indexed(call: Call, *operands: Tensor) -> Spans | None:
-    """Tie tensors whose dimension `args[1]` is indexed entry by entry; the dimension keeps its size.
+    """Tie tensors with dimension `args[1]` indexed entry by entry; the indexed dimension keeps the size.
 
-    An index of real integers has no labels, but a size: where a forward pass expands the index to its channels, the
-    index follows them. Returns None where the index covers a part of the other dimensions only.
+    An index of real integers has no labels, but a size: if a forward pass expands the index to the channels, the index
+    follows the channels. Returns None for an index over a part of the remaining dimensions only.
     """
     out, index = call.out, call.args[2]
     dim = _dim(call, 1, out)
@@ -417,5 +418,5 @@ def scatter(call: Call) -> Spans | None:
 
 @rule("gather")
 def gather(call: Call) -> Spans | None:
-    """Pick entries of one dimension, an index for each entry of the others."""
+    """Pick entries of a dimension, with an index of as many dimensions as the operand."""
     return _indexed(call, call.args[0])

@@ -1,8 +1,7 @@
-"""Spans: the labels that a tensor's dimensions carry, and how labels move when the tensor changes shape.
+"""Spans: the labels along a tensor's dimensions, and the way of labels when the tensor changes shape.
 
-A span says which labels stand along which dimensions of a tensor. The functions here tie and move spans for the
-operations that many operators share: an elementwise result, a reordering of dimensions, a view. Operators themselves
-are known to `rules` only.
+A span holds the labels of some dimensions of a tensor. The functions tie and move spans for steps common to many
+operators: an elementwise result, a reordering of dimensions, a view. Operators themselves are known to `rules` only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,14 +13,14 @@ from labkit.graph.labels import Labels
 
 
 class Span(NamedTuple):
-    """Labels along some dimensions of a tensor; a dimension without a span never changes its size.
+    """Labels along some dimensions of a tensor; a dimension without a span never changes in size.
 
-    A convolution's output [N, C, H, W] has one span, on dimension 1. A Linear's output [N, L, 768] viewed as
-    [N, L, 12, 64] has one span on dimensions 2 and 3: heads may go, or positions inside the heads; later operators
+    A convolution's output [N, C, H, W] has a span on dimension 1. A Linear's output [N, L, 768] viewed as
+    [N, L, 12, 64] has a span on dimensions 2 and 3: heads may go, or positions inside the heads; later operators
     decide.
 
     dims: the dimensions, rising.
-    labels: an array with an axis for each of `dims`, of the sizes of these dimensions.
+    labels: an array with an axis for each of `dims`, of the same sizes.
     """
 
     dims: tuple[int, ...]
@@ -35,7 +34,7 @@ class Side(NamedTuple):
     """An operand of an elementwise operator, aligned with the dimensions of the result.
 
     spans: the operand's spans.
-    present: the dimensions along which the operand has values of its own, and is not broadcast.
+    present: the dimensions in which the operand is not broadcast.
     """
 
     spans: Spans
@@ -58,14 +57,14 @@ def spans_off(spans: Iterable[Span], dim: int) -> Spans:
 def fix(labels: Labels, spans: Spans, dims: Iterable[int], reason: str) -> Spans:
     """Keep the sizes of some dimensions from now on.
 
-    A span with all its dimensions in `dims` ends here: its labels are pinned. A span with further dimensions lives on
-    there: its labels are tied along the fixed dimensions (the 64 positions of each head).
+    A span with all dimensions in `dims` ends: the labels are pinned. A span with further dimensions lives on without
+    `dims`: the labels are tied along the fixed dimensions (the 64 positions of each head).
 
     labels: receives the ties and pins.
     spans: of the tensor.
     dims: the dimensions to keep.
-    reason: told to a user who asks why the entries stay.
-    Returns the spans of the dimensions that may still shrink.
+    reason: told to a user as the reason why the entries stay.
+    Returns the spans of the dimensions free to shrink.
     """
     dims = frozenset(dims)
     result = []
@@ -84,7 +83,7 @@ def fix(labels: Labels, spans: Spans, dims: Iterable[int], reason: str) -> Spans
 
 
 def _first_along(array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    """Return the first slice along each of `axes`, which keep the length 1."""
+    """Return the first slice along each of `axes`; the axes stay, with length 1."""
     index = [slice(None)] * array.ndim
     for axis in axes:
         index[axis] = slice(0, 1)
@@ -99,7 +98,7 @@ def combine(labels: Labels, sides: Sequence[Side], reason: str) -> Spans:
 
     labels: receives the ties and pins.
     sides: the operands.
-    reason: why a dimension stays where another operand has a fixed size.
+    reason: why a dimension stays beside an operand of fixed size.
     Returns the spans of the result.
     """
     spans = [side.spans for side in sides]
@@ -142,10 +141,10 @@ def _conflict(labels: Labels, spans: Sequence[Spans], sides: Sequence[Side]) -> 
 
 
 def _to_fix(labels: Labels, first: _SideSpan, second: _SideSpan, dim: int) -> tuple[int, int]:
-    """Return the (side, dimension) to be fixed where two spans meet on `dim` and differ in their other dimensions.
+    """Return the (side, dimension) to be fixed if two spans meet on `dim` and differ in further dimensions.
 
-    Of a span of several dimensions and a span of fewer, the shared dimensions stay prunable. A constant's span decides
-    nothing: heads stay prunable though a table of rotary positions is multiplied to the positions inside them.
+    Of a span of several dimensions and a span of fewer, the shared dimensions stay prunable. A constant's span does not
+    decide: heads stay prunable though a table of rotary positions is multiplied to the positions inside the heads.
     """
     (i, span), (j, match) = first, second
     if len(span.dims) > 1 and _decides_less(labels, match, span):
@@ -165,7 +164,7 @@ def _decides_less(labels: Labels, span: Span, match: Span) -> bool:
 
 
 def moved(spans: Spans, new_dims: Sequence[int | None]) -> Spans:
-    """Rename dimensions: `new_dims[d]` is the new number of dimension d, None if the dimension goes (its size is 1)."""
+    """Rename dimensions: `new_dims[d]` is the new number of dimension d, None to drop a dimension of size 1."""
     result = []
     for span in spans:
         renamed = [new_dims[dim] for dim in span.dims]
@@ -179,10 +178,10 @@ def moved(spans: Spans, new_dims: Sequence[int | None]) -> Spans:
 
 
 def without(spans: Spans, dims: Iterable[int], before: int, after: int) -> Spans:
-    """Renumber the dimensions after a reduction over `dims`, which carry no labels.
+    """Renumber the dimensions after a reduction over `dims`; the reduced dimensions carry no labels.
 
-    before, after: the number of dimensions of operand and result; they are equal if the reduction keeps dimensions of
-    size 1, and nothing is renumbered then.
+    before, after: the number of dimensions of operand and result, equal for a reduction that keeps dimensions of
+    size 1.
     """
     if before == after:
         return spans
@@ -216,7 +215,7 @@ def shown(spans: Spans, shape: Sequence[int]) -> Spans:
 
 
 class _Run(NamedTuple):
-    """Neighbouring dimensions of an old and of a new shape that hold the same elements."""
+    """Neighbouring dimensions of an old and of a new shape with the same elements."""
 
     old: list[int]
     new: list[int]
@@ -229,7 +228,7 @@ class _Run(NamedTuple):
 def reshaped(labels: Labels, spans: Spans, old: Sequence[int], new: Sequence[int]) -> Spans:
     """Return the spans of a tensor of shape `old` viewed in shape `new`; the order of the elements stays.
 
-    labels: receives a constraint where a dimension is split in several: only whole slices along a new dimension go.
+    labels: receives a constraint for a dimension split in several: only whole slices along a new dimension go.
     """
     runs = _runs(old, new)
     run_of_dim = {dim: number for number, run in enumerate(runs) for dim in run.old}
@@ -251,7 +250,7 @@ def reshaped(labels: Labels, spans: Spans, old: Sequence[int], new: Sequence[int
 
 
 def _reshaped_span(labels: Labels, span: Span, runs: list[_Run], old: Sequence[int], new: Sequence[int]) -> Span:
-    """Return a span viewed in shape `new`, on the dimensions along which its labels differ."""
+    """Return a span viewed in shape `new`, without the new dimensions along which all labels are equal."""
     old_dims = [dim for run in runs for dim in run.old]
     new_dims = [dim for run in runs for dim in run.new]
     shape_of_labels = [old[dim] if dim in span.dims else 1 for dim in old_dims]
@@ -271,7 +270,7 @@ def _is_constant_along(array: np.ndarray, axis: int) -> bool:
 
 
 def _runs(old: Sequence[int], new: Sequence[int]) -> list[_Run]:
-    """Pair the smallest runs of dimensions of `old` and of `new` that hold the same elements."""
+    """Pair the smallest runs of dimensions of `old` and of `new` with the same elements."""
     runs = []
     i = j = 0
     while i < len(old) or j < len(new):

@@ -1,4 +1,4 @@
-"""One forward pass without values, every ATen operator going through its rule: the labels that the pass ties.
+"""A forward pass without values, every ATen operator going through a rule that ties labels.
 
 `record` runs a copy of the model (`copies.skeleton`) on the meta device (`abstract`), and returns a `Record` of the
 labels of all parameters, the sizes, the products and the operations.
@@ -26,7 +26,7 @@ from labkit.modules.returned import outputs
 from labkit.modules.undisturbed import undisturbed
 
 FACTORIES = ("zeros", "ones", "full", "empty")  # their entries are alike
-# Functions of several operators, whose views have sizes that torch chose, and no module.
+# Functions of several operators. The sizes of the views are torch's choice; no module has them written down.
 PRODUCTS = {F.scaled_dot_product_attention, torch.matmul, torch.einsum, torch.Tensor.matmul}
 PRODUCTS |= {torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
 # Their result is a weight if their operand is.
@@ -37,6 +37,7 @@ PARTS |= {"index", "index_select"}  # some experts
 def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: bool) -> Record:
     """Trace `model(*args, **kwargs)` in eval mode, and in training mode too if parameters were not met.
 
+    args, kwargs: the example input.
     options: within_groups and whole_heads of `Record`.
     Raises InputError if the model does not run on the input, or cannot be followed without values.
     """
@@ -49,7 +50,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: 
 
 
 def _check_traceable(model: nn.Module) -> None:
-    """Raise InputError for an object that is no eager module."""
+    """Raise InputError unless `model` is an eager module."""
     if not isinstance(model, nn.Module):
         raise InputError(f"What is traced is a {type(model).__name__}, but it must be a torch.nn.Module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -62,7 +63,7 @@ def _check_traceable(model: nn.Module) -> None:
 
 
 class Tracer(Abstract):
-    """Sends every operator through its rule, and notes on each result its labels and its origin (`Traced`).
+    """Sends every operator through a rule, and notes labels and origin of each result (`Traced`).
 
     record: receives the notes of the rules.
     stack: names of the running modules (`passes.following`).
@@ -77,9 +78,10 @@ class Tracer(Abstract):
         return self._stack[-1] or "the model"
 
     def observe(self, name: str, args: tuple, kwargs: dict, out: Any, touched: bool) -> None:
-        """Put an operator through its rule, if it has an abstract operand or an operand with labels."""
+        """Put an operator through a rule, if an operand is abstract or has labels."""
         operands = list(tensors_in(args, kwargs))
-        call = Call(name, args, kwargs, out, self._stack[-1], self._number(name), self._record)
+        module, number = self._stack[-1], self._number(name)
+        call = Call(name, args, kwargs, out, module, number, self._record)
         if not operands and isinstance(out, Tensor):
             self._label_made(call)
         repeats = name in ("expand", "repeat") and operands[0].is_floating_point()
@@ -89,18 +91,19 @@ class Tracer(Abstract):
         dtype = kwargs.get("dtype")
         if name == "_to_copy" and dtype is not None and dtype.is_floating_point:
             self._record.names_dtype |= args[0].is_floating_point()
-        self._note_results(call, operands, self._spans_of_results(call), touched)
+        spans = self._spans_of_results(call)
+        self._note_results(call, operands, spans, touched)
         if name in PARTS:
             traced(out).is_weight = traced(args[0]).is_weight
 
     def _number(self, name: str) -> int:
-        """Count the calls of an operator in the running module, and return the number of this call."""
+        """Count the calls of an operator in the running module, and return the number of the present call."""
         place = name, self._stack[-1]
         self._calls[place] += 1
         return self._calls[place] - 1
 
     def _label_made(self, call: Call) -> None:
-        """Give labels to a tensor that the pass makes: its sizes follow the tensors that it meets."""
+        """Give labels to a tensor made by the pass: the sizes follow the tensors beside the new tensor."""
         out = call.out
         is_filled = call.name in FACTORIES and out.is_floating_point()
         if out.is_meta or is_filled:
@@ -108,7 +111,7 @@ class Tracer(Abstract):
             call.record_sizes(out, traced(out).spans)
 
     def _spans_of_results(self, call: Call) -> Spans | list[Spans]:
-        """Return what the operator's rule returns; operands of an operator without a rule are fixed."""
+        """Return the spans of the results by the operator's rule; without a rule, fix all operands."""
         rule = RULES.get(call.name)
         spans = None if rule is None else rule(call)
         if spans is not None:
@@ -141,18 +144,18 @@ def _operation(call: Call, result: Tensor, operands: Sequence[Tensor]) -> Operat
 
 
 def _is_inside(span: Span, x: Tensor) -> bool:
-    """Return True if `x` has the span's dimensions, in the sizes of its labels."""
+    """Return True if `x` has the span's dimensions, in the sizes of the labels."""
     if span.dims[-1] >= x.dim():
         return False
     return tuple(x.shape[dim] for dim in span.dims) == span.labels.shape
 
 
 class _Products(TorchFunctionMode):
-    """Observes functions of several operators, of which the operators alone do not tell all.
+    """Observes functions of several operators, for facts not visible in the operators.
 
-    Sizes of the views inside a product are torch's own: no module has written them down. A scaled dot product by
-    torch's default scale, the root of the width of a head, fixes the width. The shape that an RMS norm runs over may
-    be written down, though none of its operators has it.
+    Sizes of the views inside a product are torch's choice: no module has the sizes written down. A scaled dot product
+    by torch's default scale, the root of the width of a head, fixes the width. A module may have the shape of an RMS
+    norm written down, though the shape is in no operator.
     """
 
     def __init__(self, record: Record, stack: list[str]) -> None:
@@ -168,7 +171,8 @@ class _Products(TorchFunctionMode):
         if func is F.rms_norm:
             x, shape = (*args, *kwargs.values())[:2]
             dims = range(x.dim() - len(shape), x.dim())
-            self._record.sized(self._stack[-1], x, self._record.spans(x), dims)
+            spans = self._record.spans(x)
+            self._record.sized(self._stack[-1], x, spans, dims)
         sizes_before = len(self._record.sizes)
         out = func(*args, **kwargs)
         if func in PRODUCTS:
@@ -180,7 +184,7 @@ class _Products(TorchFunctionMode):
 
 
 def _run_passes(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], result: Record) -> None:
-    """Fill the record: one pass, and another in training mode if there are parameters that the first did not meet."""
+    """Fill the record: a pass in eval mode, and a pass in training mode if parameters were not met."""
     lifted = _lift(model, result)
     trainable = {name for name, _ in model.named_parameters()}
     try:
@@ -197,17 +201,18 @@ def _run_passes(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], result
             result.trained = True
         except Exception as error:  # what it met stays whole
             reason = f"is only met in training, which fails on the example input ({error})"
+            all_labels = np.arange(result.labels.count)
             for axis in result.axes[axes_before:]:
-                result.labels.pin(np.arange(axis.base, axis.base + axis.size), reason)
+                result.labels.pin(all_labels[axis.labels], reason)
     result.unused = [name for name in result.unmet.values() if name in trainable]
 
 
 def _run_pass(
     model: nn.Module, lifted: Mapping[int, Tensor], args: tuple, kwargs: Mapping, record: Record, training: bool = False
 ) -> None:
-    """Run a copy of the model through the tracer, and fix the sizes of its outputs.
+    """Run a copy of the model through the tracer, and fix the sizes of the outputs.
 
-    lifted: {id of a parameter or buffer: abstract tensor to stand in its place}.
+    lifted: {id of a parameter or buffer: abstract tensor to take the place}.
     """
     copied = skeleton(model, lifted, training=training)
     args, kwargs = duplicate((args, dict(kwargs)), abstract)
@@ -226,7 +231,7 @@ def _run_pass(
 
 
 def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
-    """Return {id of a parameter or buffer: abstract tensor to stand in its place}, the same for the same memory.
+    """Return {id of a parameter or buffer: abstract tensor to take the place}, the same tensor for the same memory.
 
     Notes aliases and unmet parameters in the record. Raises InputError for layers without a shape.
     """
@@ -254,14 +259,14 @@ def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
 
 
 def _memory(x: Tensor) -> Any:
-    """Return a key that is equal for tensors with the same memory, in the same layout."""
+    """Return a key, equal for tensors with the same memory in the same layout."""
     if x.is_meta or x.layout is not torch.strided:
         return id(x)
     return x.data_ptr() or id(x), x.shape, x.stride(), x.dtype
 
 
 def _failure(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: Exception) -> str:
-    """Tell why a pass without values failed: because the model does not run on the input at all, or not."""
+    """Tell if a pass without values failed because the model does not run on the input at all."""
     try:
         args, kwargs = duplicate((args, dict(kwargs)))
         with undisturbed():

@@ -22,9 +22,9 @@ Cluster = list[int]  # numbers of groups that keep the same fraction of their un
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A dimension of a parameter or buffer that loses entries with the units of a group.
+    """A dimension of a parameter or buffer, in which entries go with the units of a group.
 
-    name, dim: the parameter or buffer, and its dimension.
+    name, dim: the parameter or buffer, and the dimension.
     units: [size of the dimension], the unit of each index, -1 for an index of no unit.
     role: "reads" if a product sums over the dimension (the columns that read a channel), else "makes".
     """
@@ -41,12 +41,12 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that are removed from the same parameters, each unit as a whole.
+    """Units to be removed from the same parameters, each unit as a whole.
 
-    name: of the first parameter that makes the channels, with #2 and so on for further groups of this name.
+    name: of the first parameter that makes the channels, with #2 and so on for further groups of the same name.
     units: how many.
-    members: the dimensions that lose entries.
-    link: groups with the same link keep the same fraction of their units; None for a group without a link.
+    members: the dimensions in which entries go.
+    link: groups with the same link keep the same fraction of units; None for a group without a link.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Group:
 # --- from classes of labels to groups ---------------------------------------------------------------------------------
 
 
-class _Side(NamedTuple):
-    """A dimension of a parameter, and the class of each of its indices."""
+class _AxisClasses(NamedTuple):
+    """A dimension of a parameter, and the class of each index."""
 
     axis: Axis
     classes: np.ndarray
@@ -80,19 +80,20 @@ def group_units(
 ) -> tuple[tuple[Group, ...], tuple[np.ndarray, ...]]:
     """Collect the classes of labels in groups.
 
-    Classes that touch the same dimensions of the same parameters, and the same pieces of a dimension that is cut
-    unevenly, are the units of a group.
+    The units of a group are classes in the same dimensions of the same parameters, and in the same pieces of
+    dimensions cut unevenly.
 
+    record: of the traced call.
     classes: [labels], the class of each label.
-    reasons: {class that never goes: reason}.
+    reasons: {class to stay for good: reason}.
     Returns the groups, and for each group the class of each unit.
     """
-    sides = [_Side(axis, classes[axis.labels]) for axis in record.axes]
+    sides = [_AxisClasses(axis, classes[axis.labels]) for axis in record.axes]
     signatures = _signatures(record, sides, classes, reasons)
     reads = np.zeros(len(classes), dtype=bool)
     for labels in record.contracted:
         reads[labels] = True
-    sides_by_signature: dict[int, list[_Side]] = {}
+    sides_by_signature: dict[int, list[_AxisClasses]] = {}
     for side in sides:
         for signature in np.unique(signatures[side.classes]).tolist():
             if signature:
@@ -102,46 +103,54 @@ def group_units(
     names: Counter[str] = Counter()
     unit_of_class = np.full(len(classes), -1, dtype=np.int64)  # filled for one group after another
     for signature, group_sides in sides_by_signature.items():
-        units = _units_in_order(group_sides[0].classes, signatures, signature)
+        first_side = group_sides[0]
+        units = _units_in_order(first_side.classes, signatures, signature)
         unit_of_class[units] = np.arange(len(units))
         members = tuple(_member(side, unit_of_class, reads) for side in group_sides)
         unit_of_class[units] = -1
-        makers = [member.name for member in members if member.role == "makes" and member.name not in record.constants]
-        if len(units) < 2 or not makers:
-            continue
-        name = _most_telling(makers)
-        names[name] += 1
-        full_name = name if names[name] == 1 else f"{name}#{names[name]}"
-        groups.append(Group(full_name, len(units), members))
-        roots.append(units)
+        makers = [member.name for member in members if member.role == "makes"]
+        makers = [name for name in makers if name not in record.constants]
+        if len(units) > 1 and makers:
+            name = _most_telling(makers)
+            names[name] += 1
+            suffix = "" if names[name] == 1 else f"#{names[name]}"
+            groups.append(Group(name + suffix, len(units), members))
+            roots.append(units)
     return tuple(groups), tuple(roots)
 
 
-def _signatures(record: Record, sides: Sequence[_Side], classes: np.ndarray, reasons: Mapping[int, str]) -> np.ndarray:
-    """Return by class a number that is equal for classes in the same places, 0 for a class that never goes."""
+def _signatures(
+    record: Record, sides: Sequence[_AxisClasses], classes: np.ndarray, reasons: Mapping[int, str]
+) -> np.ndarray:
+    """Return by class a number, equal for classes in the same places, 0 for a class to stay for good."""
     free = np.ones(len(classes), dtype=bool)
     free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False
-    places = [(f"{axis.name} {axis.dim}", roots) for axis, roots in sides]
+    places = []
+    for axis, roots in sides:
+        places.append((f"{axis.name} {axis.dim}", roots))
     for number, labels in enumerate(record.labels.pieces):
-        places.append((f"piece {number}", np.unique(classes[labels])))
+        roots = np.unique(classes[labels])
+        places.append((f"piece {number}", roots))
     signatures = np.zeros(len(classes), dtype=np.uint64)
     for place, roots in places:
-        signatures[roots[free[roots]]] += _hash(place)  # once for each class, however often it is in `roots`
+        free_roots = roots[free[roots]]
+        signatures[free_roots] += _hash(place)  # once for each class, however often the place has it
     return signatures
 
 
 def _hash(place: str) -> np.uint64:
-    return np.uint64(zlib.crc32(place.encode()) * 0x9E3779B97F4A7C15 % 2**64)
+    spread = zlib.crc32(place.encode()) * 0x9E3779B97F4A7C15
+    return np.uint64(spread % 2**64)
 
 
 def _units_in_order(classes: np.ndarray, signatures: np.ndarray, signature: int) -> np.ndarray:
-    """Return the classes with this signature, in the order of their first indices in a dimension."""
+    """Return the classes with the given signature, in the order of first indices in a dimension."""
     in_group = classes[signatures[classes] == np.uint64(signature)]
     units, first_index = np.unique(in_group, return_index=True)
     return units[np.argsort(first_index)]
 
 
-def _member(side: _Side, unit_of_class: np.ndarray, reads: np.ndarray) -> Member:
+def _member(side: _AxisClasses, unit_of_class: np.ndarray, reads: np.ndarray) -> Member:
     axis = side.axis
     role = "reads" if reads[axis.base] else "makes"
     return Member(axis.name, axis.dim, torch.from_numpy(unit_of_class[side.classes]), role)
@@ -157,21 +166,25 @@ def _most_telling(names: Sequence[str]) -> str:
 
 
 def place_of(groups: Sequence[Group], cluster: Cluster) -> tuple[tuple[str, int], ...]:
-    """Return a key that is the same for clusters of one place in repeated blocks."""
-    return tuple((re.sub(r"\b\d+\b", "", groups[i].name), groups[i].units) for i in cluster)
+    """Return a key, equal for clusters of the same place in repeated blocks."""
+    place = []
+    for i in cluster:
+        name_without_numbers = re.sub(r"\b\d+\b", "", groups[i].name)
+        place.append((name_without_numbers, groups[i].units))
+    return tuple(place)
 
 
 Obstacle = Callable[[list[Cluster]], Any]
 
 
 def failing(groups: Sequence[Group], clusters: list[Cluster], obstacle: Obstacle) -> dict[int, Any]:
-    """Find the groups that cannot lose units, by halving.
+    """Find the groups in which units cannot go, by halving.
 
-    In repeated blocks the groups of one place fail alike: if the first, the middle and the last fail, all do.
+    In repeated blocks the groups of a place fail alike: if the first, the middle and the last fail, all do.
 
-    clusters: to be looked through.
-    obstacle: obstacle(clusters) cuts these clusters and returns what goes wrong, a false value if nothing does.
-    Returns {number of a group: what goes wrong without some of its units}.
+    groups: of the model. clusters: to be searched.
+    obstacle: obstacle(clusters) cuts clusters and returns the failure, a false value for success.
+    Returns {number of a group: failure without some units}.
     """
     places: dict[Any, list[Cluster]] = {}
     for cluster in clusters:
@@ -180,7 +193,7 @@ def failing(groups: Sequence[Group], clusters: list[Cluster], obstacle: Obstacle
 
 
 def _failing_in(places: list[list[Cluster]], obstacle: Obstacle) -> dict[int, Any]:
-    """Search clusters by halving; places: those of one place in a list."""
+    """Search clusters by halving; places: a list of clusters for each place."""
     clusters = [cluster for place in places for cluster in place]
     reason = obstacle(clusters)
     if not reason:
@@ -191,12 +204,13 @@ def _failing_in(places: list[list[Cluster]], obstacle: Obstacle) -> dict[int, An
             return all_groups
         places = [[cluster] for cluster in clusters]
     half = len(places) // 2
-    reasons = _failing_in(places[:half], obstacle) | _failing_in(places[half:], obstacle)
+    reasons = _failing_in(places[:half], obstacle)
+    reasons |= _failing_in(places[half:], obstacle)
     return reasons or all_groups
 
 
 def _samples_fail(clusters: list[Cluster], obstacle: Obstacle) -> bool:
-    """Return True if the first, the middle and the last cluster fail, or if there is no other cluster."""
+    """Return True if the first, the middle and the last cluster fail, or for a single cluster."""
     if len(clusters) == 1:
         return True
     samples = {0, len(clusters) // 2, len(clusters) - 1}

@@ -1,4 +1,4 @@
-"""A call whose every step can be seen: without gradients, fused modules and checks of values."""
+"""Calls with every step visible: without gradients, fused modules and checks of values."""
 
 import contextlib
 import functools
@@ -10,8 +10,10 @@ import torch
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No gradients, no fused attention modules (their steps are to be seen), no distribution that looks at values, and
-    random numbers as before afterwards.
+    """Run calls without gradients, fused attention modules and distributions that check values.
+
+    Fused modules would hide their steps. Autocast takes the meta device for the CPU. Torch's random numbers are
+    restored afterwards.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     validates = torch.distributions.Distribution._validate_args
@@ -27,24 +29,29 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _autocast_on_meta() -> Iterator[None]:
-    """Inside, autocast takes the meta device, for which torch has none, for the CPU: passes name the device of x."""
-
-    def known(device: Any) -> Any:
-        return "cpu" if isinstance(device, str) and device == "meta" else device
-
-    def on_cpu(call: Callable) -> Callable:
-        @functools.wraps(call)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return call(*map(known, args), **{key: known(x) for key, x in kwargs.items()})
-
-        return wrapped
-
-    names = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
-    before = [(owner, name, getattr(owner, name)) for owner, name in names]
+    """Let autocast take the meta device, unknown to it, for the CPU: forward passes name the device of an input."""
+    functions = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
+    originals = [(owner, name, getattr(owner, name)) for owner, name in functions]
     try:
-        for owner, name, call in before:
-            setattr(owner, name, on_cpu(call))
+        for owner, name, function in originals:
+            setattr(owner, name, _with_cpu_for_meta(function))
         yield
     finally:
-        for owner, name, call in before:
-            setattr(owner, name, call)
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+
+
+def _with_cpu_for_meta(function: Callable) -> Callable:
+    """Wrap a function to get "cpu" in the place of each argument "meta"."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        new_args = [_cpu_for_meta(value) for value in args]
+        new_kwargs = {key: _cpu_for_meta(value) for key, value in kwargs.items()}
+        return function(*new_args, **new_kwargs)
+
+    return wrapped
+
+
+def _cpu_for_meta(value: Any) -> Any:
+    return "cpu" if isinstance(value, str) and value == "meta" else value
