@@ -17,7 +17,7 @@ class Row(NamedTuple):
     there shows in a compared operator further on, a softmax over a wrong number of rows, say.
     scale: how a positive scale s of each channel passes, f(s x) = s f(x) (`dataflow`):
     "same" (the shape stays), "spatial" (f works on the last dimensions), "reduces" (f reduces the dimensions in the
-    arguments), "view", "clips" (f clips at a constant: a scale does not pass), or "" (a scale does not pass, or
+    arguments), "pads", "view", "clips" (f clips at a constant: a scale does not pass), or "" (a scale does not pass, or
     `dataflow` decides by the operands).
     """
 
@@ -76,7 +76,7 @@ TABLE = (
     Row("spatial", "adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest3d upsample_trilinear3d"),
     Row("spatial", "_upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
     Row("spatial", "reflection_pad3d replication_pad3d tril triu"),
-    Row("pad", "constant_pad_nd", compared=True),
+    Row("pad", "constant_pad_nd", compared=True, scale="pads"),
     # products
     Row("matrix_product", "mm bmm"),
     Row("matrix_product_and_bias", "addmm baddbmm _sparse_addmm"),

@@ -1,6 +1,6 @@
-"""The numbers in a model's output, in tensors or not, in containers and in objects of any class.
+"""Collect the numbers returned by a model: in tensors or as numbers of Python, in containers or objects of any class.
 
-State is no output: a transformer's cache is handed to the next call, and may shrink with the removed channels.
+State is no output: a transformer's cache is given back to the model, and may shrink with the removed parts.
 """
 
 from collections import deque
@@ -14,28 +14,29 @@ from torch import Tensor
 from labkit.errors import InputError
 
 SEQUENCES = (list, tuple, deque, ValuesView)
+CONTAINERS = (Mapping, *SEQUENCES, SimpleNamespace)
 
 
 def outputs(value: Any) -> list[Tensor]:
-    """Return the tensors of a model's output, in order.
+    """Return the tensors of a model's output in order: `value` itself, or the tensors in its items and attributes.
 
-    value: a tensor, a container, or any object: items and attributes are searched, each object once.
-    Raises InputError for tensors without an order (in a set), for an iterator, which can be read only once, and for a
-    function with a closure, which makes tensors later.
+    An object is looked into once. Raises InputError for tensors without an order (in a set), readable only once (in an
+    iterator), or made later (by a function with a closure).
     """
     return [x for x in _leaves(value, {}) if isinstance(x, Tensor)]
 
 
 def numbers(value: Any) -> list[complex]:
-    """Return Python's numbers in containers and dataclasses of a model's output: a width beside the logits, say."""
+    """Return the numbers of Python in containers and dataclasses of a model's output, for example a width."""
     return [x for x in _leaves(value, {}) if not isinstance(x, Tensor)]
 
 
 def _leaves(value: Any, seen: dict[int, Any], with_numbers: bool = True) -> Iterator[Tensor | complex]:
-    """Yield the tensors and numbers inside `value`.
+    """Yield the tensors and numbers in `value`, in order.
 
-    seen: {id: object} of the objects on the way to `value`, and of all searched objects that are no containers.
-    with_numbers: True to yield Python's numbers too; numbers in plain objects count calls, or stand in a config.
+    seen: {id: object} of the objects that are being looked into, or were and may not be again.
+    with_numbers: yield numbers of Python too. Numbers in objects other than containers count calls, or belong to a
+        config.
     """
     if isinstance(value, Tensor):
         yield value
@@ -44,49 +45,54 @@ def _leaves(value: Any, seen: dict[int, Any], with_numbers: bool = True) -> Iter
         if with_numbers:
             yield value
         return
-    is_code = isinstance(value, (type, ModuleType))
-    if is_code or _is_cache(value) or id(value) in seen:
+    if isinstance(value, (type, ModuleType)) or _is_cache(value) or id(value) in seen:
         return
-    seen[id(value)] = value  # held here, so that no later object gets the same id
+    seen[id(value)] = value  # held, so that no other object gets its id
     _check_readable(value)
-    is_container = isinstance(value, (Mapping, *SEQUENCES, SimpleNamespace)) or is_dataclass(value)
-    for item in _contents(value):
+    is_container = isinstance(value, CONTAINERS) or is_dataclass(value)
+    for item in _content(value):
         yield from _leaves(item, seen, with_numbers and is_container)
     if is_container:
-        del seen[id(value)]  # only for cycles: a container returned twice counts twice
+        del seen[id(value)]  # only for cycles: a container that is returned twice counts twice
 
 
-def _contents(value: Any) -> list[Any]:
-    """Return the items of a container, then the attributes of the object that are not among the items."""
-    items: list[Any] = []
+def _content(value: Any) -> list[Any]:
+    """Return the items of a container, and the attributes of an object other than the items."""
+    items = []
     if isinstance(value, Mapping):
         items = list(value.values())
     elif isinstance(value, SEQUENCES):
         items = list(value)
     if isinstance(value, Mapping) and not isinstance(value, dict):
-        return items  # its attributes hold the items
-    state = object.__getstate__(value)  # (vars, slots), vars, or None, also for a class with a __getstate__
+        return items  # which are in its attributes too
+    return items + _attributes(value, {id(item) for item in items})
+
+
+def _attributes(value: Any, without: set[int]) -> list[Any]:
+    """Return the attributes and slots of an object. without: ids of objects to be left out."""
+    state = object.__getstate__(value)  # (vars, slots), vars, or None, not asking the class's own __getstate__
     parts = state if isinstance(state, tuple) else (state,)
-    item_ids = set(map(id, items))
+    attributes = []
     for part in parts:
         if part:
-            items += [x for x in part.values() if id(x) not in item_ids]
-    return items
+            attributes += [x for x in part.values() if id(x) not in without]
+    return attributes
 
 
 def _is_cache(value: Any) -> bool:
-    """Return True for an object of transformers that holds keys, values and states from call to call."""
+    """Tell whether `value` is of a class of transformers for keys, values and states between calls."""
     for kind in type(value).__mro__:
-        if "Cache" in kind.__name__ and kind.__module__.startswith("transformers."):
+        is_of_transformers = kind.__module__.startswith("transformers.")
+        if is_of_transformers and "Cache" in kind.__name__:
             return True
     return False
 
 
 def _check_readable(value: Any) -> None:
-    """Raise InputError for an object with tensors that cannot be read in order, again and again."""
-    has_closure = isinstance(value, FunctionType) and value.__closure__
+    """Raise InputError unless the numbers in `value` can be compared one by one."""
+    is_closure = isinstance(value, FunctionType) and value.__closure__
     is_unordered = isinstance(value, Set) and any(map(outputs, value))
-    if has_closure or is_unordered or isinstance(value, Iterator):
+    if is_closure or is_unordered or isinstance(value, Iterator):
         raise InputError(
             f"The model's output holds a {type(value).__name__}, whose numbers cannot be compared one by one: let "
             "forward return them in a tuple, a list, a dictionary or an object."

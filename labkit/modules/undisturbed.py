@@ -1,4 +1,4 @@
-"""Calls with every step visible: without gradients, fused modules and checks of values."""
+"""Run a forward pass with every operator visible: without gradients, fused modules and checks of values."""
 
 import contextlib
 import functools
@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+ASKS_DEVICE = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
+
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run calls without gradients, fused attention modules and distributions that check values.
+    """Let every step of a model be seen, as long as the `with` block runs.
 
-    Fused modules would hide their steps. Autocast takes the meta device for the CPU. Torch's random numbers are
-    restored afterwards.
+    Gradients, torch's fused attention modules, and the checks of values by torch's distributions are off, and the
+    random state is as before afterwards.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     validates = torch.distributions.Distribution._validate_args
@@ -29,29 +31,28 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _autocast_on_meta() -> Iterator[None]:
-    """Let autocast take the meta device, unknown to it, for the CPU: forward passes name the device of an input."""
-    functions = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
-    originals = [(owner, name, getattr(owner, name)) for owner, name in functions]
+    """Let autocast take the meta device for the CPU, as torch has no autocast for meta and passes name x's device."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name in ASKS_DEVICE]
     try:
-        for owner, name, function in originals:
-            setattr(owner, name, _with_cpu_for_meta(function))
+        for owner, name, call in originals:
+            setattr(owner, name, _with_cpu_for_meta(call))
         yield
     finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
+        for owner, name, call in originals:
+            setattr(owner, name, call)
 
 
-def _with_cpu_for_meta(function: Callable) -> Callable:
-    """Wrap a function to get "cpu" in the place of each argument "meta"."""
+def _with_cpu_for_meta(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `call` with "cpu" for every argument "meta"."""
 
-    @functools.wraps(function)
+    @functools.wraps(call)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        new_args = [_cpu_for_meta(value) for value in args]
-        new_kwargs = {key: _cpu_for_meta(value) for key, value in kwargs.items()}
-        return function(*new_args, **new_kwargs)
+        args = [_cpu_for_meta(x) for x in args]
+        kwargs = {name: _cpu_for_meta(x) for name, x in kwargs.items()}
+        return call(*args, **kwargs)
 
     return wrapped
 
 
-def _cpu_for_meta(value: Any) -> Any:
-    return "cpu" if isinstance(value, str) and value == "meta" else value
+def _cpu_for_meta(device: Any) -> Any:
+    return "cpu" if isinstance(device, str) and device == "meta" else device
