@@ -126,9 +126,8 @@ class Abstract(TorchDispatchMode):
 
         Raises InputError if the shape of the result depends on unknown values.
         """
-        masks = []
-        if name in ("index", "index_put"):
-            masks = [x for x in args[1] if x is not None and x.dtype in MASKS]
+        indices = args[1] if name in ("index", "index_put") else []
+        masks = [x for x in indices if _is_mask(x)]
         unknown = any(mask.is_meta for mask in masks)
         if name in DATA_DEPENDENT or (name == "index" and unknown):
             raise InputError(
@@ -144,11 +143,15 @@ def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the indices of an `index` with each real mask replaced by the numbers of the picked entries."""
     numbers: list[Tensor | None] = []
     for x in indices:
-        if x is not None and x.dtype in MASKS:
+        if _is_mask(x):
             numbers += x.nonzero(as_tuple=True)
         else:
             numbers.append(x)
     return numbers
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in MASKS
 
 
 def _destinations(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:

@@ -55,7 +55,9 @@ class Resized:
         if "shared" not in vars(self):  # a copy in the making
             raise AttributeError(name)
         key = getattr(self.shared, "attribute_map", {}).get(name, name)
-        return vars(self)[key] if key in vars(self) else getattr(self.shared, name)
+        if key in vars(self):
+            return vars(self)[key]
+        return getattr(self.shared, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.shared, name, value)
@@ -84,8 +86,8 @@ def written(module: nn.Module) -> Iterator[tuple[str, Any]]:
     values = dict(vars(module))
     config = None if hasattr(module, "save_pretrained") else values.get("config")
     while hasattr(config, "__dict__"):
-        numbers = {key: value for key, value in vars(config).items() if type(value) is int}
-        values = {f"{CONFIG}{key}": value for key, value in numbers.items()} | values
+        in_config = {f"{CONFIG}{key}": value for key, value in vars(config).items()}
+        values = {key: value for key, value in in_config.items() if type(value) is int} | values
         config = vars(config).get("shared")
     for key, value in values.items():
         is_number = type(value) is int and not key.endswith(NO_SIZES)

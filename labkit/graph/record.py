@@ -245,7 +245,7 @@ class Record:
                 spans.append(Span((dim,), labels))
         return tuple(spans)
 
-    def sized(self, module: str, x: Tensor, spans: Spans, dims: Iterable[int]) -> None:
+    def sized(self, module: str, x: Tensor, spans: Iterable[Span], dims: Iterable[int]) -> None:
         """Note sizes of dimensions of `x`: the forward pass of `module` may hold the sizes as numbers."""
         for dim in dims:
             size, span = x.shape[dim], span_at(spans, dim)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from labkit.graph import operators
 from labkit.graph.record import Cost, Record, Restricted, traced
-from labkit.graph.spans import Side, Spans, combine, fix, moved, span_at, without
+from labkit.graph.spans import Side, Span, Spans, combine, fix, moved, span_at, without
 
 
 class Summed(NamedTuple):
@@ -73,9 +73,13 @@ class Call:
         """Keep the sizes of `dims` (`spans.fix`); an empty reason is not told to a user."""
         return fix(self.record.labels, spans, dims, self.because(reason) if reason else "")
 
+    def fixed(self, x: Tensor, dims: Iterable[int], reason: str) -> Spans:
+        """Return the spans of an operand, with the sizes of `dims` kept in the result."""
+        return self.fix(self.spans(x), dims, reason)
+
     def fix_operand(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
         """Keep the sizes of dimensions `dims` of an operand, from the present operator on."""
-        traced(x).spans = self.fix(self.spans(x), dims, reason)
+        traced(x).spans = self.fixed(x, dims, reason)
 
     def tie_rows(self, rows: np.ndarray) -> None:
         """Let the labels of each row of `rows`, [rows, columns], go together."""
@@ -151,7 +155,7 @@ class Call:
             call = (self.name, self.module, self.number)
             self.record.restricted.append(Restricted(*call, argument, dim, labels, kind))
 
-    def record_sizes(self, x: Tensor, spans: Spans, dims: Iterable[int] | None = None) -> None:
+    def record_sizes(self, x: Tensor, spans: Iterable[Span], dims: Iterable[int] | None = None) -> None:
         """Note sizes of `x` that the forward pass may hold as numbers, by default of all dimensions."""
         dims = range(x.dim()) if dims is None else sorted(dims)
         self.record.sized(self.module, x, spans, dims)
@@ -231,12 +235,13 @@ def new(call: Call) -> Spans:
     x, out = call.args[0], call.out
     same: set[int] = set()
     if x.dim() == out.dim():
-        same = {dim for dim in range(x.dim()) if x.shape[dim] == out.shape[dim]}
-    passed = tuple(span for span in call.spans(x) if same.issuperset(span.dims))
+        sizes = zip(x.shape, out.shape, strict=True)
+        same = {dim for dim, (before, after) in enumerate(sizes) if before == after}
+    spans = [span for span in call.spans(x) if same.issuperset(span.dims)]
     new_dims = sorted(set(range(out.dim())) - same)
-    spans = (*passed, *call.record.free(out, new_dims))
+    spans += call.record.free(out, new_dims)
     call.record_sizes(out, spans)
-    return spans
+    return tuple(spans)
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------
@@ -281,7 +286,7 @@ def group_norm(call: Call) -> Spans:
     """Tie the channels of a group: whole groups go. A single group is a norm over all channels, as in `layer_norm`."""
     x, weight, bias = call.args[:3]
     groups = call.args[6]
-    spans = call.fix(call.spans(x), range(2, x.dim()), POSITIONS)
+    spans = call.fixed(x, range(2, x.dim()), POSITIONS)
     labels, spans = call.isolate(spans, 1)
     call.record_sizes(x, spans, {1})
     for vector in (weight, bias):
@@ -297,7 +302,7 @@ def group_norm(call: Call) -> Spans:
 def softmax(call: Call) -> Spans:
     """Fix the dimension of a softmax: each entry depends on all."""
     x, dim = call.args[:2]
-    return call.fix(call.spans(x), positive_dims(dim, x), "is normalised over by a softmax")
+    return call.fixed(x, positive_dims(dim, x), "is normalised over by a softmax")
 
 
 # --- reductions -------------------------------------------------------------------------------------------------------
@@ -340,7 +345,7 @@ def _mixed(call: Call, position: int) -> Spans:
     """Fix the dimensions in argument number `position`, the last dimension by default."""
     x = call.args[0]
     dims = positive_dims(call.argument(position, -1), x)
-    spans = call.fix(call.spans(x), dims, "has its entries mixed")
+    spans = call.fixed(x, dims, "has its entries mixed")
     return without(spans, dims, x.dim(), first(call.out).dim())
 
 
@@ -348,7 +353,7 @@ def _mixed(call: Call, position: int) -> Spans:
 def fourier(call: Call) -> Spans:
     """Fix the transformed dimensions."""
     x, dims = call.args[:2]
-    return call.fix(call.spans(x), positive_dims(dims, x), "has its entries mixed")
+    return call.fixed(x, positive_dims(dims, x), "has its entries mixed")
 
 
 @rule("view_as_complex")
@@ -356,7 +361,7 @@ def view_as_complex(call: Call) -> Spans:
     """Fix and drop the last dimension, [real part, imaginary part]."""
     x = call.args[0]
     last = x.dim() - 1
-    spans = call.fix(call.spans(x), {last}, "has real and imaginary parts")
+    spans = call.fixed(x, {last}, "has real and imaginary parts")
     return without(spans, {last}, last + 1, last)
 
 
@@ -371,7 +376,7 @@ def spatial(call: Call) -> Spans:
     leading = 0
     while leading < most and x.shape[leading] == out.shape[leading]:
         leading += 1
-    return call.fix(call.spans(x), range(leading, x.dim()), POSITIONS)
+    return call.fixed(x, range(leading, x.dim()), POSITIONS)
 
 
 def _positions(name: str) -> int:
@@ -387,4 +392,4 @@ def pad(call: Call) -> Spans:
     x, padding = call.args[:2]
     last = x.dim() - 1
     padded = {last - i // 2 for i, width in enumerate(padding) if width}  # two widths a dimension, from the last one
-    return call.fix(call.spans(x), padded, "is padded with constants")
+    return call.fixed(x, padded, "is padded with constants")

@@ -71,9 +71,9 @@ def _matrices(call: Call, a: Tensor, b: Tensor, bias: Tensor | None = None) -> S
     macs = math.prod(a.shape) * b.shape[-1]
     _record_cost(call, macs, [*_all_dims(a), (b, column)])
     present = frozenset(dim for dim, size in enumerate(call.out.shape) if size > 1)
-    rows = moved(rest_a, [*batch, row, None])
-    columns = moved(rest_b, [*batch, None, column])
-    spans = call.combine([Side(rows, present - {column}), Side(columns, present - {row})])
+    rows = Side(moved(rest_a, [*batch, row, None]), present - {column})
+    columns = Side(moved(rest_b, [*batch, None, column]), present - {row})
+    spans = call.combine([rows, columns])
     if bias is None:
         return spans
     product = aligned(call.out, call.out, spans)
@@ -257,8 +257,8 @@ def weight_norm(call: Call) -> list[Spans]:
 def embedding(call: Call) -> Spans:
     """Pick rows of a table [V, D] by indices [...]: the result [..., D] has the labels of the columns."""
     weight, indices = call.args[:2]
-    call.fix(call.spans(indices), range(indices.dim()), "")
-    columns = call.fix(call.spans(weight), (0,), "")
+    call.fixed(indices, range(indices.dim()), "")
+    columns = call.fixed(weight, (0,), "")
     return moved(columns, [None, indices.dim()])
 
 
@@ -271,7 +271,7 @@ def attention(call: Call) -> Spans:
     for x in call.args:
         if isinstance(x, Tensor):  # q, k, v and a mask
             dims = (x.dim() - 2, x.dim() - 1)
-            spans = call.fix(call.spans(x), dims, "is the width of a head, which the scale depends on")
+            spans = call.fixed(x, dims, "is the width of a head, which the scale depends on")
             side = aligned(x, q, spans)
             sides.append(Side(side.spans, side.present - last_two))
     return call.combine(sides)

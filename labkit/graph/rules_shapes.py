@@ -99,12 +99,14 @@ def expand(call: Call) -> Spans:
     """Repeat dimensions of size 1: they follow the tensors beside the result. All else keeps the labels."""
     x, out = call.args[0], call.out
     shift = out.dim() - x.dim()
-    shape_before = [1] * shift + list(x.shape)
-    repeated = [dim for dim, size in enumerate(out.shape) if dim < shift or shape_before[dim] != size]
-    own_spans = call.side(x).spans
-    spans = (*own_spans, *call.record.free(out, repeated))
+    repeated = list(range(shift))  # the new dimensions in front
+    for dim, size in enumerate(x.shape, start=shift):
+        if size != out.shape[dim]:
+            repeated.append(dim)
+    spans = [*call.side(x).spans]
+    spans += call.record.free(out, repeated)
     call.record_sizes(out, spans)
-    return spans
+    return tuple(spans)
 
 
 @rule("repeat")
@@ -117,7 +119,7 @@ def repeat(call: Call) -> Spans:
         spans.append(Span(span.dims, np.tile(span.labels, span_times)))
     of_size_one = [dim for dim, size in enumerate(call.out.shape) if size == times[dim]]
     spans += call.record.free(call.out, of_size_one)
-    call.record_sizes(call.out, tuple(spans))
+    call.record_sizes(call.out, spans)
     return tuple(spans)
 
 
@@ -138,7 +140,7 @@ def roll(call: Call) -> Spans:
     """Fix rolled dimensions, by default all: entries wrap around."""
     x = call.args[0]
     dims = call.argument(2, None) or range(x.dim())
-    return call.fix(call.spans(x), positive_dims(dims, x), "is rolled")
+    return call.fixed(x, positive_dims(dims, x), "is rolled")
 
 
 @rule("gathered")
@@ -166,7 +168,7 @@ def im2col(call: Call) -> Spans:
     """Turn [.., C, H, W] into [.., C k, L]: k rows of each channel."""
     x = call.args[0]
     dim = x.dim() - 3
-    spans = call.fix(call.spans(x), (dim + 1, dim + 2), POSITIONS)
+    spans = call.fixed(x, (dim + 1, dim + 2), POSITIONS)
     labels, spans = call.isolate(spans, dim)
     rest = spans_off(spans, dim)
     if labels is None:
@@ -183,7 +185,7 @@ def cat(call: Call) -> Spans:
     """Join the labels of the parts along the dimension; the remaining dimensions are tied, as in a sum."""
     out = call.out
     dim = _dim(call, 1, out)
-    parts = [x for x in call.args[0] if x.dim() == out.dim() and x.numel()]
+    parts = [x for x in call.args[0] if x.numel() and x.dim() == out.dim()]  # torch skips empty parts
     reason = "is joined with a part of fixed size"
     spans_of_parts = [call.spans(x) for x in parts]
     fixed = _not_shared(spans_of_parts, dim)
@@ -317,8 +319,9 @@ def _entry(call: Call, x: Tensor, dim: int, index: int) -> Spans:
         call.tie(span.labels.take([0], axis), span.labels)
         entry = Span(span.dims, span.labels.take([index], axis))
         spans = tuple(entry if other is span else other for other in spans)
-    before, behind = range(dim), range(dim, x.dim() - 1)
-    return moved(spans, [*before, None, *behind])
+    new_dims: list[int | None] = list(range(x.dim() - 1))
+    new_dims.insert(dim, None)
+    return moved(spans, new_dims)
 
 
 @rule("select")
@@ -347,9 +350,9 @@ def index(call: Call) -> Spans:
     x, indices = call.args[:2]
     for tensor in indices:
         if tensor is not None:
-            call.fix(call.spans(tensor), range(tensor.dim()), "")
+            call.fixed(tensor, range(tensor.dim()), "")
     indexed = [dim for dim, tensor in enumerate(indices) if tensor is not None]
-    spans = call.fix(call.spans(x), indexed, INDEXED)
+    spans = call.fixed(x, indexed, INDEXED)
     return moved(spans, _dims_after_index(indexed, x.dim(), call.out.dim()))
 
 
@@ -382,7 +385,7 @@ def index_select(call: Call) -> Spans:
     """Pick entries of a dimension by a tensor: the dimension keeps the size."""
     x = call.args[0]
     dim = _dim(call, 1, x)
-    return call.fix(call.spans(x), (dim,), INDEXED)
+    return call.fixed(x, (dim,), INDEXED)
 
 
 def _indexed(call: Call, *operands: Tensor) -> Spans | None:
@@ -404,7 +407,7 @@ def _indexed(call: Call, *operands: Tensor) -> Spans | None:
         labelled.append(index)
     sides = []
     for x in labelled:
-        spans = call.fix(call.spans(x), (dim,), INDEXED)
+        spans = call.fixed(x, (dim,), INDEXED)
         sides.append(aligned(x, out, spans))
     return call.combine(sides)
 

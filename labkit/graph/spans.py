@@ -204,10 +204,10 @@ def shown(spans: Spans, shape: Sequence[int]) -> Spans:
     """
     result = []
     for span in spans:
-        single = tuple(axis for axis, dim in enumerate(span.dims) if shape[dim] == 1)
         dims = tuple(dim for dim in span.dims if shape[dim] > 1)
         if dims and span.labels.size:
-            result.append(Span(dims, span.labels.squeeze(single)))
+            sizes = [shape[dim] for dim in dims]
+            result.append(Span(dims, span.labels.reshape(sizes)))
     return tuple(result)
 
 
