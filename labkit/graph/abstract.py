@@ -63,8 +63,9 @@ def tensors_in(args: tuple, kwargs: dict) -> Iterator[Tensor]:
 class Abstract(TorchDispatchMode):
     """Runs operators without values: an abstract operand gives an abstract result, real operands a real result.
 
-    A real tensor becomes abstract, and all views of the tensor, when an operator writes an abstract operand there.
-    Subclasses `observe` each operator.
+    A real tensor becomes abstract, and all views of the tensor, when an operator writes an abstract operand there. A
+    tensor made in the pass is abstract if later operators will write into the tensor (`_is_state`), and real if the
+    values matter (`_is_exact`). Subclasses `observe` each operator.
     """
 
     def __init__(self) -> None:
@@ -89,7 +90,7 @@ class Abstract(TorchDispatchMode):
         touched = has_abstract or any(map(self._is_written, real))
         if touched:
             args = self._with_known_masks(name, args)
-        if touched and real:
+        if touched and real:  # torch refuses operands on two devices
             self._note_written(func, args, kwargs)
             args, kwargs = tree_map_only(Tensor, on_meta, (args, kwargs))
         elif _device(kwargs) == META or _is_state(name, args, operands):
@@ -98,8 +99,10 @@ class Abstract(TorchDispatchMode):
         if touched and kwargs.get("device") is not None:  # the device of a real operand elsewhere in the model
             kwargs["device"] = META
         try:
-            is_cached = touched and not real
-            out = _cached_result(func, args, kwargs) if is_cached else func(*args, **kwargs)
+            if touched and not real:
+                out = _cached_result(func, args, kwargs)
+            else:
+                out = func(*args, **kwargs)
         except NotImplementedError as error:
             reason = str(error).splitlines()[0].split(". ")[0]
             raise InputError(

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from labkit.arguments import check_mapping
 from labkit.errors import InputError
 from labkit.graph import tracing
-from labkit.graph.attributes import CONFIG, Attributes, Follows, Keep, NewSize, new_attributes, new_sizes, written
+from labkit.graph.attributes import CONFIG, Follows, Keep, NewSize, new_attributes, new_sizes, written
 from labkit.graph.copies import collecting_later
 from labkit.graph.fits import Mismatch, trial
 from labkit.graph.labels import components
@@ -217,12 +217,10 @@ class Trials:
             return None
         keep = coupling.record.kept(gone)
         attributes = coupling.attributes(self.model, keep, gone)
-        return self._obstacle(coupling.record, gone, keep, attributes)
-
-    def _obstacle(self, record: Record, gone: np.ndarray, keep: Keep, attributes: Attributes) -> Mismatch | None:
         key = (gone.tobytes(), repr(attributes))  # hypotheses differ in few cuts
         if key not in self._results:
-            self._results[key] = trial(self.model, record, gone, keep, attributes, self._args, self._kwargs)
+            example = (self._args, self._kwargs)
+            self._results[key] = trial(self.model, coupling.record, gone, keep, attributes, *example)
         return self._results[key]
 
     def obstacle_together_or_apart(self, coupling: Coupling, clusters: list[Cluster]) -> Mismatch | None:
@@ -259,7 +257,7 @@ def fit(coupling: Coupling, trials: Trials) -> Coupling:
     for hypothesis in (coupling, numbered, linked, both):
         if not trials.obstacle_together_or_apart(hypothesis, hypothesis.clusters()):
             return hypothesis
-    weakened = []
+    weakened = []  # of equals `max` takes the first
     for hypothesis in (linked, with_numbers_searched(coupling, trials), numbered):
         weakened.append(pin_what_fails(hypothesis, trials.obstacle))
     best = max(weakened, key=_freedom)
