@@ -18,8 +18,8 @@ from labkit.arguments import check_mapping, check_module
 from labkit.errors import InputError
 from labkit.graph import tracing
 from labkit.graph.groups import Coupling, Group
-from labkit.graph.labels import span_at
-from labkit.graph.rules import Operation, Record
+from labkit.graph.record import Operation, Record
+from labkit.graph.spans import span_at
 from labkit.modules.stacks import is_linear, out_dim, stacks
 
 SOFTMAX = ("_softmax", "_safe_softmax")

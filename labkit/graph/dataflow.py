@@ -16,12 +16,12 @@ from torch import nn
 
 from labkit.errors import InputError
 from labkit.graph import tracing
-from labkit.graph.rules import Operation
+from labkit.graph.operators import ROWS
+from labkit.graph.record import Operation
 from labkit.graph.subclasses import after_norm
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMED = ("weight", "bias", "running_mean", "running_var")  # tensors that a batch norm holds and reads
-CLIPS = {"hardtanh", "relu6", "clamp_max"}  # operators that limit from above, besides clamp
 VECTORS = {"native_layer_norm": (1, 2), "mul": (1,)}  # allowed numbers of parameters of sources that are no layers
 
 
@@ -130,18 +130,13 @@ def _viewed(operation: Operation, channels: Channels, before: Sequence[int]) -> 
     return None
 
 
-_OPERATORS = {
-    "relu leaky_relu _prelu_kernel clone detach alias contiguous neg abs": _unchanged,
-    "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d": _over_positions,
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d": _over_positions,
-    "upsample_nearest1d upsample_nearest2d": _over_positions,
-    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d": _over_positions,
-    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d": _over_positions,
-    "constant_pad_nd": _padded,
-    "mean sum amax amin": _reduced,
-    "view _unsafe_view reshape": _viewed,
-}
-PASSING = {name: rule for names, rule in _OPERATORS.items() for name in names.split()}
+PASSING = {"same": _unchanged, "spatial": _over_positions, "pads": _padded, "reduces": _reduced, "view": _viewed}
+
+
+def _way_of_scale(operation: Operation) -> str:
+    """Return how a scale passes the operator: the column `scale` of the table of `operators`."""
+    row = ROWS.get(operation.name)
+    return "" if row is None else row.scale
 
 
 class Dataflow:
@@ -336,7 +331,7 @@ class Dataflow:
         if operation.name == "mul":  # only a single factor may be scaled
             is_single = len(carriers) == 1
             return _of_same_size(operation, first, shapes[0]) if is_single else None
-        rule = PASSING.get(operation.name)
+        rule = PASSING.get(_way_of_scale(operation))
         if rule is None or carriers != [0]:
             return None
         return rule(operation, first, shapes[0])
@@ -372,4 +367,4 @@ def _clips(operation: Operation) -> bool:
     if operation.name == "clamp":
         upper = operation.settings[1:2]
         return upper not in ((), (None,))
-    return operation.name in CLIPS
+    return _way_of_scale(operation) == "clips"

@@ -21,9 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.errors import EqualityError, first_line
-from labkit.graph.fits import tensors_of
-from labkit.graph.rules import Axis, Record, Restricted
-from labkit.graph.tracing import duplicate, following, name_of, skeleton, unchanged
+from labkit.graph.abstract import name_of
+from labkit.graph.attributes import tensors_of
+from labkit.graph.copies import duplicate, skeleton
+from labkit.graph.passes import following, unchanged
+from labkit.graph.record import Record, Restricted
 from labkit.modules.returned import numbers, outputs
 from labkit.modules.undisturbed import undisturbed
 
@@ -360,17 +362,12 @@ def _blind_(tensors: dict[str, Tensor], record: Record, gone: np.ndarray) -> Non
         reads[labels] = True
     reads_what_is_gone = reads & gone
     for axis in record.axes:
-        columns = _indices(reads_what_is_gone[_labels(axis)])
+        columns = _indices(reads_what_is_gone[axis.labels])
         if not len(columns):
             continue
         for name in record.names(axis.name):
             x = tensors[name]
             x.index_fill_(axis.dim, columns.to(x.device), 0)
-
-
-def _labels(axis: Axis) -> slice:
-    """Return the labels of the indices of a parameter's dimension."""
-    return slice(axis.base, axis.base + axis.size)
 
 
 def _indices(mask: np.ndarray) -> Tensor:

@@ -1,14 +1,27 @@
-"""Which channels hang together: groups of parameter entries that can only be removed as one unit, found by tracing.
+"""Coupled channels: groups of parameter entries to be removed as a unit, found by tracing.
 
-What a unit is follows from the operators: a channel of a residual stage, a whole group of a grouped convolution, an
-attention head with its rows and columns. What cannot shrink is listed with the reason. Nothing is ranked or removed.
+A layer makes a channel and the next layer reads the channel; a residual sum ties the channels of two layers; a head has
+rows and columns in four matrices. `trace` runs a model without computing, and returns the groups:
+
+>>> import torch
+>>> from torch import nn
+>>> from labkit.graph.groups import trace
+>>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+>>> (group,) = trace(model, torch.zeros(1, 4))
+>>> print(group)
+0.weight: 8 units in 3 dimensions
+>>> [(member.name, member.dim, member.role) for member in group.members]
+[('0.weight', 0, 'makes'), ('0.bias', 0, 'makes'), ('2.weight', 1, 'reads')]
+
+No unit is ranked or removed: `channels` chooses units, `surgery` removes the choice. `Coupling` is the full result of a
+trace: the groups, the reasons for which all remaining entries stay, and the meaning of a choice of units for every
+parameter. The second half of the file is a search (`fit`): a forward pass may have sizes written down as numbers, and
+trials find a hypothesis under which the cut model runs.
 """
 
 import itertools
 import math
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -19,67 +32,37 @@ from torch import Tensor, nn
 
 from labkit.arguments import check_mapping
 from labkit.errors import InputError
-from labkit.graph import fits, tracing
+from labkit.graph import tracing
+from labkit.graph.attributes import CONFIG, Follows, Keep, NewSize, new_attributes, new_sizes, written
+from labkit.graph.copies import collecting_later
+from labkit.graph.fits import Mismatch, trial
 from labkit.graph.labels import components
-from labkit.graph.rules import Axis, Record
+from labkit.graph.passes import unchanged
+from labkit.graph.record import Record
+from labkit.graph.units import Cluster, Group, Member, failing, group_units, place_of
 
+__all__ = ["Coupling", "Group", "Member", "arguments", "failing", "trace"]
+
+BRANCHES = 2  # numbers that are tried further at each step of the search for numbers
 UNSURE = 5  # numbers of a module of which all combinations are tried
 
 
-@dataclass(frozen=True, eq=False)
-class Member:
-    """Dimension `dim` of a parameter or buffer. units: [size of dim], the unit of each index, -1 where it has none.
-
-    role: "reads" if a product sums over the dimension (the columns that read a channel), else "makes".
-    """
-
-    name: str
-    dim: int
-    units: Tensor
-    role: str
-
-    def indices(self, unit: int) -> Tensor:
-        return (self.units == unit).nonzero().squeeze(1)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Units that are removed from the same parameters, each unit as a whole.
-
-    name: of the first parameter that makes the channels, with #2 and so on where another group has that name.
-    units: how many. width: channels in a unit, on average. link: groups with the same link that is not None have to
-    keep the same fraction of their units.
-    """
-
-    name: str
-    units: int
-    members: tuple[Member, ...]
-    link: int | None = None
-
-    @property
-    def width(self) -> int:
-        first = self.members[0].units
-        return int((first >= 0).sum()) // self.units
-
-    def __str__(self) -> str:
-        wide = f" of {self.width}" if self.width > 1 else ""
-        return f"{self.name}: {self.units} units{wide} in {len(self.members)} dimensions"
-
-
 def trace(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> list[Group]:
-    """The groups of `model(*args, **kwargs)`: which entries of which parameters and buffers must be removed together.
+    """Find the groups of `model(*args, **kwargs)`: entries of parameters and buffers to be removed together.
 
-    args: the example input, a tuple (a single tensor is taken as the one argument). No value is looked at, nothing is
-    computed, no weight is copied, and what the forward pass writes down is written down in a copy. The batch and all
-    other sizes of the input, and the sizes of the output, are fixed. Raises InputError if the model does not run on the
-    example, if its forward pass depends on values, if its output holds no number that can be compared
-    (`returned.outputs`), or if nothing in the model can be pruned.
+    No value is read or computed, no weight is copied, and the model is left as before: the pass runs on a copy. All
+    sizes of the input and of the output are fixed, the batch among them.
+
+    args: the example input, a tuple; a single tensor is taken as the only argument.
+    kwargs: the named arguments of the example.
+    Raises InputError if the model does not run on the example, if the forward pass depends on values, if the output
+    holds no number to be compared (`returned.outputs`), or if no group is free.
     """
     return list(Coupling.of(model, args, kwargs).groups)
 
 
 def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
-    """(args, kwargs) as a call takes them; InputError where kwargs are no {name: value}."""
+    """Return (args, kwargs) as for a call; InputError if kwargs are no {name: value}."""
     if isinstance(args, (Tensor, Mapping)) or not isinstance(args, (tuple, list)):
         args = (args,)
     if kwargs is not None:
@@ -89,330 +72,346 @@ def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[
 
 @dataclass(eq=False)
 class Coupling:
-    """What a trace finds, ready to say what a choice of units means for every parameter.
+    """The result of a trace, ready to tell the meaning of a choice of units for every parameter.
 
-    roots: per group the class of each unit. follows: {(class of a module, attribute): whether this number follows a
-    size}, where the rule in `attributes` is wrong.
+    record: of the traced call.
+    classes: [labels], the class of every label; labels of a class go together.
+    reasons: {class: reason} of the classes to stay.
+    groups: the groups of units.
+    roots: for each group, the class of each unit.
+    follows: exceptions from the rule by which numbers follow sizes (`attributes.new_attributes`).
     """
 
     record: Record
-    classes: np.ndarray  # of every label
-    reasons: Mapping[int, str]  # of the classes that stay
+    classes: np.ndarray
+    reasons: Mapping[int, str]
     groups: tuple[Group, ...]
     roots: tuple[np.ndarray, ...]
-    follows: Mapping[tuple[type, str], bool] = field(default_factory=dict)
+    follows: Follows = field(default_factory=dict)
 
     @classmethod
-    @torch.inference_mode(False)  # what is made here outlives the caller's mode
-    @tracing.collecting_later()
+    @torch.inference_mode(False)  # tensors made here outlive the caller's mode
+    @collecting_later()
     def of(
         cls, model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, **options: bool
     ) -> "Coupling":
-        """options: within_groups, the units of a grouped convolution are the same channels of every group, not whole
-        groups; whole_heads, of a dimension that is split as [heads, size] only whole heads go.
+        """Trace a model, and find a hypothesis about numbers under which the cut model runs (`fit`).
+
+        args, kwargs: the example input, as for `trace`.
+        options: within_groups, the units of a grouped convolution are the same channels of every group, not whole
+        groups; whole_heads, of a dimension split as [heads, size] only whole heads go.
+        Raises InputError as `trace` does.
         """
         args, kwargs = arguments(args, kwargs)
         record = tracing.record(model, args, kwargs, **options)
         classes, reasons = record.labels.resolve()
-        coupling = cls(record, classes, reasons, *_groups(record, classes, reasons))
-        if not coupling.groups:
-            raise InputError(coupling._nothing())
-        with tracing.unchanged(model):
-            return coupling._fitting(model, args, kwargs)
+        groups, roots = group_units(record, classes, reasons)
+        coupling = cls(record, classes, reasons, groups, roots)
+        if not groups:
+            raise InputError(coupling.obstacles)
+        with unchanged(model):
+            return fit(coupling, Trials(model, args, kwargs))
 
-    # --- what the forward pass allows ---------------------------------------------------------------------------------
+    # --- groups -------------------------------------------------------------------------------------------------------
 
-    def _fitting(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> "Coupling":
-        """Self, if the model's forward pass runs without one unit of each group; else with what it takes to run.
-
-        A forward pass may write down that the width of its input is heads x head size (nn.MultiheadAttention, Swin).
-        Groups that meet in such a module with the same size are then linked, or numbers follow that did not. What still
-        fails does not shrink; links only stay where that leaves more groups.
-        """
-
-        trials: dict[tuple[bytes, str], fits.Mismatch | None] = {}
-
-        def failure(coupling: Coupling, clusters: list[list[int]]) -> fits.Mismatch | None:
-            gone = coupling._one_step([i for cluster in clusters for i in cluster])
-            if not gone.any():
-                return None
-            keep = coupling.record.kept(gone)
-            attributes = coupling.attributes(model, keep, gone)
-            key = (gone.tobytes(), repr(attributes))
-            if key not in trials:  # candidates differ in few of them
-                trials[key] = fits.trial(model, coupling.record, gone, keep, attributes, args, kwargs)
-            return trials[key]
-
-        def apart(coupling: Coupling, clusters: list[list[int]]) -> fits.Mismatch | None:
-            """Pieces of several sizes, and numbers for several, may fit where all shrink and not where some do."""
-            some = clusters[::2] if coupling.follows or self.record.labels.pieces else []
-            return failure(coupling, clusters) or failure(coupling, some)
-
-        def pinned(coupling: Coupling, failure: Callable) -> Coupling:
-            stuck = failing(coupling.groups, coupling.clusters(), partial(failure, coupling))
-            return coupling.pinned({i: f"the forward pass needs this size ({why})" for i, (why, *_) in stuck.items()})
-
-        def renumbered(coupling: Coupling) -> Coupling:
-            """With numbers that follow a size, or no longer do, where some cluster of each place only fits so."""
-            stuck = failing(coupling.groups, coupling.clusters(), partial(failure, coupling)).keys()
-            clusters = [cluster for cluster in coupling.clusters() if stuck & set(cluster)]
-            for cluster in {_place(coupling.groups, cluster): cluster for cluster in clusters}.values():
-                failed = failure(coupling, [cluster])
-                end = farther(coupling, cluster, failed, set())
-                if end is None:
-                    several = coupling._several(model, cluster, failed.module)
-                    end = next((choice for choice in several if not failure(choice, [cluster])), None)
-                coupling = end or coupling
-            return coupling
-
-        def farther(
-            coupling: Coupling, cluster: list[int], failed: fits.Mismatch | None, tried: set
-        ) -> Coupling | None:
-            """With one number after another that the pass comes farther by, up to its end; None if none leads there.
-
-            The farthest first. Where a head is as wide as there are heads, that may be the wrong one of two numbers.
-            """
-            if failed is None:
-                return coupling
-            choices = coupling._choices(model, cluster, failed.module)
-            rows = [(choice, failure(choice, [cluster])) for choice in choices]
-            better = [(choice, later) for choice, later in rows if later is None or later.after > failed.after]
-            better.sort(key=lambda row: row[1].after if row[1] else (math.inf,), reverse=True)
-            for choice, later in better[:2]:
-                follows = frozenset(choice.follows.items())
-                if follows in tried:
-                    continue
-                tried.add(follows)
-                if end := farther(choice, cluster, later, tried):
-                    return end
-            return None
-
-        written = [(type(module), key) for module in model.modules() for key, _ in fits.written(module)]
-        every = {(kind, key): True for kind, key in written if not key.startswith(fits.CONFIG)}
-        linked, numbered = self._linked(), replace(self, follows=every)
-        for candidate in (self, numbered, linked, replace(linked, follows=every)):
-            if not apart(candidate, candidate.clusters()):
-                return candidate
-        candidates = [pinned(candidate, failure) for candidate in (linked, renumbered(self), numbered)]
-        best = max(candidates, key=lambda c: (len(c.groups), sum(group.link is None for group in c.groups)))
-        best = pinned(best, apart)
-        if not best.groups or failure(best, best.clusters()):
-            raise InputError(best._nothing())
-        return best
-
-    def _choices(self, model: nn.Module, cluster: list[int], name: str) -> list["Coupling"]:
-        """In each, one number of the module `name` follows a size which did not, or the other way round."""
-        gone = self._one_step(cluster)
-        module, sizes = model.get_submodule(name), self._sizes(gone)
-        changed = self.attributes(model, self.record.kept(gone), gone).get(name, {})
-        return [
-            replace(self, follows={**self.follows, (type(module), key): key not in changed})
-            for key, value in fits.written(module)
-            if any((name, n) in sizes for n in ([value] if type(value) is int else value))
-        ]
-
-    def _several(self, model: nn.Module, cluster: list[int], name: str) -> Iterator["Coupling"]:
-        """In each, several numbers of the module `name` follow at once, of those for which it is unsure.
-
-        They equal a size that shrinks and another that does not; one alone leads nowhere where a pass divides them.
-        """
-        sizes, module = self._sizes(self._one_step(cluster)), model.get_submodule(name)
-        numbers = [(key, n) for key, n in fits.written(module) if type(n) is int and not key.startswith(fits.CONFIG)]
-        unsure = [key for key, n in numbers if not sizes.get((name, n), (n, True))[1]][:UNSURE]
-        for count in range(2, len(unsure) + 1):
-            for keys in itertools.combinations(unsure, count):
-                follows = {(type(module), key): key in keys for key in unsure}
-                yield replace(self, follows={**self.follows, **follows})
-
-    def _sizes(self, gone: np.ndarray) -> dict[tuple[str, int], tuple[int, bool]]:
-        """{(module, size that its forward pass wrote down): (what it becomes, whether it always does)}"""
-        seen: dict[tuple[str, int], set[int]] = {}
-        for module, size, labels, axis in self.record.sizes:
-            shrinks = labels is not None and gone[labels].any()
-            seen.setdefault((module, size), set()).add(fits.remaining(gone[labels], axis) if shrinks else size)
-        for axis in self.record.axes:  # as many experts as neurons, say
-            if not gone[axis.base : axis.base + axis.size].any():
-                seen.setdefault((axis.name.rpartition(".")[0], axis.size), set()).add(axis.size)
-        changed = {(module, size): now - {size} for (module, size), now in seen.items()}
-        return {place: (new.pop(), len(seen[place]) == 1) for place, new in changed.items() if len(new) == 1}
-
-    def _linked(self) -> "Coupling":
-        """Groups that have the same size in a view of the same module are linked."""
-        group_of = np.full(len(self.classes), -1, dtype=np.int64)
-        for i, units in enumerate(self.roots):
-            group_of[units] = i
-        seen: dict[tuple[str, int], int] = {}
-        a, b = [], []
-        for module, size, labels, _ in self.record.sizes:
-            groups = np.unique(group_of[self.classes[labels]]) if labels is not None and labels.ndim == 1 else ()
-            if len(groups) == 1 and groups[0] >= 0:
-                a.append(int(groups[0]))
-                b.append(seen.setdefault((module, size), int(groups[0])))
-        links = components(len(self.groups), np.array(a, dtype=np.int64), np.array(b, dtype=np.int64)).tolist()
-        linked = (
-            replace(group, link=link if links.count(link) > 1 else None)
-            for group, link in zip(self.groups, links, strict=True)
-        )
-        return replace(self, groups=tuple(linked))
-
-    def _one_step(self, groups: list[int]) -> np.ndarray:
-        """`gone` if the last unit of each of these groups goes, of linked groups the last equal part."""
-        removed = {}
-        for cluster in self.clusters():
-            steps = math.gcd(*(self.groups[i].units for i in cluster))
-            for i in set(groups) & set(cluster) if steps > 1 else ():
-                removed[i] = torch.arange(self.groups[i].units) >= self.groups[i].units * (steps - 1) // steps
-        return self.gone(removed)
-
-    def pinned(self, reasons: Mapping[int, str]) -> "Coupling":
-        """The same without these groups, {number: why they stay}."""
-        rows = dict(self.reasons)
-        for i, reason in reasons.items():
-            rows |= dict.fromkeys(self.roots[i].tolist(), reason)
-        free = [i for i in range(len(self.groups)) if i not in reasons]
-        groups, roots = tuple(self.groups[i] for i in free), tuple(self.roots[i] for i in free)
-        return replace(self, reasons=rows, groups=groups, roots=roots)
-
-    # --- what it says -------------------------------------------------------------------------------------------------
-
-    def clusters(self) -> list[list[int]]:
-        """Numbers of the groups that keep the same fraction, each by itself where nothing links it."""
-        clusters: dict[Any, list[int]] = {}
+    def clusters(self) -> list[Cluster]:
+        """Return the numbers of linked groups, in a list for each link; a group without a link is alone in a list."""
+        clusters: dict[Any, Cluster] = {}
         for i, group in enumerate(self.groups):
-            clusters.setdefault(("alone", i) if group.link is None else group.link, []).append(i)
+            key = ("alone", i) if group.link is None else group.link
+            clusters.setdefault(key, []).append(i)
         return list(clusters.values())
 
-    def _nothing(self) -> str:
-        why = "; ".join(f"{what}: {reason}" for what, reason in self.unprunable[:3])
-        return f"Nothing in this model can be pruned ({why or 'it has no parameters that its forward pass uses'})."
+    def pinned(self, reasons: Mapping[int, str]) -> "Coupling":
+        """Return the coupling without some groups; reasons: {number of a group: why the group stays}."""
+        class_reasons = dict(self.reasons)
+        for i, reason in reasons.items():
+            units = self.roots[i].tolist()
+            class_reasons |= dict.fromkeys(units, reason)
+        free = [i for i in range(len(self.groups)) if i not in reasons]
+        groups = tuple(self.groups[i] for i in free)
+        roots = tuple(self.roots[i] for i in free)
+        return replace(self, reasons=class_reasons, groups=groups, roots=roots)
 
     @cached_property
     def unprunable(self) -> list[tuple[str, str]]:
-        """(parameter and dimension, why it stays), for those of which nothing can be removed."""
-        free = {(m.name, m.dim) for group in self.groups for m in group.members}
+        """(parameter and dimension, reason) of all dimensions of parameters that stay whole."""
+        free = {(member.name, member.dim) for group in self.groups for member in group.members}
         rows = []
         for axis in self.record.axes:
             if (axis.name, axis.dim) in free or axis.name in self.record.constants:
                 continue
-            classes = np.unique(self.classes[axis.base : axis.base + axis.size]).tolist()
-            reasons = sorted({self.reasons[c] for c in classes if self.reasons.get(c)})
-            if reasons or any(c not in self.reasons for c in classes):
+            classes = np.unique(self.classes[axis.labels]).tolist()
+            is_pinned = all(c in self.reasons for c in classes)
+            reasons = sorted({self.reasons.get(c, "") for c in classes} - {""})
+            if reasons or not is_pinned:
                 why = "; ".join(reasons) or "all of it hangs together as one unit"
                 rows.append((f"{axis.name} dimension {axis.dim}", why))
         return rows + [(name, "is not used by the forward pass") for name in self.record.unused]
 
+    @property
+    def obstacles(self) -> str:
+        """The message for a model without a free group."""
+        reasons = [f"{part}: {reason}" for part, reason in self.unprunable[:3]]
+        why = "; ".join(reasons) or "it has no parameters that its forward pass uses"
+        return f"Nothing in this model can be pruned ({why})."
+
+    # --- a choice of units --------------------------------------------------------------------------------------------
+
     def gone(self, removed: Mapping[int, Tensor]) -> np.ndarray:
-        """Which labels go, [labels], if of group i the units go where removed[i] ([units], bool) is true."""
+        """Return [labels], bool, True for the labels of removed units.
+
+        removed: {number of a group: [units], bool, True for removed units}.
+        """
         gone = np.zeros(len(self.classes), dtype=bool)
         for i, units in removed.items():
             gone[self.roots[i][units.cpu().numpy()]] = True
         return gone[self.classes]
 
-    def attributes(self, model: nn.Module, keep: fits.Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
-        """{module: {attribute: new value}} without the labels in `gone`.
+    def one_step(self, groups: list[int]) -> np.ndarray:
+        """Return [labels], bool, True for the labels of the last unit of each group, of linked groups the last part."""
+        removed = {}
+        for cluster in self.clusters():
+            steps = math.gcd(*(self.groups[i].units for i in cluster))
+            if steps == 1:
+                continue
+            for i in set(groups) & set(cluster):
+                units = self.groups[i].units
+                first_removed = units * (steps - 1) // steps
+                removed[i] = torch.arange(units) >= first_removed
+        return self.gone(removed)
 
-        A number that equals a size which the module's forward pass wrote down (a view's 768, 12 heads) becomes what
-        that size becomes, where all equal ones become the same and the number is the module's own and not its config's,
-        but for those in `follows`. Numbers that are a whole shape there become what it becomes.
-        """
-        sizes = self._sizes(gone)
-        modules = dict(model.named_modules())
-        called: dict[str, str] = {}
-        for name in modules:  # one that is not called serves the one that it is in by other methods
-            called[name] = name if name in self.record.called else called[name.rpartition(".")[0]]
-
-        def new(module: str, attribute: str, value: Any) -> Any:
-            if type(value) is not int:
-                operation = self.record.made.get((called[module], tuple(value)))
-                numbers = fits.shape_of(operation, gone) if operation else [new(module, attribute, n) for n in value]
-                return type(value)(numbers)
-            size, always = sizes.get((called[module], value), (value, True))
-            certain = always and not attribute.startswith(fits.CONFIG)
-            return size if self.follows.get((type(modules[module]), attribute), certain) else value
-
-        return fits.attributes(model, keep, new)
+    def attributes(self, model: nn.Module, keep: Keep, gone: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Return {module: {attribute: new value}} without the labels in `gone` (`attributes.new_attributes`)."""
+        return new_attributes(model, self.record, gone, keep, self.follows)
 
     def macs(self, gone: np.ndarray | None = None) -> int:
-        """Multiply-adds of the products of the traced call, with the labels in `gone` removed."""
+        """Count the multiply-adds of the products of the traced call, without the labels in `gone`, [labels], bool."""
+        if gone is None:
+            return sum(cost.macs for cost in self.record.costs)
         total = 0.0
         for cost in self.record.costs:
-            shares = [1 - gone[labels].mean() for labels in cost.factors] if gone is not None else []
+            shares = [1 - gone[labels].mean() for labels in cost.factors]
             total += cost.macs * math.prod(shares)
         return round(total)
 
 
-def _place(groups: Sequence[Group], cluster: list[int]) -> tuple[tuple[str, int], ...]:
-    """The same for clusters of one place in repeated blocks."""
-    return tuple((re.sub(r"\b\d+\b", "", groups[i].name), groups[i].units) for i in cluster)
+# --- trials -----------------------------------------------------------------------------------------------------------
 
 
-def failing(
-    groups: Sequence[Group], clusters: list[list[int]], failure: Callable[[list[list[int]]], Any]
-) -> dict[int, Any]:
-    """{group: what goes wrong without some of it}, by halving; failure(clusters) says what does, false if nothing.
+class Trials:
+    """Cuts a model in various ways, on the meta device, and reports obstacles.
 
-    In repeated blocks the groups of one place fail alike: if the first, the middle and the last do, all do.
+    model, args, kwargs: the model and the example input.
     """
-    places: dict[Any, list[list[int]]] = {}
-    for cluster in clusters:
-        places.setdefault(_place(groups, cluster), []).append(cluster)
 
-    def search(parts: list[list[list[int]]]) -> dict[int, Any]:
-        whole = [cluster for part in parts for cluster in part]
-        why = failure(whole)
-        if not why:
-            return {}
-        samples = {0, len(whole) // 2, len(whole) - 1} if len(whole) > 1 else ()
-        if len(parts) == 1 and all(failure([whole[n]]) for n in samples):
-            return dict.fromkeys((i for cluster in whole for i in cluster), why)
-        parts = parts if len(parts) > 1 else [[cluster] for cluster in whole]
-        half = len(parts) // 2
-        reasons = search(parts[:half]) | search(parts[half:])
-        return reasons or dict.fromkeys((i for cluster in whole for i in cluster), why)
+    def __init__(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self.model = model
+        self._args, self._kwargs = args, kwargs
+        self._results: dict[tuple[bytes, str], Mismatch | None] = {}
 
-    return search(list(places.values()))
+    def obstacle(self, coupling: Coupling, clusters: list[Cluster]) -> Mismatch | None:
+        """Cut a unit of each group in `clusters`, and return the mismatch, None for a success."""
+        gone = coupling.one_step([i for cluster in clusters for i in cluster])
+        if not gone.any():
+            return None
+        keep = coupling.record.kept(gone)
+        attributes = coupling.attributes(self.model, keep, gone)
+        key = (gone.tobytes(), repr(attributes))  # hypotheses differ in few cuts
+        if key not in self._results:
+            example = (self._args, self._kwargs)
+            self._results[key] = trial(self.model, coupling.record, gone, keep, attributes, *example)
+        return self._results[key]
+
+    def obstacle_together_or_apart(self, coupling: Coupling, clusters: list[Cluster]) -> Mismatch | None:
+        """Cut all of `clusters`, then every second cluster, and return the first mismatch, None for a success.
+
+        Pieces of several sizes, and numbers for several sizes, may fit if all groups shrink but not if some do.
+        """
+        may_differ = bool(coupling.follows or coupling.record.labels.pieces)
+        some = clusters[::2] if may_differ else []
+        return self.obstacle(coupling, clusters) or self.obstacle(coupling, some)
 
 
-def _groups(
-    record: Record, classes: np.ndarray, reasons: Mapping[int, str]
-) -> tuple[tuple[Group, ...], tuple[np.ndarray, ...]]:
-    """Classes that touch the same dimensions of the same parameters, and the same pieces of what is cut unevenly, are
-    the units of one group.
+# --- hypotheses -------------------------------------------------------------------------------------------------------
+
+
+def fit(coupling: Coupling, trials: Trials) -> Coupling:
+    """Find a hypothesis about sizes under which the model's forward pass runs after a cut.
+
+    A forward pass may contain numbers that depend on a width: the width of an input is heads x head size
+    (nn.MultiheadAttention, Swin). Four hypotheses are tried, the weakest first:
+      1. numbers follow sizes by the rule of `attributes.new_attributes`;
+      2. every number equal to a removed width follows the width;
+      3. groups of the same size in a view of the same module shrink together;
+      4. 2 and 3 together.
+    The first hypothesis with a successful cut of a unit of every group is taken. If all fail, three hypotheses are
+    weakened: 3, 1 with a search for exceptional numbers, and 2. Groups with a failing cut are pinned, with the reason;
+    the hypothesis with most groups left wins, of several the hypothesis with fewest links.
+
+    Returns the coupling of the hypothesis. Raises InputError, naming the first obstacles, if no group is free.
     """
-    free = np.ones(len(classes), dtype=bool)
-    free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False  # by class
-    signature = np.zeros(len(classes), dtype=np.uint64)
-    touched = [(axis, classes[axis.base : axis.base + axis.size]) for axis in record.axes]
-    places = [(f"{axis.name} {axis.dim}", roots) for axis, roots in touched]
-    places += [(f"piece {n}", np.unique(classes[labels])) for n, labels in enumerate(record.labels.pieces)]
-    for place, roots in places:
-        signature[roots[free[roots]]] += np.uint64(zlib.crc32(place.encode()) * 0x9E3779B97F4A7C15 % 2**64)
-    members: dict[int, list[tuple[Axis, np.ndarray]]] = {}
-    for axis, roots in touched:
-        for s in np.unique(signature[roots[free[roots]]]).tolist():
-            members.setdefault(s, []).append((axis, roots))
-    reads = np.zeros(len(classes), dtype=bool)
-    for labels in record.contracted:
-        reads[labels] = True
-    groups: list[Group] = []
-    units_of: list[np.ndarray] = []
-    names: dict[str, int] = {}
-    number = np.full(len(classes), -1, dtype=np.int64)
-    for s, axes in members.items():
-        _, first = axes[0]
-        units, where = np.unique(first[free[first] & (signature[first] == np.uint64(s))], return_index=True)
-        units = units[np.argsort(where)]  # in the order of the first parameter
-        number[units] = np.arange(len(units))
-        made = tuple(
-            Member(axis.name, axis.dim, torch.from_numpy(number[roots]), "reads" if reads[axis.base] else "makes")
-            for axis, roots in axes
-        )
-        number[units] = -1
-        makers = [m.name for m in made if m.role == "makes" and m.name not in record.constants]
-        if len(units) < 2 or not makers:
+    linked = with_linked_groups(coupling)
+    numbered = with_all_numbers_following(coupling, trials.model)
+    both = with_all_numbers_following(linked, trials.model)
+    for hypothesis in (coupling, numbered, linked, both):
+        if not trials.obstacle_together_or_apart(hypothesis, hypothesis.clusters()):
+            return hypothesis
+    weakened = []  # of equals `max` takes the first
+    for hypothesis in (linked, with_numbers_searched(coupling, trials), numbered):
+        weakened.append(pin_what_fails(hypothesis, trials.obstacle))
+    best = max(weakened, key=_freedom)
+    best = pin_what_fails(best, trials.obstacle_together_or_apart)
+    if not best.groups or trials.obstacle(best, best.clusters()):
+        raise InputError(best.obstacles)
+    return best
+
+
+def _freedom(coupling: Coupling) -> tuple[int, int]:
+    """Return (number of groups, number of groups without a link)."""
+    links = [group.link for group in coupling.groups]
+    return len(links), links.count(None)
+
+
+def with_all_numbers_following(coupling: Coupling, model: nn.Module) -> Coupling:
+    """Let every number equal to a removed width follow the width, except numbers in configs."""
+    follows = {}
+    for module in model.modules():
+        for attribute, _ in written(module):
+            if not attribute.startswith(CONFIG):
+                follows[type(module), attribute] = True
+    return replace(coupling, follows=follows)
+
+
+def with_linked_groups(coupling: Coupling) -> Coupling:
+    """Link groups of the same size in a view of the same module."""
+    group_of_class = np.full(len(coupling.classes), -1, dtype=np.int64)
+    for i, units in enumerate(coupling.roots):
+        group_of_class[units] = i
+    first_with_size: dict[tuple[str, int], int] = {}
+    a, b = [], []
+    for module, size, labels, _ in coupling.record.sizes:
+        if labels is None or labels.ndim != 1:
             continue
-        name = next((name for name in makers if name.endswith("weight")), makers[0])
-        names[name] = names.get(name, 0) + 1
-        groups.append(Group(name if names[name] == 1 else f"{name}#{names[name]}", len(units), made))
-        units_of.append(units)
-    return tuple(groups), tuple(units_of)
+        groups = np.unique(group_of_class[coupling.classes[labels]]).tolist()
+        if len(groups) == 1 and groups[0] >= 0:
+            a.append(groups[0])
+            b.append(first_with_size.setdefault((module, size), groups[0]))
+    edges = np.array(a, dtype=np.int64), np.array(b, dtype=np.int64)
+    links = components(len(coupling.groups), *edges).tolist()
+    linked = []
+    for group, link in zip(coupling.groups, links, strict=True):
+        is_linked = links.count(link) > 1
+        linked.append(replace(group, link=link if is_linked else None))
+    return replace(coupling, groups=tuple(linked))
+
+
+def pin_what_fails(coupling: Coupling, obstacle: Callable[[Coupling, list[Cluster]], Mismatch | None]) -> Coupling:
+    """Pin the groups with a failing cut; obstacle: a method of `Trials`."""
+    failed = failing(coupling.groups, coupling.clusters(), partial(obstacle, coupling))
+    reasons = {i: f"the forward pass needs this size ({mismatch.why})" for i, mismatch in failed.items()}
+    return coupling.pinned(reasons)
+
+
+# --- the search for numbers -------------------------------------------------------------------------------------------
+
+
+def with_numbers_searched(coupling: Coupling, trials: Trials) -> Coupling:
+    """Let exceptional numbers follow a size, or not follow, as far as a cut of a cluster depends on the choice.
+
+    Of clusters at the same place of repeated blocks, only the last is searched.
+    """
+    failed = failing(coupling.groups, coupling.clusters(), partial(trials.obstacle, coupling))
+    last_at_place = {}
+    for cluster in coupling.clusters():
+        if not failed.keys().isdisjoint(cluster):
+            last_at_place[place_of(coupling.groups, cluster)] = cluster
+    for cluster in last_at_place.values():
+        coupling = _with_numbers_for(coupling, trials, cluster)
+    return coupling
+
+
+def _with_numbers_for(coupling: Coupling, trials: Trials, cluster: Cluster) -> Coupling:
+    """Return a hypothesis with a successful cut of `cluster`; `coupling` if the search fails."""
+    mismatch = trials.obstacle(coupling, [cluster])
+    hypothesis = _with_number_after_number(coupling, trials, cluster, mismatch, set())
+    if hypothesis is not None:
+        return hypothesis
+    for hypothesis in _with_several_numbers(coupling, trials.model, cluster, mismatch.module):
+        if not trials.obstacle(hypothesis, [cluster]):
+            return hypothesis
+    return coupling
+
+
+def _with_number_after_number(
+    coupling: Coupling, trials: Trials, cluster: Cluster, mismatch: Mismatch | None, tried: set[frozenset]
+) -> Coupling | None:
+    """Change number after number, each with the effect that the forward pass runs farther, up to the end.
+
+    A search in depth: at each step the two best numbers are followed, the number with the farthest run first. In a
+    model with as many heads as positions in a head, the farthest run may belong to the wrong number of the two.
+
+    mismatch: the place where the pass fails so far, None at the end.
+    tried: choices of numbers followed so far; to be filled.
+    Returns None if no choice leads to the end.
+    """
+    if mismatch is None:
+        return coupling
+    steps = []
+    for hypothesis in _with_one_number(coupling, trials.model, cluster, mismatch.module):
+        later = trials.obstacle(hypothesis, [cluster])
+        if later is None or later.after > mismatch.after:
+            steps.append((hypothesis, later))
+    steps.sort(key=_distance, reverse=True)
+    for hypothesis, later in steps[:BRANCHES]:
+        choice = frozenset(hypothesis.follows.items())
+        if choice in tried:
+            continue
+        tried.add(choice)
+        end = _with_number_after_number(hypothesis, trials, cluster, later, tried)
+        if end is not None:
+            return end
+    return None
+
+
+def _distance(step: tuple[Coupling, Mismatch | None]) -> tuple[float, ...]:
+    """Return the numbers of operators before the mismatch; infinity for a success."""
+    _, mismatch = step
+    return (math.inf,) if mismatch is None else mismatch.after
+
+
+def _with_one_number(coupling: Coupling, model: nn.Module, cluster: Cluster, name: str) -> list[Coupling]:
+    """Return hypotheses with the opposite choice for a single number of the module `name`: to follow a size, or not."""
+    module = model.get_submodule(name)
+    gone = coupling.one_step(cluster)
+    sizes = new_sizes(coupling.record, gone)
+    keep = coupling.record.kept(gone)
+    changed = coupling.attributes(model, keep, gone).get(name, {})
+    hypotheses = []
+    for attribute, value in written(module):
+        numbers = [value] if type(value) is int else value
+        if any((name, number) in sizes for number in numbers):
+            follows = {**coupling.follows, (type(module), attribute): attribute not in changed}
+            hypotheses.append(replace(coupling, follows=follows))
+    return hypotheses
+
+
+def _with_several_numbers(coupling: Coupling, model: nn.Module, cluster: Cluster, name: str) -> Iterator[Coupling]:
+    """Yield hypotheses in which several unsure numbers of the module `name` follow at once.
+
+    An unsure number equals a size that shrinks and a size that stays. A single number does not help if a forward pass
+    divides two unsure numbers.
+    """
+    module = model.get_submodule(name)
+    sizes = new_sizes(coupling.record, coupling.one_step(cluster))
+    unsure = []
+    for attribute, value in written(module):
+        if type(value) is int and not attribute.startswith(CONFIG):
+            new = sizes.get((name, value), NewSize(value, certain=True))
+            if not new.certain:
+                unsure.append(attribute)
+    unsure = unsure[:UNSURE]
+    for count in range(2, len(unsure) + 1):
+        for attributes in itertools.combinations(unsure, count):
+            choice = {(type(module), attribute): attribute in attributes for attribute in unsure}
+            yield replace(coupling, follows={**coupling.follows, **choice})

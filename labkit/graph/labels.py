@@ -1,22 +1,35 @@
-"""Labels: every index of every dimension gets a number, and numbers that must be removed together are tied.
+"""Labels: every index of every dimension gets a number, and numbers to be removed together are tied.
 
-`Labels` collects ties, pins (never removed, and why) and constraints while a model is traced, and `resolve` finds the
-classes. A tensor carries its labels in spans. Nothing here knows an operator; see `rules`.
+`Labels` collects ties, pins (labels that never go, with the reason) and constraints while a model is traced;
+`Labels.resolve` finds the classes. Classes of labels become units of channels (`units`). How a tensor carries labels
+is told in `spans`, how operators tie them in `rules`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-Edges = tuple[np.ndarray, np.ndarray]
+NO_LABELS = np.zeros(0, dtype=np.int64)
+
+
+class Edges(NamedTuple):
+    """Pairs of labels, or of classes, to be joined: a[i] and b[i]."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+NO_EDGES = Edges(NO_LABELS, NO_LABELS)
 
 
 def components(n: int, a: np.ndarray, b: np.ndarray, parent: np.ndarray | None = None) -> np.ndarray:
-    """The smallest number in the connected component of each of `n` nodes, edges a[i] - b[i]. Union-find in arrays.
+    """Find the connected components of a graph, by union-find on whole arrays.
 
-    parent: components of an earlier call, which the edges join further.
+    n: number of nodes.
+    a, b: edges a[i] - b[i].
+    parent: components of an earlier call, to be joined further by the edges.
+    Returns [n], the smallest node in the component of each node.
     """
     parent = np.arange(n) if parent is None else parent
     while True:
@@ -24,306 +37,251 @@ def components(n: int, a: np.ndarray, b: np.ndarray, parent: np.ndarray | None =
         differing = high != low
         if not differing.any():
             return parent
-        a, b, high, low = a[differing], b[differing], high[differing], low[differing]
+        a, b = a[differing], b[differing]
+        high, low = high[differing], low[differing]
         parent[np.maximum(high, low)] = np.minimum(high, low)  # roots only ever point to smaller ones: no cycles
         while (parent[parent] != parent).any():
             parent = parent[parent]
 
 
+class _Pin(NamedTuple):
+    labels: np.ndarray
+    reason: str
+
+
+class _WholeSlices(NamedTuple):
+    """A dimension split in several, `labels` [a, b, ...]: whole slices along a single axis have to stay."""
+
+    labels: np.ndarray
+
+
+class _EvenPieces(NamedTuple):
+    """A dimension cut into pieces: pieces of one size have to keep equally many labels.
+
+    labels: of the whole dimension.
+    bounds: positions of the cuts, the two ends included; filled further while the model is traced.
+    reason: why labels stay for which equal numbers are impossible.
+    """
+
+    labels: np.ndarray
+    bounds: set[int]
+    reason: str
+
+    def pieces_by_size(self) -> dict[int, list[np.ndarray]]:
+        pieces: dict[int, list[np.ndarray]] = defaultdict(list)
+        inner_bounds = sorted(self.bounds)[1:-1]
+        for piece in np.split(self.labels, inner_bounds):
+            pieces[len(piece)].append(piece)
+        return pieces
+
+
 class Labels:
-    """Ties and pins of labels, in the order in which the operators brought them."""
+    """Ties, pins and constraints of labels, in the order of the operators.
+
+    count: the number of labels.
+    pieces: labels of dimensions cut into pieces of several sizes, an array for each size; filled by `resolve`.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.pieces: list[np.ndarray] = []
         self._constant = bytearray()
         self._edges: list[Edges] = []
-        self._pins: list[tuple[np.ndarray, str]] = []
-        self._constraints: list[tuple[str, Sequence[np.ndarray], str]] = []
-        self._cuts: dict[bytes, set[int]] = {}
-        self.pieces: list[np.ndarray] = []  # labels of what is cut into pieces of several sizes, by their size
+        self._pins: list[_Pin] = []
+        self._constraints: list[_WholeSlices | _EvenPieces] = []
+        self._cuts: dict[bytes, _EvenPieces] = {}
 
     def fresh(self, n: int, constant: bool = False) -> np.ndarray:
-        """n new labels. constant: of a buffer or of what the pass makes, which follow the channels of others."""
+        """Return `n` new labels.
+
+        constant: True for a dimension of a buffer, or of a tensor made by the forward pass, which follows the channels
+        of the tensors beside it.
+        """
         self.count += n
         self._constant += bytes([constant]) * n
         return np.arange(self.count - n, self.count)
 
     def constant(self, labels: np.ndarray) -> bool:
+        """Return True if the labels are of a constant (see `fresh`)."""
         return bool(self._constant[labels.flat[0]])
 
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
-        """a[i] and b[i] go together; the two broadcast."""
+        """Let a[i] and b[i] go together; the arrays broadcast."""
         if a is not b:
             a, b = np.broadcast_arrays(a, b)
-            self._edges.append((a.ravel(), b.ravel()))
+            self._edges.append(Edges(a.ravel(), b.ravel()))
 
     def pin(self, labels: np.ndarray, reason: str) -> None:
-        """None of these is ever removed; an empty reason is not worth telling (kernel positions, rows of a table)."""
-        self._pins.append((labels.ravel(), reason))
+        """Never remove `labels`; an empty reason is not worth telling (kernel positions, rows of a table)."""
+        self._pins.append(_Pin(labels.ravel(), reason))
 
     def keep_product(self, labels: np.ndarray) -> None:
-        """A dimension was split in several, `labels` [a, b, ...]: what stays must be whole slices along one axis."""
-        self._constraints.append(("product", [labels], ""))
+        """Keep whole slices along a single axis of `labels` [a, b, ...]: a dimension was split in several."""
+        self._constraints.append(_WholeSlices(labels))
 
     def keep_cut(self, labels: np.ndarray, start: int, stop: int, reason: str) -> None:
-        """A dimension is cut at two places: as many labels must stay in each of its pieces that have one size."""
-        bounds = self._cuts.setdefault(labels.tobytes(), {0, len(labels)})
-        if len(bounds) == 2:
-            self._constraints.append(("cut", [labels], reason))
-        bounds |= {start, stop}
+        """Keep equally many labels in all pieces of a size: the dimension `labels` is cut at `start` and `stop`."""
+        key = labels.tobytes()
+        if key not in self._cuts:
+            self._cuts[key] = _EvenPieces(labels, {0, len(labels)}, reason)
+            self._constraints.append(self._cuts[key])
+        self._cuts[key].bounds.update((start, stop))
 
     def resolve(self) -> tuple[np.ndarray, dict[int, str]]:
-        """(class of every label, {class that is pinned: reason}); a class is named by its smallest label."""
-        empty = np.zeros(0, dtype=np.int64)
-        a, b = (np.concatenate([empty, *(edge[side] for edge in self._edges)]) for side in (0, 1))
+        """Join the tied labels into classes.
+
+        Returns
+          - [count], the class of every label, named by the smallest label of the class;
+          - {class: reason} of the classes to stay for good.
+        """
+        all_edges = [NO_EDGES, *self._edges]
+        a = np.concatenate([edges.a for edges in all_edges])
+        b = np.concatenate([edges.b for edges in all_edges])
         classes = components(self.count, a, b)
         pinned = np.zeros(self.count, dtype=bool)
-        for labels, _ in self._pins:
-            pinned[labels] = True
-        for kind, pieces, reason in self._constraints:
-            fixed = np.zeros(self.count, dtype=bool)
-            fixed[classes[pinned]] = True
-            if kind == "product":
-                steps = [(_make_product(classes[pieces[0]], fixed), empty)]
+        for pin in self._pins:
+            pinned[pin.labels] = True
+        for constraint in self._constraints:
+            if isinstance(constraint, _WholeSlices):
+                classes = self._join_slices(constraint, classes, pinned)
             else:
-                alike: dict[int, list[np.ndarray]] = {}
-                for piece in np.split(pieces[0], sorted(self._cuts[pieces[0].tobytes()])[1:-1]):
-                    alike.setdefault(len(piece), []).append(piece)
-                single = np.concatenate([empty, *alike.pop(1, ())])  # its tensor carries no labels
-                steps = [(None, classes[single])]
-                steps += [_make_even([classes[piece] for piece in same], fixed) for same in alike.values()]
-                self.pieces += [np.concatenate(same) for same in alike.values()] if len(alike) > 1 else []
-            for edges, stuck in steps:
-                if edges is not None:
-                    classes = components(self.count, *edges, parent=classes)
-                if len(stuck):
-                    self._pins.append((stuck, reason))
-                    pinned[stuck] = True
+                classes = self._join_pieces(constraint, classes, pinned)
+        return classes, self._reasons(classes)
+
+    def _join_slices(self, constraint: _WholeSlices, classes: np.ndarray, pinned: np.ndarray) -> np.ndarray:
+        """Return the classes after a constraint of whole slices."""
+        fixed = self._fixed(classes, pinned)
+        edges = _make_product(classes[constraint.labels], fixed)
+        return components(self.count, *edges, parent=classes)
+
+    def _join_pieces(self, cut: _EvenPieces, classes: np.ndarray, pinned: np.ndarray) -> np.ndarray:
+        """Return the classes after a cut's constraint; classes without an even join are pinned, in `pinned` too."""
+        fixed = self._fixed(classes, pinned)
+        pieces = cut.pieces_by_size()
+        single = np.concatenate([NO_LABELS, *pieces.pop(1, ())])  # its tensor carries no labels
+        steps = [(NO_EDGES, classes[single])]
+        for same_size in pieces.values():
+            piece_classes = [classes[piece] for piece in same_size]
+            steps.append(_make_even(piece_classes, fixed))
+        if len(pieces) > 1:
+            self.pieces += [np.concatenate(same_size) for same_size in pieces.values()]
+        for edges, uneven in steps:
+            classes = components(self.count, *edges, parent=classes)
+            if len(uneven):
+                self._pins.append(_Pin(uneven, cut.reason))
+                pinned[uneven] = True
+        return classes
+
+    def _fixed(self, classes: np.ndarray, pinned: np.ndarray) -> np.ndarray:
+        """Return [count], True for the name of each class with a pinned label."""
+        fixed = np.zeros(self.count, dtype=bool)
+        fixed[classes[pinned]] = True
+        return fixed
+
+    def _reasons(self, classes: np.ndarray) -> dict[int, str]:
         reasons: dict[int, str] = {}
         for labels, reason in self._pins:
             for root in np.unique(classes[labels]).tolist():
                 reasons[root] = reasons.get(root) or reason
-        return classes, reasons
+        return reasons
 
 
-def _make_product(classes: np.ndarray, fixed: np.ndarray) -> Edges | None:
-    """Edges that make every set of classes a set of whole slices along one axis; None if it is so already.
+def _make_product(classes: np.ndarray, fixed: np.ndarray) -> Edges:
+    """Return edges to make every set of classes a set of whole slices along a single axis.
 
-    If the other operators leave the axis open, it is the last one: a channel shuffle's channels in a group, whose
-    number follows from the input where the number of groups is a constant.
+    If the operators leave the axis open, the last axis is taken: a channel shuffle's channels in a group. Their number
+    follows from the input if the number of groups is a constant.
+
+    classes: [a, b, ...], of the labels of a dimension split in several.
+    fixed: by class, True if the class never goes.
     """
     if fixed[classes].all():
-        return None
+        return NO_EDGES
     for axis in range(classes.ndim):
-        slices = np.moveaxis(classes, axis, 0).reshape(classes.shape[axis], -1)
+        slices = np.moveaxis(classes, axis, 0)
+        slices = slices.reshape(len(slices), -1)
         if (slices == slices[:, :1]).all():
-            return None
+            return NO_EDGES
     rows = classes.reshape(-1, classes.shape[-1])
-    return np.broadcast_to(rows[:1], rows.shape).ravel(), rows.ravel()
+    first_row = np.broadcast_to(rows[:1], rows.shape)
+    return Edges(first_row.ravel(), rows.ravel())
 
 
-def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges | None, np.ndarray]:
-    """(edges that join classes until each has as many labels in every piece, classes for which that fails).
+# --- equally many in every piece ------------------------------------------------------------------------------------
 
-    Classes that lie in one piece only are joined with their like in the others, in order; of two pieces, mirror images
-    are joined; the rest is joined into one.
+Counts = tuple[int, ...]  # of the labels of a class in each piece
+
+
+def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges, np.ndarray]:
+    """Join classes until each has equally many labels in every piece.
+
+    A class in a single piece is joined with a like class of every further piece, in order; of two pieces, mirror images
+    are joined; the remaining classes are joined into a single class.
+
+    pieces: the classes of the labels in each piece; the pieces have equal sizes.
+    fixed: by class, True if the class never goes.
+    Returns the edges, and the classes without an even join.
     """
-    classes, positions = np.unique(np.concatenate(pieces), return_inverse=True)
-    counts = np.zeros((len(classes), len(pieces)), dtype=np.int64)
-    where = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-    np.add.at(counts, (positions, where), 1)
-    uneven = ~fixed[classes] & (counts != counts[:, :1]).any(1)
-    stuck = np.zeros(0, dtype=np.int64)
-    if not uneven.any():
-        return None, stuck
-    waiting: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for label, count in zip(classes[uneven].tolist(), counts[uneven].tolist(), strict=True):
-        waiting[tuple(count)].append(label)
+    uneven = _uneven_classes(pieces, fixed)
+    waiting: dict[Counts, list[int]] = defaultdict(list)
+    for label, counts in uneven.items():
+        waiting[counts].append(label)
     bundles: list[list[int]] = []
-    for count in list(waiting):
-        if len(pieces) == 2:
-            partners = [count, count[::-1]]
-        elif sum(c > 0 for c in count) == 1:
-            partners = [tuple(max(count) if i == j else 0 for i in range(len(pieces))) for j in range(len(pieces))]
-        else:
-            continue
-        for bundle in zip(*(list(waiting.get(p, ())) for p in partners), strict=False):
-            bundles.append(list(bundle))
-            for partner, label in zip(partners, bundle, strict=True):
-                waiting[partner].remove(label)
-    rest = [(label, count) for count, labels in waiting.items() for label in labels]
+    for counts in list(waiting):
+        bundles += _take_bundles(waiting, _partners(counts))
+    rest = [label for labels in waiting.values() for label in labels]
+    stuck = NO_LABELS
     if rest:
-        total = np.sum([count for _, count in rest], axis=0)
+        total = np.sum([uneven[label] for label in rest], axis=0)
         if (total == total[0]).all():
-            bundles.append([label for label, _ in rest])
+            bundles.append(rest)
         else:
-            stuck = np.array([label for label, _ in rest])
-    a = [bundle[0] for bundle in bundles for _ in bundle[1:]]
-    b = [label for bundle in bundles for label in bundle[1:]]
-    return (np.array(a, dtype=np.int64), np.array(b, dtype=np.int64)), stuck
+            stuck = np.array(rest)
+    return _joined(bundles), stuck
 
 
-# --- what a tensor carries --------------------------------------------------------------------------------------------
+def _joined(bundles: list[list[int]]) -> Edges:
+    """Return edges between the labels of each bundle."""
+    a: list[int] = []
+    b: list[int] = []
+    for first, *further in bundles:
+        a += [first] * len(further)
+        b += further
+    return Edges(np.array(a, dtype=np.int64), np.array(b, dtype=np.int64))
 
 
-class Span(NamedTuple):
-    """Labels of the dimensions `dims` (rising), one axis each; dimensions without a span never change size.
-
-    A convolution's output [N, C, H, W] has one span on dimension 1. A Linear's output [N, L, 768] viewed as
-    [N, L, 12, 64] has one on dimensions 2 and 3: whether heads or positions inside the heads may go is still open.
-    """
-
-    dims: tuple[int, ...]
-    labels: np.ndarray
-
-
-Spans = tuple[Span, ...]
-
-
-class Side(NamedTuple):
-    """An operand on the dimensions of a result: its spans, and the dimensions on which it is not just repeated."""
-
-    spans: Spans
-    present: frozenset[int]
+def _uneven_classes(pieces: list[np.ndarray], fixed: np.ndarray) -> dict[int, Counts]:
+    """Return free classes with more labels in some piece than in the next, and the counts by piece."""
+    classes, positions = np.unique(np.concatenate(pieces), return_inverse=True)
+    sizes = [len(piece) for piece in pieces]
+    piece_numbers = np.repeat(np.arange(len(pieces)), sizes)
+    counts = np.zeros((len(classes), len(pieces)), dtype=np.int64)
+    np.add.at(counts, (positions, piece_numbers), 1)
+    differs = (counts != counts[:, :1]).any(1)
+    uneven = ~fixed[classes] & differs
+    rows = zip(classes[uneven].tolist(), counts[uneven].tolist(), strict=True)
+    return {label: tuple(row) for label, row in rows}
 
 
-def span_at(spans: Iterable[Span], dim: int) -> Span | None:
-    return next((span for span in spans if dim in span.dims), None)
+def _partners(counts: Counts) -> list[Counts]:
+    """Return the counts of classes to join with a class of `counts` to an even class; empty without a simple choice."""
+    if len(counts) == 2:
+        return [counts, counts[::-1]]
+    if sum(count > 0 for count in counts) > 1:
+        return []
+    partners = []
+    for piece in range(len(counts)):
+        partner = [0] * len(counts)
+        partner[piece] = max(counts)
+        partners.append(tuple(partner))
+    return partners
 
 
-def fix(labels: Labels, spans: Spans, dims: Iterable[int], reason: str) -> Spans:
-    """`spans` after `dims` may no longer shrink.
-
-    A span that has other dimensions lives on there: its labels are tied along the fixed ones (the 64 of each head).
-    """
-    dims = frozenset(dims)
-    result = []
-    for span in spans:
-        axes = tuple(i for i, dim in enumerate(span.dims) if dim in dims)
-        if not axes:
-            result.append(span)
-        elif len(axes) == len(span.dims):
-            labels.pin(span.labels, reason)
-        else:
-            first = span.labels[tuple(slice(0, 1) if i in axes else slice(None) for i in range(span.labels.ndim))]
-            labels.tie(first, span.labels)
-            result.append(Span(tuple(dim for dim in span.dims if dim not in dims), first.squeeze(axes)))
-    return tuple(result)
-
-
-def combine(labels: Labels, sides: Sequence[Side], reason: str) -> Spans:
-    """The spans of an elementwise result: labels at the same place are tied, a fixed dimension fixes the others."""
-    spans = [side.spans for side in sides]
-    while conflict := _conflict(labels, spans, sides):
-        side, dim = conflict
-        spans[side] = fix(labels, spans[side], (dim,), reason)
-    result: dict[tuple[int, ...], Span] = {}
-    for span in (span for side in spans for span in side):
-        other = result.setdefault(span.dims, span)
-        labels.tie(other.labels, span.labels)
-        if labels.constant(other.labels):
-            result[span.dims] = span
-    return tuple(result.values())
-
-
-def _conflict(labels: Labels, spans: Sequence[Spans], sides: Sequence[Side]) -> tuple[int, int] | None:
-    """(side, dimension) that has to be fixed before the spans of all sides fit on each other.
-
-    Of a span of several dimensions and one of fewer, what both have stays. A constant's span decides nothing: heads
-    stay prunable though a table of rotary positions is multiplied to the positions inside them.
-    """
-    pairs = ((i, span, j) for i, side in enumerate(spans) for span in side for j in range(len(sides)) if i != j)
-    for i, span, j in pairs:
-        for dim in span.dims:
-            if dim not in sides[j].present:
-                continue
-            match = span_at(spans[j], dim)
-            if match is None:
-                return i, dim
-            if differing := set(span.dims) ^ set(match.dims):
-                if len(span.dims) > 1 and labels.constant(match.labels) > labels.constant(span.labels):
-                    return i, dim
-                if len(match.dims) > 1 and labels.constant(span.labels) > labels.constant(match.labels):
-                    return j, dim
-                last = max(differing)
-                return (i, last) if last in span.dims else (j, last)
-    return None
-
-
-def moved(spans: Spans, where: Sequence[int | None]) -> Spans:
-    """Spans with dimension d renamed where[d]; None drops an axis, which must be of length 1."""
-    result = []
-    for span in spans:
-        axes = [i for i, dim in enumerate(span.dims) if where[dim] is not None]
-        array = span.labels.squeeze(tuple(i for i in range(len(span.dims)) if i not in axes))
-        dims = [where[span.dims[i]] for i in axes]
-        order = np.argsort(dims)
-        if dims:
-            result.append(Span(tuple(dims[i] for i in order), array.transpose(order)))
-    return tuple(result)
-
-
-def without(spans: Spans, dims: Iterable[int], before: int, after: int) -> Spans:
-    """Spans of a tensor of `before` dimensions after `dims`, which carry none, are dropped, if they are (`after`)."""
-    if before == after:
-        return spans
-    stay = [d for d in range(before) if d not in set(dims)]
-    return moved(spans, [stay.index(d) if d in stay else None for d in range(before)])
-
-
-def shown(spans: Spans, shape: Sequence[int]) -> Spans:
-    """Spans of a part of a tensor: dimensions of size 1 carry no labels, and an empty part has none at all."""
-    result = []
-    for span in spans:
-        dims = tuple(d for d in span.dims if shape[d] > 1)
-        if dims and span.labels.size:
-            result.append(Span(dims, span.labels.squeeze(tuple(i for i, d in enumerate(span.dims) if shape[d] == 1))))
-    return tuple(result)
-
-
-def reshaped(labels: Labels, spans: Spans, old: Sequence[int], new: Sequence[int]) -> Spans:
-    """Spans of a tensor of shape `old` viewed in shape `new`; the order of the elements stays."""
-    runs = _runs(old, new)
-    run_of = {dim: n for n, (dims, _) in enumerate(runs) for dim in dims}
-
-    def runs_of(span: Span) -> set[int]:
-        return {run_of[dim] for dim in span.dims}
-
-    result = []
-    spans = sorted(spans, key=lambda span: (labels.constant(span.labels), span.dims))
-    for i, span in enumerate(spans):
-        if any(runs_of(span) & runs_of(other) for other in spans[:i]):  # repeated for each of another span's entries
-            labels.pin(span.labels, "" if labels.constant(span.labels) else "is joined with another dimension")
-            continue
-        touched = sorted(runs_of(span))
-        if all(len(runs[n][0]) == len(runs[n][1]) == 1 for n in touched):
-            result.append(Span(tuple(runs[n][1][0] for n in touched), span.labels))
-            continue
-        before, after = ([dim for n in touched for dim in runs[n][side]] for side in (0, 1))
-        array = span.labels.reshape([old[dim] if dim in span.dims else 1 for dim in before])
-        array = np.broadcast_to(array, [old[dim] for dim in before]).reshape([new[dim] for dim in after])
-        same = tuple(i for i in range(array.ndim) if (array == array.take([0], i)).all())
-        array = array[tuple(slice(0, 1) if i in same else slice(None) for i in range(array.ndim))].squeeze(same)
-        result.append(Span(tuple(dim for i, dim in enumerate(after) if i not in same), array))
-        if array.ndim > 1:
-            labels.keep_product(array)
-    return tuple(result)
-
-
-def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dimensions of `old` and of `new` that hold the same elements."""
-    runs = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        a, b, size_a, size_b = [], [], 1, 1
-        if i < len(old):
-            a, size_a, i = [i], old[i], i + 1
-        if j < len(new):
-            b, size_b, j = [j], new[j], j + 1
-        while size_a != size_b:
-            if size_a < size_b:
-                a, size_a, i = [*a, i], size_a * old[i], i + 1
-            else:
-                b, size_b, j = [*b, j], size_b * new[j], j + 1
-        runs.append((a, b))
-    return runs
+def _take_bundles(waiting: dict[Counts, list[int]], partners: list[Counts]) -> list[list[int]]:
+    """Take as many bundles out of `waiting` as possible, each with a class for each of `partners`."""
+    candidates = [list(waiting.get(counts, ())) for counts in partners]
+    bundles = [list(bundle) for bundle in zip(*candidates, strict=False)]
+    for bundle in bundles:
+        for counts, label in zip(partners, bundle, strict=True):
+            waiting[counts].remove(label)
+    return bundles

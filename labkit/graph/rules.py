@@ -1,422 +1,395 @@
-"""One rule an operator: how labels pass through it. An operator without a rule makes all that flows into it unprunable.
+"""Rules: how labels pass through an operator. An operator without a rule makes all operands unprunable.
 
-A rule gets the `Call` and returns the spans of the result, a list of them where there are several results; None says
-that it does not cover the case. `rule` puts it into the table RULES, which the tracer reads. Here: what a rule may do,
-and the operators that work elementwise, normalise and reduce; products and shapes have modules of their own.
+A rule gets a `Call` and returns the spans of the result: a list of spans for an operator with several results, None for
+a case not covered by the rule. `rule` enters a function for all operators of a kind in the table of `operators`. `Call`
+holds the steps available to a rule. Rules of elementwise operators, norms, reductions and pooling follow;
+`rules_products` and `rules_shapes` hold the remaining rules.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from labkit.graph.labels import Labels, Side, Span, Spans, combine, fix, moved, span_at, without
+from labkit.graph import operators
+from labkit.graph.record import Cost, Record, Restricted, traced
+from labkit.graph.spans import Side, Span, Spans, combine, fix, moved, span_at, without
 
 
-class Axis(NamedTuple):
-    """Dimension `dim` of a parameter or buffer: its indices have the labels base, base + 1, ..."""
+class Summed(NamedTuple):
+    """An operand of a product: the product sums over dimension `dim` of `x`, with `labels`."""
 
-    name: str
-    dim: int
-    size: int
-    base: int
-
-
-class Sized(NamedTuple):
-    """A size that the forward pass of `module` may have written down as a number; labels is None where it stays."""
-
-    module: str
-    size: int
-    labels: np.ndarray | None
-    axis: int
-
-
-class Restricted(NamedTuple):
-    """The n-th call of an operator in a module works over labels: a reference without them leaves them out there.
-
-    kind: "norm" (statistics of what stays only), "statistic" (the dimension is gone afterwards), "mask" (terms of a
-    sum).
-    """
-
-    name: str
-    module: str
-    number: int
-    argument: int
+    x: Tensor
     dim: int
     labels: np.ndarray
-    kind: str
-
-
-class Cost(NamedTuple):
-    """Multiply-adds of one product, `terms` in each sum; what stays of each of `factors`, labels, scales them."""
-
-    macs: int
-    terms: int
-    factors: tuple[np.ndarray, ...]
-
-
-class Operation(NamedTuple):
-    """One operator of the traced call: the shape that it gave, and the labels that its dimensions carry.
-
-    before: the labels of its operand that come before the part that a slice takes.
-    operands: of each tensor among its arguments, in order: the number of the operation that made it, the name of the
-    parameter or buffer, or None for an input. settings: its other positional arguments.
-    """
-
-    name: str
-    module: str
-    shape: tuple[int, ...]
-    spans: Spans
-    operands: tuple[int | str | None, ...]
-    settings: tuple[Any, ...]
-    before: np.ndarray | None = None
-
-
-@dataclass
-class Record:
-    """All that one model's trace finds. Parameters and buffers that share memory go by the first of their names."""
-
-    labels: Labels = field(default_factory=Labels)
-    axes: list[Axis] = field(default_factory=list)
-    contracted: list[np.ndarray] = field(default_factory=list)  # labels of parameters, where a product sums over them
-    sizes: list[Sized] = field(default_factory=list)
-    restricted: list[Restricted] = field(default_factory=list)
-    costs: list[Cost] = field(default_factory=list)
-    operations: list[Operation] = field(default_factory=list)  # in order
-    called: set[str] = field(default_factory=set)  # modules
-    returned: set[int | str | None] = field(default_factory=set)  # what made the model's outputs, as `operands`
-    aliases: dict[str, list[str]] = field(default_factory=dict)  # {first name: the others}
-    constants: frozenset[str] = frozenset()  # names of the buffers
-    unmet: dict[int, str] = field(default_factory=dict)  # {id of an abstract parameter: name}, not labelled so far
-    unused: list[str] = field(default_factory=list)
-    names_dtype: bool = False
-    trained: bool = False  # a second pass, in training mode, met parameters that the first did not
-    within_groups: bool = False  # of grouped convolutions the same channels of every group are tied, not all of one
-    whole_heads: bool = False  # of a dimension that is split, [heads, size], only the first part loses entries
-    only_couples: bool = False  # in that second pass: nothing is counted twice
-
-    @cached_property
-    def made(self) -> dict[tuple[str, tuple[int, ...]], Operation]:
-        """{(module, shape): an operator that gives this shape there}"""
-        return {(operation.module, operation.shape): operation for operation in self.operations}
-
-    def names(self, first: str) -> list[str]:
-        """All parameters with the memory of `first`."""
-        return [first, *self.aliases.get(first, ())]
-
-    def first(self, name: str) -> str:
-        return next((first for first, names in self.aliases.items() if name in names), name)
-
-    def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
-        """{parameter or buffer: {dimension: indices whose labels are not gone}}, only where something goes."""
-        keep: dict[str, dict[int, Tensor]] = {}
-        for axis in self.axes:
-            stays = ~gone[axis.base : axis.base + axis.size]
-            for name in () if stays.all() else self.names(axis.name):
-                keep.setdefault(name, {})[axis.dim] = torch.from_numpy(stays.nonzero()[0])
-        return keep
-
-    def spans(self, x: Tensor) -> Spans:
-        """What x carries. A parameter is labelled where it is met first."""
-        if (name := self.unmet.pop(id(x), None)) is not None:
-            spans = []
-            for dim, size in enumerate(x.shape):
-                if size > 1:
-                    labels = self.labels.fresh(size, constant=name in self.constants)
-                    self.axes.append(Axis(name, dim, size, int(labels[0])))
-                    spans.append(Span((dim,), labels))
-            x._spans, x._is_weight = tuple(spans), True
-        return getattr(x, "_spans", ())
-
-    def free(self, x: Tensor, dims: Iterable[int]) -> Spans:
-        """Spans of dimensions that no parameter has, and whose sizes follow what they meet."""
-        return tuple(Span((d,), self.labels.fresh(x.shape[d], constant=True)) for d in dims if x.shape[d] > 1)
-
-    def sized(self, module: str, x: Tensor, spans: Spans, dims: Iterable[int]) -> None:
-        for dim in dims:
-            span = span_at(spans, dim)
-            labels, axis = (None, 0) if span is None else (span.labels, span.dims.index(dim))
-            self.sizes.append(Sized(module, x.shape[dim], labels, axis))
-
-    def fix(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
-        x._spans = fix(self.labels, self.spans(x), dims, reason)
 
 
 @dataclass
 class Call:
-    """One operator on its way through its rule: args are its positional arguments as its ATen schema has them."""
+    """A call of an operator, on the way through the operator's rule.
+
+    name: of the operator.
+    args, kwargs, out: the arguments, positional as in the ATen schema, and the result.
+    module: the name of the running module. number: of the call, among the operator's calls in the module.
+    record: receives the notes of the rule.
+    before: of a slice, the labels in front of the part (`Operation.before`); set by the rule.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
     module: str
-    number: int  # of the calls of this operator in this module
+    number: int
     record: Record
-    before: np.ndarray | None = None  # see `Operation`
+    before: np.ndarray | None = None
 
-    def because(self, what: str) -> str:
-        return f"{what} ({self.name}{f' in {self.module}' if self.module else ''})"
+    def because(self, reason: str) -> str:
+        """Add the operator and the module to a reason."""
+        place = f" in {self.module}" if self.module else ""
+        return f"{reason} ({self.name}{place})"
+
+    # --- labels -------------------------------------------------------------------------------------------------------
+
+    def argument(self, position: int, default: Any) -> Any:
+        """Return a positional argument, `default` if the call has fewer arguments."""
+        return self.args[position] if len(self.args) > position else default
 
     def spans(self, x: Tensor) -> Spans:
+        """Return the spans of an operand (`Record.spans`)."""
         return self.record.spans(x)
 
+    def side(self, x: Tensor) -> Side:
+        """Align an operand with the (first) result."""
+        return aligned(x, first(self.out), self.spans(x))
+
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Let the labels a[i] and b[i] go together."""
         self.record.labels.tie(a, b)
 
-    def fix(self, spans: Spans, dims: Iterable[int], why: str) -> Spans:
-        return fix(self.record.labels, spans, dims, why and self.because(why))
+    def fix(self, spans: Spans, dims: Iterable[int], reason: str) -> Spans:
+        """Keep the sizes of `dims` (`spans.fix`); an empty reason is not told to a user."""
+        return fix(self.record.labels, spans, dims, self.because(reason) if reason else "")
+
+    def fixed(self, x: Tensor, dims: Iterable[int], reason: str) -> Spans:
+        """Return the spans of an operand, with the sizes of `dims` kept in the result."""
+        return self.fix(self.spans(x), dims, reason)
+
+    def fix_operand(self, x: Tensor, dims: Iterable[int], reason: str) -> None:
+        """Keep the sizes of dimensions `dims` of an operand, from the present operator on."""
+        traced(x).spans = self.fixed(x, dims, reason)
+
+    def tie_rows(self, rows: np.ndarray) -> None:
+        """Let the labels of each row of `rows`, [rows, columns], go together."""
+        self.tie(rows[:, :1], rows)
 
     def combine(self, sides: list[Side]) -> Spans:
+        """Tie the operands of an elementwise operator, and return the spans of the result (`spans.combine`)."""
         return combine(self.record.labels, sides, self.because("meets a dimension of fixed size"))
 
-    def alone(self, spans: Spans, dim: int) -> tuple[np.ndarray | None, Spans]:
-        """(labels of dimension `dim` by itself, all spans): other dimensions of its span are fixed."""
+    def isolate(self, spans: Spans, dim: int) -> tuple[np.ndarray | None, Spans]:
+        """Fix all dimensions of the span on `dim` but `dim`.
+
+        Returns the labels of `dim`, None for a dimension without labels, and all spans.
+        """
         span = span_at(spans, dim)
         if span is None:
             return None, spans
         spans = self.fix(spans, set(span.dims) - {dim}, "shares its labels with another dimension")
         return span_at(spans, dim).labels, spans
 
-    def follows(self, vector: Tensor | None, labels: np.ndarray | None) -> None:
-        """A vector with an entry for each of `labels`, a bias or a scale; None: for each entry of a fixed dimension."""
+    def isolate_operand(self, x: Tensor, dim: int) -> np.ndarray | None:
+        """Isolate dimension `dim` of an operand, from the present operator on, and return the labels."""
+        labels, traced(x).spans = self.isolate(self.spans(x), dim)
+        return labels
+
+    def tie_vector(self, vector: Tensor | None, labels: np.ndarray | None) -> None:
+        """Tie the entries of a bias or a scale to channels.
+
+        vector: the bias or scale, None for a layer without.
+        labels: of the channels, as many as entries; None for a dimension of fixed size.
+        """
         span = None if vector is None else span_at(self.spans(vector), 0)
-        if span is not None and labels is None:
+        if span is None:
+            return
+        if labels is None:
             self.record.labels.pin(span.labels, self.because("belongs to a fixed dimension"))
-        elif span is not None:
+        else:
             self.tie(labels, span.labels)
 
-    def contracts(self, *sides: tuple[Tensor, int, np.ndarray]) -> None:
-        """A product sums over these labels: where one side is a weight, it is what reads the channel."""
-        weights = [labels for x, _, labels in sides if getattr(x, "_is_weight", False)]
+    def fix_shared(self, spans: Spans, dims: set[int]) -> Spans:
+        """Fix each dimension of `dims` with further dimensions in the same span: the operator works over `dims`."""
+        shared = {dim for span in spans if len(span.dims) > 1 for dim in span.dims}
+        return self.fix(spans, shared & dims, "is reduced together with a dimension that stays")
+
+    # --- notes for later steps ----------------------------------------------------------------------------------------
+
+    def record_contraction(self, *sides: Summed) -> None:
+        """Note that a matrix product or convolution sums over the labels of `sides`.
+
+        If a side is a weight, the columns of the weight read the channels: removing a channel removes the column. If
+        no side is a weight (attention's scores), the product runs over fewer terms after a cut.
+        """
+        weights = [side.labels for side in sides if traced(side.x).is_weight]
         if weights:
             self.record.contracted.extend(weights)
         else:
             x, dim, labels = sides[0]
-            self._restrict(next(i for i, arg in enumerate(self.args) if arg is x), dim, labels, "mask")
+            is_operand = [argument is x for argument in self.args]
+            self._record_restricted(is_operand.index(True), dim, labels, "mask")
 
-    def single(self, spans: Spans, dims: set[int]) -> Spans:
-        """Spans of several dimensions lose those of `dims`, over which the operator works."""
-        several = {dim for span in spans if len(span.dims) > 1 for dim in span.dims}
-        return self.fix(spans, several & dims, "is reduced together with a dimension that stays")
+    def record_statistic(self, spans: Spans, dims: set[int], kind: str) -> None:
+        """Note a statistic of the first operand over `dims`: a cut changes the statistic.
 
-    def restricts(self, spans: Spans, dims: set[int], kind: str) -> Spans:
-        """The operator takes a statistic over `dims`: it is then that of what stays of them."""
+        kind: "norm" or "statistic" (`Restricted`).
+        """
         for span in spans:
-            if len(span.dims) == 1 and set(span.dims) <= dims:
-                self._restrict(0, span.dims[0], span.labels, kind)
-        return spans
+            if len(span.dims) == 1 and dims.issuperset(span.dims):
+                (dim,) = span.dims
+                self._record_restricted(0, dim, span.labels, kind)
 
-    def _restrict(self, argument: int, dim: int, labels: np.ndarray, kind: str) -> None:
+    def _record_restricted(self, argument: int, dim: int, labels: np.ndarray, kind: str) -> None:
         if not self.record.only_couples:
-            place = Restricted(self.name, self.module, self.number, argument, dim, labels, kind)
-            self.record.restricted.append(place)
+            call = (self.name, self.module, self.number)
+            self.record.restricted.append(Restricted(*call, argument, dim, labels, kind))
 
-    def sized(self, x: Tensor, spans: Spans, dims: Iterable[int] | None = None) -> None:
-        """Sizes of x that may be numbers which the forward pass wrote down; dims: None for all."""
-        self.record.sized(self.module, x, spans, range(x.dim()) if dims is None else sorted(dims))
+    def record_sizes(self, x: Tensor, spans: Iterable[Span], dims: Iterable[int] | None = None) -> None:
+        """Note sizes of `x` that the forward pass may hold as numbers, by default of all dimensions."""
+        dims = range(x.dim()) if dims is None else sorted(dims)
+        self.record.sized(self.module, x, spans, dims)
 
-    def costs(self, macs: int, factors: Iterable[np.ndarray | None]) -> None:
+    def record_cost(self, macs: int, factors: Iterable[np.ndarray | None]) -> None:
+        """Note the multiply-adds of a product, and the labels with which the number shrinks (`Cost`)."""
         if not self.record.only_couples:
-            factors = tuple(labels for labels in factors if labels is not None)
-            self.record.costs.append(Cost(macs, macs // max(self.out.numel(), 1), factors))
+            labelled = tuple(labels for labels in factors if labels is not None)
+            terms = macs // max(self.out.numel(), 1)
+            self.record.costs.append(Cost(macs, terms, labelled))
 
 
-RULES: dict[str, Callable[[Call], Spans | list[Spans] | None]] = {}
+Rule = Callable[[Call], Spans | list[Spans] | None]
+RULES: dict[str, Rule] = {}
+POSITIONS = "has positions, not channels, in it"  # why a dimension stays
 
 
-def rule(names: str) -> Callable:
-    """Puts a function into the table, for these operators."""
+def rule(kind: str) -> Callable[[Rule], Rule]:
+    """Enter a function into RULES, for the operators of the given kind in the table of `operators`."""
 
-    def register(function: Callable) -> Callable:
-        RULES.update(dict.fromkeys(names.split(), function))
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operators.with_rule(kind), function))
         return function
 
     return register
 
 
 def aligned(x: Tensor, out: Tensor, spans: Spans) -> Side:
-    """x on the last dimensions of `out`, repeated where it has size 1."""
+    """Align `x`, with `spans`, with the last dimensions of `out`, as broadcasting does."""
     shift = out.dim() - x.dim()
-    present = frozenset(d + shift for d in range(x.dim()) if x.shape[d] == out.shape[d + shift] > 1)
-    return Side(moved(spans, range(shift, out.dim())), present)
+    present = set()
+    for dim, size in enumerate(x.shape):
+        if size == out.shape[dim + shift] > 1:
+            present.add(dim + shift)
+    return Side(moved(spans, range(shift, out.dim())), frozenset(present))
+
+
+def first(out: Any) -> Tensor:
+    """Return the first result of an operator."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def positive_dims(dims: int | Sequence[int], x: Tensor) -> set[int]:
+    """Return dimensions of `x` as numbers from 0; arguments may count from the end."""
+    dims = [dims] if isinstance(dims, int) else dims
+    return {dim % x.dim() for dim in dims}
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
-@rule(
-    """add sub rsub mul div pow remainder fmod floor_divide maximum minimum fmax fmin where clamp clamp_min clamp_max
-    relu relu6 sigmoid tanh gelu silu mish elu celu selu leaky_relu hardswish hardsigmoid hardtanh softplus
-    log_sigmoid_forward threshold hardshrink softshrink _prelu_kernel prelu exp expm1 exp2 log log1p log2 log10 sqrt
-    rsqrt reciprocal square neg abs sign erf erfc sin cos tan atan atan2 floor ceil round trunc frac isnan isinf
-    isfinite eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not
-    bitwise_xor masked_fill lerp addcmul addcdiv copy nan_to_num native_dropout dropout rrelu_with_noise complex polar
-    angle"""
-)
-def elementwise(c: Call) -> Spans:
-    operands = [x for x in (*c.args, *c.kwargs.values()) if isinstance(x, Tensor)]
-    return c.combine([aligned(x, first(c.out), c.spans(x)) for x in operands])
+@rule("elementwise")
+def elementwise(call: Call) -> Spans:
+    """Tie the channels of all operands."""
+    values = [*call.args, *call.kwargs.values()]
+    return call.combine([call.side(x) for x in values if isinstance(x, Tensor)])
 
 
-@rule(
-    """clone detach alias _to_copy contiguous lift_fresh lift positive fill zero bernoulli uniform normal zeros_like
-    ones_like empty_like full_like rand_like randn_like conj view_as_real_copy _conj resolve_conj to_dense
-    view_as_real"""
-)
-def like(c: Call) -> Spans:
-    return c.spans(c.args[0])
+@rule("like")
+def like(call: Call) -> Spans:
+    """Pass the labels on: the result is the operand, or a tensor of the same shape."""
+    return call.spans(call.args[0])
 
 
-@rule(
-    """arange zeros ones full empty rand randn randint randperm scalar_tensor eye linspace empty_strided tril_indices
-    triu_indices"""
-)
-def constant(c: Call) -> Spans:
-    """Made in the forward pass with a size that is a number."""
+@rule("constant")
+def constant(call: Call) -> Spans:
+    """Give no labels: the tensor is made in the forward pass, with numbers as sizes."""
     return ()
 
 
-@rule("new_zeros new_ones new_full new_empty new_empty_strided")
-def new(c: Call) -> Spans:
-    """Filled evenly: sizes of the operand are taken to follow it, others what they meet (`Coupling` tries that)."""
-    x, out = c.args[0], c.out
-    same = {d for d in range(out.dim()) if x.dim() == out.dim() and x.shape[d] == out.shape[d]}
-    spans = tuple(span for span in c.spans(x) if same.issuperset(span.dims))
-    spans += c.record.free(out, [d for d in range(out.dim()) if d not in same])
-    c.sized(out, spans)
-    return spans
+@rule("new")
+def new(call: Call) -> Spans:
+    """Pass on labels of dimensions of the operand's sizes; new sizes follow the tensors beside the result.
+
+    The result is filled evenly. A trial in `groups` shows if the sizes do follow.
+    """
+    x, out = call.args[0], call.out
+    same: set[int] = set()
+    if x.dim() == out.dim():
+        sizes = zip(x.shape, out.shape, strict=True)
+        same = {dim for dim, (before, after) in enumerate(sizes) if before == after}
+    spans = [span for span in call.spans(x) if same.issuperset(span.dims)]
+    new_dims = sorted(set(range(out.dim())) - same)
+    spans += call.record.free(out, new_dims)
+    call.record_sizes(out, spans)
+    return tuple(spans)
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------
 
 
-@rule(
-    """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
-    _batch_norm_with_update _batch_norm_no_update"""
-)
-def batch_norm(c: Call) -> Spans:
-    """Per channel (dimension 1): the channel's scale, shift and running statistics go with it.
+@rule("batch_norm")
+def batch_norm(call: Call) -> Spans:
+    """Tie scale, shift and running statistics to the channels, dimension 1.
 
-    With statistics of the batch (of a weight that is standardised so, say) they are those of what stays of it.
+    Statistics of the batch (of a weight standardised by a batch norm, say) are taken over the remaining entries after
+    a cut.
     """
-    labels, spans = c.alone(c.spans(c.args[0]), 1)
-    for vector in (v for v in c.args[1:5] if isinstance(v, Tensor)):
-        c.follows(vector, labels)
-    if any(arg is True for arg in c.args):
-        dims = set(range(c.args[0].dim())) - {1}
-        spans = c.restricts(c.single(spans, dims), dims, "norm")
+    x = call.args[0]
+    labels, spans = call.isolate(call.spans(x), 1)
+    for vector in call.args[1:5]:
+        if isinstance(vector, Tensor):
+            call.tie_vector(vector, labels)
+    takes_statistics = any(arg is True for arg in call.args)
+    if takes_statistics:
+        dims = set(range(x.dim())) - {1}
+        spans = call.fix_shared(spans, dims)
+        call.record_statistic(spans, dims, "norm")
     return spans
 
 
-@rule("native_layer_norm")
-def layer_norm(c: Call) -> Spans:
-    """Over the last dimensions, scale and shift in the same shape. The statistics then are those of what stays."""
-    x, shape = c.args[:2]
+@rule("layer_norm")
+def layer_norm(call: Call) -> Spans:
+    """Tie scale and shift to the last dimensions; statistics are taken over the remaining entries after a cut."""
+    x, shape = call.args[:2]
     normalised = set(range(x.dim() - len(shape), x.dim()))
-    vectors = [aligned(v, x, c.spans(v)) for v in c.args[2:4] if isinstance(v, Tensor)]
-    spans = c.combine([aligned(x, x, c.single(c.spans(x), normalised)), *vectors])
-    spans = c.restricts(spans, normalised, "norm")
-    c.sized(x, spans, normalised)
+    vectors = [vector for vector in call.args[2:4] if vector is not None]
+    sides = [aligned(vector, x, call.spans(vector)) for vector in vectors]
+    spans = call.fix_shared(call.spans(x), normalised)
+    spans = call.combine([aligned(x, x, spans), *sides])
+    call.record_statistic(spans, normalised, "norm")
+    call.record_sizes(x, spans, normalised)
     return spans
 
 
-@rule("native_group_norm")
-def group_norm(c: Call) -> Spans:
-    """Whole groups go, and the others stay equal; with one group it is a norm over all channels, as layer_norm."""
-    x, weight, bias, groups = *c.args[:3], c.args[6]
-    spans = c.fix(c.spans(x), range(2, x.dim()), "has positions, not channels, in it")
-    labels, spans = c.alone(spans, 1)
-    c.sized(x, spans, {1})
+@rule("group_norm")
+def group_norm(call: Call) -> Spans:
+    """Tie the channels of a group: whole groups go. A single group is a norm over all channels, as in `layer_norm`."""
+    x, weight, bias = call.args[:3]
+    groups = call.args[6]
+    spans = call.fixed(x, range(2, x.dim()), POSITIONS)
+    labels, spans = call.isolate(spans, 1)
+    call.record_sizes(x, spans, {1})
     for vector in (weight, bias):
-        c.follows(vector, labels)
+        call.tie_vector(vector, labels)
     if labels is None or groups == 1:
-        return c.restricts(spans, {1}, "norm")
-    c.tie(labels.reshape(groups, -1)[:, :1], labels.reshape(groups, -1))
+        call.record_statistic(spans, {1}, "norm")
+    else:
+        call.tie_rows(labels.reshape(groups, -1))
     return spans
 
 
-@rule("_softmax _log_softmax _safe_softmax")
-def softmax(c: Call) -> Spans:
-    """Over one dimension, whose parts all depend on each other."""
-    return c.fix(c.spans(c.args[0]), (c.args[1] % c.args[0].dim(),), "is normalised over by a softmax")
+@rule("softmax")
+def softmax(call: Call) -> Spans:
+    """Fix the dimension of a softmax: each entry depends on all."""
+    x, dim = call.args[:2]
+    return call.fixed(x, positive_dims(dim, x), "is normalised over by a softmax")
 
 
 # --- reductions -------------------------------------------------------------------------------------------------------
 
 
-@rule("mean sum var std var_mean std_mean amax amin linalg_vector_norm norm max min any all prod")
-def reduction(c: Call) -> Spans:
-    """Over some dimensions. A statistic over channels (mean, variance, maximum) is from then on that of the rest."""
-    x = c.args[0]
-    at = 2 if c.name in ("linalg_vector_norm", "norm") else 1
-    dims = c.args[at] if len(c.args) > at else c.kwargs.get("dim")
-    dims = range(x.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    dims = {d % x.dim() for d in dims} if x.dim() else set()
-    spans = c.restricts(c.single(c.spans(x), dims), dims, "statistic")
-    spans = tuple(span for span in spans if not set(span.dims) & dims)
-    return without(spans, dims, x.dim(), first(c.out).dim())
+@rule("reduction")
+def reduction(call: Call) -> Spans:
+    """Drop the reduced dimensions; a statistic over channels is taken over the remaining channels after a cut."""
+    x = call.args[0]
+    dims = _reduced(call)
+    spans = call.fix_shared(call.spans(x), dims)
+    call.record_statistic(spans, dims, "statistic")
+    spans = tuple(span for span in spans if dims.isdisjoint(span.dims))
+    return without(spans, dims, x.dim(), first(call.out).dim())
 
 
-def first(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]
+def _reduced(call: Call) -> set[int]:
+    """Return the dimensions named by a reduction, by default all."""
+    x = call.args[0]
+    position = 2 if call.name in ("linalg_vector_norm", "norm") else 1
+    dims = call.argument(position, call.kwargs.get("dim"))
+    if dims is None or dims == []:
+        return set(range(x.dim()))
+    return positive_dims(dims, x) if x.dim() else set()
 
 
-def _mixes(dim_at: int) -> Callable:
-    """A rule for operators that mix the entries of one dimension: it keeps its size."""
-
-    def mixing(c: Call) -> Spans:
-        x = c.args[0]
-        dims = c.args[dim_at] if len(c.args) > dim_at else -1
-        dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
-        spans = c.fix(c.spans(x), dims, "has its entries mixed")
-        return without(spans, dims, x.dim(), first(c.out).dim())
-
-    return mixing
+@rule("mixing")
+def mixing(call: Call) -> Spans:
+    """Fix the dimension of a running sum, an order or a largest entry."""
+    return _mixed(call, position=1)
 
 
-rule("cumsum cumprod sort argsort argmax argmin logcumsumexp logsumexp")(_mixes(1))
-rule("topk kthvalue")(_mixes(2))
+@rule("ranking")
+def ranking(call: Call) -> Spans:
+    """Fix the dimension of a ranking; the argument comes after the number of entries."""
+    return _mixed(call, position=2)
 
 
-@rule(
-    """max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
-    _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d upsample_bilinear2d
-    _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d
-    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-    tril triu"""
-)
-def spatial(c: Call) -> Spans:
-    """Pooling, resampling, padding: positions change, the leading dimensions (batch, channel) do not."""
-    x, out = c.args[0], first(c.out)
-    same = 0
-    while same < x.dim() and x.shape[same] == out.shape[same]:
-        same += 1
-    least = 3 if "3d" in c.name else 1 if "1d" in c.name else 2
-    positions = range(min(same, max(x.dim() - least, 0)), x.dim())
-    return c.fix(c.spans(x), positions, "has positions, not channels, in it")
+def _mixed(call: Call, position: int) -> Spans:
+    """Fix the dimensions in argument number `position`, the last dimension by default."""
+    x = call.args[0]
+    dims = positive_dims(call.argument(position, -1), x)
+    spans = call.fixed(x, dims, "has its entries mixed")
+    return without(spans, dims, x.dim(), first(call.out).dim())
 
 
-@rule("_fft_c2c _fft_r2c _fft_c2r")
-def fourier(c: Call) -> Spans:
-    x, dims = c.args[:2]
-    return c.fix(c.spans(x), {d % x.dim() for d in dims}, "has its entries mixed")
+@rule("fourier")
+def fourier(call: Call) -> Spans:
+    """Fix the transformed dimensions."""
+    x, dims = call.args[:2]
+    return call.fixed(x, positive_dims(dims, x), "has its entries mixed")
 
 
 @rule("view_as_complex")
-def view_as_complex(c: Call) -> Spans:
-    last = c.args[0].dim() - 1
-    return without(c.fix(c.spans(c.args[0]), {last}, "has real and imaginary parts"), {last}, last + 1, last)
+def view_as_complex(call: Call) -> Spans:
+    """Fix and drop the last dimension, [real part, imaginary part]."""
+    x = call.args[0]
+    last = x.dim() - 1
+    spans = call.fixed(x, {last}, "has real and imaginary parts")
+    return without(spans, {last}, last + 1, last)
 
 
-@rule("constant_pad_nd")
-def pad(c: Call) -> Spans:
-    """Constants at the ends of dimensions: fixed, so that a padded channel dimension keeps its size."""
-    x, padding = c.args[:2]
-    padded = {x.dim() - 1 - i // 2 for i, p in enumerate(padding) if p}
-    return c.fix(c.spans(x), padded, "is padded with constants")
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+@rule("spatial")
+def spatial(call: Call) -> Spans:
+    """Fix positions: pooling, resampling and padding change the sizes; leading dimensions (batch, channel) pass."""
+    x, out = call.args[0], first(call.out)
+    most = max(x.dim() - _positions(call.name), 0)
+    leading = 0
+    while leading < most and x.shape[leading] == out.shape[leading]:
+        leading += 1
+    return call.fixed(x, range(leading, x.dim()), POSITIONS)
+
+
+def _positions(name: str) -> int:
+    """Return the number of dimensions with positions, by the operator's name; two for a name without a number."""
+    if "3d" in name:
+        return 3
+    return 1 if "1d" in name else 2
+
+
+@rule("pad")
+def pad(call: Call) -> Spans:
+    """Fix padded dimensions, a padded channel dimension among them."""
+    x, padding = call.args[:2]
+    last = x.dim() - 1
+    padded = {last - i // 2 for i, width in enumerate(padding) if width}  # two widths a dimension, from the last one
+    return call.fixed(x, padded, "is padded with constants")

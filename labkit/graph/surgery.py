@@ -26,10 +26,10 @@ from labkit.arguments import check_loaded, check_module, check_several
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
 from labkit.graph import anatomy
+from labkit.graph.attributes import Attributes, Keep, set_attributes_, shape, tensors_of
+from labkit.graph.copies import batch_experts_, collecting_later, duplicate_model
 from labkit.graph.equality import Report
-from labkit.graph.fits import Attributes, Keep, set_attributes_, shape, tensors_of
 from labkit.graph.groups import Coupling
-from labkit.graph.tracing import batch_experts_, collecting_later, duplicate_model
 from labkit.modules.weights import is_mixture
 
 METADATA = "labkit.pruning"  # key of the plans in the file's metadata
