@@ -11,9 +11,15 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from labkit.errors import InputError
+from labkit.modules.kv_cache import cache_bytes, decode_step
+from labkit.timing import counting, machine, roofline
 from labkit.timing.bench import Measurement
+from labkit.timing.ceilings import bandwidth_sweep, ceilings
+from labkit.timing.components import parameters_by_component
+from labkit.timing.counting import count
 from labkit.timing.machine import DEVICES, Ceilings
-from labkit.timing.roofline import Work, bound, cache_bytes, count, decode_step, describe, placed, plot
+from labkit.timing.roofline import Work, bound, placed
+from labkit.timing.roofline_plot import describe, plot
 
 ROOFS = Ceilings("a small CPU", {"fp32": 100e9, "bf16": 400e9}, 20e9)
 H100 = DEVICES["H100 SXM"]
@@ -205,3 +211,12 @@ REFUSALS: Refusals = {
 @refused(REFUSALS)
 def test_bad_input_is_refused_in_a_sentence(words, call):
     check_refusal(words, call)
+
+
+def test_names_that_are_loaded_on_demand_are_those_of_the_files_that_define_them():
+    assert [roofline.count, roofline.decode_step, roofline.cache_bytes] == [count, decode_step, cache_bytes]
+    assert [roofline.describe, roofline.plot] == [describe, plot]
+    assert [machine.ceilings, machine.bandwidth_sweep] == [ceilings, bandwidth_sweep]
+    assert counting.parameters_by_component is parameters_by_component
+    with pytest.raises(AttributeError, match=r"module 'labkit.timing.machine' has no attribute 'roof'"):
+        machine.roof  # noqa: B018

@@ -82,6 +82,21 @@ def test_quantity_reads_as_a_person_writes_it(value, unit, text):
 
 
 @pytest.mark.parametrize(
+    ("value", "ci95", "unit", "texts"),
+    [
+        (0.0413, (0.04126, 0.04134), "s", ("41.30 ms", "95% CI 41.26, 41.34")),  # four digits at most
+        (0.042, (0.038, 0.046), "s", ("42 ms", "95% CI 38, 46")),  # two at least
+        (1.234e-6, (0.0, float("inf")), "s", ("1.2 µs", "no interval")),
+        (1234.5, (1234.4, 1234.6), "s", ("1234 s", "95% CI 1234, 1235")),
+        (1.75, (1.6, 2.0), "x", ("1.8x", "95% CI 1.6, 2.0")),
+        (2.0, (2.0, 2.0), "x", ("2.000x", "95% CI 2.000, 2.000")),
+    ],
+)
+def test_an_estimate_has_no_digit_that_its_interval_does_not_support(value, ci95, unit, texts):
+    assert show.estimate(value, ci95, unit) == texts
+
+
+@pytest.mark.parametrize(
     ("unit", "wanted", "factor"),
     [
         ("s", "ms", 1000),
