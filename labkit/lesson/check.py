@@ -168,7 +168,7 @@ def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
     through: a runner can tell "not done yet" from "wrong".
     """
     __tracebackhide__ = True  # IPython and pytest then show the learner's own lines
-    from labkit.lesson import settings
+    from labkit.lesson import settings  # with torch, which the command line need not import
 
     examine = _find(check_id)
     if not callable(fn):
