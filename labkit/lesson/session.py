@@ -25,28 +25,31 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from labkit import show
 from labkit.errors import InputError
-from labkit.lesson import challenge, records, reference_runs
+from labkit.lesson import records, reference_runs
 from labkit.lesson.claim_tests import ClaimTests
 from labkit.lesson.exercises import Exercises
 from labkit.lesson.parameters import PRESETS, SEEDS, ranges, require_allowed
 from labkit.lesson.records import Column, Role, RunRecord
 from labkit.lesson.results import Results, check_name, single_value
-from labkit.lesson.roofs import Roofs
-from labkit.lesson.summary import summary
 from labkit.lesson.timings import Timings
 from labkit.timing import machine
 from labkit.timing.bench import Comparison, Measurement, Race, compare, measure, race
-from labkit.timing.counting import Work
+
+if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
+    from labkit.lesson import challenge
+    from labkit.lesson.roofs import Roofs
+    from labkit.timing.counting import Work
 
 LESSONS = {
     "00": "Measuring honestly",
@@ -142,7 +145,6 @@ class Lab:
         self._stopwatch = records.Stopwatch()
         self._results = Results()
         self._timings = Timings()
-        self._roofs = Roofs(self._results, budget_s=self.by_preset(1.2, 6.0, 10.0))
         self._claim_tests = ClaimTests(lesson, device.type)
         self._exercises = Exercises()
         self._sentences: dict[str, list[str]] = {}
@@ -182,7 +184,7 @@ class Lab:
         baseline: Callable[[], Any],
         candidate: Callable[[], Any],
         *,
-        work: tuple[Work, Work] | None = None,
+        work: "tuple[Work, Work] | None" = None,
         dtype: str | tuple[str, str] = "fp32",
         **options: Any,
     ) -> Comparison:
@@ -349,7 +351,7 @@ class Lab:
         goal: str,
         point: Mapping[str, Any] | None,
         *,
-        goals: challenge.Goals,
+        goals: "challenge.Goals",
         references: show.Rows,
         label: str = "recipe",
     ) -> None:
@@ -362,6 +364,8 @@ class Lab:
                     (low, high) of an interval
         Raises InputError for goals or points without numbers for two columns.
         """
+        from labkit.lesson import challenge
+
         check_name(name)
         self._challenges[name] = challenge.place(name, goal, point, goals=goals, references=references, label=label)
 
@@ -392,11 +396,19 @@ class Lab:
 
     def finish(self) -> RunRecord:
         """Write the record to results_dir/<lesson>/record.json, embed it in the notebook, and show a summary."""
+        from labkit.lesson.summary import summary
+
         record = self._to_record()
         records.write(record, self._path)
         text, html = summary(record)
         show.emit(text, html, data={records.MIME: record.to_dict()})
         return record
+
+    @cached_property
+    def _roofs(self) -> "Roofs":
+        from labkit.lesson.roofs import Roofs
+
+        return Roofs(self._results, budget_s=self.by_preset(1.2, 6.0, 10.0))
 
     def _add_comparison(self, name: str, comparison: Comparison) -> None:
         self._results.add_comparison(name, comparison)
