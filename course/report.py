@@ -28,7 +28,8 @@ from course.tradeoffs import RANKED, Estimate, figure, literal, picture, pooled,
 from labkit import files, show
 from labkit.lesson import challenge, claims
 from labkit.lesson.claims import Claim
-from labkit.lesson.records import Challenge, RunRecord, SettledClaim, calibration, off_by
+from labkit.lesson.predictions import calibration, off_by
+from labkit.lesson.records import Challenge, RunRecord, SettledClaim
 
 DIFFERS, NOT_YET = "differs by machine", "not yet measured"
 NOT_SETTLED, NOT_HERE = "not settled here", "not measurable here"

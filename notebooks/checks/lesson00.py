@@ -83,7 +83,10 @@ class _NotingClock:
 
     def __call__(self, fn: Callable, number: int = 1) -> float:
         turn = len(self.notes)
-        seconds = number * self.cost[fn] * (1 + 0.01 * turn) * (1 + 0.4 * (turn * 7 % 11 == 0) + 0.001 * (turn % 5))
+        slowness = 1 + 0.01 * turn
+        stumbles = turn * 7 % 11 == 0
+        noise = 1 + 0.4 * stumbles + 0.001 * (turn % 5)
+        seconds = number * self.cost[fn] * slowness * noise
         self.notes.append((fn, seconds))
         return seconds
 
@@ -105,7 +108,8 @@ def pairs(fn: Callable, failures: Failures) -> None:
         failures.expect(low < high, "each ratio comes from two calls, even where both sides are one function")
     for count in (1, 5):
         with failures.given(pairs=count):
-            _, low, high = _three(fn(work_a, work_b, count, 0, _NotingClock({work_a: 2e-3, work_b: 1e-3})), failures)
+            clock = _NotingClock({work_a: 2e-3, work_b: 1e-3})
+            _, low, high = _three(fn(work_a, work_b, count, 0, clock), failures)
             failures.expect(
                 low == 0 and high == math.inf, "below six pairs there is no 95 % interval: return 0 and math.inf"
             )
@@ -116,8 +120,9 @@ def _one_comparison(fn: Callable, failures: Failures, count: int, seed: int) -> 
     clock = _NotingClock({work_a: 3e-3, work_b: 2e-3})
     answer = fn(work_a, work_b, count, seed, clock)
     couples = list(zip(clock.notes[::2], clock.notes[1::2], strict=False))
+    are_pairs = all(first is not second for (first, _), (second, _) in couples)
     if not failures.expect(
-        len(clock.notes) == 2 * count and all(x is not y for (x, _), (y, _) in couples),
+        len(clock.notes) == 2 * count and are_pairs,
         "time one call of each function in every pair, one right after the other, and nothing else",
         detail=f"{len(clock.notes)} calls were timed",
     ):

@@ -22,6 +22,12 @@ CONVOLUTIONS = (
     (4, 32, 64, 14, 14, 1, 1, 4),
 )
 DTYPES = {2: torch.float16, 4: torch.float32}
+# flops, bytes, peak, bandwidth
+BOUNDS = (
+    (1e9, 1e6, 1e12, 1e11),
+    (1e9, 1e9, 1e12, 1e11),
+    (0.0, 5e8, 2e12, 1e9),
+)
 
 
 def convolution(fn: Callable, failures: Failures) -> None:
@@ -43,7 +49,7 @@ def convolution(fn: Callable, failures: Failures) -> None:
 
 def bound(fn: Callable, failures: Failures) -> None:
     """time_bound(flops, moved, peak, bandwidth) -> (seconds, "memory" | "compute")."""
-    for flops, moved, peak, bandwidth in ((1e9, 1e6, 1e12, 1e11), (1e9, 1e9, 1e12, 1e11), (0.0, 5e8, 2e12, 1e9)):
+    for flops, moved, peak, bandwidth in BOUNDS:
         with failures.given(flops=flops, moved=moved, peak=peak, bandwidth=bandwidth):
             seconds, limiter = _pair(fn(flops, moved, peak, bandwidth), failures)
             added = flops and seconds == flops / peak + moved / bandwidth
@@ -115,8 +121,11 @@ def hardware(fn: Callable, failures: Failures) -> None:
     exact = {"name": "exact", "peak": 1e15, "bandwidth": 2.0**30, "memory": 2.0**31, "watts": 10.0}
     for wish in WISHES:
         devices = [exact] if wish[0] == 2.0**30 else OFFERS  # where seven caches fit it to the last byte
+        users = wish[3]
         batches = {d["name"]: _largest_batch(d, *wish) for d in devices}
-        watts = {d["name"]: d["watts"] * -(-wish[3] // batches[d["name"]]) for d in devices if batches[d["name"]]}
+        numbers = {name: -(-users // batch) for name, batch in batches.items() if batch}  # of devices, rounded up
+        watts_each = {device["name"]: device["watts"] for device in devices}
+        watts = {name: watts_each[name] * number for name, number in numbers.items()}
         names = ("weight_bytes", "kv_bytes", "parameters", "users", "step_limit")
         with failures.given(**dict(zip(names, wish, strict=True))):
             answer = failures.call(fn, [dict(d) for d in devices], *wish, changed="leave the list of devices as it is")
@@ -128,7 +137,7 @@ def hardware(fn: Callable, failures: Failures) -> None:
             failures.need(name in batches, "the first value is the name of one of the devices")
             failures.need(batches[name], "the device that you chose cannot serve even one sequence within the limits")
             failures.need(
-                number == -(-wish[3] // batches[name]),
+                number == numbers[name],
                 "the number of devices; round the batch of one down, the number of devices up, and look at all "
                 "three limits of the batch",
             )

@@ -54,10 +54,14 @@ def _keep_mask(fn: Callable, failures: Failures, weight: Tensor, sparsity: float
         )
 
 
+# weights of a row, correlation of the inputs
+ROWS = ((2, 0.9), (3, 0.0), (5, 0.5), (8, 0.95), (12, 0.9), (16, 0.0))
+
+
 def remove_one(fn: Callable, failures: Failures) -> None:
     """remove_one(w, hessian) -> (index, new_w)."""
     generator = torch.Generator().manual_seed(1)
-    for n, correlation in ((2, 0.9), (3, 0.0), (5, 0.5), (8, 0.95), (12, 0.9), (16, 0.0)):
+    for n, correlation in ROWS:
         x = torch.randn(50, n, dtype=torch.float64, generator=generator)
         x = x + 3 * correlation * x.roll(1, dims=1)  # neighbouring inputs resemble each other
         x = x * torch.linspace(0.2, 3, n, dtype=torch.float64)  # and some are larger than others
@@ -92,21 +96,33 @@ def _least_increase(w: Tensor, hessian: Tensor, q: int) -> Tensor:
     free = [i for i in range(len(w)) if i != q]
     change = torch.zeros_like(w)
     change[q] = -w[q]
-    change[free] = -torch.linalg.solve(hessian[free][:, free], hessian[free, q] * change[q])
+    right_side = hessian[free, q] * change[q]
+    change[free] = -torch.linalg.solve(hessian[free][:, free], right_side)
     return change @ hessian @ change / 2
+
+
+# rows, columns, nonzeros, bytes of a value
+MATRICES = (
+    (4, 4, 5, 4),
+    (3, 7, 21, 2),
+    (5, 5, 0, 4),
+    (1, 1, 1, 2),
+    (33, 65, 400, 4),
+    (128, 64, 819, 2),
+)
 
 
 def stored(fn: Callable, failures: Failures) -> None:
     """stored(rows, columns, nonzeros, value_bytes) -> {"dense", "bitmask", "csr", "coo": bytes}."""
-    for rows, columns, nonzeros, value_bytes in (
-        (4, 4, 5, 4), (3, 7, 21, 2), (5, 5, 0, 4), (1, 1, 1, 2), (33, 65, 400, 4), (128, 64, 819, 2),
-    ):  # fmt: skip
+    for rows, columns, nonzeros, value_bytes in MATRICES:
         weight = torch.zeros(rows * columns, dtype={2: torch.float16, 4: torch.float32}[value_bytes])
-        weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(rows))[:nonzeros]] = 1.0
+        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(rows))
+        weight[order[:nonzeros]] = 1.0
         with failures.given(rows=rows, columns=columns, nonzeros=nonzeros, value_bytes=value_bytes):
             answer = fn(rows, columns, nonzeros, value_bytes)
             names = ("dense", "bitmask", "csr", "coo")
-            if not failures.expect(isinstance(answer, dict) and set(answer) == set(names), f"return a dict of {names}"):
+            has_names = isinstance(answer, dict) and set(answer) == set(names)
+            if not failures.expect(has_names, f"return a dict of {names}"):
                 continue
             for name in names:
                 failures.close(
@@ -187,7 +203,10 @@ def _fair_sides(fn: Callable, failures: Failures, format: str, masks: str, bias:
     again = all(sparse.close(layer(x), call()) for call in answer)
     failures.need(again, "after x has changed a side returns the old product: compute it within the call")
     moved = [count(call).bytes for call in answer]
-    needed = sum(tensor.nbytes for tensor in (layer.weight, x, layer(x), *([layer.bias] if bias else [])))
+    used = [layer.weight, x, layer(x)]
+    if bias:
+        used.append(layer.bias)
+    needed = sum(tensor.nbytes for tensor in used)
     failures.expect(
         moved[0] <= 1.05 * needed,
         "the dense side moves more than its weight, x and the output: masks or copies are made anew at each call",

@@ -44,7 +44,9 @@ def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.Bat
     """float64 modules in eval mode with a norm that has seen data: channel by channel other statistics."""
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(3)
-    conv, norm, consumer = nn.Conv2d(3, 6, 3, **first), nn.BatchNorm2d(6, **settings), nn.Conv2d(6, 4, 3, **second)
+    conv = nn.Conv2d(3, 6, 3, **first)
+    norm = nn.BatchNorm2d(6, **settings)
+    consumer = nn.Conv2d(6, 4, 3, **second)
     norm.running_mean.uniform_(-1, 1)
     norm.running_var.uniform_(0.5, 2)
     if norm.affine:
@@ -121,12 +123,15 @@ def _conv(into: int, out: int, bias: bool = False) -> nn.Conv2d:
 
 def _residual(net: nn.Module, image: Tensor) -> Tensor:
     x = F.relu(net.norm(net.stem(image)))
-    return net.head(F.relu(x + net.norm2(net.conv2(F.relu(net.norm1(net.conv1(x)))))))
+    y = F.relu(net.norm1(net.conv1(x)))
+    y = net.norm2(net.conv2(y))
+    return net.head(F.relu(x + y))
 
 
 def _branches(net: nn.Module, image: Tensor) -> Tensor:
     x = F.relu(net.stem(image))
-    return net.head(F.relu(net.norm(torch.cat([net.wide(x), net.narrow(x)], 1))))
+    both = torch.cat([net.wide(x), net.narrow(x)], 1)
+    return net.head(F.relu(net.norm(both)))
 
 
 def _growing(net: nn.Module, image: Tensor) -> Tensor:
@@ -136,7 +141,8 @@ def _growing(net: nn.Module, image: Tensor) -> Tensor:
 
 
 def _mixed(net: nn.Module, image: Tensor) -> Tensor:
-    return net.head(F.relu(net.norm(torch.cat([net.a(image), net.b(image)], 1) + net.c(image))))
+    both = torch.cat([net.a(image), net.b(image)], 1)
+    return net.head(F.relu(net.norm(both + net.c(image))))
 
 
 NETS = {
@@ -149,7 +155,8 @@ NETS = {
     "features concatenated twice, the image among them": lambda: Wired(
         dict(first=_conv(2, 3), norm=nn.BatchNorm2d(5), second=_conv(5, 4, True), head=_conv(9, 2)), _growing),
     "3 and 2 channels concatenated, and 5 added to them": lambda: Wired(
-        dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 5), norm=nn.BatchNorm2d(5), head=_conv(5, 2)), _mixed),
+        dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 5),
+             norm=nn.BatchNorm2d(5), head=_conv(5, 2)), _mixed),
 }  # fmt: skip
 
 
@@ -219,12 +226,17 @@ KINDS: dict[str, Callable[..., bool]] = {
 # ------------------------------------------------------------------------------------------------------ one ranking
 
 
+# ratio, the least number of channels of a layer
+CHOICES = ((0.0, 1), (0.3, 1), (0.5, 4), (0.62, 2), (0.9, 6), (1.0, 2))
+
+
 def ranking(fn: Callable, failures: Failures) -> None:
     """choose(scores, ratio, least) -> {layer: bool tensor, True where the channel stays}."""
     generator = torch.Generator().manual_seed(5)
-    layers = {name: torch.rand(n, generator=generator) + 0.1 for name, n in (("a", 7), ("b", 16), ("c", 40))}
+    widths = {"a": 7, "b": 16, "c": 40}
+    layers = {name: torch.rand(width, generator=generator) + 0.1 for name, width in widths.items()}
     layers["c"] = layers["c"] * 50  # a wide layer with large scores, as raw L1 sums have
-    for ratio, least in ((0.0, 1), (0.3, 1), (0.5, 4), (0.62, 2), (0.9, 6), (1.0, 2)):
+    for ratio, least in CHOICES:
         with failures.given(scores="3 layers of 7, 16 and 40", ratio=ratio, least=least):
             _is_a_right_choice(fn, layers, ratio, least, failures)
     with failures.given(scores="all equal", ratio=0.4, least=1):
@@ -232,7 +244,8 @@ def ranking(fn: Callable, failures: Failures) -> None:
     with failures.given(scores="one channel, and 9", ratio=0.6, least=1):
         _is_a_right_choice(fn, {"a": torch.tensor([2.0]), "b": torch.arange(1.0, 10.0)}, 0.6, 1, failures)
     with failures.given(scores="fewer channels than least", ratio=0.5, least=4):
-        _is_a_right_choice(fn, {"a": torch.tensor([3.0, 1.0]), "b": torch.arange(1.0, 9.0)}, 0.5, 4, failures)
+        two_layers = {"a": torch.tensor([3.0, 1.0]), "b": torch.arange(1.0, 9.0)}
+        _is_a_right_choice(fn, two_layers, 0.5, 4, failures)
     with failures.given(scores="one layer multiplied by 1024"):
         scaled = {**layers, "a": layers["a"] * 1024}
         same = alike(fn(copy.deepcopy(layers), 0.5, 1), fn(scaled, 0.5, 1))
@@ -258,9 +271,13 @@ def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, le
     failures.expect(
         all(int(k.sum()) >= min(least, len(k)) for k in masks.values()), "a layer has fewer channels left than `least`"
     )
-    parts = {name: s / s.mean() for name, s in scores.items()}
-    gone = [float(parts[name][~k].max()) for name, k in masks.items() if not k.all()]
-    free = [float(parts[name][k].min()) for name, k in masks.items() if int(k.sum()) > least]  # could have lost more
+    gone, free = [], []  # scores of removed channels, and of channels in layers that could have lost more
+    for name, mask in masks.items():
+        relative = scores[name] / scores[name].mean()
+        if not mask.all():
+            gone.append(float(relative[~mask].max()))
+        if int(mask.sum()) > least:
+            free.append(float(relative[mask].min()))
     failures.expect(
         not gone or not free or max(gone) <= min(free) + 1e-6,
         "a channel stays while one with a higher score, relative to its layer's mean, goes",

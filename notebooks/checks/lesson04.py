@@ -6,6 +6,7 @@ that are equal but for rounding, the first layer among those that go.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
@@ -59,10 +60,17 @@ def _attention_layer(width: int, head_dim: int, heads: int, kv_heads: int, bias:
 def _attend(layers: list[nn.Linear], x: Tensor, head_dim: int) -> Tensor:
     """Grouped-query attention of x [B, T, width] without a mask; the numbers of heads follow from the shapes."""
     with torch.no_grad():
-        q, k, v = (layer(x).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers[:3])  # [B, heads, T, dim]
-        k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for heads in (k, v))
-        context = (q @ k.transpose(-1, -2) / math.sqrt(head_dim)).softmax(-1) @ v
+        q, k, v = (_heads(layer(x), head_dim) for layer in layers[:3])  # [B, heads, T, dim]
+        queries_per_key = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(queries_per_key, dim=1)
+        v = v.repeat_interleave(queries_per_key, dim=1)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(head_dim)
+        context = scores.softmax(-1) @ v
         return layers[3](context.transpose(1, 2).flatten(2))
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def _computes_the_same(after, before, head_dim: int, keep: list[int], failures: Failures) -> None:
@@ -100,17 +108,27 @@ def _has_its_sizes(after, width: int, head_dim: int, heads: int, kv_heads: int, 
 # -------------------------------------------------------------------------------------------- importance from gradients
 
 
+# lengths of the sequences, heads, dimensions of a head
+CONTEXTS = (
+    ((5, 3, 1), 4, 3),
+    ((2,), 1, 5),
+    ((6, 6), 12, 2),
+    ((1, 4, 2, 7), 3, 4),
+)
+
+
 def head_scores(fn: Callable, failures: Failures) -> None:
     """head_scores(context, grad, mask) -> [heads], the sum over sequences of |sum over real tokens and dims|."""
-    for lengths, heads, dim in (((5, 3, 1), 4, 3), ((2,), 1, 5), ((6, 6), 12, 2), ((1, 4, 2, 7), 3, 4)):
+    for lengths, heads, dim in CONTEXTS:
         context, grad, mask = _sequences(lengths, heads, dim)
         with failures.given(lengths=str(lengths), heads=heads, head_dim=dim):
             changed = "the tensors that were given have changed; compute new ones"
             got = failures.call(fn, context, grad, mask, changed=changed)
-            each = [
-                sum(context[i, t, :, d] * grad[i, t, :, d] for t in range(length) for d in range(dim)).abs()
-                for i, length in enumerate(lengths)
-            ]
+            products = context * grad  # [B, T, heads, dim]
+            each = []
+            for product, length in zip(products, lengths, strict=True):
+                places = itertools.product(range(length), range(dim))
+                each.append(sum(product[t, :, d] for t, d in places).abs())
             right = failures.close(
                 got,
                 torch.stack(each).sum(0),
@@ -124,7 +142,10 @@ def head_scores(fn: Callable, failures: Failures) -> None:
             failures.close(
                 fn(context + garbage, grad + garbage, mask), got, "what stands at padding changes the score", rtol=1e-6
             )
-            parts = sum(fn(context[i : i + 1], grad[i : i + 1], mask[i : i + 1]) for i in range(len(lengths)))
+            parts = 0
+            for i in range(len(lengths)):
+                alone = slice(i, i + 1)
+                parts = parts + fn(context[alone], grad[alone], mask[alone])
             failures.close(parts, got, "the sum over batches depends on how the batches are cut", rtol=1e-9)
             failures.expect(not got.requires_grad, "the score still hangs on the graph of gradients; detach it")
 
@@ -141,11 +162,30 @@ def _sequences(lengths: tuple[int, ...], heads: int, dim: int) -> tuple[Tensor, 
 # ----------------------------------------------------------------------------------------------------- a bound on speed
 
 
+# width, neurons of the feed-forward network, tokens
+BLOCKS = (
+    (768, 3072, 128),
+    (768, 3072, 512),
+    (384, 1536, 1),
+    (4096, 14336, 8192),
+    (64, 100, 37),
+)
+# shares of the heads and of the neurons that stay
+SHARES = (
+    (1.0, 1.0),
+    (0.5, 1.0),
+    (7 / 12, 1.0),
+    (1.0, 0.7),
+    (0.25, 0.5),
+    (0.0, 1.0),
+    (1.0, 0.0),
+)
+
+
 def speedup_bound(fn: Callable, failures: Failures) -> None:
     """speedup_bound(width, ffn, tokens, heads, neurons) -> FLOPs of a whole block over those of the pruned one."""
-    blocks = ((768, 3072, 128), (768, 3072, 512), (384, 1536, 1), (4096, 14336, 8192), (64, 100, 37))
-    for width, ffn, tokens in blocks:
-        for heads, neurons in ((1.0, 1.0), (0.5, 1.0), (7 / 12, 1.0), (1.0, 0.7), (0.25, 0.5), (0.0, 1.0), (1.0, 0.0)):
+    for width, ffn, tokens in BLOCKS:
+        for heads, neurons in SHARES:
             with failures.given(width=width, ffn=ffn, tokens=tokens, heads=f"{heads:.3f}", neurons=f"{neurons:.3f}"):
                 failures.close(
                     fn(width, ffn, tokens, heads, neurons),
@@ -167,14 +207,23 @@ def _flops(width: int, ffn: int, tokens: int, heads: float, neurons: float) -> f
 # ------------------------------------------------------------------------------------------- distance across a block
 
 
+# lengths of the sequences, width, layers
+STREAMS = (
+    ((4, 2), 6, 5),
+    ((3,), 3, 4),
+    ((1, 5, 2), 16, 3),
+)
+
+
 def block_distance(fn: Callable, failures: Failures) -> None:
     """block_distance(hidden, mask, n) -> [layers + 1 - n], the mean angle over real tokens, as a share of pi."""
-    for lengths, width, layers in (((4, 2), 6, 5), ((3,), 3, 4), ((1, 5, 2), 16, 3)):
+    for lengths, width, layers in STREAMS:
         hidden, mask = _stream(lengths, width, layers)
         for n in range(1, layers + 1):
             with failures.given(lengths=str(lengths), width=width, layers=layers, n=n):
                 got = fn(list(hidden), mask, n)
-                want = [_mean_angle(hidden[at], hidden[at + n], lengths) for at in range(layers + 1 - n)]
+                blocks = zip(hidden[: layers + 1 - n], hidden[n:], strict=True)
+                want = [_mean_angle(before, after, lengths) for before, after in blocks]
                 failures.close(
                     got,
                     want,
@@ -194,7 +243,8 @@ def _mean_angle(a: Tensor, b: Tensor, lengths: tuple[int, ...]) -> float:
     angles = []
     for i, length in enumerate(lengths):
         for t in range(length):
-            u, v = F.normalize(a[i, t], dim=0), F.normalize(b[i, t], dim=0)
+            u = F.normalize(a[i, t], dim=0)
+            v = F.normalize(b[i, t], dim=0)
             angles.append(2 * torch.atan2((u - v).norm(), (u + v).norm()))  # Kahan's: exact when small
     return float(sum(angles)) / len(angles) / math.pi
 

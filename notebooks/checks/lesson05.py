@@ -6,6 +6,7 @@ a weight put together again bit by bit, positions that are really written out, g
 that are computed without a weight.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -51,14 +52,24 @@ def _nm_mask(fn: Callable, failures: Failures, weight: Tensor, n: int, m: int) -
         "a removed weight is larger in magnitude than one of its group that is kept",
     )
     failures.expect(
-        not any(not a[1] and b[1] and a[0] == b[0] for group in pairs for i, a in enumerate(group) for b in group[i:]),
+        not any(_breaks_ties_late(group) for group in pairs),
         "of weights that are equal in magnitude the first ones of the group have to stay",
     )
 
 
 def _edge(group: list[tuple[float, bool]]) -> tuple[float, float]:
     """The least that is kept and the most that is removed."""
-    return min((w for w, k in group if k), default=0.0), max((w for w, k in group if not k), default=0.0)
+    least = min((weight for weight, stays in group if stays), default=0.0)
+    most = max((weight for weight, stays in group if not stays), default=0.0)
+    return least, most
+
+
+def _breaks_ties_late(group: list[tuple[float, bool]]) -> bool:
+    """Tell whether of two equal weights of a group the first goes and the second stays."""
+    for (first, first_stays), (second, second_stays) in itertools.combinations(group, 2):
+        if first == second and second_stays and not first_stays:
+            return True
+    return False
 
 
 def compress(fn: Callable, failures: Failures) -> None:
@@ -98,8 +109,8 @@ def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
             nibble = metadata[row, group // 2].item() >> 4 * (group % 2) & 15
             first, second = nibble & 3, nibble >> 2
             ascending &= first < second
-            for place, value in ((first, values[row, 2 * group]), (second, values[row, 2 * group + 1])):
-                again[row, 4 * group + place] += value
+            again[row, 4 * group + first] += values[row, 2 * group]
+            again[row, 4 * group + second] += values[row, 2 * group + 1]
     failures.expect(
         ascending,
         "the two positions of a group have to differ and ascend, also where the group holds fewer than two values",
@@ -110,13 +121,27 @@ def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
     )
 
 
+PATTERNS = (
+    (2, 4),
+    (1, 4),
+    (4, 8),
+    (1, 2),
+    (3, 6),
+    (8, 16),
+    (4, 4),
+    (5, 12),
+    (1, 1),
+)  # n, m
+
+
 def stored_share(fn: Callable, failures: Failures) -> None:
     """stored_share(n, m, bits) -> bytes of an N:M weight over those of the dense one, metadata included."""
-    for n, m in ((2, 4), (1, 4), (4, 8), (1, 2), (3, 6), (8, 16), (4, 4), (5, 12), (1, 1)):
+    for n, m in PATTERNS:
         for bits in (32, 16, 8, 4):
             with failures.given(n=n, m=m, bits=bits):
-                digits = max((len(f"{place:b}") for place in range(1, m)), default=0)  # of the highest place
-                values, where = "v" * bits * n, "".join(f"{place:0{digits}b}" * bool(digits) for place in range(n))
+                digits = len(f"{m - 1:b}") if m > 1 else 0  # of the highest place
+                values = "v" * bits * n
+                where = "p" * digits * n
                 failures.close(
                     fn(n, m, bits),
                     len(values + where) / (bits * m),
@@ -130,7 +155,8 @@ def sparse_refined(fn: Callable, failures: Failures) -> None:
     generator = torch.Generator().manual_seed(3)
     for case, shape in {"a matrix": (5, 8), "a convolution": (3, 4, 2, 2)}.items():
         weight = torch.randn(shape, generator=generator)
-        order = torch.rand(shape, generator=generator).movedim(1, -1).unflatten(-1, (-1, 4)).argsort(-1)
+        scores = torch.rand(shape, generator=generator).movedim(1, -1)
+        order = scores.unflatten(-1, (-1, 4)).argsort(-1)
         keep = (order < 2).flatten(-2).movedim(-1, 1)
         for decay in (0.0, 0.5, 2.0):
             with failures.given(weight=case, decay=decay):
@@ -191,8 +217,12 @@ def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor
     if not failures.expect(bool((groups.sum(-1) == n).all()), "a group of m does not keep exactly n"):
         return
     columns = inputs.flatten(0, -2).t()  # [in, tokens]
-    change = torch.stack([(w * x).norm() for row in weight for w, x in zip(row, columns, strict=True)])
-    change = change.view(groups.shape)  # how far the outputs move when this weight alone goes, over all tokens
+    changes = []
+    for row in weight:
+        changes += [(w * x).norm() for w, x in zip(row, columns, strict=True)]
+    change = torch.stack(changes).view(
+        groups.shape
+    )  # how far the outputs move when this weight alone goes, over all tokens
     least = change.masked_fill(~groups, torch.inf).amin(-1)
     most = change.masked_fill(groups, 0.0).amax(-1)
     failures.expect(

@@ -4,6 +4,7 @@ Each holds the answer against what has to be true of it, or against an independe
 Python's own arithmetic, bits that are written out, sums of integers without an end, windows that are cut one by one.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -40,7 +41,10 @@ def _quantize(fn: Callable, failures: Failures, x: Tensor, bits: int, symmetric:
     failures.need(usable, "the codes have to be an int32 tensor in the shape of x")
     scale, zero = float(scale), float(zero)
     failures.need(scale > 0 and scale < float("inf"), "the scale has to be a positive number, 1 if all values are 0")
-    least, most = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    least, most = 0, 2**bits - 1
+    if symmetric:
+        most = 2 ** (bits - 1) - 1
+        least = -most
     failures.expect(
         least <= int(codes.min()) and int(codes.max()) <= most,
         "a code lies outside the range of the card: restricted if symmetric, else 0 to 2^bits - 1",
@@ -63,18 +67,38 @@ def _quantize(fn: Callable, failures: Failures, x: Tensor, bits: int, symmetric:
         all(abs(point - value) <= scale * 0.5001 for point, value in zip(points, values, strict=True)),
         "a value is farther than half a step from its point, although nothing has to be clipped",
     )
-    even = all(
-        round(value / scale) == code - zero
-        for code, value in zip(codes.flatten().tolist(), values, strict=True)
-        if least < code < most and abs(value / scale * 2 - round(value / scale * 2)) < 1e-6
-    )
+    even = True
+    for code, value in zip(codes.flatten().tolist(), values, strict=True):
+        if least < code < most:
+            half_steps = value / scale * 2
+            is_tie_or_point = abs(half_steps - round(half_steps)) < 1e-6
+            even &= not is_tie_or_point or round(value / scale) == code - zero
     failures.expect(even, "a tie has to go to the even whole number, before the zero point is added")
+
+
+# columns, group size
+GROUPED_ROWS = (
+    (576, 64),
+    (576, 576),
+    (576, 128),
+    (64, 32),
+    (10, 4),
+    (1536, 16),
+    (5, 8),
+)
+# bits of a code, of a scale, of a zero point
+STORED_BITS = (
+    (4, 16, 0),
+    (4, 16, 4),
+    (8, 32, 8),
+    (2, 8, 0),
+)
 
 
 def stored_bits(fn: Callable, failures: Failures) -> None:
     """stored_bits(columns, bits, group_size, scale_bits, zero_bits) -> bits stored for each weight of a row."""
-    for columns, group_size in ((576, 64), (576, 576), (576, 128), (64, 32), (10, 4), (1536, 16), (5, 8)):
-        for bits, scale_bits, zero_bits in ((4, 16, 0), (4, 16, 4), (8, 32, 8), (2, 8, 0)):
+    for columns, group_size in GROUPED_ROWS:
+        for bits, scale_bits, zero_bits in STORED_BITS:
             arguments = {"columns": columns, "bits": bits, "group_size": group_size, "scale_bits": scale_bits}
             with failures.given(**arguments, zero_bits=zero_bits):
                 row = ""
@@ -88,14 +112,30 @@ def stored_bits(fn: Callable, failures: Failures) -> None:
                 )
 
 
+# rows, inputs, outputs
+PRODUCTS = (
+    (3, 7, 5),
+    (1, 40, 2),
+    (6, 4, 4),
+    (5, 5, 5),
+)
+ZERO_POINTS = (
+    (0, 0),
+    (128, 0),
+    (0, 3),
+    (117, -5),
+    (255, 127),
+)
+
+
 def int_linear(fn: Callable, failures: Failures) -> None:
     """int_linear(q, z_x, p, z_w) -> int32 [rows, out], the sums of (q - z_x)(p - z_w)."""
     generator = torch.Generator().manual_seed(1)
-    for rows, inner, outputs in ((3, 7, 5), (1, 40, 2), (6, 4, 4), (5, 5, 5)):
+    for rows, inner, outputs in PRODUCTS:
         q = torch.randint(0, 256, (rows, inner), generator=generator).to(torch.uint8)
         p = torch.randint(-128, 128, (outputs, inner), generator=generator).to(torch.int8)
         q[0], p[0] = 255, -128
-        for z_x, z_w in ((0, 0), (128, 0), (0, 3), (117, -5), (255, 127)):
+        for z_x, z_w in ZERO_POINTS:
             with failures.given(rows=rows, inputs=inner, outputs=outputs, z_x=z_x, z_w=z_w):
                 sums = failures.call(fn, q, z_x, p, z_w, changed="your function changed the codes")
                 shape = isinstance(sums, Tensor) and sums.shape == (rows, outputs)
@@ -166,10 +206,11 @@ def _by_windows(x: Tensor, weight: Tensor) -> Tensor:
     height, width = x.shape[2:]
     padded = torch.zeros(*x.shape[:2], height + 2, width + 2, dtype=torch.float64)
     padded[..., 1:-1, 1:-1] = x
-    places = [(i, j) for i in range(3) for j in range(3)]
-    return sum(
-        torch.einsum("nchw,oc->nohw", padded[..., i : i + height, j : j + width], weight[:, :, i, j]) for i, j in places
-    )
+    total = 0
+    for i, j in itertools.product(range(3), range(3)):
+        window = padded[..., i : i + height, j : j + width]
+        total = total + torch.einsum("nchw,oc->nohw", window, weight[:, :, i, j])
+    return total
 
 
 def pack4(fn: Callable, failures: Failures) -> None:

@@ -103,12 +103,13 @@ def _has_the_share(values: Tensor, lo: float, hi: float, share: float, failures:
     cut = (1 - share) / 2 * len(values)
     for side, end, outside in (("below lo", lo, values < lo), ("above hi", hi, values > hi)):
         count = int(outside.sum())
-        failures.expect(count <= cut + 1, f"too many of all values lie {side}", detail=f"{count} of {len(values)}")
+        detail = f"{count} of {len(values)}"
+        failures.expect(count <= cut + 1, f"too many of all values lie {side}", detail=detail)
         pulled = abs(end) < 1e-12  # to 0: fewer may be outside
         failures.expect(
             pulled or count >= cut - 1,
             f"too few of all values lie {side}: half of the rest belongs beyond each end",
-            detail=f"{count} of {len(values)}",
+            detail=detail,
         )
 
 
@@ -123,9 +124,21 @@ def equalisation(fn: Callable, failures: Failures) -> None:
         return torch.randn(*shape, dtype=torch.float64, generator=draw)
 
     uneven = torch.tensor([20.0, 0.1, 1.0, 5.0, 0.02, 1.0], dtype=torch.float64)
-    linear = weights(6, 5) * uneven[:, None], weights(6), weights(3, 6)
-    kernels = weights(6, 2, 3, 3) * uneven[:, None, None, None], weights(6), weights(4, 6, 1, 1)
-    mixed = weights(6, 4, 1, 1), weights(6) * 3, weights(2, 6, 3, 3) * uneven[:, None, None]
+    linear = (
+        weights(6, 5) * uneven[:, None],
+        weights(6),
+        weights(3, 6),
+    )
+    kernels = (
+        weights(6, 2, 3, 3) * uneven[:, None, None, None],
+        weights(6),
+        weights(4, 6, 1, 1),
+    )
+    mixed = (
+        weights(6, 4, 1, 1),
+        weights(6) * 3,
+        weights(2, 6, 3, 3) * uneven[:, None, None],
+    )
     no_row, no_column = [x.clone() for x in linear], [x.clone() for x in linear]
     no_row[0][2], no_column[2][:, 4] = 0, 0
     cases = {
@@ -153,7 +166,10 @@ def _is_the_same_function(new: tuple, old: tuple, failures: Failures) -> None:
     shape = (5, width, 9, 9) if conv else (50, width)
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     apply = F.conv2d if conv else F.linear
-    outputs = [apply(F.relu(apply(x, w1, b1)), w2) for w1, b1, w2 in (new, old)]
+    outputs = []
+    for w1, b1, w2 in (new, old):
+        hidden = F.relu(apply(x, w1, b1))
+        outputs.append(apply(hidden, w2))
     failures.close(
         *outputs,
         "the two layers compute something else than before; what is divided where a channel is made, bias included, is "
@@ -177,7 +193,9 @@ def _is_even(new: tuple, old: tuple, failures: Failures) -> None:
 
 
 def _ranges(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    return w1.flatten(1).abs().amax(1), w2.transpose(0, 1).flatten(1).abs().amax(1)
+    rows = w1.flatten(1)
+    columns = w2.transpose(0, 1).flatten(1)
+    return rows.abs().amax(1), columns.abs().amax(1)
 
 
 # --------------------------------------------------------------------------------------------------- corrected biases
@@ -223,10 +241,11 @@ def bias_correction(fn: Callable, failures: Failures) -> None:
 def bits_in_budget(fn: Callable, failures: Failures) -> None:
     """choose_bits(rows, budget) -> {layer: bits} by the card's rule."""
     for name, rows in _scans().items():
-        widest, narrowest = (
-            sum(pick(r["bytes"] for r in rows if r["layer"] == layer) for layer in {r["layer"] for r in rows})
-            for pick in (max, min)
-        )
+        sizes: dict[str, list[int]] = {}
+        for row in rows:
+            sizes.setdefault(row["layer"], []).append(row["bytes"])
+        widest = sum(max(of_layer) for of_layer in sizes.values())
+        narrowest = sum(min(of_layer) for of_layer in sizes.values())
         between = (narrowest + (widest - narrowest) * k // 5 for k in range(1, 5))
         budgets = {widest, widest - 1, narrowest, narrowest - 1, *between}
         for budget in sorted(budgets, reverse=True):
@@ -251,8 +270,13 @@ def _scans() -> dict[str, list[dict]]:
 
     sizes = {"small": 1152, "middle": 9216, "large": 36864, "last": 640}
     jump = [
-        {"layer": "a", "bits": bits, "bytes": 1000 * bits, "db": db} for bits, db in ((8, 50.0), (4, 20.0), (2, 19.5))
-    ] + [{"layer": "b", "bits": bits, "bytes": 1010 * bits, "db": db} for bits, db in ((8, 45.0), (4, 25.0), (2, 3.0))]
+        {"layer": "a", "bits": 8, "bytes": 8000, "db": 50.0},
+        {"layer": "a", "bits": 4, "bytes": 4000, "db": 20.0},
+        {"layer": "a", "bits": 2, "bytes": 2000, "db": 19.5},
+        {"layer": "b", "bits": 8, "bytes": 8080, "db": 45.0},
+        {"layer": "b", "bits": 4, "bytes": 4040, "db": 25.0},
+        {"layer": "b", "bits": 2, "bytes": 2020, "db": 3.0},
+    ]
     return {
         "four layers, 8 to 2 bits": scan(sizes, (8, 6, 4, 3, 2), 6.0),
         "four layers, narrowest first": scan(sizes, (2, 4, 8), 5.0),
@@ -277,7 +301,10 @@ def _follows_the_rule(plan: object, rows: list[dict], budget: int, narrowest: in
 
 def _by_the_rule(rows: list[dict], budget: int) -> dict[str, int]:
     """All steps of all layers are priced at every turn."""
-    at = {(row["layer"], row["bits"]): (row["bytes"], 10 ** (-row["db"] / 10)) for row in rows}
+    at = {}
+    for row in rows:
+        noise = 10 ** (-row["db"] / 10)
+        at[row["layer"], row["bits"]] = row["bytes"], noise
     widths = {layer: sorted((b for name, b in at if name == layer), reverse=True) for layer, _ in at}
     plan = {layer: bits[0] for layer, bits in widths.items()}
     while sum(at[item][0] for item in plan.items()) > budget:

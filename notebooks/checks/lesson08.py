@@ -28,7 +28,8 @@ def straight_through(fn: Callable, failures: Failures) -> None:
     draw = torch.Generator().manual_seed(0)
     for scale, zero, lo, hi in GRIDS:
         width = (hi - lo) * scale
-        x = ((torch.rand(4, 25, dtype=torch.float64, generator=draw) * 1.6 - 0.3) * width) + (lo - zero) * scale
+        share = torch.rand(4, 25, dtype=torch.float64, generator=draw) * 1.6 - 0.3
+        x = share * width + (lo - zero) * scale
         upstream = torch.randn(4, 25, dtype=torch.float64, generator=draw)
         for step in (scale, torch.tensor(scale, dtype=torch.float64)):
             with failures.given(scale=scale, zero=zero, lo=lo, hi=hi, step={} if step is scale else "a tensor"):
@@ -82,7 +83,8 @@ def learned_step(fn: Callable, failures: Failures) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=draw)
 
-    single, rows = torch.tensor(0.4, dtype=torch.float64), torch.tensor([[0.1], [0.5], [2.0]], dtype=torch.float64)
+    single = torch.tensor(0.4, dtype=torch.float64)
+    rows = torch.tensor([[0.1], [0.5], [2.0]], dtype=torch.float64)
     kernels = torch.tensor([0.2, 0.7], dtype=torch.float64).view(2, 1, 1, 1)
     cases = {
         "one step, signed codes": (normal(6, 20), single, -7, 7),
@@ -131,9 +133,12 @@ def _by_differences(x: Tensor, scale: Tensor, lo: int, hi: int, upstream: Tensor
 
     h = 1e-7 * scale
     slopes = (pretended(scale + h) - pretended(scale - h)) / (2 * h) * upstream
-    shared = [d for d in range(x.dim()) if scale.dim() < x.dim() or scale.shape[d] == 1]
     count = x.numel() // scale.numel()
-    total = slopes.sum() if scale.dim() == 0 else slopes.sum(shared, keepdim=True)
+    total = slopes.sum()
+    if scale.dim():
+        is_broadcast = scale.dim() < x.dim()
+        shared = [d for d in range(x.dim()) if is_broadcast or scale.shape[d] == 1]
+        total = slopes.sum(shared, keepdim=True)
     return total / math.sqrt(count * hi)
 
 

@@ -54,8 +54,8 @@ def q4_1_block(fn: Callable, failures: Failures) -> None:
     }
     for case, (d, m, codes) in cases.items():
         with failures.given(block=case):
-            low, high = codes[:16], codes[16:]
-            data = b"".join(bytes([a + 16 * b]) for a, b in zip(low, high, strict=True))
+            halves = zip(codes[:16], codes[16:], strict=True)
+            data = bytes(low + 16 * high for low, high in halves)
             block = struct.pack("<e", d) + struct.pack("<e", m) + data
             d, m = struct.unpack("<ee", block[:4])
             answer = fn(block)
@@ -80,7 +80,8 @@ def grid_share(fn: Callable, failures: Failures) -> None:
     codes = torch.randint(16, (6, 192), generator=draw).float()
     steps = torch.rand(6, 6, 1, generator=draw) + 0.5
     rounded = (codes.view(6, 6, 32) * steps).view(6, 192)  # groups of 32 on grids of 16 points
-    mixed = torch.where(torch.arange(6)[:, None] < 2, rounded, torch.randn(6, 192, generator=draw))
+    is_rounded = torch.arange(6)[:, None] < 2
+    mixed = torch.where(is_rounded, rounded, torch.randn(6, 192, generator=draw))
     alternating = torch.tensor([1.0, 2.0]).repeat(4, 96)
     exact = torch.arange(32.0).remainder(16).repeat(3, 6)  # each of 16 values in every group
     for case, weight, group, levels in (
@@ -100,8 +101,11 @@ def grid_share(fn: Callable, failures: Failures) -> None:
                 nothing = isinstance(share, float | Tensor) and math.isnan(float(share))
                 failures.expect(nothing, "a group of no more values than levels proves nothing: return NaN")
                 continue
-            groups = [row[start : start + group] for row in weight.tolist() for start in range(0, len(row), group)]
-            few = [len(set(values)) <= levels for values in groups]
+            few = []
+            for row in weight.tolist():
+                for start in range(0, len(row), group):
+                    values = set(row[start : start + group])
+                    few.append(len(values) <= levels)
             failures.close(
                 share,
                 sum(few) / len(few),
@@ -129,7 +133,8 @@ def gptq(fn: Callable, failures: Failures) -> None:
         x = torch.randn(200, columns, dtype=torch.float64, generator=draw)
         x = x @ torch.randn(columns, columns, dtype=torch.float64, generator=draw)  # inputs that go together
         weight = torch.randn(rows, columns, dtype=torch.float64, generator=draw)
-        hessian = x.t() @ x + 0.01 * x.square().sum() / columns * torch.eye(columns, dtype=torch.float64)
+        damping = 0.01 * x.square().sum() / columns
+        hessian = x.t() @ x + damping * torch.eye(columns, dtype=torch.float64)
         for name, h in (
             ("of independent inputs", torch.eye(columns).double()),
             ("of inputs that go together", hessian),
@@ -171,11 +176,13 @@ def _solved(weight: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
     for j in range(w.shape[1]):
         if j % group == 0:
             grid = _grid(w[:, j : j + group], bits)
-        change = grid.fake(w[:, j : j + 1]) - w[:, j : j + 1]  # [out, 1]
-        w[:, j : j + 1] += change
+        column = w[:, j : j + 1]  # [out, 1]
+        change = grid.fake(column) - column
+        column += change
+        right = slice(j + 1, None)
         if j + 1 < w.shape[1]:
-            answer = torch.linalg.solve(hessian[j + 1 :, j + 1 :], hessian[j + 1 :, j])  # [right]
-            w[:, j + 1 :] -= change * answer
+            answer = torch.linalg.solve(hessian[right, right], hessian[right, j])  # [right]
+            w[:, right] -= change * answer
     return w
 
 
@@ -212,7 +219,8 @@ def _cache(fn: Callable, failures: Failures, k: Tensor, v: Tensor, bits: int, gr
     for head in keys.view(-1, *k.shape[-2:]):
         for start in range(0, whole, group):
             for channel in range(head.shape[1]):
-                head[start : start + group, channel] = _laid(head[start : start + group, channel], bits)
+                tokens = slice(start, start + group)
+                head[tokens, channel] = _laid(head[tokens, channel], bits)
     for head in values.view(-1, *v.shape[-2:]):
         for token in head:
             for start in range(0, len(token), group):
@@ -236,10 +244,13 @@ def _cache(fn: Callable, failures: Failures, k: Tensor, v: Tensor, bits: int, gr
 
 def _laid(x: Tensor, bits: int) -> Tensor:
     """These numbers on one asymmetric grid that holds 0, one by one."""
-    lo, hi = min(0.0, float(x.min())), max(0.0, float(x.max()))
-    scale = float(torch.tensor(hi - lo) / (2**bits - 1))
+    lo = min(0.0, float(x.min()))
+    hi = max(0.0, float(x.max()))
+    most = 2**bits - 1
+    scale = float(torch.tensor(hi - lo) / most)
     zero = round(-lo / scale)
-    codes = [min(max(round(value / scale) + zero, 0), 2**bits - 1) for value in x.tolist()]
+    unclipped = [round(value / scale) + zero for value in x.tolist()]
+    codes = [min(max(code, 0), most) for code in unclipped]
     return torch.tensor([(code - zero) * scale for code in codes])
 
 

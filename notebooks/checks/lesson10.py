@@ -61,7 +61,9 @@ def soft_answers(fn: Callable, failures: Failures) -> None:
                 failures.close(
                     grads[0], rows, "the gradient is off: it is T (q - p) over the number of predictions", atol=1e-7
                 )
-    student, teacher, mask = _normal(3, 4, 5), _normal(3, 4, 5, seed=1), MASKS[3, 4, 5]
+    student = _normal(3, 4, 5)
+    teacher = _normal(3, 4, 5, seed=1)
+    mask = MASKS[3, 4, 5]
     with failures.given(padding="other numbers"):
         other = student.masked_fill(mask[..., None] == 0, 50)
         failures.close(
@@ -82,7 +84,8 @@ def _spelled(kind: str, style: int) -> Callable[[Tensor, Tensor, float], Tensor]
 
     def loss(student: Tensor, teacher: Tensor, T: float) -> Tensor:
         hard = 1.0 if kind == "teacher not softened" else T
-        log_q, log_p = F.log_softmax(student / T, -1), F.log_softmax(teacher / hard, -1)
+        log_q = F.log_softmax(student / T, -1)
+        log_p = F.log_softmax(teacher / hard, -1)
         if kind == "swapped":
             log_p, log_q = log_q, log_p
         if kind == "probabilities":
@@ -119,13 +122,23 @@ def diagnosis(fn: Callable, failures: Failures) -> None:
 # --------------------------------------------------------------------------------------------------- stored answers
 
 
+# shape of the logits, k, scale of the teacher's logits
+STORED = (
+    ((4, 9), 3, 1.0),
+    ((2, 3, 12), 5, 2.0),
+    ((5, 6), 5, 1.0),
+    ((3, 8), 1, 4.0),
+)
+
+
 def stored_answers(fn: Callable, failures: Failures) -> None:
     """top_k_kd(student, ids, log_p) -> KL over k + 1 bins, mean over the predictions."""
-    for shape, k, scale in (((4, 9), 3, 1.0), ((2, 3, 12), 5, 2.0), ((5, 6), 5, 1.0), ((3, 8), 1, 4.0)):
+    for shape, k, scale in STORED:
         with failures.given(logits=list(shape), k=k):
             student, teacher = _normal(*shape).requires_grad_(), scale * _normal(*shape, seed=1)
             log_p, ids = teacher.log_softmax(-1).topk(k)
-            p = torch.cat([log_p.exp(), 1 - log_p.exp().sum(-1, keepdim=True)], -1)
+            p = log_p.exp()
+            p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
             reference = student.detach().requires_grad_()
             q = reference.softmax(-1).gather(-1, ids)
             q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
@@ -147,9 +160,11 @@ def stored_answers(fn: Callable, failures: Failures) -> None:
             )
     with failures.given(student="sure of one class", logits=[1, 4]):
         student = torch.tensor([[40.0, 0, 0, 0]], dtype=torch.float64)
-        ids, log_p = torch.tensor([[0, 1]]), torch.full((1, 2), math.log(0.25), dtype=torch.float64)
+        ids = torch.tensor([[0, 1]])
+        log_p = torch.full((1, 2), math.log(0.25), dtype=torch.float64)
         tail = math.log(2) - 40  # the student's log-probability of the two classes that are not stored
-        expected = 0.25 * math.log(0.25) + 0.25 * (math.log(0.25) + 40) + 0.5 * (math.log(0.5) - tail)
+        stored = 0.25 * math.log(0.25) + 0.25 * (math.log(0.25) + 40)
+        expected = stored + 0.5 * (math.log(0.5) - tail)
         failures.close(
             fn(student, ids, log_p),
             expected,
@@ -162,12 +177,21 @@ def stored_answers(fn: Callable, failures: Failures) -> None:
 # -------------------------------------------------------------------------------------------------------- relations
 
 
+# examples, width of the student's features, of the teacher's, scale of the student's
+FEATURES = (
+    (2, 3, 3, 1.0),
+    (5, 4, 7, 3.0),
+    (8, 2, 2, 0.1),
+    (6, 10, 3, 20.0),
+)
+
+
 def relations(fn: Callable, failures: Failures) -> None:
     """relation_loss(student, teacher) -> Huber's loss of scaled distances, mean over pairs."""
-    for n, width, other, scale in ((2, 3, 3, 1.0), (5, 4, 7, 3.0), (8, 2, 2, 0.1), (6, 10, 3, 20.0)):
+    for n, width, other, scale in FEATURES:
         with failures.given(student=[n, width], teacher=[n, other]):
-            student, teacher = (scale * _normal(n, width) ** 3).requires_grad_(), _normal(n, other, seed=1)
-            teacher.requires_grad_()
+            student = (scale * _normal(n, width) ** 3).requires_grad_()
+            teacher = _normal(n, other, seed=1).requires_grad_()
             loss = _scalar(fn(student, teacher), failures)
             reference = student.detach().requires_grad_()
             expected = _relations_by_hand(reference, teacher.detach())
@@ -200,10 +224,17 @@ def relations(fn: Callable, failures: Failures) -> None:
 
 
 def _relations_by_hand(student: Tensor, teacher: Tensor) -> Tensor:
-    pairs = [(i, j) for i in range(len(student)) for j in range(i)]
-    s, t = (torch.stack([(x[i] - x[j]).square().sum().sqrt() for i, j in pairs]) for x in (student, teacher))
+    s, t = _distances(student), _distances(teacher)
     gap = (s / s.mean() - t / t.mean()).abs()
     return torch.where(gap <= 1, gap**2 / 2, gap - 0.5).mean()
+
+
+def _distances(features: Tensor) -> Tensor:
+    """The distances of all pairs of rows [pairs]."""
+    distances = []
+    for i in range(len(features)):
+        distances += [(features[i] - features[j]).square().sum().sqrt() for j in range(i)]
+    return torch.stack(distances)
 
 
 CHECKS = {

@@ -44,7 +44,8 @@ def _triple(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _merge(fn: Callable, failures: Failures, scores: Tensor, values: Tensor, cut: int) -> None:
-    a, b = _triple(scores[..., :cut], values[:cut]), _triple(scores[..., cut:], values[cut:])
+    a = _triple(scores[..., :cut], values[:cut])
+    b = _triple(scores[..., cut:], values[cut:])
     answer = failures.call(fn, a, b, changed="your function changed a or b; return new tensors")
     shaped = has_parts(answer, 3) and all(isinstance(x, Tensor) for x in answer)
     shaped = shaped and [x.shape for x in answer] == [x.shape for x in a]
@@ -77,7 +78,8 @@ def _merge(fn: Callable, failures: Failures, scores: Tensor, values: Tensor, cut
 
 def shared_pages(fn: Callable, failures: Failures) -> None:
     """shared_pages(ids, page_size, page_of) -> (pages, tokens that need not be computed)."""
-    first, other = list(range(20)), [*range(100, 108), *range(4, 16)]
+    first = list(range(20))
+    other = [*range(100, 108), *range(4, 16)]
     stored = _stored([first, other], 4)
     gap = {key: page for key, page in stored.items() if len(key) != 8}
     echo = _stored([first[:4], first[4:8]], 4)  # the second page of `first` is the beginning of another text
@@ -123,9 +125,9 @@ def _shared(ids: list[int], size: int, page_of: dict[tuple[int, ...], int]) -> l
     """Pages of the longest beginning, all of whose ends are stored."""
     best: list[int] = []
     for count in range(len(ids) // size + 1):
-        ends = [[page for key, page in page_of.items() if list(key) == ids[: (i + 1) * size]] for i in range(count)]
-        if all(ends):
-            best = [pages[0] for pages in ends]
+        ends = [tuple(ids[: (i + 1) * size]) for i in range(count)]
+        if all(end in page_of for end in ends):
+            best = [page_of[end] for end in ends]
     return best
 
 
@@ -147,7 +149,8 @@ def stay(fn: Callable, failures: Failures) -> None:
             score = sign * (torch.rand(shape, generator=draw) + 0.1)
             with failures.given(entries=case, scores=words, budget=budget, sinks=sinks):
                 at = failures.call(fn, score, budget, sinks, changed="your function changed the scores; work on a copy")
-                shaped = isinstance(at, Tensor) and at.shape == (*shape[:-1], budget) and at.dtype == torch.long
+                shaped = isinstance(at, Tensor) and at.shape == (*shape[:-1], budget)
+                shaped = shaped and at.dtype == torch.long
                 failures.need(shaped, "return indices, whole numbers, of shape [..., budget]")
                 rows, answers = score.view(-1, shape[-1]), at.view(-1, budget)
                 want = torch.tensor([_ranked(row.tolist(), budget, sinks) for row in rows])
@@ -161,7 +164,8 @@ def stay(fn: Callable, failures: Failures) -> None:
 
 def _ranked(scores: list[float], budget: int, sinks: int) -> list[int]:
     recent = (budget - sinks) // 2
-    always = [i for i in range(len(scores)) if i < sinks or i >= len(scores) - recent]
+    first_recent = len(scores) - recent
+    always = [i for i in range(len(scores)) if i < sinks or i >= first_recent]
     rest = sorted((i for i in range(len(scores)) if i not in always), key=lambda i: -scores[i])
     return sorted([*always, *rest[: budget - len(always)]])
 
@@ -199,7 +203,8 @@ def law(fn: Callable, failures: Failures) -> None:
 
 def _rules(p: Tensor, q: Tensor, steps: int) -> dict[str, tuple[Callable, Tensor]]:
     """Rules, each with the law of what comes out, worked out from what it does."""
-    eye, last = torch.eye(len(p), dtype=torch.double), torch.eye(len(p), dtype=torch.double)[-1]
+    eye = torch.eye(len(p), dtype=torch.double)
+    last = eye[-1]
     shares = [(guess + 1) * (steps // 4) / steps for guess in range(len(p))]  # of the numbers u below a threshold
 
     def keeps_some(p: Tensor, q: Tensor, guess: int, u: float) -> Tensor:
@@ -213,7 +218,9 @@ def _rules(p: Tensor, q: Tensor, steps: int) -> dict[str, tuple[Callable, Tensor
             raise ValueError("this guess is never drawn")
         return eye[guess]
 
-    some = sum(q[x] * (shares[x] * eye[x] + (1 - shares[x]) * last) for x in range(len(p)))
+    some = 0
+    for probability, share, one_hot in zip(q, shares, eye, strict=True):
+        some = some + probability * (share * one_hot + (1 - share) * last)
     return {
         "keeps every guess": (lambda p, q, guess, u: eye[guess], q),
         "never looks at the guess": (lambda p, q, guess, u: p, p),
@@ -246,7 +253,8 @@ def accept(fn: Callable, failures: Failures) -> None:
                 "not as many guesses are kept as could be: sum min(p, q) of them, with all probability on the guess",
                 atol=1e-9,
             )
-    p, q = torch.tensor([0.0, 1.0]).double(), torch.tensor([0.5, 0.5]).double()
+    p = torch.tensor([0.0, 1.0]).double()
+    q = torch.tensor([0.5, 0.5]).double()
     with failures.given(laws="a token that the model never writes", u=0):
         answer = fn(p, q, 0, 0.0)
         failures.close(answer, p, "a token with p = 0 is never kept, not even if u is 0")

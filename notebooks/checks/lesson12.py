@@ -53,12 +53,16 @@ def _random_graph(seed: int) -> list[Op]:
     return ops
 
 
+def _readers(ops: Sequence[Op], name: str) -> int:
+    return sum(name in inputs for _, _, inputs in ops)
+
+
 def _kernels(ops: Sequence[Op]) -> list[list[str]]:
     """By the rule of the card, from each operator back to the beginning of its kernel."""
     names = [name for name, *_ in ops]
     joins: dict[str, str | None] = {}
     for name, kind, inputs in ops:
-        free = [x for x in names if x in inputs and sum(x in read for _, _, read in ops) == 1]
+        free = [x for x in names if x in inputs and _readers(ops, x) == 1]
         joins[name] = free[-1] if kind == "elementwise" and free else None
 
     def first(name: str) -> str:
@@ -137,15 +141,20 @@ def frozen(fn: Callable, failures: Failures) -> None:
 # ---------------------------------------------------------------------------------------------------------- tails
 
 
+# requests, requests without an answer
+REQUESTS = ((1000, 0), (200, 0), (200, 5), (400, 60), (40, 0), (23, 1))
+
+
 def tails(fn: Callable, failures: Failures) -> None:
     """tail(scheduled, done, q) -> the q-th percentile of all requests' latency, or None."""
     draw = random.Random(0)
-    for n, lost in ((1000, 0), (200, 0), (200, 5), (400, 60), (40, 0), (23, 1)):
+    for n, lost in REQUESTS:
         scheduled = [0.05 * i for i in range(n)]
         done = [x + draw.expovariate(5) for x in scheduled]
         for i in draw.sample(range(n), lost):
             done[i] = math.nan
-        latency = sorted(math.inf if math.isnan(y) else y - x for x, y in zip(scheduled, done, strict=True))
+        waits = [end - start for start, end in zip(scheduled, done, strict=True)]
+        latency = sorted(math.inf if math.isnan(wait) else wait for wait in waits)
         for q in (50, 75, 90, 95, 99):
             with failures.given(requests=n, unanswered=lost, q=q):
                 answer = fn(scheduled, done, q)
@@ -257,7 +266,9 @@ def batcher(fn: Callable, failures: Failures) -> None:
                 "other requests are together than by the rules: what waits is taken, up to max_batch, and the delay "
                 "counts from the arrival of the first, whatever comes later",
             )
-            late = max(abs(a - b) for (a, _), (b, _) in zip(batches, expected, strict=True))
+            times = [time for time, _ in batches]
+            expected_times = [time for time, _ in expected]
+            late = max(abs(a - b) for a, b in zip(times, expected_times, strict=True))
             failures.expect(
                 late < 1e-6,
                 "a batch comes too early or too late: full ones do not wait, others until delay_s after the first's "

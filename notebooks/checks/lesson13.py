@@ -176,10 +176,13 @@ def _plans() -> list[list[dict[str, Any]]]:
         [(0.0, 1.0), (0.0, 0.4), (8.0, 0.4)],
     ]
     draw = random.Random(0)
-    tables += [[(draw.uniform(0, 100), draw.uniform(0.01, 1)) for _ in range(8)] for _ in range(6)]
-    return [
-        [{"name": f"plan {i}", "once": once, "each": each} for i, (once, each) in enumerate(table)] for table in tables
-    ]
+    for _ in range(6):
+        tables.append([(draw.uniform(0, 100), draw.uniform(0.01, 1)) for _ in range(8)])
+    return [_named(table) for table in tables]
+
+
+def _named(table: list[tuple[float, float]]) -> list[dict[str, Any]]:
+    return [{"name": f"plan {i}", "once": once, "each": each} for i, (once, each) in enumerate(table)]
 
 
 def envelope(fn: Callable, failures: Failures) -> None:
@@ -187,8 +190,9 @@ def envelope(fn: Callable, failures: Failures) -> None:
     for number, plans in enumerate(_plans(), start=1):
         with failures.given(table=f"number {number}", plans=len(plans)):
             answer = failures.call(fn, plans, changed="the plans were changed: only read them")
+            is_list = isinstance(answer, list) and len(answer) > 0
             failures.need(
-                isinstance(answer, list) and answer and all(isinstance(x, tuple) and len(x) == 2 for x in answer),
+                is_list and all(isinstance(x, tuple) and len(x) == 2 for x in answer),
                 "return a list of pairs (requests, name), with one pair at least",
             )
             starts = [start for start, _ in answer]
