@@ -236,9 +236,9 @@ def _lacking(assets: Iterable[fetch.Asset]) -> tuple[str, str] | None:
 
 def _kernel() -> tuple[str, str]:
     """Start the kernel that the lessons run in and ask it for an answer."""
-    from course.run import this_interpreter
+    from course.child import kernel_manager_class
 
-    manager = this_interpreter(blocking=True)(kernel_name="python3")
+    manager = kernel_manager_class(blocking=True)(kernel_name="python3")
     manager.start_kernel(stderr=subprocess.DEVNULL)
     try:
         client = manager.blocking_client()
