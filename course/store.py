@@ -54,7 +54,7 @@ class Job:
 
     def folder(self) -> Path:
         """Name the folder for a good result of the job, from the current code and machine."""
-        from labkit.timing.machine import fingerprint, torch_device
+        from labkit.timing.machine import fingerprint, torch_device  # imports torch
 
         machine = fingerprint(torch_device(self.device)).slug
         facts = json.dumps([self.parameters, code_version(), machine], sort_keys=True)

@@ -29,7 +29,7 @@ SLEEPS = Answer("01.2", "time_bound", [], "import time\ntime.sleep(600)")
 EVERY_MUTANT = """
 import importlib, json
 from course import answers, grade, sandbox
-from labkit import checks
+from labkit.lesson import check as checks
 
 lessons, _ = grade.read_lessons()
 for statement in grade._imports(lessons, [lesson.name for lesson in lessons]):
@@ -91,7 +91,7 @@ def keepers_at_work() -> list[psutil.Process]:
 @pytest.fixture
 def runner() -> Iterator[Runner]:
     with answers.runner(
-        ["import labkit.lesson.settings", "from labkit.lesson import check", "check.load('01')"], seconds=60
+        ["import labkit.lesson.settings", "from labkit.lesson import check; check.load('01')"], seconds=60
     ) as opened:
         yield opened
 
