@@ -128,7 +128,8 @@ class _Progress:
         """Show a cell. The cell injected by papermill counts, and belongs to the section before."""
         section = self.sections.get(cell.get("id"), self.section)
         seconds = time.monotonic() - self.began
-        line = f"{self.lesson}  cell {cell_index:2}/{len(self.sections)}  {seconds:4.0f} s  {section}"
+        cell_number = f"cell {cell_index:2}/{len(self.sections)}"
+        line = f"{self.lesson}  {cell_number}  {seconds:4.0f} s  {section}"
         for terminal in self.terminals:
             if os.isatty(terminal):
                 width = os.get_terminal_size(terminal).columns

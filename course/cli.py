@@ -37,7 +37,7 @@ class _Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; InputError for an unknown name, or for a command without the lessons it needs."""
+        """Find a command; InputError for an unknown name, or for a command that needs lessons in a place without."""
         name = args[0]
         if name not in self.commands and not name.startswith("-"):
             close = get_close_matches(name, self.commands, 1)
@@ -143,7 +143,8 @@ def doctor(as_json: bool) -> None:
     good = True
     for finding in doctor.findings():
         good &= finding.good
-        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:9}  {finding.text}")
+        state = "OK" if finding.good else "FAIL"
+        click.echo(f"{state:4}  {finding.name:9}  {finding.text}")
     sys.exit(not good)
 
 
@@ -202,10 +203,10 @@ def run(
             click.echo("\n".join(["", *map(str, done)]))
         click.echo(f"report  {_report([out])}")
     except KeyboardInterrupt:
-        kept = "earlier results are as they were"
+        results = "earlier results are as they were"
         if done:
-            kept = f"kept: {', '.join(result.lesson for result in done)}"
-        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {kept}.", err=True)
+            results = f"kept: {', '.join(result.lesson for result in done)}"
+        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {results}.", err=True)
         sys.exit(130)
     sys.exit(any(result.error for result in done))
 
@@ -497,8 +498,8 @@ def list_() -> None:
     from labkit.data.fetch import assets
 
     for asset in assets().values():
-        megabytes = asset.bytes / 1e6
-        click.echo(f"{asset.state:8} {asset.kind:10} {megabytes:8.1f} MB  {asset.name:40} {asset.licence}")
+        size = f"{asset.bytes / 1e6:8.1f} MB"
+        click.echo(f"{asset.state:8} {asset.kind:10} {size}  {asset.name:40} {asset.licence}")
 
 
 @data.command("fetch")

@@ -1,6 +1,6 @@
-"""The checks of `./lab doctor`: a table of functions, each of which returns a description and a remedy.
+"""The checks of `./lab doctor`: a table of functions; each returns a description and a remedy.
 
-A remedy is given only for a fault that the user can mend: a machine without a GPU or a compiler is a good machine. The
+A remedy is given only for a fault within the user's reach: a machine without a GPU or a compiler is a good machine. The
 checks read, start a kernel, and a CUDA kernel if a GPU is present, and change no file.
 """
 
@@ -39,9 +39,9 @@ CheckResult = tuple[str, str]  # what was seen, and what is to be done: "" where
 class Finding:
     """The result of a check.
 
-    name  name of the check, such as "memory"
-    good  True if the user has nothing to do
-    text  the description, with the remedy if there is a fault
+    name  name of the check, for example "memory"
+    good  True if the check found no fault
+    text  the description, and the remedy for a fault
     """
 
     name: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """Make all checks in order, the lessons last; a check that fails with an error is a finding too."""
+    """Make all checks in order, the lessons last; an error during a check is a finding too."""
     checks = dict(CHECKS)
     for path in notebooks.all_lessons():
         checks[f"lesson {path.stem[:2]}"] = partial(lesson, path)
@@ -114,7 +114,7 @@ def _torch() -> CheckResult:
 
 
 def _cpu() -> CheckResult:
-    """Name the CPU, and the instructions for fast inference present and absent, of all that its kind can have."""
+    """Name the CPU, and the instructions for fast inference present and absent, of all that the architecture has."""
     from labkit.timing.machine import FEATURES, fingerprint
 
     machine = fingerprint("cpu")
@@ -266,7 +266,7 @@ def _readiness(states: dict[str, str]) -> CheckResult:
 
 
 def _targets() -> CheckResult:
-    """List the systems of labkit/deploy/targets.toml that run here or can be compiled for."""
+    """List the systems of labkit/deploy/targets.toml, of which some run on the machine or can be compiled for."""
     from labkit.deploy import targets
 
     systems = targets.by_status()
@@ -305,7 +305,7 @@ def _data() -> CheckResult:
 
 
 def _lacking(assets: Iterable[fetch.Asset]) -> CheckResult | None:
-    """List the missing and damaged assets, with the commands that bring them back; None if all are ready."""
+    """List the missing and damaged assets, with commands for bringing back all of them; None if all are ready."""
     lacking = [asset for asset in assets if asset.state != "ready"]
     if not lacking:
         return None

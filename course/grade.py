@@ -304,8 +304,12 @@ def _lesson_of(cells: _Cells, named: set[str], lessons: Sequence[Lesson]) -> str
 
 
 def _number_of_answers(cells: _Cells, lesson: Lesson) -> int:
-    answered = [task for task in lesson.exercises if any(_defines(source, task.function) for _, source in cells)]
-    return len(answered)
+    """Count the lesson's exercises with a function somewhere in the cells."""
+    count = 0
+    for task in lesson.exercises:
+        if any(_defines(source, task.function) for _, source in cells):
+            count += 1
+    return count
 
 
 def _entries(student: str, lesson: Lesson, handed_in: _Cells | str | None) -> Iterator[_Entry]:
@@ -347,8 +351,11 @@ def _cells_before(lesson: Lesson, task: Exercise, handed_in: _Cells) -> list[str
     ids = [cell_id for cell_id, _ in lesson.cells]
     above = [source for _, source in lesson.cells[: ids.index(task.cell_id)]]
     added = [source for cell_id, source in handed_in if cell_id not in ids]
-    functions = {exercise.function for exercise in lesson.exercises}
-    return above + [source for source in added if not any(_defines(source, function) for function in functions)]
+    return above + [source for source in added if not _answers_any(source, lesson)]
+
+
+def _answers_any(source: str, lesson: Lesson) -> bool:
+    return any(_defines(source, exercise.function) for exercise in lesson.exercises)
 
 
 def _find(cells: _Cells, task: Exercise) -> tuple[str, str] | None:

@@ -337,7 +337,8 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
         answers |= {task.id: task.solution for task in tasks}
         points = sum(task.points for task in tasks)
         minutes = sum(task.minutes for task in tasks)
-        rows.append(f"| [{title(source)}]({name}) | {len(tasks)}, {points} points | {minutes} |")
+        link = f"[{title(source)}]({name})"
+        rows.append(f"| {link} | {len(tasks)}, {points} points | {minutes} |")
     files.write_text(folder / "README.md", _INDEX.format(rows="\n".join(rows)))
 
     litter = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")

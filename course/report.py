@@ -109,7 +109,8 @@ def _challenge_figure(entries: Sequence[tuple[str, Challenge]]) -> dict[str, Any
         if task.point and task.goals == newest.goals:
             points.append({"run": run_name, **task.point})
     reached = [point["run"] for point in points if not challenge.missed(newest.goals, point)]
-    caption = f"Challenge {newest.name}: {newest.goal} {len(reached)} of {len(entries)} runs reached it."
+    number_reached = f"{len(reached)} of {len(entries)} runs reached it."
+    caption = f"Challenge {newest.name}: {newest.goal} {number_reached}"
     names = ", ".join(reached) or "none yet"
     alt = f"The goal is {challenge.asked(newest.goals)}. Reached by: {names}."
     draw = functools.partial(challenge.plane, goals=newest.goals, points=points, label="run")

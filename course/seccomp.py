@@ -60,7 +60,7 @@ _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # EPERM
 _MODE_FILTER = 2
 
 
-class Step(NamedTuple):
+class Instruction(NamedTuple):
     """An instruction of a filter.
 
     code       the operation, such as _LOAD or _IF_EQUAL
@@ -77,7 +77,7 @@ class Step(NamedTuple):
     label: str = ""
 
 
-def program(machine: str) -> list[Step]:
+def program(machine: str) -> list[Instruction]:
     """Write the filter for a machine, "x86_64" or "aarch64".
 
     The filter looks at the architecture, since a call's number means nothing without, then at the number of the call,
@@ -85,27 +85,27 @@ def program(machine: str) -> list[Step]:
     """
     column, architecture = _ARCHITECTURES[machine]
     steps = [
-        Step(_LOAD, _ARCHITECTURE),
-        Step(_IF_EQUAL, architecture, otherwise="refuse"),
-        Step(_LOAD, _CALL_NUMBER),
+        Instruction(_LOAD, _ARCHITECTURE),
+        Instruction(_IF_EQUAL, architecture, otherwise="refuse"),
+        Instruction(_LOAD, _CALL_NUMBER),
     ]
     for name, numbers in ALLOWED.items():
         number = numbers[column]
         if number is not None:
             asks_for_an_argument = name in FLAGS or name in VALUES
-            steps.append(Step(_IF_EQUAL, number, then=name if asks_for_an_argument else "allow"))
-    steps.append(Step(_RETURN, _REFUSE))
+            steps.append(Instruction(_IF_EQUAL, number, then=name if asks_for_an_argument else "allow"))
+    steps.append(Instruction(_RETURN, _REFUSE))
     for name, (argument, bits) in FLAGS.items():
         forbidden_bits = ~bits & 0xFFFFFFFF
-        steps.append(Step(_LOAD, _place(argument), label=name))
-        steps.append(Step(_IF_ANY_BIT, forbidden_bits, then="refuse", otherwise="allow"))
+        steps.append(Instruction(_LOAD, _place(argument), label=name))
+        steps.append(Instruction(_IF_ANY_BIT, forbidden_bits, then="refuse", otherwise="allow"))
     for name, (argument, values) in VALUES.items():
-        steps.append(Step(_LOAD, _place(argument), label=name))
+        steps.append(Instruction(_LOAD, _place(argument), label=name))
         for value in values:
-            steps.append(Step(_IF_EQUAL, value, then="allow"))
-        steps.append(Step(_RETURN, _REFUSE))
-    steps.append(Step(_RETURN, _REFUSE, label="refuse"))
-    steps.append(Step(_RETURN, _ALLOW, label="allow"))
+            steps.append(Instruction(_IF_EQUAL, value, then="allow"))
+        steps.append(Instruction(_RETURN, _REFUSE))
+    steps.append(Instruction(_RETURN, _REFUSE, label="refuse"))
+    steps.append(Instruction(_RETURN, _ALLOW, label="allow"))
     return steps
 
 
@@ -113,7 +113,7 @@ def _place(argument: int) -> int:
     return _ARGUMENTS + _ARGUMENT_BYTES * argument
 
 
-def assembled(steps: list[Step]) -> bytes:
+def assembled(steps: list[Instruction]) -> bytes:
     """Translate a filter for the kernel: 8 bytes a step, with each label as the number of steps to jump over."""
     places = {step.label: place for place, step in enumerate(steps) if step.label}
 

@@ -89,7 +89,8 @@ class Run:
 
     def __str__(self) -> str:
         state = "failed" if self.error else "done"
-        return f"{state:6}  {self.lesson:36}{self.seconds:6.0f} s  {self.peak_memory / 1e9:5.1f} GB  {self.notebook}"
+        memory = f"{self.peak_memory / 1e9:5.1f} GB"
+        return f"{state:6}  {self.lesson:36}{self.seconds:6.0f} s  {memory}  {self.notebook}"
 
 
 def code_version() -> str:

@@ -235,7 +235,9 @@ def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
         "from what and why. A range in brackets is a 95 % interval."
     )
     tables = report.template().module
-    titles = {int(path.stem[:2]): notebooks.title(notebooks.read(path)) for path in notebooks.all_lessons()}
+    titles = {}
+    for path in notebooks.all_lessons():
+        titles[int(path.stem[:2])] = notebooks.title(notebooks.read(path))
     claims_by_section: dict[int, list[Claim]] = {}
     for claim in claims.load().values():
         claims_by_section.setdefault(claim.section, []).append(claim)

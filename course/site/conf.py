@@ -3,9 +3,9 @@
 Formulas become MathML while the site is built, so that a page needs neither a script nor a network to show them.
 """
 
+from typing import Any
+
 from docutils import nodes
-from sphinx.application import Sphinx
-from sphinx.writers.html5 import HTML5Translator
 
 from course.site import mathml
 
@@ -39,16 +39,16 @@ html_theme_options = {
 }
 
 
-def setup(app: Sphinx) -> None:
-    """Register the renderer of formulas; called by Sphinx."""
+def setup(app: Any) -> None:
+    """Register the renderer of formulas. Sphinx calls the function with its application object."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
 
 
-def _inline(self: HTML5Translator, node: nodes.math) -> None:
+def _inline(self: Any, node: nodes.math) -> None:
     self.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
-def _block(self: HTML5Translator, node: nodes.math_block) -> None:
+def _block(self: Any, node: nodes.math_block) -> None:
     self.body.append(f'<div class="formula">{mathml(node.astext(), display="block")}</div>')
     raise nodes.SkipNode
