@@ -27,7 +27,8 @@ pytestmark = [
 STUB = Answer("01.2", "time_bound", [], "def time_bound(*a): raise NotImplementedError")
 SLEEPS = Answer("01.2", "time_bound", [], "import time\ntime.sleep(600)")
 EVERY_MUTANT = """
-import importlib, json
+import json
+import mutants
 from course import answers, grade, sandbox
 from labkit.lesson import check as checks
 
@@ -36,9 +37,9 @@ for statement in grade._imports(lessons, [lesson.name for lesson in lessons]):
     exec(statement, {})
 answers._load_kernels()
 for number in sorted({id.partition(".")[0] for id in checks.ids()}):
-    bank = importlib.import_module(f"mutants.lesson{number}")
-    right = [(id, "right", fn) for id, some in bank.RIGHT.items() for fn in some]
-    wrong = [(id, name, fn) for id, some in bank.WRONG.items() for name, fn in some.items()]
+    bank = mutants.bank(number)
+    right = [(id, "right", fn) for id, some in bank.right.items() for fn in some]
+    wrong = [(id, name, fn) for id, some in bank.wrong.items() for name, fn in some.items()]
     for id, name, fn in right + wrong:
         def work():
             result = checks.check(id, fn)
