@@ -26,7 +26,8 @@ from course.tradeoffs import figure, picture, trade_offs
 from labkit import files, show
 from labkit.lesson import challenge, claims
 from labkit.lesson.claims import Claim
-from labkit.lesson.records import Challenge, Prediction, SettledClaim, calibration, off_by
+from labkit.lesson.predictions import calibration, off_by
+from labkit.lesson.records import Challenge, Prediction, SettledClaim
 
 DIFFERS, NOT_YET = "differs by machine", "not yet measured"
 NOT_SETTLED, NOT_HERE = "not settled here", "not measurable here"

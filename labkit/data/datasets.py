@@ -1,7 +1,7 @@
-"""The course's real data by name: Fashion-MNIST, movie-review snippets, the Debian handbook's prose and four photos.
+"""Real data of the course by name: Fashion-MNIST, movie-review snippets, the Debian handbook's prose and four photos.
 
-All of it is committed under data/ (sources and licences: data/manifest.toml). The splits follow from the data, not
-from a random generator: they are the same on every machine. Nothing here downloads or augments.
+All data are committed under data/ (sources and licences: data/manifest.toml). The splits follow from the data, not
+from a random generator, so the splits are the same on every machine. No function downloads or augments.
 """
 
 import gzip
@@ -47,7 +47,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Reviews:
-    """N snippets and labels int64 [N]: 1 positive, 0 negative."""
+    """N snippets of text, and labels int64 [N]: 1 positive, 0 negative."""
 
     texts: list[str]
     labels: Tensor
@@ -57,95 +57,128 @@ class Reviews:
 
 
 def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) -> Split:
-    """Fashion-MNIST (Xiao et al. 2017): "train" 55,000, "validation" 5,000 (kept out of "train"), "test" 10,000 images.
+    """Load Fashion-MNIST (Xiao et al. 2017), 28x28 grey images of ten kinds of clothes.
 
-    Validation images are for choices, test images for the figure that is reported. `n` draws a subset with `seed` whose
-    classes differ by at most one image. Raises InputError for an unknown split or an `n` outside 1..size.
+    split  "train" 55,000 images, "validation" 5,000 (held out of "train") for choices, "test" 10,000 for the reported
+           number
+    n      size of a subset in which the classes differ by at most one image; None for all
+    seed   draws the subset
+    Raises InputError for an unknown split or an `n` outside 1..size.
     """
     check_choice(split, SPLITS, "split")
     stem = "t10k" if split == "test" else "train"
     images = torch.from_numpy(_idx(f"fashion-mnist/{stem}-images-idx3-ubyte.gz"))  # uint8 [N, 28, 28]
     labels = torch.from_numpy(_idx(f"fashion-mnist/{stem}-labels-idx1-ubyte.gz")).long()  # [N]
-    if split != "test":  # validation: the last images of each class in the file's order
-        held_out = torch.zeros(len(labels), dtype=torch.bool)
-        for digit in range(len(FASHION_CLASSES)):
-            held_out[(labels == digit).nonzero().flatten()[-_VALIDATION_PER_CLASS:]] = True
-        of_split = held_out if split == "validation" else ~held_out
-        images, labels = images[of_split], labels[of_split]
+    if split != "test":
+        held_out = _held_out(labels)
+        in_split = held_out if split == "validation" else ~held_out
+        images, labels = images[in_split], labels[in_split]
     subset = _balanced(labels, n, seed)
     images = images[subset].unsqueeze(1).float().div_(255)  # [N, 1, 28, 28]
     return Split(images.sub_(FASHION_MEAN).div_(FASHION_STD), labels[subset])
 
 
 def reviews(split: str = "train", n: int | None = None) -> Reviews:
-    """Movie-review snippets (Hutto & Gilbert 2014), labelled by the sign of their mean human rating.
+    """Load movie-review snippets (Hutto & Gilbert 2014), labelled by the sign of the mean human rating.
 
-    "train" 7,682, "validation" 800, "test" 2,000; half of each is positive. Snippets that differ only in case, spaces
-    or punctuation count once, so none is in two splits. `n` draws a subset whose classes differ by at most one.
+    split  "train" 7,682 snippets, "validation" 800, "test" 2,000; half of each are positive. Snippets that differ only
+           in case, spaces or punctuation count once, so that no snippet is in two splits
+    n      size of a subset in which the classes differ by at most one; None for all
     Raises InputError for an unknown split or an `n` outside 1..size.
     """
     check_choice(split, SPLITS, "split")
-    file = fetch.path("reviews/movieReviewSnippets_GroundTruth.txt.gz")
-    lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
-    first_of = {}  # normalised text -> (rating, text)
-    for line in lines:
-        _, rating, text = line.split("\t")
-        if float(rating) != 0:
-            first_of.setdefault(re.sub(r"\W+", " ", text.lower()).strip(), (float(rating), text))
-    # sorting by a hash shuffles the file (it is ordered by label) in a way that no version of a generator can change
-    shuffled = [first_of[key] for key in sorted(first_of, key=lambda key: hashlib.sha256(key.encode()).digest())]
-    positive = [text for rating, text in shuffled if rating > 0]
-    negative = [text for rating, text in shuffled if rating < 0]
-    bounds = _review_bounds(min(len(positive), len(negative)))[split]
+    rated = _rated_snippets()
+    positive = [text for rating, text in rated if rating > 0]
+    negative = [text for rating, text in rated if rating < 0]
+    start, end = _review_bounds(min(len(positive), len(negative)))[split]
     # alternating classes: any run of an even number of snippets is balanced
-    pairs = zip(negative[slice(*bounds)], positive[slice(*bounds)], strict=True)
-    texts, labels = [text for pair in pairs for text in pair], torch.tensor([0, 1] * (bounds[1] - bounds[0]))
+    texts = []
+    for pair in zip(negative[start:end], positive[start:end], strict=True):
+        texts += pair
+    labels = torch.tensor([0, 1] * (end - start))
     subset = _balanced(labels, n, seed=0)
     return Reviews([texts[i] for i in subset.tolist()], labels[subset])
 
 
 def handbook(part: str = "test") -> str:
-    """Prose of the Debian Administrator's Handbook (Hertzog & Mas); paragraphs are separated by an empty line.
+    """Load prose of the Debian Administrator's Handbook (Hertzog & Mas); an empty line separates paragraphs.
 
-    "calibration" and "test" come from different chapters. Raises InputError for another part.
+    part  "calibration" or "test", from different chapters
+    Raises InputError for an unknown part.
     """
     check_choice(part, ("calibration", "test"), "part")
     return gzip.decompress(fetch.path(f"handbook/{part}.txt.gz").read_bytes()).decode("utf-8")
 
 
 def photos() -> dict[str, Image.Image]:
-    """Four RGB photos by name, to show a model at work: chelsea (a cat), coffee, china (a palace), flower."""
-    return {name: Image.open(fetch.path(f"photos/{file}")).convert("RGB") for name, file in PHOTOS.items()}
+    """Load four RGB photos by name, to show a model at work: chelsea (a cat), coffee, china (a palace), flower."""
+    paths = {name: fetch.path(f"photos/{file}") for name, file in PHOTOS.items()}
+    return {name: Image.open(path).convert("RGB") for name, path in paths.items()}
 
 
 def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) -> list[Image.Image]:
-    """n random squares of each named photo, photo after photo, with sides from half to all of its shorter side.
+    """Cut random squares from photos, with sides from half to all of the photo's shorter side.
 
-    Crops of one photo are alike: they show how a network treats that photo, not how it does on photos in general.
+    n      squares from each photo, photo after photo
+    names  of the photos
+    seed   draws the squares
+    Crops of a photo are alike: a network's results on the crops are about the photo, not about photos in general.
     Raises InputError for an unknown name or an `n` below 1.
     """
     check_whole(n, "n")
-    images, generator, crops = photos(), torch.Generator().manual_seed(seed), []
+    images = photos()
+    generator = torch.Generator().manual_seed(seed)
+    crops = []
     for name in names:
         check_choice(name, PHOTOS, "photo")
         photo = images[name]
         for share, across, down in torch.rand(n, 3, generator=generator).tolist():
             side = round(min(photo.size) * (1 + share) / 2)
-            x, y = round(across * (photo.width - side)), round(down * (photo.height - side))
+            x = round(across * (photo.width - side))
+            y = round(down * (photo.height - side))
             crops.append(photo.crop((x, y, x + side, y + side)))
     return crops
 
 
 def _idx(name: str) -> np.ndarray:
-    """An idx file of unsigned bytes (LeCun's MNIST page): 0, 0, type 8, rank, rank big-endian sizes, the bytes."""
+    """Read an idx file of unsigned bytes (LeCun's MNIST page): 0, 0, type 8, rank, rank big-endian sizes, the bytes."""
     raw = bytearray(gzip.decompress(fetch.path(name).read_bytes()))  # a bytearray: torch wants a writable buffer
     rank = raw[3]
     shape = np.frombuffer(raw, ">i4", count=rank, offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
+def _held_out(labels: Tensor) -> Tensor:
+    """Mark the validation images, bool [N]: the last images of each class in the file's order."""
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(FASHION_CLASSES)):
+        positions = (labels == label).nonzero().flatten()
+        held_out[positions[-_VALIDATION_PER_CLASS:]] = True
+    return held_out
+
+
+def _rated_snippets() -> list[tuple[float, str]]:
+    """Read all distinct snippets with a rating other than 0, as (rating, text), in a fixed random order.
+
+    The file is ordered by label. Sorting by a hash shuffles the snippets in an order that no version of a random
+    generator can change.
+    """
+    file = fetch.path("reviews/movieReviewSnippets_GroundTruth.txt.gz")
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
+    first_of: dict[str, tuple[float, str]] = {}  # by text without case and punctuation
+    for line in lines:
+        _, rating, text = line.split("\t")
+        if float(rating) != 0:
+            words = re.sub(r"\W+", " ", text.lower()).strip()
+            first_of.setdefault(words, (float(rating), text))
+    by_hash = sorted(first_of, key=lambda words: hashlib.sha256(words.encode()).digest())
+    return [first_of[words] for words in by_hash]
+
+
 def _review_bounds(per_class: int) -> dict[str, tuple[int, int]]:
-    bounds, start = {}, 0
+    """Return (start, end) of each split in the list of a class's `per_class` snippets; `end` is exclusive."""
+    bounds = {}
+    start = 0
     for name, size in _REVIEWS_PER_CLASS.items():
         bounds[name] = (start, start + size)
         start += size
@@ -153,13 +186,14 @@ def _review_bounds(per_class: int) -> dict[str, tuple[int, int]]:
 
 
 def _balanced(labels: Tensor, n: int | None, seed: int) -> Tensor:
-    """Positions [n] of a class-balanced random subset, in the data's order; all of them for n=None."""
+    """Draw the positions [n] of a class-balanced random subset, in the data's order; all positions for n=None."""
     if n is None:
         return torch.arange(len(labels))
     check_whole(n, "n", most=len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rank = torch.empty_like(labels)  # how many of the same class come before, in random order
+    rank = torch.empty_like(labels)  # number of rows of the same class that come before, in random order
     for label in labels.unique():
-        same = order[labels[order] == label]
-        rank[same] = torch.arange(len(same))
-    return order[rank[order].argsort(stable=True)[:n]].sort().values
+        same_class = order[labels[order] == label]
+        rank[same_class] = torch.arange(len(same_class))
+    by_rank = order[rank[order].argsort(stable=True)]  # a row of each class, then a second row of each class, ...
+    return by_rank[:n].sort().values

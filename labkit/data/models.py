@@ -1,7 +1,7 @@
-"""The course's models: each function gives one in eval mode, fp32, on the CPU.
+"""Models of the course: each function returns a model in eval mode, fp32, on the CPU.
 
 Random weights are for shapes only: good for time and bytes, never for accuracy. Weights are read through safetensors
-or weights_only=True. Nothing is downloaded here.
+or weights_only=True, from committed files or from models that `./lab data fetch` has brought; no function downloads.
 """
 
 import contextlib
@@ -23,34 +23,37 @@ from labkit.files import cache_dir
 
 
 def resnet20(pretrained: bool = True) -> ResNet20:
-    """ResNet-20 for Fashion-MNIST from the committed checkpoint, or untrained with pretrained=False."""
+    """Load ResNet-20 for Fashion-MNIST, images [N, 1, 28, 28].
+
+    pretrained  True for the weights of the committed checkpoint, False for random weights
+    """
     model = ResNet20()
     if pretrained:
-        model.load_state_dict(safetensors.torch.load_file(fetch.path("checkpoints/resnet20-fashion-mnist.safetensors")))
+        weights = safetensors.torch.load_file(fetch.path("checkpoints/resnet20-fashion-mnist.safetensors"))
+        model.load_state_dict(weights)
     return model.eval()
 
 
 def efficientnet_lite0() -> EfficientNetLite0:
-    """EfficientNet-lite0, ImageNet, 1000 classes, pretrained; inputs come from `imagenet_input`."""
-    weights = torch.load(
-        fetch.path("efficientnet_lite0") / "efficientnet-lite0.pth", weights_only=True, map_location="cpu"
-    )
+    """Load EfficientNet-lite0, pretrained on ImageNet, 1000 classes; inputs come from `imagenet_input`."""
+    path = fetch.path("efficientnet_lite0") / "efficientnet-lite0.pth"
+    weights = torch.load(path, weights_only=True, map_location="cpu")
     model = EfficientNetLite0()
     load_reference_(model, weights)
     return model.eval()
 
 
 def imagenet_input(images: Sequence[Image.Image]) -> Tensor:
-    """Photos as EfficientNet-lite0 wants them [N, 3, 224, 224]: shorter side to 256, middle 224, (x - 127) / 128."""
+    """Turn photos into inputs of EfficientNet-lite0 [N, 3, 224, 224]: shorter side 256, middle 224, (x - 127) / 128."""
     from torchvision.transforms import v2
 
-    steps = [v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor()]
-    pixels = torch.stack([v2.Compose(steps)(image.convert("RGB")) for image in images])  # uint8 [N, 3, 224, 224]
+    crop = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor()])
+    pixels = torch.stack([crop(image.convert("RGB")) for image in images])  # uint8 [N, 3, 224, 224]
     return (pixels.float() - 127) / 128
 
 
 def minilm() -> nn.Module:
-    """all-MiniLM-L6-v2, a BertModel: 6 layers, 12 heads, 384 wide; pretrained."""
+    """Load all-MiniLM-L6-v2, a pretrained BertModel: 6 layers, 12 heads, 384 wide."""
     from transformers import BertModel
 
     with quietly():
@@ -59,7 +62,7 @@ def minilm() -> nn.Module:
 
 
 def minilm_classifier() -> nn.Module:
-    """MiniLM with a head of two classes, a BertForSequenceClassification; the head's weights are random."""
+    """Load MiniLM with a head of two classes, a BertForSequenceClassification; the head's weights are random."""
     from transformers import BertForSequenceClassification
 
     with quietly(), torch.random.fork_rng(devices=[]):
@@ -69,10 +72,10 @@ def minilm_classifier() -> nn.Module:
 
 
 def with_delta(model: nn.Module, delta: dict[str, Tensor]) -> nn.Module:
-    """A copy of `model` with a low-rank delta added (LoRA, Hu et al. 2021, equation 3).
+    """Copy a model and add a low-rank delta to the copy (LoRA, Hu et al. 2021, equation 3).
 
-    delta: "<layer>.up" [out, r] and "<layer>.down" [r, in], whose product is added to the layer's weight [out, in];
-        every other name is a parameter that replaces the model's.
+    delta  "<layer>.up" [out, r] and "<layer>.down" [r, in]: the product is added to the layer's weight [out, in]. Every
+           further name is a parameter that replaces the model's
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in delta.items():
@@ -87,9 +90,9 @@ def with_delta(model: nn.Module, delta: dict[str, Tensor]) -> nn.Module:
 
 
 def minilm_finetuned() -> nn.Module:
-    """MiniLM fine-tuned on the review snippets, two classes: the fetched model plus the committed low-rank delta.
+    """Load MiniLM fine-tuned on the review snippets, two classes: the fetched model plus the committed low-rank delta.
 
-    data/checkpoints/minilm-reviews-delta.json says how it was made, and its accuracy beside whole fine-tuning's.
+    data/checkpoints/minilm-reviews-delta.json holds the recipe, and the accuracy beside whole fine-tuning's.
     """
     delta = safetensors.torch.load_file(fetch.path("checkpoints/minilm-reviews-delta.safetensors"))
     return with_delta(minilm_classifier(), delta)
@@ -97,8 +100,13 @@ def minilm_finetuned() -> nn.Module:
 
 def review_batches(
     split: str, n: int | None = None, *, batch_size: int = 32, max_len: int = 48, seed: int | None = None
-):
-    """Snippets of a split as MiniLM takes them: input_ids and attention_mask [B, T <= max_len], labels [B]."""
+) -> training.Batches:
+    """Tokenize review snippets for MiniLM: batches {input_ids, attention_mask [B, T <= max_len], labels [B]}.
+
+    split, n          as in `datasets.reviews`
+    batch_size, seed  as in `training.Batches`
+    max_len           tokens of a snippet; a longer snippet is cut
+    """
     data = datasets.reviews(split, n)
     encoded = tokenizer("minilm")(
         data.texts, padding="max_length", truncation=True, max_length=max_len, return_tensors="pt"
@@ -108,7 +116,7 @@ def review_batches(
 
 
 def smollm2(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """SmolLM2-135M-Instruct, a LlamaForCausalLM with 30 layers; its weights are dequantised Q4_1, so call it so."""
+    """Load SmolLM2-135M-Instruct, a LlamaForCausalLM with 30 layers; the weights are dequantised Q4_1: say so."""
     from transformers import LlamaForCausalLM
 
     with quietly():
@@ -117,36 +125,36 @@ def smollm2(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def tokenizer(name: str) -> Any:
-    """The tokenizer of "minilm" (also the fine-tuned one) or "smollm2"; works offline."""
+    """Load the tokenizer of "minilm", fine-tuned or not, or of "smollm2"; works offline."""
     from transformers import AutoTokenizer
 
-    folders = {"minilm": lambda: fetch.path("minilm"), "smollm2": _smollm2_folder}
-    check_choice(name, folders, "tokenizer")
+    check_choice(name, ("minilm", "smollm2"), "tokenizer")
+    folder = fetch.path("minilm") if name == "minilm" else _smollm2_folder()
     with quietly():
-        return AutoTokenizer.from_pretrained(folders[name](), local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def resnet50() -> nn.Module:
-    """ResNet-50 (He et al. 2016), images [N, 3, 224, 224]; random weights, shapes only."""
+    """Make ResNet-50 (He et al. 2016), images [N, 3, 224, 224]; random weights, for shapes only."""
     from torchvision.models import resnet50
 
     return _random(lambda: resnet50(weights=None))
 
 
 def bert_base() -> nn.Module:
-    """BERT-base (Devlin et al. 2019), a BertModel: 12 layers, 12 heads, 768 wide; random weights, shapes only."""
+    """Make BERT-base (Devlin et al. 2019), a BertModel: 12 layers, 12 heads, 768 wide; random weights, for shapes."""
     from transformers import BertConfig, BertModel
 
     return _random(lambda: BertModel(BertConfig()))  # the library's defaults are bert-base-uncased
 
 
 def llama3_8b_layer(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """One decoder layer of Llama-3-8B (Dubey et al. 2024, table 3), [B, T, 4096] to the same; random weights."""
+    """Make a decoder layer of Llama-3-8B (Dubey et al. 2024, table 3), [B, T, 4096] to [B, T, 4096]; random weights."""
     return _random(lambda: _LlamaLayer(dtype))
 
 
 class _LlamaLayer(nn.Module):
-    """A layer with its rotary embedding, so that it can be called with hidden states alone; causal, without a cache."""
+    """A decoder layer and the rotary embedding, to be called with hidden states alone; causal, without a cache."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -172,41 +180,43 @@ class _LlamaLayer(nn.Module):
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """transformers without its progress bars, which would land in a notebook's output; the setting is put back."""
+    """Hide the progress bars and warnings of transformers, which would land in a notebook's output, for a block."""
     from transformers.utils import logging
 
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    has_bars = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if shown:
+        if has_bars:
             logging.enable_progress_bar()
 
 
 def _random(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model with random weights, the same at every call; the caller's random state stays as it was."""
+    """Build a model with random weights, the same at every call; the caller's random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build().eval()
 
 
 def _smollm2_folder() -> Path:
-    """The folder of an fp16 copy of SmolLM2, made from its GGUF file at the first call."""
+    """Return the folder of an fp16 copy of SmolLM2, made from the GGUF file at the first call."""
     return fetch.build_once(cache_dir() / "smollm2-fp16", _dequantise)
 
 
 def _dequantise(folder: Path) -> None:
-    """Write what llama.cpp's Q4_1 file stands for (w = d q + m, groups of 32) as fp16 safetensors into `folder`.
+    """Write the weights of llama.cpp's Q4_1 file (w = d q + m, groups of 32) as fp16 safetensors into `folder`.
 
-    The precision that was lost stays lost. transformers flags the model that it reads as quantised, so its weights are
-    copied into a plain one.
+    The lost precision stays lost. transformers flags a model from a GGUF file as quantised, so the weights are copied
+    into a plain model.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source, (file,) = fetch.path("smollm2"), fetch.asset("smollm2").files
+    source = fetch.path("smollm2")
+    (file,) = fetch.asset("smollm2").files
     with quietly():
         loaded = LlamaForCausalLM.from_pretrained(source, gguf_file=file.path, dtype=torch.float32)
         config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
@@ -219,4 +229,8 @@ def _dequantise(folder: Path) -> None:
 def _trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Cut a batch to its longest text; padding beyond it would be computed and thrown away."""
     longest = int(batch["attention_mask"].sum(1).max())
-    return {name: tensor[:, :longest] if tensor.ndim == 2 else tensor for name, tensor in batch.items()}
+    trimmed = dict(batch)
+    for name, tensor in batch.items():
+        if tensor.ndim == 2:
+            trimmed[name] = tensor[:, :longest]
+    return trimmed

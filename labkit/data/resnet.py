@@ -1,7 +1,7 @@
 """ResNets of 6n + 2 layers for small grey images, top to bottom: He et al. 2016, "Deep Residual Learning", section 4.2.
 
-Three stages of n blocks each; a stage has twice the channels of the one before. Where the shape changes the shortcut is
-a 1x1 convolution, the paper's option B. ResNet-20 is the course's CNN, ResNet-8 the student of its distillation.
+Three stages of n blocks each; a stage has twice the channels of the previous stage. At a change of shape the shortcut
+is a 1x1 convolution, the paper's option B. ResNet-20 is the course's CNN, ResNet-8 the student in distillation.
 """
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 2)."""
+
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
@@ -18,7 +20,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            projection = nn.Conv2d(channels, out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:  # [N, channels, H, W]
         y = F.relu(self.bn1(self.conv1(x)))  # [N, out, H/stride, W/stride]
@@ -27,6 +30,8 @@ class BasicBlock(nn.Module):
 
 
 class _ResNet(nn.Module):
+    """Three stages of `blocks` blocks; the first has `channels` channels."""
+
     def __init__(self, blocks: int, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, channels, 3, padding=1, bias=False)
@@ -47,18 +52,20 @@ class _ResNet(nn.Module):
 
 
 def _stage(blocks: int, channels: int, out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(BasicBlock(channels, out, stride), *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
+    first = BasicBlock(channels, out, stride)
+    rest = [BasicBlock(out, out, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *rest)
 
 
 class ResNet20(_ResNet):
-    """Logits [N, 10] for images [N, 1, H, W]; n = 3, stages of 16, 32 and 64 channels; 272,186 parameters."""
+    """Logits [N, 10] of images [N, 1, H, W]; n = 3, stages of 16, 32 and 64 channels; 272,186 parameters."""
 
     def __init__(self) -> None:
         super().__init__(blocks=3, channels=16)
 
 
 class ResNet8(_ResNet):
-    """Logits [N, 10] for images [N, 1, H, W]; n = 1, stages of 8, 16 and 32 channels; 19,810 parameters."""
+    """Logits [N, 10] of images [N, 1, H, W]; n = 1, stages of 8, 16 and 32 channels; 19,810 parameters."""
 
     def __init__(self) -> None:
         super().__init__(blocks=1, channels=8)

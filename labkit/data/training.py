@@ -1,7 +1,21 @@
-"""The one training loop of the course: one-cycle learning rate, bf16 where the processor has it, seeded batches.
+"""Training and scoring: batches of tensors, the training loop of the course, accuracy and perplexity.
 
-The schedule is Smith & Topin's one-cycle policy (2018, arXiv:1708.07120) as torch has it. It trains in place the model
-that it is given, on that model's device; it has no checkpoints, callbacks or loggers: runs here take minutes.
+Open this file first; datasets.py and models.py bring data and models to train and to score:
+
+>>> from labkit.data import datasets, models, training
+>>> train = datasets.fashion_mnist("train", n=64)
+>>> test = datasets.fashion_mnist("test", n=64)
+>>> model = models.resnet20()
+>>> batches = training.Batches((train.images, train.labels), batch_size=32, seed=0)
+>>> history = training.train_(model, batches, max_lr=1e-4)
+>>> len(history.losses)
+2
+>>> training.accuracy(model, training.Batches((test.images, test.labels), 32)) > 0.8
+True
+
+The loop has a one-cycle learning rate (Smith & Topin 2018, arXiv:1708.07120, in torch's form), bf16 on processors with
+bf16, and seeded batches. It trains a model in place on the model's device, without checkpoints, callbacks or loggers:
+runs of the course take minutes.
 """
 
 import contextlib
@@ -17,20 +31,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from labkit.arguments import check_module, check_tensor
+from labkit.arguments import check_loaded, check_module, check_tensor
 from labkit.errors import InputError, check_choice, check_number, check_whole
 from labkit.modules.batches import batch_loss, check_batches, evaluating, split
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
 CHECKED = 20  # steps between two looks at the losses on a device that has to be waited for
+THIN = 16  # channels: a strided 1x1 convolution that reads fewer must not be trained in channels-last order on a CPU
+OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("auto", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Tensors cut into batches: a tuple (inputs, labels) or a dict of what a transformers model takes, all of length N.
+    """Tensors cut into batches; a pass over the object is an epoch.
 
-    Each pass over it is one epoch. With a `seed` each epoch has its own order, and a new object starts again at the
-    first. `collate` is applied to each batch. The last batch may be smaller.
+    data        a tuple (inputs, labels) or a dict of a transformers model's arguments; all tensors have N rows
+    batch_size  rows of a batch; the last batch may be smaller
+    seed        gives each epoch a different order, and a new object the same orders again; None keeps the data's order
+    collate     changes each batch, for example cuts padding
     """
 
     data: Batch
@@ -48,9 +67,12 @@ class Batches:
             check_tensor(tensor, f"tensor {i} of data")
             if not tensor.dim() or not len(tensor):
                 raise InputError(f"tensor {i} of data has shape {list(tensor.shape)}: give one row an example.")
-        if len({len(tensor) for tensor in self._tensors()}) != 1:
-            raise InputError(f"all tensors need one length; they have {[len(tensor) for tensor in self._tensors()]}.")
-        generator = torch.Generator().manual_seed(self.seed) if self.seed is not None else None
+        lengths = [len(tensor) for tensor in self._tensors()]
+        if len(set(lengths)) != 1:
+            raise InputError(f"all tensors need one length; they have {lengths}.")
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed)
         object.__setattr__(self, "_generator", generator)
 
     def _tensors(self) -> list[Tensor]:
@@ -61,7 +83,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         size = len(self._tensors()[0])
-        order = torch.arange(size) if self._generator is None else torch.randperm(size, generator=self._generator)
+        order = torch.arange(size)
+        if self._generator is not None:
+            order = torch.randperm(size, generator=self._generator)
         for indices in order.split(self.batch_size):
             batch = _each(self.data, lambda tensor, indices=indices: tensor[indices])
             yield self.collate(batch) if self.collate else batch
@@ -69,7 +93,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class History:
-    """What a training run was: the loss of each step, its seconds, and its arithmetic, "bf16" or "fp32"."""
+    """A training run: the loss of each step, the duration in seconds, and the arithmetic, "bf16" or "fp32"."""
 
     losses: list[float]
     seconds: float
@@ -77,9 +101,9 @@ class History:
 
 
 def task_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a transformers model computes, or the cross-entropy of its scores [B, classes] and labels [B].
+    """Return the loss of a transformers model, or the cross-entropy of a model's scores [B, classes] and labels [B].
 
-    batch: (inputs, labels), or a dict with "labels"; how a tuple is bound: `batches.split`.
+    batch  (inputs, labels), or a dict with "labels"; `batches.split` tells how a tuple is bound
     """
     return batch_loss(model, batch)
 
@@ -98,41 +122,47 @@ def train_(
     precision: str = "auto",
     label: str = "",
 ) -> History:
-    """Train `model` in place on its own device for `epochs` passes over `batches`, or fewer if `steps` ends first.
+    """Train `model` in place on the model's device for `epochs` passes over `batches`, or fewer if `steps` ends first.
 
-    batches: of what `loss_fn` takes; `task_loss` takes (inputs, labels), or dicts with "labels".
-    optimizer: "sgd" (Nesterov, momentum from .95 to .85 and back as the rate rises and falls) or "adamw". warmup:
-    share of the steps in which the rate rises to `max_lr`. precision: "bf16" (autocast), "fp32", or "auto" for bf16
-    where the device computes in it. label: shown on a progress bar, which appears only with a label. `model` is left
-    in the mode, train or eval, that it came in. Random layers (dropout) draw from torch's global generator: seed it
-    for a run that repeats. No other state of torch changes, and it trains inside torch.no_grad() too.
-    Raises InputError before any work for arguments that cannot be used, and for a loss or a weight that is not finite:
-    no step follows, and weights and buffers are those from before the call, as after every error (an interrupted run
-    keeps what it has learnt), for which it holds a copy of them. On a GPU losses are looked at every 20 steps: a look
-    has to wait for the device.
+    batches       arguments of `loss_fn`; `task_loss` takes (inputs, labels), or dicts with "labels"
+    max_lr        the highest learning rate of the cycle
+    optimizer     "sgd" (Nesterov, momentum from .95 to .85 and back as the rate rises and falls) or "adamw"
+    weight_decay  of the optimizer
+    warmup        share of the steps in which the rate rises to `max_lr`
+    loss_fn       loss_fn(model, batch) returns the loss to minimise, a number
+    precision     "bf16" (autocast), "fp32", or "auto" for bf16 if the device computes in bf16
+    label         of a progress bar; without a label there is no bar
+    The model stays in train or eval mode as before. Random layers (dropout) draw from torch's global generator: seed
+    the generator for a run that repeats. No further state of torch changes; training inside torch.no_grad() works too.
+
+    Raises InputError before any work for unusable arguments, and for a loss or a weight that is not finite. After such
+    an error, and after any exception, weights and buffers are as before the call, of which a copy is held (an
+    interrupted run keeps the progress). On a GPU losses are looked at every 20 steps: a look waits for the device.
     """
     total = _total_steps(batches, epochs, steps)
     _check_recipe(max_lr, optimizer, weight_decay, warmup, precision, loss_fn)
     parameters = _trainable(model)
     device = parameters[0].device
-    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
-    if optimizer == "sgd":
-        descent = torch.optim.SGD(parameters, max_lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-    else:
-        descent = torch.optim.AdamW(parameters, max_lr, weight_decay=weight_decay)
-    warmup = warmup if warmup * total != 1 else 0.0  # torch divides by the length of the rise but one step
+    layout = _layout(model, device)
+    uses_bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    descent = _descent(optimizer, parameters, max_lr, weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        descent, max_lr, total_steps=total, pct_start=warmup, cycle_momentum=optimizer == "sgd"
+        descent,
+        max_lr,
+        total_steps=total,
+        pct_start=warmup if warmup * total != 1 else 0.0,  # torch divides by the length of the rise but one step
+        cycle_momentum=optimizer == "sgd",
     )
-    losses, start, layout = _Losses(device, max_lr), time.perf_counter(), _layout(model, device)
+    losses = _Losses(device, max_lr)
+    start = time.perf_counter()
     with (
-        restored_on_error(model),
+        _restored_on_error(model),
         _training(model, layout),
         torch.enable_grad(),
         tqdm(total=total, desc=label, disable=not label, mininterval=2) as bar,
     ):
         for batch in _endless(batches, total):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
                 loss = loss_fn(model, place(batch, device, layout))
             losses.add(loss)
             descent.zero_grad(set_to_none=True)
@@ -142,19 +172,23 @@ def train_(
             bar.update()
         losses.check()
         _check_weights(parameters, max_lr)
-    return History(losses.values(), time.perf_counter() - start, "bf16" if bf16 else "fp32")
+    return History(losses.values(), time.perf_counter() - start, "bf16" if uses_bf16 else "fp32")
 
 
 class _Losses:
-    """The loss of each step, looked at before its step on a CPU, and every CHECKED steps on other devices."""
+    """The loss of each step, checked before the step on a CPU, and every CHECKED steps on a device to wait for.
+
+    max_lr  for the error's advice
+    """
 
     def __init__(self, device: torch.device, max_lr: float) -> None:
-        self.every, self.max_lr = 1 if device.type == "cpu" else CHECKED, max_lr
+        self.every = 1 if device.type == "cpu" else CHECKED
+        self.max_lr = max_lr
         self.losses: list[Tensor] = []
         self.checked = 0
 
     def add(self, loss: Tensor) -> None:
-        """InputError unless `loss` is a number that a gradient can be had of."""
+        """Add a step's loss; InputError unless `loss` is a number with a gradient."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise InputError("loss_fn must return one number for a batch, a tensor: reduce it, as with .mean().")
         if not loss.requires_grad:
@@ -167,17 +201,19 @@ class _Losses:
             self.check()
 
     def check(self) -> None:
-        """InputError for the first loss since the last look that is not finite."""
-        new, first = self.losses[self.checked :], self.checked + 1
+        """Raise InputError for the first unchecked loss that is not finite."""
+        unchecked = self.losses[self.checked :]
+        first_step = self.checked + 1
         self.checked = len(self.losses)
-        if not new:
+        if not unchecked:
             return
-        finite = torch.stack(new).isfinite()
+        finite = torch.stack(unchecked).isfinite()
         if not finite.all():
             i = finite.tolist().index(False)
             raise InputError(
-                f"The loss of step {first + i} is {float(new[i])}, so training stopped and the model is as it was "
-                f"before: lower max_lr ({self.max_lr:g}), and look for NaN or infinity in the inputs and the loss."
+                f"The loss of step {first_step + i} is {float(unchecked[i])}, so training stopped and the model is as "
+                f"it was before: lower max_lr ({self.max_lr:g}), and look for NaN or infinity in the inputs and the "
+                "loss."
             )
 
     def values(self) -> list[float]:
@@ -185,38 +221,44 @@ class _Losses:
 
 
 @contextlib.contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """After an exception inside, what learns and all buffers are as before, and no gradient is left; costs a copy."""
-    buffers = [(module, name, x) for module in model.modules() for name, x in module._buffers.items() if x is not None]
-    tensors = [*(x for x in model.parameters() if x.requires_grad), *(x for _, _, x in buffers)]
-    before = [x.detach().clone() for x in tensors]
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """After an exception inside, put trainable parameters and all buffers back and drop the gradients; holds a copy."""
+    buffers = []
+    for module in model.modules():
+        buffers += [(module, name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
+    tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tensors += [buffer for _, _, buffer in buffers]
+    copies = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     except Exception:
-        for module, name, x in buffers:
-            module._buffers[name] = x
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer  # the forward pass may have put a new tensor there
         with torch.no_grad():
-            for x, numbers in zip(tensors, before, strict=True):
-                x.copy_(numbers)
+            for tensor, numbers in zip(tensors, copies, strict=True):
+                tensor.copy_(numbers)
         model.zero_grad(set_to_none=True)
         raise
 
 
 @torch.inference_mode()
 def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """Whether each answer is right, bool [N] on the CPU, in eval mode and the model's own precision.
+    """Mark the right answers of a classifier: bool [N] on the CPU, in eval mode and the model's own precision.
 
-    batches: (inputs, labels), or dicts whose labels are under "labels"; a label [B] is the index of a class. Two
-    models' answers to the same batches compare pair by pair. InputError without a batch, and for a batch without labels
-    or with labels that are not one for each row of scores [B, C].
+    batches  (inputs, labels), or dicts with "labels"; a label [B] is the index of a class
+    Two models' answers to the same batches compare pair by pair.
+    Raises InputError for zero batches, and for a batch without a label for each row of scores [B, C].
     """
     check_module(model)
-    right, device = [], _device(model)
+    device = _device(model)
+    right = []
     with evaluating(model):
         for batch in check_batches(batches, "accuracy"):
             args, kwargs, labels = split(model, place(batch, device))
-            output = model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
-            right.append(_matches(getattr(output, "logits", output), labels).cpu())
+            inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+            output = model(*args, **inputs)
+            scores = getattr(output, "logits", output)
+            right.append(_matches(scores, labels).cpu())
     if not right:
         raise InputError("there is no batch to measure accuracy on; pass at least one.")
     return torch.cat(right)
@@ -225,36 +267,44 @@ def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 def _matches(scores: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
         raise InputError("The batches have no labels to compare with: give (inputs, labels), or dicts with 'labels'.")
-    if not all(isinstance(x, Tensor) for x in (scores, labels)) or scores.shape[:-1] != labels.shape:
-        shapes = [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (scores, labels)]
-        raise InputError(f"Scores are {shapes[0]} and labels {shapes[1]}: give one label, a class, for each [..., C].")
+    are_tensors = isinstance(scores, Tensor) and isinstance(labels, Tensor)
+    if not are_tensors or scores.shape[:-1] != labels.shape:
+        raise InputError(
+            f"Scores are {_shape(scores)} and labels {_shape(labels)}: give one label, a class, for each [..., C]."
+        )
     return scores.argmax(-1) == labels
 
 
+def _shape(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
 def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Share of right answers, 0..1: the mean of `correct`."""
+    """Return the share of right answers, 0..1: the mean of `correct`, with the same arguments and errors."""
     return float(correct(model, batches).double().mean())
 
 
 @torch.inference_mode()
 def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
-    """exp of the mean loss per predicted token over `tokens` [N], in separate windows: each starts without context.
+    """Return exp of the mean loss per predicted token over `tokens` [N], in windows that each start without context.
 
-    Every window predicts all its tokens but the first. Tokens that do not fill the last window are left out. Infinity
-    where float64 cannot hold it.
+    window  tokens of a window. A window predicts all tokens but the first; tokens that do not fill the last window are
+            left out
+    Infinity for a perplexity beyond float64. Raises InputError for a model that is not called with input_ids, and for
+    tokens outside the model's vocabulary.
     """
     check_module(model)
     rows = windows(tokens, window).to(_device(model))
-    parameters = inspect.signature(model.forward).parameters.values()
-    if not any(p.name == "input_ids" or p.kind is p.VAR_KEYWORD for p in parameters):
+    if not _takes_input_ids(model):
         raise InputError(
             f"Perplexity needs a language model, which is called with input_ids, and {type(model).__name__} is none."
         )
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", math.inf)
-    if not 0 <= int(rows.min()) <= int(rows.max()) < vocabulary:
+    lowest, highest = int(rows.min()), int(rows.max())
+    if not 0 <= lowest <= highest < vocabulary:
         raise InputError(
-            f"tokens go from {int(rows.min())} to {int(rows.max())}, but the model knows 0 to {vocabulary - 1}: take "
-            "the tokens of its own tokenizer."
+            f"tokens go from {lowest} to {highest}, but the model knows 0 to {vocabulary - 1}: take the tokens of its "
+            "own tokenizer."
         )
     total = 0.0
     with evaluating(model):
@@ -264,31 +314,41 @@ def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
     return float(torch.tensor(total / len(rows), dtype=torch.float64).exp())
 
 
+def _takes_input_ids(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.name == "input_ids" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
 def windows(tokens: Tensor, window: int) -> Tensor:
-    """Tokens [N] as [windows, window]; those that do not fill the last one are left out. InputError without any."""
+    """Cut tokens [N] into [windows, window], without the rest; InputError unless a window can be filled."""
     check_whole(window, "window", 2)
     check_tensor(tokens, "tokens")
-    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-    if not whole or tokens.ndim != 1 or len(tokens) < window:
+    is_whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if not is_whole or tokens.ndim != 1 or len(tokens) < window:
         raise InputError(
             f"tokens must be whole numbers, 1-D, with at least one window of {window}; they are {tokens.dtype} of "
             f"shape {tuple(tokens.shape)}."
         )
-    return tokens[: len(tokens) // window * window].view(-1, window)
+    number = len(tokens) // window
+    return tokens[: number * window].view(number, window)
 
 
 def has_bf16(device: torch.device | str) -> bool:
-    """Whether the device multiplies bf16 in hardware: AVX512-BF16 or AMX on a CPU, compute capability 8.0 on CUDA."""
-    if torch.device(device).type == "cuda":
+    """Return True for a device with bf16 products in hardware.
+
+    On a CPU AVX512-BF16 or AMX, on CUDA compute capability 8.0.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if torch.device(device).type != "cpu":
+    if kind != "cpu":
         return False
     # torch has no public name for this that is as old as 2.9
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
 def place(batch: Batch, device: torch.device, layout: torch.memory_format = torch.channels_last) -> Batch:
-    """The batch on `device`; images [B, C, H, W] in channels-last order, which convolutions want, or in another."""
+    """Move a batch to `device`, images [B, C, H, W] in the memory order `layout`: convolutions want channels last."""
 
     def move(tensor: Tensor) -> Tensor:
         tensor = tensor.to(device, non_blocking=True)
@@ -300,28 +360,29 @@ def place(batch: Batch, device: torch.device, layout: torch.memory_format = torc
 
 
 def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with its tensors changed; what else it holds (None, a flag) as it is."""
+    """Change all tensors of a batch; further items (None, a flag) stay."""
 
-    def of_item(item: object) -> object:
+    def changed(item: object) -> object:
         return change(item) if isinstance(item, Tensor) else item
 
     if isinstance(batch, Mapping):
-        return {name: of_item(item) for name, item in batch.items()}
+        return {name: changed(item) for name, item in batch.items()}
     if isinstance(batch, tuple | list):
-        return tuple(map(of_item, batch))
+        return tuple(changed(item) for item in batch)
     check_tensor(batch, "A batch")
     return change(batch)
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Of the first tensor: a model of integers has buffers alone, and some have none."""
+    """Return the device of the first parameter or buffer: a model of integers has only buffers, some models neither."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    first = next(tensors, None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def _total_steps(batches: Iterable[Batch], epochs: int, steps: int | None) -> int:
-    many = isinstance(batches, Sized) and not isinstance(batches, Tensor | Mapping | str)
-    if not many or len(batches) == 0:
+    has_length = isinstance(batches, Sized) and not isinstance(batches, Tensor | Mapping | str)
+    if not has_length or len(batches) == 0:
         raise InputError("batches must have a length and at least one batch; a list or labkit.training.Batches has.")
     check_whole(epochs, "epochs")
     if steps is not None:
@@ -333,16 +394,24 @@ def _check_recipe(
     max_lr: float, optimizer: str, weight_decay: float, warmup: float, precision: str, loss_fn: object
 ) -> None:
     check_number(max_lr, "max_lr", above=0)
-    check_choice(optimizer, ("sgd", "adamw"), "optimizer")
+    check_choice(optimizer, OPTIMIZERS, "optimizer")
     check_number(weight_decay, "weight_decay", 0)
     check_number(warmup, "warmup", 0, below=1)
-    check_choice(precision, ("auto", "bf16", "fp32"), "precision")
+    check_choice(precision, PRECISIONS, "precision")
     if not callable(loss_fn):
         raise InputError(f"loss_fn is {loss_fn!r}, but it must be a function of (model, batch) that returns the loss.")
 
 
+def _descent(
+    optimizer: str, parameters: list[nn.Parameter], max_lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    if optimizer == "sgd":
+        return torch.optim.SGD(parameters, max_lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    return torch.optim.AdamW(parameters, max_lr, weight_decay=weight_decay)
+
+
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn; InputError without any, and for those that no step can change."""
+    """Return the parameters that learn; InputError for a model without any, and for parameters that no step changes."""
     check_module(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -354,13 +423,12 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
             "Inside torch.inference_mode(), and of what was made there, nothing has a gradient: make and train the "
             "model outside of it."
         )
-    if any(parameter.is_meta for parameter in parameters):
-        raise InputError("The model is on the meta device, where weights have no numbers: load it on a real device.")
+    check_loaded(model)
     return parameters
 
 
 def _check_weights(parameters: list[nn.Parameter], max_lr: float) -> None:
-    """InputError for a weight that the last step made NaN or infinite; an earlier one shows in the next loss."""
+    """Raise InputError for a weight made NaN or infinite by the last step; after an earlier step the loss tells."""
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
         raise InputError(
             "The last step left a weight that is not finite, so the model is as it was before training: lower max_lr "
@@ -369,35 +437,42 @@ def _check_weights(parameters: list[nn.Parameter], max_lr: float) -> None:
 
 
 def _endless(batches: Iterable[Batch], total: int) -> Iterator[Batch]:
-    """`total` batches, pass after pass."""
+    """Yield `total` batches, pass after pass; InputError for a pass without a batch."""
     done = 0
     while True:
-        before = done
+        done_before = done
         for batch in batches:
             if done == total:
                 return
             yield batch
             done += 1
-        if done == before:
+        if done == done_before:
             raise InputError(f"batches gave no batch after {done} of {total} steps: they must be readable again.")
 
 
 def _layout(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last, except where oneDNN writes out of bounds in that order.
+    """Return channels last, except for models that oneDNN trains wrong in channels-last order.
 
-    It does for the weight gradient of a strided 1x1 convolution that reads fewer channels than a vector holds
-    (oneDNN's issue 6035): wrong gradients, or a crash. A pruned shortcut is such a convolution.
+    oneDNN writes out of bounds for the weight gradient of a strided 1x1 convolution that reads fewer channels than a
+    vector holds (oneDNN's issue 6035): wrong gradients, or a crash. A pruned shortcut is a convolution of the kind.
     """
-    thin = any(
-        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16
-        for m in model.modules()
-    )
-    return torch.contiguous_format if thin and device.type == "cpu" else torch.channels_last
+    if device.type == "cpu" and any(_is_thin_shortcut(module) for module in model.modules()):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _is_thin_shortcut(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d) or module.in_channels >= THIN:
+        return False
+    return module.kernel_size == (1, 1) and module.stride != (1, 1)
 
 
 @contextlib.contextmanager
 def _training(model: nn.Module, layout: torch.memory_format) -> Iterator[None]:
-    """Training mode, with convolution weights in this order; afterwards they are contiguous."""
+    """Put the model into training mode with weights in the order `layout`; afterwards modes are as before.
+
+    Weights come back contiguous.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.to(memory_format=layout).train()
     try:

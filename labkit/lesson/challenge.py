@@ -1,169 +1,236 @@
-"""A lesson's challenge: a goal on a plane of two quantities, and where points lie on it.
+"""Challenges: a goal on a plane of two quantities, and points on the plane.
 
-Goals are {column: (least, most, unit)}, two columns, x then y; None where a side is open. Points are dicts with both
-columns, and under "<column> ci95" the (low, high) of a 95 % interval where there is one.
+Goals are {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open. A point is a
+dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if the column has an interval.
+
+    goals = {"time": (None, 0.6, "x"), "accuracy": (84, None, "%")}
+    point = {"recipe": "half", "time": 0.55, "time ci95": (0.5, 0.6), "accuracy": 85.2}
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from labkit import show
 from labkit.errors import InputError
+from labkit.lesson.plane_labels import Label, place_labels
+from labkit.lesson.records import Challenge
 
 Goals = Mapping[str, tuple[float | None, float | None, str]]
+YOURS = "your plan"
+MARGIN = 0.18  # of the plane, around the points: room for labels
+GOAL_COLOUR = show.COLOURS[2]
+
+
+def place(
+    name: str, goal: str, plan: Mapping[str, Any] | None, *, goals: Goals, references: show.Rows, label: str
+) -> Challenge:
+    """Show the learner's plan on the plane, beside reference points, and return the challenge's record.
+
+    name        of the challenge
+    goal        a sentence that asks for the goal
+    plan        the point of the learner's plan; None without a plan
+    goals       see the top of the file
+    references  points, each with the column `label`, the point's name
+    label       a column of `references`: "recipe"
+    Raises InputError for goals or points without numbers for two columns.
+    """
+    points = []
+    for reference in show.checked_rows(references):
+        points.append({label: str(reference.get(label)), **checked(goals, reference)})
+    reached, state = None, "no plan yet"
+    if plan is not None:
+        plan = checked(goals, plan)
+        points.append({label: YOURS, **plan})
+        shortfalls = missed(goals, plan)
+        reached = not shortfalls
+        state = "; ".join(["not reached yet", *shortfalls]) if shortfalls else "reached"
+    record = Challenge(name=name, goal=goal, point=plan, goals=dict(goals), reached=reached)
+    _show(goals, points, label, goal, state)
+    show.emit(f"challenge {name}: {state}.")
+    return record
 
 
 def checked(goals: Any, point: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `point` that the goals are about, as plain numbers; InputError for goals or a point that are none."""
+    """Return the columns of `point` that the goals name, as plain numbers.
+
+    Raises InputError for goals without two columns or without any bound, and for a column without a finite number.
+    """
     sides = list(goals.values()) if isinstance(goals, Mapping) else []
-    if len(sides) != 2 or not all(len(side) == 3 and isinstance(side[2], str) for side in sides):
+    if len(sides) != 2 or not all(_is_side(side) for side in sides):
         raise InputError(f"The goals are {goals!r}; give two columns, each with (least, most, unit).")
-    if all(bound is None for side in sides for bound in side[:2]):
+    if all(least is None and most is None for least, most, _ in sides):
         raise InputError(f"The goals {goals!r} ask for nothing; give a least or a most for one column or both.")
-    numbers_only = {}
+    numbers: dict[str, Any] = {}
     for column in goals:
         value = point.get(column) if isinstance(point, Mapping) else None
         number = show.number(value)
         if number is None or not math.isfinite(number):
             raise InputError(f"A point of the plane has {value!r} as its {column!r}; give a number for {list(goals)}.")
-        numbers_only[column] = float(number)
-        if (ci95 := point.get(f"{column} ci95")) is not None:
-            numbers_only[f"{column} ci95"] = tuple(map(float, ci95))
-    return numbers_only
+        numbers[column] = float(number)
+        ci95 = point.get(f"{column} ci95")
+        if ci95 is not None:
+            numbers[f"{column} ci95"] = tuple(float(end) for end in ci95)
+    return numbers
 
 
 def missed(goals: Goals, point: Mapping[str, Any]) -> list[str]:
-    """What of the goals the point does not reach, in words: "time is 0.71x, and at most 0.60x was asked for"."""
-    words = []
+    """Return a phrase for each goal that the point misses: "time is 0.71x, and at most 0.60x was asked for"."""
+    phrases = []
     for column, (least, most, unit) in goals.items():
-        here = f"{column} is {show.quantity(point[column], unit)}, and"
+        value = f"{column} is {show.quantity(point[column], unit)}"
         if least is not None and point[column] < least:
-            words.append(f"{here} at least {show.quantity(least, unit)} was asked for")
+            phrases.append(f"{value}, and at least {show.quantity(least, unit)} was asked for")
         if most is not None and point[column] > most:
-            words.append(f"{here} at most {show.quantity(most, unit)} was asked for")
-    return words
+            phrases.append(f"{value}, and at most {show.quantity(most, unit)} was asked for")
+    return phrases
 
 
 def asked(goals: Goals) -> str:
-    """The goals in words: "time at most 0.60x, accuracy at least 84 %"."""
-    words = []
-    for column, (least, most, unit) in goals.items():
-        ends = [("at least", least), ("at most", most)]
-        bounds = " and ".join(f"{side} {show.quantity(end, unit)}" for side, end in ends if end is not None)
-        words.append(f"{column} {bounds or 'open'}")
-    return ", ".join(words)
+    """Return the goals in words: "time at most 0.60x, accuracy at least 84 %"."""
+    return ", ".join(f"{column} {_bounds(*goals[column])}" for column in goals)
 
 
 def rows(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[dict[str, Any]]:
-    """The points as rows of a table: their `label`, and both columns with their units."""
-    return [{label: point[label], **{heading(goals, column): point[column] for column in goals}} for point in points]
+    """Return the points as rows of a table: the column `label`, and the goals' two columns with units."""
+    table = []
+    for point in points:
+        numbers = {heading(goals, column): point[column] for column in goals}
+        table.append({label: point[label], **numbers})
+    return table
 
 
 def heading(goals: Goals, column: str) -> str:
-    """The column with its unit, as it stands above a table and along an axis."""
+    """Return a column's name and unit, as above a table and along an axis: "accuracy (%)"."""
     unit = goals[column][2]
     return f"{column} ({unit})" if unit else column
 
 
 def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str, star: str | None = None) -> None:
-    """Draw the points, each with its `label`, over the shaded region of the goal; the one labelled `star` as a star."""
+    """Draw points with their names over the shaded region of the goal.
+
+    ax      a matplotlib axis
+    goals   see the top of the file
+    points  as from `checked`, and with the column `label`, a point's name
+    star    the name of a point to draw as a star, and to label first
+    """
+    ax.margins(MARGIN)
+    for point in points:
+        _draw_point(ax, goals, point, is_star=star is not None and point[label] == star)
+    _draw_bounds(ax, goals)
+    _make_room_for_bounds(ax, goals, points)
+    _shade_goal(ax, goals)
+    x, y = goals
+    ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
+    important = {star, *_notable(goals, points, label)}
+    labels = []
+    for point in sorted(points, key=lambda point: (point[label] != star, point[label] not in important)):
+        name = point[label]
+        labels.append(Label((point[x], point[y]), str(name), is_required=name in important))
+    place_labels(ax, labels)
+
+
+def _is_side(side: Any) -> bool:
+    return len(side) == 3 and isinstance(side[2], str)
+
+
+def _show(goals: Goals, points: Sequence[Mapping[str, Any]], label: str, goal: str, state: str) -> None:
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots()
+    plane(ax, goals, points, label, YOURS)
+    x, y = goals
+    axes = f"{y} against {x}, points: {len(points)}"
+    alt = f"{axes}; shaded is the goal, {asked(goals)}. Your plan: {state}."
+    show.figure(fig, alt=alt, table=rows(goals, points, label), caption=goal)
+
+
+def _bounds(least: float | None, most: float | None, unit: str) -> str:
+    phrases = []
+    if least is not None:
+        phrases.append(f"at least {show.quantity(least, unit)}")
+    if most is not None:
+        phrases.append(f"at most {show.quantity(most, unit)}")
+    return " and ".join(phrases) or "open"
+
+
+def _draw_point(ax: Any, goals: Goals, point: Mapping[str, Any], *, is_star: bool) -> None:
+    x, y = goals
+    look = {"marker": "o", "color": "black"}
+    if is_star:
+        look = {"marker": "*", "markersize": 16, "color": show.COLOURS[1]}
+    bars = {"xerr": _error_bar(point, x), "yerr": _error_bar(point, y)}
+    ax.errorbar([point[x]], [point[y]], capsize=2, zorder=3, **look, **bars)
+
+
+def _error_bar(point: Mapping[str, Any], column: str) -> list[list[float]] | None:
+    """Return the lengths of an error bar below and above the point, in matplotlib's form; None without a bar."""
+    ends = point.get(f"{column} ci95")
+    if not ends or not all(math.isfinite(end) for end in ends):
+        return None
+    below = point[column] - ends[0]
+    above = ends[1] - point[column]
+    return [[max(0.0, below)], [max(0.0, above)]]
+
+
+def _draw_bounds(ax: Any, goals: Goals) -> None:
+    for _, line, bound in _bounds_with_lines(ax, goals):
+        line(bound, color=GOAL_COLOUR, linewidth=1, linestyle="--")
+
+
+def _make_room_for_bounds(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]]) -> None:
+    """Widen the axes to include every bound of the goal."""
+    x, y = goals
+    for column, _, bound in _bounds_with_lines(ax, goals):
+        if column == x:
+            ax.update_datalim([(bound, point[y]) for point in points])
+        else:
+            ax.update_datalim([(point[x], bound) for point in points])
+    ax.autoscale_view()
+
+
+def _bounds_with_lines(ax: Any, goals: Goals) -> Iterator[tuple[str, Callable, float]]:
+    """Yield the column of each bound, the axis's method to draw a line there, and the bound; leave out open sides."""
+    lines = dict(zip(goals, (ax.axvline, ax.axhline), strict=True))
+    for column, (least, most, _) in goals.items():
+        for bound in (least, most):
+            if bound is not None:
+                yield column, lines[column], bound
+
+
+def _shade_goal(ax: Any, goals: Goals) -> None:
+    """Shade the region between the bounds; an open side reaches to the edge of the plane."""
     from matplotlib.patches import Rectangle
 
-    (x, (least_x, most_x, _)), (y, (least_y, most_y, _)) = goals.items()
-    ax.margins(0.18)
-    for point in points:
-        is_star = star is not None and point[label] == star
-        look = (
-            {"marker": "*", "markersize": 16, "color": show.COLOURS[1]}
-            if is_star
-            else {"marker": "o", "color": "black"}
-        )
-        bars = {
-            f"{axis}err": [[max(0.0, point[column] - ends[0])], [max(0.0, ends[1] - point[column])]]
-            for axis, column in (("x", x), ("y", y))
-            if (ends := point.get(f"{column} ci95")) and all(map(math.isfinite, ends))
-        }
-        ax.errorbar([point[x]], [point[y]], capsize=2, zorder=3, **look, **bars)
-    for bound, line in ((least_x, ax.axvline), (most_x, ax.axvline), (least_y, ax.axhline), (most_y, ax.axhline)):
-        if bound is not None:
-            line(bound, color=show.COLOURS[2], linewidth=1, linestyle="--")
-    ax.update_datalim([(end, point[y]) for end in (least_x, most_x) if end is not None for point in points])
-    ax.update_datalim([(point[x], end) for end in (least_y, most_y) if end is not None for point in points])
-    ax.autoscale_view()
-    (x_low, x_high), (y_low, y_high) = ax.get_xlim(), ax.get_ylim()
-    corner = x_low if least_x is None else least_x, y_low if least_y is None else least_y
-    far = x_high if most_x is None else most_x, y_high if most_y is None else most_y
-    size = far[0] - corner[0], far[1] - corner[1]
-    ax.add_patch(Rectangle(corner, *size, facecolor=show.COLOURS[2], alpha=0.15, zorder=0))
-    ax.annotate("goal", (corner[0], far[1]), (5, -5), textcoords="offset points", va="top", color=show.COLOURS[2])
-    ax.set(xlim=(x_low, x_high), ylim=(y_low, y_high))
-    ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
-    named = {star, *_named(goals, points, label)}
-    named_first = sorted(points, key=lambda point: (point[label] != star, point[label] not in named))
-    labels = [((point[x], point[y]), str(point[label]), point[label] in named) for point in named_first]
-    _label(ax, labels)
+    (least_x, most_x, _), (least_y, most_y, _) = goals.values()
+    x_limits, y_limits = ax.get_xlim(), ax.get_ylim()
+    x_low = x_limits[0] if least_x is None else least_x
+    x_high = x_limits[1] if most_x is None else most_x
+    y_low = y_limits[0] if least_y is None else least_y
+    y_high = y_limits[1] if most_y is None else most_y
+    ax.add_patch(Rectangle((x_low, y_low), x_high - x_low, y_high - y_low, facecolor=GOAL_COLOUR, alpha=0.15, zorder=0))
+    ax.annotate("goal", (x_low, y_high), (5, -5), textcoords="offset points", va="top", color=GOAL_COLOUR)
+    ax.set(xlim=x_limits, ylim=y_limits)
 
 
-def _named(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[Any]:
-    """Labels of the points that a reader looks for: those that reach the goal, and the best along each axis."""
-    signs = {c: 0 if least is most is None else 1 if most is not None else -1 for c, (least, most, _) in goals.items()}
+def _notable(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[Any]:
+    """Return the names of the points that a reader looks for: in the goal, and the best along each axis.
+
+    Of several best points along an axis, the best along the second axis counts.
+    """
     names = [point[label] for point in points if not missed(goals, point)]
-    ranks = {column: [sign * point[column] for point in points] for column, sign in signs.items()}
-    for first, second in itertools.permutations(goals):  # of equals along one axis the better along the other
+    signs = {column: _sign(least, most) for column, (least, most, _) in goals.items()}
+    for first, second in itertools.permutations(goals):
         if points and signs[first]:
-            *_, best = min(zip(ranks[first], ranks[second], [point[label] for point in points], strict=True))
-            names.append(best)
+            costs = [(signs[first] * point[first], signs[second] * point[second]) for point in points]
+            _, name = min(zip(costs, [point[label] for point in points], strict=True))
+            names.append(name)
     return names
 
 
-def _label(ax: Any, points: Sequence[tuple[tuple[float, float], str, bool]]) -> None:
-    """Write each label, (point, words, whether it has to be there), where it meets nothing and no other is nearer.
-
-    Where points crowd, those without such a place stay without a label, all but the first of them: the table beside
-    the plane names them all. A label that has to be there may stand further away, with a line to its point.
-    """
-    from matplotlib.patches import ConnectionPatch
-    from matplotlib.transforms import Bbox, offset_copy
-
-    corners = itertools.product(((7, "left"), (-7, "right")), ((5, "bottom"), (-5, "top")))
-    near = [((dx, dy), ha, va) for (dx, ha), (dy, va) in corners]
-    near += [((0, 7), "center", "bottom"), ((0, -7), "center", "top")]
-    far = [((dx, dy), "center", "center") for dy in (26, -26, 48, -48) for dx in (0, 45, -45, 90, -90)]
-    ground = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}  # error bars may cross a label
-    places = ax.transData.transform([point for point, *_ in points])  # [points, 2], in pixels
-    taken = [Bbox.from_bounds(*(place - 4), 8, 8) for place in places]
-
-    def is_nearest(i: int, box: Bbox) -> bool:
-        """Whether a reader takes this label for point i's, and not for that of another point beside it."""
-        gaps = np.hypot(*np.maximum(0, np.maximum(box.min - places, places - box.max)).T)
-        return gaps[i] <= gaps.min()
-
-    for i, (point, label, has_to) in enumerate(points):
-        words = label.replace("$", r"\$")
-        texts = [
-            ax.annotate(words, point, to, textcoords="offset points", ha=ha, va=va, bbox=ground)
-            for to, ha, va in near + far * has_to
-        ]
-        boxes = [text.get_window_extent() for text in texts]
-        free = [
-            ax.bbox.x0 < box.x0
-            and box.x1 < ax.bbox.x1
-            and ax.bbox.y0 < box.y0
-            and box.y1 < ax.bbox.y1
-            and not box.count_overlaps(taken)
-            and (number >= len(near) or is_nearest(i, box))
-            for number, box in enumerate(boxes)
-        ]
-        place = free.index(True) if True in free else None if i else 0
-        taken += [] if place is None else [boxes[place]]
-        for number, text in enumerate(texts):
-            if number != place:
-                text.remove()
-            elif number >= len(near):
-                end = offset_copy(ax.transData, ax.figure, *text.xyann, units="points")
-                line = ConnectionPatch(point, point, ax.transData, end, color="grey", linewidth=0.8, zorder=1)
-                ax.add_artist(line)
+def _sign(least: float | None, most: float | None) -> int:
+    """Return 1 if less of a column is better, -1 if more is, 0 if the goals leave the column open."""
+    if most is not None:
+        return 1
+    return 0 if least is None else -1

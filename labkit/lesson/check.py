@@ -1,7 +1,12 @@
-"""Exercise checks: each takes the learner's function, tries it on many inputs and says everything that is wrong.
+"""Exercise checks: try a learner's function on many inputs, and say all that is wrong.
 
-They test properties and independent computations rather than one stored answer, and never print the answer. A check is
-a function of (fn, failures, **context); its id is like "01.1".
+A check tests properties and independent computations rather than a stored answer, and never prints the answer. A check
+is a function of (fn, failures, **context), kept in notebooks/checks/lessonNN.py under an id such as "01.1":
+
+    def check_area(fn: Callable, failures: Failures) -> None:
+        for width, height in ((2, 3), (4, 5)):
+            with failures.given(width=width, height=height):
+                failures.close(fn(width, height), width * height, "the area is off")
 """
 
 import copy
@@ -18,13 +23,15 @@ from labkit import files
 from labkit.errors import InputError
 
 STUB_SAYS = "Your answer goes here"
+LONGEST = 60  # characters of a value in a message
+LONGEST_ERROR = 160  # characters of an exception's text
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether an answer passed, what is wrong with it, and how many requirements were looked at.
+    """The outcome of a check: passed or not, all failures, and the number of tried requirements.
 
-    changed: settings of the process that the answer changed, and that were put back.
+    changed  settings of the process changed by the answer, and put back by the check
     """
 
     id: str
@@ -35,21 +42,25 @@ class CheckResult:
 
 
 class Failures:
-    """Collects all that is wrong with an answer; a check calls expect, need and close inside `with given(...)`."""
+    """A list of all that is wrong with an answer; a check calls expect, need and close inside `with given(...)`."""
 
     def __init__(self) -> None:
         self.tried = 0
         self._input = ""
-        self._first: dict[str, str] = {}  # what is wrong -> how it showed first
-        self._more: dict[str, int] = {}  # what is wrong -> with how many further inputs
+        self._first: dict[str, str] = {}  # message -> the sentence for the first input that showed the failure
+        self._more: dict[str, int] = {}  # message -> number of further inputs with the same failure
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """One sentence for each thing that is wrong, with the first input that showed it."""
-        return tuple(first + _and_more(self._more[wrong]) for wrong, first in self._first.items())
+        """A sentence for each failure, with the first input to show the failure."""
+        return tuple(first + _and_more(self._more[message]) for message, first in self._first.items())
 
     def expect(self, condition: Any, message: str, *, detail: str = "") -> bool:
-        """Note `message` unless the condition holds; `detail` says how it showed. Returns whether it holds."""
+        """Note a failure unless the condition holds; return True if the condition holds.
+
+        message  the failure in a clause
+        detail   the evidence, for the first input
+        """
         self.tried += 1
         if condition:
             return True
@@ -57,22 +68,24 @@ class Failures:
             self._more[message] += 1
             return False
         sentence = f"{message} ({detail})" if detail else message
-        self._first[message] = f"With {self._input}: {sentence}" if self._input else sentence
+        if self._input:
+            sentence = f"With {self._input}: {sentence}"
+        self._first[message] = sentence
         self._more[message] = 0
         return False
 
     def need(self, condition: Any, message: str) -> None:
-        """Like `expect`; where the condition does not hold, nothing more is looked at with the given input."""
+        """Note a failure, and leave the block of `given`, unless the condition holds."""
         if not self.expect(condition, message):
             raise _EnoughSeen
 
     def close(self, got: Any, want: Any, message: str, *, rtol: float = 1e-6, atol: float = 0.0) -> bool:
-        """Expect numbers, arrays or tensors to agree within atol + rtol * |want|, of one shape; NaN never agrees."""
-        wrong = _difference(got, want, rtol, atol)
-        return self.expect(wrong is None, message, detail=wrong or "")
+        """Expect numbers, arrays or tensors of one shape to agree within atol + rtol * |want|; NaN never agrees."""
+        difference = _difference(got, want, rtol, atol)
+        return self.expect(difference is None, message, detail=difference or "")
 
     def call(self, fn: Callable, *arguments: Any, changed: str) -> Any:
-        """What fn returns for copies of the arguments; where it changes them, `changed` is noted."""
+        """Return the answer of `fn` to copies of the arguments; note the message `changed` if `fn` changes a copy."""
         copies = copy.deepcopy(arguments)
         answer = fn(*copies)
         self.expect(alike(copies, arguments), changed)
@@ -80,55 +93,64 @@ class Failures:
 
     @contextmanager
     def given(self, **inputs: Any) -> Iterator[None]:
-        """Name the inputs under test, without empty dicts. An exception inside is a failure that names them.
+        """Name the inputs under test in all failures of the block; empty dicts are not named.
 
-        A stub's passes through.
-        torch raises NotImplementedError as well, for types that an operator does not take; its text tells them apart.
+        An exception inside becomes a failure, except a stub's, which passes through.
         """
-        self._input = ", ".join(f"{name}={_short(value)}" for name, value in inputs.items() if not _is_empty(value))
+        named = {name: _short(value) for name, value in inputs.items() if not _is_empty(value)}
+        self._input = ", ".join(f"{name}={value}" for name, value in named.items())
         try:
             yield
         except _EnoughSeen:
             pass
         except Exception as error:
-            if isinstance(error, NotImplementedError) and (not str(error) or str(error).startswith(STUB_SAYS)):
+            if _is_of_a_stub(error):
                 raise
-            self.expect(False, f"it raised {type(error).__name__}: {_short(' '.join(str(error).split()), 160)}")
+            text = " ".join(str(error).split())
+            self.expect(False, f"it raised {type(error).__name__}: {_short(text, LONGEST_ERROR)}")
         finally:
             self._input = ""
 
 
 class _EnoughSeen(Exception):
-    """Ends a `given` block after a failure that leaves nothing to look at."""
+    """The end of a `given` block after a failed `need`."""
 
 
 def is_mask(value: Any, weight: Any) -> bool:
-    """Whether an answer is a bool tensor of the shape of `weight`."""
+    """Return True if an answer is a bool tensor of the shape of `weight`."""
     import torch
 
     return isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.shape == weight.shape
 
 
 def alike(new: Any, old: Any) -> bool:
-    """Whether modules, tensors, or containers of them agree in every setting and every number."""
+    """Return True if modules, tensors, or containers with tensors agree in every setting and every number."""
     import torch
 
     if isinstance(old, torch.nn.Module):
         return repr(new) == repr(old) and alike(new.state_dict(), old.state_dict())
     if isinstance(old, Mapping):
-        return new.keys() == old.keys() and all(alike(new[key], old[key]) for key in old)
+        if new.keys() != old.keys():
+            return False
+        return all(alike(new[key], old[key]) for key in old)
     if isinstance(old, list | tuple):
         return len(new) == len(old) and all(map(alike, new, old))
-    return torch.equal(new, old) if isinstance(old, torch.Tensor) else new == old
+    if isinstance(old, torch.Tensor):
+        return torch.equal(new, old)
+    return new == old
 
 
 def has_parts(value: Any, number: int) -> bool:
-    """Whether an answer is a tuple or a list of so many values."""
+    """Return True if an answer is a tuple or a list of `number` values."""
     return isinstance(value, tuple | list) and len(value) == number
 
 
 def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: Callable, message: str) -> None:
-    """fn(*written(fault, style)) names the fault, for each of `faults` in three ways to write it, or says `message`."""
+    """Check that `fn` names each fault in a code, in three ways to write the code.
+
+    written  written(fault, style) with style 0, 1 or 2 returns the arguments of `fn`
+    message  the failure if `fn` returns the name of a wrong fault
+    """
     for style in range(3):
         for fault in faults:
             with failures.given(way_of_writing=style + 1):
@@ -138,10 +160,12 @@ def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: 
 
 
 def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
-    """Run one exercise's check on the learner's `fn`. InputError for an unknown id or something that is no function.
+    """Run the check of an exercise on the learner's `fn`.
 
-    NotImplementedError of a stub passes through, so that a runner can tell "not done yet" from "wrong". Random states
-    and settings of the process (`settings`) are put back, whatever the answer does to them.
+    context  further arguments of the check
+    Random states and settings of the process (`settings`) are put back afterwards.
+    Raises InputError for an unknown id and for an `fn` that cannot be called. A stub's NotImplementedError passes
+    through: a runner can tell "not done yet" from "wrong".
     """
     __tracebackhide__ = True  # IPython and pytest then show the learner's own lines
     from labkit.lesson import settings  # with torch, which the command line need not import
@@ -155,79 +179,106 @@ def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
         examine(fn, failures, **context)
     if not failures.tried:
         raise RuntimeError(f"The check {check_id} examined nothing, which is a bug of the check.")
-    return CheckResult(check_id, not failures.messages, failures.messages, failures.tried, tuple(changed))
+    messages = failures.messages
+    return CheckResult(check_id, not messages, messages, failures.tried, tuple(changed))
 
 
 def ids() -> list[str]:
-    """The ids of all checks, in order."""
+    """Return the ids of all checks, in order."""
     lessons = sorted(path.stem.removeprefix("lesson") for path in files.CHECKS.glob("lesson*.py"))
     return [check_id for lesson in lessons for check_id in load(lesson)]
 
 
 def load(lesson: str) -> dict[str, Callable]:
-    """Load the checks of a lesson, "03", from notebooks/checks/lesson03.py: {id: check}; {} where it has none."""
+    """Load the checks of a lesson, "03", from notebooks/checks/lesson03.py by id; {} for a lesson without checks."""
     name = f"lesson{lesson}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, files.CHECKS / f"{name}.py")
         if not Path(spec.origin).exists():
             return {}
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # where dataclasses look for the module that they are defined in
+        sys.modules[name] = module  # dataclasses look for the module that they are defined in
         spec.loader.exec_module(module)
     return sys.modules[name].CHECKS
 
 
 def _find(check_id: str) -> Callable:
-    lesson_checks = load(str(check_id).partition(".")[0])
+    lesson, _, _ = str(check_id).partition(".")
+    lesson_checks = load(lesson)
     if check_id not in lesson_checks:
-        raise InputError(
-            f"There is no check {check_id!r}; the checks are {', '.join(lesson_checks or ids()) or 'none yet'}."
-        )
+        listed = ", ".join(lesson_checks or ids()) or "none yet"
+        raise InputError(f"There is no check {check_id!r}; the checks are {listed}.")
     return lesson_checks[check_id]
 
 
 def _difference(got: Any, want: Any, rtol: float, atol: float) -> str | None:
-    """None where they agree, else what came out, never what should have."""
+    """Describe how an answer differs, without telling the right answer; None if the answer is right."""
     import torch
 
     if got is None:
         return "your function returned None: does it end in `return`?"
+    if isinstance(got, bool):
+        return "your function returned a bool, not a number or tensor"
     try:
-        if isinstance(got, bool):
-            raise TypeError
-        got, want = (
-            torch.as_tensor(float(value) if isinstance(value, numbers.Real) else value, device="cpu")
-            for value in (got, want)
-        )
+        got_tensor = _as_tensor(got)
+        want_tensor = _as_tensor(want)
     except (TypeError, ValueError, RuntimeError):
         return f"your function returned a {type(got).__name__}, not a number or tensor"
-    got, want = got.detach().double(), want.detach().double()
-    if got.shape != want.shape:
-        what = f"has shape {tuple(got.shape)}" if got.ndim else "is a single number"
-        return f"what your function returned {what}, which is not the shape asked for"
-    if bool(torch.isclose(got, want, rtol=rtol, atol=atol).all()):
+    if got_tensor.shape != want_tensor.shape:
+        shape = f"has shape {tuple(got_tensor.shape)}" if got_tensor.ndim else "is a single number"
+        return f"what your function returned {shape}, which is not the shape asked for"
+    if bool(torch.isclose(got_tensor, want_tensor, rtol=rtol, atol=atol).all()):
         return None
-    if not bool(got.isfinite().all()):
+    if not bool(got_tensor.isfinite().all()):
         return "your result holds NaN or an infinity"
-    return f"your result: {_short(got.item())}" if not got.ndim else "your result has the right shape, not the values"
+    if got_tensor.ndim:
+        return "your result has the right shape, not the values"
+    return f"your result: {_short(got_tensor.item())}"
+
+
+def _as_tensor(value: Any) -> Any:
+    """Return a number, an array or a tensor as a float64 tensor on the CPU; TypeError and the like for the rest."""
+    import torch
+
+    if isinstance(value, numbers.Real):
+        value = float(value)
+    return torch.as_tensor(value, device="cpu").detach().double()
+
+
+def _is_of_a_stub(error: Exception) -> bool:
+    """Return True for the exception of an exercise without an answer.
+
+    torch raises NotImplementedError as well, for types that an operator does not take; only the text differs.
+    """
+    text = str(error)
+    return isinstance(error, NotImplementedError) and (not text or text.startswith(STUB_SAYS))
 
 
 def _and_more(count: int) -> str:
-    return f"; the same with {count} other input{'s' * (count > 1)}" if count else ""
+    if not count:
+        return ""
+    plural = "s" if count > 1 else ""
+    return f"; the same with {count} other input{plural}"
 
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, Mapping) and not value
 
 
-def _short(value: Any, most: int = 60) -> str:
-    """A value for a message: numbers readable, tensors by shape, long texts cut."""
+def _short(value: Any, longest: int = LONGEST) -> str:
+    """Return a value for a message: numbers readable, tensors by shape, texts cut to `longest` characters."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        text = f"{value:.6g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
-        if "e" in text and float(text) != value and float(value).is_integer():
-            return f"{value:,.0f}"  # a count whose last digits matter
-        return text if "e" in text or abs(value) < 100_000 else f"{value:,.6g}"
+        return _short_number(value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _short_number(value: float) -> str:
+    """Return six significant digits, "1e9" for 1e+09; all digits of a count whose last digits matter."""
+    text = f"{value:.6g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+    if "e" not in text:
+        return text if abs(value) < 100_000 else f"{value:,.6g}"
+    is_rounded_count = float(text) != value and float(value).is_integer()
+    return f"{value:,.0f}" if is_rounded_count else text

@@ -1,15 +1,14 @@
-"""Widespread claims with a number in them, and what a measured value says: confirmed, contradicted, or neither.
+"""Widespread claims with a number, and the verdict of a measured value: confirmed, contradicted, or undecided.
 
-The claims stand in notebooks/claims.toml, each with the range of values that would confirm it. A verdict weighs one
-value with its interval. Where the value rests on training, the entry has a recipe, the least training that could settle
-it: a shorter one settles nothing.
+The claims stand in notebooks/claims.toml, each with the range of values to confirm the claim. A verdict weighs a value
+and an interval. A claim about trained models has a recipe, the least training able to settle the claim: after a shorter
+training the claim stays open.
 """
 
 import datetime
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,14 +27,15 @@ ROUNDING = 1e-9  # relative: a bound that a value meets exactly is met
 
 
 def _range(bounds: Any) -> tuple[float, float]:
-    pair = isinstance(bounds, list) and len(bounds) == 2 and None not in map(show.number, bounds)
-    if not pair or not bounds[0] <= bounds[1]:
+    is_pair = isinstance(bounds, list) and len(bounds) == 2
+    is_numeric = is_pair and all(show.number(bound) is not None for bound in bounds)
+    if not is_numeric or not bounds[0] <= bounds[1]:
         raise ValueError(f"expected is {bounds!r}; give [low, high] with low <= high, -inf or inf for no bound")
     return float(bounds[0]), float(bounds[1])
 
 
 class Change(BaseModel, frozen=True, extra="forbid", strict=True):
-    """On which day a claim's quantity was exchanged for another, from what to what, and why."""
+    """An exchange of a claim's quantity: the day, the quantities before and after, and the reason."""
 
     date: datetime.date
     from_: str = Field(alias="from", pattern=r"\S")
@@ -44,18 +44,18 @@ class Change(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
-    """One entry of claims.toml.
+    """An entry of claims.toml.
 
-    id          "<section>.<n>"; it stays when others go
+    id          "<section>.<n>"; stays when a neighbour goes
     text        the claim, in our words
-    quantity    what is measured for it, in `unit`
-    expected    (lowest, highest) of the values that confirm it, infinite where open
-    needs       where it can be settled: on "any" machine, on a "cpu" or "gpu" only, by "arithmetic", by a "document"
-    source      where it stands, and what its verdict rests on
-    why         why people say it, for the reader of a lesson that shows it
-    right_when  under which conditions they are right
-    changed     each time that the quantity was exchanged after a value was known
-    recipe      the least training that could settle it, such as {"steps": 600, "seeds": 5}; empty where none is needed
+    quantity    the measured quantity, in `unit`
+    expected    (lowest, highest) of the confirming values, infinite for an open side
+    needs       the judge of the claim: "any" machine, a "cpu", a "gpu", "arithmetic", a "document"
+    source      where the claim stands, and the evidence for our verdict
+    why         why people say so, for readers of a lesson
+    right_when  the conditions under which people are right
+    changed     the exchanges of the quantity after a value was known
+    recipe      the least training able to settle the claim: {"steps": 600, "seeds": 5}; empty without training
     """
 
     id: str
@@ -79,7 +79,11 @@ class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 def load(path: Path | None = None) -> dict[str, Claim]:
-    """All claims by id, in the file's order; DataError naming the entry that is malformed or there twice."""
+    """Read all claims by id, in the file's order.
+
+    path  of a file like claims.toml, which is read by default
+    Raises DataError, naming the entry, for a malformed or repeated entry.
+    """
     path = path or files.NOTEBOOKS / "claims.toml"
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("claim", [])
@@ -92,9 +96,8 @@ def load(path: Path | None = None) -> dict[str, Claim]:
         try:
             claim = Claim.model_validate(entry)
         except ValidationError as error:
-            first = error.errors()[0]
-            fault = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
-            raise DataError(f"{path.name}, entry {number} ({entry.get('id', 'without id')!r}): {fault}.") from None
+            name = entry.get("id", "without id")
+            raise DataError(f"{path.name}, entry {number} ({name!r}): {_first_fault(error)}.") from None
         if claim.id in claims:
             raise DataError(
                 f"{path.name}, entry {number}: the id {claim.id!r} is there twice; give each claim its own."
@@ -104,12 +107,14 @@ def load(path: Path | None = None) -> dict[str, Claim]:
 
 
 def entry(id: str) -> Claim:
-    """The claim with this id; InputError naming those of its section."""
-    entries = load()
-    if id not in entries:
-        near = [other for other in entries if other.partition(".")[0] == str(id).partition(".")[0]] or list(entries)
-        raise InputError(f"There is no claim {id!r} in claims.toml; there are {', '.join(near) or 'none yet'}.")
-    return entries[id]
+    """Return the claim called `id`; InputError, naming the claims of the same section, for an unknown id."""
+    claims = load()
+    if id in claims:
+        return claims[id]
+    section = str(id).partition(".")[0]
+    near = [name for name in claims if name.partition(".")[0] == section]
+    listed = ", ".join(near or claims) or "none yet"
+    raise InputError(f"There is no claim {id!r} in claims.toml; there are {listed}.")
 
 
 def verdict(
@@ -118,84 +123,101 @@ def verdict(
     ci95: Sequence[float] | None = None,
     trained: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """What `value` (None: not measurable) with its 95 % interval says about the claim.
+    """Return the verdict of a value on a claim.
 
-    The whole interval within the expected range confirms, the whole outside contradicts, an edge inside it is
-    inconclusive; without an interval the value alone decides. trained: what the value rests on, in the terms of the
-    claim's recipe; less than the recipe settles nothing. InputError for a value that is no number, and where a claim
-    with a recipe is not told all that it asks for.
+    value    in the claim's unit; None if the quantity is not measurable here
+    ci95     the value's 95 % interval, (low, high). The whole interval within the expected range confirms, the whole
+             interval outside contradicts, an edge of the range inside the interval is inconclusive. Without an interval
+             the value alone decides
+    trained  the training behind the value, in the terms of the claim's recipe; less than the recipe settles nothing
+    Raises InputError for a value that is no number, and for a `trained` without a term of the recipe.
     """
-    if missing := [term for term in claim.recipe if term not in (trained or {})]:
-        asked = ", ".join(f'"{term}": ...' for term in claim.recipe)
-        raise InputError(
-            f"Claim {claim.id} rests on training, and {', '.join(missing)} is not given; pass trained={{{asked}}}."
-        )
-    too_short = any(trained[term] < least for term, least in claim.recipe.items())
+    _check_trained(claim, trained)
+    is_too_short = any(trained[term] < least for term, least in claim.recipe.items())
     if value is None:
-        return "not settled here" if too_short else "not measurable here"
+        return "not settled here" if is_too_short else "not measurable here"
     low, high = _interval(claim, value, ci95)
-    if too_short:
+    if is_too_short:
         return "not settled here"
     least, most = claim.expected
     if _at_least(low, least) and _at_least(most, high):
         return "confirmed"
-    return "inconclusive" if _at_least(high, least) and _at_least(most, low) else "contradicted"
+    if _at_least(high, least) and _at_least(most, low):
+        return "inconclusive"
+    return "contradicted"
+
+
+def can_be_settled_on(claim: Claim, device: str) -> bool:
+    """Return True if a value measured on a kind of device, "cpu" or "cuda", can settle the claim."""
+    if claim.needs not in SETTLED_BY:
+        return True
+    devices, _ = SETTLED_BY[claim.needs]
+    return device in devices
 
 
 def is_current(claim: Claim, created: str, trained: Mapping[str, float] | None) -> bool:
-    """Whether what a record of this day (ISO 8601) says about the claim is about the quantity that it has now.
+    """Return True if a record's verdict is about the claim's present quantity.
 
-    A record from before the claim had its recipe does not say what was trained, and is not either.
+    created  day of the record (ISO 8601)
+    trained  the training in the record's entry; a record from before the claim had its recipe has none, and is not
+             current
     """
-    newest = max((change.date for change in claim.changed), default=datetime.date.min)
-    return datetime.date.fromisoformat(created[:10]) >= newest and not (claim.recipe and trained is None)
+    if claim.recipe and trained is None:
+        return False
+    day = datetime.date.fromisoformat(created[:10])
+    return all(day >= change.date for change in claim.changed)
 
 
 def expected(claim: Claim) -> str:
-    """The range in words: "10 to 20 tokens/s", "at least 1.05", "at most 1", "exactly 2 TOPS/W"."""
+    """Return the expected range in words: "10 to 20 tokens/s", "at least 1.05", "at most 1", "exactly 2 TOPS/W"."""
     low, high = (f"{bound:,.10g}" for bound in claim.expected)
     if low == high:
         words = f"exactly {low}"
     elif high == "inf":
         words = f"at least {low}"
+    elif low == "-inf":
+        words = f"at most {high}"
     else:
-        words = f"at most {high}" if low == "-inf" else f"{low} to {high}"
+        words = f"{low} to {high}"
     return words if claim.unit in show.BARE else f"{words} {claim.unit}".strip()
 
 
 def recipe(claim: Claim) -> str:
-    """The least training that could settle it, in words: "1,290 steps, 1 seed"; "" where none is needed."""
-    return ", ".join(f"{n:,} {term.removesuffix('s') if n == 1 else term}" for term, n in claim.recipe.items())
+    """Return the claim's recipe in words: "1,290 steps, 1 seed"; "" without a recipe."""
+    phrases = []
+    for term, number in claim.recipe.items():
+        noun = term.removesuffix("s") if number == 1 else term
+        phrases.append(f"{number:,} {noun}")
+    return ", ".join(phrases)
 
 
 def measured(claim: Claim, value: float | None, ci95: Sequence[float] | None) -> str:
-    """A value in words: "2.50x (2.41x to 2.60x)"; without one, why there is none."""
+    """Return a value in words: "2.50x (2.41x to 2.60x)"; without a value, the reason."""
     if value is None:
-        return SETTLED_BY.get(claim.needs, (None, "not measured"))[1]
+        _, reason = SETTLED_BY.get(claim.needs, (None, "not measured"))
+        return reason
+    quantity = show.quantity(value, claim.unit)
     if not ci95:
-        return show.quantity(value, claim.unit)
-    no_end = ci95[0] <= 0 and ci95[1] == math.inf
-    between = "too few samples for an interval" if no_end else show.interval(ci95, claim.unit)
-    return f"{show.quantity(value, claim.unit)} ({between})"
+        return quantity
+    is_open = ci95[0] <= 0 and ci95[1] == math.inf
+    interval = "too few samples for an interval" if is_open else show.interval(ci95, claim.unit)
+    return f"{quantity} ({interval})"
 
 
-def folded(tested: Sequence[tuple[Claim, Verdict, str, str]]) -> tuple[str, str]:
-    """A folded box as text and as HTML: each claim with its verdict, what was measured here, and a recorded run."""
-    title = f"{len(tested)} widespread claim{'s' * (len(tested) > 1)}, tested"
-    text, html = [title], [f"<details><summary><b>{title}</b></summary>"]
-    for claim, outcome, here, elsewhere in tested:
-        facts = {
-            claim.quantity: f"expected {expected(claim)}; here {here}",
-            "Why it is not settled": f"it takes at least {recipe(claim)}" if outcome == "not settled here" else "",
-            "Recorded": elsewhere,
-            "Why people say it": claim.why,
-            "When they are right": claim.right_when,
-        }
-        facts = {name: words for name, words in facts.items() if words}
-        text += [f"{claim.id}  {claim.text}  {outcome.upper()}", *(f"    {name}: {facts[name]}" for name in facts)]
-        lines = "".join(f"<br><i>{escape(name)}</i>: {escape(words)}" for name, words in facts.items())
-        html.append(f"<p><b>{claim.id}. {escape(claim.text)}</b> <b>[{outcome}]</b>{lines}</p>")
-    return "\n".join(text), "".join([*html, "</details>"])
+def _first_fault(error: ValidationError) -> str:
+    """Return pydantic's first fault as "<field>: <message>"."""
+    first = error.errors()[0]
+    field = [str(part) for part in first["loc"]]
+    return ": ".join([*field, first["msg"].removeprefix("Value error, ")])
+
+
+def _check_trained(claim: Claim, trained: Mapping[str, float] | None) -> None:
+    missing = [term for term in claim.recipe if term not in (trained or {})]
+    if missing:
+        example = ", ".join(f'"{term}": ...' for term in claim.recipe)
+        raise InputError(
+            f"Claim {claim.id} rests on training, and {', '.join(missing)} is not given; pass trained={{{example}}}."
+        )
 
 
 def _at_least(value: float, bound: float) -> bool:
@@ -203,6 +225,7 @@ def _at_least(value: float, bound: float) -> bool:
 
 
 def _interval(claim: Claim, value: Any, ci95: Any) -> tuple[float, float]:
+    """Return the ends of the interval, or of the value alone; InputError unless the interval holds the value."""
     ends = (value, value) if ci95 is None else tuple(ci95)
     if any(show.number(end) is None or math.isnan(end) for end in (value, *ends)):
         raise InputError(f"Claim {claim.id} takes a number, or None where it cannot be measured, not {value!r}.")

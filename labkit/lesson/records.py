@@ -1,7 +1,7 @@
-"""The record of a run: what was asked, on which machine, what came out, and what each number means.
+"""Records of runs: the questions, the machine, the results, and the meaning of each number.
 
-One JSON file, also embedded in the notebook, so that an executed notebook carries its own results. It keeps samples,
-intervals and meanings, never a path or a host name; how runs are compared is left to course.report.
+A record is a JSON file, also embedded in the notebook, so that an executed notebook carries the results along. A record
+keeps samples, intervals and meanings, never a path or a host name. Comparing runs is left to course.report.
 """
 
 import json
@@ -12,9 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, NamedTuple
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labkit import files, show
 from labkit.errors import DataError, InputError
-from labkit.lesson import challenge, claims
+from labkit.lesson import claims
 
 VERSION = "labkit.record/2"
 MIME = "application/vnd.labkit.record+json"
@@ -37,13 +37,13 @@ class _Strict(BaseModel):
 
 
 class Column(_Strict, frozen=True):
-    """What the numbers of a table's column mean.
+    """The meaning of the numbers in a column of a table.
 
     role   "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither
-    unit   of the numbers, such as "ms"; empty where they have none
-    clock  whether a clock or a memory counter made or decided them, so that a repetition differs; where it decided a
-           column of `by`, such as the name of the slowest case, a repetition has other rows
-    low, high  the columns that hold the ends of their 95 % interval, if any
+    unit   of the numbers, such as "ms"; empty for numbers without a unit
+    clock  True if a clock or a memory counter made or decided the numbers, so that a repetition differs. A repetition
+           has different rows if a clock decided a column of `by`, like the name of the slowest case
+    low, high  names of the columns with the ends of the 95 % interval, if any
     """
 
     role: Role = "result"
@@ -54,27 +54,27 @@ class Column(_Strict, frozen=True):
 
 
 def quality(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
-    """A column of which more is better, such as an accuracy or a speed-up; see `Column`."""
+    """Make a column of results to maximise: accuracies, speed-ups; arguments as in `Column`."""
     return Column(role="quality", unit=unit, clock=clock, low=low, high=high)
 
 
 def cost(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
-    """A column of which less is better, such as a time, a size or an error; see `Column`."""
+    """Make a column of results to minimise: times, sizes, errors; arguments as in `Column`."""
     return Column(role="cost", unit=unit, clock=clock, low=low, high=high)
 
 
 def result(unit: str = "", *, clock: bool = False, low: str | None = None, high: str | None = None) -> Column:
-    """A column that came out and is neither better nor worse when it is more, such as a ridge point; see `Column`."""
+    """Make a column of results that are neither good nor bad, such as ridge points; arguments as in `Column`."""
     return Column(role="result", unit=unit, clock=clock, low=low, high=high)
 
 
 def setting(unit: str = "", *, clock: bool = False) -> Column:
-    """A column that was chosen; those of `by` are settings anyway, and need this for a unit, or where a clock chose."""
+    """Make a column of chosen values. A column of `by` is a setting anyway: declare only a unit or `clock`."""
     return Column(role="setting", unit=unit, clock=clock)
 
 
 class RecordedValue(_Strict):
-    """A number or a text. "measurement" (s) and "comparison" (x) carry what labkit.bench wrote, samples included."""
+    """A number or a text; in `detail`, a "measurement" (s) or "comparison" (x) holds labkit.bench's samples."""
 
     kind: Literal["value", "measurement", "comparison"]
     name: str
@@ -89,9 +89,9 @@ class RecordedValue(_Strict):
 
 
 class RecordedTable(_Strict):
-    """Rows of one table. `by` names the columns that tell them apart; `columns` says what the others mean.
+    """Rows of a table: `by` names the columns that tell rows apart, `columns` the meaning of the rest.
 
-    A column that `columns` does not name is a plain result without a unit.
+    A column without a declaration is a plain result without a unit.
     """
 
     kind: Literal["table"]
@@ -102,14 +102,18 @@ class RecordedTable(_Strict):
     simulated: bool = False
 
     def meaning(self, column: str) -> Column:
-        """What the numbers of `column` mean."""
-        return self.columns.get(column, Column(role="setting") if column in self.by else Column())
+        """Return the meaning of a column's numbers."""
+        if column in self.columns:
+            return self.columns[column]
+        return Column(role="setting") if column in self.by else Column()
 
 
 class Prediction(_Strict):
-    """A guess (None: the question was asked and not answered) and the number that came out, in the guess's unit.
+    """A guess and the measured number in the same unit.
 
-    measured: None where it was not measured. ci95: the 95 % interval of what was measured, where it has one.
+    predicted  None for a question without an answer
+    measured   None before the measurement
+    ci95       the 95 % interval of the measured number, if any
     """
 
     name: str
@@ -121,7 +125,7 @@ class Prediction(_Strict):
 
 
 class SettledClaim(_Strict):
-    """What a run says about a claim; trained: what the value rests on, where the claim has a recipe."""
+    """The verdict of a run's value on a claim; trained: the training behind the value, if the claim has a recipe."""
 
     id: str
     value: int | float | None
@@ -131,7 +135,7 @@ class SettledClaim(_Strict):
 
 
 class CheckedExercise(_Strict):
-    """Whether an answer passed its check, what was wrong with it, and whose answer the lesson went on with."""
+    """The outcome of an answer's check: every failure, and the answer in use for the rest of the lesson."""
 
     id: str
     passed: bool
@@ -140,7 +144,10 @@ class CheckedExercise(_Strict):
 
 
 class Challenge(_Strict):
-    """A lesson's challenge: its goals (see labkit.challenge), the learner's point, whether it is in; None: no plan."""
+    """A lesson's challenge: the goals (labkit.lesson.challenge), the learner's point, and if the point lies inside.
+
+    point, reached  None without a plan
+    """
 
     name: str
     goal: str
@@ -150,10 +157,11 @@ class Challenge(_Strict):
 
 
 class Processes(_Strict):
-    """What one lesson gave in several processes, one after the other; all lists are in the order of the processes.
+    """The results of a lesson in several processes, run in turn; all lists are in the order of the processes.
 
-    created  when each ended; seconds: what each took
-    values   the numbers that were recorded by name; a process that did not record one is left out of its list
+    created  end of each process, ISO 8601
+    seconds  duration of each process
+    values   the recorded numbers by name; a process without the number is left out of the list
     """
 
     created: list[str]
@@ -162,7 +170,7 @@ class Processes(_Strict):
 
 
 class Spread(NamedTuple):
-    """A number over processes: median, smallest, largest, and how many processes there were."""
+    """A number over several processes: median, smallest, largest, and the number of processes."""
 
     median: float
     smallest: float
@@ -171,12 +179,13 @@ class Spread(NamedTuple):
 
 
 class RunRecord(_Strict):
-    """One finished run of a lesson.
+    """A finished run of a lesson.
 
-    runs: of a reference run, what it and the other processes gave that were recorded with it; None: there was one.
-    sentences: what the run said about its results, computed from them, by the name of the figure or the table.
-    budget: {seconds, memory, within}, what the preset allows (None: no limit) and whether that was kept. seconds counts
-    the time in which cells ran; peak_memory and peak_device_memory are bytes.
+    sentences    the messages of figures and tables by name
+    seconds      duration of all running cells
+    peak_memory, peak_device_memory  bytes
+    budget       {seconds, memory, within}: the preset's limits (memory None: no limit), and if the run kept both
+    runs         of a reference run, the results of all processes recorded together; None for a single process
     """
 
     version: Literal["labkit.record/2"]
@@ -202,12 +211,13 @@ class RunRecord(_Strict):
     runs: Processes | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON values; what has its default is left out, NaN and infinities are "nan", "inf", "-inf"."""
-        return plain(self.model_dump(exclude_defaults=True) | {"parameters": _without_folders(self.parameters)})
+        """Return strict JSON values without defaults; NaN and infinities are "nan", "inf" and "-inf"."""
+        fields = self.model_dump(exclude_defaults=True)
+        return plain(fields | {"parameters": _without_folders(self.parameters)})
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "The record") -> "RunRecord":
-        """Read what to_dict gave; DataError, naming `source`, where the version or a field is wrong."""
+        """Read the values of to_dict; DataError, naming `source`, for an unknown version or a wrong field."""
         stated = values.get("version") if isinstance(values, dict) else None
         if stated != VERSION:
             raise DataError(f"{source} is of version {stated!r}, this labkit reads {VERSION!r}; run the lesson again.")
@@ -215,25 +225,37 @@ class RunRecord(_Strict):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise DataError(f"{source} is damaged: `{where}`: {first['msg']}; run the lesson again.") from None
+            field = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"{source} is damaged: `{field}`: {first['msg']}; run the lesson again.") from None
 
     def named(self, name: str) -> RecordedValue | RecordedTable | None:
-        """The measurement called `name`, None where there is none."""
-        return next((entry for entry in self.measurements if entry.name == name), None)
+        """Return the result called `name`, None if the run has no result of the name."""
+        for entry in self.measurements:
+            if entry.name == name:
+                return entry
+        return None
 
     def spread(self, name: str) -> Spread | None:
-        """Over the processes, the number recorded as `name`, or what a run took ("seconds"); None without a number."""
-        if self.runs is None:
-            entry = self.seconds if name == "seconds" else getattr(self.named(name), "value", None)
-            values = [] if show.number(entry) is None else [entry]
-        else:
-            values = self.runs.seconds if name == "seconds" else self.runs.values.get(name, [])
-        return Spread(statistics.median(values), min(values), max(values), len(values)) if values else None
+        """Return the spread over processes of the number recorded as `name`, or of a run's duration ("seconds").
+
+        None if the run has no number of the name.
+        """
+        values = self._over_processes(name)
+        if not values:
+            return None
+        return Spread(statistics.median(values), min(values), max(values), len(values))
+
+    def _over_processes(self, name: str) -> list[int | float]:
+        """Return the numbers called `name` of all processes with a number of the name."""
+        if self.runs is not None:
+            return self.runs.seconds if name == "seconds" else self.runs.values.get(name, [])
+        value = self.seconds if name == "seconds" else getattr(self.named(name), "value", None)
+        return [] if show.number(value) is None else [value]
 
     def __repr__(self) -> str:
-        what = f"{len(self.measurements)} measurements, {len(self.claims)} claims, {len(self.checks)} checks"
-        return f"RunRecord(lesson {self.lesson}, {self.preset}, {self.machine.get('label', self.device)}: {what})"
+        run = f"lesson {self.lesson}, {self.preset}, {self.machine.get('label', self.device)}"
+        counts = f"{len(self.measurements)} measurements, {len(self.claims)} claims"
+        return f"RunRecord({run}: {counts}, {len(self.checks)} checks)"
 
     __str__ = __repr__
 
@@ -246,46 +268,72 @@ def table(
     *,
     simulated: bool = False,
 ) -> RecordedTable:
-    """Rows (a list of dicts) with what their columns mean, to be recorded.
+    """Make a table to record.
 
-    InputError for what is no list of rows, a column in `by` or `columns` that no row has, and a `by` that does not tell
-    the rows apart.
+    name       of the table
+    rows       a list of dicts, one a row
+    by         the columns that tell rows apart; rows that differ only in SEED are repetitions
+    columns    the meaning of the rest, as in {"ms": cost("ms", clock=True)}
+    simulated  True for computed rows, False for measured rows
+    Raises InputError for `rows` that are no list of dicts, a column in `by` or `columns` missing from all rows, and
+    two rows alike in all columns of `by`.
     """
-    rows, columns = plain(show.checked_rows(rows)), dict(columns or {})
+    rows = plain(show.checked_rows(rows))
+    columns = dict(columns or {})
     by = (by,) if isinstance(by, str) else tuple(by)
-    present = dict.fromkeys(column for row in rows for column in row)
-    ends = [end for column in columns.values() for end in (column.low, column.high) if end is not None]
-    if missing := [column for column in (*by, *columns, *ends) if column not in present]:
-        raise InputError(f"{name!r} has no column {missing[0]!r}; its columns are {', '.join(present)}.")
-    keys = [tuple(str(row.get(column)) for column in by) for row in rows]
-    if by and (twice := next((key for key in keys if keys.count(key) > 1), None)):
-        which = ", ".join(f"{column}={value}" for column, value in zip(by, twice, strict=True))
-        raise InputError(
-            f"by={by} does not tell the rows of {name!r} apart: {which} is there twice; name more columns."
-        )
+    _check_columns(name, rows, by, columns)
+    if by:
+        _check_distinct(name, rows, by)
     return RecordedTable(kind="table", name=name, rows=rows, by=by, columns=columns, simulated=simulated)
 
 
+def _check_columns(
+    name: str, rows: Sequence[Mapping[str, Any]], by: Sequence[str], columns: Mapping[str, Column]
+) -> None:
+    present = dict.fromkeys(column for row in rows for column in row)
+    ends = [end for column in columns.values() for end in (column.low, column.high) if end is not None]
+    for column in (*by, *columns, *ends):
+        if column not in present:
+            raise InputError(f"{name!r} has no column {column!r}; its columns are {', '.join(present)}.")
+
+
+def _check_distinct(name: str, rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> None:
+    keys = [tuple(str(row.get(column)) for column in by) for row in rows]
+    counts = Counter(keys)
+    for key in keys:
+        if counts[key] > 1:
+            values = ", ".join(f"{column}={value}" for column, value in zip(by, key, strict=True))
+            raise InputError(
+                f"by={by} does not tell the rows of {name!r} apart: {values} is there twice; name more columns."
+            )
+
+
 def together(processes: Sequence[RunRecord]) -> RunRecord:
-    """The record of the process that took the median time, with the numbers of all: what a reference holds."""
-    middle = sorted(processes, key=lambda record: record.seconds)[len(processes) // 2]
-    values: dict[str, list[int | float]] = {}
-    for entry in (entry for record in processes for entry in record.measurements):
-        if isinstance(entry, RecordedValue) and show.number(entry.value) is not None:
-            values.setdefault(entry.name, []).append(entry.value)
-    times = {"created": [record.created for record in processes], "seconds": [record.seconds for record in processes]}
-    return middle.model_copy(update={"runs": Processes(**times, values=values)})
+    """Return the record of the process of median duration, with the numbers of all: a lesson's reference run."""
+    by_duration = sorted(processes, key=lambda record: record.seconds)
+    middle = by_duration[len(processes) // 2]
+    values: dict[str, list[int | float]] = defaultdict(list)
+    for record in processes:
+        for entry in record.measurements:
+            if isinstance(entry, RecordedValue) and show.number(entry.value) is not None:
+                values[entry.name].append(entry.value)
+    runs = Processes(
+        created=[record.created for record in processes],
+        seconds=[record.seconds for record in processes],
+        values=values,
+    )
+    return middle.model_copy(update={"runs": runs})
 
 
 def write(record: RunRecord, path: Path) -> None:
-    """Write the record as JSON, whole or not at all, with its folder; InputError where the folder cannot be written."""
+    """Write the record as JSON, whole or not at all, and make the folder; InputError for a folder that refuses."""
     text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with files.refused(f"The record cannot be written to {path}", "choose another results_dir"):
         files.write_text(path, text)
 
 
 def read(path: Path) -> RunRecord:
-    """Read a record file; DataError where it is missing, damaged or of another version."""
+    """Read a record file; DataError for a missing or damaged file, and for a version unknown to labkit."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -296,17 +344,20 @@ def read(path: Path) -> RunRecord:
 
 
 def recorded(lesson: str) -> list[RunRecord]:
-    """The reference runs of a lesson, one a machine, in the order of the machines' folder names."""
+    """Read the reference runs of a lesson, a run for each machine, in the order of the machines' folder names."""
     return [read(path) for path in sorted(files.RECORDED.glob(f"*/{lesson}.json"))]
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types; InputError for what JSON cannot hold. NaN and infinities become texts.
+    """Convert a value to the types of JSON. NaN and infinities become texts, arrays and tensors become lists.
 
-    Series of floats (samples) keep six significant digits, far below what any clock resolves, which halves a record.
+    Series of floats (samples) keep six significant digits, far finer than any clock, to halve the size of a record.
+    Raises InputError for a value that JSON cannot hold.
     """
-    if value is None or isinstance(value, bool | str):
-        return _anonymous(value) if isinstance(value, str) else value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _anonymous(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
@@ -314,7 +365,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        if len(value) > 4 and all(isinstance(item, float) and math.isfinite(item) for item in value):
+        if _is_series(value):
             return [float(f"{item:.6g}") for item in value]
         return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy's and torch's scalars and arrays
@@ -325,7 +376,7 @@ def plain(value: Any) -> Any:
 
 
 def origin() -> dict[str, Any]:
-    """When, by which labkit and from which commit of the course a record is made."""
+    """Return the fields of a new record about the origin: the time, labkit's version, the course's commit."""
     try:
         labkit = version(files.DISTRIBUTION)
     except PackageNotFoundError:
@@ -333,43 +384,58 @@ def origin() -> dict[str, Any]:
     return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "labkit": labkit, "git": _git()}
 
 
+def _is_series(values: Sequence[Any]) -> bool:
+    if len(values) <= 4 or not all(isinstance(value, float) for value in values):
+        return False
+    return all(math.isfinite(value) for value in values)
+
+
 def _anonymous(text: str) -> str:
-    """Text without the folders of who ran it, which stand in messages of errors."""
+    """Replace the folders of the course and of the user, as in messages of errors, by "<course>" and "~"."""
     for folder, name in ((str(files.ROOT), "<course>"), (str(Path.home()), "~")):
-        if len(folder) > 1:
+        if len(folder) > 1:  # a home of "/" would be replaced everywhere
             text = text.replace(folder, name)
     return text
 
 
 def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter that is an absolute path keeps its last part."""
-    texts = {name: value for name, value in parameters.items() if isinstance(value, str)}
-    absolute = {name: PureWindowsPath(text) for name, text in texts.items() if PureWindowsPath(text).root}
-    return {**parameters, **{name: path.name for name, path in absolute.items()}}
+    """Cut each absolute path, of any system, among the parameters to the last part."""
+    shortened = dict(parameters)
+    for name, value in parameters.items():
+        if isinstance(value, str):
+            path = PureWindowsPath(value)  # which knows the separators of all systems
+            if path.root:
+                shortened[name] = path.name
+    return shortened
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the course and whether files differ from it; None without git or outside a clone."""
+    """Return the course's commit, and if files differ from the commit ("dirty"); None outside a clone."""
     if files.IN_WHEEL:  # the environment may lie in a clone of something else
         return None
     try:
-        commit, status = (
-            subprocess.run(["git", *arguments], cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=True)
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        commit = _git_output("rev-parse", "HEAD")
+        changes = _git_output("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _git_output(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 # what a run takes -------------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
-    """Seconds that the session ran: in a notebook the time in cells, since reading and thinking are no cost of it."""
+    """A clock of the session. In a notebook only running cells count, since reading and thinking are no cost."""
 
     def __init__(self) -> None:
-        self._before, self._since = 0.0, time.perf_counter()
+        self._before = 0.0
+        self._since: float | None = time.perf_counter()
         if show.in_notebook():
             events = sys.modules["IPython"].get_ipython().events
             events.register("pre_run_cell", self._resume)
@@ -377,117 +443,29 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
+        """Seconds counted so far."""
+        if self._since is None:
+            return self._before
+        return self._before + (time.perf_counter() - self._since)
 
     def _resume(self, *_: Any) -> None:
         self._since = time.perf_counter()
 
     def _pause(self, *_: Any) -> None:
-        self._before, self._since = self.seconds, None
+        self._before = self.seconds
+        self._since = None
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process. Linux's ru_maxrss would count in what the parent held when it started us."""
+    """Return the peak resident bytes of this process.
+
+    On Linux the kernel's VmHWM is read, since ru_maxrss includes the memory of the parent at the start.
+    """
     try:
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     except (OSError, TypeError):
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-# a finished run in a few lines ------------------------------------------------------------------------------------
-
-NONE = "–"
-
-
-def summary(record: RunRecord) -> tuple[str, str]:
-    """What was predicted and came out, the exercises, the challenge and the cost, as text and as HTML."""
-    budget = record.budget
-    tables = {
-        "Predicted and measured": [
-            {
-                "quantity": guess.name,
-                "predicted": "no prediction" if guess.predicted is None else show.quantity(guess.predicted, guess.unit),
-                "measured": "not measured" if guess.measured is None else show.quantity(guess.measured, guess.unit),
-                "95 % interval": show.interval(guess.ci95, guess.unit),
-                "the prediction was": off_by(guess),
-            }
-            for guess in record.predictions
-        ],
-        "Exercises": [
-            {
-                "exercise": check.id,
-                "result": "passed" if check.passed else "; ".join(check.failures),
-                "used below": {"learner": "yours", "worked": "the worked answer", None: NONE}[check.used],
-            }
-            for check in record.checks
-        ],
-        "Challenge": [
-            {
-                "challenge": task.name,
-                "asked for": challenge.asked(task.goals),
-                "result": {True: "reached", False: "not reached yet", None: "no plan yet"}[task.reached],
-            }
-            for task in record.challenges
-        ],
-    }
-    tables = {title: rows for title, rows in tables.items() if rows}
-    limit = f" of {show.quantity(budget['memory'], 'B')}" if budget["memory"] else ""
-    cost = (
-        f"{record.seconds:.0f} s of {budget['seconds']:.0f} s, peak memory "
-        f"{show.quantity(record.peak_memory, 'B')}{limit}: "
-        f"{'within' if budget['within'] else 'OVER'} the budget of preset {record.preset}."
-    )
-    counts = {"result": record.measurements, "claim": record.claims}
-    counted = " and ".join(f"{len(some)} {name}{'s' * (len(some) != 1)}" for name, some in counts.items())
-    stored = f"{counted} are in {record.lesson}/record.json in the results folder."
-    last = " ".join(filter(None, [calibration(record.predictions), stored]))
-    first = f"Lesson {record.lesson} finished"
-    text = [f"{first}: {cost}", *(f"{title}\n{show.text_table(rows)}" for title, rows in tables.items()), last]
-    html = [show.html_table(rows, caption=title) for title, rows in tables.items()]
-    return "\n\n".join(text), "".join([f"<p><b>{first}.</b> {escape(cost)}</p>", *html, f"<p>{escape(last)}</p>"])
-
-
-def off_by(guess: Prediction) -> str:
-    """How far a prediction was off, as in "above the interval: 1.80x too high"; "–" where no factor can be given."""
-    low, high = _ends(guess)
-    if guess.predicted is not None and low <= guess.predicted <= high:
-        return "inside the 95 % interval"
-    if not _has_factor(guess):
-        return NONE
-    ratio = guess.predicted / guess.measured
-    where = "" if low > high else "above the interval: " if guess.predicted > high else "below the interval: "
-    if not where and abs(ratio - 1) < 0.05:
-        return "right within 5 %"
-    return where + (
-        f"{show.quantity(ratio, 'x')} too high" if ratio > 1 else f"{show.quantity(1 / ratio, 'x')} too low"
-    )
-
-
-def calibration(predictions: Sequence[Prediction]) -> str:
-    """How good several guesses were together, in a sentence; "" where fewer than two were made and measured.
-
-    Guesses are off by factors, so the middle one is the median of max(predicted / measured, measured / predicted).
-    """
-    usable = [guess for guess in predictions if _has_factor(guess)]
-    if len(usable) < 2:
-        return ""
-    factors = [max(guess.predicted / guess.measured, guess.measured / guess.predicted) for guess in usable]
-    words = [off_by(guess) for guess in usable]
-    inside, high, low = (sum(end in word for word in words) for end in ("inside", "too high", "too low"))
-    return (
-        f"Of {len(usable)} predictions {inside} lay inside the measured interval; half were off by a factor of "
-        f"{show.quantity(statistics.median(factors), '')} or less. Too high: {high}, too low: {low}."
-    )
-
-
-def _ends(guess: Prediction) -> tuple[float, float]:
-    """The measured interval, empty where there is none or where too few samples leave it open."""
-    finite = guess.ci95 and all(map(math.isfinite, guess.ci95))
-    return guess.ci95 if finite else (math.inf, -math.inf)
-
-
-def _has_factor(guess: Prediction) -> bool:
-    return None not in (guess.predicted, guess.measured) and guess.predicted * guess.measured > 0

@@ -1,32 +1,50 @@
-"""A lesson's session: start() settles seeds, threads, device, preset; the Lab collects what is predicted and measured.
+"""A lesson's session: `start` settles the process, and the `Lab` lists all steps of a page.
 
-Predict first, then measure, then compare both with what was claimed; finish() writes it all down as one record. It
-measures nothing itself (labkit.bench does), grades no exercise (`check` does) and installs or downloads nothing.
+A page predicts a number, measures, compares both with what people claim, and finishes with a record on the disk:
+
+>>> import tempfile, labkit
+>>> folder = tempfile.mkdtemp()
+>>> lab = labkit.start("00", preset="smoke", device="cpu", results_dir=folder)  # doctest: +ELLIPSIS
+Lesson 00: Measuring honestly
+...
+>>> lab.predict("step", 3, "ms", question="How long is a step?")
+predicted  step: 3 ms
+>>> lab.record("step", 0.0015, "s", ci95=(0.001, 0.002))
+>>> lab.say("step", "A step takes half of the predicted time.")
+A step takes half of the predicted time.
+>>> record = lab.finish()  # doctest: +ELLIPSIS
+Lesson 00 finished: ...
+>>> record.named("step").value
+0.0015
+
+A session measures nothing itself (labkit.bench does), and installs or downloads nothing.
 """
 
 import gc
-import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import datetime
 from html import escape
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from labkit import show
 from labkit.errors import InputError
-from labkit.lesson import challenge, claims, records, settings, worked
-from labkit.lesson import check as checks
+from labkit.lesson import challenge, records, reference_runs
+from labkit.lesson.claim_tests import ClaimTests
+from labkit.lesson.exercises import Exercises
 from labkit.lesson.parameters import PRESETS, SEEDS, ranges, require_allowed
-from labkit.lesson.records import Column, RecordedTable, RecordedValue, Role, RunRecord
-from labkit.timing import machine, roofline
+from labkit.lesson.records import Column, Role, RunRecord
+from labkit.lesson.results import Results, check_name, single_value
+from labkit.lesson.roofs import Roofs
+from labkit.lesson.summary import summary
+from labkit.lesson.timings import Timings
+from labkit.timing import machine
 from labkit.timing.bench import Comparison, Measurement, Race, compare, measure, race
 from labkit.timing.work import Work
 
@@ -46,12 +64,10 @@ LESSONS = {
     "12": "Hardware-specific deployment",
     "13": "Case studies",
 }
-NOT_DONE = "not done yet"
-YOURS = "your plan"
 
 
 class Budget(NamedTuple):
-    """What a lesson may take at a preset: seconds of running cells, bytes of memory (None: no limit)."""
+    """The limits of a lesson at a preset: seconds of running cells, bytes of memory (None: no limit)."""
 
     seconds: float
     memory: float | None
@@ -71,19 +87,19 @@ def start(
 ) -> "Lab":
     """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
-    lesson      "00" to "13"
-    preset      "smoke", "class" or "full"; LABKIT_PRESET, where set, wins
-    device      "cpu", "cuda", "cuda:N", or "auto": LABKIT_DEVICE where set, else CUDA where torch has it
-    results_dir the record goes to results_dir/<lesson>/record.json
-    parameters  the lesson's own parameters, for the record, each within the range that the lesson states
-    InputError for anything else, before anything is changed.
+    lesson       "00" to "13"
+    preset       "smoke", "class" or "full"; LABKIT_PRESET wins if set
+    device       "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA
+    results_dir  the record goes to results_dir/<lesson>/record.json
+    parameters   the lesson's own parameters for the record, each within the range that the lesson states
+    Raises InputError for any other argument, before a change.
     """
     if lesson not in LESSONS:
         raise InputError(f'There is no lesson {lesson!r}; give one of "00" to "13", as text with two digits.')
-    preset = _preset(preset)
+    preset = _checked_preset(preset)
     torch_device = machine.torch_device(device)
     require_allowed("SEED", seed, SEEDS)
-    folder = _results_folder(results_dir)
+    folder = _checked_folder(results_dir)
     parameters = parameters or {}
     for name, allowed in ranges(lesson).items():
         if name in parameters:
@@ -101,80 +117,64 @@ def start(
     gc.collect()
     gc.freeze()  # what the imports made stays anyway: to search it before each measurement takes a quarter of a second
     lab = Lab(lesson, preset, torch_device, seed, folder / lesson / "record.json", parameters)
-    lab._show_card()
+    _show_card(lab)
     return lab
 
 
 class Lab:
-    """One session of a lesson. What is measured under a name stands beside what was predicted under that name.
+    """A session of a lesson. Each method is a step of a page; a result stands beside the prediction of the same name.
 
-    Running a cell again replaces what it had recorded, and finish() may be called again: it writes the record anew.
+    Running a cell again replaces the results of the cell, and finish() may be called again: the record is written anew.
     """
 
     def __init__(
         self, lesson: str, preset: str, device: torch.device, seed: int, path: Path, parameters: dict[str, Any]
     ) -> None:
-        self.lesson, self.preset, self.device, self.seed = lesson, preset, device, seed
+        self.lesson = lesson
         self.title = LESSONS[lesson]
+        self.preset = preset
         self.budget = BUDGETS[preset]
+        self.device = device
         self.machine = machine.fingerprint(device)
-        self._path, self._parameters = path, parameters
+        self.seed = seed
+        self._path = path
+        self._parameters = parameters
         self._stopwatch = records.Stopwatch()
-        self._measurements: dict[str, RecordedValue | RecordedTable] = {}
-        self._predictions: dict[str, records.Prediction] = {}
-        self._claims: dict[str, records.SettledClaim] = {}
-        self._checks: dict[str, records.CheckedExercise] = {}
-        self._ceilings: dict[tuple[str, int], machine.Ceilings] = {}
-        self._checked: dict[str, Callable] = {}  # exercise -> the function that its check last saw
-        self._changed: dict[str, tuple[str, ...]] = {}  # exercise -> settings that this function changed
-        self._worked: dict[str, Callable] = {}  # exercise -> the worked answer that the lesson goes on with
+        self._results = Results()
+        self._timings = Timings()
+        self._roofs = Roofs(self._results, budget_s=self.by_preset(1.2, 6.0, 10.0))
+        self._claim_tests = ClaimTests(lesson, device.type)
+        self._exercises = Exercises()
         self._sentences: dict[str, list[str]] = {}
         self._challenges: dict[str, records.Challenge] = {}
-        self._folded: list[tuple[str, dict[str, Any]]] | None = None  # lines and rows, while a fold is open
 
     def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
-        """The value for this session's preset. A preset changes sizes, never what is done."""
+        """Return the argument of the session's preset. A preset changes sizes, never the steps."""
         return {"smoke": smoke, "class": class_, "full": full}[self.preset]
 
-    # before and after measuring ---------------------------------------------------------------------------------
+    # numbers ------------------------------------------------------------------------------------------------------
 
     def predict(self, name: str, value: float | EllipsisType, unit: str = "", question: str = "") -> None:
         """Commit to a number before `name` is measured; afterwards the first prediction stands.
 
-        value: a number in `unit`, or `...`, which only asks the question: no prediction is recorded, and none scored.
+        name      of the quantity, as later in `record`, `measure` or `compare`
+        value     a number in `unit`, or `...`, which asks the question without a prediction to record and score
+        question  shown with the request for a number; `name` if empty
         """
-        _check_name(name)
-        number = None if value is ... else show.number(value)
-        if value is not ... and (number is None or not math.isfinite(number)):
-            raise InputError(f"The prediction {name!r} is {value!r}; give one number, your best guess will do.")
-        if name in self._measurements and number is not None:
-            first = self._predictions.get(name)
-            stands = first and first.predicted is not None
-            state = f"your prediction of {show.quantity(first.predicted, first.unit)} stands" if stands else "too late"
-            show.emit(f"{name} has been measured already: {state}. Restart the kernel to predict afresh.")
-            return
-        if name not in self._measurements:
-            self._predictions[name] = records.Prediction(
-                name=name, question=question, unit=unit, predicted=number, measured=None
-            )
-        if number is not None:
-            show.emit(f"predicted  {name}: {show.quantity(number, unit)}")
-            return
-        unit = "as a factor" if unit == "x" else unit
-        asked = f"{question or name}{f' ({unit})' if unit not in {'', *show.BARE} else ''}"
-        wanted_from_you = "no prediction yet: replace the ... by your number"
-        show.emit(f"{asked}\n{wanted_from_you}", f"<p><b>{escape(asked)}</b><br><i>{escape(wanted_from_you)}</i></p>")
+        check_name(name)
+        is_measured = name in self._results.by_name
+        self._results.predictions.predict(name, value, unit, question, is_measured=is_measured)
 
     def measure(self, name: str, fn: Callable[[], Any], **options: Any) -> Measurement:
-        """Time `fn()` with labkit.bench.measure, on this session's device unless `device` says otherwise; record it."""
-        _check_name(name)
-        result = measure(fn, name=name, **{"device": self.device, **options})
-        meaning = {"unit": "s", "role": "cost", "clock": True}
-        outcome = {"value": result.median_s, "ci95": result.ci95_s, "detail": result.to_dict()}
-        self._keep(kind="measurement", name=name, **meaning, **outcome)
-        row = {"name": name, "time": show.quantity(result.median_s, "s"), "95 % interval": _between(result.ci95_s, "s")}
-        self._show_timing(str(result), row, result, warnings=result.warnings)
-        return result
+        """Time `fn()` with labkit.bench.measure, and record and show the median in seconds.
+
+        options  of labkit.bench.measure; `device` is the session's unless given
+        """
+        check_name(name)
+        timing = measure(fn, name=name, **{"device": self.device, **options})
+        self._results.add_measurement(name, timing)
+        self._timings.show_measurement(name, timing)
+        return timing
 
     def compare(
         self,
@@ -186,29 +186,23 @@ class Lab:
         dtype: str | tuple[str, str] = "fp32",
         **options: Any,
     ) -> Comparison:
-        """Time both with labkit.bench.compare, on this session's device unless `device` says otherwise; record it.
+        """Time two functions in pairs with labkit.bench.compare, and record and show the speed-up.
 
-        work    what a call of each side has to do (labkit.roofline.count): the share of the roof of both sides is
-                shown and recorded, too. Where a side lies above a roof that its data cannot have left (compute, or the
-                memory with cold caches), the roofs were measured in a bad moment: they are measured once more
-        dtype   whose compute ceiling counts, one for both sides or one each
+        work     of a call of the baseline and of the candidate (labkit.roofline.count): adds the share of the roof of
+                 each side to all that is shown and recorded
+        dtype    the type whose compute ceiling counts, for both sides or for each
+        options  of labkit.bench.compare; `device` is the session's unless given
         """
-        _check_name(name)
-        types = (dtype, dtype) if isinstance(dtype, str) else tuple(dtype)
-        for name_of, pair in (("work", work), ("dtype", types)):
-            if pair is not None and (not isinstance(pair, tuple | list) or len(pair) != 2):
-                raise InputError(f"{name_of} is {pair!r}; give two, that of the baseline and of the candidate.")
-        result = compare(baseline, candidate, **{"device": self.device, **options})
+        check_name(name)
+        dtypes = (dtype, dtype) if isinstance(dtype, str) else tuple(dtype)
         if work is not None:
-            sides = (result.baseline, work[0], types[0]), (result.candidate, work[1], types[1])
-            device = result.baseline.device
-            placed = [roofline.placed(side, of, self.ceilings(device), dtype) for side, of, dtype in sides]
-            if any(_above_a_low_roof(side) for side in placed):
-                roofs = self.ceilings(device, again=True)
-                placed = [roofline.placed(side, of, roofs, dtype) for side, of, dtype in sides]
-            result = replace(result, baseline=placed[0], candidate=placed[1])
-        self._keep_comparison(name, result)
-        return result
+            _check_pair("work", work)
+        _check_pair("dtype", dtypes)
+        comparison = compare(baseline, candidate, **{"device": self.device, **options})
+        if work is not None:
+            comparison = self._roofs.place(comparison, work, dtypes)
+        self._add_comparison(name, comparison)
+        return comparison
 
     def race(
         self,
@@ -218,57 +212,27 @@ class Lab:
         also: dict[str, Callable[[], Any]] | None = None,
         **options: Any,
     ) -> Race:
-        """Time all with labkit.bench.race, on this session's device unless `device` says otherwise.
+        """Time several functions in turns with labkit.bench.race, and record and show each speed-up over the first.
 
-        calls   the first is the baseline: each other one over it is shown and recorded as "<its name>, <name>"
-        also    what takes its turns as well and is not recorded over the baseline, such as work of another size
+        calls    {name of the call: function}; each comparison is recorded as "<name of the call>, <name>"
+        also     further calls that take turns without a record, such as work of another size
+        options  of labkit.bench.race; `device` is the session's unless given
         """
         for call in calls:
-            _check_name(f"{call}, {name}")
+            check_name(f"{call}, {name}")
         result = race(calls | (also or {}), **{"device": self.device, **options})
         baseline, *candidates = calls
         for candidate in candidates:
-            self._keep_comparison(f"{candidate}, {name}", result.over(baseline, candidate))
+            self._add_comparison(f"{candidate}, {name}", result.over(baseline, candidate))
         return result
 
-    def _keep_comparison(self, name: str, result: Comparison) -> None:
-        meaning = {"unit": "x", "role": "quality", "clock": True}
-        outcome = {"value": result.speedup, "ci95": result.ci95, "verdict": result.verdict, "detail": result.to_dict()}
-        self._keep(kind="comparison", name=name, **meaning, **outcome)
-        sides = result.baseline, result.candidate
-        row = {"name": name} | {
-            side: f"{'' if timed.name == side else timed.name} {show.quantity(timed.median_s, 's')}".strip()
-            for side, timed in zip(("baseline", "candidate"), sides, strict=True)
-        }
-        row |= {"ratio": show.quantity(result.speedup, "x"), "95 % interval": _between(result.ci95, "x")}
-        row["verdict"] = result.verdict
-        line = str(result) if self._folded is None else f"{name}: {result}"
-        self._show_timing(line, row, *sides, warnings=result.all_warnings)
-
     def ceilings(self, device: str | torch.device | None = None, *, again: bool = False) -> machine.Ceilings:
-        """The roofs of the session's device, or of another, measured when first asked for and then kept and recorded.
+        """Return the roofs of a device at torch's number of threads, measured and recorded when first asked for.
 
-        They belong to the number of threads that torch has at the time.
-        again   measure them once more, and keep the higher of each: a neighbour's load only lowers a roof
+        device  the session's unless given
+        again   measure once more, and keep the higher of each roof: a neighbour's load only lowers a roof
         """
-        target = machine.torch_device(device or self.device)
-        device = f"{target.type}:{target.index}" if target.index else target.type  # cuda is cuda:0
-        key = device, torch.get_num_threads()
-        if again or key not in self._ceilings:
-            roofs = machine.ceilings(device, budget_s=self.by_preset(1.2, 6.0, 10.0))
-            if key in self._ceilings:
-                roofs = self._ceilings[key].raised(roofs)
-            self._ceilings[key] = roofs
-            rates = {name: ("FLOP/s", rate, roofs.flops_range.get(name)) for name, rate in roofs.flops.items()}
-            rates["bandwidth"] = ("B/s", roofs.bandwidth, roofs.bandwidth_range)
-            rows = [
-                {"ceiling": ceiling, unit: rate, "low": ends and ends[0], "high": ends and ends[1]}
-                for ceiling, (unit, rate, ends) in rates.items()
-            ]
-            columns = {unit: records.quality(unit, clock=True, low="low", high="high") for unit in ("FLOP/s", "B/s")}
-            name = f"ceilings of {device}, {key[1]} thread{'s' * (key[1] > 1)}"
-            self._measurements[name] = records.table(name, rows, ("ceiling",), columns)
-        return self._ceilings[key]
+        return self._roofs.of(device or self.device, again=again)
 
     def record(
         self,
@@ -283,62 +247,56 @@ class Lab:
         columns: Mapping[str, Column] | None = None,
         simulated: bool = False,
     ) -> None:
-        """Record a number or a text with its meaning, or rows (a list of dicts) with that of their columns; silently.
+        """Record a number, a text, or rows (a list of dicts), with the meaning; silently.
 
-        unit, ci95 (low, high), role and clock belong to a single value and mean what they mean for a column
+        unit, ci95 (low, high), role and clock belong to a single value and mean the same as for a column
         (labkit.records.Column): "quality" if more is better, "cost" if less is.
-        by          of rows: the columns that tell them apart; rows that differ only in "seed" are repetitions
-        columns     of rows: what the others mean, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}
-        simulated   computed, not measured
-        InputError for what is none of these, a column that is not there, and a `by` that does not tell rows apart.
+        by          the columns that tell rows apart; rows that differ only in "seed" are repetitions
+        columns     the meaning of the rest, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}
+        simulated   True for a computed value or table, False for a measured
+        Raises InputError for a value of a wrong type, a missing column, and two rows alike in all columns of `by`.
         """
-        _check_name(name)
+        check_name(name)
         if isinstance(value, list | tuple):
-            self._measurements[name] = records.table(name, value, by, columns, simulated=simulated)
+            self._results.add_table(records.table(name, value, by, columns, simulated=simulated))
             return
-        number = value if isinstance(value, str | bool) else show.number(value)
-        if number is None:
-            kind = type(value).__name__
-            raise InputError(f"{name!r} is a {kind}; record a number, a text or a list of dicts (one a row).")
+        plain = single_value(name, value)
         if by or columns:
             raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
-        meaning = {"unit": unit, "role": role, "clock": clock, "simulated": simulated}
-        self._keep(kind="value", name=name, value=number, ci95=ci95, **meaning)
+        self._results.add_value(
+            kind="value", name=name, value=plain, unit=unit, ci95=ci95, role=role, clock=clock, simulated=simulated
+        )
+
+    # words --------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def fold(self, title: str) -> Iterator[None]:
-        """Collect what measure and compare would print inside, and show it at the end as one folded table.
+        """Collect all timings of the block, and show a folded table at the end instead of a line each.
 
-        After an exception what there is by then is shown.
+        After an exception the timings collected by then are shown.
         """
-        outer, self._folded = self._folded, []
-        try:
+        with self._timings.fold(title):
             yield
-        finally:
-            collected, self._folded = self._folded, outer
-            if collected:
-                lines, rows = zip(*collected, strict=True)
-                optional = [name for name in ("of the roof", "warnings") if any(row[name] for row in rows)]
-                rows = [{name: row[name] for name in (*list(row)[:-2], *optional)} for row in rows]
-                table = show.html_table(rows)
-                show.emit("\n  ".join([title, *lines]), f"<details><summary>{escape(title)}</summary>{table}</details>")
 
     def say(self, name: str, *sentences: str | bool | None) -> None:
-        """Show and record what a figure or a table says: one to three sentences, computed from the result.
+        """Show and record the message of a figure or a table: one to three sentences, computed from the result.
 
-        name        of the result; saying something about it again replaces what was recorded
-        sentences   falsy ones are left out, so a branch is `ratio > 1.5 and f"..."`
-        InputError where no sentence is left, or where one is no text.
+        name        of the result; a second call for the same name replaces the recorded sentences
+        sentences   falsy values are left out, so a branch is `ratio > 1.5 and f"..."`
+        Raises InputError if no sentence is left, and for a sentence that is no text.
         """
-        _check_name(name)
-        texts = [text for text in sentences if text]
+        check_name(name)
+        texts = [sentence for sentence in sentences if sentence]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(
                 f"Nothing is said about {name!r} by {sentences!r}; give a sentence for each way it can come out."
             )
         self._sentences[name] = texts
         rule = "border-left:3px solid #8888;padding:2px 0 2px 12px;margin:6px 0"
-        show.emit("\n".join(texts), f'<p style="{rule}">{escape(" ".join(texts))}</p>')
+        paragraph = escape(" ".join(texts))
+        show.emit("\n".join(texts), f'<p style="{rule}">{paragraph}</p>')
+
+    # claims, exercises, challenges --------------------------------------------------------------------------------
 
     def claim(
         self,
@@ -348,85 +306,42 @@ class Lab:
         *,
         trained: Mapping[str, float] | None = None,
     ) -> None:
-        """Note what our value (None: not measurable here) says about a claim of claims.toml; `claims` shows it.
+        """Put a claim of claims.toml to the test, silently; `claims` shows the verdict.
 
+        value    ours, in the claim's unit; None if the quantity is not measurable here
         ci95     (low, high) around the value
-        trained  what it rests on, needed where the claim has a recipe: {"steps": 600, "seeds": 5}
-        A claim about a GPU is not settled by a CPU's number, nor the other way round: such a value is not kept.
-        InputError for an unknown id, a value that is no number, an interval that does not hold it, a missing `trained`.
+        trained  the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}
+        A claim about a GPU is not settled by a CPU's number, nor a claim about a CPU by a GPU's: the value is dropped.
+        Raises InputError for an unknown id, a value that is no number, an interval that does not hold the value, and
+        a missing `trained`.
         """
-        claim, number = claims.entry(id), show.number(value)
-        verdict = claims.verdict(claim, value if number is None else number, ci95, trained)
-        kinds, _ = claims.SETTLED_BY.get(claim.needs, ({"cpu", "cuda"}, ""))
-        if self.device.type not in kinds:
-            verdict, number, ci95 = "not measurable here", None, None
-        self._claims[id] = records.SettledClaim(
-            id=id, value=number, ci95=ci95 and tuple(ci95), trained=trained and dict(trained), verdict=verdict
-        )
+        self._claim_tests.test(id, value, ci95, trained)
 
     def claims(self, *ids: str) -> None:
-        """Show up to five claims that were tested, in one folded box: verdict, why people say it, when they are right.
+        """Show up to five tested claims in a folded box: the verdict, why people say so, when people are right.
 
-        Where ours settles nothing, the recorded run that does stands beside it. InputError for none or more than five,
-        for one that `claim` has not had, and for one whose entry lacks why or right_when.
+        Raises InputError for zero or more than five ids, for an untested claim, and for an entry without `why` or
+        `right_when`.
         """
-        if not 1 <= len(ids) <= 5:
-            raise InputError(f"lab.claims shows one to five claims, not {len(ids)}; choose those that teach most.")
-        tested = []
-        for id in ids:
-            claim, ours = claims.entry(id), self._claims.get(id)
-            if ours is None:
-                raise InputError(f"Claim {id} has not been tested; call lab.claim({id!r}, value) in a cell above.")
-            if not (claim.why and claim.right_when):
-                raise InputError(f"Claim {id} has no why and right_when in claims.toml; add both, a sentence each.")
-            elsewhere = self._settled_elsewhere(claim) if ours.verdict == "not settled here" else ""
-            tested.append((claim, ours.verdict, claims.measured(claim, ours.value, ours.ci95), elsewhere))
-        show.emit(*claims.folded(tested))
+        self._claim_tests.show_folded(ids)
 
     def check(self, id: str, fn: Callable, **context: Any) -> None:
-        """Check an exercise's answer and show all that is wrong with it. It is recorded and never raised.
+        """Check an exercise's answer, show every failure, and record the outcome.
 
-        A stub, a wrong answer and an exception inside the learner's function are all failures; InputError is for an
-        unknown id and for something that is no function.
+        id       of the exercise: "01.2"
+        fn       the learner's function; a stub and an exception inside are failures of the answer, never raised
+        context  further arguments of the exercise's check
+        Raises InputError for an unknown id and for an `fn` that cannot be called.
         """
-        if fn is self._worked.get(id):
-            show.emit(f"exercise {id}: this is the worked answer; run the cell with yours, then this one.")
-            return
-        checked, requirements = self._examine(id, fn, **context)
-        if checked.passed:
-            put_back = f" It changed {', '.join(names)}: put back." if (names := self._changed[id]) else ""
-            show.emit(f"exercise {id}: passed, {requirements} requirements met.{put_back}")
-        elif checked.failures == [NOT_DONE]:
-            show.emit(f"exercise {id}: {NOT_DONE}. Replace the `raise NotImplementedError` line with your answer.")
-        else:
-            count = f"{len(checked.failures)} thing{'s' * (len(checked.failures) > 1)} to look at"
-            listed = "".join(f"<li>{escape(failure)}</li>" for failure in checked.failures)
-            show.emit(
-                "\n  - ".join([f"exercise {id}: {count}", *checked.failures]),
-                f"<b>Exercise {escape(id)}: {count}</b><ul>{listed}</ul>",
-            )
+        self._exercises.check(id, fn, **context)
 
     def answer(self, id: str, fn: Callable) -> Callable:
-        """The function that the lesson goes on with: the learner's `fn` if it passed its check, else the worked one.
+        """Return the function for the rest of the lesson: the learner's `fn` if passed, else the worked answer.
 
-        A function that no check has seen is checked first. Where there is no worked answer `fn` is used as it is. After
-        each call of a function that changed settings of the process (`settings`) they are put back.
+        An unchecked function is checked first. Without a worked answer `fn` itself is used. If `fn` changes settings of
+        the process (`settings`), the settings are put back after each call.
         """
-        if fn is self._worked.get(id):
-            return self._use(id, fn, "worked", "the worked answer is used from here on")
-        if self._checked.get(id) is not fn:
-            self._examine(id, fn)
-        name = getattr(fn, "__name__", "answer")
-        if self._checks[id].passed:
-            guarded = settings.putting_back(fn) if self._changed[id] else fn
-            return self._use(id, guarded, "learner", f"your {name} is used from here on")
-        answer = worked.answer(id, fn)
-        if answer is None:
-            return self._use(id, fn, None, f"your {name} has not passed yet, and no worked answer is here to stand in")
-        self._worked[id] = answer
-        return self._use(
-            id, answer, "worked", f"your {name} has not passed yet; the worked answer is used from here on"
-        )
+        return self._exercises.answer(id, fn)
 
     def challenge(
         self,
@@ -438,98 +353,63 @@ class Lab:
         references: show.Rows,
         label: str = "recipe",
     ) -> None:
-        """Place the learner's plan on the plane of a goal, beside reference points; shown and recorded.
+        """Show and record the learner's plan on the plane of a goal, beside reference points.
 
-        goal        what is asked for, in a sentence
-        point       what the plan reaches, {column: number}, or None while there is none
-        goals       {column: (least, most, unit)}, None where a side is open; two columns, x then y of the plane
-        references  dicts with both columns, and with `label`, their name. Under "<column> ci95" a point may have the
-                    (low, high) of an interval.
-        InputError for goals or points that are none of this.
+        goal        the goal in a sentence
+        point       the numbers of the plan, {column: number}; None without a plan
+        goals       {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open
+        references  dicts with the two columns, and with `label`, a point's name. "<column> ci95" may hold the
+                    (low, high) of an interval
+        Raises InputError for goals or points without numbers for two columns.
         """
-        import matplotlib.pyplot as plt
+        check_name(name)
+        self._challenges[name] = challenge.place(name, goal, point, goals=goals, references=references, label=label)
 
-        _check_name(name)
-        points = [
-            {label: str(row.get(label)), **challenge.checked(goals, row)} for row in show.checked_rows(references)
-        ]
-        reached, state = None, "no plan yet"
-        if point is not None:
-            point = challenge.checked(goals, point)
-            missed = challenge.missed(goals, point)
-            reached, state = not missed, "; ".join(["not reached yet", *missed]) if missed else "reached"
-            points.append({label: YOURS, **point})
-        self._challenges[name] = records.Challenge(
-            name=name, goal=goal, point=point, goals=dict(goals), reached=reached
-        )
-        fig, ax = plt.subplots()
-        challenge.plane(ax, goals, points, label, YOURS)
-        x, y = goals
-        alt = (
-            f"{y} against {x}, points: {len(points)}; shaded is the goal, {challenge.asked(goals)}. Your plan: {state}."
-        )
-        show.figure(fig, alt=alt, table=challenge.rows(goals, points, label), caption=goal)
-        show.emit(f"challenge {name}: {state}.")
-
-    # showing ----------------------------------------------------------------------------------------------------
+    # figures, tables, other machines ------------------------------------------------------------------------------
 
     table = staticmethod(show.table)
     show = staticmethod(show.figure)
 
     def recorded(self, name: str) -> list[dict[str, Any]]:
-        """What reference runs of this lesson hold under `name`: one dict a machine, with machine, device and preset.
+        """Return the results called `name` of the lesson's reference runs: a dict for each machine.
 
-        created and spread (labkit.records.Spread; None for what is no number) say when, and how processes differed.
+        Keys: machine, device, preset, the fields of the result, created, and spread (labkit.records.Spread over
+        processes; None for a text or a table).
         """
-        return [
-            {"machine": run.machine["label"], "device": run.device, "preset": run.preset, **entry.model_dump()}
-            | {"created": run.created, "spread": run.spread(name)}
-            for run in records.recorded(self.lesson)
-            if (entry := run.named(name))
-        ]
+        return reference_runs.results(self.lesson, name)
 
     def beside(self, name: str) -> None:
-        """Show this run's number beside the recorded ones; device kinds without a record say "not recorded yet".
+        """Show the run's number beside the recorded numbers; a device without any is "not recorded yet".
 
-        An interval within a run says how well that run knew its number; only several processes say how runs differ.
+        Raises InputError if the run has no number called `name`.
         """
-        value = self._measurements.get(name)
-        if not isinstance(value, RecordedValue):
-            names = [key for key, entry in self._measurements.items() if isinstance(entry, RecordedValue)]
-            raise InputError(
-                f"There is no number called {name!r} to show; measured so far: {', '.join(names) or 'nothing'}."
-            )
-        here = {"machine": self.machine.label, "device": self.device.type, "preset": self.preset}
-        runs = [here | value.model_dump(), *self.recorded(name)]
-        rows = []
-        for run in runs:
-            spread, number, ends, meaning = run.get("spread"), run["value"], run["ci95"], "95 % interval within the run"
-            if spread is not None and spread.processes > 1:
-                number, *ends = spread[:3]
-                meaning = f"median, smallest to largest of {spread.processes} processes"
-            elif spread is not None:
-                meaning += ", 1 process"
-            rows.append(
-                {
-                    "run": f"recorded {_date(run['created'])}" if "created" in run else "this run",
-                    "machine": run["machine"],
-                    "preset": run["preset"],
-                    "value": show.quantity(number, run["unit"]),
-                    "range": show.interval(ends, run["unit"]),
-                    "kind of range": meaning if ends is not None else "1 process",
-                }
-            )
-        for kind, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
-            if all(torch.device(run["device"]).type != kind for run in runs):
-                rows.append(dict.fromkeys(rows[0], "") | {"machine": words, "value": "not recorded yet"})
+        value = self._results.number(name)
+        origin = {"machine": self.machine.label, "device": self.device.type, "preset": self.preset}
+        rows = reference_runs.beside(origin | value.model_dump(), self.recorded(name))
         self.table(rows, caption=name, simulated=value.simulated)
 
+    # the end ------------------------------------------------------------------------------------------------------
+
     def finish(self) -> RunRecord:
-        """Write the record to results_dir/<lesson>/record.json, embed it in the notebook, show what came of it all."""
-        seconds, peak = self._stopwatch.seconds, records.peak_memory()
-        on_gpu = self.device.type == "cuda"
-        within = seconds <= self.budget.seconds and (self.budget.memory is None or peak <= self.budget.memory)
-        record = RunRecord(
+        """Write the record to results_dir/<lesson>/record.json, embed it in the notebook, and show a summary."""
+        record = self._to_record()
+        records.write(record, self._path)
+        text, html = summary(record)
+        show.emit(text, html, data={records.MIME: record.to_dict()})
+        return record
+
+    def _add_comparison(self, name: str, comparison: Comparison) -> None:
+        self._results.add_comparison(name, comparison)
+        self._timings.show_comparison(name, comparison)
+
+    def _to_record(self) -> RunRecord:
+        seconds, peak_memory = self._stopwatch.seconds, records.peak_memory()
+        peak_device_memory = None
+        if self.device.type == "cuda":
+            peak_device_memory = torch.cuda.max_memory_allocated()
+        memory_is_within = self.budget.memory is None or peak_memory <= self.budget.memory
+        is_within = seconds <= self.budget.seconds and memory_is_within
+        return RunRecord(
             version=records.VERSION,
             lesson=self.lesson,
             title=self.title,
@@ -537,127 +417,57 @@ class Lab:
             device=str(self.device),
             parameters=self._parameters,
             machine=records.plain(self.machine.to_dict()),
-            measurements=list(self._measurements.values()),
-            predictions=list(self._predictions.values()),
-            claims=list(self._claims.values()),
-            checks=list(self._checks.values()),
+            measurements=list(self._results.by_name.values()),
+            predictions=list(self._results.predictions),
+            claims=self._claim_tests.settled,
+            checks=self._exercises.outcomes,
             sentences=self._sentences,
             challenges=list(self._challenges.values()),
             seconds=round(seconds, 3),
-            peak_memory=peak,
-            peak_device_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
-            budget={**self.budget._asdict(), "within": within},
+            peak_memory=peak_memory,
+            peak_device_memory=peak_device_memory,
+            budget={**self.budget._asdict(), "within": is_within},
             **records.origin(),
         )
-        records.write(record, self._path)
-        text, html = records.summary(record)
-        show.emit(text, html, data={records.MIME: record.to_dict()})
-        return record
-
-    # inside -----------------------------------------------------------------------------------------------------
-
-    def _examine(self, id: str, fn: Callable, **context: Any) -> tuple[records.CheckedExercise, int]:
-        """Check `fn` and note the outcome; with the number of requirements that were looked at."""
-        try:
-            result = checks.check(id, fn, **context)
-            passed, failures, tried, changed = result.passed, list(result.failures), result.tried, result.changed
-        except NotImplementedError:
-            passed, failures, tried, changed = False, [NOT_DONE], 0, ()
-        before = self._checks.get(id)
-        self._checks[id] = records.CheckedExercise(
-            id=id, passed=passed, failures=failures, used=before.used if before else None
-        )
-        self._checked[id], self._changed[id] = fn, changed
-        return self._checks[id], tried
-
-    def _show_timing(self, line: str, row: dict[str, Any], *sides: Measurement, warnings: Sequence[str]) -> None:
-        """Print a timing, or add it to the open fold: its line, and its row with the sides' shares of the roof."""
-        if self._folded is None:
-            show.emit(line)
-            return
-        shares = [f"{100 * side.roof_share:.3g} %" for side in sides if side.roof_share is not None]
-        self._folded.append((line, row | {"of the roof": " and ".join(shares), "warnings": "; ".join(warnings)}))
-
-    def _use(self, id: str, fn: Callable, used: Literal["learner", "worked"] | None, sentence: str) -> Callable:
-        self._checks[id].used = used
-        show.emit(f"{id}: {sentence}.")
-        return fn
-
-    def _keep(self, **entry: Any) -> None:
-        """Note a value and set it beside its prediction, in the prediction's unit; if those differ, keep nothing."""
-        name, unit, ci95, role = (entry[field] for field in ("name", "unit", "ci95", "role"))
-        if ci95 is not None and len(ci95) != 2:
-            raise InputError(f"The interval of {name!r} is {ci95!r}; give (low, high).")
-        if role not in get_args(Role):
-            raise InputError(f"The role of {name!r} is {role!r}; choose one of {', '.join(get_args(Role))}.")
-        value = RecordedValue(**records.plain(entry))
-        if (guess := self._predictions.get(name)) and show.number(value.value) is not None:
-            factor = show.factor(unit, guess.unit)
-            if factor is None:
-                raise InputError(
-                    f"{name!r} was predicted in {guess.unit} and measured in {unit}; use one unit for both."
-                )
-            guess.measured = value.value * factor
-            guess.ci95 = value.ci95 and tuple(end * factor for end in value.ci95)
-        self._measurements[name] = value
-
-    def _settled_elsewhere(self, claim: "claims.Claim") -> str:
-        """What the reference runs say that settled it, in words; "" where none did."""
-        return "; ".join(
-            f"{claims.measured(claim, theirs.value, theirs.ci95)}, {theirs.verdict}, at {run.preset} on "
-            f"{run.machine['label']}, {run.created[:10]}"
-            for run in records.recorded(self.lesson)
-            for theirs in run.claims
-            if theirs.id == claim.id and "here" not in theirs.verdict
-            if claims.is_current(claim, run.created, theirs.trained)
-        )
-
-    def _show_card(self) -> None:
-        here, memory = self.machine, self.budget.memory
-        budget = f"{self.budget.seconds} s" + (f", {show.quantity(memory, 'B')}" if memory else "")
-        runs = [
-            f"{run.seconds:.0f} s at {run.preset} on {run.machine['label']}, {run.created[:10]}"
-            for run in records.recorded(self.lesson)
-        ]
-        facts = {
-            "device": f"{self.device}: {here.label}",
-            "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
-            "software": f"Python {here.python}, torch {here.torch}",
-            "preset": f"{self.preset}, within {budget}; seed {self.seed}",
-            "recorded": "; ".join(runs) or "no earlier run",
-        }
-        show.facts(f"Lesson {self.lesson}: {self.title}", facts)
 
 
-def _above_a_low_roof(side: Measurement) -> bool:
-    """Whether a side is above its roof for no reason of its own; above the memory's, hot data may sit in a cache."""
-    return (side.roof_share or 0.0) > 1 and (side.limited_by == "compute" or side.cache == "cold")
+def _show_card(lab: Lab) -> None:
+    """Show the session's machine, software, preset and budget, and how long the reference runs took."""
+    here = lab.machine
+    budget = f"{lab.budget.seconds} s"
+    if lab.budget.memory:
+        budget += f", {show.quantity(lab.budget.memory, 'B')}"
+    facts = {
+        "device": f"{lab.device}: {here.label}",
+        "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
+        "software": f"Python {here.python}, torch {here.torch}",
+        "preset": f"{lab.preset}, within {budget}; seed {lab.seed}",
+        "recorded": "; ".join(reference_runs.durations(lab.lesson)) or "no earlier run",
+    }
+    show.facts(f"Lesson {lab.lesson}: {lab.title}", facts)
 
 
-def _between(ci95: tuple[float, float], unit: str) -> str:
-    return show.interval(ci95, unit) if all(map(math.isfinite, ci95)) else "too few samples"
+def _check_pair(argument: str, pair: Any) -> None:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InputError(f"{argument} is {pair!r}; give two, that of the baseline and of the candidate.")
 
 
-def _date(created: str) -> str:
-    """24 Nov 2026."""
-    return datetime.fromisoformat(created).strftime("%d %b %Y").lstrip("0")
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not name.strip():
-        raise InputError(f"The name is {name!r}; give what is measured as a short text, like 'decode speed'.")
-
-
-def _preset(asked: str) -> str:
+def _checked_preset(preset: str) -> str:
+    """Return LABKIT_PRESET if set, else `preset`; InputError for an unknown preset."""
     override = os.environ.get("LABKIT_PRESET")
-    return require_allowed("LABKIT_PRESET" if override else "PRESET", override or asked, PRESETS)
+    if override:
+        return require_allowed("LABKIT_PRESET", override, PRESETS)
+    return require_allowed("PRESET", preset, PRESETS)
 
 
-def _results_folder(results_dir: str | os.PathLike) -> Path:
+def _checked_folder(results_dir: str | os.PathLike) -> Path:
+    """Return `results_dir` as a path; InputError unless the path is or can become a folder that we may write to."""
     if not isinstance(results_dir, str | os.PathLike):
         raise InputError(f"RESULTS_DIR cannot be {results_dir!r}; give the name of a folder, as text.")
     folder = Path(results_dir)
-    nearest = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    nearest = folder
+    if not folder.exists():
+        nearest = next(parent for parent in folder.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InputError(
             f"Results cannot be written to {folder}; give a results_dir that is a folder you may write to."

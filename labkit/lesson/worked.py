@@ -1,6 +1,6 @@
-"""The worked answers of the exercises, so that a lesson goes on with one where the learner has none yet.
+"""Worked answers of the exercises, to let a lesson go on before the learner has an answer.
 
-They stand in the lessons between nbgrader's markers. A class's release has lessons without them and one file,
+The lessons hold the answers between nbgrader's markers. A class's release has lessons without answers and a file,
 answers.json, instead: packed, so that nobody reads an answer by accident, and no secret.
 """
 
@@ -19,41 +19,54 @@ PACKED = "answers.json"
 
 
 def answer(exercise: str, fn: Callable) -> Callable | None:
-    """The worked answer that is called like the learner's `fn`, or None where there is none beside this labkit.
+    """Return the worked answer to an exercise, "01.2"; None if no answer lies beside labkit.
 
-    It is made in a copy of the namespace that `fn` is from, so it uses the learner's imports and helpers and changes
-    none of them. Where the learner's has a name of its own, as a lambda has, it is the last function of the cell.
+    fn  the learner's function. The worked answer runs in a copy of the namespace of `fn`: imports and helpers are the
+        learner's, and stay unchanged. The function named like `fn` is returned, or, without a function of the name (as
+        for a lambda), the last function of the exercise's cell
     """
     source = _source(exercise)
     if source is None:
         return None
-    space = dict(getattr(inspect.unwrap(fn), "__globals__", vars(sys.modules["__main__"])))
-    exec(compile(source, f"<worked answer {exercise}>", "exec", dont_inherit=True), space)
-    names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    return space[name if (name := getattr(fn, "__name__", "")) in names else names[-1]]
+    namespace = dict(getattr(inspect.unwrap(fn), "__globals__", vars(sys.modules["__main__"])))
+    exec(compile(source, f"<worked answer {exercise}>", "exec", dont_inherit=True), namespace)
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    names = [node.name for node in ast.parse(source).body if isinstance(node, definitions)]
+    name = getattr(fn, "__name__", "")
+    return namespace[name if name in names else names[-1]]
 
 
 def without_markers(source: str) -> str:
-    """An exercise's cell with its answer, as a reader sees it."""
+    """Return an exercise's cell with the answer, as a reader sees the cell."""
     return "\n".join(line for line in source.splitlines() if line.strip() not in MARKERS)
 
 
 def packed(sources: Mapping[str, str]) -> str:
-    """The text of answers.json for the worked answers' sources by exercise."""
-    return json.dumps(
-        {exercise: base64.b64encode(zlib.compress(source.encode())).decode() for exercise, source in sources.items()},
-        indent=1,
-    )
+    """Return the text of answers.json for the sources of worked answers, by exercise."""
+    texts = {exercise: _packed(source) for exercise, source in sources.items()}
+    return json.dumps(texts, indent=1)
 
 
 def _source(exercise: str) -> str | None:
-    """The exercise's cell with its answer: the k-th of the lesson's that are tagged `exercise`."""
-    lesson, _, k = exercise.partition(".")
+    """Find the source of a worked answer: in the lesson's notebook, else in answers.json; None without either."""
+    lesson, _, number = exercise.partition(".")
     for path in files.NOTEBOOKS.glob(f"{lesson}_*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if "exercise" in cell["metadata"].get("tags", ())]
-        if int(k) <= len(sources) and BEGIN in sources[int(k) - 1]:
-            return without_markers(sources[int(k) - 1])
+        exercises = [cell for cell in cells if "exercise" in cell["metadata"].get("tags", ())]
+        if int(number) <= len(exercises):
+            source = "".join(exercises[int(number) - 1]["source"])
+            if BEGIN in source:
+                return without_markers(source)
     store = files.NOTEBOOKS / PACKED
-    texts = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    return zlib.decompress(base64.b64decode(texts[exercise])).decode() if exercise in texts else None
+    if not store.exists():
+        return None
+    texts = json.loads(store.read_text(encoding="utf-8"))
+    return _unpacked(texts[exercise]) if exercise in texts else None
+
+
+def _packed(source: str) -> str:
+    return base64.b64encode(zlib.compress(source.encode())).decode()
+
+
+def _unpacked(text: str) -> str:
+    return zlib.decompress(base64.b64decode(text)).decode()

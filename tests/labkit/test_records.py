@@ -11,7 +11,7 @@ import torch
 
 from labkit import files
 from labkit.errors import DataError, InputError
-from labkit.lesson import records
+from labkit.lesson import predictions, records
 from labkit.lesson.records import Column, RunRecord, cost, quality
 
 TABLE = records.table(
@@ -294,11 +294,11 @@ def guess(predicted: object, measured: object, ci95: object = None) -> records.P
     ],
 )
 def test_a_prediction_is_held_against_the_interval(prediction: records.Prediction, words: str):
-    assert records.off_by(prediction) == words
+    assert predictions.off_by(prediction) == words
 
 
 @pytest.mark.parametrize(
-    ("predictions", "words"),
+    ("guesses", "words"),
     [
         ([guess(10, 20), guess(1, None), guess(0, 3), guess(None, 3)], ""),
         (
@@ -308,5 +308,5 @@ def test_a_prediction_is_held_against_the_interval(prediction: records.Predictio
         ),
     ],
 )
-def test_calibration(predictions: list, words: str):
-    assert records.calibration(predictions) == words
+def test_calibration(guesses: list, words: str):
+    assert predictions.calibration(guesses) == words

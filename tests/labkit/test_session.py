@@ -26,6 +26,7 @@ from labkit.lesson import challenge, records, session, worked
 from labkit.lesson import check as checks
 from labkit.lesson.records import cost
 from labkit.lesson.session import Lab
+from labkit.lesson.timings import TimingRow
 from labkit.timing import machine
 from labkit.timing.machine import Ceilings
 from labkit.timing.work import Work
@@ -190,7 +191,7 @@ def test_a_session_on_a_gpu_records_its_memory(tmp_path):
 
 
 def test_the_card_names_machine_preset_and_budget(lab, capsys):
-    lab._show_card()
+    session._show_card(lab)
     out = capsys.readouterr().out
     assert out.startswith("Lesson 01: The inference challenge")
     assert all(part in out for part in (lab.machine.label, "smoke, within 90 s, 4 GB; seed 0", torch.__version__))
@@ -403,17 +404,17 @@ def test_the_columns_of_a_fold_are_those_that_it_needs(lab, monkeypatch):
     shown = []
     monkeypatch.setattr(session.show, "emit", lambda text, html=None, **_: shown.append(html))
     with lab.fold("Timings"):
-        lab._show_timing("line", {"name": "a <b>", "verdict": "faster"}, warnings=())
+        lab._timings.add(TimingRow("line", {"name": "a <b>", "verdict": "faster"}))
     with lab.fold("Timings"):
-        lab._show_timing("line", {"name": "a"}, warnings=())
-        lab._show_timing("line", {"name": "b"}, warnings=("the machine was busy",))
+        lab._timings.add(TimingRow("line", {"name": "a"}))
+        lab._timings.add(TimingRow("line", {"name": "b"}, warnings="the machine was busy"))
     assert shown[0].startswith("<details><summary>Timings</summary><table") and "a &lt;b&gt;" in shown[0]
     assert ["warnings" in html for html in shown] == [False, True] and "of the roof" not in "".join(shown)
 
 
 def test_an_exception_in_a_fold_shows_what_there_is_and_passes_through(lab, capsys):
     with pytest.raises(ZeroDivisionError), lab.fold("Timings"):
-        lab._show_timing("the first line", {"name": "a"}, warnings=())
+        lab._timings.add(TimingRow("the first line", {"name": "a"}))
         _ = 1 / 0
     assert "Timings\n  the first line\n" in capsys.readouterr().out
     with lab.fold("Empty"):
@@ -498,7 +499,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     lab.beside("step")
     alone = capsys.readouterr().out
     assert "2 ms" in alone and "a GPU" in alone and "not recorded yet" in alone
-    lab._show_card()
+    session._show_card(lab)
     assert "no earlier run" in capsys.readouterr().out
 
     other = labkit.start("01", preset="class", device="cpu", results_dir=lab._path.parent)
@@ -525,7 +526,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     assert "recorded 24 Nov 2026" in words and "median, smallest to largest of 3 processes" in words
     assert "1.10 ms" in words and "800 µs to 2 ms" in words
     records.write(records.RunRecord.from_dict(values), path)
-    lab._show_card()
+    session._show_card(lab)
     assert f"at class on Some GPU, {values['created'][:10]}" in capsys.readouterr().out
 
 
@@ -786,5 +787,5 @@ def test_what_reaches_the_goal_and_leads_along_an_axis_has_its_label_in_a_crowd(
 
 def test_of_equals_the_better_along_the_other_axis_is_named():
     points = [{"plan": "slow", "time": 3.0, "change": 0.0}, {"plan": "fast", "time": 2.0, "change": 0.0}]
-    assert challenge._named({"time": (None, 1, ""), "change": (-1, None, "")}, points, "plan") == ["fast", "fast"]
-    assert challenge._named({"time": (None, None, ""), "change": (None, -1, "")}, points, "plan") == ["fast"]
+    assert challenge._notable({"time": (None, 1, ""), "change": (-1, None, "")}, points, "plan") == ["fast", "fast"]
+    assert challenge._notable({"time": (None, None, ""), "change": (None, -1, "")}, points, "plan") == ["fast"]

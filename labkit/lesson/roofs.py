@@ -1,0 +1,98 @@
+"""Roofs of a session: the ceilings of its devices, measured when first asked for, then kept and recorded.
+
+The ceilings themselves come from labkit.machine, the share of a roof from labkit.roofline.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from labkit.lesson import records
+from labkit.lesson.results import Results
+from labkit.timing import machine, roofline
+from labkit.timing.bench import Comparison, Measurement
+from labkit.timing.counting import Work
+from labkit.timing.machine import Ceilings
+
+
+class Roofs:
+    """The measured ceilings by device and number of threads.
+
+    results   gets a table of each device's ceilings
+    budget_s  seconds that a measurement of ceilings may take
+    """
+
+    def __init__(self, results: Results, budget_s: float) -> None:
+        self._results = results
+        self._budget_s = budget_s
+        self._measured: dict[tuple[str, int], Ceilings] = {}
+
+    def of(self, device: str | torch.device, *, again: bool = False) -> Ceilings:
+        """Return the ceilings of `device` at the number of threads that torch has now.
+
+        again  measure once more and return the higher of each ceiling: a neighbour's load only lowers a ceiling
+        """
+        name = _device_name(machine.torch_device(device))
+        threads = torch.get_num_threads()
+        earlier = self._measured.get((name, threads))
+        if earlier is not None and not again:
+            return earlier
+        ceilings = machine.ceilings(name, budget_s=self._budget_s)
+        if earlier is not None:
+            ceilings = earlier.raised(ceilings)
+        self._measured[name, threads] = ceilings
+        self._results.add_table(_table(name, threads, ceilings))
+        return ceilings
+
+    def place(self, comparison: Comparison, work: Sequence[Work], dtypes: Sequence[str]) -> Comparison:
+        """Return the comparison with each side's share of the roof.
+
+        work    of a call of the baseline, of a call of the candidate
+        dtypes  of the baseline's and of the candidate's arithmetic, such as ("fp32", "int8")
+        A side above a roof without an excuse shows that the roofs were measured in a bad moment: the roofs are
+        measured once more.
+        """
+        device = comparison.baseline.device
+        sides = _placed(comparison, work, dtypes, self.of(device))
+        if any(_is_above_a_low_roof(side) for side in sides):
+            sides = _placed(comparison, work, dtypes, self.of(device, again=True))
+        baseline, candidate = sides
+        return replace(comparison, baseline=baseline, candidate=candidate)
+
+
+def _placed(
+    comparison: Comparison, work: Sequence[Work], dtypes: Sequence[str], ceilings: Ceilings
+) -> list[Measurement]:
+    return [
+        roofline.placed(comparison.baseline, work[0], ceilings, dtypes[0]),
+        roofline.placed(comparison.candidate, work[1], ceilings, dtypes[1]),
+    ]
+
+
+def _is_above_a_low_roof(side: Measurement) -> bool:
+    """Return True if a side beats a roof without an excuse: the compute roof, or the memory roof with cold caches.
+
+    With hot caches a side may beat the memory roof, since the data may sit in a cache.
+    """
+    if side.roof_share is None or side.roof_share <= 1:
+        return False
+    return side.limited_by == "compute" or side.cache == "cold"
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device.type}:{device.index}" if device.index else device.type  # "cuda" stands for "cuda:0"
+
+
+def _table(device: str, threads: int, ceilings: Ceilings) -> records.RecordedTable:
+    rows = [_row(dtype, "FLOP/s", rate, ceilings.flops_range.get(dtype)) for dtype, rate in ceilings.flops.items()]
+    rows.append(_row("bandwidth", "B/s", ceilings.bandwidth, ceilings.bandwidth_range))
+    columns = {unit: records.quality(unit, clock=True, low="low", high="high") for unit in ("FLOP/s", "B/s")}
+    plural = "s" if threads > 1 else ""
+    return records.table(f"ceilings of {device}, {threads} thread{plural}", rows, ("ceiling",), columns)
+
+
+def _row(ceiling: str, unit: str, rate: float, ends: tuple[float, float] | None) -> dict[str, Any]:
+    low, high = ends or (None, None)
+    return {"ceiling": ceiling, unit: rate, "low": low, "high": high}

@@ -1,0 +1,76 @@
+"""Summary of a finished run: predictions, exercises, the challenge and the cost, in a few lines."""
+
+from html import escape
+
+from labkit import show
+from labkit.lesson import challenge
+from labkit.lesson.predictions import NONE, calibration, off_by
+from labkit.lesson.records import Challenge, CheckedExercise, Prediction, RunRecord
+
+USED = {"learner": "yours", "worked": "the worked answer", None: NONE}
+REACHED = {True: "reached", False: "not reached yet", None: "no plan yet"}
+
+
+def summary(record: RunRecord) -> tuple[str, str]:
+    """Return a run's summary as text and as HTML."""
+    tables = {
+        "Predicted and measured": [_prediction_row(guess) for guess in record.predictions],
+        "Exercises": [_exercise_row(check) for check in record.checks],
+        "Challenge": [_challenge_row(task) for task in record.challenges],
+    }
+    tables = {title: rows for title, rows in tables.items() if rows}
+    heading = f"Lesson {record.lesson} finished"
+    cost = _cost(record)
+    last = " ".join(filter(None, [calibration(record.predictions), _stored(record)]))
+
+    text = [f"{heading}: {cost}"]
+    text += [f"{title}\n{show.text_table(rows)}" for title, rows in tables.items()]
+    text.append(last)
+    html = [f"<p><b>{heading}.</b> {escape(cost)}</p>"]
+    html += [show.html_table(rows, caption=title) for title, rows in tables.items()]
+    html.append(f"<p>{escape(last)}</p>")
+    return "\n\n".join(text), "".join(html)
+
+
+def _prediction_row(guess: Prediction) -> dict[str, str]:
+    predicted, measured = "no prediction", "not measured"
+    if guess.predicted is not None:
+        predicted = show.quantity(guess.predicted, guess.unit)
+    if guess.measured is not None:
+        measured = show.quantity(guess.measured, guess.unit)
+    return {
+        "quantity": guess.name,
+        "predicted": predicted,
+        "measured": measured,
+        "95 % interval": show.interval(guess.ci95, guess.unit),
+        "the prediction was": off_by(guess),
+    }
+
+
+def _exercise_row(check: CheckedExercise) -> dict[str, str]:
+    result = "passed" if check.passed else "; ".join(check.failures)
+    return {"exercise": check.id, "result": result, "used below": USED[check.used]}
+
+
+def _challenge_row(task: Challenge) -> dict[str, str]:
+    return {"challenge": task.name, "asked for": challenge.asked(task.goals), "result": REACHED[task.reached]}
+
+
+def _cost(record: RunRecord) -> str:
+    budget = record.budget
+    time = f"{record.seconds:.0f} s of {budget['seconds']:.0f} s"
+    memory = show.quantity(record.peak_memory, "B")
+    if budget["memory"]:
+        memory += f" of {show.quantity(budget['memory'], 'B')}"
+    within = "within" if budget["within"] else "OVER"
+    return f"{time}, peak memory {memory}: {within} the budget of preset {record.preset}."
+
+
+def _stored(record: RunRecord) -> str:
+    results = _count(len(record.measurements), "result")
+    claims = _count(len(record.claims), "claim")
+    return f"{results} and {claims} are in {record.lesson}/record.json in the results folder."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
