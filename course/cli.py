@@ -337,12 +337,12 @@ def sweep(
     ended: list[Outcome] = []
     _interrupt_once()
     try:
-        with sweep.workers(on, jobs, workers) as place:
-            click.echo(f"{jobs[0].lesson}: {len(jobs)} points, {place.count} at once")
-            if place.count > 1:
+        with sweep.workers(on, jobs, workers) as crew:
+            click.echo(f"{jobs[0].lesson}: {len(jobs)} points, {crew.count} at once")
+            if crew.count > 1:
                 click.echo("note    runs that share the cores of a machine blur each other's clocks")
             with tqdm(total=len(jobs), unit="run", desc=jobs[0].lesson[:2], disable=None) as bar:
-                for outcome in sweep.outcomes(jobs, place):
+                for outcome in sweep.outcomes(jobs, crew):
                     ended.append(outcome)
                     tqdm.write(_line_of_point(outcome, f"{len(ended):4}/{len(jobs)}"))
                     bar.update()

@@ -61,11 +61,11 @@ class Outcome:
         return self.lost
 
 
-class Place(NamedTuple):
-    """A place for runs: this machine or a cluster.
+class Workers(NamedTuple):
+    """The workers of a sweep, on the same machine or in a cluster.
 
-    submit  function of a job: hands the job over, returns a future of an Outcome
-    alive   function without arguments: False once the place is gone
+    submit  function of a job: hands the job to a worker, returns a future of an Outcome
+    alive   function without arguments: False once the workers are out of reach
     count   runs at once
     """
 
@@ -157,15 +157,15 @@ def run_point(job: Job, env: Mapping[str, str] | None = None, stop: threading.Ev
     return Outcome(job, result)
 
 
-def outcomes(jobs: Sequence[Job], place: Place) -> Iterator[Outcome]:
-    """Hand all jobs to a place and yield the outcomes, the first to end first.
+def outcomes(jobs: Sequence[Job], crew: Workers) -> Iterator[Outcome]:
+    """Hand all jobs to the workers and yield the outcomes, the first to end first.
 
     Raises DataError if the scheduler is gone; results finished by then are kept.
     """
-    waiting = {place.submit(job): job for job in jobs}
+    waiting = {crew.submit(job): job for job in jobs}
     while waiting:
         ended, _ = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
-        if not place.alive():
+        if not crew.alive():
             raise DataError(
                 "The Dask scheduler is gone; start it and its workers again, then give the same command: it goes on "
                 "with what is not done."
@@ -182,18 +182,18 @@ def _outcome(job: Job, future: "Future[Outcome]") -> Outcome:
     return Outcome(job, None, lost=reason)
 
 
-# places -----------------------------------------------------------------------------------------------
+# workers ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def workers(on: str, jobs: Sequence[Job], count: int | None) -> Iterator[Place]:
-    """Open a place for the runs of a sweep, and close the place at the end.
+def workers(on: str, jobs: Sequence[Job], count: int | None) -> Iterator[Workers]:
+    """Start the workers of a sweep, or connect to a cluster, and let go of the workers at the end.
 
     on     "local" or "dask://host:port"
     jobs   the points of the sweep
     count  runs at once; by default 1 on this machine's CPU, or 1 per GPU
 
-    Raises InputError if the place does not exist or results cannot be written. After an exception waiting jobs are
+    Raises InputError if there are no such workers or results cannot be written. After an exception waiting jobs are
     dropped, and runs on this machine are ended.
     """
     address = on.replace("dask://", "tcp://")
@@ -204,12 +204,12 @@ def workers(on: str, jobs: Sequence[Job], count: int | None) -> Iterator[Place]:
     opening = _on_this_machine(_environments(jobs, count)) if on == "local" else _on_dask(address)
     with store.partial_folder(jobs[0].out):
         pass  # a folder that cannot be written is told once, not at each point
-    with opening as place:
-        yield place
+    with opening as crew:
+        yield crew
 
 
 @contextmanager
-def _on_this_machine(environments: Sequence[dict[str, str]]) -> Iterator[Place]:
+def _on_this_machine(environments: Sequence[dict[str, str]]) -> Iterator[Workers]:
     """Start a thread per environment. A run takes a free environment, so that each run has a GPU alone."""
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for environment in environments:
@@ -225,7 +225,7 @@ def _on_this_machine(environments: Sequence[dict[str, str]]) -> Iterator[Place]:
 
     pool = ThreadPoolExecutor(len(environments))
     try:
-        yield Place(
+        yield Workers(
             submit=lambda job: pool.submit(run_in_free_environment, job),
             alive=lambda: True,
             count=len(environments),
@@ -288,7 +288,7 @@ def _visible_gpus() -> list[str]:
 
 
 @contextmanager
-def _on_dask(address: str) -> Iterator[Place]:
+def _on_dask(address: str) -> Iterator[Workers]:
     """Connect to a Dask scheduler, which gives the job of a lost worker to the next worker."""
     try:
         from distributed import Client
@@ -303,7 +303,7 @@ def _on_dask(address: str) -> Iterator[Place]:
         ) from None
     try:
         pool = client.get_executor(pure=False)
-        yield Place(
+        yield Workers(
             submit=lambda job: pool.submit(run_point, job),
             alive=lambda: client.status == "running",
             count=sum(client.nthreads().values()),
