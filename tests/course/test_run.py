@@ -4,6 +4,7 @@ Disks are really full, processes really killed, Ctrl-C is a real SIGINT. After e
 the same to the byte, no half-made folder and no process is left, and the lesson is as it was.
 """
 
+import doctest
 import errno
 import hashlib
 import json
@@ -132,6 +133,11 @@ def mishap(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     if "/dev/full" in code and not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     monkeypatch.setenv("MISHAP", code)
+
+
+def test_the_example_that_a_newcomer_reads_first_runs():
+    result = doctest.testmod(run)
+    assert result.attempted and not result.failed
 
 
 # a good run ---------------------------------------------------------------------------------------------------------
