@@ -498,8 +498,9 @@ def list_() -> None:
     from labkit.data.fetch import assets
 
     for asset in assets().values():
+        state = f"{asset.state:8} {asset.kind:10}"
         size = f"{asset.bytes / 1e6:8.1f} MB"
-        click.echo(f"{asset.state:8} {asset.kind:10} {size}  {asset.name:40} {asset.licence}")
+        click.echo(f"{state} {size}  {asset.name:40} {asset.licence}")
 
 
 @data.command("fetch")

@@ -89,8 +89,8 @@ class Run:
 
     def __str__(self) -> str:
         state = "failed" if self.error else "done"
-        memory = f"{self.peak_memory / 1e9:5.1f} GB"
-        return f"{state:6}  {self.lesson:36}{self.seconds:6.0f} s  {memory}  {self.notebook}"
+        cost = f"{self.seconds:6.0f} s  {self.peak_memory / 1e9:5.1f} GB"
+        return f"{state:6}  {self.lesson:36}{cost}  {self.notebook}"
 
 
 def code_version() -> str:
