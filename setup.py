@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: the wheel takes along what labkit reads of the repository's other folders.
+"""Building the wheel, beyond pyproject.toml: the wheel takes along files that labkit reads outside its folder.
 
-It lies in labkit/repository/, laid out as in the repository, where labkit.files looks for it. So each file is there
-once; an editable installation takes nothing along.
+The files lie in labkit/repository/ of the wheel, laid out as in the repository, where labkit.files looks for them. An
+editable installation takes no files along, and reads the repository's.
 """
 
 import shutil
@@ -16,6 +16,8 @@ LEFT_OUT = ("__pycache__", "prepare.py", "train_*.py")  # how the data were made
 
 
 class BuildWithRepository(build_py):
+    """The build of a wheel, with the files in TAKEN_ALONG."""
+
     def run(self) -> None:
         super().run()
         if self.editable_mode:

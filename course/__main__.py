@@ -1,4 +1,4 @@
-"""The console command `labkit`: the command line, or a sentence where a package that it needs is not installed."""
+"""The console command `labkit`: the command line, or a sentence if a package is missing."""
 
 import sys
 
@@ -6,7 +6,7 @@ from labkit import files
 
 
 def main() -> None:
-    """Run the command line; exit code 2, with what to install, where the packages of the extra `course` are missing."""
+    """Run the command line; without the packages of the extra `course`, name the command to install; exit code 2."""
     try:
         from course import cli
 

@@ -1,9 +1,9 @@
-"""Students' answers run with their checks, each in a process of its own that holds nobody else's.
+"""Running students' answers with the checks, each answer in a process without any other student's work.
 
-A warm process imports once what the answers need. For each answer it forks a keeper, which only then reads the answer
-from the grader, forks once more, and has the answer run shut in (course.sandbox). So a student's source is in the
-grader's memory, its keeper's and its own, and never where another answer runs; and a keeper that dies costs no other
-answer its grade.
+A warm process imports once all modules needed by the answers. For each answer the warm process forks a keeper. The
+keeper reads the answer from the grader, forks once more, and has the answer run shut in (course.sandbox). So a
+student's source is in the memory of the grader, of its keeper and of its own process, never where a different answer
+runs, and the death of a keeper costs no second answer the grade.
 """
 
 import ast
@@ -36,10 +36,13 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 
 @dataclass(frozen=True)
 class Answer:
-    """A source to run in a process of its own, with the id of its check and the name of the function to be checked.
+    """An answer to run.
 
-    before: cells whose imports, definitions and constants the answer may use. note: for whoever reads the grade, on how
-    the answer was found.
+    check     id of the check, such as "03.1"
+    function  name of the function to be checked
+    before    sources of cells; the answer may use imports, definitions and constants of these cells
+    source    source of the answer's cell
+    note      for the reader of the grade, on how the answer was found
     """
 
     check: str
@@ -50,7 +53,12 @@ class Answer:
 
 
 class CheckedAnswer(NamedTuple):
-    """One of RESULTS, the reason, and the measures that shut the answer in."""
+    """The verdict on an answer.
+
+    result    an element of RESULTS
+    reason    a sentence
+    measures  the walls around the answer, in words
+    """
 
     result: str
     reason: str
@@ -58,18 +66,28 @@ class CheckedAnswer(NamedTuple):
 
 
 class Runner:
-    """A warm process, ready to run answers. remarks: sentences on parts of checks that it has to leave out."""
+    """A warm process, ready to run answers.
+
+    remarks  sentences on parts of checks left out
+    """
 
     def __init__(self, control: socket.socket, pool: Executor) -> None:
-        self._control, self._pool = control, pool
+        """Wait until the warm process is ready. `control` is the socket to it, `pool` waits for the verdicts."""
+        self._control = control
+        self._pool = pool
         ready = control.makefile().readline()  # "" if the process has ended
         self.remarks: list[str] = json.loads(ready or "[]")
 
     def run(self, answers: Mapping[int, Answer]) -> Iterator[tuple[int, CheckedAnswer | None]]:
-        """Yield each answer's key and verdict as it is done; None where the process that had to say it is gone."""
+        """Run answers, several at once, and yield (key, verdict) in the order of completion.
+
+        answers  by key
+
+        The verdict is None if a process of the grader was ended from outside.
+        """
         places = {self._pool.submit(self._verdict, answer): place for place, answer in answers.items()}
-        for done in as_completed(places):
-            yield places[done], done.result()
+        for future in as_completed(places):
+            yield places[future], future.result()
 
     def _verdict(self, answer: Answer) -> CheckedAnswer | None:
         ours, theirs = socket.socketpair()
@@ -78,16 +96,19 @@ class Runner:
                 socket.send_fds(self._control, [b"."], [theirs.fileno()])
             ours.sendall(json.dumps(asdict(answer)).encode())
             ours.shutdown(socket.SHUT_WR)
-            if reply := ours.makefile().read():
+            reply = ours.makefile().read()
+            if reply:
                 return CheckedAnswer(*json.loads(reply))
         return None
 
 
 @contextmanager
 def runner(imports: Sequence[str], *, seconds: float, newest_abi: int = sandbox.NEWEST_ABI) -> Iterator[Runner]:
-    """A warm process that has executed the statements `imports`; it and all that it started are ended on leaving.
+    """Start a warm process, and end the process with all its children on leaving.
 
-    seconds: the limit for one answer. newest_abi: the newest version of Landlock to use, 0 for none.
+    imports     import statements to execute first
+    seconds     the limit for an answer
+    newest_abi  the newest version of Landlock to use, 0 for none
     """
     inherited = {name: value for name, value in os.environ.items() if _ENVIRONMENT.fullmatch(name)}
     ours, theirs = socket.socketpair()
@@ -113,7 +134,7 @@ def runner(imports: Sequence[str], *, seconds: float, newest_abi: int = sandbox.
 
 
 def _serve(imports: Sequence[str], seconds: float, newest_abi: int) -> None:
-    """Import what is needed, then fork a keeper for each connection that comes, without reading from it."""
+    """Import the modules, then fork a keeper for each new connection; only the keeper reads from the connection."""
     for statement in imports:
         with suppress(Exception):
             exec(statement, {})
@@ -123,7 +144,10 @@ def _serve(imports: Sequence[str], seconds: float, newest_abi: int) -> None:
     with socket.socket(fileno=0) as control:
         control.sendall(f"{json.dumps(remarks)}\n".encode())
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no keeper waits to be asked how it ended
-        while handles := socket.recv_fds(control, 1, 1)[1]:
+        while True:
+            _, handles, _, _ = socket.recv_fds(control, 1, 1)
+            if not handles:  # the grader has closed the other end
+                return
             connection = socket.socket(fileno=handles[0])
             if os.fork() == 0:
                 control.close()
@@ -132,7 +156,7 @@ def _serve(imports: Sequence[str], seconds: float, newest_abi: int) -> None:
 
 
 def _load_kernels() -> list[str]:
-    """Load labkit's own C++, which checks use as the lesson does: in the sandbox no compiler may be asked for it."""
+    """Load labkit's C++ for the checks, since no compiler runs in the sandbox; returns a remark without a compiler."""
     from labkit.storage import native
 
     if all(native.load(name) for name in native.ARGUMENTS):
@@ -168,7 +192,10 @@ def _verdict(answer: Answer, seconds: float, newest_abi: int) -> CheckedAnswer:
 
 
 def checked(answer: Answer) -> str:
-    """Result and reason, a line each. Runs shut in, with the answer, which may do to this process what it likes."""
+    """Check an answer; returns result and reason, a line each.
+
+    Called in the shut-in process, where the answer may change everything.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -184,10 +211,7 @@ def checked(answer: Answer) -> str:
         raised = error
     function = space.get(answer.function)
     if not callable(function):
-        if isinstance(raised, NotImplementedError):
-            return "not done\nnot done yet"
-        reason = f"raised {type(raised).__name__}: {' '.join(str(raised).split())[:LONGEST_REASON]}" if raised else ""
-        return f"broken\nthe cell {reason or f'defines no function called {answer.function}'}"
+        return _without_function(answer, raised)
     try:
         result = checks.check(answer.check, function)
     except NotImplementedError:
@@ -197,10 +221,20 @@ def checked(answer: Answer) -> str:
     return "passed\n" if result.passed else f"wrong\n{'; '.join(result.failures)}"
 
 
-def definitions(source: str) -> Iterator[ast.stmt]:
-    """A cell's imports, functions, classes and constants: what may run without the cells above it.
+def _without_function(answer: Answer, raised: BaseException | None) -> str:
+    """Tell why a cell left no function to check. `raised` is the exception of the cell, if any."""
+    if isinstance(raised, NotImplementedError):
+        return "not done\nnot done yet"
+    if raised is None:
+        return f"broken\nthe cell defines no function called {answer.function}"
+    message = " ".join(str(raised).split())[:LONGEST_REASON]
+    return f"broken\nthe cell raised {type(raised).__name__}: {message}"
 
-    `choose = lab.answer("03.2", choose)` is `choose = choose`.
+
+def definitions(source: str) -> Iterator[ast.stmt]:
+    """Yield the statements of a cell that run without the cells above: imports, functions, classes and constants.
+
+    `choose = lab.answer("03.2", choose)` becomes `choose = choose`.
     """
     try:
         statements = ast.parse(_plain(source)).body
@@ -213,15 +247,18 @@ def definitions(source: str) -> Iterator[ast.stmt]:
             case ast.Assign(value=ast.Call(func=ast.Attribute(attr="answer"), args=[_, ast.Name() as function])):
                 yield ast.copy_location(ast.Assign(node.targets, function), node)  # above an answer all are worked
             case ast.Assign(value=value) | ast.AnnAssign(value=ast.expr() as value):
-                if isinstance(value, ast.Lambda) or not any(
-                    isinstance(part, ast.Name | ast.Call) for part in ast.walk(value)
-                ):
+                if isinstance(value, ast.Lambda) or _is_constant(value):
                     yield node
 
 
+def _is_constant(value: ast.expr) -> bool:
+    return not any(isinstance(part, ast.Name | ast.Call) for part in ast.walk(value))
+
+
 def _plain(source: str) -> str:
-    """The cell without the lines that only IPython understands (%magic, !command)."""
-    return "\n".join("pass" if re.match(r"[%!]", line) else line for line in source.splitlines())
+    """Replace the lines for IPython alone (%magic, !command) by `pass`."""
+    lines = ["pass" if re.match(r"[%!]", line) else line for line in source.splitlines()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

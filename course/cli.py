@@ -1,7 +1,7 @@
-"""The command line: a thin layer that turns a LabError into one sentence.
+"""The command line of the course: each command of ./lab is a function, and imports the module for its work.
 
-What takes time to import is loaded by the command that needs it, so that --help answers at once. What ./lab prints for
---help before anything is installed is course/help.txt.
+A LabError ends a command with a sentence and exit code 2. Slow imports stand inside the commands, so that --help
+answers at once; before the first installation, ./lab prints --help from course/help.txt.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,10 @@ from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
 from labkit.lesson.parameters import PRESETS
 
+if TYPE_CHECKING:
+    from course.store import Job, Run
+    from course.sweep import Outcome
+
 RUNS = Path("runs") if files.IN_WHEEL else files.ROOT / "runs"
 SITE = files.ROOT / "build" / "site"
 OUT = click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder for results. Default: runs/.")
@@ -28,19 +32,20 @@ ANYWHERE = ("data", "doctor", "report")  # commands that a wheel and a class's f
 
 
 class _Group(click.Group):
-    group_class = type  # a group in it is one too
+    group_class = type  # a group inside the group is a _Group too
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that was asked for; InputError for an unknown name, and for a command without its lessons."""
-        name, arguments = args[0], set(args[1:])
+        """Find a command; InputError for an unknown name, or for a command that needs lessons in a place without."""
+        name = args[0]
         if name not in self.commands and not name.startswith("-"):
             close = get_close_matches(name, self.commands, 1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.commands)}."
             raise InputError(f"There is no command {name}; {hint}")
-        at_home = files.COMMAND == "./lab" or ctx.parent is not None
-        if not at_home and name not in ANYWHERE and not arguments & {"-h", "--help"}:
+        lessons_are_here = files.COMMAND == "./lab" or ctx.parent is not None
+        asks_for_help = "-h" in args or "--help" in args
+        if not lessons_are_here and not asks_for_help and name not in ANYWHERE:
             raise InputError(
                 f"`labkit {name}` needs the lessons with their answers, which are in the course's repository: "
                 f"clone it, and give `./lab {name}` there."
@@ -48,9 +53,9 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """A LabError, or a full disk, ends the command with a sentence and code 2, Ctrl-C with code 130.
+        """Run a command; a LabError or a full disk ends with a sentence and code 2, Ctrl-C with code 130.
 
-        Any other exception is a bug, traceback and all.
+        Any further exception is a bug and shows a traceback.
         """
         try:
             with full_disk_told():
@@ -92,20 +97,27 @@ def test(quick: bool, arguments: tuple[str, ...]) -> None:
 
     Arguments are passed on to one plain call of pytest: ./lab test tests/labkit/test_bench.py -x
     """
-    together = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m"]  # in the order of tests/conftest.py
+    two_at_a_time = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # in the order of tests/conftest.py
     if arguments:
         calls = [[*arguments]]
     elif quick:
-        calls = [[*together, "not slow and not lesson and not timing"]]
+        calls = [[*two_at_a_time, "-m", "not slow and not lesson and not timing"]]
     else:
-        reads_clock = [str(path) for path in files.ROOT.glob("tests/*/test_*.py") if "mark.timing" in path.read_text()]
-        calls = [[*together, "not timing"], ["-m", "timing", *reads_clock]]  # to import all tests takes ten seconds
-    codes = []
+        calls = [[*two_at_a_time, "-m", "not timing"], ["-m", "timing", *_tests_with_a_clock()]]
+    first_failure = 0
     for call in calls:
-        one_thread = {"OMP_NUM_THREADS": "1"} if "-n" in call else {}
-        command = [sys.executable, "-m", "pytest", *call]
-        codes.append(subprocess.call(command, cwd=files.ROOT, env={**os.environ, **one_thread}))
-    sys.exit(next(filter(None, codes), 0))
+        environment = dict(os.environ)
+        if "-n" in call:
+            environment["OMP_NUM_THREADS"] = "1"
+        code = subprocess.call([sys.executable, "-m", "pytest", *call], cwd=files.ROOT, env=environment)
+        first_failure = first_failure or code
+    sys.exit(first_failure)
+
+
+def _tests_with_a_clock() -> list[str]:
+    """List the files with tests marked `timing`: to import all tests takes ten seconds."""
+    paths = files.ROOT.glob("tests/*/test_*.py")
+    return [str(path) for path in paths if "mark.timing" in path.read_text()]
 
 
 @main.command()
@@ -131,7 +143,8 @@ def doctor(as_json: bool) -> None:
     good = True
     for finding in doctor.findings():
         good &= finding.good
-        click.echo(f"{'OK  ' if finding.good else 'FAIL'}  {finding.name:9}  {finding.text}")
+        state = "OK" if finding.good else "FAIL"
+        click.echo(f"{state:4}  {finding.name:9}  {finding.text}")
     sys.exit(not good)
 
 
@@ -166,13 +179,13 @@ def run(
     ./lab run 03 --preset smoke -p RATIO 0.3 -p CRITERION taylor
     ./lab run all --device cuda --out /data/runs
     """
-    from course import notebooks, run
+    from course import notebooks, reference, run
 
-    done: list[run.Run] = []
+    done: list[Run] = []
     _interrupt_once()
     try:
         values = _by_name([("PRESET", preset), ("DEVICE", device), *pairs])
-        values.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or ("smoke" if lesson == "all" else "class"))
+        values.setdefault("PRESET", _default_preset("smoke" if lesson == "all" else "class"))
         paths = notebooks.all_lessons() if lesson == "all" else [notebooks.find(lesson)]
         jobs = [run.prepare(path, values, out) for path in paths]
         if not jobs:
@@ -180,51 +193,82 @@ def run(
                 f"There is no lesson to run in {files.NOTEBOOKS}; take the course's notebooks from its repository."
             )
         if record:
-            run.require_reference(jobs[0].parameters)
+            reference.require(jobs[0].parameters)
         for path, job in zip(paths, jobs, strict=True):
-            alone = [(job, run.read(job.folder()) if resume else None)]
-            results: list[run.Run] = []
-            for process, before in run.processes(job, resume=resume) if record else alone:
-                if record:
-                    click.echo(f"process {process.process} of {run.RECORDED_RUNS} of {job.lesson}")
-                results.append(before or run.run(process, progress=True))
-                done.append(results[-1])
-                if sys.stderr.isatty():
-                    click.echo("\r\033[K", nl=False, err=True)
-                click.echo(str(results[-1]))
-                if error := results[-1].error:
-                    see = results[-1].notebook
-                    click.echo(f"labkit: {job.lesson} stopped: {error}\n        see {see}", err=True)
-                    break
+            if record:
+                _record(job, path, resume, done)
             else:
-                for file in run.keep_reference(results, path) if record else ():
-                    click.echo(f"recorded  {file}")
+                _run(job, resume, done)
         if len(done) > 1:
             click.echo("\n".join(["", *map(str, done)]))
         click.echo(f"report  {_report([out])}")
     except KeyboardInterrupt:
-        finished = (
-            f"kept: {', '.join(result.lesson for result in done)}" if done else "earlier results are as they were"
-        )
-        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {finished}.", err=True)
+        results = "earlier results are as they were"
+        if done:
+            results = f"kept: {', '.join(result.lesson for result in done)}"
+        click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {results}.", err=True)
         sys.exit(130)
     sys.exit(any(result.error for result in done))
 
 
+def _default_preset(usual: str) -> str:
+    return os.environ.get("LABKIT_PRESET") or usual
+
+
+def _run(job: "Job", resume: bool, done: "list[Run]") -> None:
+    """Run a lesson, append the run to `done`, and show the run; `resume` reuses a good result."""
+    from course import store
+
+    _run_unless_finished(job, store.finished(job) if resume else None, done)
+
+
+def _record(job: "Job", lesson: Path, resume: bool, done: "list[Run]") -> None:
+    """Run a lesson in several processes, append the runs to `done`, and keep the runs as reference, if all are good."""
+    from course import reference
+
+    results = []
+    for process, finished in reference.processes(job, resume=resume):
+        click.echo(f"process {process.process} of {reference.RECORDED_RUNS} of {job.lesson}")
+        result = _run_unless_finished(process, finished, done)
+        if result.error:
+            return
+        results.append(result)
+    for file in reference.keep(results, lesson):
+        click.echo(f"recorded  {file}")
+
+
+def _run_unless_finished(job: "Job", finished: "Run | None", done: "list[Run]") -> "Run":
+    from course import run
+
+    result = finished or run.run(job, progress=True)
+    done.append(result)  # at once: an interruption after this tells what is kept
+    if sys.stderr.isatty():
+        click.echo("\r\033[K", nl=False, err=True)
+    click.echo(str(result))
+    if result.error:
+        click.echo(
+            f"labkit: {job.lesson} stopped: {result.error}\n        see {result.notebook}",
+            err=True,
+        )
+    return result
+
+
 def _interrupt_once() -> None:
-    """Let Ctrl-C or SIGTERM raise KeyboardInterrupt, and further ones not disturb what tidies up and ends."""
+    """Let the first Ctrl-C or SIGTERM raise KeyboardInterrupt, and ignore further signals while the command ends."""
 
     def interrupt(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        set_handlers(signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, interrupt)
+    def set_handlers(handler: Any) -> None:
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
+
+    set_handlers(interrupt)
 
 
 def _by_name(pairs: Iterable[tuple[str, str | None]]) -> dict[str, str]:
-    """The parameters by name, without those that are None; InputError where one is given twice."""
+    """Map parameters to values, leaving out values of None; InputError for a parameter given twice."""
     values: dict[str, str] = {}
     for name, value in pairs:
         if name in values:
@@ -235,14 +279,14 @@ def _by_name(pairs: Iterable[tuple[str, str | None]]) -> dict[str, str]:
 
 
 def _report(folders: list[Path]) -> str:
-    """Write the report of these folders into the first: its address."""
+    """Write the report of the folders into the first folder, and return the report's address."""
     from course import report  # its imports take seconds
 
     return report.write(folders, folders[0] / "report.html").resolve().as_uri()
 
 
 def _places_of_results() -> list[Path]:
-    """List the folders of results: of ./lab run, of a learner's own copies, of lessons opened in the repository."""
+    """List the folders of results: of ./lab run, of a learner's copies, of lessons opened in the repository."""
     from course import notebooks
 
     return [RUNS, notebooks.WORKSPACE / "runs", files.NOTEBOOKS / "runs"]
@@ -288,21 +332,19 @@ def sweep(
     axes = sweep.parse(grid)
     values = _by_name([("PRESET", preset), *pairs])
     if "PRESET" not in axes:
-        values.setdefault("PRESET", os.environ.get("LABKIT_PRESET") or "class")
+        values.setdefault("PRESET", _default_preset("class"))
     jobs = sweep.plan(notebooks.find(lesson), axes, values, seeds=seeds, out=out)
-    ended: list[sweep.Outcome] = []
+    ended: list[Outcome] = []
     _interrupt_once()
     try:
-        with sweep.workers(on, jobs, workers) as (submit, alive, at_once):
-            click.echo(f"{jobs[0].lesson}: {len(jobs)} points, {at_once} at once")
-            if at_once > 1:
+        with sweep.workers(on, jobs, workers) as crew:
+            click.echo(f"{jobs[0].lesson}: {len(jobs)} points, {crew.count} at once")
+            if crew.count > 1:
                 click.echo("note    runs that share the cores of a machine blur each other's clocks")
             with tqdm(total=len(jobs), unit="run", desc=jobs[0].lesson[:2], disable=None) as bar:
-                for outcome in sweep.outcomes(jobs, submit, alive):
+                for outcome in sweep.outcomes(jobs, crew):
                     ended.append(outcome)
-                    state = "failed" if outcome.failure else "before" if outcome.reused else "done"
-                    took = f"{outcome.run.seconds:5.0f} s" if outcome.run else ""
-                    tqdm.write(f"{state:6}  {len(ended):4}/{len(jobs)}  {took:7}  {outcome.job.label}")
+                    tqdm.write(_line_of_point(outcome, f"{len(ended):4}/{len(jobs)}"))
                     bar.update()
     except KeyboardInterrupt:
         click.echo("\nlabkit: interrupted; finished runs are kept, and the same command goes on from them.", err=True)
@@ -313,6 +355,16 @@ def sweep(
     sys.exit(any(outcome.failure for outcome in ended))
 
 
+def _line_of_point(outcome: "Outcome", number: str) -> str:
+    state = "done"
+    if outcome.reused:
+        state = "before"
+    if outcome.failure:
+        state = "failed"
+    seconds = f"{outcome.run.seconds:5.0f} s" if outcome.run else ""
+    return f"{state:6}  {number}  {seconds:7}  {outcome.job.label}"
+
+
 @main.command()
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
 def report(folders: tuple[Path, ...]) -> None:
@@ -321,8 +373,8 @@ def report(folders: tuple[Path, ...]) -> None:
     By default these are runs/, and the folders where lessons that were opened in an editor left their results:
     workspace/runs/ and notebooks/runs/.
     """
-    usual = [folder for folder in _places_of_results() if folder.is_dir()]
-    click.echo(_report(list(folders) or usual or [RUNS]))
+    existing = [folder for folder in _places_of_results() if folder.is_dir()]
+    click.echo(_report(list(folders) or existing or [RUNS]))
 
 
 @main.command()
@@ -418,8 +470,8 @@ def grade(folder: Path, seconds: float, totals: tuple[str, Path] | None) -> None
         gradebook.require_writable(totals[1])
     with tqdm(unit="answer", disable=None) as bar:
 
-        def show(row: grade.Grade, total: int) -> None:
-            bar.total = total
+        def show(row: grade.Grade, number_of_answers: int) -> None:
+            bar.total = number_of_answers
             bar.set_postfix_str(f"{row.student} {row.exercise.id}", refresh=False)
             bar.update()
 
@@ -427,7 +479,8 @@ def grade(folder: Path, seconds: float, totals: tuple[str, Path] | None) -> None
     for path in grade.write(book, folder):
         click.echo(path.resolve().as_uri())
     if book.incomplete:
-        click.echo(f"labkit: {book.incomplete}{' No totals were written.' if totals else ''}", err=True)
+        no_totals = " No totals were written." if totals else ""
+        click.echo(f"labkit: {book.incomplete}{no_totals}", err=True)
         sys.exit(1)
     if totals:
         gradebook.write(book, *totals)
@@ -445,7 +498,9 @@ def list_() -> None:
     from labkit.data.fetch import assets
 
     for asset in assets().values():
-        click.echo(f"{asset.state:8} {asset.kind:10} {asset.bytes / 1e6:8.1f} MB  {asset.name:40} {asset.licence}")
+        state = f"{asset.state:8} {asset.kind:10}"
+        size = f"{asset.bytes / 1e6:8.1f} MB"
+        click.echo(f"{state} {size}  {asset.name:40} {asset.licence}")
 
 
 @data.command("fetch")

@@ -1,7 +1,7 @@
-"""What `./lab doctor` looks at: a table of checks, each a function that returns what it saw and what is to be done.
+"""The checks of `./lab doctor`: a table of functions; each returns a description and a remedy.
 
-Something is to be done only where a thing does not work that would work once it is fixed: a machine without a GPU or a
-compiler is a good machine. It reads, starts one kernel and one CUDA kernel where there is a GPU, and changes nothing.
+A remedy is given only for a fault within the user's reach: a machine without a GPU or a compiler is a good machine. The
+checks read, start a kernel, and a CUDA kernel if a GPU is present, and change no file.
 """
 
 import contextlib
@@ -32,10 +32,17 @@ _OTHER_KIND = {"arm64": ("avx2", "avx512", "vnni", "amx"), "x86_64": ("neon", "i
 SHOWN = ("torch", "torchvision", "transformers", "numpy", "papermill", "nbval")  # packages, with their version
 _USED = re.compile(r"\b(?:models|datasets)\.([a-z]\w+)|\btokenizer\(\"(\w+)\"")
 
+CheckResult = tuple[str, str]  # what was seen, and what is to be done: "" where nothing is
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, whether it is good, and what was seen or is to be done."""
+    """The result of a check.
+
+    name  name of the check, for example "memory"
+    good  True if the check found no fault
+    text  the description, and the remedy for a fault
+    """
 
     name: str
     good: bool
@@ -43,108 +50,144 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """All checks in order, the lessons last; a check that cannot be made is a finding too."""
-    lessons = {f"lesson {path.stem[:2]}": partial(lesson, path) for path in notebooks.all_lessons()}
-    for name, check in {**CHECKS, **lessons}.items():
+    """Make all checks in order, the lessons last; an error during a check is a finding too."""
+    checks = dict(CHECKS)
+    for path in notebooks.all_lessons():
+        checks[f"lesson {path.stem[:2]}"] = partial(lesson, path)
+    for name, check in checks.items():
         try:
             seen, to_do = check()
         except (LabError, OSError, ImportError, RuntimeError) as error:
             seen, to_do = "", f"{type(error).__name__}: {error}"
-        yield Finding(name, not to_do, "; ".join(filter(None, (seen, to_do))))
+        text = "; ".join(filter(None, (seen, to_do)))
+        yield Finding(name, not to_do, text)
 
 
 def report() -> dict[str, Any]:
-    """All findings as plain values for scripts, with the machine's fingerprint."""
+    """Make all checks, for scripts: {"good": bool, "findings": [{name, good, text}], "machine": fingerprint}."""
     from labkit.timing.machine import fingerprint
 
     rows = [asdict(finding) for finding in findings()]
     return {"good": all(row["good"] for row in rows), "findings": rows, "machine": fingerprint().to_dict()}
 
 
-# checks: each returns what it saw, and what is to be done ("" where nothing is) --------------------
+# Python and packages --------------------------------------------------------------------------------
 
 
-def _python() -> tuple[str, str]:
+def _python() -> CheckResult:
     good = (3, 11) <= sys.version_info[:2] <= (3, 13)
     to_do = "" if good else "install Python 3.11, 3.12 or 3.13, remove .venv, then ./lab setup"
     return f"{sys.version.split()[0]}, {sys.executable}", to_do
 
 
-def _packages() -> tuple[str, str]:
-    if lacking := missing():
+def _packages() -> CheckResult:
+    lacking = missing()
+    if lacking:
         how = "./lab setup" if files.COMMAND == "./lab" else files.set_up_with("course")
         return f"missing: {', '.join(map(str, lacking))}", f"run {how}"
-    shown = [name for name in SHOWN if find_spec(name)]
-    return ", ".join(f"{name} {version(name)}" for name in shown), ""
+    installed = [name for name in SHOWN if find_spec(name)]
+    return ", ".join(f"{name} {version(name)}" for name in installed), ""
 
 
 def missing() -> list[Requirement]:
-    """The course's requirements that this Python does not meet."""
+    """List the course's requirements not met by the current Python."""
     project = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needs = map(Requirement, project["dependencies"] + project["optional-dependencies"]["course"])
-    return [need for need in needs if not _meets(need)]
+    lines = project["dependencies"] + project["optional-dependencies"]["course"]
+    requirements = map(Requirement, lines)
+    return [requirement for requirement in requirements if not _meets(requirement)]
 
 
-def _meets(need: Requirement) -> bool:
+def _meets(requirement: Requirement) -> bool:
     with contextlib.suppress(PackageNotFoundError):
-        return need.specifier.contains(version(need.name), prereleases=True)
+        return requirement.specifier.contains(version(requirement.name), prereleases=True)
     return False
 
 
-def _torch() -> tuple[str, str]:
+def _torch() -> CheckResult:
     import torch
 
-    return f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPU'} build", ""
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    return f"{torch.__version__}, {build} build", ""
 
 
-def _cpu() -> tuple[str, str]:
-    """The model, and which instructions for fast inference it has and has not, of those that its kind can have."""
+# the machine ----------------------------------------------------------------------------------------
+
+
+def _cpu() -> CheckResult:
+    """Name the CPU, and the instructions for fast inference present and absent, of all that the architecture has."""
     from labkit.timing.machine import FEATURES, fingerprint
 
     machine = fingerprint("cpu")
     kind = "arm64" if machine.arch.lower() in ("arm64", "aarch64") else "x86_64"
     possible = [name for name in FEATURES if name not in _OTHER_KIND[kind]]
-    has = [name for name in possible if name in machine.features] or ["none of the instructions looked for"]
-    lacks = [name for name in possible if name not in machine.features]
-    return f"{machine.cpu}, {machine.arch}: {' '.join(has)}{'; not ' if lacks else ''}{' '.join(lacks)}", ""
+    present = [name for name in possible if name in machine.features]
+    absent = [name for name in possible if name not in machine.features]
+    seen = f"{machine.cpu}, {machine.arch}: "
+    seen += " ".join(present) if present else "none of the instructions looked for"
+    if absent:
+        seen += f"; not {' '.join(absent)}"
+    return seen, ""
 
 
-def _device() -> tuple[str, str]:
-    """The GPU, its driver and torch's CUDA; why torch cannot use a GPU that is there."""
+def _device() -> CheckResult:
+    """Describe the GPU, the driver and torch's CUDA; the remedy is for a GPU that torch cannot use."""
     import torch
 
-    smi = ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
-    versions = [re.search(rf"{what} Version: *([\d.]+)", smi) for what in ("Driver", "CUDA")]
-    driver, serves = (match[1] if match else "" for match in versions)
+    driver, newest_cuda = _nvidia_versions()
     if torch.cuda.is_available():
-        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        seen = "; ".join(
-            f"cuda:{index} {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {gpu.major}.{gpu.minor}"
-            for index, gpu in enumerate(gpus)
-        )
+        seen = "; ".join(_describe_gpu(index) for index in range(torch.cuda.device_count()))
         try:
             torch.ones(1, device="cuda").add(1).item()
         except RuntimeError as error:
-            return seen, f"it computes nothing ({str(error).splitlines()[0]}); install a torch built for it"
-        return f"{seen}; driver {driver or 'unknown'} for CUDA up to {serves or 'unknown'}", ""
+            reason = str(error).splitlines()[0]
+            return seen, f"it computes nothing ({reason}); install a torch built for it"
+        return f"{seen}; driver {driver or 'unknown'} for CUDA up to {newest_cuda or 'unknown'}", ""
     if not driver:
         return "cpu (no CUDA device is visible to torch; every lesson runs without one)", ""
+    seen = f"nvidia-smi shows a GPU (driver {driver}, CUDA up to {newest_cuda})"
+    return seen, _why_torch_has_no_gpu(torch.version.cuda, newest_cuda)
+
+
+def _nvidia_versions() -> tuple[str, str]:
+    """Ask nvidia-smi for the driver's version and the newest CUDA of the driver; "" if unknown."""
+    output = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        output = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
+    driver = re.search(r"Driver Version: *([\d.]+)", output)
+    cuda = re.search(r"CUDA Version: *([\d.]+)", output)
+    return driver[1] if driver else "", cuda[1] if cuda else ""
+
+
+def _describe_gpu(index: int) -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_properties(index)
+    capability = f"{gpu.major}.{gpu.minor}"
+    return f"cuda:{index} {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, compute capability {capability}"
+
+
+def _why_torch_has_no_gpu(torch_cuda: str | None, driver_cuda: str) -> str:
+    """Name the remedy for a GPU seen by nvidia-smi but not by torch.
+
+    torch_cuda   the CUDA that torch was built for, None for the CPU build
+    driver_cuda  the newest CUDA that the driver serves, "" if unknown
+    """
+    if not torch_cuda:
+        return "but torch is the CPU build; remove .venv and run ./lab setup without --cpu"
+    if driver_cuda and _major(driver_cuda) < _major(torch_cuda):
+        return f"but torch is built for CUDA {torch_cuda}; bring the driver up to date"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.version.cuda:
-        to_do = "but torch is the CPU build; remove .venv and run ./lab setup without --cpu"
-    elif serves and int(serves.split(".")[0]) < int(torch.version.cuda.split(".")[0]):
-        to_do = f"but torch is built for CUDA {torch.version.cuda}; bring the driver up to date"
-    elif hidden is not None:
-        to_do = f"but torch cannot use it: CUDA_VISIBLE_DEVICES is {hidden!r}; unset it"
-    else:
-        to_do = "but torch cannot use it: restart, or reinstall the driver"
-    return f"nvidia-smi shows a GPU (driver {driver}, CUDA up to {serves})", to_do
+    if hidden is not None:
+        return f"but torch cannot use it: CUDA_VISIBLE_DEVICES is {hidden!r}; unset it"
+    return "but torch cannot use it: restart, or reinstall the driver"
 
 
-def _compiler() -> tuple[str, str]:
-    """What labkit's own C++ is built with; without it the sparse kernel is left out and large N:M masks are slower."""
+def _major(version_text: str) -> int:
+    return int(version_text.split(".")[0])
+
+
+def _compiler() -> CheckResult:
+    """Name the compiler for labkit's C++; a machine without a compiler has no sparse kernel, and slower N:M masks."""
     lost = "the sparse CPU kernel is left out and large N:M masks are slower"
     return _compiler_command() or f"none ({lost}; install g++ or clang++, or name one in CXX)", ""
 
@@ -157,88 +200,87 @@ def _compiler_command() -> str:
     return ""
 
 
-def _engines() -> tuple[str, str]:
-    """Which runtimes a model can be prepared for; without them lesson 07 runs on torch's own kernels."""
+def _threads() -> CheckResult:
+    import torch
+
+    has_affinity = hasattr(os, "sched_getaffinity")
+    allowed = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    seen = f"torch uses {threads}, this process may use {allowed} of {os.cpu_count()} cores"
+    return seen, f"set OMP_NUM_THREADS={allowed}" if threads > allowed else ""
+
+
+def _memory() -> CheckResult:
+    memory = psutil.virtual_memory()
+    seen = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    if memory.available >= SMOKE_MEMORY:
+        return seen, ""
+    return seen, f"a lesson may need {SMOKE_MEMORY / 1e9:.0f} GB, so close other programs first"
+
+
+def _disk() -> CheckResult:
+    """Compare the free disk space with the files still to be fetched, and as much again for files made from them."""
+    folder = files.cache_dir()
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    to_fetch = [asset.bytes for asset in fetch.assets().values() if asset.state != "ready"]
+    needed = 2 * sum(to_fetch)
+    free = shutil.disk_usage(existing).free
+    seen = f"{free / 1e9:.1f} GB free for {folder}"
+    if free >= needed and os.access(existing, os.W_OK):
+        return seen, ""
+    gigabytes = f"{needed / 1e9:.1f} GB"
+    return seen, f"it must be writable with {gigabytes} free: fix that, or set LABKIT_CACHE to another folder"
+
+
+# runtimes -------------------------------------------------------------------------------------------
+
+
+def _engines() -> CheckResult:
+    """List the runtimes ready for a model; without any, lesson 07 runs on torch's kernels."""
     from labkit.deploy import engines
 
     return _readiness(engines.available())
 
 
-def _language() -> tuple[str, str]:
-    """Which runtimes a language model can be prepared for."""
+def _language() -> CheckResult:
+    """List the runtimes ready for a language model."""
     from labkit.deploy import language
 
     return _readiness(language.available())
 
 
-def _readiness(state: dict[str, str]) -> tuple[str, str]:
-    lacking: dict[str, list[str]] = {}
-    for name, says in state.items():
-        if says != "ready":
-            lacking.setdefault(says.rpartition(": ")[2].rstrip("."), []).append(name)
-    seen = [f"{', '.join(name for name, says in state.items() if says == 'ready') or 'none'} ready"]
-    seen += [f"not {', '.join(names)}, which nothing needs ({how})" for how, names in lacking.items()]
+def _readiness(states: dict[str, str]) -> CheckResult:
+    """Describe runtimes, from name -> "ready" or a sentence that ends with the way to install; no remedy is given."""
+    ready = [name for name, state in states.items() if state == "ready"]
+    names_by_remedy: dict[str, list[str]] = {}
+    for name, state in states.items():
+        if state != "ready":
+            how_to_install = state.rpartition(": ")[2].rstrip(".")
+            names_by_remedy.setdefault(how_to_install, []).append(name)
+    seen = [f"{', '.join(ready) or 'none'} ready"]
+    for how, names in names_by_remedy.items():
+        seen.append(f"not {', '.join(names)}, which nothing needs ({how})")
     return "; ".join(seen), ""
 
 
-def _targets() -> tuple[str, str]:
-    """Of the systems in labkit/deploy/targets.toml, those that run here and those that can be compiled for."""
+def _targets() -> CheckResult:
+    """List the systems of labkit/deploy/targets.toml, of which some run on the machine or can be compiled for."""
     from labkit.deploy import targets
 
-    rows = targets.by_status()
-    half = f"; half of {', '.join(rows['half'])}" if rows["half"] else ""
-    return f"{', '.join(rows['runs']) or 'none'}{half}; {len(rows['absent'])} are not here", ""
+    systems = targets.by_status()
+    seen = ", ".join(systems["runs"]) or "none"
+    if systems["half"]:
+        seen += f"; half of {', '.join(systems['half'])}"
+    return f"{seen}; {len(systems['absent'])} are not here", ""
 
 
-def _threads() -> tuple[str, str]:
-    import torch
+def _kernel() -> CheckResult:
+    """Start the kernel of the lessons and wait for an answer."""
+    from course.child import kernel_manager_class
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    seen = f"torch uses {torch.get_num_threads()}, this process may use {allowed} of {os.cpu_count()} cores"
-    return seen, f"set OMP_NUM_THREADS={allowed}" if torch.get_num_threads() > allowed else ""
-
-
-def _memory() -> tuple[str, str]:
-    memory = psutil.virtual_memory()
-    to_do = f"a lesson may need {SMOKE_MEMORY / 1e9:.0f} GB, so close other programs first"
-    seen = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    return seen, to_do if memory.available < SMOKE_MEMORY else ""
-
-
-def _disk() -> tuple[str, str]:
-    """Room for what is still to be fetched and made, which takes about as much again."""
-    folder = files.cache_dir()
-    existing = next(path for path in [folder, *folder.parents] if path.exists())
-    needed = 2 * sum(asset.bytes for asset in fetch.assets().values() if asset.state != "ready")
-    free = shutil.disk_usage(existing).free
-    to_do = f"it must be writable with {needed / 1e9:.1f} GB free: fix that, or set LABKIT_CACHE to another folder"
-    good = free >= needed and os.access(existing, os.W_OK)
-    return f"{free / 1e9:.1f} GB free for {folder}", "" if good else to_do
-
-
-def _data() -> tuple[str, str]:
-    """Committed files, and fetched ones, by their sizes."""
-    assets, models = fetch.assets(), len(fetch.models())
-    good = f"{len(assets) - models} committed files and {models} fetched models, sizes as in data/manifest.toml"
-    return _lacking(assets.values()) or (good, "")
-
-
-def _lacking(assets: Iterable[fetch.Asset]) -> tuple[str, str] | None:
-    """Those of the assets that are missing or damaged, and the commands that bring them; None where all are ready."""
-    lacking = [asset for asset in assets if asset.state != "ready"]
-    names = {kind: [asset.name for asset in lacking if asset.kind == kind] for kind in ("committed", "fetched")}
-    needed = [files.restore(names["committed"])] if names["committed"] else []
-    if names["fetched"]:
-        needed.append(f"{files.COMMAND} data fetch {' '.join(names['fetched'])}")
-    seen = ", ".join(f"{asset.name} ({asset.state})" for asset in lacking)
-    return (f"lacks {seen}", f"run {' and '.join(needed)}") if lacking else None
-
-
-def _kernel() -> tuple[str, str]:
-    """Start the kernel that the lessons run in and ask it for an answer."""
-    from course.run import this_interpreter
-
-    manager = this_interpreter(blocking=True)(kernel_name="python3")
+    manager = kernel_manager_class(blocking=True)(kernel_name="python3")
     manager.start_kernel(stderr=subprocess.DEVNULL)
     try:
         client = manager.blocking_client()
@@ -252,18 +294,46 @@ def _kernel() -> tuple[str, str]:
     return "python3 starts and answers", ""
 
 
-def lesson(path: Path) -> tuple[str, str]:
-    """What a lesson lacks here, by its code (`models.NAME`, `datasets.NAME`) and its header's row "Needs"."""
+# data and lessons -----------------------------------------------------------------------------------
+
+
+def _data() -> CheckResult:
+    """Compare the sizes of committed and fetched files with data/manifest.toml."""
+    assets, models = fetch.assets(), len(fetch.models())
+    good = f"{len(assets) - models} committed files and {models} fetched models, sizes as in data/manifest.toml"
+    return _lacking(assets.values()) or (good, "")
+
+
+def _lacking(assets: Iterable[fetch.Asset]) -> CheckResult | None:
+    """List the missing and damaged assets, with commands for bringing back all of them; None if all are ready."""
+    lacking = [asset for asset in assets if asset.state != "ready"]
+    if not lacking:
+        return None
+    committed = [asset.name for asset in lacking if asset.kind == "committed"]
+    fetched = [asset.name for asset in lacking if asset.kind == "fetched"]
+    commands = []
+    if committed:
+        commands.append(files.restore(committed))
+    if fetched:
+        commands.append(f"{files.COMMAND} data fetch {' '.join(fetched)}")
+    seen = ", ".join(f"{asset.name} ({asset.state})" for asset in lacking)
+    return f"lacks {seen}", f"run {' and '.join(commands)}"
+
+
+def lesson(path: Path) -> CheckResult:
+    """Check the needs of a lesson: the data and models named in its code, and the row "Needs" of its header.
+
+    path  path of the lesson's notebook
+    """
     import torch
 
     cells = notebooks.read(path).cells
-    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    used = {match[1] or match[2] for match in _USED.finditer(code)}
-    assets = fetch.assets().items()
-    if lacking := _lacking(asset for name, asset in assets if any(word.startswith(_stem(name)) for word in used)):
+    lacking = _lacking(_assets_used(cell.source for cell in cells if cell.cell_type == "code"))
+    if lacking:
         return lacking
-    needs = re.search(r"^\| Needs \| (.+?) \|$", cells[0].source, re.MULTILINE)
-    needs, seen = needs[1].lower() if needs else "", "all there"
+    row = re.search(r"^\| Needs \| (.+?) \|$", cells[0].source, re.MULTILINE)
+    needs = row[1].lower() if row else ""
+    seen = "all there"
     if "compiler" in needs and not _compiler_command():
         seen += "; without a compiler it takes its slower path"
     if re.search(r"\ba gpu\b", needs) and not torch.cuda.is_available():
@@ -271,8 +341,23 @@ def lesson(path: Path) -> tuple[str, str]:
     return seen, ""
 
 
+def _assets_used(sources: Iterable[str]) -> list[fetch.Asset]:
+    """List the assets behind the functions called in a lesson: `models.NAME`, `datasets.NAME`, `tokenizer("NAME")`."""
+    code = "\n".join(sources)
+    functions = {match[1] or match[2] for match in _USED.finditer(code)}
+    used = []
+    for name, asset in fetch.assets().items():
+        stem = _stem(name)
+        if any(function.startswith(stem) for function in functions):
+            used.append(asset)
+    return used
+
+
 def _stem(entry: str) -> str:
-    """What functions for an entry begin with: its folder in the singular, a checkpoint's network, a model's name."""
+    """Find the first part of the names of the functions for an entry of data/manifest.toml.
+
+    "checkpoints/resnet-..." -> "resnet"; a file in a folder -> the folder in the singular; else the entry.
+    """
     folder, slash, file = entry.rpartition("/")
     if folder == "checkpoints":
         return file.partition("-")[0]

@@ -1,8 +1,8 @@
-"""A class's notebooks graded: DIR/<student>/<lesson>.ipynb in, grades.csv and grades.html out.
+"""Grading of a class: DIR/<student>/<lesson>.ipynb in, grades.csv and grades.html out.
 
-A hand-in is read as data, however damaged, and only its sources count. Each answer runs with its check in a process of
-its own (course.answers), which can harm nothing (course.sandbox). That a mark could be forged there is not fought, nor
-is copying: the worked answers are public. Text answers are left to people.
+A hand-in is read as data, however damaged, and only the sources of its cells count. Each answer runs with the check in
+a separate process (course.answers), shut in so that no answer can do harm (course.sandbox). Forging a mark is not
+fought, nor is copying: the worked answers are public. Text answers are left to people.
 """
 
 import ast
@@ -35,11 +35,19 @@ COLUMNS = ("student", "lesson", "exercise", "title", "points", "of", "result", "
 FILES = ("grades.csv", "grades.html")
 _CANVAS = re.compile(r"(?P<student>.+?)(?:_LATE)?_(?P<id>\d+)_\d+_(?P<name>.+)")  # a file as Canvas downloads it
 _Cells = list[tuple[str, str]]  # id and source of each code cell
+_Entry = tuple["Grade", Answer | None]  # a grade, and the answer that has to run for it, if any
 
 
 @dataclass(frozen=True)
 class Grade:
-    """One exercise of one student. result: one of RESULTS."""
+    """The grade of a student for an exercise.
+
+    student   name of the student's folder
+    lesson    name of the lesson
+    exercise  the exercise
+    result    an element of RESULTS
+    reason    a sentence for the student; "" for a good answer
+    """
 
     student: str
     lesson: str
@@ -49,12 +57,18 @@ class Grade:
 
     @property
     def points(self) -> int:
+        """The exercise's points for a passed check, else 0."""
         return self.exercise.points if self.result == "passed" else 0
 
 
 @dataclass(frozen=True)
 class Gradebook:
-    """Grades by student and exercise, remarks that belong to no exercise, and what shut the answers in."""
+    """The grades of a class.
+
+    grades    by student, lesson and exercise
+    remarks   sentences about files and folders, for the instructor
+    measures  the walls around the answers, in words
+    """
 
     grades: list[Grade]
     remarks: list[str]
@@ -62,7 +76,7 @@ class Gradebook:
 
     @property
     def incomplete(self) -> str:
-        """A sentence on the answers that could not be graded; "" where all were."""
+        """A sentence on the answers without a grade; "" if all answers were graded."""
         number = sum(row.result == NOT_GRADED for row in self.grades)
         if not number:
             return ""
@@ -75,6 +89,8 @@ class Gradebook:
 
 @dataclass(frozen=True)
 class Lesson:
+    """A lesson of the course, as far as grading needs: name, code cells and exercises."""
+
     name: str
     cells: _Cells
     exercises: Sequence[Exercise]
@@ -87,39 +103,43 @@ def grade(
     on_grade: Callable[[Grade, int], None] = lambda grade, total: None,
     newest_abi: int = sandbox.NEWEST_ABI,
 ) -> Gradebook:
-    """Grade every student's folder in `folder`, each for every lesson that anybody has handed in.
+    """Grade every student's folder, for each lesson handed in by any student.
 
-    seconds     the limit for one answer, 1 to 86,400
-    on_grade    called with the grade of each answer as it is done, and their number in all
+    folder      the class's folder, with a folder per student or the files of a download from Canvas
+    seconds     the limit for an answer, 1 to 86,400
+    on_grade    called after each answer, with its grade and the number of all answers
     newest_abi  the newest version of Landlock to use, 0 for none (course.sandbox)
-    InputError, before anything runs, where there is nothing to grade or the grades could not be written.
+
+    Raises InputError, before any answer runs, if there is no hand-in or the grades could not be written.
     """
     if not 1 <= seconds <= MOST_SECONDS:
         raise InputError(f"The limit for one answer is {seconds:g} seconds; give 1 to {MOST_SECONDS:,.0f}.")
     lessons, remarks = read_lessons()
-    entries, more = collect(folder, lessons)
-    remarks += more
+    entries, remarks_on_hand_ins = collect(folder, lessons)
+    remarks += remarks_on_hand_ins
     grades = [grade for grade, _ in entries]
-    handed_in = {place: answer for place, (_, answer) in enumerate(entries) if answer}
+    answers_to_run = {place: answer for place, (_, answer) in enumerate(entries) if answer}
+
     measures = set()
     imports = _imports(lessons, {grade.lesson for grade in grades})
     with answers.runner(imports, seconds=seconds, newest_abi=newest_abi) as runner:
         remarks += runner.remarks
-        for place, verdict in runner.run(handed_in):
+        for place, verdict in runner.run(answers_to_run):
             if verdict is None:
-                continue
-            reason = _shown(verdict.reason) + handed_in[place].note
+                continue  # the process of the grader was ended; the grade stays "not graded"
+            reason = _printable(verdict.reason) + answers_to_run[place].note
             grades[place] = replace(grades[place], result=verdict.result, reason=reason)
             measures.add(verdict.measures)
-            on_grade(grades[place], len(handed_in))
-    return Gradebook(grades, list(map(_shown, remarks)), "; ".join(filter(None, measures)))
+            on_grade(grades[place], len(answers_to_run))
+    remarks = [_printable(remark) for remark in remarks]
+    return Gradebook(grades, remarks, "; ".join(filter(None, measures)))
 
 
 # what was handed in -------------------------------------------------------------------------------
 
 
 def read_lessons() -> tuple[list[Lesson], list[str]]:
-    """The course's lessons; a damaged one is a remark."""
+    """Read the course's lessons, and a remark for each damaged lesson."""
     lessons, remarks = [], []
     for path in notebooks.all_lessons():
         try:
@@ -131,12 +151,16 @@ def read_lessons() -> tuple[list[Lesson], list[str]]:
     return lessons, remarks
 
 
-def collect(folder: Path, lessons: Sequence[Lesson]) -> tuple[list[tuple[Grade, Answer | None]], list[str]]:
-    """The grades to be given, each with the answer that has to run for it; and remarks on what was handed in."""
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}; give one that holds a folder for each student.")
-    if unwritable := [name for name in FILES if (folder / name).is_dir() or not os.access(folder, os.W_OK)]:
-        raise InputError(f"{folder / unwritable[0]} cannot be written; fix that first, so that no grade is lost.")
+def collect(folder: Path, lessons: Sequence[Lesson]) -> tuple[list[_Entry], list[str]]:
+    """List the grades to be given.
+
+    folder   the class's folder
+    lessons  the course's lessons
+
+    Returns (grade, answer to run) for each student and exercise, the answer None if the grade stands already, and
+    remarks on the hand-ins. Raises InputError if there is no hand-in, or the grades could not be written.
+    """
+    _require_class(folder)
     students, remarks = _students(folder)
     if not students:
         raise InputError(
@@ -144,34 +168,44 @@ def collect(folder: Path, lessons: Sequence[Lesson]) -> tuple[list[tuple[Grade, 
         )
     handed_in = {}
     for student, paths in students.items():
-        handed_in[student], more = _handed_in(paths, lessons)
-        remarks += [f"{student}: {remark}" for remark in more]
-    seen = [lesson for lesson in lessons if any(lesson.name in by_lesson for by_lesson in handed_in.values())]
-    if not seen:
+        handed_in[student], remarks_on_student = _handed_in(paths, lessons)
+        remarks += [f"{student}: {remark}" for remark in remarks_on_student]
+    names_handed_in = set().union(*handed_in.values())
+    graded_lessons = [lesson for lesson in lessons if lesson.name in names_handed_in]
+    if not graded_lessons:
         raise InputError(f"No notebook in {folder} is of a lesson; they are looked for as {folder}/<student>/*.ipynb.")
-    entries = [
-        entry
-        for student, by_lesson in handed_in.items()
-        for lesson in seen
-        for entry in _entries(_shown(student), lesson, by_lesson.get(lesson.name))
-    ]
+    entries: list[_Entry] = []
+    for student, by_lesson in handed_in.items():
+        for lesson in graded_lessons:
+            entries += _entries(_printable(student), lesson, by_lesson.get(lesson.name))
     return entries, remarks
 
 
+def _require_class(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}; give one that holds a folder for each student.")
+    for name in FILES:
+        if (folder / name).is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"{folder / name} cannot be written; fix that first, so that no grade is lost.")
+
+
 def _students(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """Each student's notebooks by name, from a folder a student or from Canvas' single folder for all; and remarks."""
+    """Find each student's notebooks, from a folder per student or from Canvas' single folder, and remarks."""
     students: dict[str, list[Path]] = {}
     remarks = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            students[path.name], more = _in_folder(path)
-            remarks += [f"{path.name}: {remark}" for remark in more]
-        elif path.suffix == ".ipynb" and (match := _CANVAS.fullmatch(path.stem)):
-            students.setdefault(f"{match['student']} (Canvas {match['id']})", []).append(path)
+            students[path.name], remarks_on_folder = _in_folder(path)
+            remarks += [f"{path.name}: {remark}" for remark in remarks_on_folder]
         elif path.suffix == ".ipynb":
-            remarks.append(f"{path.name} lies in no student's folder")
+            match = _CANVAS.fullmatch(path.stem)
+            if match:
+                student = f"{match['student']} (Canvas {match['id']})"
+                students.setdefault(student, []).append(path)
+            else:
+                remarks.append(f"{path.name} lies in no student's folder")
     return students, remarks
 
 
@@ -185,16 +219,21 @@ def _in_folder(student: Path) -> tuple[list[Path], list[str]]:
 
 
 def _handed_in(paths: Sequence[Path], lessons: Sequence[Lesson]) -> tuple[dict[str, _Cells | str], list[str]]:
-    """A student's cells for each lesson, by its name, or why they cannot be read; and remarks on other files."""
+    """Read a student's notebooks.
+
+    Returns, by the name of the lesson, the cells or the reason for an unreadable notebook, and remarks on further
+    files. A notebook with the name of a lesson comes before a notebook that only belongs to the lesson.
+    """
     names = [lesson.name for lesson in lessons]
     handed_in: dict[str, _Cells | str] = {}
     remarks = []
-    for path in sorted(paths, key=lambda path: (_name(path) in names, path.name)):  # the ones of a lesson's name count
+    # the last notebook of a lesson counts, so those with a lesson's name come last
+    for path in sorted(paths, key=lambda path: (_name(path) in names, path.name)):
         try:
             cells, noted = read(path)
         except InputError as error:
             if _name(path) in names:
-                handed_in.setdefault(_name(path), _shown(str(error)))
+                handed_in.setdefault(_name(path), _printable(str(error)))
             remarks.append(str(error))
             continue
         name = _lesson_of(cells, {_name(path), noted}, lessons)
@@ -208,15 +247,17 @@ def _handed_in(paths: Sequence[Path], lessons: Sequence[Lesson]) -> tuple[dict[s
 
 
 def _name(path: Path) -> str:
-    """The name that the student gave to the file, without its ending."""
+    """Name a file without ending, and without the words of Canvas around the student's name for the file."""
     match = _CANVAS.fullmatch(path.stem)
     return match["name"] if match else path.stem
 
 
 def read(path: Path) -> tuple[_Cells, str]:
-    """The code cells of a notebook as it was handed in, and the lesson noted in it ("" for none).
+    """Read a notebook as handed in.
 
-    Whatever else is damaged is passed over. InputError where it is no notebook, a link, or far too large.
+    Returns (id, source) of each code cell, and the lesson noted by `./lab start`, "" if none is noted. Damage in the
+    remaining parts of the notebook is passed over. Raises InputError for a file of a different kind, a link, or a file
+    far too large.
     """
     if path.is_symlink():
         raise InputError(f"{path.name} is a link; hand in the file itself")
@@ -235,56 +276,104 @@ def read(path: Path) -> tuple[_Cells, str]:
             raise InputError(f"{path.name} cannot be read as a notebook")
     code = [cell for cell in cells if isinstance(cell, dict) and cell.get("cell_type") == "code"]
     sources = [(_text(cell.get("id")), _text(cell.get("source"))) for cell in code]
-    if (length := sum(len(source) for _, source in sources)) > MOST_SOURCE:
+    length = sum(len(source) for _, source in sources)
+    if length > MOST_SOURCE:
         raise InputError(f"{path.name} holds {length:,} characters of source, more than anybody writes")
     return sources, noted
 
 
 def _text(value: Any) -> str:
-    """A text, which a notebook may hold as a list of lines; "" for anything else."""
+    """Read a text, which may be a list of lines in a notebook; "" for a value of a different kind."""
     lines = value if isinstance(value, list) else [value]
     return "".join(line for line in lines if isinstance(line, str))
 
 
 def _lesson_of(cells: _Cells, named: set[str], lessons: Sequence[Lesson]) -> str | None:
-    """By the file's name or what `./lab start` noted, else by the functions of its exercises, which are its alone."""
+    """Find the lesson of a notebook: by a name, else by the functions of its exercises, different in each lesson.
+
+    cells    (id, source) of each code cell
+    named    the file's name, and the lesson noted by `./lab start`
+    lessons  the course's lessons
+    """
     for lesson in lessons:
         if lesson.name in named:
             return lesson.name
-    answered = {
-        lesson.name: sum(any(_defines(text, task.function) for _, text in cells) for task in lesson.exercises)
-        for lesson in lessons
-    }
+    answered = {lesson.name: _number_of_answers(cells, lesson) for lesson in lessons}
     best = max(answered, key=answered.get, default=None)
     return best if best and answered[best] else None
 
 
-def _entries(student: str, lesson: Lesson, handed_in: _Cells | str | None) -> Iterator[tuple[Grade, Answer | None]]:
-    """A grade and an answer for each exercise: the grade of one without an answer stands already."""
-    ids, graded = [cell_id for cell_id, _ in lesson.cells], {task.function for task in lesson.exercises}
+def _number_of_answers(cells: _Cells, lesson: Lesson) -> int:
+    """Count the lesson's exercises with a function somewhere in the cells."""
+    count = 0
     for task in lesson.exercises:
-        result, reason, answer = "missing", "no notebook of this lesson was handed in", None
-        if isinstance(handed_in, str):
+        if any(_defines(source, task.function) for _, source in cells):
+            count += 1
+    return count
+
+
+def _entries(student: str, lesson: Lesson, handed_in: _Cells | str | None) -> Iterator[_Entry]:
+    """Make a grade for each exercise of a lesson, with the answer to run, or with the reason for a missing answer.
+
+    student    the student's name
+    lesson     the lesson
+    handed_in  the student's cells, the reason for an unreadable notebook, or None for no notebook
+    """
+    for task in lesson.exercises:
+        answer = None
+        if handed_in is None:
+            reason = "no notebook of this lesson was handed in"
+        elif isinstance(handed_in, str):
             reason = handed_in
-        elif handed_in is not None and (answer := _find(handed_in, task)) is None:
+        else:
+            answer = _answer(handed_in, lesson, task)
             reason = "the exercise's cell is not in the notebook, and no other defines its function"
-        elif answer:
-            source, note = answer
-            result, reason = NOT_GRADED, "the process that had to grade it was ended from outside"
-            above = [source for _, source in lesson.cells[: ids.index(task.cell_id)]]  # with the worked answers
-            added = [text for cell_id, text in handed_in if cell_id not in ids]
-            added = [text for text in added if not any(_defines(text, function) for function in graded)]
-            answer = Answer(task.id, task.function, above + added, source, note)
+        result = "missing"
+        if answer:
+            result = NOT_GRADED  # until the answer has run
+            reason = "the process that had to grade it was ended from outside"
         yield Grade(student, lesson.name, task, result, reason), answer
 
 
+def _answer(handed_in: _Cells, lesson: Lesson, task: Exercise) -> Answer | None:
+    source_and_note = _find(handed_in, task)
+    if source_and_note is None:
+        return None
+    source, note = source_and_note
+    return Answer(task.id, task.function, _cells_before(lesson, task, handed_in), source, note)
+
+
+def _cells_before(lesson: Lesson, task: Exercise, handed_in: _Cells) -> list[str]:
+    """List the sources that an answer may use: the lesson's cells above the exercise, then the student's added cells.
+
+    The lesson's cells hold the worked answers. An added cell with an answer to any exercise is left out.
+    """
+    ids = [cell_id for cell_id, _ in lesson.cells]
+    above = [source for _, source in lesson.cells[: ids.index(task.cell_id)]]
+    added = [source for cell_id, source in handed_in if cell_id not in ids]
+    return above + [source for source in added if not _answers_any(source, lesson)]
+
+
+def _answers_any(source: str, lesson: Lesson) -> bool:
+    return any(_defines(source, exercise.function) for exercise in lesson.exercises)
+
+
 def _find(cells: _Cells, task: Exercise) -> tuple[str, str] | None:
-    """The source of an answer, and a note where it was not found by its cell's id; the last of several counts."""
-    named = [source for cell_id, source in cells if cell_id == task.cell_id]
-    elsewhere = [text for cell_id, text in cells if cell_id != task.cell_id and _defines(text, task.function)]
-    if elsewhere and not (named and _defines(named[-1], task.function) and named[-1].strip() != task.stub.strip()):
+    """Find the answer to an exercise.
+
+    Returns the source and a note for the reader of the grade, or None. The exercise's cell counts if changed by the
+    student and still with the function; else the last cell elsewhere with the function; else the exercise's cell as it
+    is.
+    """
+    in_its_cell = [source for cell_id, source in cells if cell_id == task.cell_id]
+    elsewhere = [source for cell_id, source in cells if cell_id != task.cell_id and _defines(source, task.function)]
+    answered_in_its_cell = False
+    if in_its_cell:
+        source = in_its_cell[-1]
+        answered_in_its_cell = _defines(source, task.function) and source.strip() != task.stub.strip()
+    if elsewhere and not answered_in_its_cell:
         return elsewhere[-1], " (found by its function's name)"
-    return (named[-1], "") if named else None
+    return (in_its_cell[-1], "") if in_its_cell else None
 
 
 def _defines(source: str, function: str) -> bool:
@@ -292,13 +381,22 @@ def _defines(source: str, function: str) -> bool:
 
 
 def _imports(lessons: Sequence[Lesson], names: Container[str]) -> list[str]:
-    """What the answers to the lessons of these names import, every check, and torch at the first operator on "meta"."""
+    """List the import statements for the warm process: all imports of the answers and checks.
+
+    lessons  the course's lessons
+    names    names of the lessons handed in
+
+    torch._dynamo is on the list since torch imports it at the first operator on the device "meta".
+    """
     statements = dict.fromkeys(("import labkit.lesson.settings", "import torch._dynamo"))
-    for lesson in (lesson for lesson in lessons if lesson.name in names):
+    for lesson in lessons:
+        if lesson.name not in names:
+            continue
         statements[f"from labkit.lesson import check; check.load({lesson.name[:2]!r})"] = None
-        for node in (node for _, source in lesson.cells for node in answers.definitions(source)):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                statements[ast.unparse(node)] = None
+        for _, source in lesson.cells:
+            for node in answers.definitions(source):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    statements[ast.unparse(node)] = None
     return list(statements)
 
 
@@ -306,7 +404,10 @@ def _imports(lessons: Sequence[Lesson], names: Container[str]) -> list[str]:
 
 
 def write(book: Gradebook, folder: Path) -> tuple[Path, Path]:
-    """Write grades.csv and grades.html into `folder`, each whole or not at all; InputError where that fails."""
+    """Write grades.csv and grades.html into `folder`, each whole or not at all; returns the two paths.
+
+    Raises InputError if a file cannot be written.
+    """
     paths = tuple(folder / name for name in FILES)
     with files.refused(f"The grades cannot be written to {folder}"):
         for path, text in zip(paths, (table(book), html(book)), strict=True):
@@ -315,7 +416,7 @@ def write(book: Gradebook, folder: Path) -> tuple[Path, Path]:
 
 
 def table(book: Gradebook) -> str:
-    """The grades as CSV."""
+    """Write the grades as CSV, with a row per student and exercise."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -327,21 +428,31 @@ def table(book: Gradebook) -> str:
 
 
 def spreadsheet_cell(value: Any) -> Any:
-    """The value, with an apostrophe in front of a text that a spreadsheet would take for a formula."""
-    return f"'{value}" if str(value).startswith(("=", "+", "-", "@")) else value
+    """Put an apostrophe in front of a text that a spreadsheet would take for a formula; further values stay."""
+    looks_like_a_formula = str(value).startswith(("=", "+", "-", "@"))
+    return f"'{value}" if looks_like_a_formula else value
 
 
 def html(book: Gradebook) -> str:
-    """The page: points of all students at a glance, then the reason for each exercise, student by student."""
+    """Write the page: points of all students at a glance, then the reason for each exercise, student by student."""
     by_student = [(name, list(rows)) for name, rows in groupby(book.grades, lambda row: row.student)]
-    by_exercise = [
-        (task, [row.result for row in book.grades if row.exercise == task])
-        for task in {row.exercise: None for row in book.grades}
-    ]
-    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("grade.html.j2")
-    return page.render(book=book, students=by_student, exercises=by_exercise, results=RESULTS, now=datetime.now(UTC))
+    results_by_exercise: dict[Exercise, list[str]] = {}
+    for row in book.grades:
+        results_by_exercise.setdefault(row.exercise, []).append(row.result)
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return templates.get_template("grade.html.j2").render(
+        book=book,
+        students=by_student,
+        exercises=list(results_by_exercise.items()),
+        results=RESULTS,
+        now=datetime.now(UTC),
+    )
 
 
-def _shown(text: str) -> str:
-    """The text with what cannot be printed, or written as UTF-8, as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def _printable(text: str) -> str:
+    """Replace each character that cannot be printed, or written as UTF-8, by its escape."""
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in text)
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode()

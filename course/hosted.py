@@ -1,11 +1,11 @@
-"""Makes a notebook's kernel elsewhere ready for the lessons: on Colab, Kaggle, JupyterHub, any server of notebooks.
+"""Preparing a notebook's kernel on a hosted service for the lessons: Colab, Kaggle, JupyterHub, any notebook server.
 
     !git clone --depth 1 ADDRESS inference-optimisation
     %run inference-optimisation/course/hosted.py
 
-The checkout stays where it is, read-only if you like, and so does the working folder, which gets the results. Packages
-that are missing are installed beside those that are there; models go to the user's cache. Only the standard library is
-imported before that.
+The checkout stays in place, read-only if you like; the working folder stays too and gets the results. Missing packages
+are installed beside the packages present; models go to the user's cache. Before the installation only the standard
+library is imported.
 """
 
 import importlib
@@ -23,29 +23,34 @@ OF_THE_SERVER = {"jupyterlab", "ipykernel", "ipywidgets"}  # they run this kerne
 
 
 def requirements() -> dict[str, str]:
-    """List what the lessons import, by the distribution's name, each with the versions that pyproject.toml allows."""
+    """Map the distributions imported by lessons to lines for pip, with the versions allowed by pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["course"]]
-    named = {re.match(r"[\w-]+", line)[0]: line for line in lines}
-    return {name: line for name, line in named.items() if name not in OF_THE_SERVER}
+    needed = {}
+    for line in lines:
+        name = re.match(r"[\w-]+", line)[0]
+        if name not in OF_THE_SERVER:
+            needed[name] = line
+    return needed
 
 
 def install(lines: list[str]) -> None:
-    """Let pip install what is missing or too old, and nothing where all is there; SystemExit with pip's last word."""
+    """Let pip install the missing and outdated packages of `lines`; a failure ends the program with pip's last line."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
+        errors = done.stderr.strip().splitlines() or ["no reason given"]
+        reason = errors[-1].removeprefix("ERROR: ")
         sys.exit(f"What the lessons need cannot be installed ({reason}); is this notebook allowed to use the internet?")
 
 
 def versions() -> dict[str, str]:
-    """The version of each installed distribution, by its name."""
+    """Map each installed distribution to its version."""
     return {distribution.name.lower(): distribution.version for distribution in distributions()}
 
 
 def see_what_is_new() -> None:
-    """Let this kernel import what was installed after it had started, for this user alone too."""
+    """Let the kernel import packages installed after its start, also packages installed for the user alone."""
     user = site.getusersitepackages()
     if site.ENABLE_USER_SITE and user not in sys.path:  # it is looked for when Python starts
         sys.path.append(user)
@@ -53,17 +58,20 @@ def see_what_is_new() -> None:
 
 
 def use_this_labkit() -> None:
-    """Let this kernel and its child processes import the checkout's labkit, also after another one was imported."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "labkit"]:
-        del sys.modules[name]
+    """Let the kernel and its child processes import the checkout's labkit, also after importing a different labkit."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "labkit":
+            del sys.modules[name]
     sys.path.insert(0, str(ROOT))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def main() -> None:
-    """Install, find labkit, fetch the models, and say what comes next."""
+    """Install the packages, find labkit, fetch the models, and tell the next step."""
     needed = requirements()
-    before, imported = versions(), {*needed} & {*sys.modules}
+    before = versions()
+    imported = set(needed) & set(sys.modules)
     print("installing what is missing, and fetching the models; this takes some minutes, once", flush=True)
     install(list(needed.values()))
     see_what_is_new()

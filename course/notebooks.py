@@ -1,8 +1,8 @@
-"""The lesson notebooks as files: which there are, their exercises, copies without answers for a learner or a class.
+"""The lesson notebooks as files: finding, reading, exercises, copies without answers for a learner or a class.
 
-An exercise is three cells: a card in Markdown, a code cell tagged `exercise`, and one tagged `check` that calls
-`lab.check("NN.k", function)`; an answer stands between nbgrader's markers. Executing lessons is course.run's work,
-grading course.grade's. Each function reads the lessons that it is about, so that a damaged one hinders no other.
+An exercise is three cells: a card in Markdown, a code cell tagged `exercise`, and a code cell tagged `check` with the
+call `lab.check("NN.k", function)`. The answer stands between nbgrader's markers. Lessons are executed by course.run and
+graded by course.grade. Each function reads only the lessons needed, so a damaged lesson hinders no work on the rest.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ RELEASED = ("labkit", "course", "data")  # folders that a class gets beside the 
 _STUB = f'raise NotImplementedError("{STUB_SAYS}; then run the check below.")'
 _TITLE = re.compile(r"^### Exercise \d+ · (.+)$", re.MULTILINE)
 _FACTS = re.compile(r"^\*Difficulty (\d) of 5 · (\d+) minutes(?: · .+)?\*$", re.MULTILINE)
+_HEADING = re.compile(r"^#{1,3} +(.+)$", re.MULTILINE)
 _CHECK = re.compile(r'lab\.check\("([\d.]+)", (\w+)\)')
 
 
@@ -40,35 +41,37 @@ _CHECK = re.compile(r'lab\.check\("([\d.]+)", (\w+)\)')
 
 
 def all_lessons() -> list[Path]:
-    """The lesson notebooks, in order."""
+    """List the lesson notebooks, in order."""
     return sorted(files.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 
 
 def find(name: str) -> Path:
-    """The lesson called "3", "03" or "03_structured_pruning_cnns"; InputError names the lessons that there are."""
+    """Find the lesson called "3", "03" or "03_structured_pruning_cnns"; an InputError names the existing lessons."""
     lessons = all_lessons()
     for path in lessons:
-        if name in (path.stem, path.name) or (name.isdecimal() and int(name) == int(path.stem[:2])):
+        is_its_number = name.isdecimal() and int(name) == int(path.stem[:2])
+        if is_its_number or name in (path.stem, path.name):
             return path
     numbers = ", ".join(path.stem[:2] for path in lessons) or f"none in {files.NOTEBOOKS}"
     raise InputError(f"There is no lesson {name}; give the number of one that exists: {numbers}.")
 
 
 def read(path: Path) -> "NotebookNode":
-    """The lesson's notebook; DataError where it is damaged."""
+    """Read a lesson's notebook; DataError if the file is damaged."""
     import nbformat
 
     try:
         notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
-        [cell.source for cell in notebook.cells]
+        [cell.source for cell in notebook.cells]  # a cell without a source is damage too
     except (OSError, ValueError, LookupError, AttributeError, TypeError, nbformat.ValidationError):
         raise DataError(f"{path.name} is not a notebook that can be read; get it from the repository again.") from None
     return notebook
 
 
 def title(notebook: "NotebookNode") -> str:
-    """The first heading of the first cell."""
-    return notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+    """Read the title of a lesson: the heading at the top of the first cell."""
+    first_line, _, _ = notebook.cells[0].source.partition("\n")
+    return first_line.lstrip("# ")
 
 
 def tags(cell: "NotebookNode") -> Sequence[str]:
@@ -76,24 +79,24 @@ def tags(cell: "NotebookNode") -> Sequence[str]:
 
 
 def sections(notebook: "NotebookNode") -> Iterator[tuple[str, str]]:
-    """(cell id, nearest heading at or above the cell) for each cell."""
+    """Yield (cell id, nearest heading in or above the cell) for each cell."""
     heading = "before the first heading"
     for cell in notebook.cells:
-        if cell.cell_type == "markdown" and (match := re.search(r"^#{1,3} +(.+)$", cell.source, re.MULTILINE)):
-            heading = match[1].strip()
+        if cell.cell_type == "markdown":
+            match = _HEADING.search(cell.source)
+            if match:
+                heading = match[1].strip()
         yield cell.get("id", ""), heading
 
 
 def tidied(notebook: "NotebookNode") -> "NotebookNode":
-    """A copy fit for keeping: no injected cell, counts 1..n, and no metadata that changes from run to run; ids stay.
+    """Make a copy fit for keeping: the same after each run of the lesson, apart from the outputs' contents.
 
-    What is tagged hide-input is folded in JupyterLab too.
-
-    The record that the last cell carries loses samples and the rows of tables: they stand in the record's own file.
+    The copy has no cell injected by papermill, execution counts from 1, and no metadata of a run; cell ids stay. Cells
+    tagged hide-input are folded in JupyterLab too. The record in the last cell loses samples and rows of tables, which
+    stand in the record's file.
     """
     import nbformat
-
-    from labkit.lesson.records import MIME
 
     tidy = nbformat.from_dict(notebook)
     tidy.cells = [cell for cell in tidy.cells if "injected-parameters" not in tags(cell)]
@@ -102,22 +105,34 @@ def tidied(notebook: "NotebookNode") -> "NotebookNode":
     tidy.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     tidy.metadata.language_info = {"name": "python"}
     for cell in tidy.cells:
-        for volatile in ("papermill", "execution", "collapsed"):
-            cell.metadata.pop(volatile, None)
-        if cell.metadata.get("tags") == []:
-            del cell.metadata["tags"]
-        if cell.cell_type == "code" and "hide-input" in tags(cell):  # the site's word for it, and JupyterLab's
-            cell.metadata["jupyter"] = {"source_hidden": True}
+        _tidy_metadata_(cell)
     executed = [cell for cell in tidy.cells if cell.cell_type == "code" and cell.execution_count]
     for number, cell in enumerate(executed, start=1):
         cell.execution_count = number
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
-            for measurement in output.get("data", {}).get(MIME, {}).get("measurements", []):
-                for long in ("detail", "rows"):
-                    measurement.pop(long, None)
+            _shorten_record_(output)
     return tidy
+
+
+def _tidy_metadata_(cell: "NotebookNode") -> None:
+    for volatile in ("papermill", "execution", "collapsed"):
+        cell.metadata.pop(volatile, None)
+    if cell.metadata.get("tags") == []:
+        del cell.metadata["tags"]
+    if cell.cell_type == "code" and "hide-input" in tags(cell):  # the site's word for it, and JupyterLab's
+        cell.metadata["jupyter"] = {"source_hidden": True}
+
+
+def _shorten_record_(output: "NotebookNode") -> None:
+    """Remove samples and rows from the run record in a cell's output, if any."""
+    from labkit.lesson.records import MIME
+
+    record = output.get("data", {}).get(MIME, {})
+    for measurement in record.get("measurements", []):
+        measurement.pop("detail", None)
+        measurement.pop("rows", None)
 
 
 # exercises ----------------------------------------------------------------------------------------
@@ -125,7 +140,17 @@ def tidied(notebook: "NotebookNode") -> "NotebookNode":
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise. points: its difficulty, 1 to 5. function: what the check takes. source: the answered cell."""
+    """An exercise.
+
+    id        lesson and number, "03.1"
+    title     title
+    points    difficulty, 1 to 5
+    minutes   time for a learner
+    hints     number of hints
+    function  name of the function given to the check
+    cell_id   id of the answer's cell
+    source    source of the answer's cell, with the worked answer between markers
+    """
 
     id: str
     title: str
@@ -138,65 +163,86 @@ class Exercise:
 
     @property
     def stub(self) -> str:
+        """The cell as a learner gets it."""
         return without_solution(self.source)
 
     @property
     def solution(self) -> str:
+        """The cell with the worked answer, without markers."""
         return without_markers(self.source)
 
 
 def exercises(notebook: "NotebookNode") -> list[Exercise]:
-    """The exercises of a lesson, in order; InputError, naming the cell, where one lacks its card or its check."""
+    """List the exercises of a lesson, in order; InputError for an exercise without a card above or a check below."""
     places = [place for place, cell in enumerate(notebook.cells) if "exercise" in tags(cell)]
     return [_exercise(notebook.cells, place) for place in places]
 
 
 def exercise(exercise_id: str) -> Exercise:
-    """The exercise "03.1" of the course; InputError names the exercises that the lesson has."""
+    """Find the exercise "03.1" of the course; an InputError names the exercises of the lesson."""
     number, dot, k = exercise_id.partition(".")
     if not dot:
         raise InputError(f"{exercise_id!r} is no exercise; give lesson and number, like 03.1.")
     by_id = {task.id: task for task in exercises(read(find(number)))}
-    if (full_id := f"{number.zfill(2)}.{k}") not in by_id:
+    full_id = f"{number.zfill(2)}.{k}"
+    if full_id not in by_id:
         listed = ", ".join(by_id) or "none"
         raise InputError(f"There is no exercise {exercise_id}; lesson {number.zfill(2)} has {listed}.")
     return by_id[full_id]
 
 
 def without_solution(source: str) -> str:
-    """The cell with each block between the markers replaced by a raise at the block's own indentation."""
-    markers = [line.strip() for line in source.splitlines() if line.strip() in MARKERS]
-    if markers != [*MARKERS] * (len(markers) // 2):
+    """Replace each block between markers by a `raise NotImplementedError`, indented as the block.
+
+    Raises InputError for a marker without a partner.
+    """
+    lines = [line.strip() for line in source.splitlines()]
+    markers = [line for line in lines if line in MARKERS]
+    pairs = len(markers) // 2
+    if markers != [*MARKERS] * pairs:
         raise InputError(f"A marker stands alone in an exercise; each `{BEGIN}` needs one `{END}` after it.")
-    return re.sub(rf"^([ \t]*){BEGIN}.*?{END}[ \t]*$", rf"\1{_STUB}", source, flags=re.MULTILINE | re.DOTALL)
+    block = rf"^([ \t]*){BEGIN}.*?{END}[ \t]*$"
+    return re.sub(block, rf"\1{_STUB}", source, flags=re.MULTILINE | re.DOTALL)
 
 
 def _exercise(cells: "Sequence[NotebookNode]", place: int) -> Exercise:
-    cell_id = cells[place].get("id", f"cell {place + 1}")
-    card = cells[place - 1].source if place and cells[place - 1].cell_type == "markdown" else ""
+    """Read the exercise in cell number `place`, from the cell, the card above and the check below."""
+    cell = cells[place]
+    cell_id = cell.get("id", f"cell {place + 1}")
+    above = cells[place - 1] if place else None
+    below = cells[place + 1] if place + 1 < len(cells) else None
+    card = above.source if above and above.cell_type == "markdown" else ""
     heading, facts = _TITLE.search(card), _FACTS.search(card)
     if not heading or not facts:
         raise InputError(
             f"{cell_id} has no card above it; write `### Exercise 1 · Its title` and "
             "`*Difficulty 2 of 5 · 10 minutes*`."
         )
-    below = cells[place + 1] if place + 1 < len(cells) else None
     check = _CHECK.fullmatch(below.source.strip()) if below and "check" in tags(below) else None
     if check is None:
         raise InputError(f'{cell_id} has no check below it; write `lab.check("NN.1", its_function)` tagged `check`.')
-    hints = card.count("<summary>Hint")
-    points, minutes = map(int, facts.groups())
-    return Exercise(check[1], heading[1].strip(), points, minutes, hints, check[2], cell_id, cells[place].source)
+    return Exercise(
+        id=check[1],
+        title=heading[1].strip(),
+        points=int(facts[1]),
+        minutes=int(facts[2]),
+        hints=card.count("<summary>Hint"),
+        function=check[2],
+        cell_id=cell_id,
+        source=cell.source,
+    )
 
 
 # copies without answers ---------------------------------------------------------------------------
 
 
 def student_copy(notebook: "NotebookNode", name: str = "") -> "NotebookNode":
-    """A new notebook for the learner of lesson `name`: stubs for answers, no outputs; ids and tags stay.
+    """Make a learner's copy: stubs for answers, no outputs; ids and tags stay.
 
-    It carries a hash of what a learner would see differ (the cells' kinds and sources), so that a lesson that has
-    changed since is noticed.
+    notebook  the lesson
+    name      the lesson's name, noted in the copy
+
+    A hash of the cells' kinds and sources is noted too, so that `has_changed` can notice a lesson changed since.
     """
     copy = tidied(notebook)
     for cell in copy.cells:
@@ -209,7 +255,7 @@ def student_copy(notebook: "NotebookNode", name: str = "") -> "NotebookNode":
 
 
 def prepare(name: str) -> Path:
-    """The learner's copy of lesson `name`, made where there is none yet: one that exists is never written."""
+    """Find the learner's copy of lesson `name`, or make a first copy; an existing copy is never overwritten."""
     import nbformat
 
     lesson = find(name)
@@ -223,7 +269,7 @@ def prepare(name: str) -> Path:
 
 
 def has_changed(copy: Path) -> bool:
-    """Whether the lesson has other cells now than when the copy was made; False where the copy does not say of what."""
+    """Return True if the lesson's cells have changed since the copy was made; False if the copy has no hash."""
     try:
         made_of = json.loads(copy.read_text(encoding="utf-8"))["metadata"]["labkit"]["source"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -232,30 +278,38 @@ def has_changed(copy: Path) -> bool:
 
 
 def put_aside(name: str) -> Path | None:
-    """Rename the copy of lesson `name`, if there is one, to <lesson>.<today>.ipynb, so that a new one can be made."""
+    """Rename the learner's copy of lesson `name` to <lesson>.<today>.ipynb, which makes room for a new copy.
+
+    Returns the new path, None without a copy.
+    """
     copy = WORKSPACE / find(name).name
     if not copy.exists():
         return None
-    stem = f"{copy.stem}.{date.today().isoformat()}"
-    names = (copy.with_name(f"{stem}{f'.{number}' if number > 1 else ''}.ipynb") for number in count(1))
-    aside = next(path for path in names if not path.exists())
+    dated = f"{copy.stem}.{date.today().isoformat()}"
+    aside = copy.with_name(f"{dated}.ipynb")
+    numbers = count(2)
+    while aside.exists():
+        aside = copy.with_name(f"{dated}.{next(numbers)}.ipynb")
     with files.refused(f"{copy} cannot be renamed"):
         copy.rename(aside)
     return aside
 
 
 def release(folder: Path) -> list[Path]:
-    """Fill an empty or new `folder` for a class: every lesson without answers, an index, labkit and its data.
+    """Fill a folder for a class: every lesson without answers, an index, labkit and data.
 
-    The worked answers, which a lesson goes on with where the learner has none, are in notebooks/answers.json, packed.
-    The folder stands by itself: a notebook in it imports the labkit beside it, in JupyterLab as on a hosted service.
-    Returns the lessons' copies. InputError where the folder holds something, lies inside what is copied or cannot be
-    written, DataError where a lesson is damaged; it appears whole or not at all.
+    folder  an empty or new folder
+
+    Returns the paths of the lessons' copies. The worked answers, for learners who go on without an answer, are packed
+    in notebooks/answers.json. The folder stands alone: its notebooks import the labkit beside them, in JupyterLab and
+    on hosted services. The folder appears whole or not at all. Raises InputError if the folder is not empty, lies
+    inside a copied folder, or cannot be written; DataError if a lesson is damaged.
     """
     lessons = all_lessons()
     if not lessons:
         raise InputError(f"There is no lesson to release in {files.NOTEBOOKS}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_empty:
         raise InputError(f"{folder} is not empty, and handed-in work is never overwritten; give a new folder.")
     if any(folder.resolve().is_relative_to(files.ROOT / part) for part in RELEASED):
         raise InputError(f"{folder} lies inside what is released, which would copy into itself; give another folder.")
@@ -272,17 +326,21 @@ def release(folder: Path) -> list[Path]:
 
 
 def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
+    """Write a class's folder. `sources` maps file names to lessons."""
     import nbformat
 
-    for name, source in sources.items():
-        files.write_text(folder / name, nbformat.writes(student_copy(source, Path(name).stem)) + "\n")
     rows, answers = [], {}
     for name, source in sources.items():
+        copy = student_copy(source, Path(name).stem)
+        files.write_text(folder / name, nbformat.writes(copy) + "\n")
         tasks = exercises(source)
         answers |= {task.id: task.solution for task in tasks}
-        points, minutes = sum(task.points for task in tasks), sum(task.minutes for task in tasks)
-        rows.append(f"| [{title(source)}]({name}) | {len(tasks)}, {points} points | {minutes} |")
+        points = sum(task.points for task in tasks)
+        minutes = sum(task.minutes for task in tasks)
+        link = f"[{title(source)}]({name})"
+        rows.append(f"| {link} | {len(tasks)}, {points} points | {minutes} |")
     files.write_text(folder / "README.md", _INDEX.format(rows="\n".join(rows)))
+
     litter = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
     for part in RELEASED:
         shutil.copytree(files.ROOT / part, folder / part, ignore=litter)
@@ -295,13 +353,17 @@ def _fill(folder: Path, sources: "dict[str, NotebookNode]") -> None:
 
 
 def _copy_glossary(folder: Path) -> None:
-    """Beside the copies of lessons, which link it."""
+    """Copy the glossary beside the copies of lessons, which link to it."""
     for page in files.NOTEBOOKS.glob("glossary.md"):
         shutil.copy(page, folder)
 
 
 def open_in_jupyterlab(notebook: Path, *, browser: bool = True) -> NoReturn:
-    """Become JupyterLab on `notebook`: signals and the exit code are its own, so that whatever ends this ends it."""
+    """Replace the process by JupyterLab on `notebook`, so that JupyterLab gets the signals and sets the exit code.
+
+    notebook  path of the notebook
+    browser   True to open a browser, False to print the address only
+    """
     command = [
         sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={notebook.parent}",
         f"--LabApp.default_url=/lab/tree/{notebook.name}",

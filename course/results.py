@@ -1,28 +1,37 @@
-"""What runs left behind: result folders as `./lab run` and a sweep leave them, and all their values as tidy rows.
+"""Results of runs, read for reports: result folders of `./lab run` and `./lab sweep`, and all values as tidy rows.
 
-A folder that cannot be read is a sentence for the reader, not an error: the others still count. What the values mean
-was declared when they were recorded (labkit.records).
+A folder with damaged files becomes a sentence for the reader, and all undamaged results still count. The meaning of the
+values was declared by the lesson (labkit.lesson.records). Result folders are made by course.store.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from labkit import files, show
 from labkit.errors import DataError, InputError
 from labkit.lesson.parameters import PRESETS
-from labkit.lesson.records import Column, RecordedTable, RunRecord, read
+from labkit.lesson.records import Column, RecordedTable, RecordedValue, RunRecord, read
 
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
+_RUN_COLUMNS = ("lesson", "preset", "machine", "device", "seed")
+_NUMBER_COLUMNS = ("value", "low", "high")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class ResultFolder:
-    """What a run left: its record (None where the lesson did not finish), run.json and executed notebook, if any."""
+    """A result folder of a run.
+
+    folder    path of the folder
+    record    the lesson's record; None if the lesson did not finish
+    run       content of run.json; empty for a lesson opened in an editor
+    notebook  the executed notebook, if any
+    """
 
     folder: Path
     record: RunRecord | None
@@ -31,40 +40,47 @@ class ResultFolder:
 
     @property
     def changed(self) -> str:
-        """The parameters in which the run differed from what its lesson states, where run.json says so."""
+        """The parameters with values different from the lesson's, for example "RATIO 0.7"; empty without run.json."""
         parameters = self.run.get("parameters") or {}
         return ", ".join(f"{name} {value}" for name, value in parameters.items() if name not in WHERE)
 
     @property
     def lesson(self) -> str:
+        """The lesson's number, such as "03"."""
         return self.record.lesson if self.record else self.run["lesson"][:2]
 
     @property
     def created(self) -> str:
+        """The time of the run, ISO 8601."""
         return self.record.created if self.record else self.run["created"]
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[ResultFolder], list[str]]:
-    """The results in and below `folders`, oldest first, and a sentence for each that cannot be read.
+    """Read the results in and below `folders`.
 
-    InputError where a folder is missing or none of them holds a result.
+    Returns the results, oldest first, and a sentence for each unreadable result. Raises InputError if a folder is
+    missing or no folder holds a result.
     """
     folders = list(folders)
-    if missing := [folder for folder in folders if not folder.is_dir()]:
+    missing = [folder for folder in folders if not folder.is_dir()]
+    if missing:
         raise InputError(f"There is no folder {missing[0]}; run a lesson first (./lab run 01), or name another folder.")
-    homes = {home.resolve(): home for folder in folders for home in _homes(folder)}  # folders may overlap
+    homes: dict[Path, Path] = {}
+    for folder in folders:
+        homes |= {home.resolve(): home for home in _result_folders(folder)}  # folders may overlap
     if not homes:
-        raise InputError(f"There are no results in {', '.join(map(str, folders))}; run a lesson first: ./lab run 01.")
+        places = ", ".join(map(str, folders))
+        raise InputError(f"There are no results in {places}; run a lesson first: ./lab run 01.")
     results, problems = _readable(_result, homes.values())
     return sorted(results, key=lambda result: result.created), problems
 
 
 def recorded_runs() -> tuple[list[RunRecord], list[str]]:
-    """The reference runs of all lessons and machines, and a sentence for each that cannot be read."""
+    """Read the reference runs of all lessons and machines, and a sentence for each unreadable file."""
     return _readable(read, sorted(files.RECORDED.glob("*/[0-9][0-9].json")))
 
 
-def _readable(reader: Callable[[Path], Any], paths: Iterable[Path]) -> tuple[list, list[str]]:
+def _readable(reader: Callable[[Path], _T], paths: Iterable[Path]) -> tuple[list[_T], list[str]]:
     results, problems = [], []
     for path in paths:
         try:
@@ -74,12 +90,20 @@ def _readable(reader: Callable[[Path], Any], paths: Iterable[Path]) -> tuple[lis
     return results, problems
 
 
-def _homes(folder: Path) -> list[Path]:
-    homes = sorted({file.parent for name in ("run.json", "record.json") for file in folder.rglob(name)})
-    return [home for home in homes if not any(part.startswith(".") for part in home.relative_to(folder).parts)]
+def _result_folders(folder: Path) -> list[Path]:
+    """List the folders with a result in and below `folder`, without hidden folders, which are of runs under way."""
+    homes = set()
+    for name in ("run.json", "record.json"):
+        homes.update(file.parent for file in folder.rglob(name))
+    return [home for home in sorted(homes) if not _is_hidden(home.relative_to(folder))]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _result(home: Path) -> ResultFolder:
+    """Read a result folder; DataError if record.json or run.json is damaged."""
     record_file, run_file = home / "record.json", home / "run.json"
     record = read(record_file) if record_file.exists() else None
     try:
@@ -88,7 +112,8 @@ def _result(home: Path) -> ResultFolder:
             raise ValueError
     except (OSError, ValueError):
         raise DataError(f"{run_file} cannot be read; remove its folder and run the lesson again.") from None
-    return ResultFolder(home, record, run, next(home.glob("[0-9][0-9]_*.ipynb"), None))
+    notebook = next(home.glob("[0-9][0-9]_*.ipynb"), None)
+    return ResultFolder(home, record, run, notebook)
 
 
 # runs side by side ------------------------------------------------------------------------------------------------
@@ -96,8 +121,12 @@ def _result(home: Path) -> ResultFolder:
 
 @dataclass(frozen=True, eq=False)
 class RunColumn:
-    """A record as one column of the page's tables. `here` tells the user's runs from the recorded ones, `changed` says
-    how its parameters differ from the lesson's own ("RATIO 0.7")."""
+    """A record as a column of the page's tables.
+
+    record   the record
+    here     True for a run of the user, False for a recorded run
+    changed  the parameters with values different from the lesson's, for example "RATIO 0.7"
+    """
 
     record: RunRecord
     here: bool
@@ -105,121 +134,210 @@ class RunColumn:
 
     @property
     def machine(self) -> str:
-        return ", ".join(self.record.machine.get("label", self.record.device).split(", ")[:2])
+        """The machine's label, shortened to its first two parts: "AMD EPYC, 2 cores"."""
+        label = self.record.machine.get("label", self.record.device)
+        return ", ".join(label.split(", ")[:2])
 
     @property
     def run(self) -> str:
-        """Whose run it is, at what preset, with which parameters."""
-        return ", ".join(filter(None, ["your run" if self.here else "recorded", self.record.preset, self.changed]))
+        """The run's owner, preset and changed parameters, for example "your run, class, RATIO 0.7"."""
+        owner = "your run" if self.here else "recorded"
+        return ", ".join(filter(None, [owner, self.record.preset, self.changed]))
 
     @property
     def whose(self) -> tuple[str, bool]:
+        """The machine's slug, and True for a run of the user."""
         return str(self.record.machine.get("slug", "")), self.here
 
     @property
     def rank(self) -> int:
+        """The place of the preset in PRESETS, larger for a larger preset; -1 for an unknown preset."""
         return PRESETS.index(self.record.preset) if self.record.preset in PRESETS else -1
 
 
 def side_by_side(results: Iterable[ResultFolder], recorded: Iterable[RunRecord]) -> list[RunColumn]:
-    """One column for each lesson, machine and preset of the user's results (oldest first), then the recorded ones.
+    """Make a column for each lesson, machine and preset of the user's results, and for each recorded run.
 
-    The newest run with the lesson's own parameters counts, as the recorded ones have those; else the newest one.
+    results   the user's results, oldest first
+    recorded  recorded runs
+
+    Of several results the newest with the lesson's own parameters counts, comparable with the recorded runs; if none
+    has the lesson's own parameters, the newest of all. The user's results come first.
     """
     columns: dict[tuple, RunColumn] = {}
     for result in results:
-        if record := result.record:
-            key = (record.lesson, record.machine.get("slug"), record.preset)
-            if not result.changed or key not in columns or columns[key].changed:
-                columns[key] = RunColumn(record, True, result.changed)
+        record = result.record
+        if record is None:
+            continue
+        key = (record.lesson, record.machine.get("slug"), record.preset)
+        better_stands = key in columns and not columns[key].changed
+        if not result.changed or not better_stands:
+            columns[key] = RunColumn(record, True, result.changed)
     here = sorted(columns.values(), key=lambda column: column.record.lesson)
-    return [*here, *(RunColumn(record, False) for record in recorded)]
+    return here + [RunColumn(record, False) for record in recorded]
 
 
 # tidy rows --------------------------------------------------------------------------------------------------------
 
 
 def rows(folders: Iterable[Path]) -> pd.DataFrame:
-    """Every recorded value of the results in and below `folders` (see `frame`); what cannot be read is left out.
+    """Make rows (see `frame`) of all readable results in and below `folders`.
 
-    InputError where a folder is missing or none of them holds a result.
+    Raises InputError if a folder is missing or no folder holds a result.
     """
-    return frame(result.record for result in collect(folders)[0] if result.record)
+    results, _ = collect(folders)
+    return frame(result.record for result in results if result.record)
 
 
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """The values of the records, one a row.
+    """Make a data frame with a row per recorded value. The columns:
 
-    lesson, preset, machine (slug), device, seed, then p.<NAME> for each other parameter of the lessons
-    name       of a single value, or "table: column"
-    key        which row of the table, as "column=value; ..."; empty for single values
-    value      a number, in `unit`, with the 95 % interval low..high where there is one; not a number for a `text`
-    role       "quality": more is better; "cost": less is better; "setting", "result": neither
-    clock      whether a clock or a memory counter made or decided it, or a setting of its row: a repetition differs
-    simulated  whether it was computed and no clock saw it
+    lesson, preset, machine (slug), device, seed, then p.<NAME> for each further parameter of the lessons
+    name       name of a single value, or "table: column"
+    key        the row of the table, as "column=value; ..."; empty for single values
+    value      a number, in `unit`, with the 95 % interval low..high if recorded; NaN for a text
+    unit       unit of the value, such as "ms"
+    role       "quality": more is better; "cost": less is better; "setting", "result": neutral
+    text       the text, of a value with a text; the verdict, of a comparison
+    simulated  True if the value was computed and no clock was read
+    clock      True if a clock or memory counter made or chose the value, or named the row: a repetition differs
     """
     records = list(records)
-    parameters = dict.fromkeys(f"p.{name}" for record in records for name in record.parameters if name != "SEED")
-    run, value = ("lesson", "preset", "machine", "device", "seed"), ("value", "low", "high")
-    columns = [*run, *parameters, "name", "key", *value, "unit", "role", "text", "simulated", "clock"]
-    table = pd.DataFrame([row for record in records for row in _rows(record)], columns=columns, dtype=object)
-    for name in parameters:  # Parquet needs one type a column; lessons may use one name for different things
-        kinds = {type(item) for item in table[name].dropna()}
-        if kinds <= {int, float} or kinds == {bool}:
-            table[name] = table[name].convert_dtypes()
-        else:
-            table[name] = table[name].map(lambda item: item if isinstance(item, str) else json.dumps(item), "ignore")
-    kinds = dict.fromkeys((*run, "name", "key", "unit", "role", "text"), str) | dict.fromkeys(value, float)
-    return table.astype(kinds | {"seed": "Int64", "simulated": bool, "clock": bool})
+    parameters: dict[str, None] = {}
+    tidy = []
+    for record in records:
+        parameters |= dict.fromkeys(_parameter_columns(record))
+        tidy += _rows(record)
+    meaning = ("unit", "role", "text", "simulated", "clock")
+    columns = [*_RUN_COLUMNS, *parameters, "name", "key", *_NUMBER_COLUMNS, *meaning]
+    table = pd.DataFrame(tidy, columns=columns, dtype=object)
+    for name in parameters:
+        table[name] = _with_one_type(table[name])
+    types: dict[str, Any] = dict.fromkeys(columns, str)
+    types |= dict.fromkeys(_NUMBER_COLUMNS, float)
+    types |= {"seed": "Int64", "simulated": bool, "clock": bool}
+    for name in parameters:
+        del types[name]
+    return table.astype(types)
+
+
+def _parameter_columns(record: RunRecord) -> dict[str, Any]:
+    return {f"p.{name}": value for name, value in record.parameters.items() if name != "SEED"}
+
+
+def _with_one_type(values: pd.Series) -> pd.Series:
+    """Give a column a single type, as Parquet needs: numbers, truth values, or else texts.
+
+    Lessons may use the same parameter's name for values of different types.
+    """
+    types = {type(value) for value in values.dropna()}
+    if types <= {int, float} or types == {bool}:
+        return values.convert_dtypes()
+    return values.map(_as_text, na_action="ignore")
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
-    run = {"lesson": record.lesson, "preset": record.preset, "machine": str(record.machine.get("slug", ""))}
-    run |= {"device": record.device, "seed": record.parameters.get("SEED")}
-    run |= {f"p.{name}": value for name, value in record.parameters.items() if name != "SEED"}
+    """Make the rows of a record, with the columns of `frame`; absent columns are left out."""
+    run = {
+        "lesson": record.lesson,
+        "preset": record.preset,
+        "machine": str(record.machine.get("slug", "")),
+        "device": record.device,
+        "seed": record.parameters.get("SEED"),
+        **_parameter_columns(record),
+    }
     for entry in record.measurements:
-        if not isinstance(entry, RecordedTable):
-            row = _row(entry.name, "", entry.value, entry.ci95, entry, entry.simulated)
-            yield run | row | ({"text": entry.verdict} if entry.verdict else {})
-            continue
-        ends = {end for column in entry.columns.values() for end in (column.low, column.high)}
-        clock_chose = any(entry.meaning(name).clock for name in entry.by)
-        for place, values in enumerate(entry.rows, start=1):
-            key = "; ".join(f"{name}={short(values[name])}" for name in entry.by if name in values) or f"row={place}"
-            for column, value in values.items():
-                if value is not None and column not in entry.by and column not in ends:
-                    meaning = entry.meaning(column)
-                    name = f"{entry.name}: {without_unit(column, meaning.unit)}"
-                    ci95 = (values.get(meaning.low), values.get(meaning.high))
-                    row = _row(name, key, value, ci95, meaning, entry.simulated)
-                    yield run | row | ({"clock": True} if clock_chose else {})
+        of_entry = _rows_of_table(entry) if isinstance(entry, RecordedTable) else [_row_of_value(entry)]
+        for row in of_entry:
+            yield run | row
+    for row in _rows_of_run(record):
+        yield run | row
+
+
+def _row_of_value(entry: RecordedValue) -> dict[str, Any]:
+    row = _row(entry.name, entry.value, entry.ci95, entry, simulated=entry.simulated)
+    if entry.verdict:
+        row["text"] = entry.verdict
+    return row
+
+
+def _rows_of_table(table: RecordedTable) -> Iterator[dict[str, Any]]:
+    """Make a row for each measured value of a table; ends of intervals and settings get no row."""
+    not_measured = set(table.by)
+    for column in table.columns.values():
+        not_measured |= {column.low, column.high}
+    clock_named_rows = any(table.meaning(name).clock for name in table.by)
+    for number, values in enumerate(table.rows, start=1):
+        settings = [f"{name}={short(values[name])}" for name in table.by if name in values]
+        key = "; ".join(settings) or f"row={number}"
+        for column, value in values.items():
+            if value is None or column in not_measured:
+                continue
+            meaning = table.meaning(column)
+            name = f"{table.name}: {without_unit(column, meaning.unit)}"
+            ci95 = (values.get(meaning.low), values.get(meaning.high))
+            row = _row(name, value, ci95, meaning, key=key, simulated=table.simulated)
+            if clock_named_rows:
+                row["clock"] = True
+            yield row
+
+
+def _rows_of_run(record: RunRecord) -> Iterator[dict[str, Any]]:
+    """Make the rows for the time and the memory of the whole run."""
     for name, unit in (("seconds", "s"), ("peak_memory", "B"), ("peak_device_memory", "B")):
-        if (value := getattr(record, name)) is not None:
+        value = getattr(record, name)
+        if value is not None:
             meaning = Column(role="cost", unit=unit, clock=True)
-            yield run | _row(f"run: {name.replace('_', ' ')}", "", value, None, meaning, False)
+            yield _row(f"run: {name.replace('_', ' ')}", value, None, meaning)
 
 
-def _row(name: str, key: str, value: Any, ci95: Any, meaning: Any, simulated: bool) -> dict[str, Any]:
-    parsed, low, high = map(as_number, (value, *(ci95 or (None, None))))
-    text = "" if parsed is not None else str(value)
-    about = {"unit": meaning.unit, "role": meaning.role, "clock": meaning.clock, "simulated": simulated}
-    return {"name": name, "key": key, "value": parsed, "low": low, "high": high, "text": text, **about}
+def _row(
+    name: str,
+    value: Any,
+    ci95: tuple[Any, Any] | None,
+    meaning: Column | RecordedValue,
+    *,
+    key: str = "",
+    simulated: bool = False,
+) -> dict[str, Any]:
+    number = as_number(value)
+    low, high = ci95 or (None, None)
+    return {
+        "name": name,
+        "key": key,
+        "value": number,
+        "low": as_number(low),
+        "high": as_number(high),
+        "text": str(value) if number is None else "",
+        "unit": meaning.unit,
+        "role": meaning.role,
+        "clock": meaning.clock,
+        "simulated": simulated,
+    }
 
 
 def as_number(value: Any) -> float | None:
-    """A number, a truth value, or one of the texts that a record writes for what JSON lacks ("inf")."""
-    return float(value) if isinstance(value, int | float) or value in ("inf", "-inf", "nan") else None
+    """Convert a number, a truth value, or "inf", "-inf" and "nan", as JSON lacks these, to float; None for the rest."""
+    if isinstance(value, int | float) or value in ("inf", "-inf", "nan"):
+        return float(value)
+    return None
 
 
 def short(value: Any) -> str:
-    """A setting as text, the same for values that differ by rounding."""
+    """Write a setting as text, the same text for values different only by rounding."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def without_unit(column: str, unit: str) -> str:
+    """Remove the unit from a column's name: "p50 (ms)" -> "p50"."""
     return column.removesuffix(f" ({unit})")
 
 
 def with_unit(column: str, unit: str) -> str:
+    """Add the unit to a column's name, unless the unit needs no writing or is the name: "p50" -> "p50 (ms)"."""
     name = without_unit(column, unit)
     return name if unit in ("", *show.BARE, name) else f"{name} ({unit})"

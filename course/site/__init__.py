@@ -1,8 +1,8 @@
-"""The lessons, the claims that they test and the measured machines as a web site without a network, built by Sphinx.
+"""The web site: lessons, claims and measured machines, built by Sphinx and readable without a network.
 
-The sources are this folder's files and the notebooks with their stored outputs; nothing is executed. This module lays
-them out for Sphinx as they lie in the repository, so that links between lessons hold, and adds the pages made from
-records.
+The sources are the files of the folder course/site and the notebooks with the stored outputs; no lesson is executed.
+`lay_out` copies the sources for Sphinx, laid out as in the repository, so that links between lessons hold, and adds the
+pages made from records.
 """
 
 import functools
@@ -26,6 +26,7 @@ from course.results import RunColumn, side_by_side
 from labkit import files
 from labkit.errors import DataError, InputError
 from labkit.lesson import claims
+from labkit.lesson.claims import Claim
 from labkit.lesson.records import MIME
 
 SOURCES = Path(__file__).parent
@@ -35,16 +36,20 @@ UNSTRETCHED = ' stretchy="false"'
 
 
 def build(out: Path, folders: Sequence[Path] = ()) -> Path:
-    """Build the site into `out`, whole or not at all, and return its first page. A warning of Sphinx is an error.
+    """Build the site, whole or not at all; returns the path of the first page.
 
-    folders: where the user's own runs are; those that are not there are passed over. InputError where Sphinx is not
-    installed or `out` cannot be written, DataError with Sphinx's words where a page is at fault.
+    out      folder of the site, replaced if it holds a site already
+    folders  folders of the user's runs; missing folders are passed over
+
+    Raises InputError if Sphinx is not installed or `out` cannot be written, and DataError with Sphinx's words if a page
+    is at fault; a warning of Sphinx is an error.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
         raise InputError(
             f"The site needs {', '.join(missing)}; `./lab site` installs it, elsewhere: pip install -e '.[site]'."
         )
-    if out.exists() and not (out / "index.html").exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not _may_be_replaced(out):
         raise InputError(f"{out} holds something else than a site, and would be replaced; give another folder.")
     with files.refused(f"The site cannot be written to {out}", "fix that first"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,25 +63,38 @@ def build(out: Path, folders: Sequence[Path] = ()) -> Path:
     return out / "index.html"
 
 
+def _may_be_replaced(out: Path) -> bool:
+    """Return True for a site or an empty folder."""
+    is_site = (out / "index.html").exists()
+    is_empty = out.is_dir() and not any(out.iterdir())
+    return is_site or is_empty
+
+
 def serve(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
-    """A server of `folder` on this machine only; port 0 takes any that is free. InputError where the port is taken."""
+    """Make a server of `folder` for this machine only; InputError if the port is taken.
+
+    folder  the site
+    port    port, 0 for any free port
+    """
     handler = functools.partial(_Quiet, directory=str(folder))
     with files.refused(f"Port {port} is not free", "give another, or 0: --port 0"):
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """A handler that prints no line per request."""
+
     def log_message(self, *_: object) -> None:
         pass
 
 
 def _sphinx(source: Path, pages: Path, doctrees: Path) -> None:
     options = ["--builder", "html", "--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", doctrees]
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", *options, source, pages], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command = [sys.executable, "-m", "sphinx", *options, source, pages]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
-        words = done.stdout.decode(errors="replace").replace(f"{source}{os.sep}", "").strip()
+        output = done.stdout.decode(errors="replace")
+        words = output.replace(f"{source}{os.sep}", "").strip()
         raise DataError(f"The site was not built; fix what Sphinx says, then try again:\n{words}")
 
 
@@ -84,93 +102,131 @@ def _sphinx(source: Path, pages: Path, doctrees: Path) -> None:
 
 
 def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
-    """Fill the new folder `source` with all that Sphinx reads."""
+    """Fill a new folder with the input of Sphinx.
+
+    source   the folder
+    folders  folders of the user's runs
+    """
     shutil.copytree(SOURCES, source, ignore=shutil.ignore_patterns("__*__*"))
     for page in source.glob("*.md"):  # links lead through the repository, whose folders lie beside the pages here
-        files.write_text(page, page.read_text(encoding="utf-8").replace("](../../", "]("))
+        files.write_text(page, _read(page).replace("](../../", "]("))
     font = Path(find_spec("ziamath").origin).parent / "fonts" / FONT  # the package itself, which draws, is not used
     shutil.copy(font, source / "static")
     for path in notebooks.all_lessons():
         notebook = readable(notebooks.read(path))
         files.write_text(source / "notebooks" / path.name, nbformat.writes(notebook))
     syllabi = sorted(files.NOTEBOOKS.glob("syllabi/**/*.md"), key=lambda path: (len(path.parts), path.name))
-    names = [f"notebooks/{path.relative_to(files.NOTEBOOKS).as_posix()}" for path in syllabi]
-    for path, name in zip([*syllabi, files.NOTEBOOKS / "glossary.md"], [*names, "notebooks/glossary.md"], strict=True):
-        files.write_text(source / name, path.read_text(encoding="utf-8"))
+    for path in [*syllabi, files.NOTEBOOKS / "glossary.md"]:
+        files.write_text(source / _place(path), _read(path))
 
     columns, problems = _columns(folders)
     files.write_text(source / "claims.md", "\n\n".join(_claims_page(columns)))
     files.write_text(source / "machines.md", "\n\n".join(_machines_page(columns, problems)))
-    home = (source / "index.md").read_text(encoding="utf-8")
-    lessons = re.search(r"(?s)<!-- lessons: .*?-->(.*)<!-- /lessons -->", (files.ROOT / "README.md").read_text("utf-8"))
-    home = home.replace("<!-- lessons -->", lessons[1]).replace("<!-- contents -->", _contents(names))
-    files.write_text(source / "index.md", home)
+    contents = _contents([_place(path) for path in syllabi])
+    home = _read(source / "index.md").replace("<!-- lessons -->", _table_of_lessons())
+    files.write_text(source / "index.md", home.replace("<!-- contents -->", contents))
+
+
+def _read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def _place(page: Path) -> str:
+    """Name a page of the folder notebooks/ within the site's sources."""
+    return f"notebooks/{page.relative_to(files.NOTEBOOKS).as_posix()}"
+
+
+def _table_of_lessons() -> str:
+    """Read the table of lessons from the README."""
+    between_markers = re.search(r"(?s)<!-- lessons: .*?-->(.*)<!-- /lessons -->", _read(files.ROOT / "README.md"))
+    return between_markers[1]
 
 
 def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A copy for reading: figures carry their alt text, answers and set-up are folded, formulas in folded text set."""
+    """Make a copy of a lesson for reading: figures with alt text, folded answers and set-up, formulas as MathML."""
     copy = notebooks.tidied(notebook)
-    copy.cells = [shown for cell in copy.cells for shown in _readable_cell(cell)]
+    cells = []
+    for cell in copy.cells:
+        cells += _readable_cell(cell)
+    copy.cells = cells
     return copy
 
 
-def _readable_cell(cell: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
+def _readable_cell(cell: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Change a cell for reading, and put the stub of an exercise before the folded answer."""
     if cell.cell_type != "code":
         cell.source = re.sub(r"<details>.*?</details>", _with_formulas, cell.source, flags=re.DOTALL)
-        yield cell
-        return
-    folded = "setup" in notebooks.tags(cell)
-    stub = notebooks.without_solution(cell.source)
-    if stub != cell.source:
-        yield nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub")
-        cell.source = notebooks.without_markers(cell.source)
-        prompts = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
-        cell.metadata.mystnb, folded = prompts, True
-    if folded:
-        cell.metadata.tags = [*notebooks.tags(cell), "hide-input"]
+        return [cell]
     for output in cell.outputs:
-        data = output.get("data", {})
-        data.pop(MIME, None)
-        if "image/png" in data:
-            output.data = {"text/html": _picture(data["image/png"], output.metadata.get("image/png", {}))}
-    yield cell
+        _make_readable_(output)
+    stub = notebooks.without_solution(cell.source)
+    is_exercise = stub != cell.source
+    if is_exercise or "setup" in notebooks.tags(cell):
+        cell.metadata.tags = [*notebooks.tags(cell), "hide-input"]
+    if not is_exercise:
+        return [cell]
+    cell.source = notebooks.without_markers(cell.source)
+    cell.metadata.mystnb = {"code_prompt_show": "Show a worked answer", "code_prompt_hide": "Hide the worked answer"}
+    return [nbformat.v4.new_code_cell(stub, id=f"{cell.id}-stub"), cell]
 
 
-def _picture(picture: str, described: Mapping[str, Any]) -> str:
-    """A figure as HTML, since myst-nb has one alt text for all figures of a cell; on a phone it shrinks to the page."""
-    alt, width = html.escape(described.get("alt", "")), described.get("width", "")
-    picture = picture.replace("\n", "")
-    return f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{picture}">'
+def _make_readable_(output: nbformat.NotebookNode) -> None:
+    """Remove the run record from a cell's output, and give a figure its alt text."""
+    data = output.get("data", {})
+    data.pop(MIME, None)
+    if "image/png" in data:
+        description = output.metadata.get("image/png", {})
+        output.data = {"text/html": _picture(data["image/png"], description)}
+
+
+def _picture(png: str, description: Mapping[str, Any]) -> str:
+    """Write a figure as HTML, since myst-nb has a single alt text for all figures of a cell.
+
+    png          the picture, base64
+    description  "alt" and "width", as noted by labkit.show; on a phone a figure shrinks to the page
+    """
+    alt = html.escape(description.get("alt", ""))
+    width = description.get("width", "")
+    png = png.replace("\n", "")
+    return f'<img alt="{alt}" width="{width}" src="data:image/png;base64,{png}">'
 
 
 def _with_formulas(folded: re.Match[str]) -> str:
-    """HTML in Markdown is passed on as it is, so its formulas are typeset here."""
+    """Typeset the formulas of HTML in Markdown, which Sphinx passes on without a change."""
     return re.sub(r"\$([^$]+)\$", lambda formula: mathml(formula[1]), folded[0])
 
 
 def mathml(latex: str, display: str = "inline") -> str:
-    """A formula as MathML; display: "inline" or "block". conf.py calls it too."""
+    """Write a formula in LaTeX as MathML. `display` is "inline" or "block"."""
     from latex2mathml.converter import convert
 
     latex = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
     latex = re.sub(r"(\\[dt]?binom) *(\d) *(\d)", r"\1{\2}{\3}", latex)  # and reads 84 as one number after \binom
     latex = re.sub(r"(\\math(?:bb|bf|cal|frak|it|rm|scr|sf|tt)) *([A-Za-z])", r"\1{\2}", latex)  # nor E after \mathbb
     bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
-    close = ' lspace="0" rspace="0"'
-    return re.sub(bars, lambda mo: f"<mo{close}{mo[1] or UNSTRETCHED}>", convert(latex, display=display))
+
+    def without_space(bar: re.Match[str]) -> str:
+        attributes = bar[1] or UNSTRETCHED
+        return f'<mo lspace="0" rspace="0"{attributes}>'
+
+    return re.sub(bars, without_space, convert(latex, display=display))
 
 
 # generated pages ----------------------------------------------------------------------------------
 
 
 def _columns(folders: Sequence[Path]) -> tuple[list[RunColumn], list[str]]:
+    """Make a column for each of the user's results and recorded runs, and a sentence for each unreadable result."""
     recorded, problems = results.recorded_runs()
-    folders = [folder for folder in folders if any(folder.rglob("record.json"))]
-    mine, unreadable = results.collect(folders) if folders else ([], [])
+    with_results = [folder for folder in folders if any(folder.rglob("record.json"))]
+    if not with_results:
+        return side_by_side([], recorded), problems
+    mine, unreadable = results.collect(with_results)
     return side_by_side(mine, recorded), [*problems, *unreadable]
 
 
 def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
+    """Yield the paragraphs of the page on claims."""
     yield (
         "# Widespread claims, tested\n\nThe course tests the claims of one written guide to inference optimisation; "
         "sections are the guide's. Each claim stands with the range of values that would confirm it. *Contradicted* "
@@ -178,15 +234,21 @@ def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
         "training than the claim needs. Where a quantity was exchanged after a value was known, the entry says when, "
         "from what and why. A range in brackets is a 95 % interval."
     )
-    entries, tables = claims.load().values(), report.template().module
-    titles = {int(path.stem[:2]): notebooks.title(notebooks.read(path)) for path in notebooks.all_lessons()}
-    for section in dict.fromkeys(claim.section for claim in entries):
-        here = [column for column in columns if int(column.record.lesson) == section]
+    tables = report.template().module
+    titles = {}
+    for path in notebooks.all_lessons():
+        titles[int(path.stem[:2])] = notebooks.title(notebooks.read(path))
+    claims_by_section: dict[int, list[Claim]] = {}
+    for claim in claims.load().values():
+        claims_by_section.setdefault(claim.section, []).append(claim)
+    for section, claims_of_section in claims_by_section.items():
+        columns_of_lesson = [column for column in columns if int(column.record.lesson) == section]
         yield f"## {titles.get(section, f'Section {section}')}"
-        yield _html(tables.claims_table([claim for claim in entries if claim.section == section], here))
+        yield _html(tables.claims_table(claims_of_section, columns_of_lesson))
 
 
 def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Iterator[str]:
+    """Yield the paragraphs of the page on machines, with a sentence for each unreadable result at the end."""
     tables = report.template().module
     yield "# Your machine beside the recorded ones"
     if any(column.here for column in columns):
@@ -198,20 +260,29 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
         )
     yield f"## Machines\n\n{_html(tables.machines_table(columns))}"
     for lesson in sorted({column.record.lesson for column in columns}):
-        here = [column for column in columns if column.record.lesson == lesson]
-        yield f"## {here[0].record.lesson} · {here[0].record.title}\n\n{_html(tables.measurements_table(here))}"
-    yield from (_html(f"<p>{html.escape(problem)}</p>") for problem in problems)
+        columns_of_lesson = [column for column in columns if column.record.lesson == lesson]
+        title = columns_of_lesson[0].record.title
+        yield f"## {lesson} · {title}\n\n{_html(tables.measurements_table(columns_of_lesson))}"
+    for problem in problems:
+        yield _html(f"<p>{html.escape(problem)}</p>")
 
 
 def _contents(syllabi: Sequence[str]) -> str:
-    parts = {"Lessons": "notebooks/[0-9]*\nnotebooks/glossary", "Results": "claims\nmachines"}
-    parts["In practice"] = "where_to_run\nyour_model"
+    """Write the site's table of contents in MyST. `syllabi` are the pages for a class."""
+    parts = {
+        "Lessons": ["notebooks/[0-9]*", "notebooks/glossary"],
+        "Results": ["claims", "machines"],
+        "In practice": ["where_to_run", "your_model"],
+    }
     if syllabi:
-        parts["For a class"] = "\n".join(name.removesuffix(".md") for name in syllabi)
-    tree = "```{{toctree}}\n:hidden:\n:glob:\n:caption: {}\n\n{}\n```"
-    return "\n\n".join(tree.format(*part) for part in parts.items())
+        parts["For a class"] = [name.removesuffix(".md") for name in syllabi]
+    trees = []
+    for caption, pages in parts.items():
+        listed = "\n".join(pages)
+        trees.append(f"```{{toctree}}\n:hidden:\n:glob:\n:caption: {caption}\n\n{listed}\n```")
+    return "\n\n".join(trees)
 
 
 def _html(tables: str) -> str:
-    """The HTML as a block of Markdown."""
+    """Wrap HTML as a block of Markdown."""
     return f"```{{raw}} html\n{tables}\n```"

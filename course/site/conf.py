@@ -1,7 +1,9 @@
-"""Sphinx's settings for the course's site. `./lab site` copies this folder, adds lessons and generated pages, builds.
+"""Sphinx's settings for the site. `./lab site` copies the folder, adds lessons and generated pages, and builds.
 
 Formulas become MathML while the site is built, so that a page needs neither a script nor a network to show them.
 """
+
+from typing import Any
 
 from docutils import nodes
 
@@ -37,15 +39,16 @@ html_theme_options = {
 }
 
 
-def setup(app):
+def setup(app: Any) -> None:
+    """Register the renderer of formulas. Sphinx calls the function with its application object."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
 
 
-def _inline(self, node):
+def _inline(self: Any, node: nodes.math) -> None:
     self.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
-def _block(self, node):
+def _block(self: Any, node: nodes.math_block) -> None:
     self.body.append(f'<div class="formula">{mathml(node.astext(), display="block")}</div>')
     raise nodes.SkipNode

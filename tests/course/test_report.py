@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from run_records import MACHINE, RECORD, changed
 
-from course import report
+from course import report, report_sweeps
 from course.results import RunColumn
 from labkit import files
 from labkit.errors import InputError
@@ -240,8 +240,8 @@ def ratio(number: float, low: float, high: float) -> dict:
 def swept(*entries: tuple) -> dict:
     """The section of runs given as (parameters, values...)."""
     runs = [changed(measurements=list(rest), parameters=parameters) for parameters, *rest in entries]
-    (points,) = report.sweeps(runs)
-    return report.swept(points)
+    (points,) = report_sweeps.sweeps(runs)
+    return report_sweeps.swept(points)
 
 
 def shown(section: dict) -> str:
@@ -254,20 +254,20 @@ def shown(section: dict) -> str:
 def test_runs_that_differ_only_in_the_seed_are_one_point_and_the_last_of_a_seed_counts():
     parameters = [{"SEED": seed, "K": k} for seed, k in ((0, 1), (1, 1), (0, 1), (0, 2))]
     runs = [changed(parameters=some, title=str(number)) for number, some in enumerate(parameters)]
-    (points,) = report.sweeps(runs)
+    (points,) = report_sweeps.sweeps(runs)
     assert [[record.title for record in point.runs] for point in points] == [["2", "1"], ["3"]]
 
 
 def test_sweeps_are_told_apart_by_lesson_machine_device_and_preset():
     one = changed(parameters={"K": 1}), changed(parameters={"K": 2})
     others = [{"lesson": "02"}, {"preset": "full"}, {"device": "cuda:0"}, {"machine": {**MACHINE, "slug": "other"}}]
-    assert len(report.sweeps([*one, *(changed(record, **other) for other in others for record in one)])) == 5
-    assert report.sweeps([RECORD]) == report.sweeps([RECORD, changed(lesson="02")]) == []
+    assert len(report_sweeps.sweeps([*one, *(changed(record, **other) for other in others for record in one)])) == 5
+    assert report_sweeps.sweeps([RECORD]) == report_sweeps.sweeps([RECORD, changed(lesson="02")]) == []
 
 
 def test_points_stand_in_the_order_of_their_parameters_numbers_before_texts():
     runs = [changed(parameters={"K": k}) for k in ("b", 10, 2, None, "a")]
-    (points,) = report.sweeps(runs)
+    (points,) = report_sweeps.sweeps(runs)
     assert [point.parameters["K"] for point in points] == [2, 10, None, "a", "b"]
 
 

@@ -4,6 +4,7 @@ Disks are really full, processes really killed, Ctrl-C is a real SIGINT. After e
 the same to the byte, no half-made folder and no process is left, and the lesson is as it was.
 """
 
+import doctest
 import errno
 import hashlib
 import json
@@ -28,7 +29,7 @@ from commands import labkit, started, wait_until
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from run_records import changed
 
-from course import notebooks, run
+from course import failure, notebooks, reference, run, store, watch
 from labkit import files
 from labkit.data import fetch
 from labkit.errors import DataError
@@ -134,6 +135,11 @@ def mishap(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setenv("MISHAP", code)
 
 
+def test_the_example_that_a_newcomer_reads_first_runs():
+    result = doctest.testmod(run)
+    assert result.attempted and not result.failed
+
+
 # a good run ---------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +165,7 @@ def test_the_result_folder_is_complete_and_alone_and_says_what_ran(good):
 @slow
 def test_a_result_is_read_again(good):
     home, notebook, result = good
-    again = run.read(run.prepare(notebook, {"RATIO": "0.5", "SEED": 0, **SMOKE}, home / "runs").folder())
+    again = store.read(run.prepare(notebook, {"RATIO": "0.5", "SEED": 0, **SMOKE}, home / "runs").folder())
     assert (again.folder, again.parameters, again.error) == (result.folder, result.parameters, None)
     assert again.peak_memory == result.peak_memory and again.seconds == pytest.approx(result.seconds, abs=1e-3)
 
@@ -168,7 +174,7 @@ def test_a_result_is_read_again(good):
 def test_what_is_no_result_is_none(tmp_path: Path, text: str | None):
     if text is not None:
         (tmp_path / "run.json").write_text(text)
-    assert run.read(tmp_path) is None
+    assert store.read(tmp_path) is None
 
 
 def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, write_lesson, monkeypatch):
@@ -180,7 +186,7 @@ def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, 
     names = [name(lesson, SEED=1, RATIO=2), name(lesson, SEED=3), name(changed, SEED=1, RATIO=2), name(lesson)]
     assert name(lesson, RATIO="2", SEED=1) == names[0] and len(set(names)) == 4
     assert name(lesson, SEED=0, RATIO=0.5) == name(lesson)  # a default given by hand is the same run
-    monkeypatch.setattr(run, "code_version", lambda: "another")
+    monkeypatch.setattr(store, "code_version", lambda: "another")
     assert name(lesson) not in names
 
 
@@ -190,12 +196,12 @@ def test_the_same_run_has_the_same_name_and_another_has_another(tmp_path: Path, 
 def test_the_version_of_the_code_is_that_of_its_sources_and_of_torch(tmp_path: Path, monkeypatch, file, counts: bool):
     monkeypatch.setattr(files, "PACKAGE", tmp_path / "labkit")
     (tmp_path / "labkit" / "csrc").mkdir(parents=True)
-    before = run.code_version()
+    before = store.code_version()
     (tmp_path / "labkit" / file).write_text("changed")
-    assert (run.code_version() != before) == counts
-    before = run.code_version()
-    monkeypatch.setattr(run.metadata, "version", lambda package: "0.0")
-    assert run.code_version() != before
+    assert (store.code_version() != before) == counts
+    before = store.code_version()
+    monkeypatch.setattr(store.metadata, "version", lambda package: "0.0")
+    assert store.code_version() != before
 
 
 @slow
@@ -213,7 +219,7 @@ def test_what_is_set_for_the_lesson_is_seen_there_and_makes_no_other_result(tmp_
     job = run.prepare(write_lesson(tmp_path, code), SMOKE, tmp_path / "r")
     result = run.run(job, env={"CUDA_VISIBLE_DEVICES": "3"})
     assert outputs(result.notebook) == "3 smoke\n"
-    assert run.read(job.folder()).folder == result.folder
+    assert store.read(job.folder()).folder == result.folder
 
 
 @pytest.mark.timing
@@ -352,7 +358,7 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(course: Course, 
     before = digest(course.good, course.notebook)
     exit_code, error = course.run()
     assert exit_code == 1 and f"labkit: 01_small stopped: {sentence}" in error and "Traceback" not in error, error
-    failed = run.read(course.good.with_name(f"{course.good.name}-failed"))
+    failed = store.read(course.good.with_name(f"{course.good.name}-failed"))
     assert str(failed.error).startswith(sentence) and failed.notebook.exists()
     summary = failed.folder / "run.json"
     assert json.loads(summary.read_text())["status"] == "failed"
@@ -371,7 +377,7 @@ def test_a_run_that_ends_in_the_middle_keeps_the_earlier_result(course: Course, 
     ],
 )
 def test_what_was_used_up_is_told_with_what_to_do(error: str, uses_up: str):
-    (advice,) = [what for sign, what in run.ADVICE.items() if re.search(sign, error)]
+    (advice,) = [what for sign, what in failure.ADVICE.items() if re.search(sign, error)]
     assert uses_up in advice
 
 
@@ -409,7 +415,7 @@ def _hang_at_start(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @slow
 def test_a_kernel_that_does_not_start_is_given_up(course: Course, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     _hang_at_start(monkeypatch, tmp_path)
-    monkeypatch.setattr(run, "START_SECONDS", 1)
+    monkeypatch.setattr(watch, "START_SECONDS", 1)
     before = digest(course.good, course.notebook)
     exit_code, error = course.run()
     sentence = "in the start: Kernel didn't respond in 1 seconds; try again when the machine has less to do"
@@ -427,7 +433,7 @@ def test_a_kernel_that_does_not_start_is_given_up(course: Course, monkeypatch: p
 )
 def test_a_run_that_hangs_ends_and_keeps_what_it_had(tmp_path: Path, write_lesson, monkeypatch, limits, code, message):
     for name, value in limits.items():
-        monkeypatch.setattr(run, name, value)
+        monkeypatch.setattr(watch, name, value)
     result = execute(write_lesson(tmp_path, "print('so far')", code), tmp_path / "r")
     assert str(result.error).startswith(f"RunTimeout in cell 5 (Its work): {message}")
     assert "look for what the cell waits for" in result.error.message and outputs(result.notebook) == "so far\n"
@@ -443,8 +449,8 @@ def test_a_run_that_hangs_ends_and_keeps_what_it_had(tmp_path: Path, write_lesso
     ],
 )
 def test_a_slow_run_that_works_or_prints_is_not_ended(tmp_path: Path, write_lesson, monkeypatch, code: str):
-    monkeypatch.setattr(run, "IDLE_SECONDS", 3)
-    monkeypatch.setattr(run, "IDLE_CPU_SECONDS", 0.3)
+    monkeypatch.setattr(watch, "IDLE_SECONDS", 3)
+    monkeypatch.setattr(watch, "IDLE_CPU_SECONDS", 0.3)
     assert execute(write_lesson(tmp_path, code), tmp_path / "r").error is None
 
 
@@ -523,7 +529,7 @@ def test_ctrl_c_between_the_two_renames_keeps_one_whole_result(course: Course, m
     shutil.copytree(course.good, partial)
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run._replace(course.good, partial)
+        store._replace(course.good, partial)
     shutil.rmtree(partial)
     assert digest(course.good) == before and names_in(course.good.parent) == [course.good.name]
 
@@ -568,8 +574,8 @@ def test_a_reference_keeps_its_outputs_in_the_lesson_only_at_the_lesson_s_own_va
         write_lesson(results[-1].folder, f"{seconds}")
         records.write(record_of(seconds), results[-1].folder / "record.json")
     record, lesson = tmp_path / "recorded" / "test-cpu-2c" / "01.json", tmp_path / "01_small.ipynb"
-    run.require_reference(results[0].parameters)
-    assert run.keep_reference(results, lesson) == [record, lesson][: 1 + in_lesson]
+    reference.require(results[0].parameters)
+    assert reference.keep(results, lesson) == [record, lesson][: 1 + in_lesson]
     assert records.read(record).runs.seconds == [3.0, 1.0, 2.0] and records.read(record).seconds == 2.0
     assert lesson.exists() == in_lesson
     assert not in_lesson or nbformat.read(lesson, as_version=4).cells[-1].source == "2.0"  # of the same run
@@ -603,11 +609,11 @@ def test_a_recording_that_was_interrupted_goes_on(empty_course: Path, tmp_path: 
     second = labkit(*asked)
     assert second.exit_code == 0, second.output
     assert len(names_in(tmp_path / "counted")) == 4  # the first process is not run again
-    reference = records.read(tmp_path / "recorded" / "test-cpu-2c" / "01.json")
-    assert reference.runs.seconds == [9.0, 7.0, 6.0] and reference.seconds == 7.0
+    recorded = records.read(tmp_path / "recorded" / "test-cpu-2c" / "01.json")
+    assert recorded.runs.seconds == [9.0, 7.0, 6.0] and recorded.seconds == 7.0
     job = run.prepare(notebook, {"PRESET": "full"}, tmp_path / "runs")
-    assert [bool(before) for _, before in run.processes(job, resume=True)] == [True] * 3
-    assert not any(before for _, before in run.processes(job, resume=False))  # what is complete begins afresh
+    assert [bool(before) for _, before in reference.processes(job, resume=True)] == [True] * 3
+    assert not any(before for _, before in reference.processes(job, resume=False))  # what is complete begins afresh
 
 
 # the lessons' own ranges -------------------------------------------------------------------------------------------

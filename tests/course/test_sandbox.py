@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from course import sandbox
+from course import seccomp
 from labkit import files
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's")
@@ -125,12 +125,12 @@ def test_the_numbers_of_the_calls_are_the_kernel_s(column: int):
         pytest.skip(f"needs {file} (linux-libc-dev)")
     numbers = {name: int(number) for name, number in re.findall(rf"{prefix}(\w+)\s+(\d+)\b", Path(file).read_text())}
     numbers.setdefault("newfstatat", numbers.get("fstatat"))  # what the generic table calls it
-    assert {name: row[column] for name, row in sandbox.ALLOWED.items()} == {
-        name: numbers.get(name) for name in sandbox.ALLOWED
+    assert {name: row[column] for name, row in seccomp.ALLOWED.items()} == {
+        name: numbers.get(name) for name in seccomp.ALLOWED
     }
 
 
 def test_a_filter_fits_into_the_jumps_of_its_language():
     for machine in ("x86_64", "aarch64"):
-        steps = sandbox._program(machine)
-        assert len(steps) < 256 and len(sandbox._assembled(steps)) == 8 * len(steps)
+        steps = seccomp.program(machine)
+        assert len(steps) < 256 and len(seccomp.assembled(steps)) == 8 * len(steps)
