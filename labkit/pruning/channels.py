@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_mapping, check_module, check_several
+from labkit.arguments import check_loaded, check_mapping, check_module, check_several
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.graph import equality, surgery
 from labkit.graph.groups import Coupling, Group, Member, arguments, failing
@@ -210,8 +210,7 @@ class Planner:
         self.choice = Choice(**options)
         self.model = model
         self.coupling = Coupling.of(model, args, kwargs, within_groups=self.choice.within_groups)
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise InputError("The model is on the meta device and has no weights to rank: load them first.")
+        check_loaded(model)
         ignored = named_parts(model, self.choice.ignore, "ignore")
         scores = self._scores()
         self.reasons = self._reasons_to_stay(scores, ignored)  # {number of the group: why it stays whole}
