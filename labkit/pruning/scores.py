@@ -8,8 +8,7 @@ UNIT_CRITERIA. Every function with an argument `criterion` then accepts the new 
 removes weights, because removal and update are a single algorithm there.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,17 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from labkit.arguments import check_real, seeded
 from labkit.errors import InputError, check_choice
 from labkit.graph.groups import Group, Member
-from labkit.modules.batches import (
-    batch_loss,
-    check_batches,
-    evaluating,
-    inputs,
-    not_empty,
-    split,
-    summed_loss,
-    valid_tokens,
-)
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
 from labkit.modules.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
+from labkit.modules.hooks import reading
+from labkit.modules.losses import batch_loss, summed_loss
 from labkit.modules.weights import Weight, prunable
 from labkit.pruning.select import count_to_prune
 
@@ -168,7 +160,7 @@ def saliency(
 
     criterion: a name in CRITERIA.
     batches: input of `model`, see `batches.split`; needed by criteria of gradients or activations, and read once.
-    loss_fn: loss_fn(output, target), for criteria of gradients; None takes the loss of `batches.batch_loss`.
+    loss_fn: loss_fn(output, target), for criteria of gradients; None takes the loss of `losses.batch_loss`.
     seed: of all random numbers, the model's dropout included.
 
     A weight not reached by any batch has no entry. `model` is not changed.
@@ -617,20 +609,6 @@ UNIT_CRITERIA: Mapping[str, UnitCriterion] = {
 
 
 # --- criteria of what a module reads: the neurons and heads of a transformer ------------------------------------------
-
-
-@contextmanager
-def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside, act(i, x) sees what the module names[i] reads, and may give another tensor to go on with."""
-
-    def before(i: int, module: nn.Module, args: tuple) -> tuple | None:
-        new = act(i, args[0])
-        return None if new is None else (new, *args[1:])
-
-    with ExitStack() as hooks:
-        for i, name in enumerate(names):
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(partial(before, i)).remove)
-        yield
 
 
 def input_taylor(
