@@ -22,7 +22,7 @@ BACKENDS = {
 
 
 class Candidate(NamedTuple):
-    """A Linear of a model: name of the weight, and the reason why no 2:4 kernel takes the weight, "" if a kernel does."""
+    """A Linear of a model: the name of its weight, and the `refusal` of the weight, "" if a 2:4 kernel takes it."""
 
     name: str
     refusal: str
