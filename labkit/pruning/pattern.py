@@ -111,7 +111,12 @@ def _largest(groups: Tensor, n: int, out: Tensor) -> None:
         torch.lt(n_larger[i], n, out=out[..., i])
 
 
-BITS = {1: (torch.uint8, 0x7F), 2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF), 8: (torch.int64, 2**63 - 1)}
+BITS = {  # bytes of a float: integer type of the same size, all bits but the sign
+    1: (torch.uint8, 0x7F),
+    2: (torch.int16, 0x7FFF),
+    4: (torch.int32, 0x7FFFFFFF),
+    8: (torch.int64, 2**63 - 1),
+}
 
 
 def _keys(x: Tensor) -> Tensor:

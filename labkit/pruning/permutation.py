@@ -67,7 +67,12 @@ def _slots_of_groups(swaps: list[tuple[int, int]], m: int) -> list[int]:
     return slots
 
 
-def _energy_with(columns: Tensor, slot: int, n: int, m: int) -> Tensor:
+def _energy_with(
+    columns: Tensor,
+    slot: int,
+    n: int,
+    m: int,
+) -> Tensor:
     """Return the energy that n:m keeps of the group of `slot` with each of the columns [in, rows] in the slot: [in].
 
     Of the m - 1 columns outside the slot, n - 1 stay in any case; the n-th largest competes with the new column.

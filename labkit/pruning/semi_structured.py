@@ -88,7 +88,12 @@ def available() -> str:
     return ""
 
 
-def plan(model: nn.Module, *, dtype: torch.dtype = torch.float16, backend: str | None = None) -> list[Candidate]:
+def plan(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float16,
+    backend: str | None = None,
+) -> list[Candidate]:
     """Return a row for every nn.Linear of a model: if a 2:4 kernel would take the weight. Needs no GPU.
 
     dtype, backend: as in `refusal`.

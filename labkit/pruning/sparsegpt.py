@@ -65,7 +65,13 @@ def _block_size(pattern: Pattern) -> int:
     return groups * m
 
 
-def _prune_block_(w: Tensor, mask: Tensor, diagonal: Tensor, effect: Tensor, pattern: Pattern) -> None:
+def _prune_block_(
+    w: Tensor,
+    mask: Tensor,
+    diagonal: Tensor,
+    effect: Tensor,
+    pattern: Pattern,
+) -> None:
     """Fill `mask` and move `w`, both [columns, out], for a block: diagonal [columns, 1], effect [columns, columns].
 
     A step of m columns (STEP without n:m) first changes columns inside the step, then the rest of the block in a single
@@ -88,7 +94,13 @@ def _prune_block_(w: Tensor, mask: Tensor, diagonal: Tensor, effect: Tensor, pat
         _update_columns_after_(w, mask, effect, start, end)
 
 
-def _update_columns_after_(w: Tensor, mask: Tensor, effect: Tensor, start: int, end: int) -> None:
+def _update_columns_after_(
+    w: Tensor,
+    mask: Tensor,
+    effect: Tensor,
+    start: int,
+    end: int,
+) -> None:
     """Subtract from the columns after `end` the effect of removing the pruned weights of columns start to end."""
     removed = w[start:end].masked_fill(mask[start:end], 0.0)
     w[end:].addmm_(effect[start:end, end:].t(), removed, alpha=-1)

@@ -22,7 +22,13 @@ from labkit.pruning.pattern import check_pattern, mask
 DECAY = 2e-4  # the paper's lambda_W; 0 would be a plain straight-through gradient
 
 
-def prepare(model: nn.Module, n: int = 2, m: int = 4, *, ignore: str | Iterable[str] = ()) -> nn.Module:
+def prepare(
+    model: nn.Module,
+    n: int = 2,
+    m: int = 4,
+    *,
+    ignore: str | Iterable[str] = (),
+) -> nn.Module:
     """Return a copy of `model` for training, where every forward pass uses the n largest of every m weights.
 
     n, m: the pattern, n weights kept of every m along the input dimension. ignore: names of modules or weights to leave
@@ -81,7 +87,13 @@ class _Moving(nn.Module):
     transposed: True for a weight stored as [in, out]. stacked: True for a stack of matrices [experts, out, in].
     """
 
-    def __init__(self, n: int, m: int, transposed: bool, stacked: bool) -> None:
+    def __init__(
+        self,
+        n: int,
+        m: int,
+        transposed: bool,
+        stacked: bool,
+    ) -> None:
         super().__init__()
         self.n, self.m, self.transposed, self.stacked = n, m, transposed, stacked
 
