@@ -98,8 +98,8 @@ def prune(
     returned after a failed proof.
     """
     if remove is not None:
-        chosen = plan(model, args, kwargs, ratio=ratio, remove=remove, **options)
-        return apply(model, chosen, args, kwargs, check=check)
+        exact_plan = plan(model, args, kwargs, ratio=ratio, remove=remove, **options)
+        return apply(model, exact_plan, args, kwargs, check=check)
     ratio = _named_ratio(model, ratio)
     planner = Planner(model, args, kwargs, **options)
     try:
