@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import batches, bench, machine, models, roofline
-from labkit.bits import pack4
+from labkit.bits import to_bits
 from labkit.deploy import engines
 from labkit.quantization import affine, integer, weight_only
 
@@ -89,8 +89,8 @@ def onnxruntime_linears(calls: Calls, accuracy_level: int) -> Peer:
         weight = weight_only.rtn(layer.weight.detach(), 4, group_size=GROUP)
         zero = weight.zero.view(rows, -1).to(torch.uint8)
         zero = F.pad(zero, (0, zero.shape[1] % 2))
-        codes = pack4(weight.codes).view(rows, columns // GROUP, GROUP // 2)
-        arrays = {"codes": codes, "scale": weight.scale.float().flatten(), "zero": pack4(zero)}
+        codes = to_bits(weight.codes, 4).view(rows, columns // GROUP, GROUP // 2)
+        arrays = {"codes": codes, "scale": weight.scale.float().flatten(), "zero": to_bits(zero, 4)}
         constants += [numpy_helper.from_array(x.numpy(), f"{name}{i}") for name, x in arrays.items()]
         size += sum(x.nbytes for x in arrays.values())
         names, options = [f"x{columns}", *(f"{name}{i}" for name in arrays)], {"bits": 4, "block_size": GROUP}

@@ -127,7 +127,7 @@ def test_labkit_is_the_wheel_s_with_its_data_claims_tables_and_kernels(elsewhere
 import json, shutil, labkit
 from labkit import claims, datasets, fetch, files, machine
 from labkit.deploy import targets
-from labkit.pruning import native
+from labkit.storage import native
 lacking = [name for name, asset in fetch.assets().items() if not asset.carrier and asset.state != "ready"]
 print(json.dumps({
     "from": labkit.__file__, "root": str(files.ROOT), "lacking": lacking, "photos": len(datasets.photos()),
