@@ -74,10 +74,13 @@ def check_groups(heads: int, groups: int) -> None:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """InputError unless `model` is a module whose parameters and buffers have values."""
+    """Raise InputError unless `model` is a torch.nn.Module whose parameters and buffers are in memory."""
     check_module(model)
-    if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
-        raise InputError("The model is on the meta device and has no weights: load them first.")
+    for x in (*model.parameters(), *model.buffers()):
+        if x.is_meta:
+            raise InputError(
+                "The model is on the meta device, where weights have no numbers: load it on a real device."
+            )
 
 
 def check_real(x: Any, name: str) -> None:

@@ -18,7 +18,9 @@ from labkit.attention import speculative
 from labkit.attention.decoder import Decoder
 from labkit.data.training import Batch, History, task_loss, train_
 from labkit.errors import InputError, check_number, check_whole
-from labkit.modules.batches import IGNORED, cross_entropy, evaluating, labelled, predicts_next, split, watching
+from labkit.modules.batches import IGNORED, evaluating, labelled, predicts_next, split
+from labkit.modules.hooks import watching
+from labkit.modules.losses import cross_entropy
 from labkit.modules.stacks import layers_of
 from labkit.pruning import depth
 

@@ -20,7 +20,8 @@ from labkit.graph.equality import Report, difference
 from labkit.graph.surgery import Plan, Pruned, Units
 from labkit.modules import stacks
 from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
-from labkit.modules.blocks import hidden, loss_increases, skipping
+from labkit.modules.blocks import loss_increases, skipping
+from labkit.modules.hooks import first_tensor
 from labkit.modules.returned import outputs
 from labkit.modules.stacks import layers_of
 
@@ -69,7 +70,7 @@ def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Ca
     states: list[Tensor] = []  # of one batch: what each layer reads, and what the last one gives, [B, T, width]
 
     def reads(module, args, kwargs):
-        states.append(hidden(args, kwargs))
+        states.append(first_tensor(args, kwargs))
 
     def gives(module, args, output):
         states.append(output if isinstance(output, Tensor) else output[0])

@@ -7,7 +7,7 @@ Self-Attention, confidence and learned gates). Nothing is removed here; that is 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -19,10 +19,12 @@ from labkit.arguments import check_module, check_real, seeded
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.graph import anatomy, tracing
 from labkit.graph.anatomy import Attention
-from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
 from labkit.modules.blocks import loss_increases
+from labkit.modules.hooks import forward_hooks, reading
+from labkit.modules.losses import summed_loss
 from labkit.modules.stacks import layers_of, stacks
-from labkit.pruning.scores import input_taylor, reading
+from labkit.pruning.scores import input_taylor
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # beta, gamma and zeta of Louizos et al. 2018
@@ -215,35 +217,39 @@ def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _observing(model: nn.Module, parts: Sequence[Attention], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Inside, see(i, a) gets the probabilities of attention i, [B, heads, queries, keys].
+    """Call see(number, probabilities) at every forward pass of each attention, as long as the `with` block runs.
 
-    Fused kernels (sdpa, flash) have none to give, and `output_attentions=True` then returns nothing at all: so the
-    model computes them eagerly inside.
+    parts: the attentions of `model`.
+    see: gets the attention's place in `parts` and its probabilities, [B, heads, queries, keys].
+
+    The model computes its attentions eagerly inside, since fused kernels (sdpa, flash) return no probabilities, not
+    even with `output_attentions=True`. Raises InputError for an attention that gives none eagerly.
     """
 
-    def hook(i: int) -> Callable:
-        def after(module, args, output):
-            maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
-            if not maps or (maps[-1] < 0).any() or (maps[-1].float().sum(-1) > 1.02).any():  # to bf16; less with sinks
-                raise InputError(
-                    f"{parts[i].name} gives no attention probabilities, not even computed eagerly; "
-                    "methods that need none: taylor, gate, ablation."
-                )
-            see(i, maps[-1])  # T5 has its position biases before them
+    def after(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
+        if not maps or not _are_probabilities(maps[-1]):
+            raise InputError(
+                f"{parts[number].name} gives no attention probabilities, not even computed eagerly; "
+                "methods that need none: taylor, gate, ablation."
+            )
+        see(number, maps[-1])  # the last: T5's position biases come before the probabilities
 
-        return after
+    modules = [model.get_submodule(part.name) for part in parts]
+    implementations = [(config, config._attn_implementation) for config in anatomy.configs(model)]
+    with forward_hooks(modules, after):
+        try:
+            for config, _ in implementations:
+                config._attn_implementation = "eager"
+            yield
+        finally:
+            for config, implementation in implementations:
+                config._attn_implementation = implementation
 
-    handles = [model.get_submodule(part.name).register_forward_hook(hook(i)) for i, part in enumerate(parts)]
-    before = [(config, config._attn_implementation) for config in anatomy.configs(model)]
-    try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        for handle in handles:
-            handle.remove()
+
+def _are_probabilities(x: Tensor) -> bool:
+    """Return True if no entry is negative and no row sums to more than 1, up to bfloat16; sinks make the sum less."""
+    return not (x < 0).any() and not (x.float().sum(-1) > 1.02).any()
 
 
 @torch.no_grad()

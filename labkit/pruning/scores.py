@@ -4,8 +4,7 @@ Criteria stand in two tables, CRITERIA for single weights and UNIT_CRITERIA for 
 laid beside its paper. Nothing is removed here, except by `obs_prune`, whose removal and update are one algorithm.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,17 +14,10 @@ from torch import Tensor, nn
 from labkit.arguments import check_real, seeded
 from labkit.errors import InputError, check_choice
 from labkit.graph.groups import Group, Member
-from labkit.modules.batches import (
-    batch_loss,
-    check_batches,
-    evaluating,
-    inputs,
-    not_empty,
-    split,
-    summed_loss,
-    valid_tokens,
-)
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
 from labkit.modules.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
+from labkit.modules.hooks import reading
+from labkit.modules.losses import batch_loss, summed_loss
 from labkit.modules.weights import prunable
 from labkit.pruning.select import count_to_prune
 
@@ -166,7 +158,7 @@ def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, se
 
     criterion: a key of CRITERIA.
     batches: see `batches.split`; read once, one at a time, none kept.
-    loss_fn(output, target): for the criteria that look at gradients, else see `batches.batch_loss`.
+    loss_fn(output, target): for the criteria that look at gradients, else see `losses.batch_loss`.
     seed: of random numbers, those of the model's forward pass among them.
 
     A weight that the batches never reached has no entry. The model is left as it was. Scores are at least float32.
@@ -436,20 +428,6 @@ UNIT_CRITERIA: Mapping[str, Callable[..., dict[int, Tensor]]] = {
 
 
 # --- criteria of what a module reads: the neurons and heads of a transformer ------------------------------------------
-
-
-@contextmanager
-def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside, act(i, x) sees what the module names[i] reads, and may give another tensor to go on with."""
-
-    def before(i: int, module: nn.Module, args: tuple) -> tuple | None:
-        new = act(i, args[0])
-        return None if new is None else (new, *args[1:])
-
-    with ExitStack() as hooks:
-        for i, name in enumerate(names):
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(partial(before, i)).remove)
-        yield
 
 
 def input_taylor(

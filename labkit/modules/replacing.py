@@ -1,0 +1,19 @@
+"""Put another module into a model in the place of a module."""
+
+from torch import nn
+
+
+def replace_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` into `model` wherever the module `name` is registered, and return the model.
+
+    name: as `model.named_modules()` gives it; "" is the model itself, and then `new` is returned.
+    new: may contain the module that it replaces. Its training flags stay as they are.
+    """
+    old = model.get_submodule(name)
+    if old is model:
+        return new
+    for parent in list(model.modules()):  # a list, since the modules inside `new` are not to be visited
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+    return model
