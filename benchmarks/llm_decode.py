@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit import batches, bench, machine, models, roofline
+from labkit import bench, machine, models, roofline
 from labkit.bits import to_bits
 from labkit.deploy import engines
+from labkit.modules import hooks
 from labkit.quantization import affine, integer, weight_only
 
 Calls = list[tuple[nn.Module, Tensor]]  # the linears of a step and what they are called with
@@ -61,7 +62,7 @@ def linears(model: nn.Module, prompt: Tensor) -> Calls:
     step = roofline.decode_step(model, prompt)
     with (
         torch.inference_mode(),
-        batches.watching(model, names, lambda name, x, _: calls.append((model.get_submodule(name), x.clone()))),
+        hooks.watching(model, names, lambda name, x, _: calls.append((model.get_submodule(name), x.clone()))),
     ):
         step()
     return calls

@@ -21,6 +21,7 @@ from labkit.graph import groups as coupling
 from labkit.graph.dataflow import Dataflow, Route, Source
 from labkit.graph.subclasses import after_norm
 from labkit.modules import batches as batching
+from labkit.modules.hooks import watching
 from labkit.quantization import calls
 
 EXACT = 1e-9  # of the largest output, in float64
@@ -249,7 +250,7 @@ def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[
             raise InputError(f"There is NaN or infinity in the input of {name}: look for the batch it comes from.")
         largest[name] = torch.cat([largest.get(name, x[:0]), x]).amax(0, keepdim=True)
 
-    with torch.no_grad(), batching.evaluating(model), batching.watching(model, layers, look):
+    with torch.no_grad(), batching.evaluating(model), watching(model, layers, look):
         for batch in batches:
             named = batching.inputs(model, batch)
             args, kwargs, _ = batching.split(model, batch)

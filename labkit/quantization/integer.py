@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from labkit.errors import InputError
+from labkit.modules.replacing import replace_
 from labkit.quantization import calls
 from labkit.quantization.integer_graph import RELU, RELU6, Lowering, integer_layer
 from labkit.quantization.integer_kernels import KERNELS, IntegerKernel, available, check_kernel, probe
@@ -27,7 +28,7 @@ from labkit.quantization.integer_layers import (
     Quantize,
     packing,
 )
-from labkit.quantization.ptq import FakeQuantized, bypassed, replaced, weight_grid
+from labkit.quantization.simulated import FakeQuantized, bypassed, weight_grid
 from labkit.quantization.weight_only import WeightOnlyLinear
 
 __all__ = [
@@ -62,7 +63,7 @@ def convert(model: nn.Module) -> nn.Module:
     for name in layers:
         layer = model.get_submodule(name)
         new = integer_layer(layer) if isinstance(layer, FakeQuantized) else PackedLinear(layer)
-        model = replaced(model, name, new)
+        model = replace_(model, name, new)
     return model
 
 
@@ -98,7 +99,7 @@ def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
             check_kernel(kernel, weights, layer)
     model = copy.deepcopy(model)
     for name, grid in grids.items():
-        model = replaced(model, name, Int8Linear(layers[name], grid))
+        model = replace_(model, name, Int8Linear(layers[name], grid))
     return model
 
 

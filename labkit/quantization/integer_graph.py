@@ -13,7 +13,8 @@ from torch import fx, nn
 
 from labkit.quantization.affine import Grid
 from labkit.quantization.integer_layers import Dequantize, Int8Conv2d, Int8Linear, IntegerLayer, PadCodes, Quantize
-from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, called, is_sum
+from labkit.quantization.ptq_graph import called, is_sum
+from labkit.quantization.simulated import FakeQuantized, QuantizationPoint
 
 RELU = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 RELU6 = {nn.ReLU6, F.relu6}

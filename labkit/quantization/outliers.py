@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import InputError
+from labkit.modules.replacing import replace_
 from labkit.quantization import affine, calls
-from labkit.quantization.ptq import replaced, weight_grid
+from labkit.quantization.simulated import weight_grid
 
 THRESHOLD = 6.0  # of a magnitude, from which on a column is an outlier
 
@@ -55,5 +56,5 @@ def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
     model = copy.deepcopy(model)
     for name in layers:
         if name not in ignore:
-            model = replaced(model, name, OutlierSplit(model.get_submodule(name), THRESHOLD))
+            model = replace_(model, name, OutlierSplit(model.get_submodule(name), THRESHOLD))
     return model

@@ -22,7 +22,7 @@ from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import affine, calls, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import MOMENTUM
-from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, Quantizer
+from labkit.quantization.simulated import FakeQuantized, QuantizationPoint, Quantizer
 
 
 def prepare(

@@ -23,12 +23,14 @@ from labkit.modules.batches import check_batches, evaluating, not_empty, split
 from labkit.modules.blocks import inputs_by_block
 from labkit.modules.hessians import check_layer, hessian, inverse_factor, sum_over_rows, wide
 from labkit.modules.masks import make_permanent, masks
+from labkit.modules.replacing import replace_
 from labkit.modules.stacks import blocks_of
 from labkit.modules.weights import Weight, inside, named_parts, prunable
-from labkit.quantization import affine, calls, fold, formats, ptq
+from labkit.quantization import affine, calls, fold, formats
 from labkit.quantization.affine import Grid, Quantized
 from labkit.quantization.formats import Encoded
 from labkit.quantization.packing import pack_codes
+from labkit.quantization.simulated import bypassed
 
 METHODS = ("rtn", "gptq", "awq", "nf4", "mxfp4")
 WALKS = ("gptq", "awq")  # which look at what layers are called with
@@ -147,7 +149,7 @@ def quantize(
             rounded = {name: formats.quantize(_rows(weight), method) for name, weight in weights.items()}
     for name in names:
         layer = WeightOnlyLinear(rounded.pop(name), weights[name].module.bias).train(weights[name].module.training)
-        new = ptq.replaced(new, name.rpartition(".")[0], layer)
+        new = replace_(new, name.rpartition(".")[0], layer)
         del weights[name], every[name]
     return new
 
@@ -163,7 +165,7 @@ def _check_run(model: nn.Module, batches: Sequence) -> None:
 
 def _weights(model: nn.Module, ignore: Collection[str], size: int | None) -> dict[str, Weight]:
     """Those that `quantize` quantizes; InputError for one that it cannot."""
-    parts, bypassed = named_parts(model, ignore, "ignore"), ptq.bypassed(model)
+    parts, uncalled = named_parts(model, ignore, "ignore"), bypassed(model)
     stack = {id(module) for block in blocks_of(model) for module in block.modules()}
     weights = {
         name: weight
@@ -174,7 +176,7 @@ def _weights(model: nn.Module, ignore: Collection[str], size: int | None) -> dic
         raise InputError("There is no Linear to quantize: give a model that has some outside of what ignore names.")
     for name, weight in weights.items():
         kind = type(weight.module)
-        if not (kind is nn.Linear or (weight.transposed and weight.experts is None)) or weight.module in bypassed:
+        if not (kind is nn.Linear or (weight.transposed and weight.experts is None)) or weight.module in uncalled:
             reader = "nn.TransformerEncoderLayer, which does not call it" if kind is nn.Linear else f"a {kind.__name__}"
             raise InputError(f"{name} is the weight of {reader}, but only Linears are quantized: name it in ignore.")
         _size(weight.as_rows(weight.parameter).shape[1], size)
