@@ -30,10 +30,9 @@ class PlannedLayer:
     hi: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.kind} {list(self.shape)}, weights {self.weights} bits x {self.scales} scales, "
-            f"input {self.activations} bits from {self.lo:.3g} to {self.hi:.3g}"
-        )
+        layer = f"{self.name}: {self.kind} {list(self.shape)}"
+        weight = f"weights {self.weights} bits x {self.scales} scales"
+        return f"{layer}, {weight}, input {self.activations} bits from {self.lo:.3g} to {self.hi:.3g}"
 
 
 @dataclass(frozen=True)
