@@ -18,14 +18,16 @@ def to_bits(numbers: Tensor, width: int) -> Tensor:
     if width == 8:
         return octets
     if width == 4:  # the same bytes as below in a tenth of the time
-        pairs = F.pad(octets & 15, (0, len(octets) % 2)).view(-1, 2)
-        low, high = pairs.unbind(1)
+        is_odd = len(octets) % 2
+        halves = F.pad(octets & 15, (0, is_odd))
+        low, high = halves.view(-1, 2).unbind(1)
         return low | high << 4
     place = torch.arange(8, dtype=torch.uint8, device=numbers.device)
-    bits = octets[:, None] >> place[:width] & 1
-    stream = bits.flatten()
-    whole_bytes = F.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
-    return (whole_bytes << place).sum(1, dtype=torch.uint8)
+    shifted = octets[:, None] >> place[:width]
+    stream = (shifted & 1).flatten()  # a bit in each entry
+    missing = -len(stream) % 8
+    octet_bits = F.pad(stream, (0, missing)).view(-1, 8)
+    return (octet_bits << place).sum(1, dtype=torch.uint8)
 
 
 def from_bits(data: Tensor, width: int, count: int) -> Tensor:
@@ -40,15 +42,17 @@ def from_bits(data: Tensor, width: int, count: int) -> Tensor:
     if width == 8:
         return data.flatten().view(torch.uint8)[:count]
     if width == 4:
-        halves = torch.stack([data & 15, data >> 4], 1)
-        return halves.flatten()[:count]
-    padded = F.pad(data, (0, -len(data) % width))
-    chunks = padded.view(-1, width)  # 8 numbers fill `width` bytes
+        low, high = data & 15, data >> 4
+        return torch.stack([low, high], 1).flatten()[:count]
+    missing = -len(data) % width
+    chunks = F.pad(data, (0, missing)).view(-1, width)  # 8 numbers fill `width` bytes
+    mask = 2**width - 1
     numbers = data.new_empty(len(chunks), 8)
     for index in range(8):
         byte, low = divmod(index * width, 8)
         number = chunks[:, byte] >> low
         if low + width > 8:
-            number = number | chunks[:, byte + 1] << 8 - low
-        numbers[:, index] = number & 2**width - 1
+            next_byte = chunks[:, byte + 1]
+            number = number | next_byte << 8 - low
+        numbers[:, index] = number & mask
     return numbers.flatten()[:count]

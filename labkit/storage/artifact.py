@@ -46,7 +46,9 @@ def pack(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> dict
     tensors, weights = _state(model)
     packed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        parts = FORMATS[format].pack(tensor) if format != "dense" and name in weights else None
+        parts = None
+        if name in weights and format != "dense":
+            parts = FORMATS[format].pack(tensor)
         if parts is None:
             packed[name] = tensor
             continue
@@ -55,7 +57,8 @@ def pack(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> dict
             packed[f"{name}:{format}:{part}"] = array
     form = FORMATS[format].form
     if form and packed.keys() == tensors.keys():
-        examples = ", ".join(sorted(weights)[:4]) or "a model without matrices"
+        first_weights = sorted(weights)[:4]
+        examples = ", ".join(first_weights) or "a model without matrices"
         raise InputError(
             f"no weight has {form} (looked at {examples}): prune or pad the model so, or choose another format."
         )
@@ -78,8 +81,9 @@ def _state(model: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
             raise InputError(f"{name!r} needs its parametrization, which a state dict lacks: pass the model itself.")
     trained |= _apply_masks_(state)
     tensors = _distinct_tensors(state)
-    weights = {name for name, tensor in tensors.items() if name in trained and _is_matrix(tensor)}
-    return {name: _detached_copy(tensor) for name, tensor in tensors.items()}, weights
+    weights = {name for name in trained & tensors.keys() if _is_matrix(tensors[name])}
+    stored = {name: _detached_copy(tensor) for name, tensor in tensors.items()}
+    return stored, weights
 
 
 def _module_state(model: nn.Module) -> tuple[dict[str, Any], set[str]]:
@@ -102,7 +106,9 @@ def _apply_masks_(state: dict[str, Any]) -> set[str]:
     names = [name.removesuffix("_orig") for name in originals]
     masked = [name for name in names if f"{name}_mask" in state]
     for name in masked:
-        state[name] = state.pop(f"{name}_orig") * state.pop(f"{name}_mask")
+        original = state.pop(f"{name}_orig")
+        mask = state.pop(f"{name}_mask")
+        state[name] = original * mask
     return set(masked)
 
 
@@ -116,7 +122,8 @@ def _distinct_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
                 raise InputError(
                     f"{name!r} is on the meta device and has no values to store: build the model on the CPU."
                 )
-            memory = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+            address = tensor.untyped_storage()._cdata
+            memory = (address, tensor.storage_offset(), tensor.shape, tensor.stride())
             if not tensor.numel() or memory not in seen:
                 tensors[name] = tensor
             seen.add(memory)
@@ -133,7 +140,8 @@ def _parametrized(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in model.named_modules():
             if parametrize.is_parametrized(module):
                 for attribute in module.parametrizations:
-                    yield f"{prefix}.{attribute}".lstrip("."), getattr(module, attribute)
+                    name = f"{prefix}.{attribute}".lstrip(".")
+                    yield name, getattr(module, attribute)
 
 
 def _dense(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

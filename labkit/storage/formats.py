@@ -35,6 +35,7 @@ from labkit.storage import sell
 Parts = dict[str, Tensor]
 BSR_BLOCKS = (4, 8, 16, 32)
 GROUP = 64  # weights of an output channel that share a scale in integer formats of few bits
+SCALE = torch.float16  # in which scales of integer formats are stored
 
 
 class Format(NamedTuple):
@@ -58,9 +59,8 @@ def nbytes(weight: Tensor, format: str) -> int:
     """
     parts = FORMATS[format].pack(weight)
     if parts is None:
-        raise InputError(
-            f"The weight {list(weight.shape)} does not have {FORMATS[format].form}: choose another format."
-        )
+        form = FORMATS[format].form
+        raise InputError(f"The weight {list(weight.shape)} does not have {form}: choose another format.")
     return sum(part.nbytes for part in parts.values())
 
 
@@ -78,12 +78,14 @@ def _unpack_dense(parts: Parts, shape: Sequence[int]) -> Tensor:
 def _pack_coo(weight: Tensor) -> Parts:
     rows = weight.flatten(1)
     nonzero = rows != 0
-    return {"indices": nonzero.nonzero().t().contiguous(), "values": rows[nonzero]}  # int64: torch has no other
+    indices = nonzero.nonzero().t().contiguous()  # int64: torch has no other
+    return {"indices": indices, "values": rows[nonzero]}
 
 
 def _unpack_coo(parts: Parts, shape: Sequence[int]) -> Tensor:
     weight = parts["values"].new_zeros(shape)
-    weight.flatten(1)[tuple(parts["indices"])] = parts["values"]
+    row, column = parts["indices"]
+    weight.flatten(1)[row, column] = parts["values"]
     return weight
 
 
@@ -95,29 +97,40 @@ def _pack_rows(weight: Tensor, block: int = 1) -> Parts:
     """
     rows = weight.flatten(1)  # [out, in]
     out_features, in_features = rows.shape
-    rows = F.pad(rows, (0, -in_features % block, 0, -out_features % block))
+    missing_rows, missing_columns = -out_features % block, -in_features % block
+    rows = F.pad(rows, (0, missing_columns, 0, missing_rows))
     tiles = rows.unfold(0, block, block).unfold(1, block, block)  # [out / block, in / block, block, block]
     nonzero = (tiles != 0).flatten(2).any(2)
-    crow = F.pad(nonzero.sum(1).cumsum(0), (1, 0))
+    tiles_of_row = nonzero.sum(1)
+    crow = F.pad(tiles_of_row.cumsum(0), (1, 0))
     if crow[-1] > torch.iinfo(torch.int32).max:
         raise InputError("a weight has more non-zeros than int32 row pointers can count: choose the format bitmask.")
     col = nonzero.nonzero()[:, 1]
     values = tiles[nonzero]
     if block == 1:
         values = values.flatten()
-    return {"crow": crow.int(), "col": col.int(), "values": values}
+    return {
+        "crow": crow.int(),
+        "col": col.int(),
+        "values": values,
+    }
 
 
 def _unpack_rows(parts: Parts, shape: Sequence[int]) -> Tensor:
-    crow, values = parts["crow"].long(), parts["values"]
+    values = parts["values"]
+    crow, column = parts["crow"].long(), parts["col"].long()
     block = values.shape[-1] if values.dim() == 3 else 1
-    out_features, in_features = shape[0], math.prod(shape[1:])
-    tile_rows, tile_columns = math.ceil(out_features / block), math.ceil(in_features / block)
+    out_features = shape[0]
+    in_features = math.prod(shape[1:])
+    tile_rows = math.ceil(out_features / block)
+    tile_columns = math.ceil(in_features / block)
     tiles = values.new_zeros(tile_rows, tile_columns, block, block)
-    row = torch.arange(len(crow) - 1, device=crow.device).repeat_interleave(crow.diff())
-    tiles[row, parts["col"].long()] = values.view(-1, block, block)
+    every_row = torch.arange(tile_rows, device=crow.device)
+    row = every_row.repeat_interleave(crow.diff())
+    tiles[row, column] = values.view(-1, block, block)
     padded = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
-    return padded[:out_features, :in_features].reshape(shape).contiguous()
+    weight = padded[:out_features, :in_features]
+    return weight.reshape(shape).contiguous()
 
 
 # --- bitmask and 2:4: bits, the lowest of the first byte first --------------------------------------------------------
@@ -158,19 +171,22 @@ def _pack_nm(weight: Tensor) -> Parts | None:
     # A stable sort by "is zero" puts the nonzeros first, then zeros, each in order. The first two are stored in order.
     nonzero_first = zero.byte().argsort(dim=1, stable=True)
     places = nonzero_first[:, :2].sort(dim=1).values  # [groups, 2]
-    values = _movable(groups).gather(1, places).view(weight.dtype)
-    return {"values": values, "metadata": to_bits(places, 2)}
+    values = _movable(groups).gather(1, places)
+    return {"values": values.view(weight.dtype), "metadata": to_bits(places, 2)}
 
 
 def _unpack_nm(parts: Parts, shape: Sequence[int]) -> Tensor:
     values = parts["values"]
-    places = from_bits(parts["metadata"], 2, values.numel()).long().view(-1, 2)
+    places = from_bits(parts["metadata"], 2, values.numel())
     movable = _movable(values)
-    groups = movable.new_zeros(len(values), 4).scatter_(1, places, movable).view(values.dtype)
+    groups = movable.new_zeros(len(values), 4)
+    groups.scatter_(1, places.long().view(-1, 2), movable)
+    groups = groups.view(values.dtype)
     if len(shape) == 1:
         return groups.view(shape)
     out, width, *kernel = shape
-    return groups.view(out, *kernel, width).movedim(-1, 1).contiguous()
+    rows = groups.view(out, *kernel, width)
+    return rows.movedim(-1, 1).contiguous()
 
 
 def _movable(x: Tensor) -> Tensor:
@@ -185,11 +201,13 @@ def _pack_kernel(weight: Tensor, dtype: torch.dtype | None = None) -> Parts | No
     """Pack what csrc/sparse_linear.cpp multiplies with (see `sell`), in `dtype` or the weight's own."""
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
-    return sell.pack(weight.flatten(1).to(dtype or weight.dtype))
+    matrix = weight.flatten(1)
+    return sell.pack(matrix.to(dtype or weight.dtype))
 
 
 def _unpack_kernel(parts: Parts, shape: Sequence[int]) -> Tensor:
-    matrix = sell.unpack(parts, (shape[0], math.prod(shape[1:])))
+    out_features, *rest = shape
+    matrix = sell.unpack(parts, (out_features, math.prod(rest)))
     return matrix.view(shape)
 
 
@@ -199,8 +217,10 @@ def _unpack_kernel(parts: Parts, shape: Sequence[int]) -> Tensor:
 def _pack_int8(weight: Tensor) -> Parts:
     """Pack int8 codes on a symmetric grid for each output channel."""
     rows = weight.flatten(1)
-    grid = affine.choose(rows.amin(1, True), rows.amax(1, True), 8, symmetric=True, dtype=torch.float16)
-    return {"codes": grid.quantize(rows).view(weight.shape), "scale": grid.scale.flatten()}
+    lo, hi = rows.amin(1, True), rows.amax(1, True)
+    grid = affine.choose(lo, hi, 8, symmetric=True, dtype=SCALE)
+    codes = grid.quantize(rows).view(weight.shape)
+    return {"codes": codes, "scale": grid.scale.flatten()}
 
 
 def _unpack_int8(parts: Parts, shape: Sequence[int]) -> Tensor:
@@ -216,9 +236,12 @@ def _pack_integers(weight: Tensor, bits: int) -> Parts:
     """
     rows = weight.flatten(1)
     channel = rows.shape[1]
-    groups = rows.unflatten(1, (-1, GROUP if channel % GROUP == 0 else channel))
-    grid = affine.choose(groups.amin(2, True), groups.amax(2, True), bits, symmetric=False, dtype=torch.float16)
-    parts = pack_codes(Quantized(grid.quantize(groups), grid))
+    group_size = GROUP if channel % GROUP == 0 else channel
+    groups = rows.unflatten(1, (-1, group_size))
+    lo, hi = groups.amin(2, True), groups.amax(2, True)
+    grid = affine.choose(lo, hi, bits, symmetric=False, dtype=SCALE)
+    codes = grid.quantize(groups)
+    parts = pack_codes(Quantized(codes, grid))
     parts["scale"] = parts["scale"][..., 0]  # [out, groups]
     return parts
 
@@ -226,9 +249,11 @@ def _pack_integers(weight: Tensor, bits: int) -> Parts:
 def _unpack_integers(parts: Parts, shape: Sequence[int], bits: int) -> Tensor:
     scale = parts["scale"].float()[..., None]  # [out, groups, 1]
     out, groups, _ = scale.shape
-    codes = from_bits(parts["codes"], bits, math.prod(shape)).view(out, groups, -1)
-    zero = from_bits(parts["zero"], bits, scale.numel()).view(scale.shape)
-    values = (codes.int() - zero.int()) * scale
+    codes = from_bits(parts["codes"], bits, math.prod(shape))
+    codes = codes.view(out, groups, -1).int()
+    zero = from_bits(parts["zero"], bits, scale.numel())
+    zero = zero.view(scale.shape).int()
+    values = (codes - zero) * scale
     return values.view(shape)
 
 
@@ -248,7 +273,8 @@ def _pack_blocks(weight: Tensor, format: str) -> Parts | None:
 def _unpack_blocks(parts: Parts, shape: Sequence[int], format: str) -> Tensor:
     codebook = formats.FORMATS[format]
     scale = parts["scale"].view(codebook.scale)[..., None]
-    codes = from_bits(parts["codes"], codebook.bits, math.prod(shape)).view(len(scale), -1)
+    codes = from_bits(parts["codes"], codebook.bits, math.prod(shape))
+    codes = codes.view(len(scale), -1)
     encoded = formats.Encoded(codes, scale, parts.get("tensor_scale"), format)
     return encoded.dequantize().view(shape)
 
@@ -267,21 +293,25 @@ def _pack_gguf(weight: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]])
     rows = weight.flatten(1)
     if rows.shape[1] % 32:
         return None
-    codes, *numbers = quantize(rows.float().reshape(-1, 32))
+    blocks = rows.float().reshape(-1, 32)
+    codes, *numbers = quantize(blocks)
     header = torch.cat(numbers, 1).half()
     if not header.isfinite().all():
         raise InputError("A weight has NaN, infinities or a scale beyond float16: look for their origin first.")
     if codes.dtype == torch.int8:
         data = codes.view(torch.uint8)
     else:
-        data = codes[:, :16] | codes[:, 16:] << 4
-    return {"blocks": torch.cat([header.view(torch.uint8), data], 1)}
+        first_half, second_half = codes.split(16, 1)
+        data = first_half | second_half << 4
+    blocks = torch.cat([header.view(torch.uint8), data], 1)
+    return {"blocks": blocks}
 
 
 def _unpack_gguf(parts: Parts, shape: Sequence[int]) -> Tensor:
     blocks = parts["blocks"]
     header_bytes = blocks.shape[1] % 16  # 2: a scale; 4: a scale and a least value
-    numbers = blocks[:, :header_bytes].contiguous().view(torch.float16).float()
+    header = blocks[:, :header_bytes].contiguous()
+    numbers = header.view(torch.float16).float()
     data = blocks[:, header_bytes:]
     if data.shape[1] == 32:  # q8_0
         values = numbers * data.view(torch.int8)
@@ -290,7 +320,7 @@ def _unpack_gguf(parts: Parts, shape: Sequence[int]) -> Tensor:
     if header_bytes == 2:  # q4_0
         values = (codes - 8) * numbers
     else:  # q4_1
-        scale, least = numbers[:, :1], numbers[:, 1:]
+        scale, least = numbers.split(1, 1)
         values = codes * scale + least
     return values.view(shape)
 
@@ -308,16 +338,19 @@ def _q8_0(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _q4_0(x: Tensor) -> tuple[Tensor, ...]:
-    extreme = x.gather(1, x.abs().argmax(1, True))
+    place = x.abs().argmax(1, True)
+    extreme = x.gather(1, place)
     scale = extreme / -8  # the extreme of either sign gets code 0
-    codes = (x * _reciprocal(scale) + 8.5).trunc().clamp(0, 15)
+    steps = x * _reciprocal(scale)
+    codes = (steps + 8.5).trunc().clamp(0, 15)
     return codes.to(torch.uint8), scale
 
 
 def _q4_1(x: Tensor) -> tuple[Tensor, ...]:
     least = x.amin(1, True)
     scale = (x.amax(1, True) - least) / 15
-    codes = ((x - least) * _reciprocal(scale) + 0.5).trunc().clamp(0, 15)
+    steps = (x - least) * _reciprocal(scale)
+    codes = (steps + 0.5).trunc().clamp(0, 15)
     return codes.to(torch.uint8), scale, least
 
 
@@ -329,14 +362,26 @@ def _q4_1(x: Tensor) -> tuple[Tensor, ...]:
 #     "int6": Format(partial(_pack_integers, bits=6), partial(_unpack_integers, bits=6)),
 # Then `labkit.artifact.size(model, format="int6")` works, and tests/labkit/test_storage.py tests the row.
 
-BLOCKS_OF_32 = "rows of whole blocks of 32 weights"
 KERNEL_VALUES = "float32, float16 or bfloat16 values"
 
 
 def _blocks(name: str) -> Format:
     """Return the row of a format with block scales, such as "nf4"."""
     form = f"rows of whole blocks of {formats.FORMATS[name].block} weights"
-    return Format(partial(_pack_blocks, format=name), partial(_unpack_blocks, format=name), form)
+    return Format(
+        pack=partial(_pack_blocks, format=name),
+        unpack=partial(_unpack_blocks, format=name),
+        form=form,
+    )
+
+
+def _gguf(quantize: Callable[[Tensor], tuple[Tensor, ...]]) -> Format:
+    """Return the row of a GGUF format; `quantize` as for `_pack_gguf`."""
+    return Format(
+        pack=partial(_pack_gguf, quantize=quantize),
+        unpack=_unpack_gguf,
+        form="rows of whole blocks of 32 weights",
+    )
 
 
 # Bytes of N weights in R rows, with scales of 2 bytes:
@@ -344,7 +389,10 @@ ROUNDED: dict[str, Format] = {
     # N + 2 R
     "int8": Format(_pack_int8, _unpack_int8),
     # N / 2 + 5/2 N / 64: 4.31 bits a weight; 5/2 R for groups where 64 does not divide a row
-    "int4": Format(partial(_pack_integers, bits=4), partial(_unpack_integers, bits=4)),
+    "int4": Format(
+        pack=partial(_pack_integers, bits=4),
+        unpack=partial(_unpack_integers, bits=4),
+    ),
     # N / 2 + 2 N / 64: 4.25 bits
     "nf4": _blocks("nf4"),
     # N / 2 + N / 32: 4.25 bits
@@ -354,9 +402,9 @@ ROUNDED: dict[str, Format] = {
     # N / 2 + N / 16 + 4: 4.5 bits
     "nvfp4": _blocks("nvfp4"),
     # 34, 18 and 20 bytes for 32 weights: 8.5, 4.5 and 5 bits
-    "q8_0": Format(partial(_pack_gguf, quantize=_q8_0), _unpack_gguf, BLOCKS_OF_32),
-    "q4_0": Format(partial(_pack_gguf, quantize=_q4_0), _unpack_gguf, BLOCKS_OF_32),
-    "q4_1": Format(partial(_pack_gguf, quantize=_q4_1), _unpack_gguf, BLOCKS_OF_32),
+    "q8_0": _gguf(_q8_0),
+    "q4_0": _gguf(_q4_0),
+    "q4_1": _gguf(_q4_1),
 }
 
 # Bytes with n of N weights of s bytes not zero, in R rows:
@@ -368,13 +416,31 @@ FORMATS: dict[str, Format] = {
     # n (s + 4) + 4 (R + 1): smaller than dense above 50 % zeros at fp32, above 66.7 % at 2 bytes
     "csr": Format(_pack_rows, _unpack_rows),
     # k (b^2 s + 4) + 4 (R / b + 1), where k blocks of b x b are not zero
-    **{f"bsr{block}": Format(partial(_pack_rows, block=block), _unpack_rows) for block in BSR_BLOCKS},
+    **{
+        f"bsr{block}": Format(
+            pack=partial(_pack_rows, block=block),
+            unpack=_unpack_rows,
+        )
+        for block in BSR_BLOCKS
+    },
     # n s + N / 8: 13.1 % of dense at 90 % zeros and fp32
     "bitmask": Format(_pack_bitmask, _unpack_bitmask),
     # N s / 2 + N / 8, for a weight of 2:4 along the input channels: 56.25 % of dense at 2 bytes, 53.1 % at fp32
-    "nm": Format(_pack_nm, _unpack_nm, "two zeros in each four input channels"),
+    "nm": Format(
+        pack=_pack_nm,
+        unpack=_unpack_nm,
+        form="two zeros in each four input channels",
+    ),
     # n (s + 1) and some padding, s being 2 for bfloat16 and 4 for all else: labkit's CPU kernel, see `sell`
-    "kernel": Format(_pack_kernel, _unpack_kernel, KERNEL_VALUES),
-    "kernel-bf16": Format(partial(_pack_kernel, dtype=torch.bfloat16), _unpack_kernel, KERNEL_VALUES),
+    "kernel": Format(
+        pack=_pack_kernel,
+        unpack=_unpack_kernel,
+        form=KERNEL_VALUES,
+    ),
+    "kernel-bf16": Format(
+        pack=partial(_pack_kernel, dtype=torch.bfloat16),
+        unpack=_unpack_kernel,
+        form=KERNEL_VALUES,
+    ),
     **ROUNDED,
 }

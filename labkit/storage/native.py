@@ -44,7 +44,8 @@ def load(name: str) -> ctypes.CDLL | None:
     Returns None where compiling fails; a warning gives the reason, once.
     """
     try:
-        library = ctypes.CDLL(str(_compiled(SOURCES / f"{name}.cpp")))
+        path = _compiled(SOURCES / f"{name}.cpp")
+        library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
@@ -87,9 +88,11 @@ def _compiled(source: Path) -> Path:
     """Return the shared library for this source, compiler and machine; compile it unless the cache has it."""
     command = compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = "\0".join([source.read_text(), version, *command, *FLAGS, platform.system(), platform.machine()])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    target = files.cache_dir() / "kernels" / f"{source.stem}-{digest}.so"
+    machine = (platform.system(), platform.machine())
+    key = "\0".join([source.read_text(), version, *command, *FLAGS, *machine])
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    file_name = f"{source.stem}-{digest[:16]}.so"
+    target = files.cache_dir() / "kernels" / file_name
     if target.exists():
         return target
     with files.replacing(target) as partial:  # a second process that does the same at once harms nothing
@@ -113,7 +116,8 @@ def nm_takes(groups: Tensor) -> bool:
     library = load("nm_mask")
     if library is None:
         return False
-    return bool(library.nm_mask_takes(best_isa("nm_mask"), groups.element_size(), groups.shape[-1]))
+    isa, m = best_isa("nm_mask"), groups.shape[-1]
+    return bool(library.nm_mask_takes(isa, groups.element_size(), m))
 
 
 def nm_largest(groups: Tensor, n: int, out: Tensor) -> None:
@@ -125,10 +129,17 @@ def nm_largest(groups: Tensor, n: int, out: Tensor) -> None:
     size = groups.element_size()
     kernel = load("nm_mask").nm_mask
     largest = kernel(
-        best_isa("nm_mask"), torch.get_num_threads(), size, n, groups.shape[-1], groups.numel(),
-        groups.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
+        best_isa("nm_mask"),
+        torch.get_num_threads(),
+        size,
+        n,
+        groups.shape[-1],
+        groups.numel(),
+        groups.data_ptr(),
+        out.data_ptr(),
+    )
     # As bit patterns, magnitudes are ordered like whole numbers, and NaN lies above infinity.
-    infinity = torch.tensor(torch.inf, dtype=groups.dtype).view(torch.int16 if size == 2 else torch.int32)
-    if largest > int(infinity):
+    infinity = torch.tensor(torch.inf, dtype=groups.dtype)
+    pattern = infinity.view(torch.int16 if size == 2 else torch.int32)
+    if largest > int(pattern):
         raise InputError(NAN)

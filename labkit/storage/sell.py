@@ -39,22 +39,32 @@ def pack(weight: Tensor) -> dict[str, Tensor]:
     starts: int64 [groups], the index of the first value of each group.
     """
     out_features, in_features = weight.shape
-    density = int(weight.count_nonzero()) / max(1, weight.numel())
+    nonzeros = int(weight.count_nonzero())
+    density = nonzeros / max(1, weight.numel())
     group = _group(out_features)
     block = _block(in_features, density)
     groups = math.ceil(out_features / group)
     blocks = math.ceil(in_features / block)
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
     dense = weight.detach().to("cpu", dtype)
-    dense = F.pad(dense, (0, blocks * block - in_features, 0, groups * group - out_features))
+    missing_columns = blocks * block - in_features
+    missing_rows = groups * group - out_features
+    dense = F.pad(dense, (0, missing_columns, 0, missing_rows))
     packed = []
     for rows in dense.split(group):
         by_block = rows.view(group, blocks, block).transpose(0, 1)
         packed.append(_pack_group(by_block))
-    values, columns, order, lengths = (torch.cat(parts) for parts in zip(*packed, strict=True))
-    sizes = torch.tensor([len(group_values) for group_values, *_ in packed])
+    sizes = torch.tensor([len(values) for values, *_ in packed])
     starts = sizes.cumsum(0) - sizes
-    return {"values": values, "columns": columns, "order": order, "lengths": lengths, "starts": starts}
+    by_array = zip(*packed, strict=True)
+    values, columns, order, lengths = (torch.cat(arrays) for arrays in by_array)
+    return {
+        "values": values,
+        "columns": columns,
+        "order": order,
+        "lengths": lengths,
+        "starts": starts,
+    }
 
 
 def unpack(layout: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -66,12 +76,14 @@ def unpack(layout: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     lane = torch.arange(len(values)) % LANES
     group_of = chunk // (blocks * chunks)
     block_of = chunk // chunks % blocks
-    row = group_of * group + layout["order"].view(-1, LANES)[chunk, lane]
+    row_of_lane = layout["order"].view(-1, LANES)
+    row = group_of * group + row_of_lane[chunk, lane]
     column = block_of * block + layout["columns"]
     dense = values.new_zeros(groups * group, blocks * block)
     nonzero = values != 0
     dense[row[nonzero], column[nonzero]] = values[nonzero]
-    return dense[: shape[0], : shape[1]].contiguous()
+    out_features, in_features = shape
+    return dense[:out_features, :in_features].contiguous()
 
 
 def multiply(x: Tensor, layout: dict[str, Tensor], out_features: int, bias: Tensor | None) -> Tensor:
@@ -87,12 +99,23 @@ def multiply(x: Tensor, layout: dict[str, Tensor], out_features: int, bias: Tens
     y = x.new_empty(batch, out_features)
     kernel = native.load("sparse_linear").sparse_linear
     kernel(
-        native.best_isa("sparse_linear"), torch.get_num_threads(), layout["values"].dtype == torch.bfloat16,
-        in_features, out_features, sizes.block, sizes.group, x.data_ptr(), batch,
-        layout["values"].data_ptr(), layout["columns"].data_ptr(), layout["order"].data_ptr(),
-        layout["lengths"].data_ptr(), layout["starts"].data_ptr(),
-        None if bias is None else bias.data_ptr(), y.data_ptr(),
-    )  # fmt: skip
+        native.best_isa("sparse_linear"),
+        torch.get_num_threads(),
+        layout["values"].dtype == torch.bfloat16,
+        in_features,
+        out_features,
+        sizes.block,
+        sizes.group,
+        x.data_ptr(),
+        batch,
+        layout["values"].data_ptr(),
+        layout["columns"].data_ptr(),
+        layout["order"].data_ptr(),
+        layout["lengths"].data_ptr(),
+        layout["starts"].data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
     return y
 
 
@@ -136,7 +159,8 @@ def _geometry(layout: dict[str, Tensor], shape: tuple[int, int]) -> Geometry:
     out_features, in_features = shape
     group = _group(out_features)
     groups = math.ceil(out_features / group)
-    blocks = max(1, len(layout["order"]) // (groups * group))
+    rows_of_block = groups * group
+    blocks = max(1, len(layout["order"]) // rows_of_block)
     block = _round_up(math.ceil(in_features / blocks))
     return Geometry(block, blocks, group, groups)
 
@@ -149,12 +173,17 @@ def _pack_group(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chunk_ends = lengths.flatten().cumsum(0)
     chunk_starts = (chunk_ends - lengths.flatten()).view_as(lengths) * LANES
     rank = order.argsort(-1)  # [blocks, group]: where the sort put each row
-    first = chunk_starts.gather(-1, rank // LANES) + rank % LANES  # [blocks, group]: the row's first value
+    chunk, lane = rank // LANES, rank % LANES
+    first = chunk_starts.gather(-1, chunk) + lane  # [blocks, group]: where a row's first value lies
     count_before = nonzero.cumsum(-1) - 1
-    position = (first.unsqueeze(-1) + LANES * count_before)[nonzero]
-    values = torch.zeros(int(lengths.sum()) * LANES, dtype=rows.dtype)
+    position = first.unsqueeze(-1) + LANES * count_before
+    position = position[nonzero]
+    padded_length = int(lengths.sum()) * LANES
+    values = torch.zeros(padded_length, dtype=rows.dtype)
     values[position] = rows[nonzero]
-    columns = torch.zeros(len(values), dtype=torch.uint8)
-    place_in_block = torch.arange(rows.shape[-1], dtype=torch.uint8).expand(rows.shape)
-    columns[position] = place_in_block[nonzero]
-    return values, columns, order.flatten().to(torch.int16), lengths.flatten().to(torch.uint8)
+    columns = torch.zeros(padded_length, dtype=torch.uint8)
+    place_in_block = torch.arange(rows.shape[-1], dtype=torch.uint8)
+    columns[position] = place_in_block.expand(rows.shape)[nonzero]
+    order = order.flatten().to(torch.int16)
+    lengths = lengths.flatten().to(torch.uint8)
+    return values, columns, order, lengths
