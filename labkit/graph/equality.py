@@ -1,9 +1,9 @@
-"""Prove a cut: compare the pruned model's outputs with those of the dense model that does not read what was removed.
+"""Prove a cut: compare the outputs of the pruned model and of the dense model with the removed channels unread.
 
-`check` runs both models on the example input. In a copy of the dense model, every weight column that reads a removed
-channel is set to zero, which leaves the function of the channels that stay. A norm or another statistic over pruned
-channels cannot be corrected by a weight, so the dense copy takes such a statistic over the channels that stay, and the
-report names the statistics. Of the pruned model only the outputs are used, never the plan that its weights came from.
+`check` runs the two models on the example input. In a copy of the dense model, every weight column that reads a removed
+channel is set to zero, which leaves the function of the remaining channels. No weight can do that for a norm or another
+statistic over pruned channels, so the dense copy takes the statistic over the remaining channels, and the report names
+the statistic. Of the pruned model the check uses the outputs only, never the plan behind the weights.
 """
 
 import math
@@ -37,15 +37,15 @@ _ANOTHER = "give another input for the proof in check, or leave the proof out wi
 class Report:
     """The result of an equality check.
 
-    error: the largest difference between the outputs of both models.
-    scale: the largest number in the dense model's outputs.
-    tolerance: the largest error that rounding explains, 8 eps sqrt(K) scale, with K the number of terms summed in all
+    error: largest difference between the outputs of the two models.
+    scale: largest number in the dense model's outputs.
+    tolerance: largest error explained by rounding, 8 eps sqrt(K) scale, with K the number of terms summed in all
         products of the model. A product of n terms rounds by about eps sqrt(n), and the errors of products add up like
         a random walk; 8 allows for the largest of many outputs.
-    dtype: the type that both models were run in, such as "float64".
-    restricted: names of the statistics over pruned channels, which both models take over the channels that stay.
-    noisy: True if the model's outputs are zero (a head that starts at zero) and would show no difference; the same
-        noise was then added to the parameters of both models.
+    dtype: type in which the models were run, for example "float64".
+    restricted: names of the statistics over pruned channels, taken over the remaining channels in each model.
+    noisy: True if the model's outputs are zero (a head initialised with zeros) and would show no difference; then the
+        same noise was added to the parameters of the two models.
     reference: a description of the dense model in the comparison, for `str`.
     """
 
@@ -81,9 +81,9 @@ class Report:
 
 
 class _Precision(NamedTuple):
-    """A floating-point type in which both models are run.
+    """A floating-point type to run the models in.
 
-    widens: narrower types that a forward pass names are replaced by `dtype` too.
+    widens: narrower types named by a forward pass are replaced by `dtype` too.
     """
 
     dtype: torch.dtype
@@ -94,15 +94,15 @@ class _Precision(NamedTuple):
 def check(
     model: nn.Module, pruned: nn.Module, record: Record, gone: np.ndarray, args: tuple, kwargs: Mapping
 ) -> Report:
-    """Compare copies of both models on the example input, in several precisions until the outcome is decided.
+    """Compare copies of the two models on the example input, in several precisions until the outcome is decided.
 
-    model: the dense model. pruned: the model that was cut from it.
-    record: the trace of the dense model on the example input.
-    gone: [labels] bool, True for the labels that were removed.
+    model: the dense model. pruned: the model cut from `model`.
+    record: trace of the dense model on the example input.
+    gone: [labels] bool, True for removed labels.
     args, kwargs: the example input.
 
-    Returns the report of the last comparison, which may be one of unequal outputs. Raises EqualityError if there is no
-    number to compare in any precision.
+    Returns the report of the last comparison, also if the outputs differ. Raises EqualityError if no precision gives a
+    number to compare.
     """
     comparison = _Comparison(model, pruned, record, gone, args, kwargs)
     report = None
@@ -125,23 +125,25 @@ def check(
 
 
 def _precisions(model: nn.Module, record: Record) -> list[_Precision]:
-    """Return the precisions to try, in order: float64 first if the model is small enough to be copied in it."""
+    """Return the precisions to try, in order: float64 first if the model is small enough for a copy in float64."""
     floating = [x.dtype for x in model.parameters() if x.is_floating_point()]
     single = torch.promote_types(floating[0] if floating else torch.float32, torch.float32)
     has_double = next(model.parameters()).device.type != "mps"
-    is_small = sum(x.numel() * x.element_size() for _, x in tensors_of(model)) <= DOUBLE_UP_TO
+    size = sum(x.numel() * x.element_size() for _, x in tensors_of(model))
+    is_small = size <= DOUBLE_UP_TO
     if record.names_dtype or not has_double:
         dtypes = [single]
     elif is_small:
         dtypes = [torch.float64, single]
     else:
         dtypes = [single, torch.float64]
+    precisions = [_Precision(dtype, widens=False) for dtype in dtypes]
     widest = torch.float64 if has_double and is_small else single
-    return [*(_Precision(dtype, widens=False) for dtype in dtypes), _Precision(widest, widens=True)]
+    return [*precisions, _Precision(widest, widens=True)]
 
 
 class _Comparison:
-    """Runs copies of the dense and of the pruned model on the same input. The arguments are those of `check`."""
+    """A dense and a pruned model, run as copies on the same input. The arguments are as in `check`."""
 
     def __init__(
         self, model: nn.Module, pruned: nn.Module, record: Record, gone: np.ndarray, args: tuple, kwargs: Mapping
@@ -154,12 +156,12 @@ class _Comparison:
         self._kwargs = kwargs
 
     def run(self, precision: _Precision, *, noise: float) -> tuple[Report, bool]:
-        """Compare the outputs of both models in a precision.
+        """Compare the outputs of the two models in a precision.
 
-        noise: standard deviation of the noise that is added to the parameters of both models; 0 for none.
+        noise: standard deviation of the noise added to the parameters of each model; 0 adds no noise.
 
-        Returns (report, True if a forward pass casts to a narrower type, whose rounding may explain the difference).
-        Raises EqualityError if the dense model does not run in the precision, or if its outputs have NaN.
+        Returns (report, True if a forward pass casts to a narrower type). Rounding to a narrower type may explain a
+        difference. Raises EqualityError if the dense model does not run in the precision, or has NaN in the outputs.
         """
         dense_output, dense_narrows = self._dense_output(precision, noise)
         pruned_output, pruned_narrows = self._pruned_output(precision, noise)
@@ -177,7 +179,7 @@ class _Comparison:
         return report, dense_narrows or pruned_narrows
 
     def _dense_output(self, precision: _Precision, noise: float) -> tuple[Any, bool]:
-        """Return (output of the dense model that does not read what is gone, whether the pass narrows types)."""
+        """Return (output of the dense model with the removed channels unread, True if the pass narrows types)."""
         tensors = _copies(self._model, precision.dtype)
         if noise:
             _add_noise_(tensors, self._dense_shapes(), self._record, {}, noise)
@@ -193,26 +195,26 @@ class _Comparison:
         return output, narrows
 
     def _pruned_output(self, precision: _Precision, noise: float) -> tuple[Any, bool]:
-        """Return (output of the pruned model, whether the pass narrows types)."""
+        """Return (output of the pruned model, True if the pass narrows types)."""
         tensors = _copies(self._pruned, precision.dtype)
         if noise:
-            kept = self._record.kept(self._gone)
-            _add_noise_(tensors, self._dense_shapes(), self._record, kept, noise)
+            keep = self._record.kept(self._gone)
+            _add_noise_(tensors, self._dense_shapes(), self._record, keep, noise)
         return self._output(self._pruned, tensors, [], precision)
 
     def _output(
         self, model: nn.Module, tensors: dict[str, Tensor], restricted: list[Restricted], precision: _Precision
     ) -> tuple[Any, bool]:
-        """Run a copy of `model` with other tensors, its statistics restricted to the channels that stay.
+        """Run a copy of `model` with new tensors, and with statistics restricted to the remaining channels.
 
-        tensors: {name: tensor} of all parameters and buffers. Returns (output, whether the pass narrows types).
+        tensors: {name: tensor} of all parameters and buffers. Returns (output, True if the pass narrows types).
         """
 
         def wide(x: Tensor) -> Tensor:
             return _in_precision(x, precision.dtype)
 
-        tensor_of = {id(x): tensors[name] for name, x in tensors_of(model)}
-        copied = skeleton(model, tensor_of, wide)
+        replacements = {id(x): tensors[name] for name, x in tensors_of(model)}
+        copied = skeleton(model, replacements, wide)
         args, kwargs = duplicate((self._args, dict(self._kwargs)), wide)
         with undisturbed(), sdpa_kernel(SDPBackend.MATH), following(copied, set()) as stack:
             _seed(0)  # a pass that draws numbers draws the same in both models
@@ -224,7 +226,7 @@ class _Comparison:
         return {name: x.shape for name, x in self._model.named_parameters()}
 
     def _names_of_restricted(self) -> tuple[str, ...]:
-        """Name the statistics over labels that are gone, each once, such as "native_layer_norm in layers.0.norm"."""
+        """Name the statistics over removed labels, each once, for example "native_layer_norm in layers.0.norm"."""
         names = []
         for statistic in self._record.restricted:
             if self._gone[statistic.labels].any():
@@ -239,12 +241,17 @@ class _Comparison:
 def difference(expected: Any, results: Any) -> tuple[float, float]:
     """Compare the outputs of two models.
 
-    expected, results: outputs of any form that `returned.outputs` reads; those of the dense model first.
+    expected, results: outputs of the dense and of the pruned model, in any form read by `returned.outputs`.
 
-    Returns (largest difference, largest number of `expected`). The difference is infinite if shapes differ, or tensors
-    of whole numbers or truth values, or numbers of Python. A number more than FAR times the largest number that differs
-    is not taken as the largest: the -1e9 of a mask says nothing about rounding. Raises EqualityError if `expected` has
-    no finite number.
+    Returns (largest difference, largest number of `expected`).
+
+    The difference is infinite if shapes differ, or tensors of whole numbers or truth values, or numbers of Python.
+
+    The largest number tells how much rounding is allowed, so only computed numbers may count: the -1e9 of a mask, the
+    same in both outputs, would hide a wrong cut. Computed numbers differ by rounding, and a number of more than FAR
+    times the largest number that differs is taken for a mask's.
+
+    Raises EqualityError if `expected` has no finite number.
     """
     shapes_expected = [x.shape for x in outputs(expected)]
     shapes_of_results = [x.shape for x in outputs(results)]
@@ -261,7 +268,8 @@ def difference(expected: Any, results: Any) -> tuple[float, float]:
     if not any(a.isfinite().any() for a, _ in exact + rounded):
         raise EqualityError(f"The dense model's output has no finite number to compare: {_ANOTHER}")
 
-    error = 0.0 if all(torch.equal(a, b) for a, b in exact) else math.inf
+    exact_are_equal = all(torch.equal(a, b) for a, b in exact)
+    error = 0.0 if exact_are_equal else math.inf
     largest_differing = 0.0  # the largest number of `expected` that a result differs from
     for a, b in rounded:
         differs = a != b
@@ -280,7 +288,7 @@ def _largest_difference(a: Tensor, b: Tensor) -> float:
 
 
 def _largest(x: Tensor, limit: float = math.inf) -> float:
-    """Return the largest finite |x| that is not above `limit`; 0 if there is none."""
+    """Return the largest finite |x| up to `limit`; 0 if all numbers are larger or not finite."""
     sizes = x.double().abs()
     counted = sizes[sizes.isfinite() & (sizes <= limit)]
     return float(counted.max()) if len(counted) else 0.0
@@ -301,7 +309,8 @@ def _real(x: Tensor) -> Tensor:
 
 def _in_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of `x`, in `dtype` if `x` is of floating-point numbers."""
-    return x.detach().to(dtype if x.is_floating_point() else x.dtype, copy=True)
+    dtype = dtype if x.is_floating_point() else x.dtype
+    return x.detach().to(dtype, copy=True)
 
 
 def _copies(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -319,13 +328,13 @@ def _add_noise_(
     tensors: dict[str, Tensor],
     shapes: Mapping[str, torch.Size],
     record: Record,
-    kept: Mapping[str, Mapping[int, Tensor]],
+    keep: Mapping[str, Mapping[int, Tensor]],
     noise: float,
 ) -> None:
     """Add normal noise to every parameter, the same in the dense and in the pruned model; buffers are left alone.
 
     tensors: {name: tensor}, changed in place. shapes: of the dense model's parameters.
-    kept: {parameter: {dimension: indices that stay}}, empty for the dense model.
+    keep: {parameter: {dimension: kept indices}}, empty for the dense model.
     noise: standard deviation.
     """
     generator = torch.Generator()
@@ -334,14 +343,15 @@ def _add_noise_(
             continue
         first_name = record.first(name)  # parameters that share memory get the same noise
         generator.manual_seed(zlib.crc32(first_name.encode()))
-        x = torch.randn(shape, generator=generator, dtype=tensors[name].dtype).mul_(noise)
-        for dim, indices in kept.get(name, {}).items():
+        x = torch.randn(shape, generator=generator, dtype=tensors[name].dtype)
+        x.mul_(noise)
+        for dim, indices in keep.get(name, {}).items():
             x = x.index_select(dim, indices)
         tensors[name] += x.to(tensors[name].device)
 
 
 def _blind_(tensors: dict[str, Tensor], record: Record, gone: np.ndarray) -> None:
-    """Set the columns of the dense model's weights that read what is gone to zero.
+    """Set the columns of the dense model's weights that read removed channels to zero.
 
     tensors: {name: tensor}, changed in place. gone: [labels] bool.
     """
@@ -364,7 +374,7 @@ def _labels(axis: Axis) -> slice:
 
 
 def _indices(mask: np.ndarray) -> Tensor:
-    """Return the indices at which a mask [n] is True, int64."""
+    """Return the indices of the True entries of a mask [n], int64."""
     return torch.from_numpy(mask.nonzero()[0])
 
 
@@ -372,7 +382,7 @@ def _indices(mask: np.ndarray) -> Tensor:
 
 
 class _Norm(NamedTuple):
-    """A norm that is taken over fewer entries: where its results belong among zeros."""
+    """A norm over the remaining entries, and the place of the normalised values among zeros."""
 
     zeros: Tensor  # of the shape of the norm's input
     dim: int
@@ -380,10 +390,12 @@ class _Norm(NamedTuple):
 
 
 class _Restricting(TorchDispatchMode):
-    """Takes statistics over pruned channels over the channels that stay, while a model runs.
+    """A mode in which statistics over pruned channels are taken over the remaining channels only.
 
-    restricted: the statistics of the trace. gone: [labels] bool. stack: the names of the modules that are running,
-    the innermost last. precision: if it widens, types narrower than its dtype are replaced by the dtype.
+    restricted: the statistics in the trace.
+    gone: [labels] bool, True for removed labels.
+    stack: names of the running modules, the innermost last.
+    precision: if `widens`, narrower types are replaced by the precision's dtype.
 
     `narrows` tells afterwards whether the pass cast a tensor to a narrower type.
     """
@@ -412,10 +424,11 @@ class _Restricting(TorchDispatchMode):
         place = (name, self._stack[-1])
         number = self._calls[place]
         self._calls[place] += 1
-        return self._restricted_call(func, args, kwargs, self._statistics.get((*place, number), ()))
+        statistics = self._statistics.get((*place, number), ())
+        return self._restricted_call(func, args, kwargs, statistics)
 
     def _widened(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Note a cast to a type narrower than the precision's, and return the arguments with that type widened."""
+        """Note a cast to a type narrower than the precision's, and return the arguments with a widened type."""
         dtype = self._precision.dtype
         requested = kwargs.get("dtype") or dtype
         is_narrow = requested.is_floating_point and requested.itemsize < dtype.itemsize
@@ -432,7 +445,7 @@ class _Restricting(TorchDispatchMode):
         kwargs: Mapping[str, Any],
         statistics: Sequence[tuple[Restricted, np.ndarray]],
     ) -> Any:
-        """Call an operator over the entries that stay; a norm's result gets zeros in the place of the others."""
+        """Call an operator over the remaining entries; the result of a norm gets zeros for the removed entries."""
         name = name_of(func)
         args = list(args)
         norms: list[_Norm] = []
@@ -462,9 +475,9 @@ class _Restricting(TorchDispatchMode):
 
 
 def _shrink_norm_(name: str, args: list[Any], dim: int, stays: Tensor) -> None:
-    """Reduce a norm's arguments after the first to the entries that stay in dimension `dim` of its input args[0].
+    """Reduce the arguments of a norm after the first to the remaining entries of dimension `dim` of the input args[0].
 
-    name: of the operator; the arguments are those of its ATen schema. stays: indices.
+    name: of the operator. args: in the order of the ATen schema, changed in place. stays: indices of those entries.
     """
     if name == "native_layer_norm":  # input, normalized_shape, weight, bias, eps
         shape = list(args[1])

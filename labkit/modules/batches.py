@@ -1,7 +1,7 @@
-"""Read a batch, whatever form it has: the model's arguments, the labels, and the tokens that are no padding.
+"""Read batches of any form: the model's arguments, the labels, and the tokens without padding.
 
-A batch is what a model is called with: a tensor, a tuple (inputs, labels) as a DataLoader gives it, or the dict of a
-tokenizer. The functions of labkit that take `batches` take an iterable of batches in any of these forms:
+A batch is a tensor, a tuple (inputs, labels) of a DataLoader, or the dict of a tokenizer. An argument `batches`, in all
+of labkit, is an iterable of batches of any form:
 
 >>> import torch
 >>> from labkit import batches
@@ -16,27 +16,25 @@ tokenizer. The functions of labkit that take `batches` take an iterable of batch
 ...     model(*args, **kwargs).shape
 torch.Size([8, 3])
 
-No tensor is moved to another device. The loss of a batch is in `losses`; training is in `labkit.training`.
+No tensor is moved to a different device. The loss of a batch is in `losses`; training is in `labkit.training`.
 """
 
 import inspect
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_module, check_tensor
+from labkit.arguments import check_tensor
 from labkit.errors import InputError, check_whole
+from labkit.modules.evaluating import evaluating
 from labkit.modules.hooks import watching
 
 __all__ = [
     "IGNORED",
     "check_batches",
-    "evaluating",
+    "evaluating",  # for whoever reads batches needs it beside them
     "inputs",
     "is_encoder_decoder",
     "labelled",
@@ -45,40 +43,10 @@ __all__ = [
     "segments",
     "split",
     "valid_tokens",
-    "watching",  # lessons call it `labkit.batches.watching`
+    "watching",  # `labkit.batches.watching` in lessons
 ]
 
 IGNORED = -100  # the label that cross-entropy leaves out
-
-
-@contextmanager
-def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Put every submodule of `model` into eval mode for the `with` block.
-
-    Afterwards the training flags and the random states of torch, numpy and Python are as before, errors or not.
-
-    seed: set torch's generators to the seed inside; None leaves the generators where they are.
-    """
-    check_module(model)
-    modes = [(module, module.training) for module in model.modules()]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            for module, training in modes:
-                module.training = training
-
 
 # --- a single batch ---------------------------------------------------------------------------------------------------
 
@@ -106,7 +74,7 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
 
 
 def _keyword_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the items of a dict that `forward` takes; `labels` are left out if `forward` takes none."""
+    """Return the items of a dict; `labels` only if `forward` has such a parameter."""
     takes_labels = _takes_labels(model, batch)
     return {name: value for name, value in batch.items() if takes_labels or name != "labels"}
 
@@ -190,7 +158,7 @@ def _takes_labels(model: nn.Module, batch: Any) -> bool:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Tell whether the config of a transformers model describes an encoder-decoder such as T5."""
+    """Tell whether the config of a transformers model describes an encoder-decoder, like T5."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
@@ -229,11 +197,11 @@ def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tenso
 
 
 def check_batches(batches: Iterable | None, criterion: str) -> Iterable:
-    """Return `batches` if it can be an iterable of batches.
+    """Return `batches`, an iterable of batches.
 
-    criterion: the name of the criterion that needs data, for the error.
+    criterion: the name of a criterion in need of data, for the error.
 
-    Raises InputError for None, a single batch, or anything else that is no iterable of batches.
+    Raises InputError for None, a single batch, or an object without iteration.
     """
     if batches is None:
         raise InputError(
@@ -248,7 +216,7 @@ def check_batches(batches: Iterable | None, criterion: str) -> Iterable:
 
 
 def not_empty(batches: Iterable) -> Iterator:
-    """Yield the batches, holding none of them in memory; raise InputError at the end if there was no batch."""
+    """Yield the batches without keeping a batch in memory; raise InputError at the end of an empty iterable."""
     empty = True
     for batch in batches:
         empty = False

@@ -1,7 +1,7 @@
-"""Walk through a model block by block: run a block by itself, skip blocks, and sum up what each block's layers read.
+"""Walk through a model block by block: run a single block, skip blocks, and sum over the inputs of a block's layers.
 
-SparseGPT (Frantar & Alistarh 2023) and GPTQ (Frantar et al. 2022) work in this order: they change a block, run the
-changed block, and change the next block by the inputs that it now gets. No weight is changed here.
+SparseGPT (Frantar & Alistarh 2023) and GPTQ (Frantar et al. 2022) change a block, run the changed block, and change the
+next block by the inputs from the changed block. The walk changes no weight.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,15 +25,15 @@ from labkit.modules.weights import Weight
 def walk(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence
 ) -> Iterator[tuple[nn.Module, Callable[[], list]]]:
-    """Yield (block, run) for each block in order; run() returns the block's outputs, one for each batch.
+    """Yield (block, run) for each block in order; run() returns the outputs of the block, an output for each batch.
 
-    blocks: in the order in which they run (`stacks.blocks_of`). If there are none, or if a block does not read the
-        tensor that the block before it gives, the whole model is taken as the only block.
+    blocks: in running order (`stacks.blocks_of`). The whole model is taken as the only block if `blocks` is empty, or
+        if a block does not read the output of the block before.
     batches: in any of the forms of `batches.split`.
 
-    A run calls the whole model, so that masks and positions are the model's own; earlier blocks return the outputs of
-    their last run without computing them, and the call ends after the block. Change the block before the next is asked
-    for, and the next reads what the changed block gives.
+    A run calls the whole model, with the model's own masks and positions. Earlier blocks return the outputs of the last
+    run without computing, and the call ends after the block. Change a block before asking for the next block, and the
+    next block reads the outputs of the changed block.
     """
     if not blocks or not _is_chain(model, blocks, batches[0]):
         yield model, lambda: [_call(model, batch) for batch in batches]
@@ -54,16 +54,16 @@ def inputs_by_block(
     *,
     progress: str = "",
 ) -> Iterator[tuple[dict[str, Weight], dict[str, Tensor]]]:
-    """Yield ({name: weight}, {name: statistic}) for each block that holds some of the weights, in order.
+    """Yield ({name: weight}, {name: statistic}) for each block with some of the weights, in order.
 
     weights: {name: weight} to be visited.
-    statistic: statistic(layer, input) of a call, summed over all calls of the layer, such as `hessians.hessian`.
+    statistic: statistic(layer, input) of a call, summed over all calls of the layer, for example `hessians.hessian`.
     batches: in any of the forms of `batches.split`.
-    progress: a label for a progress bar; "" shows none.
+    progress: a label for a progress bar; "" shows no bar.
 
-    The caller changes a block's weights before it asks for the next block, whose inputs then come from the changed
-    weights. The statistics of one block and the hidden states of all batches are in memory. To be called without
-    gradients and in eval mode. Raises InputError for a weight whose layer the batches do not reach.
+    The caller changes the weights of a block before asking for the next block; then the inputs of the next block come
+    from the changed weights. The statistics of a single block and the hidden states of all batches are in memory. To be
+    called without gradients and in eval mode. Raises InputError for a weight in a layer not reached by the batches.
     """
     blocks = blocks_of(model)
     pending = set(weights)
@@ -94,7 +94,7 @@ class _Stop(Exception):
 def _run_block(
     model: nn.Module, earlier: Sequence[nn.Module], block: nn.Module, pairs: Iterable[tuple[Any, Any]]
 ) -> list:
-    """Return the block's output for each (batch, output of the block before it)."""
+    """Return the block's output for each (batch, output of the block before)."""
     outputs = []
 
     def stop(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -109,7 +109,7 @@ def _run_block(
 
 
 def _is_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: Any) -> bool:
-    """Tell whether the blocks run once each and in order, and each reads the tensor that the block before it gives."""
+    """Tell whether the blocks run once each and in order, and each block reads the output of the block before."""
     started = 0
     in_a_chain = True
     previous: Tensor | None = None  # output of the block before
@@ -138,7 +138,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def skipping(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the blocks pass their input on unchanged, as long as the `with` block runs."""
+    """Let the blocks return the input unchanged, as long as the `with` block runs."""
 
     def pass_on(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
         states = first_tensor(args, kwargs)
@@ -150,7 +150,7 @@ def skipping(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def resuming(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let the first len(outputs) blocks return these outputs without computing, as long as the `with` block runs."""
+    """Let the first len(outputs) blocks return `outputs` without computing, as long as the `with` block runs."""
     resumed = blocks[: len(outputs)]
     overridden = [vars(block).get("forward") for block in resumed]  # None for the method of the class
     for block, output in zip(resumed, outputs, strict=True):
@@ -181,10 +181,10 @@ def loss_increases(
 ) -> Tensor:
     """Measure how much the mean loss per term (`losses.summed_loss`) grows inside each change.
 
-    blocks: the model's blocks, in the order in which they run.
-    changes: (number of first blocks that the change leaves as they are, the change as a context manager); for each
-        batch the model runs from those blocks on.
-    batches: read once, one at a time.
+    blocks: the model's blocks, in running order.
+    changes: (number of first blocks without a change, the change as a context manager); for each batch the unchanged
+        first blocks are not run again.
+    batches: read once, a batch at a time.
     loss_fn: loss_fn(output, target), or None: see `losses.summed_loss`.
 
     Returns [changes] float64 on the CPU.
@@ -205,7 +205,7 @@ def loss_increases(
 def _dense_loss(
     model: nn.Module, blocks: Sequence[nn.Module], batch: Any, loss_fn: Callable | None
 ) -> tuple[Tensor, list[Any], int]:
-    """Return (summed loss, what each block gives, number of terms) of the unchanged model."""
+    """Return (summed loss, output of each block, number of terms) of the unchanged model."""
     outputs: list[Any] = []
 
     def remember(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:

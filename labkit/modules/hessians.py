@@ -1,7 +1,7 @@
-"""Sums over the inputs of layers, such as squares or X^T X, and a factor of the inverse of X^T X.
+"""Sums over the inputs of layers, for example squares or X^T X, and a factor of the inverse of X^T X.
 
-SparseGPT, GPTQ, AWQ and Wanda are built on these sums. `watched` collects a sum while the model runs; the caller says
-in which model, for which layers and when.
+SparseGPT, GPTQ, AWQ and Wanda are built on such sums. `watched` collects a sum while the model runs; the caller chooses
+the model, the layers and the batches.
 """
 
 import warnings
@@ -22,11 +22,13 @@ TRIES = 6  # of a damping ten times the one before
 SMALL = 96  # size up to which a triangle is inverted by one call
 
 Statistic = Callable[[nn.Module, Tensor], Tensor]  # statistic(layer, input) of one call, to be summed over calls
+Sum = tuple[Tensor, int | Tensor]  # (sum of a statistic, number of input vectors)
 
 
 def wide(x: Tensor) -> Tensor:
     """Return `x` without its graph, in float32 or wider."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.detach().to(dtype)
 
 
 # --- sums over a layer's inputs ---------------------------------------------------------------------------------------
@@ -62,9 +64,9 @@ def sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
     layer: a Linear, a convolution, or a module with a weight of the same use. x: input of the layer.
     """
     patches = _patches(layer, x)
-    outer_dims = tuple(range(patches.dim() - _inner_dims(layer)))
+    outer = patches.dim() - _inner_dims(layer)
     groups = getattr(layer, "groups", 1)
-    return patches.sum(outer_dims).reshape(groups, -1)
+    return patches.sum(tuple(range(outer))).reshape(groups, -1)
 
 
 def squares(layer: nn.Module, x: Tensor) -> Tensor:
@@ -79,12 +81,13 @@ def hessian(layer: nn.Module, x: Tensor) -> Tensor:
     outer = patches.dim() - _inner_dims(layer)
     count = patches.shape[:outer].numel()
     width = patches.shape[outer:].numel() // groups
-    rows = patches.reshape(count, groups, width).transpose(0, 1)  # [groups, count, in]
+    rows = patches.reshape(count, groups, width)
+    rows = rows.transpose(0, 1)  # [groups, count, in]
     return 2 * rows.transpose(1, 2) @ rows
 
 
 @contextmanager
-def watched(weights: Iterable[Weight], statistic: Statistic) -> Iterator[dict[str, tuple[Tensor, int | Tensor]]]:
+def watched(weights: Iterable[Weight], statistic: Statistic) -> Iterator[dict[str, Sum]]:
     """Sum a statistic over the inputs of the weights' layers, in all calls made inside the `with` block.
 
     weights: nn.MultiheadAttention's are left out, since the module has three inputs.
@@ -110,7 +113,7 @@ class _InputSums:
     """The statistic of each weight's inputs so far, and the number of input vectors."""
 
     def __init__(self, weights: list[Weight], statistic: Statistic) -> None:
-        self.by_name: dict[str, tuple[Tensor, int | Tensor]] = {}
+        self.by_name: dict[str, Sum] = {}
         self._weights = weights
         self._statistic = statistic
         self._latest: tuple[Tensor, int, Tensor] | None = None  # input of a Linear, its version, its statistic
@@ -130,8 +133,10 @@ class _InputSums:
     def _of_layer(self, weight: Weight, x: Tensor) -> tuple[Tensor, int]:
         """Return (statistic of the input x, number of vectors in x)."""
         layer = weight.module
-        width = weight.as_rows(weight.parameter).shape[1] * getattr(layer, "groups", 1)
-        return self._shared_statistic(layer, x), _patches(layer, x).numel() // width
+        term = self._shared_statistic(layer, x)
+        groups = getattr(layer, "groups", 1)
+        vector_length = weight.as_rows(weight.parameter).shape[1] * groups
+        return term, _patches(layer, x).numel() // vector_length
 
     def _shared_statistic(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return the statistic of x, computed once if Linear layers read the same unchanged tensor in turn."""
@@ -141,15 +146,17 @@ class _InputSums:
             latest_x, version, latest_statistic = self._latest
             if latest_x is x and version == x._version:
                 return latest_statistic
-        self._latest = (x, x._version, self._statistic(layer, wide(x)))
-        return self._latest[2]
+        statistic = self._statistic(layer, wide(x))
+        self._latest = (x, x._version, statistic)
+        return statistic
 
     def _of_experts(self, weight: Weight, x: Tensor, routed: Tensor) -> tuple[Tensor, Tensor]:
         """Return (statistic [experts, ...], number of vectors [experts, 1])."""
         inputs = expert_inputs(weight, x, routed)
-        term = torch.cat([self._statistic(weight.module, wide(tokens)) for tokens in inputs])
-        counts = torch.tensor([[len(tokens)] for tokens in inputs], device=term.device)
-        return term, counts
+        terms = [self._statistic(weight.module, wide(tokens)) for tokens in inputs]
+        term = torch.cat(terms)
+        counts = [[len(tokens)] for tokens in inputs]
+        return term, torch.tensor(counts, device=term.device)
 
 
 def expert_inputs(weight: Weight, x: Tensor, routed: Tensor) -> list[Tensor]:
@@ -171,7 +178,9 @@ def expert_inputs(weight: Weight, x: Tensor, routed: Tensor) -> list[Tensor]:
     # the last matrix reads the activation of the first
     name = "gate_up_proj" if layer.has_gate else "up_proj"
     activation = layer._apply_gate if layer.has_gate else layer.act_fn
-    biases = getattr(layer, f"{name}_bias") if layer.has_bias else [None] * weight.experts
+    biases = [None] * weight.experts
+    if layer.has_bias:
+        biases = getattr(layer, f"{name}_bias")
     matrices = getattr(layer, name)
     if layer.is_transposed:
         matrices = matrices.mT
@@ -205,7 +214,8 @@ def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Statist
 def check_layer(weight: Tensor, hessian: Tensor) -> None:
     """Raise InputError unless weight [out, in] and hessian [in, in] are finite and fit together."""
     is_matrix = weight.dim() == 2 and weight.is_floating_point()
-    if not is_matrix or hessian.shape != (weight.shape[1], weight.shape[1]):
+    inputs = weight.shape[1] if is_matrix else 0
+    if not is_matrix or hessian.shape != (inputs, inputs):
         raise InputError(
             f"weight is {list(weight.shape)} and hessian {list(hessian.shape)}, but they must be [out, in] and "
             "[in, in]: X^T X of the layer's inputs X [N, in]."
@@ -257,5 +267,6 @@ def _inverse(upper: Tensor) -> Tensor:
     inverse = torch.zeros_like(upper)
     inverse[:half, :half] = first
     inverse[half:, half:] = last
-    inverse[:half, half:] = first @ upper[:half, half:] @ -last
+    corner = upper[:half, half:]
+    inverse[:half, half:] = first @ corner @ -last
     return inverse

@@ -1,8 +1,8 @@
-"""Watch the modules of a model while it runs, and change what they read or give: one manager of torch's hooks.
+"""Watch the modules of a model in a forward pass, or change the inputs and outputs: the manager of torch's hooks.
 
-`forward_hooks` registers a hook on several modules and removes all of them at the end of its `with` block, whether or
-not an error is raised inside. `watching` and `reading` are built on it, as are the walk over blocks (`blocks`) and the
-sums over a layer's inputs (`hessians`).
+`forward_hooks` registers a hook on several modules, and removes the hook at the end of the `with` block, errors or not.
+`watching` and `reading` are built on `forward_hooks`, as are the walk over blocks (`blocks`) and the sums over a
+layer's inputs (`hessians`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ from labkit.errors import InputError
 def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any], *, before: bool = False) -> Iterator[None]:
     """Call `hook` at every forward pass of the modules, as long as the `with` block runs.
 
-    modules: the modules, which may contain one module several times.
-    hook: after a forward pass, hook(number, args, kwargs, output), where `number` is the module's place in `modules`;
-        a result that is not None replaces the output.
-    before: call hook(number, args, kwargs) ahead of the forward pass instead; a result (args, kwargs) that is not None
-        replaces the arguments.
+    modules: the same module may be listed several times.
+    hook: called after a forward pass as hook(number, args, kwargs, output), with the module's index in `modules` as
+        the number. A result other than None replaces the output.
+    before: call hook(number, args, kwargs) ahead of the forward pass instead. A result (args, kwargs) replaces the
+        arguments.
     """
 
     def call(number: int, _: nn.Module, *values: Any) -> Any:
@@ -41,8 +41,8 @@ def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any], *, bef
 def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call look(name, input, result) after every forward pass of the named modules, as long as the `with` block runs.
 
-    names: of modules that are called with a single tensor, as `model.named_modules()` gives them.
-    look: gets the module's name, the tensor that the module was called with, and the result.
+    names: of modules called with a single tensor, from `model.named_modules()`.
+    look: gets the module's name, the input tensor and the result.
 
     Raises InputError for a name without a module.
     """
@@ -67,9 +67,8 @@ def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor
 def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """Call act(number, input) before every forward pass of the named modules, as long as the `with` block runs.
 
-    names: of modules whose first positional argument is a tensor.
-    act: gets the place of the module in `names` and the tensor that the module reads; a tensor as the result takes the
-        place of the input.
+    names: of modules with a tensor as the first positional argument.
+    act: gets the module's index in `names` and the input tensor. A tensor as the result replaces the input.
     """
 
     def hook(number: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -83,7 +82,7 @@ def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor],
 
 
 def first_tensor(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first tensor among the arguments of a call: the hidden states [B, T, width] that a block reads."""
+    """Return the first tensor among the arguments of a call: the hidden states [B, T, width] read by a block."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             return value

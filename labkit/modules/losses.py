@@ -60,14 +60,14 @@ def _description(value: Any) -> str:
 
 
 def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tuple[Tensor, int]:
-    """Return (the loss summed over the terms of a batch, the number of terms), which add up over batches of any size.
+    """Return (loss summed over the terms of a batch, number of terms), to be added up over batches of any size.
 
     A term is a predicted token if the labels are token ids, else an example; padding is no term.
 
     loss_fn: loss_fn(output, target), taken to be a mean over the examples; None takes the labels of the batch, and a
-        decoder without labels predicts its input tokens.
+        decoder without labels predicts the input tokens.
 
-    The loss of a decoder is computed here, in float32 or wider, since models compute theirs in float32 at most.
+    The loss of a decoder is computed in float32 or wider; the model's own loss would be in float32 at most.
     """
     if loss_fn is None:
         batch = labelled(model, batch)
@@ -89,7 +89,7 @@ def _next_token_loss(model: nn.Module, named: Mapping[str, Any], labels: Tensor)
 
 
 def _count_terms(named: Mapping[str, Any], labels: Any) -> int:
-    """Count the labels that are token ids and not IGNORED; the examples if there are no such labels."""
+    """Count the labels other than IGNORED if the labels are token ids, else the examples."""
     if isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
         return int((labels != IGNORED).sum())
     first_argument = next(iter(named.values()))

@@ -1,4 +1,4 @@
-"""Put another module into a model in the place of a module."""
+"""Replace a module of a model."""
 
 from torch import nn
 
@@ -6,8 +6,8 @@ from torch import nn
 def replace_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """Put `new` into `model` wherever the module `name` is registered, and return the model.
 
-    name: as `model.named_modules()` gives it; "" is the model itself, and then `new` is returned.
-    new: may contain the module that it replaces. Its training flags stay as they are.
+    name: from `model.named_modules()`; for "", the model, `new` is returned.
+    new: may contain the replaced module. The training flags of `new` stay unchanged.
     """
     old = model.get_submodule(name)
     if old is model:

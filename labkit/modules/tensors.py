@@ -1,4 +1,4 @@
-"""Find the dense tensors in which sparse and wrapped tensors hold their data."""
+"""Find the dense tensors that hold the data of sparse and wrapped tensors."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from labkit.errors import InputError
 def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the dense tensors that hold the data of `tensors`.
 
-    A dense tensor holds its own data, a sparse tensor keeps several `components`, and a wrapper subclass keeps inner
-    tensors, which may be sparse or wrapped in turn.
+    A dense tensor is returned as is, a sparse tensor as several `components`, and a wrapper subclass as the dense parts
+    of the inner tensors, sparse or wrapped in turn.
     """
     parts: list[Tensor] = []
     for t in tensors:
@@ -29,7 +29,7 @@ def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def components(t: Tensor) -> list[Tensor]:
-    """Return the dense tensors that a sparse tensor stores, its values last; raise InputError for other layouts."""
+    """Return the dense tensors stored by a sparse tensor, the values last; raise InputError for dense layouts."""
     if t.layout is torch.sparse_coo:
         return [t._indices(), t._values()]
     if t.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -1,4 +1,4 @@
-"""List the prunable weights of a model, each with the module it belongs to, and look up parts of a model by name."""
+"""List the prunable weights of a model, each with the owning module, and look up parts of a model by name."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # the matrices of a mixture'
 
 @dataclass(frozen=True)
 class Weight:
-    """A prunable parameter and the module that holds it.
+    """A prunable parameter and the owning module.
 
     name: the key in `state_dict()`. module, attribute: the parameter is `module.<attribute>`.
     transposed: the parameter is stored [in, out], as in transformers' Conv1D and gpt-oss's experts.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from labkit.errors import InputError, check_choice
-from labkit.modules.batches import evaluating
+from labkit.modules.evaluating import evaluating
 from labkit.modules.tensors import dense_parts
 from labkit.quantization.affine import Quantized
 from labkit.quantization.formats import Encoded

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from labkit.arguments import check_module
 from labkit.errors import InputError
-from labkit.modules.batches import evaluating
+from labkit.modules.evaluating import evaluating
 from labkit.modules.stacks import is_linear, stacks
 from labkit.modules.tensors import components, dense_parts
 from labkit.modules.undisturbed import undisturbed
