@@ -1,9 +1,9 @@
 """Exact rewrites: the same function from other weights, which are easier to round.
 
-A channel may be scaled by s > 0 where a layer makes it and by 1 / s where layers read it, if all operators between let
-a scale pass: relu(s x) = s relu(x). `graph.dataflow` tells from a trace which layers feed which, and through which
-operators. Every rewrite is made on a copy in float64 first and compared with the model; only then are the weights
-rounded to their own dtype, once. No function here knows a number of bits.
+A layer may scale a channel by s > 0 if the readers scale the channel by 1 / s and all operators between let a scale
+pass: relu(s x) = s relu(x). `graph.dataflow` finds readers and operators in a trace. Every rewrite is made on a copy in
+float64 first and compared with the model; only then are weights rounded to the model's dtype, once. No function in this
+file knows a number of bits.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ SWEEPS, STILL = 100, 1e-4  # of equalization over all pairs; log s from which on
 
 
 class Site(NamedTuple):
-    """Channels that can be scaled: the operation that makes them, and the layers that read them."""
+    """Channels that can be scaled: the operation that makes the channels, and the route to the readers."""
 
     source: Source
     route: Route
 
 
 class Smoothed(nn.Module):
-    """A Linear whose input is divided by a vector first, for inputs that no layer before can divide.
+    """A Linear with an input divided by a vector first, for inputs that no layer before can divide.
 
-    layer: the Linear, its columns multiplied by `divisor` [in]. The division costs a multiplication an input at run
-    time, unless the next rounding of the input does it in passing.
+    layer: the Linear, with columns multiplied by `divisor` [in]. The division costs a multiplication an input at run
+    time, unless the next rounding of the input divides in passing.
     """
 
     def __init__(self, layer: nn.Linear, divisor: Tensor) -> None:
@@ -111,7 +111,7 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
     flattening, products with other values. A channel that is never made or never read stays.
 
     Raises InputError for a layer that is clipped above (ReLU6): s x would be clipped at 6, not at 6 s, and the function
-    would be another; and for a model without a pair.
+    would change; and for a model without a pair.
     """
     model = fold_batch_norm(model, args)
     args, kwargs = _call(args)
@@ -164,12 +164,13 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
 
     SmoothQuant, Xiao et al. 2023 (arXiv:2211.10438), equation 4: channel j of the input is divided, and column j of the
     weight multiplied, by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), with the maxima over all valid tokens of
-    `batches` and over all Linears that read the channel. The operation that makes the channel takes the division over:
-    LayerNorm or RMSNorm, or a Linear (up_proj before down_proj). If a norm's output is also read by something else,
-    such as the shortcut of BERT's post-norm blocks, the Linears become `Smoothed`, which divide when they are called.
-    Linears with another input (attention's output, GELU's) stay.
+    `batches` and over all Linears behind the channel. The operation before takes the division over: LayerNorm or
+    RMSNorm, or a Linear (up_proj before down_proj). If a norm's output has more readers, as the shortcut of BERT's
+    post-norm blocks, the Linears become `Smoothed` and divide at every call. Linears with a different input
+    (attention's output, GELU's) stay.
 
-    Raises InputError for another alpha, for batches that are empty or make NaN, and for a model without such a Linear.
+    Raises InputError for an alpha out of range, for batches that are empty or make NaN, and for a model without a
+    Linear to smooth.
     """
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise InputError(
@@ -244,7 +245,7 @@ def scale_sites(model: nn.Module, graph: Dataflow) -> list[Site]:
 
 @torch.no_grad()
 def rescale_(model: nn.Module, source: Source, route: Route, s: Tensor) -> None:
-    """Divide the operation that makes the channels by s [channels] and multiply the columns that read them by s."""
+    """Divide the channels of a source by s [channels], and multiply the columns of all readers by s."""
     with _in_float64(model, [Site(source, route)]) as parameters:
         _scale_(parameters, source, _columns(parameters, model, route), s.double())
 
@@ -285,7 +286,7 @@ def _largest_by_channel(columns: Sequence[Tensor]) -> Tensor:
 
 
 def _scale_(parameters: Mapping[str, Tensor], source: Source, columns: Sequence[Tensor], s: Tensor) -> None:
-    """Divide the parameters that make the channels by s [channels], and multiply the columns that read them."""
+    """Divide the parameters of a source by s [channels], and multiply the columns of all readers by s."""
     for name in source.names:
         parameters[name].copy_(_by_row(parameters[name], 1 / s))
     for view in columns:

@@ -1,8 +1,8 @@
-"""REAL int8: convert a simulated model into a model whose kernels read integers, and prove the conversion.
+"""REAL int8: convert a simulated model into a model of integer kernels, and prove the conversion.
 
-`ptq` decides what is rounded where; here it is the same, code by code. `integer_kernels` has torch's products and the
-probe that refuses the wrong ones, `integer_layers` the layers, `integer_graph` the graph in which codes are handed on.
-CPU only.
+`ptq` decides where values are rounded; the converted model rounds the same values, code by code. `integer_kernels` has
+torch's products and the probe that refuses wrong products, `integer_layers` the layers, `integer_graph` the graph in
+which codes are handed on. CPU only.
 """
 
 import contextlib
@@ -38,17 +38,17 @@ __all__ = [
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """REAL: return a model whose kernels read integers, made from a SIMULATED model of `ptq`, `qat` or `weight_only`.
+    """REAL: return a model of integer kernels, made from a SIMULATED model of `ptq`, `qat` or `weight_only`.
 
-    model: with `FakeQuantized` layers, which the result equals code by code; or with `WeightOnlyLinear`s, which become
-        `PackedLinear`s and differ by roundings to bfloat16. The model is left as it was. If it is a graph
-        (`Calibrated.plan.traced`), codes are handed from layer to layer: if all readers of a value quantize it on the
-        same grid, the layer gives codes of this grid, ReLU is the clip at the zero point, and a sum is added up before
-        codes are rounded. Elsewhere, and in other models, every layer takes float32 and gives float32.
+    model: with `FakeQuantized` layers, to be equalled code by code; or with `WeightOnlyLinear`s, to become
+        `PackedLinear`s and to differ by roundings to bfloat16. The model is left as before. In a graph
+        (`Calibrated.plan.traced`), codes are handed from layer to layer: if all readers quantize a value on the same
+        grid, the layer gives codes of the grid, ReLU is the clip at the zero point, and a sum is added up before codes
+        are rounded. Elsewhere, and in models without a graph, every layer takes float32 and gives float32.
 
-    Codes are those of exact arithmetic but next to a rounding tie, where the float32 of the kernel may fall on the
-    other side. Raises InputError without quantized layers, for weights that no kernel takes, and if the kernels of this
-    machine do not pass `probe`.
+    Codes equal the codes of exact arithmetic but next to a rounding tie, where the float32 of the kernel may round up
+    instead of down. Raises InputError without quantized layers, for weights that no kernel takes, and if the kernels of
+    the machine do not pass `probe`.
     """
     calls.check_model(model)
     quantized = FakeQuantized | WeightOnlyLinear
@@ -80,7 +80,7 @@ def _check_convertible(name: str, layer: FakeQuantized | WeightOnlyLinear) -> No
 
 
 def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
-    """REAL: return a copy of `model` whose Linears are int8 and quantize their inputs as these come.
+    """REAL: return a copy of `model` with int8 Linears that quantize inputs at every call.
 
     weights: bits, 2 to 8, with a scale for each output channel. Activations have 8 bits, see `Int8Linear`, and need no
         calibration.
@@ -112,14 +112,12 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
 
     model: from `convert`. batch: what the model is called with.
 
-    Returns a row for each call of a layer:
-    "layer": the name.
-    "codes": number of codes that the layer hands on; 0 for a layer that gives float32.
-    "different": number of codes that differ from one rounding in float64; for float32 results, of numbers that are
-        further off than their roundings.
-    "ties": number of values so near to the middle between two codes that float32 may round to either.
-    "wrong": number of different codes that are not at a tie or are more than one code off. The layer is proved if this
-        is 0; the other counts are reported, not tolerated.
+    Returns a row for each call of a layer, with the name "layer" and four counts:
+    "codes": codes handed on; 0 for a layer with results in float32.
+    "different": codes unequal to a single rounding in float64; for float32, numbers further off than by roundings.
+    "ties": values so near to the middle between two codes that float32 may round up or down.
+    "wrong": different codes that are not at a tie or are off by more than 1. The layer is proved if "wrong" is 0; the
+        rest is reported, not tolerated.
     Layers that quantize as they go (dynamic) are left out. Raises InputError for a model without integer layers, for a
     batch with NaN or infinity, and for a batch without a number to compare a layer on.
     """

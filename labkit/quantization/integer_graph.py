@@ -1,8 +1,8 @@
 """Rewrite the graph of a simulated model into a graph of integer layers that hand codes from layer to layer.
 
-Two passes. `CodePlan` goes from the outputs to the inputs and decides on which grid each value is handed on: on the
-grid on which all its readers quantize it, if they agree and if what computes the value can give codes. `Lowering` goes
-from the inputs to the outputs and builds the new graph.
+Two passes. `CodePlan` goes from the outputs to the inputs and decides on which grid each value is handed on: if all
+readers quantize the value on the same grid, and if the operation before can give codes, on the grid of the readers.
+`Lowering` goes from the inputs to the outputs and builds the new graph.
 """
 
 from collections import defaultdict
@@ -21,10 +21,10 @@ RELU6 = {nn.ReLU6, F.relu6}
 
 
 def integer_layer(layer: FakeQuantized, output: Grid | None = None, term: Grid | None = None) -> IntegerLayer:
-    """Make the integer layer of a simulated one.
+    """Make the integer layer of a simulated layer.
 
-    output: the grid of the codes that the layer hands on; None: float32. term: the grid of the codes that a convolution
-    adds before rounding.
+    output: the grid of the codes handed on; None: float32. term: the grid of the codes added before rounding, by a
+    convolution.
     """
     if isinstance(layer.layer, nn.Linear):
         return Int8Linear(layer.layer, layer.weight_grid, layer.input_grid, output)
@@ -32,11 +32,11 @@ def integer_layer(layer: FakeQuantized, output: Grid | None = None, term: Grid |
 
 
 class CodePlan:
-    """The decision which values of a simulated graph are handed on in codes.
+    """A plan of the values that a simulated graph hands on in codes.
 
-    model: the graph. modules: its modules by name.
-    grids: {node: grid} of the values that are handed on in codes; all others are floats.
-    layer_of_sum: {addition: the convolution whose kernel does it}.
+    model: the graph. modules: modules of the graph by name.
+    grids: {node: grid} of the values in codes; the rest are floats.
+    layer_of_sum: {addition: the convolution that does the addition in a kernel}.
     """
 
     def __init__(self, model: fx.GraphModule) -> None:
@@ -56,9 +56,9 @@ class CodePlan:
         return self.modules[node.target] if node.op == "call_module" else None
 
     def _decide(self, node: fx.Node, common: Grid | None) -> tuple[Grid | None, Grid | None]:
-        """Return the grid on which a node hands its value on, and the grid on which it wants its inputs; None: floats.
+        """Return the grid of a node's value and the grid of a node's inputs; None stands for floats.
 
-        common: the grid on which all readers want the value, or None.
+        common: the grid of all readers, or None.
         """
         module = self.module(node)
         if isinstance(module, QuantizationPoint):
@@ -91,9 +91,9 @@ class CodePlan:
         return operation is nn.ZeroPad2d
 
     def _fused_layer(self, node: fx.Node) -> fx.Node | None:
-        """Return the convolution that can add a point to its result, if the node is such a sum; else None.
+        """Return the convolution that a kernel can sum with a point in this node; else None.
 
-        Only this sum may read the convolution's result.
+        The sum must be the only reader of the convolution.
         """
         if not is_sum(node):
             return None

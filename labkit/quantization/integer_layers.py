@@ -116,7 +116,8 @@ class PadCodes(Quantize):
 
 def _codes(x: Tensor, scale: float, zero: int, highest: int = 255) -> Tensor:
     """Round x to uint8 codes from 0 to `highest`."""
-    return x.float().div(scale).round_().add_(zero).clamp_(0, highest).to(torch.uint8)
+    codes = x.float().div(scale).round_().add_(zero)
+    return codes.clamp_(0, highest).to(torch.uint8)
 
 
 def _range(x: Tensor) -> ScaleAndZero:
@@ -392,7 +393,8 @@ class PackedLinear(nn.Module):
         value = F.linear(x, weight)
         magnitude = F.linear(x.abs(), weight_magnitude)
         terms = x.shape[-1]
-        limit = 2**-8 * value.abs() + (terms + 3) * 2**-24 * magnitude
+        adding_up = (terms + 3) * 2**-24 * magnitude
+        limit = 2**-8 * value.abs() + adding_up
         if self.layer.bias is not None:
             value = value + self.layer.bias.double()
             limit = limit + torch.finfo(y.dtype).eps * value.abs()

@@ -1,19 +1,19 @@
 """Post-training quantization, SIMULATED: ranges from some batches, then float32 that takes only the values of codes.
 
-Krishnamoorthi 2018 (arXiv:1806.08342); Nagel et al. 2021 (arXiv:2106.08295), sections 2 and 3. A simulation is worth
-something if it rounds exactly the values that an integer engine rounds. Hence three rules:
+Krishnamoorthi 2018 (arXiv:1806.08342); Nagel et al. 2021 (arXiv:2106.08295), sections 2 and 3. A simulation is useful
+if the simulation and an integer engine round the same values. Hence three rules:
 
 1. A layer rounds its weight (a symmetric grid per output channel, "restricted") and its input (an asymmetric unsigned
    grid for the tensor, since its scale must leave the sum). Bias and result are not rounded: they stand for the int32
    accumulator. The next reader of the result rounds it, after ReLU: one rounding, whose clip at 0 is the ReLU.
-2. A sum of two branches is added up in the accumulator of the branch that is computed last, so this branch is not
-   rounded. The other branch has been handed over in codes, an identity shortcut as well, and a `QuantizationPoint`
-   rounds it, once for all readers. To leave the shortcut in float32 is the usual mistake, and 7 % of a ResNet's codes
-   are others.
-3. Where the graph of the model cannot be traced there are no points: each layer rounds its own input (rule 1).
+2. A sum of two branches is added up in the accumulator of the branch computed last, so the last branch is not rounded.
+   The first branch has been handed over in codes, an identity shortcut as well, and is rounded by a
+   `QuantizationPoint`, once for all readers. To leave the shortcut in float32 is the usual mistake, and changes 7 % of
+   a ResNet's codes.
+3. A model without a traceable graph has no points: each layer rounds its own input (rule 1).
 
-BatchNorm is folded first, or stays in float32 where the forward pass cannot be followed, as where it branches on a
-value; the plan gives the reason. `simulated` has the layers, `ptq_graph` traces the model and finds the sums,
+BatchNorm is folded first, or stays in float32 if the forward pass cannot be followed, as with a branch on a value; the
+plan gives the reason. `simulated` has the layers, `ptq_graph` traces the model and finds the sums,
 `mixed_precision` finds a width for each layer. `integer.convert` has the integers, `qat` trains the same modules.
 """
 

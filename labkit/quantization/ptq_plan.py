@@ -32,7 +32,8 @@ class PlannedLayer:
     def __str__(self) -> str:
         layer = f"{self.name}: {self.kind} {list(self.shape)}"
         weight = f"weights {self.weights} bits x {self.scales} scales"
-        return f"{layer}, {weight}, input {self.activations} bits from {self.lo:.3g} to {self.hi:.3g}"
+        ends = f"from {self.lo:.3g} to {self.hi:.3g}"
+        return f"{layer}, {weight}, input {self.activations} bits {ends}"
 
 
 @dataclass(frozen=True)

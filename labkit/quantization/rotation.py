@@ -1,11 +1,10 @@
 """Rotations: the same function in a turned basis, in which no channel sticks out and activations are easier to round.
 
 SliceGPT (Ashkboos et al. 2024a, arXiv:2401.15024, theorem 1): RMSNorm without a gain commutes with an orthogonal Q, for
-|x Q| = |x|, so that the residual stream can be turned by the weights that write it and turned back by the weights that
-read it. QuaRot (Ashkboos et al. 2024b, arXiv:2404.00456): Q is a Hadamard matrix with random signs, which spreads an
-outlier over all channels. QuaRot's published code also removes the mean of each embedding, which is right before a
-LayerNorm and changes the function before an RMSNorm; this module removes no mean. No function here knows a number of
-bits.
+|x Q| = |x|, so that the writers of the residual stream can turn the stream and the readers turn the stream back. QuaRot
+(Ashkboos et al. 2024b, arXiv:2404.00456): Q is a Hadamard matrix with random signs and spreads an outlier over all
+channels. QuaRot's published code also removes the mean of each embedding: right before a LayerNorm, but a change of the
+function before an RMSNorm, so no mean is removed in this file. No function in this file knows a number of bits.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""AdaRound and bias correction: round a layer's weight so that its outputs stay, and correct its bias afterwards.
+"""AdaRound and bias correction: round a layer's weight so that the outputs stay, and correct the bias afterwards.
 
-Both functions take a float layer and its inputs and change nothing. The caller chooses layers, order and batches.
+The two functions take a float layer and inputs, and change no argument. The caller chooses layers, order and batches.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""SIMULATED layers: float32 that takes only the values of codes, as `ptq` and `qat` put it into a model.
+"""SIMULATED layers for `ptq` and `qat`: float32 restricted to the values of codes.
 
-A `FakeQuantized` layer rounds its weight and its input; a `QuantizationPoint` rounds a value that a sum reads. The
-grids lie in `Quantizer`s, which are saved with the model.
+A `FakeQuantized` layer rounds weight and input; a `QuantizationPoint` rounds a value for a sum. The grids lie in
+`Quantizer`s and are saved with the model.
 """
 
 import torch.nn.functional as F
@@ -83,9 +83,9 @@ class FakeQuantized(nn.Module):
 
 
 class QuantizationPoint(nn.Module):
-    """SIMULATED: rounds a value that is handed over in codes to a sum and to all its other readers.
+    """SIMULATED: rounds a value that is handed over in codes to a sum and to all further readers.
 
-    A layer that reads the value has the same grid, and rounding twice on one grid is rounding once.
+    A layer behind the point has the same grid, and rounding twice on a grid is rounding once.
     """
 
     def __init__(self, grid: Grid) -> None:

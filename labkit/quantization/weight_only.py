@@ -1,11 +1,11 @@
 """Weights in few bits and activations as they are: for decoding, where reading the weights takes the time. SIMULATED.
 
-Rounding to nearest, and two ways to round by what a layer is called with: GPTQ (`gptq`), where weights that are still
-to be rounded make up for the rounded ones, and AWQ (`awq`), where important channels are scaled up before rounding and
-ranges are clipped. Two formats, NF4 and MXFP4, stand beside them.
+Rounding to nearest, and two ways to round by a layer's inputs: in GPTQ (`gptq`) the weights still to be rounded make up
+for the rounded weights, and in AWQ (`awq`) important channels are scaled up before rounding and ranges are clipped. Two
+formats, NF4 and MXFP4, stand beside these methods.
 
-The bytes are real: codes, scales and zeros are what a layer stores. The speed is not: a layer multiplies floats that
-were computed from the codes. `integer` has kernels that multiply codes.
+The bytes are real: a layer stores codes, scales and zeros. The speed is not: a layer multiplies floats computed from
+the codes. `integer` has kernels that multiply codes.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -110,14 +110,14 @@ def quantize(
         `symmetric` do not apply.
     symmetric: False: codes have a zero point in each group. Else the name of a convention, see `affine.choose`; True is
         "restricted", the worst convention at 4 bits; "signed" is the best.
-    batches: for "gptq" and "awq": what the model is called with; read once, the hidden states stay in memory.
-    ignore: names of modules or weights that stay as they are.
-    act_order: for "gptq": columns in the order of their inputs' size, with scales from the weights as they were.
+    batches: for "gptq" and "awq": inputs of the model; read once, the hidden states stay in memory.
+    ignore: names of modules or weights that stay in floating point.
+    act_order: for "gptq": columns in the order of the size of inputs, with scales from the weights before any change.
 
     Quantized are all Linears (and transformers' Conv1D) in the model's stack of blocks (`stacks.blocks_of`), or in all
-    of a model without a stack. The embedding and the head of a language model are outside the stack and stay: they are
-    often one tied weight, and a head in few bits would be a second copy beside an embedding that still needs the first.
-    Norms and biases stay too. A weight with masks (`unstructured.masks`) keeps its zeros: GPTQ compensates around them.
+    of a model without a stack. The embedding and the head of a language model are outside the stack and stay: often
+    they are a single tied weight, and a head in few bits would be a second copy beside the embedding. Norms and biases
+    stay too. A weight with masks (`unstructured.masks`) keeps the zeros, and GPTQ compensates around the zeros.
 
     "gptq" and "awq" go through the model a block at a time: a block's inputs come from the quantized blocks before. In
     memory: the copy, the Hessians of one block, the hidden states of the batches, the codes.

@@ -24,15 +24,15 @@ from labkit.storage.formats import FORMATS
 def size(model: nn.Module | Mapping[str, Tensor], format: str = "dense") -> int:
     """Return the bytes of a model stored in a format, the file's header included.
 
-    model: a module or a state dict. What the forward pass sees is stored: a masked weight with its zeros, not the
-        original and the mask; a tensor shared by several layers, once. A state dict may hold `affine.Quantized` and
-        `formats.Encoded`, and a module codes and scales as buffers; these are counted as they are.
+    model: a module or a state dict. Tensors are stored as the forward pass sees them: a masked weight with zeros, not
+        the original and the mask; a tensor shared by several layers, once. A state dict may hold `affine.Quantized` and
+        `formats.Encoded`, and a module codes and scales as buffers: counted in their dtypes.
     format: a row of `storage.FORMATS`, where the formulas stand: "dense", "csr", "bitmask", "nm" (2:4), "int8", "int4"
-        and others. Only the floating-point weights with at least two dimensions, read as [out, rest], get this format,
-        and 4 bytes a dimension for the shape; all other tensors stay dense, as do weights without the form that the
-        format asks for (`pack` shows which).
+        and more. Only floating-point weights with at least two dimensions, read as [out, rest], get the format, and 4
+        bytes a dimension for the shape; the rest stays dense, as do weights without the form for the format (`pack`
+        shows the stored tensors).
 
-    Raises InputError if no weight has the form that the format asks for.
+    Raises InputError if no weight has the form for the format.
     """
     return len(save(pack(model, format)))
 
