@@ -147,7 +147,12 @@ class Quantized:
 
 
 def choose(
-    lo: Tensor, hi: Tensor, bits: int, *, symmetric: bool | str = True, dtype: torch.dtype | None = None
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    *,
+    symmetric: bool | str = True,
+    dtype: torch.dtype | None = None,
 ) -> Grid:
     """Choose the grid for values from lo to hi.
 
@@ -178,14 +183,25 @@ def choose(
     return _symmetric_grid(lo, hi, bits, kind, dtype)
 
 
-def _asymmetric_grid(lo: Tensor, hi: Tensor, bits: int, dtype: torch.dtype) -> Grid:
+def _asymmetric_grid(
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+) -> Grid:
     highest = 2**bits - 1
     scale = stored((hi - lo) / highest, dtype)
     zero = (-lo / _wide(scale)).round().clamp(0, highest).to(torch.int32)
     return Grid(scale, zero, bits, 0, highest)
 
 
-def _symmetric_grid(lo: Tensor, hi: Tensor, bits: int, kind: str, dtype: torch.dtype) -> Grid:
+def _symmetric_grid(
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    kind: str,
+    dtype: torch.dtype,
+) -> Grid:
     half = 2 ** (bits - 1)
     steps, lowest = SYMMETRIC[kind](half)
     if kind == "signed":
@@ -201,7 +217,12 @@ def _symmetric_grid(lo: Tensor, hi: Tensor, bits: int, kind: str, dtype: torch.d
 
 
 def quantize(
-    x: Tensor, bits: int = 8, *, symmetric: bool | str = True, axis: int | None = None, group_size: int | None = None
+    x: Tensor,
+    bits: int = 8,
+    *,
+    symmetric: bool | str = True,
+    axis: int | None = None,
+    group_size: int | None = None,
 ) -> Quantized:
     """Quantize x on the grid that `choose` makes from the least and the largest value.
 
@@ -224,7 +245,12 @@ def quantize(
 
 
 def fake_quantize(
-    x: Tensor, bits: int = 8, *, symmetric: bool | str = True, axis: int | None = None, group_size: int | None = None
+    x: Tensor,
+    bits: int = 8,
+    *,
+    symmetric: bool | str = True,
+    axis: int | None = None,
+    group_size: int | None = None,
 ) -> Tensor:
     """SIMULATED: return quantize(x, ...).dequantize() to the bit, in x's shape and dtype; same arguments."""
     return _grid(x, bits, symmetric, axis, group_size).fake(x)
@@ -285,7 +311,13 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return magnitude.copysign(rounded).to(dtype)
 
 
-def _grid(x: Tensor, bits: int, symmetric: bool | str, axis: int | None, group_size: int | None) -> Grid:
+def _grid(
+    x: Tensor,
+    bits: int,
+    symmetric: bool | str,
+    axis: int | None,
+    group_size: int | None,
+) -> Grid:
     """Choose the grid of x for the arguments of `quantize`."""
     check_floats(x)
     _check_axis(x, axis)

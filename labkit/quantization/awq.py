@@ -18,7 +18,12 @@ from labkit.quantization.gptq import SCALE, check_size
 STEPS = 20  # of the search for an exponent and, down to a half, of the search for a clipped range
 
 
-def awq(weights: Sequence[Tensor], hessian: Tensor, magnitude: Tensor, round_: Callable[[Tensor], Tensor]) -> Tensor:
+def awq(
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    magnitude: Tensor,
+    round_: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Choose the scales by which columns are multiplied before rounding, and their inputs divided.
 
     weights: [out, in] each, of all layers that read the inputs.

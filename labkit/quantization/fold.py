@@ -193,7 +193,12 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
     return _rewritten(model, args, kwargs, graph, rewrite_)
 
 
-def _smooth_(model: nn.Module, sites: Sequence[Site], input_maxima: Sequence[Tensor], alpha: float) -> None:
+def _smooth_(
+    model: nn.Module,
+    sites: Sequence[Site],
+    input_maxima: Sequence[Tensor],
+    alpha: float,
+) -> None:
     """Scale the channels of each site.
 
     input_maxima: for each site, max |x| of each input [in] of the Linears that read the channels.
@@ -214,7 +219,12 @@ def _smooth_(model: nn.Module, sites: Sequence[Site], input_maxima: Sequence[Ten
                 _scale_(parameters, source, columns, s)
 
 
-def _divide_when_called_(model: nn.Module, route: Route, columns: Sequence[Tensor], s: Tensor) -> None:
+def _divide_when_called_(
+    model: nn.Module,
+    route: Route,
+    columns: Sequence[Tensor],
+    s: Tensor,
+) -> None:
     """Make the Linears that read a route's channels `Smoothed`, with the divisor s [channels]."""
     for view, (name, repeats) in zip(columns, route.readers.items(), strict=True):
         layer = model.get_submodule(name)
@@ -244,7 +254,12 @@ def scale_sites(model: nn.Module, graph: Dataflow) -> list[Site]:
 
 
 @torch.no_grad()
-def rescale_(model: nn.Module, source: Source, route: Route, s: Tensor) -> None:
+def rescale_(
+    model: nn.Module,
+    source: Source,
+    route: Route,
+    s: Tensor,
+) -> None:
     """Divide the channels of a source by s [channels], and multiply the columns of all readers by s."""
     with _in_float64(model, [Site(source, route)]) as parameters:
         _scale_(parameters, source, _columns(parameters, model, route), s.double())
@@ -285,7 +300,12 @@ def _largest_by_channel(columns: Sequence[Tensor]) -> Tensor:
     return torch.stack(maxima).amax(0)
 
 
-def _scale_(parameters: Mapping[str, Tensor], source: Source, columns: Sequence[Tensor], s: Tensor) -> None:
+def _scale_(
+    parameters: Mapping[str, Tensor],
+    source: Source,
+    columns: Sequence[Tensor],
+    s: Tensor,
+) -> None:
     """Divide the parameters of a source by s [channels], and multiply the columns of all readers by s."""
     for name in source.names:
         parameters[name].copy_(_by_row(parameters[name], 1 / s))
@@ -332,7 +352,11 @@ def _call(args: Any) -> tuple[tuple, dict[str, Any]]:
 @torch.inference_mode(False)  # the new model is to be trained, wherever it was made
 @torch.no_grad()
 def _rewritten(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], graph: Dataflow, rewrite_: Callable[[nn.Module], None]
+    model: nn.Module,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    graph: Dataflow,
+    rewrite_: Callable[[nn.Module], None],
 ) -> nn.Module:
     """Return a copy of `model` after `rewrite_`, which is tried and compared on a float64 copy before."""
     graph.check_compared()

@@ -26,7 +26,13 @@ def dequantize(weight: Quantized | Encoded) -> Tensor:
     return weight.grid.dequantize(weight.codes, torch.float32)
 
 
-def rtn(weight: Tensor, bits: int = 4, *, group_size: int | None = 64, symmetric: bool | str = False) -> Quantized:
+def rtn(
+    weight: Tensor,
+    bits: int = 4,
+    *,
+    group_size: int | None = 64,
+    symmetric: bool | str = False,
+) -> Quantized:
     """Round a weight to the nearest points of a grid for each row and group.
 
     weight: floating point [out, in].
@@ -35,8 +41,9 @@ def rtn(weight: Tensor, bits: int = 4, *, group_size: int | None = 64, symmetric
     Returns codes [out, in] and scales [out, groups, 1] in float16. Raises InputError for a weight that is no matrix of
     floating-point numbers.
     """
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
-        is_tensor = isinstance(weight, Tensor)
+    is_tensor = isinstance(weight, Tensor)
+    is_matrix = is_tensor and weight.dim() == 2 and weight.numel() > 0
+    if not is_matrix or not weight.is_floating_point():
         kind = f"{weight.dtype} {list(weight.shape)}" if is_tensor else type(weight).__name__
         raise InputError(f"weight is {kind}, but it must be floating-point numbers [out, in], at least one.")
     grid = group_grid(weight, bits, group_size, symmetric)
@@ -97,7 +104,8 @@ def gptq(
             group = group_of[j]
             if not act_order and j % size == 0:
                 columns = slice(j, j + size)
-                grid = group_grid((w[columns] * keep[columns]).t(), bits, None, symmetric)
+                weights_of_group = (w[columns] * keep[columns]).t()
+                grid = group_grid(weights_of_group, bits, None, symmetric)
                 scale[group] = grid.scale[:, 0, 0]
                 zero[group] = grid.zero[:, 0, 0]
             grid_of_column = dataclasses.replace(static, scale=scale[group], zero=zero[group])
@@ -107,8 +115,10 @@ def gptq(
             w[j] = point
             later = slice(j + 1, end)
             w[later].addr_(effect[j, later], error, alpha=-1)
-        w[end:].addmm_(effect[start:end, end:].t(), errors, alpha=-1)
-    grid = dataclasses.replace(static, scale=scale.t()[..., None], zero=zero.t()[..., None])
+        effect_on_rest = effect[start:end, end:]
+        w[end:].addmm_(effect_on_rest.t(), errors, alpha=-1)
+    scale, zero = scale.t()[..., None], zero.t()[..., None]
+    grid = dataclasses.replace(static, scale=scale, zero=zero)
     in_order = w[order.argsort()].t()
     return Quantized(grid.quantize(in_order), grid)
 
@@ -143,7 +153,14 @@ def check_size(width: int, group_size: int | None) -> int:
     return group_size
 
 
-def group_grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bool | str) -> Grid:
+def group_grid(
+    weight: Tensor,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool | str,
+) -> Grid:
     """Choose the grids of the groups of a weight [out, in] by least and largest value; scales [out, groups, 1]."""
-    groups = weight.detach().unflatten(1, (-1, check_size(weight.shape[1], group_size)))
-    return affine.choose(groups.amin(2, True), groups.amax(2, True), bits, symmetric=symmetric, dtype=SCALE)
+    size = check_size(weight.shape[1], group_size)
+    groups = weight.detach().unflatten(1, (-1, size))
+    lo, hi = groups.amin(2, True), groups.amax(2, True)
+    return affine.choose(lo, hi, bits, symmetric=symmetric, dtype=SCALE)

@@ -86,8 +86,8 @@ class CodePlan:
         if operation in RELU:
             return starts_at_zero
         if operation in RELU6:
-            ends_below_six = bool(grid.scale * (grid.hi - grid.zero - 0.5) < 6)
-            return starts_at_zero and ends_below_six
+            end_of_last_code = grid.scale * (grid.hi - grid.zero - 0.5)
+            return starts_at_zero and bool(end_of_last_code < 6)
         return operation is nn.ZeroPad2d
 
     def _fused_layer(self, node: fx.Node) -> fx.Node | None:
@@ -137,7 +137,8 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> fx.Node:
         """Return the new node for a node of the simulated graph."""
-        module, grid = self.plan.module(node), self.plan.grids.get(node)
+        module = self.plan.module(node)
+        grid = self.plan.grids.get(node)
         if node in self.plan.layer_of_sum:
             return self._sum(node, grid)
         if isinstance(module, FakeQuantized):
@@ -146,7 +147,8 @@ class Lowering:
             return self.graph.node_copy(node, self._floats)
         codes = self._codes(node.all_input_nodes[0], grid)
         if type(module) is nn.ZeroPad2d:
-            return self._call(PadCodes(grid, tuple(module.padding)), f"{node.name}_codes", codes)
+            pad = PadCodes(grid, tuple(module.padding))
+            return self._call(pad, f"{node.name}_codes", codes)
         return codes  # a point or a ReLU: codes already
 
     def _sum(self, node: fx.Node, output: Grid) -> fx.Node:
@@ -159,7 +161,11 @@ class Lowering:
         return new
 
     def _layer(
-        self, node: fx.Node, output: Grid | None, term: Grid | None = None, other: fx.Node | None = None
+        self,
+        node: fx.Node,
+        output: Grid | None,
+        term: Grid | None = None,
+        other: fx.Node | None = None,
     ) -> fx.Node:
         """Return the call of the integer layer; `output` and `term` as for `integer_layer`, other: the codes to add."""
         layer = self.plan.module(node)
@@ -179,8 +185,9 @@ class Lowering:
         key = (node, f"{float(grid.scale)} {int(grid.zero)} {grid.bits}")
         if key not in self.quantized:
             number = len(self.quantized) + len(self.dequantized)
+            name = f"{node.name}_quantize_{number}"
             floats = self._floats(node)
-            self.quantized[key] = self._call(Quantize(grid), f"{node.name}_quantize_{number}", floats)
+            self.quantized[key] = self._call(Quantize(grid), name, floats)
         return self.quantized[key]
 
     def _floats(self, node: fx.Node) -> fx.Node:
@@ -189,7 +196,8 @@ class Lowering:
             return self.new[node]
         if node not in self.dequantized:
             dequantize = Dequantize(self.plan.grids[node])
-            self.dequantized[node] = self._call(dequantize, f"{node.name}_dequantize", self.new[node])
+            name = f"{node.name}_dequantize"
+            self.dequantized[node] = self._call(dequantize, name, self.new[node])
         return self.dequantized[node]
 
     def _call(self, module: nn.Module, name: str, *args: fx.Node) -> fx.Node:
@@ -201,8 +209,8 @@ class Lowering:
         order = {node: place for place, node in enumerate(self.graph.nodes)}
         for node in self.sums:
             source, term = node.args
-            is_read_later = any(order.get(user, 0) > order[node] for user in term.users)  # 0: a copy, made before
-            if source is term or is_read_later:
+            last_reader = max(order.get(user, 0) for user in term.users)  # 0: a copy, made before
+            if source is term or last_reader > order[node]:
                 with self.graph.inserting_before(node):
                     copy = self.graph.call_method("clone", (term,))
                 node.update_arg(1, copy)
@@ -219,6 +227,6 @@ def _common_grid(grids: list[Grid | None]) -> Grid | None:
 def _same(a: Grid | None, b: Grid | None) -> bool:
     if a is None or b is None:
         return False
-    if a.bits != b.bits:
-        return False
-    return float(a.scale) == float(b.scale) and int(a.zero) == int(b.zero)
+    same_scale = float(a.scale) == float(b.scale)
+    same_zero = int(a.zero) == int(b.zero)
+    return same_scale and same_zero and a.bits == b.bits

@@ -40,7 +40,12 @@ def qlinear(codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Run:
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
     zeros = torch.zeros(len(codes), dtype=torch.int64)
 
-    def run(x: Tensor, x_scale: float = 1.0, x_zero: int = 0, out: ScaleAndZero | None = None) -> Tensor:
+    def run(
+        x: Tensor,
+        x_scale: float = 1.0,
+        x_zero: int = 0,
+        out: ScaleAndZero | None = None,
+    ) -> Tensor:
         step, zero, dtype = (*out, torch.uint8) if out else (1.0, 0, torch.float32)
         return torch.ops.onednn.qlinear_pointwise(
             x, x_scale, x_zero, packed, scale, zeros, bias, step, zero, dtype, "none", [], ""

@@ -49,15 +49,18 @@ class _OnGrid(nn.Module):
             raise InputError("Activations need one unsigned grid for the tensor: choose it with symmetric=False.")
         self.highest = {name: grid.hi for name, grid in grids.items()}
         for name, grid in grids.items():
-            self.register_buffer(f"{name}_scale", grid.scale.detach().float().reshape(()).clone())
-            self.register_buffer(f"{name}_zero", grid.zero.detach().int().reshape(()).clone())
+            scale = grid.scale.detach().float().reshape(())
+            zero = grid.zero.detach().int().reshape(())
+            self.register_buffer(f"{name}_scale", scale.clone())
+            self.register_buffer(f"{name}_zero", zero.clone())
         self._ready: tuple | None = None
 
     def numbers(self, name: str) -> ScaleAndZero | None:
         """Return (scale, zero) of a grid as Python's numbers, or None without a grid of this name."""
         if name not in self.highest:
             return None
-        scale, zero = getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
+        scale = getattr(self, f"{name}_scale")
+        zero = getattr(self, f"{name}_zero")
         return float(scale), int(zero)
 
     def prepare(self) -> tuple:
@@ -114,7 +117,12 @@ class PadCodes(Quantize):
         return F.pad(codes, self.pad, value=zero)
 
 
-def _codes(x: Tensor, scale: float, zero: int, highest: int = 255) -> Tensor:
+def _codes(
+    x: Tensor,
+    scale: float,
+    zero: int,
+    highest: int = 255,
+) -> Tensor:
     """Round x to uint8 codes from 0 to `highest`."""
     codes = x.float().div(scale).round_().add_(zero)
     return codes.clamp_(0, highest).to(torch.uint8)
@@ -128,7 +136,10 @@ def _range(x: Tensor) -> ScaleAndZero:
     with np.errstate(over="ignore"):
         scale = (hi - lo) / np.float32(255)
     _check_finite(math.isfinite(scale))
-    scale = max(scale, np.float32(2.0**-126)) if scale else np.float32(1)  # 1 / scale is a number, too
+    if scale:
+        scale = max(scale, np.float32(2.0**-126))  # 1 / scale is a number, too
+    else:
+        scale = np.float32(1)
     zero = round(float(-lo / scale))
     return float(scale), min(max(zero, 0), 255)
 
@@ -165,7 +176,8 @@ class IntegerLayer(_OnGrid):
             self.register_buffer("codes", weight.quantize(layer.weight).to(torch.int8))
             scale = weight.scale.float().flatten()
             self.register_buffer("scale", scale.expand(len(self.codes)).clone())
-            self.register_buffer("bias", None if layer.bias is None else layer.bias.float().clone())
+            bias = None if layer.bias is None else layer.bias.float().clone()
+            self.register_buffer("bias", bias)
         magnitude_of_row = self.codes.int().abs().flatten(1).sum(1)
         if 255 * int(magnitude_of_row.max()) >= 2**31:
             raise InputError(
@@ -253,7 +265,13 @@ class Int8Linear(IntegerLayer):
     its own largest magnitude.
     """
 
-    def __init__(self, layer: nn.Linear, weight: Grid, input: Grid | None = None, output: Grid | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Linear,
+        weight: Grid,
+        input: Grid | None = None,
+        output: Grid | None = None,
+    ) -> None:
         super().__init__(layer, weight, input=input, output=output)
 
     def prepare(self) -> tuple[Run, Run | None, ScaleAndZero | None, ScaleAndZero | None]:
@@ -262,7 +280,8 @@ class Int8Linear(IntegerLayer):
         bits = 7 if self.codes.abs().max() < 64 else 8
         if source is None and not probe(KERNELS["fbgemm"], bits):
             return fbgemm(*self.arguments()), None, source, target
-        return qlinear(*self.arguments()), int_mm(self.codes, self.scale), source, target
+        product_of_few = int_mm(self.codes, self.scale)
+        return qlinear(*self.arguments()), product_of_few, source, target
 
     def products(self, x: Tensor) -> Tensor:
         return F.linear(x, self.codes.double())
@@ -307,7 +326,12 @@ class Int8Conv2d(IntegerLayer):
     """
 
     def __init__(
-        self, layer: nn.Conv2d, weight: Grid, input: Grid, output: Grid | None = None, term: Grid | None = None
+        self,
+        layer: nn.Conv2d,
+        weight: Grid,
+        input: Grid,
+        output: Grid | None = None,
+        term: Grid | None = None,
     ) -> None:
         super().__init__(layer, weight, input=input, output=output, term=term)
         left, _, top, _ = layer._reversed_padding_repeated_twice  # numbers where padding is "same"
@@ -324,11 +348,13 @@ class Int8Conv2d(IntegerLayer):
         if not self.same:
             return x
         stride, _, dilation, _ = self.options
-        pad = same_pads(x.shape[2:], self.codes.shape[2:], stride, dilation)
+        kernel = self.codes.shape[2:]
+        pad = same_pads(x.shape[2:], kernel, stride, dilation)
         return F.pad(x, pad, value=value)
 
     def products(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.padded(x, 0), self.codes.double(), None, *self.options)
+        padded = self.padded(x, 0)
+        return F.conv2d(padded, self.codes.double(), None, *self.options)
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
         product, source, target, term = self.ready()
@@ -341,7 +367,8 @@ class Int8Conv2d(IntegerLayer):
             )
         x = input if input.dtype is torch.uint8 else _codes(input, *source, self.highest["input"])
         scale, zero = source
-        return self.clip(product(self.padded(x, zero), scale, zero, target, other, term))
+        y = product(self.padded(x, zero), scale, zero, target, other, term)
+        return self.clip(y)
 
 
 # --- layers of packed weights -----------------------------------------------------------------------------------------
@@ -389,9 +416,9 @@ class PackedLinear(nn.Module):
         shift = shift.bfloat16().double()[..., None]
         codes = codes.double().unflatten(1, (scale.shape[1], -1))
         weight = (codes * scale + shift).flatten(1)
-        weight_magnitude = (codes.abs() * scale.abs() + shift.abs()).flatten(1)
+        weight_magnitude = codes.abs() * scale.abs() + shift.abs()
         value = F.linear(x, weight)
-        magnitude = F.linear(x.abs(), weight_magnitude)
+        magnitude = F.linear(x.abs(), weight_magnitude.flatten(1))
         terms = x.shape[-1]
         adding_up = (terms + 3) * 2**-24 * magnitude
         limit = 2**-8 * value.abs() + adding_up

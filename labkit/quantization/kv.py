@@ -52,7 +52,13 @@ class KVFormat:
         check_whole(self.window, "window", 0)
 
 
-def quantize(x: Tensor, bits: int, per: str, *, group_size: int = 32) -> Quantized:
+def quantize(
+    x: Tensor,
+    bits: int,
+    per: str,
+    *,
+    group_size: int = 32,
+) -> Quantized:
     """Quantize keys or values on asymmetric grids.
 
     x: floating point [..., T, D].
@@ -68,7 +74,13 @@ def quantize(x: Tensor, bits: int, per: str, *, group_size: int = 32) -> Quantiz
     return affine.quantize(x.mT if per == "channel" else x, bits, symmetric=False, group_size=group_size)
 
 
-def fake_quantize(x: Tensor, bits: int | None, per: str, *, group_size: int = 32) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    bits: int | None,
+    per: str,
+    *,
+    group_size: int = 32,
+) -> Tensor:
     """SIMULATED: return x [..., T, D] after `quantize` and back; tokens after the last whole group of tokens stay.
 
     bits: None returns x. per, group_size: as for `quantize`.
@@ -91,7 +103,13 @@ def _whole_groups(tokens: int | Tensor, group_size: int) -> int | Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, form: KVFormat, *, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: KVFormat,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """SIMULATED: compute causal attention in which each query reads the cache as a decoder would meet it.
 
@@ -134,7 +152,12 @@ def attention(
     return (weights * value_is_recent) @ v + (weights * ~value_is_recent) @ stored_v
 
 
-def _is_recent(key_place: Tensor, query_place: Tensor, form: KVFormat, per: str) -> Tensor:
+def _is_recent(
+    key_place: Tensor,
+    query_place: Tensor,
+    form: KVFormat,
+    per: str,
+) -> Tensor:
     """Tell which tokens a query reads as they are: bool [Q, T].
 
     key_place: [T], query_place: [Q, 1], places in the text. per: as for `quantize`.
@@ -184,7 +207,11 @@ class _QuantizedReads(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(
-        self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        function: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         run = self._attend if function is F.scaled_dot_product_attention else function
         return run(*args, **(kwargs or {}))

@@ -49,7 +49,8 @@ class Observer:
 
         edges[BINS / 2] is 0.
         """
-        return np.arange(-BINS // 2, BINS // 2 + 1) * self.width
+        half = BINS // 2
+        return np.arange(-half, half + 1) * self.width
 
     def observe(self, x: Tensor) -> None:
         """Count in all values of x.
@@ -90,7 +91,8 @@ class Observer:
             pairs = self.counts.reshape(-1, 2)
             self.counts = np.pad(pairs.sum(1), BINS // 4)
             self.exponent += 1
-        bins = (x.flatten() / self.width).floor().long() + BINS // 2
+        bins_from_zero = (x.flatten() / self.width).floor().long()
+        bins = bins_from_zero + BINS // 2
         self.counts += torch.bincount(bins, minlength=BINS).cpu().numpy()
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -106,13 +108,16 @@ class Observer:
                 f"All values of {self.where} are {lo:g}, which is no range: calibrate on other data or ignore it."
             )
         low, high = RANGES[self.name](self)
-        low, high = max(low, lo), min(high, hi)
-        return torch.tensor(float(low), dtype=torch.float32), torch.tensor(float(high), dtype=torch.float32)
+        low = float(max(low, lo))
+        high = float(min(high, hi))
+        return torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
 
 
 def _minmax(seen: Observer) -> tuple[float, float]:
     """Return the range of all values. Jacob et al. 2018 (arXiv:1712.05877), section 3, for weights."""
-    return min(lo for lo, _ in seen.extremes), max(hi for _, hi in seen.extremes)
+    lowest = [lo for lo, _ in seen.extremes]
+    highest = [hi for _, hi in seen.extremes]
+    return min(lowest), max(highest)
 
 
 def _moving(seen: Observer) -> tuple[float, float]:
@@ -143,7 +148,8 @@ def _mse(seen: Observer) -> tuple[float, float]:
     counts = torch.from_numpy(seen.counts[full_bins]).double()
     values = torch.from_numpy(seen.edges[full_bins] + seen.width / 2)
     x = values.expand(CANDIDATES, -1)  # [CANDIDATES, bins]
-    shares = torch.arange(CANDIDATES, 0, -1, dtype=torch.float64)[:, None] / CANDIDATES  # from all down to a hundredth
+    hundredths = torch.arange(CANDIDATES, 0, -1, dtype=torch.float64)
+    shares = hundredths[:, None] / CANDIDATES  # of the range, from all down to a hundredth
 
     def best(lo: Tensor, hi: Tensor) -> int:
         """Return the place of the range [lo, hi], each [CANDIDATES, 1], with the least squared error."""
@@ -167,7 +173,7 @@ def _histogram(seen: Observer) -> tuple[float, float]:
     not empty. The i with the least sum P log(P / Q) is taken. As in NVIDIA's toolkit the first bin counts like the
     second: half of a ReLU's output is 0, which is a code anyway, and would drown all other values.
     """
-    positive, negative = seen.counts[BINS // 2 :], seen.counts[: BINS // 2]
+    negative, positive = np.split(seen.counts, 2)
     counts = positive + negative[::-1]  # of |x|
     counts[0] = counts[1]
     lo, _ = _minmax(seen)
@@ -176,7 +182,8 @@ def _histogram(seen: Observer) -> tuple[float, float]:
     (full_bins,) = counts.nonzero()
     bins = int(full_bins.max(initial=0)) + 1
     losses = {i: _divergence(counts, i, codes) for i in range(codes, bins + 1)}
-    threshold = seen.width * min(losses, key=losses.get, default=BINS)
+    best = min(losses, key=losses.get, default=BINS)
+    threshold = seen.width * best
     return -threshold, threshold
 
 

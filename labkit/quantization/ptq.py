@@ -146,7 +146,10 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _check_widths_are_used(
-    widths: Mapping[str, int], kind: str, layers: Sequence[str], refused: Mapping[str, str]
+    widths: Mapping[str, int],
+    kind: str,
+    layers: Sequence[str],
+    refused: Mapping[str, str],
 ) -> None:
     """Raise InputError for a name in `widths` without a layer that is quantized."""
     for part in widths:

@@ -107,7 +107,13 @@ class LearnedStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, grid: Grid, factor: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        grid: Grid,
+        factor: float,
+    ) -> Tensor:
         y = grid.fake(x)
         ctx.save_for_backward(x, y, scale)
         ctx.ends, ctx.factor = _ends(grid), factor
@@ -130,7 +136,12 @@ def _ends(grid: Grid, margin: float = 0.0) -> tuple[Tensor, Tensor]:
     return least, largest
 
 
-def _clipped(gradient: Tensor, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+def _clipped(
+    gradient: Tensor,
+    x: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+) -> Tensor:
     """Return the gradient for each x between lo and hi, else 0."""
     if lo.dim():
         return torch.where((x > lo) & (x < hi), gradient, 0)
@@ -264,7 +275,13 @@ def _grid_of(place: FakeQuantized | QuantizationPoint) -> Grid:
 MOVING = 0.8  # of the steps, after which grids stay
 
 
-def finetune_(model: nn.Module, batches: Iterable, *, steps: int, max_lr: float = 0.003) -> History:
+def finetune_(
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    steps: int,
+    max_lr: float = 0.003,
+) -> History:
     """Train a model from `prepare` in place, and freeze its grids after four fifths of the steps.
 
     batches, max_lr: as for `training.train_`. steps: number of batches to train on.

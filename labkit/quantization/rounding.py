@@ -21,7 +21,14 @@ BATCH, RATE = 32, 0.05  # examples a step, and Adam's rate: with it 200 steps do
 
 
 @torch.inference_mode(False)
-def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, steps: int = 1000) -> Tensor:
+def adaround(
+    layer: nn.Module,
+    grid: Grid,
+    inputs: Tensor,
+    outputs: Tensor,
+    *,
+    steps: int = 1000,
+) -> Tensor:
     """Return codes of a layer's weight on a grid, each rounded down or up so that the layer's outputs stay.
 
     layer: a Linear or convolution.
@@ -43,7 +50,9 @@ def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, s
     if the search ends in more, the nearest codes are returned.
     """
     _check(layer, grid, inputs, outputs, steps)
-    weight, inputs, outputs = _trainable(layer.weight), _trainable(inputs), _trainable(outputs)
+    weight = _trainable(layer.weight)
+    inputs = _trainable(inputs)
+    outputs = _trainable(outputs)
     grid = dataclasses.replace(grid, scale=_trainable(grid.scale), zero=_trainable(grid.zero))
     channel = -1 if isinstance(layer, nn.Linear) else 1
     steps_from_zero = weight / grid.scale
@@ -53,7 +62,8 @@ def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, s
     v = torch.logit((remainder - low) / (high - low)).requires_grad_()
 
     def points(up: Tensor) -> Tensor:
-        return ((down + up + grid.zero).clamp(grid.lo, grid.hi) - grid.zero) * grid.scale
+        codes = (down + up + grid.zero).clamp(grid.lo, grid.hi)
+        return (codes - grid.zero) * grid.scale
 
     def error(w: Tensor, rows: Tensor | slice) -> Tensor:
         y = functional_call(layer, {"weight": w.to(weight.dtype)}, (inputs[rows],))
@@ -64,11 +74,13 @@ def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, s
     with torch.enable_grad():
         for step in range(steps):
             rows = torch.randint(len(inputs), (BATCH,), generator=generator).to(inputs.device)
-            h = (torch.sigmoid(v) * (high - low) + low).clamp(0, 1)
+            stretched = torch.sigmoid(v) * (high - low) + low
+            h = stretched.clamp(0, 1)
             loss = error(points(h), rows)
             if step >= WARM * steps:
                 decided = (2 * h - 1).abs()  # 1 for an h of 0 or 1
-                loss = loss + WEIGHT * (1 - decided.pow(_beta(step / steps))).sum()
+                beta = _beta(step / steps)
+                loss = loss + WEIGHT * (1 - decided.pow(beta)).sum()
             adam.zero_grad()
             (v.grad,) = torch.autograd.grad(loss, [v])
             adam.step()
@@ -115,9 +127,10 @@ def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
             f"{list(layer.weight.shape)} and {inputs} inputs: give one mean an input."
         )
     change = weight.detach().double() - layer.weight.detach().double()
-    change = change.reshape(*weight.shape[:2], -1).sum(2)  # [out, in of a group]
-    mean = mean.detach().double()
-    shift = change.view(groups, -1, inputs_of_group) @ mean.view(groups, -1, 1)
+    change = change.reshape(len(weight), inputs_of_group, -1).sum(2)  # [out, in of a group]
+    change_by_group = change.view(groups, -1, inputs_of_group)
+    mean_by_group = mean.detach().double().view(groups, -1, 1)
+    shift = change_by_group @ mean_by_group
     bias = 0.0 if layer.bias is None else layer.bias.detach().double()
     return (bias - shift.flatten()).to(layer.weight.dtype)
 
@@ -138,7 +151,13 @@ def _fits(grid: object, layer: nn.Module) -> bool:
     return not in_groups and len(layer.weight) % scales == 0
 
 
-def _check(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, steps: int) -> None:
+def _check(
+    layer: nn.Module,
+    grid: Grid,
+    inputs: Tensor,
+    outputs: Tensor,
+    steps: int,
+) -> None:
     check_whole(steps, "steps")
     _check_layer(layer)
     if not _fits(grid, layer):
@@ -164,7 +183,7 @@ def _check(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, steps:
     with torch.no_grad():
         result = calls.run(layer, inputs[:1])
     if result.shape[1:] != outputs.shape[1:]:
+        output_shape, expected = list(outputs.shape[1:]), list(result.shape[1:])
         raise InputError(
-            f"An output is {list(outputs.shape[1:])}, but the layer gives {list(result.shape[1:])} for an input: give "
-            "those of this layer."
+            f"An output is {output_shape}, but the layer gives {expected} for an input: give those of this layer."
         )

@@ -238,7 +238,10 @@ def _gptq_(
 
 
 def _awq_(
-    model: nn.Module, weights: Mapping[str, Weight], batches: Sequence, options: Mapping[str, Any]
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    batches: Sequence,
+    options: Mapping[str, Any],
 ) -> dict[str, Quantized]:
     """Scale and round the weights by AWQ, block after block; return {name: rounded weight}.
 
@@ -269,7 +272,12 @@ def _weight_name(layer: str) -> str:
     return f"{layer}.weight".lstrip(".")
 
 
-def _is_inside(model: nn.Module, weights: Mapping[str, Weight], source: Source, route: Route) -> bool:
+def _is_inside(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    source: Source,
+    route: Route,
+) -> bool:
     """Return True if only `weights` read the channels of the source, and the source belongs to the same block."""
     names = {*source.names, *map(_weight_name, route.readers)}
     parameters = {id(model.get_parameter(name)) for name in names}

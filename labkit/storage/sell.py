@@ -86,7 +86,12 @@ def unpack(layout: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     return dense[:out_features, :in_features].contiguous()
 
 
-def multiply(x: Tensor, layout: dict[str, Tensor], out_features: int, bias: Tensor | None) -> Tensor:
+def multiply(
+    x: Tensor,
+    layout: dict[str, Tensor],
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
     """Return x W^T + bias, float32 [batch, out], on torch.get_num_threads() threads of the CPU.
 
     x: float32 [batch, in]. layout: W as `pack` returns it. bias: float32 [out].
