@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from labkit.attention import speculative
 from labkit.deploy import decoder_graph, engines
 from labkit.errors import InputError
-from labkit.timing import roofline
+from labkit.modules import kv_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +64,13 @@ def prepare(model: nn.Module) -> DecoderEngine:
 
 def example(model: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What an engine is called with after `prompt` [B, P]: its keys and values, and its last token once more."""
-    _, cache = roofline.filled_cache(model, prompt)
+    _, cache = kv_cache.filled_cache(model, prompt)
     memory = (torch.stack([getattr(layer, name) for layer in cache.layers], 1) for name in ("keys", "values"))
     return *memory, prompt[:, -1:]
 
 
 def repeated(engine: DecoderEngine, model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
-    """`roofline.decode_step` in the engine: one more token for each text, stored behind the others; always the same."""
+    """`kv_cache.decode_step` in the engine: one more token for each text, stored behind the others; always the same."""
     *memory, last = example(model, prompt)
     memory = [F.pad(x, (0, 0, 0, 1)) for x in memory]
 
