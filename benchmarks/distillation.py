@@ -67,7 +67,13 @@ def _attention_map(features: Tensor) -> Tensor:
     return F.normalize(features.square().sum(1).flatten(1), dim=1)  # [N, H * W]
 
 
-def value_relations(student: Tensor, teacher: Tensor, *, heads: int, mask: Tensor) -> Tensor:
+def value_relations(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    heads: int,
+    mask: Tensor,
+) -> Tensor:
     """KL divergence of the similarities of a text's values, mean over heads and tokens, a scalar.
 
     student, teacher: values of a layer [B, T, width]; the widths may differ, and are divided into `heads` relation
@@ -247,7 +253,12 @@ def answered(teacher: nn.Module, batches: training.Batches) -> tuple[Tensor, flo
     return logits, time.process_time() - start
 
 
-def steps_for(seconds: float, model: nn.Module, batches: training.Batches, recipe: Mapping[str, Any]) -> int:
+def steps_for(
+    seconds: float,
+    model: nn.Module,
+    batches: training.Batches,
+    recipe: Mapping[str, Any],
+) -> int:
     """Return how many steps on labels take as many CPU seconds."""
     few = dict(recipe) | {"steps": min(recipe["steps"], 10)}
     trained(model, batches, labels_only, 0, **few)  # the first steps are slow
@@ -312,7 +323,12 @@ def minilm_runs(options: argparse.Namespace) -> Iterator[Row]:
                     yield {"student": name, "method": method, "seed": seed, "right": right, "cpu_s": cpu}
 
 
-def minilm_student(start: str, layers: int, teacher: nn.Module, pretrained: nn.Module) -> nn.Module:
+def minilm_student(
+    start: str,
+    layers: int,
+    teacher: nn.Module,
+    pretrained: nn.Module,
+) -> nn.Module:
     """Build a student of `layers` layers: start is "random", "pretrained" or "teacher's"."""
     if start == "pretrained":
         return distillation.shallow(pretrained, layers)

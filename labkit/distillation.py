@@ -38,7 +38,12 @@ STORED = "teacher_logits"  # the name of a teacher's stored answers in a batch t
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, *, temperature: float = 2.0, beta: float = 0.0, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 2.0,
+    beta: float = 0.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """T^2 D(p, q), mean over the predictions, a scalar, with p and q the softmax of teacher / T and student / T.
 
@@ -70,7 +75,8 @@ def distillation_loss(
         divergence = _kl(log_q, log_p)
     else:
         log_m = _log_mixture(log_p, log_q, beta)
-        divergence = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+        from_p, from_q = _kl(log_p, log_m), _kl(log_q, log_m)
+        divergence = beta * from_p + (1 - beta) * from_q
     return temperature**2 * _mean(divergence, mask)
 
 
@@ -124,7 +130,8 @@ def top_k(logits: Tensor, k: int) -> TopK:
     if classes < 2:
         raise InputError(f"logits have shape {list(logits.shape)}: give [..., classes] with two classes or more.")
     check_whole(k, "k", most=classes - 1)
-    log_p, ids = F.log_softmax(_precise(logits.detach()), -1).topk(k)
+    all_log_p = F.log_softmax(_precise(logits.detach()), -1)
+    log_p, ids = all_log_p.topk(k)
     return TopK(ids.int(), log_p.half())
 
 
@@ -161,10 +168,10 @@ def _tail_divergence(log_p: Tensor, log_q: Tensor, ids: Tensor) -> Tensor:
     log_p: [..., k], the teacher's log-probabilities of the classes `ids` [..., k]. log_q: [..., classes].
     """
     p_tail = (1 - log_p.exp().sum(-1)).clamp_min(0)  # rounded to 16 bits a sum may exceed 1
-    others = log_q.scatter(-1, ids, -math.inf)
-    student_has_no_tail = others.isneginf().all(-1)
-    others = others.masked_fill(student_has_no_tail[..., None], 0)
-    log_q_tail = others.logsumexp(-1).masked_fill(student_has_no_tail, -math.inf)
+    unstored = log_q.scatter(-1, ids, -math.inf)
+    student_has_no_tail = unstored.isneginf().all(-1)
+    unstored = unstored.masked_fill(student_has_no_tail[..., None], 0)
+    log_q_tail = unstored.logsumexp(-1).masked_fill(student_has_no_tail, -math.inf)
     k = ids.shape[-1]
     is_rounding = p_tail <= k * 2**-12  # no more than 16 bits of each log-probability make
     tail = torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail
@@ -201,7 +208,13 @@ def _scaled_distances(features: Tensor) -> Tensor:
 # --- a loss_fn for training -------------------------------------------------------------------------------------------
 
 
-def distilling(teacher: nn.Module | None, *, alpha: float, temperature: float, beta: float = 0.0) -> LossFn:
+def distilling(
+    teacher: nn.Module | None,
+    *,
+    alpha: float,
+    temperature: float,
+    beta: float = 0.0,
+) -> LossFn:
     """Return a loss_fn for `training.train_`: alpha * distillation + (1 - alpha) * task loss.
 
     teacher: in eval mode; runs without gradients on the batch's device. None: the batches hold the teacher's logits, as
@@ -269,7 +282,12 @@ def _answers(teacher: nn.Module, batch: Batch) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def _counted(model: nn.Module, logits: Tensor, labels: Tensor | None, padding: Tensor | None) -> Tensor | None:
+def _counted(
+    model: nn.Module,
+    logits: Tensor,
+    labels: Tensor | None,
+    padding: Tensor | None,
+) -> Tensor | None:
     """Return a mask [B, T] of the predictions to count, None for all.
 
     Predictions with a label count; position t of a decoder predicts token t + 1. Without labels `padding` is the mask.

@@ -1,7 +1,13 @@
-"""Removing weights, channels, heads and layers: one module an idea, each under the name that the field gives it.
+"""Pruning: removing weights, channels, heads and layers, a module for each idea under its name in the field.
 
-`from labkit.pruning import unstructured` and the like; a module is read only when it is asked for. The names of the
-functions stay in their modules, because `prune` means something else in each. What is not listed serves these.
+Open `unstructured.py` first; it begins with an example of ten lines. Then `scores.py` (how important is a weight),
+`channels.py` (really smaller layers: plan, cut, prove) and `sparse.py` (zeros that make a model faster).
+
+A new pruning criterion is one function and one row of a table in `scores.py`: CRITERIA for single weights,
+UNIT_CRITERIA for channels and heads. Every `criterion=` argument then accepts the new name.
+
+Write `from labkit.pruning import unstructured`; a module is loaded when first used. Functions are called through their
+module, because `prune` exists in several. Modules outside the list below serve the listed modules.
 """
 
 from labkit import submodules

@@ -49,7 +49,11 @@ class Cluster:
 
 
 def make_cluster(
-    groups: Sequence[Group], members: list[int], scores: Mapping[int, Tensor], min_channels: int, round_to: int
+    groups: Sequence[Group],
+    members: list[int],
+    scores: Mapping[int, Tensor],
+    min_channels: int,
+    round_to: int,
 ) -> Cluster:
     """Rank the units of linked groups and divide the units into steps.
 

@@ -107,7 +107,12 @@ def _as_matrix(weight: Weight, tensor: Tensor) -> Tensor:
     return tensor if isinstance(weight.module, CONVOLUTIONS) else weight.as_rows(tensor)
 
 
-def _highest(weight: Weight, scores: Tensor, pattern: Pattern, by: str) -> Tensor:
+def _highest(
+    weight: Weight,
+    scores: Tensor,
+    pattern: Pattern,
+    by: str,
+) -> Tensor:
     """Return a mask, True at the highest scores: n of every m, or all but a fraction of each "matrix" or each "row".
 
     scores, mask: in the shape of the parameter.

@@ -175,7 +175,11 @@ def apply(
 
 
 def _prove(
-    model: nn.Module, pruned_model: nn.Module, plan: Plan, args: tuple, kwargs: dict[str, Any]
+    model: nn.Module,
+    pruned_model: nn.Module,
+    plan: Plan,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> equality.Report:
     """Return the report of the equality check; raise EqualityError if the models differ or cannot be compared."""
     try:
@@ -314,7 +318,13 @@ class Planner:
             raise InputError(f"ratio names {part!r}, which stays whole ({reason}).")
         return numbers
 
-    def exclude_failing(self, ratio: NamedRatio, args: Any, kwargs: Any, check: Any) -> bool:
+    def exclude_failing(
+        self,
+        ratio: NamedRatio,
+        args: Any,
+        kwargs: Any,
+        check: Any,
+    ) -> bool:
         """Find the groups responsible for a failed proof and keep them whole in later plans; False if no group remains.
 
         ratio: the ratio at which the proof failed. args, kwargs, check: as in `apply`.
@@ -387,7 +397,9 @@ def _plan_of_removal(
 
 
 def _units_of_channels(
-    model: nn.Module, coupling: Coupling, remove: Mapping[Part, Iterable[int]]
+    model: nn.Module,
+    coupling: Coupling,
+    remove: Mapping[Part, Iterable[int]],
 ) -> dict[str, list[int]]:
     """Turn {layer or parameter: output channels} into {name of the group: units that hold the channels}."""
     units: dict[str, set[int]] = defaultdict(set)
@@ -485,7 +497,12 @@ def _check_linked_groups(coupling: Coupling, removed: Mapping[int, Tensor]) -> N
 # --- from units to a plan ---------------------------------------------------------------------------------------------
 
 
-def _plan(model: nn.Module, coupling: Coupling, removed: Mapping[int, Tensor], reasons: Mapping[int, str]) -> Plan:
+def _plan(
+    model: nn.Module,
+    coupling: Coupling,
+    removed: Mapping[int, Tensor],
+    reasons: Mapping[int, str],
+) -> Plan:
     """Make the plan for removing the units of group i where removed[i] (bool [units]) is True.
 
     reasons: {number of the group: why all of its units stay}, for the table of the plan.
@@ -498,7 +515,12 @@ def _plan(model: nn.Module, coupling: Coupling, removed: Mapping[int, Tensor], r
 
 
 @torch.inference_mode(False)
-def plan_labels(model: nn.Module, coupling: Coupling, gone: np.ndarray, units: tuple[Units, ...]) -> Plan:
+def plan_labels(
+    model: nn.Module,
+    coupling: Coupling,
+    gone: np.ndarray,
+    units: tuple[Units, ...],
+) -> Plan:
     """Make the plan for removing labels of the trace, the finest description of a cut.
 
     gone: bool [labels], True where a label goes. units: the table of the plan, a row for each group.
@@ -522,7 +544,12 @@ def plan_labels(model: nn.Module, coupling: Coupling, gone: np.ndarray, units: t
 # --- groups by name ---------------------------------------------------------------------------------------------------
 
 
-def _groups_named(model: nn.Module, coupling: Coupling, name: str, argument: str) -> list[int]:
+def _groups_named(
+    model: nn.Module,
+    coupling: Coupling,
+    name: str,
+    argument: str,
+) -> list[int]:
     """Return the numbers of the groups called `name`, or else of the groups with channels made in the part `name`.
 
     argument: the caller's argument with `name`, for the InputError if no group fits.

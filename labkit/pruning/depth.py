@@ -51,7 +51,12 @@ NamedLayers = Sequence[tuple[str, nn.Module]]
 
 
 def layer_importance(
-    model: nn.Module, batches: Iterable, method: str = "cosine", *, n: int = 1, loss_fn: LossFn | None = None
+    model: nn.Module,
+    batches: Iterable,
+    method: str = "cosine",
+    *,
+    n: int = 1,
+    loss_fn: LossFn | None = None,
 ) -> Tensor:
     """Score every layer, or every block of n layers; higher is more important: [layers - n + 1] float64 on the CPU.
 
@@ -81,7 +86,10 @@ def layer_importance(
 
 @torch.no_grad()
 def _mean_distances(
-    model: nn.Module, batches: Iterable, n: int, distance: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module,
+    batches: Iterable,
+    n: int,
+    distance: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Average the distance between the input and output of each block of n layers over valid tokens."""
     names, layers = zip(*layers_of(model), strict=True)
@@ -92,7 +100,12 @@ def _mean_distances(
     def add_input(number: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
         states.append(first_tensor(args, kwargs))
 
-    def add_output(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+    def add_output(
+        number: int,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> None:
         states.append(output if isinstance(output, Tensor) else output[0])
 
     inputs_of_layers = forward_hooks(layers, add_input, before=True)
@@ -113,7 +126,11 @@ def _mean_distances(
 
 @torch.inference_mode(False)
 def prune_layers(
-    model: nn.Module, layers: Iterable[int], *, kwargs: Mapping[str, Any] | None = None, check: bool = True
+    model: nn.Module,
+    layers: Iterable[int],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    check: bool = True,
 ) -> Pruned:
     """Return a copy of `model` without the layers in `layers`, proved equal to the model with these layers skipped.
 
@@ -204,11 +221,11 @@ def _trace_pruned(pruned_model: nn.Module, kwargs: Mapping[str, Any], removed: S
 
 def _no_indices(removed_layers: NamedLayers) -> dict[str, dict[int, Tensor]]:
     """Return {parameter of a removed layer: {dimension 0: no index}}."""
-    kept = {}
+    no_indices = {}
     for layer_name, layer in removed_layers:
         for path, _ in layer.named_parameters():
-            kept[f"{layer_name}.{path}"] = {0: torch.zeros(0, dtype=torch.int64)}
-    return kept
+            no_indices[f"{layer_name}.{path}"] = {0: torch.zeros(0, dtype=torch.int64)}
+    return no_indices
 
 
 def _macs(record: Record) -> int:
@@ -217,7 +234,10 @@ def _macs(record: Record) -> int:
 
 @torch.no_grad()
 def _prove(
-    model: nn.Module, pruned_model: nn.Module, removed: Sequence[nn.Module], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    pruned_model: nn.Module,
+    removed: Sequence[nn.Module],
+    kwargs: Mapping[str, Any],
 ) -> Report:
     """Compare the pruned model with the dense model whose removed layers are skipped: equal to the last bit.
 

@@ -35,7 +35,12 @@ FIRST_LOGIT = 2.0  # of every gate; 3 % of the gates are closed at the start
 
 @torch.inference_mode(False)
 def head_importance(
-    model: nn.Module, batches: Iterable, method: str = "taylor", *, loss_fn: LossFn | None = None, seed: int = 0
+    model: nn.Module,
+    batches: Iterable,
+    method: str = "taylor",
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Score every query head; higher is more important: [layers, heads], float64 on the CPU.
 
@@ -107,7 +112,10 @@ def rows(values: Sequence[Tensor]) -> Tensor:
 
 
 def _ablation(
-    model: nn.Module, parts: Sequence[Attention], batches: Iterable, loss_fn: LossFn | None
+    model: nn.Module,
+    parts: Sequence[Attention],
+    batches: Iterable,
+    loss_fn: LossFn | None,
 ) -> Sequence[Tensor]:
     """Return the increase of the mean loss when each head alone is silent: [heads] for each attention."""
     layers = layers_of(model) if len(stacks(model)) == 1 else []
@@ -190,7 +198,12 @@ def scaling(model: nn.Module, parts: Sequence[Attention], gates: Sequence[Tensor
 
 @torch.inference_mode(False)
 def learn_gates(
-    model: nn.Module, batches: Iterable, *, epochs: int = 1, loss_fn: LossFn | None = None, seed: int = 0
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    epochs: int = 1,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Learn gates on the heads of a frozen model: low task loss with few gates open. [layers, heads] float64 in [0, 1].
 
@@ -262,7 +275,11 @@ def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _observing(model: nn.Module, parts: Sequence[Attention], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+def _observing(
+    model: nn.Module,
+    parts: Sequence[Attention],
+    see: Callable[[int, Tensor], None],
+) -> Iterator[None]:
     """Call see(number, probabilities) at every forward pass of each attention, as long as the `with` block runs.
 
     parts: the attentions of `model`.
@@ -272,7 +289,12 @@ def _observing(model: nn.Module, parts: Sequence[Attention], see: Callable[[int,
     even with `output_attentions=True`. Raises InputError for an attention that gives none eagerly.
     """
 
-    def after(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+    def after(
+        number: int,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> None:
         maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
         if not maps or not _are_probabilities(maps[-1]):
             raise InputError(
@@ -300,7 +322,10 @@ def _are_probabilities(x: Tensor) -> bool:
 
 @torch.no_grad()
 def _mean_over_queries(
-    model: nn.Module, parts: Sequence[Attention], batches: Iterable, measure: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module,
+    parts: Sequence[Attention],
+    batches: Iterable,
+    measure: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Average measure(a [.., keys], n_keys [..]) of attention probabilities a over queries: [layers, heads].
 

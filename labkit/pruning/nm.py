@@ -1,7 +1,7 @@
-"""N:M sparsity: n of every m weights kept along the input dimension, as hardware multiplies them; models so pruned.
+"""N:M sparsity: n of every m weights kept along the input dimension, the pattern that hardware multiplies.
 
-N counts the weights KEPT in each group of M. Elsewhere: how the mask is made (`pattern`), masks that move in training
-(`sr_ste`), channels in a better order (`permutation`), 2:4 on a GPU (`semi_structured`).
+N counts the weights KEPT in each group of M. Related files: `pattern` makes masks, `sr_ste` moves masks in training,
+`permutation` finds a better order of channels, `semi_structured` multiplies 2:4 weights on a GPU.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,10 @@ __all__ = ["compress", "decompress", "is_nm", "kept_energy", "mask", "prune"]
 
 
 def kept_energy(weight: Tensor, keep: Tensor) -> float:
-    """sum(w^2 where keep) / sum(w^2), summed in float64: 1 if nothing that matters goes, and for a weight of zeros."""
+    """sum(w^2 where keep) / sum(w^2), summed in float64; 1 for a weight of zeros.
+
+    weight: any shape. keep: bool, same shape, True at kept weights.
+    """
     check_real(weight, "weight")
     check_real(keep, "keep")
     if keep.dtype != torch.bool or keep.shape != weight.shape:
@@ -30,11 +33,13 @@ def kept_energy(weight: Tensor, keep: Tensor) -> float:
         )
     squares = weight.detach().double().square()
     total = float(squares.sum())
-    return float(squares.masked_fill(~keep, 0.0).sum()) / total if total else 1.0
+    if total == 0:
+        return 1.0
+    return float(squares.masked_fill(~keep, 0.0).sum()) / total
 
 
 class Compressed(NamedTuple):
-    """A 2:4 weight as stored: values [groups, 2] and metadata uint8, their places, as in `storage.FORMATS["nm"]`."""
+    """A 2:4 weight as stored: values [groups, 2] and places in the groups (metadata, uint8): `FORMATS["nm"]`."""
 
     values: Tensor
     metadata: Tensor
@@ -42,9 +47,10 @@ class Compressed(NamedTuple):
 
 
 def compress(weight: Tensor) -> Compressed:
-    """`weight` ([out, in], [C_out, C_in, *kernel] or one row [in]) as values and metadata; `is_nm` must hold for it.
+    """Store a 2:4 weight as values and metadata.
 
-    Value for value what comes back from `decompress`, NaN included; a -0.0 that is not kept comes back as 0.0.
+    weight: [out, in], [C_out, C_in, *kernel] or a single row [in]. Raises InputError unless `is_nm` holds for `weight`.
+    `decompress` returns the same values, NaN included, but 0.0 for a -0.0 outside the kept weights.
     """
     check_real(weight, "weight")
     parts = FORMATS["nm"].pack(weight)
@@ -57,7 +63,7 @@ def compress(weight: Tensor) -> Compressed:
 
 
 def decompress(compressed: Compressed) -> Tensor:
-    """The dense weight that was compressed, contiguous, on the device of its values."""
+    """Return the dense weight, contiguous, on the device of the compressed values."""
     if not isinstance(compressed, Compressed):
         raise InputError(f"What is decompressed is a {type(compressed).__name__}, but compress makes a Compressed.")
     return FORMATS["nm"].unpack(compressed._asdict(), compressed.shape)
@@ -72,16 +78,16 @@ def prune(
     batches: Iterable | None = None,
     ignore: str | Iterable[str] = (),
 ) -> nn.Module:
-    """A copy of `model` whose weights keep n of every m along the input dimension; masks hold them through training.
+    """Return a copy of `model` with n of every m weights kept along the input dimension, held by masks in training.
 
-    method: "magnitude"; with batches, an iterable of what the model is called with, also "wanda" (Sun et al. 2024) and
-        "sparsegpt" (Frantar & Alistarh 2023: what stays moves). `blockwise.prune` does the work, and takes a fraction
-        as well.
-    ignore: names of modules and weights that stay dense. The others: those of `blockwise.weights_of`, each expert of a
-        mixture by itself. An InputError names those whose input dimension is no multiple of m.
+    method: "magnitude", "wanda" (Sun et al. 2024) or "sparsegpt" (Frantar & Alistarh 2023; kept weights change).
+        `blockwise.prune` does the work, and takes a fraction as well.
+    batches: calibration input of `model`, for "wanda" and "sparsegpt".
+    ignore: names of modules and weights that stay dense. All weights of `blockwise.weights_of` besides are pruned, each
+        expert of a mixture by itself.
 
-    The masks are held as those of `unstructured.prune` are: `unstructured.masks` reads them, `make_permanent` takes
-    them off.
+    `unstructured.masks` reads the masks, `unstructured.make_permanent` removes them. Raises InputError for weights with
+    an input dimension that is no multiple of m.
     """
     check_pattern(n, m)
     return blockwise.prune(model, (n, m), method=method, batches=batches, ignore=ignore)

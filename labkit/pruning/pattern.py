@@ -1,7 +1,7 @@
-"""The N:M pattern: which n of every m neighbours along the input dimension of a weight are the largest.
+"""The N:M pattern of a weight: a mask of the n largest of every m neighbours along the input dimension.
 
-N counts the weights KEPT in each group of M (Mishra et al. 2021, Accelerating Sparse Deep Neural Networks). One weight
-at a time; `nm` has the same names for its users and prunes models.
+N counts the weights KEPT in each group of M (Mishra et al. 2021, Accelerating Sparse Deep Neural Networks). `nm` offers
+the same functions and prunes whole models.
 """
 
 import torch
@@ -17,17 +17,17 @@ CHUNK = 2**19  # weights looked at in one go on a CPU: fewer, and calls cost mor
 
 
 def mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """True at the n largest magnitudes of every m neighbours along the input dimension; exactly n, whatever the ties.
+    """Return a mask, True at the n largest magnitudes of every m neighbours along the input dimension.
 
-    weight: [out, in], a convolution's [C_out, C_in / groups, *kernel] (grouped along C_in, each kernel position by
-        itself), or one row [in], that dimension a multiple of m; any strides, any real dtype, no NaN. Scores that are
-        not negative rank as they are.
-    Of equal magnitudes the one with the lower index stays. Returns a contiguous bool tensor of the weight's shape and
-    device; 0 < n <= m <= 16.
+    weight: [out, in], a convolution's [C_out, C_in / groups, *kernel] (grouped along C_in at each kernel position), or
+        a single row [in]; in is a multiple of m. Any strides, any real dtype, no NaN. Non-negative scores can be given
+        instead of a weight.
+    n, m: 0 < n <= m <= 16. Exactly n stay; of equal magnitudes the lower index stays.
+    Returns a contiguous bool tensor of the weight's shape and device.
 
-    Every weight is compared with the m - 1 others of its group and stays if fewer than n beat it: m (m - 1) / 2
-    comparisons of whole slices, no sort, on slices that fit a cache. On a CPU the same is compiled for large float32,
-    float16 and bfloat16 weights where m is a power of two (csrc/nm_mask.cpp).
+    Every weight is compared with the m - 1 neighbours in the group and stays if fewer than n are larger: m (m - 1) / 2
+    comparisons of whole slices, no sort, on slices that fit a cache. On a CPU a compiled kernel (csrc/nm_mask.cpp)
+    takes large float32, float16 and bfloat16 weights where m is a power of two.
     """
     check_pattern(n, m)
     groups = _groups(weight, m)  # [out, *kernel, in / m, m]
@@ -35,27 +35,38 @@ def mask(weight: Tensor, n: int = 2, m: int = 4) -> Tensor:
     if groups.numel() >= COMPILED and native.nm_takes(groups):
         native.nm_largest(groups, n, largest)
     else:
-        rows = len(groups) if weight.is_cuda else max(1, CHUNK * len(groups) // max(1, groups.numel()))
-        for part, out in zip(groups.split(rows), largest.split(rows), strict=True):
+        chunk = _rows_in_chunk(groups)
+        for part, out in zip(groups.split(chunk), largest.split(chunk), strict=True):
             _largest(part, n, out)
     rows = largest.flatten(-2)
-    return (rows[0] if weight.dim() == 1 else rows.movedim(-1, 1)).contiguous()
+    in_place = rows[0] if weight.dim() == 1 else rows.movedim(-1, 1)
+    return in_place.contiguous()
+
+
+def _rows_in_chunk(groups: Tensor) -> int:
+    """Return how many rows of groups [out, ..., m] to compare at a time: all on a GPU, about CHUNK weights on a CPU."""
+    if groups.is_cuda:
+        return len(groups)
+    weights = max(1, groups.numel())
+    return max(1, CHUNK * len(groups) // weights)
 
 
 def is_nm(weight: Tensor, n: int = 2, m: int = 4) -> bool:
-    """Whether no group of m along the input dimension holds more than n weights that are not zero; see `mask`.
+    """Return True if no group of m weights along the input dimension holds more than n nonzeros.
 
-    False where the dimension is no multiple of m. NaN is not zero.
+    weight: as in `mask`. False if the input dimension is no multiple of m. NaN counts as nonzero.
     """
     check_pattern(n, m)
     if _input_width(weight) % m:
         return False
-    return not bool(((_groups(weight, m) != 0).sum(-1) > n).any())
+    nonzeros = (_groups(weight, m) != 0).sum(-1)
+    return not bool((nonzeros > n).any())
 
 
 def check_pattern(n: int, m: int) -> None:
-    """Raises InputError unless 0 < n <= m <= 16, both whole numbers."""
-    if not (type(n) is type(m) is int and 0 < n <= m <= LARGEST_M):
+    """Raise InputError unless n and m are whole numbers with 0 < n <= m <= 16."""
+    are_whole = type(n) is int and type(m) is int
+    if not are_whole or not 0 < n <= m <= LARGEST_M:
         raise InputError(
             f"The pattern {n!r}:{m!r} is none: n of every m weights are kept, whole numbers with "
             f"0 < n <= m <= {LARGEST_M}, for example n=2, m=4."
@@ -73,39 +84,47 @@ def _input_width(weight: Tensor) -> int:
 
 
 def _groups(weight: Tensor, m: int) -> Tensor:
-    """[out, *kernel, in / m, m], a view."""
+    """Return the weight as [out, *kernel, in / m, m], a view."""
     width = _input_width(weight)
     if width % m:
         raise InputError(
             f"The input dimension of a weight {list(weight.shape)} is {width}, no multiple of m = {m}: leave it dense."
         )
-    rows = weight.detach().reshape(1, -1) if weight.dim() == 1 else weight.detach().movedim(1, -1)
+    weight = weight.detach()
+    rows = weight.reshape(1, -1) if weight.dim() == 1 else weight.movedim(1, -1)
     return rows.unflatten(-1, (-1, m))
 
 
 def _largest(groups: Tensor, n: int, out: Tensor) -> None:
-    """Writes into `out` [..., m] which n of each group [..., m] are largest."""
+    """Write True into `out` [..., m] at the n largest magnitudes of each group [..., m]."""
     members = _keys(groups).unbind(-1)
     m = len(members)
-    beaten = [torch.full_like(x, m - 1 - i, dtype=torch.uint8) for i, x in enumerate(members)]  # by all that come after
+    n_larger = []  # of each member, as if all members after it were larger
+    for i, x in enumerate(members):
+        n_larger.append(torch.full_like(x, m - 1 - i, dtype=torch.uint8))
     for i in range(m):
         for j in range(i + 1, m):
-            first = (members[i] >= members[j]).view(torch.uint8)  # an equal pair: the lower index wins
-            beaten[j] += first
-            beaten[i] -= first
+            i_wins = (members[i] >= members[j]).view(torch.uint8)  # an equal pair: the lower index wins
+            n_larger[j] += i_wins
+            n_larger[i] -= i_wins
     for i in range(m):
-        torch.lt(beaten[i], n, out=out[..., i])
+        torch.lt(n_larger[i], n, out=out[..., i])
 
 
-BITS = {1: (torch.uint8, 0x7F), 2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF), 8: (torch.int64, 2**63 - 1)}
+BITS = {  # bytes of a float: integer type of the same size, all bits but the sign
+    1: (torch.uint8, 0x7F),
+    2: (torch.int16, 0x7FFF),
+    4: (torch.int32, 0x7FFFFFFF),
+    8: (torch.int64, 2**63 - 1),
+}
 
 
 def _keys(x: Tensor) -> Tensor:
-    """Integers that rank as |x| does. A float's bits without the sign do, in every format, and NaN's are above all."""
+    """Return integers in the order of |x|: the bits of a float without the sign. NaN is above all, and refused."""
     if not x.is_floating_point():
         return x.long().abs()
     integer, all_but_sign = BITS[x.element_size()]
-    keys = x.view(integer) & all_but_sign
+    keys = x.view(integer) & all_but_sign  # the order holds in every floating-point format
     if keys.numel() and keys.amax().view(x.dtype).isnan():
         raise InputError(native.NAN)
     return keys

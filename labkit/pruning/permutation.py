@@ -1,7 +1,8 @@
-"""Channels in an order that loses less to n:m: groups of m neighbours are a choice, and the network does not mind.
+"""Channel permutation for n:m sparsity: an order of input channels in which pruning keeps more.
 
-Pool & Yu 2021, Channel Permutations for N:M Sparsity: swap input channels between groups as long as the kept energy
-grows. A reader's input channels are its producers' output channels, so whole coupled groups are reordered.
+Pool & Yu 2021, Channel Permutations for N:M Sparsity: swap input channels between groups of m neighbours as long as the
+kept energy grows. The input channels of a layer are output channels of layers before, so whole coupled groups of
+channels are reordered, and the network computes the same function.
 """
 
 from collections.abc import Mapping
@@ -22,11 +23,13 @@ ROUNDS = 100  # rounding could let two swaps follow each other for ever
 
 
 def search(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
-    """The order [in] of the columns of `scores` [rows, in] (such as w^2) that greedy swaps end in.
+    """Find by greedy swaps an order [in] of the columns in which n:m keeps more of `scores`, or as much.
 
-    The scores that n:m keeps of scores[:, order] are at least those that it keeps of `scores`. A round swaps the two
-    columns of each pair of groups that gain most, no group twice; it ends where no swap gains, or after 100 rounds.
-    scores: not negative, no NaN, in a multiple of m columns. Deterministic. Memory 4 (in^2 + 2 rows in) bytes.
+    scores: [rows, in], such as w^2; not negative, no NaN, in a multiple of m.
+
+    scores[:, order] is the reordered matrix. A round swaps, for pairs of groups, the two columns that gain most; no
+    group takes part twice. The search ends when no swap gains, or after 100 rounds. Deterministic. Memory 4 (in^2 + 2
+    rows in) bytes.
     """
     check_pattern(n, m)
     check_real(scores, "scores")
@@ -35,7 +38,8 @@ def search(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
             f"scores are {list(scores.shape)}, but they must be [rows, in] with in a multiple of m = {m}, none of them "
             "negative or NaN: give the squares of a weight."
         )
-    columns = scores.detach().t().to(torch.float64 if scores.dtype == torch.float64 else torch.float32).contiguous()
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    columns = scores.detach().t().to(dtype).contiguous()  # [in, rows]
     width = len(columns)
     order = torch.arange(width, device=scores.device)
     if n == m or width == m:
@@ -49,16 +53,29 @@ def search(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
         for a, b in swaps:
             new[a], new[b] = b, a
         order, columns, energy = order[new], columns[new], energy[:, new]
-        for group in {slot // m for swap in swaps for slot in swap}:
-            for slot in range(group * m, (group + 1) * m):
-                energy[slot] = _energy_with(columns, slot, n, m)
+        for slot in _slots_of_groups(swaps, m):
+            energy[slot] = _energy_with(columns, slot, n, m)
     return order
 
 
-def _energy_with(columns: Tensor, slot: int, n: int, m: int) -> Tensor:
-    """[in]: what n:m keeps of the group of `slot`, summed over rows, if each of the columns [in, rows] stood in it.
+def _slots_of_groups(swaps: list[tuple[int, int]], m: int) -> list[int]:
+    """Return all slots of the groups that take part in swaps, pairs of slots."""
+    swapped_slots = [slot for swap in swaps for slot in swap]
+    slots: list[int] = []
+    for group in {slot // m for slot in swapped_slots}:
+        slots += range(group * m, (group + 1) * m)
+    return slots
 
-    Of the m - 1 others n - 1 stay anyway, and the n-th largest or the newcomer, whichever is larger.
+
+def _energy_with(
+    columns: Tensor,
+    slot: int,
+    n: int,
+    m: int,
+) -> Tensor:
+    """Return the energy that n:m keeps of the group of `slot` with each of the columns [in, rows] in the slot: [in].
+
+    Of the m - 1 columns outside the slot, n - 1 stay in any case; the n-th largest competes with the new column.
     """
     first = slot // m * m
     rest = torch.cat([columns[first:slot], columns[slot + 1 : first + m]])  # [m - 1, rows]
@@ -67,48 +84,51 @@ def _energy_with(columns: Tensor, slot: int, n: int, m: int) -> Tensor:
 
 
 def _best_swaps(energy: Tensor, m: int) -> list[tuple[int, int]]:
-    """Pairs of slots whose columns gain most by changing places, no two pairs in the same group."""
-    width, now = len(energy), energy.diagonal()  # the group of each slot as it is
-    gain = (energy + energy.t() - now[:, None] - now).view(width // m, m, width // m, m)
+    """Return pairs of slots to swap, the largest gain first, each group at most once.
+
+    energy: [slot, column], of `_energy_with`.
+    """
+    n_groups = len(energy) // m
+    now = energy.diagonal()  # of the group of each slot as it is
+    gain = energy + energy.t() - now[:, None] - now  # [slot, slot]
+    gain = gain.view(n_groups, m, n_groups, m)
     best = gain.amax((1, 3)).triu(1)  # [groups, groups]
-    swaps, taken = [], set()
-    least = 8 * torch.finfo(energy.dtype).eps * float(now.max())  # a smaller gain may be rounding
+    rounding = 8 * torch.finfo(energy.dtype).eps * float(now.max())
+    swaps: list[tuple[int, int]] = []
+    taken: set[int] = set()
     for pair in best.flatten().argsort(descending=True, stable=True).tolist():
-        groups = divmod(pair, width // m)
-        if best[groups] <= least:
+        a, b = divmod(pair, n_groups)
+        if best[a, b] <= rounding:
             break
-        if not taken & {*groups}:
-            taken |= {*groups}
-            slots = divmod(int(gain[groups[0], :, groups[1]].flatten().argmax()), m)
-            swaps.append((groups[0] * m + slots[0], groups[1] * m + slots[1]))
+        if taken.isdisjoint((a, b)):
+            taken |= {a, b}
+            best_pair = int(gain[a, :, b].flatten().argmax())
+            slot_in_a, slot_in_b = divmod(best_pair, m)
+            swaps.append((a * m + slot_in_a, b * m + slot_in_b))
     return swaps
 
 
 def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """A copy of `model` that computes the same function with its channels in an order that 2:4 keeps more of.
+    """Return a copy of `model` with the same function and an order of channels in which 2:4 keeps more.
 
-    args, kwargs: an example input, as for `coupling.trace`, which finds what has to be reordered together. Prune the
-    result with `nm.prune`. What cannot be reordered (inputs, outputs, attention heads) stays where it is.
+    args, kwargs: an example input, as for `coupling.trace`. Prune the result with `nm.prune`.
+
+    Channels of inputs, outputs and attention heads stay at their places. Raises InputError for a pruned model, and for
+    a model with outputs that depend on the order of channels.
     """
     check_loaded(model)
     if unstructured.masks(model):
         raise InputError("The model is pruned already: permute the dense model and prune that.")
     args, kwargs = coupling.arguments(args, kwargs)
     coupled = coupling.Coupling.of(model, args, kwargs)
-    orders: dict[str, dict[int, Tensor]] = {}  # of each parameter's dimensions
+    orders: dict[str, dict[int, Tensor]] = {}  # {parameter: {dimension: new order of the indices}}
     for group in coupled.groups:
-        scores = _scores(model, group)
-        slots = [[member.indices(unit) for unit in range(group.units)] for member in group.members]
-        if scores is None or any(len({len(unit) for unit in units}) > 1 for units in slots):
-            continue
-        order = search(scores).cpu()
-        for member, units in zip(group.members, map(torch.stack, slots), strict=True):
-            new = orders.setdefault(member.name, {}).setdefault(member.dim, torch.arange(len(member.units)))
-            new[units] = units[order]  # other groups may have other parts of the dimension
+        _add_order_(orders, model, group)
     permuted = surgery.cut(model, orders, {})
     report = equality.check(model, permuted, coupled.record, coupled.gone({}), args, kwargs)
     # Norms of language models sum in float32 whatever the type of the check, and in another order now.
-    tolerance = report.tolerance * torch.finfo(torch.float32).eps / torch.finfo(getattr(torch, report.dtype)).eps
+    eps = torch.finfo(getattr(torch, report.dtype)).eps
+    tolerance = report.tolerance * torch.finfo(torch.float32).eps / eps
     if report.error > tolerance:
         raise InputError(
             f"The model's outputs depend on the order of its channels (they differ by {report.error:.2g}, tolerance "
@@ -117,14 +137,43 @@ def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None =
     return permuted
 
 
+def _add_order_(orders: dict[str, dict[int, Tensor]], model: nn.Module, group: coupling.Group) -> None:
+    """Add the best order of a group's units to `orders`, {parameter: {dimension: order}}, if units can be reordered."""
+    scores = _scores(model, group)
+    if scores is None:
+        return
+    indices_of_units = []  # of each member [units, indices]
+    for member in group.members:
+        units = [member.indices(unit) for unit in range(group.units)]
+        if len({len(indices) for indices in units}) > 1:
+            return
+        indices_of_units.append(torch.stack(units))
+    order = search(scores).cpu()
+    for member, indices in zip(group.members, indices_of_units, strict=True):
+        unchanged = torch.arange(len(member.units))
+        new = orders.setdefault(member.name, {}).setdefault(member.dim, unchanged)
+        new[indices] = indices[order]  # other groups may have other parts of the dimension
+
+
 def _scores(model: nn.Module, group: coupling.Group) -> Tensor | None:
-    """w^2 of the weights that read the group's units one by one [rows, units]; None if no 2:4 group lies among them."""
+    """Return w^2 [rows, units] of all weights that read the units of a group, None without a 2:4 group among them."""
     weights = prunable(model)
     squares = []
     for member in group.members:
-        run = (member.units >= 0).nonzero().squeeze(1)
-        alone = torch.equal(member.units[run], torch.arange(group.units)) and len(run) == int(run[-1] - run[0]) + 1
-        if member.role == "reads" and member.name in weights and alone and not run[0] % 4 and not len(run) % 4:
-            weight = weights[member.name].parameter.detach().movedim(member.dim, -1).flatten(0, -2)  # [rows, in]
-            squares.append(weight[:, run[0] : run[-1] + 1].square())
+        run = _run_of_units(member, group.units)
+        if member.role == "reads" and member.name in weights and run is not None:
+            weight = weights[member.name].parameter.detach()
+            rows = weight.movedim(member.dim, -1).flatten(0, -2)  # [rows, in]
+            squares.append(rows[:, run].square())
     return torch.cat(squares) if squares else None
+
+
+def _run_of_units(member: coupling.Member, n_units: int) -> slice | None:
+    """Return the indices of the units in member.dim if whole groups of 4 consist of one unit after another."""
+    indices = (member.units >= 0).nonzero().squeeze(1)
+    first, last = int(indices[0]), int(indices[-1])
+    is_contiguous = len(indices) == last - first + 1
+    in_order = torch.equal(member.units[indices], torch.arange(n_units))
+    if is_contiguous and in_order and first % 4 == 0 and len(indices) % 4 == 0:
+        return slice(first, last + 1)
+    return None

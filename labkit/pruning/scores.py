@@ -203,7 +203,11 @@ def _gradient_statistics(
 
 
 def _input_statistics(
-    model: nn.Module, weights: Mapping[str, Weight], row: Criterion, batches: Iterable, seed: int
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    row: Criterion,
+    batches: Iterable,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Sum `row.inputs` over the inputs of every layer, and finish: {name: tensor shaped like the weight}."""
     with evaluating(model, seed), torch.no_grad(), watched(weights.values(), row.inputs) as sums:
@@ -432,7 +436,9 @@ def _rows(x: Tensor, dim: int) -> Tensor:
 
 
 def per_unit(
-    value: Callable[[str, int], Tensor | None], groups: Sequence[Group], members: Mapping[int, Sequence[Member]]
+    value: Callable[[str, int], Tensor | None],
+    groups: Sequence[Group],
+    members: Mapping[int, Sequence[Member]],
 ) -> UnitScores:
     """Sum a value of parameter entries over each unit; a group without any value is absent.
 
@@ -473,7 +479,10 @@ def _sums(values: Mapping[str, Tensor]) -> Callable[[str, int], Tensor | None]:
 
 
 def norms(
-    model: nn.Module, groups: Sequence[Group], members: Mapping[int, Sequence[Member]], power: int = 2
+    model: nn.Module,
+    groups: Sequence[Group],
+    members: Mapping[int, Sequence[Member]],
+    power: int = 2,
 ) -> UnitScores:
     """(sum |w|^p)^(1/p) over all weights of a unit in `members`, {number of the group: members}; p is `power`."""
     parameters = dict(model.named_parameters())
@@ -612,7 +621,10 @@ UNIT_CRITERIA: Mapping[str, UnitCriterion] = {
 
 
 def input_taylor(
-    model: nn.Module, readers: Mapping[str, int], batches: Iterable, loss_fn: LossFn | None = None
+    model: nn.Module,
+    readers: Mapping[str, int],
+    batches: Iterable,
+    loss_fn: LossFn | None = None,
 ) -> list[Tensor]:
     """(1/N) sum over examples of |dl/dz|, z = 1 a gate on a unit in the input of a module.
 

@@ -1,7 +1,7 @@
-"""How much each group of channels matters to a metric: groups pruned one at a time, by really removing channels.
+"""Sensitivity scan: the metric of a model with a single group of channels pruned, for each group and ratio.
 
-The scan of Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.2. Zeroing a convolution's weights is not
-the same: biases and BatchNorm shifts would go on speaking. The baseline is the model as it is.
+The scan of Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.2. Channels are really removed; with
+zeroed weights instead, biases and BatchNorm shifts would still act. The baseline is the unpruned model.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from labkit.pruning.select import fraction
 
 @dataclass(frozen=True)
 class Trial:
-    """One group without `ratio` of its units, all others whole, and what `evaluate` gave."""
+    """The metric of the model with the fraction `ratio` of the units of a single group removed."""
 
     group: str
     ratio: float
@@ -29,22 +29,25 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """baseline: the metric of the unpruned model. rows: by group, then by ratio."""
+    """Result of a scan. baseline: the metric of the unpruned model. rows: ordered by group, then by ratio."""
 
     baseline: float
     rows: tuple[Trial, ...]
 
     def allocation(self, tolerance: float) -> dict[str, float]:
-        """{group: the largest scanned ratio up to which every drop is within `tolerance`}, to be `ratio` in prune."""
-        result: dict[str, float] = {}
-        stopped = set()
+        """Return a ratio for each group, {group: ratio}, to pass as `ratio` to `channels.prune`.
+
+        The ratio is the largest scanned ratio up to which every drop of the metric is at most `tolerance`.
+        """
+        ratios: dict[str, float] = {}
+        exceeded = set()  # groups with a larger drop at a smaller ratio
         for row in self.rows:
-            result.setdefault(row.group, 0.0)
+            ratios.setdefault(row.group, 0.0)
             if self.baseline - row.metric > tolerance:
-                stopped.add(row.group)
-            elif row.group not in stopped:
-                result[row.group] = row.ratio
-        return result
+                exceeded.add(row.group)
+            elif row.group not in exceeded:
+                ratios[row.group] = row.ratio
+        return ratios
 
 
 def scan(
@@ -56,10 +59,12 @@ def scan(
     progress: bool = True,
     **options: Any,
 ) -> Sensitivity:
-    """Evaluates the model with each group of channels pruned by each of `ratios`, one at a time.
+    """Evaluate the model with each group of channels pruned by each ratio, a single group at a time.
 
-    evaluate(model) -> float: the metric, on the same data each time; it gets a pruned copy in the mode of `model`.
-    Linked groups are pruned together. progress: show a bar. options: of `channels.Choice`.
+    args: the example input for tracing `model`.
+    evaluate: evaluate(model) -> float, the metric; gets a pruned copy in the mode of `model`, the same data each time.
+    ratios: fractions of a group's units to remove.
+    progress: True shows a progress bar. options: fields of `channels.Choice`. Linked groups are pruned together.
     """
     check_function(evaluate, "evaluate")
     check_several(ratios, "ratios")
@@ -69,8 +74,12 @@ def scan(
     planner = channels.Planner(model, args, scope="layer", **options)
 
     def metric(ratio: float | Mapping[str, float]) -> float:
-        return float(evaluate(channels.apply(model, planner.plan(ratio), args, check=False).model))
+        pruned = channels.apply(model, planner.plan(ratio), args, check=False)
+        return float(evaluate(pruned.model))
 
     baseline = metric(0.0)
-    work = tqdm(list(itertools.product(planner.names(), ratios)), desc="sensitivity", disable=not progress)
-    return Sensitivity(baseline, tuple(Trial(name, ratio, metric({name: ratio})) for name, ratio in work))
+    trials = []
+    pairs = list(itertools.product(planner.names(), ratios))
+    for name, ratio in tqdm(pairs, desc="sensitivity", disable=not progress):
+        trials.append(Trial(name, ratio, metric({name: ratio})))
+    return Sensitivity(baseline, tuple(trials))

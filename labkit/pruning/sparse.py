@@ -38,7 +38,12 @@ class Kernel(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, *HALVES)
 
 
-def _dense(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -> Tensor:
+def _dense(
+    x: Tensor,
+    parts: Parts,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
     return F.linear(x, parts["values"], bias)
 
 
@@ -50,7 +55,12 @@ def _warn_of_beta() -> None:
         torch.zeros(1, 1).to_sparse_csr()
 
 
-def _torch(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -> Tensor:
+def _torch(
+    x: Tensor,
+    parts: Parts,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
     """Multiply by torch's own product with a COO, CSR or BSR tensor."""
     _warn_of_beta()
     dtype, in_features = x.dtype, x.shape[1]
@@ -72,7 +82,12 @@ def _torch(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -> T
     return y.contiguous() if bias is None else y + bias
 
 
-def _compiled(x: Tensor, parts: Parts, out_features: int, bias: Tensor | None) -> Tensor:
+def _compiled(
+    x: Tensor,
+    parts: Parts,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
     """Multiply by csrc/sparse_linear.cpp in float32, or by a dense product if the kernel is not compiled."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         raise InputError(
@@ -117,7 +132,12 @@ TILE = 64  # rows of x that the kernel takes at a time; a last tile is as narrow
 NARROW_TILES = (4, 8, 16, 32, 48)
 
 
-def costs(out_features: int, in_features: int, nonzeros: int, batch_size: int) -> dict[str, float]:
+def costs(
+    out_features: int,
+    in_features: int,
+    nonzeros: int,
+    batch_size: int,
+) -> dict[str, float]:
     """Estimate the cost of a call on a CPU core in each format, {format: units}; format="auto" takes the smallest.
 
     out_features, in_features: shape of the weight. nonzeros: number n of weights that are not 0. batch_size: rows B
@@ -147,7 +167,12 @@ def costs(out_features: int, in_features: int, nonzeros: int, batch_size: int) -
     return units
 
 
-def _kernel_cost(out_features: int, size: int, nonzeros: int, batch_size: int) -> float:
+def _kernel_cost(
+    out_features: int,
+    size: int,
+    nonzeros: int,
+    batch_size: int,
+) -> float:
     if batch_size == 1 and "avx512" in native.isas("sparse_linear"):
         return 9.0 * nonzeros + 10 * out_features + CALL
     total = 0
@@ -327,7 +352,13 @@ def _weight(module: nn.Module) -> Tensor | None:
 # --- what a format gains in time --------------------------------------------------------------------------------------
 
 
-def random_weight(out_features: int, in_features: int, sparsity: float, *, block: int = 1) -> Tensor:
+def random_weight(
+    out_features: int,
+    in_features: int,
+    sparsity: float,
+    *,
+    block: int = 1,
+) -> Tensor:
     """Return a random float32 weight [out, in] with exactly the fraction `sparsity` of its block x block tiles zero.
 
     The cost of a sparse product depends on where the zeros are, not on the values. block=1 is unstructured sparsity.

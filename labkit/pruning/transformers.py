@@ -99,7 +99,11 @@ class _HeadCut:
 HeadTrace = tuple[Coupling, tuple[Attention, ...], list[_HeadCut]]
 
 
-def _trace_heads(model: nn.Module, heads: Mapping[int, Iterable[int]], kwargs: Mapping[str, Any]) -> HeadTrace:
+def _trace_heads(
+    model: nn.Module,
+    heads: Mapping[int, Iterable[int]],
+    kwargs: Mapping[str, Any],
+) -> HeadTrace:
     """Trace the model, and return the coupling, all attentions, and a cut for each attention that loses heads."""
     try:
         return _trace_cuts(model, heads, kwargs, whole_heads=True)
@@ -112,7 +116,10 @@ def _trace_heads(model: nn.Module, heads: Mapping[int, Iterable[int]], kwargs: M
 
 
 def _trace_cuts(
-    model: nn.Module, heads: Mapping[int, Iterable[int]], kwargs: Mapping[str, Any], whole_heads: bool
+    model: nn.Module,
+    heads: Mapping[int, Iterable[int]],
+    kwargs: Mapping[str, Any],
+    whole_heads: bool,
 ) -> HeadTrace:
     coupling = Coupling.of(model, (), kwargs, whole_heads=whole_heads)
     attentions = anatomy.attentions(model, coupling.record)
@@ -144,7 +151,12 @@ def _checked_heads(attentions: Sequence[Attention], heads: Mapping[int, Iterable
     return {layer: gone for layer, gone in removed.items() if gone}
 
 
-def _head_cut(coupling: Coupling, layer: int, attention: Attention, gone: frozenset[int]) -> _HeadCut:
+def _head_cut(
+    coupling: Coupling,
+    layer: int,
+    attention: Attention,
+    gone: frozenset[int],
+) -> _HeadCut:
     """Return the cut of an attention without the heads in `gone`.
 
     Raises InputError if heads of the layer are no units, or remaining units would keep different numbers of heads.
@@ -272,7 +284,10 @@ def _with_head_counts(model: nn.Module, plan: Plan, cuts: Sequence[_HeadCut]) ->
 
 
 def _update_head_config(
-    model: nn.Module, pruned_model: nn.Module, attentions: Sequence[Attention], cuts: Sequence[_HeadCut]
+    model: nn.Module,
+    pruned_model: nn.Module,
+    attentions: Sequence[Attention],
+    cuts: Sequence[_HeadCut],
 ) -> None:
     """Put the new number of heads in the config of `pruned_model` if all attentions have the same number of heads."""
     counts = {(cut.heads, cut.units) for cut in cuts}
@@ -341,7 +356,12 @@ def prune_ffn(
     return pruned
 
 
-def _neurons_to_remove(neurons: int, ratio: float, round_to: int, down: str) -> int:
+def _neurons_to_remove(
+    neurons: int,
+    ratio: float,
+    round_to: int,
+    down: str,
+) -> int:
     """Return how many of `neurons` go; raise InputError, naming the down projection `down`, if no neuron would stay."""
     removed = count_to_prune(neurons, ratio)
     if removed == neurons:

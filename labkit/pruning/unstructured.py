@@ -152,12 +152,12 @@ def checked_targets(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[
 
 def _warn_of_stacks(model: nn.Module, parts: list[str], weights: Mapping[str, Weight]) -> None:
     """Warn of three-dimensional parameters outside `weights` and `parts`, such as experts of an unknown form."""
-    known = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
-    known |= {id(weight.parameter) for weight in weights.values()}
+    understood = {id(module.weight) for module in model.modules() if isinstance(module, _ConvNd)}
+    understood |= {id(weight.parameter) for weight in weights.values()}
     stacks = {}
     for name, parameter in model.named_parameters():
         is_stack = parameter.dim() == 3 and min(parameter.shape) > 1
-        if is_stack and id(parameter) not in known and not _is_inside_any(name, parts):
+        if is_stack and id(parameter) not in understood and not _is_inside_any(name, parts):
             stacks[name] = parameter.numel()
     if stacks:
         in_stacks = sum(stacks.values())
@@ -257,7 +257,12 @@ def _ranking_scores(
     return ranking
 
 
-def _lowest(weights: Mapping[str, Weight], scores: Mapping[str, Tensor], asked: float, scope: str) -> dict[str, Tensor]:
+def _lowest(
+    weights: Mapping[str, Weight],
+    scores: Mapping[str, Tensor],
+    asked: float,
+    scope: str,
+) -> dict[str, Tensor]:
     """Return {name: bool shaped like the weight, True at the lowest scores of the weights ranked together}."""
     slices = _slices(weights, scores, scope).values()
     lowest = [lowest_k(rows, count_to_prune(rows.shape[1], asked), dim=1) for rows in slices]
