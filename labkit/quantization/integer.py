@@ -123,7 +123,7 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     """
     calls.check_model(model)
     named = calls.inputs(model, batch)
-    comparison = _Comparison()
+    comparison = _LayerComparison()
     with contextlib.ExitStack() as hooks:
         for name, layer in model.named_modules():
             for handle in comparison.watch(name, layer):
@@ -134,7 +134,7 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     return comparison.rows
 
 
-class _Comparison:
+class _LayerComparison:
     """Hooks on the layers of a converted model that lay each call beside exact arithmetic."""
 
     def __init__(self) -> None:

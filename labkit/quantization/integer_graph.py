@@ -45,11 +45,11 @@ class CodePlan:
         self.layer_of_sum: dict[fx.Node, fx.Node] = {}
         wants: dict[fx.Node, list[Grid | None]] = defaultdict(list)  # a grid for each reader; None: floats
         for node in reversed(model.graph.nodes):
-            grid, wanted = self._decide(node, _common_grid(wants[node]))
+            grid, input_grid = self._decide(node, _common_grid(wants[node]))
             if grid is not None:
                 self.grids[node] = grid
             for source in node.all_input_nodes:
-                wants[source].append(wanted)
+                wants[source].append(input_grid)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Return the module that a node calls, or None."""

@@ -22,6 +22,7 @@ from labkit.quantization.integer_kernels import (
     Run,
     ScaleAndZero,
     fbgemm,
+    int4pack,
     int_mm,
     probe,
     qconv,
@@ -191,9 +192,6 @@ class IntegerLayer(_OnGrid):
         shape = (-1, *[1] * (self.codes.dim() - 1))
         return self.codes * self.scale.view(shape)
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.codes, self.scale, self.bias
-
     def input_codes(self, x: Tensor) -> Tensor:
         """Return x if x holds codes, else the codes of x on the input grid."""
         if x.dtype is torch.uint8:
@@ -279,9 +277,10 @@ class Int8Linear(IntegerLayer):
         source, target = self.numbers("input"), self.numbers("output")
         bits = 7 if self.codes.abs().max() < 64 else 8
         if source is None and not probe(KERNELS["fbgemm"], bits):
-            return fbgemm(*self.arguments()), None, source, target
+            return fbgemm(self.codes, self.scale, self.bias), None, source, target
         product_of_few = int_mm(self.codes, self.scale)
-        return qlinear(*self.arguments()), product_of_few, source, target
+        product = qlinear(self.codes, self.scale, self.bias)
+        return product, product_of_few, source, target
 
     def products(self, x: Tensor) -> Tensor:
         return F.linear(x, self.codes.double())
@@ -334,13 +333,14 @@ class Int8Conv2d(IntegerLayer):
         term: Grid | None = None,
     ) -> None:
         super().__init__(layer, weight, input=input, output=output, term=term)
-        left, _, top, _ = layer._reversed_padding_repeated_twice  # numbers where padding is "same"
-        self.options = (list(layer.stride), [top, left], list(layer.dilation), layer.groups)
+        columns, _, rows, _ = layer._reversed_padding_repeated_twice  # numbers where padding is "same"
+        self.options = (list(layer.stride), [rows, columns], list(layer.dilation), layer.groups)
         self.same = pads_same(layer)
 
     def prepare(self) -> tuple[Run, ScaleAndZero, ScaleAndZero | None, ScaleAndZero | None]:
         """Return the product, and the grids of input, output and term."""
-        product = qconv(*self.arguments(), *self.options)
+        stride, padding, dilation, groups = self.options
+        product = qconv(self.codes, self.scale, self.bias, stride, padding, dilation, groups)
         return product, self.numbers("input"), self.numbers("output"), self.numbers("term")
 
     def padded(self, x: Tensor, value: int) -> Tensor:
@@ -441,7 +441,7 @@ class PackedLinear(nn.Module):
         kernel, _ = packing(self.layer)
         codes, scale, shift = self.operands()
         if kernel == "int4pack":
-            return KERNELS[kernel].prepare(codes, scale, shift)
+            return int4pack(codes, scale, shift)
         return KERNELS[kernel].prepare(codes, scale)
 
     def __getstate__(self) -> dict:

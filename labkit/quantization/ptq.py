@@ -230,8 +230,8 @@ def _reason_against(module: nn.Module, is_model: bool) -> str:
 
 
 def _pads_unevenly(layer: nn.Conv2d) -> bool:
-    left, right, top, bottom = layer._reversed_padding_repeated_twice
-    return left != right or top != bottom
+    before_x, after_x, before_y, after_y = layer._reversed_padding_repeated_twice
+    return before_x != after_x or before_y != after_y
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
