@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit import batches, bench, machine, models, roofline
-from labkit.bits import pack4
+from labkit import bench, machine, models, roofline
+from labkit.bits import to_bits
 from labkit.deploy import engines
+from labkit.modules import hooks
 from labkit.quantization import affine, integer, weight_only
 
 Calls = list[tuple[nn.Module, Tensor]]  # the linears of a step and what they are called with
@@ -61,7 +62,7 @@ def linears(model: nn.Module, prompt: Tensor) -> Calls:
     step = roofline.decode_step(model, prompt)
     with (
         torch.inference_mode(),
-        batches.watching(model, names, lambda name, x, _: calls.append((model.get_submodule(name), x.clone()))),
+        hooks.watching(model, names, lambda name, x, _: calls.append((model.get_submodule(name), x.clone()))),
     ):
         step()
     return calls
@@ -89,8 +90,8 @@ def onnxruntime_linears(calls: Calls, accuracy_level: int) -> Peer:
         weight = weight_only.rtn(layer.weight.detach(), 4, group_size=GROUP)
         zero = weight.zero.view(rows, -1).to(torch.uint8)
         zero = F.pad(zero, (0, zero.shape[1] % 2))
-        codes = pack4(weight.codes).view(rows, columns // GROUP, GROUP // 2)
-        arrays = {"codes": codes, "scale": weight.scale.float().flatten(), "zero": pack4(zero)}
+        codes = to_bits(weight.codes, 4).view(rows, columns // GROUP, GROUP // 2)
+        arrays = {"codes": codes, "scale": weight.scale.float().flatten(), "zero": to_bits(zero, 4)}
         constants += [numpy_helper.from_array(x.numpy(), f"{name}{i}") for name, x in arrays.items()]
         size += sum(x.nbytes for x in arrays.values())
         names, options = [f"x{columns}", *(f"{name}{i}" for name in arrays)], {"bits": 4, "block_size": GROUP}

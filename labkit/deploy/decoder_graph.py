@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.attention.decoder import check_llama
-from labkit.bits import pack4
+from labkit.bits import to_bits
 from labkit.errors import InputError, check_choice
 from labkit.quantization import weight_only
 from labkit.quantization.affine import Quantized
@@ -181,7 +181,7 @@ class _Graph:
         if not kind.endswith("4"):
             return self.ops.constant(x.contiguous().numpy(), dtype=getattr(openvino.Type, kind))
         packed = openvino.Tensor(getattr(openvino.Type, kind), list(x.shape))
-        packed.data[:] = pack4(x).numpy()
+        packed.data[:] = to_bits(x, 4).numpy()
         return self.ops.constant(packed)
 
     def _float(self, x: Tensor | float) -> Node:

@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from labkit.errors import InputError, check_whole
 from labkit.pruning import semi_structured
 from labkit.pruning.select import count_to_prune, lowest_k
-from labkit.storage import native
+from labkit.storage import native, sell
 from labkit.storage.formats import BSR_BLOCKS, FORMATS, Format, Parts
 from labkit.timing import bench
 
@@ -93,15 +93,15 @@ def _compiled(
         raise InputError(
             f"The sparse kernel computes in float32 on a CPU, not {x.dtype} on {x.device}: convert the dense model."
         )
-    if parts["values"].dtype not in native.VALUES:  # someone called .half() or .double() on the model
+    if parts["values"].dtype not in sell.VALUES:  # someone called .half() or .double() on the model
         parts = {**parts, "values": parts["values"].float()}
     dtype = x.dtype
     x = x.float()
     bias = None if bias is None else bias.float()
     if native.load("sparse_linear") is None:
-        weight = native.unpack(parts, (out_features, x.shape[1])).float()
+        weight = sell.unpack(parts, (out_features, x.shape[1])).float()
         return F.linear(x, weight, bias).to(dtype)
-    return native.multiply(x, parts, out_features, bias).to(dtype)
+    return sell.multiply(x, parts, out_features, bias).to(dtype)
 
 
 def _pack_2_4(weight: Tensor) -> Parts:
