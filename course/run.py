@@ -79,7 +79,7 @@ class Job:
 
     def folder(self) -> Path:
         """OUT/<lesson>/<preset>-<eight digits of what a result depends on: lesson, parameters, labkit, machine>[-N]."""
-        from labkit.timing.machine import fingerprint, torch_device
+        from labkit.timing.machine import fingerprint, torch_device  # imports torch
 
         machine = fingerprint(torch_device(self.device)).slug
         facts = json.dumps([self.parameters, code_version(), machine], sort_keys=True)

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from labkit.errors import InputError, first_line
+from labkit.graph import rules_products, rules_shapes  # noqa: F401  they put their rules into RULES
 from labkit.graph.rules import RULES, Call, Operation, Record
 from labkit.modules.returned import outputs
 from labkit.modules.undisturbed import undisturbed

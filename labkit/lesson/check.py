@@ -144,7 +144,7 @@ def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
     and settings of the process (`settings`) are put back, whatever the answer does to them.
     """
     __tracebackhide__ = True  # IPython and pytest then show the learner's own lines
-    from labkit.lesson import settings
+    from labkit.lesson import settings  # with torch, which the command line need not import
 
     examine = _find(check_id)
     if not callable(fn):

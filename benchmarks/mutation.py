@@ -1,0 +1,266 @@
+"""Faults put into labkit, one at a time: do the tests of the changed module find them?
+
+    python benchmarks/mutation.py --seed 1                              120 mutants, drawn from all of labkit
+    python benchmarks/mutation.py --seed 1 --results mutants.jsonl      keeps the verdicts, and goes on where it stopped
+    python benchmarks/mutation.py --seed 1 --only labkit/timing         of one room
+
+A mutant is labkit with one operator, number, comparison, condition, loop or decorator changed, by the operators of
+cosmic-ray. A place in the code is drawn first, then one of the mutants at that place, so that an addition with eleven
+replacements weighs as much as a comparison with two. Annotations are left out: nothing reads them.
+
+A mutant is killed if a test fails or takes longer than the time limit. It is tried on the test files of its
+module, the one of the same name first: the fast tests, then the slow ones. Tests of the clock and of whole lessons are
+left out. The unchanged code has to pass before the first mutant. Exit code 1 if fewer than 90 % are killed.
+"""
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from queue import SimpleQueue
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+from tqdm import tqdm
+
+import labkit
+from labkit.files import ROOT
+
+MUTANTS = 120
+GOAL = 0.9
+SECONDS = 600  # for the tests of one mutant
+COPIED = ("labkit", "course", "tests", "benchmarks", "notebooks", "pyproject.toml", "lab", "README.md")
+MARKS = ("not slow and not timing and not lesson and not gpu", "slow and not timing and not lesson and not gpu")
+NO_TESTS = 5  # pytest's exit code where the marks leave no test
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a file at which at least one operator of cosmic-ray has a mutant.
+
+    path: relative to the repository. line, column: where the changed code begins. mutants: (operator's name, number of
+    the occurrence in the file), one for each mutant.
+    """
+
+    path: str
+    line: int
+    column: int
+    mutants: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A mutant and the outcome of the tests: killed_by is a test file, "time limit", or "" for a survivor."""
+
+    path: str
+    line: int
+    operator: str
+    diff: str
+    killed_by: str
+
+
+def sites(path: Path) -> list[Site]:
+    """Find every place of a file that can be mutated, in the order of the file."""
+    nodes = list(ast_nodes(get_ast(path.read_text(encoding="utf-8"))))
+    mutants = defaultdict(list)
+    for name in operator_names():
+        operator_class = get_operator(name)
+        if operator_class.arguments():  # these need a choice of our own
+            continue
+        operator = operator_class()
+        starts = [start for node in nodes for start, _ in operator.mutation_positions(node)]
+        for occurrence, start in enumerate(starts):
+            mutants[start].append((name, occurrence))
+    relative = path.relative_to(ROOT).as_posix()
+    return [Site(relative, *start, tuple(mutants[start])) for start in sorted(mutants)]
+
+
+def changes_what_runs(source: str, mutated: str) -> bool:
+    """Tell if a mutant is a program, and another one than before once type annotations are left out."""
+    try:
+        return without_annotations(mutated) != without_annotations(source)
+    except SyntaxError:  # cosmic-ray takes the / and * of a signature for operators
+        return False
+
+
+def without_annotations(source: str) -> str:
+    """Dump the syntax tree of a file without its type annotations."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def draw(paths: list[Path], count: int, seed: int) -> list[tuple[Site, str, str]]:
+    """Draw mutants: (place, operator's name, the file's text with the fault)."""
+    places = [site for path in tqdm(paths, desc="places to mutate") for site in sites(path)]
+    generator = random.Random(seed)
+    generator.shuffle(places)
+    drawn = []
+    for site in places:
+        if len(drawn) == count:
+            break
+        name, occurrence = generator.choice(site.mutants)
+        source = (ROOT / site.path).read_text(encoding="utf-8")
+        mutated = mutate_code(source, get_operator(name)(), occurrence)
+        if changes_what_runs(source, mutated):
+            drawn.append((site, name, mutated))
+    return drawn
+
+
+@cache
+def imported(path: Path) -> set[str]:
+    """List the modules of labkit that a file imports, by the names of the files that they lie in."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {labkit.SHORT_NAMES.get(name, name) for name in names if name.startswith("labkit")}
+
+
+def module_of(path: Path) -> str:
+    """Name the module in a file of the repository."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def tests_of(path: str) -> list[str]:
+    """List the test files of a module of labkit, beginning with the file that has the module's name.
+
+    Tests of a module import it, or import a module of its room that stands on it.
+    """
+    room = list((ROOT / path).parent.glob("*.py"))
+    modules, before = {module_of(ROOT / path)}, set()
+    while modules != before:
+        before = set(modules)
+        modules |= {module_of(file) for file in room if modules & imported(file)}
+    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if modules & imported(file)]
+    name = f"test_{Path(path).stem}.py"
+    files.sort(key=lambda file: file.name != name)
+    return [file.relative_to(ROOT).as_posix() for file in files]
+
+
+def copy_repository(folder: Path) -> Path:
+    """Copy the files that tests read into `folder`; the data are linked, which no test changes."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "data").symlink_to(ROOT / "data")
+    return folder
+
+
+def run_tests(folder: Path, files: list[str]) -> str:
+    """Run test files in a copy of the repository; name the file in which a test failed first, "" if all pass."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for marks in MARKS:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", marks, *files]
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return "time limit"
+        if done.returncode not in (0, NO_TESTS):
+            return first_failure(done.stdout) or "collection"
+    return ""
+
+
+def first_failure(output: str) -> str:
+    """Read the name of the failed test, or of the file that could not be collected, from pytest's summary."""
+    for line in output.splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            return line.split(" ")[1]
+    return ""
+
+
+def judge(folder: Path, site: Site, operator: str, mutated: str) -> Verdict:
+    """Put a mutant into a copy of the repository, run the tests of its module, and put the file back."""
+    original = (ROOT / site.path).read_text(encoding="utf-8")
+    changed = folder / site.path
+    changed.write_text(mutated, encoding="utf-8")
+    try:
+        killed_by = run_tests(folder, tests_of(site.path))
+    finally:
+        changed.write_text(original, encoding="utf-8")
+    diff = difflib.unified_diff(original.splitlines(), mutated.splitlines(), lineterm="", n=0)
+    lines = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
+    return Verdict(site.path, site.line, operator, "\n".join(lines), killed_by)
+
+
+def verdicts(drawn: list[tuple[Site, str, str]], known: dict[tuple, Verdict], jobs: int) -> Iterator[Verdict]:
+    """Judge the mutants that are not among `known`, `jobs` at a time, each in a copy of the repository of its own."""
+    with tempfile.TemporaryDirectory(prefix="labkit-mutants-") as work:
+        folders = SimpleQueue()
+        for number in range(jobs):
+            folder = Path(work, str(number))
+            folder.mkdir()
+            folders.put(copy_repository(folder))
+
+        def in_a_copy(mutant: tuple[Site, str, str]) -> Verdict:
+            site, operator, mutated = mutant
+            if (site.path, site.line, operator) in known:
+                return known[site.path, site.line, operator]
+            folder = folders.get()
+            try:
+                return judge(folder, site, operator, mutated)
+            finally:
+                folders.put(folder)
+
+        folder = folders.get()
+        tests = sorted({file for site, _, _ in drawn for file in tests_of(site.path)})
+        if not known and (failed := run_tests(folder, tests)):
+            raise SystemExit(f"The unchanged code does not pass {failed}: mend that first.")
+        folders.put(folder)
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from tqdm(pool.map(in_a_copy, drawn), total=len(drawn), desc="mutants")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=MUTANTS, help="mutants to draw")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--only", default="labkit", help="a folder or a file of labkit")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines that keeps the verdicts")
+    options = parser.parse_args()
+
+    only = ROOT / options.only
+    paths = [only] if only.is_file() else sorted(only.rglob("*.py"))
+    drawn = draw(paths, options.count, options.seed)
+    rows = options.results.read_text().splitlines() if options.results and options.results.exists() else []
+    known = {(row["path"], row["line"], row["operator"]): Verdict(**row) for row in map(json.loads, rows)}
+    survivors = 0
+    for verdict in verdicts(drawn, known, options.jobs):
+        if options.results and (verdict.path, verdict.line, verdict.operator) not in known:
+            with options.results.open("a") as file:
+                file.write(json.dumps(asdict(verdict)) + "\n")
+        if not verdict.killed_by:
+            survivors += 1
+            tqdm.write(f"survived: {verdict.path}:{verdict.line} {verdict.operator}\n{verdict.diff}")
+    killed = len(drawn) - survivors
+    print(f"{killed} of {len(drawn)} mutants killed ({killed / len(drawn):.0%}), seed {options.seed}")
+    sys.exit(killed < GOAL * len(drawn))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Mutants: the draw is the same for a seed, annotations are no faults, and a verdict names the test that failed."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cosmic_ray")
+import mutation
+
+from labkit.files import ROOT
+
+ERRORS = ROOT / "labkit" / "errors.py"
+ANNOTATED = "def half(x: int | None) -> float | None:\n    return x / 2\n"
+
+
+def test_a_seed_gives_the_same_mutants_and_another_seed_gives_others():
+    drawn = mutation.draw([ERRORS], 5, seed=1)
+    assert len(drawn) == 5 and drawn == mutation.draw([ERRORS], 5, seed=1)
+    assert drawn != mutation.draw([ERRORS], 5, seed=2)
+
+
+def test_a_mutant_is_the_file_with_one_fault():
+    source = ERRORS.read_text(encoding="utf-8")
+    for site, _, mutated in mutation.draw([ERRORS], 5, seed=1):
+        lines = list(zip(source.splitlines(), mutated.splitlines(), strict=True))
+        changed = [number for number, (before, after) in enumerate(lines, 1) if before != after]
+        assert changed == [site.line]
+
+
+@pytest.mark.parametrize(
+    ("mutated", "runs_otherwise"),
+    [
+        (ANNOTATED.replace("int | None", "int + None"), False),
+        (ANNOTATED.replace("/ 2", "* 2"), True),
+        (ANNOTATED.replace("x /", "x /,"), False),  # no program
+    ],
+)
+def test_only_what_runs_otherwise_is_a_fault(mutated: str, runs_otherwise: bool):
+    assert mutation.changes_what_runs(ANNOTATED, mutated) == runs_otherwise
+
+
+def test_the_tests_of_a_module_begin_with_its_own():
+    files = mutation.tests_of("labkit/timing/stats.py")
+    assert files[0] == "tests/labkit/test_stats.py" and "tests/labkit/test_bench.py" in files
+    assert "tests/labkit/test_coupling.py" in mutation.tests_of("labkit/graph/rules_shapes.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("claim", "killed_by"), [("1 == 1", ""), ("1 == 2", "test_sums.py::test_sum")])
+def test_a_verdict_names_the_test_that_failed(tmp_path: Path, claim: str, killed_by: str):
+    (tmp_path / "test_sums.py").write_text(f"def test_sum():\n    assert {claim}\n")
+    assert mutation.run_tests(tmp_path, ["test_sums.py"]) == killed_by
