@@ -163,12 +163,15 @@ def compared(
     same = ratio(fastest.engines["torch", batch], engine, (example, example), budget)
     fair = ratio(fastest.engines[fastest.best], engine, (case.example(best_batch), example), budget)
     after = break_even(engine, same)
-    seconds = f"{engine.prepare_seconds:5.1f}, {engine.load_seconds:5.2f} s"
-    print(
-        f"  {row:23} {text(same)} | {text(fair, batch / best_batch)} | {seconds} | "
-        f"{engine.bytes / 1e6:6.2f} | {after:8.0f} | {described(judged)}",
-        flush=True,
-    )
+    cells = [
+        text(same),
+        text(fair, batch / best_batch),
+        f"{engine.prepare_seconds:5.1f}, {engine.load_seconds:5.2f} s",
+        f"{engine.bytes / 1e6:6.2f}",
+        f"{after:8.0f}",
+        described(judged),
+    ]
+    print(f"  {row:23} {' | '.join(cells)}", flush=True)
     return {
         "batch": batch,
         "engine": row,

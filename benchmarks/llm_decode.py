@@ -166,7 +166,8 @@ def inputs_by_width(calls: Calls) -> dict[str, np.ndarray]:
     """Return for each width of the linears' inputs an input [1, width], named "x" and the width."""
     arrays = {}
     for _, x in calls:
-        arrays[f"x{x.shape[-1]}"] = x.float().reshape(1, -1).numpy()
+        width = x.shape[-1]
+        arrays[f"x{width}"] = x.float().reshape(1, width).numpy()
     return arrays
 
 
@@ -213,7 +214,8 @@ def print_row(name: str, seconds: float, ratio: str, size: int, bandwidth: float
     bound = size / bandwidth
     speed = f"{1e3 * seconds:6.2f} ms  {1 / seconds:6.1f} /s"
     roof = f"at least {1e3 * bound:5.2f} ms: {bound / seconds:4.0%} of the roof"
-    print(f"  {name:19} {speed}  {ratio}  {size / 1e6:6.1f} MB, {roof}", flush=True)
+    megabytes = f"{size / 1e6:6.1f} MB"
+    print(f"  {name:19} {speed}  {ratio}  {megabytes}, {roof}", flush=True)
 
 
 def whole_steps(
@@ -248,7 +250,8 @@ def first_block(recorded: dict[str, Calls], budget_s: float) -> list[Row]:
         cold = bench.measure(partial(replay, inner), budget_s=budget_s / 4, cache="cold")
         hot = bench.measure(partial(replay, block), budget_s=budget_s / 4)
         from_cache_ms = 1e3 * BLOCKS * hot.median_s
-        print(f"  {name:19} {from_cache_ms:6.2f} ms; all, from memory: {1e3 * cold.median_s:6.2f} ms")
+        from_memory_ms = 1e3 * cold.median_s
+        print(f"  {name:19} {from_cache_ms:6.2f} ms; all, from memory: {from_memory_ms:6.2f} ms")
         records.append({"cached": name, "hot": hot.to_dict(), "cold": cold.to_dict()})
     return records
 
@@ -273,7 +276,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     bandwidth = machine.ceilings().bandwidth
-    print(f"{machine.fingerprint().label}, {options.threads} threads, {bandwidth / 1e9:.1f} GB/s")
+    computer = machine.fingerprint().label
+    print(f"{computer}, {options.threads} threads, {bandwidth / 1e9:.1f} GB/s")
     decoders = {name: build() for name, build in MODELS.items()}
     prompt = torch.randint(1000, 40000, (1, max(options.tokens)))
     recorded = {name: linears(model, prompt) for name, model in decoders.items()}

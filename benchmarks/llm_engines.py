@@ -142,11 +142,8 @@ def requests(
         calls = (partial(together, engine, prompts[:1]), partial(together, engine, prompts[:count]))
         comparison = bench.compare(*calls, names=("one", f"{count} at once"), budget_s=budget_s)
         rate = count * NEW / comparison.candidate.median_s
-        print(
-            f"    {count:2} requests: {rate:6.1f} tokens/s, {ratio(comparison, count)} those of one; "
-            f"{same} of {count} texts as alone",
-            flush=True,
-        )
+        rates = f"{rate:6.1f} tokens/s, {ratio(comparison, count)} those of one"
+        print(f"    {count:2} requests: {rates}; {same} of {count} texts as alone", flush=True)
         yield {"requests": count, "as_alone": same, **comparison.to_dict()}
 
 
@@ -182,7 +179,8 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     bandwidth = machine.ceilings().bandwidth
-    print(f"{machine.fingerprint('cpu').label}, {options.threads} threads, {bandwidth / 1e9:.1f} GB/s")
+    computer = machine.fingerprint("cpu").label
+    print(f"{computer}, {options.threads} threads, {bandwidth / 1e9:.1f} GB/s")
     model = models.smollm2()
     tokens = torch.tensor(models.tokenizer("smollm2")(datasets.handbook(), verbose=False)["input_ids"])
     windows = tokens[: WINDOW * options.windows].split(WINDOW)
