@@ -295,8 +295,7 @@ def _imports(lessons: Sequence[Lesson], names: Container[str]) -> list[str]:
     """What the answers to the lessons of these names import, every check, and torch at the first operator on "meta"."""
     statements = dict.fromkeys(("import labkit.lesson.settings", "import torch._dynamo"))
     for lesson in (lesson for lesson in lessons if lesson.name in names):
-        statements["from labkit.lesson import check"] = None
-        statements[f"check.load({lesson.name[:2]!r})"] = None
+        statements[f"from labkit.lesson import check; check.load({lesson.name[:2]!r})"] = None
         for node in (node for _, source in lesson.cells for node in answers.definitions(source)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 statements[ast.unparse(node)] = None

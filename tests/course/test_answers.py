@@ -27,18 +27,19 @@ pytestmark = [
 STUB = Answer("01.2", "time_bound", [], "def time_bound(*a): raise NotImplementedError")
 SLEEPS = Answer("01.2", "time_bound", [], "import time\ntime.sleep(600)")
 EVERY_MUTANT = """
-import importlib, json
+import json
+import mutants
 from course import answers, grade, sandbox
-from labkit import checks
+from labkit.lesson import check as checks
 
 lessons, _ = grade.read_lessons()
 for statement in grade._imports(lessons, [lesson.name for lesson in lessons]):
     exec(statement, {})
 answers._load_kernels()
 for number in sorted({id.partition(".")[0] for id in checks.ids()}):
-    bank = importlib.import_module(f"mutants.lesson{number}")
-    right = [(id, "right", fn) for id, some in bank.RIGHT.items() for fn in some]
-    wrong = [(id, name, fn) for id, some in bank.WRONG.items() for name, fn in some.items()]
+    bank = mutants.bank(number)
+    right = [(id, "right", fn) for id, some in bank.right.items() for fn in some]
+    wrong = [(id, name, fn) for id, some in bank.wrong.items() for name, fn in some.items()]
     for id, name, fn in right + wrong:
         def work():
             result = checks.check(id, fn)
@@ -91,7 +92,7 @@ def keepers_at_work() -> list[psutil.Process]:
 @pytest.fixture
 def runner() -> Iterator[Runner]:
     with answers.runner(
-        ["import labkit.lesson.settings", "from labkit.lesson import check", "check.load('01')"], seconds=60
+        ["import labkit.lesson.settings", "from labkit.lesson import check; check.load('01')"], seconds=60
     ) as opened:
         yield opened
 

@@ -117,7 +117,8 @@ def test_the_wheel_has_every_file_of_labkit_and_course_and_what_they_read_beside
         differ = [name for name, file in of_repository.items() if file.read_bytes() != archive.read(name)]
     packages = {name for name in committed if name.startswith(("labkit/", "course/"))}
     data = {name for name in committed if name.startswith("data/") and not name.endswith(".py")}
-    beside = data | {"pyproject.toml", "notebooks/claims.toml", "notebooks/glossary.md"}
+    checks = {path.relative_to(files.ROOT).as_posix() for path in files.CHECKS.glob("*.py")}
+    beside = data | checks | {"pyproject.toml", "notebooks/claims.toml", "notebooks/glossary.md"}
     assert names == packages | {f"labkit/repository/{name}" for name in beside}
     assert differ == []
 
@@ -127,7 +128,7 @@ def test_labkit_is_the_wheel_s_with_its_data_claims_tables_and_kernels(elsewhere
 import json, shutil, labkit
 from labkit import claims, datasets, fetch, files, machine
 from labkit.deploy import targets
-from labkit.pruning import native
+from labkit.storage import native
 lacking = [name for name, asset in fetch.assets().items() if not asset.carrier and asset.state != "ready"]
 print(json.dumps({
     "from": labkit.__file__, "root": str(files.ROOT), "lacking": lacking, "photos": len(datasets.photos()),

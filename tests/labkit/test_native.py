@@ -168,7 +168,7 @@ def test_a_cache_that_cannot_be_written_is_told_as_what_it_is(compiler, tmp_path
 @needs_compiler
 @pytest.mark.slow
 def test_two_processes_may_compile_at_once(tmp_path):
-    code = "from labkit.pruning import native; assert native.isas('nm_mask')"
+    code = "from labkit.storage import native; assert native.isas('nm_mask')"
     environment = {"LABKIT_CACHE": str(tmp_path), "PATH": os.environ["PATH"]}
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]

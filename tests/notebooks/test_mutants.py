@@ -1,8 +1,8 @@
 """Exercise checks accept right answers however they are written, and reject each plausible wrong one in words."""
 
-import importlib
 from pathlib import Path
 
+import mutants
 import nbformat
 import pytest
 
@@ -10,13 +10,15 @@ from course import notebooks
 from labkit.lesson import check as checks
 
 LESSONS = sorted({check_id.partition(".")[0] for check_id in checks.ids()})
-BANKS = {lesson: importlib.import_module(f"mutants.lesson{lesson}") for lesson in LESSONS}
-RIGHT = [(check_id, answer) for bank in BANKS.values() for check_id, some in bank.RIGHT.items() for answer in some]
+BANKS = {lesson: mutants.bank(lesson) for lesson in LESSONS}
+RIGHT = [
+    (exercise, answer) for bank in BANKS.values() for exercise, answers in bank.right.items() for answer in answers
+]
 WRONG = [
-    (check_id, name, answer)
+    (exercise, name, answer)
     for bank in BANKS.values()
-    for check_id, some in bank.WRONG.items()
-    for name, answer in some.items()
+    for exercise, answers in bank.wrong.items()
+    for name, answer in answers.items()
 ]
 
 
@@ -36,8 +38,8 @@ def test_wrong_answer_is_rejected_with_a_sentence(check_id, name, answer):
 @pytest.mark.parametrize("check_id", checks.ids())
 def test_every_exercise_has_its_bank(check_id):
     bank = BANKS[check_id.partition(".")[0]]
-    assert len(bank.RIGHT[check_id]) >= 2
-    assert 4 <= len(bank.WRONG[check_id]) <= 8
+    assert len(bank.right[check_id]) >= 2
+    assert 4 <= len(bank.wrong[check_id]) <= 8
 
 
 @pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem)
