@@ -1,13 +1,13 @@
-"""Inference optimisation, measured: the tested package that the lessons import.
+"""Inference optimisation, measured: the tested package behind the lessons.
 
-`labkit.start(...)` begins a lesson. The modules lie in rooms, a folder each (CONTRIBUTING.md says which), and those
-that people call have a short name too: `labkit.bench` is `labkit/timing/bench.py`. Each is imported when it is
-first used, so that `import labkit` costs nothing.
+`labkit.start(...)` begins a lesson. The modules lie in rooms, a folder each (see CONTRIBUTING.md). Modules for lessons
+have a short name as well: `labkit.bench` is `labkit/timing/bench.py`. A module is imported on first use, and `import
+labkit` by itself takes no time.
 """
 
 import importlib
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["start"]
 
-# Short name of a module: where it lies. `import labkit.bench` and `from labkit import bench` give the same module.
+# Short name of a module, and its place. `import labkit.bench` and `from labkit import bench` give the same module.
 SHORT_NAMES = {
     "labkit.artifact": "labkit.storage.artifact",
     "labkit.batches": "labkit.modules.batches",
@@ -42,7 +42,7 @@ ROOMS = ("attention", "data", "deploy", "graph", "lesson", "modules", "pruning",
 
 
 class _ShortNames(MetaPathFinder, Loader):
-    """Imports a module of SHORT_NAMES by importing the module that it stands for."""
+    """Import a module of SHORT_NAMES by importing the module in its room."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,7 +51,7 @@ class _ShortNames(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(SHORT_NAMES[spec.name])
-        spec.loader_state = module.__spec__  # the import system writes the short name's into the module
+        spec.loader_state = module.__spec__  # the import system overwrites the module's spec with the short name's
         return module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -62,7 +62,11 @@ sys.meta_path.insert(0, _ShortNames())
 
 
 def submodules(package: str, names: Collection[str]) -> Callable[[str], ModuleType]:
-    """The `__getattr__` of a package that imports each of its modules when it is first used."""
+    """Make the `__getattr__` of a package, to import each module of the package on first use.
+
+    package: dotted name of the package.
+    names: names of the modules in the package.
+    """
 
     def module(name: str) -> ModuleType:
         if name in names:
@@ -72,13 +76,30 @@ def submodules(package: str, names: Collection[str]) -> Callable[[str], ModuleTy
     return module
 
 
-_TOP = tuple(name.removeprefix("labkit.") for name in SHORT_NAMES if name.count(".") == 1)
-_MODULES = tuple(sorted({*_TOP, *ROOMS, "distillation", "show"}))
+def names_on_demand(module: str, origins: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make the `__getattr__` of a module, to offer names from further modules and import each on first use.
+
+    module: dotted name of the offering module.
+    origins: dotted name of the defining module, by name.
+    """
+
+    def value(name: str) -> Any:
+        if name in origins:
+            return getattr(importlib.import_module(origins[name]), name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return value
+
+
+_SHORT = [name.removeprefix("labkit.") for name in SHORT_NAMES if name.count(".") == 1]
+_MODULES = tuple(sorted({*_SHORT, *ROOMS, "distillation", "show"}))
 _module = submodules("labkit", ("start", *_MODULES))
 
 
 def __getattr__(name: str) -> Any:
-    return importlib.import_module("labkit.lesson.session").start if name == "start" else _module(name)
+    if name == "start":
+        return importlib.import_module("labkit.lesson.session").start
+    return _module(name)
 
 
 def __dir__() -> list[str]:

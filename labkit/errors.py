@@ -1,6 +1,6 @@
-"""Errors for the person who reads them: one sentence with what was wrong, what is allowed and what to do.
+"""Errors for people, a sentence each: the mistake, the allowed values, the remedy. Checks of numbers and choices.
 
-The command line prints these without a traceback; any other exception is a bug of labkit and keeps its traceback.
+The command line prints a LabError without a traceback. Any other exception is a bug of labkit and keeps the traceback.
 """
 
 import math
@@ -9,27 +9,31 @@ from numbers import Integral, Real
 
 
 class LabError(Exception):
-    """Something that the user can mend."""
+    """Report a problem that the user can solve."""
 
 
 class InputError(LabError, ValueError):
-    """An argument, parameter or model that cannot be used as given."""
+    """Report an argument, parameter or model that labkit cannot use."""
 
 
 class EqualityError(LabError, ArithmeticError):
-    """A changed model that does not compute what it has to: it is not returned. Mended by changing less of it."""
+    """Report a changed model with wrong results. The model is not returned; a smaller change may succeed."""
 
 
 class DataError(LabError, RuntimeError):
-    """A data set, model or record that is missing, damaged or out of reach."""
+    """Report a data set, model or record that is missing, damaged or out of reach."""
 
 
 def check_whole(value: object, name: str, least: int = 1, most: int | None = None) -> None:
-    """InputError unless `value` is a whole number from `least` on, or to `most`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        to = "" if most is None else f" to {most}"
-        raise InputError(f"{name} is {value!r}, but it must be a whole number from {least}{to}.")
+    """Raise InputError unless `value` is a whole number from `least` to `most`.
+
+    name: of the argument, for the error's sentence. most: None for no upper limit.
+    """
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    is_too_large = is_whole and most is not None and value > most
+    if not is_whole or value < least or is_too_large:
+        limit = "" if most is None else f" to {most}"
+        raise InputError(f"{name} is {value!r}, but it must be a whole number from {least}{limit}.")
 
 
 def check_number(
@@ -41,19 +45,28 @@ def check_number(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> None:
-    """InputError unless `value` is a finite number from `least` to `most`, above `above` and below `below`."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not (least <= value <= most and above < value < below):
-        limits = {"from": least, "above": above, "to": most, "and below": below}
-        words = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
-        raise InputError(f"{name} is {value!r}, but it must be {' '.join(['a finite number', *words])}.")
+    """Raise InputError unless `value` is a finite number within limits: least <= value <= most, above < value < below.
+
+    name: of the argument, for the error's sentence.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    is_finite = is_number and math.isfinite(value)
+    if is_finite and least <= value <= most and above < value < below:
+        return
+    words = ["a finite number"]
+    for word, limit in (("from", least), ("above", above), ("to", most), ("and below", below)):
+        if math.isfinite(limit):
+            words.append(f"{word} {limit:g}")
+    raise InputError(f"{name} is {value!r}, but it must be {' '.join(words)}.")
 
 
 def check_choice(value: object, choices: Collection[str], what: str) -> None:
-    """InputError unless `value` is one of `choices`."""
+    """Raise InputError unless `value` is among `choices`; `what` names the kind of choice, such as "cache"."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")
 
 
 def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """Return the first line of an error's message, or the name of the error's class for an empty message."""
+    message = str(error)
+    return message.splitlines()[0] if message else type(error).__name__

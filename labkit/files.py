@@ -1,8 +1,8 @@
-"""The course's folders, the user's cache, and files that are there whole or not at all.
+"""Folders of the course, the user's cache, and atomic writing of files.
 
-In the repository, where `./lab` installs labkit editable, the folders lie beside the package. In a wheel the package
-brings what it reads of them along, laid out as in the repository (setup.py). A file is written under another name in
-the same folder, and renamed at the end.
+In the repository, where `./lab` installs labkit in editable mode, the folders lie beside the package. A wheel contains
+the files that labkit reads, laid out as in the repository (setup.py). A file is written under a temporary name in the
+same folder and renamed at the end, so that no reader sees half a file.
 """
 
 import contextlib
@@ -27,26 +27,26 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # no space,
 
 
 def cache_dir() -> Path:
-    """The folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit; not made here.
+    """Return the folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit.
 
-    A relative XDG_CACHE_HOME is ignored, as the XDG base directory specification asks.
-    InputError where it lies in the home of a user that this machine does not have.
+    A relative XDG_CACHE_HOME is ignored, as the XDG base directory specification asks. The folder is not created.
+    Raises InputError for a path "~name" if the machine has no user of the name.
     """
     xdg = os.environ.get("XDG_CACHE_HOME", "")
-    usual = Path(xdg if os.path.isabs(xdg) else "~/.cache", "labkit")
-    asked = os.environ.get("LABKIT_CACHE") or usual
+    parent = xdg if os.path.isabs(xdg) else "~/.cache"
+    folder = os.environ.get("LABKIT_CACHE") or Path(parent, "labkit")
     try:
-        return Path(asked).expanduser()
+        return Path(folder).expanduser()
     except RuntimeError:
         raise InputError(
-            f"The folder for models is {asked}, and there is no such user's home; set LABKIT_CACHE to a folder."
+            f"The folder for models is {folder}, and there is no such user's home; set LABKIT_CACHE to a folder."
         ) from None
 
 
 def set_up_with(extra: str) -> str:
-    """The command that brings the packages of an extra of pyproject.toml, such as "engines".
+    """Return the command that installs the packages of an extra of pyproject.toml, such as "engines".
 
-    It never names the distribution, which pip would look for in its index.
+    The command never names the distribution, because pip would look the name up in an index.
     """
     if COMMAND == "./lab":
         return f"./lab setup --with {extra}"
@@ -54,21 +54,26 @@ def set_up_with(extra: str) -> str:
 
 
 def restore(names: Sequence[str]) -> str:
-    """The command that brings committed files back, `names` being their paths below data/."""
+    """Return the command that restores committed files; `names` are paths below data/."""
     if IN_WHEEL:
         return "pip install --force-reinstall --no-deps FILE.whl"
     return f"git checkout -- {' '.join(f'data/{name}' for name in names)}"
 
 
 def child_environment(**settings: str) -> dict[str, str]:
-    """This process's environment with `settings`, for a Python child that imports the same labkit."""
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **settings, "PYTHONPATH": path}
+    """Return the environment of this process with `settings`, for a Python child that imports the same labkit."""
+    folders = [str(PACKAGE.parent)]
+    if os.environ.get("PYTHONPATH"):
+        folders.append(os.environ["PYTHONPATH"])
+    return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields the path to write to, which becomes `path`; its folder is made. After an error `path` is what it was."""
+    """Write a file atomically: yield a temporary path, and rename the temporary file to `path` at the end.
+
+    The folder of `path` is created. After an error `path` is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -80,7 +85,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk_told(place: Path | None = None) -> Iterator[None]:
-    """A disk that takes no more, found while `place` was written, becomes a DataError; other errors pass."""
+    """Turn the system's error about a full or read-only disk into a DataError; any other error passes through.
+
+    place: the file or folder being written, if the error names no file.
+    """
     try:
         yield
     except OSError as error:
@@ -95,16 +103,19 @@ def full_disk_told(place: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refused(what: str, cure: str = "fix that, then try again") -> Iterator[None]:
-    """An error of the system becomes an InputError: `what` failed, the system's reason in brackets, and the `cure`."""
+    """Turn an error of the system into an InputError: `what` failed, the system's reason in brackets, the `cure`."""
     try:
         yield
     except OSError as error:
-        several = isinstance(error, shutil.Error)  # one reason a file
-        reason = error.args[0][0][2] if several else error.strerror or error
+        if isinstance(error, shutil.Error):  # a list of (source, destination, reason), an entry per file
+            first_failure = error.args[0][0]
+            reason = first_failure[2]
+        else:
+            reason = error.strerror or error
         raise InputError(f"{what} ({reason}); {cure}.") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, with its folder."""
+    """Write a text file atomically, and create the file's folder."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

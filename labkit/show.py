@@ -1,8 +1,7 @@
-"""What a lesson shows: figures in one style with alt text and their data, tables, numbers with units.
+"""Output of a lesson: figures in one style with alt text and data, tables, numbers with units.
 
 A figure is a picture with its description in the output's metadata, followed by the description in words and the data
-as a folded table, because JupyterLab drops the `alt` of an image output. Deliberately no wrapper around matplotlib's
-plots.
+as a folded table, because JupyterLab drops the `alt` of an image output. Lessons draw with matplotlib itself.
 """
 
 import base64
@@ -12,59 +11,98 @@ import numbers
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import product
 from typing import Any
 
 from labkit.errors import InputError
 
 # Okabe and Ito (2008): colours told apart with the common forms of colour blindness; black is left to axes and text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-SHORTEST_ALT = 30  # characters: below that it names the figure, it does not describe it
+SHORTEST_ALT = 30  # characters: a shorter text names the figure instead of describing the figure
+LINE_STYLES = ("-", "-.", ":")
 WIDTH = 6.8  # inches of a figure as a rule, 653 px at its natural size
 TYPE = 12.6  # points: 10 px where a figure of that width is shown 390 px wide, on a phone
-DPI = 160  # of what is stored: sharp on a phone and on a screen of double density, at half the bytes of an SVG
+PHONE_PX = 390  # width of a figure on a phone
+SCREEN_PX_PER_INCH = 96
+DPI = 160  # of the stored picture: sharp on a phone and on a screen of double density, at half the bytes of an SVG
 BADGE = (
     '<b style="background:#8a4b00;color:#fff;border-radius:3px;padding:1px 5px;font-size:85%;letter-spacing:.04em">'
     "SIMULATED</b>"
 )
-_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
-_SCALED = {"s", "B", "B/s", "FLOP", "FLOP/s", "FLOPs", "J", "W"}
-_UNITS = {prefix + base: (scale, base) for base in _SCALED for scale, prefix in (*_PREFIXES, (1e-9, "n"))}
+
+_PREFIXES = (
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1.0, ""),
+    (1e-3, "m"),
+    (1e-6, "µ"),
+)
+_NANO = (1e-9, "n")
+_SCALED = {"s", "B", "B/s", "FLOP", "FLOP/s", "FLOPs", "J", "W"}  # units that take a prefix
+_UNITS = {f"{prefix}{base}": (scale, base) for (scale, prefix), base in product((*_PREFIXES, _NANO), _SCALED)}
 BARE = {"ratio", "fraction"}  # units that go without saying
-_WHOLE = {"B", "FLOP", "FLOPs"}  # counted, never a fraction of one
+_WHOLE = {"B", "FLOP", "FLOPs"}  # counted in whole numbers
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def style(points: float = TYPE) -> None:
-    """Set matplotlib to the course's style, for this process; points: the size of all type but titles.
+# --- figures ----------------------------------------------------------------------------------------------------------
 
-    Ticks of logarithmic axes are plain numbers (30, not 3 x 10^1) below a million.
+
+def style(points: float = TYPE) -> None:
+    """Set matplotlib to the course's style, for this process.
+
+    points: size of all text but titles. Ticks of logarithmic axes are plain numbers (30, not 3 x 10^1) below a million.
     """
     import matplotlib
     from cycler import cycler
 
-    matplotlib.rcParams.update({
-        "figure.figsize": (WIDTH, 4.0), "figure.dpi": 80, "figure.constrained_layout.use": True,
-        "figure.facecolor": "white", "font.size": points, "xtick.labelsize": points, "ytick.labelsize": points,
-        "axes.labelsize": points, "legend.fontsize": points, "legend.title_fontsize": points,
-        "axes.titlesize": points + 0.8, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "axes.formatter.min_exponent": 6, "grid.color": "#d9d9d9",
-        "grid.linewidth": 0.6, "legend.frameon": False, "legend.handlelength": 1.5, "lines.linewidth": 2.0,
-        "lines.markersize": 6,
-    })  # fmt: skip
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (WIDTH, 4.0),
+            "figure.dpi": 80,
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "font.size": points,
+            "xtick.labelsize": points,
+            "ytick.labelsize": points,
+            "axes.labelsize": points,
+            "legend.fontsize": points,
+            "legend.title_fontsize": points,
+            "axes.titlesize": points + 0.8,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.prop_cycle": cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.formatter.min_exponent": 6,
+            "grid.color": "#d9d9d9",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "legend.handlelength": 1.5,
+            "lines.linewidth": 2.0,
+            "lines.markersize": 6,
+        }
+    )
 
 
 def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
-    """Show a matplotlib figure, its description and its data, and close it.
+    """Show a matplotlib figure with its description and its data, and close the figure.
 
-    The picture is a PNG, `figsize` inches wide on the screen: JupyterLab shows no SVG of a notebook that it does not
-    trust yet. Beside its description its metadata holds the height of its smallest type on a phone.
+    The picture is a PNG, `figsize` inches wide on the screen: JupyterLab shows no SVG of a notebook without trust. The
+    picture's metadata holds the description, and the height of the smallest text on a phone.
 
-    alt        tells who cannot see the figure what it shows, in at least 30 characters
-    table      its data, one dict a row
-    simulated  computed, not measured: it gets a badge
-    InputError, and nothing shown, where either is missing or an axis has no label.
+    fig: a matplotlib Figure, whose axes all have labels.
+    alt: description for readers who cannot see the figure, at least 30 characters.
+    table: the figure's data, a dict per row.
+    caption: title; empty takes the figure's own title.
+    simulated: whether the data are computed, not measured; such a figure gets a badge.
+    Raises InputError, and shows nothing, without description or data, or if an axis has no label.
     """
     if not isinstance(alt, str) or len(alt.strip()) < SHORTEST_ALT:
         raise InputError(
@@ -75,37 +113,64 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     _check_labels(fig)
     import matplotlib.pyplot as plt
 
-    heading = caption or fig.get_suptitle() or fig.axes[0].get_title(loc="left") or fig.axes[0].get_title() or "Figure"
-    shown = f"{'SIMULATED: ' if simulated else ''}{heading}\n{alt}"
+    heading = caption or _title(fig)
+    simulated_word = "SIMULATED: " if simulated else ""
+    text = f"{simulated_word}{heading}\n{alt}"
     if in_notebook():  # a script has no screen for the picture: words and data only
-        described = {"alt": alt, "width": round(96 * fig.get_figwidth()), "type": round(_type_on_a_phone(fig), 1)}
+        described = {
+            "alt": alt,
+            "width": round(SCREEN_PX_PER_INCH * fig.get_figwidth()),
+            "type": round(_type_on_a_phone(fig), 1),
+        }
         picture = base64.b64encode(png(fig)).decode()
-        emit(shown, data={"image/png": picture}, metadata={"image/png": described})
+        emit(text, data={"image/png": picture}, metadata={"image/png": described})
     plt.close(fig)
+    html = _folded_data(rows, alt, caption, simulated)
+    emit(text if in_notebook() else f"{text}\n{text_table(rows)}", html)
+
+
+def _title(fig: Any) -> str:
+    first = fig.axes[0]
+    return fig.get_suptitle() or first.get_title(loc="left") or first.get_title() or "Figure"
+
+
+def _folded_data(rows: Rows, alt: str, caption: str, simulated: bool) -> str:
     badge = f"{BADGE} " if simulated else ""
-    words = f'<p style="margin:2px 0">{badge}{escape(caption)}</p>' if caption or simulated else ""
-    folded = f"{words}<details><summary>Description and data</summary><p>{escape(alt)}</p>{html_table(rows)}</details>"
-    emit(shown if in_notebook() else f"{shown}\n{text_table(rows)}", folded)
+    words = ""
+    if caption or simulated:
+        words = f'<p style="margin:2px 0">{badge}{escape(caption)}</p>'
+    data = f"<p>{escape(alt)}</p>{html_table(rows)}"
+    return f"{words}<details><summary>Description and data</summary>{data}</details>"
 
 
 def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None = None, **style: Any) -> None:
-    """Draw column `y` against `x` into a matplotlib axis, one line for each value of `by`, with its legend's label.
+    """Draw a line for each value of a column, with a label for the legend.
 
-    Where rows have the columns low and high they become error bars. baseline: the value of `by` that the others have to
-    beat; its line is black and dashed. style: passed to matplotlib.
+    ax: matplotlib axes to draw into.
+    rows: the data, a dict per row. Columns "low" and "high", if all rows of a line have both, become error bars.
+    x, y: names of the columns to draw.
+    by: name of the column whose values distinguish the lines.
+    baseline: value of `by` whose line is black and dashed.
+    style: options for matplotlib's `errorbar`.
     """
     import matplotlib
 
     colours = len(matplotlib.rcParams["axes.prop_cycle"])
-    for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
+    names = dict.fromkeys(row[by] for row in rows)
+    for number, name in enumerate(names):
         group = [row for row in rows if row[by] == name]
-        look = {"linestyle": ("-", "-.", ":")[number // colours % 3]}  # colours come round again
+        times_round = number // colours  # colours come again, with another line style
+        look: dict[str, Any] = {"linestyle": LINE_STYLES[times_round % len(LINE_STYLES)]}
         if name == baseline:
             look = {"color": "black", "linestyle": "--"}
         if all("low" in row and "high" in row for row in group):
-            look["yerr"] = [[row[y] - row["low"] for row in group], [row["high"] - row[y] for row in group]]
+            below = [row[y] - row["low"] for row in group]
+            above = [row["high"] - row[y] for row in group]
+            look["yerr"] = [below, above]
         look |= {"marker": "o", "markersize": 3, "capsize": 2, **style}
-        ax.errorbar([row[x] for row in group], [row[y] for row in group], label=str(name), **look)
+        xs = [row[x] for row in group]
+        ys = [row[y] for row in group]
+        ax.errorbar(xs, ys, label=str(name), **look)
 
 
 def curves(
@@ -119,11 +184,14 @@ def curves(
     height: float = 3.4,
     **axes: Any,
 ) -> Any:
-    """A figure with one panel for each title in `panels`, two side by side, each drawn by `lines`, and one key below.
+    """Draw a figure of panels, two side by side, each with the curves of `lines`, and a common legend below.
 
-    reference: where a dotted line across every panel stands, such as the limit or the unchanged model. height: inches
-    of a panel. axes: for matplotlib's Axes.set, such as ylabel, yscale, ylim; the axes are named after the columns
-    unless it says otherwise.
+    panels: the data of each panel, by its title.
+    x, y, by, baseline: as in `lines`.
+    reference: value of `y` at which a dotted line crosses every panel, such as a limit or the unchanged model.
+    height: of a panel, in inches.
+    axes: options for matplotlib's `Axes.set`, such as ylabel, yscale or ylim; labels default to the column names.
+    Returns the matplotlib Figure.
     """
     import matplotlib.pyplot as plt
 
@@ -137,161 +205,49 @@ def curves(
         lines(ax, rows, x, y, by=by, baseline=baseline)
         if reference is not None:
             ax.axhline(reference, linestyle=":", linewidth=1.2, color="grey")
-        ax.set(**{"xlabel": x, "ylabel": y, "title": title, **axes})
-        if number % across:
+        labels = {"xlabel": x, "ylabel": y, "title": title}
+        ax.set(**{**labels, **axes})
+        is_first_in_row = number % across == 0
+        if not is_first_in_row:
             ax.set_ylabel("")
-    handles, labels = ax.get_legend_handles_labels()
-    if len(labels) > 1:
-        columns = max(1, int(WIDTH / (0.7 + 0.1 * max(map(len, labels)))))
-        fig.set_figheight(height * down + 0.25 * (1 + math.ceil(len(labels) / columns)))
-        fig.legend(handles, labels, loc="outside lower left", ncols=columns, title=by, alignment="left")
+    _add_legend(fig, *ax.get_legend_handles_labels(), title=by, panels_height=height * down)
     return fig
 
 
-def wide(rows: Rows, x: str, y: str, *, by: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows for a table that a reader can take in: one for each combination of `by`, a column for each value of `x`."""
-    table: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        line = table.setdefault(tuple(row[column] for column in by), {column: row[column] for column in by})
-        line[f"{x} {row[x]}"] = row[y]
-    return list(table.values())
-
-
-def table(rows: Rows, *, caption: str = "", simulated: bool = False) -> None:
-    """Show rows (one dict a row) as a table; InputError for anything else."""
-    rows = checked_rows(rows)
-    title = " ".join(filter(None, ["SIMULATED" * simulated, caption]))
-    text = "\n".join(filter(None, [title, text_table(rows)]))
-    emit(text, html_table(rows, caption=caption, simulated=simulated))
-
-
-def quantity(value: Any, unit: str = "") -> str:
-    """A value as a reader wants it: 0.00123 s -> '1.23 ms', 16e9 B -> '16 GB', 3 x -> '3.00x', 12345 -> '12,345'."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    unit = "" if unit in BARE else unit
-    if not math.isfinite(value):
-        return f"{value} {unit}".strip()
-    if unit in _SCALED:
-        smallest = 1.0 if unit in _WHOLE else 0.0
-        scale, prefix = next(
-            (pair for pair in _PREFIXES if abs(value) >= pair[0] >= smallest), (1.0, "") if smallest else (1e-9, "n")
-        )
-        if value == 0:
-            scale, prefix = 1.0, ""
-        return f"{_digits(value / scale)} {prefix}{unit}"
-    if unit in ("x", "×"):
-        return f"{value:.2f}x" if abs(value) < 100 else f"{value:,.0f}x"
-    if unit == "%":
-        return f"{_digits(value)} %"
-    return f"{_digits(value)} {unit}".strip()
-
-
-def interval(ci95: Sequence[float] | None, unit: str = "") -> str:
-    """A 95 % interval as '1.10 ms to 1.30 ms', or '' where there is none."""
-    return "" if ci95 is None else f"{quantity(ci95[0], unit)} to {quantity(ci95[1], unit)}"
-
-
-def factor(unit: str, target: str) -> float | None:
-    """What a value in `unit` is multiplied by to be in `target` (s -> ms: 1000); None where they do not compare."""
-    unit, target = (name.replace("×", "x").replace("us", "µs") for name in (unit, target))
-    if unit == target or not unit or not target:
-        return 1.0
-    (scale, base), (target_scale, target_base) = (_UNITS.get(name, (1.0, name)) for name in (unit, target))
-    return scale / target_scale if base == target_base else None
-
-
-def facts(title: str, values: Mapping[str, str]) -> None:
-    """Show a small card: a title, and a line for each name and value."""
-    width = max(map(len, values))
-    text = "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in values.items())])
-    lines = "".join(
-        f'<tr><th scope="row" align="left" style="text-align:left;padding:1px 12px 1px 0;font-weight:normal">'
-        f'<i>{escape(name)}</i></th><td align="left" style="text-align:left;padding:1px 0">{escape(value)}</td></tr>'
-        for name, value in values.items()
-    )
-    card = "border-left:4px solid #0072B2;padding:2px 0 2px 12px;margin:4px 0"
-    emit(text, f'<div style="{card}"><b>{escape(title)}</b><table style="margin:2px 0">{lines}</table></div>')
-
-
-def html_table(rows: Rows, *, caption: str = "", simulated: bool = False) -> str:
-    """Rows as plain HTML: legible where styles are stripped (GitHub), in light and in dark."""
-    columns = _columns(rows)
-    right = {c for c in columns if all(row.get(c) is None or number(row[c]) is not None for row in rows)}
-
-    def cells(tag: str, texts: Sequence[str]) -> str:
-        aligns = (' align="right"' if column in right else ' style="text-align:left"' for column in columns)
-        return "".join(f"<{tag}{align}>{escape(text)}</{tag}>" for align, text in zip(aligns, texts, strict=True))
-
-    body = "".join(f"<tr>{cells('td', [quantity(row.get(c)) for c in columns])}</tr>" for row in rows)
-    label = f"{BADGE} " * simulated + escape(caption)
-    title = f'<caption style="caption-side:top;text-align:left;font-weight:bold;padding:4px 10px">{label}</caption>'
-    return (
-        f'<table style="border-collapse:collapse;margin:4px 0">{title if label else ""}'
-        f"<thead><tr>{cells('th', [str(c) for c in columns])}</tr></thead><tbody>{body}</tbody></table>"
-    )
-
-
-def text_table(rows: Rows) -> str:
-    """Rows as aligned text, for terminals and text/plain."""
-    columns = _columns(rows)
-    lines = [[str(column) for column in columns], *([quantity(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(map(len, parts)) for parts in zip(*lines, strict=True)]
-    padded = (zip(line, widths, strict=True) for line in lines)
-    return "\n".join("  ".join(part.ljust(width) for part, width in line).rstrip() for line in padded)
+def _add_legend(fig: Any, handles: Sequence[Any], labels: Sequence[str], title: str, panels_height: float) -> None:
+    """Add a legend below the panels, and make the figure higher by the legend's rows; nothing for a single curve."""
+    if len(labels) < 2:
+        return
+    longest = max(map(len, labels))
+    column_width = 0.7 + 0.1 * longest  # inches
+    columns = max(1, int(WIDTH / column_width))
+    legend_rows = math.ceil(len(labels) / columns)
+    fig.set_figheight(panels_height + 0.25 * (1 + legend_rows))
+    fig.legend(handles, labels, loc="outside lower left", ncols=columns, title=title, alignment="left")
 
 
 def png(fig: Any) -> bytes:
-    """The figure as PNG with a palette: a third of the bytes, as drawings have few colours."""
+    """Return the figure as PNG with a palette: drawings have few colours, and a palette takes a third of the bytes."""
     from PIL import Image
 
     full, small = io.BytesIO(), io.BytesIO()
     fig.savefig(full, format="png", dpi=DPI, metadata={"Software": None})
     picture = Image.open(full).convert("RGB")
-    picture.quantize(32, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    with_palette = picture.quantize(32, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    with_palette.save(small, "png", optimize=True)
     return small.getvalue()
 
 
-def emit(
-    text: str,
-    html: str | None = None,
-    *,
-    data: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Show in a notebook as HTML (and whatever MIME types `data` adds), anywhere else as printed text."""
-    if not in_notebook():
-        print(text)
-        return
-    from IPython.display import display
-
-    bundle = {**(data or {}), **({"text/html": html} if html else {}), "text/plain": text}
-    display(bundle, metadata=metadata, raw=True)
-
-
-def in_notebook() -> bool:
-    """Whether outputs go to a Jupyter kernel (an IPython terminal shows text)."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")
-
-
-def checked_rows(rows: Any) -> list[dict[str, Any]]:
-    """`rows` as a list of dicts; InputError where it is empty or anything else."""
-    listed = list(rows) if isinstance(rows, list | tuple) else []
-    if not listed or not all(isinstance(row, Mapping) and row for row in listed):
-        raise InputError("The table has to be a non-empty list of dicts, one a row, like [{'batch': 1, 'ms': 2.5}].")
-    return [dict(row) for row in listed]
-
-
 def _type_on_a_phone(fig: Any) -> float:
-    """The pixels of the smallest letters where the figure is shown 390 px wide."""
+    """Return the height in pixels of the smallest text of a figure that is PHONE_PX wide."""
     from matplotlib.text import Text
 
-    points = [text.get_fontsize() for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    return min(points) / 72 * 390 / fig.get_figwidth()
+    points = []
+    for text in fig.findobj(Text):
+        if text.get_visible() and text.get_text().strip():
+            points.append(text.get_fontsize())
+    inches = min(points) / 72
+    return inches * PHONE_PX / fig.get_figwidth()
 
 
 def _check_labels(fig: Any) -> None:
@@ -302,30 +258,216 @@ def _check_labels(fig: Any) -> None:
         if ax.get_label() == "<colorbar>" and len(missing) < 2:
             continue  # a colour bar measures along one side only
         if missing:
+            axis = missing[0]
             title = ax.get_title(loc="left") or ax.get_title()
-            where = f"axes {number}" + (f" ({title})" if title else "")
+            where = f"axes {number} ({title})" if title else f"axes {number}"
             raise InputError(
-                f"The {missing[0]} axis of {where} has no label; call ax.set_{missing[0]}label(...) with the quantity "
-                "and its unit."
+                f"The {axis} axis of {where} has no label; call ax.set_{axis}label(...) with the quantity and its unit."
             )
 
 
 def _is_labelled(fig: Any, ax: Any, name: str) -> bool:
-    """Labelled itself or by the figure, or nothing to label: hidden, or without tick labels (shared, an image)."""
+    """Return True if the axis `name` ("x" or "y") has a label of its own or the figure's, or needs no label.
+
+    An axis that is hidden or has no tick labels (a shared axis, an image) needs no label.
+    """
     axis = getattr(ax, f"{name}axis")
-    if axis.get_label_text().strip() or not (ax.get_visible() and ax.axison and axis.get_visible()):
+    if axis.get_label_text().strip():
         return True
-    shown = {"x": ("labelbottom", "labeltop"), "y": ("labelleft", "labelright")}[name]
-    without_ticks = not any(axis.get_tick_params().get(side) for side in shown) or len(axis.get_ticklocs()) == 0
-    return without_ticks or bool(getattr(fig, f"get_sup{name}label")().strip())
+    is_visible = ax.get_visible() and ax.axison and axis.get_visible()
+    if not is_visible:
+        return True
+    sides = {"x": ("labelbottom", "labeltop"), "y": ("labelleft", "labelright")}[name]
+    ticks = axis.get_tick_params()
+    has_tick_labels = any(ticks.get(side) for side in sides)
+    if not has_tick_labels or len(axis.get_ticklocs()) == 0:
+        return True
+    label_of_figure = getattr(fig, f"get_sup{name}label")()
+    return bool(label_of_figure.strip())
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Rows, *, caption: str = "", simulated: bool = False) -> None:
+    """Show rows as a table.
+
+    rows: a dict per row. caption, simulated: as in `figure`. Raises InputError for anything but a list of dicts.
+    """
+    rows = checked_rows(rows)
+    words = ["SIMULATED"] if simulated else []
+    if caption:
+        words.append(caption)
+    text = text_table(rows)
+    if words:
+        text = f"{' '.join(words)}\n{text}"
+    emit(text, html_table(rows, caption=caption, simulated=simulated))
+
+
+def wide(rows: Rows, x: str, y: str, *, by: Sequence[str]) -> list[dict[str, Any]]:
+    """Reshape rows for reading: a row for each combination of the columns `by`, a column for each value of `x`.
+
+    rows: a dict per row. x: column whose values become columns. y: column of the values to print.
+    """
+    table: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[column] for column in by)
+        line = table.setdefault(key, dict(zip(by, key, strict=True)))
+        line[f"{x} {row[x]}"] = row[y]
+    return list(table.values())
+
+
+def facts(title: str, values: Mapping[str, str]) -> None:
+    """Show a small card: a title, then a line for each name and value."""
+    width = max(map(len, values))
+    text_lines = [title]
+    html_rows = []
+    to_the_left = "text-align:left"
+    for name, value in values.items():
+        text_lines.append(f"  {name:{width}}  {value}")
+        head_style = f"{to_the_left};padding:1px 12px 1px 0;font-weight:normal"
+        head = f'<th scope="row" align="left" style="{head_style}"><i>{escape(name)}</i></th>'
+        html_rows.append(f'<tr>{head}<td align="left" style="{to_the_left};padding:1px 0">{escape(value)}</td></tr>')
+    card = "border-left:4px solid #0072B2;padding:2px 0 2px 12px;margin:4px 0"
+    body = f'<table style="margin:2px 0">{"".join(html_rows)}</table>'
+    emit("\n".join(text_lines), f'<div style="{card}"><b>{escape(title)}</b>{body}</div>')
+
+
+def html_table(rows: Rows, *, caption: str = "", simulated: bool = False) -> str:
+    """Return rows as plain HTML, legible without styles (GitHub), in light and in dark.
+
+    Columns of numbers are aligned right. caption, simulated: as in `figure`.
+    """
+    columns = _columns(rows)
+    aligns = [_alignment(rows, column) for column in columns]
+    head = _cells("th", aligns, [str(column) for column in columns])
+    body = ""
+    for row in rows:
+        texts = [quantity(row.get(column)) for column in columns]
+        body += f"<tr>{_cells('td', aligns, texts)}</tr>"
+    label = (f"{BADGE} " if simulated else "") + escape(caption)
+    title = f'<caption style="caption-side:top;text-align:left;font-weight:bold;padding:4px 10px">{label}</caption>'
+    return (
+        f'<table style="border-collapse:collapse;margin:4px 0">{title if label else ""}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _alignment(rows: Rows, column: str) -> str:
+    values = [row.get(column) for row in rows]
+    are_numbers = all(value is None or number(value) is not None for value in values)
+    return ' align="right"' if are_numbers else ' style="text-align:left"'
+
+
+def _cells(tag: str, aligns: Sequence[str], texts: Sequence[str]) -> str:
+    cells = ""
+    for align, text in zip(aligns, texts, strict=True):
+        cells += f"<{tag}{align}>{escape(text)}</{tag}>"
+    return cells
+
+
+def text_table(rows: Rows) -> str:
+    """Return rows as aligned text, for terminals and text/plain."""
+    columns = _columns(rows)
+    table = [[str(column) for column in columns]]
+    for row in rows:
+        table.append([quantity(row.get(column)) for column in columns])
+    widths = [max(map(len, texts)) for texts in zip(*table, strict=True)]
+    padded_lines = []
+    for texts in table:
+        padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
+        padded_lines.append("  ".join(padded).rstrip())
+    return "\n".join(padded_lines)
+
+
+def checked_rows(rows: Any) -> list[dict[str, Any]]:
+    """Return `rows` as a list of dicts; raise InputError for an empty list and for anything else."""
+    listed = list(rows) if isinstance(rows, list | tuple) else []
+    are_dicts = all(isinstance(row, Mapping) and row for row in listed)
+    if not listed or not are_dicts:
+        raise InputError("The table has to be a non-empty list of dicts, one a row, like [{'batch': 1, 'ms': 2.5}].")
+    return [dict(row) for row in listed]
 
 
 def _columns(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(column for row in rows for column in row))
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    return list(columns)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def quantity(value: Any, unit: str = "") -> str:
+    """Print a value for a reader: 0.00123 s -> '1.23 ms', 16e9 B -> '16 GB', 3 x -> '3.00x', 12345 -> '12,345'.
+
+    value: a number. None becomes a dash, and any other value the value's own text.
+    unit: "s", "B", "FLOP/s" and the like get a prefix; "x" is a ratio; "ratio" and "fraction" are not printed.
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    unit = "" if unit in BARE else unit
+    if not math.isfinite(value):
+        return f"{value} {unit}".strip()
+    if unit in _SCALED:
+        scale, prefix = _scale(value, unit)
+        return f"{_digits(value / scale)} {prefix}{unit}"
+    if unit in ("x", "×"):
+        return f"{value:.2f}x" if abs(value) < 100 else f"{value:,.0f}x"
+    return f"{_digits(value)} {unit}".strip()
+
+
+def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
+    """Print an estimate and its 95 % interval without any digit that the interval does not support.
+
+    value: above 0.
+    ci95: (low, high); an infinite `high` stands for "no interval".
+    unit: "s", which gets a prefix, or "x", a ratio.
+    Returns the number with its unit, and the interval in the same unit: ('41.4 ms', '95% CI 41.2, 41.6').
+    """
+    scale, prefix = (1.0, "") if unit == "x" else _scale(value, unit, largest=1.0)
+    scaled = value / scale
+    low, high = (bound / scale for bound in ci95)
+    decimals = _supported_decimals(scaled, (high - low) / 2)
+    suffix = "x" if unit == "x" else f" {prefix}{unit}"
+    interval = "no interval"
+    if math.isfinite(high):
+        interval = f"95% CI {_rounded(low, decimals)}, {_rounded(high, decimals)}"
+    return f"{_rounded(scaled, decimals)}{suffix}", interval
+
+
+def interval(ci95: Sequence[float] | None, unit: str = "") -> str:
+    """Print a 95 % interval as '1.10 ms to 1.30 ms', or '' for None."""
+    if ci95 is None:
+        return ""
+    low, high = ci95
+    return f"{quantity(low, unit)} to {quantity(high, unit)}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Print a number of things: '1 sample', '2 samples'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def factor(unit: str, target: str) -> float | None:
+    """Return the factor from a unit to another (s -> ms: 1000); None for units of two kinds."""
+    unit, target = _usual_spelling(unit), _usual_spelling(target)
+    if unit == target or not unit or not target:
+        return 1.0
+    scale, base = _UNITS.get(unit, (1.0, unit))
+    target_scale, target_base = _UNITS.get(target, (1.0, target))
+    return scale / target_scale if base == target_base else None
+
+
+def _usual_spelling(unit: str) -> str:
+    return unit.replace("×", "x").replace("us", "µs")
 
 
 def number(value: Any) -> float | int | None:
-    """A number of Python, numpy or torch as a plain one; None for anything else, a bool included."""
+    """Return a number of Python, numpy or torch as a plain number; None for anything else, a bool included."""
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -333,11 +475,75 @@ def number(value: Any) -> float | int | None:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
+def _scale(value: float, unit: str, largest: float = math.inf) -> tuple[float, str]:
+    """Choose the SI prefix of a value: (scale, prefix), no scale above `largest`, none below 1 for whole numbers."""
+    if value == 0:
+        return 1.0, ""
+    smallest = 1.0 if unit in _WHOLE else 0.0
+    for scale, prefix in _PREFIXES:
+        if smallest <= scale <= min(largest, abs(value)):
+            return scale, prefix
+    return (1.0, "") if unit in _WHOLE else _NANO
+
+
 def _digits(value: float) -> str:
-    """Whole numbers in full, others to three significant digits, powers of ten only beyond reading."""
+    """Print whole numbers in full, others to three significant digits, powers of ten only beyond reading."""
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     if not 1e-4 <= abs(value) < 1e15:
         return f"{value:.2e}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    decimals = max(0, 2 - _magnitude(value))
     return f"{value:,.{decimals}f}"
+
+
+def _supported_decimals(value: float, half_width: float) -> int:
+    """Return the decimals to print: two to four significant digits, the last rounded by less than `half_width`."""
+    two_digits = 1 - _magnitude(value)
+    four_digits = two_digits + 2
+    if not math.isfinite(half_width):
+        return two_digits
+    supported = math.ceil(-math.log10(2 * half_width)) if half_width > 0 else four_digits
+    return min(max(two_digits, supported), four_digits)
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
+
+
+def _rounded(value: float, decimals: int) -> str:
+    return f"{round(value, decimals):.{max(0, decimals)}f}"
+
+
+# --- where the output goes --------------------------------------------------------------------------------------------
+
+
+def emit(
+    text: str,
+    html: str | None = None,
+    *,
+    data: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Show an output in a notebook as HTML, anywhere else as printed text.
+
+    text: for terminals, and for readers of a notebook without HTML.
+    data: further contents of the notebook's output, by MIME type.
+    metadata: of the notebook's output.
+    """
+    if not in_notebook():
+        print(text)
+        return
+    from IPython.display import display
+
+    bundle = dict(data or {})
+    if html:
+        bundle["text/html"] = html
+    bundle["text/plain"] = text
+    display(bundle, metadata=metadata, raw=True)
+
+
+def in_notebook() -> bool:
+    """Tell whether outputs go to a Jupyter kernel; an IPython terminal shows text."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from labkit.attention import speculative
 from labkit.deploy import decoder_graph, engines
 from labkit.errors import InputError
-from labkit.timing import roofline
+from labkit.modules import kv_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def prepare(model: nn.Module) -> DecoderEngine:
 
 def example(model: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return arguments of an engine after `prompt` [B, P]: keys, values, and the prompt's last token [B, 1] again."""
-    _, cache = roofline.filled_cache(model, prompt)
+    _, cache = kv_cache.filled_cache(model, prompt)
     keys = torch.stack([layer.keys for layer in cache.layers], 1)
     values = torch.stack([layer.values for layer in cache.layers], 1)
     return keys, values, prompt[:, -1:]
@@ -97,7 +97,7 @@ class _Memory:
 
 
 def repeated(engine: DecoderEngine, model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
-    """Return the step of `roofline.decode_step` in the engine: one more token for each text of `prompt` [B, P].
+    """Return the step of `kv_cache.decode_step` in the engine: one more token for each text of `prompt` [B, P].
 
     Every call of the step stores the same token behind the prompt, and returns its logits [B, 1, V].
     """

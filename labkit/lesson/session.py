@@ -28,7 +28,7 @@ from labkit.lesson.parameters import PRESETS, SEEDS, ranges, require_allowed
 from labkit.lesson.records import Column, RecordedTable, RecordedValue, Role, RunRecord
 from labkit.timing import machine, roofline
 from labkit.timing.bench import Comparison, Measurement, Race, compare, measure, race
-from labkit.timing.counting import Work
+from labkit.timing.work import Work
 
 LESSONS = {
     "00": "Measuring honestly",

@@ -1,9 +1,22 @@
-"""Honest timing: measure() one callable, compare() two, race() many, with intervals that hold on a machine in use.
+"""Time callables honestly: measure() a callable, compare() two, race() several, on a machine in use.
 
-Calls are paired and interleaved in balanced random order, so that drift hits both sides alike; short calls are repeated
-as in torch.utils.benchmark. It never pools different processes, never drops a sample, and cannot tell a callable that
-replays its last result from one that computes: give `check`. Two callables that do the same work on data of their own
-differ by some per cent, because where data lies in memory is part of what is compared: build them anew, with `builds`.
+Calls are paired and interleaved in balanced random order, so that drift hits all sides alike; short calls are repeated,
+as in torch.utils.benchmark. No sample is dropped, and samples of different processes are never pooled. A callable that
+replays its last result looks like a fast callable: give `check`. Two callables that do the same work on data of their
+own differ by some per cent, because the place of the data in memory is part of the comparison: give `builds`.
+
+>>> import torch
+>>> from labkit import bench
+>>> x, weight = torch.randn(512, 512), torch.randn(512, 512)
+>>> def two_products():
+...     return x @ weight @ weight
+>>> def one_product():
+...     return x @ weight
+>>> result = bench.compare(two_products, one_product, names=("two products", "one product"), budget_s=0.5)
+>>> print(result)  # doctest: +SKIP
+two products 7.46 ms -> one product 3.73 ms: 2.00x [95% CI 1.99, 2.01; 20 blocks of 2 pairs, wall time, ...] faster
+>>> result.speedup > 1
+True
 """
 
 import contextlib
@@ -11,148 +24,63 @@ import gc
 import itertools
 import math
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 
-from labkit.errors import InputError, check_choice, check_number, check_whole
-from labkit.timing import clocks, machine, stats
-from labkit.timing.clocks import Call, Clock, Sample, Snapshot
+from labkit.errors import InputError, check_choice, check_whole
+from labkit.timing import clocks, interference, stats
+from labkit.timing.clocks import Call, Clock
+from labkit.timing.fingerprint import fingerprint, torch_device
+from labkit.timing.interference import Snapshot
+from labkit.timing.results import (
+    Comparison,
+    Measurement,
+    Race,
+    Verdict,
+    measurement,
+    pair_warnings,
+    sample_warnings,
+)
+from labkit.timing.rounds import (
+    BLOCKS,
+    LEAST_S,
+    PRECISION,
+    SAMPLES,
+    PreciseMedian,
+    PreciseRatio,
+    Samples,
+    SpentBudget,
+    Turn,
+    take_turns,
+)
+
+__all__ = [
+    "BLOCKS",
+    "LEAST_S",
+    "PRECISION",
+    "SAMPLES",
+    "Comparison",
+    "Measurement",
+    "Race",
+    "Verdict",
+    "compare",
+    "measure",
+    "race",
+]
 
 CACHES = ("hot", "cold")
-BLOCKS = 20  # fewer blocks of pairs get a warning; the width is not looked at before
-LOOK_AGAIN = 1.5  # the next look at the width comes after this many times the blocks: each look costs some honesty
-SAMPLES = 50  # samples between two looks of measure()
-PRECISION = 0.01  # half-width at which measure() has enough; compare() goes to half of CLAIMABLE
-LEAST_S = 0.25  # no run ends earlier unless its budget does: over less, the load by others cannot be judged
-FAULTS = 0.2  # share of the time in page faults that is worth a warning
-SETTLE_S = 0.01  # untimed after a switch between systems: the workers of the one before spin on for milliseconds
-PLACEMENT = 0.10  # by so much two sides may differ because of where in memory the data of each lies
-CLAIMABLE = 0.01  # differences below 1 % are never claimed: memory placement alone makes as much
+PAIRS_PER_BLOCK = (6, 4, 2)  # on a CPU, the most that the budget allows, otherwise 1
+SPARE = 1.25  # of the time for BLOCKS blocks
+SAMPLES_PER_ROUND = 3  # of each callable in a race, of which the least counts
+SETTLE_S = 0.01  # untimed after a switch in a race: the workers of the callable before spin on for milliseconds
 
-Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
+InjectedClock = Callable[[Call, int], float]  # (fn, number) -> seconds
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Times of one callable. `samples_s` holds seconds per call in run order, each the mean over `number` calls."""
-
-    name: str
-    samples_s: tuple[float, ...]
-    number: int
-    clock: str  # wall, cpu, cuda_event or injected
-    cache: str  # hot or cold
-    device: str
-    threads: int
-    warnings: tuple[str, ...] = ()
-    roof_share: float | None = None  # bound over measured time, and what the bound is by; see labkit.roofline.placed
-    limited_by: str | None = None
-
-    @property
-    def median_s(self) -> float:
-        """Median seconds per call."""
-        return stats.median_ci(self.samples_s)[0]
-
-    @property
-    def ci95_s(self) -> tuple[float, float]:
-        """Exact 95 % interval of the median within this run; (0, inf) below six samples.
-
-        Another process may settle elsewhere: to compare two callables use compare(), never two of these intervals.
-        """
-        _, lo, hi = stats.median_ci(self.samples_s)
-        return max(0.0, lo), hi
-
-    def percentile(self, q: float) -> float:
-        """The q-th percentile (0 to 100) of the samples, in seconds per call; a tail is only seen with number = 1."""
-        check_number(q, "q", 0, 100)
-        return float(np.percentile(self.samples_s, q))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict: every sample, and under "result" the statistics for readers without labkit."""
-        result = {"median_s": self.median_s, "ci95_s": _finite(self.ci95_s)}
-        return {"kind": "measurement", **_plain(self), "result": result}
-
-    def __str__(self) -> str:
-        median, interval = _seconds(self.median_s, self.ci95_s)
-        how = f"{_count(len(self.samples_s), 'sample')} of {_count(self.number, 'call')}, {_conditions(self)}"
-        return f"{self.name} {median} [{interval}; {how}]{_roof(self)}{_warned(self.warnings)}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Times of two callables taken in pairs: sample i of the baseline beside sample i of the candidate."""
-
-    baseline: Measurement
-    candidate: Measurement
-    baseline_first: tuple[bool, ...]  # for each pair
-    per_block: int  # the least of this many pairs in turn is one value
-    foreign_cores: float | None = None  # mean load by other programs; None where it could not be judged
-    warnings: tuple[str, ...] = ()
-    pairs_per_build: tuple[int, ...] = ()  # empty: one build, and the interval is over blocks of pairs
-
-    @property
-    def speedup(self) -> float:
-        """Baseline time over candidate time."""
-        return self._ratio()[0]
-
-    @property
-    def ci95(self) -> tuple[float, float]:
-        """Exact 95 % interval of the speed-up, over builds if there are several; (0, inf) below six blocks."""
-        return self._ratio()[1:]
-
-    @property
-    def verdict(self) -> Verdict:
-        """What the whole interval supports: more than 1 % on one side, within 1 % on both, or nothing."""
-        lo, hi = self.ci95
-        least = 1 + CLAIMABLE
-        if lo > least:
-            return "faster"
-        if hi < 1 / least:
-            return "slower"
-        return "equivalent" if lo >= 1 / least and hi <= least else "inconclusive"
-
-    @property
-    def hint(self) -> str:
-        """The likely cause of a claimed difference below PLACEMENT between sides that were built once; "" for none."""
-        claimed = self.verdict in ("faster", "slower")
-        if not claimed or self.pairs_per_build or abs(math.log(self.speedup)) > math.log1p(PLACEMENT):
-            return ""
-        return "data of each side's own may make this difference by where they lie in memory: compare with builds=8"
-
-    @property
-    def all_warnings(self) -> tuple[str, ...]:
-        """Those of the comparison, and those of its sides under their names."""
-        sides = (self.baseline, self.candidate)
-        return (*self.warnings, *(f"{side.name}: {warning}" for side in sides for warning in side.warnings))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict: every pair, and under "result" the statistics for readers without labkit."""
-        result = {"speedup": self.speedup, "ci95": _finite(self.ci95), "verdict": self.verdict}
-        sides = {"baseline": self.baseline.to_dict(), "candidate": self.candidate.to_dict()}
-        return {"kind": "comparison", **_plain(self), **sides, "result": result}
-
-    def __str__(self) -> str:
-        lo, hi = self.ci95
-        decimals = _decimals(self.speedup, (hi - lo) / 2)
-        times = [f"{side.name} {_seconds(side.median_s, side.ci95_s)[0]}" for side in (self.baseline, self.candidate)]
-        blocks = len(self.baseline_first) // self.per_block
-        builds = f"{len(self.pairs_per_build)} builds, " if self.pairs_per_build else ""
-        how = f"{builds}{_count(blocks, 'block')} of {_count(self.per_block, 'pair')}, {_conditions(self.baseline)}"
-        ratio = f"{_number(self.speedup, decimals)}x [{_interval(lo, hi, decimals)}; {how}]"
-        roof = _roof(self.baseline, self.candidate)
-        hint = f" - hint: {self.hint}" if self.hint else ""
-        return f"{' -> '.join(times)}: {ratio} {self.verdict}{roof}{_warned(self.all_warnings)}{hint}"
-
-    def _ratio(self) -> stats.Estimate:
-        times = self.baseline.samples_s, self.candidate.samples_s, self.per_block
-        if self.pairs_per_build:
-            return stats.ratio_over_builds(*times, self.pairs_per_build)
-        return stats.paired_ratio(*times)
+# --- one callable -----------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -162,43 +90,42 @@ def measure(
     budget_s: float = 1.0,
     name: str | None = None,
     cache: str = "hot",
-    clock: Callable[[Call, int], float] | None = None,
+    clock: InjectedClock | None = None,
 ) -> Measurement:
     """Time `fn()`, a callable without arguments, in inference mode with the garbage collector off.
 
-    Ends when the median's interval is within 1 % (looked at every 50 samples, after a quarter of a second at least) or
-    after `budget_s` seconds; warm-up may take half as much again. For code that needs gradients, open
-    `torch.inference_mode(False)` inside fn.
-    device: where the work runs; None asks the tensors that fn returns, and means the CPU where there are none.
-    name: what the result is called; None takes the function's own name.
-    cache: "hot" leaves the caches as the call before left them. "cold" empties them before each call, off the clock, as
-        work between two calls does in a model that is larger than they are; on a CPU each call is then a sample.
-    clock: clock(fn, number) -> seconds stands in for the real clocks, for simulations.
-    Raises InputError for arguments that cannot be used and for work that is not done when fn returns; what fn raises
-    passes through.
+    The measurement ends when the median's interval is within 1 %, or after `budget_s` seconds. The interval is checked
+    every 50 samples, after a quarter of a second at least. Warm-up may take half of the budget in addition. Code that
+    needs gradients opens `torch.inference_mode(False)` inside `fn`.
+
+    device: where the work runs; None takes the device of the tensors that `fn` returns, or the CPU without tensors.
+    budget_s: seconds for the measurement.
+    name: name of the result; None takes the function's own name.
+    cache: "hot" leaves the caches as the previous call left them. "cold" empties the caches before each call, off the
+        clock, as other layers do in a model that is larger than the caches; on a CPU each sample is then a single call.
+    clock: clock(fn, number) -> seconds replaces the real clocks, for simulations.
+    Raises InputError for unusable arguments and for work that is unfinished when `fn` returns. Errors of `fn` pass
+    through.
     """
-    _check_arguments({"fn": fn}, budget_s, cache, clock)
+    _check_calls({"fn": fn})
+    _check_conditions(budget_s, cache, clock)
     name = name or getattr(fn, "__name__", type(fn).__name__)
-    target = None if device is None else machine.torch_device(device)
-    with _garbage_collector_off() if clock is None else contextlib.nullcontext():
+    target = None if device is None else torch_device(device)
+    with _garbage_collector_off(clock):
         output = clocks.first_call(fn)
-        run = _clock(target or clocks.device_of(output), cache, clock)
+        chosen_clock = _clock(target or clocks.device_of(output), cache, clock)
         del output
-        number = clocks.repeats(run, fn, *clocks.warm_up(run, [fn], budget_s))
-        samples, moments, start = [], [clocks.snapshot(run.device)], run.now()
-        while True:
-            samples.append(run.sample(fn, number))
-            elapsed = run.now() - start
-            spent = elapsed >= budget_s
-            if not spent and (len(samples) % SAMPLES or elapsed < LEAST_S):
-                continue
-            moments.append(clocks.snapshot(run.device))
-            by_cpu = _cpu_time_is_better(run, moments, [samples])
-            if spent or stats.half_width(*stats.median_ci([s[by_cpu] for s in samples])) <= PRECISION:
-                break
-    result = _measurement(name, run, samples, number, by_cpu)
-    warnings = _machine_warnings(run, moments, by_cpu, [samples]) + _sample_warnings(result.samples_s)
-    return replace(result, warnings=warnings + result.warnings)
+        (fastest_s,) = clocks.warm_up(chosen_clock, [fn], budget_s)
+        number = clocks.repeats(chosen_clock, fn, fastest_s)
+        rule = PreciseMedian(chosen_clock, budget_s)
+        rounds = itertools.repeat([Turn(name, number)])
+        samples = take_turns(chosen_clock, {name: fn}, rounds, rule)[name]
+    result = measurement(name, chosen_clock, samples, number, rule.by_cpu)
+    warnings = interference.warnings(chosen_clock, rule.snapshots, rule.by_cpu, [samples])
+    return replace(result, warnings=warnings + sample_warnings(result.samples_s) + result.warnings)
+
+
+# --- two callables ----------------------------------------------------------------------------------------------------
 
 
 def compare(
@@ -211,150 +138,185 @@ def compare(
     check: Callable[[Any, Any], Any] | None = None,
     cache: str = "hot",
     builds: int | None = None,
-    clock: Callable[[Call, int], float] | None = None,
+    clock: InjectedClock | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Time two callables without arguments in pairs, side by side in balanced random order, and judge their ratio.
+    """Time two callables without arguments in pairs, side by side in balanced random order, and judge the ratio.
 
-    Ends when the interval is within 0.5 % (looked at from 20 blocks on), whatever it shows, or when the budget is
-    spent. On one thread and with other programs at work the claim rests on CPU time.
-    device, budget_s, cache, clock: as in measure().
-    names: what the two are called in the printed line.
-    check: check(baseline_output, candidate_output) runs before and after the timing, off the clock; if it returns False
-        there is no comparison.
-    builds: with a number, `baseline` and `candidate` are factories: each returns a callable with data of its own. Both
-        are built that often, in balanced order, share the budget, and the interval is over the builds: use it wherever
-        each side owns data, since where that lies in memory is part of what is timed. What a factory does is not timed.
+    The comparison ends when the interval of the ratio is within 0.5 %, whatever the ratio, or when the budget is spent.
+    The first look at the interval comes after 20 blocks of pairs. If torch has a single thread and other programs use
+    the cores, the result is CPU time.
+
+    device, budget_s, cache, clock: as in `measure`.
+    names: names of baseline and candidate in the printed line.
+    check: check(baseline_output, candidate_output) runs before and after the timing, off the clock; no comparison is
+        made if `check` returns False.
+    builds: number of times that the sides are built anew. `baseline` and `candidate` are then factories: each returns a
+        callable with data of its own. All builds share the budget, and the interval is over the builds. Use `builds`
+        wherever each side owns data, because the place of the data in memory is part of the timing. Building is not
+        timed.
     seed: of the order of the pairs and of the building.
-    Raises InputError for arguments that cannot be used and for work that is not done when a call returns; what the
-    callables raise passes through.
+    Raises InputError for unusable arguments and for work that is unfinished when a call returns. Errors of the
+    callables pass through.
     """
-    _check_arguments({"baseline": baseline, "candidate": candidate}, budget_s, cache, clock)
-    check_whole(seed, "seed", 0)
-    named = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
-    if not named or len(names) != 2 or names[0] == names[1]:
-        raise InputError(f"names must be two different names, for baseline and candidate, got {names!r}.")
-    if check is not None and not callable(check):
-        raise InputError(f"check must be a function (baseline_output, candidate_output) or None, got {check!r}.")
-    if builds is not None and (not isinstance(builds, int) or isinstance(builds, bool) or builds < stats.LEAST):
-        raise InputError(f"builds must be {stats.LEAST} or more, or None, got {builds!r}: fewer give no interval.")
-    target = None if device is None else machine.torch_device(device)
-    rng, budget_s = random.Random(seed), budget_s / (builds or 1)
-    run, samples, firsts, moments, pairs = None, ([], []), [], [], []
-    with _garbage_collector_off() if clock is None else contextlib.nullcontext():
-        for calls in [(baseline, candidate)] if builds is None else _built(baseline, candidate, builds, rng):
-            outputs = [clocks.first_call(call) for call in calls]
-            _check_outputs(check, outputs, names)
-            run = run or _clock(target or clocks.device_of(outputs[0]), cache, clock)
-            del outputs
-            least = clocks.warm_up(run, calls, budget_s)
-            if not pairs:
-                numbers = [clocks.repeats(run, call, seconds) for call, seconds in zip(calls, least, strict=True)]
-                per_block = _per_block(run, least, numbers, budget_s)
-            blocks = _blocks(run, calls, numbers, per_block, rng)
-            order, sides, looks = _until_precise(run, blocks, per_block, budget_s, LEAST_S / (builds or 1))
-            if check is not None:  # once more: timing must not have changed what they compute
-                _check_outputs(check, [clocks.first_call(call) for call in calls], names)
-            firsts, moments, pairs = firsts + order, moments + looks, [*pairs, len(order)]
-            for so_far, new in zip(samples, sides, strict=True):
-                so_far += new
-            del calls, blocks  # the data of one build go before the next ones come
-    by_cpu = _cpu_time_is_better(run, moments, samples)
-    sides = [
-        _measurement(name, run, of_side, number, by_cpu)
-        for name, of_side, number in zip(names, samples, numbers, strict=True)
-    ]
-    warnings = _machine_warnings(run, moments, by_cpu, samples)
-    if builds is None:
-        warnings += _pair_warnings(*sides, per_block)
-    foreign = _foreign_cores(run, moments)
-    return Comparison(*sides, tuple(firsts), per_block, foreign, warnings, () if builds is None else tuple(pairs))
+    _check_calls({"baseline": baseline, "candidate": candidate})
+    _check_conditions(budget_s, cache, clock)
+    _check_comparison(names, check, builds, seed)
+    target = None if device is None else torch_device(device)
+    pairs = _Pairs(
+        names=tuple(names),
+        check=check,
+        budget_s=budget_s / (builds or 1),
+        least_s=LEAST_S / (builds or 1),
+        choose_clock=lambda output: _clock(target or clocks.device_of(output), cache, clock),
+        rng=random.Random(seed),
+    )
+    with _garbage_collector_off(clock):
+        if builds is None:
+            pairs.time_build(baseline, candidate)
+        else:
+            for calls in _built(baseline, candidate, builds, pairs.rng):
+                pairs.time_build(*calls)
+                del calls  # the data of a build go before the data of the next build come
+    return pairs.comparison(over_builds=builds is not None)
 
 
-@dataclass(frozen=True)
-class Race:
-    """Times of several callables taken in turn: a round has a block of each, in random order."""
+class _Pairs:
+    """Time pairs of two callables, build after build, and keep all samples.
 
-    sides: dict[str, Measurement]
-    orders: tuple[tuple[str, ...], ...]  # of each round
-    per_block: int  # samples in a block, of which the least counts
-    foreign_cores: float | None = None
-    warnings: tuple[str, ...] = ()  # of all; those of two of them are in `over`
-
-    def over(self, baseline: str, candidate: str) -> Comparison:
-        """Any two of them, paired round by round. Raises KeyError for a name that did not run."""
-        pair = self.sides[baseline], self.sides[candidate]
-        first = [order.index(baseline) < order.index(candidate) for order in self.orders for _ in range(self.per_block)]
-        warnings = self.warnings + _pair_warnings(*pair, self.per_block)
-        return Comparison(*pair, tuple(first), self.per_block, self.foreign_cores, warnings)
-
-
-def race(
-    calls: dict[str, Callable[[], Any]],
-    *,
-    device: str | torch.device | None = None,
-    budget_s: float = 10.0,
-    clock: Callable[[Call, int], float] | None = None,
-    seed: int = 0,
-) -> Race:
-    """Time callables without arguments in rounds, so that any two can be compared although the machine drifts.
-
-    Before its block of three samples each one runs untimed for a hundredth of a second: libraries let their threads
-    spin for milliseconds after a call, on cores that the next one needs.
-    calls: name -> callable; two at least.
-    device, clock: as in measure(), with hot caches.
-    budget_s: seconds for all of them; the round that spends it is the last.
-    seed: of the order in each round.
-    Raises InputError for arguments that cannot be used; what the callables raise passes through.
+    names: of baseline and candidate.
+    check: as in `compare`.
+    budget_s, least_s: seconds for the pairs of a build, and seconds before the first look at the interval.
+    choose_clock: choose_clock(output of the baseline) -> clock.
+    rng: draws the order of the pairs.
     """
-    if not isinstance(calls, Mapping):
-        raise InputError(f"calls is a {type(calls).__name__}, but it must be a dict from names to functions.")
-    check_whole(seed, "seed", 0)
-    _check_arguments(calls, budget_s, "hot", clock)
-    if len(calls) < 2:
-        raise InputError(f"a race takes two callables or more, got {len(calls)}: measure() times one.")
-    rng, per_block, orders = random.Random(seed), 3, []
-    samples: dict[str, list[Sample]] = {name: [] for name in calls}
-    target = None if device is None else machine.torch_device(device)
-    with _garbage_collector_off() if clock is None else contextlib.nullcontext():
-        outputs = [clocks.first_call(call) for call in calls.values()]
-        run = _clock(target or clocks.device_of(outputs[0]), "hot", clock)
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        check: Callable[[Any, Any], Any] | None,
+        budget_s: float,
+        least_s: float,
+        choose_clock: Callable[[Any], Clock],
+        rng: random.Random,
+    ) -> None:
+        self.names = names
+        self.check = check
+        self.budget_s = budget_s
+        self.least_s = least_s
+        self.choose_clock = choose_clock
+        self.rng = rng
+        # settled by the first build
+        self.clock: Clock | None = None
+        self.numbers: dict[str, int] = {}  # calls in a sample
+        self.per_block = 1  # pairs in a block
+        # of all builds
+        self.samples: Samples = {name: [] for name in names}
+        self.baseline_first: list[bool] = []
+        self.snapshots: list[Snapshot] = []
+        self.pairs_per_build: list[int] = []
+
+    def time_build(self, baseline: Call, candidate: Call) -> None:
+        """Time pairs of two callables until the stopping rule `PreciseRatio` ends the comparison."""
+        calls = dict(zip(self.names, (baseline, candidate), strict=True))
+        outputs = self._checked_outputs(calls)
+        if self.clock is None:
+            self.clock = self.choose_clock(outputs[0])
         del outputs
-        least = dict(zip(calls, clocks.warm_up(run, list(calls.values()), budget_s), strict=True))
-        settle = {name: max(1, math.ceil(SETTLE_S / seconds)) for name, seconds in least.items()}
-        numbers = {}
-        for name, call in calls.items():
-            run.block(call, settle[name])
-            numbers[name] = clocks.repeats(run, call, least[name])
-        moments, start = [clocks.snapshot(run.device)], run.now()
-        while not orders or run.now() - start < budget_s:
-            order = rng.sample(list(calls), len(calls))
-            for name in order:
-                run.block(calls[name], settle[name])
-                samples[name] += [run.sample(calls[name], numbers[name]) for _ in range(per_block)]
-            orders.append(tuple(order))
-        moments.append(clocks.snapshot(run.device))
-    sides = {name: _measurement(name, run, of_side, numbers[name], False) for name, of_side in samples.items()}
-    warnings = _machine_warnings(run, moments, False, list(samples.values()))
-    return Race(sides, tuple(orders), per_block, _foreign_cores(run, moments), warnings)
+        fastest_s = clocks.warm_up(self.clock, list(calls.values()), self.budget_s)
+        if not self.numbers:
+            self._settle(calls, fastest_s)
+        baseline_first: list[bool] = []
+        rule = PreciseRatio(self.clock, self.budget_s, self.per_block, self.least_s)
+        samples = take_turns(self.clock, calls, self._blocks(baseline_first), rule)
+        if self.check is not None:
+            self._checked_outputs(calls)  # timing must not have changed the results
+        for name, of_side in samples.items():
+            self.samples[name] += of_side
+        self.baseline_first += baseline_first
+        self.snapshots += rule.snapshots
+        self.pairs_per_build.append(len(baseline_first))
 
+    def comparison(self, over_builds: bool) -> Comparison:
+        """Make the result from the samples of all builds."""
+        sides = list(self.samples.values())
+        by_cpu = interference.cpu_time_is_better(self.clock, self.snapshots, sides)
+        baseline, candidate = (
+            measurement(name, self.clock, samples, self.numbers[name], by_cpu) for name, samples in self.samples.items()
+        )
+        warnings = interference.warnings(self.clock, self.snapshots, by_cpu, sides)
+        if not over_builds:
+            warnings += pair_warnings(baseline, candidate, self.per_block)
+        return Comparison(
+            baseline=baseline,
+            candidate=candidate,
+            baseline_first=tuple(self.baseline_first),
+            per_block=self.per_block,
+            foreign_cores=interference.foreign_load(self.clock, self.snapshots),
+            warnings=warnings,
+            pairs_per_build=tuple(self.pairs_per_build) if over_builds else (),
+        )
 
-def _clock(device: torch.device | None, cache: str, injected: Callable[[Call, int], float] | None) -> Clock:
-    device, evict = device or torch.device("cpu"), None
-    if cache == "cold" and device.type != "cuda":
-        evict = clocks.evictor(machine.fingerprint(device).last_level_cache)
-    return clocks.choose(device, cache, injected, evict)
+    def _checked_outputs(self, calls: Mapping[str, Call]) -> list[Any]:
+        """Call each side once and return the outputs; raise InputError if `check` says that the outputs differ."""
+        outputs = [clocks.first_call(call) for call in calls.values()]
+        are_equal = self.check(*outputs) if self.check is not None else None
+        if are_equal is not None and not are_equal:
+            raise InputError(
+                f"check says that {self.names[0]} and {self.names[1]} do not compute the same: "
+                "make them equal before timing them."
+            )
+        return outputs
+
+    def _settle(self, calls: Mapping[str, Call], fastest_s: Sequence[float]) -> None:
+        """Settle how many calls make a sample, and how many pairs make a block, from the fastest time of each call."""
+        for (name, call), seconds in zip(calls.items(), fastest_s, strict=True):
+            self.numbers[name] = clocks.repeats(self.clock, call, seconds)
+        if self.clock.device.type == "cuda":
+            return  # blocks of a single pair: noise on a GPU has two sides, and the least of several is no better
+        pair_s = 0.0
+        for number, seconds in zip(self.numbers.values(), fastest_s, strict=True):
+            pair_s += number * seconds
+        # beside the samples, a pair takes 1.5 untimed calls on average, or two evictions of the caches
+        pair_s += 0.75 * sum(fastest_s) if self.clock.evict is None else 2 * self.clock.evict_s
+        for pairs in PAIRS_PER_BLOCK:
+            if SPARE * BLOCKS * pairs * pair_s <= self.budget_s:
+                self.per_block = pairs
+                return
+
+    def _blocks(self, baseline_first: list[bool]) -> Iterator[list[Turn]]:
+        """Draw blocks of pairs without end; the order of each pair is appended to `baseline_first`."""
+        group = self.per_block if self.per_block > 1 else stats.LEAST
+        orders = stats.balanced_order(self.rng, group)
+        while True:
+            block = list(itertools.islice(orders, self.per_block))
+            baseline_first += block
+            yield self._turns(block)
+
+    def _turns(self, block: Sequence[bool]) -> list[Turn]:
+        baseline, candidate = self.names
+        names: list[str] = []
+        for is_baseline_first in block:
+            names += [baseline, candidate] if is_baseline_first else [candidate, baseline]
+        turns = []
+        for previous, name in zip([None, *names], names, strict=False):
+            # the first call after a switch finds the other side's data in the cache: untimed
+            untimed = 1 if name != previous and self.clock.evict is None else 0
+            turns.append(Turn(name, self.numbers[name], untimed))
+        return turns
 
 
 def _built(
     baseline: Callable[[], Call], candidate: Callable[[], Call], builds: int, rng: random.Random
 ) -> Iterator[tuple[Call, Call]]:
-    """Both sides built anew; which is built first is balanced, since the allocator treats first and second unlike."""
-    for baseline_first in itertools.islice(stats.balanced_order(rng, 2), builds):
-        if baseline_first:
+    """Build both sides anew, `builds` times, in balanced order: an allocator treats first and second differently."""
+    for is_baseline_first in itertools.islice(stats.balanced_order(rng, 2), builds):
+        if is_baseline_first:
             calls = baseline(), candidate()
         else:
-            calls = (candidate(), baseline())[::-1]
+            second = candidate()
+            calls = baseline(), second
+            del second
         for name, call in zip(("baseline", "candidate"), calls, strict=True):
             if not callable(call):
                 raise InputError(
@@ -363,62 +325,99 @@ def _built(
                 )
         yield calls
         del calls
-        gc.collect(1)  # what was built since the last time, where it hangs together in circles
+        gc.collect(1)  # frees objects of the build that refer to each other in circles
 
 
-def _per_block(run: Clock, least: Sequence[float], numbers: Sequence[int], budget_s: float) -> int:
-    """Pairs in a block: as many, six at most, as leave time for 25 blocks. One on CUDA, where noise has two sides."""
-    if run.device.type == "cuda":
-        return 1
-    pair_s = sum(number * seconds for number, seconds in zip(numbers, least, strict=True))
-    pair_s += 0.75 * sum(least) if run.evict is None else 2 * run.evict_s
-    return next((pairs for pairs in (6, 4, 2) if 1.25 * BLOCKS * pairs * pair_s <= budget_s), 1)
+# --- several callables ------------------------------------------------------------------------------------------------
 
 
-def _blocks(
-    run: Clock, calls: Sequence[Call], numbers: Sequence[int], per_block: int, rng: random.Random
-) -> Iterator[tuple[list[bool], tuple[list[Sample], list[Sample]]]]:
-    """Time blocks of pairs for as long as they are asked for: who went first in each pair, and both sides' samples."""
-    orders = stats.balanced_order(rng, per_block if per_block > 1 else stats.LEAST)
+def race(
+    calls: dict[str, Callable[[], Any]],
+    *,
+    device: str | torch.device | None = None,
+    budget_s: float = 10.0,
+    clock: InjectedClock | None = None,
+    seed: int = 0,
+) -> Race:
+    """Time several callables without arguments in rounds, so that any two can be compared although the machine drifts.
+
+    In each round every callable has a block of three samples, in random order. Before its block a callable runs untimed
+    for a hundredth of a second: libraries let their threads spin for milliseconds after a call, on cores that the next
+    callable needs.
+
+    calls: name -> callable; two callables at least.
+    device, clock: as in `measure`, with hot caches.
+    budget_s: seconds for all callables; the race ends with the round that spends the budget.
+    seed: of the order in each round.
+    Raises InputError for unusable arguments. Errors of the callables pass through.
+    """
+    if not isinstance(calls, Mapping):
+        raise InputError(f"calls is a {type(calls).__name__}, but it must be a dict from names to functions.")
+    check_whole(seed, "seed", 0)
+    _check_calls(calls)
+    _check_conditions(budget_s, "hot", clock)
+    if len(calls) < 2:
+        raise InputError(f"a race takes two callables or more, got {len(calls)}: measure() times one.")
+    target = None if device is None else torch_device(device)
+    orders: list[tuple[str, ...]] = []
+    with _garbage_collector_off(clock):
+        outputs = [clocks.first_call(call) for call in calls.values()]
+        chosen_clock = _clock(target or clocks.device_of(outputs[0]), "hot", clock)
+        del outputs
+        fastest_s = clocks.warm_up(chosen_clock, list(calls.values()), budget_s)
+        blocks = {}
+        for (name, call), seconds in zip(calls.items(), fastest_s, strict=True):
+            blocks[name] = _block(chosen_clock, name, call, seconds)
+        rule = SpentBudget(chosen_clock, budget_s)
+        samples = take_turns(chosen_clock, calls, _shuffled(blocks, random.Random(seed), orders), rule)
+    sides = {}
+    for name, of_side in samples.items():
+        sides[name] = measurement(name, chosen_clock, of_side, blocks[name][0].number, by_cpu=False)
+    return Race(
+        sides=sides,
+        orders=tuple(orders),
+        per_block=SAMPLES_PER_ROUND,
+        foreign_cores=interference.foreign_load(chosen_clock, rule.snapshots),
+        warnings=interference.warnings(chosen_clock, rule.snapshots, False, list(samples.values())),
+    )
+
+
+def _block(clock: Clock, name: str, call: Call, fastest_s: float) -> list[Turn]:
+    """Plan the turns of a callable in a round of a race: untimed calls for SETTLE_S, then the samples."""
+    settling_calls = max(1, math.ceil(SETTLE_S / fastest_s))
+    clock.block(call, settling_calls)
+    number = clocks.repeats(clock, call, fastest_s)
+    first = Turn(name, number, untimed=settling_calls)
+    return [first] + [Turn(name, number)] * (SAMPLES_PER_ROUND - 1)
+
+
+def _shuffled(
+    blocks: Mapping[str, list[Turn]], rng: random.Random, orders: list[tuple[str, ...]]
+) -> Iterator[list[Turn]]:
+    """Draw rounds without end, each with all blocks in random order; the order is appended to `orders`."""
     while True:
-        order = list(itertools.islice(orders, per_block))
-        sides, last = ([], []), None
-        for baseline_first in order:
-            for side in (0, 1) if baseline_first else (1, 0):
-                # the first call after a switch finds the other side's data in the cache: untimed
-                if side != last and run.evict is None:
-                    run.block(calls[side], 1)
-                sides[side].append(run.sample(calls[side], numbers[side]))
-                last = side
-        yield order, sides
+        order = rng.sample(list(blocks), len(blocks))
+        orders.append(tuple(order))
+        yield list(itertools.chain.from_iterable(blocks[name] for name in order))
 
 
-def _until_precise(
-    run: Clock, blocks: Iterator, per_block: int, budget_s: float, least_s: float
-) -> tuple[list[bool], tuple[list[Sample], list[Sample]], list[Snapshot]]:
-    """Take blocks until the interval is narrow enough or the budget is spent, whatever the interval says."""
-    samples, firsts, moments, start = ([], []), [], [clocks.snapshot(run.device)], run.now()
-    look_at = BLOCKS
-    for count, (order, sides) in enumerate(blocks, 1):
-        firsts += order
-        for so_far, new in zip(samples, sides, strict=True):
-            so_far += new
-        elapsed = run.now() - start
-        spent = elapsed * (1 + 0.5 / count) >= budget_s  # another block would end half a block late
-        if not spent and (count < look_at or elapsed < least_s):
-            continue
-        look_at = LOOK_AGAIN * count
-        moments.append(clocks.snapshot(run.device))
-        by_cpu = _cpu_time_is_better(run, moments, samples)
-        ratio = stats.paired_ratio(*([sample[by_cpu] for sample in side] for side in samples), per_block)
-        if spent or stats.half_width(*ratio) <= CLAIMABLE / 2:
-            return firsts, samples, moments
-    raise AssertionError("blocks never end")
+# --- conditions of a measurement --------------------------------------------------------------------------------------
+
+
+def _clock(device: torch.device | None, cache: str, injected: InjectedClock | None) -> Clock:
+    device = device or torch.device("cpu")
+    evict = None
+    if cache == "cold" and device.type != "cuda":
+        evict = clocks.evictor(fingerprint(device).last_level_cache)
+    return clocks.choose(device, cache, injected, evict)
 
 
 @contextlib.contextmanager
-def _garbage_collector_off() -> Iterator[None]:
-    """Collect now, then keep the collector from running inside a timed call; its former state comes back."""
+def _garbage_collector_off(injected: InjectedClock | None) -> Iterator[None]:
+    """Collect garbage now, then keep the collector out of timed calls; with an injected clock, do nothing."""
+    if injected is not None:
+        yield
+        return
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -429,163 +428,29 @@ def _garbage_collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _foreign_cores(run: Clock, moments: Sequence[Snapshot]) -> float | None:
-    return None if run.name == "injected" else clocks.foreign_cores(moments[0], moments[-1])
-
-
-def _cpu_time_is_better(run: Clock, moments: Sequence[Snapshot], sides: Sequence[Sequence[Sample]]) -> bool:
-    """Whether the claim rests on CPU time: others compete for the cores, and the call is one thread's computing.
-
-    With more threads CPU time also bills workers that spin; and a call that mostly sleeps or waits has next to none.
-    """
-    if run.other != "cpu" or run.device.type != "cpu" or torch.get_num_threads() != 1:
-        return False
-    if (_foreign_cores(run, moments) or 0.0) <= clocks.FOREIGN_CORES:
-        return False
-    shares = [statistics.median(cpu / wall for wall, cpu, _ in samples) for samples in sides]
-    return time.get_clock_info("process_time").resolution <= 1e-5 and all(0.2 <= share <= 1.1 for share in shares)
-
-
-def _measurement(name: str, run: Clock, samples: Sequence[Sample], number: int, by_cpu: bool) -> Measurement:
-    """One side's result, with a warning where its calls spend their time in page faults."""
-    seconds, warnings = tuple(sample[by_cpu] for sample in samples), []
-    faults = statistics.fmean(sample[2] for sample in samples)
-    if run.name == "wall" and faults and faults * clocks.fault_s() > FAULTS * statistics.fmean(seconds):
-        warnings.append(f"{faults:.0f} page faults per call: memory is mapped anew each time; preallocate outputs")
-    return Measurement(
-        name=name,
-        samples_s=seconds,
-        number=number,
-        clock=run.other if by_cpu else run.name,
-        cache=run.cache,
-        device=str(run.device),
-        threads=torch.get_num_threads(),
-        warnings=tuple(warnings),
-    )
-
-
-def _sample_warnings(seconds: Sequence[float]) -> tuple[str, ...]:
-    """What the samples of one callable show: too few of them, or drift."""
-    warnings = []
-    if len(seconds) < BLOCKS:
-        warnings.append(f"only {_count(len(seconds), 'sample')}, and {BLOCKS} are needed: raise budget_s")
-    if (change := stats.drift(seconds)) is not None:
-        warnings.append(f"speed drifted: {change:+.0%} time from the first half of the run to the second")
-    return tuple(warnings)
-
-
-def _machine_warnings(
-    run: Clock, moments: Sequence[Snapshot], by_cpu: bool, sides: Sequence[Sequence[Sample]]
-) -> tuple[str, ...]:
-    """What disturbed the run from outside the callables, and work that the clock did not see."""
-    warnings = []
-    if (foreign := _foreign_cores(run, moments) or 0.0) > clocks.FOREIGN_CORES:
-        remedy = "times are CPU time" if by_cpu else "the times may be off"
-        warnings.append(f"other programs kept {foreign:.1f} cores busy: {remedy}")
-    if (slowed := clocks.throttling(moments)) is not None:
-        warnings.append(slowed)
-    if run.other == "wall" and any(statistics.median(event / wall for event, wall, _ in side) < 0.5 for side in sides):
-        warnings.append(
-            "CUDA events saw under half of the wall time: work on another stream, or launches that lag behind"
-        )
-    return tuple(warnings)
-
-
-def _pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int) -> tuple[str, ...]:
-    """What the pairs themselves show: too few of them, or drift."""
-    a, b = (stats.block_minima(side.samples_s, per_block) for side in (baseline, candidate))
-    warnings = []
-    if len(a) < stats.LEAST:
-        warnings.append(
-            f"budget_s was spent after {_count(len(a), 'block')} of pairs, and an interval takes {stats.LEAST}: "
-            "close other programs, or raise budget_s"
-        )
-    elif len(a) < BLOCKS:
-        warnings.append(f"only {_count(len(a), 'block')} of pairs, and {BLOCKS} are needed: raise budget_s")
-    if (change := stats.drift([math.sqrt(x * y) for x, y in zip(a, b, strict=True)])) is not None:
-        warnings.append(
-            f"speed drifted: {change:+.0%} time from the first half of the run to the second, alike for both"
-        )
-    return tuple(warnings)
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def _check_arguments(calls: Mapping[str, Any], budget_s: float, cache: str, clock: object) -> None:
+def _check_calls(calls: Mapping[str, Any]) -> None:
     for name, call in calls.items():
         if not callable(call):
             raise InputError(
                 f"{name} must be a function without arguments, got {type(call).__name__}: wrap the work, "
                 f"for example {name}=lambda: model(x)."
             )
+
+
+def _check_conditions(budget_s: float, cache: str, clock: object) -> None:
     clocks.check_budget(budget_s)
     check_choice(cache, CACHES, "cache")
     if clock is not None and not callable(clock):
         raise InputError(f"clock must be a function (fn, number) -> seconds or None, got {clock!r}.")
 
 
-def _check_outputs(check: Callable[[Any, Any], Any] | None, outputs: Sequence[Any], names: Sequence[str]) -> None:
-    same = check(*outputs) if check is not None else None
-    if same is not None and not same:
-        raise InputError(
-            f"check says that {names[0]} and {names[1]} do not compute the same: make them equal before timing them."
-        )
-
-
-# --- printing: no digit that the interval does not support ------------------------------------------------------------
-
-
-def _plain(result: Measurement | Comparison) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(result).items()}
-
-
-def _finite(interval: tuple[float, float]) -> list[float] | None:
-    return list(interval) if math.isfinite(interval[1]) else None
-
-
-def _decimals(value: float, half_width: float) -> int:
-    """The decimals to print: the last digit's rounding stays within the half-width. Two to four significant digits."""
-    least = 1 - math.floor(math.log10(value))
-    if not math.isfinite(half_width):
-        return least
-    supported = math.ceil(-math.log10(2 * half_width)) if half_width > 0 else least + 2
-    return min(max(least, supported), least + 2)
-
-
-def _number(value: float, decimals: int) -> str:
-    return f"{round(value, decimals):.{max(0, decimals)}f}"
-
-
-def _seconds(value: float, interval: tuple[float, float]) -> tuple[str, str]:
-    """A time with its unit, and its interval in the same unit."""
-    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if value >= s), ("ns", 1e-9))
-    lo, hi = (bound / scale for bound in interval)
-    decimals = _decimals(value / scale, (hi - lo) / 2)
-    return f"{_number(value / scale, decimals)} {unit}", _interval(lo, hi, decimals)
-
-
-def _interval(lo: float, hi: float, decimals: int) -> str:
-    return f"95% CI {_number(lo, decimals)}, {_number(hi, decimals)}" if math.isfinite(hi) else "no interval"
-
-
-def _conditions(side: Measurement) -> str:
-    threads = f", {_count(side.threads, 'thread')}" if side.device == "cpu" else ""
-    return f"{side.clock} time, {side.cache}, {side.device}{threads}"
-
-
-def _roof(*sides: Measurement) -> str:
-    """The shares of the roof in words, "" where no work was stated."""
-    if any(side.roof_share is None for side in sides):
-        return ""
-    shares = " and ".join(f"{100 * side.roof_share:.3g} %" for side in sides)
-    limits = " and ".join(dict.fromkeys(side.limited_by for side in sides))
-    return f", {shares} of the roof, limited by {limits}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _warned(warnings: Sequence[str]) -> str:
-    return f" - warning: {'; '.join(warnings)}" if warnings else ""
+def _check_comparison(names: Sequence[str], check: object, builds: int | None, seed: int) -> None:
+    check_whole(seed, "seed", 0)
+    are_names = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+    if not are_names or len(names) != 2 or names[0] == names[1]:
+        raise InputError(f"names must be two different names, for baseline and candidate, got {names!r}.")
+    if check is not None and not callable(check):
+        raise InputError(f"check must be a function (baseline_output, candidate_output) or None, got {check!r}.")
+    is_number = isinstance(builds, int) and not isinstance(builds, bool)
+    if builds is not None and (not is_number or builds < stats.LEAST):
+        raise InputError(f"builds must be {stats.LEAST} or more, or None, got {builds!r}: fewer give no interval.")

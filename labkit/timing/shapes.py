@@ -1,7 +1,7 @@
 """Named transformers as numbers: parameters, bytes of weights and KV cache, FLOPs per token, from the shape alone.
 
-The rows stand in shapes.toml. The formulas follow the papers that define the models and count a multiply-add as two
-FLOPs. No model is built and nothing is measured; how fast a machine could be with these bytes is in labkit.roofline.
+The rows are in shapes.toml. The formulas follow the papers of the models, and count a multiply-add as two FLOPs. No
+model is built and nothing is measured; `labkit.roofline` turns bytes and FLOPs into a bound on time.
 """
 
 import tomllib
@@ -13,9 +13,29 @@ from labkit.errors import InputError, check_whole
 
 @dataclass(frozen=True)
 class Transformer:
-    """A transformer's shape. Parameter counts are exact: the tests hold them against the models of transformers.
+    """Describe the shape of a transformer.
 
-    A decoder has an output head over the vocabulary and a KV cache; an encoder has neither, it may have a pooler.
+    A decoder has an output head over the vocabulary and a KV cache. An encoder has neither, and may have a pooler.
+    Parameter counts are exact: tests hold the counts against the models of the library transformers.
+
+    layers: number of layers.
+    width: size of the hidden states.
+    heads, kv_heads: query heads and KV heads of a layer.
+    head_dim: size of a head.
+    ffn: inner size of the feed-forward part.
+    vocab: size of the vocabulary.
+    gated: whether the feed-forward part has three matrices (gate, up, down) instead of two.
+    tied: whether the output head is the input embedding.
+    experts: feed-forward parts in a layer.
+    active_experts: feed-forward parts that a token uses.
+    qkv_bias: whether queries, keys and values have a bias.
+    bias: whether the attention output and the feed-forward matrices have a bias.
+    norm_parameters: per channel, 1 for RMSNorm and 2 for LayerNorm.
+    positions: learned position embeddings; 0 for rotary positions.
+    segments: token types of BERT.
+    pooler: whether an encoder has a pooler.
+    decoder: whether the model is a decoder.
+    source: the paper.
     """
 
     name: str
@@ -26,63 +46,76 @@ class Transformer:
     head_dim: int
     ffn: int
     vocab: int
-    gated: bool = True  # three matrices in the feed-forward part (gate, up, down), not two
-    tied: bool = False  # the output head is the input embedding
-    experts: int = 1  # feed-forward parts in a layer
-    active_experts: int = 1  # of these, used for one token
+    gated: bool = True
+    tied: bool = False
+    experts: int = 1
+    active_experts: int = 1
     qkv_bias: bool = False
-    bias: bool = False  # on the attention output and the feed-forward matrices
-    norm_parameters: int = 1  # a channel: 1 for RMSNorm, 2 for LayerNorm
-    positions: int = 0  # learned position embeddings; 0 where positions are rotary
-    segments: int = 0  # BERT's token types
+    bias: bool = False
+    norm_parameters: int = 1
+    positions: int = 0
+    segments: int = 0
     pooler: bool = False
     decoder: bool = True
-    source: str = ""  # the paper
+    source: str = ""
 
     @property
     def parameters(self) -> int:
-        """All of them, the experts that are not in use included."""
-        return self._fixed + self.layers * self.experts * self._expert
+        """Return the number of all parameters, inactive experts included."""
+        return self._without_experts + self.layers * self.experts * self._expert
 
     @property
     def active_parameters(self) -> int:
-        """Those that one token meets: of the experts only the active ones."""
-        return self._fixed + self.layers * self.active_experts * self._expert
+        """Return the number of parameters that a token meets: of the experts only the active ones."""
+        return self._without_experts + self.layers * self.active_experts * self._expert
 
     @property
     def read_per_step(self) -> int:
-        """Parameters that a decode step has to read at the least: the active ones, of input embeddings only a row.
+        """Return the least number of parameters that a decode step reads.
 
-        A larger batch may wake more experts than `active_experts`, and then reads more.
+        A step reads the active parameters, but only rows of the input embeddings. A larger batch may use more experts
+        than `active_experts`, and then reads more.
         """
-        looked_up = self.positions * self.width + (0 if self.tied else self._embedding)
+        looked_up = self.positions * self.width
+        if not self.tied:
+            looked_up += self._embedding
         return self.active_parameters - looked_up
 
     def weight_bytes(self, bits: float) -> float:
-        """Bytes of all parameters at `bits` each, without scales."""
+        """Return the bytes of all parameters at `bits` (1 to 64) per parameter, without scales."""
         return self.parameters * _checked_bits(bits) / 8
 
     def flops_per_token(self, context: int) -> int:
-        """FLOPs of one token's forward pass that attends to `context` positions: matrix products only.
+        """Return the FLOPs of a token's forward pass: matrix products only, without norms, biases, softmax and pooler.
 
-        Norms, biases, softmax and a pooler are left out. A sequence of n tokens costs n times flops_per_token(n) in an
-        encoder; a decoder's token t attends to t positions.
+        A sequence of n tokens costs n times flops_per_token(n) in an encoder. In a decoder, token t attends to t
+        positions.
+
+        context: number of positions that the token attends to.
         """
         check_whole(context, "context", least=0)
-        router = self.width * self.experts if self.experts > 1 else 0
-        layer = self._attention_matrices + router + self.active_experts * self._expert_matrices
+        layer = self._attention_matrices + self._router + self.active_experts * self._expert_matrices
         head = self._embedding if self.decoder else 0
-        return 2 * (self.layers * layer + head) + 4 * self.layers * self.heads * self.head_dim * context
+        scores_and_values = 4 * self.layers * self.heads * self.head_dim * context
+        return 2 * (self.layers * layer + head) + scores_and_values
 
     def kv_bytes_per_token(self, bits: float = 16) -> float:
-        """Bytes that the KV cache grows by with each token: 2 x layers x KV heads x head size x bits / 8."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * _checked_bits(bits) / 8 if self.decoder else 0.0
+        """Return the bytes of a token in the KV cache: 2 x layers x KV heads x head size x bits / 8, 0 in an encoder.
+
+        bits: of a stored number, 1 to 64.
+        """
+        if not self.decoder:
+            return 0.0
+        numbers = 2 * self.layers * self.kv_heads * self.head_dim  # keys and values
+        return numbers * _checked_bits(bits) / 8
 
     def kv_bytes(self, context: int, batch: int = 1, bits: float = 16) -> float:
-        """Bytes of the KV cache of `batch` sequences of `context` tokens each."""
+        """Return the bytes of the KV cache of `batch` sequences of `context` tokens each."""
         check_whole(context, "context", least=0)
         check_whole(batch, "batch")
         return context * batch * self.kv_bytes_per_token(bits)
+
+    # --- parameters of the parts ---
 
     @property
     def _embedding(self) -> int:
@@ -90,28 +123,41 @@ class Transformer:
 
     @property
     def _attention_matrices(self) -> int:
-        return 2 * self.width * self.head_dim * (self.heads + self.kv_heads)  # Q and O, K and V
+        queries_and_output = 2 * self.width * self.head_dim * self.heads
+        keys_and_values = 2 * self.width * self.head_dim * self.kv_heads
+        return queries_and_output + keys_and_values
+
+    @property
+    def _attention_biases(self) -> int:
+        output = self.width if self.bias else 0
+        queries_keys_values = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
+        return output + queries_keys_values
 
     @property
     def _expert_matrices(self) -> int:
-        return (3 if self.gated else 2) * self.width * self.ffn
+        matrices = 3 if self.gated else 2
+        return matrices * self.width * self.ffn
 
     @property
     def _expert(self) -> int:
-        biases = (2 if self.gated else 1) * self.ffn + self.width if self.bias else 0
-        return self._expert_matrices + biases
+        if not self.bias:
+            return self._expert_matrices
+        inner_matrices = 2 if self.gated else 1
+        return self._expert_matrices + inner_matrices * self.ffn + self.width
 
     @property
-    def _fixed(self) -> int:
-        """What does not depend on the number of active experts."""
+    def _router(self) -> int:
+        return self.width * self.experts if self.experts > 1 else 0
+
+    @property
+    def _without_experts(self) -> int:
         norm = self.norm_parameters * self.width
-        router = self.width * self.experts if self.experts > 1 else 0
-        qkv_bias = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
-        layer = self._attention_matrices + qkv_bias + (self.width if self.bias else 0) + router + 2 * norm
+        layer = self._attention_matrices + self._attention_biases + self._router + 2 * norm
+        outer_norm = norm  # after the last layer in decoders, before the first in BERT
         embeddings = self._embedding + (self.positions + self.segments) * self.width
         head = self._embedding if self.decoder and not self.tied else 0
         pooler = self.width * (self.width + 1) if self.pooler else 0
-        return self.layers * layer + norm + embeddings + head + pooler  # the one norm: last in decoders, first in BERT
+        return self.layers * layer + outer_norm + embeddings + head + pooler
 
 
 def _checked_bits(bits: float) -> float:
@@ -121,8 +167,12 @@ def _checked_bits(bits: float) -> float:
 
 
 def _read() -> dict[str, Transformer]:
-    rows = tomllib.loads(Path(__file__).with_name("shapes.toml").read_text("utf-8"))["models"]
-    return {name: Transformer(name, *sizes, **rest, source=source) for name, (*sizes, rest, source) in rows.items()}
+    """Read shapes.toml: in each row the sizes, a table of further fields, and the paper."""
+    text = Path(__file__).with_name("shapes.toml").read_text("utf-8")
+    transformers = {}
+    for name, (*sizes, further_fields, source) in tomllib.loads(text)["models"].items():
+        transformers[name] = Transformer(name, *sizes, **further_fields, source=source)
+    return transformers
 
 
 ARCHITECTURES: dict[str, Transformer] = _read()

@@ -23,7 +23,7 @@ from refusals import Refusals, check_refusal, refused
 from scipy.stats import binom
 
 from labkit.errors import InputError
-from labkit.timing import bench, clocks, machine, roofline, stats
+from labkit.timing import bench, clocks, interference, machine, roofline, stats
 from labkit.timing.bench import Comparison, Measurement, compare, measure, race
 from labkit.timing.machine import Ceilings
 
@@ -582,13 +582,13 @@ def test_twice_the_work_is_found_on_this_machine(disturb):
 @pytest.mark.timing
 def test_foreign_load_is_seen_and_named(one_thread):
     spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    before = clocks.snapshot(torch.device("cpu"))
+    before = interference.snapshot(torch.device("cpu"))
     try:
         result = measure(chain(4), budget_s=1.0)
     finally:
         spinner.kill()
         spinner.wait()
-    after = clocks.snapshot(torch.device("cpu"))
+    after = interference.snapshot(torch.device("cpu"))
     assert any("other programs kept" in warning for warning in result.warnings)
     assert result.clock == "cpu"
     assert after.busy_s - before.busy_s >= 0.8 * (after.process_s - before.process_s) > 0  # our own included

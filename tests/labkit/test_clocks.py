@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from labkit.errors import InputError
-from labkit.timing import clocks
-from labkit.timing.clocks import Snapshot
+from labkit.timing import clocks, interference
+from labkit.timing.interference import Snapshot
 
 
 def test_warm_up_takes_a_tenth_to_a_half_of_the_budget_whatever_went_before():
@@ -96,13 +96,13 @@ def test_device_of_an_output(output, device):
 
 def test_foreign_load_is_busy_time_less_our_own():
     before, after = Snapshot(wall_s=10, process_s=1, busy_s=50), Snapshot(wall_s=12, process_s=2.5, busy_s=54.5)
-    assert clocks.foreign_cores(before, after) == pytest.approx((4.5 - 1.5) / 2)
-    assert clocks.foreign_cores(before, Snapshot(10.1, 1.1, 50.2)) is None
+    assert interference.foreign_cores(before, after) == pytest.approx((4.5 - 1.5) / 2)
+    assert interference.foreign_cores(before, Snapshot(10.1, 1.1, 50.2)) is None
 
 
 def test_throttling_is_named():
     cool, hot = Snapshot(0, 0, 0, 1980), Snapshot(1, 0, 0, 1500, ("power cap",))
-    assert clocks.throttling([cool, hot]) == "the GPU was throttled (power cap; SM clock 1500-1980 MHz)"
-    assert clocks.throttling([cool, Snapshot(1, 0, 0, 1700)]) == "the GPU's clock moved (SM clock 1700-1980 MHz)"
-    assert clocks.throttling([cool, cool]) is None
-    assert clocks.throttling([Snapshot(0, 0, 0)]) is None
+    assert interference.throttling([cool, hot]) == "the GPU was throttled (power cap; SM clock 1500-1980 MHz)"
+    assert interference.throttling([cool, Snapshot(1, 0, 0, 1700)]) == "the GPU's clock moved (SM clock 1700-1980 MHz)"
+    assert interference.throttling([cool, cool]) is None
+    assert interference.throttling([Snapshot(0, 0, 0)]) is None

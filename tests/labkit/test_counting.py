@@ -18,7 +18,8 @@ from torchvision.models import resnet18
 
 from labkit.errors import InputError
 from labkit.timing import counting
-from labkit.timing.counting import Work, count
+from labkit.timing.counting import count
+from labkit.timing.work import Work
 
 B, L, D, H = 2, 6, 16, 4  # batch, length, width, heads
 X = torch.randn(B, L, D)

@@ -12,7 +12,11 @@ import torch
 from hardware import needs
 
 from labkit.errors import InputError
-from labkit.timing import clocks, machine
+from labkit.timing import ceilings as measuring
+from labkit.timing import fingerprint as facts
+from labkit.timing import interference
+from labkit.timing.ceilings import Key, Workload
+from labkit.timing.clocks import Sample
 from labkit.timing.machine import DEVICES, Ceilings, Device, Gpu, bandwidth_sweep, ceilings, fingerprint, torch_device
 
 CPU = torch.device("cpu")
@@ -86,9 +90,9 @@ def test_pinned_process_counts_only_its_own_cores():
 def test_threads_stay_within_a_container_s_quota(quota: str, cores: int, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     eight = replace(fingerprint("cpu"), physical_cores=8, affinity=tuple(range(8)))
-    monkeypatch.setattr(machine, "fingerprint", lambda device: eight)
-    monkeypatch.setattr(machine, "_read", lambda path: quota)
-    assert machine.threads() == cores
+    monkeypatch.setattr(facts, "fingerprint", lambda device: eight)
+    monkeypatch.setattr(facts, "_read", lambda path: quota)
+    assert facts.threads() == cores
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -110,7 +114,7 @@ def measured() -> Ceilings:
 
 
 def test_ceilings_have_a_roof_for_each_type_that_runs_here(measured: Ceilings):
-    on_cpu = {name for name, (_, cpu) in machine.PRODUCTS.items() if cpu}
+    on_cpu = {name for name, (_, cpu) in measuring.PRODUCTS.items() if cpu}
     warned = {warning.split()[0] for warning in measured.warnings if "no ceiling" in warning}
     assert set(measured.flops) == on_cpu - warned
     assert measured.flops["fp32"] > 1e8
@@ -118,17 +122,25 @@ def test_ceilings_have_a_roof_for_each_type_that_runs_here(measured: Ceilings):
     assert measured.ridge("fp32") == measured.flops["fp32"] / measured.bandwidth
 
 
+def sample(wall: float, cpu: float) -> Sample:
+    return Sample(wall, cpu, page_faults=0.0)
+
+
 @pytest.fixture
 def rounds(monkeypatch):
     """What each round of the ceilings' calls takes, (wall, CPU) seconds: set by the test."""
     rounds = {}
-    moved = {("copy", 0): 2e9, ("copy", 1): 2e9, ("triad", 0): 3e9, ("read", 0): 1e9}
-    products = {("fp32", side): None for side in (256, 512)}
-    flops = {("fp32", side): 2 * side**3 for side in (256, 512)}
-    monkeypatch.setattr(machine, "_products", lambda target, longest_s: (products, flops, []))
-    monkeypatch.setattr(machine, "_streams", lambda here, target: (dict.fromkeys(moved), moved))
-    monkeypatch.setattr(machine, "_in_turns", lambda calls, target, deadline: {key: rounds[key] for key in calls})
-    rounds |= {key: [(100.0, 50.0)] * 20 for key in [*moved, *products]}
+    moved = {Key("copy", 0): 2e9, Key("copy", 1): 2e9, Key("triad", 0): 3e9, Key("read", 0): 1e9}
+    streams = {key: Workload(None, nbytes) for key, nbytes in moved.items()}
+    products = {Key("fp32", side): Workload(None, 2 * side**3) for side in (256, 512)}
+    monkeypatch.setattr(measuring, "_products", lambda target, longest_s: (products, []))
+    monkeypatch.setattr(measuring, "_streams", lambda here, target: streams)
+    monkeypatch.setattr(
+        measuring,
+        "_in_turns",
+        lambda calls, target, deadline: {key: [sample(*s) for s in rounds[key]] for key in calls},
+    )
+    rounds |= {key: [(100.0, 50.0)] * 20 for key in [*streams, *products]}
     return rounds
 
 
@@ -149,7 +161,7 @@ def test_a_ceiling_is_the_best_of_all_and_its_range_begins_where_the_median_s_do
 def test_one_thread_among_other_programs_is_judged_by_cpu_time_as_it_is_when_it_is_timed(
     rounds, monkeypatch, foreign: float, bandwidth: float
 ):
-    monkeypatch.setattr(clocks, "foreign_cores", lambda before, after: foreign)
+    monkeypatch.setattr(interference, "foreign_cores", lambda before, after: foreign)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert ceilings("cpu", budget_s=0.1).bandwidth == bandwidth
 
@@ -173,12 +185,12 @@ def test_ceilings_leave_the_process_as_it_was():
         torch.set_float32_matmul_precision("highest")
 
 
-ON_CPU = [name for name, (_, on_cpu) in machine.PRODUCTS.items() if on_cpu]
+ON_CPU = [name for name, (_, on_cpu) in measuring.PRODUCTS.items() if on_cpu]
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=needs("vnni") if x == "int8" else ()) for x in ON_CPU])
 def test_product_is_a_linear_layer_of_random_numbers(name: str):
-    call = machine._product(name, 64, CPU)
+    call = measuring._product(name, 64, CPU)
     result = call()
     held = {cell: value.cell_contents for cell, value in zip(call.__code__.co_freevars, call.__closure__, strict=True)}
     expected = held["x"].double() @ held["weight"].double().t()
@@ -189,34 +201,33 @@ def test_product_is_a_linear_layer_of_random_numbers(name: str):
 
 def test_a_convolution_counts_beside_the_products_of_fp32():
     """oneDNN's convolution was up to 1.15 times as fast as MKL's product: without it results lie above the roof."""
-    calls, flops, _ = machine._products(CPU, longest_s=10.0)
-    assert [key for key in calls if key[1] == 0] == [("fp32", 0)]
-    y = calls["fp32", 0]()
-    assert flops["fp32", 0] == 2 * 128 * 9 * y.numel() and flops["fp32", 512] == 2 * 512**3
+    products, _ = measuring._products(CPU, longest_s=10.0)
+    assert [key for key in products if key.size == 0] == [("fp32", 0)]
+    y = products["fp32", 0].call()
+    assert products["fp32", 0].amount == 2 * 128 * 9 * y.numel() and products["fp32", 512].amount == 2 * 512**3
 
 
 def test_products_that_take_too_long_are_left_out_and_named():
-    calls, flops, warnings = machine._products(CPU, longest_s=1e-12)
-    assert calls == flops == {} and warnings[0] == "fp32 has no ceiling: even a small product takes too long here"
+    products, warnings = measuring._products(CPU, longest_s=1e-12)
+    assert products == {} and warnings[0] == "fp32 has no ceiling: even a small product takes too long here"
 
 
 def test_stream_arrays_are_together_two_and_a_half_times_the_last_cache():
     """Half a gigabyte of it, as two cores of a large server see, once took 12 GB."""
     here = replace(fingerprint("cpu"), last_level_cache=192 * 2**20, memory=2**36)
-    calls, moved = machine._streams(here, CPU)
-    part = 160 * 2**20 // machine.PARTS
-    numbers = {"read": 3 * machine.PARTS, "copy": machine.PARTS, "triad": machine.PARTS}
+    streams = measuring._streams(here, CPU)
+    moved = {key: workload.amount for key, workload in streams.items()}
+    part = 160 * 2**20 // measuring.PARTS
+    numbers = {"read": 3 * measuring.PARTS, "copy": measuring.PARTS, "triad": measuring.PARTS}
     times = {"copy": 2, "triad": 3, "read": 1}
     assert moved == {(name, i): times[name] * part for name, number in numbers.items() for i in range(number)}
-    assert calls.keys() == moved.keys()
     assert sum(moved["read", i] for i in range(numbers["read"])) == 5 * here.last_level_cache // 2
 
 
 def test_reads_are_in_a_row_so_that_most_displace_no_line_that_a_copy_wrote():
     here = replace(fingerprint("cpu"), last_level_cache=17 * 2**20, memory=2**36)
-    calls, _ = machine._streams(here, CPU)
-    order = [name for name, _ in calls]
-    assert order == ["read"] * 3 * machine.PARTS + ["copy"] * machine.PARTS + ["triad"] * machine.PARTS
+    order = [key.name for key in measuring._streams(here, CPU)]
+    assert order == ["read"] * 3 * measuring.PARTS + ["copy"] * measuring.PARTS + ["triad"] * measuring.PARTS
 
 
 def test_roofs_of_two_moments_give_the_higher_of_each():
@@ -237,26 +248,27 @@ def test_roofs_of_two_moments_give_the_higher_of_each():
 def test_streams_do_what_they_are_called(monkeypatch):
     """Copies leave ones, triads 1 + 3 x 1; together the parts cover each array once."""
     here = replace(fingerprint("cpu"), last_level_cache=0, memory=2**20)
-    calls, moved = machine._streams(here, CPU)
-    reads = sum(float(call()) for (name, _), call in calls.items() if name == "read")
-    copies = [call() for (name, _), call in calls.items() if name == "copy"]
-    assert len({out.data_ptr() for out in copies}) == machine.PARTS and all(out.eq(1).all() for out in copies)
-    triads = [call() for (name, _), call in calls.items() if name == "triad"]
-    assert len({out.data_ptr() for out in triads}) == machine.PARTS and all(out.eq(4).all() for out in triads)
-    assert 4 * reads == sum(n for (name, _), n in moved.items() if name == "read") == 3 * 2**16
+    streams = measuring._streams(here, CPU)
+    reads = sum(float(workload.call()) for key, workload in streams.items() if key.name == "read")
+    copies = [workload.call() for key, workload in streams.items() if key.name == "copy"]
+    assert len({out.data_ptr() for out in copies}) == measuring.PARTS and all(out.eq(1).all() for out in copies)
+    triads = [workload.call() for key, workload in streams.items() if key.name == "triad"]
+    assert len({out.data_ptr() for out in triads}) == measuring.PARTS and all(out.eq(4).all() for out in triads)
+    bytes_read = sum(workload.amount for key, workload in streams.items() if key.name == "read")
+    assert 4 * reads == bytes_read == 3 * 2**16
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_sweep_reads_its_working_set_over_and_over_in_one_call(threads: int):
     size = 48 * 2**10
-    call, moved = machine._read_over_and_over(torch.ones(2**16), size, threads)
+    call, moved = measuring._read_over_and_over(torch.ones(2**16), size, threads)
     assert call().sum() * 4 == moved  # every element read is a one
     assert 2**27 < moved <= 2**28
     assert call().shape == (threads,)
 
 
 def test_sweep_gives_a_bandwidth_for_every_size(monkeypatch):
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 2**25)
+    monkeypatch.setattr(measuring, "memory_bytes", lambda: 2**25)
     swept = bandwidth_sweep("cpu", budget_s=0.01)
     sizes = [size for size, _ in swept]
     assert sizes == sorted(sizes) and sizes[-1] == 2**22  # an eighth of the memory
@@ -266,9 +278,9 @@ def test_sweep_gives_a_bandwidth_for_every_size(monkeypatch):
 
 @pytest.mark.timing
 def test_sweep_finds_the_first_cache_faster_than_the_memory():
-    before = clocks.snapshot(CPU)
+    before = interference.snapshot(CPU)
     swept = dict(bandwidth_sweep("cpu", budget_s=1.0))
-    if (clocks.foreign_cores(before, clocks.snapshot(CPU)) or 0.0) > 0.15:
+    if (interference.foreign_cores(before, interference.snapshot(CPU)) or 0.0) > 0.15:
         pytest.skip("other programs kept the cores busy, and threads waited for each other: nothing to be seen")
     assert swept[2**15] > 1.5 * swept[2**28]
 
@@ -292,14 +304,14 @@ def test_no_plain_call_beats_the_roofs():
 
 def test_interference_is_named():
     still = [[1.0, 1.1, 1.2]]
-    before = clocks.Snapshot(wall_s=0.0, process_s=0.0, busy_s=0.0)
-    alone = clocks.Snapshot(wall_s=2.0, process_s=4.0, busy_s=4.2)
-    crowded = clocks.Snapshot(wall_s=2.0, process_s=2.0, busy_s=4.0)
-    assert machine._interference(CPU, before, alone, still) == []
-    assert "1.0 cores busy" in machine._interference(CPU, before, crowded, still)[0]
-    assert "2.0 times" in machine._interference(CPU, before, alone, [*still, [1.0, 2.0, 3.0]])[0]
+    before = interference.Snapshot(wall_s=0.0, process_s=0.0, busy_s=0.0)
+    alone = interference.Snapshot(wall_s=2.0, process_s=4.0, busy_s=4.2)
+    crowded = interference.Snapshot(wall_s=2.0, process_s=2.0, busy_s=4.0)
+    assert measuring._interference(CPU, before, alone, still) == []
+    assert "1.0 cores busy" in measuring._interference(CPU, before, crowded, still)[0]
+    assert "2.0 times" in measuring._interference(CPU, before, alone, [*still, [1.0, 2.0, 3.0]])[0]
     hot = replace(alone, sm_mhz=1500, slowed_by=("power cap",))
-    assert "power cap" in machine._interference(torch.device("cuda"), before, hot, still)[0]
+    assert "power cap" in measuring._interference(torch.device("cuda"), before, hot, still)[0]
 
 
 ERRORS = {

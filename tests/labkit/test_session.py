@@ -27,8 +27,8 @@ from labkit.lesson import check as checks
 from labkit.lesson.records import cost
 from labkit.lesson.session import Lab
 from labkit.timing import machine
-from labkit.timing.counting import Work
 from labkit.timing.machine import Ceilings
+from labkit.timing.work import Work
 
 ROOFS = Ceilings("a small CPU", {"fp32": 1e11, "int8": 1e12}, 1e9)
 CLAIMS = """

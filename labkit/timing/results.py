@@ -1,0 +1,291 @@
+"""Results of timing: a measurement of a callable, a comparison of two, a race of several, in words and as JSON.
+
+`labkit.bench` makes the results. A printed number has no digit that the interval does not support.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from labkit.errors import check_number
+from labkit.show import counted, estimate
+from labkit.timing import clocks, stats
+from labkit.timing.clocks import Clock, Sample
+from labkit.timing.rounds import BLOCKS, CLAIMABLE
+
+FAULTS = 0.2  # share of the time in page faults that is worth a warning
+PLACEMENT = 0.10  # largest difference that the place of each side's data in memory may explain
+
+Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Hold the times of a callable.
+
+    name: of the callable, for printing.
+    samples_s: seconds per call in run order, each the mean over `number` calls.
+    number: calls in a sample.
+    clock: "wall", "cpu", "cuda_event" or "injected".
+    cache: "hot" or "cold".
+    device: where the work ran.
+    threads: threads of torch.
+    warnings: a phrase for each reason to doubt the times.
+    roof_share: least possible time over measured time (`labkit.roofline.placed`); None without a stated work.
+    limited_by: "memory" or "compute", the roof that sets the least possible time.
+    """
+
+    name: str
+    samples_s: tuple[float, ...]
+    number: int
+    clock: str
+    cache: str
+    device: str
+    threads: int
+    warnings: tuple[str, ...] = ()
+    roof_share: float | None = None
+    limited_by: str | None = None
+
+    @property
+    def median_s(self) -> float:
+        """Return the median seconds per call."""
+        return stats.median_ci(self.samples_s)[0]
+
+    @property
+    def ci95_s(self) -> tuple[float, float]:
+        """Return the exact 95 % interval of the median within this run, in seconds; (0, inf) below six samples.
+
+        Another process may settle at another speed: compare two callables with `bench.compare`, never by two of these
+        intervals.
+        """
+        _, low, high = stats.median_ci(self.samples_s)
+        return max(0.0, low), high
+
+    def percentile(self, q: float) -> float:
+        """Return the q-th percentile (0 to 100) of the samples in seconds; samples of many calls hide a tail."""
+        check_number(q, "q", 0, 100)
+        return float(np.percentile(self.samples_s, q))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict for JSON: every sample, and under "result" the statistics, for readers without labkit."""
+        result = {"median_s": self.median_s, "ci95_s": _finite(self.ci95_s)}
+        return {"kind": "measurement", **_plain(self), "result": result}
+
+    def __str__(self) -> str:
+        median, interval = estimate(self.median_s, self.ci95_s, "s")
+        samples = f"{counted(len(self.samples_s), 'sample')} of {counted(self.number, 'call')}"
+        how = f"{samples}, {_conditions(self)}"
+        line = f"{self.name} {median} [{interval}; {how}]"
+        return line + _roof(self) + _warned(self.warnings)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Hold the times of two callables, taken in pairs: sample i of the baseline beside sample i of the candidate.
+
+    baseline_first: order in each pair.
+    per_block: pairs in a block, of which each side's least time counts.
+    foreign_cores: mean load by other programs, in cores; None if the load could not be judged.
+    warnings: a phrase for each reason to doubt the ratio.
+    pairs_per_build: number of pairs of each build, if the interval is over builds; empty for a single build.
+    """
+
+    baseline: Measurement
+    candidate: Measurement
+    baseline_first: tuple[bool, ...]
+    per_block: int
+    foreign_cores: float | None = None
+    warnings: tuple[str, ...] = ()
+    pairs_per_build: tuple[int, ...] = ()
+
+    @property
+    def speedup(self) -> float:
+        """Return the baseline's time over the candidate's time."""
+        return self._ratio()[0]
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Return the exact 95 % interval of the speed-up, over builds if there are several.
+
+        The interval is (0, inf) below six blocks of pairs or six builds.
+        """
+        _, low, high = self._ratio()
+        return low, high
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return the claim that the whole interval supports; differences below 1 % (CLAIMABLE) are never claimed."""
+        low, high = self.ci95
+        least = 1 + CLAIMABLE
+        if low > least:
+            return "faster"
+        if high < 1 / least:
+            return "slower"
+        if low >= 1 / least and high <= least:
+            return "equivalent"
+        return "inconclusive"
+
+    @property
+    def hint(self) -> str:
+        """Return a likely cause of a small claimed difference between sides built once; "" for any other result."""
+        is_claimed = self.verdict in ("faster", "slower")
+        is_small = abs(math.log(self.speedup)) <= math.log1p(PLACEMENT)
+        if is_claimed and is_small and not self.pairs_per_build:
+            return "data of each side's own may make this difference by where they lie in memory: compare with builds=8"
+        return ""
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """Return the warnings of the comparison, then the warnings of each side after the side's name."""
+        of_sides = []
+        for side in (self.baseline, self.candidate):
+            of_sides += [f"{side.name}: {warning}" for warning in side.warnings]
+        return (*self.warnings, *of_sides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict for JSON: every pair, and under "result" the statistics, for readers without labkit."""
+        result = {"speedup": self.speedup, "ci95": _finite(self.ci95), "verdict": self.verdict}
+        sides = {"baseline": self.baseline.to_dict(), "candidate": self.candidate.to_dict()}
+        return {"kind": "comparison", **_plain(self), **sides, "result": result}
+
+    def __str__(self) -> str:
+        times = [estimate(side.median_s, side.ci95_s, "s")[0] for side in (self.baseline, self.candidate)]
+        names = (self.baseline.name, self.candidate.name)
+        sides = " -> ".join(f"{name} {time}" for name, time in zip(names, times, strict=True))
+        ratio, interval = estimate(self.speedup, self.ci95, "x")
+        builds = f"{len(self.pairs_per_build)} builds, " if self.pairs_per_build else ""
+        blocks = counted(len(self.baseline_first) // self.per_block, "block")
+        pairs = counted(self.per_block, "pair")
+        how = f"{builds}{blocks} of {pairs}, {_conditions(self.baseline)}"
+        line = f"{sides}: {ratio} [{interval}; {how}] {self.verdict}"
+        hint = f" - hint: {self.hint}" if self.hint else ""
+        return line + _roof(self.baseline, self.candidate) + _warned(self.all_warnings) + hint
+
+    def _ratio(self) -> stats.Estimate:
+        baseline_s, candidate_s = self.baseline.samples_s, self.candidate.samples_s
+        if self.pairs_per_build:
+            return stats.ratio_over_builds(baseline_s, candidate_s, self.per_block, self.pairs_per_build)
+        return stats.paired_ratio(baseline_s, candidate_s, self.per_block)
+
+
+@dataclass(frozen=True)
+class Race:
+    """Hold the times of several callables, taken in rounds: each callable has a block of samples in each round.
+
+    sides: the measurement of each callable, by name.
+    orders: order of the names in each round.
+    per_block: samples in a block, of which the least counts.
+    foreign_cores: as in `Comparison`.
+    warnings: warnings about the whole race; `over` adds the warnings about a pair.
+    """
+
+    sides: dict[str, Measurement]
+    orders: tuple[tuple[str, ...], ...]
+    per_block: int
+    foreign_cores: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    def over(self, baseline: str, candidate: str) -> Comparison:
+        """Compare two callables of the race by their names, paired round by round; KeyError for an unknown name."""
+        pair = self.sides[baseline], self.sides[candidate]
+        baseline_first = []
+        for order in self.orders:
+            is_first = order.index(baseline) < order.index(candidate)
+            baseline_first += [is_first] * self.per_block
+        warnings = self.warnings + pair_warnings(*pair, self.per_block)
+        return Comparison(*pair, tuple(baseline_first), self.per_block, self.foreign_cores, warnings)
+
+
+# --- from samples to results ------------------------------------------------------------------------------------------
+
+
+def measurement(name: str, clock: Clock, samples: Sequence[Sample], number: int, by_cpu: bool) -> Measurement:
+    """Make the measurement of a callable, with a warning if its calls spend their time in page faults.
+
+    samples: in run order, each of `number` calls.
+    by_cpu: whether the second clock of `clock`, CPU time, counts.
+    """
+    seconds = tuple(sample.by(by_cpu) for sample in samples)
+    faults = statistics.fmean(sample.page_faults for sample in samples)
+    warnings = []
+    if clock.name == "wall" and faults and faults * clocks.fault_s() > FAULTS * statistics.fmean(seconds):
+        warnings.append(f"{faults:.0f} page faults per call: memory is mapped anew each time; preallocate outputs")
+    return Measurement(
+        name=name,
+        samples_s=seconds,
+        number=number,
+        clock=clock.other if by_cpu else clock.name,
+        cache=clock.cache,
+        device=str(clock.device),
+        threads=torch.get_num_threads(),
+        warnings=tuple(warnings),
+    )
+
+
+def sample_warnings(seconds: Sequence[float]) -> tuple[str, ...]:
+    """Return the warnings about the samples of a callable: too few samples, or drift."""
+    warnings = []
+    if len(seconds) < BLOCKS:
+        warnings.append(f"only {counted(len(seconds), 'sample')}, and {BLOCKS} are needed: raise budget_s")
+    change = stats.drift(seconds)
+    if change is not None:
+        warnings.append(_drifted(change))
+    return tuple(warnings)
+
+
+def pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int) -> tuple[str, ...]:
+    """Return the warnings about the pairs of a comparison: too few blocks, or drift of the whole machine."""
+    baseline_s, candidate_s = (stats.block_minima(side.samples_s, per_block) for side in (baseline, candidate))
+    blocks = len(baseline_s)
+    warnings = []
+    if blocks < stats.LEAST:
+        warnings.append(
+            f"budget_s was spent after {counted(blocks, 'block')} of pairs, and an interval takes {stats.LEAST}: "
+            "close other programs, or raise budget_s"
+        )
+    elif blocks < BLOCKS:
+        warnings.append(f"only {counted(blocks, 'block')} of pairs, and {BLOCKS} are needed: raise budget_s")
+    levels = [math.sqrt(x * y) for x, y in zip(baseline_s, candidate_s, strict=True)]  # of the machine, per block
+    change = stats.drift(levels)
+    if change is not None:
+        warnings.append(f"{_drifted(change)}, alike for both")
+    return tuple(warnings)
+
+
+def _drifted(change: float) -> str:
+    return f"speed drifted: {change:+.0%} time from the first half of the run to the second"
+
+
+# --- words and JSON ---------------------------------------------------------------------------------------------------
+
+
+def _plain(result: Measurement | Comparison) -> dict[str, Any]:
+    fields = asdict(result)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _finite(interval: tuple[float, float]) -> list[float] | None:
+    return list(interval) if math.isfinite(interval[1]) else None  # JSON has no infinity
+
+
+def _conditions(side: Measurement) -> str:
+    threads = f", {counted(side.threads, 'thread')}" if side.device == "cpu" else ""
+    return f"{side.clock} time, {side.cache}, {side.device}{threads}"
+
+
+def _roof(*sides: Measurement) -> str:
+    """Say each side's share of the roof; "" unless the work of all sides was stated."""
+    if any(side.roof_share is None for side in sides):
+        return ""
+    shares = " and ".join(f"{100 * side.roof_share:.3g} %" for side in sides)
+    limits = " and ".join(dict.fromkeys(side.limited_by for side in sides))
+    return f", {shares} of the roof, limited by {limits}"
+
+
+def _warned(warnings: Sequence[str]) -> str:
+    return f" - warning: {'; '.join(warnings)}" if warnings else ""
