@@ -104,16 +104,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: i
     """
     check_whole(block, "block")
     check_alike(q=q, k=k, v=v)
-    sizes = check_shapes(q=(q, "B H Q D"), k=(k, "B Hkv K D"), v=(v, "B Hkv K Dv"))
-    check_groups(sizes["H"], sizes["Hkv"])
-    queries, keys = sizes["Q"], sizes["K"]
-    group_size = sizes["H"] // sizes["Hkv"]
-    scaled = q * sizes["D"] ** -0.5
-    by_group = scaled.unflatten(1, (sizes["Hkv"], group_size))  # [B, Hkv, H / Hkv, Q, D]
-    result = q.new_empty(*by_group.shape[:-1], sizes["Dv"])
-    block_scores = min(block, queries) * min(block, keys)  # of a head
-    all_scores = sizes["B"] * sizes["H"] * block_scores
-    buffer = q.new_empty(all_scores, dtype=working(q.dtype))
+    check_shapes(q=(q, "B H Q D"), k=(k, "B Hkv K D"), v=(v, "B Hkv K Dv"))
+    batch, heads, queries, width = q.shape
+    _, groups, keys, value_width = v.shape
+    check_groups(heads, groups)
+    group_size = heads // groups
+    scaled = q * width**-0.5
+    by_group = scaled.unflatten(1, (groups, group_size))  # [B, Hkv, H / Hkv, Q, D]
+    result = q.new_empty(batch, groups, group_size, queries, value_width)
+    scores_of_a_head = min(block, queries) * min(block, keys)
+    buffer = q.new_empty(batch * heads * scores_of_a_head, dtype=working(q.dtype))
     for start in range(0, queries, block):
         end = min(start + block, queries)
         rows = by_group[..., start:end, :].flatten(2, 3)  # [B, Hkv, rows, D]: the heads of a group share a product
@@ -140,13 +140,16 @@ def _over_blocks_of_keys(
     """
     queries = rows.shape[-2] // group_size
     keys = k.shape[-2]
-    end = keys if first_reads is None else max(first_reads + queries, 1)
+    end = keys
+    if first_reads is not None:
+        end = max(first_reads + queries, 1)
     state = None
     for low in range(0, end, block):
         high = min(low + block, keys)
         hidden = None
         if first_reads is not None and high - 1 > first_reads:
-            hidden = later(queries, first_reads - low, high - low, rows.device).repeat(group_size, 1)
+            hidden = later(queries, first_reads - low, high - low, rows.device)
+            hidden = hidden.repeat(group_size, 1)
         block_keys = k[..., low:high, :]
         block_values = v[..., low:high, :]
         new = partial(rows, block_keys, block_values, hidden, buffer=buffer)
@@ -156,4 +159,5 @@ def _over_blocks_of_keys(
 
 def later(queries: int, first: int, keys: int, device: torch.device) -> Tensor:
     """Return a mask [queries, keys], True where key > first + query: the keys that a causal query may not read."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu_(first + 1)
+    everywhere = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return everywhere.triu_(first + 1)

@@ -126,7 +126,9 @@ class KVCache:
         values = self.values[layer]
         keys[:, :, start:end] = k
         values[:, :, start:end] = v
-        return attend(q, keys[:, :, :end], values[:, :, :end])
+        all_keys = keys[:, :, :end]
+        all_values = values[:, :, :end]
+        return attend(q, all_keys, all_values)
 
     def advance(self, new: int) -> None:
         self.length += new
@@ -150,7 +152,8 @@ def _summed(memory: Tensor) -> Tensor:
 
 def _pooled(memory: Tensor) -> Tensor:
     """Sum the memory of each entry, then take the largest sum among POOL neighbours: [B, Hkv, W, n] to [B, Hkv, n]."""
-    return F.max_pool1d(memory.sum(2), POOL, stride=1, padding=POOL // 2)
+    votes = memory.sum(2)
+    return F.max_pool1d(votes, POOL, stride=1, padding=POOL // 2)
 
 
 class Policy(NamedTuple):
@@ -168,7 +171,8 @@ class Policy(NamedTuple):
 
 def _remember_order(memory: Tensor, weights: Tensor, draw: torch.Generator) -> Tensor:
     """Number the entries in order of time."""
-    order = torch.arange(memory.shape[-1]).to(memory)
+    entries = memory.shape[-1]
+    order = torch.arange(entries).to(memory)
     return order.expand(memory.shape)
 
 
@@ -216,7 +220,14 @@ class EvictingCache:
     """
 
     def __init__(
-        self, layout: Layout, batch: int, budget: int, *, policy: str = "recent", sinks: int = 4, seed: int = 0
+        self,
+        layout: Layout,
+        batch: int,
+        budget: int,
+        *,
+        policy: str = "recent",
+        sinks: int = 4,
+        seed: int = 0,
     ) -> None:
         check_choice(policy, POLICIES, "eviction policy")
         check_whole(sinks, "sinks", 0)
@@ -251,7 +262,8 @@ class EvictingCache:
         new = q.shape[2]
         weights = _weights(q, k)  # [B, Hkv, H / Hkv S, n]
         result = ungrouped(weights.to(v.dtype) @ v, new)
-        by_query = weights.unflatten(2, (-1, new)).sum(2)  # [B, Hkv, S, n]
+        by_head = weights.unflatten(2, (-1, new))
+        by_query = by_head.sum(2)  # [B, Hkv, S, n]
         memory = F.pad(self.memory[layer], (0, new))
         memory = self.policy.remember(memory, by_query, self.draw)
         if k.shape[2] > self.budget:
@@ -298,7 +310,8 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
     products = rows @ k.mT.to(rows.dtype)
     scores = products * width**-0.5
     hidden = later(new, entries - new, entries, q.device)
-    scores.masked_fill_(hidden.repeat(heads // groups, 1), -torch.inf)
+    hidden = hidden.repeat(heads // groups, 1)
+    scores.masked_fill_(hidden, -torch.inf)
     dtype = torch.promote_types(q.dtype, torch.float32)
     return scores.softmax(-1, dtype)
 

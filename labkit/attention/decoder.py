@@ -96,11 +96,20 @@ class Decoder:
         cache.advance(new)
         return self._norm(x, self.norm)
 
-    def _attention(self, x: Tensor, block: Block, layer: int, cache: Cache, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attention(
+        self,
+        x: Tensor,
+        block: Block,
+        layer: int,
+        cache: Cache,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
         groups, width = self.layout.heads, self.layout.width
         projected = _product(x, block.qkv)
-        heads = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # [B, H + 2 Hkv, S, D]
-        qk, v = heads.split([self.heads + groups, groups], 1)
+        by_token = projected.unflatten(-1, (-1, width))
+        by_head = by_token.transpose(1, 2)  # [B, H + 2 Hkv, S, D]
+        qk, v = by_head.split([self.heads + groups, groups], 1)
         swapped_halves = qk.roll(width // 2, -1)
         qk = qk * cos + swapped_halves * sin
         q, k = qk.split([self.heads, groups], 1)
@@ -231,7 +240,8 @@ def _is_row_of_integers(ids: Tensor) -> bool:
 
 
 def _are_within(ids: Tensor, vocabulary: int) -> bool:
-    return int(ids.min()) >= 0 and int(ids.max()) < vocabulary
+    least, most = int(ids.min()), int(ids.max())
+    return least >= 0 and most < vocabulary
 
 
 def _check_length(tokens: int, positions: int) -> None:

@@ -11,7 +11,14 @@ from labkit.arguments import check_alike, check_shapes, check_tensor
 from labkit.attention import blockwise
 
 
-def expanded(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Tensor, up_v: Tensor) -> Tensor:
+def expanded(
+    q: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+) -> Tensor:
     """Compute causal attention, [B, H, Q, Dv], with keys and values made from the latents: equations 10 to 19.
 
     q [B, H, Q, D] and q_rope [B, H, Q, R]: the parts of a query without and with RoPE.
@@ -23,13 +30,21 @@ def expanded(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Te
     latents = latent[:, None]  # [B, 1, K, C]: the same for every head
     keys = latents @ up_k.mT  # [B, H, K, D]
     values = latents @ up_v.mT  # [B, H, K, Dv]
-    shared = k_rope[:, None].expand(*keys.shape[:3], -1)
+    batch, heads, tokens, _ = keys.shape
+    shared = k_rope[:, None].expand(batch, heads, tokens, -1)
     whole_queries = torch.cat([q, q_rope], -1)
     whole_keys = torch.cat([keys, shared], -1)
     return blockwise.attention(whole_queries, whole_keys, values, causal=True)
 
 
-def absorbed(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Tensor, up_v: Tensor) -> Tensor:
+def absorbed(
+    q: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+) -> Tensor:
     """Compute `expanded` without its keys and values: end of section 2.1.2. The arguments are those of `expanded`.
 
     up_k goes into the query, up_v into the output. All heads read a single key [C + R] and a single value [C] per
@@ -37,12 +52,14 @@ def absorbed(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Te
     decode step) save the making of all keys and cost far less.
     """
     _check(q, q_rope, latent, k_rope, up_k, up_v)
-    keys = torch.cat([latent, k_rope], -1)[:, None]  # [B, 1, K, C + R]
+    cached = torch.cat([latent, k_rope], -1)
+    keys = cached[:, None]  # [B, 1, K, C + R]
+    values = latent[:, None]
     queries = torch.cat([q @ up_k, q_rope], -1)
     # `attention` divides by sqrt(C + R), the width of these keys; the scores of `expanded` are over sqrt(D + R)
     width = q.shape[-1] + q_rope.shape[-1]
-    queries = queries * (keys.shape[-1] / width) ** 0.5
-    mean_latents = blockwise.attention(queries, keys, latent[:, None], causal=True)
+    scale = (keys.shape[-1] / width) ** 0.5
+    mean_latents = blockwise.attention(queries * scale, keys, values, causal=True)
     return mean_latents @ up_v.mT
 
 
@@ -55,4 +72,5 @@ def _check(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Tens
         tensors |= {"q_rope": q_rope, "k_rope": k_rope}
         dimensions |= {"q_rope": "B H Q R", "k_rope": "B K R"}
     check_alike(**tensors)
-    check_shapes(**{name: (x, dimensions[name]) for name, x in tensors.items()})
+    named = {name: (x, dimensions[name]) for name, x in tensors.items()}
+    check_shapes(**named)

@@ -28,7 +28,9 @@ class PageTable:
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
-        self.ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if isinstance(ids, Tensor):
+            ids = ids.tolist()
+        self.ids = list(ids)
         self.clear()
 
     def clear(self) -> None:
@@ -90,10 +92,12 @@ class PagePool:
         first = table.length // self.page_size  # the page of the first new token
         written = range(first, len(table.pages))
         shared = [number for number in written if self.references[table.pages[number]] > 1]
-        missing = max(self.pages_for(table.length + new) - len(table.pages), 0)
-        if len(shared) + missing > len(self.free):
+        needed = self.pages_for(table.length + new)
+        missing = max(needed - len(table.pages), 0)
+        free = len(self.free)
+        if len(shared) + missing > free:
             raise PagesExhausted(
-                f"The pool of {len(self.references)} pages of {self.page_size} tokens has {len(self.free)} free, too "
+                f"The pool of {len(self.references)} pages of {self.page_size} tokens has {free} free, too "
                 f"few for {new} more tokens: release a sequence, or make the pool larger."
             )
         for number in shared:
@@ -197,13 +201,14 @@ class PagedBatch:
         for span in self.spans:
             ids += span.table.ids[span.start : span.end]
             for position in range(span.start, span.end):
-                page = span.table.pages[position // pool.page_size]
+                number, place = divmod(position, pool.page_size)
+                page = span.table.pages[number]
                 positions.append(position)
-                slots.append(page * pool.page_size + position % pool.page_size)
+                slots.append(page * pool.page_size + place)
         self.ids = self._tensor(ids)[None]
         self.place = self._tensor(positions)[None]
         self.slots = self._tensor(slots)  # [N]: where a token lies among all tokens of the pool
-        self.last = self._tensor([span.row + span.tokens - 1 for span in self.spans])  # [tables]
+        self.last = self._tensor([span.rows.stop - 1 for span in self.spans])  # [tables]
         self._pad_single_tokens()
 
     def _tensor(self, numbers: list) -> Tensor:
@@ -216,9 +221,14 @@ class PagedBatch:
         """
         single = [span for span in self.spans if span.tokens == 1]
         longest = max((len(span.table.pages) for span in single), default=0)
-        padded = [span.table.pages + [0] * (longest - len(span.table.pages)) for span in single]
+        padded = []
+        for span in single:
+            pages = span.table.pages
+            padding = longest - len(pages)
+            padded.append(pages + [0] * padding)
         ends = torch.tensor([span.end for span in single])
-        readable = torch.arange(longest * self.pool.page_size) < ends[:, None]
+        places = torch.arange(longest * self.pool.page_size)
+        readable = places < ends[:, None]
         self.single_pages = self._tensor(padded)
         self.single_mask = readable[:, None, None].to(self.device)
         self.single_rows = self._tensor([span.row for span in single])  # [n]
@@ -240,19 +250,23 @@ class PagedBatch:
             result[0, :, self.single_rows] = self._attend_single_tokens(queries, keys, values)
         for span in self.spans:
             if span.tokens > 1:
-                own_keys = _contiguous(keys, span)
-                own_values = _contiguous(values, span)
-                result[:, :, span.rows] = attend(q[:, :, span.rows], own_keys, own_values)
+                queries = q[:, :, span.rows]
+                table_keys = _contiguous(keys, span)
+                table_values = _contiguous(values, span)
+                result[:, :, span.rows] = attend(queries, table_keys, table_values)
         return result
 
     def _attend_single_tokens(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attend from a single query of each of n tables to the table's padded pages: [H, n, D] to [H, n, D]."""
-        k = keys[self.single_pages].flatten(1, 2).transpose(1, 2)  # [n, Hkv, tokens, D]
-        v = values[self.single_pages].flatten(1, 2).transpose(1, 2)
+        k = keys[self.single_pages].flatten(1, 2)  # [n, tokens, Hkv, D]
+        v = values[self.single_pages].flatten(1, 2)
+        k = k.transpose(1, 2)  # [n, Hkv, tokens, D]
+        v = v.transpose(1, 2)
         by_table = queries.transpose(0, 1)[:, :, None]  # [n, H, 1, D]
         rows = grouped(by_table, k.shape[1])
         y = F.scaled_dot_product_attention(rows, k, v, self.single_mask)
-        return ungrouped(y, 1)[:, :, 0].transpose(0, 1)
+        by_table = ungrouped(y, 1)[:, :, 0]  # [n, H, D]
+        return by_table.transpose(0, 1)
 
     def advance(self, new: int) -> None:
         for span in self.spans:
@@ -263,12 +277,14 @@ def _spans(tables: Sequence[PageTable], counts: Sequence[int]) -> list[_Span]:
     spans = []
     row = 0
     for table, new in zip(tables, counts, strict=True):
-        spans.append(_Span(table, table.length, table.length + new, row))
+        start = table.length
+        spans.append(_Span(table, start, start + new, row))
         row += new
     return spans
 
 
 def _contiguous(pages: Tensor, span: _Span) -> Tensor:
     """Gather the tokens of a table up to the span's end: [pages, page_size, Hkv, D] to [1, Hkv, tokens, D]."""
-    tokens = pages[span.table.pages].flatten(0, 1)[: span.end]
-    return tokens[None].transpose(1, 2)
+    tokens = pages[span.table.pages].flatten(0, 1)
+    stored = tokens[None, : span.end]
+    return stored.transpose(1, 2)

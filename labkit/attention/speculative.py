@@ -66,20 +66,23 @@ def generate(
     cache = target.cache(end)
     proposed = accepted = calls = 0
     while len(text) < end:
-        guesses, draft_laws = proposer.propose(text, min(k, end - len(text) - 1))
+        most = min(k, end - len(text) - 1)
+        guesses, draft_laws = proposer.propose(text, most)
         unread = torch.cat([text, guesses])[cache.length :]
         hidden = target.hidden(unread[None], cache)
-        logits = target.logits(hidden[0, -len(guesses) - 1 :])
+        checked = len(guesses) + 1  # tokens that the model predicts: at each guess, and after all
+        logits = target.logits(hidden[0, -checked:])
         laws = probabilities(logits, temperature)  # [n + 1, V]
         uniform = torch.rand(len(guesses), generator=generator)
         right, law = verify(laws, draft_laws, guesses, uniform)
-        token = torch.multinomial(law.cpu(), 1, generator=generator).to(text)
-        text = torch.cat([text, guesses[:right], token])
+        token = torch.multinomial(law.cpu(), 1, generator=generator)
+        text = torch.cat([text, guesses[:right], token.to(text)])
         cache.crop(len(text) - 1)  # the rejected guesses were computed in vain
         proposed += len(guesses)
         accepted += right
         calls += 1
-    return Generated(text.view(*ids.shape[:-1], -1), proposed, accepted, calls)
+    text = text.view(*ids.shape[:-1], -1)
+    return Generated(text, proposed, accepted, calls)
 
 
 def verify(target: Tensor, draft: Tensor, guesses: Tensor, uniform: Tensor) -> tuple[int, Tensor]:
@@ -92,9 +95,10 @@ def verify(target: Tensor, draft: Tensor, guesses: Tensor, uniform: Tensor) -> t
     replaced by a token from max(0, p - q) / sum max(0, p - q).
     Together: q min(1, p / q) + (1 - sum min(p, q)) max(0, p - q) / sum max(0, p - q) = p.
     """
-    if len(target) != len(guesses) + 1 or draft.shape != (len(guesses), target.shape[-1]):
+    number, vocabulary = len(guesses), target.shape[-1]
+    if len(target) != number + 1 or draft.shape != (number, vocabulary):
         raise InputError(
-            f"{len(guesses)} guesses do not belong to laws {list(target.shape)} and {list(draft.shape)}: give the "
+            f"{number} guesses do not belong to laws {list(target.shape)} and {list(draft.shape)}: give the "
             "model's [n + 1, V] and the draft's [n, V]."
         )
     for i, guess in enumerate(guesses.tolist()):
@@ -118,10 +122,10 @@ def lookup(text: Tensor, k: int) -> Tensor:
             continue
         earlier = text[:-1].unfold(0, size, 1)  # [places, size]
         same = (earlier == text[-size:]).all(1)
-        continuations = same.nonzero().flatten() + size
-        if len(continuations):
-            full = continuations[continuations + k <= len(text)]
-            start = int(full[-1] if len(full) else continuations[0])
+        starts = same.nonzero().flatten() + size
+        if len(starts):
+            full = starts[starts + k <= len(text)]
+            start = int(full[-1] if len(full) else starts[0])
             return text[start : start + k]
     return text[:0]
 

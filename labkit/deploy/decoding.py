@@ -37,7 +37,8 @@ class DecoderEngine:
     request: Any
 
     def __call__(self, keys: Tensor, values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        arrays = [x.detach().contiguous().numpy() for x in (keys, values, input_ids)]
+        inputs = (keys, values, input_ids)
+        arrays = [x.detach().contiguous().numpy() for x in inputs]
         results = self.request.infer(arrays, share_inputs=True)
         logits_shape = results[0].shape
         if logits_shape[:2] != tuple(input_ids.shape):
@@ -137,8 +138,9 @@ def _write(engine: DecoderEngine, memory: _Memory, ids: Tensor, new: int, k: int
         best = logits[0].argmax(-1)  # the model's token after each token that was fed
         is_right = (best[:-1] == guesses).cumprod(0)  # until the first wrong guess
         right = int(is_right.sum())
-        memory.store(stored, keys[..., : right + 1, :], values[..., : right + 1, :])
-        text = torch.cat([text, guesses[:right], best[right : right + 1]])
+        read = right + 1  # of the tokens that were fed, the last of `text` and the right guesses
+        memory.store(stored, keys[..., :read, :], values[..., :read, :])
+        text = torch.cat([text, best[:read]])
         proposed += len(guesses)
         accepted += right
         calls += 1
@@ -152,7 +154,8 @@ def logits(engine: DecoderEngine, model: nn.Module, ids: Tensor) -> Tensor:
     memory = _Memory(model, ids[:, :1], room=tokens - 1)
     steps = [model(ids[:, :1]).logits]
     for place in range(1, tokens):
-        scores, keys, values = engine(*memory.first(place), ids[:, place : place + 1])
+        token = ids[:, place : place + 1]
+        scores, keys, values = engine(*memory.first(place), token)
         steps.append(scores)
         memory.store(place, keys, values)
     return torch.cat(steps, 1)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.deploy import export, onnx_runtimes, openvino_runtimes, torch_runtimes
-from labkit.deploy.job import Job, Run, Runtime, Shapes, Sizes, check_shapes, no_file
+from labkit.deploy.job import EngineJob, Run, Runtime, Shapes, Sizes, check_shapes, no_file
 from labkit.deploy.onnx_runtimes import session
 from labkit.deploy.openvino_runtimes import request
 from labkit.errors import InputError, check_choice
@@ -136,10 +136,10 @@ def prepare(
     _check_products(name, model)
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            job = Job(name, model, arguments, batches, Path(temporary), options, dynamic)
+            job = EngineJob(name, model, arguments, batches, Path(temporary), options, dynamic)
             return _build(job)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    job = Job(name, model, arguments, batches, Path(folder), options, dynamic)
+    job = EngineJob(name, model, arguments, batches, Path(folder), options, dynamic)
     return _build(job)
 
 
@@ -278,13 +278,13 @@ def _multiplies(name: str, bits: int) -> bool:
     input_grid = Grid(unit, zero, 8, 0, 255)
     fake = FakeQuantized(layer, weight_grid, input_grid)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(name, fake, {"input": x}, None, Path(folder), {}, {})
+        job = EngineJob(name, fake, {"input": x}, None, Path(folder), {}, {})
         engine = _build(job)
     exact = x.double() @ codes.double().t()
     return torch.equal(engine(x).double(), exact)
 
 
-def _build(job: Job) -> Engine:
+def _build(job: EngineJob) -> Engine:
     """Write, read and run a job, and time the steps."""
     row = ENGINES[job.name]
     with torch.no_grad(), batching.evaluating(job.model):
@@ -304,7 +304,7 @@ def _build(job: Job) -> Engine:
     return Engine(job.name, size, loaded - written, job.shapes, run, prepare_seconds, job.dynamic)
 
 
-def _write_manifest(job: Job, file: str, size: int, prepare_seconds: float) -> None:
+def _write_manifest(job: EngineJob, file: str, size: int, prepare_seconds: float) -> None:
     """Write the engine's name, shapes and sizes beside the deployed file, for `load`."""
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in job.tensors.items()}
     saved = {

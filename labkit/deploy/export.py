@@ -246,15 +246,15 @@ class _OnnxLayer(nn.Module):
         layer = self.fake.layer
         usual = layer._reversed_padding_repeated_twice  # numbers where padding is "same"
         all_pads = zip(usual, self.pads, self.fake.pads(input), strict=True)
-        left, right, top, bottom = map(sum, all_pads)
+        at_left, at_right, at_top, at_bottom = map(sum, all_pads)
         _, _, height, width = input.shape
-        padded = (height + top + bottom, width + left + right)
+        padded = (height + at_top + at_bottom, width + at_left + at_right)
         height, width = map(_convolved, padded, layer.kernel_size, layer.dilation, layer.stride)
         return _operator(
             "Conv",
             (self.point(input), *terms),
             (input.shape[0], layer.out_channels, height, width),
-            pads=[top, left, bottom, right],
+            pads=[at_top, at_left, at_bottom, at_right],
             strides=layer.stride,
             dilations=layer.dilation,
             group=layer.groups,

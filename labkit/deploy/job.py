@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of the inputs, by name
 Sizes = Mapping[int, tuple[int, int]]  # {dimension: (least, most)}
 
 
-class Job(NamedTuple):
+class EngineJob(NamedTuple):
     """A model to prepare for an engine.
 
     name: of the engine. named: the example's arguments by name. batches: calibration data, or None.
@@ -67,11 +67,11 @@ class Runtime(NamedTuple):
 
     packages: tuple[str, ...]
     takes: str
-    write: Callable[[Job], Any]
+    write: Callable[[EngineJob], Any]
     read: Callable[[Any], Run]
 
 
-def no_file(job: Job) -> Job:
+def no_file(job: EngineJob) -> EngineJob:
     """Leave the model in memory, where a runtime without files runs the model."""
     return job
 

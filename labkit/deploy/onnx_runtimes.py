@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from labkit.deploy import export
-from labkit.deploy.job import Job, Run, Runtime
+from labkit.deploy.job import EngineJob, Run, Runtime
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it keeps a device id in the user's cache
 
@@ -49,7 +49,7 @@ def _read(path: Path, optimized: bool = True) -> Run:
     return run
 
 
-def _write(job: Job, quantize: Callable[[Job, Path, Path], None] | None = None) -> Path:
+def _write(job: EngineJob, quantize: Callable[[EngineJob, Path, Path], None] | None = None) -> Path:
     """Write the model as an ONNX file; quantize(job, source, target) writes a second file to deploy instead."""
     source = job.folder / "model.onnx"
     batches = job.batches or [job.named]
@@ -62,14 +62,14 @@ def _write(job: Job, quantize: Callable[[Job, Path, Path], None] | None = None) 
     return target
 
 
-def _quantize_dynamic(job: Job, source: Path, target: Path) -> None:
+def _quantize_dynamic(job: EngineJob, source: Path, target: Path) -> None:
     """Quantize weights per channel; the ranges of activations are found at each call."""
     from onnxruntime.quantization import quantize_dynamic
 
     quantize_dynamic(source, target, per_channel=True, **job.options)
 
 
-def _quantize_static(job: Job, source: Path, target: Path, *, signed: bool) -> None:
+def _quantize_static(job: EngineJob, source: Path, target: Path, *, signed: bool) -> None:
     """Quantize weights per channel, and activations, signed or not, to ranges seen in the job's batches."""
     from onnxruntime.quantization import QuantType, quantize_static
 

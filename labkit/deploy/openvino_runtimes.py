@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from labkit.deploy import export
-from labkit.deploy.job import Job, Run, Runtime
+from labkit.deploy.job import EngineJob, Run, Runtime
 
 
 def request(model: Any, precision: str = "f32", **settings: Any) -> Any:
@@ -44,7 +44,7 @@ def _read(path: Path, precision: str = "f32") -> Run:
     return run
 
 
-def _write(job: Job, quantize: Callable[[Job, Any], Any] | None = None) -> Path:
+def _write(job: EngineJob, quantize: Callable[[EngineJob, Any], Any] | None = None) -> Path:
     """Write the model as OpenVINO's .xml and .bin; quantize(job, model) -> the openvino.Model to deploy."""
     import openvino
 
@@ -59,7 +59,7 @@ def _write(job: Job, quantize: Callable[[Job, Any], Any] | None = None) -> Path:
     return path
 
 
-def _quantize(job: Job, model: Any) -> Any:
+def _quantize(job: EngineJob, model: Any) -> Any:
     """Quantize an openvino.Model with NNCF on the job's batches."""
     with patch.dict(os.environ, CI="true"):  # else it reports its use over the network
         import nncf

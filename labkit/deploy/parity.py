@@ -1,7 +1,7 @@
 """Parity: decibels, agreement and accuracy of a deployed model beside the model's own answers, with intervals.
 
-One input is no proof: an engine with 10 dB may give the right class. Agreement hides in easy inputs: anything agrees
-with a model that is sure by far. So both are reported, and agreement again over the answers that the model is sure of.
+One input is no proof: an engine with 10 dB may give the right class. Agreement is cheap on easy inputs, where the model
+is sure by far. So decibels and agreement are reported, and the agreement over the model's sure answers again.
 """
 
 import contextlib
@@ -29,9 +29,10 @@ class Parity:
 
     max_abs: largest difference of two scores. sqnr_db: signal over noise of all scores, in decibels.
     agreement: share of examples with the same first class (Wilson interval).
-    sure: examples that the model is sure of, by a margin above SURE.
-    sure_agreement: agreement over the sure examples; None if there is no sure example.
-    accuracy: of the candidate. change: of accuracy, in points, paired with the model's. Both None without labels.
+    sure: number of examples with a margin above SURE in the model's answer.
+    sure_agreement: agreement over the sure examples; None without a sure example.
+    accuracy: of the candidate; None without labels.
+    change: of accuracy, in points, paired with the model's; None without labels.
     """
 
     examples: int
@@ -70,9 +71,10 @@ class Parity:
             quantity = "share of other answers"
             value, low, _ = (100 * (share - 1) for share in self.agreement)
         if low < -points:
+            observed = f"{value:+.2f} points on {self.examples} examples"
             raise EqualityError(
-                f"The {quantity} is {value:+.2f} points on {self.examples} examples and may be {low:+.2f}, more than "
-                f"{points:g}: make it more exact, or give more examples."
+                f"The {quantity} is {observed} and may be {low:+.2f}, more than {points:g}: make it more exact, or "
+                "give more examples."
             )
 
 

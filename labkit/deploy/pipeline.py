@@ -1,6 +1,6 @@
 """A model through steps of compression in any order: after each step quality, bytes, latency and the step's cost.
 
-Measurement decides if gains multiply: the overhead that one step has saved, the next step cannot save again. So every
+Measurement decides if gains multiply: a step cannot save overhead that an earlier step has saved already. So every
 row is measured against the same two references: the model's own answers, and the model in eager torch.
 """
 
@@ -104,9 +104,9 @@ def _check_names(steps: Sequence[Step]) -> None:
 
 
 class _Pipelines:
-    """Several orders of steps on one model, which share the stages of equal beginnings.
+    """Several orders of steps on a model; orders with equal beginnings share stages.
 
-    stages: all stages so far. untimed: the engines of stages that were not in the store, by the label of the example.
+    stages: all stages so far. untimed: for each stage missing in the store, the engines by the label of the example.
     """
 
     def __init__(
@@ -204,6 +204,11 @@ def _name(done: Done) -> str:
     return ">".join(done)
 
 
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the lists of a JSON object into tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 class _Store:
     """Folder that keeps a JSON file for each stage, and a safetensors file for the values of each trained model.
 
@@ -220,10 +225,9 @@ class _Store:
         if not file.exists():
             return None
         row = json.loads(file.read_text(encoding="utf-8"))
-        judged = {name: tuple(x) if isinstance(x, list) else x for name, x in row["parity"].items()}
         row["steps"] = tuple(row["steps"])
-        row["parity"] = Parity(**judged)
-        row["speedups"] = {label: tuple(estimate) for label, estimate in row["speedups"].items()}
+        row["parity"] = Parity(**_with_tuples(row["parity"]))
+        row["speedups"] = _with_tuples(row["speedups"])
         return Stage(**row)
 
     def keep(self, stage: Stage) -> None:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from labkit.deploy import export
-from labkit.deploy.job import Job, Run, Runtime, no_file
+from labkit.deploy.job import EngineJob, Run, Runtime, no_file
 from labkit.modules import batches as batching
 from labkit.modules.returned import outputs
 
 # --- in memory: nothing is written ------------------------------------------------------------------------------------
 
 
-def _eager(job: Job, dtype: torch.dtype | None = None, channels_last: bool = False) -> Run:
+def _eager(job: EngineJob, dtype: torch.dtype | None = None, channels_last: bool = False) -> Run:
     """Run the model in eager torch; with a dtype or `channels_last`, a copy of the model."""
     model = job.model
     if dtype is not None or channels_last:
@@ -32,7 +32,7 @@ def _eager(job: Job, dtype: torch.dtype | None = None, channels_last: bool = Fal
     return _calling(model, job, dtype, channels_last)
 
 
-def _compiled(job: Job, dtype: torch.dtype | None = None, freezing: bool = True) -> Run:
+def _compiled(job: EngineJob, dtype: torch.dtype | None = None, freezing: bool = True) -> Run:
     """Compile a copy of the model; `freezing` makes the weights constants."""
     model = copy.deepcopy(job.model).eval()
     if dtype is not None:
@@ -46,7 +46,7 @@ def _compiled(job: Job, dtype: torch.dtype | None = None, freezing: bool = True)
     return _calling(compiled, job, dtype)
 
 
-def _calling(model: Callable, job: Job, dtype: torch.dtype | None, channels_last: bool = False) -> Run:
+def _calling(model: Callable, job: EngineJob, dtype: torch.dtype | None, channels_last: bool = False) -> Run:
     """Return a call of `model` with inputs converted to `dtype` and results converted back to float32."""
     constants = {name: value for name, value in job.named.items() if not isinstance(value, Tensor)}
 
@@ -72,7 +72,7 @@ def _in_channels_last(x: Tensor) -> Tensor:
 # --- AOTInductor ------------------------------------------------------------------------------------------------------
 
 
-def _write_aotinductor(job: Job, freezing: bool = True) -> Path:
+def _write_aotinductor(job: EngineJob, freezing: bool = True) -> Path:
     program = export.program(job.model, job.named, job.dynamic)
     path = job.folder / "model.pt2"
     settings = {"freezing": freezing}
@@ -95,7 +95,7 @@ def _read_aotinductor(path: Path) -> Run:
 # --- ExecuTorch -------------------------------------------------------------------------------------------------------
 
 
-def _write_executorch(job: Job, delegate: bool = True) -> Path:
+def _write_executorch(job: EngineJob, delegate: bool = True) -> Path:
     """Lower the model; `delegate` hands the operators to XNNPACK instead of portable kernels."""
     with export.quietly():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
