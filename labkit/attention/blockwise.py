@@ -119,7 +119,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: i
         rows = by_group[..., start:end, :].flatten(2, 3)  # [B, Hkv, rows, D]: the heads of a group share a product
         first_reads = keys - queries + start if causal else None
         state = _over_blocks_of_keys(rows, k, v, group_size, block, first_reads, buffer)
-        mean = state.output / state.total.clamp_(min=1)  # the largest weight is 1, so less is a row without keys
+        total = state.total.clamp_(min=1)  # the largest weight is 1, so less is a row without keys
+        mean = state.output / total
         result[..., start:end, :] = mean.unflatten(2, (group_size, -1))
     return result.flatten(1, 2)
 

@@ -120,7 +120,8 @@ class Decoder:
     def _feed_forward(self, x: Tensor, block: Block) -> Tensor:
         gate_up = _product(x, block.gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return _product(F.silu(gate) * up, block.down)
+        gated = F.silu(gate) * up
+        return _product(gated, block.down)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -231,9 +232,8 @@ def check_text(ids: Tensor, new: int, vocabulary: int, positions: int) -> None:
 
 
 def _is_row_of_integers(ids: Tensor) -> bool:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        return False
-    if ids.dim() == 0:
+    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not is_integer or ids.dim() == 0:
         return False
     tokens = ids.shape[-1]
     return tokens > 0 and ids.numel() == tokens
@@ -265,9 +265,11 @@ def check_llama(model: nn.Module, layers: tuple[type[nn.Module], ...] = (nn.Line
         raise InputError("The model is on the meta device, where weights have no numbers: load it on a real device.")
     rope = model.model.rotary_emb.rope_type
     has_biases = config.attention_bias or config.mlp_bias
+    is_silu = config.hidden_act == "silu"
+    is_static = rope in STATIC_ROPE
     projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
     are_readable = all(isinstance(module, layers) for module in projections)
-    if has_biases or config.hidden_act != "silu" or rope not in STATIC_ROPE or not are_readable:
+    if has_biases or not (is_silu and is_static and are_readable):
         raise InputError(
             f"This model has biases, the activation {config.hidden_act!r}, RoPE of the type {rope!r} or layers that "
             f"are no nn.Linear: give one without biases, with silu, {', '.join(STATIC_ROPE)} RoPE and plain layers."

@@ -63,7 +63,14 @@ def absorbed(
     return mean_latents @ up_v.mT
 
 
-def _check(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_k: Tensor, up_v: Tensor) -> None:
+def _check(
+    q: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    up_k: Tensor,
+    up_v: Tensor,
+) -> None:
     check_tensor(q_rope, "q_rope")
     check_tensor(k_rope, "k_rope")
     tensors = {"q": q, "latent": latent, "up_k": up_k, "up_v": up_v}

@@ -95,17 +95,19 @@ def verify(target: Tensor, draft: Tensor, guesses: Tensor, uniform: Tensor) -> t
     replaced by a token from max(0, p - q) / sum max(0, p - q).
     Together: q min(1, p / q) + (1 - sum min(p, q)) max(0, p - q) / sum max(0, p - q) = p.
     """
-    number, vocabulary = len(guesses), target.shape[-1]
+    number = len(guesses)
+    vocabulary = target.shape[-1]
     if len(target) != number + 1 or draft.shape != (number, vocabulary):
         raise InputError(
             f"{number} guesses do not belong to laws {list(target.shape)} and {list(draft.shape)}: give the "
             "model's [n + 1, V] and the draft's [n, V]."
         )
     for i, guess in enumerate(guesses.tolist()):
-        if uniform[i] * draft[i, guess] >= target[i, guess]:
-            rest = (target[i] - draft[i]).clamp(min=0)
+        p, q = target[i], draft[i]
+        if uniform[i] * q[guess] >= p[guess]:
+            rest = (p - q).clamp(min=0)
             return i, rest / rest.sum()
-    return len(guesses), target[-1]
+    return number, target[-1]
 
 
 def lookup(text: Tensor, k: int) -> Tensor:
@@ -125,7 +127,8 @@ def lookup(text: Tensor, k: int) -> Tensor:
         starts = same.nonzero().flatten() + size
         if len(starts):
             full = starts[starts + k <= len(text)]
-            start = int(full[-1] if len(full) else starts[0])
+            best = full[-1] if len(full) else starts[0]
+            start = int(best)
             return text[start : start + k]
     return text[:0]
 
