@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit import batches, bench, machine, models, roofline
+from labkit import bench, machine, models, roofline
 from labkit.bits import to_bits
 from labkit.deploy import engines
+from labkit.modules import hooks
 from labkit.quantization import affine, integer, weight_only
 
 Calls = list[tuple[nn.Module, Tensor]]  # the linears of a step, each with its input
@@ -66,7 +67,7 @@ def linears(model: nn.Module, prompt: Tensor) -> Calls:
         calls.append((model.get_submodule(name), x.clone()))
 
     step = roofline.decode_step(model, prompt)
-    with torch.inference_mode(), batches.watching(model, names, keep):
+    with torch.inference_mode(), hooks.watching(model, names, keep):
         step()
     return calls
 

@@ -85,11 +85,11 @@ def check_groups(heads: int, groups: int) -> None:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise InputError unless `model` is a module, with values in all parameters and buffers."""
+    """Raise InputError unless `model` is a torch.nn.Module, with parameters and buffers in memory."""
     check_module(model)
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
-        raise InputError("The model is on the meta device and has no weights: load them first.")
+        raise InputError("The model is on the meta device, where weights have no numbers: load it on a real device.")
 
 
 def check_real(x: Any, name: str) -> None:

@@ -117,7 +117,7 @@ def batches(name: str, cut: int = 2, pad: int = 0) -> list[dict[str, Tensor]]:
 
 def mean_loss(model: nn.Module, data: list[dict[str, Tensor]]) -> float:
     """Over all terms of the batches, as `summed_loss` counts them."""
-    from labkit.modules.batches import summed_loss
+    from labkit.modules.losses import summed_loss
 
     with torch.no_grad():
         sums = [summed_loss(model, batch) for batch in data]

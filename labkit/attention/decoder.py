@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.arguments import check_tensor
+from labkit.arguments import check_loaded, check_tensor
 from labkit.attention.cache import Cache, KVCache, Layout
 from labkit.errors import InputError
 
@@ -261,8 +261,7 @@ def check_llama(model: nn.Module, layers: tuple[type[nn.Module], ...] = (nn.Line
             "LlamaForCausalLM, or use generate() of transformers, which has prompt_lookup_num_tokens and "
             "assistant_model for guesses."
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise InputError("The model is on the meta device, where weights have no numbers: load it on a real device.")
+    check_loaded(model)
     rope = model.model.rotary_emb.rope_type
     has_biases = config.attention_bias or config.mlp_bias
     is_silu = config.hidden_act == "silu"

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from labkit.arguments import check_module, check_tensor
 from labkit.errors import InputError, check_choice, check_number, check_whole
-from labkit.modules.batches import batch_loss, check_batches, evaluating, split
+from labkit.modules.batches import check_batches, evaluating, split
+from labkit.modules.losses import batch_loss
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
 CHECKED = 20  # steps between two looks at the losses on a device that has to be waited for

@@ -45,6 +45,7 @@ from labkit.errors import InputError, check_choice
 from labkit.files import set_up_with
 from labkit.modules import batches as batching
 from labkit.quantization.affine import Grid
+from labkit.quantization.extreme_codes import count_wrong, extreme_codes
 from labkit.quantization.ptq import FakeQuantized
 from labkit.storage import artifact
 
@@ -259,29 +260,25 @@ def _check_products(name: str, model: nn.Module) -> None:
 def _multiplies(name: str, bits: int) -> bool:
     """Tell whether the engine multiplies extreme u8 and s8 codes as int64 does.
 
-    Products are those of a layer with 504 inputs: float32 holds the sums exactly. bits: of the weights.
+    bits: of the weights. See `extreme_codes`.
     """
     draw = torch.Generator().manual_seed(0)
     most = 2 ** (bits - 1) - 1
-    x = torch.randint(0, 256, (64, 504), generator=draw).float()
-    codes = torch.randint(-most, most + 1, (64, 504), generator=draw).float()
-    x[0] = 255
-    codes[0] = most
-    codes[1] = -most
-    codes[2, ::2] = most
-    codes[2, 1::2] = -most
-    layer = nn.Linear(504, 64, bias=False).requires_grad_(False)
+    codes = extreme_codes(-most, most, draw).float()
+    x = extreme_codes(0, 255, draw).float()
+    channels, terms = codes.shape
+    layer = nn.Linear(terms, channels, bias=False).requires_grad_(False)
     layer.weight.copy_(codes)
     unit = torch.ones(())
     zero = torch.zeros((), dtype=torch.int32)
-    weight_grid = Grid(unit.expand(64, 1), zero.expand(64, 1), bits, -most, most)
+    weight_grid = Grid(unit.expand(channels, 1), zero.expand(channels, 1), bits, -most, most)
     input_grid = Grid(unit, zero, 8, 0, 255)
     fake = FakeQuantized(layer, weight_grid, input_grid)
     with tempfile.TemporaryDirectory() as folder:
         job = EngineJob(name, fake, {"input": x}, None, Path(folder), {}, {})
         engine = _build(job)
     exact = x.double() @ codes.double().t()
-    return torch.equal(engine(x).double(), exact)
+    return count_wrong(engine(x), exact) == 0
 
 
 def _build(job: EngineJob) -> Engine:

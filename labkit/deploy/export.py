@@ -13,7 +13,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from labkit.errors import InputError
 from labkit.modules import batches as batching
+from labkit.modules import hooks
 from labkit.modules.returned import outputs
 from labkit.quantization import affine, integer
 from labkit.quantization.affine import Grid
@@ -328,13 +328,18 @@ def _round_results(model: fx.GraphModule, batches: Iterable) -> None:
             model.add_submodule(name, _OnnxPoint(grids[0]))
         else:
             observers[name] = Observer("minmax", where=name)
-            model.add_submodule(name, _watched(observers[name]))
+            model.add_submodule(name, nn.Identity())
         _insert_after(result, name)
     model.recompile()
     if not observers:
         return
-    for batch in batches:
-        model(**batching.inputs(model, batch))
+
+    def observe(name: str, _: Tensor, result: Tensor) -> None:
+        observers[name].observe(result)
+
+    with hooks.watching(model, observers, observe):
+        for batch in batches:
+            model(**batching.inputs(model, batch))
     for name, observer in observers.items():
         grid = affine.choose(*observer.range(), 8, symmetric=False)
         model.set_submodule(name, _OnnxPoint(grid))
@@ -345,17 +350,6 @@ def _after_clip(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node:
     first, *more = node.users
     is_clip = type(modules.get(first.target)) in CLIPS or first.target in CLIPS
     return first if is_clip and not more else node
-
-
-def _watched(observer: Observer) -> nn.Module:
-    """Return an identity module with observed results."""
-    identity = nn.Identity()
-    identity.register_forward_hook(partial(_observe, observer))
-    return identity
-
-
-def _observe(observer: Observer, module: nn.Module, args: tuple, result: Tensor) -> None:
-    observer.observe(result)
 
 
 def _insert_after(node: fx.Node, name: str) -> None:

@@ -1,14 +1,14 @@
-"""Where the heads, the neurons and the layers of a transformer are, as a traced call shows them, whatever their names.
+"""Find the heads, neurons and layers of a transformer in a traced call, without relying on names.
 
-An attention is where a softmax over scores [B, heads, queries, keys] or [B * heads, queries, keys] is taken; the next
-linear module reads what its heads give. A feed-forward network is a group of coupled channels in a layer that one
-linear module or parameter reads. Nothing is scored or removed here.
+An attention is a softmax over scores [B, heads, queries, keys] or [B * heads, queries, keys], together with the next
+linear module, the reader of the heads' results. A feed-forward network is a group of coupled channels in a layer, read
+by a single linear module or parameter. Heads are scored in `pruning.heads` and removed in `pruning.transformers`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,21 +17,27 @@ from torch import Tensor, nn
 from labkit.arguments import check_mapping, check_module
 from labkit.errors import InputError
 from labkit.graph import tracing
-from labkit.graph.groups import Coupling
+from labkit.graph.groups import Coupling, Group
 from labkit.graph.labels import span_at
-from labkit.graph.rules import Record
+from labkit.graph.rules import Operation, Record
 from labkit.modules.stacks import is_linear, out_dim, stacks
 
 SOFTMAX = ("_softmax", "_safe_softmax")
+PRODUCTS = ("addmm", "mm", "convolution")  # with weights, in modules that are not linear ones
+TOKENS = (3, 7)  # sequences and tokens of an example: sizes that no head or width has
+PADDED = 5  # the first padded token of the last sequence
+SAMPLES = 2000  # of sound in an example: half a dozen frames
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """One attention.
+    """The place of an attention in a model.
 
-    name: the module that takes the softmax. output: the linear module that reads the heads' results, side by side.
-    heads: of queries. size: columns of `output` that read one head. labels: [heads], of the trace; None where it has
-    no labels for heads, so that none can go.
+    name: the module taking the softmax.
+    output: the linear module reading the results of the heads, side by side.
+    heads: number of query heads.
+    size: columns of `output` for each head.
+    labels: [heads] labels of the heads in the trace; None without labels: then no head can be removed.
     """
 
     name: str
@@ -43,46 +49,49 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward network, or several experts of one width.
+    """The place of a feed-forward network in a model, or of several experts of the same width.
 
-    group: its number in the coupling, whose units are the neurons, of experts those at one place of each. down: the
-    linear module that reads them, or the parameter [experts, out, in].
+    group: number of the neurons' group in the coupling; a unit of experts has a neuron of every expert.
+    down: the linear module reading the neurons, or the parameter [experts, out, in].
     """
 
     group: int
     down: str
 
 
-def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attention, ...]:
-    """The attentions of `model` in the order of a forward pass; one that runs several times is there once.
+class _Scores(NamedTuple):
+    """A softmax over attention scores: the module, the number of heads, and the heads' labels in the trace."""
 
-    record: of a traced call; None traces one on `example`. InputError if there are none.
+    module: str
+    heads: int
+    labels: np.ndarray | None
+
+
+def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attention, ...]:
+    """Return the attentions of `model` in the order of a forward pass; an attention running twice is listed once.
+
+    record: of a traced call; None traces a call on `example`.
+
+    Raises InputError for a model without attentions.
     """
-    record = tracing.record(model, (), example(model)) if record is None else record
+    if record is None:
+        record = tracing.record(model, (), example(model))
     modules = dict(model.named_modules())
     classes, _ = record.labels.resolve()
-    rows = {(axis.name, axis.dim): np.arange(axis.base, axis.base + axis.size) for axis in record.axes}
     attentions: dict[str, Attention] = {}
-    softmax = None
+    scores: _Scores | None = None  # of the last softmax, until the module comes that reads its heads
     for operation in record.operations:
-        dim = len(operation.shape) - 3  # of the heads
-        if operation.name in SOFTMAX and dim in (0, 1):
-            span = span_at(operation.spans, dim)
-            labels = span.labels if span is not None and span.dims == (dim,) else None
-            if dim == 0 and labels is not None:
-                labels = np.unique(labels)  # the same for each example
-            heads = operation.shape[1] if dim else 0 if labels is None else len(labels)
-            softmax = operation if heads else None
-        elif softmax is None:
-            continue
-        elif is_linear(module := modules[operation.module]):
-            columns = rows.get((f"{operation.module}.weight", 1 - out_dim(module)), np.arange(0))
-            if len(columns) and (labels is None or np.isin(classes[labels], classes[columns]).all()):
-                attention = Attention(softmax.module, operation.module, heads, len(columns) // heads, labels)
-                attentions.setdefault(softmax.module, attention)
-                softmax = None
-        elif operation.name in ("addmm", "mm", "convolution"):  # a product with weights that no linear module has
-            softmax = None
+        if _is_softmax_of_scores(operation):
+            scores = _scores_of(operation)
+        elif scores is not None and is_linear(modules[operation.module]):
+            columns = _input_columns(record, operation.module, modules[operation.module])
+            if len(columns) and _carries_heads(scores, columns, classes):
+                size = len(columns) // scores.heads
+                attention = Attention(scores.module, operation.module, scores.heads, size, scores.labels)
+                attentions.setdefault(scores.module, attention)
+                scores = None
+        elif operation.name in PRODUCTS:
+            scores = None
     if not attentions:
         raise InputError(
             f"{type(model).__name__} has no attention heads that labkit can read: it looks for a softmax over scores "
@@ -91,22 +100,73 @@ def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attentio
     return tuple(attentions.values())
 
 
+def _heads_dim(operation: Operation) -> int:
+    """Return the dimension of the heads in scores [B, heads, queries, keys] or [B * heads, queries, keys]."""
+    return len(operation.shape) - 3
+
+
+def _is_softmax_of_scores(operation: Operation) -> bool:
+    return operation.name in SOFTMAX and _heads_dim(operation) in (0, 1)
+
+
+def _scores_of(softmax: Operation) -> _Scores | None:
+    """Read heads and labels from a softmax of scores; None if the number of heads cannot be told."""
+    dim = _heads_dim(softmax)
+    span = span_at(softmax.spans, dim)
+    has_labels = span is not None and span.dims == (dim,)
+    labels = span.labels if has_labels else None
+    if dim == 1:
+        heads = softmax.shape[1]
+    elif labels is not None:
+        labels = np.unique(labels)  # of [B * heads], the same for each example
+        heads = len(labels)
+    else:
+        heads = 0
+    return _Scores(softmax.module, heads, labels) if heads else None
+
+
+def _input_columns(record: Record, name: str, module: nn.Module) -> np.ndarray:
+    """Return the labels of the input columns of a linear module's weight, [in]; empty for unlabelled columns."""
+    in_dim = 1 - out_dim(module)
+    columns = np.arange(0)
+    for axis in record.axes:
+        if (axis.name, axis.dim) == (f"{name}.weight", in_dim):
+            columns = np.arange(axis.base, axis.base + axis.size)
+    return columns
+
+
+def _carries_heads(scores: _Scores, columns: np.ndarray, classes: np.ndarray) -> bool:
+    """Tell whether columns are tied to every head; True if the heads have no labels.
+
+    columns: labels of input columns, [in]. classes: [labels], equal for tied labels.
+    """
+    if scores.labels is None:
+        return True
+    return bool(np.isin(classes[scores.labels], classes[columns]).all())
+
+
 def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ...]:
-    """The feed-forward networks of `model` in the order of a forward pass; InputError if there are none."""
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    inside = tuple(f"{name}." for name in stacks(model))
-    softmaxes = {operation.module for operation in coupling.record.operations if operation.name in SOFTMAX}
+    """Return the feed-forward networks of `model` in the order of a forward pass.
+
+    coupling: of the model (`groups.Coupling.of`).
+
+    Raises InputError for a model without feed-forward networks.
+    """
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    lists_of_layers = tuple(f"{name}." for name in stacks(model))
+    operations = coupling.record.operations
+    softmaxes = {operation.module for operation in operations if operation.name in SOFTMAX}
     networks = []
-    for i, group in enumerate(coupling.groups):
-        readers = {m.name.removesuffix(".weight"): m for m in group.members if m.role == "reads"}
-        if len(readers) != 1:
+    for number, group in enumerate(coupling.groups):
+        name = _reader_of_neurons(group)
+        if name is None or not name.startswith(lists_of_layers):
             continue
-        ((name, member),) = readers.items()
-        attends = any(name.startswith(f"{module}.") for module in softmaxes)
-        neurons = len(member.indices(0)) == 1  # and not heads
-        reads = is_linear(modules.get(name)) or (name in parameters and parameters[name].dim() == 3)
-        if name.startswith(inside) and not attends and neurons and reads:
-            networks.append(FeedForward(i, name))
+        is_in_attention = any(name.startswith(f"{module}.") for module in softmaxes)
+        is_linear_module = is_linear(modules.get(name))
+        is_stack_of_experts = name in parameters and parameters[name].dim() == 3
+        if not is_in_attention and (is_linear_module or is_stack_of_experts):
+            networks.append(FeedForward(number, name))
     if not networks:
         raise InputError(
             f"{type(model).__name__} has no feed-forward network that labkit can prune: it looks for neurons in a list "
@@ -115,20 +175,42 @@ def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ..
     return tuple(networks)
 
 
+def _reader_of_neurons(group: Group) -> str | None:
+    """Return the only reader, a module or parameter, of a group of neurons; None for other groups.
+
+    A unit of neurons is a single column of the reader.
+    """
+    readers = {}
+    for member in group.members:
+        if member.role == "reads":
+            name = member.name.removesuffix(".weight")
+            readers[name] = member
+    if len(readers) != 1:
+        return None
+    ((name, member),) = readers.items()
+    is_neuron = len(member.indices(0)) == 1  # a head has several columns
+    return name if is_neuron else None
+
+
 def check_index(index: object, n: int, what: str) -> None:
-    """InputError unless `index` is a whole number from 0 to n - 1."""
-    if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= index < n:
+    """Raise InputError unless `index` is a whole number from 0 to n - 1. what: a noun for the error, such as "head"."""
+    is_whole = isinstance(index, Integral) and not isinstance(index, bool)
+    if not is_whole or not 0 <= index < n:
         raise InputError(f"There is no {what} {index!r}: they are counted from 0 to {n - 1}.")
 
 
 def configs(model: nn.Module) -> Iterator[Any]:
-    """Every config object in the model, once: an encoder-decoder's two halves have copies of their own."""
-    held = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
-    yield from {id(config): config for config in held}.values()
+    """Yield every config object in the model once; the two halves of an encoder-decoder have separate configs."""
+    by_id = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "to_dict"):
+            by_id[id(config)] = config
+    yield from by_id.values()
 
 
 def called_with(model: nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`kwargs`, or an `example` where they are None; InputError where they are no {name: value}."""
+    """Return `kwargs` as a dict, or an `example` if None; raise InputError if `kwargs` is no {name: value}."""
     check_module(model)
     if kwargs is None:
         return example(model)
@@ -137,36 +219,60 @@ def called_with(model: nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str,
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:
-    """A small input for `model`, made from its config: three sequences of 7 tokens, an image, or sound.
+    """Make a small random input for a transformers model from its config: {argument: tensor}.
 
-    Sizes that no head or width has, so that a trace does not take one for the other. InputError where the config does
-    not say what the model is called with.
+    The input is three sequences of 7 tokens (the last sequence padded), an image, or a sound. No model has heads or
+    widths of these sizes, so a trace cannot confuse the dimensions. Raises InputError if the config does not tell the
+    sizes of an input.
     """
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", "")
-    like, generator = next(model.parameters()), torch.Generator().manual_seed(0)
-    shapes: Mapping[str, Callable[[], tuple[int, ...]]] = {
-        "pixel_values": lambda: (1, config.num_channels, *_sides(config)),
-        "input_values": lambda: (1, 2000),  # samples: half a dozen frames
-        "input_features": lambda: (1, config.num_mel_bins, 2 * config.max_source_positions),
-    }
+    like = next(model.parameters())
     try:
-        if main in shapes:
-            inputs = {main: torch.randn(shapes[main](), generator=generator).to(like)}
-            ids = torch.randint(getattr(config, "vocab_size", 1), (1, 7), generator=generator)
-        else:
-            ids = torch.randint(config.vocab_size, (3, 7), generator=generator)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            inputs["attention_mask"][-1, 5:] = 0  # without padding some models leave the mask out
+        inputs = _inputs_from_config(model, like)
     except AttributeError as error:  # a config without these sizes, or none
         raise InputError(
             f"labkit can make no input for {type(model).__name__} from its config: give kwargs, what it is called with."
         ) from error
-    if getattr(config, "is_encoder_decoder", False):
-        inputs |= {"decoder_input_ids": ids.flip(0), "decoder_attention_mask": torch.ones_like(ids)}
     device = "cpu" if like.device.type == "meta" else like.device  # a trace looks at integers
-    return {name: x if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
+    placed = {}
+    for name, x in inputs.items():
+        placed[name] = x if x.is_floating_point() else x.to(device)
+    return placed
+
+
+def _inputs_from_config(model: nn.Module, like: Tensor) -> dict[str, Tensor]:
+    """Make the input of `example`. like: a tensor with the dtype and device of floating-point inputs."""
+    config = getattr(model, "config", None)
+    generator = torch.Generator().manual_seed(0)
+    main_name = getattr(model, "main_input_name", "")
+    shape = _shape_of_signal(main_name, config)
+    if shape is not None:
+        signal = torch.randn(shape, generator=generator)
+        inputs = {main_name: signal.to(like)}
+        vocabulary = getattr(config, "vocab_size", 1)
+        ids = torch.randint(vocabulary, (1, TOKENS[1]), generator=generator)
+    else:
+        ids = torch.randint(config.vocab_size, TOKENS, generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, PADDED:] = 0  # without padding some models leave the mask out
+        inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids.flip(0)
+        inputs["decoder_attention_mask"] = torch.ones_like(ids)
+    return inputs
+
+
+def _shape_of_signal(main_name: str, config: Any) -> tuple[int, ...] | None:
+    """Return the shape of an image or sound, by the name of a model's main argument; None for models of tokens."""
+    if main_name == "pixel_values":
+        return (1, config.num_channels, *_sides(config))
+    if main_name == "input_values":
+        return (1, SAMPLES)
+    if main_name == "input_features":
+        return (1, config.num_mel_bins, 2 * config.max_source_positions)
+    return None
 
 
 def _sides(config: Any) -> tuple[int, int]:
+    """Return the height and width of an image according to a config, or 64 pixels by default."""
     side = getattr(config, "image_size", None) or 64
     return tuple(side) if isinstance(side, (tuple, list)) else (side, side)

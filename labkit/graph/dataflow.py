@@ -1,42 +1,36 @@
-"""Who feeds whom: which layers read what a layer or norm makes, and does all between let the scale of a channel pass?
+"""Follow channels from the layer or norm that makes them to the layers that read them.
 
-Reads the operations of a trace of `pruning.coupling`, on the meta device: no value is looked at, so what is found holds
-for every input. Changes nothing; `fold` does.
+`Dataflow` reads the trace of a model on the meta device (`tracing.record`). No value is looked at, so the answers hold
+for every input. `Dataflow.folds` lists the batch norms to be folded into a layer; `Dataflow.route` tells whether all
+operations on the way let a scale of each channel pass. `quantization.fold` changes the model.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from labkit.errors import InputError
 from labkit.graph import tracing
+from labkit.graph.rules import Operation
 from labkit.graph.subclasses import after_norm
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-NORMED = ("weight", "bias", "running_mean", "running_var")  # what a batch norm holds and reads
-
-# Operators with f(s x) = s f(x), each channel by itself: those that keep the shape, those that work on the last
-# dimensions, those that reduce the dimensions they are told, and views.
-SAME = {"relu", "leaky_relu", "_prelu_kernel", "clone", "detach", "alias", "contiguous", "neg", "abs"}
-_NAMES = """max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
-_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_linear1d
-upsample_bilinear2d upsample_bicubic2d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"""
-SPATIAL = frozenset(_NAMES.split())
-REDUCING = {"mean", "sum", "amax", "amin"}
-VIEWS = {"view", "_unsafe_view", "reshape"}
-CLIPS = {"hardtanh", "relu6", "clamp_max"}
+NORMED = ("weight", "bias", "running_mean", "running_var")  # tensors that a batch norm holds and reads
+CLIPS = {"hardtanh", "relu6", "clamp_max"}  # operators that limit from above, besides clamp
+VECTORS = {"native_layer_norm": (1, 2), "mul": (1,)}  # allowed numbers of parameters of sources that are no layers
 
 
 @dataclass(frozen=True)
 class Source:
-    """An operation whose result is, channel by channel, linear in some parameters: their first dimensions.
+    """An operation whose result is, channel by channel, linear in the first dimension of its parameters.
 
-    number: of the operation. names: of the parameters, the weight first. dim: the channels' dimension of the result.
+    number: of the operation in the trace. module: the layer's or norm's name. names: of the parameters, the weight
+    first. dim: the dimension of the result that runs over channels. is_layer: True for a layer, False for a norm.
     """
 
     number: int
@@ -48,164 +42,334 @@ class Source:
 
 @dataclass
 class Route:
-    """Where a source's channels go. readers: {layer: its columns for each channel}. blocked, clip: what else reads
-    them, and what clips them; "" for nothing."""
+    """The layers reached by a source's channels.
+
+    readers: {layer: number of input columns for each channel}.
+    blocked: the first place at which a scale of the channels would not pass; "" on a free route.
+    clip: the first blocked place at which the channels are clipped from above; "" on a route without clipping.
+    """
 
     readers: dict[str, int]
     blocked: str = ""
     clip: str = ""
 
 
+class Channels(NamedTuple):
+    """The channels of a source in the result of an operation.
+
+    dim: the dimension that runs over channels. repeats: entries of the dimension for each channel, side by side.
+    """
+
+    dim: int
+    repeats: int
+
+
+# --- operators that let a scale of each channel pass ------------------------------------------------------------------
+
+# A rule finds the channels in the result of an operator f with a single scaled operand x: rule(operation, channels of
+# x, shape of x) -> channels of the result; None unless f(s x) = s f(x) for a scale s of each channel.
+
+
+def _unchanged(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    return channels
+
+
+def _of_same_size(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if their dimension has the same place and size in the result."""
+    after = operation.shape
+    if len(before) != len(after):
+        return None
+    return channels if before[channels.dim] == after[channels.dim] else None
+
+
+def _over_positions(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if the operator works on dimensions behind: the last one, two or three."""
+    positions = 2
+    for digit in (1, 3):
+        if f"{digit}d" in operation.name:
+            positions = digit
+    first_position = len(operation.shape) - positions
+    return _of_same_size(operation, channels, before) if channels.dim < first_position else None
+
+
+def _padded(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if the padding is of zeros, and in dimensions behind the channels' only."""
+    padding, value = (*operation.settings, 0)[:2]  # the value is optional
+    first_padded = len(operation.shape) - len(padding) // 2
+    return channels if value == 0 and channels.dim < first_padded else None
+
+
+def _reduced(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels if the reduction runs over other dimensions."""
+    setting = operation.settings[0] if operation.settings else None  # a dimension, a list of dimensions, or neither
+    if not isinstance(setting, (int, list)):
+        return None
+    dims = [setting] if isinstance(setting, int) else setting
+    reduced = {dim % len(before) for dim in dims}
+    if not reduced or channels.dim in reduced:  # an empty list stands for all dimensions
+        return None
+    if len(operation.shape) == len(before):  # keepdim
+        return channels
+    removed_before = sum(dim < channels.dim for dim in reduced)
+    return Channels(channels.dim - removed_before, channels.repeats)
+
+
+def _viewed(operation: Operation, channels: Channels, before: Sequence[int]) -> Channels | None:
+    """Return the channels in the dimension that starts at the same entry as the channels' dimension before the view.
+
+    The dimension may take in dimensions behind, as in flatten: each channel then has several entries.
+    """
+    after = operation.shape
+    size_before = before[channels.dim]
+    entries = math.prod(before[channels.dim :])
+    for dim, size in enumerate(after):
+        starts_there = math.prod(after[dim:]) == entries
+        if starts_there and size % size_before == 0:
+            repeats = channels.repeats * (size // size_before)
+            return Channels(dim, repeats)
+    return None
+
+
+_OPERATORS = {
+    "relu leaky_relu _prelu_kernel clone detach alias contiguous neg abs": _unchanged,
+    "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d": _over_positions,
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d": _over_positions,
+    "upsample_nearest1d upsample_nearest2d": _over_positions,
+    "upsample_linear1d upsample_bilinear2d upsample_bicubic2d": _over_positions,
+    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d": _over_positions,
+    "constant_pad_nd": _padded,
+    "mean sum amax amin": _reduced,
+    "view _unsafe_view reshape": _viewed,
+}
+PASSING = {name: rule for names, rule in _OPERATORS.items() for name in names.split()}
+
+
 class Dataflow:
-    """The operations of a trace, and which of them are layers whose parameters nothing else uses."""
+    """The operations of a trace, the layers among them, and the readers of each result.
+
+    model, args, kwargs: the model and its example input.
+
+    operations: of the trace, in order; the number of an operation is its index.
+    returned: numbers of the operations whose results the model returns.
+    readers: {number of an operation, or name of a parameter or buffer: numbers of the operations that read the value}.
+    layers: {number of an operation: name of the layer}, for layers whose parameters no other operation reads.
+    sources: the operations whose channels a parameter scales.
+    """
 
     @torch.inference_mode(False)  # in that mode composite operators arrive whole, and no layer is known by its product
     def __init__(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self.record = record = tracing.record(model, args, kwargs)
-        self.operations, self.returned = record.operations, record.returned
+        self.operations = record.operations
+        self.returned = record.returned
         self.readers: dict[int | str, list[int]] = defaultdict(list)
         for number, operation in enumerate(self.operations):
             for operand in operation.operands:
                 if operand is not None:
                     self.readers[operand].append(number)
-        self._shared = {name for first, names in record.aliases.items() for name in (first, *names)}
+        self._shared: set[str] = set()  # parameters that share memory
+        for first, aliases in record.aliases.items():
+            self._shared |= {first, *aliases}
         self._shapes = {name: x.shape for name, x in model.named_parameters()}
-        self.layers = {n: name for n in range(len(self.operations)) if (name := self._layer(n, model)) is not None}
-        self.sources = [source for n in range(len(self.operations)) if (source := self._source(n))]
+        self.layers: dict[int, str] = {}
+        for number in range(len(self.operations)):
+            layer = self._layer_of(number, model)
+            if layer is not None:
+                self.layers[number] = layer
+        self.sources: list[Source] = []
+        for number in range(len(self.operations)):
+            source = self._source_of(number)
+            if source is not None:
+                self.sources.append(source)
 
     def check_compared(self) -> None:
-        """InputError unless the model's output has a number that depends on its input, by which a copy is proved."""
-        made = [self.operations[number].shape for number in self.returned if isinstance(number, int)]
-        if not any(math.prod(shape) for shape in made):
+        """Raise InputError unless the output has a number computed from the input, for the proof of a copy."""
+        computed = [self.operations[number] for number in self.returned if isinstance(number, int)]
+        if not any(math.prod(operation.shape) for operation in computed):
             raise InputError(
                 "The model's output holds no tensor with a number in it that its input decides, so that no copy can be "
                 "proved to be equal: give an example input that is not empty, and a model that returns tensors."
             )
 
-    def _private(self, name: int | str | None) -> bool:
-        """Whether it is a parameter that is met by one operation only."""
-        return name in self._shapes and name not in self._shared and len(self.readers[name]) == 1
+    # --- layers and sources -------------------------------------------------------------------------------------------
 
-    def _input(self, number: int) -> int:
-        """Which operand of a product is what the layer is called with."""
-        return 1 if self.operations[number].name == "addmm" else 0
+    def _is_private(self, name: int | str | None) -> bool:
+        """Tell whether `name` is a parameter read by a single operation and sharing no memory."""
+        is_parameter = name in self._shapes
+        return is_parameter and name not in self._shared and len(self.readers[name]) == 1
 
-    def _layer(self, number: int, model: nn.Module) -> str | None:
-        """The name of the convolution or Linear that this operation is the product of."""
+    def _layer_of(self, number: int, model: nn.Module) -> str | None:
+        """Return the name of the convolution or Linear with this operation as product; None for other operations."""
         operation = self.operations[number]
-        transposed = any(x is True for x in operation.settings)
-        if operation.name not in ("convolution", "mm", "addmm") or transposed:
+        is_transposed = any(setting is True for setting in operation.settings)
+        if operation.name not in ("convolution", "mm", "addmm") or is_transposed:
             return None
-        at = self._input(number)
-        weight = operation.operands[at + 1]
-        if isinstance(weight, int) and self.operations[weight].name == "t" and len(self.readers[weight]) == 1:
-            weight = self.operations[weight].operands[0]
-        bias = [x for i, x in enumerate(operation.operands) if i not in (at, at + 1)]
-        names = [f"{operation.module}.{kind}".lstrip(".") for kind in ("weight", "bias")]
-        fits = weight == names[0] and bias in ([], [names[1]]) and all(map(self._private, [weight, *bias]))
-        return operation.module if fits and isinstance(model.get_submodule(operation.module), LAYERS) else None
+        operands = operation.operands
+        at = _input_position(operation)
+        weight = self._untransposed(operands[at + 1])
+        bias = [*operands[:at], *operands[at + 2 :]]
+        has_own_weight = weight == _parameter(operation.module, "weight")
+        has_own_bias = bias in ([], [_parameter(operation.module, "bias")])
+        if not has_own_weight or not has_own_bias:
+            return None
+        are_private = all(self._is_private(name) for name in [weight, *bias])
+        is_layer = isinstance(model.get_submodule(operation.module), LAYERS)
+        return operation.module if are_private and is_layer else None
 
-    def _source(self, number: int) -> Source | None:
+    def _untransposed(self, operand: int | str | None) -> int | str | None:
+        """Return x if `operand` is the transpose of x and has a single reader; else return `operand`."""
+        if not isinstance(operand, int):
+            return operand
+        operation = self.operations[operand]
+        is_read_once = len(self.readers[operand]) == 1
+        return operation.operands[0] if operation.name == "t" and is_read_once else operand
+
+    def _source_of(self, number: int) -> Source | None:
+        """Return the operation as a source: a layer's product, a layer norm, or a product with a vector."""
         operation = self.operations[number]
-        module, last = operation.module, len(operation.shape) - 1
+        last = len(operation.shape) - 1
         if number in self.layers:
-            weight = f"{module}.weight".lstrip(".")
-            names = (weight, *(x for x in operation.operands if x == f"{module}.bias".lstrip(".")))
-            dim = last if operation.name != "convolution" else last + 2 - len(self._shapes[weight])
-            return Source(number, module, names, dim, True)
-        if operation.name not in ("native_layer_norm", "mul"):
-            return None
+            names = (_parameter(operation.module, "weight"),)
+            bias = _parameter(operation.module, "bias")
+            if bias in operation.operands:
+                names = (*names, bias)
+            dim = last - self._positions(number)
+            return Source(number, operation.module, names, dim, is_layer=True)
         names = tuple(x for x in operation.operands if isinstance(x, str))
-        vectors = all(self._private(x) and tuple(self._shapes[x]) == operation.shape[-1:] for x in names)
-        fits = vectors and len(names) in ((1, 2) if operation.name == "native_layer_norm" else (1,))
-        return Source(number, module, names, last, False) if fits else None
+        if len(names) not in VECTORS.get(operation.name, ()):
+            return None
+        for name in names:
+            if not self._is_private(name) or tuple(self._shapes[name]) != operation.shape[-1:]:
+                return None
+        return Source(number, operation.module, names, last, is_layer=False)
+
+    def _positions(self, number: int) -> int:
+        """Return how many dimensions of a layer's result, behind its channels, are positions: 0 for a Linear."""
+        if self.operations[number].name != "convolution":
+            return 0
+        weight = _parameter(self.layers[number], "weight")
+        return len(self._shapes[weight]) - 2
+
+    # --- batch norms --------------------------------------------------------------------------------------------------
 
     def folds(self, model: nn.Module) -> list[tuple[str, str]]:
-        """(layer, batch norm) where only the norm reads the layer, and nothing else reads what the norm holds."""
+        """Return (layer, batch norm) for each batch norm that can be folded into the layer before.
+
+        The norm is the only reader of the layer's result and of the norm's own tensors.
+        """
         pairs = []
         for number, operation in enumerate(self.operations):
-            norm, before = model.get_submodule(operation.module), operation.operands[:1]
-            if "batch_norm" not in operation.name or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm = model.get_submodule(operation.module)
+            if "batch_norm" not in operation.name or not _is_usual_norm(norm, operation):
                 continue
-            held = {f"{operation.module}.{name}".lstrip(".") for name in NORMED}
-            usual = held.issuperset(operation.operands[1:]) and operation.settings[-1:] == (norm.eps,)
-            if not usual or norm.running_mean is None or after_norm(norm) is None:
-                continue
-            alone = all(self.readers[x] == [number] for x in operation.operands) and self.returned.isdisjoint(before)
-            if alone and before[0] in self.layers:
-                pairs.append((self.layers[before[0]], operation.module))
+            before = operation.operands[0]
+            is_only_reader = all(self.readers[operand] == [number] for operand in operation.operands)
+            if is_only_reader and before not in self.returned and before in self.layers:
+                pairs.append((self.layers[before], operation.module))
         return pairs
 
+    # --- routes -------------------------------------------------------------------------------------------------------
+
     def route(self, source: Source) -> Route:
-        """Follows the channels through whatever lets a scale pass, up to the layers that read them."""
+        """Follow the channels of a source through all operations that let a scale pass, to the reading layers.
+
+        The operations are visited in the order of the trace, so all operands of an operation are known by then.
+        """
         route = Route({})
-        carried = {source.number: (source.dim, 1)}  # {operation: (channels' dimension, its entries for each channel)}
+        if source.number in self.returned:
+            route.blocked = "an output of the model"
+        carried = {source.number: Channels(source.dim, 1)}  # by the number of the operation that gives them
         pending = set(self.readers[source.number])
-        route.blocked = "an output of the model" if source.number in self.returned else ""
         while pending:
             number = min(pending)
             pending.remove(number)
             operation = self.operations[number]
-            along = [carried.get(operand) for operand in operation.operands]
-            if number in self.layers and self._reads(number, along):
-                route.readers[self.layers[number]] = along[self._input(number)][1]
+            channels = [carried.get(operand) for operand in operation.operands]
+            if number in self.layers and self._reads_channels(number, channels):
+                at = _input_position(operation)
+                name = self.layers[number]
+                route.readers[name] = channels[at].repeats
                 continue
-            after = self._passed(number, along)
+            after = self._after(number, channels)
             if after is None or number in self.returned:
                 place = f"{operation.name} in {operation.module or 'the model'}"
                 route.blocked = route.blocked or place
-                upper = operation.settings[1:2] if operation.name == "clamp" else ()
-                clips = operation.name in CLIPS or upper not in ((), (None,))
-                route.clip = route.clip or (place if clips else "")
+                if _clips(operation):
+                    route.clip = route.clip or place
                 continue
             carried[number] = after
             pending.update(self.readers[number])
         return route
 
-    def _reads(self, number: int, along: Sequence[tuple[int, int] | None]) -> bool:
-        """Whether the channels come in where this layer takes its channels, and only there."""
-        at = self._input(number)
-        if [i for i, x in enumerate(along) if x] != [at]:
+    def _reads_channels(self, number: int, channels: Sequence[Channels | None]) -> bool:
+        """Tell whether the channels come in at a layer's input channels only.
+
+        channels: of each operand of the layer's product.
+        """
+        at = _input_position(self.operations[number])
+        carriers = [i for i, x in enumerate(channels) if x is not None]
+        if carriers != [at]:
             return False
-        (dim, repeats), positions = along[at], 0
-        if self.operations[number].name == "convolution":
-            positions = len(self._shapes[f"{self.layers[number]}.weight".lstrip(".")]) - 2
-        last = len(self._shape(number, at)) - 1
-        return dim == last - positions and (repeats == 1 or not positions)
+        positions = self._positions(number)
+        last = len(self._operand_shape(number, at)) - 1
+        are_input_channels = channels[at].dim == last - positions
+        fits = channels[at].repeats == 1 or not positions  # a convolution's kernel has no columns side by side
+        return are_input_channels and fits
 
-    def _shape(self, number: int, at: int) -> tuple[int, ...]:
-        """Of an operand that an operation made."""
-        return self.operations[self.operations[number].operands[at]].shape
+    def _operand_shape(self, number: int, at: int) -> tuple[int, ...]:
+        """Return the shape of an operand, the result of an earlier operation."""
+        maker = self.operations[number].operands[at]
+        return self.operations[maker].shape
 
-    def _passed(self, number: int, along: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
-        """`along`'s entry after this operation, if the scale of every channel comes out as it went in."""
-        operation, carriers = self.operations[number], [i for i, x in enumerate(along) if x]
-        dim, repeats = along[carriers[0]]
-        before, shape, name = self._shape(number, carriers[0]), operation.shape, operation.name
-        same = len(before) == len(shape) and before[dim] == shape[dim]
-        if name in ("add", "sub"):  # of what is scaled alike
-            shapes = {self._shape(number, i) for i in carriers} | {shape}
-            return (dim, repeats) if carriers == [0, 1] and along[0] == along[1] and len(shapes) == 1 else None
-        if name == "mul":  # by what is not scaled
-            return (dim, repeats) if len(carriers) == 1 and same else None
-        if carriers != [0]:
+    def _after(self, number: int, channels: Sequence[Channels | None]) -> Channels | None:
+        """Return the channels in an operation's result; None unless a scale of every channel passes unchanged.
+
+        channels: of each operand.
+        """
+        operation = self.operations[number]
+        carriers = [i for i, x in enumerate(channels) if x is not None]
+        shapes = [self._operand_shape(number, i) for i in carriers]
+        first = channels[carriers[0]]
+        if operation.name in ("add", "sub"):  # both operands must be scaled alike, without broadcasting
+            are_alike = carriers == [0, 1] and channels[0] == channels[1]
+            has_equal_shapes = {operation.shape, *shapes} == {operation.shape}
+            return first if are_alike and has_equal_shapes else None
+        if operation.name == "mul":  # only a single factor may be scaled
+            is_single = len(carriers) == 1
+            return _of_same_size(operation, first, shapes[0]) if is_single else None
+        rule = PASSING.get(operation.name)
+        if rule is None or carriers != [0]:
             return None
-        if name in SAME:
-            return dim, repeats
-        if name in SPATIAL:
-            positions = 3 if "3d" in name else 1 if "1d" in name else 2
-            return (dim, repeats) if same and dim < len(shape) - positions else None
-        if name == "constant_pad_nd":
-            padding, value = (*operation.settings, 0)[:2]
-            return (dim, repeats) if value == 0 and dim < len(shape) - len(padding) // 2 else None
-        if name in REDUCING and operation.settings and isinstance(operation.settings[0], (int, list)):
-            dims = operation.settings[0]
-            dims = {d % len(before) for d in ([dims] if isinstance(dims, int) else dims)} or {dim}
-            fewer = sum(d < dim for d in dims) if len(shape) < len(before) else 0
-            return None if dim in dims else (dim - fewer, repeats)
-        if name in VIEWS:
-            entries = math.prod(before[dim:])
-            for d, size in enumerate(shape):
-                if size % before[dim] == 0 and math.prod(shape[d:]) == entries:
-                    return d, repeats * (size // before[dim])
-        return None
+        return rule(operation, first, shapes[0])
+
+
+def _parameter(module: str, attribute: str) -> str:
+    """Return the qualified name of a module's parameter; the module "" is the model."""
+    return f"{module}.{attribute}" if module else attribute
+
+
+def _input_position(product: Operation) -> int:
+    """Return which operand of a layer's product is the layer's input: addmm has the bias first."""
+    return 1 if product.name == "addmm" else 0
+
+
+def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
+    """Tell whether an operation is the normalisation by a batch norm of torch or of a subclass.
+
+    The norm has running statistics, the operation reads the norm's own tensors and eps, and `after_norm` knows the
+    rest of the forward pass.
+    """
+    is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if not is_batch_norm or norm.running_mean is None:
+        return False
+    own_tensors = {_parameter(operation.module, name) for name in NORMED}
+    reads_own_tensors = own_tensors.issuperset(operation.operands[1:])
+    reads_own_eps = operation.settings[-1:] == (norm.eps,)
+    return reads_own_tensors and reads_own_eps and after_norm(norm) is not None
+
+
+def _clips(operation: Operation) -> bool:
+    """Tell whether an operation limits its input from above."""
+    if operation.name == "clamp":
+        upper = operation.settings[1:2]
+        return upper not in ((), (None,))
+    return operation.name in CLIPS

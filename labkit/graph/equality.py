@@ -1,18 +1,18 @@
-"""The proof of a cut: the pruned model against the dense one in which nothing reads the removed channels.
+"""Prove a cut: compare the outputs of the pruned model and of the dense model with the removed channels unread.
 
-In the dense model every weight column that reads a removed channel is set to zero, which leaves the function of the
-channels that stay. Where a norm or another statistic runs over pruned channels no weight can express that, so there the
-reference takes the statistic over those that stay, and the report says so. Needs no pruned weights but the model.
+`check` runs the two models on the example input. In a copy of the dense model, every weight column that reads a removed
+channel is set to zero, which leaves the function of the remaining channels. No weight can do that for a norm or another
+statistic over pruned channels, so the dense copy takes the statistic over the remaining channels, and the report names
+the statistic. Of the pruned model the check uses the outputs only, never the plan behind the weights.
 """
 
 import math
 import random
 import zlib
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,26 +22,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.errors import EqualityError, first_line
 from labkit.graph.fits import tensors_of
-from labkit.graph.rules import Record, Restricted
+from labkit.graph.rules import Axis, Record, Restricted
 from labkit.graph.tracing import duplicate, following, name_of, skeleton, unchanged
 from labkit.modules.returned import numbers, outputs
 from labkit.modules.undisturbed import undisturbed
 
 DOUBLE_UP_TO = 2**27  # bytes of a model that is checked in float64; a larger one would need too much memory
-FAR = 100  # times the largest number that differs: what is larger is no result, but a mask
+FAR = 100  # numbers more than FAR times the largest number that differs are a mask's, not computed
+NOISE = 0.1  # standard deviation of the noise on parameters, if the outputs are zero
 _ANOTHER = "give another input for the proof in check, or leave the proof out with check=False."
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the check gave. error, scale: the largest difference between the outputs, the largest output.
+    """The result of an equality check.
 
-    tolerance: 8 eps sqrt(K) scale, K the terms summed in all products of the model: each product of n terms rounds by
-    about eps sqrt(n), and such errors add up like a random walk; 8 is for the largest of many outputs.
-    restricted: the statistics that run over pruned channels, which both models take over those that stay.
-    noisy: the model's own output is zero (a head that starts at zero) and would show nothing, so that both models were
-    compared with the same noise on their parameters.
-    reference: what the dense model was made before the comparison.
+    error: largest difference between the outputs of the two models.
+    scale: largest number in the dense model's outputs.
+    tolerance: largest error explained by rounding, 8 eps sqrt(K) scale, with K the number of terms summed in all
+        products of the model. A product of n terms rounds by about eps sqrt(n), and the errors of products add up like
+        a random walk; 8 allows for the largest of many outputs.
+    dtype: type in which the models were run, for example "float64".
+    restricted: names of the statistics over pruned channels, taken over the remaining channels in each model.
+    noisy: True if the model's outputs are zero (a head initialised with zeros) and would show no difference; then the
+        same noise was added to the parameters of the two models.
+    reference: a description of the dense model in the comparison, for `str`.
     """
 
     error: float
@@ -59,144 +64,258 @@ class Report:
     def __str__(self) -> str:
         verdict = "equal" if self.equal else "NOT equal"
         text = (
-            f"{verdict} to the dense model {self.reference}: largest difference {self.error:.2g}, tolerance "
-            f"{self.tolerance:.2g}, largest output {self.scale:.2g}, in {self.dtype}."
+            f"{verdict} to the dense model {self.reference}: "
+            f"largest difference {self.error:.2g}, tolerance {self.tolerance:.2g}, "
+            f"largest output {self.scale:.2g}, in {self.dtype}."
         )
         if self.noisy:
             text += " Their outputs are zero, so noise was added to the parameters of both for this."
         if self.restricted:
+            names = ", ".join(self.restricted[:3])
+            more = ", ..." if len(self.restricted) > 3 else ""
             text += (
-                f" {len(self.restricted)} statistics run over pruned channels ({', '.join(self.restricted[:3])}"
-                f"{', ...' if len(self.restricted) > 3 else ''}): with the dense model's own statistics the outputs "
-                "cannot be equal, so the reference takes them over the kept channels."
+                f" {len(self.restricted)} statistics run over pruned channels ({names}{more}): with the dense model's "
+                "own statistics the outputs cannot be equal, so the reference takes them over the kept channels."
             )
         return text
+
+
+class _Precision(NamedTuple):
+    """A floating-point type to run the models in.
+
+    widens: narrower types named by a forward pass are replaced by `dtype` too.
+    """
+
+    dtype: torch.dtype
+    widens: bool
 
 
 @torch.inference_mode(False)  # in that mode composite operators arrive whole, and no statistic is seen
 def check(
     model: nn.Module, pruned: nn.Module, record: Record, gone: np.ndarray, args: tuple, kwargs: Mapping
 ) -> Report:
-    """Runs copies of both models on the example input, in one type after another until one decides.
+    """Compare copies of the two models on the example input, in several precisions until the outcome is decided.
 
-    gone: which labels were removed. Raises EqualityError where there is no number to compare.
+    model: the dense model. pruned: the model cut from `model`.
+    record: trace of the dense model on the example input.
+    gone: [labels] bool, True for removed labels.
+    args, kwargs: the example input.
+
+    Returns the report of the last comparison, also if the outputs differ. Raises EqualityError if no precision gives a
+    number to compare.
     """
-    report, failure = None, None
+    comparison = _Comparison(model, pruned, record, gone, args, kwargs)
+    report = None
+    first_failure = None
     with unchanged(model), unchanged(pruned):
-        for dtype, widens in _attempts(model, record):
-            compare = partial(_compare, model, pruned, record, gone, args, kwargs, dtype, widens)
+        for precision in _precisions(model, record):
             try:
-                report, narrows = compare(noise=0.0)
-                if report.equal and not report.scale and gone.any():  # noise is not rewritten as a parameter is
-                    report, narrows = compare(noise=0.1)
+                report, narrows = comparison.run(precision, noise=0.0)
+                outputs_are_zero = report.equal and not report.scale
+                if outputs_are_zero and gone.any():  # without a cut parameters may be rewritten, but not the noise
+                    report, narrows = comparison.run(precision, noise=NOISE)
             except EqualityError as error:
-                failure = failure or error
+                first_failure = first_failure or error
                 continue
             if report.equal or not narrows:
                 break
     if report is None:
-        raise failure
+        raise first_failure
     return report
 
 
-def _attempts(model: nn.Module, record: Record) -> list[tuple[torch.dtype, bool]]:
-    """(dtype that both models are run in, whether narrower types that their forward passes name become this one)"""
-    total = sum(x.numel() * x.element_size() for _, x in tensors_of(model))
-    native = next((x.dtype for x in model.parameters() if x.is_floating_point()), torch.float32)
-    single, double = torch.promote_types(native, torch.float32), [torch.float64]
-    if next(model.parameters()).device.type == "mps":
-        double = []
-    small = total <= DOUBLE_UP_TO
-    if record.names_dtype:
+def _precisions(model: nn.Module, record: Record) -> list[_Precision]:
+    """Return the precisions to try, in order: float64 first if the model is small enough for a copy in float64."""
+    floating = [x.dtype for x in model.parameters() if x.is_floating_point()]
+    single = torch.promote_types(floating[0] if floating else torch.float32, torch.float32)
+    has_double = next(model.parameters()).device.type != "mps"
+    size = sum(x.numel() * x.element_size() for _, x in tensors_of(model))
+    is_small = size <= DOUBLE_UP_TO
+    if record.names_dtype or not has_double:
         dtypes = [single]
+    elif is_small:
+        dtypes = [torch.float64, single]
     else:
-        dtypes = [*double, single] if small else [single, *double]
-    widest = double[0] if double and small else single
-    return [*((dtype, False) for dtype in dtypes), (widest, True)]
+        dtypes = [single, torch.float64]
+    precisions = [_Precision(dtype, widens=False) for dtype in dtypes]
+    widest = torch.float64 if has_double and is_small else single
+    return [*precisions, _Precision(widest, widens=True)]
 
 
-def _compare(
-    model, pruned, record: Record, gone: np.ndarray, args, kwargs, dtype: torch.dtype, widens: bool, *, noise: float
-) -> tuple[Report, bool]:
-    """(what the outputs say, whether the forward pass casts to a narrower type than `dtype`, which decides then)
+class _Comparison:
+    """A dense and a pruned model, run as copies on the same input. The arguments are as in `check`."""
 
-    widens: narrower types that the forward passes name become `dtype` as well. Raises EqualityError where the dense
-    model does not run in `dtype`, or its output is no number.
-    """
-    narrows = False
+    def __init__(
+        self, model: nn.Module, pruned: nn.Module, record: Record, gone: np.ndarray, args: tuple, kwargs: Mapping
+    ) -> None:
+        self._model = model
+        self._pruned = pruned
+        self._record = record
+        self._gone = gone
+        self._args = args
+        self._kwargs = kwargs
 
-    def wide(x: Tensor) -> Tensor:
-        return x.detach().to(dtype if x.is_floating_point() else x.dtype, copy=True)
+    def run(self, precision: _Precision, *, noise: float) -> tuple[Report, bool]:
+        """Compare the outputs of the two models in a precision.
 
-    def run(model: nn.Module, tensors: dict[str, Tensor], restricted: list[Restricted]) -> Any:
-        nonlocal narrows
-        stands = {id(x): tensors[name] for name, x in tensors_of(model)}
-        copied = skeleton(model, stands, wide)
-        inputs, options = duplicate((args, dict(kwargs)), wide)
+        noise: standard deviation of the noise added to the parameters of each model; 0 adds no noise.
+
+        Returns (report, True if a forward pass casts to a narrower type). Rounding to a narrower type may explain a
+        difference. Raises EqualityError if the dense model does not run in the precision, or has NaN in the outputs.
+        """
+        dense_output, dense_narrows = self._dense_output(precision, noise)
+        pruned_output, pruned_narrows = self._pruned_output(precision, noise)
+        error, scale = difference(dense_output, pruned_output)
+        terms = sum(cost.terms for cost in self._record.costs)
+        eps = torch.finfo(precision.dtype).eps
+        report = Report(
+            error=error,
+            scale=scale,
+            tolerance=8 * eps * max(terms, 1) ** 0.5 * scale,
+            dtype=str(precision.dtype).removeprefix("torch."),
+            restricted=self._names_of_restricted(),
+            noisy=noise > 0,
+        )
+        return report, dense_narrows or pruned_narrows
+
+    def _dense_output(self, precision: _Precision, noise: float) -> tuple[Any, bool]:
+        """Return (output of the dense model with the removed channels unread, True if the pass narrows types)."""
+        tensors = _copies(self._model, precision.dtype)
+        if noise:
+            _add_noise_(tensors, self._dense_shapes(), self._record, {}, noise)
+        _blind_(tensors, self._record, self._gone)
+        try:
+            output, narrows = self._output(self._model, tensors, self._record.restricted, precision)
+        except RuntimeError as error:  # some forward passes name a dtype themselves
+            raise EqualityError(
+                f"The dense model does not run in {precision.dtype} ({first_line(error)}): {_ANOTHER}"
+            ) from error
+        if any(x.isnan().any() for x in outputs(output)):
+            raise EqualityError(f"The dense model's own output has NaN on the example input: {_ANOTHER}")
+        return output, narrows
+
+    def _pruned_output(self, precision: _Precision, noise: float) -> tuple[Any, bool]:
+        """Return (output of the pruned model, True if the pass narrows types)."""
+        tensors = _copies(self._pruned, precision.dtype)
+        if noise:
+            keep = self._record.kept(self._gone)
+            _add_noise_(tensors, self._dense_shapes(), self._record, keep, noise)
+        return self._output(self._pruned, tensors, [], precision)
+
+    def _output(
+        self, model: nn.Module, tensors: dict[str, Tensor], restricted: list[Restricted], precision: _Precision
+    ) -> tuple[Any, bool]:
+        """Run a copy of `model` with new tensors, and with statistics restricted to the remaining channels.
+
+        tensors: {name: tensor} of all parameters and buffers. Returns (output, True if the pass narrows types).
+        """
+
+        def wide(x: Tensor) -> Tensor:
+            return _in_precision(x, precision.dtype)
+
+        replacements = {id(x): tensors[name] for name, x in tensors_of(model)}
+        copied = skeleton(model, replacements, wide)
+        args, kwargs = duplicate((self._args, dict(self._kwargs)), wide)
         with undisturbed(), sdpa_kernel(SDPBackend.MATH), following(copied, set()) as stack:
-            _seed(0)  # a pass that draws numbers draws the same
-            with _Restricting(restricted, gone, stack, dtype, widens) as mode:
-                result = copied(*inputs, **options)
-        narrows |= mode.narrows
-        return result
+            _seed(0)  # a pass that draws numbers draws the same in both models
+            with _Restricting(restricted, self._gone, stack, precision) as mode:
+                output = copied(*args, **kwargs)
+        return output, mode.narrows
 
-    shapes = {name: x.shape for name, x in model.named_parameters()}
-    tensors = {name: wide(x) for name, x in tensors_of(model)}
-    if noise:
-        _add_noise_(tensors, shapes, record, {}, noise)
-    _blind_(tensors, record, gone)
-    try:
-        expected = run(model, tensors, record.restricted)
-    except RuntimeError as error:  # some forward passes name a dtype themselves
-        raise EqualityError(f"The dense model does not run in {dtype} ({first_line(error)}): {_ANOTHER}") from error
-    if any(bool(x.isnan().any()) for x in outputs(expected)):
-        raise EqualityError(f"The dense model's own output has NaN on the example input: {_ANOTHER}")
-    tensors = {name: wide(x) for name, x in tensors_of(pruned)}  # in the place of the dense ones
-    if noise:
-        _add_noise_(tensors, shapes, record, record.kept(gone), noise)
-    error, scale = difference(expected, run(pruned, tensors, []))
-    terms = sum(cost.terms for cost in record.costs)
-    tolerance = 8 * torch.finfo(dtype).eps * max(terms, 1) ** 0.5 * scale
-    names = {f"{r.name} in {r.module}" if r.module else r.name: None for r in record.restricted if gone[r.labels].any()}
-    report = Report(error, scale, tolerance, str(dtype).removeprefix("torch."), tuple(names), noise > 0)
-    return report, narrows
+    def _dense_shapes(self) -> dict[str, torch.Size]:
+        return {name: x.shape for name, x in self._model.named_parameters()}
+
+    def _names_of_restricted(self) -> tuple[str, ...]:
+        """Name the statistics over removed labels, each once, for example "native_layer_norm in layers.0.norm"."""
+        names = []
+        for statistic in self._record.restricted:
+            if self._gone[statistic.labels].any():
+                place = f" in {statistic.module}" if statistic.module else ""
+                names.append(f"{statistic.name}{place}")
+        return tuple(dict.fromkeys(names))
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def difference(expected: Any, results: Any) -> tuple[float, float]:
-    """(the largest difference between the outputs of two models, the largest number in those of the first).
+    """Compare the outputs of two models.
 
-    The difference is infinite where shapes differ, or whole numbers, truth values or numbers of Python. A number far
-    beyond all that differ is not the largest: the -1e9 of a mask says nothing about rounding. Raises EqualityError
-    where there is no finite number to compare.
+    expected, results: outputs of the dense and of the pruned model, in any form read by `returned.outputs`.
+
+    Returns (largest difference, largest number of `expected`).
+
+    The difference is infinite if shapes differ, or tensors of whole numbers or truth values, or numbers of Python.
+
+    The largest number tells how much rounding is allowed, so only computed numbers may count: the -1e9 of a mask, the
+    same in both outputs, would hide a wrong cut. Computed numbers differ by rounding, and a number of more than FAR
+    times the largest number that differs is taken for a mask's.
+
+    Raises EqualityError if `expected` has no finite number.
     """
-    shapes = [[x.shape for x in outputs(value)] for value in (expected, results)]
-    if shapes[0] != shapes[1] or numbers(expected) != numbers(results):
+    shapes_expected = [x.shape for x in outputs(expected)]
+    shapes_of_results = [x.shape for x in outputs(results)]
+    if shapes_expected != shapes_of_results or numbers(expected) != numbers(results):
         return math.inf, 0.0
-    pairs = [(_real(a), _real(b)) for a, b in zip(outputs(expected), outputs(results), strict=True)]
-    if not any(bool(a.isfinite().any()) for a, _ in pairs):
+
+    exact: list[tuple[Tensor, Tensor]] = []
+    rounded: list[tuple[Tensor, Tensor]] = []
+    for a, b in zip(outputs(expected), outputs(results), strict=True):
+        if a.is_floating_point() or a.is_complex():
+            rounded.append((_real(a), _real(b)))
+        else:
+            exact.append((_real(a), _real(b)))
+    if not any(a.isfinite().any() for a, _ in exact + rounded):
         raise EqualityError(f"The dense model's output has no finite number to compare: {_ANOTHER}")
-    exact = [(a, b) for a, b in pairs if not a.is_floating_point()]
-    rounded = [(a, b) for a, b in pairs if a.is_floating_point()]
-    error = 0.0 if all(torch.equal(a, b) for a, b in exact) else math.inf
-    limit = 0.0  # of what differs
+
+    exact_are_equal = all(torch.equal(a, b) for a, b in exact)
+    error = 0.0 if exact_are_equal else math.inf
+    largest_differing = 0.0  # the largest number of `expected` that a result differs from
     for a, b in rounded:
         differs = a != b
         if differs.any():
-            error = max(error, float((a - b)[differs].abs().nan_to_num(math.inf, math.inf).max()))
-            limit = max(limit, float(a[differs].abs().nan_to_num(0, 0).max()))
-    scale = 0.0
-    for a, _ in rounded or exact:
-        size = a.double().abs()
-        near = size[size.isfinite() & (size <= (FAR * limit if limit else math.inf))]
-        scale = max(scale, float(near.max())) if len(near) else scale
+            error = max(error, _largest_difference(a[differs], b[differs]))
+            largest_differing = max(largest_differing, _largest(a[differs]))
+    limit = FAR * largest_differing if largest_differing else math.inf
+    scale = max(_largest(a, limit) for a, _ in rounded or exact)
     return error, scale
 
 
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """Return max |a - b| of two float64 tensors; infinite if a difference is NaN."""
+    differences = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    return float(differences.max())
+
+
+def _largest(x: Tensor, limit: float = math.inf) -> float:
+    """Return the largest finite |x| up to `limit`; 0 if all numbers are larger or not finite."""
+    sizes = x.double().abs()
+    counted = sizes[sizes.isfinite() & (sizes <= limit)]
+    return float(counted.max()) if len(counted) else 0.0
+
+
 def _real(x: Tensor) -> Tensor:
-    """On the CPU, in float64 if it is not of whole numbers or truth values; a complex number is two."""
-    x = (x.to_dense() if x.layout is not torch.strided else x).cpu()
-    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    """Return `x` as a dense tensor on the CPU, complex numbers as pairs, floating-point numbers in float64."""
+    if x.layout is not torch.strided:
+        x = x.to_dense()
+    x = x.cpu()
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
     return x.double() if x.is_floating_point() else x
+
+
+# --- copies of the tensors --------------------------------------------------------------------------------------------
+
+
+def _in_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of `x`, in `dtype` if `x` is of floating-point numbers."""
+    dtype = dtype if x.is_floating_point() else x.dtype
+    return x.detach().to(dtype, copy=True)
+
+
+def _copies(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return copies of all parameters and buffers, {name: tensor}."""
+    return {name: _in_precision(x, dtype) for name, x in tensors_of(model)}
 
 
 def _seed(seed: int) -> None:
@@ -206,87 +325,173 @@ def _seed(seed: int) -> None:
 
 
 def _add_noise_(
-    tensors: dict[str, Tensor], shapes: Mapping[str, torch.Size], record: Record, keep: Mapping, noise: float
+    tensors: dict[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    record: Record,
+    keep: Mapping[str, Mapping[int, Tensor]],
+    noise: float,
 ) -> None:
-    """The same noise on every parameter, of those `shapes` before the cut; buffers (a variance) are left alone."""
+    """Add normal noise to every parameter, the same in the dense and in the pruned model; buffers are left alone.
+
+    tensors: {name: tensor}, changed in place. shapes: of the dense model's parameters.
+    keep: {parameter: {dimension: kept indices}}, empty for the dense model.
+    noise: standard deviation.
+    """
     generator = torch.Generator()
     for name, shape in shapes.items():
-        if tensors[name].is_floating_point():
-            generator.manual_seed(zlib.crc32(record.first(name).encode()))  # what shares memory has the same noise
-            x = torch.randn(shape, generator=generator, dtype=tensors[name].dtype).mul_(noise)
-            for dim, indices in keep.get(name, {}).items():
-                x = x.index_select(dim, indices)
-            tensors[name] += x.to(tensors[name].device)
+        if not tensors[name].is_floating_point():
+            continue
+        first_name = record.first(name)  # parameters that share memory get the same noise
+        generator.manual_seed(zlib.crc32(first_name.encode()))
+        x = torch.randn(shape, generator=generator, dtype=tensors[name].dtype)
+        x.mul_(noise)
+        for dim, indices in keep.get(name, {}).items():
+            x = x.index_select(dim, indices)
+        tensors[name] += x.to(tensors[name].device)
 
 
 def _blind_(tensors: dict[str, Tensor], record: Record, gone: np.ndarray) -> None:
-    """Zeros in the dense model's columns that read what is gone."""
+    """Set the columns of the dense model's weights that read removed channels to zero.
+
+    tensors: {name: tensor}, changed in place. gone: [labels] bool.
+    """
     reads = np.zeros(len(gone), dtype=bool)
     for labels in record.contracted:
         reads[labels] = True
+    reads_what_is_gone = reads & gone
     for axis in record.axes:
-        columns = torch.from_numpy((gone & reads)[axis.base : axis.base + axis.size].nonzero()[0])
-        for name in record.names(axis.name) if len(columns) else ():
-            tensors[name].index_fill_(axis.dim, columns.to(tensors[name].device), 0)
+        columns = _indices(reads_what_is_gone[_labels(axis)])
+        if not len(columns):
+            continue
+        for name in record.names(axis.name):
+            x = tensors[name]
+            x.index_fill_(axis.dim, columns.to(x.device), 0)
+
+
+def _labels(axis: Axis) -> slice:
+    """Return the labels of the indices of a parameter's dimension."""
+    return slice(axis.base, axis.base + axis.size)
+
+
+def _indices(mask: np.ndarray) -> Tensor:
+    """Return the indices of the True entries of a mask [n], int64."""
+    return torch.from_numpy(mask.nonzero()[0])
+
+
+# --- statistics over the channels that stay ---------------------------------------------------------------------------
+
+
+class _Norm(NamedTuple):
+    """A norm over the remaining entries, and the place of the normalised values among zeros."""
+
+    zeros: Tensor  # of the shape of the norm's input
+    dim: int
+    stays: Tensor  # indices in that dimension
 
 
 class _Restricting(TorchDispatchMode):
-    """Makes the statistics over pruned channels see only those that stay, and if it `widens` all types as wide."""
+    """A mode in which statistics over pruned channels are taken over the remaining channels only.
 
-    def __init__(
-        self, restricted: list[Restricted], gone: np.ndarray, stack: list[str], dtype: torch.dtype, widens: bool
-    ) -> None:
+    restricted: the statistics in the trace.
+    gone: [labels] bool, True for removed labels.
+    stack: names of the running modules, the innermost last.
+    precision: if `widens`, narrower types are replaced by the precision's dtype.
+
+    `narrows` tells afterwards whether the pass cast a tensor to a narrower type.
+    """
+
+    def __init__(self, restricted: list[Restricted], gone: np.ndarray, stack: list[str], precision: _Precision) -> None:
         super().__init__()
         self.narrows = False
-        self._dtype, self._widens = dtype, widens
-        self._calls: Counter = Counter()
+        self._precision = precision
         self._stack = stack
-        self._watched = {r.name for r in restricted}
-        self._places: dict[tuple[str, str, int], list[tuple[Restricted, np.ndarray]]] = {}
-        for r in restricted:
-            if gone[r.labels].any():
-                self._places.setdefault((r.name, r.module, r.number), []).append((r, gone[r.labels]))
+        self._calls: Counter[tuple[str, str]] = Counter()  # of each operator in each module
+        self._watched = {statistic.name for statistic in restricted}
+        self._statistics = defaultdict(list)  # {(operator, module, number of the call): [(statistic, mask of gone)]}
+        for statistic in restricted:
+            is_gone = gone[statistic.labels]
+            if is_gone.any():
+                call = (statistic.name, statistic.module, statistic.number)
+                self._statistics[call].append((statistic, is_gone))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def __torch_dispatch__(
+        self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: Mapping | None = None
+    ):
         name = name_of(func)
-        named = kwargs.get("dtype") or self._dtype
-        if named.is_floating_point and named.itemsize < self._dtype.itemsize:
-            self.narrows |= name == "_to_copy" and args[0].dtype is self._dtype
-            if self._widens:
-                kwargs = {**kwargs, "dtype": self._dtype}
+        kwargs = self._widened(name, args, kwargs or {})
         if name not in self._watched:
             return func(*args, **kwargs)
         place = (name, self._stack[-1])
         number = self._calls[place]
         self._calls[place] += 1
-        args, norms = list(args), []
-        for r, gone in self._places.get((*place, number), ()):
-            x = args[r.argument]
-            if x.shape[r.dim] != len(gone):
-                raise RuntimeError(f"{name} in {r.module or 'the model'} is not called as it was in the trace")
-            stays, goes = (torch.from_numpy(mask.nonzero()[0]).to(x.device) for mask in (~gone, gone))
-            if r.kind == "mask":
-                args[r.argument] = x.index_fill(r.dim, goes, 0)
+        statistics = self._statistics.get((*place, number), ())
+        return self._restricted_call(func, args, kwargs, statistics)
+
+    def _widened(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Note a cast to a type narrower than the precision's, and return the arguments with a widened type."""
+        dtype = self._precision.dtype
+        requested = kwargs.get("dtype") or dtype
+        is_narrow = requested.is_floating_point and requested.itemsize < dtype.itemsize
+        if is_narrow and name == "_to_copy" and args[0].dtype is dtype:
+            self.narrows = True
+        if is_narrow and self._precision.widens:
+            return {**kwargs, "dtype": dtype}
+        return kwargs
+
+    def _restricted_call(
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        statistics: Sequence[tuple[Restricted, np.ndarray]],
+    ) -> Any:
+        """Call an operator over the remaining entries; the result of a norm gets zeros for the removed entries."""
+        name = name_of(func)
+        args = list(args)
+        norms: list[_Norm] = []
+        for statistic, is_gone in statistics:
+            x = args[statistic.argument]
+            if x.shape[statistic.dim] != len(is_gone):
+                place = statistic.module or "the model"
+                raise RuntimeError(f"{name} in {place} is not called as it was in the trace")
+            stays = _indices(~is_gone).to(x.device)
+            if statistic.kind == "mask":
+                goes = _indices(is_gone).to(x.device)
+                args[statistic.argument] = x.index_fill(statistic.dim, goes, 0)
                 continue
-            if r.kind == "norm":
-                norms.append((torch.zeros_like(x, memory_format=torch.contiguous_format), r.dim, stays))
-                _shrink_norm_(name, args, r.dim, stays)
-            args[r.argument] = x.index_select(r.dim, stays)
+            if statistic.kind == "norm":
+                zeros = torch.zeros_like(x, memory_format=torch.contiguous_format)
+                norms.append(_Norm(zeros, statistic.dim, stays))
+                _shrink_norm_(name, args, statistic.dim, stays)
+            args[statistic.argument] = x.index_select(statistic.dim, stays)
         out = func(*args, **kwargs)
-        if name == "_weight_norm_interface":  # what a blind model does not read has the norm 0
-            out = (out[0].nan_to_num(0, torch.inf, -torch.inf), *out[1:])
+        if name == "_weight_norm_interface":  # a weight that the blind model does not read has the norm 0
+            normalised, *rest = out
+            out = (normalised.nan_to_num(0, torch.inf, -torch.inf), *rest)
         for zeros, dim, stays in reversed(norms):
-            out = (zeros.index_copy_(dim, stays, out[0]), *out[1:])
+            normalised, *rest = out
+            out = (zeros.index_copy_(dim, stays, normalised), *rest)
         return out
 
 
-def _shrink_norm_(name: str, args: list, dim: int, stays: Tensor) -> None:
-    """The other arguments of a norm over dimension `dim` of args[0], of which `stays` remain."""
-    if name == "native_layer_norm":
-        shift = args[0].dim() - len(args[1])
-        args[1] = [len(stays) if d + shift == dim else n for d, n in enumerate(args[1])]
-        args[2:4] = [x if x is None else x.index_select(dim - shift, stays) for x in args[2:4]]
-    elif name == "native_group_norm":
-        args[1:3] = [x if x is None else x.index_select(0, stays) for x in args[1:3]]
+def _shrink_norm_(name: str, args: list[Any], dim: int, stays: Tensor) -> None:
+    """Reduce the arguments of a norm after the first to the remaining entries of dimension `dim` of the input args[0].
+
+    name: of the operator. args: in the order of the ATen schema, changed in place. stays: indices of those entries.
+    """
+    if name == "native_layer_norm":  # input, normalized_shape, weight, bias, eps
+        shape = list(args[1])
+        dim_in_shape = dim - (args[0].dim() - len(shape))
+        if dim_in_shape >= 0:
+            shape[dim_in_shape] = len(stays)
+        args[1] = shape
+        args[2] = _selected(args[2], dim_in_shape, stays)
+        args[3] = _selected(args[3], dim_in_shape, stays)
+    elif name == "native_group_norm":  # input, weight, bias, N, C, ...
+        args[1] = _selected(args[1], 0, stays)
+        args[2] = _selected(args[2], 0, stays)
         args[4] = len(stays)
+
+
+def _selected(x: Tensor | None, dim: int, indices: Tensor) -> Tensor | None:
+    return None if x is None else x.index_select(dim, indices)

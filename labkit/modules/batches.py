@@ -1,257 +1,214 @@
-"""Batches: what one holds, its loss, which of its tokens are no padding, and a model that is afterwards as it was.
+"""Read batches of any form: the model's arguments, the labels, and the tokens without padding.
 
-A DataLoader of (inputs, labels), a list of tensors and a tokenizer's dicts mean the same to everything that looks at
-data. Moves nothing between devices, and trains nothing (see `training`).
+A batch is a tensor, a tuple (inputs, labels) of a DataLoader, or the dict of a tokenizer. An argument `batches`, in all
+of labkit, is an iterable of batches of any form:
+
+>>> import torch
+>>> from labkit import batches
+>>> model = torch.nn.Linear(4, 3)
+>>> images, labels = torch.randn(8, 4), torch.randint(3, (8,))
+>>> args, kwargs, target = batches.split(model, (images, labels))
+>>> len(args), kwargs, target is labels
+(1, {}, True)
+>>> list(batches.inputs(model, (images, labels)))
+['input']
+>>> with batches.evaluating(model):
+...     model(*args, **kwargs).shape
+torch.Size([8, 3])
+
+No tensor is moved to a different device. The loss of a batch is in `losses`; training is in `labkit.training`.
 """
 
 import inspect
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.arguments import check_module, check_tensor
+from labkit.arguments import check_tensor
 from labkit.errors import InputError, check_whole
+from labkit.modules.evaluating import evaluating
+from labkit.modules.hooks import watching
+
+__all__ = [
+    "IGNORED",
+    "check_batches",
+    "evaluating",  # for whoever reads batches needs it beside them
+    "inputs",
+    "is_encoder_decoder",
+    "labelled",
+    "not_empty",
+    "predicts_next",
+    "segments",
+    "split",
+    "valid_tokens",
+    "watching",  # `labkit.batches.watching` in lessons
+]
 
 IGNORED = -100  # the label that cross-entropy leaves out
 
+# --- a single batch ---------------------------------------------------------------------------------------------------
 
-@contextmanager
-def evaluating(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Inside, every submodule is in eval mode; afterwards modes and random states are as before, errors or not.
 
-    Random states are those of torch, numpy and Python.
-    seed: for torch's generators inside; None leaves them where they are.
+def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
+    """Split a batch into (args, kwargs, target), so that model(*args, **kwargs) runs on the batch.
+
+    target: the labels; None if the batch has no labels.
+    batch: a tensor is the only argument.
+        A dict holds keyword arguments, `labels` among them.
+        A tuple or list holds the arguments in the order of `forward`; if longer than `forward` needs, the last item is
+        the target.
+
+    If `forward` has a parameter `labels`, as in transformers models, the target is passed as `labels` too. The last
+    item of a tuple is then the target if `labels` stand at the item's position, or if the item has one dimension, [B].
+    Zeros and ones at the position of a mask are the mask.
+
+    Raises InputError for any other last item of two or more dimensions, which could be labels or an argument.
     """
-    check_module(model)
-    modes = [(module, module.training) for module in model.modules()]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
-            for module, training in modes:
-                module.training = training
-
-
-# --- what a batch holds -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, each call of a module of these names, which takes one tensor, ends in look(name, input, result).
-
-    InputError for a name that is none of the model's modules.
-    """
-    names, modules = list(names), dict(model.named_modules(remove_duplicate=False))
-    for name in names:
-        if name not in modules:
-            raise InputError(
-                f"{type(model).__name__} has no module {name!r}: take a name from model.named_modules(), such as "
-                f"{', '.join(map(repr, list(modules)[1:4]))}."
-            )
-
-    def hook(name: str):
-        return lambda _, args, kwargs, result: look(name, next(iter((*args, *kwargs.values()))), result)
-
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.callback(modules[name].register_forward_hook(hook(name), with_kwargs=True).remove)
-        yield
-
-
-def split(model: nn.Module, batch: Any) -> tuple[tuple, dict, Any]:
-    """(args, kwargs, target) of one batch; target is None where the batch has no label.
-
-    A tensor is the one argument. A dict holds keyword arguments, `labels` among them. A tuple holds the arguments in
-    the order of `forward` and, when it is longer than what `forward` needs, the target as its last item.
-    Where `forward` takes `labels`, as that of a transformers model does, the target is bound to that name: it is what
-    stands at their place or has one dimension, [B]. Zeros and ones at the place of a mask are the mask, an argument.
-    InputError for another last item of two or more dimensions, which may be labels or what stands at its place.
-    """
-    parameters = inspect.signature(model.forward).parameters
     if isinstance(batch, Mapping):
-        takes = _takes_labels(model, batch)
-        kwargs = {name: value for name, value in batch.items() if takes or name != "labels"}
-        return (), kwargs, batch.get("labels")
-    if not isinstance(batch, (tuple, list)):
-        return (batch,), {}, None
-    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty and p.name != "labels" for p in positional)
-    if len(batch) <= max(needed, 1):
+        return (), _keyword_arguments(model, batch), batch.get("labels")
+    if isinstance(batch, (tuple, list)):
+        return _split_sequence(model, batch)
+    return (batch,), {}, None
+
+
+def _keyword_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the items of a dict; `labels` only if `forward` has such a parameter."""
+    takes_labels = _takes_labels(model, batch)
+    return {name: value for name, value in batch.items() if takes_labels or name != "labels"}
+
+
+def _split_sequence(model: nn.Module, batch: Sequence[Any]) -> tuple[tuple, dict[str, Any], Any]:
+    """Split a tuple or list of arguments, possibly followed by a target: see `split`."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    takes_labels = any(p.name == "labels" for p in parameters)
+    required = sum(p.default is p.empty and p.name != "labels" for p in positional)
+    if len(batch) <= max(required, 1):
         return tuple(batch), {}, None
+
     *args, target = batch
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    if len(args) > len(positional) and not takes_any:
+    if len(args) > len(positional) and not takes_any_number:
         raise InputError(
             f"A batch has {len(args)} inputs and its labels, more than {type(model).__name__} takes: give what it is "
             "called with, and the labels as the last item."
         )
-    if "labels" not in parameters:
+    if not takes_labels:
         return tuple(args), {}, target
-    place = positional[len(args)].name if len(args) < len(positional) else None
-    if place is not None and "mask" in place and _is_mask(target):
+
+    last_name = positional[len(args)].name if len(args) < len(positional) else None
+    if last_name is not None and "mask" in last_name and _is_mask(target):
         return tuple(batch), {}, None
-    if place not in ("labels", None) and not (isinstance(target, Tensor) and target.dim() == 1):
+    is_one_label_an_example = isinstance(target, Tensor) and target.dim() == 1
+    if last_name not in ("labels", None) and not is_one_label_an_example:
         raise InputError(
-            f"The last of {len(batch)} items of a batch may be the labels or the {place} of {type(model).__name__}: "
-            "give a dict that names each item, such as {'input_ids': ids, 'labels': labels}."
+            f"The last of {len(batch)} items of a batch may be the labels or the {last_name} of "
+            f"{type(model).__name__}: give a dict that names each item, such as {{'input_ids': ids, 'labels': labels}}."
         )
     return tuple(args), {"labels": target}, target
 
 
 def _is_mask(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 1 and bool(((x == 0) | (x == 1)).all())
+    """Tell whether `x` is a tensor of two or more dimensions that holds only zeros and ones."""
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        return False
+    zeros_and_ones = (x == 0) | (x == 1)
+    return bool(zeros_and_ones.all())
 
 
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """What `forward` gets for this batch by name, without labels: `model(**inputs(model, batch))`."""
+    """Return the arguments of `forward` for a batch by name, without labels: model(**inputs(model, batch)) runs.
+
+    batch: in any of the forms of `split`.
+    """
     args, kwargs, _ = split(model, batch)
-    bound = inspect.signature(model.forward).bind_partial(*args).arguments
-    return {name: value for name, value in {**bound, **kwargs}.items() if name != "labels"}
+    named = inspect.signature(model.forward).bind_partial(*args).arguments
+    return {name: value for name, value in {**named, **kwargs}.items() if name != "labels"}
 
 
 def labelled(model: nn.Module, batch: Any) -> Any:
-    """The batch as a dict with labels that leave padding out; a decoder's own tokens are its labels where it has none.
+    """Return the batch as a dict of arguments with `labels` in which padding is IGNORED.
 
-    A batch without labels, and that of a model that takes none, comes back as it is.
+    A batch of a decoder without labels is labelled with the decoder's input tokens. Any other batch without labels, and
+    a batch of a model that takes no labels, is returned unchanged.
     """
     if not _takes_labels(model, batch):
         return batch
-    named, (_, _, labels) = inputs(model, batch), split(model, batch)
+    named = inputs(model, batch)
+    _, _, labels = split(model, batch)
     if labels is None and predicts_next(model):
         labels = named.get("input_ids")
     if labels is None:
         return batch
     mask = named.get("attention_mask")
-    if mask is not None and labels.shape == mask.shape and not _is_encoder_decoder(model):
+    if mask is not None and labels.shape == mask.shape and not is_encoder_decoder(model):
         labels = labels.masked_fill(mask == 0, IGNORED)
     return {**named, "labels": labels}
 
 
 def _takes_labels(model: nn.Module, batch: Any) -> bool:
-    """Whether `forward` has a parameter for labels, or takes whatever a dict names."""
+    """Tell whether `forward` has a parameter `labels`, or takes any keyword argument and the batch is a dict."""
     parameters = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return "labels" in parameters or (takes_any and isinstance(batch, Mapping))
+    if "labels" in parameters:
+        return True
+    takes_any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_any_keyword and isinstance(batch, Mapping)
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Tell whether the config of a transformers model describes an encoder-decoder, like T5."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
-def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tensor) -> Tensor:
-    """Which of the tokens of `x` are no padding: [B, T] bool.
+def predicts_next(model: nn.Module) -> bool:
+    """Tell whether the output at position t is scored against token t + 1: a decoder with a language model head."""
+    can_generate = getattr(model, "can_generate", lambda: False)()
+    return can_generate and not is_encoder_decoder(model)
 
-    named: `inputs` of the batch.
-    part: the module that x belongs to; in an encoder-decoder it says whose mask counts.
+
+def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tensor) -> Tensor:
+    """Tell for each token of `x` whether the token is real or padding: [B, T] bool, True for real tokens.
+
+    named: the arguments of the forward pass by name (`inputs` of the batch); `attention_mask` marks the padding.
+    part: name of the module that reads or gives `x`; in the decoder of an encoder-decoder the decoder's mask counts.
     x: [B, T, width] or [B * T, width].
+
+    Without a mask of fitting size every token is real.
     """
-    prefix = "decoder_" if _is_encoder_decoder(model) and "decoder" in part.split(".") else ""
-    mask, ids = named.get(f"{prefix}attention_mask"), named.get(f"{prefix}input_ids")
+    in_decoder = is_encoder_decoder(model) and "decoder" in part.split(".")
+    prefix = "decoder_" if in_decoder else ""
+    mask = named.get(f"{prefix}attention_mask")
+    ids = named.get(f"{prefix}input_ids")
     tokens = x.numel() // x.shape[-1]
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == tokens:
         return mask.to(x.device) != 0
     if x.dim() > 2:
-        return torch.ones(x.shape[0], tokens // x.shape[0], dtype=torch.bool, device=x.device)
-    shape = ids.shape if isinstance(ids, Tensor) and ids.numel() == tokens else (tokens, 1)
-    return torch.ones(shape, dtype=torch.bool, device=x.device)
-
-
-# --- losses -----------------------------------------------------------------------------------------------------------
-
-
-def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
-    """The scalar loss of one batch: loss_fn(output, target), else the model's own `.loss`, else cross-entropy.
-
-    Where the batch has no label, `loss_fn` gets the batch itself as the target.
-    """
-    args, kwargs, target = split(model, batch)
-    output = model(*args, **kwargs)
-    if loss_fn is not None:
-        loss = loss_fn(output, batch if target is None else target)
-    elif isinstance(getattr(output, "loss", None), Tensor):
-        loss = output.loss
-    elif target is not None:
-        loss = cross_entropy(getattr(output, "logits", output), target)
+        shape = (x.shape[0], tokens // x.shape[0])
+    elif isinstance(ids, Tensor) and ids.numel() == tokens:
+        shape = ids.shape
     else:
-        raise InputError(
-            "This needs a loss, but the batches have no labels: give (inputs, labels), dicts with 'labels', or a "
-            "loss_fn of your own."
-        )
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise InputError("loss_fn must return one number for a batch: reduce it, for example with .mean().")
-    return loss
-
-
-def cross_entropy(scores: Any, labels: Any) -> Tensor:
-    """F.cross_entropy; InputError where labels do not belong to such scores."""
-    try:
-        return F.cross_entropy(scores, labels)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"Cross-entropy takes scores [B, classes] and a label [B] for each, not {_described(scores)} and "
-            f"{_described(labels)} ({str(error).splitlines()[0].rstrip('.')}): give these, or a loss_fn of your own."
-        ) from error
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -> tuple[Tensor, int]:
-    """(sum of the loss over the batch's terms, how many they are): what adds up whatever the batches are.
-
-    Terms: predicted tokens where the labels are token ids, else examples; padding is no term. A `loss_fn(output,
-    target)` of the caller is taken to be a mean over the examples. A decoder's loss is computed here, in float32 or
-    wider: models themselves go down to float32.
-    """
-    batch = labelled(model, batch) if loss_fn is None else batch
-    named = inputs(model, batch)
-    _, _, labels = split(model, batch)
-    if loss_fn is None and predicts_next(model) and isinstance(labels, Tensor):
-        logits, targets = model(**named).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # [B * (T - 1), ...]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        return loss, int((targets != IGNORED).sum())
-    terms = len(next(iter(named.values())))  # examples
-    if loss_fn is None and isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-        terms = int((labels != IGNORED).sum())
-    return batch_loss(model, batch, loss_fn) * terms, terms
-
-
-def predicts_next(model: nn.Module) -> bool:
-    """Whether position t of the output is scored against token t + 1: a decoder with a language model head."""
-    able = getattr(model, "can_generate", lambda: False)()
-    return able and not _is_encoder_decoder(model)
+        shape = (tokens, 1)
+    return torch.ones(shape, dtype=torch.bool, device=x.device)
 
 
 # --- many batches -----------------------------------------------------------------------------------------------------
 
 
 def check_batches(batches: Iterable | None, criterion: str) -> Iterable:
-    """`batches` if it can be an iterable of batches, else an InputError."""
+    """Return `batches`, an iterable of batches.
+
+    criterion: the name of a criterion in need of data, for the error.
+
+    Raises InputError for None, a single batch, or an object without iteration.
+    """
     if batches is None:
         raise InputError(
             f"Criterion {criterion!r} looks at data: give batches, an iterable of what the model is called with."
         )
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+    is_single = isinstance(batches, (Tensor, Mapping, str))
+    if is_single or not isinstance(batches, Iterable):
         raise InputError(
             f"batches is one {type(batches).__name__}, but it must be an iterable of batches: put it in a list."
         )
@@ -259,7 +216,7 @@ def check_batches(batches: Iterable | None, criterion: str) -> Iterable:
 
 
 def not_empty(batches: Iterable) -> Iterator:
-    """The batches one by one, none kept; an InputError if there is none."""
+    """Yield the batches without keeping a batch in memory; raise InputError at the end of an empty iterable."""
     empty = True
     for batch in batches:
         empty = False
@@ -271,9 +228,12 @@ def not_empty(batches: Iterable) -> Iterator:
 
 
 def segments(tokens: Tensor, n: int, length: int, *, seed: int = 0) -> list[Tensor]:
-    """n batches [1, length]: pieces of `tokens` [N] from random places, as SparseGPT and Wanda calibrate.
+    """Cut `n` segments [1, length] out of a text at random positions: calibration data as SparseGPT and Wanda use it.
 
-    A larger n starts with the pieces of a smaller one. Raises InputError where the text is shorter than a piece.
+    tokens: [N] token ids of the text.
+    seed: of the positions; with the same seed a larger n begins with the segments of a smaller n.
+
+    Raises InputError if the text is shorter than a segment.
     """
     check_whole(n, "n")
     check_whole(length, "length")

@@ -1,11 +1,11 @@
-"""A model block by block: its stack of blocks, each run by itself, passed over or resumed after, its inputs summed up.
+"""Walk through a model block by block: run a single block, skip blocks, and sum over the inputs of a block's layers.
 
-The course of SparseGPT (Frantar & Alistarh 2023) and GPTQ (Frantar et al. 2022): change a block by what its inputs are
-after the blocks before it were changed, then run the changed block to get the next one's. Nothing is changed here.
+SparseGPT (Frantar & Alistarh 2023) and GPTQ (Frantar et al. 2022) change a block, run the changed block, and change the
+next block by the inputs from the changed block. The walk changes no weight.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from labkit.errors import InputError
-from labkit.modules.batches import evaluating, not_empty, split, summed_loss
+from labkit.modules.batches import evaluating, not_empty, split
 from labkit.modules.hessians import watched
+from labkit.modules.hooks import first_tensor, forward_hooks
+from labkit.modules.losses import summed_loss
 from labkit.modules.stacks import blocks_of
 from labkit.modules.weights import Weight
 
@@ -23,11 +25,15 @@ from labkit.modules.weights import Weight
 def walk(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence
 ) -> Iterator[tuple[nn.Module, Callable[[], list]]]:
-    """(block, run) for each block in order: run() gives its outputs, one a batch, from what the blocks before now give.
+    """Yield (block, run) for each block in order; run() returns the outputs of the block, an output for each batch.
 
-    A run is one of the whole model in which earlier blocks compute nothing and which ends after the block, so masks and
-    positions are the model's own. Where the blocks do not pass one tensor on, each to the next, or there are none, the
-    model is the one block.
+    blocks: in running order (`stacks.blocks_of`). The whole model is taken as the only block if `blocks` is empty, or
+        if a block does not read the output of the block before.
+    batches: in any of the forms of `batches.split`.
+
+    A run calls the whole model, with the model's own masks and positions. Earlier blocks return the outputs of the last
+    run without computing, and the call ends after the block. Change a block before asking for the next block, and the
+    next block reads the outputs of the changed block.
     """
     if not blocks or not _is_chain(model, blocks, batches[0]):
         yield model, lambda: [_call(model, batch) for batch in batches]
@@ -48,73 +54,81 @@ def inputs_by_block(
     *,
     progress: str = "",
 ) -> Iterator[tuple[dict[str, Weight], dict[str, Tensor]]]:
-    """For each block that holds some of `weights`: ({name: weight}, {name: `statistic` summed over the inputs}).
+    """Yield ({name: weight}, {name: statistic}) for each block with some of the weights, in order.
 
-    The caller changes these weights before it asks for the next block, whose inputs are then what the changed ones
-    give. In memory: the statistics of one block and the hidden states of all batches. To be called without gradients
-    and in eval mode. InputError for a layer that the batches do not reach. progress: a label for a progress bar.
+    weights: {name: weight} to be visited.
+    statistic: statistic(layer, input) of a call, summed over all calls of the layer, for example `hessians.hessian`.
+    batches: in any of the forms of `batches.split`.
+    progress: a label for a progress bar; "" shows no bar.
+
+    The caller changes the weights of a block before asking for the next block; then the inputs of the next block come
+    from the changed weights. The statistics of a single block and the hidden states of all batches are in memory. To be
+    called without gradients and in eval mode. Raises InputError for a weight in a layer not reached by the batches.
     """
-    blocks, pending = blocks_of(model), set(weights)
-    for block, run in tqdm(walk(model, blocks, batches), total=len(blocks), desc=progress, disable=not progress):
-        inner = {id(module) for module in block.modules()}
-        inside = {name: weight for name, weight in weights.items() if id(weight.module) in inner}
-        if not inside:
+    blocks = blocks_of(model)
+    pending = set(weights)
+    steps = tqdm(walk(model, blocks, batches), total=len(blocks), desc=progress, disable=not progress)
+    for block, run in steps:
+        modules = {id(module) for module in block.modules()}
+        weights_inside = {name: weight for name, weight in weights.items() if id(weight.module) in modules}
+        if not weights_inside:
             continue
-        with watched(inside.values(), statistic) as sums:
+        with watched(weights_inside.values(), statistic) as sums:
             run()
-        if unseen := [name for name in inside if name not in sums]:
+        unseen = [name for name in weights_inside if name not in sums]
+        if unseen:
             raise InputError(
                 f"The batches did not reach {', '.join(unseen[:5])} as a layer's weight: name them in ignore, or take "
                 "a method that looks at no data."
             )
-        yield inside, {name: sums.pop(name)[0] for name in inside}
-        pending -= inside.keys()
+        yield weights_inside, {name: sums.pop(name)[0] for name in weights_inside}
+        pending -= weights_inside.keys()
         if not pending:
             return
 
 
-class _Last(Exception):
-    """What was asked of the run is there: the rest of the model need not compute."""
+class _Stop(Exception):
+    """Ends a forward pass, as the rest of the model need not be computed."""
 
 
-def _run_block(model: nn.Module, earlier: Sequence[nn.Module], block: nn.Module, pairs: Iterable[tuple]) -> list:
-    """What the block gives for each (batch, what the block before it gives)."""
+def _run_block(
+    model: nn.Module, earlier: Sequence[nn.Module], block: nn.Module, pairs: Iterable[tuple[Any, Any]]
+) -> list:
+    """Return the block's output for each (batch, output of the block before)."""
     outputs = []
 
-    def after(block: nn.Module, args: tuple, output: Any) -> None:
+    def stop(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         outputs.append(output)
-        raise _Last
+        raise _Stop
 
-    with ExitStack() as hooks:
-        hooks.callback(block.register_forward_hook(after).remove)
-        for batch, output in pairs:
-            with resuming(earlier, [output] * len(earlier)), suppress(_Last):
+    with forward_hooks([block], stop):
+        for batch, previous in pairs:
+            with resuming(earlier, [previous] * len(earlier)), suppress(_Stop):
                 _call(model, batch)
     return outputs
 
 
 def _is_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: Any) -> bool:
-    """Whether the blocks run once each and in order, and each reads what the one before it gives."""
-    order: list[nn.Module] = []
-    last: list[Any] = []
+    """Tell whether the blocks run once each and in order, and each block reads the output of the block before."""
+    started = 0
+    in_a_chain = True
+    previous: Tensor | None = None  # output of the block before
 
-    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        expected = blocks[len(order)] if len(order) < len(blocks) else None
-        if block is not expected or (last and hidden(args, kwargs) is not last[0]):
-            order.append(model)  # which is none of the blocks
-            raise _Last
-        order.append(block)
+    def check(number: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        nonlocal started, in_a_chain
+        reads_previous = previous is None or first_tensor(args, kwargs) is previous
+        if number != started or not reads_previous:
+            in_a_chain = False
+            raise _Stop
+        started += 1
 
-    def after(block: nn.Module, args: tuple, output: Any) -> None:
-        last[:] = [output if isinstance(output, Tensor) else output[0]]
+    def remember(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        nonlocal previous
+        previous = output if isinstance(output, Tensor) else output[0]
 
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(block.register_forward_hook(after).remove)
-        with suppress(_Last):
-            _call(model, batch)
-    return len(order) == len(blocks) and order[-1] is blocks[-1]
+    with forward_hooks(blocks, check, before=True), forward_hooks(blocks, remember), suppress(_Stop):
+        _call(model, batch)
+    return in_a_chain and started == len(blocks)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -122,48 +136,39 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def hidden(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The hidden states that a block which is called so reads, [B, T, width]: the first tensor among its arguments."""
-    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-
-
 @contextmanager
 def skipping(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, these blocks pass their input on."""
+    """Let the blocks return the input unchanged, as long as the `with` block runs."""
 
-    def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        states = hidden(args, kwargs)
+    def pass_on(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Any:
+        states = first_tensor(args, kwargs)
         return states if isinstance(output, Tensor) else (states, *output[1:])
 
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.callback(block.register_forward_hook(after, with_kwargs=True).remove)
+    with forward_hooks(blocks, pass_on):
         yield
-
-
-@contextmanager
-def remembering(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Inside, what each block gives is put into the list, for `resuming`."""
-    outputs: list[Any] = []
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.callback(block.register_forward_hook(lambda _, __, output: outputs.append(output)).remove)
-        yield outputs
 
 
 @contextmanager
 def resuming(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Inside, the first len(outputs) blocks give these outputs and compute nothing."""
-    before = [(block, vars(block).get("forward")) for block, _ in zip(blocks, outputs, strict=False)]
-    for (block, _), output in zip(before, outputs, strict=True):
-        block.forward = lambda *args, output=output, **kwargs: output
+    """Let the first len(outputs) blocks return `outputs` without computing, as long as the `with` block runs."""
+    resumed = blocks[: len(outputs)]
+    overridden = [vars(block).get("forward") for block in resumed]  # None for the method of the class
+    for block, output in zip(resumed, outputs, strict=True):
+        block.forward = _returning(output)
     try:
         yield
     finally:
-        for block, forward in before:
+        for block, forward in zip(resumed, overridden, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return output
+
+    return forward
 
 
 @torch.no_grad()
@@ -174,20 +179,38 @@ def loss_increases(
     batches: Iterable,
     loss_fn: Callable | None,
 ) -> Tensor:
-    """How much the mean loss per term (`batches.summed_loss`) grows inside each change: [changes] float64, on the CPU.
+    """Measure how much the mean loss per term (`losses.summed_loss`) grows inside each change.
 
-    changes: (how many of the first blocks it leaves as they are, the change): for each and each batch the model runs
-    from there on. batches: read once.
+    blocks: the model's blocks, in running order.
+    changes: (number of first blocks without a change, the change as a context manager); for each batch the unchanged
+        first blocks are not run again.
+    batches: read once, a batch at a time.
+    loss_fn: loss_fn(output, target), or None: see `losses.summed_loss`.
+
+    Returns [changes] float64 on the CPU.
     """
     sums = torch.zeros(len(changes), dtype=torch.float64)
     terms = 0
     with evaluating(model, seed=0):
         for batch in not_empty(batches):
-            with remembering(blocks) as outputs:
-                dense, count = summed_loss(model, batch, loss_fn)
+            dense, outputs, count = _dense_loss(model, blocks, batch, loss_fn)
             for i, (unchanged, change) in enumerate(changes):
                 with resuming(blocks, outputs[:unchanged]), change():
                     loss, _ = summed_loss(model, batch, loss_fn)
                 sums[i] += float(loss.double() - dense.double())
             terms += count
     return sums / max(terms, 1)
+
+
+def _dense_loss(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Any, loss_fn: Callable | None
+) -> tuple[Tensor, list[Any], int]:
+    """Return (summed loss, output of each block, number of terms) of the unchanged model."""
+    outputs: list[Any] = []
+
+    def remember(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        outputs.append(output)
+
+    with forward_hooks(blocks, remember):
+        loss, terms = summed_loss(model, batch, loss_fn)
+    return loss, outputs, terms

@@ -1,140 +1,205 @@
-"""Sums over the inputs of layers, squares or X^T X, and the Cholesky factor of the inverse of X^T X.
+"""Sums over the inputs of layers, for example squares or X^T X, and a factor of the inverse of X^T X.
 
-SparseGPT, GPTQ and AWQ work on these. What a layer is called with is watched from outside, batch by
-batch; which model, which layers and when is the caller's.
+SparseGPT, GPTQ, AWQ and Wanda are built on such sums. `watched` collects a sum while the model runs; the caller chooses
+the model, the layers and the batches.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import InputError
+from labkit.modules.hooks import forward_hooks
 from labkit.modules.weights import CONVOLUTIONS, Weight
 
 DAMP = 0.01  # added to the diagonal of the Hessian, as a fraction of its mean, as in SparseGPT and GPTQ
 TRIES = 6  # of a damping ten times the one before
 SMALL = 96  # size up to which a triangle is inverted by one call
 
+Statistic = Callable[[nn.Module, Tensor], Tensor]  # statistic(layer, input) of one call, to be summed over calls
+Sum = tuple[Tensor, int | Tensor]  # (sum of a statistic, number of input vectors)
+
 
 def wide(x: Tensor) -> Tensor:
-    """x without its graph, in float32 or wider."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    """Return `x` without its graph, in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.detach().to(dtype)
 
 
-# --- what a layer's inputs sum up to ----------------------------------------------------------------------------------
+# --- sums over a layer's inputs ---------------------------------------------------------------------------------------
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a row of the layer's weight is multiplied with, as a view: [..., in]; convolutions [N, *out, C, *kernel]."""
+    """Return the vectors that a row of the layer's weight is multiplied with, as a view of the padded input.
+
+    x: input of the layer. Returns [..., in]; of a convolution [N, *out, C, *kernel].
+    """
     if not isinstance(layer, CONVOLUTIONS):
         return x
-    d = len(layer.kernel_size)
-    x = x if x.dim() == d + 2 else x.unsqueeze(0)
+    spatial_dims = len(layer.kernel_size)
+    if x.dim() == spatial_dims + 1:  # no batch dimension
+        x = x.unsqueeze(0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    for i, (k, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        x = x.unfold(2 + i, gap * (k - 1) + 1, step)[..., ::gap]  # [N, C, *out, *kernel so far]
-    return x.movedim(1, 1 + d)
+    patches = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    windows = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for i, (kernel, stride, dilation) in enumerate(windows):
+        span = dilation * (kernel - 1) + 1
+        patches = patches.unfold(2 + i, span, stride)[..., ::dilation]  # [N, C, *out, *kernel so far]
+    return patches.movedim(1, 1 + spatial_dims)
+
+
+def _inner_dims(layer: nn.Module) -> int:
+    """Return how many of the last dimensions of `_patches` are a single input vector: C and the kernel's."""
+    return 1 + len(getattr(layer, "kernel_size", ()))
 
 
 def sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """Sum of x_j over a layer's input vectors: [groups, in / groups * kernel]."""
+    """Return the sum of x_j over a layer's input vectors: [groups, in / groups * kernel].
+
+    layer: a Linear, a convolution, or a module with a weight of the same use. x: input of the layer.
+    """
     patches = _patches(layer, x)
-    inner = 1 + len(getattr(layer, "kernel_size", ()))
-    return patches.sum(tuple(range(patches.dim() - inner))).reshape(getattr(layer, "groups", 1), -1)
+    outer = patches.dim() - _inner_dims(layer)
+    groups = getattr(layer, "groups", 1)
+    return patches.sum(tuple(range(outer))).reshape(groups, -1)
 
 
 def squares(layer: nn.Module, x: Tensor) -> Tensor:
-    """Sum of x_j^2 over a layer's input vectors: [groups, in / groups * kernel]."""
+    """Return the sum of x_j^2 over a layer's input vectors: [groups, in / groups * kernel]."""
     return sum_over_rows(layer, x.square())
 
 
 def hessian(layer: nn.Module, x: Tensor) -> Tensor:
-    """2 X^T X of a layer's inputs: [groups, in, in]."""
+    """Return 2 X^T X of a layer's input vectors X, the Hessian of the squared error of its output: [groups, in, in]."""
     groups = getattr(layer, "groups", 1)
     patches = _patches(layer, x)
-    inner = 1 + len(getattr(layer, "kernel_size", ()))
-    outer = patches.dim() - inner
-    n, width = patches.shape[:outer].numel(), patches.shape[outer:].numel() // groups
-    rows = patches.reshape(n, groups, width).transpose(0, 1)  # [groups, n, in]
+    outer = patches.dim() - _inner_dims(layer)
+    count = patches.shape[:outer].numel()
+    width = patches.shape[outer:].numel() // groups
+    rows = patches.reshape(count, groups, width)
+    rows = rows.transpose(0, 1)  # [groups, count, in]
     return 2 * rows.transpose(1, 2) @ rows
 
 
 @contextmanager
-def watched(
-    weights: Iterable[Weight], statistic: Callable[[nn.Module, Tensor], Tensor]
-) -> Iterator[dict[str, tuple[Tensor, int]]]:
-    """Inside, each call of the weights' layers adds to {name: (`statistic` of the inputs summed, input vectors)}.
+def watched(weights: Iterable[Weight], statistic: Statistic) -> Iterator[dict[str, Sum]]:
+    """Sum a statistic over the inputs of the weights' layers, in all calls made inside the `with` block.
 
-    Linear layers that are called with one tensor after another (queries, keys, values) share its statistic. The inputs
-    of an expert are the tokens that are routed to it, and it has its own number of vectors ([experts, 1]). One that no
-    token reaches counts as if each of its inputs had been 1 once, alone, so that all matter alike; a warning says so.
+    weights: nn.MultiheadAttention's are left out, since the module has three inputs.
+    statistic: of a call, such as `squares` or `hessian`.
+
+    Gives a dict that is filled meanwhile: {name of the weight: (sum, number of input vectors)}.
+
+    Linear layers that are called with the same tensor one after another (queries, keys, values) share a statistic. The
+    inputs of an expert are the tokens that are routed to the expert, and each expert has a number of vectors, [experts,
+    1]. An expert that no token reaches counts as if each of its inputs had been 1 once, alone, so that all inputs
+    matter alike, and a warning says so.
     """
-    sums: dict[str, tuple[Tensor, int | Tensor]] = {}
-    weights = list(weights)
-    last: list = []  # the tensor that a Linear was called with, its version, its statistic
-
-    def term(layer: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(layer, CONVOLUTIONS) or x.is_inference():
-            return statistic(layer, wide(x))
-        if not (last and last[0] is x and last[1] == x._version):
-            last[:] = x, x._version, statistic(layer, wide(x))
-        return last[2]
-
-    def watch(weight: Weight):
-        def hook(layer, args, kwargs):
-            values = (*args, *kwargs.values())
-            total, count = sums.get(weight.name, (0, 0))
-            if weight.experts is not None:
-                with torch.no_grad():
-                    inputs = expert_inputs(weight, *values[:2])
-                    new = torch.cat([statistic(layer, wide(x)) for x in inputs])
-                sums[weight.name] = (total + new, count + torch.tensor([[len(x)] for x in inputs], device=new.device))
-                return
-            x = values[0]
-            width = weight.as_rows(weight.parameter).shape[1] * getattr(layer, "groups", 1)
-            with torch.no_grad():
-                new, n = term(layer, x), _patches(layer, x).numel() // width
-            sums[weight.name] = (total + new, count + n)
-
-        return weight.module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    with ExitStack() as stack:
-        for weight in weights:
-            if not isinstance(weight.module, nn.MultiheadAttention):  # its three inputs are not the layer's one
-                stack.callback(watch(weight).remove)
-        yield sums
+    weights = [weight for weight in weights if not isinstance(weight.module, nn.MultiheadAttention)]
+    sums = _InputSums(weights, statistic)
+    with forward_hooks([weight.module for weight in weights], sums.add, before=True):
+        yield sums.by_name
     for weight in weights:
-        if weight.experts is not None and weight.name in sums:
-            _reach_all_(weight, *sums[weight.name], statistic)
+        if weight.experts is not None and weight.name in sums.by_name:
+            _reach_all_(weight, *sums.by_name[weight.name], statistic)
+
+
+class _InputSums:
+    """The statistic of each weight's inputs so far, and the number of input vectors."""
+
+    def __init__(self, weights: list[Weight], statistic: Statistic) -> None:
+        self.by_name: dict[str, Sum] = {}
+        self._weights = weights
+        self._statistic = statistic
+        self._latest: tuple[Tensor, int, Tensor] | None = None  # input of a Linear, its version, its statistic
+
+    @torch.no_grad()
+    def add(self, number: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Add the inputs of a call of the layer that has weight `number`."""
+        weight = self._weights[number]
+        values = (*args, *kwargs.values())
+        if weight.experts is None:
+            term, count = self._of_layer(weight, values[0])
+        else:
+            term, count = self._of_experts(weight, *values[:2])
+        total, vectors = self.by_name.get(weight.name, (0, 0))
+        self.by_name[weight.name] = (total + term, vectors + count)
+
+    def _of_layer(self, weight: Weight, x: Tensor) -> tuple[Tensor, int]:
+        """Return (statistic of the input x, number of vectors in x)."""
+        layer = weight.module
+        term = self._shared_statistic(layer, x)
+        groups = getattr(layer, "groups", 1)
+        vector_length = weight.as_rows(weight.parameter).shape[1] * groups
+        return term, _patches(layer, x).numel() // vector_length
+
+    def _shared_statistic(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return the statistic of x, computed once if Linear layers read the same unchanged tensor in turn."""
+        if isinstance(layer, CONVOLUTIONS) or x.is_inference():  # such a tensor has no version
+            return self._statistic(layer, wide(x))
+        if self._latest is not None:
+            latest_x, version, latest_statistic = self._latest
+            if latest_x is x and version == x._version:
+                return latest_statistic
+        statistic = self._statistic(layer, wide(x))
+        self._latest = (x, x._version, statistic)
+        return statistic
+
+    def _of_experts(self, weight: Weight, x: Tensor, routed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (statistic [experts, ...], number of vectors [experts, 1])."""
+        inputs = expert_inputs(weight, x, routed)
+        terms = [self._statistic(weight.module, wide(tokens)) for tokens in inputs]
+        term = torch.cat(terms)
+        counts = [[len(tokens)] for tokens in inputs]
+        return term, torch.tensor(counts, device=term.device)
 
 
 def expert_inputs(weight: Weight, x: Tensor, routed: Tensor) -> list[Tensor]:
-    """What each expert's matrix of `weight` is multiplied with, [tokens that are routed to it, in], of one call.
+    """Return the inputs of each expert's matrix in one call of a mixture: [tokens routed to the expert, in].
 
-    x: [..., width], what the mixture reads. routed: [..., k], the numbers of the experts of each token.
+    weight: a stack of the experts' matrices. x: [..., width], input of the mixture. routed: [..., k], the numbers of
+    the experts that each token goes to.
     """
-    layer, x, routed = weight.module, x.flatten(0, -2), routed.flatten(0, -2)
-    inputs = [x[(routed == expert).any(-1)] for expert in range(weight.experts)]
+    layer = weight.module
+    tokens = x.flatten(0, -2)
+    experts_of_token = routed.flatten(0, -2)
+    inputs = []
+    for expert in range(weight.experts):
+        is_routed = (experts_of_token == expert).any(-1)
+        inputs.append(tokens[is_routed])
     if weight.attribute != "down_proj":
         return inputs
+
+    # the last matrix reads the activation of the first
     name = "gate_up_proj" if layer.has_gate else "up_proj"
     activation = layer._apply_gate if layer.has_gate else layer.act_fn
-    biases = getattr(layer, f"{name}_bias") if layer.has_bias else [None] * weight.experts
-    matrices = getattr(layer, name).mT if layer.is_transposed else getattr(layer, name)
-    return [activation(F.linear(*each)) for each in zip(inputs, matrices, biases, strict=True)]
+    biases = [None] * weight.experts
+    if layer.has_bias:
+        biases = getattr(layer, f"{name}_bias")
+    matrices = getattr(layer, name)
+    if layer.is_transposed:
+        matrices = matrices.mT
+    hidden = []
+    for expert_tokens, matrix, bias in zip(inputs, matrices, biases, strict=True):
+        hidden.append(activation(F.linear(expert_tokens, matrix, bias)))
+    return hidden
 
 
-def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Callable) -> None:
-    """Puts what inputs of 1, each alone, give into the sums [experts, ...] of experts that no token was routed to."""
+def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Statistic) -> None:
+    """Fill in the sums of experts that no token was routed to, as if each input had been 1 once, alone, and warn.
+
+    total: [experts, ...] sums of the statistic. count: [experts, 1] numbers of input vectors. Both are changed.
+    """
     missed = (count == 0).flatten()
     if missed.any():
         width = weight.as_rows(weight.parameter).shape[1]
-        total[missed] = statistic(weight.module, torch.eye(width, dtype=total.dtype, device=total.device))
+        unit_inputs = torch.eye(width, dtype=total.dtype, device=total.device)
+        total[missed] = statistic(weight.module, unit_inputs)
         count[missed] = width
         warnings.warn(
             f"No token of the batches is routed to {int(missed.sum())} of the {len(missed)} experts of {weight.name}: "
@@ -147,8 +212,10 @@ def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Callabl
 
 
 def check_layer(weight: Tensor, hessian: Tensor) -> None:
-    """InputError unless weight [out, in] and hessian [in, in] are finite and fit."""
-    if weight.dim() != 2 or not weight.is_floating_point() or hessian.shape != (weight.shape[1], weight.shape[1]):
+    """Raise InputError unless weight [out, in] and hessian [in, in] are finite and fit together."""
+    is_matrix = weight.dim() == 2 and weight.is_floating_point()
+    inputs = weight.shape[1] if is_matrix else 0
+    if not is_matrix or hessian.shape != (inputs, inputs):
         raise InputError(
             f"weight is {list(weight.shape)} and hessian {list(hessian.shape)}, but they must be [out, in] and "
             "[in, in]: X^T X of the layer's inputs X [N, in]."
@@ -158,21 +225,24 @@ def check_layer(weight: Tensor, hessian: Tensor) -> None:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """U [in, in], upper, with (H + damping)^-1 = U^T U, in float64, for the H = X^T X of a layer's inputs.
+    """Return U [in, in], upper triangular, float64, with U^T U = (H + damping)^-1: GPTQ's Cholesky factor.
 
-    The diagonal is raised by DAMP times its mean, and by ten times more, with a warning, as often as the decomposition
-    fails. An input that was always zero gets the mean: it has no part in any other. U is the inverse of the upper R
-    with H + damping = R R^T, which is the Cholesky factor of the flipped matrix. InputError if none can be had.
+    hessian: H = X^T X of a layer's inputs, [in, in].
+
+    The damping raises the diagonal by DAMP times its mean, and by ten times more, with a warning, as often as the
+    decomposition fails. The diagonal of an input that was always zero is set to the mean, as the input has no part in
+    any other. U is the inverse of the upper R with H + damping = R R^T, and R is the flipped Cholesky factor of the
+    flipped matrix. Raises InputError if the decomposition fails TRIES times.
     """
-    h = hessian.double().flip(0, 1)
-    diagonal = h.diagonal().clone()
-    dead = diagonal <= 0
-    mean = diagonal.new_ones(()) if dead.all() else diagonal[~dead].mean()
-    diagonal[dead] = mean
+    flipped = hessian.double().flip(0, 1)
+    diagonal = flipped.diagonal().clone()
+    always_zero = diagonal <= 0
+    mean = diagonal.new_ones(()) if always_zero.all() else diagonal[~always_zero].mean()
+    diagonal[always_zero] = mean
     for tenfold in range(TRIES):
         damping = DAMP * 10**tenfold
-        h.diagonal().copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(h)
+        flipped.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
         if not failed:
             return _inverse(lower.flip(0, 1))
         warnings.warn(
@@ -186,13 +256,17 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangle [in, in], in halves: a third of the products of solving for the identity."""
+    """Invert an upper triangle [in, in] by halves, with a third of the products of solving for the identity."""
     size = len(upper)
     if size <= SMALL:
         eye = torch.eye(size, dtype=upper.dtype, device=upper.device)
         return torch.linalg.solve_triangular(upper, eye, upper=True)
-    half, inverse = size // 2, torch.zeros_like(upper)
-    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = first @ upper[:half, half:] @ -last
+    half = size // 2
+    first = _inverse(upper[:half, :half])
+    last = _inverse(upper[half:, half:])
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = first
+    inverse[half:, half:] = last
+    corner = upper[:half, half:]
+    inverse[:half, half:] = first @ corner @ -last
     return inverse

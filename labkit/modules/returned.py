@@ -1,6 +1,6 @@
-"""The numbers that a model returns, in tensors or not, in containers and in objects of any class.
+"""Collect the numbers returned by a model: in tensors or as numbers of Python, in containers or objects of any class.
 
-State is no output: the cache that a transformer returns is given back to it, and may shrink with what is removed.
+State is no output: a transformer's cache is given back to the model, and may shrink with the removed parts.
 """
 
 from collections import deque
@@ -14,63 +14,85 @@ from torch import Tensor
 from labkit.errors import InputError
 
 SEQUENCES = (list, tuple, deque, ValuesView)
+CONTAINERS = (Mapping, *SEQUENCES, SimpleNamespace)
 
 
 def outputs(value: Any) -> list[Tensor]:
-    """The tensors of a model's output, in order: `value` itself, or what its items and its attributes hold.
+    """Return the tensors of a model's output in order: `value` itself, or the tensors in its items and attributes.
 
-    An object is looked into once. Raises InputError for what holds tensors in no order (a set), or can be read only
-    once (an iterator), or makes them later (a function with a closure).
+    An object is looked into once. Raises InputError for tensors without an order (in a set), readable only once (in an
+    iterator), or made later (by a function with a closure).
     """
     return [x for x in _leaves(value, {}) if isinstance(x, Tensor)]
 
 
 def numbers(value: Any) -> list[complex]:
-    """The numbers of Python in containers and dataclasses of a model's output: a width beside the logits, say."""
+    """Return the numbers of Python in containers and dataclasses of a model's output, for example a width."""
     return [x for x in _leaves(value, {}) if not isinstance(x, Tensor)]
 
 
-def _leaves(value: Any, seen: dict[int, Any], counts: bool = True) -> Iterator[Tensor | complex]:
-    """counts: whether numbers of Python are given too; those in other objects count calls, or stand in a config."""
+def _leaves(value: Any, seen: dict[int, Any], with_numbers: bool = True) -> Iterator[Tensor | complex]:
+    """Yield the tensors and numbers in `value`, in order.
+
+    seen: {id: object} of the objects that are being looked into, or were and may not be again.
+    with_numbers: yield numbers of Python too. Numbers in objects other than containers count calls, or belong to a
+        config.
+    """
     if isinstance(value, Tensor):
         yield value
         return
     if isinstance(value, (int, float, complex)):
-        if counts:
+        if with_numbers:
             yield value
         return
     if isinstance(value, (type, ModuleType)) or _is_cache(value) or id(value) in seen:
         return
-    seen[id(value)] = value  # kept, so that no other object gets its number
+    seen[id(value)] = value  # held, so that no other object gets its id
     _check_readable(value)
-    contained = isinstance(value, (Mapping, *SEQUENCES, SimpleNamespace)) or is_dataclass(value)
-    for item in _held(value):
-        yield from _leaves(item, seen, counts and contained)
-    if contained:
-        del seen[id(value)]  # only for cycles: what is returned twice is there twice
+    is_container = isinstance(value, CONTAINERS) or is_dataclass(value)
+    for item in _content(value):
+        yield from _leaves(item, seen, with_numbers and is_container)
+    if is_container:
+        del seen[id(value)]  # only for cycles: a container that is returned twice counts twice
 
 
-def _held(value: Any) -> list[Any]:
-    """The items of a container, and the attributes of an object that are none of them."""
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, SEQUENCES) else ()
-    held = list(items)
+def _content(value: Any) -> list[Any]:
+    """Return the items of a container, and the attributes of an object other than the items."""
+    items = []
+    if isinstance(value, Mapping):
+        items = list(value.values())
+    elif isinstance(value, SEQUENCES):
+        items = list(value)
     if isinstance(value, Mapping) and not isinstance(value, dict):
-        return held  # which stand in its attributes
-    state = object.__getstate__(value)  # (vars, slots), vars, or None, whatever the class says of itself
+        return items  # which are in its attributes too
+    return items + _attributes(value, {id(item) for item in items})
+
+
+def _attributes(value: Any, without: set[int]) -> list[Any]:
+    """Return the attributes and slots of an object. without: ids of objects to be left out."""
+    state = object.__getstate__(value)  # (vars, slots), vars, or None, not asking the class's own __getstate__
     parts = state if isinstance(state, tuple) else (state,)
-    identities = {id(item) for item in held}
-    return held + [x for part in parts if part for x in part.values() if id(x) not in identities]
+    attributes = []
+    for part in parts:
+        if part:
+            attributes += [x for x in part.values() if id(x) not in without]
+    return attributes
 
 
 def _is_cache(value: Any) -> bool:
-    """Whether a class of transformers made it to keep keys, values and states from one call to the next."""
-    return any("Cache" in kind.__name__ and kind.__module__.startswith("transformers.") for kind in type(value).__mro__)
+    """Tell whether `value` is of a class of transformers for keys, values and states between calls."""
+    for kind in type(value).__mro__:
+        is_of_transformers = kind.__module__.startswith("transformers.")
+        if is_of_transformers and "Cache" in kind.__name__:
+            return True
+    return False
 
 
 def _check_readable(value: Any) -> None:
-    made_here = isinstance(value, FunctionType) and value.__closure__
-    unordered = isinstance(value, Set) and any(map(outputs, value))
-    if made_here or unordered or isinstance(value, Iterator):
+    """Raise InputError unless the numbers in `value` can be compared one by one."""
+    is_closure = isinstance(value, FunctionType) and value.__closure__
+    is_unordered = isinstance(value, Set) and any(map(outputs, value))
+    if is_closure or is_unordered or isinstance(value, Iterator):
         raise InputError(
             f"The model's output holds a {type(value).__name__}, whose numbers cannot be compared one by one: let "
             "forward return them in a tuple, a list, a dictionary or an object."

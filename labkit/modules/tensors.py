@@ -1,4 +1,4 @@
-"""The dense tensors in which sparse and wrapped tensors hold their data."""
+"""Find the dense tensors that hold the data of sparse and wrapped tensors."""
 
 from collections.abc import Iterable
 
@@ -10,19 +10,26 @@ from labkit.errors import InputError
 
 
 def dense_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The dense tensors that hold the data: each itself, a sparse tensor's components, a wrapper's inner tensors."""
-    held: list[Tensor] = []
+    """Return the dense tensors that hold the data of `tensors`.
+
+    A dense tensor is returned as is, a sparse tensor as several `components`, and a wrapper subclass as the dense parts
+    of the inner tensors, sparse or wrapped in turn.
+    """
+    parts: list[Tensor] = []
     for t in tensors:
         if is_traceable_wrapper_subclass(t):
-            inner = [getattr(t, name) for name in t.__tensor_flatten__()[0]]
-            held += dense_parts(part for part in inner if part is not None)
+            names, _ = t.__tensor_flatten__()
+            inner = [getattr(t, name) for name in names]
+            parts += dense_parts(part for part in inner if part is not None)
+        elif t.layout is torch.strided:
+            parts.append(t)
         else:
-            held += [t] if t.layout is torch.strided else components(t)
-    return held
+            parts += components(t)
+    return parts
 
 
 def components(t: Tensor) -> list[Tensor]:
-    """The dense tensors that a sparse tensor stores, its values last."""
+    """Return the dense tensors stored by a sparse tensor, the values last; raise InputError for dense layouts."""
     if t.layout is torch.sparse_coo:
         return [t._indices(), t._values()]
     if t.layout in (torch.sparse_csr, torch.sparse_bsr):

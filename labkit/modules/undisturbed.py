@@ -1,4 +1,4 @@
-"""A call whose every step can be seen: without gradients, fused modules and checks of values."""
+"""Run a forward pass with every operator visible: without gradients, fused modules and checks of values."""
 
 import contextlib
 import functools
@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 
+ASKS_DEVICE = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
+
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """No gradients, no fused attention modules (their steps are to be seen), no distribution that looks at values, and
-    random numbers as before afterwards.
+    """Let every step of a model be seen, as long as the `with` block runs.
+
+    Gradients, torch's fused attention modules, and the checks of values by torch's distributions are off, and the
+    random state is as before afterwards.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     validates = torch.distributions.Distribution._validate_args
@@ -27,24 +31,28 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _autocast_on_meta() -> Iterator[None]:
-    """Inside, autocast takes the meta device, for which torch has none, for the CPU: passes name the device of x."""
-
-    def known(device: Any) -> Any:
-        return "cpu" if isinstance(device, str) and device == "meta" else device
-
-    def on_cpu(call: Callable) -> Callable:
-        @functools.wraps(call)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return call(*map(known, args), **{key: known(x) for key, x in kwargs.items()})
-
-        return wrapped
-
-    names = ((torch.autocast, "__init__"), (torch, "is_autocast_enabled"), (torch, "get_autocast_dtype"))
-    before = [(owner, name, getattr(owner, name)) for owner, name in names]
+    """Let autocast take the meta device for the CPU, as torch has no autocast for meta and passes name x's device."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name in ASKS_DEVICE]
     try:
-        for owner, name, call in before:
-            setattr(owner, name, on_cpu(call))
+        for owner, name, call in originals:
+            setattr(owner, name, _with_cpu_for_meta(call))
         yield
     finally:
-        for owner, name, call in before:
+        for owner, name, call in originals:
             setattr(owner, name, call)
+
+
+def _with_cpu_for_meta(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `call` with "cpu" for every argument "meta"."""
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        args = [_cpu_for_meta(x) for x in args]
+        kwargs = {name: _cpu_for_meta(x) for name, x in kwargs.items()}
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def _cpu_for_meta(device: Any) -> Any:
+    return "cpu" if isinstance(device, str) and device == "meta" else device

@@ -1,4 +1,4 @@
-"""The prunable weights of a model, each with its place, and parts of a model by name."""
+"""List the prunable weights of a model, each with the owning module, and look up parts of a model by name."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,26 +11,29 @@ from labkit.arguments import check_module
 from labkit.errors import InputError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
+ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # the matrices of a mixture's experts, in transformers
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One prunable parameter and where it lives. Its rows are output units: [out, in / groups * kernel positions].
+    """A prunable parameter and the owning module.
 
-    The experts of a mixture are a stack of matrices [experts, out, in], whose rows stand below one another here.
+    name: the key in `state_dict()`. module, attribute: the parameter is `module.<attribute>`.
+    transposed: the parameter is stored [in, out], as in transformers' Conv1D and gpt-oss's experts.
+
+    Algorithms work on rows, [out, in / groups * kernel positions]: a row belongs to an output unit. The experts of a
+    mixture are a stack of matrices [experts, out, in]; the rows of all experts are placed below one another.
     """
 
     name: str
     module: nn.Module
     attribute: str
-    transposed: bool  # transformers' Conv1D keeps [in, out], and gpt-oss its experts
+    transposed: bool
 
     @property
     def experts(self) -> int | None:
-        """How many matrices are stacked; None where it is no stack."""
+        """The number of stacked matrices; None for a single matrix or kernel."""
         return len(self.parameter) if is_mixture(self.module) else None
 
     @property
@@ -38,96 +41,121 @@ class Weight:
         return self.module._parameters[self.attribute]
 
     def as_rows(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.mT if self.transposed else tensor
-        return tensor.flatten(1) if self.experts is None else tensor.flatten(0, 1)
+        """Return a tensor of the parameter's shape as rows, [out, in / groups * kernel positions]."""
+        matrices = tensor.mT if self.transposed else tensor
+        return matrices.flatten(1) if self.experts is None else matrices.flatten(0, 1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """The values of the rows, in any contiguous shape, in the parameter's."""
-        return rows.view(self.parameter.mT.shape).mT if self.transposed else rows.view(self.parameter.shape)
+        """Return the values of `rows`, of any contiguous shape, in the parameter's shape: the inverse of `as_rows`."""
+        if self.transposed:
+            return rows.view(self.parameter.mT.shape).mT
+        return rows.view(self.parameter.shape)
 
     def spread(self, statistic: Tensor) -> Tensor:
-        """A statistic of the inputs, [groups, in / groups * kernel], repeated for every output unit of its group.
+        """Repeat a statistic of the inputs for every output unit, and return it in the parameter's shape.
 
-        The groups are those of a convolution, or the experts.
+        statistic: [groups, in / groups * kernel], of the groups of a convolution, or of the experts.
         """
-        out = self.as_rows(self.parameter).shape[0]
-        return self.from_rows(statistic.repeat_interleave(out // len(statistic), 0))
+        outputs = self.as_rows(self.parameter).shape[0]
+        units_per_group = outputs // len(statistic)
+        return self.from_rows(statistic.repeat_interleave(units_per_group, 0))
 
 
 def prunable(model: nn.Module) -> dict[str, Weight]:
-    """The weights of Linear, Conv1d to Conv3d, nn.MultiheadAttention's projections, transformers' Conv1D and experts.
+    """Return the prunable weights of a model: {name in `state_dict()`: weight}.
 
-    Keyed by the name in `state_dict()`; a weight that modules share is there once, under its first prunable name.
-    Not there: biases, norms, embeddings (unless a Linear shares them), transposed convolutions, recurrent cells,
-    routers of mixtures, and other weights kept outside such modules.
+    Prunable are the weights of Linear and Conv1d to Conv3d, the projections of nn.MultiheadAttention, transformers'
+    Conv1D, and the experts of a mixture. Modules may share a weight, which is listed once, by its first prunable name.
+
+    Not prunable: biases, norms, embeddings (unless a Linear shares the weight), transposed convolutions, recurrent
+    cells, routers of mixtures, and weights in modules of any other class.
     """
     check_module(model)
     weights: dict[str, Weight] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for attribute in _attributes(module):
+        for attribute in _prunable_attributes(module):
             parameter = module._parameters.get(attribute)
             if parameter is None or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = f"{path}.{attribute}" if path else attribute
+            name = _qualified(path, attribute)
             weights[name] = Weight(name, module, attribute, _is_transposed(module))
     return weights
 
 
 def computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Prunable weights that are no parameters themselves: (name, what computes it, value in the forward pass)."""
+    """Yield the prunable weights that are computed from other parameters: (name, how, value in the forward pass).
+
+    how: "masks of torch.nn.utils.prune" or "a parametrization".
+    """
     check_module(model)
     for path, module in model.named_modules():
-        for attribute in _attributes(module):
-            name = f"{path}.{attribute}" if path else attribute
-            original, mask = module._parameters.get(f"{attribute}_orig"), module._buffers.get(f"{attribute}_mask")
+        for attribute in _prunable_attributes(module):
+            name = _qualified(path, attribute)
+            original = module._parameters.get(f"{attribute}_orig")
+            mask = module._buffers.get(f"{attribute}_mask")
+            is_plain_tensor = isinstance(vars(module).get(attribute), Tensor)
             if original is not None and mask is not None:
                 yield name, "masks of torch.nn.utils.prune", (original * mask).detach()
-            elif parametrize.is_parametrized(module, attribute) or isinstance(vars(module).get(attribute), Tensor):
+            elif parametrize.is_parametrized(module, attribute) or is_plain_tensor:
                 yield name, "a parametrization", getattr(module, attribute).detach()
 
 
 def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Module], argument: str) -> list[str]:
-    """`parts`, one or several, as names; an InputError about `argument` if one is no module or parameter of `model`."""
+    """Return the names of parts of a model that a caller chose by name or as modules.
+
+    parts: a module, the name of a module or parameter, or several of these.
+    argument: the caller's name for `parts`, for the error.
+
+    Raises InputError if a part is no module or parameter of `model`, or is the whole model.
+    """
     check_module(model)
-    several = isinstance(parts, Iterable) and not isinstance(parts, (str, nn.Module))
-    parts = list(parts) if several else [parts]
+    is_single = isinstance(parts, (str, nn.Module)) or not isinstance(parts, Iterable)
+    parts = [parts] if is_single else list(parts)
     name_of = {module: name for name, module in model.named_modules()}
-    parts = [name_of.get(part, type(part).__name__) if isinstance(part, nn.Module) else part for part in parts]
+    names = []
+    for part in parts:
+        is_module = isinstance(part, nn.Module)
+        names.append(name_of.get(part, type(part).__name__) if is_module else part)
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     existing |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for part in parts:
-        if part not in existing or not part:
+    for name in names:
+        if name not in existing or not name:
             raise InputError(
-                f"{argument} names {part!r}, but the model has no such module or weight: see named_modules()."
+                f"{argument} names {name!r}, but the model has no such module or weight: see named_modules()."
             )
-    return parts
+    return names
 
 
 def inside(name: str, part: str) -> bool:
-    """Whether the parameter `name` is `part` or lies in the module `part`."""
-    return name == part or name.startswith(f"{part}.")
+    """Tell whether the module or parameter `name` is `part` or lies inside the module `part`; "" is the whole model."""
+    return not part or name == part or name.startswith(f"{part}.")
 
 
 def is_mixture(module: nn.Module) -> bool:
-    """Whether it holds the experts of a mixture as transformers' `use_experts_implementation` has them."""
+    """Tell whether `module` holds the stacked experts of a mixture, as transformers' `use_experts_implementation`."""
     return {"is_transposed", "has_gate"} <= vars(module).keys()
 
 
-def _attributes(module: nn.Module) -> tuple[str, ...]:
-    """Which of a module's own parameters are prunable weights: the matrices and kernels of products, nothing else."""
+def _qualified(path: str, attribute: str) -> str:
+    return f"{path}.{attribute}" if path else attribute
+
+
+def _prunable_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's own parameters that are matrices or kernels of products."""
     if is_mixture(module):
         return EXPERTS
     if isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _is_transposed(module):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
-        return ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return ATTENTION
     return ()
 
 
 def _is_transposed(module: nn.Module) -> bool:
+    """Tell whether the module stores [in, out]: transformers' Conv1D, and experts that say so."""
     if is_mixture(module):
         return module.is_transposed
-    loaded = sys.modules.get("transformers.pytorch_utils")  # not imported for this: whoever has such a layer has it
-    return loaded is not None and isinstance(module, loaded.Conv1D)
+    library = sys.modules.get("transformers.pytorch_utils")  # not imported for this: whoever has a Conv1D has it
+    return library is not None and isinstance(module, library.Conv1D)

@@ -1,10 +1,11 @@
-"""Weights pruned to a pattern on the way through a model, each block by what the pruned blocks before it give.
+"""Pruning a whole model to a pattern, block after block, with SparseGPT, Wanda or magnitude.
 
-SparseGPT (Frantar & Alistarh 2023), Wanda (Sun et al. 2024) and magnitude. The way itself: `labkit.blocks`. `nm` prunes
-through this.
+SparseGPT (Frantar & Alistarh 2023), Wanda (Sun et al. 2024). Each block is pruned by the inputs that it gets from the
+pruned blocks before it; `labkit.modules.blocks` runs the blocks. `nm.prune` calls this module.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +35,19 @@ def prune(
     ignore: str | Iterable[str] = (),
     progress: str = "",
 ) -> nn.Module:
-    """A copy of `model` whose weights (`weights_of`) are pruned to `pattern` by `method`, with masks that hold.
+    """Return a copy of `model` with the weights of `weights_of` pruned to `pattern` and held at zero by masks.
 
-    pattern: the fraction to remove, or (n, m) to keep n of every m along the input dimension.
+    pattern: the fraction to remove, or (n, m) to keep n of every m weights along the input dimension.
     method: "magnitude": |w|, a fraction of each matrix. "wanda": |w| ||x_j||, a fraction of each row. "sparsegpt": see
-        `sparsegpt.sparsegpt`, a fraction of each block of columns, and the kept weights move.
-    batches: for the last two; read once, kept in memory as what the first block is called with.
+        `sparsegpt.sparsegpt`, a fraction of each block of columns; the remaining weights change.
+    batches: calibration input, for "wanda" and "sparsegpt"; read once, and kept in memory as input of the first block.
     ignore: names of modules or weights that stay dense.
-    progress: a label for a progress bar over the blocks; none without.
+    progress: label of a progress bar over the blocks; no bar if empty.
 
-    Memory beyond the copy: the calibration batches' hidden states, and the Hessians of one block. A model that is no
-    stack of blocks is one block: every layer's inputs are then those in the dense model, all Hessians in memory.
-    InputError, before any work, for a bad argument or a width that m does not divide.
+    Memory beyond the copy: the hidden states of the calibration batches, and the Hessians of a single block. A model
+    that is no stack of blocks counts as a single block: layer inputs are those of the dense model, and all Hessians are
+    in memory together.
+    Raises InputError, before any work, for a bad argument or a width that is no multiple of m.
     """
     check_pattern_or_fraction(pattern)
     check_choice(method, METHODS, "method")
@@ -54,86 +56,146 @@ def prune(
     ignore = named_parts(model, ignore, "ignore")
     checked_targets(model, ignore)
     check_widths(weights_of(model, ignore), pattern)
-    earlier = masks(model)  # what is gone does not come back
+    earlier_masks = masks(model)
     pruned = make_permanent(model)
     weights = weights_of(pruned, ignore)
     if method == "magnitude":
-        keep = {
-            name: _highest(weight, magnitude(weight.parameter.detach()), pattern, "matrix") & earlier.get(name, True)
-            for name, weight in weights.items()
-        }
+        new_masks = {}
+        for name, weight in weights.items():
+            new_masks[name] = _magnitude(weight, pattern) & earlier_masks.get(name, True)  # pruned stays pruned
     else:
-        keep = _prune_by_inputs_(pruned, weights, earlier, list(not_empty(batches)), method, pattern, progress)
-    hold_(pruned, earlier | keep)
+        batches = list(not_empty(batches))
+        new_masks = _prune_by_inputs_(pruned, weights, earlier_masks, batches, method, pattern, progress)
+    hold_(pruned, earlier_masks | new_masks)
     return pruned
 
 
 def weights_of(model: nn.Module, ignore: str | Iterable[str] = ()) -> dict[str, Weight]:
-    """The weights that `prune` prunes: those of the stack of blocks (`stacks.blocks_of`), else all; less ignore's.
+    """Return the weights to prune, {name: weight}: in the stack of blocks (`stacks.blocks_of`), or all without a stack.
 
-    Embeddings and the head of a language model are outside it and stay dense, as in the papers.
+    ignore: names of modules or weights to leave out. Embeddings and the head of a language model lie outside the stack
+    and stay dense, as in the papers.
     """
-    inner = {id(module) for block in blocks_of(model) for module in block.modules()}
+    in_blocks = {id(module) for block in blocks_of(model) for module in block.modules()}
     weights = targets(model, ignore)
-    return {name: weight for name, weight in weights.items() if not inner or id(weight.module) in inner}
+    if not in_blocks:
+        return weights
+    return {name: weight for name, weight in weights.items() if id(weight.module) in in_blocks}
 
 
 def check_widths(weights: dict[str, Weight], pattern: Pattern) -> None:
-    """Raises InputError if m does not divide the input dimension of each weight."""
+    """Raise InputError unless the input dimension of each weight is a multiple of m in the pattern (n, m)."""
     if not isinstance(pattern, tuple):
         return
     m = pattern[1]
-    widths = {name: _as_matrix(weight, weight.parameter).shape[1] for name, weight in weights.items()}
-    if short := [f"{name} ({width})" for name, width in widths.items() if width % m]:
+    misfits = []
+    for name, weight in weights.items():
+        width = _as_matrix(weight, weight.parameter).shape[1]
+        if width % m:
+            misfits.append(f"{name} ({width})")
+    if misfits:
         raise InputError(
-            f"The input dimension of {', '.join(short[:5])} is no multiple of {m}: name such weights in ignore."
+            f"The input dimension of {', '.join(misfits[:5])} is no multiple of {m}: name such weights in ignore."
         )
 
 
-def _prune_by_inputs_(
-    model: nn.Module, weights: dict[str, Weight], earlier: dict, batches: list, method: str, pattern, progress
-) -> dict[str, Tensor]:
-    """What is kept of each weight, after all of them were pruned in place, block after block."""
-    statistic, select = (squares, _wanda) if method == "wanda" else (hessian, _sparsegpt_)
-    keep: dict[str, Tensor] = {}
-    with evaluating(model, seed=0), torch.no_grad():
-        for inside, sums in inputs_by_block(model, weights, statistic, batches, progress=progress):
-            for name, weight in inside.items():
-                keep[name] = select(weight, sums.pop(name), pattern) & earlier.get(name, True)
-                weight.parameter.masked_fill_(~keep[name], 0.0)
-    return keep
-
-
 def _as_matrix(weight: Weight, tensor: Tensor) -> Tensor:
-    """[out, in], of experts one below the other, or [C_out, C_in / groups, *kernel]: what a mask is made for."""
+    """Return a tensor shaped like the weight in the shape that `pattern.mask` takes.
+
+    [out, in], the matrices of experts below one another; of a convolution [C_out, C_in / groups, *kernel].
+    """
     return tensor if isinstance(weight.module, CONVOLUTIONS) else weight.as_rows(tensor)
 
 
 def _highest(weight: Weight, scores: Tensor, pattern: Pattern, by: str) -> Tensor:
-    """True at the highest scores: n of every m, or all but a fraction of each "matrix" or of each "row"."""
+    """Return a mask, True at the highest scores: n of every m, or all but a fraction of each "matrix" or each "row".
+
+    scores, mask: in the shape of the parameter.
+    """
     if isinstance(pattern, tuple):
         keep = mask(_as_matrix(weight, scores), *pattern)
-        return (keep if isinstance(weight.module, CONVOLUTIONS) else weight.from_rows(keep)).contiguous()
+        if not isinstance(weight.module, CONVOLUTIONS):
+            keep = weight.from_rows(keep)
+        return keep.contiguous()
     rows = weight.as_rows(scores)
-    slices = rows if by == "row" else rows.reshape(weight.experts or 1, -1)
-    return weight.from_rows(~lowest_k(slices, count_to_prune(slices.shape[1], pattern), dim=1))
+    n_matrices = weight.experts or 1
+    slices = rows if by == "row" else rows.reshape(n_matrices, -1)
+    lowest = lowest_k(slices, count_to_prune(slices.shape[1], pattern), dim=1)
+    return weight.from_rows(~lowest)
+
+
+# --- the methods: each returns the mask of a weight, True where the weight remains ------------------------------------
+
+
+def _magnitude(weight: Weight, pattern: Pattern) -> Tensor:
+    return _highest(weight, magnitude(weight.parameter.detach()), pattern, "matrix")
 
 
 def _wanda(weight: Weight, x2: Tensor, pattern: Pattern) -> Tensor:
-    """x2 [groups, in / groups * kernel]: ||x_j||^2; of experts [experts, in]."""
-    return _highest(weight, wanda(weight.parameter.detach(), weight.spread(x2)), pattern, "row")
+    """Mask by `scores.wanda`. x2: ||x_j||^2, [groups, in / groups * kernel], of experts [experts, in]."""
+    scores = wanda(weight.parameter.detach(), weight.spread(x2))
+    return _highest(weight, scores, pattern, "row")
 
 
 def _sparsegpt_(weight: Weight, hessians: Tensor, pattern: Pattern) -> Tensor:
-    """Moves the weights too. hessians [groups, in, in], in = C_in / groups * kernel; a group of m comes together.
+    """Mask by `sparsegpt.sparsegpt`, which also changes the remaining weights in place.
 
-    Experts are groups.
+    hessians: [groups, in, in], in = C_in / groups * kernel; experts count as groups.
     """
     rows = weight.as_rows(weight.parameter.detach())  # [out, in]
+    order = _channels_together(weight, rows)
+    hessians = hessians[:, order][:, :, order]
+    rows_of_group = rows[:, order].chunk(len(hessians))
+    new_rows, new_masks = [], []
+    for group_rows, group_hessian in zip(rows_of_group, hessians, strict=True):
+        pruned, keep = sparsegpt(group_rows, group_hessian, pattern)
+        new_rows.append(pruned)
+        new_masks.append(keep)
+    original_order = order.argsort()
+    weight.parameter.copy_(weight.from_rows(torch.cat(new_rows)[:, original_order]))
+    return weight.from_rows(torch.cat(new_masks)[:, original_order])
+
+
+def _channels_together(weight: Weight, rows: Tensor) -> Tensor:
+    """Return the order of columns [in] that puts the m channels of an n:m group side by side.
+
+    Columns of a convolution are [channel, kernel position]; a group of m takes m channels at the same position.
+    """
     kernel = weight.parameter[0, 0].numel() if isinstance(weight.module, CONVOLUTIONS) else 1
-    order = torch.arange(rows.shape[1], device=rows.device).view(-1, kernel).t().flatten()  # channels side by side
-    h = hessians[:, order][:, :, order]
-    parts = [sparsegpt(w, x, pattern) for w, x in zip(rows[:, order].chunk(len(h)), h, strict=True)]
-    new, keep = (torch.cat(each)[:, order.argsort()] for each in zip(*parts, strict=True))
-    weight.parameter.copy_(weight.from_rows(new))
-    return weight.from_rows(keep)
+    columns = torch.arange(rows.shape[1], device=rows.device)
+    return columns.view(-1, kernel).t().flatten()
+
+
+class MethodByInputs(NamedTuple):
+    """A method that looks at the inputs of layers.
+
+    statistic: statistic(layer, x), summed over all inputs x of the layer.
+    select: select(weight, sum, pattern) returns the mask; may change the remaining weights in place.
+    """
+
+    statistic: Callable[[nn.Module, Tensor], Tensor]
+    select: Callable[[Weight, Tensor, Pattern], Tensor]
+
+
+_BY_INPUTS = {"wanda": MethodByInputs(squares, _wanda), "sparsegpt": MethodByInputs(hessian, _sparsegpt_)}
+
+
+def _prune_by_inputs_(
+    model: nn.Module,
+    weights: dict[str, Weight],
+    earlier_masks: Mapping[str, Tensor],
+    batches: list,
+    method: str,
+    pattern: Pattern,
+    progress: str,
+) -> dict[str, Tensor]:
+    """Prune the weights in place, block after block, and return {name: mask, True where a weight remains}."""
+    statistic, select = _BY_INPUTS[method]
+    new_masks: dict[str, Tensor] = {}
+    with evaluating(model, seed=0), torch.no_grad():
+        for in_block, sums in inputs_by_block(model, weights, statistic, batches, progress=progress):
+            for name, weight in in_block.items():
+                keep = select(weight, sums.pop(name), pattern)
+                new_masks[name] = keep & earlier_masks.get(name, True)  # pruned stays pruned
+                weight.parameter.masked_fill_(~new_masks[name], 0.0)
+    return new_masks

@@ -1,10 +1,10 @@
-"""Depth pruning: how little a whole layer changes, and a model without some of them.
+"""Depth pruning: how much each layer changes its input, and a model without the layers that change least.
 
 Men et al. 2024 (ShortGPT: Block Influence), Gromov et al. 2024 (The Unreasonable Ineffectiveness of the Deeper Layers:
-angular distance of consecutive layers). A removed layer passes its input on; nothing is trained here.
+angular distance of consecutive layers). In the dense reference a removed layer returns its input. Training is left to
+the caller.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -17,157 +17,222 @@ from labkit.arguments import check_module, check_several
 from labkit.errors import EqualityError, InputError, check_choice, check_whole
 from labkit.graph import anatomy, surgery, tracing
 from labkit.graph.equality import Report, difference
+from labkit.graph.rules import Record
 from labkit.graph.surgery import Plan, Pruned, Units
 from labkit.modules import stacks
 from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, valid_tokens
-from labkit.modules.blocks import hidden, loss_increases, skipping
+from labkit.modules.blocks import loss_increases, skipping
+from labkit.modules.hooks import first_tensor, forward_hooks
 from labkit.modules.returned import outputs
 from labkit.modules.stacks import layers_of
+from labkit.pruning.scores import LossFn
 
-DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # of inputs and outputs [tokens, width]: [tokens]
-    "cosine": lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1),
-    "angular": lambda x, y: torch.cosine_similarity(x, y, dim=-1).clamp(-1, 1).arccos() / math.pi,
-    "l2": lambda x, y: (y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny),
-}
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """1 - cos(x, y): Block Influence, Men et al. 2024, equation 1."""
+    return 1 - torch.cosine_similarity(x, y, dim=-1)
+
+
+def angular(x: Tensor, y: Tensor) -> Tensor:
+    """arccos(cos(x, y)) / pi, in [0, 1]: Gromov et al. 2024, equation 7."""
+    return torch.cosine_similarity(x, y, dim=-1).clamp(-1, 1).arccos() / math.pi
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """|y - x| / |x|: relative, because the residual stream grows from layer to layer."""
+    tiny = torch.finfo(x.dtype).tiny
+    return (y - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(tiny)
+
+
+# Distance of a block's input and output, both [tokens, width]: [tokens]. A new distance is a function and a row.
+DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "angular": angular, "l2": l2}
 METHODS = (*DISTANCES, "loss")
+NamedLayers = Sequence[tuple[str, nn.Module]]
 
 
 def layer_importance(
-    model: nn.Module, batches: Iterable, method: str = "cosine", *, n: int = 1, loss_fn: Callable | None = None
+    model: nn.Module, batches: Iterable, method: str = "cosine", *, n: int = 1, loss_fn: LossFn | None = None
 ) -> Tensor:
-    """Importance of every layer, [layers], float64 on the CPU; higher is more important, 0 changes nothing.
+    """Score every layer, or every block of n layers; higher is more important: [layers - n + 1] float64 on the CPU.
 
-    batches: read once, none is kept. Padding is left out.
-    method: over the valid tokens of all batches, x the block's input and y its output at a token:
-        "cosine": E[1 - cos(x, y)] (Men et al. 2024, Block Influence, equation 1).
-        "angular": E[arccos(cos(x, y))] / pi, in [0, 1] (Gromov et al. 2024, equation 7).
-        "l2": E[|y - x| / |x|]: relative, since the residual stream grows from layer to layer.
-        "loss": the increase of the mean loss per term without the block, the ground truth; negative where the model is
-            better without it. A forward pass from the block on for each batch.
-    n: how many layers in a row are taken as one block: entry l is then for layers l to l + n - 1, and there are
-        layers - n + 1 entries (Gromov et al. remove the block with the lowest).
+    batches: input of `model`, read once, not stored. Padding does not count.
+    method: "cosine", "angular" or "l2": the mean distance of a block's input x and output y over all valid tokens, see
+            the functions above. 0 for a block that changes nothing.
+        "loss": the exact increase of the mean loss per term without the block; negative if the model is better without
+            it. Runs a forward pass from the block on for each block and batch.
+    n: number of consecutive layers in a block; entry l is for layers l to l + n - 1 (Gromov et al. remove the block
+        with the lowest entry).
     loss_fn: as in `heads.head_importance`, for "loss".
 
-    Raises InputError for a bad argument, or a model with no or several lists of layers (T5).
+    Raises InputError for a bad argument, or a model with no list of layers or with several (T5).
     """
     check_module(model)
     check_choice(method, METHODS, "method")
-    layers = layers_of(model)
+    layers = [layer for _, layer in layers_of(model)]
     check_whole(n, "n", most=len(layers))
     check_batches(batches, method)
     if method == "loss":
-        stack = [layer for _, layer in layers]
-        skips = [(first, partial(skipping, stack[first : first + n])) for first in range(len(stack) - n + 1)]
-        return loss_increases(model, stack, skips, batches, loss_fn)
-    return _distances(model, layers, batches, n, DISTANCES[method])
+        skips = []
+        for first in range(len(layers) - n + 1):
+            skips.append((first, partial(skipping, layers[first : first + n])))
+        return loss_increases(model, layers, skips, batches, loss_fn)
+    return _mean_distances(model, batches, n, DISTANCES[method])
 
 
 @torch.no_grad()
-def _distances(model: nn.Module, layers, batches: Iterable, n: int, distance: Callable) -> Tensor:
+def _mean_distances(
+    model: nn.Module, batches: Iterable, n: int, distance: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Average the distance between the input and output of each block of n layers over valid tokens."""
+    names, layers = zip(*layers_of(model), strict=True)
     sums = torch.zeros(len(layers) - n + 1, dtype=torch.float64)
-    tokens = 0
-    states: list[Tensor] = []  # of one batch: what each layer reads, and what the last one gives, [B, T, width]
+    n_tokens = 0
+    states: list[Tensor] = []  # of a batch: the input of each layer and the output of the last layer, [B, T, width]
 
-    def reads(module, args, kwargs):
-        states.append(hidden(args, kwargs))
+    def add_input(number: int, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        states.append(first_tensor(args, kwargs))
 
-    def gives(module, args, output):
+    def add_output(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         states.append(output if isinstance(output, Tensor) else output[0])
 
-    with evaluating(model, seed=0), contextlib.ExitStack() as hooks:
-        for _, layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(reads, with_kwargs=True).remove)
-        hooks.callback(layers[-1][1].register_forward_hook(gives).remove)
+    inputs_of_layers = forward_hooks(layers, add_input, before=True)
+    output_of_last = forward_hooks(layers[-1:], add_output)
+    with evaluating(model, seed=0), inputs_of_layers, output_of_last:
         for batch in not_empty(batches):
             states.clear()
             named = inputs(model, batch)
             model(**named)
-            valid = valid_tokens(model, named, layers[0][0], states[0])  # [B, T]
-            vectors = [x.flatten(0, -2)[valid.flatten()].double() for x in states]  # [valid tokens, width]
-            sums += torch.stack([distance(x, y).sum().cpu() for x, y in zip(vectors, vectors[n:], strict=False)])
-            tokens += int(valid.sum())
-    return sums / max(tokens, 1)
+            valid = valid_tokens(model, named, names[0], states[0]).flatten()  # [B * T]
+            vectors = [state.flatten(0, -2)[valid].double() for state in states]  # [valid tokens, width]
+            for block in range(len(sums)):
+                distances = distance(vectors[block], vectors[block + n])
+                sums[block] += distances.sum().cpu()
+            n_tokens += int(valid.sum())
+    return sums / max(n_tokens, 1)
 
 
 @torch.inference_mode(False)
 def prune_layers(
     model: nn.Module, layers: Iterable[int], *, kwargs: Mapping[str, Any] | None = None, check: bool = True
 ) -> Pruned:
-    """A new model without the given layers. `model` stays as it was.
+    """Return a copy of `model` without the layers in `layers`, proved equal to the model with these layers skipped.
 
-    layers: counted from 0; at least one stays. What stays is numbered anew (`layer_idx`, say), so that a cache has one
-        entry for each layer, and the config has the new number of layers and the kept entries of its lists by layer.
-    kwargs: the input that the model is traced and checked with; None makes a small one from the config.
-    check: False leaves the check out. `report`: equality with the dense model whose removed layers pass their input on.
+    layers: numbers from 0; at least a single layer stays. Remaining layers are numbered anew (`layer_idx`, say), for
+        caches with an entry for each layer; the config gets the new number of layers, and lists in the config with an
+        entry for each layer lose the entries of removed layers.
+    kwargs: input for the trace and the proof; None makes a small input from the config.
+    check: False leaves the proof out (`report` is None).
 
     `plan.kept` names the parameters of removed layers, with no index kept. Raises InputError for a bad index, a layer
-    without which the others do not fit together, or a model with no or several lists of layers (T5).
+    without which the remaining layers do not fit together, or a model with no list of layers or with several (T5).
     """
     check_module(model)
     check_several(layers, "layers")
-    every, layers = layers_of(model), list(layers)
-    for layer in layers:
-        anatomy.check_index(layer, len(every), "layer")
-    gone = set(layers)
-    if not 0 < len(gone) < len(every):
-        raise InputError(f"{len(gone)} of {len(every)} layers would go: name at least one, and leave at least one.")
+    all_layers = layers_of(model)
+    removed = _checked_numbers(layers, len(all_layers))
+    remaining = [number for number in range(len(all_layers)) if number not in removed]
     kwargs = anatomy.called_with(model, kwargs)
-    name, stays = stacks.stack(model), [i for i in range(len(every)) if i not in gone]
+    name = stacks.stack(model)
+    attributes = _new_numbers(all_layers, remaining)
+    pruned_model = surgery.cut(model, {}, attributes, {name: remaining})
+    record_before = tracing.record(model, (), kwargs)
+    record_after = _trace_pruned(pruned_model, kwargs, removed)
+    removed_layers = [all_layers[number] for number in removed]
+    report = None
+    if check:
+        report = _prove(model, pruned_model, [layer for _, layer in removed_layers], kwargs)
+    parameters_before, bytes_before = surgery.parameters(model)
+    parameters_after, bytes_after = surgery.parameters(pruned_model)
+    plan = Plan(
+        kept=_no_indices(removed_layers),
+        attributes=attributes,
+        units=(Units(name, len(all_layers), len(removed), 1),),
+        unprunable=(),
+        parameters=(parameters_before, parameters_after),
+        macs=(_macs(record_before), _macs(record_after)),
+        bytes=(bytes_before, bytes_after),
+        layers={name: remaining},
+    )
+    return Pruned(pruned_model, plan, report)
+
+
+def _checked_numbers(layers: Iterable[int], n_layers: int) -> list[int]:
+    """Return the numbers of the layers to remove, sorted, each once; raise InputError for bad numbers, none or all."""
+    numbers = list(layers)
+    for number in numbers:
+        anatomy.check_index(number, n_layers, "layer")
+    removed = sorted(set(numbers))
+    if not 0 < len(removed) < n_layers:
+        raise InputError(f"{len(removed)} of {n_layers} layers would go: name at least one, and leave at least one.")
+    return removed
+
+
+def _new_numbers(all_layers: NamedLayers, remaining: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Return {module: {attribute: new value}} for the attributes with the number of a remaining layer."""
     attributes: dict[str, dict[str, int]] = {}
-    for path, key in _counters([layer for _, layer in every]):
-        for new, old in enumerate(stays):
+    for path, attribute in _number_attributes([layer for _, layer in all_layers]):
+        for new, old in enumerate(remaining):
             if new != old:
-                attributes.setdefault(f"{every[old][0]}.{path}".rstrip("."), {})[key] = new
-    new = surgery.cut(model, {}, attributes, {name: stays})
-    before = tracing.record(model, (), kwargs)
+                layer_name, _ = all_layers[old]
+                module_name = f"{layer_name}.{path}".rstrip(".")
+                attributes.setdefault(module_name, {})[attribute] = new
+    return attributes
+
+
+def _number_attributes(layers: Sequence[nn.Module]) -> set[tuple[str, str]]:
+    """Return the places of the layer's own number in every layer, (module inside the layer, attribute): `layer_idx`."""
+    places_by_layer = []
+    for number, layer in enumerate(layers):
+        places = set()
+        for path, module in layer.named_modules():
+            for attribute, value in vars(module).items():
+                if type(value) is int and value == number:
+                    places.add((path, attribute))
+        places_by_layer.append(places)
+    return set.intersection(*places_by_layer)
+
+
+def _trace_pruned(pruned_model: nn.Module, kwargs: Mapping[str, Any], removed: Sequence[int]) -> Record:
     try:
-        after = tracing.record(new, (), kwargs)
+        return tracing.record(pruned_model, (), kwargs)
     except Exception as error:  # a forward pass can fail in any way
         raise InputError(
-            f"Without layers {sorted(gone)} the others do not fit together ({error}): remove layers whose output has "
+            f"Without layers {removed} the others do not fit together ({error}): remove layers whose output has "
             "the shape of their input."
         ) from error
-    removed = [every[i] for i in sorted(gone)]
-    report = _check(model, new, [layer for _, layer in removed], kwargs) if check else None
-    (n, size), (n_left, size_left) = surgery.parameters(model), surgery.parameters(new)
-    plan = Plan(
-        kept={
-            f"{name}.{path}": {0: torch.zeros(0, dtype=torch.int64)}
-            for name, layer in removed
-            for path, _ in layer.named_parameters()
-        },
-        attributes=attributes,
-        units=(Units(name, len(every), len(removed), 1),),
-        unprunable=(),
-        parameters=(n, n_left),
-        macs=tuple(sum(cost.macs for cost in record.costs) for record in (before, after)),
-        bytes=(size, size_left),
-        layers={name: stays},
-    )
-    return Pruned(new, plan, report)
 
 
-def _counters(layers: Sequence[nn.Module]) -> set[tuple[str, str]]:
-    """(module, attribute) inside every layer that holds the layer's number, as `layer_idx` does for a cache."""
-    numbers = (
-        {(path, key) for path, m in layer.named_modules() for key, x in vars(m).items() if type(x) is int and x == i}
-        for i, layer in enumerate(layers)
-    )
-    return set.intersection(*numbers)
+def _no_indices(removed_layers: NamedLayers) -> dict[str, dict[int, Tensor]]:
+    """Return {parameter of a removed layer: {dimension 0: no index}}."""
+    kept = {}
+    for layer_name, layer in removed_layers:
+        for path, _ in layer.named_parameters():
+            kept[f"{layer_name}.{path}"] = {0: torch.zeros(0, dtype=torch.int64)}
+    return kept
+
+
+def _macs(record: Record) -> int:
+    return sum(cost.macs for cost in record.costs)
 
 
 @torch.no_grad()
-def _check(model: nn.Module, new: nn.Module, removed: Sequence[nn.Module], kwargs: Mapping[str, Any]) -> Report:
-    """Equal to the last bit, since the same operations come in the same order."""
-    cached = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with tracing.unchanged(model), tracing.unchanged(new), evaluating(model), evaluating(new):
+def _prove(
+    model: nn.Module, pruned_model: nn.Module, removed: Sequence[nn.Module], kwargs: Mapping[str, Any]
+) -> Report:
+    """Compare the pruned model with the dense model whose removed layers are skipped: equal to the last bit.
+
+    The same operations run in the same order, so the tolerance is 0. Raises EqualityError if the models differ.
+    """
+    uses_cache = hasattr(getattr(model, "config", None), "use_cache")
+    no_cache = {"use_cache": False} if uses_cache else {}
+    with tracing.unchanged(model), tracing.unchanged(pruned_model), evaluating(model), evaluating(pruned_model):
         with skipping(removed):
-            expected = model(**kwargs, **cached)
-        results = new(**kwargs, **cached)
-    counts = [len(outputs(value)) for value in (expected, results)]
-    if counts[0] != counts[1]:
+            expected = model(**kwargs, **no_cache)
+        results = pruned_model(**kwargs, **no_cache)
+    n_expected, n_results = len(outputs(expected)), len(outputs(results))
+    if n_expected != n_results:
         raise EqualityError(
-            f"The pruned model gives {counts[1]} outputs and the dense one {counts[0]}, one for each layer it seems, "
+            f"The pruned model gives {n_results} outputs and the dense one {n_expected}, one for each layer it seems, "
             "which cannot be compared: give kwargs that leave them out."
         )
     error, scale = difference(expected, results)

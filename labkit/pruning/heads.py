@@ -1,13 +1,13 @@
-"""How much an attention head matters, by five methods; gates that silence heads, and what heads attend to.
+"""Importance of attention heads by five methods, gates on heads, and attention maps.
 
 Michel et al. 2019 (Are Sixteen Heads Really Better than One?, Taylor), Voita et al. 2019 (Analyzing Multi-Head
-Self-Attention, confidence and learned gates). Nothing is removed here; that is `transformers.prune_heads`.
+Self-Attention, confidence and learned gates). `transformers.prune_heads` removes heads; this file removes none.
 """
 
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -19,43 +19,47 @@ from labkit.arguments import check_module, check_real, seeded
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.graph import anatomy, tracing
 from labkit.graph.anatomy import Attention
-from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, summed_loss, valid_tokens
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
 from labkit.modules.blocks import loss_increases
+from labkit.modules.hooks import forward_hooks, reading
+from labkit.modules.losses import summed_loss
 from labkit.modules.stacks import layers_of, stacks
-from labkit.pruning.scores import input_taylor, reading
+from labkit.pruning.scores import LossFn, input_taylor
 
 METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # beta, gamma and zeta of Louizos et al. 2018
-PENALTY, RATE = 0.02, 0.1  # of the learned gates: weight of the expected number of open ones, Adam's step
+PENALTY = 0.02  # weight of the expected number of open gates in the loss
+RATE = 0.1  # step of Adam on the gates
+FIRST_LOGIT = 2.0  # of every gate; 3 % of the gates are closed at the start
 
 
 @torch.inference_mode(False)
 def head_importance(
-    model: nn.Module, batches: Iterable, method: str = "taylor", *, loss_fn: Callable | None = None, seed: int = 0
+    model: nn.Module, batches: Iterable, method: str = "taylor", *, loss_fn: LossFn | None = None, seed: int = 0
 ) -> Tensor:
-    """Importance of every query head, [layers, heads], float64 on the CPU; higher is more important.
+    """Score every query head; higher is more important: [layers, heads], float64 on the CPU.
 
-    Rows are the attentions in the order of a forward pass (of T5: the encoder's, then of every decoder layer self and
-    cross). Where a layer has fewer heads than another, the rest of its row is NaN.
+    Rows are the attentions in the order of a forward pass (of T5: the encoder's, then of every decoder layer self- and
+    cross-attention). A layer with fewer heads than another layer has NaN in the rest of the row.
 
-    batches: read once, none is kept. Padding (attention_mask 0) counts nowhere.
+    batches: input of `model`, read once, not stored. Padding (attention_mask 0) does not count.
     method:
         "taylor": first-order change of the loss on removing the head, (1/N) sum over examples x of |dl_x/dz_h|, z_h = 1
             a gate on the head's context vector: the absolute value of the sum over the valid tokens of x of context
             times gradient (Michel et al. 2019, equation 2, without the normalisation by layer: divide by
             `norm(dim=1, keepdim=True)` for that). l_x is the loss summed over x's terms, N counts the terms.
-        "entropy": 1 - H / log n, averaged over the valid queries that can choose, H = -sum a log a over the n keys that
-            the query may attend to: 1 attends to one token, 0 to all alike. A head can stare at a token and write
-            nothing.
+        "entropy": 1 - H / log n, averaged over the valid queries with n > 1 keys to attend to, H = -sum a log a over
+            the n keys: 1 attends to a single token, 0 to all tokens alike. A head can attend to a single token and
+            still contribute nothing to the loss.
         "confidence": mean over the same queries of the largest attention probability (Voita et al. 2019, section 4).
         "gate": `learn_gates`, in [0, 1].
-        "ablation": the increase of the mean loss per term when the head alone is silent, exact; negative where the
-            model is better without it. A forward pass from its layer on for each head and batch.
-    loss_fn: loss_fn(output, target), a mean over the examples; None takes the labels in the batches, and a decoder
-        without labels predicts its own tokens.
+        "ablation": the exact increase of the mean loss per term when the head alone is silent; negative if the model is
+            better without the head. Runs a forward pass from the head's layer on for each head and batch.
+    loss_fn: loss_fn(output, target), a mean over the examples; None takes the labels in the batches, or a decoder's own
+        tokens if the batches have no labels.
     seed: of the noise of "gate".
 
-    Raises InputError for an unknown method, no batches, or a model without heads. The model stays as it was.
+    `model` is not changed. Raises InputError for an unknown method, no batches, or a model without heads.
     """
     check_module(model)
     check_choice(method, METHODS, "method")
@@ -63,63 +67,91 @@ def head_importance(
         return learn_gates(model, batches, loss_fn=loss_fn, seed=seed)
     parts, batches = _attentions(model, check_batches(batches, method))
     if method == "entropy":
-        return _of_maps(model, parts, batches, lambda a, n: 1 - torch.special.entr(a).sum(-1) / n.log())
+        return _mean_over_queries(model, parts, batches, _concentration)
     if method == "confidence":
-        return _of_maps(model, parts, batches, lambda a, n: a.amax(-1))
+        return _mean_over_queries(model, parts, batches, _largest_probability)
     if method == "taylor":
-        return rows(input_taylor(model, {part.output: part.heads for part in parts}, batches, loss_fn))
+        heads_of_module = {part.output: part.heads for part in parts}
+        return rows(input_taylor(model, heads_of_module, batches, loss_fn))
     return rows(_ablation(model, parts, batches, loss_fn))
 
 
+def _concentration(a: Tensor, n_keys: Tensor) -> Tensor:
+    """1 - H / log n of attention probabilities a [.., keys], n_keys [..] the number of keys to attend to."""
+    entropy = torch.special.entr(a).sum(-1)
+    return 1 - entropy / n_keys.log()
+
+
+def _largest_probability(a: Tensor, n_keys: Tensor) -> Tensor:
+    return a.amax(-1)
+
+
 def _attentions(model: nn.Module, batches: Iterable) -> tuple[tuple[Attention, ...], Iterable]:
-    """The attentions that the first batch goes through, and all batches, the first included."""
+    """Return the attentions that the first batch goes through, and all batches, the first included."""
     with evaluating(model):
         first = next(not_empty(batches))
         args, kwargs, _ = split(model, first)  # labels too: a decoder may be called with nothing else
         record = tracing.record(model, args, kwargs)
-    once = iter(batches) is batches
-    return anatomy.attentions(model, record), itertools.chain([first], batches) if once else batches
+    is_iterator = iter(batches) is batches
+    all_batches = itertools.chain([first], batches) if is_iterator else batches
+    return anatomy.attentions(model, record), all_batches
 
 
 def rows(values: Sequence[Tensor]) -> Tensor:
-    """One row for each attention: [layers, most heads] float64 on the CPU, NaN where a layer has fewer."""
-    table = torch.full((len(values), max(len(row) for row in values)), torch.nan, dtype=torch.float64)
+    """Stack a vector [heads] for each attention to [layers, most heads], float64 on the CPU, padded with NaN."""
+    most_heads = max(len(value) for value in values)
+    table = torch.full((len(values), most_heads), torch.nan, dtype=torch.float64)
     for row, value in zip(table, values, strict=True):
         row[: len(value)] = value.detach().double().cpu()
     return table
 
 
-def _ablation(model: nn.Module, parts: Sequence[Attention], batches: Iterable, loss_fn) -> Sequence[Tensor]:
-    names, stack = zip(*layers_of(model), strict=True) if len(stacks(model)) == 1 else ((), ())
+def _ablation(
+    model: nn.Module, parts: Sequence[Attention], batches: Iterable, loss_fn: LossFn | None
+) -> Sequence[Tensor]:
+    """Return the increase of the mean loss when each head alone is silent: [heads] for each attention."""
+    layers = layers_of(model) if len(stacks(model)) == 1 else []
     silences = []
     for part in parts:
-        layer = next((i for i, name in enumerate(names) if part.name.startswith(f"{name}.")), 0)
-        silences += [(layer, partial(scaling, model, [part], [gates])) for gates in 1 - torch.eye(part.heads)]
-    return loss_increases(model, stack, silences, batches, loss_fn).split([part.heads for part in parts])
+        first_layer = _layer_of(part, [name for name, _ in layers])
+        for gates in 1 - torch.eye(part.heads):  # a single head is 0 in each row
+            silences.append((first_layer, partial(scaling, model, [part], [gates])))
+    increases = loss_increases(model, [layer for _, layer in layers], silences, batches, loss_fn)
+    return increases.split([part.heads for part in parts])
+
+
+def _layer_of(part: Attention, layer_names: Sequence[str]) -> int:
+    """Return the number of the layer that holds an attention, 0 if no layer in `layer_names` does."""
+    for number, name in enumerate(layer_names):
+        if part.name.startswith(f"{name}."):
+            return number
+    return 0
 
 
 def lowest_heads(importance: Tensor, n: int) -> dict[int, list[int]]:
-    """{layer: heads} of exactly the `n` least important heads, as `prune_heads` takes them.
+    """Choose exactly the `n` least important heads: {layer: heads}, the argument of `prune_heads`.
 
-    importance: [layers, heads], NaN where there is no head. Of equal scores the first goes first. One head stays in
-    every layer; what a layer may not give, the next lowest of the others gives. InputError if `n` heads cannot go.
+    importance: [layers, heads], NaN for a head that does not exist. Of equal scores the first goes first. A layer keeps
+        at least a single head; the next lowest head of another layer goes instead.
+    Raises InputError if `n` heads cannot go.
     """
     check_real(importance, "importance")
     if importance.dim() != 2 or not len(importance):
         raise InputError(f"importance has the shape {list(importance.shape)}, but it must be [layers, heads].")
-    exists = ~importance.isnan()
-    most = int((exists.sum(1) - 1).clamp_min(0).sum())
-    if isinstance(n, bool) or not isinstance(n, Integral) or not 1 <= n <= most:
+    remaining = (~importance.isnan()).sum(1)  # heads of each layer
+    most = int((remaining - 1).clamp_min(0).sum())
+    is_whole = isinstance(n, Integral) and not isinstance(n, bool)
+    if not is_whole or not 1 <= n <= most:
         raise InputError(
             f"n is {n!r}, but from 1 to {most} heads can go: one stays in each of {len(importance)} layers."
         )
-    stays = exists.sum(1).tolist()
+    remaining = remaining.tolist()
     lowest: dict[int, list[int]] = {}
     for index in importance.flatten().argsort(stable=True).tolist():  # NaN comes last
         layer, head = divmod(index, importance.shape[1])
-        if n and stays[layer] > 1:
+        if n and remaining[layer] > 1:
             lowest.setdefault(layer, []).append(head)
-            stays[layer] -= 1
+            remaining[layer] -= 1
             n -= 1
     return {layer: sorted(heads) for layer, heads in sorted(lowest.items())}
 
@@ -129,9 +161,9 @@ def lowest_heads(importance: Tensor, n: int) -> dict[int, list[int]]:
 
 @contextlib.contextmanager
 def gated(model: nn.Module, gates: Tensor) -> Iterator[None]:
-    """Inside, the context of head h of layer l is multiplied by gates[l, h]; 0 is a removed head, exactly.
+    """Multiply the context vector of head h in layer l by gates[l, h] while the context manager is open.
 
-    gates: [layers, heads].
+    gates: [layers, heads]. A gate of 0 removes the head exactly.
     """
     parts = anatomy.attentions(model)
     shape = [len(parts), max(part.heads for part in parts)]
@@ -144,11 +176,13 @@ def gated(model: nn.Module, gates: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scaling(model: nn.Module, parts: Sequence[Attention], gates: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, what head h of attention i gives is multiplied by gates[i][h]."""
+    """Multiply the context vector of head h in attention parts[i] by gates[i][h] while the context manager is open."""
 
-    def scaled(i: int, x: Tensor) -> Tensor:  # [.., heads * size]
-        heads = x.unflatten(-1, (parts[i].heads, parts[i].size))
-        return (heads * gates[i][: parts[i].heads, None].to(x)).flatten(-2)
+    def scaled(i: int, x: Tensor) -> Tensor:  # x [.., heads * size]
+        part = parts[i]
+        heads = x.unflatten(-1, (part.heads, part.size))
+        gate = gates[i][: part.heads, None].to(x)
+        return (heads * gate).flatten(-2)
 
     with reading(model, [part.output for part in parts], scaled):
         yield
@@ -156,47 +190,61 @@ def scaling(model: nn.Module, parts: Sequence[Attention], gates: Sequence[Tensor
 
 @torch.inference_mode(False)
 def learn_gates(
-    model: nn.Module, batches: Iterable, *, epochs: int = 1, loss_fn: Callable | None = None, seed: int = 0
+    model: nn.Module, batches: Iterable, *, epochs: int = 1, loss_fn: LossFn | None = None, seed: int = 0
 ) -> Tensor:
-    """Gates in [0, 1] that keep the task loss low while few are open, [layers, heads] float64; the model is frozen.
+    """Learn gates on the heads of a frozen model: low task loss with few gates open. [layers, heads] float64 in [0, 1].
 
-    Minimises mean loss + PENALTY * expected number of open gates by Adam (Voita et al. 2019, equation 5). While it
-    learns, a gate is sampled as clip(sigmoid((log u - log(1 - u) + a) / b) (r - l) + l, 0, 1), u uniform (Louizos et
-    al. 2018, equations 10 and 11); what is returned is the gate without noise, NaN where a layer has fewer heads.
+    Minimises mean loss + PENALTY * expected number of open gates by Adam (Voita et al. 2019, equation 5). During
+    training a gate is sampled as clip(sigmoid((log u - log(1 - u) + a) / b) (r - l) + l, 0, 1), u uniform (Louizos et
+    al. 2018, equations 10 and 11). The returned gates are without noise, NaN for heads that do not exist.
 
-    batches: read `epochs` times. loss_fn: as in `head_importance`. seed: the same one gives the same gates. InputError
-    for a loss that is not finite.
+    batches: read `epochs` times. loss_fn: as in `head_importance`. seed: of the noise.
+    Raises InputError for a loss that is not finite.
     """
     check_module(model)
     check_whole(epochs, "epochs")
     seed = seeded(seed).initial_seed()
     parts, batches = _attentions(model, check_batches(batches, "gate"))
     device = next(model.parameters()).device
-    logits = [torch.full((part.heads,), 2.0, device=device, requires_grad=True) for part in parts]  # 3 % are closed
-    descent = torch.optim.Adam(logits, RATE)
+    logits = [torch.full((part.heads,), FIRST_LOGIT, device=device, requires_grad=True) for part in parts]
+    optimizer = torch.optim.Adam(logits, RATE)
     with evaluating(model, seed), torch.enable_grad():
         for _ in range(epochs):
             for batch in not_empty(batches):
-                with scaling(model, parts, [_sampled(a) for a in logits]):
+                gates = [_sampled(a) for a in logits]
+                with scaling(model, parts, gates):
                     loss, terms = summed_loss(model, batch, loss_fn)
-                if not loss.isfinite():
-                    raise InputError(
-                        f"The loss of a batch is {loss.item()}, from which no gate can be learnt: look for inputs or "
-                        "weights that are not finite, or for an error in loss_fn."
-                    )
-                n_open = sum((a - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid().sum() for a in logits)
-                descent.zero_grad()
-                (loss / max(terms, 1) + PENALTY * n_open).backward(inputs=logits)
-                descent.step()
+                _check_finite(loss)
+                objective = loss / max(terms, 1) + PENALTY * _expected_open(logits)
+                optimizer.zero_grad()
+                objective.backward(inputs=logits)
+                optimizer.step()
     return rows([_stretched(a.detach().sigmoid()) for a in logits])
 
 
+def _check_finite(loss: Tensor) -> None:
+    if not loss.isfinite():
+        raise InputError(
+            f"The loss of a batch is {loss.item()}, from which no gate can be learnt: look for inputs or "
+            "weights that are not finite, or for an error in loss_fn."
+        )
+
+
+def _expected_open(logits: Sequence[Tensor]) -> Tensor:
+    """Return the expected number of gates above 0 (Louizos et al. 2018, equation 12), a scalar."""
+    shift = TEMPERATURE * math.log(-LOW / HIGH)
+    return sum((a - shift).sigmoid().sum() for a in logits)
+
+
 def _sampled(a: Tensor) -> Tensor:
+    """Draw a hard-concrete gate for each logit (Louizos et al. 2018, equations 10 and 11)."""
     u = torch.rand_like(a).clamp(1e-6, 1 - 1e-6)
-    return _stretched(((u.log() - (-u).log1p() + a) / TEMPERATURE).sigmoid())
+    noise = u.log() - (-u).log1p()
+    return _stretched(((noise + a) / TEMPERATURE).sigmoid())
 
 
 def _stretched(s: Tensor) -> Tensor:
+    """Stretch s in (0, 1) to (LOW, HIGH) and clip to [0, 1], so that gates can be exactly open or closed."""
     return (s * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
@@ -205,7 +253,7 @@ def _stretched(s: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Probabilities of every attention for one batch: layers x [B, heads, queries, keys]; rows sum to 1."""
+    """Return the attention probabilities of every layer for a batch: [B, heads, queries, keys] each, rows sum to 1."""
     parts, _ = _attentions(model, [batch])
     maps: dict[int, Tensor] = {}
     with evaluating(model, seed=0), _observing(model, parts, maps.__setitem__):
@@ -215,58 +263,63 @@ def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _observing(model: nn.Module, parts: Sequence[Attention], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Inside, see(i, a) gets the probabilities of attention i, [B, heads, queries, keys].
+    """Call see(number, probabilities) at every forward pass of each attention, as long as the `with` block runs.
 
-    Fused kernels (sdpa, flash) have none to give, and `output_attentions=True` then returns nothing at all: so the
-    model computes them eagerly inside.
+    parts: the attentions of `model`.
+    see: gets the attention's place in `parts` and its probabilities, [B, heads, queries, keys].
+
+    The model computes its attentions eagerly inside, since fused kernels (sdpa, flash) return no probabilities, not
+    even with `output_attentions=True`. Raises InputError for an attention that gives none eagerly.
     """
 
-    def hook(i: int) -> Callable:
-        def after(module, args, output):
-            maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
-            if not maps or (maps[-1] < 0).any() or (maps[-1].float().sum(-1) > 1.02).any():  # to bf16; less with sinks
-                raise InputError(
-                    f"{parts[i].name} gives no attention probabilities, not even computed eagerly; "
-                    "methods that need none: taylor, gate, ablation."
-                )
-            see(i, maps[-1])  # T5 has its position biases before them
+    def after(number: int, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
+        if not maps or not _are_probabilities(maps[-1]):
+            raise InputError(
+                f"{parts[number].name} gives no attention probabilities, not even computed eagerly; "
+                "methods that need none: taylor, gate, ablation."
+            )
+        see(number, maps[-1])  # the last: T5's position biases come before the probabilities
 
-        return after
+    modules = [model.get_submodule(part.name) for part in parts]
+    implementations = [(config, config._attn_implementation) for config in anatomy.configs(model)]
+    with forward_hooks(modules, after):
+        try:
+            for config, _ in implementations:
+                config._attn_implementation = "eager"
+            yield
+        finally:
+            for config, implementation in implementations:
+                config._attn_implementation = implementation
 
-    handles = [model.get_submodule(part.name).register_forward_hook(hook(i)) for i, part in enumerate(parts)]
-    before = [(config, config._attn_implementation) for config in anatomy.configs(model)]
-    try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        for handle in handles:
-            handle.remove()
+
+def _are_probabilities(x: Tensor) -> bool:
+    """Return True if no entry is negative and no row sums to more than 1, up to bfloat16; sinks make the sum less."""
+    return not (x < 0).any() and not (x.float().sum(-1) > 1.02).any()
 
 
 @torch.no_grad()
-def _of_maps(
+def _mean_over_queries(
     model: nn.Module, parts: Sequence[Attention], batches: Iterable, measure: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Mean of measure(a [.., keys], n [..]) over valid queries with n > 1 keys to attend to: [layers, heads]
+    """Average measure(a [.., keys], n_keys [..]) of attention probabilities a over queries: [layers, heads].
 
-    Queries with a single key say nothing about a head.
+    Counted are queries that are no padding and have n_keys > 1 keys to attend to; with a single key there is no choice.
     """
     sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
     counts = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
-    named: dict[str, Any] = {}
+    named: dict[str, Any] = {}  # arguments of the batch that runs
 
-    def see(i: int, a: Tensor) -> None:
+    def add(i: int, a: Tensor) -> None:
         a = a.double()  # [B, heads, queries, keys]
-        n = (a > 0).sum(-1).double()  # masked keys have a probability of exactly 0
+        n_keys = (a > 0).sum(-1).double()  # masked keys have a probability of exactly 0
         valid = valid_tokens(model, named, parts[i].name, a[:, 0, :, :1])  # [B, queries]
-        counted = valid[:, None] & (n > 1)
-        sums[i] += torch.where(counted, measure(a, n), 0.0).sum((0, 2)).cpu()
+        counted = valid[:, None] & (n_keys > 1)  # [B, heads, queries]
+        values = torch.where(counted, measure(a, n_keys), 0.0)
+        sums[i] += values.sum((0, 2)).cpu()
         counts[i] += counted.sum((0, 2)).cpu()
 
-    with evaluating(model, seed=0), _observing(model, parts, see):
+    with evaluating(model, seed=0), _observing(model, parts, add):
         for batch in not_empty(batches):
             named.clear()
             named.update(inputs(model, batch))

@@ -1,65 +1,34 @@
-"""How much weights matter: each one, or all that belong to a unit (a channel, a neuron, a head) together.
+"""Criteria: how important each weight is, or each unit (channel, neuron, attention head) of a coupled group.
 
-Criteria stand in two tables, CRITERIA for single weights and UNIT_CRITERIA for units, each as one function that can be
-laid beside its paper. Nothing is removed here, except by `obs_prune`, whose removal and update are one algorithm.
+A new criterion of single weights is a function score(w, statistic) and a row of CRITERIA; the row says how the
+statistic comes from gradients or layer inputs. A new criterion of units is a function of a `UnitTask` and a row of
+UNIT_CRITERIA. Every function with an argument `criterion` then accepts the new name.
+
+`saliency` scores weights, `unit_scores` scores units. Each criterion can be laid beside its paper. Only `obs_prune`
+removes weights, because removal and update are a single algorithm there.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from labkit.arguments import check_real, seeded
 from labkit.errors import InputError, check_choice
 from labkit.graph.groups import Group, Member
-from labkit.modules.batches import (
-    batch_loss,
-    check_batches,
-    evaluating,
-    inputs,
-    not_empty,
-    split,
-    summed_loss,
-    valid_tokens,
-)
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
 from labkit.modules.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
-from labkit.modules.weights import prunable
+from labkit.modules.hooks import reading
+from labkit.modules.losses import batch_loss, summed_loss
+from labkit.modules.weights import Weight, prunable
 from labkit.pruning.select import count_to_prune
 
-
-def _mean_over_batches(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    term: Callable[[dict[str, Tensor]], dict],
-    batches: Iterable,
-    loss_fn: Callable | None,
-    seed: int,
-) -> dict:
-    """E over batches of each entry of term({name: gradient of the batch's loss}); an absent entry counts as 0.
-
-    parameters: frozen ones have gradients too; one that a batch does not reach is absent. term: gives new tensors.
-    """
-    frozen = [p for p in parameters.values() if not p.requires_grad]
-    sums, count = {}, 0
-    with evaluating(model, seed), torch.enable_grad():
-        try:
-            for p in frozen:
-                p.requires_grad_(True)
-            for batch in not_empty(batches):
-                loss = batch_loss(model, batch, loss_fn)
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                reached = {name: wide(g) for name, g in zip(parameters, gradients, strict=True) if g is not None}
-                for key, value in term(reached).items():
-                    sums[key] = sums[key].add_(value) if key in sums else value
-                count += 1
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
-    return {key: total / count for key, total in sums.items()}
-
+LossFn = Callable[[Any, Any], Tensor]  # loss_fn(output, target) -> a scalar
+OBS_MEMORY = 2**24  # numbers in the inverse Hessians of the rows that `obs_prune` works on at a time: 128 MiB
 
 # --- criteria of single weights ---------------------------------------------------------------------------------------
 
@@ -70,29 +39,29 @@ def magnitude(w: Tensor) -> Tensor:
 
 
 def taylor(w: Tensor, g2: Tensor) -> Tensor:
-    """E[(g w)^2], g the gradient of one batch's mean loss, g2 = E[g^2] over batches.
+    """E[(g w)^2], g the gradient of the mean loss of a batch, g2 = E[g^2] over batches.
 
-    The first-order Taylor term of the loss change, squared before averaging, since near a minimum E[g] is almost 0
-    while E[g^2] is not. Molchanov et al. 2019, Importance Estimation for Neural Network Pruning. It ranks as `obd`
-    does, of which it is the double.
+    The first-order Taylor term of the change in loss. The term is squared before averaging, because near a minimum E[g]
+    is almost 0 while E[g^2] is not. Molchanov et al. 2019, Importance Estimation for Neural Network Pruning. The
+    ranking is the same as of `obd`; the scores are twice as large.
     """
     return w.square() * g2
 
 
 def taylor_abs(w: Tensor, g1: Tensor) -> Tensor:
-    """|E[g] w|, g1 = E[g]: what the mean loss changes by, to first order; goes to 0 where training has converged.
+    """|E[g] w|, g1 = E[g]: the first-order change of the mean loss, near 0 where training has converged.
 
-    After Molchanov et al. 2017, Pruning Convolutional Neural Networks for Resource Efficient Inference, which does this
-    for feature maps, and SNIP (Lee et al. 2019), which does it for weights at initialisation.
+    Molchanov et al. 2017, Pruning Convolutional Neural Networks for Resource Efficient Inference (for feature maps);
+    SNIP, Lee et al. 2019 (for weights at initialisation).
     """
     return (w * g1).abs()
 
 
 def obd(w: Tensor, g2: Tensor) -> Tensor:
-    """w^2 H_ww / 2 with the Hessian's diagonal H_ww taken as the empirical Fisher diagonal g2 = E[g^2], over batches.
+    """w^2 H_ww / 2, the Hessian's diagonal H_ww taken as the empirical Fisher diagonal g2 = E[g^2] over batches.
 
-    LeCun, Denker & Solla 1990, Optimal Brain Damage (they compute H_ww by a second back-propagation). A batch's
-    gradient averages its examples, so batches of one example give the Fisher itself, and larger ones a smaller number.
+    LeCun, Denker & Solla 1990, Optimal Brain Damage (with H_ww from a second back-propagation). The gradient of a batch
+    averages the examples: batches of a single example give the Fisher itself, larger batches a smaller number.
     """
     return w.square() * g2 / 2
 
@@ -100,51 +69,71 @@ def obd(w: Tensor, g2: Tensor) -> Tensor:
 def obs(w: Tensor, inverse: Tensor) -> Tensor:
     """w_q^2 / (2 [H^-1]_qq), inverse = [H^-1]_qq, H = 2 X^T X + damping, X [N, in] the layer's inputs over all batches.
 
-    What removing one weight adds to the squared error of the layer's output, if the rest of its row then adapts.
-    Hassibi & Stork 1993, Optimal Brain Surgeon, eq. 5, per layer as in Optimal Brain Compression (Frantar & Alistarh
-    2022). The scores do not move the other weights: `obs_prune` does. Memory in * in numbers a layer.
+    The increase of the squared error of the layer's output if weight q is removed and the rest of the row adapts.
+    Hassibi & Stork 1993, Optimal Brain Surgeon, eq. 5, for each layer as in Optimal Brain Compression (Frantar &
+    Alistarh 2022). Scores do not move the other weights; `obs_prune` does. Memory: in * in numbers for each layer.
     """
     return w.square() / (2 * inverse)
 
 
 def wanda(w: Tensor, x2: Tensor) -> Tensor:
-    """|w_ij| * ||X_j||_2, x2 = ||X_j||^2, X_j the j-th input of the layer over all batches and positions (padding too).
+    """|w_ij| * ||X_j||_2, x2 = ||X_j||^2, X_j the j-th input of the layer over all batches and positions, padding too.
 
-    Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, eq. 1. The paper compares within
-    an output row: scope="row". For a convolution j is an input channel and a kernel position.
+    Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, eq. 1. The paper compares
+    weights within an output row: scope="row". For a convolution j is an input channel and a kernel position.
     """
     return w.abs() * x2.sqrt()
 
 
 def activation(w: Tensor, x1: Tensor) -> Tensor:
-    """x1 = E|x_j|, the mean activity of the unit that the weight reads, whatever the weight.
+    """x1 = E|x_j|, the mean activity of the input unit of a weight, independent of the weight.
 
-    The activation criterion of Molchanov et al. 2017 (APoZ, Hu et al. 2016, counts zeros instead), read at the input of
-    a layer, which is the previous one's output after its nonlinearity.
+    The activation criterion of Molchanov et al. 2017 (APoZ, Hu et al. 2016, counts zeros instead). The input of a layer
+    is the output of the previous layer after the nonlinearity.
     """
     return x1
 
 
 def random(w: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, 1), the same on every device: the baseline that every criterion has to beat."""
+    """Uniform in [0, 1), the same on every device: the baseline for all other criteria."""
     return torch.rand(w.shape, generator=generator).to(w.device)
 
 
-class Criterion(NamedTuple):
-    """score(w, statistic), both in the weight's shape and float32 or wider; without data score(w).
+def _sum_of_magnitudes(layer: nn.Module, x: Tensor) -> Tensor:
+    return sum_over_rows(layer, x.abs())
 
-    gradient: what of a batch's gradient is averaged over batches. inputs: what of a layer's inputs is summed over all
-    of them; finish(sum, input vectors) makes [groups, in / groups * kernel] of it.
+
+def _mean(total: Tensor, count: int) -> Tensor:
+    return total / count
+
+
+def _total(total: Tensor, count: int) -> Tensor:
+    return total
+
+
+def _inverse_diagonal(total: Tensor, count: int) -> Tensor:
+    return _inverse(total).diagonal(dim1=-2, dim2=-1)
+
+
+class Criterion(NamedTuple):
+    """A row of CRITERIA: a formula, and the statistic of the data in the formula.
+
+    score(w, statistic): both arguments in the shape of the weight, float32 or wider; without data score(w).
+    gradient: function of the gradient of a batch, averaged over batches into the statistic.
+    inputs, finish: inputs(layer, x) is summed over all inputs of a layer; finish(sum, number of input vectors) returns
+        the statistic [groups, in / groups * kernel].
+    draws: True if the second argument of `score` is a random generator.
     """
 
     score: Callable[..., Tensor]
     gradient: Callable[[Tensor], Tensor] | None = None
     inputs: Callable[[nn.Module, Tensor], Tensor] | None = None
-    finish: Callable[[Tensor, int], Tensor] = lambda total, count: total
+    finish: Callable[[Tensor, int], Tensor] = _total
+    draws: bool = False
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.gradient or self.inputs)
+        return self.gradient is not None or self.inputs is not None
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -152,78 +141,148 @@ CRITERIA: Mapping[str, Criterion] = {
     "taylor": Criterion(taylor, gradient=torch.square),
     "taylor_abs": Criterion(taylor_abs, gradient=torch.clone),
     "obd": Criterion(obd, gradient=torch.square),
-    "obs": Criterion(obs, inputs=hessian, finish=lambda total, count: _inverse(total).diagonal(dim1=-2, dim2=-1)),
+    "obs": Criterion(obs, inputs=hessian, finish=_inverse_diagonal),
     "wanda": Criterion(wanda, inputs=squares),
-    "activation": Criterion(
-        activation, inputs=lambda layer, x: sum_over_rows(layer, x.abs()), finish=lambda total, count: total / count
-    ),
-    "random": Criterion(random),
+    "activation": Criterion(activation, inputs=_sum_of_magnitudes, finish=_mean),
+    "random": Criterion(random, draws=True),
 }
 
 
-def saliency(model: nn.Module, criterion: str, batches=None, *, loss_fn=None, seed: int = 0) -> dict[str, Tensor]:
-    """The score of every prunable weight, higher is more important: {name: tensor shaped like the weight}.
+def saliency(
+    model: nn.Module,
+    criterion: str,
+    batches: Iterable | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Score every prunable weight; higher is more important: {name: tensor shaped like the weight, float32 or wider}.
 
-    criterion: a key of CRITERIA.
-    batches: see `batches.split`; read once, one at a time, none kept.
-    loss_fn(output, target): for the criteria that look at gradients, else see `batches.batch_loss`.
-    seed: of random numbers, those of the model's forward pass among them.
+    criterion: a name in CRITERIA.
+    batches: input of `model`, see `batches.split`; needed by criteria of gradients or activations, and read once.
+    loss_fn: loss_fn(output, target), for criteria of gradients; None takes the loss of `losses.batch_loss`.
+    seed: of all random numbers, the model's dropout included.
 
-    A weight that the batches never reached has no entry. The model is left as it was. Scores are at least float32.
+    A weight not reached by any batch has no entry. `model` is not changed.
     """
     check_criterion(criterion, batches, CRITERIA)
     seed = seeded(seed).initial_seed()
-    row, weights = CRITERIA[criterion], prunable(model)
-    parameters = {name: weight.parameter for name, weight in weights.items()}
+    row = CRITERIA[criterion]
+    weights = prunable(model)
+    if row.draws:
+        generator = seeded(seed)
+        return {name: row.score(wide(weight.parameter), generator) for name, weight in weights.items()}
     if not row.needs_data:
-        options = (seeded(seed),) if criterion == "random" else ()
-        return {name: row.score(wide(p), *options) for name, p in parameters.items()}
-    if row.gradient:
-        term = lambda gradients: {name: row.gradient(g) for name, g in gradients.items()}  # noqa: E731
-        statistics = _mean_over_batches(model, parameters, term, batches, loss_fn, seed)
+        return {name: row.score(wide(weight.parameter)) for name, weight in weights.items()}
+    if row.gradient is not None:
+        statistics = _gradient_statistics(model, weights, row.gradient, batches, loss_fn, seed)
     else:
-        with evaluating(model, seed), torch.no_grad(), watched(weights.values(), row.inputs) as sums:
-            for batch in not_empty(batches):
-                args, kwargs, _ = split(model, batch)
-                model(*args, **kwargs)
-        statistics = {name: weights[name].spread(row.finish(*each)) for name, each in sums.items()}
-    return {name: row.score(w := wide(parameters[name]), x.to(w)) for name, x in statistics.items()}
+        statistics = _input_statistics(model, weights, row, batches, seed)
+    scores = {}
+    for name, statistic in statistics.items():
+        w = wide(weights[name].parameter)
+        scores[name] = row.score(w, statistic.to(w))
+    return scores
 
 
-def check_criterion(criterion: str, batches: Iterable | None, table: Mapping) -> None:
-    """InputError unless the criterion is in the table and has the batches that it needs.
+def _gradient_statistics(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    function: Callable[[Tensor], Tensor],
+    batches: Iterable,
+    loss_fn: LossFn | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Average `function` of each weight's gradient over batches: {name: tensor shaped like the weight}."""
 
-    A criterion of units looks at data where the one of weights with its name does.
+    def term(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: function(gradient) for name, gradient in gradients.items()}
+
+    parameters = {name: weight.parameter for name, weight in weights.items()}
+    return _mean_over_batches(model, parameters, term, batches, loss_fn, seed)
+
+
+def _input_statistics(
+    model: nn.Module, weights: Mapping[str, Weight], row: Criterion, batches: Iterable, seed: int
+) -> dict[str, Tensor]:
+    """Sum `row.inputs` over the inputs of every layer, and finish: {name: tensor shaped like the weight}."""
+    with evaluating(model, seed), torch.no_grad(), watched(weights.values(), row.inputs) as sums:
+        for batch in not_empty(batches):
+            args, kwargs, _ = split(model, batch)
+            model(*args, **kwargs)
+    statistics = {}
+    for name, (total, count) in sums.items():
+        statistics[name] = weights[name].spread(row.finish(total, count))
+    return statistics
+
+
+def _mean_over_batches(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    term: Callable[[dict[str, Tensor]], dict],
+    batches: Iterable,
+    loss_fn: LossFn | None,
+    seed: int,
+) -> dict:
+    """Average the entries of term({name: gradient of the loss of a batch}) over batches; a missing entry counts as 0.
+
+    parameters: {name: parameter}; frozen parameters get gradients too.
+    term: function of the gradients of the parameters reached by a batch; returns new tensors under any keys.
     """
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    sums, count = {}, 0
+    with evaluating(model, seed), torch.enable_grad():
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            for batch in not_empty(batches):
+                loss = batch_loss(model, batch, loss_fn)
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                named = zip(parameters, gradients, strict=True)
+                reached = {name: wide(gradient) for name, gradient in named if gradient is not None}
+                for key, value in term(reached).items():
+                    sums[key] = sums[key].add_(value) if key in sums else value
+                count += 1
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+    return {key: total / count for key, total in sums.items()}
+
+
+def check_criterion(criterion: str, batches: Iterable | None, table: Mapping[str, Any]) -> None:
+    """Raise InputError unless `criterion` is in `table` (CRITERIA or UNIT_CRITERIA) and has the batches it needs."""
     check_choice(criterion, table, "criterion")
-    if criterion in CRITERIA and CRITERIA[criterion].needs_data:
+    if table[criterion].needs_data:
         check_batches(batches, criterion)
 
 
-# --- Optimal Brain Surgeon for one layer ------------------------------------------------------------------------------
+# --- Optimal Brain Surgeon for a single layer -------------------------------------------------------------------------
 
 
 def _inverse(hessian: Tensor) -> Tensor:
-    """(H + DAMP * mean(diag H) * I)^-1 in float64; an input that is always 0 only has the damping."""
+    """(H + DAMP * mean(diag H) * I)^-1 in float64, [.., in, in]. An all-zero H is damped by 1."""
     hessian = hessian.double()
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    damping = torch.where(mean > 0, DAMP * mean, 1.0)
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian + torch.where(mean > 0, DAMP * mean, 1.0) * eye))
+    factor = torch.linalg.cholesky(hessian + damping * eye)
+    return torch.cholesky_inverse(factor)
 
 
 def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
-    """Removes count_to_prune(in, sparsity) weights of every row, one at a time, the rest of the row adapting each time.
+    """Remove count_to_prune(in, sparsity) weights of every row, each time the weight that costs least after an update.
 
-    weight: [out, in]; inputs: [N, in], what the layer y = x W^T gets. Returns a new weight, like `weight`.
+    weight: [out, in] of a layer y = x W^T. inputs: [N, in], the layer's inputs x. Returns a new weight like `weight`.
     Per row, with H = 2 X^T X + DAMP * mean(diag H) * I (Hassibi & Stork 1993, eq. 5; the exact greedy of Optimal Brain
     Compression, Frantar & Alistarh 2022, Lemma 1):
         q = argmin w_q^2 / [H^-1]_qq        w += -w_q / [H^-1]_qq * H^-1[:, q]
         H^-1 -= H^-1[:, q] H^-1[q, :] / [H^-1]_qq
-    Every row has its own H^-1: time out * k * in^2, memory 128 MiB at a time. For layers of some hundred inputs.
+    Every row has an H^-1 of its own: time out * k * in^2, memory 128 MiB at a time. For layers of some hundred inputs.
     """
     check_real(weight, "weight")
     check_real(inputs, "inputs")
-    if weight.dim() != 2 or inputs.dim() != 2 or inputs.shape[1] != weight.shape[1] or not len(inputs):
+    are_matrices = weight.dim() == inputs.dim() == 2
+    if not are_matrices or inputs.shape[1] != weight.shape[1] or len(inputs) == 0:
         raise InputError(
             f"weight is {list(weight.shape)} and inputs {list(inputs.shape)}, but they must be [out, in] and [N, in]: "
             "flatten the batch and token dimensions of the inputs."
@@ -231,26 +290,61 @@ def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
     k = count_to_prune(weight.shape[1], sparsity)
     x = wide(inputs)
     inverse = _inverse(2 * x.t() @ x)
-    rows_at_once = max(1, 2**24 // inverse.numel())
-    parts = [_obs_rows(rows, inverse, k) for rows in weight.detach().double().split(rows_at_once)]
-    return torch.cat(parts).to(weight.dtype)
+    rows_at_once = max(1, OBS_MEMORY // inverse.numel())
+    chunks = weight.detach().double().split(rows_at_once)
+    pruned = [_obs_rows(rows, inverse, k) for rows in chunks]
+    return torch.cat(pruned).to(weight.dtype)
 
 
 def _obs_rows(w: Tensor, inverse: Tensor, k: int) -> Tensor:
-    w, inverse = w.clone(), inverse.expand(len(w), -1, -1).clone()  # [rows, in], [rows, in, in]
-    every, gone = torch.arange(len(w), device=w.device), torch.zeros_like(w, dtype=torch.bool)
+    """Remove k weights of each row of w [rows, in], all rows at once; inverse: the H^-1 [in, in] they start from."""
+    w = w.clone()
+    inverse = inverse.expand(len(w), -1, -1).clone()  # [rows, in, in]
+    rows = torch.arange(len(w), device=w.device)
+    removed = torch.zeros_like(w, dtype=torch.bool)
     for _ in range(k):
-        diagonal = inverse.diagonal(dim1=1, dim2=2)
-        q = (w.square() / diagonal).masked_fill(gone, torch.inf).argmin(1)
-        pivot = diagonal[every, q].clone()
-        column = inverse[every, :, q]  # [rows, in]
-        gone[every, q] = True
-        w = (w - (w[every, q] / pivot)[:, None] * column).masked_fill(gone, 0.0)
-        inverse -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
+        diagonal = inverse.diagonal(dim1=1, dim2=2)  # [rows, in]
+        cost = w.square() / diagonal
+        q = cost.masked_fill(removed, torch.inf).argmin(1)  # [rows]
+        pivot = diagonal[rows, q].clone()
+        column = inverse[rows, :, q]  # [rows, in]
+        removed[rows, q] = True
+        step = (w[rows, q] / pivot)[:, None] * column
+        w = (w - step).masked_fill(removed, 0.0)
+        scaled = column / pivot[:, None]
+        inverse -= column[:, :, None] * scaled[:, None, :]
     return w
 
 
 # --- criteria of units: the channels, heads and other units of coupled groups -----------------------------------------
+
+UnitScores = dict[int, Tensor]  # {number of the group: score of each unit [units]}
+
+
+@dataclass(frozen=True)
+class UnitTask:
+    """Input of a unit criterion.
+
+    groups: coupled groups of `model`, from `coupling.trace`. batches, loss_fn, seed: as in `saliency`.
+    """
+
+    model: nn.Module
+    groups: Sequence[Group]
+    batches: Iterable | None
+    loss_fn: LossFn | None
+    seed: int
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def members(self, role: str, parameters: Mapping[str, Tensor]) -> dict[int, list[Member]]:
+        """Return the members to score of each group, {number of the group: members}.
+
+        role: "makes" or "reads", for the matrices and kernels that make or read the channels. A group without matrices
+        in the role gives all matrices; a group without matrices gives all vectors (biases, scales).
+        parameters: {name: parameter}, the parameters to consider.
+        """
+        return {number: _members(group, parameters, role) for number, group in enumerate(self.groups)}
 
 
 def unit_scores(
@@ -259,245 +353,326 @@ def unit_scores(
     criterion: str | Mapping[str, Tensor] | Callable[[Group], Tensor | None],
     batches: Iterable | None = None,
     *,
-    loss_fn: Callable | None = None,
+    loss_fn: LossFn | None = None,
     seed: int = 0,
-) -> dict[int, Tensor]:
-    """The score of every unit, higher is more important: {number of the group: [units]}, float32 or wider, on the CPU.
+) -> UnitScores:
+    """Score every unit; higher is more important: {number of the group: [units], float32 or wider, on the CPU}.
 
-    groups: of `coupling.trace`.
-    criterion: a key of UNIT_CRITERIA; or {parameter: scores of its output channels}, summed over the channels of a
-        unit and over parameters; or a function of a group that gives its scores [units], None for none.
+    groups: from `coupling.trace`.
+    criterion: a name in UNIT_CRITERIA; or {parameter: scores of the output channels}, summed over the channels of a
+        unit and over parameters; or a function of a group that returns scores [units], or None to leave the group out.
     batches, loss_fn, seed: as in `saliency`.
 
-    A group that a criterion has nothing to say about is absent. Raises InputError where a score is NaN.
+    A group without a score is absent. Raises InputError for scores of another shape, and for NaN.
     """
     if isinstance(criterion, Mapping):
-        scores = _given(model, groups, criterion)
+        scores = _scores_of_channels(groups, criterion)
     elif callable(criterion):
-        scores = {i: x for i, group in enumerate(groups) if (x := criterion(group)) is not None}
+        scores = _scores_of_function(groups, criterion)
     else:
         check_criterion(criterion, batches, UNIT_CRITERIA)
-        scores = UNIT_CRITERIA[criterion](model, groups, batches, loss_fn, seed)
-    what = repr(criterion) if isinstance(criterion, str) else "of the caller"
-    for i, values in scores.items():
-        check_real(values, f"criterion for {groups[i].name!r}")
-        if values.shape != (groups[i].units,):
-            raise InputError(f"The scores of {groups[i].name!r} must be a tensor of shape [{groups[i].units}].")
-        scores[i] = values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32))
-        if values.isnan().any():
-            raise InputError(
-                f"Criterion {what} is NaN for {groups[i].name!r}: look for NaN in the weights, the batches or the loss."
-            )
-    return scores
+        task = UnitTask(model, groups, batches, loss_fn, seed)
+        scores = UNIT_CRITERIA[criterion].score(task)
+    label = repr(criterion) if isinstance(criterion, str) else "of the caller"
+    return {number: _checked(groups[number], values, label) for number, values in scores.items()}
 
 
-def _given(model: nn.Module, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Scores of units of {parameter: [output channels]}"""
-    makers = {i: [m for m in g.members if m.role == "makes" and m.name in scores] for i, g in enumerate(groups)}
-    for name in set(scores) - {m.name for members in makers.values() for m in members}:
+def _checked(group: Group, values: Tensor, label: str) -> Tensor:
+    """Check the scores of a group and return them on the CPU; label: the criterion in the error sentence."""
+    check_real(values, f"criterion for {group.name!r}")
+    if values.shape != (group.units,):
+        raise InputError(f"The scores of {group.name!r} must be a tensor of shape [{group.units}].")
+    if values.isnan().any():
+        raise InputError(
+            f"Criterion {label} is NaN for {group.name!r}: look for NaN in the weights, the batches or the loss."
+        )
+    return values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _scores_of_function(groups: Sequence[Group], function: Callable[[Group], Tensor | None]) -> UnitScores:
+    scores = {number: function(group) for number, group in enumerate(groups)}
+    return {number: values for number, values in scores.items() if values is not None}
+
+
+def _scores_of_channels(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> UnitScores:
+    """Sum the caller's scores of output channels, {parameter: [channels]}, over the channels of each unit."""
+    makers = {}
+    for number, group in enumerate(groups):
+        made = [member for member in group.members if member.role == "makes"]
+        makers[number] = [member for member in made if member.name in scores]
+    scored = [member for members in makers.values() for member in members]
+    for name in set(scores) - {member.name for member in scored}:
         raise InputError(f"criterion has scores for {name!r}, which makes no channels that can go: leave it out.")
-    for m in (m for members in makers.values() for m in members):
-        check_real(scores[m.name], f"criterion for {m.name!r}")
-        if scores[m.name].shape != (len(m.units),):
-            raise InputError(f"criterion must have {len(m.units)} scores for {m.name!r}: one for each output channel.")
-    return per_unit(lambda name, _: scores[name].detach(), groups, makers)
+    for member in scored:
+        name, n_channels = member.name, len(member.units)
+        check_real(scores[name], f"criterion for {name!r}")
+        if scores[name].shape != (n_channels,):
+            raise InputError(f"criterion must have {n_channels} scores for {name!r}: one for each output channel.")
+
+    def of_channels(name: str, dim: int) -> Tensor:
+        return scores[name].detach()
+
+    return per_unit(of_channels, groups, makers)
 
 
 def _members(group: Group, parameters: Mapping[str, Tensor], role: str) -> list[Member]:
-    """The group's matrices and kernels in that role; vectors (biases, scales) only where there is nothing else."""
-    members = [m for m in group.members if m.name in parameters]
-    matrices = [m for m in members if parameters[m.name].dim() > 1 and parameters[m.name].is_floating_point()]
-    return [m for m in matrices if m.role == role] or matrices or members
+    members = [member for member in group.members if member.name in parameters]
+    matrices = []
+    for member in members:
+        parameter = parameters[member.name]
+        if parameter.dim() > 1 and parameter.is_floating_point():
+            matrices.append(member)
+    in_role = [member for member in matrices if member.role == role]
+    return in_role or matrices or members
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
-    """[size of the dimension, all others]"""
+    """Return x as [size of the dimension, product of all other sizes]."""
     return x.movedim(dim, 0).reshape(x.shape[dim], -1)
 
 
 def per_unit(
     value: Callable[[str, int], Tensor | None], groups: Sequence[Group], members: Mapping[int, Sequence[Member]]
-) -> dict[int, Tensor]:
-    """Sums over everything that belongs to each unit: {number of the group: [units]}, absent where there is nothing.
+) -> UnitScores:
+    """Sum a value of parameter entries over each unit; a group without any value is absent.
 
-    value(parameter, dimension): summed over its other dimensions, a vector; None where there is none.
-    members: of each group, those that count.
+    value: value(parameter, dimension) returns the value at each index of the dimension, summed over the parameter's
+        other dimensions, [size of the dimension]; None leaves the parameter out.
+    members: {number of the group: members to sum over}.
     """
-    values: dict[tuple[str, int], Tensor | None] = {}  # one vector serves all groups of a parameter
-    totals: dict[int, Tensor] = {}
-    for i, counted in members.items():
-        for m in counted:
-            if (key := (m.name, m.dim)) not in values:
-                values[key] = None if (x := value(*key)) is None else x.cpu()
-            if (x := values[key]) is not None:
-                inner = m.units >= 0
-                total = torch.zeros(groups[i].units, dtype=x.dtype).index_add_(0, m.units[inner], x[inner])
-                totals[i] = totals[i] + total if i in totals else total
+    vectors: dict[tuple[str, int], Tensor | None] = {}  # of a dimension, shared by all groups of the parameter
+    totals: UnitScores = {}
+    for number, counted in members.items():
+        for member in counted:
+            place = (member.name, member.dim)
+            if place not in vectors:
+                vector = value(*place)
+                vectors[place] = None if vector is None else vector.cpu()
+            vector = vectors[place]
+            if vector is None:
+                continue
+            total = _sum_by_unit(vector, member, groups[number].units)
+            totals[number] = totals[number] + total if number in totals else total
     return totals
 
 
+def _sum_by_unit(vector: Tensor, member: Member, n_units: int) -> Tensor:
+    """Sum the entries of vector [size of member.dim] that belong to the same unit: [units]."""
+    in_group = member.units >= 0
+    total = torch.zeros(n_units, dtype=vector.dtype)
+    return total.index_add_(0, member.units[in_group], vector[in_group])
+
+
 def _sums(values: Mapping[str, Tensor]) -> Callable[[str, int], Tensor | None]:
-    return lambda name, dim: _rows(values[name], dim).sum(1) if name in values else None
+    """Return the `value` of `per_unit` for tensors in the shape of parameters, {name: tensor}."""
+
+    def sum_over_others(name: str, dim: int) -> Tensor | None:
+        return _rows(values[name], dim).sum(1) if name in values else None
+
+    return sum_over_others
 
 
 def norms(
     model: nn.Module, groups: Sequence[Group], members: Mapping[int, Sequence[Member]], power: int = 2
-) -> dict[int, Tensor]:
-    """(sum |w|^p)^(1/p) of all weights of a unit that `members` has: {number of the group: [units]}"""
+) -> UnitScores:
+    """(sum |w|^p)^(1/p) over all weights of a unit in `members`, {number of the group: members}; p is `power`."""
     parameters = dict(model.named_parameters())
 
     def powers(name: str, dim: int) -> Tensor:
-        return torch.linalg.vector_norm(_rows(wide(parameters[name]), dim), power, 1) ** power
+        rows = _rows(wide(parameters[name]), dim)
+        return torch.linalg.vector_norm(rows, power, 1) ** power
 
-    return {i: total ** (1 / power) for i, total in per_unit(powers, groups, members).items()}
-
-
-def unit_norm(power: int, model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-    """The norm of what makes the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
-    parameters = dict(model.named_parameters())
-    makers = {i: _members(group, parameters, "makes") for i, group in enumerate(groups)}
-    return norms(model, groups, makers, power)
+    totals = per_unit(powers, groups, members)
+    return {number: total ** (1 / power) for number, total in totals.items()}
 
 
-def bn_scale(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
+def unit_norm(power: int, task: UnitTask) -> UnitScores:
+    """Norm of the weights that make the unit. Li et al. 2017, Pruning Filters for Efficient ConvNets."""
+    makers = task.members("makes", task.parameters())
+    return norms(task.model, task.groups, makers, power)
+
+
+def bn_scale(task: UnitTask) -> UnitScores:
     """Mean |gamma| of the unit's batch norms. Liu et al. 2017, Learning Efficient ConvNets through Network Slimming."""
-    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    names = {f"{name}.weight".lstrip(".") for name in norms}
-    scales = {name: wide(p).abs() for name, p in model.named_parameters() if name in names}
-    members = {i: [m for m in group.members if m.name in scales] for i, group in enumerate(groups)}
-    sums = per_unit(_sums(scales), groups, members)
-    return {i: total / len(members[i]) / groups[i].width for i, total in sums.items()}
+    parameters = task.parameters()
+    batch_norms = [name for name, module in task.model.named_modules() if isinstance(module, _BatchNorm)]
+    names = {f"{name}.weight".lstrip(".") for name in batch_norms}
+    scales = {name: wide(parameters[name]).abs() for name in names & parameters.keys()}
+    members = {}
+    for number, group in enumerate(task.groups):
+        members[number] = [member for member in group.members if member.name in scales]
+    means = {}
+    for number, total in per_unit(_sums(scales), task.groups, members).items():
+        mean_over_norms = total / len(members[number])
+        means[number] = mean_over_norms / task.groups[number].width
+    return means
 
 
-def unit_taylor(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-    """E[(dL/dz)^2] over batches, z = 1 a gate on what reads the unit: dL/dz is the sum of g w over the weights that do.
+def unit_taylor(task: UnitTask) -> UnitScores:
+    """E[(dL/dz)^2] over batches, z = 1 a gate on the unit: dL/dz is the sum of g w over the weights reading the unit.
 
-    `taylor` with all of the unit's weights in one term. Molchanov et al. 2019, eq. 8.
+    `taylor` with all weights of the unit in a single term. Molchanov et al. 2019, eq. 8.
     """
-    parameters = dict(model.named_parameters())
-    readers = {i: _members(group, parameters, "reads") for i, group in enumerate(groups)}
-    weights = {m.name: parameters[m.name] for members in readers.values() for m in members}
+    parameters = task.parameters()
+    readers = task.members("reads", parameters)
+    weights = {member.name: parameters[member.name] for members in readers.values() for member in members}
 
-    def term(gradients: dict[str, Tensor]) -> dict[int, Tensor]:
-        slopes = {name: g * wide(weights[name]) for name, g in gradients.items()}
-        return {i: slope**2 for i, slope in per_unit(_sums(slopes), groups, readers).items()}
+    def term(gradients: dict[str, Tensor]) -> UnitScores:
+        slopes = {name: gradient * wide(weights[name]) for name, gradient in gradients.items()}
+        unit_slopes = per_unit(_sums(slopes), task.groups, readers)
+        return {number: slope**2 for number, slope in unit_slopes.items()}
 
-    return _mean_over_batches(model, weights, term, batches, loss_fn, seed)
+    return _mean_over_batches(task.model, weights, term, task.batches, task.loss_fn, task.seed)
 
 
-def fpgm(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-    """Sum of distances to the group's other units: low is replaceable.
+def fpgm(task: UnitTask) -> UnitScores:
+    """Sum of distances to the other units of the group: a low score marks a replaceable unit.
 
     He et al. 2019, Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration.
     """
-    parameters, scores = dict(model.named_parameters()), {}
-    for i, group in enumerate(groups):
-        total = torch.zeros(group.units, group.units)  # of squared distances
-        for m in _members(group, parameters, "makes"):
-            inner = m.units >= 0
-            order, counts = m.units[inner].argsort(stable=True), m.units[inner].bincount(minlength=group.units)
-            if (counts == counts[0]).all():  # units of different sizes have no distance
-                rows = _rows(wide(parameters[m.name]), m.dim)[inner][order].reshape(group.units, -1).cpu()
-                total = total + torch.cdist(rows, rows) ** 2
-        scores[i] = total.sqrt().sum(1)
+    parameters = task.parameters()
+    makers = task.members("makes", parameters)
+    scores = {}
+    for number, group in enumerate(task.groups):
+        squared_distances = torch.zeros(group.units, group.units)
+        for member in makers[number]:
+            weight = wide(parameters[member.name])
+            vectors = _unit_vectors(weight, member, group.units)
+            if vectors is not None:
+                squared_distances = squared_distances + torch.cdist(vectors, vectors) ** 2
+        scores[number] = squared_distances.sqrt().sum(1)
     return scores
 
 
-def unit_random(model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-    """Uniform in [0, 1) from `seed`: the baseline."""
-    generator = seeded(seed)
-    return {i: random(torch.empty(group.units), generator) for i, group in enumerate(groups)}
+def _unit_vectors(weight: Tensor, member: Member, n_units: int) -> Tensor | None:
+    """Return each unit's weights as a row, [units, weights in a unit]; None for units of different sizes."""
+    in_group = member.units >= 0
+    units = member.units[in_group]
+    counts = units.bincount(minlength=n_units)
+    if (counts != counts[0]).any():
+        return None
+    order = units.argsort(stable=True)
+    rows = _rows(weight, member.dim)[in_group][order]
+    return rows.reshape(n_units, -1).cpu()
 
 
-def unit_sum(criterion: str, model, groups, batches, loss_fn, seed) -> dict[int, Tensor]:
-    """A criterion of single weights, summed ("activation": averaged) over the weights that read the unit."""
-    weights = saliency(model, criterion, batches, loss_fn=loss_fn, seed=seed)
-    readers = {i: [m for m in g.members if m.role == "reads" and m.name in weights] for i, g in enumerate(groups)}
-    sums = per_unit(_sums(weights), groups, readers)
-    if criterion != "activation":
-        return sums
-    counts = per_unit(_sums({name: torch.ones_like(w) for name, w in weights.items()}), groups, readers)
-    return {i: total / counts[i] for i, total in sums.items()}
+def unit_random(task: UnitTask) -> UnitScores:
+    """Uniform in [0, 1) from the seed: the baseline."""
+    generator = seeded(task.seed)
+    return {number: random(torch.empty(group.units), generator) for number, group in enumerate(task.groups)}
 
 
-# score(model, groups, batches, loss_fn, seed) -> {number of the group: [units]}
-UNIT_CRITERIA: Mapping[str, Callable[..., dict[int, Tensor]]] = {
-    "l1": partial(unit_norm, 1),
-    "l2": partial(unit_norm, 2),
-    "bn_scale": bn_scale,
-    "taylor": unit_taylor,
-    "activation": partial(unit_sum, "activation"),
-    "fpgm": fpgm,
-    "random": unit_random,
-    "wanda": partial(unit_sum, "wanda"),
-    "obd": partial(unit_sum, "obd"),
-    "taylor_abs": partial(unit_sum, "taylor_abs"),
+def unit_sum(criterion: str, task: UnitTask) -> UnitScores:
+    """Sum of a criterion of CRITERIA over the weights that read the unit."""
+    scores, readers = _scored_readers(criterion, task)
+    return per_unit(_sums(scores), task.groups, readers)
+
+
+def unit_mean(criterion: str, task: UnitTask) -> UnitScores:
+    """Mean of a criterion of CRITERIA over the weights that read the unit."""
+    scores, readers = _scored_readers(criterion, task)
+    ones = {name: torch.ones_like(values) for name, values in scores.items()}
+    totals = per_unit(_sums(scores), task.groups, readers)
+    counts = per_unit(_sums(ones), task.groups, readers)
+    return {number: total / counts[number] for number, total in totals.items()}
+
+
+def _scored_readers(criterion: str, task: UnitTask) -> tuple[dict[str, Tensor], dict[int, list[Member]]]:
+    """Return the `saliency` of all weights, and {number of the group: members with scores, reading the group}."""
+    scores = saliency(task.model, criterion, task.batches, loss_fn=task.loss_fn, seed=task.seed)
+    readers = {}
+    for number, group in enumerate(task.groups):
+        reading_members = [member for member in group.members if member.role == "reads"]
+        readers[number] = [member for member in reading_members if member.name in scores]
+    return scores, readers
+
+
+class UnitCriterion(NamedTuple):
+    """A row of UNIT_CRITERIA: a function from a `UnitTask` to scores, and True in needs_data if it reads batches."""
+
+    score: Callable[[UnitTask], UnitScores]
+    needs_data: bool = False
+
+
+UNIT_CRITERIA: Mapping[str, UnitCriterion] = {
+    "l1": UnitCriterion(partial(unit_norm, 1)),
+    "l2": UnitCriterion(partial(unit_norm, 2)),
+    "bn_scale": UnitCriterion(bn_scale),
+    "taylor": UnitCriterion(unit_taylor, needs_data=True),
+    "activation": UnitCriterion(partial(unit_mean, "activation"), needs_data=True),
+    "fpgm": UnitCriterion(fpgm),
+    "random": UnitCriterion(unit_random),
+    "wanda": UnitCriterion(partial(unit_sum, "wanda"), needs_data=True),
+    "obd": UnitCriterion(partial(unit_sum, "obd"), needs_data=True),
+    "taylor_abs": UnitCriterion(partial(unit_sum, "taylor_abs"), needs_data=True),
 }
 
 
 # --- criteria of what a module reads: the neurons and heads of a transformer ------------------------------------------
 
 
-@contextmanager
-def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside, act(i, x) sees what the module names[i] reads, and may give another tensor to go on with."""
-
-    def before(i: int, module: nn.Module, args: tuple) -> tuple | None:
-        new = act(i, args[0])
-        return None if new is None else (new, *args[1:])
-
-    with ExitStack() as hooks:
-        for i, name in enumerate(names):
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(partial(before, i)).remove)
-        yield
-
-
 def input_taylor(
-    model: nn.Module, readers: Mapping[str, int], batches: Iterable, loss_fn: Callable | None = None
+    model: nn.Module, readers: Mapping[str, int], batches: Iterable, loss_fn: LossFn | None = None
 ) -> list[Tensor]:
-    """(1/N) sum over examples of |dl/dz|, z = 1 a gate on a unit of what a module reads: per module [units] float64.
+    """(1/N) sum over examples of |dl/dz|, z = 1 a gate on a unit in the input of a module.
 
-    readers: {name of the module: units}, as many channels in a row each. dl/dz is the sum of a dl/da over the example's
-    valid tokens and the unit's channels; l is the loss summed over the example's terms, N counts the terms of all.
-    Molchanov et al. 2017 for neurons, Michel et al. 2019 (Are Sixteen Heads Really Better than One?) for heads.
+    readers: {name of the module: number of units}; a unit is that many equal runs of the input's channels.
+    batches, loss_fn: as in `saliency`. Returns [units] float64 on the CPU for each module.
+
+    dl/dz is the sum of a dl/da over the valid tokens of an example and the channels of the unit, a the input; l is the
+    loss summed over the terms of the example, N the number of terms of all examples. Molchanov et al. 2017 for neurons,
+    Michel et al. 2019 (Are Sixteen Heads Really Better than One?) for heads.
     """
-    names, units = list(readers), list(readers.values())
-    sums = [torch.zeros(n, dtype=torch.float64) for n in units]
-    reads: dict[int, Tensor] = {}
-    terms = 0
+    names = list(readers)
+    sums = [torch.zeros(n_units, dtype=torch.float64) for n_units in readers.values()]
+    activations: dict[int, Tensor] = {}  # of the batch that runs, by number of the module
+    n_terms = 0
 
-    def act(i: int, a: Tensor) -> Tensor:
-        reads[i] = a if a.requires_grad else a.detach().requires_grad_(True)
-        return reads[i]
+    def keep_with_gradient(i: int, a: Tensor) -> Tensor:
+        activations[i] = a if a.requires_grad else a.detach().requires_grad_(True)
+        return activations[i]
 
-    with evaluating(model, seed=0), torch.enable_grad(), reading(model, names, act):
+    with evaluating(model, seed=0), torch.enable_grad(), reading(model, names, keep_with_gradient):
         for batch in not_empty(batches):
-            loss, n = summed_loss(model, batch, loss_fn)
+            loss, terms = summed_loss(model, batch, loss_fn)
             named = inputs(model, batch)
-            gradients = torch.autograd.grad(loss, list(reads.values()), allow_unused=True)
-            for (i, a), g in zip(reads.items(), gradients, strict=True):
-                if g is not None:
-                    valid = valid_tokens(model, named, names[i], a)  # [B, T]
-                    slopes = (a.detach() * g).double().view(*valid.shape, units[i], -1).sum(-1)  # [B, T, units]
-                    sums[i] += (slopes * valid[..., None]).sum(1).abs().sum(0).cpu()
-            reads.clear()
-            terms += n
-    return [total / max(terms, 1) for total in sums]
+            gradients = torch.autograd.grad(loss, list(activations.values()), allow_unused=True)
+            for (i, a), gradient in zip(activations.items(), gradients, strict=True):
+                if gradient is None:
+                    continue
+                valid = valid_tokens(model, named, names[i], a)  # [B, T]
+                slopes = a.detach() * gradient
+                sums[i] += _gate_slopes(slopes, valid, len(sums[i])).cpu()
+            activations.clear()
+            n_terms += terms
+    return [total / max(n_terms, 1) for total in sums]
+
+
+def _gate_slopes(slopes: Tensor, valid: Tensor, n_units: int) -> Tensor:
+    """Sum slopes a dl/da [.., channels] to |dl/dz| of each unit, added up over the examples: [units].
+
+    valid: bool [B, T], False at padding.
+    """
+    by_channel = slopes.double().view(*valid.shape, n_units, -1)  # [B, T, units, channels]
+    by_token = by_channel.sum(-1) * valid[..., None]  # [B, T, units]
+    by_example = by_token.sum(1)
+    return by_example.abs().sum(0)
 
 
 @torch.no_grad()
 def input_squares(model: nn.Module, names: Sequence[str], batches: Iterable) -> list[Tensor]:
-    """E[a^2] over the valid tokens of what each module reads: per module [channels] float64."""
-    sums: list = [0.0] * len(names)
+    """E[a^2] of each channel of the input a of each module in `names`, over valid tokens: [channels] float64 each."""
+    sums: list[Tensor | float] = [0.0] * len(names)
     counts = [0] * len(names)
-    named: dict[str, Tensor] = {}  # of the batch that runs
+    named: dict[str, Tensor] = {}  # arguments of the batch that runs
 
-    def act(i: int, a: Tensor) -> None:
+    def add_squares(i: int, a: Tensor) -> None:
         valid = valid_tokens(model, named, names[i], a).flatten()
-        sums[i] = sums[i] + a.flatten(0, -2).double().square().mul(valid[:, None]).sum(0).cpu()
+        squares_of_a = a.flatten(0, -2).double().square().mul(valid[:, None])  # [B * T, channels]
+        sums[i] = sums[i] + squares_of_a.sum(0).cpu()
         counts[i] += int(valid.sum())
 
-    with evaluating(model, seed=0), reading(model, names, act):
+    with evaluating(model, seed=0), reading(model, names, add_squares):
         for batch in not_empty(batches):
             named.clear()
             named.update(inputs(model, batch))

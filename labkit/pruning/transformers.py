@@ -1,13 +1,14 @@
-"""Structured pruning of transformers: heads and FFN neurons, as units of `channels`, one call for every family.
+"""Structured pruning of transformers: attention heads and FFN neurons, with the same call for every family of models.
 
-A unit is a query head (with grouped-query attention a whole KV group, or as many query heads of every group), or an FFN
-neuron with its gate. Each cut is proved by `equality` on an example input, and the config gets the new sizes where it
-can express them. Whole layers are `depth`; nothing is trained here.
+A unit is an attention head or an FFN neuron with its gate. With grouped-query attention (GQA) a unit is a KV head with
+its query heads; single query heads can go too, the same number from every group. Each cut is proved by `equality` on an
+example input, and the config gets the new sizes if it can express them. `depth` removes whole layers. Training is left
+to the caller.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +25,15 @@ from labkit.graph.surgery import Plan, Pruned
 from labkit.modules.batches import check_batches
 from labkit.pruning import channels
 from labkit.pruning.heads import head_importance, lowest_heads
-from labkit.pruning.scores import input_squares, input_taylor, norms
+from labkit.pruning.scores import LossFn, input_squares, input_taylor, norms
 from labkit.pruning.select import count_to_prune, fraction, lowest_k
 
 __all__ = ["head_importance", "lowest_heads", "prune_ffn", "prune_heads"]
 
 CRITERIA = ("magnitude", "wanda", "taylor", "random")
+WIDTHS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")  # in configs
+
+# --- heads ------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode(False)
@@ -40,161 +44,248 @@ def prune_heads(
     kwargs: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Pruned:
-    """A new model without the given query heads. `model` stays as it was.
+    """Return a copy of `model` without the query heads in `heads`.
 
-    heads: {layer: [head, ...]}, both counted from 0, as in `head_importance`. At least one head stays in a layer. With
-        grouped-query attention, layer by layer: whole KV groups (all query heads h with the same h // group), which
-        takes their keys, values and cache along; or the same number of query heads from every group that stays; or
-        both. Layers that share position biases (T5) lose the same heads.
-    kwargs: the input that the model is traced and proved with; None makes a small one from the config.
-    check: False leaves the proof out (`report` is None).
+    heads: {layer: [head, ...]}, layers and heads counted from 0, as in `head_importance`. At least a single head stays
+        in a layer. With grouped-query attention remove whole KV groups (all query heads h with the same h // group
+        size) with keys, values and cache, or the same number of query heads from every remaining group, or whole
+        groups and heads. Layers with shared position biases (T5) lose the same heads.
+    kwargs: input for the trace and the proof; by default a small input made from the config.
+    check: False leaves the proof out (`report` is empty).
 
-    The new config has the new number of heads where all layers have the same and the architecture can be built so
-    (Llama; not BERT, whose head size is width / heads). Raises InputError for heads that do not exist or cannot go, and
-    EqualityError if the proof fails.
+    The new config has the new number of heads if all layers have the same number and the architecture can be built so
+    (Llama can; BERT cannot, because the head size is width / heads). Raises InputError for unknown heads and for heads
+    tied to layers outside the attention, and EqualityError if the proof fails.
     """
     kwargs = anatomy.called_with(model, kwargs)
-    try:
-        coupling, parts, cuts = _cuts(model, heads, kwargs, whole_heads=True)
-    except InputError as error:
-        try:  # a dimension that is split in queries, keys and values first would lose all heads or none
-            coupling, parts, cuts = _cuts(model, heads, kwargs, whole_heads=False)
-        except InputError:
-            raise error from None
-    units, clusters = {}, coupling.clusters()
-    for cut in cuts:  # and as many of what only goes along with heads
-        cluster = next(cluster for cluster in clusters if cut.group in cluster)
-        alike = [group for i in cluster if (group := coupling.groups[i]).units == len(cut.stay)]
-        units |= {group.name: [u for u, row in enumerate(cut.stay) if not row] for group in alike}
-    plan = _numbered(model, _narrowed(model, channels.plan_units(model, coupling, units), cuts), cuts)
+    coupling, attentions, cuts = _trace_heads(model, heads, kwargs)
+    plan = channels.plan_units(model, coupling, _units_to_remove(coupling, cuts))
+    plan = _with_query_heads(model, plan, cuts)
+    plan = _with_head_counts(model, plan, cuts)
     pruned = channels.apply(model, plan, (), kwargs, check=check)
-    if hasattr(model, "config") and len(cuts) == len(parts) and len({(c.heads, c.units) for c in cuts}) == 1:
-        new = {"num_attention_heads": cuts[0].heads, "head_dim": parts[0].size}
-        if getattr(model.config, "num_key_value_heads", None) == len(cuts[0].table):
-            new["num_key_value_heads"] = cuts[0].units
-        _state_config(pruned.model, new)
+    _update_head_config(model, pruned.model, attentions, cuts)
     return pruned
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """What happens to one attention: its group in the coupling, the query heads of each unit, and those that stay."""
+class _HeadCut:
+    """Removed and remaining heads of an attention.
 
-    part: Attention
+    group: number of the coupling's group; the units of the group are the attention's heads, or KV heads.
+    table: the query heads of each unit. remaining: the remaining query heads of each unit.
+    """
+
+    attention: Attention
     group: int
     table: list[list[int]]
-    stay: list[list[int]]
+    remaining: list[list[int]]
 
     @property
     def heads(self) -> int:
-        return sum(map(len, self.stay))
+        """Count the remaining query heads."""
+        return sum(len(heads) for heads in self.remaining)
 
     @property
     def units(self) -> int:
-        return sum(map(bool, self.stay))
+        """Count the units with remaining query heads."""
+        return sum(len(heads) > 0 for heads in self.remaining)
 
     @property
     def narrows(self) -> bool:
-        """Whether units that stay lose some of their query heads."""
+        """Return True if a remaining unit loses query heads."""
         return self.heads < self.units * len(self.table[0])
 
 
-def _cuts(
+HeadTrace = tuple[Coupling, tuple[Attention, ...], list[_HeadCut]]
+
+
+def _trace_heads(model: nn.Module, heads: Mapping[int, Iterable[int]], kwargs: Mapping[str, Any]) -> HeadTrace:
+    """Trace the model, and return the coupling, all attentions, and a cut for each attention that loses heads."""
+    try:
+        return _trace_cuts(model, heads, kwargs, whole_heads=True)
+    except InputError as error:
+        # With whole_heads, a dimension that is first split in queries, keys and values would lose all heads or none.
+        try:
+            return _trace_cuts(model, heads, kwargs, whole_heads=False)
+        except InputError:
+            raise error from None
+
+
+def _trace_cuts(
     model: nn.Module, heads: Mapping[int, Iterable[int]], kwargs: Mapping[str, Any], whole_heads: bool
-) -> tuple[Coupling, tuple[Attention, ...], list[_Cut]]:
-    """The trace, its attentions, and what happens to those that lose heads."""
+) -> HeadTrace:
     coupling = Coupling.of(model, (), kwargs, whole_heads=whole_heads)
-    parts = anatomy.attentions(model, coupling.record)
-    removed = _removed(parts, heads)
-    cuts = [_cut(coupling, layer, parts[layer], gone) for layer, gone in removed.items()]
-    _check_shared(coupling, parts, cuts, removed)
-    return coupling, parts, cuts
+    attentions = anatomy.attentions(model, coupling.record)
+    removed = _checked_heads(attentions, heads)
+    cuts = [_head_cut(coupling, layer, attentions[layer], gone) for layer, gone in removed.items()]
+    _check_shared_biases(coupling, attentions, cuts, removed)
+    return coupling, attentions, cuts
 
 
-def _removed(parts: Sequence[Attention], heads: Mapping[int, Iterable[int]]) -> dict[int, frozenset[int]]:
-    """{layer: heads} without empty ones; InputError for an index that does not exist."""
+def _checked_heads(attentions: Sequence[Attention], heads: Mapping[int, Iterable[int]]) -> dict[int, frozenset[int]]:
+    """Return {layer: heads to remove} without empty entries; raise InputError for an unknown layer or head."""
     check_mapping(heads, "heads", "layer: [head, ...]")
     removed = {}
-    for layer, gone in heads.items():
-        anatomy.check_index(layer, len(parts), "layer")
-        check_several(gone, f"heads[{layer}]")
-        gone = list(gone)
-        for head in gone:
-            anatomy.check_index(head, parts[layer].heads, f"layer {layer}'s head")
-        removed[int(layer)] = gone = frozenset(gone)
-        if len(gone) == parts[layer].heads:
+    for layer, numbers in heads.items():
+        anatomy.check_index(layer, len(attentions), "layer")
+        check_several(numbers, f"heads[{layer}]")
+        numbers = list(numbers)
+        for head in numbers:
+            anatomy.check_index(head, attentions[layer].heads, f"layer {layer}'s head")
+        gone = frozenset(numbers)
+        if len(gone) == attentions[layer].heads:
             raise InputError(
                 f"Layer {layer} would lose all of its {len(gone)} heads: leave at least one, or remove the layer with "
                 "depth.prune_layers."
             )
+        removed[int(layer)] = gone
     if not any(removed.values()):
         raise InputError("heads names no head: give {layer: [head, ...]}, for example of lowest_heads.")
     return {layer: gone for layer, gone in removed.items() if gone}
 
 
-def _cut(coupling: Coupling, layer: int, part: Attention, gone: frozenset[int]) -> _Cut:
-    """InputError where the heads of the layer are no units, or units that stay would have different numbers of them."""
-    classes = [None] * part.heads if part.labels is None else coupling.classes[part.labels].tolist()
-    group = next((i for i, roots in enumerate(coupling.roots) if set(classes) <= set(roots.tolist())), None)
+def _head_cut(coupling: Coupling, layer: int, attention: Attention, gone: frozenset[int]) -> _HeadCut:
+    """Return the cut of an attention without the heads in `gone`.
+
+    Raises InputError if heads of the layer are no units, or remaining units would keep different numbers of heads.
+    """
+    classes = _classes_of_heads(coupling, attention)
+    group = _group_of_classes(coupling, classes)
     if group is None:
-        reason = next(filter(None, map(coupling.reasons.get, classes)), "its heads hang together as one unit")
-        raise InputError(f"No head of layer {layer} ({part.name}) can be removed: {reason}.")
-    table = [[h for h in range(part.heads) if classes[h] == root] for root in coupling.roots[group]]
-    stay = [[head for head in row if head not in gone] for row in table]
-    if len({len(row) for row in stay if row}) > 1:
+        reasons = [coupling.reasons[c] for c in classes if coupling.reasons.get(c)]
+        reason = reasons[0] if reasons else "its heads hang together as one unit"
+        raise InputError(f"No head of layer {layer} ({attention.name}) can be removed: {reason}.")
+    table = []
+    for root in coupling.roots[group]:
+        table.append([head for head in range(attention.heads) if classes[head] == root])
+    remaining = [[head for head in heads if head not in gone] for heads in table]
+    counts = [len(heads) for heads in remaining]
+    if len({count for count in counts if count}) > 1:
+        group_size = len(table[0])
         raise InputError(
-            f"Layer {layer} has {len(table)} key-value heads with {len(table[0])} query heads each, of which "
-            f"{[len(row) for row in stay]} would stay: remove whole groups (heads h with the same h // "
-            f"{len(table[0])}), or the same number of heads from every group that stays."
+            f"Layer {layer} has {len(table)} key-value heads with {group_size} query heads each, of which "
+            f"{counts} would stay: remove whole groups (heads h with the same h // "
+            f"{group_size}), or the same number of heads from every group that stays."
         )
-    return _Cut(part, group, table, stay)
+    return _HeadCut(attention, group, table, remaining)
 
 
-def _check_shared(coupling: Coupling, parts: Sequence[Attention], cuts: Sequence[_Cut], removed: Mapping) -> None:
-    """InputError where layers whose heads are one group (T5's share position biases) would lose different heads."""
+def _classes_of_heads(coupling: Coupling, attention: Attention) -> list[int | None]:
+    """Return the coupling's class of each query head, None for all heads if the trace has no labels for heads."""
+    if attention.labels is None:
+        return [None] * attention.heads
+    return coupling.classes[attention.labels].tolist()
+
+
+def _group_of_classes(coupling: Coupling, classes: Sequence[int | None]) -> int | None:
+    """Return the number of the group with all `classes` among its units, None without a fitting group."""
+    for number, roots in enumerate(coupling.roots):
+        if set(classes) <= set(roots.tolist()):
+            return number
+    return None
+
+
+def _check_shared_biases(
+    coupling: Coupling,
+    attentions: Sequence[Attention],
+    cuts: Sequence[_HeadCut],
+    removed: Mapping[int, frozenset[int]],
+) -> None:
+    """Raise InputError if layers with shared position biases (T5), so heads of the same group, lose different heads."""
     for group in {cut.group for cut in cuts}:
         roots = set(coupling.roots[group].tolist())
-        layers = [i for i, p in enumerate(parts) if p.labels is not None and coupling.classes[p.labels[0]] in roots]
-        if len({removed.get(layer) for layer in layers}) > 1:
+        sharing = []
+        for layer, attention in enumerate(attentions):
+            if _classes_of_heads(coupling, attention)[0] in roots:
+                sharing.append(layer)
+        if len({removed.get(layer) for layer in sharing}) > 1:
             raise InputError(
-                f"The attentions {layers} share their position biases, head by head: remove the same heads from all of "
-                "them."
+                f"The attentions {sharing} share their position biases, head by head: remove the same heads from all "
+                "of them."
             )
 
 
-def _narrowed(model: nn.Module, plan: Plan, cuts: Sequence[_Cut]) -> Plan:
-    """The plan that also removes query heads of KV groups whose keys and values stay: no unit of the coupling does."""
+def _units_to_remove(coupling: Coupling, cuts: Sequence[_HeadCut]) -> dict[str, list[int]]:
+    """Return {name of the group: units without remaining heads}, also for linked groups with as many units."""
+    clusters = coupling.clusters()
+    units = {}
+    for cut in cuts:
+        removed = [unit for unit, heads in enumerate(cut.remaining) if not heads]
+        (cluster,) = [cluster for cluster in clusters if cut.group in cluster]
+        for number in cluster:
+            group = coupling.groups[number]
+            if group.units == len(cut.table):
+                units[group.name] = removed
+    return units
+
+
+def _with_query_heads(model: nn.Module, plan: Plan, cuts: Sequence[_HeadCut]) -> Plan:
+    """Extend the plan to remove query heads of remaining KV heads.
+
+    A unit of the coupling is a KV head with all query heads of the group. Single query heads are therefore removed by
+    label: the rows of the query projection, and the columns of the output projection.
+    """
     narrowing = [cut for cut in cuts if cut.narrows]
     if not narrowing:
         return plan
     coupling, gone = plan.coupling, plan.gone.copy()
-    base = {(axis.name, axis.dim): axis.base for axis in coupling.record.axes}
+    first_label = {(axis.name, axis.dim): axis.base for axis in coupling.record.axes}
     for cut in narrowing:
-        n, size = len(cut.table[0]), cut.part.size
+        n_heads, size = len(cut.table[0]), cut.attention.size  # query heads of a unit, channels of a head
         members = coupling.groups[cut.group].members
-        if not {len(member.indices(0)) for member in members} <= {size, n * size}:
+        if not {len(member.indices(0)) for member in members} <= {size, n_heads * size}:
             raise InputError(
-                f"{cut.part.name} holds queries, keys and values in one matrix: remove whole groups of {n} query heads."
+                f"{cut.attention.name} holds queries, keys and values in one matrix: remove whole groups of "
+                f"{n_heads} query heads."
             )
-        for member in (m for m in members if len(m.indices(0)) == n * size):  # queries, and what reads their results
+        of_queries = [member for member in members if len(member.indices(0)) == n_heads * size]
+        for member in of_queries:
             for unit, heads in enumerate(cut.table):
-                rows = member.indices(unit).view(n, size)[[head not in cut.stay[unit] for head in heads]]
-                gone[base[member.name, member.dim] + rows.numpy()] = True
+                head_goes = [head not in cut.remaining[unit] for head in heads]
+                indices = member.indices(unit).view(n_heads, size)[head_goes]
+                gone[first_label[member.name, member.dim] + indices.numpy()] = True
     return channels.plan_labels(model, coupling, gone, plan.units)
 
 
-def _numbered(model: nn.Module, plan: Plan, cuts: Sequence[_Cut]) -> Plan:
-    """The plan with numbers of heads that attentions have written down, where sizes in a trace may not show them."""
+def _with_head_counts(model: nn.Module, plan: Plan, cuts: Sequence[_HeadCut]) -> Plan:
+    """Extend the plan to update the attributes in which attentions count heads.
+
+    The trace finds most of the attributes, but not a count never used as a size in the forward pass.
+    """
     attributes = {name: dict(values) for name, values in plan.attributes.items()}
     for cut in cuts:
-        values, before = vars(model.get_submodule(cut.part.name)), cut.part.heads
-        new = {name: cut.heads for name in ("num_heads", "num_attention_heads") if values.get(name) == before}
-        if group := values.get("num_key_value_groups"):
-            kv_heads = before // group  # the units, but for a single one: then query heads are
-            new["num_key_value_groups"] = cut.heads // (cut.units if kv_heads == len(cut.table) else kv_heads)
-        if new := {name: value for name, value in new.items() if value != values[name]}:
-            attributes[cut.part.name] = attributes.get(cut.part.name, {}) | new
+        name, heads_before = cut.attention.name, cut.attention.heads
+        current = vars(model.get_submodule(name))
+        new = {}
+        for attribute in ("num_heads", "num_attention_heads"):
+            if current.get(attribute) == heads_before:
+                new[attribute] = cut.heads
+        group_size = current.get("num_key_value_groups")
+        if group_size:
+            kv_heads = heads_before // group_size
+            units_are_kv_heads = kv_heads == len(cut.table)  # with a single KV head the units are query heads
+            new["num_key_value_groups"] = cut.heads // (cut.units if units_are_kv_heads else kv_heads)
+        for attribute, value in new.items():
+            if value != current[attribute]:
+                attributes.setdefault(name, {})[attribute] = value
     return replace(plan, attributes=attributes)
+
+
+def _update_head_config(
+    model: nn.Module, pruned_model: nn.Module, attentions: Sequence[Attention], cuts: Sequence[_HeadCut]
+) -> None:
+    """Put the new number of heads in the config of `pruned_model` if all attentions have the same number of heads."""
+    counts = {(cut.heads, cut.units) for cut in cuts}
+    if not hasattr(model, "config") or len(cuts) < len(attentions) or len(counts) > 1:
+        return
+    ((heads, units),) = counts
+    sizes = {"num_attention_heads": heads, "head_dim": attentions[0].size}
+    if getattr(model.config, "num_key_value_heads", None) == len(cuts[0].table):
+        sizes["num_key_value_heads"] = units
+    _update_config(pruned_model, sizes)
+
+
+# --- FFN neurons ------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode(False)
@@ -204,25 +295,27 @@ def prune_ffn(
     *,
     criterion: str = "magnitude",
     batches: Iterable | None = None,
-    loss_fn: Callable | None = None,
+    loss_fn: LossFn | None = None,
     round_to: int = 1,
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Pruned:
-    """A new model without the fraction `ratio` of every layer's FFN neurons, gated or not. `model` stays as it was.
+    """Return a copy of `model` without the fraction `ratio` of every layer's FFN neurons, gated or not.
 
-    ratio: from 0 to 1; at least one neuron stays.
-    criterion: per neuron j with activation a_j (after the gate), what the down projection reads:
-        "magnitude": L2 norm of all weights that make and read it, biases included.
-        "wanda": sqrt(E[a_j^2]) * |W_down[:, j]| over the valid tokens of batches: what the layer loses without it (Sun
-            et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, for one weight).
+    ratio: from 0 to 1; at least a single neuron stays in each layer.
+    criterion: for neuron j with activation a_j (after the gate), the input of the down projection:
+        "magnitude": L2 norm of all weights that make and read the neuron, biases included.
+        "wanda": sqrt(E[a_j^2]) * |W_down[:, j]| over the valid tokens of batches: the change of the layer's output
+            without the neuron (Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, for
+            a single weight).
         "taylor": (1/N) sum over examples of |sum over tokens of a_j dl/da_j| (Molchanov et al. 2019, first order), with
             the terms N and the loss of `head_importance`.
         "random": the baseline.
-    batches: read once; needed for "wanda" and "taylor". loss_fn: as in `head_importance`, for "taylor".
-    round_to: what stays is the nearest multiple of it (64 or 128 suit matrix hardware).
-    seed: of "random". kwargs, check: as in `prune_heads`.
+    batches: input of `model`, read once; needed for "wanda" and "taylor".
+    loss_fn: as in `head_importance`, for "taylor". seed: of "random".
+    round_to: the remaining neurons are rounded to the nearest multiple (64 or 128 suit matrix hardware).
+    kwargs, check: as in `prune_heads`.
 
     Raises InputError for a bad argument or a model whose neurons cannot go, EqualityError if the proof fails.
     """
@@ -233,80 +326,107 @@ def prune_ffn(
         check_batches(batches, criterion)
     kwargs = anatomy.called_with(model, kwargs)
     coupling = Coupling.of(model, (), kwargs)
-    parts = anatomy.feed_forwards(model, coupling)
+    networks = anatomy.feed_forwards(model, coupling)
+    neuron_scores = _neuron_scores(model, coupling, networks, criterion, batches, loss_fn, seed)
     units, widths = {}, set()
-    for part, scores in zip(
-        parts, _neuron_scores(model, coupling, parts, criterion, batches, loss_fn, seed), strict=True
-    ):
-        n = count_to_prune(len(scores), ratio)
-        if n == len(scores):
-            raise InputError(f"A ratio of {ratio} leaves none of the {n} neurons of {part.down}: give less.")
-        if n and round_to > 1:
-            steps = max(math.floor((len(scores) - n) / round_to + 0.5), 1)
-            n = len(scores) - min(steps * round_to, len(scores))
-        units[coupling.groups[part.group].name] = lowest_k(scores, n).nonzero().flatten().tolist()
-        widths.add(len(scores) - n)
-    pruned = channels.apply(model, channels.plan_units(model, coupling, units), (), kwargs, check=check)
-    names = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")  # in configs
-    name = next((name for name in names if hasattr(getattr(model, "config", None), name)), None)
-    if name and len(widths) == 1:
-        _state_config(pruned.model, {name: widths.pop()})
+    for network, scores in zip(networks, neuron_scores, strict=True):
+        n_removed = _neurons_to_remove(len(scores), ratio, round_to, network.down)
+        group = coupling.groups[network.group]
+        units[group.name] = lowest_k(scores, n_removed).nonzero().flatten().tolist()
+        widths.add(len(scores) - n_removed)
+    plan = channels.plan_units(model, coupling, units)
+    pruned = channels.apply(model, plan, (), kwargs, check=check)
+    if len(widths) == 1:
+        _update_width_config(model, pruned.model, widths.pop())
     return pruned
 
 
+def _neurons_to_remove(neurons: int, ratio: float, round_to: int, down: str) -> int:
+    """Return how many of `neurons` go; raise InputError, naming the down projection `down`, if no neuron would stay."""
+    removed = count_to_prune(neurons, ratio)
+    if removed == neurons:
+        raise InputError(f"A ratio of {ratio} leaves none of the {neurons} neurons of {down}: give less.")
+    if removed and round_to > 1:
+        multiples = max(math.floor((neurons - removed) / round_to + 0.5), 1)
+        removed = neurons - min(multiples * round_to, neurons)
+    return removed
+
+
 def _neuron_scores(
-    model: nn.Module, coupling: Coupling, parts: Sequence[FeedForward], criterion: str, batches, loss_fn, seed: int
+    model: nn.Module,
+    coupling: Coupling,
+    networks: Sequence[FeedForward],
+    criterion: str,
+    batches: Iterable | None,
+    loss_fn: LossFn | None,
+    seed: int,
 ) -> list[Tensor]:
-    """For each network [neurons] on the CPU, higher is more important; see `prune_ffn`."""
-    groups, downs = [coupling.groups[part.group] for part in parts], [part.down for part in parts]
+    """Score the neurons of each feed-forward network by a criterion of `prune_ffn`: [neurons] each, on the CPU."""
+    groups = [coupling.groups[network.group] for network in networks]
+    downs = [network.down for network in networks]
     if criterion == "random":
         generator = seeded(seed)
         return [torch.rand(group.units, generator=generator, dtype=torch.float64) for group in groups]
     weights = {name for name, _ in model.named_parameters()}
-    if criterion != "magnitude" and (experts := weights & set(downs)):
+    experts = weights & set(downs)
+    if criterion != "magnitude" and experts:
         raise InputError(
             f"Criterion {criterion!r} looks at what a linear module reads, and {min(experts)} belongs to none: take "
             "magnitude or random."
         )
-    members = {i: [m for m in group.members if m.name in weights] for i, group in enumerate(groups)}
-    if criterion == "magnitude":
-        return list(norms(model, groups, members).values())
     if criterion == "taylor":
-        return input_taylor(
-            model, {part.down: group.units for part, group in zip(parts, groups, strict=True)}, batches, loss_fn
-        )
-    reads = norms(model, groups, {i: [m for m in held if m.role == "reads"] for i, held in members.items()})
+        neurons = {down: group.units for down, group in zip(downs, groups, strict=True)}
+        return input_taylor(model, neurons, batches, loss_fn)
+    makers_and_readers, readers = {}, {}
+    for number, group in enumerate(groups):
+        members = [member for member in group.members if member.name in weights]
+        makers_and_readers[number] = members
+        readers[number] = [member for member in members if member.role == "reads"]
+    if criterion == "magnitude":
+        return list(norms(model, groups, makers_and_readers).values())
+    column_norms = norms(model, groups, readers).values()
     squares = input_squares(model, downs, batches)
-    return [norm * square.sqrt() for norm, square in zip(reads.values(), squares, strict=True)]
+    return [norm * square.sqrt() for norm, square in zip(column_norms, squares, strict=True)]
+
+
+def _update_width_config(model: nn.Module, pruned_model: nn.Module, width: int) -> None:
+    """Put the new FFN width in the config of `pruned_model`, under the first name of WIDTHS in the config."""
+    config = getattr(model, "config", None)
+    names = [name for name in WIDTHS if hasattr(config, name)]
+    if names:
+        _update_config(pruned_model, {names[0]: width})
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
 
 
-def _state_config(model: nn.Module, new: Mapping[str, Any]) -> None:
-    """Puts `new` in the config of `model` if the architecture that it then describes is the model's.
+def _update_config(model: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Put `sizes` in the config of `model` if a model built from the new config has the architecture of `model`.
 
-    That is, it has its shapes, and the same factors where a config makes them from a size (Gemma scales embeddings by
-    the root of the width, which a narrower model would do otherwise).
+    Shapes are compared, and float attributes that a config derives from a size: Gemma scales embeddings by the root of
+    the width, which a narrower model would do otherwise.
     """
-    candidate = copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)
     try:
-        candidate.update(new)
+        config.update(sizes)
         with quietly(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            fresh = type(model)(candidate)
+            fresh = type(model)(config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError):
         return  # the architecture cannot be built so
-    if _traits(fresh) == _traits(model):
+    if _shapes(fresh) == _shapes(model) and _factors(fresh) == _factors(model):
         for config in anatomy.configs(model):
-            config.update(new)
+            config.update(sizes)
 
 
-def _traits(model: nn.Module) -> tuple[dict[str, torch.Size], dict[str, float]]:
-    """({parameter: shape}, {attribute of a module: value, where it is a float})"""
-    factors = {
-        f"{path}.{name}": value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if type(value) is float and not name.startswith("_")
-    }
-    return {name: x.shape for name, x in model.named_parameters()}, factors
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _factors(model: nn.Module) -> dict[str, float]:
+    """Return {attribute of a module: value} for all float attributes that are not private."""
+    factors = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if type(value) is float and not name.startswith("_"):
+                factors[f"{path}.{name}"] = value
+    return factors

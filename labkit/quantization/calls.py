@@ -1,4 +1,4 @@
-"""Models and batches as a caller gives them: checked before any work, and a run that fails is told in one sentence."""
+"""Models and batches as a caller gives them: checked before any work; a run that fails is told in a sentence."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_module
+from labkit.arguments import check_loaded, check_module
 from labkit.errors import InputError, LabError, first_line
 from labkit.modules import batches as batching
 
 
 def check_model(model: object) -> None:
-    """InputError unless `model` is an eager torch.nn.Module whose weights are in memory."""
+    """Raise InputError unless `model` is an eager torch.nn.Module whose weights are in memory."""
     check_module(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"The model is wrapped in {type(model).__name__}: give model.module, and wrap the result.")
@@ -23,12 +23,14 @@ def check_model(model: object) -> None:
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(x):
             raise InputError(f"{name} has no shape yet, as its layer is lazy: run the model once on its inputs first.")
-        if x.is_meta:
-            raise InputError(f"{name} is on the meta device, where weights have no numbers: load the model first.")
+    check_loaded(model)
 
 
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """`batches.inputs` of a batch that has examples; InputError for an empty batch, and for too many arguments."""
+    """Return the arguments of the model's forward pass for a batch, by name, as `batches.inputs` does.
+
+    Raises InputError for an empty batch, and for more arguments than the forward pass takes.
+    """
     try:
         named = batching.inputs(model, batch)
     except TypeError as error:
@@ -43,8 +45,13 @@ def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
 
 
 def few(model: nn.Module, named: Mapping[str, Any], count: int) -> Mapping[str, Any]:
-    """The first `count` examples of a batch; all of it if its tensors are not equally long, as positions may be, or the
-    model does not run on a part of it, as on a part of a graph. InputError if it does not run on all of it."""
+    """Return the first `count` examples of a batch, after the model has run on them.
+
+    named: the arguments of a call, by name.
+
+    Returns the whole batch if its tensors are not equally long, as positions may be, or if the model does not run on a
+    part of the batch, as on a part of a graph. Raises InputError if the model does not run on the whole batch.
+    """
     tensors = [x for x in named.values() if isinstance(x, Tensor)]
     lengths = {len(x) if x.dim() else 0 for x in tensors}
     if len(lengths) == 1 and all(x.layout is torch.strided for x in tensors):
@@ -59,7 +66,7 @@ def few(model: nn.Module, named: Mapping[str, Any], count: int) -> Mapping[str, 
 
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the model with these arguments; InputError, with the words of its error, if the call fails."""
+    """Call the model with these arguments; raise InputError, with the first line of the error, if the call fails."""
     try:
         return model(*args, **kwargs)
     except LabError:
@@ -69,8 +76,3 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"The model does not run on a batch ({type(error).__name__}: {first_line(error)}): give batches as in "
             "model(*batch) or model(**batch), on the model's device and in its dtype."
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """Take the cause out of an error whose sentence goes on, after a colon, with the remedy."""
-    return str(error).rpartition(": ")[0] or str(error)

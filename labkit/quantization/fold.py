@@ -1,15 +1,16 @@
 """Exact rewrites: the same function from other weights, which are easier to round.
 
-A channel may be scaled by s > 0 where it is made and by 1 / s where it is read, if all that lies between lets a scale
-pass: relu(s x) = s relu(x). Who feeds whom, and through which operators, comes from the trace of `pruning.coupling`.
-Every rewrite is made on a copy in float64 first and compared with the model; only then are the weights rounded to their
-own type, once. Nothing here knows a number of bits.
+A layer may scale a channel by s > 0 if the readers scale the channel by 1 / s and all operators between let a scale
+pass: relu(s x) = s relu(x). `graph.dataflow` finds readers and operators in a trace. Every rewrite is made on a copy in
+float64 first and compared with the model; only then are weights rounded to the model's dtype, once. No function in this
+file knows a number of bits.
 """
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,17 +22,26 @@ from labkit.graph import groups as coupling
 from labkit.graph.dataflow import Dataflow, Route, Source
 from labkit.graph.subclasses import after_norm
 from labkit.modules import batches as batching
+from labkit.modules.hooks import watching
+from labkit.modules.replacing import replace_
 from labkit.quantization import calls
 
 EXACT = 1e-9  # of the largest output, in float64
-SWEEPS, STILL = 100, 1e-4  # of equalisation over all pairs; log s from which on a sweep changes nothing
+SWEEPS, STILL = 100, 1e-4  # of equalization over all pairs; log s from which on a sweep changes nothing
+
+
+class Site(NamedTuple):
+    """Channels that can be scaled: the operation that makes the channels, and the route to the readers."""
+
+    source: Source
+    route: Route
 
 
 class Smoothed(nn.Module):
-    """A Linear whose input is divided by a vector first, where nothing before it can take that over.
+    """A Linear with an input divided by a vector first, for inputs that no layer before can divide.
 
-    layer: the Linear, its columns times `divisor` [in]. A multiplication an input at run time, unless what rounds the
-    input next does it in passing.
+    layer: the Linear, with columns multiplied by `divisor` [in]. The division costs a multiplication an input at run
+    time, unless the next rounding of the input divides in passing.
     """
 
     def __init__(self, layer: nn.Linear, divisor: Tensor) -> None:
@@ -43,54 +53,65 @@ class Smoothed(nn.Module):
         return self.layer(input / self.divisor)
 
 
+# --- batch norm -------------------------------------------------------------------------------------------------------
+
+
 def fold_batch_norm(model: nn.Module, args: Any) -> nn.Module:
-    """A copy of `model` in which every batch norm that follows a convolution or Linear is part of it.
+    """Return a copy of `model` in which batch norms after a convolution or Linear are part of the layer.
+
+    args: an example input: a tensor, the tuple of all arguments, or a dict of keyword arguments.
 
     In eval mode y = gamma (W x + b - mean) / sqrt(var + eps) + beta: the rows of W times gamma / sqrt(var + eps), and a
     bias. Jacob et al. 2018 (arXiv:1712.05877), section 3.2, after training. The norm becomes an Identity, or the
-    activation that it ends with (timm's BatchNormAct2d), and a layer without a bias gets one. A norm stays where it is
-    something else: behind a sum, a concatenation or a transposed convolution, with another reader of the layer's
-    output, with a layer or norm that is used twice, with no running statistics, or over another dimension than the
-    layer's.
+    activation that the norm ends with (timm's BatchNormAct2d), and a layer without a bias gets one. A norm stays
+    elsewhere: behind a sum, a concatenation or a transposed convolution, with another reader of the layer's output,
+    with a layer or norm that is used twice, with no running statistics, or over another dimension than the layer's.
 
-    args: an example input: a tensor, the tuple of all arguments, or a dict of keyword arguments. Raises InputError
-    where the model cannot be traced on it or returns no number, EqualityError where the copy would compute something
-    else.
+    Raises InputError if the model cannot be traced on `args` or returns no number, EqualityError if the copy would
+    compute something else.
     """
     calls.check_model(model)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return surgery.cut(model, {}, {})
     args, kwargs = _call(args)
     graph = Dataflow(model, args, kwargs)
-    pairs = graph.folds(model)
+    return _rewritten(model, args, kwargs, graph, partial(_fold_norms_, pairs=graph.folds(model)))
 
-    def rewrite_(new: nn.Module) -> None:
-        for name, norm_name in pairs:
-            layer, norm = new.get_submodule(name), new.get_submodule(norm_name)
-            mean, scale = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt()
-            scale = scale if norm.weight is None else scale * norm.weight.double()
-            bias = -mean * scale if layer.bias is None else (layer.bias.double() - mean) * scale
-            bias = bias if norm.bias is None else bias + norm.bias.double()
-            if layer.bias is None:
-                layer.bias = nn.Parameter(layer.weight.new_empty(len(bias)), layer.weight.requires_grad)
-            layer.weight.copy_(_by_row(layer.weight.double(), scale))
-            layer.bias.copy_(bias)
-            _replace_(new, norm, after_norm(norm))
 
-    return _rewritten(model, args, kwargs, graph, rewrite_)
+def _fold_norms_(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    """Fold the norm of each pair (layer, norm) of names into the layer."""
+    for layer_name, norm_name in pairs:
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        mean = norm.running_mean.double()
+        bias = -mean * scale if layer.bias is None else (layer.bias.double() - mean) * scale
+        if norm.bias is not None:
+            bias = bias + norm.bias.double()
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_empty(len(bias)), layer.weight.requires_grad)
+        layer.weight.copy_(_by_row(layer.weight.double(), scale))
+        layer.bias.copy_(bias)
+        replace_(model, norm_name, after_norm(norm).train(norm.training))
+
+
+# --- cross-layer equalization -----------------------------------------------------------------------------------------
 
 
 def equalize(model: nn.Module, args: Any) -> nn.Module:
-    """A copy of `model` with batch norms folded, and the ranges of channels evened out between layers.
+    """Return a copy of `model` with batch norms folded, and the ranges of channels evened out between layers.
 
-    Cross-layer equalisation, Nagel et al. 2019 (arXiv:1906.04721), section 4.1: with r1 = max |row of W1| that
-    makes a channel and r2 = max |columns| that read it, W1 and b1 are divided and W2 is multiplied by s = sqrt(r1 / r2)
-    so that both ranges are sqrt(r1 r2). Over all pairs again and again until nothing moves. A pair is a convolution or
-    Linear and all layers that read it, through ReLU, pooling, flattening, products with other values: what f(s x) =
-    s f(x) holds for. A channel that is never made or never read stays.
+    args: as for `fold_batch_norm`.
 
-    args: as for `fold_batch_norm`. Raises InputError where a layer is clipped above (ReLU6): s x would be clipped at 6,
-    not at 6 s, and the function would be another; and where the model has no pair.
+    Cross-layer equalization, Nagel et al. 2019 (arXiv:1906.04721), section 4.1: with r1 = max |row of W1| that makes a
+    channel and r2 = max |columns| that read the channel, W1 and b1 are divided by s = sqrt(r1 / r2) and W2 is
+    multiplied by s, so that both ranges are sqrt(r1 r2). Over all pairs again and again until nothing moves. A pair is
+    a convolution or Linear and all layers that read its output, through operators with f(s x) = s f(x): ReLU, pooling,
+    flattening, products with other values. A channel that is never made or never read stays.
+
+    Raises InputError for a layer that is clipped above (ReLU6): s x would be clipped at 6, not at 6 s, and the function
+    would change; and for a model without a pair.
     """
     model = fold_batch_norm(model, args)
     args, kwargs = _call(args)
@@ -107,42 +128,49 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
                 "model as it is."
             )
         if route.readers and not route.blocked:
-            pairs.append((source, route))
+            pairs.append(Site(source, route))
     if not pairs:
         raise InputError(
             "Nothing in this model can be equalised: no layer feeds only layers through what lets a scale pass, such "
             "as ReLU and pooling; leave it as it is."
         )
+    return _rewritten(model, args, kwargs, graph, partial(_equalize_, pairs=pairs))
 
-    def rewrite_(new: nn.Module) -> None:
-        with _wide(new, pairs) as wide:
-            for _ in range(SWEEPS):
-                largest = 0.0
-                for source, route in pairs:
-                    made = wide[source.names[0]].flatten(1).abs().amax(1)
-                    columns, read = _columns(wide, new, route)
-                    s = torch.where((made > 0) & (read > 0), (made / read).sqrt(), 1.0)
-                    _scale_(wide, source, columns, s)
-                    largest = max(largest, float(s.log().abs().max()))
-                if largest < STILL:
-                    break
 
-    return _rewritten(model, args, kwargs, graph, rewrite_)
+def _equalize_(model: nn.Module, pairs: Sequence[Site]) -> None:
+    """Even out the ranges of all pairs in turn until a sweep changes nothing."""
+    with _in_float64(model, pairs) as parameters:
+        for _ in range(SWEEPS):
+            largest_change = 0.0
+            for source, route in pairs:
+                range_made = parameters[source.names[0]].flatten(1).abs().amax(1)
+                columns = _columns(parameters, model, route)
+                range_read = _largest_by_channel(columns)
+                s = torch.where((range_made > 0) & (range_read > 0), (range_made / range_read).sqrt(), 1.0)
+                _scale_(parameters, source, columns, s)
+                largest_change = max(largest_change, float(s.log().abs().max()))
+            if largest_change < STILL:
+                break
+
+
+# --- SmoothQuant ------------------------------------------------------------------------------------------------------
 
 
 def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module:
-    """A copy of `model` in which outliers of activations are moved into the weights of the Linears that read them.
+    """Return a copy of `model` in which outliers of activations are moved into the weights of the next Linears.
+
+    batches: what the model is called with; padding (attention_mask 0) does not count.
+    alpha: from 0 (all columns of a weight get one maximum) to 1 (all channels of an activation do).
 
     SmoothQuant, Xiao et al. 2023 (arXiv:2211.10438), equation 4: channel j of the input is divided, and column j of the
     weight multiplied, by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), with the maxima over all valid tokens of
-    `batches` and over all Linears that read the channel. What makes the channel takes the division over: LayerNorm or
-    RMSNorm, or a Linear (up_proj before down_proj). Where a norm's output is also read by something else, such as the
-    shortcut of BERT's post-norm blocks, the Linears become `Smoothed`, which divide when they are called. Linears that
-    are fed by none of these (attention's output, GELU's) stay.
+    `batches` and over all Linears behind the channel. The operation before takes the division over: LayerNorm or
+    RMSNorm, or a Linear (up_proj before down_proj). If a norm's output has more readers, as the shortcut of BERT's
+    post-norm blocks, the Linears become `Smoothed` and divide at every call. Linears with a different input
+    (attention's output, GELU's) stay.
 
-    batches: what the model is called with; padding (attention_mask 0) does not count. alpha: from 0 (all columns
-    of a weight get one maximum) to 1 (all channels of an activation do). Raises InputError for others, for batches that
-    are empty or make NaN, and where nothing can be smoothed.
+    Raises InputError for an alpha out of range, for batches that are empty or make NaN, and for a model without a
+    Linear to smooth.
     """
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise InputError(
@@ -159,75 +187,108 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
             "Nothing in this model can be smoothed: no Linear is fed by a LayerNorm, an RMSNorm or another Linear "
             "through what lets a scale pass; leave it as it is."
         )
-    maxima = _maxima(model, itertools.chain([first], batches), [next(iter(route.readers)) for _, route in sites])
-
-    def rewrite_(new: nn.Module) -> None:
-        with _wide(new, sites) as wide:
-            plan = []  # all of it from the weights as they are
-            for (_, route), largest in zip(sites, maxima, strict=True):
-                columns, read = _columns(wide, new, route)
-                made = largest.to(read).unflatten(0, (len(read), -1)).amax(1)
-                plan.append((columns, torch.where((made > 0) & (read > 0), made**alpha / read ** (1 - alpha), 1.0)))
-            for (source, route), (columns, s) in zip(sites, plan, strict=True):
-                if not route.blocked:
-                    _scale_(wide, source, columns, s)
-                    continue
-                for view, (name, repeats) in zip(columns, route.readers.items(), strict=True):
-                    layer = new.get_submodule(name)
-                    divisor = s.to(layer.weight)  # as it is stored, so that the columns take back the same
-                    view.mul_(divisor.double()[:, None])
-                    _replace_(new, layer, Smoothed(layer, divisor.repeat_interleave(repeats)))
-
+    first_readers = [next(iter(route.readers)) for _, route in sites]
+    maxima = _input_maxima(model, itertools.chain([first], batches), first_readers)
+    rewrite_ = partial(_smooth_, sites=sites, input_maxima=maxima, alpha=alpha)
     return _rewritten(model, args, kwargs, graph, rewrite_)
+
+
+def _smooth_(model: nn.Module, sites: Sequence[Site], input_maxima: Sequence[Tensor], alpha: float) -> None:
+    """Scale the channels of each site.
+
+    input_maxima: for each site, max |x| of each input [in] of the Linears that read the channels.
+    """
+    with _in_float64(model, sites) as parameters:
+        plan = []  # all scales are taken from the weights before any change
+        for (_, route), largest in zip(sites, input_maxima, strict=True):
+            columns = _columns(parameters, model, route)
+            column_maxima = _largest_by_channel(columns)
+            channel_maxima = largest.to(column_maxima).unflatten(0, (len(column_maxima), -1)).amax(1)
+            is_used = (channel_maxima > 0) & (column_maxima > 0)
+            s = torch.where(is_used, channel_maxima**alpha / column_maxima ** (1 - alpha), 1.0)
+            plan.append((columns, s))
+        for (source, route), (columns, s) in zip(sites, plan, strict=True):
+            if route.blocked:
+                _divide_when_called_(model, route, columns, s)
+            else:
+                _scale_(parameters, source, columns, s)
+
+
+def _divide_when_called_(model: nn.Module, route: Route, columns: Sequence[Tensor], s: Tensor) -> None:
+    """Make the Linears that read a route's channels `Smoothed`, with the divisor s [channels]."""
+    for view, (name, repeats) in zip(columns, route.readers.items(), strict=True):
+        layer = model.get_submodule(name)
+        divisor = s.to(layer.weight)  # as it is stored, so that the columns take back the same
+        view.mul_(divisor.double()[:, None])
+        smoothed = Smoothed(layer, divisor.repeat_interleave(repeats))
+        replace_(model, name, smoothed.train(layer.training))
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
-def scale_sites(model: nn.Module, graph: Dataflow) -> list[tuple[Source, Route]]:
-    """Norms and Linears whose channels Linears read; of a norm something else may read them too: a blocked route."""
-    pairs = []
+def scale_sites(model: nn.Module, graph: Dataflow) -> list[Site]:
+    """Return the norms and Linears whose channels only Linears read.
+
+    The channels of a norm may have other readers as well: then the route is blocked.
+    """
+    sites = []
     for source in graph.sources:
         route = graph.route(source)
         names = (*route.readers, source.module) if source.is_layer else route.readers
-        linear = all(isinstance(model.get_submodule(name), nn.Linear) for name in names)
-        if route.readers and linear and not (source.is_layer and route.blocked):
-            pairs.append((source, route))
-    return pairs
+        all_linear = all(isinstance(model.get_submodule(name), nn.Linear) for name in names)
+        is_blocked_layer = source.is_layer and bool(route.blocked)
+        if route.readers and all_linear and not is_blocked_layer:
+            sites.append(Site(source, route))
+    return sites
 
 
 @torch.no_grad()
 def rescale_(model: nn.Module, source: Source, route: Route, s: Tensor) -> None:
-    """The same function: what makes the channels divided by s [channels], the columns that read them times s."""
-    with _wide(model, [(source, route)]) as wide:
-        _scale_(wide, source, _columns(wide, model, route)[0], s.double())
+    """Divide the channels of a source by s [channels], and multiply the columns of all readers by s."""
+    with _in_float64(model, [Site(source, route)]) as parameters:
+        _scale_(parameters, source, _columns(parameters, model, route), s.double())
 
 
 @contextlib.contextmanager
-def _wide(model: nn.Module, sites: Sequence[tuple[Source, Route]]) -> Iterator[dict[str, Tensor]]:
-    """The parameters that the sites scale, in float64 to be changed in place; what they become is stored at the end."""
+def _in_float64(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+    """Yield the parameters of the sites in float64, to be changed in place; store them in the model at the end."""
     parameters = dict(model.named_parameters())
-    names = {name for source, _ in sites for name in source.names}
-    names |= {f"{name}.weight".lstrip(".") for _, route in sites for name in route.readers}
+    names = set()
+    for source, route in sites:
+        names |= set(source.names)
+        names |= {_weight_name(layer) for layer in route.readers}
     wide = {name: parameters[name].detach().to(torch.float64, copy=True).contiguous() for name in names}
     yield wide
     for name in names:
         parameters[name].copy_(wide[name])
 
 
-def _columns(wide: Mapping[str, Tensor], model: nn.Module, route: Route) -> tuple[list[Tensor], Tensor]:
-    """(views of the readers' weights, [groups, out / groups, channels / groups, terms]; their max |w| a channel)"""
+def _weight_name(layer: str) -> str:
+    return f"{layer}.weight".lstrip(".")
+
+
+def _columns(parameters: Mapping[str, Tensor], model: nn.Module, route: Route) -> list[Tensor]:
+    """Return a view of each reader's weight: [groups, out / groups, channels / groups, weights a channel]."""
     views = []
     for name, repeats in route.readers.items():
-        weight, groups = wide[f"{name}.weight".lstrip(".")], getattr(model.get_submodule(name), "groups", 1)
-        views.append(weight.view(groups, len(weight) // groups, weight.shape[1] // repeats, -1))
-    return views, torch.stack([view.abs().amax((1, 3)).flatten() for view in views]).amax(0)
+        weight = parameters[_weight_name(name)]
+        groups = getattr(model.get_submodule(name), "groups", 1)
+        channels = weight.shape[1] // repeats
+        views.append(weight.view(groups, len(weight) // groups, channels, -1))
+    return views
 
 
-def _scale_(wide: Mapping[str, Tensor], source: Source, columns: Sequence[Tensor], s: Tensor) -> None:
-    """Divides what makes the channels by s [channels], and multiplies what reads them."""
+def _largest_by_channel(columns: Sequence[Tensor]) -> Tensor:
+    """Return max |w| of the columns that read each channel, over all readers: [channels]."""
+    maxima = [view.abs().amax((1, 3)).flatten() for view in columns]
+    return torch.stack(maxima).amax(0)
+
+
+def _scale_(parameters: Mapping[str, Tensor], source: Source, columns: Sequence[Tensor], s: Tensor) -> None:
+    """Divide the parameters of a source by s [channels], and multiply the columns of all readers by s."""
     for name in source.names:
-        wide[name].copy_(_by_row(wide[name], 1 / s))
+        parameters[name].copy_(_by_row(parameters[name], 1 / s))
     for view in columns:
         view.mul_(s.view(len(view), 1, -1, 1))
 
@@ -236,8 +297,8 @@ def _by_row(x: Tensor, s: Tensor) -> Tensor:
     return x * s.view(-1, *[1] * (x.dim() - 1))
 
 
-def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[Tensor]:
-    """max |x| of each input of these Linears, over the valid tokens of all batches."""
+def _input_maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[Tensor]:
+    """Return max |x| of each input [in] of the named Linears, over the valid tokens of all batches."""
     largest: dict[str, Tensor] = {}
 
     def look(name: str, x: Tensor, _: Tensor) -> None:
@@ -247,9 +308,10 @@ def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[
             raise InputError(f"There are no values in the input of {name}: begin with a batch that is not empty.")
         if not x.isfinite().all():
             raise InputError(f"There is NaN or infinity in the input of {name}: look for the batch it comes from.")
-        largest[name] = torch.cat([largest.get(name, x[:0]), x]).amax(0, keepdim=True)
+        so_far = largest.get(name, x[:0])
+        largest[name] = torch.cat([so_far, x]).amax(0, keepdim=True)
 
-    with torch.no_grad(), batching.evaluating(model), batching.watching(model, layers, look):
+    with torch.no_grad(), batching.evaluating(model), watching(model, layers, look):
         for batch in batches:
             named = batching.inputs(model, batch)
             args, kwargs, _ = batching.split(model, batch)
@@ -261,29 +323,26 @@ def _maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) -> list[
 
 
 def _call(args: Any) -> tuple[tuple, dict[str, Any]]:
-    return ((), dict(args)) if isinstance(args, Mapping) else coupling.arguments(args, None)
-
-
-def _replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `old` is in the model."""
-    new.train(old.training)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+    """Return the positional and keyword arguments of an example input."""
+    if isinstance(args, Mapping):
+        return (), dict(args)
+    return coupling.arguments(args, None)
 
 
 @torch.inference_mode(False)  # the new model is to be trained, wherever it was made
 @torch.no_grad()
 def _rewritten(
-    model: nn.Module, args: tuple, kwargs: Mapping, graph: Dataflow, rewrite_: Callable[[nn.Module], None]
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], graph: Dataflow, rewrite_: Callable[[nn.Module], None]
 ) -> nn.Module:
-    """A copy of `model` after `rewrite_`, which is tried and compared on a float64 copy before."""
+    """Return a copy of `model` after `rewrite_`, which is tried and compared on a float64 copy before."""
     graph.check_compared()
     exact = surgery.cut(model, {}, {}).double()
     rewrite_(exact)
-    report = equality.check(model, exact, graph.record, np.zeros(graph.record.labels.count, dtype=bool), args, kwargs)
-    limit = max(report.tolerance, EXACT * report.scale if report.dtype == "float64" else 0.0)
+    nothing_cut = np.zeros(graph.record.labels.count, dtype=bool)
+    report = equality.check(model, exact, graph.record, nothing_cut, args, kwargs)
+    limit = report.tolerance
+    if report.dtype == "float64":
+        limit = max(limit, EXACT * report.scale)
     if not report.error <= limit:
         raise EqualityError(
             f"The rewritten model's outputs differ by {report.error:.2g} from the model's (largest {report.scale:.2g}, "

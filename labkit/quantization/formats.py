@@ -1,8 +1,9 @@
-"""Formats that are sets of points: codebooks, small floats, and block floats, a row each in FORMATS.
+"""Number formats that are sets of points: codebooks, small floats and block floats, a row each in `FORMATS`.
 
-A code is an index into the points. Small floats have a sign bit above it, whose codes are then those of the bits: E4M3
-is torch.float8_e4m3fn (Micikevicius et al. 2022), E2M1 and the MX formats are those of the OCP Microscaling
-specification 1.0, NVFP4 is NVIDIA's, NF4 that of QLoRA (Dettmers et al. 2023, appendix E).
+A code is an index into the points of a format. A signed format has the sign in the top bit of a code, so that the code
+of a small float is its bit pattern. Sources: E4M3 is torch.float8_e4m3fn (Micikevicius et al. 2022); E2M1 and the MX
+formats are those of the OCP Microscaling specification 1.0; NVFP4 is NVIDIA's; NF4 is QLoRA's (Dettmers et al. 2023,
+appendix E).
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,16 @@ from labkit.quantization.affine import check_floats, check_group, stored
 
 @dataclass(frozen=True)
 class Codebook:
-    """points: the numbers of the codes 0, 1, ..., ascending; if signed, those without the sign, which is the top bit.
+    """A number format.
 
-    bits: of a code. block: values along the last dimension that share a scale, None for a format without. scale: its
-    type; the block's largest |x| becomes the last point, but with E8M0 powers of two, it becomes at least half of it.
-    nested: scales are multiples of one float32 a tensor, which puts the largest of them at the end of their type.
+    points: the numbers of the codes 0, 1, ..., ascending; without the sign if the format is signed.
+    bits: of a code.
+    signed: the top bit of a code is the sign.
+    block: number of values along the last dimension that share a scale; None for a format without scales.
+    scale: dtype of a scale. The largest |x| of a block becomes the last point; with E8M0, where scales are powers of
+        two, the largest |x| becomes at least half of the last point.
+    nested: scales are multiples of a float32 for the whole tensor, chosen so that the largest scale is the largest
+        number of its dtype.
     """
 
     points: tuple[float, ...]
@@ -32,34 +38,47 @@ class Codebook:
 
     @property
     def stored_bits(self) -> float:
-        """Bits a value, scales included (not the 32 bits a tensor of a nested one)."""
-        return self.bits + (8 * self.scale.itemsize / self.block if self.block else 0)
+        """Bits a value, block scales included (without the 32 bits a tensor of a nested format)."""
+        scale_bits = 8 * self.scale.itemsize / self.block if self.block else 0
+        return self.bits + scale_bits
 
     def encode(self, values: Tensor) -> Tensor:
-        """uint8: the codes of the nearest points, of two as near the even code; beyond the last point, that one."""
+        """Return the code of the nearest point of each value, uint8 in the shape of `values`.
+
+        Of two points equally near, the point with the even code is taken; a value beyond the last point gets the last.
+        """
         points = torch.tensor(self.points, device=values.device)
-        magnitude = (values.abs() if self.signed else values).contiguous()
+        magnitude = values.abs() if self.signed else values
         middles = (points[1:] + points[:-1]) / 2
-        codes = torch.bucketize(magnitude, middles, out_int32=True)  # of two, the lower
-        codes += (middles[codes.clamp(max=len(middles) - 1)] == magnitude) & (codes % 2 == 1)
+        codes = torch.bucketize(magnitude.contiguous(), middles, out_int32=True)  # at a middle, the lower code
+        next_middle = middles[codes.clamp(max=len(middles) - 1)]
+        is_odd = codes % 2 == 1
+        codes += (next_middle == magnitude) & is_odd
         if self.signed:
             codes += values.signbit().int() << self.bits - 1
         return codes.to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """float32: the points of the codes, NaN for what is none."""
-        half = torch.full((2 ** (self.bits - self.signed),), torch.nan)
-        half[: len(self.points)] = torch.tensor(self.points)
-        return (torch.cat([half, -half]) if self.signed else half).to(codes.device)[codes.int()]
+        """Return the points of `codes`, float32 in the shape of `codes`; NaN for a code without a point."""
+        unsigned_codes = 2 ** (self.bits - self.signed)
+        table = torch.full((unsigned_codes,), torch.nan)
+        table[: len(self.points)] = torch.tensor(self.points)
+        if self.signed:
+            table = torch.cat([table, -table])
+        return table.to(codes.device)[codes.int()]
 
 
-def _floats(exponent: int, mantissa: int, points: int) -> tuple[float, ...]:
-    """The non-negative numbers of a float with so many bits, in the order of their codes; the first are subnormal."""
-    bias, steps = 2 ** (exponent - 1) - 1, 2**mantissa
-    return tuple(
-        (code % steps + steps * (code >= steps)) / steps * 2.0 ** (max(code // steps, 1) - bias)
-        for code in range(points)
-    )
+def _floats(exponent_bits: int, mantissa_bits: int, count: int) -> tuple[float, ...]:
+    """List the first `count` non-negative numbers of a small float in the order of the codes, subnormals first."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    steps = 2**mantissa_bits
+    numbers = []
+    for code in range(count):
+        exponent, mantissa = divmod(code, steps)
+        leading_bit = 1 if exponent else 0  # a subnormal number has none, and the exponent of the next binade
+        significand = leading_bit + mantissa / steps
+        numbers.append(significand * 2.0 ** (max(exponent, 1) - bias))
+    return tuple(numbers)
 
 
 NF4 = (  # quantiles of the normal distribution, 8 to the right of 0 and 7 to the left, over the largest
@@ -84,9 +103,12 @@ FORMATS: dict[str, Codebook] = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tensor in one of FORMATS. codes: uint8, in its shape, a code a byte (`storage` packs them).
+    """A tensor in a format of `FORMATS`.
 
-    scale: [..., blocks, 1] in the format's type. tensor_scale: a float32, of a nested format. None where there is none.
+    codes: uint8 in the tensor's shape, a code a byte (`packing.pack_codes` packs them).
+    scale: [..., blocks, 1] in the format's dtype; None for a format without scales.
+    tensor_scale: a float32, the unit of the scales in a nested format; else None.
+    format: a name in `FORMATS`.
     """
 
     codes: Tensor
@@ -99,46 +121,60 @@ class Encoded:
         return FORMATS[self.format].bits
 
     def dequantize(self) -> Tensor:
-        """float32, in the shape of the codes: point times scale, times the tensor's."""
+        """Return point times scale (times the tensor's scale), float32 in the shape of the codes."""
         points = FORMATS[self.format].decode(self.codes)
         if self.scale is None:
             return points
         blocks = points.unflatten(-1, (self.scale.shape[-2], -1))
-        return (blocks * _factor(self.scale, self.tensor_scale)).reshape(self.codes.shape)
+        values = blocks * _factor(self.scale, self.tensor_scale)
+        return values.reshape(self.codes.shape)
 
 
 def quantize(x: Tensor, format: str) -> Encoded:
-    """x, floating point, in one of FORMATS, its scales from the largest |x| of each block of the last dimension.
+    """Encode x in a number format, with scales from the largest |x| of each block.
 
-    Rounded is x / scale in float32, half to even; what exceeds the last point becomes that (a cast to float8 may give
-    an infinity or NaN). InputError for a format that is not listed, for NaN and infinities, for a range beyond the
-    scale's type, and for a last dimension that blocks do not fill.
+    x: floating point. A format with blocks needs a last dimension that whole blocks fill.
+    format: a name in `FORMATS`.
+
+    x / scale is computed in float32 and rounded half to even; values beyond the last point become the last point (a
+    cast to float8 may give an infinity or NaN there).
+    Raises InputError for an unknown format, for NaN and infinities, for a range beyond the dtype of the scale, and for
+    a last dimension that blocks do not fill.
     """
     check_choice(format, FORMATS, "number format")
     check_floats(x)
-    row = FORMATS[format]
+    codebook = FORMATS[format]
     values = x.detach().float()
     if not values.isfinite().all():
         raise InputError("The values have NaN or infinities: look for their origin before you quantize.")
-    if row.block is None:
-        return Encoded(row.encode(values), None, None, format)
-    check_group(x.shape[-1] if x.dim() else 1, row.block)
-    blocks = values.unflatten(-1, (-1, row.block))
-    largest, last, tensor_scale = blocks.abs().amax(-1, keepdim=True), row.points[-1], None
-    if row.scale == torch.float8_e8m0fnu:  # section 6.3: 2^(floor(log2 largest) - floor(log2 last))
-        exponent = torch.frexp(largest).exponent - torch.frexp(torch.tensor(last)).exponent
-        scale = torch.exp2(exponent.float().clamp(-127, 127)).to(row.scale)
+    if codebook.block is None:
+        return Encoded(codebook.encode(values), None, None, format)
+    check_group(x.shape[-1] if x.dim() else 1, codebook.block)
+    blocks = values.unflatten(-1, (-1, codebook.block))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    last_point = codebook.points[-1]
+    tensor_scale = None
+    if codebook.nested:
+        largest_scale = torch.finfo(codebook.scale).max
+        tensor_scale = stored(largest.max() / last_point / largest_scale, torch.float32)
+    if codebook.scale == torch.float8_e8m0fnu:
+        scale = _power_of_two_scale(largest, last_point)
     else:
-        if row.nested:
-            tensor_scale = stored(largest.max() / last / torch.finfo(row.scale).max, torch.float32)
-        scale = stored(largest / last / (1 if tensor_scale is None else tensor_scale), row.scale)
-    codes = row.encode(blocks / _factor(scale, tensor_scale))
+        unit = 1 if tensor_scale is None else tensor_scale
+        scale = stored(largest / last_point / unit, codebook.scale)
+    codes = codebook.encode(blocks / _factor(scale, tensor_scale))
     return Encoded(codes.reshape(x.shape), scale, tensor_scale, format)
 
 
 def fake(x: Tensor, format: str) -> Tensor:
-    """SIMULATED: x as `quantize` and back gives it, in its shape and dtype."""
+    """SIMULATED: return quantize(x, format).dequantize() in x's shape and dtype."""
     return quantize(x, format).dequantize().to(x.dtype)
+
+
+def _power_of_two_scale(largest: Tensor, last_point: float) -> Tensor:
+    """Return 2^(floor(log2 largest) - floor(log2 last_point)) in E8M0: OCP specification 1.0, section 6.3."""
+    exponent = torch.frexp(largest).exponent - torch.frexp(torch.tensor(last_point)).exponent
+    return torch.exp2(exponent.float().clamp(-127, 127)).to(torch.float8_e8m0fnu)
 
 
 def _factor(scale: Tensor, tensor_scale: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""LLM.int8(): columns of the input with an outlier are multiplied in floating point, all others in 8 bits.
+"""LLM.int8(): multiply columns of the input with an outlier in floating point, all other columns in 8 bits.
 
 Dettmers et al. 2022 (arXiv:2208.07339), section 3. SIMULATED: floats that take the values of codes.
 """
@@ -10,18 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import InputError
+from labkit.modules.replacing import replace_
 from labkit.quantization import affine, calls
-from labkit.quantization.ptq import replaced, weight_grid
+from labkit.quantization.simulated import weight_grid
 
 THRESHOLD = 6.0  # of a magnitude, from which on a column is an outlier
 
 
 class OutlierSplit(nn.Module):
-    """SIMULATED: a Linear in 8 bits whose outlier columns are multiplied as they are.
+    """SIMULATED: a Linear in 8 bits that multiplies outlier columns of its input in floating point.
 
     Column j of the input is an outlier if |x_j| >= threshold in any token of the call. The other columns have a scale
     for each token and, in the weight, for each output (the paper's vector-wise quantization), with codes -127 to 127.
-    columns: of the last call, how many were split off.
+
+    layer: the float layer. threshold: magnitude of an outlier.
+    `columns` is the number of columns that the last call split off.
     """
 
     def __init__(self, layer: nn.Linear, threshold: float) -> None:
@@ -33,20 +36,22 @@ class OutlierSplit(nn.Module):
         x = input.reshape(-1, input.shape[-1])  # [tokens, in]
         outlier = (x.abs() >= self.threshold).any(0)
         self.columns = int(outlier.sum())
-        rest = affine.fake_quantize(x.masked_fill(outlier, 0), axis=0) if len(x) else x
-        y = F.linear(rest, self.rounded, self.layer.bias) + x[:, outlier] @ self.layer.weight[:, outlier].t()
+        usual = affine.fake_quantize(x.masked_fill(outlier, 0), axis=0) if len(x) else x
+        product_of_usual = F.linear(usual, self.rounded, self.layer.bias)
+        product_of_outliers = x[:, outlier] @ self.layer.weight[:, outlier].t()
+        y = product_of_usual + product_of_outliers
         return y.view(*input.shape[:-1], self.layer.out_features)
 
 
 def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
-    """SIMULATED: a copy of `model` whose Linears are `OutlierSplit` with the paper's threshold.
+    """SIMULATED: return a copy of `model` in which Linears are `OutlierSplit` with the paper's threshold.
 
-    ignore: names of Linears that stay, as a language model's head does in the paper. InputError for others, and for a
-        model without a Linear.
+    ignore: names of Linears that stay, as a language model's head does in the paper.
+    Raises InputError for a name without a Linear, and for a model without a Linear.
     """
     calls.check_model(model)
     ignore = (ignore,) if isinstance(ignore, str) else ignore
-    layers = [name for name, x in model.named_modules() if type(x) is nn.Linear]
+    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     if unknown := set(ignore) - set(layers):
         name = next(iter(unknown))
         raise InputError(f"There is no Linear {name!r} to ignore: take a name of the model's named_modules().")
@@ -55,5 +60,5 @@ def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
     model = copy.deepcopy(model)
     for name in layers:
         if name not in ignore:
-            model = replaced(model, name, OutlierSplit(model.get_submodule(name), THRESHOLD))
+            model = replace_(model, name, OutlierSplit(model.get_submodule(name), THRESHOLD))
     return model

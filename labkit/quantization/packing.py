@@ -1,4 +1,4 @@
-"""A quantised tensor as the arrays that are stored: codes of few bits without gaps, scales and zeros."""
+"""Pack a quantized tensor into the arrays that a file holds: codes without gaps, scales, zeros."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,23 @@ from labkit.quantization.formats import Encoded
 
 
 def pack_codes(tensor: Quantized | Encoded) -> dict[str, Tensor]:
-    """The arrays of a quantised tensor: codes of its bits one after the other, scales, zeros where codes are unsigned.
+    """Return the arrays of a quantized tensor by name; `labkit.bits.from_bits` unpacks codes and zeros.
 
-    Zeros have as many bits as codes. Scales of a format are given as bytes.
+    "codes": uint8 [ceil(count * bits / 8)]; codes of 8 bits keep their shape and dtype.
+    "scale": of a `Quantized` as it is; of an `Encoded`, if the format has scales, as bytes (older safetensors have no
+        E8M0).
+    "tensor_scale": 4 bytes, for a nested format.
+    "zero": packed like the codes, for a grid with unsigned codes.
     """
-    parts = {"codes": tensor.codes if tensor.bits == 8 else to_bits(tensor.codes, tensor.bits)}
+    codes = tensor.codes if tensor.bits == 8 else to_bits(tensor.codes, tensor.bits)
+    parts = {"codes": codes}
     if isinstance(tensor, Encoded):
         scales = {"scale": tensor.scale, "tensor_scale": tensor.tensor_scale}
-        return parts | {name: x.view(-1).view(torch.uint8) for name, x in scales.items() if x is not None}
-    zero = {"zero": to_bits(tensor.zero, tensor.bits)} if tensor.grid.lo == 0 else {}
-    return parts | {"scale": tensor.scale} | zero
+        for name, scale in scales.items():
+            if scale is not None:
+                parts[name] = scale.view(-1).view(torch.uint8)
+        return parts
+    parts["scale"] = tensor.scale
+    if tensor.grid.lo == 0:
+        parts["zero"] = to_bits(tensor.zero, tensor.bits)
+    return parts

@@ -1,17 +1,18 @@
-"""Quantization-aware training, SIMULATED: weights learn under the rounding of `ptq`, and the grids with them.
+"""Quantization-aware training, SIMULATED: weights and grids learn under the rounding of `ptq`.
 
-Two methods, which differ in what a grid follows. Straight through (Bengio et al. 2013, arXiv:1308.3432; Jacob et al.
-2018, arXiv:1712.05877): the grid spans the extremes, those of the weight at every step and a moving average of the
-activation's, and a gradient passes the staircase as if it were the line that it follows. LSQ (Esser et al. 2020,
-arXiv:1902.08153): the step of the grid is a parameter with a gradient of its own.
+There are two methods. Straight through (Bengio et al. 2013, arXiv:1308.3432; Jacob et al. 2018, arXiv:1712.05877): the
+grid spans the extremes of the weight at every step, or a moving average of the activation's extremes, and a gradient
+passes the staircase of rounding as if it were the straight line beneath. LSQ (Esser et al. 2020, arXiv:1902.08153): the
+step of the grid is a parameter with a gradient.
 
-The modules are those of `ptq.quantize`, with quantizers whose grids move: what is rounded where stays as it was,
-BatchNorm is folded, and `integer.convert` takes the trained model. bf16 has 8 bits of precision and rounds the
-points of an 8-bit grid, so that another model would be trained than the one that is converted: autocast is refused.
+The modules are those of `ptq.quantize`, with quantizers whose grids move: the same values are rounded, BatchNorm is
+folded, and `integer.convert` takes the trained model. Autocast is refused: bf16 has 8 bits of precision and rounds the
+points of an 8-bit grid, so that another model would be trained than is converted.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ from labkit.errors import InputError, check_choice, check_whole
 from labkit.quantization import affine, calls, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import MOMENTUM
-from labkit.quantization.ptq import FakeQuantized, QuantizationPoint, Quantizer
+from labkit.quantization.simulated import FakeQuantized, QuantizationPoint, Quantizer
 
 
 def prepare(
@@ -33,61 +34,66 @@ def prepare(
     activations: int | Mapping[str, int] = 4,
     method: str = "ste",
 ) -> nn.Module:
-    """A SIMULATED copy of `model` to train, in float32: `finetune_`, or any loop that calls `freeze` in time.
+    """SIMULATED: return a copy of `model` to train in float32, by `finetune_` or any loop that calls `freeze` in time.
 
-    batches, weights, activations: see `ptq.quantize`, whose ranges training starts from.
-    method: "ste": a weight's range is its extremes at every step, an activation's a moving average of the batches'.
-        "lsq": steps are parameters. That of a weight starts at 2 mean |w| / sqrt(Q_P), the paper's, for each output
-        channel; that of an activation on `ptq`'s range of least squared error, whose zero point stays.
+    batches, weights, activations: as for `ptq.quantize`; training starts from its ranges.
+    method: "ste": a weight's range spans the extremes at every step, an activation's a moving average of the extremes
+        of batches. "lsq": steps are parameters. A weight's step starts at 2 mean |w| / sqrt(Q_P), as in the paper, for
+        each output channel; an activation's starts on `ptq`'s range of least squared error, whose zero point stays.
 
-    Layers that read the same value share its grid. Quantized layers get gradients even where `model`'s are frozen. The
-    copy is on `model`'s device and in eval mode, in which grids do not move; `integer.convert` takes it in whatever
-    state it is. InputError as of `ptq.quantize`, and for an unknown method; a forward pass under autocast, or in half
+    Layers that read the same value share a grid. Quantized layers get gradients even if `model`'s are frozen. The copy
+    is on `model`'s device and in eval mode, in which grids do not move; `integer.convert` takes the copy in any state.
+    Raises InputError as `ptq.quantize` does, and for an unknown method. A forward pass under autocast, or in half
     precision, is refused.
     """
     check_choice(method, METHODS, "method")
-    moving = METHODS[method]
+    moving_quantizer = METHODS[method]
     observer = "mse" if method == "lsq" else "minmax"
     new = ptq.quantize(model, batches, weights=weights, activations=activations, observer=observer).model
     for first, *readers in _by_value(new):
-        quantizer = moving(first.grid if isinstance(first, QuantizationPoint) else first.input_grid)
+        quantizer = moving_quantizer(_grid_of(first))
         if isinstance(first, QuantizationPoint):
-            first.quantizer, again = quantizer, _Rounded(quantizer)
+            first.quantizer = quantizer
+            input_quantizer = _Rounded(quantizer)
         else:
-            first.input_quantizer = again = quantizer
+            first.input_quantizer = quantizer
+            input_quantizer = quantizer
         for layer in readers:
-            layer.input_quantizer = again
-    for layer in [x for x in new.modules() if isinstance(x, FakeQuantized)]:
-        layer.weight_quantizer = moving(layer.weight_grid, layer.layer.weight)
-        layer.layer.requires_grad_()
-    return new.to(next(model.parameters()).device).eval()
+            layer.input_quantizer = input_quantizer
+    fakes = [module for module in new.modules() if isinstance(module, FakeQuantized)]
+    for fake in fakes:
+        fake.weight_quantizer = moving_quantizer(fake.weight_grid, fake.layer.weight)
+        fake.layer.requires_grad_()
+    device = next(model.parameters()).device
+    return new.to(device).eval()
 
 
 def freeze(model: nn.Module) -> None:
-    """From now on every grid stays where it is, and only weights are trained.
+    """Fix every grid of a model from `prepare`, so that only weights are trained from now on.
 
-    Late in training: a range that follows the last batches ends where these happened to be.
+    To be called late in training: a range that follows the last batches ends at their accidental extremes.
     """
     calls.check_model(model)
-    for quantizer in [x for x in model.modules() if isinstance(x, _Learning)]:
-        quantizer.frozen = True
-        quantizer.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, _Learning):
+            module.frozen = True
+            module.requires_grad_(False)
 
 
 # --- the two methods --------------------------------------------------------------------------------------------------
 
 
 class StraightThrough(torch.autograd.Function):
-    """x on the grid; its gradient passes unchanged, and is 0 where x is clipped (Bengio et al. 2013)."""
+    """x on the grid; the gradient passes unchanged, and is 0 for an x that is clipped (Bengio et al. 2013)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.ends = _ends(grid, 0.5)  # what rounds to the last code is not clipped: extremes are there
+        ctx.ends = _ends(grid, 0.5)  # a value that rounds to the last code is not clipped: extremes are there
         return grid.fake(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return _clipped(gradient, x, *ctx.ends), None
 
@@ -95,33 +101,37 @@ class StraightThrough(torch.autograd.Function):
 class LearnedStep(torch.autograd.Function):
     """x on the grid, with gradients for x and for the grid's scale (Esser et al. 2020, equations 1 to 5).
 
-    With v = x / scale and the code c = clip(round(v), -Q_N, Q_P), counted from the zero point, x becomes c scale. Its
-    derivative is 1 by x where -Q_N < v < Q_P, and 0 elsewhere; by the scale it is c - v there, and c elsewhere. The
+    With v = x / scale and the code c = clip(round(v), -Q_N, Q_P), counted from the zero point, x becomes c scale. For
+    -Q_N < v < Q_P the derivative by x is 1 and the derivative by the scale c - v; elsewhere they are 0 and c. The
     scale's gradient is multiplied by `factor`.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, grid: Grid, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, grid: Grid, factor: float) -> Tensor:
         y = grid.fake(x)
         ctx.save_for_backward(x, y, scale)
         ctx.ends, ctx.factor = _ends(grid), factor
         return y
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, y, scale = ctx.saved_tensors
-        passed = _clipped(gradient, x, *ctx.ends)
-        change = (gradient * y).addcmul_(passed, x, value=-1)  # times scale
-        return passed, change.sum_to_size(scale.shape) * (ctx.factor / scale), None, None
+        gradient_of_x = _clipped(gradient, x, *ctx.ends)
+        times_scale = (gradient * y).addcmul_(gradient_of_x, x, value=-1)
+        gradient_of_scale = times_scale.sum_to_size(scale.shape) * (ctx.factor / scale)
+        return gradient_of_x, gradient_of_scale, None, None
 
 
 def _ends(grid: Grid, margin: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The least and the largest point, and so many steps beyond."""
-    return tuple((end - grid.zero) * grid.scale.detach() for end in (grid.lo - margin, grid.hi + margin))
+    """Return the least and the largest point of a grid, each moved outwards by `margin` steps."""
+    scale = grid.scale.detach()
+    least = (grid.lo - margin - grid.zero) * scale
+    largest = (grid.hi + margin - grid.zero) * scale
+    return least, largest
 
 
 def _clipped(gradient: Tensor, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """The gradient where x is between lo and hi, else 0."""
+    """Return the gradient for each x between lo and hi, else 0."""
     if lo.dim():
         return torch.where((x > lo) & (x < hi), gradient, 0)
     return torch.ops.aten.hardtanh_backward(gradient, x, float(lo), float(hi))  # one pass instead of four
@@ -145,35 +155,47 @@ class _Learning(Quantizer):
 
 
 class FollowedRange(_Learning):
-    """Straight through: the grid spans a weight's extremes, or a moving average of those of batches of activations."""
+    """Straight through: the grid spans a weight's extremes, or a moving average of the extremes of activations.
 
-    def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
-        super().__init__(grid)
-        self.momentum = MOMENTUM if weight is None else 0.0
-        for name, end in zip(("lo", "hi"), _ends(grid), strict=True):
-            self.register_buffer(name, end)
-
-    def rounded(self, x: Tensor) -> Tensor:
-        if self.training and not self.frozen:
-            shared = [d for d, size in enumerate(self.scale.shape) if size == 1]
-            lo, hi = (end(x.detach(), shared, bool(shared)) for end in (torch.amin, torch.amax))
-            self.lo = self.momentum * self.lo + (1 - self.momentum) * lo
-            self.hi = self.momentum * self.hi + (1 - self.momentum) * hi
-            grid = affine.choose(self.lo, self.hi, self.codes[0], symmetric=self.codes[1] < 0)
-            self.scale, self.zero = grid.scale, grid.zero
-        return StraightThrough.apply(x, self.grid)
-
-
-class LearnedGrid(_Learning):
-    """LSQ: the scale is a parameter.
-
-    Its gradient is multiplied by 1 / sqrt(N Q_P), section 2.2, with N the weights of a channel, or the features of an
-    example. Q_P: the code of a grid that is furthest from its zero point, counted from there.
+    grid: the first one. weight: given for the quantizer of a weight.
     """
 
     def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
         super().__init__(grid)
-        self.levels = max(grid.hi - int(grid.zero.max()), int(grid.zero.max()) - grid.lo)
+        self.momentum = MOMENTUM if weight is None else 0.0
+        lo, hi = _ends(grid)
+        self.register_buffer("lo", lo)
+        self.register_buffer("hi", hi)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        if self.training and not self.frozen:
+            self._follow(x.detach())
+        return StraightThrough.apply(x, self.grid)
+
+    def _follow(self, x: Tensor) -> None:
+        """Move the grid to the extremes of x."""
+        shared = [dimension for dimension, size in enumerate(self.scale.shape) if size == 1]
+        keepdim = bool(shared)
+        self.lo = self.momentum * self.lo + (1 - self.momentum) * torch.amin(x, shared, keepdim)
+        self.hi = self.momentum * self.hi + (1 - self.momentum) * torch.amax(x, shared, keepdim)
+        bits, lowest, _ = self.codes
+        grid = affine.choose(self.lo, self.hi, bits, symmetric=lowest < 0)
+        self.scale, self.zero = grid.scale, grid.zero
+
+
+class LearnedGrid(_Learning):
+    """LSQ: the scale is a parameter, with a gradient multiplied by 1 / sqrt(N Q_P) (section 2.2).
+
+    N: the number of weights of a channel, or of features of an example. Q_P: the largest distance of a code from the
+    zero point.
+
+    grid: the first one. weight: given for the quantizer of a weight.
+    """
+
+    def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
+        super().__init__(grid)
+        zero = int(grid.zero.max())
+        self.levels = max(grid.hi - zero, zero - grid.lo)  # Q_P
         if weight is not None:
             size = weight.detach().abs().flatten(1).mean(1).view(grid.scale.shape)
             scale = affine.stored(2 * size / self.levels**0.5, torch.float32)
@@ -190,14 +212,15 @@ class LearnedGrid(_Learning):
         return self.scale.abs().clamp(min=2.0**-126)  # a large update can drive a parameter through zero
 
     def rounded(self, x: Tensor) -> Tensor:
-        return LearnedStep.apply(x, self._step(), self.grid, (x[0].numel() * self.levels) ** -0.5)
+        factor = (x[0].numel() * self.levels) ** -0.5
+        return LearnedStep.apply(x, self._step(), self.grid, factor)
 
 
 METHODS = {"ste": FollowedRange, "lsq": LearnedGrid}
 
 
 class _Rounded(nn.Module):
-    """The input of a layer that reads a point: rounded already, on the point's grid."""
+    """The input quantizer of a layer that reads a point: the input is rounded already, on the point's grid."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
@@ -212,10 +235,12 @@ class _Rounded(nn.Module):
 
 
 def _by_value(model: nn.Module) -> list[list[nn.Module]]:
-    """The points and layers that round the same value on the same grid, a point first; without a graph each alone."""
-    places = [x for x in model.modules() if isinstance(x, (FakeQuantized, QuantizationPoint))]
+    """Group the points and layers that round the same value on the same grid, a point first in its group.
+
+    Without a graph each point and layer is a group.
+    """
     if not isinstance(model, fx.GraphModule):
-        return [[place] for place in places]
+        return [[module] for module in model.modules() if isinstance(module, (FakeQuantized, QuantizationPoint))]
     values: dict[nn.Module, set[fx.Node]] = {}  # in the order of the first call
     for node in model.graph.nodes:
         place = model.get_submodule(node.target) if node.op == "call_module" else None
@@ -225,9 +250,13 @@ def _by_value(model: nn.Module) -> list[list[nn.Module]]:
             values.setdefault(place, set()).update(node.all_input_nodes)
     groups = defaultdict(list)
     for place, nodes in values.items():
-        bits = (place.grid if isinstance(place, QuantizationPoint) else place.input_grid).bits
-        groups[frozenset(nodes), bits].append(place)
+        groups[frozenset(nodes), _grid_of(place).bits].append(place)
     return list(groups.values())
+
+
+def _grid_of(place: FakeQuantized | QuantizationPoint) -> Grid:
+    """Return the grid on which a point, or the input of a layer, is rounded."""
+    return place.grid if isinstance(place, QuantizationPoint) else place.input_grid
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -236,13 +265,15 @@ MOVING = 0.8  # of the steps, after which grids stay
 
 
 def finetune_(model: nn.Module, batches: Iterable, *, steps: int, max_lr: float = 0.003) -> History:
-    """Train what `prepare` returned, in place, for `steps` batches; its grids are frozen after four fifths of them.
+    """Train a model from `prepare` in place, and freeze its grids after four fifths of the steps.
+
+    batches, max_lr: as for `training.train_`. steps: number of batches to train on.
 
     SGD in float32, one cycle. A float model is trained in the same way, as the control of an experiment. After an error
-    the model is as it was, its grids free to move again; InputError as from `training.train_`.
+    the model is as it was before, with grids free to move again. Raises InputError as `training.train_` does.
     """
     check_whole(steps, "steps")
-    moving = [x for x in model.modules() if isinstance(x, _Learning) and not x.frozen]
+    moving = [module for module in model.modules() if isinstance(module, _Learning) and not module.frozen]
     done = 0
 
     def loss_fn(model: nn.Module, batch: training.Batch) -> Tensor:

@@ -1,7 +1,6 @@
-"""Rounding one layer's weight by what the layer gives, not by what is nearest; and its bias by what rounding shifted.
+"""AdaRound and bias correction: round a layer's weight so that the outputs stay, and correct the bias afterwards.
 
-AdaRound and bias correction: both take a float layer, the inputs that it sees and a grid, and change nothing. Which
-layers, in which order and on which batches is the caller's.
+The two functions take a float layer and inputs, and change no argument. The caller chooses layers, order and batches.
 """
 
 import dataclasses
@@ -23,7 +22,13 @@ BATCH, RATE = 32, 0.05  # examples a step, and Adam's rate: with it 200 steps do
 
 @torch.inference_mode(False)
 def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, steps: int = 1000) -> Tensor:
-    """Codes of `layer`'s weight on `grid`, in its shape, each rounded down or up as the layer's outputs need it.
+    """Return codes of a layer's weight on a grid, each rounded down or up so that the layer's outputs stay.
+
+    layer: a Linear or convolution.
+    grid: of the weight, not in groups.
+    inputs: [N, ...], what the layer will see, best of all in the quantized model.
+    outputs: [N, ...], what the layer should give for these inputs.
+    steps: of Adam.
 
     Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv:2004.10568), section 3. With
     w = scale (clip(floor(W / scale) + h(V) + zero) - zero) and h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), Adam minimises
@@ -31,22 +36,21 @@ def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, s
 
         mean |layer(w; inputs) - outputs|^2 + 0.01 sum (1 - |2 h(V) - 1|^beta),
 
-    starting from h = what rounding down leaves, so from the weight as it is; beta falls from 20 to 2 and drives every h
-    to 0 or 1. The norm is over one position's channels, the mean over all others.
+    starting from h = the remainder of rounding down, so from the weight as it is; beta falls from 20 to 2 and drives
+    every h to 0 or 1. The norm is over the channels of a position, the mean over all positions.
 
-    layer: a Linear or convolution. grid: not in groups. inputs [N, ...]: what the layer will see, in the quantized
-    model best of all. outputs: what it should give for them. The same result at every call. On `inputs` the squared
-    error is at most that of rounding to the nearest: where the search ends in more, the nearest codes are returned.
+    The result is the same at every call. On `inputs` the squared error is at most the error of rounding to the nearest:
+    if the search ends in more, the nearest codes are returned.
     """
     _check(layer, grid, inputs, outputs, steps)
-    tensors = (layer.weight, inputs, outputs, grid.scale, grid.zero)
-    weight, inputs, outputs, scale, zero = (x.clone() if x.is_inference() else x.detach() for x in tensors)
-    grid = dataclasses.replace(grid, scale=scale, zero=zero)
+    weight, inputs, outputs = _trainable(layer.weight), _trainable(inputs), _trainable(outputs)
+    grid = dataclasses.replace(grid, scale=_trainable(grid.scale), zero=_trainable(grid.zero))
     channel = -1 if isinstance(layer, nn.Linear) else 1
-    down = (weight / grid.scale).floor()
-    rest = (weight / grid.scale - down).clamp(0.01, 0.99)
+    steps_from_zero = weight / grid.scale
+    down = steps_from_zero.floor()
+    remainder = (steps_from_zero - down).clamp(0.01, 0.99)
     low, high = STRETCH
-    v = torch.logit((rest - low) / (high - low)).requires_grad_()
+    v = torch.logit((remainder - low) / (high - low)).requires_grad_()
 
     def points(up: Tensor) -> Tensor:
         return ((down + up + grid.zero).clamp(grid.lo, grid.hi) - grid.zero) * grid.scale
@@ -63,25 +67,39 @@ def adaround(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, *, s
             h = (torch.sigmoid(v) * (high - low) + low).clamp(0, 1)
             loss = error(points(h), rows)
             if step >= WARM * steps:
-                beta = SHARP[0] + (SHARP[1] - SHARP[0]) * (step / steps - WARM) / (1 - WARM)
-                loss = loss + WEIGHT * (1 - (2 * h - 1).abs().pow(beta)).sum()
+                decided = (2 * h - 1).abs()  # 1 for an h of 0 or 1
+                loss = loss + WEIGHT * (1 - decided.pow(_beta(step / steps))).sum()
             adam.zero_grad()
             (v.grad,) = torch.autograd.grad(loss, [v])
             adam.step()
-    learned, nearest = points((v.detach() > 0).to(down)), grid.fake(weight)
+    learned = points((v.detach() > 0).to(down))
+    nearest = grid.fake(weight)
+    all_rows = slice(None)
     with torch.no_grad():
-        better = error(learned, slice(None)) < error(nearest, slice(None))
-    return grid.quantize(learned if better else nearest)
+        is_better = error(learned, all_rows) < error(nearest, all_rows)
+    return grid.quantize(learned if is_better else nearest)
+
+
+def _trainable(x: Tensor) -> Tensor:
+    """Return x detached, and no inference tensor, which autograd refuses."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
+def _beta(progress: float) -> float:
+    """Return the exponent of the regulariser after a share of the steps."""
+    first, last = SHARP
+    return first + (last - first) * (progress - WARM) / (1 - WARM)
 
 
 def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
-    """The bias [out] with which `layer` keeps the mean of its outputs when its weight becomes `weight`.
+    """Return the bias [out] with which a layer keeps the mean of its outputs if its weight becomes `weight`.
 
-    Nagel et al. 2019 (arXiv:1906.04721), section 4.2: W~ = W + e shifts the outputs by e E[x] on average, of a
-    convolution by the sum over its kernel. So b - e E[x]: exact for a Linear, and for a convolution as far as all
-    positions have the same mean, which zero padding and the edges of images do not.
+    layer: a Linear or convolution. weight: dequantized, in the shape of the layer's weight.
+    mean: [in], of the layer's inputs over examples and positions.
 
-    weight: in the shape of the layer's, dequantized. mean [in]: of the layer's inputs over examples and positions.
+    Nagel et al. 2019 (arXiv:1906.04721), section 4.2: W~ = W + e shifts the outputs by e E[x] on average (for a
+    convolution, e is summed over the kernel). So the bias is b - e E[x]: exact for a Linear, and for a convolution if
+    all positions have the same mean, which zero padding and the edges of images do not.
     """
     _check_layer(layer)
     if not isinstance(weight, Tensor) or not isinstance(mean, Tensor):
@@ -89,13 +107,17 @@ def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
     if not weight.isfinite().all() or not mean.isfinite().all():
         raise InputError("The weight or the mean holds NaN or infinity: look for the batch that it comes from.")
     groups = getattr(layer, "groups", 1)
-    if weight.shape != layer.weight.shape or mean.shape != (layer.weight.shape[1] * groups,):
+    inputs_of_group = layer.weight.shape[1]
+    inputs = inputs_of_group * groups
+    if weight.shape != layer.weight.shape or mean.shape != (inputs,):
         raise InputError(
             f"weight is {list(weight.shape)} and mean {list(mean.shape)}, but the layer has a weight of "
-            f"{list(layer.weight.shape)} and {layer.weight.shape[1] * groups} inputs: give one mean an input."
+            f"{list(layer.weight.shape)} and {inputs} inputs: give one mean an input."
         )
-    change = (weight.detach().double() - layer.weight.detach().double()).reshape(*weight.shape[:2], -1).sum(2)
-    shift = change.view(groups, -1, weight.shape[1]) @ mean.detach().double().view(groups, -1, 1)
+    change = weight.detach().double() - layer.weight.detach().double()
+    change = change.reshape(*weight.shape[:2], -1).sum(2)  # [out, in of a group]
+    mean = mean.detach().double()
+    shift = change.view(groups, -1, inputs_of_group) @ mean.view(groups, -1, 1)
     bias = 0.0 if layer.bias is None else layer.bias.detach().double()
     return (bias - shift.flatten()).to(layer.weight.dtype)
 
@@ -107,19 +129,30 @@ def _check_layer(layer: object) -> None:
         )
 
 
+def _fits(grid: object, layer: nn.Module) -> bool:
+    """Return True if `grid` is a grid with a scale for the weight, or with a scale for each output channel."""
+    if not isinstance(grid, Grid) or grid.scale.dim() > layer.weight.dim():
+        return False
+    scales = grid.scale.numel()
+    in_groups = scales not in (1, *grid.scale.shape[:1])
+    return not in_groups and len(layer.weight) % scales == 0
+
+
 def _check(layer: nn.Module, grid: Grid, inputs: Tensor, outputs: Tensor, steps: int) -> None:
     check_whole(steps, "steps")
     _check_layer(layer)
-    fits = isinstance(grid, Grid) and grid.scale.dim() <= layer.weight.dim()
-    if not fits or grid.scale.numel() not in (1, *grid.scale.shape[:1]) or len(layer.weight) % grid.scale.numel():
+    if not _fits(grid, layer):
         scale = list(grid.scale.shape) if isinstance(grid, Grid) else None
         raise InputError(
             f"AdaRound rounds a layer of {len(layer.weight)} outputs on a Grid without groups, but grid is a "
             f"{type(grid).__name__} with a scale of {scale}: give one scale for each output channel, or one for all."
         )
     for name, x in {"inputs": inputs, "outputs": outputs}.items():
-        if not isinstance(x, Tensor) or x.dtype != layer.weight.dtype or not x.dim():
-            kind = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        is_tensor = isinstance(x, Tensor)
+        if not is_tensor or x.dtype != layer.weight.dtype or not x.dim():
+            kind = f"a {type(x).__name__}"
+            if is_tensor:
+                kind = f"{x.dtype} {list(x.shape)}"
             raise InputError(f"{name} is {kind}, but it must be a tensor [N, ...] of {layer.weight.dtype}.")
     if not len(inputs) or len(inputs) != len(outputs):
         raise InputError(

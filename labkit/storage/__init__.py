@@ -1,9 +1,18 @@
 """Bytes of what would be stored: the table of weight formats, files of whole models, and the compiled kernels.
 
-FORMATS and ROUNDED list the formats; `labkit.artifact.size` gives the bytes of a model.
+Open `formats.py` first: it begins with an example, and its tables FORMATS and ROUNDED have a row a format.
+`labkit.artifact.size` gives the bytes of a model, `native` compiles labkit's C++, `sell` is the layout of its sparse
+kernel.
 """
 
-from labkit.bits import pack4
+from torch import Tensor
+
+from labkit.bits import to_bits
 from labkit.storage.formats import FORMATS, ROUNDED, Format, nbytes
 
 __all__ = ["FORMATS", "ROUNDED", "Format", "nbytes", "pack4"]
+
+
+def pack4(codes: Tensor) -> Tensor:
+    """Return the low four bits of whole numbers, two a byte, the earlier in the lower half: uint8 [ceil(count / 2)]."""
+    return to_bits(codes, 4)

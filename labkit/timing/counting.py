@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from labkit import names_on_demand
 from labkit.arguments import check_module
 from labkit.errors import InputError
-from labkit.modules.batches import evaluating
+from labkit.modules.evaluating import evaluating
 from labkit.modules.undisturbed import undisturbed
 from labkit.timing.operators import FORMULAS
 from labkit.timing.traffic import Traffic, distinct_bytes, nbytes, pieces

@@ -8,7 +8,6 @@ from torch import nn
 
 from labkit.errors import InputError
 from labkit.modules.batches import (
-    batch_loss,
     check_batches,
     evaluating,
     inputs,
@@ -16,10 +15,10 @@ from labkit.modules.batches import (
     not_empty,
     segments,
     split,
-    summed_loss,
     valid_tokens,
-    watching,
 )
+from labkit.modules.hooks import watching
+from labkit.modules.losses import batch_loss, summed_loss
 
 IDS = torch.randint(3, 61, (3, 8), generator=torch.Generator().manual_seed(2))
 

@@ -106,7 +106,7 @@ REFUSED = {
     "ptq of a compiled model": (lambda: ptq.quantize(torch.compile(linear()), [X]), "give the eager model"),
     "ptq of a wrapped model": (lambda: ptq.quantize(nn.DataParallel(linear()), [X]), "give model.module"),
     "ptq of lazy layers": (lambda: ptq.quantize(Lazy(), [X]), "a.weight has no shape yet"),
-    "ptq on meta": (lambda: ptq.quantize(linear().to("meta"), [X]), "0.weight is on the meta device"),
+    "ptq on meta": (lambda: ptq.quantize(linear().to("meta"), [X]), "The model is on the meta device"),
     "ptq in float16": (lambda: ptq.quantize(linear().half(), [X.half()]), "float16, and only float32 is quantized"),
     "ptq in bfloat16": (lambda: ptq.quantize(linear().bfloat16(), [X.bfloat16()]), "bfloat16, and only float32"),
     "ptq of norms in float16": (lambda: ptq.quantize(normed().half(), [IMAGES.half()]), "float16, and only float32"),

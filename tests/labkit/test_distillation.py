@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import batches, family, inputs, mean_loss
-from llamas import greedy, llama, text
 from refusals import Refusals, check_refusal, refused
 from torch import Tensor, nn
 
@@ -15,16 +14,11 @@ from labkit import distillation
 from labkit.data import training
 from labkit.data.resnet import ResNet8
 from labkit.distillation import (
-    WithProjectors,
-    attention_transfer,
     distillation_loss,
     distilling,
-    matching,
-    on_policy,
     relation_loss,
     top_k,
     top_k_loss,
-    value_relations,
 )
 from labkit.errors import InputError
 from labkit.modules.batches import IGNORED
@@ -137,16 +131,6 @@ def test_a_sure_teacher_leaves_no_tail_and_no_nan():
 # --- features and relations -------------------------------------------------------------------------------------------
 
 
-def test_attention_maps_are_squares_summed_over_channels_and_scaled_to_length_one():
-    student, teacher = normal(3, 4, 5, 6), normal(3, 7, 5, 6, seed=1)
-    expected = 0.0
-    for a, b in zip(student, teacher, strict=True):
-        x, y = (a**2).sum(0).flatten(), (b**2).sum(0).flatten()
-        expected += float((x / x.norm() - y / y.norm()).norm() ** 2) / 3
-    assert float(attention_transfer(student, teacher)) == pytest.approx(expected, rel=1e-12)
-    assert float(attention_transfer(student, 5 * student)) == pytest.approx(0, abs=1e-12)
-
-
 def test_distances_between_examples_are_compared_pair_by_pair():
     student, teacher = normal(6, 4), normal(6, 9, seed=1)
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
@@ -165,32 +149,10 @@ def test_distances_do_not_change_with_a_turn_a_shift_or_a_scale_and_two_equal_ex
     assert student.grad.isfinite().all() and student.grad.any()
 
 
-def test_value_relations_are_those_of_the_paper_text_by_text_and_head_by_head():
-    student, teacher, lengths = normal(2, 5, 6), normal(2, 5, 12, seed=1), (5, 3)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    rows = []
-    for i, length in enumerate(lengths):
-        for head in range(3):
-            s, t = (
-                x[i, :length, head * w : (head + 1) * w] / w**0.25 for x, w in ((student, 2), (teacher, 4))
-            )  # the root of sqrt(w) on either side
-            p, q = (t @ t.T).softmax(-1), (s @ s.T).softmax(-1)
-            rows.append((p * (p / q).log()).sum(-1))
-    answer = value_relations(student, teacher, heads=3, mask=mask)
-    assert float(answer) == pytest.approx(float(torch.cat(rows).mean()), rel=1e-12)
-    student.masked_fill_(mask[..., None] == 0, 100)
-    assert float(value_relations(student, teacher, heads=3, mask=mask)) == pytest.approx(float(answer), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [attention_transfer, relation_loss, lambda s, t: value_relations(s.flatten(2), t.flatten(2), heads=2)],
-    ids=["attention", "distances", "values"],
-)
-def test_features_have_the_gradient_of_finite_differences(loss):
+def test_relations_have_the_gradient_of_finite_differences():
     student, teacher = normal(3, 4, 2, 2).requires_grad_(), normal(3, 4, 2, 2, seed=1).requires_grad_()
-    torch.autograd.gradcheck(lambda x: loss(x, teacher), student)
-    loss(student, teacher).backward()
+    torch.autograd.gradcheck(lambda x: relation_loss(x, teacher), student)
+    relation_loss(student, teacher).backward()
     assert teacher.grad is None
 
 
@@ -242,53 +204,6 @@ def test_a_decoder_distils_the_tokens_that_have_a_label():
         answer = distilling(teacher, alpha=1.0, temperature=2.0)(student, batch)
         logits = [model(input_ids=ids).logits[:, 1:-1] for model in (student, teacher)]
     assert float(answer) == pytest.approx(float(distillation_loss(*logits)), rel=1e-5)
-
-
-@pytest.mark.parametrize("base", ["labels", "answers", "stored"])
-def test_matched_results_are_added_whether_or_not_the_teacher_is_run_for_its_answers(base: str):
-    student, teacher, (images, labels) = resnets()
-    with torch.no_grad():
-        stored = teacher(images)
-    batch = (images, labels, stored) if base == "stored" else (images, labels)
-    loss_fn = {
-        "labels": training.task_loss,
-        "answers": distilling(teacher, alpha=0.9, temperature=4.0),
-        "stored": distilling(None, alpha=0.9, temperature=4.0),
-    }[base]
-    pairs = {"stage2": "stage2", "stage3": "stage3"}
-    both = matching(teacher, pairs, attention_transfer, weight=7.0, loss_fn=loss_fn)
-    stages = [copy.deepcopy(student).eval(), teacher]
-    with torch.no_grad():
-        maps = 0.0
-        x, y = (model.stage1(F.relu(model.bn(model.conv(images)))) for model in stages)
-        for name in pairs:
-            x, y = stages[0].get_submodule(name)(x), teacher.get_submodule(name)(y)
-            maps += float(attention_transfer(x, y))
-        expected = float(loss_fn(student.eval(), batch)) + 7 * maps
-        assert float(both(student, batch)) == pytest.approx(expected, rel=1e-4)
-
-
-def test_projectors_are_trained_with_the_student_and_bring_it_to_the_teacher_s_width():
-    student, _, (images, labels) = resnets()
-    torch.manual_seed(1)
-    teacher = nn.Sequential(nn.Conv2d(1, 24, 3, 2, 1), nn.Conv2d(24, 48, 3, 2, 1)).eval()
-    model = WithProjectors(student, {"stage3": nn.Conv2d(32, 48, 1)})
-    before = copy.deepcopy(model.state_dict())
-    loss_fn = matching(teacher, {"stage3": "1"}, F.mse_loss, weight=1.0)
-    history = training.train_(model, [(images, labels)], epochs=10, max_lr=0.01, loss_fn=loss_fn)
-    assert history.losses[-1] < history.losses[0]
-    assert not torch.equal(before["projectors.stage3.weight"], model.projectors["stage3"].weight)
-    assert torch.equal(model.eval()(images), student.eval()(images))
-
-
-def test_the_mask_of_a_batch_reaches_the_distance():
-    teacher, batch = family("bert"), batches("bert", 4)[0]
-    name = "bert.encoder.layer.0.attention.self.value"
-    loss_fn = matching(teacher, {name: name}, lambda s, t, mask: mask.sum().float(), weight=1.0)
-    model = distillation.shallow(teacher, 2)
-    with torch.no_grad():
-        added = float(loss_fn(model, batch)) - float(training.task_loss(model, batch))
-    assert added == pytest.approx(float(batch["attention_mask"].sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize(("layers", "stays"), [(1, [0]), (2, [0, 2])])
@@ -358,12 +273,9 @@ def test_errors():
         "beta is 1.5, but it must be a finite number from 0 to 1": lambda: distillation_loss(two, two, beta=1.5),
         "k is 3, but it must be a whole number from 1 to 2": lambda: top_k(two, 3),
         "same predictions in the same order": lambda: top_k_loss(torch.ones(5, 3), top_k(two, 1)),
-        "no attention maps of one size": lambda: attention_transfer(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 2, 2)),
         "at least two": lambda: relation_loss(two[:1], two[:1]),
-        "cannot be cut into 2 heads": lambda: value_relations(two[None], two[None], heads=2),
         "alpha is 2, but it must be a finite number from 0 to 1": lambda: distilling(linear, alpha=2, temperature=2.0),
         "teacher is in train mode": lambda: distilling(nn.Linear(2, 2), alpha=1, temperature=2.0),
-        "teacher.eval.. first": lambda: matching(nn.Linear(2, 2), {"": ""}, F.mse_loss, weight=1.0),
         "needs labels": lambda: distilling(bert, alpha=0.5, temperature=2.0)(family("bert"), inputs("bert")),
         "needs its logits": lambda: distilling(None, alpha=0.5, temperature=2.0)(linear, (torch.ones(2, 2), two)),
         "trains parameters of its teacher": lambda: distilling(linear, alpha=1, temperature=2.0)(linear, (two, two)),
@@ -372,51 +284,6 @@ def test_errors():
     for words, call in cases.items():
         with pytest.raises(InputError, match=words):
             call()
-
-
-# --- texts of the student ---------------------------------------------------------------------------------------------
-
-
-def test_after_one_new_token_on_policy_is_the_reverse_divergence_after_the_prompt():
-    student, teacher, prompts = llama(0), llama(1), torch.cat([text(7), text(7, seed=1)])
-    log_q, log_p = (model(prompts).logits[:, -1].double().log_softmax(-1) for model in (student, teacher))
-    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean().detach()
-    loss = on_policy(teacher, new=1)(student, {"input_ids": prompts})
-    assert loss.item() == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_the_teacher_judges_what_the_student_wrote():
-    student, teacher, prompt = llama(0), llama(1), text(5)
-    with torch.no_grad():
-        student.model.norm.weight.mul_(1e3)  # as good as greedy
-    read = []
-    with teacher.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0])):
-        on_policy(teacher, new=6)(student, {"input_ids": prompt})
-    assert torch.equal(read[0], greedy(student, prompt, 6))
-    assert not torch.equal(read[0], greedy(teacher, prompt, 6))
-
-
-def test_on_policy_brings_a_student_to_its_teacher_and_leaves_the_teacher():
-    teacher, student = llama(1), llama(1)
-    before = copy.deepcopy(teacher.state_dict())
-    torch.manual_seed(0)
-    with torch.no_grad():
-        student.lm_head.weight += 0.3 * torch.randn_like(student.lm_head.weight)
-    student.requires_grad_(False).lm_head.requires_grad_(True)
-    loss_fn, prompts = on_policy(teacher, new=8), torch.cat([text(4, seed=i) for i in range(4)])
-    batch = {"input_ids": prompts}
-    first = loss_fn(student, batch).item()
-    training.train_(student, [batch], epochs=60, steps=60, max_lr=1e-2, optimizer="adamw", loss_fn=loss_fn)
-    assert loss_fn(student, batch).item() < 0.7 * first
-    assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
-    assert float(loss_fn(copy.deepcopy(teacher), batch)) == pytest.approx(0, abs=1e-6)
-
-
-def test_on_policy_refuses_a_teacher_in_train_mode_and_no_new_token():
-    with pytest.raises(InputError, match="train mode"):
-        on_policy(llama(1).train(), new=4)
-    with pytest.raises(InputError, match="new"):
-        on_policy(llama(1), new=0)
 
 
 # --- labels, and what has no probability -----------------------------------------------------------------------------
@@ -518,8 +385,8 @@ def test_healing_ends_at_a_loss_that_is_not_finite_with_the_model_as_it_was():
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
-TWO, FOUR, TEACHER = torch.ones(2, 3), torch.ones(2, 3, 4, 4), nn.Linear(2, 2).eval()
-PAIR, IDS = (torch.ones(2, 2), torch.tensor([0, 1])), torch.ones(2, 4, dtype=torch.long)
+TWO, TEACHER = torch.ones(2, 3), nn.Linear(2, 2).eval()
+PAIR = (torch.ones(2, 2), torch.tensor([0, 1]))
 
 
 def heal(**options: object) -> object:
@@ -528,26 +395,6 @@ def heal(**options: object) -> object:
 
 def distil(**options: object):
     return distilling(**{"teacher": TEACHER, "alpha": 0.5, "temperature": 2.0, **options})
-
-
-def match(pairs: object = None, distance: object = F.mse_loss, **options: object):
-    teacher = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
-    return matching(teacher, {"0": "0"} if pairs is None else pairs, distance, **{"weight": 1.0, **options})
-
-
-def student() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-
-
-class Twice(nn.Module):
-    """Has a layer that is not run, and one that gives a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.idle, self.rnn = nn.Linear(2, 2), nn.GRU(2, 2)
-
-    def forward(self, x):
-        return self.rnn(x)[0]
 
 
 REFUSALS: Refusals = {
@@ -569,18 +416,8 @@ REFUSALS: Refusals = {
     "logits is torch.int64 [2, 3]": lambda: top_k(TWO.long(), 1),
     "answers is a Tensor": lambda: top_k_loss(TWO, TWO),
     "and the same classes": lambda: top_k_loss(TWO[:, :2], top_k(TWO.cumsum(1), 2)),
-    "Features of shapes [2, 3] and [2, 3]": lambda: attention_transfer(TWO, TWO),
-    "student is None": lambda: attention_transfer(None, FOUR),
-    "teacher is torch.int64": lambda: attention_transfer(FOUR, FOUR.long()),
     "not [] and []": lambda: relation_loss(torch.tensor(1.0), torch.tensor(1.0)),
     "student is a str": lambda: relation_loss("a", TWO),
-    "heads is 1.5": lambda: value_relations(FOUR[0], FOUR[0], heads=1.5),
-    "are not of the same texts": lambda: value_relations(FOUR[0], FOUR[0, :1], heads=2),
-    "[B, T, width]": lambda: value_relations(TWO, TWO, heads=1),
-    "mask has shape [2, 2]": lambda: value_relations(FOUR[0], FOUR[0], heads=2, mask=torch.ones(2, 2)),
-    "projectors must be a dict": lambda: WithProjectors(student(), [nn.Linear(2, 2)]),
-    "the projector of '0' is a function": lambda: WithProjectors(student(), {"0": lambda x: x}),
-    "student is a Tensor": lambda: WithProjectors(TWO, {}),
     "alpha is '0.5'": lambda: distil(alpha="0.5"),
     "temperature is 0,": lambda: distil(temperature=0),
     "beta is 2,": lambda: distil(beta=2),
@@ -590,19 +427,6 @@ REFUSALS: Refusals = {
     "teacher is a list": lambda: distil(teacher=None)(TEACHER, (*PAIR, [0.5, 0.5])),
     "Cross-entropy takes scores": lambda: distil()(nn.Linear(2, 2), (PAIR[0], PAIR[1].float())),
     "The task loss needs labels": lambda: distil()(nn.Linear(2, 2), PAIR[0]),
-    "pairs must be a dict, not empty": lambda: match({}),
-    "from the student's modules to the teacher's": lambda: match([("0", "0")]),
-    "Sequential has no module '7'": lambda: match({"0": "7"}),
-    "Sequential has no module 'head'": lambda: match({"head": "0"})(student(), PAIR),
-    "distance is 'mse'": lambda: match(distance="mse"),
-    "loss_fn is 1": lambda: match(loss_fn=1),
-    "weight is '1'": lambda: match(weight="1"),
-    "The student's module 'idle' was not run": lambda: match({"idle": "0"})(Twice(), PAIR),
-    "The student's module 'rnn' gave a tuple": lambda: match({"rnn": "0"})(Twice(), PAIR),
-    "new is 'ten'": lambda: on_policy(TEACHER, new="ten"),
-    "on_policy takes batches": lambda: on_policy(TEACHER, new=2)(nn.Linear(2, 2), PAIR),
-    "token ids [B, T] of one length": lambda: on_policy(TEACHER, new=2)(nn.Linear(2, 2), {"input_ids": IDS[0]}),
-    "Linear is no decoder of the Llama type": lambda: on_policy(TEACHER, new=2)(nn.Linear(2, 2), {"input_ids": IDS}),
     "layers is '2'": lambda: distillation.shallow(family("bert"), "2"),
     "steps is 0, but": lambda: heal(steps=0),
     "steps is '5'": lambda: heal(steps="5"),

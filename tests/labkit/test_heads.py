@@ -12,7 +12,7 @@ from torch import nn
 
 from labkit.errors import InputError
 from labkit.graph import anatomy
-from labkit.modules.batches import summed_loss
+from labkit.modules.losses import summed_loss
 from labkit.pruning import heads, transformers
 
 CLASSIFIER, DECODER = "bert", "llama"

@@ -24,6 +24,7 @@ from labkit.files import ROOT
 from labkit.graph import tracing
 from labkit.quantization import affine, formats, integer, ptq
 from labkit.quantization.affine import Grid
+from labkit.quantization.integer_kernels import FEW
 from labkit.quantization.weight_only import SCALE, WeightOnlyLinear
 from labkit.storage import artifact
 
@@ -118,7 +119,7 @@ def test_a_kernel_that_adds_pairs_in_int16_is_refused():
 @vnni
 def test_signed_activations_are_refused_as_a_reference_loop():
     def signed(codes, scale):
-        run = integer._qlinear(codes, scale)
+        run = integer.KERNELS["qlinear"].prepare(codes, scale)
         return lambda x: run(x.to(torch.int8))
 
     reason = integer.probe(integer.IntegerKernel(signed, "s8"))
@@ -255,7 +256,7 @@ def test_dynamic_grids_are_those_of_affine(rows, seed, size, positive, fbgemm):
     with mock.patch.dict(integer.KERNELS, missing):
         y = integer.convert_dynamic(layer)(x)
     weight = ptq.weight_grid(layer, 8).fake(layer.weight).double()
-    few = rows <= integer.FEW and not fbgemm
+    few = rows <= FEW and not fbgemm
     codes = affine.quantize(x, 8, symmetric=True, group_size=40) if few else affine.quantize(x, 8, symmetric=False)
     rounded = codes.dequantize().double()
     error = (y - rounded @ weight.t() - layer.bias.double()).abs()
@@ -325,7 +326,7 @@ def every_layer(real, x):
         next(entry for entry in reversed(seen) if entry[0] is layer).append(y.clone())
 
     for layer in real.modules():
-        if isinstance(layer, integer._IntegerLayer):
+        if isinstance(layer, integer.IntegerLayer):
             handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
     y = real(x)
     for handle in handles:

@@ -13,7 +13,7 @@ from test_sparse import assert_product, assert_same_model, mlp, pruned
 from labkit.errors import InputError
 from labkit.pruning import nm
 from labkit.pruning.sparse import SparseLinear, convert
-from labkit.storage import native
+from labkit.storage import native, sell
 
 needs_compiler = pytest.mark.skipif(not native.isas("sparse_linear"), reason="needs a C++ compiler")
 
@@ -43,20 +43,20 @@ sizes = st.integers(1, 300)
 @given(rows=sizes, columns=sizes, batch=st.integers(0, 140), density=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
 def test_the_kernel_equals_dense(rows, columns, batch, density):
     weight = pruned(rows, columns, density)
-    layout = native.pack(weight)
+    layout = sell.pack(weight)
     x, bias = torch.randn(batch, columns), torch.randn(rows)
-    assert_product(native.multiply(x, layout, rows, bias), x, weight, bias)
-    assert_product(native.multiply(x, layout, rows, None), x, weight)
+    assert_product(sell.multiply(x, layout, rows, bias), x, weight, bias)
+    assert_product(sell.multiply(x, layout, rows, None), x, weight)
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("dtype", native.VALUES)
+@pytest.mark.parametrize("dtype", sell.VALUES)
 def test_the_kernel_equals_dense_at_every_tile_width(dtype):
     weight = pruned(530, 333, 0.2, dtype)
-    layout = native.pack(weight)
+    layout = sell.pack(weight)
     for batch in (1, 2, 4, 5, 9, 16, 17, 33, 48, 49, 64, 65, 127, 128, 129, 513):
         x = torch.randn(batch, 333)
-        assert_product(native.multiply(x, layout, 530, None), x, weight)
+        assert_product(sell.multiply(x, layout, 530, None), x, weight)
 
 
 @needs_compiler
@@ -65,17 +65,17 @@ def test_the_kernel_takes_rows_of_very_different_lengths():
     weight[7], weight[100, :300], weight[150, 599] = 1.5, -2.0, 3.0
     for batch in (1, 70):
         x = torch.randn(batch, 600)
-        assert_product(native.multiply(x, native.pack(weight), 200, None), x, weight)
+        assert_product(sell.multiply(x, sell.pack(weight), 200, None), x, weight)
 
 
 @needs_compiler
 @pytest.mark.parametrize("batch", [1, 40, 200])
 def test_two_threads_give_the_bits_of_one(threads, batch):
-    layout, x = native.pack(pruned(700, 400, 0.2)), torch.randn(batch, 400)
+    layout, x = sell.pack(pruned(700, 400, 0.2)), torch.randn(batch, 400)
     threads(1)
-    alone = native.multiply(x, layout, 700, None)
+    alone = sell.multiply(x, layout, 700, None)
     threads(2)
-    assert torch.equal(native.multiply(x, layout, 700, None), alone)
+    assert torch.equal(sell.multiply(x, layout, 700, None), alone)
 
 
 # --- nm_mask ----------------------------------------------------------------------------------------------------------

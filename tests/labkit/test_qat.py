@@ -15,7 +15,7 @@ from torch import nn
 from labkit.data import datasets, models, training
 from labkit.deploy import engines
 from labkit.errors import InputError
-from labkit.modules import batches
+from labkit.modules import hooks
 from labkit.quantization import affine, integer, ptq, qat
 from labkit.quantization.affine import Grid
 
@@ -330,10 +330,10 @@ def test_the_integers_are_the_trained_model_code_by_code(method, weights, activa
 
     handed, simulated = {}, {}
     modules = {name: real.get_submodule(name) for name in ("b", "c", "head")}
-    with batches.watching(real, modules, lambda name, x, _: handed.update({name: x.clone()})):
+    with hooks.watching(real, modules, lambda name, x, _: handed.update({name: x.clone()})):
         real(X)
     wide = copy.deepcopy(model).double()
-    with batches.watching(wide, modules, lambda name, x, _: simulated.update({name: x})):
+    with hooks.watching(wide, modules, lambda name, x, _: simulated.update({name: x})):
         y = wide(X.double())
     for name in ("b", "c"):
         codes = layers(wide)[name].input_grid.quantize(simulated[name])

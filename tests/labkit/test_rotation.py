@@ -10,7 +10,7 @@ from torch import nn
 
 from labkit.data import models
 from labkit.errors import EqualityError, InputError
-from labkit.modules import batches
+from labkit.modules import hooks
 from labkit.quantization import ptq, rotation
 from labkit.storage import artifact
 
@@ -139,7 +139,7 @@ def test_the_usual_mistakes_change_the_function(mistake):
 def peak(model: nn.Module, name: str) -> float:
     """max |x| over the root mean square of what a layer is called with."""
     values = []
-    with batches.watching(model, [name], lambda _, x, __: values.append(x)):
+    with hooks.watching(model, [name], lambda _, x, __: values.append(x)):
         logits(model)
     return float(values[0].abs().max() / values[0].square().mean().sqrt())
 

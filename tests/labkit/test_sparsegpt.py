@@ -105,7 +105,7 @@ def test_half_precision_weights_come_back_in_their_type(dtype):
 
 
 def test_a_failed_cholesky_decomposition_raises_the_damping_and_says_so(monkeypatch):
-    monkeypatch.setattr("labkit.hessians.DAMP", 1e-17)
+    monkeypatch.setattr("labkit.modules.hessians.DAMP", 1e-17)
     w, x = layer(4, 32, tokens=3)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -142,11 +142,12 @@ def test_true_bits_have_the_scales_and_zeros_in_them():
 @given(st.lists(st.integers(-8, 7), max_size=9))
 def test_nibbles_are_the_bits_of_width_four_and_lose_no_sign(codes):
     codes = torch.tensor(codes, dtype=torch.int8)
-    data = bits.pack4(codes)
-    assert torch.equal(data, bits.to_bits(codes, 4))
-    back = bits.unpack4(data, len(codes)).to(torch.int8)
+    data = bits.to_bits(codes, 4)
+    ones_and_zeros = codes.to(torch.uint8)[:, None] >> torch.arange(4, dtype=torch.uint8) & 1
+    assert torch.equal(data, bits.to_bits(ones_and_zeros, 1))
+    back = bits.from_bits(data, 4, len(codes)).to(torch.int8)
     assert torch.equal((back ^ 8) - 8, codes)  # two's complement
-    assert bits.pack4(torch.tensor([1, -1, 2])).tolist() == [0xF1, 0x02]  # the earlier code below
+    assert bits.to_bits(torch.tensor([1, -1, 2]), 4).tolist() == [0xF1, 0x02]  # the earlier code below
 
 
 @given(st.integers(1, 8), st.data())

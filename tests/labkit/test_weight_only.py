@@ -104,7 +104,7 @@ def test_gptq_is_the_oracle(bits, size, groups, whole, symmetric, act_order, mas
         x[:, seed % x.shape[1]] = 0
     keep = torch.rand(w.shape, generator=torch.Generator().manual_seed(seed)) > 0.4 if masked else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("labkit.quantization.weight_only.BLOCK", block)
+        patch.setattr("labkit.quantization.gptq.BLOCK", block)
         rounded = gptq(
             w,
             x.t() @ x,
@@ -161,7 +161,7 @@ def published(w, h, bits, group, act_order, damp=0.01, blocksize=128):
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_is_the_published_code(act_order, monkeypatch):
     """With scales in float32, as there; groups as wide as blocks, whose updates it leaves out of scales."""
-    monkeypatch.setattr("labkit.quantization.weight_only.SCALE", torch.float32)
+    monkeypatch.setattr("labkit.quantization.gptq.SCALE", torch.float32)
     w, x = (each.float() for each in layer(64, 384, tokens=2000))
     ours = dequantize(gptq(w, x.t() @ x, 4, group_size=128, act_order=act_order))
     theirs = published(w, x.t() @ x, 4, 128, act_order)
