@@ -1,7 +1,9 @@
-"""Attention that never holds all scores, what a decoder keeps between tokens, and tokens guessed ahead.
+"""Attention of a decoder: exact in blocks, over every kind of cache, and with tokens guessed ahead.
 
-`from labkit.attention import blockwise` and the like; one module an idea. How requests share a decoder:
-`labkit.deploy.serving`.
+Open `decoder` first: an example of ten lines shows a decoder on a cache. Then:
+`blockwise`: exact attention without a matrix of all scores. `mla`: attention over latents.
+`cache`: keys and values kept whole, evicted or quantized. `paged`: pages shared by several sequences.
+`speculative`: generation with guesses. Requests that share a decoder are served by `labkit.deploy.serving`.
 """
 
 from labkit import submodules

@@ -1,7 +1,7 @@
-"""What a decoder keeps of the tokens before: all keys and values, the entries that matter most, or all in few bits.
+"""Caches of keys and values: of all tokens, of the entries that matter most, or of all tokens in few bits.
 
-A cache stores and attends, so that a decoder does not know which one it has: for each step `positions`, then `attend`
-for each layer, then `advance`. Pages that several sequences share: `labkit.attention.paged`.
+A cache stores and attends, so a decoder does not know the kind of its cache. Each step of a decoder calls `positions`,
+then `attend` for each layer, then `advance`. Pages shared by several sequences: `labkit.attention.paged`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ from labkit.storage import artifact
 
 
 class Layout(NamedTuple):
-    """What a token adds to a cache: `heads` (of keys, Hkv) vectors of `width` numbers, keys and values, each layer."""
+    """Shape of a decoder's cache: for each token and layer, `heads` keys and as many values of `width` numbers.
+
+    layers: decoder layers. heads: KV heads, Hkv. width: numbers of a head, D. dtype, device: of keys and values.
+    """
 
     layers: int
     heads: int
@@ -30,60 +33,82 @@ class Layout(NamedTuple):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of keys and values of a token."""
-        return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
+        """Bytes of the keys and values of a token."""
+        numbers = self.layers * self.heads * self.width
+        return 2 * numbers * self.dtype.itemsize
 
 
 class Cache(Protocol):
-    """What a decoder asks of a cache in a step of S new tokens for each of B sequences."""
+    """Interface of a cache: a step adds S new tokens to each of B sequences."""
 
     def positions(self, new: int) -> Tensor:
-        """Positions of the next `new` tokens, [1, S] for all sequences. Raises InputError where there is no room."""
+        """Return the positions of the next `new` tokens, [1, S] for all sequences.
+
+        Raises InputError if the cache has no room.
+        """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v [B, Hkv, S, D], after RoPE, and attend causally: q [B, H, S, D] to [B, H, S, D]."""
 
     def advance(self, new: int) -> None:
-        """All layers have stored the `new` tokens."""
+        """End a step, after all layers have stored the `new` tokens."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last S of T tokens: q [B, H, S, D], k and v [B, Hkv, T, D], on torch's kernels.
+    """Attend causally from the last S of T tokens on torch's kernels: q [B, H, S, D], k and v [B, Hkv, T, D].
 
-    The H / Hkv query heads of a group are rows of one product with its keys, which are not repeated.
+    Returns [B, H, S, D]. The H / Hkv query heads of a group are rows of one product with the group's keys, which are
+    not repeated.
     """
-    new, tokens = q.shape[2], k.shape[2]
+    _, heads, new, _ = q.shape
+    _, groups, tokens, _ = k.shape
     if new == tokens:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    mask = None if new == 1 else ~later(new, tokens - new, tokens, q.device).repeat(q.shape[1] // k.shape[1], 1)
-    return ungrouped(F.scaled_dot_product_attention(grouped(q, k.shape[1]), k, v, mask), new)
+    mask = None  # a single new token reads everything
+    if new > 1:
+        hidden = later(new, tokens - new, tokens, q.device)
+        mask = ~hidden.repeat(heads // groups, 1)
+    rows = grouped(q, groups)
+    result = F.scaled_dot_product_attention(rows, k, v, mask)
+    return ungrouped(result, new)
 
 
 def grouped(q: Tensor, groups: int) -> Tensor:
-    """Heads that read the same keys as rows: [B, H, S, D] to [B, groups, H / groups S, D]."""
-    return q.unflatten(1, (groups, -1)).flatten(2, 3)
+    """Put the query heads of a group below each other as rows: [B, H, S, D] to [B, groups, H / groups S, D]."""
+    by_group = q.unflatten(1, (groups, -1))
+    return by_group.flatten(2, 3)
 
 
 def ungrouped(y: Tensor, new: int) -> Tensor:
-    """`grouped` undone: [B, groups, H / groups S, D] to [B, H, S, D]."""
-    return y.unflatten(2, (-1, new)).flatten(1, 2)
+    """Undo `grouped` for `new` = S tokens: [B, groups, H / groups S, D] to [B, H, S, D]."""
+    by_head = y.unflatten(2, (-1, new))
+    return by_head.flatten(1, 2)
+
+
+def _positions(start: int, new: int, device: torch.device) -> Tensor:
+    return torch.arange(start, start + new, device=device)[None]
 
 
 class KVCache:
-    """Keys and values of all tokens as they are, in memory that is taken once."""
+    """Cache of the keys and values of all tokens, as they are, in memory allocated once.
+
+    layout: shape of the decoder's cache. batch: B sequences of equal length. capacity: tokens of a sequence.
+    keys, values: [layers, B, Hkv, capacity, D], filled up to `length` tokens.
+    """
 
     def __init__(self, layout: Layout, batch: int, capacity: int) -> None:
-        """capacity: tokens for which there is room, for each of `batch` sequences of equal length."""
         check_whole(batch, "batch")
         check_whole(capacity, "capacity")
         shape = (layout.layers, batch, layout.heads, capacity, layout.width)
-        self.keys, self.values = (torch.empty(shape, dtype=layout.dtype, device=layout.device) for _ in "kv")
+        self.keys = torch.empty(shape, dtype=layout.dtype, device=layout.device)
+        self.values = torch.empty_like(self.keys)
         self.length = 0
 
     @property
     def bytes(self) -> int:
         """Bytes of the tokens stored so far."""
-        return 2 * self.keys[..., : self.length, :].numel() * self.keys.itemsize
+        stored_keys = self.keys[..., : self.length, :]
+        return 2 * stored_keys.numel() * stored_keys.itemsize
 
     def positions(self, new: int) -> Tensor:
         capacity = self.keys.shape[3]
@@ -92,19 +117,24 @@ class KVCache:
                 f"The cache has room for {capacity} tokens and holds {self.length}, so {new} more do not fit: make it "
                 "larger, or crop it."
             )
-        return torch.arange(self.length, self.length + new, device=self.keys.device)[None]
+        return _positions(self.length, new, self.keys.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        start, end = self.length, self.length + k.shape[2]
-        self.keys[layer, :, :, start:end] = k
-        self.values[layer, :, :, start:end] = v
-        return attend(q, self.keys[layer, :, :, :end], self.values[layer, :, :, :end])
+        start = self.length
+        end = start + k.shape[2]
+        keys = self.keys[layer]  # [B, Hkv, capacity, D]
+        values = self.values[layer]
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
+        all_keys = keys[:, :, :end]
+        all_values = values[:, :, :end]
+        return attend(q, all_keys, all_values)
 
     def advance(self, new: int) -> None:
         self.length += new
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on, as when a guess was wrong."""
+        """Forget the tokens from `length` on, such as rejected guesses."""
         check_whole(length, "length", 0, self.length)
         self.length = length
 
@@ -115,52 +145,90 @@ WINDOW = 32  # queries that vote
 POOL = 7  # entries side by side that a vote is for
 
 
-class Policy(NamedTuple):
-    """How an evicting cache scores its n entries: what it remembers of them, [B, Hkv, W, n], and the score from that.
+def _summed(memory: Tensor) -> Tensor:
+    """Sum the memory of each entry: [B, Hkv, W, n] to [B, Hkv, n]."""
+    return memory.sum(2)
 
-    remember(memory, weights, draw): the memory of the n - S entries before, 0 for the S new ones; the attention that
-        the entries got from the new queries, [B, Hkv, S, n], summed over the query heads of a group; random numbers.
-    score(memory): [B, Hkv, n]; the largest stay.
+
+def _pooled(memory: Tensor) -> Tensor:
+    """Sum the memory of each entry, then take the largest sum among POOL neighbours: [B, Hkv, W, n] to [B, Hkv, n]."""
+    votes = memory.sum(2)
+    return F.max_pool1d(votes, POOL, stride=1, padding=POOL // 2)
+
+
+class Policy(NamedTuple):
+    """Rule by which an evicting cache scores its n entries, from a memory [B, Hkv, W, n] with W numbers per entry.
+
+    remember(memory, weights, draw) -> the new memory. memory: of the n - S entries before, 0 for the S new entries.
+        weights [B, Hkv, S, n]: attention from the S new queries to the entries, summed over the query heads of a
+        group. draw: source of random numbers.
+    score(memory) -> [B, Hkv, n]; the entries with the largest scores stay.
     """
 
     remember: Callable[[Tensor, Tensor, torch.Generator], Tensor]
-    score: Callable[[Tensor], Tensor] = lambda memory: memory.sum(2)
+    score: Callable[[Tensor], Tensor] = _summed
 
 
-def _drawn(memory: Tensor, weights: Tensor, draw: torch.Generator) -> Tensor:
-    """A random number for each entry, drawn when it is stored."""
+def _remember_order(memory: Tensor, weights: Tensor, draw: torch.Generator) -> Tensor:
+    """Number the entries in order of time."""
+    entries = memory.shape[-1]
+    order = torch.arange(entries).to(memory)
+    return order.expand(memory.shape)
+
+
+def _remember_chance(memory: Tensor, weights: Tensor, draw: torch.Generator) -> Tensor:
+    """Draw a random number for each new entry."""
     new = weights.shape[2]
-    numbers = torch.rand(*memory.shape[:-1], new, generator=draw).to(memory)
-    return torch.cat([memory[..., :-new], numbers], -1)
+    before = memory[..., :-new]
+    numbers = torch.rand(*memory.shape[:-1], new, generator=draw)
+    return torch.cat([before, numbers.to(memory)], -1)
+
+
+def _remember_attention(memory: Tensor, weights: Tensor, draw: torch.Generator) -> Tensor:
+    """Accumulate the attention from all queries so far."""
+    return memory + weights.sum(2, keepdim=True)
+
+
+def _remember_votes(memory: Tensor, weights: Tensor, draw: torch.Generator) -> Tensor:
+    """Keep the attention from the last WINDOW queries, a row each."""
+    votes = torch.cat([memory, weights], 2)
+    return votes[:, :, -WINDOW:]
 
 
 POLICIES = {
     # StreamingLLM (Xiao et al. 2023, arXiv:2309.17453): the sinks and the most recent
-    "recent": Policy(lambda memory, weights, _: torch.arange(memory.shape[-1]).to(memory).expand(memory.shape)),
-    # the control: what any choice that keeps sinks and recent tokens gives
-    "random": Policy(_drawn),
+    "recent": Policy(_remember_order),
+    # the control: the result of any choice that keeps sinks and recent tokens
+    "random": Policy(_remember_chance),
     # H2O (Zhang et al. 2023, arXiv:2306.14048, algorithm 1): attention accumulated over all queries so far
-    "attention": Policy(lambda memory, weights, _: memory + weights.sum(2, keepdim=True)),
+    "attention": Policy(_remember_attention),
     # SnapKV (Li et al. 2024, arXiv:2404.14469, section 4): attention from the last queries, pooled over neighbours
-    "votes": Policy(
-        lambda memory, weights, _: torch.cat([memory, weights], 2)[:, :, -WINDOW:],
-        lambda memory: F.max_pool1d(memory.sum(2), POOL, 1, POOL // 2),
-    ),
+    "votes": Policy(_remember_votes, _pooled),
 }
 
 
 class EvictingCache:
-    """At most `budget` entries for each layer and KV head; a step reads them and its own tokens, then drops the rest.
+    """Cache of at most `budget` entries for each layer and KV head.
 
-    The first `sinks` tokens and the last (budget - sinks) / 2 always stay; which others, the policy says. Keys keep the
-    positions that they had, so that distances stay true. The tokens of one step, such as a prompt, read all of each
-    other: a prompt given in pieces is another function.
+    A step reads the entries and the step's own tokens, then drops entries beyond the budget. The first `sinks` tokens
+    and the last (budget - sinks) / 2 always stay; the policy chooses among the rest. Keys keep their positions, so
+    distances stay true. All tokens of a step read each other: a prompt in pieces is not the same function as a prompt
+    in one step.
+
+    layout, batch: as for `KVCache`. policy: a name of POLICIES. seed: of the policy "random".
+    Raises InputError for a budget that the sinks fill.
     """
 
     def __init__(
-        self, layout: Layout, batch: int, budget: int, *, policy: str = "recent", sinks: int = 4, seed: int = 0
+        self,
+        layout: Layout,
+        batch: int,
+        budget: int,
+        *,
+        policy: str = "recent",
+        sinks: int = 4,
+        seed: int = 0,
     ) -> None:
-        """policy: one of POLICIES; seed: of "random". Raises InputError for a budget that the sinks fill."""
         check_choice(policy, POLICIES, "eviction policy")
         check_whole(sinks, "sinks", 0)
         check_whole(budget, "budget")
@@ -168,112 +236,194 @@ class EvictingCache:
         check_whole(seed, "seed", 0)
         if budget <= sinks:
             raise InputError(f"A budget of {budget} entries is filled by {sinks} sinks: make it larger than they are.")
-        self.budget, self.sinks, self.policy, self.seen = budget, sinks, POLICIES[policy], 0
+        self.budget = budget
+        self.sinks = sinks
+        self.policy = POLICIES[policy]
         self.draw = torch.Generator().manual_seed(seed)
-        empty = torch.empty(batch, layout.heads, 0, layout.width, dtype=layout.dtype, device=layout.device)
-        self.keys, self.values = ([empty] * layout.layers for _ in "kv")
-        self.memory = [torch.empty(batch, layout.heads, 1, 0, device=layout.device)] * layout.layers
+        self.seen = 0  # tokens, the dropped ones included
+        no_entries = _no_tokens(layout, batch)
+        no_memory = torch.empty(batch, layout.heads, 1, 0, device=layout.device)
+        self.keys = [no_entries] * layout.layers
+        self.values = [no_entries] * layout.layers
+        self.memory = [no_memory] * layout.layers  # of the policy
 
     @property
     def bytes(self) -> int:
         """Bytes of the entries."""
-        return sum(x.nbytes for x in (*self.keys, *self.values))
+        tensors = self.keys + self.values
+        return sum(x.nbytes for x in tensors)
 
     def positions(self, new: int) -> Tensor:
-        return torch.arange(self.seen, self.seen + new, device=self.keys[0].device)[None]
+        return _positions(self.seen, new, self.keys[0].device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        groups, new = k.shape[1:3]
-        k, v = torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2)
-        entries = k.shape[2]
-        dtype = working(q.dtype)
-        scores = grouped(q, groups).to(dtype) @ k.mT.to(dtype) * q.shape[-1] ** -0.5  # [B, Hkv, H / Hkv S, n]
-        hidden = later(new, entries - new, entries, q.device).repeat(q.shape[1] // groups, 1)
-        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1, torch.promote_types(q.dtype, torch.float32))
+        k = torch.cat([self.keys[layer], k], 2)
+        v = torch.cat([self.values[layer], v], 2)
+        new = q.shape[2]
+        weights = _weights(q, k)  # [B, Hkv, H / Hkv S, n]
         result = ungrouped(weights.to(v.dtype) @ v, new)
-        by_query = weights.unflatten(2, (-1, new)).sum(2)  # [B, Hkv, S, n]
-        memory = self.policy.remember(F.pad(self.memory[layer], (0, new)), by_query, self.draw)
-        if entries > self.budget:
-            stay = self._stay(self.policy.score(memory))[..., None, :]  # [B, Hkv, 1, budget]
-            memory = memory.gather(-1, stay.expand(*memory.shape[:3], -1))
-            k, v = (x.gather(2, stay.mT.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
-        self.keys[layer], self.values[layer], self.memory[layer] = k, v, memory
+        by_head = weights.unflatten(2, (-1, new))
+        by_query = by_head.sum(2)  # [B, Hkv, S, n]
+        memory = F.pad(self.memory[layer], (0, new))
+        memory = self.policy.remember(memory, by_query, self.draw)
+        if k.shape[2] > self.budget:
+            score = self.policy.score(memory)
+            stay = self._entries_to_keep(score)[:, :, None]  # [B, Hkv, 1, budget]
+            columns = stay.expand(-1, -1, memory.shape[2], -1)  # [B, Hkv, W, budget]
+            memory = memory.gather(3, columns)
+            rows = stay.mT.expand(-1, -1, -1, k.shape[3])  # [B, Hkv, budget, D]
+            k = k.gather(2, rows)
+            v = v.gather(2, rows)
+        self.keys[layer] = k
+        self.values[layer] = v
+        self.memory[layer] = memory
         return result
 
-    def _stay(self, score: Tensor) -> Tensor:
-        """Indices of the entries that stay, in order of time, [B, Hkv, budget]."""
+    def _entries_to_keep(self, score: Tensor) -> Tensor:
+        """Return the indices of the entries with the best scores [B, Hkv, n], in order of time: [B, Hkv, budget]."""
+        recent = (self.budget - self.sinks) // 2
+        first_recent = score.shape[-1] - recent
         score = score.clone()
         score[..., : self.sinks] = torch.inf
-        score[..., score.shape[-1] - (self.budget - self.sinks) // 2 :] = torch.inf
-        return score.topk(self.budget, -1).indices.sort(-1).values
+        score[..., first_recent:] = torch.inf
+        best = score.topk(self.budget, -1).indices
+        return best.sort(-1).values
 
     def advance(self, new: int) -> None:
         self.seen += new
+
+
+def _no_tokens(layout: Layout, batch: int) -> Tensor:
+    """Return empty keys or values of a layer, [B, Hkv, 0, D]."""
+    shape = (batch, layout.heads, 0, layout.width)
+    return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """Return the causal softmax of the last S of n tokens: q [B, H, S, D], k [B, Hkv, n, D] to [B, Hkv, H / Hkv S, n].
+
+    In float32 or, for float64 queries, in float64.
+    """
+    _, heads, new, width = q.shape
+    _, groups, entries, _ = k.shape
+    rows = grouped(q, groups).to(working(q.dtype))
+    products = rows @ k.mT.to(rows.dtype)
+    scores = products * width**-0.5
+    hidden = later(new, entries - new, entries, q.device)
+    hidden = hidden.repeat(heads // groups, 1)
+    scores.masked_fill_(hidden, -torch.inf)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return scores.softmax(-1, dtype)
 
 
 # --- few bits ---------------------------------------------------------------------------------------------------------
 
 
 class QuantizedCache:
-    """All tokens, those before the last `form.window` as codes: token by token, what `kv.attention` computes.
+    """Cache of all tokens, in codes of few bits but for the last `form.window` tokens.
 
-    form: see `kv.KVFormat`; by default KIVI's, 4 bits, keys per channel and values per token. A prompt given at once is
-    read as it is, and stored as codes after that. Codes lie in a byte each here; `bytes` counts them packed.
+    Token by token the result is that of `kv.attention`. A prompt given at once is read as it is, and stored as codes
+    afterwards. Codes take a byte each in memory; `bytes` counts the codes packed.
+
+    layout, batch: as for `KVCache`. form: see `kv.KVFormat`; by default KIVI's: 4 bits, keys per channel and values
+    per token.
     """
 
     def __init__(self, layout: Layout, batch: int, form: KVFormat | None = None) -> None:
         check_whole(batch, "batch")
-        self.form, self.length = form or KVFormat(), 0
-        empty = torch.empty(batch, layout.heads, 0, layout.width, dtype=layout.dtype, device=layout.device)
-        sides = (self.form.key_bits, self.form.keys_per), (self.form.value_bits, self.form.values_per)
-        self.layers = [
-            tuple(_Side(bits, per, self.form.group_size, empty) for bits, per in sides) for _ in range(layout.layers)
-        ]
+        self.form = form or KVFormat()
+        self.length = 0
+        empty = _no_tokens(layout, batch)
+        self.layers = [_keys_and_values(self.form, empty) for _ in range(layout.layers)]
 
     @property
     def bytes(self) -> int:
-        """Bytes of a file with the codes in their bits, their scales and zeros, and the recent tokens."""
-        sides = {f"{i}.{name}": x for i, pair in enumerate(self.layers) for name, x in zip("kv", pair, strict=True)}
-        state = {f"{name}.recent": x.recent.contiguous() for name, x in sides.items()}
-        return artifact.size(state | {name: x.stored for name, x in sides.items() if x.stored is not None})
+        """Bytes of a file with the packed codes, their scales and zeros, and the recent tokens."""
+        state: dict[str, Tensor | Quantized] = {}
+        for layer, (keys, values) in enumerate(self.layers):
+            for letter, side in (("k", keys), ("v", values)):
+                name = f"{layer}.{letter}"
+                state[f"{name}.recent"] = side.recent.contiguous()
+                if side.stored is not None:
+                    state[name] = side.stored
+        return artifact.size(state)
 
     def positions(self, new: int) -> Tensor:
-        return torch.arange(self.length, self.length + new, device=self.layers[0][0].recent.device)[None]
+        keys, _ = self.layers[0]
+        return _positions(self.length, new, keys.recent.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        old = max(self.length + 1 - self.form.window, 0)  # tokens before the window of the first new query
-        keys, values = (side.read(x, old) for side, x in zip(self.layers[layer], (k, v), strict=True))
-        return attend(q, keys, values)
+        tokens = self.length + 1  # that the first new query reads
+        before_window = max(tokens - self.form.window, 0)
+        keys, values = self.layers[layer]
+        all_keys = keys.read(k, before_window)
+        all_values = values.read(v, before_window)
+        return attend(q, all_keys, all_values)
 
     def advance(self, new: int) -> None:
         self.length += new
 
 
+def _keys_and_values(form: KVFormat, empty: Tensor) -> tuple["_Side", "_Side"]:
+    keys = _Side(form.key_bits, form.keys_per, form.group_size, empty)
+    values = _Side(form.value_bits, form.values_per, form.group_size, empty)
+    return keys, values
+
+
 class _Side:
-    """Keys or values of a layer: codes of the tokens before, and the recent tokens [B, Hkv, n, D] as they are."""
+    """Keys or values of a layer: codes of the first `tokens` tokens, and the exact recent tokens [B, Hkv, n, D].
+
+    bits, per, group_size: see `kv.quantize`; without bits no token becomes codes. empty: [B, Hkv, 0, D].
+    """
 
     def __init__(self, bits: int | None, per: str, group_size: int, empty: Tensor) -> None:
-        self.bits, self.per, self.group_size, self.recent = bits, per, group_size, empty
+        self.bits = bits
+        self.per_channel = per == "channel"
+        self.per = per
+        self.group_size = group_size
+        self.recent = empty
         self.stored: Quantized | None = None
-        self.tokens = 0  # as codes
+        self.tokens = 0
 
     def read(self, x: Tensor, old: int) -> Tensor:
-        """Add x [B, Hkv, S, D], store what of the first `old` tokens may be codes, and give all: [B, Hkv, T, D]."""
+        """Add x [B, Hkv, S, D] and return the keys or values of all tokens, [B, Hkv, T, D].
+
+        Before, the first `old` tokens become codes, as far as they fill groups.
+        """
         self.recent = torch.cat([self.recent, x], 2)
-        ready = old // self.group_size * self.group_size if self.per == "channel" else old
-        if self.bits is not None and ready > self.tokens:
-            leaving, self.recent = self.recent.tensor_split([ready - self.tokens], 2)
-            codes = kv.quantize(leaving, self.bits, self.per, group_size=self.group_size)
-            self.stored = codes if self.stored is None else self._joined(self.stored, codes)
-            self.tokens = ready
+        if self.bits is not None:
+            self._quantize(old)
         if self.stored is None:
             return self.recent
         points = self.stored.dequantize()
-        return torch.cat([points.mT if self.per == "channel" else points, self.recent], 2)
+        if self.per_channel:
+            points = points.mT
+        return torch.cat([points, self.recent], 2)
+
+    def _quantize(self, old: int) -> None:
+        ready = old
+        if self.per_channel:  # a group of tokens shares a scale, and has to be whole
+            ready = old // self.group_size * self.group_size
+        if ready <= self.tokens:
+            return
+        new = ready - self.tokens
+        leaving, self.recent = self.recent.tensor_split([new], 2)
+        codes = kv.quantize(leaving, self.bits, self.per, group_size=self.group_size)
+        if self.stored is not None:
+            codes = self._joined(self.stored, codes)
+        self.stored = codes
+        self.tokens = ready
 
     def _joined(self, a: Quantized, b: Quantized) -> Quantized:
-        """Tokens of b after those of a; they are the last dimension of codes per channel, and of its groups."""
-        codes, groups = (-1, -2) if self.per == "channel" else (-2, -3)
-        scale, zero = (torch.cat([getattr(x, name) for x in (a, b)], groups) for name in ("scale", "zero"))
+        """Put the tokens of b after the tokens of a.
+
+        Codes per channel are [B, Hkv, D, T], and their scales [B, Hkv, D, groups of tokens, 1]; codes per token are
+        [B, Hkv, T, D], and their scales [B, Hkv, T, groups of channels, 1].
+        """
+        tokens = -1 if self.per_channel else -2
+        groups = tokens - 1  # the groups of a channel, or again the tokens
+        scale = torch.cat([a.scale, b.scale], groups)
+        zero = torch.cat([a.zero, b.zero], groups)
+        codes = torch.cat([a.codes, b.codes], tokens)
         grid = Grid(scale, zero, a.bits, a.grid.lo, a.grid.hi)
-        return Quantized(torch.cat([a.codes, b.codes], codes), grid)
+        return Quantized(codes, grid)

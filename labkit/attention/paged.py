@@ -1,11 +1,12 @@
-"""A cache in pages: every sequence has a table of pages of one pool, and sequences that begin alike share pages.
+"""A cache in pages: every sequence has a table of pages of a pool, and sequences that begin alike share pages.
 
-PagedAttention (Kwon et al. 2023, arXiv:2309.06180, section 4). A page is an indirection and nothing more: what is
-read is what a cache in one piece would hold, so that no token changes.
+PagedAttention (Kwon et al. 2023, arXiv:2309.06180, section 4). A page adds an indirection and changes no number: a
+sequence reads the same keys and values as in a contiguous cache.
 """
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,97 +17,134 @@ from labkit.errors import InputError, check_whole
 
 
 class PagesExhausted(InputError):
-    """No page is free; the sequence that asked for one has what it had before."""
+    """No page is free; the sequence that asked for a page has the pages it had before."""
 
 
 class PageTable:
-    """A sequence in a pool: its `ids`, stored or to come, its `pages` in order, and how many tokens they hold."""
+    """A sequence in a pool.
+
+    ids: token ids, stored or to come. pages: page numbers of the stored tokens, in order.
+    length: stored tokens. digests: of the pages that are full, see `PagePool`.
+    """
 
     def __init__(self, ids: Sequence[int]) -> None:
-        self.ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if isinstance(ids, Tensor):
+            ids = ids.tolist()
+        self.ids = list(ids)
         self.clear()
 
     def clear(self) -> None:
+        """Forget all pages, but not the token ids."""
         self.pages: list[int] = []
-        self.digests: list[bytes] = []  # of the pages that are full
+        self.digests: list[bytes] = []
         self.length = 0
 
 
 class PagePool:
-    """Pages of `page_size` tokens, and who holds them.
+    """Pages of `page_size` tokens, and how many tables hold each page.
 
-    references[page]: how many tables hold it. A page that nobody holds is free, and keeps what it has until it is
-        taken for something else: prefixes outlive their requests.
+    A page without a holder is free, and keeps its tokens until the page is taken again: prefixes outlive their
+    requests. Memory for pages x page_size tokens, `layout.token_bytes` each, is allocated at once.
+
+    references: for each page, the number of tables that hold the page.
+    free: the free pages, in the order in which they were given back.
+    page_of, digest_of: full pages by the digest of all tokens up to the page's end, and back.
     """
 
     def __init__(self, layout: Layout, pages: int, page_size: int) -> None:
-        """Memory for pages x page_size tokens is taken at once, `layout.token_bytes` each."""
         check_whole(pages, "pages")
         check_whole(page_size, "page_size")
         shape = (layout.layers, pages, page_size, layout.heads, layout.width)
-        self.keys, self.values = (torch.zeros(shape, dtype=layout.dtype, device=layout.device) for _ in "kv")
-        self.page_size, self.references = page_size, [0] * pages
-        self.free = dict.fromkeys(range(pages))  # in the order in which they were given back
-        self.page_of: dict[bytes, int] = {}  # by the digest of all tokens up to the page's end
+        self.keys = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+        self.values = torch.zeros_like(self.keys)
+        self.page_size = page_size
+        self.references = [0] * pages
+        self.free = dict.fromkeys(range(pages))  # an ordered set
+        self.page_of: dict[bytes, int] = {}
         self.digest_of: dict[int, bytes] = {}
 
     def share(self, table: PageTable) -> None:
         """Give an empty table the pages of the longest stored prefix of its ids.
 
-        Whole pages are shared. At least the last token stays to be computed, because its logits are wanted; where that
-        is the last of a shared page, writing it makes a copy of the page.
+        Whole pages are shared. The last token stays to be computed, because its logits are wanted; if the last token
+        ends a shared page, writing the token makes a copy of the page.
         """
-        for i in range(len(table.ids) // self.page_size):
-            digest = self._digest(table, i)
+        full_pages = len(table.ids) // self.page_size
+        for number in range(full_pages):
+            digest = self._digest(table, number)
             if digest not in self.page_of:
                 break
-            self._hold(self.page_of[digest])
-            table.pages.append(self.page_of[digest])
+            page = self.page_of[digest]
+            self._hold(page)
+            table.pages.append(page)
             table.digests.append(digest)
-        table.length = min(len(table.pages) * self.page_size, len(table.ids) - 1)
-        del table.digests[table.length // self.page_size :]
+        stored = len(table.pages) * self.page_size
+        table.length = min(stored, len(table.ids) - 1)
+        full_pages = table.length // self.page_size
+        del table.digests[full_pages:]
 
     def reserve(self, table: PageTable, new: int) -> None:
-        """Pages of its own for the next `new` tokens of a table. Raises PagesExhausted, and then changes nothing.
+        """Give a table pages for its next `new` tokens, which no other table holds.
 
-        A page that is written and that others hold too is copied first (copy on write).
+        A shared page that will be written is copied first (copy on write).
+        Raises PagesExhausted if the pool has too few free pages, and then changes nothing.
         """
-        first, end = table.length // self.page_size, -(-(table.length + new) // self.page_size)
-        shared = [i for i in range(first, len(table.pages)) if self.references[table.pages[i]] > 1]
-        if len(shared) + max(end - len(table.pages), 0) > len(self.free):
+        first = table.length // self.page_size  # the page of the first new token
+        written = range(first, len(table.pages))
+        shared = [number for number in written if self.references[table.pages[number]] > 1]
+        needed = self.pages_for(table.length + new)
+        missing = max(needed - len(table.pages), 0)
+        free = len(self.free)
+        if len(shared) + missing > free:
             raise PagesExhausted(
-                f"The pool of {len(self.references)} pages of {self.page_size} tokens has {len(self.free)} free, too "
+                f"The pool of {len(self.references)} pages of {self.page_size} tokens has {free} free, too "
                 f"few for {new} more tokens: release a sequence, or make the pool larger."
             )
-        for i in shared:
-            page = self._take()
-            self.keys[:, page], self.values[:, page] = self.keys[:, table.pages[i]], self.values[:, table.pages[i]]
-            self.references[table.pages[i]] -= 1
-            table.pages[i] = page
+        for number in shared:
+            table.pages[number] = self._copied(table.pages[number])
         for page in table.pages[first:]:
-            self._forget(page)  # it will hold something else than its digest says
-        table.pages += [self._take() for _ in range(end - len(table.pages))]
+            self._forget(page)  # its tokens will no longer be those of its digest
+        for _ in range(missing):
+            table.pages.append(self._take())
+
+    def pages_for(self, tokens: int) -> int:
+        """Return the number of pages that hold `tokens` tokens."""
+        return -(-tokens // self.page_size)
 
     def publish(self, table: PageTable) -> None:
-        """Let others share the pages of a table that are full."""
-        for i in range(len(table.digests), table.length // self.page_size):
-            table.digests.append(self._digest(table, i))
-            if table.digests[i] not in self.page_of:
-                self.page_of[table.digests[i]], self.digest_of[table.pages[i]] = table.pages[i], table.digests[i]
+        """Let other tables share the full pages of a table."""
+        full_pages = table.length // self.page_size
+        for number in range(len(table.digests), full_pages):
+            digest = self._digest(table, number)
+            table.digests.append(digest)
+            if digest not in self.page_of:
+                page = table.pages[number]
+                self.page_of[digest] = page
+                self.digest_of[page] = digest
 
     def release(self, table: PageTable) -> None:
-        """Give a table's pages back, the last ones to be taken again first, for beginnings are shared more often."""
+        """Give a table's pages back, the last pages to be taken again first: beginnings are shared more often."""
         for page in reversed(table.pages):
             self.references[page] -= 1
-            if not self.references[page]:
+            if self.references[page] == 0:
                 self.free[page] = None
         table.clear()
 
-    def _digest(self, table: PageTable, i: int) -> bytes:
-        """Of page i, which is full, and of the digest before it: equal only for equal beginnings."""
-        ids = table.ids[i * self.page_size : (i + 1) * self.page_size]
-        parent = table.digests[i - 1] if i else b""
-        return hashlib.sha256(parent + b"".join(token.to_bytes(4, "little") for token in ids)).digest()
+    def _digest(self, table: PageTable, number: int) -> bytes:
+        """Digest the tokens of the full page `number` and the digest of the page before: equal for equal beginnings."""
+        start = number * self.page_size
+        ids = table.ids[start : start + self.page_size]
+        parent = table.digests[number - 1] if number else b""
+        tokens = b"".join(token.to_bytes(4, "little") for token in ids)
+        return hashlib.sha256(parent + tokens).digest()
+
+    def _copied(self, page: int) -> int:
+        """Take a free page for the tokens of a shared `page`, and let go of `page`."""
+        copy = self._take()
+        self.keys[:, copy] = self.keys[:, page]
+        self.values[:, copy] = self.values[:, page]
+        self.references[page] -= 1
+        return copy
 
     def _hold(self, page: int) -> None:
         self.free.pop(page, None)
@@ -119,67 +157,134 @@ class PagePool:
         return page
 
     def _forget(self, page: int) -> None:
+        """Share `page` with no further table."""
         if page in self.digest_of:
-            del self.page_of[self.digest_of.pop(page)]
+            digest = self.digest_of.pop(page)
+            del self.page_of[digest]
+
+
+class _Span(NamedTuple):
+    """A table's new tokens: positions `start` to `end` of its text, and `row` of the first in the row of all tokens."""
+
+    table: PageTable
+    start: int
+    end: int
+    row: int
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.tokens)
 
 
 class PagedBatch:
-    """Several tables as the cache of a step: table i gets the next counts[i] of its ids, all in one row of tokens.
+    """Several page tables as the cache of a step, with all new tokens in a single row.
 
-    A decoder is called with `ids` [1, N], N = sum(counts), so that sequences of any length, and prompts beside single
-    tokens, go through its matrices together; each attends to its own pages.
+    A decoder is called with `ids` [1, N], N = sum(counts): sequences of any length, and prompts beside single tokens,
+    go through the decoder's matrices together, and each sequence attends to its own pages.
+
+    tables, counts: table i gets the next counts[i] of its ids. last: for each table, the row of its last new token.
+    Making a batch reserves the pages for the step. Raises PagesExhausted; tables before the failing table keep the new
+    pages.
     """
 
     def __init__(self, pool: PagePool, tables: Sequence[PageTable], counts: Sequence[int]) -> None:
-        """Takes the pages that the step needs. Raises PagesExhausted; tables before that one keep their new pages."""
         for table, new in zip(tables, counts, strict=True):
             pool.reserve(table, new)
-        self.pool, self.tables, self.counts = pool, tables, counts
+        self.pool = pool
         self.device = pool.keys.device
-        spans = [(table, table.length, table.length + new) for table, new in zip(tables, counts, strict=True)]
-        place = torch.cat([torch.arange(start, end) for _, start, end in spans])
-        size = pool.page_size
-        page = torch.tensor([table.pages[i // size] for table, start, end in spans for i in range(start, end)])
-        self.ids = torch.tensor([[i for table, start, end in spans for i in table.ids[start:end]]], device=self.device)
-        self.place = place[None].to(self.device)
-        self.slots = (page * size + place % size).to(self.device)  # [N]
-        ends = torch.tensor(counts).cumsum(0)
-        self.last = (ends - 1).to(self.device)  # [tables]: each one's last token in the row
-        self.single = [i for i, new in enumerate(counts) if new == 1]
-        self.several = [(i, int(ends[i]) - new, int(ends[i])) for i, new in enumerate(counts) if new > 1]
-        self._padded(spans)
+        self.spans = _spans(tables, counts)
+        ids, positions, slots = [], [], []
+        for span in self.spans:
+            ids += span.table.ids[span.start : span.end]
+            for position in range(span.start, span.end):
+                number, place = divmod(position, pool.page_size)
+                page = span.table.pages[number]
+                positions.append(position)
+                slots.append(page * pool.page_size + place)
+        self.ids = self._tensor(ids)[None]
+        self.place = self._tensor(positions)[None]
+        self.slots = self._tensor(slots)  # [N]: where a token lies among all tokens of the pool
+        self.last = self._tensor([span.rows.stop - 1 for span in self.spans])  # [tables]
+        self._pad_single_tokens()
 
-    def _padded(self, spans: Sequence[tuple[PageTable, int, int]]) -> None:
-        """Pages and mask of the tables with one new token, side by side: [n, pages] and [n, 1, 1, tokens]."""
-        pool, longest = self.pool, max((len(spans[i][0].pages) for i in self.single), default=0)
-        rows = [spans[i][0].pages + [0] * (longest - len(spans[i][0].pages)) for i in self.single]
-        self.rows = torch.tensor(rows, device=self.device)
-        ends = torch.tensor([spans[i][2] for i in self.single])
-        self.mask = (torch.arange(longest * pool.page_size) < ends[:, None])[:, None, None].to(self.device)
-        self.single_at = self.last[self.single]
+    def _tensor(self, numbers: list) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
+
+    def _pad_single_tokens(self) -> None:
+        """Lay the pages of the tables with a single new token side by side: [n, pages], with a mask [n, 1, 1, tokens].
+
+        Shorter tables are padded with page 0, which the mask hides.
+        """
+        single = [span for span in self.spans if span.tokens == 1]
+        longest = max((len(span.table.pages) for span in single), default=0)
+        padded = []
+        for span in single:
+            pages = span.table.pages
+            padding = longest - len(pages)
+            padded.append(pages + [0] * padding)
+        ends = torch.tensor([span.end for span in single])
+        places = torch.arange(longest * self.pool.page_size)
+        readable = places < ends[:, None]
+        self.single_pages = self._tensor(padded)
+        self.single_mask = readable[:, None, None].to(self.device)
+        self.single_rows = self._tensor([span.row for span in single])  # [n]
 
     def positions(self, new: int) -> Tensor:
-        """Of the N tokens, [1, N]."""
+        """Return the positions of the N tokens, [1, N]."""
         return self.place
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, H, N, D], k and v [1, Hkv, N, D], to [1, H, N, D]."""
-        keys, values = self.pool.keys[layer], self.pool.values[layer]  # [pages, page_size, Hkv, D]
-        for pages, x in ((keys, k), (values, v)):
-            pages.flatten(0, 1)[self.slots] = x[0].transpose(0, 1)
+        """Store k and v [1, Hkv, N, D], and attend: q [1, H, N, D] to [1, H, N, D]."""
+        keys = self.pool.keys[layer]  # [pages, page_size, Hkv, D]
+        values = self.pool.values[layer]
+        for pages, new in ((keys, k), (values, v)):
+            tokens = pages.flatten(0, 1)
+            tokens[self.slots] = new[0].transpose(0, 1)
         result = torch.empty_like(q)
-        if self.single:
-            rows = q[0, :, self.single_at].transpose(0, 1)[:, :, None]  # [n, H, 1, D]
-            k, v = (pages[self.rows].flatten(1, 2).transpose(1, 2) for pages in (keys, values))  # [n, Hkv, tokens, D]
-            y = F.scaled_dot_product_attention(grouped(rows, k.shape[1]), k, v, self.mask)
-            result[0, :, self.single_at] = ungrouped(y, 1)[:, :, 0].transpose(0, 1)
-        for i, start, end in self.several:
-            table = self.tables[i]
-            tokens = table.length + end - start
-            k, v = (x[table.pages].flatten(0, 1)[None, :tokens].transpose(1, 2) for x in (keys, values))
-            result[:, :, start:end] = attend(q[:, :, start:end], k, v)
+        if len(self.single_rows):
+            queries = q[0, :, self.single_rows]  # [H, n, D]
+            result[0, :, self.single_rows] = self._attend_single_tokens(queries, keys, values)
+        for span in self.spans:
+            if span.tokens > 1:
+                queries = q[:, :, span.rows]
+                table_keys = _contiguous(keys, span)
+                table_values = _contiguous(values, span)
+                result[:, :, span.rows] = attend(queries, table_keys, table_values)
         return result
 
+    def _attend_single_tokens(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend from a single query of each of n tables to the table's padded pages: [H, n, D] to [H, n, D]."""
+        k = keys[self.single_pages].flatten(1, 2)  # [n, tokens, Hkv, D]
+        v = values[self.single_pages].flatten(1, 2)
+        k = k.transpose(1, 2)  # [n, Hkv, tokens, D]
+        v = v.transpose(1, 2)
+        by_table = queries.transpose(0, 1)[:, :, None]  # [n, H, 1, D]
+        rows = grouped(by_table, k.shape[1])
+        y = F.scaled_dot_product_attention(rows, k, v, self.single_mask)
+        by_table = ungrouped(y, 1)[:, :, 0]  # [n, H, D]
+        return by_table.transpose(0, 1)
+
     def advance(self, new: int) -> None:
-        for table, count in zip(self.tables, self.counts, strict=True):
-            table.length += count
+        for span in self.spans:
+            span.table.length += span.tokens
+
+
+def _spans(tables: Sequence[PageTable], counts: Sequence[int]) -> list[_Span]:
+    spans = []
+    row = 0
+    for table, new in zip(tables, counts, strict=True):
+        start = table.length
+        spans.append(_Span(table, start, start + new, row))
+        row += new
+    return spans
+
+
+def _contiguous(pages: Tensor, span: _Span) -> Tensor:
+    """Gather the tokens of a table up to the span's end: [pages, page_size, Hkv, D] to [1, Hkv, tokens, D]."""
+    tokens = pages[span.table.pages].flatten(0, 1)
+    stored = tokens[None, : span.end]
+    return stored.transpose(1, 2)

@@ -1,15 +1,18 @@
-"""Deployment: runtimes and what is proved of them, a server under load, pipelines, instructions, where things stand.
+"""Deployment: a model in other runtimes, proofs that the answers are still the model's, and a server under load.
 
-`engines`, `export` and `parity` belong together: written down once, shown equal, then timed. So do, for language
-models, `decoder_graph`, its steps in `decoding` (lesson 13), and whole texts in `language`. Batching is simulated in
-`simulation` (lesson 01), run for a decoder in `serving` (lesson 11), and behind HTTP in `server`.
+Open `engines` first: an example of ten lines prepares a model and judges the engine's answers. Then:
+`export`: a model as a graph or an ONNX file. `parity`: an engine's answers beside the model's.
+`job`, `torch_runtimes`, `onnx_runtimes`, `openvino_runtimes`: the rows of the table of engines, by family.
+`decoder_graph`, `decoding`, `language`: language models in OpenVINO, by steps and by whole texts.
+`simulation`, `serving`, `server`: batching simulated, run for a decoder, and behind HTTP.
+`pipeline`: steps of compression in any order. `isa`: fewer instructions of the CPU. `targets`: systems to deploy on.
 """
 
 from labkit import submodules
 
 __all__ = [
-    "decoder_graph", "decoding", "engines", "export", "isa", "language", "parity", "pipeline", "server", "serving",
-    "simulation", "targets",
+    "decoder_graph", "decoding", "engines", "export", "isa", "job", "language", "onnx_runtimes", "openvino_runtimes",
+    "parity", "pipeline", "server", "serving", "simulation", "targets", "torch_runtimes",
 ]  # fmt: skip
 
 __getattr__ = submodules(__name__, __all__)

@@ -1,13 +1,14 @@
-"""A decoder in OpenVINO: the cache is passed in, and the keys and values of the new tokens come out.
+"""A decoder in OpenVINO, step by step: the cache is passed in, and the keys and values of the new tokens come out.
 
-The graph is that of `decoder_graph`. Of a `WeightOnlyLinear` it holds the codes, which the engine reads as they are; it
-then rounds the inputs of these products to 8 bits as well, in groups, at every call.
+The graph is `decoder_graph.Stateless`. For a `WeightOnlyLinear` the graph holds the codes, which the engine reads as
+they are; the engine then rounds the inputs of these products to 8 bits as well, in groups, at every call.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from labkit.modules import kv_cache
 
 @dataclass(frozen=True, eq=False)
 class DecoderEngine:
-    """(keys, values [B, layers, Hkv, P, D], input_ids [B, S]) to logits [B, S, V], and keys and values of the S tokens.
+    """A decoder in OpenVINO, called with keys and values [B, layers, Hkv, P, D] and input_ids [B, S].
 
-    B, P and S may vary from call to call. bytes: of the file. prepare_seconds: to write it; load_seconds: to read and
-    compile it and give the first result.
+    A call returns logits [B, S, V], and keys and values of the S tokens. B, P and S may vary from call to call.
+    bytes: size of the file. prepare_seconds: time to write the file.
+    load_seconds: time to read and compile the file and give the first result. request: an openvino.InferRequest.
     """
 
     bytes: int
@@ -35,50 +37,78 @@ class DecoderEngine:
     request: Any
 
     def __call__(self, keys: Tensor, values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        arrays = [x.detach().contiguous().numpy() for x in (keys, values, input_ids)]
+        inputs = (keys, values, input_ids)
+        arrays = [x.detach().contiguous().numpy() for x in inputs]
         results = self.request.infer(arrays, share_inputs=True)
-        if results[0].shape[:2] != tuple(input_ids.shape):
+        logits_shape = results[0].shape
+        if logits_shape[:2] != tuple(input_ids.shape):
             raise InputError(
-                f"OpenVINO gives logits {list(results[0].shape)} for tokens {list(input_ids.shape)}, as it does for "
+                f"OpenVINO gives logits {list(logits_shape)} for tokens {list(input_ids.shape)}, as it does for "
                 "weights in few bits where ONEDNN_MAX_CPU_ISA forbids AVX-512: keep float32 weights, or lift the cap."
             )
         return tuple(torch.from_numpy(results[place]) for place in range(3))
 
 
 def prepare(model: nn.Module) -> DecoderEngine:
-    """`model`, a LlamaForCausalLM of transformers in float32, on torch.get_num_threads() threads (of that moment).
+    """Prepare a decoder for OpenVINO, on the current number of torch's threads.
 
-    InputError where OpenVINO is not installed or gives no result on this CPU, for another architecture, and for weights
-    that are no affine grid.
+    model: a LlamaForCausalLM of transformers in float32.
+    Raises InputError if OpenVINO is not installed or gives no result on this CPU, for other architectures, and for
+    weights without an affine grid.
     """
     engines.check_present("A decoder's graph", ("openvino",))
     with tempfile.TemporaryDirectory() as folder:
-        start, path = time.perf_counter(), Path(folder) / "decoder.xml"
+        start = time.perf_counter()
+        path = Path(folder) / "decoder.xml"
         decoder_graph.Stateless(model).save(path)
         written = time.perf_counter()
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        engine = DecoderEngine(size, written - start, 0.0, engines.request(path))
-        engine(*example(model, torch.zeros(1, 1, dtype=torch.int64)))
-        return DecoderEngine(size, written - start, time.perf_counter() - written, engine.request)
+        request = engines.request(path)
+        first_call = DecoderEngine(size, written - start, 0.0, request)
+        first_call(*example(model, torch.zeros(1, 1, dtype=torch.int64)))
+        loaded = time.perf_counter()
+    return DecoderEngine(size, written - start, loaded - written, request)
 
 
 def example(model: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What an engine is called with after `prompt` [B, P]: its keys and values, and its last token once more."""
+    """Return arguments of an engine after `prompt` [B, P]: keys, values, and the prompt's last token [B, 1] again."""
     _, cache = kv_cache.filled_cache(model, prompt)
-    memory = (torch.stack([getattr(layer, name) for layer in cache.layers], 1) for name in ("keys", "values"))
-    return *memory, prompt[:, -1:]
+    keys = torch.stack([layer.keys for layer in cache.layers], 1)
+    values = torch.stack([layer.values for layer in cache.layers], 1)
+    return keys, values, prompt[:, -1:]
+
+
+class _Memory:
+    """Keys and values [B, layers, Hkv, P + room, D] of the P tokens of `prompt` [B, P], with room for more tokens."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor, room: int) -> None:
+        keys, values, _ = example(model, prompt)
+        self.keys = F.pad(keys, (0, 0, 0, room))
+        self.values = F.pad(values, (0, 0, 0, room))
+
+    def first(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the first tokens."""
+        return self.keys[..., :tokens, :], self.values[..., :tokens, :]
+
+    def store(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [B, layers, Hkv, S, D] of the tokens from `start` on."""
+        end = start + keys.shape[-2]
+        self.keys[..., start:end, :] = keys
+        self.values[..., start:end, :] = values
 
 
 def repeated(engine: DecoderEngine, model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
-    """`kv_cache.decode_step` in the engine: one more token for each text, stored behind the others; always the same."""
-    *memory, last = example(model, prompt)
-    memory = [F.pad(x, (0, 0, 0, 1)) for x in memory]
+    """Return the step of `kv_cache.decode_step` in the engine: one more token for each text of `prompt` [B, P].
+
+    Every call of the step stores the same token behind the prompt, and returns its logits [B, 1, V].
+    """
+    tokens = prompt.shape[1]
+    memory = _Memory(model, prompt, room=1)
 
     @torch.inference_mode()
     def step() -> Tensor:
-        logits, *new = engine(*(x[..., :-1, :] for x in memory), last)
-        for x, y in zip(memory, new, strict=True):
-            x[..., -1:, :] = y
+        logits, keys, values = engine(*memory.first(tokens), prompt[:, -1:])
+        memory.store(tokens, keys, values)
         return logits
 
     return step
@@ -87,40 +117,45 @@ def repeated(engine: DecoderEngine, model: nn.Module, prompt: Tensor) -> Callabl
 def writing(
     engine: DecoderEngine, model: nn.Module, ids: Tensor, new: int, k: int = 0
 ) -> Callable[[], speculative.Generated]:
-    """Reads `ids` [T] by `model` once; the returned function continues them greedily by `new` tokens, always the same.
+    """Read `ids` [T] by `model` once, and return a function that continues `ids` greedily by `new` tokens.
 
-    k: up to so many guesses by prompt lookup in each call.
+    Every call of the function writes the same text. k: up to so many guesses by prompt lookup in each step.
     """
-    memory = [F.pad(x, (0, 0, 0, new + k)) for x in example(model, ids[None, :-1])[:2]]
+    memory = _Memory(model, ids[None, :-1], room=new + k)
+    return partial(_write, engine, memory, ids, new, k)
+
+
+@torch.inference_mode()
+def _write(engine: DecoderEngine, memory: _Memory, ids: Tensor, new: int, k: int) -> speculative.Generated:
+    text = ids
     end = len(ids) + new
-
-    @torch.inference_mode()
-    def write() -> speculative.Generated:
-        text, proposed, accepted, calls = ids, 0, 0, 0
-        while (t := len(text)) < end:
-            guesses = speculative.lookup(text, min(k, end - t - 1))
-            fed = torch.cat([text[-1:], guesses])
-            scores, *news = engine(*(x[..., : t - 1, :] for x in memory), fed[None])
-            best = scores[0].argmax(-1)  # of which those up to the first wrong guess are the model's own
-            n = int((best[:-1] == guesses).cumprod(0).sum())
-            for x, y in zip(memory, news, strict=True):
-                x[..., t - 1 : t + n, :] = y[..., : n + 1, :]
-            text = torch.cat([text, guesses[:n], best[n : n + 1]])
-            proposed, accepted, calls = proposed + len(guesses), accepted + n, calls + 1
-        return speculative.Generated(text, proposed, accepted, calls)
-
-    return write
+    proposed = accepted = calls = 0
+    while len(text) < end:
+        stored = len(text) - 1  # all tokens but the last are in the memory
+        guesses = speculative.lookup(text, min(k, end - len(text) - 1))
+        fed = torch.cat([text[-1:], guesses])
+        logits, keys, values = engine(*memory.first(stored), fed[None])
+        best = logits[0].argmax(-1)  # the model's token after each token that was fed
+        is_right = (best[:-1] == guesses).cumprod(0)  # until the first wrong guess
+        right = int(is_right.sum())
+        read = right + 1  # of the tokens that were fed, the last of `text` and the right guesses
+        memory.store(stored, keys[..., :read, :], values[..., :read, :])
+        text = torch.cat([text, best[:read]])
+        proposed += len(guesses)
+        accepted += right
+        calls += 1
+    return speculative.Generated(text, proposed, accepted, calls)
 
 
 @torch.inference_mode()
 def logits(engine: DecoderEngine, model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of texts [B, T], token after token as in decoding; `model` gives the first ones."""
-    *memory, _ = example(model, ids[:, :1])
-    memory = [F.pad(x, (0, 0, 0, ids.shape[1] - 1)) for x in memory]
+    """Compute logits [B, T, V] of texts [B, T], token after token as in decoding; `model` gives the first logits."""
+    tokens = ids.shape[1]
+    memory = _Memory(model, ids[:, :1], room=tokens - 1)
     steps = [model(ids[:, :1]).logits]
-    for t in range(1, ids.shape[1]):
-        scores, *new = engine(*(x[..., :t, :] for x in memory), ids[:, t : t + 1])
+    for place in range(1, tokens):
+        token = ids[:, place : place + 1]
+        scores, keys, values = engine(*memory.first(place), token)
         steps.append(scores)
-        for x, y in zip(memory, new, strict=True):
-            x[..., t : t + 1, :] = y
+        memory.store(place, keys, values)
     return torch.cat(steps, 1)

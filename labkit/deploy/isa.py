@@ -1,8 +1,8 @@
 """The same function with fewer of the CPU's instructions: oneDNN and OpenVINO, capped at one step after another.
 
-A cap has to be set before the library is loaded, so that each rung is a process of its own (ONEDNN_MAX_CPU_ISA, see
-oneDNN's page "CPU Dispatcher Control"). What does not ask oneDNN, such as MKL's float32 products or ONNX Runtime, goes
-on as before: a baseline for the rest.
+A cap has to be set before the library is loaded, so each rung of the ladder runs in a new process (ONEDNN_MAX_CPU_ISA,
+see oneDNN's page "CPU Dispatcher Control"). Libraries beside oneDNN, such as MKL's float32 products or ONNX Runtime,
+ignore the cap: a baseline for the rest.
 """
 
 import marshal
@@ -20,7 +20,7 @@ from labkit.errors import InputError, LabError
 from labkit.files import child_environment
 from labkit.timing.machine import fingerprint
 
-RUNGS = {  # of x86, each with all before it: the cap's name, and the feature that the CPU has to have
+RUNGS = {  # of x86, each with all rungs before: name of the cap, and the feature that the CPU has to have
     "AVX2": "avx2",
     "AVX512_CORE": "avx512",
     "AVX512_CORE_VNNI": "vnni",
@@ -39,55 +39,72 @@ with open(path, "wb") as file:
 
 
 def ladder(function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> dict[str, Any]:
-    """What `function(*args)` returns on each rung that this CPU has, by the rung's name, the lowest first.
+    """Call `function(*args)` on each rung of this CPU, the lowest first, and return the results by rung.
 
-    See `apart` for function and args. timeout_s: for a rung. Raises InputError on a CPU that is no x86 as well.
+    function, args: see `apart`. timeout_s: for a rung.
+    Raises InputError also on a CPU that is no x86.
     """
-    possible = rungs()
-    if not any(possible.values()):
+    has_rung = rungs()
+    if not any(has_rung.values()):
         raise InputError("This CPU has no AVX2: the rungs are those of x86, so leave the ladder out here.")
-    return {
-        name: apart(function, *args, timeout_s=timeout_s, ONEDNN_MAX_CPU_ISA=name)
-        for name, has in possible.items()
-        if has
-    }
+    results = {}
+    for name, is_here in has_rung.items():
+        if is_here:
+            results[name] = apart(function, *args, timeout_s=timeout_s, ONEDNN_MAX_CPU_ISA=name)
+    return results
 
 
 def rungs() -> dict[str, bool]:
-    """Whether this CPU has a rung and all below it."""
-    features, has, table = fingerprint("cpu").features, True, {}
+    """Tell for each rung if this CPU has the rung and all rungs below."""
+    features = fingerprint("cpu").features
+    table = {}
+    has_all = True
     for name, feature in RUNGS.items():
-        has = has and feature in features
-        table[name] = has
+        has_all = has_all and feature in features
+        table[name] = has_all
     return table
 
 
 def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 300, **environment: str) -> Any:
-    """What `function(*args)` returns in a process of its own, with these variables of the environment.
+    """Call `function(*args)` in a new process with these environment variables, and return the result.
 
-    function: of a module or a notebook. It is sent without what stands around it: it imports in its body what it uses,
-        and closes over nothing. args and result are pickled. It gets as many threads as torch has here.
-    Raises InputError for a function that needs more than its body, LabError where it fails, with its last line.
+    function: of a module or a notebook. Only the code of its body is sent: the body imports the modules that it uses,
+        and closes over no variable. args and the result are pickled. timeout_s: seconds until the process is stopped.
+    The process has as many threads as torch here.
+    Raises InputError for a function that needs more than its body, LabError with the last line of the process's error
+    if the function fails.
     """
-    code, name = getattr(function, "__code__", None), " ".join(environment.values()) or "The process"
-    if code is None or code.co_freevars:
-        around = "a function" if code is None else f"what it closes over ({', '.join(code.co_freevars)})"
-        raise InputError(f"{function!r} cannot be sent to a process without {around}: give it as arguments.")
+    process_name = " ".join(environment.values()) or "The process"
+    code = _body(function)
     environment = child_environment(**environment, OMP_NUM_THREADS=str(torch.get_num_threads()))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "result")
         try:
-            sent = pickle.dumps((marshal.dumps(code), function.__defaults__, args, path))
+            sent = pickle.dumps((code, function.__defaults__, args, path))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise InputError(f"The arguments cannot be sent to a process ({error}): give what pickles.") from None
         try:
             child = subprocess.run(
-                [sys.executable, "-c", _CHILD], input=sent, env=environment, capture_output=True, timeout=timeout_s
+                [sys.executable, "-c", _CHILD],
+                input=sent,
+                env=environment,
+                capture_output=True,
+                timeout=timeout_s,
             )
         except subprocess.TimeoutExpired:
-            raise LabError(f"{name} took more than {timeout_s:g} s: make the work smaller.") from None
+            raise LabError(f"{process_name} took more than {timeout_s:g} s: make the work smaller.") from None
         if child.returncode:
-            last = child.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word of why"]
-            raise LabError(f"{name} ended with code {child.returncode}: {last[0]}")
+            lines = child.stderr.decode(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "no word of why"
+            raise LabError(f"{process_name} ended with code {child.returncode}: {last}")
         with open(path, "rb") as file:
             return pickle.load(file)
+
+
+def _body(function: Callable[..., Any]) -> bytes:
+    """Return the marshalled code of a function."""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_freevars:
+        around = "a function" if code is None else f"what it closes over ({', '.join(code.co_freevars)})"
+        raise InputError(f"{function!r} cannot be sent to a process without {around}: give it as arguments.")
+    return marshal.dumps(code)

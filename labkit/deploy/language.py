@@ -1,20 +1,17 @@
-"""A language model in an engine: a prompt, several at once, guesses looked up in the text, and perplexity.
+"""A language model in OpenVINO GenAI: several texts at once, guesses looked up in the text, and perplexity.
 
-Perplexity is of what is deployed: the engine scores the text with the file, the kernels and the cache that generate.
-Equal before fast: in "f32", weights in float16 or float32, an engine gives the greedy tokens of the model that it was
-prepared from, to the last one; a text does not depend on what else is generated with it.
+OpenVINO GenAI brings pages, continuous batching and prompt lookup. The engine gets the graph `decoder_graph.Stateful`,
+or reads a GGUF file in its own way: the zero points of Q4_1 are rounded to integers, which they are not.
 
-OpenVINO GenAI (pages, continuous batching, prompt lookup) gets a graph of `decoder_graph`, or reads a GGUF file in its
-own way: it rounds the zero points of Q4_1 to integers, which they are not. llama.cpp reads GGUF and takes a request
-after the other, since its Python binding does not batch; this part is UNTESTED: written after the source of
-llama-cpp-python 0.3.36, and never run.
+Perplexity is measured on the deployed files: the engine scores a text with the kernels and the cache that generate.
+Equal before fast: in "f32", with weights in float16 or float32, the engine gives the greedy tokens of the model that it
+was prepared from, to the last token; a text does not depend on the texts generated beside it.
 """
 
-import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,18 +23,22 @@ from torch import Tensor, nn
 from labkit.attention.decoder import check_text
 from labkit.data import training
 from labkit.deploy import decoder_graph, engines
+from labkit.deploy.openvino_runtimes import cpu_settings
 from labkit.deploy.serving import new_tokens
 from labkit.errors import InputError, check_choice, check_whole
 
+PACKAGES = {"openvino-genai": ("openvino_genai",)}  # by engine; openvino_genai brings OpenVINO
 # Without these OpenVINO takes bfloat16 where the CPU has it, keeps keys and values in 8 bits, and rounds activations.
-_F32, _BF16 = ({"INFERENCE_PRECISION_HINT": kind, "KV_CACHE_PRECISION": kind} for kind in ("f32", "bf16"))
-_A8, _FLOATS = ({"DYNAMIC_QUANTIZATION_GROUP_SIZE": size} for size in (32, 0))
-PRECISIONS = {"f32": _F32 | _FLOATS, "f32-a8": _F32 | _A8, "bf16-a8": _BF16 | _A8}
-MATCH = 3  # tokens that have to agree before what followed them is guessed
+_F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+_BF16 = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
+_A8 = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
+_EXACT = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+PRECISIONS = {"f32": _F32 | _EXACT, "f32-a8": _F32 | _A8, "bf16-a8": _BF16 | _A8}
+MATCH = 3  # tokens that have to agree before their continuation is guessed
 
 
 class Texts(NamedTuple):
-    """ids: each prompt with its new tokens, [T + new]. calls: of the model, one for all requests at a time."""
+    """Generated texts. ids: each prompt with its new tokens, [T + new]. calls: steps of the model, shared by all."""
 
     ids: list[Tensor]
     calls: int
@@ -47,8 +48,9 @@ class Texts(NamedTuple):
 class LanguageEngine:
     """A language model in an engine.
 
-    bytes: of the files that are deployed. load_seconds: to read them, compile for this CPU and give the first token.
-    prepare_seconds: to write them. vocabulary, positions: token ids and tokens of a text that the model knows.
+    bytes: size of the deployed files. prepare_seconds: time to write the files.
+    load_seconds: time to read the files, compile for this CPU and give the first token.
+    vocabulary: number of token ids. positions: length of the longest text, in tokens.
     """
 
     name: str
@@ -57,173 +59,158 @@ class LanguageEngine:
     prepare_seconds: float
     vocabulary: int
     positions: int
-    backend: "_GenAI | _LlamaCpp"
+    backend: "_GenAI"
 
     def generate(self, prompts: Sequence[Tensor], *, max_new_tokens: int | Sequence[int], lookup: int = 0) -> Texts:
-        """Each prompt [T] (or [1, T]) with its new tokens, greedily and past any end of text, all requests at once.
+        """Continue each prompt [T] (or [1, T]) greedily and past any end of text, all prompts at once.
 
-        max_new_tokens: a number, or one for each prompt.
-        lookup: up to so many tokens are guessed a step from where the last MATCH tokens stood before in the text; 0:
-            none. It is the same text, but where rounding decides between logits that are equal but for that: so in
-            "f32". The first use reads the files a second time. Of "openvino-genai" alone.
-        InputError for prompts that are no text of the model and for numbers below 1 (of lookup below 0).
+        max_new_tokens: a number, or a number for each prompt.
+        lookup: up to so many tokens are guessed in a step, from the earlier place where the last MATCH tokens stood;
+            0: no guesses. The texts are the same, unless rounding decides between two logits: expect equal texts in
+            "f32". The first call with guesses reads the files a second time.
+        Raises InputError for prompts that are no text of the model and for numbers below 1 (lookup: below 0).
         """
         new = new_tokens(max_new_tokens, prompts)
         check_whole(lookup, "lookup", 0)
         for prompt, count in zip(prompts, new, strict=True):
             check_text(prompt, count, self.vocabulary, self.positions)
-        texts, calls = self.backend.generate([prompt.flatten().tolist() for prompt in prompts], new, lookup)
-        pairs = zip(prompts, texts, strict=True)
-        return Texts([torch.cat([prompt.flatten(), prompt.new_tensor(text)]) for prompt, text in pairs], calls)
+        rows = [prompt.flatten() for prompt in prompts]
+        continuations, calls = self.backend.generate([row.tolist() for row in rows], new, lookup)
+        texts = []
+        for row, continuation in zip(rows, continuations, strict=True):
+            texts.append(torch.cat([row, row.new_tensor(continuation)]))
+        return Texts(texts, calls)
 
     def perplexity(self, tokens: Tensor, *, window: int = 512) -> float:
-        """As `training.perplexity`: of the artefact, by the kernels that generate."""
-        rows = training.windows(tokens, window)
-        for row in rows:
+        """Compute the perplexity of tokens [T] in windows, like `training.perplexity`, with the deployed kernels."""
+        losses = []
+        for row in training.windows(tokens, window):
             check_text(row, 1, self.vocabulary, self.positions)
-        losses = [-self.backend.log_probabilities(row.tolist()).mean() for row in rows]
+            log_probabilities = self.backend.log_probabilities(row.tolist())
+            losses.append(-log_probabilities.mean())
         return math.exp(float(np.mean(losses)))
 
 
 def available() -> dict[str, str]:
-    """ "ready" for each name that `prepare` takes, or what is missing and how to install it."""
-    return {name: engines.missing(name, row.packages) or "ready" for name, row in LANGUAGE_ENGINES.items()}
+    """Return for each engine "ready", or a sentence that names the missing packages and how to install the first."""
+    return {name: engines.missing(name, packages) or "ready" for name, packages in PACKAGES.items()}
 
 
 def prepare(
     name: str, model: nn.Module | str | Path, *, weights: str = "float16", precision: str = "f32"
 ) -> LanguageEngine:
-    """`model` in the engine `name`, on torch.get_num_threads() threads (of that moment).
+    """Prepare a language model for the engine `name`, on the current number of torch's threads.
 
-    name: "openvino-genai", or "llama.cpp" (UNTESTED).
-    model: a LlamaForCausalLM of transformers, for "openvino-genai" alone, which is left as it was; layers that
-        `weight_only.quantize` made keep their codes. Or a GGUF file, which the engine reads by itself.
-    weights: how the others are stored: a name of `decoder_graph.WEIGHTS`; of a GGUF file nothing is changed.
-    precision: of OpenVINO's CPU, one of PRECISIONS: sums, keys and values in float32 or bfloat16; with "a8" it rounds
-        what products with integer weights get to 8 bits, in groups of 32, which is how it reaches int8 instructions.
-
-    InputError for an engine that is not installed, a file that is not there, and a model that it cannot take.
+    name: "openvino-genai".
+    model: a LlamaForCausalLM of transformers, unchanged afterwards, whose layers from `weight_only.quantize` keep their
+        codes; or the path of a GGUF file.
+    weights: storage of all other layers, a name of `decoder_graph.WEIGHTS`; a GGUF file is left as it is.
+    precision: a name of PRECISIONS: float32 or bfloat16 for sums, keys and values. With "a8" the inputs of products
+        with integer weights are rounded to 8 bits, in groups of 32, and int8 instructions do the products.
+    Raises InputError for an engine that is not installed, a missing file, and a model that the engine cannot take.
     """
-    check_choice(name, LANGUAGE_ENGINES, "language engine")
-    engines.check_present(name, LANGUAGE_ENGINES[name].packages)
+    check_choice(name, PACKAGES, "language engine")
+    engines.check_present(name, PACKAGES[name])
     check_choice(precision, PRECISIONS, "precision")
-    start, folder = time.perf_counter(), tempfile.TemporaryDirectory()
+    start = time.perf_counter()
+    folder = tempfile.TemporaryDirectory()
     if isinstance(model, nn.Module):
-        if name != "openvino-genai":
-            raise InputError(f"{name} reads a GGUF file and got a {type(model).__name__}: give the file's path.")
         path = Path(folder.name)
         decoder_graph.Stateful(model, weights).save(path / "openvino_model.xml")  # the name that GenAI looks for
-        files, vocabulary, positions = path.iterdir(), model.config.vocab_size, model.config.max_position_embeddings
+        size = sum(file.stat().st_size for file in path.iterdir())
+        vocabulary, positions = model.config.vocab_size, model.config.max_position_embeddings
     else:
         path = Path(model)
         if not path.is_file():
             raise InputError(f"There is no file {path}: give a GGUF file, or a LlamaForCausalLM.")
-        files, (vocabulary, positions) = [path], _gguf_sizes(path)
-    size = sum(file.stat().st_size for file in files)
+        size = path.stat().st_size
+        vocabulary, positions = _gguf_sizes(path)
     written = time.perf_counter()
-    backend = LANGUAGE_ENGINES[name].read(path, PRECISIONS[precision], folder)
+    backend = _GenAI(path, PRECISIONS[precision], folder)
     backend.generate([[0]], [1], 0)
     loaded = time.perf_counter()
     return LanguageEngine(name, size, loaded - written, written - start, vocabulary, positions, backend)
 
 
 def _gguf_sizes(path: Path) -> tuple[int, int]:
-    """Of a GGUF file: token ids, and tokens of a text."""
+    """Read from a GGUF file the number of token ids, and the length of the longest text."""
     import gguf
 
     try:
         fields = gguf.GGUFReader(path).fields
         family = fields["general.architecture"].contents()
-        return len(fields["tokenizer.ggml.tokens"].data), int(fields[f"{family}.context_length"].contents())
+        vocabulary = len(fields["tokenizer.ggml.tokens"].data)
+        positions = int(fields[f"{family}.context_length"].contents())
     except (ValueError, KeyError, IndexError) as error:
         raise InputError(f"{path} is no GGUF file of a language model ({error}): give one.") from error
+    return vocabulary, positions
 
 
 class _GenAI:
-    """OpenVINO GenAI on the CPU. The prefix cache is off: with it a repeated prompt would cost nothing."""
+    """OpenVINO GenAI on the CPU. The prefix cache is off: with it a repeated prompt would cost nothing.
 
-    def __init__(self, path: Path, settings: dict[str, Any], keep: object) -> None:
-        self.path, self.settings, self.keep = path, engines.cpu_settings() | settings, keep
+    path: folder of the graph, or GGUF file. settings: properties of the CPU device.
+    folder: temporary folder of the files, kept as long as the engine.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], folder: tempfile.TemporaryDirectory) -> None:
+        self.path = path
+        self.settings = cpu_settings() | settings
+        self.folder = folder
         self.pipelines: dict[bool, Any] = {}  # with guesses and without; each holds its weights
 
     def generate(self, prompts: Sequence[list[int]], new: Sequence[int], lookup: int) -> tuple[list[list[int]], int]:
+        """Continue the prompts: the new tokens of each prompt, and the number of steps."""
         guesses = {"num_assistant_tokens": lookup, "max_ngram_size": MATCH} if lookup else {}
-        pipeline, calls = self._pipeline(bool(lookup)), 0
-        handles = [self._add(pipeline, i, *x, **guesses) for i, x in enumerate(zip(prompts, new, strict=True))]
-        while pipeline.has_non_finished_requests():
-            pipeline.step()
-            calls += 1
-        return [handle.read_all()[0].generated_ids[:count] for handle, count in zip(handles, new, strict=True)], calls
+        pipeline = self._pipeline(guessing=bool(lookup))
+        handles = []
+        for number, (prompt, count) in enumerate(zip(prompts, new, strict=True)):
+            handles.append(self._add(pipeline, number, prompt, count, **guesses))
+        steps = _run(pipeline)
+        texts = []
+        for handle, count in zip(handles, new, strict=True):
+            (generation,) = handle.read_all()
+            texts.append(generation.generated_ids[:count])
+        return texts, steps
 
     def log_probabilities(self, ids: list[int]) -> np.ndarray:
-        """Of each token but the first, given those before it: [T - 1]."""
-        pipeline = self._pipeline(False)
+        """Return the log-probability of each token but the first, given the tokens before: [T - 1]."""
+        pipeline = self._pipeline(guessing=False)
         handle = self._add(pipeline, 0, ids, 1, echo=True, logprobs=1)
-        while pipeline.has_non_finished_requests():
-            pipeline.step()
-        return np.array(handle.read_all()[0].generated_log_probs[1 : len(ids)])
+        _run(pipeline)
+        (generation,) = handle.read_all()
+        return np.array(generation.generated_log_probs[1 : len(ids)])
 
-    def _add(self, pipeline: Any, index: int, ids: list[int], new: int, **options: Any) -> Any:
+    def _add(self, pipeline: Any, number: int, ids: list[int], new: int, **options: Any) -> Any:
+        """Add a request to a pipeline, and return its handle."""
         import openvino
         import openvino_genai
 
-        # It asks for a token that ends texts also where none does.
-        options |= {"max_new_tokens": new, "ignore_eos": True, "eos_token_id": 0}
-        return pipeline.add_request(index, openvino.Tensor(np.array([ids])), openvino_genai.GenerationConfig(**options))
+        config = openvino_genai.GenerationConfig(
+            max_new_tokens=new,
+            ignore_eos=True,
+            eos_token_id=0,  # GenAI asks for a token that ends texts also where none does
+            **options,
+        )
+        return pipeline.add_request(number, openvino.Tensor(np.array([ids])), config)
 
     def _pipeline(self, guessing: bool) -> Any:
         import openvino_genai
 
         if guessing not in self.pipelines:
             scheduler = openvino_genai.SchedulerConfig()
-            scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, 4096
+            scheduler.enable_prefix_caching = False
+            scheduler.max_num_batched_tokens = 4096
             settings = self.settings | ({"prompt_lookup": True} if guessing else {})
-            make = openvino_genai.ContinuousBatchingPipeline
-            self.pipelines[guessing] = make(str(self.path), scheduler, "CPU", settings)
+            pipeline = openvino_genai.ContinuousBatchingPipeline(str(self.path), scheduler, "CPU", settings)
+            self.pipelines[guessing] = pipeline
         return self.pipelines[guessing]
 
 
-class _LlamaCpp:
-    """llama.cpp by llama-cpp-python, requests one after the other. UNTESTED: never run."""
-
-    def __init__(self, path: Path, settings: dict[str, Any], keep: object) -> None:
-        self.path, self.models = path, {}
-
-    def generate(self, prompts: Sequence[list[int]], new: Sequence[int], lookup: int) -> tuple[list[list[int]], int]:
-        if lookup:
-            raise InputError("llama.cpp is asked without guesses here: leave lookup at 0, or take openvino-genai.")
-        model, texts = self._model(scores=False), []
-        for prompt, count in zip(prompts, new, strict=True):
-            model.reset()  # or a repeated prompt costs nothing
-            texts.append(list(itertools.islice(model.generate(prompt, temp=0.0), count)))
-        return texts, sum(new)
-
-    def log_probabilities(self, ids: list[int]) -> np.ndarray:
-        model = self._model(scores=True)
-        model.reset()
-        model.eval(ids)
-        scores = torch.from_numpy(model.scores[: len(ids) - 1]).log_softmax(-1)
-        return scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-
-    def _model(self, scores: bool) -> Any:
-        """scores: keeps the logits of every token; without, those of a prompt's last alone are computed."""
-        import llama_cpp
-
-        if scores not in self.models:
-            threads = torch.get_num_threads()
-            options = {"n_threads": threads, "n_threads_batch": threads, "n_ctx": 0, "logits_all": scores}
-            self.models[scores] = llama_cpp.Llama(str(self.path), verbose=False, **options)
-        return self.models[scores]
-
-
-class LanguageRuntime(NamedTuple):
-    """packages: what it imports. read(path, settings of the precision, what has to live as long) -> backend."""
-
-    packages: tuple[str, ...]
-    read: Callable[[Path, dict[str, Any], object], "_GenAI | _LlamaCpp"]
-
-
-LANGUAGE_ENGINES = {
-    "openvino-genai": LanguageRuntime(("openvino_genai",), _GenAI),  # which brings OpenVINO
-    "llama.cpp": LanguageRuntime(("llama_cpp",), _LlamaCpp),
-}
+def _run(pipeline: Any) -> int:
+    """Step a pipeline until all requests are finished, and return the number of steps."""
+    steps = 0
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+        steps += 1
+    return steps

@@ -1,7 +1,7 @@
-"""Does the thing that is deployed still answer as the model did? Decibels, agreement and accuracy, with intervals.
+"""Parity: decibels, agreement and accuracy of a deployed model beside the model's own answers, with intervals.
 
-One input is no proof: an engine with 10 dB may give the right class. Agreement hides in easy inputs: a model that is
-sure by far agrees with anything. So both are given, and agreement again over those answers that the model is sure of.
+One input is no proof: an engine with 10 dB may give the right class. Agreement is cheap on easy inputs, where the model
+is sure by far. So decibels and agreement are reported, and the agreement over the model's sure answers again.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from labkit.arguments import check_floats, check_module, check_shapes, check_tensor
 from labkit.errors import EqualityError, InputError, check_number
-from labkit.graph.tracing import outputs
 from labkit.modules import batches as batching
+from labkit.modules.returned import outputs
 from labkit.quantization import affine
 from labkit.timing import stats
 
@@ -27,9 +27,12 @@ SURE = 0.1  # margin of probability between the first class and the second, abov
 class Parity:
     """A candidate's answers beside the model's, on the same `examples`. Intervals are of 95 %: (value, low, high).
 
-    max_abs: the largest difference of two scores. sqnr_db: of all scores. agreement: share with the same first class
-    (Wilson). sure_agreement: the same over the `sure` answers whose margin in the model is above SURE; None where there
-    is none. accuracy: the candidate's, and change: in points, paired with the model's; None without labels.
+    max_abs: largest difference of two scores. sqnr_db: signal over noise of all scores, in decibels.
+    agreement: share of examples with the same first class (Wilson interval).
+    sure: number of examples with a margin above SURE in the model's answer.
+    sure_agreement: agreement over the sure examples; None without a sure example.
+    accuracy: of the candidate; None without labels.
+    change: of accuracy, in points, paired with the model's; None without labels.
     """
 
     examples: int
@@ -42,10 +45,12 @@ class Parity:
     change: stats.Estimate | None
 
     def require(self, *, points: float | None = None, db: float | None = None) -> "Parity":
-        """Itself, if a loss of more than `points` of accuracy is excluded and the scores have `db` decibels.
+        """Return this parity if the candidate is good enough, or raise EqualityError.
 
-        A loss is excluded by the lower end of `change`; without labels, by the share of answers that may differ, since
-        no more than these can turn wrong. Raises EqualityError where it is not: also where there are too few examples.
+        points: accuracy that may be lost; a larger loss must be excluded by the lower end of `change`. Without labels,
+            by the share of differing answers, since no more answers can turn wrong.
+        db: decibels that the scores must reach.
+        Too few examples exclude no loss, and are refused as well. Raises InputError without a limit.
         """
         if points is None and db is None:
             raise InputError("require needs a limit: give points, the accuracy that may be lost, or db, or both.")
@@ -54,39 +59,50 @@ class Parity:
                 check_number(limit, name)
         if db is not None and self.sqnr_db < db:
             raise EqualityError(f"The scores are equal to {self.sqnr_db:.1f} dB, and {db:g} dB are required.")
-        if points is None:
-            return self
-        what, (value, low, _) = "change of accuracy", self.change or (0.0, 0.0, 0.0)
-        if self.change is None:
-            what, (value, low, _) = "share of other answers", tuple(100 * (x - 1) for x in self.agreement)
-        if low < -points:
-            raise EqualityError(
-                f"The {what} is {value:+.2f} points on {self.examples} examples and may be {low:+.2f}, more than "
-                f"{points:g}: make it more exact, or give more examples."
-            )
+        if points is not None:
+            self._require_points(points)
         return self
+
+    def _require_points(self, points: float) -> None:
+        if self.change is not None:
+            quantity = "change of accuracy"
+            value, low, _ = self.change
+        else:
+            quantity = "share of other answers"
+            value, low, _ = (100 * (share - 1) for share in self.agreement)
+        if low < -points:
+            observed = f"{value:+.2f} points on {self.examples} examples"
+            raise EqualityError(
+                f"The {quantity} is {observed} and may be {low:+.2f}, more than {points:g}: make it more exact, or "
+                "give more examples."
+            )
 
 
 class Reference:
-    """What a model answers to batches, asked once: `Reference(model, batches).judge(engine)` for each candidate.
+    """A model's answers to batches, asked once: `Reference(model, batches).judge(engine)` for each candidate.
 
-    scores: the first output, its last dimension being the classes, [examples, classes]. labels: [examples], or None
-    where the batches have none. Raises InputError without batches, and for fewer than 30 examples with labels, which
-    are too few for an interval of the change of accuracy.
+    scores: first output of the model, [examples, classes]; the last dimension are the classes.
+    labels: [examples], or None for batches without labels.
+    Raises InputError without batches, and for fewer than 30 examples with labels, too few for an interval of the change
+    of accuracy.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable) -> None:
         check_module(model)
         batches = list(batching.not_empty(batching.check_batches(batches, "parity")))
-        targets = [batching.split(model, batch)[2] for batch in batches]
         self.inputs = [batching.inputs(model, batch) for batch in batches]
-        if any(isinstance(x, tuple) for named in self.inputs for x in named.values()):
-            raise InputError(f"The inputs of {type(model).__name__} have no names: give dicts, or the model inside it.")
-        self.labels = None if any(x is None for x in targets) else _joined(targets)
+        for named in self.inputs:
+            if any(isinstance(x, tuple) for x in named.values()):
+                name = type(model).__name__
+                raise InputError(f"The inputs of {name} have no names: give dicts, or the model inside it.")
+        targets = [batching.split(model, batch)[2] for batch in batches]
+        self.labels = None
+        if all(target is not None for target in targets):
+            self.labels = _joined(targets)
         self.scores = self._scores(model)
 
     def judge(self, candidate: Callable[..., Any]) -> Parity:
-        """What `candidate`, an `Engine` or a module, answers to the same batches, beside the model's answers."""
+        """Ask `candidate`, an `Engine` or a module, the same batches, and compare the answers with the model's."""
         if not callable(candidate):
             raise InputError(f"candidate is a {type(candidate).__name__}, but it must be an engine or a module.")
         return compare_scores(self.scores, self._scores(candidate), self.labels)
@@ -98,7 +114,7 @@ class Reference:
 
 
 def _first(answer: Any) -> Tensor:
-    """The scores [examples, classes] of an answer: its first tensor."""
+    """Return the scores [examples, classes] of an answer: its first tensor."""
     tensors = outputs(answer)
     if not tensors or tensors[0].dim() < 2:
         raise InputError("Parity compares scores [examples, classes], but no such tensor came back: give a classifier.")
@@ -122,9 +138,9 @@ def _check_enough(examples: int) -> None:
 
 
 def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = None) -> Parity:
-    """Parity from scores that are there already, both [examples, classes], and labels [examples].
+    """Compare a candidate's scores with the model's, both [examples, classes]. labels: [examples].
 
-    InputError for other shapes, and for fewer than 30 examples with labels.
+    Raises InputError for wrong shapes, and for fewer than 30 examples with labels.
     """
     check_floats(reference, "reference")
     check_floats(scores, "scores")
@@ -135,22 +151,35 @@ def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = No
         check_tensor(labels, "labels")
         check_shapes(reference=(reference, "examples classes"), labels=(labels, "examples"))
         _check_enough(len(labels))
-    answers, n = reference.argmax(1), len(reference)
-    same = scores.argmax(1) == answers
+    is_same = scores.argmax(1) == reference.argmax(1)
     first, second = reference.softmax(1).topk(2, 1).values.unbind(1)
-    sure = first - second > SURE
+    is_sure = first - second > SURE
+    sure_agreement = None
+    if is_sure.any():
+        sure_agreement = _agreement(is_same[is_sure])
     accuracy = change = None
     if labels is not None:
-        right = [(x.argmax(1) == labels).double().tolist() for x in (scores, reference)]
-        accuracy = math.fsum(right[0]) / n
-        change = tuple(100 * x for x in stats.paired_difference(*right))
+        accuracy, change = _change_of_accuracy(reference, scores, labels)
     return Parity(
-        examples=n,
+        examples=len(reference),
         max_abs=float((reference - scores).abs().max()),
         sqnr_db=affine.sqnr(reference, scores),
-        agreement=stats.wilson(int(same.sum()), n),
-        sure=int(sure.sum()),
-        sure_agreement=stats.wilson(int(same[sure].sum()), int(sure.sum())) if sure.any() else None,
+        agreement=_agreement(is_same),
+        sure=int(is_sure.sum()),
+        sure_agreement=sure_agreement,
         accuracy=accuracy,
         change=change,
     )
+
+
+def _agreement(is_same: Tensor) -> stats.Estimate:
+    return stats.wilson(int(is_same.sum()), len(is_same))
+
+
+def _change_of_accuracy(reference: Tensor, scores: Tensor, labels: Tensor) -> tuple[float, stats.Estimate]:
+    """Return the accuracy of `scores`, and the change in points from the accuracy of `reference`, paired."""
+    right = (scores.argmax(1) == labels).double().tolist()
+    right_before = (reference.argmax(1) == labels).double().tolist()
+    accuracy = math.fsum(right) / len(right)
+    change = stats.paired_difference(right, right_before)
+    return accuracy, tuple(100 * share for share in change)

@@ -1,13 +1,14 @@
-"""A model through steps of compression, their order a parameter: after each, quality, bytes, latency and its price.
+"""A model through steps of compression in any order: after each step quality, bytes, latency and the step's cost.
 
-Whether gains multiply is a question for measurement: what one step has saved, such as overhead, the next cannot save
-again. So each row is measured against the same two things: the model's own answers, and the model in eager torch.
+Measurement decides if gains multiply: a step cannot save overhead that an earlier step has saved already. So every
+row is measured against the same two references: the model's own answers, and the model in eager torch.
 """
 
 import copy
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,12 +27,16 @@ from labkit.modules import batches as batching
 from labkit.quantization import integer
 from labkit.timing import bench, stats
 
+Done = tuple[str, ...]  # names of the steps so far
+
 
 @dataclass(frozen=True)
 class Step:
-    """apply(model) -> a new model; or the engine in which all that follows is run; or both.
+    """A step of compression: a change of the model, or the engine in which all further rows are run, or both.
 
-    trains: the new model has the old one's shapes and other values, which took a while: they are kept in the folder.
+    apply: model -> a new model. engine: a name of `engines.available()`.
+    trains: the new model has the old shapes and trained values; training takes a while, so the values are kept in the
+        folder.
     """
 
     name: str
@@ -42,12 +47,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Stage:
-    """The model after `steps`, in `engine`. speedups: over the first model in eager torch, by the label of the input,
-    (ratio, low, high). seconds: what the last step took, once; in an engine with export and loading. error: why it went
-    no further; the rest is then empty.
+    """A row: the model after `steps`, in `engine`.
+
+    seconds: time of the last step, once; in an engine with export and loading.
+    bytes: size of the deployed file. parity: the answers beside the first model's.
+    speedups: over the first model in eager torch, (ratio, low, high) by the label of the input.
+    error: reason why the order ends here; bytes, parity and speedups are then empty.
     """
 
-    steps: tuple[str, ...]
+    steps: Done
     engine: str
     seconds: float
     bytes: int = 0
@@ -66,90 +74,180 @@ def execute(
     batches: Iterable | None = None,
     budget_s: float = 2.0,
 ) -> dict[str, list[Stage]]:
-    """By order, a row for the model as it is and one after each step; `model` stays as it was.
+    """Run each order of steps: by order, a row for the model as it is and a row after each step.
 
-    What is not in the folder yet is timed in the end, all in the same rounds (labkit.bench.race): rows of one call can
-    be compared although the machine's speed drifts.
-    orders: by name, the steps in turn. examples: by label, inputs that latency is measured with. reference: of `model`,
-    with batches of the size of the last example: what the rows' parity refers to. folder: rows and trained values, so
-    that the same call goes on where it was interrupted; it belongs to one model and one meaning of the names. batches:
-    to calibrate engines on. budget_s: of the timing, a row and an example. A step that raises a LabError ends the rows
-    of its order, with its sentence.
+    model: unchanged afterwards. orders: the steps in turn, by name of the order.
+    examples: inputs for the measurement of latency, by label.
+    reference: of `model`, with batches of the size of the last example: judges the rows' answers.
+    folder: keeps rows and trained values, so the same call goes on after an interruption; a folder belongs to one model
+        and one meaning of the steps' names.
+    batches: calibration data for engines. budget_s: seconds of timing for a row and an example.
+    Rows that are not in the folder yet are timed at the end, all in the same rounds (labkit.bench.race): rows of one
+    call are comparable although the machine's speed drifts. A step that raises a LabError ends its order, with the
+    error's sentence.
     """
     for steps in orders.values():
-        if twice := {step.name for step in steps if sum(step.name == other.name for other in steps) > 1}:
-            raise InputError(
-                f"Two steps are called {min(twice)}: give each its own name, which its results are kept by."
-            )
-    rows: dict[str, list[Stage]] = {order: [] for order in orders}
-    stages: dict[tuple[str, ...], Stage] = {}
-    untimed: dict[tuple[str, ...], dict[str, engines.Engine]] = {}
-    for order, steps in orders.items():
-        done, current, engine = (), model, "torch"
-        for step in (Step("eager"), *steps):
-            done, engine, start = (*done, step.name), step.engine or engine, time.perf_counter()
-            try:
-                current, seconds = _applied(current, step, _file(folder, done).with_suffix(".safetensors"))
-                if done not in stages and _file(folder, done).exists():
-                    stages[done] = _read(_file(folder, done))
-                elif done not in stages:
-                    seconds = time.perf_counter() - start if seconds is None else seconds
-                    runs = {label: _prepared(engine, current, example, batches) for label, example in examples.items()}
-                    *_, largest = runs.values()
-                    seconds += 0 if engine == "torch" else largest.prepare_seconds + largest.load_seconds
-                    stages[done] = Stage(done, engine, seconds, largest.bytes, reference.judge(largest))
-                    untimed[done] = runs
-            except LabError as error:
-                rows[order].append(Stage(done, engine, time.perf_counter() - start, error=str(error)))
-                break
-            rows[order].append(stages[done])
-    for label, example in examples.items():
-        inputs = batching.inputs(model, example)
-        calls = {done: partial(runs[label], **inputs) for done, runs in untimed.items() if len(done) > 1}
-        if calls:
-            eager = {(): partial(engines.prepare("torch", model, example), **inputs)}
-            named = {">".join(done) or "eager": call for done, call in (eager | calls).items()}
-            race = bench.race(named, budget_s=len(named) * budget_s)
-            for done in calls:
-                comparison = race.over("eager", ">".join(done))
-                stages[done].speedups[label] = (comparison.speedup, *comparison.ci95)
-    for done in untimed:
-        with replacing(_file(folder, done)) as path:
-            path.write_text(json.dumps(asdict(stages[done])), encoding="utf-8")
+        _check_names(steps)
+    pipelines = _Pipelines(model, examples, reference, batches, _Store(folder))
+    rows = {order: pipelines.rows(steps) for order, steps in orders.items()}
+    pipelines.time(budget_s)
     return rows
 
 
-def _file(folder: Path, done: tuple[str, ...]) -> Path:
-    return folder / f"{hashlib.sha256('>'.join(done).encode()).hexdigest()[:16]}.json"
+def _check_names(steps: Sequence[Step]) -> None:
+    counts = Counter(step.name for step in steps)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise InputError(
+            f"Two steps are called {min(repeated)}: give each its own name, which its results are kept by."
+        )
 
 
-def _applied(model: nn.Module, step: Step, values: Path) -> tuple[nn.Module, float | None]:
-    """The model after the step, and the seconds that training took, where it is from this run or another one."""
-    if step.apply is None:
-        return model, None
-    if not step.trains:
-        return step.apply(model), None
-    if values.exists():
+class _Pipelines:
+    """Several orders of steps on a model; orders with equal beginnings share stages.
+
+    stages: all stages so far. untimed: for each stage missing in the store, the engines by the label of the example.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Mapping[str, Any],
+        reference: Reference,
+        batches: Iterable | None,
+        store: "_Store",
+    ) -> None:
+        self.model = model
+        self.examples = examples
+        self.reference = reference
+        self.batches = batches
+        self.store = store
+        self.stages: dict[Done, Stage] = {}
+        self.untimed: dict[Done, dict[str, engines.Engine]] = {}
+
+    def rows(self, steps: Sequence[Step]) -> list[Stage]:
+        """Apply the steps in turn, and return a stage for the model as it is and after each step."""
+        rows = []
+        done: Done = ()
+        current, engine = self.model, "torch"
+        for step in (Step("eager"), *steps):
+            done = (*done, step.name)
+            engine = step.engine or engine
+            start = time.perf_counter()
+            try:
+                current, training_s = self._apply(current, step, done)
+                seconds = time.perf_counter() - start if training_s is None else training_s
+                rows.append(self._stage(done, engine, current, seconds))
+            except LabError as error:
+                rows.append(Stage(done, engine, time.perf_counter() - start, error=str(error)))
+                break
+        return rows
+
+    def _apply(self, model: nn.Module, step: Step, done: Done) -> tuple[nn.Module, float | None]:
+        """Return the model after the step, and the seconds of training, now or in an earlier call, if it trains."""
+        if step.apply is None:
+            return model, None
+        if not step.trains:
+            return step.apply(model), None
+        trained = self.store.trained(done, model)
+        if trained is not None:
+            return trained
+        start = time.perf_counter()
+        model = step.apply(model)
+        seconds = time.perf_counter() - start
+        self.store.keep_trained(done, model, seconds)
+        return model, seconds
+
+    def _stage(self, done: Done, engine: str, model: nn.Module, seconds: float) -> Stage:
+        """Return the stage after the steps `done`, from an earlier order, from the store, or prepared and judged."""
+        if done in self.stages:
+            return self.stages[done]
+        stage = self.store.read(done)
+        if stage is None:
+            runs = {label: self._prepared(engine, model, example) for label, example in self.examples.items()}
+            *_, largest = runs.values()
+            if engine != "torch":
+                seconds += largest.prepare_seconds + largest.load_seconds
+            stage = Stage(done, engine, seconds, largest.bytes, self.reference.judge(largest))
+            self.untimed[done] = runs
+        self.stages[done] = stage
+        return stage
+
+    def _prepared(self, engine: str, model: nn.Module, example: Any) -> engines.Engine:
+        if engine == "torch" and export.is_quantized(model):
+            model = integer.convert(model)
+        return engines.prepare(engine, model, example, batches=self.batches)
+
+    def time(self, budget_s: float) -> None:
+        """Time the untimed stages against eager torch, and store the stages. budget_s: for a stage and an example."""
+        for label, example in self.examples.items():
+            self._time_example(label, example, budget_s)
+        for done in self.untimed:
+            self.store.keep(self.stages[done])
+
+    def _time_example(self, label: str, example: Any, budget_s: float) -> None:
+        inputs = batching.inputs(self.model, example)
+        after_steps = {done: runs[label] for done, runs in self.untimed.items() if len(done) > 1}
+        if not after_steps:
+            return
+        eager = engines.prepare("torch", self.model, example)
+        calls = {"eager": partial(eager, **inputs)}
+        for done, engine in after_steps.items():
+            calls[_name(done)] = partial(engine, **inputs)
+        race = bench.race(calls, budget_s=len(calls) * budget_s)
+        for done in after_steps:
+            comparison = race.over("eager", _name(done))
+            self.stages[done].speedups[label] = (comparison.speedup, *comparison.ci95)
+
+
+def _name(done: Done) -> str:
+    return ">".join(done)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the lists of a JSON object into tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+class _Store:
+    """Folder that keeps a JSON file for each stage, and a safetensors file for the values of each trained model.
+
+    A file is named by the steps' names. The results of lessons are kept by course/run, in folders with a notebook and a
+    digest of the code; a stage has neither, so the two share `files.replacing` only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, done: Done) -> Stage | None:
+        """Return the stage after the steps `done`, or None if it is not stored."""
+        file = self._file(done, ".json")
+        if not file.exists():
+            return None
+        row = json.loads(file.read_text(encoding="utf-8"))
+        row["steps"] = tuple(row["steps"])
+        row["parity"] = Parity(**_with_tuples(row["parity"]))
+        row["speedups"] = _with_tuples(row["speedups"])
+        return Stage(**row)
+
+    def keep(self, stage: Stage) -> None:
+        with replacing(self._file(stage.steps, ".json")) as path:
+            path.write_text(json.dumps(asdict(stage)), encoding="utf-8")
+
+    def trained(self, done: Done, model: nn.Module) -> tuple[nn.Module, float] | None:
+        """Return a copy of `model` with the trained values, and the seconds of training; None if not stored."""
+        file = self._file(done, ".safetensors")
+        if not file.exists():
+            return None
         model = copy.deepcopy(model)
-        load_model(model, str(values))
-        with safe_open(str(values), "pt") as file:
-            return model, float(file.metadata()["seconds"])
-    start = time.perf_counter()
-    model = step.apply(model)
-    seconds = time.perf_counter() - start
-    with replacing(values) as path:
-        save_model(model, str(path), metadata={"seconds": str(seconds)})
-    return model, seconds
+        load_model(model, str(file))
+        with safe_open(str(file), "pt") as opened:
+            return model, float(opened.metadata()["seconds"])
 
+    def keep_trained(self, done: Done, model: nn.Module, seconds: float) -> None:
+        with replacing(self._file(done, ".safetensors")) as path:
+            save_model(model, str(path), metadata={"seconds": str(seconds)})
 
-def _prepared(engine: str, model: nn.Module, example: Any, batches: Iterable | None) -> engines.Engine:
-    if engine == "torch" and export.is_quantized(model):
-        model = integer.convert(model)
-    return engines.prepare(engine, model, example, batches=batches)
-
-
-def _read(file: Path) -> Stage:
-    row = json.loads(file.read_text(encoding="utf-8"))
-    judged = {name: tuple(x) if isinstance(x, list) else x for name, x in row["parity"].items()}
-    speedups = {label: tuple(x) for label, x in row["speedups"].items()}
-    return Stage(**{**row, "steps": tuple(row["steps"]), "parity": Parity(**judged), "speedups": speedups})
+    def _file(self, done: Done, suffix: str) -> Path:
+        digest = hashlib.sha256(_name(done).encode()).hexdigest()
+        return self.folder / f"{digest[:16]}{suffix}"

@@ -1,10 +1,10 @@
-"""A classifier of texts behind HTTP, and requests that come when they come: a real server under real load.
+"""A classifier of texts behind HTTP, and the load to measure a real server with.
 
-The server is mosec (a front in Rust, workers in Python) in processes of its own, on loopback, from `with Server(...)`
-until the end of the block. One worker reads requests one by one, so that a bad one spoils no batch; the other computes
-what waits, up to a batch, without waiting for more. Load is open: requests are sent at moments drawn beforehand,
-whatever the server does, and their latency counts from those moments. Clients that wait for an answer before they send
-again would hide a queue (coordinated omission, Tene 2013).
+The server is mosec (a front in Rust, workers in Python) in separate processes, on loopback, from `with Server(...)`
+until the end of the block. The first worker reads requests singly, so a bad request spoils no batch; the second
+computes the waiting requests, up to a batch, without waiting for more. Load is open: requests are sent at moments drawn
+beforehand, however busy the server is, and latency counts from these moments. Clients that wait for an answer before
+the next request would hide a queue (coordinated omission, Tene 2013).
 """
 
 import asyncio
@@ -45,15 +45,18 @@ except ImportError:
 INSTALL = set_up_with("serving")
 LONGEST = 48  # tokens; what is beyond is cut off
 STEP = 8  # tokens: texts are padded to a multiple, since engines prepare kernels for each new shape
-CLIENT_S = 5.0  # that a client waits for an answer
-CHARACTERS = 10_000  # of a text; a longer one is refused
+CLIENT_S = 5.0  # seconds that a client waits for an answer
+CHARACTERS = 10_000  # of the longest text that is not refused
 
 
 # --- the server's processes -------------------------------------------------------------------------------------------
 
 
 class Reader(Worker):
-    """Bytes of a request -> token ids; what is no request is answered with a sentence and status 400 or 422."""
+    """Worker from the bytes of a request to token ids; a bad request is answered with a sentence and status 400 or 422.
+
+    A request is JSON, {"text": "..."}.
+    """
 
     def __init__(self) -> None:
         self.tokenizer = models.tokenizer("minilm")
@@ -73,55 +76,72 @@ class Reader(Worker):
 
 
 class Classifier(Worker):
-    """Token ids of what waits -> classes, padded to the longest of them, in the engine of LABKIT_ENGINE, or eager.
+    """Worker from the token ids of a batch to classes, in the engine of LABKIT_ENGINE, or in eager torch.
 
-    An engine meets every shape once before the first request.
+    Texts are padded to the longest of the batch. An engine meets every shape once before the first request.
     """
 
     def __init__(self) -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         folder = os.environ["LABKIT_ENGINE"]
-        self.engine = engines.load(folder) if folder else models.minilm_finetuned()
-        for rows in range(1, int(os.environ["LABKIT_MAX_BATCH"]) + 1) if folder else ():
+        if not folder:
+            self.engine = models.minilm_finetuned()
+            return
+        self.engine = engines.load(folder)
+        for rows in range(1, int(os.environ["LABKIT_MAX_BATCH"]) + 1):
             for length in range(STEP, LONGEST + 1, STEP):
                 ones = torch.ones(rows, length, dtype=torch.long)
                 self.engine(input_ids=ones, attention_mask=ones)
 
     @torch.inference_mode()
     def forward(self, data: Any) -> Any:
-        texts = data if self.max_batch_size > 1 else [data]  # mosec hands over a batch of one without its list
-        ids = [torch.tensor(text) for text in texts]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        padded = F.pad(padded, (0, -padded.shape[1] % STEP))
-        mask = torch.arange(padded.shape[1]) < torch.tensor([[len(text)] for text in ids])
-        result = self.engine(input_ids=padded, attention_mask=mask.long())
-        scores, classes = getattr(result, "logits", result).softmax(-1).max(-1)
-        answers = [
-            {"label": REVIEW_CLASSES[label], "score": round(score, 4), "batch": len(texts)}
-            for label, score in zip(classes.tolist(), scores.tolist(), strict=True)
-        ]
-        return answers if self.max_batch_size > 1 else answers[0]
+        is_single = self.max_batch_size == 1  # mosec then hands over a text without a list
+        texts = [data] if is_single else data
+        ids, mask = _padded(texts)
+        result = self.engine(input_ids=ids, attention_mask=mask)
+        logits = getattr(result, "logits", result)
+        scores, classes = logits.softmax(-1).max(-1)
+        answers = []
+        for label, score in zip(classes.tolist(), scores.tolist(), strict=True):
+            answers.append({"label": REVIEW_CLASSES[label], "score": round(score, 4), "batch": len(texts)})
+        return answers[0] if is_single else answers
+
+
+def _padded(texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask [texts, tokens], padded to a multiple of STEP tokens."""
+    rows = [torch.tensor(text) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = F.pad(ids, (0, -ids.shape[1] % STEP))
+    lengths = torch.tensor([[len(text)] for text in texts])
+    mask = torch.arange(ids.shape[1]) < lengths
+    return ids, mask.long()
 
 
 def main() -> None:
-    """What `Server` starts; mosec itself reads MOSEC_PORT, MOSEC_CAPACITY and others."""
+    """Run the processes of `Server`; mosec reads MOSEC_PORT, MOSEC_CAPACITY and other settings from the environment."""
     import mosec
 
     server = mosec.Server()
     server.append_worker(Reader)
-    batch, delay_ms = int(os.environ["LABKIT_MAX_BATCH"]), int(os.environ["LABKIT_DELAY_MS"])
-    server.append_worker(Classifier, max_batch_size=batch, max_wait_time=delay_ms)
+    server.append_worker(
+        Classifier,
+        max_batch_size=int(os.environ["LABKIT_MAX_BATCH"]),
+        max_wait_time=int(os.environ["LABKIT_DELAY_MS"]),
+    )
     server.run()
 
 
 class Server:
-    """`with Server(folder) as server:` serves on `server.url`, and stops at the end of the block, Ctrl-C included.
+    """A server in a `with` block: `with Server(folder) as server:` serves on `server.url` until the block ends.
 
-    folder: of an engine of the fine-tuned MiniLM (`engines.prepare(..., folder=)`) whose batch and length vary; None:
-        the model in eager torch. max_batch: texts computed together, at most; 1: no batching. delay_ms: how long a
-        batch that is not full waits for more, from 1 up. capacity: requests in the server; more are answered with
-        status 429 at once.
-    log: what the server wrote, as text. Raises InputError where mosec is missing, LabError if it does not come up.
+    folder: of an engine of the fine-tuned MiniLM (`engines.prepare(..., folder=)`) with varying batch and length; None:
+        the model in eager torch.
+    max_batch: most texts computed together; 1: no batching.
+    delay_ms: time that an unfilled batch waits for more texts, from 1 up.
+    capacity: most requests in the server; further requests are answered with status 429 at once.
+    log: text written by the server.
+    The server also stops after an error or Ctrl-C. Raises InputError if mosec is missing, LabError if the server does
+    not come up.
     """
 
     def __init__(
@@ -129,24 +149,35 @@ class Server:
     ) -> None:
         if Worker is object:
             raise InputError(f"The server needs mosec, which is not installed: {INSTALL}.")
-        for value, name in ((max_batch, "max_batch"), (delay_ms, "delay_ms"), (capacity, "capacity")):
-            check_whole(value, name)
-        settings = {"LABKIT_MAX_BATCH": max_batch, "LABKIT_DELAY_MS": delay_ms, "MOSEC_CAPACITY": capacity}
-        settings |= {"LABKIT_ENGINE": folder or "", "OMP_NUM_THREADS": torch.get_num_threads()}
+        check_whole(max_batch, "max_batch")
+        check_whole(delay_ms, "delay_ms")
+        check_whole(capacity, "capacity")
+        settings = {
+            "LABKIT_ENGINE": folder or "",
+            "LABKIT_MAX_BATCH": max_batch,
+            "LABKIT_DELAY_MS": delay_ms,
+            "MOSEC_CAPACITY": capacity,
+            "MOSEC_TIMEOUT": 10_000,  # milliseconds
+            "OMP_NUM_THREADS": torch.get_num_threads(),
+        }
         self._settings = {name: str(value) for name, value in settings.items()}
 
     def __enter__(self) -> "Server":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self._log = f"http://127.0.0.1:{port}/inference", tempfile.TemporaryFile()
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}/inference"
+        self._log = tempfile.TemporaryFile()
         self._sockets = tempfile.TemporaryDirectory(prefix="labkit_")
-        place = {"MOSEC_PORT": str(port), "MOSEC_ADDRESS": "127.0.0.1", "MOSEC_PATH": f"{self._sockets.name}/mosec"}
-        environment = child_environment(**self._settings, **place, MOSEC_TIMEOUT="10000")
-        command = [sys.executable, "-m", "labkit.deploy.server"]
-        # In a group of its own: Ctrl-C goes to whoever runs the block, and its end stops the server in order.
+        place = {
+            "MOSEC_PORT": str(port),
+            "MOSEC_ADDRESS": "127.0.0.1",
+            "MOSEC_PATH": f"{self._sockets.name}/mosec",
+        }
         self._process = subprocess.Popen(
-            command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True
+            [sys.executable, "-m", "labkit.deploy.server"],
+            env=child_environment(**self._settings, **place),
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,  # Ctrl-C goes to whoever runs the block, and its end stops the server in order
         )
         try:
             self._wait_until_it_answers()
@@ -172,11 +203,19 @@ class Server:
     def _wait_until_it_answers(self, seconds: float = 120) -> None:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end and self._process.poll() is None:
-            if open_loop(self.url, [b'{"text": "good"}'], rate=1e3, n=1, timeout_s=10).answered:
+            load = open_loop(self.url, [b'{"text": "good"}'], rate=1e3, n=1, timeout_s=10)
+            if load.answered:
                 return
             time.sleep(0.2)
-        last = self.log.strip().splitlines()[-1:] or ["it wrote nothing"]
-        raise LabError(f"The server does not answer; the end of its log: {last[0][:300]}")
+        lines = self.log.strip().splitlines()
+        last = lines[-1] if lines else "it wrote nothing"
+        raise LabError(f"The server does not answer; the end of its log: {last[:300]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
@@ -184,30 +223,36 @@ class Server:
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """What became of n requests. status: HTTP's, 0 where no answer came in time. latency_s: from the scheduled moment
-    to the whole answer, or to giving up. answers: their bodies. All [n], in the order of sending.
+    """Outcome of n requests, [n] each in the order of sending.
+
+    seconds: from the first scheduled moment to the last answer. status: HTTP's; 0: no answer in time.
+    latency_s: seconds from the scheduled moment to the whole answer, or until the client gave up.
+    answers: bodies of the answers.
     """
 
-    seconds: float  # from the first scheduled moment to the last answer
+    seconds: float
     status: Sequence[int]
     latency_s: Times
     answers: Sequence[bytes]
 
     @property
     def answered(self) -> int:
-        """Requests with a result."""
+        """Number of requests with a result."""
         return self.count(200)
 
     def count(self, status: int) -> int:
-        """Requests with this status; 429: shed, 0: lost."""
+        """Count the requests with a status; 429: refused by a full server, 0: lost."""
         return Counter(self.status)[status]
 
     def percentile(self, q: float) -> float:
-        """The q-th percentile (0 to 100) of the latencies of the answered requests, in seconds.
+        """Return the q-th percentile (0 to 100) of the latencies of the answered requests, in seconds.
 
-        InputError where fewer than ten requests lie beyond it: such a figure is chance (MLPerf's LoadGen refuses too).
+        Raises InputError if fewer than ten requests lie beyond the percentile: such a figure is chance (MLPerf's
+        LoadGen refuses as well).
         """
-        latencies, least = self.latency_s[np.equal(self.status, 200)], math.ceil(10 / (1 - q / 100) - 1e-9)
+        latencies = self.latency_s[np.equal(self.status, 200)]
+        beyond = 1 - q / 100  # share of requests
+        least = math.ceil(10 / beyond - 1e-9)
         if len(latencies) < least:
             raise InputError(
                 f"A p{q:g} needs {least} answered requests, and there are {len(latencies)}: send more, or take a "
@@ -219,16 +264,18 @@ class Load:
 def open_loop(
     url: str, bodies: Sequence[bytes], *, rate: float, n: int, seed: int = 0, timeout_s: float = CLIENT_S
 ) -> Load:
-    """Sends n requests, `rate` a second on average at Poisson moments, whatever comes back; see `Load`.
+    """Send n requests at Poisson moments, however the server answers.
 
-    bodies: taken in turn. It ends at the last moment plus timeout_s at the latest.
+    bodies: of the requests, taken in turn. rate: mean requests per second. seed: of the moments.
+    timeout_s: seconds that a client waits; the load ends `timeout_s` after the last moment at the latest.
     """
     moments = poisson_arrivals(rate, n, seed)
 
     async def run() -> Load:
-        client, start = Client(url), time.perf_counter()
+        client = Client(url)
+        start = time.perf_counter()
 
-        async def request(i: int) -> tuple[int, bytes, float]:
+        async def request(i: int) -> Reply:
             await asyncio.sleep(start + moments[i] - time.perf_counter())
             status, answer = await client.post(bodies[i % len(bodies)], timeout_s)
             return status, answer, time.perf_counter() - start
@@ -239,12 +286,18 @@ def open_loop(
 
 
 def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int, n: int) -> Load:
-    """n requests from clients that send again when they have their answer: answered / seconds is the capacity."""
+    """Send n requests from clients that send again as soon as they have an answer.
+
+    bodies: of the requests, taken in turn. The server's capacity is answered / seconds.
+    """
 
     async def run() -> Load:
-        client, start, places, moments = Client(url), time.perf_counter(), asyncio.Semaphore(clients), np.zeros(n)
+        client = Client(url)
+        places = asyncio.Semaphore(clients)
+        moments = np.zeros(n)
+        start = time.perf_counter()
 
-        async def request(i: int) -> tuple[int, bytes, float]:
+        async def request(i: int) -> Reply:
             async with places:
                 moments[i] = time.perf_counter() - start
                 status, answer = await client.post(bodies[i % len(bodies)], CLIENT_S)
@@ -255,10 +308,35 @@ def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int, n: int) -> L
     return _in_a_loop(run())
 
 
+Reply = tuple[int, bytes, float]  # status, body, and seconds from the start to the whole answer
+
+
+async def _gather(client: "Client", request: Callable[[int], Awaitable[Reply]], n: int, moments: Times) -> Load:
+    """Run n requests together. moments: scheduled, in seconds from the start, [n]."""
+    try:
+        replies = await asyncio.gather(*map(request, range(n)))
+    finally:
+        client.close()
+    status, answers, ends = zip(*replies, strict=True)
+    return Load(max(ends) - moments[0], status, np.array(ends) - moments, answers)
+
+
+def _in_a_loop(work: Coroutine[Any, Any, Load]) -> Load:
+    """Run a coroutine in a thread: a notebook's own thread has a running loop already."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+# --- MLPerf's judge ---------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Of MLPerf's LoadGen on a server. valid: p99 within the bound, enough queries behind it, none refused; reasons:
-    its own words where it is not. p99_s: from the scheduled moment, over `queries`, of which `refused` were no 200.
+    """Verdict of MLPerf's LoadGen on a server.
+
+    rate: requests per second. valid: True if p99 is within the bound, over enough queries, without a refused query.
+    reasons: LoadGen's words for an invalid run. p99_s: seconds from the scheduled moment, over `queries`.
+    refused: queries with another status than 200.
     """
 
     rate: float
@@ -270,102 +348,131 @@ class Verdict:
 
 
 def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 0.05, seconds: float = 15.0) -> Verdict:
-    """MLPerf's LoadGen (Reddi et al. 2020) as the client, scenario Server: Poisson arrivals, `rate` a second.
+    """Judge a server with MLPerf's LoadGen (Reddi et al. 2020) as the client: scenario Server, Poisson arrivals.
 
-    bound_s: that its p99 may take. seconds: of arrivals at the least; four times that at the most. LoadGen knows no
-    refused request: one makes the run invalid here. InputError where it is missing.
+    bodies: of the requests. rate: mean requests per second. bound_s: limit of the p99.
+    seconds: least time of arrivals; the most is four times as long.
+    LoadGen knows no refused request: a refused request makes the run invalid here.
+    Raises InputError if LoadGen is missing.
     """
     try:
         import mlperf_loadgen as lg
     except ImportError:
         raise InputError(f"The judge is mlcommons-loadgen, which is not installed: {INSTALL}.") from None
-    loop, statuses, client = asyncio.new_event_loop(), [], Client(url)
+    loop = asyncio.new_event_loop()
+    client = Client(url)
+    statuses: list[int] = []
 
     async def answer(sample: Any) -> None:
-        statuses.append((await client.post(bodies[sample.index], 30))[0])
+        status, _ = await client.post(bodies[sample.index], 30)
+        statuses.append(status)
         lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0)])
 
     def issue(samples: Sequence[Any]) -> None:
         for sample in samples:
             asyncio.run_coroutine_threadsafe(answer(sample), loop)
 
-    settings, log = lg.TestSettings(), lg.LogSettings()
-    settings.scenario, settings.mode = lg.TestScenario.Server, lg.TestMode.PerformanceOnly
-    settings.server_target_qps, settings.server_target_latency_ns = rate, int(1e9 * bound_s)
-    settings.server_target_latency_percentile, settings.min_query_count = 0.99, 1
-    settings.min_duration_ms, settings.max_duration_ms = int(1e3 * seconds), int(4e3 * seconds)
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    with tempfile.TemporaryDirectory() as folder:
-        log.log_output = lg.LogOutputSettings()
-        log.log_output.outdir = folder
-        sut = lg.ConstructSUT(issue, lambda: None)
-        library = lg.ConstructQSL(len(bodies), len(bodies), lambda _: None, lambda _: None)
-        lg.StartTestWithLogSettings(sut, library, settings, log)
-        lg.DestroyQSL(library)
-        lg.DestroySUT(sut)
-        summary = (Path(folder) / "mlperf_log_summary.txt").read_text().splitlines()
+    summary = _run_loadgen(lg, issue, len(bodies), _loadgen_settings(lg, rate, bound_s, seconds))
     loop.call_soon_threadsafe(client.close)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
-    values = {name.strip(): value.strip() for name, _, value in (line.partition(" : ") for line in summary)}
-    stars = (line.strip(" *.,") for line in summary if line.lstrip().startswith("*"))
-    reasons = tuple(line for line in stars if "successful" not in line)
+    return _verdict(summary, rate, statuses)
+
+
+def _loadgen_settings(lg: Any, rate: float, bound_s: float, seconds: float) -> Any:
+    settings = lg.TestSettings()
+    settings.scenario = lg.TestScenario.Server
+    settings.mode = lg.TestMode.PerformanceOnly
+    settings.server_target_qps = rate
+    settings.server_target_latency_ns = int(1e9 * bound_s)
+    settings.server_target_latency_percentile = 0.99
+    settings.min_query_count = 1
+    settings.min_duration_ms = int(1e3 * seconds)
+    settings.max_duration_ms = int(4e3 * seconds)
+    return settings
+
+
+def _run_loadgen(lg: Any, issue: Callable[[Sequence[Any]], None], samples: int, settings: Any) -> list[str]:
+    """Run LoadGen on `samples` different requests, and return the lines of its summary."""
+    log = lg.LogSettings()
+    log.log_output = lg.LogOutputSettings()
+    with tempfile.TemporaryDirectory() as folder:
+        log.log_output.outdir = folder
+        sut = lg.ConstructSUT(issue, lambda: None)
+        library = lg.ConstructQSL(samples, samples, lambda _: None, lambda _: None)
+        lg.StartTestWithLogSettings(sut, library, settings, log)
+        lg.DestroyQSL(library)
+        lg.DestroySUT(sut)
+        return (Path(folder) / "mlperf_log_summary.txt").read_text().splitlines()
+
+
+def _verdict(summary: Sequence[str], rate: float, statuses: Sequence[int]) -> Verdict:
+    """Read a summary: lines "name : value", and remarks that begin with a star."""
+    values = {}
+    reasons = []
+    for line in summary:
+        name, _, value = line.partition(" : ")
+        values[name.strip()] = value.strip()
+        if line.lstrip().startswith("*") and "successful" not in line:
+            reasons.append(line.strip(" *.,"))
     refused = sum(status != 200 for status in statuses)
-    valid = values["Result is"] == "VALID" and not refused
+    is_valid = values["Result is"] == "VALID" and not refused
     p99_s = int(values["99.00 percentile latency (ns)"]) / 1e9
-    return Verdict(rate, valid, reasons, p99_s, len(statuses), refused)
+    return Verdict(rate, is_valid, tuple(reasons), p99_s, len(statuses), refused)
 
 
-async def _gather(
-    client: "Client", request: Callable[[int], Awaitable[tuple[int, bytes, float]]], n: int, moments: Times
-) -> Load:
-    try:
-        status, answers, ends = zip(*await asyncio.gather(*map(request, range(n))), strict=True)
-    finally:
-        client.close()
-    return Load(max(ends) - moments[0], status, np.array(ends) - moments, answers)
-
-
-def _in_a_loop(work: Coroutine[Any, Any, Load]) -> Load:
-    """In a thread: a notebook's has a running loop already."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+# --- HTTP -------------------------------------------------------------------------------------------------------------
 
 
 class Client:
-    """HTTP/1.1 on connections that are used again."""
+    """HTTP/1.1 client on connections that are used again. url: "http://host:port/path"."""
 
     def __init__(self, url: str) -> None:
-        host, self.path = url.removeprefix("http://").split("/", 1)
-        self.host, port = host.split(":")
-        self.port, self.idle = int(port), []
+        address, self.path = url.removeprefix("http://").split("/", 1)
+        self.host, port = address.split(":")
+        self.port = int(port)
+        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        """Status and body; (0, b"") where there is no whole answer in time."""
+        """Post a body, and return the answer's status and body; (0, b"") without a whole answer in time."""
         try:
             return await asyncio.wait_for(self._post(body), timeout_s)
         except (TimeoutError, OSError, EOFError, ValueError, IndexError):
             return 0, b""
 
     async def _post(self, body: bytes) -> tuple[int, bytes]:
-        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
+        if self.idle:
+            reader, writer = self.idle.pop()
+        else:
+            reader, writer = await asyncio.open_connection(self.host, self.port)
         try:
             head = f"POST /{self.path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
-            status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-            answer = await reader.readexactly(int(headers.get("content-length", 0)))
+            reply_head = await reader.readuntil(b"\r\n\r\n")
+            status_line, *lines = reply_head.decode("latin-1").split("\r\n")
+            length = _content_length(lines)
+            answer = await reader.readexactly(length)
         except BaseException:
             writer.close()
             raise
         self.idle.append((reader, writer))
-        return int(status.split()[1]), answer
+        return int(status_line.split()[1]), answer
 
     def close(self) -> None:
         for _, writer in self.idle:
             writer.close()
+
+
+def _content_length(lines: Sequence[str]) -> int:
+    """Read the length of the body from the lines of a head; 0 if no line says so."""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.lower() == "content-length":
+            return int(value)
+    return 0
 
 
 if __name__ == "__main__":

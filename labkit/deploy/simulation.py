@@ -1,8 +1,8 @@
-"""SIMULATED: requests that wait, are put together and served, under static, dynamic and continuous batching.
+"""SIMULATED: requests that wait, are batched and served, under static, dynamic and continuous batching.
 
-A discrete-event simulation of one server that decodes a batch step by step; continuous batching is the iteration-level
-scheduling of Orca (Yu et al. 2022), dynamic batching what Triton's batcher does. Its times are those of the step times
-that it is given: no model runs, and prompts, memory, networks and preemption are not in it.
+A discrete-event simulation of a server that decodes a batch step by step. Continuous batching is the iteration-level
+scheduling of Orca (Yu et al. 2022); dynamic batching is the rule of Triton's batcher. All times follow from given step
+times: no model runs, and prompts, memory, networks and preemption are left out.
 """
 
 import heapq
@@ -21,14 +21,14 @@ Times = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """SIMULATED: when each request arrived and finished, [requests] seconds each."""
+    """SIMULATED: times of arrival and of the last token, [requests] seconds each."""
 
     arrival_s: Times
     finish_s: Times
 
     @property
     def latency_s(self) -> Times:
-        """From arrival to the last token, [requests]."""
+        """Seconds from arrival to the last token, [requests]."""
         return self.finish_s - self.arrival_s
 
     @property
@@ -38,22 +38,30 @@ class Served:
 
     @property
     def p99(self) -> float:
-        """The latency that one request in a hundred exceeds, in seconds."""
+        """Latency that one request in a hundred exceeds, in seconds."""
         return float(np.percentile(self.latency_s, 99))
 
 
 def poisson_arrivals(rate: float, n: int, seed: int = 0) -> Times:
-    """Arrival times of n independent requests, `rate` a second on average, in seconds from 0, [n]."""
+    """Draw arrival times of n independent requests, in seconds from 0, [n]. rate: mean requests per second."""
     if not 0 < rate < math.inf:
         raise InputError(f"rate has to be above 0 requests a second, got {rate!r}: give how many arrive in a second.")
     check_whole(n, "n")
-    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, n))
+    generator = np.random.default_rng(seed)
+    gaps = generator.exponential(1 / rate, n)
+    return np.cumsum(gaps)
 
 
 def interpolate(batch_sizes: Sequence[int], seconds: Sequence[float]) -> Seconds:
-    """Step time for any batch size between measured ones, on straight lines; the size is refused outside them."""
-    sizes, times = np.asarray(batch_sizes, dtype=float), np.asarray(seconds, dtype=float)
-    if sizes.ndim != 1 or sizes.shape != times.shape or not len(sizes) or not (np.diff(sizes) > 0).all():
+    """Return the step time as a function of the batch size, on straight lines between measured batch sizes.
+
+    batch_sizes: rising. seconds: measured step time of each batch size.
+    The function raises InputError outside the measured batch sizes.
+    """
+    sizes = np.asarray(batch_sizes, dtype=float)
+    times = np.asarray(seconds, dtype=float)
+    are_pairs = sizes.ndim == 1 and sizes.shape == times.shape and len(sizes) > 0
+    if not are_pairs or not (np.diff(sizes) > 0).all():
         raise InputError(f"batch_sizes have to rise, each with its seconds, got {batch_sizes!r} and {seconds!r}.")
     if not ((times > 0) & np.isfinite(times)).all():
         raise InputError(f"seconds have to be above 0, got {seconds!r}: give measured step times.")
@@ -80,21 +88,25 @@ def dynamic(
 ) -> Served:
     """SIMULATED: a free server starts when `max_batch` requests wait or the oldest has waited `max_delay_s` seconds.
 
-    All in a batch are padded to its longest and finish with it. See `continuous` for the other arguments.
+    All requests of a batch are padded to the longest and finish together. See `continuous` for the other arguments.
     """
     if not max_delay_s >= 0:
         raise InputError(f"max_delay_s has to be 0 or more seconds, got {max_delay_s!r}: inf waits for a full batch.")
     arrival, tokens = _requests(arrivals, lengths)
-    step = _table(step_seconds, max_batch)
+    step = _step_table(step_seconds, max_batch)
     finish = np.empty_like(arrival)
-    head, free = 0, 0.0
-    while head < len(arrival):
-        last = min(head + max_batch, len(arrival)) - 1
-        start = max(free, min(arrival[last], arrival[head] + max_delay_s))
-        tail = head + int(np.searchsorted(arrival[head : last + 1], start, side="right"))
-        free = start + int(tokens[head:tail].max()) * step[tail - head]
-        finish[head:tail] = free
-        head = tail
+    first = 0  # the oldest request that waits
+    free_at = 0.0  # when the server is free
+    while first < len(arrival):
+        last = min(first + max_batch, len(arrival)) - 1
+        batch_is_due = min(arrival[last], arrival[first] + max_delay_s)
+        start = max(free_at, batch_is_due)
+        arrived = np.searchsorted(arrival[first : last + 1], start, side="right")
+        end = first + int(arrived)
+        steps = int(tokens[first:end].max())
+        free_at = start + steps * step[end - first]
+        finish[first:end] = free_at
+        first = end
     return Served(arrival, finish)
 
 
@@ -102,44 +114,52 @@ def continuous(arrivals: ArrayLike, lengths: ArrayLike, step_seconds: Seconds, *
     """SIMULATED: requests join between decode steps while fewer than `max_batch` run, and leave when they are done.
 
     arrivals: seconds, rising, [requests]. lengths: tokens to generate, [requests].
-    step_seconds: step_seconds(b) is the time of a decode step of b requests, which gives each of them a token.
-    Raises InputError for requests or times that cannot be.
+    step_seconds: step_seconds(b) is the time of a decode step of b requests, which gives each request a token.
+    Raises InputError for impossible requests or times.
     """
     arrival, tokens = _requests(arrivals, lengths)
-    step = _table(step_seconds, max_batch)
+    step = _step_table(step_seconds, max_batch)
     finish = np.empty_like(arrival)
-    running: list[tuple[int, int]] = []  # heap of (the step after which it is done, request)
-    steps, head, now = 0, 0, 0.0
-    while head < len(arrival) or running:
+    running: list[tuple[int, int]] = []  # heap of (the step after which the request is done, request)
+    steps = 0
+    now = 0.0
+    waiting = 0  # the oldest request that waits
+    while waiting < len(arrival) or running:
         if not running:
-            now = max(now, arrival[head])
-        while head < len(arrival) and arrival[head] <= now and len(running) < max_batch:
-            heapq.heappush(running, (steps + int(tokens[head]), head))
-            head += 1
-        size = len(running)
-        ahead = running[0][0] - steps  # nothing changes until the first one is done, or one can join
-        if head < len(arrival) and size < max_batch:
-            ahead = min(ahead, max(1, math.ceil((arrival[head] - now) / step[size])))
-        now += ahead * step[size]
+            now = max(now, arrival[waiting])
+        while waiting < len(arrival) and arrival[waiting] <= now and len(running) < max_batch:
+            done_after = steps + int(tokens[waiting])
+            heapq.heappush(running, (done_after, waiting))
+            waiting += 1
+        batch = len(running)
+        first_done, _ = running[0]
+        ahead = first_done - steps  # nothing changes until a request is done, or another can join
+        if waiting < len(arrival) and batch < max_batch:
+            until_arrival = math.ceil((arrival[waiting] - now) / step[batch])
+            ahead = min(ahead, max(1, until_arrival))
+        now += ahead * step[batch]
         steps += ahead
         while running and running[0][0] == steps:
-            finish[heapq.heappop(running)[1]] = now
+            _, request = heapq.heappop(running)
+            finish[request] = now
     return Served(arrival, finish)
 
 
 def _requests(arrivals: ArrayLike, lengths: ArrayLike) -> tuple[Times, NDArray[np.int64]]:
-    arrival, tokens = np.array(arrivals, dtype=float), np.array(lengths)
+    arrival = np.array(arrivals, dtype=float)
+    tokens = np.array(lengths)
     if arrival.ndim != 1 or arrival.shape != tokens.shape or not len(arrival):
         raise InputError(f"arrivals {arrival.shape} and lengths {tokens.shape} have to match: give both per request.")
-    if not np.isfinite(arrival).all() or (np.diff(arrival) < 0).any() or arrival[0] < 0:
+    is_rising = (np.diff(arrival) >= 0).all()
+    if not np.isfinite(arrival).all() or not is_rising or arrival[0] < 0:
         raise InputError("arrivals have to be seconds from 0 on that do not fall: sort them.")
     if not np.issubdtype(tokens.dtype, np.integer) or (tokens < 1).any():
         raise InputError("lengths have to be whole numbers of tokens, at least 1 each: a request generates something.")
     return arrival, tokens.astype(np.int64)
 
 
-def _table(step_seconds: Seconds, max_batch: int) -> list[float]:
-    """Seconds of a step by batch size, 0 for none."""
+def _step_table(step_seconds: Seconds, max_batch: int) -> list[float]:
+    """Return the seconds of a step by batch size, 0 for an empty batch."""
     check_whole(max_batch, "the largest batch")
     step = [float(step_seconds(size)) for size in range(1, max_batch + 1)]
     if not all(0 < seconds < math.inf for seconds in step):

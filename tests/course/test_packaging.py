@@ -53,7 +53,7 @@ IMPORTED_AS = {
 }  # fmt: skip
 # by nbclient, papermill, sphinx, jinja2, matplotlib
 BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "markupsafe", "cycler"}
-OPTIONAL = {"pynvml", "latex2mathml", "nbval", "llama_cpp"}  # where they are not installed, a sentence or nothing
+OPTIONAL = {"pynvml", "latex2mathml", "nbval"}  # where they are not installed, a sentence or nothing
 
 
 def packages(*extras: str) -> set[str]:
@@ -80,10 +80,8 @@ def imports(package: str, *, at_once: bool) -> set[str]:
 
 def test_labkit_installs_alone_and_needs_what_it_imports():
     assert imports("labkit", at_once=True) <= packages()
-    assert (
-        imports("labkit", at_once=False)
-        <= packages("course", "engines", "edge", "serving", "llm", "hexagon") | BROUGHT_BY_ANOTHER | OPTIONAL
-    )
+    extras = packages("course", "engines", "edge", "serving", "llm")
+    assert imports("labkit", at_once=False) <= extras | BROUGHT_BY_ANOTHER | OPTIONAL
     assert packages() - imports("labkit", at_once=False) <= {"pydantic"}
 
 

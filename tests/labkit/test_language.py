@@ -4,7 +4,7 @@ import pytest
 import torch
 from llamas import greedy, llama, text
 
-from labkit.data import datasets, fetch, models, training
+from labkit.data import datasets, models, training
 from labkit.deploy import decoder_graph, engines, language
 from labkit.errors import InputError
 from labkit.quantization import weight_only
@@ -171,27 +171,6 @@ def test_smollm2_in_int8_is_within_one_per_cent_of_perplexity_and_batches_as_alo
     assert engine.bytes < 0.52 * half.bytes
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(READY["llama.cpp"] != "ready", reason="needs llama-cpp-python")
-def test_llama_cpp_scores_and_continues_smollm2s_file_as_the_model_does():
-    """It rounds keys, values and what products get, so that not every token has to be the model's. Never run so far."""
-    model, tokenizer = models.smollm2(), models.tokenizer("smollm2")
-    tokens = torch.tensor(tokenizer(datasets.handbook("test"), verbose=False)["input_ids"])
-    engine = language.prepare("llama.cpp", fetch.path("smollm2") / fetch.asset("smollm2").files[0].path)
-    exact = training.perplexity(model, tokens[:1024], window=256)
-    assert engine.perplexity(tokens[:1024], window=256) == pytest.approx(exact, rel=0.01)
-    prompts = [tokens[start : start + 16] for start in (3000, 4000, 5000)]
-    texts = engine.generate(prompts, max_new_tokens=[8, 4, 8])
-    assert texts.calls == 20 and [len(ids) for ids in texts.ids] == [24, 20, 24]
-    for prompt, ids in zip(prompts, texts.ids, strict=True):
-        assert torch.equal(ids[:17], greedy(model, prompt[None], 1)[0])
-        assert same(engine.generate([prompt], max_new_tokens=len(ids) - 16).ids, [ids])
-    with pytest.raises(InputError, match="leave lookup at 0"):
-        engine.generate(prompts, max_new_tokens=3, lookup=2)
-    with pytest.raises(InputError, match="reads a GGUF file and got a LlamaForCausalLM"):
-        language.prepare("llama.cpp", model)
-
-
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +200,7 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence(tmp_path):
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(b"no model" * 9)
     refused = [
-        (("tensorrt", MODEL), {}, "There is no language engine 'tensorrt': choose one of openvino-genai, llama.cpp"),
+        (("tensorrt", MODEL), {}, "There is no language engine 'tensorrt': choose one of openvino-genai"),
         (("openvino-genai", MODEL), {"weights": "int3"}, "There is no format of weights 'int3'"),
         (("openvino-genai", MODEL), {"precision": "f64"}, "There is no precision 'f64'"),
         (("openvino-genai", tmp_path / "none.gguf"), {}, "There is no file .*none.gguf: give a GGUF file"),
@@ -237,9 +216,7 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence(tmp_path):
 def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("labkit.deploy.engines._present", lambda package: False)
     assert language.available() == {
-        "openvino-genai": "openvino-genai needs openvino_genai, which is not installed: ./lab setup --with llm.",
-        "llama.cpp": "llama.cpp needs llama_cpp, which is not installed: "
-        "pip install llama-cpp-python, which compiles it.",
+        "openvino-genai": "openvino-genai needs openvino_genai, which is not installed: ./lab setup --with llm."
     }
     with pytest.raises(InputError, match=r"\./lab setup --with llm"):
         language.prepare("openvino-genai", MODEL)

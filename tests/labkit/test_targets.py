@@ -64,7 +64,6 @@ def test_engines_that_are_ready_are_said_to_run():
     names = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "executorch": "ExecuTorch"}
     names |= {
         "openvino-genai": "OpenVINO GenAI",
-        "llama.cpp": "llama.cpp",
         "torch-compile": "torch.compile",
         "aotinductor": "AOTInductor",
     }
