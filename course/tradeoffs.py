@@ -18,7 +18,7 @@ from markupsafe import Markup
 from course.results import RunColumn, as_number, short, with_unit
 from labkit import show
 from labkit.lesson.records import SEED, Column, RecordedTable
-from labkit.timing.stats import mean_ci
+from labkit.timing.quality_stats import mean_ci
 
 MARKERS = "osD^vPX"
 FAR_APART = 50.0  # values that differ by more are drawn on a logarithmic axis

@@ -18,7 +18,8 @@ from labkit.errors import EqualityError, InputError, check_number
 from labkit.modules import batches as batching
 from labkit.modules.returned import outputs
 from labkit.quantization import affine
-from labkit.timing import stats
+from labkit.timing.quality_stats import LEAST_PAIRS, paired_difference, wilson
+from labkit.timing.stats import Estimate
 
 SURE = 0.1  # margin of probability between the first class and the second, above which a flip is no toss of a coin
 
@@ -38,11 +39,11 @@ class Parity:
     examples: int
     max_abs: float
     sqnr_db: float
-    agreement: stats.Estimate
+    agreement: Estimate
     sure: int
-    sure_agreement: stats.Estimate | None
+    sure_agreement: Estimate | None
     accuracy: float | None
-    change: stats.Estimate | None
+    change: Estimate | None
 
     def require(self, *, points: float | None = None, db: float | None = None) -> "Parity":
         """Return this parity if the candidate is good enough, or raise EqualityError.
@@ -130,10 +131,10 @@ def _joined(targets: list[Any]) -> Tensor:
 
 
 def _check_enough(examples: int) -> None:
-    if examples < stats.LEAST_PAIRS:
+    if examples < LEAST_PAIRS:
         raise InputError(
             f"{examples} examples with labels are too few to judge a change of accuracy, which takes "
-            f"{stats.LEAST_PAIRS} or more: give more examples, or leave the labels out to compare scores and answers."
+            f"{LEAST_PAIRS} or more: give more examples, or leave the labels out to compare scores and answers."
         )
 
 
@@ -172,14 +173,14 @@ def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = No
     )
 
 
-def _agreement(is_same: Tensor) -> stats.Estimate:
-    return stats.wilson(int(is_same.sum()), len(is_same))
+def _agreement(is_same: Tensor) -> Estimate:
+    return wilson(int(is_same.sum()), len(is_same))
 
 
-def _change_of_accuracy(reference: Tensor, scores: Tensor, labels: Tensor) -> tuple[float, stats.Estimate]:
+def _change_of_accuracy(reference: Tensor, scores: Tensor, labels: Tensor) -> tuple[float, Estimate]:
     """Return the accuracy of `scores`, and the change in points from the accuracy of `reference`, paired."""
     right = (scores.argmax(1) == labels).double().tolist()
     right_before = (reference.argmax(1) == labels).double().tolist()
     accuracy = math.fsum(right) / len(right)
-    change = stats.paired_difference(right, right_before)
+    change = paired_difference(right, right_before)
     return accuracy, tuple(100 * share for share in change)
