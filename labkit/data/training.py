@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from labkit.arguments import check_loaded, check_module, check_tensor
 from labkit.errors import InputError, check_choice, check_number, check_whole
-from labkit.modules.batches import check_batches, evaluating, split
+from labkit.modules.batches import check_batches, evaluating, not_empty, split
 from labkit.modules.losses import batch_loss
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
@@ -240,6 +240,74 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(numbers)
         model.zero_grad(set_to_none=True)
         raise
+
+
+@torch.no_grad()
+def reestimate_norms_(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Estimate the running mean and variance of all batch norms anew, in place, as needed after a cut.
+
+    batches  what the model is called with, as in labkit.batches; labels are ignored
+    The new statistics are the mean over all batches of each batch's mean and variance, as in
+    torch.optim.swa_utils.update_bn; dropout stays off. A norm that no batch reaches keeps its numbers. Modes, momenta,
+    weights and random states are as before.
+    Raises InputError for a model without running statistics, for zero batches, and for statistics that are not finite;
+    after any error the statistics are as before.
+    """
+    check_loaded(model)
+    norms = [module for module in model.modules() if _has_running_statistics(module)]
+    if not norms:
+        raise InputError(
+            f"{type(model).__name__} has no batch norm with running statistics, so there is nothing to estimate anew: "
+            "call it only on a model with batch norms."
+        )
+    copies = [_statistics(norm) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    device = _device(model)
+    try:
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.training = True
+            for batch in not_empty(check_batches(batches, "batch norm statistics")):
+                args, kwargs, _ = split(model, place(batch, device))
+                model(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
+        _check_statistics(norms)
+    except BaseException:
+        for norm, copy in zip(norms, copies, strict=True):
+            _set_statistics(norm, copy)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    for norm, copy in zip(norms, copies, strict=True):
+        if norm.num_batches_tracked == 0:
+            _set_statistics(norm, copy)
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+
+
+def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    return norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
+
+
+def _set_statistics(norm: nn.Module, statistics: tuple[Tensor, Tensor, Tensor]) -> None:
+    mean, variance, number = statistics
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    norm.num_batches_tracked.copy_(number)
+
+
+def _check_statistics(norms: list[nn.Module]) -> None:
+    for norm in norms:
+        statistics = torch.stack([norm.running_mean, norm.running_var])
+        if not statistics.isfinite().all():
+            raise InputError(
+                "The batches give batch norm statistics that are not finite, so the model is as it was before: look "
+                "for NaN or infinity in the inputs and the weights."
+            )
 
 
 @torch.inference_mode()

@@ -429,6 +429,8 @@ REFUSALS: Refusals = {
     "of shape (30, 20)": lambda: training.perplexity(Uniform(), torch.zeros(30, 20).long()),
     "window is 1, but it must be a whole number from 2": lambda: training.perplexity(Uniform(), Y, window=1),
     "window is '10'": lambda: training.perplexity(Uniform(), Y, window="10"),
+    "has no batch norm with running statistics": lambda: training.reestimate_norms_(linear(), [X]),
+    "batch norm statistics that are not finite": lambda: training.reestimate_norms_(normed(), [X * math.inf]),
     "model is a function": lambda: training.perplexity(lambda ids: ids, Y, window=8),
     "tokens go from 70 to 133, but the model knows 0 to 60": lambda: training.perplexity(
         family("llama"), torch.arange(70, 134), window=8
@@ -441,3 +443,68 @@ REFUSALS: Refusals = {
 @refused(REFUSALS)
 def test_bad_input_is_refused_in_a_sentence(words: str, call) -> None:
     check_refusal(words, call)
+
+
+# --- statistics of batch norms anew -----------------------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    """A model that is called with keywords, as a transformers model is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = normed()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "pairs", "dicts"])
+def test_norms_are_estimated_anew_as_torch_does(kind: str) -> None:
+    points, labels = blobs(96)
+    parts = list(zip(points.split(32), labels.split(32), strict=True))
+    batches = {
+        "tensors": [x for x, _ in parts],
+        "pairs": parts,
+        "dicts": [{"x": x, "labels": y} for x, y in parts],
+    }[kind]
+    model, plain = Named().eval(), Named()
+    torch.optim.swa_utils.update_bn([x for x, _ in parts], plain)
+    state = torch.get_rng_state()
+    training.reestimate_norms_(model, batches)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    for name, x in plain.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], x, rtol=1e-6, atol=1e-7), name
+    assert model.net[1].momentum == 0.1
+
+
+def test_norms_keep_their_statistics_after_an_error_and_where_no_batch_arrives() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Forked().eval()
+    training.reestimate_norms_(model, [X])
+    torch.nn.init.uniform_(model.idle.running_mean)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    training.reestimate_norms_(model, [X + 1])
+    assert torch.equal(model.idle.running_mean, before["idle.running_mean"])
+    assert not torch.equal(model.used.running_mean, before["used.running_mean"])
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for batches, error in (([X, X * math.nan], InputError), ([X, X[:1]], ValueError), ([], InputError)):
+        with pytest.raises(error):
+            training.reestimate_norms_(model, batches)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+        assert model.used.momentum == 0.1 and not model.used.training
+
+
+def test_dropout_stays_off_while_norms_are_estimated() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2)).train()
+    training.reestimate_norms_(model, [X])
+    assert torch.allclose(model[1].running_mean, X.mean(0), atol=1e-6)
+    assert model[0].training and model[1].training
