@@ -36,12 +36,6 @@ class Codebook:
     scale: torch.dtype | None = None
     nested: bool = False
 
-    @property
-    def stored_bits(self) -> float:
-        """Bits a value, block scales included (without the 32 bits a tensor of a nested format)."""
-        scale_bits = 8 * self.scale.itemsize / self.block if self.block else 0
-        return self.bits + scale_bits
-
     def encode(self, values: Tensor) -> Tensor:
         """Return the code of the nearest point of each value, uint8 in the shape of `values`.
 
@@ -91,12 +85,10 @@ E4M3 = _floats(4, 3, 127)  # to 448; its last code is NaN, and no code is an inf
 E5M2 = _floats(5, 2, 124)  # to 57,344; then an infinity and NaN, as IEEE 754 has it
 
 FORMATS: dict[str, Codebook] = {
-    "e2m1": Codebook(E2M1, 4),
     "e4m3": Codebook(E4M3, 8),
     "e5m2": Codebook(E5M2, 8),
     "nf4": Codebook(NF4, 4, signed=False, block=64, scale=torch.float16),  # in bitsandbytes scales are float32
     "mxfp4": Codebook(E2M1, 4, block=32, scale=torch.float8_e8m0fnu),
-    "mxfp8": Codebook(E4M3, 8, block=32, scale=torch.float8_e8m0fnu),
     "nvfp4": Codebook(E2M1, 4, block=16, scale=torch.float8_e4m3fn, nested=True),
 }
 

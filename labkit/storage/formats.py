@@ -279,79 +279,38 @@ def _unpack_blocks(parts: Parts, shape: Sequence[int], format: str) -> Tensor:
     return encoded.dequantize().view(shape)
 
 
-# --- GGUF: blocks of 32 weights, to the bit those of ggml-quants.c ----------------------------------------------------
+# --- Q4_1: blocks of 32 weights, to the bit those of ggml-quants.c ----------------------------------------------------
 
 
-def _pack_gguf(weight: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]]) -> Parts | None:
-    """Pack blocks uint8 [count, bytes]; None if blocks of 32 weights do not fill a row.
+def _pack_q4_1(weight: Tensor) -> Parts | None:
+    """Pack blocks uint8 [count, 20]; None if blocks of 32 weights do not fill a row.
 
-    A block holds its float16 numbers (a scale, maybe a least value), then 32 int8 codes, or 16 bytes with code i in the
-    lower and code i + 16 in the upper half of byte i.
-
-    quantize: a function of float32 [blocks, 32] that returns the codes [blocks, 32] and the numbers [blocks, 1].
+    A block holds a scale and a least value as float16, then 16 bytes with code i in the lower and code i + 16 in the
+    upper half of byte i: weight = scale * code + least.
     """
     rows = weight.flatten(1)
     if rows.shape[1] % 32:
         return None
     blocks = rows.float().reshape(-1, 32)
-    codes, *numbers = quantize(blocks)
-    header = torch.cat(numbers, 1).half()
+    least = blocks.amin(1, True)
+    scale = (blocks.amax(1, True) - least) / 15
+    header = torch.cat([scale, least], 1).half()
     if not header.isfinite().all():
         raise InputError("A weight has NaN, infinities or a scale beyond float16: look for their origin first.")
-    if codes.dtype == torch.int8:
-        data = codes.view(torch.uint8)
-    else:
-        first_half, second_half = codes.split(16, 1)
-        data = first_half | second_half << 4
-    blocks = torch.cat([header.view(torch.uint8), data], 1)
-    return {"blocks": blocks}
+    reciprocal = torch.where(scale == 0, 0, 1 / scale)
+    steps = (blocks - least) * reciprocal
+    codes = (steps + 0.5).trunc().clamp(0, 15).to(torch.uint8)
+    first_half, second_half = codes.split(16, 1)
+    data = first_half | second_half << 4
+    return {"blocks": torch.cat([header.view(torch.uint8), data], 1)}
 
 
-def _unpack_gguf(parts: Parts, shape: Sequence[int]) -> Tensor:
-    blocks = parts["blocks"]
-    header_bytes = blocks.shape[1] % 16  # 2: a scale; 4: a scale and a least value
-    header = blocks[:, :header_bytes].contiguous()
-    numbers = header.view(torch.float16).float()
-    data = blocks[:, header_bytes:]
-    if data.shape[1] == 32:  # q8_0
-        values = numbers * data.view(torch.int8)
-        return values.view(shape)
+def _unpack_q4_1(parts: Parts, shape: Sequence[int]) -> Tensor:
+    header, data = parts["blocks"].split([4, 16], 1)
+    scale, least = header.contiguous().view(torch.float16).float().split(1, 1)
     codes = torch.cat([data & 15, data >> 4], 1).float()
-    if header_bytes == 2:  # q4_0
-        values = (codes - 8) * numbers
-    else:  # q4_1
-        scale, least = numbers.split(1, 1)
-        values = codes * scale + least
+    values = codes * scale + least
     return values.view(shape)
-
-
-def _reciprocal(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0, 1 / scale)
-
-
-def _q8_0(x: Tensor) -> tuple[Tensor, ...]:
-    scale = x.abs().amax(1, True) / 127
-    steps = x * _reciprocal(scale)
-    rounded = steps.abs().floor()
-    rounded += steps.abs() - rounded >= 0.5  # half away from zero
-    return rounded.copysign(steps).to(torch.int8), scale
-
-
-def _q4_0(x: Tensor) -> tuple[Tensor, ...]:
-    place = x.abs().argmax(1, True)
-    extreme = x.gather(1, place)
-    scale = extreme / -8  # the extreme of either sign gets code 0
-    steps = x * _reciprocal(scale)
-    codes = (steps + 8.5).trunc().clamp(0, 15)
-    return codes.to(torch.uint8), scale
-
-
-def _q4_1(x: Tensor) -> tuple[Tensor, ...]:
-    least = x.amin(1, True)
-    scale = (x.amax(1, True) - least) / 15
-    steps = (x - least) * _reciprocal(scale)
-    codes = (steps + 0.5).trunc().clamp(0, 15)
-    return codes.to(torch.uint8), scale, least
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -375,15 +334,6 @@ def _blocks(name: str) -> Format:
     )
 
 
-def _gguf(quantize: Callable[[Tensor], tuple[Tensor, ...]]) -> Format:
-    """Return the row of a GGUF format; `quantize` as for `_pack_gguf`."""
-    return Format(
-        pack=partial(_pack_gguf, quantize=quantize),
-        unpack=_unpack_gguf,
-        form="rows of whole blocks of 32 weights",
-    )
-
-
 # Bytes of N weights in R rows, with scales of 2 bytes:
 ROUNDED: dict[str, Format] = {
     # N + 2 R
@@ -397,14 +347,10 @@ ROUNDED: dict[str, Format] = {
     "nf4": _blocks("nf4"),
     # N / 2 + N / 32: 4.25 bits
     "mxfp4": _blocks("mxfp4"),
-    # N + N / 32: 8.25 bits
-    "mxfp8": _blocks("mxfp8"),
     # N / 2 + N / 16 + 4: 4.5 bits
     "nvfp4": _blocks("nvfp4"),
-    # 34, 18 and 20 bytes for 32 weights: 8.5, 4.5 and 5 bits
-    "q8_0": _gguf(_q8_0),
-    "q4_0": _gguf(_q4_0),
-    "q4_1": _gguf(_q4_1),
+    # 20 bytes for 32 weights: 5 bits
+    "q4_1": Format(_pack_q4_1, _unpack_q4_1, form="rows of whole blocks of 32 weights"),
 }
 
 # Bytes with n of N weights of s bytes not zero, in R rows:

@@ -142,9 +142,9 @@ def test_few_bits_count_codes_scales_and_zeros() -> None:
     assert payload(model, "int4") == weights // 2 + 2 * groups + -(-groups // 2) + biases + shapes
     assert payload(model, "mxfp4") == weights // 2 + weights // 32 + biases + shapes
     mixed = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(27, 9))  # whose second layer blocks do not fill
-    assert "1.weight" in pack(mixed, "q4_0") and "0.weight:q4_0:blocks" in pack(mixed, "q4_0")
+    assert "1.weight" in pack(mixed, "q4_1") and "0.weight:q4_1:blocks" in pack(mixed, "q4_1")
     with pytest.raises(InputError, match="no weight has rows of whole blocks of 32 weights"):
-        size({"1.weight": mixed[1].weight}, "q4_0")
+        size({"1.weight": mixed[1].weight}, "q4_1")
 
 
 @pytest.mark.parametrize("format", ROUNDED)
