@@ -93,17 +93,17 @@ def setup() -> None:
 @click.option("--quick", is_flag=True, help="Only the tests that take a moment: about a minute together.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[PYTEST ARGUMENTS]...")
 def test(quick: bool, arguments: tuple[str, ...]) -> None:
-    """Run the tests: two at a time, whole lessons first, and then, alone, those that read the clock.
+    """Run the tests: three at a time, whole lessons first, and then, alone, those that read the clock.
 
     Arguments are passed on to one plain call of pytest: ./lab test tests/labkit/test_bench.py -x
     """
-    two_at_a_time = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # in the order of tests/conftest.py
+    at_once = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]  # in the order of tests/conftest.py
     if arguments:
         calls = [[*arguments]]
     elif quick:
-        calls = [[*two_at_a_time, "-m", "not slow and not lesson and not timing"]]
+        calls = [[*at_once, "-m", "not slow and not lesson and not timing"]]
     else:
-        calls = [[*two_at_a_time, "-m", "not timing"], ["-m", "timing", *_tests_with_a_clock()]]
+        calls = [[*at_once, "-m", "not timing"], ["-m", "timing", *_tests_with_a_clock()]]
     first_failure = 0
     for call in calls:
         environment = dict(os.environ)

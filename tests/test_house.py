@@ -161,6 +161,49 @@ def test_a_public_name_has_a_caller():
     assert not unused, "\n".join(unused)
 
 
+def test_a_method_has_a_caller():
+    used = Counter()
+    for _, code in callers():
+        used.update(node.attr for node in ast.walk(code) if isinstance(node, ast.Attribute))
+    unused = []
+    for path in LABKIT:
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.ClassDef) or called_by_others(node):
+                continue
+            methods = [item.name for item in node.body if isinstance(item, ast.FunctionDef)]
+            unused += [f"{module(path)}.{node.name}.{name}" for name in methods if name[0] != "_" and not used[name]]
+    assert not unused, "\n".join(unused)
+
+
+def called_by_others(node: ast.ClassDef) -> bool:
+    """A class of torch, a server or the import system has methods that its library calls."""
+    return bool(
+        {"nn.Module", "Loader", "Worker", "torch.autograd.Function"} & {ast.unparse(base) for base in node.bases}
+    )
+
+
+CHOICES = {  # tables of which people name a row
+    "labkit.deploy.engines.ENGINES", "labkit.storage.formats.FORMATS", "labkit.storage.formats.ROUNDED",
+    "labkit.quantization.formats.FORMATS", "labkit.attention.cache.POLICIES", "labkit.pruning.scores.CRITERIA",
+    "labkit.pruning.scores.UNIT_CRITERIA",
+}  # fmt: skip
+
+
+def test_a_row_of_a_table_is_named_somewhere():
+    pages = [*NOTEBOOKS.glob("*.ipynb"), *CHECKS.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), ROOT / "README.md"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    unused = []
+    for path in LABKIT:
+        for node in tree(path).body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            table = f"{module(path)}.{getattr(target, 'id', '')}"
+            if table in CHOICES:
+                dicts = [part for part in ast.walk(node.value) if isinstance(part, ast.Dict)]
+                rows = [key.value for part in dicts for key in part.keys if isinstance(key, ast.Constant)]
+                unused += [f"{table}[{row!r}]" for row in rows if not re.search(rf"(?<![\w-]){row}(?![\w-])", text)]
+    assert not unused, "\n".join(unused)
+
+
 def test_an_option_has_a_caller():
     passed, many = defaultdict(set), defaultdict(int)
     for _, code in callers():
