@@ -45,7 +45,7 @@ class Exercises:
         context  further arguments of the exercise's check
         Raises InputError for an unknown exercise and for a `function` that cannot be called.
         """
-        if function is self._worked.get(exercise):
+        if exercise in self._worked and function is self._worked[exercise]:
             show.emit(f"exercise {exercise}: this is the worked answer; run the cell with yours, then this one.")
             return
         answer = self._examine(exercise, function, **context)
@@ -66,7 +66,7 @@ class Exercises:
         of the process comes back wrapped: the settings are put back after each call.
         Raises InputError as `check` does.
         """
-        if function is self._worked.get(exercise):
+        if exercise in self._worked and function is self._worked[exercise]:
             self._note_use(exercise, "worked", "the worked answer is used from here on")
             return function
         answer = self._examined.get(exercise)

@@ -129,8 +129,8 @@ def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Mod
 
 
 def inside(name: str, part: str) -> bool:
-    """Tell whether the module or parameter `name` is `part` or lies inside the module `part`; "" is the whole model."""
-    return not part or name == part or name.startswith(f"{part}.")
+    """Return True if the module or parameter `name` is `part` or lies inside the module `part`."""
+    return name == part or name.startswith(f"{part}.")
 
 
 def is_mixture(module: nn.Module) -> bool:

@@ -196,7 +196,7 @@ def _refused(model: nn.Module, ignore: Sequence[str], unfolded: str) -> dict[str
     for name, module in model.named_modules():
         if not isinstance(module, (*WEIGHTED, BATCH_NORMS)):
             continue
-        if any(inside(name, part) for part in ignore):
+        if any(part == "" or inside(name, part) for part in ignore):
             refused[name] = "it is ignored"
         elif module in uncalled:
             refused[name] = "nn.TransformerEncoderLayer reads its weight without calling it"

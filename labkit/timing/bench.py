@@ -323,6 +323,7 @@ def _built(
                     f"with builds, {name} must return a function without arguments, got {type(call).__name__}: "
                     "build the data in it, and return for example lambda: model(x)."
                 )
+        del call  # else the data of this build would lie beside the data of the next
         yield calls
         del calls
         gc.collect(1)  # frees objects of the build that refer to each other in circles
