@@ -252,8 +252,9 @@ def _ranking_scores(
             )
     ranking = {}
     for name, weight in weights.items():
-        zeros_low = scores[name].masked_fill(_zero(weight), -1.0)
-        ranking[name] = zeros_low.masked_fill(~_mask_of(weight), -2.0)
+        below_all_scores = torch.finfo(scores[name].dtype).min  # a criterion may have negative scores
+        zeros_low = scores[name].masked_fill(_zero(weight), below_all_scores)
+        ranking[name] = zeros_low.masked_fill(~_mask_of(weight), -torch.inf)
     return ranking
 
 

@@ -14,7 +14,7 @@ from labkit.graph.groups import Group, Member, trace
 from labkit.pruning.scores import CRITERIA, input_taylor, obs_prune, saliency, unit_scores
 
 NEED_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]
-NEED_LOSS = ["taylor", "taylor_abs", "obd"]
+NEED_LOSS = [name for name, criterion in CRITERIA.items() if criterion.gradient]
 
 
 class Net(nn.Module):

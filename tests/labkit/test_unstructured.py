@@ -129,6 +129,16 @@ def test_zeros_go_first_whatever_the_criterion(net):
     assert sparsity(pruned) == 0.5
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_pruned_weights_stay_pruned_however_low_the_scores(net, batch, criterion):
+    for parameter in net.parameters():
+        parameter.data *= 100
+    once = prune(net, 0.3)
+    twice = prune(once, 0.4, criterion=criterion, batches=[batch])
+    for name, kept in masks(once).items():
+        assert not masks(twice)[name][~kept].any(), f"{name}: a weight pruned before came back"
+
+
 def test_untrained_zero_layers_do_not_stop_layer_pruning(net):
     net.fc2.weight.data.zero_()
     assert (prune(net, 0.5, scope="layer").fc1.weight == 0).sum() == net.fc1.weight.numel() / 2
