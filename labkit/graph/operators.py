@@ -100,7 +100,7 @@ TABLE = (
     Row("flip", "flip"),
     Row("roll", "roll", compared=True),
     Row("gathered", "pixel_shuffle col2im"),
-    Row("im2col", "im2col"),
+    Row("spread", "im2col pixel_unshuffle"),
     # joins and parts
     Row("cat", "cat", compared=True),
     Row("stack", "stack"),

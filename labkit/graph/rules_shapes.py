@@ -163,9 +163,12 @@ def gathered(call: Call) -> Spans:
     return (*rest, Span((dim,), rows[:, 0]))
 
 
-@rule("im2col")
-def im2col(call: Call) -> Spans:
-    """Turn [.., C, H, W] into [.., C k, L]: k rows of each channel."""
+@rule("spread")
+def spread(call: Call) -> Spans:
+    """Turn [.., C, H, W] into [.., C k, ...]: the k rows of each channel have the label of the channel.
+
+    k is the size of the kernel in im2col, and r r in pixel_unshuffle(r).
+    """
     x = call.args[0]
     dim = x.dim() - 3
     spans = call.fixed(x, (dim + 1, dim + 2), POSITIONS)

@@ -185,6 +185,7 @@ ROWS, COLUMNS = torch.tensor([[0, 1]]), torch.tensor([0, 2])
         lambda x: x[:, None, None].expand(-1, 3, 3, -1)[:, ROWS[0], COLUMNS].mean(1),  # indexed side by side
         lambda x: x[:, :, None].expand(-1, -1, 3)[ROWS, :, COLUMNS][0],  # and apart: indexed dimensions come first
         lambda x: F.pixel_shuffle(x.view(2, -1, 1, 1), 2).flatten(1),
+        lambda x: F.pixel_unshuffle(x.view(2, -1, 1, 1).expand(-1, -1, 2, 2), 2).view(2, -1, 4).mean(2),
         lambda x: F.fold(F.unfold(x.view(2, -1, 1, 1).expand(-1, -1, 4, 4), 3) * 2, 4, 3).mean((2, 3)),
         lambda x: F.fold(x.view(2, -1, 1), 2, 2).flatten(1),  # four positions of two channels
     ],
@@ -192,6 +193,22 @@ ROWS, COLUMNS = torch.tensor([[0, 1]]), torch.tensor([0, 2])
 def test_a_width_can_shrink_through_views_and_indices_of_other_dimensions(fn):
     pruned = prune(Beside(fn).eval(), torch.randn(2, 6), ratio=0.5, scope="layer")
     assert pruned.model.first.out_features == 4 and pruned.report.equal
+
+
+def test_a_channel_goes_with_all_the_channels_that_an_unshuffle_makes_of_it():
+    class Downscaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(24, 2, 1)
+
+        def forward(self, x):
+            return self.b(F.pixel_unshuffle(self.a(x), 2))
+
+    model, x = Downscaled().eval(), torch.randn(2, 3, 8, 8)
+    units = {m.name: m.indices(1).tolist() for m in by_name(model, x)["a.weight"].members}
+    assert units == {"a.weight": [1], "a.bias": [1], "b.weight": [4, 5, 6, 7]}
+    pruned = prune(model, x, ratio=0.5)
+    assert pruned.model.b.in_channels == 12 and pruned.report.equal
 
 
 def test_heads_that_are_joined_with_a_part_without_them_keep_what_both_have():
