@@ -112,7 +112,7 @@ def timm_network(name: str) -> tuple[nn.Module, tuple, dict]:
 def transformers_network(name: str) -> tuple[nn.Module, tuple, dict]:
     import transformers
 
-    from labkit.pruning import anatomy
+    from labkit.graph import anatomy
 
     kind = transformers.CONFIG_MAPPING[name]
     usual, sizes = kind(), ZOO["transformers"]["sizes"]
@@ -238,7 +238,8 @@ TOOLS: dict[str, Callable[[nn.Module, tuple, dict], tuple[nn.Module, Row]]] = {
 
 def units(model: nn.Module, kwargs: dict) -> Row:
     """Whether half of the heads, and half of the neurons of a transformer can be removed, or the reason why not."""
-    from labkit.pruning import anatomy, transformers
+    from labkit.graph import anatomy
+    from labkit.pruning import transformers
 
     def heads() -> None:
         parts = anatomy.attentions(model)

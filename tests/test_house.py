@@ -1,11 +1,13 @@
 """The shape of the house: two wings, no circle, one meaning a name, and nothing that nobody uses."""
 
 import ast
+import importlib.util
 import json
 import re
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -146,6 +148,26 @@ def public(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
         and not node.name.startswith("_")
         and not any("rule" in ast.dump(decorator) for decorator in node.decorator_list)  # called through their table
     ]
+
+
+def test_names_that_are_imported_exist():
+    """Imports within functions of benchmarks and lessons too, which run only with packages and models at hand."""
+    missing = []
+    for name, code in callers():
+        for node in ast.walk(code):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("labkit", "course"):
+                source = importlib.import_module(node.module)
+                missing += [
+                    f"{name}: {node.module}.{alias.name}" for alias in node.names if not has(source, alias.name)
+                ]
+    assert not missing, "\n".join(missing)
+
+
+def has(module: ModuleType, name: str) -> bool:
+    """Return True if a module has a name, or a submodule of the name."""
+    if hasattr(module, name):
+        return True
+    return importlib.util.find_spec(f"{module.__name__}.{name}") is not None
 
 
 def test_a_public_name_has_a_caller():
