@@ -76,12 +76,14 @@ class Sized(NamedTuple):
 
 
 class Restricted(NamedTuple):
-    """A call of an operator over labels: a reference without the labels leaves these entries out of the call.
+    """A call of an operator that depends on how many channels there are, such as the mean in a layer norm.
+
+    The equality check runs the dense model as the reference, and lets the call see only the remaining channels.
 
     name, module, number: the n-th call of an operator in a module.
     argument, dim: the operand and the dimension with `labels`.
-    kind: "norm" (statistics of the remaining entries only), "statistic" (the dimension is gone afterwards), or "mask"
-    (terms of a sum).
+    kind: "norm" (statistics of the remaining entries), "statistic" (the result has no such dimension), or "mask" (terms
+    of a sum).
     """
 
     name: str

@@ -99,7 +99,7 @@ def group_units(
             if signature:
                 sides_by_signature.setdefault(signature, []).append(side)
     groups: list[Group] = []
-    roots: list[np.ndarray] = []
+    unit_classes: list[np.ndarray] = []
     names: Counter[str] = Counter()
     unit_of_class = np.full(len(classes), -1, dtype=np.int64)  # filled for one group after another
     for signature, group_sides in sides_by_signature.items():
@@ -115,8 +115,8 @@ def group_units(
             names[name] += 1
             suffix = "" if names[name] == 1 else f"#{names[name]}"
             groups.append(Group(name + suffix, len(units), members))
-            roots.append(units)
-    return tuple(groups), tuple(roots)
+            unit_classes.append(units)
+    return tuple(groups), tuple(unit_classes)
 
 
 def _signatures(
@@ -126,15 +126,14 @@ def _signatures(
     free = np.ones(len(classes), dtype=bool)
     free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False
     places = []
-    for axis, roots in sides:
-        places.append((f"{axis.name} {axis.dim}", roots))
+    for axis, axis_classes in sides:
+        places.append((f"{axis.name} {axis.dim}", axis_classes))
     for number, labels in enumerate(record.labels.pieces):
-        roots = np.unique(classes[labels])
-        places.append((f"piece {number}", roots))
+        places.append((f"piece {number}", np.unique(classes[labels])))
     signatures = np.zeros(len(classes), dtype=np.uint64)
-    for place, roots in places:
-        free_roots = roots[free[roots]]
-        signatures[free_roots] += _hash(place)  # once for each class, however often the place has it
+    for place, place_classes in places:
+        free_classes = place_classes[free[place_classes]]
+        signatures[free_classes] += _hash(place)  # once for each class, however often the place has it
     return signatures
 
 

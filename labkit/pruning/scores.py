@@ -329,7 +329,7 @@ UnitScores = dict[int, Tensor]  # {number of the group: score of each unit [unit
 class UnitTask:
     """Input of a unit criterion.
 
-    groups: coupled groups of `model`, from `coupling.trace`. batches, loss_fn, seed: as in `saliency`.
+    groups: coupled groups of `model`, from `labkit.graph.groups.trace`. batches, loss_fn, seed: as in `saliency`.
     """
 
     model: nn.Module
@@ -362,7 +362,7 @@ def unit_scores(
 ) -> UnitScores:
     """Score every unit; higher is more important: {number of the group: [units], float32 or wider, on the CPU}.
 
-    groups: from `coupling.trace`.
+    groups: from `labkit.graph.groups.trace`.
     criterion: a name in UNIT_CRITERIA; or {parameter: scores of the output channels}, summed over the channels of a
         unit and over parameters; or a function of a group that returns scores [units], or None to leave the group out.
     batches, loss_fn, seed: as in `saliency`.

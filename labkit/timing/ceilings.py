@@ -22,7 +22,7 @@ from labkit.timing.clocks import Sample
 from labkit.timing.fingerprint import Machine, fingerprint, memory_bytes, torch_device
 from labkit.timing.interference import Snapshot
 from labkit.timing.roofs import PRODUCTS, Ceilings
-from labkit.timing.rounds import Turn, fastest_s, take_turns
+from labkit.timing.rounds import EnoughRounds, Turn, fastest_s, take_turns
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 
@@ -122,11 +122,7 @@ def _in_turns(workloads: Workloads, target: torch.device, deadline: float) -> di
     for call in calls.values():
         clock.block(call, 1)
     every_call = [Turn(key) for key in calls]
-
-    def is_over(number: int, elapsed_s: float, samples: Mapping) -> bool:
-        return number >= ROUNDS and time.perf_counter() >= deadline
-
-    return take_turns(clock, calls, itertools.repeat(every_call), is_over)
+    return take_turns(clock, calls, itertools.repeat(every_call), EnoughRounds(ROUNDS, deadline))
 
 
 def _judged_by_cpu_time(machine: Machine, target: torch.device, before: Snapshot, after: Snapshot) -> bool:
