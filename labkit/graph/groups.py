@@ -74,7 +74,7 @@ def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[
 class Coupling:
     """The result of a trace, ready to tell the meaning of a choice of units for every parameter.
 
-    record: of the traced call.
+    record: record of the traced call.
     classes: [labels], the class of every label; labels of a class go together.
     reasons: {class: reason} of the classes to stay.
     groups: the groups of units.

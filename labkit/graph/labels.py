@@ -59,7 +59,7 @@ class _WholeSlices(NamedTuple):
 class _EvenPieces(NamedTuple):
     """A dimension cut into pieces: pieces of one size have to keep equally many labels.
 
-    labels: of the whole dimension.
+    labels: labels of the whole dimension.
     bounds: positions of the cuts, the two ends included; filled further while the model is traced.
     reason: why labels stay for which equal numbers are impossible.
     """

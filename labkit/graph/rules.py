@@ -30,11 +30,12 @@ class Summed(NamedTuple):
 class Call:
     """A call of an operator, on the way through the operator's rule.
 
-    name: of the operator.
+    name: name of the operator.
     args, kwargs, out: the arguments, positional as in the ATen schema, and the result.
-    module: the name of the running module. number: of the call, among the operator's calls in the module.
+    module: the name of the running module.
+    number: number of the call among the operator's calls in the module.
     record: receives the notes of the rule.
-    before: of a slice, the labels in front of the part (`Operation.before`); set by the rule.
+    before: for a slice, the labels in front of the part (`Operation.before`); set by the rule.
     """
 
     name: str
@@ -109,7 +110,7 @@ class Call:
         """Tie the entries of a bias or a scale to channels.
 
         vector: the bias or scale, None for a layer without.
-        labels: of the channels, as many as entries; None for a dimension of fixed size.
+        labels: labels of the channels, as many as entries; None for a dimension of fixed size.
         """
         span = None if vector is None else span_at(self.spans(vector), 0)
         if span is None:

@@ -173,7 +173,8 @@ def _record_convolution_cost(
 
     The kernel is applied at every position of the output, transposed at every position of the input.
 
-    inputs, outputs: labels of the channels. rest: spans of the input without channels.
+    inputs, outputs: labels of the channels.
+    rest: spans of the input without channels.
     """
     image = conv.x if conv.transposed else call.out
     positions = math.prod(image.shape[conv.channel + 1 :])

@@ -61,7 +61,7 @@ def fix(labels: Labels, spans: Spans, dims: Iterable[int], reason: str) -> Spans
     `dims`: the labels are tied along the fixed dimensions (the 64 positions of each head).
 
     labels: receives the ties and pins.
-    spans: of the tensor.
+    spans: spans of the tensor.
     dims: the dimensions to keep.
     reason: told to a user as the reason why the entries stay.
     Returns the spans of the dimensions free to shrink.

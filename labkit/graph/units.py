@@ -43,7 +43,7 @@ class Member:
 class Group:
     """Units to be removed from the same parameters, each unit as a whole.
 
-    name: of the first parameter that makes the channels, with #2 and so on for further groups of the same name.
+    name: name of the first parameter that makes the channels, with #2 and so on for further groups of the same name.
     units: how many.
     members: the dimensions in which entries go.
     link: groups with the same link keep the same fraction of units; None for a group without a link.
@@ -83,7 +83,7 @@ def group_units(
     The units of a group are classes in the same dimensions of the same parameters, and in the same pieces of
     dimensions cut unevenly.
 
-    record: of the traced call.
+    record: record of the traced call.
     classes: [labels], the class of each label.
     reasons: {class to stay for good: reason}.
     Returns the groups, and for each group the class of each unit.
@@ -181,7 +181,8 @@ def failing(groups: Sequence[Group], clusters: list[Cluster], obstacle: Obstacle
 
     In repeated blocks the groups of a place fail alike: if the first, the middle and the last fail, all do.
 
-    groups: of the model. clusters: to be searched.
+    groups: groups of the model.
+    clusters: clusters to be searched.
     obstacle: obstacle(clusters) cuts clusters and returns the failure, a false value for success.
     Returns {number of a group: failure without some units}.
     """

@@ -111,7 +111,7 @@ def _split_sequence(model: nn.Module, batch: Sequence[Any]) -> tuple[tuple, dict
 
 
 def _is_mask(x: Any) -> bool:
-    """Tell whether `x` is a tensor of two or more dimensions that holds only zeros and ones."""
+    """Return True if `x` is a tensor of two or more dimensions that holds only zeros and ones."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return False
     zeros_and_ones = (x == 0) | (x == 1)
@@ -149,7 +149,7 @@ def labelled(model: nn.Module, batch: Any) -> Any:
 
 
 def _takes_labels(model: nn.Module, batch: Any) -> bool:
-    """Tell whether `forward` has a parameter `labels`, or takes any keyword argument and the batch is a dict."""
+    """Return True if `forward` has a parameter `labels`, or takes any keyword argument and the batch is a dict."""
     parameters = inspect.signature(model.forward).parameters
     if "labels" in parameters:
         return True
@@ -158,12 +158,12 @@ def _takes_labels(model: nn.Module, batch: Any) -> bool:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Tell whether the config of a transformers model describes an encoder-decoder, like T5."""
+    """Return True if the config of a transformers model describes an encoder-decoder, like T5."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def predicts_next(model: nn.Module) -> bool:
-    """Tell whether the output at position t is scored against token t + 1: a decoder with a language model head."""
+    """Return True if the output at position t is scored against token t + 1: a decoder with a language model head."""
     can_generate = getattr(model, "can_generate", lambda: False)()
     return can_generate and not is_encoder_decoder(model)
 
@@ -231,7 +231,7 @@ def segments(tokens: Tensor, n: int, length: int, *, seed: int = 0) -> list[Tens
     """Cut `n` segments [1, length] out of a text at random positions: calibration data as SparseGPT and Wanda use it.
 
     tokens: [N] token ids of the text.
-    seed: of the positions; with the same seed a larger n begins with the segments of a smaller n.
+    seed: seed of the positions; with the same seed a larger n begins with the segments of a smaller n.
 
     Raises InputError if the text is shorter than a segment.
     """

@@ -41,7 +41,7 @@ def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any], *, bef
 def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call look(name, input, result) after every forward pass of the named modules, as long as the `with` block runs.
 
-    names: of modules called with a single tensor, from `model.named_modules()`.
+    names: names of modules called with a single tensor, from `model.named_modules()`.
     look: gets the module's name, the input tensor and the result.
 
     Raises InputError for a name without a module.
@@ -67,7 +67,7 @@ def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor
 def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """Call act(number, input) before every forward pass of the named modules, as long as the `with` block runs.
 
-    names: of modules with a tensor as the first positional argument.
+    names: names of modules with a tensor as the first positional argument.
     act: gets the module's index in `names` and the input tensor. A tensor as the result replaces the input.
     """
 

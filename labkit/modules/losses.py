@@ -40,7 +40,8 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tenso
 def cross_entropy(scores: Any, labels: Any) -> Tensor:
     """Return F.cross_entropy(scores, labels), the mean over the batch; raise InputError if the two do not fit.
 
-    scores: [B, classes]. labels: [B] class numbers.
+    scores: [B, classes].
+    labels: [B] class numbers.
     """
     try:
         return F.cross_entropy(scores, labels)

@@ -80,7 +80,7 @@ def _attributes(value: Any, without: set[int]) -> list[Any]:
 
 
 def _is_cache(value: Any) -> bool:
-    """Tell whether `value` is of a class of transformers for keys, values and states between calls."""
+    """Return True if `value` is of a class of transformers for keys, values and states between calls."""
     for kind in type(value).__mro__:
         is_of_transformers = kind.__module__.startswith("transformers.")
         if is_of_transformers and "Cache" in kind.__name__:

@@ -57,8 +57,11 @@ def make_cluster(
 ) -> Cluster:
     """Rank the units of linked groups and divide the units into steps.
 
-    groups: all groups of the model. members: numbers of the linked groups. scores: {number of the group: [units]}.
-    min_channels: channels that remain in each group. round_to: each group's remaining channels are a multiple of it.
+    groups: all groups of the model.
+    members: numbers of the linked groups.
+    scores: {number of the group: [units]}.
+    min_channels: channels that remain in each group.
+    round_to: each group's remaining channels are a multiple of it.
     """
     steps = math.gcd(*(groups[i].units for i in members))
     order, step_scores = [], []

@@ -161,7 +161,7 @@ def saliency(
     criterion: a name in CRITERIA.
     batches: input of `model`, see `batches.split`; needed by criteria of gradients or activations, and read once.
     loss_fn: loss_fn(output, target), for criteria of gradients; None takes the loss of `losses.batch_loss`.
-    seed: of all random numbers, the model's dropout included.
+    seed: seed of all random numbers, the model's dropout included.
 
     A weight not reached by any batch has no entry. `model` is not changed.
     """
@@ -276,7 +276,10 @@ def _inverse(hessian: Tensor) -> Tensor:
 def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
     """Remove count_to_prune(in, sparsity) weights of every row, each time the weight that costs least after an update.
 
-    weight: [out, in] of a layer y = x W^T. inputs: [N, in], the layer's inputs x. Returns a new weight like `weight`.
+    weight: [out, in] of a layer y = x W^T.
+    inputs: [N, in], the layer's inputs x.
+    Returns a new weight like `weight`.
+
     Per row, with H = 2 X^T X + DAMP * mean(diag H) * I (Hassibi & Stork 1993, eq. 5; the exact greedy of Optimal Brain
     Compression, Frantar & Alistarh 2022, Lemma 1):
         q = argmin w_q^2 / [H^-1]_qq        w += -w_q / [H^-1]_qq * H^-1[:, q]
@@ -329,7 +332,8 @@ UnitScores = dict[int, Tensor]  # {number of the group: score of each unit [unit
 class UnitTask:
     """Input of a unit criterion.
 
-    groups: coupled groups of `model`, from `labkit.graph.groups.trace`. batches, loss_fn, seed: as in `saliency`.
+    groups: coupled groups of `model`, from `labkit.graph.groups.trace`.
+    batches, loss_fn, seed: as in `saliency`.
     """
 
     model: nn.Module
@@ -629,7 +633,8 @@ def input_taylor(
     """(1/N) sum over examples of |dl/dz|, z = 1 a gate on a unit in the input of a module.
 
     readers: {name of the module: number of units}; a unit is that many equal runs of the input's channels.
-    batches, loss_fn: as in `saliency`. Returns [units] float64 on the CPU for each module.
+    batches, loss_fn: as in `saliency`.
+    Returns [units] float64 on the CPU for each module.
 
     dl/dz is the sum of a dl/da over the valid tokens of an example and the channels of the unit, a the input; l is the
     loss summed over the terms of the example, N the number of terms of all examples. Molchanov et al. 2017 for neurons,

@@ -64,7 +64,8 @@ def scan(
     args: the example input for tracing `model`.
     evaluate: evaluate(model) -> float, the metric; gets a pruned copy in the mode of `model`, the same data each time.
     ratios: fractions of a group's units to remove.
-    progress: True shows a progress bar. options: fields of `channels.Choice`. Linked groups are pruned together.
+    progress: True shows a progress bar.
+    options: fields of `channels.Choice`. Linked groups are pruned together.
     """
     check_function(evaluate, "evaluate")
     check_several(ratios, "ratios")

@@ -72,7 +72,8 @@ class _HeadCut:
     """Removed and remaining heads of an attention.
 
     group: number of the coupling's group; the units of the group are the attention's heads, or KV heads.
-    table: the query heads of each unit. remaining: the remaining query heads of each unit.
+    table: the query heads of each unit.
+    remaining: the remaining query heads of each unit.
     """
 
     attention: Attention
@@ -328,7 +329,8 @@ def prune_ffn(
             the terms N and the loss of `head_importance`.
         "random": the baseline.
     batches: input of `model`, read once; needed for "wanda" and "taylor".
-    loss_fn: as in `head_importance`, for "taylor". seed: of "random".
+    loss_fn: as in `head_importance`, for "taylor".
+    seed: seed of "random".
     round_to: the remaining neurons are rounded to the nearest multiple (64 or 128 suit matrix hardware).
     kwargs, check: as in `prune_heads`.
 

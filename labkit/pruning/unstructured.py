@@ -192,7 +192,8 @@ def _included(model: nn.Module, parts: list[str]) -> dict[str, Weight]:
 def _slices(weights: Mapping[str, Weight], values: Mapping[str, Tensor], scope: str) -> dict[str, Tensor]:
     """Return values as matrices [slices, n], so that each row holds the weights ranked together in `scope`.
 
-    values: {name of the weight: tensor shaped like the weight}. Returns {name: matrix}, a single matrix for "global".
+    values: {name of the weight: tensor shaped like the weight}.
+    Returns {name: matrix}, a single matrix for "global".
     """
     rows = {name: weights[name].as_rows(x) for name, x in values.items()}  # [out, in]
     if scope == "row":

@@ -155,7 +155,7 @@ def compare(
         callable with data of its own. All builds share the budget, and the interval is over the builds. Use `builds`
         wherever each side owns data, because the place of the data in memory is part of the timing. Building is not
         timed.
-    seed: of the order of the pairs and of the building.
+    seed: seed of the order of the pairs and of the building.
     Raises InputError for unusable arguments and for work that is unfinished when a call returns. Errors of the
     callables pass through.
     """
@@ -184,7 +184,7 @@ def compare(
 class _Pairs:
     """Time pairs of two callables, build after build, and keep all samples.
 
-    names: of baseline and candidate.
+    names: names of baseline and candidate.
     check: as in `compare`.
     budget_s, least_s: seconds for the pairs of a build, and seconds before the first look at the interval.
     choose_clock: choose_clock(output of the baseline) -> clock.
@@ -347,7 +347,7 @@ def race(
     calls: name -> callable; two callables at least.
     device, clock: as in `measure`, with hot caches.
     budget_s: seconds for all callables; the race ends with the round that spends the budget.
-    seed: of the order in each round.
+    seed: seed of the order in each round.
     Raises InputError for unusable arguments. Errors of the callables pass through.
     """
     if not isinstance(calls, Mapping):

@@ -126,7 +126,7 @@ def _in_turns(workloads: Workloads, target: torch.device, deadline: float) -> di
 
 
 def _judged_by_cpu_time(machine: Machine, target: torch.device, before: Snapshot, after: Snapshot) -> bool:
-    """Tell whether CPU time counts, as in `bench` for a single thread while other programs compete for the cores."""
+    """Return True if CPU time counts, as in `bench` for a single thread while other programs compete for the cores."""
     load = interference.foreign_cores(before, after) or 0.0
     is_disturbed = load > interference.FOREIGN_CORES
     return is_disturbed and target.type == "cpu" and machine.threads == 1

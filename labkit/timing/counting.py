@@ -85,7 +85,8 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
 def flops_by_component(model: nn.Module, **inputs: Any) -> dict[str, int]:
     """Count the FLOPs of a call by component of a transformer (see `components.py`), a multiply-add being 2.
 
-    inputs: arguments of the model, by name. Raises InputError as `count`, and for anything but a module.
+    inputs: arguments of the model, by name.
+    Raises InputError as `count`, and for anything but a module.
     """
     from labkit.timing.components import shares_by_component
 

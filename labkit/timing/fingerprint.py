@@ -66,7 +66,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hold the facts about a machine that influence a result. All sizes are in bytes.
+    """Facts about a machine that influence a result. All sizes are in bytes.
 
     device: "cpu" or "cuda", the device of the fingerprint, named by `slug` and `label`.
     affinity: numbers of the logical cores of this process.
@@ -153,7 +153,8 @@ def _slug(name: str) -> str:
 def fingerprint(device: str | torch.device = "auto") -> Machine:
     """Take the fingerprint of the machine as this process sees the machine.
 
-    device: as for `torch_device`. Raises InputError for an unusable device.
+    device: as for `torch_device`.
+    Raises InputError for an unusable device.
     """
     target = torch_device(device)
     cpu = _cpu()

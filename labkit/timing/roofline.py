@@ -37,7 +37,7 @@ __getattr__ = names_on_demand(
 
 @dataclass(frozen=True)
 class Bound:
-    """Hold the least time of a call on a machine.
+    """Least time of a call on a machine.
 
     seconds: no execution takes less.
     limiter: "memory" or "compute", the roof that sets the time.

@@ -95,7 +95,7 @@ def plot(
 
 @dataclass
 class _Scene:
-    """Hold what is drawn: ceilings, points, and the limits and the unit of the axes."""
+    """Parts of a roofline plot: ceilings, points, and the limits and the unit of the axes."""
 
     ceilings: Ceilings
     dtype: str

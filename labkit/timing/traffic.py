@@ -128,7 +128,9 @@ class Traffic(TorchDispatchMode):
     ) -> None:
         """Note the memory of an operator's arguments.
 
-        name: of the operator. arguments: values by name. written: names of the arguments that the operator changes.
+        name: name of the operator.
+        arguments: values by name.
+        written: names of the arguments that the operator changes.
         """
         for argument, value in arguments.items():
             touched = pieces(_leaves(value))
@@ -170,7 +172,7 @@ def _name(func: Any) -> str:
 
 
 def _takes_only_shape(name: str) -> bool:
-    """Tell whether an operator takes the shape of its operand and reads no element."""
+    """Return True if an operator takes the shape of its operand and reads no element."""
     return name.endswith("_like") or name.startswith("new_")
 
 
