@@ -219,9 +219,9 @@ def distilling(
 ) -> LossFn:
     """Return a loss_fn for `training.train_`: alpha * distillation + (1 - alpha) * task loss.
 
-    teacher: in eval mode; runs without gradients on the batch's device. None: the batches hold the teacher's logits, as
-        the last entry of (inputs, labels, logits) or under "teacher_logits".
-    alpha: from 0 to 1; at 1 no labels are needed.
+    teacher: model in eval mode; runs without gradients on the batch's device. None: the batches hold the teacher's
+        logits, as the last entry of (inputs, labels, logits) or under "teacher_logits".
+    alpha: share of the distillation, from 0 to 1; at 1 no labels are needed.
     temperature, beta: as in `distillation_loss`. Tokens without a label (padding, a prompt) are not distilled either.
     """
     check_number(alpha, "alpha", 0, 1)

@@ -70,7 +70,7 @@ def child_environment(**settings: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, and rename the temporary file to `path` at the end.
+    """Write a file atomically: yield a temporary path, and rename the file to `path` at the end.
 
     The folder of `path` is created. After an error `path` is unchanged.
     """
@@ -116,6 +116,6 @@ def refused(what: str, cure: str = "fix that, then try again") -> Iterator[None]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, and create the file's folder."""
+    """Write a text file atomically, and create its folder."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -94,7 +94,7 @@ def style(points: float = TYPE) -> None:
 
 
 def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
-    """Show a matplotlib figure with its description and its data, and close the figure.
+    """Show a matplotlib figure with its description and its data, and close it.
 
     The picture is a PNG, `figsize` inches wide on the screen: JupyterLab shows no SVG of a notebook without trust. The
     picture's metadata holds the description, and the height of the smallest text on a phone.
@@ -449,7 +449,7 @@ def emit(
 ) -> None:
     """Show an output in a notebook as HTML, anywhere else as printed text.
 
-    text: for terminals, and for readers of a notebook without HTML.
+    text: text for terminals, and for readers of a notebook without HTML.
     data: further contents of the notebook's output, by MIME type.
     metadata: metadata of the notebook's output.
     """

@@ -63,7 +63,7 @@ def tensors_in(args: tuple, kwargs: dict) -> Iterator[Tensor]:
 class _Call(NamedTuple):
     """The arguments of an operator, ready to run.
 
-    args, kwargs: as for the ATen operator.
+    args, kwargs: arguments of the ATen operator.
     touched: as in `Abstract.observe`.
     has_operands: True if an argument is a tensor.
     has_real: True if an operand was a real tensor before the preparation.

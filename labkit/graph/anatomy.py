@@ -239,7 +239,7 @@ def example(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _inputs_from_config(model: nn.Module, like: Tensor) -> dict[str, Tensor]:
-    """Make the input of `example`. like: a tensor with the dtype and device of floating-point inputs."""
+    """Make the input of `example`, floating-point tensors with the dtype and device of `like`."""
     config = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     main_name = getattr(model, "main_input_name", "")

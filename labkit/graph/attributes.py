@@ -33,7 +33,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:
-    """Return the shape of `x` after a cut; keep: {dimension: remaining indices}."""
+    """Return the shape of `x` after a cut that leaves `keep`, {dimension: remaining indices}."""
     sizes = list(x.shape)
     for dim, indices in keep.items():
         sizes[dim] = len(indices)
@@ -142,8 +142,8 @@ def new_sizes(record: Record, gone: np.ndarray) -> dict[tuple[str, int], NewSize
 class _Renumbering:
     """Gives the numbers of modules after a cut (`new_attributes`).
 
-    A number equal to a size of the module's forward pass (a view's 768, 12 heads) becomes the new size if the new size
-    is certain (`NewSize`) and the number is no config's; entries of `follows` come first. Numbers forming a whole shape
+    A number equal to a size of the module's forward pass (a view's 768, 12 heads) becomes the new size if that size is
+    certain (`NewSize`) and the number is no config's; entries of `follows` come first. Numbers forming a whole shape
     together become the new shape.
     """
 

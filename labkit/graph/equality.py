@@ -2,8 +2,8 @@
 
 `check` runs the two models on the example input. In a copy of the dense model, every weight column that reads a removed
 channel is set to zero, which leaves the function of the remaining channels. No weight can do that for a norm or another
-statistic over pruned channels, so the dense copy takes the statistic over the remaining channels, and the report names
-the statistic. Of the pruned model the check uses the outputs only, never the plan behind the weights.
+statistic over pruned channels, so the dense copy takes it over the remaining channels, and the report names
+it. Of the pruned model the check uses the outputs only, never the plan behind the weights.
 """
 
 import math

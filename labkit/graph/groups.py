@@ -123,7 +123,7 @@ class Coupling:
         return list(clusters.values())
 
     def pinned(self, reasons: Mapping[int, str]) -> "Coupling":
-        """Return the coupling without some groups; reasons: {number of a group: why the group stays}."""
+        """Return the coupling without the groups in `reasons`, {number of a group: why it stays}."""
         class_reasons = dict(self.reasons)
         for i, reason in reasons.items():
             units = self.unit_classes[i].tolist()
@@ -315,7 +315,7 @@ def with_linked_groups(coupling: Coupling) -> Coupling:
 
 
 def pin_what_fails(coupling: Coupling, obstacle: Callable[[Coupling, list[Cluster]], Mismatch | None]) -> Coupling:
-    """Pin the groups with a failing cut; obstacle: a method of `Trials`."""
+    """Pin the groups with a failing cut; `obstacle`, a method of `Trials`, makes the cuts."""
     failed = failing(coupling.groups, coupling.clusters(), partial(obstacle, coupling))
     reasons = {i: f"the forward pass needs this size ({mismatch.why})" for i, mismatch in failed.items()}
     return coupling.pinned(reasons)

@@ -194,7 +194,7 @@ def _make_product(classes: np.ndarray, fixed: np.ndarray) -> Edges:
     follows from the input if the number of groups is a constant.
 
     classes: [a, b, ...], of the labels of a dimension split in several.
-    fixed: by class, True if the class never goes.
+    fixed: [labels], True at the name of each class that never goes.
     """
     if fixed[classes].all():
         return NO_EDGES
@@ -220,7 +220,7 @@ def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges, np.n
     are joined; the remaining classes are joined into a single class.
 
     pieces: the classes of the labels in each piece; the pieces have equal sizes.
-    fixed: by class, True if the class never goes.
+    fixed: [labels], True at the name of each class that never goes.
     Returns the edges, and the classes without an even join.
     """
     uneven = _uneven_classes(pieces, fixed)

@@ -28,7 +28,7 @@ class Summed(NamedTuple):
 
 @dataclass
 class Call:
-    """A call of an operator, on the way through the operator's rule.
+    """A call of an operator, on the way through its rule.
 
     name: name of the operator.
     args, kwargs, out: the arguments, positional as in the ATen schema, and the result.
@@ -130,7 +130,7 @@ class Call:
     def record_contraction(self, *sides: Summed) -> None:
         """Note that a matrix product or convolution sums over the labels of `sides`.
 
-        If a side is a weight, the columns of the weight read the channels: removing a channel removes the column. If
+        If a side is a weight, its columns read the channels: removing a channel removes a column. If
         no side is a weight (attention's scores), the product runs over fewer terms after a cut.
         """
         weights = [side.labels for side in sides if traced(side.x).is_weight]

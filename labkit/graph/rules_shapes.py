@@ -212,7 +212,7 @@ def cat(call: Call) -> Spans:
 
 
 def _not_shared(spans: Sequence[Spans], dim: int) -> set[int]:
-    """Return the dimensions to be fixed before parts can be joined along `dim`; spans: of each part.
+    """Return the dimensions to be fixed before parts with `spans` can be joined along `dim`.
 
     If the parts have labels for different dimensions (heads, and positions inside heads), the common dimensions stay
     free.

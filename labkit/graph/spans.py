@@ -1,4 +1,4 @@
-"""Spans: the labels along a tensor's dimensions, and the way of labels when the tensor changes shape.
+"""Spans: the labels along a tensor's dimensions, and the way of labels when it changes shape.
 
 A span holds the labels of some dimensions of a tensor. The functions tie and move spans for steps common to many
 operators: an elementwise result, a reordering of dimensions, a view. Operators themselves are known to `rules` only.

@@ -114,7 +114,7 @@ def _row_of_table(row: Units, name_width: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned model, the plan of its cut, and the report of the equality check (None if the check was left out)."""
+    """A pruned model, the plan of its cut, and the report of the equality check (None if it was left out)."""
 
     model: nn.Module
     plan: Plan
@@ -311,7 +311,7 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
     """Return the pruned model that `save` wrote, cut from a dense model of the same architecture.
 
     model: the dense model, with any weights; it is only read.
-    file: as given to `save`.
+    file: path given to `save`.
 
     Raises DataError if the file is missing or damaged, InputError if it is of another architecture or dtype.
     """
@@ -345,7 +345,7 @@ def _read(file: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _cut_as_saved(model: nn.Module, content: Mapping[str, Any]) -> nn.Module:
-    """Return `model` cut by the plans of a file in turn, with the configs of the file; the weights are the model's."""
+    """Return `model` cut by the plans of a file in turn, with the configs stored there; the weights are the model's."""
     new = model
     for plan in content["plans"]:
         attributes = _attributes_of(plan, new)

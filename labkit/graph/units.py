@@ -193,7 +193,7 @@ def failing(groups: Sequence[Group], clusters: list[Cluster], obstacle: Obstacle
 
 
 def _failing_in(places: list[list[Cluster]], obstacle: Obstacle) -> dict[int, Any]:
-    """Search clusters by halving; places: a list of clusters for each place."""
+    """Search clusters by halving; `places` has a list of clusters for each place."""
     clusters = [cluster for place in places for cluster in place]
     reason = obstacle(clusters)
     if not reason:

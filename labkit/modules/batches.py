@@ -52,7 +52,7 @@ IGNORED = -100  # the label that cross-entropy leaves out
 
 
 def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
-    """Split a batch into (args, kwargs, target), so that model(*args, **kwargs) runs on the batch.
+    """Split a batch into (args, kwargs, target), so that model(*args, **kwargs) runs on it.
 
     target: the labels; None if the batch has no labels.
     batch: a tensor is the only argument.
@@ -61,7 +61,7 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
         the target.
 
     If `forward` has a parameter `labels`, as in transformers models, the target is passed as `labels` too. The last
-    item of a tuple is then the target if `labels` stand at the item's position, or if the item has one dimension, [B].
+    item of a tuple is then the target if `labels` stand at its position, or if it has one dimension, [B].
     Zeros and ones at the position of a mask are the mask.
 
     Raises InputError for any other last item of two or more dimensions, which could be labels or an argument.
@@ -121,7 +121,7 @@ def _is_mask(x: Any) -> bool:
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
     """Return the arguments of `forward` for a batch by name, without labels: model(**inputs(model, batch)) runs.
 
-    batch: in any of the forms of `split`.
+    batch: a batch in any of the forms of `split`.
     """
     args, kwargs, _ = split(model, batch)
     named = inspect.signature(model.forward).bind_partial(*args).arguments
@@ -131,7 +131,7 @@ def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
 def labelled(model: nn.Module, batch: Any) -> Any:
     """Return the batch as a dict of arguments with `labels` in which padding is IGNORED.
 
-    A batch of a decoder without labels is labelled with the decoder's input tokens. Any other batch without labels, and
+    A batch of a decoder without labels is labelled with its input tokens. Any other batch without labels, and
     a batch of a model that takes no labels, is returned unchanged.
     """
     if not _takes_labels(model, batch):

@@ -98,7 +98,7 @@ def watched(weights: Iterable[Weight], statistic: Statistic) -> Iterator[dict[st
     Gives a dict that is filled meanwhile: {name of the weight: (sum, number of input vectors)}.
 
     Linear layers that are called with the same tensor one after another (queries, keys, values) share a statistic. The
-    inputs of an expert are the tokens that are routed to the expert, and each expert has a number of vectors, [experts,
+    inputs of an expert are the tokens that are routed to it, and each expert has a number of vectors, [experts,
     1]. An expert that no token reaches counts as if each of its inputs had been 1 once, alone, so that all inputs
     matter alike, and a warning says so.
     """
@@ -234,7 +234,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     hessian: H = X^T X of a layer's inputs, [in, in].
 
     The damping raises the diagonal by DAMP times its mean, and by ten times more, with a warning, as often as the
-    decomposition fails. The diagonal of an input that was always zero is set to the mean, as the input has no part in
+    decomposition fails. The diagonal of an input that was always zero is set to the mean, as it has no part in
     any other. U is the inverse of the upper R with H + damping = R R^T, and R is the flipped Cholesky factor of the
     flipped matrix. Raises InputError if the decomposition fails TRIES times.
     """

@@ -1,6 +1,6 @@
 """Watch the modules of a model in a forward pass, or change the inputs and outputs: the manager of torch's hooks.
 
-`forward_hooks` registers a hook on several modules, and removes the hook at the end of the `with` block, errors or not.
+`forward_hooks` registers a hook on several modules, and removes it at the end of the `with` block, errors or not.
 `watching` and `reading` are built on `forward_hooks`, as are the walk over blocks (`blocks`) and the sums over a
 layer's inputs (`hessians`).
 """

@@ -69,7 +69,7 @@ def _content(value: Any) -> list[Any]:
 
 
 def _attributes(value: Any, without: set[int]) -> list[Any]:
-    """Return the attributes and slots of an object. without: ids of objects to be left out."""
+    """Return the attributes and slots of an object, except objects with ids in `without`."""
     state = object.__getstate__(value)  # (vars, slots), vars, or None, not asking the class's own __getstate__
     parts = state if isinstance(state, tuple) else (state,)
     attributes = []

@@ -1,11 +1,11 @@
-"""Structured pruning in three steps: plan which units go, cut a copy of the model, and prove the copy equal.
+"""Structured pruning in three steps: plan which units go, cut a copy of the model, and prove it equal.
 
 `prune` does all three steps. `plan` does the first: a table of groups, with the parameters, multiply-adds and bytes
 before and after, and nothing cut yet. `apply` does the second and the third.
 
 A unit is the smallest set of channels that can be removed by itself: mostly a single channel, but a whole attention
 head or a whole group of a grouped convolution where the operators of the model require so. `labkit.graph.groups` finds
-the units by tracing, `scores` ranks the units, and `allocation` says how many go of each group.
+the units by tracing, `scores` ranks them, and `allocation` says how many go of each group.
 """
 
 import math
@@ -43,7 +43,7 @@ class Choice:
 
     criterion: a name in `scores.UNIT_CRITERIA`, {parameter: scores of the output channels}, or a function of a group.
         batches, loss_fn, seed: input of the criterion, see `scores.unit_scores`.
-    scope: "global" ranks the units of all groups together, each score divided by the mean score of the group, so that
+    scope: "global" ranks the units of all groups together, each score divided by the mean score of its group, so that
         small weights do not cost a layer all of its channels; "layer" removes the same fraction of each group.
     min_channels: number of channels that remain in every group at least.
     round_to: the remaining channels are rounded to the nearest multiple of this number, if a group's units allow.
@@ -152,7 +152,7 @@ def apply(
     *,
     check: Any = True,
 ) -> Pruned:
-    """Cut a copy of `model` by `plan` and prove the copy equal to the masked `model` on an example input.
+    """Cut a copy of `model` by `plan` and prove it equal to the masked `model` on an example input.
 
     args, kwargs: the example input.
     check: True proves on the example input; False skips the proof (`report` is empty). A mapping (taken as kwargs) or a

@@ -60,7 +60,7 @@ def head_importance(
         "ablation": the exact increase of the mean loss per term when the head alone is silent; negative if the model is
             better without the head. Runs a forward pass from the head's layer on for each head and batch.
     loss_fn: loss_fn(output, target), a mean over the examples; None takes the labels in the batches, or a decoder's own
-        tokens if the batches have no labels.
+        tokens if they have none.
     seed: seed of the noise of "gate".
 
     `model` is not changed. Raises InputError for an unknown method, no batches, or a model without heads.

@@ -116,7 +116,7 @@ def _inverse_diagonal(total: Tensor, count: int) -> Tensor:
 
 
 class Criterion(NamedTuple):
-    """A row of CRITERIA: a formula, and the statistic of the data in the formula.
+    """A row of CRITERIA: a formula, and the statistic of the data in it.
 
     score(w, statistic): both arguments in the shape of the weight, float32 or wider; without data score(w).
     gradient: function of the gradient of a batch, averaged over batches into the statistic.
@@ -304,7 +304,7 @@ def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
 
 
 def _obs_rows(w: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """Remove k weights of each row of w [rows, in], all rows at once; inverse: the H^-1 [in, in] they start from."""
+    """Remove k weights of each row of w [rows, in], all rows at once, from `inverse`, H^-1 [in, in]."""
     w = w.clone()
     inverse = inverse.expand(len(w), -1, -1).clone()  # [rows, in, in]
     rows = torch.arange(len(w), device=w.device)
@@ -366,9 +366,9 @@ def unit_scores(
 ) -> UnitScores:
     """Score every unit; higher is more important: {number of the group: [units], float32 or wider, on the CPU}.
 
-    groups: from `labkit.graph.groups.trace`.
+    groups: coupled groups from `labkit.graph.groups.trace`.
     criterion: a name in UNIT_CRITERIA; or {parameter: scores of the output channels}, summed over the channels of a
-        unit and over parameters; or a function of a group that returns scores [units], or None to leave the group out.
+        unit and over parameters; or a function of a group that returns scores [units], or None to leave it out.
     batches, loss_fn, seed: as in `saliency`.
 
     A group without a score is absent. Raises InputError for scores of another shape, and for NaN.
@@ -386,7 +386,7 @@ def unit_scores(
 
 
 def _checked(group: Group, values: Tensor, label: str) -> Tensor:
-    """Check the scores of a group and return them on the CPU; label: the criterion in the error sentence."""
+    """Check the scores of a group and return them on the CPU; `label` names the criterion in errors."""
     check_real(values, f"criterion for {group.name!r}")
     if values.shape != (group.units,):
         raise InputError(f"The scores of {group.name!r} must be a tensor of shape [{group.units}].")

@@ -23,7 +23,7 @@ BACKENDS = {
 
 
 class Candidate(NamedTuple):
-    """A Linear of a model: the name of its weight, and the `refusal` of the weight, "" if a 2:4 kernel takes it."""
+    """A Linear of a model: the name of its weight, and its `refusal`, "" if a 2:4 kernel takes it."""
 
     name: str
     refusal: str

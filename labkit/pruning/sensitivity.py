@@ -29,7 +29,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Result of a scan. baseline: the metric of the unpruned model. rows: ordered by group, then by ratio."""
+    """Result of a scan: the metric of the unpruned model, and rows ordered by group, then by ratio."""
 
     baseline: float
     rows: tuple[Trial, ...]

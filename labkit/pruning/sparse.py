@@ -283,7 +283,7 @@ def convert(model: nn.Module, *, format: str = "auto", batch_size: int = 1) -> n
     transformers' Conv1D, the linear layer of GPT-2, is converted too. Masks and parametrizations are applied. Shared
     layers stay shared. All remaining layers are copied and frozen; so is the out_proj of nn.MultiheadAttention, because
     MultiheadAttention reads the weight of out_proj directly.
-    Raises InputError for a model without linear layers, and for a format that can hold no layer of the model.
+    Raises InputError for a model without linear layers, and for a format that can hold none of its layers.
     """
     if format not in ("auto", *KERNELS):
         raise InputError(f"There is no format {format!r} that runs: choose one of auto, {', '.join(KERNELS)}.")

@@ -319,7 +319,7 @@ def prune_ffn(
 ) -> Pruned:
     """Return a copy of `model` without the fraction `ratio` of every layer's FFN neurons, gated or not.
 
-    ratio: from 0 to 1; at least a single neuron stays in each layer.
+    ratio: fraction of the neurons to remove, from 0 to 1; at least a single neuron stays in each layer.
     criterion: for neuron j with activation a_j (after the gate), the input of the down projection:
         "magnitude": L2 norm of all weights that make and read the neuron, biases included.
         "wanda": sqrt(E[a_j^2]) * |W_down[:, j]| over the valid tokens of batches: the change of the layer's output

@@ -1,7 +1,7 @@
 """Unstructured pruning: single weights held at zero by masks, through training, saving and loading.
 
 Magnitude pruning of Han et al. 2015, or any criterion of `scores.CRITERIA`. The pruned model is a copy with the same
-parameters under the same names; a pruned weight is a stored zero, and hooks keep the zero. The model gets neither
+parameters under the same names; a pruned weight is a stored zero, and hooks keep it there. The model gets neither
 smaller nor faster here; `sparse.convert` does that. A pruned model trains like any model:
 
     >>> import torch
@@ -274,7 +274,7 @@ def _lowest(
 
 
 def _mask_of(weight: Weight) -> Tensor:
-    """Return the mask of a weight, True where the weight is kept, all True without a mask."""
+    """Return the mask of a weight, True where it is kept, all True without a mask."""
     mask = mask_of(weight.module, weight.attribute)
     return torch.ones_like(weight.parameter, dtype=torch.bool) if mask is None else mask
 

@@ -78,7 +78,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     a minute. Take a share of the roof with ceilings of the same process. If a result lies above its roof, measure the
     roofs again (`Ceilings.raised`) before looking for another cause.
 
-    device: as for `torch_device`.
+    device: device as for `torch_device`.
     budget_s: seconds for the whole measurement, about.
     Raises InputError for an unusable device or budget.
     """
@@ -354,7 +354,7 @@ def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float
     Sizes run from 16 KiB (4 KiB a thread at least) to 256 MiB on a CPU, from 4 MiB to 1 GiB on CUDA, an eighth of the
     memory at most.
 
-    device: as for `torch_device`.
+    device: device as for `torch_device`.
     budget_s: seconds for the whole measurement.
     Returns (bytes of the working set, B/s) for each size, smallest first. Raises InputError for an unusable device or
     budget.

@@ -133,7 +133,7 @@ def _flops(counter: FlopCounterMode, strip_class: bool) -> tuple[int, dict[str, 
 
 
 def _with_cache_objects_copied(inputs: tuple, kwargs: dict[str, Any], states: list[Tensor]) -> tuple[tuple, dict]:
-    """Copy the arguments of a call, because the call changes cache objects; copies share all tensors and modules."""
+    """Copy the arguments of a call, because it changes cache objects; copies share all tensors and modules."""
     shared = {}
     for leaf in (*tree_leaves((inputs, kwargs)), *states):
         if isinstance(leaf, (Tensor, nn.Module)):

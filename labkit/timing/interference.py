@@ -134,7 +134,7 @@ def cpu_time_is_better(
     CPU time is better if other programs compete for the cores and all calls compute in a single thread. With several
     threads, CPU time includes workers that spin. A call that mostly sleeps or waits has hardly any CPU time.
 
-    snapshots: from before, during and after the measurement.
+    snapshots: snapshots from before, during and after the measurement.
     samples_by_side: samples of each timed callable.
     """
     if clock.other != "cpu" or clock.device.type != "cpu" or torch.get_num_threads() != 1:

@@ -141,7 +141,7 @@ class Comparison:
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
-        """Return the warnings of the comparison, then the warnings of each side after the side's name."""
+        """Return the warnings of the comparison, then those of each side after its name."""
         of_sides = []
         for side in (self.baseline, self.candidate):
             of_sides += [f"{side.name}: {warning}" for warning in side.warnings]
@@ -207,7 +207,7 @@ class Race:
 def measurement(name: str, clock: Clock, samples: Sequence[Sample], number: int, by_cpu: bool) -> Measurement:
     """Make the measurement of a callable, with a warning if its calls spend their time in page faults.
 
-    samples: in run order, each of `number` calls.
+    samples: samples in run order, each of `number` calls.
     by_cpu: True if the second clock of `clock`, CPU time, counts.
     """
     seconds = tuple(sample.by(by_cpu) for sample in samples)

@@ -1,4 +1,4 @@
-"""The roofline of a machine with measured points: as a figure, and in words for readers who cannot see the figure."""
+"""The roofline of a machine with measured points: as a figure, and in words for readers who cannot see it."""
 
 import math
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     nbytes: int
 
     def at_most(self, nbytes: int) -> "Piece":
-        """Return the piece with `nbytes` bytes, if the piece has more."""
+        """Return the piece with `nbytes` bytes, if it has more."""
         return self._replace(nbytes=min(self.nbytes, nbytes))
 
 
