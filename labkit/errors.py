@@ -72,6 +72,6 @@ def check_choice(value: object, choices: Collection[str], what: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of the error's class for an empty message."""
+    """Return the first line of an error's message, or the name of its class for an empty message."""
     message = str(error)
     return message.splitlines()[0] if message else type(error).__name__

@@ -325,7 +325,7 @@ def _columns(rows: Rows) -> list[str]:
 def quantity(value: Any, unit: str = "") -> str:
     """Print a value for a reader: 0.00123 s -> '1.23 ms', 16e9 B -> '16 GB', 3 x -> '3.00x', 12345 -> '12,345'.
 
-    value: a number. None becomes a dash, and any other value the value's own text.
+    value: a number. None becomes a dash, and any other value its own text.
     unit: "s", "B", "FLOP/s" and the like get a prefix; "x" is a ratio; "ratio" and "fraction" are not printed.
     """
     if value is None:
@@ -344,7 +344,7 @@ def quantity(value: Any, unit: str = "") -> str:
 
 
 def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
-    """Print an estimate and its 95 % interval without any digit that the interval does not support.
+    """Print an estimate and its 95 % interval without digits that the interval does not support.
 
     value: above 0.
     ci95: (low, high); an infinite `high` stands for "no interval".

@@ -79,8 +79,8 @@ class _Call(NamedTuple):
 class Abstract(TorchDispatchMode):
     """Runs operators without values: an abstract operand gives an abstract result, real operands a real result.
 
-    A real tensor becomes abstract, and all views of the tensor, when an operator writes an abstract operand there. A
-    tensor made in the pass is abstract if later operators will write into the tensor (`_is_state`), and real if the
+    A real tensor becomes abstract, with all its views, when an operator writes an abstract operand there. A
+    tensor made in the pass is abstract if later operators will write into it (`_is_state`), and real if the
     values matter (`_is_exact`). Subclasses `observe` each operator.
     """
 
@@ -282,7 +282,7 @@ def _kind(func: Any) -> str:
 
 @functools.lru_cache(2**14)
 def _layout(func: Any, args: tuple, kwargs: tuple) -> Any:
-    """Run an operator on operands of the given layouts, and return the layout of the result."""
+    """Run an operator on operands of the given layouts, and return the layout of its result."""
     return _frozen(func(*_thawed(args), **dict(_thawed(kwargs))))
 
 

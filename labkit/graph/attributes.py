@@ -80,7 +80,7 @@ def written(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (attribute, value) of the whole numbers among a module's attributes.
 
     Values are numbers, and tuples or lists of numbers. Numbers of the module's config follow, with CONFIG before the
-    name, unless the config is saved with the module. A layer of torch.nn has no such numbers, except
+    name, unless it is saved with the module. A layer of torch.nn has no such numbers, except
     nn.MultiheadAttention.
     """
     if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
@@ -259,7 +259,7 @@ def _layer_attributes(module: nn.Module, cuts: Mapping[int, _CutTensor]) -> dict
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
-    """Return the module's weight, or the parameter from which the weight is computed."""
+    """Return the module's weight, or the parameter from which it is computed."""
     if parametrize.is_parametrized(module, "weight"):
         tensors = module.parametrizations["weight"]._parameters
         return tensors.get("original", tensors.get("original1"))

@@ -254,7 +254,7 @@ class Dataflow:
     def folds(self, model: nn.Module) -> list[tuple[str, str]]:
         """Return (layer, batch norm) for each batch norm that can be folded into the layer before.
 
-        The norm is the only reader of the layer's result and of the norm's own tensors.
+        The norm is the only reader of the layer's result and of its own tensors.
         """
         pairs = []
         for number, operation in enumerate(self.operations):
@@ -350,7 +350,7 @@ def _input_position(product: Operation) -> int:
 def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
     """Return True if an operation is the normalisation by a batch norm of torch or of a subclass.
 
-    The norm has running statistics, the operation reads the norm's own tensors and eps, and `after_norm` knows the
+    The norm has running statistics, the operation reads its tensors and eps, and `after_norm` knows the
     rest of the forward pass.
     """
     is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)

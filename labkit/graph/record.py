@@ -188,7 +188,7 @@ class Record:
 
     @cached_property
     def made(self) -> dict[tuple[str, tuple[int, ...]], Operation]:
-        """Map (module, shape) to an operation in the module with a result of the shape."""
+        """Map (module, shape) to an operation in the module with a result of that shape."""
         return {(operation.module, operation.shape): operation for operation in self.operations}
 
     def names(self, first: str) -> list[str]:

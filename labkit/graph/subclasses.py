@@ -76,7 +76,7 @@ class _SamePadded(nn.Conv2d):
 
 
 def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return True if the layer's forward pass has the same operators as the forward pass of class `kind`."""
+    """Return True if the layer's forward pass has the same operators as that of class `kind`."""
     recast = copy.copy(layer)
     recast.__class__ = kind
     for x in _examples(layer):

@@ -38,7 +38,7 @@ ALIGNMENT = 16  # bytes that the rows of experts must be a multiple of in torch'
 
 @dataclass(frozen=True)
 class Units:
-    """A group of coupled channels, and how much of the group is removed.
+    """A group of coupled channels, and how much of it is removed.
 
     name: name of the group.
     units: number of units before.

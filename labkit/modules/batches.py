@@ -169,10 +169,10 @@ def predicts_next(model: nn.Module) -> bool:
 
 
 def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tensor) -> Tensor:
-    """Tell for each token of `x` whether the token is real or padding: [B, T] bool, True for real tokens.
+    """Tell for each token of `x` if it is real or padding: [B, T] bool, True for real tokens.
 
     named: the arguments of the forward pass by name (`inputs` of the batch); `attention_mask` marks the padding.
-    part: name of the module that reads or gives `x`; in the decoder of an encoder-decoder the decoder's mask counts.
+    part: name of the module that reads or gives `x`; in the decoder of an encoder-decoder its own mask counts.
     x: [B, T, width] or [B * T, width].
 
     Without a mask of fitting size every token is real.

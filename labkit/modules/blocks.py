@@ -109,7 +109,7 @@ def _run_block(
 
 
 def _is_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: Any) -> bool:
-    """Return True if the blocks run once each and in order, and each block reads the output of the block before."""
+    """Return True if the blocks run once each and in order, and each reads the output of the block before."""
     started = 0
     in_a_chain = True
     previous: Tensor | None = None  # output of the block before

@@ -4,7 +4,7 @@ from torch import nn
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put `new` into `model` wherever the module `name` is registered, and return the model.
+    """Put `new` into `model` wherever the module `name` is registered, and return `model`.
 
     name: name of the module in `model.named_modules()`; for "", the model, `new` is returned.
     new: may contain the replaced module. The training flags of `new` stay unchanged.

@@ -57,7 +57,7 @@ def _leaves(value: Any, seen: dict[int, Any], with_numbers: bool = True) -> Iter
 
 
 def _content(value: Any) -> list[Any]:
-    """Return the items of a container, and the attributes of an object other than the items."""
+    """Return the items of a container, and the attributes of an object other than its items."""
     items = []
     if isinstance(value, Mapping):
         items = list(value.values())

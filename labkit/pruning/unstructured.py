@@ -84,7 +84,7 @@ def sparsity(model: nn.Module, *, ignore: str | Iterable[str] = ()) -> float:
     ignore: names of modules or weights not to count.
 
     Masks count, also of torch.nn.utils.prune, and so do stored zeros and parametrizations; a shared weight counts once.
-    A pruned weight counts as zero even if an optimizer has moved the weight since the last forward pass. Warns of
+    A pruned weight counts as zero even if an optimizer has moved it since the last forward pass. Warns of
     weights in stacks of matrices that are not counted (see `prune`).
     """
     check_loaded(model)

@@ -74,7 +74,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Watch every operator of a call, and note the memory that the operators read and write.
+    """Watch every operator of a call, and note the memory that it reads and writes.
 
     Only memory from before the call counts: intermediate results may stay in a cache.
 
