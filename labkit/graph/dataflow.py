@@ -19,6 +19,7 @@ from labkit.graph import tracing
 from labkit.graph.operators import ROWS
 from labkit.graph.record import Operation
 from labkit.graph.subclasses import after_norm
+from labkit.modules.weights import qualified
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMED = ("weight", "bias", "running_mean", "running_var")  # tensors that a batch norm holds and reads
@@ -29,8 +30,11 @@ VECTORS = {"native_layer_norm": (1, 2), "mul": (1,)}  # allowed numbers of param
 class Source:
     """An operation whose result is, channel by channel, linear in the first dimension of its parameters.
 
-    number: of the operation in the trace. module: the layer's or norm's name. names: of the parameters, the weight
-    first. dim: the dimension of the result that runs over channels. is_layer: True for a layer, False for a norm.
+    number: number of the operation in the trace.
+    module: the layer's or norm's name.
+    names: names of the parameters, the weight first.
+    dim: the dimension of the result that runs over channels.
+    is_layer: True for a layer, False for a norm.
     """
 
     number: int
@@ -57,7 +61,8 @@ class Route:
 class Channels(NamedTuple):
     """The channels of a source in the result of an operation.
 
-    dim: the dimension that runs over channels. repeats: entries of the dimension for each channel, side by side.
+    dim: the dimension that runs over channels.
+    repeats: entries of the dimension for each channel, side by side.
     """
 
     dim: int
@@ -144,7 +149,7 @@ class Dataflow:
 
     model, args, kwargs: the model and its example input.
 
-    operations: of the trace, in order; the number of an operation is its index.
+    operations: operations of the trace, in order; the number of an operation is its index.
     returned: numbers of the operations whose results the model returns.
     readers: {number of an operation, or name of a parameter or buffer: numbers of the operations that read the value}.
     layers: {number of an operation: name of the layer}, for layers whose parameters no other operation reads.
@@ -188,7 +193,7 @@ class Dataflow:
     # --- layers and sources -------------------------------------------------------------------------------------------
 
     def _is_private(self, name: int | str | None) -> bool:
-        """Tell whether `name` is a parameter read by a single operation and sharing no memory."""
+        """Return True if `name` is a parameter read by a single operation and sharing no memory."""
         is_parameter = name in self._shapes
         return is_parameter and name not in self._shared and len(self.readers[name]) == 1
 
@@ -202,8 +207,8 @@ class Dataflow:
         at = _input_position(operation)
         weight = self._untransposed(operands[at + 1])
         bias = [*operands[:at], *operands[at + 2 :]]
-        has_own_weight = weight == _parameter(operation.module, "weight")
-        has_own_bias = bias in ([], [_parameter(operation.module, "bias")])
+        has_own_weight = weight == qualified(operation.module, "weight")
+        has_own_bias = bias in ([], [qualified(operation.module, "bias")])
         if not has_own_weight or not has_own_bias:
             return None
         are_private = all(self._is_private(name) for name in [weight, *bias])
@@ -223,8 +228,8 @@ class Dataflow:
         operation = self.operations[number]
         last = len(operation.shape) - 1
         if number in self.layers:
-            names = (_parameter(operation.module, "weight"),)
-            bias = _parameter(operation.module, "bias")
+            names = (qualified(operation.module, "weight"),)
+            bias = qualified(operation.module, "bias")
             if bias in operation.operands:
                 names = (*names, bias)
             dim = last - self._positions(number)
@@ -241,7 +246,7 @@ class Dataflow:
         """Return how many dimensions of a layer's result, behind its channels, are positions: 0 for a Linear."""
         if self.operations[number].name != "convolution":
             return 0
-        weight = _parameter(self.layers[number], "weight")
+        weight = qualified(self.layers[number], "weight")
         return len(self._shapes[weight]) - 2
 
     # --- batch norms --------------------------------------------------------------------------------------------------
@@ -249,7 +254,7 @@ class Dataflow:
     def folds(self, model: nn.Module) -> list[tuple[str, str]]:
         """Return (layer, batch norm) for each batch norm that can be folded into the layer before.
 
-        The norm is the only reader of the layer's result and of the norm's own tensors.
+        The norm is the only reader of the layer's result and of its own tensors.
         """
         pairs = []
         for number, operation in enumerate(self.operations):
@@ -296,9 +301,9 @@ class Dataflow:
         return route
 
     def _reads_channels(self, number: int, channels: Sequence[Channels | None]) -> bool:
-        """Tell whether the channels come in at a layer's input channels only.
+        """Return True if the channels come in at a layer's input channels only.
 
-        channels: of each operand of the layer's product.
+        channels: channels of each operand of the layer's product.
         """
         at = _input_position(self.operations[number])
         carriers = [i for i, x in enumerate(channels) if x is not None]
@@ -318,7 +323,7 @@ class Dataflow:
     def _after(self, number: int, channels: Sequence[Channels | None]) -> Channels | None:
         """Return the channels in an operation's result; None unless a scale of every channel passes unchanged.
 
-        channels: of each operand.
+        channels: channels of each operand.
         """
         operation = self.operations[number]
         carriers = [i for i, x in enumerate(channels) if x is not None]
@@ -337,33 +342,28 @@ class Dataflow:
         return rule(operation, first, shapes[0])
 
 
-def _parameter(module: str, attribute: str) -> str:
-    """Return the qualified name of a module's parameter; the module "" is the model."""
-    return f"{module}.{attribute}" if module else attribute
-
-
 def _input_position(product: Operation) -> int:
     """Return which operand of a layer's product is the layer's input: addmm has the bias first."""
     return 1 if product.name == "addmm" else 0
 
 
 def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
-    """Tell whether an operation is the normalisation by a batch norm of torch or of a subclass.
+    """Return True if an operation is the normalisation by a batch norm of torch or of a subclass.
 
-    The norm has running statistics, the operation reads the norm's own tensors and eps, and `after_norm` knows the
+    The norm has running statistics, the operation reads its tensors and eps, and `after_norm` knows the
     rest of the forward pass.
     """
     is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
     if not is_batch_norm or norm.running_mean is None:
         return False
-    own_tensors = {_parameter(operation.module, name) for name in NORMED}
+    own_tensors = {qualified(operation.module, name) for name in NORMED}
     reads_own_tensors = own_tensors.issuperset(operation.operands[1:])
     reads_own_eps = operation.settings[-1:] == (norm.eps,)
     return reads_own_tensors and reads_own_eps and after_norm(norm) is not None
 
 
 def _clips(operation: Operation) -> bool:
-    """Tell whether an operation limits its input from above."""
+    """Return True if an operation limits its input from above."""
     if operation.name == "clamp":
         upper = operation.settings[1:2]
         return upper not in ((), (None,))

@@ -19,7 +19,8 @@ EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # the matrices of a mixture'
 class Weight:
     """A prunable parameter and the owning module.
 
-    name: the key in `state_dict()`. module, attribute: the parameter is `module.<attribute>`.
+    name: the key in `state_dict()`.
+    module, attribute: the parameter is `module.<attribute>`.
     transposed: the parameter is stored [in, out], as in transformers' Conv1D and gpt-oss's experts.
 
     Algorithms work on rows, [out, in / groups * kernel positions]: a row belongs to an output unit. The experts of a
@@ -79,7 +80,7 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
             if parameter is None or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = _qualified(path, attribute)
+            name = qualified(path, attribute)
             weights[name] = Weight(name, module, attribute, _is_transposed(module))
     return weights
 
@@ -92,7 +93,7 @@ def computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     check_module(model)
     for path, module in model.named_modules():
         for attribute in _prunable_attributes(module):
-            name = _qualified(path, attribute)
+            name = qualified(path, attribute)
             original = module._parameters.get(f"{attribute}_orig")
             mask = module._buffers.get(f"{attribute}_mask")
             is_plain_tensor = isinstance(vars(module).get(attribute), Tensor)
@@ -133,13 +134,18 @@ def inside(name: str, part: str) -> bool:
     return name == part or name.startswith(f"{part}.")
 
 
+def qualified(module_name: str, attribute: str) -> str:
+    """Return the name of a module's attribute in the model: "layer.weight", or "weight" if the module is the model.
+
+    module_name: name of the module in `named_modules()`, "" for the model.
+    attribute: name of a parameter, a buffer or a submodule of the module.
+    """
+    return f"{module_name}.{attribute}" if module_name else attribute
+
+
 def is_mixture(module: nn.Module) -> bool:
-    """Tell whether `module` holds the stacked experts of a mixture, as transformers' `use_experts_implementation`."""
+    """Return True if `module` holds the stacked experts of a mixture, as transformers' `use_experts_implementation`."""
     return {"is_transposed", "has_gate"} <= vars(module).keys()
-
-
-def _qualified(path: str, attribute: str) -> str:
-    return f"{path}.{attribute}" if path else attribute
 
 
 def _prunable_attributes(module: nn.Module) -> tuple[str, ...]:
@@ -154,7 +160,7 @@ def _prunable_attributes(module: nn.Module) -> tuple[str, ...]:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Tell whether the module stores [in, out]: transformers' Conv1D, and experts that say so."""
+    """Return True if the module stores [in, out]: transformers' Conv1D, and experts that say so."""
     if is_mixture(module):
         return module.is_transposed
     library = sys.modules.get("transformers.pytorch_utils")  # not imported for this: whoever has a Conv1D has it

@@ -13,6 +13,7 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from labkit.arguments import check_module
 from labkit.errors import InputError, check_choice
+from labkit.modules.weights import qualified
 from labkit.pruning.pattern import is_nm
 
 BACKENDS = {
@@ -22,7 +23,7 @@ BACKENDS = {
 
 
 class Candidate(NamedTuple):
-    """A Linear of a model: the name of its weight, and the `refusal` of the weight, "" if a 2:4 kernel takes it."""
+    """A Linear of a model: the name of its weight, and its `refusal`, "" if a 2:4 kernel takes it."""
 
     name: str
     refusal: str
@@ -46,7 +47,8 @@ def shapes(backend: str) -> dict[torch.dtype, tuple[int, int]]:
 def refusal(weight: Tensor, *, dtype: torch.dtype | None = None, backend: str | None = None) -> str:
     """Return why torch's 2:4 kernels do not take `weight`, with a remedy, in a sentence; "" if the kernels do.
 
-    weight: a tensor on any device. dtype: type to convert to, the weight's own by default.
+    weight: a tensor on any device.
+    dtype: type to convert to, the weight's own by default.
     backend: "cusparselt" or "cutlass", torch's choice (`backend_in_use`) by default.
     Looks at dimensions, dtype, shape and pattern; `available` looks at the device.
     """
@@ -103,7 +105,7 @@ def plan(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             reason = refusal(module.weight, dtype=dtype, backend=backend)
-            candidates.append(Candidate(f"{name}.weight".lstrip("."), reason))
+            candidates.append(Candidate(qualified(name, "weight"), reason))
     return candidates
 
 
