@@ -24,12 +24,12 @@ from labkit.errors import InputError
 from labkit.modules import batches as batching
 from labkit.modules import hooks
 from labkit.modules.returned import outputs
-from labkit.quantization import affine, integer
+from labkit.quantization import affine, integer_graph
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint
 
-CLIPS = integer.RELU | integer.RELU6
+CLIPS = integer_graph.RELU | integer_graph.RELU6
 
 
 @torch.no_grad()

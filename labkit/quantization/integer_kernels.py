@@ -197,7 +197,7 @@ def probe(kernel: IntegerKernel, bits: int = 8) -> str:
     bits: of the weights. Reasons: the kernel does not run, a product differs from exact arithmetic, or the kernel takes
     more than `TOO_SLOW` times as long as float32.
     """
-    name = kernel.prepare.__name__.lstrip("_")
+    name = kernel.prepare.__name__
     bits = min(bits, kernel.bits)
     trial = _trial(kernel, bits)
     try:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError, check_whole
-from labkit.graph.tracing import outputs
 from labkit.modules import batches as batching
 from labkit.modules.replacing import replace_
+from labkit.modules.returned import outputs
 from labkit.quantization import affine, calls
 from labkit.quantization.ptq_plan import Calibrated
 from labkit.quantization.simulated import FakeQuantized, weight_grid

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from labkit.graph.tracing import outputs
+from labkit.modules.returned import outputs
 from labkit.quantization import calls
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
