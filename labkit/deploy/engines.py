@@ -67,7 +67,8 @@ class Engine:
     bytes: size of the deployed file; for torch, without a file, size of the stored weights (`artifact.size`).
     load_seconds: time to read the file, compile for this CPU and give the first result.
     prepare_seconds: time for the steps before, done once and maybe elsewhere: export, quantization, compilation.
-    shapes: of the inputs, by name. dynamic: varying dimensions of the inputs.
+    shapes: shapes of the inputs, by name.
+    dynamic: varying dimensions of the inputs.
     """
 
     name: str
@@ -103,7 +104,7 @@ def prepare(
 ) -> Engine:
     """Prepare `model` for the engine `name`, on the current number of torch's threads.
 
-    name: of an engine.
+    name: name of an engine.
         float32, or int8 if `model` is `Calibrated.model` of `ptq.quantize`: "torch" (eager), "onnxruntime", "openvino".
         The same in bfloat16, but for int8 layers: "torch-bf16", "torch-compile-bf16", "openvino-bf16".
         A float model only: "torch-compile" and "aotinductor" (with frozen weights), "executorch" (delegated to
@@ -121,7 +122,7 @@ def prepare(
     batches: calibration data, cut into whole pieces of the size of `args`. ONNX Runtime has no convolution that adds
         before rounding, and no convolution from int8 to float32: these results of a quantized model are rounded as
         well, to the extremes seen in `batches`, by default in `args`.
-    options: for the quantizing tool. "nncf": arguments of nncf.quantize, preset and model_type by name.
+    options: arguments of the quantizing tool, for "nncf" of nncf.quantize, with preset and model_type by name.
         "onnxruntime-static" and "onnxruntime-s8s8": arguments of quantize_static.
 
     The results equal the simulation within a code per layer; in "onnxruntime" but for the results named above.
@@ -258,9 +259,9 @@ def _check_products(name: str, model: nn.Module) -> None:
 
 @cache
 def _multiplies(name: str, bits: int) -> bool:
-    """Tell whether the engine multiplies extreme u8 and s8 codes as int64 does.
+    """Return True if the engine multiplies extreme u8 and s8 codes as int64 does.
 
-    bits: of the weights. See `extreme_codes`.
+    bits: width of the weights' codes, see `extreme_codes`.
     """
     draw = torch.Generator().manual_seed(0)
     most = 2 ** (bits - 1) - 1
@@ -322,7 +323,7 @@ def _write_manifest(job: EngineJob, file: str, size: int, prepare_seconds: float
 def missing(name: str, packages: Sequence[str]) -> str:
     """Name the missing packages in a sentence, and how to install the first; "" if all packages are installed.
 
-    name: of the engine that needs `packages`. "g++" is also of no use if the path of torch has a space or a quote:
+    name: name of the engine that needs `packages`. "g++" is also of no use if the path of torch has a space or a quote:
     torch's call of the compiler does not escape the path.
     """
     lacking = [package for package in packages if not _present(package)]

@@ -135,7 +135,7 @@ def _exporting(how: str) -> Iterator[None]:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Tell whether the quantization of a layer of `model` is simulated."""
+    """Return True if the quantization of a layer of `model` is simulated."""
     return any(isinstance(module, FakeQuantized) for module in model.modules())
 
 

@@ -17,7 +17,8 @@ from labkit.deploy.job import EngineJob, Run, Runtime
 def request(model: Any, precision: str = "f32", **settings: Any) -> Any:
     """Return an openvino.InferRequest on the CPU, with torch's number of threads.
 
-    model: an openvino.Model, or the path of a file. precision: of floating-point arithmetic, "f32" or "bf16".
+    model: an openvino.Model, or the path of a file.
+    precision: type of floating-point arithmetic, "f32" or "bf16".
     settings: further properties of OpenVINO's CPU device.
     """
     import openvino

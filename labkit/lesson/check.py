@@ -31,7 +31,7 @@ LONGEST_ERROR = 160  # characters of an exception's text
 class CheckResult:
     """The outcome of a check: passed or not, all failures, and the number of tried requirements.
 
-    changed  settings of the process changed by the answer, and put back by the check
+    changed: settings of the process changed by the answer, and put back by the check.
     """
 
     id: str
@@ -58,8 +58,8 @@ class Failures:
     def expect(self, condition: Any, message: str, *, detail: str = "") -> bool:
         """Note a failure unless the condition holds; return True if the condition holds.
 
-        message  the failure in a clause
-        detail   the evidence, for the first input
+        message: the failure in a clause.
+        detail: the evidence, for the first input.
         """
         self.tried += 1
         if condition:
@@ -148,8 +148,8 @@ def has_parts(value: Any, number: int) -> bool:
 def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: Callable, message: str) -> None:
     """Check that `fn` names each fault in a code, in three ways to write the code.
 
-    written  written(fault, style) with style 0, 1 or 2 returns the arguments of `fn`
-    message  the failure if `fn` returns the name of a wrong fault
+    written: written(fault, style) with style 0, 1 or 2 returns the arguments of `fn`.
+    message: the failure if `fn` returns the name of a wrong fault.
     """
     for style in range(3):
         for fault in faults:
@@ -162,7 +162,7 @@ def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: 
 def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
     """Run the check of an exercise on the learner's `fn`.
 
-    context  further arguments of the check
+    context: further arguments of the check.
     Random states and settings of the process (`settings`) are put back afterwards.
     Raises InputError for an unknown id and for an `fn` that cannot be called. A stub's NotImplementedError passes
     through: a runner can tell "not done yet" from "wrong".

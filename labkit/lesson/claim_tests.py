@@ -15,8 +15,8 @@ MOST_SHOWN = 5
 class ClaimTests:
     """The tested claims of a session.
 
-    lesson  "00" to "13": the lesson's reference runs may settle a claim, too
-    device  "cpu" or "cuda", the device of the session's values
+    lesson: "00" to "13": the lesson's reference runs may settle a claim, too.
+    device: "cpu" or "cuda", the device of the session's values.
     """
 
     def __init__(self, lesson: str, device: str) -> None:

@@ -17,8 +17,8 @@ NOT_DONE = "not done yet"
 class _Examined:
     """A learner's function and the outcome of the latest check.
 
-    changed_settings  names of the process's settings (`settings`) changed by the function
-    requirements      number of requirements tried by the check
+    changed_settings: names of the process's settings (`settings`) changed by the function.
+    requirements: number of requirements tried by the check.
     """
 
     function: Callable
@@ -42,7 +42,7 @@ class Exercises:
     def check(self, exercise: str, function: Callable, **context: Any) -> None:
         """Check a learner's function and show every failure.
 
-        context  further arguments of the exercise's check
+        context: further arguments of the exercise's check.
         Raises InputError for an unknown exercise and for a `function` that cannot be called.
         """
         if function is self._worked.get(exercise):

@@ -71,7 +71,7 @@ class Parameter:
 def require_allowed(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     """Return `value` if the parameter `name` may have it; else raise an InputError that names the allowed values.
 
-    allowed  (lowest, highest) of a number, or the choices of a text; the value has their type
+    allowed: (lowest, highest) of a number, or the choices of a text; the value has their type.
     A whole number stands for a float, and a text never for a number.
     """
     try:
@@ -107,7 +107,7 @@ def ranges(lesson: str) -> dict[str, list[Any]]:
 def read(notebook: Mapping[str, Any]) -> dict[str, Parameter]:
     """Read a notebook's parameters by name, in the order of the cell; InputError for a line that is no NAME = literal.
 
-    notebook  as JSON holds it: {"cells": [...]}
+    notebook: the notebook's JSON, {"cells": [...]}.
     """
     cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:

@@ -39,11 +39,11 @@ class _Strict(BaseModel):
 class Column(_Strict, frozen=True):
     """The meaning of the numbers in a column of a table.
 
-    role   "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither
-    unit   of the numbers, such as "ms"; empty for numbers without a unit
-    clock  True if a clock or a memory counter made or decided the numbers, so that a repetition differs. A repetition
-           has different rows if a clock decided a column of `by`, like the name of the slowest case
-    low, high  names of the columns with the ends of the 95 % interval, if any
+    role: "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither.
+    unit: unit of the numbers, such as "ms"; empty for numbers without a unit.
+    clock: True if a clock or a memory counter made or decided the numbers, so that a repetition differs. A repetition
+        has different rows if a clock decided a column of `by`, like the name of the slowest case.
+    low, high: names of the columns with the ends of the 95 % interval, if any.
     """
 
     role: Role = "result"
@@ -111,9 +111,9 @@ class RecordedTable(_Strict):
 class Prediction(_Strict):
     """A guess and the measured number in the same unit.
 
-    predicted  None for a question without an answer
-    measured   None before the measurement
-    ci95       the 95 % interval of the measured number, if any
+    predicted: None for a question without an answer.
+    measured: None before the measurement.
+    ci95: the 95 % interval of the measured number, if any.
     """
 
     name: str
@@ -146,7 +146,7 @@ class CheckedExercise(_Strict):
 class Challenge(_Strict):
     """A lesson's challenge: the goals (labkit.lesson.challenge), the learner's point, and if the point lies inside.
 
-    point, reached  None without a plan
+    point, reached: None without a plan.
     """
 
     name: str
@@ -159,9 +159,9 @@ class Challenge(_Strict):
 class Processes(_Strict):
     """The results of a lesson in several processes, run in turn; all lists are in the order of the processes.
 
-    created  end of each process, ISO 8601
-    seconds  duration of each process
-    values   the recorded numbers by name; a process without the number is left out of the list
+    created: end of each process, ISO 8601.
+    seconds: duration of each process.
+    values: the recorded numbers by name; a process without the number is left out of the list.
     """
 
     created: list[str]
@@ -181,11 +181,11 @@ class Spread(NamedTuple):
 class RunRecord(_Strict):
     """A finished run of a lesson.
 
-    sentences    the messages of figures and tables by name
-    seconds      duration of all running cells
-    peak_memory, peak_device_memory  bytes
-    budget       {seconds, memory, within}: the preset's limits (memory None: no limit), and if the run kept both
-    runs         of a reference run, the results of all processes recorded together; None for a single process
+    sentences: the messages of figures and tables by name.
+    seconds: duration of all running cells.
+    peak_memory, peak_device_memory: bytes.
+    budget: {seconds, memory, within}: the preset's limits (memory None: no limit), and if the run kept both.
+    runs: results of all processes of a reference run, recorded together; None for a single process.
     """
 
     version: Literal["labkit.record/2"]
@@ -270,11 +270,11 @@ def table(
 ) -> RecordedTable:
     """Make a table to record.
 
-    name       of the table
-    rows       a list of dicts, one a row
-    by         the columns that tell rows apart; rows that differ only in SEED are repetitions
-    columns    the meaning of the rest, as in {"ms": cost("ms", clock=True)}
-    simulated  True for computed rows, False for measured rows
+    name: name of the table.
+    rows: a list of dicts, one a row.
+    by: the columns that tell rows apart; rows that differ only in SEED are repetitions.
+    columns: the meaning of the rest, as in {"ms": cost("ms", clock=True)}.
+    simulated: True for computed rows, False for measured rows.
     Raises InputError for `rows` that are no list of dicts, a column in `by` or `columns` missing from all rows, and
     two rows alike in all columns of `by`.
     """

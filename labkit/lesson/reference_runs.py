@@ -33,8 +33,8 @@ def results(lesson: str, name: str) -> list[dict[str, Any]]:
 def beside(this_run: Mapping[str, Any], reference: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the rows of a table with a number of this run above the numbers of the reference runs.
 
-    this_run   a dict as in `results`, without created and spread
-    reference  dicts as from `results`
+    this_run: a dict as in `results`, without created and spread.
+    reference: dicts as from `results`.
     A kind of device without any run gets a row "not recorded yet".
     """
     rows = [_row("this run", this_run)]

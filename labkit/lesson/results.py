@@ -24,7 +24,7 @@ class Results:
     def add_value(self, **fields: Any) -> None:
         """Keep a value under the value's name, and complete the prediction of the same name.
 
-        fields  of records.RecordedValue
+        fields: fields of records.RecordedValue.
         Raises InputError, before a change, for an interval without two ends, an unknown role, and a unit that does not
         compare with the prediction's.
         """

@@ -20,8 +20,8 @@ from labkit.timing.machine import Ceilings
 class Roofs:
     """The measured ceilings by device and number of threads.
 
-    results   gets a table of each device's ceilings
-    budget_s  seconds that a measurement of ceilings may take
+    results: the session's results, which get a table of each device's ceilings.
+    budget_s: seconds that a measurement of ceilings may take.
     """
 
     def __init__(self, results: Results, budget_s: float) -> None:
@@ -32,7 +32,7 @@ class Roofs:
     def of(self, device: str | torch.device, *, again: bool = False) -> Ceilings:
         """Return the ceilings of `device` at the number of threads that torch has now.
 
-        again  measure once more and return the higher of each ceiling: a neighbour's load only lowers a ceiling
+        again: measure once more and return the higher of each ceiling: a neighbour's load only lowers a ceiling.
         """
         name = _device_name(machine.torch_device(device))
         threads = torch.get_num_threads()
@@ -49,8 +49,8 @@ class Roofs:
     def place(self, comparison: Comparison, work: Sequence[Work], dtypes: Sequence[str]) -> Comparison:
         """Return the comparison with each side's share of the roof.
 
-        work    of a call of the baseline, of a call of the candidate
-        dtypes  of the baseline's and of the candidate's arithmetic, such as ("fp32", "int8")
+        work: work of a call of the baseline and of a call of the candidate.
+        dtypes: types of the baseline's and of the candidate's arithmetic, such as ("fp32", "int8").
         A side above a roof without an excuse shows that the roofs were measured in a bad moment: the roofs are
         measured once more.
         """

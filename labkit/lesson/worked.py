@@ -21,9 +21,9 @@ PACKED = "answers.json"
 def answer(exercise: str, fn: Callable) -> Callable | None:
     """Return the worked answer to an exercise, "01.2"; None if no answer lies beside labkit.
 
-    fn  the learner's function. The worked answer runs in a copy of the namespace of `fn`: imports and helpers are the
+    fn: the learner's function. The worked answer runs in a copy of the namespace of `fn`: imports and helpers are the
         learner's, and stay unchanged. The function named like `fn` is returned, or, without a function of the name (as
-        for a lambda), the last function of the exercise's cell
+        for a lambda), the last function of the exercise's cell.
     """
     source = _source(exercise)
     if source is None:

@@ -74,7 +74,7 @@ class Grid:
     scale: floating point, of a shape that broadcasts against x, or with one dimension more, [..., groups, 1], for
         groups along x's last dimension. Never 0 and, but for "signed" grids, positive.
     zero: int32 in the shape of the scale, the code of the number 0.
-    bits: of a code, 2 to 8.
+    bits: width of a code, 2 to 8.
     lo, hi: the lowest and the highest code.
     """
 
@@ -99,7 +99,7 @@ class Grid:
     def dequantize(self, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the points of `codes`, in the shape of `codes`.
 
-        dtype: of the result, by default the scale's. The points are computed in float32 or wider.
+        dtype: type of the result, by default the scale's. The points are computed in float32 or wider.
         """
         check_tensor(codes, "codes")
         scale = _wide(self.scale)
@@ -227,7 +227,7 @@ def quantize(
     """Quantize x on the grid that `choose` makes from the least and the largest value.
 
     x: floating point, of any shape, at least one value.
-    bits: of a code, 2 to 8.
+    bits: width of a code, 2 to 8.
     symmetric: True, False or the name of a convention, see `choose`.
     axis: a dimension of x; each index of this dimension (an output channel, say) gets a scale. By default the whole
         tensor has a single scale.

@@ -159,8 +159,8 @@ def _equalize_(model: nn.Module, pairs: Sequence[Site]) -> None:
 def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module:
     """Return a copy of `model` in which outliers of activations are moved into the weights of the next Linears.
 
-    batches: what the model is called with; padding (attention_mask 0) does not count.
-    alpha: from 0 (all columns of a weight get one maximum) to 1 (all channels of an activation do).
+    batches: batches of inputs; padding (attention_mask 0) does not count.
+    alpha: number from 0 (all columns of a weight get one maximum) to 1 (all channels of an activation do).
 
     SmoothQuant, Xiao et al. 2023 (arXiv:2211.10438), equation 4: channel j of the input is divided, and column j of the
     weight multiplied, by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), with the maxima over all valid tokens of
@@ -201,7 +201,7 @@ def _smooth_(
 ) -> None:
     """Scale the channels of each site.
 
-    input_maxima: for each site, max |x| of each input [in] of the Linears that read the channels.
+    input_maxima: max |x| of each input [in] of the Linears that read the channels, site by site.
     """
     with _in_float64(model, sites) as parameters:
         plan = []  # all scales are taken from the weights before any change

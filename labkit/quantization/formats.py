@@ -20,7 +20,7 @@ class Codebook:
     """A number format.
 
     points: the numbers of the codes 0, 1, ..., ascending; without the sign if the format is signed.
-    bits: of a code.
+    bits: width of a code.
     signed: the top bit of a code is the sign.
     block: number of values along the last dimension that share a scale; None for a format without scales.
     scale: dtype of a scale. The largest |x| of a block becomes the last point; with E8M0, where scales are powers of

@@ -112,7 +112,7 @@ def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
 def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     """Compare every integer layer of a converted model with exact arithmetic on the codes that the layer gets.
 
-    model: from `convert`.
+    model: a result of `convert`.
     batch: arguments of a call of the model, in any form that `labkit.modules.batches` takes.
 
     Returns a row for each call of a layer, with the name "layer" and four counts:

@@ -114,7 +114,7 @@ class Dequantize(Quantize):
 class PadCodes(Quantize):
     """Pad codes with the code of the number 0, which is the zero point and not the code 0.
 
-    pad: as for F.pad.
+    pad: numbers of codes to add, in F.pad's order.
     """
 
     def __init__(self, grid: Grid, pad: tuple[int, ...]) -> None:
@@ -228,7 +228,8 @@ class IntegerLayer(_OnGrid):
     def exact(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute the layer in float64, which holds every sum of products of codes, an integer below 2^53, exactly.
 
-        x: uint8 codes. other: codes of the term, if the layer adds one.
+        x: uint8 codes.
+        other: codes of the term, if the layer adds one.
         Returns the result before rounding, and the sum of the magnitudes of its terms.
         """
         scale, zero = self.numbers("input")
@@ -343,8 +344,9 @@ class Int8Linear(IntegerLayer):
 class Int8Conv2d(IntegerLayer):
     """A convolution of integers, for x [N, C, H, W] in float32 or in codes of the input grid.
 
-    output: the grid of the codes that are handed on. term: the grid of `other`, codes that are added to the result
-        before it is rounded, and that the kernel may overwrite.
+    output: the grid of the codes that are handed on.
+    term: the grid of `other`, codes that are added to the result before it is rounded, and that the kernel may
+        overwrite.
     """
 
     def __init__(

@@ -83,7 +83,8 @@ def fake_quantize(
 ) -> Tensor:
     """SIMULATED: return x [..., T, D] after `quantize` and back; tokens after the last whole group of tokens stay.
 
-    bits: None returns x. per, group_size: as for `quantize`.
+    bits: None returns x.
+    per, group_size: as for `quantize`.
     """
     _check(x, per)
     check_whole(group_size, "group_size")
@@ -113,12 +114,13 @@ def attention(
 ) -> Tensor:
     """SIMULATED: compute causal attention in which each query reads the cache as a decoder would meet it.
 
-    q: [B, H, Q, D]. k, v: [B, Hkv, T, D]. The last query belongs to the last token.
+    q: [B, H, Q, D].
+    k, v: [B, Hkv, T, D]. The last query belongs to the last token.
     form: the format of the cache. The query of token t reads the tokens after t - window as they are, and the tokens
         before as quantized; per "channel", only whole groups of these are quantized.
     mask: [..., Q, T], added to the scores, or True where a key may be read; with [..., 1, T] all queries belong to the
         last token. Causality need not be in the mask.
-    scale: of the scores; None: 1 / sqrt(D).
+    scale: factor of the scores; None: 1 / sqrt(D).
 
     Returns [B, H, Q, D]. Raises InputError for tensors that do not fit together.
     """
@@ -160,7 +162,8 @@ def _is_recent(
 ) -> Tensor:
     """Tell which tokens a query reads as they are: bool [Q, T].
 
-    key_place: [T], query_place: [Q, 1], places in the text. per: as for `quantize`.
+    key_place: [T], query_place: [Q, 1], places in the text.
+    per: as for `quantize`.
     """
     quantized_tokens = (query_place + 1 - form.window).clamp(min=0)
     if per == "channel":

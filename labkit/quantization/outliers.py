@@ -23,7 +23,8 @@ class OutlierSplit(nn.Module):
     Column j of the input is an outlier if |x_j| >= threshold in any token of the call. The other columns have a scale
     for each token and, in the weight, for each output (the paper's vector-wise quantization), with codes -127 to 127.
 
-    layer: the float layer. threshold: magnitude of an outlier.
+    layer: the float layer.
+    threshold: magnitude of an outlier.
     `columns` is the number of columns that the last call split off.
     """
 

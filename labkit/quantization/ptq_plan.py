@@ -14,7 +14,7 @@ class PlannedLayer:
     """A layer that is quantized.
 
     name, kind: the name in the model, and the class of the float layer.
-    shape: of the weight.
+    shape: shape of the weight.
     weights, activations: bits of the weight and of the input.
     scales: number of scales of the weight.
     lo, hi: the range of the input's grid.

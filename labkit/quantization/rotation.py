@@ -147,7 +147,8 @@ def _rotate_when_called_(layer: nn.Module, rotations: _Rotations) -> None:
 def hadamard(n: int, seed: int | None = None) -> Tensor:
     """Return an orthogonal matrix [n, n] in float64, with entries +-1 / sqrt(n) if a Hadamard matrix is at hand.
 
-    n: the size. seed: of random signs of the rows, without which a constant input stays in one channel; None: no signs.
+    n: the size.
+    seed: seed of the rows' random signs, without which a constant input stays in one channel; None: no signs.
 
     Sylvester's doubling of a smaller matrix, H x [[1, 1], [1, -1]] (Kronecker), from [[1]] or, if n has an odd factor,
     from Paley's matrix: 576 = 36 x 16, 1536 = 12 x 128. If Paley has no matrix (n = 18), the odd factor gets a random

@@ -110,9 +110,10 @@ def quantize(
         `symmetric` do not apply.
     symmetric: False: codes have a zero point in each group. Else the name of a convention, see `affine.choose`; True is
         "restricted", the worst convention at 4 bits; "signed" is the best.
-    batches: for "gptq" and "awq": inputs of the model; read once, the hidden states stay in memory.
+    batches: inputs of the model, which only "gptq" and "awq" need; read once, the hidden states stay in memory.
     ignore: names of modules or weights that stay in floating point.
-    act_order: for "gptq": columns in the order of the size of inputs, with scales from the weights before any change.
+    act_order: True for GPTQ's columns in the order of the size of their inputs, with scales from the weights
+        before any change.
 
     Quantized are all Linears (and transformers' Conv1D) in the model's stack of blocks (`stacks.blocks_of`), or in all
     of a model without a stack. The embedding and the head of a language model are outside the stack and stay: often
@@ -226,7 +227,8 @@ def _gptq_(
 ) -> dict[str, Quantized]:
     """Round the weights by GPTQ, block after block; return {name: rounded weight}.
 
-    keep: {name: mask} of weights with masks, in the shape of the parameter. options: of `gptq`.
+    keep: {name: mask} of weights with masks, in the shape of the parameter.
+    options: arguments of `gptq`.
     """
     rounded = {}
     for weights_of_block, sums in inputs_by_block(model, weights, hessian, batches):
