@@ -19,6 +19,7 @@ from labkit.graph import tracing
 from labkit.graph.operators import ROWS
 from labkit.graph.record import Operation
 from labkit.graph.subclasses import after_norm
+from labkit.modules.weights import qualified
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMED = ("weight", "bias", "running_mean", "running_var")  # tensors that a batch norm holds and reads
@@ -202,8 +203,8 @@ class Dataflow:
         at = _input_position(operation)
         weight = self._untransposed(operands[at + 1])
         bias = [*operands[:at], *operands[at + 2 :]]
-        has_own_weight = weight == _parameter(operation.module, "weight")
-        has_own_bias = bias in ([], [_parameter(operation.module, "bias")])
+        has_own_weight = weight == qualified(operation.module, "weight")
+        has_own_bias = bias in ([], [qualified(operation.module, "bias")])
         if not has_own_weight or not has_own_bias:
             return None
         are_private = all(self._is_private(name) for name in [weight, *bias])
@@ -223,8 +224,8 @@ class Dataflow:
         operation = self.operations[number]
         last = len(operation.shape) - 1
         if number in self.layers:
-            names = (_parameter(operation.module, "weight"),)
-            bias = _parameter(operation.module, "bias")
+            names = (qualified(operation.module, "weight"),)
+            bias = qualified(operation.module, "bias")
             if bias in operation.operands:
                 names = (*names, bias)
             dim = last - self._positions(number)
@@ -241,7 +242,7 @@ class Dataflow:
         """Return how many dimensions of a layer's result, behind its channels, are positions: 0 for a Linear."""
         if self.operations[number].name != "convolution":
             return 0
-        weight = _parameter(self.layers[number], "weight")
+        weight = qualified(self.layers[number], "weight")
         return len(self._shapes[weight]) - 2
 
     # --- batch norms --------------------------------------------------------------------------------------------------
@@ -337,11 +338,6 @@ class Dataflow:
         return rule(operation, first, shapes[0])
 
 
-def _parameter(module: str, attribute: str) -> str:
-    """Return the qualified name of a module's parameter; the module "" is the model."""
-    return f"{module}.{attribute}" if module else attribute
-
-
 def _input_position(product: Operation) -> int:
     """Return which operand of a layer's product is the layer's input: addmm has the bias first."""
     return 1 if product.name == "addmm" else 0
@@ -356,7 +352,7 @@ def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
     is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
     if not is_batch_norm or norm.running_mean is None:
         return False
-    own_tensors = {_parameter(operation.module, name) for name in NORMED}
+    own_tensors = {qualified(operation.module, name) for name in NORMED}
     reads_own_tensors = own_tensors.issuperset(operation.operands[1:])
     reads_own_eps = operation.settings[-1:] == (norm.eps,)
     return reads_own_tensors and reads_own_eps and after_norm(norm) is not None

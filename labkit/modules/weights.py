@@ -79,7 +79,7 @@ def prunable(model: nn.Module) -> dict[str, Weight]:
             if parameter is None or not parameter.is_floating_point() or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = _qualified(path, attribute)
+            name = qualified(path, attribute)
             weights[name] = Weight(name, module, attribute, _is_transposed(module))
     return weights
 
@@ -92,7 +92,7 @@ def computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     check_module(model)
     for path, module in model.named_modules():
         for attribute in _prunable_attributes(module):
-            name = _qualified(path, attribute)
+            name = qualified(path, attribute)
             original = module._parameters.get(f"{attribute}_orig")
             mask = module._buffers.get(f"{attribute}_mask")
             is_plain_tensor = isinstance(vars(module).get(attribute), Tensor)
@@ -129,17 +129,22 @@ def named_parts(model: nn.Module, parts: str | nn.Module | Iterable[str | nn.Mod
 
 
 def inside(name: str, part: str) -> bool:
-    """Tell whether the module or parameter `name` is `part` or lies inside the module `part`; "" is the whole model."""
+    """Return True if the module or parameter `name` is `part` or lies inside it; the part "" is the whole model."""
     return not part or name == part or name.startswith(f"{part}.")
 
 
+def qualified(module_name: str, attribute: str) -> str:
+    """Return the name of a module's attribute in the model: "layer.weight", or "weight" if the module is the model.
+
+    module_name: name of the module in `named_modules()`, "" for the model.
+    attribute: name of a parameter, a buffer or a submodule of the module.
+    """
+    return f"{module_name}.{attribute}" if module_name else attribute
+
+
 def is_mixture(module: nn.Module) -> bool:
-    """Tell whether `module` holds the stacked experts of a mixture, as transformers' `use_experts_implementation`."""
+    """Return True if `module` holds the stacked experts of a mixture, as transformers' `use_experts_implementation`."""
     return {"is_transposed", "has_gate"} <= vars(module).keys()
-
-
-def _qualified(path: str, attribute: str) -> str:
-    return f"{path}.{attribute}" if path else attribute
 
 
 def _prunable_attributes(module: nn.Module) -> tuple[str, ...]:
@@ -154,7 +159,7 @@ def _prunable_attributes(module: nn.Module) -> tuple[str, ...]:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Tell whether the module stores [in, out]: transformers' Conv1D, and experts that say so."""
+    """Return True if the module stores [in, out]: transformers' Conv1D, and experts that say so."""
     if is_mixture(module):
         return module.is_transposed
     library = sys.modules.get("transformers.pytorch_utils")  # not imported for this: whoever has a Conv1D has it

@@ -24,7 +24,7 @@ from labkit.modules.batches import check_batches, evaluating, inputs, not_empty,
 from labkit.modules.hessians import DAMP, hessian, squares, sum_over_rows, watched, wide
 from labkit.modules.hooks import reading
 from labkit.modules.losses import batch_loss, summed_loss
-from labkit.modules.weights import Weight, prunable
+from labkit.modules.weights import Weight, prunable, qualified
 from labkit.pruning.select import count_to_prune
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(output, target) -> a scalar
@@ -505,7 +505,7 @@ def bn_scale(task: UnitTask) -> UnitScores:
     """Mean |gamma| of the unit's batch norms. Liu et al. 2017, Learning Efficient ConvNets through Network Slimming."""
     parameters = task.parameters()
     batch_norms = [name for name, module in task.model.named_modules() if isinstance(module, _BatchNorm)]
-    names = {f"{name}.weight".lstrip(".") for name in batch_norms}
+    names = {qualified(name, "weight") for name in batch_norms}
     scales = {name: wide(parameters[name]).abs() for name in names & parameters.keys()}
     members = {}
     for number, group in enumerate(task.groups):

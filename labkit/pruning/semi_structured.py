@@ -13,6 +13,7 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from labkit.arguments import check_module
 from labkit.errors import InputError, check_choice
+from labkit.modules.weights import qualified
 from labkit.pruning.pattern import is_nm
 
 BACKENDS = {
@@ -103,7 +104,7 @@ def plan(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             reason = refusal(module.weight, dtype=dtype, backend=backend)
-            candidates.append(Candidate(f"{name}.weight".lstrip("."), reason))
+            candidates.append(Candidate(qualified(name, "weight"), reason))
     return candidates
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from labkit.arguments import check_loaded, check_module
 from labkit.errors import InputError
 from labkit.modules import masks as masking
-from labkit.modules.weights import named_parts, prunable
+from labkit.modules.weights import named_parts, prunable, qualified
 from labkit.pruning.blockwise import check_widths, weights_of
 from labkit.pruning.pattern import check_pattern, mask
 
@@ -128,5 +128,4 @@ def _moving(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Moving]]:
             continue
         for attribute, steps in module.parametrizations.items():
             if isinstance(steps[0], _Moving):
-                name = f"{path}.{attribute}" if path else attribute
-                yield name, module, attribute, steps[0]
+                yield qualified(path, attribute), module, attribute, steps[0]
