@@ -51,7 +51,7 @@ from labkit.storage import artifact
 
 ENGINES: dict[str, Runtime] = torch_runtimes.RUNTIMES | onnx_runtimes.RUNTIMES | openvino_runtimes.RUNTIMES
 MANIFEST = "engine.json"  # beside the file that is deployed
-INSTALL = {  # of packages that the extra `engines` does not bring
+HOW_TO_INSTALL_PACKAGE = {  # of packages that the extra `engines` does not bring
     "g++": "install it, or name another C++ compiler in CXX",
     "executorch": set_up_with("edge"),
     "torchao": set_up_with("edge"),  # which executorch imports where it lowers
@@ -329,7 +329,7 @@ def missing(name: str, packages: Sequence[str]) -> str:
     lacking = [package for package in packages if not _present(package)]
     if lacking:
         verb = "is" if len(lacking) == 1 else "are"
-        how = INSTALL.get(lacking[0], set_up_with("engines"))
+        how = HOW_TO_INSTALL_PACKAGE.get(lacking[0], set_up_with("engines"))
         return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}."
     if "g++" in packages and any(character in torch.__file__ for character in " '\""):
         return (

@@ -124,7 +124,7 @@ def _dimensions(named: Mapping[str, Any], dynamic: Mapping[int, tuple[int, int]]
 def _exporting(how: str) -> Iterator[None]:
     """Turn an error of any stage of the exporter into an InputError."""
     try:
-        with quietly():
+        with silenced():
             yield
     except Exception as error:
         reason = str(error).splitlines()[0][:120]
@@ -140,7 +140,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silence warnings, log lines and progress bars of exporters and tools."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

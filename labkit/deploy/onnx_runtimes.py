@@ -58,7 +58,7 @@ def _write(job: EngineJob, quantize: Callable[[EngineJob, Path, Path], None] | N
     if quantize is None:
         return source
     target = job.folder / "quantized.onnx"
-    with export.quietly():
+    with export.silenced():
         quantize(job, source, target)
     return target
 

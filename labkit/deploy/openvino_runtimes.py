@@ -53,7 +53,7 @@ def _write(job: EngineJob, quantize: Callable[[EngineJob, Any], Any] | None = No
     export.write_onnx(job.model, job.named, source, dynamic=job.dynamic)
     model = openvino.Core().read_model(source)
     if quantize is not None:
-        with export.quietly():
+        with export.silenced():
             model = quantize(job, model)
     path = job.folder / "model.xml"
     openvino.save_model(model, path, compress_to_fp16=False)

@@ -42,7 +42,7 @@ try:
 except ImportError:
     Worker = object
 
-INSTALL = set_up_with("serving")
+HOW_TO_INSTALL = set_up_with("serving")
 LONGEST = 48  # tokens; what is beyond is cut off
 STEP = 8  # tokens: texts are padded to a multiple, since engines prepare kernels for each new shape
 CLIENT_S = 5.0  # seconds that a client waits for an answer
@@ -148,7 +148,7 @@ class Server:
         self, folder: str | Path | None = None, *, max_batch: int = 16, delay_ms: int = 1, capacity: int = 64
     ) -> None:
         if Worker is object:
-            raise InputError(f"The server needs mosec, which is not installed: {INSTALL}.")
+            raise InputError(f"The server needs mosec, which is not installed: {HOW_TO_INSTALL}.")
         check_whole(max_batch, "max_batch")
         check_whole(delay_ms, "delay_ms")
         check_whole(capacity, "capacity")
@@ -364,7 +364,7 @@ def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 
     try:
         import mlperf_loadgen as lg
     except ImportError:
-        raise InputError(f"The judge is mlcommons-loadgen, which is not installed: {INSTALL}.") from None
+        raise InputError(f"The judge is mlcommons-loadgen, which is not installed: {HOW_TO_INSTALL}.") from None
     loop = asyncio.new_event_loop()
     client = Client(url)
     statuses: list[int] = []

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit import files
+from labkit import files, show
 from labkit.errors import InputError
 
 STUB_SAYS = "Your answer goes here"
@@ -255,10 +255,7 @@ def _is_of_a_stub(error: Exception) -> bool:
 
 
 def _and_more(count: int) -> str:
-    if not count:
-        return ""
-    plural = "s" if count > 1 else ""
-    return f"; the same with {count} other input{plural}"
+    return f"; the same with {show.counted(count, 'other input')}" if count else ""
 
 
 def _is_empty(value: Any) -> bool:

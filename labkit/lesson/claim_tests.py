@@ -63,8 +63,7 @@ class ClaimTests:
             raise InputError(
                 f"lab.claims shows one to five claims, not {len(claim_ids)}; choose those that teach most."
             )
-        plural = "s" if len(claim_ids) > 1 else ""
-        title = f"{len(claim_ids)} widespread claim{plural}, tested"
+        title = f"{show.counted(len(claim_ids), 'widespread claim')}, tested"
         text = [title]
         html = [f"<details><summary><b>{title}</b></summary>"]
         for claim_id in claim_ids:

@@ -112,8 +112,7 @@ def _show_passed(exercise: str, answer: _Examined) -> None:
 
 
 def _show_failures(exercise: str, failures: list[str]) -> None:
-    plural = "s" if len(failures) > 1 else ""
-    count = f"{len(failures)} thing{plural} to look at"
+    count = f"{show.counted(len(failures), 'thing')} to look at"
     text = "\n  - ".join([f"exercise {exercise}: {count}", *failures])
     items = "".join(f"<li>{escape(failure)}</li>" for failure in failures)
     show.emit(text, f"<b>Exercise {escape(exercise)}: {count}</b><ul>{items}</ul>")

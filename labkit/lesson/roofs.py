@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from labkit import show
 from labkit.lesson import records
 from labkit.lesson.results import Results
 from labkit.timing import machine, roofline
 from labkit.timing.bench import Comparison, Measurement
-from labkit.timing.counting import Work
 from labkit.timing.machine import Ceilings
+from labkit.timing.work import Work
 
 
 class Roofs:
@@ -89,8 +90,8 @@ def _table(device: str, threads: int, ceilings: Ceilings) -> records.RecordedTab
     rows = [_row(dtype, "FLOP/s", rate, ceilings.flops_range.get(dtype)) for dtype, rate in ceilings.flops.items()]
     rows.append(_row("bandwidth", "B/s", ceilings.bandwidth, ceilings.bandwidth_range))
     columns = {unit: records.quality(unit, clock=True, low="low", high="high") for unit in ("FLOP/s", "B/s")}
-    plural = "s" if threads > 1 else ""
-    return records.table(f"ceilings of {device}, {threads} thread{plural}", rows, ("ceiling",), columns)
+    name = f"ceilings of {device}, {show.counted(threads, 'thread')}"
+    return records.table(name, rows, ("ceiling",), columns)
 
 
 def _row(ceiling: str, unit: str, rate: float, ends: tuple[float, float] | None) -> dict[str, Any]:

@@ -102,14 +102,14 @@ class Grid:
         dtype: type of the result, by default the scale's. The points are computed in float32 or wider.
         """
         check_tensor(codes, "codes")
-        scale = _wide(self.scale)
+        scale = upcast(self.scale)
         points = (self._grouped(codes).to(scale.dtype) - self.zero) * scale
         return points.reshape(codes.shape).to(dtype or self.scale.dtype)
 
     def fake(self, x: Tensor) -> Tensor:
         """Return dequantize(quantize(x)) in x's dtype, without a detour through integers; NaN stays NaN."""
         codes = self._nearest(x)
-        points = codes.sub_(self.zero).mul_(_wide(self.scale))
+        points = codes.sub_(self.zero).mul_(upcast(self.scale))
         return points.reshape(x.shape).to(x.dtype)
 
     def _grouped(self, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Grid:
 
     def _nearest(self, x: Tensor) -> Tensor:
         """Return codes as floating-point numbers, grouped as the scale is."""
-        steps = self._grouped(_wide(x)) / _wide(self.scale)
+        steps = self._grouped(upcast(x)) / upcast(self.scale)
         return steps.round_().add_(self.zero).clamp_(self.lo, self.hi)
 
 
@@ -176,8 +176,8 @@ def choose(
     dtype = dtype or lo.dtype
     if dtype not in FLOATS:
         raise InputError(f"dtype is {dtype!r}, but a scale is a floating-point number: take torch.float32 or narrower.")
-    lo = _wide(lo).clamp(max=0)
-    hi = _wide(hi).clamp(min=0)
+    lo = upcast(lo).clamp(max=0)
+    hi = upcast(hi).clamp(min=0)
     if kind == ASYMMETRIC:
         return _asymmetric_grid(lo, hi, bits, dtype)
     return _symmetric_grid(lo, hi, bits, kind, dtype)
@@ -191,7 +191,7 @@ def _asymmetric_grid(
 ) -> Grid:
     highest = 2**bits - 1
     scale = stored((hi - lo) / highest, dtype)
-    zero = (-lo / _wide(scale)).round().clamp(0, highest).to(torch.int32)
+    zero = (-lo / upcast(scale)).round().clamp(0, highest).to(torch.int32)
     return Grid(scale, zero, bits, 0, highest)
 
 
@@ -292,6 +292,14 @@ def check_group(width: int, group_size: int) -> None:
     )
 
 
+def upcast(x: Tensor) -> Tensor:
+    """Return x in float32 or wider.
+
+    A product of bfloat16 has 8 bits, too few for code times scale; float16 ends at 65504, which scores may leave.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Round a scale to the dtype of storage without making an entry 0.
 
@@ -346,8 +354,3 @@ def _check_axis(x: Tensor, axis: int | None) -> None:
         raise InputError(
             f"axis is {axis!r}, but x has {dimensions} dimensions: take one from {-dimensions} to {dimensions - 1}."
         )
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 or wider: a product of bfloat16 has 8 bits, too few for code times scale."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

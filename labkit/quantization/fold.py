@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from labkit.errors import EqualityError, InputError
 from labkit.graph import equality, surgery
-from labkit.graph import groups as coupling
 from labkit.graph.dataflow import Dataflow, Route, Source
+from labkit.graph.groups import arguments
 from labkit.graph.subclasses import after_norm
 from labkit.modules import batches as batching
 from labkit.modules.hooks import watching
 from labkit.modules.replacing import replace_
+from labkit.modules.weights import qualified
 from labkit.quantization import calls
 
 EXACT = 1e-9  # of the largest output, in float64
@@ -272,22 +273,18 @@ def _in_float64(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, T
     names = set()
     for source, route in sites:
         names |= set(source.names)
-        names |= {_weight_name(layer) for layer in route.readers}
-    wide = {name: parameters[name].detach().to(torch.float64, copy=True).contiguous() for name in names}
-    yield wide
+        names |= {qualified(layer, "weight") for layer in route.readers}
+    in_float64 = {name: parameters[name].detach().to(torch.float64, copy=True).contiguous() for name in names}
+    yield in_float64
     for name in names:
-        parameters[name].copy_(wide[name])
-
-
-def _weight_name(layer: str) -> str:
-    return f"{layer}.weight".lstrip(".")
+        parameters[name].copy_(in_float64[name])
 
 
 def _columns(parameters: Mapping[str, Tensor], model: nn.Module, route: Route) -> list[Tensor]:
     """Return a view of each reader's weight: [groups, out / groups, channels / groups, weights a channel]."""
     views = []
     for name, repeats in route.readers.items():
-        weight = parameters[_weight_name(name)]
+        weight = parameters[qualified(name, "weight")]
         groups = getattr(model.get_submodule(name), "groups", 1)
         channels = weight.shape[1] // repeats
         views.append(weight.view(groups, len(weight) // groups, channels, -1))
@@ -346,7 +343,7 @@ def _call(args: Any) -> tuple[tuple, dict[str, Any]]:
     """Return the positional and keyword arguments of an example input."""
     if isinstance(args, Mapping):
         return (), dict(args)
-    return coupling.arguments(args, None)
+    return arguments(args, None)
 
 
 @torch.inference_mode(False)  # the new model is to be trained, wherever it was made

@@ -141,8 +141,8 @@ def attention(
     query_place = key_place[sizes["T"] - queries :, None]
 
     key_is_recent = _is_recent(key_place, query_place, form, form.keys_per)  # [Q, T]
-    wide_q = _wide(q)
-    scores = torch.where(key_is_recent, wide_q @ _wide(k).mT, wide_q @ _wide(stored_k).mT)
+    q_upcast = affine.upcast(q)
+    scores = torch.where(key_is_recent, q_upcast @ affine.upcast(k).mT, q_upcast @ affine.upcast(stored_k).mT)
     scores = scores * scale
     allowed = key_place <= query_place
     if mask is not None and mask.dtype == torch.bool:
@@ -160,7 +160,7 @@ def _is_recent(
     form: KVFormat,
     per: str,
 ) -> Tensor:
-    """Tell which tokens a query reads as they are: bool [Q, T].
+    """Return True for each token that a query reads as it is: bool [Q, T].
 
     key_place: [T], query_place: [Q, 1], places in the text.
     per: as for `quantize`.
@@ -169,11 +169,6 @@ def _is_recent(
     if per == "channel":
         quantized_tokens = _whole_groups(quantized_tokens, form.group_size)
     return key_place >= quantized_tokens
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 or wider: scores may leave float16, which ends at 65504."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(x: Tensor, per: str) -> None:

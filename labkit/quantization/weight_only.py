@@ -24,7 +24,7 @@ from labkit.modules.hessians import hessian, sum_over_rows, wide
 from labkit.modules.masks import make_permanent, masks
 from labkit.modules.replacing import replace_
 from labkit.modules.stacks import blocks_of
-from labkit.modules.weights import Weight, inside, named_parts, prunable
+from labkit.modules.weights import Weight, inside, named_parts, prunable, qualified
 from labkit.quantization import affine, calls, fold, formats
 from labkit.quantization.affine import Grid, Quantized
 from labkit.quantization.awq import awq, clipped
@@ -270,10 +270,6 @@ def _hessian_and_magnitude(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([hessian(layer, x), magnitude[:, None]], 1)
 
 
-def _weight_name(layer: str) -> str:
-    return f"{layer}.weight".lstrip(".")
-
-
 def _is_inside(
     model: nn.Module,
     weights: Mapping[str, Weight],
@@ -281,7 +277,7 @@ def _is_inside(
     route: Route,
 ) -> bool:
     """Return True if only `weights` read the channels of the source, and the source belongs to the same block."""
-    names = {*source.names, *map(_weight_name, route.readers)}
+    names = {*source.names, *(qualified(layer, "weight") for layer in route.readers)}
     parameters = {id(model.get_parameter(name)) for name in names}
     blocks = [{id(parameter) for parameter in block.parameters()} for block in blocks_of(model)]
     in_one_block = not blocks or any(parameters <= block for block in blocks)
@@ -306,7 +302,7 @@ def _scale_(
         return dequantize(rtn(weight, **options))
 
     for source, route in sites:
-        readers = [_weight_name(layer) for layer in route.readers]
+        readers = [qualified(layer, "weight") for layer in route.readers]
         statistic = sums[readers[0]][0]
         rows = [_rows(weights[name]) for name in readers]
         s = awq(rows, statistic[:-1], statistic[-1], round_)
