@@ -8,8 +8,8 @@ from torch import Tensor
 def to_bits(numbers: Tensor, width: int) -> Tensor:
     """Pack the low `width` bits of each number into bytes, one number after the other.
 
-    numbers: whole numbers or bool of any shape, read in row-major order. A negative number is stored as number modulo
-        2^width. At 4 bits the earlier of two numbers is in the lower half of a byte.
+    numbers: whole numbers or bool of any shape, read in row-major order. A negative number is stored modulo 2^width. At
+        4 bits the earlier of two numbers is in the lower half of a byte.
     width: 1 to 8 bits.
 
     Returns uint8 [ceil(count * width / 8)]; the bits after the last number are 0.

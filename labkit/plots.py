@@ -81,7 +81,7 @@ def curves(
 
 
 def _add_legend(fig: Any, handles: Sequence[Any], labels: Sequence[str], title: str, panels_height: float) -> None:
-    """Add a legend below the panels, and make the figure higher by the legend's rows; nothing for a single curve."""
+    """Add a legend below the panels, and make the figure higher by its rows; nothing for a single curve."""
     if len(labels) < 2:
         return
     longest = max(map(len, labels))

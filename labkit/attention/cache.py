@@ -1,6 +1,6 @@
 """Caches of keys and values: of all tokens, of the entries that matter most, or of all tokens in few bits.
 
-A cache stores and attends, so a decoder does not know the kind of its cache. Each step of a decoder calls `positions`,
+A cache both stores and attends, so a decoder need not know its kind. Each step of a decoder calls `positions`,
 then `attend` for each layer, then `advance`. Pages shared by several sequences: `labkit.attention.paged`.
 """
 

@@ -122,7 +122,7 @@ def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) 
     n: squares from each photo, photo after photo.
     names: names of photos.
     seed: draws the squares.
-    Crops of a photo are alike: a network's results on the crops are about the photo, not about photos in general.
+    Crops of a photo are alike: a network's results on them are about that photo, not about photos in general.
     Raises InputError for an unknown name or an `n` below 1.
     """
     check_whole(n, "n")

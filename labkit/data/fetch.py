@@ -159,7 +159,7 @@ def fetch(name: str) -> Path:
 
 
 def build_once(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path:
-    """Build a folder unless the folder is whole, and return `folder`; two processes at the same time build once.
+    """Build a folder unless it is whole, and return it; two processes at the same time build once.
 
     fill: fill(partial) writes all files into an empty folder on the same disk, renamed to `folder` at the end and
         removed after an exception.

@@ -72,7 +72,7 @@ def minilm_classifier() -> nn.Module:
 
 
 def with_delta(model: nn.Module, delta: dict[str, Tensor]) -> nn.Module:
-    """Copy a model and add a low-rank delta to the copy (LoRA, Hu et al. 2021, equation 3).
+    """Copy a model and add a low-rank delta to it (LoRA, Hu et al. 2021, equation 3).
 
     delta: "<layer>.up" [out, r] and "<layer>.down" [r, in]: the product is added to the layer's weight [out, in]. Every
         further name is a parameter that replaces the model's.

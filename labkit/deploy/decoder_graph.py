@@ -153,7 +153,7 @@ class _Graph:
 
     @torch.no_grad()
     def save(self, path: Path) -> None:
-        """Write the .xml file `path`, and a .bin file with the weights beside the .xml."""
+        """Write the .xml file `path`, and beside it a .bin file with the weights."""
         import openvino
 
         results = [self.ops.opset.result(x) for x in self._outputs()]

@@ -109,7 +109,7 @@ def prepare(
         The same in bfloat16, but for int8 layers: "torch-bf16", "torch-compile-bf16", "openvino-bf16".
         A float model only: "torch-compile" and "aotinductor" (with frozen weights), "executorch" (delegated to
         XNNPACK).
-        With a step left out, to see the effect of the step: "torch-channels-last" (a changed layout),
+        With a step left out, to see its effect: "torch-channels-last" (a changed layout),
         "torch-compile-unfrozen", "aotinductor-unfrozen", "onnxruntime-unoptimized" (no fusion), "executorch-portable"
         (no delegate).
         A float model quantized by the engine's own tools: "onnxruntime-dynamic" (without batches),
@@ -223,7 +223,7 @@ def _check_taken(
     folder: str | Path | None,
     options: Mapping[str, Any],
 ) -> None:
-    """Raise InputError for an argument of `prepare` without use for the engine, or for a missing argument."""
+    """Raise InputError for an argument of `prepare` that the engine has no use for, or that it lacks."""
     row = ENGINES[name]
     if options and row.takes not in ("tool", "data"):
         raise InputError(f"{name} takes no options, and got {', '.join(options)}: leave them out.")

@@ -56,7 +56,7 @@ def ladder(function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> 
 
 
 def rungs() -> dict[str, bool]:
-    """Tell for each rung if this CPU has the rung and all rungs below."""
+    """Tell for each rung if this CPU has it and all rungs below."""
     features = fingerprint("cpu").features
     table = {}
     has_all = True

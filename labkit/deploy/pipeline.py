@@ -184,7 +184,7 @@ class _Pipelines:
         return engines.prepare(engine, model, example, batches=self.batches)
 
     def time(self, budget_s: float) -> None:
-        """Time the untimed stages against eager torch, and store the stages.
+        """Time the untimed stages against eager torch, and store them.
 
         budget_s: seconds for a stage and an example.
         """

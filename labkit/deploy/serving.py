@@ -116,10 +116,10 @@ def serve(
     max_batch: requests that run at a time.
     page_size: tokens of a page.
     share_prefixes: read pages that other requests wrote.
-    batching: "continuous": a waiting request takes the place of a finished request, and a step is a token of each
-        running request and one prompt. "static": a batch starts together and runs until the longest request is done,
-        like rows of a tensor: all prompts are one step, and every further step is a token of all requests, finished
-        requests included.
+    batching: "continuous": a waiting request takes the place of a finished one, and a step is a token of each running
+        request and one prompt. "static": a batch starts together and runs until the longest request is done, like rows
+        of a tensor: all prompts are one step, and every further step is a token of all requests, finished requests
+        included.
     chunk: tokens of a prompt that a step takes at most; None: the whole prompt.
     pages: number of the pool's pages; None: enough for max_batch of the longest requests. If a smaller pool has
         no free page, the youngest requests give their pages back, and are computed again later.

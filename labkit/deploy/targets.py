@@ -54,7 +54,7 @@ class Target:
 
     @property
     def needs(self) -> str:
-        """Needs of the system in words, unless the system has ended: the probes, and a device of its own."""
+        """Needs of the system in words, unless it has ended: the probes, and a device of its own."""
         if self.life == "ended":
             return ""
         is_device = self.kind in ("accelerator", "edge")

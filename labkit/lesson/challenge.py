@@ -1,7 +1,7 @@
-"""Challenges: a goal on a plane of two quantities, and points on the plane.
+"""Challenges: a goal on a plane of two quantities, and points on it.
 
 Goals are {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open. A point is a
-dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if the column has an interval.
+dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if it has one.
 
     goals = {"time": (None, 0.6, "x"), "accuracy": (84, None, "%")}
     point = {"recipe": "half", "time": 0.55, "time ci95": (0.5, 0.6), "accuracy": 85.2}

@@ -52,7 +52,7 @@ class Failures:
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """A sentence for each failure, with the first input to show the failure."""
+        """A sentence for each failure, with the first input that shows it."""
         return tuple(first + _and_more(self._more[message]) for message, first in self._first.items())
 
     def expect(self, condition: Any, message: str, *, detail: str = "") -> bool:

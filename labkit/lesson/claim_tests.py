@@ -38,7 +38,7 @@ class ClaimTests:
     ) -> None:
         """Note the verdict of a value (`claims.verdict`, with the same arguments and errors) in silence.
 
-        A claim about a GPU is not settled by a CPU's number, nor a claim about a CPU by a GPU's: the value is dropped.
+        A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         """
         claim = claims.entry(claim_id)
         number = show.number(value)

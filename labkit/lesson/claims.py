@@ -1,6 +1,6 @@
 """Widespread claims with a number, and the verdict of a measured value: confirmed, contradicted, or undecided.
 
-The claims stand in notebooks/claims.toml, each with the range of values to confirm the claim. A verdict weighs a value
+The claims stand in notebooks/claims.toml, each with the range of values that confirm it. A verdict weighs a value
 and an interval. A claim about trained models has a recipe, the least training able to settle the claim: after a shorter
 training the claim stays open.
 """

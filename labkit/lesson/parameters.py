@@ -37,8 +37,8 @@ class Parameter:
     def convert(self, value: Any) -> Any:
         """Return `value`, or the value that a text stands for, as the lesson gets the parameter.
 
-        The type is the type of `allowed`, or, for a parameter without bounds, the type of the default.
-        Raises InputError for a value of another type, and for a value that is not allowed.
+        The type is that of `allowed`, or, for a parameter without bounds, that of the default.
+        Raises InputError for a value of another type, or one that is not allowed.
         """
         if isinstance(self.default, list | tuple):
             return self._convert_list(value)

@@ -1,4 +1,4 @@
-"""Predictions: a reader's guess before a measurement, and how far the guess was off afterwards."""
+"""Predictions: a reader's guess before a measurement, and how far off it was."""
 
 import math
 import statistics

@@ -229,7 +229,7 @@ class RunRecord(_Strict):
             raise DataError(f"{source} is damaged: `{field}`: {first['msg']}; run the lesson again.") from None
 
     def named(self, name: str) -> RecordedValue | RecordedTable | None:
-        """Return the result called `name`, None if the run has no result of the name."""
+        """Return the result called `name`, None if the run has none."""
         for entry in self.measurements:
             if entry.name == name:
                 return entry
@@ -246,7 +246,7 @@ class RunRecord(_Strict):
         return Spread(statistics.median(values), min(values), max(values), len(values))
 
     def _over_processes(self, name: str) -> list[int | float]:
-        """Return the numbers called `name` of all processes with a number of the name."""
+        """Return the numbers called `name` of all processes that have one."""
         if self.runs is not None:
             return self.runs.seconds if name == "seconds" else self.runs.values.get(name, [])
         value = self.seconds if name == "seconds" else getattr(self.named(name), "value", None)
@@ -391,7 +391,7 @@ def _is_series(values: Sequence[Any]) -> bool:
 
 
 def _anonymous(text: str) -> str:
-    """Replace the folders of the course and of the user, as in messages of errors, by "<course>" and "~"."""
+    """Replace the folders of the course and of the user, as error messages name them, by "<course>" and "~"."""
     for folder, name in ((str(files.ROOT), "<course>"), (str(Path.home()), "~")):
         if len(folder) > 1:  # a home of "/" would be replaced everywhere
             text = text.replace(folder, name)
@@ -410,7 +410,7 @@ def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Return the course's commit, and if files differ from the commit ("dirty"); None outside a clone."""
+    """Return the course's commit, and if files differ from it ("dirty"); None outside a clone."""
     if files.IN_WHEEL:  # the environment may lie in a clone of something else
         return None
     try:

@@ -83,7 +83,7 @@ def _row(title: str, run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _range(run: Mapping[str, Any]) -> tuple[Any, Sequence[float] | None, str]:
-    """Return a run's number, the ends of the range of the number, and the kind of the range.
+    """Return a run's number, the ends of its range, and the kind of the range.
 
     An interval within a run tells how well the run knew its number; only several processes tell how runs differ.
     """

@@ -18,7 +18,7 @@ class Results:
         self.predictions = Predictions()
 
     def add_table(self, table: RecordedTable) -> None:
-        """Keep a table under the table's name."""
+        """Keep a table under its name."""
         self.by_name[table.name] = table
 
     def add_value(self, **fields: Any) -> None:

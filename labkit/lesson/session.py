@@ -313,7 +313,7 @@ class Lab:
         value: ours, in the claim's unit; None if the quantity is not measurable here.
         ci95: (low, high) around the value.
         trained: the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}.
-        A claim about a GPU is not settled by a CPU's number, nor a claim about a CPU by a GPU's: the value is dropped.
+        A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         Raises InputError for an unknown id, a value that is no number, an interval that does not hold the value, and
         a missing `trained`.
         """
@@ -341,7 +341,7 @@ class Lab:
         """Return the function for the rest of the lesson: the learner's `fn` if passed, else the worked answer.
 
         An unchecked function is checked first. Without a worked answer `fn` itself is used. If `fn` changes settings of
-        the process (`settings`), the settings are put back after each call.
+        the process (`settings`), they are put back after each call.
         """
         return self._exercises.answer(id, fn)
 

@@ -1,6 +1,6 @@
 """Exact rewrites: the same function from other weights, which are easier to round.
 
-A layer may scale a channel by s > 0 if the readers scale the channel by 1 / s and all operators between let a scale
+A layer may scale a channel by s > 0 if its readers scale it by 1 / s and all operators between let a scale
 pass: relu(s x) = s relu(x). `graph.dataflow` finds readers and operators in a trace. Every rewrite is made on a copy in
 float64 first and compared with the model; only then are weights rounded to the model's dtype, once. No function in this
 file knows a number of bits.
@@ -107,9 +107,9 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
 
     Cross-layer equalization, Nagel et al. 2019 (arXiv:1906.04721), section 4.1: with r1 = max |row of W1| that makes a
     channel and r2 = max |columns| that read the channel, W1 and b1 are divided by s = sqrt(r1 / r2) and W2 is
-    multiplied by s, so that both ranges are sqrt(r1 r2). Over all pairs again and again until nothing moves. A pair is
-    a convolution or Linear and all layers that read its output, through operators with f(s x) = s f(x): ReLU, pooling,
-    flattening, products with other values. A channel that is never made or never read stays.
+    multiplied by s, so that both ranges are sqrt(r1 r2). All pairs take their turn again and again until nothing moves.
+    A pair is a convolution or Linear and all layers that read its output, through operators with f(s x) = s f(x): ReLU,
+    pooling, flattening, products with other values. A channel that is never made or never read stays.
 
     Raises InputError for a layer that is clipped above (ReLU6): s x would be clipped at 6, not at 6 s, and the function
     would change; and for a model without a pair.

@@ -57,7 +57,7 @@ class CodePlan:
         return self.modules[node.target] if node.op == "call_module" else None
 
     def _decide(self, node: fx.Node, common: Grid | None) -> tuple[Grid | None, Grid | None]:
-        """Return the grid of a node's value and the grid of a node's inputs; None stands for floats.
+        """Return the grids of a node's value and of its inputs; None stands for floats.
 
         common: the grid of all readers, or None.
         """

@@ -81,7 +81,7 @@ def fake_quantize(
     *,
     group_size: int = 32,
 ) -> Tensor:
-    """SIMULATED: return x [..., T, D] after `quantize` and back; tokens after the last whole group of tokens stay.
+    """SIMULATED: return x [..., T, D] after `quantize` and back; tokens after the last whole group stay.
 
     bits: None returns x.
     per, group_size: as for `quantize`.

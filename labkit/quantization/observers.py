@@ -23,7 +23,7 @@ SMALLEST = -100  # exponent of the least histogram's range, that of zeros
 
 
 class Observer:
-    """Observes tensors of any shapes with `observe`; `range` then gives the range that a criterion takes from them.
+    """Observes tensors of any shapes; `range` then gives the range that a criterion takes from them.
 
     name: the criterion, a row of `RANGES`.
     bits: width of the codes; "mse" and "histogram" use the width to weigh clipping against rounding.

@@ -48,7 +48,7 @@ def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
     """SIMULATED: return a copy of `model` in which Linears are `OutlierSplit` with the paper's threshold.
 
     ignore: names of Linears that stay, as a language model's head does in the paper.
-    Raises InputError for a name without a Linear, and for a model without a Linear.
+    Raises InputError for a name or a model without a Linear.
     """
     calls.check_model(model)
     ignore = (ignore,) if isinstance(ignore, str) else ignore

@@ -1,7 +1,7 @@
 """Post-training quantization, SIMULATED: ranges from some batches, then float32 that takes only the values of codes.
 
 Krishnamoorthi 2018 (arXiv:1806.08342); Nagel et al. 2021 (arXiv:2106.08295), sections 2 and 3. A simulation is useful
-if the simulation and an integer engine round the same values. Hence three rules:
+if it rounds the same values as an integer engine. Hence three rules:
 
 1. A layer rounds its weight (a symmetric grid per output channel, "restricted") and its input (an asymmetric unsigned
    grid for the tensor, since its scale must leave the sum). Bias and result are not rounded: they stand for the int32

@@ -1,7 +1,7 @@
 """Rotations: the same function in a turned basis, in which no channel sticks out and activations are easier to round.
 
 SliceGPT (Ashkboos et al. 2024a, arXiv:2401.15024, theorem 1): RMSNorm without a gain commutes with an orthogonal Q, for
-|x Q| = |x|, so that the writers of the residual stream can turn the stream and the readers turn the stream back. QuaRot
+|x Q| = |x|, so that the writers of the residual stream can turn it and its readers turn it back. QuaRot
 (Ashkboos et al. 2024b, arXiv:2404.00456): Q is a Hadamard matrix with random signs and spreads an outlier over all
 channels. QuaRot's published code also removes the mean of each embedding: right before a LayerNorm, but a change of the
 function before an RMSNorm, so no mean is removed in this file. No function in this file knows a number of bits.

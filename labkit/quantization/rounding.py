@@ -46,7 +46,7 @@ def adaround(
     starting from h = the remainder of rounding down, so from the weight as it is; beta falls from 20 to 2 and drives
     every h to 0 or 1. The norm is over the channels of a position, the mean over all positions.
 
-    The result is the same at every call. On `inputs` the squared error is at most the error of rounding to the nearest:
+    The result is the same at every call. On `inputs` the squared error is at most that of rounding to the nearest:
     if the search ends in more, the nearest codes are returned.
     """
     _check(layer, grid, inputs, outputs, steps)
