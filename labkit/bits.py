@@ -35,7 +35,7 @@ def from_bits(data: Tensor, width: int, count: int) -> Tensor:
 
     data: uint8 [bytes]; codes of 8 bits may also be int8, in any shape.
     width: bits of a number, 1 to 8.
-    count: how many numbers were packed.
+    count: number of packed numbers.
 
     Returns uint8 [count]; a negative number comes back as number modulo 2^width.
     """

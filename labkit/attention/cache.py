@@ -22,9 +22,9 @@ from labkit.storage import artifact
 class Layout(NamedTuple):
     """Shape of a decoder's cache: for each token and layer, `heads` keys and as many values of `width` numbers.
 
-    layers: decoder layers.
-    heads: KV heads, Hkv.
-    width: numbers of a head, D.
+    layers: number of decoder layers.
+    heads: number of KV heads, Hkv.
+    width: size of a head, D.
     dtype, device: type and place of the keys and values.
     """
 
@@ -96,8 +96,8 @@ class KVCache:
     """Cache of the keys and values of all tokens, as they are, in memory allocated once.
 
     layout: shape of the decoder's cache.
-    batch: B sequences of equal length.
-    capacity: tokens of a sequence.
+    batch: number B of sequences, all of equal length.
+    capacity: most tokens of a sequence.
     keys, values: [layers, B, Hkv, capacity, D], filled up to `length` tokens.
     """
 
@@ -381,7 +381,7 @@ class _Side:
     """Keys or values of a layer: codes of the first `tokens` tokens, and the exact recent tokens [B, Hkv, n, D].
 
     bits, per, group_size: see `kv.quantize`; without bits no token becomes codes.
-    empty: [B, Hkv, 0, D].
+    empty: the recent tokens at the start, [B, Hkv, 0, D].
     """
 
     def __init__(self, bits: int | None, per: str, group_size: int, empty: Tensor) -> None:

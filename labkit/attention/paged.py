@@ -188,7 +188,8 @@ class PagedBatch:
     A decoder is called with `ids` [1, N], N = sum(counts): sequences of any length, and prompts beside single tokens,
     go through the decoder's matrices together, and each sequence attends to its own pages.
 
-    tables, counts: table i gets the next counts[i] of its ids.
+    tables: page tables of the sequences.
+    counts: number of new tokens of each; table i gets the next counts[i] of its ids.
     last: row of the last new token of each table.
     Making a batch reserves the pages for the step. Raises PagesExhausted; tables before the failing table keep the new
     pages.

@@ -62,7 +62,7 @@ def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) 
     split: "train" 55,000 images, "validation" 5,000 (held out of "train") for choices, "test" 10,000 for the reported
         number.
     n: size of a subset in which the classes differ by at most one image; None for all.
-    seed: draws the subset.
+    seed: seed that draws the subset.
     Raises InputError for an unknown split or an `n` outside 1..size.
     """
     check_choice(split, SPLITS, "split")
@@ -119,9 +119,9 @@ def photos() -> dict[str, Image.Image]:
 def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) -> list[Image.Image]:
     """Cut random squares from photos, with sides from half to all of the photo's shorter side.
 
-    n: squares from each photo, photo after photo.
+    n: number of squares from each photo, photo after photo.
     names: names of photos.
-    seed: draws the squares.
+    seed: seed that draws the squares.
     Crops of a photo are alike: a network's results on them are about that photo, not about photos in general.
     Raises InputError for an unknown name or an `n` below 1.
     """

@@ -105,7 +105,7 @@ def review_batches(
 
     split, n: as in `datasets.reviews`.
     batch_size, seed: as in `training.Batches`.
-    max_len: tokens of a snippet; a longer snippet is cut.
+    max_len: most tokens of a snippet; a longer snippet is cut.
     """
     data = datasets.reviews(split, n)
     encoded = tokenizer("minilm")(

@@ -48,9 +48,9 @@ class Batches:
     """Tensors cut into batches; a pass over the object is an epoch.
 
     data: a tuple (inputs, labels) or a dict of a transformers model's arguments; all tensors have N rows.
-    batch_size: rows of a batch; the last batch may be smaller.
+    batch_size: number of rows in a batch; the last batch may be smaller.
     seed: gives each epoch a different order, and a new object the same orders again; None keeps the data's order.
-    collate: changes each batch, for example cuts padding.
+    collate: function that changes each batch, for example cuts padding.
     """
 
     data: Batch
@@ -357,10 +357,10 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
 def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
     """Return exp of the mean loss per predicted token over `tokens` [N], in windows that each start without context.
 
-    window: tokens of a window. A window predicts all tokens but the first; tokens that do not fill the last window are
-        left out.
-    Infinity for a perplexity beyond float64. Raises InputError for a model that is not called with input_ids, and for
-    tokens outside the model's vocabulary.
+    window: number of tokens in a window. A window predicts all tokens but the first; tokens that do not fill the last
+        window are left out.
+    Returns infinity for a perplexity beyond float64. Raises InputError for a model that is not called with input_ids,
+    and for tokens outside the model's vocabulary.
     """
     check_module(model)
     rows = windows(tokens, window).to(_device(model))

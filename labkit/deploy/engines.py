@@ -114,7 +114,7 @@ def prepare(
         (no delegate).
         A float model quantized by the engine's own tools: "onnxruntime-dynamic" (without batches),
         "onnxruntime-static" (u8 s8, per channel), "onnxruntime-s8s8" (signed activations), "nncf" and "nncf-bf16".
-    model: on the CPU, unchanged afterwards; "torch" runs `model` and no copy.
+    model: a model on the CPU, unchanged afterwards; "torch" runs `model` and no copy.
     args: example of the model's arguments: a tensor, tuple or dict, labels left out. The shapes are fixed, but for
         `dynamic`.
     dynamic: {dimension: (least, most)}, the same in all inputs; the example must have 2 or more at these dimensions.

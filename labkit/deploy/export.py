@@ -43,7 +43,7 @@ def write_onnx(
 ) -> None:
     """Write `model` to the ONNX file `path`.
 
-    model: float, or `Calibrated.model` of `ptq.quantize`; unchanged afterwards.
+    model: a float model, or `Calibrated.model` of `ptq.quantize`; unchanged afterwards.
     named: example of the keyword arguments, which fixes the shapes.
     dynamic: {dimension: (least, most)} of the dimensions that vary, the same in all inputs; all else is fixed.
     batches: calibration data for an engine with int8 convolutions of 8-bit results only: a result is rounded to the

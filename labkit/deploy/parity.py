@@ -84,7 +84,7 @@ class Reference:
     """A model's answers to batches, asked once: `Reference(model, batches).judge(engine)` for each candidate.
 
     scores: first output of the model, [examples, classes]; the last dimension are the classes.
-    labels: [examples], or None for batches without labels.
+    labels: class numbers [examples], or None for batches without labels.
     Raises InputError without batches, and for fewer than 30 examples with labels, too few for an interval of the change
     of accuracy.
     """

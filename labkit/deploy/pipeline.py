@@ -52,8 +52,8 @@ class Stage:
 
     seconds: time of the last step, once; in an engine with export and loading.
     bytes: size of the deployed file.
-    parity: the answers beside the first model's.
-    speedups: over the first model in eager torch, (ratio, low, high) by the label of the input.
+    parity: comparison of the answers with the first model's.
+    speedups: (ratio, low, high) over the first model in eager torch, by the label of the input.
     error: reason why the order ends here; bytes, parity and speedups are then empty.
     """
 
@@ -78,7 +78,7 @@ def execute(
 ) -> dict[str, list[Stage]]:
     """Run each order of steps: by order, a row for the model as it is and a row after each step.
 
-    model: unchanged afterwards.
+    model: the float model, unchanged afterwards.
     orders: the steps in turn, by name of the order.
     examples: inputs for the measurement of latency, by label.
     reference: answers of `model` to batches of the size of the last example, which judge the rows' answers.

@@ -226,7 +226,7 @@ class Load:
     """Outcome of n requests, [n] each in the order of sending.
 
     seconds: time from the first scheduled moment to the last answer.
-    status: HTTP's; 0: no answer in time.
+    status: HTTP status; 0: no answer in time.
     latency_s: seconds from the scheduled moment to the whole answer, or until the client gave up.
     answers: bodies of the answers.
     """
@@ -339,7 +339,8 @@ class Verdict:
 
     rate: requests per second.
     valid: True if p99 is within the bound, over enough queries, without a refused query.
-    reasons: LoadGen's words for an invalid run. p99_s: seconds from the scheduled moment, over `queries`.
+    reasons: LoadGen's words for an invalid run.
+    p99_s: seconds from the scheduled moment, over `queries`.
     refused: queries with another status than 200.
     """
 
@@ -356,7 +357,7 @@ def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 
 
     bodies: bodies of the requests.
     rate: mean requests per second.
-    bound_s: limit of the p99.
+    bound_s: limit of the p99, in seconds.
     seconds: least time of arrivals; the most is four times as long.
     LoadGen knows no refused request: a refused request makes the run invalid here.
     Raises InputError if LoadGen is missing.

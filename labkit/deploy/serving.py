@@ -50,9 +50,9 @@ class Service:
 
     ids: each prompt with its new tokens, [T + new].
     token_s: times of the new tokens, [new] for each request.
-    steps: calls of the model.
-    computed: tokens that went through the model; sharing pages saves tokens, preemption costs tokens.
-    preemptions: requests that gave their pages back.
+    steps: number of calls of the model.
+    computed: number of tokens that went through the model; sharing pages saves tokens, preemption costs tokens.
+    preemptions: number of requests that gave their pages back.
     """
 
     ids: list[Tensor]
@@ -113,9 +113,9 @@ def serve(
 
     model: a LlamaForCausalLM of transformers, or a `Decoder`.
     max_new_tokens: a number, or a number for each prompt.
-    max_batch: requests that run at a time.
-    page_size: tokens of a page.
-    share_prefixes: read pages that other requests wrote.
+    max_batch: most requests that run at a time.
+    page_size: number of tokens in a page.
+    share_prefixes: True to read pages that other requests wrote.
     batching: "continuous": a waiting request takes the place of a finished one, and a step is a token of each running
         request and one prompt. "static": a batch starts together and runs until the longest request is done, like rows
         of a tensor: all prompts are one step, and every further step is a token of all requests, finished requests

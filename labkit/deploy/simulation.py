@@ -58,7 +58,7 @@ def poisson_arrivals(rate: float, n: int, seed: int = 0) -> Times:
 def interpolate(batch_sizes: Sequence[int], seconds: Sequence[float]) -> Seconds:
     """Return the step time as a function of the batch size, on straight lines between measured batch sizes.
 
-    batch_sizes: rising.
+    batch_sizes: batch sizes in rising order.
     seconds: measured step time of each batch size.
     The function raises InputError outside the measured batch sizes.
     """
@@ -117,8 +117,8 @@ def dynamic(
 def continuous(arrivals: ArrayLike, lengths: ArrayLike, step_seconds: Seconds, *, max_batch: int) -> Served:
     """SIMULATED: requests join between decode steps while fewer than `max_batch` run, and leave when they are done.
 
-    arrivals: seconds, rising, [requests].
-    lengths: tokens to generate, [requests].
+    arrivals: arrival times in seconds, rising, [requests].
+    lengths: numbers of tokens to generate, [requests].
     step_seconds: step_seconds(b) is the time of a decode step of b requests, which gives each request a token.
     Raises InputError for impossible requests or times.
     """

@@ -33,7 +33,7 @@ def place(
     plan: the point of the learner's plan; None without a plan.
     goals: ranges of the goal by column, see the top of the file.
     references: points, each with the column `label`, the point's name.
-    label: a column of `references`: "recipe".
+    label: name of the column of `references` with the points' names, such as "recipe".
     Raises InputError for goals or points without numbers for two columns.
     """
     points = []

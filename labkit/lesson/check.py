@@ -58,7 +58,7 @@ class Failures:
     def expect(self, condition: Any, message: str, *, detail: str = "") -> bool:
         """Note a failure unless the condition holds; return True if the condition holds.
 
-        message: the failure in a clause.
+        message: clause that says the failure.
         detail: the evidence, for the first input.
         """
         self.tried += 1

@@ -111,8 +111,8 @@ class RecordedTable(_Strict):
 class Prediction(_Strict):
     """A guess and the measured number in the same unit.
 
-    predicted: None for a question without an answer.
-    measured: None before the measurement.
+    predicted: the guess; None for a question without an answer.
+    measured: the measured number; None before the measurement.
     ci95: the 95 % interval of the measured number, if any.
     """
 
@@ -146,7 +146,8 @@ class CheckedExercise(_Strict):
 class Challenge(_Strict):
     """A lesson's challenge: the goals (labkit.lesson.challenge), the learner's point, and if the point lies inside.
 
-    point, reached: None without a plan.
+    point: numbers of the plan; None without a plan.
+    reached: True if the plan reaches the goal; None without a plan.
     """
 
     name: str
@@ -183,7 +184,7 @@ class RunRecord(_Strict):
 
     sentences: the messages of figures and tables by name.
     seconds: duration of all running cells.
-    peak_memory, peak_device_memory: bytes.
+    peak_memory, peak_device_memory: largest memory in use, in bytes.
     budget: {seconds, memory, within}: the preset's limits (memory None: no limit), and if the run kept both.
     runs: results of all processes of a reference run, recorded together; None for a single process.
     """

@@ -33,7 +33,8 @@ class Roofs:
     def of(self, device: str | torch.device, *, again: bool = False) -> Ceilings:
         """Return the ceilings of `device` at the number of threads that torch has now.
 
-        again: measure once more and return the higher of each ceiling: a neighbour's load only lowers a ceiling.
+        again: True to measure once more and return the higher of each ceiling: a neighbour's load only lowers a
+            ceiling.
         """
         name = _device_name(machine.torch_device(device))
         threads = torch.get_num_threads()

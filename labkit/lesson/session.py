@@ -90,10 +90,10 @@ def start(
 ) -> "Lab":
     """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
-    lesson: "00" to "13".
+    lesson: number of the lesson, "00" to "13".
     preset: "smoke", "class" or "full"; LABKIT_PRESET wins if set.
     device: "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA.
-    results_dir: the record goes to results_dir/<lesson>/record.json.
+    results_dir: folder of the results; the record goes to results_dir/<lesson>/record.json.
     parameters: the lesson's own parameters for the record, each within the range that the lesson states.
     Raises InputError for any other argument, before a change.
     """
@@ -161,7 +161,7 @@ class Lab:
 
         name: name of the quantity, as later in `record`, `measure` or `compare`.
         value: a number in `unit`, or `...`, which asks the question without a prediction to record and score.
-        question: shown with the request for a number; `name` if empty.
+        question: text shown with the request for a number; `name` if empty.
         """
         check_name(name)
         is_measured = name in self._results.by_name
@@ -231,8 +231,8 @@ class Lab:
     def ceilings(self, device: str | torch.device | None = None, *, again: bool = False) -> machine.Ceilings:
         """Return the roofs of a device at torch's number of threads, measured and recorded when first asked for.
 
-        device: the session's unless given.
-        again: measure once more, and keep the higher of each roof: a neighbour's load only lowers a roof.
+        device: a torch device, by default the session's.
+        again: True to measure once more, and keep the higher of each roof: a neighbour's load only lowers a roof.
         """
         return self._roofs.of(device or self.device, again=again)
 
@@ -284,7 +284,7 @@ class Lab:
         """Show and record the message of a figure or a table: one to three sentences, computed from the result.
 
         name: name of the result; a second call for the same name replaces the recorded sentences.
-        sentences: falsy values are left out, so a branch is `ratio > 1.5 and f"..."`.
+        sentences: the sentences to show; falsy values are left out, so a branch is `ratio > 1.5 and f"..."`.
         Raises InputError if no sentence is left, and for a sentence that is no text.
         """
         check_name(name)
@@ -310,8 +310,8 @@ class Lab:
     ) -> None:
         """Put a claim of claims.toml to the test, silently; `claims` shows the verdict.
 
-        value: ours, in the claim's unit; None if the quantity is not measurable here.
-        ci95: (low, high) around the value.
+        value: our number in the claim's unit; None if the quantity is not measurable here.
+        ci95: the value's 95 % interval, (low, high).
         trained: the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}.
         A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         Raises InputError for an unknown id, a value that is no number, an interval that does not hold the value, and

@@ -157,7 +157,7 @@ def choose(
     """Choose the grid for values from lo to hi.
 
     lo, hi: two floating-point tensors of one shape, that of the scale (see `Grid`).
-    bits: 2 to 8.
+    bits: width of a code, 2 to 8.
     symmetric: False: codes 0 to 2^bits - 1 over the range, widened until 0 lies inside. Else codes are signed, the code
         of 0 is 0, and the name of a convention in `SYMMETRIC` gives the scale for m = max |x|, with h = 2^(bits - 1):
         "restricted" m / (h - 1), "full" 2 m / (2 h - 1), "clipped" m / h, "signed" -m / h if the extreme is positive

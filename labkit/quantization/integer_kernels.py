@@ -168,7 +168,7 @@ class IntegerKernel(NamedTuple):
 
     prepare: takes codes [out, in, ...] int8 and scale [out]; returns run(activations).
     activations: "u8" or "s8" codes; "rounded": floats that the kernel rounds to u8; "float": bfloat16, not rounded.
-    bits: the most that a weight may have.
+    bits: largest width of a weight's codes.
     """
 
     prepare: Callable[..., Run]
@@ -229,7 +229,7 @@ class _Trial:
     """The operands of a probe.
 
     x: the kernel's activations, in the type that it takes.
-    grid: (scale, zero point) of x, or () for a kernel without.
+    grid: (scale, zero point) of x, or () for a kernel that takes none.
     centred: float64, the codes of x minus the zero point.
     weight: int8 codes.
     product, options: torch's function for the same product in floating point, and its arguments.

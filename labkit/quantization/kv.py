@@ -29,7 +29,7 @@ PER = ("token", "channel")
 class KVFormat:
     """The format of a cache. The defaults are KIVI's but for the window, which is never shorter than `window` here.
 
-    key_bits, value_bits: 2 to 8; None: not quantized.
+    key_bits, value_bits: widths of the codes, 2 to 8; None: not quantized.
     keys_per, values_per: "token" or "channel", see `quantize`.
     group_size: number of tokens of a channel, or of channels of a token, that share a scale.
     window: number of recent tokens, the query's token among them, that are read without quantization.
@@ -62,7 +62,7 @@ def quantize(
     """Quantize keys or values on asymmetric grids.
 
     x: floating point [..., T, D].
-    bits: 2 to 8.
+    bits: width of a code, 2 to 8.
     per: "token": a scale for each token and group of channels, codes [..., T, D]. "channel": a scale for each channel
         and group of tokens, codes [..., D, T], for groups run along the last dimension.
     group_size: a divisor of D ("token") or of T ("channel").
@@ -83,7 +83,7 @@ def fake_quantize(
 ) -> Tensor:
     """SIMULATED: return x [..., T, D] after `quantize` and back; tokens after the last whole group stay.
 
-    bits: None returns x.
+    bits: width of a code, 2 to 8; None returns x.
     per, group_size: as for `quantize`.
     """
     _check(x, per)

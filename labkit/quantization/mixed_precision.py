@@ -81,7 +81,7 @@ def allocate(rows: Sequence[Mapping[str, Any]], budget: int) -> dict[str, int]:
     """Choose a width for each layer so that the noise is least and all layers together fit a budget.
 
     rows: a result of `sensitivity`; the noise of layers is taken to add up.
-    budget: bytes.
+    budget: most bytes of all layers together.
 
     Returns {layer: bits}, for `ptq.quantize(weights=)`. The problem is a knapsack with one item of each class, solved
     exactly (scipy's HiGHS).

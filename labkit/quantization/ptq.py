@@ -204,7 +204,7 @@ def _refused(model: nn.Module, ignore: Sequence[str], unfolded: str) -> dict[str
 def _reason_against(module: nn.Module, is_model: bool) -> str:
     """Return the reason why a module with a weight has no integer kernel, or "".
 
-    is_model: the module is the whole model.
+    is_model: True if the module is the whole model.
     """
     if not is_plain(module) and not pads_same(module):
         return f"a {type(module).__name__} has no integer kernel, and no layer took it in"

@@ -48,8 +48,8 @@ class RotatedInput(nn.Module):
 def rotate(model: nn.Module, *, online: bool = False) -> nn.Module:
     """Return a copy of `model`, of the Llama type, that computes the same function from rotated weights.
 
-    online: also rotate the input of down_proj, which has the largest outliers of all, at every call (`RotatedInput`):
-        no weight can turn the product of gate and up.
+    online: True to rotate also the input of down_proj, which has the largest outliers of all, at every call
+        (`RotatedInput`): no weight can turn the product of gate and up.
 
     The gain of each RMSNorm is folded into the Linears that read the norm; the residual stream is turned by a Hadamard
     matrix with random signs, and so are the values of each head, between v_proj and o_proj. Weights are computed in
@@ -147,7 +147,7 @@ def _rotate_when_called_(layer: nn.Module, rotations: _Rotations) -> None:
 def hadamard(n: int, seed: int | None = None) -> Tensor:
     """Return an orthogonal matrix [n, n] in float64, with entries +-1 / sqrt(n) if a Hadamard matrix is at hand.
 
-    n: the size.
+    n: size of the matrix.
     seed: seed of the rows' random signs, without which a constant input stays in one channel; None: no signs.
 
     Sylvester's doubling of a smaller matrix, H x [[1, 1], [1, -1]] (Kronecker), from [[1]] or, if n has an odd factor,

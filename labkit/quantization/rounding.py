@@ -33,8 +33,8 @@ def adaround(
 
     layer: a Linear or convolution.
     grid: grid of the weight, not in groups.
-    inputs: [N, ...], what the layer will see, best of all in the quantized model.
-    outputs: [N, ...], what the layer should give for these inputs.
+    inputs: the layer's inputs [N, ...], best of all those in the quantized model.
+    outputs: outputs [N, ...] that the layer should give for them.
     steps: number of Adam's steps.
 
     Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv:2004.10568), section 3. With
@@ -107,8 +107,8 @@ def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
     """Return the bias [out] with which a layer keeps the mean of its outputs if its weight becomes `weight`.
 
     layer: a Linear or convolution.
-    weight: dequantized, in the shape of the layer's weight.
-    mean: [in], of the layer's inputs over examples and positions.
+    weight: the dequantized weight, in the shape of the layer's weight.
+    mean: mean [in] of the layer's inputs over examples and positions.
 
     Nagel et al. 2019 (arXiv:1906.04721), section 4.2: W~ = W + e shifts the outputs by e E[x] on average (for a
     convolution, e is summed over the kernel). So the bias is b - e E[x]: exact for a Linear, and for a convolution if

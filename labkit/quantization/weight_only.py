@@ -103,7 +103,7 @@ def quantize(
 ) -> nn.Module:
     """SIMULATED: return a copy of `model` with the weights of its Linears in few bits, each a `WeightOnlyLinear`.
 
-    bits: 2 to 8.
+    bits: width of a code, 2 to 8.
     group_size: inputs of a row that share a scale, a divisor of each layer's inputs; None: the whole row.
     method: "rtn": each weight to the nearest point of its group's grid. "gptq": see `gptq`. "awq": see `awq` and
         `clipped`. "nf4", "mxfp4": of `formats.FORMATS`, with 4 bits and blocks of their own; `group_size` and
@@ -176,7 +176,7 @@ def _check_run(model: nn.Module, batches: Sequence) -> None:
 def _weight_names(model: nn.Module, ignore: Collection[str], size: int | None) -> list[str]:
     """Return the names of the weights to quantize; raise InputError for a weight that cannot be quantized.
 
-    size: inputs of a group; None: the whole row.
+    size: number of inputs in a group; None: the whole row.
     """
     ignored = named_parts(model, ignore, "ignore")
     uncalled = bypassed(model)
