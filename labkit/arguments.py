@@ -4,13 +4,12 @@ Numbers and choices are checked in `labkit.errors`, which imports no torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import InputError, is_whole
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # floating-point types with arithmetic
 
@@ -121,7 +120,7 @@ def check_function(value: Any, name: str) -> None:
 
 def seeded(seed: Any) -> torch.Generator:
     """Return a generator that starts at `seed`; raise InputError for a seed that is no whole number."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
+    if not is_whole(seed):
         raise InputError(f"seed is {seed!r}, but it must be a whole number.")
     return torch.Generator().manual_seed(int(seed))
 

@@ -138,7 +138,8 @@ def top_k(logits: Tensor, k: int) -> TopK:
 def top_k_loss(student: Tensor, answers: TopK) -> Tensor:
     """KL(p || q) over k + 1 bins, mean over the predictions, a scalar. The last bin is the tail of unstored classes.
 
-    student: logits [..., classes]. answers: of `top_k` for the same predictions and classes.
+    student: logits [..., classes].
+    answers: answers of `top_k` for the same predictions and classes.
 
     The tail is the probability of all unstored classes together. Without the tail, with the k probabilities scaled to a
     sum of 1, the student learns unstored classes to be impossible. Temperature 1 only: at any higher temperature the
@@ -165,7 +166,8 @@ def top_k_loss(student: Tensor, answers: TopK) -> Tensor:
 def _tail_divergence(log_p: Tensor, log_q: Tensor, ids: Tensor) -> Tensor:
     """Return the term of the tail bin in KL(p || q), [...].
 
-    log_p: [..., k], the teacher's log-probabilities of the classes `ids` [..., k]. log_q: [..., classes].
+    log_p: [..., k], the teacher's log-probabilities of the classes `ids` [..., k].
+    log_q: [..., classes].
     """
     p_tail = (1 - log_p.exp().sum(-1)).clamp_min(0)  # rounded to 16 bits a sum may exceed 1
     unstored = log_q.scatter(-1, ids, -math.inf)
@@ -217,9 +219,9 @@ def distilling(
 ) -> LossFn:
     """Return a loss_fn for `training.train_`: alpha * distillation + (1 - alpha) * task loss.
 
-    teacher: in eval mode; runs without gradients on the batch's device. None: the batches hold the teacher's logits, as
-        the last entry of (inputs, labels, logits) or under "teacher_logits".
-    alpha: from 0 to 1; at 1 no labels are needed.
+    teacher: model in eval mode; runs without gradients on the batch's device. None: the batches hold the teacher's
+        logits, as the last entry of (inputs, labels, logits) or under "teacher_logits".
+    alpha: share of the distillation, from 0 to 1; at 1 no labels are needed.
     temperature, beta: as in `distillation_loss`. Tokens without a label (padding, a prompt) are not distilled either.
     """
     check_number(alpha, "alpha", 0, 1)
@@ -356,7 +358,8 @@ def heal_(
         mask of zeros and ones. See `batches.split`.
     teacher: the dense model; half of the loss is then the distance to the teacher's answers at temperature 2
         (`distilling`).
-    max_lr: highest learning rate of the cycle. seed: of dropout; torch's random state is restored afterwards.
+    max_lr: highest learning rate of the cycle.
+    seed: seed of dropout; torch's random state is restored afterwards.
 
     Raises InputError as `training.train_` does; see there for the state of the model after an error.
     """

@@ -24,14 +24,19 @@ class DataError(LabError, RuntimeError):
     """Report a data set, model or record that is missing, damaged or out of reach."""
 
 
+def is_whole(value: object) -> bool:
+    """Return True if `value` is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_whole(value: object, name: str, least: int = 1, most: int | None = None) -> None:
     """Raise InputError unless `value` is a whole number from `least` to `most`.
 
-    name: of the argument, for the error's sentence. most: None for no upper limit.
+    name: name of the argument, for the error's sentence.
+    most: the largest allowed value, None for no upper limit.
     """
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    is_too_large = is_whole and most is not None and value > most
-    if not is_whole or value < least or is_too_large:
+    is_too_large = is_whole(value) and most is not None and value > most
+    if not is_whole(value) or value < least or is_too_large:
         limit = "" if most is None else f" to {most}"
         raise InputError(f"{name} is {value!r}, but it must be a whole number from {least}{limit}.")
 
@@ -47,7 +52,7 @@ def check_number(
 ) -> None:
     """Raise InputError unless `value` is a finite number within limits: least <= value <= most, above < value < below.
 
-    name: of the argument, for the error's sentence.
+    name: name of the argument, for the error's sentence.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     is_finite = is_number and math.isfinite(value)
@@ -67,6 +72,6 @@ def check_choice(value: object, choices: Collection[str], what: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of the error's class for an empty message."""
+    """Return the first line of an error's message, or the name of its class for an empty message."""
     message = str(error)
     return message.splitlines()[0] if message else type(error).__name__

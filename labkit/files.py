@@ -30,7 +30,7 @@ def cache_dir() -> Path:
     """Return the folder for fetched models: LABKIT_CACHE, else XDG_CACHE_HOME/labkit, else ~/.cache/labkit.
 
     A relative XDG_CACHE_HOME is ignored, as the XDG base directory specification asks. The folder is not created.
-    Raises InputError for a path "~name" if the machine has no user of the name.
+    Raises InputError for a path "~name" if the machine has no such user.
     """
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     parent = xdg if os.path.isabs(xdg) else "~/.cache"
@@ -46,7 +46,7 @@ def cache_dir() -> Path:
 def set_up_with(extra: str) -> str:
     """Return the command that installs the packages of an extra of pyproject.toml, such as "engines".
 
-    The command never names the distribution, because pip would look the name up in an index.
+    The command never names the distribution, because pip would look it up in an index.
     """
     if COMMAND == "./lab":
         return f"./lab setup --with {extra}"
@@ -70,7 +70,7 @@ def child_environment(**settings: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, and rename the temporary file to `path` at the end.
+    """Write a file atomically: yield a temporary path, and rename the file to `path` at the end.
 
     The folder of `path` is created. After an error `path` is unchanged.
     """
@@ -116,6 +116,6 @@ def refused(what: str, cure: str = "fix that, then try again") -> Iterator[None]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, and create the file's folder."""
+    """Write a text file atomically, and create its folder."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -94,7 +94,7 @@ def style(points: float = TYPE) -> None:
 
 
 def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
-    """Show a matplotlib figure with its description and its data, and close the figure.
+    """Show a matplotlib figure with its description and its data, and close it.
 
     The picture is a PNG, `figsize` inches wide on the screen: JupyterLab shows no SVG of a notebook without trust. The
     picture's metadata holds the description, and the height of the smallest text on a phone.
@@ -103,7 +103,7 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     alt: description for readers who cannot see the figure, at least 30 characters.
     table: the figure's data, a dict per row.
     caption: title; empty takes the figure's own title.
-    simulated: whether the data are computed, not measured; such a figure gets a badge.
+    simulated: True if the data are computed, not measured; such a figure gets a badge.
     Raises InputError, and shows nothing, without description or data, or if an axis has no label.
     """
     if not isinstance(alt, str) or len(alt.strip()) < SHORTEST_ALT:
@@ -211,7 +211,9 @@ def _is_labelled(fig: Any, ax: Any, name: str) -> bool:
 def table(rows: Rows, *, caption: str = "", simulated: bool = False) -> None:
     """Show rows as a table.
 
-    rows: a dict per row. caption, simulated: as in `figure`. Raises InputError for anything but a list of dicts.
+    rows: a dict per row.
+    caption, simulated: as in `figure`.
+    Raises InputError for anything but a list of dicts.
     """
     rows = checked_rows(rows)
     words = ["SIMULATED"] if simulated else []
@@ -226,7 +228,9 @@ def table(rows: Rows, *, caption: str = "", simulated: bool = False) -> None:
 def wide(rows: Rows, x: str, y: str, *, by: Sequence[str]) -> list[dict[str, Any]]:
     """Reshape rows for reading: a row for each combination of the columns `by`, a column for each value of `x`.
 
-    rows: a dict per row. x: column whose values become columns. y: column of the values to print.
+    rows: a dict per row.
+    x: column whose values become columns.
+    y: column of the values to print.
     """
     table: dict[tuple, dict[str, Any]] = {}
     for row in rows:
@@ -321,7 +325,7 @@ def _columns(rows: Rows) -> list[str]:
 def quantity(value: Any, unit: str = "") -> str:
     """Print a value for a reader: 0.00123 s -> '1.23 ms', 16e9 B -> '16 GB', 3 x -> '3.00x', 12345 -> '12,345'.
 
-    value: a number. None becomes a dash, and any other value the value's own text.
+    value: a number. None becomes a dash, and any other value its own text.
     unit: "s", "B", "FLOP/s" and the like get a prefix; "x" is a ratio; "ratio" and "fraction" are not printed.
     """
     if value is None:
@@ -340,7 +344,7 @@ def quantity(value: Any, unit: str = "") -> str:
 
 
 def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
-    """Print an estimate and its 95 % interval without any digit that the interval does not support.
+    """Print an estimate and its 95 % interval without digits that the interval does not support.
 
     value: above 0.
     ci95: (low, high); an infinite `high` stands for "no interval".
@@ -445,9 +449,9 @@ def emit(
 ) -> None:
     """Show an output in a notebook as HTML, anywhere else as printed text.
 
-    text: for terminals, and for readers of a notebook without HTML.
+    text: text for terminals, and for readers of a notebook without HTML.
     data: further contents of the notebook's output, by MIME type.
-    metadata: of the notebook's output.
+    metadata: metadata of the notebook's output.
     """
     if not in_notebook():
         print(text)
@@ -462,7 +466,7 @@ def emit(
 
 
 def in_notebook() -> bool:
-    """Tell whether outputs go to a Jupyter kernel; an IPython terminal shows text."""
+    """Return True if outputs go to a Jupyter kernel; an IPython terminal shows text."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")

@@ -1,6 +1,6 @@
 """Coupled channels of a model, found by tracing; the cut; and the proof of an equal model.
 
-Open `groups` first: `trace` gives the groups of parameter entries to be removed as a unit.
+Open `groups.py` first: `trace` gives the groups of parameter entries to be removed as a unit.
 
 >>> import torch
 >>> from labkit.graph.groups import trace
@@ -8,15 +8,24 @@ Open `groups` first: `trace` gives the groups of parameter entries to be removed
 >>> print(*trace(model, torch.zeros(1, 4)))
 0.weight: 8 units in 3 dimensions
 
-The files in the order of a trace:
-  1. `copies`, `passes` and `abstract` run a model without computing.
-  2. `tracing` sends each operator through a rule: `operators` is the table, `rules`, `rules_products` and
-     `rules_shapes` are the rules.
-  3. Rules tie `labels`, carried by tensors in `spans`, and add to the `record`.
-  4. `units` makes groups of tied labels.
-  5. `groups` searches for numbers in the forward pass that depend on widths: `fits` tries a cut, and `attributes`
-     renumbers the modules.
-
-`surgery` removes units, and `equality` compares the smaller model with the model before the cut, the removed channels
-masked. `anatomy` and `dataflow` read attentions, feed-forward networks and scales of channels from a trace.
+groups.py: the groups of a model, and a search for numbers in the forward pass that depend on widths
+units.py: units and groups from classes of labels
+tracing.py: a pass that sends each operator through a rule
+operators.py: the table of operators
+rules.py: a call of an operator; rules of elementwise operators, norms and reductions
+rules_products.py: rules of products
+rules_shapes.py: rules of views, joins and indices
+record.py: the notes of a trace
+labels.py: numbers for the indices of dimensions, tied and pinned
+spans.py: labels along the dimensions of a tensor
+abstract.py: passes without values
+copies.py: copies of models and inputs for such passes
+passes.py: the running module, and a model left as before
+fits.py: a trial cut
+attributes.py: sizes and settings of modules after a cut
+surgery.py: units removed, files of pruned models
+equality.py: the smaller model beside the dense model, the removed channels masked
+subclasses.py: subclasses of torch layers that compute the same as torch's
+anatomy.py: attentions and feed-forward networks in a trace
+dataflow.py: scales of channels in a trace
 """

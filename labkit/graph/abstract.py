@@ -60,11 +60,27 @@ def tensors_in(args: tuple, kwargs: dict) -> Iterator[Tensor]:
             yield from (x for x in value if isinstance(x, Tensor))
 
 
+class _Call(NamedTuple):
+    """The arguments of an operator, ready to run.
+
+    args, kwargs: arguments of the ATen operator.
+    touched: as in `Abstract.observe`.
+    has_operands: True if an argument is a tensor.
+    has_real: True if an operand was a real tensor before the preparation.
+    """
+
+    args: tuple
+    kwargs: dict
+    touched: bool
+    has_operands: bool
+    has_real: bool
+
+
 class Abstract(TorchDispatchMode):
     """Runs operators without values: an abstract operand gives an abstract result, real operands a real result.
 
-    A real tensor becomes abstract, and all views of the tensor, when an operator writes an abstract operand there. A
-    tensor made in the pass is abstract if later operators will write into the tensor (`_is_state`), and real if the
+    A real tensor becomes abstract, with all its views, when an operator writes an abstract operand there. A
+    tensor made in the pass is abstract if later operators will write into it (`_is_state`), and real if the
     values matter (`_is_exact`). Subclasses `observe` each operator.
     """
 
@@ -77,11 +93,25 @@ class Abstract(TorchDispatchMode):
         return "the model"
 
     def observe(self, name: str, args: tuple, kwargs: dict, out: Any, touched: bool) -> None:
-        """Look at an operator after the run; touched: True if an operand is abstract."""
+        """Look at an operator after the run.
+
+        name: name of the ATen operator.
+        args, kwargs: the arguments with which the operator ran.
+        out: the result.
+        touched: True if an operand is abstract, or a real tensor into whose memory abstract operands were written.
+        """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = name_of(func)
-        kwargs = dict(kwargs or {})
+        call = self._prepared(func, name, args, dict(kwargs or {}))
+        out = self._run(func, name, call)
+        self.observe(name, call.args, call.kwargs, out, call.touched)
+        if name == "zeros" and not call.has_operands:
+            traced(out).is_zero = True
+        return out
+
+    def _prepared(self, func: Any, name: str, args: tuple, kwargs: dict) -> _Call:
+        """Return a call with operands on a single device: the meta device if an operand is abstract."""
         if name == "_to_copy" and _casts_zeros_to_integers(args[0], kwargs):
             args = (torch.zeros(args[0].shape),)
         operands = list(tensors_in(args, kwargs))
@@ -93,26 +123,25 @@ class Abstract(TorchDispatchMode):
         if touched and real:  # torch refuses operands on two devices
             self._note_written(func, args, kwargs)
             args, kwargs = tree_map_only(Tensor, on_meta, (args, kwargs))
-        elif _device(kwargs) == META or _is_state(name, args, operands):
+        elif _device(kwargs).type == "meta" or _is_state(name, args, operands):
             is_exact = _is_exact(name, args, kwargs, operands)
             kwargs["device"] = CPU if is_exact else META
         if touched and kwargs.get("device") is not None:  # the device of a real operand elsewhere in the model
             kwargs["device"] = META
+        return _Call(args, kwargs, touched, bool(operands), bool(real))
+
+    def _run(self, func: Any, name: str, call: _Call) -> Any:
+        """Run an operator; raise InputError if torch cannot run it without values."""
         try:
-            if touched and not real:
-                out = _cached_result(func, args, kwargs)
-            else:
-                out = func(*args, **kwargs)
+            if call.touched and not call.has_real:
+                return _cached_result(func, call.args, call.kwargs)
+            return func(*call.args, **call.kwargs)
         except NotImplementedError as error:
             reason = str(error).splitlines()[0].split(". ")[0]
             raise InputError(
                 f"The operator {name} in {self.where()} cannot run without data ({reason}): give a part of the model "
                 "that does without it."
             ) from error
-        self.observe(name, args, kwargs, out, touched)
-        if name == "zeros" and not operands:
-            traced(out).is_zero = True
-        return out
 
     def _is_written(self, x: Tensor) -> bool:
         """Return True if an operator wrote an abstract operand into the memory of the real tensor `x`."""
@@ -253,7 +282,7 @@ def _kind(func: Any) -> str:
 
 @functools.lru_cache(2**14)
 def _layout(func: Any, args: tuple, kwargs: tuple) -> Any:
-    """Run an operator on operands of the given layouts, and return the layout of the result."""
+    """Run an operator on operands of the given layouts, and return the layout of its result."""
     return _frozen(func(*_thawed(args), **dict(_thawed(kwargs))))
 
 

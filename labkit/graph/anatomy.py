@@ -7,7 +7,6 @@ by a single linear module or parameter. Heads are scored in `pruning.heads` and 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_mapping, check_module
-from labkit.errors import InputError
+from labkit.errors import InputError, is_whole
 from labkit.graph import tracing
 from labkit.graph.groups import Coupling, Group
 from labkit.graph.record import Operation, Record
@@ -70,7 +69,7 @@ class _Scores(NamedTuple):
 def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attention, ...]:
     """Return the attentions of `model` in the order of a forward pass; an attention running twice is listed once.
 
-    record: of a traced call; None traces a call on `example`.
+    record: record of a traced call; None traces a call on `example`.
 
     Raises InputError for a model without attentions.
     """
@@ -136,9 +135,10 @@ def _input_columns(record: Record, name: str, module: nn.Module) -> np.ndarray:
 
 
 def _carries_heads(scores: _Scores, columns: np.ndarray, classes: np.ndarray) -> bool:
-    """Tell whether columns are tied to every head; True if the heads have no labels.
+    """Return True if columns are tied to every head, or the heads have no labels.
 
-    columns: labels of input columns, [in]. classes: [labels], equal for tied labels.
+    columns: labels of input columns, [in].
+    classes: [labels], equal for tied labels.
     """
     if scores.labels is None:
         return True
@@ -148,7 +148,7 @@ def _carries_heads(scores: _Scores, columns: np.ndarray, classes: np.ndarray) ->
 def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ...]:
     """Return the feed-forward networks of `model` in the order of a forward pass.
 
-    coupling: of the model (`groups.Coupling.of`).
+    coupling: coupling of the model (`groups.Coupling.of`).
 
     Raises InputError for a model without feed-forward networks.
     """
@@ -193,9 +193,8 @@ def _reader_of_neurons(group: Group) -> str | None:
 
 
 def check_index(index: object, n: int, what: str) -> None:
-    """Raise InputError unless `index` is a whole number from 0 to n - 1. what: a noun for the error, such as "head"."""
-    is_whole = isinstance(index, Integral) and not isinstance(index, bool)
-    if not is_whole or not 0 <= index < n:
+    """Raise InputError unless `index` is a whole number from 0 to n - 1; `what` is a noun for the error: "head"."""
+    if not is_whole(index) or not 0 <= index < n:
         raise InputError(f"There is no {what} {index!r}: they are counted from 0 to {n - 1}.")
 
 
@@ -240,7 +239,7 @@ def example(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _inputs_from_config(model: nn.Module, like: Tensor) -> dict[str, Tensor]:
-    """Make the input of `example`. like: a tensor with the dtype and device of floating-point inputs."""
+    """Make the input of `example`, floating-point tensors with the dtype and device of `like`."""
     config = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     main_name = getattr(model, "main_input_name", "")

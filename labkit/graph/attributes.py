@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from labkit.graph.record import Record, remaining
+from labkit.modules.weights import CONVOLUTIONS
 
 Keep = Mapping[str, Mapping[int, Tensor]]  # {parameter or buffer: {dimension: indices that stay}}
 Attributes = Mapping[str, Mapping[str, Any]]  # {module: {attribute: new value}}
 Follows = Mapping[tuple[type, str], bool]  # {(class of a module, attribute): True if the number follows a size}
 
 CONFIG = "config."  # before the name of an attribute of the module's config
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ANY_CONVOLUTION = (*CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_SIZES = ("idx", "index", "id", "buckets")  # ends of names of numbers that can only happen to equal a size: layer_idx
 
 
@@ -32,7 +33,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:
-    """Return the shape of `x` after a cut; keep: {dimension: remaining indices}."""
+    """Return the shape of `x` after a cut that leaves `keep`, {dimension: remaining indices}."""
     sizes = list(x.shape)
     for dim, indices in keep.items():
         sizes[dim] = len(indices)
@@ -45,7 +46,8 @@ def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:
 class Resized:
     """A module's config with a private number; all else stands in the config shared by several modules.
 
-    shared: the shared config. key, value: the private number.
+    shared: the shared config.
+    key, value: the private number.
     """
 
     def __init__(self, shared: Any, key: str, value: int) -> None:
@@ -78,7 +80,7 @@ def written(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (attribute, value) of the whole numbers among a module's attributes.
 
     Values are numbers, and tuples or lists of numbers. Numbers of the module's config follow, with CONFIG before the
-    name, unless the config is saved with the module. A layer of torch.nn has no such numbers, except
+    name, unless it is saved with the module. A layer of torch.nn has no such numbers, except
     nn.MultiheadAttention.
     """
     if type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.MultiheadAttention):
@@ -116,7 +118,8 @@ def new_sizes(record: Record, gone: np.ndarray) -> dict[tuple[str, int], NewSize
 
     A size is left out if equal sizes get several new values.
 
-    record: of the traced call. gone: [labels], bool.
+    record: record of the traced call.
+    gone: [labels], bool, True for removed labels.
     """
     outcomes: dict[tuple[str, int], set[int]] = defaultdict(set)
     for sized in record.sizes:
@@ -139,8 +142,8 @@ def new_sizes(record: Record, gone: np.ndarray) -> dict[tuple[str, int], NewSize
 class _Renumbering:
     """Gives the numbers of modules after a cut (`new_attributes`).
 
-    A number equal to a size of the module's forward pass (a view's 768, 12 heads) becomes the new size if the new size
-    is certain (`NewSize`) and the number is no config's; entries of `follows` come first. Numbers forming a whole shape
+    A number equal to a size of the module's forward pass (a view's 768, 12 heads) becomes the new size if that size is
+    certain (`NewSize`) and the number is no config's; entries of `follows` come first. Numbers forming a whole shape
     together become the new shape.
     """
 
@@ -178,8 +181,8 @@ def new_attributes(
 ) -> dict[str, dict[str, Any]]:
     """Return {module: {attribute: new value}} of the attributes changed by a cut.
 
-    record: of a traced call of `model`.
-    gone: [labels], bool.
+    record: record of a traced call of `model`.
+    gone: [labels], bool, True for removed labels.
     keep: the remaining entries of parameters and buffers.
     follows: overrides the rule by which numbers follow sizes.
     """
@@ -239,7 +242,7 @@ def _layer_attributes(module: nn.Module, cuts: Mapping[int, _CutTensor]) -> dict
     if weight is None or isinstance(module, nn.MultiheadAttention):  # its forward pass has the numbers written down
         return {}
     new_shape, rows = cuts[id(weight)]
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, ANY_CONVOLUTION):
         return _convolution_attributes(module, weight, new_shape, rows)
     if isinstance(module, nn.GroupNorm):
         return _group_norm_attributes(module, new_shape[0], weight.shape[0])
@@ -256,7 +259,7 @@ def _layer_attributes(module: nn.Module, cuts: Mapping[int, _CutTensor]) -> dict
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
-    """Return the module's weight, or the parameter from which the weight is computed."""
+    """Return the module's weight, or the parameter from which it is computed."""
     if parametrize.is_parametrized(module, "weight"):
         tensors = module.parametrizations["weight"]._parameters
         return tensors.get("original", tensors.get("original1"))

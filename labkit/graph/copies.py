@@ -91,7 +91,7 @@ def batch_experts_(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def collecting_later() -> Iterator[None]:
-    """Suspend garbage collection: copies consist of thousands of lasting objects, and each search is in vain."""
+    """Suspend garbage collection: copies make thousands of objects, all in use, and a search among them frees none."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -30,8 +30,11 @@ VECTORS = {"native_layer_norm": (1, 2), "mul": (1,)}  # allowed numbers of param
 class Source:
     """An operation whose result is, channel by channel, linear in the first dimension of its parameters.
 
-    number: of the operation in the trace. module: the layer's or norm's name. names: of the parameters, the weight
-    first. dim: the dimension of the result that runs over channels. is_layer: True for a layer, False for a norm.
+    number: number of the operation in the trace.
+    module: the layer's or norm's name.
+    names: names of the parameters, the weight first.
+    dim: the dimension of the result that runs over channels.
+    is_layer: True for a layer, False for a norm.
     """
 
     number: int
@@ -58,7 +61,8 @@ class Route:
 class Channels(NamedTuple):
     """The channels of a source in the result of an operation.
 
-    dim: the dimension that runs over channels. repeats: entries of the dimension for each channel, side by side.
+    dim: the dimension that runs over channels.
+    repeats: entries of the dimension for each channel, side by side.
     """
 
     dim: int
@@ -145,7 +149,7 @@ class Dataflow:
 
     model, args, kwargs: the model and its example input.
 
-    operations: of the trace, in order; the number of an operation is its index.
+    operations: operations of the trace, in order; the number of an operation is its index.
     returned: numbers of the operations whose results the model returns.
     readers: {number of an operation, or name of a parameter or buffer: numbers of the operations that read the value}.
     layers: {number of an operation: name of the layer}, for layers whose parameters no other operation reads.
@@ -189,7 +193,7 @@ class Dataflow:
     # --- layers and sources -------------------------------------------------------------------------------------------
 
     def _is_private(self, name: int | str | None) -> bool:
-        """Tell whether `name` is a parameter read by a single operation and sharing no memory."""
+        """Return True if `name` is a parameter read by a single operation and sharing no memory."""
         is_parameter = name in self._shapes
         return is_parameter and name not in self._shared and len(self.readers[name]) == 1
 
@@ -250,7 +254,7 @@ class Dataflow:
     def folds(self, model: nn.Module) -> list[tuple[str, str]]:
         """Return (layer, batch norm) for each batch norm that can be folded into the layer before.
 
-        The norm is the only reader of the layer's result and of the norm's own tensors.
+        The norm is the only reader of the layer's result and of its own tensors.
         """
         pairs = []
         for number, operation in enumerate(self.operations):
@@ -297,9 +301,9 @@ class Dataflow:
         return route
 
     def _reads_channels(self, number: int, channels: Sequence[Channels | None]) -> bool:
-        """Tell whether the channels come in at a layer's input channels only.
+        """Return True if the channels come in at a layer's input channels only.
 
-        channels: of each operand of the layer's product.
+        channels: channels of each operand of the layer's product.
         """
         at = _input_position(self.operations[number])
         carriers = [i for i, x in enumerate(channels) if x is not None]
@@ -319,7 +323,7 @@ class Dataflow:
     def _after(self, number: int, channels: Sequence[Channels | None]) -> Channels | None:
         """Return the channels in an operation's result; None unless a scale of every channel passes unchanged.
 
-        channels: of each operand.
+        channels: channels of each operand.
         """
         operation = self.operations[number]
         carriers = [i for i, x in enumerate(channels) if x is not None]
@@ -344,9 +348,9 @@ def _input_position(product: Operation) -> int:
 
 
 def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
-    """Tell whether an operation is the normalisation by a batch norm of torch or of a subclass.
+    """Return True if an operation is the normalisation by a batch norm of torch or of a subclass.
 
-    The norm has running statistics, the operation reads the norm's own tensors and eps, and `after_norm` knows the
+    The norm has running statistics, the operation reads its tensors and eps, and `after_norm` knows the
     rest of the forward pass.
     """
     is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
@@ -359,7 +363,7 @@ def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
 
 
 def _clips(operation: Operation) -> bool:
-    """Tell whether an operation limits its input from above."""
+    """Return True if an operation limits its input from above."""
     if operation.name == "clamp":
         upper = operation.settings[1:2]
         return upper not in ((), (None,))

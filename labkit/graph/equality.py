@@ -2,8 +2,8 @@
 
 `check` runs the two models on the example input. In a copy of the dense model, every weight column that reads a removed
 channel is set to zero, which leaves the function of the remaining channels. No weight can do that for a norm or another
-statistic over pruned channels, so the dense copy takes the statistic over the remaining channels, and the report names
-the statistic. Of the pruned model the check uses the outputs only, never the plan behind the weights.
+statistic over pruned channels, so the dense copy takes it over the remaining channels, and the report names
+it. Of the pruned model the check uses the outputs only, never the plan behind the weights.
 """
 
 import math
@@ -98,7 +98,8 @@ def check(
 ) -> Report:
     """Compare copies of the two models on the example input, in several precisions until the outcome is decided.
 
-    model: the dense model. pruned: the model cut from `model`.
+    model: the dense model.
+    pruned: the model cut from `model`.
     record: trace of the dense model on the example input.
     gone: [labels] bool, True for removed labels.
     args, kwargs: the example input.
@@ -209,7 +210,8 @@ class _Comparison:
     ) -> tuple[Any, bool]:
         """Run a copy of `model` with new tensors, and with statistics restricted to the remaining channels.
 
-        tensors: {name: tensor} of all parameters and buffers. Returns (output, True if the pass narrows types).
+        tensors: {name: tensor} of all parameters and buffers.
+        Returns (output, True if the pass narrows types).
         """
 
         def wide(x: Tensor) -> Tensor:
@@ -335,7 +337,8 @@ def _add_noise_(
 ) -> None:
     """Add normal noise to every parameter, the same in the dense and in the pruned model; buffers are left alone.
 
-    tensors: {name: tensor}, changed in place. shapes: of the dense model's parameters.
+    tensors: {name: tensor}, changed in place.
+    shapes: shapes of the dense model's parameters.
     keep: {parameter: {dimension: kept indices}}, empty for the dense model.
     noise: standard deviation.
     """
@@ -355,7 +358,8 @@ def _add_noise_(
 def _blind_(tensors: dict[str, Tensor], record: Record, gone: np.ndarray) -> None:
     """Set the columns of the dense model's weights that read removed channels to zero.
 
-    tensors: {name: tensor}, changed in place. gone: [labels] bool.
+    tensors: {name: tensor}, changed in place.
+    gone: [labels], bool, True for removed labels.
     """
     reads = np.zeros(len(gone), dtype=bool)
     for labels in record.contracted:
@@ -383,7 +387,7 @@ class _Norm(NamedTuple):
 
     zeros: Tensor  # of the shape of the norm's input
     dim: int
-    stays: Tensor  # indices in that dimension
+    kept_indices: Tensor  # of the remaining entries in that dimension
 
 
 class _Restricting(TorchDispatchMode):
@@ -394,7 +398,7 @@ class _Restricting(TorchDispatchMode):
     stack: names of the running modules, the innermost last.
     precision: if `widens`, narrower types are replaced by the precision's dtype.
 
-    `narrows` tells afterwards whether the pass cast a tensor to a narrower type.
+    `narrows` is True afterwards if the pass cast a tensor to a narrower type.
     """
 
     def __init__(self, restricted: list[Restricted], gone: np.ndarray, stack: list[str], precision: _Precision) -> None:
@@ -451,43 +455,45 @@ class _Restricting(TorchDispatchMode):
             if x.shape[statistic.dim] != len(is_gone):
                 place = statistic.module or "the model"
                 raise RuntimeError(f"{name} in {place} is not called as it was in the trace")
-            stays = _indices(~is_gone).to(x.device)
+            kept_indices = _indices(~is_gone).to(x.device)
             if statistic.kind == "mask":
-                goes = _indices(is_gone).to(x.device)
-                args[statistic.argument] = x.index_fill(statistic.dim, goes, 0)
+                removed_indices = _indices(is_gone).to(x.device)
+                args[statistic.argument] = x.index_fill(statistic.dim, removed_indices, 0)
                 continue
             if statistic.kind == "norm":
                 zeros = torch.zeros_like(x, memory_format=torch.contiguous_format)
-                norms.append(_Norm(zeros, statistic.dim, stays))
-                _shrink_norm_(name, args, statistic.dim, stays)
-            args[statistic.argument] = x.index_select(statistic.dim, stays)
+                norms.append(_Norm(zeros, statistic.dim, kept_indices))
+                _shrink_norm_(name, args, statistic.dim, kept_indices)
+            args[statistic.argument] = x.index_select(statistic.dim, kept_indices)
         out = func(*args, **kwargs)
         if name == "_weight_norm_interface":  # a weight that the blind model does not read has the norm 0
             normalised, *rest = out
             out = (normalised.nan_to_num(0, torch.inf, -torch.inf), *rest)
-        for zeros, dim, stays in reversed(norms):
+        for zeros, dim, kept_indices in reversed(norms):
             normalised, *rest = out
-            out = (zeros.index_copy_(dim, stays, normalised), *rest)
+            out = (zeros.index_copy_(dim, kept_indices, normalised), *rest)
         return out
 
 
-def _shrink_norm_(name: str, args: list[Any], dim: int, stays: Tensor) -> None:
+def _shrink_norm_(name: str, args: list[Any], dim: int, kept_indices: Tensor) -> None:
     """Reduce the arguments of a norm after the first to the remaining entries of dimension `dim` of the input args[0].
 
-    name: of the operator. args: in the order of the ATen schema, changed in place. stays: indices of those entries.
+    name: name of the operator.
+    args: arguments in the order of the ATen schema, changed in place.
+    kept_indices: indices of the remaining entries.
     """
     if name == "native_layer_norm":  # input, normalized_shape, weight, bias, eps
         shape = list(args[1])
         dim_in_shape = dim - (args[0].dim() - len(shape))
         if dim_in_shape >= 0:
-            shape[dim_in_shape] = len(stays)
+            shape[dim_in_shape] = len(kept_indices)
         args[1] = shape
-        args[2] = _selected(args[2], dim_in_shape, stays)
-        args[3] = _selected(args[3], dim_in_shape, stays)
+        args[2] = _selected(args[2], dim_in_shape, kept_indices)
+        args[3] = _selected(args[3], dim_in_shape, kept_indices)
     elif name == "native_group_norm":  # input, weight, bias, N, C, ...
-        args[1] = _selected(args[1], 0, stays)
-        args[2] = _selected(args[2], 0, stays)
-        args[4] = len(stays)
+        args[1] = _selected(args[1], 0, kept_indices)
+        args[2] = _selected(args[2], 0, kept_indices)
+        args[4] = len(kept_indices)
 
 
 def _selected(x: Tensor | None, dim: int, indices: Tensor) -> Tensor | None:

@@ -24,7 +24,8 @@ from labkit.modules.undisturbed import undisturbed
 class Mismatch(NamedTuple):
     """The place where a trial goes wrong.
 
-    why: told to a user. module: the name of the running module.
+    why: the sentence for a user.
+    module: the name of the running module.
     after: numbers of operators before the place, (compared, all).
     """
 
@@ -42,7 +43,8 @@ def trial(
 ) -> Mismatch | None:
     """Run `model` without some entries, and return the first mismatch with the trace, None for a success.
 
-    record: of the traced call. gone: [labels], bool.
+    record: record of the traced call.
+    gone: [labels], bool, True for removed labels.
     keep, attributes: the remaining entries, and the attributes changed by the cut.
     args, kwargs: the example input of the trace.
     """

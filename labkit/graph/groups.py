@@ -74,11 +74,11 @@ def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[
 class Coupling:
     """The result of a trace, ready to tell the meaning of a choice of units for every parameter.
 
-    record: of the traced call.
+    record: record of the traced call.
     classes: [labels], the class of every label; labels of a class go together.
     reasons: {class: reason} of the classes to stay.
     groups: the groups of units.
-    roots: for each group, the class of each unit.
+    unit_classes: for each group, [units], the class of each unit.
     follows: exceptions from the rule by which numbers follow sizes (`attributes.new_attributes`).
     """
 
@@ -86,7 +86,7 @@ class Coupling:
     classes: np.ndarray
     reasons: Mapping[int, str]
     groups: tuple[Group, ...]
-    roots: tuple[np.ndarray, ...]
+    unit_classes: tuple[np.ndarray, ...]
     follows: Follows = field(default_factory=dict)
 
     @classmethod
@@ -105,8 +105,8 @@ class Coupling:
         args, kwargs = arguments(args, kwargs)
         record = tracing.record(model, args, kwargs, **options)
         classes, reasons = record.labels.resolve()
-        groups, roots = group_units(record, classes, reasons)
-        coupling = cls(record, classes, reasons, groups, roots)
+        groups, unit_classes = group_units(record, classes, reasons)
+        coupling = cls(record, classes, reasons, groups, unit_classes)
         if not groups:
             raise InputError(coupling.obstacles)
         with unchanged(model):
@@ -123,15 +123,15 @@ class Coupling:
         return list(clusters.values())
 
     def pinned(self, reasons: Mapping[int, str]) -> "Coupling":
-        """Return the coupling without some groups; reasons: {number of a group: why the group stays}."""
+        """Return the coupling without the groups in `reasons`, {number of a group: why it stays}."""
         class_reasons = dict(self.reasons)
         for i, reason in reasons.items():
-            units = self.roots[i].tolist()
+            units = self.unit_classes[i].tolist()
             class_reasons |= dict.fromkeys(units, reason)
         free = [i for i in range(len(self.groups)) if i not in reasons]
         groups = tuple(self.groups[i] for i in free)
-        roots = tuple(self.roots[i] for i in free)
-        return replace(self, reasons=class_reasons, groups=groups, roots=roots)
+        unit_classes = tuple(self.unit_classes[i] for i in free)
+        return replace(self, reasons=class_reasons, groups=groups, unit_classes=unit_classes)
 
     @cached_property
     def unprunable(self) -> list[tuple[str, str]]:
@@ -165,7 +165,7 @@ class Coupling:
         """
         gone = np.zeros(len(self.classes), dtype=bool)
         for i, units in removed.items():
-            gone[self.roots[i][units.cpu().numpy()]] = True
+            gone[self.unit_classes[i][units.cpu().numpy()]] = True
         return gone[self.classes]
 
     def one_step(self, groups: list[int]) -> np.ndarray:
@@ -224,9 +224,11 @@ class Trials:
         return self._results[key]
 
     def obstacle_together_or_apart(self, coupling: Coupling, clusters: list[Cluster]) -> Mismatch | None:
-        """Cut all of `clusters`, then every second cluster, and return the first mismatch, None for a success.
+        """Cut clusters together and apart, and return the first mismatch, None for a success.
 
-        Pieces of several sizes, and numbers for several sizes, may fit if all groups shrink but not if some do.
+        Together: a unit of each group in `clusters`. Apart: only every second cluster, while its neighbours keep their
+        sizes. The second cut is made if the coupling has exceptional numbers, or dimensions cut into pieces of several
+        sizes: a model may then fit if all groups shrink, but not if some do.
         """
         may_differ = bool(coupling.follows or coupling.record.labels.pieces)
         some = clusters[::2] if may_differ else []
@@ -246,9 +248,15 @@ def fit(coupling: Coupling, trials: Trials) -> Coupling:
       3. groups of the same size in a view of the same module shrink together;
       4. 2 and 3 together.
     The first hypothesis with a successful cut of a unit of every group is taken. If all fail, three hypotheses are
-    weakened: 3, 1 with a search for exceptional numbers, and 2. Groups with a failing cut are pinned, with the reason;
-    the hypothesis with most groups left wins, of several the hypothesis with fewest links.
+    weakened: groups with a failing cut are pinned, with the reason. The three are
+      - 3, for a model of which most parts need groups of equal size;
+      - 1 with a search for exceptional numbers (`with_numbers_searched`), for a model in which few numbers break the
+        rule;
+      - 2, for a model in which most numbers break the rule.
+    The weakened hypothesis with most groups wins; of several, the hypothesis with fewest links.
 
+    coupling: the result of a trace, which is hypothesis 1.
+    trials: cuts of the traced model.
     Returns the coupling of the hypothesis. Raises InputError, naming the first obstacles, if no group is free.
     """
     linked = with_linked_groups(coupling)
@@ -286,7 +294,7 @@ def with_all_numbers_following(coupling: Coupling, model: nn.Module) -> Coupling
 def with_linked_groups(coupling: Coupling) -> Coupling:
     """Link groups of the same size in a view of the same module."""
     group_of_class = np.full(len(coupling.classes), -1, dtype=np.int64)
-    for i, units in enumerate(coupling.roots):
+    for i, units in enumerate(coupling.unit_classes):
         group_of_class[units] = i
     first_with_size: dict[tuple[str, int], int] = {}
     a, b = [], []
@@ -307,7 +315,7 @@ def with_linked_groups(coupling: Coupling) -> Coupling:
 
 
 def pin_what_fails(coupling: Coupling, obstacle: Callable[[Coupling, list[Cluster]], Mismatch | None]) -> Coupling:
-    """Pin the groups with a failing cut; obstacle: a method of `Trials`."""
+    """Pin the groups with a failing cut; `obstacle`, a method of `Trials`, makes the cuts."""
     failed = failing(coupling.groups, coupling.clusters(), partial(obstacle, coupling))
     reasons = {i: f"the forward pass needs this size ({mismatch.why})" for i, mismatch in failed.items()}
     return coupling.pinned(reasons)

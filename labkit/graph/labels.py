@@ -5,6 +5,7 @@
 is told in `spans`, how operators tie them in `rules`.
 """
 
+import itertools
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class _WholeSlices(NamedTuple):
 class _EvenPieces(NamedTuple):
     """A dimension cut into pieces: pieces of one size have to keep equally many labels.
 
-    labels: of the whole dimension.
+    labels: labels of the whole dimension.
     bounds: positions of the cuts, the two ends included; filled further while the model is traced.
     reason: why labels stay for which equal numbers are impossible.
     """
@@ -181,8 +182,8 @@ class Labels:
     def _reasons(self, classes: np.ndarray) -> dict[int, str]:
         reasons: dict[int, str] = {}
         for labels, reason in self._pins:
-            for root in np.unique(classes[labels]).tolist():
-                reasons[root] = reasons.get(root) or reason
+            for pinned_class in np.unique(classes[labels]).tolist():
+                reasons[pinned_class] = reasons.get(pinned_class) or reason
         return reasons
 
 
@@ -193,7 +194,7 @@ def _make_product(classes: np.ndarray, fixed: np.ndarray) -> Edges:
     follows from the input if the number of groups is a constant.
 
     classes: [a, b, ...], of the labels of a dimension split in several.
-    fixed: by class, True if the class never goes.
+    fixed: [labels], True at the name of each class that never goes.
     """
     if fixed[classes].all():
         return NO_EDGES
@@ -219,20 +220,20 @@ def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges, np.n
     are joined; the remaining classes are joined into a single class.
 
     pieces: the classes of the labels in each piece; the pieces have equal sizes.
-    fixed: by class, True if the class never goes.
+    fixed: [labels], True at the name of each class that never goes.
     Returns the edges, and the classes without an even join.
     """
     uneven = _uneven_classes(pieces, fixed)
     waiting: dict[Counts, list[int]] = defaultdict(list)
-    for label, counts in uneven.items():
-        waiting[counts].append(label)
+    for uneven_class, counts in uneven.items():
+        waiting[counts].append(uneven_class)
     bundles: list[list[int]] = []
     for counts in list(waiting):
         bundles += _take_bundles(waiting, _partners(counts))
-    rest = [label for labels in waiting.values() for label in labels]
+    rest = list(itertools.chain.from_iterable(waiting.values()))
     stuck = NO_LABELS
     if rest:
-        total = np.sum([uneven[label] for label in rest], axis=0)
+        total = np.sum([uneven[c] for c in rest], axis=0)
         if (total == total[0]).all():
             bundles.append(rest)
         else:
@@ -241,7 +242,7 @@ def _make_even(pieces: list[np.ndarray], fixed: np.ndarray) -> tuple[Edges, np.n
 
 
 def _joined(bundles: list[list[int]]) -> Edges:
-    """Return edges between the labels of each bundle."""
+    """Return edges between the classes of each bundle."""
     a: list[int] = []
     b: list[int] = []
     for first, *further in bundles:
@@ -260,7 +261,7 @@ def _uneven_classes(pieces: list[np.ndarray], fixed: np.ndarray) -> dict[int, Co
     differs = (counts != counts[:, :1]).any(1)
     uneven = ~fixed[classes] & differs
     rows = zip(classes[uneven].tolist(), counts[uneven].tolist(), strict=True)
-    return {label: tuple(row) for label, row in rows}
+    return {uneven_class: tuple(row) for uneven_class, row in rows}
 
 
 def _partners(counts: Counts) -> list[Counts]:
@@ -282,6 +283,6 @@ def _take_bundles(waiting: dict[Counts, list[int]], partners: list[Counts]) -> l
     candidates = [list(waiting.get(counts, ())) for counts in partners]
     bundles = [list(bundle) for bundle in zip(*candidates, strict=False)]
     for bundle in bundles:
-        for counts, label in zip(partners, bundle, strict=True):
-            waiting[counts].remove(label)
+        for counts, bundled_class in zip(partners, bundle, strict=True):
+            waiting[counts].remove(bundled_class)
     return bundles

@@ -15,7 +15,7 @@ CONTAINERS = (dict, list, tuple, set, deque)
 
 
 class _Contents(NamedTuple):
-    """The items of a container at some time; keys: of a dictionary, else empty."""
+    """The items of a container at some time, with `keys` of a dictionary, empty for other containers."""
 
     container: Any
     keys: list[Any]
@@ -49,8 +49,8 @@ def _identical(a: list[Any], b: list[Any]) -> bool:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the model, and the random numbers of Python and numpy, afterwards.
 
-    Passes run on copies, but a hook may close over a module of the model itself and write into the module's attributes,
-    into containers there, or into buffers.
+    Passes run on copies, but a hook may close over a module of the model itself and write into its attributes, into
+    containers there, or into buffers.
     """
     containers: dict[int, Any] = {}
     for module in model.modules():

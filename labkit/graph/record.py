@@ -66,7 +66,7 @@ class Axis(NamedTuple):
 class Sized(NamedTuple):
     """A size of a tensor in the forward pass of `module`: the pass may hold the size as a number.
 
-    labels: of the dimension of the given size, along `axis`; None for a size that stays.
+    labels: labels of the dimension of the given size, along `axis`; None for a size that stays.
     """
 
     module: str
@@ -76,12 +76,14 @@ class Sized(NamedTuple):
 
 
 class Restricted(NamedTuple):
-    """A call of an operator over labels: a reference without the labels leaves these entries out of the call.
+    """A call of an operator that depends on how many channels there are, such as the mean in a layer norm.
+
+    The equality check runs the dense model as the reference, and lets the call see only the remaining channels.
 
     name, module, number: the n-th call of an operator in a module.
     argument, dim: the operand and the dimension with `labels`.
-    kind: "norm" (statistics of the remaining entries only), "statistic" (the dimension is gone afterwards), or "mask"
-    (terms of a sum).
+    kind: "norm" (statistics of the remaining entries), "statistic" (the result has no such dimension), or "mask" (terms
+    of a sum).
     """
 
     name: str
@@ -96,7 +98,8 @@ class Restricted(NamedTuple):
 class Cost(NamedTuple):
     """Multiply-adds of a product.
 
-    macs: the number. terms: in each sum.
+    macs: number of multiply-adds.
+    terms: number of terms in each sum.
     factors: labels; the number shrinks with the remaining share of each array.
     """
 
@@ -110,7 +113,7 @@ class Operation(NamedTuple):
 
     operands: the origin (`Traced.origin`) of each tensor among the arguments, in order.
     settings: the remaining positional arguments.
-    before: of a slice, the labels of the operand in front of the part.
+    before: for a slice, the labels of the operand in front of the part.
     """
 
     name: str
@@ -157,8 +160,8 @@ class Record:
     unused: names of the trainable parameters without an operator.
     names_dtype: True if the forward pass names a floating-point type.
     trained: True if a second pass, in training mode, met parameters not met before.
-    within_groups: of grouped convolutions, tie the same channels of every group, not all channels of a group.
-    whole_heads: of a dimension split as [heads, size], only the first part may lose entries.
+    within_groups: True to tie, in grouped convolutions, the same channels of every group, not all channels of a group.
+    whole_heads: True if a dimension split as [heads, size] may lose entries of the first part only.
     only_couples: True in the second pass, which counts no operator again.
     """
 
@@ -185,7 +188,7 @@ class Record:
 
     @cached_property
     def made(self) -> dict[tuple[str, tuple[int, ...]], Operation]:
-        """Map (module, shape) to an operation in the module with a result of the shape."""
+        """Map (module, shape) to an operation in the module with a result of that shape."""
         return {(operation.module, operation.shape): operation for operation in self.operations}
 
     def names(self, first: str) -> list[str]:
@@ -202,13 +205,13 @@ class Record:
     def kept(self, gone: np.ndarray) -> dict[str, dict[int, Tensor]]:
         """Return {parameter or buffer: {dimension: remaining indices}}, without dimensions that stay whole.
 
-        gone: [labels], bool.
+        gone: [labels], bool, True for removed labels.
         """
         keep: dict[str, dict[int, Tensor]] = {}
         for axis in self.axes:
-            stays = ~gone[axis.labels]
-            if not stays.all():
-                (indices,) = stays.nonzero()
+            remains = ~gone[axis.labels]
+            if not remains.all():
+                (indices,) = remains.nonzero()
                 for name in self.names(axis.name):
                     keep.setdefault(name, {})[axis.dim] = torch.from_numpy(indices)
         return keep

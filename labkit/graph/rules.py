@@ -28,13 +28,14 @@ class Summed(NamedTuple):
 
 @dataclass
 class Call:
-    """A call of an operator, on the way through the operator's rule.
+    """A call of an operator, on the way through its rule.
 
-    name: of the operator.
+    name: name of the operator.
     args, kwargs, out: the arguments, positional as in the ATen schema, and the result.
-    module: the name of the running module. number: of the call, among the operator's calls in the module.
+    module: the name of the running module.
+    number: number of the call among the operator's calls in the module.
     record: receives the notes of the rule.
-    before: of a slice, the labels in front of the part (`Operation.before`); set by the rule.
+    before: for a slice, the labels in front of the part (`Operation.before`); set by the rule.
     """
 
     name: str
@@ -109,7 +110,7 @@ class Call:
         """Tie the entries of a bias or a scale to channels.
 
         vector: the bias or scale, None for a layer without.
-        labels: of the channels, as many as entries; None for a dimension of fixed size.
+        labels: labels of the channels, as many as entries; None for a dimension of fixed size.
         """
         span = None if vector is None else span_at(self.spans(vector), 0)
         if span is None:
@@ -129,7 +130,7 @@ class Call:
     def record_contraction(self, *sides: Summed) -> None:
         """Note that a matrix product or convolution sums over the labels of `sides`.
 
-        If a side is a weight, the columns of the weight read the channels: removing a channel removes the column. If
+        If a side is a weight, its columns read the channels: removing a channel removes a column. If
         no side is a weight (attention's scores), the product runs over fewer terms after a cut.
         """
         weights = [side.labels for side in sides if traced(side.x).is_weight]

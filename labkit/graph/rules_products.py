@@ -144,7 +144,7 @@ class _Convolution(NamedTuple):
 
 @rule("convolution")
 def convolution(call: Call) -> Spans:
-    """Tie the input's channels to the weight's columns, and give the output the labels of the weight's rows."""
+    """Tie the input's channels to the weight's columns, and give the output the labels of its rows."""
     conv = _Convolution(*call.args[:9])
     x, weight, channel = conv.x, conv.weight, conv.channel
     if conv.mixes_positions:
@@ -173,7 +173,8 @@ def _record_convolution_cost(
 
     The kernel is applied at every position of the output, transposed at every position of the input.
 
-    inputs, outputs: labels of the channels. rest: spans of the input without channels.
+    inputs, outputs: labels of the channels.
+    rest: spans of the input without channels.
     """
     image = conv.x if conv.transposed else call.out
     positions = math.prod(image.shape[conv.channel + 1 :])
@@ -204,7 +205,11 @@ def _grouped(call: Call, conv: _Convolution, inputs: np.ndarray | None) -> np.nd
 def _tied_across_groups(
     call: Call, conv: _Convolution, inputs: np.ndarray, made: np.ndarray, inner: np.ndarray
 ) -> np.ndarray:
-    """Tie the channels at the same place of every group; made, inner: labels of the weight's first two dimensions."""
+    """Tie the channels at the same place of every group.
+
+    inputs: labels of the input's channels.
+    made, inner: labels of the first and of the second dimension of the weight.
+    """
     rows = made.reshape(conv.groups, -1)
     call.tie(rows[:1], rows)
     readers = rows if conv.transposed else np.tile(inner, (conv.groups, 1))
@@ -219,7 +224,7 @@ def _tied_across_groups(
 def _tied_inside_groups(
     call: Call, conv: _Convolution, inputs: np.ndarray | None, made: Span | None
 ) -> np.ndarray | None:
-    """Tie all channels of each group; made: the span of the weight's first dimension."""
+    """Tie all channels of each group; `made` is the span of the weight's first dimension."""
     reason = "is convolved in groups with a part of fixed size"
     weight = conv.weight
     call.fix_operand(weight, range(1, weight.dim()), "")

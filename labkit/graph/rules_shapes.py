@@ -212,7 +212,7 @@ def cat(call: Call) -> Spans:
 
 
 def _not_shared(spans: Sequence[Spans], dim: int) -> set[int]:
-    """Return the dimensions to be fixed before parts can be joined along `dim`; spans: of each part.
+    """Return the dimensions to be fixed before parts with `spans` can be joined along `dim`.
 
     If the parts have labels for different dimensions (heads, and positions inside heads), the common dimensions stay
     free.
@@ -309,7 +309,7 @@ def split(call: Call) -> list[Spans]:
 
 
 def _entry(call: Call, x: Tensor, dim: int, index: int) -> Spans:
-    """Return the spans of entry `index` of dimension `dim`; the dimension keeps the size, and leaves the result."""
+    """Return the spans of entry `index` of dimension `dim`; the dimension keeps its size and is dropped."""
     spans = call.spans(x)
     span = span_at(spans, dim)
     if span is not None and len(span.dims) == 1:
@@ -346,7 +346,7 @@ def unbind(call: Call) -> list[Spans]:
 
 @rule("index")
 def index(call: Call) -> Spans:
-    """Index by tensors, x[i, j, :]: the indexed dimensions keep the size."""
+    """Index by tensors, x[i, j, :]: the indexed dimensions keep their sizes."""
     x, indices = call.args[:2]
     for tensor in indices:
         if tensor is not None:
@@ -382,17 +382,17 @@ def _dims_after_index(indexed: list[int], before: int, after: int) -> list[int |
 
 @rule("index_select")
 def index_select(call: Call) -> Spans:
-    """Pick entries of a dimension by a tensor: the dimension keeps the size."""
+    """Pick entries of a dimension by a tensor: the dimension keeps its size."""
     x = call.args[0]
     dim = _dim(call, 1, x)
     return call.fixed(x, (dim,), INDEXED)
 
 
 def _indexed(call: Call, *operands: Tensor) -> Spans | None:
-    """Tie tensors with dimension `args[1]` indexed entry by entry; the indexed dimension keeps the size.
+    """Tie tensors with dimension `args[1]` indexed entry by entry; the indexed dimension keeps its size.
 
-    An index of real integers has no labels, but a size: if a forward pass expands the index to the channels, the index
-    follows the channels. Returns None for an index over a part of the remaining dimensions only.
+    An index of real integers has no labels, but a size: if a forward pass expands the index to the channels, it
+    follows them. Returns None for an index over a part of the remaining dimensions only.
     """
     out, index = call.out, call.args[2]
     dim = _dim(call, 1, out)

@@ -1,4 +1,4 @@
-"""Spans: the labels along a tensor's dimensions, and the way of labels when the tensor changes shape.
+"""Spans: the labels along a tensor's dimensions, and the way of labels when it changes shape.
 
 A span holds the labels of some dimensions of a tensor. The functions tie and move spans for steps common to many
 operators: an elementwise result, a reordering of dimensions, a view. Operators themselves are known to `rules` only.
@@ -61,7 +61,7 @@ def fix(labels: Labels, spans: Spans, dims: Iterable[int], reason: str) -> Spans
     `dims`: the labels are tied along the fixed dimensions (the 64 positions of each head).
 
     labels: receives the ties and pins.
-    spans: of the tensor.
+    spans: spans of the tensor.
     dims: the dimensions to keep.
     reason: told to a user as the reason why the entries stay.
     Returns the spans of the dimensions free to shrink.
@@ -147,17 +147,16 @@ def _to_fix(labels: Labels, first: _SideSpan, second: _SideSpan, dim: int) -> tu
     decide: heads stay prunable though a table of rotary positions is multiplied to the positions inside the heads.
     """
     (i, span), (j, match) = first, second
-    if len(span.dims) > 1 and _decides_less(labels, match, span):
+    if len(span.dims) > 1 and _only_first_is_constant(labels, match, span):
         return i, dim
-    if len(match.dims) > 1 and _decides_less(labels, span, match):
+    if len(match.dims) > 1 and _only_first_is_constant(labels, span, match):
         return j, dim
     last = max(set(span.dims) ^ set(match.dims))
     return (i, last) if last in span.dims else (j, last)
 
 
-def _decides_less(labels: Labels, span: Span, match: Span) -> bool:
-    """Return True if `span` is of a constant and `match` is not."""
-    return labels.constant(span.labels) and not labels.constant(match.labels)
+def _only_first_is_constant(labels: Labels, first: Span, second: Span) -> bool:
+    return labels.constant(first.labels) and not labels.constant(second.labels)
 
 
 # --- dimensions that move or go -------------------------------------------------------------------------------------
@@ -185,11 +184,11 @@ def without(spans: Spans, dims: Iterable[int], before: int, after: int) -> Spans
     """
     if before == after:
         return spans
-    gone = set(dims)
+    removed_dims = set(dims)
     new_dims: list[int | None] = []
     position = 0
     for dim in range(before):
-        if dim in gone:
+        if dim in removed_dims:
             new_dims.append(None)
         else:
             new_dims.append(position)

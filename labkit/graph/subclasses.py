@@ -25,7 +25,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _inherits_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether the class of `layer` has the forward pass of `kind`, convolution included."""
+    """Return True if the class of `layer` has the forward pass of `kind`, convolution included."""
     for name in ("forward", "_conv_forward"):
         method = getattr(kind, name, None)
         if method is not None and getattr(type(layer), name) is not method:
@@ -46,7 +46,8 @@ def same_pads(
 ) -> tuple[int, int, int, int]:
     """Return the zeros (left, right, above, below) of TensorFlow's padding "same", as `F.pad` takes them.
 
-    size: of the image, [H, W]. kernel, stride, dilation: of the convolution, [H, W] each.
+    size: size of the image, [H, W].
+    kernel, stride, dilation: sizes of the convolution, [H, W] each.
 
     A convolution of the padded image has ceil(size / stride) results; an odd zero is at the end.
     """
@@ -75,7 +76,7 @@ class _SamePadded(nn.Conv2d):
 
 
 def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether the layer's forward pass has the same operators as the forward pass of class `kind`."""
+    """Return True if the layer's forward pass has the same operators as that of class `kind`."""
     recast = copy.copy(layer)
     recast.__class__ = kind
     for x in _examples(layer):
@@ -175,7 +176,7 @@ def _replacing_operand_by(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
 
 
 def _is_identity(model: nn.Module, node: fx.Node) -> bool:
-    """Tell whether a node of a graph calls an nn.Identity of `model`."""
+    """Return True if a node of a graph calls an nn.Identity of `model`."""
     if node.op != "call_module":
         return False
     return isinstance(model.get_submodule(node.target), nn.Identity)

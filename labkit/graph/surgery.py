@@ -38,9 +38,12 @@ ALIGNMENT = 16  # bytes that the rows of experts must be a multiple of in torch'
 
 @dataclass(frozen=True)
 class Units:
-    """A group of coupled channels, and how much of the group is removed.
+    """A group of coupled channels, and how much of it is removed.
 
-    name: of the group. units: number of units before. removed: number of units removed. width: channels in a unit.
+    name: name of the group.
+    units: number of units before.
+    removed: number of units removed.
+    width: channels in a unit.
     reason: if no unit is removed because the plan could not, the cause; else "".
     """
 
@@ -66,7 +69,7 @@ class Plan:
     unprunable: (parameter and dimension, reason) of dimensions that cannot lose entries.
     parameters: numbers of parameters, (before, after).
     macs: multiply-adds of the example call, (before, after).
-    bytes: of parameters and buffers, (before, after).
+    bytes: bytes of parameters and buffers, (before, after).
     coupling, gone: the trace, and [labels] bool, True for removed labels; None if whole layers are removed.
     layers: {list of layers: numbers of the layers that stay}.
     """
@@ -111,7 +114,7 @@ def _row_of_table(row: Units, name_width: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A pruned model, the plan of its cut, and the report of the equality check (None if the check was left out)."""
+    """A pruned model, the plan of its cut, and the report of the equality check (None if it was left out)."""
 
     model: nn.Module
     plan: Plan
@@ -145,15 +148,15 @@ def cut(
         tensors[id(x)] = _sliced(x, dims)
     new = duplicate_model(model, tensors)
     set_attributes_(new, attributes)
-    for name, stays in (layers or {}).items():
-        _keep_layers_(new, name, stays)
+    for name, kept_layers in (layers or {}).items():
+        _keep_layers_(new, name, kept_layers)
     if _has_unaligned_experts(new):
         batch_experts_(new)
     return new
 
 
 def _has_indices(x: Tensor, dims: Mapping[int, Tensor]) -> bool:
-    """Tell whether `x` has all of the dimensions and the indices {dimension: indices}."""
+    """Return True if `x` has all of the dimensions and the indices {dimension: indices}."""
     for dim, indices in dims.items():
         exists = dim < x.dim() and bool((indices < x.shape[dim]).all())
         if not exists:
@@ -162,7 +165,7 @@ def _has_indices(x: Tensor, dims: Mapping[int, Tensor]) -> bool:
 
 
 def _has_unaligned_experts(model: nn.Module) -> bool:
-    """Tell whether experts of a mixture have rows that torch's product of groups refuses."""
+    """Return True if experts of a mixture have rows that torch's product of groups refuses."""
     for module in model.modules():
         if not is_mixture(module):
             continue
@@ -193,21 +196,21 @@ def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Tell whether `x` is stored in the memory format channels_last and in no other."""
+    """Return True if `x` is stored in the memory format channels_last and in no other."""
     if x.dim() != 4 or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _keep_layers_(model: nn.Module, name: str, stays: Sequence[int]) -> None:
-    """Leave only the layers `stays` in the list `name`, numbered anew from 0, and correct the configs.
+def _keep_layers_(model: nn.Module, name: str, kept_layers: Sequence[int]) -> None:
+    """Leave only `kept_layers` in the list `name`, numbered anew from 0, and correct the configs.
 
     A config's number of layers and its lists with an entry for each layer follow.
     """
     stack = model.get_submodule(name)
     before = list(stack._modules.items())
     stack._modules.clear()
-    for number, old in enumerate(stays):
+    for number, old in enumerate(kept_layers):
         key, layer = before[old]
         new_key = str(number) if key.isdigit() else key
         stack._modules[new_key] = layer
@@ -215,9 +218,9 @@ def _keep_layers_(model: nn.Module, name: str, stays: Sequence[int]) -> None:
         for key, value in vars(config).items():
             is_list = isinstance(value, (list, tuple))
             if is_list and "layer" in key and len(value) == len(before):
-                setattr(config, key, [value[old] for old in stays])
+                setattr(config, key, [value[old] for old in kept_layers])
         if getattr(config, "num_hidden_layers", None) == len(before):
-            config.num_hidden_layers = len(stays)
+            config.num_hidden_layers = len(kept_layers)
 
 
 def parameters(model: nn.Module, keep: Keep | None = None) -> tuple[int, int]:
@@ -243,7 +246,7 @@ def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
     """Write a pruned model to a safetensors file for `load`; a file of this name is replaced when all is written.
 
     model: may have been trained since the cut.
-    plans: of all cuts of the model, in order.
+    plans: plans of all cuts of the model, in order.
 
     The file has all parameters and buffers, also those outside the state dict, and the whole numbers of the configs.
     Raises InputError if `load` could not restore the model: the model is not the result of the plans, or has a sparse
@@ -276,8 +279,8 @@ def save(model: nn.Module, plans: Sequence[Plan], file: str | Path) -> None:
 def _check_cut_by(model: nn.Module, plan: Plan) -> None:
     """Raise InputError unless the sizes in `model` are those that the plan leaves."""
     wrong = []
-    for name, stays in plan.layers.items():
-        if len(model.get_submodule(name)) != len(stays):
+    for name, kept_layers in plan.layers.items():
+        if len(model.get_submodule(name)) != len(kept_layers):
             wrong.append(name)
     if not plan.layers:
         tensors = dict(tensors_of(model))
@@ -308,7 +311,7 @@ def load(model: nn.Module, file: str | Path) -> nn.Module:
     """Return the pruned model that `save` wrote, cut from a dense model of the same architecture.
 
     model: the dense model, with any weights; it is only read.
-    file: as given to `save`.
+    file: path given to `save`.
 
     Raises DataError if the file is missing or damaged, InputError if it is of another architecture or dtype.
     """
@@ -342,7 +345,7 @@ def _read(file: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _cut_as_saved(model: nn.Module, content: Mapping[str, Any]) -> nn.Module:
-    """Return `model` cut by the plans of a file in turn, with the configs of the file; the weights are the model's."""
+    """Return `model` cut by the plans of a file in turn, with the configs stored there; the weights are the model's."""
     new = model
     for plan in content["plans"]:
         attributes = _attributes_of(plan, new)

@@ -123,7 +123,10 @@ class Tracer(Abstract):
         return ()
 
     def _note_results(self, call: Call, operands: Sequence[Tensor], spans: Spans | list[Spans], touched: bool) -> None:
-        """Note labels and origin of each result, and the operation; spans: of all results, or a list, for each."""
+        """Note labels and origin of each result, and the operation.
+
+        spans: spans of all results, or a list with the spans of each.
+        """
         results = call.out if isinstance(call.out, (list, tuple)) else [call.out]
         spans_by_result = spans if isinstance(spans, list) else [spans] * len(results)
         for number, (x, result_spans) in enumerate(zip(results, spans_by_result, strict=True)):
@@ -151,11 +154,11 @@ def _is_inside(span: Span, x: Tensor) -> bool:
 
 
 class _Products(TorchFunctionMode):
-    """Observes functions of several operators, for facts not visible in the operators.
+    """Observes functions of several operators, for facts that no single operator shows.
 
     Sizes of the views inside a product are torch's choice: no module has the sizes written down. A scaled dot product
     by torch's default scale, the root of the width of a head, fixes the width. A module may have the shape of an RMS
-    norm written down, though the shape is in no operator.
+    norm written down, though it is in no operator.
     """
 
     def __init__(self, record: Record, stack: list[str]) -> None:

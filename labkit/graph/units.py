@@ -43,7 +43,7 @@ class Member:
 class Group:
     """Units to be removed from the same parameters, each unit as a whole.
 
-    name: of the first parameter that makes the channels, with #2 and so on for further groups of the same name.
+    name: name of the first parameter that makes the channels, with #2 and so on for further groups of the same name.
     units: how many.
     members: the dimensions in which entries go.
     link: groups with the same link keep the same fraction of units; None for a group without a link.
@@ -83,7 +83,7 @@ def group_units(
     The units of a group are classes in the same dimensions of the same parameters, and in the same pieces of
     dimensions cut unevenly.
 
-    record: of the traced call.
+    record: record of the traced call.
     classes: [labels], the class of each label.
     reasons: {class to stay for good: reason}.
     Returns the groups, and for each group the class of each unit.
@@ -99,7 +99,7 @@ def group_units(
             if signature:
                 sides_by_signature.setdefault(signature, []).append(side)
     groups: list[Group] = []
-    roots: list[np.ndarray] = []
+    unit_classes: list[np.ndarray] = []
     names: Counter[str] = Counter()
     unit_of_class = np.full(len(classes), -1, dtype=np.int64)  # filled for one group after another
     for signature, group_sides in sides_by_signature.items():
@@ -115,8 +115,8 @@ def group_units(
             names[name] += 1
             suffix = "" if names[name] == 1 else f"#{names[name]}"
             groups.append(Group(name + suffix, len(units), members))
-            roots.append(units)
-    return tuple(groups), tuple(roots)
+            unit_classes.append(units)
+    return tuple(groups), tuple(unit_classes)
 
 
 def _signatures(
@@ -126,15 +126,14 @@ def _signatures(
     free = np.ones(len(classes), dtype=bool)
     free[np.fromiter(reasons, dtype=np.int64, count=len(reasons))] = False
     places = []
-    for axis, roots in sides:
-        places.append((f"{axis.name} {axis.dim}", roots))
+    for axis, axis_classes in sides:
+        places.append((f"{axis.name} {axis.dim}", axis_classes))
     for number, labels in enumerate(record.labels.pieces):
-        roots = np.unique(classes[labels])
-        places.append((f"piece {number}", roots))
+        places.append((f"piece {number}", np.unique(classes[labels])))
     signatures = np.zeros(len(classes), dtype=np.uint64)
-    for place, roots in places:
-        free_roots = roots[free[roots]]
-        signatures[free_roots] += _hash(place)  # once for each class, however often the place has it
+    for place, place_classes in places:
+        free_classes = place_classes[free[place_classes]]
+        signatures[free_classes] += _hash(place)  # once for each class, however often the place has it
     return signatures
 
 
@@ -182,7 +181,8 @@ def failing(groups: Sequence[Group], clusters: list[Cluster], obstacle: Obstacle
 
     In repeated blocks the groups of a place fail alike: if the first, the middle and the last fail, all do.
 
-    groups: of the model. clusters: to be searched.
+    groups: groups of the model.
+    clusters: clusters to be searched.
     obstacle: obstacle(clusters) cuts clusters and returns the failure, a false value for success.
     Returns {number of a group: failure without some units}.
     """
@@ -193,7 +193,7 @@ def failing(groups: Sequence[Group], clusters: list[Cluster], obstacle: Obstacle
 
 
 def _failing_in(places: list[list[Cluster]], obstacle: Obstacle) -> dict[int, Any]:
-    """Search clusters by halving; places: a list of clusters for each place."""
+    """Search clusters by halving; `places` has a list of clusters for each place."""
     clusters = [cluster for place in places for cluster in place]
     reason = obstacle(clusters)
     if not reason:

@@ -52,7 +52,7 @@ IGNORED = -100  # the label that cross-entropy leaves out
 
 
 def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
-    """Split a batch into (args, kwargs, target), so that model(*args, **kwargs) runs on the batch.
+    """Split a batch into (args, kwargs, target), so that model(*args, **kwargs) runs on it.
 
     target: the labels; None if the batch has no labels.
     batch: a tensor is the only argument.
@@ -61,7 +61,7 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
         the target.
 
     If `forward` has a parameter `labels`, as in transformers models, the target is passed as `labels` too. The last
-    item of a tuple is then the target if `labels` stand at the item's position, or if the item has one dimension, [B].
+    item of a tuple is then the target if `labels` stand at its position, or if it has one dimension, [B].
     Zeros and ones at the position of a mask are the mask.
 
     Raises InputError for any other last item of two or more dimensions, which could be labels or an argument.
@@ -111,7 +111,7 @@ def _split_sequence(model: nn.Module, batch: Sequence[Any]) -> tuple[tuple, dict
 
 
 def _is_mask(x: Any) -> bool:
-    """Tell whether `x` is a tensor of two or more dimensions that holds only zeros and ones."""
+    """Return True if `x` is a tensor of two or more dimensions that holds only zeros and ones."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return False
     zeros_and_ones = (x == 0) | (x == 1)
@@ -121,7 +121,7 @@ def _is_mask(x: Any) -> bool:
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
     """Return the arguments of `forward` for a batch by name, without labels: model(**inputs(model, batch)) runs.
 
-    batch: in any of the forms of `split`.
+    batch: a batch in any of the forms of `split`.
     """
     args, kwargs, _ = split(model, batch)
     named = inspect.signature(model.forward).bind_partial(*args).arguments
@@ -131,7 +131,7 @@ def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
 def labelled(model: nn.Module, batch: Any) -> Any:
     """Return the batch as a dict of arguments with `labels` in which padding is IGNORED.
 
-    A batch of a decoder without labels is labelled with the decoder's input tokens. Any other batch without labels, and
+    A batch of a decoder without labels is labelled with its input tokens. Any other batch without labels, and
     a batch of a model that takes no labels, is returned unchanged.
     """
     if not _takes_labels(model, batch):
@@ -149,7 +149,7 @@ def labelled(model: nn.Module, batch: Any) -> Any:
 
 
 def _takes_labels(model: nn.Module, batch: Any) -> bool:
-    """Tell whether `forward` has a parameter `labels`, or takes any keyword argument and the batch is a dict."""
+    """Return True if `forward` has a parameter `labels`, or takes any keyword argument and the batch is a dict."""
     parameters = inspect.signature(model.forward).parameters
     if "labels" in parameters:
         return True
@@ -158,21 +158,21 @@ def _takes_labels(model: nn.Module, batch: Any) -> bool:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Tell whether the config of a transformers model describes an encoder-decoder, like T5."""
+    """Return True if the config of a transformers model describes an encoder-decoder, like T5."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def predicts_next(model: nn.Module) -> bool:
-    """Tell whether the output at position t is scored against token t + 1: a decoder with a language model head."""
+    """Return True if the output at position t is scored against token t + 1: a decoder with a language model head."""
     can_generate = getattr(model, "can_generate", lambda: False)()
     return can_generate and not is_encoder_decoder(model)
 
 
 def valid_tokens(model: nn.Module, named: Mapping[str, Any], part: str, x: Tensor) -> Tensor:
-    """Tell for each token of `x` whether the token is real or padding: [B, T] bool, True for real tokens.
+    """Tell for each token of `x` if it is real or padding: [B, T] bool, True for real tokens.
 
     named: the arguments of the forward pass by name (`inputs` of the batch); `attention_mask` marks the padding.
-    part: name of the module that reads or gives `x`; in the decoder of an encoder-decoder the decoder's mask counts.
+    part: name of the module that reads or gives `x`; in the decoder of an encoder-decoder its own mask counts.
     x: [B, T, width] or [B * T, width].
 
     Without a mask of fitting size every token is real.
@@ -231,7 +231,7 @@ def segments(tokens: Tensor, n: int, length: int, *, seed: int = 0) -> list[Tens
     """Cut `n` segments [1, length] out of a text at random positions: calibration data as SparseGPT and Wanda use it.
 
     tokens: [N] token ids of the text.
-    seed: of the positions; with the same seed a larger n begins with the segments of a smaller n.
+    seed: seed of the positions; with the same seed a larger n begins with the segments of a smaller n.
 
     Raises InputError if the text is shorter than a segment.
     """

@@ -1,7 +1,7 @@
 """Walk through a model block by block: run a single block, skip blocks, and sum over the inputs of a block's layers.
 
-SparseGPT (Frantar & Alistarh 2023) and GPTQ (Frantar et al. 2022) change a block, run the changed block, and change the
-next block by the inputs from the changed block. The walk changes no weight.
+SparseGPT (Frantar & Alistarh 2023) and GPTQ (Frantar et al. 2022) change a block, run it, and change the next block
+by the inputs from it. The walk changes no weight.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,13 +27,13 @@ def walk(
 ) -> Iterator[tuple[nn.Module, Callable[[], list]]]:
     """Yield (block, run) for each block in order; run() returns the outputs of the block, an output for each batch.
 
-    blocks: in running order (`stacks.blocks_of`). The whole model is taken as the only block if `blocks` is empty, or
-        if a block does not read the output of the block before.
-    batches: in any of the forms of `batches.split`.
+    blocks: blocks in running order (`stacks.blocks_of`). The whole model is taken as the only block if `blocks` is
+        empty, or if a block does not read the output of its predecessor.
+    batches: batches in any of the forms of `batches.split`.
 
-    A run calls the whole model, with the model's own masks and positions. Earlier blocks return the outputs of the last
+    A run calls the whole model, with its own masks and positions. Earlier blocks return the outputs of the last
     run without computing, and the call ends after the block. Change a block before asking for the next block, and the
-    next block reads the outputs of the changed block.
+    next block reads the changed outputs.
     """
     if not blocks or not _is_chain(model, blocks, batches[0]):
         yield model, lambda: [_call(model, batch) for batch in batches]
@@ -58,7 +58,7 @@ def inputs_by_block(
 
     weights: {name: weight} to be visited.
     statistic: statistic(layer, input) of a call, summed over all calls of the layer, for example `hessians.hessian`.
-    batches: in any of the forms of `batches.split`.
+    batches: batches in any of the forms of `batches.split`.
     progress: a label for a progress bar; "" shows no bar.
 
     The caller changes the weights of a block before asking for the next block; then the inputs of the next block come
@@ -109,7 +109,7 @@ def _run_block(
 
 
 def _is_chain(model: nn.Module, blocks: Sequence[nn.Module], batch: Any) -> bool:
-    """Tell whether the blocks run once each and in order, and each block reads the output of the block before."""
+    """Return True if the blocks run once each and in order, and each reads the output of the block before."""
     started = 0
     in_a_chain = True
     previous: Tensor | None = None  # output of the block before

@@ -1,4 +1,4 @@
-"""Run a model in eval mode, and leave the model and the random states as before."""
+"""Run a model in eval mode, and leave it and the random states as before."""
 
 import random
 from collections.abc import Iterator

@@ -37,7 +37,8 @@ def wide(x: Tensor) -> Tensor:
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     """Return the vectors that a row of the layer's weight is multiplied with, as a view of the padded input.
 
-    x: input of the layer. Returns [..., in]; of a convolution [N, *out, C, *kernel].
+    x: input of the layer.
+    Returns [..., in]; of a convolution [N, *out, C, *kernel].
     """
     if not isinstance(layer, CONVOLUTIONS):
         return x
@@ -61,7 +62,8 @@ def _inner_dims(layer: nn.Module) -> int:
 def sum_over_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """Return the sum of x_j over a layer's input vectors: [groups, in / groups * kernel].
 
-    layer: a Linear, a convolution, or a module with a weight of the same use. x: input of the layer.
+    layer: a Linear, a convolution, or a module with a weight of the same use.
+    x: input of the layer.
     """
     patches = _patches(layer, x)
     outer = patches.dim() - _inner_dims(layer)
@@ -91,12 +93,12 @@ def watched(weights: Iterable[Weight], statistic: Statistic) -> Iterator[dict[st
     """Sum a statistic over the inputs of the weights' layers, in all calls made inside the `with` block.
 
     weights: nn.MultiheadAttention's are left out, since the module has three inputs.
-    statistic: of a call, such as `squares` or `hessian`.
+    statistic: sum over the inputs of a call, such as `squares` or `hessian`.
 
     Gives a dict that is filled meanwhile: {name of the weight: (sum, number of input vectors)}.
 
     Linear layers that are called with the same tensor one after another (queries, keys, values) share a statistic. The
-    inputs of an expert are the tokens that are routed to the expert, and each expert has a number of vectors, [experts,
+    inputs of an expert are the tokens that are routed to it, and each expert has a number of vectors, [experts,
     1]. An expert that no token reaches counts as if each of its inputs had been 1 once, alone, so that all inputs
     matter alike, and a warning says so.
     """
@@ -162,8 +164,9 @@ class _InputSums:
 def expert_inputs(weight: Weight, x: Tensor, routed: Tensor) -> list[Tensor]:
     """Return the inputs of each expert's matrix in one call of a mixture: [tokens routed to the expert, in].
 
-    weight: a stack of the experts' matrices. x: [..., width], input of the mixture. routed: [..., k], the numbers of
-    the experts that each token goes to.
+    weight: a stack of the experts' matrices.
+    x: [..., width], input of the mixture.
+    routed: [..., k], the numbers of the experts that each token goes to.
     """
     layer = weight.module
     tokens = x.flatten(0, -2)
@@ -193,7 +196,8 @@ def expert_inputs(weight: Weight, x: Tensor, routed: Tensor) -> list[Tensor]:
 def _reach_all_(weight: Weight, total: Tensor, count: Tensor, statistic: Statistic) -> None:
     """Fill in the sums of experts that no token was routed to, as if each input had been 1 once, alone, and warn.
 
-    total: [experts, ...] sums of the statistic. count: [experts, 1] numbers of input vectors. Both are changed.
+    total: [experts, ...] sums of the statistic.
+    count: [experts, 1] numbers of input vectors. Both tensors are changed in place.
     """
     missed = (count == 0).flatten()
     if missed.any():
@@ -230,7 +234,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     hessian: H = X^T X of a layer's inputs, [in, in].
 
     The damping raises the diagonal by DAMP times its mean, and by ten times more, with a warning, as often as the
-    decomposition fails. The diagonal of an input that was always zero is set to the mean, as the input has no part in
+    decomposition fails. The diagonal of an input that was always zero is set to the mean, as it has no part in
     any other. U is the inverse of the upper R with H + damping = R R^T, and R is the flipped Cholesky factor of the
     flipped matrix. Raises InputError if the decomposition fails TRIES times.
     """

@@ -1,6 +1,6 @@
 """Watch the modules of a model in a forward pass, or change the inputs and outputs: the manager of torch's hooks.
 
-`forward_hooks` registers a hook on several modules, and removes the hook at the end of the `with` block, errors or not.
+`forward_hooks` registers a hook on several modules, and removes it at the end of the `with` block, errors or not.
 `watching` and `reading` are built on `forward_hooks`, as are the walk over blocks (`blocks`) and the sums over a
 layer's inputs (`hessians`).
 """
@@ -41,7 +41,7 @@ def forward_hooks(modules: Sequence[nn.Module], hook: Callable[..., Any], *, bef
 def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call look(name, input, result) after every forward pass of the named modules, as long as the `with` block runs.
 
-    names: of modules called with a single tensor, from `model.named_modules()`.
+    names: names of modules called with a single tensor, from `model.named_modules()`.
     look: gets the module's name, the input tensor and the result.
 
     Raises InputError for a name without a module.
@@ -67,7 +67,7 @@ def watching(model: nn.Module, names: Iterable[str], look: Callable[[str, Tensor
 def reading(model: nn.Module, names: Sequence[str], act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """Call act(number, input) before every forward pass of the named modules, as long as the `with` block runs.
 
-    names: of modules with a tensor as the first positional argument.
+    names: names of modules with a tensor as the first positional argument.
     act: gets the module's index in `names` and the input tensor. A tensor as the result replaces the input.
     """
 

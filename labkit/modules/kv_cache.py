@@ -35,7 +35,7 @@ def decode_step(model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
 
 
 def cache_bytes(model: nn.Module, prompt: Tensor) -> int:
-    """Return the bytes of the KV cache that a prompt fills, counted on the cache's tensors.
+    """Return the bytes of the KV cache that a prompt fills, counted on its tensors.
 
     model, prompt, errors: as in `decode_step`.
     """

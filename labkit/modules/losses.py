@@ -14,7 +14,7 @@ from labkit.modules.batches import IGNORED, inputs, labelled, predicts_next, spl
 def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
     """Return the scalar loss of a batch: loss_fn(output, target), else the output's `.loss`, else cross-entropy.
 
-    batch: in any of the forms of `batches.split`.
+    batch: a batch in any of the forms of `batches.split`.
     loss_fn: gets the model's output and the labels, or, for a batch without labels, the output and the batch.
 
     Raises InputError if there is no loss to compute, or if loss_fn does not return a single number.
@@ -40,7 +40,8 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tenso
 def cross_entropy(scores: Any, labels: Any) -> Tensor:
     """Return F.cross_entropy(scores, labels), the mean over the batch; raise InputError if the two do not fit.
 
-    scores: [B, classes]. labels: [B] class numbers.
+    scores: [B, classes].
+    labels: [B] class numbers.
     """
     try:
         return F.cross_entropy(scores, labels)
@@ -80,7 +81,7 @@ def summed_loss(model: nn.Module, batch: Any, loss_fn: Callable | None = None) -
 
 
 def _next_token_loss(model: nn.Module, named: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, int]:
-    """Return (summed cross-entropy of the tokens that a decoder predicts, number of tokens). labels: [B, T]."""
+    """Return (summed cross-entropy of the tokens that a decoder predicts, number of tokens); labels [B, T]."""
     logits = model(**named).logits[:, :-1].flatten(0, 1)  # [B * (T - 1), vocabulary]
     targets = labels[:, 1:].flatten()  # [B * (T - 1)]
     wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

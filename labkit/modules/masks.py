@@ -121,7 +121,7 @@ def _hold_module(module: nn.Module, *_: Any) -> None:
 
 
 def _has_gradient_hook(parameter: nn.Parameter) -> bool:
-    """Tell whether the parameter's gradient is masked: asked at each pass, since deepcopy does not copy such hooks."""
+    """Return True if the parameter's gradient is masked; asked at each pass, since deepcopy drops such hooks."""
     hooks = (parameter._backward_hooks or {}).values()
     return any(getattr(hook, "func", None) is _mask_gradient for hook in hooks)
 

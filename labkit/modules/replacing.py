@@ -4,9 +4,9 @@ from torch import nn
 
 
 def replace_(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put `new` into `model` wherever the module `name` is registered, and return the model.
+    """Put `new` into `model` wherever the module `name` is registered, and return `model`.
 
-    name: from `model.named_modules()`; for "", the model, `new` is returned.
+    name: name of the module in `model.named_modules()`; for "", the model, `new` is returned.
     new: may contain the replaced module. The training flags of `new` stay unchanged.
     """
     old = model.get_submodule(name)

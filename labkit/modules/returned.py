@@ -57,7 +57,7 @@ def _leaves(value: Any, seen: dict[int, Any], with_numbers: bool = True) -> Iter
 
 
 def _content(value: Any) -> list[Any]:
-    """Return the items of a container, and the attributes of an object other than the items."""
+    """Return the items of a container, and the attributes of an object other than its items."""
     items = []
     if isinstance(value, Mapping):
         items = list(value.values())
@@ -69,7 +69,7 @@ def _content(value: Any) -> list[Any]:
 
 
 def _attributes(value: Any, without: set[int]) -> list[Any]:
-    """Return the attributes and slots of an object. without: ids of objects to be left out."""
+    """Return the attributes and slots of an object, except objects with ids in `without`."""
     state = object.__getstate__(value)  # (vars, slots), vars, or None, not asking the class's own __getstate__
     parts = state if isinstance(state, tuple) else (state,)
     attributes = []
@@ -80,7 +80,7 @@ def _attributes(value: Any, without: set[int]) -> list[Any]:
 
 
 def _is_cache(value: Any) -> bool:
-    """Tell whether `value` is of a class of transformers for keys, values and states between calls."""
+    """Return True if `value` is of a class of transformers for keys, values and states between calls."""
     for kind in type(value).__mro__:
         is_of_transformers = kind.__module__.startswith("transformers.")
         if is_of_transformers and "Cache" in kind.__name__:

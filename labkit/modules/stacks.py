@@ -59,7 +59,7 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Tell whether `module` is an nn.Linear or transformers' Conv1D."""
+    """Return True if `module` is an nn.Linear or transformers' Conv1D."""
     if module is None:
         return False
     is_conv1d = {"nf", "nx"} <= vars(module).keys()  # by its attributes, as transformers may not be installed
@@ -89,7 +89,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
-    """Tell whether `module` is an nn.ModuleList of two modules or more, all different and of the same class."""
+    """Return True if `module` is an nn.ModuleList of two modules or more, all different and of the same class."""
     if not isinstance(module, nn.ModuleList) or len(module) < 2:
         return False
     classes = {type(block) for block in module}

@@ -31,7 +31,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _autocast_on_meta() -> Iterator[None]:
-    """Let autocast take the meta device for the CPU, as torch has no autocast for meta and passes name x's device."""
+    """Treat meta as the CPU: forward passes ask autocast for x.device, and torch has no autocast for meta."""
     originals = [(owner, name, getattr(owner, name)) for owner, name in ASKS_DEVICE]
     try:
         for owner, name, call in originals:

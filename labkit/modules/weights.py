@@ -19,7 +19,8 @@ EXPERTS = ("gate_up_proj", "up_proj", "down_proj")  # the matrices of a mixture'
 class Weight:
     """A prunable parameter and the owning module.
 
-    name: the key in `state_dict()`. module, attribute: the parameter is `module.<attribute>`.
+    name: the key in `state_dict()`.
+    module, attribute: the parameter is `module.<attribute>`.
     transposed: the parameter is stored [in, out], as in transformers' Conv1D and gpt-oss's experts.
 
     Algorithms work on rows, [out, in / groups * kernel positions]: a row belongs to an output unit. The experts of a

@@ -18,7 +18,7 @@ from labkit.pruning.select import count_to_prune, lowest_k
 
 @dataclass(eq=False)
 class Cluster:
-    """Groups bound to keep the same fraction of units, and the equal steps in which the units go."""
+    """Groups bound to keep the same fraction of units, and the equal steps in which they go."""
 
     groups: list[int]  # numbers of the groups
     steps: int  # into which the units of every group are divided
@@ -55,10 +55,13 @@ def make_cluster(
     min_channels: int,
     round_to: int,
 ) -> Cluster:
-    """Rank the units of linked groups and divide the units into steps.
+    """Rank the units of linked groups and divide them into steps.
 
-    groups: all groups of the model. members: numbers of the linked groups. scores: {number of the group: [units]}.
-    min_channels: channels that remain in each group. round_to: each group's remaining channels are a multiple of it.
+    groups: all groups of the model.
+    members: numbers of the linked groups.
+    scores: {number of the group: [units]}.
+    min_channels: channels that remain in each group.
+    round_to: each group's remaining channels are a multiple of it.
     """
     steps = math.gcd(*(groups[i].units for i in members))
     order, step_scores = [], []
@@ -108,7 +111,7 @@ def global_steps(clusters: Sequence[Cluster], ratio: float) -> list[int]:
 
 
 def _spread_order(lengths: Sequence[int]) -> Tensor:
-    """Return an order of concatenated lists in which the lists are interleaved evenly.
+    """Return an order of concatenated lists in which they are interleaved evenly.
 
     Of equal scores the first in the order goes first, to spread ties over the clusters.
     """

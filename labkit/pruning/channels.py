@@ -1,18 +1,17 @@
-"""Structured pruning in three steps: plan which units go, cut a copy of the model, and prove the copy equal.
+"""Structured pruning in three steps: plan which units go, cut a copy of the model, and prove it equal.
 
 `prune` does all three steps. `plan` does the first: a table of groups, with the parameters, multiply-adds and bytes
 before and after, and nothing cut yet. `apply` does the second and the third.
 
 A unit is the smallest set of channels that can be removed by itself: mostly a single channel, but a whole attention
 head or a whole group of a grouped convolution where the operators of the model require so. `labkit.graph.groups` finds
-the units by tracing, `scores` ranks the units, and `allocation` says how many go of each group.
+the units by tracing, `scores` ranks them, and `allocation` says how many go of each group.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_loaded, check_mapping, check_module, check_several
-from labkit.errors import EqualityError, InputError, check_choice, check_whole
+from labkit.errors import EqualityError, InputError, check_choice, check_whole, is_whole
 from labkit.graph import equality, surgery
 from labkit.graph.groups import Coupling, Group, Member, arguments, failing
 from labkit.graph.surgery import Plan, Pruned, Units
@@ -44,12 +43,12 @@ class Choice:
 
     criterion: a name in `scores.UNIT_CRITERIA`, {parameter: scores of the output channels}, or a function of a group.
         batches, loss_fn, seed: input of the criterion, see `scores.unit_scores`.
-    scope: "global" ranks the units of all groups together, each score divided by the mean score of the group, so that
+    scope: "global" ranks the units of all groups together, each score divided by the mean score of its group, so that
         small weights do not cost a layer all of its channels; "layer" removes the same fraction of each group.
     min_channels: number of channels that remain in every group at least.
     round_to: the remaining channels are rounded to the nearest multiple of this number, if a group's units allow.
-    within_groups: of a grouped convolution with several channels in a group, remove the same channels of every group,
-        not whole groups.
+    within_groups: True to remove the same channels of every group of a grouped convolution with several channels in a
+        group, not whole groups.
     ignore: modules or parameters (names or modules) whose output channels all remain.
     """
 
@@ -87,7 +86,8 @@ def prune(
     """Return a smaller copy of `model` without the fraction `ratio` of its channels, proved equal to the masked model.
 
     args, kwargs: the example input for tracing `model`.
-    ratio, remove: how many or which channels go, see `plan`. check: input of the proof, see `apply`.
+    ratio, remove: how many or which channels go, see `plan`.
+    check: input of the proof, see `apply`.
     options: fields of `Choice` (criterion, scope, min_channels, round_to, within_groups, ignore, batches, loss_fn,
         seed).
 
@@ -125,7 +125,7 @@ def plan(
 
     args, kwargs: the example input for tracing `model`.
     ratio: the fraction of all prunable channels to remove; or {part: fraction} to prune only some parts. A part is a
-        group, a parameter, or a module with all layers inside the module. Of nested parts the innermost decides.
+        group, a parameter, or a module with all layers inside it. Of nested parts the innermost decides.
     macs: the fraction of multiply-adds to remove.
     remove: {layer or parameter: numbers of output channels}, counted from 0. Channels in the same unit (the rest of a
         head or of a group) go along.
@@ -152,7 +152,7 @@ def apply(
     *,
     check: Any = True,
 ) -> Pruned:
-    """Cut a copy of `model` by `plan` and prove the copy equal to the masked `model` on an example input.
+    """Cut a copy of `model` by `plan` and prove it equal to the masked `model` on an example input.
 
     args, kwargs: the example input.
     check: True proves on the example input; False skips the proof (`report` is empty). A mapping (taken as kwargs) or a
@@ -327,7 +327,8 @@ class Planner:
     ) -> bool:
         """Find the groups responsible for a failed proof and keep them whole in later plans; False if no group remains.
 
-        ratio: the ratio at which the proof failed. args, kwargs, check: as in `apply`.
+        ratio: the ratio at which the proof failed.
+        args, kwargs, check: as in `apply`.
         """
         removed = self._removed_units(ratio)
 
@@ -475,8 +476,7 @@ def _mask_of_units(group: Group, numbers: Iterable[int], name: str) -> Tensor:
     n_units = group.units
     mask = torch.zeros(n_units, dtype=torch.bool)
     for unit in numbers:
-        is_whole = isinstance(unit, Integral) and not isinstance(unit, bool)
-        if not is_whole or not 0 <= unit < n_units:
+        if not is_whole(unit) or not 0 <= unit < n_units:
             raise InputError(f"units has {unit!r} for {name!r}, whose units are numbered 0 to {n_units - 1}.")
         mask[unit] = True
     if mask.all():
@@ -523,7 +523,8 @@ def plan_labels(
 ) -> Plan:
     """Make the plan for removing labels of the trace, the finest description of a cut.
 
-    gone: bool [labels], True where a label goes. units: the table of the plan, a row for each group.
+    gone: bool [labels], True where a label goes.
+    units: the table of the plan, a row for each group.
     """
     keep = coupling.record.kept(gone)
     parameters_before, bytes_before = surgery.parameters(model)

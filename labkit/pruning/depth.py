@@ -132,11 +132,11 @@ def prune_layers(
     kwargs: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Pruned:
-    """Return a copy of `model` without the layers in `layers`, proved equal to the model with these layers skipped.
+    """Return a copy of `model` without the layers in `layers`, proved equal to `model` with these layers skipped.
 
     layers: numbers from 0; at least a single layer stays. Remaining layers are numbered anew (`layer_idx`, say), for
-        caches with an entry for each layer; the config gets the new number of layers, and lists in the config with an
-        entry for each layer lose the entries of removed layers.
+        caches with an entry for each layer; the config gets the new number of layers, and its lists with an entry for
+        each layer lose the entries of removed layers.
     kwargs: input for the trace and the proof; None makes a small input from the config.
     check: False leaves the proof out (`report` is None).
 

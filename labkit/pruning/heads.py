@@ -9,14 +9,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_module, check_real, seeded
-from labkit.errors import InputError, check_choice, check_whole
+from labkit.errors import InputError, check_choice, check_whole, is_whole
 from labkit.graph import anatomy, tracing
 from labkit.graph.anatomy import Attention
 from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
@@ -61,8 +60,8 @@ def head_importance(
         "ablation": the exact increase of the mean loss per term when the head alone is silent; negative if the model is
             better without the head. Runs a forward pass from the head's layer on for each head and batch.
     loss_fn: loss_fn(output, target), a mean over the examples; None takes the labels in the batches, or a decoder's own
-        tokens if the batches have no labels.
-    seed: of the noise of "gate".
+        tokens if they have none.
+    seed: seed of the noise of "gate".
 
     `model` is not changed. Raises InputError for an unknown method, no batches, or a model without heads.
     """
@@ -70,15 +69,15 @@ def head_importance(
     check_choice(method, METHODS, "method")
     if method == "gate":
         return learn_gates(model, batches, loss_fn=loss_fn, seed=seed)
-    parts, batches = _attentions(model, check_batches(batches, method))
+    attentions, batches = _attentions(model, check_batches(batches, method))
     if method == "entropy":
-        return _mean_over_queries(model, parts, batches, _concentration)
+        return _mean_over_queries(model, attentions, batches, _concentration)
     if method == "confidence":
-        return _mean_over_queries(model, parts, batches, _largest_probability)
+        return _mean_over_queries(model, attentions, batches, _largest_probability)
     if method == "taylor":
-        heads_of_module = {part.output: part.heads for part in parts}
-        return rows(input_taylor(model, heads_of_module, batches, loss_fn))
-    return rows(_ablation(model, parts, batches, loss_fn))
+        heads_of_module = {attention.output: attention.heads for attention in attentions}
+        return stack_with_nan(input_taylor(model, heads_of_module, batches, loss_fn))
+    return stack_with_nan(_ablation(model, attentions, batches, loss_fn))
 
 
 def _concentration(a: Tensor, n_keys: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ def _attentions(model: nn.Module, batches: Iterable) -> tuple[tuple[Attention, .
     return anatomy.attentions(model, record), all_batches
 
 
-def rows(values: Sequence[Tensor]) -> Tensor:
+def stack_with_nan(values: Sequence[Tensor]) -> Tensor:
     """Stack a vector [heads] for each attention to [layers, most heads], float64 on the CPU, padded with NaN."""
     most_heads = max(len(value) for value in values)
     table = torch.full((len(values), most_heads), torch.nan, dtype=torch.float64)
@@ -113,25 +112,25 @@ def rows(values: Sequence[Tensor]) -> Tensor:
 
 def _ablation(
     model: nn.Module,
-    parts: Sequence[Attention],
+    attentions: Sequence[Attention],
     batches: Iterable,
     loss_fn: LossFn | None,
 ) -> Sequence[Tensor]:
     """Return the increase of the mean loss when each head alone is silent: [heads] for each attention."""
     layers = layers_of(model) if len(stacks(model)) == 1 else []
     silences = []
-    for part in parts:
-        first_layer = _layer_of(part, [name for name, _ in layers])
-        for gates in 1 - torch.eye(part.heads):  # a single head is 0 in each row
-            silences.append((first_layer, partial(scaling, model, [part], [gates])))
+    for attention in attentions:
+        first_layer = _layer_of(attention, [name for name, _ in layers])
+        for gates in 1 - torch.eye(attention.heads):  # a single head is 0 in each row
+            silences.append((first_layer, partial(scaling, model, [attention], [gates])))
     increases = loss_increases(model, [layer for _, layer in layers], silences, batches, loss_fn)
-    return increases.split([part.heads for part in parts])
+    return increases.split([attention.heads for attention in attentions])
 
 
-def _layer_of(part: Attention, layer_names: Sequence[str]) -> int:
+def _layer_of(attention: Attention, layer_names: Sequence[str]) -> int:
     """Return the number of the layer that holds an attention, 0 if no layer in `layer_names` does."""
     for number, name in enumerate(layer_names):
-        if part.name.startswith(f"{name}."):
+        if attention.name.startswith(f"{name}."):
             return number
     return 0
 
@@ -148,8 +147,7 @@ def lowest_heads(importance: Tensor, n: int) -> dict[int, list[int]]:
         raise InputError(f"importance has the shape {list(importance.shape)}, but it must be [layers, heads].")
     remaining = (~importance.isnan()).sum(1)  # heads of each layer
     most = int((remaining - 1).clamp_min(0).sum())
-    is_whole = isinstance(n, Integral) and not isinstance(n, bool)
-    if not is_whole or not 1 <= n <= most:
+    if not is_whole(n) or not 1 <= n <= most:
         raise InputError(
             f"n is {n!r}, but from 1 to {most} heads can go: one stays in each of {len(importance)} layers."
         )
@@ -173,26 +171,26 @@ def gated(model: nn.Module, gates: Tensor) -> Iterator[None]:
 
     gates: [layers, heads]. A gate of 0 removes the head exactly.
     """
-    parts = anatomy.attentions(model)
-    shape = [len(parts), max(part.heads for part in parts)]
+    attentions = anatomy.attentions(model)
+    shape = [len(attentions), max(attention.heads for attention in attentions)]
     check_real(gates, "gates")
     if list(gates.shape) != shape:
         raise InputError(f"gates has the shape {list(gates.shape)}, but it must be [layers, heads], {shape} here.")
-    with scaling(model, parts, gates):
+    with scaling(model, attentions, gates):
         yield
 
 
 @contextlib.contextmanager
-def scaling(model: nn.Module, parts: Sequence[Attention], gates: Sequence[Tensor]) -> Iterator[None]:
-    """Multiply the context vector of head h in attention parts[i] by gates[i][h] while the context manager is open."""
+def scaling(model: nn.Module, attentions: Sequence[Attention], gates: Sequence[Tensor]) -> Iterator[None]:
+    """Multiply the context vector of head h in attentions[i] by gates[i][h] while the context manager is open."""
 
     def scaled(i: int, x: Tensor) -> Tensor:  # x [.., heads * size]
-        part = parts[i]
-        heads = x.unflatten(-1, (part.heads, part.size))
-        gate = gates[i][: part.heads, None].to(x)
+        attention = attentions[i]
+        heads = x.unflatten(-1, (attention.heads, attention.size))
+        gate = gates[i][: attention.heads, None].to(x)
         return (heads * gate).flatten(-2)
 
-    with reading(model, [part.output for part in parts], scaled):
+    with reading(model, [attention.output for attention in attentions], scaled):
         yield
 
 
@@ -211,28 +209,32 @@ def learn_gates(
     training a gate is sampled as clip(sigmoid((log u - log(1 - u) + a) / b) (r - l) + l, 0, 1), u uniform (Louizos et
     al. 2018, equations 10 and 11). The returned gates are without noise, NaN for heads that do not exist.
 
-    batches: read `epochs` times. loss_fn: as in `head_importance`. seed: of the noise.
+    batches: batches to train the gates on, read `epochs` times.
+    loss_fn: as in `head_importance`.
+    seed: seed of the noise.
     Raises InputError for a loss that is not finite.
     """
     check_module(model)
     check_whole(epochs, "epochs")
     seed = seeded(seed).initial_seed()
-    parts, batches = _attentions(model, check_batches(batches, "gate"))
+    attentions, batches = _attentions(model, check_batches(batches, "gate"))
     device = next(model.parameters()).device
-    logits = [torch.full((part.heads,), FIRST_LOGIT, device=device, requires_grad=True) for part in parts]
+    logits = []
+    for attention in attentions:
+        logits.append(torch.full((attention.heads,), FIRST_LOGIT, device=device, requires_grad=True))
     optimizer = torch.optim.Adam(logits, RATE)
     with evaluating(model, seed), torch.enable_grad():
         for _ in range(epochs):
             for batch in not_empty(batches):
                 gates = [_sampled(a) for a in logits]
-                with scaling(model, parts, gates):
+                with scaling(model, attentions, gates):
                     loss, terms = summed_loss(model, batch, loss_fn)
                 _check_finite(loss)
                 objective = loss / max(terms, 1) + PENALTY * _expected_open(logits)
                 optimizer.zero_grad()
                 objective.backward(inputs=logits)
                 optimizer.step()
-    return rows([_stretched(a.detach().sigmoid()) for a in logits])
+    return stack_with_nan([_stretched(a.detach().sigmoid()) for a in logits])
 
 
 def _check_finite(loss: Tensor) -> None:
@@ -267,9 +269,9 @@ def _stretched(s: Tensor) -> Tensor:
 @torch.no_grad()
 def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
     """Return the attention probabilities of every layer for a batch: [B, heads, queries, keys] each, rows sum to 1."""
-    parts, _ = _attentions(model, [batch])
+    attentions, _ = _attentions(model, [batch])
     maps: dict[int, Tensor] = {}
-    with evaluating(model, seed=0), _observing(model, parts, maps.__setitem__):
+    with evaluating(model, seed=0), _observing(model, attentions, maps.__setitem__):
         model(**inputs(model, batch))
     return [maps[i] for i in sorted(maps)]
 
@@ -277,13 +279,13 @@ def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
 @contextlib.contextmanager
 def _observing(
     model: nn.Module,
-    parts: Sequence[Attention],
+    attentions: Sequence[Attention],
     see: Callable[[int, Tensor], None],
 ) -> Iterator[None]:
     """Call see(number, probabilities) at every forward pass of each attention, as long as the `with` block runs.
 
-    parts: the attentions of `model`.
-    see: gets the attention's place in `parts` and its probabilities, [B, heads, queries, keys].
+    attentions: the attentions of `model`.
+    see: gets the attention's place in `attentions` and its probabilities, [B, heads, queries, keys].
 
     The model computes its attentions eagerly inside, since fused kernels (sdpa, flash) return no probabilities, not
     even with `output_attentions=True`. Raises InputError for an attention that gives none eagerly.
@@ -298,12 +300,12 @@ def _observing(
         maps = [x for x in output[1:] if isinstance(x, Tensor) and x.dim() == 4]
         if not maps or not _are_probabilities(maps[-1]):
             raise InputError(
-                f"{parts[number].name} gives no attention probabilities, not even computed eagerly; "
+                f"{attentions[number].name} gives no attention probabilities, not even computed eagerly; "
                 "methods that need none: taylor, gate, ablation."
             )
         see(number, maps[-1])  # the last: T5's position biases come before the probabilities
 
-    modules = [model.get_submodule(part.name) for part in parts]
+    modules = [model.get_submodule(attention.name) for attention in attentions]
     implementations = [(config, config._attn_implementation) for config in anatomy.configs(model)]
     with forward_hooks(modules, after):
         try:
@@ -323,7 +325,7 @@ def _are_probabilities(x: Tensor) -> bool:
 @torch.no_grad()
 def _mean_over_queries(
     model: nn.Module,
-    parts: Sequence[Attention],
+    attentions: Sequence[Attention],
     batches: Iterable,
     measure: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
@@ -331,22 +333,22 @@ def _mean_over_queries(
 
     Counted are queries that are no padding and have n_keys > 1 keys to attend to; with a single key there is no choice.
     """
-    sums = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
-    counts = [torch.zeros(part.heads, dtype=torch.float64) for part in parts]
+    sums = [torch.zeros(attention.heads, dtype=torch.float64) for attention in attentions]
+    counts = [torch.zeros(attention.heads, dtype=torch.float64) for attention in attentions]
     named: dict[str, Any] = {}  # arguments of the batch that runs
 
     def add(i: int, a: Tensor) -> None:
         a = a.double()  # [B, heads, queries, keys]
         n_keys = (a > 0).sum(-1).double()  # masked keys have a probability of exactly 0
-        valid = valid_tokens(model, named, parts[i].name, a[:, 0, :, :1])  # [B, queries]
+        valid = valid_tokens(model, named, attentions[i].name, a[:, 0, :, :1])  # [B, queries]
         counted = valid[:, None] & (n_keys > 1)  # [B, heads, queries]
         values = torch.where(counted, measure(a, n_keys), 0.0)
         sums[i] += values.sum((0, 2)).cpu()
         counts[i] += counted.sum((0, 2)).cpu()
 
-    with evaluating(model, seed=0), _observing(model, parts, add):
+    with evaluating(model, seed=0), _observing(model, attentions, add):
         for batch in not_empty(batches):
             named.clear()
             named.update(inputs(model, batch))
             model(**named)
-    return rows([total / count for total, count in zip(sums, counts, strict=True)])
+    return stack_with_nan([total / count for total, count in zip(sums, counts, strict=True)])

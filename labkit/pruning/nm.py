@@ -22,7 +22,8 @@ __all__ = ["compress", "decompress", "is_nm", "kept_energy", "mask", "prune"]
 def kept_energy(weight: Tensor, keep: Tensor) -> float:
     """sum(w^2 where keep) / sum(w^2), summed in float64; 1 for a weight of zeros.
 
-    weight: any shape. keep: bool, same shape, True at kept weights.
+    weight: any shape.
+    keep: bool, same shape, True at kept weights.
     """
     check_real(weight, "weight")
     check_real(keep, "keep")
@@ -49,8 +50,9 @@ class Compressed(NamedTuple):
 def compress(weight: Tensor) -> Compressed:
     """Store a 2:4 weight as values and metadata.
 
-    weight: [out, in], [C_out, C_in, *kernel] or a single row [in]. Raises InputError unless `is_nm` holds for `weight`.
-    `decompress` returns the same values, NaN included, but 0.0 for a -0.0 outside the kept weights.
+    weight: [out, in], [C_out, C_in, *kernel] or a single row [in].
+    Raises InputError unless `is_nm` holds for `weight`. `decompress` returns the same values, NaN included, but 0.0 for
+    a -0.0 outside the kept weights.
     """
     check_real(weight, "weight")
     parts = FORMATS["nm"].pack(weight)

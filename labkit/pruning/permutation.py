@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from labkit.arguments import check_loaded, check_real
 from labkit.errors import InputError
-from labkit.graph import equality, surgery
-from labkit.graph import groups as coupling
+from labkit.graph import equality, groups, surgery
 from labkit.modules.weights import prunable
 from labkit.pruning import unstructured
 from labkit.pruning.pattern import check_pattern
@@ -111,7 +110,7 @@ def _best_swaps(energy: Tensor, m: int) -> list[tuple[int, int]]:
 def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a copy of `model` with the same function and an order of channels in which 2:4 keeps more.
 
-    args, kwargs: an example input, as for `coupling.trace`. Prune the result with `nm.prune`.
+    args, kwargs: an example input, as for `labkit.graph.groups.trace`. Prune the result with `nm.prune`.
 
     Channels of inputs, outputs and attention heads stay at their places. Raises InputError for a pruned model, and for
     a model with outputs that depend on the order of channels.
@@ -119,8 +118,8 @@ def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None =
     check_loaded(model)
     if unstructured.masks(model):
         raise InputError("The model is pruned already: permute the dense model and prune that.")
-    args, kwargs = coupling.arguments(args, kwargs)
-    coupled = coupling.Coupling.of(model, args, kwargs)
+    args, kwargs = groups.arguments(args, kwargs)
+    coupled = groups.Coupling.of(model, args, kwargs)
     orders: dict[str, dict[int, Tensor]] = {}  # {parameter: {dimension: new order of the indices}}
     for group in coupled.groups:
         _add_order_(orders, model, group)
@@ -137,7 +136,7 @@ def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None =
     return permuted
 
 
-def _add_order_(orders: dict[str, dict[int, Tensor]], model: nn.Module, group: coupling.Group) -> None:
+def _add_order_(orders: dict[str, dict[int, Tensor]], model: nn.Module, group: groups.Group) -> None:
     """Add the best order of a group's units to `orders`, {parameter: {dimension: order}}, if units can be reordered."""
     scores = _scores(model, group)
     if scores is None:
@@ -155,7 +154,7 @@ def _add_order_(orders: dict[str, dict[int, Tensor]], model: nn.Module, group: c
         new[indices] = indices[order]  # other groups may have other parts of the dimension
 
 
-def _scores(model: nn.Module, group: coupling.Group) -> Tensor | None:
+def _scores(model: nn.Module, group: groups.Group) -> Tensor | None:
     """Return w^2 [rows, units] of all weights that read the units of a group, None without a 2:4 group among them."""
     weights = prunable(model)
     squares = []
@@ -168,7 +167,7 @@ def _scores(model: nn.Module, group: coupling.Group) -> Tensor | None:
     return torch.cat(squares) if squares else None
 
 
-def _run_of_units(member: coupling.Member, n_units: int) -> slice | None:
+def _run_of_units(member: groups.Member, n_units: int) -> slice | None:
     """Return the indices of the units in member.dim if whole groups of 4 consist of one unit after another."""
     indices = (member.units >= 0).nonzero().squeeze(1)
     first, last = int(indices[0]), int(indices[-1])

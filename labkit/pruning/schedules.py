@@ -73,7 +73,8 @@ def iterative(
     fine_tune: fine_tune(model, round) trains the model in place, with an optimizer of its own. torch's generators are
         seeded from (seed, round) for the call, and are as before afterwards. Masks hold through `load_state_dict`: to
         search for a lottery ticket, load the initial state and then train.
-    seed, options: of `unstructured.prune` (criterion, scope, batches, loss_fn, ignore); batches are read once a round.
+    seed, options: arguments of `unstructured.prune` (criterion, scope, batches, loss_fn, ignore); batches are read
+        once a round.
     """
     check_several(schedule, "schedule")
     check_function(fine_tune, "fine_tune")

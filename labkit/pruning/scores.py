@@ -116,7 +116,7 @@ def _inverse_diagonal(total: Tensor, count: int) -> Tensor:
 
 
 class Criterion(NamedTuple):
-    """A row of CRITERIA: a formula, and the statistic of the data in the formula.
+    """A row of CRITERIA: a formula, and the statistic of the data in it.
 
     score(w, statistic): both arguments in the shape of the weight, float32 or wider; without data score(w).
     gradient: function of the gradient of a batch, averaged over batches into the statistic.
@@ -161,7 +161,7 @@ def saliency(
     criterion: a name in CRITERIA.
     batches: input of `model`, see `batches.split`; needed by criteria of gradients or activations, and read once.
     loss_fn: loss_fn(output, target), for criteria of gradients; None takes the loss of `losses.batch_loss`.
-    seed: of all random numbers, the model's dropout included.
+    seed: seed of all random numbers, the model's dropout included.
 
     A weight not reached by any batch has no entry. `model` is not changed.
     """
@@ -276,7 +276,10 @@ def _inverse(hessian: Tensor) -> Tensor:
 def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
     """Remove count_to_prune(in, sparsity) weights of every row, each time the weight that costs least after an update.
 
-    weight: [out, in] of a layer y = x W^T. inputs: [N, in], the layer's inputs x. Returns a new weight like `weight`.
+    weight: [out, in] of a layer y = x W^T.
+    inputs: [N, in], the layer's inputs x.
+    Returns a new weight like `weight`.
+
     Per row, with H = 2 X^T X + DAMP * mean(diag H) * I (Hassibi & Stork 1993, eq. 5; the exact greedy of Optimal Brain
     Compression, Frantar & Alistarh 2022, Lemma 1):
         q = argmin w_q^2 / [H^-1]_qq        w += -w_q / [H^-1]_qq * H^-1[:, q]
@@ -301,7 +304,7 @@ def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
 
 
 def _obs_rows(w: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """Remove k weights of each row of w [rows, in], all rows at once; inverse: the H^-1 [in, in] they start from."""
+    """Remove k weights of each row of w [rows, in], all rows at once, from `inverse`, H^-1 [in, in]."""
     w = w.clone()
     inverse = inverse.expand(len(w), -1, -1).clone()  # [rows, in, in]
     rows = torch.arange(len(w), device=w.device)
@@ -329,7 +332,8 @@ UnitScores = dict[int, Tensor]  # {number of the group: score of each unit [unit
 class UnitTask:
     """Input of a unit criterion.
 
-    groups: coupled groups of `model`, from `coupling.trace`. batches, loss_fn, seed: as in `saliency`.
+    groups: coupled groups of `model`, from `labkit.graph.groups.trace`.
+    batches, loss_fn, seed: as in `saliency`.
     """
 
     model: nn.Module
@@ -362,9 +366,9 @@ def unit_scores(
 ) -> UnitScores:
     """Score every unit; higher is more important: {number of the group: [units], float32 or wider, on the CPU}.
 
-    groups: from `coupling.trace`.
+    groups: coupled groups from `labkit.graph.groups.trace`.
     criterion: a name in UNIT_CRITERIA; or {parameter: scores of the output channels}, summed over the channels of a
-        unit and over parameters; or a function of a group that returns scores [units], or None to leave the group out.
+        unit and over parameters; or a function of a group that returns scores [units], or None to leave it out.
     batches, loss_fn, seed: as in `saliency`.
 
     A group without a score is absent. Raises InputError for scores of another shape, and for NaN.
@@ -382,7 +386,7 @@ def unit_scores(
 
 
 def _checked(group: Group, values: Tensor, label: str) -> Tensor:
-    """Check the scores of a group and return them on the CPU; label: the criterion in the error sentence."""
+    """Check the scores of a group and return them on the CPU; `label` names the criterion in errors."""
     check_real(values, f"criterion for {group.name!r}")
     if values.shape != (group.units,):
         raise InputError(f"The scores of {group.name!r} must be a tensor of shape [{group.units}].")
@@ -629,7 +633,8 @@ def input_taylor(
     """(1/N) sum over examples of |dl/dz|, z = 1 a gate on a unit in the input of a module.
 
     readers: {name of the module: number of units}; a unit is that many equal runs of the input's channels.
-    batches, loss_fn: as in `saliency`. Returns [units] float64 on the CPU for each module.
+    batches, loss_fn: as in `saliency`.
+    Returns [units] float64 on the CPU for each module.
 
     dl/dz is the sum of a dl/da over the valid tokens of an example and the channels of the unit, a the input; l is the
     loss summed over the terms of the example, N the number of terms of all examples. Molchanov et al. 2017 for neurons,

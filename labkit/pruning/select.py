@@ -34,8 +34,8 @@ def lowest_k(scores: Tensor, k: int, *, dim: int | None = None) -> Tensor:
     """Return a bool tensor, shaped like `scores`, that is True at exactly the `k` lowest scores.
 
     scores: any shape, any real dtype, no NaN. Of equal scores the first is taken first.
-    k: from 0 to the number of scores.
-    dim: None ranks all scores together; a dimension ranks every slice along the dimension by itself, k in each.
+    k: number of scores to take, from 0 to the number of scores.
+    dim: None ranks all scores together; a dimension ranks every slice along it by itself, k in each.
     """
     check_real(scores, "scores")
     if dim is not None:

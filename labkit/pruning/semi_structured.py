@@ -23,7 +23,7 @@ BACKENDS = {
 
 
 class Candidate(NamedTuple):
-    """A Linear of a model: the name of its weight, and the `refusal` of the weight, "" if a 2:4 kernel takes it."""
+    """A Linear of a model: the name of its weight, and its `refusal`, "" if a 2:4 kernel takes it."""
 
     name: str
     refusal: str
@@ -47,7 +47,8 @@ def shapes(backend: str) -> dict[torch.dtype, tuple[int, int]]:
 def refusal(weight: Tensor, *, dtype: torch.dtype | None = None, backend: str | None = None) -> str:
     """Return why torch's 2:4 kernels do not take `weight`, with a remedy, in a sentence; "" if the kernels do.
 
-    weight: a tensor on any device. dtype: type to convert to, the weight's own by default.
+    weight: a tensor on any device.
+    dtype: type to convert to, the weight's own by default.
     backend: "cusparselt" or "cutlass", torch's choice (`backend_in_use`) by default.
     Looks at dimensions, dtype, shape and pattern; `available` looks at the device.
     """

@@ -29,7 +29,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Result of a scan. baseline: the metric of the unpruned model. rows: ordered by group, then by ratio."""
+    """Result of a scan: the metric of the unpruned model, and rows ordered by group, then by ratio."""
 
     baseline: float
     rows: tuple[Trial, ...]
@@ -64,7 +64,8 @@ def scan(
     args: the example input for tracing `model`.
     evaluate: evaluate(model) -> float, the metric; gets a pruned copy in the mode of `model`, the same data each time.
     ratios: fractions of a group's units to remove.
-    progress: True shows a progress bar. options: fields of `channels.Choice`. Linked groups are pruned together.
+    progress: True shows a progress bar.
+    options: fields of `channels.Choice`. Linked groups are pruned together.
     """
     check_function(evaluate, "evaluate")
     check_several(ratios, "ratios")

@@ -30,7 +30,7 @@ HALVES = (torch.float16, torch.bfloat16)
 class Kernel(NamedTuple):
     """Product with a packed weight: multiply(x [batch, in], parts, out_features, bias or None) -> x W^T + bias.
 
-    devices, dtypes: of x, for which the product exists.
+    devices, dtypes: devices and types of x for which the product exists.
     """
 
     multiply: Callable[[Tensor, Parts, int, Tensor | None], Tensor]
@@ -140,9 +140,12 @@ def costs(
 ) -> dict[str, float]:
     """Estimate the cost of a call on a CPU core in each format, {format: units}; format="auto" takes the smallest.
 
-    out_features, in_features: shape of the weight. nonzeros: number n of weights that are not 0. batch_size: rows B
-    of x. With N = out in, the unit is a multiply-add of a large dense product, so that only ratios matter. A small
-    batch pays for reading the weight, all the more if the weight exceeds a cache of 8 MiB:
+    out_features, in_features: shape of the weight.
+    nonzeros: number n of weights that are not 0.
+    batch_size: rows B of x.
+
+    With N = out in, the unit is a multiply-add of a large dense product, so that only ratios matter. A small batch pays
+    for reading the weight, all the more if it exceeds a cache of 8 MiB:
 
         dense   N (B + 8), beyond the cache N (B + 20);  for B = 1 half of the sum
         kernel  n (18 + 1.04 T) + 2 T out (in / 112) for each tile of T <= 64 rows of x;  for B = 1: 9 n + 10 out
@@ -214,7 +217,9 @@ def _cheapest(weight: Tensor, batch_size: int) -> str:
 class SparseLinear(nn.Module):
     """Linear layer y = x W^T + bias, [..., in] -> [..., out], with W packed in a format of KERNELS, for inference.
 
-    weight: [out, in], dense. bias: [out] or None. format: a key of KERNELS.
+    weight: [out, in], dense.
+    bias: [out] or None.
+    format: a key of KERNELS.
 
     W and bias are buffers, and a gradient is refused by InputError. The state dict holds the packed form only and
     cannot be loaded, because the products trust the indices: load the dense weights and convert.
@@ -278,7 +283,7 @@ def convert(model: nn.Module, *, format: str = "auto", batch_size: int = 1) -> n
     transformers' Conv1D, the linear layer of GPT-2, is converted too. Masks and parametrizations are applied. Shared
     layers stay shared. All remaining layers are copied and frozen; so is the out_proj of nn.MultiheadAttention, because
     MultiheadAttention reads the weight of out_proj directly.
-    Raises InputError for a model without linear layers, and for a format that can hold no layer of the model.
+    Raises InputError for a model without linear layers, and for a format that can hold none of its layers.
     """
     if format not in ("auto", *KERNELS):
         raise InputError(f"There is no format {format!r} that runs: choose one of auto, {', '.join(KERNELS)}.")
@@ -396,8 +401,10 @@ def against_dense(
 ) -> bench.Comparison:
     """Measure the speed-up of a linear layer held in `format` over the same layer held dense.
 
-    weight: [out, in]. format: a key of KERNELS, or "auto". batch_size: rows of the input x [batch_size, in]. budget_s:
-    seconds to measure. On CUDA the L2 cache is cleared before each call.
+    weight: [out, in].
+    format: a key of KERNELS, or "auto".
+    batch_size: rows of the input x [batch_size, in].
+    budget_s: seconds to measure. On CUDA the L2 cache is cleared before each call.
     """
     out_features, in_features = weight.shape
     dense = nn.Linear(in_features, out_features, bias=False)

@@ -22,8 +22,9 @@ STEP = 8  # columns of an unstructured block that are updated one by one before 
 def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern = (2, 4)) -> tuple[Tensor, Tensor]:
     """Prune `weight` to `pattern`, and move the kept weights to keep x W^T where it was.
 
-    weight: [out, in]. hessian: [in, in], X^T X of the layer's inputs X [N, in]; a positive multiple gives the same
-        result. Damped as in `hessians.inverse_factor`.
+    weight: [out, in].
+    hessian: [in, in], X^T X of the layer's inputs X [N, in]; a positive multiple gives the same result. Damped as in
+        `hessians.inverse_factor`.
     pattern: the fraction to remove, of each block of BLOCK columns (all rows together); or (n, m) to keep n of every m.
     Returns the new weight [out, in] like `weight`, zero where pruned, and the bool mask [out, in], True where kept.
 

@@ -31,8 +31,8 @@ def prepare(
 ) -> nn.Module:
     """Return a copy of `model` for training, where every forward pass uses the n largest of every m weights.
 
-    n, m: the pattern, n weights kept of every m along the input dimension. ignore: names of modules or weights to leave
-        dense. The weights are those of `nm.prune`.
+    n, m: the pattern, n weights kept of every m along the input dimension.
+    ignore: names of modules or weights to leave dense. `nm.prune` takes the same weights.
 
     The parameters stay dense and get the gradient of the pruned weights (straight through), plus DECAY * w where w is
     pruned (the sparse-refined term). `unstructured.sparsity` and `artifact.size` count pruned weights as zeros. After
@@ -84,7 +84,8 @@ def _own_class_(module: nn.Module) -> None:
 class _Moving(nn.Module):
     """The parametrization of a weight: dense parameter in, n of every m out.
 
-    transposed: True for a weight stored as [in, out]. stacked: True for a stack of matrices [experts, out, in].
+    transposed: True for a weight stored as [in, out].
+    stacked: True for a stack of matrices [experts, out, in].
     """
 
     def __init__(

@@ -72,7 +72,8 @@ class _HeadCut:
     """Removed and remaining heads of an attention.
 
     group: number of the coupling's group; the units of the group are the attention's heads, or KV heads.
-    table: the query heads of each unit. remaining: the remaining query heads of each unit.
+    table: the query heads of each unit.
+    remaining: the remaining query heads of each unit.
     """
 
     attention: Attention
@@ -124,7 +125,7 @@ def _trace_cuts(
     coupling = Coupling.of(model, (), kwargs, whole_heads=whole_heads)
     attentions = anatomy.attentions(model, coupling.record)
     removed = _checked_heads(attentions, heads)
-    cuts = [_head_cut(coupling, layer, attentions[layer], gone) for layer, gone in removed.items()]
+    cuts = [_head_cut(coupling, layer, attentions[layer], removed_heads) for layer, removed_heads in removed.items()]
     _check_shared_biases(coupling, attentions, cuts, removed)
     return coupling, attentions, cuts
 
@@ -139,25 +140,25 @@ def _checked_heads(attentions: Sequence[Attention], heads: Mapping[int, Iterable
         numbers = list(numbers)
         for head in numbers:
             anatomy.check_index(head, attentions[layer].heads, f"layer {layer}'s head")
-        gone = frozenset(numbers)
-        if len(gone) == attentions[layer].heads:
+        removed_heads = frozenset(numbers)
+        if len(removed_heads) == attentions[layer].heads:
             raise InputError(
-                f"Layer {layer} would lose all of its {len(gone)} heads: leave at least one, or remove the layer with "
-                "depth.prune_layers."
+                f"Layer {layer} would lose all of its {len(removed_heads)} heads: leave at least one, or remove the "
+                "layer with depth.prune_layers."
             )
-        removed[int(layer)] = gone
+        removed[int(layer)] = removed_heads
     if not any(removed.values()):
         raise InputError("heads names no head: give {layer: [head, ...]}, for example of lowest_heads.")
-    return {layer: gone for layer, gone in removed.items() if gone}
+    return {layer: layer_heads for layer, layer_heads in removed.items() if layer_heads}
 
 
 def _head_cut(
     coupling: Coupling,
     layer: int,
     attention: Attention,
-    gone: frozenset[int],
+    removed_heads: frozenset[int],
 ) -> _HeadCut:
-    """Return the cut of an attention without the heads in `gone`.
+    """Return the cut of an attention without `removed_heads`.
 
     Raises InputError if heads of the layer are no units, or remaining units would keep different numbers of heads.
     """
@@ -168,9 +169,9 @@ def _head_cut(
         reason = reasons[0] if reasons else "its heads hang together as one unit"
         raise InputError(f"No head of layer {layer} ({attention.name}) can be removed: {reason}.")
     table = []
-    for root in coupling.roots[group]:
-        table.append([head for head in range(attention.heads) if classes[head] == root])
-    remaining = [[head for head in heads if head not in gone] for heads in table]
+    for unit_class in coupling.unit_classes[group]:
+        table.append([head for head in range(attention.heads) if classes[head] == unit_class])
+    remaining = [[head for head in heads if head not in removed_heads] for heads in table]
     counts = [len(heads) for heads in remaining]
     if len({count for count in counts if count}) > 1:
         group_size = len(table[0])
@@ -191,8 +192,8 @@ def _classes_of_heads(coupling: Coupling, attention: Attention) -> list[int | No
 
 def _group_of_classes(coupling: Coupling, classes: Sequence[int | None]) -> int | None:
     """Return the number of the group with all `classes` among its units, None without a fitting group."""
-    for number, roots in enumerate(coupling.roots):
-        if set(classes) <= set(roots.tolist()):
+    for number, unit_classes in enumerate(coupling.unit_classes):
+        if set(classes) <= set(unit_classes.tolist()):
             return number
     return None
 
@@ -205,10 +206,10 @@ def _check_shared_biases(
 ) -> None:
     """Raise InputError if layers with shared position biases (T5), so heads of the same group, lose different heads."""
     for group in {cut.group for cut in cuts}:
-        roots = set(coupling.roots[group].tolist())
+        unit_classes = set(coupling.unit_classes[group].tolist())
         sharing = []
         for layer, attention in enumerate(attentions):
-            if _classes_of_heads(coupling, attention)[0] in roots:
+            if _classes_of_heads(coupling, attention)[0] in unit_classes:
                 sharing.append(layer)
         if len({removed.get(layer) for layer in sharing}) > 1:
             raise InputError(
@@ -318,7 +319,7 @@ def prune_ffn(
 ) -> Pruned:
     """Return a copy of `model` without the fraction `ratio` of every layer's FFN neurons, gated or not.
 
-    ratio: from 0 to 1; at least a single neuron stays in each layer.
+    ratio: fraction of the neurons to remove, from 0 to 1; at least a single neuron stays in each layer.
     criterion: for neuron j with activation a_j (after the gate), the input of the down projection:
         "magnitude": L2 norm of all weights that make and read the neuron, biases included.
         "wanda": sqrt(E[a_j^2]) * |W_down[:, j]| over the valid tokens of batches: the change of the layer's output
@@ -328,7 +329,8 @@ def prune_ffn(
             the terms N and the loss of `head_importance`.
         "random": the baseline.
     batches: input of `model`, read once; needed for "wanda" and "taylor".
-    loss_fn: as in `head_importance`, for "taylor". seed: of "random".
+    loss_fn: as in `head_importance`, for "taylor".
+    seed: seed of "random".
     round_to: the remaining neurons are rounded to the nearest multiple (64 or 128 suit matrix hardware).
     kwargs, check: as in `prune_heads`.
 

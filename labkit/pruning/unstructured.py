@@ -1,7 +1,7 @@
 """Unstructured pruning: single weights held at zero by masks, through training, saving and loading.
 
 Magnitude pruning of Han et al. 2015, or any criterion of `scores.CRITERIA`. The pruned model is a copy with the same
-parameters under the same names; a pruned weight is a stored zero, and hooks keep the zero. The model gets neither
+parameters under the same names; a pruned weight is a stored zero, and hooks keep it there. The model gets neither
 smaller nor faster here; `sparse.convert` does that. A pruned model trains like any model:
 
     >>> import torch
@@ -84,7 +84,7 @@ def sparsity(model: nn.Module, *, ignore: str | Iterable[str] = ()) -> float:
     ignore: names of modules or weights not to count.
 
     Masks count, also of torch.nn.utils.prune, and so do stored zeros and parametrizations; a shared weight counts once.
-    A pruned weight counts as zero even if an optimizer has moved the weight since the last forward pass. Warns of
+    A pruned weight counts as zero even if an optimizer has moved it since the last forward pass. Warns of
     weights in stacks of matrices that are not counted (see `prune`).
     """
     check_loaded(model)
@@ -192,7 +192,8 @@ def _included(model: nn.Module, parts: list[str]) -> dict[str, Weight]:
 def _slices(weights: Mapping[str, Weight], values: Mapping[str, Tensor], scope: str) -> dict[str, Tensor]:
     """Return values as matrices [slices, n], so that each row holds the weights ranked together in `scope`.
 
-    values: {name of the weight: tensor shaped like the weight}. Returns {name: matrix}, a single matrix for "global".
+    values: {name of the weight: tensor shaped like the weight}.
+    Returns {name: matrix}, a single matrix for "global".
     """
     rows = {name: weights[name].as_rows(x) for name, x in values.items()}  # [out, in]
     if scope == "row":
@@ -273,7 +274,7 @@ def _lowest(
 
 
 def _mask_of(weight: Weight) -> Tensor:
-    """Return the mask of a weight, True where the weight is kept, all True without a mask."""
+    """Return the mask of a weight, True where it is kept, all True without a mask."""
     mask = mask_of(weight.module, weight.attribute)
     return torch.ones_like(weight.parameter, dtype=torch.bool) if mask is None else mask
 

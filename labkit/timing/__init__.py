@@ -12,9 +12,23 @@ Open `bench.py` first: `labkit.bench.compare` times two callables, and everythin
 >>> low <= result.speedup <= high
 True
 
-- times: `clocks.py` (a clock), `rounds.py` (the loop that times, and when to stop), `interference.py` (other programs),
-  `stats.py` (intervals), `results.py` (a measurement, a comparison, a race);
-- roofs: `machine.py`, with `fingerprint.py`, `roofs.py` and `ceilings.py`;
-- work: `counting.py`, with `operators.py`, `traffic.py`, `work.py` and `components.py`;
-- the two together: `roofline.py` and `roofline_plot.py`; `shapes.py` has the sizes of named transformers.
+bench.py: measure, compare and race
+rounds.py: the loop that times, and when to stop
+clocks.py: wall time, CPU time, CUDA events
+interference.py: other programs on the machine
+stats.py: intervals of medians and ratios
+results.py: a measurement, a comparison, a race
+counting.py: the work of a call
+operators.py: formulas of operators that torch's counter leaves out
+traffic.py: bytes that a call moves
+work.py: the result of counting
+components.py: the work of a transformer by component
+machine.py: fingerprint and ceilings of this machine
+fingerprint.py: the facts behind a result
+roofs.py: a catalogue of accelerators
+ceilings.py: measured ceilings
+roofline.py: the work of a call against the roofs of a machine
+roofline_plot.py: the picture
+shapes.py: sizes of named transformers
+quality_stats.py: intervals of accuracies and scores
 """

@@ -101,8 +101,8 @@ def measure(
     device: where the work runs; None takes the device of the tensors that `fn` returns, or the CPU without tensors.
     budget_s: seconds for the measurement.
     name: name of the result; None takes the function's own name.
-    cache: "hot" leaves the caches as the previous call left them. "cold" empties the caches before each call, off the
-        clock, as other layers do in a model that is larger than the caches; on a CPU each sample is then a single call.
+    cache: "hot" leaves the caches as the previous call left them. "cold" empties them before each call, off the clock:
+        a layer finds them so in a model larger than the caches. On a CPU each sample is then a single call.
     clock: clock(fn, number) -> seconds replaces the real clocks, for simulations.
     Raises InputError for unusable arguments and for work that is unfinished when `fn` returns. Errors of `fn` pass
     through.
@@ -155,7 +155,7 @@ def compare(
         callable with data of its own. All builds share the budget, and the interval is over the builds. Use `builds`
         wherever each side owns data, because the place of the data in memory is part of the timing. Building is not
         timed.
-    seed: of the order of the pairs and of the building.
+    seed: seed of the order of the pairs and of the building.
     Raises InputError for unusable arguments and for work that is unfinished when a call returns. Errors of the
     callables pass through.
     """
@@ -184,7 +184,7 @@ def compare(
 class _Pairs:
     """Time pairs of two callables, build after build, and keep all samples.
 
-    names: of baseline and candidate.
+    names: names of baseline and candidate.
     check: as in `compare`.
     budget_s, least_s: seconds for the pairs of a build, and seconds before the first look at the interval.
     choose_clock: choose_clock(output of the baseline) -> clock.
@@ -212,7 +212,7 @@ class _Pairs:
         self.per_block = 1  # pairs in a block
         # of all builds
         self.samples: Samples = {name: [] for name in names}
-        self.baseline_first: list[bool] = []
+        self.baseline_first: list[bool] = []  # the order of each pair
         self.snapshots: list[Snapshot] = []
         self.pairs_per_build: list[int] = []
 
@@ -226,16 +226,15 @@ class _Pairs:
         fastest_s = clocks.warm_up(self.clock, list(calls.values()), self.budget_s)
         if not self.numbers:
             self._settle(calls, fastest_s)
-        baseline_first: list[bool] = []
+        pairs_before = len(self.baseline_first)
         rule = PreciseRatio(self.clock, self.budget_s, self.per_block, self.least_s)
-        samples = take_turns(self.clock, calls, self._blocks(baseline_first), rule)
+        samples = take_turns(self.clock, calls, self._blocks(), rule)
         if self.check is not None:
             self._checked_outputs(calls)  # timing must not have changed the results
         for name, of_side in samples.items():
             self.samples[name] += of_side
-        self.baseline_first += baseline_first
         self.snapshots += rule.snapshots
-        self.pairs_per_build.append(len(baseline_first))
+        self.pairs_per_build.append(len(self.baseline_first) - pairs_before)
 
     def comparison(self, over_builds: bool) -> Comparison:
         """Make the result from the samples of all builds."""
@@ -284,13 +283,13 @@ class _Pairs:
                 self.per_block = pairs
                 return
 
-    def _blocks(self, baseline_first: list[bool]) -> Iterator[list[Turn]]:
-        """Draw blocks of pairs without end; the order of each pair is appended to `baseline_first`."""
+    def _blocks(self) -> Iterator[list[Turn]]:
+        """Draw blocks of pairs without end, and note the order of each pair in `baseline_first`."""
         group = self.per_block if self.per_block > 1 else stats.LEAST
         orders = stats.balanced_order(self.rng, group)
         while True:
             block = list(itertools.islice(orders, self.per_block))
-            baseline_first += block
+            self.baseline_first += block
             yield self._turns(block)
 
     def _turns(self, block: Sequence[bool]) -> list[Turn]:
@@ -348,7 +347,7 @@ def race(
     calls: name -> callable; two callables at least.
     device, clock: as in `measure`, with hot caches.
     budget_s: seconds for all callables; the race ends with the round that spends the budget.
-    seed: of the order in each round.
+    seed: seed of the order in each round.
     Raises InputError for unusable arguments. Errors of the callables pass through.
     """
     if not isinstance(calls, Mapping):
@@ -359,7 +358,6 @@ def race(
     if len(calls) < 2:
         raise InputError(f"a race takes two callables or more, got {len(calls)}: measure() times one.")
     target = None if device is None else torch_device(device)
-    orders: list[tuple[str, ...]] = []
     with _garbage_collector_off(clock):
         outputs = [clocks.first_call(call) for call in calls.values()]
         chosen_clock = _clock(target or clocks.device_of(outputs[0]), "hot", clock)
@@ -369,13 +367,14 @@ def race(
         for (name, call), seconds in zip(calls.items(), fastest_s, strict=True):
             blocks[name] = _block(chosen_clock, name, call, seconds)
         rule = SpentBudget(chosen_clock, budget_s)
-        samples = take_turns(chosen_clock, calls, _shuffled(blocks, random.Random(seed), orders), rule)
+        rounds = _ShuffledRounds(blocks, random.Random(seed))
+        samples = take_turns(chosen_clock, calls, rounds, rule)
     sides = {}
     for name, of_side in samples.items():
         sides[name] = measurement(name, chosen_clock, of_side, blocks[name][0].number, by_cpu=False)
     return Race(
         sides=sides,
-        orders=tuple(orders),
+        orders=tuple(rounds.orders),
         per_block=SAMPLES_PER_ROUND,
         foreign_cores=interference.foreign_load(chosen_clock, rule.snapshots),
         warnings=interference.warnings(chosen_clock, rule.snapshots, False, list(samples.values())),
@@ -391,14 +390,24 @@ def _block(clock: Clock, name: str, call: Call, fastest_s: float) -> list[Turn]:
     return [first] + [Turn(name, number)] * (SAMPLES_PER_ROUND - 1)
 
 
-def _shuffled(
-    blocks: Mapping[str, list[Turn]], rng: random.Random, orders: list[tuple[str, ...]]
-) -> Iterator[list[Turn]]:
-    """Draw rounds without end, each with all blocks in random order; the order is appended to `orders`."""
-    while True:
-        order = rng.sample(list(blocks), len(blocks))
-        orders.append(tuple(order))
-        yield list(itertools.chain.from_iterable(blocks[name] for name in order))
+class _ShuffledRounds:
+    """Rounds without end, each with the blocks of all callables in random order.
+
+    blocks: {name of a callable: turns of its block}.
+    rng: draws the order of each round.
+    `orders` lists the orders so far, each a tuple of names.
+    """
+
+    def __init__(self, blocks: Mapping[str, list[Turn]], rng: random.Random) -> None:
+        self.blocks = blocks
+        self.rng = rng
+        self.orders: list[tuple[str, ...]] = []
+
+    def __iter__(self) -> Iterator[list[Turn]]:
+        while True:
+            order = self.rng.sample(list(self.blocks), len(self.blocks))
+            self.orders.append(tuple(order))
+            yield list(itertools.chain.from_iterable(self.blocks[name] for name in order))
 
 
 # --- conditions of a measurement --------------------------------------------------------------------------------------

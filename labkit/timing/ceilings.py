@@ -22,7 +22,7 @@ from labkit.timing.clocks import Sample
 from labkit.timing.fingerprint import Machine, fingerprint, memory_bytes, torch_device
 from labkit.timing.interference import Snapshot
 from labkit.timing.roofs import PRODUCTS, Ceilings
-from labkit.timing.rounds import Turn, fastest_s, take_turns
+from labkit.timing.rounds import EnoughRounds, Turn, fastest_s, take_turns
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 
@@ -78,7 +78,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     a minute. Take a share of the roof with ceilings of the same process. If a result lies above its roof, measure the
     roofs again (`Ceilings.raised`) before looking for another cause.
 
-    device: as for `torch_device`.
+    device: device as for `torch_device`.
     budget_s: seconds for the whole measurement, about.
     Raises InputError for an unusable device or budget.
     """
@@ -122,15 +122,11 @@ def _in_turns(workloads: Workloads, target: torch.device, deadline: float) -> di
     for call in calls.values():
         clock.block(call, 1)
     every_call = [Turn(key) for key in calls]
-
-    def is_over(number: int, elapsed_s: float, samples: Mapping) -> bool:
-        return number >= ROUNDS and time.perf_counter() >= deadline
-
-    return take_turns(clock, calls, itertools.repeat(every_call), is_over)
+    return take_turns(clock, calls, itertools.repeat(every_call), EnoughRounds(ROUNDS, deadline))
 
 
 def _judged_by_cpu_time(machine: Machine, target: torch.device, before: Snapshot, after: Snapshot) -> bool:
-    """Tell whether CPU time counts, as in `bench` for a single thread while other programs compete for the cores."""
+    """Return True if CPU time counts, as in `bench` for a single thread while other programs compete for the cores."""
     load = interference.foreign_cores(before, after) or 0.0
     is_disturbed = load > interference.FOREIGN_CORES
     return is_disturbed and target.type == "cpu" and machine.threads == 1
@@ -358,7 +354,7 @@ def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float
     Sizes run from 16 KiB (4 KiB a thread at least) to 256 MiB on a CPU, from 4 MiB to 1 GiB on CUDA, an eighth of the
     memory at most.
 
-    device: as for `torch_device`.
+    device: device as for `torch_device`.
     budget_s: seconds for the whole measurement.
     Returns (bytes of the working set, B/s) for each size, smallest first. Raises InputError for an unusable device or
     budget.

@@ -182,7 +182,7 @@ def _has_method(leaf: Any, names: Sequence[str]) -> bool:
 def warm_up(clock: Clock, calls: Sequence[Call], budget_s: float) -> list[float]:
     """Call all `calls` in turn until no call has become faster by 2 % for three rounds.
 
-    Warm-up lasts a tenth of the budget at least, and half of the budget plus a round at most: some code never settles
+    Warm-up lasts a tenth of the budget at least, and half of it plus a round at most: some code never settles
     (Barrett et al. 2017, Virtual Machine Warmup Blows Hot and Cold).
 
     budget_s: seconds for the whole measurement.

@@ -16,7 +16,8 @@ COMPONENTS = (PROJECTIONS, PRODUCTS, FEED_FORWARD, HEAD, EMBEDDINGS, REST)
 def parameters_by_component(model: nn.Module) -> dict[str, int]:
     """Count the parameters of each component; a tensor that two components share counts for the first.
 
-    model: a transformer; the `meta` device will do. Raises InputError for anything but a module.
+    model: a transformer; the `meta` device will do.
+    Raises InputError for anything but a module.
     """
     check_module(model)
     totals = dict.fromkeys(COMPONENTS, 0)
@@ -33,7 +34,7 @@ def shares_by_component(model: nn.Module, flops: int, flops_by_module: Mapping[s
     Attention products (scores, and the weighted sum of values) belong to no module with weights: the component gets
     all remaining FLOPs.
 
-    flops: of the whole call.
+    flops: floating-point operations of the whole call.
     flops_by_module: FLOPs by module name, children included.
     """
     totals = Counter(dict.fromkeys(COMPONENTS, 0))

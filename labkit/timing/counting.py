@@ -85,7 +85,8 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
 def flops_by_component(model: nn.Module, **inputs: Any) -> dict[str, int]:
     """Count the FLOPs of a call by component of a transformer (see `components.py`), a multiply-add being 2.
 
-    inputs: arguments of the model, by name. Raises InputError as `count`, and for anything but a module.
+    inputs: arguments of the model, by name.
+    Raises InputError as `count`, and for anything but a module.
     """
     from labkit.timing.components import shares_by_component
 
@@ -132,7 +133,7 @@ def _flops(counter: FlopCounterMode, strip_class: bool) -> tuple[int, dict[str, 
 
 
 def _with_cache_objects_copied(inputs: tuple, kwargs: dict[str, Any], states: list[Tensor]) -> tuple[tuple, dict]:
-    """Copy the arguments of a call, because the call changes cache objects; copies share all tensors and modules."""
+    """Copy the arguments of a call, because it changes cache objects; copies share all tensors and modules."""
     shared = {}
     for leaf in (*tree_leaves((inputs, kwargs)), *states):
         if isinstance(leaf, (Tensor, nn.Module)):

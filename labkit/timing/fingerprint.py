@@ -66,7 +66,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Hold the facts about a machine that influence a result. All sizes are in bytes.
+    """Facts about a machine that influence a result. All sizes are in bytes.
 
     device: "cpu" or "cuda", the device of the fingerprint, named by `slug` and `label`.
     affinity: numbers of the logical cores of this process.
@@ -151,9 +151,10 @@ def _slug(name: str) -> str:
 
 
 def fingerprint(device: str | torch.device = "auto") -> Machine:
-    """Take the fingerprint of the machine as this process sees the machine.
+    """Take the fingerprint of the machine as this process sees it.
 
-    device: as for `torch_device`. Raises InputError for an unusable device.
+    device: device as for `torch_device`.
+    Raises InputError for an unusable device.
     """
     target = torch_device(device)
     cpu = _cpu()
@@ -358,7 +359,7 @@ def _matmul_precision() -> str:
 
 
 def _read(path: str | Path) -> str:
-    """Return the text of a file, or "" if the file cannot be read."""
+    """Return the text of a file, or "" if it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:
@@ -366,7 +367,7 @@ def _read(path: str | Path) -> str:
 
 
 def _output(*command: str) -> str:
-    """Return the output of a command in English, or "" if the command is not there or hangs."""
+    """Return the output of a command in English, or "" if it is missing or hangs."""
     english = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, env=english).stdout

@@ -41,7 +41,7 @@ SLOWED_BY = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Hold the counters of a machine at a moment.
+    """Counters of a machine at a moment.
 
     wall_s: wall time in seconds.
     process_s: CPU seconds of the process.
@@ -129,12 +129,12 @@ def foreign_load(clock: Clock, snapshots: Sequence[Snapshot]) -> float | None:
 def cpu_time_is_better(
     clock: Clock, snapshots: Sequence[Snapshot], samples_by_side: Sequence[Sequence[Sample]]
 ) -> bool:
-    """Tell whether CPU time is a better clock than wall time for a measurement.
+    """Return True if CPU time is a better clock than wall time for a measurement.
 
     CPU time is better if other programs compete for the cores and all calls compute in a single thread. With several
     threads, CPU time includes workers that spin. A call that mostly sleeps or waits has hardly any CPU time.
 
-    snapshots: from before, during and after the measurement.
+    snapshots: snapshots from before, during and after the measurement.
     samples_by_side: samples of each timed callable.
     """
     if clock.other != "cpu" or clock.device.type != "cpu" or torch.get_num_threads() != 1:
@@ -147,7 +147,7 @@ def cpu_time_is_better(
 
 
 def _computes(samples: Sequence[Sample]) -> bool:
-    """Tell whether a call neither sleeps nor keeps several threads busy, from samples of wall time and CPU time."""
+    """Return True if a call neither sleeps nor keeps several threads busy, from samples of wall time and CPU time."""
     least, most = CPU_BOUND
     return least <= statistics.median(sample.other_s / sample.seconds for sample in samples) <= most
 
@@ -172,7 +172,7 @@ def warnings(
 ) -> tuple[str, ...]:
     """Return a warning for each interference with a measurement.
 
-    by_cpu: whether the result is CPU time; the other arguments as for `cpu_time_is_better`.
+    by_cpu: True if the result is CPU time; the other arguments as for `cpu_time_is_better`.
     """
     messages = []
     load = foreign_load(clock, snapshots) or 0.0

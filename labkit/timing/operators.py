@@ -117,9 +117,9 @@ _WITHOUT_PRODUCTS = _any_of(WITHOUT_PRODUCTS)
 
 
 def has_no_product(name: str) -> bool:
-    """Tell whether an operator, such as "index_select" or "add_", is in the table WITHOUT_PRODUCTS.
+    """Return True if an operator, such as "index_select" or "add_", is in the table WITHOUT_PRODUCTS.
 
-    name: of the operator, without namespace and overload; the underscore of an operator in place does not matter.
+    name: name of the operator, without namespace and overload; the underscore of an operator in place does not matter.
     """
     is_in_place = name.endswith("_") and not name.endswith("__")
     base = name.removesuffix("_") if is_in_place else name

@@ -28,7 +28,8 @@ def wilson(right: int, n: int) -> Estimate:
 
     The interval speaks of other images from the same source, not of another training run (see `mean_ci`).
 
-    right: number of right answers. n: number of images.
+    right: number of right answers.
+    n: number of images.
     """
     check_whole(n, "n, of all images,")
     check_whole(right, "right, of these images,", 0, n)
@@ -57,8 +58,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Estima
 def mean_ci(values: Sequence[float]) -> Estimate:
     """Return the mean and its interval by Student's t: mean -+ t s / sqrt(n).
 
-    values: a value per seed, supposed to spread about normally. A single value has the interval (-inf, inf). Raises
-        InputError for an empty sequence.
+    values: a value per seed, supposed to spread about normally. A single value has the interval (-inf, inf).
+    Raises InputError for an empty sequence.
     """
     if not len(values):
         raise InputError("mean_ci takes one value or more, one a seed, got 0.")
@@ -77,7 +78,8 @@ def _around_the_mean(values: Sequence[float], quantile: float) -> Estimate:
 def over_seeds(rows: Sequence[Mapping[str, Any]], value: str, by: Sequence[str]) -> list[dict[str, Any]]:
     """Average a column over seeds: a row for each combination of the columns `by`, in order of appearance.
 
-    rows: a dict per run. value: name of the column to average.
+    rows: a dict per run.
+    value: name of the column to average.
     Returns rows with the columns `by`, `value` (the mean), "low" and "high". Raises InputError for a missing column and
     for a value that is no number.
     """
@@ -103,8 +105,9 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> Estimate:
     share a mean rank. The interval is from 1000 resamplings of the items: the interval tells how much rests on the
     choice of the items (heads), not how noisy each score is.
 
-    a, b: scores of the same items. Raises InputError for scores of different lengths, for fewer than four items, and
-        for a constant score, which has no ranking.
+    a, b: scores of the same items.
+    Raises InputError for scores of different lengths, for fewer than four items, and for a constant score, which has no
+    ranking.
     """
     a, b = _scores(a), _scores(b)
     if len(a) != len(b) or len(a) < LEAST_ITEMS:

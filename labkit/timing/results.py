@@ -26,9 +26,9 @@ Verdict = Literal["faster", "slower", "equivalent", "inconclusive"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Hold the times of a callable.
+    """Times of a callable.
 
-    name: of the callable, for printing.
+    name: name of the callable, for printing.
     samples_s: seconds per call in run order, each the mean over `number` calls.
     number: calls in a sample.
     clock: "wall", "cpu", "cuda_event" or "injected".
@@ -86,7 +86,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold the times of two callables, taken in pairs: sample i of the baseline beside sample i of the candidate.
+    """Times of two callables, taken in pairs: sample i of the baseline beside sample i of the candidate.
 
     baseline_first: order in each pair.
     per_block: pairs in a block, of which each side's least time counts.
@@ -141,7 +141,7 @@ class Comparison:
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
-        """Return the warnings of the comparison, then the warnings of each side after the side's name."""
+        """Return the warnings of the comparison, then those of each side after its name."""
         of_sides = []
         for side in (self.baseline, self.candidate):
             of_sides += [f"{side.name}: {warning}" for warning in side.warnings]
@@ -175,7 +175,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Race:
-    """Hold the times of several callables, taken in rounds: each callable has a block of samples in each round.
+    """Times of several callables, taken in rounds: each callable has a block of samples in each round.
 
     sides: the measurement of each callable, by name.
     orders: order of the names in each round.
@@ -207,8 +207,8 @@ class Race:
 def measurement(name: str, clock: Clock, samples: Sequence[Sample], number: int, by_cpu: bool) -> Measurement:
     """Make the measurement of a callable, with a warning if its calls spend their time in page faults.
 
-    samples: in run order, each of `number` calls.
-    by_cpu: whether the second clock of `clock`, CPU time, counts.
+    samples: samples in run order, each of `number` calls.
+    by_cpu: True if the second clock of `clock`, CPU time, counts.
     """
     seconds = tuple(sample.by(by_cpu) for sample in samples)
     faults = statistics.fmean(sample.page_faults for sample in samples)

@@ -37,7 +37,7 @@ __getattr__ = names_on_demand(
 
 @dataclass(frozen=True)
 class Bound:
-    """Hold the least time of a call on a machine.
+    """Least time of a call on a machine.
 
     seconds: no execution takes less.
     limiter: "memory" or "compute", the roof that sets the time.
@@ -69,7 +69,7 @@ class Bound:
 def bound(work: Work, ceilings: Ceilings | Device, dtype: str = "fp32") -> Bound:
     """Bound the time of a call from below: time >= max(FLOPs / peak, bytes / bandwidth).
 
-    work: from `count`.
+    work: work of the call, from `count`.
     ceilings: measured ceilings, or a row of labkit.machine.DEVICES.
     dtype: type of the products, whose peak counts.
     Raises InputError for a type without ceiling, and for work without FLOPs and bytes.

@@ -1,4 +1,4 @@
-"""The roofline of a machine with measured points: as a figure, and in words for readers who cannot see the figure."""
+"""The roofline of a machine with measured points: as a figure, and in words for readers who cannot see it."""
 
 import math
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def plot(
 
 @dataclass
 class _Scene:
-    """Hold what is drawn: ceilings, points, and the limits and the unit of the axes."""
+    """Parts of a roofline plot: ceilings, points, and the limits and the unit of the axes."""
 
     ceilings: Ceilings
     dtype: str

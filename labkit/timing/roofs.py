@@ -33,11 +33,11 @@ class Device:
 
     flops: dense peak by type (fp32, tf32, bf16, fp16, fp8, int8, fp4), in FLOP/s (OP/s for int8).
     sparse: peak with 2:4 sparsity by type, in FLOP/s.
-    bandwidth: of the memory, in B/s, decimal.
+    bandwidth: bandwidth of the memory, in B/s, decimal.
     memory: capacity in bytes, a vendor's GB being 1e9 bytes.
     l2: size of the L2 cache in bytes; None if the vendor does not state a size.
     tdp: power in W; None if the vendor does not state a figure.
-    year: of the announcement.
+    year: year of the announcement.
     evidence: the source of knowledge about the peaks, explained at the top of devices.toml.
     known_otherwise: evidence of single figures, by the name of the figure.
     source: the vendor's document.
@@ -93,7 +93,7 @@ DEVICES: dict[str, Device] = _read_catalogue()
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Hold the measured roofs of a machine.
+    """Measured roofs of a machine.
 
     device: name of the machine.
     flops: compute roof by type, in FLOP/s (OP/s for int8).

@@ -1,12 +1,14 @@
-"""Timing in rounds: the only loop of labkit that times calls, and the rules that end a measurement.
+"""Timing in rounds: the loop that times calls, and the rules that end a measurement.
 
 In a round, callables take turns. `bench.measure` times rounds of a single callable, `bench.compare` and `bench.race`
 time rounds of several in random order, and `ceilings.py` times the products and streams of a machine.
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+import math
+import time
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from labkit.timing import interference, stats
 from labkit.timing.clocks import Call, Clock, Sample
@@ -33,17 +35,29 @@ class Turn(NamedTuple):
 Rounds = Iterable[Sequence[Turn]]
 
 
+class StoppingRule(Protocol):
+    """Decides when a measurement ends."""
+
+    def look(self, number: int, elapsed_s: float, samples: Samples) -> bool:
+        """Look at a measurement after a round, and return True to end it.
+
+        number: the number of rounds so far.
+        elapsed_s: seconds since the first round began.
+        samples: the samples of each callable so far.
+        """
+
+
 def take_turns(
     clock: Clock,
     calls: Mapping[Hashable, Call],
     rounds: Rounds,
-    is_over: Callable[[int, float, Samples], bool],
+    stopping_rule: StoppingRule,
 ) -> Samples:
     """Time callables in rounds until a stopping rule ends the measurement.
 
     calls: callables without arguments, by name.
     rounds: turns of each round, in order; an endless iterable.
-    is_over: is_over(number of rounds, elapsed seconds, samples) decides after each round.
+    stopping_rule: looks at the measurement after each round, and decides whether it ends.
     Returns the samples of each callable.
     """
     samples: Samples = {name: [] for name in calls}
@@ -54,7 +68,7 @@ def take_turns(
             if turn.untimed:
                 clock.block(call, turn.untimed)
             samples[turn.name].append(clock.sample(call, turn.number))
-        if is_over(number, clock.now() - start, samples):
+        if stopping_rule.look(number, clock.now() - start, samples):
             return samples
     raise AssertionError("the rounds ended before the measurement was over")
 
@@ -63,11 +77,22 @@ def fastest_s(call: Call, clock: Clock, rounds: int) -> float:
     """Return the seconds of the fastest of `rounds` single calls, after an untimed call."""
     clock.block(call, 1)
     turns = itertools.repeat([Turn("call")])
-    samples = take_turns(clock, {"call": call}, turns, lambda number, *_: number >= rounds)
+    samples = take_turns(clock, {"call": call}, turns, EnoughRounds(rounds))
     return min(sample.seconds for sample in samples["call"])
 
 
 # --- stopping rules ---------------------------------------------------------------------------------------------------
+
+
+class EnoughRounds:
+    """End a measurement after `rounds` rounds, and not before `deadline`, in seconds of `time.perf_counter`."""
+
+    def __init__(self, rounds: int, deadline: float = -math.inf) -> None:
+        self.rounds = rounds
+        self.deadline = deadline
+
+    def look(self, number: int, elapsed_s: float, samples: Samples) -> bool:
+        return number >= self.rounds and time.perf_counter() >= self.deadline
 
 
 class SpentBudget:
@@ -81,7 +106,7 @@ class SpentBudget:
         self.budget_s = budget_s
         self.snapshots: list[Snapshot] = [interference.snapshot(clock.device)]
 
-    def __call__(self, number: int, elapsed_s: float, samples: Samples) -> bool:
+    def look(self, number: int, elapsed_s: float, samples: Samples) -> bool:
         if elapsed_s < self.budget_s:
             return False
         self.take_snapshot()
@@ -95,12 +120,14 @@ class PreciseMedian(SpentBudget):
     """End a measurement when the median's interval is within PRECISION, or the budget is spent.
 
     The interval is looked at every SAMPLES samples, after LEAST_S seconds at least.
-    by_cpu: whether the last look was at CPU time.
+    by_cpu: True if the last look was at CPU time.
     """
 
-    by_cpu = False
+    def __init__(self, clock: Clock, budget_s: float) -> None:
+        super().__init__(clock, budget_s)
+        self.by_cpu = False
 
-    def __call__(self, number: int, elapsed_s: float, samples: Samples) -> bool:
+    def look(self, number: int, elapsed_s: float, samples: Samples) -> bool:
         is_spent = elapsed_s >= self.budget_s
         is_time_to_look = number % SAMPLES == 0 and elapsed_s >= LEAST_S
         if not is_spent and not is_time_to_look:
@@ -127,7 +154,7 @@ class PreciseRatio(SpentBudget):
         self.least_s = least_s
         self.look_at = BLOCKS
 
-    def __call__(self, number: int, elapsed_s: float, samples: Samples) -> bool:
+    def look(self, number: int, elapsed_s: float, samples: Samples) -> bool:
         half_a_round = 0.5 / number  # in parts of the elapsed time: a further round would end half a round late
         is_spent = elapsed_s * (1 + half_a_round) >= self.budget_s
         is_time_to_look = number >= self.look_at and elapsed_s >= self.least_s

@@ -24,17 +24,17 @@ class Transformer:
     head_dim: size of a head.
     ffn: inner size of the feed-forward part.
     vocab: size of the vocabulary.
-    gated: whether the feed-forward part has three matrices (gate, up, down) instead of two.
-    tied: whether the output head is the input embedding.
+    gated: True if the feed-forward part has three matrices (gate, up, down) instead of two.
+    tied: True if the output head is the input embedding.
     experts: feed-forward parts in a layer.
     active_experts: feed-forward parts that a token uses.
-    qkv_bias: whether queries, keys and values have a bias.
-    bias: whether the attention output and the feed-forward matrices have a bias.
+    qkv_bias: True if queries, keys and values have a bias.
+    bias: True if the attention output and the feed-forward matrices have a bias.
     norm_parameters: per channel, 1 for RMSNorm and 2 for LayerNorm.
     positions: learned position embeddings; 0 for rotary positions.
     segments: token types of BERT.
-    pooler: whether an encoder has a pooler.
-    decoder: whether the model is a decoder.
+    pooler: True if an encoder has a pooler.
+    decoder: True if the model is a decoder.
     source: the paper.
     """
 
@@ -102,7 +102,7 @@ class Transformer:
     def kv_bytes_per_token(self, bits: float = 16) -> float:
         """Return the bytes of a token in the KV cache: 2 x layers x KV heads x head size x bits / 8, 0 in an encoder.
 
-        bits: of a stored number, 1 to 64.
+        bits: bits of a stored number, 1 to 64.
         """
         if not self.decoder:
             return 0.0

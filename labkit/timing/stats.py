@@ -87,7 +87,7 @@ def ratio_over_builds(
 ) -> Estimate:
     """Return the speed-up over several builds of the sides, and its exact interval.
 
-    The place of a build's data in memory makes all calls of the build faster or slower. Builds are therefore
+    The place of a build's data in memory makes all its calls faster or slower. Builds are therefore
     independent evidence, and pairs of a build are not: `paired_ratio` gives a ratio for each build, and the median of
     the ratios is the result. Fewer than six builds have no interval.
 

@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     nbytes: int
 
     def at_most(self, nbytes: int) -> "Piece":
-        """Return the piece with `nbytes` bytes, if the piece has more."""
+        """Return the piece with `nbytes` bytes, if it has more."""
         return self._replace(nbytes=min(self.nbytes, nbytes))
 
 
@@ -74,7 +74,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Watch every operator of a call, and note the memory that the operators read and write.
+    """Watch every operator of a call, and note the memory that it reads and writes.
 
     Only memory from before the call counts: intermediate results may stay in a cache.
 
@@ -128,7 +128,9 @@ class Traffic(TorchDispatchMode):
     ) -> None:
         """Note the memory of an operator's arguments.
 
-        name: of the operator. arguments: values by name. written: names of the arguments that the operator changes.
+        name: name of the operator.
+        arguments: values by name.
+        written: names of the arguments that the operator changes.
         """
         for argument, value in arguments.items():
             touched = pieces(_leaves(value))
@@ -170,7 +172,7 @@ def _name(func: Any) -> str:
 
 
 def _takes_only_shape(name: str) -> bool:
-    """Tell whether an operator takes the shape of its operand and reads no element."""
+    """Return True if an operator takes the shape of its operand and reads no element."""
     return name.endswith("_like") or name.startswith("new_")
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Work:
-    """Hold the work of a call.
+    """Work of a call.
 
-    flops: of products only (matrix products, convolutions, attention, recurrent layers), a multiply-add being 2.
+    flops: floating-point operations of the products (matrix products, convolutions, attention, recurrent layers), a
+        multiply-add being 2.
     bytes: least traffic of the whole call: memory from before that is read, once, and memory that remains, once.
     by_module: `flops` by module name, children included; "" is the whole model.
     uncounted: operators that may compute products but have no formula, and their calls.

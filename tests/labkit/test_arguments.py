@@ -9,8 +9,7 @@ from families import family
 from torch import nn
 
 from labkit.errors import InputError
-from labkit.graph import groups as coupling
-from labkit.graph import surgery
+from labkit.graph import groups, surgery
 from labkit.pruning import (
     channels,
     depth,
@@ -99,12 +98,12 @@ def test_what_is_no_module_is_told(call, model):
 @pytest.mark.parametrize(
     ("call", "what"),
     [
-        (lambda: coupling.trace(NET, X, [1]), "kwargs is a list, but it must be {name: value}"),
+        (lambda: groups.trace(NET, X, [1]), "kwargs is a list, but it must be {name: value}"),
         (lambda: transformers.prune_ffn(llama(), 0.5, kwargs="a"), "kwargs is a str"),
         (lambda: channels.prune(NET, X, remove={"0": 3}), r"remove\['0'\] is 3, but it must be a list"),
         (lambda: channels.prune(NET, X, remove={"0": torch.tensor(1)}), r"remove\['0'\] is tensor\(1\), but"),
         (lambda: channels.apply(NET, None, X), "plan is a NoneType, but it must be a Plan"),
-        (lambda: channels.plan_units(NET, coupling.Coupling.of(NET, X), [1]), "units is a list"),
+        (lambda: channels.plan_units(NET, groups.Coupling.of(NET, X), [1]), "units is a list"),
         (lambda: channels.Choice(criterion="random", scope=["layer"]), "no scope"),
         (
             lambda: channels.plan(NET, X, ratio=0.5, criterion="random", seed="a"),
@@ -143,7 +142,7 @@ def test_numbers_of_numpy_are_numbers():
     same = {"criterion": "random", "ratio": np.float64(0.5)}
     kept = [channels.plan(NET, X, seed=seed, **same).kept["0.weight"][0] for seed in (1, one)]
     assert torch.equal(*kept)
-    units = channels.plan_units(NET, coupling.Coupling.of(NET, X), {"0.weight": np.array([1])})
+    units = channels.plan_units(NET, groups.Coupling.of(NET, X), {"0.weight": np.array([1])})
     assert units.kept["0.weight"][0].tolist() == [0, *range(2, 16)]
     assert heads.lowest_heads(torch.ones(2, 3), one) == {0: [0]}
     assert sparse.costs(8, 16, 20, np.int64(2)) == sparse.costs(8, 16, 20, 2)
