@@ -22,13 +22,12 @@ Krishnamoorthi 2018 (arXiv:1806.08342), section 2.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from labkit.arguments import FLOATS, check_floats, check_tensor
-from labkit.errors import InputError, check_choice, check_whole
+from labkit.errors import InputError, check_choice, check_whole, is_whole
 
 # --- symmetric conventions --------------------------------------------------------------------------------------------
 # Each takes half = 2^(bits - 1) and returns (steps, lowest code): the scale is the largest |x| divided by steps.
@@ -349,8 +348,7 @@ def _check_axis(x: Tensor, axis: int | None) -> None:
     if axis is None:
         return
     dimensions = x.dim()
-    is_whole = isinstance(axis, Integral) and not isinstance(axis, bool)
-    if not is_whole or not -dimensions <= axis < dimensions:
+    if not is_whole(axis) or not -dimensions <= axis < dimensions:
         raise InputError(
             f"axis is {axis!r}, but x has {dimensions} dimensions: take one from {-dimensions} to {dimensions - 1}."
         )
