@@ -8,8 +8,8 @@ from torch import Tensor
 def to_bits(numbers: Tensor, width: int) -> Tensor:
     """Pack the low `width` bits of each number into bytes, one number after the other.
 
-    numbers: whole numbers or bool of any shape, read in row-major order. A negative number is stored as number modulo
-        2^width. At 4 bits the earlier of two numbers is in the lower half of a byte.
+    numbers: whole numbers or bool of any shape, read in row-major order. A negative number is stored modulo 2^width. At
+        4 bits the earlier of two numbers is in the lower half of a byte.
     width: 1 to 8 bits.
 
     Returns uint8 [ceil(count * width / 8)]; the bits after the last number are 0.
@@ -35,7 +35,7 @@ def from_bits(data: Tensor, width: int, count: int) -> Tensor:
 
     data: uint8 [bytes]; codes of 8 bits may also be int8, in any shape.
     width: bits of a number, 1 to 8.
-    count: how many numbers were packed.
+    count: number of packed numbers.
 
     Returns uint8 [count]; a negative number comes back as number modulo 2^width.
     """

@@ -55,7 +55,7 @@ def curves(
     panels: the data of each panel, by its title.
     x, y, by, baseline: as in `lines`.
     reference: value of `y` at which a dotted line crosses every panel, such as a limit or the unchanged model.
-    height: of a panel, in inches.
+    height: height of a panel, in inches.
     axes: options for matplotlib's `Axes.set`, such as ylabel, yscale or ylim; labels default to the column names.
     Returns the matplotlib Figure.
     """
@@ -81,7 +81,7 @@ def curves(
 
 
 def _add_legend(fig: Any, handles: Sequence[Any], labels: Sequence[str], title: str, panels_height: float) -> None:
-    """Add a legend below the panels, and make the figure higher by the legend's rows; nothing for a single curve."""
+    """Add a legend below the panels, and make the figure higher by its rows; nothing for a single curve."""
     if len(labels) < 2:
         return
     longest = max(map(len, labels))

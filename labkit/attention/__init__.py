@@ -1,9 +1,15 @@
 """Attention of a decoder: exact in blocks, over every kind of cache, and with tokens guessed ahead.
 
-Open `decoder` first: an example of ten lines shows a decoder on a cache. Then:
-`blockwise`: exact attention without a matrix of all scores. `mla`: attention over latents.
-`cache`: keys and values kept whole, evicted or quantized. `paged`: pages shared by several sequences.
-`speculative`: generation with guesses. Requests that share a decoder are served by `labkit.deploy.serving`.
+Open `decoder.py` first: an example of ten lines shows a decoder on a cache.
+
+decoder.py: a Llama decoder on top of a cache
+blockwise.py: exact attention without a matrix of all scores
+cache.py: keys and values kept whole, evicted or quantized
+paged.py: pages shared by several sequences
+mla.py: attention over latents
+speculative.py: generation with guesses
+
+Requests that share a decoder are served by `labkit.deploy.serving`.
 """
 
 from labkit import submodules

@@ -99,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, block: i
     blocks of keys: at most u max|v| (2 (D + 6) A + 2 K + 8 n + 8) to first order. A score is off by (D + 2) u A (its
     products, their sum and the scale), s - peak and the changes of the peak by 2 u A each, every exp by 2 u, every
     product and sum by u; the softmax doubles the relative error of a weight. Measured errors are far smaller.
-    float16 is multiplied in float32, because scores and sums of values can exceed the range of float16.
+    float16 is multiplied in float32, because scores and sums of values can exceed its range.
     Raises InputError for dtypes or shapes that do not fit together and a block that is no whole number from 1 on.
     """
     check_whole(block, "block")

@@ -1,6 +1,6 @@
 """Caches of keys and values: of all tokens, of the entries that matter most, or of all tokens in few bits.
 
-A cache stores and attends, so a decoder does not know the kind of its cache. Each step of a decoder calls `positions`,
+A cache both stores and attends, so a decoder need not know its kind. Each step of a decoder calls `positions`,
 then `attend` for each layer, then `advance`. Pages shared by several sequences: `labkit.attention.paged`.
 """
 
@@ -22,7 +22,10 @@ from labkit.storage import artifact
 class Layout(NamedTuple):
     """Shape of a decoder's cache: for each token and layer, `heads` keys and as many values of `width` numbers.
 
-    layers: decoder layers. heads: KV heads, Hkv. width: numbers of a head, D. dtype, device: of keys and values.
+    layers: number of decoder layers.
+    heads: number of KV heads, Hkv.
+    width: size of a head, D.
+    dtype, device: type and place of the keys and values.
     """
 
     layers: int
@@ -92,7 +95,9 @@ def _positions(start: int, new: int, device: torch.device) -> Tensor:
 class KVCache:
     """Cache of the keys and values of all tokens, as they are, in memory allocated once.
 
-    layout: shape of the decoder's cache. batch: B sequences of equal length. capacity: tokens of a sequence.
+    layout: shape of the decoder's cache.
+    batch: number B of sequences, all of equal length.
+    capacity: most tokens of a sequence.
     keys, values: [layers, B, Hkv, capacity, D], filled up to `length` tokens.
     """
 
@@ -159,10 +164,10 @@ def _pooled(memory: Tensor) -> Tensor:
 class Policy(NamedTuple):
     """Rule by which an evicting cache scores its n entries, from a memory [B, Hkv, W, n] with W numbers per entry.
 
-    remember(memory, weights, draw) -> the new memory. memory: of the n - S entries before, 0 for the S new entries.
-        weights [B, Hkv, S, n]: attention from the S new queries to the entries, summed over the query heads of a
-        group. draw: source of random numbers.
-    score(memory) -> [B, Hkv, n]; the entries with the largest scores stay.
+    remember: remember(memory, weights, draw) returns the new memory. `memory` is that of the n - S entries before, with
+        0 for the S new entries; `weights` [B, Hkv, S, n] is the attention from the S new queries to the entries, summed
+        over the query heads of a group; `draw` is the source of random numbers.
+    score: score(memory) returns [B, Hkv, n]; the entries with the largest scores stay.
     """
 
     remember: Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -215,7 +220,9 @@ class EvictingCache:
     distances stay true. All tokens of a step read each other: a prompt in pieces is not the same function as a prompt
     in one step.
 
-    layout, batch: as for `KVCache`. policy: a name of POLICIES. seed: of the policy "random".
+    layout, batch: as for `KVCache`.
+    policy: a name of POLICIES.
+    seed: seed of the policy "random".
     Raises InputError for a budget that the sinks fill.
     """
 
@@ -325,8 +332,8 @@ class QuantizedCache:
     Token by token the result is that of `kv.attention`. A prompt given at once is read as it is, and stored as codes
     afterwards. Codes take a byte each in memory; `bytes` counts the codes packed.
 
-    layout, batch: as for `KVCache`. form: see `kv.KVFormat`; by default KIVI's: 4 bits, keys per channel and values
-    per token.
+    layout, batch: as for `KVCache`.
+    form: see `kv.KVFormat`; by default KIVI's: 4 bits, keys per channel and values per token.
     """
 
     def __init__(self, layout: Layout, batch: int, form: KVFormat | None = None) -> None:
@@ -373,7 +380,8 @@ def _keys_and_values(form: KVFormat, empty: Tensor) -> tuple["_Side", "_Side"]:
 class _Side:
     """Keys or values of a layer: codes of the first `tokens` tokens, and the exact recent tokens [B, Hkv, n, D].
 
-    bits, per, group_size: see `kv.quantize`; without bits no token becomes codes. empty: [B, Hkv, 0, D].
+    bits, per, group_size: see `kv.quantize`; without bits no token becomes codes.
+    empty: the recent tokens at the start, [B, Hkv, 0, D].
     """
 
     def __init__(self, bits: int | None, per: str, group_size: int, empty: Tensor) -> None:

@@ -48,7 +48,9 @@ class Decoder:
 
     model: a LlamaForCausalLM of transformers. The decoder copies and joins the matrices (a product for q, k and v, a
         product for gate and up), in their dtype, and shares the embedding with the model.
-    vocabulary: number of token ids. layout: shape of a cache. special: token ids of bos and eos.
+    vocabulary: number of token ids.
+    layout: shape of a cache.
+    special: token ids of bos and eos.
     Raises InputError for other architectures, biases, other activations, or RoPE that changes with the length.
     """
 

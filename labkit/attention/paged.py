@@ -23,8 +23,10 @@ class PagesExhausted(InputError):
 class PageTable:
     """A sequence in a pool.
 
-    ids: token ids, stored or to come. pages: page numbers of the stored tokens, in order.
-    length: stored tokens. digests: of the pages that are full, see `PagePool`.
+    ids: token ids, stored or to come.
+    pages: page numbers of the stored tokens, in order.
+    length: number of stored tokens.
+    digests: hashes of the full pages, see `PagePool`.
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
@@ -46,7 +48,7 @@ class PagePool:
     A page without a holder is free, and keeps its tokens until the page is taken again: prefixes outlive their
     requests. Memory for pages x page_size tokens, `layout.token_bytes` each, is allocated at once.
 
-    references: for each page, the number of tables that hold the page.
+    references: number of tables that hold a page, page by page.
     free: the free pages, in the order in which they were given back.
     page_of, digest_of: full pages by the digest of all tokens up to the page's end, and back.
     """
@@ -186,7 +188,9 @@ class PagedBatch:
     A decoder is called with `ids` [1, N], N = sum(counts): sequences of any length, and prompts beside single tokens,
     go through the decoder's matrices together, and each sequence attends to its own pages.
 
-    tables, counts: table i gets the next counts[i] of its ids. last: for each table, the row of its last new token.
+    tables: page tables of the sequences.
+    counts: number of new tokens of each; table i gets the next counts[i] of its ids.
+    last: row of the last new token of each table.
     Making a batch reserves the pages for the step. Raises PagesExhausted; tables before the failing table keep the new
     pages.
     """

@@ -59,10 +59,10 @@ class Reviews:
 def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) -> Split:
     """Load Fashion-MNIST (Xiao et al. 2017), 28x28 grey images of ten kinds of clothes.
 
-    split  "train" 55,000 images, "validation" 5,000 (held out of "train") for choices, "test" 10,000 for the reported
-           number
-    n      size of a subset in which the classes differ by at most one image; None for all
-    seed   draws the subset
+    split: "train" 55,000 images, "validation" 5,000 (held out of "train") for choices, "test" 10,000 for the reported
+        number.
+    n: size of a subset in which the classes differ by at most one image; None for all.
+    seed: seed that draws the subset.
     Raises InputError for an unknown split or an `n` outside 1..size.
     """
     check_choice(split, SPLITS, "split")
@@ -81,9 +81,9 @@ def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) 
 def reviews(split: str = "train", n: int | None = None) -> Reviews:
     """Load movie-review snippets (Hutto & Gilbert 2014), labelled by the sign of the mean human rating.
 
-    split  "train" 7,682 snippets, "validation" 800, "test" 2,000; half of each are positive. Snippets that differ only
-           in case, spaces or punctuation count once, so that no snippet is in two splits
-    n      size of a subset in which the classes differ by at most one; None for all
+    split: "train" 7,682 snippets, "validation" 800, "test" 2,000; half of each are positive. Snippets that differ only
+        in case, spaces or punctuation count once, so that no snippet is in two splits.
+    n: size of a subset in which the classes differ by at most one; None for all.
     Raises InputError for an unknown split or an `n` outside 1..size.
     """
     check_choice(split, SPLITS, "split")
@@ -103,7 +103,7 @@ def reviews(split: str = "train", n: int | None = None) -> Reviews:
 def handbook(part: str = "test") -> str:
     """Load prose of the Debian Administrator's Handbook (Hertzog & Mas); an empty line separates paragraphs.
 
-    part  "calibration" or "test", from different chapters
+    part: "calibration" or "test", from different chapters.
     Raises InputError for an unknown part.
     """
     check_choice(part, ("calibration", "test"), "part")
@@ -119,10 +119,10 @@ def photos() -> dict[str, Image.Image]:
 def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) -> list[Image.Image]:
     """Cut random squares from photos, with sides from half to all of the photo's shorter side.
 
-    n      squares from each photo, photo after photo
-    names  of the photos
-    seed   draws the squares
-    Crops of a photo are alike: a network's results on the crops are about the photo, not about photos in general.
+    n: number of squares from each photo, photo after photo.
+    names: names of photos.
+    seed: seed that draws the squares.
+    Crops of a photo are alike: a network's results on them are about that photo, not about photos in general.
     Raises InputError for an unknown name or an `n` below 1.
     """
     check_whole(n, "n")

@@ -36,7 +36,8 @@ STAGES = (
 def conv(channels: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Return a convolution and a batch norm; with stride 2, the padding of TensorFlow's "same" in front.
 
-    channels, out  of the convolution's input and output; kernel, stride and groups as in torch.nn.Conv2d
+    channels, out: numbers of the convolution's channels.
+    kernel, stride, groups: as for torch.nn.Conv2d.
     """
     norm = nn.BatchNorm2d(out, eps=1e-3)
     if stride == 2:

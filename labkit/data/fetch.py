@@ -27,10 +27,10 @@ NO_NETWORK = ("Retrying", "ConnectionError", "Network is unreachable", "name res
 class File:
     """A file of an asset.
 
-    path    below the asset's folder
-    bytes   size
-    sha256  hash of the content, in hex
-    member  name inside the wheel; "" for a committed file
+    path: path below the asset's folder.
+    bytes: size of the file.
+    sha256: hash of the content, in hex.
+    member: name inside the wheel; "" for a committed file.
     """
 
     path: str
@@ -159,11 +159,11 @@ def fetch(name: str) -> Path:
 
 
 def build_once(folder: Path, fill: Callable[[Path], None], *, is_whole: Callable[[Path], bool] = Path.is_dir) -> Path:
-    """Build a folder unless the folder is whole, and return `folder`; two processes at the same time build once.
+    """Build a folder unless it is whole, and return it; two processes at the same time build once.
 
-    fill      fill(partial) writes all files into an empty folder on the same disk, renamed to `folder` at the end and
-              removed after an exception
-    is_whole  is_whole(folder) tells whether a folder needs no building
+    fill: fill(partial) writes all files into an empty folder on the same disk, renamed to `folder` at the end and
+        removed after an exception.
+    is_whole: is_whole(folder) tells whether a folder needs no building.
     Raises DataError for a full disk or a cache that cannot be written.
     """
     if is_whole(folder):

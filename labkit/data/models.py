@@ -25,7 +25,7 @@ from labkit.files import cache_dir
 def resnet20(pretrained: bool = True) -> ResNet20:
     """Load ResNet-20 for Fashion-MNIST, images [N, 1, 28, 28].
 
-    pretrained  True for the weights of the committed checkpoint, False for random weights
+    pretrained: True for the weights of the committed checkpoint, False for random weights.
     """
     model = ResNet20()
     if pretrained:
@@ -72,10 +72,10 @@ def minilm_classifier() -> nn.Module:
 
 
 def with_delta(model: nn.Module, delta: dict[str, Tensor]) -> nn.Module:
-    """Copy a model and add a low-rank delta to the copy (LoRA, Hu et al. 2021, equation 3).
+    """Copy a model and add a low-rank delta to it (LoRA, Hu et al. 2021, equation 3).
 
-    delta  "<layer>.up" [out, r] and "<layer>.down" [r, in]: the product is added to the layer's weight [out, in]. Every
-           further name is a parameter that replaces the model's
+    delta: "<layer>.up" [out, r] and "<layer>.down" [r, in]: the product is added to the layer's weight [out, in]. Every
+        further name is a parameter that replaces the model's.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in delta.items():
@@ -103,9 +103,9 @@ def review_batches(
 ) -> training.Batches:
     """Tokenize review snippets for MiniLM: batches {input_ids, attention_mask [B, T <= max_len], labels [B]}.
 
-    split, n          as in `datasets.reviews`
-    batch_size, seed  as in `training.Batches`
-    max_len           tokens of a snippet; a longer snippet is cut
+    split, n: as in `datasets.reviews`.
+    batch_size, seed: as in `training.Batches`.
+    max_len: most tokens of a snippet; a longer snippet is cut.
     """
     data = datasets.reviews(split, n)
     encoded = tokenizer("minilm")(

@@ -47,10 +47,10 @@ PRECISIONS = ("auto", "bf16", "fp32")
 class Batches:
     """Tensors cut into batches; a pass over the object is an epoch.
 
-    data        a tuple (inputs, labels) or a dict of a transformers model's arguments; all tensors have N rows
-    batch_size  rows of a batch; the last batch may be smaller
-    seed        gives each epoch a different order, and a new object the same orders again; None keeps the data's order
-    collate     changes each batch, for example cuts padding
+    data: a tuple (inputs, labels) or a dict of a transformers model's arguments; all tensors have N rows.
+    batch_size: number of rows in a batch; the last batch may be smaller.
+    seed: gives each epoch a different order, and a new object the same orders again; None keeps the data's order.
+    collate: function that changes each batch, for example cuts padding.
     """
 
     data: Batch
@@ -104,7 +104,7 @@ class History:
 def task_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the loss of a transformers model, or the cross-entropy of a model's scores [B, classes] and labels [B].
 
-    batch  (inputs, labels), or a dict with "labels"; `batches.split` tells how a tuple is bound
+    batch: (inputs, labels), or a dict with "labels"; `batches.split` tells how a tuple is bound.
     """
     return batch_loss(model, batch)
 
@@ -125,14 +125,14 @@ def train_(
 ) -> History:
     """Train `model` in place on the model's device for `epochs` passes over `batches`, or fewer if `steps` ends first.
 
-    batches       arguments of `loss_fn`; `task_loss` takes (inputs, labels), or dicts with "labels"
-    max_lr        the highest learning rate of the cycle
-    optimizer     "sgd" (Nesterov, momentum from .95 to .85 and back as the rate rises and falls) or "adamw"
-    weight_decay  of the optimizer
-    warmup        share of the steps in which the rate rises to `max_lr`
-    loss_fn       loss_fn(model, batch) returns the loss to minimise, a number
-    precision     "bf16" (autocast), "fp32", or "auto" for bf16 if the device computes in bf16
-    label         of a progress bar; without a label there is no bar
+    batches: arguments of `loss_fn`; `task_loss` takes (inputs, labels), or dicts with "labels".
+    max_lr: the highest learning rate of the cycle.
+    optimizer: "sgd" (Nesterov, momentum from .95 to .85 and back as the rate rises and falls) or "adamw".
+    weight_decay: weight decay of the optimizer.
+    warmup: share of the steps in which the rate rises to `max_lr`.
+    loss_fn: loss_fn(model, batch) returns the loss to minimise, a number.
+    precision: "bf16" (autocast), "fp32", or "auto" for bf16 if the device computes in bf16.
+    label: label of a progress bar; without a label there is no bar.
     The model stays in train or eval mode as before. Random layers (dropout) draw from torch's global generator: seed
     the generator for a run that repeats. No further state of torch changes; training inside torch.no_grad() works too.
 
@@ -179,7 +179,7 @@ def train_(
 class _Losses:
     """The loss of each step, checked before the step on a CPU, and every CHECKED steps on a device to wait for.
 
-    max_lr  for the error's advice
+    max_lr: learning rate named in the error's advice.
     """
 
     def __init__(self, device: torch.device, max_lr: float) -> None:
@@ -246,7 +246,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 def reestimate_norms_(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Estimate the running mean and variance of all batch norms anew, in place, as needed after a cut.
 
-    batches  what the model is called with, as in labkit.batches; labels are ignored
+    batches: batches of inputs, as in labkit.batches; labels are ignored.
     The new statistics are the mean over all batches of each batch's mean and variance, as in
     torch.optim.swa_utils.update_bn; dropout stays off. A norm that no batch reaches keeps its numbers. Modes, momenta,
     weights and random states are as before.
@@ -314,7 +314,7 @@ def _check_statistics(norms: list[nn.Module]) -> None:
 def correct(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """Mark the right answers of a classifier: bool [N] on the CPU, in eval mode and the model's own precision.
 
-    batches  (inputs, labels), or dicts with "labels"; a label [B] is the index of a class
+    batches: (inputs, labels), or dicts with "labels"; a label [B] is the index of a class.
     Two models' answers to the same batches compare pair by pair.
     Raises InputError for zero batches, and for a batch without a label for each row of scores [B, C].
     """
@@ -357,10 +357,10 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
 def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512) -> float:
     """Return exp of the mean loss per predicted token over `tokens` [N], in windows that each start without context.
 
-    window  tokens of a window. A window predicts all tokens but the first; tokens that do not fill the last window are
-            left out
-    Infinity for a perplexity beyond float64. Raises InputError for a model that is not called with input_ids, and for
-    tokens outside the model's vocabulary.
+    window: number of tokens in a window. A window predicts all tokens but the first; tokens that do not fill the last
+        window are left out.
+    Returns infinity for a perplexity beyond float64. Raises InputError for a model that is not called with input_ids,
+    and for tokens outside the model's vocabulary.
     """
     check_module(model)
     rows = windows(tokens, window).to(_device(model))

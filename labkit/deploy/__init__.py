@@ -1,11 +1,23 @@
 """Deployment: a model in other runtimes, proofs that the answers are still the model's, and a server under load.
 
-Open `engines` first: an example of ten lines prepares a model and judges the engine's answers. Then:
-`export`: a model as a graph or an ONNX file. `parity`: an engine's answers beside the model's.
-`job`, `torch_runtimes`, `onnx_runtimes`, `openvino_runtimes`: the rows of the table of engines, by family.
-`decoder_graph`, `decoding`, `language`: language models in OpenVINO, by steps and by whole texts.
-`simulation`, `serving`, `server`: batching simulated, run for a decoder, and behind HTTP.
-`pipeline`: steps of compression in any order. `isa`: fewer instructions of the CPU. `targets`: systems to deploy on.
+Open `engines.py` first: an example of ten lines prepares a model and judges the engine's answers.
+
+engines.py: the table of engines; a model prepared for one of them
+job.py: the request to an engine
+torch_runtimes.py: torch's own engines
+onnx_runtimes.py: ONNX Runtime
+openvino_runtimes.py: OpenVINO
+export.py: a model as a graph or an ONNX file
+parity.py: an engine's answers beside the model's
+decoder_graph.py: a decoder as an OpenVINO graph
+decoding.py: a language model in OpenVINO, step by step
+language.py: a language model in OpenVINO, by whole texts
+simulation.py: batching simulated
+serving.py: batching run for a decoder
+server.py: batching behind HTTP
+pipeline.py: steps of compression in any order
+isa.py: fewer instructions of the CPU
+targets.py: systems to deploy on
 """
 
 from labkit import submodules

@@ -33,8 +33,10 @@ HIDDEN = -65504.0  # added to the score of a token that may not be read: float16
 class Stored(NamedTuple):
     """A weight [out, in] as (codes - zero) scale, or as floats if `scale` is None.
 
-    codes: [out, in], or [out, groups, in group]. kind: type of the codes in OpenVINO, such as "u4".
-    scale: float16 [out, 1], or [out, groups, 1]. zero: of the same shape; None: 0.
+    codes: [out, in], or [out, groups, in group].
+    kind: type of the codes in OpenVINO, such as "u4".
+    scale: float16 [out, 1], or [out, groups, 1].
+    zero: zero points in the same shape; None: 0.
     """
 
     codes: Tensor
@@ -151,7 +153,7 @@ class _Graph:
 
     @torch.no_grad()
     def save(self, path: Path) -> None:
-        """Write the .xml file `path`, and a .bin file with the weights beside the .xml."""
+        """Write the .xml file `path`, and beside it a .bin file with the weights."""
         import openvino
 
         results = [self.ops.opset.result(x) for x in self._outputs()]

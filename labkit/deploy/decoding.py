@@ -27,8 +27,10 @@ class DecoderEngine:
     """A decoder in OpenVINO, called with keys and values [B, layers, Hkv, P, D] and input_ids [B, S].
 
     A call returns logits [B, S, V], and keys and values of the S tokens. B, P and S may vary from call to call.
-    bytes: size of the file. prepare_seconds: time to write the file.
-    load_seconds: time to read and compile the file and give the first result. request: an openvino.InferRequest.
+    bytes: size of the file.
+    prepare_seconds: time to write the file.
+    load_seconds: time to read and compile the file and give the first result.
+    request: an openvino.InferRequest.
     """
 
     bytes: int
@@ -119,7 +121,8 @@ def writing(
 ) -> Callable[[], speculative.Generated]:
     """Read `ids` [T] by `model` once, and return a function that continues `ids` greedily by `new` tokens.
 
-    Every call of the function writes the same text. k: up to so many guesses by prompt lookup in each step.
+    k: most guesses by prompt lookup in a step.
+    Every call of the function writes the same text.
     """
     memory = _Memory(model, ids[None, :-1], room=new + k)
     return partial(_write, engine, memory, ids, new, k)

@@ -51,7 +51,7 @@ from labkit.storage import artifact
 
 ENGINES: dict[str, Runtime] = torch_runtimes.RUNTIMES | onnx_runtimes.RUNTIMES | openvino_runtimes.RUNTIMES
 MANIFEST = "engine.json"  # beside the file that is deployed
-INSTALL = {  # of packages that the extra `engines` does not bring
+HOW_TO_INSTALL_PACKAGE = {  # of packages that the extra `engines` does not bring
     "g++": "install it, or name another C++ compiler in CXX",
     "executorch": set_up_with("edge"),
     "torchao": set_up_with("edge"),  # which executorch imports where it lowers
@@ -67,7 +67,8 @@ class Engine:
     bytes: size of the deployed file; for torch, without a file, size of the stored weights (`artifact.size`).
     load_seconds: time to read the file, compile for this CPU and give the first result.
     prepare_seconds: time for the steps before, done once and maybe elsewhere: export, quantization, compilation.
-    shapes: of the inputs, by name. dynamic: varying dimensions of the inputs.
+    shapes: shapes of the inputs, by name.
+    dynamic: varying dimensions of the inputs.
     """
 
     name: str
@@ -103,17 +104,17 @@ def prepare(
 ) -> Engine:
     """Prepare `model` for the engine `name`, on the current number of torch's threads.
 
-    name: of an engine.
+    name: name of an engine.
         float32, or int8 if `model` is `Calibrated.model` of `ptq.quantize`: "torch" (eager), "onnxruntime", "openvino".
         The same in bfloat16, but for int8 layers: "torch-bf16", "torch-compile-bf16", "openvino-bf16".
         A float model only: "torch-compile" and "aotinductor" (with frozen weights), "executorch" (delegated to
         XNNPACK).
-        With a step left out, to see the effect of the step: "torch-channels-last" (a changed layout),
+        With a step left out, to see its effect: "torch-channels-last" (a changed layout),
         "torch-compile-unfrozen", "aotinductor-unfrozen", "onnxruntime-unoptimized" (no fusion), "executorch-portable"
         (no delegate).
         A float model quantized by the engine's own tools: "onnxruntime-dynamic" (without batches),
         "onnxruntime-static" (u8 s8, per channel), "onnxruntime-s8s8" (signed activations), "nncf" and "nncf-bf16".
-    model: on the CPU, unchanged afterwards; "torch" runs `model` and no copy.
+    model: a model on the CPU, unchanged afterwards; "torch" runs `model` and no copy.
     args: example of the model's arguments: a tensor, tuple or dict, labels left out. The shapes are fixed, but for
         `dynamic`.
     dynamic: {dimension: (least, most)}, the same in all inputs; the example must have 2 or more at these dimensions.
@@ -121,7 +122,7 @@ def prepare(
     batches: calibration data, cut into whole pieces of the size of `args`. ONNX Runtime has no convolution that adds
         before rounding, and no convolution from int8 to float32: these results of a quantized model are rounded as
         well, to the extremes seen in `batches`, by default in `args`.
-    options: for the quantizing tool. "nncf": arguments of nncf.quantize, preset and model_type by name.
+    options: arguments of the quantizing tool, for "nncf" of nncf.quantize, with preset and model_type by name.
         "onnxruntime-static" and "onnxruntime-s8s8": arguments of quantize_static.
 
     The results equal the simulation within a code per layer; in "onnxruntime" but for the results named above.
@@ -222,7 +223,7 @@ def _check_taken(
     folder: str | Path | None,
     options: Mapping[str, Any],
 ) -> None:
-    """Raise InputError for an argument of `prepare` without use for the engine, or for a missing argument."""
+    """Raise InputError for an argument of `prepare` that the engine has no use for, or that it lacks."""
     row = ENGINES[name]
     if options and row.takes not in ("tool", "data"):
         raise InputError(f"{name} takes no options, and got {', '.join(options)}: leave them out.")
@@ -258,9 +259,9 @@ def _check_products(name: str, model: nn.Module) -> None:
 
 @cache
 def _multiplies(name: str, bits: int) -> bool:
-    """Tell whether the engine multiplies extreme u8 and s8 codes as int64 does.
+    """Return True if the engine multiplies extreme u8 and s8 codes as int64 does.
 
-    bits: of the weights. See `extreme_codes`.
+    bits: width of the weights' codes, see `extreme_codes`.
     """
     draw = torch.Generator().manual_seed(0)
     most = 2 ** (bits - 1) - 1
@@ -322,13 +323,13 @@ def _write_manifest(job: EngineJob, file: str, size: int, prepare_seconds: float
 def missing(name: str, packages: Sequence[str]) -> str:
     """Name the missing packages in a sentence, and how to install the first; "" if all packages are installed.
 
-    name: of the engine that needs `packages`. "g++" is also of no use if the path of torch has a space or a quote:
+    name: name of the engine that needs `packages`. "g++" is also of no use if the path of torch has a space or a quote:
     torch's call of the compiler does not escape the path.
     """
     lacking = [package for package in packages if not _present(package)]
     if lacking:
         verb = "is" if len(lacking) == 1 else "are"
-        how = INSTALL.get(lacking[0], set_up_with("engines"))
+        how = HOW_TO_INSTALL_PACKAGE.get(lacking[0], set_up_with("engines"))
         return f"{name} needs {' and '.join(lacking)}, which {verb} not installed: {how}."
     if "g++" in packages and any(character in torch.__file__ for character in " '\""):
         return (

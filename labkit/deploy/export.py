@@ -24,12 +24,12 @@ from labkit.errors import InputError
 from labkit.modules import batches as batching
 from labkit.modules import hooks
 from labkit.modules.returned import outputs
-from labkit.quantization import affine, integer
+from labkit.quantization import affine, integer_graph
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import Observer
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint
 
-CLIPS = integer.RELU | integer.RELU6
+CLIPS = integer_graph.RELU | integer_graph.RELU6
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def write_onnx(
 ) -> None:
     """Write `model` to the ONNX file `path`.
 
-    model: float, or `Calibrated.model` of `ptq.quantize`; unchanged afterwards.
+    model: a float model, or `Calibrated.model` of `ptq.quantize`; unchanged afterwards.
     named: example of the keyword arguments, which fixes the shapes.
     dynamic: {dimension: (least, most)} of the dimensions that vary, the same in all inputs; all else is fixed.
     batches: calibration data for an engine with int8 convolutions of 8-bit results only: a result is rounded to the
@@ -124,7 +124,7 @@ def _dimensions(named: Mapping[str, Any], dynamic: Mapping[int, tuple[int, int]]
 def _exporting(how: str) -> Iterator[None]:
     """Turn an error of any stage of the exporter into an InputError."""
     try:
-        with quietly():
+        with silenced():
             yield
     except Exception as error:
         reason = str(error).splitlines()[0][:120]
@@ -135,12 +135,12 @@ def _exporting(how: str) -> Iterator[None]:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Tell whether the quantization of a layer of `model` is simulated."""
+    """Return True if the quantization of a layer of `model` is simulated."""
     return any(isinstance(module, FakeQuantized) for module in model.modules())
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silence warnings, log lines and progress bars of exporters and tools."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -41,7 +41,8 @@ with open(path, "wb") as file:
 def ladder(function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> dict[str, Any]:
     """Call `function(*args)` on each rung of this CPU, the lowest first, and return the results by rung.
 
-    function, args: see `apart`. timeout_s: for a rung.
+    function, args: see `apart`.
+    timeout_s: limit of a rung, in seconds.
     Raises InputError also on a CPU that is no x86.
     """
     has_rung = rungs()
@@ -55,7 +56,7 @@ def ladder(function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> 
 
 
 def rungs() -> dict[str, bool]:
-    """Tell for each rung if this CPU has the rung and all rungs below."""
+    """Tell for each rung if this CPU has it and all rungs below."""
     features = fingerprint("cpu").features
     table = {}
     has_all = True
@@ -68,8 +69,9 @@ def rungs() -> dict[str, bool]:
 def apart(function: Callable[..., Any], *args: Any, timeout_s: float = 300, **environment: str) -> Any:
     """Call `function(*args)` in a new process with these environment variables, and return the result.
 
-    function: of a module or a notebook. Only the code of its body is sent: the body imports the modules that it uses,
-        and closes over no variable. args and the result are pickled. timeout_s: seconds until the process is stopped.
+    function: a function of a module or a notebook. Only the code of its body is sent: the body imports the modules
+        that it uses, and closes over no variable. args and the result are pickled.
+    timeout_s: seconds until the process is stopped.
     The process has as many threads as torch here.
     Raises InputError for a function that needs more than its body, LabError with the last line of the process's error
     if the function fails.

@@ -18,8 +18,12 @@ Sizes = Mapping[int, tuple[int, int]]  # {dimension: (least, most)}
 class EngineJob(NamedTuple):
     """A model to prepare for an engine.
 
-    name: of the engine. named: the example's arguments by name. batches: calibration data, or None.
-    folder: for the engine's files. options: for the quantizing tool. dynamic: varying dimensions.
+    name: name of the engine.
+    named: the example's arguments by name.
+    batches: calibration data, or None.
+    folder: folder of the engine's files.
+    options: arguments of the quantizing tool.
+    dynamic: varying dimensions.
     """
 
     name: str

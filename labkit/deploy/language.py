@@ -38,7 +38,11 @@ MATCH = 3  # tokens that have to agree before their continuation is guessed
 
 
 class Texts(NamedTuple):
-    """Generated texts. ids: each prompt with its new tokens, [T + new]. calls: steps of the model, shared by all."""
+    """Generated texts.
+
+    ids: each prompt with its new tokens, [T + new].
+    calls: steps of the model, shared by all.
+    """
 
     ids: list[Tensor]
     calls: int
@@ -48,9 +52,11 @@ class Texts(NamedTuple):
 class LanguageEngine:
     """A language model in an engine.
 
-    bytes: size of the deployed files. prepare_seconds: time to write the files.
+    bytes: size of the deployed files.
+    prepare_seconds: time to write the files.
     load_seconds: time to read the files, compile for this CPU and give the first token.
-    vocabulary: number of token ids. positions: length of the longest text, in tokens.
+    vocabulary: number of token ids.
+    positions: length of the longest text, in tokens.
     """
 
     name: str
@@ -149,7 +155,8 @@ def _gguf_sizes(path: Path) -> tuple[int, int]:
 class _GenAI:
     """OpenVINO GenAI on the CPU. The prefix cache is off: with it a repeated prompt would cost nothing.
 
-    path: folder of the graph, or GGUF file. settings: properties of the CPU device.
+    path: folder of the graph, or GGUF file.
+    settings: properties of the CPU device.
     folder: temporary folder of the files, kept as long as the engine.
     """
 

@@ -19,7 +19,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it keeps a device id
 def session(source: Path | bytes, *, optimized: bool = True, save: Path | None = None) -> Any:
     """Return an onnxruntime.InferenceSession on the CPU, with torch's number of threads.
 
-    source: an ONNX file, or its bytes. optimized: False switches all optimizations of the graph off.
+    source: an ONNX file, or its bytes.
+    optimized: False switches all optimizations of the graph off.
     save: file to write the optimized graph to.
     """
     import onnxruntime
@@ -57,7 +58,7 @@ def _write(job: EngineJob, quantize: Callable[[EngineJob, Path, Path], None] | N
     if quantize is None:
         return source
     target = job.folder / "quantized.onnx"
-    with export.quietly():
+    with export.silenced():
         quantize(job, source, target)
     return target
 

@@ -17,7 +17,8 @@ from labkit.deploy.job import EngineJob, Run, Runtime
 def request(model: Any, precision: str = "f32", **settings: Any) -> Any:
     """Return an openvino.InferRequest on the CPU, with torch's number of threads.
 
-    model: an openvino.Model, or the path of a file. precision: of floating-point arithmetic, "f32" or "bf16".
+    model: an openvino.Model, or the path of a file.
+    precision: type of floating-point arithmetic, "f32" or "bf16".
     settings: further properties of OpenVINO's CPU device.
     """
     import openvino
@@ -52,7 +53,7 @@ def _write(job: EngineJob, quantize: Callable[[EngineJob, Any], Any] | None = No
     export.write_onnx(job.model, job.named, source, dynamic=job.dynamic)
     model = openvino.Core().read_model(source)
     if quantize is not None:
-        with export.quietly():
+        with export.silenced():
             model = quantize(job, model)
     path = job.folder / "model.xml"
     openvino.save_model(model, path, compress_to_fp16=False)

@@ -28,12 +28,13 @@ SURE = 0.1  # margin of probability between the first class and the second, abov
 class Parity:
     """A candidate's answers beside the model's, on the same `examples`. Intervals are of 95 %: (value, low, high).
 
-    max_abs: largest difference of two scores. sqnr_db: signal over noise of all scores, in decibels.
+    max_abs: largest difference of two scores.
+    sqnr_db: signal over noise of all scores, in decibels.
     agreement: share of examples with the same first class (Wilson interval).
     sure: number of examples with a margin above SURE in the model's answer.
     sure_agreement: agreement over the sure examples; None without a sure example.
-    accuracy: of the candidate; None without labels.
-    change: of accuracy, in points, paired with the model's; None without labels.
+    accuracy: the candidate's; None without labels.
+    change: change of accuracy in points, paired with the model's; None without labels.
     """
 
     examples: int
@@ -83,7 +84,7 @@ class Reference:
     """A model's answers to batches, asked once: `Reference(model, batches).judge(engine)` for each candidate.
 
     scores: first output of the model, [examples, classes]; the last dimension are the classes.
-    labels: [examples], or None for batches without labels.
+    labels: class numbers [examples], or None for batches without labels.
     Raises InputError without batches, and for fewer than 30 examples with labels, too few for an interval of the change
     of accuracy.
     """
@@ -139,7 +140,9 @@ def _check_enough(examples: int) -> None:
 
 
 def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = None) -> Parity:
-    """Compare a candidate's scores with the model's, both [examples, classes]. labels: [examples].
+    """Compare a candidate's scores with the model's, both [examples, classes].
+
+    labels: class numbers [examples]; None leaves accuracy out.
 
     Raises InputError for wrong shapes, and for fewer than 30 examples with labels.
     """

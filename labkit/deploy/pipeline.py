@@ -34,7 +34,8 @@ Done = tuple[str, ...]  # names of the steps so far
 class Step:
     """A step of compression: a change of the model, or the engine in which all further rows are run, or both.
 
-    apply: model -> a new model. engine: a name of `engines.available()`.
+    apply: model -> a new model.
+    engine: a name of `engines.available()`.
     trains: the new model has the old shapes and trained values; training takes a while, so the values are kept in the
         folder.
     """
@@ -50,8 +51,9 @@ class Stage:
     """A row: the model after `steps`, in `engine`.
 
     seconds: time of the last step, once; in an engine with export and loading.
-    bytes: size of the deployed file. parity: the answers beside the first model's.
-    speedups: over the first model in eager torch, (ratio, low, high) by the label of the input.
+    bytes: size of the deployed file.
+    parity: comparison of the answers with the first model's.
+    speedups: (ratio, low, high) over the first model in eager torch, by the label of the input.
     error: reason why the order ends here; bytes, parity and speedups are then empty.
     """
 
@@ -76,12 +78,14 @@ def execute(
 ) -> dict[str, list[Stage]]:
     """Run each order of steps: by order, a row for the model as it is and a row after each step.
 
-    model: unchanged afterwards. orders: the steps in turn, by name of the order.
+    model: the float model, unchanged afterwards.
+    orders: the steps in turn, by name of the order.
     examples: inputs for the measurement of latency, by label.
-    reference: of `model`, with batches of the size of the last example: judges the rows' answers.
+    reference: answers of `model` to batches of the size of the last example, which judge the rows' answers.
     folder: keeps rows and trained values, so the same call goes on after an interruption; a folder belongs to one model
         and one meaning of the steps' names.
-    batches: calibration data for engines. budget_s: seconds of timing for a row and an example.
+    batches: calibration data for engines.
+    budget_s: seconds of timing for a row and an example.
     Rows that are not in the folder yet are timed at the end, all in the same rounds (labkit.bench.race): rows of one
     call are comparable although the machine's speed drifts. A step that raises a LabError ends its order, with the
     error's sentence.
@@ -106,7 +110,8 @@ def _check_names(steps: Sequence[Step]) -> None:
 class _Pipelines:
     """Several orders of steps on a model; orders with equal beginnings share stages.
 
-    stages: all stages so far. untimed: for each stage missing in the store, the engines by the label of the example.
+    stages: all stages so far.
+    untimed: the engines of each stage that the store lacks, by the label of the example.
     """
 
     def __init__(
@@ -179,7 +184,10 @@ class _Pipelines:
         return engines.prepare(engine, model, example, batches=self.batches)
 
     def time(self, budget_s: float) -> None:
-        """Time the untimed stages against eager torch, and store the stages. budget_s: for a stage and an example."""
+        """Time the untimed stages against eager torch, and store them.
+
+        budget_s: seconds for a stage and an example.
+        """
         for label, example in self.examples.items():
             self._time_example(label, example, budget_s)
         for done in self.untimed:

@@ -42,7 +42,7 @@ try:
 except ImportError:
     Worker = object
 
-INSTALL = set_up_with("serving")
+HOW_TO_INSTALL = set_up_with("serving")
 LONGEST = 48  # tokens; what is beyond is cut off
 STEP = 8  # tokens: texts are padded to a multiple, since engines prepare kernels for each new shape
 CLIENT_S = 5.0  # seconds that a client waits for an answer
@@ -134,8 +134,8 @@ def main() -> None:
 class Server:
     """A server in a `with` block: `with Server(folder) as server:` serves on `server.url` until the block ends.
 
-    folder: of an engine of the fine-tuned MiniLM (`engines.prepare(..., folder=)`) with varying batch and length; None:
-        the model in eager torch.
+    folder: folder of an engine of the fine-tuned MiniLM (`engines.prepare(..., folder=)`) with varying batch and
+        length; None: the model in eager torch.
     max_batch: most texts computed together; 1: no batching.
     delay_ms: time that an unfilled batch waits for more texts, from 1 up.
     capacity: most requests in the server; further requests are answered with status 429 at once.
@@ -148,7 +148,7 @@ class Server:
         self, folder: str | Path | None = None, *, max_batch: int = 16, delay_ms: int = 1, capacity: int = 64
     ) -> None:
         if Worker is object:
-            raise InputError(f"The server needs mosec, which is not installed: {INSTALL}.")
+            raise InputError(f"The server needs mosec, which is not installed: {HOW_TO_INSTALL}.")
         check_whole(max_batch, "max_batch")
         check_whole(delay_ms, "delay_ms")
         check_whole(capacity, "capacity")
@@ -225,7 +225,8 @@ def _free_port() -> int:
 class Load:
     """Outcome of n requests, [n] each in the order of sending.
 
-    seconds: from the first scheduled moment to the last answer. status: HTTP's; 0: no answer in time.
+    seconds: time from the first scheduled moment to the last answer.
+    status: HTTP status; 0: no answer in time.
     latency_s: seconds from the scheduled moment to the whole answer, or until the client gave up.
     answers: bodies of the answers.
     """
@@ -266,7 +267,9 @@ def open_loop(
 ) -> Load:
     """Send n requests at Poisson moments, however the server answers.
 
-    bodies: of the requests, taken in turn. rate: mean requests per second. seed: of the moments.
+    bodies: bodies of the requests, taken in turn.
+    rate: mean requests per second.
+    seed: seed of the random moments.
     timeout_s: seconds that a client waits; the load ends `timeout_s` after the last moment at the latest.
     """
     moments = poisson_arrivals(rate, n, seed)
@@ -288,7 +291,7 @@ def open_loop(
 def closed_loop(url: str, bodies: Sequence[bytes], *, clients: int, n: int) -> Load:
     """Send n requests from clients that send again as soon as they have an answer.
 
-    bodies: of the requests, taken in turn. The server's capacity is answered / seconds.
+    bodies: bodies of the requests, taken in turn. The server's capacity is answered / seconds.
     """
 
     async def run() -> Load:
@@ -334,8 +337,10 @@ def _in_a_loop(work: Coroutine[Any, Any, Load]) -> Load:
 class Verdict:
     """Verdict of MLPerf's LoadGen on a server.
 
-    rate: requests per second. valid: True if p99 is within the bound, over enough queries, without a refused query.
-    reasons: LoadGen's words for an invalid run. p99_s: seconds from the scheduled moment, over `queries`.
+    rate: requests per second.
+    valid: True if p99 is within the bound, over enough queries, without a refused query.
+    reasons: LoadGen's words for an invalid run.
+    p99_s: seconds from the scheduled moment, over `queries`.
     refused: queries with another status than 200.
     """
 
@@ -350,7 +355,9 @@ class Verdict:
 def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 0.05, seconds: float = 15.0) -> Verdict:
     """Judge a server with MLPerf's LoadGen (Reddi et al. 2020) as the client: scenario Server, Poisson arrivals.
 
-    bodies: of the requests. rate: mean requests per second. bound_s: limit of the p99.
+    bodies: bodies of the requests.
+    rate: mean requests per second.
+    bound_s: limit of the p99, in seconds.
     seconds: least time of arrivals; the most is four times as long.
     LoadGen knows no refused request: a refused request makes the run invalid here.
     Raises InputError if LoadGen is missing.
@@ -358,7 +365,7 @@ def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 
     try:
         import mlperf_loadgen as lg
     except ImportError:
-        raise InputError(f"The judge is mlcommons-loadgen, which is not installed: {INSTALL}.") from None
+        raise InputError(f"The judge is mlcommons-loadgen, which is not installed: {HOW_TO_INSTALL}.") from None
     loop = asyncio.new_event_loop()
     client = Client(url)
     statuses: list[int] = []
@@ -428,7 +435,10 @@ def _verdict(summary: Sequence[str], rate: float, statuses: Sequence[int]) -> Ve
 
 
 class Client:
-    """HTTP/1.1 client on connections that are used again. url: "http://host:port/path"."""
+    """HTTP/1.1 client on connections that are used again.
+
+    url: address of the server, "http://host:port/path".
+    """
 
     def __init__(self, url: str) -> None:
         address, self.path = url.removeprefix("http://").split("/", 1)

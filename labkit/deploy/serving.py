@@ -25,7 +25,10 @@ BATCHING = ("continuous", "static")
 
 @dataclass(eq=False)
 class Request:
-    """A text on its way: `end` tokens when the text is done. token_s: seconds when each new token was ready."""
+    """A text on its way: `end` tokens when the text is done.
+
+    token_s: seconds when each new token was ready.
+    """
 
     table: PageTable
     end: int
@@ -45,9 +48,11 @@ class Request:
 class Service:
     """Served texts and their times, in seconds since all requests came together.
 
-    ids: each prompt with its new tokens, [T + new]. token_s: times of the new tokens, [new] for each request.
-    steps: calls of the model. computed: tokens that went through the model; sharing pages saves tokens, preemption
-    costs tokens. preemptions: requests that gave their pages back.
+    ids: each prompt with its new tokens, [T + new].
+    token_s: times of the new tokens, [new] for each request.
+    steps: number of calls of the model.
+    computed: number of tokens that went through the model; sharing pages saves tokens, preemption costs tokens.
+    preemptions: number of requests that gave their pages back.
     """
 
     ids: list[Tensor]
@@ -108,15 +113,16 @@ def serve(
 
     model: a LlamaForCausalLM of transformers, or a `Decoder`.
     max_new_tokens: a number, or a number for each prompt.
-    max_batch: requests that run at a time. page_size: tokens of a page.
-    share_prefixes: read pages that other requests wrote.
-    batching: "continuous": a waiting request takes the place of a finished request, and a step is a token of each
-        running request and one prompt. "static": a batch starts together and runs until the longest request is done,
-        like rows of a tensor: all prompts are one step, and every further step is a token of all requests, finished
-        requests included.
+    max_batch: most requests that run at a time.
+    page_size: number of tokens in a page.
+    share_prefixes: True to read pages that other requests wrote.
+    batching: "continuous": a waiting request takes the place of a finished one, and a step is a token of each running
+        request and one prompt. "static": a batch starts together and runs until the longest request is done, like rows
+        of a tensor: all prompts are one step, and every further step is a token of all requests, finished requests
+        included.
     chunk: tokens of a prompt that a step takes at most; None: the whole prompt.
-    pages: of the pool; None: enough for max_batch of the longest requests. If a smaller pool has no free page, the
-        youngest requests give their pages back, and are computed again later.
+    pages: number of the pool's pages; None: enough for max_batch of the longest requests. If a smaller pool has
+        no free page, the youngest requests give their pages back, and are computed again later.
     The texts do not depend on these options, unless rounding decides between two logits.
     Raises InputError for prompts that are no text of the model and a request that the pool cannot hold.
     """
@@ -182,7 +188,10 @@ def _admit(waiting: deque[Request], running: list[Request], max_batch: int) -> N
 
 
 def _compute(net: Decoder, batch: PagedBatch, requests: Sequence[Request], start: float) -> None:
-    """Run a step, and give the next token to each request whose prompt is complete. start: of the clock."""
+    """Run a step, and give the next token to each request whose prompt is complete.
+
+    start: the clock's reading at the start.
+    """
     hidden = net.hidden(batch.ids, batch)[0, batch.last]  # [requests of the step, W]
     complete = [place for place, request in enumerate(requests) if request.pending == 0]
     tokens = net.logits(hidden[complete]).argmax(-1).tolist()

@@ -43,7 +43,10 @@ class Served:
 
 
 def poisson_arrivals(rate: float, n: int, seed: int = 0) -> Times:
-    """Draw arrival times of n independent requests, in seconds from 0, [n]. rate: mean requests per second."""
+    """Draw arrival times of n independent requests, in seconds from 0, [n].
+
+    rate: mean requests per second.
+    """
     if not 0 < rate < math.inf:
         raise InputError(f"rate has to be above 0 requests a second, got {rate!r}: give how many arrive in a second.")
     check_whole(n, "n")
@@ -55,7 +58,8 @@ def poisson_arrivals(rate: float, n: int, seed: int = 0) -> Times:
 def interpolate(batch_sizes: Sequence[int], seconds: Sequence[float]) -> Seconds:
     """Return the step time as a function of the batch size, on straight lines between measured batch sizes.
 
-    batch_sizes: rising. seconds: measured step time of each batch size.
+    batch_sizes: batch sizes in rising order.
+    seconds: measured step time of each batch size.
     The function raises InputError outside the measured batch sizes.
     """
     sizes = np.asarray(batch_sizes, dtype=float)
@@ -113,7 +117,8 @@ def dynamic(
 def continuous(arrivals: ArrayLike, lengths: ArrayLike, step_seconds: Seconds, *, max_batch: int) -> Served:
     """SIMULATED: requests join between decode steps while fewer than `max_batch` run, and leave when they are done.
 
-    arrivals: seconds, rising, [requests]. lengths: tokens to generate, [requests].
+    arrivals: arrival times in seconds, rising, [requests].
+    lengths: numbers of tokens to generate, [requests].
     step_seconds: step_seconds(b) is the time of a decode step of b requests, which gives each request a token.
     Raises InputError for impossible requests or times.
     """

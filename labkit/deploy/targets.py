@@ -27,8 +27,12 @@ class Target:
 
     kind: "engine", "server", "judge", "instructions", "accelerator" or "edge".
     runs, half: probes, "kind:name,kind:name", for the whole system, and for the part that converts, compiles or
-        emulates. life: one of LIVES. guide: the guide's words for the system. note: a fact to know.
-    source: of the note. read: month in which the source was read.
+        emulates.
+    life: one of LIVES.
+    guide: the guide's words for the system.
+    note: a fact to know.
+    source: source of the note.
+    read: month in which the source was read.
     """
 
     name: str
@@ -50,7 +54,7 @@ class Target:
 
     @property
     def needs(self) -> str:
-        """Needs of the system in words, unless the system has ended: the probes, and a device of its own."""
+        """Needs of the system in words, unless it has ended: the probes, and a device of its own."""
         if self.life == "ended":
             return ""
         is_device = self.kind in ("accelerator", "edge")
@@ -78,7 +82,11 @@ def by_status() -> dict[str, list[str]]:
 
 
 class Probe(NamedTuple):
-    """A kind of thing to look for. words: a template for the name. is_here: name -> True if the thing is here."""
+    """A kind of thing to look for.
+
+    words: a template for the name.
+    is_here: name -> True if the thing is here.
+    """
 
     words: str
     is_here: Callable[[str], bool]
@@ -119,7 +127,7 @@ PROBES = {
 
 
 def _holds(probes: str) -> bool:
-    """Tell whether everything in "kind:name,kind:name" is here; without probes, False."""
+    """Return True if everything in "kind:name,kind:name" is here; without probes, False."""
     parts = _parts(probes)
     return bool(parts) and all(PROBES[kind].is_here(name) for kind, name in parts)
 
@@ -137,7 +145,7 @@ def _parts(probes: str) -> list[list[str]]:
 
 
 def _is_name_of(name: str, gpu: str) -> bool:
-    """Tell whether `name` is a word of the GPU's name, or begins a word before a hyphen: L4 is no L40S."""
+    """Return True if `name` is a word of the GPU's name, or begins a word before a hyphen: L4 is no L40S."""
     words = gpu.replace("-", " ").split()
     return not name or name in words
 

@@ -76,13 +76,13 @@ def _write_aotinductor(job: EngineJob, freezing: bool = True) -> Path:
     program = export.program(job.model, job.named, job.dynamic)
     path = job.folder / "model.pt2"
     settings = {"freezing": freezing}
-    with export.quietly():
+    with export.silenced():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     return path
 
 
 def _read_aotinductor(path: Path) -> Run:
-    with export.quietly():
+    with export.silenced():
         package = torch._inductor.aoti_load_package(str(path))
 
     @torch.inference_mode()
@@ -97,7 +97,7 @@ def _read_aotinductor(path: Path) -> Run:
 
 def _write_executorch(job: EngineJob, delegate: bool = True) -> Path:
     """Lower the model; `delegate` hands the operators to XNNPACK instead of portable kernels."""
-    with export.quietly():
+    with export.silenced():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
@@ -111,7 +111,7 @@ def _write_executorch(job: EngineJob, delegate: bool = True) -> Path:
 
 
 def _read_executorch(path: Path) -> Run:
-    with export.quietly(), _without_native_log():
+    with export.silenced(), _without_native_log():
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime as ExecuTorch
 

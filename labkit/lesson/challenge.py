@@ -1,7 +1,7 @@
-"""Challenges: a goal on a plane of two quantities, and points on the plane.
+"""Challenges: a goal on a plane of two quantities, and points on it.
 
 Goals are {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open. A point is a
-dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if the column has an interval.
+dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if it has one.
 
     goals = {"time": (None, 0.6, "x"), "accuracy": (84, None, "%")}
     point = {"recipe": "half", "time": 0.55, "time ci95": (0.5, 0.6), "accuracy": 85.2}
@@ -28,12 +28,12 @@ def place(
 ) -> Challenge:
     """Show the learner's plan on the plane, beside reference points, and return the challenge's record.
 
-    name        of the challenge
-    goal        a sentence that asks for the goal
-    plan        the point of the learner's plan; None without a plan
-    goals       see the top of the file
-    references  points, each with the column `label`, the point's name
-    label       a column of `references`: "recipe"
+    name: name of the challenge.
+    goal: a sentence that asks for the goal.
+    plan: the point of the learner's plan; None without a plan.
+    goals: ranges of the goal by column, see the top of the file.
+    references: points, each with the column `label`, the point's name.
+    label: name of the column of `references` with the points' names, such as "recipe".
     Raises InputError for goals or points without numbers for two columns.
     """
     points = []
@@ -110,10 +110,10 @@ def heading(goals: Goals, column: str) -> str:
 def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str, star: str | None = None) -> None:
     """Draw points with their names over the shaded region of the goal.
 
-    ax      a matplotlib axis
-    goals   see the top of the file
-    points  as from `checked`, and with the column `label`, a point's name
-    star    the name of a point to draw as a star, and to label first
+    ax: a matplotlib axis.
+    goals: ranges of the goal by column, see the top of the file.
+    points: results of `checked`, each with the column `label`, its name.
+    star: the name of a point to draw as a star, and to label first.
     """
     ax.margins(MARGIN)
     for point in points:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labkit import files
+from labkit import files, show
 from labkit.errors import InputError
 
 STUB_SAYS = "Your answer goes here"
@@ -31,7 +31,7 @@ LONGEST_ERROR = 160  # characters of an exception's text
 class CheckResult:
     """The outcome of a check: passed or not, all failures, and the number of tried requirements.
 
-    changed  settings of the process changed by the answer, and put back by the check
+    changed: settings of the process changed by the answer, and put back by the check.
     """
 
     id: str
@@ -52,14 +52,14 @@ class Failures:
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """A sentence for each failure, with the first input to show the failure."""
+        """A sentence for each failure, with the first input that shows it."""
         return tuple(first + _and_more(self._more[message]) for message, first in self._first.items())
 
     def expect(self, condition: Any, message: str, *, detail: str = "") -> bool:
         """Note a failure unless the condition holds; return True if the condition holds.
 
-        message  the failure in a clause
-        detail   the evidence, for the first input
+        message: clause that says the failure.
+        detail: the evidence, for the first input.
         """
         self.tried += 1
         if condition:
@@ -148,8 +148,8 @@ def has_parts(value: Any, number: int) -> bool:
 def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: Callable, message: str) -> None:
     """Check that `fn` names each fault in a code, in three ways to write the code.
 
-    written  written(fault, style) with style 0, 1 or 2 returns the arguments of `fn`
-    message  the failure if `fn` returns the name of a wrong fault
+    written: written(fault, style) with style 0, 1 or 2 returns the arguments of `fn`.
+    message: the failure if `fn` returns the name of a wrong fault.
     """
     for style in range(3):
         for fault in faults:
@@ -162,7 +162,7 @@ def diagnoses(fn: Callable, failures: Failures, faults: Sequence[str], written: 
 def check(check_id: str, fn: Callable, **context: Any) -> CheckResult:
     """Run the check of an exercise on the learner's `fn`.
 
-    context  further arguments of the check
+    context: further arguments of the check.
     Random states and settings of the process (`settings`) are put back afterwards.
     Raises InputError for an unknown id and for an `fn` that cannot be called. A stub's NotImplementedError passes
     through: a runner can tell "not done yet" from "wrong".
@@ -255,10 +255,7 @@ def _is_of_a_stub(error: Exception) -> bool:
 
 
 def _and_more(count: int) -> str:
-    if not count:
-        return ""
-    plural = "s" if count > 1 else ""
-    return f"; the same with {count} other input{plural}"
+    return f"; the same with {show.counted(count, 'other input')}" if count else ""
 
 
 def _is_empty(value: Any) -> bool:

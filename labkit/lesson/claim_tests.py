@@ -15,8 +15,8 @@ MOST_SHOWN = 5
 class ClaimTests:
     """The tested claims of a session.
 
-    lesson  "00" to "13": the lesson's reference runs may settle a claim, too
-    device  "cpu" or "cuda", the device of the session's values
+    lesson: "00" to "13": the lesson's reference runs may settle a claim, too.
+    device: "cpu" or "cuda", the device of the session's values.
     """
 
     def __init__(self, lesson: str, device: str) -> None:
@@ -38,7 +38,7 @@ class ClaimTests:
     ) -> None:
         """Note the verdict of a value (`claims.verdict`, with the same arguments and errors) in silence.
 
-        A claim about a GPU is not settled by a CPU's number, nor a claim about a CPU by a GPU's: the value is dropped.
+        A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         """
         claim = claims.entry(claim_id)
         number = show.number(value)
@@ -63,8 +63,7 @@ class ClaimTests:
             raise InputError(
                 f"lab.claims shows one to five claims, not {len(claim_ids)}; choose those that teach most."
             )
-        plural = "s" if len(claim_ids) > 1 else ""
-        title = f"{len(claim_ids)} widespread claim{plural}, tested"
+        title = f"{show.counted(len(claim_ids), 'widespread claim')}, tested"
         text = [title]
         html = [f"<details><summary><b>{title}</b></summary>"]
         for claim_id in claim_ids:

@@ -1,6 +1,6 @@
 """Widespread claims with a number, and the verdict of a measured value: confirmed, contradicted, or undecided.
 
-The claims stand in notebooks/claims.toml, each with the range of values to confirm the claim. A verdict weighs a value
+The claims stand in notebooks/claims.toml, each with the range of values that confirm it. A verdict weighs a value
 and an interval. A claim about trained models has a recipe, the least training able to settle the claim: after a shorter
 training the claim stays open.
 """
@@ -46,16 +46,16 @@ class Change(BaseModel, frozen=True, extra="forbid", strict=True):
 class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
     """An entry of claims.toml.
 
-    id          "<section>.<n>"; stays when a neighbour goes
-    text        the claim, in our words
-    quantity    the measured quantity, in `unit`
-    expected    (lowest, highest) of the confirming values, infinite for an open side
-    needs       the judge of the claim: "any" machine, a "cpu", a "gpu", "arithmetic", a "document"
-    source      where the claim stands, and the evidence for our verdict
-    why         why people say so, for readers of a lesson
-    right_when  the conditions under which people are right
-    changed     the exchanges of the quantity after a value was known
-    recipe      the least training able to settle the claim: {"steps": 600, "seeds": 5}; empty without training
+    id: "<section>.<n>"; stays when a neighbour goes.
+    text: the claim, in our words.
+    quantity: the measured quantity, in `unit`.
+    expected: (lowest, highest) of the confirming values, infinite for an open side.
+    needs: the judge of the claim: "any" machine, a "cpu", a "gpu", "arithmetic", a "document".
+    source: place of the claim, and the evidence for our verdict.
+    why: why people say so, for readers of a lesson.
+    right_when: the conditions under which people are right.
+    changed: the exchanges of the quantity after a value was known.
+    recipe: the least training able to settle the claim: {"steps": 600, "seeds": 5}; empty without training.
     """
 
     id: str
@@ -81,7 +81,7 @@ class Claim(BaseModel, frozen=True, extra="forbid", strict=True):
 def load(path: Path | None = None) -> dict[str, Claim]:
     """Read all claims by id, in the file's order.
 
-    path  of a file like claims.toml, which is read by default
+    path: path of a file like claims.toml, which is read by default.
     Raises DataError, naming the entry, for a malformed or repeated entry.
     """
     path = path or files.NOTEBOOKS / "claims.toml"
@@ -125,11 +125,11 @@ def verdict(
 ) -> Verdict:
     """Return the verdict of a value on a claim.
 
-    value    in the claim's unit; None if the quantity is not measurable here
-    ci95     the value's 95 % interval, (low, high). The whole interval within the expected range confirms, the whole
-             interval outside contradicts, an edge of the range inside the interval is inconclusive. Without an interval
-             the value alone decides
-    trained  the training behind the value, in the terms of the claim's recipe; less than the recipe settles nothing
+    value: a number in the claim's unit; None if the quantity is not measurable here.
+    ci95: the value's 95 % interval, (low, high). The whole interval within the expected range confirms, the whole
+        interval outside contradicts, an edge of the range inside the interval is inconclusive. Without an interval the
+        value alone decides.
+    trained: the training behind the value, in the terms of the claim's recipe; less than the recipe settles nothing.
     Raises InputError for a value that is no number, and for a `trained` without a term of the recipe.
     """
     _check_trained(claim, trained)
@@ -158,9 +158,9 @@ def can_be_settled_on(claim: Claim, device: str) -> bool:
 def is_current(claim: Claim, created: str, trained: Mapping[str, float] | None) -> bool:
     """Return True if a record's verdict is about the claim's present quantity.
 
-    created  day of the record (ISO 8601)
-    trained  the training in the record's entry; a record from before the claim had its recipe has none, and is not
-             current
+    created: day of the record (ISO 8601).
+    trained: the training in the record's entry; a record from before the claim had its recipe has none, and is not
+        current.
     """
     if claim.recipe and trained is None:
         return False

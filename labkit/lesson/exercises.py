@@ -17,8 +17,8 @@ NOT_DONE = "not done yet"
 class _Examined:
     """A learner's function and the outcome of the latest check.
 
-    changed_settings  names of the process's settings (`settings`) changed by the function
-    requirements      number of requirements tried by the check
+    changed_settings: names of the process's settings (`settings`) changed by the function.
+    requirements: number of requirements tried by the check.
     """
 
     function: Callable
@@ -42,7 +42,7 @@ class Exercises:
     def check(self, exercise: str, function: Callable, **context: Any) -> None:
         """Check a learner's function and show every failure.
 
-        context  further arguments of the exercise's check
+        context: further arguments of the exercise's check.
         Raises InputError for an unknown exercise and for a `function` that cannot be called.
         """
         if exercise in self._worked and function is self._worked[exercise]:
@@ -112,8 +112,7 @@ def _show_passed(exercise: str, answer: _Examined) -> None:
 
 
 def _show_failures(exercise: str, failures: list[str]) -> None:
-    plural = "s" if len(failures) > 1 else ""
-    count = f"{len(failures)} thing{plural} to look at"
+    count = f"{show.counted(len(failures), 'thing')} to look at"
     text = "\n  - ".join([f"exercise {exercise}: {count}", *failures])
     items = "".join(f"<li>{escape(failure)}</li>" for failure in failures)
     show.emit(text, f"<b>Exercise {escape(exercise)}: {count}</b><ul>{items}</ul>")

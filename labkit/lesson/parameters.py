@@ -37,8 +37,8 @@ class Parameter:
     def convert(self, value: Any) -> Any:
         """Return `value`, or the value that a text stands for, as the lesson gets the parameter.
 
-        The type is the type of `allowed`, or, for a parameter without bounds, the type of the default.
-        Raises InputError for a value of another type, and for a value that is not allowed.
+        The type is that of `allowed`, or, for a parameter without bounds, that of the default.
+        Raises InputError for a value of another type, or one that is not allowed.
         """
         if isinstance(self.default, list | tuple):
             return self._convert_list(value)
@@ -71,7 +71,7 @@ class Parameter:
 def require_allowed(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     """Return `value` if the parameter `name` may have it; else raise an InputError that names the allowed values.
 
-    allowed  (lowest, highest) of a number, or the choices of a text; the value has their type
+    allowed: (lowest, highest) of a number, or the choices of a text; the value has their type.
     A whole number stands for a float, and a text never for a number.
     """
     try:
@@ -107,7 +107,7 @@ def ranges(lesson: str) -> dict[str, list[Any]]:
 def read(notebook: Mapping[str, Any]) -> dict[str, Parameter]:
     """Read a notebook's parameters by name, in the order of the cell; InputError for a line that is no NAME = literal.
 
-    notebook  as JSON holds it: {"cells": [...]}
+    notebook: the notebook's JSON, {"cells": [...]}.
     """
     cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:

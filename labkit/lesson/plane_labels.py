@@ -20,8 +20,8 @@ BACKGROUND = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0
 class Label:
     """A label of a point.
 
-    point        (x, y) in the units of the axes
-    is_required  True for a label that may stand further away, with a line to the point
+    point: (x, y) in the units of the axes.
+    is_required: True for a label that may stand further away, with a line to the point.
     """
 
     point: tuple[float, float]
@@ -63,8 +63,8 @@ def place_labels(ax: Any, labels: Sequence[Label]) -> None:
 class _Crowd:
     """The points and the labels written so far, in pixels.
 
-    ax      a matplotlib axis
-    points  [N, 2] in the units of the axes
+    ax: a matplotlib axis.
+    points: [N, 2] in the units of the axes.
     """
 
     def __init__(self, ax: Any, points: Sequence[tuple[float, float]]) -> None:
@@ -78,7 +78,7 @@ class _Crowd:
     def first_free(self, number: int, places: Sequence[Place], boxes: Sequence[Any]) -> int | None:
         """Return the index of the first free place for the label of point `number`; None if no place is free.
 
-        boxes  of the label at each place, as matplotlib's Bbox in pixels
+        boxes: the label's box at each place, a matplotlib Bbox in pixels.
         """
         for index, (place, box) in enumerate(zip(places, boxes, strict=True)):
             is_free = self._is_inside(box) and not box.count_overlaps(self.taken)

@@ -1,4 +1,4 @@
-"""Predictions: a reader's guess before a measurement, and how far the guess was off afterwards."""
+"""Predictions: a reader's guess before a measurement, and how far off it was."""
 
 import math
 import statistics
@@ -26,9 +26,9 @@ class Predictions:
     def predict(self, name: str, value: float | EllipsisType, unit: str, question: str, *, is_measured: bool) -> None:
         """Note a guess and print it, or ask the question if `value` is `...`.
 
-        name         of the quantity, as later in the record
-        value        the guess in `unit`; `...` notes the question without a guess
-        is_measured  whether the session has measured the quantity already: a guess then comes too late and is not noted
+        name: name of the quantity, as later in the record.
+        value: the guess in `unit`; `...` notes the question without a guess.
+        is_measured: True if the session has measured it already: a guess then comes too late and is not noted.
         Raises InputError if `value` is neither a finite number nor `...`.
         """
         guess = _checked_guess(name, value)

@@ -39,11 +39,11 @@ class _Strict(BaseModel):
 class Column(_Strict, frozen=True):
     """The meaning of the numbers in a column of a table.
 
-    role   "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither
-    unit   of the numbers, such as "ms"; empty for numbers without a unit
-    clock  True if a clock or a memory counter made or decided the numbers, so that a repetition differs. A repetition
-           has different rows if a clock decided a column of `by`, like the name of the slowest case
-    low, high  names of the columns with the ends of the 95 % interval, if any
+    role: "setting": chosen, not measured; "quality": more is better; "cost": less is better; "result": neither.
+    unit: unit of the numbers, such as "ms"; empty for numbers without a unit.
+    clock: True if a clock or a memory counter made or decided the numbers, so that a repetition differs. A repetition
+        has different rows if a clock decided a column of `by`, like the name of the slowest case.
+    low, high: names of the columns with the ends of the 95 % interval, if any.
     """
 
     role: Role = "result"
@@ -111,9 +111,9 @@ class RecordedTable(_Strict):
 class Prediction(_Strict):
     """A guess and the measured number in the same unit.
 
-    predicted  None for a question without an answer
-    measured   None before the measurement
-    ci95       the 95 % interval of the measured number, if any
+    predicted: the guess; None for a question without an answer.
+    measured: the measured number; None before the measurement.
+    ci95: the 95 % interval of the measured number, if any.
     """
 
     name: str
@@ -146,7 +146,8 @@ class CheckedExercise(_Strict):
 class Challenge(_Strict):
     """A lesson's challenge: the goals (labkit.lesson.challenge), the learner's point, and if the point lies inside.
 
-    point, reached  None without a plan
+    point: numbers of the plan; None without a plan.
+    reached: True if the plan reaches the goal; None without a plan.
     """
 
     name: str
@@ -159,9 +160,9 @@ class Challenge(_Strict):
 class Processes(_Strict):
     """The results of a lesson in several processes, run in turn; all lists are in the order of the processes.
 
-    created  end of each process, ISO 8601
-    seconds  duration of each process
-    values   the recorded numbers by name; a process without the number is left out of the list
+    created: end of each process, ISO 8601.
+    seconds: duration of each process.
+    values: the recorded numbers by name; a process without the number is left out of the list.
     """
 
     created: list[str]
@@ -181,11 +182,11 @@ class Spread(NamedTuple):
 class RunRecord(_Strict):
     """A finished run of a lesson.
 
-    sentences    the messages of figures and tables by name
-    seconds      duration of all running cells
-    peak_memory, peak_device_memory  bytes
-    budget       {seconds, memory, within}: the preset's limits (memory None: no limit), and if the run kept both
-    runs         of a reference run, the results of all processes recorded together; None for a single process
+    sentences: the messages of figures and tables by name.
+    seconds: duration of all running cells.
+    peak_memory, peak_device_memory: largest memory in use, in bytes.
+    budget: {seconds, memory, within}: the preset's limits (memory None: no limit), and if the run kept both.
+    runs: results of all processes of a reference run, recorded together; None for a single process.
     """
 
     version: Literal["labkit.record/2"]
@@ -229,7 +230,7 @@ class RunRecord(_Strict):
             raise DataError(f"{source} is damaged: `{field}`: {first['msg']}; run the lesson again.") from None
 
     def named(self, name: str) -> RecordedValue | RecordedTable | None:
-        """Return the result called `name`, None if the run has no result of the name."""
+        """Return the result called `name`, None if the run has none."""
         for entry in self.measurements:
             if entry.name == name:
                 return entry
@@ -246,7 +247,7 @@ class RunRecord(_Strict):
         return Spread(statistics.median(values), min(values), max(values), len(values))
 
     def _over_processes(self, name: str) -> list[int | float]:
-        """Return the numbers called `name` of all processes with a number of the name."""
+        """Return the numbers called `name` of all processes that have one."""
         if self.runs is not None:
             return self.runs.seconds if name == "seconds" else self.runs.values.get(name, [])
         value = self.seconds if name == "seconds" else getattr(self.named(name), "value", None)
@@ -270,11 +271,11 @@ def table(
 ) -> RecordedTable:
     """Make a table to record.
 
-    name       of the table
-    rows       a list of dicts, one a row
-    by         the columns that tell rows apart; rows that differ only in SEED are repetitions
-    columns    the meaning of the rest, as in {"ms": cost("ms", clock=True)}
-    simulated  True for computed rows, False for measured rows
+    name: name of the table.
+    rows: a list of dicts, one a row.
+    by: the columns that tell rows apart; rows that differ only in SEED are repetitions.
+    columns: the meaning of the rest, as in {"ms": cost("ms", clock=True)}.
+    simulated: True for computed rows, False for measured rows.
     Raises InputError for `rows` that are no list of dicts, a column in `by` or `columns` missing from all rows, and
     two rows alike in all columns of `by`.
     """
@@ -391,7 +392,7 @@ def _is_series(values: Sequence[Any]) -> bool:
 
 
 def _anonymous(text: str) -> str:
-    """Replace the folders of the course and of the user, as in messages of errors, by "<course>" and "~"."""
+    """Replace the folders of the course and of the user, as error messages name them, by "<course>" and "~"."""
     for folder, name in ((str(files.ROOT), "<course>"), (str(Path.home()), "~")):
         if len(folder) > 1:  # a home of "/" would be replaced everywhere
             text = text.replace(folder, name)
@@ -410,7 +411,7 @@ def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Return the course's commit, and if files differ from the commit ("dirty"); None outside a clone."""
+    """Return the course's commit, and if files differ from it ("dirty"); None outside a clone."""
     if files.IN_WHEEL:  # the environment may lie in a clone of something else
         return None
     try:

@@ -33,8 +33,8 @@ def results(lesson: str, name: str) -> list[dict[str, Any]]:
 def beside(this_run: Mapping[str, Any], reference: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the rows of a table with a number of this run above the numbers of the reference runs.
 
-    this_run   a dict as in `results`, without created and spread
-    reference  dicts as from `results`
+    this_run: a dict as in `results`, without created and spread.
+    reference: dicts as from `results`.
     A kind of device without any run gets a row "not recorded yet".
     """
     rows = [_row("this run", this_run)]
@@ -83,7 +83,7 @@ def _row(title: str, run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _range(run: Mapping[str, Any]) -> tuple[Any, Sequence[float] | None, str]:
-    """Return a run's number, the ends of the range of the number, and the kind of the range.
+    """Return a run's number, the ends of its range, and the kind of the range.
 
     An interval within a run tells how well the run knew its number; only several processes tell how runs differ.
     """

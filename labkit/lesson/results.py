@@ -18,13 +18,13 @@ class Results:
         self.predictions = Predictions()
 
     def add_table(self, table: RecordedTable) -> None:
-        """Keep a table under the table's name."""
+        """Keep a table under its name."""
         self.by_name[table.name] = table
 
     def add_value(self, **fields: Any) -> None:
         """Keep a value under the value's name, and complete the prediction of the same name.
 
-        fields  of records.RecordedValue
+        fields: fields of records.RecordedValue.
         Raises InputError, before a change, for an interval without two ends, an unknown role, and a unit that does not
         compare with the prediction's.
         """

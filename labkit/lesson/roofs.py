@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 
+from labkit import show
 from labkit.lesson import records
 from labkit.lesson.results import Results
 from labkit.timing import machine, roofline
 from labkit.timing.bench import Comparison, Measurement
-from labkit.timing.counting import Work
 from labkit.timing.machine import Ceilings
+from labkit.timing.work import Work
 
 
 class Roofs:
     """The measured ceilings by device and number of threads.
 
-    results   gets a table of each device's ceilings
-    budget_s  seconds that a measurement of ceilings may take
+    results: the session's results, which get a table of each device's ceilings.
+    budget_s: seconds that a measurement of ceilings may take.
     """
 
     def __init__(self, results: Results, budget_s: float) -> None:
@@ -32,7 +33,8 @@ class Roofs:
     def of(self, device: str | torch.device, *, again: bool = False) -> Ceilings:
         """Return the ceilings of `device` at the number of threads that torch has now.
 
-        again  measure once more and return the higher of each ceiling: a neighbour's load only lowers a ceiling
+        again: True to measure once more and return the higher of each ceiling: a neighbour's load only lowers a
+            ceiling.
         """
         name = _device_name(machine.torch_device(device))
         threads = torch.get_num_threads()
@@ -49,8 +51,8 @@ class Roofs:
     def place(self, comparison: Comparison, work: Sequence[Work], dtypes: Sequence[str]) -> Comparison:
         """Return the comparison with each side's share of the roof.
 
-        work    of a call of the baseline, of a call of the candidate
-        dtypes  of the baseline's and of the candidate's arithmetic, such as ("fp32", "int8")
+        work: work of a call of the baseline and of a call of the candidate.
+        dtypes: types of the baseline's and of the candidate's arithmetic, such as ("fp32", "int8").
         A side above a roof without an excuse shows that the roofs were measured in a bad moment: the roofs are
         measured once more.
         """
@@ -89,8 +91,8 @@ def _table(device: str, threads: int, ceilings: Ceilings) -> records.RecordedTab
     rows = [_row(dtype, "FLOP/s", rate, ceilings.flops_range.get(dtype)) for dtype, rate in ceilings.flops.items()]
     rows.append(_row("bandwidth", "B/s", ceilings.bandwidth, ceilings.bandwidth_range))
     columns = {unit: records.quality(unit, clock=True, low="low", high="high") for unit in ("FLOP/s", "B/s")}
-    plural = "s" if threads > 1 else ""
-    return records.table(f"ceilings of {device}, {threads} thread{plural}", rows, ("ceiling",), columns)
+    name = f"ceilings of {device}, {show.counted(threads, 'thread')}"
+    return records.table(name, rows, ("ceiling",), columns)
 
 
 def _row(ceiling: str, unit: str, rate: float, ends: tuple[float, float] | None) -> dict[str, Any]:

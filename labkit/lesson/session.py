@@ -90,11 +90,11 @@ def start(
 ) -> "Lab":
     """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
-    lesson       "00" to "13"
-    preset       "smoke", "class" or "full"; LABKIT_PRESET wins if set
-    device       "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA
-    results_dir  the record goes to results_dir/<lesson>/record.json
-    parameters   the lesson's own parameters for the record, each within the range that the lesson states
+    lesson: number of the lesson, "00" to "13".
+    preset: "smoke", "class" or "full"; LABKIT_PRESET wins if set.
+    device: "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA.
+    results_dir: folder of the results; the record goes to results_dir/<lesson>/record.json.
+    parameters: the lesson's own parameters for the record, each within the range that the lesson states.
     Raises InputError for any other argument, before a change.
     """
     if lesson not in LESSONS:
@@ -159,9 +159,9 @@ class Lab:
     def predict(self, name: str, value: float | EllipsisType, unit: str = "", question: str = "") -> None:
         """Commit to a number before `name` is measured; afterwards the first prediction stands.
 
-        name      of the quantity, as later in `record`, `measure` or `compare`
-        value     a number in `unit`, or `...`, which asks the question without a prediction to record and score
-        question  shown with the request for a number; `name` if empty
+        name: name of the quantity, as later in `record`, `measure` or `compare`.
+        value: a number in `unit`, or `...`, which asks the question without a prediction to record and score.
+        question: text shown with the request for a number; `name` if empty.
         """
         check_name(name)
         is_measured = name in self._results.by_name
@@ -170,7 +170,7 @@ class Lab:
     def measure(self, name: str, fn: Callable[[], Any], **options: Any) -> Measurement:
         """Time `fn()` with labkit.bench.measure, and record and show the median in seconds.
 
-        options  of labkit.bench.measure; `device` is the session's unless given
+        options: arguments of labkit.bench.measure; `device` is the session's unless given.
         """
         check_name(name)
         timing = measure(fn, name=name, **{"device": self.device, **options})
@@ -190,10 +190,10 @@ class Lab:
     ) -> Comparison:
         """Time two functions in pairs with labkit.bench.compare, and record and show the speed-up.
 
-        work     of a call of the baseline and of the candidate (labkit.roofline.count): adds the share of the roof of
-                 each side to all that is shown and recorded
-        dtype    the type whose compute ceiling counts, for both sides or for each
-        options  of labkit.bench.compare; `device` is the session's unless given
+        work: work of a call of the baseline and of the candidate (labkit.roofline.count): adds each
+            side's share of the roof to all that is shown and recorded.
+        dtype: the type whose compute ceiling counts, for both sides or for each.
+        options: arguments of labkit.bench.compare; `device` is the session's unless given.
         """
         check_name(name)
         dtypes = (dtype, dtype) if isinstance(dtype, str) else tuple(dtype)
@@ -216,9 +216,9 @@ class Lab:
     ) -> Race:
         """Time several functions in turns with labkit.bench.race, and record and show each speed-up over the first.
 
-        calls    {name of the call: function}; each comparison is recorded as "<name of the call>, <name>"
-        also     further calls that take turns without a record, such as work of another size
-        options  of labkit.bench.race; `device` is the session's unless given
+        calls: {name of the call: function}; each comparison is recorded as "<name of the call>, <name>".
+        also: further calls that take turns without a record, such as work of another size.
+        options: arguments of labkit.bench.race; `device` is the session's unless given.
         """
         for call in calls:
             check_name(f"{call}, {name}")
@@ -231,8 +231,8 @@ class Lab:
     def ceilings(self, device: str | torch.device | None = None, *, again: bool = False) -> machine.Ceilings:
         """Return the roofs of a device at torch's number of threads, measured and recorded when first asked for.
 
-        device  the session's unless given
-        again   measure once more, and keep the higher of each roof: a neighbour's load only lowers a roof
+        device: a torch device, by default the session's.
+        again: True to measure once more, and keep the higher of each roof: a neighbour's load only lowers a roof.
         """
         return self._roofs.of(device or self.device, again=again)
 
@@ -253,9 +253,9 @@ class Lab:
 
         unit, ci95 (low, high), role and clock belong to a single value and mean the same as for a column
         (labkit.records.Column): "quality" if more is better, "cost" if less is.
-        by          the columns that tell rows apart; rows that differ only in "seed" are repetitions
-        columns     the meaning of the rest, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}
-        simulated   True for a computed value or table, False for a measured
+        by: the columns that tell rows apart; rows that differ only in "seed" are repetitions.
+        columns: the meaning of the rest, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}.
+        simulated: True for a computed value or table, False for a measured.
         Raises InputError for a value of a wrong type, a missing column, and two rows alike in all columns of `by`.
         """
         check_name(name)
@@ -283,8 +283,8 @@ class Lab:
     def say(self, name: str, *sentences: str | bool | None) -> None:
         """Show and record the message of a figure or a table: one to three sentences, computed from the result.
 
-        name        of the result; a second call for the same name replaces the recorded sentences
-        sentences   falsy values are left out, so a branch is `ratio > 1.5 and f"..."`
+        name: name of the result; a second call for the same name replaces the recorded sentences.
+        sentences: the sentences to show; falsy values are left out, so a branch is `ratio > 1.5 and f"..."`.
         Raises InputError if no sentence is left, and for a sentence that is no text.
         """
         check_name(name)
@@ -310,10 +310,10 @@ class Lab:
     ) -> None:
         """Put a claim of claims.toml to the test, silently; `claims` shows the verdict.
 
-        value    ours, in the claim's unit; None if the quantity is not measurable here
-        ci95     (low, high) around the value
-        trained  the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}
-        A claim about a GPU is not settled by a CPU's number, nor a claim about a CPU by a GPU's: the value is dropped.
+        value: our number in the claim's unit; None if the quantity is not measurable here.
+        ci95: the value's 95 % interval, (low, high).
+        trained: the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}.
+        A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         Raises InputError for an unknown id, a value that is no number, an interval that does not hold the value, and
         a missing `trained`.
         """
@@ -330,9 +330,9 @@ class Lab:
     def check(self, id: str, fn: Callable, **context: Any) -> None:
         """Check an exercise's answer, show every failure, and record the outcome.
 
-        id       of the exercise: "01.2"
-        fn       the learner's function; a stub and an exception inside are failures of the answer, never raised
-        context  further arguments of the exercise's check
+        id: number of the exercise: "01.2".
+        fn: the learner's function; a stub and an exception inside are failures of the answer, never raised.
+        context: further arguments of the exercise's check.
         Raises InputError for an unknown id and for an `fn` that cannot be called.
         """
         self._exercises.check(id, fn, **context)
@@ -341,7 +341,7 @@ class Lab:
         """Return the function for the rest of the lesson: the learner's `fn` if passed, else the worked answer.
 
         An unchecked function is checked first. Without a worked answer `fn` itself is used. If `fn` changes settings of
-        the process (`settings`), the settings are put back after each call.
+        the process (`settings`), they are put back after each call.
         """
         return self._exercises.answer(id, fn)
 
@@ -357,11 +357,11 @@ class Lab:
     ) -> None:
         """Show and record the learner's plan on the plane of a goal, beside reference points.
 
-        goal        the goal in a sentence
-        point       the numbers of the plan, {column: number}; None without a plan
-        goals       {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open
-        references  dicts with the two columns, and with `label`, a point's name. "<column> ci95" may hold the
-                    (low, high) of an interval
+        goal: the goal in a sentence.
+        point: the numbers of the plan, {column: number}; None without a plan.
+        goals: {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open.
+        references: dicts with the two columns, and with `label`, a point's name. "<column> ci95" may hold the (low,
+            high) of an interval.
         Raises InputError for goals or points without numbers for two columns.
         """
         from labkit.lesson import challenge

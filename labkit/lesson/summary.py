@@ -67,10 +67,6 @@ def _cost(record: RunRecord) -> str:
 
 
 def _stored(record: RunRecord) -> str:
-    results = _count(len(record.measurements), "result")
-    claims = _count(len(record.claims), "claim")
+    results = show.counted(len(record.measurements), "result")
+    claims = show.counted(len(record.claims), "claim")
     return f"{results} and {claims} are in {record.lesson}/record.json in the results folder."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

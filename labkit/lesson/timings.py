@@ -14,7 +14,7 @@ from labkit.timing.bench import Comparison, Measurement
 class TimingRow:
     """A timing in words: a printed line, and the cells of a table's row by column.
 
-    roof_shares, warnings  cells of two further columns; a folded table without such cells omits the columns
+    roof_shares, warnings: cells of two further columns, which a folded table leaves out if they are empty.
     """
 
     line: str

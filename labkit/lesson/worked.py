@@ -1,4 +1,4 @@
-"""Worked answers of the exercises, to let a lesson go on before the learner has an answer.
+"""Worked answers of the exercises, so that a lesson can go on before the learner has solved them.
 
 The lessons hold the answers between nbgrader's markers. A class's release has lessons without answers and a file,
 answers.json, instead: packed, so that nobody reads an answer by accident, and no secret.
@@ -21,9 +21,9 @@ PACKED = "answers.json"
 def answer(exercise: str, fn: Callable) -> Callable | None:
     """Return the worked answer to an exercise, "01.2"; None if no answer lies beside labkit.
 
-    fn  the learner's function. The worked answer runs in a copy of the namespace of `fn`: imports and helpers are the
-        learner's, and stay unchanged. The function named like `fn` is returned, or, without a function of the name (as
-        for a lambda), the last function of the exercise's cell
+    fn: the learner's function. The worked answer runs in a copy of the namespace of `fn`: imports and helpers are the
+        learner's, and stay unchanged. The answer's function of the same name is returned or, if there is none (as for a
+        lambda), the last function of its cell.
     """
     source = _source(exercise)
     if source is None:
@@ -37,7 +37,7 @@ def answer(exercise: str, fn: Callable) -> Callable | None:
 
 
 def without_markers(source: str) -> str:
-    """Return an exercise's cell with the answer, as a reader sees the cell."""
+    """Return an exercise's cell with the answer, as a reader sees it."""
     return "\n".join(line for line in source.splitlines() if line.strip() not in MARKERS)
 
 

@@ -15,10 +15,32 @@ Open `affine.py` first: it begins with an example, and everything else here stan
     >>> sum(row["wrong"] for row in integer.prove(integers, x))
     0
 
-Then, each idea under the name that the field gives it: `formats` (FP8, MX, NF4), `observers`, `ptq` and `qat` for whole
-models, `integer` for kernels, `weight_only` with `gptq` and `awq` for language models, `fold` and `rotation` for exact
-rewrites, `rounding`, `outliers`, `kv`. Bytes of a stored model: `labkit.artifact.size`; engines outside torch:
-`labkit.deploy.engines`.
+affine.py: grids of equal steps, and tensors on them
+formats.py: grids of other points: FP8, MX, NF4
+packing.py: codes without gaps
+observers.py: ranges of activations
+simulated.py: layers that round as a kernel would
+ptq.py: a whole model, calibrated on some batches
+ptq_graph.py: the model's graph, and its sums
+ptq_plan.py: the decisions of ptq, and its report
+mixed_precision.py: a width for each layer
+qat.py: weights and grids that learn under rounding
+integer.py: a simulated model becomes integer kernels, and the proof
+integer_graph.py: codes handed from layer to layer
+integer_layers.py: layers that store and multiply integers
+integer_kernels.py: torch's integer products, and their probe
+extreme_codes.py: operands that show wrong sums
+weight_only.py: language models with weights in few bits
+gptq.py: rounding a weight column by column
+awq.py: scales of a weight's columns
+kv.py: keys and values in few bits
+outliers.py: LLM.int8()
+fold.py: batch norms folded, ranges evened out, SmoothQuant
+rotation.py: rotations of the residual stream
+rounding.py: AdaRound, the rounding of a layer learned
+calls.py: a model's call on a batch, with errors in sentences
+
+Bytes of a stored model: `labkit.artifact.size`. Engines outside torch: `labkit.deploy.engines`.
 """
 
 from labkit import submodules

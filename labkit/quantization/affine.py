@@ -22,13 +22,12 @@ Krishnamoorthi 2018 (arXiv:1806.08342), section 2.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from labkit.arguments import FLOATS, check_floats, check_tensor
-from labkit.errors import InputError, check_choice, check_whole
+from labkit.errors import InputError, check_choice, check_whole, is_whole
 
 # --- symmetric conventions --------------------------------------------------------------------------------------------
 # Each takes half = 2^(bits - 1) and returns (steps, lowest code): the scale is the largest |x| divided by steps.
@@ -74,7 +73,7 @@ class Grid:
     scale: floating point, of a shape that broadcasts against x, or with one dimension more, [..., groups, 1], for
         groups along x's last dimension. Never 0 and, but for "signed" grids, positive.
     zero: int32 in the shape of the scale, the code of the number 0.
-    bits: of a code, 2 to 8.
+    bits: width of a code, 2 to 8.
     lo, hi: the lowest and the highest code.
     """
 
@@ -99,17 +98,17 @@ class Grid:
     def dequantize(self, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the points of `codes`, in the shape of `codes`.
 
-        dtype: of the result, by default the scale's. The points are computed in float32 or wider.
+        dtype: type of the result, by default the scale's. The points are computed in float32 or wider.
         """
         check_tensor(codes, "codes")
-        scale = _wide(self.scale)
+        scale = upcast(self.scale)
         points = (self._grouped(codes).to(scale.dtype) - self.zero) * scale
         return points.reshape(codes.shape).to(dtype or self.scale.dtype)
 
     def fake(self, x: Tensor) -> Tensor:
         """Return dequantize(quantize(x)) in x's dtype, without a detour through integers; NaN stays NaN."""
         codes = self._nearest(x)
-        points = codes.sub_(self.zero).mul_(_wide(self.scale))
+        points = codes.sub_(self.zero).mul_(upcast(self.scale))
         return points.reshape(x.shape).to(x.dtype)
 
     def _grouped(self, x: Tensor) -> Tensor:
@@ -119,7 +118,7 @@ class Grid:
 
     def _nearest(self, x: Tensor) -> Tensor:
         """Return codes as floating-point numbers, grouped as the scale is."""
-        steps = self._grouped(_wide(x)) / _wide(self.scale)
+        steps = self._grouped(upcast(x)) / upcast(self.scale)
         return steps.round_().add_(self.zero).clamp_(self.lo, self.hi)
 
 
@@ -157,7 +156,7 @@ def choose(
     """Choose the grid for values from lo to hi.
 
     lo, hi: two floating-point tensors of one shape, that of the scale (see `Grid`).
-    bits: 2 to 8.
+    bits: width of a code, 2 to 8.
     symmetric: False: codes 0 to 2^bits - 1 over the range, widened until 0 lies inside. Else codes are signed, the code
         of 0 is 0, and the name of a convention in `SYMMETRIC` gives the scale for m = max |x|, with h = 2^(bits - 1):
         "restricted" m / (h - 1), "full" 2 m / (2 h - 1), "clipped" m / h, "signed" -m / h if the extreme is positive
@@ -176,8 +175,8 @@ def choose(
     dtype = dtype or lo.dtype
     if dtype not in FLOATS:
         raise InputError(f"dtype is {dtype!r}, but a scale is a floating-point number: take torch.float32 or narrower.")
-    lo = _wide(lo).clamp(max=0)
-    hi = _wide(hi).clamp(min=0)
+    lo = upcast(lo).clamp(max=0)
+    hi = upcast(hi).clamp(min=0)
     if kind == ASYMMETRIC:
         return _asymmetric_grid(lo, hi, bits, dtype)
     return _symmetric_grid(lo, hi, bits, kind, dtype)
@@ -191,7 +190,7 @@ def _asymmetric_grid(
 ) -> Grid:
     highest = 2**bits - 1
     scale = stored((hi - lo) / highest, dtype)
-    zero = (-lo / _wide(scale)).round().clamp(0, highest).to(torch.int32)
+    zero = (-lo / upcast(scale)).round().clamp(0, highest).to(torch.int32)
     return Grid(scale, zero, bits, 0, highest)
 
 
@@ -227,7 +226,7 @@ def quantize(
     """Quantize x on the grid that `choose` makes from the least and the largest value.
 
     x: floating point, of any shape, at least one value.
-    bits: of a code, 2 to 8.
+    bits: width of a code, 2 to 8.
     symmetric: True, False or the name of a convention, see `choose`.
     axis: a dimension of x; each index of this dimension (an output channel, say) gets a scale. By default the whole
         tensor has a single scale.
@@ -292,6 +291,14 @@ def check_group(width: int, group_size: int) -> None:
     )
 
 
+def upcast(x: Tensor) -> Tensor:
+    """Return x in float32 or wider.
+
+    A product of bfloat16 has 8 bits, too few for code times scale; float16 ends at 65504, which scores may leave.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Round a scale to the dtype of storage without making an entry 0.
 
@@ -341,13 +348,7 @@ def _check_axis(x: Tensor, axis: int | None) -> None:
     if axis is None:
         return
     dimensions = x.dim()
-    is_whole = isinstance(axis, Integral) and not isinstance(axis, bool)
-    if not is_whole or not -dimensions <= axis < dimensions:
+    if not is_whole(axis) or not -dimensions <= axis < dimensions:
         raise InputError(
             f"axis is {axis!r}, but x has {dimensions} dimensions: take one from {-dimensions} to {dimensions - 1}."
         )
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 or wider: a product of bfloat16 has 8 bits, too few for code times scale."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -71,7 +71,9 @@ def clipped(
 ) -> Quantized:
     """Round a weight to nearest on grids whose ranges are drawn in where this lowers the layer's error.
 
-    weight: [out, in]. hessian: H = X^T X [in, in]. bits, group_size, symmetric: as for `weight_only.quantize`.
+    weight: [out, in].
+    hessian: H = X^T X [in, in].
+    bits, group_size, symmetric: as for `weight_only.quantize`.
 
     Of 1, .95, ..., .55 times the range of a group the share with the least D_g H_gg D_g^T is taken, D_g being the
     change of the group by rounding: the clipping search of AWQ's published code, which leaves out the error that two

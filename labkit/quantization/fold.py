@@ -1,6 +1,6 @@
 """Exact rewrites: the same function from other weights, which are easier to round.
 
-A layer may scale a channel by s > 0 if the readers scale the channel by 1 / s and all operators between let a scale
+A layer may scale a channel by s > 0 if its readers scale it by 1 / s and all operators between let a scale
 pass: relu(s x) = s relu(x). `graph.dataflow` finds readers and operators in a trace. Every rewrite is made on a copy in
 float64 first and compared with the model; only then are weights rounded to the model's dtype, once. No function in this
 file knows a number of bits.
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from labkit.errors import EqualityError, InputError
 from labkit.graph import equality, surgery
-from labkit.graph import groups as coupling
 from labkit.graph.dataflow import Dataflow, Route, Source
+from labkit.graph.groups import arguments
 from labkit.graph.subclasses import after_norm
 from labkit.modules import batches as batching
 from labkit.modules.hooks import watching
 from labkit.modules.replacing import replace_
+from labkit.modules.weights import qualified
 from labkit.quantization import calls
 
 EXACT = 1e-9  # of the largest output, in float64
@@ -106,9 +107,9 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
 
     Cross-layer equalization, Nagel et al. 2019 (arXiv:1906.04721), section 4.1: with r1 = max |row of W1| that makes a
     channel and r2 = max |columns| that read the channel, W1 and b1 are divided by s = sqrt(r1 / r2) and W2 is
-    multiplied by s, so that both ranges are sqrt(r1 r2). Over all pairs again and again until nothing moves. A pair is
-    a convolution or Linear and all layers that read its output, through operators with f(s x) = s f(x): ReLU, pooling,
-    flattening, products with other values. A channel that is never made or never read stays.
+    multiplied by s, so that both ranges are sqrt(r1 r2). All pairs take their turn again and again until nothing moves.
+    A pair is a convolution or Linear and all layers that read its output, through operators with f(s x) = s f(x): ReLU,
+    pooling, flattening, products with other values. A channel that is never made or never read stays.
 
     Raises InputError for a layer that is clipped above (ReLU6): s x would be clipped at 6, not at 6 s, and the function
     would change; and for a model without a pair.
@@ -159,8 +160,8 @@ def _equalize_(model: nn.Module, pairs: Sequence[Site]) -> None:
 def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module:
     """Return a copy of `model` in which outliers of activations are moved into the weights of the next Linears.
 
-    batches: what the model is called with; padding (attention_mask 0) does not count.
-    alpha: from 0 (all columns of a weight get one maximum) to 1 (all channels of an activation do).
+    batches: batches of inputs; padding (attention_mask 0) does not count.
+    alpha: number from 0 (all columns of a weight get one maximum) to 1 (all channels of an activation do).
 
     SmoothQuant, Xiao et al. 2023 (arXiv:2211.10438), equation 4: channel j of the input is divided, and column j of the
     weight multiplied, by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), with the maxima over all valid tokens of
@@ -201,7 +202,7 @@ def _smooth_(
 ) -> None:
     """Scale the channels of each site.
 
-    input_maxima: for each site, max |x| of each input [in] of the Linears that read the channels.
+    input_maxima: max |x| of each input [in] of the Linears that read the channels, site by site.
     """
     with _in_float64(model, sites) as parameters:
         plan = []  # all scales are taken from the weights before any change
@@ -272,22 +273,18 @@ def _in_float64(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, T
     names = set()
     for source, route in sites:
         names |= set(source.names)
-        names |= {_weight_name(layer) for layer in route.readers}
-    wide = {name: parameters[name].detach().to(torch.float64, copy=True).contiguous() for name in names}
-    yield wide
+        names |= {qualified(layer, "weight") for layer in route.readers}
+    in_float64 = {name: parameters[name].detach().to(torch.float64, copy=True).contiguous() for name in names}
+    yield in_float64
     for name in names:
-        parameters[name].copy_(wide[name])
-
-
-def _weight_name(layer: str) -> str:
-    return f"{layer}.weight".lstrip(".")
+        parameters[name].copy_(in_float64[name])
 
 
 def _columns(parameters: Mapping[str, Tensor], model: nn.Module, route: Route) -> list[Tensor]:
     """Return a view of each reader's weight: [groups, out / groups, channels / groups, weights a channel]."""
     views = []
     for name, repeats in route.readers.items():
-        weight = parameters[_weight_name(name)]
+        weight = parameters[qualified(name, "weight")]
         groups = getattr(model.get_submodule(name), "groups", 1)
         channels = weight.shape[1] // repeats
         views.append(weight.view(groups, len(weight) // groups, channels, -1))
@@ -346,7 +343,7 @@ def _call(args: Any) -> tuple[tuple, dict[str, Any]]:
     """Return the positional and keyword arguments of an example input."""
     if isinstance(args, Mapping):
         return (), dict(args)
-    return coupling.arguments(args, None)
+    return arguments(args, None)
 
 
 @torch.inference_mode(False)  # the new model is to be trained, wherever it was made

@@ -20,13 +20,13 @@ class Codebook:
     """A number format.
 
     points: the numbers of the codes 0, 1, ..., ascending; without the sign if the format is signed.
-    bits: of a code.
-    signed: the top bit of a code is the sign.
+    bits: width of a code.
+    signed: True if the top bit of a code is the sign.
     block: number of values along the last dimension that share a scale; None for a format without scales.
     scale: dtype of a scale. The largest |x| of a block becomes the last point; with E8M0, where scales are powers of
         two, the largest |x| becomes at least half of the last point.
-    nested: scales are multiples of a float32 for the whole tensor, chosen so that the largest scale is the largest
-        number of its dtype.
+    nested: True if scales are multiples of a float32 for the whole tensor, chosen so that the largest scale is the
+        largest number of its dtype.
     """
 
     points: tuple[float, ...]

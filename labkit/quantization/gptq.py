@@ -65,8 +65,8 @@ def gptq(
     weight: floating point [out, in].
     hessian: [in, in], X^T X of the layer's inputs X [N, in]; any positive multiple gives the same result.
     bits, group_size, symmetric: as for `weight_only.quantize`.
-    act_order: round columns j in the order of H_jj, largest first. Groups stay groups of neighbouring columns, with
-        grids chosen from the weights before any change ("static groups"), so that nothing is permuted at run time.
+    act_order: True to round columns j in the order of H_jj, largest first. Groups stay groups of neighbouring columns,
+        with grids chosen from the weights before any change ("static groups"), so that nothing is permuted at run time.
     mask: bool [out, in], False where a weight is to be zero; the other columns make up for a zero as for any rounding.
 
     Frantar et al. 2022, Algorithm 1. The Hessian is damped as `hessians.inverse_factor` says. With U the upper Cholesky

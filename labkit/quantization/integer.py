@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from labkit.errors import InputError
 from labkit.modules.replacing import replace_
 from labkit.quantization import calls
-from labkit.quantization.integer_graph import RELU, RELU6, Lowering, integer_layer
+from labkit.quantization.integer_graph import Lowering, integer_layer
 from labkit.quantization.integer_kernels import KERNELS, IntegerKernel, available, check_kernel, probe
 from labkit.quantization.integer_layers import (
     Dequantize,
@@ -32,21 +32,23 @@ from labkit.quantization.simulated import FakeQuantized, bypassed, weight_grid
 from labkit.quantization.weight_only import WeightOnlyLinear
 
 __all__ = [
-    "KERNELS", "RELU", "RELU6", "Dequantize", "Int8Conv2d", "Int8Linear", "IntegerKernel", "IntegerLayer",
-    "PackedLinear", "PadCodes", "Quantize", "available", "convert", "convert_dynamic", "packing", "probe", "prove",
+    "KERNELS", "Dequantize", "Int8Conv2d", "Int8Linear", "IntegerKernel", "IntegerLayer",
+    "PackedLinear", "PadCodes", "Quantize", "available", "convert", "convert_dynamic", "probe", "prove",
 ]  # fmt: skip
 
 
 def convert(model: nn.Module) -> nn.Module:
     """REAL: return a model of integer kernels, made from a SIMULATED model of `ptq`, `qat` or `weight_only`.
 
-    model: with `FakeQuantized` layers, to be equalled code by code; or with `WeightOnlyLinear`s, to become
-        `PackedLinear`s and to differ by roundings to bfloat16. The model is left as before. In a graph
-        (`Calibrated.plan.traced`), codes are handed from layer to layer: if all readers quantize a value on the same
-        grid, the layer gives codes of the grid, ReLU is the clip at the zero point, and a sum is added up before codes
-        are rounded. Elsewhere, and in models without a graph, every layer takes float32 and gives float32.
+    model: a model with `FakeQuantized` layers or with `WeightOnlyLinear`s; the model is not changed.
 
-    Codes equal the codes of exact arithmetic but next to a rounding tie, where the float32 of the kernel may round up
+    With `FakeQuantized` layers, the result equals the model code by code. `WeightOnlyLinear`s become `PackedLinear`s
+    and differ by rounding to bfloat16. In a graph (`Calibrated.plan.traced`), codes are handed from layer to layer: if
+    all readers of a value quantize it on the same grid, the layer gives codes of that grid, ReLU is the clip at the
+    zero point, and a sum is added up before its codes are rounded. Elsewhere, and in models without a graph, every
+    layer takes float32 and gives float32.
+
+    Codes equal the codes of exact arithmetic, except next to a rounding tie, where the kernel's float32 may round up
     instead of down. Raises InputError without quantized layers, for weights that no kernel takes, and if the kernels of
     the machine do not pass `probe`.
     """
@@ -110,16 +112,20 @@ def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
 def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
     """Compare every integer layer of a converted model with exact arithmetic on the codes that the layer gets.
 
-    model: from `convert`. batch: what the model is called with.
+    model: a result of `convert`.
+    batch: arguments of a call of the model, in any form that `labkit.modules.batches` takes.
 
     Returns a row for each call of a layer, with the name "layer" and four counts:
     "codes": codes handed on; 0 for a layer with results in float32.
-    "different": codes unequal to a single rounding in float64; for float32, numbers further off than by roundings.
+    "different": codes that differ from a single rounding in float64; for float32 results, numbers that differ by more
+        than the rounding of their terms.
     "ties": values so near to the middle between two codes that float32 may round up or down.
     "wrong": different codes that are not at a tie or are off by more than 1. The layer is proved if "wrong" is 0; the
         rest is reported, not tolerated.
-    Layers that quantize as they go (dynamic) are left out. Raises InputError for a model without integer layers, for a
-    batch with NaN or infinity, and for a batch without a number to compare a layer on.
+    Layers that quantize on the range of each call (dynamic) are left out.
+
+    Raises InputError for a model without integer layers, for a batch with NaN or infinity, and for a batch without a
+    number to compare a layer on.
     """
     calls.check_model(model)
     named = calls.inputs(model, batch)
@@ -130,7 +136,7 @@ def prove(model: nn.Module, batch: Any) -> list[dict[str, Any]]:
                 hooks.callback(handle.remove)
         calls.run(model, **named)
     if not comparison.rows:
-        raise InputError("The model has no integer layer but such as quantize as they go: convert one that has.")
+        raise InputError("The model has no integer layer with a fixed input grid: convert a calibrated model.")
     return comparison.rows
 
 

@@ -23,8 +23,8 @@ RELU6 = {nn.ReLU6, F.relu6}
 def integer_layer(layer: FakeQuantized, output: Grid | None = None, term: Grid | None = None) -> IntegerLayer:
     """Make the integer layer of a simulated layer.
 
-    output: the grid of the codes handed on; None: float32. term: the grid of the codes added before rounding, by a
-    convolution.
+    output: the grid of the codes handed on; None: float32.
+    term: the grid of the codes added before rounding, by a convolution.
     """
     if isinstance(layer.layer, nn.Linear):
         return Int8Linear(layer.layer, layer.weight_grid, layer.input_grid, output)
@@ -34,7 +34,8 @@ def integer_layer(layer: FakeQuantized, output: Grid | None = None, term: Grid |
 class CodePlan:
     """A plan of the values that a simulated graph hands on in codes.
 
-    model: the graph. modules: modules of the graph by name.
+    model: the graph.
+    modules: modules of the graph by name.
     grids: {node: grid} of the values in codes; the rest are floats.
     layer_of_sum: {addition: the convolution that does the addition in a kernel}.
     """
@@ -56,7 +57,7 @@ class CodePlan:
         return self.modules[node.target] if node.op == "call_module" else None
 
     def _decide(self, node: fx.Node, common: Grid | None) -> tuple[Grid | None, Grid | None]:
-        """Return the grid of a node's value and the grid of a node's inputs; None stands for floats.
+        """Return the grids of a node's value and of its inputs; None stands for floats.
 
         common: the grid of all readers, or None.
         """

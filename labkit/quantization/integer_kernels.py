@@ -34,7 +34,9 @@ ScaleAndZero = tuple[float, int]
 def qlinear(codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Run:
     """Prepare onednn::qlinear_pointwise: u8 [rows, in] x s8 [out, in].
 
-    codes: int8 [out, in]. scale: float32 [out]. bias: float32 [out].
+    codes: int8 [out, in].
+    scale: float32 [out].
+    bias: float32 [out].
     Returns run(x, x_scale, x_zero, out) -> [rows, out]: float32, or uint8 codes on the grid out = (scale, zero).
     """
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
@@ -65,10 +67,11 @@ def qconv(
 ) -> Run:
     """Prepare onednn::qconv_pointwise: u8 [N, C, H, W] x s8 [out, C / groups, kh, kw], padded with the zero point.
 
-    codes, scale, bias: as for `qlinear`. The other arguments are nn.Conv2d's.
+    codes, scale, bias: as for `qlinear`.
+    stride, padding, dilation, groups: as for nn.Conv2d.
     Returns run(x, x_scale, x_zero, out, other, term) -> [N, out, H', W']: float32, or uint8 codes on the grid
-    out = (scale, zero). other: codes on the grid term = (scale, zero), added before the result is rounded; the kernel
-    may overwrite them.
+    out = (scale, zero). `other` has codes on the grid term = (scale, zero), which are added before the result is
+    rounded; the kernel may overwrite them.
     """
     packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, 0, stride, padding, dilation, groups, None)
     zeros = torch.zeros(len(codes), dtype=torch.int64)
@@ -141,7 +144,8 @@ INT4PACK_GROUPS = (256, 128, 64, 32)  # the group sizes that the kernel knows
 def int4pack(codes: Tensor, scale: Tensor, shift: Tensor | None = None) -> Run:
     """Prepare torch._weight_int4pack_mm_for_cpu: weights in 4 bits, bfloat16 activations [rows, in].
 
-    codes: int8 [out, in], from -8 to 7. scale, shift: [out] or [out, groups]; weight = code * scale + shift.
+    codes: int8 [out, in], from -8 to 7.
+    scale, shift: [out] or [out, groups]; weight = code * scale + shift.
     A group of a size that the kernel does not know is passed as several equal groups.
     """
     packed = torch._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
@@ -164,7 +168,7 @@ class IntegerKernel(NamedTuple):
 
     prepare: takes codes [out, in, ...] int8 and scale [out]; returns run(activations).
     activations: "u8" or "s8" codes; "rounded": floats that the kernel rounds to u8; "float": bfloat16, not rounded.
-    bits: the most that a weight may have.
+    bits: largest width of a weight's codes.
     """
 
     prepare: Callable[..., Run]
@@ -194,10 +198,11 @@ def available() -> dict[str, str]:
 def probe(kernel: IntegerKernel, bits: int = 8) -> str:
     """Run a kernel on extreme codes, and return the reason why the kernel is refused on this machine, or "".
 
-    bits: of the weights. Reasons: the kernel does not run, a product differs from exact arithmetic, or the kernel takes
+    bits: width of the weights' codes.
+    Reasons: the kernel does not run, a product differs from exact arithmetic, or the kernel takes
     more than `TOO_SLOW` times as long as float32.
     """
-    name = kernel.prepare.__name__.lstrip("_")
+    name = kernel.prepare.__name__
     bits = min(bits, kernel.bits)
     trial = _trial(kernel, bits)
     try:
@@ -223,9 +228,11 @@ def probe(kernel: IntegerKernel, bits: int = 8) -> str:
 class _Trial:
     """The operands of a probe.
 
-    x: what the kernel is given. grid: (scale, zero point) of x, or () for a kernel without. centred: float64, the codes
-    of x minus the zero point. weight: int8 codes. product, options: torch's function for the same product in floating
-    point, and its arguments.
+    x: the kernel's activations, in the type that it takes.
+    grid: (scale, zero point) of x, or () for a kernel that takes none.
+    centred: float64, the codes of x minus the zero point.
+    weight: int8 codes.
+    product, options: torch's function for the same product in floating point, and its arguments.
     """
 
     x: Tensor

@@ -5,7 +5,7 @@ can be compared with exact arithmetic (`compare`). CPU only.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ ALIGNMENT = 64  # bytes; the packed kernels load vectors, and the process ends w
 class _OnGrid(nn.Module):
     """A module that stores unsigned grids of activations by name, as buffers "<name>_scale" and "<name>_zero".
 
-    `prepare` of a subclass makes what the forward pass uses from the stored integers, once, at the first call.
+    `prepare` of a subclass makes the operands of its forward pass from the stored integers, once, at the first call.
     """
 
     def __init__(self, **grids: Grid | None) -> None:
@@ -54,7 +54,7 @@ class _OnGrid(nn.Module):
             zero = grid.zero.detach().int().reshape(())
             self.register_buffer(f"{name}_scale", scale.clone())
             self.register_buffer(f"{name}_zero", zero.clone())
-        self._ready: tuple | None = None
+        self._ready: NamedTuple | None = None
 
     def numbers(self, name: str) -> ScaleAndZero | None:
         """Return (scale, zero) of a grid as Python's numbers, or None without a grid of this name."""
@@ -64,11 +64,11 @@ class _OnGrid(nn.Module):
         zero = getattr(self, f"{name}_zero")
         return float(scale), int(zero)
 
-    def prepare(self) -> tuple:
+    def prepare(self) -> NamedTuple:
         raise NotImplementedError
 
-    def ready(self) -> tuple:
-        """Return the result of `prepare`, made once; it has a layout for this CPU and is stored nowhere."""
+    def ready(self) -> NamedTuple:
+        """Return the result of `prepare`, made once; its layout is for this CPU, and a stored layer is without it."""
         if self._ready is None:
             self._ready = self.prepare()
         return self._ready
@@ -81,32 +81,40 @@ class _OnGrid(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class CodeGrid(NamedTuple):
+    """A grid of uint8 codes as Python's numbers: its step, its zero point and its highest code."""
+
+    scale: float
+    zero: int
+    highest: int
+
+
 class Quantize(_OnGrid):
     """Round floats to the codes of a grid, uint8: `Grid.quantize` without its look at NaN."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__(grid=grid)
 
-    def prepare(self) -> tuple[float, int, int]:
+    def prepare(self) -> CodeGrid:
         scale, zero = self.numbers("grid")
-        return scale, zero, self.highest["grid"]
+        return CodeGrid(scale, zero, self.highest["grid"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return _codes(x, *self.ready())
+        return _codes(x, *self.ready())  # the scale, the zero point and the highest code
 
 
 class Dequantize(Quantize):
     """Turn the codes of a grid into floats."""
 
     def forward(self, codes: Tensor) -> Tensor:
-        scale, zero, _ = self.ready()
-        return codes.float().sub_(zero).mul_(scale)
+        grid = self.ready()
+        return codes.float().sub_(grid.zero).mul_(grid.scale)
 
 
 class PadCodes(Quantize):
     """Pad codes with the code of the number 0, which is the zero point and not the code 0.
 
-    pad: as for F.pad.
+    pad: numbers of codes to add, in F.pad's order.
     """
 
     def __init__(self, grid: Grid, pad: tuple[int, ...]) -> None:
@@ -114,8 +122,7 @@ class PadCodes(Quantize):
         self.pad = pad
 
     def forward(self, codes: Tensor) -> Tensor:
-        _, zero, _ = self.ready()
-        return F.pad(codes, self.pad, value=zero)
+        return F.pad(codes, self.pad, value=self.ready().zero)
 
 
 def _codes(
@@ -156,13 +163,29 @@ def _check_finite(finite: bool) -> None:
 # --- layers of integers -----------------------------------------------------------------------------------------------
 
 
+class ReadyProduct(NamedTuple):
+    """The operands of an integer layer's forward pass: its prepared products, and its grids as (scale, zero point).
+
+    product: the kernel with the layer's weight prepared.
+    input, output, term: the grids of the layer; None for a grid that the layer is without.
+    product_of_few: the kernel for up to `FEW` rows, if there is another.
+    """
+
+    product: Run
+    input: ScaleAndZero | None
+    output: ScaleAndZero | None
+    term: ScaleAndZero | None = None
+    product_of_few: Run | None = None
+
+
 class IntegerLayer(_OnGrid):
     """A Linear or convolution that stores int8 codes, a float32 scale [out] and a float32 bias [out].
 
-    layer: the float layer. weight: the symmetric grid of its weight, one scale or one for each output channel.
-    grids: of activations, each asymmetric and for the whole tensor. input: of the codes that the layer multiplies.
-        output: of the codes that are handed on; without, the layer gives float32. term: of the codes that are added
-        before the result is rounded.
+    layer: the float layer.
+    weight: the symmetric grid of its weight, with a scale for the tensor or for each output channel.
+    grids: grids of activations by name, each asymmetric and for the whole tensor: "input" for the codes that the layer
+        multiplies, "output" for the codes that it hands on (without an output grid the layer gives float32), "term"
+        for the codes that are added before the result is rounded.
     """
 
     def __init__(self, layer: nn.Module, weight: Grid, **grids: Grid | None) -> None:
@@ -196,7 +219,7 @@ class IntegerLayer(_OnGrid):
         """Return x if x holds codes, else the codes of x on the input grid."""
         if x.dtype is torch.uint8:
             return x
-        return _codes(x, *self.numbers("input"), self.highest["input"])
+        return _codes(x, *self.ready().input, self.highest["input"])
 
     def products(self, x: Tensor) -> Tensor:
         """Multiply x, float64 whole numbers, by the codes of the weight."""
@@ -205,7 +228,8 @@ class IntegerLayer(_OnGrid):
     def exact(self, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute the layer in float64, which holds every sum of products of codes, an integer below 2^53, exactly.
 
-        x: uint8 codes. other: codes of the term, if the layer adds one.
+        x: uint8 codes.
+        other: codes of the term, if the layer adds one.
         Returns the result before rounding, and the sum of the magnitudes of its terms.
         """
         scale, zero = self.numbers("input")
@@ -272,32 +296,32 @@ class Int8Linear(IntegerLayer):
     ) -> None:
         super().__init__(layer, weight, input=input, output=output)
 
-    def prepare(self) -> tuple[Run, Run | None, ScaleAndZero | None, ScaleAndZero | None]:
-        """Return the product, the product for few rows if there is another, the input grid and the output grid."""
+    def prepare(self) -> ReadyProduct:
         source, target = self.numbers("input"), self.numbers("output")
         bits = 7 if self.codes.abs().max() < 64 else 8
         if source is None and not probe(KERNELS["fbgemm"], bits):
-            return fbgemm(self.codes, self.scale, self.bias), None, source, target
+            product = fbgemm(self.codes, self.scale, self.bias)
+            return ReadyProduct(product, source, target)
         product_of_few = int_mm(self.codes, self.scale)
         product = qlinear(self.codes, self.scale, self.bias)
-        return product, product_of_few, source, target
+        return ReadyProduct(product, source, target, product_of_few=product_of_few)
 
     def products(self, x: Tensor) -> Tensor:
         return F.linear(x, self.codes.double())
 
     def forward(self, input: Tensor) -> Tensor:
-        product, product_of_few, source, target = self.ready()
+        ready = self.ready()
         if not input.dim() or input.shape[-1] != self.codes.shape[1]:
             raise InputError(
                 f"A Linear of integers takes [..., {self.codes.shape[1]}], not {list(input.shape)}: give it as many "
                 "inputs as its weight has columns."
             )
         x = input.reshape(-1, input.shape[-1])
-        if source is None:
-            y = self._dynamic(x, product, product_of_few)
+        if ready.input is None:
+            y = self._dynamic(x, ready.product, ready.product_of_few)
         else:
-            codes = x if x.dtype is torch.uint8 else _codes(x, *source, self.highest["input"])
-            y = self.clip(product(codes, *source, target))
+            codes = self.input_codes(x)
+            y = self.clip(ready.product(codes, *ready.input, ready.output))
         return y.view(*input.shape[:-1], len(self.codes))
 
     def _dynamic(self, x: Tensor, product: Run, product_of_few: Run | None) -> Tensor:
@@ -320,8 +344,9 @@ class Int8Linear(IntegerLayer):
 class Int8Conv2d(IntegerLayer):
     """A convolution of integers, for x [N, C, H, W] in float32 or in codes of the input grid.
 
-    output: the grid of the codes that are handed on. term: the grid of `other`, codes that are added to the result
-        before it is rounded, and that the kernel may overwrite.
+    output: the grid of the codes that are handed on.
+    term: the grid of `other`, codes that are added to the result before it is rounded, and that the kernel may
+        overwrite.
     """
 
     def __init__(
@@ -337,11 +362,11 @@ class Int8Conv2d(IntegerLayer):
         self.options = (list(layer.stride), [rows, columns], list(layer.dilation), layer.groups)
         self.same = pads_same(layer)
 
-    def prepare(self) -> tuple[Run, ScaleAndZero, ScaleAndZero | None, ScaleAndZero | None]:
-        """Return the product, and the grids of input, output and term."""
+    def prepare(self) -> ReadyProduct:
         stride, padding, dilation, groups = self.options
         product = qconv(self.codes, self.scale, self.bias, stride, padding, dilation, groups)
-        return product, self.numbers("input"), self.numbers("output"), self.numbers("term")
+        source, target, term = self.numbers("input"), self.numbers("output"), self.numbers("term")
+        return ReadyProduct(product, source, target, term)
 
     def padded(self, x: Tensor, value: int) -> Tensor:
         """Put `value` around x if the layer pads by the size of its input (`subclasses.pads_same`)."""
@@ -357,17 +382,17 @@ class Int8Conv2d(IntegerLayer):
         return F.conv2d(padded, self.codes.double(), None, *self.options)
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
-        product, source, target, term = self.ready()
+        ready = self.ready()
         *_, groups = self.options
         channels = self.codes.shape[1] * groups
-        if input.dim() != 4 or input.shape[1] != channels:  # the kernel would take it for something else
+        if input.dim() != 4 or input.shape[1] != channels:  # the kernel would read other shapes wrongly
             raise InputError(
                 f"A convolution of integers takes [N, C, H, W] with {channels} channels C, not {list(input.shape)}: "
                 "give it such a batch."
             )
-        x = input if input.dtype is torch.uint8 else _codes(input, *source, self.highest["input"])
-        scale, zero = source
-        y = product(self.padded(x, zero), scale, zero, target, other, term)
+        scale, zero = ready.input
+        codes = self.padded(self.input_codes(input), zero)
+        y = ready.product(codes, scale, zero, ready.output, other, ready.term)
         return self.clip(y)
 
 

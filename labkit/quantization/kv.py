@@ -29,7 +29,7 @@ PER = ("token", "channel")
 class KVFormat:
     """The format of a cache. The defaults are KIVI's but for the window, which is never shorter than `window` here.
 
-    key_bits, value_bits: 2 to 8; None: not quantized.
+    key_bits, value_bits: widths of the codes, 2 to 8; None: not quantized.
     keys_per, values_per: "token" or "channel", see `quantize`.
     group_size: number of tokens of a channel, or of channels of a token, that share a scale.
     window: number of recent tokens, the query's token among them, that are read without quantization.
@@ -62,7 +62,7 @@ def quantize(
     """Quantize keys or values on asymmetric grids.
 
     x: floating point [..., T, D].
-    bits: 2 to 8.
+    bits: width of a code, 2 to 8.
     per: "token": a scale for each token and group of channels, codes [..., T, D]. "channel": a scale for each channel
         and group of tokens, codes [..., D, T], for groups run along the last dimension.
     group_size: a divisor of D ("token") or of T ("channel").
@@ -81,9 +81,10 @@ def fake_quantize(
     *,
     group_size: int = 32,
 ) -> Tensor:
-    """SIMULATED: return x [..., T, D] after `quantize` and back; tokens after the last whole group of tokens stay.
+    """SIMULATED: return x [..., T, D] after `quantize` and back; tokens after the last whole group stay.
 
-    bits: None returns x. per, group_size: as for `quantize`.
+    bits: width of a code, 2 to 8; None returns x.
+    per, group_size: as for `quantize`.
     """
     _check(x, per)
     check_whole(group_size, "group_size")
@@ -113,12 +114,13 @@ def attention(
 ) -> Tensor:
     """SIMULATED: compute causal attention in which each query reads the cache as a decoder would meet it.
 
-    q: [B, H, Q, D]. k, v: [B, Hkv, T, D]. The last query belongs to the last token.
+    q: [B, H, Q, D].
+    k, v: [B, Hkv, T, D]. The last query belongs to the last token.
     form: the format of the cache. The query of token t reads the tokens after t - window as they are, and the tokens
         before as quantized; per "channel", only whole groups of these are quantized.
     mask: [..., Q, T], added to the scores, or True where a key may be read; with [..., 1, T] all queries belong to the
         last token. Causality need not be in the mask.
-    scale: of the scores; None: 1 / sqrt(D).
+    scale: factor of the scores; None: 1 / sqrt(D).
 
     Returns [B, H, Q, D]. Raises InputError for tensors that do not fit together.
     """
@@ -139,8 +141,8 @@ def attention(
     query_place = key_place[sizes["T"] - queries :, None]
 
     key_is_recent = _is_recent(key_place, query_place, form, form.keys_per)  # [Q, T]
-    wide_q = _wide(q)
-    scores = torch.where(key_is_recent, wide_q @ _wide(k).mT, wide_q @ _wide(stored_k).mT)
+    q_upcast = affine.upcast(q)
+    scores = torch.where(key_is_recent, q_upcast @ affine.upcast(k).mT, q_upcast @ affine.upcast(stored_k).mT)
     scores = scores * scale
     allowed = key_place <= query_place
     if mask is not None and mask.dtype == torch.bool:
@@ -158,19 +160,15 @@ def _is_recent(
     form: KVFormat,
     per: str,
 ) -> Tensor:
-    """Tell which tokens a query reads as they are: bool [Q, T].
+    """Return True for each token that a query reads as it is: bool [Q, T].
 
-    key_place: [T], query_place: [Q, 1], places in the text. per: as for `quantize`.
+    key_place: [T], query_place: [Q, 1], places in the text.
+    per: as for `quantize`.
     """
     quantized_tokens = (query_place + 1 - form.window).clamp(min=0)
     if per == "channel":
         quantized_tokens = _whole_groups(quantized_tokens, form.group_size)
     return key_place >= quantized_tokens
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return x in float32 or wider: scores may leave float16, which ends at 65504."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check(x: Tensor, per: str) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import InputError, check_whole
-from labkit.graph.tracing import outputs
 from labkit.modules import batches as batching
 from labkit.modules.replacing import replace_
+from labkit.modules.returned import outputs
 from labkit.quantization import affine, calls
 from labkit.quantization.ptq_plan import Calibrated
 from labkit.quantization.simulated import FakeQuantized, weight_grid
@@ -30,7 +30,8 @@ LARGEST_NOISE = 1e6  # HiGHS is content with 1e-6 above the least, so the larges
 def sensitivity(calibrated: Calibrated, batches: Iterable, *, bits: Sequence[int] = (8, 4)) -> list[dict[str, Any]]:
     """Measure the noise in the model's output if a single layer is quantized, for each layer and each width.
 
-    calibrated: the result of `ptq.quantize`. batches: what the model is called with.
+    calibrated: the result of `ptq.quantize`.
+    batches: batches of inputs.
     bits: widths of the weight to try, 2 to 8; the input of the layer has the calibrated grid.
 
     Returns rows with "layer", "bits", "bytes" (codes without gaps, and float32 scales) and "db", the signal to
@@ -79,7 +80,8 @@ def _first_outputs(model: nn.Module, batches: Iterable) -> Tensor:
 def allocate(rows: Sequence[Mapping[str, Any]], budget: int) -> dict[str, int]:
     """Choose a width for each layer so that the noise is least and all layers together fit a budget.
 
-    rows: from `sensitivity`; the noise of layers is taken to add up. budget: bytes.
+    rows: a result of `sensitivity`; the noise of layers is taken to add up.
+    budget: most bytes of all layers together.
 
     Returns {layer: bits}, for `ptq.quantize(weights=)`. The problem is a knapsack with one item of each class, solved
     exactly (scipy's HiGHS).

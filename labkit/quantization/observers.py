@@ -23,10 +23,10 @@ SMALLEST = -100  # exponent of the least histogram's range, that of zeros
 
 
 class Observer:
-    """Observes tensors of any shapes with `observe`; `range` then gives the range that a criterion takes from them.
+    """Observes tensors of any shapes; `range` then gives the range that a criterion takes from them.
 
     name: the criterion, a row of `RANGES`.
-    bits: of the codes; "mse" and "histogram" use the width to weigh clipping against rounding.
+    bits: width of the codes; "mse" and "histogram" use the width to weigh clipping against rounding.
     where: the observed value in words, for error messages.
     """
 
@@ -80,7 +80,10 @@ class Observer:
         raise InputError(f"What {self.where} gets is no dense tensor of real numbers ({kind}): give it such.")
 
     def _count(self, x: Tensor, largest: float) -> None:
-        """Count the values of x in the histogram, made wider if need be. largest: the largest |x|."""
+        """Count the values of x in the histogram, made wider if need be.
+
+        largest: the largest |x|.
+        """
         exponent = SMALLEST
         if largest:
             _, exponent_of_largest = math.frexp(largest)  # largest < 2^exponent

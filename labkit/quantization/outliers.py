@@ -23,7 +23,8 @@ class OutlierSplit(nn.Module):
     Column j of the input is an outlier if |x_j| >= threshold in any token of the call. The other columns have a scale
     for each token and, in the weight, for each output (the paper's vector-wise quantization), with codes -127 to 127.
 
-    layer: the float layer. threshold: magnitude of an outlier.
+    layer: the float layer.
+    threshold: magnitude of an outlier.
     `columns` is the number of columns that the last call split off.
     """
 
@@ -47,7 +48,7 @@ def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
     """SIMULATED: return a copy of `model` in which Linears are `OutlierSplit` with the paper's threshold.
 
     ignore: names of Linears that stay, as a language model's head does in the paper.
-    Raises InputError for a name without a Linear, and for a model without a Linear.
+    Raises InputError for a name or a model without a Linear.
     """
     calls.check_model(model)
     ignore = (ignore,) if isinstance(ignore, str) else ignore

@@ -15,7 +15,7 @@ def pack_codes(tensor: Quantized | Encoded) -> dict[str, Tensor]:
     "scale": of a `Quantized` as it is; of an `Encoded`, if the format has scales, as bytes (older safetensors have no
         E8M0).
     "tensor_scale": 4 bytes, for a nested format.
-    "zero": packed like the codes, for a grid with unsigned codes.
+    "zero": packed like the codes, if they are unsigned.
     """
     codes = tensor.codes if tensor.bits == 8 else to_bits(tensor.codes, tensor.bits)
     parts = {"codes": codes}

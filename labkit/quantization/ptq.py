@@ -1,7 +1,7 @@
 """Post-training quantization, SIMULATED: ranges from some batches, then float32 that takes only the values of codes.
 
 Krishnamoorthi 2018 (arXiv:1806.08342); Nagel et al. 2021 (arXiv:2106.08295), sections 2 and 3. A simulation is useful
-if the simulation and an integer engine round the same values. Hence three rules:
+if it rounds the same values as an integer engine. Hence three rules:
 
 1. A layer rounds its weight (a symmetric grid per output channel, "restricted") and its input (an asymmetric unsigned
    grid for the tensor, since its scale must leave the sum). Bias and result are not rounded: they stand for the int32
@@ -40,8 +40,8 @@ from labkit.quantization.ptq_plan import Calibrated, QuantizationPlan, planned
 from labkit.quantization.simulated import FakeQuantized, QuantizationPoint, Quantizer, bypassed, weight_grid
 
 __all__ = [
-    "Calibrated", "FakeQuantized", "QuantizationPlan", "QuantizationPoint", "Quantizer", "allocate", "bypassed",
-    "quantize", "sensitivity", "weight_grid",
+    "Calibrated", "FakeQuantized", "QuantizationPlan", "QuantizationPoint", "Quantizer", "allocate", "quantize",
+    "sensitivity", "weight_grid",
 ]  # fmt: skip
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -60,10 +60,11 @@ def quantize(
 ) -> Calibrated:
     """SIMULATED: return a copy of `model` in which every Linear and Conv2d that can be is `FakeQuantized`.
 
-    batches: what the model is called with; the ranges of activations are taken from them. Each is read once.
-    weights, activations: bits, 2 to 8, or {name: bits} of layers, or of modules for all layers inside; the innermost
-        name counts. "" is the whole model, with 8 bits by default. A point has the whole model's bits.
-    observer: the way from observed values to a range, a row of `observers.RANGES`.
+    batches: batches of inputs, each read once; the ranges of activations are taken from them.
+    weights: bits, 2 to 8, or {name: bits} of layers, or of modules for all layers inside; the innermost name counts.
+        "" is the whole model, with 8 bits by default.
+    activations: bits in the same form; a point has the whole model's bits.
+    observer: name of a rule from observed values to a range, a row of `observers.RANGES`.
     ignore: names of layers that stay float32, or of modules for all layers inside; "" is the whole model.
 
     The rules stand at the top of this file. The copy runs in eval mode, on `model`'s device.
@@ -85,27 +86,16 @@ def quantize(
         example = calls.few(model, calls.inputs(model, first), FIRST)
         new, unfolded = _folded(model, example)
         refused = _refused(new, ignore, unfolded)
-        layers = [name for name, module in new.named_modules() if _is_quantizable(module) and name not in refused]
-        for kind, named_bits in {"weights": widths, "activations": precisions}.items():
-            _check_widths_are_used(named_bits, kind, layers, refused)
+        candidates = _candidates(new, refused)
+        _check_widths_are_used(widths, "weights", candidates, refused)
+        _check_widths_are_used(precisions, "activations", candidates, refused)
 
-        traced = ptq_graph.trace(new, example, layers)
-        points: list[str] = []
-        if traced is not None:
-            new = traced
-            points = ptq_graph.insert_points(traced, layers)
-
-        observers = _observe(new, layers, points, itertools.chain([first], checked), observer, precisions)
-        for name in list(layers):
-            if not observers[name].extremes:
-                refused[name] = "no batch calls it as a module"
-                layers.remove(name)
-        if not layers:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-            raise InputError(
-                f"The model has no layer to quantize ({reasons or 'it has no Linear and no Conv2d'}): give another, or "
-                "ignore less."
-            )
+        traced, points = _traced_with_points(new, example, candidates)
+        new = new if traced is None else traced
+        all_batches = itertools.chain([first], checked)
+        observers = _observe(new, candidates, points, all_batches, observer, precisions)
+        refused |= _refused_without_a_call(candidates, observers)
+        layers = _layers_that_were_called(candidates, refused)
         grids = _activation_grids(traced, layers, points, observers, precisions)
         new, report = _replace_layers(new, layers, points, grids, widths, example)
     plan = QuantizationPlan(
@@ -181,8 +171,10 @@ def _folded(model: nn.Module, example: Mapping[str, Any]) -> tuple[nn.Module, st
         return surgery.cut(model, {}, {}).eval(), cause or str(error)
 
 
-def _is_quantizable(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
+def _candidates(model: nn.Module, refused: Mapping[str, str]) -> list[str]:
+    """Return the names of the Linears and Conv2ds that are not refused."""
+    kernels = (nn.Linear, nn.Conv2d)
+    return [name for name, module in model.named_modules() if isinstance(module, kernels) and name not in refused]
 
 
 def _refused(model: nn.Module, ignore: Sequence[str], unfolded: str) -> dict[str, str]:
@@ -212,7 +204,7 @@ def _refused(model: nn.Module, ignore: Sequence[str], unfolded: str) -> dict[str
 def _reason_against(module: nn.Module, is_model: bool) -> str:
     """Return the reason why a module with a weight has no integer kernel, or "".
 
-    is_model: the module is the whole model.
+    is_model: True if the module is the whole model.
     """
     if not is_plain(module) and not pads_same(module):
         return f"a {type(module).__name__} has no integer kernel, and no layer took it in"
@@ -237,6 +229,18 @@ def _pads_unevenly(layer: nn.Conv2d) -> bool:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
+def _traced_with_points(
+    model: nn.Module,
+    example: Mapping[str, Any],
+    layers: Sequence[str],
+) -> tuple[fx.GraphModule | None, list[str]]:
+    """Return the model's graph with quantization points in it, and their names; (None, []) if there is no graph."""
+    traced = ptq_graph.trace(model, example, layers)
+    if traced is None:
+        return None, []
+    return traced, ptq_graph.insert_points(traced, layers)
+
+
 def _observe(
     model: nn.Module,
     layers: Sequence[str],
@@ -259,6 +263,23 @@ def _observe(
         for batch in batches:
             calls.run(model, **calls.inputs(model, batch))
     return observers
+
+
+def _refused_without_a_call(layers: Sequence[str], observers: Mapping[str, Observer]) -> dict[str, str]:
+    """Return {name: the reason to stay float32} of the layers without an observed input."""
+    return {name: "no batch calls it as a module" for name in layers if not observers[name].extremes}
+
+
+def _layers_that_were_called(layers: Sequence[str], refused: Mapping[str, str]) -> list[str]:
+    """Return the layers that are not refused; InputError, with all reasons, if there is none."""
+    called = [name for name in layers if name not in refused]
+    if not called:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise InputError(
+            f"The model has no layer to quantize ({reasons or 'it has no Linear and no Conv2d'}): give another, or "
+            "ignore less."
+        )
+    return called
 
 
 def _activation_grids(

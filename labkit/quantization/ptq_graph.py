@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from labkit.graph.tracing import outputs
+from labkit.modules.returned import outputs
 from labkit.quantization import calls
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -28,7 +28,8 @@ class _LeafTracer(fx.Tracer):
 def trace(model: nn.Module, named: Mapping[str, Any], layers: Collection[str]) -> fx.GraphModule | None:
     """Trace a model into a graph that records the shape of each value.
 
-    named: the arguments of an example call, by name. layers: names of the modules to keep whole.
+    named: the arguments of an example call, by name.
+    layers: names of the modules to keep whole.
     Returns None if the model cannot be traced, if the graph computes something else for the example, or if the model
     itself is the only layer.
     """
@@ -73,7 +74,8 @@ def _placeholder_values(traced: fx.GraphModule, named: Mapping[str, Any]) -> lis
 def insert_points(traced: fx.GraphModule, layers: Collection[str]) -> list[str]:
     """Mark the sums that a convolution can do, and insert a module for the point of the other term of each sum.
 
-    traced: the graph, changed in place. layers: names of the layers to be quantized.
+    traced: the graph, changed in place.
+    layers: names of the layers to be quantized.
     Returns the names of the inserted modules, each an nn.Identity for now.
     """
     graph = traced.graph

@@ -14,7 +14,7 @@ class PlannedLayer:
     """A layer that is quantized.
 
     name, kind: the name in the model, and the class of the float layer.
-    shape: of the weight.
+    shape: shape of the weight.
     weights, activations: bits of the weight and of the input.
     scales: number of scales of the weight.
     lo, hi: the range of the input's grid.
@@ -61,8 +61,8 @@ class QuantizationPlan:
 class Calibrated:
     """The result of `ptq.quantize`.
 
-    model: SIMULATED.
-    plan: the decisions.
+    model: the quantized model, SIMULATED.
+    plan: the decisions, layer by layer.
     report: a row for each layer that the first examples reach, with the signal to quantization noise in dB. Rows:
         "layer"; "weight_db" of the weight; "alone_db" of the layer's result if only this layer is quantized;
         "chain_db" of the layer's result in the quantized model, after all the layers before.

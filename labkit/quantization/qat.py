@@ -168,7 +168,8 @@ class _Learning(Quantizer):
 class FollowedRange(_Learning):
     """Straight through: the grid spans a weight's extremes, or a moving average of the extremes of activations.
 
-    grid: the first one. weight: given for the quantizer of a weight.
+    grid: grid at the start of training.
+    weight: weight that the quantizer rounds; None for the quantizer of an activation.
     """
 
     def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
@@ -200,7 +201,8 @@ class LearnedGrid(_Learning):
     N: the number of weights of a channel, or of features of an example. Q_P: the largest distance of a code from the
     zero point.
 
-    grid: the first one. weight: given for the quantizer of a weight.
+    grid: grid at the start of training.
+    weight: weight that the quantizer rounds; None for the quantizer of an activation.
     """
 
     def __init__(self, grid: Grid, weight: Tensor | None = None) -> None:
@@ -284,7 +286,8 @@ def finetune_(
 ) -> History:
     """Train a model from `prepare` in place, and freeze its grids after four fifths of the steps.
 
-    batches, max_lr: as for `training.train_`. steps: number of batches to train on.
+    batches, max_lr: as for `training.train_`.
+    steps: number of batches to train on.
 
     SGD in float32, one cycle. A float model is trained in the same way, as the control of an experiment. After an error
     the model is as it was before, with grids free to move again. Raises InputError as `training.train_` does.

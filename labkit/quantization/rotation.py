@@ -1,7 +1,7 @@
 """Rotations: the same function in a turned basis, in which no channel sticks out and activations are easier to round.
 
 SliceGPT (Ashkboos et al. 2024a, arXiv:2401.15024, theorem 1): RMSNorm without a gain commutes with an orthogonal Q, for
-|x Q| = |x|, so that the writers of the residual stream can turn the stream and the readers turn the stream back. QuaRot
+|x Q| = |x|, so that the writers of the residual stream can turn it and its readers turn it back. QuaRot
 (Ashkboos et al. 2024b, arXiv:2404.00456): Q is a Hadamard matrix with random signs and spreads an outlier over all
 channels. QuaRot's published code also removes the mean of each embedding: right before a LayerNorm, but a change of the
 function before an RMSNorm, so no mean is removed in this file. No function in this file knows a number of bits.
@@ -48,8 +48,8 @@ class RotatedInput(nn.Module):
 def rotate(model: nn.Module, *, online: bool = False) -> nn.Module:
     """Return a copy of `model`, of the Llama type, that computes the same function from rotated weights.
 
-    online: also rotate the input of down_proj, which has the largest outliers of all, at every call (`RotatedInput`):
-        no weight can turn the product of gate and up.
+    online: True to rotate also the input of down_proj, which has the largest outliers of all, at every call
+        (`RotatedInput`): no weight can turn the product of gate and up.
 
     The gain of each RMSNorm is folded into the Linears that read the norm; the residual stream is turned by a Hadamard
     matrix with random signs, and so are the values of each head, between v_proj and o_proj. Weights are computed in
@@ -147,7 +147,8 @@ def _rotate_when_called_(layer: nn.Module, rotations: _Rotations) -> None:
 def hadamard(n: int, seed: int | None = None) -> Tensor:
     """Return an orthogonal matrix [n, n] in float64, with entries +-1 / sqrt(n) if a Hadamard matrix is at hand.
 
-    n: the size. seed: of random signs of the rows, without which a constant input stays in one channel; None: no signs.
+    n: size of the matrix.
+    seed: seed of the rows' random signs, without which a constant input stays in one channel; None: no signs.
 
     Sylvester's doubling of a smaller matrix, H x [[1, 1], [1, -1]] (Kronecker), from [[1]] or, if n has an odd factor,
     from Paley's matrix: 576 = 36 x 16, 1536 = 12 x 128. If Paley has no matrix (n = 18), the odd factor gets a random

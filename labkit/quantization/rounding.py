@@ -32,10 +32,10 @@ def adaround(
     """Return codes of a layer's weight on a grid, each rounded down or up so that the layer's outputs stay.
 
     layer: a Linear or convolution.
-    grid: of the weight, not in groups.
-    inputs: [N, ...], what the layer will see, best of all in the quantized model.
-    outputs: [N, ...], what the layer should give for these inputs.
-    steps: of Adam.
+    grid: grid of the weight, not in groups.
+    inputs: the layer's inputs [N, ...], best of all those in the quantized model.
+    outputs: outputs [N, ...] that the layer should give for them.
+    steps: number of Adam's steps.
 
     Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv:2004.10568), section 3. With
     w = scale (clip(floor(W / scale) + h(V) + zero) - zero) and h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), Adam minimises
@@ -46,7 +46,7 @@ def adaround(
     starting from h = the remainder of rounding down, so from the weight as it is; beta falls from 20 to 2 and drives
     every h to 0 or 1. The norm is over the channels of a position, the mean over all positions.
 
-    The result is the same at every call. On `inputs` the squared error is at most the error of rounding to the nearest:
+    The result is the same at every call. On `inputs` the squared error is at most that of rounding to the nearest:
     if the search ends in more, the nearest codes are returned.
     """
     _check(layer, grid, inputs, outputs, steps)
@@ -106,8 +106,9 @@ def _beta(progress: float) -> float:
 def bias_correction(layer: nn.Module, weight: Tensor, mean: Tensor) -> Tensor:
     """Return the bias [out] with which a layer keeps the mean of its outputs if its weight becomes `weight`.
 
-    layer: a Linear or convolution. weight: dequantized, in the shape of the layer's weight.
-    mean: [in], of the layer's inputs over examples and positions.
+    layer: a Linear or convolution.
+    weight: the dequantized weight, in the shape of the layer's weight.
+    mean: mean [in] of the layer's inputs over examples and positions.
 
     Nagel et al. 2019 (arXiv:1906.04721), section 4.2: W~ = W + e shifts the outputs by e E[x] on average (for a
     convolution, e is summed over the kernel). So the bias is b - e E[x]: exact for a Linear, and for a convolution if

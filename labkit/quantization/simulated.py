@@ -35,7 +35,9 @@ class Quantizer(nn.Module):
 class FakeQuantized(nn.Module):
     """SIMULATED: a Linear or Conv2d on rounded input and weight, in float32; bias and result are not rounded.
 
-    layer: the float layer. weight_grid: a scale for each output channel. input_grid: a scale for the tensor.
+    layer: the float layer.
+    weight_grid: a scale for each output channel.
+    input_grid: a scale for the tensor.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, weight_grid: Grid, input_grid: Grid) -> None:

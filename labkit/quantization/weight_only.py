@@ -24,7 +24,7 @@ from labkit.modules.hessians import hessian, sum_over_rows, wide
 from labkit.modules.masks import make_permanent, masks
 from labkit.modules.replacing import replace_
 from labkit.modules.stacks import blocks_of
-from labkit.modules.weights import Weight, inside, named_parts, prunable
+from labkit.modules.weights import Weight, inside, named_parts, prunable, qualified
 from labkit.quantization import affine, calls, fold, formats
 from labkit.quantization.affine import Grid, Quantized
 from labkit.quantization.awq import awq, clipped
@@ -103,16 +103,17 @@ def quantize(
 ) -> nn.Module:
     """SIMULATED: return a copy of `model` with the weights of its Linears in few bits, each a `WeightOnlyLinear`.
 
-    bits: 2 to 8.
+    bits: width of a code, 2 to 8.
     group_size: inputs of a row that share a scale, a divisor of each layer's inputs; None: the whole row.
     method: "rtn": each weight to the nearest point of its group's grid. "gptq": see `gptq`. "awq": see `awq` and
         `clipped`. "nf4", "mxfp4": of `formats.FORMATS`, with 4 bits and blocks of their own; `group_size` and
         `symmetric` do not apply.
     symmetric: False: codes have a zero point in each group. Else the name of a convention, see `affine.choose`; True is
         "restricted", the worst convention at 4 bits; "signed" is the best.
-    batches: for "gptq" and "awq": inputs of the model; read once, the hidden states stay in memory.
+    batches: inputs of the model, which only "gptq" and "awq" need; read once, the hidden states stay in memory.
     ignore: names of modules or weights that stay in floating point.
-    act_order: for "gptq": columns in the order of the size of inputs, with scales from the weights before any change.
+    act_order: True for GPTQ's columns in the order of the size of their inputs, with scales from the weights
+        before any change.
 
     Quantized are all Linears (and transformers' Conv1D) in the model's stack of blocks (`stacks.blocks_of`), or in all
     of a model without a stack. The embedding and the head of a language model are outside the stack and stay: often
@@ -175,7 +176,7 @@ def _check_run(model: nn.Module, batches: Sequence) -> None:
 def _weight_names(model: nn.Module, ignore: Collection[str], size: int | None) -> list[str]:
     """Return the names of the weights to quantize; raise InputError for a weight that cannot be quantized.
 
-    size: inputs of a group; None: the whole row.
+    size: number of inputs in a group; None: the whole row.
     """
     ignored = named_parts(model, ignore, "ignore")
     uncalled = bypassed(model)
@@ -226,7 +227,8 @@ def _gptq_(
 ) -> dict[str, Quantized]:
     """Round the weights by GPTQ, block after block; return {name: rounded weight}.
 
-    keep: {name: mask} of weights with masks, in the shape of the parameter. options: of `gptq`.
+    keep: {name: mask} of weights with masks, in the shape of the parameter.
+    options: arguments of `gptq`.
     """
     rounded = {}
     for weights_of_block, sums in inputs_by_block(model, weights, hessian, batches):
@@ -268,10 +270,6 @@ def _hessian_and_magnitude(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([hessian(layer, x), magnitude[:, None]], 1)
 
 
-def _weight_name(layer: str) -> str:
-    return f"{layer}.weight".lstrip(".")
-
-
 def _is_inside(
     model: nn.Module,
     weights: Mapping[str, Weight],
@@ -279,7 +277,7 @@ def _is_inside(
     route: Route,
 ) -> bool:
     """Return True if only `weights` read the channels of the source, and the source belongs to the same block."""
-    names = {*source.names, *map(_weight_name, route.readers)}
+    names = {*source.names, *(qualified(layer, "weight") for layer in route.readers)}
     parameters = {id(model.get_parameter(name)) for name in names}
     blocks = [{id(parameter) for parameter in block.parameters()} for block in blocks_of(model)]
     in_one_block = not blocks or any(parameters <= block for block in blocks)
@@ -304,7 +302,7 @@ def _scale_(
         return dequantize(rtn(weight, **options))
 
     for source, route in sites:
-        readers = [_weight_name(layer) for layer in route.readers]
+        readers = [qualified(layer, "weight") for layer in route.readers]
         statistic = sums[readers[0]][0]
         rows = [_rows(weights[name]) for name in readers]
         s = awq(rows, statistic[:-1], statistic[-1], round_)

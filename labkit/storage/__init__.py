@@ -1,8 +1,11 @@
 """Bytes of what would be stored: the table of weight formats, files of whole models, and the compiled kernels.
 
 Open `formats.py` first: it begins with an example, and its tables FORMATS and ROUNDED have a row a format.
-`labkit.artifact.size` gives the bytes of a model, `native` compiles labkit's C++, `sell` is the layout of its sparse
-kernel.
+
+formats.py: weights packed, dense, sparse or rounded
+artifact.py: the bytes of a model, `labkit.artifact.size`
+sell.py: the layout of labkit's sparse kernel
+native.py: labkit's C++, compiled
 """
 
 from torch import Tensor

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from labkit.errors import InputError, check_choice
 from labkit.modules.evaluating import evaluating
 from labkit.modules.tensors import dense_parts
+from labkit.modules.weights import qualified
 from labkit.quantization.affine import Quantized
 from labkit.quantization.formats import Encoded
 from labkit.quantization.packing import pack_codes
@@ -93,7 +94,7 @@ def _module_state(model: nn.Module) -> tuple[dict[str, Any], set[str]]:
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in _parametrized(model):
         owner, _, attribute = name.rpartition(".")
-        hidden = f"{owner}.parametrizations.{attribute}.".lstrip(".")
+        hidden = qualified(owner, f"parametrizations.{attribute}.")
         state = {key: entry for key, entry in state.items() if not key.startswith(hidden)}
         state[name] = value
         trained.add(name)

@@ -43,7 +43,7 @@ class Format(NamedTuple):
 
     pack: takes a weight [out, ...]; returns {name: array}, or None if the weight does not have the form.
     unpack: takes these arrays and the shape of the weight; returns the weight.
-    form: what a weight must have to be stored so, in words; "" if every weight has the form.
+    form: the form that a weight needs to be stored so, in words; "" if every weight has it.
     """
 
     pack: Callable[[Tensor], Parts | None]

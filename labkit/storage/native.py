@@ -110,7 +110,7 @@ def _compiled(source: Path) -> Path:
 
 
 def nm_takes(groups: Tensor) -> bool:
-    """Tell whether there is compiled code for the N:M mask of groups [..., m], as the groups lie in memory."""
+    """Return True if there is compiled code for the N:M mask of groups [..., m], as the groups lie in memory."""
     if groups.device.type != "cpu" or groups.dtype not in NM_DTYPES or not groups.is_contiguous():
         return False
     library = load("nm_mask")
@@ -123,7 +123,8 @@ def nm_takes(groups: Tensor) -> bool:
 def nm_largest(groups: Tensor, n: int, out: Tensor) -> None:
     """Write into `out` which n of each group of weights are largest in magnitude; of equal weights, the first.
 
-    groups: [..., m], accepted by `nm_takes`. out: bool [..., m], contiguous.
+    groups: [..., m], accepted by `nm_takes`.
+    out: bool [..., m], contiguous.
     Uses torch.get_num_threads() threads. Raises InputError for NaN.
     """
     size = groups.element_size()

@@ -94,7 +94,9 @@ def multiply(
 ) -> Tensor:
     """Return x W^T + bias, float32 [batch, out], on torch.get_num_threads() threads of the CPU.
 
-    x: float32 [batch, in]. layout: W as `pack` returns it. bias: float32 [out].
+    x: float32 [batch, in].
+    layout: W as `pack` returns it.
+    bias: float32 [out].
 
     Inf and NaN in x may reach outputs whose weight for them is zero, as in a dense product.
     """

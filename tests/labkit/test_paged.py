@@ -131,7 +131,7 @@ def test_an_exhausted_pool_says_what_to_do_in_a_sentence():
 @torch.inference_mode()
 def test_paged_is_contiguous(sequences, page_size):
     """Sequences of several lengths in one row of tokens, a prompt's piece beside single tokens."""
-    pool = PagePool(DECODER.layout, 40, page_size)
+    pool = PagePool(DECODER.layout, 56, page_size)  # room for four sequences of 9 + 5 tokens
     texts = [text(old + new, seed) for seed, (old, new) in enumerate(sequences)]
     tables = [PageTable(ids[0].tolist()) for ids in texts]
     for counts in zip(*sequences, strict=True):
