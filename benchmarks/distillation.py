@@ -31,15 +31,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from labkit.batches import labelled, segments
-from labkit.resnet import ResNet8
 from torch import Tensor, nn
 
 from labkit import datasets, distillation, models, stats, training
 from labkit.attention import speculative
 from labkit.attention.decoder import Decoder
+from labkit.batches import labelled, segments
 from labkit.distillation import distillation_loss, distilling
 from labkit.pruning import depth
+from labkit.resnet import ResNet8
 
 SOFT = {"alpha": 0.9, "temperature": 4.0}
 IMAGES = ("labels", "longer", "smoothing", "answers", "T1", "no labels", "reverse", "jsd", "hint", "attention")

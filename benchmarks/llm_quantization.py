@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from labkit.batches import segments
 
 from labkit import artifact, datasets, models, records, stats, training
+from labkit.batches import segments
 from labkit.files import replacing
 from labkit.pruning import nm
 from labkit.quantization import weight_only

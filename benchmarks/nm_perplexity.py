@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from labkit.batches import segments
 
 from labkit import datasets, models, records, stats, training
+from labkit.batches import segments
 from labkit.files import replacing
 from labkit.pruning import blockwise
 

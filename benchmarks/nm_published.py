@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from labkit.batches import segments
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from labkit import datasets, models, stats, training
+from labkit.batches import segments
 from labkit.pruning import blockwise, nm
 from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import Pattern, sparsegpt

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from labkit.machine import fingerprint
 from torch import nn
 
 from labkit import models, training
+from labkit.machine import fingerprint
 
 RANK = 10
 RECIPES = {

@@ -7,10 +7,10 @@ least-squares problem solved anew for every weight, arrays that are really packe
 from collections.abc import Callable
 
 import torch
-from labkit.counting import count
 from torch import Tensor, nn
 
 from labkit import storage
+from labkit.counting import count
 from labkit.lesson.check import Failures, has_parts, is_mask
 from labkit.pruning import sparse, unstructured
 from labkit.pruning.select import count_to_prune
