@@ -101,9 +101,9 @@ def test(quick: bool, arguments: tuple[str, ...]) -> None:
     if arguments:
         calls = [[*arguments]]
     elif quick:
-        calls = [[*at_once, "-m", "not slow and not lesson and not timing"]]
+        calls = [[*at_once, "-m", "not slow and not lesson and not timing and not nightly"]]
     else:
-        calls = [[*at_once, "-m", "not timing"], ["-m", "timing", *_tests_with_a_clock()]]
+        calls = [[*at_once, "-m", "not timing and not nightly"], ["-m", "timing", *_tests_with_a_clock()]]
     first_failure = 0
     for call in calls:
         environment = dict(os.environ)

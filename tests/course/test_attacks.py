@@ -94,7 +94,10 @@ def _state(path: Path) -> tuple:
     return status.st_mode, status.st_uid, status.st_gid, changed, attributes, content
 
 
-@pytest.fixture(params=[6, 3, 2, 1, 0], ids="Landlock {}".format)
+VERSIONS = [6, *(pytest.param(version, marks=pytest.mark.nightly) for version in (3, 2)), 1, 0]
+
+
+@pytest.fixture(params=VERSIONS, ids="Landlock {}".format)
 def abi(request: pytest.FixtureRequest) -> int:
     """A version of Landlock's interface; 0 for a kernel without Landlock."""
     if request.param > newest_abi():

@@ -36,7 +36,16 @@ def build(name: str, side: int) -> nn.Module:
     return randomise_(model)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "resnet18" else pytest.mark.slow) for n in MODELS])
+NIGHTLY = ("inception_v3", "maxvit_t", "densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf")
+
+
+def marks(name: str) -> tuple:
+    if name == "resnet18":
+        return ()
+    return (pytest.mark.slow, pytest.mark.nightly) if name in NIGHTLY else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in MODELS])
 @pytest.mark.filterwarnings("ignore:The default weight init")
 def test_half_of_the_channels_of_a_torchvision_model(name):
     side, most = MODELS[name]

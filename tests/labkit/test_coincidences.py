@@ -37,8 +37,17 @@ KINDS = {
 }
 
 
+NIGHTLY = [(case, "heads") for case in CASES if case != ALL]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "kind"), [*((case, "heads") for case in CASES), (ALL, "neurons"), (ALL, "channels")])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        *((ALL, kind) for kind in KINDS),
+        *(pytest.param(*values, marks=pytest.mark.nightly) for values in NIGHTLY),
+    ],
+)
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE])
 def test_sizes_that_coincide_are_told_apart(name, case, kind):
     if name in IN_FOUR_BLOCKS and CASES[case]["heads"] % 4:

@@ -34,9 +34,16 @@ READY = engines.available()
 BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
 INT8 = [pytest.param("onnxruntime", marks=needs("cpu vnni")), pytest.param("openvino", marks=[openvino, vnni])]
 COMPILERS = [  # each starts g++
-    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason=READY[name])])
-    for name in ("torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen")
+    pytest.param(name, marks=[often, pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason=READY[name])])
+    for name, often in (
+        ("torch-compile", pytest.mark.slow),
+        ("torch-compile-unfrozen", pytest.mark.nightly),
+        ("aotinductor", pytest.mark.slow),
+        ("aotinductor-unfrozen", pytest.mark.nightly),
+    )
 ]
+COMPILER = COMPILERS[0]  # for claims that hold or fail in all compilers alike; the others each night
+NIGHTLY_COMPILER = pytest.param(*COMPILERS[2].values, marks=[*COMPILERS[2].marks, pytest.mark.nightly])
 EXECUTORCH = [
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason="needs ExecuTorch")])
     for name in ("executorch", "executorch-portable")
@@ -176,7 +183,7 @@ def test_executorch_has_as_many_threads_as_torch():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["torch", *COMPILERS[::2], EXECUTORCH[0], *BOTH])
+@pytest.mark.parametrize("name", ["torch", COMPILER, NIGHTLY_COMPILER, EXECUTORCH[0], *BOTH])
 def test_keywords_constants_and_several_outputs(name: str):
     model = words()
     batch = {"ids": torch.randint(50, (2, 7)), "mask": torch.ones(2, 7), "scale": 2.0, "labels": torch.zeros(2)}
@@ -244,7 +251,7 @@ def test_a_quantized_model_takes_batches_of_any_size(name: str):
         assert affine.sqnr(model(x), engine(x)) > 25
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16", *COMPILERS[::2], EXECUTORCH[0]])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16", COMPILER, NIGHTLY_COMPILER, EXECUTORCH[0]])
 def test_the_model_is_left_as_it_was(name: str):
     model = copy.deepcopy(net()).train()
     before = traits(model)
