@@ -103,7 +103,10 @@ def test(quick: bool, arguments: tuple[str, ...]) -> None:
     elif quick:
         calls = [[*at_once, "-m", "not slow and not lesson and not timing and not nightly"]]
     else:
-        calls = [[*at_once, "-m", "not timing and not nightly"], ["-m", "timing", *_tests_with_a_clock()]]
+        calls = [
+            [*at_once, "-m", "not timing and not nightly"],
+            ["-m", "timing and not nightly", *_tests_with_a_clock()],
+        ]
     first_failure = 0
     for call in calls:
         environment = dict(os.environ)

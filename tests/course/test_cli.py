@@ -221,7 +221,7 @@ def test_a_worked_answer_is_shown_to_who_asks():
 @pytest.mark.parametrize(
     ("arguments", "calls"),
     [
-        ((), [("-n", "3", "not timing and not nightly"), ("timing",)]),
+        ((), [("-n", "3", "not timing and not nightly"), ("timing and not nightly",)]),
         (("--quick",), [("-n", "3", "not slow and not lesson and not timing and not nightly")]),
         (("tests/labkit", "-x", "-k", "a"), [("tests/labkit", "-x", "-k", "a")]),
     ],

@@ -222,6 +222,7 @@ def test_what_is_set_for_the_lesson_is_seen_there_and_makes_no_other_result(tmp_
     assert store.read(job.folder()).folder == result.folder
 
 
+@pytest.mark.nightly
 @pytest.mark.timing
 def test_a_run_costs_less_than_a_second_over_papermill_alone(tmp_path: Path):
     overhead = runpy.run_path(str(files.ROOT / "benchmarks" / "run_overhead.py"))

@@ -533,6 +533,7 @@ def test_identical_work_is_not_told_apart_on_this_machine(disturb):
     assert not [str(result) for result in results if result.verdict in ("faster", "slower")]
 
 
+@pytest.mark.nightly
 @pytest.mark.timing
 def test_identical_work_on_data_of_its_own_is_not_told_apart_over_builds(one_thread):
     """Without builds, 9 of 15 intervals (1 MB) excluded 1, and 4 of 12 verdicts (16 MB) were wrong."""
