@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -199,6 +200,7 @@ def test_who_ends_the_command_ends_jupyterlab_which_had_nothing_to_warn_of(tmp_p
         address = re.compile(r"http://localhost:(\d+)/\S*token=(\w+)")
         wait_until(lambda: address.search(log.read_text()) or server.poll() is not None, 180)
         port, token = address.search(log.read_text()).groups()
+        wait_until(lambda: accepts_connections(int(port)))  # JupyterLab tells the address a moment earlier
         kernels = f"http://localhost:{port}/api/kernels?token={token}"
         asked = urllib.request.Request(kernels, data=b'{"name": "python3"}', method="POST")
         kernel = json.load(urllib.request.urlopen(asked, timeout=60))["id"]
@@ -211,6 +213,14 @@ def test_who_ends_the_command_ends_jupyterlab_which_had_nothing_to_warn_of(tmp_p
     finally:
         if server.is_running():
             server.kill()
+
+
+def accepts_connections(port: int) -> bool:
+    try:
+        socket.create_connection(("localhost", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_a_worked_answer_is_shown_to_who_asks():
