@@ -497,7 +497,7 @@ def data() -> None:
 
 @data.command("list")
 def list_() -> None:
-    """What there is, how large, and whether it is here."""
+    """List all data and models: state, kind, size, name, licence."""
     from labkit.data.fetch import assets
 
     for asset in assets().values():
