@@ -23,10 +23,10 @@ MARGIN = 0.18  # of the plane, around the points: room for labels
 GOAL_COLOUR = show.COLOURS[2]
 
 
-def place(
+def judge(
     name: str, goal: str, plan: Mapping[str, Any] | None, *, goals: Goals, references: show.Rows, label: str
-) -> Challenge:
-    """Show the learner's plan on the plane, beside reference points, and return the challenge's record.
+) -> tuple[Challenge, list[dict[str, Any]], str]:
+    """Compare the learner's plan with the goal; return the challenge's record, the points of the plane and the state.
 
     name: name of the challenge.
     goal: a sentence that asks for the goal.
@@ -47,9 +47,13 @@ def place(
         reached = not shortfalls
         state = "; ".join(["not reached yet", *shortfalls]) if shortfalls else "reached"
     record = Challenge(name=name, goal=goal, point=plan, goals=dict(goals), reached=reached)
-    _show(goals, points, label, goal, state)
-    show.emit(f"challenge {name}: {state}.")
-    return record
+    return record, points, state
+
+
+def show_plane(record: Challenge, goals: Goals, points: list[dict[str, Any]], label: str, state: str) -> None:
+    """Show the points of `judge` on the plane of the goal, and print the state of the plan."""
+    _show(goals, points, label, record.goal, state)
+    show.emit(f"challenge {record.name}: {state}.")
 
 
 def checked(goals: Any, point: Mapping[str, Any]) -> dict[str, Any]:

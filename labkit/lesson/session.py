@@ -367,7 +367,9 @@ class Lab:
         from labkit.lesson import challenge
 
         check_name(name)
-        self._challenges[name] = challenge.place(name, goal, point, goals=goals, references=references, label=label)
+        record, points, state = challenge.judge(name, goal, point, goals=goals, references=references, label=label)
+        self._challenges[name] = record  # before the figure, which may fail
+        challenge.show_plane(record, goals, points, label, state)
 
     # figures, tables, other machines ------------------------------------------------------------------------------
 
