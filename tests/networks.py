@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -392,3 +393,17 @@ NETWORKS = {
 def example(kind: type) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return randomise_(kind()), torch.randn(NETWORKS[kind])
+
+
+# --- met by measures, quantizers and proofs ---------------------------------------------------------------------------
+
+
+class EqualOdds(nn.Module):
+    """A language model that finds every one of 7 tokens equally likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, 7))
