@@ -407,3 +407,30 @@ class EqualOdds(nn.Module):
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, 7))
+
+
+class TiedEmbedding(nn.Module):
+    """A head that shares the weight of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.inner = nn.Linear(8, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(self.embed(ids)))
+
+
+class GroupedStrided(nn.Module):
+    """A grouped, dilated, strided convolution and two Linear layers, dropout and batch norm among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
+        self.norm, self.drop = nn.BatchNorm2d(6), nn.Dropout(0.5)
+        self.hidden, self.out = nn.Linear(6 * 3 * 3, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 4, 8, 8]
+        x = self.drop(self.norm(self.conv(x)).relu()).flatten(1)
+        return self.out(self.hidden(x).tanh())
