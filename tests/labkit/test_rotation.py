@@ -6,10 +6,11 @@ import families
 import pytest
 import scipy.linalg
 import torch
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
 from labkit.data import models
-from labkit.errors import EqualityError, InputError
+from labkit.errors import EqualityError
 from labkit.modules import hooks
 from labkit.quantization import ptq, rotation
 from labkit.storage import artifact
@@ -162,27 +163,33 @@ def test_an_outlier_channel_is_spread():
 
 @pytest.mark.parametrize("name", sorted(families.FAMILIES.keys() - set(ROTATED)))
 def test_a_model_of_another_build_is_refused(name):
-    with pytest.raises(InputError, match="cannot be rotated"):
-        rotation.rotate(families.family(name))
+    model = families.family(name)
+    check_refusal("cannot be rotated", lambda: rotation.rotate(model), leaves=model)
 
 
-def test_the_reason_is_given():
-    with pytest.raises(InputError, match=r"model\.norm is not x / sqrt"):
-        rotation.rotate(families.family("gemma"))
-    with pytest.raises(InputError, match=r"call \.float\(\) first"):
-        rotation.rotate(families.family("llama").half())
-    with pytest.raises(InputError, match="is missing"):
-        rotation.rotate(families.family("gpt2"))
+def quantized() -> nn.Module:
     ids = families.inputs("llama")["input_ids"]
-    with pytest.raises(InputError, match="cannot be rotated"):
-        rotation.rotate(ptq.quantize(families.family("llama"), [{"input_ids": ids}], ignore=["lm_head"]).model)
+    return ptq.quantize(families.family("llama"), [{"input_ids": ids}], ignore=["lm_head"]).model
+
+
+REASONS: Refusals = {
+    "model.norm is not x / sqrt": lambda: families.family("gemma"),
+    "call .float() first": lambda: families.family("llama").half(),
+    "is missing": lambda: families.family("gpt2"),
+    "cannot be rotated": quantized,
+}
+
+
+@refused(REASONS)
+def test_the_reason_is_given(words, call):
+    model = call()
+    check_refusal(words, lambda: rotation.rotate(model), leaves=model)
 
 
 def test_a_forward_pass_that_does_more_than_its_weights_is_no_equality():
     model = llama()
     model.model.layers[1].register_forward_hook(lambda _, __, y: y.relu())
-    with pytest.raises(EqualityError, match="does something to the residual stream"):
-        rotation.rotate(model)
+    check_refusal("does something to the residual stream", lambda: rotation.rotate(model), EqualityError, leaves=model)
 
 
 @pytest.mark.slow
