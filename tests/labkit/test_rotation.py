@@ -52,7 +52,7 @@ def difference(model: nn.Module, new: nn.Module) -> float:
 # --- the matrix -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 12, 20, 24, 28, 36, 64, 96, 576, 896, 960, 1536, 2560, 4864])
+@pytest.mark.parametrize("n", [1, 2, 12, 20, 24, 28, 36, 64, 96, 576, 896, 960, 1536, 2560, 304])
 def test_a_hadamard_matrix_has_two_values_and_orthogonal_rows(n):
     h = rotation.hadamard(n)
     some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:256]  # n^3 products would take seconds
