@@ -434,3 +434,31 @@ class GroupedStrided(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, 4, 8, 8]
         x = self.drop(self.norm(self.conv(x)).relu()).flatten(1)
         return self.out(self.hidden(x).tanh())
+
+
+class Shortcuts(nn.Module):
+    """An identity shortcut, a shortcut with a convolution, and a sum of which no convolution is a term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.shortcut = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 1, height, width]
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.b(F.relu(self.a(x))) + x)
+        x = F.relu(self.c(x) + self.shortcut(x))
+        x = x + F.relu(x)
+        return self.head(x.mean((2, 3)))
+
+
+def shortcuts() -> Shortcuts:
+    """The same at every call, with running statistics that are not those of a new norm."""
+    torch.manual_seed(0)
+    model = Shortcuts().eval()
+    model.norm.running_mean.uniform_(-0.3, 0.3)
+    model.norm.running_var.uniform_(0.5, 2)
+    return model
