@@ -462,3 +462,15 @@ def shortcuts() -> Shortcuts:
     model.norm.running_mean.uniform_(-0.3, 0.3)
     model.norm.running_var.uniform_(0.5, 2)
     return model
+
+
+class Returning(nn.Module):
+    """Five classes in whatever `form` makes of them."""
+
+    def __init__(self, form: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.out, self.form = nn.Linear(8, 16), nn.Linear(16, 5), form
+
+    def forward(self, x: Tensor) -> object:
+        return self.form(self.out(torch.relu(self.a(x))))

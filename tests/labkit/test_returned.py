@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from networks import Returning
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 
@@ -55,18 +56,6 @@ def circle(x):
     return items
 
 
-class Net(nn.Module):
-    """Five classes in whatever `form` makes of them."""
-
-    def __init__(self, form):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.out, self.form = nn.Linear(8, 16), nn.Linear(16, 5), form
-
-    def forward(self, x):
-        return self.form(self.out(torch.relu(self.a(x))))
-
-
 FORMS = {
     "namespace": lambda x: types.SimpleNamespace(logits=x),
     "object": Plain,
@@ -86,7 +75,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_classes_of_an_output_stay_whatever_holds_them(form):
-    model, x = Net(FORMS[form]), torch.randn(2, 8)
+    model, x = Returning(FORMS[form]), torch.randn(2, 8)
     pruned = prune(model, x, ratio=0.5)
     assert pruned.model.out.out_features == 5 and pruned.model.a.out_features == 8
     assert pruned.report.equal and pruned.report.scale > 0
@@ -106,18 +95,18 @@ HIDDEN: Refusals = {  # words -> what the network makes of its tensor
 
 @refused(HIDDEN)
 def test_an_output_that_cannot_be_compared_is_refused(words, call):
-    model = Net(call)
+    model = Returning(call)
     check_refusal(words, lambda: prune(model, torch.randn(2, 8), ratio=0.5), leaves=model)
 
 
 def test_an_empty_batch_proves_nothing():
-    model, x = Net(lambda x: x), torch.randn(2, 8)
+    model, x = Returning(lambda x: x), torch.randn(2, 8)
     check_refusal("an example input that is not empty", lambda: trace(model, x[:0]))
     check_refusal("no finite number to compare", lambda: prune(model, x, ratio=0.5, check=x[:0]), EqualityError)
 
 
 def test_a_width_in_the_output_is_compared_too():
-    class Wide(Net):
+    class Wide(Returning):
         def forward(self, x):
             hidden = self.a(x)
             return self.out(hidden), hidden.shape[1]

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import family
-from llamas import llama
+from families import SIZES, family
 from refusals import Refusals, check_refusal, refused
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from labkit.modules.kv_cache import cache_bytes, decode_step
 from labkit.timing import counting, machine, roofline
@@ -23,6 +21,7 @@ from labkit.timing.roofline_plot import describe, plot
 
 ROOFS = Ceilings("a small CPU", {"fp32": 100e9, "bf16": 400e9}, 20e9)
 H100 = DEVICES["H100 SXM"]
+LAYERS = SIZES["num_hidden_layers"]
 
 
 def test_bound_is_the_slower_of_moving_and_computing() -> None:
@@ -66,10 +65,7 @@ def test_a_share_above_one_and_a_type_without_a_ceiling_give_a_warning() -> None
 
 @pytest.fixture(params=["llama", "gpt2"])
 def decoder(request):
-    torch.manual_seed(0)
-    if request.param == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=50)).eval()
-    return llama(hidden_size=32, intermediate_size=48, vocab_size=50)
+    return family(request.param)
 
 
 def kv_heads(decoder) -> int:
@@ -88,12 +84,13 @@ def test_step_equals_the_whole_sequence_at_every_call(decoder) -> None:
 def test_step_can_be_counted(decoder) -> None:
     """The cache of 7 tokens is read: bytes grow with the prompt by 2 x layers x KV heads x head size x 4."""
     short, long = (count(decode_step(decoder, torch.ones(1, n, dtype=torch.long))) for n in (7, 8))
-    grows = 2 * 2 * kv_heads(decoder) * 8 * 4
+    grows = 2 * LAYERS * kv_heads(decoder) * 8 * 4
     assert grows <= long.bytes - short.bytes <= 2 * grows  # read, and with a copying cache written anew
 
 
 def test_cache_is_as_large_as_the_shapes_say(decoder) -> None:
-    assert cache_bytes(decoder, torch.ones(3, 7, dtype=torch.long)) == 3 * 7 * 2 * 2 * kv_heads(decoder) * 8 * 4
+    tokens = torch.ones(3, 7, dtype=torch.long)
+    assert cache_bytes(decoder, tokens) == tokens.numel() * 2 * LAYERS * kv_heads(decoder) * 8 * 4
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

@@ -18,16 +18,6 @@ from labkit.storage import artifact
 ROTATED = ("llama", "mistral", "qwen2", "qwen3")  # qwen2: biases that read; qwen3: norms of queries and keys
 
 
-def llama(**options) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = families._build("LlamaForCausalLM", **{**families.LLAMA, **options})().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-        return model
-
-
 def widened(model: nn.Module) -> nn.Module:
     """In float64, norms included, which transformers computes in float32 whatever they get."""
     model = copy.deepcopy(model).double()
@@ -90,7 +80,7 @@ def test_a_rotated_model_is_the_model(name, online):
 
 
 def test_biases_that_write_are_rotated():
-    model = widened(llama(attention_bias=True, mlp_bias=True))
+    model = widened(families.family("llama", attention_bias=True, mlp_bias=True))
     assert difference(model, rotation.rotate(model)) < 1e-12
 
 
@@ -100,7 +90,7 @@ def test_in_float32_it_is_the_model_up_to_roundings():
 
 
 def test_the_model_is_left_as_it_was_and_shares_nothing():
-    model = llama(tie_word_embeddings=True)
+    model = families.family("llama", tie_word_embeddings=True)
     before = copy.deepcopy(model.state_dict())
     new = rotation.rotate(model)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
@@ -109,7 +99,7 @@ def test_the_model_is_left_as_it_was_and_shares_nothing():
 
 
 def test_what_the_untied_head_costs_is_counted():
-    model = llama(tie_word_embeddings=True)
+    model = families.family("llama", tie_word_embeddings=True)
     new = rotation.rotate(model)
     assert new.lm_head.weight is not new.model.embed_tokens.weight and not new.config.tie_word_embeddings
     cost = artifact.size(new) - artifact.size(model)
@@ -127,7 +117,7 @@ def test_what_the_untied_head_costs_is_counted():
     ids=["mean removed", "gain twice", "tied"],
 )
 def test_the_usual_mistakes_change_the_function(mistake):
-    model = llama(tie_word_embeddings=True)
+    model = families.family("llama", tie_word_embeddings=True)
     new = rotation.rotate(model)
     with torch.no_grad():
         mistake(new)
@@ -146,7 +136,7 @@ def peak(model: nn.Module, name: str) -> float:
 
 
 def test_an_outlier_channel_is_spread():
-    model = llama()
+    model = families.family("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] += 30
         model.model.layers[1].mlp.up_proj.weight[5] *= 30  # and a neuron
@@ -187,7 +177,7 @@ def test_the_reason_is_given(words, call):
 
 
 def test_a_forward_pass_that_does_more_than_its_weights_is_no_equality():
-    model = llama()
+    model = families.family("llama")
     model.model.layers[1].register_forward_hook(lambda _, __, y: y.relu())
     check_refusal("does something to the residual stream", lambda: rotation.rotate(model), EqualityError, leaves=model)
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from families import family
 from networks import GroupedStrided, Plain, Residual, example
 from refusals import Refusals, check_refusal, refused
 from torch import nn
@@ -370,11 +371,7 @@ def test_batches_are_let_go_one_by_one(net, criterion):
 
 @pytest.mark.parametrize("criterion", NEED_LOSS)
 def test_dicts_with_labels_use_the_loss_of_the_model(criterion):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    bert = BertForSequenceClassification(config)
+    bert = family("bert")
     batch = {"input_ids": torch.randint(50, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
     by_labels = saliency(bert, criterion, [batch])
     by_loss_fn = saliency(bert, criterion, [batch], loss_fn=lambda out, y: F.cross_entropy(out.logits, y))

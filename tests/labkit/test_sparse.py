@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from families import family, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from transformers import GPT2Config, GPT2Model
 
 from labkit.pruning import nm, sparse, unstructured
 from labkit.pruning.sparse import KERNELS, SparseLinear, convert, costs
@@ -151,11 +151,9 @@ def test_parametrized_weights_are_seen_as_the_forward_pass_sees_them():
 
 def test_the_linear_layers_of_gpt2_are_converted():
     """Its Conv1D holds [in, out]."""
-    config = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=40, n_positions=16)
-    model = unstructured.prune(GPT2Model(config).eval(), 0.5)
-    tokens = torch.randint(40, (2, 9))
+    model, tokens = unstructured.prune(family("gpt2").transformer, 0.5), inputs("gpt2")["input_ids"]
     converted = convert(model, format="csr")
-    assert sum(isinstance(module, SparseLinear) for module in converted.modules()) == 2 * 4
+    assert sum(isinstance(module, SparseLinear) for module in converted.modules()) == 3 * 4
     with torch.no_grad():
         torch.testing.assert_close(converted(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-5)
 

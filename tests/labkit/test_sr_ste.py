@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from families import family, inputs
 from refusals import Refusals, check_refusal, refused
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from labkit.data import training
 from labkit.pruning import nm, sr_ste, unstructured
@@ -80,9 +80,7 @@ def test_finish_makes_plain_weights_that_stay_in_the_pattern(batch):
 
 
 def test_transposed_and_shared_weights():
-    torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2, vocab_size=20, n_positions=8)).eval()
-    tokens = torch.randint(20, (1, 8))
+    gpt2, tokens = family("gpt2"), inputs("gpt2")["input_ids"][:1]
     model = sr_ste.prepare(gpt2)
     assert torch.equal(model(tokens).logits, nm.prune(gpt2)(tokens).logits)
     fixed = sr_ste.finish(model)

@@ -5,12 +5,12 @@ import gc
 
 import pytest
 import torch
+from families import family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import llama
 from refusals import Refusals, check_refusal, refused
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from labkit.modules.batches import segments
 from labkit.pruning import nm, unstructured
@@ -450,8 +450,7 @@ def test_pruned_and_quantized(tokens):
 def test_other_models(tokens):
     """transformers' Conv1D keeps its weight the other way round; a model without a stack is one block."""
     torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=50, n_positions=32)).eval()
-    bert = BertModel(BertConfig(**SIZES, intermediate_size=48)).eval()
+    gpt2, bert = family("gpt2", neurons=48), family("minilm", neurons=48)
     plain = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 4)).eval()
     for model, batches in ((gpt2, tokens), (bert, tokens), (plain, [torch.randn(50, 32)])):
         for method in ("rtn", "gptq", "awq"):
