@@ -30,15 +30,20 @@ NAMES = {  # of a size in the configs
 
 
 def _build(name: str, **options) -> Callable[..., nn.Module]:
-    def build(**sizes: int) -> nn.Module:
-        """sizes: see NAMES; those that the config does not have are left out."""
+    def build(**sizes: int | bool) -> nn.Module:
+        """sizes: see NAMES; those that the config does not have are left out. Other names are the config's own."""
         import transformers
 
         from labkit.data.models import quietly
 
         if options.keys() >= LATENT.keys():
             sizes.pop("kv_heads", None)  # one for each head
-        new = {name: n for size, n in sizes.items() for name in NAMES[size] if name in options}
+        new = {}
+        for size, n in sizes.items():
+            if size in NAMES:
+                new |= {name: n for name in NAMES[size] if name in options}
+            else:
+                new[size] = n
         with quietly():
             kind = getattr(transformers, name)
             return kind(kind.config_class(**options | new))
@@ -79,8 +84,8 @@ DECODERS += ("gpt_neo", "phi3", "deepseek")
 GROUPED = ("llama", "qwen2", "qwen3", "mistral", "olmo2")  # two KV heads with two query heads each
 
 
-def family(name: str, **sizes: int) -> nn.Module:
-    """The model with random weights, scales and biases, the same at every call, in eval mode. sizes: see NAMES."""
+def family(name: str, **sizes: int | bool) -> nn.Module:
+    """The model with random weights, scales and biases, the same at every call, in eval mode. sizes: as in _build."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = {**FAMILIES, **MORE}[name](**sizes).eval()

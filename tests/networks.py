@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -392,3 +393,84 @@ NETWORKS = {
 def example(kind: type) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return randomise_(kind()), torch.randn(NETWORKS[kind])
+
+
+# --- met by measures, quantizers and proofs ---------------------------------------------------------------------------
+
+
+class EqualOdds(nn.Module):
+    """A language model that finds every one of 7 tokens equally likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, 7))
+
+
+class TiedEmbedding(nn.Module):
+    """A head that shares the weight of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.inner = nn.Linear(8, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(self.embed(ids)))
+
+
+class GroupedStrided(nn.Module):
+    """A grouped, dilated, strided convolution and two Linear layers, dropout and batch norm among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
+        self.norm, self.drop = nn.BatchNorm2d(6), nn.Dropout(0.5)
+        self.hidden, self.out = nn.Linear(6 * 3 * 3, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 4, 8, 8]
+        x = self.drop(self.norm(self.conv(x)).relu()).flatten(1)
+        return self.out(self.hidden(x).tanh())
+
+
+class Shortcuts(nn.Module):
+    """An identity shortcut, a shortcut with a convolution, and a sum of which no convolution is a term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.shortcut = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 1, height, width]
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.b(F.relu(self.a(x))) + x)
+        x = F.relu(self.c(x) + self.shortcut(x))
+        x = x + F.relu(x)
+        return self.head(x.mean((2, 3)))
+
+
+def shortcuts() -> Shortcuts:
+    """The same at every call, with running statistics that are not those of a new norm."""
+    torch.manual_seed(0)
+    model = Shortcuts().eval()
+    model.norm.running_mean.uniform_(-0.3, 0.3)
+    model.norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+class Returning(nn.Module):
+    """Five classes in whatever `form` makes of them."""
+
+    def __init__(self, form: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.out, self.form = nn.Linear(8, 16), nn.Linear(16, 5), form
+
+    def forward(self, x: Tensor) -> object:
+        return self.form(self.out(torch.relu(self.a(x))))

@@ -1,10 +1,10 @@
 """Pages: what a table reads is what its tokens wrote, whatever was shared, copied, given back and taken again."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import llama, text
+from refusals import check_refusal
 
 from labkit.attention.cache import Layout
 from labkit.attention.decoder import Decoder
@@ -121,8 +121,8 @@ def test_a_prompt_that_is_stored_altogether_computes_its_last_token_in_a_copy():
 def test_an_exhausted_pool_says_what_to_do_in_a_sentence():
     pool = PagePool(LAYOUT, 2, 4)
     table = PageTable(range(12))
-    with pytest.raises(PagesExhausted, match=r"^The pool of 2 pages of 4 tokens has 2 free, too few for 12 more"):
-        pool.reserve(table, 12)
+    words = "The pool of 2 pages of 4 tokens has 2 free, too few for 12 more"
+    check_refusal(words, lambda: pool.reserve(table, 12), PagesExhausted)
     assert table.pages == [] and len(pool.free) == 2
 
 

@@ -1,8 +1,8 @@
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from refusals import Refusals, check_refusal, refused
 
-from labkit.errors import InputError
 from labkit.lesson import parameters
 
 
@@ -29,21 +29,17 @@ def test_reads_what_a_line_wise_reader_misses():
     "source", ["A = len('x')", "import os", "A = B = 1", "A, B = 1, 2", "A += 1", "A: int", "f(1)"]
 )
 def test_refuses_what_is_no_literal(source: str):
-    with pytest.raises(InputError, match="write each of its lines as NAME = literal"):
-        parameters.read(notebook(source))
+    check_refusal("write each of its lines as NAME = literal", lambda: parameters.read(notebook(source)))
 
 
 def test_refuses_a_cell_that_is_no_python():
-    with pytest.raises(InputError, match="not Python"):
-        parameters.read(notebook("A = ="))
+    check_refusal("not Python", lambda: parameters.read(notebook("A = =")))
 
 
 @pytest.mark.parametrize("cells", [0, 2])
 def test_refuses_no_or_two_parameter_cells(cells: int):
-    with pytest.raises(InputError, match=f"has {cells} cells tagged `parameters`"):
-        parameters.read(
-            new_notebook(cells=[new_code_cell("A = 1", metadata={"tags": ["parameters"]}) for _ in range(cells)])
-        )
+    book = new_notebook(cells=[new_code_cell("A = 1", metadata={"tags": ["parameters"]}) for _ in range(cells)])
+    check_refusal(f"has {cells} cells tagged `parameters`", lambda: parameters.read(book))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +75,7 @@ def test_a_value_takes_its_default_s_type(default: str, given: object, bound: ob
         ("0.5", "nan"),
         ("0.5", "inf"),
         ("0.5", True),
-        ("0.5", 10**400),
+        ("0.5", 10**309),
         ("0.5", "1e999"),
         ("1", "²"),
         ("None", "{1, 2}"),
@@ -94,28 +90,30 @@ def test_a_value_takes_its_default_s_type(default: str, given: object, bound: ob
     ],
 )
 def test_a_value_of_another_type_is_refused(default: str, given: object):
-    with pytest.raises(InputError, match=r"^A cannot be .*; give .*, like its default .*\.$"):
-        bind(f"A = {default}", "A", given)
+    check_refusal("A cannot be ... ; give ... , like its default ... .", lambda: bind(f"A = {default}", "A", given))
 
 
-@pytest.mark.parametrize(
-    ("source", "name", "given", "ranges", "sentence"),
-    [
-        ("RATIO = 0.5\nSEED = 0", "ratios", 1, {}, "no parameter ratios; did you mean RATIO"),
-        ("RATIO = 0.5\nSEED = 0", "XYZZY", 1, {}, "it has RATIO, SEED"),
-        ("A = 0.5", "A", "0.05", {"A": [0.1, 0.9]}, r"give a number from 0\.1 to 0\.9"),
-        ("A = 0.5", "A", -1, {"A": [0.1, 0.9]}, r"give a number from 0\.1 to 0\.9"),
-        ("A = [1]", "A", "[1, 9]", {"A": [1, 8]}, "A cannot be 9"),
-        ("A = 'l1'", "A", "l2", {"A": ["l1", "taylor"]}, "choose one of l1, taylor"),
-        ("A = 1", "A", 3, {"A": [1, 2, 4]}, "choose one of 1, 2, 4"),  # lies between the choices
-        ("A = '1'", "A", "3", {"A": ["1", "4"]}, "choose one of 1, 4"),
-        ("PRESET = 'class'", "PRESET", "large", {}, "choose one of smoke, class, full"),
-        ("A = 1", "A", 1, {"B": [0, 1]}, "no parameter B"),  # the range's fault
-    ],
-)
-def test_an_unknown_name_and_a_value_out_of_range_are_refused(source, name, given, ranges, sentence: str):
-    with pytest.raises(InputError, match=sentence):
-        bind(source, name, given, ranges)
+def binding(source: str, name: str, given: object, **ranges: list):
+    return lambda: bind(source, name, given, ranges)
+
+
+REFUSALS: Refusals = {
+    "no parameter ratios; did you mean RATIO": binding("RATIO = 0.5\nSEED = 0", "ratios", 1),
+    "it has RATIO, SEED": binding("RATIO = 0.5\nSEED = 0", "XYZZY", 1),
+    "0.05; give a number from 0.1 to 0.9": binding("A = 0.5", "A", "0.05", A=[0.1, 0.9]),
+    "-1; give a number from 0.1 to 0.9": binding("A = 0.5", "A", -1, A=[0.1, 0.9]),
+    "A cannot be 9": binding("A = [1]", "A", "[1, 9]", A=[1, 8]),
+    "choose one of l1, taylor": binding("A = 'l1'", "A", "l2", A=["l1", "taylor"]),
+    "choose one of 1, 2, 4": binding("A = 1", "A", 3, A=[1, 2, 4]),  # lies between the choices
+    "choose one of 1, 4": binding("A = '1'", "A", "3", A=["1", "4"]),
+    "choose one of smoke, class, full": binding("PRESET = 'class'", "PRESET", "large"),
+    "no parameter B": binding("A = 1", "A", 1, B=[0, 1]),  # the range's fault
+}
+
+
+@refused(REFUSALS)
+def test_an_unknown_name_and_a_value_out_of_range_are_refused(words, call):
+    check_refusal(words, call)
 
 
 @pytest.mark.parametrize(("value", "allowed"), [(0.1, [0.1, 0.9]), (0.9, [0.1, 0.9]), (4, [1, 2, 4])])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llamas import llama, text
 from networks import randomise_
+from refusals import Refusals, check_refusal, refused
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from labkit.errors import InputError
 from labkit.modules.weights import prunable
 from labkit.pruning import nm, permutation
 
@@ -82,10 +82,7 @@ def test_the_function_stays_and_more_is_kept():
 
 
 def test_a_language_model_keeps_more_in_what_reads_its_hidden_states():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=50)).eval()
-    tokens = torch.randint(50, (2, 12))
+    model, tokens = llama(initializer_range=0.02), torch.cat([text(12, 0), text(12, 1)])
     permuted = permutation.permute(model, tokens[:1])
     torch.testing.assert_close(permuted(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-6)
     before, after = (
@@ -95,15 +92,14 @@ def test_a_language_model_keeps_more_in_what_reads_its_hidden_states():
     assert after > 1.005 * before
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: permutation.search(torch.ones(2, 6)), r"scores are \[2, 6\]"),
-        (lambda: permutation.search(-torch.ones(2, 8)), "none of them negative"),
-        (lambda: permutation.search(torch.ones(2, 8), 5, 4), "pattern 5:4 is none"),
-        (lambda: permutation.permute(nm.prune(nn.Sequential(nn.Linear(8, 8))), torch.ones(1, 8)), "pruned already"),
-    ],
-)
-def test_errors_say_what_is_allowed(call, message):
-    with pytest.raises(InputError, match=message):
-        call()
+REFUSALS: Refusals = {
+    "scores are [2, 6]": lambda: permutation.search(torch.ones(2, 6)),
+    "none of them negative": lambda: permutation.search(-torch.ones(2, 8)),
+    "pattern 5:4 is none": lambda: permutation.search(torch.ones(2, 8), 5, 4),
+    "pruned already": lambda: permutation.permute(nm.prune(nn.Sequential(nn.Linear(8, 8))), torch.ones(1, 8)),
+}
+
+
+@refused(REFUSALS)
+def test_errors_say_what_is_allowed(words, call):
+    check_refusal(words, call)

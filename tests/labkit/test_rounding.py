@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.errors import InputError
 from labkit.quantization import affine, rounding
 
 
@@ -138,18 +138,19 @@ def test_zero_padding_leaves_a_part_of_the_shift():
     assert 1e-4 < after < before / 2
 
 
-def test_what_cannot_be_rounded_is_refused_in_one_sentence():
-    layer, x = nn.Linear(6, 4), torch.randn(5, 6)
-    grid, y = grid_of(layer.weight, 4), layer(x)
-    with pytest.raises(InputError, match=r"^steps is 0, .*\.$"):
-        rounding.adaround(layer, grid, x, y, steps=0)
-    with pytest.raises(InputError, match="0 inputs and 0 outputs"):
-        rounding.adaround(layer, grid, x[:0], y[:0])
-    with pytest.raises(InputError, match="5 inputs and 4 outputs"):
-        rounding.adaround(layer, grid, x, y[:4])
-    with pytest.raises(InputError, match="NaN or infinity"):
-        rounding.adaround(layer, grid, x * torch.nan, y)
-    with pytest.raises(InputError, match="Grid without groups"):
-        rounding.adaround(layer, affine.quantize(layer.weight.detach(), 4, group_size=3).grid, x, y)
-    with pytest.raises(InputError, match=r"mean \[5\], .* 6 inputs"):
-        rounding.bias_correction(layer, layer.weight, torch.zeros(5))
+LAYER, X = nn.Linear(6, 4), torch.randn(5, 6)
+GRID, Y = grid_of(LAYER.weight, 4), LAYER(X).detach()
+GROUPED = affine.quantize(LAYER.weight.detach(), 4, group_size=3).grid
+REFUSALS: Refusals = {
+    "steps is 0, ... .": lambda: rounding.adaround(LAYER, GRID, X, Y, steps=0),
+    "0 inputs and 0 outputs": lambda: rounding.adaround(LAYER, GRID, X[:0], Y[:0]),
+    "5 inputs and 4 outputs": lambda: rounding.adaround(LAYER, GRID, X, Y[:4]),
+    "NaN or infinity": lambda: rounding.adaround(LAYER, GRID, X * torch.nan, Y),
+    "Grid without groups": lambda: rounding.adaround(LAYER, GROUPED, X, Y),
+    "mean [5], ... 6 inputs": lambda: rounding.bias_correction(LAYER, LAYER.weight, torch.zeros(5)),
+}
+
+
+@refused(REFUSALS)
+def test_what_cannot_be_rounded_is_refused_in_a_sentence_and_the_layer_left(words, call):
+    check_refusal(words, call, leaves=LAYER)

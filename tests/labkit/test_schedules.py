@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.errors import InputError
 from labkit.modules.masks import masks
 from labkit.pruning.schedules import SCHEDULES, cubic, exponential, iterative, linear, random_ticket, rewind
 from labkit.pruning.unstructured import prune, sparsity
@@ -63,18 +63,23 @@ def test_schedules_rise_to_exactly_the_target(name, target, rounds):
     assert list(steps) == sorted(steps) and steps[0] >= 0
 
 
+TARGETS: Refusals = {
+    "target is 1.5, but it must be a number from 0 to 1": lambda schedule: schedule(1.5, 5),
+    "rounds is 0, but it must be a whole number from 1": lambda schedule: schedule(0.9, 0),
+    "rounds is -1": lambda schedule: schedule(0.9, -1),
+    "rounds is 2.0": lambda schedule: schedule(0.9, 2.0),
+    "rounds is True": lambda schedule: schedule(0.9, True),
+}
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_refuses_what_it_cannot_do(name):
-    with pytest.raises(InputError, match=r"target is 1\.5, but it must be a number from 0 to 1"):
-        SCHEDULES[name](1.5, 5)
-    for rounds in (0, -1, 2.0, True):
-        with pytest.raises(InputError, match="must be a whole number from 1"):
-            SCHEDULES[name](0.9, rounds)
+@refused(TARGETS)
+def test_a_schedule_refuses_what_it_cannot_do(name, words, call):
+    check_refusal(words, lambda: call(SCHEDULES[name]))
 
 
 def test_exponential_never_reaches_one():
-    with pytest.raises(InputError, match="never reaches sparsity 1"):
-        exponential(1, 5)
+    check_refusal("never reaches sparsity 1", lambda: exponential(1, 5))
     assert cubic(1, 2) == (0.875, 1.0)
 
 
@@ -122,17 +127,6 @@ def test_no_round_of_one_seed_draws_the_numbers_of_another(net):
     assert len(set(drawn)) == 6
 
 
-@pytest.mark.parametrize("schedule", [(), (0.5, 0.4), (0.5, 1.2), (float("nan"),)])
-def test_a_schedule_that_falls_or_is_empty_is_refused(net, schedule):
-    with pytest.raises(InputError, match=r"none below the one before|must be a number from 0 to 1"):
-        iterative(net, schedule, fine_tune)
-
-
-def test_an_iterator_of_batches_is_found_out_in_the_second_round(net):
-    with pytest.raises(InputError, match="a list or DataLoader if it is to be read twice"):
-        iterative(net, linear(0.9, 2), fine_tune, criterion="taylor", batches=iter([(X, Y)]))
-
-
 # --- lottery tickets --------------------------------------------------------------------------------------------------
 
 
@@ -162,15 +156,32 @@ def test_a_random_ticket_has_as_many_weights_a_layer_but_others(net):
     assert not equal(other, random_ticket(ticket, start, seed=4))
 
 
-def test_without_masks_there_is_no_ticket(net):
-    for call in (rewind, random_ticket):
-        with pytest.raises(InputError, match="holds no masks, so it is no ticket"):
-            call(net, net.state_dict())
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_of_another_network_is_refused(net):
-    ticket = prune(net, 0.5)
-    state = net.state_dict()
-    for wrong, name in ({**state, "0.bias": torch.zeros(3)}, "0.bias"), ({**state, "9.bias": torch.zeros(3)}, "9.bias"):
-        with pytest.raises(InputError, match=f"differs from the model at {name}"):
-            rewind(ticket, wrong)
+def pruned_by(schedule, **options):
+    return lambda net: iterative(net, schedule, fine_tune, **options)
+
+
+def rewound(**other):
+    return lambda net: rewind(prune(net, 0.5), {**net.state_dict(), **other})
+
+
+REFUSALS: Refusals = {
+    "schedule is (), but it needs at least one sparsity and none below the one before": pruned_by(()),
+    "schedule is (0.5, 0.4), but it needs at least one sparsity and none below the one before": pruned_by((0.5, 0.4)),
+    "1.2, but it must be a number from 0 to 1": pruned_by((0.5, 1.2)),
+    "nan, but it must be a number from 0 to 1": pruned_by((float("nan"),)),
+    "a list or DataLoader if it is to be read twice": pruned_by(
+        linear(0.9, 2), criterion="taylor", batches=iter([(X, Y)])
+    ),
+    "The model holds no masks, so it is no ticket": lambda net: rewind(net, net.state_dict()),
+    "holds no masks, so it is no ticket": lambda net: random_ticket(net, net.state_dict()),
+    "differs from the model at 0.bias": rewound(**{"0.bias": torch.zeros(3)}),
+    "differs from the model at 9.bias": rewound(**{"9.bias": torch.zeros(3)}),
+}
+
+
+@refused(REFUSALS)
+def test_what_cannot_be_pruned_in_rounds_or_rewound_is_refused_and_the_model_left(net, words, call):
+    check_refusal(words, lambda: call(net), leaves=net)

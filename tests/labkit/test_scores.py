@@ -1,15 +1,17 @@
 """Scores of weights and of units against float64 references written out from the papers."""
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Plain, Residual, example
+from families import family
+from networks import GroupedStrided, Plain, Residual, example
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 from torch.testing import assert_close
 
-from labkit.errors import InputError
 from labkit.graph.groups import Group, Member, trace
 from labkit.pruning.scores import CRITERIA, input_taylor, obs_prune, saliency, unit_scores
 
@@ -17,24 +19,10 @@ NEED_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_dat
 NEED_LOSS = [name for name, criterion in CRITERIA.items() if criterion.gradient]
 
 
-class Net(nn.Module):
-    """A grouped, dilated, strided convolution and two Linear layers, dropout and batch norm among them."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2)
-        self.norm, self.drop = nn.BatchNorm2d(6), nn.Dropout(0.5)
-        self.hidden, self.out = nn.Linear(6 * 3 * 3, 7), nn.Linear(7, 3)
-
-    def forward(self, x):
-        x = self.drop(self.norm(self.conv(x)).relu()).flatten(1)
-        return self.out(self.hidden(x).tanh())
-
-
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return Net()
+    return GroupedStrided()
 
 
 @pytest.fixture
@@ -321,12 +309,6 @@ def test_obs_keeps_dtype_and_arguments_and_survives_dead_inputs():
     assert pruned.dtype == torch.bfloat16 and torch.equal(weight, before) and (pruned == 0).sum(1).tolist() == [4] * 3
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (0, 8), (2, 5, 8)])
-def test_obs_refuses_inputs_of_another_shape(shape):
-    with pytest.raises(InputError, match=r"they must be \[out, in\] and \[N, in\]"):
-        obs_prune(torch.randn(3, 8), torch.randn(*shape), 0.5)
-
-
 # --- batches, and a model left as it was ------------------------------------------------------------------------------
 
 
@@ -389,18 +371,14 @@ def test_batches_are_let_go_one_by_one(net, criterion):
 
 @pytest.mark.parametrize("criterion", NEED_LOSS)
 def test_dicts_with_labels_use_the_loss_of_the_model(criterion):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    bert = BertForSequenceClassification(config)
+    bert = family("bert")
     batch = {"input_ids": torch.randint(50, (4, 6)), "labels": torch.tensor([0, 1, 0, 1])}
     by_labels = saliency(bert, criterion, [batch])
     by_loss_fn = saliency(bert, criterion, [batch], loss_fn=lambda out, y: F.cross_entropy(out.logits, y))
     assert "bert.encoder.layer.0.attention.self.query.weight" in by_labels
     close(by_labels, by_loss_fn)
-    with pytest.raises(InputError, match="the batches have no labels"):
-        saliency(bert, criterion, [{"input_ids": batch["input_ids"]}])
+    unlabelled = [{"input_ids": batch["input_ids"]}]
+    check_refusal("the batches have no labels", lambda: saliency(bert, criterion, unlabelled), leaves=bert)
 
 
 def test_a_weight_that_no_batch_reaches_has_no_score(net, batches):
@@ -422,22 +400,39 @@ def test_scores_of_bfloat16_weights_are_float32():
         assert saliency(model, criterion, [batch])["weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("criterion", NEED_DATA)
-def test_a_criterion_that_looks_at_data_wants_batches(net, criterion):
-    with pytest.raises(InputError, match="looks at data: give batches"):
-        saliency(net, criterion)
-    with pytest.raises(InputError, match="must be an iterable of batches: put it in a list"):
-        saliency(net, criterion, torch.randn(2, 4, 8, 8))
-    with pytest.raises(InputError, match="batches is empty"):
-        saliency(net, criterion, [])
-
-
-def test_a_loss_must_be_one_number(net, batches):
-    with pytest.raises(InputError, match="must return one number"):
-        saliency(net, "taylor", batches, loss_fn=lambda out, y: out)
-
-
 def test_without_labels_loss_fn_gets_the_batch(net, batches):
     seen = []
     saliency(net, "obd", [batches[0][0]], loss_fn=lambda out, target: seen.append(target) or out.sum())
     assert seen[0] is batches[0][0]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+WEIGHT = torch.randn(3, 8)
+SHAPES: Refusals = {
+    f"{list(inputs)}, but they must be [out, in] and [N, in]": partial(obs_prune, WEIGHT, torch.randn(inputs), 0.5)
+    for inputs in ((5, 7), (0, 8), (2, 5, 8))
+}
+
+
+@refused(SHAPES)
+def test_obs_refuses_inputs_of_another_shape(words, call):
+    check_refusal(words, call)
+
+
+BATCHES: Refusals = {
+    "looks at data: give batches": lambda net, criterion: saliency(net, criterion),
+    "must be an iterable of batches: put it in a list": lambda net, criterion: saliency(net, criterion, WEIGHT),
+    "batches is empty": lambda net, criterion: saliency(net, criterion, []),
+}
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+@refused(BATCHES)
+def test_a_criterion_that_looks_at_data_wants_batches(net, criterion, words, call):
+    check_refusal(words, lambda: call(net, criterion), leaves=net)
+
+
+def test_a_loss_must_be_one_number(net, batches):
+    call = partial(saliency, net, "taylor", batches, loss_fn=lambda out, y: out)
+    check_refusal("must return one number", call, leaves=net)

@@ -1,12 +1,15 @@
 """Exactly the lowest k, whatever the ties, and k without truncation; names that the model does not have."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.errors import InputError
 from labkit.modules.weights import named_parts
 from labkit.pruning.select import count_to_prune, lowest_k
 
@@ -51,17 +54,6 @@ def test_lowest_k_keeps_shape_and_reads_transposed_scores_in_their_own_order():
     assert lowest_k(torch.tensor([torch.inf, -torch.inf]), 1).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("k", [-1, 4, 1.0, True])
-def test_lowest_k_refuses_a_k_outside(k):
-    with pytest.raises(InputError, match="whole number from 0 to 3"):
-        lowest_k(torch.ones(3), k)
-
-
-def test_lowest_k_refuses_nan():
-    with pytest.raises(InputError, match="NaN, which has no rank"):
-        lowest_k(torch.tensor([1.0, torch.nan]), 1)
-
-
 @pytest.mark.parametrize(
     ("n", "sparsity", "k"),
     [(10, 0.9, 9), (100, 0.99, 99), (20, 0.8, 16), (7, 0, 0), (7, 1, 7), (7, 1.0, 7), (0, 0.5, 0)],
@@ -76,18 +68,29 @@ def test_the_count_is_within_half_of_the_fraction(n, sparsity):
     assert 0 <= k <= n and abs(k - n * sparsity) <= 0.5 + 1e-6
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), True, "0.5", None])
-def test_a_fraction_outside_is_refused(sparsity):
-    with pytest.raises(InputError, match="must be a number from 0 to 1"):
-        count_to_prune(10, sparsity)
+TWO = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(
-    ("names", "what"),
-    [("2", "names '2'"), (["0", "1.weights"], "names '1.weights'"), (nn.Linear(1, 1), "names 'Linear'")],
-)
-def test_parts_that_the_model_does_not_have_are_named(names, what):
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert named_parts(model, ["0", "1.weight"], "ignore") == ["0", "1.weight"] and named_parts(model, "0", "") == ["0"]
-    with pytest.raises(InputError, match=f"ignore {what}"):
-        named_parts(model, names, "ignore")
+def test_parts_are_named_as_modules_or_as_weights():
+    assert named_parts(TWO, ["0", "1.weight"], "ignore") == ["0", "1.weight"] and named_parts(TWO, "0", "") == ["0"]
+
+
+REFUSALS: Refusals = {
+    "ignore names '2'": lambda: named_parts(TWO, "2", "ignore"),
+    "ignore names '1.weights'": lambda: named_parts(TWO, ["0", "1.weights"], "ignore"),
+    "ignore names 'Linear'": lambda: named_parts(TWO, nn.Linear(1, 1), "ignore"),
+    "NaN, which has no rank": lambda: lowest_k(torch.tensor([1.0, torch.nan]), 1),
+    **{
+        f"k is {k}, but it must be a whole number from 0 to 3": partial(lowest_k, torch.ones(3), k)
+        for k in (-1, 4, 1.0, True)
+    },
+    **{
+        f"sparsity is {sparsity!r}, but it must be a number from 0 to 1": partial(count_to_prune, 10, sparsity)
+        for sparsity in (-0.1, 1.1, math.nan, True, "0.5", None)
+    },
+}
+
+
+@refused(REFUSALS)
+def test_what_cannot_be_selected_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -10,7 +10,6 @@ from refusals import Refusals, check_refusal, refused
 
 from labkit.attention.decoder import Decoder
 from labkit.deploy.serving import generate, serve
-from labkit.errors import InputError
 
 MODEL = llama()
 DECODER = Decoder(MODEL)
@@ -90,26 +89,6 @@ def test_chunks_bound_what_a_step_computes():
     assert pieces.steps >= 3 * 90 / 8 and whole.steps == 3 + 4
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"max_new_tokens": [1, 2]}, "7 prompts and 2 numbers"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"max_new_tokens": 300}, "more than the 256"),
-        ({"pages": 2}, "needs 4 pages of 16 tokens, but the pool has 2"),
-        ({"batching": "dynamic"}, "no batching 'dynamic'"),
-        ({"max_batch": 0}, "max_batch is 0"),
-        ({"page_size": 0}, "page_size is 0"),
-        ({"chunk": 0}, "chunk is 0"),
-        ({"prompts": [torch.tensor([99])]}, "token ids from 0 to 60"),
-        ({"prompts": []}, "0 prompts"),
-    ],
-)
-def test_what_cannot_be_served_is_refused(options, words):
-    with pytest.raises(InputError, match=words):
-        serve(DECODER, **{"prompts": PROMPTS, "max_new_tokens": 20, **options})
-
-
 @pytest.mark.parametrize("number", [np.int64(5), np.array([5] * 7), torch.tensor([5] * 7), [np.int32(5)] * 7])
 def test_numbers_of_new_tokens_may_be_of_numpy_or_torch(number):
     assert same(generate(DECODER, PROMPTS, max_new_tokens=number), generate(DECODER, PROMPTS, max_new_tokens=5))
@@ -120,6 +99,16 @@ def refusing(**options):
 
 
 REFUSALS: Refusals = {
+    "7 prompts and 2 numbers": refusing(max_new_tokens=[1, 2]),
+    "max_new_tokens is 0": refusing(max_new_tokens=0),
+    "more than the 256": refusing(max_new_tokens=300),
+    "needs 4 pages of 16 tokens, but the pool has 2": refusing(max_new_tokens=20, pages=2),
+    "no batching 'dynamic'": refusing(batching="dynamic"),
+    "max_batch is 0": refusing(max_batch=0),
+    "page_size is 0": refusing(page_size=0),
+    "chunk is 0": refusing(chunk=0),
+    "token ids from 0 to 60": refusing(prompts=[torch.tensor([99])]),
+    "0 prompts": refusing(prompts=[]),
     "max_new_tokens is 2.5": refusing(max_new_tokens=2.5),
     "max_new_tokens is '5'": refusing(max_new_tokens="5"),
     "max_new_tokens is None": refusing(max_new_tokens=None),

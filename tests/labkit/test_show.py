@@ -11,9 +11,9 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
+from refusals import check_refusal
 
 from labkit import show
-from labkit.errors import InputError
 
 ALT = "Latency against batch from 1 to 4: it rises with the square root."
 ROWS = [{"batch": 1, "latency": 1.0}, {"batch": 4, "latency": 2.0}]
@@ -114,15 +114,14 @@ def test_factor_converts_between_units_of_one_kind(unit, wanted, factor):
 
 @pytest.mark.parametrize("alt", ["A plot", None, " " * 60])
 def test_a_figure_without_alt_text_is_refused(figure, alt):
-    with pytest.raises(InputError, match="no alt text of 30 characters or more"):
-        show.figure(figure, alt=alt, table=ROWS)
+    check_refusal("no alt text of 30 characters or more", lambda: show.figure(figure, alt=alt, table=ROWS))
     assert plt.fignum_exists(figure.number)
 
 
 @pytest.mark.parametrize("table", [[], [1, 2], [{}], {"batch": 1}])
 def test_a_figure_without_its_data_is_refused(figure, table):
-    with pytest.raises(InputError, match="non-empty list of dicts"):
-        show.figure(figure, alt=ALT, table=table)
+    check_refusal("non-empty list of dicts", lambda: show.figure(figure, alt=ALT, table=table))
+    assert plt.fignum_exists(figure.number)
 
 
 def test_an_axis_without_a_label_is_named():
@@ -130,8 +129,8 @@ def test_an_axis_without_a_label_is_named():
     left.set(xlabel="batch", ylabel="latency (ms)")
     right.set(xlabel="batch")
     right.set_title("prefill")
-    with pytest.raises(InputError, match=r"The y axis of axes 2 \(prefill\) has no label; call ax.set_ylabel"):
-        show.figure(fig, alt=ALT, table=ROWS)
+    words = "The y axis of axes 2 (prefill) has no label; call ax.set_ylabel"
+    check_refusal(words, lambda: show.figure(fig, alt=ALT, table=ROWS))
 
 
 def test_axes_that_have_nothing_to_label_pass(capsys):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -31,6 +32,7 @@ from networks import (
     zeroed,
 )
 from random_networks import HABITS, TOKENS, Network, Stateful, TokenNetwork, digest, programs, token_programs
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
 from labkit.errors import DataError, EqualityError, InputError
@@ -123,8 +125,8 @@ def test_a_group_without_which_the_proof_fails_stays_whole_and_says_so():
     rows = {row.name: (row.left, row.reason) for row in pruned.plan.units}
     assert rows == {"first.weight": (4, ""), "parts.a.weight": (12, "the proof fails without some of it")}
     assert pruned.report.equal and difference(pruned, model, x) < EXACT
-    with pytest.raises(EqualityError, match="NOT equal"):
-        apply(model, plan(model, x, ratio=0.5, scope="layer"), x)
+    whole = plan(model, x, ratio=0.5, scope="layer")
+    check_refusal("NOT equal", lambda: apply(model, whole, x), EqualityError, leaves=model)
 
 
 def test_a_masked_model_keeps_its_masks_in_step():
@@ -159,8 +161,7 @@ def test_the_proof_may_run_on_another_input_than_the_trace():
     model, x = example(Plain)
     assert prune(model, x, ratio=0.5, check=x[:1]).report.scale != prune(model, x, ratio=0.5, check=x[1:]).report.scale
     assert prune(model, x, ratio=0.5, check={"x": x[:1]}).report.equal
-    with pytest.raises(EqualityError, match="does not run"):
-        prune(model, x, ratio=0.5, check=x[:, :2])
+    check_refusal("does not run", lambda: prune(model, x, ratio=0.5, check=x[:, :2]), EqualityError, leaves=model)
     assert prune(model, x, ratio=0.5, check=False).report is None
 
 
@@ -172,16 +173,16 @@ def test_a_wrong_cut_is_refused(name):
     dim, indices = next(iter(chosen.kept[name].items()))
     size = model.state_dict()[name].shape[dim]
     wrong = {**chosen.kept, name: {**chosen.kept[name], dim: (indices + 1) % size}}
-    with pytest.raises(EqualityError, match=r"NOT equal.*not returned"):
-        apply(model, dataclasses.replace(chosen, kept=wrong), x)
+    moved = dataclasses.replace(chosen, kept=wrong)
+    check_refusal("NOT equal ... not returned", lambda: apply(model, moved, x), EqualityError, leaves=model)
 
 
 def test_a_cut_that_does_not_run_is_refused():
     model, x = example(Plain)
     chosen = plan(model, x, ratio=0.4, scope="layer")
     kept = {name: dims for name, dims in chosen.kept.items() if name != "bn1.weight"}
-    with pytest.raises(EqualityError, match=r"does not run.*ignore"):
-        apply(model, dataclasses.replace(chosen, kept=kept), x)
+    forgetful = dataclasses.replace(chosen, kept=kept)
+    check_refusal("does not run ... ignore", lambda: apply(model, forgetful, x), EqualityError, leaves=model)
 
 
 def test_a_pass_that_draws_random_numbers_is_compared_on_the_same_ones():
@@ -458,22 +459,33 @@ def test_buffers_outside_the_state_dict_and_numbers_of_the_config_are_saved(tmp_
     assert torch.equal(loaded.generate(ids, do_sample=False), pruned.model.generate(ids, do_sample=False))
 
 
-def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
     model, x = example(Plain)
-    pruned, file = prune(model, x, ratio=0.5), tmp_path / "net"
-    with pytest.raises(InputError, match="not what the last plan left of it"):
-        surgery.save(model, [pruned.plan], file)
-    assert not file.exists()
-    with pytest.raises(DataError, match=r"holds no pruned model.*save it again"):
-        surgery.load(model, file)
-    surgery.save(pruned.model, [pruned.plan], file)
-    with pytest.raises(InputError, match="of another architecture than Residual"):
-        surgery.load(example(Residual)[0], file)
-    with pytest.raises(InputError, match=r"of another model: .* is .*float32.* there and .*float64.* here"):
-        surgery.load(model.double(), file)
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(DataError, match="save it again"):
-        surgery.load(model, file)
+    pruned, folder = prune(model, x, ratio=0.5), tmp_path_factory.mktemp("saved")
+    surgery.save(pruned.model, [pruned.plan], folder / "net")
+    (folder / "damaged").write_bytes((folder / "net").read_bytes()[:-8])
+    return SimpleNamespace(model=model, pruned=pruned, folder=folder)
+
+
+ON_THE_DISK: Refusals = {
+    "not what the last plan left of it": lambda saved: surgery.save(
+        saved.model, [saved.pruned.plan], saved.folder / "x"
+    ),
+    "of another architecture than Residual": lambda saved: surgery.load(example(Residual)[0], saved.folder / "net"),
+    "of another model: ... is ... float32 ... there and ... float64 ... here": lambda saved: surgery.load(
+        copy.deepcopy(saved.model).double(), saved.folder / "net"
+    ),
+    "holds no pruned model ... save it again": lambda saved: surgery.load(saved.model, saved.folder / "x"),
+    "save it again": lambda saved: surgery.load(saved.model, saved.folder / "damaged"),
+}
+
+
+@refused(ON_THE_DISK)
+def test_what_cannot_be_saved_or_loaded_is_refused(saved, words, call):
+    error = DataError if "save it again" in words else InputError
+    check_refusal(words, lambda: call(saved), error, leaves=saved.model)
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["damaged", "net"]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -484,16 +496,14 @@ def test_a_model_that_cannot_be_copied_says_so():
     model.last = model(x)  # has a graph, which deepcopy refuses
     assert prune(model, x, ratio=0.5).report.equal
     model.lock = threading.Lock()
-    with pytest.raises(InputError, match="cannot be copied"):
-        prune(model, x, ratio=0.5)
+    check_refusal("cannot be copied", lambda: prune(model, x, ratio=0.5), leaves=model)
 
 
 def test_a_plan_of_another_model_is_refused():
     model, x = example(Residual)
     chosen = plan(model, x, ratio=0.5)
     other, y = example(Attention)
-    with pytest.raises(InputError, match="another model"):
-        apply(other, chosen, y)
+    check_refusal("another model", lambda: apply(other, chosen, y), leaves=other)
 
 
 class Functional(nn.Module):
