@@ -441,3 +441,16 @@ class WithOptions(nn.Module):
         x = F.gelu(self.layer(self.embedding(ids))) * scale
         x = x * mask[..., None]
         return {"tokens": x, "text": x.sum(1)}
+
+
+class Perceptron(nn.Module):
+    """Two hidden layers, around which `before` and `after` do what is hard about the model."""
+
+    def __init__(self, before=lambda x: x, after=lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 5)
+        self.before, self.after = before, after
+
+    def forward(self, x):
+        return self.after(self.out(F.relu(self.b(F.relu(self.a(self.before(x)))))))
