@@ -34,7 +34,7 @@ def check_refusal(
     sentence = str(caught.value)
     match = re.fullmatch if words.endswith(".") else re.search
     assert match(".*".join(map(re.escape, words.split(" ... "))), sentence), sentence
-    assert sentence.endswith(".") and "\n" not in sentence and len(sentence) < 400
+    assert sentence.endswith((".", "?")) and "\n" not in sentence and len(sentence) < 400
     kinds, values = _state(leaves)
     assert kinds == before[0]
     torch.testing.assert_close(values, before[1], rtol=0, atol=0, equal_nan=True)
