@@ -474,3 +474,65 @@ class Returning(nn.Module):
 
     def forward(self, x: Tensor) -> object:
         return self.form(self.out(torch.relu(self.a(x))))
+
+
+# --- of what engines export, and with a forward pass that a test writes --------------------------------------------
+
+
+class WithForward(nn.Module):
+    """A forward pass given as a function of the module and its inputs, over layers and parameters given by name."""
+
+    def __init__(self, forward: Callable, **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x, *more):
+        return self.run(self, x, *more)
+
+
+def by_sign(x: Tensor) -> Tensor:
+    """x or -x, by the values of x: no trace, export or compiler can follow such a pass."""
+    return x if float(x.sum()) > 0 else -x
+
+
+class UnevenlyPadded(nn.Module):
+    """Uneven padding before a stride, an identity shortcut, depthwise, a convolution before a mean, and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8))
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.c, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu6(self.b(F.relu(self.a(x))) + x)
+        return self.head(F.relu(self.c(x)).mean((2, 3)))
+
+
+class WithOptions(nn.Module):
+    """Token ids with a mask and with a number beside them, and two outputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(50, 16), nn.Linear(16, 16)
+
+    def forward(self, ids, mask=None, scale=1.0):
+        x = F.gelu(self.layer(self.embedding(ids))) * scale
+        x = x * mask[..., None]
+        return {"tokens": x, "text": x.sum(1)}
+
+
+class Perceptron(nn.Module):
+    """Two hidden layers, around which `before` and `after` do what is hard about the model."""
+
+    def __init__(self, before=lambda x: x, after=lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 5)
+        self.before, self.after = before, after
+
+    def forward(self, x):
+        return self.after(self.out(F.relu(self.b(F.relu(self.a(self.before(x)))))))

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import Refusals, check_refusal, refused
 
-from labkit.errors import InputError
 from labkit.quantization import affine
 
 CONVENTIONS = [False, *affine.SYMMETRIC]
@@ -212,8 +211,7 @@ def test_nan_has_no_code_and_stays_nan_in_the_simulation():
     grid = affine.choose(torch.tensor(-1.0), torch.tensor(1.0), 8)
     x = torch.tensor([0.3, torch.nan])
     assert grid.fake(x).isnan().tolist() == [False, True]
-    with pytest.raises(InputError, match="x has NaN, for which there is no code"):
-        grid.quantize(x)
+    check_refusal("x has NaN, for which there is no code", lambda: grid.quantize(x))
 
 
 def test_shapes_of_scales():
@@ -241,32 +239,22 @@ def test_sqnr_is_in_db_and_exact_when_nothing_differs():
     assert affine.sqnr(long, long + 0.5) == pytest.approx(6.0206, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (lambda x: affine.quantize(x, 9), "bits is 9, but it must be a whole number from 2 to 8"),
-        (lambda x: affine.quantize(x, 1), "bits is 1"),
-        (lambda x: affine.quantize(x, symmetric="max"), "no kind of symmetric grid 'max': choose one of asymmetric, r"),
-        (lambda x: affine.quantize(x, axis=2), "axis is 2, but x has 2 dimensions: take one from -2 to 1"),
-        (lambda x: affine.quantize(x, group_size=128), "is 128, .* a divisor of 576: 32, 64, 96, 192, 288, 576"),
-        (lambda x: affine.quantize(x[:, :27], group_size=4), "a divisor of 27: 1, 3, 9, 27"),
-        (lambda x: affine.quantize(x, group_size=0), "group_size is 0"),
-        (lambda x: affine.quantize(x, axis=1, group_size=64), "Groups run along the last dimension"),
-        (lambda x: affine.quantize(x / 0), "NaN, infinities or a range beyond torch.float32"),
-        (lambda x: affine.quantize(x.index_fill(0, torch.tensor([0]), torch.nan)), "The values have NaN"),
-        (lambda x: affine.choose(*torch.tensor([0.0, 3e38]), 4, dtype=torch.float16), "beyond torch.float16"),
-        (lambda x: affine.quantize(x.long()), r"x is torch.int64 \[2, 576\], but it must hold floating-point"),
-        (lambda x: affine.quantize(x[:0]), r"x is torch.float32 \[0, 576\]"),
-        (lambda x: affine.sqnr(x, x[0]), r"The reference is \[2, 576\] and the approximation \[576\]"),
-    ],
-)  # fmt: skip
-def test_bad_input_gets_one_sentence(call, sentence):
-    with pytest.raises(InputError, match=sentence):
-        call(torch.randn(2, 576))
-
-
 X = torch.randn(2, 576)
 REFUSALS: Refusals = {
+    "bits is 9, but it must be a whole number from 2 to 8": lambda: affine.quantize(X, 9),
+    "bits is 1": lambda: affine.quantize(X, 1),
+    "no kind of symmetric grid 'max': choose one of asymmetric, r": lambda: affine.quantize(X, symmetric="max"),
+    "axis is 2, but x has 2 dimensions: take one from -2 to 1": lambda: affine.quantize(X, axis=2),
+    "is 128, ... a divisor of 576: 32, 64, 96, 192, 288, 576": lambda: affine.quantize(X, group_size=128),
+    "a divisor of 27: 1, 3, 9, 27": lambda: affine.quantize(X[:, :27], group_size=4),
+    "group_size is 0": lambda: affine.quantize(X, group_size=0),
+    "Groups run along the last dimension": lambda: affine.quantize(X, axis=1, group_size=64),
+    "NaN, infinities or a range beyond torch.float32": lambda: affine.quantize(X / 0),
+    "The values have NaN": lambda: affine.quantize(X.index_fill(0, torch.tensor([0]), torch.nan)),
+    "beyond torch.float16": lambda: affine.choose(*torch.tensor([0.0, 3e38]), 4, dtype=torch.float16),
+    "x is torch.int64 [2, 576], but it must hold floating-point": lambda: affine.quantize(X.long()),
+    "x is torch.float32 [0, 576]": lambda: affine.quantize(X[:0]),
+    "The reference is [2, 576] and the approximation [576]": lambda: affine.sqnr(X, X[0]),
     "x is a list": lambda: affine.quantize([1.0, 2.0]),
     "x is a ndarray": lambda: affine.quantize(X.numpy()),
     "x is None": lambda: affine.quantize(None),

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from refusals import Refusals, check_refusal, refused
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from labkit.errors import InputError
 from labkit.pruning import nm
 from labkit.quantization import affine, formats
 from labkit.storage.artifact import pack, size
@@ -143,8 +143,9 @@ def test_few_bits_count_codes_scales_and_zeros() -> None:
     assert payload(model, "mxfp4") == weights // 2 + weights // 32 + biases + shapes
     mixed = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(27, 9))  # whose second layer blocks do not fill
     assert "1.weight" in pack(mixed, "q4_1") and "0.weight:q4_1:blocks" in pack(mixed, "q4_1")
-    with pytest.raises(InputError, match="no weight has rows of whole blocks of 32 weights"):
-        size({"1.weight": mixed[1].weight}, "q4_1")
+    check_refusal(
+        "no weight has rows of whole blocks of 32 weights", lambda: size({"1.weight": mixed[1].weight}, "q4_1")
+    )
 
 
 @pytest.mark.parametrize("format", ROUNDED)
@@ -171,20 +172,18 @@ def test_memory_formats_do_not_matter() -> None:
     assert size(copy.deepcopy(conv).to(memory_format=torch.channels_last), "csr") == size(conv, "csr")
 
 
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (lambda: size(nn.Linear(4, 4), "zip"), "no format 'zip': choose one of dense, coo, csr"),
-        (lambda: size(nn.Linear(4, 4), "nm"), "no weight has two zeros in each four input channels .looked at weight."),
-        (lambda: size(nn.BatchNorm1d(4), "nm"), "looked at a model without matrices"),
-        (lambda: size(3), "needs a module or a state dict, not a int"),
-        (lambda: size(nn.Linear(4, 4, device="meta")), "'weight' is on the meta device and has no values to store"),
-        (
-            lambda: size(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)).state_dict()),
-            "needs its parametrization, which a state dict lacks",
-        ),
-    ],
-)
-def test_bad_input_gets_one_sentence(call, sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        call()
+REFUSALS: Refusals = {
+    "no format 'zip': choose one of dense, coo, csr": lambda: size(nn.Linear(4, 4), "zip"),
+    "no weight has two zeros in each four input channels (looked at weight)": lambda: size(nn.Linear(4, 4), "nm"),
+    "looked at a model without matrices": lambda: size(nn.BatchNorm1d(4), "nm"),
+    "needs a module or a state dict, not a int": lambda: size(3),
+    "'weight' is on the meta device and has no values to store": lambda: size(nn.Linear(4, 4, device="meta")),
+    "needs its parametrization, which a state dict lacks": lambda: size(
+        nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)).state_dict()
+    ),
+}
+
+
+@refused(REFUSALS)
+def test_what_cannot_be_stored_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -22,7 +22,6 @@ import torch
 from refusals import Refusals, check_refusal, refused
 from scipy.stats import binom
 
-from labkit.errors import InputError
 from labkit.timing import bench, clocks, interference, machine, roofline, stats
 from labkit.timing.bench import Comparison, Measurement, compare, measure, race
 from labkit.timing.machine import Ceilings
@@ -224,13 +223,6 @@ def test_a_race_runs_all_in_each_round_in_random_order_and_lets_each_settle_unti
     assert "blocks of pairs, and" in short.over(*list(THREE)[:2]).warnings[0]
 
 
-def test_a_race_of_one_or_of_no_functions_is_refused():
-    with pytest.raises(InputError, match="a race takes two callables or more, got 1"):
-        race({"a": work_a})
-    with pytest.raises(InputError, match="b must be a function"):
-        race({"a": work_a, "b": None})
-
-
 @pytest.fixture
 def evictions(monkeypatch):
     """What the clock and a stand-in for the evictor did, in order; the real evictor takes some ten milliseconds."""
@@ -361,42 +353,10 @@ def test_shares_of_the_roof_are_printed_and_written():
     assert [line.to_dict()[side]["roof_share"] for side in ("baseline", "candidate")] == pytest.approx([0.1, 0.2])
 
 
-BAD_CALLS = {
-    "baseline must be a function": {"baseline": torch.zeros(1)},
-    "candidate must be a function": {"candidate": None},
-    "budget_s must be a number of seconds above 0": {"budget_s": 0},
-    "budget_s must be a number of seconds above 0, got nan": {"budget_s": math.nan},
-    "budget_s must be a number of seconds above 0, got True": {"budget_s": True},
-    "no cache 'warm': choose one of hot, cold": {"cache": "warm"},
-    "builds must be 6 or more, or None, got 3": {"builds": 3},
-    "device is 'gpu'; choose auto, cpu, cuda or cuda:N": {"device": "gpu"},
-    "names must be two different names": {"names": ("same", "same")},
-    "check must be a function": {"check": True},
-}
-
-
-@pytest.mark.parametrize(("sentence", "bad"), BAD_CALLS.items(), ids=BAD_CALLS)
-def test_bad_input_is_refused_before_any_work(sentence, bad):
-    def untouched():
-        raise AssertionError("called before the arguments were checked")
-
-    with pytest.raises(InputError, match=sentence):
-        compare(**{"baseline": untouched, "candidate": untouched, **bad})
-    if bad.keys() <= {"budget_s", "cache", "device"}:
-        with pytest.raises(InputError, match=sentence):
-            measure(untouched, **bad)
-
-
-def test_outputs_are_checked_before_and_after_and_what_is_unequal_or_no_work_is_not_timed():
+def test_outputs_are_checked_before_and_after():
     seen = []
     compare(lambda: 1, lambda: 2, check=lambda *outputs: seen.append(outputs), clock=SimulatedClock())
     assert seen == [(1, 2), (1, 2)]
-    with pytest.raises(InputError, match="small and large do not compute the same"):
-        compare(lambda: 1, lambda: 2, check=lambda a, b: a == b, names=("small", "large"))
-    with pytest.raises(InputError, match="with builds, candidate must return a function without arguments, got int"):
-        compare(lambda: work_a, lambda: 3, builds=8)
-    with pytest.raises(InputError, match="returns a function, whose work is not done"):  # factories, without builds
-        compare(lambda: work_a, lambda: work_b)
 
 
 def test_the_callables_own_error_passes_through_and_the_collector_comes_back():
@@ -407,12 +367,6 @@ def test_the_callables_own_error_passes_through_and_the_collector_comes_back():
     with pytest.raises(ZeroDivisionError, match="mine"):
         compare(lambda: 1, broken)
     assert gc.isenabled()
-
-
-@pytest.mark.parametrize("seconds", [-1.0, math.nan])
-def test_an_impossible_clock_is_refused(seconds):
-    with pytest.raises(InputError, match="must return seconds above 0"):
-        measure(work_a, clock=lambda fn, number: seconds)
 
 
 def test_real_clock_runs_in_inference_mode_without_collector():
@@ -612,6 +566,33 @@ def work() -> int:
 
 
 REFUSALS: Refusals = {
+    "baseline must be a function": lambda: compare(torch.zeros(1), work),
+    "candidate must be a function": lambda: compare(work, None),
+    "b must be a function": lambda: race({"a": work, "b": None}),
+    "a race takes two callables or more, got 1": lambda: race({"a": work}),
+    "budget_s must be a number of seconds above 0, got 0": lambda: measure(work, budget_s=0),
+    "budget_s must be a number of seconds above 0, got 0: ": lambda: compare(work, work, budget_s=0),
+    "budget_s must be a number of seconds above 0, got nan": lambda: measure(work, budget_s=math.nan),
+    "budget_s must be a number of seconds above 0, got nan: ": lambda: compare(work, work, budget_s=math.nan),
+    "budget_s must be a number of seconds above 0, got True": lambda: measure(work, budget_s=True),
+    "budget_s must be a number of seconds above 0, got True: ": lambda: compare(work, work, budget_s=True),
+    "no cache 'warm': choose one of hot, cold": lambda: measure(work, cache="warm"),
+    "There is no cache 'warm': choose one of hot, cold": lambda: compare(work, work, cache="warm"),
+    "device is 'gpu'; choose auto, cpu, cuda or cuda:N": lambda: measure(work, device="gpu"),
+    "device is 'gpu'; choose auto, cpu, cuda or cuda:N.": lambda: compare(work, work, device="gpu"),
+    "builds must be 6 or more, or None, got 3": lambda: compare(work, work, builds=3),
+    "names must be two different names": lambda: compare(work, work, names=("same", "same")),
+    "check must be a function": lambda: compare(work, work, check=True),
+    "must return seconds above 0, got -1": lambda: measure(work_a, clock=lambda fn, number: -1.0),
+    "must return seconds above 0, got nan": lambda: measure(work_a, clock=lambda fn, number: math.nan),
+    # what is unequal, or no work, is not timed
+    "small and large do not compute the same": lambda: compare(
+        lambda: 1, lambda: 2, check=lambda a, b: a == b, names=("small", "large")
+    ),
+    "with builds, candidate must return a function without arguments, got int": lambda: compare(
+        lambda: work_a, lambda: 3, builds=8
+    ),
+    "returns a function, whose work is not done": lambda: compare(lambda: work_a, lambda: work_b),  # without builds
     "budget_s must be a number of seconds above 0, got '2'": lambda: measure(work, budget_s="2"),
     "budget_s must be a number of seconds above 0, got None": lambda: compare(work, work, budget_s=None),
     "no cache ['hot']": lambda: measure(work, cache=["hot"]),

@@ -6,10 +6,10 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from families import family
+from refusals import Refusals, check_refusal, refused
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from labkit.errors import InputError
 from labkit.modules.batches import segments, split
 from labkit.modules.blocks import walk
 from labkit.modules.stacks import blocks_of
@@ -19,22 +19,17 @@ from labkit.pruning.pattern import mask
 from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.pruning.sparsegpt import sparsegpt
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 50}
-
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2)).double().eval()
+    return family("llama", neurons=48).double()
 
 
 def bert():
-    torch.manual_seed(0)
-    return BertModel(BertConfig(**SIZES, intermediate_size=48)).double().eval()
+    return family("minilm").double()
 
 
 def gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=50, n_positions=32)).double().eval()
+    return family("gpt2").double()
 
 
 def cnn():
@@ -141,12 +136,6 @@ def test_a_convolution_is_the_linear_layer_of_its_patches(images):
     torch.testing.assert_close(found.detach().flatten(1)[:, order], rows, rtol=1e-9, atol=1e-10)
 
 
-def test_a_width_that_m_does_not_divide():
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
-    with pytest.raises(InputError, match=r"0.weight \(3\), 2.weight \(6\) is no multiple of 4: name such weights"):
-        nm.prune(model)
-
-
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_blocks_in_ignore_stay_and_change_nothing_before_them(method, tokens):
     every = nm.prune(llama(), method=method, batches=tokens)
@@ -221,7 +210,7 @@ def test_branches_are_not_taken_for_a_stack(method, summed):
 
 def test_which_weights_are_pruned():
     """The blocks of a language model even where its head is larger; of an encoder-decoder, all."""
-    wide = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 900}, intermediate_size=48, num_key_value_heads=2))
+    wide = family("llama", vocabulary=900)
     assert wide.lm_head.weight.numel() > sum(w.parameter.numel() for w in blockwise.weights_of(wide).values())
     assert len(blockwise.weights_of(wide, ignore=iter(["model.layers.0"]))) == 14
     both = nn.Transformer(16, 2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=16, batch_first=True)
@@ -247,32 +236,30 @@ def test_random_layers_are_off_and_modes_stay(tokens):
     assert one.training and one[1].training
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"method": "obs"}, "no method 'obs': choose one of magnitude, wanda, sparsegpt"),
-        ({"method": "wanda"}, "'wanda' looks at data: give batches"),
-        ({"method": "wanda", "batches": torch.ones(2, 8)}, "put it in a list"),
-        ({"method": "sparsegpt", "batches": []}, "batches is empty"),
-        ({"n": 5}, "pattern 5:4 is none"),
-        ({"ignore": "2"}, "ignore names '2'"),
-        ({"ignore": ["0", "1"]}, "no weights to prune"),
-        ({"method": "sparsegpt", "batches": [torch.full((2, 8), torch.nan)]}, "NaN"),
-    ],
-)
-def test_errors_come_before_the_model_is_touched(arguments, message):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=message):
-        nm.prune(model, **arguments)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+MODEL = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+ODD_WIDTHS = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+BYPASSED = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+BYPASSED[0].forward = lambda x: (x, x, x)
+BYPASSED[1].forward = lambda qkv: qkv[0]
+ONES = torch.ones(2, 8)
+REFUSALS: Refusals = {
+    "no method 'obs': choose one of magnitude, wanda, sparsegpt": lambda: nm.prune(MODEL, method="obs"),
+    "'wanda' looks at data: give batches": lambda: nm.prune(MODEL, method="wanda"),
+    "put it in a list": lambda: nm.prune(MODEL, method="wanda", batches=ONES),
+    "batches is empty": lambda: nm.prune(MODEL, method="sparsegpt", batches=[]),
+    "pattern 5:4 is none": lambda: nm.prune(MODEL, 5),
+    "ignore names '2'": lambda: nm.prune(MODEL, ignore="2"),
+    "no weights to prune": lambda: nm.prune(MODEL, ignore=["0", "1"]),
+    "NaN": lambda: nm.prune(MODEL, method="sparsegpt", batches=[ONES * torch.nan]),
+    "0.weight (3), 2.weight (6) is no multiple of 4: name such weights": lambda: nm.prune(ODD_WIDTHS),
+    "did not reach 1.in_proj_weight, 1.out_proj.weight as a layer's weight: name": lambda: nm.prune(
+        BYPASSED, method="wanda", batches=[ONES]
+    ),
+}
 
 
-def test_a_layer_that_the_batches_do_not_reach_is_named():
-    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
-    model[0].forward = lambda x: (x, x, x)
-    model[1].forward = lambda qkv: qkv[0]
-    with pytest.raises(
-        InputError, match=r"did not reach 1.in_proj_weight, 1.out_proj.weight as a layer's weight: name"
-    ):
-        nm.prune(model, method="wanda", batches=[torch.ones(2, 8)])
+@refused(REFUSALS)
+def test_bad_input_is_refused_before_the_model_is_touched(words, call):
+    check_refusal(words, call, leaves=MODEL)

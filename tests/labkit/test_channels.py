@@ -1,13 +1,14 @@
 """Plans: what each criterion measures, how many channels go, what a plan says, iterative rounds and the scan."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from networks import Attention, Depthwise, Normed, Plain, Residual, Statics, difference, example
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.errors import InputError
 from labkit.graph.groups import Coupling
 from labkit.pruning import sensitivity
 from labkit.pruning.channels import apply, plan, plan_units, prune
@@ -148,14 +149,6 @@ def test_ignored_modules_keep_their_channels(plain):
     assert left(chosen)["conv1.weight"] == 8 and "ignored" in str(chosen)
     model, x = example(Residual)
     assert left(plan(model, x, ratio=0.5, ignore=model.conv2))["stem.weight"] == 8  # it makes the same channels
-    with pytest.raises(InputError, match="ignore names 'Conv2d', but the model has no such"):
-        plan(model, x, ratio=0.5, ignore=nn.Conv2d(3, 8, 3))
-
-
-def test_a_model_without_weights_is_refused():
-    model, x = example(Plain)
-    with pytest.raises(InputError, match="meta device"):
-        plan(model.to("meta"), x, ratio=0.5)
 
 
 def test_linked_groups_keep_the_same_fraction():
@@ -168,39 +161,6 @@ def test_linked_groups_keep_the_same_fraction():
         chosen = plan(model, torch.randn(3, 4, 5), ratio=0.4, criterion="random", seed=seed)
         fractions = {row.name: row.left / row.units for row in chosen.units}
         assert fractions["0.weight"] == fractions["1.self_attn.in_proj_weight"]
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"ratio": 1.2}, "from 0 to 1"),
-        ({"ratio": True}, "from 0 to 1"),
-        ({"ratio": {"conv1.weight": -1}}, "ratio of 'conv1.weight'"),
-        ({"ratio": {"conv9.weight": 0.5}}, "no prunable group"),
-        ({}, "exactly one"),
-        ({"ratio": 0.5, "macs": 0.5}, "exactly one"),
-        ({"ratio": 0.5, "remove": {"conv1": [1]}}, "exactly one"),
-        ({"ratio": {"conv1": 0.5, "bn1": 0.2}}, "'conv1' hangs together with 'bn1'"),
-        ({"ratio": {nn.ReLU(): 0.5}}, "ratio names 'ReLU', but the model has no such"),
-        ({"remove": {"conv1": [1]}, "seed": 1}, "seed has no meaning"),
-        ({"remove": {"conv1": [8]}}, "a channel of 'conv1' is 8, but it must be a whole number from 0 to 7"),
-        ({"remove": {"fc2": [1]}}, r"'fc2', which makes no channels that can go \(is the model's output"),
-        ({"remove": {"conv1": range(8)}}, "all 8 units of 'conv1.weight', but one has to stay"),
-        ({"ratio": 0.5, "criterion": {"conv1.weight": torch.ones(7)}}, "8 scores for 'conv1.weight'"),
-        ({"ratio": 0.5, "criterion": {"fc2.weight": torch.ones(5)}}, "'fc2.weight', which makes no channels"),
-        ({"ratio": 0.5, "criterion": lambda group: torch.ones(3)}, r"'conv1.weight' must be a tensor of shape \[8\]"),
-        ({"ratio": 0.5, "criterion": lambda group: torch.full((group.units,), torch.nan)}, "the caller is NaN"),
-        ({"ratio": 0.5, "scope": "local"}, "no scope 'local'"),
-        ({"ratio": 0.5, "round_to": 0}, "round_to is 0"),
-        ({"ratio": 0.5, "min_channels": 1.5}, "min_channels is 1.5"),
-        ({"ratio": 0.5, "ignore": ["conv9"]}, "ignore names 'conv9'"),
-        ({"ratio": 0.5, "ignore": ["conv1", "conv2", "fc1"]}, "No group is left"),
-    ],
-)
-def test_a_wrong_argument_is_named(plain, options, what):
-    model, x, _ = plain
-    with pytest.raises(InputError, match=what):
-        plan(model, x, **options)
 
 
 # --- what a plan says -------------------------------------------------------------------------------------------------
@@ -256,28 +216,11 @@ def test_a_head_is_one_unit():
     assert apply(model, chosen, x).report.equal
 
 
-@pytest.mark.parametrize(
-    ("units", "what"),
-    [
-        ({"conv9.weight": [0]}, "units names 'conv9.weight', which is no prunable group"),
-        ({"conv1.weight": [8]}, "has 8 for 'conv1.weight', whose units are numbered 0 to 7"),
-        ({"conv1.weight": [-1]}, "numbered 0 to 7"),
-        ({"conv1.weight": range(8)}, "all 8 units of 'conv1.weight', but one has to stay"),
-        ({"conv1.weight": [1], "conv1.bias": [2]}, "names 'conv1.weight' twice"),
-    ],
-)
-def test_units_that_cannot_go_are_named(plain, units, what):
-    model, x, _ = plain
-    with pytest.raises(InputError, match=what):
-        plan_units(model, Coupling.of(model, x), units)
-
-
 def test_units_of_linked_groups_go_together():
     layer = nn.TransformerEncoderLayer(24, 6, 32, batch_first=True)
     model, x = nn.Sequential(nn.Linear(5, 24), layer, nn.Linear(24, 3)).eval(), torch.randn(3, 4, 5)
     heads = {"1.self_attn.in_proj_weight": [1, 4]}
-    with pytest.raises(InputError, match="same fraction of their units"):
-        plan_units(model, Coupling.of(model, x), heads)
+    check_refusal("same fraction of their units", partial(plan_units, model, Coupling.of(model, x), heads))
     chosen = plan_units(model, Coupling.of(model, x), heads | {"0.weight": range(8)})
     assert apply(model, chosen, x).report.equal
 
@@ -308,3 +251,60 @@ def test_an_allocation_takes_the_largest_ratio_within_the_tolerance():
         for ratio, metric in zip((0.25, 0.5, 0.75), metrics, strict=True)
     ]
     assert sensitivity.Sensitivity(0.9, tuple(rows)).allocation(0.1) == {"a": 0.5, "b": 0.0}
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+MODEL, X = example(Plain)
+
+
+def half(**options):
+    return plan(MODEL, X, ratio=0.5, **options)
+
+
+def without(units):
+    return plan_units(MODEL, Coupling.of(MODEL, X), units)
+
+
+REFUSALS: Refusals = {
+    "ratio is 1.2, ... from 0 to 1": lambda: plan(MODEL, X, ratio=1.2),
+    "ratio is True, ... from 0 to 1": lambda: plan(MODEL, X, ratio=True),
+    "ratio of 'conv1.weight'": lambda: plan(MODEL, X, ratio={"conv1.weight": -1}),
+    "no prunable group": lambda: plan(MODEL, X, ratio={"conv9.weight": 0.5}),
+    "ratio names 'ReLU', but the model has no such": lambda: plan(MODEL, X, ratio={nn.ReLU(): 0.5}),
+    "'conv1' hangs together with 'bn1'": lambda: plan(MODEL, X, ratio={"conv1": 0.5, "bn1": 0.2}),
+    "seed has no meaning": lambda: plan(MODEL, X, remove={"conv1": [1]}, seed=1),
+    "a channel of 'conv1' is 8, but it must be a whole number from 0 to 7": lambda: plan(
+        MODEL, X, remove={"conv1": [8]}
+    ),
+    "'fc2', which makes no channels that can go (is the model's output": lambda: plan(MODEL, X, remove={"fc2": [1]}),
+    "all 8 units of 'conv1.weight', but one has to stay": lambda: plan(MODEL, X, remove={"conv1": range(8)}),
+    "8 scores for 'conv1.weight'": lambda: half(criterion={"conv1.weight": torch.ones(7)}),
+    "'fc2.weight', which makes no channels": lambda: half(criterion={"fc2.weight": torch.ones(5)}),
+    "'conv1.weight' must be a tensor of shape [8]": lambda: half(criterion=lambda group: torch.ones(3)),
+    "the caller is NaN": lambda: half(criterion=lambda group: torch.full((group.units,), torch.nan)),
+    "no scope 'local'": lambda: half(scope="local"),
+    "round_to is 0": lambda: half(round_to=0),
+    "min_channels is 1.5": lambda: half(min_channels=1.5),
+    "ignore names 'conv9'": lambda: half(ignore=["conv9"]),
+    "ignore names 'Conv2d', but the model has no such": lambda: half(ignore=nn.Conv2d(3, 8, 3)),
+    "No group is left": lambda: half(ignore=["conv1", "conv2", "fc1"]),
+    "meta device": lambda: plan(copy.deepcopy(MODEL).to("meta"), X, ratio=0.5),
+    "units names 'conv9.weight', which is no prunable group": lambda: without({"conv9.weight": [0]}),
+    "has 8 for 'conv1.weight', whose units are numbered 0 to 7": lambda: without({"conv1.weight": [8]}),
+    "has -1 for 'conv1.weight', whose units are numbered 0 to 7": lambda: without({"conv1.weight": [-1]}),
+    "units has all 8 units of 'conv1.weight', but one has to stay.": lambda: without({"conv1.weight": range(8)}),
+    "names 'conv1.weight' twice": lambda: without({"conv1.weight": [1], "conv1.bias": [2]}),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call, leaves=MODEL)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ratio": 0.5, "macs": 0.5}, {"ratio": 0.5, "remove": {"conv1": [1]}}], ids=str
+)
+def test_a_plan_takes_exactly_one_of_a_ratio_a_target_and_channels(options):
+    check_refusal("exactly one", partial(plan, MODEL, X, **options), leaves=MODEL)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from refusals import Refusals, check_refusal, refused
 
 from labkit.errors import InputError
 from labkit.lesson import check as checks
@@ -97,16 +98,20 @@ def test_a_check_that_examines_nothing_is_a_bug():
         checks.check("98.2", print)
 
 
-def test_an_unknown_check_names_those_there_are():
-    with pytest.raises(InputError, match=r"no check '98\.7'; the checks are 98\.1, 98\.2"):
-        checks.check("98.7", print)
-    with pytest.raises(InputError, match=r"no check '77\.1'"):
+def test_a_check_of_an_unknown_lesson_names_those_of_all():
+    with pytest.raises(InputError, match=r"no check '77\.1'"):  # a sentence as long as the course
         checks.check("77.1", print)
 
 
-def test_a_result_in_place_of_the_function_is_refused():
-    with pytest.raises(InputError, match=r"takes your function itself, not 6; leave out the brackets"):
-        checks.check("98.1", 6)
+REFUSALS: Refusals = {
+    "no check '98.7'; the checks are 98.1, 98.2": lambda: checks.check("98.7", print),
+    "takes your function itself, not 6; leave out the brackets": lambda: checks.check("98.1", 6),
+}
+
+
+@refused(REFUSALS)
+def test_what_is_no_check_or_no_function_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import Refusals, check_refusal, refused
 
 import labkit
 from labkit import files
-from labkit.errors import DataError, InputError
+from labkit.errors import DataError
 from labkit.lesson import claims, records
 from labkit.lesson.session import Lab
 
@@ -79,50 +81,32 @@ def test_expected_range_reads_as_words(tmp_path, expected, unit, words):
     assert claims.expected(load(tmp_path, entry(expected=expected, unit=unit))["3.1"]) == words
 
 
-@pytest.mark.parametrize("value", ["fast", True, math.nan])
-def test_a_value_that_is_no_number_is_refused(claim, value):
-    with pytest.raises(InputError, match=r"Claim 3\.1 takes a number, or None"):
-        claims.verdict(claim, value)
+BAD_ENTRIES = {  # what the sentence says about entry 2 of the file
+    "needs: Field required": entry(needs=""),
+    "needs: Input should be 'any', 'cpu', 'gpu'": entry(needs='"tpu"'),
+    "expected is [2.0, 1.0]; give [low, high]": entry(expected="[2.0, 1.0]"),
+    "give [low, high]": entry(expected="[nan, 1.0]"),
+    "expected is [1.0]; give [low, high]": entry(expected="[1.0]"),
+    "expected is [True, 2.0]; give [low, high]": entry(expected="[true, 2.0]"),
+    "section: Input should be a valid integer": entry(section='"3"'),
+    "the id has to be <section>.<n>": entry(id='"4.1"'),
+    "text: String should match": entry(text='" "'),
+    "verdict: Extra inputs are not permitted": entry(verdict='"confirmed"'),
+    "recipe: steps: Input should be a valid integer": entry(recipe='{steps = "many"}'),
+    "changed: 0: why: Field required": entry(changed='[{date = 2026-11-26, from = "x", to = "y"}]'),
+    "the id '3.9' is there twice": entry(id='"3.9"'),
+}
 
 
-@pytest.mark.parametrize("ci95", [(1.8, 1.9), (1.6,), (1.9, 1.6)])
-def test_an_interval_that_does_not_hold_the_value_is_refused(claim, ci95):
-    with pytest.raises(InputError, match=r"has to be \(low, high\) around the value"):
-        claims.verdict(claim, 1.7, ci95)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"needs": ""}, "needs: Field required"),
-        ({"needs": '"tpu"'}, "needs: Input should be 'any', 'cpu', 'gpu'"),
-        ({"expected": "[2.0, 1.0]"}, r"expected is \[2.0, 1.0\]; give \[low, high\]"),
-        ({"expected": "[nan, 1.0]"}, r"give \[low, high\]"),
-        ({"expected": "[1.0]"}, r"expected is \[1.0\]; give \[low, high\]"),
-        ({"expected": "[true, 2.0]"}, r"give \[low, high\]"),
-        ({"section": '"3"'}, "section: Input should be a valid integer"),
-        ({"id": '"4.1"'}, "the id has to be <section>.<n>"),
-        ({"text": '" "'}, "text: String should match"),
-        ({"verdict": '"confirmed"'}, "verdict: Extra inputs are not permitted"),
-        ({"recipe": '{steps = "many"}'}, "recipe: steps: Input should be a valid integer"),
-        ({"changed": '[{date = 2026-11-26, from = "x", to = "y"}]'}, "changed: 0: why: Field required"),
-    ],
-)
-def test_a_bad_entry_is_named_with_what_is_wrong(tmp_path, changes, message):
-    with pytest.raises(DataError, match=rf"claims\.toml, entry 2 .*{message}"):
-        load(tmp_path, entry(id='"3.9"') + entry(**changes))
-
-
-def test_a_claim_that_is_there_twice_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"entry 2: the id '3\.1' is there twice"):
-        load(tmp_path, entry() + entry())
+@pytest.mark.parametrize("fault", BAD_ENTRIES)
+def test_a_bad_entry_is_named_with_what_is_wrong(tmp_path, fault):
+    call = partial(load, tmp_path, entry(id='"3.9"') + BAD_ENTRIES[fault])
+    check_refusal(f"claims.toml, entry 2 ... {fault}", call, DataError)
 
 
 def test_a_file_that_is_missing_or_no_toml_is_said(tmp_path):
-    with pytest.raises(DataError, match="is missing"):
-        claims.load(tmp_path / "none.toml")
-    with pytest.raises(DataError, match="is not TOML"):
-        load(tmp_path, "[[claim]\n")
+    check_refusal("is missing", partial(claims.load, tmp_path / "none.toml"), DataError)
+    check_refusal("is not TOML", partial(load, tmp_path, "[[claim]\n"), DataError)
 
 
 def test_too_few_samples_settle_nothing_and_what_never_pays_contradicts():
@@ -173,11 +157,24 @@ def test_a_recipe_in_words_has_its_plurals(tmp_path):
     assert claims.recipe(claim) == "1,290 steps, 1 seed"
 
 
-@pytest.mark.parametrize(("trained", "missing"), [(None, "steps, seeds"), ({"steps": 600}, "seeds")])
-def test_a_recipe_asks_what_was_trained(tmp_path, trained, missing):
-    claim = load(tmp_path, entry(recipe=RECIPE))["3.1"]
-    with pytest.raises(InputError, match=rf"rests on training, and {missing} is not given; pass trained=\{{\"steps\""):
-        claims.verdict(claim, 1.7, trained=trained)
+A_NUMBER, AROUND = "Claim 3.1 takes a number, or None", "has to be (low, high) around the value"
+TRAINED = 'rests on training, and {} is not given; pass trained={{"steps"'
+REFUSALS: Refusals = {  # calls with a claim
+    f"{A_NUMBER} ... 'fast'": lambda claim: claims.verdict(claim, "fast"),
+    f"{A_NUMBER} ... True": lambda claim: claims.verdict(claim, True),
+    f"{A_NUMBER} ... nan": lambda claim: claims.verdict(claim, math.nan),
+    f"(1.8, 1.9) ... {AROUND}": lambda claim: claims.verdict(claim, 1.7, (1.8, 1.9)),
+    f"(1.6,) ... {AROUND}": lambda claim: claims.verdict(claim, 1.7, (1.6,)),
+    f"(1.9, 1.6) ... {AROUND}": lambda claim: claims.verdict(claim, 1.7, (1.9, 1.6)),
+    TRAINED.format("steps, seeds"): lambda claim: claims.verdict(claim, 1.7, trained=None),
+    TRAINED.format("seeds"): lambda claim: claims.verdict(claim, 1.7, trained={"steps": 600}),
+}
+
+
+@refused(REFUSALS)
+def test_what_gives_no_verdict_is_refused_in_a_sentence(tmp_path, words, call):
+    recipe = RECIPE if "training" in words else ""
+    check_refusal(words, partial(call, load(tmp_path, entry(recipe=recipe))["3.1"]))
 
 
 @pytest.mark.parametrize(
@@ -256,18 +253,17 @@ def test_claims_are_shown_with_their_reasons_and_the_recorded_run_that_settles(l
     ]
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([], "shows one to five claims, not 0"),
-        (["3.1"] * 6, "shows one to five claims, not 6"),
-        (["3.2"], r"Claim 3\.2 has not been tested; call lab.claim\('3\.2', value\)"),
-        (["3.4"], r"Claim 3\.4 has no why and right_when"),
-        (["3.9"], r"There is no claim '3\.9' in claims\.toml; there are 3\.1, 3\.2"),
-    ],
-)
-def test_a_claim_that_cannot_be_shown_is_named(lab, ids, message):
+SHOWN: Refusals = {  # calls with a session
+    "shows one to five claims, not 0": lambda lab: lab.claims(),
+    "shows one to five claims, not 6": lambda lab: lab.claims(*["3.1"] * 6),
+    "Claim 3.2 has not been tested; call lab.claim('3.2', value)": lambda lab: lab.claims("3.2"),
+    "Claim 3.4 has no why and right_when": lambda lab: lab.claims("3.4"),
+    "There is no claim '3.9' in claims.toml; there are 3.1, 3.2": lambda lab: lab.claims("3.9"),
+}
+
+
+@refused(SHOWN)
+def test_a_claim_that_cannot_be_shown_is_named(lab, words, call):
     lab.claim("3.1", 1.7)
     lab.claim("3.4", 1.7)
-    with pytest.raises(InputError, match=message):
-        lab.claims(*ids)
+    check_refusal(words, partial(call, lab))

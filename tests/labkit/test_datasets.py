@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
+from refusals import Refusals, check_refusal, refused
 
 from labkit.data import datasets, fetch
-from labkit.errors import InputError
 
 
 def words(text: str) -> str:
@@ -99,22 +99,10 @@ def test_photos_are_rgb() -> None:
     assert all(photo.mode == "RGB" and min(photo.size) >= 256 for photo in photos.values())
 
 
-@pytest.mark.parametrize("load", [datasets.fashion_mnist, datasets.reviews])
-def test_unknown_split_is_refused(load) -> None:
-    with pytest.raises(InputError, match="no split 'val': choose one of train, validation, test"):
-        load("val")
-
-
 @pytest.mark.parametrize("n", [0, -1, 10**9, 1.5, True])
 @pytest.mark.parametrize("load", [datasets.fashion_mnist, datasets.reviews])
 def test_subset_size_outside_the_split_is_refused(load, n: object) -> None:
-    with pytest.raises(InputError, match=r"but it must be a whole number from 1 to \d+\."):
-        load("test", n)
-
-
-def test_unknown_part_is_refused() -> None:
-    with pytest.raises(InputError, match="no part 'train': choose one of calibration, test"):
-        datasets.handbook("train")
+    check_refusal(f"n is {n!r}, but it must be a whole number from 1 to ... .", lambda: load("test", n))
 
 
 def test_photo_crops_are_squares_of_their_photo_and_repeat_with_the_seed():
@@ -128,7 +116,15 @@ def test_photo_crops_are_squares_of_their_photo_and_repeat_with_the_seed():
     assert crops[0].tobytes() != datasets.photo_crops(1, ("coffee",), seed=6)[0].tobytes()
 
 
-@pytest.mark.parametrize(("args", "said"), [((0,), "n is 0"), ((2, ("tiger",)), "no photo 'tiger'")])
-def test_photo_crops_refuses(args, said):
-    with pytest.raises(InputError, match=said):
-        datasets.photo_crops(*args)
+REFUSALS: Refusals = {
+    "There is no split 'val': choose one of train, validation, test": lambda: datasets.fashion_mnist("val"),
+    "no split 'val': choose one of train, validation, test": lambda: datasets.reviews("val"),
+    "no part 'train': choose one of calibration, test": lambda: datasets.handbook("train"),
+    "n is 0": lambda: datasets.photo_crops(0),
+    "no photo 'tiger'": lambda: datasets.photo_crops(2, ("tiger",)),
+}
+
+
+@refused(REFUSALS)
+def test_what_is_not_there_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -9,7 +9,6 @@ from torch import nn
 from labkit.attention import mla
 from labkit.attention.decoder import Decoder
 from labkit.data import models
-from labkit.errors import InputError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS = {
@@ -80,25 +79,6 @@ def test_smollm2_writes_what_transformers_generates():
     assert torch.equal(written, model.generate(ids, max_new_tokens=16, do_sample=False))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"attention_bias": True}, "biases"), ({"hidden_act": "gelu"}, "gelu"), ({"mlp_bias": True}, "biases")],
-)
-def test_another_architecture_is_refused(options, words):
-    with pytest.raises(InputError, match=words):
-        Decoder(llama(**options))
-    with pytest.raises(InputError, match="no decoder of the Llama type"):
-        Decoder(nn.Linear(2, 2))
-
-
-def test_a_full_cache_and_a_text_that_is_too_long_are_refused():
-    decoder = Decoder(llama())
-    with pytest.raises(InputError, match="room for 4 tokens and holds 0, so 5 more"):
-        decoder.hidden(text(5), decoder.cache(4))
-    with pytest.raises(InputError, match="257 tokens are more than the 256"):
-        decoder.hidden(text(257), decoder.cache(300))
-
-
 @pytest.mark.parametrize("queries", [1, 3, 17])
 def test_absorbed_latent_attention_is_the_expanded_one(queries):
     draw = torch.Generator().manual_seed(0)
@@ -126,7 +106,18 @@ def test_expanded_latent_attention_is_attention_over_the_keys_and_values_written
             assert torch.allclose(mla.expanded(q, q_rope, latent, k_rope, up_k, up_v)[0, head, i], expected)
 
 
+def hidden(tokens: int, capacity: int) -> torch.Tensor:
+    decoder = Decoder(llama())
+    return decoder.hidden(text(tokens), decoder.cache(capacity))
+
+
 REFUSALS: Refusals = {
+    "biases": lambda: Decoder(llama(attention_bias=True)),
+    "gelu": lambda: Decoder(llama(hidden_act="gelu")),
+    "This model has biases": lambda: Decoder(llama(mlp_bias=True)),
+    "Linear is no decoder of the Llama type": lambda: Decoder(nn.Linear(2, 2)),
+    "room for 4 tokens and holds 0, so 5 more": lambda: hidden(5, capacity=4),
+    "257 tokens are more than the 256": lambda: hidden(257, capacity=300),
     "NoneType is no decoder of the Llama type": lambda: Decoder(None),
     "LlamaModel is no decoder of the Llama type": lambda: Decoder(llama().model),
     "The model is on the meta device": lambda: Decoder(llama().to("meta")),

@@ -6,6 +6,7 @@ import hardware
 import llamas
 import pytest
 import torch
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
 from labkit.attention import speculative
@@ -81,8 +82,12 @@ def test_weights_in_few_bits_are_multiplied_as_they_are(options):
     assert rounded.bytes < engine().bytes - 2 * MODEL.lm_head.weight.numel()
 
 
-def test_what_it_cannot_take_is_refused():
-    with pytest.raises(InputError, match="mxfp4 has no kernel in this engine"):
-        decoding.prepare(weight_only.quantize(MODEL, method="mxfp4"))
-    with pytest.raises(InputError, match="no decoder of the Llama type"):
-        decoding.prepare(nn.Linear(2, 2))
+REFUSALS: Refusals = {
+    "mxfp4 has no kernel in this engine": lambda: decoding.prepare(weight_only.quantize(MODEL, method="mxfp4")),
+    "no decoder of the Llama type": lambda: decoding.prepare(nn.Linear(2, 2)),
+}
+
+
+@refused(REFUSALS)
+def test_what_it_cannot_take_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

@@ -1,12 +1,14 @@
 """Layer importance against a loop over tokens, and models that lost layers: the same logits, a cache that fits."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import batches, family, inputs, mean_loss
+from refusals import Refusals, check_refusal, refused
 from torch import Tensor, nn
 
 from labkit.data import models
-from labkit.errors import InputError
 from labkit.graph import anatomy, surgery
 from labkit.pruning import depth, transformers
 
@@ -126,8 +128,8 @@ def test_models_that_lost_layers_are_saved_and_loaded(name, tmp_path):
     assert loaded.config.num_hidden_layers == 2 and str(loaded) == str(layers.model)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs(name))[0], layers.model(**inputs(name))[0])
-    with pytest.raises(InputError, match=r"layers' is not what the last plan left of it"):
-        surgery.save(heads.model, [heads.plan, layers.plan], tmp_path / "model")
+    call = partial(surgery.save, heads.model, [heads.plan, layers.plan], tmp_path / "model")
+    check_refusal("layers' is not what the last plan left of it", call)
 
 
 def test_layer_types_follow_the_layers_that_stay():
@@ -160,37 +162,31 @@ def test_a_layer_that_changes_the_width_cannot_go():
 
     model, x = Narrowing((8, 8), (8, 4), (4, 4)), {"x": torch.randn(2, 8)}
     assert depth.prune_layers(model, [0, 2], kwargs=x).report.equal
-    with pytest.raises(InputError, match="do not fit together"):
-        depth.prune_layers(model, [1], kwargs=x, check=False)
+    call = partial(depth.prune_layers, model, [1], kwargs=x, check=False)
+    check_refusal("do not fit together", call, leaves=model)
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ([3], "no layer 3"),
-        ([-1], "no layer -1"),
-        ([True], "no layer True"),
-        ([1.0], "no layer 1.0"),
-        ([], "name at least one"),
-        ([0, 1, 2], "leave at least one"),
-    ],
-)
-def test_bad_layers_are_told(layers, message):
-    model = family("llama")
-    config = model.config.to_dict()
-    with pytest.raises(InputError, match=message):
-        depth.prune_layers(model, layers)
-    assert len(model.model.layers) == 3 and model.config.to_dict() == config
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+LLAMA, BERT, DATA = family("llama"), family("bert"), batches("bert")
+REFUSALS: Refusals = {
+    "no layer 3": lambda: depth.prune_layers(LLAMA, [3]),
+    "no layer -1": lambda: depth.prune_layers(LLAMA, [-1]),
+    "no layer True": lambda: depth.prune_layers(LLAMA, [True]),
+    "no layer 1.0": lambda: depth.prune_layers(LLAMA, [1.0]),
+    "name at least one": lambda: depth.prune_layers(LLAMA, []),
+    "leave at least one": lambda: depth.prune_layers(LLAMA, [0, 1, 2]),
+    "no method 'mse'": lambda: depth.layer_importance(BERT, DATA, "mse"),
+    "n is 0": lambda: depth.layer_importance(BERT, DATA, n=0),
+    "n is 4": lambda: depth.layer_importance(BERT, DATA, n=4),
+    "n is True": lambda: depth.layer_importance(BERT, DATA, n=True),
+    "batches is empty": lambda: depth.layer_importance(BERT, []),
+    "no list of transformer layers": lambda: depth.layer_importance(nn.Linear(2, 2), [torch.ones(1, 2)]),
+}
 
 
-def test_bad_requests_are_told():
-    model = family("bert")
-    with pytest.raises(InputError, match="no method 'mse'"):
-        depth.layer_importance(model, batches("bert"), "mse")
-    for n in (0, 4, True):
-        with pytest.raises(InputError, match=f"n is {n}"):
-            depth.layer_importance(model, batches("bert"), n=n)
-    with pytest.raises(InputError, match="batches is empty"):
-        depth.layer_importance(model, [])
-    with pytest.raises(InputError, match="no list of transformer layers"):
-        depth.layer_importance(nn.Linear(2, 2), [torch.ones(1, 2)])
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence_and_the_model_keeps_its_layers(words, call):
+    config = LLAMA.config.to_dict()
+    check_refusal(words, call, leaves=LLAMA)
+    assert LLAMA.config.to_dict() == config

@@ -7,17 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hardware import needs
+from networks import UnevenlyPadded, WithForward, WithOptions, by_sign
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
 from labkit.data import datasets, models
 from labkit.deploy import engines, export, parity
-from labkit.errors import InputError
 from labkit.files import ROOT
 from labkit.quantization import affine, ptq
 from labkit.quantization.affine import Grid
@@ -81,38 +82,10 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-class Net(nn.Module):
-    """Uneven padding before a stride, an identity shortcut, depthwise, a convolution before a mean, and a Linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8))
-        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.c, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = F.relu(self.stem(x))
-        x = F.relu6(self.b(F.relu(self.a(x))) + x)
-        return self.head(F.relu(self.c(x)).mean((2, 3)))
-
-
-class Words(nn.Module):
-    """Called by keywords, with something that is no tensor, and two outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.layer = nn.Embedding(50, 16), nn.Linear(16, 16)
-
-    def forward(self, ids, mask=None, scale=1.0):
-        x = F.gelu(self.layer(self.embedding(ids))) * scale
-        x = x * mask[..., None]
-        return {"tokens": x, "text": x.sum(1)}
-
-
 @cache
-def words() -> Words:
+def words() -> WithOptions:
     torch.manual_seed(0)
-    return Words().eval()
+    return WithOptions().eval()
 
 
 def calibrated(model: nn.Module, x, **options) -> nn.Module:
@@ -128,9 +101,9 @@ X = IMAGES[:8]
 
 
 @cache
-def net() -> Net:
+def net() -> UnevenlyPadded:
     torch.manual_seed(0)
-    return Net().eval()
+    return UnevenlyPadded().eval()
 
 
 @cache
@@ -140,7 +113,7 @@ def simulated_net() -> nn.Module:
 
 @pytest.fixture
 def path(tmp_path):
-    """The quantized Net as ONNX Runtime gets it, every result of a convolution rounded."""
+    """The quantized network as ONNX Runtime gets it, every result of a convolution rounded."""
     export.write_onnx(simulated_net(), {"x": X}, tmp_path / "model.onnx", batches=[X])
     return tmp_path / "model.onnx"
 
@@ -236,8 +209,7 @@ def test_a_size_that_varies_and_rows_that_are_masked_give_what_eager_gives(name:
     for loaded in [engine] if folder is None else [engine, engines.load(folder)]:
         for named in shapes:
             torch.testing.assert_close(loaded(**named), model(**named).logits.detach(), rtol=1e-4, atol=1e-4)
-        with pytest.raises(InputError, match=r"input_ids \[1 to 6, 2 to 24\].*got input_ids \[1, 25\]"):
-            loaded(**texts(25))
+        check_refusal("input_ids [1 to 6, 2 to 24] ... got input_ids [1, 25]", partial(loaded, **texts(25)))
     alone, padded = texts(7), texts(7, pad=9)
     padded["input_ids"][:, :7] = alone["input_ids"]
     torch.testing.assert_close(engine(**padded), engine(**alone), rtol=1e-4, atol=1e-4)
@@ -319,8 +291,8 @@ def test_an_engine_that_adds_pairs_in_int16_is_refused_but_for_7_bits(monkeypatc
     monkeypatch.setitem(engines.ENGINES, "saturating", engines.Runtime((), "any", lambda job: job, saturating))
     layer = nn.Linear(4, 3)
     eight, seven = (FakeQuantized(layer, ptq.weight_grid(layer, bits), grid(0.1, 3)) for bits in (8, 7))
-    with pytest.raises(InputError, match=r"extreme 8-bit codes than int64.*quantize the weights to 7 bits"):
-        engines.prepare("saturating", eight, torch.randn(2, 4))
+    words = "extreme 8-bit codes than int64 ... quantize the weights to 7 bits"
+    check_refusal(words, partial(engines.prepare, "saturating", eight, torch.randn(2, 4)))
     engines.prepare("saturating", seven, torch.randn(2, 4))
 
 
@@ -506,58 +478,56 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
     assert engines.available()["aotinductor"] == (
         "aotinductor needs g++, which is not installed: install it, or name another C++ compiler in CXX."
     )
-    with pytest.raises(InputError, match=r"openvino needs openvino.*\./lab setup --with engines"):
-        engines.prepare("openvino", nn.Linear(3, 2), torch.randn(1, 3))
+    call = partial(engines.prepare, "openvino", nn.Linear(3, 2), torch.randn(1, 3))
+    check_refusal("openvino needs openvino ... ./lab setup --with engines", call)
     edge = {"executorch": object(), "torchao": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: edge[name] if name in edge else real(name))
     missing = "executorch needs torchao, which is not installed: ./lab setup --with edge."
     assert engines.available()["executorch"] == missing
 
 
-class ByValue(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) if x.sum() > 0 else x
+LINEAR, LINES = nn.Linear(3, 2), torch.randn(4, 3)
+SIMULATED = calibrated(LINEAR, LINES)
+BY_SIGN = WithForward(lambda m, x: by_sign(m.layer(x)), layer=nn.Linear(3, 3))
 
 
-def test_what_cannot_be_prepared_is_refused_in_one_sentence():
-    model, x = nn.Linear(3, 2), torch.randn(4, 3)
-    simulated = calibrated(model, x)
-    refused = [
-        (("tensorrt", model, x), {}, "There is no engine 'tensorrt': choose one of torch,"),
-        (("onnxruntime-static", model, x), {}, "takes ranges from data: give batches"),
-        (("onnxruntime-static", model, x), {"batches": []}, "batches is empty"),
-        (
-            ("onnxruntime-static", model, x),
-            {"batches": [torch.randn(4, 5)]},
-            r"for input \[4, 3\] and got input \[4, 5\]",
-        ),
-        (("onnxruntime-static", simulated, x), {"batches": [x]}, "quantized already"),
-        (("onnxruntime", ByValue(3, 3), x), {}, "cannot be exported to ONNX"),
-        (("torch-bf16", model, x), {"preset": "mixed"}, "takes no options"),
-        (("onnxruntime", model, x[:1]), {"dynamic": {0: (1, 8)}}, "the example has 1 there: give one of 2 or more"),
-        (("torch", model, x), {"folder": "nowhere"}, "has no file to keep"),
-    ]
-    for args, options, sentence in refused:
-        with pytest.raises(InputError, match=sentence):
-            engines.prepare(*args, **options)
+def prepared() -> engines.Engine:
+    return engines.prepare("torch", LINEAR, LINES)
+
+
+def static(model: nn.Module = LINEAR, **options) -> engines.Engine:
+    return engines.prepare("onnxruntime-static", model, LINES, **options)
+
+
+REFUSALS: Refusals = {
+    "There is no engine 'tensorrt': choose one of torch,": lambda: engines.prepare("tensorrt", LINEAR, LINES),
+    "takes ranges from data: give batches": lambda: static(),
+    "batches is empty": lambda: static(batches=[]),
+    "for input [4, 3] and got input [4, 5]": lambda: static(batches=[torch.randn(4, 5)]),
+    "onnxruntime-static ... quantized already": lambda: static(SIMULATED, batches=[LINES]),
+    "cannot be exported to ONNX": lambda: engines.prepare("onnxruntime", BY_SIGN, LINES),
+    "takes no options": lambda: engines.prepare("torch-bf16", LINEAR, LINES, preset="mixed"),
+    "the example has 1 there: give one of 2 or more": lambda: engines.prepare(
+        "onnxruntime", LINEAR, LINES[:1], dynamic={0: (1, 8)}
+    ),
+    "has no file to keep": lambda: engines.prepare("torch", LINEAR, LINES, folder="nowhere"),
+    "There is no engine in": lambda: engines.load(ROOT / "tests"),
+    "The engine is for input [4, 3] and got input [5, 3]": lambda: prepared()(torch.randn(5, 3)),
+    "The engine is for input [4, 3] and got nothing": lambda: prepared()(),
+    "The engine is for input [4, 3] and got input [4, 3], one more [4, 3]": lambda: prepared()(LINES, LINES),
+}
+NEEDS_A_COMPILER: Refusals = {
+    "cannot be exported by torch.export": lambda: engines.prepare("aotinductor", BY_SIGN, LINES),
+    "torch-compile ... quantized already": lambda: engines.prepare("torch-compile", SIMULATED, LINES),
+}
+
+
+@refused(REFUSALS)
+def test_what_cannot_be_prepared_or_run_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call, leaves=LINEAR)
 
 
 @pytest.mark.skipif(READY["aotinductor"] != "ready", reason=READY["aotinductor"])
-def test_what_torch_cannot_export_or_compile_is_refused_in_one_sentence():
-    x = torch.randn(4, 3)
-    with pytest.raises(InputError, match=r"cannot be exported by torch\.export"):
-        engines.prepare("aotinductor", ByValue(3, 3), x)
-    with pytest.raises(InputError, match="quantized already"):
-        engines.prepare("torch-compile", calibrated(nn.Linear(3, 2), x), x)
-
-
-def test_a_folder_without_an_engine_is_refused(tmp_path):
-    with pytest.raises(InputError, match="There is no engine in"):
-        engines.load(tmp_path)
-
-
-def test_other_shapes_are_refused():
-    engine = engines.prepare("torch", nn.Linear(3, 2), torch.randn(4, 3))
-    for args in ((torch.randn(5, 3),), (), (torch.randn(4, 3), torch.randn(4, 3))):
-        with pytest.raises(InputError, match=r"The engine is for input \[4, 3\] and got"):
-            engine(*args)
+@refused(NEEDS_A_COMPILER)
+def test_what_torch_cannot_export_or_compile_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call)

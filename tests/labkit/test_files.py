@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
+from refusals import check_refusal
 
 from labkit import files
-from labkit.errors import InputError
 from labkit.files import replacing
 
 
@@ -33,8 +33,7 @@ def test_an_error_before_anything_is_written_is_the_one_that_is_raised(tmp_path)
 
 def test_a_cache_in_the_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LABKIT_CACHE", "~nosuchuser/x")
-    with pytest.raises(InputError, match=r"~nosuchuser/x.*, and there is no such user's home; set LABKIT_CACHE"):
-        files.cache_dir()
+    check_refusal("~nosuchuser/x ... , and there is no such user's home; set LABKIT_CACHE", files.cache_dir)
 
 
 @pytest.mark.parametrize("relative", ["caches", "./caches", "~nosuchuser/x"])

@@ -2,15 +2,16 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from families import batches, family, inputs, mean_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.errors import InputError
 from labkit.graph import anatomy
 from labkit.modules.losses import summed_loss
 from labkit.pruning import heads, transformers
@@ -88,8 +89,8 @@ def test_what_is_no_probability_is_refused():
     model.set_attn_implementation("eager")
     layer = model.bert.encoder.layer[1].attention.self
     layer.register_forward_hook(lambda module, args, output: (output[0], output[1] - 0.5))  # as biases would be
-    with pytest.raises(InputError, match=r"layer\.1\.attention\S* gives no attention probabilities"):
-        heads.head_importance(model, [inputs("bert")], "entropy")
+    call = partial(heads.head_importance, model, [inputs("bert")], "entropy")
+    check_refusal("layer.1.attention.self gives no attention probabilities", call)
 
 
 def test_probabilities_are_those_that_the_output_is_made_of():
@@ -155,13 +156,6 @@ def test_gates_close_where_a_head_writes_nothing_and_repeat_by_seed():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_no_gate_is_learnt_from_a_loss_that_is_not_finite():
-    with pytest.raises(InputError, match="The loss of a batch is nan"):
-        heads.learn_gates(
-            family("bert"), batches("bert", 1), loss_fn=lambda output, batch: output.logits.sum() * torch.nan
-        )
-
-
 @pytest.mark.parametrize("method", heads.METHODS)
 def test_model_stays_as_it_was(method):
     model = family("bert").train()
@@ -174,8 +168,7 @@ def test_model_stays_as_it_was(method):
     assert all(
         p.grad is None and not module._forward_pre_hooks for module in model.modules() for p in model.parameters()
     )
-    with pytest.raises(InputError, match="batches is empty"):
-        heads.head_importance(model, [], method)
+    check_refusal("batches is empty", partial(heads.head_importance, model, [], method), leaves=model)
     assert all(module.training for module in model.modules())
 
 
@@ -225,25 +218,6 @@ def test_loss_fn_takes_the_place_of_the_models_own():
     torch.testing.assert_close(heads.head_importance(model, data, loss_fn=loss_fn), own)
 
 
-def test_errors():
-    model = family("bert")
-    with pytest.raises(InputError, match="no method 'lrp'"):
-        heads.head_importance(model, batches("bert"), "lrp")
-    with pytest.raises(InputError, match="needs a loss"):
-        heads.head_importance(family("minilm"), [inputs("minilm")])
-    with pytest.raises(InputError, match="put it in a list"):
-        heads.head_importance(model, batches("bert")[0])
-    with pytest.raises(InputError, match="no attention heads"):
-        heads.head_importance(nn.Linear(2, 2), [torch.ones(1, 2)], "entropy")
-
-
-def test_heads_inside_torchs_own_attention_are_not_mistaken():
-    """Its output projection is no module that could be hooked; the next linear layer reads something else."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(InputError, match="no attention heads"):
-        heads.head_importance(layer, [torch.ones(1, 3, 8)], "taylor", loss_fn=lambda y, x: y.mean())
-
-
 @pytest.mark.parametrize("method", [method for method in heads.METHODS if method != "gate"])  # which reads them again
 def test_batches_are_let_go_one_by_one_and_with_them_their_graphs(method):
     """A graph that is kept keeps its batch: the embedding's backward pass needs the token ids."""
@@ -272,8 +246,7 @@ def test_exactly_n_heads_go_ties_included_and_one_stays_in_each_layer(data, laye
     importance = torch.tensor(values, dtype=torch.float64).view(layers, number)
     n = data.draw(st.integers(1, layers * number))
     if n > layers * (number - 1):
-        with pytest.raises(InputError, match=f"from 1 to {layers * (number - 1)} heads can go"):
-            heads.lowest_heads(importance, n)
+        check_refusal(f"from 1 to {layers * (number - 1)} heads can go", partial(heads.lowest_heads, importance, n))
         return
     lowest = heads.lowest_heads(importance, n)
     assert sum(len(gone) for gone in lowest.values()) == n == len({(k, h) for k, gone in lowest.items() for h in gone})
@@ -292,14 +265,27 @@ def test_what_a_layer_may_not_give_the_next_lowest_of_the_others_gives():
     assert heads.lowest_heads(importance, 4) == {1: [0, 1, 2], 2: [0]}
 
 
-@pytest.mark.parametrize(
-    ("importance", "n", "message"),
-    [
-        (torch.ones(4), 1, r"must be \[layers, heads\]"),
-        (torch.ones(2, 4), 0, "n is 0"),
-        (torch.ones(2, 4), 1.5, "n is 1.5"),
-    ],
-)
-def test_bad_choices_are_told(importance, n, message):
-    with pytest.raises(InputError, match=message):
-        heads.lowest_heads(importance, n)
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+BERT, DATA = family("bert"), batches("bert")
+HEADS_INSIDE = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)  # its projection is no module to be hooked
+REFUSALS: Refusals = {
+    "no method 'lrp'": lambda: heads.head_importance(BERT, DATA, "lrp"),
+    "needs a loss": lambda: heads.head_importance(family("minilm"), [inputs("minilm")]),
+    "put it in a list": lambda: heads.head_importance(BERT, DATA[0]),
+    "The loss of a batch is nan": lambda: heads.learn_gates(
+        BERT, DATA[:1], loss_fn=lambda output, batch: output.logits.sum() * torch.nan
+    ),
+    "Linear has no attention heads": lambda: heads.head_importance(nn.Linear(2, 2), [torch.ones(1, 2)], "entropy"),
+    "TransformerEncoderLayer has no attention heads": lambda: heads.head_importance(
+        HEADS_INSIDE, [torch.ones(1, 3, 8)], "taylor", loss_fn=lambda y, x: y.mean()
+    ),
+    "must be [layers, heads]": lambda: heads.lowest_heads(torch.ones(4), 1),
+    "n is 0": lambda: heads.lowest_heads(torch.ones(2, 4), 0),
+    "n is 1.5": lambda: heads.lowest_heads(torch.ones(2, 4), 1.5),
+}
+
+
+@refused(REFUSALS)
+def test_bad_input_is_refused_in_a_sentence(words, call):
+    check_refusal(words, call, leaves=BERT)

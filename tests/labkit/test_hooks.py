@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import WithForward
 from torch import nn
 
 from labkit.modules.hooks import first_tensor, forward_hooks, reading, watching
@@ -50,15 +51,7 @@ def test_a_module_listed_twice_has_two_hooks():
 
 
 def test_inputs_and_results_by_name():
-    class ByName(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x):
-            return self.layer(input=x)
-
-    model, seen = ByName(), []
+    model, seen = WithForward(lambda m, x: m.layer(input=x), layer=nn.Linear(3, 3)), []
     with watching(model, ["layer"], lambda *values: seen.append(values)):
         y = model(X)
     ((name, x, result),) = seen

@@ -1,12 +1,14 @@
 """Language models in engines against transformers: the same tokens however they are asked for, and perplexity."""
 
+from functools import partial
+
 import pytest
 import torch
 from llamas import greedy, llama, text
+from refusals import Refusals, check_refusal, refused
 
 from labkit.data import datasets, models, training
 from labkit.deploy import decoder_graph, engines, language
-from labkit.errors import InputError
 from labkit.quantization import weight_only
 from labkit.quantization.weight_only import WeightOnlyLinear
 from labkit.storage import formats as storage
@@ -174,43 +176,53 @@ def test_smollm2_in_int8_is_within_one_per_cent_of_perplexity_and_batches_as_alo
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
-@genai
-def test_prompts_that_are_no_text_are_refused_in_one_sentence(engine):
-    good = PROMPTS[0]
-    refused = [
-        ([good[:0]], {}, r"A text has to be token ids from 0 to 60.*at least one"),
-        ([good + 60], {}, "give what the model's tokenizer gives"),
-        ([good.float()], {}, "got torch.float32"),
-        ([], {}, "There are 0 prompts"),
-        ([good], {"max_new_tokens": 0}, "max_new_tokens is 0, but it must be a whole number from 1"),
-        ([good], {"max_new_tokens": [3, 3]}, "give one for each"),
-        ([good], {"max_new_tokens": 500}, "530 tokens are more than the 512"),
-        ([good], {"lookup": -1}, "lookup is -1"),
-    ]
-    for prompts, options, sentence in refused:
-        with pytest.raises(InputError, match=sentence):
-            engine.generate(prompts, **{"max_new_tokens": 3, **options})
-    for tokens, window in ((TOKENS[:20], 100), (TOKENS, 1), (TOKENS + 60, 100)):
-        with pytest.raises(InputError):
-            engine.perplexity(tokens, window=window)
+GOOD = PROMPTS[0]
+
+
+def generate(engine: language.LanguageEngine, *prompts: torch.Tensor, **options) -> object:
+    return engine.generate(prompts, **{"max_new_tokens": 3, **options})
+
+
+REFUSALS: Refusals = {  # calls with an engine
+    "A text has to be token ids from 0 to 60 ... at least one": lambda engine: generate(engine, GOOD[:0]),
+    "give what the model's tokenizer gives": lambda engine: generate(engine, GOOD + 60),
+    "got torch.float32": lambda engine: generate(engine, GOOD.float()),
+    "There are 0 prompts": lambda engine: generate(engine),
+    "max_new_tokens is 0, but it must be a whole number from 1": lambda engine: generate(
+        engine, GOOD, max_new_tokens=0
+    ),
+    "give one for each": lambda engine: generate(engine, GOOD, max_new_tokens=[3, 3]),
+    "530 tokens are more than the 512": lambda engine: generate(engine, GOOD, max_new_tokens=500),
+    "lookup is -1": lambda engine: generate(engine, GOOD, lookup=-1),
+    "with at least one window of 100": lambda engine: engine.perplexity(TOKENS[:20], window=100),
+    "window is 1": lambda engine: engine.perplexity(TOKENS, window=1),
+    "A text has to be token ids from 0 to 60": lambda engine: engine.perplexity(TOKENS + 60, window=100),
+}
+UNPREPARED: Refusals = {  # calls with a folder
+    "There is no language engine 'tensorrt': choose one of openvino-genai": lambda _: language.prepare(
+        "tensorrt", MODEL
+    ),
+    "There is no format of weights 'int3'": lambda _: prepare(MODEL, weights="int3"),
+    "There is no precision 'f64'": lambda _: prepare(MODEL, precision="f64"),
+    "There is no file ... none.gguf: give a GGUF file": lambda folder: prepare(folder / "none.gguf"),
+    "is no GGUF file of a language model": lambda folder: prepare(folder / "wrong.gguf"),
+    "Linear is no decoder of the Llama type": lambda _: prepare(torch.nn.Linear(3, 3)),
+    "nf4 has no kernel in this engine": lambda _: prepare(weight_only.quantize(MODEL, method="nf4")),
+}
+prepare = partial(language.prepare, "openvino-genai")
 
 
 @genai
-def test_what_cannot_be_prepared_is_refused_in_one_sentence(tmp_path):
-    wrong = tmp_path / "wrong.gguf"
-    wrong.write_bytes(b"no model" * 9)
-    refused = [
-        (("tensorrt", MODEL), {}, "There is no language engine 'tensorrt': choose one of openvino-genai"),
-        (("openvino-genai", MODEL), {"weights": "int3"}, "There is no format of weights 'int3'"),
-        (("openvino-genai", MODEL), {"precision": "f64"}, "There is no precision 'f64'"),
-        (("openvino-genai", tmp_path / "none.gguf"), {}, "There is no file .*none.gguf: give a GGUF file"),
-        (("openvino-genai", wrong), {}, "is no GGUF file of a language model"),
-        (("openvino-genai", torch.nn.Linear(3, 3)), {}, "Linear is no decoder of the Llama type"),
-        (("openvino-genai", weight_only.quantize(MODEL, method="nf4")), {}, "nf4 has no kernel in this engine"),
-    ]
-    for args, options, sentence in refused:
-        with pytest.raises(InputError, match=sentence):
-            language.prepare(*args, **options)
+@refused(REFUSALS)
+def test_what_an_engine_cannot_read_or_write_is_refused_in_a_sentence(engine, words, call):
+    check_refusal(words, partial(call, engine))
+
+
+@genai
+@refused(UNPREPARED)
+def test_what_cannot_be_prepared_is_refused_in_a_sentence(tmp_path, words, call):
+    (tmp_path / "wrong.gguf").write_bytes(b"no model" * 9)
+    check_refusal(words, partial(call, tmp_path))
 
 
 def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
@@ -218,5 +230,4 @@ def test_what_is_missing_is_told_with_what_installs_it(monkeypatch: pytest.Monke
     assert language.available() == {
         "openvino-genai": "openvino-genai needs openvino_genai, which is not installed: ./lab setup --with llm."
     }
-    with pytest.raises(InputError, match=r"\./lab setup --with llm"):
-        language.prepare("openvino-genai", MODEL)
+    check_refusal("./lab setup --with llm", lambda: prepare(MODEL))
