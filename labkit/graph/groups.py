@@ -34,10 +34,9 @@ from labkit.arguments import check_mapping
 from labkit.errors import InputError
 from labkit.graph import tracing
 from labkit.graph.attributes import CONFIG, Follows, Keep, NewSize, new_attributes, new_sizes, written
-from labkit.graph.copies import collecting_later
 from labkit.graph.fits import Mismatch, trial
 from labkit.graph.labels import components
-from labkit.graph.passes import unchanged
+from labkit.graph.passes import collecting_later, unchanged
 from labkit.graph.record import Record
 from labkit.graph.units import Cluster, Group, Member, failing, group_units, place_of
 

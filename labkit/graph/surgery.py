@@ -26,10 +26,10 @@ from labkit.arguments import check_loaded, check_module, check_several
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
 from labkit.graph import anatomy
-from labkit.graph.attributes import Attributes, Keep, set_attributes_, shape, tensors_of
-from labkit.graph.copies import batch_experts_, collecting_later, duplicate_model
+from labkit.graph.attributes import Attributes, Keep, set_attributes_, shape
 from labkit.graph.equality import Report
 from labkit.graph.groups import Coupling
+from labkit.graph.passes import batch_experts_, collecting_later, duplicate_model, tensors_of
 from labkit.modules.weights import is_mixture
 
 METADATA = "labkit.pruning"  # key of the plans in the file's metadata
@@ -136,17 +136,11 @@ def cut(
     Raises InputError if the model has no such tensors or indices.
     """
     check_module(model)
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = dict(tensors_of(model))
     for name, dims in keep.items():
-        if name not in named or not _has_indices(named[name], dims):
+        if name not in tensors or not _has_indices(tensors[name], dims):
             raise InputError(f"The plan is of another model: this one has no {name!r} with the indices that it keeps.")
-    kept_of_tensor = {id(named[name]): dims for name, dims in keep.items()}
-    tensors = {}
-    for _, x in tensors_of(model):
-        dims = kept_of_tensor.get(id(x), {})
-        tensors[id(x)] = _sliced(x, dims)
-    new = duplicate_model(model, tensors)
+    new = duplicate_model(model, {name: _sliced(x, keep.get(name, {})) for name, x in tensors.items()})
     set_attributes_(new, attributes)
     for name, kept_layers in (layers or {}).items():
         _keep_layers_(new, name, kept_layers)
