@@ -124,8 +124,8 @@ def check(
     return report
 
 
-class _Side(NamedTuple):
-    """One of the two models of a comparison.
+class _ComparedModel(NamedTuple):
+    """A model of a comparison.
 
     tensors: {name: parameter or buffer}.
     keep: {name: {dimension: kept indices}}, empty for the dense model.
@@ -151,8 +151,8 @@ class _Comparison:
         # Parameters that share memory get the same noise: {parameter: the first name of its memory}.
         self._first_names = {name: record.first(name) for name, _ in model.named_parameters()}
         keep = record.kept(gone)
-        self._dense = _Side(model, dict(tensors_of(model)), {}, record.restricted)
-        self._pruned = _Side(pruned, dict(tensors_of(pruned)), keep, [])
+        self._dense = _ComparedModel(model, dict(tensors_of(model)), {}, record.restricted)
+        self._pruned = _ComparedModel(pruned, dict(tensors_of(pruned)), keep, [])
 
     def precisions(self) -> list[_Precision]:
         """Return the precisions to try, in order: float64 first if the model is small enough for a copy in float64."""
@@ -207,13 +207,13 @@ class _Comparison:
                 f"The dense model does not run in {precision.dtype} ({first_line(error)}): {_ANOTHER}"
             ) from error
 
-    def _tensors(self, side: _Side, precision: _Precision, noise: float) -> dict[str, Tensor]:
+    def _tensors(self, compared: _ComparedModel, precision: _Precision, noise: float) -> dict[str, Tensor]:
         """Return copies of all parameters and buffers, {name: tensor}, in a precision and with noise.
 
         noise: standard deviation of normal noise on every parameter, the same in the dense and in the pruned model;
             buffers are left alone.
         """
-        tensors = {name: _in_precision(x, precision.dtype) for name, x in side.tensors.items()}
+        tensors = {name: _in_precision(x, precision.dtype) for name, x in compared.tensors.items()}
         if not noise:
             return tensors
         generator = torch.Generator()
@@ -223,12 +223,12 @@ class _Comparison:
             generator.manual_seed(zlib.crc32(first_name.encode()))
             shape = self._dense.tensors[name].shape
             x = torch.randn(shape, generator=generator, dtype=precision.dtype).mul_(noise)
-            for dim, indices in side.keep.get(name, {}).items():
+            for dim, indices in compared.keep.get(name, {}).items():
                 x = x.index_select(dim, indices)
             tensors[name] += x.to(tensors[name].device)
         return tensors
 
-    def _output(self, side: _Side, tensors: dict[str, Tensor], precision: _Precision) -> tuple[Any, bool]:
+    def _output(self, compared: _ComparedModel, tensors: dict[str, Tensor], precision: _Precision) -> tuple[Any, bool]:
         """Run a copy of a model with new tensors, and with statistics restricted to the remaining channels.
 
         tensors: {name: tensor} of all parameters and buffers.
@@ -239,9 +239,12 @@ class _Comparison:
             return _in_precision(x, precision.dtype)
 
         copies = {"copy_input": wide, "copy_tensor": wide}
-        with on_copy(side.model, tensors, self._args, self._kwargs, **copies) as copied, sdpa_kernel(SDPBackend.MATH):
+        with (
+            on_copy(compared.model, tensors, self._args, self._kwargs, **copies) as copied,
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             _seed(0)  # a pass that draws numbers draws the same in both models
-            with _Restricting(side.restricted, self._gone, copied.stack, precision) as mode:
+            with _Restricting(compared.restricted, self._gone, copied.stack, precision) as mode:
                 output = copied.run()
         return output, mode.narrows
 

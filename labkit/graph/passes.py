@@ -1,7 +1,7 @@
 """Forward passes without a trace on the model: copies of models and inputs, the running module, a model restored.
 
 A pass runs on a copy (`on_copy`), with parameters and buffers exchanged: for tensors without values (`tracing`), for
-the remaining entries of a cut (`fits`), or for another precision (`equality`). `surgery` keeps a copy for good.
+the remaining entries of a cut (`fits`), or for another precision (`equality`). `full_copy` makes a copy to keep.
 """
 
 import contextlib
@@ -29,6 +29,18 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) of all parameters and buffers, each once, by the first name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+@contextlib.contextmanager
+def collecting_later() -> Iterator[None]:
+    """Suspend garbage collection: copies make thousands of objects, all in use, and a search among them frees none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
@@ -77,7 +89,10 @@ def duplicate_model(model: nn.Module, tensors: Mapping[str, Tensor], copy_tensor
     tensors: {parameter or buffer: tensor to take the place of the copy}, by the names of `tensors_of`.
     copy_tensor: copies all remaining tensors.
     """
-    memory: dict[int, Any] = {id(x): tensors[name] for name, x in tensors_of(model) if name in tensors}
+    memory: dict[int, Any] = {}
+    for name, x in tensors_of(model):
+        if name in tensors:
+            memory[id(x)] = tensors[name]
     for module in model.modules():
         for value in vars(module).values():
             if type(value) in (dict, OrderedDict, set) and not value:
@@ -85,19 +100,20 @@ def duplicate_model(model: nn.Module, tensors: Mapping[str, Tensor], copy_tensor
     return duplicate(model, copy_tensor, memory)
 
 
-def skeleton(
-    model: nn.Module, tensors: Mapping[str, Tensor], copy_tensor: CopyTensor = clone, *, training: bool = False
-) -> nn.Module:
-    """Return a copy of `model` to run instead of the model, with experts multiplied in batches.
+def with_entries(x: Tensor, entries: Tensor) -> Tensor:
+    """Return `entries` in the place of `x`: as a Parameter with the attributes of `x` if `x` is a Parameter."""
+    if not isinstance(x, nn.Parameter):
+        return entries
+    parameter = nn.Parameter(entries, requires_grad=x.requires_grad)
+    parameter.__dict__.update(x.__dict__)
+    return parameter
 
-    tensors, copy_tensor: as for `duplicate_model`.
-    training: the mode of all modules but batch norms: batch norms refuse single values in training.
-    """
-    new = duplicate_model(model, tensors, copy_tensor)
-    for module in new.modules():
-        module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)
-    batch_experts_(new)
-    return new
+
+@torch.inference_mode(False)  # the copy is to be trained, wherever it was made
+@collecting_later()
+def full_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of `model`, to be kept and changed: all parameters and buffers in new memory."""
+    return duplicate_model(model, {name: with_entries(x, clone(x)) for name, x in tensors_of(model)})
 
 
 def batch_experts_(model: nn.Module) -> None:
@@ -106,18 +122,6 @@ def batch_experts_(model: nn.Module) -> None:
         switch = getattr(module, "set_experts_implementation", None)
         if switch and getattr(module.config, "_experts_implementation", None) == "grouped_mm":
             switch("batched_mm")
-
-
-@contextlib.contextmanager
-def collecting_later() -> Iterator[None]:
-    """Suspend garbage collection: copies make thousands of objects, all in use, and a search among them frees none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
@@ -154,13 +158,19 @@ def on_copy(
 ) -> Iterator[Pass]:
     """Copy a model and an input, and yield the pass to be run in the `with` block with every operator visible.
 
-    tensors, copy_tensor, training: as for `skeleton`.
+    Experts are multiplied in batches.
+
+    tensors, copy_tensor: as for `duplicate_model`.
     copy_input: copies the tensors of the input.
+    training: the mode of all modules but batch norms: batch norms refuse single values in training.
     called: receives the names of all modules, once run.
     """
-    copied = skeleton(model, tensors, copy_tensor, training=training)
+    copied = duplicate_model(model, tensors, copy_tensor)
+    for module in copied.modules():
+        module.training = training and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    batch_experts_(copied)
     args, kwargs = duplicate((args, dict(kwargs)), copy_input)
-    with undisturbed(), following(copied, set() if called is None else called) as stack:
+    with undisturbed(), _following(copied, set() if called is None else called) as stack:
         yield Pass(copied, args, kwargs, stack)
 
 
@@ -233,7 +243,7 @@ def _collect_containers(value: Any, containers: dict[int, Any]) -> None:
 
 
 @contextlib.contextmanager
-def following(model: nn.Module, called: set[str]) -> Iterator[list[str]]:
+def _following(model: nn.Module, called: set[str]) -> Iterator[list[str]]:
     """Yield the names of the running modules, outermost first; "" is the model.
 
     called: receives the names of all modules, once run.

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from labkit.errors import InputError, first_line
 from labkit.graph import rules_products, rules_shapes  # noqa: F401  they enter their rules into RULES
 from labkit.graph.abstract import Abstract, abstract, on_meta, tensors_in
-from labkit.graph.passes import on_copy, tensors_of, unchanged
+from labkit.graph.passes import on_copy, unchanged
 from labkit.graph.record import Operation, Record, traced
 from labkit.graph.rules import RULES, Call
 from labkit.graph.spans import Span, Spans
@@ -42,8 +42,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: 
     _check_traceable(model)
     constants = frozenset(name for name, _ in model.named_buffers())
     result = Record(constants=constants, **options)
-    with unchanged(model):
-        _run_passes(model, args, kwargs, result)
+    _run_passes(model, args, kwargs, result)
     return result
 
 
@@ -64,7 +63,7 @@ class Tracer(Abstract):
     """Sends every operator through a rule, and notes labels and origin of each result (`Traced`).
 
     record: receives the notes of the rules.
-    stack: names of the running modules (`passes.following`).
+    stack: names of the running modules (`passes.Pass`).
     """
 
     def __init__(self, record: Record, stack: list[str]) -> None:
@@ -216,7 +215,7 @@ def _run_pass(
     lifted: {parameter or buffer: abstract tensor to take the place}.
     """
     options = {"copy_input": abstract, "training": training, "called": record.called}
-    with on_copy(model, lifted, args, kwargs, **options) as copied:
+    with unchanged(model), on_copy(model, lifted, args, kwargs, **options) as copied:
         stack = copied.stack
         with Tracer(record, stack), _Products(record, stack):
             out = copied.run()
@@ -237,7 +236,7 @@ def _lift(model: nn.Module, record: Record) -> dict[str, Tensor]:
 
     Notes aliases and unmet parameters in the record. Raises InputError for layers without a shape.
     """
-    named = list(tensors_of(model))
+    named = [*model.named_parameters(), *model.named_buffers()]
     if any(nn.parameter.is_lazy(x) for _, x in named):
         raise InputError("The model has lazy layers without a shape: run it once on its inputs first.")
     shapes = {name: x.shape for name, x in named}
@@ -270,7 +269,7 @@ def _memory(x: Tensor) -> Any:
 def _failure(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: Exception) -> str:
     """Tell if a pass without values failed because the model does not run on the input at all."""
     try:
-        with on_copy(model, {}, args, kwargs) as copied:
+        with unchanged(model), on_copy(model, {}, args, kwargs) as copied:
             copied.run()
     except Exception as real:
         return (

@@ -416,6 +416,15 @@ def test_padding_is_not_looked_at():
         assert torch.allclose(a, b, rtol=1e-9)
 
 
+def test_what_cannot_be_compared_is_told_before_the_batches_are_read():
+    layers = {"n": nn.LayerNorm(6), "q": nn.Linear(6, 8), "d": nn.Linear(8, 6)}
+    model = Apart(lambda m, x: (m.d(m.q(m.n(x))), torch.ones(1))[1], **layers)
+    batches = iter([torch.randn(2, 6)] * 3)
+    with pytest.raises(InputError, match="that its input decides"):
+        fold.smooth(model, batches)
+    assert len(list(batches)) == 2
+
+
 def test_what_cannot_be_smoothed_is_refused_in_one_sentence():
     model, x = block(), torch.randn(2, 5, 6, dtype=torch.double)
     for alpha in (-0.1, 1.5, torch.nan, "half"):
