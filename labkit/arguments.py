@@ -104,6 +104,15 @@ def check_mapping(value: Any, name: str, content: str) -> None:
         raise InputError(f"{name} is a {type(value).__name__}, but it must be {{{content}}}.")
 
 
+def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
+    """Return (args, kwargs) as for a call; InputError if kwargs are no {name: value}."""
+    if isinstance(args, (Tensor, Mapping)) or not isinstance(args, (tuple, list)):
+        args = (args,)
+    if kwargs is not None:
+        check_mapping(kwargs, "kwargs", "name: value")
+    return tuple(args), dict(kwargs or {})
+
+
 def check_several(values: Any, name: str) -> None:
     """Raise InputError unless `values` is iterable, and neither text nor an array of no dimensions."""
     is_text = isinstance(values, (str, bytes))

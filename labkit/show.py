@@ -14,8 +14,8 @@ from html import escape
 from itertools import product
 from typing import Any
 
-from labkit import names_on_demand
 from labkit.errors import InputError
+from labkit.on_demand import names_on_demand
 
 # Okabe and Ito (2008): colours told apart with the common forms of colour blindness; black is left to axes and text.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")

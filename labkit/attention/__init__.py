@@ -12,7 +12,7 @@ speculative.py: generation with guesses
 Requests that share a decoder are served by `labkit.deploy.serving`.
 """
 
-from labkit import submodules
+from labkit.on_demand import submodules
 
 __all__ = [
     "blockwise", "cache", "decoder", "mla", "paged", "speculative",

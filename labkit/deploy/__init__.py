@@ -20,7 +20,7 @@ isa.py: fewer instructions of the CPU
 targets.py: systems to deploy on
 """
 
-from labkit import submodules
+from labkit.on_demand import submodules
 
 __all__ = [
     "decoder_graph", "decoding", "engines", "export", "isa", "job", "language", "onnx_runtimes", "openvino_runtimes",

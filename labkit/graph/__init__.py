@@ -19,8 +19,7 @@ record.py: the notes of a trace
 labels.py: numbers for the indices of dimensions, tied and pinned
 spans.py: labels along the dimensions of a tensor
 abstract.py: passes without values
-copies.py: copies of models and inputs for such passes
-passes.py: the running module, and a model left as before
+passes.py: passes on copies of models and inputs, the running module, and a model left as before
 fits.py: a trial cut
 attributes.py: sizes and settings of modules after a cut
 surgery.py: units removed, files of pruned models

@@ -66,15 +66,18 @@ class _Scores(NamedTuple):
     labels: np.ndarray | None
 
 
-def attentions(model: nn.Module, record: Record | None = None) -> tuple[Attention, ...]:
+def attentions(model: nn.Module) -> tuple[Attention, ...]:
+    """Trace a call of `model` on `example`, and return the attentions as `attentions_in` does."""
+    return attentions_in(model, tracing.record(model, (), example(model)))
+
+
+def attentions_in(model: nn.Module, record: Record) -> tuple[Attention, ...]:
     """Return the attentions of `model` in the order of a forward pass; an attention running twice is listed once.
 
-    record: record of a traced call; None traces a call on `example`.
+    record: record of a traced call.
 
     Raises InputError for a model without attentions.
     """
-    if record is None:
-        record = tracing.record(model, (), example(model))
     modules = dict(model.named_modules())
     classes, _ = record.labels.resolve()
     attentions: dict[str, Attention] = {}
@@ -211,10 +214,10 @@ def configs(model: nn.Module) -> Iterator[Any]:
 def called_with(model: nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return `kwargs` as a dict, or an `example` if None; raise InputError if `kwargs` is no {name: value}."""
     check_module(model)
-    if kwargs is None:
-        return example(model)
-    check_mapping(kwargs, "kwargs", "name: value")
-    return dict(kwargs)
+    if kwargs is not None:
+        check_mapping(kwargs, "kwargs", "name: value")
+        return dict(kwargs)
+    return example(model)
 
 
 def example(model: nn.Module) -> dict[str, Tensor]:

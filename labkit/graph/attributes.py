@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from labkit.graph.passes import tensors_of
 from labkit.graph.record import Record, remaining
 from labkit.modules.weights import CONVOLUTIONS
 
@@ -24,12 +25,6 @@ Follows = Mapping[tuple[type, str], bool]  # {(class of a module, attribute): Tr
 CONFIG = "config."  # before the name of an attribute of the module's config
 ANY_CONVOLUTION = (*CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NO_SIZES = ("idx", "index", "id", "buckets")  # ends of names of numbers that can only happen to equal a size: layer_idx
-
-
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of all parameters and buffers, each once, by the first name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def shape(x: Tensor, keep: Mapping[int, Tensor]) -> list[int]:

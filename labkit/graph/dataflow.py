@@ -19,7 +19,6 @@ from labkit.graph import tracing
 from labkit.graph.operators import ROWS
 from labkit.graph.record import Operation
 from labkit.graph.subclasses import after_norm
-from labkit.modules.weights import qualified
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NORMED = ("weight", "bias", "running_mean", "running_var")  # tensors that a batch norm holds and reads
@@ -152,12 +151,14 @@ class Dataflow:
     operations: operations of the trace, in order; the number of an operation is its index.
     returned: numbers of the operations whose results the model returns.
     readers: {number of an operation, or name of a parameter or buffer: numbers of the operations that read the value}.
-    layers: {number of an operation: name of the layer}, for layers whose parameters no other operation reads.
     sources: the operations whose channels a parameter scales.
+    layers: {number of an operation: the source}, for layers whose parameters no other operation reads.
+    example: (args, kwargs).
     """
 
     @torch.inference_mode(False)  # in that mode composite operators arrive whole, and no layer is known by its product
     def __init__(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self.example = (args, kwargs)
         self.record = record = tracing.record(model, args, kwargs)
         self.operations = record.operations
         self.returned = record.returned
@@ -170,16 +171,12 @@ class Dataflow:
         for first, aliases in record.aliases.items():
             self._shared |= {first, *aliases}
         self._shapes = {name: x.shape for name, x in model.named_parameters()}
-        self.layers: dict[int, str] = {}
-        for number in range(len(self.operations)):
-            layer = self._layer_of(number, model)
-            if layer is not None:
-                self.layers[number] = layer
         self.sources: list[Source] = []
         for number in range(len(self.operations)):
-            source = self._source_of(number)
+            source = self._layer_of(number, model) or self._vector_of(number)
             if source is not None:
                 self.sources.append(source)
+        self.layers = {source.number: source for source in self.sources if source.is_layer}
 
     def check_compared(self) -> None:
         """Raise InputError unless the output has a number computed from the input, for the proof of a copy."""
@@ -197,8 +194,8 @@ class Dataflow:
         is_parameter = name in self._shapes
         return is_parameter and name not in self._shared and len(self.readers[name]) == 1
 
-    def _layer_of(self, number: int, model: nn.Module) -> str | None:
-        """Return the name of the convolution or Linear with this operation as product; None for other operations."""
+    def _layer_of(self, number: int, model: nn.Module) -> Source | None:
+        """Return the convolution or Linear with this operation as product; None for other operations."""
         operation = self.operations[number]
         is_transposed = any(setting is True for setting in operation.settings)
         if operation.name not in ("convolution", "mm", "addmm") or is_transposed:
@@ -207,13 +204,17 @@ class Dataflow:
         at = _input_position(operation)
         weight = self._untransposed(operands[at + 1])
         bias = [*operands[:at], *operands[at + 2 :]]
-        has_own_weight = weight == qualified(operation.module, "weight")
-        has_own_bias = bias in ([], [qualified(operation.module, "bias")])
+        has_own_weight = _is_own(operation, weight, ("weight",))
+        has_own_bias = all(_is_own(operation, operand, ("bias",)) for operand in bias)
         if not has_own_weight or not has_own_bias:
             return None
-        are_private = all(self._is_private(name) for name in [weight, *bias])
-        is_layer = isinstance(model.get_submodule(operation.module), LAYERS)
-        return operation.module if are_private and is_layer else None
+        names = (weight, *bias)
+        are_private = all(self._is_private(name) for name in names)
+        if not are_private or not isinstance(model.get_submodule(operation.module), LAYERS):
+            return None
+        positions = len(self._shapes[weight]) - 2  # behind the channels: none for a Linear
+        dim = len(operation.shape) - 1 - positions
+        return Source(number, operation.module, names, dim, is_layer=True)
 
     def _untransposed(self, operand: int | str | None) -> int | str | None:
         """Return x if `operand` is the transpose of x and has a single reader; else return `operand`."""
@@ -223,31 +224,17 @@ class Dataflow:
         is_read_once = len(self.readers[operand]) == 1
         return operation.operands[0] if operation.name == "t" and is_read_once else operand
 
-    def _source_of(self, number: int) -> Source | None:
-        """Return the operation as a source: a layer's product, a layer norm, or a product with a vector."""
+    def _vector_of(self, number: int) -> Source | None:
+        """Return the layer norm or product with a vector that the operation is; None for other operations."""
         operation = self.operations[number]
-        last = len(operation.shape) - 1
-        if number in self.layers:
-            names = (qualified(operation.module, "weight"),)
-            bias = qualified(operation.module, "bias")
-            if bias in operation.operands:
-                names = (*names, bias)
-            dim = last - self._positions(number)
-            return Source(number, operation.module, names, dim, is_layer=True)
         names = tuple(x for x in operation.operands if isinstance(x, str))
         if len(names) not in VECTORS.get(operation.name, ()):
             return None
         for name in names:
             if not self._is_private(name) or tuple(self._shapes[name]) != operation.shape[-1:]:
                 return None
+        last = len(operation.shape) - 1
         return Source(number, operation.module, names, last, is_layer=False)
-
-    def _positions(self, number: int) -> int:
-        """Return how many dimensions of a layer's result, behind its channels, are positions: 0 for a Linear."""
-        if self.operations[number].name != "convolution":
-            return 0
-        weight = qualified(self.layers[number], "weight")
-        return len(self._shapes[weight]) - 2
 
     # --- batch norms --------------------------------------------------------------------------------------------------
 
@@ -264,7 +251,7 @@ class Dataflow:
             before = operation.operands[0]
             is_only_reader = all(self.readers[operand] == [number] for operand in operation.operands)
             if is_only_reader and before not in self.returned and before in self.layers:
-                pairs.append((self.layers[before], operation.module))
+                pairs.append((self.layers[before].module, operation.module))
         return pairs
 
     # --- routes -------------------------------------------------------------------------------------------------------
@@ -286,7 +273,7 @@ class Dataflow:
             channels = [carried.get(operand) for operand in operation.operands]
             if number in self.layers and self._reads_channels(number, channels):
                 at = _input_position(operation)
-                name = self.layers[number]
+                name = self.layers[number].module
                 route.readers[name] = channels[at].repeats
                 continue
             after = self._after(number, channels)
@@ -309,8 +296,8 @@ class Dataflow:
         carriers = [i for i, x in enumerate(channels) if x is not None]
         if carriers != [at]:
             return False
-        positions = self._positions(number)
         last = len(self._operand_shape(number, at)) - 1
+        positions = len(self.operations[number].shape) - 1 - self.layers[number].dim
         are_input_channels = channels[at].dim == last - positions
         fits = channels[at].repeats == 1 or not positions  # a convolution's kernel has no columns side by side
         return are_input_channels and fits
@@ -347,6 +334,14 @@ def _input_position(product: Operation) -> int:
     return 1 if product.name == "addmm" else 0
 
 
+def _is_own(operation: Operation, operand: int | str | None, attributes: Sequence[str]) -> bool:
+    """Return True if `operand` is a parameter or buffer of the operation's module, among the named attributes."""
+    if not isinstance(operand, str):
+        return False
+    module, _, attribute = operand.rpartition(".")
+    return module == operation.module and attribute in attributes
+
+
 def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
     """Return True if an operation is the normalisation by a batch norm of torch or of a subclass.
 
@@ -356,8 +351,7 @@ def _is_usual_norm(norm: nn.Module, operation: Operation) -> bool:
     is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
     if not is_batch_norm or norm.running_mean is None:
         return False
-    own_tensors = {qualified(operation.module, name) for name in NORMED}
-    reads_own_tensors = own_tensors.issuperset(operation.operands[1:])
+    reads_own_tensors = all(_is_own(operation, operand, NORMED) for operand in operation.operands[1:])
     reads_own_eps = operation.settings[-1:] == (norm.eps,)
     return reads_own_tensors and reads_own_eps and after_norm(norm) is not None
 

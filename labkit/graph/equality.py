@@ -22,12 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from labkit.errors import EqualityError, first_line
 from labkit.graph.abstract import name_of
-from labkit.graph.attributes import tensors_of
-from labkit.graph.copies import duplicate, skeleton
-from labkit.graph.passes import following, unchanged
+from labkit.graph.passes import on_copy, tensors_of, unchanged
 from labkit.graph.record import Record, Restricted
 from labkit.modules.returned import numbers, outputs
-from labkit.modules.undisturbed import undisturbed
 
 DOUBLE_UP_TO = 2**27  # bytes of a model that is checked in float64; a larger one would need too much memory
 FAR = 100  # numbers more than FAR times the largest number that differs are a mask's, not computed
@@ -111,7 +108,7 @@ def check(
     report = None
     first_failure = None
     with unchanged(model), unchanged(pruned):
-        for precision in _precisions(model, record):
+        for precision in comparison.precisions():
             try:
                 report, narrows = comparison.run(precision, noise=0.0)
                 outputs_are_zero = report.equal and not report.scale
@@ -127,22 +124,18 @@ def check(
     return report
 
 
-def _precisions(model: nn.Module, record: Record) -> list[_Precision]:
-    """Return the precisions to try, in order: float64 first if the model is small enough for a copy in float64."""
-    floating = [x.dtype for x in model.parameters() if x.is_floating_point()]
-    single = torch.promote_types(floating[0] if floating else torch.float32, torch.float32)
-    has_double = next(model.parameters()).device.type != "mps"
-    size = sum(x.numel() * x.element_size() for _, x in tensors_of(model))
-    is_small = size <= DOUBLE_UP_TO
-    if record.names_dtype or not has_double:
-        dtypes = [single]
-    elif is_small:
-        dtypes = [torch.float64, single]
-    else:
-        dtypes = [single, torch.float64]
-    precisions = [_Precision(dtype, widens=False) for dtype in dtypes]
-    widest = torch.float64 if has_double and is_small else single
-    return [*precisions, _Precision(widest, widens=True)]
+class _ComparedModel(NamedTuple):
+    """A model of a comparison.
+
+    tensors: {name: parameter or buffer}.
+    keep: {name: {dimension: kept indices}}, empty for the dense model.
+    restricted: statistics to be taken over the remaining channels, empty for the pruned model.
+    """
+
+    model: nn.Module
+    tensors: Mapping[str, Tensor]
+    keep: Mapping[str, Mapping[int, Tensor]]
+    restricted: list[Restricted]
 
 
 class _Comparison:
@@ -151,12 +144,33 @@ class _Comparison:
     def __init__(
         self, model: nn.Module, pruned: nn.Module, record: Record, gone: np.ndarray, args: tuple, kwargs: Mapping
     ) -> None:
-        self._model = model
-        self._pruned = pruned
         self._record = record
         self._gone = gone
         self._args = args
         self._kwargs = kwargs
+        # Parameters that share memory get the same noise: {parameter: the first name of its memory}.
+        self._first_names = {name: record.first(name) for name, _ in model.named_parameters()}
+        keep = record.kept(gone)
+        self._dense = _ComparedModel(model, dict(tensors_of(model)), {}, record.restricted)
+        self._pruned = _ComparedModel(pruned, dict(tensors_of(pruned)), keep, [])
+
+    def precisions(self) -> list[_Precision]:
+        """Return the precisions to try, in order: float64 first if the model is small enough for a copy in float64."""
+        tensors = self._dense.tensors.values()
+        floating = [x.dtype for x in tensors if x.is_floating_point()]
+        single = torch.promote_types(floating[0] if floating else torch.float32, torch.float32)
+        has_double = all(x.device.type != "mps" for x in tensors)
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        is_small = size <= DOUBLE_UP_TO
+        if self._record.names_dtype or not has_double:
+            dtypes = [single]
+        elif is_small:
+            dtypes = [torch.float64, single]
+        else:
+            dtypes = [single, torch.float64]
+        precisions = [_Precision(dtype, widens=False) for dtype in dtypes]
+        widest = torch.float64 if has_double and is_small else single
+        return [*precisions, _Precision(widest, widens=True)]
 
     def run(self, precision: _Precision, *, noise: float) -> tuple[Report, bool]:
         """Compare the outputs of the two models in a precision.
@@ -167,7 +181,8 @@ class _Comparison:
         difference. Raises EqualityError if the dense model does not run in the precision, or has NaN in the outputs.
         """
         dense_output, dense_narrows = self._dense_output(precision, noise)
-        pruned_output, pruned_narrows = self._pruned_output(precision, noise)
+        pruned_tensors = self._tensors(self._pruned, precision, noise)
+        pruned_output, pruned_narrows = self._output(self._pruned, pruned_tensors, precision)
         error, scale = difference(dense_output, pruned_output)
         terms = sum(cost.terms for cost in self._record.costs)
         eps = torch.finfo(precision.dtype).eps
@@ -183,32 +198,38 @@ class _Comparison:
 
     def _dense_output(self, precision: _Precision, noise: float) -> tuple[Any, bool]:
         """Return (output of the dense model with the removed channels unread, True if the pass narrows types)."""
-        tensors = _copies(self._model, precision.dtype)
-        if noise:
-            _add_noise_(tensors, self._dense_shapes(), self._record, {}, noise)
+        tensors = self._tensors(self._dense, precision, noise)
         _blind_(tensors, self._record, self._gone)
         try:
-            output, narrows = self._output(self._model, tensors, self._record.restricted, precision)
+            return self._output(self._dense, tensors, precision)
         except RuntimeError as error:  # some forward passes name a dtype themselves
             raise EqualityError(
                 f"The dense model does not run in {precision.dtype} ({first_line(error)}): {_ANOTHER}"
             ) from error
-        if any(x.isnan().any() for x in outputs(output)):
-            raise EqualityError(f"The dense model's own output has NaN on the example input: {_ANOTHER}")
-        return output, narrows
 
-    def _pruned_output(self, precision: _Precision, noise: float) -> tuple[Any, bool]:
-        """Return (output of the pruned model, True if the pass narrows types)."""
-        tensors = _copies(self._pruned, precision.dtype)
-        if noise:
-            keep = self._record.kept(self._gone)
-            _add_noise_(tensors, self._dense_shapes(), self._record, keep, noise)
-        return self._output(self._pruned, tensors, [], precision)
+    def _tensors(self, compared: _ComparedModel, precision: _Precision, noise: float) -> dict[str, Tensor]:
+        """Return copies of all parameters and buffers, {name: tensor}, in a precision and with noise.
 
-    def _output(
-        self, model: nn.Module, tensors: dict[str, Tensor], restricted: list[Restricted], precision: _Precision
-    ) -> tuple[Any, bool]:
-        """Run a copy of `model` with new tensors, and with statistics restricted to the remaining channels.
+        noise: standard deviation of normal noise on every parameter, the same in the dense and in the pruned model;
+            buffers are left alone.
+        """
+        tensors = {name: _in_precision(x, precision.dtype) for name, x in compared.tensors.items()}
+        if not noise:
+            return tensors
+        generator = torch.Generator()
+        for name, first_name in self._first_names.items():
+            if not tensors[name].is_floating_point():
+                continue
+            generator.manual_seed(zlib.crc32(first_name.encode()))
+            shape = self._dense.tensors[name].shape
+            x = torch.randn(shape, generator=generator, dtype=precision.dtype).mul_(noise)
+            for dim, indices in compared.keep.get(name, {}).items():
+                x = x.index_select(dim, indices)
+            tensors[name] += x.to(tensors[name].device)
+        return tensors
+
+    def _output(self, compared: _ComparedModel, tensors: dict[str, Tensor], precision: _Precision) -> tuple[Any, bool]:
+        """Run a copy of a model with new tensors, and with statistics restricted to the remaining channels.
 
         tensors: {name: tensor} of all parameters and buffers.
         Returns (output, True if the pass narrows types).
@@ -217,17 +238,15 @@ class _Comparison:
         def wide(x: Tensor) -> Tensor:
             return _in_precision(x, precision.dtype)
 
-        replacements = {id(x): tensors[name] for name, x in tensors_of(model)}
-        copied = skeleton(model, replacements, wide)
-        args, kwargs = duplicate((self._args, dict(self._kwargs)), wide)
-        with undisturbed(), sdpa_kernel(SDPBackend.MATH), following(copied, set()) as stack:
+        copies = {"copy_input": wide, "copy_tensor": wide}
+        with (
+            on_copy(compared.model, tensors, self._args, self._kwargs, **copies) as copied,
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             _seed(0)  # a pass that draws numbers draws the same in both models
-            with _Restricting(restricted, self._gone, stack, precision) as mode:
-                output = copied(*args, **kwargs)
+            with _Restricting(compared.restricted, self._gone, copied.stack, precision) as mode:
+                output = copied.run()
         return output, mode.narrows
-
-    def _dense_shapes(self) -> dict[str, torch.Size]:
-        return {name: x.shape for name, x in self._model.named_parameters()}
 
     def _names_of_restricted(self) -> tuple[str, ...]:
         """Name the statistics over removed labels, each once, for example "native_layer_norm in layers.0.norm"."""
@@ -255,16 +274,19 @@ def difference(expected: Any, results: Any) -> tuple[float, float]:
     same in both outputs, would hide a wrong cut. Computed numbers differ by rounding, and a number of more than FAR
     times the largest number that differs is taken for a mask's.
 
-    Raises EqualityError if `expected` has no finite number.
+    Raises EqualityError if `expected` has NaN, or no finite number.
     """
-    shapes_expected = [x.shape for x in outputs(expected)]
-    shapes_of_results = [x.shape for x in outputs(results)]
-    if shapes_expected != shapes_of_results or numbers(expected) != numbers(results):
+    tensors_expected, tensors_of_results = outputs(expected), outputs(results)
+    numbers_are_equal = numbers(expected) == numbers(results)
+    if any(x.isnan().any() for x in tensors_expected):
+        raise EqualityError(f"The dense model's own output has NaN on the example input: {_ANOTHER}")
+    shapes_are_equal = [x.shape for x in tensors_expected] == [x.shape for x in tensors_of_results]
+    if not shapes_are_equal or not numbers_are_equal:
         return math.inf, 0.0
 
     exact: list[tuple[Tensor, Tensor]] = []
     rounded: list[tuple[Tensor, Tensor]] = []
-    for a, b in zip(outputs(expected), outputs(results), strict=True):
+    for a, b in zip(tensors_expected, tensors_of_results, strict=True):
         if a.is_floating_point() or a.is_complex():
             rounded.append((_real(a), _real(b)))
         else:
@@ -317,42 +339,10 @@ def _in_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to(dtype, copy=True)
 
 
-def _copies(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return copies of all parameters and buffers, {name: tensor}."""
-    return {name: _in_precision(x, dtype) for name, x in tensors_of(model)}
-
-
 def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-
-
-def _add_noise_(
-    tensors: dict[str, Tensor],
-    shapes: Mapping[str, torch.Size],
-    record: Record,
-    keep: Mapping[str, Mapping[int, Tensor]],
-    noise: float,
-) -> None:
-    """Add normal noise to every parameter, the same in the dense and in the pruned model; buffers are left alone.
-
-    tensors: {name: tensor}, changed in place.
-    shapes: shapes of the dense model's parameters.
-    keep: {parameter: {dimension: kept indices}}, empty for the dense model.
-    noise: standard deviation.
-    """
-    generator = torch.Generator()
-    for name, shape in shapes.items():
-        if not tensors[name].is_floating_point():
-            continue
-        first_name = record.first(name)  # parameters that share memory get the same noise
-        generator.manual_seed(zlib.crc32(first_name.encode()))
-        x = torch.randn(shape, generator=generator, dtype=tensors[name].dtype)
-        x.mul_(noise)
-        for dim, indices in keep.get(name, {}).items():
-            x = x.index_select(dim, indices)
-        tensors[name] += x.to(tensors[name].device)
 
 
 def _blind_(tensors: dict[str, Tensor], record: Record, gone: np.ndarray) -> None:

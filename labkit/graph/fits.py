@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from labkit.errors import first_line
 from labkit.graph.abstract import Abstract, abstract
-from labkit.graph.attributes import Attributes, Keep, set_attributes_, shape, tensors_of
-from labkit.graph.copies import duplicate, skeleton
+from labkit.graph.attributes import Attributes, Keep, set_attributes_, shape
 from labkit.graph.operators import COMPARED
-from labkit.graph.passes import following
+from labkit.graph.passes import on_copy, tensors_of
 from labkit.graph.record import Operation, Record
-from labkit.modules.undisturbed import undisturbed
 
 
 class Mismatch(NamedTuple):
@@ -48,17 +46,15 @@ def trial(
     keep, attributes: the remaining entries, and the attributes changed by the cut.
     args, kwargs: the example input of the trace.
     """
-    tensors = {}
-    for name, x in tensors_of(model):
-        tensors[id(x)] = _cut(x, keep.get(name, {}))
+    tensors = {name: _cut(x, keep.get(name, {})) for name, x in tensors_of(model)}
     comparing, stack = _Comparing(record.operations, gone), [""]
     try:
         for training in (False, True) if record.trained else (False,):
-            cut = skeleton(model, tensors, training=training)
-            set_attributes_(cut, attributes)
-            cut_args, cut_kwargs = duplicate((args, dict(kwargs)), abstract)
-            with undisturbed(), following(cut, set()) as stack, Abstract() if training else comparing:
-                cut(*cut_args, **cut_kwargs)
+            with on_copy(model, tensors, args, kwargs, copy_input=abstract, training=training) as cut:
+                stack = cut.stack
+                set_attributes_(cut.model, attributes)
+                with Abstract() if training else comparing:
+                    cut.run()
         comparing.finish()
     except Exception as error:  # a forward pass can fail in any way
         return Mismatch(first_line(error), stack[-1], comparing.reached)

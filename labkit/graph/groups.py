@@ -30,14 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_mapping
+from labkit.arguments import arguments
 from labkit.errors import InputError
 from labkit.graph import tracing
 from labkit.graph.attributes import CONFIG, Follows, Keep, NewSize, new_attributes, new_sizes, written
-from labkit.graph.copies import collecting_later
 from labkit.graph.fits import Mismatch, trial
 from labkit.graph.labels import components
-from labkit.graph.passes import unchanged
+from labkit.graph.passes import collecting_later, unchanged
 from labkit.graph.record import Record
 from labkit.graph.units import Cluster, Group, Member, failing, group_units, place_of
 
@@ -59,15 +58,6 @@ def trace(model: nn.Module, args: tuple = (), kwargs: Mapping[str, Any] | None =
     holds no number to be compared (`returned.outputs`), or if no group is free.
     """
     return list(Coupling.of(model, args, kwargs).groups)
-
-
-def arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
-    """Return (args, kwargs) as for a call; InputError if kwargs are no {name: value}."""
-    if isinstance(args, (Tensor, Mapping)) or not isinstance(args, (tuple, list)):
-        args = (args,)
-    if kwargs is not None:
-        check_mapping(kwargs, "kwargs", "name: value")
-    return tuple(args), dict(kwargs or {})
 
 
 @dataclass(eq=False)

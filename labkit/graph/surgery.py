@@ -26,10 +26,10 @@ from labkit.arguments import check_loaded, check_module, check_several
 from labkit.errors import DataError, InputError
 from labkit.files import replacing
 from labkit.graph import anatomy
-from labkit.graph.attributes import Attributes, Keep, set_attributes_, shape, tensors_of
-from labkit.graph.copies import batch_experts_, collecting_later, duplicate_model
+from labkit.graph.attributes import Attributes, Keep, set_attributes_, shape
 from labkit.graph.equality import Report
 from labkit.graph.groups import Coupling
+from labkit.graph.passes import batch_experts_, collecting_later, duplicate_model, full_copy, tensors_of, with_entries
 from labkit.modules.weights import is_mixture
 
 METADATA = "labkit.pruning"  # key of the plans in the file's metadata
@@ -136,17 +136,12 @@ def cut(
     Raises InputError if the model has no such tensors or indices.
     """
     check_module(model)
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = dict(tensors_of(model))
     for name, dims in keep.items():
-        if name not in named or not _has_indices(named[name], dims):
+        if name not in tensors or not _has_indices(tensors[name], dims):
             raise InputError(f"The plan is of another model: this one has no {name!r} with the indices that it keeps.")
-    kept_of_tensor = {id(named[name]): dims for name, dims in keep.items()}
-    tensors = {}
-    for _, x in tensors_of(model):
-        dims = kept_of_tensor.get(id(x), {})
-        tensors[id(x)] = _sliced(x, dims)
-    new = duplicate_model(model, tensors)
+    remaining = {name: _sliced(x, keep.get(name, {})) for name, x in tensors.items()}
+    new = duplicate_model(model, remaining)
     set_attributes_(new, attributes)
     for name, kept_layers in (layers or {}).items():
         _keep_layers_(new, name, kept_layers)
@@ -188,11 +183,7 @@ def _sliced(x: Tensor, keep: Mapping[int, Tensor]) -> Tensor:
         data = data.index_select(dim, keep[dim].to(x.device))
     if keep and _is_channels_last(x):
         data = data.contiguous(memory_format=torch.channels_last)
-    if not isinstance(x, nn.Parameter):
-        return data
-    parameter = nn.Parameter(data, requires_grad=x.requires_grad)
-    parameter.__dict__.update(x.__dict__)
-    return parameter
+    return with_entries(x, data)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -351,7 +342,7 @@ def _cut_as_saved(model: nn.Module, content: Mapping[str, Any]) -> nn.Module:
         attributes = _attributes_of(plan, new)
         new = cut(new, _keep_of(plan), attributes, plan["layers"])
     if not content["plans"]:
-        new = cut(model, {}, {})  # a copy
+        new = full_copy(model)
     for config, numbers in zip(anatomy.configs(new), content["configs"], strict=True):
         vars(config).update(numbers)
     return new

@@ -1,6 +1,6 @@
 """A forward pass without values, every ATen operator going through a rule that ties labels.
 
-`record` runs a copy of the model (`copies.skeleton`) on the meta device (`abstract`), and returns a `Record` of the
+`record` runs a copy of the model (`passes.on_copy`) on the meta device (`abstract`), and returns a `Record` of the
 labels of all parameters, the sizes, the products and the operations.
 """
 
@@ -17,13 +17,11 @@ from torch.overrides import TorchFunctionMode
 from labkit.errors import InputError, first_line
 from labkit.graph import rules_products, rules_shapes  # noqa: F401  they enter their rules into RULES
 from labkit.graph.abstract import Abstract, abstract, on_meta, tensors_in
-from labkit.graph.copies import duplicate, skeleton
-from labkit.graph.passes import following, unchanged
+from labkit.graph.passes import on_copy, unchanged
 from labkit.graph.record import Operation, Record, traced
 from labkit.graph.rules import RULES, Call
 from labkit.graph.spans import Span, Spans
 from labkit.modules.returned import outputs
-from labkit.modules.undisturbed import undisturbed
 
 FACTORIES = ("zeros", "ones", "full", "empty")  # their entries are alike
 # Functions of several operators. The sizes of the views are torch's choice; no module has them written down.
@@ -44,8 +42,7 @@ def record(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], **options: 
     _check_traceable(model)
     constants = frozenset(name for name, _ in model.named_buffers())
     result = Record(constants=constants, **options)
-    with unchanged(model):
-        _run_passes(model, args, kwargs, result)
+    _run_passes(model, args, kwargs, result)
     return result
 
 
@@ -66,7 +63,7 @@ class Tracer(Abstract):
     """Sends every operator through a rule, and notes labels and origin of each result (`Traced`).
 
     record: receives the notes of the rules.
-    stack: names of the running modules (`passes.following`).
+    stack: names of the running modules (`passes.Pass`).
     """
 
     def __init__(self, record: Record, stack: list[str]) -> None:
@@ -211,16 +208,17 @@ def _run_passes(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], result
 
 
 def _run_pass(
-    model: nn.Module, lifted: Mapping[int, Tensor], args: tuple, kwargs: Mapping, record: Record, training: bool = False
+    model: nn.Module, lifted: Mapping[str, Tensor], args: tuple, kwargs: Mapping, record: Record, training: bool = False
 ) -> None:
     """Run a copy of the model through the tracer, and fix the sizes of the outputs.
 
-    lifted: {id of a parameter or buffer: abstract tensor to take the place}.
+    lifted: {parameter or buffer: abstract tensor to take the place}.
     """
-    copied = skeleton(model, lifted, training=training)
-    args, kwargs = duplicate((args, dict(kwargs)), abstract)
-    with undisturbed(), following(copied, record.called) as stack, Tracer(record, stack), _Products(record, stack):
-        out = copied(*args, **kwargs)
+    options = {"copy_input": abstract, "training": training, "called": record.called}
+    with unchanged(model), on_copy(model, lifted, args, kwargs, **options) as copied:
+        stack = copied.stack
+        with Tracer(record, stack), _Products(record, stack):
+            out = copied.run()
     results = outputs(out)
     if not any(x.numel() for x in results):
         raise InputError(
@@ -233,8 +231,8 @@ def _run_pass(
             record.returned.add(traced(x).origin)
 
 
-def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
-    """Return {id of a parameter or buffer: abstract tensor to take the place}, the same tensor for the same memory.
+def _lift(model: nn.Module, record: Record) -> dict[str, Tensor]:
+    """Return {parameter or buffer: abstract tensor to take the place}, the same tensor for the same memory.
 
     Notes aliases and unmet parameters in the record. Raises InputError for layers without a shape.
     """
@@ -242,19 +240,19 @@ def _lift(model: nn.Module, record: Record) -> dict[int, Tensor]:
     if any(nn.parameter.is_lazy(x) for _, x in named):
         raise InputError("The model has lazy layers without a shape: run it once on its inputs first.")
     shapes = {name: x.shape for name, x in named}
-    lifted: dict[int, Tensor] = {}
+    lifted: dict[str, Tensor] = {}
     first_in_memory: dict[Any, tuple[str, Tensor]] = {}
     for name, x in named:
         memory = _memory(x)
         if memory in first_in_memory:
-            first, lifted[id(x)] = first_in_memory[memory]
+            first, lifted[name] = first_in_memory[memory]
             record.aliases.setdefault(first, []).append(name)
             continue
         weight = name.removesuffix("_mask")
         is_mask = x.dtype is torch.bool and weight != name and shapes.get(weight) == x.shape
         stand_in = on_meta(x.detach()) if is_mask else abstract(x)  # a mask shrinks with its weight
         traced(stand_in).origin = name
-        lifted[id(x)] = stand_in
+        lifted[name] = stand_in
         first_in_memory[memory] = (name, stand_in)
         if stand_in.is_meta:
             record.unmet[id(stand_in)] = name
@@ -271,9 +269,8 @@ def _memory(x: Tensor) -> Any:
 def _failure(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: Exception) -> str:
     """Tell if a pass without values failed because the model does not run on the input at all."""
     try:
-        args, kwargs = duplicate((args, dict(kwargs)))
-        with undisturbed():
-            skeleton(model, {})(*args, **kwargs)
+        with unchanged(model), on_copy(model, {}, args, kwargs) as copied:
+            copied.run()
     except Exception as real:
         return (
             f"The model does not run on the example input ({first_line(real)}): give args and kwargs as in "

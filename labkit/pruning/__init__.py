@@ -28,7 +28,7 @@ Write `from labkit.pruning import unstructured`; a module is loaded when first u
 module, because `prune` exists in several. Modules outside `__all__` serve the modules in it.
 """
 
-from labkit import submodules
+from labkit.on_demand import submodules
 
 __all__ = [
     "channels", "coupling", "depth", "equality", "heads", "nm", "permutation", "schedules", "scores", "select",

@@ -82,9 +82,9 @@ def make_cluster(
 
 
 def _relative(scores: Tensor) -> Tensor:
-    """Divide scores by the mean score, to rank layers of differently large weights together."""
-    mean = scores.mean()
-    return scores / mean if mean > 0 else scores
+    """Divide scores by their mean size, to rank layers of differently large weights together."""
+    mean_size = scores.abs().mean()
+    return scores / mean_size if mean_size > 0 else scores
 
 
 def global_steps(clusters: Sequence[Cluster], ratio: float) -> list[int]:

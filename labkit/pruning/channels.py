@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_loaded, check_mapping, check_module, check_several
+from labkit.arguments import arguments, check_loaded, check_mapping, check_several
 from labkit.errors import EqualityError, InputError, check_choice, check_whole, is_whole
 from labkit.graph import equality, surgery
-from labkit.graph.groups import Coupling, Group, Member, arguments, failing
+from labkit.graph.groups import Coupling, Group, Member, failing
 from labkit.graph.surgery import Plan, Pruned, Units
 from labkit.modules.weights import inside, named_parts
 from labkit.pruning.allocation import Cluster, global_steps, make_cluster
@@ -34,6 +34,7 @@ Ratio = float | Mapping[Part, float]
 NamedRatio = float | dict[str, float]
 SCOPES = ("global", "layer")
 BISECTIONS = 20  # of the ratio, on the way to a number of multiply-adds
+_GROUPS = "labkit.pruning.coupling.trace(model, args, kwargs) lists what can."
 _REMEDY = "name the modules that you suspect in ignore, or look at it with apply(..., check=False)."
 
 
@@ -43,7 +44,7 @@ class Choice:
 
     criterion: a name in `scores.UNIT_CRITERIA`, {parameter: scores of the output channels}, or a function of a group.
         batches, loss_fn, seed: input of the criterion, see `scores.unit_scores`.
-    scope: "global" ranks the units of all groups together, each score divided by the mean score of its group, so that
+    scope: "global" ranks the units of all groups together, each score divided by the mean |score| of its group, so that
         small weights do not cost a layer all of its channels; "layer" removes the same fraction of each group.
     min_channels: number of channels that remain in every group at least.
     round_to: the remaining channels are rounded to the nearest multiple of this number, if a group's units allow.
@@ -164,7 +165,6 @@ def apply(
     if not isinstance(check, bool):
         args, kwargs = ((), check) if isinstance(check, Mapping) else (check, None)
     args, kwargs = arguments(args, kwargs)
-    check_module(model)
     if not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}, but it must be a Plan: plan(model, ...) makes one.")
     pruned_model = surgery.cut(model, plan.kept, plan.attributes)
@@ -409,7 +409,7 @@ def _units_of_channels(
         makers = _makers(coupling, name)
         if not makers:
             why = _reason_to_stay(coupling, name)
-            raise InputError(f"remove names {name!r}, which makes no channels that can go{why}: see coupling.trace.")
+            raise InputError(f"remove names {name!r}, which makes no channels that can go{why}: {_GROUPS}")
         check_several(channels, f"remove[{name!r}]")
         n_channels = len(makers[0][1].units)
         for channel in channels:
@@ -444,15 +444,21 @@ def _unit_of_channel(makers: Sequence[tuple[Group, Member]], channel: int, name:
         unit = int(member.units[channel])
         if unit >= 0:
             return group.name, unit
-    raise InputError(f"Channel {channel} of {name!r} cannot go, as others of it can: see coupling.trace.")
+    raise InputError(f"Channel {channel} of {name!r} cannot go, as others of it can: {_GROUPS}")
 
 
 @torch.inference_mode(False)
-def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequence[int]]) -> Plan:
+def plan_units(
+    model: nn.Module,
+    coupling: Coupling,
+    units: Mapping[str, Sequence[int]],
+    labels: np.ndarray | None = None,
+) -> Plan:
     """Make the plan for removing exactly the named units, without ranking.
 
     coupling: the trace of `model`; its groups show if a unit is a channel, a head or a neuron.
     units: {name of a group or parameter: numbers of the units to remove}, counted from 0.
+    labels: bool [labels of the trace], True for entries to remove besides, which are less than a unit.
 
     Raises InputError for an unknown group or unit, for all units of a group, and for different fractions of linked
     groups.
@@ -468,7 +474,7 @@ def plan_units(model: nn.Module, coupling: Coupling, units: Mapping[str, Sequenc
             if not torch.equal(earlier, goes):
                 raise InputError(f"units names {group.name!r} twice, with other units: name it once.")
     _check_linked_groups(coupling, removed)
-    return _plan(model, coupling, removed, {})
+    return _plan(model, coupling, removed, {}, labels)
 
 
 def _mask_of_units(group: Group, numbers: Iterable[int], name: str) -> Tensor:
@@ -497,46 +503,37 @@ def _check_linked_groups(coupling: Coupling, removed: Mapping[int, Tensor]) -> N
 # --- from units to a plan ---------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 def _plan(
     model: nn.Module,
     coupling: Coupling,
     removed: Mapping[int, Tensor],
     reasons: Mapping[int, str],
+    labels: np.ndarray | None = None,
 ) -> Plan:
     """Make the plan for removing the units of group i where removed[i] (bool [units]) is True.
 
     reasons: {number of the group: why all of its units stay}, for the table of the plan.
+    labels: as in `plan_units`.
     """
     rows = []
     for number, group in enumerate(coupling.groups):
         n_removed = int(removed[number].sum()) if number in removed else 0
         rows.append(Units(group.name, group.units, n_removed, group.width, reasons.get(number, "")))
-    return plan_labels(model, coupling, coupling.gone(removed), tuple(rows))
-
-
-@torch.inference_mode(False)
-def plan_labels(
-    model: nn.Module,
-    coupling: Coupling,
-    gone: np.ndarray,
-    units: tuple[Units, ...],
-) -> Plan:
-    """Make the plan for removing labels of the trace, the finest description of a cut.
-
-    gone: bool [labels], True where a label goes.
-    units: the table of the plan, a row for each group.
-    """
+    gone = coupling.gone(removed)
+    if labels is not None:
+        gone |= labels
     keep = coupling.record.kept(gone)
     parameters_before, bytes_before = surgery.parameters(model)
     parameters_after, bytes_after = surgery.parameters(model, keep)
     return Plan(
         kept=keep,
-        attributes=coupling.attributes(model, keep, gone),
-        units=units,
+        units=tuple(rows),
         unprunable=tuple(coupling.unprunable),
         parameters=(parameters_before, parameters_after),
         macs=(coupling.macs(), coupling.macs(gone)),
         bytes=(bytes_before, bytes_after),
+        attributes=coupling.attributes(model, keep, gone),
         coupling=coupling,
         gone=gone,
     )

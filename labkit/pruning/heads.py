@@ -98,7 +98,7 @@ def _attentions(model: nn.Module, batches: Iterable) -> tuple[tuple[Attention, .
         record = tracing.record(model, args, kwargs)
     is_iterator = iter(batches) is batches
     all_batches = itertools.chain([first], batches) if is_iterator else batches
-    return anatomy.attentions(model, record), all_batches
+    return anatomy.attentions_in(model, record), all_batches
 
 
 def stack_with_nan(values: Sequence[Tensor]) -> Tensor:

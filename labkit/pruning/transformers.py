@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,8 +60,9 @@ def prune_heads(
     """
     kwargs = anatomy.called_with(model, kwargs)
     coupling, attentions, cuts = _trace_heads(model, heads, kwargs)
-    plan = channels.plan_units(model, coupling, _units_to_remove(coupling, cuts))
-    plan = _with_query_heads(model, plan, cuts)
+    units = _units_to_remove(coupling, cuts)
+    query_heads = _labels_of_query_heads(coupling, cuts)
+    plan = channels.plan_units(model, coupling, units, query_heads)
     plan = _with_head_counts(model, plan, cuts)
     pruned = channels.apply(model, plan, (), kwargs, check=check)
     _update_head_config(model, pruned.model, attentions, cuts)
@@ -123,7 +125,7 @@ def _trace_cuts(
     whole_heads: bool,
 ) -> HeadTrace:
     coupling = Coupling.of(model, (), kwargs, whole_heads=whole_heads)
-    attentions = anatomy.attentions(model, coupling.record)
+    attentions = anatomy.attentions_in(model, coupling.record)
     removed = _checked_heads(attentions, heads)
     cuts = [_head_cut(coupling, layer, attentions[layer], removed_heads) for layer, removed_heads in removed.items()]
     _check_shared_biases(coupling, attentions, cuts, removed)
@@ -232,18 +234,17 @@ def _units_to_remove(coupling: Coupling, cuts: Sequence[_HeadCut]) -> dict[str, 
     return units
 
 
-def _with_query_heads(model: nn.Module, plan: Plan, cuts: Sequence[_HeadCut]) -> Plan:
-    """Extend the plan to remove query heads of remaining KV heads.
+def _labels_of_query_heads(coupling: Coupling, cuts: Sequence[_HeadCut]) -> np.ndarray:
+    """Return [labels], bool, True for query heads that go from remaining KV heads.
 
     A unit of the coupling is a KV head with all query heads of the group. Single query heads are therefore removed by
     label: the rows of the query projection, and the columns of the output projection.
     """
-    narrowing = [cut for cut in cuts if cut.narrows]
-    if not narrowing:
-        return plan
-    coupling, gone = plan.coupling, plan.gone.copy()
+    gone = np.zeros(len(coupling.classes), dtype=bool)
     first_label = {(axis.name, axis.dim): axis.base for axis in coupling.record.axes}
-    for cut in narrowing:
+    for cut in cuts:
+        if not cut.narrows:
+            continue
         n_heads, size = len(cut.table[0]), cut.attention.size  # query heads of a unit, channels of a head
         members = coupling.groups[cut.group].members
         if not {len(member.indices(0)) for member in members} <= {size, n_heads * size}:
@@ -257,7 +258,7 @@ def _with_query_heads(model: nn.Module, plan: Plan, cuts: Sequence[_HeadCut]) ->
                 head_goes = [head not in cut.remaining[unit] for head in heads]
                 indices = member.indices(unit).view(n_heads, size)[head_goes]
                 gone[first_label[member.name, member.dim] + indices.numpy()] = True
-    return channels.plan_labels(model, coupling, gone, plan.units)
+    return gone
 
 
 def _with_head_counts(model: nn.Module, plan: Plan, cuts: Sequence[_HeadCut]) -> Plan:

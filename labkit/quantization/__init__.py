@@ -43,7 +43,7 @@ calls.py: a model's call on a batch, with errors in sentences
 Bytes of a stored model: `labkit.artifact.size`. Engines outside torch: `labkit.deploy.engines`.
 """
 
-from labkit import submodules
+from labkit.on_demand import submodules
 
 __all__ = [
     "affine", "awq", "fold", "formats", "gptq", "integer", "kv", "mixed_precision", "observers", "outliers", "ptq",

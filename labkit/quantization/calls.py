@@ -1,6 +1,6 @@
 """Models and batches as a caller gives them: checked before any work; a run that fails is told in a sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from labkit.arguments import check_loaded, check_module
 from labkit.errors import InputError, LabError, first_line
 from labkit.modules import batches as batching
+from labkit.modules.hooks import watching
 
 
 def check_model(model: object) -> None:
@@ -24,6 +25,14 @@ def check_model(model: object) -> None:
         if nn.parameter.is_lazy(x):
             raise InputError(f"{name} has no shape yet, as its layer is lazy: run the model once on its inputs first.")
     check_loaded(model)
+
+
+def check_names(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise InputError for a name that is no module of `model`."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise InputError(f"There is no module {name!r} in the model: take a name of its named_modules().")
 
 
 def inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -76,3 +85,20 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"The model does not run on a batch ({type(error).__name__}: {first_line(error)}): give batches as in "
             "model(*batch) or model(**batch), on the model's device and in its dtype."
         ) from error
+
+
+def inputs_and_results(
+    model: nn.Module, names: Iterable[str], named: Mapping[str, Any], count: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run the model, and return {module: (input, result)} of `count` examples, for the named modules that are called.
+
+    named: the arguments of a call, by name.
+    """
+    seen = {}
+
+    def keep(name: str, x: Tensor, result: Tensor) -> None:
+        seen[name] = x[:count].clone(), result[:count].clone()
+
+    with watching(model, names, keep):
+        run(model, **named)
+    return seen

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labkit.arguments import arguments
 from labkit.errors import EqualityError, InputError
-from labkit.graph import equality, surgery
+from labkit.graph import equality
 from labkit.graph.dataflow import Dataflow, Route, Source
-from labkit.graph.groups import arguments
+from labkit.graph.passes import full_copy
 from labkit.graph.subclasses import after_norm
 from labkit.modules import batches as batching
 from labkit.modules.hooks import watching
@@ -72,11 +73,31 @@ def fold_batch_norm(model: nn.Module, args: Any) -> nn.Module:
     compute something else.
     """
     calls.check_model(model)
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return surgery.cut(model, {}, {})
-    args, kwargs = _call(args)
-    graph = Dataflow(model, args, kwargs)
-    return _rewritten(model, args, kwargs, graph, partial(_fold_norms_, pairs=graph.folds(model)))
+    new = full_copy(model)
+    _fold_(new, *_call(args))
+    return new
+
+
+def fold_if_proved_(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """Fold the batch norms of `model` in place as `fold_batch_norm` does, and return "".
+
+    If the result cannot be proved equal, leave the model as it is and return the reason.
+    """
+    try:
+        _fold_(model, args, kwargs)
+    except (InputError, EqualityError) as error:
+        cause, _, _ = str(error).rpartition(": ")  # without the remedy
+        return cause or str(error)
+    return ""
+
+
+def _fold_(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Fold the batch norms of `model` in place, after a proof; the model is unchanged if an error is raised."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        graph = Dataflow(model, args, kwargs)
+        graph.check_compared()
+        pairs = graph.folds(model)
+        _rewrite_(model, graph, partial(_fold_norms_, pairs=pairs))
 
 
 def _fold_norms_(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
@@ -114,9 +135,9 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
     Raises InputError for a layer that is clipped above (ReLU6): s x would be clipped at 6, not at 6 s, and the function
     would change; and for a model without a pair.
     """
-    model = fold_batch_norm(model, args)
-    args, kwargs = _call(args)
-    graph = Dataflow(model, args, kwargs)
+    new = fold_batch_norm(model, args)
+    graph = Dataflow(new, *_call(args))
+    graph.check_compared()
     pairs = []
     for source in graph.sources:
         if not source.is_layer:
@@ -135,7 +156,8 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
             "Nothing in this model can be equalised: no layer feeds only layers through what lets a scale pass, such "
             "as ReLU and pooling; leave it as it is."
         )
-    return _rewritten(model, args, kwargs, graph, partial(_equalize_, pairs=pairs))
+    _rewrite_(new, graph, partial(_equalize_, pairs=pairs))
+    return new
 
 
 def _equalize_(model: nn.Module, pairs: Sequence[Site]) -> None:
@@ -182,6 +204,7 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
     first = next(batches)
     args, kwargs, _ = batching.split(model, first)
     graph = Dataflow(model, args, kwargs)
+    graph.check_compared()
     sites = scale_sites(model, graph)
     if not sites:
         raise InputError(
@@ -191,7 +214,9 @@ def smooth(model: nn.Module, batches: Iterable, alpha: float = 0.5) -> nn.Module
     first_readers = [next(iter(route.readers)) for _, route in sites]
     maxima = _input_maxima(model, itertools.chain([first], batches), first_readers)
     rewrite_ = partial(_smooth_, sites=sites, input_maxima=maxima, alpha=alpha)
-    return _rewritten(model, args, kwargs, graph, rewrite_)
+    new = full_copy(model)
+    _rewrite_(new, graph, rewrite_)
+    return new
 
 
 def _smooth_(
@@ -336,7 +361,7 @@ def _input_maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) ->
     return [largest[name][0] for name in layers]
 
 
-# --- copies -----------------------------------------------------------------------------------------------------------
+# --- proof ------------------------------------------------------------------------------------------------------------
 
 
 def _call(args: Any) -> tuple[tuple, dict[str, Any]]:
@@ -346,21 +371,21 @@ def _call(args: Any) -> tuple[tuple, dict[str, Any]]:
     return arguments(args, None)
 
 
-@torch.inference_mode(False)  # the new model is to be trained, wherever it was made
+@torch.inference_mode(False)  # the new layers are to be trained, wherever they were made
 @torch.no_grad()
-def _rewritten(
+def _rewrite_(
     model: nn.Module,
-    args: tuple,
-    kwargs: Mapping[str, Any],
     graph: Dataflow,
     rewrite_: Callable[[nn.Module], None],
-) -> nn.Module:
-    """Return a copy of `model` after `rewrite_`, which is tried and compared on a float64 copy before."""
-    graph.check_compared()
-    exact = surgery.cut(model, {}, {}).double()
+) -> None:
+    """Change `model` by `rewrite_`, which is tried and compared on a float64 copy before.
+
+    graph: of `model`, or of a model that computes the same with the same layers; its output can be compared.
+    """
+    exact = full_copy(model).double()
     rewrite_(exact)
     nothing_cut = np.zeros(graph.record.labels.count, dtype=bool)
-    report = equality.check(model, exact, graph.record, nothing_cut, args, kwargs)
+    report = equality.check(model, exact, graph.record, nothing_cut, *graph.example)
     limit = report.tolerance
     if report.dtype == "float64":
         limit = max(limit, EXACT * report.scale)
@@ -370,6 +395,4 @@ def _rewritten(
             f"tolerance {limit:.2g}, in {report.dtype}): its forward pass does something that the trace does not show; "
             "rewrite the part of it that is made of layers."
         )
-    new = surgery.cut(model, {}, {})
-    rewrite_(new)
-    return new
+    rewrite_(model)

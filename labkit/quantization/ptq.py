@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from labkit.errors import EqualityError, InputError, check_whole
-from labkit.graph import surgery
+from labkit.errors import InputError, check_whole
+from labkit.graph.passes import full_copy
 from labkit.graph.subclasses import is_plain, pads_same
 from labkit.modules import batches as batching
 from labkit.modules.hooks import watching
@@ -77,14 +77,15 @@ def quantize(
     widths = _widths(weights, "weights")
     precisions = _widths(activations, "activations")
     ignore = _names(ignore)
-    _check_names(model, (*widths, *precisions, *ignore))
+    calls.check_names(model, (*widths, *precisions, *ignore))
     Observer(observer)
     checked = batching.not_empty(batching.check_batches(batches, "calibration"))
     first = next(checked)
 
     with torch.no_grad(), batching.evaluating(model):
         example = calls.few(model, calls.inputs(model, first), FIRST)
-        new, unfolded = _folded(model, example)
+        new = full_copy(model)
+        unfolded = fold.fold_if_proved_(new, (), example)
         refused = _refused(new, ignore, unfolded)
         candidates = _candidates(new, refused)
         _check_widths_are_used(widths, "weights", candidates, refused)
@@ -128,13 +129,6 @@ def _names(ignore: Collection[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
-            raise InputError(f"There is no module {name!r} in the model: take a name of its named_modules().")
-
-
 def _check_widths_are_used(
     widths: Mapping[str, int],
     kind: str,
@@ -157,18 +151,6 @@ def _width(widths: Mapping[str, int], layer: str) -> int:
 
 
 # --- the layers -------------------------------------------------------------------------------------------------------
-
-
-def _folded(model: nn.Module, example: Mapping[str, Any]) -> tuple[nn.Module, str]:
-    """Return a copy in eval mode with batch norms folded, and "".
-
-    If no folded copy can be proved equal, return an unchanged copy and the reason.
-    """
-    try:
-        return fold.fold_batch_norm(model, example).eval(), ""
-    except (InputError, EqualityError) as error:
-        cause, _, _ = str(error).rpartition(": ")  # without the remedy
-        return surgery.cut(model, {}, {}).eval(), cause or str(error)
 
 
 def _candidates(model: nn.Module, refused: Mapping[str, str]) -> list[str]:
@@ -310,7 +292,7 @@ def _replace_layers(
     example: Mapping[str, Any],
 ) -> tuple[nn.Module, tuple[dict[str, Any], ...]]:
     """Put simulated layers and points into the model; return the model and the rows of `Calibrated.report`."""
-    before = _inputs_and_results(model, layers, example)
+    before = calls.inputs_and_results(model, layers, example, FIRST)
     rows = {}
     for name in layers:
         layer = model.get_submodule(name)
@@ -323,24 +305,10 @@ def _replace_layers(
         model = replace_(model, name, fake)
     for name in points:
         model.set_submodule(name, QuantizationPoint(grids[name]))
-    after = _inputs_and_results(model, layers, example)
+    after = calls.inputs_and_results(model, layers, example, FIRST)
     report = []
     for name, row in rows.items():
         if name in after:
             (_, expected), (_, result) = before[name], after[name]
             report.append({**row, "chain_db": affine.sqnr(expected, result)})
     return model, tuple(report)
-
-
-def _inputs_and_results(
-    model: nn.Module, layers: Sequence[str], example: Mapping[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return {layer: (input, result)} of the first examples, for the layers that are called."""
-    seen = {}
-
-    def keep(name: str, x: Tensor, result: Tensor) -> None:
-        seen[name] = x[:FIRST].clone(), result[:FIRST].clone()
-
-    with watching(model, layers, keep):
-        calls.run(model, **example)
-    return seen

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from labkit import names_on_demand
 from labkit.arguments import check_module
 from labkit.errors import InputError
 from labkit.modules.evaluating import evaluating
 from labkit.modules.undisturbed import undisturbed
+from labkit.on_demand import names_on_demand
 from labkit.timing.operators import FORMULAS
 from labkit.timing.traffic import Traffic, distinct_bytes, nbytes, pieces
 from labkit.timing.work import Work

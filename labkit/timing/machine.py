@@ -6,7 +6,7 @@ Look for the code in
 - `ceilings.py`: measuring the ceilings and the bandwidth of the caches.
 """
 
-from labkit import names_on_demand
+from labkit.on_demand import names_on_demand
 from labkit.timing.fingerprint import FEATURES, Gpu, Machine, fingerprint, memory_bytes, threads, torch_device
 from labkit.timing.roofs import DEVICES, Ceilings, Device
 

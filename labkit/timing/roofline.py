@@ -15,8 +15,8 @@ at least 1.25 µs, memory-bound (0.499 FLOP/byte, ridge at 20)
 
 from dataclasses import dataclass, replace
 
-from labkit import names_on_demand
 from labkit.errors import InputError, check_number
+from labkit.on_demand import names_on_demand
 from labkit.show import quantity
 from labkit.timing.results import Measurement
 from labkit.timing.roofs import PRODUCTS, Ceilings, Device, peak

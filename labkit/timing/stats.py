@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 
 from scipy.special import bdtrik  # scipy.stats would take half a second to import
 
-from labkit import names_on_demand
 from labkit.errors import InputError, check_whole
+from labkit.on_demand import names_on_demand
 
 LEAST = 6  # fewer values give no 95 % interval of a median: 2 / 2**5 is more than 0.05
 DRIFT = 0.03  # a smaller change of speed is no reason to warn: pairs cancel drift anyway

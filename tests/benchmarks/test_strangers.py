@@ -73,7 +73,9 @@ def test_what_only_a_proof_of_labkits_own_says_is_not_judged():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchvision/squeezenet", "torchvision/vit", "timm/test_vit2", "transformers/vit_msn"])
+@pytest.mark.parametrize(
+    "name", ["torchvision/squeezenet", "torchvision/vit", "timm/test_vit2", "transformers/vit_msn"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_sample_is_pruned_and_equal(name):
     pytest.importorskip(name.partition("/")[0])

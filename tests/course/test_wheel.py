@@ -145,7 +145,7 @@ print(json.dumps({
 
 
 def test_the_lines_of_labkit_in_one_minute_run(elsewhere: Elsewhere):
-    """With 10 of 100 steps; on a CPU that adds products in int16 the line that refuses 8 bits runs with 7, as it says."""
+    """With 10 of 100 steps; on a CPU that adds in int16 the line that refuses 8 bits runs with 7, as it says."""
     lines = [line.replace("steps=100", "steps=10") for line in MINUTE.splitlines() if line.strip()]
     needs = {line: [module for mark, module in NEEDS.items() if mark in line] for line in lines}
     left_out = [line for line in lines if not all(map(find_spec, needs[line]))]

@@ -78,6 +78,14 @@ def test_a_global_ranking_does_not_depend_on_the_size_of_a_layers_weights(plain)
     assert left(plan(model, x, ratio=0.5)) == before
 
 
+def test_a_global_ranking_does_not_depend_on_the_size_of_a_layers_scores_below_zero(plain):
+    model, x, _ = plain
+    scores = {name: -torch.rand(n) for name, n in (("conv1.weight", 8), ("conv2.weight", 12), ("fc1.weight", 20))}
+    before = left(plan(model, x, ratio=0.5, criterion=scores))
+    scores["conv1.weight"] = scores["conv1.weight"] * 1000
+    assert left(plan(model, x, ratio=0.5, criterion=scores)) == before
+
+
 def test_the_least_important_go(plain):
     model, x, _ = plain
     kept = plan(model, x, ratio=0.25, scope="layer").kept["conv1.weight"][0]
@@ -277,7 +285,9 @@ REFUSALS: Refusals = {
     "a channel of 'conv1' is 8, but it must be a whole number from 0 to 7": lambda: plan(
         MODEL, X, remove={"conv1": [8]}
     ),
-    "'fc2', which makes no channels that can go (is the model's output": lambda: plan(MODEL, X, remove={"fc2": [1]}),
+    "'fc2', which makes no channels that can go (is the model's output): labkit.pruning.coupling.trace(model": (
+        lambda: plan(MODEL, X, remove={"fc2": [1]})
+    ),
     "all 8 units of 'conv1.weight', but one has to stay": lambda: plan(MODEL, X, remove={"conv1": range(8)}),
     "8 scores for 'conv1.weight'": lambda: half(criterion={"conv1.weight": torch.ones(7)}),
     "'fc2.weight', which makes no channels": lambda: half(criterion={"fc2.weight": torch.ones(5)}),

@@ -84,6 +84,12 @@ def test_whole_numbers_are_equal_or_not_and_do_not_widen_the_tolerance():
     assert difference(z, z.conj())[0] == 2
 
 
+def test_nan_in_the_dense_output_is_told_as_such_and_not_as_a_difference():
+    x = torch.tensor([1.0, torch.nan])
+    with pytest.raises(EqualityError, match="dense model's own output has NaN"):
+        difference(x, x.clone())
+
+
 # --- what stays as it was ---------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from labkit.data import models
-from labkit.errors import DataError, EqualityError
+from labkit.errors import DataError, EqualityError, InputError
 from labkit.graph.dataflow import Dataflow
 from labkit.modules import batches
 from labkit.quantization import fold
@@ -404,6 +404,15 @@ def test_padding_is_not_looked_at():
     padded = families.batches("bert", pad=3)
     for a, b in zip(fold.smooth(model, plain).parameters(), fold.smooth(model, padded).parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-9)
+
+
+def test_what_cannot_be_compared_is_told_before_the_batches_are_read():
+    layers = {"n": nn.LayerNorm(6), "q": nn.Linear(6, 8), "d": nn.Linear(8, 6)}
+    model = WithForward(lambda m, x: (m.d(m.q(m.n(x))), torch.ones(1))[1], **layers)
+    batches = iter([torch.randn(2, 6)] * 3)
+    with pytest.raises(InputError, match="that its input decides"):
+        fold.smooth(model, batches)
+    assert len(list(batches)) == 2
 
 
 BLOCK, TOKENS = block(), torch.randn(2, 5, 6, dtype=torch.double)
