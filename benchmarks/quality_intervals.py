@@ -1,7 +1,7 @@
 """How often the 95 % intervals of quality hold the truth, on SIMULATED answers, losses and scores of known truth.
 
-    python benchmarks/quality_intervals.py                           2,000 draws a row, about two minutes
-    python benchmarks/quality_intervals.py --draws 500 --only perplexity
+    python benchmarks/quality_intervals.py                           500 draws a row, about two minutes
+    python benchmarks/quality_intervals.py --draws 5000 --only perplexity
 
 A row is a setting; "holds" is the share of draws whose interval holds the truth, "below" and "above" the shares whose
 interval lies wholly below it and above it, "width" the median width. An interval that is exact holds in 95 % of the
@@ -159,7 +159,7 @@ INTERVALS = {"accuracy": accuracy, "seeds": seeds, "perplexity": perplexity, "ce
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=2000, help="of the data, for each row")
+    parser.add_argument("--draws", type=int, default=500, help="of the data, for each row")
     parser.add_argument("--only", nargs="+", choices=INTERVALS, default=list(INTERVALS), help="intervals to try")
     options = parser.parse_args()
     print("SIMULATED")
