@@ -5,7 +5,7 @@
 
 One process; ratios are of interleaved pairs (labkit.bench.compare) and of whole calls, prompt included. A row is shown
 against eager float32, generate() of transformers with its cache. The row's perplexity is paired with the model's by
-window, with the 95 % interval of the mean logarithm. A rise of 1 % is the limit: with the whole interval below the
+window, with the 95 % interval over windows (a bootstrap). A rise of 1 % is the limit: with the whole interval below the
 limit a row passes the gate, with the whole interval above it fails and is not timed, being another model; else the gate
 is open, and more windows decide. Printed too: the number of greedy texts equal to transformers' to the last token; with
 rounded weights or activations, texts need not be equal.
@@ -90,8 +90,8 @@ def quality(engine: LanguageEngine, windows: Sequence[Tensor], base: Sequence[fl
     "gate": "passes", "fails" or "open".
     """
     losses = [math.log(engine.perplexity(window, window=len(window))) for window in windows]
-    changes = [loss - before for loss, before in zip(losses, base, strict=True)]
-    value, low, high = map(math.exp, stats.mean_ci(changes))
+    tokens = [len(window) - 1 for window in windows]
+    value, low, high = stats.perplexity_ci(losses, tokens, base)
     gate = "passes" if high <= GATE else "open"
     if low > GATE:
         gate = "fails"

@@ -5,8 +5,8 @@
 
 SIMULATED: floats are multiplied that the stored codes stand for. Weights are dequantised Q4_1, groups of 32 with zeros,
 so 4 bits on that grid would lose nothing and are no row. Calibration and test text are different chapters of the Debian
-Administrator's Handbook. The ratio is over the model in float32, paired by window, with the 95 % interval of its mean
-logarithm over windows (Student's t). Bits are those of a quantized layer's weight, scales and zeros included (of "2:4",
+Administrator's Handbook. The ratio is over the model in float32, paired by window, with the 95 % interval over windows
+(bootstrap; none below six windows). Bits are those of a quantized layer's weight, scales and zeros included (of "2:4",
 after SparseGPT, the zeros too: stored as codes); MB those of the file, with embedding and head, one tied weight, in
 float16. Every row is a process: seconds are of its CPU time in `quantize`, the peak is that of the process with the
 model loaded. Rows that the file of --json holds already are not computed again.
@@ -109,10 +109,10 @@ def main() -> None:
             if name not in rows:
                 rows[name] = pool.submit(measure, name, options).result() | settings
             row, base = rows[name], rows["float32"]
-            worse = [a - b for a, b in zip(row["losses"], base["losses"], strict=True)]
             row["perplexity"] = math.exp(sum(row["losses"]) / options.windows)
-            row["ratio"], row["low"], row["high"] = (math.exp(x) for x in stats.mean_ci(worse))
-            between = f"[{row['low']:.3f}, {row['high']:.3f}]"
+            tokens = [options.length - 1] * options.windows
+            row["ratio"], low, high = stats.perplexity_ci(row["losses"], tokens, base["losses"])
+            between = f"[{low:.3f}, {high:.3f}]"
             print(
                 f"{name:18} {row['bits']:6.2f} {row['mb']:6.1f} {row['perplexity']:10.2f} {row['ratio']:6.3f} "
                 f"{between:>16} {row['seconds']:7.1f} {row['peak_gb']:8.2f}",

@@ -9,8 +9,8 @@ Every method starts from the shipped checkpoint. "minmax" and "mse" are calibrat
 trained with `qat`. A seed draws the images for calibration and the order of the batches. All are SIMULATED; then each
 model is converted to integers, which are held against exact arithmetic (`integer.prove`) and answer the test images.
 
-Changes of accuracy are in points against float32 on all 10,000 test images: the first interval is for other images
-(paired, answers averaged over seeds), the second for other seeds (Student's, mean over images).
+Changes of accuracy are in points against float32 on all 10,000 test images, paired; the interval is over images and
+seeds, so a single seed has none.
 """
 
 import argparse
@@ -82,9 +82,9 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def change(right: Tensor, reference: Tensor) -> str:
-    """In points, with its interval for other images; [..., N] answers, averaged over the first dimension."""
-    first, second = (100 * x.double().reshape(-1, x.shape[-1]).mean(0) for x in (right, reference))
-    return "{:+6.2f} [{:+.2f}, {:+.2f}]".format(*stats.paired_difference(first.tolist(), second.tolist()))
+    """In points, with the interval over images and seeds. right: answers [seeds, N]; reference: the same, or [N]."""
+    points = [100 * share for share in stats.accuracy_change_over_seeds(right, reference.expand_as(right))]
+    return "{:+6.2f} [{:+.2f}, {:+.2f}]".format(*points)
 
 
 def summary(rows: list[Mapping[str, Any]], bits: str, reference: Tensor) -> Iterator[str]:
@@ -92,15 +92,13 @@ def summary(rows: list[Mapping[str, Any]], bits: str, reference: Tensor) -> Iter
     for method in dict.fromkeys(row["method"] for row in rows if row["bits"] == bits and row["seed"] is not None):
         group = [row for row in rows if (row["bits"], row["method"]) == (bits, method)]
         right = answers[method] = torch.stack([row["right"] for row in group])  # [seeds, N]
-        changes = (100 * (right.double() - reference.double()).mean(1)).tolist()
-        _, low, high = stats.mean_ci(changes)
-        line = f"{bits:5} {method:8} {change(right, reference)} images, [{low:+.2f}, {high:+.2f}] seeds"
+        line = f"{bits:5} {method:8} {change(right, reference)}"
         if "cpu_s" in group[0]:
             line += f", {stats.mean_ci([row['cpu_s'] for row in group])[0]:.3f} CPU s a step"
         yield line
     for first, second in (("ste", "mse"), ("lsq", "mse"), ("lsq", "control"), ("lsq", "ste")):
         if first in answers:
-            yield f"{bits:5} {first} - {second}: {change(answers[first], answers[second])} images"
+            yield f"{bits:5} {first} - {second}: {change(answers[first], answers[second])}"
 
 
 def main() -> None:

@@ -2,10 +2,12 @@
 
 One input is no proof: an engine with 10 dB may give the right class. Agreement is cheap on easy inputs, where the model
 is sure by far. So decibels and agreement are reported, and the agreement over the model's sure answers again.
+
+`Parity.require` is a test of non-inferiority: a candidate passes if the exact interval excludes a larger loss than is
+allowed. Of all candidates that lose exactly the limit, at most 2.5 % pass, whatever the number of examples.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,8 @@ from labkit.errors import EqualityError, InputError, check_number
 from labkit.modules import batches as batching
 from labkit.modules.returned import outputs
 from labkit.quantization import affine
-from labkit.timing.quality_stats import LEAST_PAIRS, paired_difference, wilson
+from labkit.timing.paired import accuracy_change
+from labkit.timing.quality_stats import clopper_pearson
 from labkit.timing.stats import Estimate
 
 SURE = 0.1  # margin of probability between the first class and the second, above which a flip is no toss of a coin
@@ -26,15 +29,17 @@ SURE = 0.1  # margin of probability between the first class and the second, abov
 
 @dataclass(frozen=True)
 class Parity:
-    """A candidate's answers beside the model's, on the same `examples`. Intervals are of 95 %: (value, low, high).
+    """A candidate's answers beside the model's, on the same `examples`.
+
+    Intervals are exact, of 95 % with 2.5 % beyond each end: (value, low, high).
 
     max_abs: largest difference of two scores.
     sqnr_db: signal over noise of all scores, in decibels.
-    agreement: share of examples with the same first class (Wilson interval).
+    agreement: share of examples with the same first class (Clopper-Pearson interval).
     sure: number of examples with a margin above SURE in the model's answer.
     sure_agreement: agreement over the sure examples; None without a sure example.
     accuracy: the candidate's; None without labels.
-    change: change of accuracy in points, paired with the model's; None without labels.
+    change: change of accuracy in points, paired with the model's (`paired.accuracy_change`); None without labels.
     """
 
     examples: int
@@ -47,12 +52,13 @@ class Parity:
     change: Estimate | None
 
     def require(self, *, points: float | None = None, db: float | None = None) -> "Parity":
-        """Return this parity if the candidate is good enough, or raise EqualityError.
+        """Return this parity if the candidate passes, or raise EqualityError.
 
         points: accuracy that may be lost; a larger loss must be excluded by the lower end of `change`. Without labels,
             by the share of differing answers, since no more answers can turn wrong.
         db: decibels that the scores must reach.
-        Too few examples exclude no loss, and are refused as well. Raises InputError without a limit.
+        A candidate fails if the whole interval of `change` is below the limit. If it neither passes nor fails, the
+        examples are too few to decide; the error then says so. Raises InputError without a limit.
         """
         if points is None and db is None:
             raise InputError("require needs a limit: give points, the accuracy that may be lost, or db, or both.")
@@ -67,17 +73,22 @@ class Parity:
 
     def _require_points(self, points: float) -> None:
         if self.change is not None:
-            quantity = "change of accuracy"
-            value, low, _ = self.change
+            quantity, more = "change of accuracy", "more examples"
+            value, low, high = self.change
         else:
-            quantity = "share of other answers"
-            value, low, _ = (100 * (share - 1) for share in self.agreement)
-        if low < -points:
-            observed = f"{value:+.2f} points on {self.examples} examples"
-            raise EqualityError(
-                f"The {quantity} is {observed} and may be {low:+.2f}, more than {points:g}: make it more exact, or "
-                "give more examples."
-            )
+            quantity, more = "share of other answers", "labels, or more examples"
+            value, low, high = (100 * (share - 1) for share in self.agreement)
+        if low >= -points:
+            return
+        interval = f"{low:+.2f} to {high:+.2f}"
+        observed = f"The {quantity} is {value:+.2f} points on {self.examples} examples ({interval})"
+        is_loss_shown = self.change is not None and high < -points
+        if is_loss_shown:
+            raise EqualityError(f"{observed}, and {points:g} may be lost: the candidate fails; make it more exact.")
+        raise EqualityError(
+            f"{observed}, so it is not decided if more than {points:g} is lost: give {more}, or make the candidate "
+            "more exact."
+        )
 
 
 class Reference:
@@ -85,8 +96,7 @@ class Reference:
 
     scores: first output of the model, [examples, classes]; the last dimension are the classes.
     labels: class numbers [examples], or None for batches without labels.
-    Raises InputError without batches, and for fewer than 30 examples with labels, too few for an interval of the change
-    of accuracy.
+    Raises InputError without batches.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable) -> None:
@@ -126,17 +136,7 @@ def _first(answer: Any) -> Tensor:
 def _joined(targets: list[Any]) -> Tensor:
     for target in targets:
         check_tensor(target, "A batch's labels")
-    labels = torch.cat([target.flatten() for target in targets])
-    _check_enough(len(labels))
-    return labels
-
-
-def _check_enough(examples: int) -> None:
-    if examples < LEAST_PAIRS:
-        raise InputError(
-            f"{examples} examples with labels are too few to judge a change of accuracy, which takes "
-            f"{LEAST_PAIRS} or more: give more examples, or leave the labels out to compare scores and answers."
-        )
+    return torch.cat([target.flatten() for target in targets])
 
 
 def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = None) -> Parity:
@@ -144,7 +144,7 @@ def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = No
 
     labels: class numbers [examples]; None leaves accuracy out.
 
-    Raises InputError for wrong shapes, and for fewer than 30 examples with labels.
+    Raises InputError for wrong shapes.
     """
     check_floats(reference, "reference")
     check_floats(scores, "scores")
@@ -154,7 +154,6 @@ def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = No
     if labels is not None:
         check_tensor(labels, "labels")
         check_shapes(reference=(reference, "examples classes"), labels=(labels, "examples"))
-        _check_enough(len(labels))
     is_same = scores.argmax(1) == reference.argmax(1)
     first, second = reference.softmax(1).topk(2, 1).values.unbind(1)
     is_sure = first - second > SURE
@@ -177,13 +176,13 @@ def compare_scores(reference: Tensor, scores: Tensor, labels: Tensor | None = No
 
 
 def _agreement(is_same: Tensor) -> Estimate:
-    return wilson(int(is_same.sum()), len(is_same))
+    return clopper_pearson(int(is_same.sum()), len(is_same))
 
 
 def _change_of_accuracy(reference: Tensor, scores: Tensor, labels: Tensor) -> tuple[float, Estimate]:
     """Return the accuracy of `scores`, and the change in points from the accuracy of `reference`, paired."""
-    right = (scores.argmax(1) == labels).double().tolist()
-    right_before = (reference.argmax(1) == labels).double().tolist()
-    accuracy = math.fsum(right) / len(right)
-    change = paired_difference(right, right_before)
+    right = (scores.argmax(1) == labels).cpu()
+    right_before = (reference.argmax(1) == labels).cpu()
+    accuracy = int(right.sum()) / len(right)
+    change = accuracy_change(right, right_before)
     return accuracy, tuple(100 * share for share in change)

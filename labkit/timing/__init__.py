@@ -31,4 +31,5 @@ roofline.py: the work of a call against the roofs of a machine
 roofline_plot.py: the picture
 shapes.py: sizes of named transformers
 quality_stats.py: intervals of accuracies and scores
+paired.py: intervals of changes between two models on the same images or texts
 """

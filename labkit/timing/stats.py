@@ -23,8 +23,10 @@ TAIL = 0.025  # probability beyond each end of an interval
 Estimate = tuple[float, float, float]  # an estimate, and the low and high end of its interval
 
 # `labkit.stats` has the statistics of quality as well.
-_QUALITY = ("mean_ci", "over_seeds", "paired_difference", "spearman", "wilson")
-__getattr__ = names_on_demand(__name__, dict.fromkeys(_QUALITY, "labkit.timing.quality_stats"))
+_SHARES = ("clopper_pearson", "correlation_ceiling", "mean_ci", "over_seeds", "spearman", "wilson")
+_CHANGES = ("accuracy_change", "accuracy_change_over_seeds", "paired_difference", "perplexity_ci")
+_ORIGINS = dict.fromkeys(_SHARES, "labkit.timing.quality_stats") | dict.fromkeys(_CHANGES, "labkit.timing.paired")
+__getattr__ = names_on_demand(__name__, _ORIGINS)
 
 
 # --- medians of times -------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def execute(steps, folder):
 def test_rows_are_those_of_the_models(tmp_path):
     steps = [Step("prune", narrowed), Step("heal", Healing(), trains=True), Step("int8", quantized)]
     eager, pruned, healed, int8 = execute(steps, tmp_path)
+    assert eager.parity.change == (0, 0, 0), "the model against itself is known"
     assert eager.parity.max_abs == 0 and eager.bytes == artifact.size(MODEL) and not eager.speedups
     narrow = narrowed(MODEL)
     assert pruned.steps == ("eager", "prune") and pruned.bytes == artifact.size(narrow)

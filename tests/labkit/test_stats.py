@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from refusals import Refusals, check_refusal, refused
-from scipy.stats import spearmanr
+from scipy.stats import binom, rankdata, spearmanr
 
 from labkit.errors import InputError
 from labkit.timing import stats
@@ -78,17 +78,12 @@ def test_wilson_solves_its_own_equation():
         assert abs(share - p) / math.sqrt(p * (1 - p) / 1000) == pytest.approx(1.959964)
 
 
-def test_paired_difference_covers_the_truth_where_pairs_agree_mostly():
-    """Two models right on 80 and 75 % of the examples, with most answers in common: a narrow interval that holds."""
-    rng, inside, widths = np.random.default_rng(0), 0, []
-    for _ in range(500):
-        u = rng.uniform(size=400)
-        mean, low, high = stats.paired_difference((u < 0.80).tolist(), (u < 0.75).tolist())
-        inside += low <= 0.05 <= high
-        widths.append(high - low)
-        assert low <= mean <= high
-    assert inside >= 450  # the normal law is rough at 20 differing pairs; far below 95 % it would be wrong
-    assert np.mean(widths) < 0.05  # unpaired it would be 0.11
+@pytest.mark.parametrize(("right", "n"), [(0, 300), (3, 300), (299, 300), (300, 300)])
+def test_clopper_pearson_leaves_the_tail_beyond_each_end(right, n):
+    share, low, high = stats.clopper_pearson(right, n)
+    assert share == right / n
+    assert right == 0 or binom.sf(right - 1, n, low) == pytest.approx(0.025)
+    assert right == n or binom.cdf(right, n, high) == pytest.approx(0.025)
 
 
 @pytest.mark.parametrize(("n", "quantile"), [(2, 12.706205), (10, 2.262157), (11, 2.228139), (31, 2.042272)])
@@ -111,8 +106,6 @@ def test_one_value_has_no_interval_and_equal_ones_have_none_to_speak_of():
         (lambda: stats.wilson(11, 10), "right, of these images, is 11, but it must be a whole number from 0 to 10"),
         (lambda: stats.wilson(0, 0), "n, of all images, is 0"),
         (lambda: stats.mean_ci([]), "got 0"),
-        (lambda: stats.paired_difference([1] * 29, [1] * 29), "30 values or more, got 29 and 29"),
-        (lambda: stats.paired_difference([1] * 30, [1] * 31), "equally long"),
         (lambda: stats.spearman([1, 2, 3, 4], [1, 2, 3]), "of one length"),
         (lambda: stats.spearman([1, 2, 3], [1, 2, 3]), "four or more"),
         (lambda: stats.spearman([1] * 5, range(5)), "the same everywhere"),
@@ -152,6 +145,42 @@ def test_the_rank_interval_holds_the_truth_about_as_often_as_it_says():
     assert inside >= 86  # of 100 at 95 %: fewer has a probability below 1 in 1000
 
 
+# ceiling of a correlation --------------------------------------------------------------------------
+
+
+def test_the_reliability_of_parts_with_one_spread_is_spearman_and_browns():
+    """Ranks have the same spread in each part: alpha is k r / (1 + (k - 1) r), with r the mean correlation."""
+    generator = np.random.default_rng(1)
+    truth = generator.normal(size=40)
+    ranks = rankdata(truth + generator.normal(size=(3, 40)), axis=1)
+    r = np.corrcoef(ranks)[np.triu_indices(3, 1)].mean()
+    value, low, high = stats.correlation_ceiling(ranks)
+    assert value == pytest.approx(math.sqrt(3 * r / (1 + 2 * r)))
+    assert 0 <= low < value < high <= 1
+
+
+def test_the_ceiling_is_the_correlation_that_noisy_scores_of_one_truth_have():
+    """In the mean over thirty draws; the truth is skewed, and one score has more noise than the other."""
+    generator, parts = np.random.default_rng(2), 24
+    with_each_other, with_truth = [], []
+    for _ in range(30):
+        truth = generator.exponential(size=200)
+        first, second = (truth + spread * generator.normal(size=(parts, 200)) for spread in (3.0, 5.0))
+        measured = np.corrcoef([truth, first.mean(0), second.mean(0)])
+        with_each_other.append((measured[1, 2], stats.correlation_ceiling(first, second)[0]))
+        with_truth.append((measured[0, 1], stats.correlation_ceiling(first)[0]))
+    for pairs in (with_each_other, with_truth):
+        measured, ceiling = np.mean(pairs, axis=0)
+        assert ceiling == pytest.approx(measured, abs=0.015)
+
+
+def test_scores_of_pure_noise_may_have_a_ceiling_of_zero():
+    value, low, high = stats.correlation_ceiling(np.random.default_rng(0).normal(size=(8, 72)))
+    assert low == 0 and value < 0.6 and high > value
+    opposite = [[1, 2, 3, 4], [4, 3, 2, 1], [1, 2, 4, 3]]  # two parts cancel: the jackknife has no end
+    assert stats.correlation_ceiling(opposite)[1:] == (0, 1)
+
+
 SIX = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 REFUSALS: Refusals = {
     "no value to take the median of": lambda: stats.median_ci([]),
@@ -169,6 +198,14 @@ REFUSALS: Refusals = {
     "Scores have to be numbers": lambda: stats.spearman(["a", "b", "c", "d"], SIX[:4]),
     "A score is NaN or infinite": lambda: stats.spearman([1.0, 2.0, math.nan, 3.0], SIX[:4]),
     "mean_ci takes one value or more": lambda: stats.mean_ci(()),
+    "n, of all images, is 0": lambda: stats.clopper_pearson(0, 0),
+    "got none": lambda: stats.correlation_ceiling(),
+    "3 parts and 4 items or more, got [2, 6]": lambda: stats.correlation_ceiling([SIX, SIX]),
+    "got [3, 3]": lambda: stats.correlation_ceiling(np.eye(3)),
+    "got [6]": lambda: stats.correlation_ceiling(SIX),
+    "NaN or infinite: look": lambda: stats.correlation_ceiling(np.full((3, 4), math.nan)),
+    "do not differ at all": lambda: stats.correlation_ceiling(np.ones((3, 4))),
+    "or the parts, do not differ": lambda: stats.correlation_ceiling([SIX, SIX, SIX]),
 }
 
 
