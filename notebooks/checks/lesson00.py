@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from labkit import stats
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 # what a benchmark answers, trial by trial, and in how many of the trials it declares a difference
 SCRIPTS = (

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labkit import roofline
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 # batch, c_in, c_out, height, width, kernel, groups, bytes a value
 CONVOLUTIONS = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from labkit import storage
 from labkit.counting import count
-from labkit.lesson.check import Failures, has_parts, is_mask
+from labkit.lesson.failures import Failures, has_parts, is_mask
 from labkit.pruning import sparse, unstructured
 from labkit.pruning.select import count_to_prune
 from labkit.storage import native

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 # width of the model, size of a head, query heads, KV heads, whether there are biases, which KV heads stay
 LAYERS = (

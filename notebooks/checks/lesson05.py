@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures, has_parts, is_mask
+from labkit.lesson.failures import Failures, has_parts, is_mask
 
 
 def nm_mask(fn: Callable, failures: Failures) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 
 def quantize(fn: Callable, failures: Failures) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures
+from labkit.lesson.failures import Failures
 
 # step, zero point, least and largest code
 GRIDS = (

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.lesson.check import Failures, diagnoses
+from labkit.lesson.failures import Failures, diagnoses
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures
+from labkit.lesson.failures import Failures
 
 # ----------------------------------------------------------------------------------------------------- interactions
 

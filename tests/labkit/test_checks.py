@@ -11,7 +11,7 @@ import torch
 
 from labkit.errors import InputError
 from labkit.lesson import check as checks
-from labkit.lesson.check import Failures
+from labkit.lesson.failures import Failures
 
 
 def area(fn: Callable, failures: Failures, *, sides: tuple = ((2, 3), (4, 5), (7, 1))) -> None:
@@ -44,7 +44,7 @@ def test_every_thing_that_is_wrong_is_said_once_with_its_first_input():
     result = checks.check("98.1", lambda w, h: -w * h)
     assert not result.passed
     assert result.failures == (
-        "With width=2, height=3: the area is off (your result: -6); the same with 2 other inputs",
+        "With width=2, height=3: the area is off (expected 6, got -6); the same with 2 other inputs",
         "With width=2, height=3: an area is positive; the same with 2 other inputs",
     )
 
@@ -131,7 +131,7 @@ def test_close_accepts_numbers_arrays_and_tensors(got, want):
         ("12", "returned a str, not a number"),
         (True, "returned a bool, not a number"),
         ({"a": 1}, "returned a dict, not a number"),
-        (float("nan"), "NaN or an infinity"),
+        (float("nan"), "expected 12, got nan"),
         (torch.ones(2), r"has shape \(2,\), which is not the shape asked for"),
     ],
 )
@@ -140,9 +140,19 @@ def test_close_says_what_came_out(got, said):
     assert re.search(said, message)
 
 
-def test_close_never_prints_the_answer():
-    assert "8191" not in close(17.0, 8191.0)[0]
-    assert "8191" not in close(torch.ones(3), torch.full((3,), 8191.0))[0]
+def test_close_names_the_first_entry_that_is_off():
+    assert close(17.0, 8191.0) == ("wrong (expected 8191, got 17)",)
+    assert close(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [[1.0, 2.0], [3.5, 5.0]]) == (
+        "wrong (at [1, 0] expected 3.5, got 3)",
+    )
+
+
+def test_close_compares_in_float64_whatever_holds_the_numbers():
+    third = 1 / 3
+    for got in (third, np.float64(third), torch.tensor(third, dtype=torch.float64), [third]):
+        want = [third] if isinstance(got, list) else third
+        assert close(got, want, rtol=1e-12) == ()
+        assert close(np.add(got, 1e-9), want, rtol=1e-12) != ()
 
 
 def test_close_keeps_to_its_tolerance():
