@@ -240,3 +240,11 @@ def pack4(fn: Callable, failures: Failures) -> None:
 
 
 CHECKS = {"06.1": quantize, "06.2": stored_bits, "06.3": int_linear, "06.4": quantized_conv, "06.5": pack4}
+
+TRIES = {
+    "06.1": "8 tensors, among them one-sided ones, zeros and ties, at up to 3 widths, symmetric and not",
+    "06.2": f"{len(GROUPED_ROWS)} rows, some with a last group that is not full, in {len(STORED_BITS)} formats",
+    "06.3": f"{len(PRODUCTS)} products with {len(ZERO_POINTS)} pairs of zero points, the extreme codes among them",
+    "06.4": "5 kinds of images at 3 sizes, among them images of one sign and a channel of zeros",
+    "06.5": "6 tensors of codes, among them odd counts and views",
+}

@@ -250,7 +250,7 @@ def _wrong_biases(conv: nn.Conv2d, rough: Tensor, mean: Tensor) -> dict[str, Ten
         "the bias is the old one, though rounding has moved the mean of an output": old,
         "the shift is added; what the error of the weight adds to an output has to be taken off": old + shift,
         "the shift alone is returned; it has to be taken off the old bias": -shift,
-        "the error of the weight is not the new weight minus the old one, times the mean of its input": old
+        "the mean of the input is left out; a weight's error moves an output by the error times what it reads": old
         - error.sum((1, 2, 3)),
     }
     if taps > 1:
@@ -312,12 +312,21 @@ def _scans() -> dict[str, list[dict]]:
         {"layer": "b", "bits": 4, "bytes": 4040, "db": 25.0},
         {"layer": "b", "bits": 2, "bytes": 2020, "db": 3.0},
     ]
+    less_noise = [
+        {"layer": "a", "bits": 8, "bytes": 4000, "db": 40.0},
+        {"layer": "a", "bits": 4, "bytes": 2000, "db": 40.5},
+        {"layer": "a", "bits": 2, "bytes": 1000, "db": 41.0},
+        {"layer": "b", "bits": 8, "bytes": 4010, "db": 40.0},
+        {"layer": "b", "bits": 4, "bytes": 2010, "db": 43.0},
+        {"layer": "b", "bits": 2, "bytes": 1010, "db": 43.2},
+    ]
     return {
         "four layers, 8 to 2 bits": scan(sizes, (8, 6, 4, 3, 2), 4.0, 8.0),
         "four layers, 8, 4 and 2 bits": scan(sizes, (8, 4, 2), 8.0, 14.0),
         "steps of 0.2 to 12 dB": scan(sizes, (8, 6, 4, 3, 2), 0.2, 12.0),
         "some narrower rows with less noise": scan(sizes, (8, 6, 4, 3, 2), -4.0, 6.0),
         "two layers, one with a costly first step": jump,
+        "two layers whose narrower rows have less noise": less_noise,
     }
 
 
@@ -386,4 +395,12 @@ CHECKS = {
     "07.3": equalisation,
     "07.4": bias_correction,
     "07.5": bits_in_budget,
+}
+
+TRIES = {
+    "07.1": f"{len(FOLDS)} pairs of a convolution and a norm, with other groups, strides and norms",
+    "07.2": "5 lists of batches, among them batches of one sign and of other sizes, with 3 shares",
+    "07.3": "5 pairs of layers, among them convolutions and channels of zeros",
+    "07.4": f"{len(CONVOLUTIONS)} convolutions, two of them with groups",
+    "07.5": f"{len(_scans())} scans with a budget for each step of the rule, among them narrower rows with less noise",
 }

@@ -261,3 +261,11 @@ def accept(fn: Callable, failures: Failures) -> None:
 
 
 CHECKS = {"11.1": merge, "11.2": shared_pages, "11.3": stay, "11.4": law, "11.5": accept}
+
+TRIES = {
+    "11.1": "7 pairs of blocks, among them queries that may read nothing of one or of both",
+    "11.2": "12 prompts, among them pages that are stored with a gap or behind another beginning",
+    "11.3": "6 caches with positive and with negative scores",
+    "11.4": f"{len(LAWS)} pairs of distributions with 5 rules each",
+    "11.5": f"{len(LAWS)} pairs of distributions with every guess and {STEPS} numbers u",
+}

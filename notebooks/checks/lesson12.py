@@ -50,6 +50,9 @@ GRAPHS: dict[str, list[Op]] = {
 }
 
 
+DRAWN = 6  # graphs
+
+
 def _random_graph(seed: int) -> list[Op]:
     draw, ops = random.Random(seed), []
     for i in range(14):
@@ -87,7 +90,7 @@ def _kernels(ops: Sequence[Op]) -> list[list[str]]:
 
 def fusion(fn: Callable, failures: Failures) -> None:
     """fuse(ops) -> kernels, lists of names."""
-    graphs = GRAPHS | {f"fourteen operators, drawn ({seed})": _random_graph(seed) for seed in range(6)}
+    graphs = GRAPHS | {f"fourteen operators, drawn ({seed})": _random_graph(seed) for seed in range(DRAWN)}
     for name, ops in graphs.items():
         with failures.given(graph=name):
             kernels = failures.call(fn, ops, changed="it changes the list of operators that it was given")
@@ -320,4 +323,11 @@ CHECKS = {
     "12.2": frozen,
     "12.3": tails,
     "12.4": batcher,
+}
+
+TRIES = {
+    "12.1": f"{len(GRAPHS)} small graphs, among them shortcuts and shared results, and {DRAWN} drawn ones",
+    "12.2": f"{len(FROZEN)} kinds of candidates, each written in 3 ways",
+    "12.3": f"{len(REQUESTS)} sets of requests, with and without unanswered ones, at 5 percentiles",
+    "12.4": f"{len(CASES)} arrivals on a simulated clock, among them a busy server and batches of one",
 }

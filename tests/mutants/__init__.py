@@ -1,6 +1,7 @@
 """Answers to the exercises: right ones that are written otherwise, and wrong ones, each a patch on the worked answer.
 
-lessonNN.py holds RIGHT: {exercise: one more right answer}. lessonNN.toml holds the wrong answers by name: pairs of
+lessonNN.py holds RIGHT: {exercise: one more right answer}, and in some lessons MORE_RIGHT: {exercise: right answers of
+other types}. lessonNN.toml holds the wrong answers by name: pairs of
 old and new text. Each old text stands once in the worked answer, below its docstring.
 """
 
@@ -87,7 +88,10 @@ def bank(lesson: str) -> Bank:
     """Read the right and the wrong answers of a lesson, "03"."""
     written = importlib.import_module(f"mutants.lesson{lesson}")
     solutions = worked(lesson)
-    right = {exercise: [solution.answer(), written.RIGHT[exercise]] for exercise, solution in solutions.items()}
+    more = getattr(written, "MORE_RIGHT", {})
+    right = {}
+    for exercise, solution in solutions.items():
+        right[exercise] = [solution.answer(), written.RIGHT[exercise], *more.get(exercise, ())]
     tables = tomllib.loads((FOLDER / f"lesson{lesson}.toml").read_text(encoding="utf-8"))
     wrong = {}
     for exercise, rows in tables.items():

@@ -39,7 +39,7 @@ def test_wrong_answer_is_rejected_with_a_sentence(check_id, name, answer):
 def test_every_exercise_has_its_bank(check_id):
     bank = BANKS[check_id.partition(".")[0]]
     assert len(bank.right[check_id]) >= 2
-    assert 4 <= len(bank.wrong[check_id]) <= 8
+    assert len(bank.wrong[check_id]) >= 4
 
 
 @pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem)
