@@ -163,13 +163,15 @@ def _to_csr(fn: Callable, failures: Failures, weight: Tensor) -> None:
     packed = storage.FORMATS["csr"].pack(weight)
     types = values.dtype == weight.dtype and columns.dtype == starts.dtype == torch.int32
     failures.expect(types, "values keep the weight's type, columns and starts are torch.int32")
-    failures.expect(
-        starts.shape == packed["crow"].shape and bool((starts == packed["crow"]).all()),
+    failures.close(
+        starts,
+        packed["crow"],
         "the row starts are not where the rows begin: count the nonzeros before each row, from 0, and end with all",
     )
     for name, part, expected in (("values", values, packed["values"]), ("columns", columns, packed["col"])):
-        failures.expect(
-            part.shape == expected.shape and bool((part == expected).all()),
+        failures.close(
+            part,
+            expected,
             f"the {name} differ from those of the nonzeros, row by row from left to right",
         )
 

@@ -353,15 +353,17 @@ def allocation(fn: Callable, failures: Failures) -> None:
 def _fits(ratio: float, curve: dict[float, float], baseline: float, tolerance: float, failures: Failures) -> None:
     if not failures.expect(ratio == 0 or ratio in curve, "the ratio is neither 0 nor one that was tried"):
         return
-    below = [tried for tried in curve if tried <= ratio]
+    too_much = [tried for tried in sorted(curve) if tried <= ratio and baseline - curve[tried] > tolerance]
     failures.expect(
-        all(baseline - curve[tried] <= tolerance for tried in below),
+        not too_much,
         "at this ratio, or at a smaller one, more than the tolerance is lost against the unpruned baseline",
+        detail=f"got {ratio}, though the curve is too low at {too_much[0]}" if too_much else "",
     )
     above = sorted(tried for tried in curve if tried > ratio)
     failures.expect(
         not above or baseline - curve[above[0]] > tolerance,
         "the next larger ratio loses no more than the tolerance (at most, so equal is allowed) and could be taken",
+        detail=f"expected {above[0]} at least, got {ratio}" if above else "",
     )
 
 

@@ -148,10 +148,12 @@ def int_linear(fn: Callable, failures: Failures) -> None:
                     ]
                     for x in q.tolist()
                 ]  # fmt: skip
-                failures.expect(
-                    sums.tolist() == exact,
+                failures.close(
+                    sums,
+                    exact,
                     "the sums are not those of (q - z_x)(p - z_w): look at the sign of each term, at what a zero point "
                     "is multiplied by, along which dimension a sum runs, and at the type that holds it",
+                    rtol=0.0,
                 )
 
 
@@ -232,8 +234,9 @@ def pack4(fn: Callable, failures: Failures) -> None:
             failures.need(data.shape == (-(-len(numbers) // 2),), "two codes share a byte: return [ceil(count / 2)]")
             nibbles = [nibble for byte in data.tolist() for nibble in (byte % 16, byte // 16)]
             signed = [nibble - 16 if nibble > 7 else nibble for nibble in nibbles]
-            failures.expect(
-                signed[: len(numbers)] == numbers,
+            failures.close(
+                signed[: len(numbers)],
+                numbers,
                 "read back by the layout of the text (low nibble first, two's complement), your bytes give other codes",
             )
             failures.expect(not any(nibbles[len(numbers) :]), "after an odd count the last upper half has to be 0")

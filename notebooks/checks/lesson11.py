@@ -104,6 +104,7 @@ def shared_pages(fn: Callable, failures: Failures) -> None:
             failures.need(
                 isinstance(answer[0], list | tuple) and list(answer[0]) == want,
                 "these are not the stored pages of the longest beginning that is stored without a gap",
+                detail=f"expected {want}, got {answer[0]}",
             )
             failures.close(
                 answer[1],
@@ -154,10 +155,13 @@ def stay(fn: Callable, failures: Failures) -> None:
                 failures.need(shaped, "return indices, whole numbers, of shape [..., budget]")
                 rows, answers = score.view(-1, shape[-1]), at.view(-1, budget)
                 want = torch.tensor([_ranked(row.tolist(), budget, sinks) for row in rows])
+                differs = (answers.sort(-1).values != want).any(-1)
+                off = int(differs.int().argmax())  # the first row that is off
                 failures.need(
-                    torch.equal(answers.sort(-1).values, want),
+                    not differs.any(),
                     "other entries have to stay: the first `sinks`, the last (budget - sinks) // 2, and of the rest "
                     "those with the largest scores",
+                    detail=f"expected {want[off].tolist()}, got {answers[off].tolist()}",
                 )
                 failures.expect(torch.equal(answers, want), "the indices are right, but not in the order of time")
 

@@ -307,6 +307,7 @@ def batcher(fn: Callable, failures: Failures) -> None:
                 [taken for _, taken in batches] == [taken for _, taken in expected],
                 "other requests are together than by the rules: what waits is taken, up to max_batch, and the delay "
                 "counts from the arrival of the first, whatever comes later",
+                detail=f"expected {[taken for _, taken in expected]}, got {[taken for _, taken in batches]}",
             )
             times = [time for time, _ in batches]
             expected_times = [time for time, _ in expected]
@@ -315,6 +316,7 @@ def batcher(fn: Callable, failures: Failures) -> None:
                 late < 1e-6,
                 "a batch comes too early or too late: full ones do not wait, others until delay_s after the first's "
                 "arrival",
+                detail=f"expected batches at {expected_times}, got them at {times}",
             )
 
 

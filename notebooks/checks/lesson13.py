@@ -62,6 +62,7 @@ def interactions(fn: Callable, failures: Failures) -> None:
             failures.need(
                 set(answer) == set(expected),
                 "the combinations are not those of the table that have two steps or more",
+                detail=f"expected {len(expected)}, got {len(answer)}",
             )
             for steps, value in expected.items():
                 failures.close(
@@ -230,10 +231,12 @@ def envelope(fn: Callable, failures: Failures) -> None:
                     n = start + share * (end - start) if end is not None else 10 * start + 1000 * share
                     name = next(name for begin, name in reversed(answer) if begin <= n)
                     cost = {plan["name"]: plan["once"] + n * plan["each"] for plan in plans}
+                    cheapest = min(cost, key=cost.get)
                     failures.expect(
-                        cost[name] <= min(cost.values()) * (1 + 1e-9) + 1e-9,
+                        cost[name] <= cost[cheapest] * (1 + 1e-9) + 1e-9,
                         "somewhere another plan is cheaper; two plans meet where what the one costs more once equals "
                         "what the other costs more for all requests",
+                        detail=f"at {n:.1f} requests expected {cheapest!r}, got {name!r}",
                     )
             for (_, before), (start, after) in itertools.pairwise(answer):
                 old, new = by_name[before], by_name[after]
