@@ -35,6 +35,19 @@ def test_wrong_answer_is_rejected_with_a_sentence(check_id, name, answer):
     assert all(len(sentence.split()) >= 5 for sentence in result.failures)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("lesson", mutants.FURTHER)
+def test_further_answers_are_judged_rightly(lesson):
+    bank = mutants.further(lesson)
+    refused, accepted = [], []
+    for exercise, answers in bank.right.items():
+        results = [checks.check(exercise, answer) for answer in answers]
+        refused += [result.failures for result in results if not result.passed]
+    for exercise, named in bank.wrong.items():
+        accepted += [f"{exercise} {name}" for name, answer in named.items() if checks.check(exercise, answer).passed]
+    assert (refused, accepted) == ([], [])
+
+
 @pytest.mark.parametrize("check_id", checks.ids())
 def test_every_exercise_has_its_bank(check_id):
     bank = BANKS[check_id.partition(".")[0]]
