@@ -170,7 +170,9 @@ def _difference(got: Any, want: Any, rtol: float, atol: float) -> str | None:
         return None
     place = tuple(off.nonzero()[0].tolist())
     where = f"at {list(place)} " if place else ""
-    return f"{where}expected {short(want_tensor[place].item())}, got {short(got_tensor[place].item())}"
+    expected = short(want_tensor[place].item())
+    came = short(got_tensor[place].item())
+    return f"{where}expected {expected}, got {came}"
 
 
 def _as_tensor(value: Any) -> Any:
