@@ -178,7 +178,7 @@ def _to_csr(fn: Callable, failures: Failures, weight: Tensor) -> None:
 
 def fair_sides(fn: Callable, failures: Failures) -> None:
     """fair_sides(layer, x, format) -> (dense call, sparse call)."""
-    formats = ["csr", "coo"] + ["kernel"] * (native.load("sparse_linear") is not None)
+    formats = ["kernel"] * (native.load("sparse_linear") is not None) + ["csr", "coo"]
     for format in formats:
         for masks, bias, batch in (("held by hooks", True, 3), ("permanent", False, 1)):
             with failures.given(format=format, masks=masks, bias=bias, batch=batch):
