@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from labkit import files
 from labkit.errors import DataError, InputError
 from labkit.lesson import worked
-from labkit.lesson.check import STUB_SAYS
+from labkit.lesson.failures import STUB_SAYS
 from labkit.lesson.worked import BEGIN, END, MARKERS, without_markers
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ class Exercises:
         return [answer.outcome for answer in self._examined.values()]
 
     def check(self, exercise: str, function: Callable, **context: Any) -> None:
-        """Check a learner's function and show every failure.
+        """Say what the check tries, check a learner's function and show every failure.
 
         context: further arguments of the exercise's check.
         Raises InputError for an unknown exercise and for a `function` that cannot be called.
@@ -48,6 +48,7 @@ class Exercises:
         if exercise in self._worked and function is self._worked[exercise]:
             show.emit(f"exercise {exercise}: this is the worked answer; run the cell with yours, then this one.")
             return
+        show.emit(f"exercise {exercise}: the check tries {checks.tries(exercise)}.")
         answer = self._examine(exercise, function, **context)
         if answer.outcome.passed:
             _show_passed(exercise, answer)

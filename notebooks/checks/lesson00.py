@@ -6,14 +6,17 @@ the pairs is read from those notes; the ranks are compared with labkit.stats, wh
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 from labkit import stats
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 # what a benchmark answers, trial by trial, and in how many of the trials it declares a difference
 SCRIPTS = (
     ([(1.5, 1.5)], 1),
     ([(0.5, 0.5)], 1),
+    ([(0.9, 0.99005)], 1),  # beyond 1 / 1.01, and not beyond 0.99
+    ([(1.01, 1.2)], 0),  # not above 1.01
     ([(1.0, 1.0)], 0),
     ([(1.004, 1.004), (0.996, 0.996)], 0),
     ([(0.9, 1.1)] * 3, 0),
@@ -62,16 +65,16 @@ def rank(fn: Callable, failures: Failures) -> None:
         k = 0 if math.isinf(lowest) else int(lowest)
         with failures.given(n=n):
             got = fn(n)
-            is_rank = isinstance(got, int) and not isinstance(got, bool)
+            is_rank = isinstance(got, Integral) and not isinstance(got, bool)  # numpy's whole numbers too
             if not failures.expect(is_rank, "return a whole number, for it counts values from the end"):
                 continue
             failures.expect(
                 got <= k, "too bold: fewer than that many heads come up more often than 2.5 % of the time",
-                detail=f"your result: {got}",
+                detail=f"expected {k}, got {got}",
             )  # fmt: skip
             failures.expect(
                 got >= k, "too careful: a larger rank is still safe (0 is right only where none is)",
-                detail=f"your result: {got}",
+                detail=f"expected {k}, got {got}",
             )  # fmt: skip
 
 
@@ -208,3 +211,10 @@ def _three(answer: object, failures: Failures) -> tuple:
 
 
 CHECKS = {"00.1": harness, "00.2": rank, "00.3": pairs, "00.4": repair}
+
+TRIES = {
+    "00.1": f"{len(SCRIPTS)} scripts of intervals, among them some at the limit",
+    "00.2": f"{len(COUNTS)} numbers of flips from 1 to {COUNTS[-1]}",
+    "00.3": f"{len(PAIRS)} runs on a simulated clock with even and odd numbers of pairs, then too few for an interval",
+    "00.4": f"{len(MACHINES)} simulated machines with {len(TRUTHS)} known speed-ups each",
+}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from labkit import roofline
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 # batch, c_in, c_out, height, width, kernel, groups, bytes a value
 CONVOLUTIONS = (
@@ -59,7 +59,11 @@ def bound(fn: Callable, failures: Failures) -> None:
             sooner, later = "the slower of the two is not done yet at this time", "both are done before this time"
             failures.close(seconds, least, sooner if early else f"{later}; look at what you divide by what")
             intensity_side = "memory" if flops / moved < peak / bandwidth else "compute"
-            failures.expect(limiter == intensity_side, "the name of the limiter: compare the intensity with the ridge")
+            failures.expect(
+                limiter == intensity_side,
+                "the name of the limiter: compare the intensity with the ridge",
+                detail=f"expected {intensity_side!r}, got {limiter!r}",
+            )
     with failures.given(flops=8e12, moved=4e9, peak=2e12, bandwidth=1e9):  # exactly at the ridge
         seconds, limiter = _pair(fn(8e12, 4e9, 2e12, 1e9), failures)
         failures.expect(limiter == "compute", 'at the ridge itself the exercise asks for "compute"')
@@ -111,6 +115,9 @@ WISHES = (
     (14e9, 0.7e9, 7e9, 33, 0.01),
     (3.5e9, 1e6, 7e9, 40_000, 0.05),
     (2.0**30, 2.0**27, 1e6, 29, 2.0),
+    (2.0**30, 2.0**27, 1e6, 24, 2.0),  # three devices, all full
+    (2.0**30, 1.2 * 2.0**27, 1e6, 13, 2.0),  # 6.67 would be the batch of a device
+    (2.0**30, 2.0**30, 1e6, 3, 2.0),  # one sequence each
     (14e9, 1e9, 7e9, 1, 0.001),
     (300e9, 1e9, 7e9, 8, 1.0),
 )
@@ -120,7 +127,7 @@ def hardware(fn: Callable, failures: Failures) -> None:
     """fleet(devices, weight_bytes, kv_bytes, parameters, users, step_limit) -> (name, number) or None."""
     exact = {"name": "exact", "peak": 1e15, "bandwidth": 2.0**30, "memory": 2.0**31, "watts": 10.0}
     for wish in WISHES:
-        devices = [exact] if wish[0] == 2.0**30 else OFFERS  # where seven caches fit it to the last byte
+        devices = [exact] if wish[0] == 2.0**30 else OFFERS  # where the caches fit it to the last byte
         users = wish[3]
         batches = {d["name"]: _largest_batch(d, *wish) for d in devices}
         numbers = {name: -(-users // batch) for name, batch in batches.items() if batch}  # of devices, rounded up
@@ -140,8 +147,14 @@ def hardware(fn: Callable, failures: Failures) -> None:
                 number == numbers[name],
                 "the number of devices; round the batch of one down, the number of devices up, and look at all "
                 "three limits of the batch",
+                detail=f"expected {numbers[name]} of {name!r}, got {number}",
             )
-            failures.expect(watts[name] <= min(watts.values()), "another kind does it with fewer watts in all")
+            best = min(watts, key=watts.get)
+            failures.expect(
+                watts[name] <= watts[best],
+                "another kind does it with fewer watts in all",
+                detail=f"expected {best!r}, {watts[best]:.0f} W, got {name!r}, {watts[name]:.0f} W",
+            )
 
 
 def _largest_batch(device: dict, weight_bytes: float, kv_bytes: float, parameters: float, _: int, limit: float) -> int:
@@ -161,3 +174,10 @@ def _pair(answer: object, failures: Failures) -> tuple:
 
 
 CHECKS = {"01.1": convolution, "01.2": bound, "01.3": decode, "01.4": hardware}
+
+TRIES = {
+    "01.1": f"{len(CONVOLUTIONS)} convolutions, among them grouped ones and images that are not square",
+    "01.2": f"{len(BOUNDS)} computations on either side of the ridge, and one exactly at it",
+    "01.3": "batches from 1 to a million, with a cache and without",
+    "01.4": f"{len(WISHES)} wishes to a market of up to {len(OFFERS)} devices, among them some that nobody can meet",
+}

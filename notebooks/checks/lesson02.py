@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from labkit import storage
 from labkit.counting import count
-from labkit.lesson.check import Failures, has_parts, is_mask
+from labkit.lesson.failures import Failures, has_parts, is_mask
 from labkit.pruning import sparse, unstructured
 from labkit.pruning.select import count_to_prune
 from labkit.storage import native
@@ -27,6 +27,7 @@ def keep_mask(fn: Callable, failures: Failures) -> None:
         "all equal": torch.full((3, 5), -0.5),
         "a transposed view": random.t(),
         "bfloat16": random.bfloat16(),
+        "float16, with squares that round to 0": random.half() * 1e-4,
         "a convolution": torch.randn(4, 3, 3, 3, generator=generator),
         "nine weights": random[0, :9],  # half of nine is 4.5, which is 5; round(4.5) is 4
     }.items():
@@ -45,7 +46,7 @@ def _keep_mask(fn: Callable, failures: Failures, weight: Tensor, sparsity: float
         gone == count_to_prune(weight.numel(), sparsity),
         "the number of removed weights is not the whole number nearest to the fraction asked for, a half rounded up: "
         "look at ties, at rounding, at 0 and at 1",
-        detail=f"{gone} of {weight.numel()} removed",
+        detail=f"expected {count_to_prune(weight.numel(), sparsity)} of {weight.numel()}, got {gone}",
     )
     if 0 < gone < weight.numel():
         failures.expect(
@@ -138,6 +139,7 @@ def to_csr(fn: Callable, failures: Failures) -> None:
     generator = torch.Generator().manual_seed(2)
     random = torch.randn(7, 11, generator=generator)
     random[torch.rand(7, 11, generator=generator) < 0.6] = 0
+    random[1, 1] = 1e-9  # small, and no zero
     bare = random.clone()
     bare[[0, 3, 6]] = 0
     for case, weight in {
@@ -161,20 +163,22 @@ def _to_csr(fn: Callable, failures: Failures, weight: Tensor) -> None:
     packed = storage.FORMATS["csr"].pack(weight)
     types = values.dtype == weight.dtype and columns.dtype == starts.dtype == torch.int32
     failures.expect(types, "values keep the weight's type, columns and starts are torch.int32")
-    failures.expect(
-        starts.shape == packed["crow"].shape and bool((starts == packed["crow"]).all()),
+    failures.close(
+        starts,
+        packed["crow"],
         "the row starts are not where the rows begin: count the nonzeros before each row, from 0, and end with all",
     )
     for name, part, expected in (("values", values, packed["values"]), ("columns", columns, packed["col"])):
-        failures.expect(
-            part.shape == expected.shape and bool((part == expected).all()),
+        failures.close(
+            part,
+            expected,
             f"the {name} differ from those of the nonzeros, row by row from left to right",
         )
 
 
 def fair_sides(fn: Callable, failures: Failures) -> None:
     """fair_sides(layer, x, format) -> (dense call, sparse call)."""
-    formats = ["csr"] + ["kernel"] * (native.load("sparse_linear") is not None)
+    formats = ["kernel"] * (native.load("sparse_linear") is not None) + ["csr", "coo"]
     for format in formats:
         for masks, bias, batch in (("held by hooks", True, 3), ("permanent", False, 1)):
             with failures.given(format=format, masks=masks, bias=bias, batch=batch):
@@ -203,6 +207,9 @@ def _fair_sides(fn: Callable, failures: Failures, format: str, masks: str, bias:
     again = all(sparse.close(layer(x), call()) for call in answer)
     failures.need(again, "after x has changed a side returns the old product: compute it within the call")
     moved = [count(call).bytes for call in answer]
+    permanent = unstructured.make_permanent(layer)
+    converted = sparse.convert(permanent, format=format, batch_size=batch)
+    moved_in_format = count(lambda: converted(x)).bytes
     used = [layer.weight, x, layer(x)]
     if bias:
         used.append(layer.bias)
@@ -214,9 +221,29 @@ def _fair_sides(fn: Callable, failures: Failures, format: str, masks: str, bias:
     failures.expect(
         moved[1] < 0.6 * needed, "the sparse side reads a dense weight at each call: convert it once, outside"
     )
+    failures.expect(
+        abs(moved[1] / moved_in_format - 1) < 0.02,
+        "the sparse side does not read what a layer in the format asked for reads; pass `format` on",
+        detail=f"expected {moved_in_format} bytes, got {moved[1]}",
+    )
     after = layer.state_dict()
     unchanged = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     failures.expect(unchanged, "your function changed the layer; take a copy")
+    if masks == "held by hooks":
+        outputs = [call() for call in answer]
+        weights = [parameter for parameter in layer.parameters() if parameter.dim() == 2]
+        for weight in weights:
+            weight.mul_(3)
+        same = all(torch.equal(output, call()) for output, call in zip(outputs, answer, strict=True))
+        failures.expect(same, "a side prepares its weights at each call; prepare them once, outside")
 
 
 CHECKS = {"02.1": keep_mask, "02.2": remove_one, "02.3": stored, "02.4": to_csr, "02.5": fair_sides}
+
+TRIES = {
+    "02.1": "8 weights, among them ties, views and 16-bit numbers, at 6 sparsities from 0 to 1",
+    "02.2": f"{len(ROWS)} rows of 2 to 16 weights, with inputs that go together and inputs that do not",
+    "02.3": f"{len(MATRICES)} matrices, from none to all of the weights nonzero",
+    "02.4": "7 matrices, among them empty rows, views and 16-bit numbers",
+    "02.5": "2 pruned layers in each format that works here, and looks at the bytes that a call moves",
+}

@@ -12,36 +12,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.lesson.check import Failures, alike, has_parts, is_mask
+from labkit.lesson.failures import Failures, alike, has_parts, is_mask
 from labkit.pruning import coupling
 
-# how the first convolution is built, how the second, the norm's settings, what stays of 6 channels
+# how the first convolution is built, how the second, the norm's settings, the mode, what stays of 6 channels
 CHAINS = (
-    ({}, {}, {}, [0, 2, 3, 5]),
-    ({"bias": False, "stride": 2}, {"bias": False}, {"eps": 0.1}, [4, 1]),
-    ({"dilation": 2, "padding": 2}, {"padding_mode": "circular", "padding": 1}, {"momentum": 0.01}, [5]),
-    ({"groups": 1, "padding_mode": "reflect", "padding": 1}, {"dilation": 2}, {"affine": False}, [0, 1, 2, 3, 4, 5]),
+    ({}, {}, {}, "eval", [0, 2, 3, 5]),
+    ({"bias": False, "stride": 2}, {"bias": False}, {"eps": 0.1}, "eval", [4, 1]),
+    ({"dilation": 2, "padding": 2}, {"padding_mode": "circular", "padding": 1}, {"momentum": 0.01}, "eval", [5]),
+    ({"padding_mode": "reflect", "padding": 1}, {"dilation": 2}, {"affine": False}, "eval", [0, 1, 2, 3, 4, 5]),
+    ({}, {}, {}, "train", [3, 0, 4]),
 )
 
 
 def surgery(fn: Callable, failures: Failures) -> None:
     """cut(conv, norm, consumer, keep) -> the three modules with only the channels `keep` between them."""
-    for first, second, settings, keep in CHAINS:
-        before = _chain(first, second, settings)
+    for first, second, settings, mode, keep in CHAINS:
+        before = _chain(first, second, settings, mode)
         index = torch.tensor(keep)
-        with failures.given(conv=first, norm=settings, consumer=second, keep=keep):
+        with failures.given(conv=first, norm=settings, consumer=second, mode=mode, keep=keep):
             changed = "the modules that were given have changed; copy them before you cut"
             after = failures.call(fn, *before, index, changed=changed)
             failures.need(has_parts(after, 3), "return three modules: conv, norm, consumer")
             types = {vector.dtype for module in after for vector in module.parameters()}
             failures.need(types == {torch.float64}, "new parameters have another dtype; cut copies of the old modules")
             _is_smaller(after, before, len(keep), failures)
-            _computes_the_same(after, before, index, failures)
             _settings_stay(after, before, failures)
+            _computes_the_same(after, before, index, failures)
 
 
-def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]:
-    """float64 modules in eval mode with a norm that has seen data: channel by channel other statistics."""
+def _chain(first: dict, second: dict, settings: dict, mode: str) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]:
+    """float64 modules in this mode with a norm that has seen data: channel by channel other statistics."""
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(3)
     conv = nn.Conv2d(3, 6, 3, **first)
@@ -54,7 +55,7 @@ def _chain(first: dict, second: dict, settings: dict) -> tuple[nn.Conv2d, nn.Bat
         nn.init.uniform_(norm.bias, -1, 1)
     torch.random.set_rng_state(torch_state)
     conv.weight.requires_grad_(False)
-    return tuple(module.double().eval() for module in (conv, norm, consumer))
+    return tuple(module.double().train(mode == "train") for module in (conv, norm, consumer))
 
 
 def _run(conv: nn.Module, norm: nn.Module, consumer: nn.Module, x: Tensor) -> Tensor:
@@ -140,6 +141,11 @@ def _growing(net: nn.Module, image: Tensor) -> Tensor:
     return net.head(x)
 
 
+def _three_parts(net: nn.Module, image: Tensor) -> Tensor:
+    parts = torch.cat([net.a(image), net.b(image), net.c(image)], 1)
+    return net.head(F.relu(net.norm(parts)))
+
+
 def _mixed(net: nn.Module, image: Tensor) -> Tensor:
     both = torch.cat([net.a(image), net.b(image)], 1)
     return net.head(F.relu(net.norm(both + net.c(image))))
@@ -154,6 +160,9 @@ NETS = {
              head=_conv(7, 2)), _branches),
     "features concatenated twice, the image among them": lambda: Wired(
         dict(first=_conv(2, 3), norm=nn.BatchNorm2d(5), second=_conv(5, 4, True), head=_conv(9, 2)), _growing),
+    "three branches of 3, 2 and 4 channels, concatenated": lambda: Wired(
+        dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 4, True), norm=nn.BatchNorm2d(9), head=_conv(9, 2)),
+        _three_parts),
     "3 and 2 channels concatenated, and 5 added to them": lambda: Wired(
         dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 5),
              norm=nn.BatchNorm2d(5), head=_conv(5, 2)), _mixed),
@@ -185,14 +194,23 @@ def _are_coupled(answer: list[frozenset], net: nn.Module, image: Tensor, failure
         for unit in range(group.units)
     ]
     free, listed = frozenset().union(*expected), frozenset().union(*answer)
+    unknown = sorted(label for label in listed if not _exists(net, *label))
+    failures.need(
+        not unknown,
+        "entries are listed that the network does not have; does each convolution have a bias?",
+        detail=_first(unknown),
+    )
+    bound = sorted(listed - free)
     failures.expect(
-        listed <= free,
+        not bound,
         "entries that have to stay are listed; a set that reaches the image or the output is left out as a whole, and "
         "so are the labels of the image and of the output themselves",
+        detail=_first(bound),
     )
-    missing = free - listed
+    missing = sorted(free - listed)
     for kind, belongs in KINDS.items():
-        failures.expect(not any(belongs(net, *label) for label in missing), f"{kind} are missing")
+        missing_kind = [label for label in missing if belongs(net, *label)]
+        failures.expect(not missing_kind, f"{kind} are missing", detail=_first(missing_kind))
     failures.expect(sum(map(len, answer)) == len(listed), "an entry is in more than one set, but it can only go once")
     if free != listed:
         return
@@ -210,6 +228,18 @@ def _are_coupled(answer: list[frozenset], net: nn.Module, image: Tensor, failure
         "entries of different channels are in one set; behind a concatenation index i of the second part is index "
         "i + width of the first part",
     )
+
+
+def _exists(net: nn.Module, name: str, dim: int, i: int) -> bool:
+    """Return True for an entry of the network's own tensors, and for a channel of the image or of the output."""
+    if name in ("image", "output"):
+        return True
+    tensors = net.state_dict()
+    return name in tensors and dim < tensors[name].dim() and i < tensors[name].shape[dim]
+
+
+def _first(labels: list[tuple[str, int, int]]) -> str:
+    return f"the first is {labels[0]}" if labels else ""
 
 
 # what a (tensor, dimension, index) is, for messages
@@ -266,7 +296,7 @@ def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, le
         removed == min(round(ratio * total), possible),
         "the number of removed channels is not the one asked for (or all that may go); look at ties, at rounding, and "
         "at what happens after a layer has reached its least",
-        detail=f"removed {removed} of {total}",
+        detail=f"expected {min(round(ratio * total), possible)} of {total}, got {removed}",
     )
     failures.expect(
         all(int(k.sum()) >= min(least, len(k)) for k in masks.values()), "a layer has fewer channels left than `least`"
@@ -323,16 +353,25 @@ def allocation(fn: Callable, failures: Failures) -> None:
 def _fits(ratio: float, curve: dict[float, float], baseline: float, tolerance: float, failures: Failures) -> None:
     if not failures.expect(ratio == 0 or ratio in curve, "the ratio is neither 0 nor one that was tried"):
         return
-    below = [tried for tried in curve if tried <= ratio]
+    too_much = [tried for tried in sorted(curve) if tried <= ratio and baseline - curve[tried] > tolerance]
     failures.expect(
-        all(baseline - curve[tried] <= tolerance for tried in below),
+        not too_much,
         "at this ratio, or at a smaller one, more than the tolerance is lost against the unpruned baseline",
+        detail=f"got {ratio}, though the curve is too low at {too_much[0]}" if too_much else "",
     )
     above = sorted(tried for tried in curve if tried > ratio)
     failures.expect(
         not above or baseline - curve[above[0]] > tolerance,
         "the next larger ratio loses no more than the tolerance (at most, so equal is allowed) and could be taken",
+        detail=f"expected {above[0]} at least, got {ratio}" if above else "",
     )
 
 
 CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": ranking, "03.4": allocation}
+
+TRIES = {
+    "03.1": f"{len(CHAINS)} chains with other strides, biases and norms, in eval and in train mode",
+    "03.2": f"{len(NETS)} networks, among them a residual block and a concatenation of three parts",
+    "03.3": f"{len(CHOICES)} ratios on layers of 7, 16 and 40 channels, then ties, tiny layers and another scale",
+    "03.4": f"{len(CURVES)} curves at 5 tolerances, among them curves that dip and recover",
+}

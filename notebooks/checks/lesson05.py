@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures, has_parts, is_mask
+from labkit.lesson.failures import Failures, has_parts, is_mask
 
 
 def nm_mask(fn: Callable, failures: Failures) -> None:
@@ -130,6 +130,7 @@ PATTERNS = (
     (8, 16),
     (4, 4),
     (5, 12),
+    (2, 5),
     (1, 1),
 )  # n, m
 
@@ -210,7 +211,8 @@ def wanda_mask(fn: Callable, failures: Failures) -> None:
 
 
 def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor, n: int, m: int) -> None:
-    mask = fn(weight.clone(), inputs.clone(), n, m)
+    changed = "your function changed the weight or the inputs; it should only return a mask"
+    mask = failures.call(fn, weight, inputs, n, m, changed=changed)
     if not failures.expect(is_mask(mask, weight), "return a bool tensor [out, in], True where a weight is kept"):
         return
     groups = mask.view(len(weight), -1, m)
@@ -233,3 +235,11 @@ def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor
 
 
 CHECKS = {"05.1": nm_mask, "05.2": compress, "05.3": stored_share, "05.4": sparse_refined, "05.5": wanda_mask}
+
+TRIES = {
+    "05.1": "7 weights, among them ties, views and convolutions, in 5 patterns N:M",
+    "05.2": "5 weights, among them groups with one nonzero or none",
+    "05.3": f"{len(PATTERNS)} patterns N:M at 4 widths of the values",
+    "05.4": "a matrix and a convolution with 3 strengths of the pull, forwards and backwards",
+    "05.5": "inputs with two and with three dimensions in 4 patterns N:M",
+}

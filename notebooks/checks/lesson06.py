@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 
 def quantize(fn: Callable, failures: Failures) -> None:
@@ -148,10 +148,12 @@ def int_linear(fn: Callable, failures: Failures) -> None:
                     ]
                     for x in q.tolist()
                 ]  # fmt: skip
-                failures.expect(
-                    sums.tolist() == exact,
+                failures.close(
+                    sums,
+                    exact,
                     "the sums are not those of (q - z_x)(p - z_w): look at the sign of each term, at what a zero point "
                     "is multiplied by, along which dimension a sum runs, and at the type that holds it",
+                    rtol=0.0,
                 )
 
 
@@ -232,11 +234,20 @@ def pack4(fn: Callable, failures: Failures) -> None:
             failures.need(data.shape == (-(-len(numbers) // 2),), "two codes share a byte: return [ceil(count / 2)]")
             nibbles = [nibble for byte in data.tolist() for nibble in (byte % 16, byte // 16)]
             signed = [nibble - 16 if nibble > 7 else nibble for nibble in nibbles]
-            failures.expect(
-                signed[: len(numbers)] == numbers,
+            failures.close(
+                signed[: len(numbers)],
+                numbers,
                 "read back by the layout of the text (low nibble first, two's complement), your bytes give other codes",
             )
             failures.expect(not any(nibbles[len(numbers) :]), "after an odd count the last upper half has to be 0")
 
 
 CHECKS = {"06.1": quantize, "06.2": stored_bits, "06.3": int_linear, "06.4": quantized_conv, "06.5": pack4}
+
+TRIES = {
+    "06.1": "8 tensors, among them one-sided ones, zeros and ties, at up to 3 widths, symmetric and not",
+    "06.2": f"{len(GROUPED_ROWS)} rows, some with a last group that is not full, in {len(STORED_BITS)} formats",
+    "06.3": f"{len(PRODUCTS)} products with {len(ZERO_POINTS)} pairs of zero points, the extreme codes among them",
+    "06.4": "5 kinds of images at 3 sizes, among them images of one sign and a channel of zeros",
+    "06.5": "6 tensors of codes, among them odd counts and views",
+}

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures
+from labkit.lesson.failures import Failures
 
 # step, zero point, least and largest code
 GRIDS = (
@@ -161,6 +161,8 @@ class _Faulty(torch.autograd.Function):
             return steps.clamp(lo, hi) * step
         if "value, no clip below" in faults:
             return steps.round().clamp(max=hi) * step
+        if "value, no clip above" in faults:
+            return steps.round().clamp(min=lo) * step
         return steps.round().clamp(lo, hi) * step
 
     @staticmethod
@@ -186,11 +188,13 @@ class _Faulty(torch.autograd.Function):
         return to_x, None if "fixed" in faults else to_step, None, None, None
 
 
+CUT_OFF = ("blocked", "fixed")  # from the graph: the result requires no gradient
 SUSPECTS = (
     (),
     ("value, rounds down",),
     ("value, not rounded",),
     ("value, no clip below",),
+    ("value, no clip above",),
     ("blocked",),
     ("leak",),
     ("leak, above only",),
@@ -204,6 +208,7 @@ SUSPECTS = (
     ("blocked", "inside, codes alone", "unscaled"),
     ("leak, below only", "unscaled"),
     ("value, rounds down", "blocked", "fixed"),
+    CUT_OFF,
 )
 
 
@@ -211,16 +216,21 @@ def diagnosis(fn: Callable, failures: Failures) -> None:
     """faults(quantizer) -> the names of its faults, of FAULTS."""
     for some in SUSPECTS:
         with failures.given(quantizer=f"one with {' and '.join(some)}" if some else "LSQ as it should be"):
-            names = fn(_quantizer(frozenset(some)))
+            names = fn(_quantizer(frozenset(some), detached=some is CUT_OFF))
             failures.need(isinstance(names, set | frozenset), "return a set of names")
             failures.need(names <= {*FAULTS}, f"a name is none of {', '.join(FAULTS)}")
             truth = {name.partition(",")[0] for name in some}
-            failures.expect(names >= truth, "a fault has not been found", detail=f"named: {_listed(names)}")
-            failures.expect(names <= truth, "a fault is named that it does not have", detail=f"named: {_listed(names)}")
+            detail = f"expected {_listed(truth)}, got {_listed(names)}"
+            failures.expect(names >= truth, "a fault has not been found", detail=detail)
+            failures.expect(names <= truth, "a fault is named that it does not have", detail=detail)
 
 
-def _quantizer(faults: frozenset[str]) -> Callable[[Tensor, Tensor, int, int], Tensor]:
-    return lambda x, step, lo, hi: _Faulty.apply(x, step, lo, hi, faults)
+def _quantizer(faults: frozenset[str], detached: bool) -> Callable[[Tensor, Tensor, int, int], Tensor]:
+    def quantizer(x: Tensor, step: Tensor, lo: int, hi: int) -> Tensor:
+        y = _Faulty.apply(x, step, lo, hi, faults)
+        return y.detach() if detached else y
+
+    return quantizer
 
 
 def _listed(names: set[str]) -> str:
@@ -271,3 +281,10 @@ def _turns(codes: list[int]) -> int:
 
 
 CHECKS = {"08.1": straight_through, "08.2": learned_step, "08.3": diagnosis, "08.4": reversals}
+
+TRIES = {
+    "08.1": f"{len(GRIDS)} grids with values inside and beyond, and with the step as a number and as a tensor",
+    "08.2": "7 tensors with one step for all, for each row and for each channel",
+    "08.3": f"{len(SUSPECTS)} quantizers with no fault, with one and with several",
+    "08.4": "9 histories, among them rests, leaps and int8",
+}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 from labkit.quantization import affine
 
 
@@ -59,7 +59,7 @@ def q4_1_block(fn: Callable, failures: Failures) -> None:
             block = struct.pack("<e", d) + struct.pack("<e", m) + data
             d, m = struct.unpack("<ee", block[:4])
             answer = fn(block)
-            values = answer.tolist() if isinstance(answer, Tensor) else answer
+            values = answer.tolist() if hasattr(answer, "tolist") else answer  # of a tensor or an array
             failures.need(has_parts(values, 32), "return a list of 32 numbers")
             failures.close(
                 torch.tensor([float(value) for value in values]),
@@ -86,6 +86,8 @@ def grid_share(fn: Callable, failures: Failures) -> None:
     exact = torch.arange(32.0).remainder(16).repeat(3, 6)  # each of 16 values in every group
     for case, weight, group, levels in (
         ("rounded in groups of 32", rounded, 32, 16),
+        ("the same, with steps below a thousandth", rounded / 4096, 32, 16),
+        ("random, all below a thousandth", torch.randn(5, 128, generator=draw) / 4096, 64, 16),
         ("the same, looked at in groups of 96", rounded, 96, 16),
         ("two rows of six rounded", mixed, 32, 16),
         ("random", torch.randn(5, 128, generator=draw), 64, 16),
@@ -255,3 +257,11 @@ def _laid(x: Tensor, bits: int) -> Tensor:
 
 
 CHECKS = {"09.1": decode_bound, "09.2": q4_1_block, "09.3": grid_share, "09.4": gptq, "09.5": cache}
+
+TRIES = {
+    "09.1": "5 models, with parts of other bits, contexts and batches",
+    "09.2": "5 blocks of 20 bytes, one of them with a negative step",
+    "09.3": "11 weights, among them rounded ones, tiny ones and groups too small to prove anything",
+    "09.4": "3 weights of 1 to 4 groups, with inputs that are independent and inputs that go together",
+    "09.5": "4 caches at 8, 4 and 2 bits, among them tokens that fill no group",
+}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.lesson.check import Failures, diagnoses
+from labkit.lesson.failures import Failures, diagnoses
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -71,8 +71,8 @@ def soft_answers(fn: Callable, failures: Failures) -> None:
         )
     with failures.given(student="the teacher"):
         failures.close(fn(teacher, teacher, 2.0, None), 0.0, "equal logits have a loss that is not 0", atol=1e-9)
-    with failures.given(logits="a hundred times as large"):
-        answer = _scalar(fn(100 * student, 100 * teacher, 1.0, None), failures)
+    with failures.given(logits="a thousand times as large"):
+        answer = _scalar(fn(1000 * student, 1000 * teacher, 1.0, None), failures)
         failures.expect(answer.isfinite(), "confident logits give NaN or infinity: use log_softmax")
 
 
@@ -172,6 +172,17 @@ def stored_answers(fn: Callable, failures: Failures) -> None:
             "the probabilities that are not stored, in logarithms",
             rtol=1e-6,
         )
+    with failures.given(stored_probabilities="sum to 1", logits=[1, 4]):
+        student = _normal(1, 4)
+        ids = torch.tensor([[2, 0]])
+        log_p = torch.full((1, 2), math.log(0.5), dtype=torch.float64)
+        q = student.softmax(-1)[0, ids[0]]
+        failures.close(
+            fn(student, ids, log_p),
+            _divergence(torch.full((2,), 0.5, dtype=torch.float64), q),
+            "a teacher without a tail gets another value; a tail of 0 adds nothing",
+            rtol=1e-6,
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- relations
@@ -242,4 +253,11 @@ CHECKS = {
     "10.2": diagnosis,
     "10.3": stored_answers,
     "10.4": relations,
+}
+
+TRIES = {
+    "10.1": f"{len(MASKS)} shapes of logits at 3 temperatures, with masks and without, then extreme logits",
+    "10.2": f"{len(FAULTS)} kinds of loss, each written in 3 ways",
+    "10.3": f"{len(STORED)} shapes of logits, then a student that is sure and a teacher without a tail",
+    "10.4": f"{len(FEATURES)} pairs of features of other widths and scales, then two equal examples",
 }

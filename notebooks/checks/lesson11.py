@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures, has_parts
+from labkit.lesson.failures import Failures, has_parts
 
 # ------------------------------------------------------------------------------------------------- blocks of a softmax
 
@@ -104,6 +104,7 @@ def shared_pages(fn: Callable, failures: Failures) -> None:
             failures.need(
                 isinstance(answer[0], list | tuple) and list(answer[0]) == want,
                 "these are not the stored pages of the longest beginning that is stored without a gap",
+                detail=f"expected {want}, got {answer[0]}",
             )
             failures.close(
                 answer[1],
@@ -154,10 +155,13 @@ def stay(fn: Callable, failures: Failures) -> None:
                 failures.need(shaped, "return indices, whole numbers, of shape [..., budget]")
                 rows, answers = score.view(-1, shape[-1]), at.view(-1, budget)
                 want = torch.tensor([_ranked(row.tolist(), budget, sinks) for row in rows])
+                differs = (answers.sort(-1).values != want).any(-1)
+                off = int(differs.int().argmax())  # the first row that is off
                 failures.need(
-                    torch.equal(answers.sort(-1).values, want),
+                    not differs.any(),
                     "other entries have to stay: the first `sinks`, the last (budget - sinks) // 2, and of the rest "
                     "those with the largest scores",
+                    detail=f"expected {want[off].tolist()}, got {answers[off].tolist()}",
                 )
                 failures.expect(torch.equal(answers, want), "the indices are right, but not in the order of time")
 
@@ -261,3 +265,11 @@ def accept(fn: Callable, failures: Failures) -> None:
 
 
 CHECKS = {"11.1": merge, "11.2": shared_pages, "11.3": stay, "11.4": law, "11.5": accept}
+
+TRIES = {
+    "11.1": "7 pairs of blocks, among them queries that may read nothing of one or of both",
+    "11.2": "12 prompts, among them pages that are stored with a gap or behind another beginning",
+    "11.3": "6 caches with positive and with negative scores",
+    "11.4": f"{len(LAWS)} pairs of distributions with 5 rules each",
+    "11.5": f"{len(LAWS)} pairs of distributions with every guess and {STEPS} numbers u",
+}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.lesson.check import Failures
+from labkit.lesson.failures import Failures, has_parts
 
 # ----------------------------------------------------------------------------------------------------- interactions
 
@@ -62,6 +62,7 @@ def interactions(fn: Callable, failures: Failures) -> None:
             failures.need(
                 set(answer) == set(expected),
                 "the combinations are not those of the table that have two steps or more",
+                detail=f"expected {len(expected)}, got {len(answer)}",
             )
             for steps, value in expected.items():
                 failures.close(
@@ -90,6 +91,9 @@ GATES = (  # examples, right before, turned wrong, turned right, points that may
     (1000, 900, 2, 1, 1.0), (200, 170, 3, 2, 1.0), (200, 170, 3, 2, 5.0), (2000, 1700, 300, 30, 2.0),
     (400, 300, 40, 60, 1.0), (400, 300, 0, 40, 1.0), (1000, 900, 0, 0, 0.5), (100, 80, 10, 8, 0.5),
     (100, 80, 0, 0, 1.0), (5000, 4000, 600, 640, 2.0), (5000, 4000, 400, 400, 1.0), (1000, 500, 14, 4, 1.0),
+    (12, 8, 3, 0, 0.5), (30, 20, 10, 3, 0.5), (20, 12, 8, 2, 0.5),  # N, N - 1 and 1.96 make a difference
+    (20, 12, 0, 3, 1.0), (30, 20, 0, 0, 5.0), (12, 8, 0, 1, 15.0),  # the rule of three is for no change at all
+    (64, 40, 0, 0, 4.6875),  # the end of the interval is the limit
 )  # fmt: skip
 
 
@@ -111,34 +115,47 @@ def gate(fn: Callable, failures: Failures) -> None:
                 "the verdict is off; take the difference of each example, the 95 % interval of their mean in points, "
                 "and see whether the whole interval is above the limit, below it, or neither; without any change it is "
                 "300 / N points to both sides",
-                detail=f"{answer!r} for {100 * mean:+.2f} points",
+                detail=f"expected {expected!r} for an interval from {low:+.2f} to {high:+.2f}, got {answer!r}",
             )
 
 
 # ----------------------------------------------------------------------------------------------------------- faults
 
-FAULTS = ("no interval", "threads", "baseline batch", "no quality", "few requests", "first call")
+FAULTS = {  # name -> the fields of a report that show the fault
+    "no interval": ("interval",),
+    "threads": ("threads",),
+    "baseline batch": ("batches", "baseline ms"),
+    "no quality": ("points",),
+    "few requests": ("quantile", "requests"),
+    "first call": ("first call",),
+}
 
 
 def _report(seed: int, faults: frozenset) -> dict[str, Any]:
     """A report with these faults and no other; all numbers are drawn."""
     draw = random.Random(seed)
-    speed, batch = draw.uniform(1.5, 20), draw.choice([1, 4, 8])
-    each = {size: draw.uniform(10, 20) for size in (1, 4, 8, 32)}  # ms an item
+    speed = draw.choice([1.0, 1.5, 4.0, 60.0])
+    each = {size: round(draw.uniform(10, 20), 2) for size in (1, 4, 8, 32)}  # ms an item
     best = min(each, key=each.get)
     batch = best if "baseline batch" not in faults else draw.choice([size for size in each if size != best])
     quantile = draw.choice([0.9, 0.99, 0.999]) if "few requests" in faults or draw.random() < 0.5 else None
     enough = math.ceil(10 / (1 - (quantile or 0.5)) - 1e-6)
-    threads = draw.choice([1, 2, 4])
+    requests = enough + draw.choice([0, 0, 5, 500])
+    if "few requests" in faults:
+        requests = enough - draw.choice([1, 5])
+    elif quantile is None:
+        requests = draw.choice([0, 3, 500])  # nothing is asked of them
+    threads = draw.choice([(1, 4), (4, 1)]) if "threads" in faults else draw.choice([(1, 1), (4, 4)])
+    points = draw.choice([(-0.3, 0.2), (0.0, 0.0), (-0.8, -0.1)])
     return {
         "speed-up": speed,
         "interval": None if "no interval" in faults else (0.9 * speed, 1.1 * speed),
         "batches": (batch, draw.choice([1, 8, 32])),
-        "threads": (threads, 2 * threads if "threads" in faults else threads),
+        "threads": threads,
         "baseline ms": {size: size * value for size, value in each.items()},
-        "points": None if "no quality" in faults else (-draw.random(), draw.random()),
+        "points": None if "no quality" in faults else points,
         "quantile": quantile,
-        "requests": enough - 5 if "few requests" in faults else enough + draw.choice([5, 500]),
+        "requests": requests,
         "first call": "first call" in faults,
     }
 
@@ -146,19 +163,25 @@ def _report(seed: int, faults: frozenset) -> dict[str, Any]:
 def faults(fn: Callable, failures: Failures) -> None:
     """faults(report) -> the set of what is wrong with it."""
     several = [frozenset(some) for n in (0, 1, 2, 6) for some in itertools.combinations(FAULTS, n)]
-    for seed, expected in enumerate([*several, *several[:7]]):
-        with failures.given(report=f"number {seed + 1}"):
-            answer = failures.call(fn, _report(seed, expected), changed="the report was changed: only read it")
+    reports = [(_report(seed, some), some) for seed, some in enumerate([*several, *several[:7]])]
+    just_enough = _report(0, frozenset()) | {"quantile": 0.9, "requests": 100}
+    reports.append((just_enough, frozenset()))
+    for number, (report, expected) in enumerate(reports, start=1):
+        with failures.given(report=f"number {number}"):
+            answer = failures.call(fn, report, changed="the report was changed: only read it")
             failures.need(isinstance(answer, set | frozenset), "return a set of names, an empty one for a fair report")
             failures.need(set(answer) <= set(FAULTS), "a name is not one of the card's")
-            for fault in FAULTS:
+            for fault, fields in FAULTS.items():
+                detail = ", ".join(f"{field}: {report[field]}" for field in fields)
                 failures.expect(
                     fault not in expected or fault in answer,
-                    f"{fault!r} is not found in a report that has it; look at its row of the card",
+                    f"{fault!r} is not found in a report that has it; look at its hint",
+                    detail=detail,
                 )
                 failures.expect(
                     fault in expected or fault not in answer,
-                    f"{fault!r} is found in a report that does not have it; look at its row of the card",
+                    f"{fault!r} is found in a report that does not have it; look at its hint",
+                    detail=detail,
                 )
 
 
@@ -174,6 +197,9 @@ def _plans() -> list[list[dict[str, Any]]]:
         [(3.0, 0.2)],
         [(2.0, 1.0), (1.0, 0.5)],  # cheaper in both
         [(0.0, 1.0), (0.0, 0.4), (8.0, 0.4)],
+        [(0.0, 1.0), (10.0, 0.5), (15.0, 0.25)],  # all three meet at 20 requests
+        [(0.0, 1.0), (5.0, 0.5), (5.0, 0.5)],  # two alike
+        [(0.0, 1.0), (10.0, 0.7)],  # they meet between two whole numbers
     ]
     draw = random.Random(0)
     for _ in range(6):
@@ -192,7 +218,7 @@ def envelope(fn: Callable, failures: Failures) -> None:
             answer = failures.call(fn, plans, changed="the plans were changed: only read them")
             is_list = isinstance(answer, list) and len(answer) > 0
             failures.need(
-                is_list and all(isinstance(x, tuple) and len(x) == 2 for x in answer),
+                is_list and all(has_parts(pair, 2) for pair in answer),
                 "return a list of pairs (requests, name), with one pair at least",
             )
             starts = [start for start, _ in answer]
@@ -205,11 +231,22 @@ def envelope(fn: Callable, failures: Failures) -> None:
                     n = start + share * (end - start) if end is not None else 10 * start + 1000 * share
                     name = next(name for begin, name in reversed(answer) if begin <= n)
                     cost = {plan["name"]: plan["once"] + n * plan["each"] for plan in plans}
+                    cheapest = min(cost, key=cost.get)
                     failures.expect(
-                        cost[name] <= min(cost.values()) * (1 + 1e-9) + 1e-9,
+                        cost[name] <= cost[cheapest] * (1 + 1e-9) + 1e-9,
                         "somewhere another plan is cheaper; two plans meet where what the one costs more once equals "
                         "what the other costs more for all requests",
+                        detail=f"at {n:.1f} requests expected {cheapest!r}, got {name!r}",
                     )
+            for (_, before), (start, after) in itertools.pairwise(answer):
+                old, new = by_name[before], by_name[after]
+                failures.close(
+                    old["once"] + start * old["each"],
+                    new["once"] + start * new["each"],
+                    "two plans do not take equally long at the number of requests where the one follows the other; "
+                    "it need not be a whole number",
+                    rtol=1e-6,
+                )
             last = by_name[answer[-1][1]]
             failures.expect(
                 last["each"] == min(plan["each"] for plan in plans),
@@ -224,4 +261,11 @@ CHECKS = {
     "13.2": gate,
     "13.3": envelope,
     "13.4": faults,
+}
+
+TRIES = {
+    "13.1": f"{len(_tables())} tables of times, among them one with a pair that was not measured",
+    "13.2": f"{len(GATES)} pairs of results, among them few examples, no change and limits that are just met",
+    "13.3": f"{len(_plans())} sets of plans, among them equal ones and three that meet in one point",
+    "13.4": "reports with no fault, with one, with two and with all of them, and every other number changed",
 }

@@ -581,10 +581,10 @@ def notebook(monkeypatch, tmp_path) -> dict:
 
 WRONG = [
     ("def half(x): raise NotImplementedError('Your answer goes here; then')", "not done yet. Replace the `raise"),
-    ("def half(x): return x", "that is not the half (your result: 3)"),
+    ("def half(x): return x", "that is not the half (expected 1.5, got 3)"),
     ("def half(x): pass", "does it end in `return`?"),
     ("def half(x): return 1.5 if x == 3 else [][0]", "it raised IndexError: list index out of range"),
-    ("half = lambda x: 7", "that is not the half (your result: 7)"),
+    ("half = lambda x: 7", "that is not the half (expected 1.5, got 7)"),
     ("class half:\n  def __init__(self, x): pass", "returned a half, not a number"),
 ]
 

@@ -14,6 +14,7 @@ import torch
 
 from labkit.lesson import check as checks
 from labkit.lesson import settings
+from labkit.lesson.failures import Failures
 
 CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # setting -> a change of it, how to read it
     "torch's gradients": (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled),
@@ -49,7 +50,7 @@ DRAWS: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # who d
 def lesson(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A lesson whose only check wants 1."""
 
-    def one(fn: Callable, failures: checks.Failures) -> None:
+    def one(fn: Callable, failures: Failures) -> None:
         failures.close(fn(), 1, "that is not 1")
 
     module = types.ModuleType("lesson98")

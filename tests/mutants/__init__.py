@@ -1,7 +1,9 @@
 """Answers to the exercises: right ones that are written otherwise, and wrong ones, each a patch on the worked answer.
 
-lessonNN.py holds RIGHT: {exercise: one more right answer}. lessonNN.toml holds the wrong answers by name: pairs of
-old and new text. Each old text stands once in the worked answer, below its docstring.
+lessonNN.py holds RIGHT: {exercise: one more right answer}, and in some lessons MORE_RIGHT: {exercise: right answers of
+other types}. lessonNN.toml holds the wrong answers by name: pairs of
+old and new text. Each old text stands once in the worked answer, below its docstring. nightly/lessonNN.toml holds
+further answers of both kinds, the right ones whole.
 """
 
 import ast
@@ -16,6 +18,8 @@ from pathlib import Path
 from course import answers, notebooks
 
 FOLDER = Path(__file__).parent
+NIGHTLY = FOLDER / "nightly"
+FURTHER = sorted(path.stem.removeprefix("lesson") for path in NIGHTLY.glob("lesson*.toml"))  # lessons
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Worked:
     above: dict[str, object]
 
     def answer(self) -> Callable:
-        return self._run(self.source, "the worked answer")
+        return self.written(self.source, "the worked answer")
 
     def patched(self, name: str, patches: list[tuple[str, str]]) -> Callable:
         """Make the function with old texts replaced by new ones; ValueError unless each stands once in the body."""
@@ -46,9 +50,10 @@ class Worked:
             if body.count(old) != 1:
                 raise ValueError(f"{self.function}, {name!r}: {old!r} stands {body.count(old)} times in the answer")
             body = body.replace(old, new)
-        return self._run(head + body, name)
+        return self.written(head + body, name)
 
-    def _run(self, source: str, name: str) -> Callable:
+    def written(self, source: str, name: str) -> Callable:
+        """Make the function of an answer from its source, below what the cells above define."""
         space = dict(self.above)
         exec(compile(source, f"<{name}>", "exec"), space)
         return space[self.function]
@@ -87,9 +92,27 @@ def bank(lesson: str) -> Bank:
     """Read the right and the wrong answers of a lesson, "03"."""
     written = importlib.import_module(f"mutants.lesson{lesson}")
     solutions = worked(lesson)
-    right = {exercise: [solution.answer(), written.RIGHT[exercise]] for exercise, solution in solutions.items()}
+    more = getattr(written, "MORE_RIGHT", {})
+    right = {}
+    for exercise, solution in solutions.items():
+        right[exercise] = [solution.answer(), written.RIGHT[exercise], *more.get(exercise, ())]
     tables = tomllib.loads((FOLDER / f"lesson{lesson}.toml").read_text(encoding="utf-8"))
+    return Bank(right, _patched(solutions, tables))
+
+
+@cache
+def further(lesson: str) -> Bank:
+    """Read the further answers of a lesson of FURTHER."""
+    solutions = worked(lesson)
+    tables = tomllib.loads((NIGHTLY / f"lesson{lesson}.toml").read_text(encoding="utf-8"))
+    right = {}
+    for exercise, sources in tables["right"].items():
+        right[exercise] = [solutions[exercise].written(source, name) for name, source in sources.items()]
+    return Bank(right, _patched(solutions, tables["wrong"]))
+
+
+def _patched(solutions: dict[str, Worked], tables: dict[str, dict]) -> dict[str, dict[str, Callable]]:
     wrong = {}
     for exercise, rows in tables.items():
         wrong[exercise] = {name: solutions[exercise].patched(name, patches) for name, patches in rows.items()}
-    return Bank(right, wrong)
+    return wrong

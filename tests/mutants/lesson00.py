@@ -5,12 +5,15 @@ import random
 import statistics
 from itertools import accumulate
 
+import numpy as np
+from scipy.stats import binom
+
 
 def false_alarms_in_a_loop(benchmark, fn, trials):
     count = 0
     for _ in range(trials):
         low, high = benchmark(fn, fn)
-        if not (low <= 1.01 and high >= 0.99):
+        if not (low <= 1.01 and high >= 1 / 1.01):
             count += 1
     return count
 
@@ -68,9 +71,17 @@ def repaired_by_the_mean(machine, a, b):
     return math.exp(statistics.mean(logs))
 
 
+def coin_rank_by_scipy(n):
+    return (binom.cdf(np.arange(n + 1), n, 0.5) <= 0.025).sum()  # a whole number of numpy's
+
+
 RIGHT = {
     "00.1": false_alarms_in_a_loop,
     "00.2": coin_rank_by_sums,
     "00.3": paired_speedup_of_logarithms,
     "00.4": repaired_by_the_mean,
+}
+
+MORE_RIGHT = {
+    "00.2": [coin_rank_by_scipy],
 }

@@ -64,10 +64,19 @@ def drop_layers_one_by_one(model, gone):
     return new
 
 
+def speedup_bound_in_float32(width, ffn, tokens, heads=1.0, neurons=1.0):
+    work = torch.tensor([8.0 * width**2 + 4.0 * tokens * width, 4.0 * width * ffn])
+    return work.sum() / (work @ torch.tensor([heads, neurons]))
+
+
 RIGHT = {
     "04.1": cut_heads_by_index,
     "04.2": head_scores_in_a_loop,
     "04.3": speedup_bound_by_amdahl,
     "04.4": block_distance_in_a_loop,
     "04.5": drop_layers_one_by_one,
+}
+
+MORE_RIGHT = {
+    "04.3": [speedup_bound_in_float32],
 }

@@ -1,6 +1,7 @@
 """Right answers to the exercises of lesson 07, written otherwise than the worked ones."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -62,10 +63,34 @@ def choose_bits_by_index(rows, budget):
     return {n: widths[n][index[n]] for n in layers}
 
 
+def percentile_range_with_a_value_more(seen, share):
+    """Of 1000 values and a share of 0.99, 4 or 6 beyond each end do as well as 5."""
+    return _kth_of_each_end(seen, math.floor(_beyond(seen, share)) + (share < 1))
+
+
+def percentile_range_with_a_value_less(seen, share):
+    return _kth_of_each_end(seen, math.ceil(_beyond(seen, share)) - (share < 1))
+
+
+def _beyond(seen, share):
+    return round((1 - share) / 2 * sum(x.numel() for x in seen), 6)
+
+
+def _kth_of_each_end(seen, beyond):
+    values = torch.cat([x.flatten() for x in seen])
+    lo = values.kthvalue(1 + beyond).values
+    hi = values.kthvalue(len(values) - beyond).values
+    return lo.clamp(max=0), hi.clamp(min=0)
+
+
 RIGHT = {
     "07.1": fold_bn_by_torch,
     "07.2": percentile_range_by_kth_value,
     "07.3": equalise_in_a_loop,
     "07.4": correct_bias_by_convolution,
     "07.5": choose_bits_by_index,
+}
+
+MORE_RIGHT = {
+    "07.2": [percentile_range_with_a_value_more, percentile_range_with_a_value_less],
 }

@@ -55,10 +55,18 @@ def round_cache_by_groups(k, v, bits, group):
     return [torch.cat(keys, -2), grid.fake(groups).flatten(-2)]
 
 
+def read_q4_1_as_an_array(block):
+    return read_q4_1_by_torch(block).numpy()
+
+
 RIGHT = {
     "09.1": most_tokens_by_seconds,
     "09.2": read_q4_1_by_torch,
     "09.3": grid_share_by_sets,
     "09.4": gptq_by_inverse,
     "09.5": round_cache_by_groups,
+}
+
+MORE_RIGHT = {
+    "09.2": [read_q4_1_as_an_array],
 }
