@@ -19,7 +19,7 @@ import click
 from labkit import files
 from labkit.errors import DataError, InputError, LabError
 from labkit.files import full_disk_told
-from labkit.lesson.parameters import PRESETS
+from labkit.lesson.parameters import PRESETS, SMOKE
 
 if TYPE_CHECKING:
     from course.store import Job, Run
@@ -204,6 +204,8 @@ def run(
                 _run(job, resume, done)
         if len(done) > 1:
             click.echo("\n".join(["", *map(str, done)]))
+        if jobs[0].parameters["PRESET"] == "smoke":
+            click.echo(f"note    {_smoke_note(done)}")
         click.echo(f"report  {_report([out])}")
     except KeyboardInterrupt:
         results = "earlier results are as they were"
@@ -212,6 +214,14 @@ def run(
         click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {results}.", err=True)
         sys.exit(130)
     sys.exit(any(result.error for result in done))
+
+
+def _smoke_note(done: "list[Run]") -> str:
+    """Say that runs at smoke only tried the code, and where recorded results of the same lessons are shown."""
+    recorded = [result.lesson[:2] for result in done if any(files.RECORDED.glob(f"*/{result.lesson[:2]}.json"))]
+    if not recorded:
+        return f"{SMOKE}."
+    return f"{SMOKE}. The report shows the recorded results instead, of {', '.join(recorded)}."
 
 
 def _default_preset(usual: str) -> str:

@@ -25,8 +25,9 @@ from course.results import ResultFolder, RunColumn, collect, frame, recorded_run
 from course.tradeoffs import figure, picture, trade_offs
 from labkit import files, show
 from labkit.lesson import challenge, claims
+from labkit.lesson.calibration import calibration, off_by
 from labkit.lesson.claims import Claim
-from labkit.lesson.predictions import calibration, off_by
+from labkit.lesson.parameters import SMOKE
 from labkit.lesson.records import Challenge, Prediction, SettledClaim
 
 DIFFERS, NOT_YET = "differs by machine", "not yet measured"
@@ -91,11 +92,11 @@ def _outcome_by_machine(results: Settled) -> set[str]:
 def challenged(results: Sequence[ResultFolder]) -> list[dict[str, Any]]:
     """Draw a figure for each challenge of a lesson: the plane of the goals with a point per run with a plan.
 
-    results  all results of the lesson, oldest first
+    results  all results of the lesson, oldest first; a run at smoke, which is not judged, has no point
     """
     entries_by_name: dict[str, list[tuple[str, Challenge]]] = {}
     for result in results:
-        if result.record:
+        if result.record and result.record.preset != "smoke":
             for task in result.record.challenges:
                 entry = _run_name(result, results), task
                 entries_by_name.setdefault(task.name, []).append(entry)
@@ -111,6 +112,8 @@ def _challenge_figure(entries: Sequence[tuple[str, Challenge]]) -> dict[str, Any
             points.append({"run": run_name, **task.point})
     reached = [point["run"] for point in points if not challenge.missed(newest.goals, point)]
     number_reached = f"{len(reached)} of {len(entries)} runs reached it."
+    if len(entries) == 1:
+        number_reached = "The run reached it." if reached else "The run has not reached it."
     caption = f"Challenge {newest.name}: {newest.goal} {number_reached}"
     names = ", ".join(reached) or "none yet"
     alt = f"The goal is {challenge.asked(newest.goals)}. Reached by: {names}."
@@ -186,7 +189,7 @@ def _link(path: Path, folder: Path) -> str:
 def _prediction_section(columns: Sequence[RunColumn]) -> dict[str, Any]:
     questions: list[tuple[RunColumn, Prediction]] = []
     for column in columns:
-        if column.here:
+        if column.here and not column.tries_the_code:
             questions += [(column, prediction) for prediction in column.record.predictions]
     answered = [(column, prediction) for column, prediction in questions if prediction.predicted is not None]
     return {
@@ -209,17 +212,30 @@ def _claim_section(columns: Sequence[RunColumn]) -> dict[str, Any]:
 
 
 def _lesson_sections(columns: Sequence[RunColumn], results: Sequence[ResultFolder]) -> dict[str, Any]:
-    """Prepare a section for each lesson with a run of the user; recorded runs alone are shown on the site."""
+    """Prepare a section for each lesson with a run of the user; recorded runs alone are shown on the site.
+
+    Results at smoke, which only tries the code, are not shown.
+    """
     by_lesson = attrgetter("record.lesson")
     titles, lessons = [], []
     for number, group in groupby(sorted(columns, key=by_lesson), by_lesson):
         columns_of_lesson = list(group)
         if any(column.here for column in columns_of_lesson):
             titles.append(f"{number} {columns_of_lesson[0].record.title}")
+            shown = [column for column in columns_of_lesson if not column.tries_the_code]
             figures = challenged([result for result in results if result.lesson == number])
-            figures += [figure(trade_off) for trade_off in trade_offs(columns_of_lesson)]
-            lessons.append((columns_of_lesson, figures))
+            figures += [figure(trade_off) for trade_off in trade_offs(shown)]
+            checked = [column for column in columns_of_lesson if column.here]
+            lessons.append({"columns": shown, "checked": checked, "figures": figures, "note": _smoke_note(shown)})
     return {"titles": titles, "lessons": lessons}
+
+
+def _smoke_note(shown: Sequence[RunColumn]) -> str:
+    """Say that the user's runs of a lesson only tried the code; "" if one of the shown runs is the user's."""
+    if any(column.here for column in shown):
+        return ""
+    instead = "The recorded results are shown instead." if shown else "No results are recorded for this lesson."
+    return f"{SMOKE.capitalize()}. {instead}"
 
 
 @functools.cache
@@ -236,6 +252,7 @@ def template() -> jinja2.Template:
     templates.globals |= {
         "NOT_YET": NOT_YET,
         "SETTLED_ON": SETTLED_ON,
+        "SMOKE": SMOKE,
         "badge_simulated": Markup(show.BADGE),
         "expected": claims.expected,
         "interval": show.interval,

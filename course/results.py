@@ -150,6 +150,11 @@ class RunColumn:
         return str(self.record.machine.get("slug", "")), self.here
 
     @property
+    def tries_the_code(self) -> bool:
+        """True for a run at smoke, whose sizes say nothing about the results."""
+        return self.record.preset == "smoke"
+
+    @property
     def rank(self) -> int:
         """The place of the preset in PRESETS, larger for a larger preset; -1 for an unknown preset."""
         return PRESETS.index(self.record.preset) if self.record.preset in PRESETS else -1

@@ -45,10 +45,13 @@ _SCALED = {"s", "B", "B/s", "FLOP", "FLOP/s", "FLOPs", "J", "W"}  # units that t
 _UNITS = {f"{prefix}{base}": (scale, base) for (scale, prefix), base in product((*_PREFIXES, _NANO), _SCALED)}
 BARE = {"ratio", "fraction"}  # units that go without saying
 _WHOLE = {"B", "FLOP", "FLOPs"}  # counted in whole numbers
+_NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}  # as a record spells them
 
 Rows = Sequence[Mapping[str, Any]]
 
-__getattr__ = names_on_demand(__name__, {"curves": "labkit.plots", "lines": "labkit.plots"})
+_PLOTS = dict.fromkeys(("curves", "lines"), "labkit.plots")
+_WORDS = dict.fromkeys(("apart", "change", "defined", "interval", "is_open", "speed", "told"), "labkit.words")
+__getattr__ = names_on_demand(__name__, _PLOTS | _WORDS)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -93,7 +96,7 @@ def style(points: float = TYPE) -> None:
     )
 
 
-def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
+def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False, instead: str = "") -> None:
     """Show a matplotlib figure with its description and its data, and close it.
 
     The picture is a PNG, `figsize` inches wide on the screen: JupyterLab shows no SVG of a notebook without trust. The
@@ -104,6 +107,7 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     table: the figure's data, a dict per row.
     caption: title; empty takes the figure's own title.
     simulated: True if the data are computed, not measured; such a figure gets a badge.
+    instead: text that takes the place of `alt` and `caption`, together with the names of the axes.
     Raises InputError, and shows nothing, without description or data, or if an axis has no label.
     """
     if not isinstance(alt, str) or len(alt.strip()) < SHORTEST_ALT:
@@ -115,6 +119,8 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     _check_labels(fig)
     import matplotlib.pyplot as plt
 
+    if instead:
+        alt, caption = f"{instead}. {_axes_in_words(fig)}", ""
     heading = caption or _title(fig)
     simulated_word = "SIMULATED: " if simulated else ""
     text = f"{simulated_word}{heading}\n{alt}"
@@ -134,6 +140,11 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
 def _title(fig: Any) -> str:
     first = fig.axes[0]
     return fig.get_suptitle() or first.get_title(loc="left") or first.get_title() or "Figure"
+
+
+def _axes_in_words(fig: Any) -> str:
+    axes = [f"{ax.get_ylabel() or 'unnamed'} against {ax.get_xlabel() or 'unnamed'}" for ax in fig.axes]
+    return f"Drawn: {'; '.join(axes)}."
 
 
 def _folded_data(rows: Rows, alt: str, caption: str, simulated: bool) -> str:
@@ -322,29 +333,36 @@ def _columns(rows: Rows) -> list[str]:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def quantity(value: Any, unit: str = "") -> str:
+def quantity(value: Any, unit: str = "", more: int = 0) -> str:
     """Print a value for a reader: 0.00123 s -> '1.23 ms', 16e9 B -> '16 GB', 3 x -> '3.00x', 12345 -> '12,345'.
 
     value: a number. None becomes a dash, and any other value its own text.
     unit: "s", "B", "FLOP/s" and the like get a prefix; "x" is a ratio; "ratio" and "fraction" are not printed.
+    more: digits to print beyond the usual.
     """
     if value is None:
         return "–"
+    value = _NOT_FINITE.get(value, value) if isinstance(value, str) else value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     unit = "" if unit in BARE else unit
-    if not math.isfinite(value):
-        return f"{value} {unit}".strip()
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
     if unit in _SCALED:
         scale, prefix = _scale(value, unit)
-        return f"{_digits(value / scale)} {prefix}{unit}"
+        return f"{_digits(value / scale, more)} {prefix}{unit}"
     if unit in ("x", "×"):
-        return f"{value:.2f}x" if abs(value) < 100 else f"{value:,.0f}x"
-    return f"{_digits(value)} {unit}".strip()
+        decimals = (2 if abs(value) < 100 else 0) + more
+        return f"{value:,.{decimals}f}x"
+    return f"{_digits(value, more)} {unit}".strip()
 
 
 def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
     """Print an estimate and its 95 % interval without digits that the interval does not support.
+
+    The two ends differ in print if they differ at all.
 
     value: above 0.
     ci95: (low, high); an infinite `high` stands for "no interval".
@@ -354,20 +372,17 @@ def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
     scale, prefix = (1.0, "") if unit == "x" else _scale(value, unit, largest=1.0)
     scaled = value / scale
     low, high = (bound / scale for bound in ci95)
-    decimals = _supported_decimals(scaled, (high - low) / 2)
+    decimals = supported_decimals(scaled, (high - low) / 2)
+    while low < high and _rounded(low, decimals) == _rounded(high, decimals):
+        decimals += 1
     suffix = "x" if unit == "x" else f" {prefix}{unit}"
     interval = "no interval"
     if math.isfinite(high):
-        interval = f"95% CI {_rounded(low, decimals)}, {_rounded(high, decimals)}"
+        ends = f"{_rounded(low, decimals)}, {_rounded(high, decimals)}"
+        if low == high:
+            ends = f"{_rounded(low, decimals)} at both ends"
+        interval = f"95% CI {ends}"
     return f"{_rounded(scaled, decimals)}{suffix}", interval
-
-
-def interval(ci95: Sequence[float] | None, unit: str = "") -> str:
-    """Print a 95 % interval as '1.10 ms to 1.30 ms', or '' for None."""
-    if ci95 is None:
-        return ""
-    low, high = ci95
-    return f"{quantity(low, unit)} to {quantity(high, unit)}"
 
 
 def counted(number: int, noun: str) -> str:
@@ -409,17 +424,17 @@ def _scale(value: float, unit: str, largest: float = math.inf) -> tuple[float, s
     return (1.0, "") if unit in _WHOLE else _NANO
 
 
-def _digits(value: float) -> str:
-    """Print whole numbers in full, others to three significant digits, powers of ten only beyond reading."""
+def _digits(value: float, more: int = 0) -> str:
+    """Print whole numbers in full, others to three (and `more`) significant digits, powers of ten beyond reading."""
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:,.0f}"
     if not 1e-4 <= abs(value) < 1e15:
-        return f"{value:.2e}"
-    decimals = max(0, 2 - _magnitude(value))
+        return f"{value:.{2 + more}e}"
+    decimals = max(0, 2 + more - _magnitude(value))
     return f"{value:,.{decimals}f}"
 
 
-def _supported_decimals(value: float, half_width: float) -> int:
+def supported_decimals(value: float, half_width: float) -> int:
     """Return the decimals to print: two to four significant digits, the last rounded by less than `half_width`."""
     two_digits = 1 - _magnitude(value)
     four_digits = two_digits + 2

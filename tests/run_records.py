@@ -8,9 +8,9 @@ RECORD = RunRecord(
     version=records.VERSION,
     lesson="01",
     title="A small lesson",
-    preset="smoke",
+    preset="class",
     device="cpu",
-    parameters={"PRESET": "smoke"},
+    parameters={"PRESET": "class"},
     machine=MACHINE,
     measurements=[
         {"kind": "comparison", "name": "sparse", "value": 1.5, "unit": "x", "ci95": [1.4, 1.6], "verdict": "faster"},

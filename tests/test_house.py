@@ -52,7 +52,7 @@ def test_labkit_never_imports_course():
 
 # The rooms of labkit from the ground up; a room imports only rooms of the floors below its own.
 FLOORS = (
-    ("arguments", "bits", "errors", "files", "on_demand", "plots", "show"),
+    ("arguments", "bits", "errors", "files", "on_demand", "plots", "show", "words"),
     ("modules",),
     ("data", "graph", "timing"),
     ("quantization",),

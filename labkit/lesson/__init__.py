@@ -4,7 +4,8 @@ Open `session.py` first: its docstring is a whole session in ten lines, and the 
 
 session.py: start, the Lab
 parameters.py: names, defaults and ranges of a lesson's parameters
-predictions.py: guesses before a measurement, and how far off they were
+predictions.py: guesses before a measurement
+calibration.py: how far off the guesses were
 results.py: recorded numbers, texts and tables by name
 records.py: the record of a run: the file, and the meaning of each number
 reference_runs.py: committed runs of other machines, to compare with

@@ -17,11 +17,13 @@ class ClaimTests:
 
     lesson: "00" to "13": the lesson's reference runs may settle a claim, too.
     device: "cpu" or "cuda", the device of the session's values.
+    judges: False for a preset whose values settle nothing.
     """
 
-    def __init__(self, lesson: str, device: str) -> None:
+    def __init__(self, lesson: str, device: str, judges: bool) -> None:
         self._lesson = lesson
         self._device = device
+        self._judges = judges
         self._settled: dict[str, SettledClaim] = {}
 
     @property
@@ -38,12 +40,13 @@ class ClaimTests:
     ) -> None:
         """Note the verdict of a value (`claims.verdict`, with the same arguments and errors) in silence.
 
-        A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
+        A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU, nor a number of a preset
+        that only tries the code any claim: the value is dropped.
         """
         claim = claims.entry(claim_id)
         number = show.number(value)
         verdict = claims.verdict(claim, value if number is None else number, ci95, trained)
-        if not claims.can_be_settled_on(claim, self._device):
+        if not (self._judges and claims.can_be_settled_on(claim, self._device)):
             verdict, number, ci95 = "not measurable here", None, None
         self._settled[claim_id] = SettledClaim(
             id=claim_id,
@@ -56,7 +59,7 @@ class ClaimTests:
     def show_folded(self, claim_ids: Sequence[str]) -> None:
         """Show up to five tested claims in a folded box: the verdict, why people say so, when people are right.
 
-        The verdicts of reference runs stand beside a claim that our training was too short to settle.
+        The verdicts of reference runs stand beside a claim that was not settled or not measured here.
         Raises InputError for zero or more than five ids, an untested claim, an entry without `why` or `right_when`.
         """
         if not 1 <= len(claim_ids) <= MOST_SHOWN:
@@ -90,6 +93,7 @@ class ClaimTests:
         facts = {claim.quantity: f"expected {claims.expected(claim)}; here {here}"}
         if settled.verdict == "not settled here":
             facts["Why it is not settled"] = f"it takes at least {claims.recipe(claim)}"
+        if "here" in settled.verdict:
             facts["Recorded"] = "; ".join(reference_runs.verdicts(self._lesson, claim))
         facts["Why people say it"] = claim.why
         facts["When they are right"] = claim.right_when

@@ -197,11 +197,7 @@ def measured(claim: Claim, value: float | None, ci95: Sequence[float] | None) ->
         _, reason = SETTLED_BY.get(claim.needs, (None, "not measured"))
         return reason
     quantity = show.quantity(value, claim.unit)
-    if not ci95:
-        return quantity
-    is_open = ci95[0] <= 0 and ci95[1] == math.inf
-    interval = "too few samples for an interval" if is_open else show.interval(ci95, claim.unit)
-    return f"{quantity} ({interval})"
+    return f"{quantity} ({show.interval(ci95, claim.unit)})" if ci95 else quantity
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -19,6 +19,7 @@ from labkit import files
 from labkit.errors import InputError
 
 PRESETS = ("smoke", "class", "full")  # from the smallest
+SMOKE = "smoke tries the code; run class to see"  # all that is said of results at smoke
 SEEDS = (0, 2**32 - 1)
 _EVERYWHERE = {"PRESET": PRESETS, "SEED": SEEDS}  # what every lesson's session takes
 _MISFITS = (ValidationError, ValueError, TypeError, RecursionError)

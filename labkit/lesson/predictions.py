@@ -1,8 +1,7 @@
-"""Predictions: a reader's guess before a measurement, and how far off it was."""
+"""Predictions: a reader's guesses before a measurement (how far off they were: calibration.py)."""
 
 import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 from types import EllipsisType
 
@@ -10,14 +9,15 @@ from labkit import show
 from labkit.errors import InputError
 from labkit.lesson.records import Prediction, RecordedValue
 
-NONE = "–"
-RIGHT = 0.05  # relative: a guess without an interval to compare with is right up to this error
-
 
 class Predictions:
-    """The predictions of a session by name; a recorded value of the same name completes a prediction."""
+    """The predictions of a session by name; a recorded value of the same name completes a prediction.
 
-    def __init__(self) -> None:
+    judges: False for a preset whose results are no yardstick: predictions then stay without a measured number.
+    """
+
+    def __init__(self, judges: bool) -> None:
+        self._judges = judges
         self._by_name: dict[str, Prediction] = {}
 
     def __iter__(self) -> Iterator[Prediction]:
@@ -56,6 +56,8 @@ class Predictions:
                 f"{value.name!r} was predicted in {prediction.unit} and measured in {value.unit}; "
                 "use one unit for both."
             )
+        if not self._judges:
+            return
         prediction.measured = value.value * factor
         prediction.ci95 = None
         if value.ci95 is not None:
@@ -68,44 +70,6 @@ class Predictions:
         if first is None or first.predicted is None:
             return "too late"
         return f"your prediction of {show.quantity(first.predicted, first.unit)} stands"
-
-
-def off_by(guess: Prediction) -> str:
-    """Say how far a prediction was off: "above the interval: 1.80x too high"; "–" if no factor can be given."""
-    low, high = _finite_interval(guess)
-    if guess.predicted is not None and low <= guess.predicted <= high:
-        return "inside the 95 % interval"
-    if not _has_factor(guess):
-        return NONE
-    side = ""
-    if low <= high:
-        side = "above the interval: " if guess.predicted > high else "below the interval: "
-    ratio = guess.predicted / guess.measured
-    if not side and abs(ratio - 1) < RIGHT:
-        return "right within 5 %"
-    if ratio > 1:
-        return f"{side}{show.quantity(ratio, 'x')} too high"
-    return f"{side}{show.quantity(1 / ratio, 'x')} too low"
-
-
-def calibration(predictions: Sequence[Prediction]) -> str:
-    """Say in a sentence how good several guesses were together; "" if fewer than two were made and measured.
-
-    Guesses are off by factors, so the sentence gives the median of max(predicted / measured, measured / predicted).
-    """
-    usable = [guess for guess in predictions if _has_factor(guess)]
-    if len(usable) < 2:
-        return ""
-    factors = [max(guess.predicted / guess.measured, guess.measured / guess.predicted) for guess in usable]
-    middle = statistics.median(factors)
-    phrases = [off_by(guess) for guess in usable]
-    inside = sum("inside" in phrase for phrase in phrases)
-    high = sum("too high" in phrase for phrase in phrases)
-    low = sum("too low" in phrase for phrase in phrases)
-    return (
-        f"Of {len(usable)} predictions {inside} lay inside the measured interval; half were off by a factor of "
-        f"{show.quantity(middle, '')} or less. Too high: {high}, too low: {low}."
-    )
 
 
 def _checked_guess(name: str, value: float | EllipsisType) -> float | None:
@@ -124,16 +88,3 @@ def _ask(question: str, unit: str) -> None:
     request = "no prediction yet: replace the ... by your number"
     html = f"<p><b>{escape(question)}</b><br><i>{escape(request)}</i></p>"
     show.emit(f"{question}\n{request}", html)
-
-
-def _finite_interval(guess: Prediction) -> tuple[float, float]:
-    """Return the measured interval; the empty (inf, -inf) if there is no interval or an end is infinite."""
-    if guess.ci95 is None or not all(math.isfinite(end) for end in guess.ci95):
-        return (math.inf, -math.inf)
-    return guess.ci95
-
-
-def _has_factor(guess: Prediction) -> bool:
-    if guess.predicted is None or guess.measured is None:
-        return False
-    return guess.predicted * guess.measured > 0

@@ -11,11 +11,14 @@ from labkit.timing.bench import Comparison, Measurement
 
 
 class Results:
-    """The results of a session by name, in the order of the first recording; a second recording replaces the first."""
+    """The results of a session by name, in the order of the first recording; a second recording replaces the first.
 
-    def __init__(self) -> None:
+    judges: True if results are a yardstick for predictions.
+    """
+
+    def __init__(self, judges: bool) -> None:
         self.by_name: dict[str, RecordedValue | RecordedTable] = {}
-        self.predictions = Predictions()
+        self.predictions = Predictions(judges)
 
     def add_table(self, table: RecordedTable) -> None:
         """Keep a table under its name."""

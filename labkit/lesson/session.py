@@ -4,7 +4,7 @@ A page predicts a number, measures, compares both with what people claim, and fi
 
 >>> import tempfile, labkit
 >>> folder = tempfile.mkdtemp()
->>> lab = labkit.start("00", preset="smoke", device="cpu", results_dir=folder)  # doctest: +ELLIPSIS
+>>> lab = labkit.start("00", preset="class", device="cpu", results_dir=folder)  # doctest: +ELLIPSIS
 Lesson 00: Measuring honestly
 ...
 >>> lab.predict("step", 3, "ms", question="How long is a step?")
@@ -17,7 +17,9 @@ Lesson 00 finished: ...
 >>> record.named("step").value
 0.0015
 
-A session measures nothing itself (labkit.bench does), and installs or downloads nothing.
+A session measures nothing itself (labkit.bench does), and installs or downloads nothing. At preset smoke, whose sizes
+only try the code, nothing is said of results: sentences, captions and alt texts are left out, and no prediction, claim
+or plan is judged. `Lab._judges` is the gate.
 """
 
 import gc
@@ -39,10 +41,11 @@ from labkit.errors import InputError
 from labkit.lesson import records, reference_runs
 from labkit.lesson.claim_tests import ClaimTests
 from labkit.lesson.exercises import Exercises
-from labkit.lesson.parameters import PRESETS, SEEDS, ranges, require_allowed
+from labkit.lesson.parameters import PRESETS, SEEDS, SMOKE, ranges, require_allowed
 from labkit.lesson.records import Column, Role, RunRecord
 from labkit.lesson.results import Results, check_name, single_value
 from labkit.lesson.timings import Timings
+from labkit.show import Rows
 from labkit.timing import machine
 from labkit.timing.bench import Comparison, Measurement, Race, compare, measure, race
 
@@ -143,9 +146,10 @@ class Lab:
         self._path = path
         self._parameters = parameters
         self._stopwatch = records.Stopwatch()
-        self._results = Results()
+        self._judges = preset != "smoke"  # the gate: False keeps all words about results away
+        self._results = Results(self._judges)
         self._timings = Timings()
-        self._claim_tests = ClaimTests(lesson, device.type)
+        self._claim_tests = ClaimTests(lesson, device.type, self._judges)
         self._exercises = Exercises()
         self._sentences: dict[str, list[str]] = {}
         self._challenges: dict[str, records.Challenge] = {}
@@ -280,11 +284,13 @@ class Lab:
         with self._timings.fold(title):
             yield
 
-    def say(self, name: str, *sentences: str | bool | None) -> None:
+    def say(self, name: str, *sentences: str | bool | None, any_preset: bool = False) -> None:
         """Show and record the message of a figure or a table: one to three sentences, computed from the result.
 
         name: name of the result; a second call for the same name replaces the recorded sentences.
-        sentences: the sentences to show; falsy values are left out, so a branch is `ratio > 1.5 and f"..."`.
+        sentences: the sentences to show; falsy values are left out, so a branch is `ratio > 1.5 and f"..."`. A sentence
+            with an undefined or infinite number is left out too.
+        any_preset: True if the sentences are the same at every preset, and are said at smoke too.
         Raises InputError if no sentence is left, and for a sentence that is no text.
         """
         check_name(name)
@@ -293,7 +299,9 @@ class Lab:
             raise InputError(
                 f"Nothing is said about {name!r} by {sentences!r}; give a sentence for each way it can come out."
             )
-        self._sentences[name] = texts
+        if not (self._judges or any_preset):
+            return
+        self._sentences[name] = texts = show.defined(texts)
         rule = "border-left:3px solid #8888;padding:2px 0 2px 12px;margin:6px 0"
         paragraph = escape(" ".join(texts))
         show.emit("\n".join(texts), f'<p style="{rule}">{paragraph}</p>')
@@ -352,7 +360,7 @@ class Lab:
         point: Mapping[str, Any] | None,
         *,
         goals: "challenge.Goals",
-        references: show.Rows,
+        references: Rows,
         label: str = "recipe",
     ) -> None:
         """Show and record the learner's plan on the plane of a goal, beside reference points.
@@ -368,13 +376,24 @@ class Lab:
 
         check_name(name)
         record, points, state = challenge.judge(name, goal, point, goals=goals, references=references, label=label)
+        if not self._judges:
+            record, state = record.model_copy(update={"point": None, "reached": None}), SMOKE
         self._challenges[name] = record  # before the figure, which may fail
         challenge.show_plane(record, goals, points, label, state)
 
     # figures, tables, other machines ------------------------------------------------------------------------------
 
-    table = staticmethod(show.table)
-    show = staticmethod(show.figure)
+    def show(self, fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: bool = False) -> None:
+        """Show a matplotlib figure as labkit.show.figure does, at smoke without a word about the results."""
+        instead = "" if self._judges else SMOKE
+        show.figure(fig, alt=alt, table=table, caption=caption, simulated=simulated, instead=instead)
+
+    def table(self, rows: Rows, *, caption: str = "", simulated: bool = False, any_preset: bool = False) -> None:
+        """Show rows as labkit.show.table does, at smoke without the caption.
+
+        any_preset: True if the caption is the same at every preset, and is shown at smoke too.
+        """
+        show.table(rows, caption=caption if self._judges or any_preset else "", simulated=simulated)
 
     def recorded(self, name: str) -> list[dict[str, Any]]:
         """Return the results called `name` of the lesson's reference runs: a dict for each machine.
@@ -385,14 +404,18 @@ class Lab:
         return reference_runs.results(self.lesson, name)
 
     def beside(self, name: str) -> None:
-        """Show the run's number beside the recorded numbers; a device without any is "not recorded yet".
+        """Show the run's number beside the recorded numbers, at smoke the recorded alone.
+
+        A device without any number is "not recorded yet".
 
         Raises InputError if the run has no number called `name`.
         """
         value = self._results.number(name)
         origin = {"machine": self.machine.label, "device": self.device.type, "preset": self.preset}
         rows = reference_runs.beside(origin | value.model_dump(), self.recorded(name))
-        self.table(rows, caption=name, simulated=value.simulated)
+        if not self._judges:
+            del rows[0]  # of this run
+        show.table(rows, caption=name, simulated=value.simulated)
 
     # the end ------------------------------------------------------------------------------------------------------
 
@@ -451,11 +474,12 @@ def _show_card(lab: Lab) -> None:
     budget = f"{lab.budget.seconds} s"
     if lab.budget.memory:
         budget += f", {show.quantity(lab.budget.memory, 'B')}"
+    preset = lab.preset if lab.preset != "smoke" else f"smoke ({SMOKE})"
     facts = {
         "device": f"{lab.device}: {here.label}",
         "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
         "software": f"Python {here.python}, torch {here.torch}",
-        "preset": f"{lab.preset}, within {budget}; seed {lab.seed}",
+        "preset": f"{preset}, within {budget}; seed {lab.seed}",
         "recorded": "; ".join(reference_runs.durations(lab.lesson)) or "no earlier run",
     }
     show.facts(f"Lesson {lab.lesson}: {lab.title}", facts)

@@ -4,24 +4,28 @@ from html import escape
 
 from labkit import show
 from labkit.lesson import challenge
-from labkit.lesson.predictions import NONE, calibration, off_by
+from labkit.lesson.calibration import NONE, calibration, off_by
+from labkit.lesson.parameters import SMOKE
 from labkit.lesson.records import Challenge, CheckedExercise, Prediction, RunRecord
 
 USED = {"learner": "yours", "worked": "the worked answer", None: NONE}
+NOT_JUDGED = "not judged at smoke"
 REACHED = {True: "reached", False: "not reached yet", None: "no plan yet"}
 
 
 def summary(record: RunRecord) -> tuple[str, str]:
     """Return a run's summary as text and as HTML."""
+    judges = record.preset != "smoke"
     tables = {
-        "Predicted and measured": [_prediction_row(guess) for guess in record.predictions],
+        "Predicted and measured": [_prediction_row(guess, judges) for guess in record.predictions],
         "Exercises": [_exercise_row(check) for check in record.checks],
-        "Challenge": [_challenge_row(task) for task in record.challenges],
+        "Challenge": [_challenge_row(task, judges) for task in record.challenges],
     }
     tables = {title: rows for title, rows in tables.items() if rows}
     heading = f"Lesson {record.lesson} finished"
     cost = _cost(record)
-    last = " ".join(filter(None, [calibration(record.predictions), _stored(record)]))
+    about_all = calibration(record.predictions) if judges else f"{SMOKE.capitalize()}."
+    last = " ".join(filter(None, [about_all, _stored(record)]))
 
     text = [f"{heading}: {cost}"]
     text += [f"{title}\n{show.text_table(rows)}" for title, rows in tables.items()]
@@ -32,8 +36,8 @@ def summary(record: RunRecord) -> tuple[str, str]:
     return "\n\n".join(text), "".join(html)
 
 
-def _prediction_row(guess: Prediction) -> dict[str, str]:
-    predicted, measured = "no prediction", "not measured"
+def _prediction_row(guess: Prediction, judges: bool) -> dict[str, str]:
+    predicted, measured = "no prediction", "not measured" if judges else NOT_JUDGED
     if guess.predicted is not None:
         predicted = show.quantity(guess.predicted, guess.unit)
     if guess.measured is not None:
@@ -52,8 +56,9 @@ def _exercise_row(check: CheckedExercise) -> dict[str, str]:
     return {"exercise": check.id, "result": result, "used below": USED[check.used]}
 
 
-def _challenge_row(task: Challenge) -> dict[str, str]:
-    return {"challenge": task.name, "asked for": challenge.asked(task.goals), "result": REACHED[task.reached]}
+def _challenge_row(task: Challenge, judges: bool) -> dict[str, str]:
+    result = REACHED[task.reached] if judges else NOT_JUDGED
+    return {"challenge": task.name, "asked for": challenge.asked(task.goals), "result": result}
 
 
 def _cost(record: RunRecord) -> str:

@@ -1,6 +1,5 @@
 """Timings on a page: a line each, or many collected into a folded table."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ class Timings:
         cells = {
             "name": name,
             "time": show.quantity(timing.median_s, "s"),
-            "95 % interval": _interval(timing.ci95_s, "s"),
+            "95 % interval": show.interval(timing.ci95_s, "s"),
         }
         self.add(TimingRow(str(timing), cells, _roof_shares(timing), "; ".join(timing.warnings)))
 
@@ -46,7 +45,7 @@ class Timings:
             "baseline": _side("baseline", baseline),
             "candidate": _side("candidate", candidate),
             "ratio": show.quantity(comparison.speedup, "x"),
-            "95 % interval": _interval(comparison.ci95, "x"),
+            "95 % interval": show.interval(comparison.ci95, "x"),
             "verdict": comparison.verdict,
         }
         line = str(comparison) if self._collected is None else f"{name}: {comparison}"
@@ -99,9 +98,3 @@ def _side(role: str, timing: Measurement) -> str:
 def _roof_shares(*sides: Measurement) -> str:
     shares = [side.roof_share for side in sides if side.roof_share is not None]
     return " and ".join(f"{100 * share:.3g} %" for share in shares)
-
-
-def _interval(ci95: tuple[float, float], unit: str) -> str:
-    if not all(math.isfinite(end) for end in ci95):
-        return "too few samples"
-    return show.interval(ci95, unit)

@@ -13,9 +13,11 @@ import psutil
 import pytest
 from click.testing import Result
 from commands import labkit, wait_until
+from run_records import RECORD
 
-from course import notebooks, run
+from course import cli, notebooks, run
 from labkit.data import fetch
+from labkit.lesson import records
 
 
 def reported(result: Result) -> Path:
@@ -53,7 +55,8 @@ def test_all_lessons_run_although_one_fails(empty_course: Path, write_lesson: Ca
     result = labkit("run", "--out", empty_course / "it's a tür")
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
-    assert [line.split()[:2] for line in lines[-3:-1]] == [["failed", "01_bad"], ["done", "02_good"]]
+    assert [line.split()[:2] for line in lines[-4:-2]] == [["failed", "01_bad"], ["done", "02_good"]]
+    assert lines[-2].startswith("note    smoke tries the code; run class to see.")
     assert "01_bad stopped: ZeroDivisionError in cell 4 (Its work): division by zero" in result.stderr
     assert "Traceback" not in result.stderr
     assert "ZeroDivisionError" in reported(result).read_text()
@@ -77,6 +80,30 @@ def test_one_lesson_runs_at_class_and_all_at_smoke_unless_told_otherwise(
     write_lesson(empty_course / "notebooks", "1")
     assert labkit("run", *options, "-p", "RATIO", "0.25").exit_code == 9
     assert asked == [{"PRESET": preset, "RATIO": "0.25"}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "recorded", "note"),
+    [
+        ("smoke", False, "note    smoke tries the code; run class to see."),
+        (
+            "smoke",
+            True,
+            "note    smoke tries the code; run class to see. The report shows the recorded results instead, of 01.",
+        ),
+        ("class", True, None),
+    ],
+)
+def test_a_run_at_smoke_says_in_a_line_what_it_is(
+    empty_course: Path, write_lesson, monkeypatch, tmp_path, preset: str, recorded: bool, note: str | None
+):
+    monkeypatch.setattr(cli.files, "RECORDED", tmp_path / "recorded")
+    if recorded:
+        records.write(RECORD, tmp_path / "recorded" / "a machine" / "01.json")
+    write_lesson(empty_course / "notebooks", "1")
+    lines = labkit("run", "1", "--preset", preset, "--out", empty_course / "runs").stdout.splitlines()
+    assert [line for line in lines if line.startswith("note")] == ([note] if note else [])
 
 
 @pytest.mark.slow

@@ -79,13 +79,13 @@ def test_page_holds_what_was_measured(runs: Path):
 def test_an_interval_without_an_end_is_said_in_words(runs: Path):
     few = {"kind": "measurement", "name": "slow", "value": 0.5, "unit": "s", "ci95": [0.0, math.inf]}
     records.write(changed(measurements=[few]), runs / "01_small" / "smoke-00000000" / "record.json")
-    assert "500 ms (too few samples for an interval)" in page(runs).words
+    assert "500 ms (no interval)" in page(runs).words
 
 
 def test_calibration_is_over_all_lessons(runs: Path):
     other = changed(lesson="02", predictions=[{**dict(RECORD.predictions[0]), "predicted": 40.0}])
     records.write(other, runs / "02_other" / "record.json")
-    assert "half were off by a factor of 3 or less" in page(runs).words
+    assert "Half of all were off by a factor of 3 or less" in page(runs).words
 
 
 def test_a_question_without_a_prediction_is_counted_and_not_scored(runs: Path):
@@ -116,7 +116,7 @@ def test_a_challenge_without_any_plan_says_so(runs: Path):
     task = {"name": "MiniLM", "goal": "Faster.", "goals": goals, "reached": None, "point": None}
     records.write(changed(challenges=[task]), runs / "01_small" / "smoke-00000000" / "record.json")
     words = page(runs).words
-    assert "0 of 1 runs reached it." in words and "Reached by: none yet." in words and "no plan yet" in words
+    assert "The run has not reached it." in words and "Reached by: none yet." in words and "no plan yet" in words
 
 
 def test_the_page_needs_nothing_from_outside(runs: Path):
@@ -143,7 +143,26 @@ def test_a_recorded_machine_stands_beside_this_one(runs: Path):
     other = {**MACHINE, "slug": "other", "label": "Other GPU"}
     records.write(changed(machine=other, preset="full"), files.RECORDED / "other" / "01.json")
     words = page(runs).words
-    assert "Other GPUrecorded, full" in words and "Test CPU, 2 coresyour run, smoke" in words
+    assert "Other GPUrecorded, full" in words and "Test CPU, 2 coresyour run, class" in words
+
+
+def test_a_run_at_smoke_is_not_judged_and_the_recorded_results_are_shown_instead(runs: Path):
+    goals = {"time": (None, 0.6, "x"), "accuracy": (84.0, None, "%")}
+    point = {"time": 0.5, "accuracy": 85.0}
+    task = {"name": "MiniLM", "goal": "Faster.", "goals": goals, "reached": True, "point": point}
+    smoke = {"preset": "smoke", "challenges": [task]}
+    records.write(changed(**smoke), runs / "01_small" / "smoke-00000000" / "record.json")
+    alone = page(runs).words
+    assert "Smoke tries the code; run class to see. No results are recorded for this lesson." in alone
+    assert not any(words in alone for words in ("1.50x", "2.00x too high", "Where is the ridge?", "reached it"))
+    assert "not judged" not in alone and "not yetzero bytes" in alone  # exercises are of code
+
+    other = {**MACHINE, "slug": "other", "label": "Other CPU"}
+    values = [{**RECORD.measurements[0].model_dump(), "value": 1.7, "ci95": (1.65, 1.75)}]
+    records.write(changed(machine=other, measurements=values), files.RECORDED / "other" / "01.json")
+    beside = page(runs).words
+    assert "Smoke tries the code; run class to see. The recorded results are shown instead." in beside
+    assert "1.70x" in beside and "1.50x" not in beside
 
 
 def test_lessons_that_were_not_run_here_have_no_section(runs: Path):
@@ -165,9 +184,9 @@ def test_the_run_with_the_lessons_own_parameters_stands_beside_the_recorded(runs
     run = {"lesson": "01_small", "created": "2026-01-01", "status": "done", "parameters": {"RATIO": 0.7}}
     (folder / "run.json").write_text(json.dumps(run))
     words = page(runs).words
-    assert "your run, smoke" in words and "your run, smoke, RATIO 0.7" not in words
+    assert "your run, class" in words and "your run, class, RATIO 0.7" not in words
     shutil.rmtree(runs / "01_small" / "smoke-00000000")
-    assert "your run, smoke, RATIO 0.7" in page(runs).words
+    assert "your run, class, RATIO 0.7" in page(runs).words
 
 
 def failed(folder: Path, lesson: str, second: int = 0, **more: object) -> None:
@@ -275,7 +294,7 @@ def test_combinations_have_mean_and_interval_over_seeds_and_the_best_is_marked()
     parameters = [{"SEED": seed, "RATIO": ratio} for ratio in accuracy for seed in range(3)]
     values = [value("accuracy", number, "%", "quality") for number in itertools.chain(*accuracy.values())]
     text = shown(swept(*zip(parameters, values, strict=True)))
-    assert "6 runs at smoke on Test CPU, 2 cores: RATIO 0.3, 0.5." in text
+    assert "6 runs at class on Test CPU, 2 cores: RATIO 0.3, 0.5." in text
     assert "Seeds 0, 1, 2: means with 95 % intervals over them." in text
     assert "0.3 3 91 % (88.5 % to 93.5 %) best" in text and "0.5 3 81 % (78.5 % to 83.5 %)" in text
     assert text.count(" best ") - text.count("the best is") == 1

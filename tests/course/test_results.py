@@ -42,7 +42,7 @@ def test_columns_say_whose_the_values_are():
         "name", "key", "value", "low", "high", "unit", "role", "text", "simulated", "clock",
     ]  # fmt: skip
     run = ["lesson", "preset", "machine", "device", "seed", "p.RATIO", "p.CRITERION"]
-    assert set(map(tuple, frame[run].values)) == {("03", "smoke", "test-cpu-2c", "cpu", 4, 0.5, "l1")}
+    assert set(map(tuple, frame[run].values)) == {("03", "class", "test-cpu-2c", "cpu", 4, 0.5, "l1")}
 
 
 def test_a_single_value_is_one_row_with_its_meaning():

@@ -105,7 +105,7 @@ def test_every_lesson_s_recorded_tables_have_figures(lesson: str):
 def test_a_figure_has_alt_text_and_its_numbers():
     worse = CUT | {"cut": "bad", "MACs left": 0.6, "accuracy": 50.0, "low": 45.0, "high": 55.0}
     picture = tradeoffs.figure(trade_offs(run(WHOLE, CUT, worse))[0])
-    assert picture["alt"].startswith("accuracy (%) against MACs left for 3 points of “cuts”. yours, smoke: the Pareto")
+    assert picture["alt"].startswith("accuracy (%) against MACs left for 3 points of “cuts”. yours, class: the Pareto")
     assert "the Pareto front joins 2 of them: 90 % at 0.500 to 93 % at 1." in picture["alt"]
     assert picture["table"].count("<tr>") == 4 and picture["table"].count(">yes<") == 2
     assert "88 to 92" in picture["table"] and len(picture["png"]) > 1000
@@ -116,7 +116,7 @@ def test_machines_and_presets_have_fronts_of_their_own():
     gpu = changed(run(CUT, WHOLE), machine={"slug": "gpu", "label": "A GPU, big"}, preset="full")
     (shown,) = tradeoffs.trade_offs([RunColumn(run(CUT, WHOLE), True), RunColumn(gpu, False)])
     alt = tradeoffs.figure(shown)["alt"]
-    assert "yours, smoke, Test CPU, 2 cores: the Pareto front joins 2" in alt and "recorded, full, A GPU, big:" in alt
+    assert "yours, class, Test CPU, 2 cores: the Pareto front joins 2" in alt and "recorded, full, A GPU, big:" in alt
     assert shown.points["front"].sum() == 4
 
 
@@ -124,7 +124,7 @@ def test_a_run_with_other_parameters_than_the_recorded_one_shares_no_front_with_
     recorded = changed(run(CUT, WHOLE), preset="class")
     (shown,) = tradeoffs.trade_offs([RunColumn(run(CUT, WHOLE), True, "RATIO 0.7"), RunColumn(recorded, False)])
     alt = tradeoffs.figure(shown)["alt"]
-    assert "yours, smoke, RATIO 0.7: the Pareto front joins 2" in alt and "recorded, class: the Pareto" in alt
+    assert "yours, class, RATIO 0.7: the Pareto front joins 2" in alt and "recorded, class: the Pareto" in alt
 
 
 def grid(accuracy: dict[str, float], *rows: dict) -> list[RunRecord]:

@@ -112,11 +112,11 @@ def test_a_file_that_is_missing_or_no_toml_is_said(tmp_path):
 def test_too_few_samples_settle_nothing_and_what_never_pays_contradicts():
     speed, paid, open_ends = claims.entry("12.1"), claims.entry("12.2"), (0.0, math.inf)
     assert claims.verdict(speed, 5.0, open_ends) == "inconclusive"
-    assert claims.measured(speed, 5.0, open_ends) == "5.00x (too few samples for an interval)"
+    assert claims.measured(speed, 5.0, open_ends) == "5.00x (no interval)"
     assert claims.measured(speed, None, None) == "it was not measured on a CPU"
     assert claims.verdict(paid, math.inf, (math.inf, math.inf)) == "contradicted"
     assert claims.verdict(paid, 343.0, (250.0, math.inf)) == "inconclusive"
-    assert claims.measured(paid, 343.0, (250.0, math.inf)) == "343 (250 to inf)"
+    assert claims.measured(paid, 343.0, (250.0, math.inf)) == "343 (at least 250)"
 
 
 def test_the_course_s_own_claims_load():
@@ -204,7 +204,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     recipe = entry(id='"3.3"', recipe=RECIPE, changed=CHANGED, **SAID)
     entries = [entry(**SAID), entry(id='"3.2"', needs='"gpu"', **SAID), recipe, entry(id='"3.4"')]
     (tmp_path / "claims.toml").write_text("".join(entries), encoding="utf-8")
-    return labkit.start("03", preset="smoke", device="cpu", results_dir=tmp_path / "runs")
+    return labkit.start("03", preset="class", device="cpu", results_dir=tmp_path / "runs")
 
 
 def test_a_claim_is_silent_and_kept_once(lab, capsys):

@@ -11,7 +11,7 @@ from refusals import Refusals, check_refusal, refused
 
 from labkit import files
 from labkit.errors import DataError
-from labkit.lesson import predictions, records
+from labkit.lesson import calibration, records
 from labkit.lesson.records import Column, RunRecord, cost, quality
 
 TABLE = records.table(
@@ -263,7 +263,7 @@ def test_a_record_of_one_process_spreads_over_one():
 
 
 def test_a_record_prints_on_one_line():
-    words = "RunRecord(lesson 01, smoke, Test CPU, 2 cores: 2 measurements, 1 claims, 1 checks)"
+    words = "RunRecord(lesson 01, class, Test CPU, 2 cores: 2 measurements, 1 claims, 1 checks)"
     assert str(RECORD) == repr(RECORD) == words
 
 
@@ -280,29 +280,41 @@ def guess(predicted: object, measured: object, ci95: object = None) -> records.P
         (guess(10, 30), "3.00x too low"),
         (guess(7, 7), "right within 5 %"),
         (guess(7, None), "–"),
-        (guess(0, 3), "–"),
+        (guess(7, math.nan), "–"),
+        (guess(0, 3), "3 too low"),  # a difference, where there is no factor
+        (guess(1.5, 0), "1.50 too high"),
+        (guess(0, 0), "right within 5 %"),
+        (guess(1.5, 0, (-0.5, 0.5)), "above the interval: 1.50 too high"),
+        (guess(0, 0, (0, 0)), "inside the 95 % interval"),
         (guess(None, 3, (2, 4)), "–"),
         (guess(2, 3, (2, 4)), "inside the 95 % interval"),
         (guess(0, 0.1, (-1, 1)), "inside the 95 % interval"),
         (guess(6, 3, (2, 4)), "above the interval: 2.00x too high"),
-        (guess(2.99, 3, (2.995, 3.005)), "below the interval: 1.00x too low"),
-        (guess(6, 3, (0, math.inf)), "2.00x too high"),
+        (guess(2.99, 3, (2.995, 3.005)), "below the interval: 1.003x too low"),
+        (guess(6, 3, (0, math.inf)), "not to be judged: no interval"),
+        (guess(6, 3, (-math.inf, math.inf)), "not to be judged: no interval"),
+        (guess(100, math.inf, (120, math.inf)), "below the interval: ∞ too low"),
     ],
 )
 def test_a_prediction_is_held_against_the_interval(prediction: records.Prediction, words: str):
-    assert predictions.off_by(prediction) == words
+    assert calibration.off_by(prediction) == words
 
 
 @pytest.mark.parametrize(
     ("guesses", "words"),
     [
-        ([guess(10, 20), guess(1, None), guess(0, 3), guess(None, 3)], ""),
+        ([guess(10, 20), guess(1, None), guess(None, 3)], ""),
         (
             [guess(9, 3), guess(1, 5), guess(2, 2), guess(8, 2), guess(2.5, 2, (1, 3))],
-            "Of 5 predictions 1 lay inside the measured interval; half were off by a factor of 3 or less. "
-            "Too high: 2, too low: 1.",
+            "Of 5 predictions: 2 inside the measured interval or right, 2 too high, 1 too low. "
+            "Half of all were off by a factor of 3 or less.",
+        ),
+        (  # a measured zero, and an interval that excludes nothing, are counted too
+            [guess(0, 0, (0, 0)), guess(2, 0, (-1, 1)), guess(6, 3, (0, math.inf)), guess(1, 4, (3, 5))],
+            "Of 4 predictions: 1 inside the measured interval or right, 1 too high, 1 too low, 1 not to be judged. "
+            "Half of the 2 with a factor were off by a factor of 3 or less.",
         ),
     ],
 )
 def test_calibration(guesses: list, words: str):
-    assert predictions.calibration(guesses) == words
+    assert calibration.calibration(guesses) == words

@@ -71,6 +71,11 @@ def surroundings(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lab(tmp_path) -> Lab:
+    return labkit.start("01", preset="class", device="cpu", results_dir=tmp_path / "runs")
+
+
+@pytest.fixture
+def smoke(tmp_path) -> Lab:
     return labkit.start("01", preset="smoke", device="cpu", results_dir=tmp_path / "runs")
 
 
@@ -198,7 +203,7 @@ def test_the_card_names_machine_preset_and_budget(lab, capsys):
     session._show_card(lab)
     out = capsys.readouterr().out
     assert out.startswith("Lesson 01: The inference challenge")
-    assert all(part in out for part in (lab.machine.label, "smoke, within 90 s, 4 GB; seed 0", torch.__version__))
+    assert all(part in out for part in (lab.machine.label, "class, within 600 s; seed 0", torch.__version__))
 
 
 # predict, measure, record -------------------------------------------------------------------------------------------
@@ -657,6 +662,91 @@ def test_what_is_no_exercise_or_no_function_is_refused(lab, call):
     check_refusal("takes your function itself, not 3", lambda: getattr(lab, call)("01.1", 3))
 
 
+# at smoke, which tries the code ---------------------------------------------------------------------------------------
+
+
+def test_at_smoke_a_number_is_recorded_and_nothing_is_said_of_it(smoke, capsys):
+    capsys.readouterr()
+    smoke.record("perplexity", 3_452_722.0, ci95=(3e6, 4e6), role="cost")
+    smoke.say("perplexity", "Nearer weights, a worse model.")
+    smoke.table([{"method": "gptq", "perplexity": 3_452_722.0}], caption="GPTQ is the best of these")
+    assert capsys.readouterr().out == "method  perplexity\ngptq    3,452,722\n"
+    record = smoke.finish()
+    assert (record.sentences, record.named("perplexity").value) == ({}, 3_452_722.0)
+
+
+def test_what_is_the_same_at_every_preset_is_said_at_smoke_too(smoke, capsys):
+    capsys.readouterr()
+    smoke.say("coins", "A fair coin has two sides.", any_preset=True)
+    smoke.table([{"flips": 20}], caption="Flips of a fair coin", any_preset=True)
+    assert capsys.readouterr().out == "A fair coin has two sides.\nFlips of a fair coin\nflips\n20\n"
+    assert smoke.finish().sentences == {"coins": ["A fair coin has two sides."]}
+
+
+def test_what_is_wrong_with_a_sentence_shows_at_smoke(smoke):
+    with pytest.raises(InputError, match="Nothing is said about 'figure'"):
+        smoke.say("figure", False)
+
+
+def test_at_smoke_a_figure_is_described_by_its_axes_alone(smoke, capsys):
+    fig, ax = plt.subplots()
+    ax.set(xlabel="bits", ylabel="perplexity", title="")
+    capsys.readouterr()
+    alt = "Perplexity falls from 40 at 2 bits to 12 at 8."
+    smoke.show(fig, alt=alt, table=[{"bits": 2}], caption="8 bits are best")
+    words = capsys.readouterr().out
+    assert "smoke tries the code; run class to see. Drawn: perplexity against bits." in words
+    assert "falls" not in words and "best" not in words
+    with pytest.raises(InputError, match="no alt text"):
+        smoke.show(plt.figure(), alt="short", table=[{"bits": 2}])
+
+
+def test_at_smoke_no_prediction_claim_or_plan_is_judged(smoke, capsys):
+    smoke.predict("points lost", 1.5, "points")
+    smoke.record("points lost", 0.03, "points", ci95=(0.01, 0.05))
+    smoke.claim("1.1", 2.0, (1.9, 2.1))
+    smoke.challenge("needles", "Find them all.", {"time": 0.5, "accuracy": 100}, goals=GOALS, references=REFERENCES)
+    record = smoke.finish()
+    words = capsys.readouterr().out
+    assert "challenge needles: smoke tries the code; run class to see." in words
+    assert words.count("not judged at smoke") == 2 and "reached" not in words and "too high" not in words
+    assert "Smoke tries the code; run class to see. 1 result and 1 claim are in" in words
+    assert [guess.measured for guess in record.predictions] == [None]
+    assert [(claim.verdict, claim.value) for claim in record.claims] == [("not measurable here", None)]
+    assert [(task.point, task.reached) for task in record.challenges] == [(None, None)]
+
+
+def test_at_smoke_units_that_do_not_compare_are_refused_too(smoke):
+    smoke.predict("step", 3, "ms")
+    with pytest.raises(InputError, match="'step' was predicted in ms and measured in tokens/s"):
+        smoke.record("step", 3, "tokens/s")
+
+
+def test_at_smoke_the_recorded_numbers_stand_alone(smoke, capsys, tmp_path):
+    other = labkit.start("01", preset="class", device="cpu", results_dir=tmp_path / "runs")
+    other.record("step", 0.001, "s", ci95=(0.0009, 0.0011))
+    records.write(other.finish(), files.RECORDED / "cpu" / "01.json")
+    smoke.record("step", 0.002, "s")
+    capsys.readouterr()
+    smoke.beside("step")
+    words = capsys.readouterr().out
+    assert "1 ms" in words and "2 ms" not in words and "this run" not in words
+
+
+def test_the_card_says_what_smoke_is(smoke, lab, capsys):
+    capsys.readouterr()
+    session._show_card(smoke)
+    assert "smoke (smoke tries the code; run class to see), within 90 s" in capsys.readouterr().out
+    session._show_card(lab)
+    assert "tries the code" not in capsys.readouterr().out
+
+
+def test_a_sentence_with_an_undefined_number_is_not_said(lab, capsys):
+    capsys.readouterr()
+    lab.say("ratio", f"It is {math.nan:.2f} times as fast.", "It was timed twice.")
+    assert capsys.readouterr().out == "It was timed twice.\n"
+
+
 # finish -------------------------------------------------------------------------------------------------------------
 
 
@@ -676,7 +766,7 @@ def test_finish_writes_the_record_and_shows_what_came_of_it(lab, capsys, monkeyp
     assert lab._path.parts[-3:] == ("runs", "01", "record.json")
     assert "2.00x too high" in out and "not measured" in out and "no prediction" in out
     assert "1 result and 1 claim are in 01/record.json" in out and "twice as fast" not in out
-    assert "within the budget of preset smoke" in out
+    assert "within the budget of preset class" in out
     assert str(lab._path.parent) not in out
 
 
@@ -695,7 +785,7 @@ def test_the_record_holds_machine_parameters_and_cost(tmp_path):
 def test_a_run_over_its_budget_says_so(lab, capsys, monkeypatch):
     monkeypatch.setattr(lab, "budget", session.Budget(0.0, 4e9))
     assert lab.finish().budget["within"] is False
-    assert "OVER the budget of preset smoke" in capsys.readouterr().out
+    assert "OVER the budget of preset class" in capsys.readouterr().out
     monkeypatch.setattr(lab, "budget", session.Budget(90, 1e6))
     assert lab.finish().budget["within"] is False
 

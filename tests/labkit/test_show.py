@@ -72,8 +72,9 @@ def cells(text: str) -> list[str]:
         (0.4, "fraction", "0.400"),
         (93.21, "%", "93.2 %"),
         (None, "s", "–"),
-        ("inf", "s", "inf"),
-        (float("inf"), "s", "inf s"),
+        (float("inf"), "s", "∞"),
+        ("-inf", "x", "-∞"),  # as a record spells an infinite number
+        (float("nan"), "ms", "undefined"),
         (True, "", "True"),
     ],
 )
@@ -89,7 +90,8 @@ def test_quantity_reads_as_a_person_writes_it(value, unit, text):
         (1.234e-6, (0.0, float("inf")), "s", ("1.2 µs", "no interval")),
         (1234.5, (1234.4, 1234.6), "s", ("1234 s", "95% CI 1234, 1235")),
         (1.75, (1.6, 2.0), "x", ("1.8x", "95% CI 1.6, 2.0")),
-        (2.0, (2.0, 2.0), "x", ("2.000x", "95% CI 2.000, 2.000")),
+        (2.0, (2.0, 2.0), "x", ("2.000x", "95% CI 2.000 at both ends")),
+        (1.05, (1.04999, 1.05001), "x", ("1.05000x", "95% CI 1.04999, 1.05001")),  # ends that differ differ in print
     ],
 )
 def test_an_estimate_has_no_digit_that_its_interval_does_not_support(value, ci95, unit, texts):
