@@ -15,7 +15,7 @@ import pandas as pd
 from labkit import files, show
 from labkit.errors import DataError, InputError
 from labkit.lesson.parameters import PRESETS
-from labkit.lesson.records import Column, RecordedTable, RecordedValue, RunRecord, read
+from labkit.lesson.records import Column, RecordedTable, RecordedValue, RunRecord, Spread, read
 
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
 _RUN_COLUMNS = ("lesson", "preset", "machine", "device", "seed")
@@ -195,7 +195,8 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     lesson, preset, machine (slug), device, seed, then p.<NAME> for each further parameter of the lessons
     name       name of a single value, or "table: column"
     key        the row of the table, as "column=value; ..."; empty for single values
-    value      a number, in `unit`, with the 95 % interval low..high if recorded; NaN for a text
+    value      a number, in `unit`, with the interval low..high if recorded: of a timing that several processes took the
+               range over them, of any other number the 95 % interval; NaN for a text
     unit       unit of the value, such as "ms"
     role       "quality": more is better; "cost": less is better; "setting", "result": neutral
     text       the text, of a value with a text; the verdict, of a comparison
@@ -251,15 +252,22 @@ def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
         **_parameter_columns(record),
     }
     for entry in record.measurements:
-        of_entry = _rows_of_table(entry) if isinstance(entry, RecordedTable) else [_row_of_value(entry)]
+        if isinstance(entry, RecordedTable):
+            of_entry = _rows_of_table(entry)
+        else:
+            of_entry = [_row_of_value(entry, record.spread(entry.name))]
         for row in of_entry:
             yield run | row
     for row in _rows_of_run(record):
         yield run | row
 
 
-def _row_of_value(entry: RecordedValue) -> dict[str, Any]:
-    row = _row(entry.name, entry.value, entry.ci95, entry, simulated=entry.simulated)
+def _row_of_value(entry: RecordedValue, spread: Spread | None) -> dict[str, Any]:
+    """Make the row of a single value; `spread`, over several processes, is a better interval than that of a run."""
+    ci95 = entry.ci95
+    if spread is not None and spread.processes > 1 and entry.clock:
+        ci95 = (spread.smallest, spread.largest)
+    row = _row(entry.name, entry.value, ci95, entry, simulated=entry.simulated)
     if entry.verdict:
         row["text"] = entry.verdict
     return row

@@ -370,6 +370,11 @@ def interval(ci95: Sequence[float] | None, unit: str = "") -> str:
     return f"{quantity(low, unit)} to {quantity(high, unit)}"
 
 
+def covers(processes: int) -> str:
+    """Say what the interval of a timing covers: a number of processes, or for 0 the calls of this process alone."""
+    return f"over {processes} processes" if processes else "within this run"
+
+
 def counted(number: int, noun: str) -> str:
     """Print a number of things: '1 sample', '2 samples'."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

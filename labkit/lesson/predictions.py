@@ -57,7 +57,7 @@ class Predictions:
                 "use one unit for both."
             )
         prediction.measured = value.value * factor
-        prediction.ci95 = None
+        prediction.ci95, prediction.covers = None, value.covers
         if value.ci95 is not None:
             low, high = value.ci95
             prediction.ci95 = (low * factor, high * factor)
@@ -74,7 +74,7 @@ def off_by(guess: Prediction) -> str:
     """Say how far a prediction was off: "above the interval: 1.80x too high"; "–" if no factor can be given."""
     low, high = _finite_interval(guess)
     if guess.predicted is not None and low <= guess.predicted <= high:
-        return "inside the 95 % interval"
+        return "inside the interval"
     if not _has_factor(guess):
         return NONE
     side = ""

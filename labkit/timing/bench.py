@@ -1,7 +1,8 @@
-"""Time callables honestly: measure() a callable, compare() two, race() several, on a machine in use.
+"""Time callables honestly: measure() a callable, compare() two, race() several (race.py), on a machine in use.
 
 Calls are paired and interleaved in balanced random order, so that drift hits all sides alike; short calls are repeated,
-as in torch.utils.benchmark. No sample is dropped, and samples of different processes are never pooled. A callable that
+as in torch.utils.benchmark. No sample is dropped, and samples of different processes are never pooled. An interval
+holds within its run: another process settles at a speed of its own (processes.py compares in several). A callable that
 replays its last result looks like a fast callable: give `check`. Two callables that do the same work on data of their
 own differ by some per cent, because the place of the data in memory is part of the comparison: give `builds`.
 
@@ -14,7 +15,7 @@ own differ by some per cent, because the place of the data in memory is part of 
 ...     return x @ weight
 >>> result = bench.compare(two_products, one_product, names=("two products", "one product"), budget_s=0.5)
 >>> print(result)  # doctest: +SKIP
-two products 7.46 ms -> one product 3.73 ms: 2.00x [95% CI 1.99, 2.01; 20 blocks of 2 pairs, wall time, ...] faster
+two products 7.46 ms -> one product 3.73 ms: 2.00x [95% CI 1.99, 2.01 within this run; 20 blocks ...] faster
 >>> result.speedup > 1
 True
 """
@@ -22,7 +23,6 @@ True
 import contextlib
 import gc
 import itertools
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from labkit import names_on_demand
 from labkit.errors import InputError, check_choice, check_whole
 from labkit.timing import clocks, interference, stats
 from labkit.timing.clocks import Call, Clock
@@ -38,7 +39,6 @@ from labkit.timing.interference import Snapshot
 from labkit.timing.results import (
     Comparison,
     Measurement,
-    Race,
     Verdict,
     measurement,
     pair_warnings,
@@ -52,7 +52,6 @@ from labkit.timing.rounds import (
     PreciseMedian,
     PreciseRatio,
     Samples,
-    SpentBudget,
     Turn,
     take_turns,
 )
@@ -64,20 +63,18 @@ __all__ = [
     "SAMPLES",
     "Comparison",
     "Measurement",
-    "Race",
     "Verdict",
     "compare",
     "measure",
-    "race",
 ]
 
 CACHES = ("hot", "cold")
 PAIRS_PER_BLOCK = (6, 4, 2)  # on a CPU, the most that the budget allows, otherwise 1
 SPARE = 1.25  # of the time for BLOCKS blocks
-SAMPLES_PER_ROUND = 3  # of each callable in a race, of which the least counts
-SETTLE_S = 0.01  # untimed after a switch in a race: the workers of the callable before spin on for milliseconds
 
 InjectedClock = Callable[[Call, int], float]  # (fn, number) -> seconds
+
+__getattr__ = names_on_demand(__name__, dict.fromkeys(("Race", "race"), "labkit.timing.race"))
 
 
 # --- one callable -----------------------------------------------------------------------------------------------------
@@ -107,13 +104,13 @@ def measure(
     Raises InputError for unusable arguments and for work that is unfinished when `fn` returns. Errors of `fn` pass
     through.
     """
-    _check_calls({"fn": fn})
-    _check_conditions(budget_s, cache, clock)
+    check_calls({"fn": fn})
+    check_conditions(budget_s, cache, clock)
     name = name or getattr(fn, "__name__", type(fn).__name__)
     target = None if device is None else torch_device(device)
-    with _garbage_collector_off(clock):
+    with garbage_collector_off(clock):
         output = clocks.first_call(fn)
-        chosen_clock = _clock(target or clocks.device_of(output), cache, clock)
+        chosen_clock = clock_for(target or clocks.device_of(output), cache, clock)
         del output
         (fastest_s,) = clocks.warm_up(chosen_clock, [fn], budget_s)
         number = clocks.repeats(chosen_clock, fn, fastest_s)
@@ -159,8 +156,8 @@ def compare(
     Raises InputError for unusable arguments and for work that is unfinished when a call returns. Errors of the
     callables pass through.
     """
-    _check_calls({"baseline": baseline, "candidate": candidate})
-    _check_conditions(budget_s, cache, clock)
+    check_calls({"baseline": baseline, "candidate": candidate})
+    check_conditions(budget_s, cache, clock)
     _check_comparison(names, check, builds, seed)
     target = None if device is None else torch_device(device)
     pairs = _Pairs(
@@ -168,10 +165,10 @@ def compare(
         check=check,
         budget_s=budget_s / (builds or 1),
         least_s=LEAST_S / (builds or 1),
-        choose_clock=lambda output: _clock(target or clocks.device_of(output), cache, clock),
+        choose_clock=lambda output: clock_for(target or clocks.device_of(output), cache, clock),
         rng=random.Random(seed),
     )
-    with _garbage_collector_off(clock):
+    with garbage_collector_off(clock):
         if builds is None:
             pairs.time_build(baseline, candidate)
         else:
@@ -328,93 +325,10 @@ def _built(
         gc.collect(1)  # frees objects of the build that refer to each other in circles
 
 
-# --- several callables ------------------------------------------------------------------------------------------------
-
-
-def race(
-    calls: dict[str, Callable[[], Any]],
-    *,
-    device: str | torch.device | None = None,
-    budget_s: float = 10.0,
-    clock: InjectedClock | None = None,
-    seed: int = 0,
-) -> Race:
-    """Time several callables without arguments in rounds, so that any two can be compared although the machine drifts.
-
-    In each round every callable has a block of three samples, in random order. Before its block a callable runs untimed
-    for a hundredth of a second: libraries let their threads spin for milliseconds after a call, on cores that the next
-    callable needs.
-
-    calls: name -> callable; two callables at least.
-    device, clock: as in `measure`, with hot caches.
-    budget_s: seconds for all callables; the race ends with the round that spends the budget.
-    seed: seed of the order in each round.
-    Raises InputError for unusable arguments. Errors of the callables pass through.
-    """
-    if not isinstance(calls, Mapping):
-        raise InputError(f"calls is a {type(calls).__name__}, but it must be a dict from names to functions.")
-    check_whole(seed, "seed", 0)
-    _check_calls(calls)
-    _check_conditions(budget_s, "hot", clock)
-    if len(calls) < 2:
-        raise InputError(f"a race takes two callables or more, got {len(calls)}: measure() times one.")
-    target = None if device is None else torch_device(device)
-    with _garbage_collector_off(clock):
-        outputs = [clocks.first_call(call) for call in calls.values()]
-        chosen_clock = _clock(target or clocks.device_of(outputs[0]), "hot", clock)
-        del outputs
-        fastest_s = clocks.warm_up(chosen_clock, list(calls.values()), budget_s)
-        blocks = {}
-        for (name, call), seconds in zip(calls.items(), fastest_s, strict=True):
-            blocks[name] = _block(chosen_clock, name, call, seconds)
-        rule = SpentBudget(chosen_clock, budget_s)
-        rounds = _ShuffledRounds(blocks, random.Random(seed))
-        samples = take_turns(chosen_clock, calls, rounds, rule)
-    sides = {}
-    for name, of_side in samples.items():
-        sides[name] = measurement(name, chosen_clock, of_side, blocks[name][0].number, by_cpu=False)
-    return Race(
-        sides=sides,
-        orders=tuple(rounds.orders),
-        per_block=SAMPLES_PER_ROUND,
-        foreign_cores=interference.foreign_load(chosen_clock, rule.snapshots),
-        warnings=interference.warnings(chosen_clock, rule.snapshots, False, list(samples.values())),
-    )
-
-
-def _block(clock: Clock, name: str, call: Call, fastest_s: float) -> list[Turn]:
-    """Plan the turns of a callable in a round of a race: untimed calls for SETTLE_S, then the samples."""
-    settling_calls = max(1, math.ceil(SETTLE_S / fastest_s))
-    clock.block(call, settling_calls)
-    number = clocks.repeats(clock, call, fastest_s)
-    first = Turn(name, number, untimed=settling_calls)
-    return [first] + [Turn(name, number)] * (SAMPLES_PER_ROUND - 1)
-
-
-class _ShuffledRounds:
-    """Rounds without end, each with the blocks of all callables in random order.
-
-    blocks: {name of a callable: turns of its block}.
-    rng: draws the order of each round.
-    `orders` lists the orders so far, each a tuple of names.
-    """
-
-    def __init__(self, blocks: Mapping[str, list[Turn]], rng: random.Random) -> None:
-        self.blocks = blocks
-        self.rng = rng
-        self.orders: list[tuple[str, ...]] = []
-
-    def __iter__(self) -> Iterator[list[Turn]]:
-        while True:
-            order = self.rng.sample(list(self.blocks), len(self.blocks))
-            self.orders.append(tuple(order))
-            yield list(itertools.chain.from_iterable(self.blocks[name] for name in order))
-
-
 # --- conditions of a measurement --------------------------------------------------------------------------------------
 
 
-def _clock(device: torch.device | None, cache: str, injected: InjectedClock | None) -> Clock:
+def clock_for(device: torch.device | None, cache: str, injected: InjectedClock | None) -> Clock:
     device = device or torch.device("cpu")
     evict = None
     if cache == "cold" and device.type != "cuda":
@@ -423,7 +337,7 @@ def _clock(device: torch.device | None, cache: str, injected: InjectedClock | No
 
 
 @contextlib.contextmanager
-def _garbage_collector_off(injected: InjectedClock | None) -> Iterator[None]:
+def garbage_collector_off(injected: InjectedClock | None) -> Iterator[None]:
     """Collect garbage now, then keep the collector out of timed calls; with an injected clock, do nothing."""
     if injected is not None:
         yield
@@ -438,7 +352,7 @@ def _garbage_collector_off(injected: InjectedClock | None) -> Iterator[None]:
             gc.enable()
 
 
-def _check_calls(calls: Mapping[str, Any]) -> None:
+def check_calls(calls: Mapping[str, Any]) -> None:
     for name, call in calls.items():
         if not callable(call):
             raise InputError(
@@ -447,7 +361,7 @@ def _check_calls(calls: Mapping[str, Any]) -> None:
             )
 
 
-def _check_conditions(budget_s: float, cache: str, clock: object) -> None:
+def check_conditions(budget_s: float, cache: str, clock: object) -> None:
     clocks.check_budget(budget_s)
     check_choice(cache, CACHES, "cache")
     if clock is not None and not callable(clock):

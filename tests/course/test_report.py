@@ -94,7 +94,7 @@ def test_a_question_without_a_prediction_is_counted_and_not_scored(runs: Path):
     records.write(changed(predictions=[*asked, inside]), runs / "01_small" / "smoke-00000000" / "record.json")
     words = page(runs).words
     assert "1 question had no prediction." in words and "How far?" not in words
-    assert "inside the 95 % interval" in words
+    assert "inside the interval" in words
 
 
 def test_a_class_sees_the_points_of_all_on_the_plane_of_the_challenge(runs: Path):

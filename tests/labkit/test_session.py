@@ -514,7 +514,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     lab.beside("step")
     both = capsys.readouterr().out
     assert "Some GPU" in both and "900 µs to 1.10 ms" in both and "not recorded yet" not in both
-    assert "this run" in both and "95 % interval within the run, 1 process" in both
+    assert "this run" in both and "95 % interval within this run, 1 process" in both
 
     path = files.RECORDED / "some-gpu" / "01.json"
     three = [records.read(path).model_copy(update={"created": "2026-11-24T14:55:00+00:00"}) for _ in range(3)]
