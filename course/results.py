@@ -5,7 +5,7 @@ values was declared by the lesson (labkit.lesson.records). Result folders are ma
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +15,10 @@ import pandas as pd
 from labkit import files, show
 from labkit.errors import DataError, InputError
 from labkit.lesson.parameters import PRESETS
-from labkit.lesson.records import Column, RecordedTable, RecordedValue, RunRecord, Spread, read
+from labkit.lesson.records import Column, RecordedTable, RecordedValue, RunRecord, read
 
+# how a page explains its intervals
+RANGES = "A range in brackets is a 95 % interval. The range of a timing says if it is over processes or within a run."
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
 _RUN_COLUMNS = ("lesson", "preset", "machine", "device", "seed")
 _NUMBER_COLUMNS = ("value", "low", "high")
@@ -255,18 +257,26 @@ def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
         if isinstance(entry, RecordedTable):
             of_entry = _rows_of_table(entry)
         else:
-            of_entry = [_row_of_value(entry, record.spread(entry.name))]
+            of_entry = [_row_of_value(record, entry)]
         for row in of_entry:
             yield run | row
     for row in _rows_of_run(record):
         yield run | row
 
 
-def _row_of_value(entry: RecordedValue, spread: Spread | None) -> dict[str, Any]:
-    """Make the row of a single value; `spread`, over several processes, is a better interval than that of a run."""
-    ci95 = entry.ci95
-    if spread is not None and spread.processes > 1 and entry.clock:
-        ci95 = (spread.smallest, spread.largest)
+def interval_of(record: RunRecord, entry: RecordedValue) -> tuple[Sequence[float] | None, str]:
+    """Return the interval of a recorded number, and what it covers: of a timing in several processes their range.
+
+    An interval that says nothing ("") is a 95 % interval over images, texts or seeds.
+    """
+    spread = record.spread(entry.name)
+    if entry.clock and spread is not None and spread.processes > 1:
+        return (spread.smallest, spread.largest), show.covers(spread.processes)
+    return entry.ci95, entry.covers
+
+
+def _row_of_value(record: RunRecord, entry: RecordedValue) -> dict[str, Any]:
+    ci95, _ = interval_of(record, entry)
     row = _row(entry.name, entry.value, ci95, entry, simulated=entry.simulated)
     if entry.verdict:
         row["text"] = entry.verdict

@@ -8,6 +8,7 @@ import functools
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -18,15 +19,24 @@ from labkit.timing.race import Race
 from labkit.timing.results import Comparison, Measurement
 
 
-def with_range(name: str, timing: Measurement | Comparison | Race) -> Measurement | Comparison | Race:
+Timing = Measurement | Comparison | Race | dict[str, Any]
+
+
+def with_range(name: str, timing: Timing) -> Timing:
     """Return a timing with the range over processes for its interval; unchanged if a process lacks the number.
 
     name: name of the timing in the records. A comparison of a race is recorded as "<name of the call>, <name>".
+    timing: the timing of this process; a dict holds the fields of a number to record (records.RecordedValue).
     """
     if isinstance(timing, Race):
         return replace(timing, processes=tuple(_race(name, timing, record) for record in _others()))
     numbers = _numbers(name)
-    return timing.over_processes(numbers) if numbers else timing
+    if not numbers:
+        return timing
+    if isinstance(timing, dict):
+        numbers.append(timing["value"])
+        return timing | {"ci95": (min(numbers), max(numbers)), "processes": len(numbers)}
+    return timing.over_processes(numbers)
 
 
 def _numbers(name: str) -> list[float]:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson
     from labkit.timing.race import Race
     from labkit.timing.work import Work
 
-_Timing = TypeVar("_Timing")  # a Measurement, a Comparison or a Race
+_Timing = TypeVar("_Timing")  # a Measurement, a Comparison, a Race, or the fields of a recorded number
 
 LESSONS = {
     "00": "Measuring honestly",
@@ -281,9 +281,10 @@ class Lab:
         plain = single_value(name, value)
         if by or columns:
             raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
-        self._results.add_value(
+        fields = dict(
             kind="value", name=name, value=plain, unit=unit, ci95=ci95, role=role, clock=clock, simulated=simulated
         )
+        self._results.add_value(**(self._over_processes(name, fields) if clock else fields))
 
     # words --------------------------------------------------------------------------------------------------------
 

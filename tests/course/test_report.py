@@ -16,7 +16,7 @@ import pytest
 from run_records import MACHINE, RECORD, changed
 
 from course import report, report_sweeps
-from course.results import RunColumn
+from course.results import RunColumn, frame
 from labkit import files
 from labkit.errors import InputError
 from labkit.lesson import records
@@ -80,6 +80,25 @@ def test_an_interval_without_an_end_is_said_in_words(runs: Path):
     few = {"kind": "measurement", "name": "slow", "value": 0.5, "unit": "s", "ci95": [0.0, math.inf]}
     records.write(changed(measurements=[few]), runs / "01_small" / "smoke-00000000" / "record.json")
     assert "500 ms (too few samples for an interval)" in page(runs).words
+
+
+def test_the_interval_of_a_timing_says_whether_it_covers_processes_or_holds_within_its_run(runs: Path):
+    ratio = {"kind": "comparison", "name": "ratio", "value": 1.5, "unit": "x", "ci95": [1.4, 1.6], "clock": True}
+    share = {"kind": "value", "name": "accuracy", "value": 84, "unit": "%", "ci95": [82, 86]}
+    alone = changed(measurements=[ratio, share])
+    recorded = runs / "01_small" / "smoke-00000000" / "record.json"
+    records.write(alone, recorded)
+    assert "1.50x (1.40x to 1.60x within this run)" in page(runs).words
+    assert "84 % (82 % to 86 %)" in page(runs).words
+    processes = [alone.model_copy(update={"measurements": [entry]}) for entry in ratios(alone, 1.1, 2.3)]
+    records.write(records.together([*processes, alone]), recorded)
+    assert "1.50x (1.10x to 2.30x over 3 processes)" in page(runs).words
+    rows = frame([records.read(recorded)]).set_index("name")
+    assert rows.loc["ratio", ["low", "high"]].tolist() == [1.1, 2.3]
+
+
+def ratios(record: records.RunRecord, *values: float) -> list[records.RecordedValue]:
+    return [record.named("ratio").model_copy(update={"value": value}) for value in values]
 
 
 def test_calibration_is_over_all_lessons(runs: Path):

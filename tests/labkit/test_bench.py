@@ -360,7 +360,7 @@ def test_over_processes_the_interval_is_their_range_and_what_holds_within_the_ru
     assert "1.72x [0.99x to 1.81x over 5 processes; 95% CI 1.72, 1.73 within this run; 20 blocks" in str(over)
     side = here.baseline.over_processes([0.05, 0.04])
     assert side.ci95_s == (0.04, 0.05) and side.within_run_s == here.baseline.ci95_s
-    assert "[40.0 ms to 50.0 ms over 3 processes; 95% CI 41.1, 41.5 within this run; " in str(side)
+    assert "[40 ms to 50 ms over 3 processes; 95% CI 41.0, 41.6 within this run; " in str(side)
 
 
 def test_shares_of_the_roof_are_printed_and_written():
