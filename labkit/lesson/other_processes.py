@@ -18,7 +18,6 @@ from labkit.lesson.records import RecordedValue, RunRecord
 from labkit.timing.race import Race
 from labkit.timing.results import Comparison, Measurement
 
-
 Timing = Measurement | Comparison | Race | dict[str, Any]
 
 
