@@ -24,6 +24,7 @@ import contextlib
 import gc
 import itertools
 import random
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,7 @@ import torch
 
 from labkit import names_on_demand
 from labkit.errors import InputError, check_choice, check_whole
-from labkit.timing import clocks, interference, stats
+from labkit.timing import clocks, interference, stats, threads
 from labkit.timing.clocks import Call, Clock
 from labkit.timing.fingerprint import fingerprint, torch_device
 from labkit.timing.interference import Snapshot
@@ -117,9 +118,10 @@ def measure(
         rule = PreciseMedian(chosen_clock, budget_s)
         rounds = itertools.repeat([Turn(name, number)])
         samples = take_turns(chosen_clock, {name: fn}, rounds, rule)[name]
-    result = measurement(name, chosen_clock, samples, number, rule.by_cpu)
+        result = measurement(name, chosen_clock, samples, number, rule.by_cpu)
+        of_threads = threads.warnings(chosen_clock, fn, result.median_s, budget_s)
     warnings = interference.warnings(chosen_clock, rule.snapshots, rule.by_cpu, [samples])
-    return replace(result, warnings=warnings + sample_warnings(result.samples_s) + result.warnings)
+    return replace(result, warnings=warnings + sample_warnings(result.samples_s) + result.warnings + of_threads)
 
 
 # --- two callables ----------------------------------------------------------------------------------------------------
@@ -207,6 +209,7 @@ class _Pairs:
         self.clock: Clock | None = None
         self.numbers: dict[str, int] = {}  # calls in a sample
         self.per_block = 1  # pairs in a block
+        self.of_threads: dict[str, tuple[str, ...]] = {}  # warnings by side
         # of all builds
         self.samples: Samples = {name: [] for name in names}
         self.baseline_first: list[bool] = []  # the order of each pair
@@ -230,6 +233,9 @@ class _Pairs:
             self._checked_outputs(calls)  # timing must not have changed the results
         for name, of_side in samples.items():
             self.samples[name] += of_side
+            if not pairs_before:
+                median_s = statistics.median(sample.seconds for sample in of_side)
+                self.of_threads[name] = threads.warnings(self.clock, calls[name], median_s, self.budget_s)
         self.snapshots += rule.snapshots
         self.pairs_per_build.append(len(self.baseline_first) - pairs_before)
 
@@ -237,9 +243,11 @@ class _Pairs:
         """Make the result from the samples of all builds."""
         sides = list(self.samples.values())
         by_cpu = interference.cpu_time_is_better(self.clock, self.snapshots, sides)
-        baseline, candidate = (
-            measurement(name, self.clock, samples, self.numbers[name], by_cpu) for name, samples in self.samples.items()
-        )
+        both = []
+        for name, samples in self.samples.items():
+            side = measurement(name, self.clock, samples, self.numbers[name], by_cpu)
+            both.append(replace(side, warnings=side.warnings + self.of_threads[name]))
+        baseline, candidate = both
         warnings = interference.warnings(self.clock, self.snapshots, by_cpu, sides)
         if not over_builds:
             warnings += pair_warnings(baseline, candidate, self.per_block)

@@ -47,12 +47,19 @@ def compare_in_processes(
     Raises InputError for a side that another process cannot import, and for a process that ends with an error.
     """
     check_whole(processes, "processes", LEAST)
-    sides = _importable("baseline", baseline), _importable("candidate", candidate)
-    job = _pickled(sides, options)
-    comparisons = [_in_fresh_process(job, number) for number in range(1, processes + 1)]
+    comparisons = each_process(baseline, candidate, processes=processes, **options)
     ascending = sorted(comparisons, key=lambda comparison: comparison.speedup)
     middle = ascending.pop((processes - 1) // 2)
     return middle.over_processes([comparison.speedup for comparison in ascending])
+
+
+def each_process(
+    baseline: Factory | str, candidate: Factory | str, *, processes: int, **options: Any
+) -> list[Comparison]:
+    """Return the comparisons of fresh processes, in the order of the processes; arguments as `compare_in_processes`."""
+    sides = _importable("baseline", baseline), _importable("candidate", candidate)
+    job = _pickled(sides, options)
+    return [_in_fresh_process(job, number) for number in range(1, processes + 1)]
 
 
 def _importable(role: str, side: Factory | str) -> Factory:

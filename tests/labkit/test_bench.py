@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -350,6 +351,27 @@ def test_lines_hold_what_a_reader_needs_and_no_digit_more_than_the_interval_supp
     assert str(one) == (
         "fp32 41.4 ms [95% CI 41.2, 41.6 within this run; 20 samples of 3 calls, wall time, hot, cpu, 2 threads]"
     )
+
+
+def by_threads(seconds: float) -> None:
+    """Work that two threads do four times as slowly as one."""
+    time.sleep(seconds * (4 if torch.get_num_threads() > 1 else 1))
+
+
+def test_threads_that_make_a_call_slower_are_warned_of():
+    fast, slow = (lambda: time.sleep(1e-3)), (lambda: by_threads(1e-3))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        line, pair = str(measure(slow, budget_s=0.4)), str(compare(slow, fast, budget_s=0.6))
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        alone = str(measure(slow, budget_s=0.2))
+    finally:
+        torch.set_num_threads(before)
+    assert re.search(r"2 threads take [2-5]\.\d times as long as one: torch\.set_num_threads\(1\)", line)
+    assert "baseline: 2 threads take" in pair and "candidate: 2 threads" not in pair
+    assert "threads take" not in alone
 
 
 def test_over_processes_the_interval_is_their_range_and_what_holds_within_the_run_comes_after_it():
