@@ -353,6 +353,15 @@ def test_lines_hold_what_a_reader_needs_and_no_digit_more_than_the_interval_supp
     )
 
 
+@pytest.mark.parametrize(("threads", "words"), [(1, "the times may be off"), (2, "2 threads wait for the busy cores")])
+def test_a_busy_program_beside_is_warned_of_with_the_remedy_for_the_threads(threads: int, words: str, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    clock = clocks.choose(torch.device("cpu"))
+    before, after = interference.Snapshot(0.0, 0.0, 0.0), interference.Snapshot(2.0, 2.0, 4.0)
+    (warning,) = interference.warnings(clock, [before, after], by_cpu=False, samples_by_side=[])
+    assert warning.startswith("other programs kept 1.0 cores busy: ") and words in warning
+
+
 def by_threads(seconds: float) -> None:
     """Work that two threads do four times as slowly as one."""
     time.sleep(seconds * (4 if torch.get_num_threads() > 1 else 1))
