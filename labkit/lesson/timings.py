@@ -38,9 +38,7 @@ class Timings:
             "time": show.quantity(timing.median_s, "s"),
             **_intervals(timing.ci95_s, timing.within_run_s, len(timing.processes), "s"),
         }
-        brief = ""
-        if timing.processes:
-            brief = _brief(name, timing.median_s, timing.ci95_s, len(timing.processes), "s")
+        brief = _brief(name, timing.median_s, timing.ci95_s, len(timing.processes), "s")
         self.add(TimingRow(str(timing), cells, brief, _roof_shares(timing), "; ".join(timing.warnings)))
 
     def show_comparison(self, name: str, comparison: Comparison) -> None:
@@ -55,10 +53,7 @@ class Timings:
             "verdict": comparison.verdict,
         }
         line = str(comparison) if self._collected is None else f"{name}: {comparison}"
-        brief = ""
-        if comparison.processes:
-            ratio = _brief(name, comparison.speedup, comparison.ci95, len(comparison.processes), "x")
-            brief = f"{ratio}, {comparison.verdict}"
+        brief = _brief(name, comparison.speedup, comparison.ci95, len(comparison.processes), "x")
         warnings = "; ".join(comparison.all_warnings)
         self.add(TimingRow(line, cells, brief, _roof_shares(baseline, candidate), warnings))
 
@@ -103,8 +98,11 @@ def _show_folded(title: str, rows: Sequence[TimingRow]) -> None:
 
 
 def _brief(name: str, value: float, ci95: tuple[float, float], processes: int, unit: str) -> str:
-    """Say a result with the range over processes: "half of the heads: 1.32x (1.28x to 1.35x over 5 processes)"."""
-    return f"{name}: {show.quantity(value, unit)} ({show.interval(ci95, unit)} {show.covers(processes)})"
+    """Say a result with its range, "gain: 1.32x (1.28x to 1.35x over 5 processes)"; "" for a single process."""
+    if not processes:
+        return ""
+    number, ends = show.quantity(value, unit), show.interval(ci95, unit)
+    return f"{name}: {number} ({ends} {show.covers(processes)})"
 
 
 def _side(role: str, timing: Measurement) -> str:

@@ -16,7 +16,7 @@ bench.py: measure and compare
 rounds.py: the loop that times, and when to stop
 clocks.py: wall time, CPU time, CUDA events
 interference.py: other programs on the machine
-threads.py: threads that make a call slower
+doubts.py: few samples, drift, threads that make a call slower
 stats.py: intervals of medians and ratios
 results.py: a measurement, a comparison
 race.py: several callables in turns

@@ -33,7 +33,7 @@ import torch
 
 from labkit import names_on_demand
 from labkit.errors import InputError, check_choice, check_whole
-from labkit.timing import clocks, interference, stats, threads
+from labkit.timing import clocks, interference, stats
 from labkit.timing.clocks import Call, Clock
 from labkit.timing.fingerprint import fingerprint, torch_device
 from labkit.timing.interference import Snapshot
@@ -42,8 +42,6 @@ from labkit.timing.results import (
     Measurement,
     Verdict,
     measurement,
-    pair_warnings,
-    sample_warnings,
 )
 from labkit.timing.rounds import (
     BLOCKS,
@@ -105,6 +103,8 @@ def measure(
     Raises InputError for unusable arguments and for work that is unfinished when `fn` returns. Errors of `fn` pass
     through.
     """
+    from labkit.timing import doubts
+
     check_calls({"fn": fn})
     check_conditions(budget_s, cache, clock)
     name = name or getattr(fn, "__name__", type(fn).__name__)
@@ -119,9 +119,9 @@ def measure(
         rounds = itertools.repeat([Turn(name, number)])
         samples = take_turns(chosen_clock, {name: fn}, rounds, rule)[name]
         result = measurement(name, chosen_clock, samples, number, rule.by_cpu)
-        of_threads = threads.warnings(chosen_clock, fn, result.median_s, budget_s)
+        of_threads = doubts.thread_warnings(chosen_clock, fn, result.median_s, budget_s)
     warnings = interference.warnings(chosen_clock, rule.snapshots, rule.by_cpu, [samples])
-    return replace(result, warnings=warnings + sample_warnings(result.samples_s) + result.warnings + of_threads)
+    return replace(result, warnings=warnings + doubts.sample_warnings(result.samples_s) + result.warnings + of_threads)
 
 
 # --- two callables ----------------------------------------------------------------------------------------------------
@@ -218,6 +218,8 @@ class _Pairs:
 
     def time_build(self, baseline: Call, candidate: Call) -> None:
         """Time pairs of two callables until the stopping rule `PreciseRatio` ends the comparison."""
+        from labkit.timing import doubts
+
         calls = dict(zip(self.names, (baseline, candidate), strict=True))
         outputs = self._checked_outputs(calls)
         if self.clock is None:
@@ -235,12 +237,14 @@ class _Pairs:
             self.samples[name] += of_side
             if not pairs_before:
                 median_s = statistics.median(sample.seconds for sample in of_side)
-                self.of_threads[name] = threads.warnings(self.clock, calls[name], median_s, self.budget_s)
+                self.of_threads[name] = doubts.thread_warnings(self.clock, calls[name], median_s, self.budget_s)
         self.snapshots += rule.snapshots
         self.pairs_per_build.append(len(self.baseline_first) - pairs_before)
 
     def comparison(self, over_builds: bool) -> Comparison:
         """Make the result from the samples of all builds."""
+        from labkit.timing import doubts
+
         sides = list(self.samples.values())
         by_cpu = interference.cpu_time_is_better(self.clock, self.snapshots, sides)
         both = []
@@ -250,7 +254,7 @@ class _Pairs:
         baseline, candidate = both
         warnings = interference.warnings(self.clock, self.snapshots, by_cpu, sides)
         if not over_builds:
-            warnings += pair_warnings(baseline, candidate, self.per_block)
+            warnings += doubts.pair_warnings(baseline, candidate, self.per_block)
         return Comparison(
             baseline=baseline,
             candidate=candidate,

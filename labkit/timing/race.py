@@ -20,8 +20,9 @@ import torch
 from labkit.errors import InputError, check_whole
 from labkit.timing import bench, clocks, interference
 from labkit.timing.clocks import Call, Clock
+from labkit.timing.doubts import pair_warnings
 from labkit.timing.fingerprint import torch_device
-from labkit.timing.results import Comparison, Measurement, measurement, pair_warnings
+from labkit.timing.results import Comparison, Measurement, measurement
 from labkit.timing.rounds import SpentBudget, Turn, take_turns
 
 SAMPLES_PER_ROUND = 3  # of each callable in a race, of which the least counts

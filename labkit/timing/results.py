@@ -18,7 +18,7 @@ from labkit.errors import check_number
 from labkit.show import counted, covers, estimate, interval
 from labkit.timing import clocks, stats
 from labkit.timing.clocks import Clock, Sample
-from labkit.timing.rounds import BLOCKS, CLAIMABLE
+from labkit.timing.rounds import CLAIMABLE
 
 FAULTS = 0.2  # share of the time in page faults that is worth a warning
 PLACEMENT = 0.10  # largest difference that the place of each side's data in memory may explain
@@ -228,40 +228,6 @@ def measurement(name: str, clock: Clock, samples: Sequence[Sample], number: int,
         threads=torch.get_num_threads(),
         warnings=tuple(warnings),
     )
-
-
-def sample_warnings(seconds: Sequence[float]) -> tuple[str, ...]:
-    """Return the warnings about the samples of a callable: too few samples, or drift."""
-    warnings = []
-    if len(seconds) < BLOCKS:
-        warnings.append(f"only {counted(len(seconds), 'sample')}, and {BLOCKS} are needed: raise budget_s")
-    change = stats.drift(seconds)
-    if change is not None:
-        warnings.append(_drifted(change))
-    return tuple(warnings)
-
-
-def pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int) -> tuple[str, ...]:
-    """Return the warnings about the pairs of a comparison: too few blocks, or drift of the whole machine."""
-    baseline_s, candidate_s = (stats.block_minima(side.samples_s, per_block) for side in (baseline, candidate))
-    blocks = len(baseline_s)
-    warnings = []
-    if blocks < stats.LEAST:
-        warnings.append(
-            f"budget_s was spent after {counted(blocks, 'block')} of pairs, and an interval takes {stats.LEAST}: "
-            "close other programs, or raise budget_s"
-        )
-    elif blocks < BLOCKS:
-        warnings.append(f"only {counted(blocks, 'block')} of pairs, and {BLOCKS} are needed: raise budget_s")
-    levels = [math.sqrt(x * y) for x, y in zip(baseline_s, candidate_s, strict=True)]  # of the machine, per block
-    change = stats.drift(levels)
-    if change is not None:
-        warnings.append(f"{_drifted(change)}, alike for both")
-    return tuple(warnings)
-
-
-def _drifted(change: float) -> str:
-    return f"speed drifted: {change:+.0%} time from the first half of the run to the second"
 
 
 # --- words and JSON ---------------------------------------------------------------------------------------------------
