@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...  Default: what the lesson says (auto).")
 @OUT
 @click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
-@click.option("--record", is_flag=True, help="Run in three processes and keep as reference: data/recorded/, outputs.")
+@click.option("--record", is_flag=True, help="Run in five processes and keep as reference: data/recorded/, outputs.")
 @click.option("--resume", is_flag=True, help="Leave out what has a good result of the same code and parameters in OUT.")
 def run(
     lesson: str,
@@ -242,7 +242,7 @@ def _record(job: "Job", lesson: Path, resume: bool, done: "list[Run]") -> None:
     results = []
     for process, finished in reference.processes(job, resume=resume):
         click.echo(f"process {process.process} of {reference.RECORDED_RUNS} of {job.lesson}")
-        result = _run_unless_finished(process, finished, done)
+        result = _run_unless_finished(process, finished, done, reference.environment(results))
         if result.error:
             return
         results.append(result)
@@ -250,10 +250,12 @@ def _record(job: "Job", lesson: Path, resume: bool, done: "list[Run]") -> None:
         click.echo(f"recorded  {file}")
 
 
-def _run_unless_finished(job: "Job", finished: "Run | None", done: "list[Run]") -> "Run":
+def _run_unless_finished(
+    job: "Job", finished: "Run | None", done: "list[Run]", env: Mapping[str, str] | None = None
+) -> "Run":
     from course import run
 
-    result = finished or run.run(job, progress=True)
+    result = finished or run.run(job, env=env, progress=True)
     done.append(result)  # at once: an interruption after this tells what is kept
     if sys.stderr.isatty():
         click.echo("\r\033[K", nl=False, err=True)

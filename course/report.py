@@ -21,7 +21,17 @@ import jinja2
 from markupsafe import Markup
 
 from course.report_sweeps import sweeps, swept
-from course.results import ResultFolder, RunColumn, collect, frame, recorded_runs, short, side_by_side
+from course.results import (
+    RANGES,
+    ResultFolder,
+    RunColumn,
+    collect,
+    frame,
+    interval_of,
+    recorded_runs,
+    short,
+    side_by_side,
+)
 from course.tradeoffs import figure, picture, trade_offs
 from labkit import files, show
 from labkit.lesson import challenge, claims
@@ -251,11 +261,13 @@ def template() -> jinja2.Template:
     templates.filters["anchor"] = _anchor
     templates.globals |= {
         "NOT_YET": NOT_YET,
+        "RANGES": RANGES,
         "SETTLED_ON": SETTLED_ON,
         "SMOKE": SMOKE,
         "badge_simulated": Markup(show.BADGE),
         "expected": claims.expected,
         "interval": show.interval,
+        "interval_of": interval_of,
         "isfinite": math.isfinite,
         "off_by": off_by,
         "quantity": show.quantity,

@@ -5,7 +5,7 @@ values was declared by the lesson (labkit.lesson.records). Result folders are ma
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,8 @@ from labkit.errors import DataError, InputError
 from labkit.lesson.parameters import PRESETS
 from labkit.lesson.records import Column, RecordedTable, RecordedValue, RunRecord, read
 
+# how a page explains its intervals
+RANGES = "A range in brackets is a 95 % interval. The range of a timing says if it is over processes or within a run."
 WHERE = ("PRESET", "DEVICE", "RESULTS_DIR")  # parameters that say how large and where, not what
 _RUN_COLUMNS = ("lesson", "preset", "machine", "device", "seed")
 _NUMBER_COLUMNS = ("value", "low", "high")
@@ -200,7 +202,8 @@ def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     lesson, preset, machine (slug), device, seed, then p.<NAME> for each further parameter of the lessons
     name       name of a single value, or "table: column"
     key        the row of the table, as "column=value; ..."; empty for single values
-    value      a number, in `unit`, with the 95 % interval low..high if recorded; NaN for a text
+    value      a number, in `unit`, with the interval low..high if recorded: of a timing that several processes took the
+               range over them, of any other number the 95 % interval; NaN for a text
     unit       unit of the value, such as "ms"
     role       "quality": more is better; "cost": less is better; "setting", "result": neutral
     text       the text, of a value with a text; the verdict, of a comparison
@@ -256,15 +259,30 @@ def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
         **_parameter_columns(record),
     }
     for entry in record.measurements:
-        of_entry = _rows_of_table(entry) if isinstance(entry, RecordedTable) else [_row_of_value(entry)]
+        if isinstance(entry, RecordedTable):
+            of_entry = _rows_of_table(entry)
+        else:
+            of_entry = [_row_of_value(record, entry)]
         for row in of_entry:
             yield run | row
     for row in _rows_of_run(record):
         yield run | row
 
 
-def _row_of_value(entry: RecordedValue) -> dict[str, Any]:
-    row = _row(entry.name, entry.value, entry.ci95, entry, simulated=entry.simulated)
+def interval_of(record: RunRecord, entry: RecordedValue) -> tuple[Sequence[float] | None, str]:
+    """Return the interval of a recorded number, and what it covers: of a timing in several processes their range.
+
+    An interval that says nothing ("") is a 95 % interval over images, texts or seeds.
+    """
+    spread = record.spread(entry.name)
+    if entry.clock and spread is not None and spread.processes > 1:
+        return (spread.smallest, spread.largest), show.covers(spread.processes)
+    return entry.ci95, entry.covers
+
+
+def _row_of_value(record: RunRecord, entry: RecordedValue) -> dict[str, Any]:
+    ci95, _ = interval_of(record, entry)
+    row = _row(entry.name, entry.value, ci95, entry, simulated=entry.simulated)
     if entry.verdict:
         row["text"] = entry.verdict
     return row

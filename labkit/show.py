@@ -50,7 +50,7 @@ _NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}  # as a rec
 Rows = Sequence[Mapping[str, Any]]
 
 _PLOTS = dict.fromkeys(("curves", "lines"), "labkit.plots")
-_WORDS = dict.fromkeys(("apart", "change", "defined", "interval", "is_open", "speed", "told"), "labkit.words")
+_WORDS = dict.fromkeys(("apart", "change", "covers", "defined", "interval", "is_open", "speed", "told"), "labkit.words")
 __getattr__ = names_on_demand(__name__, _PLOTS | _WORDS)
 
 

@@ -53,6 +53,11 @@ def is_open(ci95: Sequence[float]) -> bool:
     return math.isnan(low) or math.isnan(high) or (low <= 0 and high == math.inf)
 
 
+def covers(processes: int) -> str:
+    """Say what the interval of a timing covers: several processes, or the calls of a single process."""
+    return f"over {processes} processes" if processes > 1 else "within this run"
+
+
 def told(value: float, ci95: Sequence[float], form: str = ".2f", unit: str = "", *, processes: int = 0) -> str:
     """Print a number and its interval: "1.80x (1.60 to 2.00 over 5 processes)"; "not measured" for an undefined number.
 
@@ -112,9 +117,7 @@ def defined(sentences: Sequence[str]) -> list[str]:
 
 
 def _over(processes: int) -> str:
-    if processes == 0:
-        return ""
-    return " within this run" if processes == 1 else f" over {processes} processes"
+    return f" {covers(processes)}" if processes else ""
 
 
 def _apart(first: float, second: float, unit: str, form: str) -> tuple[str, str]:

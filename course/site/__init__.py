@@ -22,7 +22,7 @@ from typing import Any
 import nbformat
 
 from course import notebooks, report, results
-from course.results import RunColumn, side_by_side
+from course.results import RANGES, RunColumn, side_by_side
 from labkit import files
 from labkit.errors import DataError, InputError
 from labkit.lesson import claims
@@ -232,7 +232,7 @@ def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
         "sections are the guide's. Each claim stands with the range of values that would confirm it. *Contradicted* "
         "means that the value measured, with its interval, lies outside; *not settled here*, that it rests on less "
         "training than the claim needs. Where a quantity was exchanged after a value was known, the entry says when, "
-        "from what and why. A range in brackets is a 95 % interval."
+        f"from what and why. {RANGES}"
     )
     tables = report.template().module
     titles = {}
@@ -252,11 +252,11 @@ def _machines_page(columns: Sequence[RunColumn], problems: Sequence[str]) -> Ite
     tables = report.template().module
     yield "# Your machine beside the recorded ones"
     if any(column.here for column in columns):
-        yield "Your runs stand first. A range in brackets is a 95 % interval."
+        yield f"Your runs stand first. {RANGES}"
     else:
         yield (
             "There is no run of yours yet. `./lab run 00` measures lesson 00 on your machine; build the site again, "
-            "and your numbers stand beside these. A range in brackets is a 95 % interval."
+            f"and your numbers stand beside these. {RANGES}"
         )
     yield f"## Machines\n\n{_html(tables.machines_table(columns))}"
     for lesson in sorted({column.record.lesson for column in columns}):

@@ -9,6 +9,7 @@ calibration.py: how far off the guesses were
 results.py: recorded numbers, texts and tables by name
 records.py: the record of a run: the file, and the meaning of each number
 reference_runs.py: committed runs of other machines, to compare with
+other_processes.py: numbers of a recording's other processes
 summary.py: a finished run in a few lines
 timings.py: timings as lines or as a folded table
 roofs.py: measured ceilings of the session's devices

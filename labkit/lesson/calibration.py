@@ -27,7 +27,7 @@ def off_by(guess: Prediction) -> str:
         return "not to be judged: no interval"
     side = _side(guess)
     if side == "inside":
-        return "inside the 95 % interval"
+        return "inside the interval"
     return f"{side} the interval: {_distance(guess)}"
 
 

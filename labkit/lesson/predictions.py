@@ -59,7 +59,7 @@ class Predictions:
         if not self._judges:
             return
         prediction.measured = value.value * factor
-        prediction.ci95 = None
+        prediction.ci95, prediction.covers = None, value.covers
         if value.ci95 is not None:
             low, high = value.ci95
             prediction.ci95 = (low * factor, high * factor)

@@ -28,6 +28,7 @@ from labkit.lesson import claims
 VERSION = "labkit.record/2"
 MIME = "application/vnd.labkit.record+json"
 SEED = "seed"  # rows of a table that differ only in this column are repetitions
+OTHERS = "LABKIT_OTHER_PROCESSES"  # in the environment of a recording's last process: paths of the others' records
 
 Role = Literal["setting", "quality", "cost", "result"]
 
@@ -74,7 +75,10 @@ def setting(unit: str = "", *, clock: bool = False) -> Column:
 
 
 class RecordedValue(_Strict):
-    """A number or a text; in `detail`, a "measurement" (s) or "comparison" (x) holds labkit.bench's samples."""
+    """A number or a text; in `detail`, a "measurement" (s) or "comparison" (x) holds labkit.bench's samples.
+
+    processes: number of processes that `ci95` is the range over; 0 for an interval within the run.
+    """
 
     kind: Literal["value", "measurement", "comparison"]
     name: str
@@ -86,6 +90,14 @@ class RecordedValue(_Strict):
     simulated: bool = False
     verdict: str | None = None
     detail: dict[str, Any] | None = None
+    processes: int = 0
+
+    @property
+    def covers(self) -> str:
+        """Say what the interval covers; "" without an interval, and for a number that no clock made."""
+        if self.ci95 is None or not self.clock:
+            return ""
+        return show.covers(self.processes)
 
 
 class RecordedTable(_Strict):
@@ -113,7 +125,8 @@ class Prediction(_Strict):
 
     predicted: the guess; None for a question without an answer.
     measured: the measured number; None before the measurement.
-    ci95: the 95 % interval of the measured number, if any.
+    ci95: the interval of the measured number, if any.
+    covers: what the interval of a timing covers, such as "within this run"; "" for any other 95 % interval.
     """
 
     name: str
@@ -122,6 +135,7 @@ class Prediction(_Strict):
     predicted: int | float | None
     measured: int | float | None
     ci95: tuple[float, float] | None = None
+    covers: str = ""
 
 
 class SettledClaim(_Strict):
@@ -310,9 +324,7 @@ def _check_distinct(name: str, rows: Sequence[Mapping[str, Any]], by: Sequence[s
 
 
 def together(processes: Sequence[RunRecord]) -> RunRecord:
-    """Return the record of the process of median duration, with the numbers of all: a lesson's reference run."""
-    by_duration = sorted(processes, key=lambda record: record.seconds)
-    middle = by_duration[len(processes) // 2]
+    """Return the record of the last process, whose page is kept, with the numbers of all: a lesson's reference run."""
     values: dict[str, list[int | float]] = defaultdict(list)
     for record in processes:
         for entry in record.measurements:
@@ -323,7 +335,7 @@ def together(processes: Sequence[RunRecord]) -> RunRecord:
         seconds=[record.seconds for record in processes],
         values=values,
     )
-    return middle.model_copy(update={"runs": runs})
+    return processes[-1].model_copy(update={"runs": runs})
 
 
 def write(record: RunRecord, path: Path) -> None:

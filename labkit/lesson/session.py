@@ -31,7 +31,7 @@ from functools import cached_property
 from html import escape
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -47,12 +47,15 @@ from labkit.lesson.results import Results, check_name, single_value
 from labkit.lesson.timings import Timings
 from labkit.show import Rows
 from labkit.timing import machine
-from labkit.timing.bench import Comparison, Measurement, Race, compare, measure, race
+from labkit.timing.bench import Comparison, Measurement, compare, measure
 
 if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
     from labkit.lesson import challenge
     from labkit.lesson.roofs import Roofs
+    from labkit.timing.race import Race
     from labkit.timing.work import Work
+
+_Timing = TypeVar("_Timing")  # a Measurement, a Comparison, a Race, or the fields of a recorded number
 
 LESSONS = {
     "00": "Measuring honestly",
@@ -178,6 +181,7 @@ class Lab:
         """
         check_name(name)
         timing = measure(fn, name=name, **{"device": self.device, **options})
+        timing = self._over_processes(name, timing)
         self._results.add_measurement(name, timing)
         self._timings.show_measurement(name, timing)
         return timing
@@ -185,15 +189,18 @@ class Lab:
     def compare(
         self,
         name: str,
-        baseline: Callable[[], Any],
-        candidate: Callable[[], Any],
+        baseline: Callable[[], Any] | str,
+        candidate: Callable[[], Any] | str,
         *,
+        processes: int | None = None,
         work: "tuple[Work, Work] | None" = None,
         dtype: str | tuple[str, str] = "fp32",
         **options: Any,
     ) -> Comparison:
         """Time two functions in pairs with labkit.bench.compare, and record and show the speed-up.
 
+        processes: number of fresh processes, five or more, whose range is the interval. Both sides are then factories
+            that can be imported (labkit.timing.processes). Without it the interval holds within this run.
         work: work of a call of the baseline and of the candidate (labkit.roofline.count): adds each
             side's share of the roof to all that is shown and recorded.
         dtype: the type whose compute ceiling counts, for both sides or for each.
@@ -204,7 +211,13 @@ class Lab:
         if work is not None:
             _check_pair("work", work)
         _check_pair("dtype", dtypes)
-        comparison = compare(baseline, candidate, **{"device": self.device, **options})
+        options = {"device": self.device, **options}
+        if processes is None:
+            comparison = self._over_processes(name, compare(baseline, candidate, **options))
+        else:
+            from labkit.timing.processes import compare_in_processes
+
+            comparison = compare_in_processes(baseline, candidate, processes=processes, **options)
         if work is not None:
             comparison = self._roofs.place(comparison, work, dtypes)
         self._add_comparison(name, comparison)
@@ -217,16 +230,19 @@ class Lab:
         *,
         also: dict[str, Callable[[], Any]] | None = None,
         **options: Any,
-    ) -> Race:
+    ) -> "Race":
         """Time several functions in turns with labkit.bench.race, and record and show each speed-up over the first.
 
         calls: {name of the call: function}; each comparison is recorded as "<name of the call>, <name>".
         also: further calls that take turns without a record, such as work of another size.
         options: arguments of labkit.bench.race; `device` is the session's unless given.
         """
+        from labkit.timing.race import race
+
         for call in calls:
             check_name(f"{call}, {name}")
         result = race(calls | (also or {}), **{"device": self.device, **options})
+        result = self._over_processes(name, result)
         baseline, *candidates = calls
         for candidate in candidates:
             self._add_comparison(f"{candidate}, {name}", result.over(baseline, candidate))
@@ -269,9 +285,10 @@ class Lab:
         plain = single_value(name, value)
         if by or columns:
             raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
-        self._results.add_value(
+        fields = dict(
             kind="value", name=name, value=plain, unit=unit, ci95=ci95, role=role, clock=clock, simulated=simulated
         )
+        self._results.add_value(**(self._over_processes(name, fields) if clock else fields))
 
     # words --------------------------------------------------------------------------------------------------------
 
@@ -434,6 +451,14 @@ class Lab:
         from labkit.lesson.roofs import Roofs
 
         return Roofs(self._results, budget_s=self.by_preset(1.2, 6.0, 10.0))
+
+    def _over_processes(self, name: str, timing: _Timing) -> _Timing:
+        """Return a timing with the range over processes, in the last process of a recording; unchanged in any other."""
+        if records.OTHERS not in os.environ:
+            return timing
+        from labkit.lesson.other_processes import with_range
+
+        return with_range(name, timing)
 
     def _add_comparison(self, name: str, comparison: Comparison) -> None:
         self._results.add_comparison(name, comparison)

@@ -46,7 +46,7 @@ def _prediction_row(guess: Prediction, judges: bool) -> dict[str, str]:
         "quantity": guess.name,
         "predicted": predicted,
         "measured": measured,
-        "95 % interval": show.interval(guess.ci95, guess.unit),
+        "interval": f"{show.interval(guess.ci95, guess.unit)} {guess.covers}".strip(),
         "the prediction was": off_by(guess),
     }
 

@@ -13,11 +13,13 @@ from labkit.timing.bench import Comparison, Measurement
 class TimingRow:
     """A timing in words: a printed line, and the cells of a table's row by column.
 
+    brief: the result with the range over processes, to fold the rest under; "" for a single process.
     roof_shares, warnings: cells of two further columns, which a folded table leaves out if they are empty.
     """
 
     line: str
     cells: dict[str, str]
+    brief: str = ""
     roof_shares: str = ""
     warnings: str = ""
 
@@ -33,9 +35,10 @@ class Timings:
         cells = {
             "name": name,
             "time": show.quantity(timing.median_s, "s"),
-            "95 % interval": show.interval(timing.ci95_s, "s"),
+            **_intervals(timing.ci95_s, timing.within_run_s, len(timing.processes), "s"),
         }
-        self.add(TimingRow(str(timing), cells, _roof_shares(timing), "; ".join(timing.warnings)))
+        brief = _brief(name, timing.median_s, timing.ci95_s, len(timing.processes), "s")
+        self.add(TimingRow(str(timing), cells, brief, _roof_shares(timing), "; ".join(timing.warnings)))
 
     def show_comparison(self, name: str, comparison: Comparison) -> None:
         """Show a speed-up with interval and verdict."""
@@ -45,18 +48,22 @@ class Timings:
             "baseline": _side("baseline", baseline),
             "candidate": _side("candidate", candidate),
             "ratio": show.quantity(comparison.speedup, "x"),
-            "95 % interval": show.interval(comparison.ci95, "x"),
+            **_intervals(comparison.ci95, comparison.within_run, len(comparison.processes), "x"),
             "verdict": comparison.verdict,
         }
         line = str(comparison) if self._collected is None else f"{name}: {comparison}"
-        self.add(TimingRow(line, cells, _roof_shares(baseline, candidate), "; ".join(comparison.all_warnings)))
+        brief = _brief(name, comparison.speedup, comparison.ci95, len(comparison.processes), "x")
+        warnings = "; ".join(comparison.all_warnings)
+        self.add(TimingRow(line, cells, brief, _roof_shares(baseline, candidate), warnings))
 
     def add(self, row: TimingRow) -> None:
         """Print the line of `row`, or add the row to the open fold."""
-        if self._collected is None:
-            show.emit(row.line)
-        else:
+        if self._collected is not None:
             self._collected.append(row)
+        elif row.brief:
+            _show_folded(row.brief, [row])
+        else:
+            show.emit(row.line)
 
     @contextmanager
     def fold(self, title: str) -> Iterator[None]:
@@ -89,6 +96,14 @@ def _show_folded(title: str, rows: Sequence[TimingRow]) -> None:
     show.emit(text, f"<details><summary>{escape(title)}</summary>{show.html_table(table)}</details>")
 
 
+def _brief(name: str, value: float, ci95: tuple[float, float], processes: int, unit: str) -> str:
+    """Say a result with its range, "gain: 1.32x (1.28x to 1.35x over 5 processes)"; "" for a single process."""
+    if not processes:
+        return ""
+    number, ends = show.quantity(value, unit), show.interval(ci95, unit)
+    return f"{name}: {number} ({ends} {show.covers(processes)})"
+
+
 def _side(role: str, timing: Measurement) -> str:
     """Return a side's name and median time: "dense 1.20 ms"; the time alone if the name repeats the side's role."""
     time = show.quantity(timing.median_s, "s")
@@ -98,3 +113,9 @@ def _side(role: str, timing: Measurement) -> str:
 def _roof_shares(*sides: Measurement) -> str:
     shares = [side.roof_share for side in sides if side.roof_share is not None]
     return " and ".join(f"{100 * share:.3g} %" for share in shares)
+
+
+def _intervals(ci95: tuple[float, float], within_run: tuple[float, float], processes: int, unit: str) -> dict[str, str]:
+    """Return the cells of a timing's intervals by column: the range over processes, if any, then within this run."""
+    over = {show.covers(processes): show.interval(ci95, unit)} if processes else {}
+    return over | {show.covers(0): show.interval(within_run, unit)}

@@ -12,12 +12,15 @@ Open `bench.py` first: `labkit.bench.compare` times two callables, and everythin
 >>> low <= result.speedup <= high
 True
 
-bench.py: measure, compare and race
+bench.py: measure and compare
 rounds.py: the loop that times, and when to stop
 clocks.py: wall time, CPU time, CUDA events
 interference.py: other programs on the machine
+doubts.py: few samples, drift, threads that make a call slower
 stats.py: intervals of medians and ratios
-results.py: a measurement, a comparison, a race
+results.py: a measurement, a comparison
+race.py: several callables in turns
+processes.py: a comparison in several processes
 counting.py: the work of a call
 operators.py: formulas of operators that torch's counter leaves out
 traffic.py: bytes that a call moves

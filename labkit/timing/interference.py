@@ -178,6 +178,9 @@ def warnings(
     load = foreign_load(clock, snapshots) or 0.0
     if load > FOREIGN_CORES:
         remedy = "times are CPU time" if by_cpu else "the times may be off"
+        threads = torch.get_num_threads()
+        if clock.device.type == "cpu" and threads > 1:
+            remedy = f"{threads} threads wait for the busy cores, often many times too long; measure on one thread"
         messages.append(f"other programs kept {load:.1f} cores busy: {remedy}")
     slowed = throttling(snapshots)
     if slowed is not None:

@@ -1,22 +1,24 @@
-"""Results of timing: a measurement of a callable, a comparison of two, a race of several, in words and as JSON.
+"""Results of timing: a measurement of a callable and a comparison of two, in words and as JSON.
 
-`labkit.bench` makes the results. A printed number has no digit that the interval does not support.
+`labkit.bench` makes the results. A printed number has no digit that the interval does not support. A process settles at
+a speed of its own, so the interval of a single process holds "within this run"; the interval of a result that knows
+several processes is the range over them.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from labkit.errors import check_number
-from labkit.show import counted, estimate
+from labkit.show import counted, covers, estimate, interval
 from labkit.timing import clocks, stats
 from labkit.timing.clocks import Clock, Sample
-from labkit.timing.rounds import BLOCKS, CLAIMABLE
+from labkit.timing.rounds import CLAIMABLE
 
 FAULTS = 0.2  # share of the time in page faults that is worth a warning
 PLACEMENT = 0.10  # largest difference that the place of each side's data in memory may explain
@@ -36,6 +38,7 @@ class Measurement:
     device: where the work ran.
     threads: threads of torch.
     warnings: a phrase for each reason to doubt the times.
+    processes: medians of several processes in seconds, this result's among them; empty for a single process.
     roof_share: least possible time over measured time (`labkit.roofline.placed`); None without a stated work.
     limited_by: "memory" or "compute", the roof that sets the least possible time.
     """
@@ -50,6 +53,7 @@ class Measurement:
     warnings: tuple[str, ...] = ()
     roof_share: float | None = None
     limited_by: str | None = None
+    processes: tuple[float, ...] = ()
 
     @property
     def median_s(self) -> float:
@@ -58,11 +62,15 @@ class Measurement:
 
     @property
     def ci95_s(self) -> tuple[float, float]:
-        """Return the exact 95 % interval of the median within this run, in seconds; (0, inf) below six samples.
+        """Return the interval of the median in seconds: the range over processes, or `within_run_s` for a single one.
 
-        Another process may settle at another speed: compare two callables with `bench.compare`, never by two of these
-        intervals.
+        Compare two callables with `bench.compare`, never by two of these intervals.
         """
+        return _range(self.processes) if self.processes else self.within_run_s
+
+    @property
+    def within_run_s(self) -> tuple[float, float]:
+        """Return the exact 95 % interval of the median within this run, in seconds; (0, inf) below six samples."""
         _, low, high = stats.median_ci(self.samples_s)
         return max(0.0, low), high
 
@@ -71,16 +79,24 @@ class Measurement:
         check_number(q, "q", 0, 100)
         return float(np.percentile(self.samples_s, q))
 
+    def over_processes(self, others: Sequence[float]) -> "Measurement":
+        """Return the measurement with the range over processes for its interval.
+
+        others: medians of the same call in other processes, in seconds.
+        """
+        return replace(self, processes=(self.median_s, *others))
+
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON: every sample, and under "result" the statistics, for readers without labkit."""
         result = {"median_s": self.median_s, "ci95_s": _finite(self.ci95_s)}
         return {"kind": "measurement", **_plain(self), "result": result}
 
     def __str__(self) -> str:
-        median, interval = estimate(self.median_s, self.ci95_s, "s")
+        median, within_run = estimate(self.median_s, self.within_run_s, "s")
+        intervals = _intervals(within_run, self.ci95_s, len(self.processes), "s")
         samples = f"{counted(len(self.samples_s), 'sample')} of {counted(self.number, 'call')}"
         how = f"{samples}, {_conditions(self)}"
-        line = f"{self.name} {median} [{interval}; {how}]"
+        line = f"{self.name} {median} [{intervals}; {how}]"
         return line + _roof(self) + _warned(self.warnings)
 
 
@@ -93,6 +109,7 @@ class Comparison:
     foreign_cores: mean load by other programs, in cores; None if the load could not be judged.
     warnings: a phrase for each reason to doubt the ratio.
     pairs_per_build: number of pairs of each build, if the interval is over builds; empty for a single build.
+    processes: speed-ups of several processes, this comparison's among them; empty for a single process.
     """
 
     baseline: Measurement
@@ -102,6 +119,7 @@ class Comparison:
     foreign_cores: float | None = None
     warnings: tuple[str, ...] = ()
     pairs_per_build: tuple[int, ...] = ()
+    processes: tuple[float, ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -110,7 +128,12 @@ class Comparison:
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Return the exact 95 % interval of the speed-up, over builds if there are several.
+        """Return the interval of the speed-up: the range over processes, or `within_run` for a single process."""
+        return _range(self.processes) if self.processes else self.within_run
+
+    @property
+    def within_run(self) -> tuple[float, float]:
+        """Return the exact 95 % interval of the speed-up within this run, over builds if there are several.
 
         The interval is (0, inf) below six blocks of pairs or six builds.
         """
@@ -147,6 +170,13 @@ class Comparison:
             of_sides += [f"{side.name}: {warning}" for warning in side.warnings]
         return (*self.warnings, *of_sides)
 
+    def over_processes(self, others: Sequence[float]) -> "Comparison":
+        """Return the comparison with the range over processes for its interval.
+
+        others: speed-ups of the same comparison in other processes.
+        """
+        return replace(self, processes=(self.speedup, *others))
+
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON: every pair, and under "result" the statistics, for readers without labkit."""
         result = {"speedup": self.speedup, "ci95": _finite(self.ci95), "verdict": self.verdict}
@@ -154,15 +184,16 @@ class Comparison:
         return {"kind": "comparison", **_plain(self), **sides, "result": result}
 
     def __str__(self) -> str:
-        times = [estimate(side.median_s, side.ci95_s, "s")[0] for side in (self.baseline, self.candidate)]
+        times = [estimate(side.median_s, side.within_run_s, "s")[0] for side in (self.baseline, self.candidate)]
         names = (self.baseline.name, self.candidate.name)
         sides = " -> ".join(f"{name} {time}" for name, time in zip(names, times, strict=True))
-        ratio, interval = estimate(self.speedup, self.ci95, "x")
+        ratio, within_run = estimate(self.speedup, self.within_run, "x")
+        intervals = _intervals(within_run, self.ci95, len(self.processes), "x")
         builds = f"{len(self.pairs_per_build)} builds, " if self.pairs_per_build else ""
         blocks = counted(len(self.baseline_first) // self.per_block, "block")
         pairs = counted(self.per_block, "pair")
         how = f"{builds}{blocks} of {pairs}, {_conditions(self.baseline)}"
-        line = f"{sides}: {ratio} [{interval}; {how}] {self.verdict}"
+        line = f"{sides}: {ratio} [{intervals}; {how}] {self.verdict}"
         hint = f" - hint: {self.hint}" if self.hint else ""
         return line + _roof(self.baseline, self.candidate) + _warned(self.all_warnings) + hint
 
@@ -171,34 +202,6 @@ class Comparison:
         if self.pairs_per_build:
             return stats.ratio_over_builds(baseline_s, candidate_s, self.per_block, self.pairs_per_build)
         return stats.paired_ratio(baseline_s, candidate_s, self.per_block)
-
-
-@dataclass(frozen=True)
-class Race:
-    """Times of several callables, taken in rounds: each callable has a block of samples in each round.
-
-    sides: the measurement of each callable, by name.
-    orders: order of the names in each round.
-    per_block: samples in a block, of which the least counts.
-    foreign_cores: as in `Comparison`.
-    warnings: warnings about the whole race; `over` adds the warnings about a pair.
-    """
-
-    sides: dict[str, Measurement]
-    orders: tuple[tuple[str, ...], ...]
-    per_block: int
-    foreign_cores: float | None = None
-    warnings: tuple[str, ...] = ()
-
-    def over(self, baseline: str, candidate: str) -> Comparison:
-        """Compare two callables of the race by their names, paired round by round; KeyError for an unknown name."""
-        pair = self.sides[baseline], self.sides[candidate]
-        baseline_first = []
-        for order in self.orders:
-            is_first = order.index(baseline) < order.index(candidate)
-            baseline_first += [is_first] * self.per_block
-        warnings = self.warnings + pair_warnings(*pair, self.per_block)
-        return Comparison(*pair, tuple(baseline_first), self.per_block, self.foreign_cores, warnings)
 
 
 # --- from samples to results ------------------------------------------------------------------------------------------
@@ -227,40 +230,6 @@ def measurement(name: str, clock: Clock, samples: Sequence[Sample], number: int,
     )
 
 
-def sample_warnings(seconds: Sequence[float]) -> tuple[str, ...]:
-    """Return the warnings about the samples of a callable: too few samples, or drift."""
-    warnings = []
-    if len(seconds) < BLOCKS:
-        warnings.append(f"only {counted(len(seconds), 'sample')}, and {BLOCKS} are needed: raise budget_s")
-    change = stats.drift(seconds)
-    if change is not None:
-        warnings.append(_drifted(change))
-    return tuple(warnings)
-
-
-def pair_warnings(baseline: Measurement, candidate: Measurement, per_block: int) -> tuple[str, ...]:
-    """Return the warnings about the pairs of a comparison: too few blocks, or drift of the whole machine."""
-    baseline_s, candidate_s = (stats.block_minima(side.samples_s, per_block) for side in (baseline, candidate))
-    blocks = len(baseline_s)
-    warnings = []
-    if blocks < stats.LEAST:
-        warnings.append(
-            f"budget_s was spent after {counted(blocks, 'block')} of pairs, and an interval takes {stats.LEAST}: "
-            "close other programs, or raise budget_s"
-        )
-    elif blocks < BLOCKS:
-        warnings.append(f"only {counted(blocks, 'block')} of pairs, and {BLOCKS} are needed: raise budget_s")
-    levels = [math.sqrt(x * y) for x, y in zip(baseline_s, candidate_s, strict=True)]  # of the machine, per block
-    change = stats.drift(levels)
-    if change is not None:
-        warnings.append(f"{_drifted(change)}, alike for both")
-    return tuple(warnings)
-
-
-def _drifted(change: float) -> str:
-    return f"speed drifted: {change:+.0%} time from the first half of the run to the second"
-
-
 # --- words and JSON ---------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +240,17 @@ def _plain(result: Measurement | Comparison) -> dict[str, Any]:
 
 def _finite(interval: tuple[float, float]) -> list[float] | None:
     return list(interval) if math.isfinite(interval[1]) else None  # JSON has no infinity
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def _intervals(within_run: str, ci95: tuple[float, float], processes: int, unit: str) -> str:
+    """Say what each interval covers: the range over processes, if any, then the printed interval within this run."""
+    phrases = [f"{interval(ci95, unit)} {covers(processes)}"] if processes else []
+    phrases.append(within_run if within_run == "no interval" else f"{within_run} {covers(0)}")
+    return "; ".join(phrases)
 
 
 def _conditions(side: Measurement) -> str:

@@ -17,7 +17,7 @@ from refusals import check_refusal
 from run_records import MACHINE, RECORD, changed
 
 from course import report, report_sweeps
-from course.results import RunColumn
+from course.results import RunColumn, frame
 from labkit import files
 from labkit.lesson import records
 from labkit.lesson.claims import Claim
@@ -82,6 +82,25 @@ def test_an_interval_without_an_end_is_said_in_words(runs: Path):
     assert "500 ms (no interval)" in page(runs).words
 
 
+def test_the_interval_of_a_timing_says_whether_it_covers_processes_or_holds_within_its_run(runs: Path):
+    ratio = {"kind": "comparison", "name": "ratio", "value": 1.5, "unit": "x", "ci95": [1.4, 1.6], "clock": True}
+    share = {"kind": "value", "name": "accuracy", "value": 84, "unit": "%", "ci95": [82, 86]}
+    alone = changed(measurements=[ratio, share])
+    recorded = runs / "01_small" / "smoke-00000000" / "record.json"
+    records.write(alone, recorded)
+    assert "1.50x (1.40x to 1.60x within this run)" in page(runs).words
+    assert "84 % (82 % to 86 %)" in page(runs).words
+    processes = [alone.model_copy(update={"measurements": [entry]}) for entry in ratios(alone, 1.1, 2.3)]
+    records.write(records.together([*processes, alone]), recorded)
+    assert "1.50x (1.10x to 2.30x over 3 processes)" in page(runs).words
+    rows = frame([records.read(recorded)]).set_index("name")
+    assert rows.loc["ratio", ["low", "high"]].tolist() == [1.1, 2.3]
+
+
+def ratios(record: records.RunRecord, *values: float) -> list[records.RecordedValue]:
+    return [record.named("ratio").model_copy(update={"value": value}) for value in values]
+
+
 def test_calibration_is_over_all_lessons(runs: Path):
     other = changed(lesson="02", predictions=[{**dict(RECORD.predictions[0]), "predicted": 40.0}])
     records.write(other, runs / "02_other" / "record.json")
@@ -94,7 +113,7 @@ def test_a_question_without_a_prediction_is_counted_and_not_scored(runs: Path):
     records.write(changed(predictions=[*asked, inside]), runs / "01_small" / "smoke-00000000" / "record.json")
     words = page(runs).words
     assert "1 question had no prediction." in words and "How far?" not in words
-    assert "inside the 95 % interval" in words
+    assert "inside the interval" in words
 
 
 def test_a_class_sees_the_points_of_all_on_the_plane_of_the_challenge(runs: Path):

@@ -570,16 +570,16 @@ def test_a_reference_keeps_its_outputs_in_the_lesson_only_at_the_lesson_s_own_va
 ):
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
     results = []
-    for seconds in (3.0, 1.0, 2.0):
+    for seconds in (3.0, 1.0, 2.0, 5.0, 4.0):
         results.append(run.Run("01_small", tmp_path / f"{seconds}", {"RESULTS_DIR": ".", **bound}, seconds, 1, None))
         write_lesson(results[-1].folder, f"{seconds}")
         records.write(record_of(seconds), results[-1].folder / "record.json")
     record, lesson = tmp_path / "recorded" / "test-cpu-2c" / "01.json", tmp_path / "01_small.ipynb"
     reference.require(results[0].parameters)
     assert reference.keep(results, lesson) == [record, lesson][: 1 + in_lesson]
-    assert records.read(record).runs.seconds == [3.0, 1.0, 2.0] and records.read(record).seconds == 2.0
+    assert records.read(record).runs.seconds == [3.0, 1.0, 2.0, 5.0, 4.0] and records.read(record).seconds == 4.0
     assert lesson.exists() == in_lesson
-    assert not in_lesson or nbformat.read(lesson, as_version=4).cells[-1].source == "2.0"  # of the same run
+    assert not in_lesson or nbformat.read(lesson, as_version=4).cells[-1].source == "4.0"  # of the same run
 
 
 def record_of(seconds: float) -> records.RunRecord:
@@ -588,16 +588,16 @@ def record_of(seconds: float) -> records.RunRecord:
 
 @slow
 def test_a_recording_that_was_interrupted_goes_on(empty_course: Path, tmp_path: Path, write_lesson, monkeypatch):
-    """The lesson counts its processes in a folder outside; the second one breaks."""
+    """The lesson counts its processes in a folder outside; the second one breaks. The last one finds the others."""
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
     (tmp_path / "counted").mkdir()
-    for number in range(4):
+    for number in range(6):
         (tmp_path / f"{number}.json").write_text(json.dumps(record_of(9.0 - number).to_dict()))
     work = """
     import os, pathlib, shutil
     counted = pathlib.Path(os.environ["COUNTED"])
     number = len(list(counted.iterdir()))
-    (counted / str(number)).touch()
+    (counted / str(number)).write_text(os.environ.get("LABKIT_OTHER_PROCESSES", ""))
     assert number != 1
     os.mkdir("01")
     shutil.copy(counted.parent / f"{number}.json", "01/record.json")
@@ -606,14 +606,18 @@ def test_a_recording_that_was_interrupted_goes_on(empty_course: Path, tmp_path: 
     asked = ("run", "1", "--preset", "full", "--record", "--out", tmp_path / "runs")
     first = labkit(*asked)
     assert first.exit_code == 1 and not (tmp_path / "recorded").exists(), first.output
-    assert "process 2 of 3 of 01_small" in first.stdout and "process 3" not in first.stdout
+    assert "process 2 of 5 of 01_small" in first.stdout and "process 3" not in first.stdout
     second = labkit(*asked)
     assert second.exit_code == 0, second.output
-    assert len(names_in(tmp_path / "counted")) == 4  # the first process is not run again
+    assert len(names_in(tmp_path / "counted")) == 6  # the first process is not run again
+    told = [(tmp_path / "counted" / str(number)).read_text() for number in range(6)]
+    assert told[:5] == [""] * 5
+    others = [records.read(Path(path)).seconds for path in told[5].split(os.pathsep)]
+    assert others == [9.0, 7.0, 6.0, 5.0]
     recorded = records.read(tmp_path / "recorded" / "test-cpu-2c" / "01.json")
-    assert recorded.runs.seconds == [9.0, 7.0, 6.0] and recorded.seconds == 7.0
+    assert recorded.runs.seconds == [9.0, 7.0, 6.0, 5.0, 4.0] and recorded.seconds == 4.0
     job = run.prepare(notebook, {"PRESET": "full"}, tmp_path / "runs")
-    assert [bool(before) for _, before in reference.processes(job, resume=True)] == [True] * 3
+    assert [bool(before) for _, before in reference.processes(job, resume=True)] == [True] * 5
     assert not any(before for _, before in reference.processes(job, resume=False))  # what is complete begins afresh
 
 

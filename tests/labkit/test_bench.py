@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -333,13 +334,56 @@ def test_drift_is_warned_of():
 def test_lines_hold_what_a_reader_needs_and_no_digit_more_than_the_interval_supports():
     narrow = comparison([0.0410, 0.0416] * 10, [0.0239, 0.0241] * 10, warnings=("speed drifted",))
     assert str(narrow) == (
-        "fp32 41.3 ms -> int8 24.0 ms: 1.72x [95% CI 1.72, 1.73; 20 blocks of 1 pair, wall time, hot, cpu, 1 thread]"
-        " faster - warning: speed drifted"
+        "fp32 41.3 ms -> int8 24.0 ms: 1.72x [95% CI 1.72, 1.73 within this run; 20 blocks of 1 pair, "
+        "wall time, hot, cpu, 1 thread] faster - warning: speed drifted"
     )
     wide = str(comparison([0.038, 0.046] * 10, [0.024, 0.023] * 10))
-    assert wide.startswith("fp32 42 ms") and "1.8x [95% CI 1.6, 2.0;" in wide
+    assert wide.startswith("fp32 42 ms") and "1.8x [95% CI 1.6, 2.0 within this run;" in wide
     one = Measurement("fp32", (0.0412, 0.0416) * 10, 3, "wall", "hot", "cpu", 2)
-    assert str(one) == "fp32 41.4 ms [95% CI 41.2, 41.6; 20 samples of 3 calls, wall time, hot, cpu, 2 threads]"
+    assert str(one) == (
+        "fp32 41.4 ms [95% CI 41.2, 41.6 within this run; 20 samples of 3 calls, wall time, hot, cpu, 2 threads]"
+    )
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "the times may be off"), (2, "2 threads wait for the busy cores")])
+def test_a_busy_program_beside_is_warned_of_with_the_remedy_for_the_threads(threads: int, words: str, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    clock = clocks.choose(torch.device("cpu"))
+    before, after = interference.Snapshot(0.0, 0.0, 0.0), interference.Snapshot(2.0, 2.0, 4.0)
+    (warning,) = interference.warnings(clock, [before, after], by_cpu=False, samples_by_side=[])
+    assert warning.startswith("other programs kept 1.0 cores busy: ") and words in warning
+
+
+def by_threads(seconds: float) -> None:
+    """Work that two threads do four times as slowly as one."""
+    time.sleep(seconds * (4 if torch.get_num_threads() > 1 else 1))
+
+
+def test_threads_that_make_a_call_slower_are_warned_of():
+    fast, slow = (lambda: time.sleep(1e-3)), (lambda: by_threads(1e-3))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        line, pair = str(measure(slow, budget_s=0.4)), str(compare(slow, fast, budget_s=0.6))
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        alone = str(measure(slow, budget_s=0.2))
+    finally:
+        torch.set_num_threads(before)
+    assert re.search(r"2 threads take [2-5]\.\d times as long as one: torch\.set_num_threads\(1\)", line)
+    assert "baseline: 2 threads take" in pair and "candidate: 2 threads" not in pair
+    assert "threads take" not in alone
+
+
+def test_over_processes_the_interval_is_their_range_and_what_holds_within_the_run_comes_after_it():
+    here = comparison([0.0410, 0.0416] * 10, [0.0239, 0.0241] * 10)
+    over = here.over_processes([1.65, 1.81, 1.7, 0.995])
+    assert (over.speedup, over.within_run) == (here.speedup, here.ci95)
+    assert (over.ci95, over.verdict, here.verdict) == ((0.995, 1.81), "inconclusive", "faster")
+    assert "1.72x [0.99x to 1.81x over 5 processes; 95% CI 1.72, 1.73 within this run; 20 blocks" in str(over)
+    side = here.baseline.over_processes([0.05, 0.04])
+    assert side.ci95_s == (0.04, 0.05) and side.within_run_s == here.baseline.ci95_s
+    assert "[40 ms to 50 ms over 3 processes; 95% CI 41.0, 41.6 within this run; " in str(side)
 
 
 def test_shares_of_the_roof_are_printed_and_written():

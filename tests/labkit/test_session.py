@@ -1,9 +1,11 @@
 """A session from start to finish: what is settled, predicted, measured, claimed, checked, and what the record holds."""
 
+import functools
 import gc
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from refusals import Refusals, check_refusal, refused
 
 import labkit
 from labkit import files
+from labkit.errors import InputError
 from labkit.lesson import challenge, records, session, worked
 from labkit.lesson import check as checks
 from labkit.lesson.records import cost
@@ -273,6 +276,111 @@ def test_a_race_is_recorded_over_its_first_and_what_runs_beside_it_is_not(lab):
     assert list(kept) == ["engine, batch 1", "slow, batch 1"]
     assert kept["engine, batch 1"]["value"] == result.over("eager", "engine").speedup
     assert result.over("larger", "engine").speedup > 1
+
+
+@pytest.fixture
+def in_a_recording(lab, monkeypatch, tmp_path):
+    """Make the session the last process of a recording: (ratios and seconds of the earlier processes)."""
+
+    def join(ratios: list[float], medians: list[float], name: str = "ratio") -> None:
+        earlier = []
+        for ratio, median in zip(ratios, medians, strict=True):
+            lab.record(name, ratio, "x", clock=True)
+            lab.record("call", median, "s", clock=True)
+            earlier.append(tmp_path / f"{len(earlier)}.json")
+            records.write(lab.finish(), earlier[-1])
+        monkeypatch.setenv(records.OTHERS, os.pathsep.join(map(str, earlier)))
+
+    return join
+
+
+def test_the_last_process_of_a_recording_shows_the_range_over_all_and_folds_what_holds_within_it(
+    lab, in_a_recording, capsys
+):
+    lab.predict("ratio", 3, "x")
+    in_a_recording([0.5, 0.9, 2.0, 90.0], [1e-9, 2e-9, 3e-9, 4e-9])
+    capsys.readouterr()
+    timing = lab.measure("call", lambda: sum(range(500)), budget_s=0.05)
+    pair = lab.compare("ratio", lambda: sum(range(5000)), lambda: sum(range(500)), budget_s=0.1)
+    assert (pair.ci95, pair.verdict, pair.within_run) == ((0.5, 90.0), "inconclusive", pair.within_run)
+    assert timing.ci95_s == (1e-9, timing.median_s) and timing.within_run_s[0] > 4e-9
+    out = capsys.readouterr().out
+    assert f"ratio: {pair.speedup:.2f}x (0.50x to 90.00x over 5 processes)\n" in out
+    assert "over 5 processes; 95% CI" in out and "within this run" in out
+    kept = {entry["name"]: entry for entry in done(lab)["measurements"]}
+    assert (kept["ratio"]["value"], kept["ratio"]["ci95"], kept["ratio"]["processes"]) == (pair.speedup, [0.5, 90], 5)
+    assert "0.50x to 90.00x over 5 processes" in capsys.readouterr().out  # beside the prediction
+    lab.record("ratio", 7, "x", ci95=(6, 8), clock=True)
+    assert (lab.finish().named("ratio").ci95, lab.finish().named("ratio").processes) == ((0.5, 90), 5)
+
+
+def test_a_number_that_a_process_lacks_keeps_the_interval_within_the_run(lab, in_a_recording, capsys):
+    lab.predict("ratio", 3, "x")
+    in_a_recording([0.5, 0.9], [1e-9, 2e-9], name="another ratio")
+    pair = lab.compare("ratio", lambda: sum(range(5000)), lambda: sum(range(500)), budget_s=0.1)
+    assert pair.processes == () and pair.ci95 == pair.within_run
+    done(lab)
+    assert re.search(r"x to \S+x within this run", capsys.readouterr().out)
+
+
+def test_any_two_of_a_race_have_the_range_over_the_processes_of_a_recording(lab, monkeypatch, tmp_path):
+    calls = {name: lambda n=n: sum(range(n)) for name, n in (("eager", 4000), ("engine", 1000), ("slow", 9000))}
+    first = lab.race("batch 1", calls, budget_s=0.2)
+    records.write(lab.finish(), tmp_path / "first.json")
+    monkeypatch.setenv(records.OTHERS, str(tmp_path / "first.json"))
+    also = {"larger": lambda: sum(range(90_000))}
+    second = lab.race("batch 1", calls, also=also, budget_s=0.3)
+    for pair in (("eager", "engine"), ("slow", "engine")):
+        here = replace(second, processes=()).over(*pair).speedup
+        assert second.over(*pair).processes == pytest.approx((here, first.over(*pair).speedup), rel=1e-4)
+    assert second.over("larger", "engine").processes == ()  # what was not recorded holds within this run
+    assert done(lab)["measurements"][0]["processes"] == 2
+
+
+def test_a_comparison_in_fresh_processes_has_their_range_and_is_recorded(lab, tmp_path, monkeypatch):
+    (tmp_path / "sides.py").write_text(SIDES)
+    monkeypatch.syspath_prepend(tmp_path)
+    pair = lab.compare("more work", "sides:long", "sides:short", processes=5, budget_s=0.05)
+    assert len(pair.processes) == len(set(pair.processes)) == 5
+    assert pair.ci95 == (min(pair.processes), max(pair.processes)) and pair.verdict == "faster"
+    assert pair.speedup == sorted(pair.processes)[2]
+    assert "over 5 processes; " in str(pair)
+    (kept,) = done(lab)["measurements"]
+    assert (kept["ci95"], kept["processes"]) == (list(pair.ci95), 5)
+
+
+SIDES = """
+import functools, os
+def long():
+    return lambda: sum(range(20_000))
+def short():
+    return lambda: sum(range(200))
+def broken():
+    raise ValueError("no model here")
+build = functools.partial(long)
+"""
+
+
+def test_a_side_that_another_process_cannot_build_is_refused(lab, tmp_path, monkeypatch):
+    (tmp_path / "other_sides.py").write_text(SIDES)
+    monkeypatch.syspath_prepend(tmp_path)
+    import other_sides
+
+    def here():
+        return sum
+
+    for side in (here, lambda: sum, functools.partial(here)):
+        with pytest.raises(InputError, match=r"baseline cannot be imported by another process.*into a file"):
+            lab.compare("x", side, "other_sides:short", processes=5)
+    with pytest.raises(InputError, match=r"candidate is 'other_sides:none', which cannot be imported \(.*\): give"):
+        lab.compare("x", other_sides.long, "other_sides:none", processes=5)
+    with pytest.raises(InputError, match="processes is 4, but it must be a whole number from 5"):
+        lab.compare("x", other_sides.long, other_sides.short, processes=4)
+    with pytest.raises(InputError, match="An argument cannot be sent to another process"):
+        lab.compare("x", other_sides.long, other_sides.short, processes=5, check=lambda a, b: True)
+    with pytest.raises(InputError, match=r"Process 1 could not compare \(ValueError: no model here\)"):
+        lab.compare("x", other_sides.build, other_sides.broken, processes=5)
+    assert lab.finish().measurements == []
 
 
 def test_work_adds_the_share_of_the_roof_by_the_sessions_own_ceilings(lab, monkeypatch):
@@ -527,7 +635,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     lab.beside("step")
     both = capsys.readouterr().out
     assert "Some GPU" in both and "900 µs to 1.10 ms" in both and "not recorded yet" not in both
-    assert "this run" in both and "95 % interval within the run, 1 process" in both
+    assert "this run" in both and "95 % interval within this run, 1 process" in both
 
     path = files.RECORDED / "some-gpu" / "01.json"
     three = [records.read(path).model_copy(update={"created": "2026-11-24T14:55:00+00:00"}) for _ in range(3)]
