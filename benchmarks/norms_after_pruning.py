@@ -98,7 +98,13 @@ def main() -> None:
             "gained": result("images"),
             "lost": result("images"),
         },
-        settings={"dense": dense, "removed": SHARE, "test images": len(test), "training images": IMAGES, "seeds": seeds},
+        settings={
+            "dense": dense,
+            "removed": SHARE,
+            "test images": len(test),
+            "training images": IMAGES,
+            "seeds": seeds,
+        },
         seconds=time.perf_counter() - start,
     )
     print(path)
