@@ -338,8 +338,6 @@ def _split(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts_in_words(seconds: Mapping[str, float]) -> str:
-    """Return the parts of a time: "preparing takes 8.10 s, running 4.60 s"."""
-    words = [f"{part} {show.quantity(value, 's')}" for part, value in seconds.items()]
-    first, *others = words
-    name, _, value = first.partition(" ")
-    return ", ".join([f"{name} takes {value}", *others])
+    """Return the parts of a time: "of the time preparing 8.10 s, running 4.60 s"."""
+    phrases = [f"{part} {show.quantity(value, 's')}" for part, value in seconds.items()]
+    return f"of the time {', '.join(phrases)}"

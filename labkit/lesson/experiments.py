@@ -56,8 +56,8 @@ class Experiment(BaseModel):
     def origin(self) -> str:
         """The script, the machine, the date and the commit in words, for a caption."""
         date = datetime.fromisoformat(self.created).strftime("%d %b %Y").lstrip("0")  # 4 Nov 2026
-        minutes = f"{self.seconds / 60:.0f} min"
-        return f"benchmarks/{self.name}.py, {minutes} on {self.machine['label']}, {date}, {_commit(self.git)}"
+        script = f"benchmarks/{self.name}.py, {self.seconds / 60:.0f} min"
+        return f"{script} on {self.machine['label']}, {date}, {_commit(self.git)}"
 
 
 def save(
@@ -107,12 +107,17 @@ def read(name: str) -> Experiment:
         raise DataError(f"The record {path.name} is damaged; get the file back with `{restore}`.") from None
 
 
-def show_origin(experiment: Experiment) -> None:
-    """Show the question of an experiment, the origin of the record, and the samples as a folded table."""
-    heading = f"Recorded: {experiment.question}"
-    text = f"{heading}\n{experiment.origin}"
-    samples = f"<details><summary>{escape(experiment.origin)}</summary>{show.html_table(experiment.rows)}</details>"
-    show.emit(text, f"<p><b>{escape(heading)}</b></p>{samples}")
+def shown(name: str) -> Experiment:
+    """Return a recorded experiment; show the question, the origin of the record, and the samples as a folded table.
+
+    Raises InputError and DataError as `read` does.
+    """
+    experiment = read(name)
+    heading, origin = f"Recorded: {experiment.question}", experiment.origin
+    samples = show.html_table(experiment.rows)
+    fold = f"<details><summary>{escape(origin)}</summary>{samples}</details>"
+    show.emit(f"{heading}\n{origin}", f"<p><b>{escape(heading)}</b></p>{fold}")
+    return experiment
 
 
 def _folder() -> Path:

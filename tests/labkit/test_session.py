@@ -509,9 +509,9 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     records.write(records.RunRecord.from_dict(values), files.RECORDED / "some-gpu" / "01.json")
     capsys.readouterr()
 
-    (found,) = lab.recorded("step")
+    (found,) = lab.reference_runs("step")
     assert (found["machine"], found["device"], found["preset"], found["value"]) == ("Some GPU", "cuda", "class", 0.001)
-    assert lab.recorded("another") == []
+    assert lab.reference_runs("another") == []
     lab.beside("step")
     both = capsys.readouterr().out
     assert "Some GPU" in both and "900 µs to 1.10 ms" in both and "not recorded yet" not in both
@@ -800,7 +800,7 @@ def test_a_time_of_several_parts_is_split_in_the_table_and_in_the_state(lab, cap
     point = {"time": 0.7, "accuracy": 85.0, "seconds": {"preparing": 8.12, "running": 4.5}}
     task = place(lab, point)
     out = capsys.readouterr().out
-    assert "at most 0.60x was asked for; preparing takes 8.12 s, running 4.50 s." in out
+    assert "at most 0.60x was asked for; of the time preparing 8.12 s, running 4.50 s." in out
     assert "preparing (s)  running (s)" in out
     assert task.point == {"time": 0.7, "accuracy": 85.0}
 
