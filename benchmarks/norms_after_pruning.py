@@ -1,6 +1,6 @@
 """Accuracy of a pruned ResNet-20 without training: with the old batch-norm statistics, and with re-estimated ones.
 
-    python benchmarks/norms_after_pruning.py            about five minutes on one core, and writes the record
+    python benchmarks/norms_after_pruning.py            35 minutes on a busy core, and writes the record
     python benchmarks/norms_after_pruning.py --quick    200 test images and one seed, and writes nothing
 
 A cut changes what reaches the norms behind it, and the running means and variances describe the network before the cut.
