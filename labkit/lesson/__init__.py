@@ -20,5 +20,5 @@ exercises.py: answers of a session
 worked.py: worked answers
 settings.py: settings of the process, put back after an answer
 challenge.py: a goal on a plane, and a plan
-plane_labels.py: labels of points that crowd
+experiments.py: records of long experiments
 """

@@ -1,25 +1,30 @@
 """Challenges: a goal on a plane of two quantities, and points on it.
 
 Goals are {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open. A point is a
-dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if it has one.
+dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if it has one. "seconds" splits
+a time of several parts, such as preparing and running, for the table and the state of the plan.
 
     goals = {"time": (None, 0.6, "x"), "accuracy": (84, None, "%")}
     point = {"recipe": "half", "time": 0.55, "time ci95": (0.5, 0.6), "accuracy": 85.2}
+    point = {"recipe": "engine", "time": 0.4, "accuracy": 90.1, "seconds": {"preparing": 8.1, "running": 4.6}}
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from labkit import show
 from labkit.errors import InputError
-from labkit.lesson.plane_labels import Label, place_labels
 from labkit.lesson.records import Challenge
 
 Goals = Mapping[str, tuple[float | None, float | None, str]]
+Line = tuple[list[float], list[float]]  # on the plane: x of the two ends, y of the two ends
 YOURS = "your plan"
-MARGIN = 0.18  # of the plane, around the points: room for labels
+MARGIN = 0.18  # of the plane, around the points: room for names
+NAME_DISTANCE = (0.02, 0.4)  # of a name to its point, least and most, as shares of the plane
+CANDIDATES = 1000  # places to try for a name
+BACKGROUND = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}  # a bound may cross a name
+EDGE = 0.01  # of the plane, free of names
 GOAL_COLOUR = show.COLOURS[2]
 
 
@@ -38,16 +43,18 @@ def judge(
     """
     points = []
     for reference in show.checked_rows(references):
-        points.append({label: str(reference.get(label)), **checked(goals, reference)})
-    reached, state = None, "no plan yet"
-    if plan is not None:
-        plan = checked(goals, plan)
-        points.append({label: YOURS, **plan})
-        shortfalls = missed(goals, plan)
-        reached = not shortfalls
-        state = "; ".join(["not reached yet", *shortfalls]) if shortfalls else "reached"
-    record = Challenge(name=name, goal=goal, point=plan, goals=dict(goals), reached=reached)
-    return record, points, state
+        points.append({label: str(reference.get(label)), **checked(goals, reference), **_split(reference)})
+    if plan is None:
+        record = Challenge(name=name, goal=goal, point=None, goals=dict(goals), reached=None)
+        return record, points, "no plan yet"
+    numbers, split = checked(goals, plan), _split(plan)
+    points.append({label: YOURS, **numbers, **split})
+    shortfalls = missed(goals, numbers)
+    phrases = ["not reached yet", *shortfalls] if shortfalls else ["reached"]
+    if split:
+        phrases.append(_parts_in_words(split["seconds"]))
+    record = Challenge(name=name, goal=goal, point=numbers, goals=dict(goals), reached=not shortfalls)
+    return record, points, "; ".join(phrases)
 
 
 def show_plane(record: Challenge, goals: Goals, points: list[dict[str, Any]], label: str, state: str) -> None:
@@ -97,11 +104,23 @@ def asked(goals: Goals) -> str:
 
 
 def rows(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[dict[str, Any]]:
-    """Return the points as rows of a table: the column `label`, and the goals' two columns with units."""
+    """Return the points as rows of a table: the column `label`, and the goals' two columns with units.
+
+    An interval and the parts of a time get columns, if any point has them.
+    """
+    with_interval = [column for column in goals if any(_error_bar(point, column) for point in points)]
+    parts = dict.fromkeys(part for point in points for part in point.get("seconds", {}))
     table = []
     for point in points:
-        numbers = {heading(goals, column): point[column] for column in goals}
-        table.append({label: point[label], **numbers})
+        row = {label: point[label]}
+        for column in goals:
+            row[heading(goals, column)] = point[column]
+            if column in with_interval:
+                ends = point[f"{column} ci95"] if _error_bar(point, column) else None
+                row[f"{column}, 95 % interval"] = show.interval(ends)
+        for part in parts:
+            row[f"{part} (s)"] = point.get("seconds", {}).get(part)
+        table.append(row)
     return table
 
 
@@ -112,27 +131,24 @@ def heading(goals: Goals, column: str) -> str:
 
 
 def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str, star: str | None = None) -> None:
-    """Draw points with their names over the shaded region of the goal.
+    """Draw points with their names and intervals over the shaded region of the goal.
 
     ax: a matplotlib axis.
     goals: ranges of the goal by column, see the top of the file.
     points: results of `checked`, each with the column `label`, its name.
-    star: the name of a point to draw as a star, and to label first.
+    star: the name of a point to draw as a star, and to name first.
     """
     ax.margins(MARGIN)
     for point in points:
         _draw_point(ax, goals, point, is_star=star is not None and point[label] == star)
     _draw_bounds(ax, goals)
     _make_room_for_bounds(ax, goals, points)
-    _shade_goal(ax, goals)
     x, y = goals
     ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
-    important = {star, *_notable(goals, points, label)}
-    labels = []
-    for point in sorted(points, key=lambda point: (point[label] != star, point[label] not in important)):
-        name = point[label]
-        labels.append(Label((point[x], point[y]), str(name), is_required=name in important))
-    place_labels(ax, labels)
+    goal_word = _shade_goal(ax, goals)
+    if points:  # the star first, then long names, which are the hardest to place
+        hardest_first = sorted(points, key=lambda point: (point[label] != star, -len(str(point[label]))))
+        _write_names(ax, goals, hardest_first, label, goal_word)
 
 
 def _is_side(side: Any) -> bool:
@@ -165,7 +181,7 @@ def _draw_point(ax: Any, goals: Goals, point: Mapping[str, Any], *, is_star: boo
     if is_star:
         look = {"marker": "*", "markersize": 16, "color": show.COLOURS[1]}
     bars = {"xerr": _error_bar(point, x), "yerr": _error_bar(point, y)}
-    ax.errorbar([point[x]], [point[y]], capsize=2, zorder=3, **look, **bars)
+    ax.errorbar([point[x]], [point[y]], capsize=2, elinewidth=1, zorder=3, **look, **bars)
 
 
 def _error_bar(point: Mapping[str, Any], column: str) -> list[list[float]] | None:
@@ -203,8 +219,8 @@ def _bounds_with_lines(ax: Any, goals: Goals) -> Iterator[tuple[str, Callable, f
                 yield column, lines[column], bound
 
 
-def _shade_goal(ax: Any, goals: Goals) -> None:
-    """Shade the region between the bounds; an open side reaches to the edge of the plane."""
+def _shade_goal(ax: Any, goals: Goals) -> Any:
+    """Shade the region between the bounds, and return the word in it; an open side reaches to the edge of the plane."""
     from matplotlib.patches import Rectangle
 
     (least_x, most_x, _), (least_y, most_y, _) = goals.values()
@@ -214,27 +230,114 @@ def _shade_goal(ax: Any, goals: Goals) -> None:
     y_low = y_limits[0] if least_y is None else least_y
     y_high = y_limits[1] if most_y is None else most_y
     ax.add_patch(Rectangle((x_low, y_low), x_high - x_low, y_high - y_low, facecolor=GOAL_COLOUR, alpha=0.15, zorder=0))
-    ax.annotate("goal", (x_low, y_high), (5, -5), textcoords="offset points", va="top", color=GOAL_COLOUR)
+    word = ax.annotate("goal", (x_low, y_high), (5, -5), textcoords="offset points", va="top", color=GOAL_COLOUR)
     ax.set(xlim=x_limits, ylim=y_limits)
+    return word
 
 
-def _notable(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[Any]:
-    """Return the names of the points that a reader looks for: in the goal, and the best along each axis.
+def _write_names(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str, goal_word: Any) -> None:
+    """Write the name of each point beside it, clear of points, intervals, bounds and names written before.
 
-    Of several best points along an axis, the best along the second axis counts.
+    Where a crowd leaves no such place for some name, names may stand over bounds, and then over the lines that join
+    names and points as well.
+    goal_word: the word in the goal, which stays free as well.
     """
-    names = [point[label] for point in points if not missed(goals, point)]
-    signs = {column: _sign(least, most) for column, (least, most, _) in goals.items()}
-    for first, second in itertools.permutations(goals):
-        if points and signs[first]:
-            costs = [(signs[first] * point[first], signs[second] * point[second]) for point in points]
-            _, name = min(zip(costs, [point[label] for point in points], strict=True))
-            names.append(name)
-    return names
+    ax.figure.draw_without_rendering()  # places the axes, and with them the word
+    marks = [*_intervals(goals, points), _diagonal(ax, goal_word)]
+    bounds = _bound_lines(ax, goals)
+    x, y = goals
+    positions = [point[x] for point in points], [point[y] for point in points]
+    names = [str(point[label]).replace("$", r"\$") for point in points]
+    if _allocated(ax, positions, names, [*marks, *bounds]) or _allocated(ax, positions, names, marks):
+        return
+    _allocated(ax, positions, names, marks, is_last=True)
 
 
-def _sign(least: float | None, most: float | None) -> int:
-    """Return 1 if less of a column is better, -1 if more is, 0 if the goals leave the column open."""
-    if most is not None:
-        return 1
-    return 0 if least is None else -1
+def _allocated(
+    ax: Any, positions: tuple[list[float], list[float]], names: list[str], lines: list[Line], *, is_last: bool = False
+) -> bool:
+    """Write names clear of points and lines; return False and write none if a name has no free place.
+
+    is_last: True to write all names in any case: lines from names to points may cross, and a name that still has no
+        free place stands over points.
+    """
+    import textalloc
+    from matplotlib import rcParams
+
+    xs, ys = positions
+    least, most = NAME_DISTANCE
+    _, _, texts, leaders = textalloc.allocate(
+        ax,
+        xs,
+        ys,
+        names,
+        x_scatter=xs,
+        y_scatter=ys,
+        x_lines=[line[0] for line in lines],
+        y_lines=[line[1] for line in lines],
+        xlims=_inside(ax.get_xlim()),
+        ylims=_inside(ax.get_ylim()),
+        min_distance=least,
+        max_distance=most,
+        nbr_candidates=CANDIDATES,
+        draw_all=is_last,
+        avoid_label_lines_overlap=not is_last,
+        avoid_crossing_label_lines=not is_last,
+        textsize=rcParams["font.size"],
+        linecolor="grey",
+        linewidth=0.8,
+        bbox=BACKGROUND,
+    )
+    if None not in texts:
+        return True
+    for artist in filter(None, [*texts, *leaders]):
+        artist.remove()
+    return False
+
+
+def _inside(limits: tuple[float, float]) -> tuple[float, float]:
+    """Return limits that leave the edge of the plane free."""
+    low, high = limits
+    edge = EDGE * (high - low)
+    return low + edge, high - edge
+
+
+def _intervals(goals: Goals, points: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Return the intervals of all points as lines on the plane."""
+    x, y = goals
+    lines = []
+    for point in points:
+        if _error_bar(point, x):
+            lines.append((list(point[f"{x} ci95"]), [point[y], point[y]]))
+        if _error_bar(point, y):
+            lines.append(([point[x], point[x]], list(point[f"{y} ci95"])))
+    return lines
+
+
+def _bound_lines(ax: Any, goals: Goals) -> list[Line]:
+    """Return the bounds of the goal as lines from edge to edge of the plane."""
+    x, _ = goals
+    lines = []
+    for column, _, bound in _bounds_with_lines(ax, goals):
+        if column == x:
+            lines.append(([bound, bound], list(ax.get_ylim())))
+        else:
+            lines.append((list(ax.get_xlim()), [bound, bound]))
+    return lines
+
+
+def _diagonal(ax: Any, text: Any) -> Line:
+    """Return the diagonal of a text's box as a line on the plane."""
+    corners = ax.transData.inverted().transform(text.get_window_extent().get_points())
+    return corners[:, 0].tolist(), corners[:, 1].tolist()
+
+
+def _split(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"seconds": {part: seconds}} of a point that has them, else an empty dict."""
+    return {"seconds": dict(point["seconds"])} if "seconds" in point else {}
+
+
+def _parts_in_words(seconds: Mapping[str, float]) -> str:
+    """Return the parts of a time: "of the time preparing 8.10 s, running 4.60 s"."""
+    phrases = [f"{part} {show.quantity(value, 's')}" for part, value in seconds.items()]
+    return f"of the time {', '.join(phrases)}"

@@ -51,6 +51,7 @@ from labkit.timing.bench import Comparison, Measurement, compare, measure
 
 if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
     from labkit.lesson import challenge
+    from labkit.lesson.experiments import Experiment
     from labkit.lesson.roofs import Roofs
     from labkit.timing.race import Race
     from labkit.timing.work import Work
@@ -412,7 +413,13 @@ class Lab:
         """
         show.table(rows, caption=caption if self._judges or any_preset else "", simulated=simulated)
 
-    def recorded(self, name: str) -> list[dict[str, Any]]:
+    def recorded(self, name: str) -> "Experiment":
+        """Show and return a long experiment (labkit.lesson.experiments); InputError for an unknown name."""
+        from labkit.lesson import experiments
+
+        return experiments.shown(name)
+
+    def reference_runs(self, name: str) -> list[dict[str, Any]]:
         """Return the results called `name` of the lesson's reference runs: a dict for each machine.
 
         Keys: machine, device, preset, the fields of the result, created, and spread (labkit.records.Spread over
@@ -429,10 +436,10 @@ class Lab:
         """
         value = self._results.number(name)
         origin = {"machine": self.machine.label, "device": self.device.type, "preset": self.preset}
-        rows = reference_runs.beside(origin | value.model_dump(), self.recorded(name))
+        rows = reference_runs.beside(origin | value.model_dump(), self.reference_runs(name))
         if not self._judges:
             del rows[0]  # of this run
-        show.table(rows, caption=name, simulated=value.simulated)
+        self.table(rows, caption=name, simulated=value.simulated, any_preset=True)
 
     # the end ------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -629,9 +631,9 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     records.write(records.RunRecord.from_dict(values), files.RECORDED / "some-gpu" / "01.json")
     capsys.readouterr()
 
-    (found,) = lab.recorded("step")
+    (found,) = lab.reference_runs("step")
     assert (found["machine"], found["device"], found["preset"], found["value"]) == ("Some GPU", "cuda", "class", 0.001)
-    assert lab.recorded("another") == []
+    assert lab.reference_runs("another") == []
     lab.beside("step")
     both = capsys.readouterr().out
     assert "Some GPU" in both and "900 µs to 1.10 ms" in both and "not recorded yet" not in both
@@ -949,31 +951,62 @@ def test_plans_that_reach_the_same_point_keep_their_labels():
     assert {"ann", "ben"} <= {text.get_text() for text in ax.texts}
 
 
-def test_where_points_crowd_no_two_labels_overlap_and_the_star_has_its():
+def crowded_plane() -> tuple[Any, list[dict], dict[str, Any]]:
+    """An axis with a plane of ten points that lie close, the points, and the boxes of the names, in pixels."""
     fig, ax = plt.subplots(figsize=(6.8, 4))
     points = [{"plan": f"int4 in groups of {i}", "bits": 4.25 + 0.001 * i, "ratio": 1.3 - 0.001 * i} for i in range(9)]
-    points += [{"plan": "yours", "bits": 4.254, "ratio": 1.296}]
+    points += [{"plan": "yours", "bits": 4.254, "ratio": 1.296, "ratio ci95": (1.29, 1.302)}]
     challenge.plane(ax, {"bits": (None, 4, ""), "ratio": (None, 3, "")}, points, "plan", star="yours")
-    fig.canvas.draw()
-    labels = [text for text in ax.texts if text.get_text() != "goal"]
-    boxes = [text.get_window_extent() for text in labels]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    assert "yours" in {text.get_text() for text in labels} and len(labels) < len(points)
+    fig.draw_without_rendering()
+    return ax, points, {text.get_text(): text.get_window_extent() for text in ax.texts}
 
 
-def test_a_label_is_nearest_to_its_point_where_two_lie_close():
-    fig, ax = plt.subplots(figsize=(6.8, 4))
-    points = [{"plan": "lower", "kB": 105.0, "dB": 8.5}, {"plan": "upper", "kB": 104.9, "dB": 10.7}]
-    points += [{"plan": "first", "kB": 70.0, "dB": -2.0}, {"plan": "last", "kB": 275.0, "dB": 40.0}]
-    challenge.plane(ax, {"kB": (None, 140, "kB"), "dB": (23, None, "dB")}, points, "plan")
-    fig.canvas.draw()
-    boxes = {text.get_text(): text.get_window_extent() for text in ax.texts}
-    places = {point["plan"]: ax.transData.transform((point["kB"], point["dB"])) for point in points}
-    for plan in places:
-        box = boxes[plan]
-        nearest = {x: np.clip(at, box.min, box.max) for x, at in places.items()}
-        gaps = {x: math.dist(at, nearest[x]) for x, at in places.items()}
-        assert min(gaps, key=gaps.get) == plan
+def test_where_points_crowd_every_point_is_named_and_no_two_words_overlap():
+    ax, points, boxes = crowded_plane()
+    assert set(boxes) == {point["plan"] for point in points} | {"goal"}
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
+    for box in boxes.values():
+        assert ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
+
+
+def test_no_name_covers_a_point_or_an_interval():
+    ax, points, boxes = crowded_plane()
+    del boxes["goal"]
+    covered = [(point["bits"], point["ratio"]) for point in points]
+    covered += [(4.254, ratio) for ratio in np.linspace(1.29, 1.302, 50)]  # the interval of "yours"
+    for place in ax.transData.transform(covered):
+        assert not [name for name, box in boxes.items() if box.contains(*place)]
+
+
+def test_a_line_joins_each_name_to_its_point():
+    ax, points, boxes = crowded_plane()
+    ends = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_color() == "grey"]
+    for point in points:
+        place, box = ax.transData.transform((point["bits"], point["ratio"])), boxes[point["plan"]]
+        at_the_point = [name_end for name_end, point_end in ends if math.dist(point_end, place) < 1]
+        gaps = [math.dist(name_end, np.clip(name_end, box.min, box.max)) for name_end in at_the_point]
+        assert min(gaps) < 5  # pixels, a third of the height of the type
+
+
+def test_intervals_are_drawn_along_both_axes_and_stand_in_the_table(lab, capsys):
+    _, ax = plt.subplots()
+    points = [{"plan": "half", "time": 0.5, "time ci95": (0.4, 0.7), "accuracy": 85.0, "accuracy ci95": (84.0, 88.0)}]
+    points += [{"plan": "dense", "time": 1.0, "accuracy": 90.0}]
+    challenge.plane(ax, GOALS, points, "plan")
+    bars = [bar.get_segments()[0].tolist() for bar in ax.collections]
+    assert bars == [[[0.4, 85.0], [0.7, 85.0]], [[0.5, 84.0], [0.5, 88.0]]]
+    half, dense = challenge.rows(GOALS, points, "plan")
+    assert half["time, 95 % interval"] == "0.400 to 0.700" and dense["time, 95 % interval"] == ""
+    assert half["accuracy, 95 % interval"] == "84 to 88"
+
+
+def test_a_time_of_several_parts_is_split_in_the_table_and_in_the_state(lab, capsys):
+    point = {"time": 0.7, "accuracy": 85.0, "seconds": {"preparing": 8.12, "running": 4.5}}
+    task = place(lab, point)
+    out = capsys.readouterr().out
+    assert "at most 0.60x was asked for; of the time preparing 8.12 s, running 4.50 s." in out
+    assert "preparing (s)  running (s)" in out
+    assert task.point == {"time": 0.7, "accuracy": 85.0}
 
 
 def test_what_reaches_the_goal_and_leads_along_an_axis_has_its_label_in_a_crowd():
@@ -986,9 +1019,3 @@ def test_what_reaches_the_goal_and_leads_along_an_axis_has_its_label_in_a_crowd(
     labels = {text.get_text(): text.get_window_extent() for text in ax.texts}
     assert {"reaches the goal, batch 8", "leads, batch 8"} <= set(labels)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(labels.values(), 2))
-
-
-def test_of_equals_the_better_along_the_other_axis_is_named():
-    points = [{"plan": "slow", "time": 3.0, "change": 0.0}, {"plan": "fast", "time": 2.0, "change": 0.0}]
-    assert challenge._notable({"time": (None, 1, ""), "change": (-1, None, "")}, points, "plan") == ["fast", "fast"]
-    assert challenge._notable({"time": (None, None, ""), "change": (None, -1, "")}, points, "plan") == ["fast"]
