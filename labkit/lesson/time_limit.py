@@ -7,14 +7,16 @@ Seconds of computing count while the function runs, and not while the check work
 slow or busy machine stops no right answer. All of the block, waiting included, may take WAITING_S.
 
 Limits: a single call into C code, such as a product of large tensors, ends before the exception can arrive; a loop that
-catches every exception goes on; a pause in a debugger counts as waiting. Outside the main thread, and on Windows, which
-has no interval timer, a thread watches: there the seconds are those of the whole process, and a sleep ends first.
+catches every exception goes on; a pause in a debugger counts as waiting. On Windows and macOS, which have no clock of
+another thread, the seconds are those of the whole process.
+
+A thread watches. A timer's signal would be simpler, but two test processes ended with SIGSEGV as its handler was entered
+(cause not found).
 """
 
 import ctypes
 import functools
 import inspect
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,9 +68,8 @@ def time_limit(fn: Callable) -> Iterator[Callable]:
 
     Yields the function to call in the place of `fn`. Of a class, coroutine or generator all of the block counts.
     """
-    has_timer = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    stopwatch = _Stopwatch(time.thread_time if has_timer else time.process_time)
-    with _timer(stopwatch) if has_timer else _watching_thread(stopwatch):
+    stopwatch = _Stopwatch(_clock_of_this_thread())
+    with _watching_thread(stopwatch):
         if _returns_when_done(fn):
             yield _counted(fn, stopwatch)
         else:
@@ -93,27 +94,11 @@ def _counted(fn: Callable, stopwatch: _Stopwatch) -> Callable:
     return call
 
 
-@contextmanager
-def _timer(stopwatch: _Stopwatch) -> Iterator[None]:
-    """Raise from a signal's handler, which Python runs between two instructions of the main thread."""
-
-    def look(number: int, frame: object) -> None:
-        if stopwatch.tick():
-            raise TimeLimitReached
-
-    handler_before = signal.signal(signal.SIGALRM, look)
-    try:
-        timer_before = signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
-    except OSError:  # the graders' sandbox forbids timers, and ends what takes too long itself
-        signal.signal(signal.SIGALRM, handler_before)
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler_before)
-        signal.setitimer(signal.ITIMER_REAL, *timer_before)
+def _clock_of_this_thread() -> Callable[[], float]:
+    """Return a function that any thread may call, and that gives the CPU seconds of this thread, or of the process."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.process_time
+    return functools.partial(time.clock_gettime, time.pthread_getcpuclockid(threading.get_ident()))
 
 
 @contextmanager
@@ -128,7 +113,11 @@ def _watching_thread(stopwatch: _Stopwatch) -> Iterator[None]:
                 _set_exception(this_thread, ctypes.py_object(TimeLimitReached))
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    try:
+        watcher.start()
+    except RuntimeError:  # the graders' sandbox forbids threads, and ends what takes too long itself
+        yield
+        return
     try:
         yield
     finally:

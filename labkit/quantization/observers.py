@@ -107,8 +107,9 @@ class Observer:
             raise InputError(f"Nothing was observed of {self.where}: calibrate on at least one batch that reaches it.")
         lo, hi = _minmax(self)
         if lo == hi:
+            number = lo + 0.0  # no -0
             raise InputError(
-                f"All values of {self.where} are {lo:g}, which is no range: calibrate on other data or ignore it."
+                f"All values of {self.where} are {number:g}, which is no range: calibrate on other data or ignore it."
             )
         low, high = RANGES[self.name](self)
         low = float(max(low, lo))

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from labkit import names_on_demand
 from labkit.errors import InputError, check_choice, check_whole
+from labkit.on_demand import names_on_demand
 from labkit.timing import clocks, interference, stats
 from labkit.timing.clocks import Call, Clock
 from labkit.timing.fingerprint import fingerprint, torch_device

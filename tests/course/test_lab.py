@@ -105,6 +105,7 @@ def test_first_call_sets_up_and_passes_its_words_on(course):
     assert done.returncode == 0, done.stderr
     assert [call.split("/")[0] for call in course.calls()] == [
         "-m venv --clear ",
+        "-m pip install --quiet --upgrade pip",
         "-m pip install --editable ",
         "-m course.cli data fetch",
         "-m course.cli run 01 -p GPU H200 SXM",
@@ -210,7 +211,7 @@ def test_missing_python_is_said_with_what_to_install(course, tmp_path):
 def test_cpu_build_is_put_in_before_the_course(course):
     assert course.lab("setup", "--cpu").returncode == 0
     calls = [call[:22] for call in course.calls()]
-    assert calls[1:4] == ["-m pip install --quiet", "-m uv pip install --py", "-m pip install --edita"]
+    assert calls[2:5] == ["-m pip install --quiet", "-m uv pip install --py", "-m pip install --edita"]
 
 
 @pytest.mark.parametrize("relative", [True, False])

@@ -417,6 +417,7 @@ def one_file(tmp_path_factory: pytest.TempPathFactory):
 
 @openvino
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_one_file_of_efficientnet_gives_the_same_answers_in_every_engine(one_file):
     """Beside ONNX Runtime on the same file: integers are equal but for ties of rounding, layer on layer."""
     path, answers = one_file
