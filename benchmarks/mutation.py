@@ -43,7 +43,7 @@ MUTANTS = 120
 GOAL = 0.9
 SECONDS = 600  # for the tests of one mutant
 COPIED = ("labkit", "course", "tests", "benchmarks", "notebooks", "pyproject.toml", "lab", "README.md")
-MARKS = ("not slow and not timing and not lesson and not gpu", "slow and not timing and not lesson and not gpu")
+MARKS = tuple(f"{speed} and not nightly and not timing and not lesson and not gpu" for speed in ("not slow", "slow"))
 NO_TESTS = 5  # pytest's exit code where the marks leave no test
 
 
