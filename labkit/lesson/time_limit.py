@@ -10,8 +10,8 @@ Limits: a single call into C code, such as a product of large tensors, ends befo
 catches every exception goes on; a pause in a debugger counts as waiting. On Windows and macOS, which have no clock of
 another thread, the seconds are those of the whole process.
 
-A thread watches. A timer's signal would be simpler, but with it two test processes ended with SIGSEGV in the middle of a
-check (cause not found).
+A thread watches. A timer's signal would be simpler, but with it two test processes ended with SIGSEGV in the middle of
+a check (cause not found).
 """
 
 import ctypes
