@@ -218,7 +218,8 @@ def run(
 
 def _smoke_note(done: "list[Run]") -> str:
     """Say that runs at smoke only tried the code, and where recorded results of the same lessons are shown."""
-    recorded = [result.lesson[:2] for result in done if any(files.RECORDED.glob(f"*/{result.lesson[:2]}.json"))]
+    numbers = [result.lesson[:2] for result in done]
+    recorded = [number for number in numbers if any(files.RECORDED.glob(f"*/{number}.json"))]
     if not recorded:
         return f"{SMOKE}."
     return f"{SMOKE}. The report shows the recorded results instead, of {', '.join(recorded)}."

@@ -2,11 +2,12 @@
 
 import math
 
+import changed_answers
 import numpy as np
 import pytest
 import torch
 from refusals import Refusals, check_refusal, refused
-from scipy.stats import beta, binom, binomtest
+from scipy.stats import beta, binomtest
 
 from labkit.errors import InputError
 from labkit.timing import stats
@@ -80,15 +81,9 @@ def test_pairing_makes_the_interval_narrow_where_most_answers_agree():
 def held(wins: float, losses: float, images: int) -> float:
     """Add up the probability of all counts whose interval holds the truth, exactly."""
     total, truth = 0.0, wins - losses
-    for discordant in range(images + 1):
-        of_discordant = binom.pmf(discordant, images, wins + losses)
-        if of_discordant < 1e-7:
-            continue
-        for won in range(discordant + 1):
-            probability = of_discordant * binom.pmf(won, discordant, wins / (wins + losses))
-            if probability > 1e-7:
-                _, low, high = stats.accuracy_change(*answers(won, discordant - won, images))
-                total += probability * (low <= truth <= high)
+    for won, lost, probability in changed_answers.counts(wins, losses, images, negligible=1e-7):
+        _, low, high = stats.accuracy_change(*answers(won, lost, images))
+        total += probability * (low <= truth <= high)
     return total
 
 

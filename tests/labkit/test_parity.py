@@ -3,6 +3,7 @@
 import functools
 import math
 
+import changed_answers
 import pytest
 import torch
 from refusals import Refusals, check_refusal, refused
@@ -66,14 +67,9 @@ def passes(wins: int, losses: int, examples: int, points: float) -> bool:
 def test_few_of_the_candidates_at_the_limit_pass(examples, wins):
     """Exactly a point is lost in truth. All counts of changed answers are tried, weighted with their probability."""
     passed, losses = 0.0, wins + 0.01
-    for discordant in range(examples + 1):
-        of_discordant = binom.pmf(discordant, examples, wins + losses)
-        if of_discordant < 1e-6:
-            continue
-        for lost in range(discordant + 1):
-            probability = of_discordant * binom.pmf(lost, discordant, losses / (wins + losses))
-            if probability > 1e-6 and passes(discordant - lost, lost, examples, 1.0):
-                passed += probability
+    for won, lost, probability in changed_answers.counts(wins, losses, examples, negligible=1e-6):
+        if passes(won, lost, examples, 1.0):
+            passed += probability
     print(f"{examples} examples, {wins:.1%} turn right: {passed:.2%} pass")
     assert passed <= 0.025
 
