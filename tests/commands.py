@@ -1,5 +1,6 @@
 """Commands of the course under test: called here, or as processes that a test waits for, interrupts and kills."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -36,3 +37,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < until, f"still waiting after {seconds} s"
         time.sleep(0.05)
+
+
+def accepts_connections(port: int) -> bool:
+    try:
+        socket.create_connection(("localhost", port), timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("cosmic_ray")
+pytest.importorskip("pytest_timeout")
 import mutation
 
 from labkit.files import ROOT
@@ -43,6 +44,15 @@ def test_the_tests_of_a_module_begin_with_its_own():
     files = mutation.tests_of("labkit/timing/stats.py")
     assert files[0] == "tests/labkit/test_stats.py" and "tests/labkit/test_bench.py" in files
     assert "tests/labkit/test_coupling.py" in mutation.tests_of("labkit/graph/rules_shapes.py")
+
+
+def test_a_module_whose_names_another_one_offers_on_first_use_has_its_tests():
+    assert "tests/labkit/test_stats.py" in mutation.tests_of("labkit/timing/paired.py")
+
+
+def test_every_module_has_tests():
+    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "labkit").rglob("*.py")]
+    assert [path for path in modules if not mutation.tests_of(path)] == []
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 import json
 import re
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -12,7 +11,7 @@ from urllib.request import url2pathname
 import psutil
 import pytest
 from click.testing import Result
-from commands import labkit, wait_until
+from commands import accepts_connections, labkit, wait_until
 from run_records import RECORD
 
 from course import cli, notebooks, run
@@ -240,14 +239,6 @@ def test_who_ends_the_command_ends_jupyterlab_which_had_nothing_to_warn_of(tmp_p
     finally:
         if server.is_running():
             server.kill()
-
-
-def accepts_connections(port: int) -> bool:
-    try:
-        socket.create_connection(("localhost", port), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def test_a_worked_answer_is_shown_to_who_asks():

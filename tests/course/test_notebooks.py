@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from commands import accepts_connections, wait_until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from refusals import check_refusal
 
@@ -183,20 +183,20 @@ def test_jupyterlab_opens_on_the_copy(tmp_path: Path, lesson: Path, offline: dic
         "import sys, pathlib, course.notebooks as c; c.open_in_jupyterlab(pathlib.Path(sys.argv[1]), browser=False)"
     )
     environment = {**offline, "JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path)}
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-c", script, lesson], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+    log = tmp_path / "log"
+    with open(log, "w") as stream:
+        command = [sys.executable, "-c", script, lesson]
+        server = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
     try:
-        until = time.monotonic() + 60
-        while not (found := re.search(r"http://localhost:\S+", (tmp_path / "log").read_text())):
-            assert time.monotonic() < until and server.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.2)
-        assert "/lab/tree/01_small.ipynb?token=" in found[0]
-        page = urllib.request.urlopen(found[0], timeout=20).read().decode()
+        address = re.compile(r"http://localhost:(\d+)/lab/tree/01_small.ipynb\?token=\w+\s")
+        wait_until(lambda: address.search(log.read_text()) or server.poll() is not None)
+        printed = address.search(log.read_text())
+        assert printed, log.read_text()
+        wait_until(lambda: accepts_connections(int(printed[1])))  # JupyterLab tells the address a moment earlier
+        page = urllib.request.urlopen(printed[0].strip(), timeout=20).read().decode()
         assert "JupyterLab" in page
         assert re.search(r'"disabledExtensions": \[[^\]]*"@jupyterlab/apputils-extension:announcements"', page)
-        assert "Error" not in (tmp_path / "log").read_text()
+        assert "Error" not in log.read_text()
     finally:
         os.killpg(server.pid, 9)
         server.wait()
