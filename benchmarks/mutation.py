@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -207,7 +207,7 @@ def first_failure(output: str) -> str:
     """Read the name of the failed test, or of the file that could not be collected, from pytest's summary."""
     for line in output.splitlines():
         if line.startswith(("FAILED ", "ERROR ")):
-            return line.split(" ")[1]
+            return line.split(" ", maxsplit=1)[1].split(" - ")[0]  # a test's parameters may hold spaces
     return ""
 
 
@@ -234,7 +234,10 @@ def judge(folder: Path, site: Site, operator: str, mutated: str) -> Verdict:
 
 
 def verdicts(drawn: list[tuple[Site, str, str]], known: dict[tuple, Verdict], jobs: int) -> Iterator[Verdict]:
-    """Judge the mutants that are not among `known`, `jobs` at a time, each in a copy of the repository of its own."""
+    """Judge the mutants that are not among `known`, `jobs` at a time, each in a copy of the repository of its own.
+
+    The verdicts come in the order in which they are reached.
+    """
     with tempfile.TemporaryDirectory(prefix="labkit-mutants-") as work:
         folders = SimpleQueue()
         for number in range(jobs):
@@ -253,7 +256,9 @@ def verdicts(drawn: list[tuple[Site, str, str]], known: dict[tuple, Verdict], jo
                 folders.put(folder)
 
         with ThreadPoolExecutor(jobs) as pool:
-            yield from tqdm(pool.map(in_a_copy, drawn), total=len(drawn), desc="mutants")
+            judged = [pool.submit(in_a_copy, mutant) for mutant in drawn]
+            for verdict in tqdm(as_completed(judged), total=len(drawn), desc="mutants"):
+                yield verdict.result()
 
 
 def main() -> None:
