@@ -257,8 +257,11 @@ def verdicts(drawn: list[tuple[Site, str, str]], known: dict[tuple, Verdict], jo
 
         with ThreadPoolExecutor(jobs) as pool:
             judged = [pool.submit(in_a_copy, mutant) for mutant in drawn]
-            for verdict in tqdm(as_completed(judged), total=len(drawn), desc="mutants"):
-                yield verdict.result()
+            try:
+                for verdict in tqdm(as_completed(judged), total=len(drawn), desc="mutants"):
+                    yield verdict.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error no further mutants
 
 
 def main() -> None:
