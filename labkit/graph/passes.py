@@ -7,9 +7,10 @@ the remaining entries of a cut (`fits`), or for another precision (`equality`). 
 import contextlib
 import copy
 import gc
+import operator
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,8 +189,9 @@ class _Contents(NamedTuple):
         return cls(container, [], list(container))
 
     def changed(self) -> bool:
-        now = _Contents.of(self.container)
-        return not (_identical(now.keys, self.keys) and _identical(now.items, self.items))
+        if not isinstance(self.container, dict):
+            return not _identical(self.container, self.items)
+        return not (_identical(self.container, self.keys) and _identical(self.container.values(), self.items))
 
     def restore_(self) -> None:
         self.container.clear()
@@ -201,8 +203,8 @@ class _Contents(NamedTuple):
             self.container.extend(self.items)
 
 
-def _identical(a: list[Any], b: list[Any]) -> bool:
-    return list(map(id, a)) == list(map(id, b))
+def _identical(a: Collection[Any], b: Collection[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 @contextlib.contextmanager
