@@ -9,8 +9,8 @@ cosmic-ray. A place in the code is drawn first, then one of the mutants at that 
 replacements weighs as much as a comparison with two. Annotations are left out: nothing reads them.
 
 A mutant is killed if a test fails that passes on the unchanged code, or takes longer than the time limit. It is tried
-on the test files of its module, the one of the same name first: the fast tests, then the slow ones. Tests of the clock,
-of the night and of whole lessons are left out. Exit code 1 if fewer than 90 % are killed.
+first on the test files that import its module, then on those of its room: the fast tests before the slow ones. Tests
+of the clock, of the night and of whole lessons are left out. Exit code 1 if fewer than 90 % are killed.
 """
 
 import argparse
@@ -150,21 +150,22 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def tests_of(path: str) -> list[str]:
-    """List the test files of a module of labkit, beginning with the file that has the module's name.
+def tests_of(path: str) -> list[list[str]]:
+    """List the test files of a module of labkit in groups, the nearest first.
 
-    Tests of a module import it, or import a module of its room that stands on it. A module that serves other rooms only
-    is tested by the tests of the modules that import it.
+    The first group imports the module, the next ones import a module of its room that stands on it, at a greater
+    distance each time. A module that serves other rooms only is tested by the tests of the modules that import it.
     """
-    module, room = module_of(ROOT / path), (ROOT / path).parent
-    modules, before = {module}, set()
-    while modules != before:
-        before = set(modules)
-        modules |= importers(room.glob("*.py"), modules)
-    files = tests_that_import(modules) or tests_that_import(importers((ROOT / "labkit").rglob("*.py"), {module}))
-    name = f"test_{Path(path).stem}.py"
-    files.sort(key=lambda file: file.name != name)
-    return [file.relative_to(ROOT).as_posix() for file in files]
+    module, room = module_of(ROOT / path), list((ROOT / path).parent.glob("*.py"))
+    groups, reached, newest = [], {module}, {module}
+    while newest:
+        earlier = set().union(*groups)
+        groups.append([file for file in tests_that_import(newest) if file not in earlier])
+        newest = importers(room, newest) - reached
+        reached |= newest
+    if not any(groups):
+        groups = [tests_that_import(importers((ROOT / "labkit").rglob("*.py"), {module}))]
+    return [group for group in groups if group]
 
 
 def importers(files: Iterable[Path], modules: set[str]) -> set[str]:
@@ -172,9 +173,10 @@ def importers(files: Iterable[Path], modules: set[str]) -> set[str]:
     return {module_of(file) for file in files if modules & imported(file)}
 
 
-def tests_that_import(modules: set[str]) -> list[Path]:
-    """List the test files that import one of `modules`, sorted."""
-    return [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if modules & imported(file)]
+def tests_that_import(modules: set[str]) -> list[str]:
+    """List the test files that import one of `modules`, sorted, relative to the repository."""
+    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if modules & imported(file)]
+    return [file.relative_to(ROOT).as_posix() for file in files]
 
 
 def copy_repository(folder: Path) -> Path:
@@ -189,7 +191,7 @@ def copy_repository(folder: Path) -> Path:
 
 
 def run_tests(folder: Path, files: list[str]) -> str:
-    """Run test files, or single tests, in a copy of the repository.
+    """Run test files, or single tests, in a copy of the repository: the fast ones, then the slow ones.
 
     Returns the test that failed first, "time limit" for one that took too long, or "" if all pass.
     """
@@ -200,6 +202,14 @@ def run_tests(folder: Path, files: list[str]) -> str:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode not in (0, NO_TESTS):
             return first_failure(done.stdout) or TIME_LIMIT
+    return ""
+
+
+def run_tests_of(folder: Path, path: str) -> str:
+    """Run the tests of a module, the nearest first, until a test fails; returns as `run_tests` does."""
+    for files in tests_of(path):
+        if killed_by := run_tests(folder, files):
+            return killed_by
     return ""
 
 
@@ -223,7 +233,7 @@ def judge(folder: Path, site: Site, operator: str, mutated: str) -> Verdict:
     changed = folder / site.path
     changed.write_text(mutated, encoding="utf-8")
     try:
-        killed_by = run_tests(folder, tests_of(site.path))
+        killed_by = run_tests_of(folder, site.path)
     finally:
         changed.write_text(original, encoding="utf-8")
     if killed_by and killed_by != TIME_LIMIT:
