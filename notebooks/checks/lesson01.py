@@ -27,6 +27,8 @@ BOUNDS = (
     (1e9, 1e6, 1e12, 1e11),
     (1e9, 1e9, 1e12, 1e11),
     (0.0, 5e8, 2e12, 1e9),
+    (8e12, 4.004e9, 2e12, 1e9),  # a thousandth left of the ridge
+    (3e4, 1e5, 1e12, 3e12),  # 33 nanoseconds
 )
 
 
@@ -74,7 +76,7 @@ def decode(fn: Callable, failures: Failures) -> None:
     """decode_limit(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth) -> tokens/s."""
     peak, bandwidth = 1e15, 2e12
     for weight_bytes, kv_bytes, parameters, batch in (
-        (14e9, 0.0, 7e9, 1), (14e9, 1e9, 7e9, 1), (7e9, 5e8, 7e9, 32), (14e9, 0.0, 7e9, 4096),
+        (14e9, 0.0, 7e9, 1), (14e9, 1e9, 7e9, 1), (7e9, 5e8, 7e9, 32), (14e9, 0.0, 7e9, 4096), (14e9, 1e7, 7e9, 4096),
     ):  # fmt: skip
         with failures.given(weight_bytes=weight_bytes, kv_bytes=kv_bytes, parameters=parameters, batch=batch):
             step_s = max((weight_bytes + batch * kv_bytes) / bandwidth, 2 * parameters * batch / peak)
