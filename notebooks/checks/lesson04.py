@@ -8,13 +8,13 @@ that are equal but for rounding, the first layer among those that go.
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.lesson.failures import Failures, has_parts
+from labkit.lesson.failures import Failures, alike, has_parts
 
 # width of the model, size of a head, query heads, KV heads, whether there are biases, which KV heads stay
 LAYERS = (
@@ -24,6 +24,7 @@ LAYERS = (
     (16, 2, 8, 2, False, [1]),
     (12, 3, 4, 4, True, [0, 1, 2, 3]),
     (8, 4, 4, 1, True, [0]),
+    (8, 2, 6, 3, True, [2, 0]),  # in another order than the layer's
 )
 PROJECTIONS = ("q", "k", "v", "o")
 
@@ -34,14 +35,16 @@ def surgery(fn: Callable, failures: Failures) -> None:
         before = _attention_layer(width, head_dim, heads, kv_heads, bias)
         index = torch.tensor(keep)
         with failures.given(width=width, head_dim=head_dim, heads=heads, kv_heads=kv_heads, bias=bias, keep=keep):
-            changed = "the modules that were given have changed; copy them before you cut"
-            after = failures.call(fn, *before, head_dim, index, changed=changed)
+            given = copy.deepcopy(before)
+            after = fn(*given, head_dim, index)
+            failures.expect(alike(given, before), "the modules that were given have changed; copy them before you cut")
             four = has_parts(after, 4) and all(isinstance(layer, nn.Linear) for layer in after)
             if not failures.expect(four, "return four linear layers: q, k, v, o"):
                 continue
             _has_its_sizes(after, width, head_dim, heads // kv_heads * len(keep), len(keep), bias, failures)
-            frozen = [m.weight.requires_grad for m in after] == [m.weight.requires_grad for m in before]
-            failures.expect(frozen, "requires_grad has not been kept")
+            failures.expect(_trained(after) == _trained(before), "requires_grad has not been kept")
+            _shares_nothing(after, given, failures)
+            failures.need(_types(after) == _types(before), "the type of the weights or the biases has not been kept")
             _computes_the_same(after, before, head_dim, keep, failures)
 
 
@@ -53,8 +56,31 @@ def _attention_layer(width: int, head_dim: int, heads: int, kv_heads: int, bias:
     for layer in layers:
         for parameter in layer.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    layers[1].weight.requires_grad_(False)
+    for layer in (layers[1], layers[3]):
+        layer.weight.requires_grad_(False)
+    if bias:
+        layers[0].bias.requires_grad_(False)
     return layers
+
+
+def _parameters(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for layer in layers for parameter in layer.parameters()]
+
+
+def _trained(layers: Iterable[nn.Module]) -> list[bool]:
+    return [parameter.requires_grad for parameter in _parameters(layers)]
+
+
+def _types(layers: Iterable[nn.Module]) -> list[torch.dtype]:
+    return [parameter.dtype for parameter in _parameters(layers)]
+
+
+def _shares_nothing(new: Iterable[nn.Module], old: Iterable[nn.Module], failures: Failures) -> None:
+    places = {parameter.untyped_storage().data_ptr() for parameter in _parameters(old)}
+    failures.expect(
+        not any(parameter.untyped_storage().data_ptr() in places for parameter in _parameters(new)),
+        "a parameter is shared with what was given, so that to train the new one changes the old; copy it",
+    )
 
 
 def _attend(layers: list[nn.Linear], x: Tensor, head_dim: int) -> Tensor:
@@ -108,6 +134,7 @@ def _has_its_sizes(after, width: int, head_dim: int, heads: int, kv_heads: int, 
 # -------------------------------------------------------------------------------------------- importance from gradients
 
 
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # what sums in float32 may differ by, in whichever order they are taken
 # lengths of the sequences, heads, dimensions of a head
 CONTEXTS = (
     ((5, 3, 1), 4, 3),
@@ -124,39 +151,45 @@ def head_scores(fn: Callable, failures: Failures) -> None:
         with failures.given(lengths=str(lengths), heads=heads, head_dim=dim):
             changed = "the tensors that were given have changed; compute new ones"
             got = failures.call(fn, context, grad, mask, changed=changed)
-            products = context * grad  # [B, T, heads, dim]
+            products = (context * grad).double()  # [B, T, heads, dim]
             each = []
-            for product, length in zip(products, lengths, strict=True):
-                places = itertools.product(range(length), range(dim))
+            for product, real in zip(products, mask, strict=True):
+                places = itertools.product(real.nonzero().flatten(), range(dim))
                 each.append(sum(product[t, :, d] for t, d in places).abs())
             right = failures.close(
                 got,
                 torch.stack(each).sum(0),
                 "a head's score is, summed over the sequences, the magnitude of what its gate would do to that "
                 "sequence's loss: first the sum over real tokens and dimensions, then the magnitude",
-                rtol=1e-9,
+                **FLOAT32,
             )
             if not right:
                 continue
             garbage = mask.bool().logical_not()[:, :, None, None] * 1e6
             failures.close(
-                fn(context + garbage, grad + garbage, mask), got, "what stands at padding changes the score", rtol=1e-6
+                fn(context + garbage, grad + garbage, mask), got, "what stands at padding changes the score", **FLOAT32
             )
             parts = 0
             for i in range(len(lengths)):
                 alone = slice(i, i + 1)
                 parts = parts + fn(context[alone], grad[alone], mask[alone])
-            failures.close(parts, got, "the sum over batches depends on how the batches are cut", rtol=1e-9)
+            failures.close(parts, got, "the sum over batches depends on how the batches are cut", **FLOAT32)
             failures.expect(not got.requires_grad, "the score still hangs on the graph of gradients; detach it")
 
 
 def _sequences(lengths: tuple[int, ...], heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """context and its gradient [B, T, heads, dim], float64, with numbers at padding too; mask int64 [B, T]."""
+    """context and its gradient [B, T, heads, dim], float32, with numbers at padding too; mask int64 [B, T]."""
     generator = torch.Generator().manual_seed(len(lengths) * heads)
     shape = (len(lengths), max(lengths) + 1, heads, dim)
-    context, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
-    return context.requires_grad_(), grad, mask
+    context, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    return context.requires_grad_(), grad, _mask(lengths, shape[1])
+
+
+def _mask(lengths: tuple[int, ...], tokens: int) -> Tensor:
+    """int64 [B, tokens], 1 at real tokens: every second sequence is padded in front, the others at the end."""
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+    mask[1::2] = mask[1::2].flip(1)
+    return mask
 
 
 # ----------------------------------------------------------------------------------------------------- a bound on speed
@@ -206,6 +239,7 @@ def _flops(width: int, ffn: int, tokens: int, heads: float, neurons: float) -> f
 # ------------------------------------------------------------------------------------------- distance across a block
 
 
+ANGLE = 3e-4  # a cosine in float32 may be 2e-7 off 1, which is this share of half a turn: arccos(1 - 2e-7) / pi
 # lengths of the sequences, width, layers
 STREAMS = (
     ((4, 2), 6, 5),
@@ -222,7 +256,7 @@ def block_distance(fn: Callable, failures: Failures) -> None:
             with failures.given(lengths=str(lengths), width=width, layers=layers, n=n):
                 got = fn(list(hidden), mask, n)
                 blocks = zip(hidden[: layers + 1 - n], hidden[n:], strict=True)
-                want = [_mean_angle(before, after, lengths) for before, after in blocks]
+                want = [_mean_angle(before, after, mask) for before, after in blocks]
                 failures.close(
                     got,
                     want,
@@ -234,17 +268,25 @@ def block_distance(fn: Callable, failures: Failures) -> None:
     hidden[1], hidden[2] = hidden[0] * 3, -hidden[0]
     with failures.given(hidden="layers that only rescale, and one that turns round", n=1):
         failures.close(
-            fn(list(hidden), mask, 1), [0.0, 1.0], "parallel vectors are at 0 and opposite ones at 1", atol=1e-6
+            fn(list(hidden), mask, 1), [0.0, 1.0], "parallel vectors are at 0 and opposite ones at 1", atol=ANGLE
+        )
+    after = hidden[0] * 3
+    after[:, ::2] = hidden[0][:, ::2].flip(-1)
+    with failures.given(hidden="a layer that rescales every second token and turns the others", n=1):
+        failures.close(
+            fn([hidden[0], after], mask, 1),
+            [_mean_angle(hidden[0], after, mask)],
+            "a token that is only rescaled is at 0 and counts in the mean like every other",
+            atol=ANGLE,
         )
 
 
-def _mean_angle(a: Tensor, b: Tensor, lengths: tuple[int, ...]) -> float:
+def _mean_angle(a: Tensor, b: Tensor, mask: Tensor) -> float:
     angles = []
-    for i, length in enumerate(lengths):
-        for t in range(length):
-            u = F.normalize(a[i, t], dim=0)
-            v = F.normalize(b[i, t], dim=0)
-            angles.append(2 * torch.atan2((u - v).norm(), (u + v).norm()))  # Kahan's: exact when small
+    for i, t in mask.nonzero().tolist():
+        u = F.normalize(a[i, t], dim=0)
+        v = F.normalize(b[i, t], dim=0)
+        angles.append(2 * torch.atan2((u - v).norm(), (u + v).norm()))  # Kahan's: exact when small
     return float(sum(angles)) / len(angles) / math.pi
 
 
@@ -256,7 +298,7 @@ def _stream(lengths: tuple[int, ...], width: int, layers: int) -> tuple[list[Ten
     for layer in range(layers):
         step = torch.randn(shape, generator=generator, dtype=torch.float64)
         hidden.append(hidden[-1] * 1.5 + step * (0.2 + layer))
-    return hidden, (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return hidden, _mask(lengths, shape[1])
 
 
 # -------------------------------------------------------------------------------------------------- dropping layers
@@ -294,6 +336,8 @@ def drop_layers(fn: Callable, failures: Failures) -> None:
             failures.expect(
                 new.config.use_cache == model.config.use_cache, "the config now says another thing about the cache"
             )
+            failures.expect(all(_trained([new])), "parameters that were trained are frozen in the new model")
+            _shares_nothing([new], [model], failures)
             _answers_alike(new, model, gone, failures)
 
 

@@ -24,7 +24,9 @@ def nm_mask(fn: Callable, failures: Failures) -> None:
         "many ties": (2 * random).round(),
         "all equal": torch.full((3, 24), -0.5),
         "a transposed view": torch.randn(24, 6, generator=generator).t(),
-        "bfloat16": random.bfloat16(),
+        "float16": random.half(),
+        "int8": (40 * random).clamp(-127, 127).to(torch.int8),
+        "tiny and nearly equal": 1e-30 * (1 + 1e-5 * random),
         "a convolution": torch.randn(4, 24, 3, 3, generator=generator),
         "one of its transposed views": torch.randn(3, 3, 24, 4, generator=generator).permute(3, 2, 0, 1),
     }.items():
@@ -79,13 +81,15 @@ def compress(fn: Callable, failures: Failures) -> None:
         ("two kept in every group", 5, 16, torch.float32),
         ("two kept in every group", 3, 8, torch.float16),
         ("some groups with one or none", 6, 32, torch.float32),
-        ("some groups with one or none", 4, 24, torch.bfloat16),
+        ("some groups with one or none", 4, 24, torch.int8),
+        ("tiny values", 3, 16, torch.float32),
         ("all zero", 2, 8, torch.float32),
     ):
         order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
         weight = torch.randn(rows, columns // 4, 4, generator=generator).masked_fill(order < 2, 0.0)
-        fewer = {"two kept in every group": 0.0, "some groups with one or none": 0.3, "all zero": 1.0}[case]
+        fewer = {"some groups with one or none": 0.3, "all zero": 1.0}.get(case, 0.0)
         weight[torch.rand(weight.shape, generator=generator) < fewer] = 0.0
+        weight *= {"tiny values": 1e-20}.get(case, 20.0)
         with failures.given(weight=case, shape=(rows, columns), dtype=str(dtype)):
             _compress(fn, failures, weight.flatten(1).to(dtype))
 
@@ -162,6 +166,24 @@ def sparse_refined(fn: Callable, failures: Failures) -> None:
         for decay in (0.0, 0.5, 2.0):
             with failures.given(weight=case, decay=decay):
                 _sparse_refined(fn, failures, weight, keep, decay)
+    _two_layers(fn, failures)
+
+
+def _two_layers(fn: Callable, failures: Failures) -> None:
+    """Two calls before the backward pass: each has a mask and a pull that the other must not touch."""
+    apply = getattr(fn, "apply", fn)
+    leaves = [torch.full((2, 4), size, requires_grad=True) for size in (1.0, 3.0)]
+    masks = [torch.tensor([[True, True, False, False]] * 2), torch.tensor([[False, True, False, True]] * 2)]
+    pulls = (0.5, 2.0)
+    with failures.given(weight="two layers, backwards after both went forwards", decay=str(pulls)):
+        used = [apply(leaf, mask, pull) for leaf, mask, pull in zip(leaves, masks, pulls, strict=True)]
+        sum(part.sum() for part in used).backward()
+        for leaf, mask, pull in zip(leaves, masks, pulls, strict=True):
+            failures.close(
+                leaf.grad,
+                1 + pull * leaf * ~mask,
+                "a layer gets the pull or the mask of another; keep on ctx what the backward pass needs",
+            )
 
 
 def _sparse_refined(fn: Callable, failures: Failures, weight: Tensor, keep: Tensor, decay: float) -> None:
@@ -176,6 +198,7 @@ def _sparse_refined(fn: Callable, failures: Failures, weight: Tensor, keep: Tens
     )
     failures.need(used.requires_grad, "what apply returns is cut off from the weight: keep it in the graph")
     arriving = torch.linspace(-1.0, 2.0, weight.numel()).view(weight.shape)
+    arriving[0] = 0  # to the weights of an output without a gradient; the pull stays
     used.backward(arriving)
     failures.need(leaf.grad is not None, "backward hands no gradient to the weight")
     passed = leaf.grad - arriving  # what was added on the way
@@ -201,10 +224,17 @@ def _sparse_refined(fn: Callable, failures: Failures, weight: Tensor, keep: Tens
 def wanda_mask(fn: Callable, failures: Failures) -> None:
     """wanda_mask(weight, inputs, n, m) -> bool tensor [out, in], True where kept."""
     generator = torch.Generator().manual_seed(2)
-    for case, shape in {"[tokens, in]": (50, 24), "[batch, tokens, in]": (6, 9, 24), "one token": (1, 24)}.items():
+    for case, shape in {
+        "[tokens, in]": (50, 24),
+        "[batch, tokens, in]": (6, 9, 24),
+        "one token": (1, 24),
+        "half of them always 0": (20, 24),
+    }.items():
         inputs = torch.randn(shape, generator=generator) ** 3  # long tails: mean and root mean square rank differently
         inputs = inputs * torch.logspace(-1, 1, 24)[torch.randperm(24, generator=generator)]  # some features are loud
-        weight = torch.randn(7, 24, generator=generator)
+        if case == "half of them always 0":
+            inputs[:, 12:] = 0
+        weight = torch.randn(8, 24, generator=generator)
         for n, m in ((2, 4), (1, 4), (4, 8), (2, 6)):
             with failures.given(inputs=case, n=n, m=m):
                 _wanda_mask(fn, failures, weight, inputs, n, m)
@@ -237,9 +267,9 @@ def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor
 CHECKS = {"05.1": nm_mask, "05.2": compress, "05.3": stored_share, "05.4": sparse_refined, "05.5": wanda_mask}
 
 TRIES = {
-    "05.1": "7 weights, among them ties, views and convolutions, in 5 patterns N:M",
-    "05.2": "5 weights, among them groups with one nonzero or none",
+    "05.1": "9 weights, among them ties, views, convolutions and int8, in 5 patterns N:M",
+    "05.2": "6 weights, among them groups with one nonzero or none, and int8",
     "05.3": f"{len(PATTERNS)} patterns N:M at 4 widths of the values",
-    "05.4": "a matrix and a convolution with 3 strengths of the pull, forwards and backwards",
-    "05.5": "inputs with two and with three dimensions in 4 patterns N:M",
+    "05.4": "a matrix and a convolution with 3 strengths of the pull, forwards and backwards, then two layers at once",
+    "05.5": "inputs with two and with three dimensions, some of them always 0, in 4 patterns N:M",
 }

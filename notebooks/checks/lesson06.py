@@ -12,6 +12,14 @@ from torch import Tensor
 
 from labkit.lesson.failures import Failures, has_parts
 
+TIES_AT = {  # bits at which halves are ties, on one of the two grids or on both
+    "ties": (3,),
+    "ties, positive": (2,),
+    "ties beside an odd zero point": (3,),
+    "a tie of the zero point at 0.5": (2,),
+    "a tie of the zero point at 2.5": (2,),
+}
+
 
 def quantize(fn: Callable, failures: Failures) -> None:
     """quantize(x, bits, symmetric) -> (int32 codes, scale, zero)."""
@@ -25,9 +33,13 @@ def quantize(fn: Callable, failures: Failures) -> None:
         "all zero": torch.zeros(6),
         "ties": torch.tensor([-3.0, -2.5, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 3.0]),
         "ties, positive": torch.tensor([0.0, 0.5, 1.5, 2.5, 3.0]),
+        "ties beside an odd zero point": torch.tensor([-1.0, -0.5, 0.5, 1.5, 2.5, 6.0]),
+        "a tie of the zero point at 0.5": torch.tensor([-0.5, 2.5]),
+        "a tie of the zero point at 2.5": torch.tensor([-2.5, 0.5]),
+        "tiny": 1e-7 * noise,
+        "one value": torch.full((4,), 3.0),
     }.items():
-        widths = {"ties": (3,), "ties, positive": (2,)}.get(case, (8, 4, 2))
-        for bits in widths:
+        for bits in TIES_AT.get(case, (8, 4, 2)):
             for symmetric in (True, False):
                 with failures.given(x=case, bits=bits, symmetric=symmetric):
                     _quantize(fn, failures, x, bits, symmetric)
@@ -62,6 +74,11 @@ def _quantize(fn: Callable, failures: Failures, x: Tensor, bits: int, symmetric:
         "the scale is not the range over its number of steps; the range of an asymmetric grid contains 0",
         rtol=1e-5,
     )
+    exact_zero = 0.0 if symmetric else -low / scale
+    failures.expect(
+        zero == round(exact_zero) if (2 * exact_zero).is_integer() else abs(zero - exact_zero) < 0.5001,
+        "the zero point is not round(-min / s), in a tie the even whole number",
+    )
     points = [(code - zero) * scale for code in codes.flatten().tolist()]
     failures.expect(
         all(abs(point - value) <= scale * 0.5001 for point, value in zip(points, values, strict=True)),
@@ -92,6 +109,7 @@ STORED_BITS = (
     (4, 16, 4),
     (8, 32, 8),
     (2, 8, 0),
+    (4, 16, 16),
 )
 
 
@@ -118,6 +136,7 @@ PRODUCTS = (
     (1, 40, 2),
     (6, 4, 4),
     (5, 5, 5),
+    (2, 1200, 3),
 )
 ZERO_POINTS = (
     (0, 0),
@@ -135,6 +154,7 @@ def int_linear(fn: Callable, failures: Failures) -> None:
         q = torch.randint(0, 256, (rows, inner), generator=generator).to(torch.uint8)
         p = torch.randint(-128, 128, (outputs, inner), generator=generator).to(torch.int8)
         q[0], p[0] = 255, -128
+        p[0, 0] = -127  # odd, so that no float32 holds the sum of a long row
         for z_x, z_w in ZERO_POINTS:
             with failures.given(rows=rows, inputs=inner, outputs=outputs, z_x=z_x, z_w=z_w):
                 sums = failures.call(fn, q, z_x, p, z_w, changed="your function changed the codes")
@@ -160,8 +180,8 @@ def int_linear(fn: Callable, failures: Failures) -> None:
 def quantized_conv(fn: Callable, failures: Failures) -> None:
     """quantized_conv(x, weight) -> floats [N, out, H, W], of u8 and s8 codes, padding 1."""
     generator = torch.Generator().manual_seed(2)
-    for channels, outputs, side in ((3, 4, 6), (1, 2, 5), (5, 1, 3)):
-        x = torch.randn(2, channels, side, side, generator=generator)
+    for channels, outputs, height, width in ((3, 4, 6, 6), (1, 2, 4, 7), (5, 1, 5, 3)):
+        x = torch.randn(2, channels, height, width, generator=generator)
         weight = torch.randn(outputs, channels, 3, 3, generator=generator)
         weight[0, 0, 0, 0] = 5.0  # the extreme is positive, and channels differ
         silent = weight.clone()
@@ -173,7 +193,7 @@ def quantized_conv(fn: Callable, failures: Failures) -> None:
             ("after ReLU", x.relu(), weight),
             ("a channel of zeros", x, silent),
         ):
-            with failures.given(x=case, channels=channels, outputs=outputs):
+            with failures.given(x=case, channels=channels, outputs=outputs, height=height, width=width):
                 _quantized_conv(fn, failures, image, kernel)
 
 
@@ -245,9 +265,9 @@ def pack4(fn: Callable, failures: Failures) -> None:
 CHECKS = {"06.1": quantize, "06.2": stored_bits, "06.3": int_linear, "06.4": quantized_conv, "06.5": pack4}
 
 TRIES = {
-    "06.1": "8 tensors, among them one-sided ones, zeros and ties, at up to 3 widths, symmetric and not",
+    "06.1": "13 tensors, among them one-sided ones, zeros, tiny numbers and ties, at up to 3 widths, symmetric and not",
     "06.2": f"{len(GROUPED_ROWS)} rows, some with a last group that is not full, in {len(STORED_BITS)} formats",
-    "06.3": f"{len(PRODUCTS)} products with {len(ZERO_POINTS)} pairs of zero points, the extreme codes among them",
-    "06.4": "5 kinds of images at 3 sizes, among them images of one sign and a channel of zeros",
+    "06.3": f"{len(PRODUCTS)} products with {len(ZERO_POINTS)} pairs of zero points, with extreme codes and long rows",
+    "06.4": "5 kinds of images at 3 sizes, not all square, among them images of one sign and a channel of zeros",
     "06.5": "6 tensors of codes, among them odd counts and views",
 }
