@@ -37,6 +37,7 @@ def straight_through(fn: Callable, failures: Failures) -> None:
                 y = fn(leaf, step, zero, lo, hi)
                 failures.need(isinstance(y, Tensor) and y.shape == x.shape, "return a tensor in the shape of x")
                 failures.expect(torch.equal(leaf, x), "x has changed; compute a new tensor")
+                failures.expect(step == scale, "the step has changed; compute a new tensor")
                 points = [_stair(value, scale, zero, lo, hi) for value in x.flatten().tolist()]
                 failures.close(
                     y.flatten(),
@@ -49,6 +50,10 @@ def straight_through(fn: Callable, failures: Failures) -> None:
                 (gradient,) = torch.autograd.grad(y, leaf, upstream, allow_unused=True)
                 failures.need(gradient is not None, "the result does not depend on x for autograd")
                 _passes_inside(gradient, upstream, x / scale + zero, lo, hi, failures)
+    for dtype in (torch.float32, torch.float64):
+        with failures.given(x=f"{str(dtype).removeprefix('torch.')} numbers"):
+            y = fn(torch.linspace(-2, 2, 9, dtype=dtype), 0.5, 0, -3, 3)
+            failures.expect(y.dtype == dtype, "the result has another dtype than x", detail=f"{y.dtype}")
 
 
 def _stair(x: float, scale: float, zero: int, lo: int, hi: int) -> float:
@@ -175,16 +180,24 @@ class _Faulty(torch.autograd.Function):
             passes |= steps >= hi
         if "leak" in faults or "leak, below only" in faults:
             passes |= steps <= lo
-        to_x = torch.zeros_like(x) if "blocked" in faults else gradient * passes
+        if "blocked" in faults:
+            passes &= ~inside
+        to_x = gradient * passes
+        if "leak, a tenth" in faults:
+            to_x = torch.where(inside, to_x, gradient / 10)
         within = steps.round() - steps
         if "inside" in faults:
             within = torch.zeros_like(x)
         elif "inside, codes alone" in faults:
             within = steps.round()
+        elif "inside, the other sign" in faults:
+            within = steps - steps.round()
         slopes = torch.where(inside, within, steps.clamp(lo, hi))
         to_step = (gradient * slopes).sum()
         if "unscaled" not in faults:
             to_step = to_step / math.sqrt(x.numel() * hi)
+        if "fixed, a gradient of 0" in faults:
+            to_step = torch.zeros_like(to_step)
         return to_x, None if "fixed" in faults else to_step, None, None, None
 
 
@@ -199,9 +212,13 @@ SUSPECTS = (
     ("leak",),
     ("leak, above only",),
     ("leak, below only",),
+    ("leak, a tenth",),
+    ("blocked", "leak"),
     ("fixed",),
+    ("fixed, a gradient of 0",),
     ("inside",),
     ("inside, codes alone",),
+    ("inside, the other sign",),
     ("unscaled",),
     ("leak", "fixed"),
     ("inside", "unscaled"),
@@ -254,6 +271,7 @@ def reversals(fn: Callable, failures: Failures) -> None:
         "leaps of several codes": jumps,
         "random walks, int8": walk.to(torch.int8),
         "two steps only": torch.tensor([[0, 3], [1, 3]]),
+        "codes from 0 to 255, uint8": torch.tensor([[0, 255, 128, 200, 0]], dtype=torch.uint8).T,
         "leaps from end to end, int8": torch.tensor([[0, 127, -127, -100]], dtype=torch.int8).T,
     }
     for name, history in cases.items():
@@ -286,5 +304,5 @@ TRIES = {
     "08.1": f"{len(GRIDS)} grids with values inside and beyond, and with the step as a number and as a tensor",
     "08.2": "7 tensors with one step for all, for each row and for each channel",
     "08.3": f"{len(SUSPECTS)} quantizers with no fault, with one and with several",
-    "08.4": "9 histories, among them rests, leaps and int8",
+    "08.4": "10 histories, among them rests, leaps, int8 and uint8",
 }

@@ -73,7 +73,14 @@ def soft_answers(fn: Callable, failures: Failures) -> None:
         failures.close(fn(teacher, teacher, 2.0, None), 0.0, "equal logits have a loss that is not 0", atol=1e-9)
     with failures.given(logits="a thousand times as large"):
         answer = _scalar(fn(1000 * student, 1000 * teacher, 1.0, None), failures)
-        failures.expect(answer.isfinite(), "confident logits give NaN or infinity: use log_softmax")
+        failures.need(answer.isfinite(), "confident logits give NaN or infinity: use log_softmax")
+        log_q, log_p = (1000 * student).log_softmax(-1), (1000 * teacher).log_softmax(-1)
+        failures.close(
+            answer,
+            (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+            "confident logits get another value: probabilities round to 0, so take the logarithms from log_softmax",
+            rtol=1e-5,
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- diagnoses
@@ -158,12 +165,15 @@ def stored_answers(fn: Callable, failures: Failures) -> None:
                 "the gradient is off: the student's tail belongs to the loss",
                 atol=1e-7,
             )
+    with failures.given(logits=[4, 9], k=3):
+        log_p, ids = _normal(4, 9, seed=1).log_softmax(-1).topk(3)
+        failures.call(fn, _normal(4, 9), ids, log_p, changed="an argument has changed; compute new tensors")
     with failures.given(student="sure of one class", logits=[1, 4]):
-        student = torch.tensor([[40.0, 0, 0, 0]], dtype=torch.float64)
+        student = torch.tensor([[200.0, 0, 0, 0]], dtype=torch.float64)
         ids = torch.tensor([[0, 1]])
         log_p = torch.full((1, 2), math.log(0.25), dtype=torch.float64)
-        tail = math.log(2) - 40  # the student's log-probability of the two classes that are not stored
-        stored = 0.25 * math.log(0.25) + 0.25 * (math.log(0.25) + 40)
+        tail = math.log(2) - 200  # the student's log-probability of the two classes that are not stored
+        stored = 0.25 * math.log(0.25) + 0.25 * (math.log(0.25) + 200)
         expected = stored + 0.5 * (math.log(0.5) - tail)
         failures.close(
             fn(student, ids, log_p),
@@ -181,6 +191,14 @@ def stored_answers(fn: Callable, failures: Failures) -> None:
             fn(student, ids, log_p),
             _divergence(torch.full((2,), 0.5, dtype=torch.float64), q),
             "a teacher without a tail gets another value; a tail of 0 adds nothing",
+            rtol=1e-6,
+        )
+    with failures.given(stored_probabilities="sum to 1.0002, as rounded ones may", logits=[1, 4]):
+        log_p = log_p + 1e-4
+        failures.close(
+            fn(student, ids, log_p),
+            (log_p.exp() * (log_p - q.log())).sum(),
+            "stored probabilities that add up to more than 1 get another value; the teacher's tail is then 0",
             rtol=1e-6,
         )
 
@@ -224,9 +242,18 @@ def relations(fn: Callable, failures: Failures) -> None:
                 rtol=1e-4,
                 atol=1e-7,
             )
+    with failures.given(student=[5, 4], teacher=[5, 7]):
+        changed = "the features have changed; compute new tensors"
+        failures.call(fn, _normal(5, 4), _normal(5, 7, seed=1), changed=changed)
     with failures.given(student="two equal rows"):
-        student = _normal(2, 3)[[0, 1, 0, 1]].requires_grad_()
-        loss = _scalar(fn(student, _normal(4, 3, seed=1)), failures)
+        student, teacher = _normal(2, 3)[[0, 1, 0, 1]].requires_grad_(), _normal(4, 3, seed=1)
+        loss = _scalar(fn(student, teacher), failures)
+        failures.close(
+            loss,
+            _relations_by_hand(student.detach(), teacher),
+            "the value is off where two examples are equal; their distance, 0, counts in the means like any other",
+            rtol=1e-5,
+        )
         loss.backward()
         failures.expect(
             loss.isfinite() and student.grad.isfinite().all(),

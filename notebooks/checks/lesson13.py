@@ -1,18 +1,19 @@
 """Checks of lesson 13: do gains multiply, is a loss excluded, what does a report hide, which plan is cheapest when.
 
-Tables of times are made from parts whose answer is known; intervals are computed step by step; faulty reports come with
-every other number changed; the cheapest plan is compared with trying them all.
+Tables of times are made from parts whose answer is known; limits lie beside the ends of an exact interval; faulty
+reports come with every other number changed; the cheapest plan is compared with trying them all.
 """
 
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from labkit import stats
 from labkit.lesson.failures import Failures, has_parts
 
 # ----------------------------------------------------------------------------------------------------- interactions
@@ -36,11 +37,14 @@ def _tables() -> dict[str, Times]:
     whole = _times({"work": 3.0}, halves | {"engine": {"work": 0.7}})
     some = _times({"work": 3.0, "calls": 2.0}, halves | engine)
     del some[frozenset({"cut", "engine"})]
+    backwards = dict(reversed(_times({"work": 5.0, "calls": 3.0}, halves | engine).items()))
     return {
         "one part, every step scales all of it": whole,
         "two steps that shrink the same part": _times({"work": 6.0, "calls": 4.0}, halves),
         "steps that shrink different parts": _times({"work": 6.0, "calls": 4.0}, {**engine, "cut": {"work": 0.5}}),
         "three steps, one pair not measured": some,
+        "three steps, the time without any at the end of the table": backwards,
+        "four steps": _times({"work": 5.0, "calls": 3.0}, halves | engine | {"batch": {"calls": 0.2}}),
         "one step alone": _times({"work": 1.0}, {"cut": {"work": 0.5}}),
         "a step that makes it slower": _times(
             {"work": 2.0, "calls": 1.0}, {"int8": {"work": 1.5}, "cut": {"calls": 0.5}}
@@ -86,35 +90,43 @@ def _answers(n: int, right: int, lost: int, won: int) -> tuple[Tensor, Tensor]:
     return before[order], after[order]
 
 
-GATES = (  # examples, right before, turned wrong, turned right, points that may be lost
-    (10_000, 9200, 120, 60, 1.0), (10_000, 9200, 200, 60, 1.0), (10_000, 9200, 300, 60, 1.0), (1000, 900, 20, 4, 1.0),
-    (1000, 900, 2, 1, 1.0), (200, 170, 3, 2, 1.0), (200, 170, 3, 2, 5.0), (2000, 1700, 300, 30, 2.0),
-    (400, 300, 40, 60, 1.0), (400, 300, 0, 40, 1.0), (1000, 900, 0, 0, 0.5), (100, 80, 10, 8, 0.5),
-    (100, 80, 0, 0, 1.0), (5000, 4000, 600, 640, 2.0), (5000, 4000, 400, 400, 1.0), (1000, 500, 14, 4, 1.0),
-    (12, 8, 3, 0, 0.5), (30, 20, 10, 3, 0.5), (20, 12, 8, 2, 0.5),  # N, N - 1 and 1.96 make a difference
-    (20, 12, 0, 3, 1.0), (30, 20, 0, 0, 5.0), (12, 8, 0, 1, 15.0),  # the rule of three is for no change at all
-    (64, 40, 0, 0, 4.6875),  # the end of the interval is the limit
+CHANGES = (  # examples, right before, turned wrong, turned right
+    (10_000, 9200, 120, 60), (10_000, 9200, 300, 60), (5000, 4000, 600, 640), (1000, 900, 20, 4), (1000, 900, 2, 1),
+    (400, 300, 40, 60), (400, 300, 0, 40), (300, 270, 1, 0), (200, 170, 3, 2), (100, 80, 10, 8), (1000, 900, 0, 0),
+    (64, 40, 0, 0), (30, 20, 0, 0), (30, 20, 10, 3), (20, 12, 8, 2), (12, 8, 3, 0), (12, 8, 0, 1),
 )  # fmt: skip
+BESIDE = (0.99, 1.01)  # limits just inside and just beyond an end of the interval, of which they are these shares
+EDGES = ((5, 5, 5, 0, 100.0), (400, 300, 0, 40, 0.0), (400, 300, 3, 3, 0.0))  # at the ends of what a limit can be
+
+
+def _gates() -> Iterator[tuple[int, int, int, int, float]]:
+    """Yield the numbers of CHANGES and points that may be lost, with limits beside both ends of the interval."""
+    for counts in CHANGES:
+        before, after = _answers(*counts)
+        _, *ends = stats.accuracy_change(after, before)
+        for end, share in itertools.product(ends, BESIDE):
+            if end < 0:
+                yield *counts, round(-100 * end * share, 4)
+    yield from EDGES
 
 
 def gate(fn: Callable, failures: Failures) -> None:
     """gate(before, after, points) -> "passes", "fails" or "open"."""
-    for n, right, lost, won, points in GATES:
+    for n, right, lost, won, points in _gates():
         with failures.given(examples=n, turned_wrong=lost, turned_right=won, points=points):
             before, after = _answers(n, right, lost, won)
             answer = failures.call(fn, before, after, points, changed="the answers were changed: copy before writing")
             failures.need(answer in ("passes", "fails", "open"), 'return "passes", "fails" or "open"')
-            each = (after.double() - before.double()).tolist()
-            mean = math.fsum(each) / n
-            deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in each) / (n - 1))
-            half = 1.959964 * deviation / math.sqrt(n) if lost or won else 3 / n
-            low, high = (100 * (mean + sign * half) for sign in (-1, 1))
-            expected = "passes" if low >= -points else "fails" if high < -points else "open"
+            _, low, high = (100 * share for share in stats.accuracy_change(after, before))
+            expected = "open"
+            if low >= -points:
+                expected = "passes"
+            elif high < -points:
+                expected = "fails"
             failures.expect(
                 answer == expected,
-                "the verdict is off; take the difference of each example, the 95 % interval of their mean in points, "
-                "and see whether the whole interval is above the limit, below it, or neither; without any change it is "
-                "300 / N points to both sides",
+                "the verdict is off; take the interval of stats.accuracy_change(after, before), in points, and see "
+                "whether all of it is at the limit or above, all of it below, or neither",
                 detail=f"expected {expected!r} for an interval from {low:+.2f} to {high:+.2f}, got {answer!r}",
             )
 
@@ -129,6 +141,13 @@ FAULTS = {  # name -> the fields of a report that show the fault
     "few requests": ("quantile", "requests"),
     "first call": ("first call",),
 }
+
+
+AT_THE_EDGE = (  # fields of a report, and its faults
+    ({"quantile": 0.9, "requests": 100}, ()),
+    ({"quantile": 0.9, "requests": 99}, ("few requests",)),
+    ({"batches": (1, 1), "baseline ms": {1: 20.0, 4: 79.6, 8: 160.0}}, ("baseline batch",)),  # hardly faster with 4
+)
 
 
 def _report(seed: int, faults: frozenset) -> dict[str, Any]:
@@ -164,8 +183,8 @@ def faults(fn: Callable, failures: Failures) -> None:
     """faults(report) -> the set of what is wrong with it."""
     several = [frozenset(some) for n in (0, 1, 2, 6) for some in itertools.combinations(FAULTS, n)]
     reports = [(_report(seed, some), some) for seed, some in enumerate([*several, *several[:7]])]
-    just_enough = _report(0, frozenset()) | {"quantile": 0.9, "requests": 100}
-    reports.append((just_enough, frozenset()))
+    fair = _report(0, frozenset())
+    reports += [(fair | fields, frozenset(names)) for fields, names in AT_THE_EDGE]
     for number, (report, expected) in enumerate(reports, start=1):
         with failures.given(report=f"number {number}"):
             answer = failures.call(fn, report, changed="the report was changed: only read it")
@@ -200,6 +219,8 @@ def _plans() -> list[list[dict[str, Any]]]:
         [(0.0, 1.0), (10.0, 0.5), (15.0, 0.25)],  # all three meet at 20 requests
         [(0.0, 1.0), (5.0, 0.5), (5.0, 0.5)],  # two alike
         [(0.0, 1.0), (10.0, 0.7)],  # they meet between two whole numbers
+        [(0.0, 0.02), (400.0, 0.0199), (9000.0, 0.01)],  # they meet beyond 10,000 requests
+        [(0.0, 1.0), (1.0, 0.5), (3.0, 0.3), (7.0, 0.2), (15.0, 0.15), (31.0, 0.13)],  # each wins on a stretch
     ]
     draw = random.Random(0)
     for _ in range(6):
@@ -265,7 +286,7 @@ CHECKS = {
 
 TRIES = {
     "13.1": f"{len(_tables())} tables of times, among them one with a pair that was not measured",
-    "13.2": f"{len(GATES)} pairs of results, among them few examples, no change and limits that are just met",
+    "13.2": f"{len(CHANGES)} pairs of results, few examples and no change among them, with limits beside both ends",
     "13.3": f"{len(_plans())} sets of plans, among them equal ones and three that meet in one point",
     "13.4": "reports with no fault, with one, with two and with all of them, and every other number changed",
 }

@@ -35,7 +35,7 @@ def top_k_kd_by_bins(student, ids, log_p):
     stored = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, ids, True)
     log_q = torch.cat([log_q.gather(-1, ids), log_q.masked_fill(stored, -torch.inf).logsumexp(-1, keepdim=True)], -1)
     p = log_p.exp()
-    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
+    p = torch.cat([p, (1 - p.sum(-1, keepdim=True)).relu()], -1)
     classes = p.shape[-1]
     return F.kl_div(log_q.reshape(-1, classes), p.reshape(-1, classes), reduction="batchmean")
 

@@ -2,6 +2,8 @@
 
 import math
 
+from labkit import stats
+
 
 def interactions_by_logarithms(times):
     logs = {steps: math.log(times[frozenset()]) - math.log(time) for steps, time in times.items()}
@@ -9,13 +11,10 @@ def interactions_by_logarithms(times):
     return {steps: math.exp(logs[steps] - singles[steps]) for steps in times if len(steps) >= 2}
 
 
-def gate_by_counts(before, after, points):
-    n, lost, won = len(before), int((before & ~after).sum()), int((after & ~before).sum())
-    mean = (won - lost) / n
-    half = 1.959964 * math.sqrt((won + lost - n * mean**2) / (n - 1) / n) if won + lost else 3 / n
-    return {(True, True): "passes", (False, True): "open"}.get(
-        (100 * (mean - half) >= -points, 100 * (mean + half) >= -points), "fails"
-    )
+def gate_by_the_limit_reached(before, after, points):
+    _, low, high = stats.accuracy_change(after.tolist(), before.tolist())
+    ends_within = [end >= -points / 100 for end in (low, high)]
+    return ("fails", "open", "passes")[sum(ends_within)]
 
 
 def faults_by_hand(report):
@@ -54,7 +53,7 @@ def envelope_with_lists(plans):
 
 RIGHT = {
     "13.1": interactions_by_logarithms,
-    "13.2": gate_by_counts,
+    "13.2": gate_by_the_limit_reached,
     "13.3": envelope_by_crossings,
     "13.4": faults_by_hand,
 }
