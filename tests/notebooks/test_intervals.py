@@ -14,7 +14,7 @@ from course import notebooks
 from labkit import show, stats
 from labkit.lesson import challenge
 
-BY_HAND = re.compile(r"\b1\.96\b|\bhypot\(|\bppf\(|rule of\s+three|\b300 / len|\.view\(-1, RUN\)\.mean\(1\)\.tolist\(\)")
+BY_HAND = re.compile(r"\b1\.96\b|\bhypot\(|\bppf\(|rule of\s+three|\b300 / len|\bRUN\)\.mean\(1\)\.tolist\(\)")
 # The card of 13.2 asks for it; the sentence of gate-need-say is about that card.
 ASKED_FOR = {("13", "exercise-2"), ("13", "gate-need-say")}
 SEEDS, IMAGES, TEXTS, TOKENS = 3, 200, 8, 50
