@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from labkit.show import WIDTH, Rows
+from labkit.words import is_open
 
 LINE_STYLES = ("-", "-.", ":")
 
@@ -13,7 +14,8 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
     """Draw a line for each value of a column, with a label for the legend.
 
     ax: matplotlib axes to draw into.
-    rows: the data, a dict per row. Columns "low" and "high", if all rows of a line have both, become error bars.
+    rows: the data, a dict per row. Columns "low" and "high", if all rows of a line have both, become error bars. An
+        interval that excludes nothing, such as (0, inf), has no bar.
     x, y: names of the columns to draw.
     by: name of the column whose values distinguish the lines.
     baseline: value of `by` whose line is black and dashed.
@@ -30,13 +32,19 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
         if name == baseline:
             look = {"color": "black", "linestyle": "--"}
         if all("low" in row and "high" in row for row in group):
-            below = [row[y] - row["low"] for row in group]
-            above = [row["high"] - row[y] for row in group]
-            look["yerr"] = [below, above]
+            bars = [_bar(row[y], row["low"], row["high"]) for row in group]
+            look["yerr"] = list(zip(*bars, strict=True))
         look |= {"marker": "o", "markersize": 3, "capsize": 2, **style}
         xs = [row[x] for row in group]
         ys = [row[y] for row in group]
         ax.errorbar(xs, ys, label=str(name), **look)
+
+
+def _bar(value: float, low: float, high: float) -> tuple[float, float]:
+    """Return the lengths of an error bar below and above a value; NaN, which draws none, for an open interval."""
+    if is_open((low, high)):
+        return math.nan, math.nan
+    return value - low, high - value
 
 
 def curves(

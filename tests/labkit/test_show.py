@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -238,6 +239,21 @@ def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
     assert [segment[:, 1].tolist() for segment in bars] == [[89.0, 92.0], [69.0, 72.0]]
     assert second[0].get_linestyle() == "--"
     assert first[0].get_linestyle() == "-"
+
+
+@pytest.mark.parametrize("ends", [(0.0, math.inf), (-math.inf, math.inf)])
+def test_lines_draws_no_bar_for_an_interval_that_excludes_nothing(ends: tuple[float, float]):
+    low, high = ends
+    rows = [
+        {"tokens": 1, "ratio": 1.3, "low": low, "high": high, "method": "wanda"},
+        {"tokens": 2, "ratio": 1.2, "low": 1.1, "high": 1.4, "method": "wanda"},
+    ]
+    ax = plt.subplots()[1]
+    show.lines(ax, rows, "tokens", "ratio", by="method")
+    without, with_bar = ax.containers[0][2][0].get_segments()
+    assert len(without) == 0
+    assert with_bar[:, 1].tolist() == pytest.approx([1.1, 1.4])
+    assert ax.get_ylim()[0] > 1
 
 
 def test_curves_has_a_panel_a_title_one_key_and_the_reference():

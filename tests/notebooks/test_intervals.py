@@ -1,0 +1,170 @@
+"""The intervals of the lessons are over images, seeds and texts: their own functions, taken out of their cells."""
+
+import ast
+import math
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from course import notebooks
+from labkit import show, stats
+from labkit.lesson import challenge
+
+BY_HAND = re.compile(r"\b1\.96\b|\bhypot\(|\bppf\(|rule of\s+three|\b300 / len|\bRUN\)\.mean\(1\)\.tolist\(\)")
+# The card of 13.2 asks for it; the sentence of gate-need-say is about that card.
+ASKED_FOR = {("13", "exercise-2"), ("13", "gate-need-say")}
+SEEDS, IMAGES, TEXTS, TOKENS = 3, 200, 8, 50
+
+
+def cells(lesson: str) -> dict[str, str]:
+    return {cell.id: cell.source for cell in notebooks.read(notebooks.find(lesson)).cells if cell.cell_type == "code"}
+
+
+def function(lesson: str, name: str, **names: Any) -> Callable:
+    """Return a function of a lesson, with `names` for what its cells have made before."""
+    space = {"math": math, "stats": stats, "show": show, "torch": torch} | names
+    for source in cells(lesson).values():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                exec(ast.unparse(node), space)
+                return space[name]
+    raise LookupError(f"Lesson {lesson} has no function {name}.")
+
+
+@pytest.mark.parametrize("lesson", [path.stem[:2] for path in notebooks.all_lessons()])
+def test_no_lesson_makes_an_interval_by_hand(lesson: str):
+    by_hand = [name for name, source in cells(lesson).items() if BY_HAND.search(source)]
+    assert [name for name in by_hand if (lesson, name) not in ASKED_FOR] == []
+
+
+# --- perplexity: over texts -------------------------------------------------------------------------------------------
+
+
+def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
+    """The lesson's perplexity over that of another model, from the extra loss of each token [texts, tokens]."""
+    texts, tokens = extra.shape
+    windows = [torch.zeros(tokens + 1)] * texts
+    if lesson in ("09", "10"):
+        names = {"09": ("ratio_of", windows), "10": ("over_texts", texts)}
+        name, of_lesson = names[lesson]
+        by_text = function("09", "by_text", windows=windows)
+        over = function(lesson, name, by_text=by_text, windows=of_lesson, length=tokens + 1)
+        return over(extra.flatten())
+    losses, zeros = extra.mean(1).tolist(), [0.0] * texts
+    if lesson == "05":
+        return function("05", "over", windows=windows)(losses, zeros)
+    if lesson == "04":
+        nats = {("a", 4): losses, ("b", 4): zeros}
+        gap = function("04", "gap", nats=nats, window=tokens + 1)
+        return tuple(math.exp(end) for end in gap("a", "b"))
+    scores = {"a": {"nats": extra}, "all tokens": {"nats": torch.zeros_like(extra)}}
+    lost = function("11", "lost", scores=scores, after=tokens, texts=texts)
+    return tuple(math.exp(end) for end in lost("a"))
+
+
+READERS = ["04", "05", "09", "10", "11"]
+
+
+def extra_loss(texts: int) -> torch.Tensor:
+    """Extra losses of tokens whose texts differ, [texts, tokens]."""
+    generator = torch.Generator().manual_seed(0)
+    of_text = 0.1 + 0.05 * torch.randn(texts, 1, generator=generator, dtype=torch.float64)
+    return of_text + torch.randn(texts, TOKENS, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lesson", READERS)
+def test_a_ratio_of_perplexities_has_the_interval_over_texts(lesson: str):
+    extra = extra_loss(TEXTS)
+    expected = stats.perplexity_ci(extra.mean(1).tolist(), [TOKENS] * TEXTS)
+    assert perplexity_ratio(lesson, extra) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("lesson", READERS)
+def test_five_texts_have_no_interval_however_many_tokens_they_have(lesson: str):
+    value, low, high = perplexity_ratio(lesson, extra_loss(5))
+    assert value > 0 and (low, high) == (0, math.inf)
+
+
+def test_lesson_13_reads_a_loss_and_a_share_of_right_tokens_from_each_window():
+    windows, vocabulary = torch.zeros(TEXTS, TOKENS + 1, dtype=torch.int64), 4
+    scores = torch.zeros(TEXTS, TOKENS + 1, vocabulary)
+    scores[0, :, 1] = 9.0  # the first window is read wrongly
+    read = function("13", "read", windows=windows, following=windows[:, 1:].flatten())
+    losses, right = read(scores)
+    assert right == [0.0] + [1.0] * (TEXTS - 1)
+    assert losses[0] == pytest.approx(9, abs=0.01) and losses[1:] == pytest.approx([math.log(4)] * (TEXTS - 1))
+
+
+# --- accuracy: over images, and over seeds where there are seeds ------------------------------------------------------
+
+
+def points(lesson: str, after: torch.Tensor, before: torch.Tensor) -> list[float]:
+    """The lesson's change of accuracy in points, from right answers [seeds, images]."""
+    answers = {(name, seed): right for name, rows in (("a", after), ("b", before)) for seed, right in enumerate(rows)}
+    if lesson == "02":
+        return function("02", "difference", seeds=range(SEEDS))(answers, ("a",), ("b",))
+    if lesson == "05":
+        in_percent = {key: 100.0 * right for key, right in answers.items()}
+        return function("05", "lost", reached=in_percent, seeds=range(SEEDS))("b", to="a")
+    return function("10", "difference")(after, before)
+
+
+@pytest.mark.parametrize("lesson", ["02", "05", "10"])
+def test_a_change_of_accuracy_has_the_interval_over_seeds_and_images(lesson: str):
+    generator = torch.Generator().manual_seed(0)
+    after, before = (torch.rand(SEEDS, IMAGES, generator=generator) < share for share in (0.9, 0.8))
+    expected = [100 * x for x in stats.accuracy_change_over_seeds(after, before)]
+    assert list(points(lesson, after, before)) == pytest.approx(expected, abs=0.001)
+
+
+@pytest.mark.parametrize("lesson", ["02", "05", "10"])
+def test_no_changed_answer_is_no_proof_that_other_images_have_none(lesson: str):
+    same = torch.ones(SEEDS, IMAGES, dtype=torch.bool)
+    value, low, high = points(lesson, same, same)
+    assert value == 0 and low < -1 and high > 1
+
+
+def test_needles_have_exact_intervals_over_texts_where_texts_are_read_once():
+    ends_of = function("11", "ends_of", texts=10)
+    assert ends_of(torch.zeros(10, dtype=torch.bool)) == stats.clopper_pearson(0, 10)[1:]
+    assert ends_of(torch.zeros(30, dtype=torch.bool)) is None  # three draws share the texts
+
+
+# --- planes of the challenges -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lesson", "column"), [("08", "accuracy"), ("09", "ratio"), ("11", "needles"), ("13", "accuracy"), ("13", "time")]
+)
+def test_the_plane_of_a_challenge_has_intervals(lesson: str, column: str):
+    sources = cells(lesson)
+    sources = [source for name, source in sources.items() if name.startswith(("challenge", "planned"))]
+    assert any(f'"{column} ci95"' in source for source in sources)
+
+
+def test_a_plan_of_lesson_13_has_its_accuracy_over_images_and_its_time_over_rounds():
+    on_plane = function("13", "on_plane", label="batch 1")
+    parity = SimpleNamespace(examples=IMAGES, accuracy=0.9)
+    point = on_plane(SimpleNamespace(parity=parity, speedups={"batch 1": (4.0, 2.0, 5.0)}))
+    assert point["accuracy ci95"] == pytest.approx([100 * x for x in stats.clopper_pearson(180, IMAGES)[1:]])
+    assert (point["accuracy"], point["time"]) == pytest.approx((90, 0.25))
+    assert point["time ci95"] == pytest.approx([0.2, 0.5])
+    goals = {"time": (None, 0.3, "of eager's"), "accuracy": (89.0, None, "%")}
+    assert challenge.checked(goals, point) == {key: pytest.approx(value) for key, value in point.items()}
+
+
+def test_the_plane_of_lesson_08_has_a_bar_over_images_for_one_seed_and_over_both_for_several():
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(IMAGES, generator=generator) < 0.9
+    outcomes = {("W4A4", "LSQ", seed): torch.rand(IMAGES, generator=generator) < 0.8 for seed in range(SEEDS)}
+    of_all = torch.stack(list(outcomes.values()))
+    for seeds, expected in (
+        (1, stats.accuracy_change(of_all[0], right)),
+        (SEEDS, stats.accuracy_change_over_seeds(of_all, right.expand_as(of_all))),
+    ):
+        ends_of = function("08", "ends_of", outcomes=outcomes, right=right, seeds=seeds)
+        assert ends_of("W4A4", "LSQ") == pytest.approx([100 * end for end in expected[1:]])
