@@ -218,12 +218,12 @@ def _add_operators() -> None:
     def binary(function: Callable) -> None:
         def forward(self: StandIn, other: Any) -> Any:
             if isinstance(other, str) and not isinstance(other, StandIn):
-                return str(self) + other
+                return other * int(self) if function is operator.mul else str(self) + other
             return _computed(self, function, self.number, _plain(other))
 
         def reflected(self: StandIn, other: Any) -> Any:
             if isinstance(other, str) and not isinstance(other, StandIn):
-                return other + str(self)
+                return other * int(self) if function is operator.mul else other + str(self)
             return _computed(self, function, _plain(other), self.number)
 
         name = function.__name__.strip("_")
