@@ -50,7 +50,9 @@ _NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}  # as a rec
 Rows = Sequence[Mapping[str, Any]]
 
 _PLOTS = dict.fromkeys(("curves", "lines"), "labkit.plots")
-_WORDS = dict.fromkeys(("apart", "change", "covers", "defined", "interval", "is_open", "speed", "told"), "labkit.words")
+_WORDS = dict.fromkeys(
+    ("apart", "change", "covers", "defined", "interval", "is_open", "span", "speed", "told"), "labkit.words"
+)
 __getattr__ = names_on_demand(__name__, _PLOTS | _WORDS)
 
 
@@ -385,9 +387,10 @@ def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
     return f"{_rounded(scaled, decimals)}{suffix}", interval
 
 
-def counted(number: int, noun: str) -> str:
-    """Print a number of things: '1 sample', '2 samples'."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: float, noun: str, form: str = "") -> str:
+    """Print a number of things: '1 sample', '2 samples'; with the form ".0f", '1 sample' for 1.2 as well."""
+    text = format(number, form)
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
 
 
 def factor(unit: str, target: str) -> float | None:

@@ -20,6 +20,7 @@ from labkit.show import quantity, supported_decimals
 EQUAL = 1.01  # a ratio between 1 / EQUAL and EQUAL is no difference that anybody notices
 MOST_DIGITS = 15  # of a float: two numbers that agree in all of them are equal
 NO_INTERVAL = "no interval"
+MINUS_OF_ZERO = re.compile(r"(?<![\w.)^-])-(?=0(?:\.0+)?(?!\.?\d))")
 UNDEFINED = re.compile(r"(?<![a-z])(?:nan|inf)(?![a-wyz])|\bundefined\b|∞")  # as Python and labkit.show print them
 
 
@@ -47,6 +48,15 @@ def interval(ci95: Sequence[float] | None, unit: str = "", *, form: str = "", pr
     return f"{words}{_over(processes)}"
 
 
+def span(values: Sequence[float], form: str) -> str:
+    """Print where several numbers lie: "0.931 to 0.934", or "0.93" if they are equal.
+
+    form: format of the numbers, such as ".2f".
+    """
+    low, high = min(values), max(values)
+    return _formatted(low, form) if low == high else " to ".join(_apart(low, high, "", form))
+
+
 def is_open(ci95: Sequence[float]) -> bool:
     """Return True for an interval that excludes nothing: (-inf, inf), a ratio's (0, inf), or an undefined end."""
     low, high = ci95
@@ -59,7 +69,7 @@ def covers(processes: int) -> str:
 
 
 def told(value: float, ci95: Sequence[float], form: str = ".2f", unit: str = "", *, processes: int = 0) -> str:
-    """Print a number and its interval: "1.80x (1.60 to 2.00 over 5 processes)"; "not measured" for an undefined number.
+    """Print a number and its interval: "1.80x (1.60 to 2.00 over 5 processes)"; "undefined" for an undefined number.
 
     value: the number.
     ci95: (low, high).
@@ -68,7 +78,7 @@ def told(value: float, ci95: Sequence[float], form: str = ".2f", unit: str = "",
     processes: as in `interval`.
     """
     if math.isnan(value):
-        return "not measured"
+        return quantity(float(value))
     return f"{_formatted(value, form)}{unit} ({interval(ci95, form=form, processes=processes)})"
 
 
@@ -111,9 +121,13 @@ def apart(value: float, other: float, unit: str) -> str:
 
 
 def defined(sentences: Sequence[str]) -> list[str]:
-    """Return the sentences without an undefined or infinite number; a sentence that says so if none is left."""
+    """Return the sentences without an undefined or infinite number; a sentence that says so if none is left.
+
+    No zero keeps a minus, and no sentence a space at an end.
+    """
     texts = [sentence for sentence in sentences if not UNDEFINED.search(sentence)]
-    return texts or ["A number of this result is undefined or infinite here, so nothing is said about it."]
+    texts = texts or ["A number of this result is undefined or infinite here, so nothing is said about it."]
+    return [MINUS_OF_ZERO.sub("", text).strip() for text in texts]
 
 
 def _over(processes: int) -> str:
@@ -142,7 +156,7 @@ def _printed(value: float, unit: str, form: str, more: int = 0) -> str:
 def _formatted(value: float, form: str, more: int = 0) -> str:
     """Format a number with `more` further digits, and no zero with a minus."""
     if not math.isfinite(value):
-        return quantity(value)
+        return quantity(float(value))
     text = format(value, _with_digits(form, more))
     is_zero = not re.search("[1-9]", text)
     return format(0.0, _with_digits(form, more)) if is_zero else text

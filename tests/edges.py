@@ -14,9 +14,11 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -38,6 +40,7 @@ class Edge:
     value, low, high: a result and the ends of its interval.
     rows: number of rows.
     verdict: the verdict of every comparison.
+    text: the text of every result where a text is wanted; empty for its name.
     """
 
     value: float
@@ -45,6 +48,7 @@ class Edge:
     high: float
     rows: int = 2
     verdict: str = "inconclusive"
+    text: str = ""
 
 
 EDGES = {
@@ -53,7 +57,9 @@ EDGES = {
     "close ends": Edge(0.9325, 0.9312, 0.9338, verdict="slower"),
     "a gain": Edge(11.78, 11.52, 12.03, verdict="faster"),
     "zero": Edge(0.0, 0.0, 0.0),
+    "a hair below zero": Edge(-0.0004, -0.0008, -0.0002),
     "one row": Edge(1.8, 1.6, 2.0, rows=1, verdict="faster"),
+    "one of each": Edge(1.0, 1.0, 1.0, rows=1, verdict="equivalent", text="1"),
     "nothing": Edge(0.0, 0.0, 0.0, rows=0),
     "no interval": Edge(1.8, 0.0, math.inf),
     "infinite": Edge(math.inf, math.inf, math.inf, verdict="faster"),
@@ -78,7 +84,7 @@ class StandIn(str):
     name: str
 
     def __new__(cls, edge: Edge, name: str, number: float | None = None) -> "StandIn":
-        new = super().__new__(cls, edge.verdict if name == "verdict" else f"<{name}>")
+        new = super().__new__(cls, edge.verdict if name == "verdict" else edge.text or f"<{name}>")
         new.edge, new.name = edge, name
         new.number = _number(edge, name) if number is None else float(number)
         return new
@@ -212,12 +218,12 @@ def _add_operators() -> None:
     def binary(function: Callable) -> None:
         def forward(self: StandIn, other: Any) -> Any:
             if isinstance(other, str) and not isinstance(other, StandIn):
-                return str(self) + other
+                return other * int(self) if function is operator.mul else str(self) + other
             return _computed(self, function, self.number, _plain(other))
 
         def reflected(self: StandIn, other: Any) -> Any:
             if isinstance(other, str) and not isinstance(other, StandIn):
-                return other + str(self)
+                return other * int(self) if function is operator.mul else other + str(self)
             return _computed(self, function, _plain(other), self.number)
 
         name = function.__name__.strip("_")
@@ -251,10 +257,10 @@ _add_operators()
 
 
 class Names(dict):
-    """The names of a cell: its own, `math`, `show` and `itertools`, built-in functions; stand-ins for all others."""
+    """The names of a cell: its own, `math`, `show` and `itertools`, sizes, built-in functions; else stand-ins."""
 
-    def __init__(self, edge: Edge) -> None:
-        super().__init__(math=math, itertools=itertools, show=show, __builtins__=builtins)
+    def __init__(self, edge: Edge, sizes: Mapping[str, int]) -> None:
+        super().__init__(math=math, itertools=itertools, show=show, __builtins__=builtins, **sizes)
         self.edge = edge
 
     def __missing__(self, name: str) -> Any:
@@ -283,13 +289,14 @@ class SayingCell:
         self._above = [_compiled(statement) for statement in statements if not _calls_of_say(statement)]
         calls = itertools.chain.from_iterable(map(_calls_of_say, statements))
         self._calls = [[_argument(argument) for argument in call.args[1:]] for call in calls]
+        self._sizes = sizes(tuple(other.source for other in notebook.cells if other.cell_type == "code"))
 
     def sentences(self, edge: Edge) -> tuple[list[list[str]], list[str]]:
         """Return what is said at an edge, a list for each call of lab.say, and the arguments that cannot be rendered.
 
         Where the names that the cell computes from stand-ins do not do, they become stand-ins themselves.
         """
-        of_words, of_cell = Names(edge), Names(edge)
+        of_words, of_cell, of_none = (Names(edge, self._sizes) for _ in range(3))
         for helper in self._helpers:
             _run(helper, of_words)
             _run(helper, of_cell)
@@ -300,12 +307,39 @@ class SayingCell:
             texts = []
             for argument in arguments:
                 try:
-                    texts += _rendered(argument.code, [of_cell, of_words, Names(edge)])
+                    texts += _rendered(argument.code, [of_cell, of_words, of_none])
                 except LookupError:
                     failed.append(argument.source)
             if texts:
                 said.append(show.defined(texts))
         return said, failed
+
+
+@cache
+def sizes(code: tuple[str, ...]) -> dict[str, int]:
+    """Return the whole numbers that a lesson sets once, of preset class: no result can change them."""
+    nodes = list(itertools.chain.from_iterable(map(ast.walk, map(ast.parse, code))))
+    stored = Counter(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    chosen = {}
+    for node in nodes:
+        if isinstance(node, ast.Assign):
+            chosen |= _numbers(node.targets[0], node.value)
+    return {name: number for name, number in chosen.items() if stored[name] == 1}
+
+
+def _numbers(target: ast.expr, value: ast.expr) -> dict[str, int]:
+    """Return the names of an assignment, such as `a, b = 1, lab.by_preset(2, 3, 4)`, with their whole numbers."""
+    pairs = [(target, value)]
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        pairs = list(zip(target.elts, value.elts, strict=False))
+    numbers = {ast.unparse(name): _of_class(number) for name, number in pairs}
+    return {name: number for name, number in numbers.items() if isinstance(number, int)}
+
+
+def _of_class(value: ast.expr) -> Any:
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "lab.by_preset":
+        value = value.args[1]
+    return value.value if isinstance(value, ast.Constant) else None
 
 
 def helpers(notebook: NotebookNode, cell: NotebookNode) -> list[ast.FunctionDef]:

@@ -74,7 +74,11 @@ def test_a_sentence_that_claims_a_speed_never_denies_a_difference(low, middle, w
 def test_a_number_is_told_with_its_interval():
     assert show.told(-0.5, (-0.81, -0.2), "+.1f", " points") == "-0.5 points (-0.8 to -0.2)"
     assert show.told(1.8, (0.0, math.inf)) == "1.80 (no interval)"
-    assert show.told(math.nan, (0.0, 1.0)) == "not measured"
+
+
+def test_a_sentence_with_an_undefined_number_and_its_interval_is_not_said():
+    (said,) = show.defined([f"It brings {show.told(math.nan, (math.nan, math.nan))} over labels."])
+    assert said.startswith("A number of this result is undefined")
 
 
 def test_a_change_from_a_number_to_the_same_number_says_so():
@@ -89,3 +93,44 @@ def test_a_sentence_with_an_undefined_or_infinite_number_is_left_out():
     assert show.defined([f"From {show.quantity(math.inf, 's')} on."]) == [
         "A number of this result is undefined or infinite here, so nothing is said about it."
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "form", "words"),
+    [
+        ([0.25, 0.23, 0.24], ".0%", "23% to 25%"),
+        ([0.9312, 0.9338], ".2f", "0.931 to 0.934"),
+        ([224, 217], ",", "217 to 224"),
+        ([1.5, 1.5], "+.1f", "+1.5"),
+        ([-0.004, -0.004], ".1f", "0.0"),
+    ],
+)
+def test_a_span_of_equal_numbers_is_the_number(values, form, words):
+    assert show.span(values, form) == words
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "words"),
+    [
+        (1, {}, "1 row"),
+        (2, {}, "2 rows"),
+        (1.2, {"form": ".0f"}, "1 row"),
+        (0.4, {"form": ".0f"}, "0 rows"),
+        (37635, {"form": ","}, "37,635 rows"),
+    ],
+)
+def test_a_count_takes_the_singular_if_it_prints_as_one(number, options, words):
+    assert show.counted(number, "row", **options) == words
+
+
+@pytest.mark.parametrize(
+    ("sentence", "said"),
+    [
+        ("Each adds -0.0 ms, in -0%.", "Each adds 0.0 ms, in 0%."),
+        ("It fell by -0.", "It fell by 0."),
+        ("It is -0.05 to -0.01 (10-0).", "It is -0.05 to -0.01 (10-0)."),
+        ("Nothing else. ", "Nothing else."),
+    ],
+)
+def test_what_is_said_has_no_minus_before_a_zero_and_no_space_at_its_end(sentence, said):
+    assert show.defined([sentence]) == [said]
