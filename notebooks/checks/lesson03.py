@@ -400,6 +400,6 @@ CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": ranking, "03.4": al
 TRIES = {
     "03.1": f"{len(CHAINS)} chains with other strides, biases and norms, in eval and in train mode",
     "03.2": f"{len(NETS)} networks, among them a residual block and a concatenation of three parts",
-    "03.3": f"{len(CHOICES)} ratios on layers of 7, 16 and 40 channels, then ties, outliers, tiny layers and other scales",
+    "03.3": f"{len(CHOICES)} ratios on layers of 7, 16 and 40 channels, ties, outliers, tiny layers and another scale",
     "03.4": f"{len(CURVES)} curves at {len(TOLERANCES)} tolerances, among them curves that dip and recover",
 }

@@ -171,7 +171,9 @@ def stay(fn: Callable, failures: Failures) -> None:
     with failures.given(entries="16", scores="all equal", budget=9, sinks=2):
         stays = set(fn(torch.zeros(16), 9, 2).tolist())
         sure = {0, 1, 13, 14, 15}
-        failures.expect(sure <= stays, "the first `sinks` and the last (budget - sinks) // 2 stay, whatever their scores")
+        failures.expect(
+            sure <= stays, "the first `sinks` and the last (budget - sinks) // 2 stay, whatever their scores"
+        )
 
 
 def _ranked(scores: list[float], budget: int, sinks: int) -> list[int]:
