@@ -7,6 +7,7 @@ scale) on awkward inputs.
 import copy
 import itertools
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,9 @@ def _chain(first: dict, second: dict, settings: dict, mode: str) -> tuple[nn.Con
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -1, 1)
     torch.random.set_rng_state(torch_state)
-    conv.weight.requires_grad_(False)
+    for frozen in (conv.weight, norm.bias, consumer.weight):
+        if frozen is not None:
+            frozen.requires_grad_(False)
     return tuple(module.double().train(mode == "train") for module in (conv, norm, consumer))
 
 
@@ -146,6 +149,21 @@ def _three_parts(net: nn.Module, image: Tensor) -> Tensor:
     return net.head(F.relu(net.norm(parts)))
 
 
+def _twice(net: nn.Module, image: Tensor) -> Tensor:
+    x = F.relu(net.stem(image))
+    return net.head(torch.cat([x, x], 1))
+
+
+def _block(block: nn.Module, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x))
+
+
+def _beside_a_block(net: nn.Module, image: Tensor) -> Tensor:
+    x = F.relu(net.stem(image))
+    parts = torch.cat([net.block(x), net.conv(x)], 1)
+    return net.head(F.relu(net.norm(parts)))
+
+
 def _mixed(net: nn.Module, image: Tensor) -> Tensor:
     both = torch.cat([net.a(image), net.b(image)], 1)
     return net.head(F.relu(net.norm(both + net.c(image))))
@@ -163,6 +181,10 @@ NETS = {
     "three branches of 3, 2 and 4 channels, concatenated": lambda: Wired(
         dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 4, True), norm=nn.BatchNorm2d(9), head=_conv(9, 2)),
         _three_parts),
+    "a block with modules of its own, concatenated with as many channels": lambda: Wired(
+        dict(stem=_conv(2, 3, True), block=Wired(dict(conv=_conv(3, 4), norm=nn.BatchNorm2d(4)), _block),
+             conv=_conv(3, 4, True), norm=nn.BatchNorm2d(8), head=_conv(8, 2)), _beside_a_block),
+    "a result concatenated with itself": lambda: Wired(dict(stem=_conv(2, 3, True), head=_conv(6, 2)), _twice),
     "3 and 2 channels concatenated, and 5 added to them": lambda: Wired(
         dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 5),
              norm=nn.BatchNorm2d(5), head=_conv(5, 2)), _mixed),
@@ -183,7 +205,8 @@ def coupled_channels(fn: Callable, failures: Failures) -> None:
 
 def _is_channel(value: object) -> bool:
     return isinstance(value, set | frozenset) and all(
-        isinstance(label, tuple) and [type(part) for part in label] == [str, int, int] for label in value
+        has_parts(label, 3) and isinstance(label[0], str) and all(isinstance(part, Integral) for part in label[1:])
+        for label in value
     )
 
 
@@ -271,6 +294,9 @@ def ranking(fn: Callable, failures: Failures) -> None:
             _is_a_right_choice(fn, layers, ratio, least, failures)
     with failures.given(scores="all equal", ratio=0.4, least=1):
         _is_a_right_choice(fn, {"a": torch.ones(5), "b": torch.ones(10)}, 0.4, 1, failures)
+    with failures.given(scores="a layer with one score far above its others", ratio=0.33, least=1):
+        one_far_above = {"a": torch.tensor([1.0, 2.0, 3.0, 6.0, 30.0]), "b": torch.tensor([1.0, 5.0, 6.0, 8.0])}
+        _is_a_right_choice(fn, one_far_above, 0.33, 1, failures)
     with failures.given(scores="one channel, and 9", ratio=0.6, least=1):
         _is_a_right_choice(fn, {"a": torch.tensor([2.0]), "b": torch.arange(1.0, 10.0)}, 0.6, 1, failures)
     with failures.given(scores="fewer channels than least", ratio=0.5, least=4):
@@ -325,15 +351,17 @@ CURVES = {
     "not in order": {0.75: 20 / 64, 0.25: 60 / 64, 0.5: 58 / 64},
     "bad from the start": {0.25: 55 / 64, 0.5: 55 / 64, 0.75: 54 / 64},
 }
+TOLERANCES = (0.0, 1 / 64, 1.9 / 64, 2 / 64, 5 / 64, 1.0)
 
 
 def allocation(fn: Callable, failures: Failures) -> None:
     """allocate(baseline, curves, tolerance) -> {group: ratio}."""
     baseline = 60 / 64
     by_tolerance = {}
-    for tolerance in (0.0, 1 / 64, 2 / 64, 5 / 64, 1.0):
+    for tolerance in TOLERANCES:
         with failures.given(baseline=baseline, tolerance=tolerance):
-            ratios = fn(baseline, {name: dict(curve) for name, curve in CURVES.items()}, tolerance)
+            changed = "the curves that were given have changed; only read them"
+            ratios = failures.call(fn, baseline, CURVES, tolerance, changed=changed)
             if not failures.expect(
                 isinstance(ratios, dict) and ratios.keys() == CURVES.keys(), "return a ratio for every group"
             ):
@@ -372,6 +400,6 @@ CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": ranking, "03.4": al
 TRIES = {
     "03.1": f"{len(CHAINS)} chains with other strides, biases and norms, in eval and in train mode",
     "03.2": f"{len(NETS)} networks, among them a residual block and a concatenation of three parts",
-    "03.3": f"{len(CHOICES)} ratios on layers of 7, 16 and 40 channels, then ties, tiny layers and another scale",
-    "03.4": f"{len(CURVES)} curves at 5 tolerances, among them curves that dip and recover",
+    "03.3": f"{len(CHOICES)} ratios on layers of 7, 16 and 40 channels, ties, outliers, tiny layers and another scale",
+    "03.4": f"{len(CURVES)} curves at {len(TOLERANCES)} tolerances, among them curves that dip and recover",
 }

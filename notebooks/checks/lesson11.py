@@ -18,16 +18,18 @@ from labkit.lesson.failures import Failures, has_parts
 def merge(fn: Callable, failures: Failures) -> None:
     """merge(a, b) -> (m, l, o) of the keys of both."""
     draw = torch.Generator().manual_seed(0)
-    for case, shape, keys, cut, size, empty in (
-        ("two blocks of equal size", (5,), 8, 4, 1.0, ""),
-        ("one key and many", (2, 3), 9, 1, 2.0, ""),
-        ("heads and queries", (2, 4, 6), 10, 7, 1.0, ""),
-        ("scores of hundreds", (6,), 8, 3, 400.0, ""),
-        ("queries that may read none of the first", (4,), 6, 3, 1.0, "a"),
-        ("queries that may read none of the second", (4,), 6, 2, 1.0, "b"),
-        ("queries that may read nothing at all", (4,), 6, 3, 1.0, "ab"),
+    for case, shape, keys, cut, mean, size, empty in (
+        ("two blocks of equal size", (5,), 8, 4, 0, 1.0, ""),
+        ("one key and many", (2, 3), 9, 1, 0, 2.0, ""),
+        ("heads and queries", (2, 4, 6), 10, 7, 0, 1.0, ""),
+        ("scores of hundreds", (6,), 8, 3, 0, 400.0, ""),
+        ("scores near -5", (6,), 8, 3, -5, 1.0, ""),
+        ("scores near -100,000", (6,), 8, 3, -100_000, 1.0, ""),
+        ("queries that may read none of the first", (4,), 6, 3, 0, 1.0, "a"),
+        ("queries that may read none of the second", (4,), 6, 2, 0, 1.0, "b"),
+        ("queries that may read nothing at all", (4,), 6, 3, 0, 1.0, "ab"),
     ):
-        scores = size * torch.randn(*shape, keys, dtype=torch.double, generator=draw)
+        scores = mean + size * torch.randn(*shape, keys, dtype=torch.double, generator=draw)
         values = torch.randn(keys, 3, dtype=torch.double, generator=draw)
         if "a" in empty:
             scores[..., :2, :cut] = -torch.inf
@@ -95,6 +97,7 @@ def shared_pages(fn: Callable, failures: Failures) -> None:
         ("a page in the middle is missing", first[:17], 4, gap),
         ("a page that is the beginning of another text", first[:12], 4, echo),
         ("the same words after another beginning", [*first[:4], *other[4:12], 3], 4, stored),
+        ("the same tokens in another order", [*first[3::-1], *first[4:9]], 4, stored),
         ("pages of one token", first[:6], 1, _stored([first[:5]], 1)),
     ):
         with failures.given(prompt=case, page_size=size):
@@ -118,7 +121,8 @@ def _stored(texts: list[list[int]], size: int) -> dict[tuple[int, ...], int]:
     pages: dict[tuple[int, ...], int] = {}
     for ids in texts:
         for end in range(size, len(ids) + 1, size):
-            pages.setdefault(tuple(ids[:end]), len(pages))
+            free = (4 * len(pages) + 3) % 11  # numbers in no order, as in a pool that has been used
+            pages.setdefault(tuple(ids[:end]), free)
     return pages
 
 
@@ -146,8 +150,8 @@ def stay(fn: Callable, failures: Failures) -> None:
         ("one entry beside the sinks", (2, 9), 5, 4),
         ("one entry too many", (2, 2, 11), 10, 4),
     ):
-        for sign, words in ((1.0, "positive"), (-1.0, "negative")):
-            score = sign * (torch.rand(shape, generator=draw) + 0.1)
+        for words, factor, shift in (("positive", 1.0, 0.1), ("of thousands", 5000.0, 0.1), ("negative", -1.0, 2.0)):
+            score = factor * (torch.rand(shape, generator=draw) + shift)
             with failures.given(entries=case, scores=words, budget=budget, sinks=sinks):
                 at = failures.call(fn, score, budget, sinks, changed="your function changed the scores; work on a copy")
                 shaped = isinstance(at, Tensor) and at.shape == (*shape[:-1], budget)
@@ -164,6 +168,12 @@ def stay(fn: Callable, failures: Failures) -> None:
                     detail=f"expected {want[off].tolist()}, got {answers[off].tolist()}",
                 )
                 failures.expect(torch.equal(answers, want), "the indices are right, but not in the order of time")
+    with failures.given(entries="16", scores="all equal", budget=9, sinks=2):
+        stays = set(fn(torch.zeros(16), 9, 2).tolist())
+        sure = {0, 1, 13, 14, 15}
+        failures.expect(
+            sure <= stays, "the first `sinks` and the last (budget - sinks) // 2 stay, whatever their scores"
+        )
 
 
 def _ranked(scores: list[float], budget: int, sinks: int) -> list[int]:
@@ -182,6 +192,8 @@ LAWS = (  # model's and draft's laws; p / q are multiples of 1 / 16 where the dr
     ("a token that the model never writes", [0.0, 3 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
     ("a token that the draft never writes", [1 / 4, 1 / 4, 1 / 2], [1 / 2, 1 / 2, 0.0]),
     ("a draft that is certain", [3 / 8, 1 / 2, 1 / 8], [1.0, 0.0, 0.0]),
+    ("a draft that hardly ever draws a token", [127 / 256, 129 / 256], [127 / 128, 1 / 128]),
+    ("a draft that likes the likeliest too much", [9 / 16, 4 / 16, 3 / 16], [3 / 4, 1 / 8, 1 / 8]),
 )
 STEPS = 16
 
@@ -209,13 +221,15 @@ def _rules(p: Tensor, q: Tensor, steps: int) -> dict[str, tuple[Callable, Tensor
     """Rules, each with the law of what comes out, worked out from what it does."""
     eye = torch.eye(len(p), dtype=torch.double)
     last = eye[-1]
+    squares = [((i + 0.5) / steps) ** 2 for i in range(steps)]
+    mean_square = sum(squares) / steps
     shares = [(guess + 1) * (steps // 4) / steps for guess in range(len(p))]  # of the numbers u below a threshold
 
     def keeps_some(p: Tensor, q: Tensor, guess: int, u: float) -> Tensor:
         return eye[guess] if u < shares[guess] else last
 
     def mixes(p: Tensor, q: Tensor, guess: int, u: float) -> Tensor:
-        return u * eye[0] + (1 - u) * p
+        return u**2 * eye[0] + (1 - u**2) * p
 
     def only_what_is_drawn(p: Tensor, q: Tensor, guess: int, u: float) -> Tensor:
         if q[guess] == 0:
@@ -229,7 +243,7 @@ def _rules(p: Tensor, q: Tensor, steps: int) -> dict[str, tuple[Callable, Tensor
         "keeps every guess": (lambda p, q, guess, u: eye[guess], q),
         "never looks at the guess": (lambda p, q, guess, u: p, p),
         "keeps a guess if u is below a threshold": (keeps_some, some),
-        "mixes by u": (mixes, 0.5 * eye[0] + 0.5 * p),
+        "mixes by the square of u": (mixes, mean_square * eye[0] + (1 - mean_square) * p),
         "knows only guesses that are drawn": (only_what_is_drawn, q),
     }
 
@@ -262,14 +276,17 @@ def accept(fn: Callable, failures: Failures) -> None:
     with failures.given(laws="a token that the model never writes", u=0):
         answer = fn(p, q, 0, 0.0)
         failures.close(answer, p, "a token with p = 0 is never kept, not even if u is 0")
+    with failures.given(laws="the distributions are equal", u=0):
+        answer = fn(q, q, 0, 0.0)
+        failures.close(answer, torch.tensor([1.0, 0.0]), "where p = q every guess is kept, also if u is 0")
 
 
 CHECKS = {"11.1": merge, "11.2": shared_pages, "11.3": stay, "11.4": law, "11.5": accept}
 
 TRIES = {
-    "11.1": "7 pairs of blocks, among them queries that may read nothing of one or of both",
-    "11.2": "12 prompts, among them pages that are stored with a gap or behind another beginning",
-    "11.3": "6 caches with positive and with negative scores",
+    "11.1": "9 pairs of blocks, among them scores far below zero and queries that may read nothing of one or of both",
+    "11.2": "13 prompts, among them pages that are stored with a gap or behind another beginning",
+    "11.3": "6 caches with small, large and negative scores, and equal scores",
     "11.4": f"{len(LAWS)} pairs of distributions with 5 rules each",
     "11.5": f"{len(LAWS)} pairs of distributions with every guess and {STEPS} numbers u",
 }

@@ -83,7 +83,8 @@ def tail_by_torch(scheduled, done, q):
     latency = torch.tensor(done, dtype=torch.float64) - torch.tensor(scheduled, dtype=torch.float64)
     if len(latency) * (100 - q) < 1000:
         return None
-    return latency.nan_to_num(math.inf).sort().values[-(-len(latency) * q // 100) - 1]
+    place = max(math.ceil(len(latency) * q / 100), 1)
+    return latency.nan_to_num(math.inf).sort().values[place - 1]
 
 
 def tail_in_float32(scheduled, done, q):
