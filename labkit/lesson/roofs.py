@@ -92,7 +92,7 @@ def _table(device: str, threads: int, ceilings: Ceilings) -> records.RecordedTab
     rows.append(_row("bandwidth", "B/s", ceilings.bandwidth, ceilings.bandwidth_range))
     columns = {unit: records.quality(unit, clock=True, low="low", high="high") for unit in ("FLOP/s", "B/s")}
     name = f"ceilings of {device}, {show.counted(threads, 'thread')}"
-    return records.table(name, rows, ("ceiling",), columns)
+    return records.table(name, rows, ("ceiling",), columns, device=device)
 
 
 def _row(ceiling: str, unit: str, rate: float, ends: tuple[float, float] | None) -> dict[str, Any]:

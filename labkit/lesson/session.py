@@ -39,7 +39,6 @@ import torch
 from labkit import show
 from labkit.errors import InputError
 from labkit.lesson import records, reference_runs
-from labkit.lesson.claim_tests import ClaimTests
 from labkit.lesson.exercises import Exercises
 from labkit.lesson.parameters import PRESETS, SEEDS, SMOKE, ranges, require_allowed
 from labkit.lesson.records import Column, Role, RunRecord
@@ -51,6 +50,7 @@ from labkit.timing.bench import Comparison, Measurement, compare, measure
 
 if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
     from labkit.lesson import challenge
+    from labkit.lesson.claim_tests import ClaimTests
     from labkit.lesson.experiments import Experiment
     from labkit.lesson.roofs import Roofs
     from labkit.timing.race import Race
@@ -153,7 +153,6 @@ class Lab:
         self._judges = preset != "smoke"  # the gate: False keeps all words about results away
         self._results = Results(self._judges)
         self._timings = Timings()
-        self._claim_tests = ClaimTests(lesson, device.type, self._judges)
         self._exercises = Exercises()
         self._sentences: dict[str, list[str]] = {}
         self._challenges: dict[str, records.Challenge] = {}
@@ -269,6 +268,7 @@ class Lab:
         by: Sequence[str] = (),
         columns: Mapping[str, Column] | None = None,
         simulated: bool = False,
+        device: str | None = None,
     ) -> None:
         """Record a number, a text, or rows (a list of dicts), with the meaning; silently.
 
@@ -277,18 +277,20 @@ class Lab:
         by: the columns that tell rows apart; rows that differ only in "seed" are repetitions.
         columns: the meaning of the rest, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}.
         simulated: True for a computed value or table, False for a measured.
+        device: device that a clock read, such as "cpu"; the session's unless given. The machine on record follows.
         Raises InputError for a value of a wrong type, a missing column, and two rows alike in all columns of `by`.
         """
         check_name(name)
         if isinstance(value, list | tuple):
-            self._results.add_table(records.table(name, value, by, columns, simulated=simulated))
+            self._results.add_table(records.table(name, value, by, columns, simulated=simulated, device=device))
             return
         plain = single_value(name, value)
         if by or columns:
             raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
         fields = dict(
-            kind="value", name=name, value=plain, unit=unit, ci95=ci95, role=role, clock=clock, simulated=simulated
-        )
+            kind="value", name=name, value=plain, unit=unit, ci95=ci95, role=role, clock=clock, simulated=simulated,
+            device=device,
+        )  # fmt: skip
         self._results.add_value(**(self._over_processes(name, fields) if clock else fields))
 
     # words --------------------------------------------------------------------------------------------------------
@@ -333,17 +335,19 @@ class Lab:
         ci95: Sequence[float] | None = None,
         *,
         trained: Mapping[str, float] | None = None,
+        device: str | None = None,
     ) -> None:
         """Put a claim of claims.toml to the test, silently; `claims` shows the verdict.
 
         value: our number in the claim's unit; None if the quantity is not measurable here.
         ci95: the value's 95 % interval, (low, high).
         trained: the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}.
+        device: device that the value was timed on (`Measurement.device`); the session's unless given.
         A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         Raises InputError for an unknown id, a value that is no number, an interval that does not hold the value, and
         a missing `trained`.
         """
-        self._claim_tests.test(id, value, ci95, trained)
+        self._claim_tests.test(id, value, ci95, trained, device)
 
     def claims(self, *ids: str) -> None:
         """Show up to five tested claims in a folded box: the verdict, why people say so, when people are right.
@@ -430,13 +434,17 @@ class Lab:
     def beside(self, name: str) -> None:
         """Show the run's number beside the recorded numbers, at smoke the recorded alone.
 
-        A device without any number is "not recorded yet".
+        Each number stands with the machine that it was timed on; a device without any number is "not recorded yet".
 
         Raises InputError if the run has no number called `name`.
         """
+        from labkit.lesson.by_device import timed_on
+
         value = self._results.number(name)
-        origin = {"machine": self.machine.label, "device": self.device.type, "preset": self.preset}
-        rows = reference_runs.beside(origin | value.model_dump(), self.reference_runs(name))
+        kind = torch.device(timed_on(value) or self.device).type
+        label = self.machine.to_dict()["devices"][kind]["label"]
+        this_run = value.model_dump() | {"machine": label, "device": kind, "preset": self.preset}
+        rows = reference_runs.beside(this_run, self.reference_runs(name))
         if not self._judges:
             del rows[0]  # of this run
         self.table(rows, caption=name, simulated=value.simulated, any_preset=True)
@@ -452,6 +460,12 @@ class Lab:
         text, html = summary(record)
         show.emit(text, html, data={records.MIME: record.to_dict()})
         return record
+
+    @cached_property
+    def _claim_tests(self) -> "ClaimTests":
+        from labkit.lesson.claim_tests import ClaimTests
+
+        return ClaimTests(self.lesson, self.device.type, self._judges)
 
     @cached_property
     def _roofs(self) -> "Roofs":
