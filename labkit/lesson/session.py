@@ -99,7 +99,8 @@ def start(
 
     lesson: number of the lesson, "00" to "13".
     preset: "smoke", "class" or "full"; LABKIT_PRESET wins if set.
-    device: "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA.
+    device: "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA. A lesson that times
+        the CPU alone states "cpu" for its DEVICE, takes no other, and means the CPU by "auto".
     results_dir: folder of the results; the record goes to results_dir/<lesson>/record.json.
     parameters: the lesson's own parameters for the record, each within the range that the lesson states.
     Raises InputError for any other argument, before a change.
@@ -107,11 +108,15 @@ def start(
     if lesson not in LESSONS:
         raise InputError(f'There is no lesson {lesson!r}; give one of "00" to "13", as text with two digits.')
     preset = _checked_preset(preset)
+    allowed_by_name = ranges(lesson)
+    if "DEVICE" in allowed_by_name:
+        require_allowed("DEVICE", device, allowed_by_name["DEVICE"])
+        device = allowed_by_name["DEVICE"][0]
     torch_device = machine.torch_device(device)
     require_allowed("SEED", seed, SEEDS)
     folder = _checked_folder(results_dir)
     parameters = parameters or {}
-    for name, allowed in ranges(lesson).items():
+    for name, allowed in allowed_by_name.items():
         if name in parameters:
             require_allowed(name, parameters[name], allowed)
     parameters = records.plain({"SEED": seed, **parameters})
