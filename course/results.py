@@ -203,7 +203,8 @@ def rows(folders: Iterable[Path]) -> pd.DataFrame:
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """Make a data frame with a row per recorded value. The columns:
 
-    lesson, preset, machine (slug) and device that the value was timed on, seed, then p.<NAME> for each further parameter of the lessons
+    lesson, preset, machine (slug) and device that the value was timed on, seed, then p.<NAME> for each further
+    parameter of the lessons
     name       name of a single value, or "table: column"
     key        the row of the table, as "column=value; ..."; empty for single values
     value      a number, in `unit`, with the interval low..high if recorded: of a timing that several processes took the

@@ -309,9 +309,7 @@ def table(
     _check_columns(name, rows, by, columns)
     if by:
         _check_distinct(name, rows, by)
-    return RecordedTable(
-        kind="table", name=name, rows=rows, by=by, columns=columns, simulated=simulated, device=device
-    )
+    return RecordedTable(kind="table", name=name, rows=rows, by=by, columns=columns, simulated=simulated, device=device)
 
 
 def _check_columns(

@@ -25,6 +25,7 @@ or plan is judged. `Lab._judges` is the gate.
 import gc
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -97,6 +98,9 @@ def start(
 ) -> "Lab":
     """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
+    float32 is computed in full ("ieee"). By torch's default a GPU's convolutions would round to TF32, ten bits of
+    mantissa, and no share of the float32 roof would mean anything.
+
     lesson: number of the lesson, "00" to "13".
     preset: "smoke", "class" or "full"; LABKIT_PRESET wins if set.
     device: "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA. A lesson that times
@@ -125,6 +129,7 @@ def start(
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(machine.threads())
+    _compute_fp32_in_full()
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device.index or 0)
         torch.cuda.reset_peak_memory_stats()
@@ -517,6 +522,17 @@ class Lab:
             budget={**self.budget._asdict(), "within": is_within},
             **records.origin(),
         )
+
+
+def _compute_fp32_in_full() -> None:
+    """Turn TF32 off, in products and in convolutions.
+
+    By the older of torch's two settings: after the newer, `fp32_precision`, torch's own `cudnn.flags` raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch 2.9 prefers the newer setting
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
 
 
 def _show_card(lab: Lab) -> None:
