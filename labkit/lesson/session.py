@@ -499,7 +499,7 @@ class Lab:
         seconds, peak_memory = self._stopwatch.seconds, records.peak_memory()
         peak_device_memory = None
         if self.device.type == "cuda":
-            peak_device_memory = torch.cuda.max_memory_allocated()
+            peak_device_memory = self._roofs.peak_device_memory()
         memory_is_within = self.budget.memory is None or peak_memory <= self.budget.memory
         is_within = seconds <= self.budget.seconds and memory_is_within
         return RunRecord(

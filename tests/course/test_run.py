@@ -630,6 +630,21 @@ def test_the_names_that_lesson_01_takes_are_the_catalogue_s():
     assert set(declared["GPU"].allowed) == {name for name, device in DEVICES.items() if "fp16" in device.flops}
 
 
+def test_a_lesson_that_times_the_cpu_alone_takes_no_gpu_and_says_so():
+    on_the_cpu, on_any = notebooks.find("13"), notebooks.find("03")
+    assert [run.takes_device(on_the_cpu, device) for device in ("cpu", "auto", "cuda", "cuda:1")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert run.takes_device(on_any, "cuda")
+    assert run.prepare(on_the_cpu, {}).device == "cpu"
+    check_refusal(
+        "DEVICE cannot be 'cuda'; choose one of cpu, auto.", lambda: run.prepare(on_the_cpu, {"DEVICE": "cuda"})
+    )
+
+
 @pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem[:2])
 def test_every_parameter_of_a_lesson_is_bounded_and_its_default_within(lesson: Path):
     _, declared = run.load(lesson)
