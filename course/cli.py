@@ -174,7 +174,7 @@ def run(
     NN is a lesson's number; with --device, `all` leaves out the lessons that time another device only. A lesson's
     parameters are the names in the cell tagged `parameters`; names, types and ranges are checked before anything runs.
     Each result is a folder OUT/<lesson>/<preset>-<id>/ with the executed notebook, record.json and run.json; a failed
-    run is kept beside it with "-failed". Asked for again, a lesson runs again; a recording that was interrupted goes on.
+    run is kept beside it with "-failed". Asked for again, a lesson runs again; an interrupted recording goes on.
 
     Exit code: 0 all ran, 1 a lesson failed, 2 something asked for cannot be had, 130 interrupted. After Ctrl-C no
     process and no half result is left, and earlier results are whole.
