@@ -125,8 +125,9 @@ def _tests_with_a_clock() -> list[str]:
 
 @main.command()
 def gpu() -> None:
-    """Run everything that needs a GPU: the tests, every lesson at `full`, recorded, and the benchmarks.
+    """Run everything that needs a GPU: the tests, the lessons at `full`, recorded, and the benchmarks. It takes hours.
 
+    Each of the ten lessons that use a GPU is recorded in five processes of up to 15 minutes: 13 hours at most.
     Given again it goes on: what is done is not done again while the code is the same. Where no .venv is set up and the
     machine's own Python has torch, that Python is used as it is. Results: runs/gpu/ and data/recorded/.
     """
@@ -170,10 +171,10 @@ def run(
 ) -> None:
     """Run a lesson, or all of them, and write the report.
 
-    NN is a lesson's number. Its parameters are the names in the cell tagged `parameters`; names, types and ranges are
-    checked before anything runs. Each result is a folder OUT/<lesson>/<preset>-<id>/ with the executed notebook,
-    record.json and run.json; a failed run is kept beside it with "-failed". Asked for again, a lesson runs again; a
-    recording that was interrupted goes on.
+    NN is a lesson's number; with --device, `all` leaves out the lessons that time another device only. A lesson's
+    parameters are the names in the cell tagged `parameters`; names, types and ranges are checked before anything runs.
+    Each result is a folder OUT/<lesson>/<preset>-<id>/ with the executed notebook, record.json and run.json; a failed
+    run is kept beside it with "-failed". Asked for again, a lesson runs again; an interrupted recording goes on.
 
     Exit code: 0 all ran, 1 a lesson failed, 2 something asked for cannot be had, 130 interrupted. After Ctrl-C no
     process and no half result is left, and earlier results are whole.
@@ -189,7 +190,7 @@ def run(
     try:
         values = _by_name([("PRESET", preset), ("DEVICE", device), *pairs])
         values.setdefault("PRESET", _default_preset("smoke" if lesson == "all" else "class"))
-        paths = notebooks.all_lessons() if lesson == "all" else [notebooks.find(lesson)]
+        paths = _all_on(device) if lesson == "all" else [notebooks.find(lesson)]
         jobs = [run.prepare(path, values, out) for path in paths]
         if not jobs:
             raise InputError(
@@ -214,6 +215,18 @@ def run(
         click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {results}.", err=True)
         sys.exit(130)
     sys.exit(any(result.error for result in done))
+
+
+def _all_on(device: str | None) -> list[Path]:
+    """List all lessons, or those that take the device; the others are named on the screen."""
+    from course import notebooks, run
+
+    paths = notebooks.all_lessons()
+    left_out = [path for path in paths if device and not run.takes_device(path, device)]
+    if left_out:
+        numbers = ", ".join(path.stem[:2] for path in left_out)
+        click.echo(f"note    without {numbers}, which take no {device}")
+    return [path for path in paths if path not in left_out]
 
 
 def _smoke_note(done: "list[Run]") -> str:

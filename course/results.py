@@ -14,6 +14,7 @@ import pandas as pd
 
 from labkit import files, show
 from labkit.errors import DataError, InputError
+from labkit.lesson.by_device import apart
 from labkit.lesson.parameters import PRESETS
 from labkit.lesson.records import Column, RecordedTable, RecordedValue, RunRecord, read
 
@@ -165,6 +166,8 @@ class RunColumn:
 def side_by_side(results: Iterable[ResultFolder], recorded: Iterable[RunRecord]) -> list[RunColumn]:
     """Make a column for each lesson, machine and preset of the user's results, and for each recorded run.
 
+    The times of the CPU in a session on a GPU make a column of the CPU's, and the other way round.
+
     results   the user's results, oldest first
     recorded  recorded runs
 
@@ -176,12 +179,13 @@ def side_by_side(results: Iterable[ResultFolder], recorded: Iterable[RunRecord])
         record = result.record
         if record is None:
             continue
-        key = (record.lesson, record.machine.get("slug"), record.preset)
-        better_stands = key in columns and not columns[key].changed
-        if not result.changed or not better_stands:
-            columns[key] = RunColumn(record, True, result.changed)
+        for number, part in enumerate(apart(record)):
+            key = (part.lesson, part.machine.get("slug"), part.preset, number)
+            better_stands = key in columns and not columns[key].changed
+            if not result.changed or not better_stands:
+                columns[key] = RunColumn(part, True, result.changed)
     here = sorted(columns.values(), key=lambda column: column.record.lesson)
-    return here + [RunColumn(record, False) for record in recorded]
+    return here + [RunColumn(part, False) for record in recorded for part in apart(record)]
 
 
 # tidy rows --------------------------------------------------------------------------------------------------------
@@ -199,7 +203,8 @@ def rows(folders: Iterable[Path]) -> pd.DataFrame:
 def frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """Make a data frame with a row per recorded value. The columns:
 
-    lesson, preset, machine (slug), device, seed, then p.<NAME> for each further parameter of the lessons
+    lesson, preset, machine (slug) and device that the value was timed on, seed, then p.<NAME> for each further
+    parameter of the lessons
     name       name of a single value, or "table: column"
     key        the row of the table, as "column=value; ..."; empty for single values
     value      a number, in `unit`, with the interval low..high if recorded: of a timing that several processes took the
@@ -258,15 +263,19 @@ def _rows(record: RunRecord) -> Iterator[dict[str, Any]]:
         "seed": record.parameters.get("SEED"),
         **_parameter_columns(record),
     }
-    for entry in record.measurements:
-        if isinstance(entry, RecordedTable):
-            of_entry = _rows_of_table(entry)
-        else:
-            of_entry = [_row_of_value(record, entry)]
-        for row in of_entry:
-            yield run | row
+    for part in apart(record):
+        where = {"machine": str(part.machine.get("slug", "")), "device": part.device}
+        for entry in part.measurements:
+            for row in _rows_of_entry(part, entry):
+                yield run | where | row
     for row in _rows_of_run(record):
         yield run | row
+
+
+def _rows_of_entry(record: RunRecord, entry: RecordedValue | RecordedTable) -> Iterable[dict[str, Any]]:
+    if isinstance(entry, RecordedTable):
+        return _rows_of_table(entry)
+    return [_row_of_value(record, entry)]
 
 
 def interval_of(record: RunRecord, entry: RecordedValue) -> tuple[Sequence[float] | None, str]:

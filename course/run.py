@@ -57,6 +57,13 @@ def prepare(notebook: Path, values: Mapping[str, Any], out: Path = Path("runs"),
     return Job(notebook.stem, source, differing, device, out.absolute(), label)
 
 
+def takes_device(notebook: Path, device: str) -> bool:
+    """Return False for a lesson that times one kind of device only, if `device` is another."""
+    _, declared = load(notebook)
+    allowed = declared["DEVICE"].allowed if "DEVICE" in declared else ()
+    return not allowed or device in allowed
+
+
 def _require_device(device: str) -> None:
     """Raise InputError if the machine lacks the device; torch, slow to import, is asked only if needed."""
     needs_no_torch = device == "cpu" or (device == "auto" and not os.environ.get("LABKIT_DEVICE"))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from labkit.arguments import check_floats, check_module, check_tensor
 from labkit.data.training import Batch, History, task_loss, train_
 from labkit.errors import InputError, check_number, check_whole
-from labkit.modules.batches import IGNORED, evaluating, labelled, predicts_next, split
+from labkit.modules.batches import IGNORED, evaluating, labelled, placed, predicts_next, split
 from labkit.modules.losses import cross_entropy
 from labkit.modules.stacks import layers_of
 from labkit.pruning import depth
@@ -232,7 +232,7 @@ def distilling(
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         _check_apart(teacher, model)
         batch, stored = _without_stored(batch, is_last=teacher is None)
-        targets = stored if teacher is None else _answers(teacher, batch)
+        targets = placed(model, stored if teacher is None else _answers(teacher, batch))
         args, kwargs, labels = split(model, labelled(model, batch))
         if alpha == 1:
             kwargs.pop("labels", None)

@@ -20,7 +20,6 @@ runs of the course take minutes.
 
 import contextlib
 import inspect
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from labkit.arguments import check_loaded, check_module, check_tensor
 from labkit.errors import InputError, check_choice, check_number, check_whole
-from labkit.modules.batches import check_batches, evaluating, not_empty, split
+from labkit.modules.batches import check_batches, device_of, evaluating, not_empty, split
 from labkit.modules.losses import batch_loss
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
@@ -443,10 +442,8 @@ def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter or buffer: a model of integers has only buffers, some models neither."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    first = next(tensors, None)
-    return torch.device("cpu") if first is None else first.device
+    """Return the model's device; the CPU for a model without tensors."""
+    return device_of(model) or torch.device("cpu")
 
 
 def _total_steps(batches: Iterable[Batch], epochs: int, steps: int | None) -> int:

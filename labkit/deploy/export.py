@@ -57,17 +57,18 @@ def write_onnx(
             _take_in_pads(model)
             if batches is not None:
                 _round_results(model, batches)
+    named = batching.placed(model, dict(named))
     names = [name for name, value in named.items() if isinstance(value, Tensor)]
     shapes = _dimensions(named, dynamic) if dynamic else None
     with _exporting("to ONNX"):  # from a model, torch 2.9 exports otherwise: BERT then takes no batch of 1
         graph = torch.export.export(
             model,
             (),
-            dict(named),
+            named,
             dynamic_shapes=shapes,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        program = torch.onnx.export(graph, (), kwargs=dict(named), dynamo=True, verbose=False, input_names=names)
+        program = torch.onnx.export(graph, (), kwargs=named, dynamo=True, verbose=False, input_names=names)
         for node in program.model.graph:  # the Python lines that the nodes come from: half of a small file
             node.metadata_props.clear()
         program.save(path)
@@ -82,6 +83,7 @@ def program(
     named, dynamic: as for `write_onnx`.
     Raises InputError for a model that torch.export cannot follow, or cannot follow without fixing a dimension.
     """
+    named = batching.placed(model, dict(named))
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     shapes = None
     if dynamic:

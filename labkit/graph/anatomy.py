@@ -19,6 +19,7 @@ from labkit.graph import tracing
 from labkit.graph.groups import Coupling, Group
 from labkit.graph.record import Operation, Record
 from labkit.graph.spans import span_at
+from labkit.modules.batches import placed
 from labkit.modules.stacks import is_linear, out_dim, stacks
 
 SOFTMAX = ("_softmax", "_safe_softmax")
@@ -212,11 +213,11 @@ def configs(model: nn.Module) -> Iterator[Any]:
 
 
 def called_with(model: nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return `kwargs` as a dict, or an `example` if None; raise InputError if `kwargs` is no {name: value}."""
+    """Return `kwargs`, on the model's device, or an `example` if None; InputError if `kwargs` is no {name: value}."""
     check_module(model)
     if kwargs is not None:
         check_mapping(kwargs, "kwargs", "name: value")
-        return dict(kwargs)
+        return placed(model, dict(kwargs))
     return example(model)
 
 

@@ -39,6 +39,7 @@ from labkit.graph.labels import components
 from labkit.graph.passes import collecting_later, unchanged
 from labkit.graph.record import Record
 from labkit.graph.units import Cluster, Group, Member, failing, group_units, place_of
+from labkit.modules.batches import placed
 
 __all__ = ["Coupling", "Group", "Member", "arguments", "failing", "trace"]
 
@@ -92,7 +93,7 @@ class Coupling:
         groups; whole_heads, of a dimension split as [heads, size] only whole heads go.
         Raises InputError as `trace` does.
         """
-        args, kwargs = arguments(args, kwargs)
+        args, kwargs = placed(model, arguments(args, kwargs))
         record = tracing.record(model, args, kwargs, **options)
         classes, reasons = record.labels.resolve()
         groups, unit_classes = group_units(record, classes, reasons)

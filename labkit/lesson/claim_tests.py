@@ -16,7 +16,7 @@ class ClaimTests:
     """The tested claims of a session.
 
     lesson: "00" to "13": the lesson's reference runs may settle a claim, too.
-    device: "cpu" or "cuda", the device of the session's values.
+    device: "cpu" or "cuda", the kind of the session's device.
     judges: False for a preset whose values settle nothing.
     """
 
@@ -37,16 +37,19 @@ class ClaimTests:
         value: float | None,
         ci95: Sequence[float] | None,
         trained: Mapping[str, float] | None,
+        device: str | None,
     ) -> None:
         """Note the verdict of a value (`claims.verdict`, with the same arguments and errors) in silence.
 
+        device: device that the value was timed on, such as "cpu" or "cuda:0"; None for the session's.
         A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU, nor a number of a preset
         that only tries the code any claim: the value is dropped.
         """
+        kind = (device or self._device).partition(":")[0]
         claim = claims.entry(claim_id)
         number = show.number(value)
         verdict = claims.verdict(claim, value if number is None else number, ci95, trained)
-        if not (self._judges and claims.can_be_settled_on(claim, self._device)):
+        if not (self._judges and claims.can_be_settled_on(claim, kind)):
             verdict, number, ci95 = "not measurable here", None, None
         self._settled[claim_id] = SettledClaim(
             id=claim_id,
@@ -54,6 +57,7 @@ class ClaimTests:
             ci95=ci95 and tuple(ci95),
             trained=trained and dict(trained),
             verdict=verdict,
+            device=device,
         )
 
     def show_folded(self, claim_ids: Sequence[str]) -> None:

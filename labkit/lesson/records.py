@@ -78,6 +78,7 @@ class RecordedValue(_Strict):
     """A number or a text; in `detail`, a "measurement" (s) or "comparison" (x) holds labkit.bench's samples.
 
     processes: number of processes that `ci95` is the range over; 0 for an interval within the run.
+    device: device of the clock; None for the session's device, and for a timing, whose detail names the device.
     """
 
     kind: Literal["value", "measurement", "comparison"]
@@ -91,6 +92,7 @@ class RecordedValue(_Strict):
     verdict: str | None = None
     detail: dict[str, Any] | None = None
     processes: int = 0
+    device: str | None = None
 
     @property
     def covers(self) -> str:
@@ -103,7 +105,7 @@ class RecordedValue(_Strict):
 class RecordedTable(_Strict):
     """Rows of a table: `by` names the columns that tell rows apart, `columns` the meaning of the rest.
 
-    A column without a declaration is a plain result without a unit.
+    A column without a declaration is a plain result without a unit. device: as in `RecordedValue`.
     """
 
     kind: Literal["table"]
@@ -112,6 +114,7 @@ class RecordedTable(_Strict):
     by: tuple[str, ...] = ()
     columns: dict[str, Column] = {}
     simulated: bool = False
+    device: str | None = None
 
     def meaning(self, column: str) -> Column:
         """Return the meaning of a column's numbers."""
@@ -139,13 +142,18 @@ class Prediction(_Strict):
 
 
 class SettledClaim(_Strict):
-    """The verdict of a run's value on a claim; trained: the training behind the value, if the claim has a recipe."""
+    """The verdict of a run's value on a claim.
+
+    trained: the training behind the value, if the claim has a recipe.
+    device: device that the value was timed on; None for the session's.
+    """
 
     id: str
     value: int | float | None
     ci95: tuple[float, float] | None = None
     trained: dict[str, int | float] | None = None
     verdict: claims.Verdict
+    device: str | None = None
 
 
 class CheckedExercise(_Strict):
@@ -282,6 +290,7 @@ def table(
     columns: Mapping[str, Column] | None = None,
     *,
     simulated: bool = False,
+    device: str | None = None,
 ) -> RecordedTable:
     """Make a table to record.
 
@@ -290,6 +299,7 @@ def table(
     by: the columns that tell rows apart; rows that differ only in SEED are repetitions.
     columns: the meaning of the rest, as in {"ms": cost("ms", clock=True)}.
     simulated: True for computed rows, False for measured rows.
+    device: device of the clock behind the rows; None for the session's.
     Raises InputError for `rows` that are no list of dicts, a column in `by` or `columns` missing from all rows, and
     two rows alike in all columns of `by`.
     """
@@ -299,7 +309,7 @@ def table(
     _check_columns(name, rows, by, columns)
     if by:
         _check_distinct(name, rows, by)
-    return RecordedTable(kind="table", name=name, rows=rows, by=by, columns=columns, simulated=simulated)
+    return RecordedTable(kind="table", name=name, rows=rows, by=by, columns=columns, simulated=simulated, device=device)
 
 
 def _check_columns(

@@ -17,16 +17,17 @@ DEVICE_KINDS = {"cpu": "a CPU", "cuda": "a GPU"}
 def results(lesson: str, name: str) -> list[dict[str, Any]]:
     """Return the results called `name` of a lesson's reference runs: a dict for each machine.
 
-    Keys: machine, device and preset of the run, the fields of the result (records.RecordedValue or RecordedTable),
-    created (ISO 8601), and spread over processes (records.Spread; None for a text or a table).
+    Keys: machine and device that the result was timed on, preset of the run, the fields of the result
+    (records.RecordedValue or RecordedTable), created (ISO 8601), and spread over processes (records.Spread; None for a
+    text or a table).
     """
     entries = []
-    for run in records.recorded(lesson):
+    for run in _recorded(lesson):
         entry = run.named(name)
         if entry is not None:
             origin = {"machine": run.machine["label"], "device": run.device, "preset": run.preset}
             over_processes = {"created": run.created, "spread": run.spread(name)}
-            entries.append({**origin, **entry.model_dump(), **over_processes})
+            entries.append({**entry.model_dump(), **origin, **over_processes})
     return entries
 
 
@@ -52,7 +53,7 @@ def beside(this_run: Mapping[str, Any], reference: Sequence[Mapping[str, Any]]) 
 def verdicts(lesson: str, claim: Claim) -> list[str]:
     """Return the verdicts of all reference runs able to settle a claim, each with value, preset, machine and day."""
     phrases = []
-    for run in records.recorded(lesson):
+    for run in _recorded(lesson):
         for settled in run.claims:
             is_settled = settled.id == claim.id and "here" not in settled.verdict
             if is_settled and claims.is_current(claim, run.created, settled.trained):
@@ -64,6 +65,13 @@ def verdicts(lesson: str, claim: Claim) -> list[str]:
 def durations(lesson: str) -> list[str]:
     """Return how long each reference run of a lesson took, with preset, machine and day."""
     return [f"{run.seconds:.0f} s {_place(run)}" for run in records.recorded(lesson)]
+
+
+def _recorded(lesson: str) -> list[RunRecord]:
+    """Read the reference runs of a lesson, the results of each device apart."""
+    from labkit.lesson.by_device import apart  # loaded where a page looks at other machines
+
+    return [part for run in records.recorded(lesson) for part in apart(run)]
 
 
 def _place(run: RunRecord) -> str:

@@ -29,6 +29,7 @@ class Roofs:
         self._results = results
         self._budget_s = budget_s
         self._measured: dict[tuple[str, int], Ceilings] = {}
+        self._device_peak = 0  # bytes on the GPU up to the last measurement of ceilings
 
     def of(self, device: str | torch.device, *, again: bool = False) -> Ceilings:
         """Return the ceilings of `device` at the number of threads that torch has now.
@@ -41,11 +42,22 @@ class Roofs:
         earlier = self._measured.get((name, threads))
         if earlier is not None and not again:
             return earlier
-        ceilings = machine.ceilings(name, budget_s=self._budget_s)
+        ceilings = self._measure(name)
         if earlier is not None:
             ceilings = earlier.raised(ceilings)
         self._measured[name, threads] = ceilings
         self._results.add_table(_table(name, threads, ceilings))
+        return ceilings
+
+    def peak_device_memory(self) -> int:
+        """Return the peak bytes of torch's tensors on the GPU, without the gigabytes that measure ceilings."""
+        return max(self._device_peak, torch.cuda.max_memory_allocated())
+
+    def _measure(self, device: str) -> Ceilings:
+        self._device_peak = self.peak_device_memory()
+        ceilings = machine.ceilings(device, budget_s=self._budget_s)
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         return ceilings
 
     def place(self, comparison: Comparison, work: Sequence[Work], dtypes: Sequence[str]) -> Comparison:
@@ -92,7 +104,7 @@ def _table(device: str, threads: int, ceilings: Ceilings) -> records.RecordedTab
     rows.append(_row("bandwidth", "B/s", ceilings.bandwidth, ceilings.bandwidth_range))
     columns = {unit: records.quality(unit, clock=True, low="low", high="high") for unit in ("FLOP/s", "B/s")}
     name = f"ceilings of {device}, {show.counted(threads, 'thread')}"
-    return records.table(name, rows, ("ceiling",), columns)
+    return records.table(name, rows, ("ceiling",), columns, device=device)
 
 
 def _row(ceiling: str, unit: str, rate: float, ends: tuple[float, float] | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ or plan is judged. `Lab._judges` is the gate.
 import gc
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -39,7 +40,6 @@ import torch
 from labkit import show
 from labkit.errors import InputError
 from labkit.lesson import records, reference_runs
-from labkit.lesson.claim_tests import ClaimTests
 from labkit.lesson.exercises import Exercises
 from labkit.lesson.parameters import PRESETS, SEEDS, SMOKE, ranges, require_allowed
 from labkit.lesson.records import Column, Role, RunRecord
@@ -51,6 +51,7 @@ from labkit.timing.bench import Comparison, Measurement, compare, measure
 
 if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
     from labkit.lesson import challenge
+    from labkit.lesson.claim_tests import ClaimTests
     from labkit.lesson.experiments import Experiment
     from labkit.lesson.roofs import Roofs
     from labkit.timing.race import Race
@@ -97,9 +98,13 @@ def start(
 ) -> "Lab":
     """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
+    float32 is computed in full ("ieee"). By torch's default a GPU's convolutions would round to TF32, ten bits of
+    mantissa, and no share of the float32 roof would mean anything.
+
     lesson: number of the lesson, "00" to "13".
     preset: "smoke", "class" or "full"; LABKIT_PRESET wins if set.
-    device: "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA.
+    device: "cpu", "cuda", "cuda:N" or "auto": LABKIT_DEVICE if set, else CUDA if torch has CUDA. A lesson that times
+        the CPU alone states "cpu" for its DEVICE, takes no other, and means the CPU by "auto".
     results_dir: folder of the results; the record goes to results_dir/<lesson>/record.json.
     parameters: the lesson's own parameters for the record, each within the range that the lesson states.
     Raises InputError for any other argument, before a change.
@@ -107,11 +112,15 @@ def start(
     if lesson not in LESSONS:
         raise InputError(f'There is no lesson {lesson!r}; give one of "00" to "13", as text with two digits.')
     preset = _checked_preset(preset)
+    allowed_by_name = ranges(lesson)
+    if "DEVICE" in allowed_by_name:
+        require_allowed("DEVICE", device, allowed_by_name["DEVICE"])
+        device = allowed_by_name["DEVICE"][0]
     torch_device = machine.torch_device(device)
     require_allowed("SEED", seed, SEEDS)
     folder = _checked_folder(results_dir)
     parameters = parameters or {}
-    for name, allowed in ranges(lesson).items():
+    for name, allowed in allowed_by_name.items():
         if name in parameters:
             require_allowed(name, parameters[name], allowed)
     parameters = records.plain({"SEED": seed, **parameters})
@@ -120,6 +129,7 @@ def start(
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(machine.threads())
+    _compute_fp32_in_full()
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device.index or 0)
         torch.cuda.reset_peak_memory_stats()
@@ -153,7 +163,6 @@ class Lab:
         self._judges = preset != "smoke"  # the gate: False keeps all words about results away
         self._results = Results(self._judges)
         self._timings = Timings()
-        self._claim_tests = ClaimTests(lesson, device.type, self._judges)
         self._exercises = Exercises()
         self._sentences: dict[str, list[str]] = {}
         self._challenges: dict[str, records.Challenge] = {}
@@ -269,6 +278,7 @@ class Lab:
         by: Sequence[str] = (),
         columns: Mapping[str, Column] | None = None,
         simulated: bool = False,
+        device: str | None = None,
     ) -> None:
         """Record a number, a text, or rows (a list of dicts), with the meaning; silently.
 
@@ -277,18 +287,20 @@ class Lab:
         by: the columns that tell rows apart; rows that differ only in "seed" are repetitions.
         columns: the meaning of the rest, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}.
         simulated: True for a computed value or table, False for a measured.
+        device: device that a clock read, such as "cpu"; the session's unless given. The machine on record follows.
         Raises InputError for a value of a wrong type, a missing column, and two rows alike in all columns of `by`.
         """
         check_name(name)
         if isinstance(value, list | tuple):
-            self._results.add_table(records.table(name, value, by, columns, simulated=simulated))
+            self._results.add_table(records.table(name, value, by, columns, simulated=simulated, device=device))
             return
         plain = single_value(name, value)
         if by or columns:
             raise InputError(f"{name!r} is a single value, and by and columns are about rows; give role and clock.")
         fields = dict(
-            kind="value", name=name, value=plain, unit=unit, ci95=ci95, role=role, clock=clock, simulated=simulated
-        )
+            kind="value", name=name, value=plain, unit=unit, ci95=ci95, role=role, clock=clock, simulated=simulated,
+            device=device,
+        )  # fmt: skip
         self._results.add_value(**(self._over_processes(name, fields) if clock else fields))
 
     # words --------------------------------------------------------------------------------------------------------
@@ -333,17 +345,19 @@ class Lab:
         ci95: Sequence[float] | None = None,
         *,
         trained: Mapping[str, float] | None = None,
+        device: str | None = None,
     ) -> None:
         """Put a claim of claims.toml to the test, silently; `claims` shows the verdict.
 
         value: our number in the claim's unit; None if the quantity is not measurable here.
         ci95: the value's 95 % interval, (low, high).
         trained: the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}.
+        device: device that the value was timed on (`Measurement.device`); the session's unless given.
         A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         Raises InputError for an unknown id, a value that is no number, an interval that does not hold the value, and
         a missing `trained`.
         """
-        self._claim_tests.test(id, value, ci95, trained)
+        self._claim_tests.test(id, value, ci95, trained, device)
 
     def claims(self, *ids: str) -> None:
         """Show up to five tested claims in a folded box: the verdict, why people say so, when people are right.
@@ -430,13 +444,17 @@ class Lab:
     def beside(self, name: str) -> None:
         """Show the run's number beside the recorded numbers, at smoke the recorded alone.
 
-        A device without any number is "not recorded yet".
+        Each number stands with the machine that it was timed on; a device without any number is "not recorded yet".
 
         Raises InputError if the run has no number called `name`.
         """
+        from labkit.lesson.by_device import timed_on
+
         value = self._results.number(name)
-        origin = {"machine": self.machine.label, "device": self.device.type, "preset": self.preset}
-        rows = reference_runs.beside(origin | value.model_dump(), self.reference_runs(name))
+        kind = torch.device(timed_on(value) or self.device).type
+        label = self.machine.to_dict()["devices"][kind]["label"]
+        this_run = value.model_dump() | {"machine": label, "device": kind, "preset": self.preset}
+        rows = reference_runs.beside(this_run, self.reference_runs(name))
         if not self._judges:
             del rows[0]  # of this run
         self.table(rows, caption=name, simulated=value.simulated, any_preset=True)
@@ -452,6 +470,12 @@ class Lab:
         text, html = summary(record)
         show.emit(text, html, data={records.MIME: record.to_dict()})
         return record
+
+    @cached_property
+    def _claim_tests(self) -> "ClaimTests":
+        from labkit.lesson.claim_tests import ClaimTests
+
+        return ClaimTests(self.lesson, self.device.type, self._judges)
 
     @cached_property
     def _roofs(self) -> "Roofs":
@@ -475,7 +499,7 @@ class Lab:
         seconds, peak_memory = self._stopwatch.seconds, records.peak_memory()
         peak_device_memory = None
         if self.device.type == "cuda":
-            peak_device_memory = torch.cuda.max_memory_allocated()
+            peak_device_memory = self._roofs.peak_device_memory()
         memory_is_within = self.budget.memory is None or peak_memory <= self.budget.memory
         is_within = seconds <= self.budget.seconds and memory_is_within
         return RunRecord(
@@ -498,6 +522,17 @@ class Lab:
             budget={**self.budget._asdict(), "within": is_within},
             **records.origin(),
         )
+
+
+def _compute_fp32_in_full() -> None:
+    """Turn TF32 off, in products and in convolutions.
+
+    By the older of torch's two settings: after the newer, `fp32_precision`, torch's own `cudnn.flags` raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch 2.9 prefers the newer setting
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
 
 
 def _show_card(lab: Lab) -> None:

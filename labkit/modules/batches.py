@@ -16,10 +16,13 @@ of labkit, is an iterable of batches of any form:
 ...     model(*args, **kwargs).shape
 torch.Size([8, 3])
 
-No tensor is moved to a different device. The loss of a batch is in `losses`; training is in `labkit.training`.
+A batch may lie on any device: what is given to a model is placed on the model's device first (`placed`). The loss of a
+batch is in `losses`; training is in `labkit.training`.
 """
 
 import inspect
+import itertools
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,11 +37,13 @@ from labkit.modules.hooks import watching
 __all__ = [
     "IGNORED",
     "check_batches",
+    "device_of",
     "evaluating",  # for whoever reads batches needs it beside them
     "inputs",
     "is_encoder_decoder",
     "labelled",
     "not_empty",
+    "placed",
     "predicts_next",
     "segments",
     "split",
@@ -51,8 +56,38 @@ IGNORED = -100  # the label that cross-entropy leaves out
 # --- a single batch ---------------------------------------------------------------------------------------------------
 
 
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return the device of the first parameter or buffer; None for a model without either."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    first = next(tensors, None)
+    return None if first is None else first.device
+
+
+def placed(model: nn.Module, value: Any) -> Any:
+    """Return `value` with its tensors on the model's device; a tensor on that device is not copied.
+
+    value: a tensor, or a tuple, list or dict of values, such as a batch; any other object is returned as it is.
+
+    A model on `meta` has no numbers to compute with, so that its inputs may stay where they are.
+    """
+    device = device_of(model)
+    if device is None or device.type == "meta":
+        return value
+    return _on(device, value)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) is dict or isinstance(value, UserDict):  # of a tokenizer; an output of a model is a dict of its own
+        return {name: _on(device, item) for name, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_on(device, item) for item in value)
+    return value
+
+
 def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
-    """Split a batch into (args, kwargs, target), so that model(*args, **kwargs) runs on it.
+    """Split a batch into (args, kwargs, target) on the model's device, so that model(*args, **kwargs) runs on it.
 
     target: the labels; None if the batch has no labels.
     batch: a tensor is the only argument.
@@ -67,10 +102,12 @@ def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:
     Raises InputError for any other last item of two or more dimensions, which could be labels or an argument.
     """
     if isinstance(batch, Mapping):
-        return (), _keyword_arguments(model, batch), batch.get("labels")
-    if isinstance(batch, (tuple, list)):
-        return _split_sequence(model, batch)
-    return (batch,), {}, None
+        parts = (), _keyword_arguments(model, batch), batch.get("labels")
+    elif isinstance(batch, (tuple, list)):
+        parts = _split_sequence(model, batch)
+    else:
+        parts = (batch,), {}, None
+    return placed(model, parts)
 
 
 def _keyword_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

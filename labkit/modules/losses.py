@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import InputError
-from labkit.modules.batches import IGNORED, inputs, labelled, predicts_next, split
+from labkit.modules.batches import IGNORED, inputs, labelled, placed, predicts_next, split
 
 
 def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def batch_loss(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tenso
     args, kwargs, target = split(model, batch)
     output = model(*args, **kwargs)
     if loss_fn is not None:
-        loss = loss_fn(output, batch if target is None else target)
+        loss = loss_fn(output, placed(model, batch) if target is None else target)
     elif isinstance(getattr(output, "loss", None), Tensor):
         loss = output.loss
     elif target is not None:

@@ -23,6 +23,7 @@ from labkit.errors import EqualityError, InputError, check_choice, check_whole, 
 from labkit.graph import equality, surgery
 from labkit.graph.groups import Coupling, Group, Member, failing
 from labkit.graph.surgery import Plan, Pruned, Units
+from labkit.modules.batches import placed
 from labkit.modules.weights import inside, named_parts
 from labkit.pruning.allocation import Cluster, global_steps, make_cluster
 from labkit.pruning.scores import UNIT_CRITERIA, check_criterion, unit_scores
@@ -164,7 +165,7 @@ def apply(
     """
     if not isinstance(check, bool):
         args, kwargs = ((), check) if isinstance(check, Mapping) else (check, None)
-    args, kwargs = arguments(args, kwargs)
+    args, kwargs = placed(model, arguments(args, kwargs))
     if not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}, but it must be a Plan: plan(model, ...) makes one.")
     pruned_model = surgery.cut(model, plan.kept, plan.attributes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from labkit.arguments import check_loaded, check_real
 from labkit.errors import InputError
 from labkit.graph import equality, groups, surgery
+from labkit.modules.batches import placed
 from labkit.modules.weights import prunable
 from labkit.pruning import unstructured
 from labkit.pruning.pattern import check_pattern
@@ -118,7 +119,7 @@ def permute(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None =
     check_loaded(model)
     if unstructured.masks(model):
         raise InputError("The model is pruned already: permute the dense model and prune that.")
-    args, kwargs = groups.arguments(args, kwargs)
+    args, kwargs = placed(model, groups.arguments(args, kwargs))
     coupled = groups.Coupling.of(model, args, kwargs)
     orders: dict[str, dict[int, Tensor]] = {}  # {parameter: {dimension: new order of the indices}}
     for group in coupled.groups:

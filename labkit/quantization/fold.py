@@ -74,7 +74,7 @@ def fold_batch_norm(model: nn.Module, args: Any) -> nn.Module:
     """
     calls.check_model(model)
     new = full_copy(model)
-    _fold_(new, *_call(args))
+    _fold_(new, *_call(new, args))
     return new
 
 
@@ -136,7 +136,7 @@ def equalize(model: nn.Module, args: Any) -> nn.Module:
     would change; and for a model without a pair.
     """
     new = fold_batch_norm(model, args)
-    graph = Dataflow(new, *_call(args))
+    graph = Dataflow(new, *_call(new, args))
     graph.check_compared()
     pairs = []
     for source in graph.sources:
@@ -364,11 +364,10 @@ def _input_maxima(model: nn.Module, batches: Iterable, layers: Sequence[str]) ->
 # --- proof ------------------------------------------------------------------------------------------------------------
 
 
-def _call(args: Any) -> tuple[tuple, dict[str, Any]]:
-    """Return the positional and keyword arguments of an example input."""
-    if isinstance(args, Mapping):
-        return (), dict(args)
-    return arguments(args, None)
+def _call(model: nn.Module, args: Any) -> tuple[tuple, dict[str, Any]]:
+    """Return the positional and keyword arguments of an example input, on the model's device."""
+    example = ((), dict(args)) if isinstance(args, Mapping) else arguments(args, None)
+    return batching.placed(model, example)
 
 
 @torch.inference_mode(False)  # the new layers are to be trained, wherever they were made

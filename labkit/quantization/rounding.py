@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from labkit.errors import InputError, check_whole
+from labkit.modules.batches import placed
 from labkit.quantization import calls
 from labkit.quantization.affine import Grid
 
@@ -49,6 +50,8 @@ def adaround(
     The result is the same at every call. On `inputs` the squared error is at most that of rounding to the nearest:
     if the search ends in more, the nearest codes are returned.
     """
+    _check_layer(layer)
+    inputs, outputs = placed(layer, (inputs, outputs))
     _check(layer, grid, inputs, outputs, steps)
     weight = _trainable(layer.weight)
     inputs = _trainable(inputs)
@@ -160,7 +163,6 @@ def _check(
     steps: int,
 ) -> None:
     check_whole(steps, "steps")
-    _check_layer(layer)
     if not _fits(grid, layer):
         scale = list(grid.scale.shape) if isinstance(grid, Grid) else None
         raise InputError(

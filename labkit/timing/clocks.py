@@ -230,6 +230,12 @@ def _synchronize() -> None:
         torch.mps.synchronize()
 
 
+def now() -> float:
+    """Return the wall time in seconds, once all accelerators in use have finished what was asked of them so far."""
+    _synchronize()
+    return time.perf_counter()
+
+
 def _wall(fn: Call, number: int) -> Seconds:
     with torch.inference_mode():
         _synchronize()

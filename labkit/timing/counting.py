@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from labkit.arguments import check_module
 from labkit.errors import InputError
+from labkit.modules.batches import placed
 from labkit.modules.evaluating import evaluating
 from labkit.modules.undisturbed import undisturbed
 from labkit.on_demand import names_on_demand
@@ -56,7 +57,7 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
     once and written by its growth.
 
     module_or_fn: a module or a function.
-    inputs, kwargs: arguments of the call.
+    inputs, kwargs: arguments of the call; a module's are placed on its device.
     Raises InputError for an object that cannot be called, for nested tensors, and for a tuple or dict of inputs in
     place of separate inputs. Other errors of the call pass through.
     """
@@ -66,6 +67,8 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
         )
     fn = getattr(module_or_fn, "_orig_mod", module_or_fn)  # the module inside torch.compile's wrapper
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    if isinstance(fn, nn.Module):
+        inputs, kwargs = placed(fn, (inputs, kwargs))
     states = _Inventory((inputs, kwargs)).of_objects
     if states:
         inputs, kwargs = _with_cache_objects_copied(inputs, kwargs, states)

@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -140,8 +140,12 @@ class Machine:
         return ", ".join(parts)
 
     def to_dict(self) -> dict:
-        """Return plain values for JSON, with `slug` and `label`."""
-        return {**asdict(self), "slug": self.slug, "label": self.label}
+        """Return plain values for JSON, with `slug` and `label`; those for each kind of device here under "devices"."""
+        devices = {}
+        for kind in ("cpu", "cuda") if self.gpu else ("cpu",):
+            machine = replace(self, device=kind)
+            devices[kind] = {"slug": machine.slug, "label": machine.label}
+        return {**asdict(self), "slug": self.slug, "label": self.label, "devices": devices}
 
 
 def _slug(name: str) -> str:

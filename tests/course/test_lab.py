@@ -49,6 +49,10 @@ labkit = "course.__main__:main"
 """
 
 
+HAS_DRIVER = shutil.which("nvidia-smi") is not None
+USUAL = "course,test" + ",gpu" * HAS_DRIVER  # extras that are always installed
+
+
 class Course:
     """A copy of ./lab in a folder with a quote, spaces and an umlaut, a stand-in for Python, and the calls it got."""
 
@@ -111,7 +115,7 @@ def test_first_call_sets_up_and_passes_its_words_on(course):
         "-m course.cli run 01 -p GPU H200 SXM",
     ]
     assert done.stderr.splitlines()[1:] == [
-        "lab: installing the course and what it needs; this takes some minutes, once"
+        f"lab: installing the course{' with gpu' * HAS_DRIVER} and what it needs; this takes some minutes, once"
     ]
 
 
@@ -124,7 +128,7 @@ def test_second_call_installs_and_fetches_nothing(ready):
 @pytest.mark.parametrize(
     ("changed", "does"),
     [
-        ("pyproject.toml", "-m pip install --editable {root}[course,test]"),  # without a new environment
+        ("pyproject.toml", f"-m pip install --editable {{root}}[{USUAL}]"),  # without a new environment
         ("data/manifest.toml", "-m course.cli data fetch"),
     ],
 )
@@ -146,8 +150,17 @@ def test_what_was_interrupted_goes_on_at_the_next_call(course, step: str):
     assert [call[:24] for call in course.calls()][-2:] == ["-m course.cli data fetch", "-m course.cli run"]
 
 
+def test_setup_takes_the_clocks_of_a_gpu_along_where_there_is_a_driver(ready, tmp_path: Path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    assert ready.lab("setup", path=f"{tools}{os.pathsep}{os.environ['PATH']}").returncode == 0
+    assert f"-m pip install --editable {ready.folder}[course,test,gpu]" in ready.calls()
+
+
 def installs(ready: Course, extras: str) -> str:
-    return f"-m pip install --editable {ready.folder}[{extras}]"
+    return f"-m pip install --editable {ready.folder}[{extras.replace('course,test', USUAL)}]"
 
 
 def test_site_installs_what_it_needs_once(ready):

@@ -30,7 +30,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from refusals import check_refusal
 from run_records import changed
 
-from course import failure, notebooks, reference, run, store, watch
+from course import cli, failure, notebooks, reference, run, store, watch
 from labkit import files
 from labkit.data import fetch
 from labkit.errors import DataError
@@ -628,6 +628,22 @@ def test_the_names_that_lesson_01_takes_are_the_catalogue_s():
     _, declared = run.load(notebooks.find("01"))
     assert set(declared["ARCHITECTURE"].allowed) == {name for name, row in ARCHITECTURES.items() if row.decoder}
     assert set(declared["GPU"].allowed) == {name for name, device in DEVICES.items() if "fp16" in device.flops}
+
+
+def test_a_lesson_that_times_the_cpu_alone_takes_no_gpu_and_says_so():
+    on_the_cpu, on_any = notebooks.find("13"), notebooks.find("03")
+    assert run.takes_device(on_the_cpu, "cpu") and run.takes_device(on_the_cpu, "auto")
+    assert run.takes_device(on_any, "cuda") and not run.takes_device(on_the_cpu, "cuda:1")
+    assert run.prepare(on_the_cpu, {}).device == "cpu"
+    words = "DEVICE cannot be 'cuda'; choose one of cpu, auto."
+    check_refusal(words, lambda: run.prepare(on_the_cpu, {"DEVICE": "cuda"}))
+
+
+def test_all_lessons_on_a_gpu_are_those_with_work_for_it(capsys):
+    assert cli._all_on(None) == cli._all_on("cpu") == notebooks.all_lessons()
+    assert capsys.readouterr().out == ""
+    assert {path.stem[:2] for path in cli._all_on("cuda")}.isdisjoint({"00", "06", "12", "13"})
+    assert capsys.readouterr().out == "note    without 00, 06, 12, 13, which take no cuda\n"
 
 
 @pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem[:2])

@@ -1,5 +1,6 @@
 """The workflows: they call the commands that people call, and hand nothing to code that nobody has looked at."""
 
+import math
 import re
 import subprocess
 import tomllib
@@ -7,7 +8,9 @@ import tomllib
 import pytest
 import yaml
 
+from course import notebooks, reference, run
 from labkit import files
+from labkit.lesson import session
 
 TEXTS = {file.stem: file.read_text("utf-8") for file in (files.ROOT / ".github" / "workflows").glob("*.yml")}
 WORKFLOWS = {name: yaml.load(text, Loader=yaml.BaseLoader) for name, text in TEXTS.items()}  # "on" stays a text
@@ -84,11 +87,33 @@ def test_a_pull_request_gets_a_gpu_by_its_label_alone_and_what_it_measures_is_up
     events = WORKFLOWS["gpu"]["on"]
     assert set(events) == {"workflow_dispatch", "schedule", "pull_request"}
     assert events["pull_request"] == {"types": ["labeled"]}  # not what is pushed after the label
-    (job,) = WORKFLOWS["gpu"]["jobs"].values()
-    assert job["if"] == "github.event_name != 'pull_request' || github.event.label.name == 'gpu'"
-    assert "self-hosted" in job["runs-on"]
-    last = STEPS["gpu"][-1]
-    assert last["if"] == "always()" and last["with"]["path"].split() == ["runs/gpu/", "data/recorded/"]
+    for job in JOBS["gpu"].values():
+        assert "github.event_name != 'pull_request' || github.event.label.name == 'gpu'" in job["if"]
+        assert "self-hosted" in job["runs-on"]
+        last = job["steps"][-1]
+        assert last["if"] == "always()" and last["with"]["path"].split() == ["runs/gpu/", "data/recorded/"]
+
+
+def test_each_lesson_with_work_for_a_gpu_is_a_job_that_can_finish_and_goes_on_where_it_stopped():
+    job = JOBS["gpu"]["lesson"]
+    with_a_gpu = [path.stem[:2] for path in notebooks.all_lessons() if run.takes_device(path, "cuda")]
+    assert job["strategy"]["matrix"]["lesson"] == with_a_gpu
+    assert job["strategy"]["fail-fast"] == "false"
+    minutes = reference.RECORDED_RUNS * session.BUDGETS["full"].seconds / 60
+    assert int(job["timeout-minutes"]) > minutes
+    assert "--record --resume" in commands(job)[-1] and commands(JOBS["gpu"]["rest"])[-1] == "./lab gpu"
+    for step in STEPS["gpu"]:
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["clean"] == "false"  # what is finished is ignored by git, and cleaned otherwise
+
+
+def test_how_long_a_gpu_takes_is_told_in_the_workflow_in_the_help_and_to_contributors():
+    lessons = JOBS["gpu"]["lesson"]["strategy"]["matrix"]["lesson"]
+    seconds = reference.RECORDED_RUNS * len(lessons) * session.BUDGETS["full"].seconds
+    hours = math.ceil(seconds / 3600)
+    for place in (".github/workflows/gpu.yml", "course/help.txt", "CONTRIBUTING.md"):
+        text = " ".join((files.ROOT / place).read_text(encoding="utf-8").replace("#", "").split())
+        assert f"{hours} hours at most" in text, place
 
 
 def test_a_tag_is_checked_built_attested_with_its_bill_of_materials_and_published_as_it_was_built():

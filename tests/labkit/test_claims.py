@@ -214,7 +214,14 @@ def test_a_claim_is_silent_and_kept_once(lab, capsys):
     lab.claim("3.3", 1.7, trained={"steps": 10, "seeds": 1})
     assert capsys.readouterr().out == ""
     first, second = (claim.model_dump() for claim in lab.finish().claims)
-    assert first == {"id": "3.1", "value": 1.7, "ci95": (1.6, 1.8), "trained": None, "verdict": "confirmed"}
+    assert first == {
+        "id": "3.1",
+        "value": 1.7,
+        "ci95": (1.6, 1.8),
+        "trained": None,
+        "verdict": "confirmed",
+        "device": None,
+    }
     assert (second["verdict"], second["trained"]) == ("not settled here", {"steps": 10, "seeds": 1})
 
 

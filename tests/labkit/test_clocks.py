@@ -3,6 +3,7 @@
 import functools
 import itertools
 import mmap
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -105,3 +106,21 @@ def test_throttling_is_named():
     assert interference.throttling([cool, Snapshot(1, 0, 0, 1700)]) == "the GPU's clock moved (SM clock 1700-1980 MHz)"
     assert interference.throttling([cool, cool]) is None
     assert interference.throttling([Snapshot(0, 0, 0)]) is None
+
+
+def test_now_is_the_wall_s_time():
+    before, now, after = time.perf_counter(), clocks.now(), time.perf_counter()
+    assert before <= now <= after
+
+
+@pytest.mark.gpu
+def test_now_waits_for_what_a_gpu_was_asked_to_do():
+    matrix = torch.randn(4096, 4096, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began = clocks.now()
+    start.record()
+    for _ in range(20):
+        matrix @ matrix
+    end.record()
+    seconds = clocks.now() - began
+    assert end.query() and seconds >= start.elapsed_time(end) / 1e3

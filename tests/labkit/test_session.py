@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -194,6 +195,28 @@ def test_a_value_outside_the_range_that_the_lesson_states_is_refused(tmp_path, m
         check_refusal(sentence, partial(labkit.start, "01", **place, parameters={"RATIO": wrong}))
 
 
+def test_a_session_computes_float32_in_full_whatever_was_set_before(tmp_path):
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lab = labkit.start("01", preset="smoke", device="cpu", results_dir=tmp_path)
+        with torch.backends.cudnn.flags(enabled=True):  # which raises after a mix of torch's two settings
+            pass
+    assert lab.machine.float32_matmul_precision == torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32" and torch.backends.cudnn.rnn.fp32_precision != "tf32"
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.gpu
+def test_a_convolution_on_a_gpu_rounds_as_float32(tmp_path):
+    lab = labkit.start("03", preset="smoke", device="cuda", results_dir=tmp_path)
+    x, weight = torch.randn(8, 64, 16, 16, device=lab.device), torch.randn(64, 64, 3, 3, device=lab.device)
+    exact = torch.conv2d(x.double(), weight.double())
+    error = (torch.conv2d(x, weight) - exact).abs().max() / exact.abs().max()
+    assert error < 64 * 9 * 2**-24  # a sum of 576 products; TF32 rounds each operand to 2**-11
+
+
 @pytest.mark.gpu
 def test_a_session_on_a_gpu_records_its_memory(tmp_path):
     lab = labkit.start("01", preset="smoke", device="cuda", results_dir=tmp_path)
@@ -202,6 +225,15 @@ def test_a_session_on_a_gpu_records_its_memory(tmp_path):
     assert result.device.startswith("cuda")
     assert done(lab)["peak_device_memory"] >= 2 * kept.nbytes
     check_refusal("is not there", lambda: labkit.start("01", device="cuda:99", results_dir=tmp_path))
+
+
+@pytest.mark.gpu
+def test_the_memory_on_record_is_the_lesson_s_without_that_of_the_ceilings(tmp_path):
+    lab = labkit.start("01", preset="smoke", device="cuda", results_dir=tmp_path)
+    before = torch.zeros(2**26, dtype=torch.uint8, device=lab.device)
+    del before  # part of the peak all the same, as ceilings are measured later
+    lab.ceilings()
+    assert 2**26 <= done(lab)["peak_device_memory"] < 2**28
 
 
 def test_the_card_names_machine_preset_and_budget(lab, capsys):

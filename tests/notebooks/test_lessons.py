@@ -1,9 +1,11 @@
 """What every lesson has to keep to, with the rules of grain.py. That it runs: test_runs.py."""
 
 import ast
+import builtins
 import itertools
 import json
 import re
+import symtable
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -198,6 +200,25 @@ def says_where_labkit_comes_from(notebook: NotebookNode) -> Iterator[str]:
             yield f"{cell.id} says import labkit; put {WHERE_FROM!r} behind it"
 
 
+def stores_over_no_builtin(notebook: NotebookNode) -> Iterator[str]:
+    """A cell that stores `id` takes Python's function from the cells below, and from those above when run again."""
+    for cell in code(notebook):
+        stored = globals_stored(symtable.symtable(cell.source, cell.id, "exec"))
+        for name in sorted(stored & set(dir(builtins))):
+            yield f"{cell.id} stores {name} over Python's own; give it another name"
+
+
+def globals_stored(scope: symtable.SymbolTable) -> set[str]:
+    """The global names that a scope, or a function in it with `global`, assigns, imports or defines."""
+    is_module = scope.get_type() == "module"
+    names = {
+        symbol.get_name()
+        for symbol in scope.get_symbols()
+        if (symbol.is_assigned() or symbol.is_imported()) and (is_module or symbol.is_declared_global())
+    }
+    return names.union(*map(globals_stored, scope.get_children()))
+
+
 RULES = [
     is_valid,
     is_tidy,
@@ -214,6 +235,7 @@ RULES = [
     has_working_local_links,
     lists_the_papers_it_cites,
     says_where_labkit_comes_from,
+    stores_over_no_builtin,
     *grain.RULES,
 ]
 
@@ -370,6 +392,9 @@ def _unset(notebook: NotebookNode, tag: str) -> None:
         (_say("Optional: `labkit" + "[engines]`"), "says_where_labkit_comes_from"),
         (_say("Give `pip install labkit`."), "says_where_labkit_comes_from"),
         (_add(new_code_cell("import torch\nimport labkit")), "says_where_labkit_comes_from"),
+        (lambda n: _replace(n, "x = x", "for id in [1]: pass"), "stores_over_no_builtin"),
+        (lambda n: _replace(n, "x = x", "from math import pow"), "stores_over_no_builtin"),
+        (lambda n: _replace(n, "y =", "def y():\n    global format\n    format ="), "stores_over_no_builtin"),
         (_say("It took 3.5 ms."), "types_no_measured_number"),
         (_say("It streams 3.35 TB/s here."), "types_no_measured_number"),
         (_say("About `40 tokens/s`."), "types_no_measured_number"),

@@ -1,0 +1,52 @@
+"""Records apart by device: a session on a GPU may time the CPU too, and its numbers are then those of the CPU.
+
+A record names the machine of its session. A result is placed by the device of its own clock instead: a timing knows
+the device, and a recorded number, a table and a claim state any device other than the session's.
+"""
+
+from labkit.lesson.records import RecordedTable, RecordedValue, RunRecord, SettledClaim
+
+Result = RecordedValue | RecordedTable | SettledClaim
+
+
+def timed_on(result: Result) -> str | None:
+    """Return the device of a result's clock, such as "cpu" or "cuda:0"; None if the result leaves it to the session."""
+    detail = getattr(result, "detail", None) or {}
+    timing = detail.get("baseline", detail)  # of a comparison, whose sides share a clock
+    return result.device or timing.get("device")
+
+
+def apart(record: RunRecord) -> list[RunRecord]:
+    """Return a record apart by kind of device: the part of the session's device, then those of other devices, if any.
+
+    Each part has the machine of its device, and the measurements and claims that belong to the device. All the rest,
+    such as predictions and the duration, is the session's, and stays in every part.
+    """
+    session_kind = _kind(record.device)
+    parts = []
+    for kind in (session_kind, *_other_kinds(record)):
+        names = record.machine["devices"][kind] if kind != session_kind else {}
+        part = {
+            "device": kind if names else record.device,
+            "machine": record.machine | names,
+            "measurements": [entry for entry in record.measurements if _kind_of(entry, record) == kind],
+            "claims": [claim for claim in record.claims if _kind_of(claim, record) == kind],
+        }
+        parts.append(record.model_copy(update=part))
+    return parts
+
+
+def _other_kinds(record: RunRecord) -> list[str]:
+    """Return the kinds of device beside the session's that timed a result."""
+    kinds = {_kind_of(result, record) for result in (*record.measurements, *record.claims)}
+    return sorted(kinds - {_kind(record.device)})
+
+
+def _kind_of(result: Result, record: RunRecord) -> str:
+    """Return the kind of a result's device; the session's where an older record names the session's machine alone."""
+    kind = _kind(timed_on(result) or record.device)
+    return kind if kind in record.machine.get("devices", {}) else _kind(record.device)
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
