@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from labkit import artifact, distillation, training
 from labkit.attention import blockwise, mla, speculative
-from labkit.attention.cache import EvictingCache, QuantizedCache
+from labkit.attention.cache import POLICIES, EvictingCache, QuantizedCache
 from labkit.attention.decoder import Decoder, decoder
 from labkit.counting import count
 from labkit.deploy import parity, serving
@@ -141,11 +141,11 @@ def _prune_in_rounds(on: Device) -> Tensor:
     return answers(schedules.iterative(on(net()), schedules.cubic(0.6, 2), fine_tune), on)
 
 
-def _draw_a_random_ticket(on: Device) -> list[Tensor]:
+def _draw_a_random_ticket(on: Device) -> list[Any]:
     pruned = unstructured.prune(on(net()), 0.5)
     start = {name: x.clone() for name, x in net().to(on.name).state_dict().items()}
     ticket = schedules.random_ticket(pruned, start, seed=1)
-    return [torch.tensor(unstructured.sparsity(ticket)), answers(ticket, on)]
+    return [unstructured.sparsity(ticket), answers(ticket, on)]
 
 
 def _scan_sensitivity(on: Device) -> list[float]:
@@ -325,6 +325,10 @@ def _decode(on: Device, make_cache: Callable[[Decoder], Any]) -> Tensor:
     return torch.cat([model.hidden(ids, cache) for ids in steps], 1)
 
 
+def _decode_with_evictions(on: Device, policy: str) -> Tensor:
+    return _decode(on, lambda model: EvictingCache(model.layout, 2, 6, policy=policy, sinks=1))
+
+
 def _prompts(on: Device) -> list[Tensor]:
     return on([TOKENS[0, :5], TOKENS[1, :3]])
 
@@ -390,10 +394,10 @@ def _attend_to_latents(on: Device, attention: Callable[..., Tensor]) -> Tensor:
     return attention(*(on(random(*shape, seed=i)) for i, shape in enumerate(shapes)))
 
 
-def _verify(on: Device) -> list[Tensor]:
+def _verify(on: Device) -> list[Any]:
     target, draft = random(4, 6).softmax(-1), random(3, 6, seed=1).softmax(-1)
     number, law = speculative.verify(on(target), on(draft), on(torch.tensor([1, 4, 2])), on(torch.full((3,), 0.4)))
-    return [torch.tensor(number), law]
+    return [number, law]
 
 
 def _convert_to_sparse(on: Device, format: str) -> Tensor:
@@ -472,7 +476,7 @@ CALLS: dict[str, Call] = {
     "mla.expanded": partial(_attend_to_latents, attention=mla.expanded),
     "mla.absorbed": partial(_attend_to_latents, attention=mla.absorbed),
     "decoder": partial(_decode, make_cache=lambda model: model.cache(12, 2)),
-    "decoder evicting": partial(_decode, make_cache=lambda model: EvictingCache(model.layout, 2, 6, sinks=1)),
+    **{f"decoder evicting {name}": partial(_decode_with_evictions, policy=name) for name in POLICIES},
     "decoder quantized": partial(_decode, make_cache=lambda model: QuantizedCache(model.layout, 2)),
     "serving.generate": _generate,
     "serving.serve": _serve,
@@ -483,6 +487,13 @@ CALLS: dict[str, Call] = {
     "speculative.verify": _verify,
     "parity.compare_scores": lambda on: parity.compare_scores(on(random(9, 4)), on(random(9, 4, seed=1))).agreement,
 }
+
+
+def places(answer: Any) -> set[str]:
+    """List the devices that the tensors of an answer are on."""
+    if isinstance(answer, Tensor):
+        return {answer.device.type}
+    return set() if isinstance(answer, int | float) else {place for part in answer for place in places(part)}
 
 
 def numbers(answer: Any) -> list[Tensor]:

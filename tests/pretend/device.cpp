@@ -166,6 +166,12 @@ class Call {
     for (size_t i = stack.size() - schema.returns().size(); i < stack.size(); ++i) give_back(stack[i]);
   }
 
+  bool in_float64() const {
+    for (const auto& argument : on_both)
+      if (argument.cuda.scalar_type() == c10::kDouble && argument.cuda.dim() > 0) return true;
+    return false;
+  }
+
  private:
   // Autograd and autocast have had their turn, for the device.
   void call_on_cpu() const {
@@ -276,11 +282,12 @@ class Call {
   std::string on_cpu;           // the first argument that is on the CPU and may not be
 };
 
-std::atomic<int64_t> calls{0};
+std::atomic<int64_t> calls_in_float64{0};
 
 void compute_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  ++calls;
-  Call(op, *stack).run();
+  Call call(op, *stack);
+  call.run();
+  if (call.in_float64()) ++calls_in_float64;
 }
 
 Tensor empty(c10::SymIntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
@@ -416,7 +423,7 @@ int64_t install(const c10::List<std::string>& names_with_cpu_scalars) {
 TORCH_LIBRARY(pretend, library) {
   library.def("install(str[] names_with_cpu_scalars) -> int", [](c10::List<std::string> names) { return install(names); });
   library.def("default_generator() -> Generator?", [] { return default_generator(); });
-  library.def("calls() -> int", [] { return calls.load(); });
+  library.def("calls_in_float64() -> int", [] { return calls_in_float64.load(); });
   library.def("bytes_in_use() -> int", [] { return bytes_in_use.load(); });
   library.def("peak_bytes() -> int", [] { return peak_bytes.load(); });
   library.def("reset_peak_bytes() -> ()", [] { peak_bytes = bytes_in_use.load(); });

@@ -1,20 +1,17 @@
-"""Faults that only a device shows, planted in a copy of labkit: where they can stand, and what they do there.
+"""Faults that only a device shows: edits as people make them by mistake, at places that a call of labkit reaches.
 
-A fault is an edit as people make it by mistake, at a place that `calls` reach with tensors of the device.
+No fault is what a card takes too: an index on the CPU, a number without dimensions, a move to where a tensor is.
 """
 
 import ast
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-
-MAKERS = ("zeros", "ones", "full", "empty", "arange", "eye", "tensor", "linspace", "as_tensor")  # of torch
 
 
 @dataclass(frozen=True)
@@ -32,16 +29,17 @@ class Fault:
         return source[: self.start] + self.new + source[self.end :]
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.file}:{self.line} {self.new.strip()!r}"
+        module = self.file.rpartition("labkit/")[2]
+        return f"{self.kind}, labkit/{module}:{self.line}: {self.new.strip()}"
 
 
-class Assignments:
-    """The lines of labkit that give a name a tensor of the device with dimensions, for sys.settrace."""
+class Reached:
+    """What a call reaches in labkit, for sys.settrace."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
-        self.reached: set[tuple[str, int]] = set()
-        self.on_device: set[tuple[str, int]] = set()
+        self.lines: set[tuple[str, int]] = set()
+        self.tensors: dict[tuple[str, int], torch.dtype] = {}  # of the device, by the assignment's first line
         self._names: dict[str, dict[int, tuple[str, int]]] = {}
         self._latest: dict[FrameType, int] = {}
 
@@ -61,12 +59,12 @@ class Assignments:
             name, first_line = self._names[file][done]
             value = frame.f_locals.get(name)
             if type(value) is torch.Tensor and value.is_cuda and value.dim() and value.layout is torch.strided:
-                self.on_device.add((file, first_line))
+                self.tensors[file, first_line] = value.dtype
         if event == "return":
             self._latest.pop(frame, None)
         else:
             self._latest[frame] = frame.f_lineno
-            self.reached.add((file, frame.f_lineno))
+            self.lines.add((file, frame.f_lineno))
         return self._follow
 
 
@@ -78,48 +76,41 @@ def assigned_names(tree: ast.Module) -> Iterator[tuple[int, tuple[str, int]]]:
                 yield line, (node.targets[0].id, node.lineno)
 
 
-def possible(file: str, source: str, reached: set[int], on_device: set[int]) -> list[Fault]:
-    """List the faults that can be planted on the lines that were reached.
-
-    on_device: first lines of the statements that gave a name a tensor of the device.
-    """
-    tree = ast.parse(source)
+def possible(file: str, reached: Reached) -> list[Fault]:
+    """List the faults that can be planted in a file, at places that were reached."""
+    source = Path(file).read_text(encoding="utf-8")
     faults = []
-    for node in ast.walk(tree):
-        if getattr(node, "lineno", None) in on_device and isinstance(node, ast.Assign):
-            faults += _after_assignment(file, source, node)
-        if isinstance(node, ast.Call) and reached & set(range(node.lineno, node.end_lineno + 1)):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and (file, node.lineno) in reached.tensors:
+            faults += _after_assignment(file, source, node, reached.tensors[file, node.lineno])
+        if isinstance(node, ast.Call) and (file, node.lineno) in reached.lines:
             faults += _in_call(file, source, node)
     return faults
 
 
-def _after_assignment(file: str, source: str, node: ast.Assign) -> Iterator[Fault]:
+def _after_assignment(file: str, source: str, node: ast.Assign, dtype: torch.dtype) -> Iterator[Fault]:
     """The tensor is read with numpy, is brought to the CPU, or becomes float64."""
     name = node.targets[0].id
+    edits = {"a .numpy() too many": f"{name}.detach().numpy()"}
+    if dtype is torch.bool:
+        edits["a mask on the CPU"] = f"{name} = {name}.cpu()"
+    if dtype.is_floating_point:
+        edits["a tensor on the CPU"] = f"{name} = {name}.cpu()"
+    if dtype is torch.float32:
+        edits["a float64"] = f"{name} = {name}.double()"
     end = _offset(source, node.end_lineno, node.end_col_offset)
     indent = "\n" + " " * node.col_offset
-    for kind, statement in {
-        "a .numpy() too many": f"{name}.detach().numpy()",
-        "a tensor brought to the CPU": f"{name} = {name}.cpu()",
-        "a float64": f"{name} = {name}.double() if {name}.is_floating_point() else {name}",
-    }.items():
+    for kind, statement in edits.items():
         yield Fault(kind, file, node.lineno, end, end, indent + statement)
 
 
 def _in_call(file: str, source: str, node: ast.Call) -> Iterator[Fault]:
-    """The device is forgotten, or a generator is made on it for numbers of the CPU."""
-    start = _offset(source, node.lineno, node.col_offset)
-    end = _offset(source, node.end_lineno, node.end_col_offset)
-    called = ast.unparse(node.func)
-    without = [keyword for keyword in node.keywords if keyword.arg != "device"]
-    if called in [f"torch.{maker}" for maker in MAKERS] and len(without) < len(node.keywords):
-        edited = ast.unparse(ast.Call(node.func, node.args, without))
-        yield Fault("a tensor made on the CPU", file, node.lineno, start, end, edited)
-    if called == "torch.Generator" and not node.args:
+    """A generator is made on the device, for numbers that are drawn on the CPU."""
+    if ast.unparse(node) == "torch.Generator()":
+        start = _offset(source, node.lineno, node.col_offset)
+        end = _offset(source, node.end_lineno, node.end_col_offset)
         edited = 'torch.Generator("cuda" if torch.cuda.is_available() else "cpu")'
-        yield Fault("a generator of the wrong device", file, node.lineno, start, end, edited)
-    if called.endswith(".to") and len(node.args) == 1 and ast.unparse(node.args[0]).endswith("device"):
-        yield Fault("a tensor left on the CPU", file, node.lineno, start, end, ast.unparse(node.func.value))
+        yield Fault("a generator of the other device", file, node.lineno, start, end, edited)
 
 
 def _offset(source: str, line: int, column: int) -> int:
@@ -129,20 +120,12 @@ def _offset(source: str, line: int, column: int) -> int:
     return before + len(lines[line - 1].encode()[:column].decode())
 
 
-def by_kind(faults: list[Fault]) -> dict[str, list[Fault]]:
-    """Sort the faults, so that a seed draws the same, and part them by kind."""
-    parted = defaultdict(list)
-    for fault in sorted(faults, key=lambda fault: (fault.file, fault.start, fault.kind)):
-        parted[fault.kind].append(fault)
-    return dict(parted)
-
-
-def reached_by(call: Any, folder: Path) -> Assignments:
-    """Run a call, and see where labkit, in this folder, has tensors of the device."""
-    assignments = Assignments(folder)
-    sys.settrace(assignments.trace)
+def reached_by(call: Callable[[], Any], folder: Path) -> Reached:
+    """Run a call, and return what it reaches of labkit in this folder."""
+    reached = Reached(folder)
+    sys.settrace(reached.trace)
     try:
         call()
     finally:
         sys.settrace(None)
-    return assignments
+    return reached
