@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import random
-import signal
+import resource
 import sys
 import warnings
 from collections import defaultdict
@@ -23,7 +23,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 from pretend import device, faults
 
-SECONDS = 300  # for a trial
+CPU_SECONDS = 900  # of a fork at most
 MOST_CALLS = 8  # that a fault is tried with, of those that reach it
 FROM_COPY = ("labkit", "families", "networks")  # modules, and those of this folder that import them
 
@@ -99,7 +99,7 @@ def in_child(work: Callable[[], Any]) -> Any:
     child = os.fork()
     if child == 0:
         os.close(reader)
-        signal.alarm(SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         with os.fdopen(writer, "w") as pipe:
             json.dump(work(), pipe)
             pipe.flush()
