@@ -421,7 +421,7 @@ int64_t install(const c10::List<std::string>& names_with_cpu_scalars) {
 }  // namespace
 
 TORCH_LIBRARY(pretend, library) {
-  library.def("install(str[] names_with_cpu_scalars) -> int", [](c10::List<std::string> names) { return install(names); });
+  library.def("install(str[] names) -> int", [](c10::List<std::string> names) { return install(names); });
   library.def("default_generator() -> Generator?", [] { return default_generator(); });
   library.def("calls_in_float64() -> int", [] { return calls_in_float64.load(); });
   library.def("bytes_in_use() -> int", [] { return bytes_in_use.load(); });
