@@ -91,21 +91,31 @@ def setup() -> None:
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--quick", is_flag=True, help="Only the tests that take a moment: about a minute together.")
+@click.option(
+    "--pretend-gpu", is_flag=True, help="Only what needs a GPU, on a pretend one: see tests/pretend/README.md."
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[PYTEST ARGUMENTS]...")
-def test(quick: bool, arguments: tuple[str, ...]) -> None:
+def test(quick: bool, pretend_gpu: bool, arguments: tuple[str, ...]) -> None:
     """Run the tests: three at a time, whole lessons first, and then, alone, those that read the clock.
+
+    Tests that need a GPU run on a pretend one after that, where torch's CUDA build and g++ are installed.
 
     Arguments are passed on to one plain call of pytest: ./lab test tests/labkit/test_bench.py -x
     """
     at_once = ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]  # in the order of tests/conftest.py
+    on_pretend_gpu = [*at_once, "--pretend-gpu", *_tests_marked("gpu"), "-m"]
     if arguments:
-        calls = [[*arguments]]
+        pretend = ["--pretend-gpu"] if pretend_gpu else []
+        calls = [[*pretend, *arguments]]
+    elif pretend_gpu:
+        calls = [[*on_pretend_gpu, "gpu and not nightly"]]
     elif quick:
         calls = [[*at_once, "-m", "not slow and not lesson and not timing and not nightly"]]
     else:
         calls = [
             [*at_once, "-m", "not timing and not nightly"],
-            ["-m", "timing and not nightly", *_tests_with_a_clock()],
+            ["-m", "timing and not nightly", *_tests_marked("timing")],
+            [*on_pretend_gpu, "gpu and not lesson and not nightly"],
         ]
     first_failure = 0
     for call in calls:
@@ -117,10 +127,10 @@ def test(quick: bool, arguments: tuple[str, ...]) -> None:
     sys.exit(first_failure)
 
 
-def _tests_with_a_clock() -> list[str]:
-    """List the files with tests marked `timing`: to import all tests takes ten seconds."""
+def _tests_marked(mark: str) -> list[str]:
+    """List the files with tests that have a mark: to import all tests takes ten seconds."""
     paths = files.ROOT.glob("tests/*/test_*.py")
-    return [str(path) for path in paths if "mark.timing" in path.read_text()]
+    return [str(path) for path in paths if f"mark.{mark}" in path.read_text(encoding="utf-8")]
 
 
 @main.command()

@@ -12,23 +12,39 @@ import pytest
 import course  # noqa: F401  (before the first import of nbformat, which it makes faster)
 
 PARAMETERS = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRATIO: float = 0.5\nRESULTS_DIR = "runs"'
+NO_GPU = pytest.StashKey[str]()  # why tests marked gpu are skipped
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fix", action="store_true", help="rewrite lessons that are not in canonical form")
+    parser.addoption("--pretend-gpu", action="store_true", help="tests marked gpu run on the device of tests/pretend")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NO_GPU] = "needs a CUDA device"
+    if config.getoption("--pretend-gpu"):
+        from pretend import device, library
+
+        try:
+            device.install()
+        except library.Unavailable as error:
+            config.stash[NO_GPU] = str(error)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long ones first, so that no worker waits for another at the end: lessons, then files by their slow tests."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.get_closest_marker("lesson") is None, -slow[item.path]))
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    gpu = [(item, mark) for item in items if (mark := item.get_closest_marker("gpu"))]
     if gpu:
         import torch
 
-        if not torch.cuda.is_available():
-            for item in gpu:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        pretended = config.getoption("--pretend-gpu")
+        for item, mark in gpu:
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason=config.stash[NO_GPU]))
+            elif pretended and not mark.kwargs.get("pretended", True):
+                item.add_marker(pytest.mark.skip(reason="needs a card's clock or memory, and the device is pretended"))
 
 
 def pytest_collection_finish() -> None:

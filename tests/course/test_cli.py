@@ -249,12 +249,21 @@ def test_a_worked_answer_is_shown_to_who_asks():
 @pytest.mark.parametrize(
     ("arguments", "calls"),
     [
-        ((), [("-n", "3", "not timing and not nightly"), ("timing and not nightly",)]),
+        (
+            (),
+            [
+                ("-n", "3", "not timing and not nightly"),
+                ("timing and not nightly",),
+                ("-n", "3", "--pretend-gpu", "gpu and not lesson and not nightly"),
+            ],
+        ),
+        (("--pretend-gpu",), [("-n", "3", "--pretend-gpu", "gpu and not nightly")]),
+        (("--pretend-gpu", "tests/labkit", "-x"), [("--pretend-gpu", "tests/labkit", "-x")]),
         (("--quick",), [("-n", "3", "not slow and not lesson and not timing and not nightly")]),
         (("tests/labkit", "-x", "-k", "a"), [("tests/labkit", "-x", "-k", "a")]),
     ],
 )
-@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 5)])
+@pytest.mark.parametrize("codes", [(0, 0, 0), (1, 0, 0), (0, 5, 0), (0, 0, 1)])
 def test_the_tests_run_in_parallel_unless_they_read_a_clock(monkeypatch, arguments: tuple, calls: list, codes: tuple):
     commands = []
     monkeypatch.setattr(subprocess, "call", lambda command, **_: commands.append(command) or codes[len(commands) - 1])

@@ -389,7 +389,7 @@ def test_a_good_run_clears_what_failed_before(course: Course):
     assert names_in(course.good.parent) == [course.good.name]
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(pretended=False)
 def test_a_gpu_that_is_really_full_is_told(course: Course, monkeypatch: pytest.MonkeyPatch):
     mishap(monkeypatch, "import torch; torch.empty(2**46, dtype=torch.uint8, device='cuda')")
     before = digest(course.good, course.notebook)

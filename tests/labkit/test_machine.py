@@ -326,7 +326,7 @@ def test_bad_input_is_refused_in_a_sentence(words, call):
     check_refusal(words, call)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(pretended=False)
 def test_gpu_ceilings_stay_under_the_datasheet():
     roofs = ceilings("cuda", budget_s=5.0)
     assert roofs.device == fingerprint("cuda").gpu.name
@@ -338,7 +338,7 @@ def test_gpu_ceilings_stay_under_the_datasheet():
         assert 0.2 * DEVICES[row].flops[dtype] < roofs.flops[dtype] < 1.05 * DEVICES[row].flops[dtype], dtype
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(pretended=False)
 def test_gpu_sweep_shows_the_l2_above_the_memory():
     l2 = fingerprint("cuda").gpu.l2
     swept = bandwidth_sweep("cuda", budget_s=2.0)

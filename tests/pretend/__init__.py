@@ -1,0 +1,1 @@
+"""A pretend CUDA device: see README.md in this folder."""

@@ -1,0 +1,78 @@
+"""Where the pretend device cannot be had, a sentence says why."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from labkit.files import ROOT
+from pretend import library
+
+
+@pytest.fixture
+def cuda_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """torch as its tested CUDA build describes itself."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "__version__", f"{library.TESTED[0]}.0+cu130")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return monkeypatch
+
+
+def test_another_build_of_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert library.obstacle() == (
+        f"The pretend device needs torch's CUDA build, and torch {torch.__version__} here is another build."
+    )
+
+
+def test_an_untested_torch(cuda_build: pytest.MonkeyPatch):
+    cuda_build.setattr(torch, "__version__", "2.99.1")
+    assert "was tested with torch 2.13, and not with 2.99.1" in library.obstacle()
+
+
+def test_a_card(cuda_build: pytest.MonkeyPatch):
+    cuda_build.setattr(torch.cuda, "is_available", lambda: True)
+    assert library.obstacle() == "A CUDA device is here, so that none has to be pretended."
+
+
+def test_no_compiler(cuda_build: pytest.MonkeyPatch, tmp_path: Path):
+    cuda_build.setenv("PATH", str(tmp_path))
+    assert library.obstacle() == "The pretend device is compiled with g++, which is not installed here."
+    with pytest.raises(library.Unavailable, match="is not installed here"):
+        library.load()
+
+
+def test_nothing_stands_against_it(cuda_build: pytest.MonkeyPatch, tmp_path: Path):
+    compiler = tmp_path / "g++"
+    compiler.touch(mode=0o755)
+    cuda_build.setenv("PATH", str(tmp_path))
+    assert library.obstacle() is None
+
+
+def test_a_compiler_that_fails_leaves_no_library(cuda_build: pytest.MonkeyPatch, tmp_path: Path):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\necho "device.cpp:1: error: no such header" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    cuda_build.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    cuda_build.setenv("LABKIT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(library.Unavailable, match=r"cannot compile the pretend device: device\.cpp:1: error"):
+        library.load()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.slow
+def test_tests_are_skipped_with_the_sentence(tmp_path: Path):
+    """With no compiler on the path; on another build of torch that is the sentence."""
+    here = Path(__file__).with_name("test_device.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--pretend-gpu", str(here)]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" not in done.stdout
+    assert "The pretend device needs" in done.stdout or "The pretend device is compiled with g++" in done.stdout
+
+
+def test_operators_that_take_a_number_of_the_cpu_are_read_from_torchs_own_table():
+    names = set(library.operators_with_cpu_scalars())
+    assert {"aten::add.Tensor", "aten::mul.Tensor"} <= names
+    assert not {"aten::mm", "aten::cat", "aten::index_select"} & names

@@ -1,0 +1,117 @@
+"""python -m pretend.trials FOLDER SEED NUMBER: plant faults in the copy of labkit in FOLDER, and see which are seen.
+
+For each fault it prints a line of JSON: fault, seen_by (the name of a call, or null), complaint. A trial is a fork of
+this process, which has imported what takes long, and of labkit nothing.
+"""
+
+import importlib
+import json
+import os
+import random
+import resource
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers.models.bert.modeling_bert
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+from pretend import device, faults
+
+CPU_SECONDS = 900  # of a fork at most
+MOST_CALLS = 8  # that a fault is tried with, of those that reach it
+FROM_COPY = ("labkit", "families", "networks")  # modules, and those of this folder that import them
+
+
+def main(folder: Path, seed: int, number: int) -> None:
+    """Print a line for each fault; the kinds take turns, and the seed draws the places."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.dont_write_bytecode = True
+    device.install()
+    parted = in_child(lambda: survey(folder))
+    draw = random.Random(seed)
+    for turn in range(number):
+        kind = sorted(parted)[turn % len(parted)]
+        row = parted[kind].pop(draw.randrange(len(parted[kind])))
+        seen_by, complaint = trial(faults.Fault(**row["fault"]), row["calls"])
+        print(json.dumps({"fault": row["text"], "seen_by": seen_by, "complaint": complaint}), flush=True)
+
+
+def survey(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """List all possible faults by kind, each with the calls that reach it."""
+    calls, _ = imported(folder)
+    rows: dict[faults.Fault, list[str]] = defaultdict(list)
+    for name, call in calls.CALLS.items():
+        torch.manual_seed(0)
+        reached = faults.reached_by(lambda call=call: call(calls.Device("cuda")), folder / "labkit")
+        for file in sorted({file for file, _ in reached.lines}):
+            for fault in faults.possible(file, reached):
+                rows[fault].append(name)
+    parted = defaultdict(list)
+    for fault, names in rows.items():
+        parted[fault.kind].append({"fault": vars(fault), "text": str(fault), "calls": names})
+    return parted
+
+
+def trial(fault: faults.Fault, names: list[str]) -> tuple[str | None, str]:
+    """Return the first call that shows the fault, and its complaint; (None, "") if none does."""
+    file = Path(fault.file)
+    source = file.read_text(encoding="utf-8")
+    file.write_text(fault.plant(source), encoding="utf-8")
+    try:
+        return in_child(lambda: first_complaint(file, names[:MOST_CALLS]))
+    finally:
+        file.write_text(source, encoding="utf-8")
+
+
+def first_complaint(file: Path, names: list[str]) -> tuple[str | None, str]:
+    folder = next(parent.parent for parent in file.parents if parent.name == "labkit")
+    calls, tests = imported(folder)
+    for name in names:
+        try:
+            complaint = tests.complaint(name, calls.CALLS[name])
+        except Exception as error:
+            complaint = f"{type(error).__name__}: {error}"
+        if complaint:
+            return name, complaint[:200]
+    return None, ""
+
+
+def imported(folder: Path) -> tuple[ModuleType, ModuleType]:
+    """Import labkit from a folder, and the calls with it, in place of the labkit that compiled the device."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in FROM_COPY:
+            del sys.modules[name]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("labkit")]
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("pretend.calls"), importlib.import_module("pretend.test_calls")
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """Do work in a fork, and return its result by way of JSON; RuntimeError if the fork ends without."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(work(), pipe)
+            pipe.flush()
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("A trial ended without a result.")
+    return json.loads(text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
