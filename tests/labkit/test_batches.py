@@ -1,10 +1,13 @@
 """What a batch means, and a model that is left as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import batches, family
 from refusals import Refusals, check_refusal, refused
 from torch import nn
+from torch.nn import functional as F
 
 from labkit.modules.batches import (
     check_batches,
@@ -140,6 +143,18 @@ REFUSALS: Refusals = {
     "give batches": lambda: check_batches(None, "taylor"),
     "batches is empty": lambda: list(not_empty([])),
 }
+
+
+def test_labels_of_tokens_are_the_terms_of_a_model_that_predicts_no_next_token():
+    class Tagger(nn.Module):
+        def forward(self, x, labels):
+            scores = F.one_hot(x, 4).float()
+            return SimpleNamespace(loss=F.cross_entropy(scores.flatten(0, 1), labels.flatten()), logits=scores)
+
+    labels = torch.tensor([[1, 0, -100], [2, -100, -100]])
+    loss, terms = summed_loss(Tagger(), {"x": torch.tensor([[1, 2, 3], [2, 0, 1]]), "labels": labels})
+    each = F.cross_entropy(torch.eye(4)[[1, 2, 2]], torch.tensor([1, 0, 2]), reduction="sum")
+    assert terms == 3 and float(loss) == pytest.approx(float(each))
 
 
 @refused(REFUSALS)

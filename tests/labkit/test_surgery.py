@@ -499,6 +499,14 @@ def test_a_model_that_cannot_be_copied_says_so():
     check_refusal("cannot be copied", lambda: prune(model, x, ratio=0.5), leaves=model)
 
 
+def test_a_plan_prints_the_channels_of_each_group_and_the_units_that_go_together():
+    pairs = nn.GroupNorm(4, 8)  # two channels a group
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), pairs, nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    lines = str(plan(model.eval(), torch.randn(1, 3, 4, 4), ratio=0.3, scope="layer")).splitlines()
+    assert lines[1].split() == ["0.weight", "8", "2", "6", "in", "units", "of", "2"]
+    assert lines[2].split() == ["3.weight", "6", "2", "4"]
+
+
 def test_a_plan_of_another_model_is_refused():
     model, x = example(Residual)
     chosen = plan(model, x, ratio=0.5)
