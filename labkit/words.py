@@ -20,6 +20,7 @@ from labkit.show import quantity, supported_decimals
 EQUAL = 1.01  # a ratio between 1 / EQUAL and EQUAL is no difference that anybody notices
 MOST_DIGITS = 15  # of a float: two numbers that agree in all of them are equal
 NO_INTERVAL = "no interval"
+# Of "-0" and "-0.00"; not of "-0.5", and not the hyphen of "1e-05" or "5-0".
 MINUS_OF_ZERO = re.compile(r"(?<![\w.)^-])-(?=0(?:\.0+)?(?!\.?\d))")
 UNDEFINED = re.compile(r"(?<![a-z])(?:nan|inf)(?![a-wyz])|\bundefined\b|∞")  # as Python and labkit.show print them
 
