@@ -72,8 +72,10 @@ class Report:
         if self.restricted:
             names = ", ".join(self.restricted[:3])
             more = ", ..." if len(self.restricted) > 3 else ""
+            count = len(self.restricted)
+            statistics = "1 statistic runs" if count == 1 else f"{count} statistics run"
             text += (
-                f" {len(self.restricted)} statistics run over pruned channels ({names}{more}): with the dense model's "
+                f" {statistics} over pruned channels ({names}{more}): with the dense model's "
                 "own statistics the outputs cannot be equal, so the reference takes them over the kept channels."
             )
         return text

@@ -13,7 +13,7 @@ from refusals import check_refusal
 
 from labkit.errors import EqualityError
 from labkit.graph import surgery
-from labkit.graph.equality import difference
+from labkit.graph.equality import Report, difference
 from labkit.graph.groups import trace
 from labkit.pruning.channels import apply, plan, prune
 
@@ -29,6 +29,18 @@ def assert_a_wrong_cut_is_refused(model, x):
     chosen = plan(model, x, ratio=0.5, scope="layer")
     wrong = {**chosen.kept, "b.weight": {**chosen.kept["b.weight"], 1: torch.arange(8)}}
     check_refusal("NOT equal", lambda: apply(model, dataclasses.replace(chosen, kept=wrong), x), EqualityError)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "words"),
+    [
+        ("a", "1 statistic runs over pruned channels (a):"),
+        ("abc", "3 statistics run over pruned channels (a, b, c):"),
+        ("abcd", "4 statistics run over pruned channels (a, b, c, ...):"),
+    ],
+)
+def test_a_report_names_three_statistics_at_most(statistics, words):
+    assert words in str(Report(0.0, 1.0, 1e-6, "float64", restricted=tuple(statistics)))
 
 
 # --- types ------------------------------------------------------------------------------------------------------------
