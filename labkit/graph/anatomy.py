@@ -19,7 +19,7 @@ from labkit.graph import tracing
 from labkit.graph.groups import Coupling, Group
 from labkit.graph.record import Operation, Record
 from labkit.graph.spans import span_at
-from labkit.modules.batches import placed
+from labkit.modules.batches import is_encoder_decoder, placed
 from labkit.modules.stacks import is_linear, out_dim, stacks
 
 SOFTMAX = ("_softmax", "_safe_softmax")
@@ -258,7 +258,7 @@ def _inputs_from_config(model: nn.Module, like: Tensor) -> dict[str, Tensor]:
         mask = torch.ones_like(ids)
         mask[-1, PADDED:] = 0  # without padding some models leave the mask out
         inputs = {"input_ids": ids, "attention_mask": mask}
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = ids.flip(0)
         inputs["decoder_attention_mask"] = torch.ones_like(ids)
     return inputs

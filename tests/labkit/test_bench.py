@@ -224,6 +224,12 @@ def test_a_race_runs_all_in_each_round_in_random_order_and_lets_each_settle_unti
     assert "blocks of pairs, and" in short.over(*list(THREE)[:2]).warnings[0]
 
 
+def test_two_callables_are_a_race():
+    two = dict(list(THREE.items())[:2])
+    result = race(two, clock=SimulatedClock(), budget_s=1.0)
+    assert all(sorted(order) == sorted(two) for order in result.orders) and len(set(result.orders)) == 2
+
+
 @pytest.fixture
 def evictions(monkeypatch):
     """What the clock and a stand-in for the evictor did, in order; the real evictor takes some ten milliseconds."""
