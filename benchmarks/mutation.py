@@ -46,6 +46,7 @@ COPIED = ("labkit", "course", "tests", "benchmarks", "notebooks", "pyproject.tom
 MARKS = tuple(f"{speed} and not nightly and not timing and not lesson and not gpu" for speed in ("not slow", "slow"))
 NO_TESTS = 5  # pytest's exit code where the marks leave no test
 TIME_LIMIT = "time limit"
+AUTHOR = ("-c", "user.name=mutation", "-c", "user.email=mutation@localhost")
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,15 @@ def tests_that_import(modules: set[str]) -> list[str]:
 
 
 def copy_repository(folder: Path) -> Path:
-    """Copy the files that tests read into `folder`; the data are linked, which no test changes."""
+    """Copy the files that tests read into `folder`, a git repository of its own; the data are linked."""
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
         else:
             shutil.copy(ROOT / name, folder / name)
     (folder / "data").symlink_to(ROOT / "data")
+    for command in (["init", "-q"], ["add", "."], [*AUTHOR, "commit", "-q", "-m", "copy"]):  # tests ask for the commit
+        subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 
 
