@@ -50,12 +50,16 @@ def interval(ci95: Sequence[float] | None, unit: str = "", *, form: str = "", pr
 
 
 def span(values: Sequence[float], form: str) -> str:
-    """Print where several numbers lie: "0.931 to 0.934", or "0.93" if they are equal.
+    """Print where several numbers lie: "0.931 to 0.934", or "0.93" if they are equal; "undefined" with a NaN.
 
     form: format of the numbers, such as ".2f".
     """
+    if any(map(math.isnan, values)):
+        return quantity(math.nan)
     low, high = min(values), max(values)
-    return _formatted(low, form) if low == high else " to ".join(_apart(low, high, "", form))
+    if math.isclose(low, high, rel_tol=10.0 ** (1 - MOST_DIGITS)):
+        return _formatted(low, form)
+    return " to ".join(_apart(low, high, "", form))
 
 
 def is_open(ci95: Sequence[float]) -> bool:

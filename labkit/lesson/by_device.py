@@ -19,18 +19,21 @@ def timed_on(result: Result) -> str | None:
 def apart(record: RunRecord) -> list[RunRecord]:
     """Return a record apart by kind of device: the part of the session's device, then those of other devices, if any.
 
-    Each part has the machine of its device, and the measurements and claims that belong to the device. All the rest,
-    such as predictions and the duration, is the session's, and stays in every part.
+    Each part has the machine of its device, and the measurements and claims that belong to the device. A prediction
+    goes with the number of its name. The exercises are the session's; the duration and the memory stand in every part.
     """
     session_kind = _kind(record.device)
+    kinds = {entry.name: _kind_of(entry, record) for entry in record.measurements}
     parts = []
     for kind in (session_kind, *_other_kinds(record)):
         names = record.machine["devices"][kind] if kind != session_kind else {}
         part = {
             "device": kind if names else record.device,
-            "machine": record.machine | names,
+            "machine": record.machine | names | ({"device": kind} if names else {}),
             "measurements": [entry for entry in record.measurements if _kind_of(entry, record) == kind],
             "claims": [claim for claim in record.claims if _kind_of(claim, record) == kind],
+            "predictions": [guess for guess in record.predictions if kinds.get(guess.name, session_kind) == kind],
+            "checks": record.checks if kind == session_kind else [],
         }
         parts.append(record.model_copy(update=part))
     return parts

@@ -115,7 +115,8 @@ def start(
     allowed_by_name = ranges(lesson)
     if "DEVICE" in allowed_by_name:
         require_allowed("DEVICE", device, allowed_by_name["DEVICE"])
-        device = allowed_by_name["DEVICE"][0]
+        if device == "auto":
+            device = allowed_by_name["DEVICE"][0]
     torch_device = machine.torch_device(device)
     require_allowed("SEED", seed, SEEDS)
     folder = _checked_folder(results_dir)
@@ -278,7 +279,7 @@ class Lab:
         by: Sequence[str] = (),
         columns: Mapping[str, Column] | None = None,
         simulated: bool = False,
-        device: str | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         """Record a number, a text, or rows (a list of dicts), with the meaning; silently.
 
@@ -287,10 +288,13 @@ class Lab:
         by: the columns that tell rows apart; rows that differ only in "seed" are repetitions.
         columns: the meaning of the rest, as in {"accuracy": quality("%"), "ms": cost("ms", clock=True)}.
         simulated: True for a computed value or table, False for a measured.
-        device: device that a clock read, such as "cpu"; the session's unless given. The machine on record follows.
-        Raises InputError for a value of a wrong type, a missing column, and two rows alike in all columns of `by`.
+        device: device whose work was timed, such as "cpu"; None for the session's. The result is filed under the
+            machine of this device.
+        Raises InputError for a value of a wrong type, a missing column, a name that is no device's, and two rows alike
+        in all columns of `by`.
         """
         check_name(name)
+        device = _device_name(device)
         if isinstance(value, list | tuple):
             self._results.add_table(records.table(name, value, by, columns, simulated=simulated, device=device))
             return
@@ -345,19 +349,19 @@ class Lab:
         ci95: Sequence[float] | None = None,
         *,
         trained: Mapping[str, float] | None = None,
-        device: str | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         """Put a claim of claims.toml to the test, silently; `claims` shows the verdict.
 
         value: our number in the claim's unit; None if the quantity is not measurable here.
         ci95: the value's 95 % interval, (low, high).
         trained: the training behind the value, needed if the claim has a recipe: {"steps": 600, "seeds": 5}.
-        device: device that the value was timed on (`Measurement.device`); the session's unless given.
+        device: device whose work was timed (`Measurement.device`), such as "cpu"; None for the session's.
         A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU: the value is dropped.
         Raises InputError for an unknown id, a value that is no number, an interval that does not hold the value, and
         a missing `trained`.
         """
-        self._claim_tests.test(id, value, ci95, trained, device)
+        self._claim_tests.test(id, value, ci95, trained, _device_name(device))
 
     def claims(self, *ids: str) -> None:
         """Show up to five tested claims in a folded box: the verdict, why people say so, when people are right.
@@ -522,6 +526,14 @@ class Lab:
             budget={**self.budget._asdict(), "within": is_within},
             **records.origin(),
         )
+
+
+def _device_name(device: str | torch.device | None) -> str | None:
+    """Return the name of a device; InputError for a name that torch does not know."""
+    try:
+        return None if device is None else str(torch.device(device))
+    except RuntimeError as error:
+        raise InputError(f'device is {device!r}; give "cpu", "cuda:0" or the device of a measurement.') from error
 
 
 def _compute_fp32_in_full() -> None:

@@ -20,6 +20,7 @@ A batch may lie on any device: what is given to a model is placed on the model's
 batch is in `losses`; training is in `labkit.training`.
 """
 
+import copy
 import inspect
 import itertools
 from collections import UserDict
@@ -28,8 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
 
-from labkit.arguments import check_tensor
+from labkit.arguments import check_module, check_tensor
 from labkit.errors import InputError, check_whole
 from labkit.modules.evaluating import evaluating
 from labkit.modules.hooks import watching
@@ -64,26 +67,40 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def placed(model: nn.Module, value: Any) -> Any:
-    """Return `value` with its tensors on the model's device; a tensor on that device is not copied.
+    """Return `value` with its tensors on the model's device, in containers of the same classes; the caller's stay.
 
-    value: a tensor, or a tuple, list or dict of values, such as a batch; any other object is returned as it is.
+    value: a tensor or a container of values, such as a batch. Objects of other classes are returned as they are.
 
-    A model on `meta` has no numbers to compute with, so that its inputs may stay where they are.
+    A model on several devices moves its inputs by itself, and a model on `meta` has no numbers to compute with: the
+    value is returned as it is.
+
+    Raises InputError if `model` is no module.
     """
-    device = device_of(model)
-    if device is None or device.type == "meta":
+    check_module(model)
+    devices = {x.device for x in (list(model.parameters()) or list(model.buffers()))}
+    if len(devices) != 1 or devices == {torch.device("meta")}:
         return value
-    return _on(device, value)
+    return _on(devices.pop(), value)
 
 
 def _on(device: torch.device, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) is dict or isinstance(value, UserDict):  # of a tokenizer; an output of a model is a dict of its own
-        return {name: _on(device, item) for name, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_on(device, item) for item in value)
-    return value
+    """Move the tensors inside `value`; a tensor that stands at two places stays a single tensor."""
+    moved: dict[int, Tensor] = {}
+
+    def on_device(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            if id(item) not in moved:
+                moved[id(item)] = item.to(device)
+            return moved[id(item)]
+        if isinstance(item, PackedSequence):
+            return item.to(device)
+        if isinstance(item, UserDict):  # a tokenizer's batch, which has attributes
+            batch = copy.copy(item)
+            batch.data = tree_map(on_device, item.data)
+            return batch
+        return item
+
+    return tree_map(on_device, value)
 
 
 def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:

@@ -165,9 +165,9 @@ def apply(
     """
     if not isinstance(check, bool):
         args, kwargs = ((), check) if isinstance(check, Mapping) else (check, None)
-    args, kwargs = placed(model, arguments(args, kwargs))
     if not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}, but it must be a Plan: plan(model, ...) makes one.")
+    args, kwargs = placed(model, arguments(args, kwargs))
     pruned_model = surgery.cut(model, plan.kept, plan.attributes)
     if check is False:
         return Pruned(pruned_model, plan, None)

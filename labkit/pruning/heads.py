@@ -18,7 +18,7 @@ from labkit.arguments import check_module, check_real, seeded
 from labkit.errors import InputError, check_choice, check_whole, is_whole
 from labkit.graph import anatomy, tracing
 from labkit.graph.anatomy import Attention
-from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
+from labkit.modules.batches import check_batches, device_of, evaluating, inputs, not_empty, split, valid_tokens
 from labkit.modules.blocks import loss_increases
 from labkit.modules.hooks import forward_hooks, reading
 from labkit.modules.losses import summed_loss
@@ -218,7 +218,7 @@ def learn_gates(
     check_whole(epochs, "epochs")
     seed = seeded(seed).initial_seed()
     attentions, batches = _attentions(model, check_batches(batches, "gate"))
-    device = next(model.parameters()).device
+    device = device_of(model)
     logits = []
     for attention in attentions:
         logits.append(torch.full((attention.heads,), FIRST_LOGIT, device=device, requires_grad=True))

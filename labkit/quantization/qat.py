@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from labkit.data import training
 from labkit.data.training import History
 from labkit.errors import InputError, check_choice, check_whole
+from labkit.modules.batches import device_of
 from labkit.quantization import affine, calls, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.observers import MOMENTUM
@@ -64,7 +65,7 @@ def prepare(
     for fake in fakes:
         fake.weight_quantizer = moving_quantizer(fake.weight_grid, fake.layer.weight)
         fake.layer.requires_grad_()
-    device = next(model.parameters()).device
+    device = device_of(model)
     return new.to(device).eval()
 
 

@@ -61,11 +61,11 @@ def test_every_module_has_tests():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("claim", "killed_by"), [("1 == 1", ""), ("1 == 2", "test_sums.py::test_sum[a small one]")])
+@pytest.mark.parametrize(("claim", "killed_by"), [("1 == 1", ""), ("1 == 2", "test_sums.py::test_sum[a - small one]")])
 def test_a_verdict_names_the_test_that_failed(tmp_path: Path, claim: str, killed_by: str):
     (tmp_path / "test_sums.py").write_text(
         "import pytest\n"
-        "@pytest.mark.parametrize('name', ['a small one'])\n"
+        "@pytest.mark.parametrize('name', ['a - small one'])\n"
         f"def test_sum(name):\n    assert {claim}, name + ' - wrong'\n"
     )
     assert mutation.run_tests(tmp_path, ["test_sums.py"]) == killed_by

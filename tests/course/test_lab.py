@@ -150,13 +150,27 @@ def test_what_was_interrupted_goes_on_at_the_next_call(course, step: str):
     assert [call[:24] for call in course.calls()][-2:] == ["-m course.cli data fetch", "-m course.cli run"]
 
 
-def test_setup_takes_the_clocks_of_a_gpu_along_where_there_is_a_driver(ready, tmp_path: Path):
+@pytest.fixture
+def with_driver(tmp_path: Path) -> str:
+    """A PATH with the program of an NVIDIA driver."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "nvidia-smi").write_text("#!/bin/sh\n")
     (tools / "nvidia-smi").chmod(0o755)
-    assert ready.lab("setup", path=f"{tools}{os.pathsep}{os.environ['PATH']}").returncode == 0
-    assert f"-m pip install --editable {ready.folder}[course,test,gpu]" in ready.calls()
+    return f"{tools}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_setup_takes_the_clocks_of_a_gpu_along_where_there_is_a_driver(course, with_driver: str):
+    assert course.lab("setup", path=with_driver).returncode == 0
+    assert f"-m pip install --editable {course.folder}[course,test,gpu]" in course.calls()
+    for path in (with_driver, os.environ["PATH"]):
+        course.lab("doctor", path=path)
+        assert course.calls() == ["-m course.cli doctor"]
+
+
+def test_a_driver_that_comes_later_installs_nothing_since_the_network_may_be_gone(ready, with_driver: str):
+    ready.lab("doctor", path=with_driver)
+    assert ready.calls() == ["-m course.cli doctor"]
 
 
 def installs(ready: Course, extras: str) -> str:

@@ -9,6 +9,7 @@ from families import family
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 
+from labkit.deploy import export
 from labkit.errors import InputError
 from labkit.graph import groups, surgery
 from labkit.pruning import (
@@ -120,6 +121,9 @@ REFUSALS: Refusals = {
     "remove['0'] is 3, but it must be a list": lambda: channels.prune(NET, X, remove={"0": 3}),
     "remove['0'] is tensor(1), but": lambda: channels.prune(NET, X, remove={"0": torch.tensor(1)}),
     "plan is a NoneType, but it must be a Plan": lambda: channels.apply(NET, None, X),
+    "model is a int, but it must be a torch.nn.Module": lambda: channels.prune(3, X, ratio=0.5),
+    "model is None, but it must be a torch.nn.Module": lambda: groups.trace(None, X),
+    "model is a str, but it must be a torch.nn.Module": lambda: export.program("net", {"x": X}),
     "units is a list": lambda: channels.plan_units(NET, groups.Coupling.of(NET, X), [1]),
     "no scope": lambda: channels.Choice(criterion="random", scope=["layer"]),
     "seed is 'a', but": lambda: channels.plan(NET, X, ratio=0.5, criterion="random", seed="a"),

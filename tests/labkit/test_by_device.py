@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import check_refusal
 
 import labkit
 from course import report, results
@@ -53,13 +54,15 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture
 def record(lab: Lab) -> RunRecord:
     """A record of the session with a timing, a number, a table and a claim of each device."""
+    for name in ("share", "share of the GPU"):
+        lab.predict(name, 0.4)
     lab.compare("gain", sum_of_ten, sum_of_ten, device="cpu", budget_s=0.02)
     lab.measure("call", sum_of_ten, device="cpu", budget_s=0.02)
     lab.record("share", 0.5, clock=True, device="cpu")
     lab.record("sweep", [{"batch": 1, "ms": 2.0}], by="batch", columns={"ms": cost("ms", clock=True)}, device="cpu")
     lab.record("share of the GPU", 0.25, clock=True)
     lab.record("bytes", 100)
-    lab.claim("6.1", 2.0, (1.9, 2.1), device="cpu")
+    lab.claim("6.1", 2.0, (1.9, 2.1), device=torch.device("cpu"))
     lab.claim("6.2", 3.0, (2.9, 3.1))
     return lab.finish()
 
@@ -105,6 +108,16 @@ def test_a_record_comes_apart_by_the_device_that_was_timed(record: RunRecord):
     assert (on_cpu.device, on_cpu.machine["label"], on_cpu.machine["slug"]) == ("cpu", CPU, fingerprint("cpu").slug)
     assert [entry.name for entry in on_cpu.measurements] == OF_THE_CPU
     assert [claim.id for claim in on_cpu.claims] == ["6.1"]
+    assert [[guess.name for guess in part.predictions] for part in (on_gpu, on_cpu)] == [
+        ["share of the GPU"],
+        ["share"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["CPU", "gpu0", ""])
+def test_a_name_that_is_no_device_s_is_refused(lab: Lab, name: str):
+    check_refusal('give "cpu", "cuda:0" or', lambda: lab.claim("6.1", 2.0, (1.9, 2.1), device=name))
+    check_refusal('give "cpu", "cuda:0" or', lambda: lab.record("share", 0.5, clock=True, device=name))
 
 
 def test_a_record_of_one_device_stays_whole(tmp_path: Path):

@@ -6,9 +6,10 @@ refused by torch in words of its own, which no call that leaves them where they 
 
 import copy
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -170,6 +171,33 @@ def test_a_model_of_integers_has_the_device_of_its_buffers():
     model = nn.Module()
     model.register_buffer("codes", torch.zeros(2, dtype=torch.int8, device="meta"))
     assert batching.device_of(model) == torch.device("meta")
+
+
+class Named(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def test_a_model_on_several_devices_moves_its_inputs_by_itself():
+    x = torch.ones(2, 3)
+    assert batching.placed(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, device="meta")), x) is x
+
+
+@pytest.mark.parametrize("make", [tuple, list, lambda x: OrderedDict(enumerate(x)), lambda x: Named(*x)])
+def test_a_batch_keeps_its_class_and_a_tensor_that_stands_twice_is_brought_once(make: Callable):
+    x = torch.ones(2, 3)
+    batch = make([x, x])
+    moved = batching._on(torch.device("meta"), batch)
+    first, second = moved.values() if isinstance(moved, dict) else moved
+    assert type(moved) is type(batch) and first is second and first.device.type == "meta" and x.device.type == "cpu"
+
+
+def test_a_tokenizer_s_batch_keeps_its_attributes():
+    from transformers import BatchEncoding
+
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    batch = batching.placed(nn.Embedding(VOCABULARY, 2), BatchEncoding({"input_ids": ids}))
+    assert batch.input_ids is ids
 
 
 def test_a_tokenizer_s_batch_is_brought_too():

@@ -103,6 +103,8 @@ def test_a_sentence_with_an_undefined_or_infinite_number_is_left_out():
         ([224, 217], ",", "217 to 224"),
         ([1.5, 1.5], "+.1f", "+1.5"),
         ([-0.004, -0.004], ".1f", "0.0"),
+        ([0.1 + 0.2, 0.3], ".1f", "0.3"),
+        ([1.0, math.nan, 2.0], ".0f", "undefined"),
     ],
 )
 def test_a_span_of_equal_numbers_is_the_number(values, form, words):
