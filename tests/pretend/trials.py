@@ -27,7 +27,6 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from pretend import device, faults
 
 CPU_SECONDS = 900  # of a fork at most
-MOST_CALLS = 8  # that a fault is tried with, of those that reach it
 FROM_COPY = ("labkit", "families", "networks")  # modules, and those of this folder that import them
 
 
@@ -58,7 +57,7 @@ def survey(folder: Path) -> dict[str, list[dict[str, Any]]]:
                 rows[fault].append(name)
     parted = defaultdict(list)
     for fault, names in rows.items():
-        parted[fault.kind].append({"fault": vars(fault), "calls": names[:MOST_CALLS]})
+        parted[fault.kind].append({"fault": vars(fault), "calls": names})
     return parted
 
 
