@@ -193,10 +193,10 @@ def side_by_side(results: Iterable[ResultFolder], recorded: Iterable[RunRecord])
 
 def _columns(record: RunRecord, here: bool, changed: str = "") -> list[RunColumn]:
     """Make a column for the session's device, then for each other device that the session timed."""
-    of_session, *of_others = apart(record)
+    of_session, *of_other_devices = apart(record)
     session = "in a session on the CPU" if record.device == "cpu" else "in a session on a GPU"
-    others = [RunColumn(part, here, changed, session) for part in of_others]
-    return [RunColumn(of_session, here, changed), *others]
+    columns = [RunColumn(of_session, here, changed)]
+    return columns + [RunColumn(part, here, changed, session) for part in of_other_devices]
 
 
 # tidy rows --------------------------------------------------------------------------------------------------------
