@@ -4,6 +4,7 @@ A folder with damaged files becomes a sentence for the reader, and all undamaged
 values was declared by the lesson (labkit.lesson.records). Result folders are made by course.store.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -129,11 +130,13 @@ class RunColumn:
     record   the record
     here     True for a run of the user, False for a recorded run
     changed  the parameters with values different from the lesson's, for example "RATIO 0.7"
+    session  "in a session on a GPU" or the like, if the session's device is not the column's; else empty
     """
 
     record: RunRecord
     here: bool
     changed: str = ""
+    session: str = ""
 
     @property
     def machine(self) -> str:
@@ -143,9 +146,9 @@ class RunColumn:
 
     @property
     def run(self) -> str:
-        """The run's owner, preset and changed parameters, for example "your run, class, RATIO 0.7"."""
+        """The run's owner, preset, changed parameters and session, for example "your run, class, RATIO 0.7"."""
         owner = "your run" if self.here else "recorded"
-        return ", ".join(filter(None, [owner, self.record.preset, self.changed]))
+        return ", ".join(filter(None, [owner, self.record.preset, self.changed, self.session]))
 
     @property
     def whose(self) -> tuple[str, bool]:
@@ -164,9 +167,10 @@ class RunColumn:
 
 
 def side_by_side(results: Iterable[ResultFolder], recorded: Iterable[RunRecord]) -> list[RunColumn]:
-    """Make a column for each lesson, machine and preset of the user's results, and for each recorded run.
+    """Make columns for each lesson, machine and preset of the user's results, and for each recorded run.
 
-    The times of the CPU in a session on a GPU make a column of the CPU's, and the other way round.
+    The times of the CPU in a session on a GPU make a column of the CPU's, and the other way round. All columns of a
+    session are of the same result.
 
     results   the user's results, oldest first
     recorded  recorded runs
@@ -174,18 +178,25 @@ def side_by_side(results: Iterable[ResultFolder], recorded: Iterable[RunRecord])
     Of several results the newest with the lesson's own parameters counts, comparable with the recorded runs; if none
     has the lesson's own parameters, the newest of all. The user's results come first.
     """
-    columns: dict[tuple, RunColumn] = {}
+    counting: dict[tuple, list[RunColumn]] = {}
     for result in results:
         record = result.record
         if record is None:
             continue
-        for number, part in enumerate(apart(record)):
-            key = (part.lesson, part.machine.get("slug"), part.preset, number)
-            better_stands = key in columns and not columns[key].changed
-            if not result.changed or not better_stands:
-                columns[key] = RunColumn(part, True, result.changed)
-    here = sorted(columns.values(), key=lambda column: column.record.lesson)
-    return here + [RunColumn(part, False) for record in recorded for part in apart(record)]
+        key = (record.lesson, record.machine.get("slug"), record.preset)
+        better_stands = key in counting and not counting[key][0].changed
+        if not result.changed or not better_stands:
+            counting[key] = _columns(record, True, result.changed)
+    here = sorted(itertools.chain.from_iterable(counting.values()), key=lambda column: column.record.lesson)
+    return here + [column for record in recorded for column in _columns(record, False)]
+
+
+def _columns(record: RunRecord, here: bool, changed: str = "") -> list[RunColumn]:
+    """Make a column for the session's device, then for each other device that the session timed."""
+    of_session, *of_other_devices = apart(record)
+    session = "in a session on the CPU" if record.device == "cpu" else "in a session on a GPU"
+    columns = [RunColumn(of_session, here, changed)]
+    return columns + [RunColumn(part, here, changed, session) for part in of_other_devices]
 
 
 # tidy rows --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import course  # noqa: F401  (before the first import of nbformat, which it make
 
 PARAMETERS = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRATIO: float = 0.5\nRESULTS_DIR = "runs"'
 NO_GPU = pytest.StashKey[str]()  # why tests marked gpu are skipped
+PRETENDED = pytest.StashKey[bool]()  # True if the device of tests/pretend was installed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,11 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NO_GPU] = "needs a CUDA device"
+    config.stash[PRETENDED] = False
     if config.getoption("--pretend-gpu"):
         from pretend import device, library
 
         try:
             device.install()
+            config.stash[PRETENDED] = True
         except library.Unavailable as error:
             config.stash[NO_GPU] = str(error)
 
@@ -35,16 +38,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Long ones first, so that no worker waits for another at the end: lessons, then files by their slow tests."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.get_closest_marker("lesson") is None, -slow[item.path]))
-    gpu = [(item, mark) for item in items if (mark := item.get_closest_marker("gpu"))]
-    if gpu:
-        import torch
+    for item in items:
+        if mark := item.get_closest_marker("gpu"):
+            pretended_will_do = mark.kwargs.get("pretended", True)
+            if reason := reason_to_skip(config, pretended_will_do):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
-        pretended = config.getoption("--pretend-gpu")
-        for item, mark in gpu:
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason=config.stash[NO_GPU]))
-            elif pretended and not mark.kwargs.get("pretended", True):
-                item.add_marker(pytest.mark.skip(reason="needs a card's clock or memory, and the device is pretended"))
+
+def reason_to_skip(config: pytest.Config, pretended_will_do: bool) -> str:
+    """Say why a test marked gpu is skipped here; an empty text if it runs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return config.stash[NO_GPU]
+    if config.stash[PRETENDED]:
+        return "" if pretended_will_do else "needs a card's clock or memory, and the device is pretended"
+    if config.getoption("--pretend-gpu"):
+        return "a CUDA device is here: these tests run on it without --pretend-gpu"
+    return ""
 
 
 def pytest_collection_finish() -> None:

@@ -341,7 +341,12 @@ def gpu(course, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess]:
     return lambda: course.lab("gpu", path=f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-STEPS = ["-m pytest -m gpu", "-m course.cli run all", "-m pytest -m lesson", *["benchmarks/nm_gpu.py"] * 3]
+STEPS = [
+    "-m pytest -m gpu and not nightly",
+    "-m course.cli run all",
+    "-m pytest -m lesson",
+    *["benchmarks/nm_gpu.py"] * 3,
+]
 
 
 def test_gpu_uses_the_machine_s_own_python_and_goes_on_where_it_stopped(course, gpu):

@@ -90,8 +90,25 @@ def test_a_pull_request_gets_a_gpu_by_its_label_alone_and_what_it_measures_is_up
     for job in JOBS["gpu"].values():
         assert "github.event_name != 'pull_request' || github.event.label.name == 'gpu'" in job["if"]
         assert "self-hosted" in job["runs-on"]
-        last = job["steps"][-1]
-        assert last["if"] == "always()" and last["with"]["path"].split() == ["runs/gpu/", "data/recorded/"]
+        assert job["steps"][-1]["if"] == "always()"  # what is measured counts even if the job runs out of time
+    assert JOBS["gpu"]["rest"]["if"].startswith("!cancelled() && ")
+    folder = "${{ env.FOLDER }}"
+    uploaded = {title: job["steps"][-1]["with"]["path"].splitlines() for title, job in JOBS["gpu"].items()}
+    assert uploaded == {
+        "lesson": [f"{folder}/runs/gpu/runs/${{{{ matrix.lesson }}}}_*", f"{folder}/data/recorded/"],
+        "rest": [f"{folder}/runs/gpu/", f"{folder}/data/recorded/"],
+    }
+
+
+def test_a_pull_request_leaves_nothing_to_later_runs_on_the_same_machine():
+    folder = "${{ env.FOLDER }}"
+    assert WORKFLOWS["gpu"]["env"] == {
+        "FOLDER": "${{ github.event_name == 'pull_request' && 'pull-request' || 'main' }}"
+    }
+    for job in JOBS["gpu"].values():
+        assert job["defaults"] == {"run": {"working-directory": folder}}
+        (checkout,) = [step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@")]
+        assert checkout["with"]["path"] == folder
 
 
 def test_each_lesson_with_work_for_a_gpu_is_a_job_that_can_finish_and_goes_on_where_it_stopped():
@@ -102,9 +119,10 @@ def test_each_lesson_with_work_for_a_gpu_is_a_job_that_can_finish_and_goes_on_wh
     minutes = reference.RECORDED_RUNS * session.BUDGETS["full"].seconds / 60
     assert int(job["timeout-minutes"]) > minutes
     assert "--record --resume" in commands(job)[-1] and commands(JOBS["gpu"]["rest"])[-1] == "./lab gpu"
-    for step in STEPS["gpu"]:
-        if step.get("uses", "").startswith("actions/checkout@"):
-            assert step["with"]["clean"] == "false"  # what is finished is ignored by git, and cleaned otherwise
+    # What is finished is ignored by git, and cleaned otherwise; only a pull request's first lesson begins anew.
+    clean = [step["with"]["clean"] for step in STEPS["gpu"] if step.get("uses", "").startswith("actions/checkout@")]
+    first = job["strategy"]["matrix"]["lesson"][0]
+    assert clean == [f"${{{{ github.event_name == 'pull_request' && matrix.lesson == '{first}' }}}}", "false"]
 
 
 def test_how_long_a_gpu_takes_is_told_in_the_workflow_in_the_help_and_to_contributors():

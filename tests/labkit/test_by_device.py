@@ -174,3 +174,27 @@ def test_a_claim_about_the_cpu_counts_for_the_cpu_in_the_report(record: RunRecor
     settled = report.settled(claims.entry("6.1"), columns)
     assert [machine for machine, _ in settled] == [fingerprint("cpu").slug]
     assert report.verdict(claims.entry("6.1"), columns) == "confirmed"
+
+
+def test_the_cpu_s_part_of_a_gpu_s_session_has_a_heading_of_its_own(record: RunRecord):
+    _, on_cpu = apart(record)
+    session_on_cpu = on_cpu.model_copy(update={"machine": fingerprint("cpu").to_dict()})
+    columns = results.side_by_side([result(session_on_cpu), result(record)], [session_on_cpu, record])
+    headings = [(column.machine, column.run) for column in columns]
+    assert len(set(headings)) == len(headings) == 6
+    assert [run for _, run in headings if "session" in run] == [
+        "your run, class, in a session on a GPU", "recorded, class, in a session on a GPU",
+    ]  # fmt: skip
+
+
+def test_a_newer_result_of_a_session_s_machine_replaces_all_parts_of_the_older(record: RunRecord):
+    on_gpu, _ = apart(record)
+    newer = record.model_copy(update={"measurements": on_gpu.measurements, "claims": on_gpu.claims})
+    (column,) = results.side_by_side([result(record), result(newer)], [])
+    assert column.record == newer
+    other_preset = newer.model_copy(update={"preset": "full"})
+    assert len(results.side_by_side([result(record), result(other_preset)], [])) == 3
+
+
+def result(record: RunRecord) -> results.ResultFolder:
+    return results.ResultFolder(Path(), record, {}, None)

@@ -1,4 +1,7 @@
-"""The calls on the device show faults that the CPU does not: planted in a copy of labkit, 20 by a seed."""
+"""The calls on the device show faults that the CPU does not: planted in a copy of labkit, 20 by a seed.
+
+A fault with which a call raises on the CPU too is none of the 20: another of its kind is drawn in its place.
+"""
 
 import json
 import os
@@ -8,18 +11,43 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from labkit.files import ROOT
+from pretend import device, trials
+from pretend.faults import Fault
 
 NUMBER, SEEN_AT_LEAST = 20, 19
 
 
-@pytest.mark.gpu
-@pytest.mark.nightly
-def test_planted_faults_are_seen(tmp_path: Path):
+@pytest.fixture
+def copy_of_labkit(tmp_path: Path) -> Path:
+    """A folder with a copy of labkit and of its data."""
     shutil.copytree(ROOT / "labkit", tmp_path / "labkit", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "data", tmp_path / "data")
-    command = [sys.executable, "-m", "pretend.trials", str(tmp_path), "0", str(NUMBER)]
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("statement", "raises"), [("reference.bfloat16().numpy()", True), ("reference = reference.cpu()", False)]
+)
+def test_a_fault_that_raises_on_the_cpu_too_is_told_from_others(copy_of_labkit: Path, statement: str, raises: bool):
+    file = copy_of_labkit / "labkit" / "quantization" / "affine.py"
+    source = file.read_text(encoding="utf-8")
+    line = "    reference = reference.detach().double()\n"
+    end = source.index(line) + len(line)
+    fault = Fault("by hand", str(file), source[:end].count("\n"), end, end, f"    {statement}\n")
+    assert trials.raises_on_cpu(fault, ["affine.sqnr"]) is raises
+    assert file.read_text(encoding="utf-8") == source
+
+
+@pytest.mark.gpu
+@pytest.mark.nightly
+def test_planted_faults_are_seen(copy_of_labkit: Path):
+    if torch.cuda.get_device_name() != device.NAME:
+        pytest.skip("The faults are planted for the pretend device, and a card is here.")
+    command = [sys.executable, "-m", "pretend.trials", str(copy_of_labkit), "0", str(NUMBER)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,14 +63,37 @@ def test_a_compiler_that_fails_leaves_no_library(cuda_build: pytest.MonkeyPatch,
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-@pytest.mark.slow
-def test_tests_are_skipped_with_the_sentence(tmp_path: Path):
-    """With no compiler on the path; on another build of torch that is the sentence."""
+@pytest.fixture
+def skipped_tests(tmp_path: Path) -> Callable[..., str]:
+    """skipped_tests("-p", "plugin"): what pytest --pretend-gpu prints with no compiler on the path; no test passes."""
     here = Path(__file__).with_name("test_device.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--pretend-gpu", str(here)]
-    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" not in done.stdout
-    assert "The pretend device needs" in done.stdout or "The pretend device is compiled with g++" in done.stdout
+
+    def printed(*arguments: str) -> str:
+        options = ["-q", "-rs", "-p", "no:cacheprovider", "--pretend-gpu", *arguments]
+        command = [sys.executable, "-m", "pytest", *options, str(here)]
+        environment = {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and " passed" not in done.stdout, done.stdout
+        return done.stdout
+
+    return printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_tests_are_skipped_with_the_sentence(skipped_tests: Callable[..., str]):
+    """About the compiler, or about torch where it is another build or version."""
+    assert "The pretend device " in skipped_tests()
+
+
+@pytest.mark.slow
+def test_where_a_card_is_nothing_is_pretended_and_no_test_runs_a_second_time(
+    skipped_tests: Callable[..., str], tmp_path: Path
+):
+    (tmp_path / "a_card.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n", encoding="utf-8")
+    printed = skipped_tests("-p", "a_card")
+    assert "a CUDA device is here: these tests run on it without --pretend-gpu" in printed
+    assert "the device is pretended" not in printed
 
 
 def test_operators_that_take_a_number_of_the_cpu_are_read_from_torchs_own_table():

@@ -1,7 +1,8 @@
 """python -m pretend.trials FOLDER SEED NUMBER: plant faults in the copy of labkit in FOLDER, and see which are seen.
 
-For each fault it prints a line of JSON: fault, seen_by (the name of a call, or null), complaint. A trial is a fork of
-this process, which has imported what takes long, and of labkit nothing.
+For each fault it prints a line of JSON: fault, seen_by (the name of a call, or null), complaint. A fault that raises on
+the CPU of a machine without a GPU is one that any test shows: it does not count, and another is drawn. A trial is a
+fork of this process, which has imported what takes long and has no device; the fork installs the device if need be.
 """
 
 import importlib
@@ -10,9 +11,11 @@ import os
 import random
 import resource
 import sys
+import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +27,6 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from pretend import device, faults
 
 CPU_SECONDS = 900  # of a fork at most
-MOST_CALLS = 8  # that a fault is tried with, of those that reach it
 FROM_COPY = ("labkit", "families", "networks")  # modules, and those of this folder that import them
 
 
@@ -33,18 +35,18 @@ def main(folder: Path, seed: int, number: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.dont_write_bytecode = True
-    device.install()
     parted = in_child(lambda: survey(folder))
     draw = random.Random(seed)
     for turn in range(number):
         kind = sorted(parted)[turn % len(parted)]
-        row = parted[kind].pop(draw.randrange(len(parted[kind])))
-        seen_by, complaint = trial(faults.Fault(**row["fault"]), row["calls"])
-        print(json.dumps({"fault": row["text"], "seen_by": seen_by, "complaint": complaint}), flush=True)
+        fault, names = drawn(parted[kind], draw)
+        seen_by, complaint = trial(fault, names)
+        print(json.dumps({"fault": str(fault), "seen_by": seen_by, "complaint": complaint}), flush=True)
 
 
 def survey(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """List all possible faults by kind, each with the calls that reach it."""
+    device.install()
     calls, _ = imported(folder)
     rows: dict[faults.Fault, list[str]] = defaultdict(list)
     for name, call in calls.CALLS.items():
@@ -55,24 +57,56 @@ def survey(folder: Path) -> dict[str, list[dict[str, Any]]]:
                 rows[fault].append(name)
     parted = defaultdict(list)
     for fault, names in rows.items():
-        parted[fault.kind].append({"fault": vars(fault), "text": str(fault), "calls": names})
+        parted[fault.kind].append({"fault": vars(fault), "calls": names})
     return parted
 
 
+def drawn(rows: list[dict[str, Any]], draw: random.Random) -> tuple[faults.Fault, list[str]]:
+    """Draw a fault that does not raise on the CPU, with its calls; what was drawn leaves `rows`."""
+    while True:
+        row = rows.pop(draw.randrange(len(rows)))
+        fault = faults.Fault(**row["fault"])
+        if not raises_on_cpu(fault, row["calls"]):
+            return fault, row["calls"]
+
+
+def raises_on_cpu(fault: faults.Fault, names: list[str]) -> bool:
+    """Say if one of the calls raises with the fault on the CPU, on a machine without a device."""
+    with planted(fault):
+        return in_child(lambda: any_call_raises(fault, names))
+
+
 def trial(fault: faults.Fault, names: list[str]) -> tuple[str | None, str]:
-    """Return the first call that shows the fault, and its complaint; (None, "") if none does."""
+    """Return the first call that shows the fault on the device, and its complaint; (None, "") if none does."""
+    with planted(fault):
+        return in_child(lambda: first_complaint(fault, names))
+
+
+@contextmanager
+def planted(fault: faults.Fault) -> Iterator[None]:
     file = Path(fault.file)
     source = file.read_text(encoding="utf-8")
     file.write_text(fault.plant(source), encoding="utf-8")
     try:
-        return in_child(lambda: first_complaint(file, names[:MOST_CALLS]))
+        yield
     finally:
         file.write_text(source, encoding="utf-8")
 
 
-def first_complaint(file: Path, names: list[str]) -> tuple[str | None, str]:
-    folder = next(parent.parent for parent in file.parents if parent.name == "labkit")
-    calls, tests = imported(folder)
+def any_call_raises(fault: faults.Fault, names: list[str]) -> bool:
+    calls, _ = imported(copy_of(fault))
+    for name in names:
+        torch.manual_seed(0)
+        try:
+            calls.CALLS[name](calls.Device("cpu"))
+        except Exception:
+            return True
+    return False
+
+
+def first_complaint(fault: faults.Fault, names: list[str]) -> tuple[str | None, str]:
+    device.install()
+    calls, tests = imported(copy_of(fault))
     for name in names:
         try:
             complaint = tests.complaint(name, calls.CALLS[name])
@@ -81,6 +115,11 @@ def first_complaint(file: Path, names: list[str]) -> tuple[str | None, str]:
         if complaint:
             return name, complaint[:200]
     return None, ""
+
+
+def copy_of(fault: faults.Fault) -> Path:
+    """Return the folder whose labkit has the fault."""
+    return next(parent.parent for parent in Path(fault.file).parents if parent.name == "labkit")
 
 
 def imported(folder: Path) -> tuple[ModuleType, ModuleType]:
@@ -100,10 +139,12 @@ def in_child(work: Callable[[], Any]) -> Any:
     if child == 0:
         os.close(reader)
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-        with os.fdopen(writer, "w") as pipe:
-            json.dump(work(), pipe)
-            pipe.flush()
-            os._exit(0)
+        try:
+            with os.fdopen(writer, "w") as pipe:
+                json.dump(work(), pipe)
+        except Exception:
+            traceback.print_exc()
+        os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         text = pipe.read()
