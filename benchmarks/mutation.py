@@ -10,7 +10,8 @@ replacements weighs as much as a comparison with two. Annotations are left out: 
 
 A mutant is killed if a test fails that passes on the unchanged code, or takes longer than the time limit. It is tried
 first on the test files that import its module, then on those of its room: the fast tests before the slow ones. Tests
-of the clock, of the night and of whole lessons are left out. Exit code 1 if fewer than 90 % are killed.
+of the clock, of the night and of whole lessons are left out. Mutants that no test should kill, since they compute the
+same, stand in mutants.toml with the reason, and do not count. Exit code 1 if fewer than 90 % of the others are killed.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -46,6 +48,7 @@ SECONDS = 300  # for a test; the slowest takes a minute
 MARKS = tuple(f"{speed} and not nightly and not timing and not lesson and not gpu" for speed in ("not slow", "slow"))
 NO_TESTS = 5  # pytest's exit code where the marks leave no test
 TIME_LIMIT = "time limit"
+HARMLESS = Path(__file__).with_name("mutants.toml")
 AUTHOR = ("-c", "user.name=mutation", "-c", "user.email=mutation@localhost")
 
 
@@ -72,6 +75,20 @@ class Verdict:
     operator: str
     diff: str
     killed_by: str
+
+
+def harmless() -> set[tuple[str, str, str]]:
+    """Read the mutants that no test should kill: (path, removed line, added line)."""
+    listed = tomllib.loads(HARMLESS.read_text(encoding="utf-8"))["mutant"]
+    return {(mutant["path"], mutant["old"], mutant["new"]) for mutant in listed}
+
+
+def lines_of(verdict: Verdict) -> tuple[str, str, str]:
+    """Return (path, removed line, added line) of a mutant; "" for no line, and without blank lines."""
+    lines = verdict.diff.splitlines()
+    removed = " ".join(line[1:].strip() for line in lines if line.startswith("-"))
+    added = " ".join(line[1:].strip() for line in lines if line.startswith("+"))
+    return verdict.path, removed.strip(), added.strip()
 
 
 def sites(path: Path) -> list[Site]:
@@ -296,17 +313,26 @@ def main() -> None:
     drawn = draw(paths, options.count, options.seed)
     rows = options.results.read_text().splitlines() if options.results and options.results.exists() else []
     known = {(row["path"], row["line"], row["operator"]): Verdict(**row) for row in map(json.loads, rows)}
-    survivors = 0
+    survivors = uncounted = 0
+    not_to_kill = harmless()
     for verdict in verdicts(drawn, known, options.jobs):
         if options.results and (verdict.path, verdict.line, verdict.operator) not in known:
             with options.results.open("a") as file:
                 file.write(json.dumps(asdict(verdict)) + "\n")
-        if not verdict.killed_by:
+        if verdict.killed_by:
+            continue
+        if lines_of(verdict) in not_to_kill:
+            uncounted += 1
+        else:
             survivors += 1
             tqdm.write(f"survived: {verdict.path}:{verdict.line} {verdict.operator}\n{verdict.diff}")
-    killed = len(drawn) - survivors
-    print(f"{killed} of {len(drawn)} mutants killed ({killed / len(drawn):.0%}), seed {options.seed}")
-    sys.exit(killed < GOAL * len(drawn))
+    counted = len(drawn) - uncounted
+    killed = counted - survivors
+    print(
+        f"{killed} of {counted} mutants killed ({killed / counted:.0%}), seed {options.seed}; {uncounted} more of "
+        f"{len(drawn)} are harmless (mutants.toml)"
+    )
+    sys.exit(killed < GOAL * counted)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,14 @@ def test_every_module_has_tests():
     assert [path for path in modules if not mutation.tests_of(path)] == []
 
 
+def test_a_harmless_mutant_is_known_by_its_lines_and_still_in_the_code():
+    diff = "-\n-    @staticmethod"
+    verdict = mutation.Verdict("labkit/pruning/sr_ste.py", 114, "core/RemoveDecorator", diff, "")
+    assert mutation.lines_of(verdict) in mutation.harmless()
+    for path, removed, _ in mutation.harmless():
+        assert removed in [line.strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("claim", "killed_by"), [("1 == 1", ""), ("1 == 2", "test_sums.py::test_sum[a - small one]")])
 def test_a_verdict_names_the_test_that_failed(tmp_path: Path, claim: str, killed_by: str):

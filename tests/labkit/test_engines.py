@@ -223,6 +223,14 @@ def test_a_quantized_model_takes_batches_of_any_size(name: str):
         assert affine.sqnr(model(x), engine(x)) > 25
 
 
+@pytest.mark.parametrize("name", INT8)
+def test_quantized_layers_take_the_rows_of_a_sequence(name: str):
+    x = torch.randn(3, 5, 8)
+    model = calibrated(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval(), x)
+    y = engines.prepare(name, model, x)(x)
+    assert y.shape == (3, 5, 4) and affine.sqnr(model(x), y) > 25
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16", COMPILER, NIGHTLY_COMPILER, EXECUTORCH[0]])
 def test_the_model_is_left_as_it_was(name: str):
     model = copy.deepcopy(net()).train()
