@@ -470,10 +470,15 @@ def row(tool: str, name: str, make: Build = build) -> Row:
         reason = "the saved model is not loaded as it was"
     elif off > 1:
         places = [(place, dense.get_submodule(place.partition(" in ")[2])) for place in facts.get("statistics", ())]
-        if own := [place for place, m in places if "Norm" not in type(m).__name__ or not hasattr(m, "weight")]:
+        if own := [place for place, module in places if not _restricted(module)]:
             return {"outcome": "equal", "reason": f"{OWN}: {own[0]}", **facts}
         reason = f"{off:.2g} times the tolerance"
     return {"outcome": "DIFFERENT" if reason else "equal", "reason": reason, **facts}
+
+
+def _restricted(module: nn.Module) -> bool:
+    """Whether `masked` can take a module's statistics over the channels that stay: a weight tells it which stay."""
+    return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
 
 
 def same(model: nn.Module, before: nn.Module) -> bool:
