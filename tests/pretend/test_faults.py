@@ -8,16 +8,23 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from labkit.files import ROOT
-from pretend import device, trials
+from pretend import device
 from pretend.faults import Fault
 
 NUMBER, SEEN_AT_LEAST = 20, 19
+RAISES_ON_CPU = """
+import json, sys
+from pretend import trials
+from pretend.faults import Fault
+print(trials.raises_on_cpu(Fault(**json.loads(sys.argv[1])), sys.argv[2:]))
+"""
 
 
 @pytest.fixture
@@ -38,8 +45,15 @@ def test_a_fault_that_raises_on_the_cpu_too_is_told_from_others(copy_of_labkit: 
     line = "    reference = reference.detach().double()\n"
     end = source.index(line) + len(line)
     fault = Fault("by hand", str(file), source[:end].count("\n"), end, end, f"    {statement}\n")
-    assert trials.raises_on_cpu(fault, ["affine.sqnr"]) is raises
+    in_json = json.dumps(asdict(fault))
+    command = [sys.executable, "-c", RAISES_ON_CPU, in_json, "affine.sqnr"]  # where labkit is not imported yet
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.stdout.strip() == str(raises), done.stderr[-2000:]
     assert file.read_text(encoding="utf-8") == source
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 @pytest.mark.gpu
@@ -48,8 +62,7 @@ def test_planted_faults_are_seen(copy_of_labkit: Path):
     if torch.cuda.get_device_name() != device.NAME:
         pytest.skip("The faults are planted for the pretend device, and a card is here.")
     command = [sys.executable, "-m", "pretend.trials", str(copy_of_labkit), "0", str(NUMBER)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     for row in rows:
