@@ -25,6 +25,7 @@ import inspect
 import itertools
 from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def placed(model: nn.Module, value: Any) -> Any:
     A model on several devices moves its inputs by itself, and a model on `meta` has no numbers to compute with: the
     value is returned as it is.
 
-    Raises InputError if `model` is no module.
+    Raises InputError if `model` is no module, and for a tensor on `meta` that a model with numbers would need.
     """
     check_module(model)
     devices = {x.device for x in (list(model.parameters()) or list(model.buffers()))}
@@ -86,21 +87,24 @@ def placed(model: nn.Module, value: Any) -> Any:
 def _on(device: torch.device, value: Any) -> Any:
     """Move the tensors inside `value`; a tensor that stands at two places stays a single tensor."""
     moved: dict[int, Tensor] = {}
+    return tree_map(partial(_item_on, device, moved), value)
 
-    def on_device(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            if id(item) not in moved:
-                moved[id(item)] = item.to(device)
-            return moved[id(item)]
-        if isinstance(item, PackedSequence):
-            return item.to(device)
-        if isinstance(item, UserDict):  # a tokenizer's batch, which has attributes
-            batch = copy.copy(item)
-            batch.data = tree_map(on_device, item.data)
-            return batch
-        return item
 
-    return tree_map(on_device, value)
+def _item_on(device: torch.device, moved: dict[int, Tensor], item: Any) -> Any:
+    """Move what is no container of `tree_map`. moved: the tensors moved so far, by the id of the caller's tensor."""
+    if isinstance(item, Tensor):
+        if item.is_meta and device.type != "meta":
+            raise InputError("A batch holds a tensor on meta, which has no numbers: give a batch with numbers.")
+        if id(item) not in moved:
+            moved[id(item)] = item.to(device)
+        return moved[id(item)]
+    if isinstance(item, PackedSequence):
+        return item.to(device)
+    if isinstance(item, UserDict):  # a tokenizer's batch, which has attributes
+        batch = copy.copy(item)
+        batch.data = tree_map(partial(_item_on, device, moved), item.data)
+        return batch
+    return item
 
 
 def split(model: nn.Module, batch: Any) -> tuple[tuple, dict[str, Any], Any]:

@@ -84,7 +84,7 @@ MESSAGES = [
     ("07.4", "groups forgotten", "the means of the first group's inputs"),
     ("07.4", "the shift alone", "the shift alone is returned"),
     ("07.4", "nothing is corrected", "the bias is the old one"),
-    ("07.5", "bytes alone", "step 2 of the rule, the first that differs, takes 'last' down"),
+    ("07.5", "bytes alone", "step 2 of the rule, the first that differs, takes 'middle' down"),
     ("07.5", "under the budget, not within", "no layer may go down"),
     ("07.5", "one step short", "the plan is larger than the budget"),
     ("12.1", "everything joins", "'d', layer, reads ['c']: expected to begin a kernel, got it beside ['b', 'c']"),
