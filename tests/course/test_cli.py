@@ -10,6 +10,7 @@ from urllib.request import url2pathname
 
 import psutil
 import pytest
+import torch
 from click.testing import Result
 from commands import accepts_connections, labkit, wait_until
 from run_records import RECORD
@@ -266,10 +267,18 @@ def test_a_worked_answer_is_shown_to_who_asks():
 @pytest.mark.parametrize("codes", [(0, 0, 0), (1, 0, 0), (0, 5, 0), (0, 0, 1)])
 def test_the_tests_run_in_parallel_unless_they_read_a_clock(monkeypatch, arguments: tuple, calls: list, codes: tuple):
     commands = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(subprocess, "call", lambda command, **_: commands.append(command) or codes[len(commands) - 1])
     result = labkit("test", *arguments)
     assert len(commands) == len(calls) and result.exit_code == max(codes[: len(calls)])
     assert all(set(call) <= set(command) for call, command in zip(calls, commands, strict=True))
+
+
+def test_no_gpu_is_pretended_by_the_cpu_build_of_torch(monkeypatch):
+    commands = []
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: commands.append(command) or 0)
+    assert labkit("test").exit_code == 0 and len(commands) == 2
 
 
 @pytest.mark.slow
