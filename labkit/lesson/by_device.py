@@ -22,16 +22,16 @@ def apart(record: RunRecord) -> list[RunRecord]:
     Each part has the machine of its device, and the measurements and claims that belong to the device. A prediction
     goes with the number of its name. The exercises are the session's; the duration and the memory stand in every part.
     """
-    session_kind = _kind(record.device)
-    kinds = {entry.name: _kind_of(entry, record) for entry in record.measurements}
+    session_kind = kind_of(record.device)
+    kinds = {entry.name: _kind_of_result(entry, record) for entry in record.measurements}
     parts = []
     for kind in (session_kind, *_other_kinds(record)):
         names = record.machine["devices"][kind] if kind != session_kind else {}
         part = {
             "device": kind if names else record.device,
             "machine": record.machine | names | ({"device": kind} if names else {}),
-            "measurements": [entry for entry in record.measurements if _kind_of(entry, record) == kind],
-            "claims": [claim for claim in record.claims if _kind_of(claim, record) == kind],
+            "measurements": [entry for entry in record.measurements if _kind_of_result(entry, record) == kind],
+            "claims": [claim for claim in record.claims if _kind_of_result(claim, record) == kind],
             "predictions": [guess for guess in record.predictions if kinds.get(guess.name, session_kind) == kind],
             "checks": record.checks if kind == session_kind else [],
         }
@@ -41,15 +41,16 @@ def apart(record: RunRecord) -> list[RunRecord]:
 
 def _other_kinds(record: RunRecord) -> list[str]:
     """Return the kinds of device beside the session's that timed a result."""
-    kinds = {_kind_of(result, record) for result in (*record.measurements, *record.claims)}
-    return sorted(kinds - {_kind(record.device)})
+    kinds = {_kind_of_result(result, record) for result in (*record.measurements, *record.claims)}
+    return sorted(kinds - {kind_of(record.device)})
 
 
-def _kind_of(result: Result, record: RunRecord) -> str:
+def _kind_of_result(result: Result, record: RunRecord) -> str:
     """Return the kind of a result's device; the session's where an older record names the session's machine alone."""
-    kind = _kind(timed_on(result) or record.device)
-    return kind if kind in record.machine.get("devices", {}) else _kind(record.device)
+    kind = kind_of(timed_on(result) or record.device)
+    return kind if kind in record.machine.get("devices", {}) else kind_of(record.device)
 
 
-def _kind(device: str) -> str:
+def kind_of(device: str) -> str:
+    """Return the kind of a device: "cuda" for "cuda:0"."""
     return device.partition(":")[0]

@@ -6,6 +6,7 @@ from html import escape
 from labkit import show
 from labkit.errors import InputError
 from labkit.lesson import claims, reference_runs
+from labkit.lesson.by_device import kind_of
 from labkit.lesson.claims import Claim
 from labkit.lesson.records import SettledClaim
 
@@ -45,7 +46,7 @@ class ClaimTests:
         A CPU's number settles no claim about a GPU, nor a GPU's number a claim about a CPU, nor a number of a preset
         that only tries the code any claim: the value is dropped.
         """
-        kind = (device or self._device).partition(":")[0]
+        kind = kind_of(device or self._device)
         claim = claims.entry(claim_id)
         number = show.number(value)
         verdict = claims.verdict(claim, value if number is None else number, ci95, trained)
