@@ -200,11 +200,15 @@ def says_where_labkit_comes_from(notebook: NotebookNode) -> Iterator[str]:
             yield f"{cell.id} says import labkit; put {WHERE_FROM!r} behind it"
 
 
+# Not the `_` of an interactive shell, which any earlier test of the same process may have left there.
+PYTHONS_OWN = {name for name in dir(builtins) if name != "_"}
+
+
 def stores_over_no_builtin(notebook: NotebookNode) -> Iterator[str]:
     """A cell that stores `id` takes Python's function from the cells below, and from those above when run again."""
     for cell in code(notebook):
         stored = globals_stored(symtable.symtable(cell.source, cell.id, "exec"))
-        for name in sorted(stored & set(dir(builtins))):
+        for name in sorted(stored & PYTHONS_OWN):
             yield f"{cell.id} stores {name} over Python's own; give it another name"
 
 
