@@ -11,6 +11,7 @@ import torch
 from labkit.show import counted
 from labkit.timing import stats
 from labkit.timing.clocks import Call, Clock
+from labkit.timing.fingerprint import on_threads
 from labkit.timing.results import Measurement
 from labkit.timing.rounds import BLOCKS, fastest_s
 
@@ -34,11 +35,8 @@ def thread_warnings(clock: Clock, call: Call, median_s: float, budget_s: float) 
     is_long = (CALLS + 1) * median_s > SHARE * budget_s
     if threads == 1 or is_long or clock.name == "injected" or clock.device.type != "cpu":
         return ()
-    torch.set_num_threads(1)
-    try:
+    with on_threads(1):
         one_thread_s = fastest_s(call, clock, CALLS)
-    finally:
-        torch.set_num_threads(threads)
     multiple = median_s / one_thread_s
     if multiple < MULTIPLE:
         return ()

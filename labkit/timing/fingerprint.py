@@ -4,12 +4,13 @@ The facts follow pyperf's metadata. A fingerprint names no host, user or folder.
 threads and precision settings unchanged.
 """
 
+import contextlib
 import os
 import platform
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -236,6 +237,17 @@ def threads() -> int:
         return cores
     quota = int(quota_us) // int(period_us)
     return max(1, min(cores, quota))
+
+
+@contextlib.contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Let torch compute on `number` threads while the block runs, and then on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def memory_bytes() -> int:

@@ -7,7 +7,16 @@ Look for the code in
 """
 
 from labkit.on_demand import names_on_demand
-from labkit.timing.fingerprint import FEATURES, Gpu, Machine, fingerprint, memory_bytes, threads, torch_device
+from labkit.timing.fingerprint import (
+    FEATURES,
+    Gpu,
+    Machine,
+    fingerprint,
+    memory_bytes,
+    on_threads,
+    threads,
+    torch_device,
+)
 from labkit.timing.roofs import DEVICES, Ceilings, Device
 
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
     "Machine",
     "fingerprint",
     "memory_bytes",
+    "on_threads",
     "threads",
     "torch_device",
 ]

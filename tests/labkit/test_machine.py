@@ -425,3 +425,11 @@ def test_sparse_peaks_are_those_the_headlines_print():
     assert DEVICES["H100 SXM"].sparse["fp16"] == pytest.approx(1979e12, rel=0.001)
     assert DEVICES["Jetson AGX Orin 64GB"].sparse == {"int8": 170e12}
     assert DEVICES["T4"].sparse == {} and DEVICES["T4"].l2 == 4 * 2**20 and DEVICES["A10G"].tdp is None
+
+
+def test_threads_are_given_back_after_an_error_too():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), facts.on_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before
