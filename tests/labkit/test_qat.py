@@ -331,7 +331,7 @@ def test_a_trained_model_is_saved_and_loaded(method, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(engines.available()["onnxruntime"] != "ready", reason="onnxruntime is not installed")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lsq", pytest.param("ste", marks=pytest.mark.nightly)])
 def test_a_trained_model_runs_in_an_engine(method):
     model = trained(method, 8, 8)
     with torch.no_grad():
