@@ -218,7 +218,9 @@ def run_tests(folder: Path, files: list[str]) -> str:
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     limit = ["--timeout", str(SECONDS), "--timeout-method", "thread"]  # ends the process, also in an endless C call
     for marks in MARKS:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *limit, "-m", marks, *files]
+        # nbval takes some seconds to import, and notebooks are none of the tests
+        plugins = ["-p", "no:cacheprovider", "-p", "no:nbval"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *plugins, *limit, "-m", marks, *files]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode in (0, NO_TESTS):
             continue

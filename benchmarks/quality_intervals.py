@@ -12,7 +12,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from scipy.special import ndtr, ndtri
@@ -56,8 +56,16 @@ def coverage(setting: Setting, draws: int) -> Coverage:
 def changed_answers(rng: Rng, images: int, wins: float, losses: float) -> Estimate:
     """Draw answers of which these shares turn right and wrong."""
     place = rng.uniform(size=images)
-    before = place >= wins
-    after = place < 1 - losses
+    turned_right, turned_wrong = (place < wins).sum(), (place >= 1 - losses).sum()
+    return change_of(images, int(turned_right), int(turned_wrong))
+
+
+@cache
+def change_of(images: int, turned_right: int, turned_wrong: int) -> Estimate:
+    """Return the change of accuracy with so many changed answers, the same however they lie among the images."""
+    image = np.arange(images)
+    before = image >= turned_right
+    after = image < images - turned_wrong
     return stats.accuracy_change(after, before)
 
 

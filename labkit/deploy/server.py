@@ -122,11 +122,13 @@ def main() -> None:
     import mosec
 
     server = mosec.Server()
-    server.append_worker(Reader)
+    # This process has only imported, and a fork needs not import again.
+    server.append_worker(Reader, start_method="fork")
     server.append_worker(
         Classifier,
         max_batch_size=int(os.environ["LABKIT_MAX_BATCH"]),
         max_wait_time=int(os.environ["LABKIT_DELAY_MS"]),
+        start_method="fork",
     )
     server.run()
 

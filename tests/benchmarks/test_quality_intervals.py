@@ -1,9 +1,10 @@
 """Intervals of quality hold a known truth as often as they say, or as their docstrings admit: SIMULATED data."""
 
+import functools
 import math
 
 import pytest
-from quality_intervals import INTERVALS, Setting, coverage
+from quality_intervals import INTERVALS, Coverage, Setting, coverage
 
 
 def settings(interval: str) -> dict[str, Setting]:
@@ -15,17 +16,28 @@ def least(nominal: float, draws: int) -> float:
     return nominal - 3.1 * math.sqrt(nominal * (1 - nominal) / draws)
 
 
+@functools.cache
+def of_accuracy(name: str) -> Coverage:
+    """The same for both tests that read it."""
+    return coverage(settings("accuracy")[name], draws=2000)
+
+
 @pytest.mark.parametrize("name", ["50 images, 2.0% turn right, 2.0% wrong", "300 images, 0.0% turn right, 1.0% wrong"])
 def test_changes_of_accuracy_are_covered_on_both_sides(name):
-    row = coverage(settings("accuracy")[name], draws=2000)
+    row = of_accuracy(name)
     print(name, row)
     assert row.holds >= least(0.95, 2000) and max(row.below, row.above) <= 1 - least(0.975, 2000)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(settings("accuracy")))
+def often(name: str) -> tuple:
+    """Many changes of many answers take long, and each night."""
+    many = name.startswith("2000") and not name.startswith("2000 images, 0.")
+    return (pytest.mark.slow, pytest.mark.nightly) if many else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=often(name)) for name in settings("accuracy")])
 def test_every_change_of_accuracy_is_covered(name):
-    assert coverage(settings("accuracy")[name], draws=2000).holds >= least(0.95, 2000)
+    assert of_accuracy(name).holds >= least(0.95, 2000)
 
 
 @pytest.mark.parametrize("shared", ["by image 90%, by seed 0%", "by image 50%, by seed 20%"])

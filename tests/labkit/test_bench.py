@@ -97,8 +97,19 @@ def test_stopping_at_a_width_stays_honest():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
-@pytest.mark.parametrize("ratio", [1.0, 1.05, 2.0])
+@pytest.mark.parametrize(
+    ("ratio", "environment"),
+    [
+        *((1.0, environment) for environment in ENVIRONMENTS),
+        *((ratio, "bursts") for ratio in (1.05, 2.0)),
+        *(
+            pytest.param(ratio, environment, marks=pytest.mark.nightly)
+            for ratio in (1.05, 2.0)
+            for environment in ENVIRONMENTS
+            if environment != "bursts"
+        ),
+    ],
+)
 def test_the_interval_covers_the_truth_and_no_verdict_is_wrong(environment, ratio):
     results = [simulate(environment, {work_a: 2e-3 * ratio}, seed) for seed in range(RUNS)]
     excluded = sum(excludes(result.ci95, ratio) for result in results)

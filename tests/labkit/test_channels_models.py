@@ -37,6 +37,7 @@ def build(name: str, side: int) -> nn.Module:
 
 
 NIGHTLY = ("inception_v3", "maxvit_t", "densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf")
+NIGHTLY += ("alexnet", "efficientnet_b0", "googlenet", "resnext50_32x4d")
 
 
 def marks(name: str) -> tuple:

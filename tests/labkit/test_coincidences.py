@@ -37,18 +37,22 @@ KINDS = {
 }
 
 
-NIGHTLY = [(case, "heads") for case in CASES if case != ALL]
+# by day in neurons and channels too; the heads of every family are
+ALL_KINDS = ("bert", "gpt2", "t5", "neox", "codegen", "phi3", "vit")
+
+
+def cases() -> list:
+    """Every family, size and kind; those that only a night has are marked."""
+    parameters = []
+    for name in (*FAMILIES, *MORE):
+        for case, kind in (*((ALL, kind) for kind in KINDS), *((case, "heads") for case in CASES if case != ALL)):
+            by_day = case == ALL and (kind == "heads" or name in ALL_KINDS)
+            parameters.append(pytest.param(name, case, kind, marks=() if by_day else pytest.mark.nightly))
+    return parameters
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "kind"),
-    [
-        *((ALL, kind) for kind in KINDS),
-        *(pytest.param(*values, marks=pytest.mark.nightly) for values in NIGHTLY),
-    ],
-)
-@pytest.mark.parametrize("name", [*FAMILIES, *MORE])
+@pytest.mark.parametrize(("name", "case", "kind"), cases())
 def test_sizes_that_coincide_are_told_apart(name, case, kind):
     if name in IN_FOUR_BLOCKS and CASES[case]["heads"] % 4:
         pytest.skip("the family has no such size")

@@ -15,30 +15,44 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-@pytest.mark.slow
-def test_fashion_mnist_normalisation_is_the_training_images_own() -> None:
+@pytest.fixture(scope="module")
+def training_file() -> torch.Tensor:
+    """The pixels of all training images as they are stored, from 0 to 255."""
     raw = gzip.decompress(fetch.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
-    pixels = torch.frombuffer(bytearray(raw), dtype=torch.uint8).double() / 255
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def fashion_mnist() -> dict[str, datasets.Split]:
+    return {split: datasets.fashion_mnist(split) for split in datasets.SPLITS}
+
+
+@pytest.mark.slow
+def test_fashion_mnist_normalisation_is_the_training_images_own(training_file: torch.Tensor) -> None:
+    pixels = training_file.double() / 255
     assert pixels.mean().item() == pytest.approx(datasets.FASHION_MEAN, abs=5e-5)
     assert pixels.std().item() == pytest.approx(datasets.FASHION_STD, abs=5e-5)
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 55_000), ("validation", 5_000), ("test", 10_000)])
-def test_fashion_mnist_splits_are_balanced_and_of_the_stated_size(split: str, size: int) -> None:
-    data = datasets.fashion_mnist(split)
+def test_fashion_mnist_splits_are_balanced_and_of_the_stated_size(
+    fashion_mnist: dict[str, datasets.Split], split: str, size: int
+) -> None:
+    data = fashion_mnist[split]
     assert data.images.shape == (size, 1, 28, 28)
     assert data.images.dtype == torch.float32
     assert data.labels.bincount().tolist() == [size // 10] * 10
 
 
 @pytest.mark.slow
-def test_fashion_mnist_training_and_validation_are_the_whole_file() -> None:
+def test_fashion_mnist_training_and_validation_are_the_whole_file(
+    fashion_mnist: dict[str, datasets.Split], training_file: torch.Tensor
+) -> None:
     raw = gzip.decompress(fetch.path("fashion-mnist/train-labels-idx1-ubyte.gz").read_bytes())[8:]
-    train, validation = datasets.fashion_mnist("train"), datasets.fashion_mnist("validation")
-    both = torch.cat([train.images, validation.images]).sum(dtype=torch.float64)
-    pixels = gzip.decompress(fetch.path("fashion-mnist/train-images-idx3-ubyte.gz").read_bytes())[16:]
-    whole = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).sum(dtype=torch.float64) / 255
-    expected = (whole - datasets.FASHION_MEAN * len(pixels)) / datasets.FASHION_STD
+    train, validation = fashion_mnist["train"], fashion_mnist["validation"]
+    both = train.images.sum(dtype=torch.float64) + validation.images.sum(dtype=torch.float64)
+    whole = training_file.sum(dtype=torch.float64) / 255
+    expected = (whole - datasets.FASHION_MEAN * len(training_file)) / datasets.FASHION_STD
     assert len(train) + len(validation) == len(raw)
     assert both.item() == pytest.approx(expected.item(), rel=1e-4, abs=100)
 
@@ -57,9 +71,8 @@ def test_fashion_mnist_subset_changes_with_the_seed() -> None:
     assert not torch.equal(one.images, two.images)
 
 
-def test_fashion_mnist_first_test_image_is_an_ankle_boot() -> None:
-    data = datasets.fashion_mnist("test")
-    assert datasets.FASHION_CLASSES[data.labels[0]] == "Ankle boot"
+def test_fashion_mnist_first_test_image_is_an_ankle_boot(fashion_mnist: dict[str, datasets.Split]) -> None:
+    assert datasets.FASHION_CLASSES[fashion_mnist["test"].labels[0]] == "Ankle boot"
 
 
 def test_reviews_are_labelled_by_the_sign_of_their_rating() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,17 +35,19 @@ nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="need
 READY = engines.available()
 BOTH = ["onnxruntime", pytest.param("openvino", marks=openvino)]
 INT8 = [pytest.param("onnxruntime", marks=needs("cpu vnni")), pytest.param("openvino", marks=[openvino, vnni])]
-COMPILERS = [  # each starts g++
-    pytest.param(name, marks=[often, pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason=READY[name])])
-    for name, often in (
-        ("torch-compile", pytest.mark.slow),
-        ("torch-compile-unfrozen", pytest.mark.nightly),
-        ("aotinductor", pytest.mark.slow),
-        ("aotinductor-unfrozen", pytest.mark.nightly),
-    )
-]
-COMPILER = COMPILERS[0]  # for claims that hold or fail in all compilers alike; the others each night
-NIGHTLY_COMPILER = pytest.param(*COMPILERS[2].values, marks=[*COMPILERS[2].marks, pytest.mark.nightly])
+
+
+def compilers(by_day: str, *by_night: str) -> list:
+    """Parameters of a claim about torch's compilers, each of which starts g++: one by day, the others each night."""
+    parameters = []
+    for name in (by_day, *by_night):
+        often = pytest.mark.slow if name == by_day else pytest.mark.nightly
+        ready = pytest.mark.skipif(READY[name] != "ready", reason=READY[name])
+        parameters.append(pytest.param(name, marks=[often, pytest.mark.slow, ready]))
+    return parameters
+
+
+COMPILERS = compilers("torch-compile", "aotinductor")  # for claims that hold or fail in all compilers alike
 EXECUTORCH = [
     pytest.param(name, marks=[pytest.mark.slow, pytest.mark.skipif(READY[name] != "ready", reason="needs ExecuTorch")])
     for name in ("executorch", "executorch-portable")
@@ -125,7 +128,8 @@ def kinds(path) -> list[str]:
 # --- the same function ------------------------------------------------------------------------------------------------
 
 
-FLOAT = ["torch", "torch-channels-last", *COMPILERS, *EXECUTORCH, "onnxruntime-unoptimized", *BOTH]
+FROZEN_OR_NOT = compilers("torch-compile", "torch-compile-unfrozen", "aotinductor", "aotinductor-unfrozen")
+FLOAT = ["torch", "torch-channels-last", *FROZEN_OR_NOT, *EXECUTORCH, "onnxruntime-unoptimized", *BOTH]
 
 
 @pytest.mark.parametrize("name", FLOAT)
@@ -156,7 +160,7 @@ def test_executorch_has_as_many_threads_as_torch():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["torch", COMPILER, NIGHTLY_COMPILER, EXECUTORCH[0], *BOTH])
+@pytest.mark.parametrize("name", ["torch", *COMPILERS, EXECUTORCH[0], *BOTH])
 def test_keywords_constants_and_several_outputs(name: str):
     model = words()
     batch = {"ids": torch.randint(50, (2, 7)), "mask": torch.ones(2, 7), "scale": 2.0, "labels": torch.zeros(2)}
@@ -186,7 +190,7 @@ def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     return BertForSequenceClassification(BertConfig(vocab_size=100, initializer_range=0.3, **sizes)).eval()
 
 
@@ -197,7 +201,7 @@ def texts(*lengths: int, pad: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(1, 100, size) * mask, "attention_mask": mask}
 
 
-VARYING = ["torch", *COMPILERS[::2], EXECUTORCH[0], *BOTH]
+VARYING = ["torch", *compilers("aotinductor", "torch-compile"), EXECUTORCH[0], *BOTH]
 
 
 @pytest.mark.parametrize("name", VARYING)
@@ -231,7 +235,7 @@ def test_quantized_layers_take_the_rows_of_a_sequence(name: str):
     assert y.shape == (3, 5, 4) and affine.sqnr(model(x), y) > 25
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16", COMPILER, NIGHTLY_COMPILER, EXECUTORCH[0]])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch-bf16", *COMPILERS, EXECUTORCH[0]])
 def test_the_model_is_left_as_it_was(name: str):
     model = copy.deepcopy(net()).train()
     before = traits(model)
@@ -304,14 +308,34 @@ def test_an_engine_that_adds_pairs_in_int16_is_refused_but_for_7_bits(monkeypatc
     engines.prepare("saturating", seven, torch.randn(2, 4))
 
 
+IN_ANOTHER_PROCESS = """
+import torch
+from labkit.deploy import engines
+engines.prepare("onnxruntime", torch.nn.Linear(4, 2), torch.ones(1, 4))(torch.ones(1, 4))
+openvino_is_ready = engines.available()["openvino"] == "ready"
+print(openvino_is_ready and engines._multiplies("openvino", 8))
+"""
+
+
+@pytest.fixture(scope="module")
+def another_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Both engines in a process without VNNI, as oneDNN's setting makes it for OpenVINO; its home, what it printed."""
+    home = tmp_path_factory.mktemp("home")
+    settings = {"HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    environment = {**os.environ, **settings}
+    for variable in ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY"):
+        environment.pop(variable, None)
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return home, child.stdout
+
+
 @openvino
 @pytest.mark.slow
-def test_openvino_does_not_pass_without_vnni():
-    """Made so in a child, as its oneDNN allows; ONNX Runtime asks the CPU alone."""
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = "from labkit.deploy import engines; print(engines._multiplies('openvino', 8))"
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert child.stdout.splitlines()[-1] == "False"
+def test_openvino_does_not_pass_without_vnni(another_process: tuple[Path, str]):
+    """ONNX Runtime asks the CPU alone, so that it cannot be made so."""
+    _, printed = another_process
+    assert printed.splitlines()[-1] == "False"
 
 
 def test_activations_are_u8_weights_s8_per_channel_and_biases_s32(path):
@@ -456,16 +480,9 @@ def test_peers_come_near_the_model(name: str):
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
-def test_onnx_runtime_keeps_no_device_id_in_the_user_s_cache(tmp_path):
-    code = (
-        "import torch; from labkit.deploy import engines;"
-        "engines.prepare('onnxruntime', torch.nn.Linear(4, 2), torch.ones(1, 4))(torch.ones(1, 4))"
-    )
-    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for variable in ("XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY"):
-        environment.pop(variable, None)
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert not list(tmp_path.rglob("*deviceid*")) and not list(tmp_path.rglob("Microsoft"))
+def test_onnx_runtime_keeps_no_device_id_in_the_user_s_cache(another_process: tuple[Path, str]):
+    home, _ = another_process
+    assert not list(home.rglob("*deviceid*")) and not list(home.rglob("Microsoft"))
 
 
 @pytest.mark.parametrize("folder", ["a new place", "it's"])

@@ -222,6 +222,8 @@ def test_loss_fn_takes_the_place_of_the_models_own():
 def test_batches_are_let_go_one_by_one_and_with_them_their_graphs(method):
     """A graph that is kept keeps its batch: the embedding's backward pass needs the token ids."""
     alive = []
+    model = family(CLASSIFIER)
+    gc.freeze()  # else each collection below searches all that was imported
 
     def stream():
         for batch in batches(CLASSIFIER, 1):
@@ -232,7 +234,7 @@ def test_batches_are_let_go_one_by_one_and_with_them_their_graphs(method):
             yield {**batch, "input_ids": tokens}
             del tokens
 
-    heads.head_importance(family(CLASSIFIER), stream(), method)
+    heads.head_importance(model, stream(), method)
     assert len(alive) == 6
 
 

@@ -11,33 +11,41 @@ x86 = pytest.mark.skipif(not isa.rungs()["AVX2"], reason="needs an x86 CPU with 
 WITHOUT_VNNI = ("AVX2", "AVX512_CORE")
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> list:
+def products(factors: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> list:
     import os
 
     import torch
 
-    return [os.environ["ONEDNN_MAX_CPU_ISA"], torch.get_num_threads(), torch._int_mm(a, b)]
+    integers = {bits: torch._int_mm(a, b) for bits, (a, b) in factors.items()}
+    return [os.environ["ONEDNN_MAX_CPU_ISA"], torch.get_num_threads(), integers]
+
+
+def numbers(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two matrices of the integers of these bits, as int8."""
+    draw, end = torch.Generator().manual_seed(0), 2 ** (bits - 1)
+    a, b = (torch.randint(-end, end, size, generator=draw) for size in ((32, 64), (64, 16)))
+    return a.to(torch.int8), b.to(torch.int8)
 
 
 @x86
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [7, 8])
-def test_each_rung_gives_the_same_integers_of_7_bits_and_those_with_vnni_of_8(bits: int):
+def test_each_rung_gives_the_same_integers_of_7_bits_and_those_with_vnni_of_8():
     """Without VNNI pairs of products are added in 16 bits, which those of 8 bits overflow (oneDNN, int8 inference)."""
-    draw, end = torch.Generator().manual_seed(0), 2 ** (bits - 1)
-    a, b = (torch.randint(-end, end, size, generator=draw) for size in ((32, 64), (64, 16)))
-    results = isa.ladder(product, a.to(torch.int8), b.to(torch.int8))
+    factors = {bits: numbers(bits) for bits in (7, 8)}
+    exact = {bits: a.long() @ b.long() for bits, (a, b) in factors.items()}
+    results = isa.ladder(products, factors)
     assert list(results) == [name for name, has in isa.rungs().items() if has]
     for rung, (cap, threads, integers) in results.items():
         assert (cap, threads) == (rung, torch.get_num_threads())
-        assert torch.equal(integers.long(), a @ b) or (bits == 8 and rung in WITHOUT_VNNI)
+        assert torch.equal(integers[7].long(), exact[7])
+        assert torch.equal(integers[8].long(), exact[8]) or rung in WITHOUT_VNNI
 
 
 def test_a_rung_needs_those_below_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(isa, "fingerprint", lambda device: type("Cpu", (), {"features": ("avx2", "vnni")}))
     assert isa.rungs() == dict.fromkeys(isa.RUNGS, False) | {"AVX2": True}
     monkeypatch.setattr(isa, "fingerprint", lambda device: type("Cpu", (), {"features": ("neon",)}))
-    check_refusal("no AVX2", lambda: isa.ladder(product, 1, 1))
+    check_refusal("no AVX2", lambda: isa.ladder(products, {}))
 
 
 @x86

@@ -33,7 +33,7 @@ def parameters(model: torch.nn.Module) -> int:
         ("minilm", 22_713_216),
         pytest.param("smollm2", 134_515_008, marks=pytest.mark.slow),
         ("resnet50", 25_557_032),  # torchvision's own table
-        pytest.param("bert_base", 109_482_240, marks=pytest.mark.slow),
+        pytest.param("bert_base", 109_482_240, marks=[pytest.mark.slow, pytest.mark.nightly]),
         # q, o, k, v, three of the MLP, two norms
         pytest.param("llama3_8b_layer", 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2), marks=pytest.mark.slow),
     ],

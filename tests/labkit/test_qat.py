@@ -331,7 +331,7 @@ def test_a_trained_model_is_saved_and_loaded(method, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(engines.available()["onnxruntime"] != "ready", reason="onnxruntime is not installed")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lsq", pytest.param("ste", marks=pytest.mark.nightly)])
 def test_a_trained_model_runs_in_an_engine(method):
     model = trained(method, 8, 8)
     with torch.no_grad():
@@ -378,9 +378,9 @@ def test_a_step_that_training_drives_through_zero_stays_a_grid():
 
 @pytest.mark.slow
 def test_two_bits_are_learned_where_they_cannot_be_calibrated():
-    """ResNet-20, 24 steps: calibration alone is lost, LSQ is not, and a smaller loss is a better model."""
-    train, test = datasets.fashion_mnist("train", 768), datasets.fashion_mnist("test", 300)
-    images, bits = train.images[:128].split(64), {"": 2, "conv": 8, "fc": 8}
+    """ResNet-20, 16 steps: calibration alone is lost, LSQ is not, and a smaller loss is a better model."""
+    train, test = datasets.fashion_mnist("train", 512), datasets.fashion_mnist("test", 200)
+    images, bits = [train.images[:64]], {"": 2, "conv": 8, "fc": 8}
 
     def accuracy(model):
         return training.accuracy(model, training.Batches((test.images, test.labels), 100))
@@ -388,7 +388,7 @@ def test_two_bits_are_learned_where_they_cannot_be_calibrated():
     calibrated = ptq.quantize(models.resnet20(), images, weights=bits, activations=8).model
     model = qat.prepare(models.resnet20(), images, weights=bits, activations=8, method="lsq")
     before = accuracy(model)
-    qat.finetune_(model, training.Batches((train.images, train.labels), 32, seed=0), steps=24)
+    qat.finetune_(model, training.Batches((train.images, train.labels), 32, seed=0), steps=16)
     assert accuracy(calibrated) < 0.5 < 0.8 < accuracy(model) and before < accuracy(model)
 
 

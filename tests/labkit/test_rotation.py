@@ -183,6 +183,7 @@ def test_a_forward_pass_that_does_more_than_its_weights_is_no_equality():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_is_rotated_and_its_size_told():
     model = models.smollm2()
     new = rotation.rotate(model)

@@ -268,9 +268,14 @@ NETWORKS = {  # name: (how large its images are, names of the norms that no laye
 }
 
 
+NIGHTLY = ("mobilenetv2_035", "mobilenetv3_small_050")  # blocks as those of efficientnet and of the one padded as TF
+
+
 @vnni
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in NETWORKS]
+)
 @torch.no_grad()
 def test_timm_s_networks_are_folded_quantized_and_converted_code_by_code(name):
     timm = pytest.importorskip("timm")

@@ -69,7 +69,7 @@ def skipped_tests(tmp_path: Path) -> Callable[..., str]:
     here = Path(__file__).with_name("test_device.py")
 
     def printed(*arguments: str) -> str:
-        options = ["-q", "-rs", "-p", "no:cacheprovider", "--pretend-gpu", *arguments]
+        options = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:nbval", "--pretend-gpu", *arguments]
         command = [sys.executable, "-m", "pytest", *options, str(here)]
         environment = {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
