@@ -47,6 +47,9 @@ LONGEST = 48  # tokens; what is beyond is cut off
 STEP = 8  # tokens: texts are padded to a multiple, since engines prepare kernels for each new shape
 CLIENT_S = 5.0  # seconds that a client waits for an answer
 CHARACTERS = 10_000  # of the longest text that is not refused
+# The process that starts the workers has only imported, so that on Linux a fork saves them to import again.
+# On macOS a process may not be forked that has loaded the system's frameworks.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 # --- the server's processes -------------------------------------------------------------------------------------------
@@ -122,13 +125,12 @@ def main() -> None:
     import mosec
 
     server = mosec.Server()
-    # This process has only imported, and a fork needs not import again.
-    server.append_worker(Reader, start_method="fork")
+    server.append_worker(Reader, start_method=START_METHOD)
     server.append_worker(
         Classifier,
         max_batch_size=int(os.environ["LABKIT_MAX_BATCH"]),
         max_wait_time=int(os.environ["LABKIT_DELAY_MS"]),
-        start_method="fork",
+        start_method=START_METHOD,
     )
     server.run()
 

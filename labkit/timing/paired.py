@@ -74,7 +74,7 @@ def _changes(after: Any, before: Any, dimensions: tuple[str, ...]) -> np.ndarray
             f"{list(before.shape)}: give both models the same images."
         )
     for answers in (after, before):
-        if not np.isin(answers, (0, 1)).all():
+        if answers.dtype != bool and not np.isin(answers, (0, 1)).all():
             raise InputError("An answer is neither right nor wrong: give True or False, or 1 or 0, for each image.")
     return after.astype(np.float64) - before.astype(np.float64)
 
