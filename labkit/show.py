@@ -109,7 +109,8 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
     table: the figure's data, a dict per row.
     caption: title; empty takes the figure's own title.
     simulated: True if the data are computed, not measured; such a figure gets a badge.
-    instead: text that takes the place of `alt` and `caption`, together with the names of the axes.
+    instead: text that takes the place of `alt` and `caption`, together with the names of the axes; the picture is then
+        a draft for ordinary screens.
     Raises InputError, and shows nothing, without description or data, or if an axis has no label.
     """
     if not isinstance(alt, str) or len(alt.strip()) < SHORTEST_ALT:
@@ -132,7 +133,7 @@ def figure(fig: Any, *, alt: str, table: Rows, caption: str = "", simulated: boo
             "width": round(SCREEN_PX_PER_INCH * fig.get_figwidth()),
             "type": round(_type_on_a_phone(fig), 1),
         }
-        picture = base64.b64encode(png(fig)).decode()
+        picture = base64.b64encode(png(fig, SCREEN_PX_PER_INCH if instead else DPI)).decode()
         emit(text, data={"image/png": picture}, metadata={"image/png": described})
     plt.close(fig)
     html = _folded_data(rows, alt, caption, simulated)
@@ -158,12 +159,12 @@ def _folded_data(rows: Rows, alt: str, caption: str, simulated: bool) -> str:
     return f"{words}<details><summary>Description and data</summary>{data}</details>"
 
 
-def png(fig: Any) -> bytes:
+def png(fig: Any, dpi: int = DPI) -> bytes:
     """Return the figure as PNG with a palette: drawings have few colours, and a palette takes a third of the bytes."""
     from PIL import Image
 
     full, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(full, format="png", dpi=DPI, metadata={"Software": None})
+    fig.savefig(full, format="png", dpi=dpi, metadata={"Software": None})
     picture = Image.open(full).convert("RGB")
     with_palette = picture.quantize(32, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     with_palette.save(small, "png", optimize=True)

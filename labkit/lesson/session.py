@@ -19,7 +19,7 @@ Lesson 00 finished: ...
 
 A session measures nothing itself (labkit.bench does), and installs or downloads nothing. At preset smoke, whose sizes
 only try the code, nothing is said of results: sentences, captions and alt texts are left out, and no prediction, claim
-or plan is judged. `Lab._judges` is the gate.
+or plan is judged. `Lab._judges` is the gate. A timing at smoke is short, and leaves the caches as they are.
 """
 
 import gc
@@ -48,6 +48,7 @@ from labkit.lesson.timings import Timings
 from labkit.show import Rows
 from labkit.timing import machine
 from labkit.timing.bench import Comparison, Measurement, compare, measure
+from labkit.timing.clocks import check_budget
 
 if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
     from labkit.lesson import challenge
@@ -84,6 +85,7 @@ class Budget(NamedTuple):
     memory: float | None
 
 
+SMOKE_S = 0.05  # of a timing at smoke, at most, with hot caches: to empty a server's caches takes as long
 BUDGETS = {"smoke": Budget(90, 4e9), "class": Budget(600, None), "full": Budget(900, None)}
 
 
@@ -191,7 +193,7 @@ class Lab:
         options: arguments of labkit.bench.measure; `device` is the session's unless given.
         """
         check_name(name)
-        timing = measure(fn, name=name, **{"device": self.device, **options})
+        timing = measure(fn, name=name, **self._timing_options(options))
         timing = self._over_processes(name, timing)
         self._results.add_measurement(name, timing)
         self._timings.show_measurement(name, timing)
@@ -222,7 +224,7 @@ class Lab:
         if work is not None:
             _check_pair("work", work)
         _check_pair("dtype", dtypes)
-        options = {"device": self.device, **options}
+        options = self._timing_options(options)
         if processes is None:
             comparison = self._over_processes(name, compare(baseline, candidate, **options))
         else:
@@ -252,7 +254,7 @@ class Lab:
 
         for call in calls:
             check_name(f"{call}, {name}")
-        result = race(calls | (also or {}), **{"device": self.device, **options})
+        result = race(calls | (also or {}), **self._timing_options(options))
         result = self._over_processes(name, result)
         baseline, *candidates = calls
         for candidate in candidates:
@@ -485,7 +487,18 @@ class Lab:
     def _roofs(self) -> "Roofs":
         from labkit.lesson.roofs import Roofs
 
-        return Roofs(self._results, budget_s=self.by_preset(1.2, 6.0, 10.0))
+        return Roofs(self._results, budget_s=self.by_preset(0.1, 6.0, 10.0))
+
+    def _timing_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a timing with the session's device; at smoke hot caches and SMOKE_S seconds at most."""
+        options = {"device": self.device, **options}
+        if self.preset == "smoke":
+            budget_s = options.get("budget_s", SMOKE_S)
+            check_budget(budget_s)
+            options["budget_s"] = min(budget_s, SMOKE_S)
+            if options.get("cache") == "cold":
+                options["cache"] = "hot"
+        return options
 
     def _over_processes(self, name: str, timing: _Timing) -> _Timing:
         """Return a timing with the range over processes, in the last process of a recording; unchanged in any other."""

@@ -30,11 +30,14 @@ SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 4096, 8192)}  # of the sq
 CONVOLUTION = 0  # the convolution's place among the sides
 CONVOLUTION_FLOPS = 2 * 128 * 128 * 3 * 3 * 56 * 56
 ROUNDS = 6  # of every call at least, however short the budget: fewer give no interval
-LONGEST_S = 0.025  # of a product, however short the budget: 1024 x 1024 in fp32 on a core of 2020
-SMALLEST_MAY_TAKE = 6  # times the longest time: a slow type should have a ceiling, too
+LONGEST_S = 0.025  # of a product, for budgets under 2 s: 1024 x 1024 in fp32 on a core of 2020
+LONGEST_SHARE = 0.05  # of a budget under half a second, the longest that a product may take
+SMALLEST_MAY_TAKE = 6  # times the longest time, or LONGEST_S: a slow type should have a ceiling, too
 REPETITIONS = 10  # of each ceiling, if the budget allows: the best of the rounds in each counts
+STREAM_BYTES = GiB // 3  # of a streamed array, at most, in a second of the budget
 PARTS = 16  # of the streamed arrays on a CPU, a call each: a short call is more often undisturbed
 SLOW_STREAM = 1.3  # median over least seconds of a stream, from which other programs use the memory
+SWEEP_ROUNDS = 2  # at least, of which the faster counts
 SWEEP_BYTES = 256 * MiB  # to read or write in a call of the bandwidth sweep
 
 Call = Callable[[], object]
@@ -69,6 +72,8 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     Bandwidth is the best of copy (2n bytes), triad (3n) and read (n) over three fp32 arrays, two and a half times the
     last cache together. As in STREAM, the lines that a CPU reads only to overwrite are not counted.
 
+    A budget too short for such arrays takes shorter arrays, which a cache may hold, and the ceilings get a warning.
+
     Calls alternate until the budget is spent, in ten repetitions if time allows and in six at least. The best call of a
     repetition gives a value, and the ceiling is the best of the values: a disturbance only lowers a rate, and a rate
     reached once can be reached. The range goes down to the low end of the median's 95 % interval, the usual rate.
@@ -88,11 +93,16 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     before = interference.snapshot(target)
     deadline = time.perf_counter() + budget_s
     with torch.inference_mode():
-        products, warnings = _products(target, longest_s=max(budget_s / 80, LONGEST_S))
+        longest_s = max(budget_s / 80, min(LONGEST_S, LONGEST_SHARE * budget_s))
+        products, warnings = _products(target, longest_s)
         clocks.evictor.cache_clear()  # its array is as large as the arrays of the streams
-        streams = _streams(machine, target)
+        nbytes = _array_bytes(machine, target)
+        affordable = max(MiB, int(STREAM_BYTES * budget_s))
+        if affordable < nbytes:
+            warnings.append("the arrays were short, and a cache may have held them: raise budget_s")
+        streams = _streams(min(nbytes, affordable), target)
         workloads = products | streams
-        samples = _in_turns(workloads, target, deadline)
+        samples = _in_turns(workloads, target, ROUNDS, deadline)
     after = interference.snapshot(target)
     by_cpu = _judged_by_cpu_time(machine, target, before, after)
     seconds = {}
@@ -115,14 +125,14 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     )
 
 
-def _in_turns(workloads: Workloads, target: torch.device, deadline: float) -> dict[Key, list[Sample]]:
-    """Time every call once in each round until the deadline, in ROUNDS at least, after an untimed call of each."""
+def _in_turns(workloads: Workloads, target: torch.device, rounds: int, deadline: float) -> dict[Key, list[Sample]]:
+    """Time every call once in each round until the deadline, in `rounds` at least, after an untimed call of each."""
     clock = clocks.choose(target)
     calls = {key: workload.call for key, workload in workloads.items()}
     for call in calls.values():
         clock.block(call, 1)
     every_call = [Turn(key) for key in calls]
-    return take_turns(clock, calls, itertools.repeat(every_call), EnoughRounds(ROUNDS, deadline))
+    return take_turns(clock, calls, itertools.repeat(every_call), EnoughRounds(rounds, deadline))
 
 
 def _judged_by_cpu_time(machine: Machine, target: torch.device, before: Snapshot, after: Snapshot) -> bool:
@@ -211,7 +221,7 @@ def _products(target: torch.device, longest_s: float) -> tuple[Workloads, list[s
             seconds = fastest_s(probe, clock, ROUNDS)
         except RuntimeError:  # this build of torch has no kernel for the type
             seconds = float("inf")
-        if seconds > SMALLEST_MAY_TAKE * longest_s:
+        if seconds > SMALLEST_MAY_TAKE * max(longest_s, LONGEST_S):
             warnings.append(f"{name} has no ceiling: even a small product takes too long here")
             continue
         workloads[Key(name, smallest)] = Workload(probe, 2 * smallest**3)
@@ -306,23 +316,29 @@ def _fp32_as(precision: str) -> Iterator[None]:
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def _streams(machine: Machine, target: torch.device) -> Workloads:
-    """Make copy, triad and read over arrays that no cache holds.
+def _array_bytes(machine: Machine, target: torch.device) -> int:
+    """Return the bytes of each of three arrays that no cache holds.
 
-    On a CPU a call streams a part of the arrays; before the part comes again, all other parts have passed through the
-    cache. The three arrays together are two and a half times the last cache, of which two cores of a server may see
-    half a gigabyte. All reads come in a row: after a copy or a triad the last cache is full of written lines, and a
-    read that displaces written lines waits for the write to memory, bytes that nobody counts.
+    On a CPU the three together are two and a half times the last cache, of which two cores of a server may see half a
+    gigabyte.
     """
     if target.type == "cpu":
-        parts = PARTS
         nbytes = max(128 * MiB, 5 * machine.last_level_cache // 6)
         memory = machine.memory
     else:
-        parts = 1
         nbytes = GiB
         memory = machine.gpu.memory
-    nbytes = min(nbytes, memory // 16, 2 * GiB)
+    return min(nbytes, memory // 16, 2 * GiB)
+
+
+def _streams(nbytes: int, target: torch.device) -> Workloads:
+    """Make copy, triad and read over three arrays of `nbytes` bytes.
+
+    On a CPU a call streams a part of the arrays; before the part comes again, all other parts have passed through the
+    cache. All reads come in a row: after a copy or a triad the last cache is full of written lines, and a read that
+    displaces written lines waits for the write to memory, bytes that nobody counts.
+    """
+    parts = PARTS if target.type == "cpu" else 1
     a, b, out = (torch.ones(nbytes // 4, device=target).chunk(parts) for _ in range(3))
     part_bytes = a[0].nbytes
     streams: Workloads = {}
@@ -368,7 +384,7 @@ def bandwidth_sweep(device: str | torch.device | None = None, *, budget_s: float
         buffer = torch.ones(sizes[-1] // 4, device=target)
         walk = _read_over_and_over if target.type == "cpu" else _copy_over_and_over
         walks = {Key("walk", size): walk(buffer, size, threads) for size in sizes}
-        samples = _in_turns(walks, target, deadline)
+        samples = _in_turns(walks, target, SWEEP_ROUNDS, deadline)
     bandwidths = []
     for key, workload in walks.items():
         fastest = min(sample.seconds for sample in samples[key])

@@ -133,11 +133,11 @@ def rounds(monkeypatch):
     streams = {key: Workload(None, nbytes) for key, nbytes in moved.items()}
     products = {Key("fp32", side): Workload(None, 2 * side**3) for side in (256, 512)}
     monkeypatch.setattr(measuring, "_products", lambda target, longest_s: (products, []))
-    monkeypatch.setattr(measuring, "_streams", lambda here, target: streams)
+    monkeypatch.setattr(measuring, "_streams", lambda nbytes, target: streams)
     monkeypatch.setattr(
         measuring,
         "_in_turns",
-        lambda calls, target, deadline: {key: [sample(*s) for s in rounds[key]] for key in calls},
+        lambda calls, *conditions: {key: [sample(*s) for s in rounds[key]] for key in calls},
     )
     rounds |= {key: [(100.0, 50.0)] * 20 for key in [*streams, *products]}
     return rounds
@@ -163,6 +163,23 @@ def test_one_thread_among_other_programs_is_judged_by_cpu_time_as_it_is_when_it_
     monkeypatch.setattr(interference, "foreign_cores", lambda before, after: foreign)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert ceilings("cpu", budget_s=0.1).bandwidth == bandwidth
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "longest_s", "array_bytes"),
+    [(0.1, 0.005, 2**30 // 3 // 10), (1.0, 0.025, 2**30 // 3), (6.0, 0.075, 2**29), (10.0, 0.125, 2**29)],
+)
+def test_a_short_budget_has_short_products_and_short_arrays_and_the_ceilings_say_so(
+    rounds, monkeypatch, budget_s: float, longest_s: float, array_bytes: int
+):
+    asked = {}
+    products, streams = measuring._products, measuring._streams
+    monkeypatch.setattr(measuring, "_products", lambda target, s: asked.update(longest_s=s) or products(target, s))
+    monkeypatch.setattr(measuring, "_streams", lambda size, target: asked.update(size=size) or streams(size, target))
+    monkeypatch.setattr(measuring, "_array_bytes", lambda here, target: 2**29)
+    warnings = ceilings("cpu", budget_s=budget_s).warnings
+    assert asked == {"longest_s": pytest.approx(longest_s), "size": array_bytes}
+    assert any("the arrays were short" in warning for warning in warnings) == (array_bytes < 2**29)
 
 
 def test_measured_ceilings_lie_within_their_intervals(measured: Ceilings):
@@ -206,7 +223,10 @@ def test_a_convolution_counts_beside_the_products_of_fp32():
     assert products["fp32", 0].amount == 2 * 128 * 9 * y.numel() and products["fp32", 512].amount == 2 * 512**3
 
 
-def test_products_that_take_too_long_are_left_out_and_named():
+def test_products_that_take_too_long_are_left_out_and_named(monkeypatch):
+    larger = [key for key in measuring._products(CPU, longest_s=1e-12)[0] if key.size != 256]
+    assert not larger  # however short the budget, the smallest of each type has 0.15 s
+    monkeypatch.setattr(measuring, "LONGEST_S", 1e-12)
     products, warnings = measuring._products(CPU, longest_s=1e-12)
     assert products == {} and warnings[0] == "fp32 has no ceiling: even a small product takes too long here"
 
@@ -214,7 +234,7 @@ def test_products_that_take_too_long_are_left_out_and_named():
 def test_stream_arrays_are_together_two_and_a_half_times_the_last_cache():
     """Half a gigabyte of it, as two cores of a large server see, once took 12 GB."""
     here = replace(fingerprint("cpu"), last_level_cache=192 * 2**20, memory=2**36)
-    streams = measuring._streams(here, CPU)
+    streams = measuring._streams(measuring._array_bytes(here, CPU), CPU)
     moved = {key: workload.amount for key, workload in streams.items()}
     part = 160 * 2**20 // measuring.PARTS
     numbers = {"read": 3 * measuring.PARTS, "copy": measuring.PARTS, "triad": measuring.PARTS}
@@ -225,7 +245,7 @@ def test_stream_arrays_are_together_two_and_a_half_times_the_last_cache():
 
 def test_reads_are_in_a_row_so_that_most_displace_no_line_that_a_copy_wrote():
     here = replace(fingerprint("cpu"), last_level_cache=17 * 2**20, memory=2**36)
-    order = [key.name for key in measuring._streams(here, CPU)]
+    order = [key.name for key in measuring._streams(measuring._array_bytes(here, CPU), CPU)]
     assert order == ["read"] * 3 * measuring.PARTS + ["copy"] * measuring.PARTS + ["triad"] * measuring.PARTS
 
 
@@ -246,7 +266,7 @@ def test_roofs_of_two_moments_give_the_higher_of_each():
 def test_streams_do_what_they_are_called(monkeypatch):
     """Copies leave ones, triads 1 + 3 x 1; together the parts cover each array once."""
     here = replace(fingerprint("cpu"), last_level_cache=0, memory=2**20)
-    streams = measuring._streams(here, CPU)
+    streams = measuring._streams(measuring._array_bytes(here, CPU), CPU)
     reads = sum(float(workload.call()) for key, workload in streams.items() if key.name == "read")
     copies = [workload.call() for key, workload in streams.items() if key.name == "copy"]
     assert len({out.data_ptr() for out in copies}) == measuring.PARTS and all(out.eq(1).all() for out in copies)

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -815,6 +816,25 @@ def test_at_smoke_a_number_is_recorded_and_nothing_is_said_of_it(smoke, capsys):
     assert capsys.readouterr().out == "method  perplexity\ngptq    3,452,722\n"
     record = smoke.finish()
     assert (record.sentences, record.named("perplexity").value) == ({}, 3_452_722.0)
+
+
+def ten_ms_a_call(fn: Callable, number: int) -> float:
+    return 0.01 * number
+
+
+def test_at_smoke_a_timing_takes_a_twentieth_of_a_second_and_empties_no_cache(smoke, lab):
+    long = {"budget_s": 0.5, "clock": ten_ms_a_call}
+    few, many = (a_lab.measure("step", list, cache="cold", **long) for a_lab in (smoke, lab))
+    assert (len(few.samples_s), few.cache) == (5, "hot") and (len(many.samples_s), many.cache) == (50, "cold")
+    few, many = (a_lab.compare("pair", list, list, **long) for a_lab in (smoke, lab))
+    assert len(few.baseline.samples_s) <= 5 < len(many.baseline.samples_s)
+    few, many = (a_lab.race("three", {"a": list, "b": list, "c": list}, **long) for a_lab in (smoke, lab))
+    assert len(few.orders) == 1 < len(many.orders)
+    assert len(smoke.measure("step", list, clock=ten_ms_a_call).samples_s) == 5  # without a budget, too
+    with pytest.raises(InputError, match="budget_s must be a number of seconds above 0, got 0"):
+        smoke.measure("step", list, budget_s=0)
+    with pytest.raises(InputError, match="cache"):
+        smoke.measure("step", list, cache="warm")
 
 
 def test_what_is_the_same_at_every_preset_is_said_at_smoke_too(smoke, capsys):
