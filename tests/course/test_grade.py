@@ -307,7 +307,7 @@ LESSONS, _ = grade.read_lessons()
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(damaged_notebooks(), st.binary(min_size=1, max_size=8).filter(lambda name: not set(name) & {0, 47, 46}))
 def test_a_damaged_hand_in_costs_nobody_else_anything(tmp_path_factory: pytest.TempPathFactory, notebook: Any, name):
     folder = tmp_path_factory.mktemp("class")
