@@ -53,7 +53,7 @@ for number in sorted({id.partition(".")[0] for id in checks.ids()}):
 
 
 def warm_processes() -> list[psutil.Process]:
-    """The warm processes that this process, or one that it started, has now."""
+    """The warm processes that this process, or one that it started, has now, and their forks."""
     started = psutil.Process().children(recursive=True)
     return [process for process in started if "course.answers" in command_of(process) and process.ppid() != 1]
 
@@ -85,8 +85,20 @@ def when(condition: Callable[[], list], act: Callable[[list], object]) -> thread
 
 
 def keepers_at_work() -> list[psutil.Process]:
-    """Keepers whose answer runs: children of the warm process that have a child of their own."""
-    return [keeper for warm in warm_processes() for keeper in forked(warm) if forked(keeper)]
+    """Keepers whose answer runs: children of the warm process that have a child of their own.
+
+    Of one look at all processes, since this is asked many times: psutil reads them all for the children of one.
+    """
+    parents = {process: parent_of(process) for process in warm_processes()}
+    pids = {process.pid for process in parents}
+    return [process for process, parent in parents.items() if parent in pids and process.pid in parents.values()]
+
+
+def parent_of(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
 
 
 @pytest.fixture(scope="module")
