@@ -68,6 +68,7 @@ def _execute(
     Returns name and message of the exception at the end of the run, None for a run without. Raises OSError if the disk
     takes no more. The exception decides: papermill's metadata calls a dead kernel "completed".
     """
+    sys.modules.setdefault("pyarrow.fs", None)  # papermill would import it, to read notebooks from Hadoop
     import papermill
     from nbclient.exceptions import DeadKernelError
 

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
-from course import notebooks
+from course import hosted, notebooks
 from labkit import files
 from labkit.data import fetch
 from labkit.errors import LabError
@@ -93,14 +93,7 @@ def missing() -> list[Requirement]:
     """List the course's requirements not met by the current Python."""
     project = tomllib.loads((files.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = project["dependencies"] + project["optional-dependencies"]["course"]
-    requirements = map(Requirement, lines)
-    return [requirement for requirement in requirements if not _meets(requirement)]
-
-
-def _meets(requirement: Requirement) -> bool:
-    with contextlib.suppress(PackageNotFoundError):
-        return requirement.specifier.contains(version(requirement.name), prereleases=True)
-    return False
+    return [Requirement(line) for line in hosted.missing(lines)]
 
 
 def _torch() -> CheckResult:

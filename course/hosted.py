@@ -15,7 +15,8 @@ import site
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distributions
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +35,27 @@ def requirements() -> dict[str, str]:
     return needed
 
 
+def missing(lines: list[str]) -> list[str]:
+    """Keep the lines of missing and outdated packages, or all lines where `packaging`, which compares, is missing.
+
+    pip would find nothing to do as well, after 4 s of computing for each user of a server where all is installed.
+    """
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return lines
+    needed = []
+    for line in lines:
+        requirement = Requirement(line)
+        with suppress(PackageNotFoundError):
+            if requirement.specifier.contains(version(requirement.name), prereleases=True):
+                continue
+        needed.append(line)
+    return needed
+
+
 def install(lines: list[str]) -> None:
-    """Let pip install the missing and outdated packages of `lines`; a failure ends the program with pip's last line."""
+    """Let pip install the packages of `lines`; a failure ends the program with pip's last line."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -73,8 +93,10 @@ def main() -> None:
     before = versions()
     imported = set(needed) & set(sys.modules)
     print("installing what is missing, and fetching the models; this takes some minutes, once", flush=True)
-    install(list(needed.values()))
-    see_what_is_new()
+    lines = list(needed.values())
+    if missing(lines):
+        install(lines)  # all, so that pip keeps to each line while it brings what is missing
+        see_what_is_new()
     use_this_labkit()
 
     from labkit.data import fetch

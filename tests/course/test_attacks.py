@@ -38,10 +38,11 @@ pytestmark = [
 ORDINARY = 54321  # a user id that no account has
 HONEST = ("honest", "0 first", "zoe, the last")
 # Files, sockets and signals: all that the versions of Landlock treat differently. The rest of the table is tried with
-# the newest version and without Landlock.
-BY_VERSION = {
+# the newest version, and each night without Landlock.
+BY_VERSION = frozenset({
     "read", "write", "truncate", "names", "attributes", "permissions", "network", "signals", "neighbours"
-}  # fmt: skip
+})  # fmt: skip
+ALL = frozenset(attack.category for attack in ATTACKS)
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -96,20 +97,24 @@ def _state(path: Path) -> tuple:
 
 
 def cases() -> Iterator[object]:
-    """Yield (version of Landlock, user); all but three pairs of them are tried each night only.
+    """Yield (version of Landlock, user, categories of attacks); all but three of them are tried each night only.
 
     Version 0 is a kernel without Landlock. The version that a new kernel has is tried as both users; without Landlock
     an ordinary user has the least protection.
     """
-    each_time = [(6, 0), (6, ORDINARY), (0, ORDINARY)]
-    for version, user in itertools.product((6, 3, 2, 1, 0), (0, ORDINARY)):
-        marks = () if (version, user) in each_time else pytest.mark.nightly
+    each_time = [(6, 0, ALL), (6, ORDINARY, ALL), (0, ORDINARY, BY_VERSION)]
+    rarely = itertools.product((3, 2, 1, 0), (0, ORDINARY), (BY_VERSION,))
+    each_night = [*rarely, (0, 0, ALL - BY_VERSION), (0, ORDINARY, ALL - BY_VERSION)]
+    for case in dict.fromkeys([*each_time, *each_night]):
+        version, user, categories = case
+        marks = () if case in each_time else pytest.mark.nightly
         who = "as an ordinary user" if user else "as whoever runs the tests"
-        yield pytest.param(version, user, marks=marks, id=f"{who}-Landlock {version}")
+        what = "" if categories >= BY_VERSION else "-the rest"
+        yield pytest.param(*case, marks=marks, id=f"{who}-Landlock {version}{what}")
 
 
 @pytest.fixture
-def school(abi: int, user: int) -> Iterator[School]:
+def school(abi: int, user: int, categories: frozenset[str]) -> Iterator[School]:
     if abi > newest_abi():
         pytest.skip(f"this kernel has Landlock {newest_abi()}")
     if user and os.geteuid() != 0:
@@ -118,7 +123,7 @@ def school(abi: int, user: int) -> Iterator[School]:
         pytest.skip("needs setpriv (util-linux)")
     folder = Path(tempfile.mkdtemp(prefix="labkit-school-"))
     try:
-        attacks = [attack for attack in ATTACKS if abi in (0, 6) or attack.category in BY_VERSION]
+        attacks = [attack for attack in ATTACKS if attack.category in categories]
         opened = School(folder, user, tuple(attacks))
         furnish(opened)
         yield opened
@@ -170,7 +175,7 @@ def newest_abi() -> int:
     return max(0, ctypes.CDLL(None).syscall(444, None, 0, 1))
 
 
-@pytest.mark.parametrize(("abi", "user"), list(cases()))
+@pytest.mark.parametrize(("abi", "user", "categories"), list(cases()))
 def test_nobody_loses_a_point_and_nothing_changes(school: School, abi: int):
     environment = {
         **os.environ,

@@ -15,7 +15,7 @@ from click.testing import Result
 from commands import accepts_connections, labkit, wait_until
 from run_records import RECORD
 
-from course import cli, notebooks, run
+from course import notebooks, run
 from labkit.data import fetch
 from labkit.lesson import records
 
@@ -83,42 +83,32 @@ def test_one_lesson_runs_at_class_and_all_at_smoke_unless_told_otherwise(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "recorded", "note"),
-    [
-        ("smoke", False, "note    smoke tries the code; run class to see."),
-        (
-            "smoke",
-            True,
-            "note    smoke tries the code; run class to see. The report shows the recorded results instead, of 01.",
-        ),
-        ("class", True, None),
-    ],
-)
-def test_a_run_at_smoke_says_in_a_line_what_it_is(
-    empty_course: Path, write_lesson, monkeypatch, tmp_path, preset: str, recorded: bool, note: str | None
+def test_a_good_result_is_run_again_unless_it_is_resumed_and_smoke_says_in_a_line_what_it_is(
+    empty_course: Path, write_lesson
 ):
-    monkeypatch.setattr(cli.files, "RECORDED", tmp_path / "recorded")
-    if recorded:
-        records.write(RECORD, tmp_path / "recorded" / "a machine" / "01.json")
-    write_lesson(empty_course / "notebooks", "1")
-    lines = labkit("run", "1", "--preset", preset, "--out", empty_course / "runs").stdout.splitlines()
-    assert [line for line in lines if line.startswith("note")] == ([note] if note else [])
-
-
-@pytest.mark.slow
-def test_a_good_result_is_run_again_unless_it_is_resumed(empty_course: Path, write_lesson):
     write_lesson(
         empty_course / "notebooks", "import os; assert PRESET == os.environ['LABKIT_PRESET'] and RATIO == 0.25"
     )
-    created = []
-    for options in ((), ("--resume",), ()):
-        asked = ("run", "1", "--preset", "smoke", "-p", "RATIO", "0.25", "--out", empty_course / "runs", *options)
-        result = labkit(*asked)
+
+    def asked(preset: str, *options: str) -> list[str]:
+        """Run the lesson, and return the notes."""
+        words = ("run", "1", "--preset", preset, "-p", "RATIO", "0.25", "--out", empty_course / "runs", *options)
+        result = labkit(*words)
         assert result.exit_code == 0 and result.stdout.startswith("done    01_small"), result.output
-        [folder] = (empty_course / "runs" / "01_small").iterdir()
-        created.append((folder / "run.json").stat().st_mtime_ns)
-    assert created[0] == created[1] < created[2]
+        return [line for line in result.stdout.splitlines() if line.startswith("note")]
+
+    def created() -> int:
+        [folder] = (empty_course / "runs" / "01_small").glob("smoke-*")
+        return (folder / "run.json").stat().st_mtime_ns
+
+    alone = "note    smoke tries the code; run class to see."
+    assert asked("smoke") == [alone]
+    first = created()
+    records.write(RECORD, empty_course / "recorded" / "a machine" / "01.json")
+    beside = f"{alone} The report shows the recorded results instead, of 01."
+    assert asked("smoke", "--resume") == [beside] and created() == first
+    assert asked("class") == []
+    assert asked("smoke") == [beside] and created() > first
 
 
 NO_GPU = r"is not there \(torch sees .*\); choose auto or cpu, or fix the driver."

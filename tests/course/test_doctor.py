@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import labkit
 
-from course import doctor, notebooks
+from course import doctor, hosted, notebooks
 from labkit.data import fetch
 
 SMI = "| NVIDIA-SMI 580.65   Driver Version: 580.65.06   CUDA Version: 13.0  |"
@@ -146,7 +146,7 @@ def test_missing_and_old_packages_are_named(monkeypatch: pytest.MonkeyPatch):
             raise PackageNotFoundError(name)
         return has.get(name) or importlib.metadata.version(name)
 
-    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(hosted, "version", version)
     assert found("packages") == doctor.Finding(
         "packages", False, "missing: torch>=2.9, papermill>=2.6; run ./lab setup"
     )

@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mutants
 import nbformat
 import psutil
 import pytest
@@ -25,6 +27,7 @@ from course import answers, grade, notebooks
 from course.grade import Grade, Gradebook
 from labkit import files
 from labkit.errors import InputError
+from labkit.storage import native
 
 SOURCE = notebooks.read(files.NOTEBOOKS / f"{LESSON}.ipynb")
 SECONDS = 5
@@ -74,6 +77,7 @@ ADDED = "import itertools as i\n%matplotlib inline\ndef helped(x): return i.coun
 CHAIN = "\n".join(f"def f{k}(): return f{k + 1}()" for k in range(5_000))
 CHOKING = ("x = " + "+".join(["1"] * 20_000), CHAIN, "(" * 5_000, "x = " + "-" * 100_000 + "1", "\ud800")
 CHEAT = "import labkit.lesson.check as c\nc.check = lambda *a: 1 / 0\n"
+MOODLE = "Ann Smith_1327627_assignsubmission_file_"  # a folder as Moodle names it
 DELETED = ("setup", "exercise-3", "check-3", "exercise-4-card")
 FIRST = {**FULL, "01.1": 0}
 CLASS = {  # student -> what is handed in, and the points that it gets; None: which they are is not promised
@@ -120,12 +124,13 @@ CLASS = {  # student -> what is handed in, and the points that it gets; None: wh
     "uses what is above and added": (with_cells(with_first_line(DECODE, USES), ADDED), FULL),
     "uses what was computed": (with_first_line(DECODE, "lab.finish()"), {**FULL, "01.3": 0}),
     "chokes a reader": (with_cells(with_first_line(DECODE, "f0"), *CHOKING), FULL),
+    MOODLE: (solved(), FULL),
 }
 
 
 @pytest.fixture(scope="module")
-def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, dict]]]:
-    """The class's folder after `./lab grade`, and its rows by student and exercise."""
+def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, dict]], str]:
+    """The class's folder after `./lab grade`, its rows by student and exercise, and what the command printed."""
     folder = tmp_path_factory.mktemp("school") / "class"
     folder.mkdir()
     for student, (notebook, _) in CLASS.items():
@@ -142,13 +147,14 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     os.mkfifo(folder / "nothing" / f"{LESSON}.ipynb")
     (folder / "not to be entered").mkdir(mode=0)
     command = [sys.executable, "-m", "course.cli", "grade", folder, "--seconds", str(SECONDS)]
+    command += ["--totals", "moodle", folder / "points.csv"]
     environment = {**os.environ, "PYTHONPATH": str(files.ROOT)}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     rows: dict[str, dict[str, dict]] = {}
     for row in csv.DictReader((folder / "grades.csv").open(encoding="utf-8")):
         rows.setdefault(row["student"], {})[row["exercise"]] = row
-    return folder, rows
+    return folder, rows, process.stdout
 
 
 SHOWN = {b"n\xffame": r"n\udcffame", b"n\xfeame": r"n\udcfeame", "=cmd()<b>": "'=cmd()<b>"}
@@ -197,7 +203,7 @@ def test_the_reason_says_what_happened(graded):
 
 @pytest.mark.slow
 def test_nothing_is_harmed_and_nothing_is_left_behind(graded):
-    folder, rows = graded
+    folder, rows, _ = graded
     assert rows.keys() == POINTS.keys() and all(by_exercise.keys() == FULL.keys() for by_exercise in rows.values())
     assert [path.name for path in folder.parent.iterdir()] == ["class"]
     assert [path.name for path in (folder / "right").iterdir()] == [f"{LESSON}.ipynb"]
@@ -215,12 +221,61 @@ def test_the_page_says_it_all_without_help(graded):
 
 
 @pytest.mark.slow
-def test_every_worked_answer_passes(tmp_path: Path):
+def test_the_command_writes_the_totals_beside_both_tables(graded):
+    folder, _, printed = graded
+    names = (*grade.FILES, "points.csv")
+    assert printed.splitlines() == [(folder / name).resolve().as_uri() for name in names]
+    rows = {row["Identifier"]: row for row in csv.DictReader((folder / "points.csv").open(encoding="utf-8"))}
+    assert rows["Participant 1327627"]["Grade"] == str(sum(FULL.values()))
+
+
+def all_wrong(lesson: Path) -> NotebookNode:
+    """The learner's copy of a lesson with the first wrong answer to each exercise in tests/mutants."""
+    copy = solved(lesson)
+    wrong = tomllib.loads((mutants.FOLDER / f"lesson{lesson.stem[:2]}.toml").read_text(encoding="utf-8"))
+    for task in notebooks.exercises(notebooks.read(lesson)):
+        (cell,) = (cell for cell in copy.cells if cell.id == task.cell_id)
+        lines = task.solution.splitlines(keepends=True)
+        end = mutants.end_of_docstring(task.solution)
+        body = "".join(lines[end:])
+        for old, new in next(iter(wrong[task.id].values())):
+            body = body.replace(old, new)
+        cell.source = "".join(lines[:end]) + body
+    return copy
+
+
+@pytest.fixture(scope="module")
+def of_all_lessons(tmp_path_factory: pytest.TempPathFactory) -> Gradebook:
+    """The grades of three: all right, all wrong in a plausible way, and lesson 02 with one of its two formats."""
+    folder, second = tmp_path_factory.mktemp("class"), notebooks.find("02")
     for path in notebooks.all_lessons():
-        write(tmp_path, "ann", solved(path), path.stem)
-    book = grade.grade(tmp_path)
-    assert {row.exercise.id: row.reason for row in book.grades if row.result != "passed"} == {}
-    assert len(book.grades) > 15 and book.remarks == []
+        write(folder, "all right", solved(path), path.stem)
+        write(folder, "all wrong", all_wrong(path), path.stem)
+    write(folder, "csr only", with_first_line("fair_sides", 'assert format == "csr"', lesson=second), second.stem)
+    return grade.grade(folder)
+
+
+@pytest.mark.slow
+def test_every_worked_answer_passes(of_all_lessons: Gradebook):
+    right = [row for row in of_all_lessons.grades if row.student == "all right"]
+    assert {row.exercise.id: row.reason for row in right if row.result != "passed"} == {}
+    assert len(right) > 15 and of_all_lessons.remarks == []
+
+
+@pytest.mark.slow
+def test_each_plausible_wrong_answer_is_wrong_as_in_its_notebook(of_all_lessons: Gradebook):
+    """tests/notebooks/test_mutants.py says that there; nothing that the sandbox refuses is a reason."""
+    wrong = [row for row in of_all_lessons.grades if row.student == "all wrong"]
+    assert {row.exercise.id: row.result for row in wrong if row.result != "wrong"} == {}
+    assert [row.reason for row in wrong if "PermissionError" in row.reason or "no thread" in row.reason] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(native.load, native.ARGUMENTS)), reason="needs a C++ compiler")
+def test_the_kernels_are_examined_as_in_the_notebook(of_all_lessons: Gradebook):
+    results = {row.student: (row.result, row.reason) for row in of_all_lessons.grades if row.exercise.id == "02.5"}
+    assert results["all right"] == ("passed", "")
+    assert results["csr only"][0] == "wrong" and "kernel" in results["csr only"][1]
 
 
 # reading what was handed in -----------------------------------------------------------------------
@@ -252,7 +307,7 @@ LESSONS, _ = grade.read_lessons()
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(damaged_notebooks(), st.binary(min_size=1, max_size=8).filter(lambda name: not set(name) & {0, 47, 46}))
 def test_a_damaged_hand_in_costs_nobody_else_anything(tmp_path_factory: pytest.TempPathFactory, notebook: Any, name):
     folder = tmp_path_factory.mktemp("class")

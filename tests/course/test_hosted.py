@@ -40,6 +40,13 @@ def test_it_begins_where_no_package_is_installed():
     assert "torch" in done.stdout.split(), done.stderr
 
 
+def test_pip_is_asked_only_where_a_package_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch):
+    lines = list(hosted.requirements().values())
+    assert hosted.missing([*lines, "no-such-package>=1", "numpy>=999"]) == ["no-such-package>=1", "numpy>=999"]
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)  # nobody to ask
+    assert hosted.missing(lines) == lines
+
+
 def test_what_pip_installs_for_the_user_alone_is_imported_without_a_restart(tmp_path: Path):
     """Where the server's own folder cannot be written, pip makes one for the user, which Python had not seen."""
     code = f"""
@@ -100,6 +107,7 @@ def test_users_of_one_course_work_at_once_and_leave_their_results_at_home(
     for home in users:
         home.mkdir()
         environment = {**offline, "HOME": str(home), "LABKIT_CACHE": str(shared / "models")}
+        environment["PIP_CONSTRAINT"] = "/nowhere"  # pip would fail, but all is there and it is not asked
         command = [sys.executable, "-c", code]
         processes.append(subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True))
     for home, process in zip(users, processes, strict=True):

@@ -47,8 +47,8 @@ TRIES = {  # name -> an expression, and what is to come of it
     "segfault": ("ctypes.string_at(0)", "its process ended (SIGSEGV)"),
     "leave": ("os._exit(0)", "its process ended (code 0)"),
     "silence": ("os.closerange(0, 99) or input()", "its process ended"),
-    "loop": ("[0 for _ in iter(int, 1)]", "stopped after 3 s: an endless loop"),
-    "sleep": ("__import__('time').sleep(60)", "stopped after 3 s"),
+    "loop": ("[0 for _ in iter(int, 1)]", "stopped after 2 s: an endless loop"),
+    "sleep": ("__import__('time').sleep(60)", "stopped after 2 s"),
     "output": ("[sys.stdout.write('x' * 1000) for _ in range(200_000)] and 1", "1"),
     "long": ("'x' * 10**7", "xxx"),
     "surrogate": ("chr(0xD800)", "ud800"),
@@ -68,7 +68,7 @@ for name, expression in json.loads(sys.argv[3]).items():
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     try:
-        measures, said = sandbox.run(work, seconds=3)
+        measures, said = sandbox.run(work, seconds=2)
     except sandbox.Stopped as error:
         said = str(error)
     print(json.dumps([name, said]), flush=True)

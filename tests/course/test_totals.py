@@ -1,4 +1,7 @@
-"""A class's points arrive in the gradebook of Canvas or Moodle, at the right student."""
+"""A class's points arrive in the gradebook of Canvas or Moodle, at the right student.
+
+tests/course/test_grade.py has them written by the command.
+"""
 
 import csv
 import io
@@ -90,16 +93,6 @@ def test_what_the_student_called_the_file_names_the_lesson(tmp_path: Path):
     (tmp_path / "x").rmdir()
     entries, _ = grade.collect(tmp_path, grade.read_lessons()[0])
     assert {row.lesson for row, _ in entries} == {LESSON}
-
-
-@pytest.mark.slow
-def test_the_command_writes_both_tables(tmp_path: Path):
-    folder = tmp_path / "class"
-    folder.mkdir()
-    write(folder, MOODLE, solved())
-    result = labkit("grade", folder, "--totals", "moodle", tmp_path / "points.csv")
-    assert result.exit_code == 0 and (tmp_path / "points.csv").resolve().as_uri() in result.output
-    assert rows((tmp_path / "points.csv").read_text())[1][-2] == str(sum(FULL.values()))
 
 
 @pytest.mark.parametrize("place", [".", "not there/points.csv"])

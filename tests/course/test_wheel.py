@@ -25,18 +25,19 @@ NEEDS = {'"openvino"': "openvino", "(engine)": "openvino", '"openvino-genai"': "
 MODELS = """
 import torch
 from labkit import datasets, models
+from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.manual_seed(0)
-cnn, bert, llm = models.resnet20(), models.minilm_finetuned(), models.smollm2()
-llm.model.layers = llm.model.layers[:2]  # of 30
-llm.config.num_hidden_layers = 2
+cnn, bert = models.resnet20(), models.minilm_finetuned()
+sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+llm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
 split = datasets.fashion_mnist("test", 512)
 images, batches = split.images[:64], split.images[:256].split(64)
-judge = datasets.fashion_mnist("test", 4096)  # 512 images could not exclude a loss of a point
+judge = datasets.fashion_mnist("test", 2048)  # 512 images could not exclude a loss of a point
 test = list(zip(judge.images.split(64), judge.labels.split(64)))
 reviews = list(models.review_batches("train", 8, batch_size=2, max_len=8))
-tokens = models.tokenizer("smollm2")(datasets.handbook("calibration")[:2000], return_tensors="pt")["input_ids"]
-texts, ids = tokens[:, :128].split(64, 1), tokens[:, :16]
+tokens = torch.randint(0, 61, (1, 128))
+texts, ids = tokens.split(64, 1), tokens[:, :16]
 model, inputs = cnn, images
 baseline, candidate = lambda: images @ images.mT, lambda: images.sum()
 """
@@ -146,8 +147,8 @@ print(json.dumps({
 
 
 def test_the_lines_of_labkit_in_one_minute_run(elsewhere: Elsewhere):
-    """With 10 of 100 steps; on a CPU that adds in int16 the line that refuses 8 bits runs with 7, as it says."""
-    lines = [line.replace("steps=100", "steps=10") for line in MINUTE.splitlines() if line.strip()]
+    """With 3 of 100 steps; on a CPU that adds in int16 the line that refuses 8 bits runs with 7, as it says."""
+    lines = [line.replace("steps=100", "steps=3") for line in MINUTE.splitlines() if line.strip()]
     needs = {line: [module for mark, module in NEEDS.items() if mark in line] for line in lines}
     left_out = [line for line in lines if not all(map(find_spec, needs[line]))]
     code = """
@@ -184,14 +185,29 @@ def test_a_command_without_the_packages_of_the_course_is_a_sentence(elsewhere: E
     assert done.stderr == ("labkit: this needs click, which is not installed: pip install 'FILE.whl[course]'.\n")
 
 
-@pytest.mark.parametrize("name", sorted(set(main.commands) - set(ANYWHERE)))
-def test_a_command_that_needs_the_lessons_says_so(elsewhere: Elsewhere, name: str):
-    done = elsewhere.run(elsewhere.labkit, name, "01")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"Error: `labkit {name}` needs the lessons with their answers, which are in the course's repository: clone it, "
-        f"and give `./lab {name}` there.\n"
+def without_lessons(command: str) -> str:
+    return (
+        f"Error: `labkit {command}` needs the lessons with their answers, which are in the course's repository: clone "
+        f"it, and give `./lab {command}` there.\n"
     )
+
+
+def test_each_command_that_needs_the_lessons_says_so(elsewhere: Elsewhere):
+    """One as a program; then all in one process, which is started once."""
+    done = elsewhere.run(elsewhere.labkit, "run", "01")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", without_lessons("run"))
+    code = """
+import json, sys
+from click.testing import CliRunner
+from course.cli import main
+for name in sys.argv[1:]:
+    result = CliRunner().invoke(main, [name, "01"], prog_name="labkit")
+    print(json.dumps([name, [result.exit_code, result.stdout, result.stderr]]))
+"""
+    names = sorted(set(main.commands) - set(ANYWHERE))
+    done = elsewhere.run(elsewhere.python, "-c", code, *names)
+    answers = dict(map(json.loads, done.stdout.splitlines()))
+    assert len(names) > 5 and answers == {name: [2, "", without_lessons(name)] for name in names}, done.stderr
     assert list(elsewhere.folder.iterdir()) == []
 
 
