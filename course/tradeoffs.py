@@ -104,15 +104,17 @@ def _of_table(name: str, runs: Sequence[RunColumn], swept: Sequence[str]) -> lis
     else:
         values["compared"] = values["run"]
 
-    figures = []
+    figures: list[TradeOff] = []
     for x, y in _pairs(table):
         trade_off = _trade_off(table, values, x, y)
         if trade_off.trades:
             figures.append(trade_off)
+        if len(figures) == MOST_FIGURES:
+            break
     settings = _settings(table)
     if not figures and settings and SEED in table.by:
         return [_trade_off(table, values, settings[0], y) for y in _outcomes(table, "quality")]
-    return figures[:MOST_FIGURES]
+    return figures
 
 
 def _recordings(name: str, runs: Sequence[RunColumn]) -> list[Recording]:
