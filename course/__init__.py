@@ -8,7 +8,7 @@ Open run.py first: a lesson as a program. Then cli.py, with a function for each 
     start, release    notebooks (lessons, exercises, copies)
     grade             grade (a class), answers (running answers), totals (gradebooks), sandbox with landlock, seccomp
                       and syscalls (the walls around an answer)
-    doctor, site      doctor, site/
+    doctor, site      doctor, site/ with formulas
     elsewhere         hosted (Colab and others)
 """
 

@@ -8,7 +8,7 @@ import base64
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,15 +104,17 @@ def _of_table(name: str, runs: Sequence[RunColumn], swept: Sequence[str]) -> lis
     else:
         values["compared"] = values["run"]
 
-    figures = []
+    figures: list[TradeOff] = []
     for x, y in _pairs(table):
         trade_off = _trade_off(table, values, x, y)
         if trade_off.trades:
             figures.append(trade_off)
+        if len(figures) == MOST_FIGURES:
+            break
     settings = _settings(table)
     if not figures and settings and SEED in table.by:
         return [_trade_off(table, values, settings[0], y) for y in _outcomes(table, "quality")]
-    return figures[:MOST_FIGURES]
+    return figures
 
 
 def _recordings(name: str, runs: Sequence[RunColumn]) -> list[Recording]:
@@ -244,13 +246,13 @@ def _trade_off(table: RecordedTable, values: pd.DataFrame, x: str, y: str) -> Tr
 
 def _point(table: RecordedTable, rows: pd.DataFrame, x: str, y: str) -> dict[str, Any]:
     """Make a point of a figure from rows with only the seed different; the keys are the columns of TradeOff.points."""
-    first = rows.iloc[0]
+    first = rows.iloc[0].to_dict()
     settings = [column for column in _settings(table) if column != x]
     texts = [first[column] for column in settings if isinstance(first[column], str)]
-    point: dict[str, Any] = dict(first[["run", "here", "compared", *settings]])
+    point = {column: first[column] for column in ("run", "here", "compared", *settings)}
     point["series"] = ", ".join(texts)
     for axis, column in (("x", x), ("y", y)):
-        value, low, high = _coordinate(table, rows, column)
+        value, low, high = _coordinate(table, column, first, list(rows[column]))
         point[axis] = value
         point[f"{axis}_low"] = low
         point[f"{axis}_high"] = high
@@ -259,15 +261,20 @@ def _point(table: RecordedTable, rows: pd.DataFrame, x: str, y: str) -> dict[str
     return point
 
 
-def _coordinate(table: RecordedTable, rows: pd.DataFrame, column: str) -> tuple[Any, float, float]:
-    """Pool a column's values into (value, low, high); a setting without a role stays text."""
-    first = rows.iloc[0]
+def _coordinate(
+    table: RecordedTable, column: str, first: Mapping[str, Any], values: Sequence[Any]
+) -> tuple[Any, float, float]:
+    """Pool a column's values into (value, low, high); a setting without a role stays text.
+
+    first   the first row, with the interval of a single value
+    values  the column's value from each row
+    """
     meaning = table.meaning(column)
     if meaning.role not in RANKED:
         return short(first[column]), -math.inf, math.inf
     low = first.get(meaning.low, math.nan)
     high = first.get(meaning.high, math.nan)
-    return pooled(list(rows[column]), (low, high))
+    return pooled(values, (low, high))
 
 
 def pooled(values: Sequence[Any], ci95: tuple[float, float]) -> Estimate:

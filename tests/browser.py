@@ -38,7 +38,8 @@ class Browser:
             self.port = self._port(folder / "DevToolsActivePort")
             with urllib.request.urlopen(f"http://localhost:{self.port}/json/list") as answer:
                 tab = next(one for one in json.load(answer) if one["type"] == "page")
-            self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], suppress_origin=True, timeout=30)
+            trusted = {"suppress_origin": True, "skip_utf8_validation": True}  # it would check each byte in Python
+            self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=30, **trusted)
         except BaseException:
             self.close()
             raise
@@ -97,9 +98,13 @@ class Browser:
 
     def nameless(self) -> list[str]:
         """Buttons and links that a screen reader could only call "button" or "link"."""
-        nodes = self.call("Accessibility.getFullAXTree")["nodes"]
-        wanted = [node for node in nodes if not node["ignored"] and node["role"]["value"] in ("button", "link")]
-        return [node["role"]["value"] for node in wanted if not node.get("name", {}).get("value", "").strip()]
+        page = self.call("DOM.getDocument", depth=0)["root"]["nodeId"]
+        nameless = []
+        for role in ("button", "link"):
+            nodes = self.call("Accessibility.queryAXTree", nodeId=page, role=role)["nodes"]
+            names = [node.get("name", {}).get("value", "") for node in nodes if not node["ignored"]]
+            nameless += [role for name in names if not name.strip()]
+        return nameless
 
     def close(self) -> None:
         if hasattr(self, "socket"):

@@ -285,7 +285,7 @@ class SayingCell:
 
     def __init__(self, notebook: NotebookNode, cell: NotebookNode) -> None:
         statements = ast.parse(cell.source).body
-        self._helpers = [_compiled(helper) for helper in helpers(notebook, cell)]
+        self._helpers = helpers(notebook, cell)
         self._above = [_compiled(statement) for statement in statements if not _calls_of_say(statement)]
         calls = itertools.chain.from_iterable(map(_calls_of_say, statements))
         self._calls = [[_argument(argument) for argument in call.args[1:]] for call in calls]
@@ -342,15 +342,20 @@ def _of_class(value: ast.expr) -> Any:
     return value.value if isinstance(value, ast.Constant) else None
 
 
-def helpers(notebook: NotebookNode, cell: NotebookNode) -> list[ast.FunctionDef]:
+def helpers(notebook: NotebookNode, cell: NotebookNode) -> list[CodeType]:
     """Return the short functions above a cell, in cells that are hidden or make words."""
     functions = []
     for above in itertools.takewhile(lambda other: other.id != cell.id, notebook.cells):
         if above.cell_type == "code" and ("hide-input" in tags(above) or "show.told" in above.source):
-            for node in ast.parse(above.source).body:
-                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno < LONGEST_HELPER:
-                    functions.append(node)
+            functions += _short_functions(above.source)
     return functions
+
+
+@cache
+def _short_functions(source: str) -> list[CodeType]:
+    """Return the short functions of a cell, which every cell below it asks for."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return [_compiled(node) for node in functions if node.end_lineno - node.lineno < LONGEST_HELPER]
 
 
 def _compiled(statement: ast.stmt) -> CodeType:

@@ -22,6 +22,7 @@ from typing import Any
 import nbformat
 
 from course import notebooks, report, results
+from course.formulas import mathml
 from course.results import RANGES, RunColumn, side_by_side
 from labkit import files
 from labkit.errors import DataError, InputError
@@ -32,7 +33,6 @@ from labkit.lesson.records import MIME
 SOURCES = Path(__file__).parent
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml", "ziamath")  # the extra "site"
 FONT = "STIXTwoMath-Regular.ttf"  # without a font for formulas, which Linux often lacks, brackets stay small
-UNSTRETCHED = ' stretchy="false"'
 
 
 def build(out: Path, folders: Sequence[Path] = ()) -> Path:
@@ -112,15 +112,17 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
         files.write_text(page, _read(page).replace("](../../", "]("))
     font = Path(find_spec("ziamath").origin).parent / "fonts" / FONT  # the package itself, which draws, is not used
     shutil.copy(font, source / "static")
+    titles = {}
     for path in notebooks.all_lessons():
-        notebook = readable(notebooks.read(path))
-        files.write_text(source / "notebooks" / path.name, nbformat.writes(notebook))
+        notebook = notebooks.read(path)
+        titles[int(path.stem[:2])] = notebooks.title(notebook)
+        files.write_text(source / "notebooks" / path.name, nbformat.writes(readable(notebook)))
     syllabi = sorted(files.NOTEBOOKS.glob("syllabi/**/*.md"), key=lambda path: (len(path.parts), path.name))
     for path in [*syllabi, files.NOTEBOOKS / "glossary.md"]:
         files.write_text(source / _place(path), _read(path))
 
     columns, problems = _columns(folders)
-    files.write_text(source / "claims.md", "\n\n".join(_claims_page(columns)))
+    files.write_text(source / "claims.md", "\n\n".join(_claims_page(columns, titles)))
     files.write_text(source / "machines.md", "\n\n".join(_machines_page(columns, problems)))
     contents = _contents([_place(path) for path in syllabi])
     home = _read(source / "index.md").replace("<!-- lessons -->", _table_of_lessons())
@@ -196,22 +198,6 @@ def _with_formulas(folded: re.Match[str]) -> str:
     return re.sub(r"\$([^$]+)\$", lambda formula: mathml(formula[1]), folded[0])
 
 
-def mathml(latex: str, display: str = "inline") -> str:
-    """Write a formula in LaTeX as MathML. `display` is "inline" or "block"."""
-    from latex2mathml.converter import convert
-
-    latex = re.sub(r"(\\[bB]igg?[lr]) *\\[lr]vert", r"\1|", latex)  # the converter has \lvert, but not as a delimiter
-    latex = re.sub(r"(\\[dt]?binom) *(\d) *(\d)", r"\1{\2}{\3}", latex)  # and reads 84 as one number after \binom
-    latex = re.sub(r"(\\math(?:bb|bf|cal|frak|it|rm|scr|sf|tt)) *([A-Za-z])", r"\1{\2}", latex)  # nor E after \mathbb
-    bars = r"<mo([^>]*)>(?=(?:&#x02016;|&#x0007C;|\|)</mo>)"  # browsers space them as infix, and stretch one of two
-
-    def without_space(bar: re.Match[str]) -> str:
-        attributes = bar[1] or UNSTRETCHED
-        return f'<mo lspace="0" rspace="0"{attributes}>'
-
-    return re.sub(bars, without_space, convert(latex, display=display))
-
-
 # generated pages ----------------------------------------------------------------------------------
 
 
@@ -225,8 +211,8 @@ def _columns(folders: Sequence[Path]) -> tuple[list[RunColumn], list[str]]:
     return side_by_side(mine, recorded), [*problems, *unreadable]
 
 
-def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
-    """Yield the paragraphs of the page on claims."""
+def _claims_page(columns: Sequence[RunColumn], titles: Mapping[int, str]) -> Iterator[str]:
+    """Yield the paragraphs of the page on claims. `titles` are those of the lessons, by number."""
     yield (
         "# Widespread claims, tested\n\nThe course tests the claims of one written guide to inference optimisation; "
         "sections are the guide's. Each claim stands with the range of values that would confirm it. *Contradicted* "
@@ -235,9 +221,6 @@ def _claims_page(columns: Sequence[RunColumn]) -> Iterator[str]:
         f"from what and why. {RANGES}"
     )
     tables = report.template().module
-    titles = {}
-    for path in notebooks.all_lessons():
-        titles[int(path.stem[:2])] = notebooks.title(notebooks.read(path))
     claims_by_section: dict[int, list[Claim]] = {}
     for claim in claims.load().values():
         claims_by_section.setdefault(claim.section, []).append(claim)

@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from refusals import check_refusal
 
 from course import notebooks, site
+from course.formulas import mathml
 from labkit import files
 from labkit.errors import DataError
 from labkit.lesson import claims
@@ -206,7 +207,7 @@ def test_each_figure_of_a_cell_keeps_its_own_alt_text_and_width():
 
 @pytest.mark.parametrize("latex", [r"\bigl\lvert x\bigr\rvert", r"\lVert w_i \rVert_1", r"\lvert x \rvert"])
 def test_bars_of_a_formula_are_known_and_close(latex: str, sphinx: None):
-    made = site.mathml(latex)
+    made = mathml(latex)
     assert "\\" not in made
     assert made.count('<mo lspace="0" rspace="0"') == 2
 
@@ -221,7 +222,7 @@ def test_bars_of_a_formula_are_known_and_close(latex: str, sphinx: None):
     ],
 )
 def test_a_character_is_an_argument_by_itself_as_in_tex(plain: str, braced: str, sphinx: None):
-    assert site.mathml(plain) == site.mathml(braced)
+    assert mathml(plain) == mathml(braced)
 
 
 # building -----------------------------------------------------------------------------------------
