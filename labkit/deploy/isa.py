@@ -11,12 +11,12 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
-from labkit.errors import InputError, LabError
+from labkit.errors import InputError, LabError, check_choice
 from labkit.files import child_environment
 from labkit.timing.machine import fingerprint
 
@@ -38,19 +38,24 @@ with open(path, "wb") as file:
 """
 
 
-def ladder(function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> dict[str, Any]:
+def ladder(
+    function: Callable[..., Any], *args: Any, names: Collection[str] = tuple(RUNGS), timeout_s: float = 300
+) -> dict[str, Any]:
     """Call `function(*args)` on each rung of this CPU, the lowest first, and return the results by rung.
 
     function, args: see `apart`.
+    names: names of the rungs to climb, rows of RUNGS. A rung takes a process, and seconds to import torch.
     timeout_s: limit of a rung, in seconds.
     Raises InputError also on a CPU that is no x86.
     """
+    for name in names:
+        check_choice(name, RUNGS, "rung")
     has_rung = rungs()
     if not any(has_rung.values()):
         raise InputError("This CPU has no AVX2: the rungs are those of x86, so leave the ladder out here.")
     results = {}
     for name, is_here in has_rung.items():
-        if is_here:
+        if is_here and name in names:
             results[name] = apart(function, *args, timeout_s=timeout_s, ONEDNN_MAX_CPU_ISA=name)
     return results
 

@@ -49,6 +49,14 @@ def test_a_rung_needs_those_below_it(monkeypatch: pytest.MonkeyPatch):
 
 
 @x86
+def test_only_the_named_rungs_are_climbed():
+    a, b = torch.ones(2, 8, dtype=torch.int8), torch.ones(8, 2, dtype=torch.int8)
+    results = isa.ladder(product, a, b, names=["AVX2"])
+    assert {rung: cap for rung, (cap, *_) in results.items()} == {"AVX2": "AVX2"}
+    check_refusal("There is no rung 'SSE4'", lambda: isa.ladder(product, a, b, names=["SSE4"]))
+
+
+@x86
 def test_what_fails_in_a_rung_is_told():
     def fails():
         raise RuntimeError("no such kernel")
