@@ -25,7 +25,16 @@ KEPT_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 def test_a_lesson_runs_passes_its_checks_and_keeps_to_its_budget(lesson: Path, tmp_path: Path, offline: dict[str, str]):
     """Its stable cells print what is stored. Seconds count as CPU time on one thread: what runs beside adds none."""
     shutil.copy(lesson, tmp_path)  # nbval works in the notebook's folder
-    options = ["-p", "course", "-p", "nbval.plugin", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=3600", "-q"]
+    options = [
+        "-p",
+        "course",
+        "-p",
+        "nbval.plugin",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "--nbval-cell-timeout=3600",
+        "-q",
+    ]
     command = [sys.executable, "-m", "pytest", *options, f"--rootdir={tmp_path}", tmp_path / lesson.name]
     environment = {**offline, **KEPT_PAGES, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1"}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"

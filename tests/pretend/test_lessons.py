@@ -24,7 +24,16 @@ IN_CHILDREN = Path(__file__).with_name("in_children")
 def test_a_lesson_runs_on_the_device(number: str, tmp_path: Path):
     lesson = notebooks.find(number)
     shutil.copy(lesson, tmp_path)  # nbval works in the notebook's folder
-    options = ["-p", "nbval.plugin", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=3600", "-q"]
+    options = [
+        "-p",
+        "course",
+        "-p",
+        "nbval.plugin",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "--nbval-cell-timeout=3600",
+        "-q",
+    ]
     command = [sys.executable, "-m", "pytest", *options, f"--rootdir={tmp_path}", tmp_path / lesson.name]
     name = torch.cuda.get_device_name()
     pretended = [IN_CHILDREN] if name == device.NAME else []
