@@ -55,7 +55,7 @@ IMPORTED_AS = {
 }  # fmt: skip
 # by nbclient, papermill, sphinx, jinja2, matplotlib
 BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "markupsafe", "cycler"}
-OPTIONAL = {"pynvml", "latex2mathml", "nbval"}  # where they are not installed, a sentence or nothing
+OPTIONAL = {"pynvml", "nbval"}  # where they are not installed, a sentence or nothing
 
 
 def packages(*extras: str) -> set[str]:
@@ -88,7 +88,7 @@ def test_labkit_installs_alone_and_needs_what_it_imports():
 
 
 def test_what_the_course_imports_is_its_extra_s():
-    everything = packages("course", "cluster") | BROUGHT_BY_ANOTHER | OPTIONAL | {"labkit"}
+    everything = packages("course", "cluster", "site") | BROUGHT_BY_ANOTHER | OPTIONAL | {"labkit"}
     assert imports("course", at_once=False) <= everything
 
 
