@@ -217,7 +217,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     containers: dict[int, Any] = {}
     for module in model.modules():
         _collect_containers(vars(module), containers)
-    contents = [_Contents.of(container) for container in containers.values()]
+    empty = [container for container in containers.values() if not container]  # most of a module's own are
+    contents = [_Contents.of(container) for container in containers.values() if container]
     readable = [x for x in model.buffers() if not (x.is_meta or x.is_inference())]
     buffers = [(x, x._version, x.detach().clone()) for x in readable]
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -226,6 +227,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        for container in empty:
+            if container:
+                container.clear()
         for before in contents:
             if before.changed():
                 before.restore_()

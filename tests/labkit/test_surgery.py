@@ -283,6 +283,22 @@ def test_a_pass_that_writes_to_its_input_and_buffers_leaves_both_as_they_were():
         assert int(net.calls) == 0 and (net.scale == 1).all()
 
 
+@pytest.mark.parametrize("first", [[], [0]], ids=["empty", "filled"])
+def test_a_hook_that_holds_the_model_itself_writes_into_none_of_its_containers(first):
+    """Passes run on copies, but a hook is copied with what it holds."""
+    model, x = example(Plain)
+    model.seen, model.places, model.log = set(first), dict.fromkeys(first), list(first)
+
+    def write(*_):
+        model.seen.add(1)
+        model.places[1] = "here"
+        model.log.append(1)
+
+    model.register_forward_hook(write)
+    prune(model, x, ratio=0.5)
+    assert (model.seen, model.places, model.log) == (set(first), dict.fromkeys(first), first)
+
+
 @pytest.mark.parametrize("kind", [Plain, Attention])
 def test_inside_inference_mode_the_new_model_is_an_ordinary_one(kind):
     """Parameters and input from within too: torch allows no gradient through them."""
