@@ -198,11 +198,12 @@ SAID = {"why": '"It was so on one machine."', "right_when": '"the layer waits fo
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    """A CPU's session of lesson 03 with four claims: open, for a GPU, with a recipe, and one that explains nothing."""
+    """A CPU's session of lesson 03 with claims: open, for a GPU, with a recipe; explained not at all, and by halves."""
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(files, "NOTEBOOKS", tmp_path)
     recipe = entry(id='"3.3"', recipe=RECIPE, changed=CHANGED, **SAID)
     entries = [entry(**SAID), entry(id='"3.2"', needs='"gpu"', **SAID), recipe, entry(id='"3.4"')]
+    entries += [entry(id='"3.5"', why=SAID["why"]), entry(id='"3.6"', right_when=SAID["right_when"])]
     (tmp_path / "claims.toml").write_text("".join(entries), encoding="utf-8")
     return labkit.start("03", preset="class", device="cpu", results_dir=tmp_path / "runs")
 
@@ -265,12 +266,14 @@ SHOWN: Refusals = {  # calls with a session
     "shows one to five claims, not 6": lambda lab: lab.claims(*["3.1"] * 6),
     "Claim 3.2 has not been tested; call lab.claim('3.2', value)": lambda lab: lab.claims("3.2"),
     "Claim 3.4 has no why and right_when": lambda lab: lab.claims("3.4"),
+    "Claim 3.5 has no why and right_when": lambda lab: lab.claims("3.5"),
+    "Claim 3.6 has no why and right_when": lambda lab: lab.claims("3.6"),
     "There is no claim '3.9' in claims.toml; there are 3.1, 3.2": lambda lab: lab.claims("3.9"),
 }
 
 
 @refused(SHOWN)
 def test_a_claim_that_cannot_be_shown_is_named(lab, words, call):
-    lab.claim("3.1", 1.7)
-    lab.claim("3.4", 1.7)
+    for claim_id in ("3.1", "3.4", "3.5", "3.6"):
+        lab.claim(claim_id, 1.7)
     check_refusal(words, partial(call, lab))
