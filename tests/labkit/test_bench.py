@@ -25,7 +25,7 @@ from scipy.stats import binom
 
 from labkit.timing import bench, clocks, interference, machine, roofline, stats
 from labkit.timing.bench import Comparison, Measurement, compare, measure, race
-from labkit.timing.machine import Ceilings
+from labkit.timing.machine import Ceilings, on_threads
 
 RUNS = 300
 
@@ -378,15 +378,11 @@ def by_threads(seconds: float) -> None:
 
 def test_threads_that_make_a_call_slower_are_warned_of():
     fast, slow = (lambda: time.sleep(1e-3)), (lambda: by_threads(1e-3))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
+    with on_threads(2):
         line, pair = str(measure(slow, budget_s=0.4)), str(compare(slow, fast, budget_s=0.6))
         assert torch.get_num_threads() == 2
-        torch.set_num_threads(1)
+    with on_threads(1):
         alone = str(measure(slow, budget_s=0.2))
-    finally:
-        torch.set_num_threads(before)
     assert re.search(r"2 threads take [2-5]\.\d times as long as one: torch\.set_num_threads\(1\)", line)
     assert "baseline: 2 threads take" in pair and "candidate: 2 threads" not in pair
     assert "threads take" not in alone
@@ -496,12 +492,10 @@ for line in sys.stdin:  # each line: spin from when until when
 @pytest.fixture
 def one_thread():
     """A single thread, and a heap that is quick to collect before each comparison."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        gc.collect()
+        gc.freeze()
+        yield
 
 
 @pytest.fixture(params=["idle", "loaded"])

@@ -24,6 +24,7 @@ from labkit.files import ROOT
 from labkit.quantization import affine, ptq
 from labkit.quantization.affine import Grid
 from labkit.quantization.ptq import FakeQuantized, QuantizationPoint
+from labkit.timing.machine import on_threads
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -150,14 +151,10 @@ def test_executorch_has_as_many_threads_as_torch():
     from executorch.extension.pybindings import portable_lib
 
     model, x = nn.Linear(8, 4).eval(), torch.randn(2, 8)
-    threads = torch.get_num_threads()
-    try:
-        for count in (2, 1):
-            torch.set_num_threads(count)
+    for count in (2, 1):
+        with on_threads(count):
             torch.testing.assert_close(engines.prepare("executorch", model, x)(x), model(x).detach())
             assert portable_lib._threadpool_get_thread_count() == count
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["torch", *COMPILERS, EXECUTORCH[0], *BOTH])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from refusals import Refusals, check_refusal, refused
 
 from labkit.pruning import nm, pattern
+from labkit.timing.machine import on_threads
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -123,16 +124,13 @@ def test_a_mask_takes_a_third_of_topk_at_most(n, m):
         kept = torch.zeros_like(groups, dtype=torch.bool)
         return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view_as(weight)
 
-    threads, seconds = torch.get_num_threads(), {"topk": [], "mask": []}
-    torch.set_num_threads(1)
-    try:
+    seconds = {"topk": [], "mask": []}
+    with on_threads(1):
         for _ in range(7):
             for name, run in (("topk", by_topk), ("mask", lambda: nm.mask(weight, n, m))):
                 start = time.process_time()
                 run()
                 seconds[name].append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(threads)
     assert min(seconds["topk"]) > 3 * min(seconds["mask"])
 
 

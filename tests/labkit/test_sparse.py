@@ -17,6 +17,7 @@ from labkit.pruning import nm, sparse, unstructured
 from labkit.pruning.sparse import KERNELS, SparseLinear, convert, costs
 from labkit.storage import native
 from labkit.timing import bench
+from labkit.timing.machine import on_threads
 
 ON_CPU = [name for name in KERNELS if "cpu" in KERNELS[name].devices]
 EXACT = [name for name in ON_CPU if name != "kernel-bf16"]
@@ -296,14 +297,11 @@ def test_a_format_is_compared_with_an_equal_dense_layer(format):
 def test_the_kernel_beats_dense_at_ninety_percent(batch):
     """Over 128 MB of weights: one alone may lie in a large L3, where a dense product at batch 1 is twice as fast."""
     weights, x = [pruned(2048, 2048, 0.1, seed=seed) for seed in range(8)], torch.randn(batch, 2048)
-    layers, threads = [SparseLinear(weight, None, "kernel") for weight in weights], torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    layers = [SparseLinear(weight, None, "kernel") for weight in weights]
+    with on_threads(1):
         result = bench.compare(
             lambda: [F.linear(x, weight) for weight in weights], lambda: [layer(x) for layer in layers]
         )
-    finally:
-        torch.set_num_threads(threads)
     assert result.speedup > 3, result
 
 

@@ -3,13 +3,13 @@
 import json
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from commands import record_at_smoke
 
 from course import notebooks, run
 
@@ -24,25 +24,10 @@ KEPT_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 @pytest.mark.parametrize("lesson", notebooks.all_lessons(), ids=lambda path: path.stem)
 def test_a_lesson_runs_passes_its_checks_and_keeps_to_its_budget(lesson: Path, tmp_path: Path, offline: dict[str, str]):
     """Its stable cells print what is stored. Seconds count as CPU time on one thread: what runs beside adds none."""
-    shutil.copy(lesson, tmp_path)  # nbval works in the notebook's folder
-    options = [
-        "-p",
-        "course",
-        "-p",
-        "nbval.plugin",
-        "--nbval-lax",
-        "--nbval-current-env",
-        "--nbval-cell-timeout=3600",
-        "-q",
-    ]
-    command = [sys.executable, "-m", "pytest", *options, f"--rootdir={tmp_path}", tmp_path / lesson.name]
-    environment = {**offline, **KEPT_PAGES, "LABKIT_PRESET": "smoke", "OMP_NUM_THREADS": "1"}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    environment = {**offline, **KEPT_PAGES, "OMP_NUM_THREADS": "1"}
     before = cpu_seconds_of_children()
-    nbval = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    record = record_at_smoke(lesson, tmp_path, environment)
     seconds = cpu_seconds_of_children() - before
-    assert nbval.returncode == 0, nbval.stdout[-5000:]
-    record = json.loads(next(tmp_path.glob("runs/*/record.json")).read_text())
     assert record["preset"] == "smoke" and record["checks"]
     assert all(check["passed"] for check in record["checks"])
     if record["machine"]["last_level_cache"] <= LAPTOP_CACHE:
