@@ -29,6 +29,12 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def check_index(index: object, n: int, what: str) -> None:
+    """Raise InputError unless `index` is a whole number from 0 to n - 1; `what` is a noun for the error: "head"."""
+    if not is_whole(index) or not 0 <= index < n:
+        raise InputError(f"There is no {what} {index!r}: they are counted from 0 to {n - 1}.")
+
+
 def check_whole(value: object, name: str, least: int = 1, most: int | None = None) -> None:
     """Raise InputError unless `value` is a whole number from `least` to `most`.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_mapping, check_module
-from labkit.errors import InputError, is_whole
+from labkit.errors import InputError
 from labkit.graph import tracing
 from labkit.graph.groups import Coupling, Group
 from labkit.graph.record import Operation, Record
@@ -194,12 +194,6 @@ def _reader_of_neurons(group: Group) -> str | None:
     ((name, member),) = readers.items()
     is_neuron = len(member.indices(0)) == 1  # a head has several columns
     return name if is_neuron else None
-
-
-def check_index(index: object, n: int, what: str) -> None:
-    """Raise InputError unless `index` is a whole number from 0 to n - 1; `what` is a noun for the error: "head"."""
-    if not is_whole(index) or not 0 <= index < n:
-        raise InputError(f"There is no {what} {index!r}: they are counted from 0 to {n - 1}.")
 
 
 def configs(model: nn.Module) -> Iterator[Any]:

@@ -135,7 +135,6 @@ def cut(
     If the widths of experts no longer suit torch's product of groups, transformers multiplies the experts in batches.
     Raises InputError if the model has no such tensors or indices.
     """
-    check_module(model)
     tensors = dict(tensors_of(model))
     for name, dims in keep.items():
         if name not in tensors or not _has_indices(tensors[name], dims):

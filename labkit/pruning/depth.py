@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.arguments import check_module, check_several
-from labkit.errors import EqualityError, InputError, check_choice, check_whole
+from labkit.errors import EqualityError, InputError, check_choice, check_index, check_whole
 from labkit.graph import anatomy, surgery, tracing
 from labkit.graph.equality import Report, difference
 from labkit.graph.rules import Record
@@ -177,7 +177,7 @@ def _checked_numbers(layers: Iterable[int], n_layers: int) -> list[int]:
     """Return the numbers of the layers to remove, sorted, each once; raise InputError for bad numbers, none or all."""
     numbers = list(layers)
     for number in numbers:
-        anatomy.check_index(number, n_layers, "layer")
+        check_index(number, n_layers, "layer")
     removed = sorted(set(numbers))
     if not 0 < len(removed) < n_layers:
         raise InputError(f"{len(removed)} of {n_layers} layers would go: name at least one, and leave at least one.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from labkit.arguments import check_mapping, check_several, seeded
 from labkit.data.models import quietly
-from labkit.errors import InputError, check_choice, check_whole
+from labkit.errors import InputError, check_choice, check_index, check_whole
 from labkit.graph import anatomy
 from labkit.graph.anatomy import Attention, FeedForward
 from labkit.graph.groups import Coupling
@@ -137,11 +137,11 @@ def _checked_heads(attentions: Sequence[Attention], heads: Mapping[int, Iterable
     check_mapping(heads, "heads", "layer: [head, ...]")
     removed = {}
     for layer, numbers in heads.items():
-        anatomy.check_index(layer, len(attentions), "layer")
+        check_index(layer, len(attentions), "layer")
         check_several(numbers, f"heads[{layer}]")
         numbers = list(numbers)
         for head in numbers:
-            anatomy.check_index(head, attentions[layer].heads, f"layer {layer}'s head")
+            check_index(head, attentions[layer].heads, f"layer {layer}'s head")
         removed_heads = frozenset(numbers)
         if len(removed_heads) == attentions[layer].heads:
             raise InputError(
