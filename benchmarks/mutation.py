@@ -198,13 +198,11 @@ def tests_that_import(modules: set[str]) -> list[str]:
 
 
 def copy_repository(folder: Path) -> Path:
-    """Copy what git tracks into `folder`, a git repository of its own; the data, which no test changes, are linked."""
+    """Copy what git tracks into `folder`, a git repository of its own."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
     for name in filter(None, listed.stdout.split("\0")):
-        if not name.startswith("data/"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    (folder / "data").symlink_to(ROOT / "data")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     for command in (["init", "-q"], ["add", "."], [*AUTHOR, "commit", "-q", "-m", "copy"]):  # tests ask for the commit
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
