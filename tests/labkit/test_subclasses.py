@@ -26,6 +26,11 @@ class Rewritten(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
+class RewrittenImages(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 class LowRank(nn.Linear):
     """LoRA before its first step: the branch gives zeros, so that results are the parent's to the bit."""
 
@@ -86,6 +91,7 @@ class PaddedBefore(nn.Conv2d):
     [
         (Rewritten(3, 4), True),
         (Rewritten(3, 4, bias=False), True),
+        (RewrittenImages(3, 4, 3, dilation=3), True),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), True),
         (type("Named", (nn.Conv2d,), {})(3, 4, 3), True),
         (LowRank(3, 4), False),
