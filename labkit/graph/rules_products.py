@@ -271,12 +271,10 @@ def embedding(call: Call) -> Spans:
 def attention(call: Call) -> Spans:
     """Tie the heads of softmax(q k^T scale) v, q [batch, heads, L, E], v [batch, heads, S, Ev]; E stays."""
     q = call.args[0]
-    last_two = {q.dim() - 2, q.dim() - 1}
     sides = []
     for x in call.args:
         if isinstance(x, Tensor):  # q, k, v and a mask
             dims = (x.dim() - 2, x.dim() - 1)
             spans = call.fixed(x, dims, "is the width of a head, which the scale depends on")
-            side = aligned(x, q, spans)
-            sides.append(Side(side.spans, side.present - last_two))
+            sides.append(aligned(x, q, spans))
     return call.combine(sides)
