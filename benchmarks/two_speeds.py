@@ -9,10 +9,16 @@ half as long again as the fastest of all conditions with as many threads. Each p
 speed: the place of its input in memory (bytes past a multiple of 64), its huge pages, page faults and switches of a
 thread in a call, and the kernels that oneDNN chose. Wants an idle machine.
 
-A first look, on a machine with a dozen busy processes, one process a condition: eager ResNet-20 at batch 1 took 143 ms
-on two threads, 19 ms on two that sleep while they wait, and 14 ms on one. Its convolutions are none of oneDNN's: torch
-gives a small 3x3 convolution of a single image to im2col and MKL (aten::_slow_conv2d_forward, 21 of 21), each of which
-waits for all threads.
+On a Xeon with two virtual cores (30 November 2026, torch 2.13, 12 processes a condition, times are medians):
+
+- With a busy process beside, eager ResNet-20 at batch 1 takes 6.0 ms on two threads and 1.9 ms on one. The barriers are
+  the cause: threads that sleep while they wait take 2.3 ms. `bench` warns of it (`doubts.thread_warnings`).
+- On the idle machine it takes 2.0 ms on two threads and 1.9 ms on one, and no cause of slow processes was found. In
+  each condition, one thread bound to a core included, 1 to 4 of 12 processes are slow. Slow ones follow each other (13
+  neighbours in time among 408 processes of both calls, 7 expected by chance) and use as much CPU time as they take: the
+  machine itself is slower for a while. No setting in a process shows that, so intervals are taken over processes.
+- Its convolutions are none of oneDNN's: torch gives a small 3x3 convolution of a single image to im2col and MKL
+  (aten::_slow_conv2d_forward, 21 of 21), each of which waits for all threads.
 """
 
 import argparse
