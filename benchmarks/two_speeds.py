@@ -13,16 +13,18 @@ On a Xeon with two virtual cores (30 November 2026, torch 2.13, 12 processes a c
 
 - With a busy process beside, eager ResNet-20 at batch 1 takes 6.0 ms on two threads and 1.9 ms on one. The barriers are
   the cause: threads that sleep while they wait take 2.3 ms. `bench` warns of it (`doubts.thread_warnings`).
-- On the idle machine it takes 2.0 ms on two threads and 1.9 ms on one, and no cause of slow processes was found. In
-  each condition, one thread bound to a core included, 1 to 4 of 12 processes are slow. Slow ones follow each other (13
-  neighbours in time among 408 processes of both calls, 7 expected by chance) and use as much CPU time as they take: the
-  machine itself is slower for a while. No setting in a process shows that, so intervals are taken over processes.
+- On the idle machine it takes 2.0 ms on two threads and 1.9 ms on one. Threads that sleep make every process slow; in
+  every other condition, one thread bound to a core included, 1 to 4 of 12 processes are slow, so none is the cause.
+  Slow ones follow each other (13 pairs in a row among 408 processes of two calls, 6.6 expected) and use as much CPU
+  time as they take: the machine itself is slower for a while. No setting of a process prevents that, which is why
+  intervals are taken over processes.
 - Its convolutions are none of oneDNN's: torch gives a small 3x3 convolution of a single image to im2col and MKL
   (aten::_slow_conv2d_forward, 21 of 21), each of which waits for all threads.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SLOW = 1.5  # times the fastest process
+SLOWER = 1.3  # times the median process of the same condition
 CALLS_S = 1.0  # seconds of timed calls in a process
 ALIGNMENT = 64  # bytes of a cache line
 
@@ -201,6 +204,18 @@ def summary(results: "pd.DataFrame") -> "pd.DataFrame":
     return table.reset_index()
 
 
+def slow_pairs(results: "pd.DataFrame") -> str:
+    """Tell whether slow processes come one after the other, as in a slow while of the machine."""
+    medians = results.groupby(["call", "condition"])["us"].transform("median")
+    slow = (results["us"] > SLOWER * medians).tolist()
+    pairs = sum(earlier and later for earlier, later in itertools.pairwise(slow))
+    share = statistics.mean(slow)
+    return (
+        f"{sum(slow)} of {len(slow)} processes take {SLOWER} times the median of their condition; {pairs} pairs of them "
+        f"in a row, {share**2 * (len(slow) - 1):.1f} expected if slow processes were scattered"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
@@ -234,6 +249,7 @@ def compare_conditions(options: argparse.Namespace) -> None:
         chosen = [in_fresh_process(name, title, verbose=True) for name, title in tasks]
     table = pd.DataFrame(results)
     print(summary(table).to_string(index=False, float_format="{:.3g}".format))
+    print(slow_pairs(table))
     for result in chosen:
         print(f"{result['call']:8} {result['condition']:32} {result['kernels']}")
     if options.json:
