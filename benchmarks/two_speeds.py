@@ -209,10 +209,10 @@ def slow_pairs(results: "pd.DataFrame") -> str:
     medians = results.groupby(["call", "condition"])["us"].transform("median")
     slow = (results["us"] > SLOWER * medians).tolist()
     pairs = sum(earlier and later for earlier, later in itertools.pairwise(slow))
-    share = statistics.mean(slow)
+    expected = statistics.mean(slow) ** 2 * (len(slow) - 1)
     return (
-        f"{sum(slow)} of {len(slow)} processes take {SLOWER} times the median of their condition; {pairs} pairs of them "
-        f"in a row, {share**2 * (len(slow) - 1):.1f} expected if slow processes were scattered"
+        f"{sum(slow)} of {len(slow)} processes take {SLOWER} times the median of their condition; {pairs} pairs "
+        f"follow each other, {expected:.1f} expected of scattered ones"
     )
 
 
