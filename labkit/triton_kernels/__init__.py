@@ -7,30 +7,14 @@ A kernel's module needs Triton, and is imported where it is used. On a machine w
 the same source on the CPU (TRITON_INTERPRET=1 before Python starts): slowly, to check the arithmetic.
 """
 
-import importlib.util
+import ast
 from pathlib import Path
 from typing import Any
 
 import torch
 
+KERNELS = {"int4_product": "int4_product", "attend": "online_softmax"}  # a kernel, and its module
 MISSING = "Triton is not installed here: torch's CUDA build for Linux brings it, or install the extra gpu."
-
-
-def unavailable() -> str:
-    """Return why no Triton kernel runs on this machine, in a sentence; "" if kernels do."""
-    if importlib.util.find_spec("triton") is None:
-        return MISSING
-    if is_interpreted():
-        return ""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device, and Triton compiles for GPUs: TRITON_INTERPRET=1 runs its interpreter."
-    from triton.runtime import driver
-
-    try:
-        driver.active.get_current_target()
-    except Exception as error:  # of the driver's library, or of the C compiler that builds Triton's part
-        return f"Triton cannot reach the GPU's driver ({type(error).__name__}): look at `nvidia-smi`."
-    return ""
 
 
 def is_interpreted() -> bool:
@@ -40,9 +24,12 @@ def is_interpreted() -> bool:
     return knobs.runtime.interpret
 
 
-def source(name: str) -> str:
-    """Return the source of a kernel's module, "int4_product" or "online_softmax"; Triton need not be installed."""
-    return Path(__file__).with_name(f"{name}.py").read_text("utf-8")
+def source(kernel: str) -> str:
+    """Return the source of a kernel, one of KERNELS; Triton need not be installed."""
+    module = Path(__file__).with_name(f"{KERNELS[kernel]}.py").read_text("utf-8")
+    (function,) = [node for node in ast.parse(module).body if getattr(node, "name", "") == kernel]
+    first = function.decorator_list[0].lineno - 1
+    return "\n".join(module.splitlines()[first : function.end_lineno])
 
 
 def operand(dtype: torch.dtype) -> Any:

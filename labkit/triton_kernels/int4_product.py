@@ -4,7 +4,6 @@ Frantar et al. 2024 (Marlin, arXiv:2408.11743) and torchao's tinygemm are the fa
 the bytes for the tensor cores; here the bytes lie as `labkit.quantization.packing` stores them.
 """
 
-import torch
 from torch import Tensor
 
 from labkit.errors import InputError
@@ -37,8 +36,9 @@ def int4_product(
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for start in range(0, inputs, BLOCK):
         # A byte holds the codes of two inputs, the earlier in its lower half.
-        place = output[None, :] * (inputs // 2) + start // 2 + byte[:, None]
-        packed = tl.load(codes + place, mask=is_output[None, :], other=0)  # [BLOCK / 2, OUTPUTS]
+        first_byte = output * (inputs // 2) + start // 2
+        place = first_byte[None, :] + byte[:, None]  # [BLOCK / 2, OUTPUTS]
+        packed = tl.load(codes + place, mask=is_output[None, :], other=0)
         # A block lies within one group, so each output has one scale and one zero point, a code as well.
         group = output * (inputs // GROUP) + start // GROUP
         scale = tl.load(scales + group, mask=is_output, other=0).to(tl.float32)
@@ -73,7 +73,8 @@ def linear(x: Tensor, layer: WeightOnlyLinear) -> Tensor:
             "and a group_size that is a multiple of 32."
         )
     if x.dim() != 2 or x.shape[1] != inputs or x.device != layer.codes.device:
-        raise InputError(f"x is {list(x.shape)} on {x.device}, but it must be [rows, {inputs}] on {layer.codes.device}.")
+        expected = f"[rows, {inputs}] on {layer.codes.device}"
+        raise InputError(f"x is {list(x.shape)} on {x.device}, but it must be {expected}.")
     rows = len(x)
     y = x.new_empty(rows, outputs)
     programs = triton.cdiv(outputs, FEWEST)
