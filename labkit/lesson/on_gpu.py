@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from labkit import show
-from labkit.errors import EqualityError, first_line
+from labkit.errors import first_line
 from labkit.lesson.records import cost, quality
 from labkit.lesson.session import Lab
 from labkit.show import Rows
@@ -24,7 +24,7 @@ from labkit.timing.roofs import Ceilings
 from labkit.timing.work import Work
 
 CARD = "H100 SXM"  # of the catalogue, for the bounds where no card is
-RACE_S = 4.0  # for all ways of a case
+RACE_S = 6.0  # for all ways of a case
 COLUMNS = {
     "ms": cost("ms", clock=True),
     "speed-up": quality("x", clock=True, low="low", high="high"),
@@ -67,7 +67,7 @@ def section(lab: Lab, name: str, cases: Cases, reason: str, *, within: float) ->
     within: largest difference from the first way's result, as a share of that result's norm.
     Returns a row per case and way, with the columns case, way, ms, speed-up (over the first way), low, high, bound
     in ms and share of the roof (None without a ceiling for the type); none without a GPU. A way that this GPU or this
-    torch lacks is left out with a sentence. Raises EqualityError for a result that is not that of the first way.
+    torch lacks, or that gives another result, is not timed: a sentence says so.
     """
     recorded = [run for run in lab.reference_runs(name) if run["device"].startswith("cuda")]
     if reason:
@@ -103,9 +103,11 @@ def _ready(case: str, ways: Mapping[str, Way], within: float, refusals: list[str
         except Exception as error:
             refusals.append(f"{case}: {name} is left out: {first_line(error)}")
             continue
-        if not (result - reference).norm() <= within * reference.norm():
-            raise EqualityError(f"{case}: {name} computes something else than {baseline}: look at its code.")
-        calls[name] = call
+        difference = float((result - reference).norm() / reference.norm())
+        if difference <= within:
+            calls[name] = call
+        else:
+            refusals.append(f"{case}: {name} is left out: it differs from {baseline} by {difference:.1%}.")
     return calls
 
 
@@ -133,7 +135,7 @@ def _in_words(row: Mapping[str, Any]) -> dict[str, str]:
         "time": _time(row["ms"]),
         "speed-up": show.told(row["speed-up"], (row["low"], row["high"])),
         "at least": _time(row["bound, ms"]),
-        "of the roof": show.quantity(row["of the roof"], "fraction"),
+        "of the roof": "–" if row["of the roof"] is None else f"{row['of the roof']:.0%}",
     }
 
 

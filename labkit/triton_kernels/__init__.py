@@ -8,12 +8,14 @@ the same source on the CPU (TRITON_INTERPRET=1 before Python starts): slowly, to
 """
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 KERNELS = {"int4_product": "int4_product", "attend": "online_softmax"}  # a kernel, and its module
+NOT_FOR_READERS = re.compile(r"  # (fmt|noqa): .*")
 MISSING = "Triton is not installed here: torch's CUDA build for Linux brings it, or install the extra gpu."
 
 
@@ -29,7 +31,8 @@ def source(kernel: str) -> str:
     module = Path(__file__).with_name(f"{KERNELS[kernel]}.py").read_text("utf-8")
     (function,) = [node for node in ast.parse(module).body if getattr(node, "name", "") == kernel]
     first = function.decorator_list[0].lineno - 1
-    return "\n".join(module.splitlines()[first : function.end_lineno])
+    lines = module.splitlines()[first : function.end_lineno]
+    return "\n".join(NOT_FOR_READERS.sub("", line) for line in lines)
 
 
 def operand(dtype: torch.dtype) -> Any:

@@ -29,6 +29,7 @@ def test_without_triton_a_kernel_is_refused_in_a_sentence(name: str, monkeypatch
 def test_a_kernel_has_60_lines_at_most_and_can_be_read_without_triton(kernel: str):
     lines = triton_kernels.source(kernel).splitlines()
     assert lines[:2] == ["@triton.jit", f"def {kernel}("] and len(lines) <= 61
+    assert "fmt:" not in triton_kernels.source(kernel) and "noqa" not in triton_kernels.source(kernel)
 
 
 def run_the_claims(**settings: str) -> None:
