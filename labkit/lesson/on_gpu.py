@@ -174,9 +174,7 @@ def _show_folded(name: str, cases: Cases, reason: str, recorded: list[dict[str, 
     """Show a folded line; below it the bounds of a card of the catalogue, then each machine's recorded table."""
     places = [_place(run) for run in recorded]
     line = f"{name}: {reason}; recorded on: {', '.join(places) or 'nobody yet'}."
-    bounds = []
-    for case, ways in cases.items():
-        bounds += [_bound(case, way_name, way) for way_name, way in ways.items()]
+    bounds = [row for case, ways in cases.items() for row in _bounds(case, ways)]
     tables: list[tuple[str, Rows, bool]] = [(f"The bounds of one {CARD}, by the roofline", bounds, True)]
     for run, place in zip(recorded, places, strict=True):
         tables.append((place, [_in_words(row) for row in run["rows"]], False))
@@ -192,11 +190,14 @@ def _place(run: Mapping[str, Any]) -> str:
     return f"{run['machine']}, {date}"
 
 
-def _bound(case: str, name: str, way: Way) -> dict[str, str]:
-    bound = roofline.bound(way.work, machine.DEVICES[CARD], way.dtype)
-    return {
-        "case": case,
-        "way": name,
-        "at least": show.quantity(bound.seconds, "s"),
-        "limited by": bound.limiter,
-    }
+def _bounds(case: str, ways: Mapping[str, Way]) -> list[dict[str, str]]:
+    """Return a row per bound of a case, with the ways that share it."""
+    names: dict[roofline.Bound, list[str]] = {}
+    for name, way in ways.items():
+        bound = roofline.bound(way.work, machine.DEVICES[CARD], way.dtype)
+        names.setdefault(bound, []).append(name)
+    rows = []
+    for bound, sharing in names.items():
+        least = show.quantity(bound.seconds, "s")
+        rows.append({"case": case, "way": "; ".join(sharing), "at least": least, "limited by": bound.limiter})
+    return rows

@@ -23,7 +23,7 @@ from labkit.timing.machine import DEVICES
 from labkit.timing.work import Work
 
 NAME = "a product on a GPU"
-WORK = Work(flops=2 * 64**3, bytes=3 * 4 * 64**2)
+WORK = Work(flops=2 * 64**3, bytes=64)  # limited by arithmetic, so that the type counts
 
 
 @pytest.fixture
@@ -70,15 +70,16 @@ def one_case(**builds: on_gpu.Callable) -> on_gpu.Cases:
 
 def test_without_a_gpu_a_section_is_one_folded_line_with_the_bounds_in_it(lab: Lab, outputs: list):
     cases = one_case(matmul=lacking, einsum=lacking)  # nothing is built
+    cases["64 x 64"]["half"] = Way(WORK, "fp16", lacking)
     assert on_gpu.section(lab, NAME, cases, "here is no CUDA device", within=0.01) == []
     ((text, html),) = outputs
     line = f"{NAME}: here is no CUDA device; recorded on: nobody yet."
     assert text.startswith(line) and html.startswith(f"<details><summary>{line}</summary>")
-    bound = roofline.bound(WORK, DEVICES["H100 SXM"], "fp32")
-    for row in ("matmul", "einsum"):
-        assert f'<td style="text-align:left">{row}</td>' in html
-    assert html.count(show.quantity(bound.seconds, "s")) == 2 and html.count(bound.limiter) == 2
-    assert html.count("SIMULATED") == 1
+    for names, dtype in (("matmul; einsum", "fp32"), ("half", "fp16")):  # ways that share a bound share a row
+        bound = roofline.bound(WORK, DEVICES["H100 SXM"], dtype)
+        cells = ("64 x 64", names, show.quantity(bound.seconds, "s"), bound.limiter)
+        assert "<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>" in html
+    assert html.count("<tr>") == 1 + 2 and html.count("SIMULATED") == 1
     assert lab.finish().named(NAME) is None
 
 
