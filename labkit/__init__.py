@@ -64,7 +64,7 @@ sys.meta_path.insert(0, _ShortNames())
 
 
 _SHORT = [name.removeprefix("labkit.") for name in SHORT_NAMES if name.count(".") == 1]
-_MODULES = tuple(sorted({*_SHORT, *ROOMS, "distillation", "show"}))
+_MODULES = tuple(sorted({*_SHORT, *ROOMS, "distillation", "show", "triton_kernels"}))
 _module = submodules("labkit", ("start", *_MODULES))
 
 

@@ -67,7 +67,7 @@ FLOORS = (
     ("storage",),
     ("attention",),
     ("pruning",),
-    ("distillation",),
+    ("distillation", "triton_kernels"),
     ("deploy",),
     ("lesson",),
 )

@@ -21,4 +21,6 @@ worked.py: worked answers
 settings.py: settings of the process, put back after an answer
 challenge.py: a goal on a plane, and a plan
 experiments.py: records of long experiments
+on_gpu.py: sections that need a GPU, and their bounds where none is
+gpu_trace.py: launches and kernels of a call, as a picture
 """

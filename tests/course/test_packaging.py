@@ -55,7 +55,7 @@ IMPORTED_AS = {
 }  # fmt: skip
 # by nbclient, papermill, sphinx, jinja2, matplotlib
 BROUGHT_BY_ANOTHER = {"traitlets", "jupyter_client", "docutils", "markupsafe", "cycler"}
-OPTIONAL = {"pynvml", "nbval"}  # where they are not installed, a sentence or nothing
+OPTIONAL = {"pynvml", "nbval", "triton"}  # where they are not installed, a sentence or nothing
 
 
 def packages(*extras: str) -> set[str]:

@@ -70,3 +70,11 @@ def test_engines_that_are_ready_are_said_to_run():
     for name, target in names.items():
         assert (ready[name] == "ready") <= (target in rows["runs"])
     assert sorted(name for names in rows.values() for name in names) == sorted(TARGETS)
+
+
+def test_what_needs_a_gpu_that_no_test_has_is_a_row_of_the_table_and_no_engine():
+    for name in ("TensorRT", "Torch-TensorRT", "vLLM"):
+        assert "cuda" in TARGETS[name].runs or "CUDA" in TARGETS[name].note
+    assert "CUDA, TensorRT" in TARGETS["ONNX Runtime"].note, "its execution providers"
+    names = " ".join((*engines.ENGINES, *language.PACKAGES)).lower()
+    assert not re.search("cuda|tensorrt|vllm", names)
