@@ -33,6 +33,7 @@ RELEASED = ("labkit", "course", "data")  # folders that a class gets beside the 
 _STUB = f'raise NotImplementedError("{STUB_SAYS}; then run the check below.")'
 _TITLE = re.compile(r"^### Exercise \d+ · (.+)$", re.MULTILINE)
 _FACTS = re.compile(r"^\*Difficulty (\d) of 5 · (\d+) minutes(?: · .+)?\*$", re.MULTILINE)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 _HEADING = re.compile(r"^#{1,3} +(.+)$", re.MULTILINE)
 _CHECK = re.compile(r'lab\.check\("([\d.]+)", (\w+)\)')
 
@@ -94,7 +95,7 @@ def tidied(notebook: "NotebookNode") -> "NotebookNode":
 
     The copy has no cell injected by papermill, execution counts from 1, and no metadata of a run; cell ids stay. Cells
     tagged hide-input are folded in JupyterLab too. The record in the last cell loses samples and rows of tables, which
-    stand in the record's file.
+    stand in the record's file. Widgets go: without the kernel that made them, nothing can draw them.
     """
     import nbformat
 
@@ -109,6 +110,7 @@ def tidied(notebook: "NotebookNode") -> "NotebookNode":
     executed = [cell for cell in tidy.cells if cell.cell_type == "code" and cell.execution_count]
     for number, cell in enumerate(executed, start=1):
         cell.execution_count = number
+        cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number

@@ -565,6 +565,14 @@ def test_a_tidied_notebook_leaves_samples_and_rows_to_the_record_s_own_file():
     assert notebook.cells[0].outputs[0].data[MIME]["measurements"] == [timing, table]
 
 
+def test_a_tidied_notebook_has_no_widgets_which_only_a_running_kernel_can_draw():
+    of_slider = {notebooks.WIDGET: {"model_id": "a1"}, "text/plain": "interactive(children=...)"}
+    outputs = [new_output("display_data", data=data) for data in (of_slider, {"text/plain": "a table"})]
+    notebook = new_notebook(cells=[new_code_cell("interact(draw)", outputs=outputs, execution_count=1)])
+    assert notebooks.tidied(notebook).cells[0].outputs == outputs[1:]
+    assert notebook.cells[0].outputs == outputs
+
+
 @pytest.mark.parametrize(
     ("bound", "in_lesson"),
     [({"PRESET": "class"}, True), ({"PRESET": "full"}, False), ({"PRESET": "class", "DEVICE": "cuda"}, False)],

@@ -1,0 +1,80 @@
+"""What lesson 00 concludes holds for its own simulated machine, whose truth is known."""
+
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from course import notebooks
+
+TRIALS = 200
+
+
+@cache
+def cells() -> dict[str, str]:
+    return {cell.id: cell.source for cell in notebooks.read(notebooks.find("00")).cells}
+
+
+def executed(*ids: str, **names: Any) -> dict[str, Any]:
+    """The names that cells of the lesson define, run one after another."""
+    space: dict[str, Any] = {"math": math, "random": random, "statistics": statistics, "itertools": itertools, **names}
+    for name in ids:
+        exec(cells()[name], space)
+    return space
+
+
+def work() -> None:
+    """The function under test; the simulated machine never calls it."""
+
+
+def false_alarms(summary: Callable, calls: int) -> int:
+    """The A/A tests in which a summary of all of A, then all of B, declares a difference on the drifting machine."""
+    lesson = executed("machine", "seconds", "repeated", "exercise-1", time=None)
+    machine, benchmark = lesson["Machine"]({work: 0.002}, drift=0.5), lesson["repeated"](summary, calls)
+    return lesson["false_alarms"](lambda a, b: benchmark(a, b, clock=machine), work, TRIALS)
+
+
+def test_the_best_of_many_calls_is_fooled_until_a_side_is_longer_than_a_swing():
+    swing = executed("sweep-numbers")["swing"]
+    alarms = {calls: false_alarms(min, calls) for calls in (10, 100, 300, 1000)}
+    assert alarms[10] < 0.6 * TRIALS and min(alarms[100], alarms[300]) > 0.95 * TRIALS
+    assert alarms[1000] == 0 and 300 < swing < 1000
+
+
+def test_the_median_of_a_thousand_calls_is_still_fooled():
+    assert false_alarms(statistics.median, 1000) > 0.8 * TRIALS
+
+
+def test_a_swing_has_as_many_calls_as_the_page_draws():
+    machine = executed("machine")["Machine"]({work: 0.002}, drift=0.5)
+    calls = sum(1 for _ in itertools.takewhile(lambda _: machine.now < 200, iter(lambda: machine(work), None)))
+    assert executed("sweep-numbers")["swing"] == pytest.approx(calls / 100, rel=0.03)
+
+
+@pytest.mark.parametrize(("drift", "has_speeds"), [(0.0, False), (0.5, True), (0.1, True)])
+def test_the_run_chart_tells_another_speed_from_noise(drift: float, has_speeds: bool):
+    machine = executed("machine")["Machine"]({work: 0.002}, drift=drift)
+    samples = [machine(work) for _ in range(2000)]
+    lesson = executed("noise-wander", samples=samples)
+    assert (lesson["wandered"] > lesson["by_chance"]) == has_speeds
+
+
+@pytest.mark.parametrize("calls", [10, 40, 100])
+def test_rivals_at_equal_calls_make_equally_many(calls: int):
+    lesson = executed("seconds", "repeated", "exercise-2", "exercise-3", time=None)
+    clocked: list[Callable] = []
+
+    def clock(fn: Callable) -> float:
+        clocked.append(fn)
+        return 0.002
+
+    lesson["repeated"](min, calls)(work, work, clock)
+    assert len(clocked) == 2 * calls
+    clocked.clear()
+    lesson["paired_speedup"](work, test_a_swing_has_as_many_calls_as_the_page_draws, calls, 0, clock)
+    assert len(clocked) == 2 * calls
