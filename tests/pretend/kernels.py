@@ -82,7 +82,7 @@ def _scaled_mm(
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
 ) -> Tensor:
-    """The product of FP8 numbers, added in fp32; scales of one number, or of each row of `input` and column of `mat2`."""
+    """The product of FP8 numbers, added in fp32; a scale of all, or of each row of `input` and column of `mat2`."""
     product = (input.float() * scale_a) @ (mat2.float() * scale_b)
     product = _with_bias(product, bias)
     return product.to(out_dtype or input.dtype)
