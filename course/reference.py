@@ -18,7 +18,7 @@ from typing import Any
 from course import store
 from course.store import ALWAYS, Job, Run
 from labkit import files
-from labkit.errors import InputError
+from labkit.errors import DataError, InputError
 from labkit.lesson import parameters
 
 RECORDED_RUNS = 5
@@ -34,14 +34,14 @@ def require(bound: Mapping[str, Any]) -> None:
 
 
 def recorded(job: Job) -> int:
-    """Return in how many processes data/recorded/ holds the job on this machine; 0 for a record of other code."""
+    """Return in how many processes data/recorded/ holds the job on this machine; 0 for no record by the job's code."""
     from labkit.lesson import records
     from labkit.timing.machine import fingerprint, torch_device
 
-    path = _path(fingerprint(torch_device(job.device)).slug, job.lesson[:2])
-    if not path.exists():
+    try:
+        runs = records.read(_path(fingerprint(torch_device(job.device)).slug, job.lesson[:2])).runs
+    except DataError:  # there is none, or what is there is to be recorded anew
         return 0
-    runs = records.read(path).runs
     return len(runs.created) if runs is not None and runs.code == code(job) else 0
 
 

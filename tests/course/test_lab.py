@@ -378,12 +378,19 @@ def test_gpu_ends_after_its_minutes_and_says_what_is_left(course, gpu, tmp_path:
     assert "late    lessons: the 1 minutes are over" in done.stdout
 
 
-@pytest.mark.parametrize("minutes", ["0", "soon", ""])
-def test_gpu_refuses_minutes_that_are_none(course, gpu, minutes: str):
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--minutes", "0"), "--minutes takes a whole number from 1 on."),
+        (("--minutes", "soon"), "--minutes takes a whole number from 1 on."),
+        (("--minutes",), "--minutes takes a whole number from 1 on."),
+        (("--hours", "1"), "gpu takes --minutes N, not --hours."),
+    ],
+)
+def test_gpu_refuses_what_is_no_number_of_minutes(course, gpu, options: tuple, sentence: str):
     course.behave(torch=0, cuda=0)
-    refused = gpu("--minutes", minutes)
-    assert refused.returncode == 2 and "--minutes takes a whole number from 1 on." in refused.stderr
-    assert course.calls() == []
+    refused = gpu(*options)
+    assert (refused.returncode, refused.stderr) == (2, f"{sentence}\n") and course.calls() == []
 
 
 def test_gpu_runs_nothing_where_torch_sees_no_device(course, gpu):

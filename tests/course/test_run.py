@@ -643,6 +643,8 @@ def test_a_recording_that_resumes_leaves_out_what_is_recorded_by_the_same_code(
     assert resumed.exit_code == 0 and resumed.output == "note    recorded in 2 processes: 01\n", resumed.output
     write_lesson(tmp_path / "notebooks", "2")
     assert reference.recorded(run.prepare(notebook, {"PRESET": "full"}, tmp_path / "runs")) == 0
+    (files.RECORDED / record.machine["slug"] / "01.json").write_text("{")
+    assert reference.recorded(job) == 0
 
 
 def test_a_number_of_processes_is_of_a_recording(empty_course: Path, tmp_path: Path, write_lesson):
