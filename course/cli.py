@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,14 +143,17 @@ def _tests_marked(mark: str) -> list[str]:
 
 
 @main.command()
-def gpu() -> None:
-    """Run everything that needs a GPU: the tests, the lessons at `full`, recorded, and the benchmarks. It takes hours.
+@click.option("--minutes", type=click.IntRange(1, 10_000), default=30, show_default=True, help="It ends after that.")
+def gpu(minutes: int) -> None:
+    """Run what needs a GPU: the tests, the benchmarks, and the lessons, at `class`, recorded in one process each.
 
-    Each of the ten lessons that use a GPU is recorded in five processes of up to 15 minutes: 13 hours at most.
-    Given again it goes on: what is done is not done again while the code is the same. Where no .venv is set up and the
-    machine's own Python has torch, that Python is used as it is. Results: runs/gpu/ and data/recorded/.
+    Given again it goes on: a step that ended well is left out while the code is the same, and of the lessons each that
+    data/recorded/ has for such a machine, so that another machine goes on where this one stopped. For a record of five
+    processes: ./lab run NN --device cuda --record, some 4 hours for all ten lessons with work for a GPU if they take as
+    long as on two CPU cores, and 9 hours at most. Where no .venv is set up and the machine's own Python has torch, that
+    Python is used as it is. Results: runs/gpu/ and data/recorded/.
     """
-    sys.exit(subprocess.call([files.ROOT / ".ci" / "gpu", sys.executable]))
+    sys.exit(subprocess.call([files.ROOT / ".ci" / "gpu", sys.executable, "--minutes", str(minutes)]))
 
 
 @main.command()
@@ -176,8 +180,12 @@ def doctor(as_json: bool) -> None:
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...  Default: what the lesson says (auto).")
 @OUT
 @click.option("-p", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a parameter; may be repeated.")
-@click.option("--record", is_flag=True, help="Run in five processes and keep as reference: data/recorded/, outputs.")
-@click.option("--resume", is_flag=True, help="Leave out what has a good result of the same code and parameters in OUT.")
+@click.option("--record", is_flag=True, help="Run in several processes and keep as reference: data/recorded/, outputs.")
+@click.option("--processes", type=click.IntRange(1, 99), help="Of a recording. Default: 5.")
+@click.option(
+    "--resume", is_flag=True,
+    help="Leave out what has a good result of the same code and parameters in OUT, with --record in data/recorded/.",
+)  # fmt: skip
 def run(
     lesson: str,
     preset: str | None,
@@ -185,6 +193,7 @@ def run(
     out: Path,
     pairs: tuple[tuple[str, str], ...],
     record: bool,
+    processes: int | None,
     resume: bool,
 ) -> None:
     """Run a lesson, or all of them, and write the report.
@@ -192,7 +201,8 @@ def run(
     NN is a lesson's number; with --device, `all` leaves out the lessons that time another device only. A lesson's
     parameters are the names in the cell tagged `parameters`; names, types and ranges are checked before anything runs.
     Each result is a folder OUT/<lesson>/<preset>-<id>/ with the executed notebook, record.json and run.json; a failed
-    run is kept beside it with "-failed". Asked for again, a lesson runs again; an interrupted recording goes on.
+    run is kept beside it with "-failed". Asked for again, a lesson runs again; an interrupted recording goes on. The
+    last line of a recording tells which lessons data/recorded/ has for this machine, and which it lacks.
 
     Exit code: 0 all ran, 1 a lesson failed, 2 something asked for cannot be had, 130 interrupted. After Ctrl-C no
     process and no half result is left, and earlier results are whole.
@@ -204,6 +214,9 @@ def run(
     from course import notebooks, reference, run
 
     done: list[Run] = []
+    jobs: list[Job] = []
+    if processes and not record:
+        raise InputError("--processes is of a recording; give --record too, or leave it out.")
     _interrupt_once()
     try:
         values = _by_name([("PRESET", preset), ("DEVICE", device), *pairs])
@@ -216,21 +229,27 @@ def run(
             )
         if record:
             reference.require(jobs[0].parameters)
+        count = processes or reference.RECORDED_RUNS
         for path, job in zip(paths, jobs, strict=True):
-            if record:
-                _record(job, path, resume, done)
-            else:
+            if not record:
                 _run(job, resume, done)
+            elif not (resume and reference.recorded(job) >= count):
+                _record(job, path, count, resume, done)
         if len(done) > 1:
             click.echo("\n".join(["", *map(str, done)]))
         if jobs[0].parameters["PRESET"] == "smoke":
             click.echo(f"note    {_smoke_note(done)}")
-        click.echo(f"report  {_report([out])}")
+        if done:
+            click.echo(f"report  {_report([out])}")
+        if record:
+            click.echo(f"note    {_records_note(jobs)}")
     except KeyboardInterrupt:
         results = "earlier results are as they were"
         if done:
             results = f"kept: {', '.join(result.lesson for result in done)}"
         click.echo(f"\nlabkit: interrupted; the lesson under way left nothing behind, {results}.", err=True)
+        if record and jobs:
+            click.echo(f"note    {_records_note(jobs)}")
         sys.exit(130)
     sys.exit(any(result.error for result in done))
 
@@ -256,6 +275,18 @@ def _smoke_note(done: "list[Run]") -> str:
     return f"{SMOKE}. The report shows the recorded results instead, of {', '.join(recorded)}."
 
 
+def _records_note(jobs: "Sequence[Job]") -> str:
+    """Say which lessons data/recorded/ has for this machine, by this code and in how many processes, and which not."""
+    from course import reference
+
+    lessons: dict[str, list[str]] = defaultdict(list)
+    for job in jobs:
+        count = reference.recorded(job)
+        state = f"recorded in {count} process{'es' * (count > 1)}" if count else "not recorded"
+        lessons[state].append(job.lesson[:2])
+    return "; ".join(f"{state}: {', '.join(numbers)}" for state, numbers in sorted(lessons.items(), reverse=True))
+
+
 def _default_preset(usual: str) -> str:
     return os.environ.get("LABKIT_PRESET") or usual
 
@@ -267,18 +298,18 @@ def _run(job: "Job", resume: bool, done: "list[Run]") -> None:
     _run_unless_finished(job, store.finished(job) if resume else None, done)
 
 
-def _record(job: "Job", lesson: Path, resume: bool, done: "list[Run]") -> None:
-    """Run a lesson in several processes, append the runs to `done`, and keep the runs as reference, if all are good."""
+def _record(job: "Job", lesson: Path, count: int, resume: bool, done: "list[Run]") -> None:
+    """Run a lesson in `count` processes, append the runs to `done`, and keep the runs as reference, if all are good."""
     from course import reference
 
     results = []
-    for process, finished in reference.processes(job, resume=resume):
-        click.echo(f"process {process.process} of {reference.RECORDED_RUNS} of {job.lesson}")
-        result = _run_unless_finished(process, finished, done, reference.environment(results))
+    for process, finished in reference.processes(job, count, resume=resume):
+        click.echo(f"process {process.process} of {count} of {job.lesson}")
+        result = _run_unless_finished(process, finished, done, reference.environment(results, count))
         if result.error:
             return
         results.append(result)
-    for file in reference.keep(results, lesson):
+    for file in reference.keep(results, job, lesson):
         click.echo(f"recorded  {file}")
 
 

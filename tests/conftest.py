@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import course  # noqa: F401  (before the first import of nbformat, which it make
 
 PARAMETERS = 'PRESET = "class"\nDEVICE = "auto"\nSEED = 0\nRATIO: float = 0.5\nRESULTS_DIR = "runs"'
 NO_GPU = pytest.StashKey[str]()  # why tests marked gpu are skipped
+OF_LESSONS = r"notebooks/test_runs\.py|pretend/test_lessons\.py"  # a lesson each test
 PRETENDED = pytest.StashKey[bool]()  # True if the device of tests/pretend was installed
 
 
@@ -71,7 +73,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if "test_runs.py" in nodeid else super()._split_scope(nodeid)
+            return nodeid if re.search(OF_LESSONS, nodeid) else super()._split_scope(nodeid)
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 

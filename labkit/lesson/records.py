@@ -185,11 +185,13 @@ class Processes(_Strict):
     created: end of each process, ISO 8601.
     seconds: duration of each process.
     values: the recorded numbers by name; a process without the number is left out of the list.
+    code: hash of what was run (course.reference); "" in older records.
     """
 
     created: list[str]
     seconds: list[float]
     values: dict[str, list[int | float]]
+    code: str = ""
 
 
 class Spread(NamedTuple):
@@ -333,8 +335,11 @@ def _check_distinct(name: str, rows: Sequence[Mapping[str, Any]], by: Sequence[s
             )
 
 
-def together(processes: Sequence[RunRecord]) -> RunRecord:
-    """Return the record of the last process, whose page is kept, with the numbers of all: a lesson's reference run."""
+def together(processes: Sequence[RunRecord], code: str = "") -> RunRecord:
+    """Return the record of the last process, whose page is kept, with the numbers of all: a lesson's reference run.
+
+    code: as in `Processes`.
+    """
     values: dict[str, list[int | float]] = defaultdict(list)
     for record in processes:
         for entry in record.measurements:
@@ -344,6 +349,7 @@ def together(processes: Sequence[RunRecord]) -> RunRecord:
         created=[record.created for record in processes],
         seconds=[record.seconds for record in processes],
         values=values,
+        code=code,
     )
     return processes[-1].model_copy(update={"runs": runs})
 

@@ -329,7 +329,7 @@ def test_a_relative_xdg_cache_home_is_ignored(ready, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def gpu(course, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess]:
+def gpu(course, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """./lab gpu on a machine whose own Python has torch and, after `behave(cuda=0)`, a CUDA device."""
     for part in ("labkit", "tests", "benchmarks", "notebooks"):
         (course.folder / part).mkdir()
@@ -338,15 +338,16 @@ def gpu(course, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess]:
     smi = tmp_path / "tools" / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho a GPU\n")
     smi.chmod(0o755)
-    return lambda: course.lab("gpu", path=f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+    return lambda *options: course.lab("gpu", *options, path=f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
 
 
 STEPS = [
-    "-m pytest -m gpu and not nightly",
-    "-m course.cli run all",
-    "-m pytest -m lesson",
+    "-m pytest -m gpu and not lesson",
     *["benchmarks/nm_gpu.py"] * 3,
+    "-m course.cli run all",
+    "-m pytest -m gpu and lesson",
 ]
+LESSONS = STEPS.index("-m course.cli run all")
 
 
 def test_gpu_uses_the_machine_s_own_python_and_goes_on_where_it_stopped(course, gpu):
@@ -356,13 +357,40 @@ def test_gpu_uses_the_machine_s_own_python_and_goes_on_where_it_stopped(course, 
     assert failed.returncode == 1 and "a GPU" in failed.stdout and "failed  lessons" in failed.stdout
     assert "missing here: papermill (what needs them fails; to install them: " in failed.stdout
     assert len(calls) == len(STEPS) and all(map(str.startswith, calls, STEPS)), calls
-    assert "--preset full --device cuda --record --resume" in calls[1]
+    assert "--preset class --device cuda --record --processes 1 --resume" in calls[LESSONS]
     assert not (course.folder / ".venv").exists()
     course.behave(torch=0, cuda=0)
-    assert gpu().returncode == 0 and [call[:21] for call in course.calls()] == [STEPS[1]]
+    assert gpu().returncode == 0 and [call[:21] for call in course.calls()] == [STEPS[LESSONS]]
     assert gpu().returncode == 0 and course.calls() == []
     (course.folder / "labkit" / "a.py").write_text("two")
     assert gpu().returncode == 0 and len(course.calls()) == len(STEPS)
+
+
+@pytest.mark.parametrize("options", [("--minutes", "1"), ("--minutes=1",)])
+def test_gpu_ends_after_its_minutes_and_says_what_is_left(course, gpu, tmp_path: Path, options: tuple):
+    course.behave(torch=0, cuda=0)
+    clock = tmp_path / "tools" / "date"  # half a minute passes between two looks at it
+    clock.write_text(f'#!/bin/sh\necho . >>"{tmp_path}/looks"; echo $((30 * $(wc -l <"{tmp_path}/looks")))\n')
+    clock.chmod(0o755)
+    done = gpu(*options)
+    assert done.returncode == 1 and "Given again, ./lab gpu goes on from here." in done.stdout
+    assert len(course.calls()) == 1 and "done    tests" in done.stdout
+    assert "late    lessons: the 1 minutes are over" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--minutes", "0"), "--minutes takes a whole number from 1 on."),
+        (("--minutes", "soon"), "--minutes takes a whole number from 1 on."),
+        (("--minutes",), "--minutes takes a whole number from 1 on."),
+        (("--hours", "1"), "gpu takes --minutes N, not --hours."),
+    ],
+)
+def test_gpu_refuses_what_is_no_number_of_minutes(course, gpu, options: tuple, sentence: str):
+    course.behave(torch=0, cuda=0)
+    refused = gpu(*options)
+    assert (refused.returncode, refused.stderr) == (2, f"{sentence}\n") and course.calls() == []
 
 
 def test_gpu_runs_nothing_where_torch_sees_no_device(course, gpu):

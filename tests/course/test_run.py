@@ -36,7 +36,7 @@ from labkit.data import fetch
 from labkit.errors import DataError
 from labkit.lesson import records
 from labkit.lesson.records import MIME
-from labkit.timing.machine import DEVICES
+from labkit.timing.machine import DEVICES, fingerprint
 from labkit.timing.shapes import ARCHITECTURES
 
 slow = pytest.mark.slow  # starts a lesson
@@ -588,7 +588,8 @@ def test_a_reference_keeps_its_outputs_in_the_lesson_only_at_the_lesson_s_own_va
         records.write(record_of(seconds), results[-1].folder / "record.json")
     record, lesson = tmp_path / "recorded" / "test-cpu-2c" / "01.json", tmp_path / "01_small.ipynb"
     reference.require(results[0].parameters)
-    assert reference.keep(results, lesson) == [record, lesson][: 1 + in_lesson]
+    job = store.Job("01_small", write_lesson(tmp_path / "source", "1").read_bytes(), bound, "auto", tmp_path)
+    assert reference.keep(results, job, lesson) == [record, lesson][: 1 + in_lesson]
     assert records.read(record).runs.seconds == [3.0, 1.0, 2.0, 5.0, 4.0] and records.read(record).seconds == 4.0
     assert lesson.exists() == in_lesson
     assert not in_lesson or nbformat.read(lesson, as_version=4).cells[-1].source == "4.0"  # of the same run
@@ -601,7 +602,6 @@ def record_of(seconds: float) -> records.RunRecord:
 @slow
 def test_a_recording_that_was_interrupted_goes_on(empty_course: Path, tmp_path: Path, write_lesson, monkeypatch):
     """The lesson counts its processes in a folder outside; the second one breaks. The last one finds the others."""
-    monkeypatch.setattr(reference, "RECORDED_RUNS", 3)
     monkeypatch.setenv("COUNTED", str(tmp_path / "counted"))
     (tmp_path / "counted").mkdir()
     for number in range(4):
@@ -616,7 +616,7 @@ def test_a_recording_that_was_interrupted_goes_on(empty_course: Path, tmp_path: 
     shutil.copy(counted.parent / f"{number}.json", "01/record.json")
     """
     notebook = write_lesson(tmp_path / "notebooks", textwrap.dedent(work))
-    asked = ("run", "1", "--preset", "full", "--record", "--out", tmp_path / "runs")
+    asked = ("run", "1", "--preset", "full", "--record", "--processes", 3, "--out", tmp_path / "runs")
     first = labkit(*asked)
     assert first.exit_code == 1 and not (tmp_path / "recorded").exists(), first.output
     assert "process 2 of 3 of 01_small" in first.stdout and "process 3" not in first.stdout
@@ -630,8 +630,35 @@ def test_a_recording_that_was_interrupted_goes_on(empty_course: Path, tmp_path: 
     recorded = records.read(tmp_path / "recorded" / "test-cpu-2c" / "01.json")
     assert recorded.runs.seconds == [9.0, 7.0, 6.0] and recorded.seconds == 6.0
     job = run.prepare(notebook, {"PRESET": "full"}, tmp_path / "runs")
-    assert [bool(before) for _, before in reference.processes(job, resume=True)] == [True] * 3
-    assert not any(before for _, before in reference.processes(job, resume=False))  # what is complete begins afresh
+    assert [bool(before) for _, before in reference.processes(job, 3, resume=True)] == [True] * 3
+    assert not any(before for _, before in reference.processes(job, 3, resume=False))  # what is complete begins afresh
+
+
+def test_a_recording_that_resumes_leaves_out_what_is_recorded_by_the_same_code(
+    empty_course: Path, tmp_path: Path, write_lesson
+):
+    """Wherever it was recorded: only the record is here, and no result of its runs."""
+    notebook = write_lesson(tmp_path / "notebooks", "1")
+    job = run.prepare(notebook, {"PRESET": "full"}, tmp_path / "runs")
+    assert reference.recorded(job) == 0
+    processes = [changed(preset="full", machine=fingerprint("cpu").to_dict(), measurements=[])] * 2
+    for code in ("", reference.code(job)):
+        record = records.together(processes, code)
+        records.write(record, files.RECORDED / record.machine["slug"] / "01.json")
+        assert reference.recorded(job) == (2 if code else 0)
+    asked = ("run", "1", "--preset", "full", "--record", "--processes", 2, "--out", tmp_path / "runs")
+    resumed = labkit(*asked, "--resume")
+    assert resumed.exit_code == 0 and resumed.output == "note    recorded in 2 processes: 01\n", resumed.output
+    write_lesson(tmp_path / "notebooks", "2")
+    assert reference.recorded(run.prepare(notebook, {"PRESET": "full"}, tmp_path / "runs")) == 0
+    (files.RECORDED / record.machine["slug"] / "01.json").write_text("{")
+    assert reference.recorded(job) == 0
+
+
+def test_a_number_of_processes_is_of_a_recording(empty_course: Path, tmp_path: Path, write_lesson):
+    write_lesson(tmp_path / "notebooks", "1")
+    refused = labkit("run", "1", "--processes", 2, "--out", tmp_path / "runs")
+    assert refused.exit_code == 2 and "--processes is of a recording; give --record too" in refused.output
 
 
 # the lessons' own ranges -------------------------------------------------------------------------------------------

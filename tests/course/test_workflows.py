@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 import yaml
+from pretend import library
 
 from course import notebooks, reference, run
 from labkit import files
@@ -116,9 +117,10 @@ def test_each_lesson_with_work_for_a_gpu_is_a_job_that_can_finish_and_goes_on_wh
     with_a_gpu = [path.stem[:2] for path in notebooks.all_lessons() if run.takes_device(path, "cuda")]
     assert job["strategy"]["matrix"]["lesson"] == with_a_gpu
     assert job["strategy"]["fail-fast"] == "false"
-    minutes = reference.RECORDED_RUNS * session.BUDGETS["full"].seconds / 60
+    minutes = reference.RECORDED_RUNS * session.BUDGETS["class"].seconds / 60
     assert int(job["timeout-minutes"]) > minutes
-    assert "--record --resume" in commands(job)[-1] and commands(JOBS["gpu"]["rest"])[-1] == "./lab gpu"
+    assert "--preset class --device cuda --record --resume" in commands(job)[-1]
+    assert commands(JOBS["gpu"]["rest"])[-1] == "./lab gpu"
     # What is finished is ignored by git, and cleaned otherwise; only a pull request's first lesson begins anew.
     clean = [step["with"]["clean"] for step in STEPS["gpu"] if step.get("uses", "").startswith("actions/checkout@")]
     first = job["strategy"]["matrix"]["lesson"][0]
@@ -127,11 +129,18 @@ def test_each_lesson_with_work_for_a_gpu_is_a_job_that_can_finish_and_goes_on_wh
 
 def test_how_long_a_gpu_takes_is_told_in_the_workflow_in_the_help_and_to_contributors():
     lessons = JOBS["gpu"]["lesson"]["strategy"]["matrix"]["lesson"]
-    seconds = reference.RECORDED_RUNS * len(lessons) * session.BUDGETS["full"].seconds
+    seconds = reference.RECORDED_RUNS * len(lessons) * session.BUDGETS["class"].seconds
     hours = math.ceil(seconds / 3600)
     for place in (".github/workflows/gpu.yml", "course/help.txt", "CONTRIBUTING.md"):
         text = " ".join((files.ROOT / place).read_text(encoding="utf-8").replace("#", "").split())
         assert f"{hours} hours at most" in text, place
+
+
+def test_lessons_run_on_a_pretend_gpu_with_the_torch_that_it_was_tested_with():
+    job = JOBS["pretend"]["lessons"]
+    assert commands(job)[-1] == ".ci/pretend --lessons" and job["env"] == {"PIP_CONSTRAINT": "constraints.txt"}
+    locked = (files.ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert any(f"\ntorch=={version}." in locked for version in library.TESTED)
 
 
 def test_a_tag_is_checked_built_attested_with_its_bill_of_materials_and_published_as_it_was_built():

@@ -282,11 +282,12 @@ class Call {
   std::string on_cpu;           // the first argument that is on the CPU and may not be
 };
 
-std::atomic<int64_t> calls_in_float64{0};
+std::atomic<int64_t> calls{0}, calls_in_float64{0};  // of operators that compute
 
 void compute_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   Call call(op, *stack);
   call.run();
+  ++calls;
   if (call.in_float64()) ++calls_in_float64;
 }
 
@@ -423,6 +424,7 @@ int64_t install(const c10::List<std::string>& names_with_cpu_scalars) {
 TORCH_LIBRARY(pretend, library) {
   library.def("install(str[] names) -> int", [](c10::List<std::string> names) { return install(names); });
   library.def("default_generator() -> Generator?", [] { return default_generator(); });
+  library.def("calls() -> int", [] { return calls.load(); });
   library.def("calls_in_float64() -> int", [] { return calls_in_float64.load(); });
   library.def("bytes_in_use() -> int", [] { return bytes_in_use.load(); });
   library.def("peak_bytes() -> int", [] { return peak_bytes.load(); });

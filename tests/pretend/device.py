@@ -111,15 +111,21 @@ def _random_numbers() -> dict[str, Any]:
 
 
 class Event:
-    """A moment on the CPU's clock."""
+    """A moment on the CPU's clock.
+
+    A card's events would have times for work that the CPU did between them. Here a time is refused if the device was
+    given nothing: whoever takes it has chosen the wrong clock.
+    """
 
     def __init__(
         self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
     ) -> None:
         self.timing = enable_timing
         self.seconds: float | None = None
+        self.calls = 0  # of operators on the device until then
 
     def record(self, stream: Any = None) -> None:
+        self.calls = torch.ops.pretend.calls()
         self.seconds = time.perf_counter()
 
     def elapsed_time(self, end: Self) -> float:
@@ -127,6 +133,8 @@ class Event:
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
         if self.seconds is None or end.seconds is None:
             raise ValueError("Both events must be recorded before calculating elapsed time.")
+        if self.calls == end.calls:
+            raise RuntimeError("Between these events the device was given nothing, so that their time is not its own.")
         return 1e3 * (end.seconds - self.seconds)
 
     def query(self) -> bool:
@@ -171,10 +179,10 @@ class Stream:
 
 
 class CUDAGraph:
-    """What is captured runs once, at the capture; a replay does nothing."""
+    """What is captured runs once, at the capture; a replay gives the device one operator, and changes nothing."""
 
     def replay(self) -> None:
-        """Nothing was recorded."""
+        torch.zeros(1, device="cuda")
 
     def reset(self) -> None:
         """Nothing was recorded."""

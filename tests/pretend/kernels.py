@@ -1,4 +1,4 @@
-"""Operators that torch has for CUDA alone, written in operators that the CPU has too; no gradients."""
+"""Operators that the CPU lacks, or computes number by number, written in operators that it has; no gradients."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,9 @@ LIBRARY = torch.library.Library("aten", "IMPL")
 
 def register() -> None:
     """Let the pretend device run them."""
-    for operator in (_thnn_fused_lstm_cell, _thnn_fused_gru_cell, _cslt_compress, _cslt_sparse_mm):
+    for operator in (_thnn_fused_lstm_cell, _thnn_fused_gru_cell, _cslt_compress, _cslt_sparse_mm, _scaled_mm):
         LIBRARY.impl(operator.__name__, operator, "CUDA", allow_override=True)
+    LIBRARY.impl("mm", _mm_of_compressed, "SparseCsrCUDA", allow_override=True)
 
 
 def _thnn_fused_lstm_cell(
@@ -69,3 +70,35 @@ def _cslt_sparse_mm(
     if bias is not None:
         product = product + bias[:, None]
     return product.t().contiguous() if transpose_result else product
+
+
+def _scaled_mm(
+    input: Tensor,
+    mat2: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """The product of FP8 numbers, added in fp32; a scale of all, or of each row of `input` and column of `mat2`."""
+    product = (input.float() * scale_a) @ (mat2.float() * scale_b)
+    product = _with_bias(product, bias)
+    return product.to(out_dtype or input.dtype)
+
+
+def _mm_of_compressed(input: Tensor, mat2: Tensor) -> Tensor:
+    """The product of a CSR or BSR tensor; the CPU multiplies those of 32 and 64 bits alone."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    zeros = torch.zeros(input.shape[0], mat2.shape[1], dtype=dtype, device=mat2.device)
+    return torch.addmm(zeros, _as(dtype, input), _as(dtype, mat2)).to(input.dtype)
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    if tensor.layout is torch.strided:
+        return tensor.to(dtype)
+    indices = tensor.crow_indices(), tensor.col_indices()
+    return torch.sparse_compressed_tensor(
+        *indices, tensor.values().to(dtype), tensor.shape, layout=tensor.layout, check_invariants=False
+    )

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -133,6 +134,25 @@ def test_a_recurrent_net_gives_the_same_as_on_the_cpu(kind: type[nn.Module]):
     net, x = kind(3, 4, num_layers=2, bidirectional=True), torch.randn(5, 2, 3)
     with torch.no_grad():
         torch.testing.assert_close(net.cuda()(x.cuda())[0].cpu(), net.cpu()(x)[0])
+
+
+def test_a_product_of_fp8_numbers_is_that_of_their_values():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a card that multiplies FP8 numbers")
+    torch.manual_seed(0)
+    a, b = (torch.randn(32, 32).to(torch.float8_e4m3fn) for _ in range(2))
+    scale = torch.tensor(0.5)
+    product = torch._scaled_mm(a.cuda(), b.cuda().t(), scale.cuda(), scale.cuda(), out_dtype=torch.bfloat16)
+    torch.testing.assert_close(product.cpu(), (0.25 * a.float() @ b.float().t()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compressed", [Tensor.to_sparse_csr, partial(Tensor.to_sparse_bsr, blocksize=(2, 2))])
+def test_a_product_of_compressed_numbers_is_that_of_their_values(compressed: Callable, dtype: torch.dtype):
+    torch.manual_seed(0)
+    dense = torch.randn(4, 6).where(torch.rand(4, 6) > 0.5, 0).to("cuda", dtype)
+    x = torch.randn(6, 4).to("cuda", dtype)
+    torch.testing.assert_close(compressed(dense) @ x, dense @ x)
 
 
 def test_autocast_is_that_of_the_device(x: Tensor):

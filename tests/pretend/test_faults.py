@@ -55,7 +55,8 @@ def test_a_fault_that_raises_on_the_cpu_too_is_told_from_others(copy_of_labkit: 
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    folders = filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 @pytest.mark.gpu

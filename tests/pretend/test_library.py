@@ -1,5 +1,7 @@
 """Where the pretend device cannot be had, a sentence says why."""
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,8 @@ import torch
 
 from labkit.files import ROOT
 from pretend import library
+
+ANOTHER_BUILD = f"The pretend device needs torch's CUDA build, and torch {torch.__version__} here is another build."
 
 
 @pytest.fixture
@@ -23,9 +27,7 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_another_build_of_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert library.obstacle() == (
-        f"The pretend device needs torch's CUDA build, and torch {torch.__version__} here is another build."
-    )
+    assert library.obstacle() == ANOTHER_BUILD
 
 
 def test_an_untested_torch(cuda_build: pytest.MonkeyPatch):
@@ -94,6 +96,17 @@ def test_where_a_card_is_nothing_is_pretended_and_no_test_runs_a_second_time(
     printed = skipped_tests("-p", "a_card")
     assert "a CUDA device is here: these tests run on it without --pretend-gpu" in printed
     assert "the device is pretended" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(library.obstacle() != ANOTHER_BUILD or not shutil.which("g++"), reason="nothing would be installed")
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="needs ./lab setup")
+def test_the_script_that_may_not_install_the_cuda_build_says_that_it_is_not_there(tmp_path: Path):
+    environment = os.environ | {"LABKIT_CACHE": str(tmp_path), "PYTHONPATH": ""}
+    script = [str(ROOT / ".ci" / "pretend"), "--if-there"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("no GPU is pretended: torch here is the CPU build; ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_operators_that_take_a_number_of_the_cpu_are_read_from_torchs_own_table():
