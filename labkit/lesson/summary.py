@@ -72,6 +72,7 @@ def _cost(record: RunRecord) -> str:
 
 
 def _stored(record: RunRecord) -> str:
-    results = show.counted(len(record.measurements), "result")
-    claims = show.counted(len(record.claims), "claim")
-    return f"{results} and {claims} are in {record.lesson}/record.json in the results folder."
+    stored = [show.counted(len(record.measurements), "result")]
+    if record.claims:
+        stored.append(show.counted(len(record.claims), "claim"))
+    return f"The record holds {' and '.join(stored)}: {record.lesson}/record.json in the results folder."

@@ -149,10 +149,12 @@ def _one_comparison(fn: Callable, failures: Failures, count: int, seed: int) -> 
     ratios = sorted(dict(couple)[work_a] / dict(couple)[work_b] for couple in couples)
     speedup, low, high = _three(answer, failures)
     k = int(stats.median_ci(range(1, count + 1))[1])
-    middle = ratios[(count - 1) // 2], ratios[count // 2]
+    lower, upper = ratios[(count - 1) // 2], ratios[count // 2]
+    least, most = math.sqrt(lower * upper), (lower + upper) / 2  # the geometric and the arithmetic mean
     failures.expect(
-        middle[0] * (1 - 1e-9) <= speedup <= middle[1] * (1 + 1e-9),
-        "the speed-up is the median over pairs of the time of a over the time of b",
+        least * (1 - 1e-9) <= speedup <= most * (1 + 1e-9),
+        "the speed-up is the median over pairs of the time of a over the time of b (of an even number of pairs, "
+        "the mean of the two middle ratios)",
     )
     failures.close(low, ratios[k - 1], "the lower end: the k-th of the sorted ratios, counted from the smallest")
     failures.close(high, ratios[-k], "the upper end: the k-th of the sorted ratios, counted from the largest")

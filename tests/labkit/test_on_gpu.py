@@ -31,7 +31,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     for variable in ("LABKIT_PRESET", "LABKIT_DEVICE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(files, "RECORDED", tmp_path / "recorded")
-    return labkit.start("12", preset="class", device="cpu", results_dir=tmp_path / "runs")
+    return labkit.start("12", preset="smoke", device="cpu", results_dir=tmp_path / "runs")
 
 
 @pytest.fixture

@@ -872,7 +872,7 @@ def test_at_smoke_no_prediction_claim_or_plan_is_judged(smoke, capsys):
     words = capsys.readouterr().out
     assert "challenge needles: smoke tries the code; run class to see." in words
     assert words.count("not judged at smoke") == 2 and "reached" not in words and "too high" not in words
-    assert "Smoke tries the code; run class to see. 1 result and 1 claim are in" in words
+    assert "Smoke tries the code; run class to see. The record holds 1 result and 1 claim: " in words
     assert [guess.measured for guess in record.predictions] == [None]
     assert [(claim.verdict, claim.value) for claim in record.claims] == [("not measurable here", None)]
     assert [(task.point, task.reached) for task in record.challenges] == [(None, None)]
@@ -928,7 +928,7 @@ def test_finish_writes_the_record_and_shows_what_came_of_it(lab, capsys, monkeyp
     assert records.read(lab._path) == result
     assert lab._path.parts[-3:] == ("runs", "01", "record.json")
     assert "2.00x too high" in out and "not measured" in out and "no prediction" in out
-    assert "1 result and 1 claim are in 01/record.json" in out and "twice as fast" not in out
+    assert "The record holds 1 result and 1 claim: 01/record.json" in out and "twice as fast" not in out
     assert "within the budget of preset class" in out
     assert str(lab._path.parent) not in out
 
@@ -995,6 +995,19 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
     assert carried.named("step").value == 1.0
     assert carried.seconds < 2.5
     assert "Lesson 01 finished" in shown["text/html"] and "Lesson 01 finished" in shown["text/plain"]
+
+
+def test_a_record_without_claims_counts_none(lab, capsys):
+    lab.record("step", 1.5, "ms")
+    lab.finish()
+    assert "The record holds 1 result: 01/record.json" in capsys.readouterr().out
+
+
+def test_a_plane_of_times_does_not_reach_below_zero():
+    _, ax = plt.subplots()
+    points = [{"plan": "ann", "time": 0.05, "size": 2.0}, {"plan": "ben", "time": 0.5, "size": 3.0}]
+    challenge.plane(ax, {"time": (None, 0.25, "s"), "size": (None, None, "")}, points, "plan")
+    assert ax.get_xlim()[0] == 0
 
 
 def test_plans_that_reach_the_same_point_keep_their_labels():

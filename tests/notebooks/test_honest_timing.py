@@ -1,16 +1,19 @@
 """What lesson 00 concludes holds for its own simulated machine, whose truth is known."""
 
 import itertools
+import json
 import math
 import random
 import statistics
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from course import notebooks
+from labkit import files, stats
 
 TRIALS = 200
 
@@ -39,10 +42,11 @@ def false_alarms(summary: Callable, calls: int) -> int:
     return lesson["false_alarms"](lambda a, b: benchmark(a, b, clock=machine), work, TRIALS)
 
 
-def test_the_best_of_many_calls_is_fooled_until_a_side_is_longer_than_a_swing():
+def test_the_best_of_many_calls_is_fooled_until_a_side_covers_most_of_a_swing():
     swing = executed("sweep-numbers")["swing"]
-    alarms = {calls: false_alarms(min, calls) for calls in (10, 100, 300, 1000)}
+    alarms = {calls: false_alarms(min, calls) for calls in (10, 100, 300, 500, 1000)}
     assert alarms[10] < 0.6 * TRIALS and min(alarms[100], alarms[300]) > 0.95 * TRIALS
+    assert alarms[500] < 0.75 * TRIALS and 0.5 * swing < 500 < swing
     assert alarms[1000] == 0 and 300 < swing < 1000
 
 
@@ -78,3 +82,35 @@ def test_rivals_at_equal_calls_make_equally_many(calls: int):
     clocked.clear()
     lesson["paired_speedup"](work, test_a_swing_has_as_many_calls_as_the_page_draws, calls, 0, clock)
     assert len(clocked) == 2 * calls
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((415, 575, 420), "an untimed call removes that"),
+        ((415, 575, 462), "One untimed call removes 65% of what is above 50 %"),
+        ((480, 575, 560), "The place in the pair has a cause of its own."),
+        ((415, 575, 580), "an untimed call does not mend it. A balanced order"),
+        ((415, 420, 410), "does not slow the first call here"),
+    ],
+)
+def test_what_is_said_of_the_first_of_a_pair_follows_from_the_three_counts(counts: tuple[int, ...], words: str):
+    said: list[str] = []
+
+    def say(_: str, *sentences: str | bool) -> None:
+        said.extend(filter(None, sentences))
+
+    def ignore(*_: Any, **__: Any) -> None:
+        pass
+
+    lab = SimpleNamespace(say=say, record=ignore, table=ignore)
+    slower = dict(zip(("nothing", "8 MB written", "an untimed call"), counts, strict=True))
+    executed("first-of-pair-say", lab=lab, slower=slower, pairs_each=800, wilson=stats.wilson, result=ignore)
+    assert words in " ".join(said)
+
+
+def test_processes_with_two_threads_share_a_shift_below_the_one_per_cent_of_a_verdict():
+    lesson = executed("coverage", files=files, json=json)
+    one, two = (statistics.fmean(lesson["below"][threads]) for threads in (1, 2))
+    assert abs(one - 0.5) < 0.1 and two > 0.7
+    assert lesson["shift"] < 0.01
