@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from labkit.show import COLOURS, WIDTH
+from labkit.show import COLOURS, WIDTH, Rows
 
 LANES = {"launch, CPU": COLOURS[1], "kernel, GPU": COLOURS[0]}  # from top to bottom
 LAUNCH, KERNEL = LANES
@@ -54,7 +54,7 @@ def activities_of(events: Iterable[FunctionEvent]) -> list[Activity]:
     return [activity.since(first_us) for activity in activities]
 
 
-def picture(calls: Mapping[str, Callable[[], Any]]) -> tuple[Figure, list[dict[str, Any]]]:
+def picture(calls: Mapping[str, Callable[[], Any]]) -> tuple[Figure, Rows]:
     """Trace calls and draw each in a panel, all over the same time.
 
     calls: {name: call without arguments, on the GPU}.
