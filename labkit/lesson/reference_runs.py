@@ -101,6 +101,8 @@ def _range(run: Mapping[str, Any]) -> tuple[Any, Sequence[float] | None, str]:
         return spread.median, (spread.smallest, spread.largest), kind
     if run["ci95"] is None:
         return run["value"], None, "1 process"
+    if run["processes"]:
+        return run["value"], run["ci95"], f"smallest to largest of {run['processes']} processes"
     kind = "95 % interval within this run"
     if spread is not None:
         kind += ", 1 process"

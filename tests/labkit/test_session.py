@@ -29,7 +29,7 @@ from refusals import Refusals, check_refusal, refused
 import labkit
 from labkit import files
 from labkit.errors import InputError
-from labkit.lesson import challenge, records, session, worked
+from labkit.lesson import challenge, records, reference_runs, session, worked
 from labkit.lesson import check as checks
 from labkit.lesson.records import cost
 from labkit.lesson.session import Lab
@@ -684,6 +684,12 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     records.write(records.RunRecord.from_dict(values), path)
     session._show_card(lab)
     assert f"at class on Some GPU, {values['created'][:10]}" in capsys.readouterr().out
+
+
+def test_a_range_over_processes_beside_recorded_runs_is_called_so():
+    run = {"machine": "Some CPU", "device": "cpu", "preset": "class", "value": 0.9, "unit": "x", "ci95": (0.8, 1.0)}
+    (row, *_) = reference_runs.beside({**run, "processes": 5}, [])
+    assert row["kind of range"] == "smallest to largest of 5 processes"
 
 
 def test_beside_needs_a_number_measured_here(lab):
