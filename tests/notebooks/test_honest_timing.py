@@ -87,6 +87,7 @@ def test_rivals_at_equal_calls_make_equally_many(calls: int):
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
+        ((415, 575, 420), "no difference is seen. This does not reproduce the tilt of section 2"),
         ((415, 575, 420), "an untimed call removes that"),
         ((415, 575, 462), "One untimed call removes 65% of what is above 50 %"),
         ((480, 575, 560), "The place in the pair has a cause of its own."),
@@ -95,6 +96,15 @@ def test_rivals_at_equal_calls_make_equally_many(calls: int):
     ],
 )
 def test_what_is_said_of_the_first_of_a_pair_follows_from_the_three_counts(counts: tuple[int, ...], words: str):
+    assert words in said_of_the_first_of_a_pair(counts, tilted=True)
+
+
+@pytest.mark.parametrize(("alone", "tilted"), [(415, False), (480, True), (320, True)])
+def test_a_tilt_is_called_unexplained_only_where_the_stopwatch_has_it_and_the_pairs_do_not(alone: int, tilted: bool):
+    assert "tilt" not in said_of_the_first_of_a_pair((alone, 575, 420), tilted)
+
+
+def said_of_the_first_of_a_pair(counts: tuple[int, ...], tilted: bool) -> str:
     said: list[str] = []
 
     def say(_: str, *sentences: str | bool) -> None:
@@ -103,9 +113,50 @@ def test_what_is_said_of_the_first_of_a_pair_follows_from_the_three_counts(count
     def ignore(*_: Any, **__: Any) -> None:
         pass
 
-    lab = SimpleNamespace(say=say, record=ignore, table=ignore)
     slower = dict(zip(("nothing", "8 MB written", "an untimed call"), counts, strict=True))
-    executed("first-of-pair-say", lab=lab, slower=slower, pairs_each=800, wilson=stats.wilson, result=ignore)
+    names = {"slower": slower, "pairs_each": 800, "wilson": stats.wilson, "tilted": tilted}
+    lab = SimpleNamespace(say=say, record=ignore, table=ignore)
+    executed("first-of-pair-say", lab=lab, result=ignore, **names)
+    return " ".join(said)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "tilted", "words"),
+    [
+        ([1.05] * 81 + [0.95] * 9, True, "81 lie above it: mostly the first call took longer"),
+        ([1.05] * 9 + [0.95] * 81, True, "81 lie below it: mostly the second call took longer"),
+        ([1.05] * 45 + [0.95] * 45, False, "by a factor of 1.1"),
+        ([1.0], False, "by a factor of 1.0"),
+    ],
+)
+def test_a_tilt_of_the_stopwatch_needs_more_dots_on_a_side_than_chance_puts_there(
+    speedups: list[float], tilted: bool, words: str
+):
+    said: list[str] = []
+
+    def say(_: str, *sentences: str | bool) -> None:
+        said.extend(filter(None, sentences))
+
+    names = {"alarms": 1, "trials": len(speedups), "wilson": stats.wilson}
+    lesson = executed("stopwatch-say", lab=SimpleNamespace(say=say), speedups=speedups, **names)
+    assert lesson["tilted"] == tilted and words in " ".join(said)
+
+
+@pytest.mark.parametrize(
+    ("mean_of_a_hundred", "words"),
+    [(81.5, "(82 %) is no better than one call (72 %)"), (95.0, "is worse than"), (50.0, "is better than")],
+)
+def test_the_mean_is_set_beside_one_call_by_the_intervals_of_two_hundred_tests(mean_of_a_hundred: float, words: str):
+    said: list[str] = []
+
+    def say(_: str, *sentences: str | bool, any_preset: bool) -> None:
+        said.extend(filter(None, sentences))
+
+    numbers = {0.0: (1, 100), 0.5: (10, 100, 1000)}
+    of_drift = itertools.product(numbers, ("best", "median", "mean"), (1, 10, 100, 1000))
+    alarms_of = dict.fromkeys(of_drift, 71.5) | {(0.0, "mean", 100): mean_of_a_hundred}
+    names = {"numbers": numbers, "alarms_of": alarms_of, "wilson": stats.wilson}
+    executed("sweep-say", lab=SimpleNamespace(say=say), **names)
     assert words in " ".join(said)
 
 
