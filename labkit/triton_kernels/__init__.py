@@ -5,6 +5,12 @@ online_softmax.py: attention of a block of queries, key block after key block
 
 A kernel's module needs Triton, and is imported where it is used. On a machine without a GPU Triton's interpreter runs
 the same source on the CPU (TRITON_INTERPRET=1 before Python starts): slowly, to check the arithmetic.
+
+>>> from labkit import triton_kernels
+>>> print(triton_kernels.source("attend"))
+@triton.jit
+def attend(
+...
 """
 
 import ast

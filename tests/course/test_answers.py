@@ -94,6 +94,13 @@ def keepers_at_work() -> list[psutil.Process]:
     return [process for process, parent in parents.items() if parent in pids and process.pid in parents.values()]
 
 
+def ancestors(process: psutil.Process) -> list[int]:
+    try:
+        return [parent.pid for parent in process.parents()]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def parent_of(process: psutil.Process) -> int | None:
     try:
         return process.ppid()
@@ -157,7 +164,7 @@ def test_ctrl_c_ends_all_at_once(tmp_path: Path):
     write(tmp_path, "ann", with_first_line(CONV, "import time; time.sleep(600)"))
     command = [sys.executable, "-m", "course.cli", "grade", str(tmp_path), "--seconds", "600"]
     grader = subprocess.Popen(command, cwd=files.ROOT, stderr=subprocess.PIPE, text=True)
-    wait_until(keepers_at_work)
+    wait_until(lambda: any(grader.pid in ancestors(keeper) for keeper in keepers_at_work()))  # not another test's
     asked = time.monotonic()
     grader.send_signal(signal.SIGINT)
     assert "labkit: interrupted." in grader.communicate(timeout=120)[1] and grader.returncode == 130

@@ -345,6 +345,8 @@ STEPS = [
     "-m pytest -m gpu and not lesson",
     *["benchmarks/nm_gpu.py"] * 3,
     "-m course.cli run all",
+    "-m course.cli run 06",
+    "-m course.cli run 12",
     "-m pytest -m gpu and lesson",
 ]
 LESSONS = STEPS.index("-m course.cli run all")
