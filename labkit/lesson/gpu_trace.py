@@ -94,4 +94,5 @@ def _draw_lanes(ax: Axes, of_call: list[Activity]) -> None:
         ax.broken_barh(pieces, (place - 0.4, 0.8), color=colour)
     ax.set_yticks(range(len(LANES)), LANES)
     ax.set_ylim(len(LANES) - 0.5, -0.5)
+    ax.set_ylabel("activity")
     ax.grid(axis="y", visible=False)

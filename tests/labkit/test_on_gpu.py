@@ -189,3 +189,6 @@ def test_the_picture_has_a_panel_for_each_trace_and_a_lane_for_launches_and_kern
     assert [ax.get_title(loc="left") or ax.get_title() for ax in fig.axes] == ["eager", "graph"]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["launch, CPU", "kernel, GPU"]
     assert [len(collection.get_paths()) for collection in fig.axes[0].collections] == [1, 1]
+    rows = [gpu_trace.summary(name, of_call) for name, of_call in traces.items()]
+    alt = "Two panels with a lane of launches and a lane of kernels each."
+    show.figure(fig, alt=alt, table=rows, caption="traced")  # refuses axes without labels
