@@ -284,7 +284,11 @@ def _records_note(jobs: "Sequence[Job]") -> str:
         count = reference.recorded(job)
         state = f"recorded in {count} process{'es' * (count > 1)}" if count else "not recorded"
         lessons[state].append(job.lesson[:2])
-    return "; ".join(f"{state}: {', '.join(numbers)}" for state, numbers in sorted(lessons.items(), reverse=True))
+    phrases = []
+    for state in sorted(lessons, reverse=True):
+        numbers = ", ".join(lessons[state])
+        phrases.append(f"{state}: {numbers}")
+    return "; ".join(phrases)
 
 
 def _default_preset(usual: str) -> str:

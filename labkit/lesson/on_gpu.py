@@ -6,7 +6,6 @@ of the machines that have recorded the section.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from html import escape
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from labkit import show
 from labkit.errors import first_line
 from labkit.lesson.records import cost, quality
+from labkit.lesson.reference_runs import day
 from labkit.lesson.session import Lab
 from labkit.show import Rows
 from labkit.timing import machine, roofline
@@ -188,8 +188,7 @@ def _show_folded(name: str, cases: Cases, reason: str, recorded: list[dict[str, 
 
 
 def _place(run: Mapping[str, Any]) -> str:
-    date = datetime.fromisoformat(run["created"]).strftime("%d %b %Y").lstrip("0")
-    return f"{run['machine']}, {date}"
+    return f"{run['machine']}, {day(run)}"
 
 
 def _bounds(case: str, ways: Mapping[str, Way]) -> list[dict[str, str]]:

@@ -40,8 +40,7 @@ def beside(this_run: Mapping[str, Any], reference: Sequence[Mapping[str, Any]]) 
     """
     rows = [_row("this run", this_run)]
     for run in reference:
-        date = datetime.fromisoformat(run["created"]).strftime("%d %b %Y").lstrip("0")  # 4 Nov 2026
-        rows.append(_row(f"recorded {date}", run))
+        rows.append(_row(f"recorded {day(run)}", run))
     kinds = {torch.device(run["device"]).type for run in (this_run, *reference)}
     for kind, words in DEVICE_KINDS.items():
         if kind not in kinds:
@@ -65,6 +64,11 @@ def verdicts(lesson: str, claim: Claim) -> list[str]:
 def durations(lesson: str) -> list[str]:
     """Return how long each reference run of a lesson took, with preset, machine and day."""
     return [f"{run.seconds:.0f} s {_place(run)}" for run in records.recorded(lesson)]
+
+
+def day(run: Mapping[str, Any]) -> str:
+    """Return the day of a reference run, a dict as in `results`: 4 Nov 2026."""
+    return datetime.fromisoformat(run["created"]).strftime("%d %b %Y").lstrip("0")
 
 
 def _recorded(lesson: str) -> list[RunRecord]:
