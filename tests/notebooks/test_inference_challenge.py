@@ -115,13 +115,14 @@ def test_batches_in_order_have_no_outlier():
     [
         ("faster", "what was slow is the kernel for that number of rows"),
         ("slower", "the outlier at batch 16 has another cause"),
-        ("inconclusive", "the outlier at batch 16 has another cause"),
+        ("equivalent", "the outlier at batch 16 has another cause"),
+        ("inconclusive", "This run does not settle what padding does."),
     ],
 )
 def test_only_padding_that_is_faster_blames_the_kernel(verdict: str, words: str):
     page, pair = Page(), SimpleNamespace(speedup=1.9, ci95=(1.8, 2.0), verdict="faster")
     padding = SimpleNamespace(speedup=1.9, ci95=(1.8, 2.0), verdict=verdict)
-    executed("two-rows-say", lab=page, rows_apart=pair, padding=padding, few=16, many=32, odd=2.1)
+    executed("two-rows-say", lab=page, rows_apart=pair, padding=padding, few=16, many=32, odd=2.1, told=str)
     assert words in page.said
 
 
