@@ -57,6 +57,12 @@ def test_the_ceiling_is_the_highest_attempt_with_a_range_on_both_sides():
     assert (best, low, high) == pytest.approx((50.3, 48.5, 52.1))
 
 
+def test_a_limit_of_even_attempts_lies_beyond_the_upper_end_about_as_often_as_not():
+    highest, generator = executed("highest")["highest"], np.random.default_rng(0)
+    beyond = [highest(attempts)[1][1] < 1.0 for attempts in generator.random((4000, 5))]
+    assert np.mean(beyond) == pytest.approx(0.5, abs=0.03)
+
+
 @pytest.mark.parametrize(("cache_bytes", "ceiling"), [(2**25, 50.3e9), (300 * 2**20, 37.3e9)])
 def test_arrays_of_four_times_the_last_cache_raise_the_ceiling_and_smaller_ones_do_not(
     cache_bytes: int, ceiling: float
