@@ -117,9 +117,9 @@ WISHES = (
     (300e9, 1.1e9, 7e9, 1.03),
 )
 EXACT_WISHES = (
-    (2.0**30, 2.0**27, 1e6, 2.0),  # the memory and the time to move are both reached exactly
-    (2.0**30, 2.0**30, 1e6, 2.0),  # a single sequence
-    (2.0**30, 2.0**27, 2.0**20, 2.0),
+    (2.0**30, 2.0**27, 1e6, 2.3),
+    (2.0**30, 2.0**30, 1e6, 2.3),  # a single sequence
+    (2.0**30, 2.0**26, 2.0**20, 2.3),
 )
 
 

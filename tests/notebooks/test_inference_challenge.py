@@ -36,12 +36,13 @@ class Page:
     def __init__(self) -> None:
         self.said = ""
         self.goals: dict[str, tuple] = {}
+        self.references: list[dict] = []
 
     def say(self, _: str, *sentences: str | bool | None, any_preset: bool = False) -> None:
         self.said += " ".join(filter(None, sentences))
 
-    def challenge(self, *_: Any, goals: dict[str, tuple], **__: Any) -> None:
-        self.goals = goals
+    def challenge(self, *_: Any, goals: dict[str, tuple], references: list[dict], **__: Any) -> None:
+        self.goals, self.references = goals, references
 
     def record(self, *_: Any, **__: Any) -> None:
         pass
@@ -78,7 +79,7 @@ def test_arrays_of_four_times_the_last_cache_raise_the_ceiling_and_smaller_ones_
     )
     measured = SimpleNamespace(bandwidth_sweep=lambda *_, **__: sweep, ceilings=lambda *_, **__: roofs)
     by_hand = {"a read by hand": 30.6e9, "a copy by hand": 31e9}
-    lesson = executed("highest", "answer-measure", lab=lab, machine=measured, by_hand=by_hand, decode=None)
+    lesson = executed("highest", "answer-measure", lab=lab, machine=measured, rates_by_hand=by_hand, decode=None)
     assert lesson["memory_ceiling"] == ceiling
 
 
@@ -90,8 +91,10 @@ def test_a_share_of_the_roof_has_a_range_on_both_sides():
         return max(flops / peak, moved / bandwidth), ""
 
     roof_share = executed("roof-share", ceilings=ceilings, kind="fp32", time_bound=time_bound)["roof_share"]
-    share, low, high = roof_share(0.278e9, 544e6, 0.0623)
-    assert (share, low, high) == pytest.approx((18.0, 14.6, 23.6), abs=0.1)
+    timing = SimpleNamespace(median_s=0.0623, ci95_s=(0.0604, 0.0644))
+    assert roof_share(0.278e9, 544e6, timing) == pytest.approx((18.0, 14.1, 24.3), abs=0.1)
+    without = SimpleNamespace(median_s=0.0623, ci95_s=(0.0, math.inf))
+    assert show.interval(roof_share(0.278e9, 544e6, without)[1:]) == "no interval"
 
 
 # --- the odd batch ----------------------------------------------------------------------------------------------------
@@ -162,7 +165,43 @@ def test_no_batch_of_the_page_reaches_the_goal_of_the_challenge(step_of_16: floa
     times = {1: 1.0, 2: 1.67, 4: 1.49, 8: 1.28, 16: step_of_16}
     over_one = {batch: (ratio, ratio, ratio) for batch, ratio in times.items()}
     page = Page()
-    executed("challenge-plane", lab=page, over_one=over_one, kind="fp32", point=None)
+    executed("challenge-threads", "challenge-plane", lab=page, over_one=over_one, kind="fp32", point=None)
     _, longest, _ = page.goals["step time"]
     least, _, _ = page.goals["throughput"]
-    assert not [batch for batch, ratio in times.items() if ratio <= longest and batch / ratio >= least]
+    reached = [row["step time"] <= longest and row["throughput"] >= least for row in page.references]
+    assert len(reached) == 5 and not any(reached)
+
+
+# --- one clock --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("agree", "words"), [(True, "54 % of the step is lost"), (False, "nothing is said here about")])
+def test_no_diagnosis_where_the_race_and_section_1_do_not_agree_about_a_step(agree: bool, words: str):
+    page, pair = Page(), SimpleNamespace(ci95=(1.2, 1.4))
+    executed(
+        "profile-say",
+        lab=page,
+        agree=agree,
+        over_step={"products": pair, "calls": pair},
+        share_of_step={"calls": 24.0},
+        in_products=76.0,
+        in_calls=13.0,
+        for_bytes=22.0,
+        parts={"other computing": 11.0},
+        turn_shares=[0.51],
+    )
+    assert words in page.said
+
+
+@pytest.mark.parametrize(
+    ("clock", "step_s", "agree"),
+    [("wall", 0.065, True), ("wall", 0.3, False), ("cpu", 0.065, False), ("wall", 0.03, False)],
+)
+def test_a_race_agrees_with_section_1_by_the_same_clock_and_about_the_same_time(clock: str, step_s: float, agree: bool):
+    (line,) = [line for line in cells()["profile-figure"].splitlines() if line.startswith("agree = ")]
+    space = {
+        "raced": SimpleNamespace(clock="wall", median_s=step_s),
+        "step_time": SimpleNamespace(clock=clock, median_s=0.062),
+    }
+    exec(line, space)
+    assert space["agree"] == agree
