@@ -1,12 +1,13 @@
 """Accuracy of ResNet-20 without nine tenths of its weights: four criteria, before and after a recovery training.
 
-    python benchmarks/pruning_criteria.py            five pieces of 7 minutes on a busy core; the last writes the record
+    python benchmarks/pruning_criteria.py            25 pieces of 80 seconds of a core; the last writes the record
+    python benchmarks/pruning_criteria.py --one      the next piece alone
     python benchmarks/pruning_criteria.py --quick    200 test images, 2 steps and one seed, and writes nothing
 
 Each way of pruning is judged three times on the same test images: as it is, with the batch norms' statistics estimated
 anew on unlabelled training images (EagleEye, Li et al. 2020, arXiv:2007.02491), and after a recovery training. A seed
-draws the images that score the weights and re-estimate the norms, the order of training, and the random scores. The
-answers of a seed are kept in runs/, so that a script that was stopped goes on with the next seed.
+draws the images that score the weights and re-estimate the norms, the order of training, and the random scores. A piece
+is one way of pruning and one seed; the answers are kept in runs/, so that a script that was stopped goes on.
 Lesson 02 shows the record: `lab.recorded("pruning_criteria")`.
 """
 
@@ -50,7 +51,7 @@ WAYS = {
     "random": Way("random", "layer"),
     "magnitude, one ranking": Way("magnitude", "global"),
 }
-Answers = dict[tuple[str, str], Tensor]  # of each way and stage: right or wrong, [test images]
+Answers = dict[str, Tensor]  # of each stage: right or wrong, [test images]
 
 
 def pruned(way: Way, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
@@ -61,33 +62,32 @@ def pruned(way: Way, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
     )
 
 
-def answers_of_seed(test: training.Batches, seed: int, steps: int) -> Answers:
-    """Return which test images each way gets right, at each stage."""
+def answers_of(name: str, seed: int, test: training.Batches, steps: int) -> Answers:
+    """Return which test images a way of pruning gets right, at each stage."""
     train = datasets.fashion_mnist("train")
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     images, labels = train.images[drawn], train.labels[drawn]
-    answers = {}
-    for name, way in WAYS.items():
-        model = pruned(way, images, labels, seed)
-        answers[name, "raw"] = training.correct(model, test)
-        training.reestimate_norms_(model, training.Batches((images, labels), BATCH))
-        answers[name, "re-estimated"] = training.correct(model, test)
-        batches = training.Batches((train.images, train.labels), BATCH, seed=seed)
-        training.train_(model, batches, epochs=1, steps=steps, **STEP)
-        answers[name, "recovered"] = training.correct(model, test)
-        shares = [f"{stage} {answers[name, stage].double().mean():.2%}" for stage in STAGES]
-        print(f"seed {seed}, {name}:", ", ".join(shares), flush=True)
+    model = pruned(WAYS[name], images, labels, seed)
+    answers = {"raw": training.correct(model, test)}
+    training.reestimate_norms_(model, training.Batches((images, labels), BATCH))
+    answers["re-estimated"] = training.correct(model, test)
+    batches = training.Batches((train.images, train.labels), BATCH, seed=seed)
+    training.train_(model, batches, epochs=1, steps=steps, **STEP)
+    answers["recovered"] = training.correct(model, test)
+    shares = [f"{stage} {right.double().mean():.2%}" for stage, right in answers.items()]
+    print(f"seed {seed}, {name}:", ", ".join(shares), flush=True)
     return answers
 
 
-def rows(dense: Tensor, of_seeds: list[Answers]) -> list[dict[str, Any]]:
+def rows(dense: Tensor, of_seeds: list[dict[str, Answers]]) -> list[dict[str, Any]]:
     """Return a row for each way and stage: accuracies by seed, and the changes, paired over images and seeds.
 
     dense: the dense network's answers, [test images].
+    of_seeds: the answers of each way, for each seed.
     """
     table = []
     for name, stage in itertools.product(WAYS, STAGES):
-        right, base = (torch.stack([answers[key, stage] for answers in of_seeds]) for key in (name, BASE))
+        right, base = (torch.stack([answers[key][stage] for answers in of_seeds]) for key in (name, BASE))
         row = {"way": name, "stage": stage}
         row |= {f"seed {seed}": float(share) for seed, share in enumerate(right.double().mean(1))}
         row["mean"] = float(right.double().mean())
@@ -99,13 +99,12 @@ def rows(dense: Tensor, of_seeds: list[Answers]) -> list[dict[str, Any]]:
     return table
 
 
-def answered(test: training.Batches, seed: int, folder: Path) -> tuple[Answers, float]:
-    """Return the answers of a seed and the seconds they took, from an earlier run where there was one."""
-    path = folder / f"seed{seed}.pt"
+def answered(name: str, seed: int, test: training.Batches, path: Path) -> tuple[Answers, float]:
+    """Return the answers of a piece and the seconds they took, from an earlier run where there was one."""
     if not path.exists():
         start = time.perf_counter()
-        answers = answers_of_seed(test, seed, STEPS)
-        folder.mkdir(parents=True, exist_ok=True)
+        answers = answers_of(name, seed, test, STEPS)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save((answers, time.perf_counter() - start), path)
     return torch.load(path)
 
@@ -113,23 +112,26 @@ def answered(test: training.Batches, seed: int, folder: Path) -> tuple[Answers, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="200 test images, 2 steps, one seed; nothing is written")
-    parser.add_argument("--one", action="store_true", help="stop after the next seed that has no answers yet")
+    parser.add_argument("--one", action="store_true", help="stop after the next piece that has no answers yet")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
     images = datasets.fashion_mnist("test", 200 if arguments.quick else None)
     test = training.Batches((images.images, images.labels), ANSWERED)
     if arguments.quick:
-        answers_of_seed(test, seed=0, steps=2)
+        for name in WAYS:
+            answers_of(name, 0, test, steps=2)
         return
     folder = files.ROOT / "runs" / Path(__file__).stem
-    of_seeds, seconds = [], 0.0
-    for seed in range(SEEDS):
-        is_new = not (folder / f"seed{seed}.pt").exists()
-        answers, took = answered(test, seed, folder)
-        of_seeds.append(answers)
+    of_seeds: list[dict[str, Answers]] = [{} for _ in range(SEEDS)]
+    seconds = 0.0
+    pieces = list(itertools.product(range(SEEDS), WAYS))
+    for number, (seed, name) in enumerate(pieces, 1):
+        path = folder / f"{name}, seed {seed}.pt"
+        is_new = not path.exists()
+        of_seeds[seed][name], took = answered(name, seed, test, path)
         seconds += took
-        if is_new and arguments.one and seed < SEEDS - 1:
+        if is_new and arguments.one and number < len(pieces):
             return
     dense = training.correct(models.resnet20(), test)
     accuracies = ("mean", *(f"seed {seed}" for seed in range(SEEDS)))
