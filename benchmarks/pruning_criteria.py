@@ -13,7 +13,9 @@ Lesson 02 shows the record: `lab.recorded("pruning_criteria")`.
 
 import argparse
 import itertools
+import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from labkit import datasets, files, models, stats, training
 from labkit.lesson import experiments
 from labkit.pruning import unstructured
-from labkit.records import quality
+from labkit.records import quality, result
 
 QUESTION = "which of ResNet-20's weights should go, if nine of ten have to?"
 SHARE = 0.9
@@ -54,6 +56,13 @@ WAYS = {
 Answers = dict[str, Tensor]  # of each stage: right or wrong, [test images]
 
 
+def drawn(seed: int) -> tuple[Tensor, Tensor]:
+    """Draw the training images that score the weights and re-estimate the norms, and their labels."""
+    train = datasets.fashion_mnist("train")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    return train.images[order], train.labels[order]
+
+
 def pruned(way: Way, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
     """Prune a copy of the dense network by its answers to the images, one by one; masks hold the zeros."""
     batches = list(zip(images.split(1), labels.split(1), strict=True))  # Taylor's mean is over examples
@@ -64,13 +73,12 @@ def pruned(way: Way, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
 
 def answers_of(name: str, seed: int, test: training.Batches, steps: int) -> Answers:
     """Return which test images a way of pruning gets right, at each stage."""
-    train = datasets.fashion_mnist("train")
-    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
-    images, labels = train.images[drawn], train.labels[drawn]
+    images, labels = drawn(seed)
     model = pruned(WAYS[name], images, labels, seed)
     answers = {"raw": training.correct(model, test)}
     training.reestimate_norms_(model, training.Batches((images, labels), BATCH))
     answers["re-estimated"] = training.correct(model, test)
+    train = datasets.fashion_mnist("train")
     batches = training.Batches((train.images, train.labels), BATCH, seed=seed)
     training.train_(model, batches, epochs=1, steps=steps, **STEP)
     answers["recovered"] = training.correct(model, test)
@@ -79,18 +87,29 @@ def answers_of(name: str, seed: int, test: training.Batches, steps: int) -> Answ
     return answers
 
 
-def rows(dense: Tensor, of_seeds: list[dict[str, Answers]]) -> list[dict[str, Any]]:
+def emptied(way: Way, seed: int) -> float:
+    """Return the share of the first convolution's output channels that are left without a single weight."""
+    weight = pruned(way, *drawn(seed), seed).conv.weight.detach()
+    return float((weight.flatten(1) == 0).all(1).double().mean())
+
+
+def rows(
+    dense: Tensor, of_seeds: list[dict[str, Answers]], channels_emptied: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """Return a row for each way and stage: accuracies by seed, and the changes, paired over images and seeds.
 
     dense: the dense network's answers, [test images].
     of_seeds: the answers of each way, for each seed.
+    channels_emptied: the mean of `emptied` over the seeds, for each way.
     """
     table = []
     for name, stage in itertools.product(WAYS, STAGES):
-        right, base = (torch.stack([answers[key][stage] for answers in of_seeds]) for key in (name, BASE))
+        right = torch.stack([answers[name][stage] for answers in of_seeds])  # [seeds, test images]
+        base = torch.stack([answers[BASE][stage] for answers in of_seeds])
         row = {"way": name, "stage": stage}
         row |= {f"seed {seed}": float(share) for seed, share in enumerate(right.double().mean(1))}
         row["mean"] = float(right.double().mean())
+        row["emptied"] = channels_emptied[name]
         loss = stats.accuracy_change_over_seeds(right, dense.expand_as(right))
         row |= zip(("from dense", "dense low", "dense high"), loss, strict=True)
         over = stats.accuracy_change_over_seeds(right, base) if name != BASE else (None, None, None)
@@ -133,14 +152,19 @@ def main() -> None:
         seconds += took
         if is_new and arguments.one and number < len(pieces):
             return
+    channels_emptied = {}
+    for name, way in WAYS.items():
+        shares = [emptied(way, seed) for seed in range(SEEDS)]
+        channels_emptied[name] = statistics.fmean(shares)
     dense = training.correct(models.resnet20(), test)
     accuracies = ("mean", *(f"seed {seed}" for seed in range(SEEDS)))
     path = experiments.save(
         Path(__file__).stem,
         QUESTION,
-        rows(dense, of_seeds),
+        rows(dense, of_seeds, channels_emptied),
         by=("way", "stage"),
         columns={name: quality("fraction") for name in accuracies}
+        | {"emptied": result("fraction")}
         | {"from dense": quality("fraction", low="dense low", high="dense high")}
         | {f"over {BASE}": quality("fraction", low="low", high="high")},
         settings={
