@@ -17,7 +17,7 @@ import nbformat
 import psutil
 import pytest
 from commands import labkit, wait_until
-from handins import BOUND, CONV, DECODE, FLEET, FULL, LESSON, solved, with_first_line, write
+from handins import BOUND, CONV, DECODE, FULL, LESSON, USERS, solved, with_first_line, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
@@ -92,7 +92,7 @@ CLASS = {  # student -> what is handed in, and the points that it gets; None: wh
     "memory hog": (with_first_line(CONV, "held = []", "while True: held.append(bytearray(1 << 26))"), FIRST),
     "forks": (with_first_line(DECODE, "import os", "while True: os.fork()"), {**FULL, "01.3": 0}),
     "network": (
-        with_first_line(FLEET, "import socket; socket.create_connection(('127.0.0.1', 9))"),
+        with_first_line(USERS, "import socket; socket.create_connection(('127.0.0.1', 9))"),
         {**FULL, "01.4": 0},
     ),
     "leaves": (with_first_line(CONV, "import os", "os._exit(0)"), FIRST),
