@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import statistics
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +10,9 @@ from unittest import mock
 
 import pytest
 from commands import record_at_smoke
+from lesson_cells import executed
 
 from course import notebooks
-from labkit import show
 from labkit.files import ROOT
 
 NO_ENDS = (0.0, math.inf)
@@ -54,21 +53,14 @@ def test_a_lesson_stands_without_an_interval(lesson: Path, tmp_path: Path, hurri
     ],
 )
 def test_lesson_00_tells_of_processes_without_an_interval(intervals: list[tuple[float, float]], words: str):
-    lesson = notebooks.read(notebooks.all_lessons()[0])
-    cells = [cell for cell in lesson.cells if cell.get("id") in ("processes-apart", "processes-say")]
     lab = mock.Mock()
     comparisons = [SimpleNamespace(speedup=1.05, within_run=interval) for interval in intervals]
-    session = {
-        "lab": lab,
-        "show": show,
-        "partial": partial,
-        "statistics": statistics,
+    measured = {
         "fresh": comparisons,
         "over": (1.05, 1.05),
         "this": SimpleNamespace(within_run=(1.0, 1.1), processes=[]),
         "runs": [],
     }
-    for cell in cells:
-        exec(cell.source, session)
+    executed("00", "processes-apart", "processes-say", lab=lab, partial=partial, **measured)
     _, *sentences = lab.say.call_args.args
     assert words in " ".join(sentence for sentence in sentences if sentence)

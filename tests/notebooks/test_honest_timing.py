@@ -3,33 +3,19 @@
 import itertools
 import json
 import math
-import random
 import re
 import statistics
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lesson_cells import cells, executed
 
-from course import notebooks
 from labkit import files, show
 
 TRIALS = 200
-
-
-@cache
-def cells() -> dict[str, str]:
-    return {cell.id: cell.source for cell in notebooks.read(notebooks.find("00")).cells}
-
-
-def executed(*ids: str, **names: Any) -> dict[str, Any]:
-    """The names that cells of the lesson define, run one after another."""
-    space: dict[str, Any] = {"math": math, "random": random, "statistics": statistics, "itertools": itertools, **names}
-    for name in ids:
-        exec(cells()[name], space)
-    return space
 
 
 def work() -> None:
@@ -38,13 +24,13 @@ def work() -> None:
 
 def false_alarms(summary: Callable, calls: int) -> int:
     """The A/A tests in which a summary of all of A, then all of B, declares a difference on the drifting machine."""
-    lesson = executed("machine", "seconds", "repeated", "exercise-1", time=None)
+    lesson = executed("00", "machine", "seconds", "repeated", "exercise-1", time=None)
     machine, benchmark = lesson["Machine"]({work: 0.002}, drift=0.5), lesson["repeated"](summary, calls)
     return lesson["false_alarms"](lambda a, b: benchmark(a, b, clock=machine), work, TRIALS)
 
 
 def test_the_best_of_many_calls_is_fooled_until_a_side_covers_a_whole_swing():
-    swing = executed("sweep-numbers")["swing"]
+    swing = executed("00", "sweep-numbers")["swing"]
     alarms = {calls: false_alarms(min, calls) for calls in (10, 100, 300, 500, math.ceil(swing), 1000)}
     assert alarms[10] < 0.6 * TRIALS and min(alarms[100], alarms[300]) > 0.95 * TRIALS
     assert alarms[500] > 0.5 * TRIALS and 0.5 * swing < 500 < swing
@@ -56,22 +42,22 @@ def test_the_median_of_a_thousand_calls_is_still_fooled():
 
 
 def test_a_swing_has_as_many_calls_as_the_page_draws():
-    machine = executed("machine")["Machine"]({work: 0.002}, drift=0.5)
+    machine = executed("00", "machine")["Machine"]({work: 0.002}, drift=0.5)
     calls = sum(1 for _ in itertools.takewhile(lambda _: machine.now < 200, iter(lambda: machine(work), None)))
-    assert executed("sweep-numbers")["swing"] == pytest.approx(calls / 100, rel=0.03)
+    assert executed("00", "sweep-numbers")["swing"] == pytest.approx(calls / 100, rel=0.03)
 
 
 @pytest.mark.parametrize(("drift", "has_speeds"), [(0.0, False), (0.5, True), (0.1, True)])
 def test_the_run_chart_tells_another_speed_from_noise(drift: float, has_speeds: bool):
-    machine = executed("machine")["Machine"]({work: 0.002}, drift=drift)
+    machine = executed("00", "machine")["Machine"]({work: 0.002}, drift=drift)
     samples = [machine(work) for _ in range(2000)]
-    lesson = executed("noise-wander", samples=samples)
+    lesson = executed("00", "noise-wander", samples=samples)
     assert (lesson["wandered"] > lesson["by_chance"]) == has_speeds
 
 
 @pytest.mark.parametrize("calls", [10, 40, 100])
 def test_rivals_at_equal_calls_make_equally_many(calls: int):
-    lesson = executed("seconds", "repeated", "exercise-2", "exercise-3", time=None)
+    lesson = executed("00", "seconds", "repeated", "exercise-2", "exercise-3", time=None)
     clocked: list[Callable] = []
 
     def clock(fn: Callable) -> float:
@@ -86,7 +72,7 @@ def test_rivals_at_equal_calls_make_equally_many(calls: int):
 
 
 def test_no_a_a_test_sees_what_a_leaves_behind_for_b_and_an_untimed_call_removes_it():
-    lesson = executed("machine", "exercise-2", "exercise-3", "carry", seconds=None)
+    lesson = executed("00", "machine", "exercise-2", "exercise-3", "carry", seconds=None)
     alarms = [lesson["of_200"](side, side)[0] for side in "AB"]
     carried, speedup = lesson["of_200"]("A", "B")
     settled, _ = lesson["of_200"]("A", "B", settled=True)
@@ -113,7 +99,7 @@ def test_drift_is_said_to_hide_the_tail_only_where_the_mean_lies_below_the_media
 
 def said_of_the_run_chart(times: list[float]) -> str:
     said, say = listener()
-    lesson = executed("noise-wander", samples=times)
+    lesson = executed("00", "noise-wander", samples=times)
     names = {
         "in_order": lesson["of_neighbours"](times),
         "mean": statistics.mean(times),
@@ -121,7 +107,7 @@ def said_of_the_run_chart(times: list[float]) -> str:
         "samples": times,
     }
     wanders = {name: lesson[name] for name in ("wandered", "by_chance")}
-    executed("noise-say", lab=SimpleNamespace(say=say), show=show, **names, **wanders)
+    executed("00", "noise-say", lab=SimpleNamespace(say=say), show=show, **names, **wanders)
     return " ".join(said)
 
 
@@ -146,15 +132,15 @@ def test_a_process_stands_apart_whose_interval_shares_no_value_with_two_others(
         "this": SimpleNamespace(within_run=(1.0, 1.2), ci95=(1.0, 1.3), processes=(1.0, 1.1, 1.3)),
         "runs": [],
     }
-    executed("processes-apart", "processes-say", show=show, partial=partial, **names)
+    executed("00", "processes-apart", "processes-say", show=show, partial=partial, **names)
     assert words in " ".join(said)
     assert "3 processes that ran this whole page, this one among them, say 1.00 to 1.30: 30% apart." in said
 
 
 def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_do_not():
-    lesson = executed("machine", "exercise-2", "exercise-3", seconds=None, work=work, more_work=more_work)
-    place, _, _ = cells()["place"].partition("def by_labkit")
-    _, solution, _ = re.split("```(?:python)?\n", cells()["challenge-idea"])
+    lesson = executed("00", "machine", "exercise-2", "exercise-3", seconds=None, work=work, more_work=more_work)
+    place, _, _ = cells("00")["place"].partition("def by_labkit")
+    _, solution, _ = re.split("```(?:python)?\n", cells("00")["challenge-idea"])
     exec(place + solution, lesson)
     forty, hundred = (partial(pairs_of, lesson["paired_speedup"], pairs) for pairs in (40, 100))
     reached = [reaches_the_goal(lesson["place"](method, TRIALS)) for method in (lesson["plan"], forty, hundred)]
@@ -201,7 +187,7 @@ def test_a_tilt_of_the_stopwatch_is_told_as_what_happened_in_this_burst(
 ):
     said, say = listener()
     names = {"alarms": 1, "trials": len(speedups)}
-    lesson = executed("stopwatch-say", lab=SimpleNamespace(say=say), speedups=speedups, **names)
+    lesson = executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), speedups=speedups, **names)
     assert lesson["tilted"] == tilted and words in " ".join(said)
 
 
@@ -214,12 +200,12 @@ def test_the_mean_of_a_hundred_is_set_beside_one_call(mean_of_a_hundred: float, 
     numbers = {0.0: (1, 100), 0.5: (10, 100, 1000)}
     of_drift = itertools.product(numbers, ("best", "median", "mean"), (1, 10, 100, 1000))
     alarms_of = dict.fromkeys(of_drift, 71.5) | {(0.0, "mean", 100): mean_of_a_hundred}
-    executed("sweep-say", lab=SimpleNamespace(say=say), numbers=numbers, alarms_of=alarms_of)
+    executed("00", "sweep-say", lab=SimpleNamespace(say=say), numbers=numbers, alarms_of=alarms_of)
     assert words in " ".join(said)
 
 
 def test_processes_with_two_threads_share_a_shift_below_the_one_per_cent_of_a_verdict():
-    lesson = executed("coverage", files=files, json=json)
+    lesson = executed("00", "coverage", files=files, json=json)
     one, two = (statistics.fmean(lesson["below"][threads]) for threads in (1, 2))
     assert abs(one - 0.5) < 0.1 and two > 0.7
     assert lesson["shift"] < 0.01

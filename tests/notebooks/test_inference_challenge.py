@@ -1,33 +1,18 @@
 """What lesson 01 says follows from what was measured: one ceiling, the odd batch, kept memory, the goal."""
 
-import itertools
 import math
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from lesson_cells import cells, executed
 
-from course import notebooks
 from labkit import show
 from labkit.timing import machine
 
 # A linear layer on a two-core EPYC, ms by batch, as recorded on 26 November 2026.
 RECORDED_MS = {1: 3.53, 2: 7.52, 4: 8.19, 8: 6.66, 16: 26.6, 32: 12.8, 64: 19.4, 128: 34.7}
-
-
-@cache
-def cells() -> dict[str, str]:
-    return {cell.id: cell.source for cell in notebooks.read(notebooks.find("01")).cells}
-
-
-def executed(*ids: str, **names: Any) -> dict[str, Any]:
-    """The names that cells of the lesson define, run one after another."""
-    space: dict[str, Any] = {"itertools": itertools, "math": math, "np": np, "show": show, **names}
-    for name in ids:
-        exec(cells()[name], space)
-    return space
 
 
 class Page:
@@ -54,12 +39,12 @@ class Page:
 
 
 def test_the_ceiling_is_the_highest_attempt_with_a_range_on_both_sides():
-    best, (low, high) = executed("highest")["highest"]([30.6, 37.3, 36.9, 48.5, 50.3])
+    best, (low, high) = executed("01", "highest")["highest"]([30.6, 37.3, 36.9, 48.5, 50.3])
     assert (best, low, high) == pytest.approx((50.3, 48.5, 52.1))
 
 
 def test_a_limit_of_even_attempts_lies_beyond_the_upper_end_about_as_often_as_not():
-    highest, generator = executed("highest")["highest"], np.random.default_rng(0)
+    highest, generator = executed("01", "highest")["highest"], np.random.default_rng(0)
     beyond = [highest(attempts)[1][1] < 1.0 for attempts in generator.random((4000, 5))]
     assert np.mean(beyond) == pytest.approx(0.5, abs=0.03)
 
@@ -79,7 +64,7 @@ def test_arrays_of_four_times_the_last_cache_raise_the_ceiling_and_smaller_ones_
     )
     measured = SimpleNamespace(bandwidth_sweep=lambda *_, **__: sweep, ceilings=lambda *_, **__: roofs)
     by_hand = {"a read by hand": 30.6e9, "a copy by hand": 31e9}
-    lesson = executed("highest", "answer-measure", lab=lab, machine=measured, rates_by_hand=by_hand, decode=None)
+    lesson = executed("01", "highest", "answer-measure", lab=lab, machine=measured, rates_by_hand=by_hand, decode=None)
     assert lesson["memory_ceiling"] == ceiling
 
 
@@ -90,7 +75,7 @@ def test_a_share_of_the_roof_has_a_range_on_both_sides():
     def time_bound(flops: float, moved: float, peak: float, bandwidth: float) -> tuple[float, str]:
         return max(flops / peak, moved / bandwidth), ""
 
-    roof_share = executed("roof-share", ceilings=ceilings, kind="fp32", time_bound=time_bound)["roof_share"]
+    roof_share = executed("01", "roof-share", ceilings=ceilings, kind="fp32", time_bound=time_bound)["roof_share"]
     timing = SimpleNamespace(median_s=0.0623, ci95_s=(0.0604, 0.0644))
     assert roof_share(0.278e9, 544e6, timing) == pytest.approx((18.0, 14.1, 24.3), abs=0.1)
     without = SimpleNamespace(median_s=0.0623, ci95_s=(0.0, math.inf))
@@ -107,7 +92,7 @@ def said_of_batches(ms: dict[int, float], width: float = 0.05) -> dict[str, Any]
         for batch, time_ms in ms.items()
     ]
     page = Page()
-    return executed("turn-say", lab=page, turn_rows=rows) | {"said": page.said}
+    return executed("01", "turn-say", lab=page, turn_rows=rows) | {"said": page.said}
 
 
 def test_the_batch_that_takes_longer_than_a_larger_one_is_named():
@@ -137,7 +122,7 @@ def test_a_batch_is_not_out_of_order_within_its_interval_or_without_any(width: f
 def test_only_padding_that_is_faster_blames_the_kernel(verdict: str, words: str):
     page, pair = Page(), SimpleNamespace(speedup=1.9, ci95=(1.8, 2.0), verdict="faster")
     padding = SimpleNamespace(speedup=1.9, ci95=(1.8, 2.0), verdict=verdict)
-    executed("two-rows-say", lab=page, rows_apart=pair, padding=padding, few=16, many=32, odd=2.1, told=str)
+    executed("01", "two-rows-say", lab=page, rows_apart=pair, padding=padding, few=16, many=32, odd=2.1, told=str)
     assert words in page.said
 
 
@@ -159,7 +144,7 @@ def test_the_loss_of_kept_memory_is_told_as_well_as_its_gain(small: str, large: 
         megabytes: SimpleNamespace(speedup=1.0, ci95=(0.9, 1.1), verdict=verdict)
         for megabytes, verdict in ((4, small), (64, large))
     }
-    executed("faults-table", lab=page, rows=rows, keeping=keeping, told=lambda pair: pair.verdict)
+    executed("01", "faults-table", lab=page, rows=rows, keeping=keeping, told=lambda pair: pair.verdict)
     assert words in page.said
 
 
@@ -171,7 +156,7 @@ def test_no_batch_of_the_page_reaches_the_goal_of_the_challenge(step_of_16: floa
     times = {1: 1.0, 2: 1.67, 4: 1.49, 8: 1.28, 16: step_of_16}
     over_one = {batch: (ratio, ratio, ratio) for batch, ratio in times.items()}
     page = Page()
-    executed("challenge-threads", "challenge-plane", lab=page, over_one=over_one, kind="fp32", point=None)
+    executed("01", "challenge-threads", "challenge-plane", lab=page, over_one=over_one, kind="fp32", point=None)
     _, longest, _ = page.goals["step time"]
     least, _, _ = page.goals["throughput"]
     reached = [row["step time"] <= longest and row["throughput"] >= least for row in page.references]
@@ -187,6 +172,7 @@ def test_no_batch_of_the_page_reaches_the_goal_of_the_challenge(step_of_16: floa
 def test_no_diagnosis_where_the_race_and_section_1_do_not_agree_about_a_step(agree: bool, words: str):
     page, pair = Page(), SimpleNamespace(ci95=(1.2, 1.4))
     executed(
+        "01",
         "profile-say",
         lab=page,
         agree=agree,
@@ -206,7 +192,7 @@ def test_no_diagnosis_where_the_race_and_section_1_do_not_agree_about_a_step(agr
     [("wall", 0.065, True), ("wall", 0.3, False), ("cpu", 0.065, False), ("wall", 0.03, False)],
 )
 def test_a_race_agrees_with_section_1_by_the_same_clock_and_about_the_same_time(clock: str, step_s: float, agree: bool):
-    (line,) = [line for line in cells()["profile-figure"].splitlines() if line.startswith("agree = ")]
+    (line,) = [line for line in cells("01")["profile-figure"].splitlines() if line.startswith("agree = ")]
     space = {
         "raced": SimpleNamespace(clock="wall", median_s=step_s),
         "step_time": SimpleNamespace(clock=clock, median_s=0.062),
