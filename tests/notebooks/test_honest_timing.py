@@ -86,7 +86,7 @@ def test_no_a_a_test_sees_what_a_leaves_behind_for_b_and_an_untimed_call_removes
         ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "From call 600 to 800 a call took 20% less than the median of all."),
         ([1.0] * 800 + [1.3] * 100 + [1.0] * 50 + [1.2] * 50, "From call 800 to 900 a call took 30% more"),
         ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "drift outweighs noise here"),
-        ([1.0] * 1000, "So noise explains this chart"),
+        ([1.0] * 1000, "So noise alone can make this chart"),
     ],
 )
 def test_the_run_chart_s_longest_stretch_of_another_speed_is_named(times: list[float], words: str):
@@ -95,6 +95,12 @@ def test_the_run_chart_s_longest_stretch_of_another_speed_is_named(times: list[f
 
 def test_drift_is_said_to_hide_the_tail_only_where_the_mean_lies_below_the_median():
     assert "drift outweighs" not in said_of_the_run_chart([1.0] * 800 + [1.3] * 200)
+
+
+@pytest.mark.parametrize(("lowest", "is_told"), [(0.8, True), (0.95, False)])
+def test_under_drift_a_best_far_below_the_median_may_be_of_a_faster_moment(lowest: float, is_told: bool):
+    said = said_of_the_run_chart([1.0] * 800 + [1.3] * 100 + [1.0] * 99 + [lowest])
+    assert ("So the best, 20% below the median, may be of a faster moment." in said) == is_told
 
 
 def said_of_the_run_chart(times: list[float]) -> str:
@@ -176,19 +182,33 @@ def ignore(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("speedups", "tilted", "words"),
     [
-        ([1.05] * 81 + [0.95] * 9, True, "81 lie above it: here the first call was mostly slower"),
-        ([1.05] * 9 + [0.95] * 81, True, "81 lie below it: here the second call was mostly slower"),
-        ([1.05] * 45 + [0.95] * 45, False, "by a factor of 1.1"),
-        ([1.0], False, "by a factor of 1.0"),
+        ([1.05] * 81 + [0.95] * 9, True, "81 lie above 1: the first call was mostly slower"),
+        ([1.05] * 9 + [0.95] * 81, True, "81 lie below 1: the second call was mostly slower"),
+        ([1.05] * 45 + [0.95] * 45, False, "by a factor of 1.05"),
+        ([1.0], False, "by a factor of 1.00"),
     ],
 )
 def test_a_tilt_of_the_stopwatch_is_told_as_what_happened_in_this_burst(
     speedups: list[float], tilted: bool, words: str
 ):
     said, say = listener()
-    names = {"alarms": 1, "trials": len(speedups)}
+    names = {"alarms": 1, "trials": len(speedups), "recorded": SimpleNamespace(processes=0)}
     lesson = executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), speedups=speedups, **names)
     assert lesson["tilted"] == tilted and words in " ".join(said)
+
+
+def test_the_stopwatch_s_share_of_a_recording_stands_beside_the_count_of_its_last_process():
+    said, say = listener()
+    recorded = SimpleNamespace(processes=5, value=88.0, ci95=(80.0, 96.0))
+    names = {"alarms": 86, "trials": 100, "speedups": [1.05] * 86 + [1.0] * 14, "recorded": recorded}
+    executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), show=show, **names)
+    assert said[0].endswith("in 86 of 100 comparisons.")
+    assert said[1] == "The median share is 88 % (80 to 96 over 5 processes)."
+
+
+@pytest.mark.parametrize(("times", "share"), [([1.0, 1.02] * 50, "100%"), ([1.0, 1.005] * 50, "0%")])
+def test_warm_calls_in_a_row_are_compared_as_the_stopwatch_does(times: list[float], share: str):
+    assert f"two calls in a row still differ by more than 1 % in {share} of the cases." in said_of_the_run_chart(times)
 
 
 @pytest.mark.parametrize(
