@@ -64,7 +64,6 @@ FIXED = {
     ("02", "challenge-say"): "images of a preset",
     ("02", "layer-say"): "rows of a preset",
     ("02", "mask-figure"): "a drawing of 24 weights",
-    ("02", "model-layers"): "the layers of MiniLM",
     ("02", "model-share"): "the tokens of a text",
     ("02", "network-say"): "the steps of a record",
     ("02", "promise-say"): "the network of a record",
