@@ -1,16 +1,19 @@
 """Cells of a lesson, run by a test with names of its own in place of what the lesson measured."""
 
+import ast
 import itertools
 import math
 import random
 import statistics
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from course import notebooks
-from labkit import show
+from labkit import show, stats
 
 IMPORTED = {
     "itertools": itertools,
@@ -19,6 +22,8 @@ IMPORTED = {
     "random": random,
     "show": show,
     "statistics": statistics,
+    "stats": stats,
+    "torch": torch,
 }
 
 
@@ -34,3 +39,15 @@ def executed(lesson: str, *ids: str, **names: Any) -> dict[str, Any]:
     for cell in ids:
         exec(cells(lesson)[cell], space)
     return space
+
+
+def function(lesson: str, name: str, **names: Any) -> Callable:
+    """A function that a lesson defines, with `names` for what its cells have made before."""
+    space = IMPORTED | names
+    for cell in notebooks.read(notebooks.find(lesson)).cells:
+        nodes = ast.parse(cell.source).body if cell.cell_type == "code" else []
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                exec(ast.unparse(node), space)
+                return space[name]
+    raise LookupError(f"Lesson {lesson} has no function {name}.")

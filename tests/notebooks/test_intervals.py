@@ -1,17 +1,15 @@
 """The intervals of the lessons are over images, seeds and texts: their own functions, taken out of their cells."""
 
-import ast
 import math
 import re
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from lesson_cells import function
 
 from course import notebooks
-from labkit import show, stats
+from labkit import stats
 from labkit.lesson import challenge
 
 BY_HAND = re.compile(r"\b1\.96\b|\bhypot\(|\bppf\(|rule of\s+three|\b300 / len|\bRUN\)\.mean\(1\)\.tolist\(\)")
@@ -20,17 +18,6 @@ SEEDS, IMAGES, TEXTS, TOKENS = 3, 200, 8, 50
 
 def cells(lesson: str) -> dict[str, str]:
     return {cell.id: cell.source for cell in notebooks.read(notebooks.find(lesson)).cells if cell.cell_type == "code"}
-
-
-def function(lesson: str, name: str, **names: Any) -> Callable:
-    """Return a function of a lesson, with `names` for what its cells have made before."""
-    space = {"math": math, "stats": stats, "show": show, "torch": torch} | names
-    for source in cells(lesson).values():
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and node.name == name:
-                exec(ast.unparse(node), space)
-                return space[name]
-    raise LookupError(f"Lesson {lesson} has no function {name}.")
 
 
 @pytest.mark.parametrize("lesson", [path.stem[:2] for path in notebooks.all_lessons()])
