@@ -7,7 +7,7 @@
 Every cut is trained anew with five seeds; a seed draws the order of training, the 512 training images that score the
 channels and re-estimate the norms, and the random scores. "half of every layer" leaves the same widths for each
 criterion, so only the choice of the channels differs. The other plans choose channels by L1, and round widths to
-multiples of 8, but for two that say so; lesson 03 explains the three ways to make them. Answers are
+multiples of 8, but for those that say so; lesson 03 explains the three ways to make them. Answers are
 compared image by image, and the intervals are over images and seeds. Lesson 03 shows the record:
 `lab.recorded("channels_recovered")`.
 """
@@ -94,6 +94,7 @@ def plans_of(model: nn.Module, example: Tensor, scan: sensitivity.Sensitivity) -
     made = {
         HALF: channels.plan(model, example, ratio=0.5, scope="layer", **rounded),
         "one ratio 0.25, any width": channels.plan(model, example, ratio=0.25, scope="layer", **whole),
+        "one ratio 0.75, any width": channels.plan(model, example, ratio=0.75, scope="layer", **whole),
         "one ratio, half of the work": channels.plan(model, example, macs=0.5, scope="layer", **rounded),
         "one ranking, half of the work": channels.plan(model, example, macs=0.5, **rounded),
         "one ranking, a third of the work": channels.plan(model, example, macs=0.62, **rounded),
