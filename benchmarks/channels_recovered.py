@@ -34,11 +34,15 @@ from labkit.records import quality, result
 QUESTION = "what does a cut cost after recovery training, by criterion, by plan and by steps?"
 CRITERIA = ("random", "l1", "fpgm", "activation", "taylor")
 HALF = "half of every layer"
+DENSE, SCRATCH = "dense, trained on", "half of every layer, from scratch"  # two controls
 IMAGES = 512  # of the training set, to score channels and to re-estimate norms
 VALIDATION = 2000  # images of the sensitivity scan
 SCANNED = (0.25, 0.5, 0.75)  # shares of a group's channels
 SEEDS = 5
 TENTH, THREE_TENTHS, WHOLE = 129, 387, 1290  # steps of 128 images; the network's first training took 1290
+CONTROLS = (0,)  # seeds of the controls, which take as long as all else
+RECIPE = {"epochs": 99, "max_lr": 0.05}  # of the recovery; `steps` ends it
+FIRST = {"epochs": 99, "max_lr": 0.2, "warmup": 0.3}  # of the network's first training
 BATCH = 50  # test images: their activations stay in the caches of one core
 
 
@@ -66,6 +70,9 @@ def all_runs(plans: Mapping[str, Any]) -> Iterator[Run]:
                 yield Run(plan, "l1", TENTH, seed)
         yield Run("one ranking, half of the work", "l1", THREE_TENTHS, seed)
         yield Run(HALF, "l1", WHOLE, seed)
+    for seed in CONTROLS:
+        yield Run(SCRATCH, "l1", WHOLE, seed)
+        yield Run(DENSE, "l1", WHOLE, seed)
 
 
 def calibration(seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -128,18 +135,37 @@ def trained(pruned: nn.Module, steps: int, seed: int) -> None:
     if steps == 0:
         training.reestimate_norms_(pruned, calibration(seed))
     elif steps > 0:
-        train = datasets.fashion_mnist("train")
-        order = training.Batches((train.images, train.labels), 128, seed)
-        training.train_(pruned, order, epochs=99, max_lr=0.05, steps=steps)  # `steps` ends it
+        training.train_(pruned, in_order(seed), steps=steps, **RECIPE)
+
+
+def in_order(seed: int) -> training.Batches:
+    """Cut the training images, in the order that the seed draws, into batches of 128."""
+    train = datasets.fashion_mnist("train")
+    return training.Batches((train.images, train.labels), 128, seed)
+
+
+def from_scratch(half: nn.Module, steps: int, seed: int) -> None:
+    """Draw all weights anew, and train in place by the recipe of the network's first training."""
+    torch.manual_seed(seed)
+    for module in half.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    training.train_(half, in_order(seed), steps=steps, **FIRST)
 
 
 def answers(run: Run, plans: Mapping[str, dict[str, int]], test: training.Batches) -> Tensor:
     """Do a run, and return which test images it answers right."""
     dense = models.resnet20()
     example = test.data[0][:1]
-    plan = planned(dense, example, plans[run.plan], run.criterion, run.seed)
+    if run.plan == DENSE:
+        trained(dense, run.steps, run.seed)
+        return training.correct(dense, test)
+    plan = planned(dense, example, plans[HALF if run.plan == SCRATCH else run.plan], run.criterion, run.seed)
     pruned = channels.apply(dense, plan, example, check=False).model
-    trained(pruned, run.steps, run.seed)
+    if run.plan == SCRATCH:
+        from_scratch(pruned, run.steps, run.seed)
+    else:
+        trained(pruned, run.steps, run.seed)
     return training.correct(pruned, test)
 
 
@@ -164,12 +190,29 @@ def changes(right: Mapping[Run, Tensor], dense: Tensor) -> list[dict[str, Any]]:
     of_cut: dict[tuple[str, str, int], list[Tensor]] = {}
     for run, mine in right.items():
         of_cut.setdefault((run.plan, run.criterion, run.steps), []).append(mine)
-    stacked = {cut: torch.stack(seeds) for cut, seeds in of_cut.items()}
+    stacked = {cut: torch.stack(seeds) for cut, seeds in of_cut.items() if len(seeds) == SEEDS}
     stacked["dense", "", 0] = dense.expand(SEEDS, -1)
     rows = []
     for after, before in itertools.combinations(stacked, 2):
         change, low, high = stats.accuracy_change_over_seeds(stacked[after], stacked[before])
         rows.append({"after": after, "before": before, "change": change, "low": low, "high": high})
+    return rows
+
+
+def controls(right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
+    """Compare the half that was cut and trained for as long as at first with each control, seed by seed."""
+    rows = []
+    for control in (DENSE, SCRATCH):
+        runs = [run for run in right if run.plan == control]
+        theirs = torch.stack([right[run] for run in runs])
+        cut = torch.stack([right[Run(HALF, "l1", WHOLE, run.seed)] for run in runs])
+        several = len(runs) > 1  # a single seed has an interval over images alone
+        change, low, high = (
+            stats.accuracy_change_over_seeds(cut, theirs) if several else stats.accuracy_change(cut[0], theirs[0])
+        )
+        accuracy = theirs.double().mean().item()
+        row = {"control": control, "seeds": len(runs), "accuracy": accuracy}
+        rows.append({**row, "change": change, "low": low, "high": high})
     return rows
 
 
@@ -245,6 +288,7 @@ def main() -> None:
                 "seeds": SEEDS,
                 **ready,
                 "changes": changes(right, dense),
+                "controls": controls(right),
             },
             seconds=seconds,
         )
