@@ -42,7 +42,7 @@ SEEDS = 5
 TENTH, THREE_TENTHS, WHOLE = 129, 387, 1290  # steps of 128 images; the network's first training took 1290
 CONTROLS = (0,)  # seeds of the controls, which take as long as all else
 RECIPE = {"epochs": 99, "max_lr": 0.05}  # of the recovery; `steps` ends it
-FIRST = {"epochs": 99, "max_lr": 0.2, "warmup": 0.3}  # of the network's first training
+FIRST = {"epochs": 99, "max_lr": 0.2}  # of the network's first training
 BATCH = 50  # test images: their activations stay in the caches of one core
 
 
@@ -202,7 +202,7 @@ def changes(right: Mapping[Run, Tensor], dense: Tensor) -> list[dict[str, Any]]:
 def controls(right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
     """Compare the half that was cut and trained for as long as at first with each control, seed by seed."""
     rows = []
-    for control in (DENSE, SCRATCH):
+    for control in dict.fromkeys(run.plan for run in right if run.plan in (DENSE, SCRATCH)):
         runs = [run for run in right if run.plan == control]
         theirs = torch.stack([right[run] for run in runs])
         cut = torch.stack([right[Run(HALF, "l1", WHOLE, run.seed)] for run in runs])
