@@ -162,7 +162,7 @@ def _load_kernels() -> list[str]:
     if all(native.load(name) for name in native.ARGUMENTS):
         return []
     return [
-        "labkit's C++ could not be compiled here, so checks left out what needs it (a part of 02.5): install g++ or "
+        "labkit's C++ could not be compiled here, so checks left out what needs it (a part of 02.3): install g++ or "
         "clang++, and grade again."
     ]
 

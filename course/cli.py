@@ -149,9 +149,9 @@ def gpu(minutes: int) -> None:
 
     Given again it goes on: a step that ended well is left out while the code is the same, and of the lessons each that
     data/recorded/ has for such a machine, so that another machine goes on where this one stopped. For a record of five
-    processes: ./lab run NN --device cuda --record, some 4 hours for all ten lessons with work for a GPU if they take as
-    long as on two CPU cores, and 9 hours at most. Where no .venv is set up and the machine's own Python has torch, that
-    Python is used as it is. Results: runs/gpu/ and data/recorded/.
+    processes: ./lab run NN --device cuda --record, some 4 hours for all nine lessons with work for a GPU if they take
+    as long as on two CPU cores, and 8 hours at most. Where no .venv is set up and the machine's own Python has torch,
+    that Python is used as it is. Results: runs/gpu/ and data/recorded/.
     """
     sys.exit(subprocess.call([files.ROOT / ".ci" / "gpu", sys.executable, "--minutes", str(minutes)]))
 

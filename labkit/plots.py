@@ -53,16 +53,13 @@ def curves(
     y: str,
     *,
     by: str,
-    baseline: str | None = None,
-    reference: float | None = None,
     height: float = 3.4,
     **axes: Any,
 ) -> Any:
     """Draw a figure of panels, two side by side, each with the curves of `lines`, and a common legend below.
 
     panels: the data of each panel, by its title.
-    x, y, by, baseline: as in `lines`.
-    reference: value of `y` at which a dotted line crosses every panel, such as a limit or the unchanged model.
+    x, y, by: as in `lines`.
     height: height of a panel, in inches.
     axes: options for matplotlib's `Axes.set`, such as ylabel, yscale or ylim; labels default to the column names.
     Returns the matplotlib Figure.
@@ -76,9 +73,7 @@ def curves(
         ax.remove()
     for number, (title, rows) in enumerate(panels.items()):
         ax = grid.flat[number]
-        lines(ax, rows, x, y, by=by, baseline=baseline)
-        if reference is not None:
-            ax.axhline(reference, linestyle=":", linewidth=1.2, color="grey")
+        lines(ax, rows, x, y, by=by)
         labels = {"xlabel": x, "ylabel": y, "title": title}
         ax.set(**{**labels, **axes})
         is_first_in_row = number % across == 0

@@ -31,16 +31,6 @@ class Served:
         """Seconds from arrival to the last token, [requests]."""
         return self.finish_s - self.arrival_s
 
-    @property
-    def p50(self) -> float:
-        """Median latency in seconds."""
-        return float(np.percentile(self.latency_s, 50))
-
-    @property
-    def p99(self) -> float:
-        """Latency that one request in a hundred exceeds, in seconds."""
-        return float(np.percentile(self.latency_s, 99))
-
 
 def poisson_arrivals(rate: float, n: int, seed: int = 0) -> Times:
     """Draw arrival times of n independent requests, in seconds from 0, [n].

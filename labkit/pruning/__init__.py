@@ -5,7 +5,6 @@ Open `unstructured.py` first: it begins with an example of ten lines.
 unstructured.py: single weights held at zero
 scores.py: how important a weight or a unit is
 select.py: the k lowest scores
-schedules.py: pruning in rounds
 channels.py: really smaller layers: plan, cut, prove
 allocation.py: how many units each group loses
 sensitivity.py: the harm of pruning each group alone
@@ -31,7 +30,7 @@ module, because `prune` exists in several. Modules outside `__all__` serve the m
 from labkit.on_demand import submodules
 
 __all__ = [
-    "channels", "coupling", "depth", "equality", "heads", "nm", "permutation", "schedules", "scores", "select",
+    "channels", "coupling", "depth", "equality", "heads", "nm", "permutation", "scores", "select",
     "semi_structured", "sensitivity", "sparse", "sparsegpt", "sr_ste", "surgery", "transformers", "unstructured",
 ]  # fmt: skip
 

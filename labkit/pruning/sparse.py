@@ -1,4 +1,4 @@
-"""Sparse weights in packed formats, smaller in memory and faster on a CPU: SparseLinear, convert() and measurements.
+"""Sparse weights in packed formats, smaller in memory and faster on a CPU: SparseLinear and convert().
 
 The formats are rows of `storage.FORMATS`; "kernel" is SELL-C-sigma (Kreutzer et al. 2014) with labkit's own CPU kernel.
 For inference of nn.Linear and transformers' Conv1D only. Weights are neither pruned nor trained here.
@@ -20,7 +20,6 @@ from labkit.pruning import semi_structured
 from labkit.pruning.select import count_to_prune, lowest_k
 from labkit.storage import native, sell
 from labkit.storage.formats import BSR_BLOCKS, FORMATS, Format, Parts
-from labkit.timing import bench
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -354,30 +353,19 @@ def _weight(module: nn.Module) -> Tensor | None:
     return weight.t() if is_conv1d else weight  # a Conv1D stores [in, out]
 
 
-# --- what a format gains in time --------------------------------------------------------------------------------------
+# --- weights to measure with ------------------------------------------------------------------------------------------
 
 
-def random_weight(
-    out_features: int,
-    in_features: int,
-    sparsity: float,
-    *,
-    block: int = 1,
-) -> Tensor:
-    """Return a random float32 weight [out, in] with exactly the fraction `sparsity` of its block x block tiles zero.
+def random_weight(out_features: int, in_features: int, sparsity: float) -> Tensor:
+    """Return a random float32 weight [out, in] with exactly the fraction `sparsity` zero, at random places.
 
-    The cost of a sparse product depends on where the zeros are, not on the values. block=1 is unstructured sparsity.
+    The cost of a sparse product depends on where the zeros are, not on the values.
     """
-    for name, value in {"out_features": out_features, "in_features": in_features, "block": block}.items():
+    for name, value in {"out_features": out_features, "in_features": in_features}.items():
         check_whole(value, name)
-    if block < 1 or out_features % block or in_features % block:
-        raise InputError(
-            f"{out_features} x {in_features} does not divide into blocks of {block}: give a block that divides both."
-        )
     generator = torch.Generator().manual_seed(0)
-    tiles = torch.rand(out_features // block, in_features // block, generator=generator)
-    zero_tiles = lowest_k(tiles, count_to_prune(tiles.numel(), sparsity))
-    zeros = zero_tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    order = torch.rand(out_features, in_features, generator=generator)
+    zeros = lowest_k(order, count_to_prune(order.numel(), sparsity))
     weight = torch.randn(out_features, in_features, generator=generator)
     return weight.masked_fill_(zeros, 0.0)
 
@@ -387,33 +375,3 @@ def close(expected: Tensor, actual: Tensor) -> bool:
     eps = torch.finfo(expected.dtype).eps
     tolerance = 4096**0.5 * 8 * eps * expected.abs().max()
     return bool((actual - expected).abs().max() <= tolerance)
-
-
-@torch.no_grad()
-def against_dense(
-    weight: Tensor,
-    format: str,
-    batch_size: int,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    budget_s: float = 1.0,
-) -> bench.Comparison:
-    """Measure the speed-up of a linear layer held in `format` over the same layer held dense.
-
-    weight: [out, in].
-    format: a key of KERNELS, or "auto".
-    batch_size: rows of the input x [batch_size, in].
-    budget_s: seconds to measure. On CUDA the L2 cache is cleared before each call.
-    """
-    out_features, in_features = weight.shape
-    dense = nn.Linear(in_features, out_features, bias=False)
-    dense.weight.copy_(weight)
-    dense = dense.to(device, dtype)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, in_features, generator=generator).to(device, dtype)
-    fast = convert(dense, format=format, batch_size=batch_size)
-    cache = "cold" if x.is_cuda else "hot"
-    return bench.compare(
-        lambda: dense(x), lambda: fast(x), names=("dense", format), check=close, budget_s=budget_s, cache=cache
-    )

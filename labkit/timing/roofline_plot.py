@@ -48,7 +48,7 @@ def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str 
     ranges = _ranges(ceilings, dtype)
     if ranges:
         bandwidth, speed = interval(ranges.bandwidth, "B/s"), interval(ranges.peak, "FLOP/s")
-        sentences.append(f"From most repetitions to the best: {bandwidth} and {speed}.")
+        sentences.append(f"Ranges: {bandwidth} and {speed}.")
     sentences += [f"While it was measured, {warning}." for warning in ceilings.warnings]
     for point in _checked(points):
         side = "memory" if point.intensity < ridge else "compute"

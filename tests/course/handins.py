@@ -11,7 +11,7 @@ from course import notebooks
 from labkit import files
 
 LESSON = "01_inference_challenge"
-CONV, BOUND, DECODE, FLEET = "conv_work", "time_bound", "decode_limit", "fleet"
+CONV, BOUND, DECODE, USERS = "conv_work", "time_bound", "decode_limit", "largest_batch"
 FULL = {"01.1": 2, "01.2": 1, "01.3": 2, "01.4": 4}
 
 

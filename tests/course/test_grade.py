@@ -17,7 +17,7 @@ import nbformat
 import psutil
 import pytest
 from commands import labkit, wait_until
-from handins import BOUND, CONV, DECODE, FLEET, FULL, LESSON, solved, with_first_line, write
+from handins import BOUND, CONV, DECODE, FULL, LESSON, USERS, solved, with_first_line, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
@@ -92,7 +92,7 @@ CLASS = {  # student -> what is handed in, and the points that it gets; None: wh
     "memory hog": (with_first_line(CONV, "held = []", "while True: held.append(bytearray(1 << 26))"), FIRST),
     "forks": (with_first_line(DECODE, "import os", "while True: os.fork()"), {**FULL, "01.3": 0}),
     "network": (
-        with_first_line(FLEET, "import socket; socket.create_connection(('127.0.0.1', 9))"),
+        with_first_line(USERS, "import socket; socket.create_connection(('127.0.0.1', 9))"),
         {**FULL, "01.4": 0},
     ),
     "leaves": (with_first_line(CONV, "import os", "os._exit(0)"), FIRST),
@@ -273,7 +273,7 @@ def test_each_plausible_wrong_answer_is_wrong_as_in_its_notebook(of_all_lessons:
 @pytest.mark.slow
 @pytest.mark.skipif(not all(map(native.load, native.ARGUMENTS)), reason="needs a C++ compiler")
 def test_the_kernels_are_examined_as_in_the_notebook(of_all_lessons: Gradebook):
-    results = {row.student: (row.result, row.reason) for row in of_all_lessons.grades if row.exercise.id == "02.5"}
+    results = {row.student: (row.result, row.reason) for row in of_all_lessons.grades if row.exercise.id == "02.3"}
     assert results["all right"] == ("passed", "")
     assert results["csr only"][0] == "wrong" and "kernel" in results["csr only"][1]
 

@@ -18,7 +18,6 @@ from labkit.pruning import (
     heads,
     nm,
     permutation,
-    schedules,
     scores,
     select,
     semi_structured,
@@ -79,7 +78,6 @@ def test_what_is_no_dense_tensor_of_real_numbers_is_told(call, x):
         lambda model: depth.layer_importance(model, [X]),
         lambda model: heads.head_importance(model, [X]),
         lambda model: unstructured.prune(model, 0.5),
-        lambda model: schedules.rewind(model, {}),
         lambda model: surgery.save(model, [], "nowhere"),
         lambda model: surgery.load(model, "nowhere"),
         unstructured.sparsity,
@@ -106,11 +104,6 @@ def test_numbers_of_numpy_are_numbers():
     assert units.kept["0.weight"][0].tolist() == [0, *range(2, 16)]
     assert heads.lowest_heads(torch.ones(2, 3), one) == {0: [0]}
     assert sparse.costs(8, 16, 20, np.int64(2)) == sparse.costs(8, 16, 20, 2)
-    masks = [
-        unstructured.masks(schedules.random_ticket(unstructured.prune(NET, 0.5), NET.state_dict(), seed=s))
-        for s in (1, one)
-    ]
-    assert torch.equal(masks[0]["0.weight"], masks[1]["0.weight"])
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -136,9 +129,6 @@ REFUSALS: Refusals = {
     "masks is a list": lambda: unstructured.with_masks(NET, [1]),
     "meta device": lambda: unstructured.sparsity(nn.Linear(2, 2, device="meta")),
     "no criterion": lambda: unstructured.prune(NET, 0.5, criterion=["magnitude"]),
-    "schedule is 0.5, but": lambda: schedules.iterative(NET, 0.5, print),
-    "fine_tune is 3, but it must be a function": lambda: schedules.iterative(NET, [0.5], 3),
-    "state['a'] is a int": lambda: schedules.rewind(unstructured.prune(NET, 0.5), {"a": 1}),
     "evaluate is None, but": lambda: sensitivity.scan(NET, X, None),
     "ratios is 0.5, but": lambda: sensitivity.scan(NET, X, print, 0.5),
     "dim is 5": lambda: select.lowest_k(WEIGHT, 1, dim=5),

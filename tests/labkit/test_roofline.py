@@ -128,7 +128,7 @@ def test_plot_is_log_log_with_units_roof_and_named_points() -> None:
 def test_intervals_of_the_roof_are_drawn_and_said() -> None:
     ends = {"flops_range": {"fp32": (90e9, 110e9)}, "bandwidth_range": (10e9, 25e9)}
     known = replace(ROOFS, **ends)
-    assert "From most repetitions to the best: 10 GB/s to 25 GB/s and 90 GFLOP/s to 110 GFLOP/s." in describe([], known)
+    assert "Ranges: 10 GB/s to 25 GB/s and 90 GFLOP/s to 110 GFLOP/s." in describe([], known)
     (ax,) = plot([], known).axes
     band = ax.collections[-2].get_paths()[0].vertices  # the last is the ridge's line
     assert band[:, 1].max() == pytest.approx(110)

@@ -256,16 +256,15 @@ def test_lines_draws_no_bar_for_an_interval_that_excludes_nothing(ends: tuple[fl
     assert ax.get_ylim()[0] > 1
 
 
-def test_curves_has_a_panel_a_title_one_key_and_the_reference():
+def test_curves_has_a_panel_a_title_and_one_key():
     rows = [{"x": i, "y": float(i * k), "kind": str(k)} for k in (1, 2) for i in (1, 2)]
     panels = dict.fromkeys(("before", "after", "later"), rows)
-    fig = show.curves(panels, "x", "y", by="kind", reference=1.5, ylabel="height (m)")
+    fig = show.curves(panels, "x", "y", by="kind", ylabel="height (m)")
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["before", "after", "later"]
     assert [ax.get_xlabel() for ax in fig.axes] == ["x"] * 3
     assert [ax.get_ylabel() for ax in fig.axes] == ["height (m)", "", "height (m)"]
     (key,) = fig.legends
     assert [text.get_text() for text in key.get_texts()] == ["1", "2"]
-    assert any(list(line.get_ydata()) == [1.5, 1.5] for line in fig.axes[0].get_lines())
     assert fig.get_figwidth() == show.WIDTH
 
 

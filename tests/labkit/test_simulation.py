@@ -59,7 +59,7 @@ def test_one_at_a_time_with_constant_service_waits_as_m_d_1(policy, load: float)
 
 
 def uniform(n: int) -> np.ndarray:
-    """Lengths as in lesson 01: 8 to 64 tokens, each equally likely."""
+    """Lengths of 8 to 64 tokens, each equally likely."""
     return np.random.default_rng(0).integers(8, 65, n)
 
 
@@ -79,7 +79,6 @@ def test_continuous_batching_by_hand():
     served = continuous([0.0, 0.5, 0.6], [3, 1, 2], lambda batch: 1.0, max_batch=2)
     assert served.finish_s.tolist() == [3.0, 2.0, 4.0]
     assert served.latency_s.tolist() == pytest.approx([3.0, 1.5, 3.4])
-    assert (served.p50, served.p99) == pytest.approx((3.0, np.percentile([3.0, 1.5, 3.4], 99)))
 
 
 def test_dynamic_batching_by_hand():

@@ -13,7 +13,7 @@ from course.notebooks import tags
 from labkit.lesson import claims
 
 LESSONS = {path.stem[:2]: path for path in notebooks.all_lessons()}
-ON_THE_CPU = ["00", "06", "12", "13"]
+ON_THE_CPU = ["00", "02", "06", "12", "13"]
 ABOUT_THE_CPU = {claim.id for claim in claims.load().values() if claim.needs == "cpu"}
 TIMED_ON_THE_CPU = re.compile(r"""device["']?\s*[=:]\s*"cpu\"""")
 ASKS_FOR_CUDA = re.compile(r"""device\.type == "cuda"|cuda\.is_available\(\)|if on_gpu""")

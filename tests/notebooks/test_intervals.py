@@ -102,15 +102,13 @@ def test_lesson_13_reads_a_loss_and_a_share_of_right_tokens_from_each_window():
 def points(lesson: str, after: torch.Tensor, before: torch.Tensor) -> list[float]:
     """The lesson's change of accuracy in points, from right answers [seeds, images]."""
     answers = {(name, seed): right for name, rows in (("a", after), ("b", before)) for seed, right in enumerate(rows)}
-    if lesson == "02":
-        return function("02", "difference", seeds=range(SEEDS))(answers, ("a",), ("b",))
     if lesson == "05":
         in_percent = {key: 100.0 * right for key, right in answers.items()}
         return function("05", "lost", reached=in_percent, seeds=range(SEEDS))("b", to="a")
     return function("10", "difference")(after, before)
 
 
-@pytest.mark.parametrize("lesson", ["02", "05", "10"])
+@pytest.mark.parametrize("lesson", ["05", "10"])
 def test_a_change_of_accuracy_has_the_interval_over_seeds_and_images(lesson: str):
     generator = torch.Generator().manual_seed(0)
     after, before = (torch.rand(SEEDS, IMAGES, generator=generator) < share for share in (0.9, 0.8))
@@ -118,7 +116,7 @@ def test_a_change_of_accuracy_has_the_interval_over_seeds_and_images(lesson: str
     assert list(points(lesson, after, before)) == pytest.approx(expected, abs=0.001)
 
 
-@pytest.mark.parametrize("lesson", ["02", "05", "10"])
+@pytest.mark.parametrize("lesson", ["05", "10"])
 def test_no_changed_answer_is_no_proof_that_other_images_have_none(lesson: str):
     same = torch.ones(SEEDS, IMAGES, dtype=torch.bool)
     value, low, high = points(lesson, same, same)

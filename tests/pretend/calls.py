@@ -24,7 +24,6 @@ from labkit.pruning import (
     heads,
     nm,
     permutation,
-    schedules,
     scores,
     sensitivity,
     sparse,
@@ -132,20 +131,6 @@ def _prune_weights(on: Device, criterion: str) -> Tensor:
 def _score_weights(on: Device, criterion: str) -> list[Tensor]:
     table = scores.saliency(on(net()), criterion, on(image_batches()))
     return list(table.values())
-
-
-def _prune_in_rounds(on: Device) -> Tensor:
-    def fine_tune(model: nn.Module, number: int) -> None:
-        training.train_(model, on(image_batches()), epochs=1, max_lr=0.01, precision="fp32")
-
-    return answers(schedules.iterative(on(net()), schedules.cubic(0.6, 2), fine_tune), on)
-
-
-def _draw_a_random_ticket(on: Device) -> list[Any]:
-    pruned = unstructured.prune(on(net()), 0.5)
-    start = {name: x.clone() for name, x in net().to(on.name).state_dict().items()}
-    ticket = schedules.random_ticket(pruned, start, seed=1)
-    return [unstructured.sparsity(ticket), answers(ticket, on)]
 
 
 def _scan_sensitivity(on: Device) -> list[float]:
@@ -415,8 +400,6 @@ CALLS: dict[str, Call] = {
     **{f"channels.prune {name}": partial(_prune_channels, criterion=name) for name in scores.UNIT_CRITERIA},
     **{f"unstructured.prune {name}": partial(_prune_weights, criterion=name) for name in ("magnitude", "wanda")},
     **{f"scores.saliency {name}": partial(_score_weights, criterion=name) for name in ("taylor", "activation")},
-    "schedules.iterative": _prune_in_rounds,
-    "schedules.random_ticket": _draw_a_random_ticket,
     "sensitivity.scan": _scan_sensitivity,
     "sr_ste": _train_with_two_four,
     "nm.prune": _prune_two_four,
