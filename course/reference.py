@@ -3,23 +3,27 @@
 Used by `./lab run --record`. A value measured well in a process may be different in the next process, so a reference is
 made of RECORDED_RUNS processes, or of as many as are asked for; a page says of how many. The range of five holds the
 median of all processes in 15 cases of 16. The last process is given the records of the others: its page shows each
-timing with the range over all, and is kept.
+timing as the median and the range over all, and is kept.
 """
 
 import hashlib
 import itertools
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from course import store
 from course.store import ALWAYS, Job, Run
 from labkit import files
 from labkit.errors import DataError, InputError
 from labkit.lesson import parameters
+
+if TYPE_CHECKING:
+    from labkit.lesson.records import RunRecord
 
 RECORDED_RUNS = 5
 
@@ -100,7 +104,7 @@ def keep(results: Sequence[Run], job: Job, notebook: Path) -> list[Path]:
     from labkit.lesson import records
 
     records_of_runs = [records.read(run.folder / store.RECORD) for run in results]
-    reference = records.together(records_of_runs, code(job))
+    reference = together(records_of_runs, code(job))
     shown = results[-1]
     executed = nbformat.read(shown.notebook, as_version=4)
 
@@ -113,6 +117,28 @@ def keep(results: Sequence[Run], job: Job, notebook: Path) -> list[Path]:
         files.write_text(notebook, nbformat.writes(tidied(executed)) + "\n")
         written.append(notebook)
     return written
+
+
+def together(processes: "Sequence[RunRecord]", code: str = "") -> "RunRecord":
+    """Return the record of the last process, whose page is kept, with the numbers of all.
+
+    code: as in `labkit.lesson.records.Processes`.
+    """
+    from labkit import show
+    from labkit.lesson.records import Processes, RecordedValue
+
+    values: dict[str, list[int | float]] = defaultdict(list)
+    for record in processes:
+        for entry in record.measurements:
+            if isinstance(entry, RecordedValue) and show.number(entry.value) is not None:
+                values[entry.name].append(entry.value if entry.process_value is None else entry.process_value)
+    runs = Processes(
+        created=[record.created for record in processes],
+        seconds=[record.seconds for record in processes],
+        values=values,
+        code=code,
+    )
+    return processes[-1].model_copy(update={"runs": runs})
 
 
 def _path(slug: str, lesson: str) -> Path:

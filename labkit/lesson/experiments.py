@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from labkit import files, show
 from labkit.errors import DataError, InputError
 from labkit.lesson import records
+from labkit.lesson.origin import origin
 from labkit.lesson.records import Column, RecordedTable
 from labkit.timing import machine
 
@@ -84,7 +85,7 @@ def save(
         machine=records.plain(machine.fingerprint("cpu").to_dict()),
         table=records.table(name, rows, by, columns),
         seconds=round(seconds, 1),
-        **records.origin(),
+        **origin(),
     )
     text = json.dumps(records.plain(experiment.model_dump()), indent=1, allow_nan=False, ensure_ascii=False)
     path = _folder() / f"{name}.json"

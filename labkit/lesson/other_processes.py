@@ -1,12 +1,13 @@
 """Numbers of a recording's other processes, for the process whose page is kept.
 
 `./lab run NN --record` runs a lesson in several processes. The last one is given the records of the others, in the
-environment variable OTHERS, and then shows and records each of its timings with the range over all processes.
+environment variable OTHERS, and then shows and records each of its timings as the median and the range over all
+processes.
 """
 
 import functools
 import os
-from dataclasses import replace
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,33 @@ from labkit.timing.results import Comparison, Measurement
 Timing = Measurement | Comparison | Race | dict[str, Any]
 
 
-def with_range(name: str, timing: Timing) -> Timing:
-    """Return a timing with the range over processes for its interval; unchanged if a process lacks the number.
+def over_processes(name: str, timing: Timing) -> Timing:
+    """Return a timing with the median and the range over processes; unchanged if a process lacks the timing.
 
     name: name of the timing in the records. A comparison of a race is recorded as "<name of the call>, <name>".
     timing: the timing of this process; a dict holds the fields of a number to record (records.RecordedValue).
     """
     if isinstance(timing, Race):
-        return replace(timing, processes=tuple(_race(name, timing, record) for record in _others()))
-    numbers = _numbers(name)
-    if not numbers:
+        return timing.over_processes([_race(name, timing, record) for record in _others()])
+    entries = [record.named(name) for record in _others()]
+    if not all(isinstance(entry, RecordedValue) for entry in entries):
         return timing
     if isinstance(timing, dict):
-        numbers.append(timing["value"])
-        return timing | {"ci95": (min(numbers), max(numbers)), "processes": len(numbers)}
-    return timing.over_processes(numbers)
+        return _number(timing, [entry.value for entry in entries])
+    return timing.over_processes([TypeAdapter(type(timing)).validate_python(entry.detail) for entry in entries])
 
 
-def _numbers(name: str) -> list[float]:
-    """Return the number called `name` of each other process; nothing if any of them lacks the number."""
-    numbers = []
-    for record in _others():
-        entry = record.named(name)
-        if not isinstance(entry, RecordedValue) or show.number(entry.value) is None:
-            return []
-        numbers.append(entry.value)
-    return numbers
+def _number(fields: dict[str, Any], elsewhere: list[Any]) -> dict[str, Any]:
+    """Return the fields of a number to record, over processes; unchanged if a value of any process is no number."""
+    values = [fields["value"], *elsewhere]
+    if any(show.number(value) is None for value in values):
+        return fields
+    return fields | {
+        "value": statistics.median(values),
+        "ci95": (min(values), max(values)),
+        "processes": len(values),
+        "process_value": fields["value"],
+    }
 
 
 def _race(name: str, here: Race, record: RunRecord) -> Race:

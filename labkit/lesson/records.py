@@ -9,13 +9,10 @@ import math
 import numbers
 import re
 import statistics
-import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -77,7 +74,8 @@ def setting(unit: str = "", *, clock: bool = False) -> Column:
 class RecordedValue(_Strict):
     """A number or a text; in `detail`, a "measurement" (s) or "comparison" (x) holds labkit.bench's samples.
 
-    processes: number of processes that `ci95` is the range over; 0 for an interval within the run.
+    processes: number of processes that `value` is the median and `ci95` the range of; 0 for a number of this process.
+    process_value: number of this process, if `value` is a median over several; None otherwise.
     device: device of the clock; None for the session's device, and for a timing, whose detail names the device.
     """
 
@@ -92,6 +90,7 @@ class RecordedValue(_Strict):
     verdict: str | None = None
     detail: dict[str, Any] | None = None
     processes: int = 0
+    process_value: int | float | None = None
     device: str | None = None
 
     @property
@@ -335,25 +334,6 @@ def _check_distinct(name: str, rows: Sequence[Mapping[str, Any]], by: Sequence[s
             )
 
 
-def together(processes: Sequence[RunRecord], code: str = "") -> RunRecord:
-    """Return the record of the last process, whose page is kept, with the numbers of all: a lesson's reference run.
-
-    code: as in `Processes`.
-    """
-    values: dict[str, list[int | float]] = defaultdict(list)
-    for record in processes:
-        for entry in record.measurements:
-            if isinstance(entry, RecordedValue) and show.number(entry.value) is not None:
-                values[entry.name].append(entry.value)
-    runs = Processes(
-        created=[record.created for record in processes],
-        seconds=[record.seconds for record in processes],
-        values=values,
-        code=code,
-    )
-    return processes[-1].model_copy(update={"runs": runs})
-
-
 def write(record: RunRecord, path: Path) -> None:
     """Write the record as JSON, whole or not at all, and make the folder; InputError for a folder that refuses."""
     text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -404,15 +384,6 @@ def plain(value: Any) -> Any:
     )
 
 
-def origin() -> dict[str, Any]:
-    """Return the fields of a new record about the origin: the time, labkit's version, the course's commit."""
-    try:
-        labkit = version(files.DISTRIBUTION)
-    except PackageNotFoundError:
-        labkit = "unknown"
-    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "labkit": labkit, "git": _git()}
-
-
 def _is_series(values: Sequence[Any]) -> bool:
     if len(values) <= 4 or not all(isinstance(value, float) for value in values):
         return False
@@ -436,24 +407,6 @@ def _without_folders(parameters: Mapping[str, Any]) -> dict[str, Any]:
             if path.root:
                 shortened[name] = path.name
     return shortened
-
-
-def _git() -> dict[str, Any] | None:
-    """Return the course's commit, and if files differ from it ("dirty"); None outside a clone."""
-    if files.IN_WHEEL:  # the environment may lie in a clone of something else
-        return None
-    try:
-        commit = _git_output("rev-parse", "HEAD")
-        changes = _git_output("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "dirty": bool(changes)}
-
-
-def _git_output(*arguments: str) -> str:
-    command = ["git", *arguments]
-    done = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
 
 
 # what a run takes -------------------------------------------------------------------------------------------------

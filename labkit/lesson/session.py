@@ -42,7 +42,7 @@ from labkit.errors import InputError
 from labkit.lesson import records, reference_runs
 from labkit.lesson.exercises import Exercises
 from labkit.lesson.parameters import PRESETS, SEEDS, SMOKE, ranges, require_allowed
-from labkit.lesson.records import Column, Role, RunRecord
+from labkit.lesson.records import Column, RecordedValue, Role, RunRecord
 from labkit.lesson.results import Results, check_name, single_value
 from labkit.lesson.timings import Timings
 from labkit.show import Rows
@@ -226,13 +226,15 @@ class Lab:
         _check_pair("dtype", dtypes)
         options = self._timing_options(options)
         if processes is None:
-            comparison = self._over_processes(name, compare(baseline, candidate, **options))
+            comparison = compare(baseline, candidate, **options)
         else:
             from labkit.timing.processes import compare_in_processes
 
             comparison = compare_in_processes(baseline, candidate, processes=processes, **options)
         if work is not None:
             comparison = self._roofs.place(comparison, work, dtypes)
+        if processes is None:
+            comparison = self._over_processes(name, comparison)
         self._add_comparison(name, comparison)
         return comparison
 
@@ -308,6 +310,15 @@ class Lab:
             device=device,
         )  # fmt: skip
         self._results.add_value(**(self._over_processes(name, fields) if clock else fields))
+
+    def result(self, name: str) -> RecordedValue:
+        """Return a recorded number: `value` with interval `ci95`, and `covers`, a text on what the interval covers.
+
+        In the last process of a recording a number made by a clock is the median over the processes, and `ci95` their
+        range. So record what is derived from this process's times, such as a share of the roof, and show the result.
+        Raises InputError, naming all numbers, for an unknown name and for a table.
+        """
+        return self._results.number(name)
 
     # words --------------------------------------------------------------------------------------------------------
 
@@ -501,18 +512,20 @@ class Lab:
         return options
 
     def _over_processes(self, name: str, timing: _Timing) -> _Timing:
-        """Return a timing with the range over processes, in the last process of a recording; unchanged in any other."""
+        """Return a timing with median and range over processes in a recording's last process; unchanged in others."""
         if records.OTHERS not in os.environ:
             return timing
-        from labkit.lesson.other_processes import with_range
+        from labkit.lesson.other_processes import over_processes
 
-        return with_range(name, timing)
+        return over_processes(name, timing)
 
     def _add_comparison(self, name: str, comparison: Comparison) -> None:
         self._results.add_comparison(name, comparison)
         self._timings.show_comparison(name, comparison)
 
     def _to_record(self) -> RunRecord:
+        from labkit.lesson.origin import origin
+
         seconds, peak_memory = self._stopwatch.seconds, records.peak_memory()
         peak_device_memory = None
         if self.device.type == "cuda":
@@ -537,7 +550,7 @@ class Lab:
             peak_memory=peak_memory,
             peak_device_memory=peak_device_memory,
             budget={**self.budget._asdict(), "within": is_within},
-            **records.origin(),
+            **origin(),
         )
 
 

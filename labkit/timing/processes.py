@@ -43,14 +43,14 @@ def compare_in_processes(
     baseline, candidate: factories that can be imported; each returns a callable without arguments.
     processes: number of processes, run one after another, each with the threads of this process.
     options: arguments of `bench.compare`, for each process; with `builds`, each process builds the sides so many times.
-    Returns the comparison of the process with the median speed-up, with the range over all processes for its interval.
+    Returns the comparison of the process with the median speed-up, with the medians and ranges over all processes.
     Raises InputError for a side that another process cannot import, and for a process that ends with an error.
     """
     check_whole(processes, "processes", LEAST)
     comparisons = each_process(baseline, candidate, processes=processes, **options)
     ascending = sorted(comparisons, key=lambda comparison: comparison.speedup)
     middle = ascending.pop((processes - 1) // 2)
-    return middle.over_processes([comparison.speedup for comparison in ascending])
+    return middle.over_processes(ascending)
 
 
 def each_process(

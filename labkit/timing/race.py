@@ -11,8 +11,8 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Race:
     per_block: samples in a block, of which the least counts.
     foreign_cores: as in `Comparison`.
     warnings: warnings about the whole race; `over` adds the warnings about a pair.
-    processes: the race in other processes; `over` then gives the range over all of them.
+    processes: the race in other processes; values are then medians over all processes, and intervals their range.
     """
 
     sides: dict[str, Measurement]
@@ -60,7 +60,19 @@ class Race:
         elsewhere = [race for race in self.processes if baseline in race.sides and candidate in race.sides]
         if not elsewhere or len(elsewhere) < len(self.processes):
             return comparison
-        return comparison.over_processes([race.over(baseline, candidate).speedup for race in elsewhere])
+        return comparison.over_processes([race.over(baseline, candidate) for race in elsewhere])
+
+    def over_processes(self, others: "Sequence[Race]") -> "Race":
+        """Return the race with the medians and ranges over processes, for each callable that all processes timed.
+
+        others: the same race in other processes.
+        """
+        sides = dict(self.sides)
+        for name, side in self.sides.items():
+            elsewhere = [race.sides[name] for race in others if name in race.sides]
+            if len(elsewhere) == len(others):
+                sides[name] = side.over_processes(elsewhere)
+        return replace(self, sides=sides, processes=tuple(others))
 
 
 def race(

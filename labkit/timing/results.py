@@ -1,8 +1,8 @@
 """Results of timing: a measurement of a callable and a comparison of two, in words and as JSON.
 
 `labkit.bench` makes the results. A printed number has no digit that the interval does not support. A process settles at
-a speed of its own, so the interval of a single process holds "within this run"; the interval of a result that knows
-several processes is the range over them.
+a speed of its own, so the interval of a single process holds "within this run". A result that knows several processes
+has the median over the processes for its value, and their range for its interval.
 """
 
 import math
@@ -39,7 +39,9 @@ class Measurement:
     threads: threads of torch.
     warnings: a phrase for each reason to doubt the times.
     processes: medians of several processes in seconds, this result's among them; empty for a single process.
-    roof_share: least possible time over measured time (`labkit.roofline.placed`); None without a stated work.
+    roof_share: least possible time over measured time (`labkit.roofline.placed`); None without a stated work. Over
+        several processes the median of `roof_shares`.
+    roof_shares: the share of each of several processes, of its own time and ceiling; empty for a single process.
     limited_by: "memory" or "compute", the roof that sets the least possible time.
     """
 
@@ -54,10 +56,16 @@ class Measurement:
     roof_share: float | None = None
     limited_by: str | None = None
     processes: tuple[float, ...] = ()
+    roof_shares: tuple[float, ...] = ()
 
     @property
     def median_s(self) -> float:
-        """Return the median seconds per call."""
+        """Return the median seconds per call, over several processes the median of their medians."""
+        return statistics.median(self.processes or (self.process_median_s,))
+
+    @property
+    def process_median_s(self) -> float:
+        """Return the median seconds per call in this process."""
         return stats.median_ci(self.samples_s)[0]
 
     @property
@@ -79,12 +87,22 @@ class Measurement:
         check_number(q, "q", 0, 100)
         return float(np.percentile(self.samples_s, q))
 
-    def over_processes(self, others: Sequence[float]) -> "Measurement":
-        """Return the measurement with the range over processes for its interval.
+    @property
+    def covers(self) -> str:
+        """Say what `ci95_s` covers: "over 5 processes", or "within this run"."""
+        return covers(len(self.processes))
 
-        others: medians of the same call in other processes, in seconds.
+    def over_processes(self, others: "Sequence[Measurement]") -> "Measurement":
+        """Return the measurement with the median over processes for its value, and the range for its interval.
+
+        others: the same call in other processes.
         """
-        return replace(self, processes=(self.median_s, *others))
+        everywhere = (self, *others)
+        over = replace(self, processes=tuple(side.process_median_s for side in everywhere))
+        if self.roof_share is None:
+            return over
+        shares = tuple(side.roof_share for side in everywhere)
+        return replace(over, roof_share=statistics.median(shares), roof_shares=shares)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON: every sample, and under "result" the statistics, for readers without labkit."""
@@ -123,7 +141,12 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Return the baseline's time over the candidate's time."""
+        """Return the baseline's time over the candidate's time, over several processes the median of their ratios."""
+        return statistics.median(self.processes or (self.process_speedup,))
+
+    @property
+    def process_speedup(self) -> float:
+        """Return the baseline's time over the candidate's time in this process."""
         return self._ratio()[0]
 
     @property
@@ -170,12 +193,22 @@ class Comparison:
             of_sides += [f"{side.name}: {warning}" for warning in side.warnings]
         return (*self.warnings, *of_sides)
 
-    def over_processes(self, others: Sequence[float]) -> "Comparison":
-        """Return the comparison with the range over processes for its interval.
+    @property
+    def covers(self) -> str:
+        """Say what `ci95` covers: "over 5 processes", or "within this run"."""
+        return covers(len(self.processes))
 
-        others: speed-ups of the same comparison in other processes.
+    def over_processes(self, others: "Sequence[Comparison]") -> "Comparison":
+        """Return the comparison with the median over processes for each value, and the range for each interval.
+
+        others: the same comparison in other processes.
         """
-        return replace(self, processes=(self.speedup, *others))
+        return replace(
+            self,
+            baseline=self.baseline.over_processes([other.baseline for other in others]),
+            candidate=self.candidate.over_processes([other.candidate for other in others]),
+            processes=(self.process_speedup, *(other.process_speedup for other in others)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON: every pair, and under "result" the statistics, for readers without labkit."""

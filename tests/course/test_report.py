@@ -16,7 +16,7 @@ import pytest
 from refusals import check_refusal
 from run_records import MACHINE, RECORD, changed
 
-from course import report, report_sweeps
+from course import reference, report, report_sweeps
 from course.results import RunColumn, frame
 from labkit import files
 from labkit.lesson import records
@@ -91,7 +91,7 @@ def test_the_interval_of_a_timing_says_whether_it_covers_processes_or_holds_with
     assert "1.50x (1.40x to 1.60x within this run)" in page(runs).words
     assert "84 % (82 % to 86 %)" in page(runs).words
     processes = [alone.model_copy(update={"measurements": [entry]}) for entry in ratios(alone, 1.1, 2.3)]
-    records.write(records.together([*processes, alone]), recorded)
+    records.write(reference.together([*processes, alone]), recorded)
     assert "1.50x (1.10x to 2.30x over 3 processes)" in page(runs).words
     rows = frame([records.read(recorded)]).set_index("name")
     assert rows.loc["ratio", ["low", "high"]].tolist() == [1.1, 2.3]

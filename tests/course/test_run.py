@@ -643,7 +643,7 @@ def test_a_recording_that_resumes_leaves_out_what_is_recorded_by_the_same_code(
     assert reference.recorded(job) == 0
     processes = [changed(preset="full", machine=fingerprint("cpu").to_dict(), measurements=[])] * 2
     for code in ("", reference.code(job)):
-        record = records.together(processes, code)
+        record = reference.together(processes, code)
         records.write(record, files.RECORDED / record.machine["slug"] / "01.json")
         assert reference.recorded(job) == (2 if code else 0)
     asked = ("run", "1", "--preset", "full", "--record", "--processes", 2, "--out", tmp_path / "runs")

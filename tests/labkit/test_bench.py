@@ -393,15 +393,30 @@ def test_threads_that_make_a_call_slower_are_warned_of():
     assert "threads take" not in alone
 
 
-def test_over_processes_the_interval_is_their_range_and_what_holds_within_the_run_comes_after_it():
+def test_over_processes_a_result_is_the_median_and_its_interval_the_range_and_what_holds_within_the_run_comes_after():
     here = comparison([0.0410, 0.0416] * 10, [0.0239, 0.0241] * 10)
-    over = here.over_processes([1.65, 1.81, 1.7, 0.995])
-    assert (over.speedup, over.within_run) == (here.speedup, here.ci95)
+    others = [comparison([seconds] * 20, [0.02] * 20) for seconds in (0.033, 0.0362, 0.034, 0.0199)]
+    over = here.over_processes(others)
+    assert (over.speedup, over.process_speedup, over.within_run) == (pytest.approx(1.7), here.speedup, here.ci95)
     assert (over.ci95, over.verdict, here.verdict) == ((0.995, 1.81), "inconclusive", "faster")
-    assert "1.72x [0.99x to 1.81x over 5 processes; 95% CI 1.72, 1.73 within this run; 20 blocks" in str(over)
-    side = here.baseline.over_processes([0.05, 0.04])
-    assert side.ci95_s == (0.04, 0.05) and side.within_run_s == here.baseline.ci95_s
-    assert "[40 ms to 50 ms over 3 processes; 95% CI 41.0, 41.6 within this run; " in str(side)
+    assert (over.covers, here.covers) == ("over 5 processes", "within this run")
+    assert "1.70x [0.99x to 1.81x over 5 processes; 95% CI 1.72, 1.73 within this run; 20 blocks" in str(over)
+    side = over.baseline
+    assert (side.median_s, side.ci95_s, side.covers) == (0.034, (0.0199, 0.0413), "over 5 processes")
+    assert (side.process_median_s, side.within_run_s) == (here.baseline.median_s, here.baseline.ci95_s)
+    assert str(over).startswith("fp32 34.0 ms -> int8 20.0 ms: ")
+    assert "[19.9 ms to 41.3 ms over 5 processes; 95% CI 41.0, 41.6 within this run; " in str(side)
+
+
+def test_a_share_of_the_roof_is_formed_in_each_process_of_its_time_and_its_ceiling():
+    work = roofline.Work(flops=10**6, bytes=10**6)
+    shares = []
+    for seconds, bandwidth in ((0.002, 1e9), (0.004, 1e9), (0.004, 2e9)):  # 50 %, 25 % and 12.5 % of the roof
+        side = comparison([seconds] * 20, [seconds] * 20).baseline
+        shares.append(roofline.placed(side, work, Ceilings("a small CPU", {"fp32": 100e9}, bandwidth)))
+    over = shares[0].over_processes(shares[1:])
+    assert (over.roof_share, over.roof_shares) == (0.25, (0.5, 0.25, 0.125))
+    assert ", 25 % of the roof, limited by memory" in str(over)
 
 
 def test_shares_of_the_roof_are_printed_and_written():

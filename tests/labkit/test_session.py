@@ -27,6 +27,7 @@ import torch
 from refusals import Refusals, check_refusal, refused
 
 import labkit
+from course import reference
 from labkit import files
 from labkit.errors import InputError
 from labkit.lesson import challenge, records, reference_runs, session, worked
@@ -36,6 +37,7 @@ from labkit.lesson.session import Lab
 from labkit.lesson.timings import TimingRow
 from labkit.timing import machine
 from labkit.timing.machine import Ceilings
+from labkit.timing.results import Comparison, Measurement
 from labkit.timing.work import Work
 
 ROOFS = Ceilings("a small CPU", {"fp32": 1e11, "int8": 1e12}, 1e9)
@@ -317,11 +319,14 @@ def test_a_race_is_recorded_over_its_first_and_what_runs_beside_it_is_not(lab):
 def in_a_recording(lab, monkeypatch, tmp_path):
     """Make the session the last process of a recording: (ratios and seconds of the earlier processes)."""
 
-    def join(ratios: list[float], medians: list[float], name: str = "ratio") -> None:
+    def join(ratios: list[float], seconds: list[float], name: str = "ratio") -> None:
         earlier = []
-        for ratio, median in zip(ratios, medians, strict=True):
-            lab.record(name, ratio, "x", clock=True)
-            lab.record("call", median, "s", clock=True)
+        for ratio, median in zip(ratios, seconds, strict=True):
+            call = Measurement("call", (median,) * 20, 1, "wall", "hot", "cpu", 1)
+            slower = replace(call, samples_s=(ratio * median,) * 20)
+            lab._results.add_measurement("call", call)
+            lab._results.add_comparison(name, Comparison(slower, call, (True, False) * 10, 1))
+            lab.record("calls per second", 1 / median, "1/s", clock=True)
             earlier.append(tmp_path / f"{len(earlier)}.json")
             records.write(lab.finish(), earlier[-1])
         monkeypatch.setenv(records.OTHERS, os.pathsep.join(map(str, earlier)))
@@ -329,24 +334,38 @@ def in_a_recording(lab, monkeypatch, tmp_path):
     return join
 
 
-def test_the_last_process_of_a_recording_shows_the_range_over_all_and_folds_what_holds_within_it(
+def test_the_last_process_of_a_recording_shows_median_and_range_over_all_and_folds_what_holds_within_it(
     lab, in_a_recording, capsys
 ):
     lab.predict("ratio", 3, "x")
-    in_a_recording([0.5, 0.9, 2.0, 90.0], [1e-9, 2e-9, 3e-9, 4e-9])
+    in_a_recording([0.5, 0.9, 2000, 9000], [1e-9, 2e-9, 3e-9, 4e-9])
     capsys.readouterr()
     timing = lab.measure("call", lambda: sum(range(500)), budget_s=0.05)
     pair = lab.compare("ratio", lambda: sum(range(5000)), lambda: sum(range(500)), budget_s=0.1)
-    assert (pair.ci95, pair.verdict, pair.within_run) == ((0.5, 90.0), "inconclusive", pair.within_run)
-    assert timing.ci95_s == (1e-9, timing.median_s) and timing.within_run_s[0] > 4e-9
+    assert (pair.ci95, pair.verdict) == (pytest.approx((0.5, 9000)), "inconclusive")
+    assert pair.speedup == pair.process_speedup  # the middle one of five
+    assert timing.ci95_s == pytest.approx((1e-9, timing.process_median_s)) and timing.within_run_s[0] > 4e-9
+    assert timing.median_s == pytest.approx(3e-9)
     out = capsys.readouterr().out
-    assert f"ratio: {pair.speedup:.2f}x (0.50x to 90.00x over 5 processes)\n" in out
+    assert f"ratio: {pair.speedup:.2f}x (0.50x to 9,000x over 5 processes)\n" in out
     assert "over 5 processes; 95% CI" in out and "within this run" in out
     kept = {entry["name"]: entry for entry in done(lab)["measurements"]}
-    assert (kept["ratio"]["value"], kept["ratio"]["ci95"], kept["ratio"]["processes"]) == (pair.speedup, [0.5, 90], 5)
-    assert "0.50x to 90.00x over 5 processes" in capsys.readouterr().out  # beside the prediction
-    lab.record("ratio", 7, "x", ci95=(6, 8), clock=True)
-    assert (lab.finish().named("ratio").ci95, lab.finish().named("ratio").processes) == ((0.5, 90), 5)
+    assert (kept["ratio"]["value"], kept["ratio"]["ci95"]) == (pair.speedup, list(pair.ci95))
+    assert (kept["ratio"]["process_value"], kept["ratio"]["processes"]) == (pair.process_speedup, 5)
+    assert kept["call"]["value"] == pytest.approx(3e-9) and kept["call"]["process_value"] > 4e-9
+    assert "0.50x to 9,000x over 5 processes" in capsys.readouterr().out  # beside the prediction
+
+
+def test_a_number_derived_in_each_process_is_read_back_as_the_median_with_the_range(lab, in_a_recording):
+    in_a_recording([1, 1, 1, 1], [0.1, 0.2, 0.5, 1.0])
+    assert lab.record("calls per second", 4, "1/s", ci95=(3.9, 4.1), clock=True) is None
+    rate = lab.result("calls per second")
+    assert (rate.value, rate.ci95, rate.covers, rate.process_value) == (4, (1, 10), "over 5 processes", 4)
+    lab.record("calls per second", 0.5, "1/s", clock=True)
+    rate = lab.result("calls per second")
+    assert (rate.value, rate.ci95, rate.process_value) == (2, (0.5, 10), 0.5)
+    with pytest.raises(InputError, match="There is no number called 'calls'"):
+        lab.result("calls")
 
 
 def test_a_number_that_a_process_lacks_keeps_the_interval_within_the_run(lab, in_a_recording, capsys):
@@ -366,8 +385,9 @@ def test_any_two_of_a_race_have_the_range_over_the_processes_of_a_recording(lab,
     also = {"larger": lambda: sum(range(90_000))}
     second = lab.race("batch 1", calls, also=also, budget_s=0.3)
     for pair in (("eager", "engine"), ("slow", "engine")):
-        here = replace(second, processes=()).over(*pair).speedup
+        here = replace(second, processes=()).over(*pair).process_speedup
         assert second.over(*pair).processes == pytest.approx((here, first.over(*pair).speedup), rel=1e-4)
+        assert len(second.over(*pair).candidate.processes) == len(second.sides[pair[0]].processes) == 2
     assert second.over("larger", "engine").processes == ()  # what was not recorded holds within this run
     assert done(lab)["measurements"][0]["processes"] == 2
 
@@ -676,7 +696,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     three = [records.read(path).model_copy(update={"created": "2026-11-24T14:55:00+00:00"}) for _ in range(3)]
     for record, seconds in zip(three, (0.0011, 0.0008, 0.002), strict=True):
         record.measurements[0].value = seconds
-    records.write(records.together(three), path)
+    records.write(reference.together(three), path)
     lab.beside("step")
     words = capsys.readouterr().out
     assert "recorded 24 Nov 2026" in words and "median, smallest to largest of 3 processes" in words

@@ -1,9 +1,9 @@
 """The minutes in a lesson's header are those that its page takes, by a rate of reading.
 
-`pytest -s tests/notebooks/test_minutes.py` prints the parts, for whoever has to shorten a page. Visible prose is the
-Markdown outside folds and the sentences that the page computes from its results (lab.say); visible code is the lines of
-cells that are not collapsed. The minutes on an exercise's card stand for the card, the answer and the check. Figures
-and tables are not counted.
+`pytest -s tests/notebooks/test_minutes.py` prints the parts, for whoever has to shorten a page. Prose is the Markdown,
+folds included, and the sentences that the page computes from its results (lab.say); code is the lines of cells that are
+not collapsed. The minutes on an exercise's card stand for the card, the answer and the check. Figures and tables are
+not counted.
 """
 
 import re
@@ -23,7 +23,6 @@ WORDS_PER_MINUTE = 180
 LINES_PER_MINUTE = 10
 CHALLENGE = 20
 STEP = 5  # the header's minutes are a multiple of it, and at most as far from the computed ones
-FOLD = re.compile(r"<details>.*?</details>", re.DOTALL)
 MARKUP = re.compile(r"<[^>]+>|\]\([^)]*\)")  # tags, and the addresses of links
 WORD = re.compile(r"\S*\w\S*")
 
@@ -52,7 +51,7 @@ def minutes(lesson: NotebookNode) -> Minutes:
         if cell.id in of_exercises:
             continue
         if cell.cell_type == "markdown":
-            words += count_words(FOLD.sub(" ", cell.source))
+            words += count_words(cell.source)
         elif not is_collapsed(cell):
             lines += sum(bool(line.strip()) for line in cell.source.splitlines())
     for sentences in record["sentences"].values():
@@ -118,7 +117,7 @@ def page(*cells: NotebookNode) -> NotebookNode:
         ([], "run", 6),
         ([], "prose", 1),  # the computed sentence
         ([new_markdown_cell("word " * 360)], "prose", 3),
-        ([new_markdown_cell("word " * 180 + "<details>" + "word " * 900 + "</details>")], "prose", 2),
+        ([new_markdown_cell("word " * 180 + "<details>" + "word " * 360 + "</details>")], "prose", 4),
         ([new_markdown_cell("word " * 179 + "[word](https://example.org) | - · |")], "prose", 2),
         ([new_code_cell("x = 1\n\n" * 20)], "code", 2),
         ([new_code_cell("x = 1\n" * 50, metadata={"jupyter": {"source_hidden": True}})], "code", 0),
