@@ -1,6 +1,6 @@
 """Accuracy of pruned ResNet-20 after recovery training: by criterion, by plan and by steps, on all test images.
 
-    python benchmarks/channels_recovered.py --folder DIR               40 minutes on an idle core, and writes the record
+    python benchmarks/channels_recovered.py --folder DIR               two hours on an idle core, and writes the record
     python benchmarks/channels_recovered.py --folder DIR --minutes 10  as many runs as that; the same command goes on
     python benchmarks/channels_recovered.py --quick                    two runs on few images, and writes nothing
 
