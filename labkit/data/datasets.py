@@ -7,7 +7,6 @@ from a random generator, so the splits are the same on every machine. No functio
 import gzip
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -118,22 +117,18 @@ def photos() -> dict[str, Image.Image]:
     return {name: Image.open(path).convert("RGB") for name, path in paths.items()}
 
 
-def photo_crops(n: int, names: Sequence[str] = tuple(PHOTOS), *, seed: int = 0) -> list[Image.Image]:
-    """Cut random squares from photos, with sides from half to all of the photo's shorter side.
+def photo_crops(n: int, *, seed: int = 0) -> list[Image.Image]:
+    """Cut random squares from the four photos, with sides from half to all of the photo's shorter side.
 
     n: number of squares from each photo, photo after photo.
-    names: names of photos.
     seed: seed that draws the squares.
     Crops of a photo are alike: a network's results on them are about that photo, not about photos in general.
-    Raises InputError for an unknown name or an `n` below 1.
+    Raises InputError for an `n` below 1.
     """
     check_whole(n, "n")
-    images = photos()
     generator = torch.Generator().manual_seed(seed)
     crops = []
-    for name in names:
-        check_choice(name, PHOTOS, "photo")
-        photo = images[name]
+    for photo in photos().values():
         for share, across, down in torch.rand(n, 3, generator=generator).tolist():
             side = round(min(photo.size) * (1 + share) / 2)
             x = round(across * (photo.width - side))

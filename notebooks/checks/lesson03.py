@@ -1,11 +1,10 @@
-"""Checks of lesson 03: cutting channels, what is coupled, one ranking over all layers, ratios from sensitivity curves.
+"""Checks of lesson 03: cutting channels, what is coupled, statistics estimated anew.
 
-Each tests what has to hold (the masked model's outputs, labkit's own trace, exact counts, invariance to a layer's
-scale) on awkward inputs.
+Each tests what has to hold (the masked model's outputs, labkit's own trace, the statistics of the batches) on awkward
+inputs.
 """
 
 import copy
-import itertools
 from collections.abc import Callable
 from numbers import Integral
 
@@ -13,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.lesson.failures import Failures, alike, has_parts, is_mask
+from labkit import training
+from labkit.lesson.failures import Failures, alike, has_parts
 from labkit.pruning import coupling
 
 # how the first convolution is built, how the second, the norm's settings, the mode, what stays of 6 channels
@@ -276,130 +276,101 @@ KINDS: dict[str, Callable[..., bool]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ one ranking
+# ---------------------------------------------------------------------------------------- statistics estimated anew
 
-
-# ratio, the least number of channels of a layer
-CHOICES = ((0.0, 1), (0.3, 1), (0.5, 4), (0.62, 2), (0.9, 6), (1.0, 2))
-
-
-def ranking(fn: Callable, failures: Failures) -> None:
-    """choose(scores, ratio, least) -> {layer: bool tensor, True where the channel stays}."""
-    generator = torch.Generator().manual_seed(5)
-    widths = {"a": 7, "b": 16, "c": 40}
-    layers = {name: torch.rand(width, generator=generator) + 0.1 for name, width in widths.items()}
-    layers["c"] = layers["c"] * 50  # a wide layer with large scores, as raw L1 sums have
-    for ratio, least in CHOICES:
-        with failures.given(scores="3 layers of 7, 16 and 40", ratio=ratio, least=least):
-            _is_a_right_choice(fn, layers, ratio, least, failures)
-    with failures.given(scores="all equal", ratio=0.4, least=1):
-        _is_a_right_choice(fn, {"a": torch.ones(5), "b": torch.ones(10)}, 0.4, 1, failures)
-    with failures.given(scores="a layer with one score far above its others", ratio=0.33, least=1):
-        one_far_above = {"a": torch.tensor([1.0, 2.0, 3.0, 6.0, 30.0]), "b": torch.tensor([1.0, 5.0, 6.0, 8.0])}
-        _is_a_right_choice(fn, one_far_above, 0.33, 1, failures)
-    with failures.given(scores="one channel, and 9", ratio=0.6, least=1):
-        _is_a_right_choice(fn, {"a": torch.tensor([2.0]), "b": torch.arange(1.0, 10.0)}, 0.6, 1, failures)
-    with failures.given(scores="fewer channels than least", ratio=0.5, least=4):
-        two_layers = {"a": torch.tensor([3.0, 1.0]), "b": torch.arange(1.0, 9.0)}
-        _is_a_right_choice(fn, two_layers, 0.5, 4, failures)
-    with failures.given(scores="one layer multiplied by 1024"):
-        scaled = {**layers, "a": layers["a"] * 1024}
-        same = alike(fn(copy.deepcopy(layers), 0.5, 1), fn(scaled, 0.5, 1))
-        failures.expect(same, "another scale of one layer's scores changes the choice; divide by the layer's mean")
-
-
-def _is_a_right_choice(fn: Callable, scores: dict[str, Tensor], ratio: float, least: int, failures: Failures) -> None:
-    changed = "the scores that were given have changed; compute new tensors"
-    masks = failures.call(fn, scores, ratio, least, changed=changed)
-    shaped = isinstance(masks, dict) and masks.keys() == scores.keys()
-    shaped = shaped and all(is_mask(mask, scores[name]) for name, mask in masks.items())
-    if not failures.expect(shaped, "return a dict with a bool tensor for each layer, shaped like its scores"):
-        return
-    total = sum(len(s) for s in scores.values())
-    possible = sum(max(len(s) - least, 0) for s in scores.values())
-    removed = sum(int((~k).sum()) for k in masks.values())
-    failures.expect(
-        removed == min(round(ratio * total), possible),
-        "the number of removed channels is not the one asked for (or all that may go); look at ties, at rounding, and "
-        "at what happens after a layer has reached its least",
-        detail=f"expected {min(round(ratio * total), possible)} of {total}, got {removed}",
-    )
-    failures.expect(
-        all(int(k.sum()) >= min(least, len(k)) for k in masks.values()), "a layer has fewer channels left than `least`"
-    )
-    gone, free = [], []  # scores of removed channels, and of channels in layers that could have lost more
-    for name, mask in masks.items():
-        relative = scores[name] / scores[name].mean()
-        if not mask.all():
-            gone.append(float(relative[~mask].max()))
-        if int(mask.sum()) > least:
-            free.append(float(relative[mask].min()))
-    failures.expect(
-        not gone or not free or max(gone) <= min(free) + 1e-6,
-        "a channel stays while one with a higher score, relative to its layer's mean, goes",
-    )
-
-
-# ------------------------------------------------------------------------------------- ratios from sensitivity curves
-
-# accuracies in sixty-fourths, so that differences are exact
-CURVES = {
-    "flat": {0.25: 60 / 64, 0.5: 60 / 64, 0.75: 59 / 64},
-    "steep": {0.25: 50 / 64, 0.5: 30 / 64, 0.75: 8 / 64},
-    "better when smaller": {0.25: 62 / 64, 0.5: 61 / 64, 0.75: 40 / 64},
-    "dips, then recovers": {0.25: 59 / 64, 0.5: 40 / 64, 0.75: 60 / 64},
-    "not in order": {0.75: 20 / 64, 0.25: 60 / 64, 0.5: 58 / 64},
-    "bad from the start": {0.25: 55 / 64, 0.5: 55 / 64, 0.75: 54 / 64},
+# what a network is, how to build it, the sizes of the batches
+ESTIMATED = {
+    "a convolution and a norm": (lambda: [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)], (8, 8, 8)),
+    "two norms, one behind the other": (
+        lambda: [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, momentum=0.3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)],
+        (5, 5),
+    ),
+    "a norm in a block, without scale and shift": (
+        lambda: [nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sequential(nn.BatchNorm2d(4, affine=False)), nn.ReLU())],
+        (4, 4, 4),
+    ),
+    "a dropout between two norms": (
+        lambda: [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)],
+        (6, 6),
+    ),
+    "batches of 6, 3 and 2 images": (lambda: [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, momentum=None)], (6, 3, 2)),
+    "one batch": (lambda: [nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)], (7,)),
 }
-TOLERANCES = (0.0, 1 / 64, 1.9 / 64, 2 / 64, 5 / 64, 1.0)
 
 
-def allocation(fn: Callable, failures: Failures) -> None:
-    """allocate(baseline, curves, tolerance) -> {group: ratio}."""
-    baseline = 60 / 64
-    by_tolerance = {}
-    for tolerance in TOLERANCES:
-        with failures.given(baseline=baseline, tolerance=tolerance):
-            changed = "the curves that were given have changed; only read them"
-            ratios = failures.call(fn, baseline, CURVES, tolerance, changed=changed)
-            if not failures.expect(
-                isinstance(ratios, dict) and ratios.keys() == CURVES.keys(), "return a ratio for every group"
-            ):
-                continue
-            by_tolerance[tolerance] = ratios
-            for name, ratio in ratios.items():
-                with failures.given(curve=name, baseline=baseline, tolerance=tolerance):
-                    _fits(ratio, CURVES[name], baseline, tolerance, failures)
-    for little, much in itertools.pairwise(by_tolerance):
-        with failures.given(tolerance=f"{little:.3f} and {much:.3f}"):
-            failures.expect(
-                all(by_tolerance[little][name] <= by_tolerance[much][name] for name in CURVES),
-                "a larger tolerance gives a smaller ratio",
-            )
+def estimation(fn: Callable, failures: Failures) -> None:
+    """reestimate(model, batches) gives the norms of the model the statistics of the batches, in place."""
+    for name, (build, sizes) in ESTIMATED.items():
+        model, batches = _after_a_cut(build), _images(sizes)
+        expected, before = copy.deepcopy(model), copy.deepcopy(model)
+        training.reestimate_norms_(expected, batches)
+        with failures.given(net=name):
+            images = copy.deepcopy(batches)
+            fn(model, images)
+            failures.expect(alike(images, batches), "the images that were given have changed; only read them")
+            _has_the_statistics(model, expected, failures)
+            _is_otherwise_as_before(model, before, failures)
 
 
-def _fits(ratio: float, curve: dict[float, float], baseline: float, tolerance: float, failures: Failures) -> None:
-    if not failures.expect(ratio == 0 or ratio in curve, "the ratio is neither 0 nor one that was tried"):
-        return
-    too_much = [tried for tried in sorted(curve) if tried <= ratio and baseline - curve[tried] > tolerance]
-    failures.expect(
-        not too_much,
-        "at this ratio, or at a smaller one, more than the tolerance is lost against the unpruned baseline",
-        detail=f"got {ratio}, though the curve is too low at {too_much[0]}" if too_much else "",
-    )
-    above = sorted(tried for tried in curve if tried > ratio)
-    failures.expect(
-        not above or baseline - curve[above[0]] > tolerance,
-        "the next larger ratio loses no more than the tolerance (at most, so equal is allowed) and could be taken",
-        detail=f"expected {above[0]} at least, got {ratio}" if above else "",
-    )
+def _after_a_cut(build: Callable[[], list[nn.Module]]) -> nn.Module:
+    """A float64 network in eval mode whose norms remember statistics that do not fit."""
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(6)
+    model = nn.Sequential(*build()).double().eval()
+    for norm in _norms(model).values():
+        norm.running_mean.uniform_(5, 9)
+        norm.running_var.uniform_(20, 30)
+        norm.num_batches_tracked.fill_(9)  # they come from training
+    torch.random.set_rng_state(torch_state)
+    return model
 
 
-CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": ranking, "03.4": allocation}
+def _images(sizes: tuple[int, ...]) -> list[Tensor]:
+    """Images of [n, 2, 7, 7], each batch about a mean of its own."""
+    generator = torch.Generator().manual_seed(7)
+    drawn = [torch.randn(n, 2, 7, 7, dtype=torch.float64, generator=generator) for n in sizes]
+    return [(1 + number) * images + number for number, images in enumerate(drawn)]
+
+
+def _norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def _has_the_statistics(model: nn.Module, expected: nn.Module, failures: Failures) -> None:
+    norms = _norms(model)
+    for name, norm in _norms(expected).items():
+        mean, variance = norms[name].running_mean, norms[name].running_var
+        failures.close(
+            mean,
+            norm.running_mean,
+            "a running mean is not the mean over the batches of each batch's mean; are the old statistics gone, does "
+            "each batch count alike, and do the norms before this one use the batch's own statistics, with any dropout "
+            "off?",
+            rtol=1e-6,
+            atol=1e-8,
+        )
+        failures.close(
+            variance,
+            norm.running_var,
+            "a running variance is not the mean over the batches of each batch's variance (divided by n - 1)",
+            rtol=1e-6,
+            atol=1e-8,
+        )
+
+
+def _is_otherwise_as_before(model: nn.Module, before: nn.Module, failures: Failures) -> None:
+    modes = [module.training for module in model.modules()]
+    failures.expect(not any(modes), "the model, or a part of it, is left in train mode")
+    momenta = [[norm.momentum for norm in _norms(net).values()] for net in (model, before)]
+    failures.expect(momenta[0] == momenta[1], "a norm's momentum is another than before")
+    parameters = [dict(net.named_parameters()) for net in (model, before)]
+    failures.expect(alike(*parameters), "a weight has changed; only statistics are estimated")
+
+
+CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": estimation}
 
 TRIES = {
     "03.1": f"{len(CHAINS)} chains with other strides, biases and norms, in eval and in train mode",
     "03.2": f"{len(NETS)} networks, among them a residual block and a concatenation of three parts",
-    "03.3": f"{len(CHOICES)} ratios on layers of 7, 16 and 40 channels, ties, outliers, tiny layers and another scale",
-    "03.4": f"{len(CURVES)} curves at {len(TOLERANCES)} tolerances, among them curves that dip and recover",
+    "03.3": f"{len(ESTIMATED)} networks with statistics that do not fit, among them one with a dropout",
 }

@@ -70,35 +70,30 @@ def together_by_hand(net, image):
     return [s for s in sets if not {"image", "output"} & {name for name, _, _ in s}]
 
 
-def choose_protected(scores, ratio, least):
-    """The best `least` of each layer are set aside; the rest is one sort."""
-    flat = []
-    for s in scores.values():
-        part = s / s.mean()
-        part = part.index_fill(0, part.argsort(descending=True)[:least], float("inf"))
-        flat.append(part)
-    joined = torch.cat(flat)
-    lowest = joined.argsort(stable=True)[: round(ratio * len(joined))]
-    kept = torch.ones(len(joined), dtype=torch.bool)
-    kept[lowest] = False
-    kept |= joined.isinf()
-    return dict(zip(scores, kept.split([len(s) for s in scores.values()]), strict=True))
+def reestimate_by_hooks(model, batches):
+    """The sums of each batch's statistics, gathered by hooks in front of the norms."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    sums = {norm: [0.0, 0.0] for norm in norms}
 
+    def normalise(norm, inputs, y):
+        (x,) = inputs
+        sums[norm][0] += x.mean((0, 2, 3))
+        sums[norm][1] += x.var((0, 2, 3))
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
 
-def allocate_in_a_loop(baseline, curves, tolerance):
-    ratios = {}
-    for name, curve in curves.items():
-        ratios[name] = 0.0
-        for ratio in sorted(curve):
-            if baseline - curve[ratio] > tolerance:
-                break
-            ratios[name] = ratio
-    return ratios
+    hooks = [norm.register_forward_hook(normalise) for norm in norms]
+    with torch.inference_mode():
+        for images in batches:
+            model(images)
+    for hook in hooks:
+        hook.remove()
+    for norm, (mean, variance) in sums.items():
+        norm.running_mean.copy_(mean / len(batches))
+        norm.running_var.copy_(variance / len(batches))
 
 
 RIGHT = {
     "03.1": cut_by_name,
     "03.2": together_by_hand,
-    "03.3": choose_protected,
-    "03.4": allocate_in_a_loop,
+    "03.3": reestimate_by_hooks,
 }

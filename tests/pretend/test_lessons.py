@@ -32,7 +32,7 @@ PLANS = {  # for each challenge, as a learner would write it
     "00": "def plan(a, b, clock, seed): return paired_speedup(a, b, 30, seed, clock)[0]",
     "01": 'plan = {"batch": 2, "dtype": "float32", "threads": 1}',
     "02": 'plan = {"conv": 0, "stage1": 0.5, "stage2": 0.6, "stage3": 0.8, "stage3.2": 0.9}',
-    "03": 'plan = {"stage1.0.conv1.weight": 0.5, "conv.weight": 0.25}',
+    "03": 'plan = {"stage1.0.conv1.weight": 8, "conv.weight": 12}',
     "04": 'plan = {"heads": 12, "neurons": 0.2, "layers": [4], "steps": 2}',
     "05": 'plan = {"stage3.2.conv1": (1, 4), "stage3.2.conv2": (2, 4)}',
     "06": 'plan = {"stage3.2.conv1": (2, 144), "stage3.2.conv2": (3, None)}',
