@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from labkit import artifact, datasets, models, records, stats, training
+from labkit import artifact, datasets, models, stats, training
+from labkit.lesson.memory import peak_memory
 from labkit.batches import segments
 from labkit.files import replacing
 from labkit.pruning import nm
@@ -66,7 +67,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     start = time.process_time()
     if ROWS[name]:
         model = weight_only.quantize(model, **ROWS[name], batches=batches)
-    seconds, peak = time.process_time() - start, records.peak_memory() / 1e9
+    seconds, peak = time.process_time() - start, peak_memory() / 1e9
     layers = [layer for layer in model.modules() if isinstance(layer, weight_only.WeightOnlyLinear)]
     sizes = [layer.in_features * layer.out_features for layer in layers]
     windows = test[: options.windows * options.length].split(options.length)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from labkit import datasets, models, records, stats, training
+from labkit import datasets, models, stats, training
+from labkit.lesson.memory import peak_memory
 from labkit.batches import segments
 from labkit.files import replacing
 from labkit.pruning import blockwise
@@ -66,7 +67,7 @@ def main() -> None:
         batches = segments(calibration, n, options.length, seed=seed) if n else None
         start = time.perf_counter()
         pruned = blockwise.prune(model, wanted, method=method, batches=batches, progress=f"{method} {name}")
-        seconds, peak = time.perf_counter() - start, records.peak_memory() / 1e9
+        seconds, peak = time.perf_counter() - start, peak_memory() / 1e9
         found = training.perplexity(pruned, test, window=options.length)
         del pruned
         gc.collect()  # its masks hold it in a cycle, and the next row brings a copy of its own

@@ -51,7 +51,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 _PLOTS = dict.fromkeys(("curves", "lines"), "labkit.plots")
 _WORDS = dict.fromkeys(
-    ("apart", "change", "covers", "defined", "interval", "is_open", "span", "speed", "told"), "labkit.words"
+    ("apart", "change", "covers", "defined", "further_digits", "interval", "is_open", "span", "speed", "told"),
+    "labkit.words",
 )
 __getattr__ = names_on_demand(__name__, _PLOTS | _WORDS)
 

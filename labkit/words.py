@@ -84,7 +84,8 @@ def told(value: float, ci95: Sequence[float], form: str = ".2f", unit: str = "",
     """
     if math.isnan(value):
         return quantity(float(value))
-    return f"{_formatted(value, form)}{unit} ({interval(ci95, form=form, processes=processes)})"
+    number = _formatted(value, form, further_digits(ci95, form=form))
+    return f"{number}{unit} ({interval(ci95, form=form, processes=processes)})"
 
 
 def speed(ratio: float, ci95: Sequence[float], *, processes: int = 0) -> str:
@@ -125,6 +126,17 @@ def apart(value: float, other: float, unit: str) -> str:
     return _apart(value, other, unit, "")[0]
 
 
+def further_digits(ends: Sequence[float], unit: str = "", *, form: str = "") -> int:
+    """Return how many digits beyond the usual tell two numbers apart in print; 0 for equal and infinite numbers."""
+    first, second = ends
+    if first == second or not math.isfinite(second - first):
+        return 0
+    more = 0
+    while _same_print(first, second, unit, form, more) and more < MOST_DIGITS:
+        more += 1
+    return more
+
+
 def defined(sentences: Sequence[str]) -> list[str]:
     """Return the sentences without an undefined or infinite number; a sentence that says so if none is left.
 
@@ -141,12 +153,12 @@ def _over(processes: int) -> str:
 
 def _apart(first: float, second: float, unit: str, form: str) -> tuple[str, str]:
     """Print two numbers with the fewest further digits that make the texts differ; equal numbers stay equal."""
-    texts = _printed(first, unit, form), _printed(second, unit, form)
-    more = 0
-    while _without_zeros(texts[0]) == _without_zeros(texts[1]) and more < MOST_DIGITS:
-        more += 1
-        texts = _printed(first, unit, form, more), _printed(second, unit, form, more)
-    return texts
+    more = further_digits((first, second), unit, form=form)
+    return _printed(first, unit, form, more), _printed(second, unit, form, more)
+
+
+def _same_print(first: float, second: float, unit: str, form: str, more: int) -> bool:
+    return _without_zeros(_printed(first, unit, form, more)) == _without_zeros(_printed(second, unit, form, more))
 
 
 def _without_zeros(text: str) -> str:

@@ -1,7 +1,7 @@
 """Challenges: a goal on a plane of two quantities, and points on it.
 
 Goals are {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open. A point is a
-dict with the two columns and, under "<column> ci95", the (low, high) of a 95 % interval if it has one. "seconds" splits
+dict with the two columns and, under "<column> ci95", its interval (low, high), if the point has one. "seconds" splits
 a time of several parts, such as preparing and running, for the table and the state of the plan.
 
     goals = {"time": (None, 0.6, "x"), "accuracy": (84, None, "%")}
@@ -117,7 +117,7 @@ def rows(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[
             row[heading(goals, column)] = point[column]
             if column in with_interval:
                 ends = point[f"{column} ci95"] if _error_bar(point, column) else None
-                row[f"{column}, 95 % interval"] = show.interval(ends)
+                row[f"{column}, interval"] = show.interval(ends)
         for part in parts:
             row[f"{part} (s)"] = point.get("seconds", {}).get(part)
         table.append(row)

@@ -7,7 +7,6 @@ keeps samples, intervals and meanings, never a path or a host name. Comparing ru
 import json
 import math
 import numbers
-import re
 import statistics
 import sys
 import time
@@ -66,9 +65,9 @@ def result(unit: str = "", *, clock: bool = False, low: str | None = None, high:
     return Column(role="result", unit=unit, clock=clock, low=low, high=high)
 
 
-def setting(unit: str = "", *, clock: bool = False) -> Column:
-    """Make a column of chosen values. A column of `by` is a setting anyway: declare only a unit or `clock`."""
-    return Column(role="setting", unit=unit, clock=clock)
+def setting() -> Column:
+    """Make a column of chosen values, beside the columns of `by`, which are settings anyway."""
+    return Column(role="setting")
 
 
 class RecordedValue(_Strict):
@@ -436,18 +435,3 @@ class Stopwatch:
     def _pause(self, *_: Any) -> None:
         self._before = self.seconds
         self._since = None
-
-
-def peak_memory() -> int:
-    """Return the peak resident bytes of this process.
-
-    On Linux the kernel's VmHWM is read, since ru_maxrss includes the memory of the parent at the start.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-    except (OSError, TypeError):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -524,13 +524,14 @@ class Lab:
         self._timings.show_comparison(name, comparison)
 
     def _to_record(self) -> RunRecord:
+        from labkit.lesson.memory import peak_memory
         from labkit.lesson.origin import origin
 
-        seconds, peak_memory = self._stopwatch.seconds, records.peak_memory()
+        seconds, peak_bytes = self._stopwatch.seconds, peak_memory()
         peak_device_memory = None
         if self.device.type == "cuda":
             peak_device_memory = self._roofs.peak_device_memory()
-        memory_is_within = self.budget.memory is None or peak_memory <= self.budget.memory
+        memory_is_within = self.budget.memory is None or peak_bytes <= self.budget.memory
         is_within = seconds <= self.budget.seconds and memory_is_within
         return RunRecord(
             version=records.VERSION,
@@ -547,7 +548,7 @@ class Lab:
             sentences=self._sentences,
             challenges=list(self._challenges.values()),
             seconds=round(seconds, 3),
-            peak_memory=peak_memory,
+            peak_memory=peak_bytes,
             peak_device_memory=peak_device_memory,
             budget={**self.budget._asdict(), "within": is_within},
             **origin(),

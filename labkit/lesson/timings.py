@@ -100,7 +100,8 @@ def _brief(name: str, value: float, ci95: tuple[float, float], processes: int, u
     """Say a result with its range, "gain: 1.32x (1.28x to 1.35x over 5 processes)"; "" for a single process."""
     if not processes:
         return ""
-    number, ends = show.quantity(value, unit), show.interval(ci95, unit)
+    number = show.quantity(value, unit, show.further_digits(ci95, unit))
+    ends = show.interval(ci95, unit)
     return f"{name}: {number} ({ends} {show.covers(processes)})"
 
 

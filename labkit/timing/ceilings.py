@@ -188,7 +188,7 @@ def _interference(
         warnings.append(f"other programs kept {load:.1f} cores busy: measure again when the machine is quiet")
     spread = max(statistics.median(seconds) / min(seconds) for seconds in seconds_by_stream)
     if spread > SLOW_STREAM:
-        warnings.append(f"the median stream took {spread:.1f} times as long as the best: others use this memory")
+        warnings.append(f"the median stream took {spread:.1f} times as long as the best")
     return warnings
 
 

@@ -29,7 +29,6 @@ __getattr__ = names_on_demand(
         "count": "labkit.timing.counting",
         "decode_step": "labkit.modules.kv_cache",
         "cache_bytes": "labkit.modules.kv_cache",
-        "describe": "labkit.timing.roofline_plot",
         "plot": "labkit.timing.roofline_plot",
     },
 )

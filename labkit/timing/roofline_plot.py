@@ -1,4 +1,4 @@
-"""The roofline of a machine with measured points: as a figure, and in words for readers who cannot see it."""
+"""The roofline of a machine with measured points, as a figure."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from labkit.errors import InputError
-from labkit.show import COLOURS, WIDTH, interval, quantity
+from labkit.show import COLOURS, WIDTH, quantity
 from labkit.timing.roofs import Ceilings, peak
 
 MARKERS = "os^DvPX*"  # one more than there are colours, so that 56 points all look different
@@ -32,34 +32,6 @@ class Ranges(NamedTuple):
 
     bandwidth: tuple[float, float]
     peak: tuple[float, float]
-
-
-def describe(points: Sequence[Sequence[Any]], ceilings: Ceilings, *, dtype: str = "fp32") -> str:
-    """Describe the roofline in words: ceilings, ridge, and each point's share of its roof.
-
-    points, ceilings, dtype: as in `plot`.
-    """
-    compute_roof = peak(ceilings, dtype)
-    ridge = compute_roof / ceilings.bandwidth
-    sentences = [
-        f"Roofline of {ceilings.device}, measured: {quantity(ceilings.bandwidth, 'B/s')}, {dtype} peak "
-        f"{quantity(compute_roof, 'FLOP/s')}, ridge at {ridge:.3g} FLOP/byte."
-    ]
-    ranges = _ranges(ceilings, dtype)
-    if ranges:
-        bandwidth, speed = interval(ranges.bandwidth, "B/s"), interval(ranges.peak, "FLOP/s")
-        sentences.append(f"Ranges: {bandwidth} and {speed}.")
-    sentences += [f"While it was measured, {warning}." for warning in ceilings.warnings]
-    for point in _checked(points):
-        side = "memory" if point.intensity < ridge else "compute"
-        roof = min(compute_roof, ceilings.bandwidth * point.intensity)
-        share = point.speed / roof
-        percent = f"{100 * share:.3g} %"
-        verdict = "" if share <= 1 else ": above it, so its data stay in a cache, or the count or a ceiling is wrong"
-        speed = quantity(point.speed, "FLOP/s")
-        place = f"{point.label}: {point.intensity:.3g} FLOP/byte, {speed}"
-        sentences.append(f"{place}, {percent} of the {side} roof{verdict}.")
-    return " ".join(sentences)
 
 
 def plot(

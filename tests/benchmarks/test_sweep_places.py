@@ -26,8 +26,8 @@ def result(folder: Path, slowest: str, accuracy: float, case: Column) -> Path:
     [
         ("64 channels", 90.0, setting(), True),
         ("32 channels", 90.0, setting(), False),  # nobody said that a clock chose this
-        ("32 channels", 90.0, setting(clock=True), True),
-        ("32 channels", 91.0, setting(clock=True), False),
+        ("32 channels", 90.0, Column(role="setting", clock=True), True),
+        ("32 channels", 91.0, Column(role="setting", clock=True), False),
     ],
 )
 def test_two_places_differ_where_something_differs_that_no_clock_decided(

@@ -10,7 +10,7 @@ from run_records import RECORD, changed
 from course import report, results
 from labkit import files
 from labkit.lesson import records
-from labkit.lesson.records import cost, quality, setting
+from labkit.lesson.records import Column, cost, quality, setting
 
 CUTS = [
     {"cut": "a", "batch": 1, "accuracy (%)": 90.0, "low": 88.0, "high": 92.0, "p50 (ms)": 5.0, "part": "x"},
@@ -66,7 +66,11 @@ def test_a_table_gives_a_row_for_each_value_under_its_declared_keys():
 def test_rows_that_a_clock_named_are_of_the_clock_whole():
     """Another run may have another slowest case, so that neither its name nor its exact numbers come again."""
     rows = [{"case": "the slowest, 64 channels", "batch": 1, "work saved": 4.0}]
-    for declared, clock in (({"case": setting(clock=True)}, True), ({"case": setting()}, False), ({}, False)):
+    for declared, clock in (
+        ({"case": Column(role="setting", clock=True)}, True),
+        ({"case": setting()}, False),
+        ({}, False),
+    ):
         table = records.table("losers", rows, ("case", "batch"), declared)
         saved = row(
             results.frame([changed(measurements=[table])]), "losers: work saved", f"case={rows[0]['case']}; batch=1"

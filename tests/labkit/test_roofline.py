@@ -17,7 +17,7 @@ from labkit.timing.components import parameters_by_component
 from labkit.timing.counting import count
 from labkit.timing.machine import DEVICES, Ceilings
 from labkit.timing.roofline import Work, bound, placed
-from labkit.timing.roofline_plot import describe, plot
+from labkit.timing.roofline_plot import plot
 
 ROOFS = Ceilings("a small CPU", {"fp32": 100e9, "bf16": 400e9}, 20e9)
 H100 = DEVICES["H100 SXM"]
@@ -98,21 +98,6 @@ def test_cache_is_as_large_as_the_shapes_say(decoder) -> None:
 POINTS = [("GEMV", 0.5, 9e9), ("GEMM", 50.0, 90e9), ("GEMM, wrong count", 50.0, 150e9)]
 
 
-def test_description_says_each_share() -> None:
-    words = describe(POINTS, ROOFS)
-    assert "a small CPU, measured: 20 GB/s, fp32 peak 100 GFLOP/s, ridge at 5 FLOP/byte" in words
-    assert "GEMV: 0.5 FLOP/byte, 9 GFLOP/s, 90 % of the memory roof." in words
-    assert "GEMM: 50 FLOP/byte, 90 GFLOP/s, 90 % of the compute roof." in words
-    assert (
-        "150 % of the compute roof: above it, so its data stay in a cache, or the count or a ceiling is wrong." in words
-    )
-
-
-def test_description_says_what_disturbed_the_roofs() -> None:
-    busy = Ceilings("a small CPU", {"fp32": 100e9}, 20e9, ("other programs kept 1.2 cores busy",))
-    assert "While it was measured, other programs kept 1.2 cores busy." in describe([], busy)
-
-
 def test_plot_is_log_log_with_units_roof_and_named_points() -> None:
     fig = plot(POINTS, ROOFS, title="Here")
     (ax,), (legend,) = fig.axes, fig.legends
@@ -125,19 +110,16 @@ def test_plot_is_log_log_with_units_roof_and_named_points() -> None:
     assert [text.get_text() for text in legend.get_texts()[1:]] == [name for name, _, _ in fastest_first]
 
 
-def test_intervals_of_the_roof_are_drawn_and_said() -> None:
+def test_intervals_of_the_roof_are_drawn() -> None:
     ends = {"flops_range": {"fp32": (90e9, 110e9)}, "bandwidth_range": (10e9, 25e9)}
     known = replace(ROOFS, **ends)
-    assert "Ranges: 10 GB/s to 25 GB/s and 90 GFLOP/s to 110 GFLOP/s." in describe([], known)
     (ax,) = plot([], known).axes
     band = ax.collections[-2].get_paths()[0].vertices  # the last is the ridge's line
     assert band[:, 1].max() == pytest.approx(110)
     at_left = band[band[:, 0] == band[:, 0].min(), 1]
     assert (at_left.min(), at_left.max()) == pytest.approx((10 * ax.get_xlim()[0], 25 * ax.get_xlim()[0]))
     unknown = replace(known, bandwidth_range=(-math.inf, math.inf))
-    assert len(plot([], unknown).axes[0].collections) == len(ax.collections) - 1 and "intervals" not in describe(
-        [], unknown
-    )
+    assert len(plot([], unknown).axes[0].collections) == len(ax.collections) - 1
 
 
 def test_every_point_is_inside_the_axes_and_looks_like_no_other() -> None:
@@ -163,7 +145,7 @@ REFUSALS: Refusals = {
     "measured_seconds is 0.0, but it must be a finite number above 0": lambda: bound(Work(1, 1), ROOFS).share(0.0),
     "a point is (label, FLOP/byte, FLOP/s)": lambda: plot([("a", 1.0)], ROOFS),
     "point 'd' has no place on logarithmic axes": lambda: plot([("d", 0.0, 1e9)], ROOFS),
-    "point 'e' has no place on logarithmic axes": lambda: describe([("e", 1.0, math.nan)], ROOFS),
+    "point 'e' has no place on logarithmic axes": lambda: plot([("e", 1.0, math.nan)], ROOFS),
     "there is no 'int8' ceiling for a small CPU": lambda: plot([], ROOFS, dtype="int8"),
     "Linear takes no KV cache": lambda: decode_step(nn.Linear(2, 2), IDS),
     "shape (4,); give token ids": lambda: decode_step(nn.Linear(2, 2), torch.ones(4, dtype=torch.long)),
@@ -178,8 +160,8 @@ REFUSALS: Refusals = {
     "a point is (label, FLOP/byte, FLOP/s), got 3": lambda: plot([3, 4, 5], ROOFS),
     "got 'abc'": lambda: plot(["abc"], ROOFS),
     "point 'a' has no place": lambda: plot([("a", "1", 1e9)], ROOFS),
-    "point 'b' has no place": lambda: describe([("b", 1.0, None)], ROOFS),
-    "point 'c' has no place": lambda: describe([("c", 1.0, math.inf)], ROOFS),
+    "point 'b' has no place": lambda: plot([("b", 1.0, None)], ROOFS),
+    "point 'c' has no place": lambda: plot([("c", 1.0, math.inf)], ROOFS),
     "The prompt is a list": lambda: decode_step(family("llama"), [[1, 2]]),
     "The prompt is None": lambda: cache_bytes(family("llama"), None),
     "model is a str": lambda: decode_step("llama", IDS),
@@ -195,7 +177,7 @@ def test_bad_input_is_refused_in_a_sentence(words, call):
 
 def test_names_that_are_loaded_on_demand_are_those_of_the_files_that_define_them():
     assert [roofline.count, roofline.decode_step, roofline.cache_bytes] == [count, decode_step, cache_bytes]
-    assert [roofline.describe, roofline.plot] == [describe, plot]
+    assert roofline.plot is plot
     assert [machine.ceilings, machine.bandwidth_sweep] == [ceilings, bandwidth_sweep]
     assert counting.parameters_by_component is parameters_by_component
     with pytest.raises(AttributeError, match=r"module 'labkit.timing.machine' has no attribute 'roof'"):

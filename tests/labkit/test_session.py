@@ -1088,8 +1088,8 @@ def test_intervals_are_drawn_along_both_axes_and_stand_in_the_table(lab, capsys)
     bars = [bar.get_segments()[0].tolist() for bar in ax.collections]
     assert bars == [[[0.4, 85.0], [0.7, 85.0]], [[0.5, 84.0], [0.5, 88.0]]]
     half, dense = challenge.rows(GOALS, points, "plan")
-    assert half["time, 95 % interval"] == "0.400 to 0.700" and dense["time, 95 % interval"] == ""
-    assert half["accuracy, 95 % interval"] == "84 to 88"
+    assert half["time, interval"] == "0.400 to 0.700" and dense["time, interval"] == ""
+    assert half["accuracy, interval"] == "84 to 88"
 
 
 def test_a_time_of_several_parts_is_split_in_the_table_and_in_the_state(lab, capsys):
