@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from labkit import artifact, datasets, models, stats, training
-from labkit.lesson.memory import peak_memory
 from labkit.batches import segments
 from labkit.files import replacing
+from labkit.lesson.memory import peak_memory
 from labkit.pruning import nm
 from labkit.quantization import weight_only
 

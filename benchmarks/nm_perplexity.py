@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from labkit import datasets, models, stats, training
-from labkit.lesson.memory import peak_memory
 from labkit.batches import segments
 from labkit.files import replacing
+from labkit.lesson.memory import peak_memory
 from labkit.pruning import blockwise
 
 

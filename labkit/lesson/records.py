@@ -65,9 +65,9 @@ def result(unit: str = "", *, clock: bool = False, low: str | None = None, high:
     return Column(role="result", unit=unit, clock=clock, low=low, high=high)
 
 
-def setting() -> Column:
-    """Make a column of chosen values, beside the columns of `by`, which are settings anyway."""
-    return Column(role="setting")
+def setting(unit: str = "") -> Column:
+    """Make a column of chosen values. A column of `by` is a setting anyway: declare only a unit."""
+    return Column(role="setting", unit=unit)
 
 
 class RecordedValue(_Strict):
