@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import re
 import statistics
 from collections.abc import Callable
@@ -85,11 +86,15 @@ def test_no_a_a_test_sees_what_a_leaves_behind_for_b_and_an_untimed_call_removes
     [
         ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "From call 600 to 800 a call took 20% less than the median of all."),
         ([1.0] * 800 + [1.3] * 100 + [1.0] * 50 + [1.2] * 50, "From call 800 to 900 a call took 30% more"),
+        (
+            [1.0] * 600 + [1.06] * 50 + [1.0] * 200 + [1.2] * 50 + [1.0] * 100,
+            "From call 850 to 900 a call took 20% more",
+        ),
         ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "drift outweighs noise here"),
         ([1.0] * 1000, "So noise alone can make this chart"),
     ],
 )
-def test_the_run_chart_s_longest_stretch_of_another_speed_is_named(times: list[float], words: str):
+def test_of_the_run_chart_s_longest_stretches_of_another_speed_the_farthest_is_named(times: list[float], words: str):
     assert words in said_of_the_run_chart(times)
 
 
@@ -107,6 +112,7 @@ def said_of_the_run_chart(times: list[float]) -> str:
     said, say = listener()
     lesson = executed("00", "noise-wander", samples=times)
     names = {
+        "best": min(times),
         "in_order": lesson["of_neighbours"](times),
         "mean": statistics.mean(times),
         "middle": statistics.median(times),
@@ -118,39 +124,92 @@ def said_of_the_run_chart(times: list[float]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("within", "words"),
+    ("within", "outliers"),
     [
-        ([(1.0, 1.1), (1.0, 1.2), (1.05, 1.15)], "no process stands apart"),
-        ([(1.0, 1.1), (1.2, 1.3), (1.05, 1.25)], "no process stands apart"),
-        ([(1.0, 1.1), (1.2, 1.3), (1.05, 1.15)], "1 of 3 intervals shares no value with two or more others"),
-        ([(1.0, 1.1), (1.2, 1.3), (1.4, 1.5)], "3 of 3 intervals share no value with two or more others"),
-        ([(0.0, math.inf), (1.2, 1.3), (1.0, 1.1)], "no process stands apart"),
+        ([(1.0, 1.1), (1.0, 1.2), (1.05, 1.15)], 0),
+        ([(1.0, 1.1), (1.2, 1.3), (1.05, 1.25)], 0),
+        ([(1.0, 1.1), (1.2, 1.3), (1.05, 1.15)], 1),
+        ([(1.0, 1.1), (1.2, 1.3), (1.4, 1.5)], 3),
+        ([(0.0, math.inf), (1.2, 1.3), (1.0, 1.1)], 0),
     ],
 )
-def test_a_process_stands_apart_whose_interval_shares_no_value_with_two_others(
-    within: list[tuple[float, float]], words: str
+def test_a_run_stands_apart_whose_interval_shares_no_value_with_two_others(
+    within: list[tuple[float, float]], outliers: int
 ):
-    said, say = listener()
-    names = {
-        "lab": SimpleNamespace(say=say, record=ignore),
-        "fresh": [SimpleNamespace(within_run=ends) for ends in within],
-        "over": (1.05, 1.25),
-        "this": SimpleNamespace(within_run=(1.0, 1.2), ci95=(1.0, 1.3), processes=(1.0, 1.1, 1.3)),
-        "runs": [],
-    }
-    executed("00", "processes-apart", "processes-say", show=show, partial=partial, **names)
-    assert words in " ".join(said)
+    fresh = [SimpleNamespace(process_speedup=1.2, within_run=ends) for ends in within]
+    said = said_of_processes([timed(1.1), timed(1.2), timed(1.3)], fresh)
+    assert f"{outliers} of 3 in fresh processes, 0 of 3 here." in said
+    assert ("In this run none stands apart" in said) == (outliers == 0)
     assert "3 processes that ran this whole page, this one among them, say 1.00 to 1.30: 30% apart." in said
 
 
+STEADY, WIDE = (1.19, 1.195, 1.2, 1.205, 1.21), (1.1, 1.15, 1.2, 1.25, 1.3)
+
+
+@pytest.mark.parametrize(
+    ("here", "fresh", "words"),
+    [
+        (STEADY, WIDE, "So another process changes more than another moment does."),
+        (WIDE, STEADY, "So another moment is enough to change it."),
+        (WIDE, WIDE, "So this does not show whether another process matters more than another moment."),
+        ((1.5, 1.55, 1.6, 1.65, 1.7), WIDE, "this process has a speed-up of its own"),
+        (STEADY[:2], WIDE[:2], "So this does not show"),  # too few
+    ],
+)
+def test_moment_and_process_are_told_apart_by_runs_in_turn(
+    here: tuple[float, ...], fresh: tuple[float, ...], words: str
+):
+    verdicts = ("another process changes more", "another moment is enough", "does not show", "of its own")
+    said = said_of_processes([timed(ratio) for ratio in here], [timed(ratio) for ratio in fresh])
+    assert words in said
+    assert [verdict for verdict in verdicts if verdict in said] == [verdict for verdict in verdicts if verdict in words]
+
+
+def timed(speedup: float) -> SimpleNamespace:
+    """A comparison of one process whose interval holds what the others say."""
+    return SimpleNamespace(process_speedup=speedup, within_run=(1.0, 1.5))
+
+
+def said_of_processes(here: list[SimpleNamespace], fresh: list[SimpleNamespace]) -> str:
+    said, say = listener()
+    names = {
+        "lab": SimpleNamespace(say=say, record=ignore),
+        "here": here,
+        "fresh": fresh,
+        "this": SimpleNamespace(ci95=(1.0, 1.3), processes=(1.0, 1.1, 1.3)),
+    }
+    executed("00", "processes-apart", "processes-say", show=show, partial=partial, **names)
+    return " ".join(said)
+
+
 def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_do_not():
-    lesson = executed("00", "machine", "exercise-2", "exercise-3", seconds=None, work=work, more_work=more_work)
-    place, _, _ = cells("00")["place"].partition("def by_labkit")
+    lesson = challenge_of("00")
     _, solution, _ = re.split("```(?:python)?\n", cells("00")["challenge-idea"])
-    exec(place + solution, lesson)
+    exec(solution, lesson)
     forty, hundred = (partial(pairs_of, lesson["paired_speedup"], pairs) for pairs in (40, 100))
     reached = [reaches_the_goal(lesson["place"](method, TRIALS)) for method in (lesson["plan"], forty, hundred)]
     assert reached == [True, False, False]
+
+
+def test_a_plan_can_read_neither_the_machine_nor_the_true_speed_up_from_its_seed():
+    def reader(a: Callable, b: Callable, clock: Callable, seed: int) -> float:
+        return clock.cost[a] / clock.cost[b]
+
+    def guesser(a: Callable, b: Callable, clock: Callable, seed: int) -> float:
+        return random.Random(f"trial {seed}").uniform(0.8, 1.25)
+
+    place = challenge_of("00")["place"]
+    with pytest.raises(AttributeError, match="cost"):
+        place(reader, TRIALS)
+    assert not reaches_the_goal(place(guesser, TRIALS))
+
+
+def challenge_of(lesson: str) -> dict[str, Any]:
+    """The cells of the challenge that place a method, without the reference methods."""
+    made = executed(lesson, "machine", "exercise-2", "exercise-3", seconds=None, work=work, more_work=more_work)
+    place, _, _ = cells(lesson)["place"].partition("def by_labkit")
+    exec(cells(lesson)["clock-of"] + "\n" + place, made)
+    return made
 
 
 def more_work() -> None:
