@@ -102,10 +102,30 @@ def test_drift_is_said_to_hide_the_tail_only_where_the_mean_lies_below_the_media
     assert "drift outweighs" not in said_of_the_run_chart([1.0] * 800 + [1.3] * 200)
 
 
-@pytest.mark.parametrize(("lowest", "is_told"), [(0.8, True), (0.95, False)])
-def test_under_drift_a_best_far_below_the_median_may_be_of_a_faster_moment(lowest: float, is_told: bool):
-    said = said_of_the_run_chart([1.0] * 800 + [1.3] * 100 + [1.0] * 99 + [lowest])
-    assert ("So the best, 20% below the median, may be of a faster moment." in said) == is_told
+FASTER_MOMENT = "So the best, 20% below the median, may be of a faster moment."
+RARE = "so a call that nothing disturbs is rare."
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ([1.0] * 800 + [1.3] * 100 + [1.0] * 99 + [0.8], RARE),
+        ([1.0] * 800 + [1.3] * 100 + [1.0] * 99 + [0.95], None),
+        ([1.0] * 800 + [1.3] * 100 + [0.8] * 100, FASTER_MOMENT),
+    ],
+)
+def test_a_best_far_below_the_median_is_rare_or_of_a_faster_moment(times: list[float], words: str | None):
+    said = said_of_the_run_chart(times)
+    assert [told for told in (FASTER_MOMENT, RARE) if told in said] == [told for told in (words,) if told]
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [(1.04, "took 4% more than the first"), (0.96, "took 4% less than the first"), (1.0, None)],
+)
+def test_the_halves_of_the_run_chart_are_compared_under_drift(later: float, words: str | None):
+    said = said_of_the_run_chart([1.0] * 350 + [1.3] * 100 + [1.0] * 50 + [later] * 500)
+    assert (words in said) if words else ("half" not in said)
 
 
 def said_of_the_run_chart(times: list[float]) -> str:
@@ -124,23 +144,15 @@ def said_of_the_run_chart(times: list[float]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("within", "outliers"),
-    [
-        ([(1.0, 1.1), (1.0, 1.2), (1.05, 1.15)], 0),
-        ([(1.0, 1.1), (1.2, 1.3), (1.05, 1.25)], 0),
-        ([(1.0, 1.1), (1.2, 1.3), (1.05, 1.15)], 1),
-        ([(1.0, 1.1), (1.2, 1.3), (1.4, 1.5)], 3),
-        ([(0.0, math.inf), (1.2, 1.3), (1.0, 1.1)], 0),
-    ],
+    ("ends", "speaks_of_itself"), [((1.19, 1.21), True), ((1.1, 1.3), False), ((0.0, math.inf), False)]
 )
-def test_a_run_stands_apart_whose_interval_shares_no_value_with_two_others(
-    within: list[tuple[float, float]], outliers: int
+def test_an_interval_within_a_run_speaks_of_that_run_where_runs_differ_by_more_than_twice_its_span(
+    ends: tuple[float, float], speaks_of_itself: bool
 ):
-    fresh = [SimpleNamespace(process_speedup=1.2, within_run=ends) for ends in within]
-    said = said_of_processes([timed(1.1), timed(1.2), timed(1.3)], fresh)
-    assert f"{outliers} of 3 in fresh processes, 0 of 3 here." in said
-    assert ("In this run none stands apart" in said) == (outliers == 0)
-    assert "3 processes that ran this whole page, this one among them, say 1.00 to 1.30: 30% apart." in said
+    runs = [SimpleNamespace(process_speedup=ratio, within_run=ends) for ratio in WIDE]
+    said = said_of_processes(runs, runs)
+    assert ("An interval within a run speaks of that run alone." in said) == speaks_of_itself
+    assert "3 processes that ran this whole page say 1.00 to 1.30: 30% apart." in said
 
 
 STEADY, WIDE = (1.19, 1.195, 1.2, 1.205, 1.21), (1.1, 1.15, 1.2, 1.25, 1.3)
@@ -151,15 +163,15 @@ STEADY, WIDE = (1.19, 1.195, 1.2, 1.205, 1.21), (1.1, 1.15, 1.2, 1.25, 1.3)
     [
         (STEADY, WIDE, "So another process changes more than another moment does."),
         (WIDE, STEADY, "So another moment is enough to change it."),
-        (WIDE, WIDE, "So this does not show whether another process matters more than another moment."),
+        (WIDE, WIDE, "Whether the process or the moment matters more is not shown."),
         ((1.5, 1.55, 1.6, 1.65, 1.7), WIDE, "this process has a speed-up of its own"),
-        (STEADY[:2], WIDE[:2], "So this does not show"),  # too few
+        (STEADY[:2], WIDE[:2], "is not shown"),  # too few
     ],
 )
 def test_moment_and_process_are_told_apart_by_runs_in_turn(
     here: tuple[float, ...], fresh: tuple[float, ...], words: str
 ):
-    verdicts = ("another process changes more", "another moment is enough", "does not show", "of its own")
+    verdicts = ("another process changes more", "another moment is enough", "is not shown", "of its own")
     said = said_of_processes([timed(ratio) for ratio in here], [timed(ratio) for ratio in fresh])
     assert words in said
     assert [verdict for verdict in verdicts if verdict in said] == [verdict for verdict in verdicts if verdict in words]
@@ -189,6 +201,32 @@ def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_d
     forty, hundred = (partial(pairs_of, lesson["paired_speedup"], pairs) for pairs in (40, 100))
     reached = [reaches_the_goal(lesson["place"](method, TRIALS)) for method in (lesson["plan"], forty, hundred)]
     assert reached == [True, False, False]
+
+
+def test_no_luck_of_the_shuffling_lets_as_many_pairs_as_fit_reach_the_goal():
+    lesson = challenge_of("00")
+
+    def shuffled_otherwise(a: Callable, b: Callable, clock: Callable, seed: int, change: int) -> float:
+        return lesson["paired_speedup"](a, b, 45, seed ^ change, clock)[0]
+
+    points = [lesson["place"](partial(shuffled_otherwise, change=change), TRIALS) for change in range(20)]
+    assert max(point["machine time"] for point in points) <= 0.25
+    assert not any(map(reaches_the_goal, points))
+
+
+def test_a_plan_cannot_buy_a_part_of_a_call():
+    def cheap(a: Callable, b: Callable, clock: Callable, seed: int) -> float:
+        return clock(a, 0.001) / clock(b, 0.001)
+
+    with pytest.raises(TypeError, match="integer"):
+        challenge_of("00")["place"](cheap, TRIALS)
+
+
+def test_calls_that_are_timed_together_are_disturbed_each_for_itself():
+    machine = executed("00", "machine")["Machine"]({work: 0.002})
+    apart, together = ([machine(work, number) / number for _ in range(500)] for number in (1, 100))
+    assert statistics.stdev(together) < 0.2 * statistics.stdev(apart)
+    assert statistics.fmean(together) == pytest.approx(statistics.fmean(apart), rel=0.05)
 
 
 def test_a_plan_can_read_neither_the_machine_nor_the_true_speed_up_from_its_seed():
@@ -221,7 +259,7 @@ def pairs_of(paired_speedup: Callable, pairs: int, a: Callable, b: Callable, clo
 
 
 def reaches_the_goal(point: dict[str, float]) -> bool:
-    return point["machine time"] <= 0.25 and point["smallest difference"] <= 2
+    return point["machine time"] <= 0.25 and point["smallest difference"] <= 1.7
 
 
 def listener() -> tuple[list[str], Callable]:
@@ -285,6 +323,16 @@ def test_the_mean_of_a_hundred_is_set_beside_one_call(mean_of_a_hundred: float, 
 
 def test_processes_with_two_threads_share_a_shift_below_the_one_per_cent_of_a_verdict():
     lesson = executed("00", "coverage", files=files, json=json)
-    one, two = (statistics.fmean(lesson["below"][threads]) for threads in (1, 2))
-    assert abs(one - 0.5) < 0.1 and two > 0.7
+    one, two = lesson["below"].values()
+    assert min(one) < 10 < max(one)  # with one thread no side is common
+    assert min(two) >= 14
     assert lesson["shift"] < 0.01
+
+
+def test_ranges_of_five_hold_the_median_as_counting_promises_and_the_truth_less_often():
+    lesson = executed("00", "coverage", files=files, json=json)
+    share, promised = lesson["mean_share"], lesson["by_counting"]
+    two_threads = [row for row in lesson["known"] if row["threads"] == 2]
+    assert promised == pytest.approx({"median": 0.967, "truth": 0.9375}, abs=5e-4)
+    assert abs(share("over five", lesson["settings"]) - promised["median"]) < 0.02
+    assert share("over five, known", two_threads) < promised["truth"] - 0.2
