@@ -133,13 +133,11 @@ def said_of_the_run_chart(times: list[float]) -> str:
     lesson = executed("00", "noise-wander", samples=times)
     names = {
         "best": min(times),
-        "in_order": lesson["of_neighbours"](times),
         "mean": statistics.mean(times),
         "middle": statistics.median(times),
         "samples": times,
     }
-    wanders = {name: lesson[name] for name in ("wandered", "by_chance")}
-    executed("00", "noise-say", lab=SimpleNamespace(say=say), show=show, **names, **wanders)
+    executed("00", "noise-say", **lesson | names | {"lab": SimpleNamespace(say=say)})
     return " ".join(said)
 
 
