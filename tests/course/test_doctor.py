@@ -165,8 +165,8 @@ def test_what_a_lesson_lacks_is_said_with_the_command_that_brings_it(tmp_path: P
         "run git checkout -- data/handbook/calibration.txt.gz data/handbook/test.txt.gz and "
         "./lab data fetch minilm smollm2",
     )
-    seen, to_do = doctor.lesson(notebooks.find("03"))
-    assert (seen, to_do) == ("lacks efficientnet_lite0 (missing)", "run ./lab data fetch efficientnet_lite0")
+    seen, to_do = doctor.lesson(notebooks.find("02"))
+    assert (seen, to_do) == ("lacks minilm (missing)", "run ./lab data fetch minilm")
     assert found("data").text.endswith("smollm2") and "efficientnet_lite0 (missing)" in found("data").text
 
 

@@ -987,10 +987,10 @@ def test_finish_may_be_called_again_and_keeps_what_came_since(lab):
 
 
 def test_peak_memory_is_this_process_s_own():
-    from labkit.lesson.records import peak_memory
+    from labkit.lesson.memory import peak_memory
 
     kept = np.ones(2**26, dtype=np.uint8)
-    code = "from labkit.records import peak_memory; print(peak_memory())"
+    code = "from labkit.lesson.memory import peak_memory; print(peak_memory())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert peak_memory() >= kept.nbytes
     assert 5e6 < child < 2e9
