@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -320,7 +321,20 @@ def test_short_calls_are_repeated_to_a_millisecond():
     result = simulate(cost={work_a: 2e-6, work_b: 1e-6})
     assert result.baseline.number * 2e-6 == pytest.approx(1e-3, rel=0.25)
     assert result.candidate.number * 1e-6 == pytest.approx(1e-3, rel=0.25)
-    assert result.candidate.median_s == pytest.approx(1e-6, rel=0.02)
+    assert statistics.median(result.candidate.samples_s) == pytest.approx(1e-6, rel=0.02)
+
+
+def test_the_times_of_the_sides_agree_with_the_ratio_beside_them():
+    """One call in three is undisturbed on one side, two in three on the other; the same work all the same."""
+    often, seldom = [1.0, 1.5, 1.5] * 8, [1.0, 1.0, 1.5] * 8
+    sides = [
+        Measurement(name, tuple(times), 1, "wall", "hot", "cpu", 1, per_block=3)
+        for name, times in (("fp32", often), ("int8", seldom))
+    ]
+    result = Comparison(*sides, (True, False) * 12, per_block=3)
+    assert statistics.median(often) / statistics.median(seldom) == 1.5
+    assert result.baseline.median_s / result.candidate.median_s == result.speedup == 1.0
+    assert simulate().baseline.per_block == simulate().per_block > 1
 
 
 @pytest.mark.parametrize(
