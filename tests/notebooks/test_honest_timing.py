@@ -163,15 +163,22 @@ def test_the_two_shares_of_one_call_are_set_side_by_side_where_they_differ(alarm
 @pytest.mark.parametrize(
     ("share", "words"),
     [
-        (1.5, "Single pairs do better here, unlike on the simulated machine."),
-        (0.8, "Blocks do better, as on the simulated machine."),
+        (1.5, "With 40 pairs, single ones do better here, unlike on the simulated machine."),
+        (0.8, "With 40 pairs, blocks do better here, as on the simulated machine."),
         (1.0, "Which do better is not shown."),
     ],
 )
 def test_blocks_are_judged_by_their_intervals_from_the_same_calls(share: float, words: str):
     said, say = listener()
     lab = SimpleNamespace(say=say, record=ignore, result=lambda _: SimpleNamespace(value=share, **ENDS[share]))
-    names = {"widths": [share] * 60, "in_fours": {"3 % seen": 40}, "stats": stats, "show": show}
+    names = {
+        "widths": [share] * 60,
+        "in_fours": {"3 % seen": 40},
+        "trials": 60,
+        "PAIRS": 40,
+        "stats": stats,
+        "show": show,
+    }
     executed("00", "blocks-here-say", lab=lab, **names)
     assert words in " ".join(said)
 
