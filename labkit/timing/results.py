@@ -40,9 +40,7 @@ class Measurement:
     warnings: a phrase for each reason to doubt the times.
     per_block: samples in a block, of which only the least counts; 1 unless the call was timed beside another.
     processes: medians of several processes in seconds, this result's among them; empty for a single process.
-    roof_share: least possible time over measured time (`labkit.roofline.placed`); None without a stated work. Over
-        several processes the median of `roof_shares`.
-    roof_shares: the share of each of several processes, of its own time and ceiling; empty for a single process.
+    roof_share: least possible time over `median_s` (`labkit.roofline.placed`); None without a stated work.
     limited_by: "memory" or "compute", the roof that sets the least possible time.
     """
 
@@ -58,7 +56,6 @@ class Measurement:
     roof_share: float | None = None
     limited_by: str | None = None
     processes: tuple[float, ...] = ()
-    roof_shares: tuple[float, ...] = ()
 
     @property
     def median_s(self) -> float:
@@ -100,11 +97,7 @@ class Measurement:
         others: the same call in other processes.
         """
         everywhere = (self, *others)
-        over = replace(self, processes=tuple(side.process_median_s for side in everywhere))
-        if self.roof_share is None:
-            return over
-        shares = tuple(side.roof_share for side in everywhere)
-        return replace(over, roof_share=statistics.median(shares), roof_shares=shares)
+        return replace(self, processes=tuple(side.process_median_s for side in everywhere))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON: every sample, and under "result" the statistics, for readers without labkit."""
