@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from lesson_cells import cells, executed
+from scipy.special import bdtrik
 
 from labkit import files, show, stats
 
@@ -38,8 +39,9 @@ def test_the_best_of_many_calls_is_fooled_until_a_side_covers_a_whole_swing():
     assert max(alarms[math.ceil(swing)], alarms[1000]) < 0.05 * TRIALS
 
 
-def test_the_median_of_a_thousand_calls_is_still_fooled():
+def test_the_median_of_a_thousand_calls_is_still_fooled_but_rarely_that_of_a_whole_swing():
     assert false_alarms(statistics.median, 1000) > 0.8 * TRIALS
+    assert false_alarms(statistics.median, 760) < 0.3 * TRIALS
 
 
 def test_a_swing_has_as_many_calls_as_the_page_draws():
@@ -127,6 +129,24 @@ def test_slow_calls_in_a_string_do_not_make_the_best_one_of_a_quick_moment():
     assert " of the slowest 20 (shuffled " in said and QUICK_MOMENT not in said
 
 
+@pytest.mark.parametrize(
+    ("ends", "processes", "words"),
+    [
+        ((1.02, 1.06), 5, "So one untimed call is too few here."),
+        ((1.02, 1.06), 0, "That is settling or drift; one run cannot tell which."),
+        ((1.0, 1.06), 5, None),
+    ],
+)
+def test_a_slow_start_is_settling_only_where_every_process_has_it(
+    ends: tuple[float, float], processes: int, words: str | None
+):
+    said, say = listener()
+    opening = SimpleNamespace(value=1.04, ci95=ends, processes=processes)
+    lab = SimpleNamespace(say=say, record=ignore, result=lambda _: opening)
+    executed("00", "settling-say", lab=lab, settling=[1.04] * 100, samples=[1.0] * 1000)
+    assert said[1:] == ([words] if words else [])
+
+
 def said_of_the_run_chart(times: list[float]) -> str:
     said, say = listener()
     lesson = executed("00", "noise-wander", samples=times)
@@ -140,32 +160,70 @@ def said_of_the_run_chart(times: list[float]) -> str:
     return " ".join(said)
 
 
-ORANGE = [1.05] * 70 + [1.0] * 30  # section 2: 70 alarms of 100
-
-
 @pytest.mark.parametrize(
-    ("alarms", "words"),
-    [(56, "In section 2 one call raised 70 %: another moment, so never compare sections."), (45, None), (20, "70 %")],
+    ("before", "now", "processes", "words"),
+    [
+        ((34.0, 89.0), (92.0, 98.0), 5, "In section 2 the same stopwatch raised 59 %: cause not looked for."),
+        ((34.0, 89.0), (80.0, 98.0), 5, None),
+        ((50.0, 60.0), (92.0, 98.0), 0, None),  # within a run, calls in a row are no independent tests
+    ],
 )
-def test_the_two_shares_of_one_call_are_set_side_by_side_where_they_differ(alarms: int, words: str | None):
+def test_the_two_shares_of_the_stopwatch_are_set_side_by_side_where_their_ranges_are_apart(
+    before: tuple[float, float], now: tuple[float, float], processes: int, words: str | None
+):
     said, say = listener()
-    tests = [{"benchmark": name, "false alarms": 0, "3 % seen": 40} for name in ("one call", "best", "pairs", "fours")]
-    for row in tests:
-        _, low, high = stats.wilson(row["false alarms"], 60)
-        row |= {"low": 100 * low, "high": 100 * high}
-    _, low, high = stats.wilson(alarms, 60)
-    tests[0] |= {"false alarms": alarms, "low": 100 * low, "high": 100 * high}
-    names = {"rows": tests, "PAIRS": 40, "trials": 60, "orange": ORANGE[:70], "speedups": ORANGE}
-    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), wilson=stats.wilson, **names)
-    assert (words in " ".join(said)) if words else ("section 2" not in " ".join(said))
+    ends = [now, (6.0, 30.0), (0.0, 0.0), (0.0, 2.0)]
+    shares = [SimpleNamespace(value=statistics.fmean(of), ci95=of, processes=processes) for of in ends]
+    recorded = SimpleNamespace(value=59.0, ci95=before, processes=processes)
+    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 60, 60], "recorded": recorded}
+    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
+    assert (words in said) if words else ("section 2" not in " ".join(said))
+    assert "For one call and the best of 40 that proves little: winners are named where there are none." in said
+    assert not any("more than honest ones should" in sentence for sentence in said)
+
+
+def test_all_methods_take_turns_on_the_real_clock():
+    """The tests of each method lie in the same stretch of time, not one method after another."""
+    called: list[str] = []
+
+    def named(name: str) -> Callable:
+        def benchmark(*_: Any, **__: Any) -> tuple[float, float]:
+            called.append(name)
+            return 1.0, 1.0
+
+        return benchmark
+
+    names = {
+        "PAIRS": 40,
+        "SEED": 0,
+        "partial": partial,
+        "work": work,
+        "more_work": more_work,
+        "seconds": None,
+        "stopwatch": named("one"),
+        "repeated": lambda *_: named("best"),
+        "paired": lambda *_: named("pairs"),
+        "in_blocks": lambda *_: named("blocks"),
+        "false_alarms": lambda benchmark, fn, trials: sum(benchmark(fn, fn)[0] > 1.01 for _ in range(trials)),
+    }
+    executed("00", "ladder-measure", lab=SimpleNamespace(by_preset=lambda *_: 60), **names)
+    turns = [called[start : start + 8] for start in range(0, len(called), 8)]
+    assert len(turns) == 60 and all(sorted(turn) == sorted(turns[0]) for turn in turns)
+    assert len({tuple(turn) for turn in turns}) == 6  # all orders of one call, the best and the pairs
+    after_pairs = [called[i + 2] for i, name in enumerate(called[:-2]) if name == "pairs" and called[i + 1] == "pairs"]
+    assert set(after_pairs) == {"blocks"}
 
 
 @pytest.mark.parametrize(
     ("share", "words"),
     [
-        (1.5, "With 40 pairs, single ones do better here, unlike on the simulated machine."),
-        (0.8, "With 40 pairs, blocks do better here, as on the simulated machine."),
-        (1.0, "Which do better is not shown."),
+        (
+            1.5,
+            "So single pairs are narrower here, unlike on the simulated machine; in part by counting, which promises "
+            "97.9% for 10 ratios and 96.2% for 40.",
+        ),
+        (0.8, "So blocks are narrower here, too."),
+        (1.0, "Which are narrower is not shown."),
     ],
 )
 def test_blocks_are_judged_by_their_intervals_from_the_same_calls(share: float, words: str):
@@ -173,13 +231,13 @@ def test_blocks_are_judged_by_their_intervals_from_the_same_calls(share: float, 
     lab = SimpleNamespace(say=say, record=ignore, result=lambda _: SimpleNamespace(value=share, **ENDS[share]))
     names = {
         "widths": [share] * 60,
-        "in_fours": {"3 % seen": 40},
+        "seen": [20, 40, 40, 40],
         "trials": 60,
         "PAIRS": 40,
         "stats": stats,
         "show": show,
     }
-    executed("00", "blocks-here-say", lab=lab, **names)
+    executed("00", "exercise-2", "blocks-here-say", lab=lab, **names)
     assert words in " ".join(said)
 
 
@@ -192,11 +250,12 @@ def test_blocks_take_the_times_of_the_same_calls_as_single_pairs():
         return lambda fn, number=1: 1e-3 * (1 + next(ticks) % 7 / 100)
 
     alike = "exercise-1", "repeated", "exercise-2", "exercise-3", "paired", "ladder-measure"
-    names = {"PAIRS": 40, "stats": stats, "partial": partial, "work": work, "more_work": more_work}
+    names = {"PAIRS": 40, "SEED": 0, "partial": partial, "work": work, "more_work": more_work}
+    names["stopwatch"] = lambda *_: (1.0, 1.0)
     lab = SimpleNamespace(answer=lambda _, own: own, by_preset=lambda *_: 4)
     lesson = executed("00", *alike, lab=lab, seconds=ticking(), **names)
     assert lesson["tape"] == []
-    assert len(lesson["rows"]) == len(lesson["answers_of"]) == 4
+    assert [len(answers) for answers in lesson["answers_of"].values()] == [4] * 4
 
 
 @pytest.mark.parametrize(
@@ -273,6 +332,39 @@ def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_d
     point = lesson["place"](lesson["plan"], TRIALS)
     told = f"it tells {point['smallest difference']:.1f} % in {point['machine time']:.2f} s (simulated)"
     assert told in cells("00")["challenge-idea"]
+    low, high = point["smallest difference ci95"]
+    assert low < point["smallest difference"] < high
+
+
+def test_the_median_over_blocks_of_four_reaches_the_goal_as_well():
+    lesson = challenge_of("00")
+
+    def by_blocks(a: Callable, b: Callable, clock: Callable, seed: int) -> float:
+        times: dict[str, list[float]] = {"A": [], "B": []}
+
+        def noting(side: str) -> float:
+            times[side].append(clock({"A": a, "B": b}[side]))
+            return times[side][-1]
+
+        lesson["paired_speedup"]("A", "B", 40, seed, noting)
+        return stats.paired_ratio(times["A"], times["B"], 4)[0]
+
+    assert reaches_the_goal(lesson["place"](by_blocks, TRIALS))
+
+
+def test_the_interval_of_a_95th_percentile_is_found_by_counting():
+    low, high = challenge_of("00")["places_of_95"](200)
+    assert low == bdtrik_rank(0.025) - 1 and high == bdtrik_rank(0.975)
+    draw, held = random.Random(0), 0
+    for _ in range(1000):
+        values = sorted(draw.random() for _ in range(200))
+        held += values[low] <= 0.95 <= values[high]
+    assert 940 <= held <= 985
+
+
+def bdtrik_rank(chance: float) -> int:
+    """The number of heads, of 200 flips of a coin with 95 % heads, up to which lies this chance, rounded up."""
+    return math.ceil(bdtrik(chance, 200, 0.95))
 
 
 def test_no_luck_of_the_shuffling_lets_as_many_pairs_as_fit_reach_the_goal():
@@ -372,7 +464,7 @@ def test_the_stopwatch_s_share_of_a_recording_stands_beside_the_count_of_its_las
     names = {"alarms": 86, "trials": 100, "speedups": [1.05] * 86 + [1.0] * 14, "recorded": recorded}
     executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), show=show, **names)
     assert said[0].endswith("in 86 of 100 comparisons.")
-    assert said[1] == "The median share is 88 % (80 to 96 over 5 processes)."
+    assert said[1] == "Over all processes the median share is 88 % (80 to 96 over 5 processes)."
 
 
 @pytest.mark.parametrize(("times", "share"), [([1.0, 1.02] * 50, "100%"), ([1.0, 1.005] * 50, "0%")])
@@ -386,8 +478,8 @@ def test_warm_calls_in_a_row_are_compared_as_the_stopwatch_does(times: list[floa
 )
 def test_the_mean_of_a_hundred_is_set_beside_one_call(mean_of_a_hundred: float, words: str):
     said, say = listener()
-    numbers = {0.0: (1, 100), 0.5: (10, 100, 1000)}
-    of_drift = itertools.product(numbers, ("best", "median", "mean"), (1, 10, 100, 1000))
+    numbers = {0.0: (1, 100), 0.5: (10, 100, 760, 1000)}
+    of_drift = itertools.product(numbers, ("best", "median", "mean"), (1, 10, 100, 760, 1000))
     alarms_of = dict.fromkeys(of_drift, 71.5) | {(0.0, "mean", 100): mean_of_a_hundred}
     executed("00", "sweep-say", lab=SimpleNamespace(say=say), numbers=numbers, alarms_of=alarms_of)
     assert words in " ".join(said)
