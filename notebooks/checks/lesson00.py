@@ -226,7 +226,7 @@ def _three(answer: object, failures: Failures) -> tuple:
 CHECKS = {"00.1": harness, "00.2": rank, "00.3": pairs, "00.4": repair}
 
 TRIES = {
-    "00.1": f"{len(SCRIPTS)} scripts of intervals, among them some at the limit",
+    "00.1": f"{len(SCRIPTS)} lists of made-up intervals, some of them at the limit",
     "00.2": f"{len(COUNTS)} numbers of flips from 1 to {COUNTS[-1]}",
     "00.3": f"{len(PAIRS)} runs on a simulated clock with even and odd numbers of pairs, then too few for an interval",
     "00.4": f"{len(MACHINES)} simulated machines with {len(TRUTHS)} known speed-ups each",

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from lesson_cells import cells, executed
+from scipy.special import bdtrik
 
-from labkit import files, show
+from labkit import files, show, stats
 
 TRIALS = 200
 
@@ -38,14 +39,15 @@ def test_the_best_of_many_calls_is_fooled_until_a_side_covers_a_whole_swing():
     assert max(alarms[math.ceil(swing)], alarms[1000]) < 0.05 * TRIALS
 
 
-def test_the_median_of_a_thousand_calls_is_still_fooled():
+def test_the_median_of_a_thousand_calls_is_still_fooled_but_rarely_that_of_a_whole_swing():
     assert false_alarms(statistics.median, 1000) > 0.8 * TRIALS
+    assert false_alarms(statistics.median, 760) < 0.3 * TRIALS
 
 
 def test_a_swing_has_as_many_calls_as_the_page_draws():
     machine = executed("00", "machine")["Machine"]({work: 0.002}, drift=0.5)
     calls = sum(1 for _ in itertools.takewhile(lambda _: machine.now < 200, iter(lambda: machine(work), None)))
-    assert executed("00", "sweep-numbers")["swing"] == pytest.approx(calls / 100, rel=0.03)
+    assert executed("00", "sweep-numbers")["swing"] == pytest.approx(calls / 100, rel=0.01)
 
 
 @pytest.mark.parametrize(("drift", "has_speeds"), [(0.0, False), (0.5, True), (0.1, True)])
@@ -102,30 +104,47 @@ def test_drift_is_said_to_hide_the_tail_only_where_the_mean_lies_below_the_media
     assert "drift outweighs" not in said_of_the_run_chart([1.0] * 800 + [1.3] * 200)
 
 
-FASTER_MOMENT = "So the best, 20% below the median, may be of a faster moment."
-RARE = "so a call that nothing disturbs is rare."
+QUICK_MOMENT = "may be of a quick moment."
 
 
 @pytest.mark.parametrize(
-    ("times", "words"),
+    ("quick", "words"),
     [
-        ([1.0] * 800 + [1.3] * 100 + [1.0] * 99 + [0.8], RARE),
-        ([1.0] * 800 + [1.3] * 100 + [1.0] * 99 + [0.95], None),
-        ([1.0] * 800 + [1.3] * 100 + [0.8] * 100, FASTER_MOMENT),
+        (range(300, 320), " of the quickest 20 (shuffled "),
+        (range(25, 1000, 50), None),
     ],
 )
-def test_a_best_far_below_the_median_is_rare_or_of_a_faster_moment(times: list[float], words: str | None):
+def test_quick_calls_in_a_string_are_told_from_scattered_ones(quick: range, words: str | None):
+    draw = random.Random(0)
+    times = [draw.gauss(0.8 if call in quick else 1.0, 0.01) for call in range(1000)]
     said = said_of_the_run_chart(times)
-    assert [told for told in (FASTER_MOMENT, RARE) if told in said] == [told for told in (words,) if told]
+    assert (QUICK_MOMENT in said) == (words is not None)
+    assert (words or "So noise alone can make this chart") in said
+
+
+def test_slow_calls_in_a_string_do_not_make_the_best_one_of_a_quick_moment():
+    draw = random.Random(0)
+    times = [draw.gauss(1.3 if 500 <= call < 520 else 1.0, 0.01) for call in range(1000)]
+    said = said_of_the_run_chart(times)
+    assert " of the slowest 20 (shuffled " in said and QUICK_MOMENT not in said
 
 
 @pytest.mark.parametrize(
-    ("later", "words"),
-    [(1.04, "took 4% more than the first"), (0.96, "took 4% less than the first"), (1.0, None)],
+    ("ends", "processes", "words"),
+    [
+        ((1.02, 1.06), 5, "So one untimed call is too few here."),
+        ((1.02, 1.06), 0, "That is settling or drift; one run cannot tell which."),
+        ((1.0, 1.06), 5, None),
+    ],
 )
-def test_the_halves_of_the_run_chart_are_compared_under_drift(later: float, words: str | None):
-    said = said_of_the_run_chart([1.0] * 350 + [1.3] * 100 + [1.0] * 50 + [later] * 500)
-    assert (words in said) if words else ("half" not in said)
+def test_a_slow_start_is_settling_only_where_every_process_has_it(
+    ends: tuple[float, float], processes: int, words: str | None
+):
+    said, say = listener()
+    opening = SimpleNamespace(value=1.04, ci95=ends, processes=processes)
+    lab = SimpleNamespace(say=say, record=ignore, result=lambda _: opening)
+    executed("00", "settling-say", lab=lab, settling=[1.04] * 100, samples=[1.0] * 1000)
+    assert said[1:] == ([words] if words else [])
 
 
 def said_of_the_run_chart(times: list[float]) -> str:
@@ -139,6 +158,104 @@ def said_of_the_run_chart(times: list[float]) -> str:
     }
     executed("00", "noise-say", **lesson | names | {"lab": SimpleNamespace(say=say)})
     return " ".join(said)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "processes", "words"),
+    [
+        ((34.0, 89.0), (92.0, 98.0), 5, "In section 2 the same stopwatch raised 59 %: cause not looked for."),
+        ((34.0, 89.0), (80.0, 98.0), 5, None),
+        ((50.0, 60.0), (92.0, 98.0), 0, None),  # within a run, calls in a row are no independent tests
+    ],
+)
+def test_the_two_shares_of_the_stopwatch_are_set_side_by_side_where_their_ranges_are_apart(
+    before: tuple[float, float], now: tuple[float, float], processes: int, words: str | None
+):
+    said, say = listener()
+    ends = [now, (6.0, 30.0), (0.0, 0.0), (0.0, 2.0)]
+    shares = [SimpleNamespace(value=statistics.fmean(of), ci95=of, processes=processes) for of in ends]
+    recorded = SimpleNamespace(value=59.0, ci95=before, processes=processes)
+    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 60, 60], "recorded": recorded}
+    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
+    assert (words in said) if words else ("section 2" not in " ".join(said))
+    assert "For one call and the best of 40 that proves little: winners are named where there are none." in said
+    assert not any("more than honest ones should" in sentence for sentence in said)
+
+
+def test_all_methods_take_turns_on_the_real_clock():
+    """The tests of each method lie in the same stretch of time, not one method after another."""
+    called: list[str] = []
+
+    def named(name: str) -> Callable:
+        def benchmark(*_: Any, **__: Any) -> tuple[float, float]:
+            called.append(name)
+            return 1.0, 1.0
+
+        return benchmark
+
+    names = {
+        "PAIRS": 40,
+        "SEED": 0,
+        "partial": partial,
+        "work": work,
+        "more_work": more_work,
+        "seconds": None,
+        "stopwatch": named("one"),
+        "repeated": lambda *_: named("best"),
+        "paired": lambda *_: named("pairs"),
+        "in_blocks": lambda *_: named("blocks"),
+        "false_alarms": lambda benchmark, fn, trials: sum(benchmark(fn, fn)[0] > 1.01 for _ in range(trials)),
+    }
+    executed("00", "ladder-measure", lab=SimpleNamespace(by_preset=lambda *_: 60), **names)
+    turns = [called[start : start + 8] for start in range(0, len(called), 8)]
+    assert len(turns) == 60 and all(sorted(turn) == sorted(turns[0]) for turn in turns)
+    assert len({tuple(turn) for turn in turns}) == 6  # all orders of one call, the best and the pairs
+    after_pairs = [called[i + 2] for i, name in enumerate(called[:-2]) if name == "pairs" and called[i + 1] == "pairs"]
+    assert set(after_pairs) == {"blocks"}
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (
+            1.5,
+            "So single pairs are narrower here, unlike on the simulated machine; in part by counting, which promises "
+            "97.9% for 10 ratios and 96.2% for 40.",
+        ),
+        (0.8, "So blocks are narrower here, too."),
+        (1.0, "Which are narrower is not shown."),
+    ],
+)
+def test_blocks_are_judged_by_their_intervals_from_the_same_calls(share: float, words: str):
+    said, say = listener()
+    lab = SimpleNamespace(say=say, record=ignore, result=lambda _: SimpleNamespace(value=share, **ENDS[share]))
+    names = {
+        "widths": [share] * 60,
+        "seen": [20, 40, 40, 40],
+        "trials": 60,
+        "PAIRS": 40,
+        "stats": stats,
+        "show": show,
+    }
+    executed("00", "exercise-2", "blocks-here-say", lab=lab, **names)
+    assert words in " ".join(said)
+
+
+ENDS = {share: {"ci95": (share, share), "processes": 0} for share in (1.5, 0.8, 1.0)}
+
+
+def test_blocks_take_the_times_of_the_same_calls_as_single_pairs():
+    def ticking() -> Callable:
+        ticks = itertools.count(1)
+        return lambda fn, number=1: 1e-3 * (1 + next(ticks) % 7 / 100)
+
+    alike = "exercise-1", "repeated", "exercise-2", "exercise-3", "paired", "ladder-measure"
+    names = {"PAIRS": 40, "SEED": 0, "partial": partial, "work": work, "more_work": more_work}
+    names["stopwatch"] = lambda *_: (1.0, 1.0)
+    lab = SimpleNamespace(answer=lambda _, own: own, by_preset=lambda *_: 4)
+    lesson = executed("00", *alike, lab=lab, seconds=ticking(), **names)
+    assert lesson["tape"] == []
+    assert [len(answers) for answers in lesson["answers_of"].values()] == [4] * 4
 
 
 @pytest.mark.parametrize(
@@ -175,6 +292,19 @@ def test_moment_and_process_are_told_apart_by_runs_in_turn(
     assert [verdict for verdict in verdicts if verdict in said] == [verdict for verdict in verdicts if verdict in words]
 
 
+@pytest.mark.parametrize(
+    ("here", "words"),
+    [
+        ((2.6, 2.65, 2.17, 2.62, 2.64), "Run here 3 makes most of that: the others differ by 1.9%"),
+        ((1.1, 1.15, 1.2, 1.25, 1.3), None),
+    ],
+)
+def test_a_run_that_makes_the_spread_by_itself_is_named(here: tuple[float, ...], words: str | None):
+    runs = [SimpleNamespace(process_speedup=ratio, within_run=(ratio, 1.005 * ratio)) for ratio in here]
+    said = said_of_processes(runs, [SimpleNamespace(process_speedup=2.6, within_run=(2.6, 2.61))] * 5)
+    assert (words in said and "its own interval spans 0.5%" in said) if words else ("makes most" not in said)
+
+
 def timed(speedup: float) -> SimpleNamespace:
     """A comparison of one process whose interval holds what the others say."""
     return SimpleNamespace(process_speedup=speedup, within_run=(1.0, 1.5))
@@ -199,6 +329,42 @@ def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_d
     forty, hundred = (partial(pairs_of, lesson["paired_speedup"], pairs) for pairs in (40, 100))
     reached = [reaches_the_goal(lesson["place"](method, TRIALS)) for method in (lesson["plan"], forty, hundred)]
     assert reached == [True, False, False]
+    point = lesson["place"](lesson["plan"], TRIALS)
+    told = f"it tells {point['smallest difference']:.1f} % in {point['machine time']:.2f} s (simulated)"
+    assert told in cells("00")["challenge-idea"]
+    low, high = point["smallest difference ci95"]
+    assert low < point["smallest difference"] < high
+
+
+def test_the_median_over_blocks_of_four_reaches_the_goal_as_well():
+    lesson = challenge_of("00")
+
+    def by_blocks(a: Callable, b: Callable, clock: Callable, seed: int) -> float:
+        times: dict[str, list[float]] = {"A": [], "B": []}
+
+        def noting(side: str) -> float:
+            times[side].append(clock({"A": a, "B": b}[side]))
+            return times[side][-1]
+
+        lesson["paired_speedup"]("A", "B", 40, seed, noting)
+        return stats.paired_ratio(times["A"], times["B"], 4)[0]
+
+    assert reaches_the_goal(lesson["place"](by_blocks, TRIALS))
+
+
+def test_the_interval_of_a_95th_percentile_is_found_by_counting():
+    low, high = challenge_of("00")["places_of_95"](200)
+    assert low == bdtrik_rank(0.025) - 1 and high == bdtrik_rank(0.975)
+    draw, held = random.Random(0), 0
+    for _ in range(1000):
+        values = sorted(draw.random() for _ in range(200))
+        held += values[low] <= 0.95 <= values[high]
+    assert 940 <= held <= 985
+
+
+def bdtrik_rank(chance: float) -> int:
+    """The number of heads, of 200 flips of a coin with 95 % heads, up to which lies this chance, rounded up."""
+    return math.ceil(bdtrik(chance, 200, 0.95))
 
 
 def test_no_luck_of_the_shuffling_lets_as_many_pairs_as_fit_reach_the_goal():
@@ -298,7 +464,7 @@ def test_the_stopwatch_s_share_of_a_recording_stands_beside_the_count_of_its_las
     names = {"alarms": 86, "trials": 100, "speedups": [1.05] * 86 + [1.0] * 14, "recorded": recorded}
     executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), show=show, **names)
     assert said[0].endswith("in 86 of 100 comparisons.")
-    assert said[1] == "The median share is 88 % (80 to 96 over 5 processes)."
+    assert said[1] == "Over all processes the median share is 88 % (80 to 96 over 5 processes)."
 
 
 @pytest.mark.parametrize(("times", "share"), [([1.0, 1.02] * 50, "100%"), ([1.0, 1.005] * 50, "0%")])
@@ -312,25 +478,24 @@ def test_warm_calls_in_a_row_are_compared_as_the_stopwatch_does(times: list[floa
 )
 def test_the_mean_of_a_hundred_is_set_beside_one_call(mean_of_a_hundred: float, words: str):
     said, say = listener()
-    numbers = {0.0: (1, 100), 0.5: (10, 100, 1000)}
-    of_drift = itertools.product(numbers, ("best", "median", "mean"), (1, 10, 100, 1000))
+    numbers = {0.0: (1, 100), 0.5: (10, 100, 760, 1000)}
+    of_drift = itertools.product(numbers, ("best", "median", "mean"), (1, 10, 100, 760, 1000))
     alarms_of = dict.fromkeys(of_drift, 71.5) | {(0.0, "mean", 100): mean_of_a_hundred}
     executed("00", "sweep-say", lab=SimpleNamespace(say=say), numbers=numbers, alarms_of=alarms_of)
     assert words in " ".join(said)
 
 
-def test_processes_with_two_threads_share_a_shift_below_the_one_per_cent_of_a_verdict():
+def test_labkit_s_own_a_a_test_leans_to_one_side_with_two_threads_by_less_than_a_verdict():
     lesson = executed("00", "coverage", files=files, json=json)
-    one, two = lesson["below"].values()
-    assert min(one) < 10 < max(one)  # with one thread no side is common
-    assert min(two) >= 14
+    assert lesson["processes_of"] == {1: 40, 2: 40}
+    assert lesson["below"][2] >= 30  # by chance once in four hundred times
+    assert 14 < lesson["below"][1] < 26  # with one thread no side is common
     assert lesson["shift"] < 0.01
 
 
-def test_ranges_of_five_hold_the_median_as_counting_promises_and_the_truth_less_often():
+def test_ranges_of_five_hold_the_median_as_counting_promises_and_equal_as_one_less_often():
     lesson = executed("00", "coverage", files=files, json=json)
     share, promised = lesson["mean_share"], lesson["by_counting"]
-    two_threads = [row for row in lesson["known"] if row["threads"] == 2]
-    assert promised == pytest.approx({"median": 0.967, "truth": 0.9375}, abs=5e-4)
-    assert abs(share("over five", lesson["settings"]) - promised["median"]) < 0.02
-    assert share("over five, known", two_threads) < promised["truth"] - 0.2
+    assert promised == pytest.approx(0.967, abs=5e-4)
+    assert abs(share("over five", lesson["settings"]) - promised) < 0.02
+    assert share("over five, known", lesson["equal"][2]) < 0.9375 - 0.2
