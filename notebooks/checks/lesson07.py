@@ -1,11 +1,11 @@
-"""Checks of lesson 07: folding a norm, a percentile's range, equalised pairs, corrected biases, bits within a budget.
+"""Checks of lesson 07: folding a norm, a scale by least squares, corrected biases, soft rounding, bits within a budget.
 
-Each tests what has to hold (the same outputs, the same means, counts beyond a range) on awkward settings; the last one
-follows the card's rule step by step.
+Each tests what has to hold (the same outputs, the least error, the same means, gradients) on awkward settings; the last
+one follows the card's rule step by step.
 """
 
-import math
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -72,132 +72,80 @@ def _conv_and_norm(first: dict, second: dict) -> tuple[nn.Conv2d, nn.BatchNorm2d
     return conv.double().eval(), norm.double().eval()
 
 
-# ------------------------------------------------------------------------------------------------- a range from values
+# ------------------------------------------------------------------------------------------- a scale by least squares
+
+FINE = 1000  # candidates of the check
+SLACK = 1.02  # of the least error that they find
 
 
-def percentile(fn: Callable, failures: Failures) -> None:
-    """percentile_range(seen, share) -> (lo, hi): so many of all values within, and 0."""
+def least_squares(fn: Callable, failures: Failures) -> None:
+    """best_scale(weight, bits) -> for each output channel the scale with the least squared error."""
+    for name, weight in _weights().items():
+        for bits in (2, 3, 4):
+            with failures.given(weight=name, bits=bits):
+                changed = "the weight that was given has changed; compute new tensors"
+                scale = failures.call(fn, weight, bits, changed=changed)
+                with suppress(TypeError, ValueError, RuntimeError):
+                    scale = torch.as_tensor(scale)  # an array or a list is as good
+                failures.need(isinstance(scale, Tensor), "return a tensor, a scale for each output channel")
+                shape = list(scale.shape)
+                failures.need(
+                    shape == [len(weight)], "return [out], a scale for each output channel", detail=f"{shape}"
+                )
+                scale = scale.detach().double()
+                failures.need(bool(scale.isfinite().all()), "a scale is NaN or infinite; a channel of zeros gets 1")
+                failures.need(bool((scale > 0).all()), "a scale is 0 or negative; a channel of zeros gets 1")
+                _is_the_best(scale, weight, bits, failures)
+
+
+def _weights() -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
-
-    batches = {
-        "three batches of different sizes and spreads": [normal(4, 50), 5 * normal(3, 10, 20), normal(100) + 2],
-        "all values above 1": [normal(500).abs() + 1, 3 * normal(2, 250).abs() + 1],
-        "all values below -1": [-normal(400).abs() - 1],
-        "outputs of a ReLU": [normal(8, 100).relu(), 4 * normal(8, 25).relu()],
-        "a long tail on one side": [normal(1000).abs().pow(3), -normal(1000).abs()],
+    convolution = torch.randn(6, 4, 3, 3, generator=draw) * torch.tensor([1.0, 0.01, 30, 1, 5, 0.2]).view(-1, 1, 1, 1)
+    outlier = torch.randn(5, 200, generator=draw)
+    outlier[:, 0] = torch.tensor([12.0, -9, 6, -20, 4])
+    depthwise = torch.randn(8, 1, 3, 3, generator=draw)
+    empty = torch.randn(4, 50, generator=draw)
+    empty[2] = 0
+    return {
+        "a convolution with channels of very different sizes": convolution,
+        "a Linear with one large weight in each row": outlier,
+        "a depthwise convolution": depthwise,
+        "a Linear with a row of zeros": empty,
     }
-    for name, seen in batches.items():
-        for share in (1.0, 0.99, 0.9):
-            with failures.given(seen=name, share=share):
-                changed = "the tensors that were given have changed; compute new ones"
-                ends = failures.call(fn, seen, share, changed=changed)
-                failures.need(has_parts(ends, 2), "return two numbers: lo, hi")
-                lo, hi = (float(end) for end in ends)
-                failures.need(math.isfinite(lo) and math.isfinite(hi), "an end of the range is NaN or infinite")
-                _has_the_share(torch.cat([x.flatten() for x in seen]), lo, hi, share, failures)
 
 
-def _has_the_share(values: Tensor, lo: float, hi: float, share: float, failures: Failures) -> None:
-    failures.expect(lo <= 0 <= hi, "0 is outside the range; pull the end up or down to it")
-    cut = round((1 - share) / 2 * len(values), 6)  # 1 - 0.9 is not exactly 0.1
-    for side, end, outside in (("below lo", lo, values < lo), ("above hi", hi, values > hi)):
-        count = int(outside.sum())
-        detail = f"{count} of {len(values)}"
-        failures.expect(count <= cut + 1, f"too many of all values lie {side}", detail=detail)
-        pulled = abs(end) < 1e-12  # to 0: fewer may be outside
-        failures.expect(
-            pulled or count >= cut - 1,
-            f"too few of all values lie {side}: half of the rest belongs beyond each end",
-            detail=detail,
+def _is_the_best(scale: Tensor, weight: Tensor, bits: int, failures: Failures) -> None:
+    rows = weight.detach().double().flatten(1)
+    is_empty = rows.abs().amax(1) == 0
+    failures.expect(bool((scale[is_empty] == 1).all()), "a channel of zeros has a scale other than 1")
+    top = 2 ** (bits - 1) - 1
+    largest = rows.abs().amax(1) / top
+    found = [_error(rows, largest * part / FINE, top) for part in range(FINE, 0, -1)]
+    least = torch.stack(found).amin(0)
+    error = _error(rows, scale, top)
+    is_worse = ~is_empty & (error > SLACK * least)
+    if not is_worse.any():
+        failures.expect(True, "")
+        return
+    channel = int(is_worse.nonzero()[0])
+    nothing_clipped = _error(rows, largest, top)
+    is_largest = torch.allclose(scale[~is_empty], largest[~is_empty], rtol=1e-3)
+    message = "a channel's squared error is more than 2 % over the least: try scales that clip its largest weights"
+    if not is_largest:
+        message = (
+            "a channel's squared error, of weights rounded and clipped to the codes, is more than 2 % over the least"
         )
-
-
-# ------------------------------------------------------------------------------------------------------- equalisation
-
-
-def equalisation(fn: Callable, failures: Failures) -> None:
-    """equalise(w1, b1, w2) -> the same function with equal ranges of rows and columns."""
-    draw = torch.Generator().manual_seed(4)
-
-    def weights(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=draw)
-
-    uneven = torch.tensor([2000.0, 0.1, 1.0, 5.0, 0.0002, 1.0], dtype=torch.float64)
-    linear = (
-        weights(6, 5) * uneven[:, None],
-        weights(6),
-        weights(6, 6),
+    detail = (
+        f"channel {channel}: scale {scale[channel]:.4g} leaves {error[channel]:.4g}, the best {least[channel]:.4g}; "
+        f"the scale that clips nothing, {largest[channel]:.4g}, leaves {nothing_clipped[channel]:.4g}"
     )
-    kernels = (
-        weights(6, 2, 3, 3) * uneven[:, None, None, None],
-        weights(6),
-        weights(4, 6, 1, 1),
-    )
-    mixed = (
-        weights(6, 4, 1, 1),
-        weights(6) * 3,
-        weights(2, 6, 3, 3) * uneven[:, None, None],
-    )
-    no_row, no_column = [x.clone() for x in linear], [x.clone() for x in linear]
-    no_row[0][2], no_column[2][:, 4] = 0, 0
-    cases = {
-        "two Linears": linear,
-        "two convolutions, 3x3 and 1x1": kernels,
-        "two convolutions, 1x1 and 3x3": mixed,
-        "a channel whose row is all zero": tuple(no_row),
-        "a channel whose column is all zero": tuple(no_column),
-    }
-    for name, (w1, b1, w2) in cases.items():
-        with failures.given(layers=name):
-            changed = "the tensors that were given have changed; return new ones"
-            new = failures.call(fn, w1, b1, w2, changed=changed)
-            failures.need(has_parts(new, 3), "return three tensors: w1, b1, w2")
-            shapes = [x.shape if isinstance(x, Tensor) else None for x in new]
-            failures.need(shapes == [w1.shape, b1.shape, w2.shape], "the new tensors have other shapes than the old")
-            finite = all(bool(x.isfinite().all()) for x in new)
-            failures.need(finite, "the new tensors hold NaN or infinities; a channel of zeros has no factor")
-            _is_the_same_function(new, (w1, b1, w2), failures)
-            _is_even(new, (w1, b1, w2), failures)
+    failures.expect(False, message, detail=detail)
 
 
-def _is_the_same_function(new: tuple, old: tuple, failures: Failures) -> None:
-    width, conv = old[0].shape[1], old[0].dim() == 4
-    shape = (5, width, 9, 9) if conv else (50, width)
-    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    apply = F.conv2d if conv else F.linear
-    outputs = []
-    for w1, b1, w2 in (new, old):
-        hidden = F.relu(apply(x, w1, b1))
-        outputs.append(apply(hidden, w2))
-    failures.close(
-        *outputs,
-        "the two layers compute something else than before; what is divided where a channel is made, bias included, is "
-        "multiplied where it is read",
-        atol=1e-9 * float(outputs[1].abs().max()),
-    )
-
-
-def _is_even(new: tuple, old: tuple, failures: Failures) -> None:
-    (rows, columns), (before_rows, before_columns) = _ranges(*new), _ranges(*old)
-    live = (before_rows > 0) & (before_columns > 0)
-    failures.close(
-        torch.stack([rows, columns])[:, live],
-        torch.sqrt(before_rows * before_columns)[live].expand(2, -1),
-        "row i of w1 and column i of w2 do not have the range that was asked for, the root of the product of the two",
-        rtol=1e-6,
-    )
-    pairs = (rows, before_rows), (columns, before_columns)
-    stays = all(torch.equal(now[~live], before[~live]) for now, before in pairs)
-    failures.expect(stays, "a channel whose row in w1 or column in w2 is all zero has changed")
-
-
-def _ranges(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    rows = w1.flatten(1)
-    columns = w2.transpose(0, 1).flatten(1)
-    return rows.abs().amax(1), columns.abs().amax(1)
+def _error(rows: Tensor, scale: Tensor, top: int) -> Tensor:
+    """The squared error of each row on its grid, [out]."""
+    column = scale[:, None].clamp(min=1e-30)
+    return ((rows / column).round().clamp(-top, top) * column - rows).square().sum(1)
 
 
 # --------------------------------------------------------------------------------------------------- corrected biases
@@ -263,6 +211,104 @@ def _wrong_biases(conv: nn.Conv2d, rough: Tensor, mean: Tensor) -> dict[str, Ten
             old - first
         )
     return slips
+
+
+# --------------------------------------------------------------------------------------------------- soft rounding
+
+
+class Soft(NamedTuple):
+    """A case of soft rounding."""
+
+    weight: Tensor
+    scale: Tensor
+    v: Tensor
+    bits: int
+    beta: float
+
+
+def soft_rounding(fn: Callable, failures: Failures) -> None:
+    """soft_rounding(weight, scale, v, bits, beta) -> the softly rounded weight and the penalty."""
+    for name, case in _soft_cases().items():
+        tensors = [case.weight.clone(), case.scale.clone(), case.v.clone()]
+        v = tensors[2].requires_grad_()
+        with failures.given(case=name, bits=case.bits, beta=case.beta):
+            pair = fn(*tensors, case.bits, case.beta)
+            is_unchanged = all(map(torch.equal, tensors, case[:3]))
+            failures.expect(is_unchanged, "an argument that was given has changed; compute new tensors")
+            failures.need(has_parts(pair, 2), "return two things: the weight and the penalty")
+            weight, penalty = pair
+            are_tensors = isinstance(weight, Tensor) and isinstance(penalty, Tensor)
+            failures.need(are_tensors, "return two tensors: the weight and the penalty")
+            failures.need(weight.shape == case.weight.shape, "the new weight has another shape than the old")
+            failures.need(penalty.numel() == 1, "the penalty is one number, the sum over all weights")
+            expected = _softly(case, v)
+            for message, wrong in _wrong_soft(case).items():
+                same = torch.allclose(weight.detach(), wrong, rtol=1e-6, atol=1e-9)
+                differs = not torch.allclose(wrong, expected[0].detach(), rtol=1e-6, atol=1e-9)
+                failures.need(not (same and differs), message)
+            failures.close(
+                weight.detach(),
+                expected[0].detach(),
+                "the weight is off: round down in steps of the scale, add h, clip to the codes, times the scale",
+                atol=1e-9,
+            )
+            failures.close(
+                penalty.detach().reshape(()),
+                expected[1].detach(),
+                "the penalty is off: the sum of 1 - |2 h - 1| ** beta",
+                rtol=1e-6,
+                atol=1e-9,
+            )
+            for what, mine, theirs in (("weight", weight, expected[0]), ("penalty", penalty, expected[1])):
+                failures.need(mine.requires_grad, f"no gradient reaches v from the {what}")
+                slopes = [torch.autograd.grad(y.sum(), v, retain_graph=True)[0] for y in (mine, theirs)]
+                failures.close(*slopes, f"the gradient of the {what} with respect to v is off", rtol=1e-6, atol=1e-9)
+
+
+def _soft_cases() -> dict[str, Soft]:
+    draw = torch.Generator().manual_seed(8)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    row_scales = torch.tensor([0.5, 0.2, 1.5], dtype=torch.float64).view(-1, 1, 1, 1)
+    return {
+        "a convolution, a scale for each channel": Soft(normal(3, 2, 3, 3), row_scales, normal(3, 2, 3, 3), 3, 4.0),
+        "a Linear, one scale": Soft(normal(4, 10), torch.tensor(0.3, dtype=torch.float64), normal(4, 10), 4, 2.0),
+        "v far from 0, so that h is 0 or 1": Soft(normal(4, 10), row_scales[:1, :, 0, 0], 6 * normal(4, 10), 4, 20.0),
+        "weights beyond the largest code": Soft(4 * normal(4, 10), row_scales[1:2, :, 0, 0], normal(4, 10), 2, 3.0),
+    }
+
+
+def _softly(case: Soft, v: Tensor) -> tuple[Tensor, Tensor]:
+    top = 2 ** (case.bits - 1) - 1
+    h = (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
+    codes = (torch.floor(case.weight / case.scale) + h).clamp(-top, top)
+    return codes * case.scale, (1 - (2 * h - 1).abs() ** case.beta).sum()
+
+
+def _wrong_soft(case: Soft) -> dict[str, Tensor]:
+    """The weights that usual slips give, by what to say."""
+    top, steps = 2 ** (case.bits - 1) - 1, case.weight / case.scale
+    sigmoid = torch.sigmoid(case.v)
+    h = (1.2 * sigmoid - 0.1).clamp(0, 1)
+    return {
+        "h is the plain sigmoid, which reaches neither 0 nor 1: stretch it first": (steps.floor() + sigmoid).clamp(
+            -top, top
+        )
+        * case.scale,
+        "h is stretched and not cut off, so that a weight can leave its two neighbours": (
+            steps.floor() + 1.2 * sigmoid - 0.1
+        ).clamp(-top, top)
+        * case.scale,
+        "the weight is rounded to the nearest before h is added; round down": (steps.round() + h).clamp(-top, top)
+        * case.scale,
+        "the codes are not clipped": (steps.floor() + h) * case.scale,
+        "the codes go one too far down; the lowest is -(2 ** (bits - 1) - 1)": (steps.floor() + h).clamp(-top - 1, top)
+        * case.scale,
+        "the codes are clipped before h is added; clip the sum": (steps.floor().clamp(-top, top) + h) * case.scale,
+        "these are codes; the scale has to multiply them": (steps.floor() + h).clamp(-top, top),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ bits within a budget
@@ -395,16 +441,16 @@ def _is_this_plan(plan: object, step: Step, number: int, budget: int, rows: list
 
 CHECKS = {
     "07.1": folding,
-    "07.2": percentile,
-    "07.3": equalisation,
-    "07.4": bias_correction,
+    "07.2": least_squares,
+    "07.3": bias_correction,
+    "07.4": soft_rounding,
     "07.5": bits_in_budget,
 }
 
 TRIES = {
     "07.1": f"{len(FOLDS)} pairs of a convolution and a norm, with other kernels, groups, strides and norms",
-    "07.2": "5 lists of batches, among them batches of one sign and of other sizes, with 3 shares",
-    "07.3": "5 pairs of layers, among them convolutions and channels of zeros",
-    "07.4": f"{len(CONVOLUTIONS)} convolutions, two of them with groups",
+    "07.2": f"{len(_weights())} weights in 2, 3 and 4 bits, among them outliers and a row of zeros",
+    "07.3": f"{len(CONVOLUTIONS)} convolutions, two of them with groups",
+    "07.4": f"{len(_soft_cases())} weights, among them weights beyond the codes and decided h, with gradients",
     "07.5": f"{len(_scans())} scans with a budget for each step of the rule, among them narrower rows with less noise",
 }

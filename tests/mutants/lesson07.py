@@ -1,7 +1,6 @@
 """Right answers to the exercises of lesson 07, written otherwise than the worked ones."""
 
 import copy
-import math
 
 import torch
 from torch import nn
@@ -15,22 +14,40 @@ def fold_bn_by_torch(conv, norm):
     return new
 
 
-def percentile_range_by_kth_value(seen, share):
-    values = torch.cat([x.reshape(-1) for x in seen])
-    k = 1 + int((1 - share) / 2 * len(values) + 1e-9)
-    lo, hi = values.kthvalue(k).values, values.kthvalue(len(values) + 1 - k).values
-    return lo.clamp(max=0), hi.clamp(min=0)
+def best_scale_in_two_searches(weight, bits):
+    """Each channel alone: a coarse search, then a finer one around its best."""
+    top = 2 ** (bits - 1) - 1
+    scales = []
+    for row in weight.detach().double().flatten(1):
+        largest = float(row.abs().max()) / top
+        if not largest:
+            scales.append(1.0)
+            continue
+        candidates = [largest * i / 300 for i in range(1, 301)]
+        errors = [float(((row / s).round().clamp(-top, top) * s - row).square().sum()) for s in candidates]
+        middle = candidates[errors.index(min(errors))]
+        around = [middle * (1 + i / 3000) for i in range(-10, 11)]
+        scales.append(min(around, key=lambda s: float(((row / s).round().clamp(-top, top) * s - row).square().sum())))
+    return torch.tensor(scales)
 
 
-def equalise_in_a_loop(w1, b1, w2):
-    """One channel after the other."""
-    w1, b1, w2 = w1.clone(), b1.clone(), w2.clone()
-    for i in range(len(w1)):
-        row, column = float(w1[i].abs().max()), float(w2[:, i].abs().max())
-        if row and column:
-            s = (row / column) ** 0.5
-            w1[i], b1[i], w2[:, i] = w1[i] / s, b1[i] / s, w2[:, i] * s
-    return [w1, b1, w2]
+def best_scale_of_all_candidates_at_once(weight, bits):
+    rows = weight.detach().reshape(len(weight), -1)
+    top = 2 ** (bits - 1) - 1
+    largest = rows.abs().amax(1) / top
+    parts = torch.arange(1, 201) / 200
+    scale = (parts[:, None] * largest).clamp(min=1e-12)[:, :, None]
+    errors = ((rows / scale).round().clamp(-top, top) * scale - rows).pow(2).sum(2)
+    best = scale[errors.argmin(0), torch.arange(len(rows)), 0]
+    return torch.where(largest > 0, best, torch.ones_like(best))
+
+
+def soft_rounding_by_hardtanh(weight, scale, v, bits, beta):
+    half = 2 ** (bits - 1)
+    h = nn.functional.hardtanh(torch.sigmoid(v) * (1.1 - -0.1) + -0.1, 0.0, 1.0)
+    steps = torch.div(weight, scale, rounding_mode="floor") + h
+    distance = torch.abs(h - 0.5) / 0.5
+    return torch.clamp(steps, 1 - half, half - 1) * scale, torch.sum(1 - distance.pow(beta))
 
 
 def correct_bias_by_convolution(conv, rounded, mean):
@@ -63,34 +80,12 @@ def choose_bits_by_index(rows, budget):
     return {n: widths[n][index[n]] for n in layers}
 
 
-def percentile_range_with_a_value_more(seen, share):
-    """Of 1000 values and a share of 0.99, 4 or 6 beyond each end do as well as 5."""
-    return _kth_of_each_end(seen, math.floor(_beyond(seen, share)) + (share < 1))
-
-
-def percentile_range_with_a_value_less(seen, share):
-    return _kth_of_each_end(seen, math.ceil(_beyond(seen, share)) - (share < 1))
-
-
-def _beyond(seen, share):
-    return round((1 - share) / 2 * sum(x.numel() for x in seen), 6)
-
-
-def _kth_of_each_end(seen, beyond):
-    values = torch.cat([x.flatten() for x in seen])
-    lo = values.kthvalue(1 + beyond).values
-    hi = values.kthvalue(len(values) - beyond).values
-    return lo.clamp(max=0), hi.clamp(min=0)
-
-
 RIGHT = {
     "07.1": fold_bn_by_torch,
-    "07.2": percentile_range_by_kth_value,
-    "07.3": equalise_in_a_loop,
-    "07.4": correct_bias_by_convolution,
+    "07.2": best_scale_in_two_searches,
+    "07.3": correct_bias_by_convolution,
+    "07.4": soft_rounding_by_hardtanh,
     "07.5": choose_bits_by_index,
 }
 
-MORE_RIGHT = {
-    "07.2": [percentile_range_with_a_value_more, percentile_range_with_a_value_less],
-}
+MORE_RIGHT = {"07.2": [best_scale_of_all_candidates_at_once]}
