@@ -42,7 +42,8 @@ _PREFIXES = (
 )
 _NANO = (1e-9, "n")
 _SCALED = {"s", "B", "B/s", "FLOP", "FLOP/s", "FLOPs", "J", "W"}  # units that take a prefix
-_UNITS = {f"{prefix}{base}": (scale, base) for (scale, prefix), base in product((*_PREFIXES, _NANO), _SCALED)}
+_PREFIXED = product((*_PREFIXES, _NANO), _SCALED)
+_UNITS = {prefix + base: (scale, base) for (scale, prefix), base in _PREFIXED}
 BARE = {"ratio", "fraction"}  # units that go without saying
 _WHOLE = {"B", "FLOP", "FLOPs"}  # counted in whole numbers
 _NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}  # as a record spells them

@@ -15,9 +15,10 @@ from pydantic import TypeAdapter
 
 from labkit import show
 from labkit.lesson import records
-from labkit.lesson.records import RecordedValue, RunRecord
+from labkit.lesson.records import RecordedTable, RecordedValue, RunRecord
 from labkit.timing.race import Race
 from labkit.timing.results import Comparison, Measurement
+from labkit.timing.roofs import Ceilings
 
 Timing = Measurement | Comparison | Race | dict[str, Any]
 
@@ -36,6 +37,26 @@ def over_processes(name: str, timing: Timing) -> Timing:
     if isinstance(timing, dict):
         return _number(timing, [entry.value for entry in entries])
     return timing.over_processes([TypeAdapter(type(timing)).validate_python(entry.detail) for entry in entries])
+
+
+def raised(ceilings: Ceilings, table: str) -> Ceilings:
+    """Return ceilings raised by those that the other processes measured, the highest of each.
+
+    table: name under which each process recorded its ceilings.
+    """
+    for record in _others():
+        recorded = record.named(table)
+        if isinstance(recorded, RecordedTable):
+            ceilings = ceilings.raised(_ceilings(ceilings.device, recorded))
+    return ceilings
+
+
+def _ceilings(device: str, table: RecordedTable) -> Ceilings:
+    """Return the ceilings of a recorded table, without ranges."""
+    by_name = {row["ceiling"]: row for row in table.rows}
+    bandwidth = by_name.pop("bandwidth")["B/s"]
+    rates = {dtype: row["FLOP/s"] for dtype, row in by_name.items()}
+    return Ceilings(device, rates, bandwidth)
 
 
 def _number(fields: dict[str, Any], elsewhere: list[Any]) -> dict[str, Any]:

@@ -226,15 +226,13 @@ class Lab:
         _check_pair("dtype", dtypes)
         options = self._timing_options(options)
         if processes is None:
-            comparison = compare(baseline, candidate, **options)
+            comparison = self._over_processes(name, compare(baseline, candidate, **options))
         else:
             from labkit.timing.processes import compare_in_processes
 
             comparison = compare_in_processes(baseline, candidate, processes=processes, **options)
         if work is not None:
             comparison = self._roofs.place(comparison, work, dtypes)
-        if processes is None:
-            comparison = self._over_processes(name, comparison)
         self._add_comparison(name, comparison)
         return comparison
 

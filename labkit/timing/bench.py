@@ -250,7 +250,8 @@ class _Pairs:
         both = []
         for name, samples in self.samples.items():
             side = measurement(name, self.clock, samples, self.numbers[name], by_cpu)
-            both.append(replace(side, warnings=side.warnings + self.of_threads[name]))
+            doubted = side.warnings + self.of_threads[name]
+            both.append(replace(side, warnings=doubted, per_block=self.per_block))
         baseline, candidate = both
         warnings = interference.warnings(self.clock, self.snapshots, by_cpu, sides)
         if not over_builds:

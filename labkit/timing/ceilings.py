@@ -80,7 +80,8 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
 
     The range tells how steady a ceiling is here and now, not what another process or hour would find. On machines that
     share a host with others, bandwidth was seen to move by a factor of two within a day, and both kinds of roof within
-    a minute. Take a share of the roof with ceilings of the same process. If a result lies above its roof, measure the
+    a minute. Take a share of the roof with the highest ceilings that any process of the machine reached: a lower one
+    was measured at a slower moment, and flatters the share. If a result lies above its roof, measure the
     roofs again (`Ceilings.raised`) before looking for another cause.
 
     device: device as for `torch_device`.

@@ -116,7 +116,8 @@ def race(
         samples = take_turns(chosen_clock, calls, rounds, rule)
     sides = {}
     for name, of_side in samples.items():
-        sides[name] = measurement(name, chosen_clock, of_side, blocks[name][0].number, by_cpu=False)
+        side = measurement(name, chosen_clock, of_side, blocks[name][0].number, by_cpu=False)
+        sides[name] = replace(side, per_block=SAMPLES_PER_ROUND)
     return Race(
         sides=sides,
         orders=tuple(rounds.orders),

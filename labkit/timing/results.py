@@ -38,10 +38,9 @@ class Measurement:
     device: where the work ran.
     threads: threads of torch.
     warnings: a phrase for each reason to doubt the times.
+    per_block: samples in a block, of which only the least counts; 1 unless the call was timed beside another.
     processes: medians of several processes in seconds, this result's among them; empty for a single process.
-    roof_share: least possible time over measured time (`labkit.roofline.placed`); None without a stated work. Over
-        several processes the median of `roof_shares`.
-    roof_shares: the share of each of several processes, of its own time and ceiling; empty for a single process.
+    roof_share: least possible time over `median_s` (`labkit.roofline.placed`); None without a stated work.
     limited_by: "memory" or "compute", the roof that sets the least possible time.
     """
 
@@ -53,10 +52,10 @@ class Measurement:
     device: str
     threads: int
     warnings: tuple[str, ...] = ()
+    per_block: int = 1
     roof_share: float | None = None
     limited_by: str | None = None
     processes: tuple[float, ...] = ()
-    roof_shares: tuple[float, ...] = ()
 
     @property
     def median_s(self) -> float:
@@ -65,8 +64,8 @@ class Measurement:
 
     @property
     def process_median_s(self) -> float:
-        """Return the median seconds per call in this process."""
-        return stats.median_ci(self.samples_s)[0]
+        """Return the median seconds per call in this process: of the least times of the blocks, as in a speed-up."""
+        return stats.median_ci(stats.block_minima(self.samples_s, self.per_block))[0]
 
     @property
     def ci95_s(self) -> tuple[float, float]:
@@ -79,7 +78,7 @@ class Measurement:
     @property
     def within_run_s(self) -> tuple[float, float]:
         """Return the exact 95 % interval of the median within this run, in seconds; (0, inf) below six samples."""
-        _, low, high = stats.median_ci(self.samples_s)
+        _, low, high = stats.median_ci(stats.block_minima(self.samples_s, self.per_block))
         return max(0.0, low), high
 
     def percentile(self, q: float) -> float:
@@ -98,11 +97,7 @@ class Measurement:
         others: the same call in other processes.
         """
         everywhere = (self, *others)
-        over = replace(self, processes=tuple(side.process_median_s for side in everywhere))
-        if self.roof_share is None:
-            return over
-        shares = tuple(side.roof_share for side in everywhere)
-        return replace(over, roof_share=statistics.median(shares), roof_shares=shares)
+        return replace(self, processes=tuple(side.process_median_s for side in everywhere))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict for JSON: every sample, and under "result" the statistics, for readers without labkit."""

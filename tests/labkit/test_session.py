@@ -392,6 +392,27 @@ def test_any_two_of_a_race_have_the_range_over_the_processes_of_a_recording(lab,
     assert done(lab)["measurements"][0]["processes"] == 2
 
 
+def test_in_the_last_process_of_a_recording_the_roof_is_the_highest_that_any_process_reached(
+    lab, monkeypatch, tmp_path
+):
+    call, work = (lambda: sum(range(5000))), Work(flops=10, bytes=1000)
+    paths = []
+    for factor in (3, 0.5):  # the bandwidth of each earlier process over that of the last
+        earlier = replace(ROOFS, bandwidth=factor * ROOFS.bandwidth)
+        monkeypatch.setattr(machine, "ceilings", lambda device, budget_s, earlier=earlier: earlier)
+        lab._roofs._measured.clear()
+        lab.compare("pair", call, call, work=(work, work), budget_s=0.05)
+        paths.append(tmp_path / f"{factor}.json")
+        records.write(lab.finish(), paths[-1])
+    monkeypatch.setattr(machine, "ceilings", lambda device, budget_s: ROOFS)
+    lab._roofs._measured.clear()
+    monkeypatch.setenv(records.OTHERS, os.pathsep.join(map(str, paths)))
+    side = lab.compare("pair", call, call, work=(work, work), budget_s=0.05).baseline
+    assert len(side.processes) == 3
+    assert side.roof_share == pytest.approx(1000 / (3 * ROOFS.bandwidth) / side.median_s)
+    assert lab.ceilings() is ROOFS  # a process records and returns its own
+
+
 def test_a_comparison_in_fresh_processes_has_their_range_and_is_recorded(lab, tmp_path, monkeypatch):
     (tmp_path / "sides.py").write_text(SIDES)
     monkeypatch.syspath_prepend(tmp_path)
