@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2 without 2, 4 and 8 of its 30 layers, by the rule that chooses them.
 
-    python benchmarks/layers_removed.py --folder DIR               20 minutes on an idle core, and writes the record
+    python benchmarks/layers_removed.py --folder DIR               15 minutes on an idle core, and writes the record
     python benchmarks/layers_removed.py --folder DIR --minutes 10  as many runs as that; the same command goes on
     python benchmarks/layers_removed.py --quick                    two runs on few tokens, and writes nothing
 
@@ -33,8 +33,8 @@ from labkit.records import cost, result
 
 QUESTION = "which 2, 4 and 8 of SmolLM2's 30 layers can be removed?"
 COUNTS = (2, 4, 8)
-TEST_TEXTS, TEST_LENGTH = 20, 192  # spread over the chapters of the test; lengths in tokens
-ANGLE_TEXTS, LOSS_TEXTS, LENGTH = 48, 6, 128  # of the chapters for calibration
+TEST_TEXTS, TEST_LENGTH = 16, 192  # spread over the chapters of the test; lengths in tokens
+ANGLE_TEXTS, LOSS_TEXTS, LENGTH = 24, 4, 128  # of the chapters for calibration
 ANGLE, LAST, ALONE, GREEDY = "least angle", "least angle, last token", "lowest loss alone", "lowest loss, one by one"
 NEURONS, WHOLE = "neurons: Wanda", "whole"
 
