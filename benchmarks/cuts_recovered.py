@@ -9,8 +9,8 @@ half of the neurons, or 36 heads and a quarter of the neurons. Heads and neurons
 that costs least on validation texts, of all sets of that size. Recovery is half labels, half the whole model's answers
 (`distillation.heal_`), 60 batches of 32 texts; a seed draws their order. "nothing" trains the whole model on in the
 same way. Two layers are also trained for a whole pass over the texts. A further cut, with a single seed, is a plan for
-the lesson's challenge. The record holds the seeds for which all runs are done. Answers are compared text by text; the intervals are
-over texts and seeds. Lesson 04 shows the record: `lab.recorded("cuts_recovered")`.
+the lesson's challenge. The record holds the seeds that are done for all cuts, three or more. Answers are compared text
+by text; the intervals are over texts and seeds. Lesson 04 shows the record: `lab.recorded("cuts_recovered")`.
 """
 
 import argparse
@@ -241,7 +241,7 @@ def main() -> None:
             torch.save({**kept, "seconds": time.perf_counter() - begin}, file)
             print(run, f"{kept['right'].double().mean():.4f}", flush=True)
         finished[run] = torch.load(file)
-    whole_seeds = [seed for seed in range(SEEDS) if all(run in finished for run in all_runs() if run.seed == seed)]
+    whole_seeds = [seed for seed in range(SEEDS) if all(Run(name, STEPS, seed) in finished for name in CUTS)]
     if len(whole_seeds) >= LONG_SEEDS:
         print(write(finished, ready, len(whole_seeds), sum(len(batch["labels"]) for batch in test)))
 
