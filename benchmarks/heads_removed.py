@@ -65,7 +65,7 @@ def all_runs() -> Iterator[Run]:
         yield Run("random", ANYWHERE, number + SETS)
         yield Run("ablation", IN_LAYERS, number)
         yield Run("random", IN_LAYERS, number)
-    for score in ("size", *WITHOUT_LOSS):
+    for score in ("size", "variance", *WITHOUT_LOSS):
         yield Run(score, ANYWHERE, 0)
 
 
@@ -150,6 +150,18 @@ def sizes(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     return total / tokens
 
 
+def variances(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Sum the magnitude of the slope of the last hidden state's variance in each head's gate: [layers, heads]."""
+    total = torch.zeros(LAYERS, HEADS)
+    for batch in batches:
+        gates = torch.ones(LAYERS, HEADS, requires_grad=True)
+        with heads.gated(model, gates):
+            variance = model.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state.var()
+        (slopes,) = torch.autograd.grad(variance, gates)
+        total += slopes.abs()
+    return total
+
+
 def changes_of(model: nn.Module, number: int, folder: Path, texts: int) -> dict[str, Tensor]:
     """Compute the changes of the loss of every text for a set, once, and keep them: {kind: [heads, texts]}."""
     file = folder / f"changes, set {number}.pt"
@@ -166,6 +178,8 @@ def scores_of(run: Run, model: nn.Module, folder: Path, texts: int) -> Tensor:
         return torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(run.set))
     if run.score == "size":
         return sizes(model, scoring_texts(run.set, texts))
+    if run.score == "variance":
+        return variances(model, scoring_texts(run.set, texts))
     if run.score in WITHOUT_LOSS:
         return heads.head_importance(model, scoring_texts(run.set, texts), WITHOUT_LOSS[run.score])
     changes = changes_of(model, run.set, folder, texts)["measured" if run.score in MEASURED else "estimated"]
@@ -232,12 +246,16 @@ def summary(runs: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def changes(runs: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Compare every two scores, and each with the whole model: the change of accuracy over texts and sets."""
+    """Compare every two scores, and each with the whole model: the change of accuracy over texts and sets.
+
+    A score from a single set, and the whole model, count as the same in every set.
+    """
     of_score: dict[tuple[str, str], list[Tensor]] = {}
     for run, kept in runs.items():
         of_score.setdefault((run.score, run.spread), []).append(right(kept))
-    stacked = {score: torch.stack(sets[:SETS]) for score, sets in of_score.items() if len(sets) >= SETS}
-    stacked[WHOLE, ANYWHERE] = of_score[WHOLE, ANYWHERE][0].expand(SETS, -1)
+    stacked = {}
+    for score, sets in of_score.items():
+        stacked[score] = torch.stack(sets[:SETS]) if len(sets) >= SETS else sets[0].expand(SETS, -1)
     rows = []
     for after, before in itertools.combinations(stacked, 2):
         change, low, high = stats.accuracy_change_over_seeds(stacked[after], stacked[before])
