@@ -6,7 +6,7 @@
 
 36 of 72 heads are removed together, and nothing is trained. Four scores differ in two ways: the change of the loss is
 measured (ablation) or estimated from the slope (Taylor), and its mean over the texts is taken with the sign or of the
-magnitude of each text. A set draws the texts that score the heads: five sets that share no text, and for "random" ten
+magnitude of each text; "all sets" takes the mean over the texts of all sets. A set draws the texts that score the heads: five sets that share no text, and for "random" ten
 draws. "in each layer" removes the six lowest heads of every layer, "anywhere" the 36 lowest of all. All cuts are judged
 on the same test texts, so the intervals are paired; they are over texts and over sets. Lesson 04 shows the record:
 `lab.recorded("heads_removed")`.
@@ -38,6 +38,7 @@ BATCH = 40
 ANYWHERE, IN_LAYERS = "anywhere", "in each layer"
 MEASURED = ("ablation", "ablation, magnitude")
 ESTIMATED = ("Taylor, signed", "Taylor")
+POOLED = {"ablation, all sets": "ablation", "Taylor, signed, all sets": "Taylor, signed"}  # from all scoring texts
 WITHOUT_LOSS = {"focus": "entropy", "confidence": "confidence"}  # methods of labkit, from attention maps
 WHOLE = "none removed"
 
@@ -65,7 +66,7 @@ def all_runs() -> Iterator[Run]:
         yield Run("random", ANYWHERE, number + SETS)
         yield Run("ablation", IN_LAYERS, number)
         yield Run("random", IN_LAYERS, number)
-    for score in ("size", "variance", *WITHOUT_LOSS):
+    for score in (*POOLED, "size", "variance", *WITHOUT_LOSS):
         yield Run(score, ANYWHERE, 0)
 
 
@@ -182,8 +183,11 @@ def scores_of(run: Run, model: nn.Module, folder: Path, texts: int) -> Tensor:
         return variances(model, scoring_texts(run.set, texts))
     if run.score in WITHOUT_LOSS:
         return heads.head_importance(model, scoring_texts(run.set, texts), WITHOUT_LOSS[run.score])
-    changes = changes_of(model, run.set, folder, texts)["measured" if run.score in MEASURED else "estimated"]
-    signed = run.score in ("ablation", "Taylor, signed")
+    score = POOLED.get(run.score, run.score)
+    kind = "measured" if score in MEASURED else "estimated"
+    sets = range(SETS) if run.score in POOLED else (run.set,)
+    changes = torch.cat([changes_of(model, number, folder, texts)[kind] for number in sets], dim=1)
+    signed = score in ("ablation", "Taylor, signed")
     of_heads = changes.mean(1) if signed else changes.abs().mean(1)
     return of_heads.view(LAYERS, HEADS)
 
