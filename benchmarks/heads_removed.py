@@ -6,10 +6,10 @@
 
 36 of 72 heads are removed together, and nothing is trained. Four scores differ in two ways: the change of the loss is
 measured (ablation) or estimated from the slope (Taylor), and its mean over the texts is taken with the sign or of the
-magnitude of each text; "all sets" takes the mean over the texts of all sets. A set draws the texts that score the heads: five sets that share no text, and for "random" ten
-draws. "in each layer" removes the six lowest heads of every layer, "anywhere" the 36 lowest of all. All cuts are judged
-on the same test texts, so the intervals are paired; they are over texts and over sets. Lesson 04 shows the record:
-`lab.recorded("heads_removed")`.
+magnitude of each text. A set draws the texts that score the heads: five sets that share no text, for "random" ten
+draws, and for "all sets" the texts of all five. "in each layer" removes the six lowest heads of every layer, "anywhere"
+the 36 lowest of all. All cuts are judged on the same test texts, so the intervals are paired; they are over texts and
+over sets. Lesson 04 shows the record: `lab.recorded("heads_removed")`.
 """
 
 import argparse
