@@ -267,7 +267,7 @@ def test_an_interval_within_a_run_speaks_of_that_run_where_runs_differ_by_more_t
     runs = [SimpleNamespace(process_speedup=ratio, within_run=ends) for ratio in WIDE]
     said = said_of_processes(runs, runs)
     assert ("An interval within a run speaks of that run alone." in said) == speaks_of_itself
-    assert "3 processes that ran this whole page say 1.00 to 1.30: 30% apart." in said
+    assert "3 processes that ran this whole page say 1.00 to 1.30: 30.0% apart." in said
 
 
 STEADY, WIDE = (1.19, 1.195, 1.2, 1.205, 1.21), (1.1, 1.15, 1.2, 1.25, 1.3)
