@@ -90,10 +90,10 @@ def test_every_number_in_the_recorded_tables_was_declared():
 @pytest.mark.parametrize(
     ("name", "column", "role"),
     [
-        ("latency and throughput", "sentences/s", "quality"),
-        ("latency and throughput", "latency (ms)", "cost"),
-        ("MiniLM pruned", "accuracy (%)", "quality"),
-        ("MiniLM pruned", "bitmask (MB)", "cost"),
+        ("latency and throughput", "throughput over batch 1", "quality"),
+        ("latency and throughput", "step over batch 1", "cost"),
+        ("models on the roofline", "share of the roof (%)", "quality"),
+        ("cost against ratio", "time left", "cost"),
         ("ResNet-20", "fine-tuned", "quality"),
         ("SmolLM2, perplexity", "perplexity", "cost"),
     ],
