@@ -84,23 +84,25 @@ def angles(model: nn.Module, texts: Sequence[Tensor]) -> dict[int, dict[str, Ten
     return found
 
 
-def removed_one_by_one(model: nn.Module, batches: Sequence[dict[str, Tensor]], first: Tensor) -> list[int]:
+def removed_one_by_one(
+    model: nn.Module, batches: Sequence[dict[str, Tensor]], first: Tensor, begun: Sequence[int] = ()
+) -> list[int]:
     """Remove the layer that raises the loss least, measure the rest anew, and so on; return the layers in that order.
 
     first: the rise of the loss without each layer of the whole model [layers].
+    begun: the layers that an interrupted call has printed.
     """
-    remaining, removed = list(range(len(first))), []
-    rises = first
+    removed = list(begun) or [int(first.argmin())]
     while len(removed) < max(COUNTS):
-        removed.append(remaining.pop(int(rises.argmin())))
-        if len(removed) < max(COUNTS):
-            shorter = depth.prune_layers(model, removed, check=False).model
-            rises = depth.layer_importance(shorter, batches, "loss")
-            print("removed one by one", removed, flush=True)
+        print("removed one by one", *removed, flush=True)
+        remaining = [layer for layer in range(len(first)) if layer not in removed]
+        shorter = depth.prune_layers(model, removed, check=False).model
+        rises = depth.layer_importance(shorter, batches, "loss")
+        removed.append(remaining[int(rises.argmin())])
     return removed
 
 
-def prepared(folder: Path, model: nn.Module, quick: bool) -> dict[str, Any]:
+def prepared(folder: Path, model: nn.Module, quick: bool, begun: Sequence[int]) -> dict[str, Any]:
     """Compute what the rules read, once, and keep it in the folder."""
     file = folder / "prepared.pt"
     if not file.exists():
@@ -109,7 +111,7 @@ def prepared(folder: Path, model: nn.Module, quick: bool) -> dict[str, Any]:
         loss_batches = batches_of(texts_of("calibration", 1 if quick else LOSS_TEXTS, 8 if quick else LENGTH))
         alone = depth.layer_importance(model, loss_batches, "loss")
         kept = {"angles": angles(model, angle_texts), "alone": alone}
-        kept["one by one"] = list(range(8)) if quick else removed_one_by_one(model, loss_batches, alone)
+        kept["one by one"] = list(range(8)) if quick else removed_one_by_one(model, loss_batches, alone, begun)
         scores = {"angle": "angular", "relative length": "l2", "cosine": "cosine"}
         kept["scores"] = {name: depth.layer_importance(model, loss_batches, scores[name]) for name in scores}
         kept["scores"]["mean squared difference"] = squared_differences(model, loss_batches)
@@ -205,6 +207,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keeps the losses of finished runs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="starts no run after so many")
     parser.add_argument("--quick", action="store_true", help="two runs on few tokens; nothing is written")
+    parser.add_argument("--begun", type=int, nargs="*", default=(), help="layers removed one by one, as printed")
     options = parser.parse_args()
     if options.folder is None and not options.quick:
         parser.error("give --folder, or --quick")
@@ -219,7 +222,7 @@ def main() -> None:
         options.folder = Path(tempfile.mkdtemp())
     options.folder.mkdir(parents=True, exist_ok=True)
     model = models.smollm2()
-    ready = prepared(options.folder, model, options.quick)
+    ready = prepared(options.folder, model, options.quick, options.begun)
     texts = texts_of("test", 2 if options.quick else TEST_TEXTS, 16 if options.quick else TEST_LENGTH)
     layers = len(model.model.layers)
     done, seconds = {}, {}
