@@ -147,14 +147,14 @@ def calibration(images: int, seed: int) -> Tensor:
 @torch.no_grad()
 def seen(model: nn.Module, names: list[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the input and the output of layers for some images."""
-    found = {}
+    calls = {}
 
     def look(name: str, x: Tensor, output: Tensor) -> None:
-        found[name] = x, output
+        calls[name] = x, output
 
     with watching(model, names, look):
         model(images)
-    return found
+    return calls
 
 
 # --- ranges and rounding ----------------------------------------------------------------------------------------------
@@ -257,12 +257,12 @@ def do(networks: Networks, run: Run, folder: Path, test: datasets.Split, exact: 
 def summary(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[str, Any]]:
     """Return a row for each run: its accuracy, its SQNR, and the images that only one of both answers right."""
     rows = []
-    for run, kept in done.items():
-        right = kept["right"]
+    for run, outcome in done.items():
+        right = outcome["right"]
         rows.append({
             **asdict(run),
             "accuracy": right.double().mean().item(),
-            "dB": kept["dB"],
+            "dB": outcome["dB"],
             "gained": int((right & ~dense).sum()),
             "lost": int((dense & ~right).sum()),
         })  # fmt: skip
@@ -272,9 +272,9 @@ def summary(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[s
 def changes(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[str, Any]]:
     """Compare every two networks of a width, and each with the float network: the change with its interval."""
     answers: dict[tuple[int, str, str, str, int], list[Tensor]] = {}
-    for run, kept in done.items():
+    for run, outcome in done.items():
         way = run.bits, run.ranges, run.rounding, run.repair, run.images
-        answers.setdefault(way, []).append(kept["right"])
+        answers.setdefault(way, []).append(outcome["right"])
     rows = []
     for after, of_after in answers.items():
         rows.append({"after": after, "before": "float", **changed(of_after, [dense])})
@@ -285,7 +285,10 @@ def changes(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[s
 
 
 def changed(after: list[Tensor], before: list[Tensor]) -> dict[str, float]:
-    """Return the change of the share of right answers, over seeds where one of both has them."""
+    """Return the change of the share of right answers, with its interval.
+
+    The interval is over images, and over seeds too if a side has several.
+    """
     seeds = max(len(after), len(before))
     if seeds == 1:
         change, low, high = stats.accuracy_change(after[0], before[0])
@@ -322,10 +325,10 @@ def main() -> None:
         if not file.exists():
             if time.perf_counter() - start > 60 * options.minutes:
                 return
-            kept = do(networks, run, options.folder, test, exact)
-            torch.save(kept, file)
-            accuracy = kept["right"].double().mean()
-            print(f"{run.file} {accuracy:.4f} {kept['dB']:.1f} dB {kept['seconds']:.0f} s", flush=True)
+            outcome = do(networks, run, options.folder, test, exact)
+            torch.save(outcome, file)
+            accuracy = outcome["right"].double().mean()
+            print(f"{run.file} {accuracy:.4f} {outcome['dB']:.1f} dB {outcome['seconds']:.0f} s", flush=True)
         done[run] = torch.load(file)
     if options.quick:
         return
@@ -348,7 +351,7 @@ def main() -> None:
             "steps": STEPS,
             "changes": changes(done, dense),
         },
-        seconds=sum(kept["seconds"] for kept in done.values()),
+        seconds=sum(outcome["seconds"] for outcome in done.values()),
     )
     print(path)
 
