@@ -18,16 +18,14 @@ control of that repair. All test images judge every run, and each run is compare
 Lesson 07 shows the record: `lab.recorded("rounding_ladder")`.
 """
 
-import argparse
 import copy
 import itertools
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import resumable
 import torch
 from torch import Tensor, fx, nn
 
@@ -247,11 +245,10 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def do(networks: Networks, run: Run, folder: Path, test: datasets.Split, exact: Tensor) -> dict[str, Any]:
     """Do a run, and return which test images it answers right, and the SQNR of its logits in dB."""
-    begin = time.perf_counter()
     model = repaired(networks, run, rounded(networks, run, folder))
     answer = logits(model, test.images)
     right = answer.argmax(1) == test.labels
-    return {"right": right, "dB": affine.sqnr(exact, answer), "seconds": time.perf_counter() - begin}
+    return {"right": right, "dB": affine.sqnr(exact, answer)}
 
 
 def summary(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[str, Any]]:
@@ -298,39 +295,15 @@ def changed(after: list[Tensor], before: list[Tensor]) -> dict[str, float]:
     return {"change": change, "low": low, "high": high}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keeps the answers of finished runs")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="starts no run after so many")
-    parser.add_argument("--quick", action="store_true", help="six runs on 200 test images; nothing is written")
-    options = parser.parse_args()
-    if options.folder is None and not options.quick:
-        parser.error("give --folder, or --quick")
-    return options
-
-
 def main() -> None:
-    options = arguments()
-    start = time.perf_counter()
+    options = resumable.options(__doc__)
     torch.set_num_threads(1)
-    if options.quick:
-        options.folder = Path(tempfile.mkdtemp())
-    options.folder.mkdir(parents=True, exist_ok=True)
     networks = Networks()
     test = datasets.fashion_mnist("test", 200 if options.quick else None)
     exact = logits(networks.dense, test.images)
-    done = {}
-    for run in all_runs()[: 6 if options.quick else None]:
-        file = options.folder / run.file
-        if not file.exists():
-            if time.perf_counter() - start > 60 * options.minutes:
-                return
-            outcome = do(networks, run, options.folder, test, exact)
-            torch.save(outcome, file)
-            accuracy = outcome["right"].double().mean()
-            print(f"{run.file} {accuracy:.4f} {outcome['dB']:.1f} dB {outcome['seconds']:.0f} s", flush=True)
-        done[run] = torch.load(file)
-    if options.quick:
+    runs = all_runs()[: 6 if options.quick else None]
+    done = resumable.finished(runs, options, lambda run: do(networks, run, options.folder, test, exact))
+    if options.quick or len(done) < len(runs):
         return
     dense = exact.argmax(1) == test.labels
     path = experiments.save(
