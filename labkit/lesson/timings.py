@@ -126,4 +126,5 @@ def _intervals(
     if not processes:
         return {show.covers(0): ends}
     value = show.quantity(here, unit, show.further_digits(within_run, unit))
-    return {show.covers(len(processes)): show.interval(ci95, unit), LAST: f"{value} ({ends})"}
+    over_processes = show.interval(ci95, unit)
+    return {show.covers(len(processes)): over_processes, LAST: f"{value} ({ends})"}
