@@ -118,7 +118,7 @@ def test_a_share_is_of_the_one_roof_and_its_range_is_that_of_the_time():
 
 def test_the_attempt_that_is_lowest_by_its_median_may_have_set_the_ceiling():
     page = Page()
-    by_attempt = {"labkit": (83.7, (49.9, 86.9)), "labkit, later": (51.3, (49.8, 89.5))}
+    by_attempt = {"labkit": (83.7, (49.9, 86.9)), "labkit, later": (71.3, (49.8, 89.5))}
     by_attempt["a read by hand"] = (51.5, (44.8, 76.3))
     names = {"rows": [{"attempt": "labkit, later", "GB/s": 51.3}], "bandwidth": 89.5}
     names |= {"by_attempt": by_attempt, "rates_by_hand": ["a read by hand"]}
@@ -146,9 +146,26 @@ def test_a_read_by_hand_is_said_to_miss_the_ceiling_only_where_its_best_process_
     assert words in page.said and ("By hand no process" in page.said) == ("no process" in words)
 
 
+@pytest.mark.parametrize("of_processes", [((49.9, 86.9), (49.0, 89.5)), (None, None)], ids=["a recording", "a run"])
+@pytest.mark.parametrize(("later", "is_said"), [(50.0, True), (79.0, False)])
+def test_the_memory_changes_its_speed_within_a_process_where_the_same_attempt_comes_out_otherwise_later(
+    later: float, is_said: bool, of_processes: tuple
+):
+    page, (ends, later_ends) = Page(), of_processes
+    by_attempt = {"labkit": (80.1, ends), "labkit, later": (later, later_ends), "a read by hand": (50.9, ends)}
+    names = {"by_attempt": by_attempt, "rates_by_hand": ["a read by hand"], "bandwidth": 89.5}
+    names["rows"] = [{"attempt": "a read by hand", "GB/s": 50.9}]
+    executed("01", "answer-ceiling", lab=page, first=SimpleNamespace(warnings=()), **names)
+    assert ("reached 80 GB/s before the step and 50 after: the speed changes within a process" in page.said) == is_said
+
+
 @pytest.mark.parametrize(
     ("processes", "low", "words"),
-    [((1.0,) * 5, 217.0, "differs by up to 29 %"), ((1.0,) * 5, 270.0, "FLOP/byte."), ((), 217.0, "may be too low")],
+    [
+        ((1.0,) * 5, 217.0, "the fp32 peak differs by up to 29 %"),
+        ((1.0,) * 5, 270.0, "FLOP/byte."),
+        ((), 217.0, "may be too low"),
+    ],
     ids=["processes apart", "processes alike", "a disturbed run"],
 )
 def test_a_single_process_may_place_its_roof_too_low(processes: tuple[float, ...], low: float, words: str):
@@ -182,13 +199,13 @@ def said_of_batches(ms: dict[int, float], width: float = 0.02) -> str:
 def test_the_batch_that_takes_longer_than_a_larger_one_is_named_and_neither_memory_nor_arithmetic_is_blamed():
     said = said_of_batches(RECORDED_MS)
     assert "Batch 16 even takes 2.08 times as long as batch 32" in said
-    assert "So at least 51 % of its time is neither" in said  # by the low end of the ratio
+    assert "So at least 51 % of its time is needed for neither" in said  # by the low end of the ratio
 
 
 @pytest.mark.parametrize(("ms_of_two", "is_said"), [(2.1, False), (2.3, True)])
-def test_two_rows_take_longer_than_two_passes_only_by_the_low_end(ms_of_two: float, is_said: bool):
+def test_two_rows_take_more_than_twice_as_long_as_one_only_by_the_low_end(ms_of_two: float, is_said: bool):
     said = said_of_batches({1: 1, 2: ms_of_two, 4: 2.5})
-    assert ("two passes of one row" in said) == is_said
+    assert ("more than twice as long" in said) == is_said
 
 
 def test_the_batch_that_the_bound_calls_free_and_that_costs_most_is_named():
@@ -208,36 +225,45 @@ def test_a_batch_is_not_out_of_order_within_the_interval_of_the_ratio_or_without
 # --- the goal of the challenge ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step_of_16", [1.0, 1.7, 1.79, 1.81, 1.88, 2.4])
+@pytest.mark.parametrize("step_of_16", [1.0, 1.79, 1.81, 2.4])
 @pytest.mark.parametrize("width", [0.0, 0.03, math.inf])
-def test_no_batch_of_the_page_reaches_the_goal_of_the_challenge(step_of_16: float, width: float):
-    times = {1: 1.0, 2: 1.67, 4: 1.49, 8: 1.28, 16: step_of_16}
-    page = on_the_plane(Times(times, width))
-    (_, longest, _), (least, _, _) = page.goals.values()
-    step_time, throughput = page.goals
-    reached = [row[step_time] <= longest and row[throughput] >= least for row in page.references]
-    assert len(reached) == 5 and not any(reached)
-
-
-def test_the_best_batch_has_a_throughput_of_exactly_one():
-    page = on_the_plane(Times({1: 1.0, 2: 1.07, 4: 1.6, 8: 2.0, 16: 2.4}))
-    (best,) = [row for row in page.references if row["plan"] == "batch 4, fp32"]
+def test_the_batch_to_beat_is_the_same_however_long_the_others_take(step_of_16: float, width: float):
+    page = on_the_plane(Times({1: 1.0, 2: 1.67, 4: 1.49, 8: 1.55, 16: step_of_16}, width))
+    assert list(page.goals.values()) == [(None, 1.8, "x"), (1.5, None, "x")]
     _, throughput = page.goals
-    assert (best[throughput], best[f"{throughput} ci95"]) == (1.0, [1.0, 1.0])
+    (beaten,) = [row for row in page.references if row["plan"] == "batch 8, fp32"]
+    assert len(page.references) == 5 and (beaten[throughput], beaten[f"{throughput} ci95"]) == (1.0, [1.0, 1.0])
+    (largest,) = [row for row in page.references if row["plan"] == "batch 16, fp32"]
+    assert largest[throughput] == pytest.approx(2 * 1.55 / step_of_16)
 
 
-@pytest.mark.parametrize(("step_of_16", "best"), [(1.79, 16), (1.81, 8)])
-def test_the_batch_to_beat_keeps_the_limit_by_its_median_as_a_plan_has_to(step_of_16: float, best: int):
-    page = on_the_plane(Times({1: 1.0, 2: 1.07, 4: 1.5, 8: 1.6, 16: step_of_16}, 0.03))
-    _, throughput = page.goals
-    assert [row["plan"] for row in page.references if row[throughput] == 1] == [f"batch {best}, fp32"]
+@pytest.mark.parametrize(
+    ("step_of_8", "step_of_16", "words"),
+    [
+        (1.55, 1.95, "batch 16 writes enough, but its step is too long: 1.95 times that of batch 1."),
+        (1.55, 1.83, "with a range that reaches the limit."),
+        (1.34, 1.74, "batch 16 reaches it here already"),
+        (1.1, 1.74, "so the goal is 10.9 times as many"),
+        (2.07, 2.5, "batch 16 writes enough, but"),
+    ],
+    ids=["too long", "near the limit", "reached", "no batch writes enough", "batch 8 over the limit"],
+)
+def test_the_page_says_how_near_its_own_batches_come_to_the_goal(step_of_8: float, step_of_16: float, words: str):
+    page = on_the_plane(Times({1: 1.0, 2: 1.67, 4: 1.64, 8: step_of_8, 16: step_of_16}, 0.03), "challenge-say")
+    assert words in page.said and page.said.count("batch 16") == (words != "so the goal is 10.9 times as many")
 
 
-def on_the_plane(race: Times) -> Page:
+def test_a_race_without_intervals_has_a_goal_all_the_same():
+    page = on_the_plane(Times({1: 1.0, 2: 1.67, 4: 1.5, 8: 1.55, 16: 2.4}, math.inf), "challenge-say")
+    assert "the goal is 7.7 times" in page.said
+
+
+def on_the_plane(race: Times, *cells: str) -> Page:
     page = Page()
     names = {"lab": page, "planned": None, "by_batch": race, "over_one": race.times, "kind": "fp32"}
     names["over_first"] = function("01", "over_first")
-    executed("01", "challenge-plane", **names)
+    names["told"] = lambda value, _, form, unit: f"{value:{form}}{unit}"
+    executed("01", "challenge-plane", *cells, **names)
     return page
 
 
@@ -260,41 +286,52 @@ def test_a_plan_that_breaks_a_single_sequence_does_not_count():
 
 
 @pytest.mark.parametrize(
-    ("agree", "words"), [(True, "54 % are lost inside the products. No cause"), (False, "nothing is said here about")]
+    ("agree", "words"), [(True, "are lost inside the products. No cause"), (False, "nothing is said here of a loss")]
 )
 def test_no_diagnosis_where_the_race_and_section_1_do_not_agree_about_a_step(agree: bool, words: str):
-    said = said_of_parts(agree=agree, is_read_faster=False, slow_s=0.0407)
+    said = said_of_parts(agree=agree, is_kernel_slow=False)
     assert words in said and "kernel" not in said
 
 
-@pytest.mark.parametrize(("slow_s", "is_steady"), [(0.0407, True), (0.0607, False)])
-def test_the_kernel_is_suspected_where_memory_delivers_faster_and_steady_steps_are_said_to_fit(
-    slow_s: float, is_steady: bool
-):
-    said = said_of_parts(agree=True, is_read_faster=True, slow_s=slow_s)
-    assert "128 MiB are read at 75 GB/s (section 2), but multiplied by one row at 25" in said
-    assert "No cause" not in said and ("1.7 times between processes, the step's time 4 %" in said) == is_steady
+@pytest.mark.parametrize(("in_step", "is_like_cold"), [(16.7e9, True), (40e9, False)])
+def test_the_kernel_is_suspected_where_reading_and_computing_alone_are_each_faster(in_step: float, is_like_cold: bool):
+    said = said_of_parts(agree=True, is_kernel_slow=True, in_step=in_step)
+    assert "256 MiB are read at 77 GB/s (section 2)" in said and "weights at 78 from a cache" in said
+    assert "No cause" not in said and ("about as that layer does cold (18)" in said) == is_like_cold
 
 
-def said_of_parts(*, agree: bool, is_read_faster: bool, slow_s: float) -> str:
+def test_a_step_is_the_sum_of_its_parts_and_its_loss_is_told_by_the_slowest_bandwidth_too():
+    said = said_of_parts(agree=True, is_kernel_slow=True)
+    assert "In ms: 32.3 + (3.8 - 0.7) + 2.3 = 37.7." in said
+    assert "54 % (42 % by the slowest process's bandwidth) are lost inside the products." in said
+    assert "slowest" not in said_of_parts(agree=True, is_kernel_slow=True, by_lowest="")
+
+
+def said_of_parts(
+    *, agree: bool, is_kernel_slow: bool, in_step: float = 16.7e9, by_lowest: str = " (27 % by the slowest)"
+) -> str:
     page, ends = Page(), (1.0, 2.0)
     executed(
         "01",
         "profile-say",
         lab=page,
         agree=agree,
-        is_read_faster=is_read_faster,
-        read_size=2**27,
-        by_reading=SimpleNamespace(value=74.5283),
+        is_kernel_slow=is_kernel_slow,
+        read_size=2**28,
+        by_reading=SimpleNamespace(value=76.6605),
         binary=function("01", "binary"),
-        streamed=24.9,
-        bandwidth_ends=(51.9, 89.5),
-        is_recorded=True,
-        step_time=SimpleNamespace(ci95_s=(0.039, slow_s)),
+        hot_rate=77.6,
+        in_step=in_step,
+        small_bytes=4 * 1024**2,
+        small_layer={"cold": SimpleNamespace(median_s=229e-6)},
+        ms={"step": 37.7, "products": 32.3, "calls": 3.8, "calls of products": 0.7},
+        rest_ms=2.3,
         parts={"products": (79.0, ends), "other calls": (10.0, ends), "the rest": (11.0, ends)},
         for_bytes=22.0,
         calls_of_products=3.0,
         lost=54.0,
+        lost_at_least=42.0,
+        by_lowest=by_lowest,
         told=lambda value, _: f"{value:.0f} %",
     )
     return page.said
