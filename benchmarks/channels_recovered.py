@@ -12,15 +12,13 @@ compared image by image, and the intervals are over images and seeds. Lesson 03 
 `lab.recorded("channels_recovered")`.
 """
 
-import argparse
 import itertools
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import resumable
 import torch
 from torch import Tensor, nn
 
@@ -216,17 +214,6 @@ def controls(right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keeps the answers of finished runs")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="starts no run after so many")
-    parser.add_argument("--quick", action="store_true", help="two runs on 200 test images; nothing is written")
-    options = parser.parse_args()
-    if options.folder is None and not options.quick:
-        parser.error("give --folder, or --quick")
-    return options
-
-
 def prepared(folder: Path) -> dict[str, Any]:
     """Scan and plan once, and keep both in the folder."""
     file = folder / "prepared.pt"
@@ -243,31 +230,16 @@ def prepared(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments()
-    start = time.perf_counter()
+    options = resumable.options(__doc__)
     torch.set_num_threads(1)
-    if options.quick:
-        options.folder = Path(tempfile.mkdtemp())
-    options.folder.mkdir(exist_ok=True)
     test = datasets.fashion_mnist("test", 200 if options.quick else None)
     batches = training.Batches((test.images, test.labels), BATCH)
     ready = prepared(options.folder)
     runs = list(all_runs(ready["plans"]))[: 2 if options.quick else None]
-    right = {}
-    for run in runs:
-        file = options.folder / run.file
-        if not file.exists():
-            if time.perf_counter() - start > 60 * options.minutes:
-                return
-            begin = time.perf_counter()
-            mine = answers(run, ready["plans"], batches)
-            torch.save({"right": mine, "seconds": time.perf_counter() - begin}, file)
-            print(run, f"{mine.double().mean():.4f}", flush=True)
-        right[run] = torch.load(file)
-    if options.quick:
+    done = resumable.finished(runs, options, lambda run: {"right": answers(run, ready["plans"], batches)})
+    if options.quick or len(done) < len(runs):
         return
-    seconds = sum(kept["seconds"] for kept in right.values())
-    right = {run: kept["right"] for run, kept in right.items()}
+    right = {run: outcome["right"] for run, outcome in done.items()}
     dense = training.correct(models.resnet20(), batches)
     print(
         experiments.save(
@@ -290,7 +262,7 @@ def main() -> None:
                 "changes": changes(right, dense),
                 "controls": controls(right),
             },
-            seconds=seconds,
+            seconds=sum(outcome["seconds"] for outcome in done.values()),
         )
     )
 

@@ -18,16 +18,14 @@ control of that repair. All test images judge every run, and each run is compare
 Lesson 07 shows the record: `lab.recorded("rounding_ladder")`.
 """
 
-import argparse
 import copy
 import itertools
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import resumable
 import torch
 from torch import Tensor, fx, nn
 
@@ -147,14 +145,14 @@ def calibration(images: int, seed: int) -> Tensor:
 @torch.no_grad()
 def seen(model: nn.Module, names: list[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the input and the output of layers for some images."""
-    found = {}
+    calls = {}
 
     def look(name: str, x: Tensor, output: Tensor) -> None:
-        found[name] = x, output
+        calls[name] = x, output
 
     with watching(model, names, look):
         model(images)
-    return found
+    return calls
 
 
 # --- ranges and rounding ----------------------------------------------------------------------------------------------
@@ -247,22 +245,21 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def do(networks: Networks, run: Run, folder: Path, test: datasets.Split, exact: Tensor) -> dict[str, Any]:
     """Do a run, and return which test images it answers right, and the SQNR of its logits in dB."""
-    begin = time.perf_counter()
     model = repaired(networks, run, rounded(networks, run, folder))
     answer = logits(model, test.images)
     right = answer.argmax(1) == test.labels
-    return {"right": right, "dB": affine.sqnr(exact, answer), "seconds": time.perf_counter() - begin}
+    return {"right": right, "dB": affine.sqnr(exact, answer)}
 
 
 def summary(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[str, Any]]:
     """Return a row for each run: its accuracy, its SQNR, and the images that only one of both answers right."""
     rows = []
-    for run, kept in done.items():
-        right = kept["right"]
+    for run, outcome in done.items():
+        right = outcome["right"]
         rows.append({
             **asdict(run),
             "accuracy": right.double().mean().item(),
-            "dB": kept["dB"],
+            "dB": outcome["dB"],
             "gained": int((right & ~dense).sum()),
             "lost": int((dense & ~right).sum()),
         })  # fmt: skip
@@ -272,9 +269,9 @@ def summary(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[s
 def changes(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[str, Any]]:
     """Compare every two networks of a width, and each with the float network: the change with its interval."""
     answers: dict[tuple[int, str, str, str, int], list[Tensor]] = {}
-    for run, kept in done.items():
+    for run, outcome in done.items():
         way = run.bits, run.ranges, run.rounding, run.repair, run.images
-        answers.setdefault(way, []).append(kept["right"])
+        answers.setdefault(way, []).append(outcome["right"])
     rows = []
     for after, of_after in answers.items():
         rows.append({"after": after, "before": "float", **changed(of_after, [dense])})
@@ -285,7 +282,10 @@ def changes(done: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> list[dict[s
 
 
 def changed(after: list[Tensor], before: list[Tensor]) -> dict[str, float]:
-    """Return the change of the share of right answers, over seeds where one of both has them."""
+    """Return the change of the share of right answers, with its interval.
+
+    The interval is over images, and over seeds too if a side has several.
+    """
     seeds = max(len(after), len(before))
     if seeds == 1:
         change, low, high = stats.accuracy_change(after[0], before[0])
@@ -295,39 +295,15 @@ def changed(after: list[Tensor], before: list[Tensor]) -> dict[str, float]:
     return {"change": change, "low": low, "high": high}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keeps the answers of finished runs")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="starts no run after so many")
-    parser.add_argument("--quick", action="store_true", help="six runs on 200 test images; nothing is written")
-    options = parser.parse_args()
-    if options.folder is None and not options.quick:
-        parser.error("give --folder, or --quick")
-    return options
-
-
 def main() -> None:
-    options = arguments()
-    start = time.perf_counter()
+    options = resumable.options(__doc__)
     torch.set_num_threads(1)
-    if options.quick:
-        options.folder = Path(tempfile.mkdtemp())
-    options.folder.mkdir(parents=True, exist_ok=True)
     networks = Networks()
     test = datasets.fashion_mnist("test", 200 if options.quick else None)
     exact = logits(networks.dense, test.images)
-    done = {}
-    for run in all_runs()[: 6 if options.quick else None]:
-        file = options.folder / run.file
-        if not file.exists():
-            if time.perf_counter() - start > 60 * options.minutes:
-                return
-            kept = do(networks, run, options.folder, test, exact)
-            torch.save(kept, file)
-            accuracy = kept["right"].double().mean()
-            print(f"{run.file} {accuracy:.4f} {kept['dB']:.1f} dB {kept['seconds']:.0f} s", flush=True)
-        done[run] = torch.load(file)
-    if options.quick:
+    runs = all_runs()[: 6 if options.quick else None]
+    done = resumable.finished(runs, options, lambda run: do(networks, run, options.folder, test, exact))
+    if options.quick or len(done) < len(runs):
         return
     dense = exact.argmax(1) == test.labels
     path = experiments.save(
@@ -348,7 +324,7 @@ def main() -> None:
             "steps": STEPS,
             "changes": changes(done, dense),
         },
-        seconds=sum(kept["seconds"] for kept in done.values()),
+        seconds=sum(outcome["seconds"] for outcome in done.values()),
     )
     print(path)
 

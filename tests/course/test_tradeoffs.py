@@ -95,10 +95,7 @@ def test_a_table_over_seeds_without_a_cost_is_shown_by_its_setting():
     assert "The best is 90.5 % at a." in tradeoffs.figure(shown)["alt"]
 
 
-WITHOUT_TRADE_OFF = {"00", "03"}  # 03 records points lost and time left: two costs, and no quality
-
-
-@pytest.mark.parametrize("lesson", sorted({run.lesson for run in results.recorded_runs()[0]} - WITHOUT_TRADE_OFF))
+@pytest.mark.parametrize("lesson", sorted({run.lesson for run in results.recorded_runs()[0]} - {"00"}))
 def test_every_lesson_s_recorded_tables_have_figures(lesson: str):
     runs = [RunColumn(record, False) for record in results.recorded_runs()[0] if record.lesson == lesson]
     drawn = tradeoffs.trade_offs(runs)
