@@ -17,17 +17,15 @@ text. All models read the same windows of the test chapters, and the ratio of tw
 windows and draws. Lesson 05 shows the record: `lab.recorded("llm_two_of_four")`.
 """
 
-import argparse
 import copy
 import math
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import resumable
 import torch
 from torch import Tensor, nn
 
@@ -175,7 +173,7 @@ def pruned(setting: Setting, way: Way, draw: int, folder: Path) -> nn.Module:
     if not file.exists():
         batches = setting.text(draw) if way.reads_text else None
         masked = blockwise.prune(setting.model, way.pattern, method=way.method, batches=batches)
-        torch.save(unstructured.make_permanent(masked).state_dict(), file)
+        resumable.save(unstructured.make_permanent(masked).state_dict(), file)
     model = copy.deepcopy(setting.model)
     model.load_state_dict(torch.load(file))
     return unstructured.with_masks(model, {name: weight != 0 for name, weight in weights_of(model).items()})
@@ -194,15 +192,12 @@ def rounded(setting: Setting, way: Way, draw: int, model: nn.Module) -> nn.Modul
 
 
 def do(setting: Setting, run: Run, folder: Path) -> dict[str, Any]:
-    """Do a run; return the losses of the windows in nats, the share of zeros in the blocks, and the seconds."""
-    begin = time.perf_counter()
+    """Do a run; return the losses of the windows in nats, and the share of zeros in the blocks' weights."""
     way = WAYS[run.way]
     model = rounded(setting, way, run.draw, pruned(setting, way, run.draw, folder))
     weights = weights_of(model).values()
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    made = time.perf_counter() - begin
-    losses = setting.losses(model)
-    return {"losses": losses, "zeros": zeros, "made": made, "seconds": time.perf_counter() - begin}
+    return {"losses": setting.losses(model), "zeros": zeros}
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -261,36 +256,15 @@ def summary(done: Mapping[Run, Mapping[str, Any]], tokens: int) -> list[dict[str
     return rows
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keeps the losses of finished runs")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="starts no run after so many")
-    parser.add_argument("--quick", action="store_true", help="two blocks and short texts; nothing is written")
-    options = parser.parse_args()
-    if options.folder is None and not options.quick:
-        parser.error("give --folder, or --quick")
-    return options
-
-
 def main() -> None:
-    options = arguments()
-    start = time.perf_counter()
+    options = resumable.options(__doc__)
     torch.set_num_threads(1)
     sizes = Sizes(blocks=2, segments=2, windows=6, length=64, draws=2) if options.quick else Sizes()
-    folder = Path(tempfile.mkdtemp()) if options.quick else options.folder
-    folder.mkdir(parents=True, exist_ok=True)
     setting = Setting(sizes)
-    done = {}
-    for run in all_runs(sizes.draws):
-        file = folder / run.file
-        if not file.exists():
-            if time.perf_counter() - start > 60 * options.minutes:
-                return
-            kept = do(setting, run, folder)
-            torch.save(kept, file)
-            perplexity = math.exp(sum(kept["losses"]) / len(kept["losses"]))
-            print(f"{run.file} {perplexity:.2f}, {kept['made']:.0f} of {kept['seconds']:.0f} s", flush=True)
-        done[run] = torch.load(file)
+    runs = all_runs(sizes.draws)
+    done = resumable.finished(runs, options, lambda run: do(setting, run, options.folder))
+    if len(done) < len(runs):
+        return
     losses: dict[str, list[list[float]]] = {}
     for run, kept in done.items():
         losses.setdefault(run.way, []).append(kept["losses"])
@@ -319,7 +293,7 @@ def main() -> None:
             "bits per weight": {name: way.bits_per_weight for name, way in WAYS.items()},
             "comparisons": comparisons,
         },
-        seconds=sum(kept["seconds"] for kept in done.values()),
+        seconds=sum(outcome["seconds"] for outcome in done.values()),
     )
     print(path)
 
