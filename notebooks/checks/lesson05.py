@@ -168,8 +168,8 @@ def _sparse_refined(fn: Callable, failures: Failures, weight: Tensor, keep: Tens
     )
 
 
-def compensated(fn: Callable, failures: Failures) -> None:
-    """compensated(weight, u) -> the weight [out, in] at 2:4 by SparseGPT, where u^T u is the inverse Hessian."""
+def sparsegpt_24(fn: Callable, failures: Failures) -> None:
+    """sparsegpt_24(weight, u) -> the weight [out, in] at 2:4 by SparseGPT, where u^T u is the inverse Hessian."""
     generator = torch.Generator().manual_seed(4)
     for case, width, dtype in (
         ("inputs that do not correlate", 8, torch.float64),
@@ -194,10 +194,10 @@ def compensated(fn: Callable, failures: Failures) -> None:
         if case == "equal weights":
             weight = weight.sign()
         with failures.given(weight=case, shape=(6, width), dtype=str(dtype)):
-            _compensated(fn, failures, weight, hessian, dtype)
+            _sparsegpt_24(fn, failures, weight, hessian, dtype)
 
 
-def _compensated(fn: Callable, failures: Failures, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
+def _sparsegpt_24(fn: Callable, failures: Failures, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
     u = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).to(dtype)
     given = weight.to(dtype)
     answer = failures.call(fn, given, u, changed="your function changed the weight or u; work on a copy")
@@ -241,7 +241,7 @@ def _by_inverses(weight: Tensor, hessian: Tensor) -> Tensor:
     return w
 
 
-CHECKS = {"05.1": nm_mask, "05.2": stored_share, "05.3": sparse_refined, "05.4": compensated}
+CHECKS = {"05.1": nm_mask, "05.2": stored_share, "05.3": sparse_refined, "05.4": sparsegpt_24}
 
 TRIES = {
     "05.1": "9 weights, among them ties, views, convolutions and int8, in 5 patterns N:M",

@@ -29,7 +29,7 @@ class RefinedByChoice(torch.autograd.Function):
         return torch.where(keep, gradient, gradient + ctx.decay * weight), None, None
 
 
-def compensated_group_by_group(weight, u):
+def sparsegpt_24_group_by_group(weight, u):
     """Each group of four is finished before the columns behind it are updated, all at once."""
     w = weight.clone()
     scale = u / u.diagonal()[:, None]
@@ -49,5 +49,5 @@ RIGHT = {
     "05.1": nm_mask_by_beating,
     "05.2": stored_share_in_whole_bits,
     "05.3": RefinedByChoice,
-    "05.4": compensated_group_by_group,
+    "05.4": sparsegpt_24_group_by_group,
 }
