@@ -81,7 +81,6 @@ FIXED = {
     ("05", "even-say"): "batches",
     ("05", "file-show"): "the blocks of SmolLM2",
     ("05", "pattern-show"): "a row of eight weights",
-    ("05", "whole-say"): "the settings of a record",
     ("06", "challenge-show"): "recipes, and the test images",
     ("06", "child-say"): "the sums of a product",
     ("06", "db-say"): "sources",
