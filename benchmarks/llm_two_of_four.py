@@ -1,6 +1,6 @@
 """Perplexity of the whole SmolLM2 at 2:4 without training, beside fewer bits at equal bytes.
 
-    python benchmarks/llm_two_of_four.py --folder DIR               30 minutes on an idle core, and writes the record
+    python benchmarks/llm_two_of_four.py --folder DIR               40 minutes on an idle core, and writes the record
     python benchmarks/llm_two_of_four.py --folder DIR --minutes 10  as many runs as that; the same command goes on
     python benchmarks/llm_two_of_four.py --quick                    a few blocks, short texts; writes nothing
 
