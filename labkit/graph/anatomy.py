@@ -79,6 +79,16 @@ def attentions_in(model: nn.Module, record: Record) -> tuple[Attention, ...]:
 
     Raises InputError for a model without attentions.
     """
+    listed = _attentions_in(model, record)
+    if not listed:
+        raise InputError(
+            f"{type(model).__name__} has no attention heads that labkit can read: it looks for a softmax over scores "
+            "[batch, heads, queries, keys], and for the linear layer that reads what the heads give."
+        )
+    return listed
+
+
+def _attentions_in(model: nn.Module, record: Record) -> tuple[Attention, ...]:
     modules = dict(model.named_modules())
     classes, _ = record.labels.resolve()
     attentions: dict[str, Attention] = {}
@@ -95,11 +105,6 @@ def attentions_in(model: nn.Module, record: Record) -> tuple[Attention, ...]:
                 scores = None
         elif operation.name in PRODUCTS:
             scores = None
-    if not attentions:
-        raise InputError(
-            f"{type(model).__name__} has no attention heads that labkit can read: it looks for a softmax over scores "
-            "[batch, heads, queries, keys], and for the linear layer that reads what the heads give."
-        )
     return tuple(attentions.values())
 
 
@@ -161,12 +166,13 @@ def feed_forwards(model: nn.Module, coupling: Coupling) -> tuple[FeedForward, ..
     lists_of_layers = tuple(f"{name}." for name in stacks(model))
     operations = coupling.record.operations
     softmaxes = {operation.module for operation in operations if operation.name in SOFTMAX}
+    readers_of_heads = {attention.output for attention in _attentions_in(model, coupling.record)}
     networks = []
     for number, group in enumerate(coupling.groups):
         name = _reader_of_neurons(group)
         if name is None or not name.startswith(lists_of_layers):
             continue
-        is_in_attention = any(name.startswith(f"{module}.") for module in softmaxes)
+        is_in_attention = name in readers_of_heads or any(name.startswith(f"{module}.") for module in softmaxes)
         is_linear_module = is_linear(modules.get(name))
         is_stack_of_experts = name in parameters and parameters[name].dim() == 3
         if not is_in_attention and (is_linear_module or is_stack_of_experts):

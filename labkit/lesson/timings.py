@@ -8,6 +8,8 @@ from html import escape
 from labkit import show
 from labkit.timing.bench import Comparison, Measurement
 
+LAST = "the last of them, 95 % interval"  # column of the process whose page is shown
+
 
 @dataclass(frozen=True)
 class TimingRow:
@@ -35,7 +37,7 @@ class Timings:
         cells = {
             "name": name,
             "time": show.quantity(timing.median_s, "s"),
-            **_intervals(timing.ci95_s, timing.within_run_s, len(timing.processes), "s"),
+            **_intervals(timing.process_median_s, timing.within_run_s, timing.ci95_s, timing.processes, "s"),
         }
         brief = _brief(name, timing.median_s, timing.ci95_s, len(timing.processes), "s")
         self.add(TimingRow(str(timing), cells, brief, _roof_shares(timing), "; ".join(timing.warnings)))
@@ -48,7 +50,7 @@ class Timings:
             "baseline": _side("baseline", baseline),
             "candidate": _side("candidate", candidate),
             "ratio": show.quantity(comparison.speedup, "x"),
-            **_intervals(comparison.ci95, comparison.within_run, len(comparison.processes), "x"),
+            **_intervals(comparison.process_speedup, comparison.within_run, comparison.ci95, comparison.processes, "x"),
             "verdict": comparison.verdict,
         }
         line = str(comparison) if self._collected is None else f"{name}: {comparison}"
@@ -116,7 +118,13 @@ def _roof_shares(*sides: Measurement) -> str:
     return " and ".join(f"{100 * share:.3g} %" for share in shares)
 
 
-def _intervals(ci95: tuple[float, float], within_run: tuple[float, float], processes: int, unit: str) -> dict[str, str]:
-    """Return the cells of a timing's intervals by column: the range over processes, if any, then within this run."""
-    over = {show.covers(processes): show.interval(ci95, unit)} if processes else {}
-    return over | {show.covers(0): show.interval(within_run, unit)}
+def _intervals(
+    here: float, within_run: tuple[float, float], ci95: tuple[float, float], processes: Sequence[float], unit: str
+) -> dict[str, str]:
+    """Return the cells of a timing's intervals by column: within this run, or over processes and of the last one."""
+    ends = show.interval(within_run, unit)
+    if not processes:
+        return {show.covers(0): ends}
+    value = show.quantity(here, unit, show.further_digits(within_run, unit))
+    over_processes = show.interval(ci95, unit)
+    return {show.covers(len(processes)): over_processes, LAST: f"{value} ({ends})"}

@@ -105,8 +105,9 @@ class Measurement:
         return {"kind": "measurement", **_plain(self), "result": result}
 
     def __str__(self) -> str:
-        median, within_run = estimate(self.median_s, self.within_run_s, "s")
-        intervals = _intervals(within_run, self.ci95_s, len(self.processes), "s")
+        median, _ = estimate(self.median_s, self.within_run_s, "s")
+        here = estimate(self.process_median_s, self.within_run_s, "s")
+        intervals = _intervals(here, self.ci95_s, len(self.processes), "s")
         samples = f"{counted(len(self.samples_s), 'sample')} of {counted(self.number, 'call')}"
         how = f"{samples}, {_conditions(self)}"
         line = f"{self.name} {median} [{intervals}; {how}]"
@@ -215,8 +216,9 @@ class Comparison:
         times = [estimate(side.median_s, side.within_run_s, "s")[0] for side in (self.baseline, self.candidate)]
         names = (self.baseline.name, self.candidate.name)
         sides = " -> ".join(f"{name} {time}" for name, time in zip(names, times, strict=True))
-        ratio, within_run = estimate(self.speedup, self.within_run, "x")
-        intervals = _intervals(within_run, self.ci95, len(self.processes), "x")
+        ratio, _ = estimate(self.speedup, self.within_run, "x")
+        here = estimate(self.process_speedup, self.within_run, "x")
+        intervals = _intervals(here, self.ci95, len(self.processes), "x")
         builds = f"{len(self.pairs_per_build)} builds, " if self.pairs_per_build else ""
         blocks = counted(len(self.baseline_first) // self.per_block, "block")
         pairs = counted(self.per_block, "pair")
@@ -274,11 +276,12 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _intervals(within_run: str, ci95: tuple[float, float], processes: int, unit: str) -> str:
-    """Say what each interval covers: the range over processes, if any, then the printed interval within this run."""
-    phrases = [f"{interval(ci95, unit)} {covers(processes)}"] if processes else []
-    phrases.append(within_run if within_run == "no interval" else f"{within_run} {covers(0)}")
-    return "; ".join(phrases)
+def _intervals(here: tuple[str, str], ci95: tuple[float, float], processes: int, unit: str) -> str:
+    """Say what each interval covers: the range over processes, if any, then this process with its interval."""
+    value, within_run = here
+    if processes:
+        return f"{interval(ci95, unit)} {covers(processes)}; {value} in the last of them, {within_run}"
+    return within_run if within_run == "no interval" else f"{within_run} {covers(0)}"
 
 
 def _conditions(side: Measurement) -> str:

@@ -1,17 +1,14 @@
-"""Checks of lesson 04: cutting heads, their importance, a bound on speed-up, distances across layers, dropping layers.
+"""Checks of lesson 04: cutting heads, a bound on speed-up, dropping layers.
 
-Each tests what has to hold (the masked layer's outputs, indifference to padding and to how batches are cut, counted
-FLOPs, the same answer with a cache as without) on awkward inputs: grouped queries, heads wider than the model, vectors
-that are equal but for rounding, the first layer among those that go.
+Each tests what has to hold (the masked layer's outputs, counted FLOPs, the same answer with a cache as without) on
+awkward inputs: grouped queries, heads wider than the model, the first layer among those that go.
 """
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.lesson.failures import Failures, alike, has_parts
@@ -131,67 +128,6 @@ def _has_its_sizes(after, width: int, head_dim: int, heads: int, kv_heads: int, 
         failures.expect(right_bias, f"the bias of {name} has not the length of its outputs, or has come or gone")
 
 
-# -------------------------------------------------------------------------------------------- importance from gradients
-
-
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # what sums in float32 may differ by, in whichever order they are taken
-# lengths of the sequences, heads, dimensions of a head
-CONTEXTS = (
-    ((5, 3, 1), 4, 3),
-    ((2,), 1, 5),
-    ((6, 6), 12, 2),
-    ((1, 4, 2, 7), 3, 4),
-)
-
-
-def head_scores(fn: Callable, failures: Failures) -> None:
-    """head_scores(context, grad, mask) -> [heads], the sum over sequences of |sum over real tokens and dims|."""
-    for lengths, heads, dim in CONTEXTS:
-        context, grad, mask = _sequences(lengths, heads, dim)
-        with failures.given(lengths=str(lengths), heads=heads, head_dim=dim):
-            changed = "the tensors that were given have changed; compute new ones"
-            got = failures.call(fn, context, grad, mask, changed=changed)
-            products = (context * grad).double()  # [B, T, heads, dim]
-            each = []
-            for product, real in zip(products, mask, strict=True):
-                places = itertools.product(real.nonzero().flatten(), range(dim))
-                each.append(sum(product[t, :, d] for t, d in places).abs())
-            right = failures.close(
-                got,
-                torch.stack(each).sum(0),
-                "a head's score is, summed over the sequences, the magnitude of what its gate would do to that "
-                "sequence's loss: first the sum over real tokens and dimensions, then the magnitude",
-                **FLOAT32,
-            )
-            if not right:
-                continue
-            garbage = mask.bool().logical_not()[:, :, None, None] * 1e6
-            failures.close(
-                fn(context + garbage, grad + garbage, mask), got, "what stands at padding changes the score", **FLOAT32
-            )
-            parts = 0
-            for i in range(len(lengths)):
-                alone = slice(i, i + 1)
-                parts = parts + fn(context[alone], grad[alone], mask[alone])
-            failures.close(parts, got, "the sum over batches depends on how the batches are cut", **FLOAT32)
-            failures.expect(not got.requires_grad, "the score still hangs on the graph of gradients; detach it")
-
-
-def _sequences(lengths: tuple[int, ...], heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """context and its gradient [B, T, heads, dim], float32, with numbers at padding too; mask int64 [B, T]."""
-    generator = torch.Generator().manual_seed(len(lengths) * heads)
-    shape = (len(lengths), max(lengths) + 1, heads, dim)
-    context, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    return context.requires_grad_(), grad, _mask(lengths, shape[1])
-
-
-def _mask(lengths: tuple[int, ...], tokens: int) -> Tensor:
-    """int64 [B, tokens], 1 at real tokens: every second sequence is padded in front, the others at the end."""
-    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
-    mask[1::2] = mask[1::2].flip(1)
-    return mask
-
-
 # ----------------------------------------------------------------------------------------------------- a bound on speed
 
 
@@ -236,71 +172,6 @@ def _flops(width: int, ffn: int, tokens: int, heads: float, neurons: float) -> f
     return sum(2.0 * rows * columns for rows, columns in matrices)
 
 
-# ------------------------------------------------------------------------------------------- distance across a block
-
-
-ANGLE = 3e-4  # a cosine in float32 may be 2e-7 off 1, which is this share of half a turn: arccos(1 - 2e-7) / pi
-# lengths of the sequences, width, layers
-STREAMS = (
-    ((4, 2), 6, 5),
-    ((3,), 3, 4),
-    ((1, 5, 2), 16, 3),
-)
-
-
-def block_distance(fn: Callable, failures: Failures) -> None:
-    """block_distance(hidden, mask, n) -> [layers + 1 - n], the mean angle over real tokens, as a share of pi."""
-    for lengths, width, layers in STREAMS:
-        hidden, mask = _stream(lengths, width, layers)
-        for n in range(1, layers + 1):
-            with failures.given(lengths=str(lengths), width=width, layers=layers, n=n):
-                got = fn(list(hidden), mask, n)
-                blocks = zip(hidden[: layers + 1 - n], hidden[n:], strict=True)
-                want = [_mean_angle(before, after, mask) for before, after in blocks]
-                failures.close(
-                    got,
-                    want,
-                    "entry l is the angle between what enters layer l and what enters layer l + n, over pi, as the "
-                    "mean over all real tokens, each counting the same",
-                    atol=1e-6,
-                )
-    hidden, mask = _stream((7, 9), 24, 2)
-    hidden[1], hidden[2] = hidden[0] * 3, -hidden[0]
-    with failures.given(hidden="layers that only rescale, and one that turns round", n=1):
-        failures.close(
-            fn(list(hidden), mask, 1), [0.0, 1.0], "parallel vectors are at 0 and opposite ones at 1", atol=ANGLE
-        )
-    after = hidden[0] * 3
-    after[:, ::2] = hidden[0][:, ::2].flip(-1)
-    with failures.given(hidden="a layer that rescales every second token and turns the others", n=1):
-        failures.close(
-            fn([hidden[0], after], mask, 1),
-            [_mean_angle(hidden[0], after, mask)],
-            "a token that is only rescaled is at 0 and counts in the mean like every other",
-            atol=ANGLE,
-        )
-
-
-def _mean_angle(a: Tensor, b: Tensor, mask: Tensor) -> float:
-    angles = []
-    for i, t in mask.nonzero().tolist():
-        u = F.normalize(a[i, t], dim=0)
-        v = F.normalize(b[i, t], dim=0)
-        angles.append(2 * torch.atan2((u - v).norm(), (u + v).norm()))  # Kahan's: exact when small
-    return float(sum(angles)) / len(angles) / math.pi
-
-
-def _stream(lengths: tuple[int, ...], width: int, layers: int) -> tuple[list[Tensor], Tensor]:
-    """layers + 1 hidden states [B, T, width] that drift apart at other speeds, and their mask int64 [B, T]."""
-    generator = torch.Generator().manual_seed(width)
-    shape = (len(lengths), max(lengths) + 2, width)
-    hidden = [torch.randn(shape, generator=generator, dtype=torch.float64)]
-    for layer in range(layers):
-        step = torch.randn(shape, generator=generator, dtype=torch.float64)
-        hidden.append(hidden[-1] * 1.5 + step * (0.2 + layer))
-    return hidden, _mask(lengths, shape[1])
-
-
 # -------------------------------------------------------------------------------------------------- dropping layers
 
 DEPTH = 6  # layers of the decoder that the check drops some of
@@ -343,7 +214,7 @@ def drop_layers(fn: Callable, failures: Failures) -> None:
 
 def _decoder() -> nn.Module:
     """A decoder of DEPTH layers, random and small, each layer doing enough to be missed."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds to import, and four checks need none of it
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds to import; the others need none of it
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40, "num_hidden_layers": DEPTH}
     with torch.random.fork_rng(devices=[]):
@@ -397,12 +268,10 @@ def _answers_alike(new: nn.Module, model: nn.Module, gone: list[int], failures: 
     failures.expect(fits, "the cache, or the config's number of layers, has not one entry for each layer that stays")
 
 
-CHECKS = {"04.1": surgery, "04.2": head_scores, "04.3": speedup_bound, "04.4": block_distance, "04.5": drop_layers}
+CHECKS = {"04.1": surgery, "04.2": speedup_bound, "04.3": drop_layers}
 
 TRIES = {
     "04.1": f"{len(LAYERS)} attention layers, with and without grouped queries and biases",
-    "04.2": f"{len(CONTEXTS)} batches of sequences of different lengths, then other numbers at padding",
-    "04.3": f"{len(BLOCKS)} blocks with {len(SHARES)} pairs of shares each",
-    "04.4": f"{len(STREAMS)} batches of sequences of different lengths, then layers that only rescale or turn round",
-    "04.5": f"{len(GONE)} ways to drop layers of a decoder of {DEPTH}, with a cache and without",
+    "04.2": f"{len(BLOCKS)} blocks with {len(SHARES)} pairs of shares each",
+    "04.3": f"{len(GONE)} ways to drop layers of a decoder of {DEPTH}, with a cache and without",
 }

@@ -1,4 +1,4 @@
-"""Checks of lesson 06: a quantizer, true bits, an integer layer, a quantized convolution, packed nibbles.
+"""Checks of lesson 06: a quantizer, true bits, an integer layer, a quantized convolution.
 
 Each holds the answer against what has to be true of it, or against an independent computation: a loop over numbers in
 Python's own arithmetic, bits that are written out, sums of integers without an end, windows that are cut one by one.
@@ -235,39 +235,11 @@ def _by_windows(x: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def pack4(fn: Callable, failures: Failures) -> None:
-    """pack4(codes) -> uint8 [ceil(count / 2)], the earlier code in the low nibble."""
-    generator = torch.Generator().manual_seed(3)
-    for case, codes in {
-        "every code": torch.arange(-8, 8).to(torch.int8),
-        "two codes": torch.tensor([-1, 5], dtype=torch.int8),
-        "an odd count": torch.randint(-8, 8, (7,), generator=generator).to(torch.int8),
-        "one code": torch.tensor([-3], dtype=torch.int8),
-        "a matrix": torch.randint(-8, 8, (3, 5), generator=generator).to(torch.int8),
-        "a transposed view": torch.randint(-8, 8, (4, 6), generator=generator).to(torch.int8).t(),
-    }.items():
-        with failures.given(codes=case):
-            data = failures.call(fn, codes, changed="your function changed the codes")
-            numbers = codes.flatten().tolist()
-            usable = isinstance(data, Tensor) and data.dtype == torch.uint8
-            failures.need(usable, "return a uint8 tensor: bytes have no sign")
-            failures.need(data.shape == (-(-len(numbers) // 2),), "two codes share a byte: return [ceil(count / 2)]")
-            nibbles = [nibble for byte in data.tolist() for nibble in (byte % 16, byte // 16)]
-            signed = [nibble - 16 if nibble > 7 else nibble for nibble in nibbles]
-            failures.close(
-                signed[: len(numbers)],
-                numbers,
-                "read back by the layout of the text (low nibble first, two's complement), your bytes give other codes",
-            )
-            failures.expect(not any(nibbles[len(numbers) :]), "after an odd count the last upper half has to be 0")
-
-
-CHECKS = {"06.1": quantize, "06.2": stored_bits, "06.3": int_linear, "06.4": quantized_conv, "06.5": pack4}
+CHECKS = {"06.1": quantize, "06.2": stored_bits, "06.3": int_linear, "06.4": quantized_conv}
 
 TRIES = {
     "06.1": "13 tensors, among them one-sided ones, zeros, tiny numbers and ties, at up to 3 widths, symmetric and not",
     "06.2": f"{len(GROUPED_ROWS)} rows, some with a last group that is not full, in {len(STORED_BITS)} formats",
     "06.3": f"{len(PRODUCTS)} products with {len(ZERO_POINTS)} pairs of zero points, with extreme codes and long rows",
     "06.4": "5 kinds of images at 3 sizes, not all square, among them images of one sign and a channel of zeros",
-    "06.5": "6 tensors of codes, among them odd counts and views",
 }

@@ -414,12 +414,14 @@ def test_over_processes_a_result_is_the_median_and_its_interval_the_range_and_wh
     assert (over.speedup, over.process_speedup, over.within_run) == (pytest.approx(1.7), here.speedup, here.ci95)
     assert (over.ci95, over.verdict, here.verdict) == ((0.995, 1.81), "inconclusive", "faster")
     assert (over.covers, here.covers) == ("over 5 processes", "within this run")
-    assert "1.70x [0.99x to 1.81x over 5 processes; 95% CI 1.72, 1.73 within this run; 20 blocks" in str(over)
+    assert "1.70x [0.99x to 1.81x over 5 processes; 1.72x in the last of them, 95% CI 1.72, 1.73; 20 blocks" in str(
+        over
+    )
     side = over.baseline
     assert (side.median_s, side.ci95_s, side.covers) == (0.034, (0.0199, 0.0413), "over 5 processes")
     assert (side.process_median_s, side.within_run_s) == (here.baseline.median_s, here.baseline.ci95_s)
     assert str(over).startswith("fp32 34.0 ms -> int8 20.0 ms: ")
-    assert "[19.9 ms to 41.3 ms over 5 processes; 95% CI 41.0, 41.6 within this run; " in str(side)
+    assert "[19.9 ms to 41.3 ms over 5 processes; 41.3 ms in the last of them, 95% CI 41.0, 41.6; " in str(side)
 
 
 def test_a_share_of_the_roof_over_processes_is_of_the_median_time():

@@ -168,6 +168,18 @@ def one_neuron_left(model: nn.Module, criterion: str, data=None) -> tuple[list[i
     return [int(kept[f"{name}.weight"][dim]) for name, dim in zip(downs, dims, strict=True)], modules
 
 
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_the_values_of_a_single_head_are_no_neurons(name: str):
+    model = family(name)
+    first = anatomy.attentions(model)[0]
+    single = transformers.prune_heads(model, {0: range(1, first.heads)}).model
+    narrower = transformers.prune_ffn(single, 0.5).model
+    assert heads_of(narrower) == heads_of(single) == [1, *heads_of(model)[1:]]
+    for attention in anatomy.attentions(single):
+        widths = [network.get_submodule(attention.output).weight.shape for network in (single, narrower)]
+        assert widths[0] == widths[1]
+
+
 def test_wanda_is_the_root_mean_square_of_what_a_layer_loses():
     model, data = family("llama").double(), batches("llama")
     best, downs = one_neuron_left(model, "wanda", data)

@@ -26,12 +26,6 @@ def quantized_conv_of_differences(x, weight):
     return F.conv2d(q.double(), p.double(), padding=1).float() * (step * scale.view(-1, 1, 1))
 
 
-def pack4_in_python(codes):
-    numbers = [code % 16 for code in codes.flatten().tolist()]
-    numbers += [0] * (len(numbers) % 2)
-    return torch.tensor([a + 16 * b for a, b in zip(numbers[::2], numbers[1::2], strict=True)], dtype=torch.uint8)
-
-
 def stored_bits_by_floor(columns, bits, group_size, scale_bits, zero_bits):
     return -(-columns // group_size) * (group_size * bits + (scale_bits + zero_bits)) / columns
 
@@ -45,5 +39,4 @@ RIGHT = {
     "06.2": stored_bits_by_floor,
     "06.3": int_linear_in_long,
     "06.4": quantized_conv_of_differences,
-    "06.5": pack4_in_python,
 }

@@ -118,7 +118,7 @@ def test_a_share_is_of_the_one_roof_and_its_range_is_that_of_the_time():
 
 def test_the_attempt_that_is_lowest_by_its_median_may_have_set_the_ceiling():
     page = Page()
-    by_attempt = {"labkit": (83.7, (49.9, 86.9)), "labkit, later": (51.3, (49.8, 89.5))}
+    by_attempt = {"labkit": (83.7, (49.9, 86.9)), "labkit, later": (71.3, (49.8, 89.5))}
     by_attempt["a read by hand"] = (51.5, (44.8, 76.3))
     names = {"rows": [{"attempt": "labkit, later", "GB/s": 51.3}], "bandwidth": 89.5}
     names |= {"by_attempt": by_attempt, "rates_by_hand": ["a read by hand"]}
@@ -129,13 +129,13 @@ def test_the_attempt_that_is_lowest_by_its_median_may_have_set_the_ceiling():
 @pytest.mark.parametrize(
     ("by_hand", "of_labkit", "words"),
     [
-        ((16.6, 18.5), (20.6, 24.0), "the way of reading, not a slow moment"),
+        ((16.6, 18.5), (20.6, 24.0), "no process read at more than 77 % of the ceiling"),
         ((16.6, 21.5), (20.6, 24.0), "at 65 % of that."),
         (None, None, "at 65 % of that."),
     ],
-    ids=["apart", "overlapping", "a run"],
+    ids=["far below", "near", "a run"],
 )
-def test_a_kernel_is_blamed_for_a_low_rate_only_where_processes_tell_it_from_a_moment(
+def test_a_read_by_hand_is_said_to_miss_the_ceiling_only_where_its_best_process_does(
     by_hand: tuple[float, float] | None, of_labkit: tuple[float, float] | None, words: str
 ):
     page = Page()
@@ -143,12 +143,29 @@ def test_a_kernel_is_blamed_for_a_low_rate_only_where_processes_tell_it_from_a_m
     names = {"by_attempt": by_attempt, "rates_by_hand": ["a read by hand"], "bandwidth": 24.0}
     names["rows"] = [{"attempt": "a read by hand", "GB/s": 15.6}]
     executed("01", "answer-ceiling", lab=page, first=SimpleNamespace(warnings=()), **names)
-    assert words in page.said and ("the way of reading" in page.said) == ("the way of reading" in words)
+    assert words in page.said and ("By hand no process" in page.said) == ("no process" in words)
+
+
+@pytest.mark.parametrize("of_processes", [((49.9, 86.9), (49.0, 89.5)), (None, None)], ids=["a recording", "a run"])
+@pytest.mark.parametrize(("later", "is_said"), [(50.0, True), (79.0, False)])
+def test_the_memory_changes_its_speed_within_a_process_where_the_same_attempt_comes_out_otherwise_later(
+    later: float, is_said: bool, of_processes: tuple
+):
+    page, (ends, later_ends) = Page(), of_processes
+    by_attempt = {"labkit": (80.1, ends), "labkit, later": (later, later_ends), "a read by hand": (50.9, ends)}
+    names = {"by_attempt": by_attempt, "rates_by_hand": ["a read by hand"], "bandwidth": 89.5}
+    names["rows"] = [{"attempt": "a read by hand", "GB/s": 50.9}]
+    executed("01", "answer-ceiling", lab=page, first=SimpleNamespace(warnings=()), **names)
+    assert ("reached 80 GB/s before the step and 50 after: the speed changes within a process" in page.said) == is_said
 
 
 @pytest.mark.parametrize(
     ("processes", "low", "words"),
-    [((1.0,) * 5, 217.0, "differs by up to 29 %"), ((1.0,) * 5, 270.0, "FLOP/byte."), ((), 217.0, "may be too low")],
+    [
+        ((1.0,) * 5, 217.0, "the fp32 peak differs by up to 29 %"),
+        ((1.0,) * 5, 270.0, "FLOP/byte."),
+        ((), 217.0, "may be too low"),
+    ],
     ids=["processes apart", "processes alike", "a disturbed run"],
 )
 def test_a_single_process_may_place_its_roof_too_low(processes: tuple[float, ...], low: float, words: str):
@@ -182,13 +199,13 @@ def said_of_batches(ms: dict[int, float], width: float = 0.02) -> str:
 def test_the_batch_that_takes_longer_than_a_larger_one_is_named_and_neither_memory_nor_arithmetic_is_blamed():
     said = said_of_batches(RECORDED_MS)
     assert "Batch 16 even takes 2.08 times as long as batch 32" in said
-    assert "So at least 51 % of its time is neither" in said  # by the low end of the ratio
+    assert "So at least 51 % of its time is needed for neither" in said  # by the low end of the ratio
 
 
 @pytest.mark.parametrize(("ms_of_two", "is_said"), [(2.1, False), (2.3, True)])
-def test_two_rows_take_longer_than_two_passes_only_by_the_low_end(ms_of_two: float, is_said: bool):
+def test_two_rows_take_more_than_twice_as_long_as_one_only_by_the_low_end(ms_of_two: float, is_said: bool):
     said = said_of_batches({1: 1, 2: ms_of_two, 4: 2.5})
-    assert ("two passes of one row" in said) == is_said
+    assert ("more than twice as long" in said) == is_said
 
 
 def test_the_batch_that_the_bound_calls_free_and_that_costs_most_is_named():
@@ -208,38 +225,37 @@ def test_a_batch_is_not_out_of_order_within_the_interval_of_the_ratio_or_without
 # --- the goal of the challenge ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step_of_16", [1.0, 1.7, 1.79, 1.81, 1.88, 2.4])
+@pytest.mark.parametrize("step_of_16", [1.0, 1.79, 1.81, 2.4])
 @pytest.mark.parametrize("width", [0.0, 0.03, math.inf])
-def test_no_batch_of_the_page_reaches_the_goal_of_the_challenge(step_of_16: float, width: float):
-    times = {1: 1.0, 2: 1.67, 4: 1.49, 8: 1.28, 16: step_of_16}
-    page = on_the_plane(Times(times, width))
-    (_, longest, _), (least, _, _) = page.goals.values()
-    step_time, throughput = page.goals
-    reached = [row[step_time] <= longest and row[throughput] >= least for row in page.references]
-    assert len(reached) == 5 and not any(reached)
-
-
-def test_the_best_batch_has_a_throughput_of_exactly_one():
-    page = on_the_plane(Times({1: 1.0, 2: 1.07, 4: 1.6, 8: 2.0, 16: 2.4}))
-    (best,) = [row for row in page.references if row["plan"] == "batch 4, fp32"]
+def test_the_batch_to_beat_is_the_same_however_long_the_others_take(step_of_16: float, width: float):
+    page = on_the_plane(Times({1: 1.0, 2: 1.67, 4: 1.49, 8: 1.55, 16: step_of_16}, width))
+    assert list(page.goals.values()) == [(None, 1.8, "x"), (2, None, "x")]
     _, throughput = page.goals
-    assert (best[throughput], best[f"{throughput} ci95"]) == (1.0, [1.0, 1.0])
+    (beaten,) = [row for row in page.references if row["plan"] == "batch 8, fp32"]
+    assert len(page.references) == 5 and (beaten[throughput], beaten[f"{throughput} ci95"]) == (1.0, [1.0, 1.0])
+    (largest,) = [row for row in page.references if row["plan"] == "batch 16, fp32"]
+    assert largest[throughput] == pytest.approx(2 * 1.55 / step_of_16)
 
 
-@pytest.mark.parametrize(("step_of_best", "is_beyond"), [(1.94, True), (1.79, False)])
-def test_a_batch_to_beat_that_breaks_the_limit_by_its_median_is_said_to(step_of_best: float, is_beyond: bool):
-    page = Page()
-    names = {"steps": {16: (step_of_best, (1.74, 1.97))}, "best_batch": 16, "limit": 1.8}
-    told = function("01", "told", show=show, step_time=SimpleNamespace(processes=(1.0,) * 5))
-    executed("01", "challenge-say", lab=page, told=told, **names)
-    assert ("beyond the limit by its median" in page.said) == is_beyond
+def test_the_page_says_what_its_own_batches_write():
+    page = on_the_plane(Times({1: 1.0, 2: 1.67, 4: 1.64, 8: 1.6, 16: 2.0}, 0.03), "challenge-say")
+    assert (
+        "Batch 8 writes 5.0 times" in page.said
+        and "The most that section 7 reaches is 8.0 times, with batch 16." in page.said
+    )
 
 
-def on_the_plane(race: Times) -> Page:
+def test_a_race_without_intervals_has_a_goal_all_the_same():
+    page = on_the_plane(Times({1: 1.0, 2: 1.67, 4: 1.5, 8: 1.55, 16: 2.4}, math.inf), "challenge-say")
+    assert "the goal is 10.3 times" in page.said
+
+
+def on_the_plane(race: Times, *cells: str) -> Page:
     page = Page()
     names = {"lab": page, "planned": None, "by_batch": race, "over_one": race.times, "kind": "fp32"}
     names["over_first"] = function("01", "over_first")
-    executed("01", "challenge-plane", **names)
+    names["told"] = lambda value, _, form, unit: f"{value:{form}}{unit}"
+    executed("01", "challenge-plane", *cells, **names)
     return page
 
 
@@ -262,23 +278,55 @@ def test_a_plan_that_breaks_a_single_sequence_does_not_count():
 
 
 @pytest.mark.parametrize(
-    ("agree", "words"), [(True, "the 54 % lost inside the products"), (False, "nothing is said here about")]
+    ("agree", "words"), [(True, "are lost inside the products. No cause"), (False, "nothing is said here of a loss")]
 )
 def test_no_diagnosis_where_the_race_and_section_1_do_not_agree_about_a_step(agree: bool, words: str):
+    said = said_of_parts(agree=agree, is_kernel_slow=False)
+    assert words in said and "kernel" not in said
+
+
+@pytest.mark.parametrize(("in_step", "is_like_cold"), [(16.7e9, True), (40e9, False)])
+def test_the_kernel_is_suspected_where_reading_and_computing_alone_are_each_faster(in_step: float, is_like_cold: bool):
+    said = said_of_parts(agree=True, is_kernel_slow=True, in_step=in_step)
+    assert "256 MiB are read at 77 GB/s (section 2)" in said and "weights at 78 from a cache" in said
+    assert "No cause" not in said and ("about as that layer does cold (18)" in said) == is_like_cold
+
+
+def test_a_step_is_the_sum_of_its_parts_and_its_loss_is_told_by_the_slowest_bandwidth_too():
+    said = said_of_parts(agree=True, is_kernel_slow=True)
+    assert "In ms: 32.3 + (3.8 - 0.7) + 2.3 = 37.7." in said
+    assert "54 % (42 % by the slowest process's bandwidth) are lost inside the products." in said
+    assert "slowest" not in said_of_parts(agree=True, is_kernel_slow=True, by_lowest="")
+
+
+def said_of_parts(
+    *, agree: bool, is_kernel_slow: bool, in_step: float = 16.7e9, by_lowest: str = " (27 % by the slowest)"
+) -> str:
     page, ends = Page(), (1.0, 2.0)
     executed(
         "01",
         "profile-say",
         lab=page,
         agree=agree,
+        is_kernel_slow=is_kernel_slow,
+        read_size=2**28,
+        by_reading=SimpleNamespace(value=76.6605),
+        binary=function("01", "binary"),
+        hot_rate=77.6,
+        in_step=in_step,
+        small_bytes=4 * 1024**2,
+        small_layer={"cold": SimpleNamespace(median_s=229e-6)},
+        ms={"step": 37.7, "products": 32.3, "calls": 3.8, "calls of products": 0.7},
+        rest_ms=2.3,
         parts={"products": (79.0, ends), "other calls": (10.0, ends), "the rest": (11.0, ends)},
         for_bytes=22.0,
         calls_of_products=3.0,
         lost=54.0,
-        linear_shares={1: (51.0, ends)},
+        lost_at_least=42.0,
+        by_lowest=by_lowest,
         told=lambda value, _: f"{value:.0f} %",
     )
-    assert words in page.said
+    return page.said
 
 
 @pytest.mark.parametrize(
