@@ -10,7 +10,7 @@ from labkit.words import is_open
 LINE_STYLES = ("-", "-.", ":")
 
 
-def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None = None, **style: Any) -> None:
+def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str) -> None:
     """Draw a line for each value of a column, with a label for the legend.
 
     ax: matplotlib axes to draw into.
@@ -18,8 +18,6 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
         interval that excludes nothing, such as (0, inf), has no bar.
     x, y: names of the columns to draw.
     by: name of the column whose values distinguish the lines.
-    baseline: value of `by` whose line is black and dashed.
-    style: options for matplotlib's `errorbar`.
     """
     import matplotlib
 
@@ -29,12 +27,10 @@ def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str, baseline: str | None 
         group = [row for row in rows if row[by] == name]
         times_round = number // colours  # colours come again, with another line style
         look: dict[str, Any] = {"linestyle": LINE_STYLES[times_round % len(LINE_STYLES)]}
-        if name == baseline:
-            look = {"color": "black", "linestyle": "--"}
         if all("low" in row and "high" in row for row in group):
             bars = [_bar(row[y], row["low"], row["high"]) for row in group]
             look["yerr"] = list(zip(*bars, strict=True))
-        look |= {"marker": "o", "markersize": 3, "capsize": 2, **style}
+        look |= {"marker": "o", "markersize": 3, "capsize": 2}
         xs = [row[x] for row in group]
         ys = [row[y] for row in group]
         ax.errorbar(xs, ys, label=str(name), **look)

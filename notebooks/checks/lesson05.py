@@ -1,9 +1,7 @@
-"""Checks of lesson 05: an exact N:M mask, values with two-bit positions, the bytes of a pattern, a straight-through
-estimator, Wanda's choice in groups.
+"""Checks of lesson 05: an exact N:M mask, the bytes of a pattern, a straight-through estimator, SparseGPT.
 
 Each holds the answer against what has to be true of it, or against an independent computation: counts in every group,
-a weight put together again bit by bit, positions that are really written out, gradients by their definition, outputs
-that are computed without a weight.
+positions that are really written out, gradients by their definition, updates with an inverse for every column.
 """
 
 import itertools
@@ -12,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from labkit.lesson.failures import Failures, has_parts, is_mask
+from labkit.lesson.failures import Failures, is_mask
 
 
 def nm_mask(fn: Callable, failures: Failures) -> None:
@@ -72,57 +70,6 @@ def _breaks_ties_late(group: list[tuple[float, bool]]) -> bool:
         if first == second and second_stays and not first_stays:
             return True
     return False
-
-
-def compress(fn: Callable, failures: Failures) -> None:
-    """compress(weight) -> (values [out, in / 2], positions uint8 [out, in / 8]) of a 2:4 weight."""
-    generator = torch.Generator().manual_seed(1)
-    for case, rows, columns, dtype in (
-        ("two kept in every group", 5, 16, torch.float32),
-        ("two kept in every group", 3, 8, torch.float16),
-        ("some groups with one or none", 6, 32, torch.float32),
-        ("some groups with one or none", 4, 24, torch.int8),
-        ("tiny values", 3, 16, torch.float32),
-        ("all zero", 2, 8, torch.float32),
-    ):
-        order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
-        weight = torch.randn(rows, columns // 4, 4, generator=generator).masked_fill(order < 2, 0.0)
-        fewer = {"some groups with one or none": 0.3, "all zero": 1.0}.get(case, 0.0)
-        weight[torch.rand(weight.shape, generator=generator) < fewer] = 0.0
-        weight *= {"tiny values": 1e-20}.get(case, 20.0)
-        with failures.given(weight=case, shape=(rows, columns), dtype=str(dtype)):
-            _compress(fn, failures, weight.flatten(1).to(dtype))
-
-
-def _compress(fn: Callable, failures: Failures, weight: Tensor) -> None:
-    rows, columns = weight.shape
-    answer = failures.call(fn, weight, changed="your function changed the weight")
-    if not failures.expect(has_parts(answer, 2), "return the values and the metadata"):
-        return
-    values, metadata = answer
-    usable = all(isinstance(part, Tensor) for part in answer)
-    usable = usable and values.shape == (rows, columns // 2) and values.dtype == weight.dtype
-    if not failures.expect(usable, "values has to be a tensor [out, in / 2] of the weight's own type"):
-        return
-    usable = metadata.shape == (rows, columns // 8) and metadata.dtype == torch.uint8
-    if not failures.expect(usable, "the metadata have to be a uint8 tensor [out, in / 8]: two groups share a byte"):
-        return
-    again, ascending = torch.zeros_like(weight), True
-    for row in range(rows):
-        for group in range(columns // 4):
-            nibble = metadata[row, group // 2].item() >> 4 * (group % 2) & 15
-            first, second = nibble & 3, nibble >> 2
-            ascending &= first < second
-            again[row, 4 * group + first] += values[row, 2 * group]
-            again[row, 4 * group + second] += values[row, 2 * group + 1]
-    failures.expect(
-        ascending,
-        "the two positions of a group have to differ and ascend, also where the group holds fewer than two values",
-    )
-    failures.expect(
-        torch.equal(again, weight),
-        "read back by the layout in the text (lowest bits first), your values and metadata give another weight",
-    )
 
 
 PATTERNS = (
@@ -221,55 +168,84 @@ def _sparse_refined(fn: Callable, failures: Failures, weight: Tensor, keep: Tens
     )
 
 
-def wanda_mask(fn: Callable, failures: Failures) -> None:
-    """wanda_mask(weight, inputs, n, m) -> bool tensor [out, in], True where kept."""
-    generator = torch.Generator().manual_seed(2)
-    for case, shape in {
-        "[tokens, in]": (50, 24),
-        "[batch, tokens, in]": (6, 9, 24),
-        "one token": (1, 24),
-        "half of them always 0": (20, 24),
-    }.items():
-        inputs = torch.randn(shape, generator=generator) ** 3  # long tails: mean and root mean square rank differently
-        inputs = inputs * torch.logspace(-1, 1, 24)[torch.randperm(24, generator=generator)]  # some features are loud
-        if case == "half of them always 0":
-            inputs[:, 12:] = 0
-        weight = torch.randn(8, 24, generator=generator)
-        for n, m in ((2, 4), (1, 4), (4, 8), (2, 6)):
-            with failures.given(inputs=case, n=n, m=m):
-                _wanda_mask(fn, failures, weight, inputs, n, m)
+def sparsegpt_24(fn: Callable, failures: Failures) -> None:
+    """sparsegpt_24(weight, u) -> the weight [out, in] at 2:4 by SparseGPT, where u^T u is the inverse Hessian."""
+    generator = torch.Generator().manual_seed(4)
+    for case, width, dtype in (
+        ("inputs that do not correlate", 8, torch.float64),
+        ("one group", 4, torch.float64),
+        ("correlated inputs", 16, torch.float64),
+        ("correlated inputs, some of them loud", 24, torch.float64),
+        ("a weight with zeros", 12, torch.float64),
+        ("equal weights", 8, torch.float64),
+        ("float32", 16, torch.float32),
+    ):
+        x = torch.randn(200, width, generator=generator, dtype=torch.float64)
+        if case not in ("inputs that do not correlate", "equal weights"):
+            x = x @ (torch.eye(width) + 0.6 * torch.randn(width, width, generator=generator)).double()
+        if "loud" in case:
+            x = x * torch.logspace(-1, 1, width)[torch.randperm(width, generator=generator)]
+        hessian = x.t() @ x / len(x)
+        if case in ("inputs that do not correlate", "equal weights"):
+            hessian = torch.eye(width, dtype=torch.float64)
+        weight = torch.randn(6, width, generator=generator, dtype=torch.float64)
+        if case == "a weight with zeros":
+            weight[torch.rand(weight.shape, generator=generator) < 0.4] = 0.0
+        if case == "equal weights":
+            weight = weight.sign()
+        with failures.given(weight=case, shape=(6, width), dtype=str(dtype)):
+            _sparsegpt_24(fn, failures, weight, hessian, dtype)
 
 
-def _wanda_mask(fn: Callable, failures: Failures, weight: Tensor, inputs: Tensor, n: int, m: int) -> None:
-    changed = "your function changed the weight or the inputs; it should only return a mask"
-    mask = failures.call(fn, weight, inputs, n, m, changed=changed)
-    if not failures.expect(is_mask(mask, weight), "return a bool tensor [out, in], True where a weight is kept"):
+def _sparsegpt_24(fn: Callable, failures: Failures, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
+    u = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).to(dtype)
+    given = weight.to(dtype)
+    answer = failures.call(fn, given, u, changed="your function changed the weight or u; work on a copy")
+    is_result = isinstance(answer, Tensor) and answer.shape == weight.shape
+    if not failures.expect(is_result, "return the pruned weight, a tensor of the weight's shape"):
         return
-    groups = mask.view(len(weight), -1, m)
-    if not failures.expect(bool((groups.sum(-1) == n).all()), "a group of m does not keep exactly n"):
-        return
-    columns = inputs.flatten(0, -2).t()  # [in, tokens]
-    changes = []
-    for row in weight:
-        changes += [(w * x).norm() for w, x in zip(row, columns, strict=True)]
-    change = torch.stack(changes).view(
-        groups.shape
-    )  # how far the outputs move when this weight alone goes, over all tokens
-    least = change.masked_fill(~groups, torch.inf).amin(-1)
-    most = change.masked_fill(groups, 0.0).amax(-1)
+    answer = answer.detach().double()
+    nonzeros = (answer != 0).unflatten(1, (-1, 4)).sum(-1)
     failures.expect(
-        bool((least >= most * (1 - 1e-5)).all()),
-        "a weight was removed whose absence moves the output further than that of one that stayed in its group: the "
-        "score is |w| times the root of the sum of the squares of its input, over all tokens",
+        bool((nonzeros <= 2).all()),
+        "a group of four holds more than two nonzeros: a removed weight has to end as exactly 0",
+        detail=f"{int((nonzeros > 2).sum())} of {nonzeros.numel()} groups",
+    )
+    wanted = _by_inverses(weight, hessian)
+    loose = 1e-3 if dtype is torch.float32 else 1e-7
+    failures.close(
+        answer,
+        wanted,
+        "the weight differs from that of the formulas, computed with an inverse for every column: look at what is "
+        "ranked (the updated weights, each over its own u[k, k], once a group), and at what is subtracted from which "
+        "columns",
+        rtol=loose,
+        atol=loose,
     )
 
 
-CHECKS = {"05.1": nm_mask, "05.2": compress, "05.3": stored_share, "05.4": sparse_refined, "05.5": wanda_mask}
+def _by_inverses(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Prune by OBS with an inverse of the rest of the Hessian for each column, as the text derives it."""
+    w = weight.clone()
+    width = w.shape[1]
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(width)]
+    errors = torch.stack([inverse[0, 0] for inverse in inverses])  # U_jj squared
+    for j in range(width):
+        if j % 4 == 0:
+            scores = w[:, j : j + 4].square() / errors[j : j + 4]
+            order = scores.argsort(dim=1, descending=True, stable=True)
+            removed = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, 2:], True)
+        step = w[:, j] / errors[j] * removed[:, j % 4]
+        w[:, j:] -= step[:, None] * inverses[j][0]
+        w[:, j].masked_fill_(removed[:, j % 4], 0.0)
+    return w
+
+
+CHECKS = {"05.1": nm_mask, "05.2": stored_share, "05.3": sparse_refined, "05.4": sparsegpt_24}
 
 TRIES = {
     "05.1": "9 weights, among them ties, views, convolutions and int8, in 5 patterns N:M",
-    "05.2": "6 weights, among them groups with one nonzero or none, and int8",
-    "05.3": f"{len(PATTERNS)} patterns N:M at 4 widths of the values",
-    "05.4": "a matrix and a convolution with 3 strengths of the pull, forwards and backwards, then two layers at once",
-    "05.5": "inputs with two and with three dimensions, some of them always 0, in 4 patterns N:M",
+    "05.2": f"{len(PATTERNS)} patterns N:M at 4 widths of the values",
+    "05.3": "a matrix and a convolution with 3 strengths of the pull, forwards and backwards, then two layers at once",
+    "05.4": "7 weights of 1 to 6 groups a row, with inputs that correlate or not, zeros, ties and float32",
 }

@@ -224,21 +224,20 @@ show.figure(fig, alt={ALT!r}, table={ROWS!r})"""
     assert outputs[0].metadata["image/png"]["alt"] == ALT
 
 
-def test_lines_draws_one_for_each_group_with_its_bars_and_the_baseline_apart():
+def test_lines_draws_one_for_each_group_with_its_bars():
     rows = [
         {"sparsity": x, "accuracy": y, "low": y - 1, "high": y + 2, "criterion": name}
         for name in ("magnitude", "random")
         for x, y in ((0.5, 90.0), (0.9, 70.0))
     ]
     ax = plt.subplots()[1]
-    show.lines(ax, rows, "sparsity", "accuracy", by="criterion", baseline="random")
+    show.lines(ax, rows, "sparsity", "accuracy", by="criterion")
     first, second = ax.containers
     assert [first.get_label(), second.get_label()] == ["magnitude", "random"]
     assert first[0].get_xydata().tolist() == [[0.5, 90.0], [0.9, 70.0]]
     bars = first[2][0].get_segments()
     assert [segment[:, 1].tolist() for segment in bars] == [[89.0, 92.0], [69.0, 72.0]]
-    assert second[0].get_linestyle() == "--"
-    assert first[0].get_linestyle() == "-"
+    assert first[0].get_linestyle() == second[0].get_linestyle() == "-"
 
 
 @pytest.mark.parametrize("ends", [(0.0, math.inf), (-math.inf, math.inf)])

@@ -12,31 +12,6 @@ def nm_mask_by_beating(weight, n, m):
     return (beaten < n).flatten(-2).transpose(1, -1)
 
 
-def compress_in_a_loop(weight):
-    values, packed = [], []
-    for row in weight.tolist():
-        for at in range(0, len(row), 8):
-            byte = 0
-            for half in range(2):
-                group = row[at + 4 * half : at + 4 * half + 4]
-                where = [i for i in range(4) if group[i] != 0]
-                where = sorted(where + [i for i in range(4) if i not in where][: 2 - len(where)])
-                values += [group[i] for i in where]
-                byte += (where[0] + 4 * where[1]) * 16**half
-            packed.append(byte)
-    rows = len(weight)
-    return (
-        torch.tensor(values, dtype=weight.dtype).view(rows, -1),
-        torch.tensor(packed, dtype=torch.uint8).view(rows, -1),
-    )
-
-
-def wanda_mask_by_energy(weight, inputs, n, m):
-    """Squares rank as their roots do."""
-    energy = torch.einsum("...i,...i->i", inputs, inputs)
-    return nm_mask_by_beating(weight.square() * energy, n, m)
-
-
 def stored_share_in_whole_bits(n, m, bits):
     return n * (bits + (m - 1).bit_length()) / (m * bits)
 
@@ -54,10 +29,25 @@ class RefinedByChoice(torch.autograd.Function):
         return torch.where(keep, gradient, gradient + ctx.decay * weight), None, None
 
 
+def sparsegpt_24_group_by_group(weight, u):
+    """Each group of four is finished before the columns behind it are updated, all at once."""
+    w = weight.clone()
+    scale = u / u.diagonal()[:, None]
+    for start in range(0, w.shape[1], 4):
+        stop = start + 4
+        removed = ~nm_mask_by_beating(w[:, start:stop] / u.diagonal()[start:stop], 2, 4)
+        for j in range(start, stop):
+            gone = w[:, j] * removed[:, j - start]
+            w[:, j + 1 : stop] -= torch.outer(gone, scale[j, j + 1 : stop])
+        gone = w[:, start:stop] * removed
+        w[:, stop:] -= gone @ scale[start:stop, stop:]
+        w[:, start:stop] *= ~removed
+    return w
+
+
 RIGHT = {
     "05.1": nm_mask_by_beating,
-    "05.2": compress_in_a_loop,
-    "05.3": stored_share_in_whole_bits,
-    "05.4": RefinedByChoice,
-    "05.5": wanda_mask_by_energy,
+    "05.2": stored_share_in_whole_bits,
+    "05.3": RefinedByChoice,
+    "05.4": sparsegpt_24_group_by_group,
 }

@@ -39,8 +39,6 @@ def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
         over = function(lesson, name, by_text=by_text, windows=of_lesson, length=tokens + 1)
         return over(extra.flatten())
     losses, zeros = extra.mean(1).tolist(), [0.0] * texts
-    if lesson == "05":
-        return function("05", "over", windows=windows)(losses, zeros)
     if lesson == "04":
         nats = {("a", 4): losses, ("b", 4): zeros}
         gap = function("04", "gap", nats=nats, window=tokens + 1)
@@ -50,7 +48,7 @@ def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
     return tuple(math.exp(end) for end in lost("a"))
 
 
-READERS = ["04", "05", "09", "10", "11"]
+READERS = ["04", "09", "10", "11"]
 
 
 def extra_loss(texts: int) -> torch.Tensor:
@@ -86,27 +84,22 @@ def test_lesson_13_reads_a_loss_and_a_share_of_right_tokens_from_each_window():
 # --- accuracy: over images, and over seeds where there are seeds ------------------------------------------------------
 
 
-def points(lesson: str, after: torch.Tensor, before: torch.Tensor) -> list[float]:
-    """The lesson's change of accuracy in points, from right answers [seeds, images]."""
-    answers = {(name, seed): right for name, rows in (("a", after), ("b", before)) for seed, right in enumerate(rows)}
-    if lesson == "05":
-        in_percent = {key: 100.0 * right for key, right in answers.items()}
-        return function("05", "lost", reached=in_percent, seeds=range(SEEDS))("b", to="a")
-    return function("10", "difference")(after, before)
+@pytest.fixture
+def difference():
+    """Lesson 10's change of accuracy in points, from right answers [seeds, images]."""
+    return function("10", "difference")
 
 
-@pytest.mark.parametrize("lesson", ["05", "10"])
-def test_a_change_of_accuracy_has_the_interval_over_seeds_and_images(lesson: str):
+def test_a_change_of_accuracy_has_the_interval_over_seeds_and_images(difference):
     generator = torch.Generator().manual_seed(0)
     after, before = (torch.rand(SEEDS, IMAGES, generator=generator) < share for share in (0.9, 0.8))
     expected = [100 * x for x in stats.accuracy_change_over_seeds(after, before)]
-    assert list(points(lesson, after, before)) == pytest.approx(expected, abs=0.001)
+    assert list(difference(after, before)) == pytest.approx(expected, abs=0.001)
 
 
-@pytest.mark.parametrize("lesson", ["05", "10"])
-def test_no_changed_answer_is_no_proof_that_other_images_have_none(lesson: str):
+def test_no_changed_answer_is_no_proof_that_other_images_have_none(difference):
     same = torch.ones(SEEDS, IMAGES, dtype=torch.bool)
-    value, low, high = points(lesson, same, same)
+    value, low, high = difference(same, same)
     assert value == 0 and low < -1 and high > 1
 
 
