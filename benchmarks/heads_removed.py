@@ -248,20 +248,33 @@ def summary(runs: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def changes(runs: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Compare every two scores, and each with the whole model: the change of accuracy over texts and sets.
+def change_over_sets(after: Tensor, before: Tensor) -> tuple[float, float, float]:
+    """Return the change of accuracy, and its interval over texts and sets.
 
-    A score from a single set, and the whole model, count as the same in every set.
+    after, before: right answers [sets, texts]. A score with one set counts as the same in every set. Ten draws against
+    five sets are compared in two halves, whose values and ends are averaged: wide, since a mean varies less.
     """
+    most = max(len(after), len(before), SETS)
+    after, before = (right.expand(most, -1) if len(right) == 1 else right for right in (after, before))
+    if len(after) == len(before):
+        return stats.accuracy_change_over_seeds(after, before)
+    halves = []
+    for i in range(2):
+        of_sets = (right[i::2] if len(right) == most else right for right in (after, before))
+        halves.append(stats.accuracy_change_over_seeds(*of_sets))
+    change, low, high = torch.tensor(halves, dtype=torch.float64).mean(0).tolist()
+    return change, low, high
+
+
+def changes(runs: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Compare every two scores, and each with the whole model: the change of accuracy over texts and sets."""
     of_score: dict[tuple[str, str], list[Tensor]] = {}
     for run, outcome in runs.items():
         of_score.setdefault((run.score, run.spread), []).append(right(outcome))
-    stacked = {}
-    for score, sets in of_score.items():
-        stacked[score] = torch.stack(sets[:SETS]) if len(sets) >= SETS else sets[0].expand(SETS, -1)
+    stacked = {score: torch.stack(sets) for score, sets in of_score.items()}
     rows = []
     for after, before in itertools.combinations(stacked, 2):
-        change, low, high = stats.accuracy_change_over_seeds(stacked[after], stacked[before])
+        change, low, high = change_over_sets(stacked[after], stacked[before])
         rows.append({"after": after, "before": before, "change": change, "low": low, "high": high})
     return rows
 

@@ -1,12 +1,11 @@
-"""Importance of attention heads by five methods, gates on heads, and attention maps.
+"""Importance of attention heads by four methods, gates on heads, and attention maps.
 
 Michel et al. 2019 (Are Sixteen Heads Really Better than One?, Taylor), Voita et al. 2019 (Analyzing Multi-Head
-Self-Attention, confidence and learned gates). `transformers.prune_heads` removes heads; this file removes none.
+Self-Attention, confidence). `transformers.prune_heads` removes heads; this file removes none.
 """
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,22 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.arguments import check_module, check_real, seeded
-from labkit.errors import InputError, check_choice, check_whole, is_whole
+from labkit.arguments import check_module, check_real
+from labkit.errors import InputError, check_choice, is_whole
 from labkit.graph import anatomy, tracing
 from labkit.graph.anatomy import Attention
-from labkit.modules.batches import check_batches, device_of, evaluating, inputs, not_empty, split, valid_tokens
+from labkit.modules.batches import check_batches, evaluating, inputs, not_empty, split, valid_tokens
 from labkit.modules.blocks import loss_increases
 from labkit.modules.hooks import forward_hooks, reading
-from labkit.modules.losses import summed_loss
 from labkit.modules.stacks import layers_of, stacks
 from labkit.pruning.scores import LossFn, input_taylor
 
-METHODS = ("taylor", "entropy", "confidence", "gate", "ablation")
-TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # beta, gamma and zeta of Louizos et al. 2018
-PENALTY = 0.02  # weight of the expected number of open gates in the loss
-RATE = 0.1  # step of Adam on the gates
-FIRST_LOGIT = 2.0  # of every gate; 3 % of the gates are closed at the start
+METHODS = ("taylor", "entropy", "confidence", "ablation")
 
 
 @torch.inference_mode(False)
@@ -39,7 +33,6 @@ def head_importance(
     method: str = "taylor",
     *,
     loss_fn: LossFn | None = None,
-    seed: int = 0,
 ) -> Tensor:
     """Score every query head; higher is more important: [layers, heads], float64 on the CPU.
 
@@ -56,19 +49,15 @@ def head_importance(
             the n keys: 1 attends to a single token, 0 to all tokens alike. A head can attend to a single token and
             still contribute nothing to the loss.
         "confidence": mean over the same queries of the largest attention probability (Voita et al. 2019, section 4).
-        "gate": `learn_gates`, in [0, 1].
         "ablation": the exact increase of the mean loss per term when the head alone is silent; negative if the model is
             better without the head. Runs a forward pass from the head's layer on for each head and batch.
     loss_fn: loss_fn(output, target), a mean over the examples; None takes the labels in the batches, or a decoder's own
         tokens if they have none.
-    seed: seed of the noise of "gate".
 
     `model` is not changed. Raises InputError for an unknown method, no batches, or a model without heads.
     """
     check_module(model)
     check_choice(method, METHODS, "method")
-    if method == "gate":
-        return learn_gates(model, batches, loss_fn=loss_fn, seed=seed)
     attentions, batches = _attentions(model, check_batches(batches, method))
     if method == "entropy":
         return _mean_over_queries(model, attentions, batches, _concentration)
@@ -192,75 +181,6 @@ def scaling(model: nn.Module, attentions: Sequence[Attention], gates: Sequence[T
 
     with reading(model, [attention.output for attention in attentions], scaled):
         yield
-
-
-@torch.inference_mode(False)
-def learn_gates(
-    model: nn.Module,
-    batches: Iterable,
-    *,
-    epochs: int = 1,
-    loss_fn: LossFn | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Learn gates on the heads of a frozen model: low task loss with few gates open. [layers, heads] float64 in [0, 1].
-
-    Minimises mean loss + PENALTY * expected number of open gates by Adam (Voita et al. 2019, equation 5). During
-    training a gate is sampled as clip(sigmoid((log u - log(1 - u) + a) / b) (r - l) + l, 0, 1), u uniform (Louizos et
-    al. 2018, equations 10 and 11). The returned gates are without noise, NaN for heads that do not exist.
-
-    batches: batches to train the gates on, read `epochs` times.
-    loss_fn: as in `head_importance`.
-    seed: seed of the noise.
-    Raises InputError for a loss that is not finite.
-    """
-    check_module(model)
-    check_whole(epochs, "epochs")
-    seed = seeded(seed).initial_seed()
-    attentions, batches = _attentions(model, check_batches(batches, "gate"))
-    device = device_of(model)
-    logits = []
-    for attention in attentions:
-        logits.append(torch.full((attention.heads,), FIRST_LOGIT, device=device, requires_grad=True))
-    optimizer = torch.optim.Adam(logits, RATE)
-    with evaluating(model, seed), torch.enable_grad():
-        for _ in range(epochs):
-            for batch in not_empty(batches):
-                gates = [_sampled(a) for a in logits]
-                with scaling(model, attentions, gates):
-                    loss, terms = summed_loss(model, batch, loss_fn)
-                _check_finite(loss)
-                objective = loss / max(terms, 1) + PENALTY * _expected_open(logits)
-                optimizer.zero_grad()
-                objective.backward(inputs=logits)
-                optimizer.step()
-    return stack_with_nan([_stretched(a.detach().sigmoid()) for a in logits])
-
-
-def _check_finite(loss: Tensor) -> None:
-    if not loss.isfinite():
-        raise InputError(
-            f"The loss of a batch is {loss.item()}, from which no gate can be learnt: look for inputs or "
-            "weights that are not finite, or for an error in loss_fn."
-        )
-
-
-def _expected_open(logits: Sequence[Tensor]) -> Tensor:
-    """Return the expected number of gates above 0 (Louizos et al. 2018, equation 12), a scalar."""
-    shift = TEMPERATURE * math.log(-LOW / HIGH)
-    return sum((a - shift).sigmoid().sum() for a in logits)
-
-
-def _sampled(a: Tensor) -> Tensor:
-    """Draw a hard-concrete gate for each logit (Louizos et al. 2018, equations 10 and 11)."""
-    u = torch.rand_like(a).clamp(1e-6, 1 - 1e-6)
-    noise = u.log() - (-u).log1p()
-    return _stretched(((noise + a) / TEMPERATURE).sigmoid())
-
-
-def _stretched(s: Tensor) -> Tensor:
-    """Stretch s in (0, 1) to (LOW, HIGH) and clip to [0, 1], so that gates can be exactly open or closed."""
-    return (s * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 # --- attention maps ---------------------------------------------------------------------------------------------------

@@ -124,7 +124,6 @@ REFUSALS: Refusals = {
     "no layer 0's head [0]": lambda: transformers.prune_heads(llama(), {0: [[0]]}),
     "layers is 1, but": lambda: depth.prune_layers(llama(), 1),
     "no layer [1]": lambda: depth.prune_layers(llama(), [[1]]),
-    "epochs is 1.5": lambda: heads.learn_gates(llama(), [X], epochs=1.5),
     "[layers, heads], [3, 4] here": lambda: heads.gated(llama(), torch.ones(9, 9)).__enter__(),
     "masks is a list": lambda: unstructured.with_masks(NET, [1]),
     "meta device": lambda: unstructured.sparsity(nn.Linear(2, 2, device="meta")),

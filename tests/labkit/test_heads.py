@@ -24,7 +24,7 @@ def doubled(name: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [method for method in heads.METHODS if method != "gate"])  # trained batch by batch
+@pytest.mark.parametrize("method", heads.METHODS)
 @pytest.mark.parametrize("name", [CLASSIFIER, DECODER])
 def test_score_depends_neither_on_padding_nor_on_how_batches_are_cut(name, method):
     model = doubled(name)
@@ -140,22 +140,6 @@ def test_a_focused_head_that_writes_nothing_is_top_by_entropy_and_zero_by_ablati
     assert ablation[1, 0] == 0 and taylor[1, 0] == 0
 
 
-@pytest.mark.slow
-def test_gates_close_where_a_head_writes_nothing_and_repeat_by_seed():
-    model = family("bert")
-    with torch.no_grad():
-        model.bert.encoder.layer[2].attention.output.dense.weight[:, 8:16] = 0
-    weights = {key: x.clone() for key, x in model.state_dict().items()}
-    learned = heads.learn_gates(model, batches("bert", 3), epochs=10)
-    assert learned.shape == (3, 4) and float(learned.min()) >= 0 and float(learned.max()) <= 1
-    assert learned.argmin() == 9  # layer 2, head 1
-    torch.manual_seed(5)
-    assert torch.equal(learned, heads.learn_gates(model, batches("bert", 3), epochs=10))
-    assert not torch.equal(learned, heads.learn_gates(model, batches("bert", 3), epochs=10, seed=1))
-    assert all(torch.equal(x, weights[key]) for key, x in model.state_dict().items())
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
 @pytest.mark.parametrize("method", heads.METHODS)
 def test_model_stays_as_it_was(method):
     model = family("bert").train()
@@ -218,7 +202,7 @@ def test_loss_fn_takes_the_place_of_the_models_own():
     torch.testing.assert_close(heads.head_importance(model, data, loss_fn=loss_fn), own)
 
 
-@pytest.mark.parametrize("method", [method for method in heads.METHODS if method != "gate"])  # which reads them again
+@pytest.mark.parametrize("method", heads.METHODS)
 def test_batches_are_let_go_one_by_one_and_with_them_their_graphs(method):
     """A graph that is kept keeps its batch: the embedding's backward pass needs the token ids."""
     alive = []
@@ -275,9 +259,6 @@ REFUSALS: Refusals = {
     "no method 'lrp'": lambda: heads.head_importance(BERT, DATA, "lrp"),
     "needs a loss": lambda: heads.head_importance(family("minilm"), [inputs("minilm")]),
     "put it in a list": lambda: heads.head_importance(BERT, DATA[0]),
-    "The loss of a batch is nan": lambda: heads.learn_gates(
-        BERT, DATA[:1], loss_fn=lambda output, batch: output.logits.sum() * torch.nan
-    ),
     "Linear has no attention heads": lambda: heads.head_importance(nn.Linear(2, 2), [torch.ones(1, 2)], "entropy"),
     "TransformerEncoderLayer has no attention heads": lambda: heads.head_importance(
         HEADS_INSIDE, [torch.ones(1, 3, 8)], "taylor", loss_fn=lambda y, x: y.mean()
