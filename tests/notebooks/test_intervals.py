@@ -38,17 +38,12 @@ def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
         by_text = function("09", "by_text", windows=windows)
         over = function(lesson, name, by_text=by_text, windows=of_lesson, length=tokens + 1)
         return over(extra.flatten())
-    losses, zeros = extra.mean(1).tolist(), [0.0] * texts
-    if lesson == "04":
-        nats = {("a", 4): losses, ("b", 4): zeros}
-        gap = function("04", "gap", nats=nats, window=tokens + 1)
-        return tuple(math.exp(end) for end in gap("a", "b"))
     scores = {"a": {"nats": extra}, "all tokens": {"nats": torch.zeros_like(extra)}}
     lost = function("11", "lost", scores=scores, after=tokens, texts=texts)
     return tuple(math.exp(end) for end in lost("a"))
 
 
-READERS = ["04", "09", "10", "11"]
+READERS = ["09", "10", "11"]
 
 
 def extra_loss(texts: int) -> torch.Tensor:
