@@ -94,8 +94,8 @@ def test_every_number_in_the_recorded_tables_was_declared():
         ("latency and throughput", "step over batch 1", "cost"),
         ("models on the roofline", "share of the roof (%)", "quality"),
         ("cost against ratio", "time left", "cost"),
-        ("ResNet-20", "fine-tuned", "quality"),
-        ("SmolLM2, perplexity", "perplexity", "cost"),
+        ("equal bytes", "recovered", "quality"),
+        ("two choices of layers", "perplexity", "cost"),
     ],
 )
 def test_the_recorded_tables_know_which_way_is_better(name, column, role):

@@ -55,7 +55,7 @@ def test_lesson_00_tells_of_processes_without_an_interval(intervals: list[tuple[
     lab = mock.Mock()
     comparisons = [SimpleNamespace(process_speedup=1.05, within_run=interval) for interval in intervals]
     cold = SimpleNamespace(processes=(), ci95=NO_ENDS, within_run=NO_ENDS)
-    measured = {"here": comparisons, "fresh": comparisons, "cold": cold}
+    measured = {"this": SimpleNamespace(verdict="faster"), "here": comparisons, "fresh": comparisons, "cold": cold}
     executed("00", "processes-apart", "processes-say", lab=lab, **measured)
     _, *sentences = lab.say.call_args.args
     assert words in " ".join(sentence for sentence in sentences if sentence)
