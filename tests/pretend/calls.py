@@ -394,8 +394,6 @@ def _pack(on: Device) -> int:
     return artifact.size(weight_only.quantize(on(families.family("llama")), 4, group_size=8), "int4")
 
 
-GATE = "gate"  # of heads.METHODS: it draws random numbers on the device, and each device draws its own
-
 CALLS: dict[str, Call] = {
     **{f"channels.prune {name}": partial(_prune_channels, criterion=name) for name in scores.UNIT_CRITERIA},
     **{f"unstructured.prune {name}": partial(_prune_weights, criterion=name) for name in ("magnitude", "wanda")},
@@ -431,11 +429,7 @@ CALLS: dict[str, Call] = {
     },
     "sparsegpt.sparsegpt": lambda on: sparsegpt.sparsegpt(on(WEIGHT), on(HESSIAN)),
     "scores.obs_prune": lambda on: scores.obs_prune(on(WEIGHT), on(INPUTS), 0.5),
-    **{
-        f"head_importance {name}": partial(_importance_of_heads, method=name)
-        for name in heads.METHODS
-        if name != "gate"
-    },
+    **{f"head_importance {name}": partial(_importance_of_heads, method=name) for name in heads.METHODS},
     "transformers.prune_heads": _prune_heads,
     **{f"transformers.prune_ffn {name}": partial(_prune_neurons, criterion=name) for name in ("magnitude", "wanda")},
     **{f"layer_importance {name}": partial(_importance_of_layers, method=name) for name in depth.METHODS},
