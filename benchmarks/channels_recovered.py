@@ -225,7 +225,7 @@ def prepared(folder: Path) -> dict[str, Any]:
         for row in scan.rows:
             groups[row.group][str(row.ratio)] = row.metric
         plans = plans_of(dense, example, scan)
-        torch.save({"baseline": scan.baseline, "scan": groups, "plans": plans}, file)
+        resumable.save({"baseline": scan.baseline, "scan": groups, "plans": plans}, file)
     return torch.load(file)
 
 

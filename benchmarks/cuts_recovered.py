@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import heads_removed
 import resumable
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import artifact, distillation, models, stats, training
@@ -36,7 +36,6 @@ SEEDS, LONG_SEEDS = 5, 3
 STEPS, PASS = 60, 240  # of 32 texts
 MAX_LR = 1e-4
 SCORING, VALIDATION = 256, 200  # texts for Taylor's score, texts that choose the layers
-BATCH = 40
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,7 @@ def all_runs() -> Iterator[Run]:
 
 def sorted_batches(split: str, n: int | None) -> list[dict[str, Tensor]]:
     """Load texts in batches of similar length, so that little padding is computed."""
-    loaded = models.review_batches(split, n)
-    order = loaded.data["attention_mask"].sum(1).argsort(stable=True)
-    tensors = {name: tensor[order] for name, tensor in loaded.data.items()}
-    return list(training.Batches(tensors, BATCH, collate=loaded.collate))
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
-    losses = [F.cross_entropy(model(**batch).logits, batch["labels"], reduction="none") for batch in batches]
-    return float(torch.cat(losses).mean())
+    return heads_removed.sorted_batches(models.review_batches(split, n).data)
 
 
 def cheapest_layers(model: nn.Module, count: int, texts: int) -> tuple[int, ...]:
@@ -106,7 +96,8 @@ def cheapest_layers(model: nn.Module, count: int, texts: int) -> tuple[int, ...]
     batches = sorted_batches("validation", texts)
     losses = {}
     for gone in itertools.combinations(range(6), count):
-        losses[gone] = mean_loss(depth.prune_layers(model, gone, check=False).model, batches)
+        shorter = depth.prune_layers(model, gone, check=False).model
+        losses[gone] = heads_removed.mean_loss(heads_removed.answers(shorter, batches))
     return min(losses, key=losses.get)
 
 
@@ -118,7 +109,7 @@ def prepared(folder: Path, model: nn.Module, quick: bool) -> dict[str, Any]:
         texts = 8 if quick else VALIDATION
         ready = {"layers": {count: cheapest_layers(model, count, texts) for count in (1, 2)}}
         ready["heads"] = heads.head_importance(model, sorted_batches("train", 8 if quick else SCORING), "taylor")
-        torch.save({**ready, "seconds": time.perf_counter() - begin}, file)
+        resumable.save({**ready, "seconds": time.perf_counter() - begin}, file)
     return torch.load(file)
 
 

@@ -167,7 +167,7 @@ def changes_of(model: nn.Module, number: int, folder: Path, texts: int) -> dict[
     if not file.exists():
         batches = scoring_texts(number, texts)
         scores = {"measured": measured_changes(model, batches), "estimated": estimated_changes(model, batches)}
-        torch.save(scores, file)
+        resumable.save(scores, file)
     return torch.load(file)
 
 

@@ -111,7 +111,7 @@ def prepared(folder: Path, model: nn.Module, quick: bool) -> dict[str, Any]:
         scores = {"angle": "angular", "relative length": "l2", "cosine": "cosine"}
         ready["scores"] = {name: depth.layer_importance(model, loss_batches, scores[name]) for name in scores}
         ready["scores"]["mean squared difference"] = squared_differences(model, loss_batches)
-        torch.save({**ready, "seconds": time.perf_counter() - begin}, file)
+        resumable.save({**ready, "seconds": time.perf_counter() - begin}, file)
     return torch.load(file)
 
 

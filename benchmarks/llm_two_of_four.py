@@ -158,15 +158,15 @@ def tokens_of(part: str) -> Tensor:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of the blocks' Linears by name, without gradients."""
-    found = {}
+    weights = {}
     for name, module in model.named_modules():
         if name.startswith("model.layers.") and isinstance(module, nn.Linear):
-            found[f"{name}.weight"] = module.weight.detach()
-    return found
+            weights[f"{name}.weight"] = module.weight.detach()
+    return weights
 
 
 def pruned(setting: Setting, way: Way, draw: int, folder: Path) -> nn.Module:
-    """Return the model pruned as the way says, with its masks; what a way prunes first is kept in the folder."""
+    """Return the model pruned as the way says, with its masks; what a way prunes first is outcome in the folder."""
     if way.pattern is None:
         return setting.model
     file = folder / f"weights, {way.method}, {way.pattern}, {draw}.pt"
@@ -243,15 +243,15 @@ def summary(done: Mapping[Run, Mapping[str, Any]], tokens: int) -> list[dict[str
     """Return a row for each run but the dense: bits per weight, zeros, and perplexity over dense, over windows."""
     dense = np.asarray([done[Run(DENSE, 0)]["losses"]])
     rows = []
-    for run, kept in done.items():
+    for run, outcome in done.items():
         if run.way == DENSE:
             continue
         rows.append({
             "weights": run.way,
             "draw": run.draw,
             "bits per weight": WAYS[run.way].bits_per_weight,
-            "zeros": kept["zeros"],
-            **ratio(np.asarray([kept["losses"]]), dense, tokens),
+            "zeros": outcome["zeros"],
+            **ratio(np.asarray([outcome["losses"]]), dense, tokens),
         })  # fmt: skip
     return rows
 
@@ -266,8 +266,8 @@ def main() -> None:
     if len(done) < len(runs):
         return
     losses: dict[str, list[list[float]]] = {}
-    for run, kept in done.items():
-        losses.setdefault(run.way, []).append(kept["losses"])
+    for run, outcome in done.items():
+        losses.setdefault(run.way, []).append(outcome["losses"])
     tokens = sizes.length - 1
     comparisons = compared(losses, tokens)
     if options.quick:

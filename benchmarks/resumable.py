@@ -83,7 +83,7 @@ def finished(runs: Sequence[R], chosen: Options, do: Callable[[R], Outcome]) -> 
     return outcomes
 
 
-def save(outcome: Outcome, file: Path) -> None:
+def save(outcome: Any, file: Path) -> None:
     """Save an outcome at once: an interrupted call leaves no half file."""
     part = file.with_suffix(".part")
     torch.save(outcome, part)

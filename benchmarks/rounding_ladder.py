@@ -215,7 +215,7 @@ def rounded(networks: Networks, run: Run, folder: Path) -> Weights:
         return nearest(networks, run)
     file = folder / f"weights, {run.bits}, {run.ranges}, {run.images}, {run.seed}.pt"
     if not file.exists():
-        torch.save(adaround(networks, run), file)
+        resumable.save(adaround(networks, run), file)
     return torch.load(file)
 
 
