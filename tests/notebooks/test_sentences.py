@@ -86,7 +86,6 @@ FIXED = {
     ("06", "clip-say"): "three widths",
     ("06", "db-say"): "sources",
     ("06", "same-kernel-say"): "the kernels of torch, and the sums of a product",
-    ("07", "adaround-read"): "three widths",
     ("07", "eight-read"): "images of a preset",
     ("07", "first-answer"): "the images of a record",
     ("07", "granularity-read"): "two networks",
