@@ -84,7 +84,6 @@ FIXED = {
     ("06", "challenge-say"): "recipes, and the test images",
     ("06", "child-say"): "the sums of a product",
     ("06", "db-say"): "sources",
-    ("07", "adaround-read"): "three widths",
     ("07", "eight-read"): "images of a preset",
     ("07", "first-answer"): "the images of a record",
     ("07", "granularity-read"): "two networks",
