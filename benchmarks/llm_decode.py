@@ -10,11 +10,11 @@ read from the cache again and again, take as long as all blocks' from memory, un
 Ratios are over fp32 in eager torch, far from the bandwidth: read the share of the roof beside the ratios.
 
 int8: a scale a row; int4: groups of 64 with zero points, the head in int8 or in int4 too; both on torch's kernels, with
-activations in bfloat16 (A16). "int4, A8": labkit's kernel, the head in int4 too, with activations quantized to 8 bits in
-groups of 64 and all else in fp32. Peers, the head in int4: MatMulNBits of ONNX Runtime with accuracy_level 4 and
+activations in bfloat16 (A16). "int4, A8": labkit's kernel, the head in int4 too, with activations quantized to 8 bits
+in groups of 64, and all else in fp32. Peers, the head in int4: MatMulNBits of ONNX Runtime with accuracy_level 4 and
 OpenVINO's compressed weights quantize the activations to 8 bits as well (A8); accuracy_level 1 and a dynamic group of 0
-do not (A32). Whole steps are transformers' in eager torch, and where "Decoder" stands, those of
-`labkit.attention.decoder` in fewer operators.
+do not (A32). Whole steps are transformers' in eager torch or, with "Decoder", those of `labkit.attention.decoder`, in
+fewer operators and 121 products in place of 211.
 """
 
 import argparse
@@ -281,7 +281,7 @@ def first_block(recorded: dict[str, Calls], budget_s: float) -> list[Row]:
 def wrong_results(decoders: dict[str, nn.Module], recorded: dict[str, Calls], prompt: Tensor) -> int:
     """Count the results of torch's kernels beyond their roundings, and of labkit's with other bits than the reference.
 
-    torch's results in the calls of a prompt are compared with float64, labkit's in the calls of a step with `reference`.
+    Torch's results for a prompt are compared with float64, labkit's in the calls of a step with `int4.reference`.
     """
     wrong = 0
     for name, model in decoders.items():

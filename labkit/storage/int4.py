@@ -125,7 +125,8 @@ def _refusal(weight: Quantized | Encoded) -> str:
         return f"its codes have {weight.bits} bits, and the kernel's at most {BITS}"
     out_features, in_features = weight.codes.shape
     scale = weight.scale
-    if scale.dtype != SCALE or scale.dim() != 3 or len(scale) != out_features or not scale.isfinite().all():
+    has_groups = scale.dim() == 3 and len(scale) == out_features
+    if not has_groups or scale.dtype != SCALE or not scale.isfinite().all():
         return f"its scales are {scale.dtype} {list(scale.shape)}, and the kernel's finite {SCALE} [out, groups, 1]"
     if in_features // scale.shape[1] > LARGEST_GROUP:
         return f"its groups have more than {LARGEST_GROUP:,} inputs, whose sum may not fit in 32 bits"
@@ -199,7 +200,8 @@ def reference(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tenso
     codes = weight.codes.unflatten(1, (groups, -1)) - weight.zero  # [out, groups, inputs]
     y = by_group.new_zeros(*x.shape[:-1], len(codes))
     for group in range(groups):
-        sums = F.linear(x_codes[..., group, :].double(), codes[:, group].double())  # float64 holds whole numbers exactly
+        # float64 holds these whole numbers exactly.
+        sums = F.linear(x_codes[..., group, :].double(), codes[:, group].double())
         scale = weight.scale[:, group, 0].float()
         y = y + sums.float() * scale * x_scale[..., group, None]
     if bias is not None:

@@ -275,16 +275,23 @@ def test_without_a_compiler_a_product_is_slower_said_once_and_the_same(monkeypat
     assert len(warned) == 1
 
 
+@pytest.mark.usefixtures("isa")
+def test_joined_layers_give_the_bits_of_each():
+    layers = [int4.Int4Linear(rounded(outputs, 64, 32)) for outputs in (40, 8, 3)]
+    x = torch.randn(2, 64)
+    assert_same_bits(int4.joined(layers)(x), torch.cat([layer(x) for layer in layers], -1))
+
+
 @torch.inference_mode()
-def test_a_decoder_with_joined_layers_gives_the_bits_of_the_model():
+def test_a_decoder_with_joined_layers_is_the_model():
     small = weight_only.quantize(llama(), 4, group_size=16)
     small.lm_head = weight_only.quantize(small.lm_head, 4, group_size=16)
     real, ids = int4.convert(small), text(12)
     decoder = Decoder(real)
     hidden = decoder.hidden(ids, decoder.cache(12))
     expected = real(ids).logits
-    # Attention adds up in another order, so an activation may fall on the other side of a tie between two codes.
-    assert (decoder.logits(hidden) - expected).abs().max() <= 0.02 * expected.abs().max()
+    # Attention adds up in another order: an activation near a tie may get the next code, 1/127 of its group's largest.
+    assert (decoder.logits(hidden) - expected).abs().max() <= 2 / 127 * expected.abs().max()
     real.model.layers[1].self_attn.k_proj = nn.Linear(64, 32, bias=False)
     check_refusal("only some are Int4Linears", lambda: Decoder(real))
 

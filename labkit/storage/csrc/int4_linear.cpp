@@ -11,9 +11,8 @@
 //
 // The layout. A block is 16 outputs, each a lane of a 64-byte register. A step is 8 inputs in 64 bytes: the 4 bytes of
 // lane l hold output l's codes of inputs 0 to 3 in their lower halves and of inputs 4 to 7 in their upper halves. A
-// block lies in one piece, codes [groups][steps][64], scales [groups][16] in float16, zeros [groups][16] in a byte
-// each, and zeros up to a whole cache line: W is read from its first byte to its last, without a jump. Groups end in a
-// whole step and W in a whole block, filled up with zeros.
+// block lies in one piece: codes [groups][steps][64], scales [groups][16] in float16, zeros [groups][16] in a byte.
+// Zeros fill up groups to whole steps, blocks to whole cache lines, and W to whole blocks.
 
 #include <algorithm>
 #include <cmath>
@@ -32,7 +31,6 @@ namespace {
 using Index = int64_t;
 
 constexpr Index LANES = 16, STEP = 8, LINE = 64;  // outputs of a block, inputs of a step, bytes of a cache line
-constexpr Index AHEAD = 4096;  // bytes to fetch ahead: the machine's own prefetching stops at the end of a page
 
 template <class To> INLINE To load(const void* from) {
     To to;
@@ -114,7 +112,6 @@ INLINE void plain(const Shape& shape, const uint8_t* block, const Activations& x
     for (Index g = 0; g < shape.groups(); g++, scales += 2 * LANES, zeros += LANES) {
         Ints sum{};
         for (Index s = 0; s < shape.steps(); s++, codes += LINE, x_codes += STEP) {
-            __builtin_prefetch(codes + AHEAD);
             const Ints pairs = load<Ints>(codes);
             for (int i = 0; i < 4; i++) {
                 sum += (pairs >> (8 * i) & 15) * x_codes[i];
@@ -139,18 +136,21 @@ TARGET("avx512f,avx512bw,avx512vnni")
 void vnni(const Shape& shape, const uint8_t* block, const Activations& x, float* y) {
     const uint8_t *codes = block, *scales = block + shape.scales_at(), *zeros = block + shape.zeros_at();
     const int8_t* x_codes = x.codes.data();
+    const Index next = shape.block_bytes();  // the next block is fetched meanwhile: the machine stops at a page's end
     const __m512i lower_half = _mm512_set1_epi8(15);
     __m512 total = _mm512_setzero_ps();
     for (Index g = 0; g < shape.groups(); g++, scales += 2 * LANES, zeros += LANES) {
         __m512i first = _mm512_setzero_si512(), second = first;  // two sums, neither of which waits for the other
         for (Index s = 0; s < shape.steps(); s++, codes += LINE, x_codes += STEP) {
-            _mm_prefetch(codes + AHEAD, _MM_HINT_T0);
+            __builtin_prefetch(codes + next);
             const __m512i pairs = _mm512_loadu_si512(codes);
             const __m512i low = _mm512_and_si512(pairs, lower_half);
             const __m512i high = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), lower_half);
             first = _mm512_dpbusd_epi32(first, low, _mm512_set1_epi32(load<int32_t>(x_codes)));
             second = _mm512_dpbusd_epi32(second, high, _mm512_set1_epi32(load<int32_t>(x_codes + 4)));
         }
+        __builtin_prefetch(scales + next);
+        __builtin_prefetch(zeros + next);
         const __m512i zero = _mm512_cvtepu8_epi32(load<__m128i>(zeros));
         const __m512i part_of_zero = _mm512_mullo_epi32(zero, _mm512_set1_epi32(x.sums[g]));
         const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(first, second), part_of_zero);
