@@ -1,6 +1,6 @@
 """Accuracy of ResNet-20 trained with the rounding in place, beside as long training without it and AdaRound then.
 
-    python benchmarks/qat_over_control.py --folder DIR               90 minutes on an idle core, and writes the record
+    python benchmarks/qat_over_control.py --folder DIR               35 minutes on an idle core, and writes the record
     python benchmarks/qat_over_control.py --folder DIR --minutes 10  as many runs as that; the same command goes on
     python benchmarks/qat_over_control.py --quick                    some runs on few images, and writes nothing
 
@@ -9,24 +9,25 @@ All ways start from the float network with folded norms; the first and the last 
 - "float": plain steps in float32, and nothing is rounded.
 - "control": the same plain steps, then AdaRound layer by layer (Nagel et al. 2020, arXiv:2004.10568), where a layer's
   inputs come from the network whose weights and activations are rounded so far. With 0 steps: careful rounding alone.
-- "nearest": the control's plain steps, then each weight to its nearest point; "min-max" also has the widest ranges.
+  At 8 bits each weight goes to its nearest point.
 - "LSQ": steps with the rounding in place and with learned steps of the grid (Esser et al. 2020, arXiv:1902.08153).
 - "STE": the same start, batches and estimator, but the grid stays as it was at the start.
 
-A length is a training run of its own, with its own cycle of the learning rate. Each way has the rate of RATES that gave
-the least loss on the validation images, for its width, after TUNED steps with batches that no other run has. A seed
-draws the calibration images and the order of the batches, for all ways alike. All 10,000 test images judge each run.
-The trained integers of seed 0 are held against exact arithmetic on all of them, too.
+A length is a training run of its own, with its own cycle of the learning rate. The highest rate was chosen for the
+plain steps alone, as the one of RATES with the least loss on the validation images; every way has it. A seed draws the
+calibration images and the order of the batches, for all ways alike. All 10,000 test images judge each run. The
+integers that LSQ trained with seed 0 are held against exact arithmetic on all of them, too, at three widths.
 
-The record holds the seeds that are done for all ways, three or more. Answers are compared image by image; the intervals
-are over images and seeds. Lesson 08 shows the record: `lab.recorded("qat_over_control")`.
+The parts of the experiment are done one after the other, each for all seeds; the record holds the parts that are done.
+Answers are compared image by image; the intervals are over images and seeds. Lesson 08 shows the record:
+`lab.recorded("qat_over_control")`.
 """
 
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,24 @@ from labkit.records import quality, result
 
 QUESTION = "from how many steps on does training with the rounding beat as many plain steps and AdaRound then?"
 WIDTHS = {"W4A4": (4, 4), "W3A3": (3, 3), "W2A4": (2, 4), "W8A8": (8, 8)}
-FINE = "W8A8"  # the width that little is lost at: its runs have the last length only
-LENGTHS = (0, 30, 120, 480)
-STE_LENGTHS = (120, 480)
+SHORT, LONG = 120, 480  # steps
 BATCH = 64
 RATES, TUNED, TUNING_SEED = (0.001, 0.003, 0.01), 120, 99
-SEEDS, LEAST_SEEDS = 5, 3
+SEEDS = 3
 IMAGES = 128  # for ranges and AdaRound, without labels
 ADAROUND_STEPS = 200  # a layer
 TRAINED = ("LSQ", "STE")
 ENDS = ("conv", "fc")
+PARTS = (  # (way, width, steps): what the first parts compare is told best
+    [("float", "float32", LONG), ("float", "float32", SHORT)]
+    + [(way, width, steps) for width in ("W4A4", "W3A3") for steps in (LONG, SHORT) for way in ("control", "LSQ")],
+    [("control", "W8A8", LONG), ("LSQ", "W8A8", LONG)],
+    [("control", "W4A4", 0), ("control", "W3A3", 0)],
+    [("control", "W2A4", LONG), ("LSQ", "W2A4", LONG)],
+    [("STE", "W3A3", LONG)],
+    [("control", "W2A4", 0), ("control", "W2A4", SHORT), ("LSQ", "W2A4", SHORT)],
+)
+PROVED = ("W4A4", "W8A8", "W2A4")  # widths whose integers of seed 0 are proved, a minute each
 
 
 @dataclass(frozen=True)
@@ -74,47 +83,14 @@ class Run:
         return ", ".join(map(str, asdict(self).values())) + ".pt"
 
 
-Rates = Mapping[tuple[str, str], float]  # (way, width) -> highest learning rate
+def tuning_runs() -> list[Run]:
+    """List the runs of plain steps that the rate is chosen by."""
+    return [Run("float", "float32", TUNED, TUNING_SEED, rate) for rate in RATES]
 
 
-def tuning_runs() -> Iterator[Run]:
-    """List the runs that the rates are chosen by; those of float networks come before their rounding."""
-    for rate in RATES:
-        yield Run("float", "float32", TUNED, TUNING_SEED, rate)
-    for width, rate in itertools.product(WIDTHS, RATES):
-        for way in ("control", *TRAINED):
-            if width != FINE or way != "STE":
-                yield Run(way, width, TUNED, TUNING_SEED, rate)
-
-
-def all_runs(rates: Rates) -> Iterator[Run]:
-    """List the runs, all of a seed before those of the next."""
-    for seed in range(SEEDS):
-        yield from runs_of(seed, rates)
-
-
-def runs_of(seed: int, rates: Rates) -> Iterator[Run]:
-    """List the runs of a seed, those of float networks first."""
-
-    def run(way: str, width: str, steps: int) -> Run:
-        tuned = way if way in TRAINED else "control"
-        return Run(way, width, steps, seed, rates[tuned, width] if steps else 0.0)
-
-    for width in WIDTHS:
-        lengths = LENGTHS[-1:] if width == FINE else LENGTHS
-        for steps in lengths:
-            if steps:
-                yield Run("float", "float32", steps, seed, rates["control", width])
-    for width in WIDTHS:
-        lengths = LENGTHS[-1:] if width == FINE else LENGTHS
-        for steps in lengths:
-            yield run("control", width, steps)
-            yield run("LSQ", width, steps)
-            if steps in STE_LENGTHS and width != FINE:
-                yield run("STE", width, steps)
-        for steps in (0, LENGTHS[-1]):
-            yield run("nearest", width, steps)
-        yield run("min-max", width, 0)
+def runs_of(part: Sequence[tuple[str, str, int]], rate: float) -> list[Run]:
+    """List the runs of a part, all of a seed before those of the next."""
+    return [Run(way, width, steps, seed, rate if steps else 0.0) for seed in range(SEEDS) for way, width, steps in part]
 
 
 def choices(width: str) -> dict[str, dict[str, int]]:
@@ -147,20 +123,22 @@ class Networks:
         if run.way == "float":
             return plain
         images = ladder.calibration(IMAGES, run.seed)
-        if run.way == "min-max":
-            return ptq.quantize(plain, [images], **choices(run.width), observer="minmax").model
         rounded = nearest(plain, run.width, images)
-        if run.way == "control":
+        if run.width != "W8A8":
             adaround_(rounded, plain, images)
         return rounded
 
     def trained(self, run: Run) -> nn.Module:
-        """Train with the rounding in place."""
+        """Train with the rounding in place, or load the network that was trained so."""
         images = ladder.calibration(IMAGES, run.seed)
         new = qat.prepare(self.folded, [images], **choices(run.width), method="lsq")
         if run.way == "STE":
             qat.freeze(new)
-        self.finetune_(new, run)
+        file = self.folder / f"weights, {run.file}"
+        if not file.exists():
+            self.finetune_(new, run)
+            resumable.save(new.state_dict(), file)
+        new.load_state_dict(torch.load(file))
         return new
 
     def plain(self, run: Run) -> nn.Module:
@@ -214,51 +192,33 @@ def layers(model: nn.Module) -> dict[str, FakeQuantized]:
 
 def do(networks: Networks, run: Run, split: datasets.Split) -> dict[str, Any]:
     """Make the network of a run, and judge it: which images it answers right, and its mean loss."""
-    model = networks.of(run)
-    answers = ladder.logits(model, split.images)
-    outcome = {"right": answers.argmax(1) == split.labels, "loss": float(F.cross_entropy(answers, split.labels))}
-    if run.way == "LSQ" and run.seed == 0 and run.steps == LENGTHS[-1]:
-        outcome["integers"] = proof(model, answers, split.images)
-    return outcome
+    answers = ladder.logits(networks.of(run), split.images)
+    return {"right": answers.argmax(1) == split.labels, "loss": float(F.cross_entropy(answers, split.labels))}
 
 
 @torch.no_grad()
-def proof(simulated: nn.Module, answers: Tensor, images: Tensor) -> dict[str, int]:
-    """Count the codes of the converted network against exact arithmetic, and the images of another class."""
+def proof(networks: Networks, run: Run, images: Tensor) -> dict[str, int]:
+    """Count the codes of the integers against exact arithmetic, and the images of another class than simulated."""
+    simulated = networks.of(run)
     real = integer.convert(simulated)
     counts: Counter[str] = Counter()
-    for part, promised in zip(images.split(ladder.BATCH), answers.split(ladder.BATCH), strict=True):
+    for part in images.split(ladder.BATCH):
         for row in integer.prove(real, part):
             counts.update({name: row[name] for name in ("codes", "different", "ties", "wrong")})
-        delivered = real(part)
-        counts["other class"] += int((delivered.argmax(1) != promised.argmax(1)).sum())
+        counts["other class"] += int((real(part).argmax(1) != simulated(part).argmax(1)).sum())
     return dict(counts)
-
-
-def chosen_rates(tuned: Mapping[Run, Mapping[str, Any]]) -> Rates:
-    """Choose for each way and width the rate with the least loss on the validation images."""
-    rates, least = {}, {}
-    for run, outcome in tuned.items():
-        kind = run.way, run.width
-        if outcome["loss"] < least.get(kind, float("inf")):
-            rates[kind], least[kind] = run.rate, outcome["loss"]
-    return rates
 
 
 Answers = dict[tuple[str, str, int], list[Tensor]]  # (width, way, steps) -> right answers [images] of each seed
 
 
 def answers_of(done: Mapping[Run, Mapping[str, Any]]) -> Answers:
-    """Group the right answers by seeds; float networks stand at every width with the control's rate."""
+    """Group the right answers by seeds; float networks stand at every width."""
     answers: Answers = {}
-    floats = {(run.steps, run.seed, run.rate): outcome for run, outcome in done.items() if run.way == "float"}
+    widths = {run.width for run in done if run.width in WIDTHS}
     for run, outcome in done.items():
-        if run.way == "float":
-            continue
-        answers.setdefault((run.width, run.way, run.steps), []).append(outcome["right"])
-        if run.way == "control" and run.steps:
-            right = floats[run.steps, run.seed, run.rate]["right"]
-            answers.setdefault((run.width, "float", run.steps), []).append(right)
+        for width in widths if run.way == "float" else (run.width,):
+            answers.setdefault((width, run.way, run.steps), []).append(outcome["right"])
     return answers
 
 
@@ -281,36 +241,40 @@ def changed(after: list[Tensor], before: list[Tensor]) -> dict[str, float]:
     return {"change": change, "low": low, "high": high}
 
 
-def write(done: Mapping[Run, Mapping[str, Any]], tuned: Mapping[Run, Mapping[str, Any]], dense: Tensor) -> Path:
-    """Write the record of some seeds."""
+def write(
+    done: Mapping[Run, Mapping[str, Any]],
+    tuned: Mapping[Run, Mapping[str, Any]],
+    proofs: Mapping[Run, Mapping[str, Any]],
+    dense: Tensor,
+) -> Path:
+    """Write the record of some parts."""
     rows = []
     for run, outcome in done.items():
-        accuracy = outcome["right"].double().mean().item()
-        seconds = round(outcome["seconds"], 1)
-        rows.append({**asdict(run), "accuracy": accuracy, "loss": outcome["loss"], "seconds": seconds})
-    of_tuning = [{**asdict(run), "loss": outcome["loss"]} for run, outcome in tuned.items()]
-    integers = [{"width": run.width, **outcome["integers"]} for run, outcome in done.items() if "integers" in outcome]
+        rows.append({**asdict(run), "accuracy": outcome["right"].double().mean().item(), "loss": outcome["loss"]})
+    integers = []
+    for run, counts in proofs.items():
+        integers.append({"width": run.width, **{name: counts[name] for name in counts if name != "seconds"}})
+    outcomes = (*tuned.values(), *done.values(), *proofs.values())
     return experiments.save(
         Path(__file__).stem,
         QUESTION,
         rows,
         by=("way", "width", "steps", "seed", "rate"),
-        columns={"accuracy": quality("fraction"), "loss": result(), "seconds": result("s")},
+        columns={"accuracy": quality("fraction"), "loss": result()},
         settings={
             "dense": dense.double().mean().item(),
             "test images": len(dense),
             "validation images": len(datasets.fashion_mnist("validation")),
             "training images": len(datasets.fashion_mnist("train")),
             "calibration images": IMAGES,
-            "seeds": len({run.seed for run in done}),
-            "lengths": list(LENGTHS),
+            "seeds": SEEDS,
             "images of a step": BATCH,
             "AdaRound's steps": ADAROUND_STEPS,
-            "tuning": {"steps": TUNED, "rates": list(RATES), "runs": of_tuning},
+            "tuning": [{"rate": run.rate, "loss": outcome["loss"]} for run, outcome in tuned.items()],
             "integers": integers,
             "changes": changes(answers_of(done), dense),
         },
-        seconds=sum(outcome["seconds"] for outcome in (*tuned.values(), *done.values())),
+        seconds=sum(outcome["seconds"] for outcome in outcomes),
     )
 
 
@@ -321,21 +285,32 @@ def main() -> None:
     few = 100 if options.quick else None
     validation, test = datasets.fashion_mnist("validation", few), datasets.fashion_mnist("test", few)
     if options.quick:
-        rates = dict.fromkeys(itertools.product(("control", *TRAINED), WIDTHS), RATES[0])
-        small = [run for run in runs_of(0, rates) if run.steps <= LENGTHS[1] and run.width in ("float32", "W2A4")]
-        resumable.finished(small, options, lambda run: do(networks, run, test))
+        runs = [
+            Run("control", "W2A4", 0, 0, 0.0),
+            Run("LSQ", "W2A4", 3, 0, RATES[0]),
+            Run("STE", "W2A4", 3, 0, RATES[0]),
+        ]
+        resumable.finished(runs, options, lambda run: do(networks, run, test))
+        print(proof(networks, runs[1], test.images))
         return
-    tuning = list(tuning_runs())
-    tuned = resumable.finished(tuning, options, lambda run: do(networks, run, validation))
-    if len(tuned) < len(tuning):
+    tuned = resumable.finished(tuning_runs(), options, lambda run: do(networks, run, validation))
+    if len(tuned) < len(RATES):
         return
-    rates = chosen_rates(tuned)
-    done = resumable.finished(list(all_runs(rates)), options, lambda run: do(networks, run, test))
-    whole = [seed for seed in range(SEEDS) if all(run in done for run in runs_of(seed, rates))]
-    if len(whole) < LEAST_SEEDS:
+    rate = min(tuned, key=lambda run: tuned[run]["loss"]).rate
+    done: dict[Run, dict[str, Any]] = {}
+    proofs: dict[Run, dict[str, Any]] = {}
+    for part in PARTS:
+        runs = runs_of(part, rate)
+        outcomes = resumable.finished(runs, options, lambda run: do(networks, run, test))
+        if len(outcomes) == len(runs):
+            done |= outcomes
+        trained = [run for run in outcomes if (run.way, run.steps, run.seed) == ("LSQ", LONG, 0)]
+        proved = [replace(run, way="integers") for run in trained if run.width in PROVED]
+        proofs |= resumable.finished(proved, options, lambda run: proof(networks, replace(run, way="LSQ"), test.images))
+    if not done:
         return
     dense = ladder.logits(networks.folded, test.images).argmax(1) == test.labels
-    print(write({run: outcome for run, outcome in done.items() if run.seed in whole}, tuned, dense))
+    print(write(done, tuned, proofs, dense))
 
 
 if __name__ == "__main__":
