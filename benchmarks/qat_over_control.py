@@ -55,10 +55,11 @@ TRAINED = ("LSQ", "STE")
 ENDS = ("conv", "fc")
 PAIR = ("control", "LSQ")
 PARTS = (  # (way, width, steps), the most telling first
-    [("float", "float32", LONG)] + [(way, width, LONG) for width in ("W4A4", "W3A3") for way in PAIR],
-    [(way, "W4A4", SHORT) for way in PAIR],
+    [("float", "float32", LONG)] + [(way, "W3A3", LONG) for way in PAIR],
+    [(way, "W4A4", LONG) for way in PAIR],
     [(way, "W8A8", LONG) for way in PAIR],
     [(way, "W3A3", SHORT) for way in PAIR],
+    [(way, "W4A4", SHORT) for way in PAIR],
     [("control", "W4A4", 0), ("control", "W3A3", 0)],
     [("STE", "W3A3", LONG)],
     [(way, "W2A4", LONG) for way in PAIR],
