@@ -15,8 +15,7 @@ All ways start from the float network with folded norms; the first and the last 
 
 A length is a training run of its own, with its own cycle of the learning rate. The highest rate was chosen for the
 plain steps alone, as the one of RATES with the least loss on the validation images; every way has it. A seed draws the
-calibration images and the order of the batches, for all ways alike. All 10,000 test images judge each run. The
-integers that LSQ trained with seed 0 are held against exact arithmetic on all of them, too, at two widths.
+calibration images and the order of the batches, for all ways alike. All 10,000 test images judge each run.
 
 The parts of the experiment are done one after the other, each for all seeds; the record holds the parts that are done.
 Answers are compared image by image; the intervals are over images and seeds. Lesson 08 shows the record:
@@ -25,9 +24,8 @@ Answers are compared image by image; the intervals are over images and seeds. Le
 
 import copy
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,7 @@ from torch import Tensor, nn
 
 from labkit import datasets, models, stats, training
 from labkit.lesson import experiments
-from labkit.quantization import fold, integer, ptq, qat, rounding
+from labkit.quantization import fold, ptq, qat, rounding
 from labkit.quantization.simulated import FakeQuantized
 from labkit.records import quality, result
 
@@ -62,7 +60,6 @@ PARTS = (  # (way, width, steps), the most telling first
     [(way, "W8A8", LONG) for way in PAIR],
     [(way, "W2A4", LONG) for way in PAIR],
 )
-PROVED = ("W4A4", "W2A2")  # widths whose integers of seed 0 are proved, a minute each
 
 
 @dataclass(frozen=True)
@@ -196,19 +193,6 @@ def do(networks: Networks, run: Run, split: datasets.Split) -> dict[str, Any]:
     return {"right": answers.argmax(1) == split.labels, "loss": float(F.cross_entropy(answers, split.labels))}
 
 
-@torch.no_grad()
-def proof(networks: Networks, run: Run, images: Tensor) -> dict[str, int]:
-    """Count the codes of the integers against exact arithmetic, and the images of another class than simulated."""
-    simulated = networks.of(run)
-    real = integer.convert(simulated)
-    counts: Counter[str] = Counter()
-    for part in images.split(ladder.BATCH):
-        for row in integer.prove(real, part):
-            counts.update({name: row[name] for name in ("codes", "different", "ties", "wrong")})
-        counts["other class"] += int((real(part).argmax(1) != simulated(part).argmax(1)).sum())
-    return dict(counts)
-
-
 Answers = dict[tuple[str, str, int], list[Tensor]]  # (width, way, steps) -> right answers [images] of each seed
 
 
@@ -244,19 +228,13 @@ def changed(after: list[Tensor], before: list[Tensor]) -> dict[str, float]:
 def write(
     done: Mapping[Run, Mapping[str, Any]],
     tuned: Mapping[Run, Mapping[str, Any]],
-    proofs: Mapping[Run, Mapping[str, Any]],
     dense: Tensor,
 ) -> Path:
     """Write the record of some parts."""
     rows = []
     for run, outcome in done.items():
         rows.append({**asdict(run), "accuracy": outcome["right"].double().mean().item(), "loss": outcome["loss"]})
-    integers = []
-    for run, counts in proofs.items():
-        integers.append(
-            {"width": run.width, "steps": run.steps, **{name: counts[name] for name in counts if name != "seconds"}}
-        )
-    outcomes = (*tuned.values(), *done.values(), *proofs.values())
+    outcomes = (*tuned.values(), *done.values())
     return experiments.save(
         Path(__file__).stem,
         QUESTION,
@@ -273,7 +251,6 @@ def write(
             "images of a step": BATCH,
             "AdaRound's steps": ADAROUND_STEPS,
             "tuning": [{"rate": run.rate, "loss": outcome["loss"]} for run, outcome in tuned.items()],
-            "integers": integers,
             "changes": changes(answers_of(done), dense),
         },
         seconds=sum(outcome["seconds"] for outcome in outcomes),
@@ -293,7 +270,6 @@ def main() -> None:
             Run("STE", "W2A4", 3, 0, RATES[0]),
         ]
         resumable.finished(runs, options, lambda run: do(networks, run, test))
-        print(proof(networks, runs[1], test.images))
         return
     tuned = resumable.finished(tuning_runs(), options, lambda run: do(networks, run, validation))
     if len(tuned) < len(RATES):
@@ -305,13 +281,10 @@ def main() -> None:
         outcomes = resumable.finished(runs, options, lambda run: do(networks, run, test))
         if len(outcomes) == len(runs):
             done |= outcomes
-    trained = [Run("LSQ", width, LONG, 0, rate) for width in PROVED]
-    proved = [replace(run, way="integers") for run in trained if run in done]
-    proofs = resumable.finished(proved, options, lambda run: proof(networks, replace(run, way="LSQ"), test.images))
     if not done:
         return
     dense = ladder.logits(networks.folded, test.images).argmax(1) == test.labels
-    print(write(done, tuned, proofs, dense))
+    print(write(done, tuned, dense))
 
 
 if __name__ == "__main__":
