@@ -132,28 +132,23 @@ class Networks:
         if run.way == "STE":
             qat.freeze(new)
         file = self.folder / f"weights, {run.file}"
-        if not file.exists():
-            self.finetune_(new, run)
-            resumable.save(new.state_dict(), file)
-        new.load_state_dict(torch.load(file))
+        new.load_state_dict(resumable.once(file, lambda: self.finetuned(new, run)))
         return new
 
     def plain(self, run: Run) -> nn.Module:
         """Train without rounding, or load the network that was trained so."""
         new = copy.deepcopy(self.folded).requires_grad_()
-        if not run.steps:
-            return new
-        file = self.folder / f"weights, {run.steps}, {run.seed}, {run.rate}.pt"
-        if not file.exists():
-            self.finetune_(new, run)
-            resumable.save(new.state_dict(), file)
-        new.load_state_dict(torch.load(file))
+        if run.steps:
+            file = self.folder / f"weights, {run.steps}, {run.seed}, {run.rate}.pt"
+            new.load_state_dict(resumable.once(file, lambda: self.finetuned(new, run)))
         return new
 
-    def finetune_(self, model: nn.Module, run: Run) -> None:
+    def finetuned(self, model: nn.Module, run: Run) -> dict[str, Tensor]:
+        """Train a model in place, and return the weights."""
         if run.steps:
             batches = training.Batches((self.train.images, self.train.labels), BATCH, seed=run.seed)
             qat.finetune_(model, batches, steps=run.steps, max_lr=run.rate)
+        return model.state_dict()
 
 
 def nearest(model: nn.Module, width: str, images: Tensor) -> nn.Module:
