@@ -34,7 +34,7 @@ def test_bits_per_weight_count_values_positions_scales_and_zero_points(way: Way,
 
 def test_a_single_draw_has_the_interval_over_windows():
     after, before = losses(1, 0.3, 1), losses(1, 0.0, 2)
-    found = llm_two_of_four.ratio(after, before, TOKENS)
+    found = llm_two_of_four.ratio(after.tolist(), before.tolist(), TOKENS)
     expected = stats.perplexity_ci(after[0], [TOKENS] * WINDOWS, before[0])
     assert list(found.values()) == pytest.approx(list(expected))
 
@@ -43,7 +43,7 @@ def test_draws_that_differ_widen_the_interval():
     before = losses(1, 0.0, 2).repeat(3, 0)
     alike = before + 0.3 + 0.01 * losses(1, 0.0, 3).repeat(3, 0)
     spread = alike + np.array([[-0.1], [0.0], [0.1]])
-    narrow, wide = (llm_two_of_four.ratio(after, before, TOKENS) for after in (alike, spread))
+    narrow, wide = (llm_two_of_four.ratio(after.tolist(), before.tolist(), TOKENS) for after in (alike, spread))
     assert narrow["ratio"] == pytest.approx(wide["ratio"])
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
     _, low, high = stats.mean_ci([-0.1, 0.0, 0.1])
