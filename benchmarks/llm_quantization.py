@@ -125,7 +125,7 @@ WAYS = {
     "8 bits": Way(8 + PER_ROW, partial(rtn, bits=8, group=None, symmetric=True)),
     "RTN, head in 8 bits": Way(ASYMMETRIC, rtn, head=True),
 }
-ONLY_AS_IS = ("MXFP4", "RTN, groups of 192", "RTN, 3 bits", "8 bits", "RTN, head in 8 bits")
+ONLY_AS_IS = ("RTN, groups of 192", "RTN, 3 bits", "8 bits", "RTN, head in 8 bits")
 
 # --- the ways to round activations, with weights in 8 bits ------------------------------------------------------------
 
