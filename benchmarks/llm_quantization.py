@@ -1,6 +1,6 @@
 """Perplexity of the whole SmolLM2 with weights, activations or the cache in few bits, on and off its Q4_1 grid.
 
-    python benchmarks/llm_quantization.py --folder DIR               an hour on an idle core, and writes the record
+    python benchmarks/llm_quantization.py --folder DIR               50 minutes on an idle core, and writes the record
     python benchmarks/llm_quantization.py --folder DIR --minutes 10  as many runs as that; the same command goes on
     python benchmarks/llm_quantization.py --quick                    a few blocks, short texts; writes nothing
 
@@ -10,7 +10,7 @@ head and norms stay, but for the row that says so.
 The checkpoint was stored in Q4_1 before: 32 neighbours of a row on 16 points. "as is" takes these points as weights.
 "dithered" moves each weight off its point by uniform noise of up to half a step, so that no grid is found again. The
 dithered model is a model of its own, a little worse than the checkpoint, and its ratios are over itself. A draw is the
-noise and the calibration text; ways that read no text have one draw on the checkpoint as it is.
+noise and the calibration text. The checkpoint as it is has a single draw: it is there for the diagnosis.
 
 Folded: the gains of the norms are multiplied into the Linears behind the norms, and nothing else. Rotated: the same,
 and then the rotation (`quantization.rotation`). So the folded row stands between the model as it is and the rotated.
@@ -97,10 +97,6 @@ class Way:
     change: str = ""
     head: bool = False
 
-    @property
-    def reads_text(self) -> bool:
-        return bool(self.method) or self.importance
-
 
 PER_ROW = 16 / 738  # of a scale a row: the blocks' rows have 738 inputs on average
 ASYMMETRIC, SYMMETRIC = 4 + (16 + 4) / GROUP, 4 + 16 / GROUP
@@ -172,7 +168,7 @@ class Sizes:
     blocks: int = 30
     segments: int = 16
     segment: int = 512
-    windows: int = 20
+    windows: int = 16
     length: int = 384
     texts: int = 16
     judged: int = 256
@@ -214,9 +210,9 @@ def all_runs(sizes: Sizes) -> list[Run]:
 
 
 def runs_of(draw: int) -> Iterator[Run]:
-    """List the runs of a draw with weights rounded."""
-    for name, way in WAYS.items():
-        if draw == 0 or way.reads_text:
+    """List the runs of a draw with weights rounded; the checkpoint as it is only in the first."""
+    if draw == 0:
+        for name in WAYS:
             yield Run("weights", name, AS_IS, draw)
     for name in WAYS:
         if name not in ONLY_AS_IS:
