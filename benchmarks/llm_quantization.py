@@ -10,8 +10,8 @@ head and norms stay, but for the row that says so.
 The checkpoint was stored in Q4_1 before: 32 neighbours of a row on 16 points. "as is" takes these points as weights.
 "dithered" moves each weight off its point by uniform noise of up to half a step, so that no grid is found again. The
 dithered model is a model of its own, a little worse than the checkpoint, and its ratios are over itself. A draw is the
-noise and the calibration text. The checkpoint as it is has a single draw, for it is there for the diagnosis, and so have
-formats that read no text: their intervals are over windows alone.
+noise and the calibration text. The checkpoint as it is, there for the diagnosis, and formats that read no text have a
+single draw: their intervals are over windows alone.
 
 Folded: the gains of the norms are multiplied into the Linears behind the norms, and nothing else. Rotated: the same,
 and then the rotation (`quantization.rotation`). So the folded row stands between the model as it is and the rotated.
