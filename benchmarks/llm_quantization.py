@@ -123,9 +123,7 @@ WAYS = {
     "RTN, head in 8 bits": Way(ASYMMETRIC, rtn, head=True),
 }
 ONLY_AS_IS = ("RTN, 3 bits", "8 bits", "RTN, head in 8 bits")
-IN_EVERY_DRAW = (
-    FLOAT, "RTN", "GPTQ", "AWQ", "K-quant", "K-quant, importance", "RTN, folded", "RTN, rotated",
-)  # fmt: skip
+IN_EVERY_DRAW = (FLOAT, "RTN", "GPTQ", "AWQ", "K-quant, importance", "RTN, folded", "RTN, rotated")
 
 # --- the ways to round activations, with weights in 8 bits ------------------------------------------------------------
 
