@@ -10,8 +10,8 @@ head and norms stay, but for the row that says so.
 The checkpoint was stored in Q4_1 before: 32 neighbours of a row on 16 points. "as is" takes these points as weights.
 "dithered" moves each weight off its point by uniform noise of up to half a step, so that no grid is found again. The
 dithered model is a model of its own, a little worse than the checkpoint, and its ratios are over itself. A draw is the
-noise and the calibration text. The checkpoint as it is, there for the diagnosis, and formats that read no text have a
-single draw: their intervals are over windows alone.
+noise and the calibration text. The checkpoint as it is, there for the diagnosis, and ways that are not IN_EVERY_DRAW
+have a single draw: their intervals are over windows alone.
 
 Folded: the gains of the norms are multiplied into the Linears behind the norms, and nothing else. Rotated: the same,
 and then the rotation (`quantization.rotation`). So the folded row stands between the model as it is and the rotated.
@@ -123,7 +123,7 @@ WAYS = {
     "RTN, head in 8 bits": Way(ASYMMETRIC, rtn, head=True),
 }
 ONLY_AS_IS = ("RTN, 3 bits", "8 bits", "RTN, head in 8 bits")
-IN_EVERY_DRAW = (FLOAT, "RTN", "GPTQ", "AWQ", "K-quant, importance", "RTN, folded", "RTN, rotated")
+IN_EVERY_DRAW = (FLOAT, "RTN", "GPTQ", "K-quant, importance", "RTN, folded", "RTN, rotated")
 
 # --- the ways to round activations, with weights in 8 bits ------------------------------------------------------------
 
@@ -201,12 +201,12 @@ class Run:
 
 
 def all_runs(sizes: Sizes) -> list[Run]:
-    """List the runs: all of the first draw, then activations and the cache, then the other draws."""
+    """List the runs: all of the first draw, then activations, the other draws, and the cache on text after text."""
     return [
         *runs_of(0),
         *(Run("activations", way, AS_IS, 0) for way in ACTIVATIONS),
-        *(Run("cache", "", AS_IS, text) for text in range(sizes.texts)),
         *itertools.chain.from_iterable(runs_of(draw) for draw in range(1, sizes.draws)),
+        *(Run("cache", "", AS_IS, text) for text in range(sizes.texts)),
     ]
 
 
