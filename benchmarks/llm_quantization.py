@@ -122,8 +122,8 @@ WAYS = {
     "8 bits": Way(8 + PER_ROW, partial(rtn, bits=8, group=None, symmetric=True)),
     "RTN, head in 8 bits": Way(ASYMMETRIC, rtn, head=True),
 }
-ONLY_AS_IS = ("RTN, 3 bits", "8 bits", "RTN, head in 8 bits")
-IN_EVERY_DRAW = (FLOAT, "RTN", "GPTQ", "K-quant, importance", "RTN, folded", "RTN, rotated")
+ONLY_AS_IS = ("RTN, groups of 192", "RTN, 3 bits", "8 bits", "RTN, head in 8 bits")
+IN_EVERY_DRAW = (FLOAT, "RTN", "GPTQ")
 
 # --- the ways to round activations, with weights in 8 bits ------------------------------------------------------------
 
@@ -201,12 +201,12 @@ class Run:
 
 
 def all_runs(sizes: Sizes) -> list[Run]:
-    """List the runs: all of the first draw, then activations, the other draws, and the cache on text after text."""
+    """List the runs: all of the first draw, the cache on text after text, the other draws, then activations."""
     return [
         *runs_of(0),
-        *(Run("activations", way, AS_IS, 0) for way in ACTIVATIONS),
-        *itertools.chain.from_iterable(runs_of(draw) for draw in range(1, sizes.draws)),
         *(Run("cache", "", AS_IS, text) for text in range(sizes.texts)),
+        *itertools.chain.from_iterable(runs_of(draw) for draw in range(1, sizes.draws)),
+        *(Run("activations", way, AS_IS, 0) for way in ACTIVATIONS),
     ]
 
 
@@ -387,12 +387,12 @@ class Attentions(TorchFunctionMode):
 def cached(setting: Setting, text: int) -> dict[str, Any]:
     """Judge all forms of the cache on a text; return the mean loss of the last tokens, and decibels in the blocks."""
     sizes, model = setting.sizes, setting.model
-    tokens = setting.long_texts[text]
+    tokens = setting.long_texts[5 * text % sizes.texts]  # some of the texts lie all over the chapters, too
     losses: dict[str, float] = {}
     for context in sizes.contexts:
         ids = tokens[None, -context:]
         prompt, last = ids[:, : -sizes.judged - 1], ids[:, -sizes.judged - 1 : -1]
-        argument, filled = filled_cache(model, prompt)
+        argument, filled = filled_cache(model.model, prompt)
         for name, form in CACHES.items():
             with kv.quantized(form) if form else nullcontext():
                 logits = model(last, **{argument: copy.deepcopy(filled)}).logits[0]
@@ -543,8 +543,8 @@ def row_of(
 
 
 def complete_draws(runs: Sequence[Run], done: Mapping[Run, Any], draws: int) -> int:
-    """Return how many draws, from the first, have all their runs."""
-    missing = [run.draw if run.part == "weights" else 0 for run in runs if run not in done]
+    """Return how many draws, from the first, have all their runs; the cache's texts are no draws."""
+    missing = [run.draw for run in runs if run not in done and run.part != "cache"]
     return min(missing, default=draws)
 
 
@@ -556,8 +556,9 @@ def main() -> None:
     runs = all_runs(sizes)
     done = resumable.finished(runs, options, partial(do, setting))
     draws = complete_draws(runs, done, sizes.draws)
-    print(f"complete draws: {draws} of {sizes.draws}")
-    if not draws:
+    texts = sum(run.part == "cache" for run in done)
+    print(f"complete draws: {draws} of {sizes.draws}, texts of the cache: {texts} of {sizes.texts}")
+    if not draws or texts < stats.LEAST:
         return
     tokens = sizes.length - 1
     of_checkpoint = {name: losses_of(done, "weights", name, draws) for name in (AS_IS, DITHERED)}
@@ -570,6 +571,7 @@ def main() -> None:
     settings = {
         **asdict(sizes),
         "draws": draws,
+        "texts": texts,
         "perplexity": math.exp(sum(of_checkpoint[AS_IS][FLOAT][0]) / sizes.windows),
         "bits": {name: way.bits for name, way in WAYS.items()},
         "dithered over as is": dict(zip(("ratio", "low", "high"), dithering, strict=True)),

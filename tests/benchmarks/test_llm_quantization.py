@@ -31,7 +31,8 @@ def test_draws_are_complete_from_the_first():
     runs = [Run("weights", "RTN", DITHERED, draw) for draw in range(3)] + [Run("cache", "", AS_IS, 5)]
     assert llm_quantization.complete_draws(runs, dict.fromkeys(runs), 3) == 3
     assert llm_quantization.complete_draws(runs, dict.fromkeys(runs[:2] + runs[3:]), 3) == 2
-    assert llm_quantization.complete_draws(runs, dict.fromkeys(runs[:3]), 3) == 0
+    assert llm_quantization.complete_draws(runs, dict.fromkeys(runs[:3]), 3) == 3  # a text of the cache is no draw
+    assert llm_quantization.complete_draws(runs, {}, 3) == 0
 
 
 def test_ways_are_compared_on_the_draws_that_both_have():
