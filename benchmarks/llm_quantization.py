@@ -201,12 +201,11 @@ class Run:
 
 
 def all_runs(sizes: Sizes) -> list[Run]:
-    """List the runs: all of the first draw, the cache on text after text, the other draws, then activations."""
+    """List the runs: draw after draw, then activations, and the cache on text after text."""
     return [
-        *runs_of(0),
-        *(Run("cache", "", AS_IS, text) for text in range(sizes.texts)),
-        *itertools.chain.from_iterable(runs_of(draw) for draw in range(1, sizes.draws)),
+        *itertools.chain.from_iterable(runs_of(draw) for draw in range(sizes.draws)),
         *(Run("activations", way, AS_IS, 0) for way in ACTIVATIONS),
+        *(Run("cache", "", AS_IS, text) for text in range(sizes.texts)),
     ]
 
 
