@@ -9,9 +9,10 @@ head and norms stay, but for the row that says so.
 
 The checkpoint was stored in Q4_1 before: 32 neighbours of a row on 16 points. "as is" takes these points as weights.
 "dithered" moves each weight off its point by uniform noise of up to half a step, so that no grid is found again. The
-dithered model is a model of its own, a little worse than the checkpoint, and its ratios are over itself. A draw is the
-noise and the calibration text. The checkpoint as it is, there for the diagnosis, and ways that are not IN_EVERY_DRAW
-have a single draw: their intervals are over windows alone.
+dithered model is a model of its own, worse than the checkpoint, and its ratios are over itself. Blocks of 32 that are
+the checkpoint's own still find part of the grid through the noise: "shifted" ways count blocks from the 16th input on.
+A draw is the noise and the calibration text. The checkpoint as it is, there for the diagnosis, and ways that are not
+IN_EVERY_DRAW have a single draw: their intervals are over windows alone.
 
 Folded: the gains of the norms are multiplied into the Linears behind the norms, and nothing else. Rotated: the same,
 and then the rotation (`quantization.rotation`). So the folded row stands between the model as it is and the rotated.
@@ -87,6 +88,7 @@ class Way:
     round: the rule of a single weight; None for a method of `weight_only.quantize`, or for no rounding.
     method: that method, which reads text.
     importance: True for a rule that takes the mean square of each input as well.
+    shifted: True to count blocks from the 16th input on, so that no block is one of the checkpoint's.
     change: what is done to the float model before rounding: "", "folded" or "rotated".
     head: True to round the head too, to 8 bits.
     """
@@ -95,6 +97,7 @@ class Way:
     round: Round | None = None
     method: str = ""
     importance: bool = False
+    shifted: bool = False
     change: str = ""
     head: bool = False
 
@@ -115,6 +118,9 @@ WAYS = {
     "MXFP4": Way(4 + 8 / 32, partial(formats.fake, format="mxfp4")),
     "MXFP4, better exponent": Way(4 + 8 / 32, better_mxfp4),
     "Q4_1": Way(5, q4_1),
+    "Q4_1, shifted": Way(5, q4_1, shifted=True),
+    "K-quant, shifted": Way(K_BITS, k_quant, shifted=True),
+    "K-quant, importance, shifted": Way(K_BITS, k_quant, importance=True, shifted=True),
     "RTN, folded": Way(ASYMMETRIC, rtn, change="folded"),
     "RTN, rotated": Way(ASYMMETRIC, rtn, change="rotated"),
     "RTN, groups of 192": Way(4 + (16 + 4) / 192, partial(rtn, group=192)),
@@ -123,6 +129,7 @@ WAYS = {
     "RTN, head in 8 bits": Way(ASYMMETRIC, rtn, head=True),
 }
 ONLY_AS_IS = ("RTN, groups of 192", "RTN, 3 bits", "8 bits", "RTN, head in 8 bits")
+ONLY_DITHERED = ("K-quant, shifted", "K-quant, importance, shifted")
 IN_EVERY_DRAW = (FLOAT, "RTN", "GPTQ")
 
 # --- the ways to round activations, with weights in 8 bits ------------------------------------------------------------
@@ -213,7 +220,8 @@ def runs_of(draw: int) -> Iterator[Run]:
     """List the runs of a draw with weights rounded; the checkpoint as it is only in the first."""
     if draw == 0:
         for name in WAYS:
-            yield Run("weights", name, AS_IS, draw)
+            if name not in ONLY_DITHERED:
+                yield Run("weights", name, AS_IS, draw)
     for name in WAYS:
         if name in IN_EVERY_DRAW or (draw == 0 and name not in ONLY_AS_IS):
             yield Run("weights", name, DITHERED, draw)
@@ -345,10 +353,11 @@ def rounded(setting: Setting, run: Run) -> nn.Module:
         options = {"group_size": GROUP, "method": way.method, "batches": setting.text(run.draw)}
         return dense(weight_only.quantize(model, 4, **options))
     importance = mean_squares(model, setting.text(run.draw)) if way.importance else {}
+    shift = 16 if way.shifted else 0
     for name, layer in linears(model).items():
-        extra = (importance[name],) if way.importance else ()
+        extra = (importance[name].roll(-shift),) if way.importance else ()
         if way.round:
-            layer.weight.data = way.round(layer.weight.data, *extra)
+            layer.weight.data = way.round(layer.weight.data.roll(-shift, 1), *extra).roll(shift, 1)
     if way.head:
         model.lm_head = copy.deepcopy(model.lm_head)  # the embedding stays
         model.lm_head.weight = nn.Parameter(rtn(model.lm_head.weight.detach(), 8, None, True))
@@ -542,8 +551,8 @@ def row_of(
 
 
 def complete_draws(runs: Sequence[Run], done: Mapping[Run, Any], draws: int) -> int:
-    """Return how many draws, from the first, have all their runs; the cache's texts are no draws."""
-    missing = [run.draw for run in runs if run not in done and run.part != "cache"]
+    """Return how many draws, from the first, have all their runs; other parts have none."""
+    missing = [run.draw for run in runs if run not in done and run.part == "weights"]
     return min(missing, default=draws)
 
 
