@@ -96,10 +96,14 @@ def _candidates(x: Tensor, weights: Tensor) -> Iterator[Line]:
         codes = ((x - least) * levels / span).round().clamp(0, LEVELS)
         mean_code = (weights * codes).sum(-1, keepdim=True) / total
         away = weights * (codes - mean_code)
-        slope = (away * x).sum(-1, keepdim=True) / (away * codes).sum(-1, keepdim=True).clamp(min=1e-10)
+        covariance = (away * x).sum(-1, keepdim=True)
+        variance = (away * codes).sum(-1, keepdim=True)
+        slope = covariance / variance.clamp(min=1e-10)
         minimum = slope * mean_code - mean_x
-        through_zero = (weights * codes * x).sum(-1, keepdim=True) / (weights * codes * codes).sum(-1, keepdim=True)
-        slope = torch.where(minimum < 0, through_zero.nan_to_num(), slope)
+        product = (weights * codes * x).sum(-1, keepdim=True)
+        energy = (weights * codes * codes).sum(-1, keepdim=True)
+        through_zero = (product / energy).nan_to_num()
+        slope = torch.where(minimum < 0, through_zero, slope)
         yield Line(slope.clamp(min=0), minimum.clamp(min=0))
 
 
