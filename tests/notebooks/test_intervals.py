@@ -31,19 +31,17 @@ def test_no_lesson_makes_an_interval_by_hand(lesson: str):
 def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
     """The lesson's perplexity over that of another model, from the extra loss of each token [texts, tokens]."""
     texts, tokens = extra.shape
-    windows = [torch.zeros(tokens + 1)] * texts
-    if lesson in ("09", "10"):
-        names = {"09": ("ratio_of", windows), "10": ("over_texts", texts)}
-        name, of_lesson = names[lesson]
-        by_text = function("09", "by_text", windows=windows)
-        over = function(lesson, name, by_text=by_text, windows=of_lesson, length=tokens + 1)
+    if lesson == "10":
+        over = function(
+            "10", "over_texts", by_text=lambda values: extra.mean(1).tolist(), windows=texts, length=tokens + 1
+        )
         return over(extra.flatten())
     scores = {"a": {"nats": extra}, "all tokens": {"nats": torch.zeros_like(extra)}}
     lost = function("11", "lost", scores=scores, after=tokens, texts=texts)
     return tuple(math.exp(end) for end in lost("a"))
 
 
-READERS = ["09", "10", "11"]
+READERS = ["10", "11"]
 
 
 def extra_loss(texts: int) -> torch.Tensor:
