@@ -88,6 +88,8 @@ FIXED = {
     ("07", "norms-read"): "the images of a record",
     ("07", "observers-figure-read"): "the activations of MiniLM",
     ("07", "ranges-read"): "two networks",
+    ("07", "plans-read"): "two plans of 4,000 images",
+    ("07", "repairs-read"): "the images of a preset",
     ("07", "result-read"): "the draws of a record",
     ("07", "scan-read"): "the weights of ResNet-20",
     ("07", "size-read"): "sizes of calibration of a preset",
