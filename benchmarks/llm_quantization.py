@@ -34,13 +34,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import llm_two_of_four
 import resumable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from labkit import batches, datasets, models, stats, training
+from labkit import batches, models, stats
 from labkit.lesson import experiments
 from labkit.modules.kv_cache import filled_cache
 from labkit.quantization import affine, formats, k_quants, kv, rotation, weight_only
@@ -188,7 +189,7 @@ QUICK = Sizes(blocks=2, segments=2, segment=96, windows=6, length=64, texts=6, j
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(resumable.NamedByFields):
     """A run.
 
     part: "weights", "activations" or "cache".
@@ -201,10 +202,6 @@ class Run:
     way: str
     checkpoint: str
     draw: int
-
-    @property
-    def file(self) -> str:
-        return ", ".join(map(str, asdict(self).values())) + ".pt"
 
 
 def all_runs(sizes: Sizes) -> list[Run]:
@@ -306,7 +303,7 @@ class Setting:
         self.model = models.smollm2()
         self.model.model.layers = self.model.model.layers[: sizes.blocks]
         self.model.config.num_hidden_layers = sizes.blocks
-        self._calibration, test = (tokens_of(part) for part in ("calibration", "test"))
+        self._calibration, test = (llm_two_of_four.tokens_of(part) for part in ("calibration", "test"))
         self.windows = spread(test, sizes.windows, sizes.length)
         self.long_texts = spread(test, sizes.texts, sizes.contexts[-1])
         self._dithered: dict[int, nn.Module] = {}
@@ -322,17 +319,6 @@ class Setting:
         if run.draw not in self._dithered:
             self._dithered = {run.draw: dithered(self.model, run.draw)}
         return self._dithered[run.draw]
-
-    def losses(self, model: nn.Module) -> list[float]:
-        """Return the mean loss of a token in each window, in nats."""
-        length = self.sizes.length
-        return [math.log(training.perplexity(model, window, window=length)) for window in self.windows]
-
-
-def tokens_of(part: str) -> Tensor:
-    """Return the tokens [N] of some chapters of the handbook."""
-    words = datasets.handbook(part)
-    return torch.tensor(models.tokenizer("smollm2")(words, verbose=False)["input_ids"])
 
 
 def spread(tokens: Tensor, number: int, length: int) -> Tensor:
@@ -415,7 +401,7 @@ def decibels(setting: Setting, ids: Tensor) -> dict[str, list[float]]:
     """
     with Attentions() as seen:
         setting.model.model(ids, use_cache=False)
-    found: dict[str, list[float]] = {}
+    of_blocks: dict[str, list[float]] = {}
     for q, k, v in seen.calls:
         exact = attended(q, k, v)
         for per in kv.PER:
@@ -427,8 +413,8 @@ def decibels(setting: Setting, ids: Tensor) -> dict[str, list[float]]:
                 "output, values rounded": affine.sqnr(exact, attended(q, k, new_v)),
             }
             for of, db in ratios.items():
-                found.setdefault(f"{of}, per {per}", []).append(db)
-    return found
+                of_blocks.setdefault(f"{of}, per {per}", []).append(db)
+    return of_blocks
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -465,7 +451,7 @@ def do(setting: Setting, run: Run) -> dict[str, Any]:
     if run.part == "cache":
         return cached(setting, run.draw)
     model = rounded(setting, run) if run.part == "weights" else in_8_bits(setting, run)
-    return {"losses": setting.losses(model)}
+    return {"losses": llm_two_of_four.losses_of(model, setting.windows)}
 
 
 Losses = dict[str, list[list[float]]]  # {way: [draws, windows]}
@@ -518,19 +504,18 @@ def summary(done: Mapping[Run, Mapping[str, Any]], sizes: Sizes, draws: int) -> 
     for part, checkpoint in (("weights", AS_IS), ("weights", DITHERED), ("activations", AS_IS)):
         base = losses_of(done, "weights", checkpoint, draws)[FLOAT]
         for way, of_draws in losses_of(done, part, checkpoint, draws).items():
+            if way == FLOAT:
+                continue
             for draw, losses in enumerate(of_draws):
                 before = base[draw] if len(base) > 1 else base[0]
                 bits = WAYS[way].bits if part == "weights" else 8.0
-                found = row_of(part, way, checkpoint, draw, bits, [losses], [before], sizes.length - 1)
-                if way != FLOAT:
-                    rows.append(found)
+                rows.append(row_of(part, way, checkpoint, draw, bits, [losses], [before], sizes.length - 1))
     for context in sizes.contexts:
         losses_at = losses_of_caches(done, context)
-        for name, form in CACHES.items():
-            bits = cache_bits(form, context, sizes.judged)
-            row = row_of("cache", f"{name}, {context}", AS_IS, 0, bits, losses_at[name], losses_at[FLOAT], sizes.judged)
-            if form:
-                rows.append(row)
+        before = losses_at.pop(FLOAT)
+        for name, losses in losses_at.items():
+            bits = cache_bits(CACHES[name], context, sizes.judged)
+            rows.append(row_of("cache", f"{name}, {context}", AS_IS, 0, bits, losses, before, sizes.judged))
     return rows
 
 

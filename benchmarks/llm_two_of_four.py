@@ -140,10 +140,10 @@ class Setting:
         """Draw a calibration text: segments [1, length]."""
         return segments(self._calibration, self.sizes.segments, self.sizes.length, seed=draw)
 
-    def losses(self, model: nn.Module) -> list[float]:
-        """Return the mean loss of a token in each window, in nats."""
-        length = self.sizes.length
-        return [math.log(training.perplexity(model, window, window=length)) for window in self.windows]
+
+def losses_of(model: nn.Module, windows: Tensor) -> list[float]:
+    """Return the mean loss of a token in each of the windows [windows, length], in nats."""
+    return [math.log(training.perplexity(model, window, window=len(window))) for window in windows]
 
 
 def tokens_of(part: str) -> Tensor:
@@ -198,7 +198,7 @@ def do(setting: Setting, run: Run, folder: Path) -> dict[str, Any]:
     model = rounded(setting, way, run.draw, pruned(setting, way, run.draw, folder))
     weights = weights_of(model).values()
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    return {"losses": setting.losses(model), "zeros": zeros}
+    return {"losses": losses_of(model, setting.windows), "zeros": zeros}
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------

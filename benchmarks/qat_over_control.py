@@ -63,7 +63,7 @@ PARTS = (  # (way, width, steps), the most telling first
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(resumable.NamedByFields):
     """A network: made in this way, for this width ("float32": not rounded), after training steps with a seed.
 
     rate: the highest learning rate; 0 if nothing is trained.
@@ -74,10 +74,6 @@ class Run:
     steps: int
     seed: int
     rate: float
-
-    @property
-    def file(self) -> str:
-        return ", ".join(map(str, asdict(self).values())) + ".pt"
 
 
 def tuning_runs() -> list[Run]:
@@ -126,13 +122,12 @@ class Networks:
         return rounded
 
     def trained(self, run: Run) -> nn.Module:
-        """Train with the rounding in place, or load the network that was trained so."""
+        """Train with the rounding in place."""
         images = ladder.calibration(IMAGES, run.seed)
         new = qat.prepare(self.folded, [images], **choices(run.width), method="lsq")
         if run.way == "STE":
             qat.freeze(new)
-        file = self.folder / f"weights, {run.file}"
-        new.load_state_dict(resumable.once(file, lambda: self.finetuned(new, run)))
+        self.finetune_(new, run)
         return new
 
     def plain(self, run: Run) -> nn.Module:
@@ -140,15 +135,15 @@ class Networks:
         new = copy.deepcopy(self.folded).requires_grad_()
         if run.steps:
             file = self.folder / f"weights, {run.steps}, {run.seed}, {run.rate}.pt"
-            new.load_state_dict(resumable.once(file, lambda: self.finetuned(new, run)))
+            new.load_state_dict(resumable.once(file, lambda: self.finetune_(new, run).state_dict()))
         return new
 
-    def finetuned(self, model: nn.Module, run: Run) -> dict[str, Tensor]:
-        """Train a model in place, and return the weights."""
+    def finetune_(self, model: nn.Module, run: Run) -> nn.Module:
+        """Train a model in place, and return the model."""
         if run.steps:
             batches = training.Batches((self.train.images, self.train.labels), BATCH, seed=run.seed)
             qat.finetune_(model, batches, steps=run.steps, max_lr=run.rate)
-        return model.state_dict()
+        return model
 
 
 def nearest(model: nn.Module, width: str, images: Tensor) -> nn.Module:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,7 @@ from labkit.storage import int4, native
 needs_compiler = pytest.mark.skipif(not native.isas("int4_linear"), reason="needs a C++ compiler")
 
 
-@pytest.fixture(params=native.isas("int4_linear"), scope="module")
-def isa(request):
-    """The instruction set that the kernel takes meanwhile: VNNI, and plain C++ compiled for two others."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "best_isa", lambda name: native.ISAS.index(request.param))
-        yield request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+isa = kernels.every_isa("int4_linear")
 
 
 def rounded(out_features, in_features, group_size=None, bits=4, symmetric=False):
