@@ -71,6 +71,15 @@ def test_the_layers_of_smollm2_give_the_bits_of_the_reference(outputs, inputs):
 
 
 @pytest.mark.usefixtures("isa")
+def test_activations_halfway_between_two_codes_give_the_bits_of_the_reference():
+    """The last bit of 127 / largest decides these codes."""
+    largest = 1 + torch.rand(500, 1)
+    halfway = torch.arange(0.5, 127) * largest / 127
+    x = torch.cat([halfway, halfway.nextafter(largest), largest, -largest], 1)
+    assert_kernel_equals_reference(x, rounded(3, x.shape[1]))
+
+
+@pytest.mark.usefixtures("isa")
 def test_activations_of_every_kind_give_the_bits_of_the_reference():
     weight = rounded(33, 96, 32)
     x = torch.randn(11, 96)
