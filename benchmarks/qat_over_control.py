@@ -1,6 +1,6 @@
 """Accuracy of ResNet-20 trained with the rounding in place, beside as long training without it and AdaRound then.
 
-    python benchmarks/qat_over_control.py --folder DIR               35 minutes on an idle core, and writes the record
+    python benchmarks/qat_over_control.py --folder DIR               two hours on an idle core, and writes the record
     python benchmarks/qat_over_control.py --folder DIR --minutes 10  as many runs as that; the same command goes on
     python benchmarks/qat_over_control.py --quick                    some runs on few images, and writes nothing
 
@@ -43,7 +43,7 @@ from labkit.records import quality, result
 
 QUESTION = "from how many steps on does training with the rounding beat as many plain steps and AdaRound then?"
 WIDTHS = {"W8A8": (8, 8), "W4A4": (4, 4), "W3A3": (3, 3), "W2A4": (2, 4), "W2A2": (2, 2)}
-SHORT, LONG = 120, 480  # steps
+SHORT, LONG, LONGEST = 120, 480, 1440  # steps
 BATCH = 64
 RATES, TUNED, TUNING_SEED = (0.001, 0.003, 0.01), 120, 99
 SEEDS = 3
@@ -56,9 +56,13 @@ PARTS = (  # (way, width, steps), the most telling first
     [("float", "float32", LONG)] + [(way, "W2A2", LONG) for way in PAIR],
     [(way, "W4A4", LONG) for way in PAIR],
     [(way, "W3A3", LONG) for way in PAIR],
-    [(way, "W2A2", SHORT) for way in PAIR],
-    [(way, "W8A8", LONG) for way in PAIR],
+    [("control", width, 0) for width in ("W4A4", "W3A3", "W2A2")],
+    [(way, width, SHORT) for width in ("W3A3", "W2A2") for way in PAIR],
+    [(way, "W2A2", LONGEST) for way in PAIR],
+    [(way, "W3A3", LONGEST) for way in PAIR],
+    [("STE", "W2A2", LONG)],
     [(way, "W2A4", LONG) for way in PAIR],
+    [(way, "W8A8", LONG) for way in PAIR],
 )
 
 
