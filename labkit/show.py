@@ -272,9 +272,7 @@ def facts(title: str, values: Mapping[str, str]) -> None:
 
 
 def html_table(rows: Rows, *, caption: str = "", badge: str = "") -> str:
-    """Return rows as plain HTML, legible without styles (GitHub), in light and in dark.
-
-    Columns of numbers are aligned right.
+    """Return rows as plain HTML, legible without styles (GitHub), in light and in dark; numbers are aligned right.
 
     caption: title.
     badge: BADGE, COMPUTED or nothing, before the caption.
