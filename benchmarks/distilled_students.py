@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit import batches, datasets, distillation, models, roofline, stats, training
-from labkit.data.resnet import ResNet8, ResNet20, WideResNet20
+from labkit.data.resnet import ResNet8, ResNet20, WideResNet8
 from labkit.lesson import experiments
 from labkit.records import quality
 
@@ -50,8 +50,8 @@ FEATURES = "fc"  # the module that reads the features to be matched
 
 LABELS, LONGER, SMOOTHED, EVEN = "labels", "labels, equal FLOPs", "smoothed labels", "wrong classes even"
 HINT, MATCHED = "hint", "relations"
-TEACHERS = {"ResNet-8": ResNet8, "ResNet-20": ResNet20, "ResNet-20, twice as wide": WideResNet20}
-TWIN, TEACHER, WIDE = TEACHERS
+TEACHERS = {"ResNet-8": ResNet8, "ResNet-8, twice as wide": WideResNet8, "ResNet-20": ResNet20}
+TWIN, WIDE, TEACHER = TEACHERS
 ARMS = (LABELS, SMOOTHED, TEACHER)  # with a learning rate of their own
 
 Data = tuple[Tensor, ...]  # images, labels, stored logits, stored features
@@ -288,7 +288,8 @@ PAIRS = (
     (TEACHER, EVEN),
     (EVEN, SMOOTHED),
     (TEACHER, TWIN),
-    (WIDE, TEACHER),
+    (TEACHER, WIDE),
+    (WIDE, TWIN),
     (HINT, TEACHER),
     (MATCHED, TEACHER),
 )
