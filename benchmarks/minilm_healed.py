@@ -5,7 +5,7 @@
     python benchmarks/minilm_healed.py --quick                    a few short runs, and writes nothing
 
 The student is layers 1, 3 and 6 of the MiniLM that was fine-tuned on movie reviews, with its head. It heals in a pass
-over the training snippets, on their labels or on the whole model's stored answers (T = 4, and a tenth of the loss is the
+over the training snippets, on their labels or on the whole model's stored answers (T = 4, a tenth of the loss is the
 labels'). A seed draws the order of the snippets. Each has a learning rate of its own, the best of two on validation
 snippets after a quarter of the steps, with a seed that the comparison does not use. Answers are compared snippet by
 snippet; the intervals are over test snippets and seeds. The record holds the seeds that are done for both. Lesson 10
