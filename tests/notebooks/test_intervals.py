@@ -32,18 +32,16 @@ def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
     """The lesson's perplexity over that of another model, from the extra loss of each token [texts, tokens]."""
     texts, tokens = extra.shape
     windows = [torch.zeros(tokens + 1)] * texts
-    if lesson in ("09", "10"):
-        names = {"09": ("ratio_of", windows), "10": ("over_texts", texts)}
-        name, of_lesson = names[lesson]
+    if lesson == "09":
         by_text = function("09", "by_text", windows=windows)
-        over = function(lesson, name, by_text=by_text, windows=of_lesson, length=tokens + 1)
-        return over(extra.flatten())
+        ratio_of = function("09", "ratio_of", by_text=by_text, windows=windows, length=tokens + 1)
+        return ratio_of(extra.flatten())
     scores = {"a": {"nats": extra}, "all tokens": {"nats": torch.zeros_like(extra)}}
     lost = function("11", "lost", scores=scores, after=tokens, texts=texts)
     return tuple(math.exp(end) for end in lost("a"))
 
 
-READERS = ["09", "10", "11"]
+READERS = ["09", "11"]
 
 
 def extra_loss(texts: int) -> torch.Tensor:
@@ -77,25 +75,6 @@ def test_lesson_13_reads_a_loss_and_a_share_of_right_tokens_from_each_window():
 
 
 # --- accuracy: over images, and over seeds where there are seeds ------------------------------------------------------
-
-
-@pytest.fixture
-def difference():
-    """Lesson 10's change of accuracy in points, from right answers [seeds, images]."""
-    return function("10", "difference")
-
-
-def test_a_change_of_accuracy_has_the_interval_over_seeds_and_images(difference):
-    generator = torch.Generator().manual_seed(0)
-    after, before = (torch.rand(SEEDS, IMAGES, generator=generator) < share for share in (0.9, 0.8))
-    expected = [100 * x for x in stats.accuracy_change_over_seeds(after, before)]
-    assert list(difference(after, before)) == pytest.approx(expected, abs=0.001)
-
-
-def test_no_changed_answer_is_no_proof_that_other_images_have_none(difference):
-    same = torch.ones(SEEDS, IMAGES, dtype=torch.bool)
-    value, low, high = difference(same, same)
-    assert value == 0 and low < -1 and high > 1
 
 
 def test_needles_have_exact_intervals_over_texts_where_texts_are_read_once():
