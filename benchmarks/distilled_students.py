@@ -1,6 +1,6 @@
 """Accuracy of ResNet-8 taught by labels or a teacher, by training steps, training images and size of the teacher.
 
-    python benchmarks/distilled_students.py --folder DIR               50 minutes on an idle core, and writes the record
+    python benchmarks/distilled_students.py --folder DIR               15 minutes on an idle core, and writes the record
     python benchmarks/distilled_students.py --folder DIR --minutes 10  as many runs as that; the same command goes on
     python benchmarks/distilled_students.py --quick                    a few short runs, and writes nothing
 
@@ -16,8 +16,8 @@ Three teachers have one recipe, that of the course's ResNet-20, and all 55,000 t
   projector; Park et al. 2019).
 
 Labels, smoothed labels and ResNet-20's answers have rates of their own, the best of three on validation images with
-seeds that the comparison does not use; the other methods have the rate of the answers, and the longer control that of
-the labels. The record holds the seeds that are done for all methods. Lesson 10 shows it:
+a seed that the comparison does not use; the other methods have the rate of the answers, and the longer control that of
+the labels. Every record holds the first runs of all seeds, and of FURTHER what is done. Lesson 10 shows it:
 `lab.recorded("distilled_students")`.
 """
 
@@ -38,12 +38,11 @@ from labkit.lesson import experiments
 from labkit.records import quality
 
 QUESTION = "what does a teacher bring to ResNet-8, over which control, and after how many steps and images?"
-SEEDS, LEAST_SEEDS = 5, 3
-IMAGES = 6000
-STEPS = (150, 600, 1800)
-SHORT, LONG = 600, 1800
+SEEDS = 3
+IMAGES, MORE_IMAGES = 6000, 20_000
+SHORT, STEPS, LONG = 150, 600, 1200
 RATES = (0.1, 0.3, 0.9)
-SEARCH = {SHORT: (100, 101), LONG: (100,)}  # steps -> seeds of the search
+SEARCH_STEPS, SEARCH_SEED = 300, 100
 SOFT = {"alpha": 0.9, "temperature": 4.0}
 RELATIONS = 25.0  # weight of the term, as in the paper's classification
 FEATURES = "fc"  # the module that reads the features to be matched
@@ -53,6 +52,12 @@ HINT, MATCHED = "hint", "relations"
 TEACHERS = {"ResNet-8": ResNet8, "ResNet-8, twice as wide": WideResNet8, "ResNet-20": ResNet20}
 TWIN, WIDE, TEACHER = TEACHERS
 ARMS = (LABELS, SMOOTHED, TEACHER)  # with a learning rate of their own
+FURTHER = (  # groups of (learns from, images, steps); the record holds those that are done with every seed
+    ((HINT, IMAGES, STEPS),),
+    ((LABELS, MORE_IMAGES, STEPS), (TEACHER, MORE_IMAGES, STEPS)),
+    ((LONGER, IMAGES, LONG),),
+    ((MATCHED, IMAGES, STEPS),),
+)
 
 Data = tuple[Tensor, ...]  # images, labels, stored logits, stored features
 
@@ -73,24 +78,21 @@ class Run:
         return f"{self.learns_from}, {self.images}, {self.steps}, {self.seed}{tried}.pt"
 
 
-def search_runs() -> Iterator[Run]:
+def search_runs() -> list[Run]:
     """List the students on validation images that find the rates."""
-    for steps, seeds in SEARCH.items():
-        for name in ARMS:
-            for rate in RATES:
-                yield from (Run(name, IMAGES, steps, seed, rate) for seed in seeds)
+    return [Run(name, IMAGES, SEARCH_STEPS, SEARCH_SEED, rate) for name in ARMS for rate in RATES]
 
 
-def all_runs(seed: int) -> Iterator[Run]:
-    """List the students of a seed, the most telling first."""
-    for steps in (SHORT, LONG):
-        for name in (LABELS, TEACHER, LONGER, SMOOTHED, WIDE, TWIN):
-            yield Run(name, IMAGES, steps, seed)
-    for name in (EVEN, HINT, MATCHED):
-        yield Run(name, IMAGES, SHORT, seed)
-    for name in (LABELS, TEACHER):
-        yield Run(name, IMAGES, STEPS[0], seed)
-        yield from (Run(name, images, SHORT, seed) for images in (2000, 20_000))
+def all_runs() -> Iterator[Run]:
+    """List the students, the most telling first: all that every record holds, then each further group."""
+    for seed in range(SEEDS):
+        for name in (LABELS, TEACHER, LONGER, SMOOTHED, EVEN, WIDE, TWIN):
+            yield Run(name, IMAGES, STEPS, seed)
+        for steps in (LONG, SHORT):
+            yield from (Run(name, IMAGES, steps, seed) for name in (LABELS, TEACHER))
+    for group in FURTHER:
+        for seed in range(SEEDS):
+            yield from (Run(*setting, seed) for setting in group)
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
@@ -189,14 +191,14 @@ def from_labels(model: nn.Module, batch: Data) -> Tensor:
 class Lesson:
     """Teachers, stored answers and rates; `do` trains a student.
 
-    rates: {(arm, steps): learning rate}, known after the search.
+    rates: {arm: learning rate}, known after the search.
     """
 
     def __init__(self, folder: Path, quick: bool) -> None:
         self.quick = quick
         self.teachers = {name: trained_teacher(name, folder, quick) for name in TEACHERS}
         self.splits = {name: datasets.fashion_mnist(name, 200 if quick else None) for name in ("validation", "test")}
-        self.rates: dict[tuple[str, int], float] = {}
+        self.rates: dict[str, float] = {}
         self.stored: dict[tuple[str, int], Data] = {}
 
     def data(self, name: str, images: int) -> Data:
@@ -225,7 +227,7 @@ class Lesson:
         arm = LABELS if run.learns_from in (LABELS, LONGER) else TEACHER
         if run.learns_from == SMOOTHED:
             arm = SMOOTHED
-        return self.rates[arm, max(run.steps, SHORT)]
+        return self.rates[arm]
 
     def do(self, run: Run) -> dict[str, Any]:
         """Train a student: which images of the split it has right."""
@@ -254,26 +256,14 @@ class Lesson:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def found(outcomes: Mapping[Run, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mean validation accuracy of each arm, length and rate."""
-    rows = []
-    for steps, seeds in SEARCH.items():
-        for name in ARMS:
-            for rate in RATES:
-                right = [outcomes[Run(name, IMAGES, steps, seed, rate)]["right"] for seed in seeds]
-                accuracy = torch.stack(right).double().mean().item()
-                rows.append({"learns from": name, "steps": steps, "rate": rate, "validation accuracy": accuracy})
-    return rows
-
-
-def best_rates(rows: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """Return the rate with the highest validation accuracy for each arm and length."""
-    best: dict[tuple[str, int], dict[str, Any]] = {}
+def best_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the rate with the highest validation accuracy for each arm."""
+    best: dict[str, dict[str, Any]] = {}
     for row in rows:
-        key = row["learns from"], row["steps"]
-        if key not in best or row["validation accuracy"] > best[key]["validation accuracy"]:
-            best[key] = row
-    return {key: row["rate"] for key, row in best.items()}
+        name = row["learns from"]
+        if name not in best or row["validation accuracy"] > best[name]["validation accuracy"]:
+            best[name] = row
+    return {name: row["rate"] for name, row in best.items()}
 
 
 PAIRS = (
@@ -312,24 +302,19 @@ def changes(right: Mapping[tuple[str, int, int], Tensor]) -> list[dict[str, Any]
 
 
 def growth(right: Mapping[tuple[str, int, int], Tensor]) -> list[dict[str, Any]]:
-    """Compare gains over the labels between two settings, seed by seed: Student's interval over the seeds."""
+    """Compare ResNet-20's gain over the labels in two settings, seed by seed: Student's interval over the seeds."""
     gain = {}
     for name, images, steps in right:
-        if name in TEACHERS:
+        if name == TEACHER:
             difference = right[name, images, steps].double() - right[LABELS, images, steps].double()
-            gain[name, images, steps] = difference.mean(1)
+            gain[images, steps] = difference.mean(1)
     rows = []
-    for after, before in ((LONG, SHORT), (SHORT, STEPS[0])):
-        for name in TEACHERS:
-            if (name, IMAGES, before) in gain:
-                each = gain[name, IMAGES, after] - gain[name, IMAGES, before]
-                change, low, high = stats.mean_ci(each.tolist())
-                row = {"teacher": name, "images": f"{IMAGES}", "steps": f"{before} to {after}"}
-                rows.append(row | {"change": change, "low": low, "high": high})
-    each = gain[TEACHER, 20_000, SHORT] - gain[TEACHER, 2000, SHORT]
-    change, low, high = stats.mean_ci(each.tolist())
-    row = {"teacher": TEACHER, "images": "2000 to 20000", "steps": f"{SHORT}"}
-    return [*rows, row | {"change": change, "low": low, "high": high}]
+    for after, before in (((IMAGES, STEPS), (IMAGES, SHORT)), ((IMAGES, LONG), (IMAGES, STEPS)),
+                          ((MORE_IMAGES, STEPS), (IMAGES, STEPS))):  # fmt: skip
+        if after in gain:
+            change, low, high = stats.mean_ci((gain[after] - gain[before]).tolist())
+            rows.append({"after": after, "before": before, "change": change, "low": low, "high": high})
+    return rows
 
 
 def teacher_rows(lesson: Lesson) -> list[dict[str, Any]]:
@@ -347,20 +332,17 @@ def teacher_rows(lesson: Lesson) -> list[dict[str, Any]]:
 
 def write(
     finished: Mapping[Run, Mapping[str, Any]],
-    seeds: int,
     lesson: Lesson,
     search: list[dict[str, Any]],
     seconds: float,
 ) -> Path:
-    """Write the record of the first `seeds` seeds."""
+    """Write the record of what is done with every seed."""
     rows = []
     grouped: dict[tuple[str, int, int], list[Tensor]] = {}
-    for seed in range(seeds):
-        for run in all_runs(seed):
-            outcome = finished[run]
-            row = {"learns from": run.learns_from, "images": run.images, "steps": run.steps, "seed": seed}
-            rows.append(row | {"accuracy": outcome["right"].double().mean().item(), "rate": outcome["rate"]})
-            grouped.setdefault((run.learns_from, run.images, run.steps), []).append(outcome["right"])
+    for run, outcome in finished.items():
+        row = {"learns from": run.learns_from, "images": run.images, "steps": run.steps, "seed": run.seed}
+        rows.append(row | {"accuracy": outcome["right"].double().mean().item(), "rate": outcome["rate"]})
+        grouped.setdefault((run.learns_from, run.images, run.steps), []).append(outcome["right"])
     right = {key: torch.stack(each) for key, each in grouped.items()}
     return experiments.save(
         Path(__file__).stem,
@@ -369,7 +351,7 @@ def write(
         by=("learns from", "images", "steps", "seed"),
         columns={"accuracy": quality("fraction")},
         settings={
-            "seeds": seeds,
+            "seeds": SEEDS,
             "images of a step": 64,
             "test images": len(lesson.splits["test"]),
             "validation images": len(lesson.splits["validation"]),
@@ -378,7 +360,7 @@ def write(
             "teachers": teacher_rows(lesson),
             "further steps": further_steps(IMAGES, lesson.teachers[TEACHER]),
             "search": search,
-            "search seeds": {str(steps): len(its_seeds) for steps, its_seeds in SEARCH.items()},
+            "search steps": SEARCH_STEPS,
             "changes": changes(right),
             "growth of the gain": growth(right),
         },
@@ -390,19 +372,33 @@ def main() -> None:
     options = resumable.options(__doc__)
     torch.set_num_threads(1)
     lesson = Lesson(options.folder, options.quick)
-    searched = resumable.finished(list(search_runs()), options, lesson.do)
-    if len(searched) < len(list(search_runs())):
+    searched = resumable.finished(search_runs(), options, lesson.do)
+    if len(searched) < len(search_runs()):
         return
-    search = found(searched)
+    search = []
+    for run, outcome in searched.items():
+        accuracy = outcome["right"].double().mean().item()
+        search.append({"learns from": run.learns_from, "rate": run.rate, "validation accuracy": accuracy})
     lesson.rates = best_rates(search)
-    runs = [run for seed in range(1 if options.quick else SEEDS) for run in all_runs(seed)]
-    finished = resumable.finished(runs, options, lesson.do)
-    whole_seeds = [seed for seed in range(SEEDS) if all(run in finished for run in all_runs(seed))]
+    finished = resumable.finished(list(all_runs()), options, lesson.do)
     if options.quick:
         print(len(finished), "runs")
-    elif len(whole_seeds) >= LEAST_SEEDS:
-        seconds = sum(outcome["seconds"] for outcome in (*searched.values(), *finished.values()))
-        print(write(finished, len(whole_seeds), lesson, search, seconds))
+    elif all(run in finished for run in all_runs() if not is_further(run)):
+        whole = {run: outcome for run, outcome in finished.items() if is_whole(run, finished)}
+        seconds = sum(outcome["seconds"] for outcome in (*searched.values(), *whole.values()))
+        print(write(whole, lesson, search, seconds))
+
+
+def is_further(run: Run) -> bool:
+    """True for a run of FURTHER."""
+    return any((run.learns_from, run.images, run.steps) in group for group in FURTHER)
+
+
+def is_whole(run: Run, finished: Mapping[Run, Any]) -> bool:
+    """True if all runs of the same group are done, with every seed."""
+    mine = (run.learns_from, run.images, run.steps)
+    settings = next((group for group in FURTHER if mine in group), (mine,))
+    return all(Run(*setting, seed) in finished for setting in settings for seed in range(SEEDS))
 
 
 if __name__ == "__main__":
