@@ -53,6 +53,7 @@ TEACHERS = {"ResNet-8": ResNet8, "ResNet-8, twice as wide": WideResNet8, "ResNet
 TWIN, WIDE, TEACHER = TEACHERS
 ARMS = (LABELS, SMOOTHED, TEACHER)  # with a learning rate of their own
 FURTHER = (  # groups of (learns from, images, steps); the record holds those that are done with every seed
+    ((LABELS, IMAGES, LONG), (TEACHER, IMAGES, LONG)),
     ((HINT, IMAGES, STEPS),),
     ((LABELS, MORE_IMAGES, STEPS), (TEACHER, MORE_IMAGES, STEPS)),
     ((LONGER, IMAGES, LONG),),
@@ -88,8 +89,7 @@ def all_runs() -> Iterator[Run]:
     for seed in range(SEEDS):
         for name in (LABELS, TEACHER, LONGER, SMOOTHED, EVEN, WIDE, TWIN):
             yield Run(name, IMAGES, STEPS, seed)
-        for steps in (LONG, SHORT):
-            yield from (Run(name, IMAGES, steps, seed) for name in (LABELS, TEACHER))
+        yield from (Run(name, IMAGES, SHORT, seed) for name in (LABELS, TEACHER))
     for group in FURTHER:
         for seed in range(SEEDS):
             yield from (Run(*setting, seed) for setting in group)
