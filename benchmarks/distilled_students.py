@@ -53,6 +53,8 @@ TEACHERS = {"ResNet-8": ResNet8, "ResNet-8, twice as wide": WideResNet8, "ResNet
 TWIN, WIDE, TEACHER = TEACHERS
 ARMS = (LABELS, SMOOTHED, TEACHER)  # with a learning rate of their own
 FURTHER = (  # groups of (learns from, images, steps); the record holds those that are done with every seed
+    ((LABELS, IMAGES, SHORT), (TEACHER, IMAGES, SHORT)),
+    ((WIDE, IMAGES, STEPS), (TWIN, IMAGES, STEPS)),
     ((LABELS, IMAGES, LONG), (TEACHER, IMAGES, LONG)),
     ((HINT, IMAGES, STEPS),),
     ((LABELS, MORE_IMAGES, STEPS), (TEACHER, MORE_IMAGES, STEPS)),
@@ -87,9 +89,8 @@ def search_runs() -> list[Run]:
 def all_runs() -> Iterator[Run]:
     """List the students, the most telling first: all that every record holds, then each further group."""
     for seed in range(SEEDS):
-        for name in (LABELS, TEACHER, LONGER, SMOOTHED, EVEN, WIDE, TWIN):
+        for name in (LABELS, TEACHER, LONGER, SMOOTHED, EVEN):
             yield Run(name, IMAGES, STEPS, seed)
-        yield from (Run(name, IMAGES, SHORT, seed) for name in (LABELS, TEACHER))
     for group in FURTHER:
         for seed in range(SEEDS):
             yield from (Run(*setting, seed) for setting in group)
@@ -311,7 +312,7 @@ def growth(right: Mapping[tuple[str, int, int], Tensor]) -> list[dict[str, Any]]
     rows = []
     for after, before in (((IMAGES, STEPS), (IMAGES, SHORT)), ((IMAGES, LONG), (IMAGES, STEPS)),
                           ((MORE_IMAGES, STEPS), (IMAGES, STEPS))):  # fmt: skip
-        if after in gain:
+        if after in gain and before in gain:
             change, low, high = stats.mean_ci((gain[after] - gain[before]).tolist())
             rows.append({"after": after, "before": before, "change": change, "low": low, "high": high})
     return rows
