@@ -15,8 +15,8 @@ Three teachers have one recipe, that of the course's ResNet-20, and all 55,000 t
 - "hint" and "relations": ResNet-20's answers, and a distance of features in addition (Romero et al. 2015, with a
   projector; Park et al. 2019).
 
-Labels, smoothed labels and ResNet-20's answers have rates of their own, the best of three on validation images with
-two seeds that the comparison does not use; the other methods have the rate of the answers, and the longer control that of
+Labels, smoothed labels and ResNet-20's answers have rates of their own, the best of three on validation images with two
+seeds that the comparison does not use; the other methods have the rate of the answers, and the longer control that of
 the labels. Every record holds the first runs of all seeds, and of FURTHER what is done. Lesson 10 shows it:
 `lab.recorded("distilled_students")`.
 """
