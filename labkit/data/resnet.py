@@ -1,7 +1,8 @@
 """ResNets of 6n + 2 layers for small grey images, top to bottom: He et al. 2016, "Deep Residual Learning", section 4.2.
 
 Three stages of n blocks each; a stage has twice the channels of the one before. At a change of shape the shortcut
-is a 1x1 convolution, the paper's option B. ResNet-20 is the course's CNN, ResNet-8 the student in distillation.
+is a 1x1 convolution, the paper's option B. ResNet-20 is the course's CNN, ResNet-8 the student in distillation, and
+ResNet-8 of twice the width a teacher of middle size.
 """
 
 import torch
