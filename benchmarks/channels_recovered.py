@@ -216,8 +216,8 @@ def controls(right: Mapping[Run, Tensor]) -> list[dict[str, Any]]:
 
 def prepared(folder: Path) -> dict[str, Any]:
     """Scan and plan once, and keep both in the folder."""
-    file = folder / "prepared.pt"
-    if not file.exists():
+
+    def compute() -> dict[str, Any]:
         dense = models.resnet20()
         example = datasets.fashion_mnist("test", 1).images
         scan = scanned(dense, example)
@@ -225,8 +225,9 @@ def prepared(folder: Path) -> dict[str, Any]:
         for row in scan.rows:
             groups[row.group][str(row.ratio)] = row.metric
         plans = plans_of(dense, example, scan)
-        resumable.save({"baseline": scan.baseline, "scan": groups, "plans": plans}, file)
-    return torch.load(file)
+        return {"baseline": scan.baseline, "scan": groups, "plans": plans}
+
+    return resumable.once(folder / "prepared.pt", compute)
 
 
 def main() -> None:

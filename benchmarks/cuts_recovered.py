@@ -14,7 +14,6 @@ by text; the intervals are over texts and seeds. Lesson 04 shows the record: `la
 """
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,14 +102,14 @@ def cheapest_layers(model: nn.Module, count: int, texts: int) -> tuple[int, ...]
 
 def prepared(folder: Path, model: nn.Module, quick: bool) -> dict[str, Any]:
     """Choose the layers and score the heads once, and keep both in the folder."""
-    file = folder / "prepared.pt"
-    if not file.exists():
-        begin = time.perf_counter()
+
+    def compute() -> dict[str, Any]:
         texts = 8 if quick else VALIDATION
         ready = {"layers": {count: cheapest_layers(model, count, texts) for count in (1, 2)}}
         ready["heads"] = heads.head_importance(model, sorted_batches("train", 8 if quick else SCORING), "taylor")
-        resumable.save({**ready, "seconds": time.perf_counter() - begin}, file)
-    return torch.load(file)
+        return ready
+
+    return resumable.once(folder / "prepared.pt", lambda: resumable.timed(compute))
 
 
 def pruned(model: nn.Module, cut: Cut, ready: Mapping[str, Any]) -> nn.Module:

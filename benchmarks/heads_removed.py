@@ -163,12 +163,12 @@ def variances(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
 
 def changes_of(model: nn.Module, number: int, folder: Path, texts: int) -> dict[str, Tensor]:
     """Compute the changes of the loss of every text for a set, once, and keep them: {kind: [heads, texts]}."""
-    file = folder / f"changes, set {number}.pt"
-    if not file.exists():
+
+    def compute() -> dict[str, Tensor]:
         batches = scoring_texts(number, texts)
-        scores = {"measured": measured_changes(model, batches), "estimated": estimated_changes(model, batches)}
-        resumable.save(scores, file)
-    return torch.load(file)
+        return {"measured": measured_changes(model, batches), "estimated": estimated_changes(model, batches)}
+
+    return resumable.once(folder / f"changes, set {number}.pt", compute)
 
 
 def scores_of(run: Run, model: nn.Module, folder: Path, texts: int) -> Tensor:

@@ -14,7 +14,6 @@ over texts, and the losses are paired. Lesson 04 shows the record: `lab.recorded
 
 import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +99,8 @@ def removed_one_by_one(model: nn.Module, batches: Sequence[dict[str, Tensor]], f
 
 def prepared(folder: Path, model: nn.Module, quick: bool) -> dict[str, Any]:
     """Compute what the rules read, once, and keep it in the folder."""
-    file = folder / "prepared.pt"
-    if not file.exists():
-        begin = time.perf_counter()
+
+    def compute() -> dict[str, Any]:
         angle_texts = texts_of("calibration", 2 if quick else ANGLE_TEXTS, LENGTH)
         loss_batches = batches_of(texts_of("calibration", 1 if quick else LOSS_TEXTS, 8 if quick else LENGTH))
         alone = depth.layer_importance(model, loss_batches, "loss")
@@ -111,8 +109,9 @@ def prepared(folder: Path, model: nn.Module, quick: bool) -> dict[str, Any]:
         scores = {"angle": "angular", "relative length": "l2", "cosine": "cosine"}
         ready["scores"] = {name: depth.layer_importance(model, loss_batches, scores[name]) for name in scores}
         ready["scores"]["mean squared difference"] = squared_differences(model, loss_batches)
-        resumable.save({**ready, "seconds": time.perf_counter() - begin}, file)
-    return torch.load(file)
+        return ready
+
+    return resumable.once(folder / "prepared.pt", lambda: resumable.timed(compute))
 
 
 @torch.no_grad()

@@ -166,16 +166,18 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def pruned(setting: Setting, way: Way, draw: int, folder: Path) -> nn.Module:
-    """Return the model pruned as the way says, with its masks; what a way prunes first is outcome in the folder."""
+    """Return the model pruned as the way says, with its masks; the pruned weights are kept in the folder."""
     if way.pattern is None:
         return setting.model
-    file = folder / f"weights, {way.method}, {way.pattern}, {draw}.pt"
-    if not file.exists():
+
+    def compute() -> dict[str, Tensor]:
         batches = setting.text(draw) if way.reads_text else None
         masked = blockwise.prune(setting.model, way.pattern, method=way.method, batches=batches)
-        resumable.save(unstructured.make_permanent(masked).state_dict(), file)
+        return unstructured.make_permanent(masked).state_dict()
+
+    weights = resumable.once(folder / f"weights, {way.method}, {way.pattern}, {draw}.pt", compute)
     model = copy.deepcopy(setting.model)
-    model.load_state_dict(torch.load(file))
+    model.load_state_dict(weights)
     return unstructured.with_masks(model, {name: weight != 0 for name, weight in weights_of(model).items()})
 
 

@@ -29,6 +29,7 @@ class Run(Hashable, Protocol):
 
 
 R = TypeVar("R", bound=Run)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,29 @@ def finished(runs: Sequence[R], chosen: Options, do: Callable[[R], Outcome]) -> 
     outcomes: dict[R, Outcome] = {}
     for run in tqdm(runs, desc="runs", unit="run"):
         file = chosen.folder / run.file
-        if not file.exists():
-            if time.perf_counter() - start > 60 * chosen.minutes:
-                continue
-            begin = time.perf_counter()
-            outcome = do(run)
-            save({**outcome, "seconds": time.perf_counter() - begin}, file)
-        outcomes[run] = torch.load(file)
+        too_late = time.perf_counter() - start > 60 * chosen.minutes
+        if too_late and not file.exists():
+            continue
+        outcomes[run] = once(file, lambda run=run: timed(lambda: do(run)))
     return outcomes
 
 
-def save(outcome: Any, file: Path) -> None:
-    """Save an outcome at once: an interrupted call leaves no half file."""
-    part = file.with_suffix(".part")
-    torch.save(outcome, part)
-    part.replace(file)
+def once(file: Path, compute: Callable[[], T]) -> T:
+    """Return what a file holds, computed and saved first where there is no such file.
+
+    The file appears when it is whole: an interrupted call leaves no half file.
+
+    compute: its value can be saved by torch.save.
+    """
+    if not file.exists():
+        part = file.with_suffix(".part")
+        torch.save(compute(), part)
+        part.replace(file)
+    return torch.load(file)
+
+
+def timed(compute: Callable[[], Outcome]) -> Outcome:
+    """Return the outcome of a computation, and its seconds as "seconds"."""
+    begin = time.perf_counter()
+    outcome = compute()
+    return {**outcome, "seconds": time.perf_counter() - begin}

@@ -214,9 +214,7 @@ def rounded(networks: Networks, run: Run, folder: Path) -> Weights:
     if run.rounding == "nearest":
         return nearest(networks, run)
     file = folder / f"weights, {run.bits}, {run.ranges}, {run.images}, {run.seed}.pt"
-    if not file.exists():
-        resumable.save(adaround(networks, run), file)
-    return torch.load(file)
+    return resumable.once(file, lambda: adaround(networks, run))
 
 
 def repaired(networks: Networks, run: Run, weights: Weights) -> nn.Module:

@@ -5,6 +5,7 @@ Open `formats.py` first: it begins with an example, and its tables FORMATS and R
 formats.py: weights packed, dense, sparse or rounded
 artifact.py: the bytes of a model, `labkit.artifact.size`
 sell.py: the layout of labkit's sparse kernel
+int4.py: linear layers on labkit's int4 kernel
 native.py: labkit's C++, compiled
 """
 

@@ -1,8 +1,8 @@
 """Compile and load labkit's own C++ (csrc/), on first use, into the user's cache; call its N:M kernel.
 
 Without a compiler a warning says so once, and slower code gives the same results. CPU only, for inference only. The
-sources csrc/sparse_linear.cpp and csrc/nm_mask.cpp say how the two kernels work and why they are fast; `sell` has the
-layout of the first.
+sources csrc/sparse_linear.cpp, csrc/nm_mask.cpp and csrc/int4_linear.cpp say how the kernels work and why they are
+fast; `sell` has the layout of the first, `int4` that of the last.
 """
 
 import ctypes
@@ -24,12 +24,14 @@ from labkit.errors import InputError
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", "-Wno-unknown-pragmas")
+EXACT = {"int4_linear": ("-ffp-contract=off",)}  # further flags of sources whose results are the same bits everywhere
 THREADS = (("-fopenmp",), ())  # the second where the compiler has no OpenMP: one thread
 ISAS = ("generic", "avx2", "avx512")  # the instruction sets that the sources distinguish, by their number there
 _INT, _INDEX, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 ARGUMENTS = {
     "sparse_linear": [_INT] * 3 + [_INDEX] * 4 + [_POINTER, _INDEX] + [_POINTER] * 7,
     "nm_mask": [_INT] * 5 + [_INDEX, _POINTER, _POINTER],
+    "int4_linear": [_INT] * 2 + [_INDEX] * 4 + [_POINTER] * 4,
 }
 NM_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAN = "The weight holds NaN, which has no rank: look for the step that it comes from."
@@ -60,6 +62,7 @@ def load(name: str) -> ctypes.CDLL | None:
     return library
 
 
+@functools.cache
 def best_isa(name: str) -> int:
     """Return the number in `ISAS` of the best instruction set that the compiled csrc/<name>.cpp can use here."""
     return getattr(load(name), f"{name}_best_isa")()
@@ -87,9 +90,10 @@ def compiler() -> list[str]:
 def _compiled(source: Path) -> Path:
     """Return the shared library for this source, compiler and machine; compile it unless the cache has it."""
     command = compiler()
+    flags = (*FLAGS, *EXACT.get(source.stem, ()))
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     machine = (platform.system(), platform.machine())
-    key = "\0".join([source.read_text(), version, *command, *FLAGS, *machine])
+    key = "\0".join([source.read_text(), version, *command, *flags, *machine])
     digest = hashlib.sha256(key.encode()).hexdigest()
     file_name = f"{source.stem}-{digest[:16]}.so"
     target = files.cache_dir() / "kernels" / file_name
@@ -97,7 +101,7 @@ def _compiled(source: Path) -> Path:
         return target
     with files.replacing(target) as partial:  # a second process that does the same at once harms nothing
         for threads in THREADS:
-            compilation = [*command, *FLAGS, *threads, "-o", str(partial), str(source)]
+            compilation = [*command, *flags, *threads, "-o", str(partial), str(source)]
             done = subprocess.run(compilation, capture_output=True, text=True, timeout=300)
             if done.returncode == 0:
                 return target

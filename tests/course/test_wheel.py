@@ -143,7 +143,7 @@ print(json.dumps({
     assert Path(here["from"]).is_relative_to(elsewhere.packages), "this is the repository's labkit"
     assert Path(here["root"]).is_relative_to(elsewhere.packages)
     assert here["lacking"] == [] and here["photos"] and here["claims"] and here["devices"] and here["targets"]
-    assert here["kernels"] == (["sparse_linear", "nm_mask"] if here["compiler"] else [])
+    assert here["kernels"] == (["sparse_linear", "nm_mask", "int4_linear"] if here["compiler"] else [])
 
 
 def test_the_lines_of_labkit_in_one_minute_run(elsewhere: Elsewhere):

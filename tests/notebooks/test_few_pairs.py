@@ -46,16 +46,21 @@ def test_a_lesson_stands_without_an_interval(lesson: Path, tmp_path: Path, hurri
 @pytest.mark.parametrize(
     ("intervals", "words"),
     [
-        ([(1.0, 1.1), (1.0, 1.2)], "by 0.0%; the intervals span 15.0% (median)."),
-        ([(1.0, 1.1), NO_ENDS], "the intervals span 10.0% (median). Some runs made too few calls"),
-        ([NO_ENDS, NO_ENDS], "those of the runs here by 0.0%. Some runs made too few calls"),
+        ([(1.0, 1.1), (1.0, 1.2)], "by 0.0%. The interval of a single run spans 15.0% (median)."),
+        ([(1.0, 1.1), NO_ENDS], "The interval of a single run spans 10.0% (median). Some runs made too few calls"),
+        ([NO_ENDS, NO_ENDS], "of the fresh processes by 0.0%. Some runs made too few calls"),
     ],
 )
 def test_lesson_00_tells_of_processes_without_an_interval(intervals: list[tuple[float, float]], words: str):
     lab = mock.Mock()
     comparisons = [SimpleNamespace(process_speedup=1.05, within_run=interval) for interval in intervals]
     cold = SimpleNamespace(processes=(), ci95=NO_ENDS, within_run=NO_ENDS)
-    measured = {"this": SimpleNamespace(verdict="faster"), "here": comparisons, "fresh": comparisons, "cold": cold}
+    measured = {
+        "this": SimpleNamespace(verdict="faster", processes=()),
+        "here": comparisons,
+        "fresh": comparisons,
+        "cold": cold,
+    }
     executed("00", "processes-apart", "processes-say", lab=lab, **measured)
     _, *sentences = lab.say.call_args.args
     assert words in " ".join(sentence for sentence in sentences if sentence)
