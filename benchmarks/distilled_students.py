@@ -15,8 +15,8 @@ Three teachers have one recipe, that of the course's ResNet-20, and all 55,000 t
 - "hint" and "relations": ResNet-20's answers, and a distance of features in addition (Romero et al. 2015, with a
   projector; Park et al. 2019).
 
-Labels, smoothed labels and ResNet-20's answers have rates of their own, the better of two on validation images with
-three seeds that the comparison does not use; the other methods have the rate of the answers, and the longer control
+Labels, smoothed labels and ResNet-20's answers have rates of their own, the better of two on validation images after
+600 steps, with three seeds that the comparison does not use; the other methods have the rate of the answers, and the longer control
 that of the labels. Every record holds the first runs of all seeds, and of FURTHER what is done. Lesson 10 shows it:
 `lab.recorded("distilled_students")`.
 """
@@ -377,6 +377,7 @@ def write(
             "teachers": teacher_rows(lesson),
             "further steps": further_steps(IMAGES, lesson.teachers[TEACHER]),
             "search": search,
+            "search steps": STEPS,
             "search seeds": len(SEARCH_SEEDS),
             "changes": changes(right),
             "growth of the gain": growth(right),
