@@ -85,13 +85,14 @@ class Run:
 @torch.no_grad()
 def continued(model: nn.Module, prompts: Tensor, new: int, generator: torch.Generator) -> Tensor:
     """Sample `new` tokens after each prompt of [B, T] at temperature 1, with a cache: [B, T + new]."""
-    ids, fed, cache = prompts, prompts, None
+    ids, fed = prompts, {"input_ids": prompts}
     for _ in range(new):
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(**fed, use_cache=True)
         probabilities = output.logits[:, -1].float().softmax(-1)
-        fed = torch.multinomial(probabilities, 1, generator=generator)
-        ids = torch.cat([ids, fed], 1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        ids = torch.cat([ids, drawn], 1)
+        cache = "cache" if hasattr(output, "cache") else "past_key_values"  # by version
+        fed = {"input_ids": drawn, cache: getattr(output, cache)}
     return ids
 
 
