@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import resumable
 import torch
 from torch import Tensor, nn
@@ -141,10 +140,10 @@ class Setting:
         """Draw a calibration text: segments [1, length]."""
         return segments(self._calibration, self.sizes.segments, self.sizes.length, seed=draw)
 
-    def losses(self, model: nn.Module) -> list[float]:
-        """Return the mean loss of a token in each window, in nats."""
-        length = self.sizes.length
-        return [math.log(training.perplexity(model, window, window=length)) for window in self.windows]
+
+def losses_of(model: nn.Module, windows: Tensor) -> list[float]:
+    """Return the mean loss of a token in each of the windows [windows, length], in nats."""
+    return [math.log(training.perplexity(model, window, window=len(window))) for window in windows]
 
 
 def tokens_of(part: str) -> Tensor:
@@ -199,31 +198,16 @@ def do(setting: Setting, run: Run, folder: Path) -> dict[str, Any]:
     model = rounded(setting, way, run.draw, pruned(setting, way, run.draw, folder))
     weights = weights_of(model).values()
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    return {"losses": setting.losses(model), "zeros": zeros}
+    return {"losses": losses_of(model, setting.windows), "zeros": zeros}
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def ratio(after: np.ndarray, before: np.ndarray, tokens: int) -> dict[str, float]:
-    """Return the perplexity over another model's, paired, and its interval over windows and draws.
-
-    after, before: mean losses [draws, windows]; the same windows, and draw by draw the same calibration text.
-    tokens: number of predicted tokens in a window.
-
-    Other windows and another calibration text would both change the ratio, so both distances to the ends count, as the
-    root of the sum of squares of logarithms (Zou and Donner 2008): over windows with each window's loss averaged over
-    the draws, and over draws by Student's t. A single draw on both sides gives the interval over windows alone.
-    """
-    counts = [tokens] * after.shape[1]
-    over_windows = stats.perplexity_ci(after.mean(0), counts, before.mean(0))
-    value, low, high = (math.log(end) if end > 0 else -math.inf for end in over_windows)
-    down, up = value - low, high - value
-    if len(after) > 1:
-        middle, least, most = stats.mean_ci((after - before).mean(1).tolist())
-        down = math.hypot(down, middle - least)
-        up = math.hypot(up, most - middle)
-    return {"ratio": math.exp(value), "low": math.exp(value - down), "high": math.exp(value + up)}
+def ratio(after: list[list[float]], before: list[list[float]], tokens: int) -> dict[str, float]:
+    """Return the perplexity over another model's, and its interval, as in `stats.perplexity_ratio`."""
+    value, low, high = stats.perplexity_ratio(after, before, tokens)
+    return {"ratio": value, "low": low, "high": high}
 
 
 def compared(losses: Mapping[str, list[list[float]]], tokens: int) -> list[dict[str, Any]]:
@@ -233,17 +217,14 @@ def compared(losses: Mapping[str, list[list[float]]], tokens: int) -> list[dict[
     for i, before in enumerate(names):
         for after in names[i + 1 :]:
             draws = max(len(losses[before]), len(losses[after]))
-            pair = []
-            for name in (after, before):
-                of_way = np.asarray(losses[name])
-                pair.append(np.broadcast_to(of_way, (draws, of_way.shape[1])))
-            rows.append({"after": after, "before": before, "draws": draws, **ratio(*pair, tokens)})
+            found = ratio(losses[after], losses[before], tokens)
+            rows.append({"after": after, "before": before, "draws": draws, **found})
     return rows
 
 
 def summary(done: Mapping[Run, Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """Return a row for each run but the dense: bits per weight, zeros, and perplexity over dense, over windows."""
-    dense = np.asarray([done[Run(DENSE, 0)]["losses"]])
+    dense = [done[Run(DENSE, 0)]["losses"]]
     rows = []
     for run, outcome in done.items():
         if run.way == DENSE:
@@ -253,7 +234,7 @@ def summary(done: Mapping[Run, Mapping[str, Any]], tokens: int) -> list[dict[str
             "draw": run.draw,
             "bits per weight": WAYS[run.way].bits_per_weight,
             "zeros": outcome["zeros"],
-            **ratio(np.asarray([outcome["losses"]]), dense, tokens),
+            **ratio([outcome["losses"]], dense, tokens),
         })  # fmt: skip
     return rows
 

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +26,14 @@ class Run(Hashable, Protocol):
 
     @property
     def file(self) -> str: ...
+
+
+class NamedByFields:
+    """A run, as a frozen dataclass, whose file is named by the values of all its fields."""
+
+    @property
+    def file(self) -> str:
+        return ", ".join(map(str, asdict(self).values())) + ".pt"
 
 
 R = TypeVar("R", bound=Run)

@@ -48,7 +48,7 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(resumable.NamedByFields):
     """A network with rounded weights; the images that a seed draws matter only where one of the steps reads them."""
 
     bits: int
@@ -62,10 +62,6 @@ class Run:
     def draws(self) -> bool:
         """True if the run reads calibration images."""
         return self.rounding != "nearest" or self.repair != "none"
-
-    @property
-    def file(self) -> str:
-        return ", ".join(map(str, asdict(self).values())) + ".pt"
 
 
 def all_runs() -> list[Run]:

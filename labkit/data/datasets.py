@@ -57,13 +57,12 @@ class Reviews:
         return len(self.labels)
 
 
-def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) -> Split:
+def fashion_mnist(split: str = "train", n: int | None = None) -> Split:
     """Load Fashion-MNIST (Xiao et al. 2017), 28x28 grey images of ten kinds of clothes.
 
     split: "train" 55,000 images, "validation" 5,000 (held out of "train") for choices, "test" 10,000 for the reported
         number.
     n: size of a subset in which the classes differ by at most one image; None for all.
-    seed: seed that draws the subset.
     Raises InputError for an unknown split or an `n` outside 1..size.
     """
     check_choice(split, SPLITS, "split")
@@ -74,7 +73,7 @@ def fashion_mnist(split: str = "train", n: int | None = None, *, seed: int = 0) 
         held_out = _held_out(labels)
         in_split = held_out if split == "validation" else ~held_out
         images, labels = images[in_split], labels[in_split]
-    subset = _balanced(labels, n, seed)
+    subset = _balanced(labels, n)
     images = images[subset].unsqueeze(1).float().div_(255)  # [N, 1, 28, 28]
     return Split(images.sub_(FASHION_MEAN).div_(FASHION_STD), labels[subset])
 
@@ -97,7 +96,7 @@ def reviews(split: str = "train", n: int | None = None) -> Reviews:
     for pair in zip(negative[start:end], positive[start:end], strict=True):
         texts += pair
     labels = torch.tensor([0, 1] * (end - start))
-    subset = _balanced(labels, n, seed=0)
+    subset = _balanced(labels, n)
     return Reviews([texts[i] for i in subset.tolist()], labels[subset])
 
 
@@ -182,12 +181,12 @@ def _review_bounds(per_class: int) -> dict[str, tuple[int, int]]:
     return {**bounds, "train": (start, per_class)}
 
 
-def _balanced(labels: Tensor, n: int | None, seed: int) -> Tensor:
+def _balanced(labels: Tensor, n: int | None) -> Tensor:
     """Draw the positions [n] of a class-balanced random subset, in the data's order; all positions for n=None."""
     if n is None:
         return torch.arange(len(labels))
     check_whole(n, "n", most=len(labels))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     rank = torch.empty_like(labels)  # number of rows of the same class that come before, in random order
     for label in labels.unique():
         same_class = order[labels[order] == label]

@@ -186,16 +186,6 @@ def scaling(model: nn.Module, attentions: Sequence[Attention], gates: Sequence[T
 # --- attention maps ---------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def attention_maps(model: nn.Module, batch: Any) -> list[Tensor]:
-    """Return the attention probabilities of every layer for a batch: [B, heads, queries, keys] each, rows sum to 1."""
-    attentions, _ = _attentions(model, [batch])
-    maps: dict[int, Tensor] = {}
-    with evaluating(model, seed=0), _observing(model, attentions, maps.__setitem__):
-        model(**inputs(model, batch))
-    return [maps[i] for i in sorted(maps)]
-
-
 @contextlib.contextmanager
 def _observing(
     model: nn.Module,

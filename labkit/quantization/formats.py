@@ -163,6 +163,30 @@ def fake(x: Tensor, format: str) -> Tensor:
     return quantize(x, format).dequantize().to(x.dtype)
 
 
+def with_better_exponent(x: Tensor) -> Encoded:
+    """Encode x in MXFP4 with the better of two exponents for each block, by squared error.
+
+    x: floating point, with a last dimension that blocks of 32 fill.
+
+    The specification's exponent lets values between 6 and 8 times the scale become 6; the next exponent clips nothing,
+    at twice the step. A block takes the next one only if the error is less.
+    """
+    first = quantize(x, "mxfp4")
+    doubled = (2 * first.scale.float()).clamp(max=2.0**127).to(first.scale.dtype)
+    blocks = x.detach().float().unflatten(-1, (-1, FORMATS["mxfp4"].block))
+    codes = FORMATS["mxfp4"].encode(blocks / _factor(doubled, None))
+    second = Encoded(codes.reshape(x.shape), doubled, None, "mxfp4")
+    errors = []
+    for encoded in (first, second):
+        change = encoded.dequantize().view(blocks.shape) - blocks
+        errors.append(change.square().sum(-1, keepdim=True))
+    better = errors[1] < errors[0]  # [..., blocks, 1]
+    scale = torch.where(better, second.scale.float(), first.scale.float()).to(first.scale.dtype)
+    first_codes, second_codes = (encoded.codes.view(blocks.shape) for encoded in (first, second))
+    codes = torch.where(better, second_codes, first_codes).view(x.shape)
+    return Encoded(codes, scale, None, "mxfp4")
+
+
 def _power_of_two_scale(largest: Tensor, last_point: float) -> Tensor:
     """Return 2^(floor(log2 largest) - floor(log2 last_point)) in E8M0: OCP specification 1.0, section 6.3."""
     exponent = torch.frexp(largest).exponent - torch.frexp(torch.tensor(last_point)).exponent

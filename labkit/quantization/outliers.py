@@ -4,7 +4,6 @@ Dettmers et al. 2022 (arXiv:2208.07339), section 3. SIMULATED: floats that take 
 """
 
 import copy
-from collections.abc import Collection
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,22 +43,16 @@ class OutlierSplit(nn.Module):
         return y.view(*input.shape[:-1], self.layer.out_features)
 
 
-def split(model: nn.Module, *, ignore: Collection[str] = ()) -> nn.Module:
+def split(model: nn.Module) -> nn.Module:
     """SIMULATED: return a copy of `model` in which Linears are `OutlierSplit` with the paper's threshold.
 
-    ignore: names of Linears that stay, as a language model's head does in the paper.
-    Raises InputError for a name or a model without a Linear.
+    Raises InputError for a model without a Linear.
     """
     calls.check_model(model)
-    ignore = (ignore,) if isinstance(ignore, str) else ignore
     layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    if unknown := set(ignore) - set(layers):
-        name = next(iter(unknown))
-        raise InputError(f"There is no Linear {name!r} to ignore: take a name of the model's named_modules().")
     if not layers:
         raise InputError("The model has no nn.Linear whose outliers could be split off: give one that has.")
     model = copy.deepcopy(model)
     for name in layers:
-        if name not in ignore:
-            model = replace_(model, name, OutlierSplit(model.get_submodule(name), THRESHOLD))
+        model = replace_(model, name, OutlierSplit(model.get_submodule(name), THRESHOLD))
     return model

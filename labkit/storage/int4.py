@@ -195,7 +195,9 @@ def reference(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tenso
     is_finite = largest.isfinite()
     x_scale = torch.where(is_finite, largest / LARGEST_CODE, torch.nan)
     has_codes = is_finite & (largest >= SMALLEST)
-    steps = by_group * (LARGEST_CODE / largest)[..., None]
+    # A division of tensors: torch computes `number / tensor` as a product with the reciprocal, rounded twice.
+    inverse_scale = torch.full_like(largest, LARGEST_CODE) / largest
+    steps = by_group * inverse_scale[..., None]
     x_codes = torch.where(has_codes[..., None], steps.round(), 0.0)
     codes = weight.codes.unflatten(1, (groups, -1)) - weight.zero  # [out, groups, inputs]
     y = by_group.new_zeros(*x.shape[:-1], len(codes))

@@ -172,6 +172,38 @@ def perplexity_ci(losses: Sequence[float], tokens: Sequence[int], over: Sequence
     return value, low, high
 
 
+def perplexity_ratio(after: Any, before: Any, tokens: int) -> Estimate:
+    """Return a model's perplexity over another's, paired, and its interval over texts and draws.
+
+    A draw is whatever chance decides about a model, such as the calibration text or noise on the weights. Other texts
+    and another draw would both change the ratio, so both distances to the ends count, as the root of the sum of squares
+    of logarithms (Zou and Donner 2008, Statistics in Medicine 27, 1693-1702): the distance over texts, as in
+    `perplexity_ci` with each text's loss averaged over the draws, and the distance over draws, by Student's t.
+
+    after, before: mean losses in nats a token [draws, texts]; the same texts, and draw by draw the same chance. A side
+        with a single draw stands beside each draw of the other. A single draw on both sides gives the interval over
+        texts alone.
+    tokens: number of tokens that each loss is the mean of.
+    Raises InputError for losses that are not [draws, texts], and as `perplexity_ci`.
+    """
+    after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    draws = {len(losses) for losses in (after, before) if losses.ndim == 2}
+    if after.ndim != 2 or before.ndim != 2 or len(draws - {1}) > 1:
+        raise InputError(
+            f"A ratio takes losses [draws, texts], got {list(after.shape)} and {list(before.shape)}: give both models "
+            "the same draws, or a model without draws a single row."
+        )
+    counts = [tokens] * after.shape[1]
+    over_texts = perplexity_ci(after.mean(0), counts, before.mean(0))
+    value, low, high = (math.log(end) if end > 0 else -math.inf for end in over_texts)
+    down, up = value - low, high - value
+    if max(draws) > 1:
+        middle, least, most = mean_ci((after - before).mean(1).tolist())
+        down = math.hypot(down, middle - least)
+        up = math.hypot(up, most - middle)
+    return math.exp(value), math.exp(value - down), math.exp(value + up)
+
+
 def _check_texts(losses: np.ndarray, tokens: np.ndarray, subtracted: np.ndarray) -> None:
     shapes = {column.shape for column in (losses, tokens, subtracted)}
     if len(shapes) > 1 or losses.ndim != 1 or not len(losses):

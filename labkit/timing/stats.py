@@ -24,7 +24,8 @@ Estimate = tuple[float, float, float]  # an estimate, and the low and high end o
 
 # `labkit.stats` has the statistics of quality as well.
 _SHARES = ("clopper_pearson", "correlation_ceiling", "mean_ci", "over_seeds", "spearman", "wilson")
-_CHANGES = ("accuracy_change", "accuracy_change_over_seeds", "paired_difference", "perplexity_ci")
+_CHANGES = ("accuracy_change", "accuracy_change_over_seeds", "paired_difference")
+_CHANGES += ("perplexity_ci", "perplexity_ratio")
 _ORIGINS = dict.fromkeys(_SHARES, "labkit.timing.quality_stats") | dict.fromkeys(_CHANGES, "labkit.timing.paired")
 __getattr__ = names_on_demand(__name__, _ORIGINS)
 

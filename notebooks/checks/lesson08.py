@@ -1,12 +1,11 @@
-"""Checks of lesson 08: a straight-through quantizer, the gradient of a learned step, a diagnosis, reversals of codes.
+"""Checks of lesson 08: a clipped straight-through quantizer, the gradient of a learned step, a diagnosis.
 
 Values are held against a staircase in Python's own numbers, gradients against finite differences of what the estimators
-pretend to be, a diagnosis against quantizers whose faults are known, reversals against a loop over the steps.
+pretend to be, a diagnosis against quantizers whose faults are known.
 """
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ GRIDS = (
 
 
 def straight_through(fn: Callable, failures: Failures) -> None:
-    """fake(x, scale, zero, lo, hi) -> the staircase, with the gradient of the line where x rounds to a code."""
+    """fake(x, scale, zero, lo, hi) -> the staircase, with slope 1 up to the last points and 0 beyond."""
     draw = torch.Generator().manual_seed(0)
     for scale, zero, lo, hi in GRIDS:
         width = (hi - lo) * scale
@@ -61,19 +60,20 @@ def _stair(x: float, scale: float, zero: int, lo: int, hi: int) -> float:
 
 
 def _passes_inside(gradient: Tensor, upstream: Tensor, steps: Tensor, lo: int, hi: int, failures: Failures) -> None:
-    inside = (steps > lo - 0.49) & (steps < hi + 0.49)
+    inside = (steps > lo + 0.01) & (steps < hi - 0.01)
     failures.close(
         gradient[inside],
         upstream[inside],
-        "where x rounds to a code from lo to hi the gradient that arrives is not the one that came from above: the "
-        "slope is 1 there, up to half a step beyond the last point",
+        "where x / s + z lies between lo and hi the gradient that arrives is not the one that came from above: the "
+        "slope is 1 there",
         atol=1e-9,
     )
-    clipped = (steps < lo - 0.51) | (steps > hi + 0.51)
+    clipped = (steps < lo - 0.01) | (steps > hi + 0.01)
     failures.close(
         gradient[clipped],
         torch.zeros_like(gradient[clipped]),
-        "a gradient arrives where x is clipped, more than half a step beyond lo or hi; the slope is 0 there",
+        "a gradient arrives where x / s + z lies beyond lo or hi, where x is clipped to the last point; the slope is 0 "
+        "there",
         atol=1e-9,
     )
 
@@ -254,55 +254,10 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-# ------------------------------------------------------------------------------------------------------------ reversals
-
-
-def reversals(fn: Callable, failures: Failures) -> None:
-    """reversals(history) -> for each weight the share of the steps at which its code turns back."""
-    draw = torch.Generator().manual_seed(2)
-    walk = torch.randint(-1, 2, (40, 30), generator=draw).cumsum(0)
-    jumps = torch.randint(-7, 8, (25, 6), generator=draw)
-    cases = {
-        "codes that go to and fro": torch.tensor([[0, 1, 0, 1, 0]]).T,
-        "codes that rise": torch.tensor([[0, 1, 1, 2, 3, 3]]).T,
-        "a rest between there and back": torch.tensor([[0, 1, 1, 1, 0, 0]]).T,
-        "codes that never change": torch.zeros(8, 3, dtype=torch.long),
-        "two steps up, one down, one up": torch.tensor([[-1, 0, 1, 0, 1]]).T,
-        "leaps of several codes": jumps,
-        "random walks, int8": walk.to(torch.int8),
-        "two steps only": torch.tensor([[0, 3], [1, 3]]),
-        "codes from 0 to 255, uint8": torch.tensor([[0, 255, 128, 200, 0]], dtype=torch.uint8).T,
-        "leaps from end to end, int8": torch.tensor([[0, 127, -127, -100]], dtype=torch.int8).T,
-    }
-    for name, history in cases.items():
-        with failures.given(history=name):
-            changed = "the history has changed; compute a new tensor"
-            shares = failures.call(fn, history, changed=changed)
-            failures.need(isinstance(shares, Tensor), "return a tensor")
-            turns = [_turns(codes) / (len(codes) - 1) for codes in history.T.tolist()]
-            failures.close(
-                shares,
-                turns,
-                "this is not the share of the steps at which a code changes against the direction of its last change, "
-                "however long ago that was",
-                atol=1e-6,
-            )
-
-
-def _turns(codes: list[int]) -> int:
-    last, count = 0, 0
-    for before, after in pairwise(codes):
-        move = (after > before) - (after < before)
-        count += move * last < 0
-        last = move or last
-    return count
-
-
-CHECKS = {"08.1": straight_through, "08.2": learned_step, "08.3": diagnosis, "08.4": reversals}
+CHECKS = {"08.1": straight_through, "08.2": learned_step, "08.3": diagnosis}
 
 TRIES = {
     "08.1": f"{len(GRIDS)} grids with values inside and beyond, and with the step as a number and as a tensor",
     "08.2": "7 tensors with one step for all, for each row and for each channel",
     "08.3": f"{len(SUSPECTS)} quantizers with no fault, with one and with several",
-    "08.4": "10 histories, among them rests, leaps, int8 and uint8",
 }

@@ -260,12 +260,12 @@ def _laid(x: Tensor, bits: int) -> Tensor:
     return torch.tensor([(code - zero) * scale for code in codes])
 
 
-CHECKS = {"09.1": decode_bound, "09.2": q4_1_block, "09.3": grid_share, "09.4": gptq, "09.5": cache}
+CHECKS = {"09.1": decode_bound, "09.3": q4_1_block, "09.2": grid_share, "09.4": gptq, "09.5": cache}
 
 TRIES = {
     "09.1": "5 models, with parts of other bits, contexts and batches",
-    "09.2": "5 blocks of 20 bytes, one of them with a negative step",
-    "09.3": "14 weights, among them rounded ones, tiny ones and groups too small to prove anything",
+    "09.3": "5 blocks of 20 bytes, one of them with a negative step",
+    "09.2": "14 weights, among them rounded ones, tiny ones and groups too small to prove anything",
     "09.4": "3 weights of 1 to 4 groups, with inputs that are independent and inputs that go together",
     "09.5": "4 caches at 8, 4 and 2 bits, among them tokens that fill no group",
 }

@@ -159,7 +159,7 @@ def test_what_a_lesson_lacks_is_said_with_the_command_that_brings_it(tmp_path: P
         for name, asset in fetch.assets().items()
     }
     monkeypatch.setattr(fetch, "assets", lambda: away)
-    assert doctor.lesson(notebooks.find("04")) == (
+    assert doctor.lesson(notebooks.find("05")) == (
         "lacks handbook/calibration.txt.gz (missing), handbook/test.txt.gz (missing), minilm (missing), "
         "smollm2 (missing)",
         "run git checkout -- data/handbook/calibration.txt.gz data/handbook/test.txt.gz and "

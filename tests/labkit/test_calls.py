@@ -229,7 +229,6 @@ REFUSED = {
     "correct a ReLU": (lambda: rounding.bias_correction(nn.ReLU(), X, X[0]), "must be a Linear or a convolution"),
     "correct for a list": (lambda: rounding.bias_correction(LAYER, [[1]], X[0]), "must be tensors"),
     "correct for NaN": (lambda: rounding.bias_correction(LAYER, LAYER.weight * torch.nan, X[0]), "NaN or infinity"),
-    "split, ignoring a number": (lambda: outliers.split(linear(), ignore=[0]), "no Linear 0 to ignore"),
     "send a function": (lambda: isa.apart(calibrated, lambda: 3), "cannot be sent to a process .*: give what pickles"),
 }  # fmt: skip
 

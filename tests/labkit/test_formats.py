@@ -165,3 +165,20 @@ REFUSALS: Refusals = {
 @refused(REFUSALS)
 def test_bad_input_is_refused_in_a_sentence(words, call):
     check_refusal(words, call)
+
+
+def test_the_better_exponent_of_mxfp4_is_the_better_of_both():
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    first = formats.quantize(x, "mxfp4")
+    second = formats.Encoded(
+        FORMATS["mxfp4"].encode(x.unflatten(1, (-1, 32)) / (2 * first.scale.float())).view(x.shape),
+        (2 * first.scale.float()).to(first.scale.dtype),
+        None,
+        "mxfp4",
+    )
+    blocks = x.unflatten(1, (-1, 32))
+    errors = [(encoded.dequantize().unflatten(1, (-1, 32)) - blocks).square().sum(-1) for encoded in (first, second)]
+    chosen = formats.with_better_exponent(x)
+    found = (chosen.dequantize().unflatten(1, (-1, 32)) - blocks).square().sum(-1)
+    assert torch.equal(found, torch.minimum(*errors)) and (errors[1] < errors[0]).any()
+    assert torch.equal(formats.with_better_exponent(torch.zeros(1, 32)).dequantize(), torch.zeros(1, 32))

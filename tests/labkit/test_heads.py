@@ -10,9 +10,10 @@ from families import batches, family, inputs, mean_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import Refusals, check_refusal, refused
-from torch import nn
+from torch import Tensor, nn
 
 from labkit.graph import anatomy
+from labkit.modules.batches import evaluating
 from labkit.modules.losses import summed_loss
 from labkit.pruning import heads, transformers
 
@@ -21,6 +22,15 @@ CLASSIFIER, DECODER = "bert", "llama"
 
 def doubled(name: str) -> nn.Module:
     return family(name).double()
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, batch) -> list[Tensor]:
+    """The attention probabilities of every layer, [B, heads, queries, keys] each, as the scores see them."""
+    maps = {}
+    with evaluating(model, seed=0), heads._observing(model, anatomy.attentions(model), maps.__setitem__):
+        model(**batch)
+    return [maps[i] for i in sorted(maps)]
 
 
 @pytest.mark.slow
@@ -71,7 +81,7 @@ def test_maps_are_probabilities_of_the_right_keys_with_sdpa_too(name):
     model = family(name)
     config = model.config.to_dict()
     assert model.config._attn_implementation == "sdpa"
-    maps = heads.attention_maps(model, inputs(name))
+    maps = attention_maps(model, inputs(name))
     assert len(maps) == len(anatomy.attentions(model))
     for a in maps:
         torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:-1]))
@@ -80,7 +90,7 @@ def test_maps_are_probabilities_of_the_right_keys_with_sdpa_too(name):
         assert all((a.transpose(1, 3)[~valid][:, :, 0] == 0).all() for a in maps)  # no one attends to padding
     assert model.config._attn_implementation == "sdpa" and model.config.to_dict() == config
     model.set_attn_implementation("eager")
-    for a, b in zip(maps, heads.attention_maps(model, inputs(name)), strict=True):
+    for a, b in zip(maps, attention_maps(model, inputs(name)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -99,7 +109,7 @@ def test_probabilities_are_those_that_the_output_is_made_of():
     seen = {}
     layer.self.value.register_forward_hook(lambda m, a, out: seen.update(value=out))
     layer.output.dense.register_forward_pre_hook(lambda m, a: seen.update(context=a[0]))
-    a = heads.attention_maps(model, inputs("bert"))[0]
+    a = attention_maps(model, inputs("bert"))[0]
     value = seen["value"].unflatten(-1, (4, 8)).transpose(1, 2)  # [B, heads, T, size]
     torch.testing.assert_close((a @ value).transpose(1, 2).flatten(2), seen["context"])
 
@@ -110,7 +120,7 @@ def test_entropy_and_confidence_against_a_loop(name):
     model = doubled(name)
     sums, count = torch.zeros(2, 3, 4, dtype=torch.float64), 0
     for batch in batches(name):
-        maps = heads.attention_maps(model, batch)
+        maps = attention_maps(model, batch)
         for i, mask in enumerate(batch["attention_mask"]):
             length = int(mask.sum())
             for q in range(length):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,19 +21,7 @@ from labkit.storage import int4, native
 needs_compiler = pytest.mark.skipif(not native.isas("int4_linear"), reason="needs a C++ compiler")
 
 
-@pytest.fixture(params=native.isas("int4_linear"), scope="module")
-def isa(request):
-    """The instruction set that the kernel takes meanwhile: VNNI, and plain C++ compiled for two others."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "best_isa", lambda name: native.ISAS.index(request.param))
-        yield request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+isa = kernels.every_isa("int4_linear")
 
 
 def rounded(out_features, in_features, group_size=None, bits=4, symmetric=False):
@@ -79,6 +68,15 @@ def test_the_layers_of_smollm2_give_the_bits_of_the_reference(outputs, inputs):
     weight = rounded(outputs, inputs, 64)
     for scale in (1.0, 1e-5, 1e5):
         assert_kernel_equals_reference(scale * torch.randn(2, 1, inputs), weight)
+
+
+@pytest.mark.usefixtures("isa")
+def test_activations_halfway_between_two_codes_give_the_bits_of_the_reference():
+    """The last bit of 127 / largest decides these codes."""
+    largest = 1 + torch.rand(500, 1)
+    halfway = torch.arange(0.5, 127) * largest / 127
+    x = torch.cat([halfway, halfway.nextafter(largest), largest, -largest], 1)
+    assert_kernel_equals_reference(x, rounded(3, x.shape[1]))
 
 
 @pytest.mark.usefixtures("isa")

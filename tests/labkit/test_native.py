@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import kernels
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,19 +19,7 @@ from labkit.storage import native, sell
 needs_compiler = pytest.mark.skipif(not native.isas("sparse_linear"), reason="needs a C++ compiler")
 
 
-@pytest.fixture(params=native.isas("sparse_linear"), scope="module")
-def isa(request):
-    """The instruction set that the kernels take meanwhile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "best_isa", lambda name: native.ISAS.index(request.param))
-        yield request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+isa = kernels.every_isa("sparse_linear")
 
 
 # --- sparse_linear ----------------------------------------------------------------------------------------------------

@@ -176,6 +176,34 @@ def test_a_single_text_that_changes_leaves_the_far_end_open():
     assert low <= 1.0145 and high == math.inf
 
 
+def losses_of_draws(draws: int, shift: float, seed: int) -> np.ndarray:
+    """Losses [draws, 12 texts] of 3 nats and a shift."""
+    return 3 + shift + 0.05 * np.random.default_rng(seed).standard_normal((draws, 12))
+
+
+def test_a_ratio_of_a_single_draw_has_the_interval_over_texts():
+    after, before = losses_of_draws(1, 0.3, 1), losses_of_draws(1, 0.0, 2)
+    expected = stats.perplexity_ci(after[0], [100] * 12, before[0])
+    assert stats.perplexity_ratio(after, before, 100) == pytest.approx(expected)
+
+
+def test_draws_that_differ_widen_the_interval_of_a_ratio():
+    before = losses_of_draws(1, 0.0, 2)
+    alike = before + 0.3 + 0.01 * losses_of_draws(1, 0.0, 3).repeat(3, 0)
+    spread = alike + np.array([[-0.1], [0.0], [0.1]])
+    narrow, wide = (stats.perplexity_ratio(after, before, 100) for after in (alike, spread))
+    assert narrow[0] == pytest.approx(wide[0]) and wide[1] < narrow[1] < narrow[2] < wide[2]
+    _, low, high = stats.mean_ci([-0.1, 0.0, 0.1])
+    assert math.log(wide[2] / wide[0]) > high and math.log(wide[0] / wide[1]) > -low
+
+
+def test_draws_are_paired():
+    chance = np.array([[-0.5], [0.0], [0.5]])
+    before = losses_of_draws(3, 0.0, 4) + chance
+    _, low, high = stats.perplexity_ratio(before + 0.1 + 0.001 * losses_of_draws(3, 0, 5), before, 100)
+    assert 1.1 < low < high < 1.12
+
+
 RIGHT = np.ones(4, bool)
 REFUSALS: Refusals = {
     "30 values or more, got 29 and 29": lambda: stats.paired_difference([1] * 29, [1] * 29),
@@ -187,6 +215,8 @@ REFUSALS: Refusals = {
     "the shapes [6] and [7]": lambda: stats.perplexity_ci(LOSSES, TOKENS[:6]),
     "the shapes [0]": lambda: stats.perplexity_ci([], []),
     "loss is NaN or infinite": lambda: stats.perplexity_ci([math.nan, *LOSSES[1:]], TOKENS),
+    "losses [draws, texts], got [6] and [6]": lambda: stats.perplexity_ratio(LOSSES[:6], LOSSES[:6], 9),
+    "got [2, 3] and [3, 3]": lambda: stats.perplexity_ratio(np.ones((2, 3)), np.ones((3, 3)), 9),
     "has 0 tokens": lambda: stats.perplexity_ci(LOSSES, [0, *TOKENS[1:]]),
 }
 

@@ -109,7 +109,6 @@ TOKENS: dict[str, Call] = {
     "heads.head_importance, entropy": lambda m, b: heads.head_importance(m, [b], "entropy"),
     "heads.head_importance, confidence": lambda m, b: heads.head_importance(m, [b], "confidence"),
     "heads.head_importance, ablation": lambda m, b: heads.head_importance(m, [b], "ablation"),
-    "heads.attention_maps": heads.attention_maps,
     "transformers.prune_heads": lambda m, b: transformers.prune_heads(m, {0: [0, 1]}, kwargs=prompt(b)),
     "transformers.prune_ffn": lambda m, b: transformers.prune_ffn(m, 0.5, criterion="wanda", batches=[b]),
     "transformers.prune_ffn, its example": lambda m, b: transformers.prune_ffn(m, 0.5, kwargs=prompt(b)),

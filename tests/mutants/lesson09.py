@@ -61,12 +61,12 @@ def read_q4_1_as_an_array(block):
 
 RIGHT = {
     "09.1": most_tokens_by_seconds,
-    "09.2": read_q4_1_by_torch,
-    "09.3": grid_share_by_sets,
+    "09.3": read_q4_1_by_torch,
+    "09.2": grid_share_by_sets,
     "09.4": gptq_by_inverse,
     "09.5": round_cache_by_groups,
 }
 
 MORE_RIGHT = {
-    "09.2": [read_q4_1_as_an_array],
+    "09.3": [read_q4_1_as_an_array],
 }

@@ -31,11 +31,8 @@ def test_no_lesson_makes_an_interval_by_hand(lesson: str):
 def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
     """The lesson's perplexity over that of another model, from the extra loss of each token [texts, tokens]."""
     texts, tokens = extra.shape
-    windows = [torch.zeros(tokens + 1)] * texts
     if lesson == "09":
-        by_text = function("09", "by_text", windows=windows)
-        ratio_of = function("09", "ratio_of", by_text=by_text, windows=windows, length=tokens + 1)
-        return ratio_of(extra.flatten())
+        return function("09", "perplexity", length=tokens + 1)(extra, torch.zeros_like(extra))
     scores = {"a": {"nats": extra}, "all tokens": {"nats": torch.zeros_like(extra)}}
     lost = function("11", "lost", scores=scores, after=tokens, texts=texts)
     return tuple(math.exp(end) for end in lost("a"))
@@ -104,16 +101,3 @@ def test_a_plan_of_lesson_13_has_its_accuracy_over_images_and_its_time_over_roun
     assert point["time ci95"] == pytest.approx([0.2, 0.5])
     goals = {"time": (None, 0.3, "of eager's"), "accuracy": (89.0, None, "%")}
     assert challenge.checked(goals, point) == {key: pytest.approx(value) for key, value in point.items()}
-
-
-def test_the_plane_of_lesson_08_has_a_bar_over_images_for_one_seed_and_over_both_for_several():
-    generator = torch.Generator().manual_seed(0)
-    right = torch.rand(IMAGES, generator=generator) < 0.9
-    outcomes = {("W4A4", "LSQ", seed): torch.rand(IMAGES, generator=generator) < 0.8 for seed in range(SEEDS)}
-    of_all = torch.stack(list(outcomes.values()))
-    for seeds, expected in (
-        (1, stats.accuracy_change(of_all[0], right)),
-        (SEEDS, stats.accuracy_change_over_seeds(of_all, right.expand_as(of_all))),
-    ):
-        ends_of = function("08", "ends_of", outcomes=outcomes, right=right, seeds=seeds)
-        assert ends_of("W4A4", "LSQ") == pytest.approx([100 * end for end in expected[1:]])
