@@ -54,10 +54,10 @@ TEACHERS = {"ResNet-8": ResNet8, "ResNet-8, twice as wide": WideResNet8, "ResNet
 TWIN, WIDE, TEACHER = TEACHERS
 ARMS = (LABELS, SMOOTHED, TEACHER)  # with a learning rate of their own
 FURTHER = (  # groups of (learns from, images, steps); the record holds those that are done with every seed
-    ((LABELS, IMAGES, SHORT), (TEACHER, IMAGES, SHORT)),
+    ((LABELS, IMAGES, SHORT), (TEACHER, IMAGES, SHORT), (LONGER, IMAGES, SHORT)),
     ((LABELS, IMAGES, LONG), (TEACHER, IMAGES, LONG), (LONGER, IMAGES, LONG)),
-    ((WIDE, IMAGES, STEPS), (TWIN, IMAGES, STEPS)),
     ((SMOOTHED, IMAGES, LONG), (EVEN, IMAGES, LONG)),
+    ((WIDE, IMAGES, STEPS), (TWIN, IMAGES, STEPS)),
     ((HINT, IMAGES, STEPS),),
     ((WIDE, IMAGES, LONG), (TWIN, IMAGES, LONG)),
     ((LABELS, MORE_IMAGES, STEPS), (TEACHER, MORE_IMAGES, STEPS)),
