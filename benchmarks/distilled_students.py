@@ -319,18 +319,21 @@ def changes(right: Mapping[tuple[str, int, int], Tensor]) -> list[dict[str, Any]
 
 
 def growth(right: Mapping[tuple[str, int, int], Tensor]) -> list[dict[str, Any]]:
-    """Compare ResNet-20's gain over the labels in two settings, seed by seed: Student's interval over the seeds."""
+    """Compare ResNet-20's gain over a control in two settings, seed by seed: Student's interval over the seeds."""
     gain = {}
     for name, images, steps in right:
-        if name == TEACHER:
-            difference = right[name, images, steps].double() - right[LABELS, images, steps].double()
-            gain[images, steps] = difference.mean(1)
+        for control in (LABELS, LONGER):
+            if name == TEACHER and (control, images, steps) in right:
+                difference = right[name, images, steps].double() - right[control, images, steps].double()
+                gain[control, images, steps] = difference.mean(1)
     rows = []
-    for after, before in (((IMAGES, STEPS), (IMAGES, SHORT)), ((IMAGES, LONG), (IMAGES, STEPS)),
-                          ((MORE_IMAGES, STEPS), (FEW_IMAGES, STEPS))):  # fmt: skip
-        if after in gain and before in gain:
-            change, low, high = stats.mean_ci((gain[after] - gain[before]).tolist())
-            rows.append({"after": after, "before": before, "change": change, "low": low, "high": high})
+    few, more = (FEW_IMAGES, STEPS), (MORE_IMAGES, STEPS)
+    short, middle, long = ((IMAGES, steps) for steps in (SHORT, STEPS, LONG))
+    for control, (before, after) in itertools.product((LABELS, LONGER), ((short, middle), (middle, long), (few, more))):
+        if (control, *after) in gain and (control, *before) in gain:
+            change, low, high = stats.mean_ci((gain[control, *after] - gain[control, *before]).tolist())
+            row = {"control": control, "after": after, "before": before}
+            rows.append(row | {"change": change, "low": low, "high": high})
     return rows
 
 
