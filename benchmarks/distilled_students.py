@@ -17,8 +17,8 @@ Three teachers have one recipe, that of the course's ResNet-20, and all 55,000 t
 
 Labels, smoothed labels, even wrong classes and ResNet-20's answers have rates of their own, the better of two on
 validation images after 600 steps, with three seeds that the comparison does not use; the other methods have the rate of
-the answers, and the longer control that of the labels. Every record holds the first runs of all seeds, and of FURTHER what is done. Lesson
-10 shows it: `lab.recorded("distilled_students")`.
+the answers, and the longer control that of the labels. Every record holds the first runs of all seeds, and of FURTHER
+what is done. Lesson 10 shows it: `lab.recorded("distilled_students")`.
 """
 
 import itertools
