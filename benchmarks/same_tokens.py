@@ -8,8 +8,8 @@ serving: a load of 24 requests that are all there at the start, with short promp
     served three times: one request at a time, in static batches of eight, and by continuous batching with eight places.
     Each run draws other lengths; the ways take turns in going first.
 copying, story: a prompt is continued by 128 tokens, greedily, with and without guesses by prompt lookup. In copying the
-    model is asked to repeat a paragraph. For stories it is also counted how often the first half of the blocks, used
-    as a draft, guesses the next token that the whole model writes.
+    model is asked to repeat a paragraph, whose first words stand there already. For stories it is also counted how
+    often the first half of the blocks, used as a draft, guesses the next token that the whole model writes.
 
 Seconds are CPU time of one thread, the prompts included. All ways compute in float32, and their texts are compared
 token by token. A record can be written of the runs that are there: `--minutes 0`. Lesson 11 shows the record:
@@ -41,7 +41,8 @@ MEAN, LEAST, MOST = 60, 4, 240  # tokens of an answer
 PROMPT = (12, 40)  # tokens of a prompt
 PROMPTS, NEW, GUESSES = 12, 128, 8
 COPY = "Repeat the following text word for word.\n\n"
-LETTERS = (700, 1000)  # of a paragraph to copy: it has more than NEW tokens
+LETTERS = (700, 1000)  # of a paragraph to copy: it has about NEW tokens or more
+BEGUN = 6  # words of the copy that stand there already
 WHO = (
     "a lighthouse keeper who finds a map", "two sisters who open a bakery", "a robot that learns to paint",
     "a girl who talks to birds", "a train that never arrives", "an old clockmaker and his cat",
@@ -155,12 +156,13 @@ def serve(number: int, of: Setting, quick: bool) -> dict[str, Any]:
 
 def prompt_of(run: Run, of: Setting) -> Tensor:
     """Return the prompt [1, T] of a task, as SmolLM2 is asked."""
-    words = f"Write a short story about {WHO[run.number]}."
+    words, beginning = f"Write a short story about {WHO[run.number]}.", ""
     if run.part == "copying":
-        words = COPY + of.paragraphs[run.number]
+        paragraph = of.paragraphs[run.number]
+        words, beginning = COPY + paragraph, " ".join(paragraph.split()[:BEGUN])
     talk = [{"role": "user", "content": words}]
-    options = {"return_tensors": "pt", "add_generation_prompt": True, "return_dict": True}
-    return of.tokenizer.apply_chat_template(talk, **options)["input_ids"]
+    asked = of.tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    return of.tokenizer(asked + beginning, return_tensors="pt")["input_ids"]
 
 
 def write(run: Run, of: Setting, quick: bool) -> dict[str, Any]:
