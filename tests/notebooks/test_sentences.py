@@ -125,7 +125,7 @@ FIXED = {
     ("11", "latent-read"): "the sizes of a named model",
     ("11", "pages-picture-read"): "a drawing of two tables",
     ("11", "pays-read"): "tasks, and guesses of a preset",
-    ("11", "serving-table"): "the settings of a record",
+    ("11", "serving-table-read"): "the settings of a record",
     ("11", "step-read"): "lengths of text",
     ("11", "timeline-read"): "the requests of a record",
     ("12", "baseline-read"): "layouts and batches",
