@@ -50,7 +50,7 @@ class Texts(NamedTuple):
     calls: int
 
 
-class Served(NamedTuple):
+class ServedTexts(NamedTuple):
     """Generated texts of requests that joined and left while others ran.
 
     ids: each prompt with its new tokens, [T + new].
@@ -102,7 +102,9 @@ class LanguageEngine:
             texts.append(torch.cat([row, row.new_tensor(continuation)]))
         return Texts(texts, calls)
 
-    def serve(self, prompts: Sequence[Tensor], *, max_new_tokens: int | Sequence[int], max_batch: int = 8) -> Served:
+    def serve(
+        self, prompts: Sequence[Tensor], *, max_new_tokens: int | Sequence[int], max_batch: int = 8
+    ) -> ServedTexts:
         """Continue each prompt greedily, at most `max_batch` at a time: whoever waits joins when somebody leaves.
 
         The arguments are those of `generate`, the texts too.
@@ -116,7 +118,7 @@ class LanguageEngine:
         texts = []
         for row, continuation in zip(rows, continuations, strict=True):
             texts.append(torch.cat([row, row.new_tensor(continuation)]))
-        return Served(texts, [np.array(times) for times in token_s], steps)
+        return ServedTexts(texts, [np.array(times) for times in token_s], steps)
 
     def perplexity(self, tokens: Tensor, *, window: int = 512) -> float:
         """Compute the perplexity of tokens [T] in windows, like `training.perplexity`, with the deployed kernels."""

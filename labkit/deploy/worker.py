@@ -59,9 +59,9 @@ class Worker:
 
 def leave_the_worker_its_core() -> None:
     """Keep the calling thread and the threads that it starts off the worker's core; nothing without a second core."""
-    others = _cores()[:-1]
-    if others and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, others)  # of the calling thread
+    free = _cores()[:-1]
+    if free and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, free)  # of the calling thread
 
 
 def _cores() -> list[int]:
