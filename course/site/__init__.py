@@ -21,7 +21,7 @@ from typing import Any
 
 import nbformat
 
-from course import notebooks, report, results
+from course import headlines, notebooks, report, results
 from course.formulas import mathml
 from course.results import RANGES, RunColumn, side_by_side
 from labkit import files
@@ -126,6 +126,7 @@ def lay_out(source: Path, folders: Sequence[Path] = ()) -> None:
     files.write_text(source / "machines.md", "\n\n".join(_machines_page(columns, problems)))
     contents = _contents([_place(path) for path in syllabi])
     home = _read(source / "index.md").replace("<!-- lessons -->", _table_of_lessons())
+    home = home.replace("<!-- results -->", headlines.markdown("static", "notebooks"))
     files.write_text(source / "index.md", home.replace("<!-- contents -->", contents))
 
 

@@ -1,0 +1,202 @@
+"""The results that the first pages open with: a sentence, a picture and the lesson whose record has the numbers."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from labkit import files, show
+from labkit.lesson import experiments
+from labkit.lesson.records import RunRecord, recorded
+
+PICTURES = files.ROOT / "course" / "site" / "static"
+WIDTH, BAR, MARGIN = 6.8, 0.42, 0.75  # inches: of a picture, of a bar's row, of the axis below
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number with its interval, or with its range over processes."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A result.
+
+    lesson: two digits.
+    text: the result in a sentence or two, as Markdown.
+    axis: what the bars measure.
+    form: how a number is written, as "{:.1f}x".
+    bars: the numbers; the last is the result's.
+    """
+
+    lesson: str
+    text: str
+    axis: str
+    form: str
+    bars: Sequence[Bar]
+
+    @property
+    def picture(self) -> str:
+        """Name of the picture's file."""
+        return f"result_{self.lesson}.svg"
+
+    @property
+    def labels(self) -> list[str]:
+        """What is written beside each bar: the number, and in brackets its ends."""
+        return [f"{self.written(bar.value)} ({self.ends(bar)})" for bar in self.bars]
+
+    def written(self, value: float) -> str:
+        return self.form.format(value)
+
+    def ends(self, bar: Bar) -> str:
+        return f"{self.written(bar.low).rstrip('x')} to {self.written(bar.high).rstrip('x')}"
+
+
+# --- the results ------------------------------------------------------------------------------------------------------
+
+
+def headlines() -> list[Headline]:
+    """Read the results from the records."""
+    return [network_in_an_engine(), language_model_in_four_bits(), two_bits_without_training()]
+
+
+def network_in_an_engine() -> Headline:
+    """ResNet-20 in a runtime, in float32 and in int8, beside the best that eager torch can do."""
+    run = recorded("12")[0]
+    names = {
+        "eager, best layout and threads": "channels last, 2 threads, batch 1",
+        "torch.compile": "torch-compile, batch 1",
+        "ONNX Runtime": "onnxruntime, batch 1",
+        "OpenVINO": "openvino, batch 1",
+        "OpenVINO, int8": "openvino int8, batch 1",
+    }
+    over_best = run.spread("int8 in an engine, batch 1")
+    return Headline(
+        lesson="12",
+        text=f"**The same ResNet-20 answers {over_best.median:.1f} times as fast** as in eager PyTorch at its best "
+        f"({over_best.smallest:.1f} to {over_best.largest:.1f} over {over_best.processes} processes), in 8-bit "
+        f"integers and an inference engine, one image at a time on {machine(run)}. Its answers are checked first.",
+        axis="times as fast as eager, as it comes",
+        form="{:.1f}x",
+        bars=[bar(run, label, name) for label, name in names.items()],
+    )
+
+
+def language_model_in_four_bits() -> Headline:
+    """A decode step of SmolLM2 in few bits."""
+    run = recorded("09")[0]
+    names = {
+        "bf16": "bf16, decode step",
+        "int8, torch": "int8, torch, decode step",
+        "int4, torch": "int4, torch, decode step",
+        "int4, labkit": "int4, labkit, decode step",
+    }
+    bars = [bar(run, label, name) for label, name in names.items()]
+    step = run.spread("int4, labkit, decode step")
+    loss = run.named("perplexity, GPTQ over float")
+    least, most = loss.ci95
+    return Headline(
+        lesson="09",
+        text=f"**SmolLM2 writes a token {step.median:.1f} times as fast in four bits** as in eager float32 "
+        f"({step.smallest:.1f} to {step.largest:.1f} over {step.processes} processes, on {machine(run)}), by an int4 "
+        f"kernel of 200 lines that the lesson reads. Chosen by GPTQ, the four bits cost a factor of {loss.value:.2f} in "
+        f"perplexity ({least:.2f} to {most:.2f} over texts).",
+        axis="times as fast as eager float32",
+        form="{:.1f}x",
+        bars=bars,
+    )
+
+
+def two_bits_without_training() -> Headline:
+    """Accuracy that ResNet-20 loses in weights of two bits, by the way of rounding."""
+    record = experiments.read("rounding_ladder")
+    ways = {
+        "rounded to the nearest point": (2, "largest", "nearest", "none", 128),
+        "and norms estimated anew": (2, "largest", "nearest", "norms", 128),
+        "and ranges by least squares": (2, "least squares", "nearest", "norms", 128),
+        "AdaRound, ranges by least squares": (2, "least squares", "AdaRound", "none", 128),
+    }
+    lost = {}
+    for row in record.settings["changes"]:
+        if row["before"] == "float":
+            lost[tuple(row["after"])] = [-100 * row[end] for end in ("change", "high", "low")]
+    bars = [Bar(label, *lost[way]) for label, way in ways.items()]
+    first, last = bars[0], bars[-1]
+    return Headline(
+        lesson="07",
+        text=f"**Weights of two bits lose {last.value:.1f} points instead of {first.value:.0f}**, without a label and "
+        f"without training: each weight is rounded up or down so that its layer's outputs stay "
+        f"({last.low:.1f} to {last.high:.1f} over {record.settings['test images']:,} images and "
+        f"{record.settings['seeds']} draws of 128 calibration images).",
+        axis="points of accuracy lost",
+        form="{:.1f}",
+        bars=bars,
+    )
+
+
+def bar(run: RunRecord, label: str, name: str) -> Bar:
+    """Read a number over the processes of a run."""
+    spread = run.spread(name)
+    return Bar(label, spread.median, spread.smallest, spread.largest)
+
+
+def machine(run: RunRecord) -> str:
+    """Name the processor and the number of cores."""
+    return ", ".join(run.machine["label"].split(", ")[:2])
+
+
+# --- the pages --------------------------------------------------------------------------------------------------------
+
+
+def markdown(pictures: str, lessons: str) -> str:
+    """Write the results for a page: for each the sentence, which links to the lesson, and the picture.
+
+    pictures: address of the folder of pictures.
+    lessons: address of the folder of notebooks.
+    """
+    parts = []
+    for headline in headlines():
+        [lesson] = files.NOTEBOOKS.glob(f"{headline.lesson}_*.ipynb")
+        parts.append(f"{headline.text} [Lesson {headline.lesson}]({lessons}/{lesson.name})")
+        parts.append(f"![{alt(headline)}]({pictures}/{headline.picture})")
+    return "\n\n".join(parts)
+
+
+def alt(headline: Headline) -> str:
+    """Describe the picture in words."""
+    numbers = [f"{bar.label} {headline.written(bar.value)}" for bar in headline.bars]
+    return f"Bars, {headline.axis}: {', '.join(numbers)}."
+
+
+def draw(headline: Headline, folder: Path = PICTURES) -> None:
+    """Draw the bars with their ends, and write the picture as SVG, which carries its description."""
+    show.style()
+    count = len(headline.bars)
+    figure = Figure(figsize=(WIDTH, MARGIN + BAR * count), layout="constrained")
+    axes = figure.subplots()
+    colours = [show.COLOURS[0]] * (count - 1) + [show.COLOURS[1]]
+    axes.barh(range(count), [bar.value for bar in headline.bars], color=colours)
+    for place, (bar, label) in enumerate(zip(headline.bars, headline.labels, strict=True)):
+        axes.hlines(place, bar.low, bar.high, color="black", linewidth=2)
+        axes.text(bar.high, place, f" {label}", va="center")
+    axes.set_yticks(range(count), [bar.label for bar in headline.bars])
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_xlim(0, 1.8 * max(bar.high for bar in headline.bars))
+    axes.set_xlabel(headline.axis)
+    with matplotlib.rc_context({"svg.hashsalt": headline.picture}):
+        figure.savefig(folder / headline.picture, metadata={"Date": None, "Description": alt(headline)})
+
+
+def description(picture: Path) -> str:
+    """Read what a picture shows from the SVG's own description."""
+    words = re.search(r"<dc:description>(.*?)</dc:description>", picture.read_text(encoding="utf-8"), re.DOTALL)
+    return words[1].strip() if words else ""
