@@ -107,7 +107,7 @@ def language_model_in_four_bits() -> Headline:
         lesson="09",
         text=f"**SmolLM2 writes a token {step.median:.1f} times as fast in four bits** as in eager float32 "
         f"({step.smallest:.1f} to {step.largest:.1f} over {step.processes} processes, on {machine(run)}), by an int4 "
-        f"kernel of 200 lines that the lesson reads. Chosen by GPTQ, the four bits cost a factor of {loss.value:.2f} in "
+        f"kernel of 200 lines that the lesson reads. By GPTQ, the four bits cost a factor of {loss.value:.2f} in "
         f"perplexity ({least:.2f} to {most:.2f} over texts).",
         axis="times as fast as eager float32",
         form="{:.1f}x",
