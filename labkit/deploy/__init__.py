@@ -3,6 +3,7 @@
 Open `engines.py` first: an example of ten lines prepares a model and judges the engine's answers.
 
 engines.py: the table of engines; a model prepared for one of them
+eager.py: the fair baseline
 job.py: the request to an engine
 torch_runtimes.py: torch's own engines
 onnx_runtimes.py: ONNX Runtime
@@ -23,7 +24,7 @@ targets.py: systems to deploy on
 from labkit.on_demand import submodules
 
 __all__ = [
-    "decoder_graph", "decoding", "engines", "export", "isa", "job", "language", "onnx_runtimes", "openvino_runtimes",
+    "decoder_graph", "decoding", "eager", "engines", "export", "isa", "job", "language", "onnx_runtimes", "openvino_runtimes",
     "parity", "pipeline", "server", "serving", "simulation", "targets", "torch_runtimes",
 ]  # fmt: skip
 
