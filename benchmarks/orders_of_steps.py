@@ -79,6 +79,11 @@ def scales_of(model: nn.Module, bits: int) -> dict[str, Tensor]:
     }
 
 
+def still_there(scale: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return the scales of the output channels that a cut left; kept: indices by dimension, as in a plan."""
+    return scale[kept[0]] if 0 in kept else scale
+
+
 @torch.no_grad()
 def round_(model: nn.Module, scales: Mapping[str, Tensor], bits: int) -> None:
     """Move each convolution weight to the nearest code, in place."""
@@ -152,8 +157,7 @@ class Setting:
         pruned = self.cut(model, run.ratio)
         small = pruned.model
         if scales:
-            kept = pruned.plan.kept
-            scales = {name: scale[kept[name][0]] if name in kept else scale for name, scale in scales.items()}
+            scales = {name: still_there(scale, pruned.plan.kept.get(name, {})) for name, scale in scales.items()}
         before = self.right(small)
         self.heal_(small, run.seed, scales if run.order == IN_CODES else {}, run.bits)
         bits = [8, 4] if run.order == USUAL else [8]  # codes of four bits stay, on a grid of eight

@@ -17,6 +17,7 @@ simulation.py: batching simulated
 serving.py: batching run for a decoder
 server.py: batching behind HTTP
 pipeline.py: steps of compression in any order
+own_model.py: a reader's own model in the pipeline
 isa.py: fewer instructions of the CPU
 targets.py: systems to deploy on
 """
@@ -24,8 +25,9 @@ targets.py: systems to deploy on
 from labkit.on_demand import submodules
 
 __all__ = [
-    "decoder_graph", "decoding", "eager", "engines", "export", "isa", "job", "language", "onnx_runtimes", "openvino_runtimes",
-    "parity", "pipeline", "server", "serving", "simulation", "targets", "torch_runtimes",
+    "decoder_graph", "decoding", "eager", "engines", "export", "isa", "job", "language", "onnx_runtimes",
+    "openvino_runtimes", "own_model", "parity", "pipeline", "server", "serving", "simulation", "targets",
+    "torch_runtimes",
 ]  # fmt: skip
 
 __getattr__ = submodules(__name__, __all__)
