@@ -5,8 +5,8 @@
     ./lab run 13 -p MODEL benchmarks.own_models:mobilenet      the lesson with one of them
 
 `mobilenet` is torchvision's MobileNetV3 (small) and `plain` a network of six convolutions, both on Fashion-MNIST;
-`words` is a perceptron over 2,048 hashed words of film reviews. Each is trained from scratch here for some seconds: what
-counts is what the pipeline does with it. Half of the channels (or neurons) go, then healing, int8 in torch, an engine.
+`words` is a perceptron over 2,048 hashed words of film reviews. Each is trained from scratch here for some seconds:
+what counts is what the pipeline does with it. Half of the channels (or neurons) go, then healing, int8 in torch, an engine.
 The interval of a change of accuracy is exact over the test examples, with a single training. Times are ratios within
 the run, at batch 1 on one thread. Lesson 13 shows the record: `lab.recorded("own_models")`.
 """
