@@ -33,7 +33,7 @@ LAYOUTS = {"channels first": "torch", "channels last": "torch-channels-last"}  #
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
+class EagerWay:
     """A model in eager torch: `way()` calls it with its arguments, on its number of threads.
 
     engine: the model in a layout.
@@ -50,7 +50,7 @@ class Way:
             return self.engine(**self.arguments)
 
 
-def ways(model: nn.Module, args: Any) -> dict[str, Way]:
+def ways(model: nn.Module, args: Any) -> dict[str, EagerWay]:
     """Return the ways to call a float model eagerly, by name: each layout on one thread and on all of torch's threads.
 
     args: the model's arguments: a tensor, tuple or dict. Without an image among them (a tensor with 4 dimensions) there
@@ -67,7 +67,7 @@ def ways(model: nn.Module, args: Any) -> dict[str, Way]:
         for threads in sorted({1, torch.get_num_threads()}):
             parts = [layout] if layout else []
             parts.append(counted(threads, "thread"))
-            table[", ".join(parts)] = Way(engine, arguments, threads)
+            table[", ".join(parts)] = EagerWay(engine, arguments, threads)
     return table
 
 

@@ -79,12 +79,12 @@ def load(name: str, folder: str | Path = ".") -> OwnModel:
         ) from None
     except AttributeError:
         raise InputError(f"The module {module} has no {function}: define a function of this name in it.") from None
-    given = call()
-    if not isinstance(given, tuple) or len(given) != 3:
+    returned = call()
+    if not isinstance(returned, tuple) or len(returned) != 3:
         raise InputError(f"{name} has to return (model, (inputs, labels), (inputs, labels)), for training and test.")
-    own = OwnModel(name, *given)
-    _check(own)
-    return own
+    classifier = OwnModel(name, *returned)
+    _check(classifier)
+    return classifier
 
 
 @contextmanager
