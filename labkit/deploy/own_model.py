@@ -31,6 +31,7 @@ from labkit.quantization import ptq
 
 FEW = 512  # training examples that score channels and give the ranges of activations
 BATCH = 128  # examples of a step of healing
+MAX_LR = 1e-3  # of healing, by AdamW
 SOFT = {"alpha": 0.9, "temperature": 4.0}
 
 
@@ -111,7 +112,7 @@ def _check(own: OwnModel) -> None:
         raise InputError(f"The model of {own.name} has to return scores [N, classes].")
 
 
-def steps(own: OwnModel, *, ratio: float, heal_steps: int, max_lr: float = 1e-3, seed: int = 0) -> dict[str, Step]:
+def steps(own: OwnModel, *, ratio: float, heal_steps: int, seed: int = 0) -> dict[str, Step]:
     """Return the steps "cut", "heal" and "int8" of a pipeline, by name.
 
     ratio: share of the channels that the cut removes, by Taylor's score and in multiples of 8.
@@ -128,7 +129,7 @@ def steps(own: OwnModel, *, ratio: float, heal_steps: int, max_lr: float = 1e-3,
         with torch.no_grad():
             answers = torch.cat([own.model(part) for part in inputs.split(BATCH)])
         batches = training.Batches((inputs, labels, answers), BATCH, seed)
-        recipe = {"epochs": heal_steps, "steps": heal_steps, "optimizer": "adamw", "max_lr": max_lr}
+        recipe = {"epochs": heal_steps, "steps": heal_steps, "optimizer": "adamw", "max_lr": MAX_LR}
         model = copy.deepcopy(model).requires_grad_(True)
         torch.manual_seed(seed)  # of dropout
         training.train_(model, batches, loss_fn=distillation.distilling(None, **SOFT), **recipe)
