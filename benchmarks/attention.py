@@ -204,7 +204,8 @@ def serve(options: argparse.Namespace, decoder: Decoder) -> Iterator[Row]:
     for name, runs in served.items():
         same_text(runs[0].ids, served["static"][0].ids)
         ratio, low, high = stats.paired_ratio(seconds["static"], seconds[name])
-        gaps, first = (np.concatenate([getattr(service, part) for service in runs]) for part in ("gaps_s", "first_s"))
+        gaps = np.concatenate([service.gaps_s for service in runs])
+        first = np.concatenate([service.first_s for service in runs])
         times = {"gap": np.median(gaps), "gap_p99": np.percentile(gaps, 99), "first_p99": np.percentile(first, 99)}
         print(
             f"  {name:25} {sum(new) / np.median(seconds[name]):5.1f} tokens/s  {ratio:5.2f}x [{low:.2f}, {high:.2f}]  "

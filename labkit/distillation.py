@@ -215,18 +215,16 @@ def distilling(
     *,
     alpha: float,
     temperature: float,
-    beta: float = 0.0,
 ) -> LossFn:
     """Return a loss_fn for `training.train_`: alpha * distillation + (1 - alpha) * task loss.
 
     teacher: model in eval mode; runs without gradients on the batch's device. None: the batches hold the teacher's
         logits, as the last entry of (inputs, labels, logits) or under "teacher_logits".
     alpha: share of the distillation, from 0 to 1; at 1 no labels are needed.
-    temperature, beta: as in `distillation_loss`. Tokens without a label (padding, a prompt) are not distilled either.
+    temperature: as in `distillation_loss`. Tokens without a label (padding, a prompt) are not distilled either.
     """
     check_number(alpha, "alpha", 0, 1)
     check_number(temperature, "temperature", above=0)
-    check_number(beta, "beta", 0, 1)
     _check_eval(teacher)
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
@@ -239,7 +237,7 @@ def distilling(
         output = model(*args, **kwargs)
         logits = getattr(output, "logits", output)
         mask = _counted(model, logits, labels, kwargs.get("attention_mask"))
-        soft = distillation_loss(logits, targets, temperature=temperature, beta=beta, mask=mask)
+        soft = distillation_loss(logits, targets, temperature=temperature, mask=mask)
         if alpha == 1:
             return soft
         return alpha * soft + (1 - alpha) * _hard_loss(output, logits, labels)

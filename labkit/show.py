@@ -25,10 +25,9 @@ TYPE = 12.6  # points: 10 px where a figure of that width is shown 390 px wide, 
 PHONE_PX = 390  # width of a figure on a phone
 SCREEN_PX_PER_INCH = 96
 DPI = 160  # of the stored picture: sharp on a phone and on a screen of double density, at half the bytes of an SVG
-BADGE = (
-    '<b style="background:#8a4b00;color:#fff;border-radius:3px;padding:1px 5px;font-size:85%;letter-spacing:.04em">'
-    "SIMULATED</b>"
-)
+_BADGE = "background:#8a4b00;color:#fff;border-radius:3px;padding:1px 5px;font-size:85%;letter-spacing:.04em"
+BADGE = f'<b style="{_BADGE}">SIMULATED</b>'
+COMPUTED = f'<b style="{_BADGE}">COMPUTED</b>'  # bounds: neither measured nor simulated
 
 _PREFIXES = (
     (1e15, "P"),
@@ -238,7 +237,7 @@ def table(rows: Rows, *, caption: str = "", simulated: bool = False) -> None:
     text = text_table(rows)
     if words:
         text = f"{' '.join(words)}\n{text}"
-    emit(text, html_table(rows, caption=caption, simulated=simulated))
+    emit(text, html_table(rows, caption=caption, badge=BADGE if simulated else ""))
 
 
 def wide(rows: Rows, x: str, y: str, *, by: Sequence[str]) -> list[dict[str, Any]]:
@@ -272,10 +271,11 @@ def facts(title: str, values: Mapping[str, str]) -> None:
     emit("\n".join(text_lines), f'<div style="{card}"><b>{escape(title)}</b>{body}</div>')
 
 
-def html_table(rows: Rows, *, caption: str = "", simulated: bool = False) -> str:
-    """Return rows as plain HTML, legible without styles (GitHub), in light and in dark.
+def html_table(rows: Rows, *, caption: str = "", badge: str = "") -> str:
+    """Return rows as plain HTML, legible without styles (GitHub), in light and in dark; numbers are aligned right.
 
-    Columns of numbers are aligned right. caption, simulated: as in `figure`.
+    caption: title.
+    badge: BADGE, COMPUTED or nothing, before the caption.
     """
     columns = _columns(rows)
     aligns = [_alignment(rows, column) for column in columns]
@@ -284,7 +284,7 @@ def html_table(rows: Rows, *, caption: str = "", simulated: bool = False) -> str
     for row in rows:
         texts = [quantity(row.get(column)) for column in columns]
         body += f"<tr>{_cells('td', aligns, texts)}</tr>"
-    label = (f"{BADGE} " if simulated else "") + escape(caption)
+    label = f"{badge} {escape(caption)}" if badge else escape(caption)
     title = f'<caption style="caption-side:top;text-align:left;font-weight:bold;padding:4px 10px">{label}</caption>'
     return (
         f'<table style="border-collapse:collapse;margin:4px 0">{title if label else ""}'

@@ -1,7 +1,8 @@
 """ResNets of 6n + 2 layers for small grey images, top to bottom: He et al. 2016, "Deep Residual Learning", section 4.2.
 
 Three stages of n blocks each; a stage has twice the channels of the one before. At a change of shape the shortcut
-is a 1x1 convolution, the paper's option B. ResNet-20 is the course's CNN, ResNet-8 the student in distillation.
+is a 1x1 convolution, the paper's option B. ResNet-20 is the course's CNN, ResNet-8 the student in distillation, and
+ResNet-8 of twice the width a teacher of middle size.
 """
 
 import torch
@@ -69,3 +70,10 @@ class ResNet8(_ResNet):
 
     def __init__(self) -> None:
         super().__init__(blocks=1, channels=8)
+
+
+class WideResNet8(_ResNet):
+    """ResNet8 with twice the channels, stages of 16, 32 and 64: a teacher of middle size; 77,754 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=1, channels=16)

@@ -11,6 +11,7 @@ was prepared from, to the last token; a text does not depend on the texts genera
 import math
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from labkit.data import training
 from labkit.deploy import decoder_graph, engines
 from labkit.deploy.openvino_runtimes import cpu_settings
 from labkit.deploy.serving import new_tokens
+from labkit.deploy.simulation import Times
 from labkit.errors import InputError, check_choice, check_whole
 
 PACKAGES = {"openvino-genai": ("openvino_genai",)}  # by engine; openvino_genai brings OpenVINO
@@ -46,6 +48,19 @@ class Texts(NamedTuple):
 
     ids: list[Tensor]
     calls: int
+
+
+class ServedTexts(NamedTuple):
+    """Generated texts of requests that joined and left while others ran.
+
+    ids: each prompt with its new tokens, [T + new].
+    token_s: seconds from the start until each new token was there, [new] for each request.
+    steps: steps of the model, shared by all that ran.
+    """
+
+    ids: list[Tensor]
+    token_s: list[Times]
+    steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +101,24 @@ class LanguageEngine:
         for row, continuation in zip(rows, continuations, strict=True):
             texts.append(torch.cat([row, row.new_tensor(continuation)]))
         return Texts(texts, calls)
+
+    def serve(
+        self, prompts: Sequence[Tensor], *, max_new_tokens: int | Sequence[int], max_batch: int = 8
+    ) -> ServedTexts:
+        """Continue each prompt greedily, at most `max_batch` at a time: whoever waits joins when somebody leaves.
+
+        The arguments are those of `generate`, the texts too.
+        """
+        new = new_tokens(max_new_tokens, prompts)
+        check_whole(max_batch, "max_batch")
+        for prompt, count in zip(prompts, new, strict=True):
+            check_text(prompt, count, self.vocabulary, self.positions)
+        rows = [prompt.flatten() for prompt in prompts]
+        continuations, token_s, steps = self.backend.serve([row.tolist() for row in rows], new, max_batch)
+        texts = []
+        for row, continuation in zip(rows, continuations, strict=True):
+            texts.append(torch.cat([row, row.new_tensor(continuation)]))
+        return ServedTexts(texts, [np.array(times) for times in token_s], steps)
 
     def perplexity(self, tokens: Tensor, *, window: int = 512) -> float:
         """Compute the perplexity of tokens [T] in windows, like `training.perplexity`, with the deployed kernels."""
@@ -179,6 +212,32 @@ class _GenAI:
             (generation,) = handle.read_all()
             texts.append(generation.generated_ids[:count])
         return texts, steps
+
+    def serve(
+        self, prompts: Sequence[list[int]], new: Sequence[int], max_batch: int
+    ) -> tuple[list[list[int]], list[list[float]], int]:
+        """Continue the prompts, `max_batch` at a time: new tokens, their times in seconds, and the number of steps."""
+        pipeline = self._pipeline(guessing=False)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        token_s: list[list[float]] = [[] for _ in prompts]
+        waiting = deque(range(len(prompts)))
+        running: dict[int, Any] = {}  # handles by the number of the prompt
+        steps = 0
+        start = time.perf_counter()
+        while waiting or running:
+            while waiting and len(running) < max_batch:
+                number = waiting.popleft()
+                running[number] = self._add(pipeline, number, prompts[number], new[number])
+            pipeline.step()
+            steps += 1
+            now = time.perf_counter() - start
+            for number, handle in running.items():
+                while handle.can_read():
+                    (generation,) = handle.read().values()
+                    tokens[number] += generation.generated_ids
+                    token_s[number] += [now] * len(generation.generated_ids)
+            running = {number: handle for number, handle in running.items() if len(tokens[number]) < new[number]}
+        return tokens, token_s, steps
 
     def log_probabilities(self, ids: list[int]) -> np.ndarray:
         """Return the log-probability of each token but the first, given the tokens before: [T - 1]."""

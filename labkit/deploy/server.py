@@ -345,7 +345,7 @@ class Verdict:
     valid: True if p99 is within the bound, over enough queries, without a refused query.
     reasons: LoadGen's words for an invalid run.
     p99_s: seconds from the scheduled moment, over `queries`.
-    refused: queries with another status than 200.
+    refused: queries without an answer; of HTTP, with another status than 200.
     """
 
     rate: float
@@ -357,12 +357,37 @@ class Verdict:
 
 
 def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 0.05, seconds: float = 15.0) -> Verdict:
-    """Judge a server with MLPerf's LoadGen (Reddi et al. 2020) as the client: scenario Server, Poisson arrivals.
+    """Judge an HTTP server with MLPerf's LoadGen as the client; see `judge`.
 
     bodies: bodies of the requests.
+    """
+    client = Client(url)
+
+    async def answer(index: int) -> bool:
+        status, _ = await client.post(bodies[index], 30)
+        return status == 200
+
+    return judge(answer, len(bodies), rate=rate, bound_s=bound_s, seconds=seconds, end=client.close)
+
+
+def judge(
+    answer: Callable[[int], Awaitable[bool]],
+    samples: int,
+    *,
+    rate: float,
+    bound_s: float,
+    seconds: float,
+    end: Callable[[], None] = lambda: None,
+) -> Verdict:
+    """Judge a service with MLPerf's LoadGen (Reddi et al. 2020) as the client: scenario Server, Poisson arrivals.
+
+    answer: coroutine function that asks the service for the answer to a sample, and returns False if it was refused.
+        All calls run in an event loop of their own, whose other tasks are cancelled at the end.
+    samples: number of different samples, 0 to samples - 1.
     rate: mean requests per second.
     bound_s: limit of the p99, in seconds.
     seconds: least time of arrivals; the most is four times as long.
+    end: called in the event loop at the end.
     LoadGen knows no refused request: a refused request makes the run invalid here.
     Raises InputError if LoadGen is missing.
     """
@@ -371,26 +396,33 @@ def loadgen(url: str, bodies: Sequence[bytes], *, rate: float, bound_s: float = 
     except ImportError:
         raise InputError(f"The judge is mlcommons-loadgen, which is not installed: {HOW_TO_INSTALL}.") from None
     loop = asyncio.new_event_loop()
-    client = Client(url)
-    statuses: list[int] = []
+    answered: list[bool] = []
 
-    async def answer(sample: Any) -> None:
-        status, _ = await client.post(bodies[sample.index], 30)
-        statuses.append(status)
+    async def respond(sample: Any) -> None:
+        answered.append(await answer(sample.index))
         lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0)])
 
-    def issue(samples: Sequence[Any]) -> None:
-        for sample in samples:
-            asyncio.run_coroutine_threadsafe(answer(sample), loop)
+    def issue(queries: Sequence[Any]) -> None:
+        for query in queries:
+            asyncio.run_coroutine_threadsafe(respond(query), loop)
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    summary = _run_loadgen(lg, issue, len(bodies), _loadgen_settings(lg, rate, bound_s, seconds))
-    loop.call_soon_threadsafe(client.close)
+    summary = _run_loadgen(lg, issue, samples, _loadgen_settings(lg, rate, bound_s, seconds))
+    asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
+    loop.call_soon_threadsafe(end)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
-    return _verdict(summary, rate, statuses)
+    return _verdict(summary, rate, answered)
+
+
+async def _cancel_all() -> None:
+    """Cancel all other tasks of the running loop, and wait for their ends."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _loadgen_settings(lg: Any, rate: float, bound_s: float, seconds: float) -> Any:
@@ -420,7 +452,7 @@ def _run_loadgen(lg: Any, issue: Callable[[Sequence[Any]], None], samples: int, 
         return (Path(folder) / "mlperf_log_summary.txt").read_text().splitlines()
 
 
-def _verdict(summary: Sequence[str], rate: float, statuses: Sequence[int]) -> Verdict:
+def _verdict(summary: Sequence[str], rate: float, answered: Sequence[bool]) -> Verdict:
     """Read a summary: lines "name : value", and remarks that begin with a star."""
     values = {}
     reasons = []
@@ -429,10 +461,10 @@ def _verdict(summary: Sequence[str], rate: float, statuses: Sequence[int]) -> Ve
         values[name.strip()] = value.strip()
         if line.lstrip().startswith("*") and "successful" not in line:
             reasons.append(line.strip(" *.,"))
-    refused = sum(status != 200 for status in statuses)
+    refused = answered.count(False)
     is_valid = values["Result is"] == "VALID" and not refused
     p99_s = int(values["99.00 percentile latency (ns)"]) / 1e9
-    return Verdict(rate, is_valid, tuple(reasons), p99_s, len(statuses), refused)
+    return Verdict(rate, is_valid, tuple(reasons), p99_s, len(answered), refused)
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------

@@ -181,9 +181,9 @@ def _show_folded(name: str, cases: Cases, reason: str, recorded: list[dict[str, 
     for run, place in zip(recorded, places, strict=True):
         tables.append((place, [_in_words(row) for row in run["rows"]], False))
     texts, html = [line], ""
-    for caption, rows, simulated in tables:
-        texts += [f"{'SIMULATED ' if simulated else ''}{caption}", show.text_table(rows)]
-        html += show.html_table(rows, caption=caption, simulated=simulated)
+    for caption, rows, computed in tables:
+        texts += [f"{'COMPUTED ' if computed else ''}{caption}", show.text_table(rows)]
+        html += show.html_table(rows, caption=caption, badge=show.COMPUTED if computed else "")
     show.emit("\n".join(texts), f"<details><summary>{escape(line)}</summary>{html}</details>")
 
 

@@ -35,7 +35,6 @@ gptq.py: rounding a weight column by column
 awq.py: scales of a weight's columns
 k_quants.py: the four-bit format of llama.cpp's files
 kv.py: keys and values in few bits
-outliers.py: LLM.int8()
 fold.py: batch norms folded, ranges evened out, SmoothQuant
 rotation.py: rotations of the residual stream
 rounding.py: AdaRound, the rounding of a layer learned
@@ -47,8 +46,8 @@ Bytes of a stored model: `labkit.artifact.size`. Engines outside torch: `labkit.
 from labkit.on_demand import submodules
 
 __all__ = [
-    "affine", "awq", "fold", "formats", "gptq", "integer", "k_quants", "kv", "mixed_precision", "observers", "outliers",
-    "ptq", "qat", "rotation", "rounding", "weight_only",
+    "affine", "awq", "fold", "formats", "gptq", "integer", "k_quants", "kv", "mixed_precision", "observers", "ptq",
+    "qat", "rotation", "rounding", "weight_only",
 ]  # fmt: skip
 
 __getattr__ = submodules(__name__, __all__)

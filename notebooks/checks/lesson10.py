@@ -1,7 +1,7 @@
-"""Checks of lesson 10: a loss on soft answers, what is wrong with a loss, stored answers with a tail, relations.
+"""Checks of lesson 10: a loss on soft answers, what is wrong with a loss, stored answers with a tail, own texts.
 
-Values and gradients are compared with float64 computed step by step; what must not matter (padding, scale, a turn) is
-changed. The diagnosis is asked about losses that nobody has shown it.
+Values and gradients are compared with float64 computed step by step; what must not matter, such as padding, is changed.
+The diagnosis is asked about losses that nobody has shown it.
 """
 
 import math
@@ -203,88 +203,75 @@ def stored_answers(fn: Callable, failures: Failures) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------------- relations
+# --------------------------------------------------------------------------------------------------------- own text
+
+END = 3
+WRITTEN = {  # what the texts are like -> (prompt, tokens after the prompt; a prompt is made of END alone)
+    "no end": (2, [[0, 1, 2, 0], [4, 4, 1, 0]]),
+    "ends within": (3, [[0, END, 1, 1, 1], [2, 1, 0, END, END], [END, 1, 2, END, 0]]),
+    "one token of prompt": (1, [[1, 2, END, END], [0, 0, 0, 0]]),
+    "the end is the last": (4, [[1, 0, END]]),
+}
 
 
-# examples, width of the student's features, of the teacher's, scale of the student's
-FEATURES = (
-    (2, 3, 3, 1.0),
-    (5, 4, 7, 3.0),
-    (8, 2, 2, 0.1),
-    (6, 10, 3, 20.0),
-)
-
-
-def relations(fn: Callable, failures: Failures) -> None:
-    """relation_loss(student, teacher) -> Huber's loss of scaled distances, mean over pairs."""
-    for n, width, other, scale in FEATURES:
-        with failures.given(student=[n, width], teacher=[n, other]):
-            student = (scale * _normal(n, width) ** 3).requires_grad_()
-            teacher = _normal(n, other, seed=1).requires_grad_()
-            loss = _scalar(fn(student, teacher), failures)
+def own_text(fn: Callable, failures: Failures) -> None:
+    """own_text_kd(student, teacher, ids, prompt, end) -> KL(q || p), mean over the tokens that the student wrote."""
+    for kind, (prompt, rows) in WRITTEN.items():
+        with failures.given(texts=kind, prompt=prompt):
+            ids = torch.cat([torch.full((len(rows), prompt), END), torch.tensor(rows)], 1)
+            student = _normal(*ids.shape, 5).requires_grad_()
+            teacher = (2 * _normal(*ids.shape, 5, seed=1)).requires_grad_()
             reference = student.detach().requires_grad_()
-            expected = _relations_by_hand(reference, teacher.detach())
+            expected = _own_text_by_hand(reference, teacher.detach(), ids, prompt)
+            loss = _scalar(fn(student, teacher, ids, prompt, END), failures)
             failures.close(
                 loss,
                 expected,
-                "the value is off; distances of different examples, each side divided by its own mean, then Huber's "
-                "loss with its bend at 1, mean over the pairs",
+                "the value is off; look at which logits are about written tokens (those at t are about t + 1), at "
+                "KL(q || p) instead of KL(p || q), at the first written end, which counts, and at a mean over the "
+                "tokens of the whole batch",
                 rtol=1e-5,
-                atol=1e-12,
             )
-            failures.need(loss.requires_grad, "no gradient reaches the student: do not detach its features")
+            failures.need(loss.requires_grad, "no gradient reaches the student: do not detach its logits")
             grads = torch.autograd.grad(loss, (student, teacher), allow_unused=True)
-            failures.expect(grads[1] is None, "a gradient reaches the teacher: detach its features")
+            failures.expect(grads[1] is None, "a gradient reaches the teacher: detach its logits")
             failures.close(
                 grads[0],
                 torch.autograd.grad(expected, reference)[0],
-                "the gradient is off: the mean that divides belongs to the student as well",
+                "the gradient is off: it flows through q wherever q stands in the divergence",
                 rtol=1e-4,
                 atol=1e-7,
             )
-    with failures.given(student=[5, 4], teacher=[5, 7]):
-        changed = "the features have changed; compute new tensors"
-        failures.call(fn, _normal(5, 4), _normal(5, 7, seed=1), changed=changed)
-    with failures.given(student="two equal rows"):
-        student, teacher = _normal(2, 3)[[0, 1, 0, 1]].requires_grad_(), _normal(4, 3, seed=1)
-        loss = _scalar(fn(student, teacher), failures)
-        failures.close(
-            loss,
-            _relations_by_hand(student.detach(), teacher),
-            "the value is off where two examples are equal; their distance, 0, counts in the means like any other",
-            rtol=1e-5,
-        )
-        loss.backward()
-        failures.expect(
-            loss.isfinite() and student.grad.isfinite().all(),
-            "two equal examples give NaN: the root has no slope at 0, and torch.cdist or pdist know that",
-        )
+    with failures.given(texts="none has an end", prompt=2):
+        ids = torch.tensor([[0, 1, 2, 0], [1, 1, 2, 2]])
+        student, teacher = _normal(2, 4, 5), _normal(2, 4, 5, seed=1)
+        changed = "an argument has changed; compute new tensors"
+        answer = failures.call(fn, student, teacher, ids, 2, -1, changed=changed)
+        failures.close(answer, _own_text_by_hand(student, teacher, ids, 2, -1), "the value is off without an end")
 
 
-def _relations_by_hand(student: Tensor, teacher: Tensor) -> Tensor:
-    s, t = _distances(student), _distances(teacher)
-    gap = (s / s.mean() - t / t.mean()).abs()
-    return torch.where(gap <= 1, gap**2 / 2, gap - 0.5).mean()
-
-
-def _distances(features: Tensor) -> Tensor:
-    """The distances of all pairs of rows [pairs]."""
-    distances = []
-    for i in range(len(features)):
-        distances += [(features[i] - features[j]).square().sum().sqrt() for j in range(i)]
-    return torch.stack(distances)
+def _own_text_by_hand(student: Tensor, teacher: Tensor, ids: Tensor, prompt: int, end: int = END) -> Tensor:
+    """Token after token: KL(q || p) of what the student wrote, the first end included."""
+    terms = []
+    for text, of_student, of_teacher in zip(ids.tolist(), student, teacher, strict=True):
+        for place in range(prompt, len(text)):
+            q, p = of_student[place - 1].softmax(-1), of_teacher[place - 1].softmax(-1)
+            terms.append(_divergence(q, p))
+            if text[place] == end:
+                break
+    return torch.stack(terms).mean()
 
 
 CHECKS = {
     "10.1": soft_answers,
     "10.2": diagnosis,
     "10.3": stored_answers,
-    "10.4": relations,
+    "10.4": own_text,
 }
 
 TRIES = {
     "10.1": f"{len(MASKS)} shapes of logits at 3 temperatures, with masks and without, then extreme logits",
     "10.2": f"{len(FAULTS)} kinds of loss, each written in 3 ways",
     "10.3": f"{len(STORED)} shapes of logits, then a student that is sure and a teacher without a tail",
-    "10.4": f"{len(FEATURES)} pairs of features of other widths and scales, then two equal examples",
+    "10.4": f"{len(WRITTEN)} batches of texts with ends at other places, one without any end",
 }

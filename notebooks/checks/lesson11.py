@@ -1,16 +1,105 @@
-"""Checks of lesson 11: merged blocks of a softmax, pages that are stored already, what a cache keeps, guesses.
+"""Checks of lesson 11: a cache, merged blocks of a softmax, pages that are stored already, guesses.
 
-Each holds the answer against an independent computation: a softmax over all keys, prefixes compared token by token,
-entries ranked one by one, laws worked out from the thresholds of a rule.
+Each holds the answer against an independent computation: torch's attention over all tokens at once, a softmax over all
+keys, prefixes compared token by token, laws worked out from the thresholds of a rule.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.lesson.failures import Failures, has_parts
+
+# -------------------------------------------------------------------------------------------------------------- a cache
+
+Parts = tuple[Tensor, Tensor, Tensor]  # queries [B, H, T, D], keys and values [B, Hkv, T, D]
+LAYERS = 3
+
+
+def kept(kind: Callable, failures: Failures) -> None:
+    """kind(layers) -> a cache with positions, advance, attend, crop and bytes."""
+    for case, batch, sizes, dtype in (
+        ("a prompt, then token by token", 1, (5, 1, 1), torch.float32),
+        ("two texts at once", 2, (3, 2, 1), torch.float32),
+        ("token by token from the first", 1, (1, 1, 1), torch.float64),
+        ("numbers of two bytes", 1, (4, 1), torch.bfloat16),
+    ):
+        with failures.given(steps=case):
+            text = _text(0, batch, sum(sizes), dtype)
+            cache = kind(LAYERS)
+            _read(cache, failures, text, sizes)
+            _expect_bytes(cache, failures, text, sum(sizes))
+    for case, sizes, length in (
+        ("three of six tokens are left", (5, 1), 3),
+        ("two of six tokens are left", (4, 2), 2),
+        ("one token is forgotten", (4,), 3),
+        ("no token is forgotten", (4,), 4),
+        ("all tokens are forgotten", (3, 1), 0),
+    ):
+        with failures.given(crop=case):
+            text = _text(0, 1, 9)
+            other = [_joined(old, new, length) for old, new in zip(text, _text(10, 1, 9), strict=True)]
+            cache = kind(LAYERS)
+            _read(cache, failures, text, sizes)
+            cache.crop(length)
+            failures.need(cache.length == length, "after crop(length) the attribute `length` has to be the new length")
+            _expect_bytes(cache, failures, text, length)
+            _read(cache, failures, other, (2, 1))
+    with failures.given(crop="an empty cache, to 0"):
+        cache = kind(LAYERS)
+        cache.crop(0)
+        failures.close(cache.bytes, 0, "an empty cache has no bytes")
+        _read(cache, failures, _text(0, 1, 2), (2,))
+
+
+def _text(seed: int, batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Parts]:
+    """Draw queries, keys and values for each layer."""
+    draw = torch.Generator().manual_seed(seed)
+    text = []
+    for _ in range(LAYERS):
+        q = torch.randn(batch, 4, tokens, 8, generator=draw).to(dtype)
+        k, v = torch.randn(2, batch, 2, tokens, 8, generator=draw).to(dtype)
+        text.append((q, k, v))
+    return text
+
+
+def _joined(old: Parts, new: Parts, length: int) -> Parts:
+    """The first `length` tokens of a text, and the rest of another."""
+    q, k, v = (torch.cat([a[:, :, :length], b[:, :, length:]], 2) for a, b in zip(old, new, strict=True))
+    return q, k, v
+
+
+def _read(cache: Any, failures: Failures, text: list[Parts], sizes: tuple[int, ...]) -> None:
+    """Let a cache read further tokens of a text in steps, and hold each against attention over all tokens at once."""
+    for new in sizes:
+        start = cache.length
+        end = start + new
+        cache.positions(new)
+        for layer, (q, k, v) in enumerate(text):
+            given = q[:, :, start:end], k[:, :, start:end], v[:, :, start:end]
+            answer = failures.call(
+                cache.attend, layer, *given, changed="attend changed q, k or v; leave them as they are"
+            )
+            shaped = isinstance(answer, Tensor) and answer.shape == given[0].shape
+            failures.need(shaped, "attend has to return what the queries read, of the shape of q")
+            so_far = (x[:, :, :end].double() for x in (q, k, v))
+            whole = F.scaled_dot_product_attention(*so_far, is_causal=True, enable_gqa=True)
+            failures.need(
+                torch.allclose(answer.double(), whole[:, :, start:], atol=0.1 if q.dtype == torch.bfloat16 else 1e-4),
+                "that is not attention over all tokens that the layer holds, the new ones included",
+                detail=f"layer {layer}, {new} new after {start}",
+            )
+        cache.advance(new)
+
+
+def _expect_bytes(cache: Any, failures: Failures, text: list[Parts], tokens: int) -> None:
+    want = sum(2 * k[:, :, :tokens].numel() * k.element_size() for _, k, _ in text)
+    failures.close(cache.bytes, want, "bytes has to count keys and values of all layers, each number with its bytes")
+
 
 # ------------------------------------------------------------------------------------------------- blocks of a softmax
 
@@ -136,54 +225,6 @@ def _shared(ids: list[int], size: int, page_of: dict[tuple[int, ...], int]) -> l
     return best
 
 
-# ------------------------------------------------------------------------------------------------- what a cache keeps
-
-
-def stay(fn: Callable, failures: Failures) -> None:
-    """stay(score [..., n], budget, sinks) -> indices [..., budget] in the order of time."""
-    draw = torch.Generator().manual_seed(1)
-    for case, shape, budget, sinks in (
-        ("a row of entries", (12,), 8, 2),
-        ("layers of heads", (2, 3, 20), 10, 4),
-        ("no sinks", (3, 15), 6, 0),
-        ("an odd number beside the sinks", (4, 16), 9, 2),
-        ("one entry beside the sinks", (2, 9), 5, 4),
-        ("one entry too many", (2, 2, 11), 10, 4),
-    ):
-        for words, factor, shift in (("positive", 1.0, 0.1), ("of thousands", 5000.0, 0.1), ("negative", -1.0, 2.0)):
-            score = factor * (torch.rand(shape, generator=draw) + shift)
-            with failures.given(entries=case, scores=words, budget=budget, sinks=sinks):
-                at = failures.call(fn, score, budget, sinks, changed="your function changed the scores; work on a copy")
-                shaped = isinstance(at, Tensor) and at.shape == (*shape[:-1], budget)
-                shaped = shaped and at.dtype == torch.long
-                failures.need(shaped, "return indices, whole numbers, of shape [..., budget]")
-                rows, answers = score.view(-1, shape[-1]), at.view(-1, budget)
-                want = torch.tensor([_ranked(row.tolist(), budget, sinks) for row in rows])
-                differs = (answers.sort(-1).values != want).any(-1)
-                off = int(differs.int().argmax())  # the first row that is off
-                failures.need(
-                    not differs.any(),
-                    "other entries have to stay: the first `sinks`, the last (budget - sinks) // 2, and of the rest "
-                    "those with the largest scores",
-                    detail=f"expected {want[off].tolist()}, got {answers[off].tolist()}",
-                )
-                failures.expect(torch.equal(answers, want), "the indices are right, but not in the order of time")
-    with failures.given(entries="16", scores="all equal", budget=9, sinks=2):
-        stays = set(fn(torch.zeros(16), 9, 2).tolist())
-        sure = {0, 1, 13, 14, 15}
-        failures.expect(
-            sure <= stays, "the first `sinks` and the last (budget - sinks) // 2 stay, whatever their scores"
-        )
-
-
-def _ranked(scores: list[float], budget: int, sinks: int) -> list[int]:
-    recent = (budget - sinks) // 2
-    first_recent = len(scores) - recent
-    always = [i for i in range(len(scores)) if i < sinks or i >= first_recent]
-    rest = sorted((i for i in range(len(scores)) if i not in always), key=lambda i: -scores[i])
-    return sorted([*always, *rest[: budget - len(always)]])
-
-
 # ------------------------------------------------------------------------------------------------------------- guesses
 
 LAWS = (  # model's and draft's laws; p / q are multiples of 1 / 16 where the draft has a token
@@ -281,12 +322,12 @@ def accept(fn: Callable, failures: Failures) -> None:
         failures.close(answer, torch.tensor([1.0, 0.0]), "where p = q every guess is kept, also if u is 0")
 
 
-CHECKS = {"11.1": merge, "11.2": shared_pages, "11.3": stay, "11.4": law, "11.5": accept}
+CHECKS = {"11.1": kept, "11.2": merge, "11.3": shared_pages, "11.4": law, "11.5": accept}
 
 TRIES = {
-    "11.1": "9 pairs of blocks, among them scores far below zero and queries that may read nothing of one or of both",
-    "11.2": "13 prompts, among them pages that are stored with a gap or behind another beginning",
-    "11.3": "6 caches with small, large and negative scores, and equal scores",
+    "11.1": "4 texts in steps of several sizes, of 2, 4 and 8 bytes a number, and 6 caches that are cropped and go on",
+    "11.2": "9 pairs of blocks, among them scores far below zero and queries that may read nothing of one or of both",
+    "11.3": "13 prompts, among them pages that are stored with a gap or behind another beginning",
     "11.4": f"{len(LAWS)} pairs of distributions with 5 rules each",
     "11.5": f"{len(LAWS)} pairs of distributions with every guess and {STEPS} numbers u",
 }

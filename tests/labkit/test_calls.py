@@ -13,7 +13,7 @@ from torch import nn
 from labkit.deploy import isa
 from labkit.errors import InputError
 from labkit.graph.tracing import outputs
-from labkit.quantization import affine, fold, integer, observers, outliers, ptq, qat, rotation, rounding, weight_only
+from labkit.quantization import affine, fold, integer, observers, ptq, qat, rotation, rounding, weight_only
 from labkit.quantization.affine import Grid
 
 DRAW = torch.Generator().manual_seed(0)
@@ -112,8 +112,6 @@ REFUSED = {
     "rotate None": (lambda: rotation.rotate(None), NO_MODEL),
     "rotate a perceptron": (lambda: rotation.rotate(linear()), "cannot be rotated"),
     "rotate on meta": (lambda: rotation.rotate(llama().to("meta")), "on the meta device"),
-    "split None": (lambda: outliers.split(None), NO_MODEL),
-    "split no Linear": (lambda: outliers.split(nn.Sequential(nn.ReLU())), "has no nn.Linear"),
     # outputs that prove nothing
     "fold with no output": (lambda: fold.fold_batch_norm(returning(lambda y: None, normed()), IMAGES), NOTHING),
     "fold with a string": (lambda: fold.fold_batch_norm(returning(lambda y: "y", normed()), IMAGES), NOTHING),
@@ -336,7 +334,7 @@ def test_graphs_are_calibrated_as_a_whole():
 def test_an_empty_batch_goes_through_integers_as_through_floats():
     """An image that no object was found in."""
     convolution = ptq.quantize(nn.Conv2d(3, 4, 3), [IMAGES], weights=7).model
-    models = [seven_bits(), integer.convert_dynamic(linear(), weights=7), outliers.split(linear())]
+    models = [seven_bits(), integer.convert_dynamic(linear(), weights=7)]
     for model in models:
         assert model(X[:0]).shape == (0, 3) and model(X).shape == (4, 3)
     assert integer.convert(convolution)(IMAGES[:0]).shape == (0, 4, 6, 6)

@@ -407,7 +407,6 @@ REFUSALS: Refusals = {
     "student is a str": lambda: relation_loss("a", TWO),
     "alpha is '0.5'": lambda: distil(alpha="0.5"),
     "temperature is 0,": lambda: distil(temperature=0),
-    "beta is 2,": lambda: distil(beta=2),
     "teacher is a str": lambda: distil(teacher="llama"),
     "Without a teacher each batch needs its logits": lambda: distil(teacher=None)(TEACHER, {"x": TWO}),
     "student has logits of shape [2, 2], teacher [2, 3]": lambda: distil(teacher=None)(TEACHER, (*PAIR, TWO)),

@@ -43,6 +43,18 @@ def test_every_request_gets_the_tokens_that_transformers_gives_it_alone(engine):
 
 
 @genai
+def test_requests_that_join_and_leave_get_the_same_tokens_in_the_steps_of_two_places(engine):
+    served = engine.serve(PROMPTS, max_new_tokens=NEW, max_batch=2)
+    assert same(served.ids, engine.generate(PROMPTS, max_new_tokens=NEW).ids)
+    assert [len(times) for times in served.token_s] == NEW
+    assert served.steps == 37, "20 and 7 begin, 30 joins after 7 steps, 1 after 20: the last of 30 comes at step 37"
+    third, last = served.token_s[2], served.token_s[3]
+    assert third[0] > served.token_s[1][-1] and last[0] > served.token_s[0][-1], "they wait for a place"
+    alone = engine.serve(PROMPTS, max_new_tokens=NEW, max_batch=1)
+    assert alone.steps == sum(NEW) and same(alone.ids, served.ids)
+
+
+@genai
 @pytest.mark.parametrize(
     "options",
     [

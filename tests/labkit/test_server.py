@@ -105,6 +105,21 @@ def test_loadgen_judges_what_it_was_told():
     assert not dead.valid and dead.refused == 1
 
 
+def test_loadgen_judges_a_service_of_this_process():
+    pytest.importorskip("mlperf_loadgen")
+    asked = []
+
+    async def answer(sample):
+        asked.append(sample)
+        await asyncio.sleep(0.001)
+        return sample != 1 or len(asked) < 100
+
+    refusing = server.judge(answer, 3, rate=400, bound_s=0.5, seconds=1.5)
+    assert not refusing.valid and refusing.refused > 0 and set(asked) == {0, 1, 2}
+    asked.clear()
+    assert server.judge(answer, 3, rate=400, bound_s=0.5, seconds=0.2).refused == 0
+
+
 @pytest.fixture(scope="module")
 def engine_folder(tmp_path_factory):
     pytest.importorskip("onnxruntime")

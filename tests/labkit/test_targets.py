@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from labkit import files
 from labkit.deploy import engines, language, targets
 from labkit.deploy.targets import TARGETS
 
@@ -18,6 +19,15 @@ GUIDE = {
 def test_every_system_of_the_guide_is_in_the_table_once():
     named = [target.guide for target in TARGETS.values() if target.guide]
     assert set(named) == GUIDE and len(named) == len(GUIDE)
+
+
+def test_the_glossary_lists_the_whole_table():
+    text = (files.NOTEBOOKS / "glossary.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\* .*$", text, re.MULTILINE)
+    assert listed == [
+        f"* **{target.name}** ({target.kind}, {target.life}): {target.note}. Source: {target.source} ({target.read})."
+        for target in TARGETS.values()
+    ]
 
 
 @pytest.mark.parametrize("name", TARGETS)

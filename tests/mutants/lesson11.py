@@ -5,6 +5,43 @@ import itertools
 import torch
 
 
+class KeptInOneTensor:
+    """Memory for keys and values together, with room for more."""
+
+    def __init__(self, layers):
+        self.length = 0
+        self.memory = [None] * layers  # [2, B, Hkv, capacity, D]
+        self.filled = [0] * layers
+
+    def positions(self, new):
+        return torch.arange(self.length, self.length + new)[None]
+
+    def advance(self, new):
+        self.length += new
+
+    def attend(self, layer, q, k, v):
+        both, start = torch.stack([k, v]), self.length
+        end = start + k.shape[2]
+        memory = both.new_zeros(*both.shape[:3], 2 * end, both.shape[4])
+        if self.memory[layer] is not None:
+            memory[:, :, :, :start] = self.memory[layer][:, :, :, :start]
+        memory[:, :, :, start:end] = both
+        self.memory[layer], self.filled[layer] = memory, end
+        keys, values = memory[:, :, :, :end].repeat_interleave(q.shape[1] // k.shape[1], 2)
+        places = torch.arange(end)
+        scores = (q @ keys.mT / q.shape[-1] ** 0.5).masked_fill(places > places[start:, None], -torch.inf)
+        return scores.softmax(-1) @ values
+
+    def crop(self, length):
+        self.length = length
+        self.filled = [min(tokens, length) for tokens in self.filled]
+
+    @property
+    def bytes(self):
+        of_token = [0 if x is None else x[:, :, :, :1].nbytes for x in self.memory]
+        return sum(size * tokens for size, tokens in zip(of_token, self.filled, strict=True))
+
+
 def merge_by_cases(a, b):
     m = torch.where(a[0] > b[0], a[0], b[0])
     f, g = (torch.where(x[0] == -torch.inf, 0.0, (x[0] - m).exp()) for x in (a, b))
@@ -15,13 +52,6 @@ def shared_pages_by_takewhile(ids, page_size, page_of):
     ends = (tuple(ids[: page_size * (i + 1)]) for i in range(len(ids) // page_size))
     pages = [page_of[key] for key in itertools.takewhile(page_of.__contains__, ends)]
     return pages, min(page_size * len(pages), len(ids) - 1)
-
-
-def stay_by_parts(score, budget, sinks):
-    n, recent = score.shape[-1], (budget - sinks) // 2
-    middle = score[..., sinks : n - recent].argsort(-1, descending=True)[..., : budget - sinks - recent] + sinks
-    ends = torch.cat([torch.arange(sinks), torch.arange(n - recent, n)]).expand(*score.shape[:-1], -1)
-    return torch.cat([ends, middle], -1).sort(-1).values
 
 
 def law_by_stack(rule, p, q, steps=64):
@@ -37,9 +67,9 @@ def accept_by_product(p, q, guess, u):
 
 
 RIGHT = {
-    "11.1": merge_by_cases,
-    "11.2": shared_pages_by_takewhile,
-    "11.3": stay_by_parts,
+    "11.1": KeptInOneTensor,
+    "11.2": merge_by_cases,
+    "11.3": shared_pages_by_takewhile,
     "11.4": law_by_stack,
     "11.5": accept_by_product,
 }

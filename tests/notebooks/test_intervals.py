@@ -33,14 +33,12 @@ def perplexity_ratio(lesson: str, extra: torch.Tensor) -> stats.Estimate:
     texts, tokens = extra.shape
     if lesson == "09":
         return function("09", "perplexity", length=tokens + 1)(extra, torch.zeros_like(extra))
-    if lesson == "10":
-        return function("10", "over_texts", windows=texts, length=tokens + 1)(extra.flatten())
     scores = {"a": {"nats": extra}, "all tokens": {"nats": torch.zeros_like(extra)}}
     lost = function("11", "lost", scores=scores, after=tokens, texts=texts)
     return tuple(math.exp(end) for end in lost("a"))
 
 
-READERS = ["09", "10", "11"]
+READERS = ["09", "11"]
 
 
 def extra_loss(texts: int) -> torch.Tensor:
@@ -74,25 +72,6 @@ def test_lesson_13_reads_a_loss_and_a_share_of_right_tokens_from_each_window():
 
 
 # --- accuracy: over images, and over seeds where there are seeds ------------------------------------------------------
-
-
-@pytest.fixture
-def difference():
-    """Lesson 10's change of accuracy in points, from right answers [seeds, images]."""
-    return function("10", "difference")
-
-
-def test_a_change_of_accuracy_has_the_interval_over_seeds_and_images(difference):
-    generator = torch.Generator().manual_seed(0)
-    after, before = (torch.rand(SEEDS, IMAGES, generator=generator) < share for share in (0.9, 0.8))
-    expected = [100 * x for x in stats.accuracy_change_over_seeds(after, before)]
-    assert list(difference(after, before)) == pytest.approx(expected, abs=0.001)
-
-
-def test_no_changed_answer_is_no_proof_that_other_images_have_none(difference):
-    same = torch.ones(SEEDS, IMAGES, dtype=torch.bool)
-    value, low, high = difference(same, same)
-    assert value == 0 and low < -1 and high > 1
 
 
 def test_needles_have_exact_intervals_over_texts_where_texts_are_read_once():

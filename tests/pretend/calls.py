@@ -40,7 +40,6 @@ from labkit.quantization import (
     gptq,
     kv,
     mixed_precision,
-    outliers,
     ptq,
     qat,
     rotation,
@@ -271,10 +270,6 @@ def _rotate(on: Device) -> Tensor:
     return llama_logits(rotation.rotate(on(families.family("llama"))), on)
 
 
-def _split_outliers(on: Device) -> Tensor:
-    return llama_logits(outliers.split(on(families.family("llama"))), on)
-
-
 def _smooth(on: Device) -> Tensor:
     return bert_logits(fold.smooth(on(families.family("bert")), on(bert_inputs())), on)
 
@@ -438,7 +433,6 @@ CALLS: dict[str, Call] = {
     **{f"weight_only {name}": partial(_quantize_weights, method=name) for name in weight_only.METHODS},
     "artifact.size": _pack,
     "rotation.rotate": _rotate,
-    "outliers.split": _split_outliers,
     "gptq.gptq": lambda on: gptq.gptq(on(WEIGHT), on(HESSIAN), group_size=8).dequantize(),
     "gptq.rtn": lambda on: gptq.rtn(on(WEIGHT), group_size=8).dequantize(),
     "awq.awq": _scale_columns,
