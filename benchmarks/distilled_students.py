@@ -15,10 +15,10 @@ Three teachers have one recipe, that of the course's ResNet-20, and all 55,000 t
 - "hint" and "relations": ResNet-20's answers, and a distance of features in addition (Romero et al. 2015, with a
   projector; Park et al. 2019).
 
-Labels, smoothed labels and ResNet-20's answers have rates of their own, the better of two on validation images after
-600 steps, with three seeds that the comparison does not use; the other methods have the rate of the answers, and the
-longer control that of the labels. Every record holds the first runs of all seeds, and of FURTHER what is done. Lesson
-10 shows it: `lab.recorded("distilled_students")`.
+Labels, smoothed labels, even wrong classes and ResNet-20's answers have rates of their own, the better of two on
+validation images after 600 steps, with three seeds that the comparison does not use; the other methods have the rate of
+the answers, and the longer control that of the labels. Every record holds the first runs of all seeds, and of FURTHER
+what is done. Lesson 10 shows it: `lab.recorded("distilled_students")`.
 """
 
 import itertools
@@ -38,7 +38,7 @@ from labkit.data.resnet import ResNet8, ResNet20, WideResNet8
 from labkit.lesson import experiments
 from labkit.records import quality
 
-QUESTION = "what does a teacher bring to ResNet-8, over which control, and after how many steps and images?"
+QUESTION = "how many points of accuracy does a teacher bring to ResNet-8 over each control, by steps and images?"
 SEEDS = 5
 FEW_IMAGES, IMAGES, MORE_IMAGES = 2000, 6000, 20_000
 SHORT, STEPS, LONG = 150, 600, 1800
@@ -52,7 +52,7 @@ LABELS, LONGER, SMOOTHED, EVEN = "labels", "labels, equal FLOPs", "smoothed labe
 HINT, MATCHED = "hint", "relations"
 TEACHERS = {"ResNet-8": ResNet8, "ResNet-8, twice as wide": WideResNet8, "ResNet-20": ResNet20}
 TWIN, WIDE, TEACHER = TEACHERS
-ARMS = (LABELS, SMOOTHED, TEACHER)  # with a learning rate of their own
+ARMS = (LABELS, SMOOTHED, EVEN, TEACHER)  # with a learning rate of their own
 FURTHER = (  # groups of (learns from, images, steps); the record holds those that are done with every seed
     ((LABELS, IMAGES, SHORT), (TEACHER, IMAGES, SHORT), (LONGER, IMAGES, SHORT)),
     ((LABELS, IMAGES, LONG), (TEACHER, IMAGES, LONG), (LONGER, IMAGES, LONG)),
@@ -231,10 +231,9 @@ class Lesson:
         """Return the learning rate of a run."""
         if run.rate is not None:
             return run.rate
-        arm = LABELS if run.learns_from in (LABELS, LONGER) else TEACHER
-        if run.learns_from == SMOOTHED:
-            arm = SMOOTHED
-        return self.rates[arm]
+        if run.learns_from in ARMS:
+            return self.rates[run.learns_from]
+        return self.rates[LABELS if run.learns_from == LONGER else TEACHER]
 
     def do(self, run: Run) -> dict[str, Any]:
         """Train a student: which images of the split it has right."""
@@ -361,9 +360,11 @@ def write(
     grouped: dict[tuple[str, int, int], list[Tensor]] = {}
     for run, outcome in finished.items():
         row = {"learns from": run.learns_from, "images": run.images, "steps": run.steps, "seed": run.seed}
-        rows.append(row | {"accuracy": outcome["right"].double().mean().item(), "rate": outcome["rate"]})
+        row |= {"accuracy": outcome["right"].double().mean().item(), "rate": outcome["rate"]}
+        rows.append(row | {"trained steps": outcome["steps"]})
         grouped.setdefault((run.learns_from, run.images, run.steps), []).append(outcome["right"])
     right = {key: torch.stack(each) for key, each in grouped.items()}
+    rows.sort(key=lambda row: -row["steps"])  # a page prints the first rows
     return experiments.save(
         Path(__file__).stem,
         QUESTION,
@@ -399,6 +400,9 @@ def main() -> None:
     search = found(searched)
     lesson.rates = best_rates(search)
     finished = resumable.finished(list(all_runs()), options, lesson.do)
+    others = [run.file for run, outcome in finished.items() if outcome["rate"] != lesson.rate(run)]
+    if others:
+        raise SystemExit(f"Trained at another rate than the search finds now: {others}. Delete these files.")
     if options.quick:
         print(len(finished), "runs")
     elif all(run in finished for run in all_runs() if not is_further(run)):
