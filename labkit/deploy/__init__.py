@@ -18,6 +18,7 @@ serving.py: batching run for a decoder
 server.py: batching behind HTTP
 worker.py: a model in a process and on a core of its own
 pipeline.py: steps of compression in any order
+own_model.py: a reader's own model in the pipeline
 isa.py: fewer instructions of the CPU
 targets.py: systems to deploy on
 """
@@ -26,7 +27,8 @@ from labkit.on_demand import submodules
 
 __all__ = [
     "decoder_graph", "decoding", "eager", "engines", "export", "isa", "job", "language", "onnx_runtimes",
-    "openvino_runtimes", "parity", "pipeline", "server", "serving", "simulation", "targets", "torch_runtimes", "worker",
+    "openvino_runtimes", "own_model", "parity", "pipeline", "server", "serving", "simulation", "targets",
+    "torch_runtimes", "worker",
 ]  # fmt: skip
 
 __getattr__ = submodules(__name__, __all__)

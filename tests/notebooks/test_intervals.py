@@ -84,7 +84,7 @@ def test_needles_have_exact_intervals_over_texts_where_texts_are_read_once():
 
 
 @pytest.mark.parametrize(
-    ("lesson", "column"), [("08", "accuracy"), ("09", "ratio"), ("11", "needles"), ("13", "accuracy"), ("13", "time")]
+    ("lesson", "column"), [("08", "accuracy"), ("09", "ratio"), ("11", "needles"), ("13", "accuracy")]
 )
 def test_the_plane_of_a_challenge_has_intervals(lesson: str, column: str):
     sources = cells(lesson)
@@ -92,12 +92,11 @@ def test_the_plane_of_a_challenge_has_intervals(lesson: str, column: str):
     assert any(f'"{column} ci95"' in source for source in sources)
 
 
-def test_a_plan_of_lesson_13_has_its_accuracy_over_images_and_its_time_over_rounds():
-    on_plane = function("13", "on_plane", label="batch 1")
+def test_a_plan_of_lesson_13_has_its_accuracy_over_images():
+    on_plane = function("13", "on_plane")
     parity = SimpleNamespace(examples=IMAGES, accuracy=0.9)
-    point = on_plane(SimpleNamespace(parity=parity, speedups={"batch 1": (4.0, 2.0, 5.0)}))
+    point = on_plane(SimpleNamespace(parity=parity, bytes=60_000))
     assert point["accuracy ci95"] == pytest.approx([100 * x for x in stats.clopper_pearson(180, IMAGES)[1:]])
-    assert (point["accuracy"], point["time"]) == pytest.approx((90, 0.25))
-    assert point["time ci95"] == pytest.approx([0.2, 0.5])
-    goals = {"time": (None, 0.3, "of eager's"), "accuracy": (89.0, None, "%")}
+    assert (point["accuracy"], point["kB"]) == pytest.approx((90, 60))
+    goals = {"kB": (None, 75.0, "kB"), "accuracy": (89.0, None, "%")}
     assert challenge.checked(goals, point) == {key: pytest.approx(value) for key, value in point.items()}

@@ -132,16 +132,15 @@ FIXED = {
     ("12", "judge-read"): "queries of a preset",
     ("12", "targets"): "a catalogue of systems",
     ("12", "traffic-table"): "the kernels of ResNet-20",
-    ("13", "answer-say"): "three gates",
-    ("13", "foretold-read"): "versions, float32 in torch among them",
-    ("13", "gate-need-say"): "two digits of a number of images",
-    ("13", "gate-table"): "versions",
-    ("13", "ledger-read"): "batches",
-    ("13", "losing-say"): "the bytes of a file",
-    ("13", "lookup-read"): "the calls for a text",
+    ("13", "bytes-table"): "the bytes of a file",
+    ("13", "gate-need-say"): "two digits of a number of examples",
+    ("13", "gate-table"): "versions of a record",
+    ("13", "healed-say"): "the steps of a record",
+    ("13", "lookup-say"): "the passages of a preset",
+    ("13", "orders-say"): "the seeds of a record",
     ("13", "plans-say"): "two digits of a number of requests",
     ("13", "product-read"): "three cases",
-    ("13", "smol-read"): "the steps of a pipeline, two at least",
+    ("13", "result-say"): "the seeds of a record",
 }
 
 

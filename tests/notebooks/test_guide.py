@@ -1,0 +1,39 @@
+"""The guide of lesson 13 cannot disagree with the lessons: each leaf names a measurement that its lesson has recorded.
+
+A name that a lesson no longer records has to be mended in the cells "guide" and "guide-llm" of lesson 13, and nowhere
+else. A lesson that is recorded again changes a number of the guide: then lesson 13 has to be recorded again, too.
+"""
+
+import pytest
+from lesson_cells import executed
+
+from course import notebooks
+from labkit import records
+from labkit.records import MIME
+
+
+def leaves() -> list[tuple[str, str]]:
+    """(lesson, name) of each leaf of the tree."""
+    guide = executed("13", "guide", "guide-llm")["GUIDE"]
+    return [(lesson, name) for answers in guide.values() for some in answers.values() for _, _, lesson, name in some]
+
+
+def recorded(lesson: str, name: str) -> float | None:
+    """The value of the first reference run that has the measurement, as the page looks it up."""
+    found = [run.named(name) for run in records.recorded(lesson)]
+    return next((entry.value for entry in found if entry is not None), None)
+
+
+@pytest.mark.parametrize(("lesson", "name"), leaves())
+def test_a_leaf_names_a_measurement_that_its_lesson_has_recorded(lesson: str, name: str):
+    assert recorded(lesson, name) is not None
+
+
+def test_the_numbers_on_the_page_are_those_of_the_records():
+    cells = {cell.id: cell for cell in notebooks.read(notebooks.find("13")).cells}
+    outputs = [output for output in cells["finish"].get("outputs", []) if MIME in output.get("data", {})]
+    if not outputs:
+        pytest.skip("the page has no outputs yet")
+    tables = {entry["name"]: entry for entry in outputs[0]["data"][MIME]["measurements"]}
+    shown = {(row["lesson"], row["name"]): row["value"] for row in tables["the guide"]["rows"]}
+    assert shown == {leaf: recorded(*leaf) for leaf in leaves()}
