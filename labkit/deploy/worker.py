@@ -13,7 +13,11 @@ time would rise with the load. Here the worker has the last core, and the sender
 
 import multiprocessing
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -23,6 +27,12 @@ from torch import nn
 from labkit.errors import LabError
 
 START_S = 120  # seconds to import torch and build the model
+IDLE_LOOP = """import os, sys
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+os.sched_setaffinity(0, [int(sys.argv[1])])
+while True:
+    pass"""
+AWAKE_S = 0.3  # seconds until the loops run
 
 
 class Worker:
@@ -62,6 +72,23 @@ def leave_the_worker_its_core() -> None:
     free = _cores()[:-1]
     if free and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, free)  # of the calling thread
+
+
+@contextmanager
+def cores_kept_awake() -> Iterator[None]:
+    """Keep each core from sleeping in a `with` block: a loop that gives way to everything else runs on it.
+
+    Without Linux's idle priority (SCHED_IDLE) nothing runs and nothing changes.
+    """
+    cores = _cores() if hasattr(os, "SCHED_IDLE") else []
+    loops = [subprocess.Popen([sys.executable, "-c", IDLE_LOOP, str(core)]) for core in cores]
+    try:
+        time.sleep(AWAKE_S)
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def _cores() -> list[int]:

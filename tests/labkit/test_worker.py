@@ -1,6 +1,7 @@
 """A worker in a process of its own: the model's answers, a core that the sender leaves, and an end."""
 
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -37,3 +38,18 @@ def test_the_sender_leaves_the_worker_its_core_and_other_threads_keep_theirs():
         left = thread.submit(seen).result()
     assert os.sched_getaffinity(0) == before
     assert left == (before - {max(before)} if len(before) > 1 else before)
+
+
+def test_loops_keep_the_cores_awake_and_end_with_the_block(monkeypatch):
+    started = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", Noted)
+    with worker.cores_kept_awake():
+        assert all(loop.poll() is None for loop in started)
+    assert len(started) == (len(os.sched_getaffinity(0)) if hasattr(os, "SCHED_IDLE") else 0)
+    assert all(loop.poll() is not None for loop in started)
