@@ -13,11 +13,7 @@ time would rise with the load. Here the worker has the last core, and the sender
 
 import multiprocessing
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -27,12 +23,6 @@ from torch import nn
 from labkit.errors import LabError
 
 START_S = 120  # seconds to import torch and build the model
-IDLE_LOOP = """import os, sys
-os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-os.sched_setaffinity(0, [int(sys.argv[1])])
-while True:
-    pass"""
-AWAKE_S = 0.3  # seconds until the loops run
 
 
 class Worker:
@@ -66,29 +56,16 @@ class Worker:
         self._connection.send(x)
         return self._connection.recv()
 
+    def look_without_pause(self, without_pause: bool) -> None:
+        """Let the worker look for work without a pause, so that its core never sleeps; False: it sleeps until then."""
+        self._connection.send(without_pause)
+
 
 def leave_the_worker_its_core() -> None:
     """Keep the calling thread and the threads that it starts off the worker's core; nothing without a second core."""
     free = _cores()[:-1]
     if free and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, free)  # of the calling thread
-
-
-@contextmanager
-def cores_kept_awake() -> Iterator[None]:
-    """Keep each core from sleeping in a `with` block: a loop that gives way to everything else runs on it.
-
-    Without Linux's idle priority (SCHED_IDLE) nothing runs and nothing changes.
-    """
-    cores = _cores() if hasattr(os, "SCHED_IDLE") else []
-    loops = [subprocess.Popen([sys.executable, "-c", IDLE_LOOP, str(core)]) for core in cores]
-    try:
-        time.sleep(AWAKE_S)
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def _cores() -> list[int]:
@@ -106,9 +83,15 @@ def _work(connection: Connection, build: Callable[[], nn.Module], core: int | No
     torch.set_num_threads(1)
     model = build()
     connection.send("ready")
+    without_pause = False
     while True:
         try:
+            while without_pause and not connection.poll(0):
+                pass
             x = connection.recv()
         except (EOFError, OSError):
             return
+        if isinstance(x, bool):
+            without_pause = x
+            continue
         connection.send(model(torch.from_numpy(x)).numpy())

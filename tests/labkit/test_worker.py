@@ -1,7 +1,6 @@
 """A worker in a process of its own: the model's answers, a core that the sender leaves, and an end."""
 
 import os
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -40,16 +39,14 @@ def test_the_sender_leaves_the_worker_its_core_and_other_threads_keep_theirs():
     assert left == (before - {max(before)} if len(before) > 1 else before)
 
 
-def test_loops_keep_the_cores_awake_and_end_with_the_block(monkeypatch):
-    started = []
-
-    class Noted(subprocess.Popen):
-        def __init__(self, *args):
-            super().__init__(*args)
-            started.append(self)
-
-    monkeypatch.setattr(worker.subprocess, "Popen", Noted)
-    with worker.cores_kept_awake():
-        assert all(loop.poll() is None for loop in started)
-    assert len(started) == (len(os.sched_getaffinity(0)) if hasattr(os, "SCHED_IDLE") else 0)
-    assert all(loop.poll() is not None for loop in started)
+@pytest.mark.parametrize("without_pause", [True, False])
+def test_a_worker_that_looks_without_pause_gives_the_same_answers_and_ends(without_pause):
+    x = np.zeros((1, 1, 28, 28), dtype="float32")
+    with worker.Worker(models.resnet20) as compute:
+        before = compute(x)
+        compute.look_without_pause(True)
+        compute.look_without_pause(without_pause)
+        np.testing.assert_array_equal(compute(x), before)
+        process = compute._process
+    process.join(10)
+    assert not process.is_alive()
