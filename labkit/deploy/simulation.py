@@ -7,7 +7,7 @@ times: no model runs, and prompts, memory, networks and preemption are left out.
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,30 +43,6 @@ def poisson_arrivals(rate: float, n: int, seed: int = 0) -> Times:
     generator = np.random.default_rng(seed)
     gaps = generator.exponential(1 / rate, n)
     return np.cumsum(gaps)
-
-
-def interpolate(batch_sizes: Sequence[int], seconds: Sequence[float]) -> Seconds:
-    """Return the step time as a function of the batch size, on straight lines between measured batch sizes.
-
-    batch_sizes: batch sizes in rising order.
-    seconds: measured step time of each batch size.
-    The function raises InputError outside the measured batch sizes.
-    """
-    sizes = np.asarray(batch_sizes, dtype=float)
-    times = np.asarray(seconds, dtype=float)
-    are_pairs = sizes.ndim == 1 and sizes.shape == times.shape and len(sizes) > 0
-    if not are_pairs or not (np.diff(sizes) > 0).all():
-        raise InputError(f"batch_sizes have to rise, each with its seconds, got {batch_sizes!r} and {seconds!r}.")
-    if not ((times > 0) & np.isfinite(times)).all():
-        raise InputError(f"seconds have to be above 0, got {seconds!r}: give measured step times.")
-
-    def step_seconds(batch_size: int) -> float:
-        if not sizes[0] <= batch_size <= sizes[-1]:
-            low, high = int(sizes[0]), int(sizes[-1])
-            raise InputError(f"batch size {batch_size} was not measured: stay within {low} to {high}, or measure it.")
-        return float(np.interp(batch_size, sizes, times))
-
-    return step_seconds
 
 
 def static(arrivals: ArrayLike, lengths: ArrayLike, step_seconds: Seconds, *, batch: int) -> Served:

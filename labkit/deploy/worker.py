@@ -56,6 +56,10 @@ class Worker:
         self._connection.send(x)
         return self._connection.recv()
 
+    def look_without_pause(self, without_pause: bool) -> None:
+        """Let the worker look for work without a pause, so that its core never sleeps; False: it sleeps until then."""
+        self._connection.send(without_pause)
+
 
 def leave_the_worker_its_core() -> None:
     """Keep the calling thread and the threads that it starts off the worker's core; nothing without a second core."""
@@ -79,9 +83,15 @@ def _work(connection: Connection, build: Callable[[], nn.Module], core: int | No
     torch.set_num_threads(1)
     model = build()
     connection.send("ready")
+    without_pause = False
     while True:
         try:
+            while without_pause and not connection.poll(0):
+                pass
             x = connection.recv()
         except (EOFError, OSError):
             return
+        if isinstance(x, bool):
+            without_pause = x
+            continue
         connection.send(model(torch.from_numpy(x)).numpy())

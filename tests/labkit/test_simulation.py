@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import Refusals, check_refusal, refused
 
-from labkit.deploy.simulation import continuous, dynamic, interpolate, poisson_arrivals, static
+from labkit.deploy.simulation import continuous, dynamic, poisson_arrivals, static
 
 POLICIES = {
     "static": lambda *args, **kw: static(*args, batch=8, **kw),
@@ -101,11 +101,6 @@ def test_arrivals_are_poisson_and_seeded():
     assert (arrivals != poisson_arrivals(50, 20_000, seed=2)).any()
 
 
-def test_step_times_lie_on_lines_between_measured_ones():
-    step = interpolate([1, 4, 8], [0.010, 0.013, 0.021])
-    assert [step(1), step(2), step(6)] == pytest.approx([0.010, 0.011, 0.017])
-
-
 def test_inputs_are_left_as_they_were():
     arrivals, lengths = requests(rate=10, n=50)
     copies = arrivals.copy(), lengths.copy()
@@ -119,9 +114,6 @@ ONE = ([0.0], [1], step_seconds)
 REFUSALS: Refusals = {
     "rate has to be above 0 requests a second, got 0": lambda: poisson_arrivals(0, 5),
     "n is 0, but it must be a whole number from 1": lambda: poisson_arrivals(1, 0),
-    "batch_sizes have to rise": lambda: interpolate([4, 2], [1, 1]),
-    "seconds have to be above 0": lambda: interpolate([1], [0.0]),
-    "batch size 5 was not": lambda: continuous(*ONE[:2], interpolate([1, 4], [1, 2]), max_batch=8),
     "arrivals ... sort them": lambda: continuous([1.0, 0.5], [1, 1], step_seconds, max_batch=1),
     "arrivals (0,) and lengths (0,) have to match": lambda: static([], [], step_seconds, batch=1),
     "lengths have to be whole numbers": lambda: continuous([0.0], [0.5], step_seconds, max_batch=1),

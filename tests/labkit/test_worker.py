@@ -37,3 +37,16 @@ def test_the_sender_leaves_the_worker_its_core_and_other_threads_keep_theirs():
         left = thread.submit(seen).result()
     assert os.sched_getaffinity(0) == before
     assert left == (before - {max(before)} if len(before) > 1 else before)
+
+
+@pytest.mark.parametrize("without_pause", [True, False])
+def test_a_worker_that_looks_without_pause_gives_the_same_answers_and_ends(without_pause):
+    x = np.zeros((1, 1, 28, 28), dtype="float32")
+    with worker.Worker(models.resnet20) as compute:
+        before = compute(x)
+        compute.look_without_pause(True)
+        compute.look_without_pause(without_pause)
+        np.testing.assert_array_equal(compute(x), before)
+        process = compute._process
+    process.join(10)
+    assert not process.is_alive()
