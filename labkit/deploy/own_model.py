@@ -58,7 +58,8 @@ class OwnModel:
         """Return the model's answers to the test examples, in batches of `size`; a smaller last batch is left out."""
         inputs, labels = self.test
         whole = len(inputs) // size * size
-        return Reference(self.model, list(zip(inputs[:whole].split(size), labels[:whole].split(size), strict=True)))
+        parts = inputs[:whole].split(size), labels[:whole].split(size)
+        return Reference(self.model, list(zip(*parts, strict=True)))
 
 
 def load(name: str, folder: str | Path = ".") -> OwnModel:
@@ -99,12 +100,21 @@ def _on_the_path(places: list[str]) -> Iterator[None]:
         sys.path[:] = before
 
 
+def _is_labelled(data: object) -> bool:
+    """Return True for inputs [N, ...] and labels int64 [N]."""
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        return False
+    inputs, labels = data
+    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
+        return False
+    return len(inputs) == len(labels) and labels.dtype is torch.int64
+
+
 def _check(own: OwnModel) -> None:
     if not isinstance(own.model, nn.Module) or own.model.training:
         raise InputError(f"{own.name} has to return an nn.Module in eval mode: call model.eval() before.")
     for part, data in {"training": own.train, "test": own.test}.items():
-        is_pair = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(x, Tensor) for x in data)
-        if not is_pair or len(data[0]) != len(data[1]) or data[1].dtype is not torch.int64:
+        if not _is_labelled(data):
             raise InputError(f"The {part} data has to be (inputs, labels): tensors of equal length, labels int64 [N].")
     with torch.no_grad():
         scores = own.model(own.test[0][:2])
