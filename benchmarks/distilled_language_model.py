@@ -69,17 +69,12 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(resumable.NamedByFields):
     """A method and a seed; a learning rate if it is tried on validation texts."""
 
     method: str
     seed: int
     rate: float | None = None
-
-    @property
-    def file(self) -> str:
-        tried = "" if self.rate is None else f", {self.rate:g}"
-        return f"{self.method}, {self.seed}{tried}.pt"
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ Data = tuple[Tensor, ...]  # images, labels, stored logits, stored features
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(resumable.NamedByFields):
     """A student: what it learns from, training images, steps, seed, and a rate to try on validation images."""
 
     learns_from: str
@@ -77,11 +77,6 @@ class Run:
     steps: int
     seed: int
     rate: float | None = None
-
-    @property
-    def file(self) -> str:
-        tried = "" if self.rate is None else f", {self.rate:g}"
-        return f"{self.learns_from}, {self.images}, {self.steps}, {self.seed}{tried}.pt"
 
 
 def search_runs() -> list[Run]:

@@ -37,17 +37,12 @@ WHOLE, CUT = "whole", "not healed"
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(resumable.NamedByFields):
     """What a student heals on, and a seed; a rate if it is tried on validation snippets."""
 
     heals_on: str
     seed: int
     rate: float | None = None
-
-    @property
-    def file(self) -> str:
-        tried = "" if self.rate is None else f", {self.rate:g}"
-        return f"{self.heals_on}, {self.seed}{tried}.pt"
 
 
 def from_labels(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

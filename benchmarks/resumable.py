@@ -29,11 +29,12 @@ class Run(Hashable, Protocol):
 
 
 class NamedByFields:
-    """A run, as a frozen dataclass, whose file is named by the values of all its fields."""
+    """A run, as a frozen dataclass, whose file is named by the values of its fields; None is left out."""
 
     @property
     def file(self) -> str:
-        return ", ".join(map(str, asdict(self).values())) + ".pt"
+        values = [str(value) for value in asdict(self).values() if value is not None]
+        return ", ".join(values) + ".pt"
 
 
 R = TypeVar("R", bound=Run)

@@ -1,9 +1,10 @@
 """The results that the first pages open with: a sentence, a picture and the lesson whose record has the numbers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -51,14 +52,16 @@ class Headline:
 
     @property
     def labels(self) -> list[str]:
-        """What is written beside each bar: the number, and in brackets its ends."""
-        return [f"{self.written(bar.value)} ({self.ends(bar)})" for bar in self.bars]
+        """The words beside each bar: the number, and in brackets its ends without the unit."""
+        labels = []
+        for bar in self.bars:
+            low, high = (self.written(end).rstrip("x") for end in (bar.low, bar.high))
+            labels.append(f"{self.written(bar.value)} ({low} to {high})")
+        return labels
 
     def written(self, value: float) -> str:
+        """Write a number in the headline's form."""
         return self.form.format(value)
-
-    def ends(self, bar: Bar) -> str:
-        return f"{self.written(bar.low).rstrip('x')} to {self.written(bar.high).rstrip('x')}"
 
 
 # --- the results ------------------------------------------------------------------------------------------------------
@@ -79,12 +82,12 @@ def network_in_an_engine() -> Headline:
         "OpenVINO": "openvino, batch 1",
         "OpenVINO, int8": "openvino int8, batch 1",
     }
-    over_best = run.spread("int8 in an engine, batch 1")
+    over_best = bar(run, "over the best eager", "int8 in an engine, batch 1")
     return Headline(
         lesson="12",
-        text=f"**The same ResNet-20 answers {over_best.median:.1f} times as fast** as in eager PyTorch at its best "
-        f"({over_best.smallest:.1f} to {over_best.largest:.1f} over {over_best.processes} processes), in 8-bit "
-        f"integers and an inference engine, one image at a time on {machine(run)}. Its answers are checked first.",
+        text=f"**The same ResNet-20 answers {over_best.value:.1f} times as fast** as in eager PyTorch at its best "
+        f"({between(run, over_best)}), in 8-bit integers and an inference engine, one image at a time on "
+        f"{machine(run.machine)}. Its answers are checked first.",
         axis="times as fast as eager, as it comes",
         form="{:.1f}x",
         bars=[bar(run, label, name) for label, name in names.items()],
@@ -101,13 +104,13 @@ def language_model_in_four_bits() -> Headline:
         "int4, labkit": "int4, labkit, decode step",
     }
     bars = [bar(run, label, name) for label, name in names.items()]
-    step = run.spread("int4, labkit, decode step")
+    step = bars[-1]
     loss = run.named("perplexity, GPTQ over float")
     least, most = loss.ci95
     return Headline(
         lesson="09",
-        text=f"**SmolLM2 writes a token {step.median:.1f} times as fast in four bits** as in eager float32 "
-        f"({step.smallest:.1f} to {step.largest:.1f} over {step.processes} processes, on {machine(run)}), by an int4 "
+        text=f"**SmolLM2 writes a token {step.value:.1f} times as fast in four bits** as in eager float32 "
+        f"({between(run, step)}, on {machine(run.machine)}), by an int4 "
         f"kernel of 200 lines that the lesson reads. By GPTQ, the four bits cost a factor of {loss.value:.2f} in "
         f"perplexity ({least:.2f} to {most:.2f} over texts).",
         axis="times as fast as eager float32",
@@ -149,9 +152,14 @@ def bar(run: RunRecord, label: str, name: str) -> Bar:
     return Bar(label, spread.median, spread.smallest, spread.largest)
 
 
-def machine(run: RunRecord) -> str:
-    """Name the processor and the number of cores."""
-    return ", ".join(run.machine["label"].split(", ")[:2])
+def between(run: RunRecord, bar: Bar) -> str:
+    """Tell the range of a number over the processes of a run."""
+    return f"{bar.low:.1f} to {bar.high:.1f} over {run.spread('seconds').processes} processes"
+
+
+def machine(facts: Mapping[str, Any]) -> str:
+    """Name the processor and the number of cores of a machine's facts."""
+    return ", ".join(facts["label"].split(", ")[:2])
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------

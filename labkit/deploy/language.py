@@ -91,16 +91,10 @@ class LanguageEngine:
             "f32". The first call with guesses reads the files a second time.
         Raises InputError for prompts that are no text of the model and for numbers below 1 (lookup: below 0).
         """
-        new = new_tokens(max_new_tokens, prompts)
+        new = self._new_tokens(max_new_tokens, prompts)
         check_whole(lookup, "lookup", 0)
-        for prompt, count in zip(prompts, new, strict=True):
-            check_text(prompt, count, self.vocabulary, self.positions)
-        rows = [prompt.flatten() for prompt in prompts]
-        continuations, calls = self.backend.generate([row.tolist() for row in rows], new, lookup)
-        texts = []
-        for row, continuation in zip(rows, continuations, strict=True):
-            texts.append(torch.cat([row, row.new_tensor(continuation)]))
-        return Texts(texts, calls)
+        continuations, calls = self.backend.generate(_as_lists(prompts), new, lookup)
+        return Texts(_joined(prompts, continuations), calls)
 
     def serve(
         self, prompts: Sequence[Tensor], *, max_new_tokens: int | Sequence[int], max_batch: int = 8
@@ -109,16 +103,17 @@ class LanguageEngine:
 
         The arguments are those of `generate`, the texts too.
         """
-        new = new_tokens(max_new_tokens, prompts)
+        new = self._new_tokens(max_new_tokens, prompts)
         check_whole(max_batch, "max_batch")
+        continuations, token_s, steps = self.backend.serve(_as_lists(prompts), new, max_batch)
+        return ServedTexts(_joined(prompts, continuations), [np.array(times) for times in token_s], steps)
+
+    def _new_tokens(self, max_new_tokens: int | Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
+        """Return the number of new tokens of each prompt; InputError for what the model cannot continue."""
+        new = new_tokens(max_new_tokens, prompts)
         for prompt, count in zip(prompts, new, strict=True):
             check_text(prompt, count, self.vocabulary, self.positions)
-        rows = [prompt.flatten() for prompt in prompts]
-        continuations, token_s, steps = self.backend.serve([row.tolist() for row in rows], new, max_batch)
-        texts = []
-        for row, continuation in zip(rows, continuations, strict=True):
-            texts.append(torch.cat([row, row.new_tensor(continuation)]))
-        return ServedTexts(texts, [np.array(times) for times in token_s], steps)
+        return new
 
     def perplexity(self, tokens: Tensor, *, window: int = 512) -> float:
         """Compute the perplexity of tokens [T] in windows, like `training.perplexity`, with the deployed kernels."""
@@ -183,6 +178,16 @@ def _gguf_sizes(path: Path) -> tuple[int, int]:
     except (ValueError, KeyError, IndexError) as error:
         raise InputError(f"{path} is no GGUF file of a language model ({error}): give one.") from error
     return vocabulary, positions
+
+
+def _as_lists(prompts: Sequence[Tensor]) -> list[list[int]]:
+    return [prompt.flatten().tolist() for prompt in prompts]
+
+
+def _joined(prompts: Sequence[Tensor], continuations: Sequence[list[int]]) -> list[Tensor]:
+    """Return each prompt [T] with its new tokens, [T + new]."""
+    rows = [prompt.flatten() for prompt in prompts]
+    return [torch.cat([row, row.new_tensor(new)]) for row, new in zip(rows, continuations, strict=True)]
 
 
 class _GenAI:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -163,7 +164,9 @@ def test_where_no_kernel_can_be_compiled_the_page_says_what_was_left_out(ended: 
 def test_ctrl_c_ends_all_at_once(tmp_path: Path):
     write(tmp_path, "ann", with_first_line(CONV, "import time; time.sleep(600)"))
     command = [sys.executable, "-m", "course.cli", "grade", str(tmp_path), "--seconds", "600"]
-    grader = subprocess.Popen(command, cwd=files.ROOT, stderr=subprocess.PIPE, text=True)
+    # A shell starts what stands in its background, as `./lab test &`, without Ctrl-C: here it is given back.
+    heeding = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    grader = subprocess.Popen(command, cwd=files.ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     wait_until(lambda: any(grader.pid in ancestors(keeper) for keeper in keepers_at_work()))  # not another test's
     asked = time.monotonic()
     grader.send_signal(signal.SIGINT)
