@@ -263,12 +263,12 @@ class RunRecord(_Strict):
 
         None if the run has no number of the name.
         """
-        values = self._over_processes(name)
+        values = self.over_processes(name)
         if not values:
             return None
         return Spread(statistics.median(values), min(values), max(values), len(values))
 
-    def _over_processes(self, name: str) -> list[int | float]:
+    def over_processes(self, name: str) -> list[int | float]:
         """Return the numbers called `name` of all processes that have one."""
         if self.runs is not None:
             return self.runs.seconds if name == "seconds" else self.runs.values.get(name, [])
