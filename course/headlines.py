@@ -113,7 +113,8 @@ def language_model_in_four_bits() -> Headline:
         text=f"**SmolLM2 writes a token {step.value:.1f} times as fast in four bits** as in eager float32 "
         f"({between(run, step)}, on {machine(run.machine)}), by an int4 "
         f"kernel of 200 lines that the lesson reads. By GPTQ, the four bits cost a factor of {loss.value:.2f} in "
-        f"perplexity ({least:.2f} to {most:.2f} over texts).",
+        f"perplexity ({least:.2f} to {most:.2f} over texts), on a copy of the model with noise in its weights, because "
+        f"the file's had been rounded to four bits before.",
         axis="times as fast as eager float32",
         form="{:.1f}x",
         bars=bars,
