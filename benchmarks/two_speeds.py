@@ -18,6 +18,9 @@ On a Xeon with two virtual cores (30 November 2026, torch 2.13, 12 processes a c
   Slow ones follow each other (13 pairs in a row among 408 processes of two calls, 6.6 expected) and use as much CPU
   time as they take: the machine itself is slower for a while. No setting of a process prevents that, which is why
   intervals are taken over processes.
+- A short spin is no way out. On two cores of an EPYC (1 December 2026, 6 processes a condition, means of a call) it
+  costs nothing on an idle machine (1.4 ms; 1.2 as it is, 5.7 asleep). Beside a busy process it takes 10 ms; 7.7 as it
+  is, 2.5 asleep, 1.5 on one thread. So a lesson races one thread against all when it begins (`thread_race`).
 - Its convolutions are none of oneDNN's: torch gives a small 3x3 convolution of a single image to im2col and MKL
   (aten::_slow_conv2d_forward, 21 of 21), each of which waits for all threads.
 """
@@ -76,6 +79,7 @@ CONDITIONS = {
     "one thread": Condition(threads=1),
     # barriers: a thread that waits for its partner spins, and the partner may not be scheduled
     "waiting threads sleep": Condition(env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}),
+    "waiting threads spin for 3000 turns": Condition(env={"GOMP_SPINCOUNT": "3000"}),  # libgomp's default is 300,000
     "waiting threads spin": Condition(env={"OMP_WAIT_POLICY": "active", "KMP_BLOCKTIME": "infinite"}),
     # placement
     "threads bound to cores": Condition(env={"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}),
@@ -135,6 +139,7 @@ def work(name: str, condition: Condition) -> dict[str, Any]:
     number = len(seconds)
     return {
         "us": 1e6 * statistics.median(seconds),
+        "us, mean": 1e6 * statistics.mean(seconds),
         "us of the fastest call": 1e6 * min(seconds),
         "bytes past 64": x.data_ptr() % ALIGNMENT,
         "huge pages (kB)": huge_pages_kb(),
@@ -199,7 +204,7 @@ def summary(results: "pd.DataFrame") -> "pd.DataFrame":
     groups = results.groupby(["call", "condition"], sort=False)
     table = groups["us"].agg(processes="count", least="min", median="median", most="max")
     table["slow"] = groups["slow"].sum()
-    for column in ("page faults a call", "waits a call", "evictions a call", "CPU over wall"):
+    for column in ("us, mean", "page faults a call", "waits a call", "evictions a call", "CPU over wall"):
         table[column] = groups[column].median()
     return table.reset_index()
 

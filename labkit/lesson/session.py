@@ -46,9 +46,10 @@ from labkit.lesson.records import Column, RecordedValue, Role, RunRecord
 from labkit.lesson.results import Results, check_name, single_value
 from labkit.lesson.timings import Timings
 from labkit.show import Rows
-from labkit.timing import machine
+from labkit.timing import machine, thread_race
 from labkit.timing.bench import Comparison, Measurement, compare, measure
 from labkit.timing.clocks import check_budget
+from labkit.timing.thread_race import Race
 
 if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
     from labkit.lesson import challenge
@@ -100,6 +101,8 @@ def start(
 ) -> "Lab":
     """Begin a lesson: seed Python, numpy and torch, set the threads and the figures' style, show the machine's card.
 
+    torch computes on all cores, or on one thread if a race shows that other programs keep the cores busy.
+
     float32 is computed in full ("ieee"). By torch's default a GPU's convolutions would round to TF32, ten bits of
     mantissa, and no share of the float32 roof would mean anything.
 
@@ -131,7 +134,8 @@ def start(
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(machine.threads())
+    race = _race_of_threads()
+    torch.set_num_threads(race.threads)
     _compute_fp32_in_full()
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device.index or 0)
@@ -140,8 +144,15 @@ def start(
     gc.collect()
     gc.freeze()  # what the imports made stays anyway: to search it before each measurement takes a quarter of a second
     lab = Lab(lesson, preset, torch_device, seed, folder / lesson / "record.json", parameters)
-    _show_card(lab)
+    _show_card(lab, race)
     return lab
+
+
+def _race_of_threads() -> Race:
+    """Race one thread against all; a number that the user has set stays."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return Race(torch.get_num_threads(), 1.0)
+    return thread_race.race(machine.threads())
 
 
 class Lab:
@@ -572,16 +583,19 @@ def _compute_fp32_in_full() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def _show_card(lab: Lab) -> None:
+def _show_card(lab: Lab, race: Race) -> None:
     """Show the session's machine, software, preset and budget, and how long the reference runs took."""
     here = lab.machine
+    threads = f"{race.threads}"
+    if race.threads < race.several:
+        threads += f", because {race.several} take {race.multiple:.1f} times as long beside another program"
     budget = f"{lab.budget.seconds} s"
     if lab.budget.memory:
         budget += f", {show.quantity(lab.budget.memory, 'B')}"
     preset = lab.preset if lab.preset != "smoke" else f"smoke ({SMOKE})"
     facts = {
         "device": f"{lab.device}: {here.label}",
-        "threads": f"{here.threads}, float32 products at precision '{here.float32_matmul_precision}'",
+        "threads": f"{threads}; float32 products at precision '{here.float32_matmul_precision}'",
         "software": f"Python {here.python}, torch {here.torch}",
         "preset": f"{preset}, within {budget}; seed {lab.seed}",
         "recorded": "; ".join(reference_runs.durations(lab.lesson)) or "no earlier run",

@@ -35,11 +35,13 @@ from labkit.lesson import check as checks
 from labkit.lesson.records import cost
 from labkit.lesson.session import Lab
 from labkit.lesson.timings import TimingRow
-from labkit.timing import machine
+from labkit.timing import machine, thread_race
 from labkit.timing.machine import Ceilings
 from labkit.timing.results import Comparison, Measurement
+from labkit.timing.thread_race import Race
 from labkit.timing.work import Work
 
+ALONE = Race(several=1, multiple=1.0)
 ROOFS = Ceilings("a small CPU", {"fp32": 1e11, "int8": 1e12}, 1e9)
 CLAIMS = """
 [[claim]]
@@ -240,7 +242,7 @@ def test_the_memory_on_record_is_the_lesson_s_without_that_of_the_ceilings(tmp_p
 
 
 def test_the_card_names_machine_preset_and_budget(lab, capsys):
-    session._show_card(lab)
+    session._show_card(lab, ALONE)
     out = capsys.readouterr().out
     assert out.startswith("Lesson 01: The inference challenge")
     assert all(part in out for part in (lab.machine.label, "class, within 600 s; seed 0", torch.__version__))
@@ -696,7 +698,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     lab.beside("step")
     alone = capsys.readouterr().out
     assert "2 ms" in alone and "a GPU" in alone and "not recorded yet" in alone
-    session._show_card(lab)
+    session._show_card(lab, ALONE)
     assert "no earlier run" in capsys.readouterr().out
 
     other = labkit.start("01", preset="class", device="cpu", results_dir=lab._path.parent)
@@ -723,7 +725,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     assert "recorded 24 Nov 2026" in words and "median, smallest to largest of 3 processes" in words
     assert "1.10 ms" in words and "800 µs to 2 ms" in words
     records.write(records.RunRecord.from_dict(values), path)
-    session._show_card(lab)
+    session._show_card(lab, ALONE)
     assert f"at class on Some GPU, {values['created'][:10]}" in capsys.readouterr().out
 
 
@@ -943,11 +945,32 @@ def test_at_smoke_the_recorded_numbers_stand_alone(smoke, capsys, tmp_path):
     assert not any(row.startswith("this run") for row in words.splitlines())
 
 
+def test_the_card_says_why_a_run_has_one_thread(lab, capsys):
+    session._show_card(lab, Race(several=4, multiple=2.34))
+    assert "1, because 4 take 2.3 times as long beside another program; float32" in capsys.readouterr().out
+    session._show_card(lab, Race(several=4, multiple=0.6))
+    assert "4; float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("users", "expected"), [(None, 1), ("2", 2)])
+def test_a_run_has_one_thread_where_several_lose_the_race_unless_the_user_set_a_number(
+    users: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads
+):
+    threads(2)
+    if users:
+        monkeypatch.setenv("OMP_NUM_THREADS", users)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(thread_race, "race", lambda several: Race(several=2, multiple=1.9))
+    lab = session.start("00", preset="smoke", results_dir=tmp_path)
+    assert (torch.get_num_threads(), lab.machine.threads) == (expected, expected)
+
+
 def test_the_card_says_what_smoke_is(smoke, lab, capsys):
     capsys.readouterr()
-    session._show_card(smoke)
+    session._show_card(smoke, ALONE)
     assert "smoke (smoke tries the code; run class to see), within 90 s" in capsys.readouterr().out
-    session._show_card(lab)
+    session._show_card(lab, ALONE)
     assert "tries the code" not in capsys.readouterr().out
 
 
