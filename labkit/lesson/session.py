@@ -49,17 +49,17 @@ from labkit.show import Rows
 from labkit.timing import machine, thread_race
 from labkit.timing.bench import Comparison, Measurement, compare, measure
 from labkit.timing.clocks import check_budget
-from labkit.timing.thread_race import Race
+from labkit.timing.thread_race import ThreadRace
 
 if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson 00 counts no work
     from labkit.lesson import challenge
     from labkit.lesson.claim_tests import ClaimTests
     from labkit.lesson.experiments import Experiment
     from labkit.lesson.roofs import Roofs
-    from labkit.timing.race import Race
+    from labkit.timing.race import ThreadRace
     from labkit.timing.work import Work
 
-_Timing = TypeVar("_Timing")  # a Measurement, a Comparison, a Race, or the fields of a recorded number
+_Timing = TypeVar("_Timing")  # a Measurement, a Comparison, a ThreadRace, or the fields of a recorded number
 
 LESSONS = {
     "00": "Measuring honestly",
@@ -148,10 +148,10 @@ def start(
     return lab
 
 
-def _race_of_threads() -> Race:
-    """Race one thread against all; a number that the user has set stays."""
+def _race_of_threads() -> ThreadRace:
+    """ThreadRace one thread against all; a number that the user has set stays."""
     if os.environ.get("OMP_NUM_THREADS"):
-        return Race(torch.get_num_threads(), 1.0)
+        return ThreadRace(torch.get_num_threads(), 1.0)
     return thread_race.race(machine.threads())
 
 
@@ -254,7 +254,7 @@ class Lab:
         *,
         also: dict[str, Callable[[], Any]] | None = None,
         **options: Any,
-    ) -> "Race":
+    ) -> "ThreadRace":
         """Time several functions in turns with labkit.bench.race, and record and show each speed-up over the first.
 
         calls: {name of the call: function}; each comparison is recorded as "<name of the call>, <name>".
@@ -583,7 +583,7 @@ def _compute_fp32_in_full() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def _show_card(lab: Lab, race: Race) -> None:
+def _show_card(lab: Lab, race: ThreadRace) -> None:
     """Show the session's machine, software, preset and budget, and how long the reference runs took."""
     here = lab.machine
     threads = f"{race.threads}"

@@ -21,7 +21,7 @@ MULTIPLE = 1.25  # times the time of one thread; two idle cores had 0.6 to 0.8, 
 
 
 @dataclass(frozen=True)
-class Race:
+class ThreadRace:
     """The outcome of a race.
 
     several: threads that raced against one.
@@ -37,14 +37,14 @@ class Race:
         return 1 if self.multiple > MULTIPLE else self.several
 
 
-def race(several: int, call: Callable[[], object] | None = None) -> Race:
-    """Race one thread against `several` in turn, for two seconds at most; without a race for a single thread.
+def race(several: int, call: Callable[[], object] | None = None) -> ThreadRace:
+    """ThreadRace one thread against `several` in turn, for two seconds at most; without a race for a single thread.
 
     several: threads of torch, 1 or more.
     call: the work of a turn; by default small products of matrices, one after the other.
     """
     if several == 1:
-        return Race(several, 1.0)
+        return ThreadRace(several, 1.0)
     call = call or _products()
     seconds: dict[int, list[float]] = {1: [], several: []}
     deadline = time.perf_counter() + LIMIT_S
@@ -55,7 +55,7 @@ def race(several: int, call: Callable[[], object] | None = None) -> Race:
             of_number.append(_timed(call, number))
         if time.perf_counter() > deadline:
             break
-    return Race(several, statistics.median(seconds[several]) / statistics.median(seconds[1]))
+    return ThreadRace(several, statistics.median(seconds[several]) / statistics.median(seconds[1]))
 
 
 def _products() -> Callable[[], None]:

@@ -38,10 +38,10 @@ from labkit.lesson.timings import TimingRow
 from labkit.timing import machine, thread_race
 from labkit.timing.machine import Ceilings
 from labkit.timing.results import Comparison, Measurement
-from labkit.timing.thread_race import Race
+from labkit.timing.thread_race import ThreadRace
 from labkit.timing.work import Work
 
-ALONE = Race(several=1, multiple=1.0)
+ALONE = ThreadRace(several=1, multiple=1.0)
 ROOFS = Ceilings("a small CPU", {"fp32": 1e11, "int8": 1e12}, 1e9)
 CLAIMS = """
 [[claim]]
@@ -946,9 +946,9 @@ def test_at_smoke_the_recorded_numbers_stand_alone(smoke, capsys, tmp_path):
 
 
 def test_the_card_says_why_a_run_has_one_thread(lab, capsys):
-    session._show_card(lab, Race(several=4, multiple=2.34))
+    session._show_card(lab, ThreadRace(several=4, multiple=2.34))
     assert "1, because 4 take 2.3 times as long beside another program; float32" in capsys.readouterr().out
-    session._show_card(lab, Race(several=4, multiple=0.6))
+    session._show_card(lab, ThreadRace(several=4, multiple=0.6))
     assert "4; float32" in capsys.readouterr().out
 
 
@@ -961,7 +961,7 @@ def test_a_run_has_one_thread_where_several_lose_the_race_unless_the_user_set_a_
         monkeypatch.setenv("OMP_NUM_THREADS", users)
     else:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(thread_race, "race", lambda several: Race(several=2, multiple=1.9))
+    monkeypatch.setattr(thread_race, "race", lambda several: ThreadRace(several=2, multiple=1.9))
     lab = session.start("00", preset="smoke", results_dir=tmp_path)
     assert (torch.get_num_threads(), lab.machine.threads) == (expected, expected)
 

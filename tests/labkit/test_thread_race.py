@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from labkit.timing import thread_race
-from labkit.timing.thread_race import Race
+from labkit.timing.thread_race import ThreadRace
 
 
 def slower_on_several(multiple: float) -> None:
@@ -31,9 +31,9 @@ def test_a_race_ends_in_time_and_has_a_round_at_least(monkeypatch: pytest.Monkey
 
 
 def test_a_single_thread_has_no_race():
-    assert thread_race.race(1, lambda: pytest.fail("nothing is timed")) == Race(1, 1.0)
+    assert thread_race.race(1, lambda: pytest.fail("nothing is timed")) == ThreadRace(1, 1.0)
 
 
 def test_a_difference_within_a_quarter_keeps_all_threads():
-    assert Race(several=2, multiple=1.2).threads == 2
-    assert Race(several=2, multiple=1.3).threads == 1
+    assert ThreadRace(several=2, multiple=1.2).threads == 2
+    assert ThreadRace(several=2, multiple=1.3).threads == 1
