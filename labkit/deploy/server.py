@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from labkit.data import models
 from labkit.data.datasets import REVIEW_CLASSES
-from labkit.deploy import engines
+from labkit.deploy import engines, worker
 from labkit.deploy.simulation import Times, poisson_arrivals
 from labkit.errors import InputError, LabError, check_whole
 from labkit.files import child_environment, set_up_with
@@ -329,8 +329,8 @@ async def _gather(client: "Client", request: Callable[[int], Awaitable[Reply]], 
 
 
 def _in_a_loop(work: Coroutine[Any, Any, Load]) -> Load:
-    """Run a coroutine in a thread: a notebook's own thread has a running loop already."""
-    with ThreadPoolExecutor(1) as thread:
+    """Run a coroutine in a thread: a notebook's own thread has a running loop already. No collection pauses it."""
+    with worker.objects_set_aside(), ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
 
 
@@ -408,7 +408,8 @@ def judge(
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    summary = _run_loadgen(lg, issue, samples, _loadgen_settings(lg, rate, bound_s, seconds))
+    with worker.objects_set_aside():
+        summary = _run_loadgen(lg, issue, samples, _loadgen_settings(lg, rate, bound_s, seconds))
     asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
     loop.call_soon_threadsafe(end)
     loop.call_soon_threadsafe(loop.stop)

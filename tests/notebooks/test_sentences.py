@@ -126,7 +126,7 @@ FIXED = {
     ("11", "serving-table-read"): "the settings of a record",
     ("11", "step-read"): "lengths of text",
     ("11", "timeline-read"): "the requests of a record",
-    ("12", "challenge-show"): "twenty thousand images, three digits of a count",
+    ("12", "challenge-say"): "two jobs of thousands of images",
     ("12", "gantt-read"): "a drawing of three ways",
     ("12", "graphs-table"): "the operators of ResNet-20",
     ("12", "judge-read"): "queries of a preset",
