@@ -56,10 +56,10 @@ if TYPE_CHECKING:  # a session imports them when a page first needs them: lesson
     from labkit.lesson.claim_tests import ClaimTests
     from labkit.lesson.experiments import Experiment
     from labkit.lesson.roofs import Roofs
-    from labkit.timing.race import ThreadRace
+    from labkit.timing.race import Race
     from labkit.timing.work import Work
 
-_Timing = TypeVar("_Timing")  # a Measurement, a Comparison, a ThreadRace, or the fields of a recorded number
+_Timing = TypeVar("_Timing")  # a Measurement, a Comparison, a Race, or the fields of a recorded number
 
 LESSONS = {
     "00": "Measuring honestly",
@@ -149,7 +149,7 @@ def start(
 
 
 def _race_of_threads() -> ThreadRace:
-    """ThreadRace one thread against all; a number that the user has set stays."""
+    """Race one thread against all; a number that the user has set stays."""
     if os.environ.get("OMP_NUM_THREADS"):
         return ThreadRace(torch.get_num_threads(), 1.0)
     return thread_race.race(machine.threads())
@@ -254,7 +254,7 @@ class Lab:
         *,
         also: dict[str, Callable[[], Any]] | None = None,
         **options: Any,
-    ) -> "ThreadRace":
+    ) -> "Race":
         """Time several functions in turns with labkit.bench.race, and record and show each speed-up over the first.
 
         calls: {name of the call: function}; each comparison is recorded as "<name of the call>, <name>".

@@ -38,7 +38,7 @@ class ThreadRace:
 
 
 def race(several: int, call: Callable[[], object] | None = None) -> ThreadRace:
-    """ThreadRace one thread against `several` in turn, for two seconds at most; without a race for a single thread.
+    """Race one thread against `several` in turn, for two seconds at most; without a race for a single thread.
 
     several: threads of torch, 1 or more.
     call: the work of a turn; by default small products of matrices, one after the other.
