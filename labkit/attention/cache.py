@@ -5,7 +5,6 @@ then `attend` for each layer, then `advance`. Pages shared by several sequences:
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -51,7 +50,7 @@ class Layout(NamedTuple):
     width: int
     dtype: torch.dtype
     device: torch.device
-    scorings: Mapping[int, Scoring] = MappingProxyType({})
+    scorings: Mapping[int, Scoring] = {}
 
     @property
     def token_bytes(self) -> int:

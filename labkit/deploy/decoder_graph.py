@@ -129,17 +129,14 @@ class _Operators:
         return self.opset.matmul(x, weight, False, True)
 
 
-def _check_drawn(model: nn.Module) -> None:
-    """Raise InputError for a decoder of the Llama type with parts that `_Graph` does not draw."""
+def _is_drawn(model: nn.Module) -> bool:
+    """Return True if `_Graph` draws all parts of a decoder of the Llama type."""
     config = model.config
-    is_llama = config.model_type == "llama"
-    has_biases = any(module.bias is not None for name, module in model.named_modules() if name.endswith("_proj"))
-    is_scaled = is_llama and model.model.rotary_emb.attention_scaling != 1
-    if not is_llama or has_biases or is_scaled or config.hidden_act != "silu":
-        raise InputError(
-            f"This {type(model).__name__} has parts that are not drawn for OpenVINO: give a LlamaForCausalLM without "
-            "biases, with silu and without yarn, or generate by labkit.attention or labkit.deploy.serving."
-        )
+    if config.model_type != "llama":
+        return False
+    has_bias = any(module.bias is not None for name, module in model.named_modules() if name.endswith("_proj"))
+    is_scaled = model.model.rotary_emb.attention_scaling != 1
+    return config.hidden_act == "silu" and not has_bias and not is_scaled
 
 
 class _Graph:
@@ -155,7 +152,11 @@ class _Graph:
     def __init__(self, model: nn.Module, weights: str = "float32") -> None:
         check_choice(weights, WEIGHTS, "format of weights")
         check_decoder(model, (nn.Linear, WeightOnlyLinear))
-        _check_drawn(model)
+        if not _is_drawn(model):
+            raise InputError(
+                f"This {type(model).__name__} has parts that are not drawn for OpenVINO: give a LlamaForCausalLM "
+                "without biases, with silu and without yarn, or generate by labkit.attention or labkit.deploy.serving."
+            )
         self.ops = _Operators()
         self.model = model
         self.store = WEIGHTS[weights]
