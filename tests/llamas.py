@@ -33,13 +33,14 @@ def greedy(model: nn.Module, ids: Tensor, new: int) -> Tensor:
 # The decoders that a Decoder takes, with all that sets each apart: kinds of layers that alternate, windows shorter than
 # the texts, heads of another width, an untied head. The class in transformers and the options of its config.
 WINDOWS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+EAGER = {"attn_implementation": "eager"}  # transformers 5.15 takes sdpa for Gemma 2, which leaves out the cap of scores
 KINDS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 24}),
     "qwen2": ("Qwen2", WINDOWS),
     "qwen3": ("Qwen3", {**WINDOWS, "head_dim": 24}),
     "smollm3": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 6, "no_rope_layer_interval": 2}),
-    "gemma2": ("Gemma2", {"sliding_window": 6, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}),
+    "gemma2": ("Gemma2", {"sliding_window": 6, "attn_logit_softcapping": 3.0, **EAGER, "final_logit_softcapping": 4.0}),
     "gemma3": ("Gemma3", {"sliding_window": 6, "sliding_window_pattern": 2}),
 }
 GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 10}

@@ -160,7 +160,7 @@ class Family(NamedTuple):
     norms: names of a block's norms.
     adds_1: True if the gain of a norm is 1 + its weight.
     scales_embedding: True if the embedding is multiplied by sqrt(W).
-    caps_scores: True if the scores are capped.
+    caps_scores: True if the scores are capped, as transformers does in eager attention.
     """
 
     window: Callable[[Any, int], int | None]
