@@ -4,7 +4,7 @@ A cache both stores and attends, so a decoder need not know its kind. Each step 
 then `attend` for each layer, then `advance`. Pages shared by several sequences: `labkit.attention.paged`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,22 @@ from labkit.quantization.kv import KVFormat
 from labkit.storage import artifact
 
 
+class Scoring(NamedTuple):
+    """Rule by which the queries of a layer score the tokens up to their own.
+
+    scale: factor of the products q k; None: 1 / sqrt(D).
+    softcap: C where a score s becomes C tanh(s / C) before the softmax (Gemma 2, arXiv:2408.00118, section 2).
+    window: number of tokens that a query reads, the last its own (Mistral 7B, arXiv:2310.06825, section 2); None: all.
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+
+
+PLAIN = Scoring()
+
+
 class Layout(NamedTuple):
     """Shape of a decoder's cache: for each token and layer, `heads` keys and as many values of `width` numbers.
 
@@ -26,6 +42,7 @@ class Layout(NamedTuple):
     heads: number of KV heads, Hkv.
     width: size of a head, D.
     dtype, device: type and place of the keys and values.
+    scorings: by number, the layers whose scoring is not PLAIN.
     """
 
     layers: int
@@ -33,6 +50,7 @@ class Layout(NamedTuple):
     width: int
     dtype: torch.dtype
     device: torch.device
+    scorings: Mapping[int, Scoring] = {}
 
     @property
     def token_bytes(self) -> int:
@@ -51,41 +69,69 @@ class Cache(Protocol):
         """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v [B, Hkv, S, D], after RoPE, and attend causally: q [B, H, S, D] to [B, H, S, D]."""
+        """Store k and v [B, Hkv, S, D], after RoPE, and attend causally: q [B, H, S, D] to [B, H, S, D].
+
+        The scores are those of the layer's scoring in the decoder's `Layout`.
+        """
 
     def advance(self, new: int) -> None:
         """End a step, after all layers have stored the `new` tokens."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring = PLAIN) -> Tensor:
     """Attend causally from the last S of T tokens on torch's kernels: q [B, H, S, D], k and v [B, Hkv, T, D].
 
     Returns [B, H, S, D]. The H / Hkv query heads of a group are rows of one product with the group's keys, which are
-    not repeated.
+    not repeated. Tokens before the first query's window are not read.
     """
     _, heads, new, _ = q.shape
+    window = scoring.window
+    if window is not None:
+        read_by_any = new + window - 1
+        k = k[:, :, -read_by_any:]
+        v = v[:, :, -read_by_any:]
     _, groups, tokens, _ = k.shape
-    if new == tokens:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    mask = None  # a single new token reads everything
+    has_all = window is None or tokens <= window  # each query reads all tokens up to its own
+    if new == tokens and has_all and scoring.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=True)
+    readable = None  # a single new token reads everything
     if new > 1:
         hidden = later(new, tokens - new, tokens, q.device)
-        mask = ~hidden.repeat(heads // groups, 1)
+        if not has_all:
+            hidden |= _before_window(new, tokens, window, q.device)
+        readable = ~hidden.repeat(heads // groups, 1)
     rows = grouped(q, groups)
-    result = F.scaled_dot_product_attention(rows, k, v, mask)
+    result = read(rows, k, v, readable, scoring)
     return ungrouped(result, new)
+
+
+def read(rows: Tensor, k: Tensor, v: Tensor, readable: Tensor | None, scoring: Scoring) -> Tensor:
+    """Attend from rows [B, Hkv, R, D], which are queries, to k and v [B, Hkv, T, D]: [B, Hkv, R, D].
+
+    readable: mask that broadcasts to [B, Hkv, R, T], True where a token may be read; None: everywhere.
+    """
+    if scoring.softcap is None:
+        return F.scaled_dot_product_attention(rows, k, v, readable, scale=scoring.scale)
+    weights = _weights(rows, k, readable, scoring)  # torch's kernels have no cap
+    return weights.to(v.dtype) @ v
+
+
+def _before_window(new: int, tokens: int, window: int, device: torch.device) -> Tensor:
+    """Return a mask [S, T] for the last S = new of T tokens, True for the tokens before the window of each."""
+    everywhere = torch.ones(new, tokens, dtype=torch.bool, device=device)
+    return everywhere.tril_(tokens - new - window)
 
 
 def grouped(q: Tensor, groups: int) -> Tensor:
     """Put the query heads of a group below each other as rows: [B, H, S, D] to [B, groups, H / groups S, D]."""
-    by_group = q.unflatten(1, (groups, -1))
-    return by_group.flatten(2, 3)
+    batch, _, _, width = q.shape
+    return q.reshape(batch, groups, -1, width)
 
 
 def ungrouped(y: Tensor, new: int) -> Tensor:
     """Undo `grouped` for `new` = S tokens: [B, groups, H / groups S, D] to [B, H, S, D]."""
-    by_head = y.unflatten(2, (-1, new))
-    return by_head.flatten(1, 2)
+    batch, _, _, width = y.shape
+    return y.reshape(batch, -1, new, width)
 
 
 def _positions(start: int, new: int, device: torch.device) -> Tensor:
@@ -94,6 +140,8 @@ def _positions(start: int, new: int, device: torch.device) -> Tensor:
 
 class KVCache:
     """Cache of the keys and values of all tokens, as they are, in memory allocated once.
+
+    A layer with a window keeps the tokens before the window too, so that a text can be cropped.
 
     layout: shape of the decoder's cache.
     batch: number B of sequences, all of equal length.
@@ -107,6 +155,7 @@ class KVCache:
         shape = (layout.layers, batch, layout.heads, capacity, layout.width)
         self.keys = torch.empty(shape, dtype=layout.dtype, device=layout.device)
         self.values = torch.empty_like(self.keys)
+        self.scorings = layout.scorings
         self.length = 0
 
     @property
@@ -133,7 +182,7 @@ class KVCache:
         values[:, :, start:end] = v
         all_keys = keys[:, :, :end]
         all_values = values[:, :, :end]
-        return attend(q, all_keys, all_values)
+        return attend(q, all_keys, all_values, self.scorings.get(layer, PLAIN))
 
     def advance(self, new: int) -> None:
         self.length += new
@@ -223,7 +272,7 @@ class EvictingCache:
     layout, batch: as for `KVCache`.
     policy: a name of POLICIES.
     seed: seed of the policy "random".
-    Raises InputError for a budget that the sinks fill.
+    Raises InputError for a budget that the sinks fill, and for a layout with windows.
     """
 
     def __init__(
@@ -243,6 +292,12 @@ class EvictingCache:
         check_whole(seed, "seed", 0)
         if budget <= sinks:
             raise InputError(f"A budget of {budget} entries is filled by {sinks} sinks: make it larger than they are.")
+        if any(scoring.window is not None for scoring in layout.scorings.values()):
+            raise InputError(
+                "Some layers of this decoder read a window, but an EvictingCache chooses among all tokens: take the "
+                "decoder's own cache or a QuantizedCache."
+            )
+        self.scorings = layout.scorings
         self.budget = budget
         self.sinks = sinks
         self.policy = POLICIES[policy]
@@ -267,7 +322,7 @@ class EvictingCache:
         k = torch.cat([self.keys[layer], k], 2)
         v = torch.cat([self.values[layer], v], 2)
         new = q.shape[2]
-        weights = _weights(q, k)  # [B, Hkv, H / Hkv S, n]
+        weights = self._weights(layer, q, k)  # [B, Hkv, H / Hkv S, n]
         result = ungrouped(weights.to(v.dtype) @ v, new)
         by_head = weights.unflatten(2, (-1, new))
         by_query = by_head.sum(2)  # [B, Hkv, S, n]
@@ -285,6 +340,17 @@ class EvictingCache:
         self.values[layer] = v
         self.memory[layer] = memory
         return result
+
+    def _weights(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
+        """Return the causal softmax of the last S of n entries: q [B, H, S, D], k [B, Hkv, n, D] to [B, Hkv, R, n].
+
+        The R = H / Hkv S rows are those of `grouped`.
+        """
+        _, heads, new, _ = q.shape
+        _, groups, entries, _ = k.shape
+        hidden = later(new, entries - new, entries, q.device)
+        readable = ~hidden.repeat(heads // groups, 1)
+        return _weights(grouped(q, groups), k, readable, self.scorings.get(layer, PLAIN))
 
     def _entries_to_keep(self, score: Tensor) -> Tensor:
         """Return the indices of the entries with the best scores [B, Hkv, n], in order of time: [B, Hkv, budget]."""
@@ -306,21 +372,20 @@ def _no_tokens(layout: Layout, batch: int) -> Tensor:
     return torch.empty(shape, dtype=layout.dtype, device=layout.device)
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
-    """Return the causal softmax of the last S of n tokens: q [B, H, S, D], k [B, Hkv, n, D] to [B, Hkv, H / Hkv S, n].
+def _weights(rows: Tensor, k: Tensor, readable: Tensor | None, scoring: Scoring) -> Tensor:
+    """Return the softmax of scores: rows [B, Hkv, R, D], k [B, Hkv, n, D] to [B, Hkv, R, n].
 
+    readable: as for `read`.
     In float32 or, for float64 queries, in float64.
     """
-    _, heads, new, width = q.shape
-    _, groups, entries, _ = k.shape
-    rows = grouped(q, groups).to(working(q.dtype))
-    products = rows @ k.mT.to(rows.dtype)
-    scores = products * width**-0.5
-    hidden = later(new, entries - new, entries, q.device)
-    hidden = hidden.repeat(heads // groups, 1)
-    scores.masked_fill_(hidden, -torch.inf)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return scores.softmax(-1, dtype)
+    scale = rows.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    dtype = working(rows.dtype)
+    scores = rows.to(dtype) @ k.mT.to(dtype) * scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if readable is not None:
+        scores.masked_fill_(~readable, -torch.inf)
+    return scores.softmax(-1, torch.promote_types(rows.dtype, torch.float32))
 
 
 # --- few bits ---------------------------------------------------------------------------------------------------------
@@ -340,6 +405,7 @@ class QuantizedCache:
         check_whole(batch, "batch")
         self.form = form or KVFormat()
         self.length = 0
+        self.scorings = layout.scorings
         empty = _no_tokens(layout, batch)
         self.layers = [_keys_and_values(self.form, empty) for _ in range(layout.layers)]
 
@@ -365,7 +431,7 @@ class QuantizedCache:
         keys, values = self.layers[layer]
         all_keys = keys.read(k, before_window)
         all_values = values.read(v, before_window)
-        return attend(q, all_keys, all_values)
+        return attend(q, all_keys, all_values, self.scorings.get(layer, PLAIN))
 
     def advance(self, new: int) -> None:
         self.length += new

@@ -1,7 +1,7 @@
 """A decoder of the Llama type in few operators, on any cache, with the weights of a transformers model as they are.
 
-Touvron et al. 2023 (arXiv:2302.13971, section 2.2): RMSNorm before each part, rotary positions (Su et al. 2021,
-arXiv:2104.09864, equation 34), SwiGLU; keys and values in groups (Ainslie et al. 2023, arXiv:2305.13245).
+Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 2 and Gemma 3 go through the same steps: `labkit.attention.families`
+describes their blocks, and has the sources.
 
 A decoder computes hidden states of new tokens on top of a cache that holds the keys and values of the tokens before:
 >>> import torch
@@ -19,67 +19,54 @@ torch.Size([1, 1, 32])
 (5, True)
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.arguments import check_loaded, check_tensor
-from labkit.attention.cache import Cache, KVCache, Layout
+from labkit.arguments import check_tensor
+from labkit.attention.cache import PLAIN, Cache, KVCache, Layout
+from labkit.attention.families import Block, Projection, Rotary, describe
 from labkit.errors import InputError
-from labkit.storage import int4
 from labkit.storage.int4 import Int4Linear
 
-Weight = Tensor | Int4Linear  # of a product: [out, in], or on labkit's int4 kernel
-
-STATIC_ROPE = ("default", "linear", "llama3")  # frequencies that do not depend on the text's length
-
-
-class Block(NamedTuple):
-    """Weights [out, in] of a layer that is W wide, with F features, H query heads and Hkv KV heads of D numbers."""
-
-    attention_norm: Tensor  # [W]
-    qkv: Weight  # [(H + 2 Hkv) D, W]
-    out: Weight  # [W, H D]
-    feed_forward_norm: Tensor  # [W]
-    gate_up: Weight  # [2 F, W]
-    down: Weight  # [W, F]
+Rotation = tuple[Tensor, Tensor]  # cos and sin
 
 
 class Decoder:
-    """Llama decoder: token ids to hidden states to logits, on top of a cache.
+    """Decoder of the Llama type: token ids to hidden states to logits, on top of a cache.
 
-    model: a LlamaForCausalLM of transformers, also with the layers of `int4.convert`. The decoder copies and joins the
-        matrices (a product for q, k and v, a product for gate and up), in their dtype, and shares the embedding with
-        the model.
+    model: a ForCausalLM of transformers, as `families.describe` takes it, also with the layers of `int4.convert`. The
+        decoder copies and joins the matrices (a product for q, k and v, a product for gate and up), in their dtype, and
+        shares the embedding with the model.
     vocabulary: number of token ids.
     layout: shape of a cache.
     special: token ids of bos and eos.
-    Raises InputError for other architectures, biases, other activations, or RoPE that changes with the length.
+    Raises InputError for other architectures, other activations, or RoPE that changes with the length.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        check_llama(model, (nn.Linear, Int4Linear))
-        config = model.config
-        body = model.model
-        self.heads = config.num_attention_heads
-        self.vocabulary = config.vocab_size
-        self.eps = config.rms_norm_eps
-        self.special = {"bos": config.bos_token_id, "eos": config.eos_token_id}  # of two tokenizers that are alike
-        self.embedding = body.embed_tokens.weight.detach()  # [V, W]
+        described = describe(model)
+        self.heads = described.heads
+        self.vocabulary = described.vocabulary
+        self.positions = described.positions
+        self.eps = described.eps
+        self.special = described.special  # of two tokenizers that are alike
+        self.embedding = described.embedding
+        self.embedding_scale = described.embedding_scale
+        self.blocks = described.blocks
+        self.norm = described.norm
+        self.head = described.head
+        self.softcap = described.softcap
+        self.rotations = [_rotations(rotary, self.positions, self.embedding) for rotary in described.rotaries]
+        scorings = {number: block.scoring for number, block in enumerate(self.blocks) if block.scoring != PLAIN}
         self.layout = Layout(
-            layers=len(body.layers),
-            heads=config.num_key_value_heads,
-            width=head_width(config),
+            layers=len(self.blocks),
+            heads=described.groups,
+            width=described.width,
             dtype=self.embedding.dtype,
             device=self.embedding.device,
+            scorings=scorings,
         )
-        self.blocks = [_block(layer) for layer in body.layers]
-        self.norm = body.norm.weight.detach()
-        self.head = _joined(model.lm_head)
-        positions = config.max_position_embeddings
-        self.cos, self.sin = _rotations(body.rotary_emb, positions, self.embedding)
 
     def cache(self, capacity: int, batch: int = 1) -> KVCache:
         """Return an empty cache with room for `capacity` tokens of each of `batch` sequences."""
@@ -93,32 +80,36 @@ class Decoder:
         that the model knows.
         """
         new = ids.shape[1]
-        cos, sin = self._rotation(cache.positions(new))
-        x = self.embedding[ids]
+        rotations = self._rotations_at(cache.positions(new))
+        x = self._embedded(ids)
         for layer, block in enumerate(self.blocks):
             normed = self._norm(x, block.attention_norm)
-            x = x + self._attention(normed, block, layer, cache, cos, sin)
+            attended = self._attention(normed, block, layer, cache, rotations)
+            x = x + self._norm(attended, block.attended_norm)
             normed = self._norm(x, block.feed_forward_norm)
-            x = x + self._feed_forward(normed, block)
+            fed = self._feed_forward(normed, block)
+            x = x + self._norm(fed, block.fed_norm)
         cache.advance(new)
         return self._norm(x, self.norm)
 
-    def _attention(
-        self,
-        x: Tensor,
-        block: Block,
-        layer: int,
-        cache: Cache,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
+    def _embedded(self, ids: Tensor) -> Tensor:
+        x = self.embedding[ids]
+        if self.embedding_scale is None:
+            return x
+        return x * self.embedding_scale
+
+    def _attention(self, x: Tensor, block: Block, layer: int, cache: Cache, rotations: list[Rotation]) -> Tensor:
         groups, width = self.layout.heads, self.layout.width
         projected = _product(x, block.qkv)
-        by_token = projected.unflatten(-1, (-1, width))
+        by_token = projected.view(*x.shape[:2], -1, width)
         by_head = by_token.transpose(1, 2)  # [B, H + 2 Hkv, S, D]
         qk, v = by_head.split([self.heads + groups, groups], 1)
-        swapped_halves = qk.roll(width // 2, -1)
-        qk = qk * cos + swapped_halves * sin
+        if block.qk_norm is not None:
+            qk = self._qk_norm(qk, block.qk_norm)
+        if block.rotary is not None:
+            cos, sin = rotations[block.rotary]
+            swapped_halves = qk.roll(width // 2, -1)
+            qk = qk * cos + swapped_halves * sin
         q, k = qk.split([self.heads, groups], 1)
         read = cache.attend(layer, q, k, v)  # [B, H, S, D]
         side_by_side = read.transpose(1, 2).flatten(2)  # [B, S, H D]
@@ -127,13 +118,16 @@ class Decoder:
     def _feed_forward(self, x: Tensor, block: Block) -> Tensor:
         gate_up = _product(x, block.gate_up)
         gate, up = gate_up.chunk(2, -1)
-        gated = F.silu(gate) * up
+        gated = block.activation(gate) * up
         return _product(gated, block.down)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits [..., V] from hidden states [..., W]; the last state of a prompt decides the next token."""
-        return _product(hidden, self.head)
+        scores = _product(hidden, self.head)
+        if self.softcap is None:
+            return scores
+        return self.softcap * torch.tanh(scores / self.softcap)
 
     def check(self, ids: Tensor, new: int) -> None:
         """Raise InputError unless `ids` are a text to which `new` tokens can be added, on the model's device.
@@ -144,90 +138,70 @@ class Decoder:
         device = self.embedding.device
         if ids.device != device:
             raise InputError(f"The text is on {ids.device} and the model on {device}: move one of them.")
-        check_text(ids, new, self.vocabulary, len(self.cos))
+        check_text(ids, new, self.vocabulary, self.positions)
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Look up cos and sin of positions [B or 1, S]: [B or 1, 1, S, D] each."""
+    def _rotations_at(self, positions: Tensor) -> list[Rotation]:
+        """Look up cos and sin of positions [B or 1, S]: [B or 1, 1, S, D] each, for each of the model's rotaries."""
         last = int(positions.max())
-        _check_length(last + 1, len(self.cos))
-        cos = self.cos[positions]  # [B or 1, S, D]
-        sin = self.sin[positions]
-        return cos[:, None], sin[:, None]
+        _check_length(last + 1, self.positions)
+        looked_up = []
+        for cos, sin in self.rotations:
+            cos = cos[positions]  # [B or 1, S, D]
+            sin = sin[positions]
+            looked_up.append((cos[:, None], sin[:, None]))
+        return looked_up
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    def _norm(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        """Apply RMSNorm over the last dimension, in the gain's dtype; without a gain there is no norm."""
+        if gain is None:
+            return x
+        if gain.dtype == x.dtype:
+            return F.rms_norm(x, gain.shape, gain, self.eps)
+        normed = F.rms_norm(x.to(gain.dtype), gain.shape, gain, self.eps)
+        return normed.to(x.dtype)
+
+    def _qk_norm(self, qk: Tensor, gain: Tensor) -> Tensor:
+        """Apply RMSNorm to each query and key [B, H + Hkv, S, D]; gain: [H + Hkv, 1, D]."""
+        normed = F.rms_norm(qk.to(gain.dtype), gain.shape[-1:], None, self.eps)
+        scaled = normed * gain
+        return scaled.to(qk.dtype)
 
 
 def decoder(model: nn.Module | Decoder) -> Decoder:
-    """Make a `Decoder` of a LlamaForCausalLM; return a `Decoder` unchanged."""
+    """Make a `Decoder` of a ForCausalLM of transformers; return a `Decoder` unchanged."""
     if isinstance(model, Decoder):
         return model
     return Decoder(model)
 
 
-def head_width(config: Any) -> int:
-    """Return D, the numbers of a head, from the configuration of a transformers model."""
-    return config.head_dim or config.hidden_size // config.num_attention_heads
-
-
-def _block(layer: nn.Module) -> Block:
-    attention, feed_forward = layer.self_attn, layer.mlp
-    return Block(
-        attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=_joined(attention.o_proj),
-        feed_forward_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_joined(feed_forward.gate_proj, feed_forward.up_proj),
-        down=_joined(feed_forward.down_proj),
-    )
-
-
-def _joined(*layers: nn.Module) -> Weight:
-    """Put the weights [out, in] of layers below each other: [all outs, in].
-
-    In float32 the numbers of an input lie side by side in memory, and a float32 row is multiplied faster: measured
-    with torch 2.13 on a CPU's thread, 1.1 times with 1 row and up to 1.4 times with 8. Weights of half the bytes are
-    left to torch's own kernels. Raises InputError for layers of two kinds.
-    """
-    in_int4 = [isinstance(layer, Int4Linear) for layer in layers]
-    if all(in_int4):
-        return int4.joined(layers)
-    if any(in_int4):
-        raise InputError("Of q, k and v, or gate and up, only some are Int4Linears: quantize all of them, or none.")
-    weights = [layer.weight.detach() for layer in layers]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if weight.dtype == torch.float32:
-        return weight.t().contiguous().t()
-    return weight
-
-
-def _rotations(rotary: nn.Module, positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _rotations(rotary: Rotary, positions: int, like: Tensor) -> Rotation:
     """Compute cos and sin of the rotary angles, [positions, D] each, in the dtype and on the device of `like`.
 
-    The first half of sin is negative: x cos + (x with swapped halves) sin is then equation 34, with pairs of numbers
-    half a head apart.
+    The first half of sin is negative: x cos + (x with swapped halves) sin is then equation 34 of Su et al., with pairs
+    of numbers half a head apart.
     """
-    frequencies = rotary.inv_freq.float()  # [D / 2]
     steps = torch.arange(positions, device=like.device)
-    angles = steps[:, None] * frequencies
-    cos = torch.cos(angles) * rotary.attention_scaling
-    sin = torch.sin(angles) * rotary.attention_scaling
+    angles = steps[:, None] * rotary.frequencies
+    cos = torch.cos(angles) * rotary.scale
+    sin = torch.sin(angles) * rotary.scale
     cos = torch.cat([cos, cos], -1)
     sin = torch.cat([-sin, sin], -1)
     return cos.to(like), sin.to(like)
 
 
-def _product(x: Tensor, weight: Weight) -> Tensor:
-    """Multiply x [..., in] with a weight [out, in]: [..., out].
+def _product(x: Tensor, projection: Projection) -> Tensor:
+    """Multiply x [..., in] with a weight [out, in], and add the bias: [..., out].
 
     A single row goes to a kernel for vectors, which is faster in bfloat16.
     """
+    weight, bias = projection
     if isinstance(weight, Int4Linear):
         return weight(x)
     if x.numel() == x.shape[-1]:
-        result = torch.mv(weight, x.flatten())
+        row = x.flatten()
+        result = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
         return result.view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
+    return F.linear(x, weight, bias)
 
 
 def check_text(ids: Tensor, new: int, vocabulary: int, positions: int) -> None:
@@ -261,29 +235,3 @@ def _are_within(ids: Tensor, vocabulary: int) -> bool:
 def _check_length(tokens: int, positions: int) -> None:
     if tokens > positions:
         raise InputError(f"{tokens} tokens are more than the {positions} that the model was made for: give fewer.")
-
-
-def check_llama(model: nn.Module, layers: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
-    """Raise InputError unless `model` is a LlamaForCausalLM of transformers with the parts of a `Decoder`.
-
-    layers: the classes allowed for the projections.
-    """
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "llama" or not hasattr(model, "lm_head"):
-        raise InputError(
-            f"{type(model).__name__} is no decoder of the Llama type, the only one that is read here: give a "
-            "LlamaForCausalLM, or use generate() of transformers, which has prompt_lookup_num_tokens and "
-            "assistant_model for guesses."
-        )
-    check_loaded(model)
-    rope = model.model.rotary_emb.rope_type
-    has_biases = config.attention_bias or config.mlp_bias
-    is_silu = config.hidden_act == "silu"
-    is_static = rope in STATIC_ROPE
-    projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
-    are_readable = all(isinstance(module, layers) for module in projections)
-    if has_biases or not (is_silu and is_static and are_readable):
-        raise InputError(
-            f"This model has biases, the activation {config.hidden_act!r}, RoPE of the type {rope!r} or layers that "
-            f"are no nn.Linear: give one without biases, with silu, {', '.join(STATIC_ROPE)} RoPE and plain layers."
-        )

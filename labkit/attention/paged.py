@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.attention.cache import Layout, attend, grouped, ungrouped
+from labkit.attention.cache import PLAIN, Layout, Scoring, attend, grouped, read, ungrouped
 from labkit.errors import InputError, check_whole
 
 
@@ -59,6 +58,7 @@ class PagePool:
         shape = (layout.layers, pages, page_size, layout.heads, layout.width)
         self.keys = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
         self.values = torch.zeros_like(self.keys)
+        self.scorings = layout.scorings
         self.page_size = page_size
         self.references = [0] * pages
         self.free = dict.fromkeys(range(pages))  # an ordered set
@@ -219,9 +219,9 @@ class PagedBatch:
         return torch.tensor(numbers, device=self.device)
 
     def _pad_single_tokens(self) -> None:
-        """Lay the pages of the tables with a single new token side by side: [n, pages], with a mask [n, 1, 1, tokens].
+        """Lay the pages of the tables with a single new token side by side: [n, pages], with masks [n, 1, 1, tokens].
 
-        Shorter tables are padded with page 0, which the mask hides.
+        Shorter tables are padded with page 0, which the masks hide. There is a mask for each window of a layer.
         """
         single = [span for span in self.spans if span.tokens == 1]
         longest = max((len(span.table.pages) for span in single), default=0)
@@ -232,10 +232,17 @@ class PagedBatch:
             padded.append(pages + [0] * padding)
         ends = torch.tensor([span.end for span in single])
         places = torch.arange(longest * self.pool.page_size)
-        readable = places < ends[:, None]
+        stored = places < ends[:, None]
+        self.single_masks = {None: self._mask(stored)}
+        for scoring in self.pool.scorings.values():
+            if scoring.window not in self.single_masks:
+                is_near = places >= ends[:, None] - scoring.window
+                self.single_masks[scoring.window] = self._mask(stored & is_near)
         self.single_pages = self._tensor(padded)
-        self.single_mask = readable[:, None, None].to(self.device)
         self.single_rows = self._tensor([span.row for span in single])  # [n]
+
+    def _mask(self, readable: Tensor) -> Tensor:
+        return readable[:, None, None].to(self.device)
 
     def positions(self, new: int) -> Tensor:
         """Return the positions of the N tokens, [1, N]."""
@@ -245,22 +252,23 @@ class PagedBatch:
         """Store k and v [1, Hkv, N, D], and attend: q [1, H, N, D] to [1, H, N, D]."""
         keys = self.pool.keys[layer]  # [pages, page_size, Hkv, D]
         values = self.pool.values[layer]
+        scoring = self.pool.scorings.get(layer, PLAIN)
         for pages, new in ((keys, k), (values, v)):
             tokens = pages.flatten(0, 1)
             tokens[self.slots] = new[0].transpose(0, 1)
         result = torch.empty_like(q)
         if len(self.single_rows):
             queries = q[0, :, self.single_rows]  # [H, n, D]
-            result[0, :, self.single_rows] = self._attend_single_tokens(queries, keys, values)
+            result[0, :, self.single_rows] = self._attend_single_tokens(queries, keys, values, scoring)
         for span in self.spans:
             if span.tokens > 1:
                 queries = q[:, :, span.rows]
                 table_keys = _contiguous(keys, span)
                 table_values = _contiguous(values, span)
-                result[:, :, span.rows] = attend(queries, table_keys, table_values)
+                result[:, :, span.rows] = attend(queries, table_keys, table_values, scoring)
         return result
 
-    def _attend_single_tokens(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_single_tokens(self, queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         """Attend from a single query of each of n tables to the table's padded pages: [H, n, D] to [H, n, D]."""
         k = keys[self.single_pages].flatten(1, 2)  # [n, tokens, Hkv, D]
         v = values[self.single_pages].flatten(1, 2)
@@ -268,7 +276,7 @@ class PagedBatch:
         v = v.transpose(1, 2)
         by_table = queries.transpose(0, 1)[:, :, None]  # [n, H, 1, D]
         rows = grouped(by_table, k.shape[1])
-        y = F.scaled_dot_product_attention(rows, k, v, self.single_mask)
+        y = read(rows, k, v, self.single_masks[scoring.window], scoring)
         by_table = ungrouped(y, 1)[:, :, 0]  # [n, H, D]
         return by_table.transpose(0, 1)
 

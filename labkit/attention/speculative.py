@@ -45,9 +45,9 @@ def generate(
 ) -> Generated:
     """Continue `ids` by max_new_tokens, with up to k guesses for each call of the model.
 
-    model: a LlamaForCausalLM of transformers, or a `Decoder`, which saves the conversion.
+    model: a ForCausalLM of transformers that `Decoder` takes, or a `Decoder`, which saves the conversion.
     ids: token ids of the prompt, [T] or [1, T].
-    draft: "lookup", or a model with the same vocabulary.
+    draft: "lookup", or such a model with the same vocabulary.
     k: most guesses for a call of the model; 0 is plain decoding.
     temperature: temperature of the model and of the draft; 0 takes the most likely token.
     The text has the same distribution as without guesses. At temperature 0 the text is the same, unless rounding

@@ -4,7 +4,7 @@ The function is that of `labkit.attention.decoder`, and the forward pass is writ
 exporter needs minutes to trace the model. And the engine finds its kernels by patterns of operators: rotary positions,
 RMSNorm and attention stand here as OpenVINO's transformations expect them, and weights as integers behind Subtract and
 Multiply, which the CPU keeps as integers; torch has no such operators to trace. Shared with `attention.decoder`: the
-check of the model and the sizes that it reads from the configuration.
+check of the model and the width of a head. Of the decoders of the Llama type it is Llama alone that is drawn here.
 
 Two forms: `Stateful`, with a growing cache inside (OpenVINO GenAI replaces the state with pages), and `Stateless`, with
 the cache passed in and the new keys and values coming out.
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from labkit.attention.decoder import check_llama, head_width
+from labkit.attention.families import check_decoder, head_width
 from labkit.bits import to_bits
 from labkit.errors import InputError, check_choice
 from labkit.quantization import weight_only
@@ -129,6 +129,16 @@ class _Operators:
         return self.opset.matmul(x, weight, False, True)
 
 
+def _is_drawn(model: nn.Module) -> bool:
+    """Return True if `_Graph` draws all parts of a decoder of the Llama type."""
+    config = model.config
+    if config.model_type != "llama":
+        return False
+    has_bias = any(module.bias is not None for name, module in model.named_modules() if name.endswith("_proj"))
+    is_scaled = model.model.rotary_emb.attention_scaling != 1
+    return config.hidden_act == "silu" and not has_bias and not is_scaled
+
+
 class _Graph:
     """Graph of a decoder for B texts of S new tokens, with P tokens in the cache, T = P + S in all.
 
@@ -141,7 +151,12 @@ class _Graph:
 
     def __init__(self, model: nn.Module, weights: str = "float32") -> None:
         check_choice(weights, WEIGHTS, "format of weights")
-        check_llama(model, (nn.Linear, WeightOnlyLinear))
+        check_decoder(model, (nn.Linear, WeightOnlyLinear))
+        if not _is_drawn(model):
+            raise InputError(
+                f"This {type(model).__name__} has parts that are not drawn for OpenVINO: give a LlamaForCausalLM "
+                "without biases, with silu and without yarn, or generate by labkit.attention or labkit.deploy.serving."
+            )
         self.ops = _Operators()
         self.model = model
         self.store = WEIGHTS[weights]

@@ -111,7 +111,7 @@ def serve(
 ) -> Service:
     """Serve prompts [T] (or [1, T]) that are all present at the start, greedily.
 
-    model: a LlamaForCausalLM of transformers, or a `Decoder`.
+    model: a ForCausalLM of transformers that `Decoder` takes, or a `Decoder`.
     max_new_tokens: a number, or a number for each prompt.
     max_batch: most requests that run at a time.
     page_size: number of tokens in a page.

@@ -104,17 +104,22 @@ def convert(model: nn.Module) -> nn.Module:
 def joined(layers: Sequence[Int4Linear]) -> Int4Linear:
     """Return a layer with the outputs of all `layers`, one after the other, for a product in a single call.
 
-    layers: without biases, of the same inputs and group size. Raises InputError for others.
+    layers: of the same inputs and group size, all with a bias or none. Raises InputError for others.
     """
     kinds = {(layer.in_features, layer.group_size, layer.bias is None) for layer in layers}
-    if len(kinds) > 1 or not all(is_free for _, _, is_free in kinds):
-        raise InputError("Layers to be joined need the same inputs and group size and no bias: quantize them alike.")
+    if len(kinds) > 1:
+        raise InputError(
+            "Layers to be joined need the same inputs and group size, and all a bias or none: quantize them alike."
+        )
     weights = [layer.quantized() for layer in layers]
     codes = torch.cat([weight.codes for weight in weights])
     scale = torch.cat([weight.scale for weight in weights])
     zero = torch.cat([weight.zero for weight in weights])
     first = weights[0].grid
-    return Int4Linear(Quantized(codes, Grid(scale, zero, BITS, first.lo, first.hi)))
+    bias = None
+    if layers[0].bias is not None:
+        bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+    return Int4Linear(Quantized(codes, Grid(scale, zero, BITS, first.lo, first.hi)), bias)
 
 
 def _refusal(weight: Quantized | Encoded) -> str:

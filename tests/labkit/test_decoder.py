@@ -112,9 +112,7 @@ def hidden(tokens: int, capacity: int) -> torch.Tensor:
 
 
 REFUSALS: Refusals = {
-    "biases": lambda: Decoder(llama(attention_bias=True)),
-    "gelu": lambda: Decoder(llama(hidden_act="gelu")),
-    "This model has biases": lambda: Decoder(llama(mlp_bias=True)),
+    "This model has the activation 'gelu'": lambda: Decoder(llama(hidden_act="gelu")),
     "Linear is no decoder of the Llama type": lambda: Decoder(nn.Linear(2, 2)),
     "room for 4 tokens and holds 0, so 5 more": lambda: hidden(5, capacity=4),
     "257 tokens are more than the 256": lambda: hidden(257, capacity=300),

@@ -18,6 +18,7 @@ from labkit.timing import roofline
 pytestmark = pytest.mark.skipif(engines.available()["openvino"] != "ready", reason="needs OpenVINO")
 MODEL = llamas.llama().requires_grad_(False)
 IDS = torch.cat([llamas.text(12, seed) for seed in range(3)])  # [3, 12]
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
 EPS = 1e-5  # of the largest: what engines may add up in another order
 
 
@@ -85,6 +86,10 @@ def test_weights_in_few_bits_are_multiplied_as_they_are(options):
 REFUSALS: Refusals = {
     "mxfp4 has no kernel in this engine": lambda: decoding.prepare(weight_only.quantize(MODEL, method="mxfp4")),
     "no decoder of the Llama type": lambda: decoding.prepare(nn.Linear(2, 2)),
+    "This Qwen2ForCausalLM has parts that are not drawn": lambda: decoding.prepare(llamas.kin("qwen2")),
+    "give a LlamaForCausalLM without biases": lambda: decoding.prepare(llamas.llama(mlp_bias=True)),
+    "with silu": lambda: decoding.prepare(llamas.llama(hidden_act="gelu_pytorch_tanh")),
+    "without yarn": lambda: decoding.prepare(llamas.llama(rope_parameters=YARN)),
 }
 
 

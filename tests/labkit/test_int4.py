@@ -275,9 +275,12 @@ def test_without_a_compiler_a_product_is_slower_said_once_and_the_same(monkeypat
 
 @pytest.mark.usefixtures("isa")
 def test_joined_layers_give_the_bits_of_each():
-    layers = [int4.Int4Linear(rounded(outputs, 64, 32)) for outputs in (40, 8, 3)]
     x = torch.randn(2, 64)
-    assert_same_bits(int4.joined(layers)(x), torch.cat([layer(x) for layer in layers], -1))
+    for has_bias in (False, True):
+        layers = [
+            int4.Int4Linear(rounded(n, 64, 32), nn.Parameter(torch.randn(n)) if has_bias else None) for n in (40, 8, 3)
+        ]
+        assert_same_bits(int4.joined(layers)(x), torch.cat([layer(x) for layer in layers], -1))
 
 
 @torch.inference_mode()
@@ -294,6 +297,7 @@ def test_a_decoder_with_joined_layers_is_the_model():
     check_refusal("only some are Int4Linears", lambda: Decoder(real))
 
 
+BIAS = nn.Parameter(torch.ones(8))
 WRONG: Refusals = {
     "8 bits, and the kernel's at most 4": lambda: int4.Int4Linear(rounded(8, 8, bits=8)),
     "nf4 is a table of points": lambda: int4.Int4Linear(formats.quantize(torch.randn(8, 64), "nf4")),
@@ -305,6 +309,7 @@ WRONG: Refusals = {
         weight_only.quantize(network(), 8, group_size=8, ignore=["0"])
     ),
     "same inputs and group size": lambda: int4.joined([int4.Int4Linear(rounded(8, 8, g)) for g in (4, 8)]),
+    "all a bias or none": lambda: int4.joined([int4.Int4Linear(rounded(8, 8), bias) for bias in (None, BIAS)]),
 }
 
 

@@ -9,7 +9,7 @@ from llamas import llama, text
 from refusals import Refusals, check_refusal, refused
 from torch import Tensor
 
-from labkit.attention.cache import POLICIES, EvictingCache, KVCache, Layout, QuantizedCache
+from labkit.attention.cache import POLICIES, EvictingCache, KVCache, Layout, QuantizedCache, Scoring
 from labkit.attention.decoder import Decoder
 from labkit.quantization import kv
 from labkit.quantization.kv import KVFormat
@@ -57,6 +57,35 @@ def test_pieces_of_any_size_give_what_the_whole_gives(pieces):
 
 
 NOTHING = KVFormat(None, None)
+
+
+def scored(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """Attention by the definition of each part of a scoring, in float64."""
+    scores = q @ k.repeat_interleave(2, 1).mT * (scoring.scale or 8**-0.5)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * (scores / scoring.softcap).tanh()
+    token = torch.arange(q.shape[2])
+    distance = token[:, None] - token
+    readable = (distance >= 0) & (distance < (scoring.window or len(token)))
+    return scores.masked_fill(~readable, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+
+
+SCORINGS = st.builds(
+    Scoring, st.sampled_from([None, 0.7]), st.sampled_from([None, 1.5]), st.none() | st.integers(1, 12)
+)
+
+
+@given(PIECES, SCORINGS)
+@settings(max_examples=60, deadline=None)
+def test_scales_caps_and_windows_are_the_layers_own(pieces, scoring):
+    q, k, v = drawn(sum(pieces))
+    expected = scored(q, k, v, scoring)
+    layout = LAYOUT._replace(layers=2, scorings={0: scoring})
+    caches = [KVCache(layout, 2, sum(pieces)), QuantizedCache(layout, 2, NOTHING)]
+    if scoring.window is None:
+        caches.append(EvictingCache(layout, 2, 99))
+    for cache in caches:
+        assert torch.allclose(run(cache, q, k, v, pieces), expected, atol=1e-12)
 
 
 # --- eviction ---------------------------------------------------------------------------------------------------------
@@ -192,8 +221,10 @@ def test_an_evicting_cache_holds_scores_beyond_float16():
     assert y.isfinite().all() and float((y.double() - expected).abs().max()) < 1e-2
 
 
+WITH_WINDOW = LAYOUT._replace(scorings={0: Scoring(window=4)})
 REFUSALS: Refusals = {
     "filled by 4 sinks": lambda: EvictingCache(LAYOUT, 1, 4),
+    "Some layers of this decoder read a window": lambda: EvictingCache(WITH_WINDOW, 1, 8),
     "no eviction policy 'tova'": lambda: EvictingCache(LAYOUT, 1, 8, policy="tova"),
     "capacity is 0": lambda: KVCache(LAYOUT, 1, 0),
     "capacity is 2.5": lambda: KVCache(LAYOUT, 1, 2.5),

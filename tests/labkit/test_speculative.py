@@ -241,7 +241,7 @@ REFUSALS: Refusals = {
     "list is no decoder of the Llama type": lambda: generate([MODEL], text(4)),
     "int is no decoder of the Llama type": lambda: generate(MODEL, text(4), draft=3),
     "GPT2LMHeadModel is no decoder of the Llama type": lambda: generate(family("gpt2"), text(4)),
-    "generate() of transformers, which has prompt_lookup": lambda: generate(MODEL, text(4), draft=family("qwen2")),
+    "generate() of transformers, which has prompt_lookup": lambda: generate(MODEL, text(4), draft=family("gemma")),
     "The model is on the meta device": lambda: generate(llama().to("meta"), text(4)),
     "2 guesses do not belong to laws [3, 5] and [3, 5]": lambda: verify(LAW, LAW, torch.tensor([0, 1]), LAW[0, :2]),
     "1 guesses do not belong": lambda: verify(LAW, LAW[:1], torch.tensor([0]), LAW[0, :1]),

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import families
+import llamas
 import torch
 from networks import Residual, randomise_
 from torch import Tensor, nn
@@ -305,6 +306,18 @@ def _decode(on: Device, make_cache: Callable[[Decoder], Any]) -> Tensor:
     return torch.cat([model.hidden(ids, cache) for ids in steps], 1)
 
 
+def _decode_kind(on: Device, kind: str) -> Tensor:
+    """Continue a prompt by a prompt and a token, on a decoder with windows, caps or norms."""
+    model = decoder(on(llamas.kin(kind)))
+    cache = model.cache(12, 2)
+    states = [model.hidden(ids, cache) for ids in on(list(TOKENS[:, :12].split((7, 4, 1), 1)))]
+    return model.logits(torch.cat(states, 1))
+
+
+def _serve_kind(on: Device, kind: str) -> list[Tensor]:
+    return serving.serve(on(llamas.kin(kind)), _prompts(on), max_new_tokens=9, page_size=3).ids
+
+
 def _decode_with_evictions(on: Device, policy: str) -> Tensor:
     return _decode(on, lambda model: EvictingCache(model.layout, 2, 6, policy=policy, sinks=1))
 
@@ -449,6 +462,8 @@ CALLS: dict[str, Call] = {
     "decoder": partial(_decode, make_cache=lambda model: model.cache(12, 2)),
     **{f"decoder evicting {name}": partial(_decode_with_evictions, policy=name) for name in POLICIES},
     "decoder quantized": partial(_decode, make_cache=lambda model: QuantizedCache(model.layout, 2)),
+    **{f"decoder {kind}": partial(_decode_kind, kind=kind) for kind in llamas.KINDS},
+    **{f"serving.serve {kind}": partial(_serve_kind, kind=kind) for kind in llamas.KINDS},
     "serving.generate": _generate,
     "serving.serve": _serve,
     "serving.serve static": partial(_serve, batching="static"),
