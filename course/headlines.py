@@ -80,8 +80,8 @@ def all_steps_together() -> Headline:
     names = {
         "half of the channels": "smaller, ResNet-20, batch 1",
         "an engine": "engine, ResNet-20, batch 1",
-        "an engine, in int8": "int8 + engine, ResNet-20, batch 1",
-        "an engine, in int8, half of the channels": "all steps, best eager, ResNet-20",
+        "an engine in int8": "int8 + engine, ResNet-20, batch 1",
+        "all three": "all steps, best eager, ResNet-20",
     }
     bars = [quotient(run, label, name, best) for label, name in names.items()]
     together = bars[-1]
@@ -93,7 +93,7 @@ def all_steps_together() -> Headline:
         f"of its channels, 8-bit integers and an inference engine, one image at a time on one core, beside eager "
         f"PyTorch at its best on two ({between(run, together)}, on {machine(run.machine)}). The loss is "
         f"{least:.1f} to {most:.1f} points over 10,000 images and {accuracy.trained['seeds']} seeds.",
-        axis="times as fast as eager in its best layout, on two threads",
+        axis="times as fast as eager at its best",
         form="{:.1f}x",
         bars=bars,
     )
