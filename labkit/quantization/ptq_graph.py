@@ -39,8 +39,8 @@ def trace(model: nn.Module, named: Mapping[str, Any], layers: Collection[str]) -
     try:
         expected = outputs(returned)
         traced = fx.GraphModule(model, _LeafTracer(layers).trace(model))
-        _remove_identities(traced)
-        results = outputs(ShapeProp(traced).propagate(*_placeholder_values(traced, named)))
+        remove_identities(traced)
+        results = outputs(ShapeProp(traced).propagate(*placeholder_values(traced, named)))
         same = len(expected) == len(results) and all(map(_agree, expected, results))
     except Exception:  # a forward pass may do to a stand-in for a tensor whatever Python can do, and return anything
         return None
@@ -52,7 +52,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b)
 
 
-def _remove_identities(traced: fx.GraphModule) -> None:
+def remove_identities(traced: fx.GraphModule) -> None:
     """Take out calls of nn.Identity, which `fold` puts in the place of a batch norm."""
     for node in traced.graph.nodes:
         if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
@@ -61,7 +61,7 @@ def _remove_identities(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
-def _placeholder_values(traced: fx.GraphModule, named: Mapping[str, Any]) -> list[Any]:
+def placeholder_values(traced: fx.GraphModule, named: Mapping[str, Any]) -> list[Any]:
     """Return the value of each input of a graph: from `named`, else the default of the forward pass."""
     values = []
     for node in traced.graph.nodes:

@@ -1,0 +1,248 @@
+"""Time each layer of a simulated model in integers and in floats, in its place in a call of the model.
+
+In a graph every node is timed (`_TimedGraph`), and the operations around a layer that integers spare or need are
+counted with the layer (`_GraphSeconds`). Without a graph each layer is timed alone, by hooks.
+"""
+
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from labkit.modules.hooks import forward_hooks
+from labkit.quantization import calls
+from labkit.quantization.affine import Grid
+from labkit.quantization.integer_graph import Lowering, lower_
+from labkit.quantization.integer_layers import Dequantize, PadCodes, Quantize
+from labkit.quantization.ptq_graph import placeholder_values
+from labkit.quantization.simulated import FakeQuantized
+
+ROUNDS = 5  # of calls, at least
+LAYERS_S = 2.0  # seconds in which further rounds begin
+
+Seconds = dict[str, float]  # by name
+
+
+class LayerSeconds(NamedTuple):
+    """Seconds of a call in each layer.
+
+    integer: by the name of a layer, or of a `Quantize` that layers read.
+    floats: {type: seconds by the same names}, with the operations that a chain of codes is spared, such as ReLU.
+    conversions: {(a, b): seconds that are spent besides if a becomes integers and b does not}.
+    """
+
+    integer: Seconds
+    floats: dict[str, Seconds]
+    conversions: dict[tuple[str, str], float]
+
+    def of_layer(self, name: str) -> Seconds:
+        """Return the seconds of a layer by type; {} for a layer that was not called."""
+        if name not in self.integer:
+            return {}
+        return {"int8": self.integer[name], **{dtype: of_layers[name] for dtype, of_layers in self.floats.items()}}
+
+    def fastest_float(self, name: str) -> str:
+        """Return the type in which a layer takes the least time besides int8."""
+        return min(self.floats, key=lambda dtype: self.floats[dtype][name])
+
+
+def layer_seconds(
+    model: nn.Module,
+    in_floats: Mapping[str, nn.Module],
+    layers: Collection[str],
+    named: Mapping[str, Any],
+) -> LayerSeconds:
+    """Time each layer of a simulated model that a call reaches.
+
+    model: the simulated model.
+    in_floats: {type: the model with all layers in that type}.
+    layers: names of the simulated layers.
+    named: the arguments of the call, by name.
+    """
+    if isinstance(model, fx.GraphModule):
+        return _GraphSeconds(model, in_floats, named).layer_seconds()
+    models = {"int8": lower_(copy.deepcopy(model)), **in_floats}
+    seconds = _in_turns({kind: partial(_seconds_of_modules, each, layers, named) for kind, each in models.items()})
+    return LayerSeconds(seconds.pop("int8"), seconds, {})
+
+
+def _in_turns(runs: Mapping[str, Callable[[], Seconds]]) -> dict[str, Seconds]:
+    """Call all runs in turns, after a first round that does not count, and return the medians of each by name."""
+    rounds = []
+    start = time.perf_counter()
+    while len(rounds) <= ROUNDS or time.perf_counter() - start < LAYERS_S:
+        rounds.append({kind: run() for kind, run in runs.items()})
+    medians = {}
+    for kind in runs:
+        counted = [seconds[kind] for seconds in rounds[1:]]
+        medians[kind] = {name: statistics.median(seconds[name] for seconds in counted) for name in counted[0]}
+    return medians
+
+
+def _seconds_of_modules(model: nn.Module, names: Collection[str], named: Mapping[str, Any]) -> Seconds:
+    """Call a model, and return the seconds in each of the named modules that the call reaches."""
+    names = list(names)
+    modules = [model.get_submodule(name) for name in names]
+    seconds = defaultdict(float)
+    started = 0.0
+
+    def start(*_: Any) -> None:
+        nonlocal started
+        started = time.perf_counter()
+
+    def stop(number: int, *_: Any) -> None:
+        seconds[names[number]] += time.perf_counter() - started
+
+    with forward_hooks(modules, start, before=True), forward_hooks(modules, stop):
+        calls.run(model, **named)
+    return dict(seconds)
+
+
+class _TimedGraph(fx.Interpreter):
+    """Calls a graph node by node.
+
+    seconds: of the last call, by the name of the node.
+    shapes: of the modules' results, by the name of the node.
+    """
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.seconds: Seconds = {}
+        self.shapes: dict[str, torch.Size] = {}
+
+    def seconds_of_nodes(self, named: Mapping[str, Any]) -> Seconds:
+        """Call the graph, and return the seconds of each node."""
+        self.seconds = {}
+        self.run(*placeholder_values(self.module, named))
+        return self.seconds
+
+    def run_node(self, node: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        start = time.perf_counter()
+        result = getattr(self, node.op)(node.target, args, kwargs)
+        self.seconds[node.name] = time.perf_counter() - start
+        if node.op == "call_module" and isinstance(result, Tensor):
+            self.shapes[node.name] = result.shape
+        return result
+
+
+class _GraphSeconds:
+    """Times the nodes of a simulated graph in integers and in floats, and adds them up by layer.
+
+    model: the simulated graph.
+    in_floats: {type: the graph with all layers in that type}.
+    named: the arguments of a call, by name.
+    """
+
+    def __init__(
+        self,
+        model: fx.GraphModule,
+        in_floats: Mapping[str, fx.GraphModule],
+        named: Mapping[str, Any],
+    ) -> None:
+        self.lowering = Lowering(copy.deepcopy(model))
+        integers = _TimedGraph(self.lowering.run())
+        runs = {"int8": partial(integers.seconds_of_nodes, named)}
+        for dtype, graph in in_floats.items():
+            runs[dtype] = partial(_TimedGraph(graph).seconds_of_nodes, named)
+        self.of_nodes = _in_turns(runs)
+        self.graph = integers.module.graph
+        self.modules = dict(integers.module.named_modules())
+        self.shapes = integers.shapes
+        self.names = self._names()
+        self.conversion_s: dict[torch.Size, float] = {}  # by the shape of the value
+
+    def layer_seconds(self) -> LayerSeconds:
+        integer = self._integer_seconds()
+        floats = {}
+        for dtype, of_nodes in self.of_nodes.items():
+            if dtype != "int8":
+                floats[dtype] = self._float_seconds(of_nodes, integer)
+        return LayerSeconds(integer, floats, self._conversions(integer))
+
+    def _names(self) -> dict[fx.Node, str]:
+        """Return the name of the layer, or of the `Quantize`, of each node of the integer graph that makes codes."""
+        plan = self.lowering.plan
+        names = {}
+        for node, new in self.lowering.new.items():
+            call = plan.layer_of_sum.get(node, node)
+            if isinstance(plan.module(call), FakeQuantized):
+                names[new] = call.target
+        for node in self.graph.nodes:
+            if type(self._module(node)) is Quantize:
+                names[node] = node.target
+        return names
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[node.target] if node.op == "call_module" else None
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """Return the node that makes the codes which a node hands on, past padding and copies."""
+        while node not in self.names:
+            (node,) = node.all_input_nodes
+        return node
+
+    def _integer_seconds(self) -> Seconds:
+        """Return the seconds in integers by name; padding of codes and their way to floats count for their origin."""
+        seconds = defaultdict(float)
+        for node in self.graph.nodes:
+            if node in self.names or isinstance(self._module(node), Dequantize | PadCodes):
+                name = self.names[self._origin(node)]
+                seconds[name] += self.of_nodes["int8"][node.name]
+        return dict(seconds)
+
+    def _float_seconds(self, of_nodes: Seconds, integer: Seconds) -> Seconds:
+        """Return the seconds in floats by name; operations that codes are spared count for the origin of the codes."""
+        plan = self.lowering.plan
+        seconds = dict.fromkeys(integer, 0.0)
+        for node, new in self.lowering.new.items():
+            if node in plan.layer_of_sum:
+                seconds[self.names[new]] += of_nodes[plan.layer_of_sum[node].name]
+            if isinstance(plan.module(node), FakeQuantized):
+                seconds[node.target] += of_nodes[node.name]
+            elif node in plan.grids and node.name in of_nodes:  # points are not in the graph of floats
+                name = self.names[self._origin(new)]
+                seconds[name] += of_nodes[node.name]
+        for node, name in self.names.items():
+            if type(self._module(node)) is Quantize:
+                seconds[name] = 0.0
+        return seconds
+
+    def _conversions(self, integer: Seconds) -> dict[tuple[str, str], float]:
+        """Return the seconds between layers that hand on codes, and between a `Quantize` and its readers.
+
+        If all readers of a `Quantize` stay in floats, its seconds are spared.
+        """
+        seconds = {}
+        for node, name in self.names.items():
+            if type(self._module(node)) is Quantize:
+                continue
+            for source in node.all_input_nodes:
+                origin = self._origin(source)
+                giver = self.names[origin]
+                if type(self._module(origin)) is Quantize:
+                    seconds[name, giver] = integer[giver]
+                elif giver != name:
+                    conversion_s = self._conversion_seconds(self.shapes[origin.name])
+                    seconds[giver, name] = conversion_s
+                    seconds[name, giver] = conversion_s
+        return seconds
+
+    def _conversion_seconds(self, shape: torch.Size) -> float:
+        """Return the seconds of a `Quantize` for a value of this shape; the way back to floats is taken for as long."""
+        if shape not in self.conversion_s:
+            quantize = Quantize(Grid(torch.tensor(0.01), torch.tensor(0), 8, 0, 255))
+            values = torch.rand(shape)
+            samples = []
+            for _ in range(1 + ROUNDS):
+                start = time.perf_counter()
+                quantize(values)
+                samples.append(time.perf_counter() - start)
+            self.conversion_s[shape] = statistics.median(samples[1:])
+        return self.conversion_s[shape]
