@@ -206,7 +206,7 @@ def test_a_method_has_a_caller():
 def called_by_others(node: ast.ClassDef) -> bool:
     """A class of torch, a server or the import system has methods that its library calls."""
     return bool(
-        {"nn.Module", "Loader", "Worker", "torch.autograd.Function"} & {ast.unparse(base) for base in node.bases}
+        {"nn.Module", "Loader", "Worker", "fx.Interpreter", "torch.autograd.Function"} & {ast.unparse(base) for base in node.bases}
     )
 
 

@@ -64,21 +64,27 @@ def _choices(layers: list[str], seconds: LayerSeconds) -> dict[str, str]:
 
 
 def cheapest(seconds: LayerSeconds) -> set[str]:
-    """Choose the names that become integers so that the sum of all seconds is least: a minimum cut, which is exact.
+    """Choose the layers that become integers so that the sum of all seconds is least: a minimum cut, which is exact.
 
-    A name on the side of the integers pays its seconds in integers, on the other side `MARGIN` times its least seconds
-    in floats. An edge from a to b is paid if a stands on the side of the integers and b does not (Greig, Porteous and
-    Seheult 1989, Exact Maximum A Posteriori Estimation for Binary Images).
+    A layer on the side of the integers pays its seconds in integers, on the other side `MARGIN` times its least seconds
+    in floats. Two layers that hand on codes pay a conversion if the cut runs between them (Greig, Porteous and Seheult
+    1989, Exact Maximum A Posteriori Estimation for Binary Images). A step to codes is paid once, and is held on the
+    side of the integers by any of its readers there.
     """
     network = networkx.DiGraph()
-    for name, integer_s in seconds.integer.items():
-        float_s = seconds.floats[seconds.fastest_float(name)][name]
-        network.add_edge(name, "floats", capacity=_nanoseconds(integer_s))
-        network.add_edge("integers", name, capacity=_nanoseconds(MARGIN * float_s))
-    for (a, b), conversion_s in seconds.conversions.items():
-        network.add_edge(a, b, capacity=_nanoseconds(conversion_s))
+    for layer, integer_s in seconds.integer.items():
+        float_s = seconds.floats[seconds.fastest_float(layer)][layer]
+        network.add_edge(layer, "floats", capacity=_nanoseconds(integer_s))
+        network.add_edge("integers", layer, capacity=_nanoseconds(MARGIN * float_s))
+    for (giver, reader), conversion_s in seconds.conversions.items():
+        network.add_edge(giver, reader, capacity=_nanoseconds(conversion_s))
+        network.add_edge(reader, giver, capacity=_nanoseconds(conversion_s))
+    for number, step in enumerate(seconds.quantizes):
+        network.add_edge(number, "floats", capacity=_nanoseconds(step.seconds))
+        for reader in step.readers:
+            network.add_edge(reader, number)  # without a capacity: never cut
     _, (integers, _) = networkx.minimum_cut(network, "integers", "floats")
-    return integers - {"integers"}
+    return integers & seconds.integer.keys()
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -21,7 +21,7 @@ from labkit.quantization.affine import Grid
 from labkit.quantization.integer_graph import Lowering, lower_
 from labkit.quantization.integer_layers import Dequantize, PadCodes, Quantize
 from labkit.quantization.ptq_graph import placeholder_values
-from labkit.quantization.simulated import FakeQuantized
+from labkit.quantization.simulated import FakeQuantized, QuantizationPoint
 
 ROUNDS = 5  # of calls, at least
 LAYERS_S = 2.0  # seconds in which further rounds begin
@@ -29,23 +29,34 @@ LAYERS_S = 2.0  # seconds in which further rounds begin
 Seconds = dict[str, float]  # by name
 
 
-class LayerSeconds(NamedTuple):
-    """Seconds of a call in each layer.
+class SharedQuantize(NamedTuple):
+    """A step from floats to codes: seconds of a call, and the layers that read the codes."""
 
-    integer: by the name of a layer, or of a `Quantize` that layers read.
-    floats: {type: seconds by the same names}, with the operations that a chain of codes is spared, such as ReLU.
-    conversions: {(a, b): seconds that are spent besides if a becomes integers and b does not}.
+    seconds: float
+    readers: tuple[str, ...]
+
+
+class LayerSeconds(NamedTuple):
+    """Seconds of a call in each layer that the call reaches.
+
+    integer: by layer, with the padding of its codes and their way to floats, if any.
+    floats: {type: seconds by layer}, with the operations that integers are spared, such as ReLU.
+    quantizes: steps to codes, spared if all readers stay floats.
+    conversions: {(giver, reader): seconds if only one of two layers that hand on codes becomes integers}.
     """
 
     integer: Seconds
     floats: dict[str, Seconds]
-    conversions: dict[tuple[str, str], float]
+    quantizes: tuple[SharedQuantize, ...] = ()
+    conversions: Mapping[tuple[str, str], float] = {}
 
     def of_layer(self, name: str) -> Seconds:
-        """Return the seconds of a layer by type; {} for a layer that was not called."""
+        """Return the seconds of a layer by type, int8 with its share of the steps to codes; {} if it is not called."""
         if name not in self.integer:
             return {}
-        return {"int8": self.integer[name], **{dtype: of_layers[name] for dtype, of_layers in self.floats.items()}}
+        shares = [step.seconds / len(step.readers) for step in self.quantizes if name in step.readers]
+        in_floats = {dtype: of_layers[name] for dtype, of_layers in self.floats.items()}
+        return {"int8": self.integer[name] + sum(shares), **in_floats}
 
     def fastest_float(self, name: str) -> str:
         """Return the type in which a layer takes the least time besides int8."""
@@ -69,7 +80,7 @@ def layer_seconds(
         return _GraphSeconds(model, in_floats, named).layer_seconds()
     models = {"int8": lower_(copy.deepcopy(model)), **in_floats}
     seconds = _in_turns({kind: partial(_seconds_of_modules, each, layers, named) for kind, each in models.items()})
-    return LayerSeconds(seconds.pop("int8"), seconds, {})
+    return LayerSeconds(seconds.pop("int8"), seconds)
 
 
 def _in_turns(runs: Mapping[str, Callable[[], Seconds]]) -> dict[str, Seconds]:
@@ -155,83 +166,83 @@ class _GraphSeconds:
         self.graph = integers.module.graph
         self.modules = dict(integers.module.named_modules())
         self.shapes = integers.shapes
-        self.names = self._names()
+        self.simulated_calls = self._simulated_calls()
+        self.layers = {new: call.target for new, call in self.simulated_calls.items()}
         self.conversion_s: dict[torch.Size, float] = {}  # by the shape of the value
 
     def layer_seconds(self) -> LayerSeconds:
-        integer = self._integer_seconds()
-        floats = {}
-        for dtype, of_nodes in self.of_nodes.items():
-            if dtype != "int8":
-                floats[dtype] = self._float_seconds(of_nodes, integer)
-        return LayerSeconds(integer, floats, self._conversions(integer))
+        """Return the seconds of the nodes, added up by layer."""
+        in_floats = {dtype: of_nodes for dtype, of_nodes in self.of_nodes.items() if dtype != "int8"}
+        return LayerSeconds(
+            integer=self._integer_seconds(),
+            floats={dtype: self._float_seconds(of_nodes) for dtype, of_nodes in in_floats.items()},
+            quantizes=self._quantizes(),
+            conversions=self._conversions(),
+        )
 
-    def _names(self) -> dict[fx.Node, str]:
-        """Return the name of the layer, or of the `Quantize`, of each node of the integer graph that makes codes."""
+    def _simulated_calls(self) -> dict[fx.Node, fx.Node]:
+        """Return {call of an integer layer: call of the same layer in the simulated graph}."""
         plan = self.lowering.plan
-        names = {}
+        simulated = {}
         for node, new in self.lowering.new.items():
             call = plan.layer_of_sum.get(node, node)
             if isinstance(plan.module(call), FakeQuantized):
-                names[new] = call.target
-        for node in self.graph.nodes:
-            if type(self._module(node)) is Quantize:
-                names[node] = node.target
-        return names
+                simulated[new] = call
+        return simulated
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[node.target] if node.op == "call_module" else None
 
     def _origin(self, node: fx.Node) -> fx.Node:
-        """Return the node that makes the codes which a node hands on, past padding and copies."""
-        while node not in self.names:
-            (node,) = node.all_input_nodes
+        """Return the layer or the `Quantize` that makes the codes of a node of the integer graph."""
+        while node not in self.layers and type(self._module(node)) is not Quantize:
+            (node,) = node.all_input_nodes  # of padding, of a copy, or of a `Dequantize`
         return node
 
     def _integer_seconds(self) -> Seconds:
-        """Return the seconds in integers by name; padding of codes and their way to floats count for their origin."""
-        seconds = defaultdict(float)
+        of_nodes = self.of_nodes["int8"]
+        seconds = dict.fromkeys(self.layers.values(), 0.0)
         for node in self.graph.nodes:
-            if node in self.names or isinstance(self._module(node), Dequantize | PadCodes):
-                name = self.names[self._origin(node)]
-                seconds[name] += self.of_nodes["int8"][node.name]
-        return dict(seconds)
-
-    def _float_seconds(self, of_nodes: Seconds, integer: Seconds) -> Seconds:
-        """Return the seconds in floats by name; operations that codes are spared count for the origin of the codes."""
-        plan = self.lowering.plan
-        seconds = dict.fromkeys(integer, 0.0)
-        for node, new in self.lowering.new.items():
-            if node in plan.layer_of_sum:
-                seconds[self.names[new]] += of_nodes[plan.layer_of_sum[node].name]
-            if isinstance(plan.module(node), FakeQuantized):
-                seconds[node.target] += of_nodes[node.name]
-            elif node in plan.grids and node.name in of_nodes:  # points are not in the graph of floats
-                name = self.names[self._origin(new)]
-                seconds[name] += of_nodes[node.name]
-        for node, name in self.names.items():
-            if type(self._module(node)) is Quantize:
-                seconds[name] = 0.0
+            if node in self.layers:
+                seconds[self.layers[node]] += of_nodes[node.name]
+            elif isinstance(self._module(node), Dequantize | PadCodes):
+                origin = self._origin(node)
+                if origin in self.layers:
+                    seconds[self.layers[origin]] += of_nodes[node.name]
         return seconds
 
-    def _conversions(self, integer: Seconds) -> dict[tuple[str, str], float]:
-        """Return the seconds between layers that hand on codes, and between a `Quantize` and its readers.
+    def _float_seconds(self, of_nodes: Seconds) -> Seconds:
+        plan = self.lowering.plan
+        seconds = dict.fromkeys(self.layers.values(), 0.0)
+        for call in self.simulated_calls.values():
+            seconds[call.target] += of_nodes[call.name]
+        for node in plan.grids:
+            is_spared = not isinstance(plan.module(node), FakeQuantized | QuantizationPoint)
+            origin = self._origin(self.lowering.new[node])
+            if is_spared and origin in self.layers:
+                seconds[self.layers[origin]] += of_nodes[node.name]
+        return seconds
 
-        If all readers of a `Quantize` stay in floats, its seconds are spared.
-        """
-        seconds = {}
-        for node, name in self.names.items():
-            if type(self._module(node)) is Quantize:
-                continue
+    def _quantizes(self) -> tuple[SharedQuantize, ...]:
+        readers = defaultdict(set)
+        for node, layer in self.layers.items():
             for source in node.all_input_nodes:
                 origin = self._origin(source)
-                giver = self.names[origin]
-                if type(self._module(origin)) is Quantize:
-                    seconds[name, giver] = integer[giver]
-                elif giver != name:
-                    conversion_s = self._conversion_seconds(self.shapes[origin.name])
-                    seconds[giver, name] = conversion_s
-                    seconds[name, giver] = conversion_s
+                if origin not in self.layers:
+                    readers[origin].add(layer)
+        steps = []
+        for node, layers in readers.items():
+            steps.append(SharedQuantize(self.of_nodes["int8"][node.name], tuple(sorted(layers))))
+        return tuple(steps)
+
+    def _conversions(self) -> dict[tuple[str, str], float]:
+        seconds = {}
+        for node, reader in self.layers.items():
+            for source in node.all_input_nodes:
+                origin = self._origin(source)
+                giver = self.layers.get(origin, reader)
+                if giver != reader:
+                    seconds[giver, reader] = self._conversion_seconds(self.shapes[origin.name])
         return seconds
 
     def _conversion_seconds(self, shape: torch.Size) -> float:
