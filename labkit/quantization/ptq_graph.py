@@ -61,6 +61,30 @@ def remove_identities(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
+@torch.no_grad()
+def compute_constants(traced: fx.GraphModule) -> None:
+    """Compute the values that depend on no input of a graph, and store them as buffers in place of the operations.
+
+    A forward pass may keep such a value from call to call, as LeViT keeps its attention biases; a graph would not.
+    """
+    interpreter = fx.Interpreter(traced)
+    constants = interpreter.env
+    for node in traced.graph.nodes:
+        is_operation = node.op in ("call_function", "call_method") and node.all_input_nodes
+        if node.op == "get_attr" or (is_operation and all(source in constants for source in node.all_input_nodes)):
+            constants[node] = interpreter.run_node(node)
+    for node, value in constants.items():
+        is_read = any(reader not in constants for reader in node.users)
+        if node.op == "get_attr" or not is_read or not isinstance(value, Tensor):
+            continue
+        name = f"{node.name}_constant"
+        traced.register_buffer(name, value)
+        with traced.graph.inserting_before(node):
+            node.replace_all_uses_with(traced.graph.get_attr(name))
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
 def placeholder_values(traced: fx.GraphModule, named: Mapping[str, Any]) -> list[Any]:
     """Return the value of each input of a graph: from `named`, else the default of the forward pass."""
     values = []

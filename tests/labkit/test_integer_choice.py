@@ -17,6 +17,7 @@ from labkit.quantization import affine, integer, integer_choice, ptq, qat
 from labkit.quantization.integer_choice import MARGIN, cheapest, partly_float
 from labkit.quantization.integer_graph import lower_
 from labkit.quantization.integer_seconds import LayerSeconds, SharedQuantize, _GraphSeconds, layer_seconds
+from labkit.quantization.ptq_graph import compute_constants
 
 vnni = needs("vnni")
 NETWORKS = [(Mobile, (6, 3, 16, 16)), (Terms, (8, 3, 12, 12)), (untraceable, (6, 1, 8, 8))]
@@ -202,6 +203,33 @@ def test_after_training_under_rounding_floats_have_the_weight_that_was_trained()
     fake = trained.get_submodule("0")
     new = partly_float(trained, {"0": "float32"}).get_submodule("0")
     assert torch.equal(new.weight, fake.fake_weight()) and not torch.equal(new.weight, fake.layer.weight)
+
+
+class Biased(nn.Module):
+    """Biases gathered from a table, which depend on no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+        self.table = nn.Parameter(torch.randn(3, 5))
+        self.register_buffer("index", torch.tensor([2, 0, 1, 1]))
+
+    def forward(self, x):
+        biases = self.table[self.index].mul(2)
+        return self.layer(x) + biases + torch.zeros_like(x[:, :5])
+
+
+@torch.no_grad()
+def test_what_depends_on_no_input_is_computed_once():
+    torch.manual_seed(0)
+    model, x = Biased().eval(), torch.randn(4, 6)
+    sim = ptq.quantize(model, [x]).model
+    expected = sim(x)
+    compute_constants(sim)
+    assert torch.equal(sim(x), expected)
+    operations = [node.name for node in sim.graph.nodes if node.op == "call_method"]
+    assert operations == [] and torch.equal(sim.mul_constant, model.table[model.index] * 2)
+    assert torch.equal(partly_float(sim, {"layer": "float32"})(x), model(x))
 
 
 # --- by the clock -----------------------------------------------------------------------------------------------------
