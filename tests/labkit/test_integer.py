@@ -215,6 +215,19 @@ def test_a_sum_is_added_before_its_one_rounding(case, last):
 
 
 @vnni
+@pytest.mark.parametrize("zero", [0, 7])
+@torch.no_grad()
+def test_a_convolution_takes_images_of_other_sizes_than_the_first(zero):
+    """The weight is packed for the first; 512 channels of 14 x 14 are packed in another way than those of 7 x 7."""
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(512, 512, 1)
+    new = build(layer, ptq.weight_grid(layer, 8), grid(0.02, zero), grid(0.05, 100))
+    for size in (14, 7, 28, 14):
+        x = torch.randint(0, 256, (2, 512, size, size), generator=draw).to(torch.uint8)
+        check_codes(new, new(x), x)
+
+
+@vnni
 def test_padding_is_the_zero_point():
     """Pitfall: padding with code 0, or a correction by z sum(w), which is right in the middle only."""
     draw = torch.Generator().manual_seed(0)
