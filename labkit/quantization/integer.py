@@ -55,8 +55,8 @@ def convert(model: nn.Module, *, where: str = "everywhere", example: Any = None)
 
     where="pays" times each layer on the example, on this machine and torch's present number of threads, and chooses the
     layers that become integers so that their time and that of the changes between codes and floats is least. Then the
-    result races against the model all in integers, all in float32 and, if the CPU multiplies bfloat16 natively, all in
-    bfloat16; the fastest is returned, which may hold no integers at all. A layer that stays in floats rounds to no
+    result is compared with the model all in integers, all in float32 and, if the CPU multiplies bfloat16 natively, all
+    in bfloat16; the fastest is returned, which may hold no integers at all. A layer that stays in floats rounds to no
     grid: its weight is the float model's, or after `qat` the rounded one that was trained. In bfloat16, numbers are
     rounded to 8 significant bits. The result's `integer_report` has a row for the model and for each layer: the
     seconds, the choice and the reason (`integer_choice.report`). Integer layers are those of "everywhere", `prove`

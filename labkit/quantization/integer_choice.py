@@ -2,8 +2,8 @@
 
 Three steps. `integer_seconds` times each layer in integers and in floats, in its place in a call of the model.
 `cheapest` chooses the layers so that their seconds and those of the changes between codes and floats are least. At last
-the model so chosen races against the model all in integers and the models all in floats, and the fastest is returned:
-seconds of layers decide about layers, never about the whole.
+the model so chosen is compared with the model all in integers and the models all in floats, and the fastest is
+returned: seconds of layers decide about layers, never about the whole.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from labkit.quantization.integer_graph import CodePlan, lower_
 from labkit.quantization.integer_seconds import LayerSeconds, Seconds, layer_seconds
 from labkit.quantization.ptq_graph import compute_constants, remove_identities
 from labkit.quantization.simulated import FakeQuantized, QuantizationPoint, Quantizer
+from labkit.timing.bench import compare
 from labkit.timing.fingerprint import fingerprint
-from labkit.timing.race import race
 
 MARGIN = 1.03  # a layer is left in floats if int8 takes 3 % longer: the timing of a layer scatters by as much
-RACE_S = 4.0  # seconds for the race of the whole models
+PAIR_S = 2.0  # seconds for a comparison of two whole models
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -49,7 +49,7 @@ def convert(model: nn.Module, named: Mapping[str, Any]) -> nn.Module:
         seconds = layer_seconds(model, in_floats, layers, named)
         choices = _choices(layers, seconds)
         wholes = _whole_models(model, choices, named)
-        whole_s = _race(wholes, named)
+        whole_s = _seconds_of_whole_models(wholes, named)
     best = min(whole_s, key=whole_s.get)
     result = wholes[best]
     result.integer_report = report(seconds, choices, whole_s, best)
@@ -178,7 +178,7 @@ def _whole_models(
     choices: Mapping[str, str],
     named: Mapping[str, Any],
 ) -> dict[str, nn.Module]:
-    """Return the models of the race: all "int8", "mixed" as chosen layer by layer, and all in each type of floats.
+    """Return the models to compare: all "int8", "mixed" as chosen layer by layer, and all in each type of floats.
 
     A model that does not run in bfloat16 is left out.
     """
@@ -194,11 +194,18 @@ def _whole_models(
     return wholes
 
 
-def _race(wholes: Mapping[str, nn.Module], named: Mapping[str, Any]) -> Seconds:
-    """Return the seconds of a call of each model, all called in turns."""
-    calls_of_models = {name: partial(whole, **named) for name, whole in wholes.items()}
-    finish = race(calls_of_models, device="cpu", budget_s=RACE_S)
-    return {name: side.median_s for name, side in finish.sides.items()}
+def _seconds_of_whole_models(wholes: Mapping[str, nn.Module], named: Mapping[str, Any]) -> Seconds:
+    """Return the seconds of a call of each model; each is compared with the fastest before, in turns."""
+    best, *others = wholes
+    seconds: Seconds = {}
+    for name in others:
+        calls_in_turns = [partial(wholes[each], **named) for each in (best, name)]
+        comparison = compare(*calls_in_turns, names=(best, name), device="cpu", budget_s=PAIR_S)
+        seconds.setdefault(best, comparison.baseline.median_s)
+        seconds[name] = seconds[best] / comparison.speedup
+        if seconds[name] < seconds[best]:
+            best = name
+    return seconds
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

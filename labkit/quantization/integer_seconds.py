@@ -29,6 +29,14 @@ LAYERS_S = 2.0  # seconds in which further rounds begin
 Seconds = dict[str, float]  # by name
 
 
+def _now() -> float:
+    """Return the time in seconds: of this process on the CPU if torch has a single thread, else of the wall clock.
+
+    Other programs on the machine leave the time on the CPU alone.
+    """
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class SharedQuantize(NamedTuple):
     """A step from floats to codes: seconds of a call, and the layers that read the codes."""
 
@@ -105,10 +113,10 @@ def _seconds_of_modules(model: nn.Module, names: Collection[str], named: Mapping
 
     def start(*_: Any) -> None:
         nonlocal started
-        started = time.perf_counter()
+        started = _now()
 
     def stop(number: int, *_: Any) -> None:
-        seconds[names[number]] += time.perf_counter() - started
+        seconds[names[number]] += _now() - started
 
     with forward_hooks(modules, start, before=True), forward_hooks(modules, stop):
         calls.run(model, **named)
@@ -135,9 +143,9 @@ class _TimedGraph(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        start = time.perf_counter()
+        start = _now()
         result = getattr(self, node.op)(node.target, args, kwargs)
-        self.seconds[node.name] = time.perf_counter() - start
+        self.seconds[node.name] = _now() - start
         if node.op == "call_module" and isinstance(result, Tensor):
             self.shapes[node.name] = result.shape
         return result
@@ -252,8 +260,8 @@ class _GraphSeconds:
             values = torch.rand(shape)
             samples = []
             for _ in range(1 + ROUNDS):
-                start = time.perf_counter()
+                start = _now()
                 quantize(values)
-                samples.append(time.perf_counter() - start)
+                samples.append(_now() - start)
             self.conversion_s[shape] = statistics.median(samples[1:])
         return self.conversion_s[shape]
