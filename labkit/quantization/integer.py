@@ -2,7 +2,7 @@
 
 `ptq` decides where values are rounded; the converted model rounds the same values, code by code. `integer_kernels` has
 torch's products and the probe that refuses wrong products, `integer_layers` the layers, `integer_graph` the graph in
-which codes are handed on. CPU only.
+which codes are handed on, `integer_choice` the layers that are faster in integers. CPU only.
 """
 
 import contextlib

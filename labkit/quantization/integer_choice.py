@@ -136,7 +136,9 @@ def _float_layer(fake: FakeQuantized, dtype: torch.dtype) -> nn.Module:
 
 def _remove_points_without_a_kernel_(model: fx.GraphModule) -> None:
     plan = CodePlan(model)
-    terms = {term for addition in plan.layer_of_sum for term in addition.all_input_nodes}
+    terms = set()
+    for addition in plan.layer_of_sum:
+        terms.update(addition.all_input_nodes)
     for node in model.graph.nodes:
         if isinstance(plan.module(node), QuantizationPoint) and node not in terms:
             model.set_submodule(node.target, nn.Identity())

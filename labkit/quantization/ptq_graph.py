@@ -73,7 +73,7 @@ def compute_constants(traced: fx.GraphModule) -> None:
         is_operation = node.op in ("call_function", "call_method") and node.all_input_nodes
         if node.op == "get_attr" or (is_operation and all(source in constants for source in node.all_input_nodes)):
             constants[node] = interpreter.run_node(node)
-    for node, value in constants.items():
+    for node, value in list(constants.items()):
         is_read = any(reader not in constants for reader in node.users)
         if node.op == "get_attr" or not is_read or not isinstance(value, Tensor):
             continue
@@ -81,7 +81,9 @@ def compute_constants(traced: fx.GraphModule) -> None:
         traced.register_buffer(name, value)
         with traced.graph.inserting_before(node):
             node.replace_all_uses_with(traced.graph.get_attr(name))
-    traced.graph.eliminate_dead_code()
+    for node in reversed(constants):
+        if not node.users:
+            traced.graph.erase_node(node)
     traced.recompile()
 
 
