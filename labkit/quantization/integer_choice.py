@@ -198,9 +198,9 @@ def _whole_models(
 
 def _seconds_of_whole_models(wholes: Mapping[str, nn.Module], named: Mapping[str, Any]) -> Seconds:
     """Return the seconds of a call of each model; each is compared with the fastest before, in turns."""
-    best, *others = wholes
+    best, *challengers = wholes
     seconds: Seconds = {}
-    for name in others:
+    for name in challengers:
         calls_in_turns = [partial(wholes[each], **named) for each in (best, name)]
         comparison = compare(*calls_in_turns, names=(best, name), device="cpu", budget_s=PAIR_S)
         seconds.setdefault(best, comparison.baseline.median_s)
