@@ -8,7 +8,7 @@ returned: seconds of layers decide about layers, never about the whole.
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -163,13 +163,17 @@ def _rounded(x: Any) -> Any:
 
 
 def _give_float32(_: nn.Module, args: tuple, results: Any) -> Any:
-    if isinstance(results, Tensor):
-        return _in_float32(results)  # faster than the map by ten microseconds
-    return tree_map_only(Tensor, _in_float32, results)
+    if isinstance(results, MutableMapping):  # of transformers; a map over its tree would take 2 % of a small model
+        for name, value in results.items():
+            results[name] = _in_float32(value)
+        return results
+    return _in_float32(results)
 
 
-def _in_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype is torch.bfloat16 else x
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype is torch.bfloat16 else value
+    return tree_map_only(Tensor, _in_float32, value)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
