@@ -148,9 +148,27 @@ def _remove_points_without_a_kernel_(model: fx.GraphModule) -> None:
 def _in_bfloat16_(module: nn.Module) -> nn.Module:
     """Let a module compute in bfloat16: floats among its arguments are rounded, bfloat16 results become float32."""
     module.bfloat16()
-    module.register_forward_pre_hook(_round_arguments, with_kwargs=True)
-    module.register_forward_hook(_give_float32)
+    if isinstance(module, fx.GraphModule):  # whose copies lose their hooks
+        _change_types_in_graph_(module)
+    else:
+        module.register_forward_pre_hook(_round_arguments, with_kwargs=True)
+        module.register_forward_hook(_give_float32)
     return module
+
+
+def _change_types_in_graph_(module: fx.GraphModule) -> None:
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        users = list(node.users)
+        with graph.inserting_after(placeholders[-1]):
+            rounded = graph.call_function(_rounded, (node,))
+        for user in users:
+            user.replace_input_with(node, rounded)
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(_in_float32, output.args),)
+    module.recompile()
 
 
 def _round_arguments(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

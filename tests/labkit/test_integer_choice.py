@@ -180,6 +180,18 @@ def test_a_layer_in_bfloat16_rounds_its_arguments_and_gives_float32():
     assert torch.equal(new(x), integer.convert(sim).get_submodule("1")(expected))
 
 
+@pytest.mark.parametrize("traced", [True, False])
+@torch.no_grad()
+def test_a_copy_of_a_whole_model_in_bfloat16_computes_the_same(traced: bool):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8)).eval(), torch.randn(5, 32)
+    expected = copy.deepcopy(model).bfloat16()(x.bfloat16()).float()
+    whole = integer_choice._in_bfloat16_(fx.symbolic_trace(model) if traced else model)
+    for each in (whole, copy.deepcopy(whole)):
+        result = each(x)
+        assert result.dtype == torch.float32 and torch.equal(result, expected)
+
+
 @vnni
 @torch.no_grad()
 def test_a_point_goes_with_the_kernel_that_did_its_sum():
