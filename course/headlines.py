@@ -89,8 +89,8 @@ def all_steps_together() -> Headline:
     least, most = (-end for end in reversed(accuracy.ci95))
     return Headline(
         lesson="13",
-        text=f"**ResNet-20 answers {together.value:.1f} times as fast for {-accuracy.value:.1f} points of accuracy**: half "
-        f"of its channels, 8-bit integers and an inference engine, one image at a time on one core, beside eager "
+        text=f"**ResNet-20 answers {together.value:.1f} times as fast for {-accuracy.value:.1f} points of accuracy**: "
+        f"half of its channels, 8-bit integers and an inference engine, one image at a time on one core, beside eager "
         f"PyTorch at its best on two ({between(run, together)}, on {machine(run.machine)}). The loss is "
         f"{least:.1f} to {most:.1f} points over 10,000 images and {accuracy.trained['seeds']} seeds.",
         axis="times as fast as eager at its best",
