@@ -121,6 +121,7 @@ ROWS = {
     "torch fp32": ("torch", "model", None),
     "torch bf16": ("torch-bf16", "model", "torch fp32"),
     "torch int8, ours": ("torch", "integer", "torch fp32"),
+    "torch int8 where it pays, ours": ("torch", "pays", "torch fp32"),
     "torch int8 dynamic, ours": ("torch", "dynamic", "torch fp32"),
     "ORT fp32": ("onnxruntime", "model", None),
     "ORT int8, ours": ("onnxruntime", "simulated", "ORT fp32"),
@@ -136,6 +137,8 @@ ROWS = {
 }
 
 PAIRS = [  # ours, and a peer
+    ("torch int8 where it pays, ours", "torch bf16"),
+    ("torch int8 where it pays, ours", "torch int8, ours"),
     ("ORT int8, ours", "ORT int8 static"),
     ("ORT int8, ours", "ORT int8 dynamic"),
     ("OpenVINO int8, ours", "OpenVINO int8, NNCF"),
@@ -148,6 +151,7 @@ def prepared(case: Case, label: str) -> dict[str, Engine]:
     """The engines for one shape, by row."""
     batches, example = case.shapes[label]
     sources = {"model": case.model, "simulated": case.simulated, "integer": integer.convert(case.simulated)}
+    sources["pays"] = integer.convert(case.simulated, where="pays", example=example)
     if case.dynamic:
         sources["dynamic"] = integer.convert_dynamic(case.model)
     state, rows = engines.available(), {}
@@ -181,7 +185,7 @@ def ratio(comparison: bench.Comparison | None) -> str:
 
 
 def line(row: str, engine: Engine, speeds: list[bench.Comparison | None], good: parity.Parity | None) -> str:
-    text = f"{row:27} {engine.bytes / 1e6:7.2f} MB {engine.load_seconds:5.2f} s  {'  '.join(map(ratio, speeds))}"
+    text = f"{row:30} {engine.bytes / 1e6:7.2f} MB {engine.load_seconds:5.2f} s  {'  '.join(map(ratio, speeds))}"
     if good is not None:
         text += f"  {good.sqnr_db:6.1f} dB  {good.agreement[0]:.4f} [{good.agreement[1]:.4f}]"
         if good.change is not None:

@@ -536,3 +536,49 @@ class Perceptron(nn.Module):
 
     def forward(self, x):
         return self.after(self.out(F.relu(self.b(F.relu(self.a(self.before(x)))))))
+
+
+class Mobile(nn.Module):
+    """Uneven padding, depthwise, ReLU6, a sum that is read twice, and a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU6()
+        )
+        self.wide = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(16, 16, 5, groups=16), nn.ReLU())
+        self.project = nn.Conv2d(16, 8, 1)
+        self.twice = nn.Conv2d(8, 8, 3, padding="same")
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = x + F.pad(self.project(self.depthwise(self.wide(x))), (1, 0, 1, 0))  # no kernel can do this sum
+        z = self.project(self.depthwise(self.wide(y)))
+        y = F.pad(y[..., 1:, 1:], (0, 0)) + z
+        y = y + self.twice(self.twice(y))
+        return self.head(F.relu(y).mean((2, 3)))
+
+
+def untraceable() -> nn.Module:
+    """Convolution, ReLU, mean and Linear, with a choice by the values between the last two."""
+    layers = {"a": nn.Conv2d(1, 4, 3, padding=1), "b": nn.Linear(4, 3)}
+    return WithForward(lambda m, x: m.b(by_sign(m.a(x).relu().mean((2, 3)))), **layers)
+
+
+class Terms(nn.Module):
+    """Sums whose term the layer itself reads, and whose term a second sum reads; names that are those of functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.add, self.relu = (nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
+        self.again, self.rows, self.head = nn.Conv2d(4, 4, 1), nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, relu):
+        x = F.relu(self.stem(relu))
+        x = F.relu(self.add(x) + x)
+        y = F.relu(self.relu(F.relu(x)) + x)
+        y = F.relu(self.again(y) + x).mean(2).transpose(1, 2)
+        state = torch.zeros_like(y[:, 0, :1].expand(-1, 6))[None]
+        return self.head(self.rows(y, (state, state))[0])

@@ -145,6 +145,8 @@ def plane(ax: Any, goals: Goals, points: Sequence[Mapping[str, Any]], label: str
     _make_room_for_bounds(ax, goals, points)
     if points and ax.dataLim.x0 >= 0:
         ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))  # no time lies below zero, and no margin either
+    if points and ax.dataLim.y0 >= 0:
+        ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
     x, y = goals
     ax.set(xlabel=heading(goals, x), ylabel=heading(goals, y))
     goal_word = _shade_goal(ax, goals)

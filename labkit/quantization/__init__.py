@@ -27,6 +27,8 @@ mixed_precision.py: a width for each layer
 qat.py: weights and grids that learn under rounding
 integer.py: a simulated model becomes integer kernels, and the proof
 integer_graph.py: codes handed from layer to layer
+integer_choice.py: the layers that are faster in integers
+integer_seconds.py: the time of each layer, in integers and in floats
 integer_layers.py: layers that store and multiply integers
 integer_kernels.py: torch's integer products, and their probe
 extreme_codes.py: operands that show wrong sums

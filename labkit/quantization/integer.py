@@ -2,7 +2,7 @@
 
 `ptq` decides where values are rounded; the converted model rounds the same values, code by code. `integer_kernels` has
 torch's products and the probe that refuses wrong products, `integer_layers` the layers, `integer_graph` the graph in
-which codes are handed on. CPU only.
+which codes are handed on, `integer_choice` the layers that are faster in integers. CPU only.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from labkit.errors import InputError
+from labkit.errors import InputError, check_choice
 from labkit.modules.replacing import replace_
-from labkit.quantization import calls
-from labkit.quantization.integer_graph import Lowering, integer_layer
+from labkit.quantization import calls, integer_choice
+from labkit.quantization.integer_graph import lower_
 from labkit.quantization.integer_kernels import KERNELS, IntegerKernel, available, check_kernel, probe
 from labkit.quantization.integer_layers import (
     Dequantize,
@@ -36,11 +36,16 @@ __all__ = [
     "PackedLinear", "PadCodes", "Quantize", "available", "convert", "convert_dynamic", "probe", "prove",
 ]  # fmt: skip
 
+WHERE = ("everywhere", "pays")
 
-def convert(model: nn.Module) -> nn.Module:
+
+def convert(model: nn.Module, *, where: str = "everywhere", example: Any = None) -> nn.Module:
     """REAL: return a model of integer kernels, made from a SIMULATED model of `ptq`, `qat` or `weight_only`.
 
     model: a model with `FakeQuantized` layers or with `WeightOnlyLinear`s; the model is not changed.
+    where: "everywhere", or "pays": layers that are slower in integers stay floats, see below.
+    example: arguments of a call, for "pays" alone, in any form that `labkit.modules.batches` takes, of the batch size
+        and the shapes that the model will serve.
 
     With `FakeQuantized` layers, the result equals the model code by code. `WeightOnlyLinear`s become `PackedLinear`s
     and differ by rounding to bfloat16. In a graph (`Calibrated.plan.traced`), codes are handed from layer to layer: if
@@ -48,10 +53,22 @@ def convert(model: nn.Module) -> nn.Module:
     zero point, and a sum is added up before its codes are rounded. Elsewhere, and in models without a graph, every
     layer takes float32 and gives float32.
 
+    where="pays" times each layer on the example, on this machine and torch's present number of threads, and chooses the
+    layers that become integers so that their time and that of the changes between codes and floats is least. Then the
+    result is compared with the model all in integers, all in float32 and, if the CPU multiplies bfloat16 natively, all
+    in bfloat16; the fastest is returned, which may hold no integers at all. A layer that stays in floats rounds to no
+    grid: its weight is the float model's, or after `qat` the rounded one that was trained. In bfloat16, numbers are
+    rounded to 8 significant bits. The result's `integer_report` has a row for the model and for each layer: the
+    seconds, the choice and the reason (`integer_choice.report`). Integer layers are those of "everywhere", `prove`
+    proves them, and floats are not proved. Takes some 10 s, and memory for six models.
+
     Codes equal the codes of exact arithmetic, except next to a rounding tie, where the kernel's float32 may round up
-    instead of down. Raises InputError without quantized layers, for weights that no kernel takes, and if the kernels of
-    the machine do not pass `probe`.
+    instead of down. Raises InputError without quantized layers, for weights that no kernel takes, if the kernels of
+    the machine do not pass `probe`, and for "pays" without an example or with `WeightOnlyLinear`s.
     """
+    check_choice(where, WHERE, "where")
+    if (where == "pays") != (example is not None):
+        raise InputError('where="pays" times the layers on an example: give where="pays" and example=, or neither.')
     calls.check_model(model)
     quantized = FakeQuantized | WeightOnlyLinear
     layers = {name: module for name, module in model.named_modules() if isinstance(module, quantized)}
@@ -59,14 +76,13 @@ def convert(model: nn.Module) -> nn.Module:
         raise InputError("The model has no quantized layer: call ptq.quantize or weight_only.quantize first.")
     for name, layer in layers.items():
         _check_convertible(name, layer)
-    model = copy.deepcopy(model)
-    if isinstance(model, fx.GraphModule):
-        return Lowering(model).run()
-    for name in layers:
-        layer = model.get_submodule(name)
-        new = integer_layer(layer) if isinstance(layer, FakeQuantized) else PackedLinear(layer)
-        model = replace_(model, name, new)
-    return model
+    if where == "everywhere":
+        return lower_(copy.deepcopy(model))
+    if any(isinstance(layer, WeightOnlyLinear) for layer in layers.values()):
+        raise InputError(
+            'where="pays" times integers beside float layers, which a model of weight_only no longer has: leave it out.'
+        )
+    return integer_choice.convert(model, calls.inputs(model, example))
 
 
 def _check_convertible(name: str, layer: FakeQuantized | WeightOnlyLinear) -> None:

@@ -11,10 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from labkit.modules.replacing import replace_
 from labkit.quantization.affine import Grid
-from labkit.quantization.integer_layers import Dequantize, Int8Conv2d, Int8Linear, IntegerLayer, PadCodes, Quantize
+from labkit.quantization.integer_layers import (
+    Dequantize,
+    Int8Conv2d,
+    Int8Linear,
+    IntegerLayer,
+    PackedLinear,
+    PadCodes,
+    Quantize,
+)
 from labkit.quantization.ptq_graph import called, is_sum
 from labkit.quantization.simulated import FakeQuantized, QuantizationPoint
+from labkit.quantization.weight_only import WeightOnlyLinear
 
 RELU = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 RELU6 = {nn.ReLU6, F.relu6}
@@ -29,6 +39,18 @@ def integer_layer(layer: FakeQuantized, output: Grid | None = None, term: Grid |
     if isinstance(layer.layer, nn.Linear):
         return Int8Linear(layer.layer, layer.weight_grid, layer.input_grid, output)
     return Int8Conv2d(layer.layer, layer.weight_grid, layer.input_grid, output, term)
+
+
+def lower_(model: nn.Module) -> nn.Module:
+    """Put integer layers into a simulated model in place, and return the model; a graph hands on codes."""
+    if isinstance(model, fx.GraphModule):
+        return Lowering(model).run()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, FakeQuantized):
+            model = replace_(model, name, integer_layer(layer))
+        elif isinstance(layer, WeightOnlyLinear):
+            model = replace_(model, name, PackedLinear(layer))
+    return model
 
 
 class CodePlan:

@@ -72,10 +72,20 @@ def qconv(
     Returns run(x, x_scale, x_zero, out, other, term) -> [N, out, H', W']: float32, or uint8 codes on the grid
     out = (scale, zero). `other` has codes on the grid term = (scale, zero), which are added before the result is
     rounded; the kernel may overwrite them.
+
+    The weight is packed for the shape of x at the first call, with and without a zero point: oneDNN reorders a weight
+    that was packed for another shape at each call, and some reorderings take fifty times as long as the product.
     """
-    packed = torch.ops.onednn.qconv_prepack(codes, scale, 1.0, 0, stride, padding, dilation, groups, None)
+    weights: dict[bool, Tensor] = {}  # packed, by having a zero point
     zeros = torch.zeros(len(codes), dtype=torch.int64)
     shape = (bias, stride, padding, dilation, groups)
+
+    def packed(x: Tensor, x_scale: float, x_zero: int) -> Tensor:
+        has_zero = x_zero != 0
+        if has_zero not in weights:
+            sizes = (stride, padding, dilation, groups, list(x.shape))
+            weights[has_zero] = torch.ops.onednn.qconv_prepack(codes, scale, x_scale, x_zero, *sizes)
+        return weights[has_zero]
 
     def run(
         x: Tensor,
@@ -85,7 +95,7 @@ def qconv(
         other: Tensor | None = None,
         term: ScaleAndZero | None = None,
     ) -> Tensor:
-        source = (x, x_scale, x_zero, packed, scale, zeros)
+        source = (x, x_scale, x_zero, packed(x, x_scale, x_zero), scale, zeros)
         target = (*out, torch.uint8) if out else (1.0, 0, torch.float32)
         if other is None:
             return torch.ops.onednn.qconv_pointwise(*source, *shape, *target, "none", [], "")

@@ -39,8 +39,8 @@ def trace(model: nn.Module, named: Mapping[str, Any], layers: Collection[str]) -
     try:
         expected = outputs(returned)
         traced = fx.GraphModule(model, _LeafTracer(layers).trace(model))
-        _remove_identities(traced)
-        results = outputs(ShapeProp(traced).propagate(*_placeholder_values(traced, named)))
+        remove_identities(traced)
+        results = outputs(ShapeProp(traced).propagate(*placeholder_values(traced, named)))
         same = len(expected) == len(results) and all(map(_agree, expected, results))
     except Exception:  # a forward pass may do to a stand-in for a tensor whatever Python can do, and return anything
         return None
@@ -52,7 +52,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b)
 
 
-def _remove_identities(traced: fx.GraphModule) -> None:
+def remove_identities(traced: fx.GraphModule) -> None:
     """Take out calls of nn.Identity, which `fold` puts in the place of a batch norm."""
     for node in traced.graph.nodes:
         if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
@@ -61,7 +61,33 @@ def _remove_identities(traced: fx.GraphModule) -> None:
     traced.recompile()
 
 
-def _placeholder_values(traced: fx.GraphModule, named: Mapping[str, Any]) -> list[Any]:
+@torch.no_grad()
+def compute_constants(traced: fx.GraphModule) -> None:
+    """Compute the values that depend on no input of a graph, and store them as buffers in place of the operations.
+
+    A forward pass may keep such a value from call to call, as LeViT keeps its attention biases; a graph would not.
+    """
+    interpreter = fx.Interpreter(traced)
+    constants = interpreter.env
+    for node in traced.graph.nodes:
+        is_operation = node.op in ("call_function", "call_method") and node.all_input_nodes
+        if node.op == "get_attr" or (is_operation and all(source in constants for source in node.all_input_nodes)):
+            constants[node] = interpreter.run_node(node)
+    for node, value in list(constants.items()):
+        is_read = any(reader not in constants for reader in node.users)
+        if node.op == "get_attr" or not is_read or not isinstance(value, Tensor):
+            continue
+        name = f"{node.name}_constant"
+        traced.register_buffer(name, value)
+        with traced.graph.inserting_before(node):
+            node.replace_all_uses_with(traced.graph.get_attr(name))
+    for node in reversed(constants):
+        if not node.users:
+            traced.graph.erase_node(node)
+    traced.recompile()
+
+
+def placeholder_values(traced: fx.GraphModule, named: Mapping[str, Any]) -> list[Any]:
     """Return the value of each input of a graph: from `named`, else the default of the forward pass."""
     values = []
     for node in traced.graph.nodes:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hardware import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import WithForward, by_sign
+from networks import Mobile, Terms, WithForward, by_sign, untraceable
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 
@@ -215,6 +215,19 @@ def test_a_sum_is_added_before_its_one_rounding(case, last):
 
 
 @vnni
+@pytest.mark.parametrize("zero", [0, 7])
+@torch.no_grad()
+def test_a_convolution_takes_images_of_other_sizes_than_the_first(zero):
+    """The weight is packed for the first; 512 channels of 14 x 14 are packed in another way than those of 7 x 7."""
+    draw = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(512, 512, 1)
+    new = build(layer, ptq.weight_grid(layer, 8), grid(0.02, zero), grid(0.05, 100))
+    for size in (14, 7, 28, 14):
+        x = torch.randint(0, 256, (2, 512, size, size), generator=draw).to(torch.uint8)
+        check_codes(new, new(x), x)
+
+
+@vnni
 def test_padding_is_the_zero_point():
     """Pitfall: padding with code 0, or a correction by z sum(w), which is right in the middle only."""
     draw = torch.Generator().manual_seed(0)
@@ -282,35 +295,6 @@ def test_dynamic_layers_lose_less_than_torch_s():
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-
-class Mobile(nn.Module):
-    """Uneven padding, depthwise, ReLU6, a sum that is read twice, and a layer that is called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU6()
-        )
-        self.wide = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU6())
-        self.depthwise = nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(16, 16, 5, groups=16), nn.ReLU())
-        self.project = nn.Conv2d(16, 8, 1)
-        self.twice = nn.Conv2d(8, 8, 3, padding="same")
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        y = x + F.pad(self.project(self.depthwise(self.wide(x))), (1, 0, 1, 0))  # no kernel can do this sum
-        z = self.project(self.depthwise(self.wide(y)))
-        y = F.pad(y[..., 1:, 1:], (0, 0)) + z
-        y = y + self.twice(self.twice(y))
-        return self.head(F.relu(y).mean((2, 3)))
-
-
-def untraceable() -> nn.Module:
-    """Convolution, ReLU, mean and Linear, with a choice by the values between the last two."""
-    layers = {"a": nn.Conv2d(1, 4, 3, padding=1), "b": nn.Linear(4, 3)}
-    return WithForward(lambda m, x: m.b(by_sign(m.a(x).relu().mean((2, 3)))), **layers)
 
 
 def every_layer(real, x):
@@ -418,23 +402,6 @@ def test_other_models_hand_on_codes_where_they_can(build, shape):
     assert affine.sqnr(model(x), y) > 25
     after = calibrated.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-class Terms(nn.Module):
-    """Sums whose term the layer itself reads, and whose term a second sum reads; names that are those of functions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.add, self.relu = (nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
-        self.again, self.rows, self.head = nn.Conv2d(4, 4, 1), nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
-
-    def forward(self, relu):
-        x = F.relu(self.stem(relu))
-        x = F.relu(self.add(x) + x)
-        y = F.relu(self.relu(F.relu(x)) + x)
-        y = F.relu(self.again(y) + x).mean(2).transpose(1, 2)
-        state = torch.zeros_like(y[:, 0, :1].expand(-1, 6))[None]
-        return self.head(self.rows(y, (state, state))[0])
 
 
 @vnni
