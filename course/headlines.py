@@ -92,8 +92,8 @@ def all_steps_together() -> Headline:
         text=f"**ResNet-20 answers {together.value:.1f} times as fast for {-accuracy.value:.1f} points of accuracy**: "
         f"half of its channels, 8-bit integers and an inference engine, one image at a time on one core, beside eager "
         f"PyTorch at its best on two ({between(run, together)}, on {machine(run.machine)}). The loss, "
-        f"{least:.1f} to {most:.1f} points over 10,000 images and {accuracy.trained['seeds']} seeds, is that of the same "
-        f"int8 network in PyTorch; the engine's own answers were not judged.",
+        f"{least:.1f} to {most:.1f} points over 10,000 images and {accuracy.trained['seeds']} seeds, is that of the "
+        f"same int8 network in PyTorch; the engine's own answers were not judged.",
         axis="times as fast as eager at its best",
         form="{:.1f}x",
         bars=bars,
