@@ -48,7 +48,7 @@ def convert(model: nn.Module, named: Mapping[str, Any]) -> nn.Module:
         in_floats = {dtype: partly_float(model, dict.fromkeys(layers, dtype)) for dtype in float_types()}
         seconds = layer_seconds(model, in_floats, layers, named)
         choices = _choices(layers, seconds)
-        wholes = _whole_models(model, choices, named)
+        wholes = _whole_models(model, choices, in_floats["float32"], named)
         whole_s = _seconds_of_whole_models(wholes, named)
     best = min(whole_s, key=whole_s.get)
     result = wholes[best]
@@ -200,13 +200,13 @@ def _in_float32(value: Any) -> Any:
 def _whole_models(
     model: nn.Module,
     choices: Mapping[str, str],
+    in_float32: nn.Module,
     named: Mapping[str, Any],
 ) -> dict[str, nn.Module]:
     """Return the models to compare: all "int8", "mixed" as chosen layer by layer, and all in each type of floats.
 
     A model that does not run in bfloat16 is left out.
     """
-    in_float32 = partly_float(model, dict.fromkeys(choices, "float32"))
     wholes = {"int8": lower_(copy.deepcopy(model)), "float32": in_float32}
     if set(choices.values()) not in ({"int8"}, {"float32"}):
         wholes["mixed"] = lower_(partly_float(model, choices))
