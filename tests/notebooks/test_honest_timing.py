@@ -89,73 +89,16 @@ def test_no_a_a_test_sees_what_a_leaves_behind_for_b_and_an_untimed_call_removes
 @pytest.mark.parametrize(
     ("times", "words"),
     [
-        ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "From call 600 to 800 a call took 20% less than the median of all."),
-        ([1.0] * 800 + [1.3] * 100 + [1.0] * 50 + [1.2] * 50, "From call 800 to 900 a call took 30% more"),
-        (
-            [1.0] * 600 + [1.06] * 50 + [1.0] * 200 + [1.2] * 50 + [1.0] * 100,
-            "From call 850 to 900 a call took 20% more",
-        ),
-        ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "drift outweighs noise here"),
+        ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "lies 25.0% above the lowest."),
+        ([1.0] * 600 + [0.8] * 200 + [1.0] * 200, "the machine changed its speed"),
         ([1.0] * 1000, "So noise alone can make this chart"),
     ],
 )
-def test_of_the_run_chart_s_longest_stretches_of_another_speed_the_farthest_is_named(times: list[float], words: str):
-    assert words in said_of_the_run_chart(times)
-
-
-def test_drift_is_said_to_hide_the_tail_only_where_the_mean_lies_below_the_median():
-    assert "drift outweighs" not in said_of_the_run_chart([1.0] * 800 + [1.3] * 200)
-
-
-QUICK_MOMENT = "may be of a quick moment."
-
-
-@pytest.mark.parametrize(
-    ("quick", "words"),
-    [
-        (range(300, 320), "quickest"),
-        (range(25, 1000, 50), None),
-    ],
-)
-def test_quick_calls_in_a_string_are_told_from_scattered_ones(quick: range, words: str | None):
-    draw = random.Random(0)
-    times = [draw.gauss(0.8 if call in quick else 1.0, 0.01) for call in range(1000)]
-    said = said_of_the_run_chart(times)
-    assert (QUICK_MOMENT in said) == (words is not None)
-    assert (f"{words} calls come in strings." if words else "So noise alone can make this chart") in said
-
-
-def test_slow_calls_in_a_string_do_not_make_the_best_one_of_a_quick_moment():
-    draw = random.Random(0)
-    times = [draw.gauss(1.3 if 500 <= call < 520 else 1.0, 0.01) for call in range(1000)]
-    said = said_of_the_run_chart(times)
-    assert "The slowest calls come in strings." in said and QUICK_MOMENT not in said
-
-
-@pytest.mark.parametrize(
-    ("processes", "words"),
-    [(5, ["Over all processes it is 1.04 (1.02 to 1.06 over 5 processes)."]), (0, [])],
-)
-def test_nothing_is_concluded_from_a_median_of_the_first_calls(processes: int, words: list[str]):
-    said, say = listener()
-    opening = SimpleNamespace(value=1.04, ci95=(1.02, 1.06), processes=processes)
-    lab = SimpleNamespace(say=say, record=ignore, result=lambda _: opening)
-    executed("00", "settling-say", lab=lab, settling=[1.04] * 100, samples=[1.0] * 1000)
-    assert "took 1.04 times as long" in said[0]
-    assert said[1:-1] == words and "drift moves it" in said[-1]
-
-
-def said_of_the_run_chart(times: list[float]) -> str:
+def test_another_speed_is_told_from_noise_in_words(times: list[float], words: str):
     said, say = listener()
     lesson = executed("00", "noise-wander", samples=times)
-    names = {
-        "best": min(times),
-        "mean": statistics.mean(times),
-        "middle": statistics.median(times),
-        "samples": times,
-    }
-    executed("00", "noise-say", **lesson | names | {"lab": SimpleNamespace(say=say, table=ignore)})
-    return " ".join(said)
+    executed("00", "noise-say", **lesson | {"lab": SimpleNamespace(say=say)})
+    assert words in " ".join(said)
 
 
 @pytest.mark.parametrize(
@@ -168,24 +111,21 @@ def test_no_false_alarm_in_any_process_is_told_with_the_share_that_it_allows(pro
 
 
 @pytest.mark.parametrize(
-    ("alarms_of_pairs", "words"),
+    ("of_one_call", "of_best", "words"),
     [
-        ((0.0, 0.0), "40 pairs see the 3 % in 60 of 60 comparisons."),
-        ((6.0, 30.0), "but raise more false alarms than honest pairs should: run it again."),
+        ((50.0, 63.0), (6.0, 30.0), "One call and the best of 40 often see a difference where there is none"),
+        ((0.0, 9.0), (6.0, 30.0), "The best of 40 often sees a difference where there is none"),
+        ((0.0, 9.0), (0.0, 9.0), "40 pairs see the 3 % in 59 of 60 comparisons."),
     ],
 )
 def test_methods_that_name_winners_where_there_are_none_are_not_believed(
-    alarms_of_pairs: tuple[float, float], words: str
+    of_one_call: tuple[float, float], of_best: tuple[float, float], words: str
 ):
     said, say = listener()
-    shares = [SimpleNamespace(ci95=ends) for ends in [(50.0, 63.0), (6.0, 30.0), alarms_of_pairs, (0.0, 2.0)]]
-    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 60, 60]}
+    shares = [SimpleNamespace(ci95=ends) for ends in (of_one_call, of_best, (0.0, 0.0))]
+    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 59]}
     executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
-    assert (
-        "That one call and the best of 40 see the 3 % proves little: winners are named where there are none, too."
-        in said
-    )
-    assert words in " ".join(said)
+    assert said[0].startswith(words) and said[-1] == "40 pairs see the 3 % in 59 of 60 comparisons."
 
 
 def test_all_methods_take_turns_on_the_real_clock():
@@ -209,171 +149,39 @@ def test_all_methods_take_turns_on_the_real_clock():
         "stopwatch": named("one"),
         "repeated": lambda *_: named("best"),
         "paired": lambda *_: named("pairs"),
-        "in_blocks": lambda *_: named("blocks"),
         "false_alarms": lambda benchmark, fn, trials: sum(benchmark(fn, fn)[0] > 1.01 for _ in range(trials)),
     }
     executed("00", "ladder-measure", lab=SimpleNamespace(by_preset=lambda *_: 60), **names)
-    turns = [called[start : start + 8] for start in range(0, len(called), 8)]
+    turns = [called[start : start + 6] for start in range(0, len(called), 6)]
     assert len(turns) == 60 and all(sorted(turn) == sorted(turns[0]) for turn in turns)
     assert len({tuple(turn) for turn in turns}) == 6  # all orders of one call, the best and the pairs
-    after_pairs = [called[i + 2] for i, name in enumerate(called[:-2]) if name == "pairs" and called[i + 1] == "pairs"]
-    assert set(after_pairs) == {"blocks"}
 
 
 @pytest.mark.parametrize(
-    ("share", "words"),
+    ("processes", "words"),
     [
         (
-            1.5,
-            "So single pairs are narrower here, in part by counting, which promises 97.9% for 10 ratios and 96.2% for "
-            "40.",
+            (0.56, 0.6, 0.63),
+            [
+                "For looked up, cold, the 3 processes span 12.5 %, the interval within one 1.0 %.",
+                "So an interval within a run speaks of that run alone.",
+            ],
         ),
-        (0.8, "So blocks are narrower here, too."),
-        (1.0, "Which are narrower is not shown."),
+        ((0.629, 0.63, 0.634), ["For looked up, cold, the 3 processes span 0.8 %, the interval within one 1.0 %."]),
+        ((), ["Your own run is one process: run the lesson again, and compare the speed-ups."]),
     ],
 )
-def test_blocks_are_judged_by_their_intervals_from_the_same_calls(share: float, words: str):
+def test_an_interval_speaks_of_its_run_where_processes_differ_by_more_than_twice_its_span(
+    processes: tuple[float, ...], words: list[str]
+):
     said, say = listener()
-    lab = SimpleNamespace(say=say, record=ignore, result=lambda _: SimpleNamespace(value=share, **ENDS[share]))
-    names = {
-        "widths": [share] * 60,
-        "seen": [20, 40, 40, 40],
-        "trials": 60,
-        "PAIRS": 40,
-        "stats": stats,
-        "show": show,
-    }
-    executed("00", "exercise-2", "blocks-here-say", lab=lab, **names)
-    assert words in " ".join(said)
-
-
-ENDS = {share: {"ci95": (share, share), "processes": 0} for share in (1.5, 0.8, 1.0)}
-
-
-def test_blocks_take_the_times_of_the_same_calls_as_single_pairs():
-    def ticking() -> Callable:
-        ticks = itertools.count(1)
-        return lambda fn, number=1: 1e-3 * (1 + next(ticks) % 7 / 100)
-
-    alike = "exercise-1", "repeated", "exercise-2", "exercise-3", "paired", "ladder-measure"
-    names = {"PAIRS": 40, "SEED": 0, "partial": partial, "work": work, "more_work": more_work}
-    names["stopwatch"] = lambda *_: (1.0, 1.0)
-    lab = SimpleNamespace(answer=lambda _, own: own, by_preset=lambda *_: 4)
-    lesson = executed("00", *alike, lab=lab, seconds=ticking(), **names)
-    assert lesson["tape"] == []
-    assert [len(answers) for answers in lesson["answers_of"].values()] == [4] * 4
-
-
-@pytest.mark.parametrize(
-    ("ends", "speaks_of_itself"), [((1.19, 1.21), True), ((1.1, 1.3), False), ((0.0, math.inf), False)]
-)
-def test_an_interval_within_a_run_speaks_of_that_run_where_runs_differ_by_more_than_twice_its_span(
-    ends: tuple[float, float], speaks_of_itself: bool
-):
-    runs = [SimpleNamespace(process_speedup=ratio, within_run=ends) for ratio in WIDE]
-    assert (OF_ITSELF in said_of_processes(runs, runs)) == speaks_of_itself
-
-
-@pytest.mark.parametrize(
-    ("processes", "said_of_cold"),
-    [
-        ((0.56, 0.6, 0.63), "3 processes differ by 12.5%, the interval within one spans 1.0%."),
-        ((0.625, 0.63, 0.635), None),
-        ((), None),
-    ],
-)
-def test_an_interval_speaks_of_its_run_where_processes_differ_by_more_in_the_cold_comparison(
-    processes: tuple[float, ...], said_of_cold: str | None
-):
     within_run = (0.628, 0.634)
     ends = (min(processes), max(processes)) if processes else within_run
     cold = SimpleNamespace(processes=processes, ci95=ends, within_run=within_run)
-    said = said_of_processes([timed(ratio) for ratio in STEADY], [timed(ratio) for ratio in STEADY], cold)
-    assert (OF_ITSELF in said) == (said_of_cold is not None)
-    assert (said_of_cold or "") in said
-
-
-OF_ITSELF = "An interval within a run speaks of that run alone."
-
-
-STEADY, WIDE = (1.19, 1.195, 1.2, 1.205, 1.21), (1.1, 1.15, 1.2, 1.25, 1.3)
-
-
-@pytest.mark.parametrize(
-    ("here", "fresh", "words"),
-    [
-        (STEADY, WIDE, "So another process changes more than another moment."),
-        (WIDE, STEADY, "So another moment is enough to change it."),
-        (WIDE, WIDE, "Whether process or moment matters more is not shown."),
-        ((1.5, 1.55, 1.6, 1.65, 1.7), WIDE, "All runs here lie on one side of all fresh ones"),
-        (STEADY[:2], WIDE[:2], "is not shown"),  # too few
-    ],
-)
-def test_moment_and_process_are_told_apart_by_runs_in_turn(
-    here: tuple[float, ...], fresh: tuple[float, ...], words: str
-):
-    verdicts = (
-        "another process changes more",
-        "another moment is enough",
-        "is not shown",
-        "All runs here lie on one side",
-    )
-    said = said_of_processes([timed(ratio) for ratio in here], [timed(ratio) for ratio in fresh])
-    assert words in said
-    assert [verdict for verdict in verdicts if verdict in said] == [verdict for verdict in verdicts if verdict in words]
-
-
-@pytest.mark.parametrize(
-    ("here", "words"),
-    [
-        ((2.6, 2.65, 2.17, 2.62, 2.64), "Run here 3 makes most of that: the others differ by 1.9%. One run cannot"),
-        ((1.1, 1.15, 1.2, 1.25, 1.3), None),
-    ],
-)
-def test_a_run_that_makes_the_spread_by_itself_is_named_and_nothing_concluded_from_it(
-    here: tuple[float, ...], words: str | None
-):
-    runs = [SimpleNamespace(process_speedup=ratio, within_run=(ratio, 1.005 * ratio)) for ratio in here]
-    said = said_of_processes(runs, [SimpleNamespace(process_speedup=2.6, within_run=(2.6, 2.61))] * 5)
-    verdicts = ("another moment is enough", "is not shown", OF_ITSELF)
-    if words:
-        assert words in said and not any(verdict in said for verdict in verdicts)
-    else:
-        assert "makes most" not in said
-
-
-@pytest.mark.parametrize(("pages", "are_told"), [((0.6, 0.7, 0.72), True), ((), False)])
-def test_the_pages_of_a_recording_are_told_beside_the_runs_here(pages: tuple[float, ...], are_told: bool):
-    runs = [timed(ratio) for ratio in STEADY]
-    said = said_of_processes(runs, runs, pages=pages)
-    assert (", of the pages by 20.0%." in said) == are_told
-    assert ("The pages differ most" in said) == are_told
-
-
-def timed(speedup: float) -> SimpleNamespace:
-    """A comparison of one process whose interval holds what the others say."""
-    return SimpleNamespace(process_speedup=speedup, within_run=(1.0, 1.5))
-
-
-ALIKE = SimpleNamespace(processes=(), ci95=(0.6, 0.61), within_run=(0.6, 0.61))
-
-
-def said_of_processes(
-    here: list[SimpleNamespace],
-    fresh: list[SimpleNamespace],
-    cold: SimpleNamespace = ALIKE,
-    pages: tuple[float, ...] = (),
-) -> str:
-    said, say = listener()
-    names = {
-        "lab": SimpleNamespace(say=say, record=ignore),
-        "this": SimpleNamespace(verdict="slower", processes=pages, ci95=(0.6, 0.72)),
-        "here": here,
-        "fresh": fresh,
-        "cold": cold,
-    }
-    executed("00", "processes-apart", "processes-say", **names)
-    return " ".join(said)
+    hot = SimpleNamespace(processes=processes, ci95=(1.0, 1.002), within_run=(1.0, 1.002))
+    lab = SimpleNamespace(say=say, table=ignore)
+    executed("00", "processes-say", lab=lab, pair=hot, hot=hot, cold=cold)
+    assert said == words
 
 
 def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_do_not():
@@ -386,44 +194,6 @@ def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_d
     point = lesson["place"](lesson["plan"], TRIALS)
     low, high = point["smallest difference ci95"]
     assert low < point["smallest difference"] < high
-
-
-def test_the_median_over_blocks_of_four_reaches_the_goal_as_well():
-    lesson = challenge_of("00")
-
-    def by_blocks(a: Callable, b: Callable, clock: Callable, seed: int) -> float:
-        times: dict[str, list[float]] = {"A": [], "B": []}
-
-        def noting(side: str) -> float:
-            times[side].append(clock({"A": a, "B": b}[side]))
-            return times[side][-1]
-
-        lesson["paired_speedup"]("A", "B", 40, seed, noting)
-        return stats.paired_ratio(times["A"], times["B"], 4)[0]
-
-    assert reaches_the_goal(lesson["place"](by_blocks, TRIALS))
-
-
-def test_untimed_calls_stretch_the_blocks_of_a_drifting_machine_and_so_cost_accuracy():
-    lesson = challenge_of("00")
-
-    def by_blocks(a: Callable, b: Callable, clock: Callable, seed: int, settled: bool) -> float:
-        functions, times = {"A": a, "B": b}, {"A": [], "B": []}
-        before = None
-
-        def noting(side: str) -> float:
-            nonlocal before
-            if settled and side != before:
-                clock(functions[side])
-            before = side
-            times[side].append(clock(functions[side]))
-            return times[side][-1]
-
-        lesson["paired_speedup"]("A", "B", 48, seed, noting)
-        return stats.paired_ratio(times["A"], times["B"], 6)[0]
-
-    plain, settled = (lesson["place"](partial(by_blocks, settled=way), 1000) for way in (False, True))
-    assert settled["smallest difference ci95"][0] > plain["smallest difference ci95"][1]
 
 
 def test_the_interval_of_a_95th_percentile_is_found_by_counting():
@@ -519,8 +289,8 @@ def ignore(*_: Any, **__: Any) -> None:
     [
         ([1.05] * 81 + [0.95] * 9, True, "81 lie above 1: the first call was mostly slower"),
         ([1.05] * 9 + [0.95] * 81, True, "81 lie below 1: the second call was mostly slower"),
-        ([1.05] * 45 + [0.95] * 45, False, "by a factor of 1.05"),
-        ([1.0], False, "by a factor of 1.00"),
+        ([1.05] * 45 + [0.95] * 45, False, "1 of 90 A/A tests"),
+        ([1.0], False, "1 of 1 A/A tests"),
     ],
 )
 def test_a_tilt_of_the_stopwatch_is_told_as_what_happened_in_this_burst(
@@ -537,21 +307,8 @@ def test_the_stopwatch_s_share_of_a_recording_stands_beside_the_count_of_its_las
     recorded = SimpleNamespace(processes=5, value=88.0, ci95=(80.0, 96.0))
     names = {"alarms": 86, "trials": 100, "speedups": [1.05] * 86 + [1.0] * 14, "recorded": recorded}
     executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), show=show, **names)
-    assert said[0].endswith("in 86 of 100 comparisons.")
+    assert said[0].endswith("process 86 of 100 A/A tests of the stopwatch raised a false alarm.")
     assert said[1] == "Over all processes the median share is 88 % (80 to 96 over 5 processes)."
-
-
-@pytest.mark.parametrize(
-    ("mean_of_a_hundred", "words"),
-    [(75.5, "(76 %) is as bad as one call (72 %)"), (95.0, "is worse than"), (50.0, "is better than")],
-)
-def test_the_mean_of_a_hundred_is_set_beside_one_call(mean_of_a_hundred: float, words: str):
-    said, say = listener()
-    numbers = {0.0: (1, 100), 0.5: (10, 100, 760, 1000)}
-    of_drift = itertools.product(numbers, ("best", "median", "mean"), (1, 10, 100, 760, 1000))
-    alarms_of = dict.fromkeys(of_drift, 71.5) | {(0.0, "mean", 100): mean_of_a_hundred}
-    executed("00", "sweep-say", lab=SimpleNamespace(say=say), numbers=numbers, alarms_of=alarms_of)
-    assert words in " ".join(said)
 
 
 def test_labkit_s_own_a_a_test_leans_to_one_side_with_two_threads_by_less_than_a_verdict():
