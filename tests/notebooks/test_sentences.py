@@ -66,7 +66,6 @@ FIXED = {
     ("03", "half-say"): "the seeds of a record",
     ("03", "plans-answer"): "points lost, with their interval",
     ("03", "scan-read"): "the images of validation",
-    ("03", "steps-narrow"): "three narrow widths",
     ("04", "challenge-show"): "the test texts",
     ("04", "flops-show"): "the longest input of BERT-base",
     ("04", "head-picture-show"): "the heads of a drawing",
