@@ -1,31 +1,15 @@
-"""Components of a transformer: parameters and FLOPs of attention, feed-forward network, output head and embeddings."""
+"""FLOPs of a transformer's components: attention, feed-forward network, output head and embeddings."""
 
 from collections import Counter
 from collections.abc import Mapping
 
 from torch import nn
 
-from labkit.arguments import check_module
 from labkit.modules.stacks import is_linear, stacks
 
 PROJECTIONS, PRODUCTS, FEED_FORWARD = "attention projections", "attention products", "feed-forward"
 HEAD, EMBEDDINGS, REST = "output head", "embeddings", "norms"
 COMPONENTS = (PROJECTIONS, PRODUCTS, FEED_FORWARD, HEAD, EMBEDDINGS, REST)
-
-
-def parameters_by_component(model: nn.Module) -> dict[str, int]:
-    """Count the parameters of each component; a tensor that two components share counts for the first.
-
-    model: a transformer; the `meta` device will do.
-    Raises InputError for anything but a module.
-    """
-    check_module(model)
-    totals = dict.fromkeys(COMPONENTS, 0)
-    component_of = _components_by_module(model)
-    for name, parameter in model.named_parameters():
-        module, _, _ = name.rpartition(".")
-        totals[component_of[module]] += parameter.numel()
-    return totals
 
 
 def shares_by_component(model: nn.Module, flops: int, flops_by_module: Mapping[str, int]) -> dict[str, int]:

@@ -39,7 +39,7 @@ from labkit.timing.traffic import Traffic, distinct_bytes, nbytes, pieces
 from labkit.timing.work import Work
 
 _COMPONENTS = "labkit.timing.components"
-_NAMES = ("EMBEDDINGS", "FEED_FORWARD", "HEAD", "PRODUCTS", "PROJECTIONS", "REST", "parameters_by_component")
+_NAMES = ("EMBEDDINGS", "FEED_FORWARD", "HEAD", "PRODUCTS", "PROJECTIONS", "REST")
 __getattr__ = names_on_demand(__name__, dict.fromkeys(_NAMES, _COMPONENTS))
 
 NOT_SEARCHED = (str, bytes, int, float, type, nn.Module)  # values without tensors of the call

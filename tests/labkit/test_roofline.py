@@ -13,7 +13,7 @@ from labkit.modules.kv_cache import cache_bytes, decode_step
 from labkit.timing import counting, machine, roofline
 from labkit.timing.bench import Measurement
 from labkit.timing.ceilings import bandwidth_sweep, ceilings
-from labkit.timing.components import parameters_by_component
+from labkit.timing.components import FEED_FORWARD
 from labkit.timing.counting import count
 from labkit.timing.machine import DEVICES, Ceilings
 from labkit.timing.roofline import Work, bound, placed
@@ -179,6 +179,6 @@ def test_names_that_are_loaded_on_demand_are_those_of_the_files_that_define_them
     assert [roofline.count, roofline.decode_step, roofline.cache_bytes] == [count, decode_step, cache_bytes]
     assert roofline.plot is plot
     assert [machine.ceilings, machine.bandwidth_sweep] == [ceilings, bandwidth_sweep]
-    assert counting.parameters_by_component is parameters_by_component
+    assert counting.FEED_FORWARD is FEED_FORWARD
     with pytest.raises(AttributeError, match=r"module 'labkit.timing.machine' has no attribute 'roof'"):
         machine.roof  # noqa: B018
