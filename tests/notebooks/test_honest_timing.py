@@ -44,6 +44,21 @@ def test_the_median_of_a_thousand_calls_is_still_fooled_but_rarely_that_of_a_who
     assert false_alarms(statistics.median, 760) < 0.3 * TRIALS
 
 
+@pytest.mark.parametrize(("calls", "fewer_of_best"), [(10, True), (100, False)])
+def test_the_order_of_pairs_removes_most_false_alarms_of_the_best_and_the_median_the_rest_of_many(
+    calls: int, fewer_of_best: bool
+):
+    lesson = executed("00", "machine", "seconds", "exercise-1", "exercise-2", "exercise-3", time=None)
+    lesson = executed("00", "paired", **lesson | {"lab": SimpleNamespace(answer=lambda _, fn: fn)})
+    benchmarks = lesson["best_in_pairs"](calls), lesson["paired"](calls, interval=False)
+    best, median = (
+        lesson["false_alarms"](partial(benchmark, clock=lesson["Machine"]({work: 0.002}, 0.5)), work, TRIALS)
+        for benchmark in benchmarks
+    )
+    assert best < 0.5 * false_alarms(min, calls)
+    assert (best < 0.5 * median) if fewer_of_best else (median < 0.5 * best)
+
+
 def test_a_swing_has_as_many_calls_as_the_page_draws():
     machine = executed("00", "machine")["Machine"]({work: 0.002}, drift=0.5)
     calls = sum(1 for _ in itertools.takewhile(lambda _: machine.now < 200, iter(lambda: machine(work), None)))
@@ -163,17 +178,18 @@ def test_all_methods_take_turns_on_the_real_clock():
         (
             (0.56, 0.6, 0.63),
             [
-                "For looked up, cold, the 3 processes span 12.5 %, the interval within one 1.0 %.",
-                "So an interval within a run speaks of that run alone.",
+                "In 1 of 3 comparisons the range of the processes is wider than the interval of one.",
+                "Such an interval cannot hold the results of all of them.",
             ],
         ),
-        ((0.629, 0.63, 0.634), ["For looked up, cold, the 3 processes span 0.8 %, the interval within one 1.0 %."]),
+        (
+            (0.629, 0.63, 0.634),
+            ["In 0 of 3 comparisons the range of the processes is wider than the interval of one."],
+        ),
         ((), ["Your own run is one process: run the lesson again, and compare the speed-ups."]),
     ],
 )
-def test_an_interval_speaks_of_its_run_where_processes_differ_by_more_than_twice_its_span(
-    processes: tuple[float, ...], words: list[str]
-):
+def test_an_interval_cannot_hold_processes_that_span_more_than_it_does(processes: tuple[float, ...], words: list[str]):
     said, say = listener()
     within_run = (0.628, 0.634)
     ends = (min(processes), max(processes)) if processes else within_run
@@ -288,6 +304,7 @@ def ignore(*_: Any, **__: Any) -> None:
     ("speedups", "tilted", "words"),
     [
         ([1.05] * 81 + [0.95] * 9, True, "81 lie above 1: the first call was mostly slower"),
+        ([1.05] * 81 + [0.95] * 9, True, "In the second half it is 36 of 45: the start of the run is not the cause"),
         ([1.05] * 9 + [0.95] * 81, True, "81 lie below 1: the second call was mostly slower"),
         ([1.05] * 45 + [0.95] * 45, False, "1 of 90 A/A tests"),
         ([1.0], False, "1 of 1 A/A tests"),
@@ -323,5 +340,6 @@ def test_ranges_of_five_hold_the_median_as_counting_promises_and_equal_as_one_le
     lesson = executed("00", "coverage", files=files, json=json)
     share, promised = lesson["mean_share"], lesson["by_counting"]
     assert promised == pytest.approx(0.967, abs=5e-4)
-    assert abs(share("over five", lesson["settings"]) - promised) < 0.02
+    error = statistics.stdev(row["over five"] for row in lesson["settings"]) / len(lesson["settings"]) ** 0.5
+    assert abs(share("over five", lesson["settings"]) - promised) < min(0.02, error)
     assert share("over five, known", lesson["equal"][2]) < 0.9375 - 0.2
