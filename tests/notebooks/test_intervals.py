@@ -84,7 +84,7 @@ def test_needles_have_exact_intervals_over_texts_where_texts_are_read_once():
 
 
 @pytest.mark.parametrize(
-    ("lesson", "column"), [("08", "accuracy"), ("09", "perplexity over float"), ("11", "needles"), ("13", "accuracy")]
+    ("lesson", "column"), [("08", "accuracy"), ("09", "perplexity ratio"), ("11", "needles"), ("13", "accuracy")]
 )
 def test_the_plane_of_a_challenge_has_intervals(lesson: str, column: str):
     sources = cells(lesson)
