@@ -96,7 +96,7 @@ FIXED = {
     ("08", "gain-read"): "the steps of a record",
     ("08", "losing"): "widths of a record",
     ("08", "proof-table"): "the test images",
-    ("08", "staircase-picture-read"): "the weights of a table",
+    ("08", "staircase-picture-read"): "the jumps of a drawing",
     ("08", "sum-read"): "the places of a preset",
     ("08", "width-table"): "the steps of a record",
     ("09", "awq-read"): "three layers",
