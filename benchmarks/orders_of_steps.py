@@ -35,7 +35,7 @@ from labkit.pruning import channels
 from labkit.quantization import integer, ptq
 from labkit.records import quality
 
-QUESTION = "cut, heal, round: does the order matter, where each may come first?"
+QUESTION = "cut, heal, round: does their order matter?"
 SEEDS, LEAST_SEEDS = 3, 2
 EPOCHS, BATCH = 2, 128
 MAX_LR = 0.05
