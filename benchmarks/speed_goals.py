@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 from tqdm import tqdm
 
 from labkit import files, machine
@@ -216,9 +215,10 @@ def table(name: str, by_machine: Mapping[str, Mapping[str, Any]]) -> str:
     if not rows:
         return "Not recorded yet.\n"
     columns = ["measured", "peer", "goal", *by_machine]
-    frame = pd.DataFrame(list(rows.values()), columns=columns).fillna("")
-    head = "| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|\n"
-    return head + "".join("| " + " | ".join(cells) + " |\n" for cells in frame.itertuples(index=False))
+    lines = [columns, ["---"] * len(columns)]
+    for cells in rows.values():
+        lines.append([cells.get(column, "") for column in columns])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def readme() -> str:
