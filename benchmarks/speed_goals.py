@@ -137,11 +137,11 @@ PARTS = {
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, folder: Path, python: str) -> list[dict[str, Any]]:
+def measure(name: str, folder: Path, python: str, processes: int) -> list[dict[str, Any]]:
     """Run a part in as many processes as are missing in `folder`, and return the rows of its record."""
     part = PARTS[name]
     ratios: dict[tuple[str, str], list[float | None]] = {}
-    for number in tqdm(range(PROCESSES), desc=name, unit="process"):
+    for number in tqdm(range(processes), desc=name, unit="process"):
         path = folder / f"{name}-{number}.json"
         finished = folder / f"{name}-{number}.finished"
         if not finished.exists():
@@ -197,8 +197,9 @@ def cell(row: Mapping[str, Any]) -> str:
         return "the peer gives no model that runs"
     verdict = "" if row["least"] is None or row["ratio"] >= row["least"] else " (missed)"
     text = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-    few = "" if row["processes"] == PROCESSES else f", {row['processes']} processes"
-    return text + few + verdict
+    if row["processes"] == 1:
+        text = f"{row['ratio']:.2f}, one process"
+    return text + verdict
 
 
 def table(name: str, by_machine: Mapping[str, Mapping[str, Any]]) -> str:
@@ -226,8 +227,8 @@ def readme() -> str:
     text = [
         "# Goals of speed, beside their peers\n",
         "Written by `python benchmarks/speed_goals.py`, which says how each part is measured. A ratio is the peer's\n"
-        "time over labkit's: the median of five processes on one thread, with their range. An empty cell was not\n"
-        "measured.\n",
+        "time over labkit's: the median of five processes on one thread, with their range, unless a cell says otherwise.\n"
+        "An empty cell was not measured.\n",
     ]
     for name, part in PARTS.items():
         text += [f"## {part.title}\n", table(name, by_machine)]
@@ -245,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="keeps the rows of finished processes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--deepsparse", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -254,7 +256,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         for name in options.parts:
             python = options.deepsparse if name == "sparse" else sys.executable
-            record(measure(name, options.folder, python), [name])
+            record(measure(name, options.folder, python, options.processes), [name])
     files.write_text(README, readme())
 
 
