@@ -194,7 +194,7 @@ def records() -> dict[str, Mapping[str, Any]]:
 
 def cell(row: Mapping[str, Any]) -> str:
     if "ratio" not in row:
-        return "the peer gives no model that runs"
+        return "no model that runs within a minute"
     verdict = "" if row["least"] is None or row["ratio"] >= row["least"] else " (missed)"
     text = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
     if row["processes"] == 1:
@@ -227,8 +227,8 @@ def readme() -> str:
     text = [
         "# Goals of speed, beside their peers\n",
         "Written by `python benchmarks/speed_goals.py`, which says how each part is measured. A ratio is the peer's\n"
-        "time over labkit's: the median of five processes on one thread, with their range, unless a cell says otherwise.\n"
-        "An empty cell was not measured.\n",
+        "time over labkit's: the median of five processes on one thread, with their range, unless a cell says\n"
+        "otherwise. An empty cell was not measured.\n",
     ]
     for name, part in PARTS.items():
         text += [f"## {part.title}\n", table(name, by_machine)]

@@ -49,11 +49,13 @@ def test_the_table_names_misses_and_leaves_a_chip_without_a_record_empty(recorde
     reached = speed_goals.recorded_row("integers", "timm/a", "float32", [1.5] * 5)
     missed = speed_goals.recorded_row("integers", "timm/b", "float32", [0.9] * 5)
     failed = speed_goals.recorded_row("pruning", "timm/c", "Torch-Pruning", [None] * 5)
-    write_rows(recorded, [reached, missed, failed])
+    once = speed_goals.recorded_row("pruning", "timm/d", "Torch-Pruning", [1.2])
+    write_rows(recorded, [reached, missed, failed, once])
     text = speed_goals.readme()
     assert "| timm/a | float32 | 0.98 | 1.50 (1.50 to 1.50) |  |" in text
     assert "| timm/b | float32 | 0.98 | 0.90 (0.90 to 0.90) (missed) |  |" in text
-    assert "| timm/c | Torch-Pruning | 1 | the peer gives no model that runs |  |" in text
+    assert "| timm/c | Torch-Pruning | 1 | no model that runs within a minute |  |" in text
+    assert "| timm/d | Torch-Pruning | 1 | 1.20, one process |  |" in text
     assert "`intel-xeon-2c`: not measured yet" in text
     assert "Not recorded yet." in text  # the sparse part
 
