@@ -138,9 +138,20 @@ def test_methods_that_name_winners_where_there_are_none_are_not_believed(
 ):
     said, say = listener()
     shares = [SimpleNamespace(ci95=ends) for ends in (of_one_call, of_best, (0.0, 0.0))]
-    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 59]}
+    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 59], "wilson": stats.wilson}
+    names |= {"inside": [True] * 40 + [False] * 60, "alarms_here": {"one call": 36}}
     executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
     assert said[0].startswith(words) and said[-1] == "40 pairs see the 3 % in 59 of 60 comparisons."
+    assert "section 2" not in " ".join(said)
+
+
+def test_another_share_of_the_stopwatch_s_false_alarms_than_in_section_2_is_told():
+    said, say = listener()
+    names = {"PAIRS": 40, "trials": 60, "shares": [], "seen": [53, 60, 60], "wilson": stats.wilson}
+    names |= {"inside": [True] * 73 + [False] * 27, "alarms_here": {"one call": 51}}
+    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
+    told = "In this process the stopwatch raised a false alarm in 27% of its tests in section 2, and in 85% here"
+    assert said[0] == f"{told} (cause not found)."
 
 
 def test_all_methods_take_turns_on_the_real_clock():
