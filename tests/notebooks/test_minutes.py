@@ -2,8 +2,8 @@
 
 `pytest -s tests/notebooks/test_minutes.py` prints the parts, for whoever has to shorten a page. Prose is the Markdown,
 folds included, and the sentences that the page computes from its results (lab.say); code is the lines of cells that are
-not collapsed. The minutes on an exercise's card stand for the card, the answer and the check. Figures and tables are
-not counted.
+not collapsed. A figure takes a minute, with its description and its data. The minutes on an exercise's card stand for
+the card, the answer and the check. Tables are not counted.
 """
 
 import re
@@ -21,6 +21,7 @@ from labkit.records import MIME
 LESSONS = [pytest.param(path, id=path.stem) for path in notebooks.all_lessons()]
 WORDS_PER_MINUTE = 180
 LINES_PER_MINUTE = 10
+FIGURES_PER_MINUTE = 1
 CHALLENGE = 20
 STEP = 5  # the header's minutes are a multiple of it, and at most as far from the computed ones
 MARKUP = re.compile(r"<[^>]+>|\]\([^)]*\)")  # tags, and the addresses of links
@@ -33,6 +34,7 @@ class Minutes:
 
     prose: float
     code: float
+    figures: float
     exercises: float
     challenge: float
     run: float
@@ -59,6 +61,7 @@ def minutes(lesson: NotebookNode) -> Minutes:
     return Minutes(
         prose=words / WORDS_PER_MINUTE,
         code=lines / LINES_PER_MINUTE,
+        figures=count_figures(lesson) / FIGURES_PER_MINUTE,
         exercises=sum(task.minutes for task in notebooks.exercises(lesson)),
         challenge=CHALLENGE if any("challenge" in tags(cell) for cell in lesson.cells) else 0,
         run=record["seconds"] / 60,
@@ -70,6 +73,11 @@ def record_of(lesson: NotebookNode) -> dict:
     outputs = [output for cell in lesson.cells for output in cell.get("outputs", [])]
     (record,) = [output.data[MIME] for output in outputs if MIME in output.get("data", {})]
     return record
+
+
+def count_figures(lesson: NotebookNode) -> int:
+    outputs = [output for cell in lesson.cells for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def exercise_cells(lesson: NotebookNode) -> set[str]:
@@ -111,6 +119,9 @@ def page(*cells: NotebookNode) -> NotebookNode:
     return new_notebook(cells=[*cells, end])
 
 
+FIGURE = new_output("display_data", data={"image/png": ""})
+
+
 @pytest.mark.parametrize(
     ("cells", "part", "expected"),
     [
@@ -121,6 +132,7 @@ def page(*cells: NotebookNode) -> NotebookNode:
         ([new_markdown_cell("word " * 179 + "[word](https://example.org) | - · |")], "prose", 2),
         ([new_code_cell("x = 1\n\n" * 20)], "code", 2),
         ([new_code_cell("x = 1\n" * 50, metadata={"jupyter": {"source_hidden": True}})], "code", 0),
+        ([new_code_cell("lab.show(fig)", outputs=[FIGURE])] * 2, "figures", 2),
         ([new_code_cell("plan = None", metadata={"tags": ["challenge"]})], "challenge", 20),
     ],
 )  # fmt: skip
@@ -134,4 +146,4 @@ def test_the_card_of_an_exercise_stands_for_its_answer_and_its_check():
         new_code_cell("x = 1\n" * 50, metadata={"tags": ["exercise"]}),
         new_code_cell('lab.check("01.1", double)', metadata={"tags": ["check"]}),
     ]
-    assert minutes(page(*exercise)) == Minutes(prose=1, code=0, exercises=10, challenge=0, run=6)
+    assert minutes(page(*exercise)) == Minutes(prose=1, code=0, figures=0, exercises=10, challenge=0, run=6)
