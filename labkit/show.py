@@ -390,10 +390,9 @@ def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
     return f"{_rounded(scaled, decimals)}{suffix}", interval
 
 
-def counted(number: float, noun: str, form: str = "") -> str:
-    """Print a number of things: '1 sample', '2 samples'; with the form ".0f", '1 sample' for 1.2 as well."""
-    text = format(number, form)
-    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
+def counted(number: float, noun: str) -> str:
+    """Print a number of things: '1 sample', '2 samples'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def factor(unit: str, target: str) -> float | None:
