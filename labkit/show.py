@@ -390,7 +390,7 @@ def estimate(value: float, ci95: Sequence[float], unit: str) -> tuple[str, str]:
     return f"{_rounded(scaled, decimals)}{suffix}", interval
 
 
-def counted(number: float, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     """Print a number of things: '1 sample', '2 samples'."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 

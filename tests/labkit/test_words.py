@@ -111,18 +111,9 @@ def test_a_span_of_equal_numbers_is_the_number(values, form, words):
     assert show.span(values, form) == words
 
 
-@pytest.mark.parametrize(
-    ("number", "options", "words"),
-    [
-        (1, {}, "1 row"),
-        (2, {}, "2 rows"),
-        (1.2, {"form": ".0f"}, "1 row"),
-        (0.4, {"form": ".0f"}, "0 rows"),
-        (37635, {"form": ","}, "37,635 rows"),
-    ],
-)
-def test_a_count_takes_the_singular_if_it_prints_as_one(number, options, words):
-    assert show.counted(number, "row", **options) == words
+@pytest.mark.parametrize(("number", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows")])
+def test_a_count_takes_the_singular_if_it_is_one(number, words):
+    assert show.counted(number, "row") == words
 
 
 @pytest.mark.parametrize(
