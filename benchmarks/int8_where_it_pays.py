@@ -20,7 +20,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +126,24 @@ def measured(name: str, budget_s: float) -> Row:
     }
 
 
+def resumed(networks: Sequence[str], results: Path | None, measure: Callable[[str], Row]) -> Iterator[Row]:
+    """Give the row of each network: from the file `results` if that holds the row, else measured and kept there."""
+    rows: dict[str, Row] = {}
+    if results and results.exists():
+        stored = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+        rows = {row["network"]: row for row in stored}
+    for name in networks:
+        if name not in rows:
+            try:
+                rows[name] = measure(name)
+            except LabError as error:
+                rows[name] = {"network": name, "error": str(error)}
+            if results:
+                with results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[name]) + "\n")
+        yield rows[name]
+
+
 def line(row: Row) -> str:
     if "error" in row:
         return f"{row['network']:34} {row['error']}"
@@ -144,22 +162,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    rows: dict[str, Row] = {}
-    if options.results and options.results.exists():
-        stored = map(json.loads, options.results.read_text(encoding="utf-8").splitlines())
-        rows = {row["network"]: row for row in stored}
     print(machine.fingerprint("cpu"))
     print(f"{'ms of':34}  float32     bf16     int8     pays  int8 over the faster  pays over the faster", flush=True)
-    for name in options.networks or names():
-        if name not in rows:
-            try:
-                rows[name] = measured(name, options.budget)
-            except LabError as error:
-                rows[name] = {"network": name, "error": str(error)}
-            if options.results:
-                with options.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[name]) + "\n")
-        print(line(rows[name]), flush=True)
+    rows: dict[str, Row] = {}
+    for row in resumed(options.networks or names(), options.results, partial(measured, budget_s=options.budget)):
+        rows[row["network"]] = row
+        print(line(row), flush=True)
     ratios = {name: row["pays"] for name, row in rows.items() if "pays" in row}
     below = [name for name, (ratio, _, _) in ratios.items() if ratio < LEAST]
     if not ratios:

@@ -137,18 +137,9 @@ def main() -> None:
     if options.one:
         print_seconds(*options.one)
         return
-    rows: dict[str, Row] = {}
-    if options.results and options.results.exists():
-        stored = map(json.loads, options.results.read_text(encoding="utf-8").splitlines())
-        rows = {row["network"]: row for row in stored}
     print(f"{'CPU seconds of':34} labkit unproved  Torch-Pruning, over labkit with its proof", flush=True)
-    for name in options.networks or names():
-        if name not in rows:
-            rows[name] = measured(name)
-            if options.results:
-                with options.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[name]) + "\n")
-        print(line(rows[name]), flush=True)
+    for row in int8_where_it_pays.resumed(options.networks or names(), options.results, measured):
+        print(line(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,18 +38,6 @@ INTEGERS = 0.98
 Ratios = dict[tuple[str, str], float | None]  # {(row, peer): the peer's time over labkit's, None if one has no result}
 
 
-class Goal(NamedTuple):
-    """A row of the table.
-
-    least: ratio to reach; None for a row without a goal.
-    """
-
-    part: str
-    row: str
-    peer: str
-    least: float | None
-
-
 class Part(NamedTuple):
     """A benchmark that measures some goals.
 
