@@ -134,6 +134,35 @@ def test_the_slowest_process_is_named_where_it_lies_far_below_the_ceiling(
     assert ("no attempt passed 15.0 GB/s" in page.said) == is_said
 
 
+@pytest.mark.parametrize(("slow", "is_said"), [(50.0, True), (70.0, False)])
+def test_reads_that_differ_are_named(slow: float, is_said: bool):
+    page = Page()
+    rates = {"a copy by hand": 25.0, "a read by hand": slow, "1 GiB, read over and over": 75.0}
+    by_attempt = {name: (rate, None) for name, rate in rates.items()}
+    names = {"bandwidth": 90.0, "bandwidth_ends": (80.0, 90.0), "step_time": SimpleNamespace(processes=())}
+    executed("01", "answer-ceiling", lab=page, by_attempt=by_attempt, **names)
+    assert (
+        "The medians of the attempts differ by a factor of up to 3.0, those of the reads by up to 1.5" in page.said
+    ) == is_said
+
+
+@pytest.mark.parametrize(
+    ("hot_ends", "cold_ends", "words", "not_said"),
+    [
+        ((290, 399), (62, 111), "main memory: the hot call is above it, and so is the fastest cold one. What", "Why?"),
+        ((290, 399), (62, 90), "above the roof of main memory. What is wrong?", "fastest cold"),
+        ((290, 399), (62, math.inf), "above the roof of main memory. What is wrong?", "fastest cold"),
+        ((90, 99), (62, 80), "Why?", "What is wrong?"),
+    ],
+    ids=["both above", "hot above", "cold without an interval", "none above"],
+)
+def test_a_cold_call_above_the_roof_is_named(hot_ends: tuple, cold_ends: tuple, words: str, not_said: str):
+    page = Page()
+    names = {"hot": 354.0, "hot_ends": hot_ends, "cold": 67.5, "cold_ends": cold_ends}
+    executed("01", "hot-say", lab=page, told=lambda value, _, form: f"{value:{form}} %", **names)
+    assert words in page.said and not_said not in page.said
+
+
 @pytest.mark.parametrize(
     ("is_recorded", "warnings", "words"),
     [
@@ -207,7 +236,7 @@ def test_a_row_uses_one_thread_where_a_second_does_not_help_and_parts_do(parts: 
     )
     assert said in page.said and not_said not in page.said
     assert "as if each row read the weights anew" in page.said and "kernel is slow there" in page.said
-    assert "one row 23.6, the smaller layer 71.2 from a cache; the cause was not found." in page.said
+    assert "a sum reads 36.1. So does the kernel, as from a cache it reads 71.2. Why one row" in page.said
 
 
 def test_without_the_race_of_few_rows_nothing_is_said_of_them():
