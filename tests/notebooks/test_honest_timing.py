@@ -161,8 +161,9 @@ def test_another_share_of_the_stopwatch_s_false_alarms_than_in_section_2_is_told
     names = {"PAIRS": 40, "trials": 60, "shares": [], "seen": [53, 60, 60], "wilson": stats.wilson}
     names |= {"inside": [True] * 73 + [False] * 27, "alarms_here": {"one call": 51}}
     executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), above=52, slower_here=20, **names)
-    told = "In this process the stopwatch raised 27 false alarms in 100 tests in section 2, and 51 in 60 here."
-    assert said[0] == f"{told} The first call was slower in 52 tests there, and in 20 here."
+    told = "In this process 27% of the stopwatch's tests were false alarms in section 2, and 85% here"
+    told += " (cause not found)."
+    assert said[0] == f"{told} The first call was slower in 52% of the tests there, and in 33% here."
 
 
 def test_all_methods_take_turns_on_the_real_clock():
