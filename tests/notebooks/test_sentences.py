@@ -107,6 +107,7 @@ FIXED = {
     ("09", "hardware"): "the cards of a catalogue",
     ("10", "answer"): "steps of a record",
     ("10", "challenge-show"): "steps of a record",
+    ("10", "claims"): "steps of a record",
     ("10", "first-say"): "steps of a record",
     ("10", "gap-read"): "steps of a record",
     ("10", "length-read"): "steps and images of a record",
