@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import resumable
 import torch
 from torch import Tensor, nn
 
@@ -114,6 +113,8 @@ def row(name: str, stage: Stage) -> dict[str, Any]:
 
 
 def main() -> None:
+    import resumable  # beside this script; the lesson imports the module from elsewhere
+
     options = resumable.options(__doc__)
     torch.set_num_threads(1)
     begin = time.perf_counter()

@@ -1,7 +1,6 @@
 """What lesson 01 says follows from what was measured: one ceiling, shares of a process, the odd batch, the goal."""
 
 import math
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +134,35 @@ def test_the_slowest_process_is_named_where_it_lies_far_below_the_ceiling(
     assert ("no attempt passed 15.0 GB/s" in page.said) == is_said
 
 
+@pytest.mark.parametrize(("slow", "is_said"), [(50.0, True), (70.0, False)])
+def test_reads_that_differ_are_named(slow: float, is_said: bool):
+    page = Page()
+    rates = {"a copy by hand": 25.0, "a read by hand": slow, "1 GiB, read over and over": 75.0}
+    by_attempt = {name: (rate, None) for name, rate in rates.items()}
+    names = {"bandwidth": 90.0, "bandwidth_ends": (80.0, 90.0), "step_time": SimpleNamespace(processes=())}
+    executed("01", "answer-ceiling", lab=page, by_attempt=by_attempt, **names)
+    assert (
+        "The medians of the attempts differ by a factor of up to 3.0, those of the reads by up to 1.5" in page.said
+    ) == is_said
+
+
+@pytest.mark.parametrize(
+    ("hot_ends", "cold_ends", "words", "not_said"),
+    [
+        ((290, 399), (62, 111), "main memory: the hot call is above it, and so is the fastest cold one. What", "Why?"),
+        ((290, 399), (62, 90), "above the roof of main memory. What is wrong?", "fastest cold"),
+        ((290, 399), (62, math.inf), "above the roof of main memory. What is wrong?", "fastest cold"),
+        ((90, 99), (62, 80), "Why?", "What is wrong?"),
+    ],
+    ids=["both above", "hot above", "cold without an interval", "none above"],
+)
+def test_a_cold_call_above_the_roof_is_named(hot_ends: tuple, cold_ends: tuple, words: str, not_said: str):
+    page = Page()
+    names = {"hot": 354.0, "hot_ends": hot_ends, "cold": 67.5, "cold_ends": cold_ends}
+    executed("01", "hot-say", lab=page, told=lambda value, _, form: f"{value:{form}} %", **names)
+    assert words in page.said and not_said not in page.said
+
+
 @pytest.mark.parametrize(
     ("is_recorded", "warnings", "words"),
     [
@@ -152,6 +180,7 @@ def test_rates_by_hand_are_of_one_process_and_a_disturbed_run_has_doubtful_ceili
     names |= {"peaks_by_hand": {"a product": 281e9, "a convolution": 275e9}, "is_recorded": is_recorded}
     names |= {"peaks": {"fp32": (281.0, (217.0, 281.0))}}
     names |= {"first": SimpleNamespace(warnings=warnings), "second": SimpleNamespace(warnings=())}
+    names |= {"on_gpu": True}
     executed("01", "ceilings-shown", lab=page, **names)
     assert words in page.said and ("may be too low" in page.said) == (bool(warnings) and not is_recorded)
 
@@ -181,7 +210,39 @@ def test_the_batch_that_takes_longer_than_a_larger_one_is_named_and_neither_memo
 
 def test_the_batch_that_the_bound_calls_free_and_that_costs_most_is_named():
     said = said_of_batches({1: 1, 2: 1.03, 4: 2, 8: 3.5, 16: 2.5, 32: 2.8, 64: 4.1})
-    assert "all batches up to 16 should take about as long as one row; batch 8 takes 3.50 times" in said
+    assert "the same for all batches up to 16, yet batch 8 takes 3.50 times as long as one row." in said
+
+
+@pytest.mark.parametrize(
+    ("parts", "said", "not_said"),
+    [(0.62, "the whole product uses one thread.", "nothing"), (1.0, "as long as whole.", "uses one thread")],
+    ids=["parts are faster", "parts are not"],
+)
+def test_a_row_uses_one_thread_where_a_second_does_not_help_and_parts_do(parts: float, said: str, not_said: str):
+    ratios = {"1 row": 0.98, "1 row, in parts": parts, "2 rows": 2.1, "3 rows": 3.1, "2 rows, transposed": 0.39}
+    rates = {"a sum": 36.1, "1 row": 23.6, "1 row, 1024 x 1024 in a cache": 71.2}
+    page = Page()
+    executed(
+        "01",
+        "few-say",
+        lab=page,
+        few=True,
+        n_threads=2,
+        threads="2 threads",
+        small_name="1 row, 1024 x 1024 in a cache",
+        rows=[{"call": name, "1 thread (GB/s)": rate} for name, rate in rates.items()],
+        against=lambda _, name, *__: (ratios[name], (0.98 * ratios[name], 1.02 * ratios[name])),
+        told=lambda value, _, form, unit: f"{value:{form}}{unit}",
+    )
+    assert said in page.said and not_said not in page.said
+    assert "as if each row read the weights anew" in page.said and "kernel is slow there" in page.said
+    assert "a sum reads 36.1. So does the kernel, as from a cache it reads 71.2. Why one row" in page.said
+
+
+def test_without_the_race_of_few_rows_nothing_is_said_of_them():
+    page = Page()
+    executed("01", "few-say", lab=page, few=None, rows=[], n_threads=1, threads="1 thread", small_name="small")
+    assert page.said == ""
 
 
 def test_batches_in_order_have_no_outlier():
@@ -252,7 +313,7 @@ def test_a_plan_that_breaks_a_single_sequence_does_not_count():
 def test_no_diagnosis_where_the_race_and_section_1_do_not_agree_about_a_step(agree: bool):
     said = said_of_parts(agree=agree)
     assert ("moving the step's bytes takes 16.0 %" in said) == agree
-    assert ("nothing is said of its bytes" in said) != agree and ("times as long" in said) == agree
+    assert ("nothing is said of its bytes" in said) != agree and ("as long as the bytes" in said) == agree
 
 
 @pytest.mark.parametrize(("bytes_at_most", "words"), [(27.1, "Even then the products take 2.9 times"), (79.0, "")])
@@ -260,20 +321,21 @@ def test_the_products_take_longer_than_the_bytes_by_the_slowest_bandwidth_and_ro
     bytes_at_most: float, words: str
 ):
     said = said_of_parts(bytes_at_most=bytes_at_most)
-    assert words in said and ("times as long" in said) == bool(words)
+    assert words in said and ("as long as the bytes" in said) == bool(words)
 
 
-@pytest.mark.parametrize(("hot", "is_said"), [(77.5, True), (30.0, False)])
-def test_one_row_reads_main_memory_slowly_only_where_a_hot_one_is_far_faster(hot: float, is_said: bool):
-    said = said_of_parts(rates=(24.9, 17.8, 16.6, hot))
-    assert ("products of one row read at most 24.9 GB/s. From a cache one of them reads 77.5" in said) == is_said
+@pytest.mark.parametrize(("high", "is_said"), [(1.04, True), (1.8, False)])
+def test_the_products_hardly_use_a_second_thread_only_where_one_takes_about_as_long(high: float, is_said: bool):
+    said = said_of_parts(alone=(1.02, (1.0, high)))
+    assert ("they hardly use more than one" in said) == is_said
+    assert "With one thread the products take 1.02 times as long as with 2 threads" in said
 
 
 def said_of_parts(
     *,
     agree: bool = True,
     bytes_at_most: float = 27.1,
-    rates: Sequence[float] = (24.9, 17.8, 16.6, 77.5),
+    alone: tuple[float, tuple[float, float]] = (1.02, (1.0, 1.04)),
     memory_varies: bool = True,
 ) -> str:
     page, ends = Page(), (1.0, 2.0)
@@ -285,9 +347,15 @@ def said_of_parts(
         parts={"products": (79.0, ends), "the rest": (11.0, ends)},
         for_bytes=16.0,
         bytes_at_most=bytes_at_most,
-        reads=[{"read at (GB/s)": rate, "high": rate} for rate in rates],
+        read_at=16.6,
+        read_ends=ends,
+        row_at=24.9,
+        alone_s=alone,
+        n_threads=2,
+        threads="2 threads",
+        on_gpu=False,
         memory_varies=memory_varies,
-        told=lambda value, _: f"{value:.1f} %",
+        told=lambda value, _, form=".1f", unit=" %": f"{value:{form}}{unit}",
     )
     return page.said
 
