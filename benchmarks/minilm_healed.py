@@ -18,20 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import healing
 import resumable
 import torch
+from healing import FOUR_PASSES, PASS, SEARCH_SEED, SEARCH_STEPS, LossFn, Setting, accuracy, change
 from torch import Tensor, nn
 
-from labkit import distillation, models, stats, training
+from labkit import distillation, training
 from labkit.lesson import experiments
 from labkit.records import quality
 
 QUESTION = "MiniLM with fewer layers: does it heal better on answers than on labels, and does its gate pass?"
 SEEDS, LEAST_SEEDS = 5, 3
-PASS, FOUR_PASSES, SEARCH_STEPS = 240, 960, 60  # of 32 snippets
-SEARCH_SEED = 100
 RATES = (3e-5, 1e-4, 3e-4)
-SOFT = {"alpha": 0.9, "temperature": 4.0}
 LABELS, ANSWERS = "labels", "answers"
 WHOLE, NOT_HEALED = "whole", "nothing"
 
@@ -67,53 +66,17 @@ def from_labels(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return training.task_loss(model, {name: x for name, x in batch.items() if name != distillation.STORED})
 
 
-class Setting:
-    """The whole model with its stored answers, the snippets, and the learning rates.
+def cut(whole: nn.Module, student: Student) -> nn.Module:
+    """Make a student from the whole model, not yet healed."""
+    return distillation.shallow(whole, student.layers)
 
-    rates: {student: rate}, known after the search.
-    """
 
-    def __init__(self, folder: Path, quick: bool) -> None:
-        self.quick = quick
-        self.whole = models.minilm_finetuned()
-        self.train = models.review_batches("train", 64 if quick else None)
-        self.splits = {}
-        for split in ("validation", "test"):
-            self.splits[split] = models.review_batches(split, 40 if quick else None, batch_size=50)
-        self.answers = resumable.once(folder / "answers.pt", self._answers)
-        self.rates: dict[Student, float] = {}
-
-    @torch.no_grad()
-    def _answers(self) -> Tensor:
-        """The whole model's logits [N, 2] of the training snippets, in their order."""
-        logits = [self.whole(batch["input_ids"], batch["attention_mask"]).logits for batch in self.train]
-        return torch.cat(logits)
-
-    def do(self, run: Run) -> dict[str, Any]:
-        """Heal a student: which snippets it has right."""
-        student = distillation.shallow(self.whole, run.layers)
-        data = {**self.train.data, distillation.STORED: self.answers}
-        batches = training.Batches(data, self.train.batch_size, run.seed, self.train.collate)
-        loss_fn = from_labels if run.heals_on == LABELS else distillation.distilling(None, **SOFT)
-        steps = 2 if self.quick else run.steps
-        rate = run.rate or self.rates[run.student]
-        torch.manual_seed(run.seed)  # of dropout
-        recipe = {"epochs": steps, "steps": steps, "optimizer": "adamw", "warmup": 0.1, "weight_decay": 0.01}
-        history = training.train_(student, batches, loss_fn=loss_fn, max_lr=rate, **recipe)
-        split = "test" if run.rate is None else "validation"
-        return {"right": training.correct(student, self.splits[split]), "training": history.seconds}
+def loss_of(student: Student) -> LossFn:
+    """Return the loss that a student heals by."""
+    return from_labels if student.heals_on == LABELS else healing.on_answers(student)
 
 
 Line = tuple[int, str, int]  # layers, what the student heals on, steps
-
-
-def change(after: Tensor, before: Tensor) -> dict[str, float]:
-    """Compare answers [seeds, snippets]: the change of accuracy over snippets, and over seeds if there are several."""
-    if len(after) == 1:
-        value, low, high = stats.accuracy_change(after[0], before[0])
-    else:
-        value, low, high = stats.accuracy_change_over_seeds(after, before)
-    return {"change": value, "low": low, "high": high}
 
 
 def changes(right: Mapping[Line, Tensor], whole: Tensor) -> list[dict[str, Any]]:
@@ -145,8 +108,8 @@ def write(
     whole = training.correct(setting.whole, test)
     right: dict[Line, Tensor] = {}
     for layers in (4, 3):
-        cut = distillation.shallow(setting.whole, layers)
-        right[layers, NOT_HEALED, 0] = training.correct(cut, test)[None]
+        as_cut = distillation.shallow(setting.whole, layers)
+        right[layers, NOT_HEALED, 0] = training.correct(as_cut, test)[None]
     for student, steps in STUDENTS.items():
         runs = [Run(student.layers, student.heals_on, steps, seed) for seed in seeds]
         right[student.layers, student.heals_on, steps] = torch.stack([finished[run]["right"] for run in runs])
@@ -176,29 +139,14 @@ def write(
     )
 
 
-def searched(setting: Setting, options: resumable.Options) -> dict[Run, dict[str, Any]]:
-    """Try every learning rate for every student, and set the best in `setting`; incomplete if time is up."""
-    tries = [
-        Run(student.layers, student.heals_on, SEARCH_STEPS, SEARCH_SEED, rate) for student in STUDENTS for rate in RATES
-    ]
-    tried = resumable.finished(tries, options, setting.do)
-    for student in STUDENTS:
-        accuracies = {run.rate: accuracy(outcome) for run, outcome in tried.items() if run.student == student}
-        if len(accuracies) == len(RATES):
-            setting.rates[student] = max(accuracies, key=accuracies.get)
-    return tried
-
-
-def accuracy(outcome: Mapping[str, Any]) -> float:
-    """Return the share of right answers of a run."""
-    return outcome["right"].double().mean().item()
-
-
 def main() -> None:
     options = resumable.options(__doc__)
     torch.set_num_threads(1)
-    setting = Setting(options.folder, options.quick)
-    tried = searched(setting, options)
+    setting = Setting(options.folder, options.quick, cut, loss_of)
+    tries = [
+        Run(student.layers, student.heals_on, SEARCH_STEPS, SEARCH_SEED, rate) for student in STUDENTS for rate in RATES
+    ]
+    tried = healing.searched(setting, tries, options)
     if len(setting.rates) < len(STUDENTS):
         return
     seeds_wanted = range(1 if options.quick else SEEDS)

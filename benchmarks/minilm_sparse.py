@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import healing
 import resumable
 import torch
-from minilm_healed import SOFT, accuracy, change
+from healing import FOUR_PASSES, PASS, SEARCH_SEED, SEARCH_STEPS, Setting, accuracy, change
 from torch import Tensor, nn
 
-from labkit import distillation, models, training
+from labkit import distillation, training
 from labkit.lesson import experiments
 from labkit.pruning import unstructured
 from labkit.records import quality
@@ -32,10 +33,7 @@ QUESTION = "MiniLM with a tenth of its encoder's weights, or with half of its la
 SPARSITY = 0.9  # of each row of the encoder's weights
 NOT_PRUNED = ("classifier", "bert.pooler")
 LAYERS = 3
-SNIPPETS = 32  # of a step
-PASS, FOUR_PASSES, SEARCH_STEPS = 240, 960, 60
 SEEDS = {PASS: 5, FOUR_PASSES: 1}
-SEARCH_SEED = 100
 RATES = (3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3)
 WHOLE, SPARSE, SHALLOW = "whole", "sparse", "shallow"
 
@@ -55,61 +53,6 @@ def cut(whole: nn.Module, student: str) -> nn.Module:
     if student == SPARSE:
         return unstructured.prune(whole, SPARSITY, scope="row", ignore=NOT_PRUNED)
     return distillation.shallow(whole, LAYERS)
-
-
-class Setting:
-    """The whole model with its stored answers, the snippets, and the learning rates.
-
-    rates: {student: rate}, known after the search.
-    """
-
-    def __init__(self, folder: Path, quick: bool) -> None:
-        self.quick = quick
-        self.whole = models.minilm_finetuned()
-        train = models.review_batches("train", 64 if quick else None)
-        answers = resumable.once(folder / "answers.pt", lambda: self._answers(train))
-        self.train = training.Batches({**train.data, distillation.STORED: answers}, SNIPPETS, collate=train.collate)
-        self.splits = {}
-        for split in ("validation", "test"):
-            self.splits[split] = models.review_batches(split, 40 if quick else None, batch_size=50)
-        self.rates: dict[str, float] = {}
-
-    @torch.no_grad()
-    def _answers(self, train: training.Batches) -> Tensor:
-        """The whole model's logits [N, 2] of the training snippets, in their order."""
-        logits = [self.whole(batch["input_ids"], batch["attention_mask"]).logits for batch in train]
-        return torch.cat(logits)
-
-    def do(self, run: Run) -> dict[str, Any]:
-        """Heal a student: which snippets it has right."""
-        student = cut(self.whole, run.student)
-        batches = training.Batches(self.train.data, SNIPPETS, run.seed, self.train.collate)
-        steps = 2 if self.quick else run.steps
-        torch.manual_seed(run.seed)  # of dropout
-        training.train_(
-            student,
-            batches,
-            loss_fn=distillation.distilling(None, **SOFT),
-            max_lr=run.rate or self.rates[run.student],
-            epochs=steps,
-            steps=steps,
-            optimizer="adamw",
-            warmup=0.1,
-            weight_decay=0.01,
-        )
-        split = "test" if run.rate is None else "validation"
-        return {"right": training.correct(student, self.splits[split])}
-
-
-def searched(setting: Setting, options: resumable.Options) -> dict[Run, dict[str, Any]]:
-    """Try every learning rate for both students, and set the best in `setting`; incomplete if time is up."""
-    tries = [Run(student, SEARCH_STEPS, SEARCH_SEED, rate) for student in (SPARSE, SHALLOW) for rate in RATES]
-    tried = resumable.finished(tries, options, setting.do)
-    for student in (SPARSE, SHALLOW):
-        accuracies = {run.rate: accuracy(outcome) for run, outcome in tried.items() if run.student == student}
-        if len(accuracies) == len(RATES):
-            setting.rates[student] = max(accuracies, key=accuracies.get)
-    return tried
 
 
 def wanted(quick: bool) -> list[Run]:
@@ -170,8 +113,8 @@ def write(
             "seeds of four passes": SEEDS[FOUR_PASSES],
             "sparsity": SPARSITY,
             "layers of the shallow student": LAYERS,
-            "snippets of a step": SNIPPETS,
-            "training snippets": len(setting.train.data[distillation.STORED]),
+            "snippets of a step": setting.train.batch_size,
+            "training snippets": len(setting.answers),
             "test snippets": len(whole),
             "search": [
                 {"student": run.student, "rate": run.rate, "validation accuracy": accuracy}
@@ -186,8 +129,9 @@ def write(
 def main() -> None:
     options = resumable.options(__doc__)
     torch.set_num_threads(1)
-    setting = Setting(options.folder, options.quick)
-    tried = searched(setting, options)
+    setting = Setting(options.folder, options.quick, cut)
+    tries = [Run(student, SEARCH_STEPS, SEARCH_SEED, rate) for student in (SPARSE, SHALLOW) for rate in RATES]
+    tried = healing.searched(setting, tries, options)
     if len(setting.rates) < 2:
         return
     runs = wanted(options.quick)
