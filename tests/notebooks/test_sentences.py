@@ -60,7 +60,6 @@ FIXED = {
     ("00", "sweep-say"): "simulated tests of one seed",
     ("00", "wrong-table"): "three benchmarks on a simulated machine",
     ("00", "wrong-result"): "three benchmarks on a simulated machine",
-    ("02", "mask-figure"): "a drawing of 24 weights",
     ("02", "promise-say"): "the network of a record",
     ("03", "graph-say"): "a network of three convolutions",
     ("03", "half-say"): "the seeds of a record",
