@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError, first_line
 from labkit.quantization.extreme_codes import ROWS, TERMS, count_wrong, extreme_codes
+from labkit.timing.fingerprint import on_threads
 
 FEW = 2  # rows up to which a product with a vector is faster in int_mm than in oneDNN
 TOO_SLOW = 10  # times float32: a slower kernel is a reference loop, which takes 200 times and more
-RUNS = 5  # the fastest of which is compared
+RUNS = 5  # of float32, the fastest of which is compared
+PATIENCE = 20  # runs of a kernel that other programs may have slowed down, until the kernel is refused
 
 Run = Callable[..., Tensor]
 ScaleAndZero = tuple[float, int]
@@ -228,7 +230,7 @@ def probe(kernel: IntegerKernel, bits: int = 8) -> str:
             "does that adds pairs in int16: quantize the weights to 7 bits, whose pairs fit, or use an engine."
         )
     in_floats = partial(trial.product, trial.x.float(), trial.weight.float(), **trial.options)
-    if _seconds(run) > TOO_SLOW * _seconds(in_floats):
+    if _is_reference_loop(run, in_floats):
         advice = "multiply in float32" if kernel.activations == "float" else "give it unsigned activations"
         return f"{name} is a reference loop here, many times slower than float32: {advice}, or use an engine."
     return ""
@@ -277,14 +279,21 @@ def _trial(kernel: IntegerKernel, bits: int) -> _Trial:
     return _Trial(x, (1.0, zero), centred, weight)
 
 
-def _seconds(fn: Callable[[], object]) -> float:
-    """Return the time of the fastest of some calls."""
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        fn()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _is_reference_loop(run: Callable[[], object], in_floats: Callable[[], object]) -> bool:
+    """Return True if a kernel takes more than `TOO_SLOW` times as long as float32 in every one of many runs.
+
+    Both compute on one thread, as two wait for each other when other programs run, up to a thousand times as long.
+    """
+    with on_threads(1):
+        limit = TOO_SLOW * min(_time(in_floats) for _ in range(RUNS))
+        return all(_time(run) > limit for _ in range(PATIENCE))
+
+
+def _time(fn: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
 
 
 def check_kernel(name: str, bits: int, layer: nn.Module) -> None:

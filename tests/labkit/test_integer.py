@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import families
@@ -129,6 +130,24 @@ def test_signed_activations_are_refused_as_a_reference_loop():
         assert not reason
     else:
         assert "reference loop" in reason and "unsigned" in reason
+
+
+@vnni
+def test_a_kernel_that_other_programs_slow_down_is_not_refused():
+    """Its first runs wait, as threads do on a machine that others use; the later ones do not."""
+    waits = iter([0.05] * 10)
+
+    def interrupted(codes, scale):
+        run = integer.KERNELS["qlinear"].prepare(codes, scale)
+
+        def late(*inputs):
+            time.sleep(next(waits, 0.0))
+            return run(*inputs)
+
+        return late
+
+    assert not integer.probe(integer.IntegerKernel(interrupted, "u8"))
+    assert next(waits, None) is None, "the probe has seen all of the slow runs"
 
 
 def test_a_kernel_that_is_not_there_says_so():
