@@ -110,6 +110,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     for key, of_call in samples.items():
         seconds[key] = [sample.by(by_cpu) for sample in of_call]
     warnings += _interference(target, before, after, _seconds_by_stream(seconds, streams))
+    stream_rates = _stream_rates(seconds, streams)
     best_rates = _best_rates(seconds, workloads)
     del products, streams, workloads  # the operands, gigabytes on a GPU
     if target.type == "cuda":
@@ -123,6 +124,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
         warnings=tuple(warnings),
         flops_range={name: (roof.low, roof.best) for name, roof in roofs.items()},
         bandwidth_range=(bandwidth.low, bandwidth.best),
+        streams=stream_rates,
     )
 
 
@@ -166,6 +168,14 @@ class _Roof(NamedTuple):
 def _roof(rates: Sequence[float]) -> _Roof:
     _, low, _ = stats.median_ci(rates)
     return _Roof(max(rates), low)
+
+
+def _stream_rates(seconds: Mapping[Key, Sequence[float]], streams: Workloads) -> dict[str, float]:
+    """Return the highest rate of copy, triad and read, in B/s."""
+    rates: dict[str, float] = defaultdict(float)
+    for key, stream in streams.items():
+        rates[key.name] = max(rates[key.name], stream.amount / min(seconds[key]))
+    return dict(rates)
 
 
 def _seconds_by_stream(seconds: Mapping[Key, Sequence[float]], streams: Workloads) -> list[list[float]]:

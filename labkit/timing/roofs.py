@@ -98,6 +98,8 @@ class Ceilings:
     device: name of the machine.
     flops: compute roof by type, in FLOP/s (OP/s for int8).
     bandwidth: memory roof in B/s.
+    streams: highest rate of each stream (read, copy, triad) in B/s, the largest of which is the memory roof; empty if
+        unknown.
     warnings: a phrase for each disturbance of the measurement; empty for an undisturbed run.
     flops_range, bandwidth_range: (low, high), from the low end of the median's 95 % interval to the best repetition.
         The ranges hold for the process and the minute of the measurement; rates at another time may lie outside.
@@ -109,6 +111,7 @@ class Ceilings:
     warnings: tuple[str, ...] = ()
     flops_range: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     bandwidth_range: tuple[float, float] | None = None
+    streams: Mapping[str, float] = field(default_factory=dict)
 
     def ridge(self, dtype: str) -> float:
         """Return the arithmetic intensity, in FLOP/B, at which the compute roof of `dtype` meets the memory roof."""
@@ -130,6 +133,9 @@ class Ceilings:
             if rate > flops.get(dtype, 0.0):
                 flops[dtype] = rate
                 flops_range[dtype] = again.flops_range.get(dtype, UNKNOWN_RANGE)
+        streams = dict(self.streams)
+        for name, rate in again.streams.items():
+            streams[name] = max(rate, streams.get(name, 0.0))
         faster_memory = max(self, again, key=lambda roofs: roofs.bandwidth)
         return Ceilings(
             device=self.device,
@@ -138,6 +144,7 @@ class Ceilings:
             warnings=tuple(dict.fromkeys((*self.warnings, *again.warnings))),  # without repetitions, in order
             flops_range=flops_range,
             bandwidth_range=faster_memory.bandwidth_range,
+            streams=streams,
         )
 
 

@@ -148,7 +148,8 @@ def test_a_ceiling_is_the_best_of_all_and_its_range_begins_where_the_median_s_do
     two_to_one = [(seconds, seconds) for seconds in [2.0, 1.0] * 9 + [1.0, 0.5]]
     rounds["copy", 1], rounds["fp32", 256] = two_to_one, two_to_one
     roofs = ceilings("cpu", budget_s=0.1)
-    assert roofs.flops == {"fp32": 2 * 2 * 256**3} and roofs.bandwidth == 4e9
+    assert roofs.flops == {"fp32": 2 * 2 * 256**3} and roofs.bandwidth == roofs.streams["copy"] == 4e9
+    assert roofs.streams["read"] < 4e9, "whose rounds take a hundred seconds"
     assert roofs.flops_range == {"fp32": (2 * 256**3, 2 * 2 * 256**3)}  # from x_(2) of ten
     for key in rounds:
         rounds[key] = rounds[key][:6]
@@ -186,6 +187,8 @@ def test_measured_ceilings_lie_within_their_intervals(measured: Ceilings):
     for dtype, rate in measured.flops.items():
         assert measured.flops_range[dtype][0] <= rate <= measured.flops_range[dtype][1]
     assert measured.bandwidth_range[0] <= measured.bandwidth <= measured.bandwidth_range[1]
+    assert measured.streams.keys() == {"read", "copy", "triad"}
+    assert measured.bandwidth == pytest.approx(max(measured.streams.values()))
 
 
 def test_ceilings_leave_the_process_as_it_was():
@@ -252,13 +255,16 @@ def test_reads_are_in_a_row_so_that_most_displace_no_line_that_a_copy_wrote():
 def test_roofs_of_two_moments_give_the_higher_of_each():
     """In the first minute a neighbour took the memory, in the second the arithmetic; fp16 was too slow to measure."""
     ends = {"flops_range": {"fp32": (90.0, 110.0)}, "bandwidth_range": (8.0, 9.0)}
+    ends["streams"] = {"read": 9.0, "copy": 7.0}
     first = Ceilings("here", {"fp32": 100.0}, 9.0, ("busy",), **ends)
     ends = {"flops_range": {"fp32": (40.0, 60.0), "fp16": (1.0, 3.0)}, "bandwidth_range": (15.0, 17.0)}
+    ends["streams"] = {"read": 16.0, "copy": 6.0}
     second = Ceilings("here", {"fp32": 50.0, "fp16": 2.0}, 16.0, ("busy", "hot"), **ends)
     both = first.raised(second)
     assert second.raised(first).flops == both.flops and second.raised(first).bandwidth == both.bandwidth
     assert both.flops == {"fp32": 100.0, "fp16": 2.0} and both.bandwidth == 16.0
     assert both.flops_range == {"fp32": (90.0, 110.0), "fp16": (1.0, 3.0)} and both.bandwidth_range == (15.0, 17.0)
+    assert both.streams == {"read": 16.0, "copy": 7.0}
     assert both.warnings == ("busy", "hot") and both.ridge("fp32") == 100 / 16
     check_refusal("roofs of one device", lambda: first.raised(replace(second, device="there")))
 
