@@ -85,6 +85,7 @@ FIXED = {
     ("07", "norms-read"): "the images of a record",
     ("07", "observers-figure-read"): "the activations of MiniLM",
     ("07", "ranges-read"): "two networks",
+    ("07", "repair-choice"): "the images of a record",
     ("07", "repairs-read"): "the images of a preset",
     ("07", "result-read"): "the draws of a record",
     ("07", "scan-read"): "the weights of ResNet-20",
