@@ -189,29 +189,33 @@ def test_all_methods_take_turns_on_the_real_clock():
 @pytest.mark.parametrize(
     ("processes", "words"),
     [
-        (
-            (0.56, 0.6, 0.63),
-            [
-                "In 1 of 3 comparisons the range of the processes is wider than the interval of one.",
-                "Such an interval cannot hold the results of all of them.",
-            ],
-        ),
-        (
-            (0.629, 0.63, 0.634),
-            ["In 0 of 3 comparisons the range of the processes is wider than the interval of one."],
-        ),
-        ((), ["Your own run is one process: run the lesson again, and compare the speed-ups."]),
+        ((0.56, 0.6, 0.63), "Of the 6 speed-ups of other processes, 2 lie outside the interval."),
+        ((0.629, 0.63, 0.634), "Of the 6 speed-ups of other processes, 0 lie outside the interval."),
+        ((), "Your own run is one process: run the lesson again, and compare the speed-ups."),
     ],
 )
-def test_an_interval_cannot_hold_processes_that_span_more_than_it_does(processes: tuple[float, ...], words: list[str]):
+@pytest.mark.parametrize("within_run", [(0.628, 0.634), (-math.inf, math.inf)])
+def test_processes_outside_the_interval_of_one_are_counted(
+    processes: tuple[float, ...], words: str, within_run: tuple[float, float]
+):
     said, say = listener()
-    within_run = (0.628, 0.634)
     ends = (min(processes), max(processes)) if processes else within_run
     cold = SimpleNamespace(processes=processes, ci95=ends, within_run=within_run)
-    hot = SimpleNamespace(processes=processes, ci95=(1.0, 1.002), within_run=(1.0, 1.002))
+    others = SimpleNamespace(processes=processes and (1.0, 1.001, 1.002), ci95=(1.0, 1.002), within_run=(1.0, 1.002))
     lab = SimpleNamespace(say=say, table=ignore)
-    executed("00", "processes-say", lab=lab, pair=hot, hot=hot, cold=cold)
-    assert said == words
+    executed("00", "processes-say", lab=lab, pair=others, hot=others, cold=cold, show=show)
+    if math.isinf(within_run[1]):  # no interval, no process outside it
+        words = words.replace(", 2 lie", ", 0 lie")
+    assert said[0] == words and len(said) == (2 if processes else 1)
+
+
+def test_of_equal_processes_one_in_six_lies_outside_the_interval_of_another():
+    draw, outside = random.Random(0), 0
+    for _ in range(4000):
+        one, other = ([draw.gauss(1, 0.01) for _ in range(40)] for _ in range(2))
+        _, low, high = stats.median_ci(one)
+        outside += not low <= statistics.median(other) <= high
+    assert 1 / 8 < outside / 4000 < 1 / 5.5
 
 
 def test_the_folded_solution_of_the_challenge_reaches_its_goal_and_pairs_alone_do_not():
@@ -333,11 +337,19 @@ def test_a_tilt_of_the_stopwatch_is_told_as_what_happened_in_this_burst(
 
 
 @pytest.mark.parametrize(
-    ("of_c", "words"),
-    [((100, 90), "so the allocator makes one of two equal calls slower"), ((170, 30), "do not clearly")],
+    ("of_c", "size_of_c", "words"),
+    [
+        ((100, 90), 1.0, "so the allocator makes one of two equal calls slower"),
+        ((170, 30), 1.0, "do not clearly"),
+        ((100, 90), 1.02, "do not clearly"),
+    ],
 )
-def test_the_allocator_is_blamed_for_a_tilt_only_if_both_controls_lack_it(of_c: tuple[int, int], words: str):
+def test_the_allocator_is_blamed_for_a_tilt_only_if_both_controls_lack_it(
+    of_c: tuple[int, int], size_of_c: float, words: str
+):
     said, say = listener()
+    medians = {"work": 1.02, "work, allocator of C": size_of_c, "empty loop": 1.0}
+    sizes = {name: (median, median - 0.002, median + 0.002) for name, median in medians.items()}
     counts = {"work": (180, 20), "work, allocator of C": of_c, "empty loop": (70, 75)}
     recorded: dict[str, Any] = {}
 
@@ -345,7 +357,8 @@ def test_the_allocator_is_blamed_for_a_tilt_only_if_both_controls_lack_it(of_c: 
         recorded[name] = SimpleNamespace(value=value, ci95=ci95, processes=0)
 
     lab = SimpleNamespace(say=say, table=ignore, record=record, result=recorded.get)
-    executed("00", "stopwatch-place-say", lab=lab, counts=counts, tests=200, show=show, wilson=stats.wilson)
+    names = {"counts": counts, "sizes": sizes, "tests": 200, "show": show, "wilson": stats.wilson}
+    executed("00", "stopwatch-place-say", lab=lab, **names)
     assert words in " ".join(said)
 
 
@@ -365,6 +378,7 @@ def test_labkit_s_own_a_a_test_leans_to_one_side_with_two_threads_by_less_than_a
     assert lesson["below"][2] >= 30
     assert 14 < lesson["below"][1] < 26  # with one thread no side is common
     assert max(abs(row["median"] - 1) for row in lesson["equal"][2]) < 0.01
+    assert len(lesson["ends_of"]) == 80 and not any(low > 1.01 or high < 1 / 1.01 for low, high in lesson["ends_of"])
 
 
 def test_ranges_of_five_hold_the_median_as_counting_promises_and_equal_as_one_less_often():
