@@ -48,7 +48,7 @@ from labkit.quantization import affine, formats, k_quants, kv, rotation, weight_
 from labkit.quantization.kv import KVFormat
 from labkit.records import cost
 
-QUESTION = "what do four bits cost a whole language model, in its weights, its activations and its cache?"
+QUESTION = "what do four bits cost a whole language model, in its weights and its cache?"
 GROUP = 64  # inputs that share a scale, but where a format says otherwise
 SUPER_BLOCK = 6  # blocks of 32 in a K-quant's super-block: 8 do not fill SmolLM2's rows
 AS_IS, DITHERED = "as is", "dithered"
