@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from labkit import show
-from labkit.errors import InputError
+from labkit.errors import InputError, first_line
 from labkit.lesson import records, reference_runs
 from labkit.lesson.exercises import Exercises
 from labkit.lesson.parameters import PRESETS, SEEDS, SMOKE, ranges, require_allowed
@@ -180,6 +180,7 @@ class Lab:
         self._exercises = Exercises()
         self._sentences: dict[str, list[str]] = {}
         self._challenges: dict[str, records.Challenge] = {}
+        self._plan_failed = False
 
     def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
         """Return the argument of the session's preset. A preset changes sizes, never the steps."""
@@ -411,6 +412,20 @@ class Lab:
         """
         return self._exercises.answer(id, fn)
 
+    @contextmanager
+    def judging(self, takes: str) -> Iterator[None]:
+        """Carry out the learner's plan in the block; tell an exception in a line, so that the page goes on.
+
+        takes: a sentence on what a plan is, shown after the exception.
+        """
+        self._plan_failed = False
+        try:
+            yield
+        except Exception as error:  # of whatever kind: the plan is the learner's
+            self._plan_failed = True
+            print(f"Your plan failed: {type(error).__name__}: {first_line(error)}")
+            print(takes)
+
     def challenge(
         self,
         name: str,
@@ -424,7 +439,7 @@ class Lab:
         """Show and record the learner's plan on the plane of a goal, beside reference points.
 
         goal: the goal in a sentence.
-        point: the numbers of the plan, {column: number}; None without a plan.
+        point: the numbers of the plan, {column: number}; None without a plan, and for a plan that failed (`judging`).
         goals: {column: (least, most, unit)} for two columns, x then y of the plane; a bound of None is open.
         references: dicts with the two columns, and with `label`, a point's name. "<column> ci95" may hold the (low,
             high) of an interval.
@@ -434,6 +449,8 @@ class Lab:
 
         check_name(name)
         record, points, state = challenge.judge(name, goal, point, goals=goals, references=references, label=label)
+        if self._plan_failed:
+            state = "your plan failed, see above"
         if not self._judges:
             record, state = record.model_copy(update={"point": None, "reached": None}), SMOKE
         self._challenges[name] = record  # before the figure, which may fail
