@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from labkit import show
-from labkit.errors import InputError
+from labkit.errors import InputError, first_line
 from labkit.lesson.records import Challenge
 
 Goals = Mapping[str, tuple[float | None, float | None, str]]
@@ -26,6 +26,25 @@ CANDIDATES = 1000  # places to try for a name
 BACKGROUND = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}  # a bound may cross a name
 EDGE = 0.01  # of the plane, free of names
 GOAL_COLOUR = show.COLOURS[2]
+
+
+class Attempt:
+    """Carry out the learner's plan in a `with` block, and tell an exception of whatever kind in a line.
+
+    takes: a sentence on what a plan is, shown after the exception.
+    """
+
+    def __init__(self, takes: str) -> None:
+        self.takes = takes
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):  # nothing, or an interrupt
+            return False
+        print(f"Your plan failed, so it is not placed: {type(error).__name__}: {first_line(error)}")
+        print(self.takes)
+        return True
 
 
 def judge(

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from labkit import show
-from labkit.errors import InputError, first_line
+from labkit.errors import InputError
 from labkit.lesson import records, reference_runs
 from labkit.lesson.exercises import Exercises
 from labkit.lesson.parameters import PRESETS, SEEDS, SMOKE, ranges, require_allowed
@@ -180,7 +180,6 @@ class Lab:
         self._exercises = Exercises()
         self._sentences: dict[str, list[str]] = {}
         self._challenges: dict[str, records.Challenge] = {}
-        self._plan_failed = False
 
     def by_preset(self, smoke: Any, class_: Any, full: Any) -> Any:
         """Return the argument of the session's preset. A preset changes sizes, never the steps."""
@@ -412,19 +411,11 @@ class Lab:
         """
         return self._exercises.answer(id, fn)
 
-    @contextmanager
-    def judging(self, takes: str) -> Iterator[None]:
-        """Carry out the learner's plan in the block; tell an exception in a line, so that the page goes on.
+    def judging(self, takes: str) -> "challenge.Attempt":
+        """Return a context for the learner's plan: an exception is told in a line, with what a plan is (`takes`)."""
+        from labkit.lesson import challenge
 
-        takes: a sentence on what a plan is, shown after the exception.
-        """
-        self._plan_failed = False
-        try:
-            yield
-        except Exception as error:  # of whatever kind: the plan is the learner's
-            self._plan_failed = True
-            print(f"Your plan failed: {type(error).__name__}: {first_line(error)}")
-            print(takes)
+        return challenge.Attempt(takes)
 
     def challenge(
         self,
@@ -449,8 +440,6 @@ class Lab:
 
         check_name(name)
         record, points, state = challenge.judge(name, goal, point, goals=goals, references=references, label=label)
-        if self._plan_failed:
-            state = "your plan failed, see above"
         if not self._judges:
             record, state = record.model_copy(update={"point": None, "reached": None}), SMOKE
         self._challenges[name] = record  # before the figure, which may fail

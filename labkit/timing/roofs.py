@@ -98,8 +98,7 @@ class Ceilings:
     device: name of the machine.
     flops: compute roof by type, in FLOP/s (OP/s for int8).
     bandwidth: memory roof in B/s.
-    streams: highest rate of each stream (read, copy, triad) in B/s, the largest of which is the memory roof; empty if
-        unknown.
+    streams: highest rate of each stream (read, copy, triad) in B/s; the largest is the memory roof.
     warnings: a phrase for each disturbance of the measurement; empty for an undisturbed run.
     flops_range, bandwidth_range: (low, high), from the low end of the median's 95 % interval to the best repetition.
         The ranges hold for the process and the minute of the measurement; rates at another time may lie outside.
@@ -133,9 +132,8 @@ class Ceilings:
             if rate > flops.get(dtype, 0.0):
                 flops[dtype] = rate
                 flops_range[dtype] = again.flops_range.get(dtype, UNKNOWN_RANGE)
-        streams = dict(self.streams)
-        for name, rate in again.streams.items():
-            streams[name] = max(rate, streams.get(name, 0.0))
+        names = {**self.streams, **again.streams}
+        streams = {name: max(self.streams.get(name, 0.0), again.streams.get(name, 0.0)) for name in names}
         faster_memory = max(self, again, key=lambda roofs: roofs.bandwidth)
         return Ceilings(
             device=self.device,
