@@ -11,6 +11,7 @@ a time of several parts, such as preparing and running, for the table and the st
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from labkit import show
@@ -28,23 +29,17 @@ EDGE = 0.01  # of the plane, free of names
 GOAL_COLOUR = show.COLOURS[2]
 
 
-class Attempt:
+@contextmanager
+def judging(takes: str) -> Iterator[None]:
     """Carry out the learner's plan in a `with` block, and tell an exception of whatever kind in a line.
 
     takes: a sentence on what a plan is, shown after the exception.
     """
-
-    def __init__(self, takes: str) -> None:
-        self.takes = takes
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):  # nothing, or an interrupt
-            return False
+    try:
+        yield
+    except Exception as error:
         print(f"Your plan failed, so it is not placed: {type(error).__name__}: {first_line(error)}")
-        print(self.takes)
-        return True
+        print(takes)
 
 
 def judge(

@@ -27,7 +27,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -411,11 +411,11 @@ class Lab:
         """
         return self._exercises.answer(id, fn)
 
-    def judging(self, takes: str) -> "challenge.Attempt":
+    def judging(self, takes: str) -> AbstractContextManager[None]:
         """Return a context for the learner's plan: an exception is told in a line, with what a plan is (`takes`)."""
         from labkit.lesson import challenge
 
-        return challenge.Attempt(takes)
+        return challenge.judging(takes)
 
     def challenge(
         self,

@@ -9,7 +9,7 @@ import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -110,13 +110,13 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
     for key, of_call in samples.items():
         seconds[key] = [sample.by(by_cpu) for sample in of_call]
     warnings += _interference(target, before, after, _seconds_by_stream(seconds, streams))
-    stream_rates = _stream_rates(seconds, streams)
     best_rates = _best_rates(seconds, workloads)
+    stream_rates = {name: best_rates.pop(name) for name in dict.fromkeys(key.name for key in streams)}
     del products, streams, workloads  # the operands, gigabytes on a GPU
     if target.type == "cuda":
         torch.cuda.empty_cache()
     roofs = {name: _roof(rates) for name, rates in best_rates.items()}
-    bandwidth = roofs.pop("bandwidth")
+    bandwidth = _roof(_highest(stream_rates.values()))
     return Ceilings(
         device=_device_name(machine, target),
         flops={name: roof.best for name, roof in roofs.items()},
@@ -124,7 +124,7 @@ def ceilings(device: str | torch.device | None = None, *, budget_s: float = 6.0)
         warnings=tuple(warnings),
         flops_range={name: (roof.low, roof.best) for name, roof in roofs.items()},
         bandwidth_range=(bandwidth.low, bandwidth.best),
-        streams=stream_rates,
+        streams={name: max(rates) for name, rates in stream_rates.items()},
     )
 
 
@@ -146,18 +146,18 @@ def _judged_by_cpu_time(machine: Machine, target: torch.device, before: Snapshot
 
 
 def _best_rates(seconds: Mapping[Key, Sequence[float]], workloads: Workloads) -> dict[str, list[float]]:
-    """Return the best rate of each repetition, by type and for "bandwidth", in FLOP/s and B/s."""
-    rates_by_ceiling: dict[str, list[list[float]]] = defaultdict(list)  # of each call that reaches for the ceiling
+    """Return the best rate of each repetition, by type and by stream, in FLOP/s and B/s."""
+    rates_by_name: dict[str, list[list[float]]] = defaultdict(list)  # of each call of a type or a stream
     for key, times in seconds.items():
         rounds_per_repetition = max(1, len(times) // REPETITIONS)
         fastest = stats.block_minima(times, rounds_per_repetition)
-        rates = [workloads[key].amount / least for least in fastest]
-        ceiling = key.name if key.name in PRODUCTS else "bandwidth"
-        rates_by_ceiling[ceiling].append(rates)
-    best_rates = {}
-    for ceiling, rates_of_calls in rates_by_ceiling.items():
-        best_rates[ceiling] = [max(repetition) for repetition in zip(*rates_of_calls, strict=True)]
-    return best_rates
+        rates_by_name[key.name].append([workloads[key].amount / least for least in fastest])
+    return {name: _highest(rates_of_calls) for name, rates_of_calls in rates_by_name.items()}
+
+
+def _highest(rates_of_calls: Iterable[Sequence[float]]) -> list[float]:
+    """Return the highest rate of each repetition."""
+    return [max(repetition) for repetition in zip(*rates_of_calls, strict=True)]
 
 
 class _Roof(NamedTuple):
@@ -168,14 +168,6 @@ class _Roof(NamedTuple):
 def _roof(rates: Sequence[float]) -> _Roof:
     _, low, _ = stats.median_ci(rates)
     return _Roof(max(rates), low)
-
-
-def _stream_rates(seconds: Mapping[Key, Sequence[float]], streams: Workloads) -> dict[str, float]:
-    """Return the highest rate of copy, triad and read, in B/s."""
-    rates: dict[str, float] = defaultdict(float)
-    for key, stream in streams.items():
-        rates[key.name] = max(rates[key.name], stream.amount / min(seconds[key]))
-    return dict(rates)
 
 
 def _seconds_by_stream(seconds: Mapping[Key, Sequence[float]], streams: Workloads) -> list[list[float]]:

@@ -98,7 +98,7 @@ class Ceilings:
     device: name of the machine.
     flops: compute roof by type, in FLOP/s (OP/s for int8).
     bandwidth: memory roof in B/s.
-    streams: highest rate of each stream (read, copy, triad) in B/s; the largest is the memory roof.
+    streams: highest rate of each stream (read, copy, triad), in B/s; empty for ceilings read from a record.
     warnings: a phrase for each disturbance of the measurement; empty for an undisturbed run.
     flops_range, bandwidth_range: (low, high), from the low end of the median's 95 % interval to the best repetition.
         The ranges hold for the process and the minute of the measurement; rates at another time may lie outside.

@@ -86,7 +86,7 @@ def test_arrays_of_four_times_the_last_cache_raise_the_ceiling_and_smaller_ones_
     cache_bytes: int, expected: float
 ):
     sweep = [(2**26, 61.2e9), (2**27, 50.3e9), (2**28, 48.5e9)]
-    roofs = machine.Ceilings("here", {"fp32": 2e11}, 37.3e9)
+    roofs = machine.Ceilings("here", {"fp32": 2e11}, 37.3e9, streams={"read": 37.3e9})
     numbers = Records(None)
     lab = SimpleNamespace(
         by_preset=lambda smoke, class_, full: class_,
