@@ -182,7 +182,22 @@ def _major(version_text: str) -> int:
 def _compiler() -> CheckResult:
     """Name the compiler for labkit's C++; a machine without a compiler has no sparse kernel, and slower N:M masks."""
     lost = "the sparse CPU kernel is left out and large N:M masks are slower"
-    return _compiler_command() or f"none ({lost}; install g++ or clang++, or name one in CXX)", ""
+    command = _compiler_command()
+    if not command:
+        return f"none ({lost}; install g++ or clang++, or name one in CXX)", ""
+    return f"{command}; {_sparse_kernel()}", ""
+
+
+def _sparse_kernel() -> str:
+    """Name the variant of the sparse kernel that this machine takes, by the race that the first product runs too."""
+    from labkit.storage import native, sell
+
+    if not native.is_compiled("sparse_linear"):
+        return "the sparse kernel is compiled on first use"
+    seconds = sell.race()
+    fastest_first = sorted(seconds, key=seconds.__getitem__)
+    times = ", ".join(f"{fetch} {seconds[fetch] * 1e3:.1f} ms" for fetch in fastest_first)
+    return f"the sparse kernel is that for {native.isas('sparse_linear')[-1]}, weights {times}"
 
 
 def _compiler_command() -> str:

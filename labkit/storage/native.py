@@ -29,7 +29,7 @@ THREADS = (("-fopenmp",), ())  # the second where the compiler has no OpenMP: on
 ISAS = ("generic", "avx2", "avx512")  # the instruction sets that the sources distinguish, by their number there
 _INT, _INDEX, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 ARGUMENTS = {
-    "sparse_linear": [_INT] * 3 + [_INDEX] * 4 + [_POINTER, _INDEX] + [_POINTER] * 7,
+    "sparse_linear": [_INT] * 4 + [_INDEX] * 4 + [_POINTER, _INDEX] + [_POINTER] * 7,
     "nm_mask": [_INT] * 5 + [_INDEX, _POINTER, _POINTER],
     "int4_linear": [_INT] * 2 + [_INDEX] * 4 + [_POINTER] * 4,
 }
@@ -87,21 +87,37 @@ def compiler() -> list[str]:
     raise FileNotFoundError(f"there is no {missing} on the PATH")
 
 
-def _compiled(source: Path) -> Path:
-    """Return the shared library for this source, compiler and machine; compile it unless the cache has it."""
+def is_compiled(name: str) -> bool:
+    """Return True if the cache has the library of csrc/<name>.cpp for this compiler and machine."""
+    try:
+        return _library(SOURCES / f"{name}.cpp").exists()
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _library(source: Path) -> Path:
+    """Return the place of the shared library for this source, compiler and machine."""
     command = compiler()
-    flags = (*FLAGS, *EXACT.get(source.stem, ()))
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     machine = (platform.system(), platform.machine())
-    key = "\0".join([source.read_text(), version, *command, *flags, *machine])
+    key = "\0".join([source.read_text(), version, *command, *_flags(source), *machine])
     digest = hashlib.sha256(key.encode()).hexdigest()
-    file_name = f"{source.stem}-{digest[:16]}.so"
-    target = files.cache_dir() / "kernels" / file_name
+    return files.cache_dir() / "kernels" / f"{source.stem}-{digest[:16]}.so"
+
+
+def _flags(source: Path) -> tuple[str, ...]:
+    return (*FLAGS, *EXACT.get(source.stem, ()))
+
+
+def _compiled(source: Path) -> Path:
+    """Return the shared library for this source, compiler and machine; compile it unless the cache has it."""
+    target = _library(source)
     if target.exists():
         return target
+    command = compiler()
     with files.replacing(target) as partial:  # a second process that does the same at once harms nothing
         for threads in THREADS:
-            compilation = [*command, *flags, *threads, "-o", str(partial), str(source)]
+            compilation = [*command, *_flags(source), *threads, "-o", str(partial), str(source)]
             done = subprocess.run(compilation, capture_output=True, text=True, timeout=300)
             if done.returncode == 0:
                 return target

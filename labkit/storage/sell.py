@@ -5,7 +5,9 @@ number of nonzeros, and each 16 neighbours (a chunk) are padded to the longest o
 works on 16 rows at once. csrc/sparse_linear.cpp multiplies with this layout and says why the product is fast.
 """
 
+import functools
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from labkit.storage import native
 
 LANES = 16  # rows of a chunk, as in the C++
 VALUES = (torch.float32, torch.bfloat16)  # dtypes of the values
+FETCHES = ("streamed", "cached")  # ways in which the kernel fetches weights ahead, by their number in the C++
+RACING, RACING_LAYERS, ROUNDS = 1024, 8, 4  # inputs and outputs of a layer of the race, layers of a round, rounds
 LARGEST_GROUP = 512  # sums of a thread stay in the second level cache: 512 x 64 float32 are 128 KiB
 
 
@@ -69,7 +73,7 @@ def pack(weight: Tensor) -> dict[str, Tensor]:
 
 def unpack(layout: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """Return the dense weight of `shape` (out, in) that was packed."""
-    block, blocks, group, groups = _geometry(layout, shape)
+    block, blocks, group, groups = _geometry(len(layout["order"]), *shape)
     chunks = group // LANES
     values = layout["values"]
     chunk = torch.repeat_interleave(layout["lengths"].long() * LANES)  # of each value, counted through the whole layout
@@ -100,13 +104,24 @@ def multiply(
 
     Inf and NaN in x may reach outputs whose weight for them is zero, as in a dense product.
     """
+    return _multiply(x, layout, out_features, bias, fastest_fetch())
+
+
+def _multiply(
+    x: Tensor,
+    layout: dict[str, Tensor],
+    out_features: int,
+    bias: Tensor | None,
+    fetch: str,
+) -> Tensor:
     batch, in_features = x.shape
-    sizes = _geometry(layout, (out_features, in_features))
+    sizes = _geometry(len(layout["order"]), out_features, in_features)
     x = x.contiguous()
     y = x.new_empty(batch, out_features)
     kernel = native.load("sparse_linear").sparse_linear
     kernel(
         native.best_isa("sparse_linear"),
+        FETCHES.index(fetch),
         torch.get_num_threads(),
         layout["values"].dtype == torch.bfloat16,
         in_features,
@@ -124,6 +139,42 @@ def multiply(
         y.data_ptr(),
     )
     return y
+
+
+# --- how weights are fetched ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def fastest_fetch() -> str:
+    """Return the faster of `FETCHES` on this machine, by one race a process, which takes about 80 ms."""
+    seconds = race()
+    return min(seconds, key=seconds.__getitem__)
+
+
+def race() -> dict[str, float]:
+    """Time products with each of `FETCHES`, and return {fetch: seconds}, the least of its rounds.
+
+    The layers of a round exceed a second level cache together, as those of a model do: 21 MB. Rounds of one fetch
+    follow one another, and the first does not count, because it reads from the caches that the other fetch has left.
+    """
+    random = torch.Generator().manual_seed(0)
+    weight = torch.rand(RACING, RACING, generator=random)
+    layout = pack(weight * (weight < 0.5))
+    layers = [{**layout, "values": layout["values"].clone()} for _ in range(RACING_LAYERS)]
+    x = torch.zeros(LANES, RACING)
+    seconds = {}
+    for fetch in FETCHES:
+        rounds = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            for layer in layers:
+                _multiply(x, layer, RACING, None, fetch)
+            rounds.append(time.perf_counter() - began)
+        seconds[fetch] = min(rounds[1:])
+    return seconds
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 def _group(out_features: int) -> int:
@@ -161,13 +212,16 @@ def _round_up(size: int) -> int:
     return math.ceil(size / LANES) * LANES
 
 
-def _geometry(layout: dict[str, Tensor], shape: tuple[int, int]) -> Geometry:
-    """Return the sizes of a layout. Blocks are counted, since `_block` depends on the density of the weight."""
-    out_features, in_features = shape
+@functools.cache
+def _geometry(ordered: int, out_features: int, in_features: int) -> Geometry:
+    """Return the sizes of a layout whose `order` has `ordered` entries.
+
+    Blocks are counted, since `_block` depends on the density of the weight.
+    """
     group = _group(out_features)
     groups = math.ceil(out_features / group)
     rows_of_block = groups * group
-    blocks = max(1, len(layout["order"]) // rows_of_block)
+    blocks = max(1, ordered // rows_of_block)
     block = _round_up(math.ceil(in_features / blocks))
     return Geometry(block, blocks, group, groups)
 

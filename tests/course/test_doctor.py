@@ -14,6 +14,7 @@ from commands import labkit
 
 from course import doctor, hosted, notebooks
 from labkit.data import fetch
+from labkit.storage import native, sell
 
 SMI = "| NVIDIA-SMI 580.65   Driver Version: 580.65.06   CUDA Version: 13.0  |"
 
@@ -99,8 +100,15 @@ def test_no_compiler_is_no_fault_and_lesson_02_says_what_it_does_then(program, m
     assert found("compiler").text.startswith("none")
     monkeypatch.delenv("CXX")
     program("g++", "")
-    assert found("compiler").text.endswith("/bin/g++")
+    assert found("compiler").text.endswith("/bin/g++; the sparse kernel is compiled on first use")
     assert doctor.lesson(lesson) == ("all there", "")
+
+
+@pytest.mark.skipif(not native.isas("sparse_linear"), reason="needs a C++ compiler")
+def test_the_variant_of_the_sparse_kernel_is_named_with_the_race_that_chose_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sell, "race", lambda: {"streamed": 2e-3, "cached": 1e-3})
+    chosen = f"the sparse kernel is that for {native.isas('sparse_linear')[-1]}, weights cached 1.0 ms, streamed 2.0 ms"
+    assert found("compiler").text.endswith(chosen)
 
 
 def test_engines_that_are_missing_are_no_fault_and_named_with_what_brings_them(monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,18 @@ needs_compiler = pytest.mark.skipif(not native.isas("sparse_linear"), reason="ne
 
 
 isa = kernels.every_isa("sparse_linear")
+fastest_fetch = sell.fastest_fetch  # before a fixture takes its place
+
+
+@pytest.fixture(params=sell.FETCHES, scope="module")
+def fetch(request):
+    """The ways to fetch weights ahead, of which the sparse kernel takes one meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sell, "fastest_fetch", lambda: request.param)
+        yield request.param
+
+
+variants = pytest.mark.usefixtures("isa", "fetch")
 
 
 # --- sparse_linear ----------------------------------------------------------------------------------------------------
@@ -27,7 +39,7 @@ isa = kernels.every_isa("sparse_linear")
 sizes = st.integers(1, 300)
 
 
-@pytest.mark.usefixtures("isa")
+@variants
 @settings(deadline=None, max_examples=40)
 @given(rows=sizes, columns=sizes, batch=st.integers(0, 140), density=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
 def test_the_kernel_equals_dense(rows, columns, batch, density):
@@ -38,7 +50,7 @@ def test_the_kernel_equals_dense(rows, columns, batch, density):
     assert_product(sell.multiply(x, layout, rows, None), x, weight)
 
 
-@pytest.mark.usefixtures("isa")
+@variants
 @pytest.mark.parametrize("dtype", sell.VALUES)
 def test_the_kernel_equals_dense_at_every_tile_width(dtype):
     weight = pruned(530, 333, 0.2, dtype)
@@ -46,6 +58,39 @@ def test_the_kernel_equals_dense_at_every_tile_width(dtype):
     for batch in (1, 2, 4, 5, 9, 16, 17, 33, 48, 49, 64, 65, 127, 128, 129, 513):
         x = torch.randn(batch, 333)
         assert_product(sell.multiply(x, layout, 530, None), x, weight)
+
+
+@variants
+@pytest.mark.parametrize("batch", [1, 3, 16, 70])
+def test_the_kernel_takes_inputs_that_begin_anywhere_in_memory(batch):
+    weight = pruned(70, 90, 0.3)
+    layout = sell.pack(weight)
+    numbers = torch.randn(batch * 90 + 3)
+    for start in (1, 3):
+        x = numbers[start : start + batch * 90].view(batch, 90)
+        assert_product(sell.multiply(x, layout, 70, None), x, weight)
+
+
+@variants
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_no_number_reaches_no_other_row(value):
+    weight = pruned(50, 200, 0.3)
+    layout = sell.pack(weight)
+    x = torch.randn(70, 200)
+    spoilt = x.clone()
+    spoilt[66, 7] = value
+    result, expected = sell.multiply(spoilt, layout, 50, None), sell.multiply(x, layout, 50, None)
+    other = torch.arange(70) != 66
+    assert torch.equal(result[other], expected[other])
+    reads_it = weight[:, 7] != 0
+    assert reads_it.any() and not result[66, reads_it].isfinite().any()
+
+
+@needs_compiler
+def test_the_fetch_that_wins_the_race_is_used(monkeypatch):
+    assert set(sell.race()) == set(sell.FETCHES)
+    monkeypatch.setattr(sell, "race", lambda: {"streamed": 2.0, "cached": 1.0})
+    assert fastest_fetch.__wrapped__() == "cached"
 
 
 @needs_compiler

@@ -49,6 +49,14 @@ template <class Value> struct Weights {
     const uint8_t* lengths;
 };
 
+// How weights are fetched ahead. STREAMED: past the second level cache, which keeps the sums. CACHED: into all caches,
+// and a factor is spread by its own load, where STREAMED loads R factors at once and spreads them by permutes. The first
+// suits AMD's Zen 5. The second takes a third to two thirds of the time on an Intel Xeon with AMX, where a streamed line
+// is gone when the next rows of its chunk want it. sell.py races the two.
+enum Caches { STREAMED, CACHED };
+
+template <Caches C> inline void fetch(const void* from) { __builtin_prefetch(from, 0, C == STREAMED ? 0 : 3); }
+
 template <int W> struct Vector { typedef float type __attribute__((vector_size(W * sizeof(float)))); };
 
 inline float as_float(const float* value) { return *value; }
@@ -76,7 +84,7 @@ thread_local Scratch scratch_x, scratch_y;
 
 // y[group][T] += W x^T for one group and block; x is [block][T]. Returns the number of values of the block.
 // L: floats of a register. R rows go together to hide the latency of their sums.
-template <int T, int L, class Value>
+template <Caches C, int T, int L, class Value>
 inline __attribute__((always_inline)) Index tile(Index chunks, Weights<Value> w, const float* x, float* y) {
     constexpr int W = T < L ? T : L, A = T / W, R = A >= 8 ? 1 : A >= 4 ? 2 : A >= 2 ? 4 : 8;
     typedef typename Vector<W>::type Floats;
@@ -86,7 +94,7 @@ inline __attribute__((always_inline)) Index tile(Index chunks, Weights<Value> w,
         for (Index l = 0; l < LANES; l += R) {
             // The first rows of a chunk touch all its values: fetch the next chunk's, evenly, before that.
             const Value* next = w.values + (length + l / R * ahead) * LANES;
-            for (Index k = 0; k < ahead; k++) __builtin_prefetch(next + k * LANES, 0, 0);
+            for (Index k = 0; k < ahead; k++) fetch<C>(next + k * LANES);
             Floats sum[R][A] = {};
             const Value* value = w.values + l;
             const uint8_t* column = w.columns + l;
@@ -115,14 +123,15 @@ inline __attribute__((always_inline)) Index tile(Index chunks, Weights<Value> w,
 
 template <class Value> using Kernel = Index (*)(Index chunks, Weights<Value>, const float* x, float* y);
 
-template <int T, class Value> Index tile_generic(Index chunks, Weights<Value> w, const float* x, float* y) {
-    return tile<T, 4>(chunks, w, x, y);
+template <Caches C, int T, class Value>
+Index tile_generic(Index chunks, Weights<Value> w, const float* x, float* y) {
+    return tile<C, T, 4>(chunks, w, x, y);
 }
 
 #if defined(__x86_64__)
-template <int T, class Value>
+template <Caches C, int T, class Value>
 TARGET("avx2,fma") Index tile_avx2(Index chunks, Weights<Value> w, const float* x, float* y) {
-    return tile<T, 8>(chunks, w, x, y);
+    return tile<C, T, 8>(chunks, w, x, y);
 }
 
 #define AVX512_TARGET TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
@@ -136,8 +145,18 @@ template <int N> AVX512_TARGET inline __m512 load(const uint16_t* values) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// As `tile`, but the factors of R rows come by one load and are spread by permutes: loads from x are the bottleneck.
-template <int T, class Value>
+AVX512_TARGET inline __m512 spread(__m512 factors, int r) {
+    return _mm512_permutexvar_ps(_mm512_set1_epi32(r), factors);
+}
+
+AVX512_TARGET inline __m512 broadcast(const float* value) { return _mm512_set1_ps(*value); }
+
+AVX512_TARGET inline __m512 broadcast(const uint16_t* value) {
+    return _mm512_castsi512_ps(_mm512_maskz_set1_epi16(0xaaaaaaaa, *value));  // the upper half of each float32
+}
+
+// As `tile`, by intrinsics: loads from x are the bottleneck, so that those of the factors count.
+template <Caches C, int T, class Value>
 AVX512_TARGET Index tile_avx512(Index chunks, Weights<Value> w, const float* x, float* y) {
     constexpr int A = T / 16, R = A >= 2 ? 4 : 8;
     const Value* const begin = w.values;
@@ -145,15 +164,15 @@ AVX512_TARGET Index tile_avx512(Index chunks, Weights<Value> w, const float* x, 
         const Index length = w.lengths[c], ahead = (length * R + LANES - 1) / LANES;
         for (Index l = 0; l < LANES; l += R) {
             const Value* next = w.values + (length + l / R * ahead) * LANES;
-            for (Index k = 0; k < ahead; k++) __builtin_prefetch(next + k * LANES, 0, 0);
+            for (Index k = 0; k < ahead; k++) fetch<C>(next + k * LANES);
             __m512 sum[R][A] = {};
             const Value* value = w.values + l;
             const uint8_t* column = w.columns + l;
             for (Index k = 0; k < length; k++, value += LANES, column += LANES) {
-                const __m512 factors = load<R>(value);
+                const __m512 factors = C == STREAMED ? load<R>(value) : __m512{};
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
-                    const __m512 factor = _mm512_permutexvar_ps(_mm512_set1_epi32(r), factors);
+                    const __m512 factor = C == STREAMED ? spread(factors, r) : broadcast(value + r);
                     const float* from = x + Index{column[r]} * T;
 #pragma GCC unroll 16
                     for (int a = 0; a < A; a++)
@@ -206,26 +225,26 @@ AVX512_TARGET Index single_avx512(Index chunks, Weights<Value> w, const float* x
 
 enum Isa { GENERIC, AVX2, AVX512 };
 
-template <int T, class Value> Kernel<Value> of_width([[maybe_unused]] int isa) {
+template <Caches C, int T, class Value> Kernel<Value> of_width([[maybe_unused]] int isa) {
 #if defined(__x86_64__)
     if constexpr (T >= 16)
-        if (isa == AVX512) return tile_avx512<T, Value>;
-    if (isa != GENERIC) return tile_avx2<T, Value>;
+        if (isa == AVX512) return tile_avx512<C, T, Value>;
+    if (isa != GENERIC) return tile_avx2<C, T, Value>;
 #endif
-    return tile_generic<T, Value>;
+    return tile_generic<C, T, Value>;
 }
 
-template <class Value> Kernel<Value> kernel(int isa, Index width) {
+template <Caches C, class Value> Kernel<Value> kernel(int isa, Index width) {
     switch (width) {
 #if defined(__x86_64__)
         case 1: return single_avx512<Value>;
 #endif
-        case 4: return of_width<4, Value>(isa);
-        case 8: return of_width<8, Value>(isa);
-        case 16: return of_width<16, Value>(isa);
-        case 32: return of_width<32, Value>(isa);
-        case 48: return of_width<48, Value>(isa);
-        default: return of_width<64, Value>(isa);
+        case 4: return of_width<C, 4, Value>(isa);
+        case 8: return of_width<C, 8, Value>(isa);
+        case 16: return of_width<C, 16, Value>(isa);
+        case 32: return of_width<C, 32, Value>(isa);
+        case 48: return of_width<C, 48, Value>(isa);
+        default: return of_width<C, 64, Value>(isa);
     }
 }
 
@@ -276,6 +295,7 @@ void transpose(const float* from, Index from_stride, Index rows, Index columns, 
 
 template <class Value> struct Product {
     int isa;
+    Caches caches;
     Shape shape;
     const float* x;
     Index batch;
@@ -310,7 +330,9 @@ template <class Value> struct Product {
             Index used = 0;
             for (Index t = begin; t < end; t++) {
                 const float* from = tiles + (t - begin) * tile_floats() + b * shape.block * width(t);
-                used = kernel<Value>(isa, width(t))(shape.chunks(), w, from, sums + (t - begin) * tile_sums);
+                const Kernel<Value> product = caches == STREAMED ? kernel<STREAMED, Value>(isa, width(t))
+                                                                 : kernel<CACHED, Value>(isa, width(t));
+                used = product(shape.chunks(), w, from, sums + (t - begin) * tile_sums);
             }
             w = {w.values + used, w.columns + used, w.order + shape.group, w.lengths + shape.chunks()};
         }
@@ -356,13 +378,15 @@ int sparse_linear_best_isa() {
 }
 
 // x [batch, inputs] and y [batch, outputs] float32 and contiguous; values float32, or bfloat16 if `bf16`; bias or null.
-void sparse_linear(int isa, int threads, int bf16, Index inputs, Index outputs, Index block, Index group,
+// caches: a number of Caches.
+void sparse_linear(int isa, int caches, int threads, int bf16, Index inputs, Index outputs, Index block, Index group,
                    const float* x, Index batch, const void* values, const uint8_t* columns, const int16_t* order,
                    const uint8_t* lengths, const int64_t* starts, const float* bias, float* y) {
     const Shape shape{inputs, outputs, block, group};
     const auto run = [&](auto* weights) {
         using Value = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
-        Product<Value>{isa, shape, x, batch, {weights, columns, order, lengths}, starts, bias, y}.run(threads);
+        const Weights<Value> w{weights, columns, order, lengths};
+        Product<Value>{isa, Caches(caches), shape, x, batch, w, starts, bias, y}.run(threads);
     };
     if (bf16)
         run(static_cast<const uint16_t*>(values));
