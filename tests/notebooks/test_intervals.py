@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,3 +101,22 @@ def test_a_plan_of_lesson_13_has_its_accuracy_over_images():
     assert (point["accuracy"], point["file"]) == pytest.approx((90, 60))
     goals = {"file": (None, 75.0, "kB"), "accuracy": (89.0, None, "%")}
     assert challenge.checked(goals, point) == {key: pytest.approx(value) for key, value in point.items()}
+
+
+def test_a_plan_of_lesson_13_is_judged_on_the_split_that_is_asked_for():
+    """The pipeline keeps its rows in a folder: the row of one split is never read for another."""
+    folders = []
+    names = {
+        "Step": lambda *_, **__: None,
+        "datasets": SimpleNamespace(
+            fashion_mnist=lambda *_: SimpleNamespace(images=torch.ones(2), labels=torch.ones(2))
+        ),
+        "lab": SimpleNamespace(by_preset=lambda *_: 2),
+        "parity": SimpleNamespace(Reference=lambda *_: None),
+        "pipeline": SimpleNamespace(execute=lambda *_, folder, **__: folders.append(folder) or {"yours": [None]}),
+    }
+    planned = function("13", "planned", **names, folder=Path("plans"), resnet=None, few=[], budget=1)
+    for ratio in (0.4, 0.5):
+        for split in ("validation", "test"):
+            planned({"steps": ["cut"], "ratio": ratio}, split)
+    assert len(set(folders)) == 4
