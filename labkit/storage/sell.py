@@ -2,7 +2,8 @@
 
 A weight [out, in] is cut into blocks of inputs and groups of outputs. Within a block and a group, rows are sorted by
 number of nonzeros, and each 16 neighbours (a chunk) are padded to the longest of the 16, so that a vector register
-works on 16 rows at once. csrc/sparse_linear.cpp multiplies with this layout and says why the product is fast.
+works on 16 rows at once. csrc/sparse_linear.cpp multiplies with this layout and says why the product is fast. It can
+fetch weights in two ways, between which a race at the first product decides.
 """
 
 import functools
@@ -19,7 +20,9 @@ from labkit.storage import native
 LANES = 16  # rows of a chunk, as in the C++
 VALUES = (torch.float32, torch.bfloat16)  # dtypes of the values
 FETCHES = ("streamed", "cached")  # ways in which the kernel fetches weights ahead, by their number in the C++
-RACING, RACING_LAYERS, ROUNDS = 1024, 8, 4  # inputs and outputs of a layer of the race, layers of a round, rounds
+RACE_WIDTH = 1024  # inputs and outputs of a layer in the race between the fetches
+RACE_LAYERS = 8  # layers of a round
+RACE_ROUNDS = 4  # rounds of a fetch
 LARGEST_GROUP = 512  # sums of a thread stay in the second level cache: 512 x 64 float32 are 128 KiB
 
 
@@ -158,17 +161,17 @@ def race() -> dict[str, float]:
     follow one another, and the first does not count, because it reads from the caches that the other fetch has left.
     """
     random = torch.Generator().manual_seed(0)
-    weight = torch.rand(RACING, RACING, generator=random)
+    weight = torch.rand(RACE_WIDTH, RACE_WIDTH, generator=random)
     layout = pack(weight * (weight < 0.5))
-    layers = [{**layout, "values": layout["values"].clone()} for _ in range(RACING_LAYERS)]
-    x = torch.zeros(LANES, RACING)
+    layers = [{**layout, "values": layout["values"].clone()} for _ in range(RACE_LAYERS)]
+    x = torch.zeros(LANES, RACE_WIDTH)
     seconds = {}
     for fetch in FETCHES:
         rounds = []
-        for _ in range(ROUNDS):
+        for _ in range(RACE_ROUNDS):
             began = time.perf_counter()
             for layer in layers:
-                _multiply(x, layer, RACING, None, fetch)
+                _multiply(x, layer, RACE_WIDTH, None, fetch)
             rounds.append(time.perf_counter() - began)
         seconds[fetch] = min(rounds[1:])
     return seconds
