@@ -45,3 +45,17 @@ def test_a_page_shows_the_run_that_is_recorded(lesson: Path):
     recorded = records.read(RECORDED / shown["machine"]["slug"] / f"{lesson.stem[:2]}.json")
     assert shown["created"] == recorded.created
     assert shown == as_on_a_page(recorded.to_dict())
+
+
+def test_the_answer_and_the_claims_of_lesson_12_say_of_its_record_what_holds_in_each_process():
+    """Graph and fusion as one step are the largest at batch 1, int8 is at 32; compiling is not twice plain eager."""
+    (lesson,) = [path for path in notebooks.all_lessons() if path.stem[:2] == "12"]
+    (shown,) = records_on(notebooks.read(lesson))
+    values = records.read(RECORDED / shown["machine"]["slug"] / "12.json").runs.values
+    names = ("the best eager", "norms folded", "graph, not fused", "fused", "OpenVINO", "int8")
+    for batch, largest in ((1, "graph and fusion"), (32, "int8")):
+        for factors in zip(*(values[f"step {name}, batch {batch}"] for name in names), strict=True):
+            steps = dict(zip(names, factors, strict=True))
+            steps["graph and fusion"] = steps.pop("graph, not fused") * steps.pop("fused")
+            assert max(steps, key=steps.__getitem__) == largest
+    assert max(values["torch-compile, batch 1"]) < 1.8
