@@ -184,10 +184,12 @@ def cell(row: Mapping[str, Any]) -> str:
     if "ratio" not in row:
         return "no model that runs within a minute"
     verdict = "" if row["least"] is None or row["ratio"] >= row["least"] else " (missed)"
-    text = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
     if row["processes"] == 1:
-        text = f"{row['ratio']:.2f}, one process"
-    return text + verdict
+        return f"{row['ratio']:.2f}, one process{verdict}"
+    ends = f"{row['low']:.2f} to {row['high']:.2f}"
+    if row["processes"] != PROCESSES:
+        ends += f", {row['processes']} processes"
+    return f"{row['ratio']:.2f} ({ends}){verdict}"
 
 
 def table(name: str, by_machine: Mapping[str, Mapping[str, Any]]) -> str:
