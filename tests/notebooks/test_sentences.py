@@ -115,6 +115,7 @@ FIXED = {
     ("10", "tails-read"): "the vocabulary of SmolLM2",
     ("10", "teachers-table"): "steps and images of a record",
     ("11", "answer"): "the tokens of a text",
+    ("11", "blocks-read"): "tokens of a preset",
     ("11", "copying-read"): "texts and tokens of a preset",
     ("11", "heavy-read"): "named models",
     ("11", "latent-read"): "the sizes of a named model",
