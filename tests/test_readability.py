@@ -142,10 +142,11 @@ def test_the_first_lesson_loads_little_of_labkit(tmp_path: Path):
     code = f"""
 import sys, labkit
 labkit.start("00", preset="smoke", results_dir={str(tmp_path)!r})
-print("LOADED", *[m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "labkit" and m.__file__])
+paths = [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "labkit" and m.__file__]
+print("LOADED", *paths, sep="\\t")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {Path(name) for name in done.stdout.partition("LOADED ")[2].split("\n")[0].split(" ")}
+    loaded = {Path(name) for name in done.stdout.partition("LOADED\t")[2].split("\n")[0].split("\t")}
     rooms = {path.relative_to(LABKIT).parts[0] for path in loaded}
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in loaded)
     print(f"\nlesson 00 loads {lines:,} lines of labkit in {len(loaded)} files")
