@@ -5,8 +5,8 @@
 DeepSparse was discontinued in June 2025; its last wheel that works is 1.8.0 for Python 3.11 on Linux, which wants an
 old numpy: `pip install deepsparse==1.8.0 torch scipy psutil networkx safetensors tqdm pydantic filelock` into an
 environment of its own, and run this there with PYTHONPATH set to the repository. Where it is missing the other two are
-timed without it. Six layers of 1024 x 1024 with ReLU, as in
-the figures that the lesson quotes, or --width 2048 --layers 4; one thread; every candidate gives the dense result.
+timed without it. Six layers of 1024 x 1024 with ReLU, as in the figures that the lesson quotes, or --width 2048
+--layers 4; one thread; every candidate gives the dense result.
 """
 
 import argparse

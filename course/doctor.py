@@ -196,8 +196,9 @@ def _sparse_kernel() -> str:
         return "the sparse kernel is compiled on first use"
     seconds = sell.race()
     fastest_first = sorted(seconds, key=seconds.__getitem__)
-    times = ", ".join(f"{fetch} {seconds[fetch] * 1e3:.1f} ms" for fetch in fastest_first)
-    return f"the sparse kernel is that for {native.isas('sparse_linear')[-1]}, weights {times}"
+    times = [f"{fetch} {seconds[fetch] * 1e3:.1f} ms" for fetch in fastest_first]
+    best = native.isas("sparse_linear")[-1]
+    return f"the sparse kernel is that for {best}, weights {', '.join(times)}"
 
 
 def _compiler_command() -> str:

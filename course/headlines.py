@@ -87,15 +87,17 @@ def all_steps_together() -> Headline:
     together = bars[-1]
     accuracy = next(claim for claim in run.claims if claim.id == "13.3")
     least, most = (-end for end in reversed(accuracy.ci95))
-    folded = recorded("12")[0].named("step norms folded, batch 1")
+    folded = recorded("12")[0].named("step norms folded, batch 1").value
+    seeds = accuracy.trained["seeds"]
+    result = f"ResNet-20 answers {together.value:.1f} times as fast for {-accuracy.value:.1f} points of accuracy"
+    evidence = f"{between(run, together)}, on {machine(run.machine)}"
     return Headline(
         lesson="13",
-        text=f"**ResNet-20 answers {together.value:.1f} times as fast for {-accuracy.value:.1f} points of accuracy**: "
-        f"half of its channels, 8-bit integers and an inference engine, one image at a time on one core, beside eager "
-        f"PyTorch in its fastest layout on two ({between(run, together)}, on {machine(run.machine)}). Folding the "
-        f"norms, as an engine does, would make eager {folded.value:.1f} times as fast (lesson 12). The loss, "
-        f"{least:.1f} to {most:.1f} points over 10,000 images and {accuracy.trained['seeds']} seeds, is that of the "
-        f"same int8 network in PyTorch; the engine's own answers were not judged.",
+        text=f"**{result}**: half of its channels, 8-bit integers and an inference engine, one image at a time on one "
+        f"core, beside eager PyTorch in its fastest layout on two ({evidence}). Folding the norms, as an engine does, "
+        f"would make eager {folded:.1f} times as fast (lesson 12). The loss, {least:.1f} to {most:.1f} points over "
+        f"10,000 images and {seeds} seeds, is that of the same int8 network in PyTorch; the engine's own answers were "
+        f"not judged.",
         axis="times as fast as eager in its fastest layout",
         form="{:.1f}x",
         bars=bars,
