@@ -338,6 +338,6 @@ def test_of_an_a_a_test_s_three_wrong_benchmarks_one_is_caught():
 def test_ranges_of_five_in_a_row_are_judged_by_what_counting_promises(five: float, words: str):
     said, say = listener()
     lesson = executed("00", "coverage", files=files, json=json)
-    settings = [row | {"over five": five + 0.01 * (-1) ** place} for place, row in enumerate(lesson["settings"])]
+    settings = [row | {"over five": five + 0.05 * (-1) ** place} for place, row in enumerate(lesson["settings"])]
     executed("00", "coverage-say", **lesson | {"settings": settings, "lab": SimpleNamespace(say=say)})
     assert words in said[0]
