@@ -1,20 +1,15 @@
 """Lessons meet comparisons of too few pairs for an interval, as a busy machine gives them."""
 
-import math
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 from commands import record_at_smoke
-from lesson_cells import executed
 
 from course import notebooks
 from labkit.files import ROOT
 
-NO_ENDS = (0.0, math.inf)
 JUDGED = "    _check_comparison(names, check, builds, seed)\n"
 SPENT = "    budget_s = budget_s if clock else 1e-6\n"  # simulated clocks are never late
 
@@ -41,18 +36,3 @@ def test_a_lesson_stands_without_an_interval(lesson: Path, tmp_path: Path, hurri
     verdicts = {row["verdict"] for row in record["measurements"] if row["kind"] == "comparison"}
     assert not verdicts or "inconclusive" in verdicts  # over builds there is an interval, of a block each
     assert all(check["passed"] for check in record["checks"])
-
-
-@pytest.mark.parametrize(
-    ("processes", "words"),
-    [((), ["Your own run is one process: run the lesson again, and compare the speed-ups."]), ((1.0, 1.05, 1.1), [])],
-)
-def test_lesson_00_tells_of_processes_without_an_interval(processes: tuple[float, ...], words: list[str]):
-    lab = mock.Mock()
-    ends = (min(processes), max(processes)) if processes else NO_ENDS
-    comparison = SimpleNamespace(processes=processes, ci95=ends, within_run=NO_ENDS)
-    executed("00", "processes-say", lab=lab, pair=comparison, hot=comparison, cold=comparison)
-    _, *sentences = lab.say.call_args.args
-    assert [sentence for sentence in sentences if sentence] == words
-    (rows,) = lab.table.call_args.args
-    assert {row["95 % interval, one process"] for row in rows} == {"none"}

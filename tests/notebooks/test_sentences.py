@@ -55,10 +55,8 @@ DIFFERENCE_IN_TIMES = re.compile(rf"\bby {NUMBER} times\b")
 FIXED = {
     ("00", "coverage-say"): "the settings of a record",
     ("00", "ladder-say"): "simulated tests of one seed",
-    ("00", "processes-say"): "processes of a preset",
     ("00", "promise-say"): "simulated tests of one seed",
     ("00", "sweep-say"): "simulated tests of one seed",
-    ("00", "wrong-table"): "three benchmarks on a simulated machine",
     ("00", "wrong-result"): "three benchmarks on a simulated machine",
     ("02", "promise-say"): "the network of a record",
     ("03", "graph-say"): "a network of three convolutions",
