@@ -258,7 +258,7 @@ def test_the_batch_that_the_bound_calls_free_and_that_costs_most_is_named():
     ("parts", "said", "not_said"),
     [
         (0.62, "In parts, 2 threads take 0.62 times as long as one: the whole product uses one thread.", "nothing"),
-        (1.0, "In parts, 2 threads take 1.00 times as long as one. ", "uses one thread"),
+        (1.0, "In parts, 2 threads take 1.00 times as long as one.", "uses one thread"),
     ],
     ids=["parts are faster", "parts are not"],
 )
