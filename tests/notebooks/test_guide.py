@@ -28,6 +28,7 @@ def test_a_leaf_names_a_measurement_that_its_lesson_has_recorded(lesson: str, na
 
 
 def test_the_numbers_on_the_page_are_those_of_the_records():
-    rows = records.recorded("13")[0].named("the guide").rows
+    newest = max(records.recorded("13"), key=lambda run: run.created)
+    rows = newest.named("the guide").rows
     shown = {(row["lesson"], row["name"]): row["value"] for row in rows}
     assert shown == {leaf: recorded(*leaf) for leaf in leaves()}
