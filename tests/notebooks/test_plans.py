@@ -78,7 +78,7 @@ def patterns(plan: Any, resnet: nn.Module) -> dict[str, Any]:
     names = {"nn": nn, "copy": copy, "nm": nm, "artifact": artifact, "refreshed": lambda model: model, "judge": None}
     names |= {"training": SimpleNamespace(correct=lambda model, _: torch.ones(40)), "references": []}
     names |= {"judged": SimpleNamespace(labels=[]), "network": resnet, "lab": Page(), "plan": plan}
-    tools = "exercise-1", "exercise-2", "challenge-measure", "file-share", "challenge-points"
+    tools = "exercise-1", "exercise-2", "challenge-measure"
     return executed("05", *tools, "challenge-show", **names)
 
 

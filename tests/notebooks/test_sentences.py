@@ -70,7 +70,7 @@ FIXED = {
     ("04", "ranks-say"): "the texts of a preset",
     ("05", "calibration-say"): "lengths of text",
     ("05", "challenge-show"): "three recipes",
-    ("05", "even-say"): "batches",
+    ("05", "cpu-read"): "batches",
     ("05", "file-show"): "the blocks of SmolLM2",
     ("05", "pattern-show"): "a row of eight weights",
     ("05", "return-table"): "the steps of a preset",
