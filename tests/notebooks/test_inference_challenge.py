@@ -166,7 +166,12 @@ def test_a_ceiling_that_a_read_reached_is_not_doubted():
     ("hot_ends", "cold_ends", "words", "not_said"),
     [
         ((290, 399), (104, 151), "main memory: the hot call is above it, and so is the cold one. What", "fastest"),
-        ((290, 399), (62, 111), "the hot call is above it, and in the fastest process so is the cold one. What", "Why?"),
+        (
+            (290, 399),
+            (62, 111),
+            "the hot call is above it, and in the fastest process so is the cold one. What",
+            "Why?",
+        ),
         ((290, 399), (62, 90), "main memory: the hot call is above it. What is wrong?", "so is"),
         ((290, 399), (62, math.inf), "main memory: the hot call is above it. What is wrong?", "so is"),
         ((90, 99), (62, 80), "Why?", "What is wrong?"),
