@@ -199,7 +199,7 @@ def test_contents_lead_to_every_section(runs: Path):
 
 def test_the_run_with_the_lessons_own_parameters_stands_beside_the_recorded(runs: Path):
     folder = runs / "01_small" / "smoke-22222222"
-    records.write(changed(parameters={"RATIO": 0.7}, created="2026-01-01"), folder / "record.json")
+    records.write(changed(parameters={"RATIO": 0.7}, created="2026-01-01T00:00:00+00:00"), folder / "record.json")
     run = {"lesson": "01_small", "created": "2026-01-01", "status": "done", "parameters": {"RATIO": 0.7}}
     (folder / "run.json").write_text(json.dumps(run))
     words = page(runs).words

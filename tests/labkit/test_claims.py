@@ -134,6 +134,7 @@ def test_every_claim_that_could_be_settled_was_put_to_the_test_by_a_recorded_les
 
 RECIPE = "{steps = 600, seeds = 5}"
 CHANGED = '[{date = 2026-11-26, from = "this", to = "that", why = "it was the wrong one"}]'
+CHANGED_AT_NOON = CHANGED.replace("2026-11-26", "2026-11-26, time = 12:00:00")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,8 @@ def test_what_gives_no_verdict_is_refused_in_a_sentence(tmp_path, words, call):
     [
         ({"changed": CHANGED}, "2026-11-25T23:59:00+00:00", None, False),
         ({"changed": CHANGED}, "2026-11-26T01:00:00+00:00", None, True),
+        ({"changed": CHANGED_AT_NOON}, "2026-11-26T11:59:00+00:00", None, False),
+        ({"changed": CHANGED_AT_NOON}, "2026-11-26T12:01:00+00:00", None, True),
         ({"recipe": RECIPE}, "2026-11-26T01:00:00+00:00", None, False),
         ({"recipe": RECIPE}, "2026-11-26T01:00:00+00:00", {"steps": 1, "seeds": 1}, True),
         ({}, "2020-01-01T01:00:00+00:00", None, True),
