@@ -134,7 +134,7 @@ def test_every_claim_that_could_be_settled_was_put_to_the_test_by_a_recorded_les
 
 RECIPE = "{steps = 600, seeds = 5}"
 CHANGED = '[{date = 2026-11-26, from = "this", to = "that", why = "it was the wrong one"}]'
-CHANGED_AT_NOON = CHANGED.replace("2026-11-26", "2026-11-26, time = 12:00:00")
+CHANGED_AT_NOON = CHANGED.replace("2026-11-26", "2026-11-26T12:00:00Z")
 
 
 @pytest.mark.parametrize(
