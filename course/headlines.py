@@ -142,15 +142,17 @@ def two_bits_without_training() -> Headline:
     lost = {}
     for row in record.settings["changes"]:
         if row["before"] == "float":
-            lost[tuple(row["after"])] = [-100 * row[end] for end in ("change", "high", "low")]
+            way = tuple(row["after"])
+            lost[way] = [-100 * row[end] for end in ("change", "high", "low")]
     bars = [Bar(label, *lost[way]) for label, way in ways.items()]
     first, last = bars[0], bars[-1]
+    images, draws = record.settings["test images"], record.settings["seeds"]
+    interval = f"{last.low:.1f} to {last.high:.1f}"
     return Headline(
         lesson="07",
         text=f"**Weights of two bits lose {last.value:.1f} points instead of {first.value:.0f}**, without a label and "
-        f"without training: each weight is rounded up or down so that its layer's outputs stay "
-        f"({last.low:.1f} to {last.high:.1f} over {record.settings['test images']:,} images and "
-        f"{record.settings['seeds']} draws of 128 calibration images).",
+        f"without training: each weight is rounded up or down so that its layer's outputs stay ({interval} over "
+        f"{images:,} images and {draws} draws of 128 calibration images).",
         axis="points of accuracy lost",
         form="{:.1f}",
         bars=bars,
@@ -172,7 +174,8 @@ def quotient(run: RunRecord, label: str, name: str, baseline: str) -> Bar:
 
 def between(run: RunRecord, bar: Bar) -> str:
     """Tell the range of a number over the processes of a run."""
-    return f"{bar.low:.1f} to {bar.high:.1f} over {run.spread('seconds').processes} processes"
+    processes = run.spread("seconds").processes
+    return f"{bar.low:.1f} to {bar.high:.1f} over {processes} processes"
 
 
 def machine(facts: Mapping[str, Any]) -> str:
@@ -194,8 +197,9 @@ def markdown(pictures: str, lessons: str) -> str:
     for headline in headlines():
         if headline.lesson not in names:  # a site of some lessons
             continue
-        parts.append(f"{headline.text} [Lesson {headline.lesson}]({lessons}/{names[headline.lesson]})")
-        parts.append(f"![{alt(headline)}]({pictures}/{headline.picture})")
+        link = f"[Lesson {headline.lesson}]({lessons}/{names[headline.lesson]})"
+        picture = f"![{alt(headline)}]({pictures}/{headline.picture})"
+        parts += [f"{headline.text} {link}", picture]
     return "\n\n".join(parts)
 
 
