@@ -12,6 +12,7 @@ from torch.nn import functional
 from labkit import show
 from labkit.timing import machine
 
+
 class Times:
     """A race whose times are known, with intervals of a width in proportion."""
 
@@ -132,7 +133,7 @@ def test_the_slowest_process_is_named_where_it_lies_far_below_the_ceiling(
     by_hand = dict.fromkeys(("our sum", "our product", "our copy"), 1e9)
     executed("01", "answer-ceiling", lab=page, by_attempt=by_attempt, rates_by_hand=by_hand, **names)
     first = 22 if processes else 20
-    assert f"At best our sum {first}.0 GB/s, our product 19.0 GB/s and our copy 18.0 GB/s were reached." in page.said
+    assert f"By hand, at best: our sum {first}.0 GB/s, our product 19.0 GB/s, our copy 18.0 GB/s." in page.said
     assert "the ceiling of this page is 24.0 GB/s, by labkit's triad, before the step." in page.said
     assert ("One process reached no more than 15.0: a time" in page.said) == is_said
 
@@ -219,7 +220,8 @@ def test_a_disturbed_run_has_doubtful_ceilings(is_recorded: bool, warnings: tupl
 
 
 @pytest.mark.parametrize(
-    ("peak", "words"), [(480.0, "480, was reached by our convolution."), (500.0, "500, was reached by a call of labkit's.")]
+    ("peak", "words"),
+    [(480.0, "480, was reached by our convolution."), (500.0, "500, was reached by a call of labkit's.")],
 )
 def test_the_call_that_reached_the_peak_is_named(peak: float, words: str):
     page = Page()
@@ -232,7 +234,7 @@ def test_the_call_that_reached_the_peak_is_named(peak: float, words: str):
         peaks_by_hand={"our product": 200e9, "our convolution": 450e9},
         over_processes=lambda name, value, unit: (value, (0.5 * value, 480.0) if "convolution" in name else None),
     )
-    assert f"At best our product 200 and our convolution 480 GFLOP/s were reached. The peak, {words}" in page.said
+    assert f"By hand, at best: our product 200 GFLOP/s, our convolution 480 GFLOP/s. The peak, {words}" in page.said
 
 
 # --- the slow batch ---------------------------------------------------------------------------------------------------
@@ -381,7 +383,7 @@ def test_the_answer_names_the_losses_from_the_largest_where_the_measurements_agr
     )
     assert "would write 57 tokens/s in fp32 for one user." in page.said
     assert "it writes 26.0 to 27.0; with 16 sequences together 175.5." in page.said
-    assert ("from the largest: the rest 21 %, products 18 %, other calls 14 %." in page.said) == agree
+    assert ("of section 6's parts: the rest 21 %, products 18 %, other calls 14 %." in page.said) == agree
 
 
 @pytest.mark.parametrize(
