@@ -100,8 +100,8 @@ def all_steps_together(run: RunRecord) -> Headline:
         lesson="13",
         text=f"**{result}**: half of its channels, 8-bit integers and an inference engine, one image at a time on one "
         f"core, beside {eager} in its fastest layout on two ({evidence}). {'' if is_folded else folding_alone()}The "
-        f"loss, {least:.1f} to {most:.1f} points over 10,000 images and {seeds} seeds, is that of the same int8 network "
-        f"in PyTorch; the engine's own answers were not judged.",
+        f"loss, {least:.1f} to {most:.1f} points over 10,000 images and {seeds} seeds, is that of the same int8 "
+        f"network in PyTorch; the engine's own answers were not judged.",
         axis="times as fast as eager in its fastest layout",
         form="{:.1f}x",
         bars=bars,

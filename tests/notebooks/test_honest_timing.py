@@ -160,7 +160,10 @@ def test_of_several_processes_the_median_decides_whether_a_method_is_believed(me
     [
         ((48, 20, 0), ["The false alarms of one call mostly favour B, which is timed second. Such a bias also helps"]),
         ((48, 38, 0), ["The false alarms of one call and the best of 40 mostly favour B"]),
-        ((5, 38, 0), ["alarms of the best of 40 mostly favour B", "alarms of one call mostly favour A, which is timed"]),
+        (
+            (5, 38, 0),
+            ["alarms of the best of 40 mostly favour B", "alarms of one call mostly favour A, which is timed"],
+        ),
         ((27, 20, 0), []),
     ],
 )

@@ -138,14 +138,16 @@ def test_the_times_of_a_hot_and_a_cold_call_stand_beside_that_of_their_bytes(cac
     page = Page()
     page.machine = SimpleNamespace(caches_in_all=caches)
     addition = {"hot": SimpleNamespace(median_s=9.19e-6), "cold": SimpleNamespace(median_s=389e-6)}
+    addition["cold, 1 thread"] = SimpleNamespace(median_s=66e-6)
     names = {"hot": 604.0, "hot_ends": (556, 648), "cold": 14.0, "cold_ends": (14, 29), "addition": addition}
+    names |= {"single": 84.0, "single_ends": (80, 88)}
     names |= {"moved": 1_572_864, "ceilings": SimpleNamespace(bandwidth=28.3e9), "on_gpu": False}
     array = SimpleNamespace(nbytes=524_288)
     names |= {"x": array, "y": array, "sweep": [(2**16, 286e9), (2**20, 170e9), (2**28, 15e9)], "bandwidth": 28.3}
     names |= {"over_processes": lambda _, rate, __: (rate, None), "setting": str, "quality": lambda *_, **__: ""}
     executed("01", "hot-say", lab=page, told=lambda value, _, form: f"{value:{form}} %", **names)
-    assert "Hot, the addition reaches 604 % of the roof, cold 14 %." in page.said
-    assert "At the ceiling its bytes take 55.6 µs; hot it takes 9.19 µs, cold 389 µs." in page.said
+    assert "Hot, the addition reaches 604 % of the roof, cold 14 %, cold with one thread 84 %." in page.said
+    assert "At the ceiling its bytes take 55.6 µs; it takes 9.19 µs, 389 µs and 66.0 µs." in page.said
     assert "An array of 1.05 MB, read over and over, comes at 170 GB/s; the ceiling is 28." in page.said
     assert page.said.endswith(words)
 
