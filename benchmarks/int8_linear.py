@@ -59,7 +59,7 @@ def call(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 def dynamic_by(kernel: str, model: nn.Module, x: Tensor, bits: int) -> Callable[[], Tensor]:
     """Quantize dynamically, with all products by one of the two kernels among which `rows` chooses."""
     real = integer.convert_dynamic(model, weights=bits)
-    with mock.patch.object(integer_layers, "kernel_of_floats", lambda *_: kernel):
+    with mock.patch.object(integer_layers, "is_faster_by_qlinear", lambda *_: kernel == "qlinear_of_floats"):
         real(x)  # the first call packs the weights
     return partial(real, x.clone())
 

@@ -109,7 +109,7 @@ def convert_dynamic(
         calibration.
     rows: number of rows that a Linear multiplies in the calls that shall be fast: for a transformer the batch size
         times the tokens of a call, 1 for a decoder that writes a text. On a CPU with AMX the kernel is chosen for this
-        number (`integer_kernels.kernel_of_floats`), and a layer's results differ by float32's rounding.
+        number (`integer_kernels.is_faster_by_qlinear`), and a layer's results differ by float32's rounding.
     Raises InputError without a Linear, for less than a row, and if the kernels of this machine do not pass `probe`.
     """
     check_whole(rows, "rows", 1)

@@ -156,17 +156,15 @@ def _codes_in_a_pass(x: Tensor, scale: float, zero: int) -> Tensor:
     return codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
 
 
-def kernel_of_floats(rows: int, bits: int = 8) -> str:
-    """Return the name of the kernel that rounds and multiplies floats faster, "fbgemm" or "qlinear_of_floats".
+def is_faster_by_qlinear(rows: int, bits: int = 8) -> bool:
+    """Tell if `qlinear_of_floats` rounds and multiplies floats faster than `fbgemm`, and passes its probe.
 
     FBGEMM has no kernel for AMX, and oneDNN has; but a call of oneDNN begins with more overhead.
 
     rows: rows of the activations.
     bits: width of the weights' codes.
     """
-    if rows >= MANY and _has_amx() and not probe(KERNELS["qlinear_of_floats"], bits):
-        return "qlinear_of_floats"
-    return "fbgemm"
+    return rows >= MANY and _has_amx() and not probe(KERNELS["qlinear_of_floats"], bits)
 
 
 @cache

@@ -21,12 +21,14 @@ from labkit.quantization.integer_kernels import (
     KERNELS,
     Run,
     ScaleAndZero,
+    fbgemm,
     int4pack,
     int_mm,
-    kernel_of_floats,
+    is_faster_by_qlinear,
     probe,
     qconv,
     qlinear,
+    qlinear_of_floats,
 )
 from labkit.quantization.weight_only import WeightOnlyLinear
 
@@ -283,7 +285,7 @@ class Int8Linear(IntegerLayer):
     """y = x W^T + b of integers, for x [..., in] in float32, or in codes if there is an input grid.
 
     Without an input grid the activations are quantized when they come (dynamic), on the grid of their least and largest
-    value, by the kernel that `kernel_of_floats` names. Where FBGEMM is refused, oneDNN multiplies, or `int_mm` up to
+    value, by FBGEMM, or by oneDNN where `is_faster_by_qlinear` says so. Where FBGEMM is refused, oneDNN multiplies, or `int_mm` up to
     two rows, each row on the grid of its own largest magnitude.
 
     rows: number of rows for which the kernel of a dynamic layer is chosen. Calls with other numbers take the same
@@ -306,9 +308,8 @@ class Int8Linear(IntegerLayer):
         source, target = self.numbers("input"), self.numbers("output")
         bits = 7 if self.codes.abs().max() < 64 else 8
         if source is None and not probe(KERNELS["fbgemm"], bits):
-            kernel = KERNELS[kernel_of_floats(self.rows, bits)]
-            product = kernel.prepare(self.codes, self.scale, self.bias)
-            return ReadyProduct(product, source, target)
+            prepare = qlinear_of_floats if is_faster_by_qlinear(self.rows, bits) else fbgemm
+            return ReadyProduct(prepare(self.codes, self.scale, self.bias), source, target)
         product_of_few = int_mm(self.codes, self.scale)
         product = qlinear(self.codes, self.scale, self.bias)
         return ReadyProduct(product, source, target, product_of_few=product_of_few)
