@@ -285,8 +285,8 @@ class Int8Linear(IntegerLayer):
     """y = x W^T + b of integers, for x [..., in] in float32, or in codes if there is an input grid.
 
     Without an input grid the activations are quantized when they come (dynamic), on the grid of their least and largest
-    value, by FBGEMM, or by oneDNN where `is_faster_by_qlinear` says so. Where FBGEMM is refused, oneDNN multiplies, or `int_mm` up to
-    two rows, each row on the grid of its own largest magnitude.
+    value, by FBGEMM, or by oneDNN where `is_faster_by_qlinear` says so. Where FBGEMM is refused, oneDNN multiplies, or
+    `int_mm` up to two rows, each row on the grid of its own largest magnitude.
 
     rows: number of rows for which the kernel of a dynamic layer is chosen. Calls with other numbers take the same
         kernel: a weight packed for both kernels would cost the memory that int8 saves.
