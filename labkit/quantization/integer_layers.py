@@ -308,8 +308,11 @@ class Int8Linear(IntegerLayer):
         source, target = self.numbers("input"), self.numbers("output")
         bits = 7 if self.codes.abs().max() < 64 else 8
         if source is None and not probe(KERNELS["fbgemm"], bits):
-            prepare = qlinear_of_floats if is_faster_by_qlinear(self.rows, bits) else fbgemm
-            return ReadyProduct(prepare(self.codes, self.scale, self.bias), source, target)
+            if is_faster_by_qlinear(self.rows, bits):
+                product = qlinear_of_floats(self.codes, self.scale, self.bias)
+            else:
+                product = fbgemm(self.codes, self.scale, self.bias)
+            return ReadyProduct(product, source, target)
         product_of_few = int_mm(self.codes, self.scale)
         product = qlinear(self.codes, self.scale, self.bias)
         return ReadyProduct(product, source, target, product_of_few=product_of_few)
