@@ -2,6 +2,8 @@
 
     python benchmarks/int8_linear.py                     four Linears 1024 -> 4096 -> 1024 ..., one thread
     python benchmarks/int8_linear.py --inputs 4096       their other shapes
+    python benchmarks/int8_linear.py --inputs 384 --outputs 384 --batches 1 16 32 64 256
+                                                         rows from which oneDNN is faster than FBGEMM
     python benchmarks/int8_linear.py --model resnet20 --batches 1 8 64
 
 Peers in the same run: bfloat16, and torch.ao's quantize_dynamic where torch still has it. Every ratio is over float32
@@ -17,12 +19,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from labkit import bench, datasets, models
-from labkit.quantization import affine, fold, integer, ptq
+from labkit.quantization import affine, fold, integer, integer_layers, ptq
 
 
 class Rival(NamedTuple):
@@ -53,8 +56,18 @@ def call(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return partial(copy.deepcopy(model), x.clone())
 
 
+def dynamic_by(kernel: str, model: nn.Module, x: Tensor, bits: int) -> Callable[[], Tensor]:
+    """Quantize dynamically, with all products by one of the two kernels among which `rows` chooses."""
+    real = integer.convert_dynamic(model, weights=bits)
+    with mock.patch.object(integer_layers, "is_faster_by_qlinear", lambda *_: kernel == "qlinear_of_floats"):
+        real(x)  # the first call packs the weights
+    return partial(real, x.clone())
+
+
 def linear_rivals(model: nn.Module, x: Tensor, bits: int) -> Iterator[Rival]:
-    yield Rival("int8 dynamic", lambda: call(integer.convert_dynamic(model, weights=bits), x))
+    yield Rival("int8 dynamic", lambda: call(integer.convert_dynamic(model, weights=bits, rows=len(x)), x))
+    for kernel in ("fbgemm", "qlinear_of_floats"):
+        yield Rival(kernel, partial(dynamic_by, kernel, model, x, bits))
     simulated = ptq.quantize(model, [x], weights=bits).model
     yield Rival("int8 static", lambda: call(integer.convert(simulated), x))
     yield Rival("bfloat16", lambda: call(copy.deepcopy(model).bfloat16(), x.bfloat16()))

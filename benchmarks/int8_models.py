@@ -153,7 +153,7 @@ def prepared(case: Case, label: str) -> dict[str, Engine]:
     sources = {"model": case.model, "simulated": case.simulated, "integer": integer.convert(case.simulated)}
     sources["pays"] = integer.convert(case.simulated, where="pays", example=example)
     if case.dynamic:
-        sources["dynamic"] = integer.convert_dynamic(case.model)
+        sources["dynamic"] = integer.convert_dynamic(case.model, rows=example["input_ids"].numel())
     state, rows = engines.available(), {}
     for row, (name, source, _) in ROWS.items():
         if state[name] == "ready" and source in sources:

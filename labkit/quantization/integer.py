@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labkit.errors import InputError, check_choice
+from labkit.errors import InputError, check_choice, check_whole
 from labkit.modules.replacing import replace_
 from labkit.quantization import calls, integer_choice
 from labkit.quantization.integer_graph import lower_
@@ -97,13 +97,22 @@ def _check_convertible(name: str, layer: FakeQuantized | WeightOnlyLinear) -> No
     check_kernel(kernel, layer.bits, layer)
 
 
-def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
+def convert_dynamic(
+    model: nn.Module,
+    *,
+    weights: int = 8,
+    rows: int = 1,
+) -> nn.Module:
     """REAL: return a copy of `model` with int8 Linears that quantize inputs at every call.
 
     weights: bits, 2 to 8, with a scale for each output channel. Activations have 8 bits, see `Int8Linear`, and need no
         calibration.
-    Raises InputError without a Linear, and if the kernels of this machine do not pass `probe`.
+    rows: number of rows that a Linear multiplies in the calls that shall be fast: for a transformer the batch size
+        times the tokens of a call, 1 for a decoder that writes a text. On a CPU with AMX the kernel is chosen for this
+        number (`integer_kernels.is_faster_by_qlinear`), and a layer's results differ by float32's rounding.
+    Raises InputError without a Linear, for less than a row, and if the kernels of this machine do not pass `probe`.
     """
+    check_whole(rows, "rows", 1)
     calls.check_model(model)
     uncalled = bypassed(model)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -117,7 +126,7 @@ def convert_dynamic(model: nn.Module, *, weights: int = 8) -> nn.Module:
             check_kernel(kernel, weights, layer)
     model = copy.deepcopy(model)
     for name, grid in grids.items():
-        model = replace_(model, name, Int8Linear(layers[name], grid))
+        model = replace_(model, name, Int8Linear(layers[name], grid, rows=rows))
     return model
 
 

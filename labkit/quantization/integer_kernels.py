@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from labkit.errors import InputError, first_line
 from labkit.quantization.extreme_codes import ROWS, TERMS, count_wrong, extreme_codes
-from labkit.timing.fingerprint import on_threads
+from labkit.timing.fingerprint import fingerprint, on_threads
 
 FEW = 2  # rows up to which a product with a vector is faster in int_mm than in oneDNN
+MANY = 64  # rows from which oneDNN with AMX is faster than FBGEMM at all widths measured (benchmarks/int8_linear.py)
 TOO_SLOW = 10  # times float32: a slower kernel is a reference loop, which takes 200 times and more
 RUNS = 5  # of float32, the fastest of which is compared
 PATIENCE = 20  # runs of a kernel that other programs may have slowed down, until the kernel is refused
@@ -130,6 +131,47 @@ def fbgemm(codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Run:
     return run
 
 
+def qlinear_of_floats(codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Run:
+    """Prepare `qlinear` for floats, which are first rounded to FBGEMM's codes, those of x times 1 / scale.
+
+    codes, scale, bias: as for `qlinear`.
+    Returns run(x, x_scale, x_zero) -> float32 [rows, out] for x in float32 [rows, in].
+    """
+    multiply = qlinear(codes, scale, bias)
+    with warnings.catch_warnings():  # torch warns of a process's first quantized tensor, and means to remove them
+        warnings.simplefilter("ignore")
+        _codes_in_a_pass(torch.zeros(1), 1.0, 0)
+
+    def run(x: Tensor, x_scale: float = 1.0, x_zero: int = 0) -> Tensor:
+        return multiply(_codes_in_a_pass(x, x_scale, x_zero), x_scale, x_zero)
+
+    return run
+
+
+def _codes_in_a_pass(x: Tensor, scale: float, zero: int) -> Tensor:
+    """Round x in float32 to uint8 codes in a single pass, by a product with 1 / scale."""
+    quantized = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+    codes = torch.empty(0, dtype=torch.uint8)
+    # The same bytes under another type: int_repr would copy them, which takes longer than the rounding.
+    return codes.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
+
+
+def is_faster_by_qlinear(rows: int, bits: int = 8) -> bool:
+    """Tell if `qlinear_of_floats` rounds and multiplies floats faster than `fbgemm`, and passes its probe.
+
+    FBGEMM has no kernel for AMX, and oneDNN has; but a call of oneDNN begins with more overhead.
+
+    rows: rows of the activations.
+    bits: width of the weights' codes.
+    """
+    return rows >= MANY and _has_amx() and not probe(KERNELS["qlinear_of_floats"], bits)
+
+
+@cache
+def _has_amx() -> bool:
+    return "amx" in fingerprint("cpu").features
+
+
 def int_mm(codes: Tensor, scale: Tensor) -> Run:
     """Prepare torch._int_mm: s8 [rows, in] x s8 [out, in] in int32, multiplied by scale [out] afterwards."""
     columns = codes.t()
@@ -192,6 +234,7 @@ KERNELS = {
     "qlinear": IntegerKernel(qlinear, "u8"),
     "qconv": IntegerKernel(qconv, "u8"),
     "fbgemm": IntegerKernel(fbgemm, "rounded"),
+    "qlinear_of_floats": IntegerKernel(qlinear_of_floats, "rounded"),
     "int_mm": IntegerKernel(int_mm, "s8"),
     "int8pack": IntegerKernel(int8pack, "float"),
     "int4pack": IntegerKernel(int4pack, "float", 4),

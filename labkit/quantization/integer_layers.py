@@ -24,9 +24,11 @@ from labkit.quantization.integer_kernels import (
     fbgemm,
     int4pack,
     int_mm,
+    is_faster_by_qlinear,
     probe,
     qconv,
     qlinear,
+    qlinear_of_floats,
 )
 from labkit.quantization.weight_only import WeightOnlyLinear
 
@@ -283,8 +285,11 @@ class Int8Linear(IntegerLayer):
     """y = x W^T + b of integers, for x [..., in] in float32, or in codes if there is an input grid.
 
     Without an input grid the activations are quantized when they come (dynamic), on the grid of their least and largest
-    value, by FBGEMM. Where FBGEMM is refused, oneDNN multiplies, or `int_mm` up to two rows, each row on the grid of
-    its own largest magnitude.
+    value, by FBGEMM, or by oneDNN where `is_faster_by_qlinear` says so. Where FBGEMM is refused, oneDNN multiplies, or
+    `int_mm` up to two rows, each row on the grid of its own largest magnitude.
+
+    rows: number of rows for which the kernel of a dynamic layer is chosen. Calls with other numbers take the same
+        kernel: a weight packed for both kernels would cost the memory that int8 saves.
     """
 
     def __init__(
@@ -293,14 +298,20 @@ class Int8Linear(IntegerLayer):
         weight: Grid,
         input: Grid | None = None,
         output: Grid | None = None,
+        *,
+        rows: int = 1,
     ) -> None:
         super().__init__(layer, weight, input=input, output=output)
+        self.rows = rows
 
     def prepare(self) -> ReadyProduct:
         source, target = self.numbers("input"), self.numbers("output")
         bits = 7 if self.codes.abs().max() < 64 else 8
         if source is None and not probe(KERNELS["fbgemm"], bits):
-            product = fbgemm(self.codes, self.scale, self.bias)
+            if is_faster_by_qlinear(self.rows, bits):
+                product = qlinear_of_floats(self.codes, self.scale, self.bias)
+            else:
+                product = fbgemm(self.codes, self.scale, self.bias)
             return ReadyProduct(product, source, target)
         product_of_few = int_mm(self.codes, self.scale)
         product = qlinear(self.codes, self.scale, self.bias)
@@ -328,7 +339,7 @@ class Int8Linear(IntegerLayer):
         """Multiply x [rows, in] in float32 on a grid of its own range."""
         if not len(x):  # no rows, no range
             return x.float() @ self.weight.t()
-        if product_of_few is None:  # FBGEMM, which takes floats
+        if product_of_few is None:  # the product takes floats
             return product(x.float(), *_range(x))
         if len(x) > FEW:
             scale, zero = _range(x)

@@ -25,9 +25,9 @@ from labkit.data import datasets, models
 from labkit.errors import InputError
 from labkit.files import ROOT
 from labkit.graph import tracing
-from labkit.quantization import affine, formats, integer, ptq
+from labkit.quantization import affine, formats, integer, integer_kernels, ptq
 from labkit.quantization.affine import Grid
-from labkit.quantization.integer_kernels import FEW
+from labkit.quantization.integer_kernels import FEW, MANY
 from labkit.quantization.weight_only import SCALE, WeightOnlyLinear
 from labkit.storage import artifact
 
@@ -97,9 +97,10 @@ try:
 except InputError as error:
     refused = str(error)
 integer.convert(calibrated[7])
+names = ("qlinear", "qconv", "int_mm", "fbgemm", "qlinear_of_floats")
 print(json.dumps({
-    "8": {name: probe(kernels[name]) for name in ("qlinear", "qconv", "int_mm", "fbgemm")},
-    "7": {name: probe(kernels[name], 7) for name in ("qlinear", "qconv", "int_mm", "fbgemm")},
+    "8": {name: probe(kernels[name]) for name in names},
+    "7": {name: probe(kernels[name], 7) for name in names},
     "usual": usual.double().mean().item(), "refused": refused,
 }))
 """
@@ -276,28 +277,104 @@ def test_codes_of_floats_are_the_grid_s(zero, scale, bits):
     assert torch.equal(integer.Dequantize(target)(codes), target.fake(x))
 
 
+MISSING = integer.IntegerKernel(lambda *_: torch.ops.quantized.no_such, "rounded")
+# The row that takes the place of FBGEMM's, by the kernel that then multiplies.
+DYNAMIC = {
+    "fbgemm": {},
+    "qlinear_of_floats": {"fbgemm": integer.KERNELS["qlinear_of_floats"]},
+    "qlinear, or int_mm for few": {"fbgemm": MISSING},
+}
+
+
 @vnni
-@given(st.integers(1, 6), st.integers(0, 2**16), st.sampled_from([0.0, 1e-30, 1.0, 1e6]), st.booleans(), st.booleans())
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("kernel", DYNAMIC)
+@given(
+    st.integers(1, 6),
+    st.sampled_from([(40, 12), (37, 11), (1, 1)]),
+    st.integers(0, 2**16),
+    st.sampled_from([0.0, 1e-30, 1e-4, 1.0, 1e6]),
+    st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
 @torch.no_grad()
-def test_dynamic_grids_are_those_of_affine(rows, seed, size, positive, fbgemm):
-    """With FBGEMM, which rounds x times 1 / s, but for codes next to a tie; without it, and then row by row if few."""
+def test_dynamic_grids_are_those_of_affine(kernel, rows, shape, seed, size, positive):
+    """Codes next to a tie may differ if x times 1 / s is rounded; without such a kernel few rows have a grid each."""
     draw = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(40, 12)
-    x = torch.randn(rows, 40, generator=draw) * size
+    layer = nn.Linear(*shape)
+    x = torch.randn(rows, layer.in_features, generator=draw) * size
     x = x.abs() if positive else x
-    missing = {} if fbgemm else {"fbgemm": integer.IntegerKernel(lambda *_: torch.ops.quantized.no_such, "rounded")}
-    with mock.patch.dict(integer.KERNELS, missing):
+    with mock.patch.dict(integer.KERNELS, DYNAMIC[kernel]):
         y = integer.convert_dynamic(layer)(x)
     weight = ptq.weight_grid(layer, 8).fake(layer.weight).double()
-    few = rows <= FEW and not fbgemm
-    codes = affine.quantize(x, 8, symmetric=True, group_size=40) if few else affine.quantize(x, 8, symmetric=False)
+    of_floats = kernel in integer.KERNELS
+    by_row = rows <= FEW and not of_floats
+    options = {"symmetric": True, "group_size": layer.in_features} if by_row else {"symmetric": False}
+    codes = affine.quantize(x, 8, **options)
     rounded = codes.dequantize().double()
     error = (y - rounded @ weight.t() - layer.bias.double()).abs()
     steps = x.double() / codes.scale.double().reshape(-1, 1)
-    ties = ((steps - steps.floor() - 0.5).abs() < 1e-4).sum(1, keepdim=True) if fbgemm else 0
+    ties = ((steps - steps.floor() - 0.5).abs() < 1e-4).sum(1, keepdim=True) if of_floats else 0
     allowed = 1e-5 * rounded.abs() @ weight.t().abs() + ties * codes.scale.max() * weight.abs().max()
-    assert (error <= allowed + 1e-6).all()
+    assert (error <= allowed + 1e-6 * min(size, 1.0) + 1e-6 * layer.bias.abs()).all()
+
+
+@vnni
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(0, 2**16),
+    st.sampled_from([0, 3, 128, 255]),
+    st.sampled_from([1.0, 0.02, 3e-5]),
+)
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_both_products_of_floats_round_to_the_same_codes(rows, columns, seed, zero, scale):
+    """At ties and beyond both ends of the grid as well: then the layer's numbers do not hang on the kernel."""
+    draw = torch.Generator().manual_seed(seed)
+    halves = torch.randint(-600, 600, (columns, rows), generator=draw) / 2
+    x = (halves * scale).t()  # as a view that is not contiguous
+    weight = torch.randint(-127, 128, (9, columns), generator=draw).to(torch.int8)
+    ones = torch.ones(9)
+    products = [
+        integer.KERNELS[name].prepare(weight, ones)(x, scale, zero).div(scale).round()
+        for name in ("fbgemm", "qlinear_of_floats")
+    ]
+    assert torch.equal(*products)
+
+
+@vnni
+@pytest.mark.parametrize("bits", [7, 8])
+def test_onednn_multiplies_many_rows_of_floats_where_it_has_amx(bits):
+    amx = "amx" in integer_kernels.fingerprint("cpu").features
+    assert not integer_kernels.is_faster_by_qlinear(MANY - 1, bits)
+    assert integer_kernels.is_faster_by_qlinear(MANY, bits) == amx
+
+
+@vnni
+@pytest.mark.parametrize("rows", [1, MANY])
+@torch.no_grad()
+def test_a_dynamic_layer_takes_other_numbers_of_rows_than_it_is_made_for(rows):
+    torch.manual_seed(0)
+    layer = nn.Linear(37, 11)
+    usual, dynamic = integer.convert_dynamic(layer), integer.convert_dynamic(layer, rows=rows)
+    for number in (2 * MANY + 1, 1, 3, 0):
+        x = torch.randn(number, 37)
+        torch.testing.assert_close(dynamic(x), usual(x), rtol=0, atol=1e-5)
+
+
+@vnni
+@torch.no_grad()
+def test_the_calls_before_do_not_choose_the_kernel():
+    """A decoder reads a prompt of many rows first, and then writes with one row a call."""
+    torch.manual_seed(0)
+    layer = integer.convert_dynamic(nn.Linear(37, 11))
+
+    def unwanted(*_):
+        raise AssertionError("the kernel for many rows was prepared")
+
+    with mock.patch.dict(integer.KERNELS, {"qlinear_of_floats": integer.IntegerKernel(unwanted, "rounded")}):
+        assert layer(torch.randn(2 * MANY, 37)).shape == (2 * MANY, 11)
+        assert layer(torch.randn(1, 37)).shape == (1, 11)
 
 
 @vnni
@@ -554,10 +631,9 @@ def test_a_layer_with_two_names_is_one_layer():
 
 @vnni
 @torch.no_grad()
-@pytest.mark.parametrize("few", [False, True])
-def test_tiny_numbers_have_a_range_and_nan_and_infinity_none(few):
-    missing = {"fbgemm": integer.IntegerKernel(lambda *_: torch.ops.quantized.no_such, "rounded")} if few else {}
-    with mock.patch.dict(integer.KERNELS, missing):
+@pytest.mark.parametrize("kernel", DYNAMIC)
+def test_tiny_numbers_have_a_range_and_nan_and_infinity_none(kernel):
+    with mock.patch.dict(integer.KERNELS, DYNAMIC[kernel]):
         real = integer.convert_dynamic(nn.Linear(2, 3, bias=False))
         assert real(torch.tensor([[3e-39, -1e-39]])).abs().max() < 1e-37  # whose 1 / scale is infinite
         for bad in (torch.nan, torch.inf):
@@ -600,6 +676,7 @@ REFUSALS: Refusals = {
     "no integer layer": lambda: integer.prove(LAYER, X),
     "weight is torch.bfloat16": lambda: integer.convert_dynamic(HALF_MODEL),
     "no nn.Linear that is called": lambda: integer.convert_dynamic(nn.ReLU()),
+    "rows is 0, but it must be a whole number from 1.": lambda: integer.convert_dynamic(LAYER, rows=0),
     "no nn.Linear that is called: give another": lambda: integer.convert_dynamic(nn.TransformerEncoderLayer(8, 2, 16)),
 }
 
