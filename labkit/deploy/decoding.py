@@ -99,23 +99,6 @@ class _Memory:
         self.values[..., start:end, :] = values
 
 
-def repeated(engine: DecoderEngine, model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
-    """Return the step of `kv_cache.decode_step` in the engine: one more token for each text of `prompt` [B, P].
-
-    Every call of the step stores the same token behind the prompt, and returns its logits [B, 1, V].
-    """
-    tokens = prompt.shape[1]
-    memory = _Memory(model, prompt, room=1)
-
-    @torch.inference_mode()
-    def step() -> Tensor:
-        logits, keys, values = engine(*memory.first(tokens), prompt[:, -1:])
-        memory.store(tokens, keys, values)
-        return logits
-
-    return step
-
-
 def writing(
     engine: DecoderEngine, model: nn.Module, ids: Tensor, new: int, k: int = 0
 ) -> Callable[[], speculative.Generated]:

@@ -13,7 +13,6 @@ from labkit.attention import speculative
 from labkit.deploy import decoding, engines
 from labkit.errors import InputError
 from labkit.quantization import weight_only
-from labkit.timing import roofline
 
 pytestmark = pytest.mark.skipif(engines.available()["openvino"] != "ready", reason="needs OpenVINO")
 MODEL = llamas.llama().requires_grad_(False)
@@ -43,13 +42,6 @@ def test_token_after_token_and_at_once_it_gives_what_the_model_gives():
 def test_other_sizes_and_a_tied_embedding(options):
     model = llamas.llama(seed=1, **options).requires_grad_(False)
     assert close(decoding.logits(decoding.prepare(model), model, IDS), model(IDS).logits)
-
-
-def test_a_step_stores_its_token_and_is_always_the_same():
-    step, theirs = decoding.repeated(engine(), MODEL, IDS), roofline.decode_step(MODEL, IDS)
-    with torch.inference_mode():
-        expected = theirs()
-    assert close(step(), expected) and torch.equal(step(), step())
 
 
 @pytest.mark.parametrize("k", [0, 3])

@@ -143,8 +143,7 @@ def test_methods_that_name_winners_where_there_are_none_are_not_believed(
 ):
     said, say = listener()
     shares = [SimpleNamespace(ci95=ends, processes=0) for ends in (of_one_call, of_best, (0.0, 0.0))]
-    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 59]}
-    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
+    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names_of_the_ladder(shares))
     assert said[0].startswith(words) and said[-1] == "40 pairs see the 3 % in 59 of 60 comparisons."
 
 
@@ -152,9 +151,43 @@ def test_methods_that_name_winners_where_there_are_none_are_not_believed(
 def test_of_several_processes_the_median_decides_whether_a_method_is_believed(median: float, is_named: bool):
     said, say = listener()
     shares = [SimpleNamespace(value=value, ci95=(3.0, 60.0), processes=5) for value in (57.0, median, 0.0)]
-    names = {"PAIRS": 40, "trials": 60, "shares": shares, "seen": [21, 60, 59]}
-    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
+    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names_of_the_ladder(shares))
     assert ("the best of 40" in said[0]) == is_named
+
+
+@pytest.mark.parametrize(
+    ("favour_b", "words"),
+    [
+        ((48, 20, 0), ["The false alarms of one call mostly favour B, which is timed second. Such a bias also helps"]),
+        ((48, 38, 0), ["The false alarms of one call and the best of 40 mostly favour B"]),
+        (
+            (5, 38, 0),
+            ["alarms of the best of 40 mostly favour B", "alarms of one call mostly favour A, which is timed"],
+        ),
+        ((27, 20, 0), []),
+    ],
+)
+def test_false_alarms_that_favour_one_place_in_the_pair_are_told(favour_b: tuple[int, int, int], words: list[str]):
+    said, say = listener()
+    shares = [SimpleNamespace(value=value, ci95=(3.0, 95.0), processes=5) for value in (88.0, 67.0, 0.0)]
+    names = names_of_the_ladder(shares, favour_b=favour_b)
+    executed("00", "ladder-here-say", lab=SimpleNamespace(say=say), **names)
+    told = [sentence for sentence in said if "favour" in sentence]
+    assert len(told) == len(words) and all(word in sentence for word, sentence in zip(words, told, strict=True))
+
+
+def names_of_the_ladder(shares: list[SimpleNamespace], favour_b: tuple[int, int, int] = (0, 0, 0)) -> dict[str, Any]:
+    """What the sentences on the ladder read; without an alarm that favours B there are no alarms at all."""
+    alarms = (53, 41, 0) if any(favour_b) else (0, 0, 0)
+    return {
+        "PAIRS": 40,
+        "trials": 60,
+        "shares": shares,
+        "favour_b": favour_b,
+        "alarms_here": dict(zip(("one call", "best of 40", "40 pairs"), alarms, strict=True)),
+        "rows": [{"3 % seen": seen} for seen in (21, 60, 59)],
+        "wilson": stats.wilson,
+    }
 
 
 def test_all_methods_take_turns_on_the_real_clock():
@@ -287,10 +320,29 @@ def listener() -> tuple[list[str], Callable]:
 def test_the_stopwatch_s_share_of_a_recording_stands_beside_the_count_of_its_last_process():
     said, say = listener()
     recorded = SimpleNamespace(processes=5, value=88.0, ci95=(80.0, 96.0))
-    names = {"alarms": 86, "trials": 100, "recorded": recorded}
+    favoured = SimpleNamespace(processes=5, value=90.0, ci95=(84.0, 93.0))
+    names = {"alarms": 86, "trials": 100, "second_faster": 91, "recorded": recorded, "favoured": favoured}
     executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), show=show, **names)
-    assert said[0].endswith("process 86 of 100 A/A tests of the stopwatch raised a false alarm.")
-    assert said[1] == "All recorded processes: 88 % (80 to 96 over 5 processes)."
+    assert "process 86 of 100 A/A tests of the stopwatch raised a false alarm; in 91 the second" in said[0]
+    alarms, faster = "88 % (80 to 96 over 5 processes)", "90 % (84 to 93 over 5 processes)"
+    assert said[1] == f"All recorded processes: false alarms in {alarms}, the second call faster in {faster}."
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((84.0, 93.0), "So the second call is favoured: a bias"),
+        ((7.0, 16.0), "So the first call is favoured: a bias"),
+        ((41.0, 60.0), "No clear bias towards the first or the second call is seen."),
+    ],
+)
+def test_a_bias_towards_one_place_in_the_pair_is_told_from_chance(ends: tuple[float, float], words: str):
+    said, say = listener()
+    recorded = SimpleNamespace(processes=0, value=86.0, ci95=None)
+    favoured = SimpleNamespace(processes=0, value=sum(ends) / 2, ci95=ends)
+    names = {"alarms": 86, "trials": 100, "second_faster": 50, "recorded": recorded, "favoured": favoured}
+    executed("00", "stopwatch-say", lab=SimpleNamespace(say=say), show=show, **names)
+    assert len(said) == 2 and words in said[1]
 
 
 def test_labkit_s_own_a_a_test_leans_to_one_side_with_two_threads_by_less_than_a_verdict():

@@ -62,16 +62,6 @@ def test_five_texts_have_no_interval_however_many_tokens_they_have(lesson: str):
     assert value > 0 and (low, high) == (0, math.inf)
 
 
-def test_lesson_13_reads_a_loss_and_a_share_of_right_tokens_from_each_window():
-    windows, vocabulary = torch.zeros(TEXTS, TOKENS + 1, dtype=torch.int64), 4
-    scores = torch.zeros(TEXTS, TOKENS + 1, vocabulary)
-    scores[0, :, 1] = 9.0  # the first window is read wrongly
-    read = function("13", "read", windows=windows, following=windows[:, 1:].flatten())
-    losses, right = read(scores)
-    assert right == [0.0] + [1.0] * (TEXTS - 1)
-    assert losses[0] == pytest.approx(9, abs=0.01) and losses[1:] == pytest.approx([math.log(4)] * (TEXTS - 1))
-
-
 # --- accuracy: over images, and over seeds where there are seeds ------------------------------------------------------
 
 

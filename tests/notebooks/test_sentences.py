@@ -130,7 +130,6 @@ FIXED = {
     ("13", "orders-say"): "the seeds of a record",
     ("13", "plans-say"): "two digits of a number of requests",
     ("13", "plans-table-say"): "named plans, and the test snippets",
-    ("13", "product-read"): "two cases",
     ("13", "result-say"): "the seeds of a record",
 }
 
