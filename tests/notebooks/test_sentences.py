@@ -80,7 +80,6 @@ FIXED = {
     ("07", "eight-read"): "images of a preset",
     ("07", "first-answer"): "the images of a record",
     ("07", "granularity-read"): "two networks",
-    ("07", "norms-read"): "the images of a record",
     ("07", "observers-figure-read"): "the activations of MiniLM",
     ("07", "ranges-read"): "two networks",
     ("07", "repair-choice"): "the images of a record",
