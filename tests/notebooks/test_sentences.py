@@ -59,8 +59,6 @@ FIXED = {
     ("00", "sweep-say"): "simulated tests of one seed",
     ("00", "wrong-result"): "three benchmarks on a simulated machine",
     ("02", "promise-say"): "the network of a record",
-    ("03", "graph-say"): "a network of three convolutions",
-    ("03", "half-say"): "the seeds of a record",
     ("03", "plans-answer"): "points lost, with their interval",
     ("03", "scan-read"): "the images of validation",
     ("04", "challenge-show"): "the test texts",
