@@ -66,7 +66,7 @@ def smoothed(model: nn.Module, batches: list[Inputs]) -> nn.Module:
     Here maxima count padding, as the ranges of `ptq.quantize` do: over valid tokens alone, padding would set the ranges
     (20.1 dB).
     """
-    model = fold.smooth(model, batches)
+    model = fold.smooth(model, batches, alpha=0.5)
     layers = {name: x for name, x in model.named_modules() if name.endswith("output.dense")}
     largest = dict.fromkeys(layers, torch.zeros(()))
     for name, layer in layers.items():

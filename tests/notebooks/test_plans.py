@@ -75,9 +75,9 @@ def test_lesson_03_takes_the_names_that_it_prints(capsys: pytest.CaptureFixture)
 
 def patterns(plan: Any, resnet: nn.Module) -> dict[str, Any]:
     """Lesson 05: a plan of patterns, on a network that gets 40 of 40 images right."""
-    names = {"nn": nn, "copy": copy, "nm": nm, "artifact": artifact, "refreshed": lambda model: model, "judge": None}
+    names = {"nn": nn, "copy": copy, "nm": nm, "artifact": artifact, "refreshed": lambda model: model, "held": None}
     names |= {"training": SimpleNamespace(correct=lambda model, _: torch.ones(40)), "references": []}
-    names |= {"judged": SimpleNamespace(labels=[]), "network": resnet, "lab": Page(), "plan": plan}
+    names |= {"test": SimpleNamespace(labels=[]), "network": resnet, "lab": Page(), "plan": plan}
     tools = "exercise-1", "exercise-2", "challenge-measure"
     return executed("05", *tools, "challenge-show", **names)
 
