@@ -8,7 +8,7 @@
 `words` is a perceptron over 2,048 hashed words of film reviews. Each is trained from scratch here for some seconds:
 what counts is what the pipeline does with it. Half of the channels (or neurons) go, then healing, int8 in torch, an
 engine. The interval of a change of accuracy is exact over the test examples, with a single training. Times are not
-recorded. Lesson 13 shows the record: `lab.recorded("own_models")`.
+recorded. The note of claim 13.3 cites the record.
 """
 
 import time

@@ -118,7 +118,6 @@ FIXED = {
     ("13", "gate-real"): "versions of a record",
     ("13", "healed-table"): "the steps of a record",
     ("13", "lookup-say"): "the passages of a preset",
-    ("13", "orders-say"): "the seeds of a record",
     ("13", "plans-say"): "two digits of a number of requests",
     ("13", "plans-table-say"): "named plans, and the test snippets",
     ("13", "result-say"): "the seeds of a record",
