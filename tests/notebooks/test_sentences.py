@@ -95,7 +95,6 @@ FIXED = {
     ("10", "answer"): "steps of a record",
     ("10", "challenge-show"): "steps of a record",
     ("10", "first-say"): "steps of a record",
-    ("10", "length-read"): "steps and images of a record",
     ("10", "parts-read"): "steps of a record",
     ("10", "rate-read"): "steps of a record",
     ("10", "tails-read"): "the vocabulary of SmolLM2",
