@@ -93,6 +93,7 @@ FIXED = {
     ("09", "bound-read"): "the ridge of a named card",
     ("09", "gain-read"): "three layers and numbers of tokens",
     ("10", "answer"): "steps of a record",
+    ("10", "answer-language"): "steps of a record",
     ("10", "challenge-show"): "steps of a record",
     ("10", "first-say"): "steps of a record",
     ("10", "parts-read"): "steps of a record",
