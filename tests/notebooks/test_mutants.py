@@ -78,7 +78,7 @@ def test_stub_is_told_apart_from_wrong(check_id):
 
 
 MESSAGES = [
-    ("03.2", "a bias for each convolution", "entries are listed that the network does not have"),
+    ("03.2", "a bias for each convolution", "dimensions are listed that the network does not have"),
     ("07.3", "the wrong sign", "the shift is added"),
     ("07.3", "mean over the kernel", "averaged over the kernel"),
     ("07.3", "groups forgotten", "the means of the first group's inputs"),

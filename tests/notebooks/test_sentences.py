@@ -60,7 +60,7 @@ FIXED = {
     ("00", "wrong-result"): "three benchmarks on a simulated machine",
     ("02", "promise-say"): "the network of a record",
     ("03", "plans-answer"): "points lost, with their interval",
-    ("03", "scan-read"): "the images of validation",
+    ("03", "scan-figure"): "the images of validation",
     ("04", "challenge-show"): "the test texts",
     ("05", "calibration-say"): "lengths of text",
     ("05", "challenge-show"): "three recipes",
