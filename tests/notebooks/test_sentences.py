@@ -56,7 +56,7 @@ FIXED = {
     ("00", "coverage-show"): "the settings of a record",
     ("00", "ladder"): "simulated tests of one seed",
     ("00", "promise-say"): "simulated tests of one seed",
-    ("00", "sweep-say"): "simulated tests of one seed",
+    ("00", "sweep-show"): "simulated tests of one seed",
     ("00", "wrong-result"): "three benchmarks on a simulated machine",
     ("02", "promise-say"): "the network of a record",
     ("03", "plans-answer"): "points lost, with their interval",
