@@ -95,7 +95,7 @@ def test_each_way_to_use_the_memory_may_set_the_ceiling():
         result=numbers.result,
     )
     for our_sum, largest, expected in ((30.6e9, 30e9, 37.3), (41e9, 30e9, 41.0), (30.6e9, 38e9, 38.0)):
-        sweep = [(2**20, 300e9), (2**26, 90e9), (2**27, largest), (2**28, 30e9)]  # only beyond twice the caches
+        sweep = [(2**20, 300e9), (2**27, 90e9), (2**28, largest), (2**29, 30e9)]  # beyond four times the cache
         measured = SimpleNamespace(ceilings=lambda *_, **__: roofs, bandwidth_sweep=lambda *_, sweep=sweep, **__: sweep)
         names = {"lab": lab, "machine": measured, "rates_by_hand": {"our sum": our_sum}, "decode": None}
         names["on_gpu"] = False
