@@ -1,8 +1,10 @@
-"""Checks of lesson 01: the work of a convolution, the time bound, and the decode bound.
+"""Checks of lesson 01: the work of a convolution, the time bound, the users of a device.
 
-Each compares with an independent computation (an operator counter, the definition turned round) on awkward inputs.
+Each compares with an independent computation (an operator counter, the definition turned round, a search through all
+batches) on awkward inputs.
 """
 
+import itertools
 from collections.abc import Callable
 from numbers import Real
 
@@ -71,30 +73,55 @@ def bound(fn: Callable, failures: Failures) -> None:
         failures.close(seconds, 4.0, "at the ridge both resources take the same time, and they work side by side")
 
 
-def decode(fn: Callable, failures: Failures) -> None:
-    """decode_limit(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth) -> tokens/s."""
-    peak, bandwidth = 1e15, 2e12
-    for weight_bytes, kv_bytes, parameters, batch in (
-        (14e9, 0.0, 7e9, 1), (14e9, 1e9, 7e9, 1), (7e9, 5e8, 7e9, 32), (14e9, 0.0, 7e9, 4096), (14e9, 1e7, 7e9, 4096),
-    ):  # fmt: skip
-        with failures.given(weight_bytes=weight_bytes, kv_bytes=kv_bytes, parameters=parameters, batch=batch):
-            step_s = max((weight_bytes + batch * kv_bytes) / bandwidth, 2 * parameters * batch / peak)
-            failures.close(
-                fn(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth),
-                batch / step_s,
-                "the tokens a second; each step reads the weights once and every cache once",
+# peak, bandwidth, memory
+DEVICES = (
+    {"peak": 4e13, "bandwidth": 1e11, "memory": 32e9},
+    {"peak": 1e15, "bandwidth": 8e11, "memory": 256e9},
+    {"peak": 1e15, "bandwidth": 4e12, "memory": 40e9},
+    {"peak": 2e11, "bandwidth": 2e12, "memory": 64e9},
+)
+EXACT = ({"peak": 1e15, "bandwidth": 2.0**30, "memory": 2.0**31},)  # full to the last byte
+# weight bytes, bytes of a cache, parameters, seconds of a step at most
+WISHES = (
+    (14e9, 1.1e9, 7e9, 0.255),
+    (14e9, 1.1e9, 7e9, 0.0513),
+    (14e9, 0.7e9, 7e9, 0.0097),
+    (3.5e9, 1.3e6, 7e9, 0.0513),
+    (14e9, 1.1e9, 7e9, 0.001),
+    (300e9, 1.1e9, 7e9, 1.03),
+)
+EXACT_WISHES = (
+    (2.0**30, 2.0**27, 1e6, 2.3),
+    (2.0**30, 2.0**30, 1e6, 2.3),  # a single sequence
+    (2.0**30, 2.0**26, 2.0**20, 2.3),
+)
+
+
+def users(fn: Callable, failures: Failures) -> None:
+    """largest_batch(device, weight_bytes, kv_bytes, parameters, step_limit) -> sequences."""
+    cases = [*itertools.product(DEVICES, WISHES), *itertools.product(EXACT, EXACT_WISHES)]
+    for device, wish in cases:
+        want = _largest_batch(device, *wish)
+        names = ("weight_bytes", "kv_bytes", "parameters", "step_limit")
+        with failures.given(device=device, **dict(zip(names, wish, strict=True))):
+            batch = failures.call(fn, dict(device), *wish, changed="leave the device as it is")
+            failures.need(batch is not None, "return a number; it is 0 where not even one sequence is possible")
+            failures.expect(
+                batch == want,
+                "the largest batch; look at all three limits, round down, and never below 0",
+                detail=f"expected {want}, got {batch}",
             )
-    with failures.given(batch="1 against 8, no cache"):
-        alone, eight = (fn(14e9, 0.0, 7e9, batch, peak, bandwidth) for batch in (1, 8))
-        failures.close(
-            eight, 8 * alone, "without a cache and below the ridge, eight sequences share one reading of the weights"
-        )
-    with failures.given(batch="very large, no cache"):
-        failures.close(
-            fn(1.0, 0.0, 7e9, 10**6, peak, bandwidth),
-            peak / 14e9,
-            "far right of the ridge the arithmetic sets the limit",
-        )
+
+
+def _largest_batch(device: dict, weight_bytes: float, kv_bytes: float, parameters: float, limit: float) -> int:
+    """By trying one batch after the other."""
+    batch = 0
+    while True:
+        moved = weight_bytes + (batch + 1) * kv_bytes
+        step_s = max(moved / device["bandwidth"], 2 * parameters * (batch + 1) / device["peak"])
+        if moved > device["memory"] or step_s > limit:
+            return batch
+        batch += 1
 
 
 def _pair(answer: object, failures: Failures) -> tuple:
@@ -102,10 +129,10 @@ def _pair(answer: object, failures: Failures) -> tuple:
     return tuple(answer)
 
 
-CHECKS = {"01.1": convolution, "01.2": bound, "01.3": decode}
+CHECKS = {"01.1": convolution, "01.2": bound, "01.3": users}
 
 TRIES = {
     "01.1": f"{len(CONVOLUTIONS)} convolutions, among them grouped ones and images that are not square",
     "01.2": f"{len(BOUNDS)} computations on either side of the ridge, and one exactly at it",
-    "01.3": "batches from 1 to a million, with a cache and without",
+    "01.3": "six models and limits on each of four devices, and three that fill a device to the last byte",
 }

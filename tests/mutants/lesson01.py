@@ -13,12 +13,18 @@ def time_bound_by_the_roof(flops, moved, peak, bandwidth):
     return flops / min(peak, bandwidth * intensity), "memory" if intensity < peak / bandwidth else "compute"
 
 
-def decode_limit_by_two_rates(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth):
-    return min(batch * bandwidth / (weight_bytes + batch * kv_bytes), peak / (2 * parameters))
+def largest_batch_by_search(device, weights, kv, parameters, limit):
+    batch = 0
+    while (
+        weights + (batch + 1) * kv <= min(device["memory"], limit * device["bandwidth"])
+        and 2 * parameters * (batch + 1) <= limit * device["peak"]
+    ):
+        batch += 1
+    return batch
 
 
 RIGHT = {
     "01.1": conv_work_in_a_loop,
     "01.2": time_bound_by_the_roof,
-    "01.3": decode_limit_by_two_rates,
+    "01.3": largest_batch_by_search,
 }

@@ -99,7 +99,7 @@ def test_each_way_to_use_the_memory_may_set_the_ceiling():
         measured = SimpleNamespace(ceilings=lambda *_, **__: roofs, bandwidth_sweep=lambda *_, sweep=sweep, **__: sweep)
         names = {"lab": lab, "machine": measured, "rates_by_hand": {"our sum": our_sum}, "decode": None}
         names["on_gpu"] = False
-        assert executed("01", "answer-measure", **names)["bandwidth"] == pytest.approx(expected)
+        assert executed("01", "answer-attempts", "answer-measure", **names)["bandwidth"] == pytest.approx(expected)
 
 
 def test_a_share_is_of_the_one_roof_and_its_range_is_that_of_the_time():
@@ -165,7 +165,7 @@ def on_the_plane(race: Times) -> Page:
     names = {"lab": page, "planned": None, "by_batch": race, "over_one": race.times, "kind": "fp32"}
     names["over_first"] = function("01", "over_first")
     names["told"] = lambda value, _, form, unit: f"{value:{form}}{unit}"
-    executed("01", "challenge-plane", **names)
+    executed("01", "challenge-plane", "challenge-say", **names)
     return page
 
 
