@@ -53,10 +53,10 @@ DIFFERENCE_IN_TIMES = re.compile(rf"\bby {NUMBER} times\b")
 
 # Lists, counts and ranges that no run changes: a list that is never empty, a number that is never one.
 FIXED = {
-    ("00", "coverage-say"): "the settings of a record",
-    ("00", "ladder-say"): "simulated tests of one seed",
+    ("00", "coverage-show"): "the settings of a record",
+    ("00", "ladder"): "simulated tests of one seed",
     ("00", "promise-say"): "simulated tests of one seed",
-    ("00", "sweep-say"): "simulated tests of one seed",
+    ("00", "sweep-show"): "simulated tests of one seed",
     ("00", "wrong-result"): "three benchmarks on a simulated machine",
     ("02", "promise-say"): "the network of a record",
     ("03", "plans-answer"): "points lost, with their interval",
