@@ -87,10 +87,6 @@ MESSAGES = [
     ("07.5", "bytes alone", "step 2 of the rule, the first that differs, takes 'middle' down"),
     ("07.5", "under the budget, not within", "no layer may go down"),
     ("07.5", "one step short", "the plan is larger than the budget"),
-    ("12.1", "everything joins", "'d', layer, reads ['c']: expected to begin a kernel, got it beside ['b', 'c']"),
-    ("12.1", "other readers do not matter", "though other operators read its inputs as well"),
-    ("12.1", "uses are counted, not readers", "begins a kernel, though it is the only reader"),
-    ("12.1", "the kernel that began last", "another kernel than that of the free input that ran last"),
 ]
 
 
