@@ -13,9 +13,7 @@ Lesson 02 shows the record: `lab.recorded("pruning_criteria")`.
 
 import argparse
 import itertools
-import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from labkit import datasets, files, models, stats, training
 from labkit.lesson import experiments
 from labkit.pruning import unstructured
-from labkit.records import quality, result
+from labkit.records import quality
 
 QUESTION = "which of ResNet-20's weights should go, if nine of ten have to?"
 SHARE = 0.9
@@ -87,20 +85,11 @@ def answers_of(name: str, seed: int, test: training.Batches, steps: int) -> Answ
     return answers
 
 
-def emptied(way: Way, seed: int) -> float:
-    """Return the share of the first convolution's output channels that are left without a single weight."""
-    weight = pruned(way, *drawn(seed), seed).conv.weight.detach()
-    return float((weight.flatten(1) == 0).all(1).double().mean())
-
-
-def rows(
-    dense: Tensor, of_seeds: list[dict[str, Answers]], channels_emptied: Mapping[str, float]
-) -> list[dict[str, Any]]:
+def rows(dense: Tensor, of_seeds: list[dict[str, Answers]]) -> list[dict[str, Any]]:
     """Return a row for each way and stage: accuracies by seed, and the changes, paired over images and seeds.
 
     dense: the dense network's answers, [test images].
     of_seeds: the answers of each way, for each seed.
-    channels_emptied: the mean of `emptied` over the seeds, for each way.
     """
     table = []
     for name, stage in itertools.product(WAYS, STAGES):
@@ -109,7 +98,6 @@ def rows(
         row = {"way": name, "stage": stage}
         row |= {f"seed {seed}": float(share) for seed, share in enumerate(right.double().mean(1))}
         row["mean"] = float(right.double().mean())
-        row["emptied"] = channels_emptied[name]
         loss = stats.accuracy_change_over_seeds(right, dense.expand_as(right))
         row |= zip(("from dense", "dense low", "dense high"), loss, strict=True)
         over = stats.accuracy_change_over_seeds(right, base) if name != BASE else (None, None, None)
@@ -152,19 +140,14 @@ def main() -> None:
         seconds += took
         if is_new and arguments.one and number < len(pieces):
             return
-    channels_emptied = {}
-    for name, way in WAYS.items():
-        shares = [emptied(way, seed) for seed in range(SEEDS)]
-        channels_emptied[name] = statistics.fmean(shares)
     dense = training.correct(models.resnet20(), test)
     accuracies = ("mean", *(f"seed {seed}" for seed in range(SEEDS)))
     path = experiments.save(
         Path(__file__).stem,
         QUESTION,
-        rows(dense, of_seeds, channels_emptied),
+        rows(dense, of_seeds),
         by=("way", "stage"),
         columns={name: quality("fraction") for name in accuracies}
-        | {"emptied": result("fraction")}
         | {"from dense": quality("fraction", low="dense low", high="dense high")}
         | {f"over {BASE}": quality("fraction", low="low", high="high")},
         settings={

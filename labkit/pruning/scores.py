@@ -4,8 +4,7 @@ A new criterion of single weights is a function score(w, statistic) and a row of
 statistic comes from gradients or layer inputs. A new criterion of units is a function of a `UnitTask` and a row of
 UNIT_CRITERIA. Every function with an argument `criterion` then accepts the new name.
 
-`saliency` scores weights, `unit_scores` scores units. Each criterion can be laid beside its paper. Only `obs_prune`
-removes weights, because removal and update are a single algorithm there.
+`saliency` scores weights, `unit_scores` scores units. Each criterion can be laid beside its paper.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +24,8 @@ from labkit.modules.hessians import DAMP, hessian, squares, sum_over_rows, watch
 from labkit.modules.hooks import reading
 from labkit.modules.losses import batch_loss, summed_loss
 from labkit.modules.weights import Weight, prunable, qualified
-from labkit.pruning.select import count_to_prune
 
 LossFn = Callable[[Any, Any], Tensor]  # loss_fn(output, target) -> a scalar
-OBS_MEMORY = 2**24  # numbers in the inverse Hessians of the rows that `obs_prune` works on at a time: 128 MiB
 
 # --- criteria of single weights ---------------------------------------------------------------------------------------
 
@@ -71,7 +68,7 @@ def obs(w: Tensor, inverse: Tensor) -> Tensor:
 
     The increase of the squared error of the layer's output if weight q is removed and the rest of the row adapts.
     Hassibi & Stork 1993, Optimal Brain Surgeon, eq. 5, for each layer as in Optimal Brain Compression (Frantar &
-    Alistarh 2022). Scores do not move the other weights; `obs_prune` does. Memory: in * in numbers for each layer.
+    Alistarh 2022). Scores do not move the other weights. Memory: in * in numbers for each layer.
     """
     return w.square() / (2 * inverse)
 
@@ -260,9 +257,6 @@ def check_criterion(criterion: str, batches: Iterable | None, table: Mapping[str
         check_batches(batches, criterion)
 
 
-# --- Optimal Brain Surgeon for a single layer -------------------------------------------------------------------------
-
-
 def _inverse(hessian: Tensor) -> Tensor:
     """(H + DAMP * mean(diag H) * I)^-1 in float64, [.., in, in]. An all-zero H is damped by 1."""
     hessian = hessian.double()
@@ -271,56 +265,6 @@ def _inverse(hessian: Tensor) -> Tensor:
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     factor = torch.linalg.cholesky(hessian + damping * eye)
     return torch.cholesky_inverse(factor)
-
-
-def obs_prune(weight: Tensor, inputs: Tensor, sparsity: float) -> Tensor:
-    """Remove count_to_prune(in, sparsity) weights of every row, each time the weight that costs least after an update.
-
-    weight: [out, in] of a layer y = x W^T.
-    inputs: [N, in], the layer's inputs x.
-    Returns a new weight like `weight`.
-
-    Per row, with H = 2 X^T X + DAMP * mean(diag H) * I (Hassibi & Stork 1993, eq. 5; the exact greedy of Optimal Brain
-    Compression, Frantar & Alistarh 2022, Lemma 1):
-        q = argmin w_q^2 / [H^-1]_qq        w += -w_q / [H^-1]_qq * H^-1[:, q]
-        H^-1 -= H^-1[:, q] H^-1[q, :] / [H^-1]_qq
-    Every row has an H^-1 of its own: time out * k * in^2, memory 128 MiB at a time. For layers of some hundred inputs.
-    """
-    check_real(weight, "weight")
-    check_real(inputs, "inputs")
-    are_matrices = weight.dim() == inputs.dim() == 2
-    if not are_matrices or inputs.shape[1] != weight.shape[1] or len(inputs) == 0:
-        raise InputError(
-            f"weight is {list(weight.shape)} and inputs {list(inputs.shape)}, but they must be [out, in] and [N, in]: "
-            "flatten the batch and token dimensions of the inputs."
-        )
-    k = count_to_prune(weight.shape[1], sparsity)
-    x = wide(inputs)
-    inverse = _inverse(2 * x.t() @ x)
-    rows_at_once = max(1, OBS_MEMORY // inverse.numel())
-    chunks = weight.detach().double().split(rows_at_once)
-    pruned = [_obs_rows(rows, inverse, k) for rows in chunks]
-    return torch.cat(pruned).to(weight.dtype)
-
-
-def _obs_rows(w: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """Remove k weights of each row of w [rows, in], all rows at once, from `inverse`, H^-1 [in, in]."""
-    w = w.clone()
-    inverse = inverse.expand(len(w), -1, -1).clone()  # [rows, in, in]
-    rows = torch.arange(len(w), device=w.device)
-    removed = torch.zeros_like(w, dtype=torch.bool)
-    for _ in range(k):
-        diagonal = inverse.diagonal(dim1=1, dim2=2)  # [rows, in]
-        cost = w.square() / diagonal
-        q = cost.masked_fill(removed, torch.inf).argmin(1)  # [rows]
-        pivot = diagonal[rows, q].clone()
-        column = inverse[rows, :, q]  # [rows, in]
-        removed[rows, q] = True
-        step = (w[rows, q] / pivot)[:, None] * column
-        w = (w - step).masked_fill(removed, 0.0)
-        scaled = column / pivot[:, None]
-        inverse -= column[:, :, None] * scaled[:, None, :]
-    return w
 
 
 # --- criteria of units: the channels, heads and other units of coupled groups -----------------------------------------

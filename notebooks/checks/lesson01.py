@@ -1,4 +1,4 @@
-"""Checks of lesson 01: the work of a convolution, the time bound, the decode bound, the users of a device.
+"""Checks of lesson 01: the work of a convolution, the time bound, the users of a device.
 
 Each compares with an independent computation (an operator counter, the definition turned round, a search through all
 batches) on awkward inputs.
@@ -73,32 +73,6 @@ def bound(fn: Callable, failures: Failures) -> None:
         failures.close(seconds, 4.0, "at the ridge both resources take the same time, and they work side by side")
 
 
-def decode(fn: Callable, failures: Failures) -> None:
-    """decode_limit(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth) -> tokens/s."""
-    peak, bandwidth = 1e15, 2e12
-    for weight_bytes, kv_bytes, parameters, batch in (
-        (14e9, 0.0, 7e9, 1), (14e9, 1e9, 7e9, 1), (7e9, 5e8, 7e9, 32), (14e9, 0.0, 7e9, 4096), (14e9, 1e7, 7e9, 4096),
-    ):  # fmt: skip
-        with failures.given(weight_bytes=weight_bytes, kv_bytes=kv_bytes, parameters=parameters, batch=batch):
-            step_s = max((weight_bytes + batch * kv_bytes) / bandwidth, 2 * parameters * batch / peak)
-            failures.close(
-                fn(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth),
-                batch / step_s,
-                "the tokens a second; each step reads the weights once and every cache once",
-            )
-    with failures.given(batch="1 against 8, no cache"):
-        alone, eight = (fn(14e9, 0.0, 7e9, batch, peak, bandwidth) for batch in (1, 8))
-        failures.close(
-            eight, 8 * alone, "without a cache and below the ridge, eight sequences share one reading of the weights"
-        )
-    with failures.given(batch="very large, no cache"):
-        failures.close(
-            fn(1.0, 0.0, 7e9, 10**6, peak, bandwidth),
-            peak / 14e9,
-            "far right of the ridge the arithmetic sets the limit",
-        )
-
-
 # peak, bandwidth, memory
 DEVICES = (
     {"peak": 4e13, "bandwidth": 1e11, "memory": 32e9},
@@ -155,11 +129,10 @@ def _pair(answer: object, failures: Failures) -> tuple:
     return tuple(answer)
 
 
-CHECKS = {"01.1": convolution, "01.2": bound, "01.3": decode, "01.4": users}
+CHECKS = {"01.1": convolution, "01.2": bound, "01.3": users}
 
 TRIES = {
     "01.1": f"{len(CONVOLUTIONS)} convolutions, among them grouped ones and images that are not square",
     "01.2": f"{len(BOUNDS)} computations on either side of the ridge, and one exactly at it",
-    "01.3": "batches from 1 to a million, with a cache and without",
-    "01.4": "six models and limits on each of four devices, and three that fill a device to the last byte",
+    "01.3": "six models and limits on each of four devices, and three that fill a device to the last byte",
 }

@@ -1,7 +1,7 @@
-"""Checks of lesson 02: an exact magnitude mask, the arrays of CSR, a fair benchmark, one step of Optimal Brain Surgeon.
+"""Checks of lesson 02: an exact magnitude mask, the arrays of CSR, a fair benchmark.
 
 Each holds the answer against what has to be true of it, or against an independent computation: a count, arrays that are
-really packed, the bytes that a call moves, a constrained least-squares problem solved anew for every weight.
+really packed, the bytes that a call moves.
 """
 
 from collections.abc import Callable
@@ -198,70 +198,10 @@ def _fair_sides(fn: Callable, failures: Failures, format: str, masks: str, bias:
         failures.expect(same, "a side prepares its weights at each call; prepare them once, outside")
 
 
-# weights of a row, correlation of the inputs
-ROWS = ((2, 0.9), (3, 0.0), (5, 0.5), (8, 0.95), (12, 0.9), (16, 0.0))
-ROUNDING = 1e-12  # of the largest rise of the loss, where the least is 0
-
-
-def remove_one(fn: Callable, failures: Failures) -> None:
-    """remove_one(w, hessian) -> (index, new_w)."""
-    generator = torch.Generator().manual_seed(1)
-    for n, correlation in ROWS:
-        w, hessian = _row(n, correlation, generator)
-        with failures.given(weights=n, inputs="correlated" if correlation else "independent"):
-            _remove_one(fn, failures, w, hessian)
-    w, hessian = _row(8, 0.9, generator)
-    w[3] = 0.0
-    with failures.given(weights=8, weight_3=0.0):  # the one that costs nothing
-        _remove_one(fn, failures, w, hessian)
-
-
-def _row(n: int, correlation: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the n weights of a row, and the Hessian of its output error."""
-    x = torch.randn(50, n, dtype=torch.float64, generator=generator)
-    x = x + 3 * correlation * x.roll(1, dims=1)  # neighbouring inputs resemble each other
-    x = x * torch.linspace(0.2, 3, n, dtype=torch.float64)  # and some are larger than others
-    w = torch.randn(n, dtype=torch.float64, generator=generator)
-    return w, 2 * x.t() @ x / len(x)
-
-
-def _remove_one(fn: Callable, failures: Failures, w: Tensor, hessian: Tensor) -> None:
-    answer = failures.call(fn, w, hessian, changed="your function changed w or the Hessian; copy first")
-    if not failures.expect(has_parts(answer, 2), "return the index and the new row"):
-        return
-    q, new = int(answer[0]), torch.as_tensor(answer[1], dtype=torch.float64)
-    if not failures.expect(new.shape == w.shape and 0 <= q < len(w), "the row keeps its length, the index lies in it"):
-        return
-    failures.close(new[q], 0.0, "the removed weight is not zero", atol=1e-9)
-    costs = torch.stack([_least_increase(w, hessian, i) for i in range(len(w))])
-    rounding = ROUNDING * float(costs.max())
-    failures.close(
-        costs[q], costs.min(), "another weight would have cost less, if the others adapt: compare w^2 / [H^-1]_qq"
-    )
-    change = new - w
-    failures.close(
-        change @ hessian @ change / 2,
-        costs[q],
-        "the loss rises by more than it has to for the weight that you remove: look at the update of the others",
-        atol=rounding,
-    )
-
-
-def _least_increase(w: Tensor, hessian: Tensor, q: int) -> Tensor:
-    """The least of d^T H d / 2 over all changes d with d_q = -w_q, by solving for the others."""
-    free = [i for i in range(len(w)) if i != q]
-    change = torch.zeros_like(w)
-    change[q] = -w[q]
-    right_side = hessian[free, q] * change[q]
-    change[free] = -torch.linalg.solve(hessian[free][:, free], right_side)
-    return change @ hessian @ change / 2
-
-
-CHECKS = {"02.1": keep_mask, "02.2": to_csr, "02.3": fair_sides, "02.4": remove_one}
+CHECKS = {"02.1": keep_mask, "02.2": to_csr, "02.3": fair_sides}
 
 TRIES = {
     "02.1": "10 weights, among them ties, views and 16-bit numbers, at 6 sparsities from 0 to 1",
     "02.2": "8 matrices, among them empty rows, views and 16-bit numbers",
     "02.3": "2 pruned layers in each format that works here, and looks at the bytes that a call moves",
-    "02.4": f"{len(ROWS)} rows of 2 to 16 weights, with inputs that go together or do not, and one with a zero",
 }

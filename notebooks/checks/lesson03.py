@@ -132,147 +132,129 @@ def _residual(net: nn.Module, image: Tensor) -> Tensor:
     return net.head(F.relu(x + y))
 
 
-def _branches(net: nn.Module, image: Tensor) -> Tensor:
+def _shortcut(net: nn.Module, image: Tensor) -> Tensor:
     x = F.relu(net.stem(image))
-    both = torch.cat([net.wide(x), net.narrow(x)], 1)
-    return net.head(F.relu(net.norm(both)))
-
-
-def _growing(net: nn.Module, image: Tensor) -> Tensor:
-    x = torch.cat([image, net.first(image)], 1)
-    x = torch.cat([net.second(F.relu(net.norm(x))), x], 1)
-    return net.head(x)
-
-
-def _three_parts(net: nn.Module, image: Tensor) -> Tensor:
-    parts = torch.cat([net.a(image), net.b(image), net.c(image)], 1)
-    return net.head(F.relu(net.norm(parts)))
-
-
-def _twice(net: nn.Module, image: Tensor) -> Tensor:
-    x = F.relu(net.stem(image))
-    return net.head(torch.cat([x, x], 1))
+    y = net.block(F.relu(net.conv(x)))
+    return net.head(F.relu(y + net.norm(net.beside(x))))
 
 
 def _block(block: nn.Module, x: Tensor) -> Tensor:
     return block.norm(block.conv(x))
 
 
-def _beside_a_block(net: nn.Module, image: Tensor) -> Tensor:
-    x = F.relu(net.stem(image))
-    parts = torch.cat([net.block(x), net.conv(x)], 1)
-    return net.head(F.relu(net.norm(parts)))
+def _stream(net: nn.Module, image: Tensor) -> Tensor:
+    x = net.stem(image)
+    x = x + net.out1(F.relu(net.in1(x)))
+    return net.head(x + net.out2(F.relu(net.in2(x))))
 
 
-def _mixed(net: nn.Module, image: Tensor) -> Tensor:
-    both = torch.cat([net.a(image), net.b(image)], 1)
-    return net.head(F.relu(net.norm(both + net.c(image))))
+def _chain_of_linear(net: nn.Module, image: Tensor) -> Tensor:
+    x = net.pool(net.relu(net.norm(net.conv(image))))
+    return net.head(F.relu(net.hidden(torch.flatten(x, 1))))
+
+
+def _on_the_image(net: nn.Module, image: Tensor) -> Tensor:
+    x = image + net.back(F.relu(net.away(image)))
+    return net.last(F.relu(net.head(x)))
+
+
+def _to_the_output(net: nn.Module, image: Tensor) -> Tensor:
+    x = net.stem(image)
+    return net.a(x) + net.b(F.relu(x))
 
 
 NETS = {
     "a residual block": lambda: Wired(
         dict(stem=_conv(3, 4, True), norm=nn.BatchNorm2d(4), conv1=_conv(4, 5), norm1=nn.BatchNorm2d(5, affine=False),
              conv2=_conv(5, 4, True), norm2=nn.BatchNorm2d(4), head=_conv(4, 2, True)), _residual),
-    "two branches of 4 and 3 channels, concatenated": lambda: Wired(
-        dict(stem=_conv(1, 5, True), wide=_conv(5, 4, True), narrow=_conv(5, 3), norm=nn.BatchNorm2d(7),
-             head=_conv(7, 2)), _branches),
-    "features concatenated twice, the image among them": lambda: Wired(
-        dict(first=_conv(2, 3), norm=nn.BatchNorm2d(5), second=_conv(5, 4, True), head=_conv(9, 2)), _growing),
-    "three branches of 3, 2 and 4 channels, concatenated": lambda: Wired(
-        dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 4, True), norm=nn.BatchNorm2d(9), head=_conv(9, 2)),
-        _three_parts),
-    "a block with modules of its own, concatenated with as many channels": lambda: Wired(
-        dict(stem=_conv(2, 3, True), block=Wired(dict(conv=_conv(3, 4), norm=nn.BatchNorm2d(4)), _block),
-             conv=_conv(3, 4, True), norm=nn.BatchNorm2d(8), head=_conv(8, 2)), _beside_a_block),
-    "a result concatenated with itself": lambda: Wired(dict(stem=_conv(2, 3, True), head=_conv(6, 2)), _twice),
-    "3 and 2 channels concatenated, and 5 added to them": lambda: Wired(
-        dict(a=_conv(3, 3), b=_conv(3, 2, True), c=_conv(3, 5),
-             norm=nn.BatchNorm2d(5), head=_conv(5, 2)), _mixed),
+    "a block with modules of its own, and a convolution in the shortcut": lambda: Wired(
+        dict(stem=_conv(2, 3, True), conv=_conv(3, 5),
+             block=Wired(dict(conv=_conv(5, 4), norm=nn.BatchNorm2d(4)), _block), beside=_conv(3, 4, True),
+             norm=nn.BatchNorm2d(4), head=_conv(4, 2)), _shortcut),
+    "two residual blocks on one stream": lambda: Wired(
+        dict(stem=_conv(1, 4), in1=_conv(4, 3), out1=_conv(3, 4), in2=_conv(4, 4, True), out2=_conv(4, 4),
+             head=_conv(4, 2)), _stream),
+    "a convolution, a pooling and two linear layers": lambda: Wired(
+        dict(conv=_conv(2, 4, True), norm=nn.BatchNorm2d(4), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1),
+             hidden=nn.Linear(4, 6, bias=False), head=nn.Linear(6, 3)), _chain_of_linear),
+    "a block around the image": lambda: Wired(
+        dict(away=_conv(2, 3), back=_conv(3, 2, True), head=_conv(2, 4, True), last=_conv(4, 2)), _on_the_image),
+    "an addition at the output": lambda: Wired(
+        dict(stem=_conv(2, 3, True), a=_conv(3, 2), b=_conv(3, 2, True)), _to_the_output),
 }  # fmt: skip
 
 
-def coupled_channels(fn: Callable, failures: Failures) -> None:
-    """together(net, image) -> a set of (tensor, dimension, index) for each channel that may go."""
+def coupled_dimensions(fn: Callable, failures: Failures) -> None:
+    """couple(net) -> sets of (tensor, dimension) that lose the same channels."""
     for name, build in NETS.items():
         net = build().eval()
-        image = torch.zeros(1, next(net.parameters()).shape[1], 6, 6)
         with failures.given(net=name):
-            answer = failures.call(fn, net, image, changed="the network that was given has changed; only look at it")
-            shaped = isinstance(answer, list | tuple | set) and all(map(_is_channel, answer))
-            failures.need(shaped, "return a list with a set of (tensor, dimension, index) for each channel")
-            _are_coupled([frozenset(channel) for channel in answer], net, image, failures)
+            answer = failures.call(fn, net, changed="the network that was given has changed; only look at it")
+            shaped = isinstance(answer, list | tuple | set) and all(map(_is_labels, answer))
+            failures.need(shaped, "return a list with a set of (tensor, dimension) for each group of dimensions")
+            _are_coupled([frozenset(labels) for labels in answer], net, failures)
 
 
-def _is_channel(value: object) -> bool:
+def _is_labels(value: object) -> bool:
     return isinstance(value, set | frozenset) and all(
-        has_parts(label, 3) and isinstance(label[0], str) and all(isinstance(part, Integral) for part in label[1:])
-        for label in value
+        has_parts(label, 2) and isinstance(label[0], str) and isinstance(label[1], Integral) for label in value
     )
 
 
-def _are_coupled(answer: list[frozenset], net: nn.Module, image: Tensor, failures: Failures) -> None:
-    expected = [
-        frozenset((m.name, m.dim, i) for m in group.members for i in m.indices(unit).tolist())
-        for group in coupling.trace(net, image)
-        for unit in range(group.units)
-    ]
+def _are_coupled(answer: list[frozenset], net: nn.Module, failures: Failures) -> None:
+    image = torch.zeros(1, next(net.parameters()).shape[1], 6, 6)
+    expected = [frozenset((m.name, m.dim) for m in group.members) for group in coupling.trace(net, image)]
     free, listed = frozenset().union(*expected), frozenset().union(*answer)
     unknown = sorted(label for label in listed if not _exists(net, *label))
     failures.need(
         not unknown,
-        "entries are listed that the network does not have; does each convolution have a bias?",
+        "dimensions are listed that the network does not have; does each convolution have a bias?",
         detail=_first(unknown),
     )
     bound = sorted(listed - free)
     failures.expect(
         not bound,
-        "entries that have to stay are listed; a set that reaches the image or the output is left out as a whole, and "
-        "so are the labels of the image and of the output themselves",
+        "dimensions that have to stay are listed; a set that reaches the image or the output is left out as a whole, "
+        "and so are the labels of the image and of the output themselves",
         detail=_first(bound),
     )
     missing = sorted(free - listed)
     for kind, belongs in KINDS.items():
         missing_kind = [label for label in missing if belongs(net, *label)]
         failures.expect(not missing_kind, f"{kind} are missing", detail=_first(missing_kind))
-    failures.expect(sum(map(len, answer)) == len(listed), "an entry is in more than one set, but it can only go once")
+    failures.expect(sum(map(len, answer)) == len(listed), "a dimension is in more than one set")
     if free != listed:
         return
     merged = any(a < b for a in expected for b in answer)
     spread = any(b < a for a in expected for b in answer)
-    failures.expect(
-        not merged, "channels that could go one by one are in one set; which index meets which after a concatenation?"
-    )
+    failures.expect(not merged, "dimensions that could be cut one without the other are in one set")
     failures.expect(
         not spread,
-        "one channel is spread over several sets; an addition, a norm or a consumer ties its entries together",
+        "one group is spread over several sets; an addition, a norm or a consumer ties its dimensions together",
     )
-    failures.expect(
-        merged or spread or set(answer) == set(expected),
-        "entries of different channels are in one set; behind a concatenation index i of the second part is index "
-        "i + width of the first part",
-    )
+    failures.expect(merged or spread or set(answer) == set(expected), "dimensions of different groups are in one set")
 
 
-def _exists(net: nn.Module, name: str, dim: int, i: int) -> bool:
-    """Return True for an entry of the network's own tensors, and for a channel of the image or of the output."""
+def _exists(net: nn.Module, name: str, dim: int) -> bool:
+    """Return True for a dimension of the network's own tensors, and for the channels of the image or of the output."""
     if name in ("image", "output"):
         return True
     tensors = net.state_dict()
-    return name in tensors and dim < tensors[name].dim() and i < tensors[name].shape[dim]
+    return name in tensors and dim < tensors[name].dim()
 
 
-def _first(labels: list[tuple[str, int, int]]) -> str:
+def _first(labels: list[tuple[str, int]]) -> str:
     return f"the first is {labels[0]}" if labels else ""
 
 
-# what a (tensor, dimension, index) is, for messages
+# what a (tensor, dimension) is, for messages
 KINDS: dict[str, Callable[..., bool]] = {
-    "filters, dimension 0 of a convolution's weight,": lambda net, name, dim, i: (
+    "rows, dimension 0 of a weight,": lambda net, name, dim: (
         dim == 0 and name.endswith(".weight") and net.get_parameter(name).dim() > 1
     ),
-    "columns, dimension 1 of a consumer's weight,": lambda net, name, dim, i: dim == 1,
-    "entries of a convolution's bias": lambda net, name, dim, i: name.endswith(".bias") and "norm" not in name,
-    "entries of a norm's vectors, its running statistics among them,": lambda net, name, dim, i: "norm" in name,
+    "columns, dimension 1 of a consumer's weight,": lambda net, name, dim: dim == 1,
+    "entries of a bias": lambda net, name, dim: name.endswith(".bias") and "norm" not in name,
+    "entries of a norm's vectors, its running statistics among them,": lambda net, name, dim: "norm" in name,
 }
 
 
@@ -367,10 +349,10 @@ def _is_otherwise_as_before(model: nn.Module, before: nn.Module, failures: Failu
     failures.expect(alike(*parameters), "a weight has changed; only statistics are estimated")
 
 
-CHECKS = {"03.1": surgery, "03.2": coupled_channels, "03.3": estimation}
+CHECKS = {"03.1": surgery, "03.2": coupled_dimensions, "03.3": estimation}
 
 TRIES = {
     "03.1": f"{len(CHAINS)} chains with other strides, biases and norms, in eval and in train mode",
-    "03.2": f"{len(NETS)} networks, among them a residual block and a concatenation of three parts",
+    "03.2": f"{len(NETS)} networks, among them residual blocks, linear layers and a block around the image",
     "03.3": f"{len(ESTIMATED)} networks with statistics that do not fit, among them one with a dropout",
 }

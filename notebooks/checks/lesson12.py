@@ -1,159 +1,19 @@
-"""Checks of lesson 12: kernels of a graph, what an export froze, a tail that hides nothing, the batcher of a server.
+"""Checks of lesson 12: what an export froze, a tail that hides nothing, the batcher of a server.
 
-Kernels and tails are compared with definitions written down step by step; the diagnosis is asked about candidates that
-nobody has shown it; the batcher runs on a clock that jumps from event to event, so that no machine is too slow for it.
+Tails are compared with a definition written down step by step; the diagnosis is asked about candidates that nobody has
+shown it; the batcher runs on a clock that jumps from event to event, so that no machine is too slow for it.
 """
 
 import asyncio
 import math
 import random
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from labkit.lesson.failures import Failures, diagnoses, has_parts
-
-# --------------------------------------------------------------------------------------------------------- fusion
-
-Op = tuple[str, str, list[str]]
-GRAPHS: dict[str, list[Op]] = {
-    "a chain": [("a", "layer", ["x"]), ("b", "elementwise", ["a"]), ("c", "elementwise", ["b"])],
-    "a chain of six": [("a", "layer", ["x"]), *((x, "elementwise", [before]) for before, x in pairwise("abcdef"))],
-    "a shortcut": [
-        ("a", "layer", ["x"]),
-        ("b", "elementwise", ["a"]),
-        ("c", "layer", ["b"]),
-        ("d", "elementwise", ["c", "b"]),
-        ("e", "elementwise", ["d"]),
-    ],
-    "two terms that are free": [
-        ("a", "layer", ["x"]),
-        ("b", "layer", ["x"]),
-        ("c", "elementwise", ["a", "b"]),
-        ("d", "layer", ["c"]),
-    ],
-    "two terms that are free, the later in the alphabet first": [
-        ("b", "layer", ["x"]),
-        ("a", "layer", ["x"]),
-        ("c", "elementwise", ["a", "b"]),
-    ],
-    "a weight alone": [
-        ("a", "layer", ["x"]),
-        ("b", "elementwise", ["w"]),
-        ("c", "elementwise", ["b", "a"]),
-    ],
-    "the same result twice": [("a", "layer", ["x"]), ("b", "elementwise", ["a", "a"])],
-    "weights among the inputs": [("a", "layer", ["x", "w"]), ("b", "elementwise", ["s", "a", "t"])],
-    "an elementwise operator first": [("a", "elementwise", ["x"]), ("b", "elementwise", ["a"]), ("c", "pool", ["b"])],
-    "the kernel that began last is not that of the input that ran last": [
-        ("a", "layer", ["x"]),
-        ("b", "layer", ["x"]),
-        ("c", "elementwise", ["a"]),
-        ("d", "elementwise", ["c", "b"]),
-    ],
-    "readers of another kind": [
-        ("a", "layer", ["x"]),
-        ("b", "elementwise", ["a"]),
-        ("c", "pool", ["a"]),
-        ("d", "elementwise", ["c"]),
-    ],
-}
-
-
-DRAWN = 6  # graphs
-
-
-def _random_graph(seed: int) -> list[Op]:
-    draw, ops = random.Random(seed), []
-    for i in range(14):
-        before = [name for name, *_ in ops[-5:]] + ["x", "w"]
-        inputs = draw.choices(before, k=draw.choice((1, 1, 2)))
-        ops.append((f"n{i}", draw.choice(("elementwise", "elementwise", "layer", "pool")), inputs))
-    return ops
-
-
-def _readers(ops: Sequence[Op], name: str) -> int:
-    return sum(name in inputs for _, _, inputs in ops)
-
-
-def _joins(ops: Sequence[Op]) -> dict[str, str | None]:
-    """For each operator the input whose kernel it joins by the rule of the card, None if it begins a kernel."""
-    names = [name for name, *_ in ops]
-    joins: dict[str, str | None] = {}
-    for name, kind, inputs in ops:
-        free = [x for x in names if x in inputs and _readers(ops, x) == 1]
-        joins[name] = free[-1] if kind == "elementwise" and free else None
-    return joins
-
-
-def _kernels(ops: Sequence[Op]) -> list[list[str]]:
-    """By the rule of the card, from each operator back to the beginning of its kernel."""
-    names = [name for name, *_ in ops]
-    joins = _joins(ops)
-
-    def first(name: str) -> str:
-        before = joins[name]
-        return name if before is None else first(before)
-
-    return [[name for name in names if first(name) == head] for head in names if joins[head] is None]
-
-
-def fusion(fn: Callable, failures: Failures) -> None:
-    """fuse(ops) -> kernels, lists of names."""
-    graphs = GRAPHS | {f"fourteen operators, drawn ({seed})": _random_graph(seed) for seed in range(DRAWN)}
-    for name, ops in graphs.items():
-        with failures.given(graph=name):
-            kernels = failures.call(fn, ops, changed="it changes the list of operators that it was given")
-            failures.need(
-                isinstance(kernels, list) and all(isinstance(kernel, list) for kernel in kernels),
-                "return a list of lists of names",
-            )
-            failures.need(
-                sorted(x for kernel in kernels for x in kernel) == sorted(x for x, *_ in ops),
-                "every operator has to be in one kernel, and nothing else, neither weights nor the model's input",
-            )
-            expected = _kernels(ops)
-            _joins_by_the_rule(kernels, expected, ops, failures)
-            failures.expect(
-                kernels == expected,
-                "the order is off: kernels by their first operator, names in the order they run",
-                detail=f"expected {expected}, got {kernels}",
-            )
-
-
-def _joins_by_the_rule(
-    kernels: list[list[str]], expected: list[list[str]], ops: Sequence[Op], failures: Failures
-) -> None:
-    """Look for the first operator that lies in another kernel than by the rule, and say which part of it is broken."""
-    joins, ran = _joins(ops), set()
-    for name, kind, inputs in ops:
-        beside, expected_beside = (_beside(name, lists) & ran for lists in (kernels, expected))
-        ran.add(name)
-        if beside == expected_beside:
-            continue
-        target = joins[name]
-        if not beside:
-            message = "an elementwise operator begins a kernel, though it is the only reader of an operator's result"
-        elif target is not None:
-            message = "an elementwise operator joins another kernel than that of the free input that ran last"
-        elif kind == "elementwise" and not joins.keys() & set(inputs):
-            message = "an elementwise operator joins a kernel, though it reads no operator's result"
-        elif kind == "elementwise":
-            message = "an elementwise operator joins a kernel, though other operators read its inputs as well"
-        else:
-            message = "an operator that is not elementwise joins a kernel; it always begins one"
-        by_the_rule = f"to join {target!r}" if target else "to begin a kernel"
-        mine = f"it beside {sorted(beside)}" if beside else "a new kernel"
-        failures.need(False, message, detail=f"{name!r}, {kind}, reads {inputs}: expected {by_the_rule}, got {mine}")
-
-
-def _beside(name: str, kernels: list[list[str]]) -> set[str]:
-    (kernel,) = (set(kernel) for kernel in kernels if name in kernel)
-    return kernel
-
 
 # ------------------------------------------------------------------------------------------------ what was frozen
 
@@ -341,15 +201,13 @@ def batcher(fn: Callable, failures: Failures) -> None:
 
 
 CHECKS = {
-    "12.1": fusion,
-    "12.2": frozen,
-    "12.3": tails,
-    "12.4": batcher,
+    "12.1": frozen,
+    "12.2": tails,
+    "12.3": batcher,
 }
 
 TRIES = {
-    "12.1": f"{len(GRAPHS)} small graphs, among them shortcuts and shared results, and {DRAWN} drawn ones",
-    "12.2": f"{len(FROZEN)} kinds of candidates, each written in 3 ways",
-    "12.3": f"{len(REQUESTS)} sets of requests, with and without unanswered ones, at {len(PERCENTILES)} percentiles",
-    "12.4": f"{len(CASES)} arrivals on a simulated clock, among them a busy server and batches of one",
+    "12.1": f"{len(FROZEN)} kinds of candidates, each written in 3 ways",
+    "12.2": f"{len(REQUESTS)} sets of requests, with and without unanswered ones, at {len(PERCENTILES)} percentiles",
+    "12.3": f"{len(CASES)} arrivals on a simulated clock, among them a busy server and batches of one",
 }

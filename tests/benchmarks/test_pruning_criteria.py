@@ -7,7 +7,6 @@ import torch
 from labkit import stats
 
 SEEDS, IMAGES = 3, 200
-EMPTIED = dict.fromkeys(pruning_criteria.WAYS, 0.5)
 
 
 def answers(seed: int, shares: dict[str, float]) -> dict[str, pruning_criteria.Answers]:
@@ -23,7 +22,7 @@ def answers(seed: int, shares: dict[str, float]) -> dict[str, pruning_criteria.A
 def test_a_change_has_the_interval_over_seeds_and_images():
     of_seeds = [answers(seed, {"random": 0.5}) for seed in range(SEEDS)]
     dense = torch.rand(IMAGES, generator=torch.Generator().manual_seed(9)) < 0.9
-    table = {(row["way"], row["stage"]): row for row in pruning_criteria.rows(dense, of_seeds, EMPTIED)}
+    table = {(row["way"], row["stage"]): row for row in pruning_criteria.rows(dense, of_seeds)}
     row = table["random", "recovered"]
     after, base = (torch.stack([one[way]["recovered"] for one in of_seeds]) for way in ("random", "magnitude"))
     assert [row["over magnitude"], row["low"], row["high"]] == list(stats.accuracy_change_over_seeds(after, base))
@@ -34,7 +33,7 @@ def test_a_change_has_the_interval_over_seeds_and_images():
 
 def test_the_accuracies_are_those_of_the_seeds():
     of_seeds = [answers(seed, {}) for seed in range(SEEDS)]
-    for row in pruning_criteria.rows(torch.ones(IMAGES, dtype=torch.bool), of_seeds, EMPTIED):
+    for row in pruning_criteria.rows(torch.ones(IMAGES, dtype=torch.bool), of_seeds):
         shares = [float(one[row["way"]][row["stage"]].double().mean()) for one in of_seeds]
         assert [row[f"seed {seed}"] for seed in range(SEEDS)] == shares
         assert row["mean"] == pytest.approx(sum(shares) / SEEDS)
@@ -43,12 +42,6 @@ def test_the_accuracies_are_those_of_the_seeds():
 
 def test_magnitude_is_not_compared_with_itself():
     of_seeds = [answers(seed, {}) for seed in range(SEEDS)]
-    rows = pruning_criteria.rows(torch.ones(IMAGES, dtype=torch.bool), of_seeds, EMPTIED)
+    rows = pruning_criteria.rows(torch.ones(IMAGES, dtype=torch.bool), of_seeds)
     assert {row["over magnitude"] for row in rows if row["way"] == "magnitude"} == {None}
     assert all(row["over magnitude"] is not None for row in rows if row["way"] != "magnitude")
-
-
-def test_equal_shares_empty_channels_of_the_first_convolution_and_one_ranking_none():
-    equal, ranked = (pruning_criteria.WAYS[name] for name in ("magnitude", "magnitude, one ranking"))
-    assert pruning_criteria.emptied(equal, 0) == 0.5
-    assert pruning_criteria.emptied(ranked, 0) == 0.0

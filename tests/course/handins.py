@@ -11,8 +11,8 @@ from course import notebooks
 from labkit import files
 
 LESSON = "01_inference_challenge"
-CONV, BOUND, DECODE, USERS = "conv_work", "time_bound", "decode_limit", "largest_batch"
-FULL = {"01.1": 2, "01.2": 1, "01.3": 2, "01.4": 4}
+CONV, BOUND, USERS = "conv_work", "time_bound", "largest_batch"
+FULL = {"01.1": 2, "01.2": 1, "01.3": 4}
 
 
 def solved(lesson: Path = files.NOTEBOOKS / f"{LESSON}.ipynb") -> NotebookNode:

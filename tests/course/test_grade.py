@@ -17,7 +17,7 @@ import nbformat
 import psutil
 import pytest
 from commands import labkit, wait_until
-from handins import BOUND, CONV, DECODE, FULL, LESSON, USERS, solved, with_first_line, write
+from handins import BOUND, CONV, FULL, LESSON, USERS, solved, with_first_line, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
@@ -78,7 +78,7 @@ CHAIN = "\n".join(f"def f{k}(): return f{k + 1}()" for k in range(5_000))
 CHOKING = ("x = " + "+".join(["1"] * 20_000), CHAIN, "(" * 5_000, "x = " + "-" * 100_000 + "1", "\ud800")
 CHEAT = "import labkit.lesson.check as c\nc.check = lambda *a: 1 / 0\n"
 MOODLE = "Ann Smith_1327627_assignsubmission_file_"  # a folder as Moodle names it
-DELETED = ("setup", "exercise-3", "check-3", "exercise-4-card")
+DELETED = ("setup", "exercise-4", "check-4", "users-words")
 FIRST = {**FULL, "01.1": 0}
 CLASS = {  # student -> what is handed in, and the points that it gets; None: which they are is not promised
     "right": (solved(), FULL),
@@ -90,10 +90,10 @@ CLASS = {  # student -> what is handed in, and the points that it gets; None: wh
     ),
     "endless loop": (with_first_line(BOUND, "while True: pass"), {**FULL, "01.2": 0}),
     "memory hog": (with_first_line(CONV, "held = []", "while True: held.append(bytearray(1 << 26))"), FIRST),
-    "forks": (with_first_line(DECODE, "import os", "while True: os.fork()"), {**FULL, "01.3": 0}),
+    "forks": (with_first_line(USERS, "import os", "while True: os.fork()"), {**FULL, "01.3": 0}),
     "network": (
         with_first_line(USERS, "import socket; socket.create_connection(('127.0.0.1', 9))"),
-        {**FULL, "01.4": 0},
+        {**FULL, "01.3": 0},
     ),
     "leaves": (with_first_line(CONV, "import os", "os._exit(0)"), FIRST),
     "kills": (with_first_line(CONV, "import os", "os.kill(os.getppid(), 9)"), FIRST),
@@ -121,9 +121,9 @@ CLASS = {  # student -> what is handed in, and the points that it gets; None: wh
     b"n\xffame": (solved(), FULL),
     b"n\xfeame": (returning("0"), FIRST),
     "=cmd()<b>": (solved(), FULL),
-    "uses what is above and added": (with_cells(with_first_line(DECODE, USES), ADDED), FULL),
-    "uses what was computed": (with_first_line(DECODE, "lab.finish()"), {**FULL, "01.3": 0}),
-    "chokes a reader": (with_cells(with_first_line(DECODE, "f0"), *CHOKING), FULL),
+    "uses what is above and added": (with_cells(with_first_line(USERS, USES), ADDED), FULL),
+    "uses what was computed": (with_first_line(USERS, "lab.finish()"), {**FULL, "01.3": 0}),
+    "chokes a reader": (with_cells(with_first_line(USERS, "f0"), *CHOKING), FULL),
     MOODLE: (solved(), FULL),
 }
 
@@ -188,7 +188,7 @@ def test_the_reason_says_what_happened(graded):
         ("forks", "01.3", "wrong", "PermissionError"),
         ("leaves", "01.1", "stopped", "code 0"),
         ("segfault", "01.1", "stopped", "SIGSEGV"),
-        ("network", "01.4", "wrong", "PermissionError"),
+        ("network", "01.3", "wrong", "PermissionError"),
         ("surrogate", "01.1", "wrong", r"ValueError: \ud800 \x00 \x1b[31m"),
         ("no python", "01.1", "broken", "the cell raised"),
         ("no cells", "01.1", "missing", "cannot be read as a notebook"),

@@ -109,8 +109,9 @@ def test_a_file_that_is_missing_or_no_toml_is_said(tmp_path):
     check_refusal("is not TOML", partial(load, tmp_path, "[[claim]\n"), DataError)
 
 
-def test_too_few_samples_settle_nothing_and_what_never_pays_contradicts():
-    speed, paid, open_ends = claims.entry("12.1"), claims.entry("12.2"), (0.0, math.inf)
+def test_too_few_samples_settle_nothing_and_what_never_pays_contradicts(tmp_path):
+    speed, open_ends = claims.entry("12.1"), (0.0, math.inf)
+    paid = load(tmp_path, entry(expected="[0.0, 10000.0]", unit='""'))["3.1"]
     assert claims.verdict(speed, 5.0, open_ends) == "inconclusive"
     assert claims.measured(speed, 5.0, open_ends) == "5.00x (no interval)"
     assert claims.measured(speed, None, None) == "it was not measured on a CPU"

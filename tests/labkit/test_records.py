@@ -93,7 +93,7 @@ def test_every_number_in_the_recorded_tables_was_declared():
         ("latency and throughput", "throughput over batch 1", "quality"),
         ("latency and throughput", "step over batch 1", "cost"),
         ("models on the roofline", "share of the roof (%)", "quality"),
-        ("cost against ratio", "time left", "cost"),
+        ("accuracy and time", "work left", "cost"),
         ("equal bytes", "recovered", "quality"),
         ("SmolLM2, speed and cache", "cache left", "cost"),
     ],

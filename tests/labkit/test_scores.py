@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from labkit.graph.groups import Group, Member, trace
-from labkit.pruning.scores import CRITERIA, input_taylor, obs_prune, saliency, unit_scores
+from labkit.pruning.scores import CRITERIA, input_taylor, saliency, unit_scores
 
 NEED_DATA = [name for name, criterion in CRITERIA.items() if criterion.needs_data]
 NEED_LOSS = [name for name, criterion in CRITERIA.items() if criterion.gradient]
@@ -262,53 +262,6 @@ def test_taylor_of_what_a_module_reads_is_the_slope_of_each_example():
     assert not idle.any()
 
 
-# --- obs_prune --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def layer():
-    """A layer with strongly correlated inputs: where one weight can stand in for another."""
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
-    x = torch.randn(200, 4, generator=generator, dtype=torch.float64) @ mix[:4]
-    x += 0.3 * torch.randn(200, 12, generator=generator, dtype=torch.float64)
-    return torch.randn(6, 12, generator=generator, dtype=torch.float64), x
-
-
-def best_without(weight, x, removed, ridge):
-    """Least squares over the weights that stay, one row: the exact optimum of sum (x (w - v))^2 + ridge/2 |w - v|^2."""
-    stay = [j for j in range(len(weight)) if j not in removed]
-    hessian = 2 * x.t() @ x + ridge * torch.eye(len(weight), dtype=x.dtype)
-    best = torch.zeros_like(weight)
-    best[stay] = torch.linalg.solve(hessian[stay][:, stay], (hessian @ weight)[stay])
-    return best, float((weight - best) @ hessian @ (weight - best)) / 2
-
-
-def test_obs_removes_the_one_weight_that_brute_force_removes(layer):
-    weight, x = layer
-    ridge = 0.01 * float((2 * x.t() @ x).diagonal().mean())
-    pruned = obs_prune(weight, x, 1 / 12)
-    for row, result in zip(weight, pruned, strict=True):
-        best, _ = min((best_without(row, x, [q], ridge) for q in range(12)), key=lambda pair: pair[1])
-        assert_close(result, best)
-
-
-def test_obs_weights_are_least_squares_on_what_they_keep(layer):
-    weight, x = layer
-    ridge = 0.01 * float((2 * x.t() @ x).diagonal().mean())
-    for row, result in zip(weight, obs_prune(weight, x, 0.5), strict=True):
-        removed = (result == 0).nonzero().flatten().tolist()
-        assert len(removed) == 6
-        assert_close(result, best_without(row, x, removed, ridge)[0])
-
-
-def test_obs_keeps_dtype_and_arguments_and_survives_dead_inputs():
-    weight, x = torch.randn(3, 8, dtype=torch.bfloat16), torch.zeros(5, 8)
-    before = weight.clone()
-    pruned = obs_prune(weight, x, 0.5)
-    assert pruned.dtype == torch.bfloat16 and torch.equal(weight, before) and (pruned == 0).sum(1).tolist() == [4] * 3
-
-
 # --- batches, and a model left as it was ------------------------------------------------------------------------------
 
 
@@ -409,17 +362,6 @@ def test_without_labels_loss_fn_gets_the_batch(net, batches):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 WEIGHT = torch.randn(3, 8)
-SHAPES: Refusals = {
-    f"{list(inputs)}, but they must be [out, in] and [N, in]": partial(obs_prune, WEIGHT, torch.randn(inputs), 0.5)
-    for inputs in ((5, 7), (0, 8), (2, 5, 8))
-}
-
-
-@refused(SHAPES)
-def test_obs_refuses_inputs_of_another_shape(words, call):
-    check_refusal(words, call)
-
-
 BATCHES: Refusals = {
     "looks at data: give batches": lambda net, criterion: saliency(net, criterion),
     "must be an iterable of batches: put it in a list": lambda net, criterion: saliency(net, criterion, WEIGHT),

@@ -13,10 +13,6 @@ def time_bound_by_the_roof(flops, moved, peak, bandwidth):
     return flops / min(peak, bandwidth * intensity), "memory" if intensity < peak / bandwidth else "compute"
 
 
-def decode_limit_by_two_rates(weight_bytes, kv_bytes, parameters, batch, peak, bandwidth):
-    return min(batch * bandwidth / (weight_bytes + batch * kv_bytes), peak / (2 * parameters))
-
-
 def largest_batch_by_search(device, weights, kv, parameters, limit):
     batch = 0
     while (
@@ -30,6 +26,5 @@ def largest_batch_by_search(device, weights, kv, parameters, limit):
 RIGHT = {
     "01.1": conv_work_in_a_loop,
     "01.2": time_bound_by_the_roof,
-    "01.3": decode_limit_by_two_rates,
-    "01.4": largest_batch_by_search,
+    "01.3": largest_batch_by_search,
 }

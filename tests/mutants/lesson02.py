@@ -33,22 +33,8 @@ def fair_sides_by_hand(layer, x, format):
     return (lambda: F.linear(x, weight, layer.bias)), (lambda: fast(x))
 
 
-def remove_one_by_least_squares(w, hessian):
-    best = None
-    for q in range(len(w)):
-        others = [i for i in range(len(w)) if i != q]
-        new = torch.zeros_like(w)
-        target = hessian[others] @ w
-        new[others] = torch.linalg.solve(hessian[others][:, others], target)
-        cost = (new - w) @ hessian @ (new - w)
-        if best is None or cost < best[0]:
-            best = (cost, q, new)
-    return best[1], best[2]
-
-
 RIGHT = {
     "02.1": keep_mask_by_ranks,
     "02.2": to_csr_in_a_loop,
     "02.3": fair_sides_by_hand,
-    "02.4": remove_one_by_least_squares,
 }

@@ -33,41 +33,30 @@ def _join(sets, labels):
     return [*(s for s in sets if not s & labels), labels.union(*(s for s in sets if s & labels))]
 
 
-def together_by_hand(net, image):
+def couple_by_hand(net):
     """The sets as a list, joined label by label along a graph that torch.fx traced."""
-    sets, labels_of = [], {}
-
-    def line(name, dim, size):
-        return [(name, dim, i) for i in range(size)]
-
+    sets, label_of = [], {}
     for node in fx.symbolic_trace(net).graph.nodes:
-        inputs = []
-        fx.map_arg(node.args, inputs.append)
-        labels = [labels_of[other] for other in inputs]
+        labels = [label_of[other] for other in node.all_input_nodes]
         first = labels[0] if labels else None
         module = net.get_submodule(node.target) if node.op == "call_module" else None
         if node.op == "placeholder":
-            first = line("image", 1, image.shape[1])
+            first = ("image", 1)
         elif node.op == "output":
-            labels += [line("output", 1, len(first))]
-        elif node.target is torch.cat:
-            first, labels = [label for part in labels for label in part], []
-        elif isinstance(module, nn.Conv2d):
-            for label, column in zip(first, line(f"{node.target}.weight", 1, len(first)), strict=True):
-                sets = _join(sets, [label, column])
-            first = line(f"{node.target}.weight", 0, module.out_channels)
-            labels = [first]
-            if module.bias is not None:
-                labels.append(line(f"{node.target}.bias", 0, len(first)))
+            labels.append(("output", 1))
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            sets = _join(sets, [first, (f"{node.target}.weight", 1)])
+            first = (f"{node.target}.weight", 0)
+            labels = [(f"{node.target}.{name}", 0) for name, _ in module.named_parameters()]
         elif isinstance(module, nn.BatchNorm2d):
             names = [name for name, tensor in module.state_dict().items() if tensor.dim()]
-            labels += [line(f"{node.target}.{name}", 0, len(first)) for name in names]
+            labels += [(f"{node.target}.{name}", 0) for name in names]
         else:
-            assert node.target in (F.relu, operator.add)
-        for coupled in zip(*labels, strict=True):
-            sets = _join(sets, coupled)
-        labels_of[node] = first
-    return [s for s in sets if not {"image", "output"} & {name for name, _, _ in s}]
+            labels = labels if node.target is operator.add else []
+        if labels:
+            sets = _join(sets, labels)
+        label_of[node] = first
+    return [s for s in sets if not {"image", "output"} & {name for name, _ in s}]
 
 
 def reestimate_by_hooks(model, batches):
@@ -94,6 +83,6 @@ def reestimate_by_hooks(model, batches):
 
 RIGHT = {
     "03.1": cut_by_name,
-    "03.2": together_by_hand,
+    "03.2": couple_by_hand,
     "03.3": reestimate_by_hooks,
 }

@@ -3,11 +3,10 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lesson_cells import executed, function
+from lesson_cells import function
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
@@ -51,27 +50,6 @@ def test_a_page_shows_the_run_that_is_recorded(lesson: Path):
     assert shown == as_on_a_page(recorded.to_dict())
 
 
-def test_the_answer_of_lesson_12_names_the_largest_steps_with_graph_and_fusion_as_one():
-    """What the graph alone costs, the fused one wins back: on their own neither is a step to rank."""
-    made_up = {"graph, not fused": 0.4, "fused": 3.0, "OpenVINO": 1.1, "int8": 2.7}
-    names: dict[str, Any] = {"FIRST": 1, "BATCHES": (1, 32), "INT8": "int8", "QUANTIZED": {"int8"}, "wins": ()}
-    names |= {
-        "entered": (),
-        "over_best": None,
-        "fusing": {1: SimpleNamespace(value=2.1), 32: SimpleNamespace(value=1.2)},
-    }
-    names["factors"] = {(b, step): SimpleNamespace(value=x) for b in (1, 32) for step, x in made_up.items()}
-    names["factors"][1, "int8"] = SimpleNamespace(value=1.5)
-    names["said"] = lambda number: f"{number.value:.1f}"
-    told: list[str] = []
-    names["lab"] = SimpleNamespace(say=lambda _, *sentences: told.extend(text for text in sentences if text))
-    executed("12", "answer-words", "answer", **names)
-    assert told[-2:] == [
-        "At batch 1 the largest factors of a step, on the median: 'graph and fusion', 2.1 and 'int8', 1.5.",
-        "At batch 32 the largest factors of a step, on the median: 'int8', 2.7 and 'graph and fusion', 1.2.",
-    ]
-
-
 @pytest.mark.parametrize(
     ("ends", "words"),
     [
@@ -85,23 +63,6 @@ def test_the_answer_of_lesson_12_names_the_largest_steps_with_graph_and_fusion_a
 def test_lesson_12_tells_after_how_many_images_an_engine_has_paid(ends: tuple[float, ...], words: str):
     count_words = function("12", "count_words")
     assert function("12", "in_words", count_words=count_words)(*ends) == words
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (2.9, "below"),
-        (3.0, "lowest"),
-        (3.2, "lowest"),
-        (3.3, "second"),
-        (3.9, "highest"),
-        (4.0, "highest"),
-        (4.1, "above"),
-    ],
-)
-def test_lesson_12_tells_where_the_queue_of_theory_lies_among_the_processes(number: float, words: str):
-    where = function("12", "place")(number, (3.0, 4.0))
-    assert where == (f", {words} the bracket" if words in ("below", "above") else f", in the {words} quarter of it")
 
 
 def test_lesson_08_types_the_points_over_adaround_alone_as_recorded():

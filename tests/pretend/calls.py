@@ -436,7 +436,6 @@ CALLS: dict[str, Call] = {
         for method in ("magnitude", "wanda", "sparsegpt")
     },
     "sparsegpt.sparsegpt": lambda on: sparsegpt.sparsegpt(on(WEIGHT), on(HESSIAN)),
-    "scores.obs_prune": lambda on: scores.obs_prune(on(WEIGHT), on(INPUTS), 0.5),
     **{f"head_importance {name}": partial(_importance_of_heads, method=name) for name in heads.METHODS},
     "transformers.prune_heads": _prune_heads,
     **{f"transformers.prune_ffn {name}": partial(_prune_neurons, criterion=name) for name in ("magnitude", "wanda")},

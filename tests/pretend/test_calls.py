@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 # What computes in float64, by its documentation or to prove that two models are equal, and what answers on the CPU.
 IN_FLOAT64 = (
     "channels.prune", "permutation.permute", "ptq.quantize", "mixed_precision", "qat", "fold", "transformers.prune",
-    "rotation", "sparsegpt", "weight_only gptq", "weight_only awq", "gptq.gptq", "scores.obs_prune", "head_importance",
+    "rotation", "sparsegpt", "weight_only gptq", "weight_only awq", "gptq.gptq", "head_importance",
     "layer_importance", "rounding.bias_correction", "affine.sqnr", "parity", "blockwise.prune (2, 4) sparsegpt",
     "blockwise.prune 0.5 sparsegpt",
 )  # fmt: skip
