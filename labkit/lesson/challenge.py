@@ -122,13 +122,14 @@ def rows(goals: Goals, points: Sequence[Mapping[str, Any]], label: str) -> list[
 
     An interval and the parts of a time get columns, if any point has them.
     """
+    whole = [column for column in goals if all(float(point[column]).is_integer() for point in points)]
     with_interval = [column for column in goals if any(_error_bar(point, column) for point in points)]
     parts = dict.fromkeys(part for point in points for part in point.get("seconds", {}))
     table = []
     for point in points:
         row = {label: point[label]}
         for column in goals:
-            row[heading(goals, column)] = point[column]
+            row[heading(goals, column)] = int(point[column]) if column in whole else point[column]
             if column in with_interval:
                 ends = point[f"{column} ci95"] if _error_bar(point, column) else None
                 row[f"{column}, interval"] = show.interval(ends)

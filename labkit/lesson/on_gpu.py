@@ -175,7 +175,8 @@ def listing(title: str, source: str) -> None:
 def _show_folded(name: str, cases: Cases, reason: str, recorded: list[dict[str, Any]]) -> None:
     """Show a folded line; below it the bounds of a card of the catalogue, then each machine's recorded table."""
     places = [_place(run) for run in recorded]
-    line = f"{name}: {reason}; recorded on: {', '.join(places) or 'nobody yet'}."
+    record = f"recorded on: {', '.join(places)}" if places else "not recorded yet"
+    line = f"{name}: {reason}; {record}."
     bounds = [row for case, ways in cases.items() for row in _bounds(case, ways)]
     tables: list[tuple[str, Rows, bool]] = [(f"The bounds of one {CARD}, by the roofline", bounds, True)]
     for run, place in zip(recorded, places, strict=True):

@@ -73,7 +73,7 @@ def test_without_a_gpu_a_section_is_one_folded_line_with_the_bounds_in_it(lab: L
     cases["64 x 64"]["half"] = Way(WORK, "fp16", lacking)
     assert on_gpu.section(lab, NAME, cases, "here is no CUDA device", within=0.01) == []
     ((text, html),) = outputs
-    line = f"{NAME}: here is no CUDA device; recorded on: nobody yet."
+    line = f"{NAME}: here is no CUDA device; not recorded yet."
     assert text.startswith(line) and html.startswith(f"<details><summary>{line}</summary>")
     for names, dtype in (("matmul; einsum", "fp32"), ("half", "fp16")):  # ways that share a bound share a row
         bound = roofline.bound(WORK, DEVICES["H100 SXM"], dtype)
