@@ -8,6 +8,7 @@ from labkit.show import WIDTH, Rows
 from labkit.words import is_open
 
 LINE_STYLES = ("-", "-.", ":")
+PANEL_HEIGHT = 3.4  # inches
 
 
 def lines(ax: Any, rows: Rows, x: str, y: str, *, by: str) -> None:
@@ -49,14 +50,12 @@ def curves(
     y: str,
     *,
     by: str,
-    height: float = 3.4,
     **axes: Any,
 ) -> Any:
     """Draw a figure of panels, two side by side, each with the curves of `lines`, and a common legend below.
 
     panels: the data of each panel, by its title.
     x, y, by: as in `lines`.
-    height: height of a panel, in inches.
     axes: options for matplotlib's `Axes.set`, such as ylabel, yscale or ylim; labels default to the column names.
     Returns the matplotlib Figure.
     """
@@ -64,7 +63,7 @@ def curves(
 
     across = min(len(panels), 2)
     down = math.ceil(len(panels) / across)
-    fig, grid = plt.subplots(down, across, figsize=(WIDTH, height * down), sharey=True, squeeze=False)
+    fig, grid = plt.subplots(down, across, figsize=(WIDTH, PANEL_HEIGHT * down), sharey=True, squeeze=False)
     for ax in grid.flat[len(panels) :]:
         ax.remove()
     for number, (title, rows) in enumerate(panels.items()):
@@ -75,7 +74,7 @@ def curves(
         is_first_in_row = number % across == 0
         if not is_first_in_row:
             ax.set_ylabel("")
-    _add_legend(fig, *ax.get_legend_handles_labels(), title=by, panels_height=height * down)
+    _add_legend(fig, *ax.get_legend_handles_labels(), title=by, panels_height=PANEL_HEIGHT * down)
     return fig
 
 
