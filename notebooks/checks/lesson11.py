@@ -1,7 +1,7 @@
-"""Checks of lesson 11: a cache, merged blocks of a softmax, pages that are stored already, guesses.
+"""Checks of lesson 11: a cache, merged blocks of a softmax, guesses.
 
 Each holds the answer against an independent computation: torch's attention over all tokens at once, a softmax over all
-keys, prefixes compared token by token, laws worked out from the thresholds of a rule.
+keys, laws worked out from the thresholds of a rule.
 """
 
 import math
@@ -164,67 +164,6 @@ def _merge(fn: Callable, failures: Failures, scores: Tensor, values: Tensor, cut
     )
 
 
-# ---------------------------------------------------------------------------------------------- pages that are there
-
-
-def shared_pages(fn: Callable, failures: Failures) -> None:
-    """shared_pages(ids, page_size, page_of) -> (pages, tokens that need not be computed)."""
-    first = list(range(20))
-    other = [*range(100, 108), *range(4, 16)]
-    stored = _stored([first, other], 4)
-    gap = {key: page for key, page in stored.items() if len(key) != 8}
-    echo = _stored([first[:4], first[4:8]], 4)  # the second page of `first` is the beginning of another text
-    for case, ids, size, pages in (
-        ("nothing is stored", first[:9], 4, {}),
-        ("two pages and a rest in common", [*first[:10], 77, 78, 79], 4, stored),
-        ("everything is stored, and the rest of a page is not", first[:18], 4, stored),
-        ("everything is stored, to the last token", first[:12], 4, stored),
-        ("a single page, stored", first[:4], 4, stored),
-        ("shorter than a page", first[:3], 4, stored),
-        ("one token", [5], 4, stored),
-        ("another text from the first token on", [99, *first[1:12]], 4, stored),
-        ("a page in the middle is missing", first[:17], 4, gap),
-        ("a page that is the beginning of another text", first[:12], 4, echo),
-        ("the same words after another beginning", [*first[:4], *other[4:12], 3], 4, stored),
-        ("the same tokens in another order", [*first[3::-1], *first[4:9]], 4, stored),
-        ("pages of one token", first[:6], 1, _stored([first[:5]], 1)),
-    ):
-        with failures.given(prompt=case, page_size=size):
-            answer = failures.call(fn, ids, size, pages, changed="your function changed ids or page_of")
-            failures.need(has_parts(answer, 2), "return two things: the pages, and a number of tokens")
-            want = _shared(ids, size, pages)
-            failures.need(
-                isinstance(answer[0], list | tuple) and list(answer[0]) == want,
-                "these are not the stored pages of the longest beginning that is stored without a gap",
-                detail=f"expected {want}, got {answer[0]}",
-            )
-            failures.close(
-                answer[1],
-                min(len(want) * size, len(ids) - 1),
-                "that is not the number of tokens that need not be computed: all of the shared pages, but never the "
-                "last token of the prompt",
-            )
-
-
-def _stored(texts: list[list[int]], size: int) -> dict[tuple[int, ...], int]:
-    pages: dict[tuple[int, ...], int] = {}
-    for ids in texts:
-        for end in range(size, len(ids) + 1, size):
-            free = (4 * len(pages) + 3) % 11  # numbers in no order, as in a pool that has been used
-            pages.setdefault(tuple(ids[:end]), free)
-    return pages
-
-
-def _shared(ids: list[int], size: int, page_of: dict[tuple[int, ...], int]) -> list[int]:
-    """Pages of the longest beginning, all of whose ends are stored."""
-    best: list[int] = []
-    for count in range(len(ids) // size + 1):
-        ends = [tuple(ids[: (i + 1) * size]) for i in range(count)]
-        if all(end in page_of for end in ends):
-            best = [page_of[end] for end in ends]
-    return best
-
-
 # ------------------------------------------------------------------------------------------------------------- guesses
 
 LAWS = (  # model's and draft's laws; p / q are multiples of 1 / 16 where the draft has a token
@@ -322,12 +261,11 @@ def accept(fn: Callable, failures: Failures) -> None:
         failures.close(answer, torch.tensor([1.0, 0.0]), "where p = q every guess is kept, also if u is 0")
 
 
-CHECKS = {"11.1": kept, "11.2": merge, "11.3": shared_pages, "11.4": law, "11.5": accept}
+CHECKS = {"11.1": kept, "11.2": merge, "11.3": law, "11.4": accept}
 
 TRIES = {
     "11.1": "4 texts in steps of several sizes, of 2, 4 and 8 bytes a number, and 6 caches that are cropped and go on",
     "11.2": "9 pairs of blocks, among them scores far below zero and queries that may read nothing of one or of both",
-    "11.3": "13 prompts, among them pages that are stored with a gap or behind another beginning",
-    "11.4": f"{len(LAWS)} pairs of distributions with 5 rules each",
-    "11.5": f"{len(LAWS)} pairs of distributions with every guess and {STEPS} numbers u",
+    "11.3": f"{len(LAWS)} pairs of distributions with 5 rules each",
+    "11.4": f"{len(LAWS)} pairs of distributions with every guess and {STEPS} numbers u",
 }
