@@ -115,7 +115,7 @@ FIXED = {
     ("13", "gate-real"): "versions of a record",
     ("13", "healed"): "the steps of a record",
     ("13", "lookup"): "the passages of a preset",
-    ("13", "plans-table"): "two digits of a number of requests",
+    ("13", "plans-say"): "two digits of a number of requests",
     ("13", "result-say"): "the seeds of a record",
 }
 
