@@ -61,9 +61,10 @@ def verdicts(lesson: str, claim: Claim) -> list[str]:
     return phrases
 
 
-def durations(lesson: str) -> list[str]:
-    """Return how long each reference run of a lesson took, with preset, machine and day."""
-    return [f"{run.seconds:.0f} s {_place(run)}" for run in records.recorded(lesson)]
+def duration(lesson: str) -> str | None:
+    """Return how long the newest reference run of a lesson took, with preset, machine and day; None without a run."""
+    newest = max(records.recorded(lesson), key=lambda run: run.created, default=None)
+    return newest and f"{newest.seconds:.0f} s {_place(newest)}"
 
 
 def day(run: Mapping[str, Any]) -> str:

@@ -604,7 +604,7 @@ def _show_card(lab: Lab, race: ThreadRace) -> None:
         "threads": f"{threads}; float32 products at precision '{here.float32_matmul_precision}'",
         "software": f"Python {here.python}, torch {here.torch}",
         "preset": f"{preset}, within {budget}; seed {lab.seed}",
-        "recorded": "; ".join(reference_runs.durations(lab.lesson)) or "no earlier run",
+        "an earlier run": reference_runs.duration(lab.lesson) or "none recorded",
     }
     show.facts(f"Lesson {lab.lesson}: {lab.title}", facts)
 

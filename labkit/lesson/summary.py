@@ -39,16 +39,26 @@ def summary(record: RunRecord) -> tuple[str, str]:
 def _prediction_row(guess: Prediction, judges: bool) -> dict[str, str]:
     predicted, measured = "no prediction", "not measured" if judges else NOT_JUDGED
     if guess.predicted is not None:
-        predicted = show.quantity(guess.predicted, guess.unit)
+        predicted = _printed(guess.predicted, guess.unit)
     if guess.measured is not None:
-        measured = show.quantity(guess.measured, guess.unit)
+        measured = _printed(guess.measured, guess.unit)
     return {
         "quantity": guess.name,
         "predicted": predicted,
         "measured": measured,
-        "interval": f"{show.interval(guess.ci95, guess.unit)} {guess.covers}".strip(),
+        "interval": f"{show.interval(guess.ci95, guess.unit, form=_form(guess.unit))} {guess.covers}".strip(),
         "the prediction was": off_by(guess),
     }
+
+
+def _printed(value: float, unit: str) -> str:
+    form = _form(unit)
+    return f"{value:{form}} {unit}" if form else show.quantity(value, unit)
+
+
+def _form(unit: str) -> str:
+    """Return the format of a value and of its interval: per cent have one decimal, so both have the same digits."""
+    return ".1f" if unit == "%" else ""
 
 
 def _exercise_row(check: CheckedExercise) -> dict[str, str]:

@@ -49,7 +49,7 @@ class Timings:
             "name": name,
             "baseline": _side("baseline", baseline),
             "candidate": _side("candidate", candidate),
-            "ratio": show.quantity(comparison.speedup, "x"),
+            "ratio": show.quantity(comparison.speedup, "x", show.further_digits(comparison.ci95, "x")),
             **_intervals(comparison.process_speedup, comparison.within_run, comparison.ci95, comparison.processes, "x"),
             "verdict": comparison.verdict,
         }

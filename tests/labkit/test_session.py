@@ -714,7 +714,7 @@ def test_this_machine_stands_beside_the_recorded_ones(lab, capsys):
     alone = capsys.readouterr().out
     assert "2 ms" in alone and "a GPU" in alone and "not recorded yet" in alone
     session._show_card(lab, ALONE)
-    assert "no earlier run" in capsys.readouterr().out
+    assert "none recorded" in capsys.readouterr().out
 
     other = labkit.start("01", preset="class", device="cpu", results_dir=lab._path.parent)
     other.record("step", 0.001, "s", ci95=(0.0009, 0.0011))
