@@ -109,12 +109,10 @@ FIXED = {
     ("12", "targets"): "a catalogue of systems",
     ("12", "traffic-table"): "the kernels of ResNet-20",
     ("13", "bytes-table"): "the bytes of a file",
-    ("13", "gate-need-say"): "two digits of a number of examples",
     ("13", "gate-real"): "versions of a record",
-    ("13", "healed-table"): "the steps of a record",
-    ("13", "lookup-say"): "the passages of a preset",
+    ("13", "healed"): "the steps of a record",
+    ("13", "lookup"): "the passages of a preset",
     ("13", "plans-say"): "two digits of a number of requests",
-    ("13", "plans-table-say"): "named plans, and the test snippets",
     ("13", "result-say"): "the seeds of a record",
 }
 
