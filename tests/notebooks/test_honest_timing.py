@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import matplotlib.pyplot as plt
 import pytest
@@ -45,8 +44,9 @@ def test_the_best_of_many_calls_is_fooled_until_a_side_covers_a_whole_swing():
 def test_the_sliders_picture_agrees_with_the_figure_of_false_alarms(calls: int, title: str):
     shown: list[tuple[Any, dict[str, Any]]] = []
     lab = SimpleNamespace(show=lambda fig, **told: shown.append((fig, told)))
-    names = {"plt": plt, "ipywidgets": MagicMock(), "ORANGE": "#D55E00", "BLUE": "#0072B2", "lab": lab}
-    lesson = executed("00", "machine", "seconds", "repeated", "exercise-1", "sweep", "explore", time=None, **names)
+    names = {"plt": plt, "ORANGE": "#D55E00", "BLUE": "#0072B2", "lab": lab}
+    before = ("machine", "seconds", "repeated", "exercise-1", "sweep")
+    lesson = executed("00", *before, "explore-draw", "explore", time=None, **names)
     lesson["explore"](calls, slowest=1.5, begin=0.2)
     fig, told = shown[-1]
     assert re.fullmatch(title, fig.axes[0].get_title())
