@@ -1,16 +1,13 @@
-"""Checks of lesson 07: folding a norm, a scale by least squares, corrected biases, soft rounding, bits within a budget.
+"""Checks of lesson 07: folding a norm, a scale by least squares, soft rounding.
 
-Each tests what has to hold (the same outputs, the least error, the same means, gradients) on awkward settings; the last
-one follows the card's rule step by step.
+Each tests what has to hold (the same outputs, the least error, the same gradients) on awkward settings.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.lesson.failures import Failures, has_parts
@@ -148,71 +145,6 @@ def _error(rows: Tensor, scale: Tensor, top: int) -> Tensor:
     return ((rows / column).round().clamp(-top, top) * column - rows).square().sum(1)
 
 
-# --------------------------------------------------------------------------------------------------- corrected biases
-
-CONVOLUTIONS = (
-    {"kernel_size": 1},
-    {"kernel_size": 5, "padding": 2},
-    {"kernel_size": (3, 2), "groups": 2, "stride": 2},
-    {"kernel_size": 3, "groups": 4, "dilation": 2},
-)
-
-
-def bias_correction(fn: Callable, failures: Failures) -> None:
-    """correct_bias(conv, rounded, mean) -> the bias [out] that keeps the mean of each output."""
-    for settings in CONVOLUTIONS:
-        state = torch.random.get_rng_state()
-        torch.manual_seed(6)
-        conv = nn.Conv2d(4, 8, **settings).double()
-        mean = torch.rand(4, dtype=torch.float64) * torch.tensor([1.0, -5.0, 0.1, 2.0])
-        torch.random.set_rng_state(state)
-        rough = (conv.weight.detach() * 4).round() / 4
-        with failures.given(conv=settings):
-            changed = "the arguments that were given have changed; return a new bias"
-            bias = failures.call(fn, conv, rough, mean, changed=changed)
-            failures.need(isinstance(bias, Tensor) and bias.shape == (8,), "return a tensor, a bias for each output")
-            bias = bias.detach()
-            for message, wrong in _wrong_biases(conv, rough, mean).items():
-                failures.need(not torch.allclose(bias, wrong, rtol=1e-6), message)
-            x = mean.view(1, 4, 1, 1).expand(1, 4, 7, 7)  # every pixel has the mean
-            shape = (conv.stride, 0, conv.dilation, conv.groups)
-            with torch.no_grad():
-                before = F.conv2d(x, conv.weight, conv.bias, *shape).mean((0, 2, 3))
-                after = F.conv2d(x, rough, bias, *shape).mean((0, 2, 3))
-            failures.close(
-                after,
-                before,
-                "the mean of an output is not what it was, for an input with this mean at every pixel",
-                atol=1e-9,
-            )
-
-
-def _wrong_biases(conv: nn.Conv2d, rough: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """The biases that usual slips give, by what to say."""
-    old = conv.bias.detach()
-    error = rough - conv.weight.detach()  # [out, in / groups, height, width]
-    inputs_of_group = mean.view(conv.groups, 1, -1).expand(-1, conv.out_channels // conv.groups, -1)
-    inputs = inputs_of_group.reshape(len(error), -1)  # [out, in / groups]: the means that each output reads
-    taps = error[0, 0].numel()
-    shift = (error.sum((2, 3)) * inputs).sum(1)
-    slips = {
-        "the bias is the old one, though rounding has moved the mean of an output": old,
-        "the shift is added; what the error of the weight adds to an output has to be taken off": old + shift,
-        "the shift alone is returned; it has to be taken off the old bias": -shift,
-        "the mean of the input is left out; a weight's error moves an output by the error times what it reads": old
-        - error.sum((1, 2, 3)),
-    }
-    if taps > 1:
-        slips["the error is averaged over the kernel; each of its places reads a pixel, so sum"] = old - shift / taps
-    if conv.groups > 1:
-        first_inputs = mean[: error.shape[1]]
-        first = (error.sum((2, 3)) * first_inputs).sum(1)
-        slips["each group is given the means of the first group's inputs; a group reads channels of its own"] = (
-            old - first
-        )
-    return slips
-
-
 # --------------------------------------------------------------------------------------------------- soft rounding
 
 
@@ -311,146 +243,14 @@ def _wrong_soft(case: Soft) -> dict[str, Tensor]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ bits within a budget
-
-
-Plan = dict[str, int]
-
-
-def bits_in_budget(fn: Callable, failures: Failures) -> None:
-    """choose_bits(rows, budget) -> {layer: bits} by the card's rule."""
-    for name, rows in _scans().items():
-        steps = _steps_of_the_rule(rows)
-        with failures.given(rows=name):
-            for number, step in enumerate(steps):
-                not_met_before = steps[number - 1].bytes - 1 if number else step.bytes + 1
-                for budget in (step.bytes, not_met_before):  # the budget is met by this step, and not before
-                    changed = "the rows that were given have changed; build lists of your own"
-                    plan = failures.call(fn, rows, budget, changed=changed)
-                    _is_this_plan(plan, step, number, budget, rows, failures)
-            too_little = steps[-1].bytes - 1
-            plan = failures.call(fn, rows, too_little, changed=changed)
-            failures.expect(
-                plan == steps[-1].plan,
-                "a budget below the narrowest widths of all layers gives every layer its narrowest width",
-                detail=f"expected {steps[-1].plan}, got {plan}",
-            )
-
-
-def _scans() -> dict[str, list[dict]]:
-    draw = torch.Generator().manual_seed(7)
-
-    def scan(sizes: dict[str, int], widths: tuple[int, ...], least: float, most: float) -> list[dict]:
-        """Rows in any order; each width costs between `least` and `most` dB against the next wider."""
-        rows = []
-        for layer, size in sizes.items():
-            db = 30 + 20 * float(torch.rand(1, generator=draw))
-            for bits in widths:
-                rows.append({"layer": layer, "bits": bits, "bytes": size * bits // 8 + 64, "db": db})
-                db -= least + (most - least) * float(torch.rand(1, generator=draw))
-        order = torch.randperm(len(rows), generator=draw).tolist()
-        return [rows[i] for i in order]
-
-    sizes = {"small": 1152, "middle": 9216, "large": 36864, "last": 640}
-    jump = [
-        {"layer": "a", "bits": 8, "bytes": 8000, "db": 50.0},
-        {"layer": "a", "bits": 4, "bytes": 4000, "db": 20.0},
-        {"layer": "a", "bits": 2, "bytes": 2000, "db": 19.5},
-        {"layer": "b", "bits": 8, "bytes": 8080, "db": 45.0},
-        {"layer": "b", "bits": 4, "bytes": 4040, "db": 25.0},
-        {"layer": "b", "bits": 2, "bytes": 2020, "db": 3.0},
-    ]
-    less_noise = [
-        {"layer": "a", "bits": 8, "bytes": 4000, "db": 40.0},
-        {"layer": "a", "bits": 4, "bytes": 2000, "db": 40.5},
-        {"layer": "a", "bits": 2, "bytes": 1000, "db": 41.0},
-        {"layer": "b", "bits": 8, "bytes": 4010, "db": 40.0},
-        {"layer": "b", "bits": 4, "bytes": 2010, "db": 43.0},
-        {"layer": "b", "bits": 2, "bytes": 1010, "db": 43.2},
-    ]
-    other_widths = scan({"small": 1152}, (6, 3), 8.0, 14.0) + scan({"large": 9216}, (8, 5, 4), 2.0, 6.0)
-    return {
-        "four layers, 8 to 2 bits": scan(sizes, (8, 6, 4, 3, 2), 4.0, 8.0),
-        "four layers, 8, 4 and 2 bits": scan(sizes, (8, 4, 2), 8.0, 14.0),
-        "steps of 0.2 to 12 dB": scan(sizes, (8, 6, 4, 3, 2), 0.2, 12.0),
-        "some narrower rows with less noise": scan(sizes, (8, 6, 4, 3, 2), -4.0, 6.0),
-        "one layer of 6 and 3 bits, one of 8, 5 and 4": other_widths,
-        "two layers, one with a costly first step": jump,
-        "two layers whose narrower rows have less noise": less_noise,
-    }
-
-
-class Step(NamedTuple):
-    """A plan on the rule's way from the widest to the narrowest.
-
-    taken: the layer that went down one width to come here, None at the beginning.
-    prices: noise per byte of the steps that were possible, by layer.
-    """
-
-    plan: Plan
-    bytes: int
-    taken: str | None
-    prices: dict[str, float]
-
-
-def _steps_of_the_rule(rows: list[dict]) -> list[Step]:
-    """All steps of all layers are priced at every turn."""
-    at = {}
-    for row in rows:
-        noise = 10 ** (-row["db"] / 10)
-        at[row["layer"], row["bits"]] = row["bytes"], noise
-    widths = {layer: sorted((b for name, b in at if name == layer), reverse=True) for layer, _ in at}
-    plan = {layer: bits[0] for layer, bits in widths.items()}
-    steps = [Step(plan, sum(at[item][0] for item in plan.items()), None, {})]
-    while True:
-        narrower, prices = {}, {}
-        for layer, bits in widths.items():
-            for wide, narrow in pairwise(bits):
-                if wide == plan[layer]:
-                    (size, noise), (less, more) = at[layer, wide], at[layer, narrow]
-                    narrower[layer] = narrow
-                    prices[layer] = (more - noise) / (size - less)
-        if not prices:
-            return steps
-        layer = min(prices, key=prices.get)
-        plan = {**plan, layer: narrower[layer]}
-        steps.append(Step(plan, sum(at[item][0] for item in plan.items()), layer, prices))
-
-
-def _is_this_plan(plan: object, step: Step, number: int, budget: int, rows: list[dict], failures: Failures) -> None:
-    at = {(row["layer"], row["bits"]): row for row in rows}
-    failures.need(
-        isinstance(plan, dict) and plan.keys() == step.plan.keys(), "return {layer: bits} with every layer of the rows"
-    )
-    failures.need(all(item in at for item in plan.items()), "a layer has bits that the scan did not try")
-    size = sum(at[item]["bytes"] for item in plan.items())
-    sizes = f"budget {budget}, expected {step.plan}, got {plan}"
-    failures.need(size <= budget, "the plan is larger than the budget, though it could be smaller", detail=sizes)
-    if plan == step.plan:
-        failures.expect(True, "")
-        return
-    failures.need(number > 0, "the budget holds every layer at its widest, so no layer may go down", detail=sizes)
-    prices = ", ".join(f"{layer} {price:.2e}" for layer, price in step.prices.items())
-    failures.need(
-        False,
-        f"step {number} of the rule, the first that differs, takes {step.taken!r} down: of the noise added per byte "
-        "saved, (noise after - noise before) / (bytes before - bytes after), its next step has the least",
-        detail=f"{prices}; {sizes}",
-    )
-
-
 CHECKS = {
     "07.1": folding,
     "07.2": least_squares,
-    "07.3": bias_correction,
-    "07.4": soft_rounding,
-    "07.5": bits_in_budget,
+    "07.3": soft_rounding,
 }
 
 TRIES = {
     "07.1": f"{len(FOLDS)} pairs of a convolution and a norm, with other kernels, groups, strides and norms",
     "07.2": f"{len(_weights())} weights in 2, 3 and 4 bits, among them outliers and a row of zeros",
-    "07.3": f"{len(CONVOLUTIONS)} convolutions, two of them with groups",
-    "07.4": f"{len(_soft_cases())} weights, among them weights beyond the codes and decided h, with gradients",
-    "07.5": f"{len(_scans())} scans with a budget for each step of the rule, among them narrower rows with less noise",
+    "07.3": f"{len(_soft_cases())} weights, among them weights beyond the codes and decided h, with gradients",
 }

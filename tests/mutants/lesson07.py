@@ -50,42 +50,10 @@ def soft_rounding_by_hardtanh(weight, scale, v, bits, beta):
     return torch.clamp(steps, 1 - half, half - 1) * scale, torch.sum(1 - distance.pow(beta))
 
 
-def correct_bias_by_convolution(conv, rounded, mean):
-    reach = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-    x = mean.view(1, -1, 1, 1).expand(1, -1, *reach)
-    shift = nn.functional.conv2d(x, rounded - conv.weight.detach(), None, 1, 0, conv.dilation, conv.groups)
-    return conv.bias.detach() - shift.flatten()
-
-
-def choose_bits_by_index(rows, budget):
-    layers = sorted({row["layer"] for row in rows})
-    widths = {n: sorted({r["bits"] for r in rows if r["layer"] == n})[::-1] for n in layers}
-    at = {(r["layer"], r["bits"]): r for r in rows}
-    index = dict.fromkeys(layers, 0)
-
-    def of(n, k=0):
-        return at[n, widths[n][index[n] + k]]
-
-    while sum(of(n)["bytes"] for n in layers) > budget:
-        best = None
-        for n in layers:
-            if index[n] + 1 < len(widths[n]):
-                noise = 10 ** (-of(n, 1)["db"] / 10) - 10 ** (-of(n)["db"] / 10)
-                ratio = noise / (of(n)["bytes"] - of(n, 1)["bytes"])
-                if best is None or ratio < best[0]:
-                    best = ratio, n
-        if best is None:
-            break
-        index[best[1]] += 1
-    return {n: widths[n][index[n]] for n in layers}
-
-
 RIGHT = {
     "07.1": fold_bn_by_torch,
     "07.2": best_scale_in_two_searches,
-    "07.3": correct_bias_by_convolution,
-    "07.4": soft_rounding_by_hardtanh,
-    "07.5": choose_bits_by_index,
+    "07.3": soft_rounding_by_hardtanh,
 }
 
 MORE_RIGHT = {"07.2": [best_scale_of_all_candidates_at_once]}

@@ -79,14 +79,9 @@ def test_stub_is_told_apart_from_wrong(check_id):
 
 MESSAGES = [
     ("03.2", "a bias for each convolution", "dimensions are listed that the network does not have"),
-    ("07.3", "the wrong sign", "the shift is added"),
-    ("07.3", "mean over the kernel", "averaged over the kernel"),
-    ("07.3", "groups forgotten", "the means of the first group's inputs"),
-    ("07.3", "the shift alone", "the shift alone is returned"),
-    ("07.3", "nothing is corrected", "the bias is the old one"),
-    ("07.5", "bytes alone", "step 2 of the rule, the first that differs, takes 'middle' down"),
-    ("07.5", "under the budget, not within", "no layer may go down"),
-    ("07.5", "one step short", "the plan is larger than the budget"),
+    ("07.3", "the plain sigmoid", "h is the plain sigmoid"),
+    ("07.3", "clipped before h", "the codes are clipped before h is added"),
+    ("07.3", "codes, not weights", "the scale has to multiply them"),
 ]
 
 

@@ -102,7 +102,6 @@ def widths(plan: Any, resnet: nn.Module, network: nn.Module | None = None) -> di
     logits = torch.no_grad()(lambda model, x: model(x))
     names = {"images": images, "base": logits(resnet, images), "logits": logits, "flat": resnet}
     names |= {"names": layers(resnet), "affine": affine, "ptq": ptq, "hundred": [images], "OBSERVER": "minmax"}
-    names["judged"] = function("07", "judged", **names)
     names["delivered"] = function("07", "delivered", **names)
     return executed("07", "challenge-measure", plan=plan, network=network or resnet, lab=Page(), **names)
 
