@@ -1,10 +1,9 @@
-"""Plots that several lessons draw: lines with error bars, and panels of curves with a common legend."""
+"""A plot that several pages draw: lines with error bars."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from labkit.show import WIDTH, Rows
+from labkit.show import Rows
 from labkit.words import is_open
 
 LINE_STYLES = ("-", "-.", ":")
@@ -41,51 +40,3 @@ def _bar(value: float, low: float, high: float) -> tuple[float, float]:
     if is_open((low, high)):
         return math.nan, math.nan
     return value - low, high - value
-
-
-def curves(
-    panels: Mapping[str, Rows],
-    x: str,
-    y: str,
-    *,
-    by: str,
-    height: float = 3.4,
-    **axes: Any,
-) -> Any:
-    """Draw a figure of panels, two side by side, each with the curves of `lines`, and a common legend below.
-
-    panels: the data of each panel, by its title.
-    x, y, by: as in `lines`.
-    height: height of a panel, in inches.
-    axes: options for matplotlib's `Axes.set`, such as ylabel, yscale or ylim; labels default to the column names.
-    Returns the matplotlib Figure.
-    """
-    import matplotlib.pyplot as plt
-
-    across = min(len(panels), 2)
-    down = math.ceil(len(panels) / across)
-    fig, grid = plt.subplots(down, across, figsize=(WIDTH, height * down), sharey=True, squeeze=False)
-    for ax in grid.flat[len(panels) :]:
-        ax.remove()
-    for number, (title, rows) in enumerate(panels.items()):
-        ax = grid.flat[number]
-        lines(ax, rows, x, y, by=by)
-        labels = {"xlabel": x, "ylabel": y, "title": title}
-        ax.set(**{**labels, **axes})
-        is_first_in_row = number % across == 0
-        if not is_first_in_row:
-            ax.set_ylabel("")
-    _add_legend(fig, *ax.get_legend_handles_labels(), title=by, panels_height=height * down)
-    return fig
-
-
-def _add_legend(fig: Any, handles: Sequence[Any], labels: Sequence[str], title: str, panels_height: float) -> None:
-    """Add a legend below the panels, and make the figure higher by its rows; nothing for a single curve."""
-    if len(labels) < 2:
-        return
-    longest = max(map(len, labels))
-    column_width = 0.7 + 0.1 * longest  # inches
-    columns = max(1, int(WIDTH / column_width))
-    legend_rows = math.ceil(len(labels) / columns)
-    fig.set_figheight(panels_height + 0.25 * (1 + legend_rows))
-    fig.legend(handles, labels, loc="outside lower left", ncols=columns, title=title, alignment="left")

@@ -49,7 +49,7 @@ _NOT_FINITE = {text: float(text) for text in ("nan", "inf", "-inf")}  # as a rec
 
 Rows = Sequence[Mapping[str, Any]]
 
-_PLOTS = dict.fromkeys(("curves", "lines"), "labkit.plots")
+_PLOTS = {"lines": "labkit.plots"}
 _WORDS = dict.fromkeys(
     ("apart", "change", "covers", "defined", "further_digits", "interval", "is_open", "span", "speed", "told"),
     "labkit.words",

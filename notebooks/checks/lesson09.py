@@ -1,11 +1,10 @@
-"""Checks of lesson 09: the bound of a decode step, a Q4_1 block, weights that lie on a grid already, GPTQ, a KV cache.
+"""Checks of lesson 09: the bound of a decode step, weights that lie on a grid already, GPTQ, a KV cache.
 
-Each holds the answer against an independent computation: a block that was packed here, counts of distinct values,
-updates from a system of equations solved anew for every column, grids that are laid value by value.
+Each holds the answer against an independent computation: counts of distinct values, updates from a system of equations
+solved anew for every column, grids that are laid value by value.
 """
 
 import math
-import struct
 from collections.abc import Callable
 from numbers import Real
 
@@ -37,38 +36,6 @@ def decode_bound(fn: Callable, failures: Failures) -> None:
                 batch * 2e9 / (read_bits / 8),
                 "that is not the bound: a step reads every weight once, whatever the batch, and each sequence's cache, "
                 "and writes one token for each sequence",
-            )
-
-
-# --------------------------------------------------------------------------------------------------- a block of a file
-
-
-def q4_1_block(fn: Callable, failures: Failures) -> None:
-    """read_q4_1(block of 20 bytes) -> 32 numbers."""
-    draw = torch.Generator().manual_seed(0)
-    cases = {
-        "all codes 0": (0.5, -1.25, [0] * 32),
-        "codes 0 to 15, twice": (0.25, 0.0, [*range(16), *range(16)]),
-        "one code at number 17": (1.0, 2.0, [0] * 17 + [9] + [0] * 14),
-        "random codes": (0.01371, -0.1172, torch.randint(16, (32,), generator=draw).tolist()),
-        "a negative step": (-0.0713, 0.75, torch.randint(16, (32,), generator=draw).tolist()),
-    }
-    for case, (d, m, codes) in cases.items():
-        with failures.given(block=case):
-            halves = zip(codes[:16], codes[16:], strict=True)
-            data = bytes(low + 16 * high for low, high in halves)
-            block = struct.pack("<e", d) + struct.pack("<e", m) + data
-            d, m = struct.unpack("<ee", block[:4])
-            answer = fn(block)
-            values = answer.tolist() if hasattr(answer, "tolist") else answer  # of a tensor or an array
-            failures.need(has_parts(values, 32), "return a list of 32 numbers")
-            failures.close(
-                torch.tensor([float(value) for value in values]),
-                torch.tensor([d * code + m for code in codes]),
-                "the numbers are others: code times d, plus m, with the low half of byte i as code i and its high half "
-                "as code i + 16",
-                rtol=1e-5,
-                atol=1e-7,
             )
 
 
@@ -260,12 +227,11 @@ def _laid(x: Tensor, bits: int) -> Tensor:
     return torch.tensor([(code - zero) * scale for code in codes])
 
 
-CHECKS = {"09.1": decode_bound, "09.3": q4_1_block, "09.2": grid_share, "09.4": gptq, "09.5": cache}
+CHECKS = {"09.1": decode_bound, "09.2": grid_share, "09.3": gptq, "09.4": cache}
 
 TRIES = {
     "09.1": "5 models, with parts of other bits, contexts and batches",
-    "09.3": "5 blocks of 20 bytes, one of them with a negative step",
     "09.2": "14 weights, among them rounded ones, tiny ones and groups too small to prove anything",
-    "09.4": "3 weights of 1 to 4 groups, with inputs that are independent and inputs that go together",
-    "09.5": "4 caches at 8, 4 and 2 bits, among them tokens that fill no group",
+    "09.3": "3 weights of 1 to 4 groups, with inputs that are independent and inputs that go together",
+    "09.4": "4 caches at 8, 4 and 2 bits, among them tokens that fill no group",
 }

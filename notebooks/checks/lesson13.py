@@ -1,7 +1,7 @@
-"""Checks of lesson 13: do gains multiply, is a loss excluded, what does a report hide, which plan is cheapest when.
+"""Checks of lesson 13: do gains multiply, is a loss excluded, what does a report hide.
 
 Tables of times are made from parts whose answer is known; limits lie beside the ends of an exact interval; faulty
-reports come with every other number changed; the cheapest plan is compared with trying them all.
+reports come with every other number changed.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from labkit import stats
-from labkit.lesson.failures import Failures, has_parts
+from labkit.lesson.failures import Failures
 
 # ----------------------------------------------------------------------------------------------------- interactions
 
@@ -205,89 +205,14 @@ def faults(fn: Callable, failures: Failures) -> None:
                 )
 
 
-# --------------------------------------------------------------------------------------------------------- envelope
-
-
-def _plans() -> list[list[dict[str, Any]]]:
-    tables = [
-        [(0.0, 1.0), (10.0, 0.5)],
-        [(0.0, 1.0), (10.0, 0.5), (30.0, 0.1)],
-        [(0.0, 1.0), (10.0, 0.9), (11.0, 0.1)],  # the second is never the cheapest
-        [(5.0, 0.5), (0.0, 1.0), (1.0, 2.0), (90.0, 0.01)],
-        [(3.0, 0.2)],
-        [(2.0, 1.0), (1.0, 0.5)],  # cheaper in both
-        [(0.0, 1.0), (0.0, 0.4), (8.0, 0.4)],
-        [(0.0, 1.0), (10.0, 0.5), (15.0, 0.25)],  # all three meet at 20 requests
-        [(0.0, 1.0), (5.0, 0.5), (5.0, 0.5)],  # two alike
-        [(0.0, 1.0), (10.0, 0.7)],  # they meet between two whole numbers
-        [(0.0, 0.02), (400.0, 0.0199), (9000.0, 0.01)],  # they meet beyond 10,000 requests
-        [(0.0, 1.0), (1.0, 0.5), (3.0, 0.3), (7.0, 0.2), (15.0, 0.15), (31.0, 0.13)],  # each wins on a stretch
-    ]
-    draw = random.Random(0)
-    for _ in range(6):
-        tables.append([(draw.uniform(0, 100), draw.uniform(0.01, 1)) for _ in range(8)])
-    return [_named(table) for table in tables]
-
-
-def _named(table: list[tuple[float, float]]) -> list[dict[str, Any]]:
-    return [{"name": f"plan {i}", "once": once, "each": each} for i, (once, each) in enumerate(table)]
-
-
-def envelope(fn: Callable, failures: Failures) -> None:
-    """envelope(plans) -> [(requests, name)], from how many requests on a plan takes the least seconds."""
-    for number, plans in enumerate(_plans(), start=1):
-        with failures.given(table=f"number {number}", plans=len(plans)):
-            answer = failures.call(fn, plans, changed="the plans were changed: only read them")
-            is_list = isinstance(answer, list) and len(answer) > 0
-            failures.need(
-                is_list and all(has_parts(pair, 2) for pair in answer),
-                "return a list of pairs (requests, name), with one pair at least",
-            )
-            starts = [start for start, _ in answer]
-            by_name = {plan["name"]: plan for plan in plans}
-            failures.expect(starts[0] == 0, "the first pair does not start at 0 requests")
-            failures.need(starts == sorted(set(starts)), "the numbers of requests do not rise from pair to pair")
-            failures.need(all(name in by_name for _, name in answer), "a name is not that of a plan")
-            for start, end in itertools.zip_longest(starts, starts[1:]):
-                for share in (0.01, 0.5, 0.99):
-                    n = start + share * (end - start) if end is not None else 10 * start + 1000 * share
-                    name = next(name for begin, name in reversed(answer) if begin <= n)
-                    cost = {plan["name"]: plan["once"] + n * plan["each"] for plan in plans}
-                    cheapest = min(cost, key=cost.get)
-                    failures.expect(
-                        cost[name] <= cost[cheapest] * (1 + 1e-9) + 1e-9,
-                        "somewhere another plan is cheaper; two plans meet where what the one costs more once equals "
-                        "what the other costs more for all requests",
-                        detail=f"at {n:.1f} requests expected {cheapest!r}, got {name!r}",
-                    )
-            for (_, before), (start, after) in itertools.pairwise(answer):
-                old, new = by_name[before], by_name[after]
-                failures.close(
-                    old["once"] + start * old["each"],
-                    new["once"] + start * new["each"],
-                    "two plans do not take equally long at the number of requests where the one follows the other; "
-                    "it need not be a whole number",
-                    rtol=1e-6,
-                )
-            last = by_name[answer[-1][1]]
-            failures.expect(
-                last["each"] == min(plan["each"] for plan in plans),
-                "the last pair is not the plan with the least for each request, which wins in the end",
-            )
-            names = [name for _, name in answer]
-            failures.expect(len(set(names)) == len(names), "a plan is named twice: each wins on one stretch only")
-
-
 CHECKS = {
     "13.1": interactions,
     "13.2": gate,
-    "13.3": envelope,
-    "13.4": faults,
+    "13.3": faults,
 }
 
 TRIES = {
     "13.1": f"{len(_tables())} tables of times, among them one with a pair that was not measured",
     "13.2": f"{len(CHANGES)} pairs of results, few examples and no change among them, with limits beside both ends",
-    "13.3": f"{len(_plans())} sets of plans, among them equal ones and three that meet in one point",
-    "13.4": "reports with no fault, with one, with two and with all of them, and every other number changed",
+    "13.3": "reports with no fault, with one, with two and with all of them, and every other number changed",
 }

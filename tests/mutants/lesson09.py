@@ -12,12 +12,6 @@ def most_tokens_by_seconds(weights, bits, kv_numbers, kv_bits, context, batch, b
     return batch / seconds
 
 
-def read_q4_1_by_torch(block):
-    d, m = torch.frombuffer(bytearray(block[:4]), dtype=torch.float16).float()
-    data = torch.frombuffer(bytearray(block[4:]), dtype=torch.uint8)
-    return torch.cat([data % 16, data // 16]) * d + m
-
-
 def grid_share_by_sets(weight, group_size, levels):
     if group_size <= levels:
         return float("nan")
@@ -55,18 +49,9 @@ def round_cache_by_groups(k, v, bits, group):
     return [torch.cat(keys, -2), grid.fake(groups).flatten(-2)]
 
 
-def read_q4_1_as_an_array(block):
-    return read_q4_1_by_torch(block).numpy()
-
-
 RIGHT = {
     "09.1": most_tokens_by_seconds,
-    "09.3": read_q4_1_by_torch,
     "09.2": grid_share_by_sets,
-    "09.4": gptq_by_inverse,
-    "09.5": round_cache_by_groups,
-}
-
-MORE_RIGHT = {
-    "09.3": [read_q4_1_as_an_array],
+    "09.3": gptq_by_inverse,
+    "09.4": round_cache_by_groups,
 }

@@ -33,32 +33,8 @@ def faults_by_hand(report):
     return names | ({"first call"} if report["first call"] else set())
 
 
-def envelope_by_crossings(plans):
-    """All places where two plans meet, and who is cheapest in the middle of each stretch."""
-    places = {0.0}
-    for a in plans:
-        places |= {(b["once"] - a["once"]) / (a["each"] - b["each"]) for b in plans if b["each"] < a["each"]}
-    places = sorted(x for x in places if x >= 0)
-    path = []
-    for start, end in zip(places, [*places[1:], 2 * places[-1] + 2], strict=True):
-        middle = (start + end) / 2
-        name = min(plans, key=lambda p, n=middle: (p["once"] + n * p["each"], p["once"]))["name"]
-        if not path or path[-1][1] != name:
-            path.append((start, name))
-    return path
-
-
-def envelope_with_lists(plans):
-    return [[at, name] for at, name in envelope_by_crossings(plans)]
-
-
 RIGHT = {
     "13.1": interactions_by_logarithms,
     "13.2": gate_by_the_limit_reached,
-    "13.3": envelope_by_crossings,
-    "13.4": faults_by_hand,
-}
-
-MORE_RIGHT = {
-    "13.3": [envelope_with_lists],
+    "13.3": faults_by_hand,
 }

@@ -10,6 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 from lesson_cells import cells, executed, function
 from scipy.special import bdtrik
@@ -34,6 +35,24 @@ def test_the_best_of_many_calls_is_fooled_until_a_side_covers_a_whole_swing():
     clocked = iter(lambda: machine(lesson["work"]), None)
     calls = sum(1 for _ in itertools.takewhile(lambda _: machine.now < 200, clocked))
     assert swing == pytest.approx(calls / 100, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("calls", "title"),
+    [(100, r"Speed-up 1\.1\d\d: a false alarm"), (1000, r"Speed-up (1\.00|0\.99)\d: no false alarm")],
+)
+def test_the_sliders_picture_agrees_with_the_figure_of_false_alarms(calls: int, title: str):
+    shown: list[Any] = []
+    said: list[str] = []
+    lab = SimpleNamespace(show=lambda fig, **_: shown.append(fig), say=lambda _, text, **__: said.append(text))
+    names = {"plt": plt, "ORANGE": "#D55E00", "BLUE": "#0072B2", "lab": lab}
+    before = ("machine", "seconds", "repeated", "exercise-1", "sweep")
+    lesson = executed("00", *before, "explore-draw", "explore", time=None, **names)
+    lesson["explore"](calls, slowest=1.5, begin=0.2)
+    (axes,) = shown[-1].axes
+    assert re.fullmatch(title, axes.get_title(plt.rcParams["axes.titlelocation"]))
+    assert f"moments, {lesson['alarms_of']['drifting', calls] / 2:g} % raise" in said[-1]
+    plt.close("all")
 
 
 @pytest.mark.parametrize(("drift", "has_speeds"), [(0.0, False), (0.5, True), (0.1, True)])

@@ -42,7 +42,7 @@ PLANS = {  # for each challenge, as a learner would write it
     "10": 'plan = {"images": 2000, "answered": 500, "steps": 3, "temperature": 4.0, "alpha": 0.9, "lr": 0.3}',
     "11": 'plan = {"key_bits": 8, "value_bits": 8, "window": 32}',
     "12": 'plan = dict.fromkeys((3_000, 100_000), {"engine": "onnxruntime", "int8": False, "batch": 1})',
-    "13": 'plan = {"steps": ["cut", "heal", "int8"], "ratio": 0.4, "bits": 8}',
+    "13": 'plan = {"steps": ["cut", "heal", "int8"], "ratio": 0.4}',
 }
 
 
