@@ -1,4 +1,4 @@
-"""KV cache of a transformers decoder: fill a cache with a prompt, measure the bytes, decode a token on top."""
+"""KV cache of a transformers decoder: fill a cache with a prompt, decode a token on top."""
 
 import inspect
 from collections.abc import Callable
@@ -32,15 +32,6 @@ def decode_step(model: nn.Module, prompt: Tensor) -> Callable[[], Tensor]:
         return logits
 
     return step
-
-
-def cache_bytes(model: nn.Module, prompt: Tensor) -> int:
-    """Return the bytes of the KV cache that a prompt fills, counted on its tensors.
-
-    model, prompt, errors: as in `decode_step`.
-    """
-    _, cache = filled_cache(model, prompt)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def filled_cache(model: nn.Module, prompt: Tensor) -> tuple[str, Any]:

@@ -25,7 +25,6 @@ counting.py: the work of a call
 operators.py: formulas of operators that torch's counter leaves out
 traffic.py: bytes that a call moves
 work.py: the result of counting
-components.py: the work of a transformer by component
 machine.py: fingerprint and ceilings of this machine
 fingerprint.py: the facts behind a result
 roofs.py: a catalogue of accelerators

@@ -28,19 +28,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from labkit.arguments import check_module
 from labkit.errors import InputError
 from labkit.modules.batches import placed
 from labkit.modules.evaluating import evaluating
 from labkit.modules.undisturbed import undisturbed
-from labkit.on_demand import names_on_demand
 from labkit.timing.operators import FORMULAS
 from labkit.timing.traffic import Traffic, distinct_bytes, nbytes, pieces
 from labkit.timing.work import Work
-
-_COMPONENTS = "labkit.timing.components"
-_NAMES = ("EMBEDDINGS", "FEED_FORWARD", "HEAD", "PRODUCTS", "PROJECTIONS", "REST")
-__getattr__ = names_on_demand(__name__, dict.fromkeys(_NAMES, _COMPONENTS))
 
 NOT_SEARCHED = (str, bytes, int, float, type, nn.Module)  # values without tensors of the call
 
@@ -83,19 +77,6 @@ def count(module_or_fn: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> W
     moved = distinct_bytes(traffic.reads) + distinct_bytes(traffic.writes) + distinct_bytes(results) + growth
     flops, by_module = _flops(counter, strip_class=fn is owner)
     return Work(flops, moved, by_module, dict(traffic.uncounted))
-
-
-def flops_by_component(model: nn.Module, **inputs: Any) -> dict[str, int]:
-    """Count the FLOPs of a call by component of a transformer (see `components.py`), a multiply-add being 2.
-
-    inputs: arguments of the model, by name.
-    Raises InputError as `count`, and for anything but a module.
-    """
-    from labkit.timing.components import shares_by_component
-
-    check_module(model)
-    work = count(model, **inputs)
-    return shares_by_component(model, work.flops, work.by_module)
 
 
 def _run(fn: Callable[..., Any], inputs: tuple, kwargs: Mapping[str, Any]) -> Any:

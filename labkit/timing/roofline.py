@@ -28,7 +28,6 @@ __getattr__ = names_on_demand(
     {
         "count": "labkit.timing.counting",
         "decode_step": "labkit.modules.kv_cache",
-        "cache_bytes": "labkit.modules.kv_cache",
         "plot": "labkit.timing.roofline_plot",
     },
 )

@@ -6,20 +6,17 @@ Hand counts: a multiply-add is 2 FLOPs; least bytes are what is read of what was
 import copy
 import dataclasses
 import math
-from functools import partial
 
 import llamas
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import family
 from refusals import Refusals, check_refusal, refused
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import resnet18
 
-from labkit.timing import counting
 from labkit.timing.counting import count
 from labkit.timing.work import Work
 
@@ -327,34 +324,6 @@ def test_a_work_prints_on_one_line() -> None:
     assert (Work(0, 0).intensity, Work(1, 0).intensity) == (0.0, math.inf)
 
 
-# --- components of a transformer --------------------------------------------------------------------------------------
-
-
-def tied() -> nn.Module:
-    return llama(tie_word_embeddings=True)
-
-
-@pytest.mark.parametrize(
-    ("build", "tokens"), [(partial(family, "minilm"), 10), (partial(family, "vit"), 5), (llama, 10), (tied, 10)]
-)
-def test_no_component_is_lost_and_none_counts_twice(build, tokens) -> None:
-    model = build()
-    inputs = {"pixel_values": image(3, 16, 16)[:1]} if tokens == 5 else {"input_ids": torch.arange(10)[None]}
-    flops = counting.flops_by_component(model, **inputs)
-    assert sum(flops.values()) == count(model, **inputs).flops
-    products = 4 * tokens**2 * model.config.num_hidden_layers * model.config.hidden_size
-    assert flops[counting.PRODUCTS] == products
-
-
-def test_flops_of_components_are_those_of_the_matrices() -> None:
-    tokens, width, ffn, layers, kv = 10, 32, 56, 3, 16
-    flops = counting.flops_by_component(llama(), input_ids=torch.arange(tokens)[None])
-    assert flops[counting.PROJECTIONS] == 2 * tokens * layers * width * (2 * width + 2 * kv)
-    assert flops[counting.PRODUCTS] == 4 * tokens**2 * layers * width
-    assert flops[counting.FEED_FORWARD] == 2 * tokens * layers * 3 * width * ffn
-    assert flops[counting.HEAD] == 2 * tokens * width * 100
-
-
 CNN = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
 IMAGES = torch.randn(2, 3, 8, 8)
 REFUSALS: Refusals = {
@@ -367,8 +336,6 @@ REFUSALS: Refusals = {
     "count takes inputs one by one": lambda: count(torch.relu, (IMAGES,)),
     "not a NoneType": lambda: count(None),
     "not a str": lambda: count("model", IMAGES),
-    "model is a list": lambda: counting.flops_by_component([CNN]),
-    "model is None": lambda: counting.flops_by_component(None),
 }
 
 

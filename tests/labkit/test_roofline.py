@@ -9,11 +9,10 @@ from families import SIZES, family
 from refusals import Refusals, check_refusal, refused
 from torch import nn
 
-from labkit.modules.kv_cache import cache_bytes, decode_step
-from labkit.timing import counting, machine, roofline
+from labkit.modules.kv_cache import decode_step
+from labkit.timing import machine, roofline
 from labkit.timing.bench import Measurement
 from labkit.timing.ceilings import bandwidth_sweep, ceilings
-from labkit.timing.components import FEED_FORWARD
 from labkit.timing.counting import count
 from labkit.timing.machine import DEVICES, Ceilings
 from labkit.timing.roofline import Work, bound, placed
@@ -88,11 +87,6 @@ def test_step_can_be_counted(decoder) -> None:
     assert grows <= long.bytes - short.bytes <= 2 * grows  # read, and with a copying cache written anew
 
 
-def test_cache_is_as_large_as_the_shapes_say(decoder) -> None:
-    tokens = torch.ones(3, 7, dtype=torch.long)
-    assert cache_bytes(decoder, tokens) == tokens.numel() * 2 * LAYERS * kv_heads(decoder) * 8 * 4
-
-
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 POINTS = [("GEMV", 0.5, 9e9), ("GEMM", 50.0, 90e9), ("GEMM, wrong count", 50.0, 150e9)]
@@ -150,7 +144,7 @@ REFUSALS: Refusals = {
     "Linear takes no KV cache": lambda: decode_step(nn.Linear(2, 2), IDS),
     "shape (4,); give token ids": lambda: decode_step(nn.Linear(2, 2), torch.ones(4, dtype=torch.long)),
     "shape (1, 0); give token ids": lambda: decode_step(nn.Linear(2, 2), torch.ones(1, 0, dtype=torch.long)),
-    "shape (1, 2); give token ids": lambda: cache_bytes(nn.Linear(2, 2), torch.ones(1, 2)),
+    "shape (1, 2); give token ids": lambda: decode_step(nn.Linear(2, 2), torch.ones(1, 2)),
     "ceilings is a NoneType": lambda: bound(Work(1, 1), None),
     "ceilings is a float": lambda: bound(Work(1, 1), 1e9),
     "a row of labkit.machine.DEVICES": lambda: bound(Work(1, 1), "H100"),
@@ -163,9 +157,9 @@ REFUSALS: Refusals = {
     "point 'b' has no place": lambda: plot([("b", 1.0, None)], ROOFS),
     "point 'c' has no place": lambda: plot([("c", 1.0, math.inf)], ROOFS),
     "The prompt is a list": lambda: decode_step(family("llama"), [[1, 2]]),
-    "The prompt is None": lambda: cache_bytes(family("llama"), None),
+    "The prompt is None": lambda: decode_step(family("llama"), None),
     "model is a str": lambda: decode_step("llama", IDS),
-    "The prompt is on the meta device": lambda: cache_bytes(family("llama"), IDS.to("meta")),
+    "The prompt is on the meta device": lambda: decode_step(family("llama"), IDS.to("meta")),
     "takes no KV cache": lambda: decode_step(family("bert"), IDS),
 }
 
@@ -176,9 +170,8 @@ def test_bad_input_is_refused_in_a_sentence(words, call):
 
 
 def test_names_that_are_loaded_on_demand_are_those_of_the_files_that_define_them():
-    assert [roofline.count, roofline.decode_step, roofline.cache_bytes] == [count, decode_step, cache_bytes]
+    assert [roofline.count, roofline.decode_step] == [count, decode_step]
     assert roofline.plot is plot
     assert [machine.ceilings, machine.bandwidth_sweep] == [ceilings, bandwidth_sweep]
-    assert counting.FEED_FORWARD is FEED_FORWARD
     with pytest.raises(AttributeError, match=r"module 'labkit.timing.machine' has no attribute 'roof'"):
         machine.roof  # noqa: B018
