@@ -1,6 +1,5 @@
 """A lesson's page shows the run that is recorded: the record inside the page is the record in data/recorded/."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -63,23 +62,3 @@ def test_a_page_shows_the_run_that_is_recorded(lesson: Path):
 def test_lesson_12_tells_after_how_many_images_an_engine_has_paid(ends: tuple[float, ...], words: str):
     count_words = function("12", "count_words")
     assert function("12", "in_words", count_words=count_words)(*ends) == words
-
-
-def test_lesson_08_types_the_points_over_adaround_alone_as_recorded():
-    (text,) = (
-        cell.source.replace("\n", " ")
-        for path in notebooks.all_lessons()
-        if path.stem.startswith("08")
-        for cell in notebooks.read(path).cells
-        if cell.id == "losing-idea"
-    )
-    record = json.loads((RECORDED / "experiments" / "qat_over_control.json").read_text(encoding="utf-8"))
-    changes = {(row["width"], *row["after"], *row["before"]): row for row in record["settings"]["changes"]}
-
-    def told(width: str, steps: int) -> str:
-        row = changes[width, "LSQ", steps, "control", 0]
-        middle, low, high = (f"{100 * row[key]:+.2f}".replace("-", "−") for key in ("change", "low", "high"))
-        return f"{middle} ({low} to {high})"
-
-    assert f"after 480 steps {told('W4A4', 480)} at W4A4 and {told('W3A3', 480)} at W3A3" in text
-    assert f"after 1,440 steps {told('W3A3', 1440)} at W3A3" in text
