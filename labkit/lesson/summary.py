@@ -25,7 +25,7 @@ def summary(record: RunRecord) -> tuple[str, str]:
     heading = f"Lesson {record.lesson} finished"
     cost = _cost(record)
     about_all = calibration(record.predictions) if judges else f"{SMOKE.capitalize()}."
-    last = " ".join(filter(None, [about_all, _stored(record)]))
+    last = " ".join(filter(None, [about_all, f"All results: {record.lesson}/record.json in the results folder."]))
 
     text = [f"{heading}: {cost}"]
     text += [f"{title}\n{show.text_table(rows)}" for title, rows in tables.items()]
@@ -79,10 +79,3 @@ def _cost(record: RunRecord) -> str:
         memory += f" of {show.quantity(budget['memory'], 'B')}"
     within = "within" if budget["within"] else "OVER"
     return f"{time}, peak memory {memory}: {within} the budget of preset {record.preset}."
-
-
-def _stored(record: RunRecord) -> str:
-    stored = [show.counted(len(record.measurements), "result")]
-    if record.claims:
-        stored.append(show.counted(len(record.claims), "claim"))
-    return f"The record holds {' and '.join(stored)}: {record.lesson}/record.json in the results folder."

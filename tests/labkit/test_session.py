@@ -936,7 +936,7 @@ def test_at_smoke_no_prediction_claim_or_plan_is_judged(smoke, capsys):
     words = capsys.readouterr().out
     assert "challenge needles: smoke tries the code; run class to see." in words
     assert words.count("not judged at smoke") == 2 and "reached" not in words and "too high" not in words
-    assert "Smoke tries the code; run class to see. The record holds 1 result and 1 claim: " in words
+    assert "Smoke tries the code; run class to see. All results: " in words
     assert [guess.measured for guess in record.predictions] == [None]
     assert [(claim.verdict, claim.value) for claim in record.claims] == [("not measurable here", None)]
     assert [(task.point, task.reached) for task in record.challenges] == [(None, None)]
@@ -1013,7 +1013,7 @@ def test_finish_writes_the_record_and_shows_what_came_of_it(lab, capsys, monkeyp
     assert records.read(lab._path) == result
     assert lab._path.parts[-3:] == ("runs", "01", "record.json")
     assert "2.00x too high" in out and "not measured" in out and "no prediction" in out
-    assert "The record holds 1 result and 1 claim: 01/record.json" in out and "twice as fast" not in out
+    assert "All results: 01/record.json" in out and "twice as fast" not in out
     assert "within the budget of preset class" in out
     assert str(lab._path.parent) not in out
 
@@ -1085,7 +1085,7 @@ def test_an_executed_notebook_carries_its_record_and_counts_only_running_cells(t
 def test_a_record_without_claims_counts_none(lab, capsys):
     lab.record("step", 1.5, "ms")
     lab.finish()
-    assert "The record holds 1 result: 01/record.json" in capsys.readouterr().out
+    assert "All results: 01/record.json" in capsys.readouterr().out
 
 
 def test_a_plane_of_times_does_not_reach_below_zero():

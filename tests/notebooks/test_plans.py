@@ -120,9 +120,10 @@ def jobs(plan: Any, _: Any = None, *, change: float = 0.0) -> dict[str, Any]:
     names: dict[str, Any] = {"JOBS": (3_000, 100_000), "LAST": 1, "best": {1: "eager"}, "eagers": {1: {"eager": None}}}
     names |= {"FIRST": 1, "BATCHES": (1,), "ENGINE": "", "INT8": "", "MOST": 1.25, "entries": {}}
     names |= {"test": SimpleNamespace(images=torch.zeros(8, 2)), "simulated": None, "QUANTIZED": {}}
-    names |= {"races": {1: SimpleNamespace(sides={"eager": side})}, "soonest": dict.fromkeys(names["JOBS"], "eager")}
+    names["over_eager"] = lambda *_: SimpleNamespace(baseline=side, process_speedup=1.0)
+    names["soonest"] = dict.fromkeys(names["JOBS"], "eager")
     names |= {"eager": SimpleNamespace(LAYOUTS={}), "partial": partial, "in_all": lambda _, n: [n * 0.5]}
-    names["bench"] = SimpleNamespace(compare=lambda *_, **__: SimpleNamespace(baseline=side, candidate=side))
+    names["bench"] = SimpleNamespace(compare=lambda *_, **__: SimpleNamespace(process_speedup=1.0))
 
     def prepared(row: str, batch: int) -> tuple:
         engine = engines.prepare(row.removesuffix(" int8"), nn.Linear(2, 2), torch.zeros(batch, 2))
