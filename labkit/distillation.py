@@ -17,7 +17,7 @@ loss is a function of two tensors; `distilling` makes a loss_fn for `training.tr
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,70 +114,6 @@ def _check_mask(mask: Tensor | None, shape: torch.Size) -> None:
     check_tensor(mask, "mask")
     if mask.shape != shape:
         raise InputError(f"mask has shape {list(mask.shape)}, but it must have {list(shape)}: a number a prediction.")
-
-
-class TopK(NamedTuple):
-    """The k likeliest classes of a teacher's distribution with their log-probabilities, to be stored."""
-
-    ids: Tensor  # [..., k] int32
-    log_p: Tensor  # [..., k] float16
-
-
-def top_k(logits: Tensor, k: int) -> TopK:
-    """Return the k likeliest classes of `logits` [..., classes] at temperature 1: 6 k bytes for each prediction."""
-    check_floats(logits, "logits")
-    classes = logits.shape[-1] if logits.dim() else 1
-    if classes < 2:
-        raise InputError(f"logits have shape {list(logits.shape)}: give [..., classes] with two classes or more.")
-    check_whole(k, "k", most=classes - 1)
-    all_log_p = F.log_softmax(_precise(logits.detach()), -1)
-    log_p, ids = all_log_p.topk(k)
-    return TopK(ids.int(), log_p.half())
-
-
-def top_k_loss(student: Tensor, answers: TopK) -> Tensor:
-    """KL(p || q) over k + 1 bins, mean over the predictions, a scalar. The last bin is the tail of unstored classes.
-
-    student: logits [..., classes].
-    answers: answers of `top_k` for the same predictions and classes.
-
-    The tail is the probability of all unstored classes together. Without the tail, with the k probabilities scaled to a
-    sum of 1, the student learns unstored classes to be impossible. Temperature 1 only: at any higher temperature the
-    tail would depend on unstored logits.
-    """
-    check_floats(student, "student")
-    if not isinstance(answers, TopK):
-        raise InputError(f"answers is a {type(answers).__name__}, but it must be what top_k gives for the teacher.")
-    # a GPU would have to be waited for, and refuses such ids by itself
-    on_cpu = answers.ids.device.type == "cpu"
-    unknown_class = on_cpu and int(answers.ids.max()) >= student.shape[-1]
-    if student.shape[:-1] != answers.ids.shape[:-1] or unknown_class:
-        raise InputError(
-            f"student has logits of shape {list(student.shape)}, the stored answers {list(answers.ids.shape)}: both "
-            "need the same predictions in the same order, and the same classes."
-        )
-    log_q = F.log_softmax(_precise(student), -1)  # [..., classes]
-    ids = answers.ids.long()  # [..., k]
-    log_p = answers.log_p.to(log_q)
-    head = _kl(log_p, log_q.gather(-1, ids))
-    return (head + _tail_divergence(log_p, log_q, ids)).mean()
-
-
-def _tail_divergence(log_p: Tensor, log_q: Tensor, ids: Tensor) -> Tensor:
-    """Return the term of the tail bin in KL(p || q), [...].
-
-    log_p: [..., k], the teacher's log-probabilities of the classes `ids` [..., k].
-    log_q: [..., classes].
-    """
-    p_tail = (1 - log_p.exp().sum(-1)).clamp_min(0)  # rounded to 16 bits a sum may exceed 1
-    unstored = log_q.scatter(-1, ids, -math.inf)
-    student_has_no_tail = unstored.isneginf().all(-1)
-    unstored = unstored.masked_fill(student_has_no_tail[..., None], 0)
-    log_q_tail = unstored.logsumexp(-1).masked_fill(student_has_no_tail, -math.inf)
-    k = ids.shape[-1]
-    is_rounding = p_tail <= k * 2**-12  # no more than 16 bits of each log-probability make
-    tail = torch.xlogy(p_tail, p_tail) - p_tail * log_q_tail
-    return tail.masked_fill(student_has_no_tail & is_rounding, 0)
 
 
 # --- relations --------------------------------------------------------------------------------------------------------

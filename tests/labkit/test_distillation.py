@@ -17,8 +17,6 @@ from labkit.distillation import (
     distillation_loss,
     distilling,
     relation_loss,
-    top_k,
-    top_k_loss,
 )
 from labkit.modules.batches import IGNORED
 from labkit.pruning import depth
@@ -85,46 +83,6 @@ def test_half_precision_is_computed_in_float32():
     student, teacher = normal(4, 1000).half(), normal(4, 1000, seed=1).half()
     exact = distillation_loss(student.double(), teacher.double())
     assert float(distillation_loss(student, teacher)) == pytest.approx(float(exact), rel=1e-5)
-
-
-@pytest.mark.parametrize("k", [1, 3, 11])
-def test_stored_answers_are_the_divergence_over_k_classes_and_the_rest(k: int):
-    student, teacher = normal(4, 2, 12), 2 * normal(4, 2, 12, seed=1)
-    answers = top_k(teacher, k)
-    p, q, ids = answers.log_p.double().exp(), student.softmax(-1), answers.ids.long()
-    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1).clamp_min(0)
-    q = torch.cat([q.gather(-1, ids), 1 - q.gather(-1, ids).sum(-1, keepdim=True)], -1)
-    expected = F.kl_div(q.log(), p, reduction="none").sum(-1).mean()
-    assert float(top_k_loss(student, answers)) == pytest.approx(float(expected), rel=1e-9)
-    assert sum(part.nbytes for part in answers) == 8 * 6 * k
-
-
-def test_the_tail_bin_teaches_how_much_is_left_for_the_other_classes():
-    teacher = normal(1, 50)
-    answers = top_k(teacher, 5)
-    student = torch.zeros(1, 50, dtype=torch.float64, requires_grad=True)
-    descent = torch.optim.Adam([student], 0.1)
-    for _ in range(400):
-        descent.zero_grad()
-        loss = top_k_loss(student, answers)
-        loss.backward()
-        descent.step()
-    head = student.softmax(-1).gather(-1, answers.ids.long()).sum()
-    assert float(loss.detach()) < 1e-6
-    assert float(head) == pytest.approx(float(answers.log_p.double().exp().sum()), abs=1e-3)
-
-
-def test_stored_answers_have_the_gradient_of_finite_differences():
-    student, answers = normal(3, 9).requires_grad_(), top_k(normal(3, 9, seed=1), 4)
-    torch.autograd.gradcheck(lambda x: top_k_loss(x, answers), student)
-
-
-def test_a_sure_teacher_leaves_no_tail_and_no_nan():
-    teacher = torch.tensor([[60.0, 0.0, 0.0, 0.0]])
-    student = torch.zeros(1, 4, requires_grad=True)
-    loss = top_k_loss(student, top_k(teacher, 2))
-    loss.backward()
-    assert float(loss) == pytest.approx(math.log(4), rel=1e-6) and student.grad.isfinite().all()
 
 
 # --- features and relations -------------------------------------------------------------------------------------------
@@ -338,14 +296,6 @@ def test_what_one_side_excludes_costs_what_the_definition_says():
     assert float(middle) == pytest.approx(0.5 * kl_p + 0.5 * kl_q, rel=1e-5)
 
 
-def test_stored_answers_of_excluded_classes_give_no_nan():
-    logits = torch.tensor([[1.0, 0.0, -math.inf, -math.inf, 0.5]])
-    student = logits.clone().requires_grad_()
-    loss = top_k_loss(student, top_k(logits, 4))
-    loss.backward()
-    assert abs(float(loss.detach())) < 1e-3 and student.grad.isfinite().all()
-
-
 def test_healing_ends_at_a_loss_that_is_not_finite_with_the_model_as_it_was():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), torch.randn(8, 4)
@@ -376,8 +326,6 @@ REFUSALS: Refusals = {
     "both need the same vocabulary": lambda: distillation_loss(TWO, torch.ones(2, 4)),
     "temperature is 0, but it must be a finite number above 0": lambda: distillation_loss(TWO, TWO, temperature=0),
     "beta is 1.5, but it must be a finite number from 0 to 1": lambda: distillation_loss(TWO, TWO, beta=1.5),
-    "k is 3, but it must be a whole number from 1 to 2": lambda: top_k(TWO, 3),
-    "same predictions in the same order": lambda: top_k_loss(torch.ones(5, 3), top_k(TWO, 1)),
     "at least two": lambda: relation_loss(TWO[:1], TWO[:1]),
     "alpha is 2, but it must be a finite number from 0 to 1": lambda: distil(alpha=2),
     "teacher is in train mode": lambda: distil(teacher=nn.Linear(2, 2)),
@@ -397,12 +345,6 @@ REFUSALS: Refusals = {
     "beta is None": lambda: distillation_loss(TWO, TWO, beta=None),
     "mask has shape [3], but it must have [2]": lambda: distillation_loss(TWO, TWO, mask=torch.ones(3)),
     "mask is a list": lambda: distillation_loss(TWO, TWO, mask=[1, 0]),
-    "logits is a list": lambda: top_k([1.0], 1),
-    "logits have shape [2, 1]": lambda: top_k(TWO[:, :1], 1),
-    "k is 1.0": lambda: top_k(TWO, 1.0),
-    "logits is torch.int64 [2, 3]": lambda: top_k(TWO.long(), 1),
-    "answers is a Tensor": lambda: top_k_loss(TWO, TWO),
-    "and the same classes": lambda: top_k_loss(TWO[:, :2], top_k(TWO.cumsum(1), 2)),
     "not [] and []": lambda: relation_loss(torch.tensor(1.0), torch.tensor(1.0)),
     "student is a str": lambda: relation_loss("a", TWO),
     "alpha is '0.5'": lambda: distil(alpha="0.5"),

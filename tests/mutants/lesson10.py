@@ -29,17 +29,6 @@ def diagnose_by_properties(loss):
     return "swapped"
 
 
-def top_k_kd_by_bins(student, ids, log_p):
-    """All k + 1 log-probabilities side by side."""
-    log_q = student.log_softmax(-1)
-    stored = torch.zeros_like(log_q, dtype=torch.bool).scatter(-1, ids, True)
-    log_q = torch.cat([log_q.gather(-1, ids), log_q.masked_fill(stored, -torch.inf).logsumexp(-1, keepdim=True)], -1)
-    p = log_p.exp()
-    p = torch.cat([p, (1 - p.sum(-1, keepdim=True)).relu()], -1)
-    classes = p.shape[-1]
-    return F.kl_div(log_q.reshape(-1, classes), p.reshape(-1, classes), reduction="batchmean")
-
-
 def own_text_kd_by_loop(student, teacher, ids, prompt, end):
     """Text by text, cut behind its first end."""
     divergences = []
@@ -56,6 +45,5 @@ def own_text_kd_by_loop(student, teacher, ids, prompt, end):
 RIGHT = {
     "10.1": kd_loss_by_torch,
     "10.2": diagnose_by_properties,
-    "10.3": top_k_kd_by_bins,
-    "10.4": own_text_kd_by_loop,
+    "10.3": own_text_kd_by_loop,
 }

@@ -374,10 +374,6 @@ def _distillation_loss(on: Device, beta: float) -> Tensor:
     return distillation.distillation_loss(on(random(4, 10)), on(random(4, 10, seed=1)), temperature=2.0, beta=beta)
 
 
-def _loss_of_likeliest(on: Device) -> Tensor:
-    return distillation.top_k_loss(on(random(4, 10)), distillation.top_k(on(random(4, 10, seed=1)), 3))
-
-
 def _attend(on: Device, causal: bool) -> Tensor:
     return blockwise.attention(*on(random(3, 1, 2, 9, 8)), causal=causal, block=4)
 
@@ -427,7 +423,6 @@ CALLS: dict[str, Call] = {
     "distillation.distilling": _distil,
     "distillation.heal_": _heal,
     **{f"distillation_loss {beta}": partial(_distillation_loss, beta=beta) for beta in (0.0, 0.5, 1.0)},
-    "distillation.top_k_loss": _loss_of_likeliest,
     "distillation.relation_loss": lambda on: distillation.relation_loss(on(random(4, 10)), on(random(4, 6, seed=1))),
     "counting.count": _count,
     **{
