@@ -251,21 +251,18 @@ class Lab:
         self,
         name: str,
         calls: dict[str, Callable[[], Any]],
-        *,
-        also: dict[str, Callable[[], Any]] | None = None,
         **options: Any,
     ) -> "Race":
         """Time several functions in turns with labkit.bench.race, and record and show each speed-up over the first.
 
         calls: {name of the call: function}; each comparison is recorded as "<name of the call>, <name>".
-        also: further calls that take turns without a record, such as work of another size.
         options: arguments of labkit.bench.race; `device` is the session's unless given.
         """
         from labkit.timing.race import race
 
         for call in calls:
             check_name(f"{call}, {name}")
-        result = race(calls | (also or {}), **self._timing_options(options))
+        result = race(calls, **self._timing_options(options))
         result = self._over_processes(name, result)
         baseline, *candidates = calls
         for candidate in candidates:
