@@ -109,8 +109,8 @@ def widths(plan: Any, resnet: nn.Module, network: nn.Module | None = None) -> di
 def bits_of_parts(plan: Any, _: Any = None) -> dict[str, Any]:
     """Lesson 09: a plan of bits, on a small random decoder whose losses are made up."""
     names = {"smol": llama(), "tokens": {"calibration": text(512)[0]}, "batches": batches, "weight_only": weight_only}
-    names |= {"linears": function("09", "linears", nn=nn), "losses_of": lambda model: model, "exact": None}
-    names["perplexity"] = lambda _, over: (1.2, 1.1, 1.3)
+    names |= {"linears": function("09", "linears", nn=nn), "losses_of": lambda model, *_: model, "exact": None}
+    names |= {"perplexity": lambda _, over: (1.2, 1.1, 1.3), "other_windows": None}
     return executed("09", "planned", "challenge-run", plan=plan, lab=Page(), **names)
 
 
@@ -211,6 +211,13 @@ def test_a_right_plan_is_placed_and_none_is_not(
 ):
     assert lesson(plan, resnet)["point"] and lesson(None, resnet)["point"] is None
     assert capsys.readouterr().out == ""
+
+
+def test_lesson_09_tells_the_bits_of_a_plan_that_is_tried():
+    plan = {"bits": 4, "parts": {"k_proj": 3}, "group_size": 32}
+    made = bits_of_parts(plan)
+    bits = made["point"]["bits per weight"]
+    assert made["tried"](plan) == {"bits per weight": bits, "ratio, low, high": (1.2, 1.1, 1.3)}
 
 
 def test_lesson_07_takes_no_network_that_computes_something_else(resnet: nn.Module, capsys: pytest.CaptureFixture):
