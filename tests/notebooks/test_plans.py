@@ -1,6 +1,7 @@
 """A wrong plan of a challenge is told in a line that says what is allowed, and the page goes on without a point."""
 
 import copy
+from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -231,3 +232,16 @@ def test_lesson_12_names_each_row_that_loses_a_point():
     made = jobs({3_000: ONE, 100_000: ONE | {"engine": "torch-channels-last"}}, change=-1.5)
     assert "a point is lost by torch and torch-channels-last" in made["lab"].said and made["point"] is None
     assert "is lost" not in jobs(FOR_BOTH, change=-0.5)["lab"].said
+
+
+@pytest.mark.parametrize(("right", "words"), [(9, "4 bits reaches the goal."), (7, "No point of section 7")])
+def test_lesson_11_counts_needles_in_whole_numbers(right: int, words: str):
+    """Nine of ten as a share of float32, times ten, are less than nine."""
+    answers = torch.arange(10) < right
+    scores = {"all tokens": {"found": torch.ones(10)}, "4 bits": {"found": answers}}
+    row = {"bytes": 0.1, "unseen": float(answers.float().mean())}
+    names = {"defaultdict": defaultdict, "texts": 10, "scores": scores, "of": {"all tokens": row, "4 bits": row}}
+    names |= {"ends_of": lambda _: (0.5, 1.0), "point": None, "lab": Page()}
+    made = executed("11", "challenge-show", **names)
+    assert [type(place["needles"]) for place in made["references"]] == [int]
+    assert words in made["lab"].said
