@@ -143,7 +143,7 @@ ALLOWED = {  # what each lesson says of a plan
     widths: 'A plan gives layers of names 2 to 8 bits, such as {"stage3.2.conv1": 4}.',
     bits_of_parts: "A plan is a dict such as {'bits': 4, 'parts': {'k_proj': 3}, 'group_size': 192, 'method': 'rtn'}, "
     "with 2 to 8 bits.",
-    jobs: "A plan is {3_000: one, 100_000: one}, with one such as {'engine': 'openvino', 'int8': True, 'batch': 8}.",
+    jobs: "A plan is {3_000: choice, 100_000: choice}, with choice = {'engine': 'openvino', 'int8': True, 'batch': 8}.",
 }
 
 
